@@ -1,0 +1,1 @@
+"""Nouns and rules: requests, instances, snapshots, decisions, clocks, errors. No I/O."""

@@ -1,0 +1,122 @@
+"""What a policy decides. Small frozen types, matched exhaustively; no in-band sentinels."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tidegate.core.instance import Role
+
+
+class Path(enum.StrEnum):
+    """How a request's two phases are laid out.
+
+    COLOCATED: one leg does both on one instance. DISAGGREGATED: two legs; the KV moves unless the
+    decode placement picks the prefill instance.
+    """
+
+    COLOCATED = "colocated"
+    DISAGGREGATED = "disaggregated"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Run the prefill on ``prefill_on`` and the decode on ``decode_on``.
+
+    ``decode_on`` is None while the decode placement is left for the end of the prefill.
+    """
+
+    prefill_on: str
+    decode_on: str | None
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Keep the request queued at the scheduler and ask again after the next event."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """Refuse the request; the client may retry after ``retry_after_s``."""
+
+    reason: str
+    retry_after_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Flip:
+    """Relabel ``instance`` as ``to``. ``reason`` is one of inline, monitor, settle, repair, forced."""
+
+    instance: str
+    to: Role
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Migrate:
+    """Move a running decode and its KV from ``src`` to ``dst``."""
+
+    request: str
+    src: str
+    dst: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SetTarget:
+    """Aim for this split of roles."""
+
+    n_prefill: int
+    n_decode: int
+
+
+Placement = Place | Hold | Reject
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Alternatives:
+    """The instances a placement compared, with the named terms of each one's cost.
+
+    ``terms`` maps a term's name (unit in the name) to one value per entry of ``ids``. Arrays are
+    kept as they were compared and only rendered when a journal asks.
+    """
+
+    ids: Sequence[str]
+    terms: dict[str, NDArray[np.float64]]
+
+    def top(self, limit: int) -> list[dict[str, float | str]]:
+        """Return the ``limit`` best instances, ordered by the terms in turn, as plain rows."""
+        keys = list(self.terms.values())
+        order = np.lexsort(keys[::-1])[:limit] if keys else np.arange(min(limit, len(self.ids)))
+        return [
+            {"instance": self.ids[i], **{name: round(float(v[i]), 6) for name, v in self.terms.items()}}
+            for i in order.tolist()
+        ]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Verdict:
+    """A placement, the flips that come with it, and why: what the journal records."""
+
+    decision: Placement
+    flips: tuple[Flip, ...] = ()
+    alternatives: Alternatives | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """What a periodic policy step decides, and the policy's state for the next step."""
+
+    flips: tuple[Flip, ...] = ()
+    migrations: tuple[Migrate, ...] = ()
+    target: SetTarget | None = None
+    reason: str = ""
+    state: object = field(default=None)

@@ -1,0 +1,166 @@
+"""Every error tidegate raises, as one tree.
+
+    TidegateError
+    ├── ClientError            the request is wrong; retrying it unchanged fails again
+    │   ├── BadRequest             a field is malformed; ``param`` names it
+    │   ├── PromptTooLong          prompt + max_tokens exceed the model's context
+    │   ├── UnknownModel           no instance serves that model
+    │   ├── UnknownRoute           no such path or method
+    │   ├── Unauthorized           missing or wrong API key
+    │   ├── BodyTooLarge           the upload exceeds the limit
+    │   └── ClientGone             the client closed the connection (nobody sees the status)
+    ├── CapacityError          the cluster cannot take the request now
+    │   ├── NoInstance             no instance is up
+    │   └── Overloaded             the policy rejected the request
+    ├── EngineError            an engine failed the request
+    │   ├── EngineUnreachable      the connection failed or broke
+    │   ├── EngineTimeout          a deadline of the leg passed
+    │   └── EngineFault            the engine answered with an error
+    ├── InternalError          tidegate itself is at fault
+    └── SetupError             wrong configuration, trace or command; shown by the CLI, never served
+        ├── ConfigError            unknown key, wrong value, missing signal
+        └── TraceError             malformed trace; carries file, line and column
+
+``STATUS`` is the only place that maps an error to an HTTP status, an OpenAI error type and a
+metric label.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class TidegateError(Exception):
+    """Root of the tree. ``param`` names the request field at fault, if one is."""
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+
+class ClientError(TidegateError):
+    """The request is wrong."""
+
+
+class BadRequest(ClientError):
+    """A field of the request is malformed."""
+
+
+class PromptTooLong(ClientError):
+    """The prompt, or prompt plus max_tokens, does not fit the model's context."""
+
+
+class UnknownModel(ClientError):
+    """The named model is not served here."""
+
+
+class UnknownRoute(ClientError):
+    """The path or method does not exist."""
+
+
+class Unauthorized(ClientError):
+    """The API key is missing or wrong."""
+
+
+class BodyTooLarge(ClientError):
+    """The request body exceeds the upload limit."""
+
+
+class ClientGone(ClientError):
+    """The client closed the connection before the answer was complete."""
+
+
+class CapacityError(TidegateError):
+    """The cluster cannot take the request now."""
+
+
+class NoInstance(CapacityError):
+    """No instance that could serve the request is up."""
+
+
+class Overloaded(CapacityError):
+    """The scheduling policy rejected the request."""
+
+
+class EngineError(TidegateError):
+    """An engine failed; ``instance`` says which one and ``stage`` in which leg."""
+
+    def __init__(self, message: str, *, instance: str = "", stage: str = "", param: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.instance = instance
+        self.stage = stage
+
+
+class EngineUnreachable(EngineError):
+    """The connection to the engine failed or broke."""
+
+
+class EngineTimeout(EngineError):
+    """The engine did not answer within the leg's deadline."""
+
+
+class EngineFault(EngineError):
+    """The engine answered with an error of its own."""
+
+
+class InternalError(TidegateError):
+    """tidegate itself is at fault."""
+
+
+class SetupError(TidegateError):
+    """A command, configuration or input file is wrong."""
+
+
+class ConfigError(SetupError):
+    """One or more configuration problems; ``problems`` lists all of them."""
+
+    def __init__(self, problems: list[str] | str) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class TraceError(SetupError):
+    """A malformed trace. ``line`` and ``column`` count from 1; column 0 means the whole line."""
+
+    def __init__(self, message: str, *, file: str, line: int = 0, column: int = 0) -> None:
+        place = file + (f":{line}" if line else "") + (f":{column}" if column else "")
+        super().__init__(f"{place}: {message}")
+        self.file, self.line, self.column = file, line, column
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorStatus:
+    """How an error is shown: HTTP status, OpenAI ``error.type``, OpenAI ``error.code``, metric label."""
+
+    http: int
+    type: str
+    code: str
+    label: str
+
+
+STATUS: dict[type[TidegateError], ErrorStatus] = {
+    BadRequest: ErrorStatus(400, "invalid_request_error", "invalid_value", "bad_request"),
+    PromptTooLong: ErrorStatus(400, "invalid_request_error", "context_length_exceeded", "prompt_too_long"),
+    UnknownModel: ErrorStatus(404, "invalid_request_error", "model_not_found", "unknown_model"),
+    UnknownRoute: ErrorStatus(404, "invalid_request_error", "unknown_url", "unknown_route"),
+    Unauthorized: ErrorStatus(401, "invalid_request_error", "invalid_api_key", "unauthorized"),
+    BodyTooLarge: ErrorStatus(413, "invalid_request_error", "body_too_large", "body_too_large"),
+    ClientGone: ErrorStatus(499, "client_closed_request", "client_closed_request", "client_gone"),
+    NoInstance: ErrorStatus(503, "service_unavailable", "no_instance", "no_instance"),
+    Overloaded: ErrorStatus(429, "rate_limit_error", "overloaded", "overloaded"),
+    EngineUnreachable: ErrorStatus(502, "engine_error", "engine_unreachable", "engine_unreachable"),
+    EngineTimeout: ErrorStatus(504, "engine_error", "engine_timeout", "engine_timeout"),
+    EngineFault: ErrorStatus(502, "engine_error", "engine_fault", "engine_fault"),
+    InternalError: ErrorStatus(500, "internal_error", "internal_error", "internal"),
+}
+
+
+def status_of(error: TidegateError) -> ErrorStatus:
+    """Return the row of ``STATUS`` for ``error``: its own class or the nearest ancestor, else internal."""
+    for cls in type(error).__mro__:
+        row = STATUS.get(cls)
+        if row is not None:
+            return row
+    return STATUS[InternalError]

@@ -1,0 +1,1 @@
+"""Latency models in seconds, their fitting, and instance profiles."""

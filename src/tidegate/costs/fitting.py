@@ -1,0 +1,129 @@
+"""Fit the cost forms to measured samples: relative least squares with non-negative coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from tidegate.core.errors import ConfigError
+from tidegate.costs.forms import MixedCost, PrefillCost, StepCost, TransferCost, Values, attention_work
+from tidegate.costs.profile import Profile
+
+HINGES = (0, 32, 64, 128, 192, 256, 320, 384, 512, 768)
+"""Candidates for ``n0``; the range that fits to measured GPUs fall into."""
+SLOPE_FLOOR_S = 1e-12
+"""A fitted slope of zero would promise unlimited context; this floor keeps inversion finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSample:
+    """One measured prefill step of a single sequence."""
+
+    new_tokens: int
+    cached_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepSample:
+    """One measured decode step: ``batch`` sequences holding ``context_tokens`` in all."""
+
+    batch: int
+    context_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Coefficients in the order of the columns, with relative errors over the samples."""
+
+    coefficients: tuple[float, ...]
+    error_p50: float
+    error_p95: float
+    loss: float
+
+
+def fit_columns(columns: Sequence[Values], seconds: Values) -> Fit:
+    """Fit ``seconds ~ sum(k_j * columns[j])`` with k_j >= 0, minimising squared relative error.
+
+    With the few columns used here, trying every subset of active columns finds the exact optimum.
+    Raises ConfigError when there are fewer samples than columns or a time is not positive.
+    """
+    if len(seconds) < len(columns):
+        raise ConfigError(f"{len(seconds)} samples cannot fit {len(columns)} coefficients; measure more points")
+    if not np.all(seconds > 0):
+        raise ConfigError("measured times must be positive")
+    design = np.stack(columns, axis=1) / seconds[:, None]
+    best: tuple[float, Values] | None = None
+    for size in range(1, len(columns) + 1):
+        for active in combinations(range(len(columns)), size):
+            part, *_ = np.linalg.lstsq(design[:, active], np.ones(len(seconds)), rcond=None)
+            if np.any(part < 0):
+                continue
+            full = np.zeros(len(columns))
+            full[list(active)] = part
+            loss = float(np.sum((design @ full - 1.0) ** 2))
+            if best is None or loss < best[0]:
+                best = (loss, full)
+    if best is None:
+        raise ConfigError("no non-negative fit exists for these samples")
+    relative = np.abs(design @ best[1] - 1.0)
+    return Fit(
+        tuple(float(k) for k in best[1]),
+        float(np.percentile(relative, 50)),
+        float(np.percentile(relative, 95)),
+        best[0],
+    )
+
+
+def fit_prefill(samples: Sequence[PrefillSample]) -> tuple[PrefillCost, Fit]:
+    """Fit the hinge form, choosing ``n0`` among HINGES by loss."""
+    new = np.array([s.new_tokens for s in samples], dtype=np.float64)
+    work = np.array([attention_work(s.new_tokens, s.cached_tokens) for s in samples])
+    seconds = np.array([s.seconds for s in samples])
+    fits = [
+        (n0, fit_columns([np.ones_like(new), np.maximum(0.0, new - n0), work], seconds))
+        for n0 in HINGES
+        if n0 == 0 or n0 < new.max() / 2
+    ]
+    n0, fit = min(fits, key=lambda item: item[1].loss)
+    a, b, c = fit.coefficients
+    return PrefillCost(a, b, c, float(n0)), fit
+
+
+def fit_step(samples: Sequence[StepSample]) -> tuple[StepCost, Fit]:
+    """Fit the dense linear form. The context slope never falls below SLOPE_FLOOR_S."""
+    batch = np.array([s.batch for s in samples], dtype=np.float64)
+    context = np.array([s.context_tokens for s in samples], dtype=np.float64)
+    fit = fit_columns([np.ones_like(batch), batch, context], np.array([s.seconds for s in samples]))
+    a, b, c = fit.coefficients
+    return StepCost(a, b, max(c, SLOPE_FLOOR_S)), fit
+
+
+def fit_profile(
+    name: str,
+    prefill: Sequence[PrefillSample],
+    step: Sequence[StepSample],
+    transfer: TransferCost,
+    *,
+    source: str,
+    mixed_context_ratio: float = 2.0,
+) -> Profile:
+    """Fit a whole profile.
+
+    The mixed form shares the prefill form's coefficients; its context slope is the decode slope times
+    ``mixed_context_ratio`` (measured engines lie between 1 and 3.4) until mixed steps are measured.
+    """
+    prefill_cost, prefill_fit = fit_prefill(prefill)
+    step_cost, step_fit = fit_step(step)
+    mixed = MixedCost(
+        prefill_cost.a_s, prefill_cost.b_s, prefill_cost.c_s, step_cost.c_s * mixed_context_ratio, prefill_cost.n0
+    )
+    errors = (
+        ("prefill", prefill_fit.error_p50, prefill_fit.error_p95),
+        ("step", step_fit.error_p50, step_fit.error_p95),
+    )
+    return Profile(name, prefill_cost, step_cost, mixed, transfer, source, errors)

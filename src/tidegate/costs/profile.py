@@ -1,0 +1,79 @@
+"""An instance's profile: its four latency models, with where they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
+
+import numpy as np
+
+from tidegate.core.errors import ConfigError
+from tidegate.costs.forms import MixedCost, PrefillCost, StepCost, TransferCost, attention_work
+
+Form = TypeVar("Form", PrefillCost, StepCost, MixedCost, TransferCost)
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """The latency models of one instance, in seconds.
+
+    ``name`` is ``gpu/model[/tpN]``; ``source`` says how the coefficients came to be (measured on this
+    instance, packaged, derived). ``errors`` holds the fit's median and 95th percentile relative error
+    per form.
+    """
+
+    name: str
+    prefill: PrefillCost
+    step: StepCost
+    mixed: MixedCost
+    transfer: TransferCost
+    source: str = ""
+    errors: tuple[tuple[str, float, float], ...] = ()
+
+    def prefill_s(self, new_tokens: int, cached_tokens: int = 0) -> float:
+        """Return the predicted seconds to prefill one prompt alone."""
+        return float(self.prefill.seconds(new_tokens, attention_work(new_tokens, cached_tokens)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a plain object that ``from_json`` reads back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Profile:
+        """Build a profile. Raises ConfigError naming a missing or unknown coefficient."""
+        try:
+            return cls(
+                name=str(data["name"]),
+                prefill=PrefillCost(**data["prefill"]),
+                step=StepCost(**data["step"]),
+                mixed=MixedCost(**data["mixed"]),
+                transfer=TransferCost(**data["transfer"]),
+                source=str(data.get("source", "")),
+                errors=tuple((str(f), float(p50), float(p95)) for f, p50, p95 in data.get("errors", ())),
+            )
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"profile {data.get('name', '?')!r} is incomplete: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileTable:
+    """The profiles of several instances as arrays, so that one call prices all of them."""
+
+    prefill: PrefillCost
+    step: StepCost
+    transfer: TransferCost
+
+    @classmethod
+    def of(cls, profiles: Sequence[Profile]) -> ProfileTable:
+        """Stack ``profiles``; entry i of every coefficient belongs to ``profiles[i]``."""
+        return cls(
+            prefill=_stack([p.prefill for p in profiles], PrefillCost),
+            step=_stack([p.step for p in profiles], StepCost),
+            transfer=_stack([p.transfer for p in profiles], TransferCost),
+        )
+
+
+def _stack(rows: Sequence[Form], kind: type[Form]) -> Form:
+    columns = {f.name: np.array([getattr(r, f.name) for r in rows], dtype=np.float64) for f in fields(kind)}
+    return kind(**columns)

@@ -1,0 +1,1 @@
+"""The one book of what is where: events in, Snapshot out."""

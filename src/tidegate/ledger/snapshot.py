@@ -1,0 +1,129 @@
+"""A frozen view of the cluster at one instant: all that a policy sees.
+
+It lives beside the ledger, not in ``core``, because it carries the instances' cost table.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tidegate.core.instance import Role
+from tidegate.costs.profile import ProfileTable
+
+Column = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+
+class Field(enum.IntEnum):
+    """Rows of the ledger's state matrix; one column per instance that is up."""
+
+    ROLE = 0
+    FLIPPABLE = enum.auto()
+    PREFILL_REQUESTS = enum.auto()
+    PREFILL_TOKENS = enum.auto()
+    PREFILL_QUEUE_S = enum.auto()
+    HEAD_S = enum.auto()
+    HEAD_STARTED_S = enum.auto()
+    PREFILL_QUEUE_AVG_S = enum.auto()
+    DECODE_REQUESTS = enum.auto()
+    DECODE_TOKENS = enum.auto()
+    HANDOFF_TOKENS = enum.auto()
+    MEAN_GAP_S = enum.auto()
+    KV_CAPACITY_TOKENS = enum.auto()
+    FLIPPED_AT_S = enum.auto()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Snapshot:
+    """The instances that are up, as arrays in one fixed order, at time ``at_s``.
+
+    Arrays are private copies and read-only. Tokens and seconds are sums over an instance's residents:
+
+    - ``prefill_*``: requests queued or running in prefill here; ``prefill_queue_s`` sums their
+      predicted prefill times, ``prefill_wait_s`` is that less what the running one has already spent;
+    - ``decode_*``: requests decoding here, with their resident tokens (prompt + generated);
+    - ``handoff_tokens``: KV of requests whose prefill ended here and whose decode is not placed or
+      still pulling;
+    - ``mean_gap_s``: mean inter-token gap of the last completed window, or the longest open gap of an
+      instance that decodes but produced nothing in it; 0 without decodes;
+    - ``prefill_queue_avg_s``: time average of ``prefill_queue_s`` over the last completed window.
+    """
+
+    at_s: float
+    ids: tuple[str, ...]
+    index: Mapping[str, int]
+    costs: ProfileTable
+    state: NDArray[np.float64]
+    placed_prefills: int
+    placed_decodes: int
+    last_flip_to_decode_s: float
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def role(self) -> Column:
+        """Labels as numbers; compare with ``Role``."""
+        return self.state[Field.ROLE]
+
+    def labelled(self, role: Role) -> Mask:
+        """Tell which instances carry the label ``role``."""
+        return self.state[Field.ROLE] == role
+
+    @property
+    def flippable(self) -> Mask:
+        """Tell which instances may change label."""
+        return self.state[Field.FLIPPABLE] > 0
+
+    @property
+    def prefill_requests(self) -> Column:
+        return self.state[Field.PREFILL_REQUESTS]
+
+    @property
+    def prefill_tokens(self) -> Column:
+        return self.state[Field.PREFILL_TOKENS]
+
+    @property
+    def prefill_queue_s(self) -> Column:
+        return self.state[Field.PREFILL_QUEUE_S]
+
+    @property
+    def prefill_wait_s(self) -> Column:
+        """Predicted seconds until a prefill that joins the queue now would start."""
+        head = self.state[Field.HEAD_S]
+        spent = np.minimum(np.maximum(self.at_s - self.state[Field.HEAD_STARTED_S], 0.0), head)
+        return self.state[Field.PREFILL_QUEUE_S] - spent
+
+    @property
+    def prefill_queue_avg_s(self) -> Column:
+        return self.state[Field.PREFILL_QUEUE_AVG_S]
+
+    @property
+    def decode_requests(self) -> Column:
+        return self.state[Field.DECODE_REQUESTS]
+
+    @property
+    def decode_tokens(self) -> Column:
+        return self.state[Field.DECODE_TOKENS]
+
+    @property
+    def handoff_tokens(self) -> Column:
+        return self.state[Field.HANDOFF_TOKENS]
+
+    @property
+    def mean_gap_s(self) -> Column:
+        return self.state[Field.MEAN_GAP_S]
+
+    @property
+    def kv_capacity_tokens(self) -> Column:
+        return self.state[Field.KV_CAPACITY_TOKENS]
+
+    @property
+    def flipped_at_s(self) -> Column:
+        """When each label was last written; -inf if never."""
+        return self.state[Field.FLIPPED_AT_S]

@@ -1,0 +1,1 @@
+"""Decisions, one file each: pure functions of (request, Snapshot)."""

@@ -1,0 +1,141 @@
+"""Request bodies of ``/v1/completions`` and ``/v1/chat/completions``.
+
+Unknown fields are kept (``model_extra``): clients send engine extensions, and the gateway passes on
+what it does not interpret. Known fields are checked strictly: a wrong type is the client's error,
+never a silent conversion.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
+
+from tidegate.core.errors import BadRequest
+
+TokenIds = list[Annotated[StrictInt, Field(ge=0)]]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+
+
+class StreamOptions(BaseModel):
+    """OpenAI ``stream_options``."""
+
+    model_config = ConfigDict(extra="allow")
+    include_usage: StrictBool = False
+
+
+class KvTransferParams(BaseModel):
+    """vLLM's ``kv_transfer_params``: a KV handle, or the wish for one.
+
+    ``do_remote_decode`` asks the engine to pin the finished request's KV and return a handle;
+    the ``remote_*`` fields of a handle say where existing KV can be pulled from.
+    ``tidegate_generated`` is our extension: how many of the prompt's last tokens are output of
+    earlier legs (text assembly, stop strings and seeded sampling continue from them).
+    """
+
+    model_config = ConfigDict(extra="allow")
+    do_remote_decode: StrictBool = False
+    do_remote_prefill: StrictBool = False
+    remote_engine_id: StrictStr | None = None
+    remote_request_id: StrictStr | None = None
+    remote_host: StrictStr | None = None
+    remote_port: StrictInt | None = None
+    remote_block_ids: list[list[StrictInt]] | None = None
+    remote_num_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
+    tidegate_generated: Annotated[StrictInt, Field(ge=0)] = 0
+
+
+class _SamplingBody(BaseModel):
+    """Fields that both endpoints share. ``None`` means "not sent"."""
+
+    model_config = ConfigDict(extra="allow")
+    model: StrictStr | None = None
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    temperature: Annotated[Number, Field(ge=0.0, le=2.0)] | None = None
+    top_p: Annotated[Number, Field(gt=0.0, le=1.0)] | None = None
+    top_k: Annotated[StrictInt, Field(ge=-1)] | None = None
+    seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: StrictStr | Annotated[list[StrictStr], Field(max_length=16)] | None = None
+    stop_token_ids: TokenIds | None = None
+    min_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
+    ignore_eos: StrictBool = False
+    n: Annotated[StrictInt, Field(ge=1, le=1)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2.0, le=2.0)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2.0, le=2.0)] | None = None
+    stream: StrictBool = False
+    stream_options: StreamOptions | None = None
+    user: StrictStr | None = None
+    return_token_ids: StrictBool = False
+    kv_transfer_params: KvTransferParams | None = None
+    cache_salt: StrictStr | None = None
+    priority: StrictInt | None = None
+    request_id: StrictStr | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Stop strings as a tuple; empty strings are dropped."""
+        given = [self.stop] if isinstance(self.stop, str) else (self.stop or [])
+        return tuple(s for s in given if s)
+
+
+class CompletionBody(_SamplingBody):
+    """Body of ``/v1/completions``: one prompt, as text or token ids."""
+
+    prompt: StrictStr | Annotated[TokenIds, Field(min_length=1)]
+    logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    echo: Literal[False] | None = None
+    best_of: Annotated[StrictInt, Field(ge=1, le=1)] | None = None
+
+
+class ChatMessage(BaseModel):
+    """One message. ``content`` may be text or OpenAI content parts of type ``text``."""
+
+    model_config = ConfigDict(extra="allow")
+    role: StrictStr
+    content: StrictStr | list[dict[str, Any]] | None = None
+
+
+class ChatBody(_SamplingBody):
+    """Body of ``/v1/chat/completions``."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+
+    @property
+    def token_limit(self) -> int | None:
+        """``max_completion_tokens``, or its older name ``max_tokens``."""
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """Decode a JSON object. Raises BadRequest for invalid UTF-8, malformed JSON or another JSON type."""
+    try:
+        value = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"the body is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise BadRequest(f"the body must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+def parse_body(value: dict[str, Any], kind: type[Body]) -> Body:
+    """Check a decoded body. Raises BadRequest naming the first wrong field in ``param``."""
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        # For a union pydantic reports every branch; the field is the same, the first message will do.
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = _field_path(first["loc"])
+        raise BadRequest(f"{field}: {first['msg']}", param=field) from None
+
+
+def _field_path(loc: tuple[int | str, ...]) -> str:
+    """Join a pydantic location, leaving out the names of union branches."""
+    parts = [p for p in loc if isinstance(p, int) or p.isidentifier()]
+    return ".".join(str(p) for p in parts if p not in ("str", "int", "bool", "float", "list")) or "body"

@@ -1,0 +1,30 @@
+"""The OpenAI error schema, from the one error tree."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import orjson
+
+from tidegate.core.errors import TidegateError, status_of
+
+
+def error_object(error: TidegateError) -> dict[str, Any]:
+    """Return ``{"error": {message, type, param, code}}`` for ``error``."""
+    row = status_of(error)
+    return {
+        "error": {"message": error.message, "type": row.type, "param": error.param, "code": row.code}
+    }
+
+
+def error_body(error: TidegateError) -> bytes:
+    """Encode ``error_object``."""
+    return orjson.dumps(error_object(error))
+
+
+def error_headers(error: TidegateError) -> dict[str, str]:
+    """Return the headers an error answer carries: Retry-After in whole seconds, where it applies."""
+    if error.retry_after_s is None:
+        return {}
+    return {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}

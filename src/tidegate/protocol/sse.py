@@ -1,0 +1,35 @@
+"""Server-sent events: framing out, and an incremental parser in."""
+
+from __future__ import annotations
+
+DONE = b"data: [DONE]\n\n"
+
+
+def event(payload: bytes) -> bytes:
+    """Frame one JSON payload as an event."""
+    return b"data: " + payload + b"\n\n"
+
+
+class SseParser:
+    """Cuts a byte stream into the payloads of its ``data:`` lines.
+
+    Accepts LF and CRLF line ends and ignores comments and other fields. One data line per event,
+    as every OpenAI-style server sends. ``feed`` keeps an incomplete last line for the next call.
+    """
+
+    __slots__ = ("_rest",)
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Return the payloads completed by ``data``, in order; ``b"[DONE]"`` is returned as such."""
+        if self._rest:
+            data = self._rest + data
+        lines = data.split(b"\n")
+        self._rest = lines.pop()
+        found: list[bytes] = []
+        for line in lines:
+            if line.startswith(b"data:"):
+                found.append(line[5:].strip())
+        return found

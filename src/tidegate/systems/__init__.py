@@ -1,0 +1,1 @@
+"""Named compositions of policies: what a user picks with ``--system``."""

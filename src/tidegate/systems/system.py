@@ -1,0 +1,28 @@
+"""A system: the policies that decide together, under one name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tidegate.policies.seams import DecodePlacement, PoolControl, PrefillPlacement, Signal, StartingRoles
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """A declarative composition. Drivers (gateway, simulator) call its parts and act on the verdicts.
+
+    ``pool`` is None where labels never change.
+    """
+
+    name: str
+    summary: str
+    roles: StartingRoles
+    prefill: PrefillPlacement
+    decode: DecodePlacement
+    pool: PoolControl | None = None
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        """The union of its policies' needs."""
+        pool = self.pool.needs if self.pool else frozenset()
+        return self.prefill.needs | self.decode.needs | pool
