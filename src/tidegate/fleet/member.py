@@ -1,0 +1,63 @@
+"""What a fleet tells the gateway: which instances are up, and when that changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from tidegate.core.instance import Instance
+from tidegate.costs.profile import Profile
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """An instance that is up and ready to serve.
+
+    ``url`` is its HTTP base without a trailing slash. ``engine_id`` changes when the process restarts
+    (KV handles of an older engine id are dead). ``secret`` authorises KV and internal calls inside one
+    launch, ``api_key`` the engine's ``/v1`` routes; both are empty when not needed and never logged.
+    ``kind`` is ``embedded`` or ``vllm``: both speak the same dialect, with different capabilities.
+    """
+
+    instance: Instance
+    url: str
+    model: str
+    engine_id: str
+    profile: Profile | None = None
+    secret: str = ""
+    api_key: str = ""
+    kind: str = "embedded"
+    pid: int | None = None
+
+
+class FleetListener(Protocol):
+    """Receives membership changes on the event loop."""
+
+    def member_up(self, member: Member) -> None:
+        """``member`` is ready. An id that was up before comes back only after ``member_down``."""
+        ...
+
+    def member_down(self, instance_id: str, reason: str) -> None:
+        """The instance is gone or no longer healthy; its KV is lost."""
+        ...
+
+
+class Fleet(Protocol):
+    """A source of instances."""
+
+    async def start(self, listener: FleetListener) -> None:
+        """Begin; returns once every instance that should come up is up or has failed its first start.
+
+        Raises SetupError when none can come up at all (with the last lines each one logged).
+        """
+        ...
+
+    def suspect(self, instance_id: str) -> None:
+        """Say that calls to the instance fail: the fleet checks it at once and reports it down if it is."""
+        ...
+
+    async def stop(self) -> None:
+        """Stop everything this fleet started; idempotent."""
+        ...
+
+

@@ -1,0 +1,32 @@
+"""What the gateway is told when it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tidegate.core.slo import Slo
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySettings:
+    """Resolved settings of one gateway process.
+
+    ``request_deadline_s`` bounds a whole request, ``stall_s`` the silence of an engine inside one
+    (2.5 times the longest step that a large prefill makes is a good value). ``flip_every_s`` forces
+    random label flips, for tests of statelessness; 0 is off. ``seed`` feeds those flips only.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str = field(default="", repr=False)
+    slo: Slo = field(default_factory=Slo)
+    journal: Path | None = None
+    max_body_bytes: int = 32 * 2**20
+    request_deadline_s: float = 600.0
+    stall_s: float = 60.0
+    connect_s: float = 2.0
+    replays: int = 5
+    recovery_s: float = 15.0
+    flip_every_s: float = 0.0
+    seed: int = 0
