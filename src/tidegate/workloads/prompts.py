@@ -1,0 +1,121 @@
+"""Prompts of a given length that share prefixes as a trace says, as token ids or as words.
+
+Every unit (token or word) is a hash of (seed, what it belongs to, its position), so a prompt needs
+no memory of earlier ones, and the same trace and seed give the same prompts everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+import numpy.typing as npt
+
+from tidegate.core.errors import ConfigError
+from tidegate.workloads.trace import TraceRecord
+
+_MASK = (1 << 64) - 1
+
+# Common four-letter words: one token each after a space in the usual BPE vocabularies, and five
+# bytes each for a byte-level one, so a prompt's token count hardly depends on which were drawn.
+_WORD_LIST = """
+able also area army away baby back ball band bank base bird blue boat body book born both
+call came camp card care case cell city club code cold come cost dark data date days dead deal
+deep door down draw each east edge else even ever face fact fall farm fast feel feet file film
+find fine fire fish five food foot form four free from full game gave girl give goes gold good
+half hall hand hard have head hear help here high hill hold home hope hour huge idea into iron
+join jump just keep kept kind king knew know land last late lead left less life line list live
+long look lord lost love made main make many mark mean meet mind mine miss more most move much
+must name near need news next nine note only open over page park part past path plan play poor
+race rain read real rest rich ride ring rise road rock role room rule safe said salt same save
+seat seem seen sell send ship shop show side sign site size skin slow snow soft soil some song
+soon sort star stay step stop such sure take talk team tell term test text than that them then
+they this thus time told tone took town tree trip true turn type unit upon used user very vote
+wait walk wall want warm wash wave week well went were west what when wide wife wild will wind
+wine wing wish with wood word work yard year your zero
+"""
+WORDS: tuple[str, ...] = tuple(_WORD_LIST.split())
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrompts:
+    """Prompts as token ids in ``[low, vocab)``; raises ConfigError when the range is empty."""
+
+    vocab: int
+    low: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < self.vocab:
+            raise ConfigError(f"token ids need 0 <= low < vocabulary, got {self.low} and {self.vocab}")
+
+    def prompt(self, record: TraceRecord, index: int) -> list[int]:
+        """Return exactly ``record.input_tokens`` ids; ``index`` makes a prompt without prefix unique."""
+        units = _units(record, index, record.input_tokens, record.block_tokens, self.seed)
+        ids: list[int] = (units % np.uint64(self.vocab - self.low) + np.uint64(self.low)).tolist()
+        return ids
+
+
+@dataclass(frozen=True, slots=True)
+class WordPrompts:
+    """Prompts as text for an endpoint that counts ``overhead_tokens + words * tokens_per_word``."""
+
+    tokens_per_word: float = 1.0
+    overhead_tokens: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.tokens_per_word > 0:
+            raise ConfigError(f"tokens per word must be positive, got {self.tokens_per_word}")
+
+    def prompt(self, record: TraceRecord, index: int) -> str:
+        """Return text of about ``record.input_tokens`` tokens, at least one word."""
+        words = max(1, round((record.input_tokens - self.overhead_tokens) / self.tokens_per_word))
+        block_words = max(1, round(record.block_tokens / self.tokens_per_word))
+        units = _units(record, index, words, block_words, self.seed) % np.uint64(len(WORDS))
+        return " ".join([WORDS[i] for i in units.tolist()])
+
+
+def words(count: int) -> str:
+    """Return ``count`` words, the kind of text that ``WordPrompts`` makes, to calibrate with."""
+    return " ".join(WORDS[i % len(WORDS)] for i in range(count))
+
+
+def _units(record: TraceRecord, index: int, count: int, block: int, seed: int) -> npt.NDArray[np.uint64]:
+    """Return ``count`` pseudo-random words of 64 bits, equal wherever two prompts share a prefix."""
+    parts: list[npt.NDArray[np.uint64]] = []
+    left = count
+    for key, size in _segments(record, index, block):
+        size = left if size is None else min(size, left)
+        base = np.uint64(_key(seed, *key))
+        parts.append(_mix(base + np.arange(size, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)))
+        left -= size
+        if left == 0:
+            break
+    return np.concatenate(parts)
+
+
+def _segments(record: TraceRecord, index: int, block: int) -> Iterator[tuple[tuple[str, str], int | None]]:
+    """Yield ``(identity, length)`` of the prompt's parts; the last has no length and fills the rest."""
+    for hash_id in record.hash_ids:
+        yield ("block", str(hash_id)), block
+    if record.session_id and not record.hash_ids:
+        # Later turns of a session extend the earlier prompt: one endless stream per session.
+        yield ("session", record.session_id), None
+    yield ("unique", str(index)), None
+
+
+def _key(seed: int, kind: str, name: str) -> int:
+    return (
+        int.from_bytes(blake2b(f"{seed}\0{kind}\0{name}".encode(), digest_size=8).digest(), "little") & _MASK
+    )
+
+
+def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Apply the finaliser of splitmix64 (Steele et al., OOPSLA 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: npt.NDArray[np.uint64] = x ^ (x >> np.uint64(31))
+    return mixed
