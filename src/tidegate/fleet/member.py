@@ -43,7 +43,10 @@ class FleetListener(Protocol):
 
 
 class Fleet(Protocol):
-    """A source of instances."""
+    """A source of instances. ``ids`` names all of them, up or not, in a fixed order."""
+
+    @property
+    def ids(self) -> tuple[str, ...]: ...
 
     async def start(self, listener: FleetListener) -> None:
         """Begin; returns once every instance that should come up is up or has failed its first start.

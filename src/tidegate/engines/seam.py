@@ -1,0 +1,105 @@
+"""The seam between the gateway and any engine: legs in, tokens out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class KvHandle:
+    """KV pinned on an instance after a leg, as the engine described it.
+
+    ``owner`` is the engine id of the process that holds it; ``tokens`` how many tokens it covers.
+    The handle is dead once that process is gone or the lease ends.
+    """
+
+    owner: str
+    tokens: int
+    params: Json
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """One call to one engine: a part of a request.
+
+    ``prompt`` is what to send: token ids, or the client's own text or messages while no engine has
+    tokenised them. ``generated`` counts the ids at the end of a token-id prompt that are earlier
+    output. ``pin`` asks for a handle at the end (prefill legs); such a leg is answered in one piece.
+    ``sampling`` holds the body fields both legs share (temperature, stop, seed, extensions ...).
+    """
+
+    request_id: str
+    prompt: list[int] | str | None
+    messages: list[Json] | None
+    max_tokens: int | None
+    sampling: Json
+    generated: int = 0
+    pin: bool = False
+    handle: KvHandle | None = None
+    salt: str = ""
+    chat_logprobs: bool = False
+
+
+@dataclass(slots=True)
+class Tokens:
+    """New tokens of a leg. ``finish_reason`` is set on the last piece; ``logprobs`` as the engine sent them."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: Json | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+TokensSink = Callable[[Tokens], None]
+"""Called on the event loop for each piece, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class LegTimes:
+    """Where a leg's time went inside the engine, in seconds; None where the engine does not say."""
+
+    queue_s: float | None = None
+    kv_load_s: float | None = None
+    prefill_s: float | None = None
+    kv_loaded_tokens: int = 0
+    kv_loaded_bytes: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LegEnd:
+    """How a leg ended, after its last Tokens were delivered."""
+
+    prompt_tokens: int
+    handle: KvHandle | None = None
+    times: LegTimes = field(default_factory=LegTimes)
+
+
+class Engine(Protocol):
+    """One engine instance, called over the network."""
+
+    async def run(self, leg: Leg, sink: TokensSink, *, deadline_s: float) -> LegEnd:
+        """Run a leg to its end. Cancelling aborts it on the engine.
+
+        Raises a ClientError when the engine refuses the request itself, EngineUnreachable,
+        EngineTimeout or EngineFault when the leg failed and another instance may try.
+        """
+        ...
+
+    async def release(self, handle: KvHandle) -> None:
+        """Let the engine free a handle's KV now; failure is silent (the lease ends it)."""
+        ...
+
+    async def health(self, *, deadline_s: float) -> bool:
+        """Tell whether the engine answers."""
+        ...
+
+    def close(self, reason: str) -> None:
+        """Fail what is running with EngineUnreachable and close all connections."""
+        ...

@@ -1,0 +1,237 @@
+"""The HTTP/1.1 client of the relay path: pooled connections, bytes handed on as they arrive.
+
+It is our own because it is the relay path: a response's bytes reach their consumer in the callback
+that read them, without a task switch per chunk. Parsing is ``httptools`` (llhttp).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import httptools
+
+from tidegate.core.errors import ConfigError, EngineTimeout, EngineUnreachable
+
+BodySink = Callable[[bytes], None]
+"""Called on the event loop with the body bytes of one socket read (of a 200 answer)."""
+
+WATCH_S = 0.5
+"""How often silent streams are looked for; a stall is noticed at most this much late."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A complete response. ``body`` is empty when a sink took it."""
+
+    status: int
+    body: bytes
+
+
+class _Connection(asyncio.Protocol):
+    """One keep-alive connection, carrying one exchange at a time."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.transport: asyncio.Transport | None = None
+        self.closed = False
+        self.last_data_s = loop.time()
+        self.answered = False
+        self._parser = httptools.HttpResponseParser(self)
+        self._done: asyncio.Future[Answer] | None = None
+        self._sink: BodySink | None = None
+        self._parts: list[bytes] = []
+        self._status = 0
+        self._complete = False
+
+    def begin(self, head_and_body: bytes, sink: BodySink | None) -> asyncio.Future[Answer]:
+        """Send a request; the future ends with the whole answer or an EngineUnreachable."""
+        assert self.transport is not None and self._done is None
+        self._done = self._loop.create_future()
+        self._sink = sink
+        self._parts = []
+        self._status = 0
+        self.answered = self._complete = False
+        self.last_data_s = self._loop.time()
+        self.transport.write(head_and_body)
+        return self._done
+
+    @property
+    def reusable(self) -> bool:
+        """Whether the exchange ended cleanly and the server keeps the connection."""
+        return not self.closed and self._done is None
+
+    def close(self) -> None:
+        """Drop the connection at once; an exchange in progress is abandoned (the engine aborts it)."""
+        self.closed = True
+        self._sink = None
+        if self.transport is not None:
+            self.transport.abort()
+
+    def fail(self, error: Exception) -> None:
+        """End the exchange with ``error`` and drop the connection."""
+        done, self._done = self._done, None
+        if done is not None and not done.done():
+            done.set_exception(error)
+        self.close()
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closed = True
+        self.fail(EngineUnreachable(f"the connection broke: {exc or 'closed by the engine'}"))
+
+    def data_received(self, data: bytes) -> None:
+        self.last_data_s = self._loop.time()
+        self.answered = True
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self.fail(EngineUnreachable(f"the engine's answer is not HTTP: {error}"))
+            return
+        if self._sink is not None and self._parts and self._status == 200:
+            body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+            self._parts = []
+            try:
+                self._sink(body)
+            except Exception as error:
+                self.fail(error)
+                return
+        if self._complete:
+            self._finish()
+
+    # httptools callbacks
+
+    def on_headers_complete(self) -> None:
+        self._status = self._parser.get_status_code()
+
+    def on_body(self, body: bytes) -> None:
+        self._parts.append(body)
+
+    def on_message_complete(self) -> None:
+        self._complete = True
+
+    def _finish(self) -> None:
+        keep = self._parser.should_keep_alive()
+        done, self._done = self._done, None
+        self._sink = None
+        self._parser = httptools.HttpResponseParser(self)
+        if not keep:
+            self.close()
+        if done is not None and not done.done():
+            done.set_result(Answer(self._status, b"".join(self._parts)))
+
+
+class Wire:
+    """The connections to one engine. No ceiling on their number: one per exchange in progress."""
+
+    def __init__(self, url: str, *, connect_s: float, stall_s: float, headers: dict[str, str]) -> None:
+        parts = urlsplit(url)
+        if parts.scheme != "http" or not parts.hostname:
+            raise ConfigError(f"{url!r} is not an http:// URL")
+        self._host, self._port = parts.hostname, parts.port or 80
+        self._prefix = parts.path.rstrip("/")
+        self._connect_s, self._stall_s = connect_s, stall_s
+        extra = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        self._head = f" HTTP/1.1\r\nHost: {parts.netloc}\r\n{extra}".encode("latin-1")
+        self._idle: deque[_Connection] = deque()
+        self._busy: set[_Connection] = set()
+        self._watch: asyncio.TimerHandle | None = None
+
+    async def exchange(
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        *,
+        sink: BodySink | None = None,
+        deadline_s: float,
+    ) -> Answer:
+        """Send one request and wait for the end of its answer.
+
+        With a ``sink``, the body of a 200 answer goes there piece by piece. Cancelling drops the
+        connection, which makes the engine abort the work. Raises EngineUnreachable when the
+        connection fails or breaks, EngineTimeout after ``deadline_s`` or a silence of ``stall_s``.
+        An exception of the sink ends the exchange and is raised here.
+        """
+        request = b"".join(
+            (
+                f"{method} {self._prefix}{path}".encode("latin-1"),
+                self._head,
+                b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body),
+                body,
+            )
+        )
+        try:
+            async with asyncio.timeout(deadline_s):
+                return await self._send(request, sink)
+        except TimeoutError:
+            raise EngineTimeout(f"{method} {path}: no complete answer within {deadline_s:g} s") from None
+
+    def drop(self, error: Exception) -> None:
+        """End every exchange with ``error`` and close all connections: the engine is gone."""
+        for connection in list(self._busy):
+            connection.fail(error)
+        while self._idle:
+            self._idle.pop().close()
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+
+    async def _send(self, request: bytes, sink: BodySink | None) -> Answer:
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.reusable:
+                continue
+            try:
+                return await self._carry(connection, request, sink)
+            except EngineUnreachable:
+                # A server may close an idle connection just as it is reused: nothing was answered,
+                # so the request is sent again on a fresh one.
+                if connection.answered:
+                    raise
+        return await self._carry(await self._connect(), request, sink)
+
+    async def _carry(self, connection: _Connection, request: bytes, sink: BodySink | None) -> Answer:
+        self._busy.add(connection)
+        if self._watch is None:
+            self._watch = asyncio.get_running_loop().call_later(WATCH_S, self._look)
+        try:
+            answer = await connection.begin(request, sink)
+        except BaseException:
+            connection.close()
+            raise
+        finally:
+            self._busy.discard(connection)
+        if connection.reusable:
+            self._idle.append(connection)
+        return answer
+
+    async def _connect(self) -> _Connection:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._connect_s):
+                _, connection = await loop.create_connection(lambda: _Connection(loop), self._host, self._port)
+        except TimeoutError:
+            raise EngineUnreachable(f"no connection to {self._host}:{self._port} in {self._connect_s:g} s") from None
+        except OSError as error:
+            raise EngineUnreachable(f"no connection to {self._host}:{self._port}: {error}") from None
+        return connection
+
+    def _look(self) -> None:
+        """Fail exchanges that have been silent for too long, and look again while any is open."""
+        loop = asyncio.get_running_loop()
+        oldest = loop.time() - self._stall_s
+        for connection in list(self._busy):
+            if connection.last_data_s < oldest:
+                with contextlib.suppress(asyncio.InvalidStateError):
+                    connection.fail(EngineTimeout(f"the engine was silent for {self._stall_s:g} s"))
+        self._watch = loop.call_later(WATCH_S, self._look) if self._busy else None
