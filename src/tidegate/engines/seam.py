@@ -46,7 +46,7 @@ class Leg:
 
 @dataclass(slots=True)
 class Tokens:
-    """New tokens of a leg. ``finish_reason`` is set on the last piece; ``logprobs`` as the engine sent them."""
+    """New tokens of a leg. The last piece has ``finish_reason``; ``logprobs`` is as the engine sent it."""
 
     text: str
     token_ids: list[int]

@@ -219,9 +219,13 @@ class Wire:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_s):
-                _, connection = await loop.create_connection(lambda: _Connection(loop), self._host, self._port)
+                _, connection = await loop.create_connection(
+                    lambda: _Connection(loop), self._host, self._port
+                )
         except TimeoutError:
-            raise EngineUnreachable(f"no connection to {self._host}:{self._port} in {self._connect_s:g} s") from None
+            raise EngineUnreachable(
+                f"no connection to {self._host}:{self._port} in {self._connect_s:g} s"
+            ) from None
         except OSError as error:
             raise EngineUnreachable(f"no connection to {self._host}:{self._port}: {error}") from None
         return connection

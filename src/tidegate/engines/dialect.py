@@ -1,0 +1,236 @@
+"""The adapter for engines that speak vLLM's HTTP dialect: the embedded engine, and vLLM itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from tidegate.core.errors import (
+    BadRequest,
+    ClientError,
+    EngineError,
+    EngineFault,
+    EngineUnreachable,
+    PromptTooLong,
+    UnknownModel,
+)
+from tidegate.engines.seam import Json, KvHandle, Leg, LegEnd, LegTimes, Tokens, TokensSink
+from tidegate.engines.wire import Answer, Wire
+from tidegate.protocol.sse import SseParser
+
+WANT_HANDLE: Json = {"do_remote_decode": True, "do_remote_prefill": False}
+HEALTH = "/health"
+
+
+class DialectEngine:
+    """Calls one engine over HTTP. ``instance`` and ``model`` name it in errors and bodies."""
+
+    def __init__(
+        self,
+        instance: str,
+        url: str,
+        model: str,
+        *,
+        connect_s: float,
+        stall_s: float,
+        secret: str = "",
+        api_key: str = "",
+    ) -> None:
+        headers = {}
+        if secret:
+            headers["x-tidegate-secret"] = secret
+        if api_key:
+            headers["Authorization"] = f"Bearer {api_key}"
+        self.instance = instance
+        self.model = model
+        self._internal = bool(secret)
+        self._wire = Wire(url, connect_s=connect_s, stall_s=stall_s, headers=headers)
+
+    async def run(self, leg: Leg, sink: TokensSink, *, deadline_s: float) -> LegEnd:
+        """See ``Engine.run``. A leg that pins is answered in one piece, any other is streamed."""
+        path = "/v1/completions" if leg.messages is None else "/v1/chat/completions"
+        body = orjson.dumps(self._body(leg))
+        stage = "prefill" if leg.pin else "decode"
+        try:
+            if leg.pin:
+                answer = await self._wire.exchange("POST", path, body, deadline_s=deadline_s)
+                self._check(answer, stage)
+                return _whole_answer(answer.body, leg, sink)
+            stream = _Stream(leg, sink, self.instance)
+            answer = await self._wire.exchange("POST", path, body, sink=stream.feed, deadline_s=deadline_s)
+            self._check(answer, stage)
+            return stream.end()
+        except EngineError as error:
+            error.instance = error.instance or self.instance
+            error.stage = error.stage or stage
+            raise
+
+    async def release(self, handle: KvHandle) -> None:
+        """See ``Engine.release``."""
+        if not self._internal:
+            return
+        body = orjson.dumps({"request_id": handle.params.get("remote_request_id")})
+        try:
+            await self._wire.exchange("POST", "/tidegate/release", body, deadline_s=2.0)
+        except EngineError:
+            return
+
+    async def health(self, *, deadline_s: float) -> bool:
+        """See ``Engine.health``."""
+        try:
+            return (await self._wire.exchange("GET", HEALTH, deadline_s=deadline_s)).status == 200
+        except EngineError:
+            return False
+
+    def close(self, reason: str) -> None:
+        """See ``Engine.close``."""
+        self._wire.drop(EngineUnreachable(reason, instance=self.instance))
+
+    def _body(self, leg: Leg) -> Json:
+        body: Json = {**leg.sampling, "model": self.model, "return_token_ids": True}
+        if leg.max_tokens is not None:
+            body["max_tokens"] = leg.max_tokens
+        if leg.messages is None:
+            body["prompt"] = leg.prompt
+        else:
+            body["messages"] = leg.messages
+        if leg.salt:
+            body["cache_salt"] = leg.salt
+        kv: Json = {}
+        if leg.handle is not None:
+            kv.update(leg.handle.params)
+            kv.update(do_remote_prefill=not leg.pin, do_remote_decode=leg.pin)
+        elif leg.pin:
+            kv.update(WANT_HANDLE)
+        if leg.generated:
+            kv["tidegate_generated"] = leg.generated
+        if kv:
+            body["kv_transfer_params"] = kv
+        if not leg.pin:
+            body["stream"] = True
+            body["stream_options"] = {"include_usage": True}
+        return body
+
+    def _check(self, answer: Answer, stage: str) -> None:
+        if answer.status == 200:
+            return
+        raise _refusal(answer, self.instance, stage)
+
+
+class _Stream:
+    """Reads a streamed answer."""
+
+    __slots__ = ("_chat", "_finished", "_instance", "_parser", "_prompt_tokens", "_sink", "_times")
+
+    def __init__(self, leg: Leg, sink: TokensSink, instance: str) -> None:
+        self._parser = SseParser()
+        self._sink = sink
+        self._chat = leg.messages is not None
+        self._instance = instance
+        self._finished = False
+        self._prompt_tokens = 0
+        self._times = LegTimes()
+
+    def feed(self, data: bytes) -> None:
+        """Deliver the tokens in ``data``. Raises EngineFault for an error event."""
+        for payload in self._parser.feed(data):
+            if payload == b"[DONE]":
+                continue
+            try:
+                event = orjson.loads(payload)
+            except orjson.JSONDecodeError:
+                raise EngineFault(f"the engine sent a malformed event: {payload[:80]!r}") from None
+            choices = event.get("choices")
+            if choices:
+                tokens = _tokens(choices[0], self._chat)
+                if event.get("prompt_token_ids"):
+                    tokens.prompt_token_ids = event["prompt_token_ids"]
+                if tokens.finish_reason in ("abort", "error"):
+                    raise EngineUnreachable("the engine aborted the leg", instance=self._instance)
+                if tokens.finish_reason is not None:
+                    self._finished = True
+                if tokens.token_ids or tokens.text or tokens.prompt_token_ids or self._finished:
+                    self._sink(tokens)
+            elif "error" in event:
+                raise EngineFault(str(event["error"].get("message", "error event")), instance=self._instance)
+            if event.get("metrics"):
+                self._times = _times(event["metrics"])
+            if event.get("usage"):
+                self._prompt_tokens = int(event["usage"].get("prompt_tokens", 0))
+
+    def end(self) -> LegEnd:
+        """Return the leg's end. Raises EngineUnreachable when the stream stopped without a finish reason."""
+        if not self._finished:
+            raise EngineUnreachable("the stream ended without a finish reason", instance=self._instance)
+        return LegEnd(self._prompt_tokens, times=self._times)
+
+
+def _whole_answer(raw: bytes, leg: Leg, sink: TokensSink) -> LegEnd:
+    try:
+        body = orjson.loads(raw)
+        choice = body["choices"][0]
+        tokens = _tokens(choice, leg.messages is not None)
+        tokens.prompt_token_ids = body.get("prompt_token_ids") or choice.get("prompt_token_ids")
+        prompt_tokens = int(body["usage"]["prompt_tokens"])
+    except (orjson.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+        raise EngineFault(f"the engine's answer is malformed: {error!r}") from None
+    if tokens.finish_reason in ("abort", "error"):
+        raise EngineUnreachable("the engine aborted the leg")
+    handle = None
+    params = body.get("kv_transfer_params")
+    if params:
+        handle = KvHandle(
+            str(params.get("remote_engine_id")), int(params.get("remote_num_tokens", 0)), params
+        )
+    sink(tokens)
+    return LegEnd(prompt_tokens, handle, _times(body.get("metrics") or {}))
+
+
+def _tokens(choice: Json, chat: bool) -> Tokens:
+    if chat:
+        part = choice.get("delta") or choice.get("message") or {}
+        text = part.get("content") or ""
+    else:
+        text = choice.get("text") or ""
+    return Tokens(
+        text,
+        choice.get("token_ids") or [],
+        choice.get("logprobs"),
+        choice.get("finish_reason"),
+        choice.get("stop_reason"),
+        choice.get("prompt_token_ids"),
+    )
+
+
+def _times(metrics: Json) -> LegTimes:
+    def seconds(name: str) -> float | None:
+        value = metrics.get(name)
+        return None if value is None else float(value) / 1000.0
+
+    return LegTimes(
+        queue_s=seconds("queue_time_ms"),
+        kv_load_s=seconds("kv_load_time_ms"),
+        prefill_s=seconds("prefill_time_ms"),
+        kv_loaded_tokens=int(metrics.get("kv_loaded_tokens") or 0),
+        kv_loaded_bytes=int(metrics.get("kv_loaded_bytes") or 0),
+        cached_tokens=int(metrics.get("cached_tokens") or 0),
+    )
+
+
+def _refusal(answer: Answer, instance: str, stage: str) -> ClientError | EngineFault:
+    """Turn an error answer into the client's error (the engine names a field) or the engine's own."""
+    error: Any = {}
+    try:
+        error = orjson.loads(answer.body).get("error") or {}
+    except (orjson.JSONDecodeError, AttributeError):
+        pass
+    message = str(error.get("message") or f"HTTP {answer.status}") if isinstance(error, dict) else str(error)
+    param = error.get("param") if isinstance(error, dict) else None
+    if answer.status == 404:
+        return UnknownModel(message, param=param)
+    if answer.status in (400, 413, 422):
+        if isinstance(error, dict) and error.get("code") == "context_length_exceeded":
+            return PromptTooLong(message, param=param)
+        return BadRequest(message, param=param)
+    return EngineFault(f"HTTP {answer.status}: {message}", instance=instance, stage=stage)

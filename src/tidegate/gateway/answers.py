@@ -1,0 +1,174 @@
+"""What the client reads: OpenAI bodies and chunks, built from the legs' tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from tidegate.engines.seam import Tokens
+from tidegate.gateway.call import Call
+from tidegate.protocol.sse import DONE
+
+Json = dict[str, Any]
+
+
+def usage_object(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Json:
+    """Return OpenAI ``usage``."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
+
+
+def chat_logprobs(logprobs: Json | None) -> Json | None:
+    """Convert completion-style logprobs (a decode leg's) to chat style; chat style passes unchanged."""
+    if not logprobs or "content" in logprobs:
+        return logprobs
+    rows = zip(
+        logprobs.get("tokens") or [],
+        logprobs.get("token_logprobs") or [],
+        logprobs.get("top_logprobs") or [None] * len(logprobs.get("tokens") or []),
+        strict=False,
+    )
+    return {
+        "content": [
+            {
+                **_chat_logprob(token, logprob),
+                "top_logprobs": [_chat_logprob(t, v) for t, v in (top or {}).items()],
+            }
+            for token, logprob, top in rows
+        ]
+    }
+
+
+def _chat_logprob(token: str, logprob: float) -> Json:
+    return {"token": token, "logprob": logprob, "bytes": list(token.encode("utf-8", "replace"))}
+
+
+class ChunkWriter:
+    """Turns tokens into the SSE events of one streamed answer.
+
+    The parts of an event that do not change are encoded once; a piece costs one string encoding.
+    """
+
+    __slots__ = ("_after", "_before", "_call", "_head", "_opened", "_usage_null")
+
+    def __init__(self, call: Call, model: str) -> None:
+        self._call = call
+        kind = "chat.completion.chunk" if call.chat else "text_completion"
+        head = orjson.dumps({"id": call.id, "object": kind, "created": call.created, "model": model})[:-1]
+        self._head = b"data: " + head + b',"choices":['
+        self._usage_null = b',"usage":null' if call.include_usage else b""
+        open_choice = b'{"index":0,"delta":{"content":' if call.chat else b'{"index":0,"text":'
+        close_choice = b'},"logprobs":null,"finish_reason":null}]' if call.chat else (
+            b',"logprobs":null,"finish_reason":null}]'
+        )
+        self._before = self._head + open_choice
+        self._after = close_choice + self._usage_null + b"}\n\n"
+        self._opened = not call.chat
+
+    def piece(self, tokens: Tokens, finish_reason: str | None, prompt_ids: list[int] | None) -> bytes:
+        """Return the event(s) for ``tokens``; ``prompt_ids`` goes into the first one when asked for."""
+        opening = b""
+        if not self._opened:
+            self._opened = True
+            opening = self._choice({"index": 0, "delta": {"role": "assistant", "content": ""}})
+        call = self._call
+        if finish_reason is None and tokens.logprobs is None and not call.return_token_ids:
+            return opening + self._before + orjson.dumps(tokens.text) + self._after
+        choice: Json = {"index": 0}
+        if call.chat:
+            choice["delta"] = {"content": tokens.text} if tokens.text or finish_reason is None else {}
+            choice["logprobs"] = chat_logprobs(tokens.logprobs)
+        else:
+            choice["text"] = tokens.text
+            choice["logprobs"] = tokens.logprobs
+        choice["finish_reason"] = finish_reason
+        if finish_reason is not None:
+            choice["stop_reason"] = tokens.stop_reason
+        if call.return_token_ids:
+            choice["token_ids"] = tokens.token_ids
+            if prompt_ids is not None:
+                choice["prompt_token_ids"] = prompt_ids
+        return opening + self._choice(choice)
+
+    def end(self, usage: Json) -> bytes:
+        """Return the closing events."""
+        if not self._call.include_usage:
+            return DONE
+        return self._head + b'],"usage":' + orjson.dumps(usage) + b"}\n\n" + DONE
+
+    def _choice(self, choice: Json) -> bytes:
+        return self._head + orjson.dumps(choice) + b"]" + self._usage_null + b"}\n\n"
+
+
+class Collected:
+    """Gathers the tokens of an answer that is sent in one piece."""
+
+    __slots__ = ("_logprobs", "_texts")
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+        self._logprobs: list[Json] = []
+
+    def add(self, tokens: Tokens) -> None:
+        """Append a piece."""
+        self._texts.append(tokens.text)
+        if tokens.logprobs:
+            self._logprobs.append(tokens.logprobs)
+
+    def body(
+        self,
+        call: Call,
+        model: str,
+        *,
+        finish_reason: str | None,
+        stop_reason: int | str | None,
+        usage: Json,
+        token_ids: list[int],
+        prompt_ids: list[int] | None,
+    ) -> bytes:
+        """Encode the whole answer."""
+        text = "".join(self._texts)
+        choice: Json = {"index": 0}
+        if call.chat:
+            choice["message"] = {"role": "assistant", "content": text}
+            choice["logprobs"] = self._chat_logprobs()
+        else:
+            choice["text"] = text
+            choice["logprobs"] = self._completion_logprobs()
+        choice |= {"finish_reason": finish_reason, "stop_reason": stop_reason}
+        if call.return_token_ids:
+            choice |= {"token_ids": token_ids, "prompt_token_ids": prompt_ids}
+        return orjson.dumps(
+            {
+                "id": call.id,
+                "object": "chat.completion" if call.chat else "text_completion",
+                "created": call.created,
+                "model": model,
+                "choices": [choice],
+                "usage": usage,
+            }
+        )
+
+    def _chat_logprobs(self) -> Json | None:
+        if not self._logprobs:
+            return None
+        parts = [chat_logprobs(p) or {} for p in self._logprobs]
+        return {"content": [row for p in parts for row in p.get("content", [])]}
+
+    def _completion_logprobs(self) -> Json | None:
+        if not self._logprobs:
+            return None
+        merged: Json = {
+            key: [row for p in self._logprobs for row in p.get(key) or []]
+            for key in ("tokens", "token_logprobs", "top_logprobs")
+        }
+        offsets, position = [], 0
+        for token in merged["tokens"]:
+            offsets.append(position)
+            position += len(token)
+        return merged | {"text_offset": offsets}

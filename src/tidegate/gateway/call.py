@@ -1,0 +1,113 @@
+"""A client's request, understood once: what it asks for, and what both legs must be told."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tidegate.core.errors import BadRequest, ConfigError
+from tidegate.core.slo import Slo
+from tidegate.protocol.bodies import ChatBody, CompletionBody, parse_body
+
+Json = dict[str, Any]
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""``max_tokens`` of ``/v1/completions`` when absent (OpenAI)."""
+
+OWN_FIELDS = frozenset(
+    "model prompt messages max_tokens max_completion_tokens stream stream_options n best_of echo user "
+    "return_token_ids kv_transfer_params cache_salt priority request_id session_id top_logprobs".split()
+)
+"""Body fields the gateway answers for itself. KV handles, salts, priorities and request ids from a client
+would let it read another's KV or name another's request, so they go no further."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One completion call. ``sampling`` holds the body fields that every leg carries unchanged.
+
+    Exactly one of ``prompt`` (text or token ids) and ``messages`` is set. ``max_tokens`` None means
+    the rest of the model's context. A request that samples without a seed is given one here, so
+    that whatever leg continues it continues the same random sequence.
+    """
+
+    id: str
+    created: int
+    chat: bool
+    model: str | None
+    prompt: list[int] | str | None
+    messages: list[Json] | None
+    max_tokens: int | None
+    sampling: Json
+    stream: bool
+    include_usage: bool
+    return_token_ids: bool
+    slo: Slo
+    tenant: str
+    session: str
+    salt: str
+
+    @property
+    def prompt_bytes(self) -> int:
+        """Length of a text prompt in characters; an estimate's input only."""
+        if self.messages is not None:
+            return sum(len(str(m.get("content") or "")) + 16 for m in self.messages)
+        return len(self.prompt) if isinstance(self.prompt, str) else 0
+
+
+def read_call(value: Json, headers: Mapping[str, str], *, chat: bool, slo: Slo) -> Call:
+    """Check a decoded body and its headers. Raises BadRequest naming the field at fault."""
+    body = parse_body(value, ChatBody) if chat else parse_body(value, CompletionBody)
+    sampling = {k: v for k, v in value.items() if k not in OWN_FIELDS and v is not None}
+    if isinstance(body, ChatBody):
+        max_tokens = body.token_limit
+        if body.top_logprobs is not None and not body.logprobs:
+            raise BadRequest("top_logprobs: needs logprobs to be true", param="top_logprobs")
+        if body.logprobs:
+            sampling["top_logprobs"] = body.top_logprobs or 0
+        else:
+            sampling.pop("logprobs", None)
+    else:
+        max_tokens = body.max_tokens or DEFAULT_COMPLETION_TOKENS
+    if body.seed is None and body.temperature != 0.0:
+        sampling["seed"] = secrets.randbits(62)
+    if body.stream_options is not None and not body.stream:
+        raise BadRequest("stream_options: only allowed with stream true", param="stream_options")
+    tenant = headers.get("x-tenant-id", "")
+    salt = "\x1f".join((tenant, body.cache_salt or "")) if tenant or body.cache_salt else ""
+    return Call(
+        id=("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12),
+        created=int(time.time()),
+        chat=chat,
+        model=body.model,
+        prompt=None if isinstance(body, ChatBody) else body.prompt,
+        messages=value["messages"] if chat else None,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        stream=body.stream,
+        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        return_token_ids=body.return_token_ids,
+        slo=_slo(headers, slo),
+        tenant=tenant,
+        session=headers.get("x-session-id", ""),
+        salt=salt,
+    )
+
+
+def _slo(headers: Mapping[str, str], default: Slo) -> Slo:
+    targets = []
+    for header, fallback in (("x-slo-ttft-ms", default.ttft_s), ("x-slo-tpot-ms", default.tpot_s)):
+        text = headers.get(header)
+        try:
+            targets.append(fallback if text is None else float(text) / 1000.0)
+        except ValueError:
+            raise BadRequest(f"header {header}: {text!r} is not a number", param=header) from None
+    if targets == [default.ttft_s, default.tpot_s]:
+        return default
+    try:
+        return Slo(*targets)
+    except ConfigError as error:
+        raise BadRequest(error.message, param="x-slo-ttft-ms") from None

@@ -1,0 +1,278 @@
+"""The scheduling loop in wall time: observe, decide, act, journal."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass
+
+from tidegate.core.clock import Clock
+from tidegate.core.decision import Flip, Hold, Place, Reject, Verdict
+from tidegate.core.errors import NoInstance, Overloaded
+from tidegate.core.instance import Role
+from tidegate.core.request import Request
+from tidegate.costs.forms import MixedCost, PrefillCost, StepCost, TransferCost
+from tidegate.costs.profile import Profile
+from tidegate.engines.dialect import DialectEngine
+from tidegate.engines.seam import Engine
+from tidegate.fleet.member import Member
+from tidegate.gateway.journal import ALTERNATIVES, Journal
+from tidegate.gateway.metrics import Metrics
+from tidegate.gateway.settings import GatewaySettings
+from tidegate.ledger.ledger import Ledger
+from tidegate.ledger.snapshot import Snapshot
+from tidegate.systems.system import System
+
+RETRY_AFTER_S = 2.0
+"""What a client is told to wait when nothing is up: about the time a local engine needs to return (ours)."""
+WINDOW_S = 1.0
+"""Length of the inter-token-gap window where no pool control sets one (Narwhal's interval)."""
+
+UNMEASURED = Profile(
+    "unmeasured",
+    PrefillCost(0.01, 1e-4, 1e-9),
+    StepCost(0.01, 1e-5, 1e-8),
+    MixedCost(0.01, 1e-4, 1e-9, 2e-8),
+    TransferCost(0.001, 1e9),
+    source="placeholder for an instance nobody measured; systems that need profiles refuse it",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """An instance that is up, and how to call it."""
+
+    member: Member
+    engine: Engine
+
+
+class Scheduler:
+    """Owns the ledger and applies a system's decisions. A ``FleetListener``."""
+
+    def __init__(
+        self, system: System, settings: GatewaySettings, ids: tuple[str, ...], clock: Clock, journal: Journal
+    ) -> None:
+        self.system = system
+        self.settings = settings
+        self.clock = clock
+        self.journal = journal
+        self.ledger = Ledger()
+        self.in_flight = 0
+        self.flips = 0
+        self.metrics = Metrics(lambda: self.ledger.snapshot(clock.now()), lambda: self.in_flight)
+        self.labels: dict[str, Role] = dict(zip(ids, system.roles(len(ids)), strict=True))
+        self.upstreams: dict[str, Upstream] = {}
+        self._changed: set[asyncio.Future[None]] = set()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._pool_state: object = None
+        self._rng = random.Random(settings.seed)
+
+    # membership
+
+    def member_up(self, member: Member) -> None:
+        """Add an instance under its last label (its first one, at start)."""
+        instance = member.instance
+        now = self.clock.now()
+        engine = DialectEngine(
+            instance.id,
+            member.url,
+            member.model,
+            connect_s=self.settings.connect_s,
+            stall_s=self.settings.stall_s,
+            secret=member.secret,
+            api_key=member.api_key,
+        )
+        self.upstreams[instance.id] = Upstream(member, engine)
+        role = self.labels.setdefault(instance.id, Role.MIXED)
+        self.ledger.instance_up(instance, member.profile or UNMEASURED, role, now)
+        self.journal.write("instance", now, instance=instance.id, event="up", role=role.label)
+        self._wake()
+
+    def member_down(self, instance_id: str, reason: str) -> None:
+        """Drop an instance; what runs there fails at once and its requests are replayed elsewhere."""
+        upstream = self.upstreams.pop(instance_id, None)
+        if upstream is None:
+            return
+        now = self.clock.now()
+        self.ledger.instance_down(instance_id, now)
+        self.journal.write("instance", now, instance=instance_id, event="down", reason=reason)
+        upstream.engine.close(f"instance {instance_id} is down: {reason}")
+        self._wake()
+
+    # decisions
+
+    def snapshot(self) -> Snapshot:
+        """Return the cluster as it is now."""
+        return self.ledger.snapshot(self.clock.now())
+
+    async def place_prefill(self, request: Request, *, kind: str, wait_s: float) -> Place:
+        """Place a request's prefill and enter it in the ledger.
+
+        While the policy holds, waits for the next change of the cluster. With no instance up it
+        waits at most ``wait_s`` for one. Raises NoInstance or Overloaded.
+        """
+        give_up_s = self.clock.now() + wait_s
+        while True:
+            snapshot = self.snapshot()
+            try:
+                if not len(snapshot):
+                    raise NoInstance("no instance is up", retry_after_s=RETRY_AFTER_S)
+                verdict = self.system.prefill.place_prefill(request, snapshot)
+            except NoInstance:
+                if self.clock.now() >= give_up_s:
+                    raise
+                await self._next_change(give_up_s - self.clock.now())
+                continue
+            self._apply(verdict.flips)
+            match verdict.decision:
+                case Place() as place:
+                    self._note(kind, request, verdict, snapshot, place.prefill_on)
+                    self.ledger.prefill_dispatched(request, place.prefill_on, snapshot.at_s)
+                    return place
+                case Reject(reason, retry_after_s):
+                    self._note(kind, request, verdict, snapshot, None)
+                    raise Overloaded(reason, retry_after_s=retry_after_s)
+                case Hold():
+                    self._note(kind, request, verdict, snapshot, None)
+                    await self._next_change(WINDOW_S)
+
+    def place_decode(self, request: Request, prefill_on: str) -> str:
+        """Place a request's decode and enter it in the ledger. Raises NoInstance or Overloaded.
+
+        ``request.prompt_tokens`` is the resident length.
+        """
+        snapshot = self.snapshot()
+        if not len(snapshot):
+            raise NoInstance("no instance is up", retry_after_s=RETRY_AFTER_S)
+        verdict = self.system.decode.place_decode(request, snapshot, prefill_on)
+        self._apply(verdict.flips)
+        if not isinstance(verdict.decision, Place) or verdict.decision.decode_on is None:
+            self._note("place_decode", request, verdict, snapshot, None)
+            raise Overloaded("no instance takes the decode", retry_after_s=RETRY_AFTER_S)
+        decode_on = verdict.decision.decode_on
+        self._note("place_decode", request, verdict, snapshot, None)
+        self.ledger.decode_dispatched(request.id, decode_on, request.prompt_tokens, snapshot.at_s)
+        return decode_on
+
+    def _apply(self, flips: tuple[Flip, ...]) -> None:
+        for flip in flips:
+            before = self.labels.get(flip.instance)
+            if before is None or before == flip.to or flip.instance not in self.upstreams:
+                continue
+            now = self.clock.now()
+            self.ledger.flip(flip.instance, flip.to, now)
+            self.labels[flip.instance] = flip.to
+            self.flips += 1
+            self.metrics.flips.labels(flip.to.label, flip.reason).inc()
+            self.journal.write(
+                "flip",
+                now,
+                instance=flip.instance,
+                **{"from": before.label},
+                to=flip.to.label,
+                reason=flip.reason,
+            )
+
+    def _note(
+        self, kind: str, request: Request, verdict: Verdict, snapshot: Snapshot, prefill_on: str | None
+    ) -> None:
+        """Journal a verdict with its alternatives and what is predicted for the chosen instance."""
+        if not self.journal.enabled:
+            return
+        match verdict.decision:
+            case Place(on, decode_on, path):
+                chosen: dict[str, object] = {"prefill_on": on, "decode_on": decode_on, "path": path.value}
+            case Hold(reason):
+                chosen = {"hold": reason}
+            case Reject(reason):
+                chosen = {"reject": reason}
+        predicted = None
+        if prefill_on is not None and prefill_on in snapshot.index:
+            member = self.upstreams[prefill_on].member
+            if member.profile is not None:
+                predicted = {
+                    "wait_s": round(float(snapshot.prefill_wait_s[snapshot.index[prefill_on]]), 6),
+                    "prefill_s": round(
+                        member.profile.prefill_s(
+                            request.prompt_tokens - request.cached_tokens, request.cached_tokens
+                        ),
+                        6,
+                    ),
+                }
+        self.journal.write(
+            "decision",
+            snapshot.at_s,
+            request=request.id,
+            kind=kind,
+            chosen=chosen,
+            alternatives=verdict.alternatives.top(ALTERNATIVES) if verdict.alternatives else [],
+            predicted=predicted,
+            reason=verdict.reason,
+        )
+
+    # clocks
+
+    def start(self) -> None:
+        """Start the periodic decisions."""
+        self._tasks.append(asyncio.create_task(self._tick_forever()))
+        if self.settings.flip_every_s > 0:
+            self._tasks.append(asyncio.create_task(self._flip_forever()))
+
+    async def stop(self) -> None:
+        """Stop the periodic decisions and close every connection to the engines."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for upstream in self.upstreams.values():
+            upstream.engine.close("the gateway stops")
+
+    async def _tick_forever(self) -> None:
+        pool = self.system.pool
+        while True:
+            await asyncio.sleep(pool.tick_s if pool else WINDOW_S)
+            self.ledger.window_closed(self.clock.now())
+            if self.in_flight == 0:
+                self.ledger.check_integrity()
+            if pool is not None and self.upstreams:
+                control = pool.step(self.snapshot(), self._pool_state)
+                self._pool_state = control.state
+                self._apply(control.flips)
+                if control.flips:
+                    self._wake()
+
+    async def _flip_forever(self) -> None:
+        """Flip a random instance again and again, never emptying a pool: a test of statelessness."""
+        while True:
+            await asyncio.sleep(self.settings.flip_every_s)
+            snapshot = self.snapshot()
+            for name in self._rng.sample(snapshot.ids, len(snapshot.ids)):
+                role = self.labels[name]
+                if role is not Role.MIXED and int(snapshot.labelled(role).sum()) > 1:
+                    to = Role.DECODE if role is Role.PREFILL else Role.PREFILL
+                    self._apply((Flip(name, to, "forced"),))
+                    break
+
+    # waiting
+
+    def _wake(self) -> None:
+        for future in self._changed:
+            if not future.done():
+                future.set_result(None)
+        self._changed.clear()
+
+    async def _next_change(self, timeout_s: float) -> None:
+        """Wait for a membership or label change or the end of a request, at most ``timeout_s``."""
+        future = asyncio.get_running_loop().create_future()
+        self._changed.add(future)
+        try:
+            async with asyncio.timeout(max(0.0, timeout_s)):
+                await future
+        except TimeoutError:
+            pass
+        finally:
+            self._changed.discard(future)
+
+    def released(self) -> None:
+        """Say that a request ended, so that held ones are asked about again."""
+        if self._changed:
+            self._wake()
