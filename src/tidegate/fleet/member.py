@@ -62,5 +62,3 @@ class Fleet(Protocol):
     async def stop(self) -> None:
         """Stop everything this fleet started; idempotent."""
         ...
-
-

@@ -1,0 +1,162 @@
+"""One engine process: started, listened to, stopped and always reaped."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from asyncio.subprocess import PIPE, Process
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tidegate.core.errors import ConfigError, SetupError
+from tidegate.fleet.ready import Ready
+
+log = logging.getLogger(__name__)
+
+TAIL_LINES = 20
+READ_BYTES = 8192
+LINE_BYTES = 512 * 1024
+"""A longer line of output is logged in pieces, so that a child cannot grow the parent's memory."""
+DRAIN_S = 1.0
+"""How long output is still read after the exit; a grandchild may hold the pipe open for ever."""
+
+
+class EngineStartFailed(SetupError):
+    """An engine process did not become ready; the message ends with its last lines of stderr."""
+
+
+class Child:
+    """An engine process whose output goes to the log under ``name``.
+
+    The child's stdin is a pipe that only this object holds: an engine started with
+    ``--exit-with-parent`` ends when the pipe closes, however the parent dies.
+    """
+
+    def __init__(self, name: str, process: Process) -> None:
+        self.name = name
+        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self._process = process
+        self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self.exited = asyncio.create_task(process.wait(), name=f"{name}: exit")
+        assert process.stdout is not None and process.stderr is not None
+        self._pumps = [
+            asyncio.create_task(_pump(process.stdout, self._on_stdout), name=f"{name}: stdout"),
+            asyncio.create_task(_pump(process.stderr, self._on_stderr), name=f"{name}: stderr"),
+        ]
+
+    @classmethod
+    async def spawn(cls, name: str, argv: Sequence[str], env: Mapping[str, str]) -> Child:
+        """Start ``argv`` in a session of its own, so that the terminal's Ctrl-C reaches only the parent.
+
+        Raises EngineStartFailed when the program cannot be executed.
+        """
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *argv, env=dict(env), stdin=PIPE, stdout=PIPE, stderr=PIPE, start_new_session=True
+            )
+        except OSError as error:
+            raise EngineStartFailed(f"cannot execute {argv[0]}: {error.strerror}") from None
+        return cls(name, process)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def ready(self, deadline_s: float) -> Ready:
+        """Wait for the announcement. Raises EngineStartFailed on exit, nonsense or a passed deadline."""
+        either: set[asyncio.Future[Any]] = {self._ready, self.exited}
+        await asyncio.wait(either, timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED)
+        if self._ready.done():
+            try:
+                return self._ready.result()
+            except ConfigError as error:
+                raise EngineStartFailed(self._with_tail(error.message)) from None
+        if self.exited.done():
+            await self._drain()
+            raise EngineStartFailed(self._with_tail(self.exit_reason()))
+        raise EngineStartFailed(self._with_tail(f"was not ready within {deadline_s:g} s"))
+
+    def exit_reason(self) -> str:
+        """Say how the process ended. Only after ``exited``."""
+        status = self.exited.result()
+        if status >= 0:
+            return f"exited with status {status}"
+        try:
+            return f"was killed by {signal.Signals(-status).name}"
+        except ValueError:
+            return f"was killed by signal {-status}"
+
+    def kill(self) -> None:
+        """Send SIGKILL if the process still runs."""
+        if not self.exited.done():
+            self._send(signal.SIGKILL)
+
+    async def stop(self, grace_s: float) -> None:
+        """SIGTERM, after ``grace_s`` SIGKILL; returns when the process is reaped. Idempotent."""
+        try:
+            if not self.exited.done():
+                self._send(signal.SIGTERM)
+                await asyncio.wait({self.exited}, timeout=grace_s)
+        finally:
+            self.kill()
+        await asyncio.wait({self.exited})
+        await self._drain()
+        self._close()
+
+    async def _drain(self) -> None:
+        await asyncio.wait(self._pumps, timeout=DRAIN_S)
+
+    def _close(self) -> None:
+        for pump in self._pumps:
+            pump.cancel()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        if not self._ready.done():
+            self._ready.cancel()
+        elif not self._ready.cancelled():
+            self._ready.exception()  # mark it as seen: nobody may have waited for it
+
+    def _send(self, number: signal.Signals) -> None:
+        try:
+            self._process.send_signal(number)
+        except ProcessLookupError:
+            pass  # it ended between the check and the signal
+
+    def _on_stdout(self, line: str) -> None:
+        if not self._ready.done():
+            try:
+                ready = Ready.parse(line)
+            except ConfigError as error:
+                self._ready.set_exception(error)
+                return
+            if ready is not None:
+                self._ready.set_result(ready)
+                return
+        log.info("%s | %s", self.name, line)
+
+    def _on_stderr(self, line: str) -> None:
+        self.tail.append(line)
+        log.info("%s | %s", self.name, line)
+
+    def _with_tail(self, reason: str) -> str:
+        return "\n".join([reason, *(f"    {line}" for line in self.tail)])
+
+
+async def _pump(stream: asyncio.StreamReader, on_line: Callable[[str], None]) -> None:
+    """Hand every non-empty line of ``stream`` to ``on_line`` until it ends."""
+    rest = b""
+    while chunk := await stream.read(READ_BYTES):
+        *lines, rest = (rest + chunk).split(b"\n")
+        if len(rest) >= LINE_BYTES:
+            lines, rest = [*lines, rest], b""
+        for line in lines:
+            _hand_on(line, on_line)
+    _hand_on(rest, on_line)
+
+
+def _hand_on(line: bytes, on_line: Callable[[str], None]) -> None:
+    text = line.decode("utf-8", "replace").rstrip()
+    if text:
+        on_line(text)

@@ -1,0 +1,79 @@
+"""Health checks: one question over HTTP, and the wait until the answers say an instance is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from dataclasses import dataclass
+
+import aiohttp
+
+SUSPECT_PAUSE_S = 0.1
+"""Pause between checks while an instance is under suspicion; a check that times out is longer anyway."""
+
+
+class Answer(enum.StrEnum):
+    """What one check found."""
+
+    HEALTHY = "healthy"
+    REFUSED = "refuses connections"
+    MISSED = "does not answer health checks"
+
+
+@dataclass(frozen=True, slots=True)
+class HealthPace:
+    """A check every ``every_s``, each bounded by ``deadline_s``; ``misses`` in a row mean gone."""
+
+    every_s: float = 2.0
+    deadline_s: float = 2.0
+    misses: int = 3
+
+
+async def check_health(session: aiohttp.ClientSession, url: str, deadline_s: float) -> Answer:
+    """Ask ``GET url/health`` once; never raises for what the other side does."""
+    try:
+        async with session.get(f"{url}/health", timeout=aiohttp.ClientTimeout(total=deadline_s)) as response:
+            return Answer.HEALTHY if response.status == 200 else Answer.MISSED
+    except aiohttp.ClientConnectorError:
+        return Answer.REFUSED
+    except (aiohttp.ClientError, TimeoutError, OSError):
+        return Answer.MISSED
+
+
+async def until_unhealthy(
+    session: aiohttp.ClientSession,
+    url: str,
+    suspicion: asyncio.Event,
+    pace: HealthPace,
+    *,
+    refused_is_gone: bool,
+) -> str:
+    """Check at ``pace`` and return the reason once the instance counts as gone.
+
+    Setting ``suspicion`` brings the next check forward; while checks then miss, they follow each
+    other without the usual pause. One refused connection is enough when ``refused_is_gone``, else it
+    counts as a miss.
+    """
+    missed = 0
+    hurried = False
+    while True:
+        if await _pause(SUSPECT_PAUSE_S if hurried and missed else pace.every_s, suspicion):
+            hurried = True
+        answer = await check_health(session, url, pace.deadline_s)
+        if answer is Answer.HEALTHY:
+            missed, hurried = 0, False
+            continue
+        missed += 1
+        if missed >= pace.misses or (refused_is_gone and answer is Answer.REFUSED):
+            return answer.value
+
+
+async def _pause(seconds: float, suspicion: asyncio.Event) -> bool:
+    """Wait, but no longer than until ``suspicion`` is set; clear it and tell whether it was."""
+    try:
+        async with asyncio.timeout(seconds):
+            await suspicion.wait()
+    except TimeoutError:
+        return False
+    suspicion.clear()
+    return True

@@ -1,0 +1,95 @@
+"""The line an engine prints when it is ready, and the profile its samples give."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+from tidegate.core.errors import ConfigError
+from tidegate.core.instance import Instance
+from tidegate.costs.fitting import PrefillSample, StepSample, fit_profile
+from tidegate.costs.forms import TransferCost
+from tidegate.costs.profile import Profile
+
+log = logging.getLogger(__name__)
+
+LOOPBACK = TransferCost(latency_s=0.002, bytes_per_s=1e9)
+"""KV transfer between processes of one machine over TCP: an assumption until transfers are observed."""
+
+
+class _Prefill(BaseModel):
+    kind: Literal["prefill"]
+    new_tokens: int
+    cached_tokens: int
+    seconds: float
+
+
+class _Step(BaseModel):
+    kind: Literal["step"]
+    batch: int
+    context_tokens: int
+    seconds: float
+
+
+class Ready(BaseModel):
+    """An engine's announcement. Fields it has beyond these are ignored."""
+
+    event: Literal["ready"]
+    port: int = Field(gt=0, le=65535)
+    engine_id: str
+    pid: int
+    model: str
+    max_model_len: int = Field(gt=0)
+    kv_capacity_tokens: int = Field(gt=0)
+    block_tokens: int = Field(gt=0)
+    kv_bytes_per_token: int = Field(ge=0)
+    profile_samples: list[Annotated[_Prefill | _Step, Field(discriminator="kind")]] = []
+
+    @classmethod
+    def parse(cls, line: str) -> Ready | None:
+        """Read one line of output; None when it is not an announcement.
+
+        Raises ConfigError when it is one that lacks a field or has a wrong value.
+        """
+        if not line.startswith("{") or '"ready"' not in line:
+            return None
+        try:
+            return cls.model_validate_json(line)
+        except ValidationError as error:
+            faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+            raise ConfigError(f"the engine's ready line is malformed: {'; '.join(faults)}") from None
+
+    def instance(self, instance_id: str) -> Instance:
+        """Return the instance this announcement describes, under the fleet's name for it."""
+        return Instance(
+            id=instance_id,
+            kv_capacity_tokens=self.kv_capacity_tokens,
+            max_model_len=self.max_model_len,
+            block_tokens=self.block_tokens,
+            kv_bytes_per_token=self.kv_bytes_per_token,
+        )
+
+    def profile(self, device: str) -> Profile | None:
+        """Fit the samples; None, with a warning in the log, when there are too few to fit."""
+        prefill = [
+            PrefillSample(s.new_tokens, s.cached_tokens, s.seconds)
+            for s in self.profile_samples
+            if isinstance(s, _Prefill)
+        ]
+        step = [
+            StepSample(s.batch, s.context_tokens, s.seconds)
+            for s in self.profile_samples
+            if isinstance(s, _Step)
+        ]
+        if not (prefill and step):
+            log.warning("%s sent no profile samples: it has no measured profile", self.engine_id)
+            return None
+        try:
+            return fit_profile(
+                f"{device}/{self.model}", prefill, step, LOOPBACK, source="measured by the engine at start"
+            )
+        except ConfigError as error:
+            log.warning("%s has no measured profile: %s", self.engine_id, error)
+            return None

@@ -1,0 +1,161 @@
+"""A fleet of servers that something else starts and stops: a list of URLs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from tidegate.core.errors import ConfigError, SetupError
+from tidegate.core.instance import Instance
+from tidegate.fleet.health import Answer, HealthPace, check_health, until_unhealthy
+from tidegate.fleet.member import FleetListener, Member
+from tidegate.fleet.vllm_facts import NotReady, ask_server
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StaticPace:
+    """``start_s`` bounds the wait for servers that are not up yet; a down one is asked every ``retry_s``."""
+
+    health: HealthPace = field(default_factory=HealthPace)
+    start_s: float = 60.0
+    retry_s: float = 1.0
+
+
+class _Server:
+    """One URL and what is known about it."""
+
+    def __init__(self, instance_id: str, url: str) -> None:
+        self.id = instance_id
+        self.url = url
+        self.suspicion = asyncio.Event()
+        self.settled = asyncio.Event()
+        """Set once the server was up, or can never be."""
+        self.was_up = False
+        self.trouble = "no answer yet"
+
+
+class StaticFleet:
+    """Watches vLLM servers at ``urls``, named i0, i1, ... in that order.
+
+    A refused connection means down at once, otherwise three missed checks do. A server that comes
+    back has a new ``engine_id``; a restart quicker than one check interval goes unseen unless a
+    failing call makes the gateway ``suspect`` it. Members have no measured profile.
+    """
+
+    def __init__(self, urls: Sequence[str], *, api_key: str = "", pace: StaticPace | None = None) -> None:
+        self._urls = [checked_url(url) for url in urls]
+        if not self._urls:
+            raise ConfigError("a static fleet needs at least one URL")
+        twice = sorted({url for url in self._urls if self._urls.count(url) > 1})
+        if twice:
+            raise ConfigError(f"given more than once: {', '.join(twice)}")
+        self._api_key = api_key
+        self._pace = pace or StaticPace()
+        self._servers: dict[str, _Server] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._session: aiohttp.ClientSession | None = None
+
+    async def start(self, listener: FleetListener) -> None:
+        self._session = session = aiohttp.ClientSession()
+        self._servers = {f"i{n}": _Server(f"i{n}", url) for n, url in enumerate(self._urls)}
+        self._tasks = [
+            asyncio.create_task(self._follow(server, listener, session), name=f"fleet {server.id}")
+            for server in self._servers.values()
+        ]
+        try:
+            settled = [asyncio.create_task(server.settled.wait()) for server in self._servers.values()]
+            await asyncio.wait(settled, timeout=self._pace.start_s)
+            for task in settled:
+                task.cancel()
+            self._report_start()
+        except BaseException:
+            await self.stop()
+            raise
+
+    def suspect(self, instance_id: str) -> None:
+        server = self._servers.get(instance_id)
+        if server is not None:
+            server.suspicion.set()
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
+        if self._session is not None:
+            await self._session.close()
+
+    def _report_start(self) -> None:
+        absent = [server for server in self._servers.values() if not server.was_up]
+        for server in absent:
+            log.warning("%s (%s) is not up: %s", server.id, server.url, server.trouble)
+        if len(absent) == len(self._servers):
+            lines = [f"  {server.id} {server.url}: {server.trouble}" for server in absent]
+            raise SetupError("\n".join(["no server answers", *lines]))
+
+    async def _follow(self, server: _Server, listener: FleetListener, session: aiohttp.ClientSession) -> None:
+        try:
+            while True:
+                member = await self._until_up(server, session)
+                server.suspicion.clear()
+                listener.member_up(member)
+                server.was_up = True
+                server.settled.set()
+                reason = await until_unhealthy(
+                    session, server.url, server.suspicion, self._pace.health, refused_is_gone=True
+                )
+                log.warning("%s is down: it %s", server.id, reason)
+                listener.member_down(server.id, reason)
+        except SetupError as error:
+            server.trouble = error.message
+            log.error("%s is given up: %s", server.id, error.message)
+        finally:
+            server.settled.set()
+
+    async def _until_up(self, server: _Server, session: aiohttp.ClientSession) -> Member:
+        """Ask until the server is healthy and describes itself. Raises SetupError when it never can."""
+        deadline_s = self._pace.health.deadline_s
+        told = ""
+        while True:
+            answer = await check_health(session, server.url, deadline_s)
+            server.trouble = answer.value
+            if answer is Answer.HEALTHY:
+                try:
+                    facts = await ask_server(session, server.url, self._api_key, deadline_s)
+                except NotReady as error:
+                    server.trouble = str(error)
+                else:
+                    break
+            if server.trouble != told:
+                told = server.trouble
+                log.info("waiting for %s (%s): %s", server.id, server.url, told)
+            await asyncio.sleep(self._pace.retry_s)
+        instance = Instance(server.id, facts.kv_capacity_tokens, facts.max_model_len, facts.block_tokens)
+        return Member(
+            instance=instance,
+            url=server.url,
+            model=facts.model,
+            engine_id=f"{server.id}-{secrets.token_hex(4)}",
+            api_key=self._api_key,
+            kind="vllm",
+        )
+
+
+def checked_url(url: str) -> str:
+    """Return ``url`` as a base without trailing slash or ``/v1``. Raises ConfigError when it is none."""
+    parts = urlsplit(url)
+    try:
+        parts.port  # noqa: B018 - reading it is what checks it
+    except ValueError:
+        raise ConfigError(f"{url!r}: the port is not a number between 0 and 65535") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ConfigError(f"{url!r} is not a server's URL; expected something like http://10.0.0.5:8000")
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")

@@ -1,0 +1,97 @@
+"""What a running vLLM server says about itself over HTTP."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import orjson
+
+from tidegate.core.errors import SetupError
+
+BLOCK_TOKENS = 16
+"""vLLM's default block size, for a server that shows no metrics."""
+_CACHE_INFO = re.compile(r"^vllm:cache_config_info\{(.*)\}\s", re.MULTILINE)
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+
+
+class NotReady(Exception):
+    """The server cannot be described yet; asking again later may succeed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """The first model a server lists, its context length and its KV cache."""
+
+    model: str
+    max_model_len: int
+    block_tokens: int
+    kv_capacity_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """The KV cache of one server, summed over its data-parallel engines."""
+
+    block_tokens: int
+    capacity_tokens: int
+
+
+async def ask_server(
+    session: aiohttp.ClientSession, url: str, api_key: str, deadline_s: float
+) -> ServerFacts:
+    """Ask ``/v1/models`` and ``/metrics``.
+
+    Without usable metrics the capacity is ``max_model_len``, which vLLM guarantees at its start.
+    Raises NotReady when the server does not answer properly yet, SetupError when it never will.
+    """
+    timeout = aiohttp.ClientTimeout(total=deadline_s)
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        async with session.get(f"{url}/v1/models", headers=headers, timeout=timeout) as response:
+            if response.status in (401, 403):
+                raise SetupError(
+                    f"{url} answers /v1/models with {response.status}: it wants an API key; "
+                    "set TIDEGATE_VLLM_API_KEY or fleet.vllm_api_key"
+                )
+            if response.status == 404:
+                raise SetupError(f"{url} has no /v1/models: it is not an OpenAI-compatible server")
+            if response.status != 200:
+                raise NotReady(f"/v1/models answers {response.status}")
+            model, max_model_len = _first_model(url, await response.read())
+        async with session.get(f"{url}/metrics", timeout=timeout) as response:
+            cache = parse_cache_config(await response.text()) if response.status == 200 else None
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise NotReady(str(error) or type(error).__name__) from None
+    if cache is None:
+        return ServerFacts(model, max_model_len, BLOCK_TOKENS, max_model_len)
+    return ServerFacts(model, max_model_len, cache.block_tokens, max(cache.capacity_tokens, max_model_len))
+
+
+def parse_cache_config(metrics: str) -> CacheConfig | None:
+    """Read ``vllm:cache_config_info`` from Prometheus text; None when absent or without numbers."""
+    block_tokens = capacity = 0
+    for found in _CACHE_INFO.finditer(metrics):
+        labels = dict(_LABEL.findall(found.group(1)))
+        size, blocks = labels.get("block_size", ""), labels.get("num_gpu_blocks", "")
+        if not (size.isdigit() and blocks.isdigit()):
+            return None
+        block_tokens = int(size)
+        capacity += int(size) * int(blocks)
+    return CacheConfig(block_tokens, capacity) if block_tokens and capacity else None
+
+
+def _first_model(url: str, body: bytes) -> tuple[str, int]:
+    try:
+        first: dict[str, Any] = orjson.loads(body)["data"][0]
+        model = str(first["id"])
+    except (ValueError, KeyError, IndexError, TypeError):
+        raise SetupError(f"{url}/v1/models lists no model") from None
+    length = first.get("max_model_len")
+    if not isinstance(length, int) or length <= 0:
+        raise SetupError(
+            f"{url}/v1/models gives no max_model_len for {model}: tidegate needs vLLM's own server"
+        )
+    return model, length

@@ -1,0 +1,208 @@
+"""Promises of StaticFleet: it finds out what servers are, and notices when they go and come."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import aiohttp
+import pytest
+from aiohttp import web
+from fleet_observing import Recorder, until
+
+from tidegate.core.errors import ConfigError, SetupError
+from tidegate.fleet.health import HealthPace
+from tidegate.fleet.static import StaticFleet, StaticPace, checked_url
+from tidegate.fleet.vllm_facts import parse_cache_config
+
+QUICK = StaticPace(health=HealthPace(every_s=0.05, deadline_s=0.3), start_s=10.0, retry_s=0.05)
+CACHE = 'vllm:cache_config_info{block_size="32",cache_dtype="auto",engine="0",num_gpu_blocks="100"} 1.0\n'
+
+
+class Server:
+    """A server that answers like vLLM; ``port`` stays the same over restarts."""
+
+    def __init__(self) -> None:
+        self.port = 0
+        self.status = 200
+        self.models: object = {"data": [{"id": "m", "max_model_len": 1024}]}
+        self.metrics = f"# TYPE vllm:cache_config_info gauge\n{CACHE}"
+        self.key = ""
+        self.hanging = False
+        self._runner: web.AppRunner | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def up(self) -> None:
+        app = web.Application()
+        app.add_routes(
+            [
+                web.get("/health", self._health),
+                web.get("/v1/models", self._list),
+                web.get("/metrics", self._metrics),
+            ]
+        )
+        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True).start()
+        self.port = self._runner.addresses[0][1]
+
+    async def down(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    async def _health(self, _: web.Request) -> web.Response:
+        if self.hanging:
+            await asyncio.Event().wait()
+        return web.Response(status=self.status)
+
+    async def _list(self, request: web.Request) -> web.Response:
+        if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
+            return web.Response(status=401)
+        return web.json_response(self.models)
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        return web.Response(text=self.metrics) if self.metrics else web.Response(status=404)
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    server = Server()
+    await server.up()
+    yield server
+    await server.down()
+
+
+async def test_a_server_is_described_by_what_it_says(server: Server) -> None:
+    seen = Recorder()
+    fleet = StaticFleet([server.url + "/v1/"], pace=QUICK)
+    await fleet.start(seen)
+    await fleet.stop()
+    member = seen.up["i0"]
+    assert (member.kind, member.url, member.model) == ("vllm", server.url, "m")
+    assert member.instance.block_tokens == 32
+    assert member.instance.kv_capacity_tokens == 3200
+    assert member.instance.max_model_len == 1024
+    assert member.profile is None
+
+
+async def test_without_metrics_the_capacity_is_what_vllm_guarantees(server: Server) -> None:
+    server.metrics = ""
+    seen = Recorder()
+    fleet = StaticFleet([server.url], pace=QUICK)
+    await fleet.start(seen)
+    await fleet.stop()
+    assert seen.up["i0"].instance.kv_capacity_tokens == 1024
+
+
+async def test_a_server_that_comes_later_is_waited_for(server: Server) -> None:
+    await server.down()
+    seen = Recorder()
+    fleet = StaticFleet([server.url], pace=QUICK)
+    starting = asyncio.create_task(fleet.start(seen))
+    await until(lambda: fleet._servers["i0"].trouble == "refuses connections" if fleet._servers else False)
+    await server.up()
+    await starting
+    await fleet.stop()
+    assert seen.reports == [("up", "i0")]
+
+
+async def test_a_restart_shows_as_down_then_up_with_a_new_engine_id(server: Server) -> None:
+    seen = Recorder()
+    fleet = StaticFleet([server.url], pace=QUICK)
+    await fleet.start(seen)
+    await server.down()
+    await until(lambda: not seen.up)
+    await server.up()
+    await until(lambda: bool(seen.up))
+    await fleet.stop()
+    assert seen.reports == [("up", "i0"), ("down", "i0"), ("up", "i0")]
+    assert seen.ups[0].engine_id != seen.ups[1].engine_id
+
+
+@pytest.mark.parametrize("fault", ["hang", "unhealthy"])
+async def test_missed_checks_mean_down_and_recovery_means_up(server: Server, fault: str) -> None:
+    seen = Recorder()
+    fleet = StaticFleet([server.url], pace=QUICK)
+    await fleet.start(seen)
+    server.hanging = fault == "hang"
+    server.status = 503 if fault == "unhealthy" else 200
+    await until(lambda: not seen.up)
+    server.hanging, server.status = False, 200
+    await until(lambda: bool(seen.up))
+    await fleet.stop()
+
+
+async def test_a_suspected_dead_server_is_down_without_waiting_for_the_next_check(server: Server) -> None:
+    seen = Recorder()
+    fleet = StaticFleet([server.url], pace=StaticPace(HealthPace(every_s=600.0), retry_s=0.05))
+    await fleet.start(seen)
+    await server.down()
+    fleet.suspect("i0")
+    await until(lambda: not seen.up)
+    await fleet.stop()
+
+
+async def test_no_server_at_all_is_an_error_that_names_each() -> None:
+    pace = StaticPace(start_s=0.2, retry_s=0.05)
+    with pytest.raises(
+        SetupError, match=r"(?s)no server answers.*i0 http://127.0.0.1:9: refuses connections"
+    ):
+        await StaticFleet(["http://127.0.0.1:9"], pace=pace).start(Recorder())
+
+
+async def test_a_server_that_wants_a_key_fails_at_once_and_works_with_it(server: Server) -> None:
+    server.key = "sk-engine"
+    patient = StaticPace(start_s=600.0)
+    with pytest.raises(SetupError, match="TIDEGATE_VLLM_API_KEY"):
+        await StaticFleet([server.url], pace=patient).start(Recorder())
+    seen = Recorder()
+    fleet = StaticFleet([server.url], api_key="sk-engine", pace=patient)
+    await fleet.start(seen)
+    await fleet.stop()
+    assert seen.up["i0"].api_key == "sk-engine"
+
+
+@pytest.mark.parametrize(
+    "models", [{"data": []}, {"data": [{"id": "m"}]}, [], {"data": [{"id": "m", "max_model_len": "x"}]}]
+)
+async def test_a_model_list_that_cannot_be_used_fails_at_once(server: Server, models: object) -> None:
+    server.models = models
+    with pytest.raises(SetupError, match="/v1/models"):
+        await StaticFleet([server.url], pace=StaticPace(start_s=600.0)).start(Recorder())
+
+
+async def test_one_server_is_enough_to_start(server: Server) -> None:
+    seen = Recorder()
+    pace = StaticPace(QUICK.health, start_s=0.5, retry_s=0.05)
+    fleet = StaticFleet(["http://127.0.0.1:9", server.url], pace=pace)
+    await fleet.start(seen)
+    await fleet.stop()
+    assert list(seen.up) == ["i1"]
+
+
+async def test_a_session_is_not_left_open(server: Server) -> None:
+    fleet = StaticFleet([server.url], pace=QUICK)
+    await fleet.start(Recorder())
+    await fleet.stop()
+    await fleet.stop()
+    assert isinstance(fleet._session, aiohttp.ClientSession) and fleet._session.closed
+
+
+def test_capacities_of_data_parallel_engines_add_up() -> None:
+    both = CACHE + CACHE.replace('engine="0"', 'engine="1"')
+    cache = parse_cache_config(both)
+    assert cache is not None and cache.capacity_tokens == 6400
+    assert parse_cache_config("vllm:num_requests_running 1.0\n") is None
+    assert parse_cache_config(CACHE.replace('"100"', '"None"')) is None
+
+
+def test_urls_are_checked() -> None:
+    assert checked_url("http://h:1/v1/") == "http://h:1"
+    for wrong in ("h:8000", "ftp://h", "http://", "http://h:99999", "http://h/?a=1"):
+        with pytest.raises(ConfigError):
+            checked_url(wrong)
+    with pytest.raises(ConfigError, match="more than once"):
+        StaticFleet(["http://h:1", "http://h:1/"])
