@@ -7,6 +7,7 @@
     │   ├── UnknownModel           no instance serves that model
     │   ├── UnknownRoute           no such path or method
     │   ├── Unauthorized           missing or wrong API key
+    │   ├── Forbidden              reserved to the members of the launch
     │   ├── BodyTooLarge           the upload exceeds the limit
     │   └── ClientGone             the client closed the connection (nobody sees the status)
     ├── CapacityError          the cluster cannot take the request now
@@ -64,6 +65,10 @@ class Unauthorized(ClientError):
     """The API key is missing or wrong."""
 
 
+class Forbidden(ClientError):
+    """The path or field is reserved to the processes of the same launch."""
+
+
 class BodyTooLarge(ClientError):
     """The request body exceeds the upload limit."""
 
@@ -87,7 +92,9 @@ class Overloaded(CapacityError):
 class EngineError(TidegateError):
     """An engine failed; ``instance`` says which one and ``stage`` in which leg."""
 
-    def __init__(self, message: str, *, instance: str = "", stage: str = "", param: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, instance: str = "", stage: str = "", param: str | None = None
+    ) -> None:
         super().__init__(message, param=param)
         self.instance = instance
         self.stage = stage
@@ -146,6 +153,7 @@ STATUS: dict[type[TidegateError], ErrorStatus] = {
     UnknownModel: ErrorStatus(404, "invalid_request_error", "model_not_found", "unknown_model"),
     UnknownRoute: ErrorStatus(404, "invalid_request_error", "unknown_url", "unknown_route"),
     Unauthorized: ErrorStatus(401, "invalid_request_error", "invalid_api_key", "unauthorized"),
+    Forbidden: ErrorStatus(403, "permission_error", "forbidden", "forbidden"),
     BodyTooLarge: ErrorStatus(413, "invalid_request_error", "body_too_large", "body_too_large"),
     ClientGone: ErrorStatus(499, "client_closed_request", "client_closed_request", "client_gone"),
     NoInstance: ErrorStatus(503, "service_unavailable", "no_instance", "no_instance"),

@@ -112,6 +112,12 @@ class ChatBody(_SamplingBody):
 
 Body = TypeVar("Body", bound=BaseModel)
 
+# What a union accepts, in words; pydantic would speak of one branch only.
+_UNIONS = {
+    "prompt": "a string or a non-empty list of non-negative token ids",
+    "stop": "a string or a list of at most 16 strings",
+}
+
 
 def parse_object(raw: bytes) -> dict[str, Any]:
     """Decode a JSON object. Raises BadRequest for invalid UTF-8, malformed JSON or another JSON type."""
@@ -132,7 +138,9 @@ def parse_body(value: dict[str, Any], kind: type[Body]) -> Body:
         # For a union pydantic reports every branch; the field is the same, the first message will do.
         first = error.errors(include_url=False, include_input=False)[0]
         field = _field_path(first["loc"])
-        raise BadRequest(f"{field}: {first['msg']}", param=field) from None
+        union = _UNIONS.get(str(first["loc"][0])) if first["type"] != "missing" else None
+        message = f"expected {union}" if union else first["msg"]
+        raise BadRequest(f"{field}: {message}", param=field) from None
 
 
 def _field_path(loc: tuple[int | str, ...]) -> str:
