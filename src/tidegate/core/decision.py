@@ -84,20 +84,23 @@ Placement = Place | Hold | Reject
 class Alternatives:
     """The instances a placement compared, with the named terms of each one's cost.
 
-    ``terms`` maps a term's name (unit in the name) to one value per entry of ``ids``. Arrays are
-    kept as they were compared and only rendered when a journal asks.
+    ``terms`` maps a term's name (unit in the name) to one value per entry of ``ids``; ``among`` marks
+    the entries that were candidates (None: all of them). Arrays are kept as they were compared and
+    only rendered when a journal asks.
     """
 
     ids: Sequence[str]
     terms: dict[str, NDArray[np.float64]]
+    among: NDArray[np.bool_] | None = None
 
     def top(self, limit: int) -> list[dict[str, float | str]]:
-        """Return the ``limit`` best instances, ordered by the terms in turn, as plain rows."""
-        keys = list(self.terms.values())
-        order = np.lexsort(keys[::-1])[:limit] if keys else np.arange(min(limit, len(self.ids)))
+        """Return the ``limit`` best candidates, ordered by the terms in turn, as plain rows."""
+        chosen = np.arange(len(self.ids)) if self.among is None else np.flatnonzero(self.among)
+        keys = [values[chosen] for values in self.terms.values()]
+        order = chosen[np.lexsort(keys[::-1])] if keys else chosen
         return [
             {"instance": self.ids[i], **{name: round(float(v[i]), 6) for name, v in self.terms.items()}}
-            for i in order.tolist()
+            for i in order[:limit].tolist()
         ]
 
 

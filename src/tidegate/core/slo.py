@@ -19,7 +19,9 @@ class Slo:
 
     def __post_init__(self) -> None:
         if not (0 < self.ttft_s < float("inf") and 0 < self.tpot_s < float("inf")):
-            raise ConfigError(f"an SLO needs positive finite targets, got ttft {self.ttft_s} s, tpot {self.tpot_s} s")
+            raise ConfigError(
+                f"an SLO needs positive finite targets, got ttft {self.ttft_s} s, tpot {self.tpot_s} s"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Slo:

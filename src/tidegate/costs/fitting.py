@@ -53,7 +53,9 @@ def fit_columns(columns: Sequence[Values], seconds: Values) -> Fit:
     Raises ConfigError when there are fewer samples than columns or a time is not positive.
     """
     if len(seconds) < len(columns):
-        raise ConfigError(f"{len(seconds)} samples cannot fit {len(columns)} coefficients; measure more points")
+        raise ConfigError(
+            f"{len(seconds)} samples cannot fit {len(columns)} coefficients; measure more points"
+        )
     if not np.all(seconds > 0):
         raise ConfigError("measured times must be positive")
     design = np.stack(columns, axis=1) / seconds[:, None]
@@ -120,7 +122,11 @@ def fit_profile(
     prefill_cost, prefill_fit = fit_prefill(prefill)
     step_cost, step_fit = fit_step(step)
     mixed = MixedCost(
-        prefill_cost.a_s, prefill_cost.b_s, prefill_cost.c_s, step_cost.c_s * mixed_context_ratio, prefill_cost.n0
+        prefill_cost.a_s,
+        prefill_cost.b_s,
+        prefill_cost.c_s,
+        step_cost.c_s * mixed_context_ratio,
+        prefill_cost.n0,
     )
     errors = (
         ("prefill", prefill_fit.error_p50, prefill_fit.error_p95),

@@ -23,6 +23,13 @@ def attention_work(new_tokens: float, cached_tokens: float) -> float:
     return new_tokens * (0.5 * new_tokens + cached_tokens)
 
 
+def positive_part(value: float | Values) -> float | Values:
+    """Return max(0, value), for a float or entry by entry."""
+    if isinstance(value, np.ndarray):
+        return np.maximum(value, 0.0)
+    return value if value > 0 else 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class PrefillCost:
     """``a + b*max(0, N - n0) + c*A``: seconds of a pure prefill step.
@@ -38,8 +45,7 @@ class PrefillCost:
 
     def seconds(self, new_tokens: float, attention: float) -> float | Values:
         """Return the step time for N ``new_tokens`` and A ``attention`` (both sums over the batch)."""
-        beyond = new_tokens - self.n0
-        return self.a_s + self.b_s * (beyond * (beyond > 0)) + self.c_s * attention
+        return self.a_s + self.b_s * positive_part(new_tokens - self.n0) + self.c_s * attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +72,14 @@ class StepCost:
 
         Arrow's MT(i, S), with the batch term kept: 0 when the step exceeds the target already.
         """
-        room = target_s - self._without_context(batch)
-        return room * (room > 0) / self.c_s
+        return positive_part(target_s - self._without_context(batch)) / self.c_s
 
     def _without_context(self, batch: float | Values) -> float | Values:
+        dense = self.a_s + self.b_s * batch
+        if isinstance(self.e_s, float) and self.e_s == 0.0:
+            return dense
         touched = self.experts * (1.0 - (1.0 - self.active_experts / self.experts) ** batch)
-        return self.a_s + self.b_s * batch + self.e_s * touched
+        return dense + self.e_s * touched
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +99,8 @@ class MixedCost:
 
     def seconds(self, tokens: float, attention: float, context_tokens: float) -> float | Values:
         """Return the step time for N ``tokens``, A ``attention`` and C ``context_tokens``."""
-        beyond = tokens - self.n0
-        return self.a_s + self.b_s * (beyond * (beyond > 0)) + self.c_s * attention + self.d_s * context_tokens
+        chunks = self.a_s + self.b_s * positive_part(tokens - self.n0) + self.c_s * attention
+        return chunks + self.d_s * context_tokens
 
 
 @dataclass(frozen=True, slots=True)

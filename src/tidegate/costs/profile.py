@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tidegate.core.errors import ConfigError
-from tidegate.costs.forms import MixedCost, PrefillCost, StepCost, TransferCost, attention_work
+from tidegate.costs.forms import MixedCost, PrefillCost, StepCost, TransferCost, Values, attention_work
 
 Form = TypeVar("Form", PrefillCost, StepCost, MixedCost, TransferCost)
 
@@ -56,9 +56,24 @@ class Profile:
             raise ConfigError(f"profile {data.get('name', '?')!r} is incomplete: {error}") from None
 
 
+UNPROFILED = Profile(
+    name="unprofiled",
+    prefill=PrefillCost(0.0, 0.0, 0.0),
+    step=StepCost(0.0, 0.0, 1e-12),
+    mixed=MixedCost(0.0, 0.0, 0.0, 0.0),
+    transfer=TransferCost(0.0, 1e12),
+    source="none: only policies that need no profile may see it",
+)
+"""Stands in for the profile of an instance nobody measured. It predicts zero seconds for everything, so a
+composition that needs the signal ``profile`` is refused where it is used (``check_signals``)."""
+
+
 @dataclass(frozen=True, slots=True)
 class ProfileTable:
-    """The profiles of several instances as arrays, so that one call prices all of them."""
+    """The profiles of several instances as arrays, so that one call prices all of them.
+
+    A coefficient that is equal everywhere stays a float, which is what keeps pricing a uniform fleet cheap.
+    """
 
     prefill: PrefillCost
     step: StepCost
@@ -66,7 +81,7 @@ class ProfileTable:
 
     @classmethod
     def of(cls, profiles: Sequence[Profile]) -> ProfileTable:
-        """Stack ``profiles``; entry i of every coefficient belongs to ``profiles[i]``."""
+        """Stack ``profiles``; entry i of every coefficient array belongs to ``profiles[i]``."""
         return cls(
             prefill=_stack([p.prefill for p in profiles], PrefillCost),
             step=_stack([p.step for p in profiles], StepCost),
@@ -75,5 +90,10 @@ class ProfileTable:
 
 
 def _stack(rows: Sequence[Form], kind: type[Form]) -> Form:
-    columns = {f.name: np.array([getattr(r, f.name) for r in rows], dtype=np.float64) for f in fields(kind)}
-    return kind(**columns)
+    return kind(**{f.name: _column([getattr(row, f.name) for row in rows]) for f in fields(kind)})
+
+
+def _column(values: list[float]) -> float | Values:
+    if values and all(value == values[0] for value in values):
+        return float(values[0])
+    return np.array(values, dtype=np.float64)

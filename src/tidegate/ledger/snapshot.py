@@ -16,6 +16,7 @@ from tidegate.core.instance import Role
 from tidegate.costs.profile import ProfileTable
 
 Column = NDArray[np.float64]
+Matrix = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 
@@ -58,7 +59,7 @@ class Snapshot:
     ids: tuple[str, ...]
     index: Mapping[str, int]
     costs: ProfileTable
-    state: NDArray[np.float64]
+    state: Matrix
     placed_prefills: int
     placed_decodes: int
     last_flip_to_decode_s: float
@@ -69,61 +70,66 @@ class Snapshot:
     @property
     def role(self) -> Column:
         """Labels as numbers; compare with ``Role``."""
-        return self.state[Field.ROLE]
+        return self._row(Field.ROLE)
 
     def labelled(self, role: Role) -> Mask:
         """Tell which instances carry the label ``role``."""
-        return self.state[Field.ROLE] == role
+        labelled: Mask = self._row(Field.ROLE) == float(role)
+        return labelled
 
     @property
     def flippable(self) -> Mask:
         """Tell which instances may change label."""
-        return self.state[Field.FLIPPABLE] > 0
+        marked: Mask = self._row(Field.FLIPPABLE) > 0
+        return marked
 
     @property
     def prefill_requests(self) -> Column:
-        return self.state[Field.PREFILL_REQUESTS]
+        return self._row(Field.PREFILL_REQUESTS)
 
     @property
     def prefill_tokens(self) -> Column:
-        return self.state[Field.PREFILL_TOKENS]
+        return self._row(Field.PREFILL_TOKENS)
 
     @property
     def prefill_queue_s(self) -> Column:
-        return self.state[Field.PREFILL_QUEUE_S]
+        return self._row(Field.PREFILL_QUEUE_S)
 
     @property
     def prefill_wait_s(self) -> Column:
         """Predicted seconds until a prefill that joins the queue now would start."""
-        head = self.state[Field.HEAD_S]
-        spent = np.minimum(np.maximum(self.at_s - self.state[Field.HEAD_STARTED_S], 0.0), head)
-        return self.state[Field.PREFILL_QUEUE_S] - spent
+        spent = np.minimum(self.at_s - self._row(Field.HEAD_STARTED_S), self._row(Field.HEAD_S))
+        return self._row(Field.PREFILL_QUEUE_S) - spent
 
     @property
     def prefill_queue_avg_s(self) -> Column:
-        return self.state[Field.PREFILL_QUEUE_AVG_S]
+        return self._row(Field.PREFILL_QUEUE_AVG_S)
 
     @property
     def decode_requests(self) -> Column:
-        return self.state[Field.DECODE_REQUESTS]
+        return self._row(Field.DECODE_REQUESTS)
 
     @property
     def decode_tokens(self) -> Column:
-        return self.state[Field.DECODE_TOKENS]
+        return self._row(Field.DECODE_TOKENS)
 
     @property
     def handoff_tokens(self) -> Column:
-        return self.state[Field.HANDOFF_TOKENS]
+        return self._row(Field.HANDOFF_TOKENS)
 
     @property
     def mean_gap_s(self) -> Column:
-        return self.state[Field.MEAN_GAP_S]
+        return self._row(Field.MEAN_GAP_S)
 
     @property
     def kv_capacity_tokens(self) -> Column:
-        return self.state[Field.KV_CAPACITY_TOKENS]
+        return self._row(Field.KV_CAPACITY_TOKENS)
 
     @property
     def flipped_at_s(self) -> Column:
         """When each label was last written; -inf if never."""
-        return self.state[Field.FLIPPED_AT_S]
+        return self._row(Field.FLIPPED_AT_S)
+
+    def _row(self, field: Field) -> Column:
+        row: Column = self.state[field]
+        return row

@@ -12,7 +12,7 @@ from tidegate.ledger.snapshot import Snapshot
 
 
 class Signal(enum.StrEnum):
-    """Inputs beyond the ledger's counts that a policy may need; a fleet lacking one is refused at start-up."""
+    """Inputs beyond the ledger's counts that a policy may need; a fleet lacking one is refused."""
 
     PROFILE = "profile"
     LENGTHS = "lengths"
@@ -23,7 +23,10 @@ class Signal(enum.StrEnum):
 class PrefillPlacement(Protocol):
     """Chooses where a request's prefill runs, when the request arrives."""
 
-    needs: frozenset[Signal]
+    @property
+    def needs(self) -> frozenset[Signal]:
+        """The signals without which it cannot decide."""
+        ...
 
     def place_prefill(self, request: Request, snapshot: Snapshot) -> Verdict:
         """Return Place, Hold or Reject. Raises NoInstance when the snapshot is empty."""
@@ -33,7 +36,10 @@ class PrefillPlacement(Protocol):
 class DecodePlacement(Protocol):
     """Chooses where a request decodes, when its prefill ends."""
 
-    needs: frozenset[Signal]
+    @property
+    def needs(self) -> frozenset[Signal]:
+        """The signals without which it cannot decide."""
+        ...
 
     def place_decode(self, request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:
         """Return a Place whose ``decode_on`` is set, or Reject. ``prefill_on`` may be gone from the snapshot.
@@ -46,8 +52,15 @@ class DecodePlacement(Protocol):
 class PoolControl(Protocol):
     """Rewrites labels periodically."""
 
-    needs: frozenset[Signal]
-    tick_s: float
+    @property
+    def needs(self) -> frozenset[Signal]:
+        """The signals without which it cannot decide."""
+        ...
+
+    @property
+    def tick_s(self) -> float:
+        """Seconds between steps. The driver closes the ledger's window right before each."""
+        ...
 
     def step(self, snapshot: Snapshot, state: object) -> Control:
         """Return the flips of this tick and the state for the next; ``state`` is None at first."""

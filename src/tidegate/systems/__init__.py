@@ -1,1 +1,7 @@
 """Named compositions of policies: what a user picks with ``--system``."""
+
+from tidegate.systems import baselines as baselines
+from tidegate.systems.registry import SYSTEMS, SystemOptions, check_signals, make_system
+from tidegate.systems.system import System
+
+__all__ = ["SYSTEMS", "System", "SystemOptions", "check_signals", "make_system"]

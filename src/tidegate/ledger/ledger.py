@@ -1,0 +1,364 @@
+"""The ledger: events in, Snapshot out. Simulator and gateway keep their books with it."""
+
+from __future__ import annotations
+
+import math
+
+from tidegate.core.errors import InternalError, NoInstance
+from tidegate.core.instance import Instance, Role
+from tidegate.core.request import Request
+from tidegate.costs.profile import Profile, ProfileTable
+from tidegate.ledger.integrity import check_integrity
+from tidegate.ledger.records import Counts, Entry, Residents, Seat
+from tidegate.ledger.sheet import Sheet
+from tidegate.ledger.snapshot import Field, Snapshot
+from tidegate.ledger.windows import close_windows
+
+GRID_S = 2.0**-30
+"""Predicted prefill times are rounded to this step (about a nanosecond; ours), so that their sums are
+exact in floating point, return to zero, and can be compared for equality."""
+
+
+class Ledger:
+    """What is where, fed by events only (Arrow v2, section 5.2: never by scraping engines).
+
+    Every event carries ``now`` in seconds of the driver's clock; times never decrease. An event costs
+    O(1) and changes running sums; only instances coming and going, ``window_closed`` of a stalled
+    instance and ``check_integrity`` walk over requests.
+
+    Events about a request that is not live (it ended, or its instance died) change nothing and return
+    False, because a driver learns of such ends late.
+    """
+
+    def __init__(self) -> None:
+        self._sheet = Sheet()
+        self._seats: dict[str, Seat] = {}
+        self._entries: dict[str, Entry] = {}
+        self._ids: tuple[str, ...] = ()
+        self._index: dict[str, int] = {}
+        self._costs = ProfileTable.of(())
+        self._placed_prefills = 0
+        self._placed_decodes = 0
+        self._finished = 0
+        self._aborted = 0
+        self._lost = 0
+        self._last_flip_to_decode_s = -math.inf
+        self._window_start_s = -math.inf
+
+    # Instances
+
+    def instance_up(self, instance: Instance, profile: Profile, role: Role, now: float) -> None:
+        """Add ``instance``, empty. Raises InternalError when its id is up already."""
+        if instance.id in self._seats:
+            raise InternalError(f"instance {instance.id!r} came up twice without going down")
+        column = self._sheet.add_column()
+        self._seats[instance.id] = Seat(instance, profile, column)
+        cells = self._sheet.matrix[:, column]
+        cells[Field.ROLE] = role
+        cells[Field.FLIPPABLE] = instance.flippable
+        cells[Field.KV_CAPACITY_TOKENS] = instance.kv_capacity_tokens
+        cells[Field.FLIPPED_AT_S] = -math.inf
+        self._sheet.queue_since_s[column] = now
+        self._membership_changed()
+
+    def instance_down(self, instance_id: str, now: float) -> list[str]:
+        """Remove the instance; return every request that had work or KV there.
+
+        The driver re-dispatches or ends each of them. Those whose KV is lost are not live any more. Two
+        kinds still are, because their KV may live: a request that was to decode here while its KV is
+        still at its prefill instance is back to waiting for a decode placement, and a request that
+        decodes elsewhere but may not have pulled everything from here keeps decoding there. An unknown
+        id returns an empty list.
+        """
+        seat = self._seats.get(instance_id)
+        if seat is None:
+            return []
+        affected = [*seat.prefills.values(), *seat.decodes.values(), *seat.handoffs.values()]
+        for entry in affected:
+            if entry.source is seat and entry.decode is not None:
+                self._release_source(entry)
+                entry.last_at_s = now
+            elif entry.decode is seat and entry.source is not None:
+                self._leave_decode(entry)
+            else:
+                self._drop(entry, now)
+                self._lost += 1
+        del self._seats[instance_id]
+        self._sheet.remove_column(seat.column)
+        for other in self._seats.values():
+            if other.column > seat.column:
+                other.column -= 1
+        self._membership_changed()
+        return [entry.request.id for entry in affected]
+
+    def flip(self, instance_id: str, role: Role, now: float) -> bool:
+        """Relabel an instance; nothing else changes. False when unknown, not flippable or labelled so."""
+        seat = self._seats.get(instance_id)
+        if seat is None or not seat.instance.flippable or self._sheet.role[seat.column] == role:
+            return False
+        self._sheet.role[seat.column] = float(role)
+        self._sheet.flipped_at_s[seat.column] = now
+        if role == Role.DECODE:
+            self._last_flip_to_decode_s = now
+        return True
+
+    # Requests
+
+    def prefill_dispatched(self, request: Request, on: str, now: float) -> float:
+        """Queue the request's prefill on instance ``on``; return its predicted seconds T(r, i).
+
+        A live request with the same id is aborted first: a replay supersedes it. Raises NoInstance when
+        ``on`` is not up.
+        """
+        seat = self._seat(on)
+        self.aborted(request.id, now)
+        new = max(1, request.prompt_tokens - request.cached_tokens)
+        seconds = seat.profile.prefill_s(new, request.prompt_tokens - new)
+        seconds = round(seconds / GRID_S) * GRID_S
+        entry = Entry(request, seat, seconds)
+        self._entries[request.id] = entry
+        self._placed_prefills += 1
+        seat.prefills[request.id] = entry
+        column = seat.column
+        self._sheet.prefill_requests[column] += 1
+        self._sheet.prefill_tokens[column] += request.prompt_tokens
+        self._change_queue(column, seconds, now)
+        if seat.head is None:
+            self._set_head(seat, entry, now, seen=False)
+        return seconds
+
+    def prefill_started(self, request_id: str, now: float) -> bool:
+        """Say that the engine began this prefill.
+
+        Instances prefill one request after another (Arrow v2, section 4.1): where another prefill was
+        seen to start and has not ended, that one stays the running one. A driver that cannot see starts
+        leaves this out; then the oldest prefill runs from the end of the one before it.
+        """
+        entry = self._entries.get(request_id)
+        if entry is None or entry.prefill is None:
+            return False
+        if not entry.prefill.head_seen:
+            self._set_head(entry.prefill, entry, now, seen=True)
+        return True
+
+    def prefill_ended(self, request_id: str, now: float) -> bool:
+        """Say that the prompt's KV is complete: it waits on its instance for a decode placement."""
+        entry = self._entries.get(request_id)
+        if entry is None or entry.prefill is None:
+            return False
+        seat = entry.prefill
+        self._leave_prefill(entry, now)
+        self._hold(entry, seat, entry.request.prompt_tokens)
+        return True
+
+    def decode_dispatched(self, request_id: str, on: str, resident_tokens: int, now: float) -> bool:
+        """Place the decode on instance ``on`` with ``resident_tokens`` of KV (prompt + generated).
+
+        Where the KV is elsewhere it stays counted there, too, until ``transfer_ended`` or the first
+        ``tokens``. For a request that decodes already this is a migration. Raises NoInstance when
+        ``on`` is not up.
+        """
+        seat = self._seat(on)
+        entry = self._entries.get(request_id)
+        if entry is None:
+            return False
+        if entry.prefill is not None:
+            self.prefill_ended(request_id, now)
+        previous = entry.decode
+        if previous is not None:
+            held = entry.resident_tokens
+            self._leave_decode(entry)
+            if entry.source is None:
+                self._hold(entry, previous, held)
+        if entry.source is seat:
+            self._release_source(entry)
+        entry.decode = seat
+        entry.resident_tokens = resident_tokens
+        entry.last_at_s = now
+        seat.decodes[request_id] = entry
+        self._sheet.decode_requests[seat.column] += 1
+        self._sheet.decode_tokens[seat.column] += resident_tokens
+        self._placed_decodes += 1
+        return True
+
+    def transfer_started(self, request_id: str, now: float) -> bool:
+        """Say that the decode instance began to pull the KV. No sum changes; False if nothing is to move."""
+        entry = self._entries.get(request_id)
+        return entry is not None and entry.decode is not None and entry.source is not None
+
+    def transfer_ended(self, request_id: str, now: float) -> bool:
+        """Say that the pull ended: the KV leaves the source, and the decode's first gap opens."""
+        entry = self._entries.get(request_id)
+        if entry is None or entry.decode is None or entry.source is None:
+            return False
+        self._release_source(entry)
+        entry.last_at_s = now
+        return True
+
+    def tokens(self, request_id: str, count: int, now: float) -> bool:
+        """Count ``count`` tokens that the request's decode instance produced.
+
+        The gap since the last ones enters the instance's window. The first gap after a pull whose end
+        nobody reported does not: it measures the way into the instance (Arrow v2, section 4.3: q2 + c).
+        """
+        entry = self._entries.get(request_id)
+        if entry is None or entry.decode is None:
+            return False
+        sheet = self._sheet
+        column = entry.decode.column
+        sheet.decode_tokens[column] += count
+        entry.resident_tokens += count
+        if entry.source is None:
+            sheet.gap_sum_s[column] += now - entry.last_at_s
+            sheet.gap_tokens[column] += count
+        else:
+            self._release_source(entry)
+        entry.last_at_s = now
+        return True
+
+    def finished(self, request_id: str, now: float) -> bool:
+        """End a request that answered in full; its KV is free. False when it is not live."""
+        entry = self._entries.get(request_id)
+        if entry is None:
+            return False
+        self._drop(entry, now)
+        self._finished += 1
+        return True
+
+    def aborted(self, request_id: str, now: float) -> bool:
+        """End a request that failed or was cancelled; its KV is free. False when it is not live."""
+        entry = self._entries.get(request_id)
+        if entry is None:
+            return False
+        self._drop(entry, now)
+        self._aborted += 1
+        return True
+
+    # Time
+
+    def window_closed(self, now: float) -> None:
+        """Close the window of inter-token gaps and queue averages; called once per pool tick, before the
+        tick's snapshot."""
+        close_windows(self._sheet, self._seats.values(), self._window_start_s, now)
+        self._window_start_s = now
+
+    def snapshot(self, now: float) -> Snapshot:
+        """Return the cluster as of ``now``: one copy of the matrix, nothing per request."""
+        state = self._sheet.matrix[: len(Field)].copy()
+        state.setflags(write=False)
+        return Snapshot(
+            now,
+            self._ids,
+            self._index,
+            self._costs,
+            state,
+            self._placed_prefills,
+            self._placed_decodes,
+            self._last_flip_to_decode_s,
+        )
+
+    # Questions
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The instances that are up, in the order they came up."""
+        return self._ids
+
+    def role_of(self, instance_id: str) -> Role:
+        """Return an instance's label. Raises NoInstance when it is not up."""
+        return Role(int(self._sheet.role[self._seat(instance_id).column]))
+
+    def residents(self, instance_id: str) -> Residents:
+        """Return who is on an instance. Raises NoInstance when it is not up."""
+        seat = self._seat(instance_id)
+        return Residents(tuple(seat.prefills), tuple(seat.handoffs), tuple(seat.decodes))
+
+    def owner_of(self, request_id: str) -> str | None:
+        """Return the one instance whose loss loses the request's KV; None when it is not live."""
+        entry = self._entries.get(request_id)
+        return None if entry is None else entry.owner.instance.id
+
+    def counts(self) -> Counts:
+        """Return the totals over all instances and over time."""
+        prefills = sum(len(seat.prefills) for seat in self._seats.values())
+        decodes = sum(len(seat.decodes) for seat in self._seats.values())
+        return Counts(
+            instances=len(self._seats),
+            dispatched=self._placed_prefills,
+            prefills=prefills,
+            handoffs=len(self._entries) - prefills - decodes,
+            decodes=decodes,
+            finished=self._finished,
+            aborted=self._aborted,
+            lost=self._lost,
+        )
+
+    def check_integrity(self) -> None:
+        """Recompute every sum from the per-request records; raises InternalError naming what differs."""
+        check_integrity(self._sheet, self._seats, self._entries)
+
+    # Parts of events
+
+    def _seat(self, instance_id: str) -> Seat:
+        seat = self._seats.get(instance_id)
+        if seat is None:
+            raise NoInstance(f"instance {instance_id!r} is not up")
+        return seat
+
+    def _membership_changed(self) -> None:
+        self._ids = tuple(self._seats)
+        self._index = {instance_id: column for column, instance_id in enumerate(self._ids)}
+        self._costs = ProfileTable.of([seat.profile for seat in self._seats.values()])
+
+    def _change_queue(self, column: int, seconds: float, now: float) -> None:
+        sheet = self._sheet
+        sheet.queue_integral[column] += sheet.prefill_queue_s[column] * (now - sheet.queue_since_s[column])
+        sheet.queue_since_s[column] = now
+        sheet.prefill_queue_s[column] += seconds
+
+    def _set_head(self, seat: Seat, entry: Entry | None, now: float, *, seen: bool) -> None:
+        seat.head = entry
+        seat.head_seen = seen
+        self._sheet.head_s[seat.column] = entry.seconds if entry is not None else 0.0
+        self._sheet.head_started_s[seat.column] = now
+
+    def _leave_prefill(self, entry: Entry, now: float) -> None:
+        seat = entry.prefill
+        assert seat is not None
+        entry.prefill = None
+        del seat.prefills[entry.request.id]
+        self._sheet.prefill_requests[seat.column] -= 1
+        self._sheet.prefill_tokens[seat.column] -= entry.request.prompt_tokens
+        self._change_queue(seat.column, -entry.seconds, now)
+        if seat.head is entry:
+            self._set_head(seat, next(iter(seat.prefills.values()), None), now, seen=False)
+
+    def _hold(self, entry: Entry, seat: Seat, tokens: int) -> None:
+        entry.source = seat
+        entry.held_tokens = tokens
+        seat.handoffs[entry.request.id] = entry
+        self._sheet.handoff_tokens[seat.column] += tokens
+
+    def _release_source(self, entry: Entry) -> None:
+        seat = entry.source
+        assert seat is not None
+        entry.source = None
+        del seat.handoffs[entry.request.id]
+        self._sheet.handoff_tokens[seat.column] -= entry.held_tokens
+
+    def _leave_decode(self, entry: Entry) -> None:
+        seat = entry.decode
+        assert seat is not None
+        entry.decode = None
+        del seat.decodes[entry.request.id]
+        self._sheet.decode_requests[seat.column] -= 1
+        self._sheet.decode_tokens[seat.column] -= entry.resident_tokens
+
+    def _drop(self, entry: Entry, now: float) -> None:
+        if entry.prefill is not None:
+            self._leave_prefill(entry, now)
+        if entry.source is not None:
+            self._release_source(entry)
+        if entry.decode is not None:
+            self._leave_decode(entry)
+        del self._entries[entry.request.id]

@@ -1,0 +1,86 @@
+"""What the ledger remembers of one request and of one instance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tidegate.core.instance import Instance
+from tidegate.core.request import Request
+from tidegate.costs.profile import Profile
+
+
+@dataclass(slots=True, eq=False)
+class Seat:
+    """An instance that is up: its column and who is on it, each kind in order of arrival.
+
+    ``head`` is the prefill taken to be running; ``head_seen`` tells whether the driver reported its
+    start or it was inferred.
+    """
+
+    instance: Instance
+    profile: Profile
+    column: int
+    prefills: dict[str, Entry] = field(default_factory=dict)
+    decodes: dict[str, Entry] = field(default_factory=dict)
+    handoffs: dict[str, Entry] = field(default_factory=dict)
+    head: Entry | None = None
+    head_seen: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A live request. Its stage is told by which seats are set.
+
+    ============  ======  ========  ============================================
+    ``prefill``   set     in prefill (queued or running) there
+    ``source``    set     its KV waits there for a decode placement, or is pulled from there
+    ``decode``    set     decodes there, or will once the pull from ``source`` ends
+    ============  ======  ========  ============================================
+
+    ``prefill`` excludes the other two. ``seconds`` is the predicted prefill, ``held_tokens`` the KV
+    counted at ``source``, ``resident_tokens`` the KV counted at ``decode``, ``last_at_s`` the start of
+    the open inter-token gap, meaningful while ``decode`` is set and ``source`` is not.
+    """
+
+    request: Request
+    prefill: Seat | None
+    seconds: float
+    source: Seat | None = None
+    decode: Seat | None = None
+    held_tokens: int = 0
+    resident_tokens: int = 0
+    last_at_s: float = 0.0
+
+    @property
+    def owner(self) -> Seat:
+        """The one seat whose loss loses the KV."""
+        seat = self.prefill or self.source or self.decode
+        assert seat is not None, "a live request sits somewhere"
+        return seat
+
+
+@dataclass(frozen=True, slots=True)
+class Residents:
+    """Request ids on one instance, each kind in order of arrival."""
+
+    prefills: tuple[str, ...]
+    handoffs: tuple[str, ...]
+    decodes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How many requests were dispatched, are in each stage, and ended in each way.
+
+    ``dispatched == prefills + handoffs + decodes + finished + aborted + lost``: every request is in one
+    stage or in one terminal state. A replay under the same id counts as a dispatch of its own.
+    """
+
+    instances: int
+    dispatched: int
+    prefills: int
+    handoffs: int
+    decodes: int
+    finished: int
+    aborted: int
+    lost: int

@@ -1,0 +1,54 @@
+"""Which instances a placement may choose from, and how it picks among them. All vectorised."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tidegate.core.errors import NoInstance
+from tidegate.core.instance import Role
+from tidegate.ledger.snapshot import Column, Mask, Snapshot
+
+PREFILL_ONLY = float(Role.PREFILL)
+DECODE_ONLY = float(Role.DECODE)
+
+
+def pool(snapshot: Snapshot, role: Role) -> Mask:
+    """Tell which instances do the work of ``role`` (PREFILL or DECODE): its own label, or MIXED.
+
+    When no instance does, every instance is a candidate: an engine can always run either phase.
+    Raises NoInstance when nothing is up.
+    """
+    if not snapshot.ids:
+        raise NoInstance("no instance is up")
+    members: Mask = snapshot.role != (DECODE_ONLY if role == Role.PREFILL else PREFILL_ONLY)
+    if not np.count_nonzero(members):
+        return np.ones(len(snapshot), dtype=np.bool_)
+    return members
+
+
+def fitting(snapshot: Snapshot, candidates: Mask, tokens: int, held_on: str | None = None) -> Mask:
+    """Narrow ``candidates`` to those whose KV cache holds ``tokens`` more; all of them when none does.
+
+    A capacity of 0 is unknown and counts as room. ``held_on`` names the instance that already holds the
+    request's KV as handoff, so that it is not counted twice there.
+    """
+    free = snapshot.kv_capacity_tokens - snapshot.decode_tokens - snapshot.handoff_tokens
+    fits: Mask = free >= tokens
+    if held_on is not None and (held := snapshot.index.get(held_on)) is not None:
+        fits[held] = free[held] >= 0
+    fits |= snapshot.kv_capacity_tokens == 0
+    fits &= candidates
+    return fits if np.count_nonzero(fits) else candidates
+
+
+def least(cost: Column, candidates: Mask) -> int:
+    """Return the candidate of least ``cost``; the first one on a tie. There must be a candidate."""
+    return int(np.where(candidates, cost, np.inf).argmin())
+
+
+def least_pair(first: Column, second: Column, candidates: Mask) -> int:
+    """Return the candidate whose pair of costs is least, compared lexicographically."""
+    leading = np.where(candidates, first, np.inf)
+    ties = leading == leading[leading.argmin()]
+    ties &= candidates
+    return int(np.where(ties, second, np.inf).argmin())

@@ -1,0 +1,42 @@
+"""Systems whose labels never change: what the adaptive ones are compared with."""
+
+from __future__ import annotations
+
+from tidegate.core.errors import ConfigError
+from tidegate.policies.colocated import Colocated
+from tidegate.policies.least_loaded import LeastLoaded
+from tidegate.policies.minimal_load import MinimalLoad
+from tidegate.policies.round_robin import RoundRobin
+from tidegate.policies.starting_roles import mixed_roles
+from tidegate.systems.registry import SYSTEMS, SystemOptions
+from tidegate.systems.system import System
+
+
+@SYSTEMS.register("round-robin")
+def round_robin(options: SystemOptions) -> System:
+    """A static split; each phase goes around its pool."""
+    policy = RoundRobin()
+    return System("round-robin", "static split, each pool in turn", options.roles(), policy, policy)
+
+
+@SYSTEMS.register("static")
+def static(options: SystemOptions) -> System:
+    """A static split; each phase goes to the member with the fewest tokens (DistServe)."""
+    policy = LeastLoaded()
+    return System("static", "static split, fewest tokens first", options.roles(), policy, policy)
+
+
+@SYSTEMS.register("minimal-load")
+def minimal_load(options: SystemOptions) -> System:
+    """A static split; each phase goes where it is predicted to be fastest (xLLM's baseline)."""
+    policy = MinimalLoad()
+    return System("minimal-load", "static split, least predicted time first", options.roles(), policy, policy)
+
+
+@SYSTEMS.register("colocated")
+def colocated(options: SystemOptions) -> System:
+    """No disaggregation: both phases of a request on the instance of least predicted load."""
+    if options.split is not None:
+        raise ConfigError("system 'colocated' has no split: every instance runs both phases")
+    policy = Colocated()
+    return System("colocated", "both phases on one instance", mixed_roles, policy, policy)

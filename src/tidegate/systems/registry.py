@@ -1,0 +1,56 @@
+"""Systems by name, and the checks that refuse one before it serves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tidegate.core.errors import ConfigError
+from tidegate.core.slo import Slo
+from tidegate.policies.registry import Registry
+from tidegate.policies.seams import Signal, StartingRoles
+from tidegate.policies.starting_roles import SplitRoles, even_roles
+from tidegate.systems.system import System
+
+
+@dataclass(frozen=True, slots=True)
+class SystemOptions:
+    """What a user may set when picking a system.
+
+    ``split`` is (prefill, decode) at start-up, ``tick_s`` the period of pool control (1 s, Narwhal's
+    monitoring interval), ``slo`` the target that pool loads are measured against; single requests are
+    placed against their own.
+    """
+
+    split: tuple[int, int] | None = None
+    tick_s: float = 1.0
+    slo: Slo = field(default_factory=Slo)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tick_s < float("inf"):
+            raise ConfigError(f"tick must be a positive number of seconds, got {self.tick_s}")
+
+    def roles(self) -> StartingRoles:
+        """Return the given split, or an even one."""
+        return even_roles if self.split is None else SplitRoles(*self.split)
+
+
+SYSTEMS: Registry[Callable[[SystemOptions], System]] = Registry("system", group="tidegate.systems")
+"""Factories of systems. A third party names a factory under the entry point group ``tidegate.systems``."""
+
+
+def make_system(
+    name: str, *, split: tuple[int, int] | None = None, tick_s: float = 1.0, slo: Slo | None = None
+) -> System:
+    """Build the system ``name``. Raises ConfigError for an unknown name or an impossible option."""
+    return SYSTEMS.get(name)(SystemOptions(split=split, tick_s=tick_s, slo=slo or Slo()))
+
+
+def check_signals(system: System, available: frozenset[Signal]) -> None:
+    """Raise ConfigError when ``system`` needs a signal that this deployment does not have."""
+    missing = sorted(system.needs - available)
+    if missing:
+        have = ", ".join(sorted(available)) or "none"
+        raise ConfigError(
+            f"system {system.name!r} needs the signals {', '.join(missing)}; this deployment has: {have}"
+        )
