@@ -1,0 +1,210 @@
+"""The open-loop load client: requests leave on schedule, whatever happened to the earlier ones."""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import aiohttp
+import numpy as np
+import orjson
+
+from tidegate.bench.answer import BrokenAnswer, StreamedAnswer
+from tidegate.bench.endpoint import Endpoint
+from tidegate.bench.settings import BenchSettings
+from tidegate.core.clock import Clock, WallClock
+from tidegate.measure.results import RequestResult, Status
+from tidegate.protocol.sse import SseParser
+from tidegate.workloads.trace import TraceRecord
+
+PREPARED_AHEAD = 64
+SLACK_S = 0.005
+"""Prompts are made ahead only while the next send is at least this far away."""
+
+OnResult = Callable[[RequestResult, "array[float]"], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    index: int
+    record: TraceRecord
+    body: bytes
+    headers: dict[str, str]
+
+
+class LoadClient:
+    """Sends each record at its ``arrival_s`` and reports every end to ``on_result`` exactly once.
+
+    There is no limit on requests in flight. ``sent`` and ``in_flight`` may be read at any time.
+    """
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        settings: BenchSettings,
+        endpoint: Endpoint,
+        on_result: OnResult,
+        clock: Clock | None = None,
+    ) -> None:
+        self.sent = 0
+        self._session, self._settings, self._endpoint = session, settings, endpoint
+        self._on_result = on_result
+        self._clock = clock or WallClock()
+        self._start_s = 0.0
+        self._tasks: dict[asyncio.Task[tuple[RequestResult, array[float]]], _Prepared] = {}
+        self._idle = asyncio.Event()
+        self._fault: Exception | None = None
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._tasks)
+
+    async def run(self, records: Sequence[TraceRecord], stop: asyncio.Event) -> None:
+        """Send all records and wait for their answers.
+
+        When ``stop`` is set nothing more is sent, and requests in flight end as ``interrupted``.
+        """
+        pacer = asyncio.create_task(self._drive(records))
+        stopper = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait((pacer, stopper), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            tasks = [pacer, stopper, *self._tasks]
+            for task in tasks:
+                task.cancel()
+            ended = await asyncio.gather(*tasks, return_exceptions=True)
+        if self._fault is not None:
+            raise self._fault
+        if isinstance(ended[0], Exception):
+            raise ended[0]
+
+    async def _drive(self, records: Sequence[TraceRecord]) -> None:
+        await self._send_all(iter(enumerate(records)))
+        while self._tasks and self._fault is None:
+            self._idle.clear()
+            await self._idle.wait()
+
+    async def _send_all(self, source: Iterator[tuple[int, TraceRecord]]) -> None:
+        ready: deque[_Prepared] = deque()
+        first = next(source, None)
+        if first is not None:
+            ready.append(self._prepare(*first))
+        self._start_s = self._clock.now()
+        while ready and self._fault is None:
+            due_s = self._start_s + ready[0].record.arrival_s
+            while len(ready) < PREPARED_AHEAD and due_s - self._clock.now() > SLACK_S:
+                following = next(source, None)
+                if following is None:
+                    break
+                ready.append(self._prepare(*following))
+                await asyncio.sleep(0)
+            # Sleeping for 0 in a burst lets answers be read between two sends.
+            await asyncio.sleep(max(0.0, due_s - self._clock.now()))
+            self._send(ready.popleft())
+            if not ready:
+                following = next(source, None)
+                if following is not None:
+                    ready.append(self._prepare(*following))
+
+    def _prepare(self, index: int, record: TraceRecord) -> _Prepared:
+        prompt = self._endpoint.prompts.prompt(record, index)
+        body = self._settings.body(self._endpoint.model, prompt, record.output_tokens, stream=True)
+        headers = self._settings.headers()
+        if record.session_id:
+            headers["x-session-id"] = record.session_id
+        return _Prepared(index, record, orjson.dumps(body), headers)
+
+    def _send(self, item: _Prepared) -> None:
+        task = asyncio.create_task(self._exchange(item))
+        self._tasks[task] = item
+        task.add_done_callback(self._ended)
+        self.sent += 1
+
+    def _ended(self, task: asyncio.Task[tuple[RequestResult, array[float]]]) -> None:
+        item = self._tasks.pop(task)
+        try:
+            if task.cancelled():
+                # Cancelled before its first step: it never left.
+                self._on_result(self._result(item, self._now_s(), "interrupted"), array("d"))
+            else:
+                self._on_result(*task.result())
+        except Exception as fault:
+            # The loop would only log what a callback raises; a full disk has to end the run.
+            self._fault = self._fault or fault
+        if not self._tasks or self._fault is not None:
+            self._idle.set()
+
+    async def _exchange(self, item: _Prepared) -> tuple[RequestResult, array[float]]:
+        sent_s = self._now_s()
+        answer = StreamedAnswer(chat=self._settings.chat)
+        status: Status = "ok"
+        http_status, error = None, ""
+        try:
+            async with asyncio.timeout(self._settings.timeout_s):
+                http_status, error = await self._stream(item, answer)
+            if http_status != 200:
+                status = "http"
+            else:
+                answer.close()
+        except TimeoutError:
+            status, error = "timeout", f"no complete answer within {self._settings.timeout_s:g} s"
+        except asyncio.CancelledError:
+            status = "interrupted"
+        except BrokenAnswer as broken:
+            status, error = "stream", str(broken)
+        except (aiohttp.ClientError, OSError) as broken:
+            status = "connection" if answer.first_s is None else "stream"
+            error = str(broken) or type(broken).__name__
+        return self._result(item, sent_s, status, http_status, error, answer), answer.gaps_s
+
+    async def _stream(self, item: _Prepared, answer: StreamedAnswer) -> tuple[int, str]:
+        """Read one answer to its end; return the HTTP status and, unless it is 200, the error text."""
+        url = self._settings.completion_url
+        async with self._session.post(url, data=item.body, headers=item.headers) as response:
+            if response.status != 200:
+                return response.status, (await response.text(errors="replace"))[:300]
+            parser = SseParser()
+            async for data in response.content.iter_any():
+                at_s = self._now_s()
+                for payload in parser.feed(data):
+                    answer.take(payload, at_s)
+        return 200, ""
+
+    def _result(
+        self,
+        item: _Prepared,
+        sent_s: float,
+        status: Status,
+        http_status: int | None = None,
+        error: str = "",
+        answer: StreamedAnswer | None = None,
+    ) -> RequestResult:
+        record = item.record
+        seen = answer or StreamedAnswer(chat=self._settings.chat)
+        gaps_s = np.array(seen.gaps_s)
+        return RequestResult(
+            index=item.index,
+            arrival_s=record.arrival_s,
+            sent_s=sent_s,
+            input_tokens=record.input_tokens,
+            max_tokens=record.output_tokens,
+            status=status,
+            http_status=http_status,
+            error=error,
+            ttft_s=None if seen.first_s is None else seen.first_s - record.arrival_s,
+            tpot_s=seen.tpot_s,
+            e2e_s=(seen.last_s if status == "ok" else self._now_s()) - record.arrival_s,
+            itl_p99_s=float(np.percentile(gaps_s, 99)) if gaps_s.size else None,
+            itl_max_s=float(gaps_s.max()) if gaps_s.size else None,
+            prompt_tokens=seen.prompt_tokens,
+            output_tokens=seen.output_tokens,
+            finish_reason=seen.finish_reason,
+            session_id=record.session_id,
+            turn=record.turn,
+        )
+
+    def _now_s(self) -> float:
+        return self._clock.now() - self._start_s

@@ -1,0 +1,84 @@
+"""How a load run talks to its endpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from tidegate.core.errors import ConfigError
+from tidegate.core.slo import Slo
+
+
+class PromptForm(StrEnum):
+    """How prompts are sent: token ids, words, or token ids where the endpoint takes them."""
+
+    AUTO = "auto"
+    TOKENS = "tokens"
+    TEXT = "text"
+
+
+@dataclass(frozen=True, slots=True)
+class BenchSettings:
+    """``url`` is the endpoint's base, with or without ``/v1``. ``timeout_s`` bounds each request.
+
+    ``ignore_eos`` asks the server for exactly the output length of the workload (a vLLM extension).
+    ``slo_headers`` sends the SLO with each request (``x-slo-ttft-ms``, ``x-slo-tpot-ms``).
+    Raises ConfigError for a URL that is not http(s) or a timeout that is not positive.
+    """
+
+    url: str
+    model: str = ""
+    api_key: str = field(default="", repr=False)
+    chat: bool = False
+    prompt_form: PromptForm = PromptForm.AUTO
+    ignore_eos: bool = True
+    temperature: float = 0.0
+    timeout_s: float = 600.0
+    slo: Slo = field(default_factory=Slo)
+    slo_headers: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.url.startswith(("http://", "https://")):
+            problems.append(f"the URL must start with http:// or https://, got {self.url!r}")
+        if not self.timeout_s > 0:
+            problems.append(f"the timeout must be positive, got {self.timeout_s} s")
+        if self.chat and self.prompt_form is PromptForm.TOKENS:
+            problems.append("chat messages are text: --chat does not go with --prompt-form tokens")
+        if problems:
+            raise ConfigError(problems)
+
+    @property
+    def base(self) -> str:
+        """Return the URL up to and without ``/v1``."""
+        return self.url.rstrip("/").removesuffix("/v1")
+
+    @property
+    def completion_url(self) -> str:
+        return f"{self.base}/v1/{'chat/completions' if self.chat else 'completions'}"
+
+    def headers(self) -> dict[str, str]:
+        """Return the headers of every request; compression is declined, for it would delay tokens."""
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        if self.api_key:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        if self.slo_headers:
+            headers["x-slo-ttft-ms"] = f"{self.slo.ttft_s * 1000:g}"
+            headers["x-slo-tpot-ms"] = f"{self.slo.tpot_s * 1000:g}"
+        return headers
+
+    def body(
+        self, model: str, prompt: str | list[int], max_tokens: int, *, stream: bool
+    ) -> dict[str, object]:
+        """Return a request body; text becomes one user message in chat mode."""
+        body: dict[str, object] = {"model": model, "max_tokens": max_tokens, "temperature": self.temperature}
+        if self.chat:
+            body["messages"] = [{"role": "user", "content": prompt}]
+        else:
+            body["prompt"] = prompt
+        if self.ignore_eos:
+            body["ignore_eos"] = True
+        if stream:
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
+        return body

@@ -1,0 +1,126 @@
+"""From command-line choices to the list of requests to send."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from tidegate.core.errors import ConfigError
+from tidegate.workloads.arrivals import ArrivalProcess, Bursts, Gamma, Poisson
+from tidegate.workloads.generate import arrival_times_s, generate, resample
+from tidegate.workloads.readers import is_timed, read_trace, read_untimed
+from tidegate.workloads.token_counts import parse_token_counts
+from tidegate.workloads.trace import TraceRecord
+from tidegate.workloads.transform import limit, retime, scale_rate, scale_tokens, schedule_sessions, window
+
+DEFAULT_INPUT = "512"
+DEFAULT_OUTPUT = "128"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadChoice:
+    """A trace, an arrival process, or both: then the trace gives lengths and prefixes only.
+
+    ``poisson`` and ``gamma`` are requests per second; ``bursts`` is ``RPS:S,RPS:S``. For a session
+    file the process starts sessions, whose turns keep their own times. ``start_s`` and
+    ``duration_s`` cut a window out of the workload after ``scale_rate``.
+    """
+
+    trace: str = ""
+    poisson: float | None = None
+    gamma: float | None = None
+    cv: float | None = None
+    bursts: str = ""
+    input_tokens: str = ""
+    output_tokens: str = ""
+    lengths_from: str = ""
+    scale_rate: float = 1.0
+    scale_tokens: float = 1.0
+    start_s: float = 0.0
+    duration_s: float | None = None
+    limit: int | None = None
+    turn_gap_s: float | None = None
+    seed: int = 0
+
+    def describe(self) -> str:
+        """Return the workload in one line, for the record of the run."""
+        defaults = WorkloadChoice()
+        chosen = [(name, getattr(self, name)) for name in self.__slots__]
+        return " ".join(f"{name}={value}" for name, value in chosen if value != getattr(defaults, name))
+
+
+def load_workload(choice: WorkloadChoice) -> list[TraceRecord]:
+    """Return the requests in order of arrival, the first at 0 when they come from a timed trace.
+
+    The whole workload is read before any load, so that a malformed line stops the run early. Raises
+    TraceError for a bad trace and ConfigError, with all problems at once, for choices that do not
+    fit together or an empty workload.
+    """
+    problems = _problems(choice)
+    if problems:
+        raise ConfigError(problems)
+    records = scale_tokens(scale_rate(_records(choice), choice.scale_rate), choice.scale_tokens)
+    cut = window(records, choice.start_s, float("inf") if choice.duration_s is None else choice.duration_s)
+    chosen = list(cut if choice.limit is None else limit(cut, choice.limit))
+    if not chosen:
+        raise ConfigError("the workload is empty; look at --start, --duration and the trace")
+    if choice.trace and _process(choice) is None:
+        origin_s = chosen[0].arrival_s
+        chosen = [replace(r, arrival_s=r.arrival_s - origin_s) for r in chosen]
+    return chosen
+
+
+def _problems(choice: WorkloadChoice) -> list[str]:
+    processes = [
+        name
+        for name, given in (
+            ("--poisson", choice.poisson),
+            ("--gamma", choice.gamma),
+            ("--bursts", choice.bursts),
+        )
+        if given is not None and given != ""
+    ]
+    lengths = choice.input_tokens or choice.output_tokens
+    problems = []
+    if not choice.trace and not processes:
+        problems.append("say what to send: --trace FILE, --poisson RPS, --gamma RPS or --bursts RPS:S,RPS:S")
+    if len(processes) > 1:
+        problems.append(f"choose one arrival process, not {' and '.join(processes)}")
+    if choice.cv is not None and choice.gamma is None:
+        problems.append("--cv goes with --gamma")
+    if (lengths or choice.lengths_from) and choice.trace:
+        problems.append(
+            "--trace brings its own lengths: drop --input-tokens, --output-tokens and --lengths-from"
+        )
+    if lengths and choice.lengths_from:
+        problems.append("choose --lengths-from or --input-tokens and --output-tokens, not both")
+    if processes and not choice.trace and choice.limit is None and choice.duration_s is None:
+        problems.append("an arrival process has no end: give --limit N or --duration S")
+    if choice.turn_gap_s is not None and not (choice.trace and processes):
+        problems.append("--turn-gap goes with a session trace and an arrival process")
+    return problems
+
+
+def _records(choice: WorkloadChoice) -> Iterator[TraceRecord]:
+    process = _process(choice)
+    if process is None:
+        return read_trace(choice.trace)
+    if choice.trace:
+        times_s = arrival_times_s(process, seed=choice.seed)
+        records = read_untimed(choice.trace)
+        if is_timed(choice.trace):
+            return retime(records, times_s)
+        return schedule_sessions(records, times_s, choice.turn_gap_s)
+    if choice.lengths_from:
+        return resample(process, list(read_untimed(choice.lengths_from)), seed=choice.seed)
+    inputs = parse_token_counts(choice.input_tokens or DEFAULT_INPUT)
+    outputs = parse_token_counts(choice.output_tokens or DEFAULT_OUTPUT)
+    return generate(process, inputs, outputs, seed=choice.seed)
+
+
+def _process(choice: WorkloadChoice) -> ArrivalProcess | None:
+    if choice.poisson is not None:
+        return Poisson(choice.poisson)
+    if choice.gamma is not None:
+        return Gamma(choice.gamma, 1.0 if choice.cv is None else choice.cv)
+    return Bursts.parse(choice.bursts) if choice.bursts else None

@@ -1,0 +1,113 @@
+"""``tidegate report``: what a recorded run delivered."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from tidegate.core.errors import ConfigError, TraceError
+from tidegate.core.slo import Slo
+from tidegate.measure import (
+    build_bench_report,
+    build_report,
+    read_journal,
+    read_results,
+    render_block,
+    render_report,
+)
+from tidegate.measure.attainment import DEFAULT_LEVEL
+from tidegate.measure.bench_report import BenchReport
+from tidegate.measure.lines import TypedLines
+from tidegate.measure.percentiles import Summary
+from tidegate.measure.report import RunReport
+from tidegate.measure.results import ResultFile
+
+EXIT_LEVEL_MISSED = 1
+
+EPILOG = """
+[bold]Examples[/bold]
+
+    tidegate report journal.jsonl
+
+Score the same run against tighter targets, and fail a script when fewer than 99 % attain them:
+
+    tidegate report journal.jsonl --slo ttft:300,tpot:30 --level 0.99 --require-level
+
+    tidegate report run.jsonl --json | jq .attainment.share
+
+[bold]Exit codes[/bold]  0 reported; 1 the level was missed with --require-level; 2 wrong usage or file.
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the ``report`` command."""
+    app.command("report", epilog=EPILOG, rich_help_panel="Measure")(run)
+
+
+def run(
+    recording: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A gateway or simulation journal, or a bench result.")
+    ],
+    slo: Annotated[
+        str,
+        typer.Option(metavar="ttft:MS,tpot:MS", help="Score by these targets instead of the recorded ones."),
+    ] = "",
+    level: Annotated[float, typer.Option(help="Attainment that counts as met.")] = DEFAULT_LEVEL,
+    require_level: Annotated[bool, typer.Option("--require-level", help="Exit 1 when missed.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Report on a recorded run: outcomes, SLO attainment, where the time went, and what was decided.
+
+    Attainment is over offered requests; goodput is the rate of attained ones. TTFT is also shown by
+    stage: queue, prefill, transfer, decode queue, first step.
+    """
+    targets = Slo.parse(slo) if slo else None
+    if not 0 < level <= 1:
+        raise ConfigError(f"--level is a share between 0 and 1, got {level}")
+    report: RunReport | BenchReport
+    if _kind(recording) == "bench":
+        report = _bench_report(read_results(recording), targets, level)
+    else:
+        report = build_report(read_journal(recording), slo=targets, level=level)
+    if as_json:
+        typer.echo(json.dumps(report.to_json(), indent=2))
+    elif isinstance(report, BenchReport):
+        typer.echo(render_block(report))
+    else:
+        Console().print(render_report(report))
+    if require_level and not report.goodput.level_met:
+        raise typer.Exit(EXIT_LEVEL_MISSED)
+
+
+def _kind(recording: Path) -> str:
+    first = next(iter(TypedLines(recording)), None)
+    kind = "" if first is None else first.kind
+    if kind not in ("header", "bench"):
+        raise TraceError(
+            "this is neither a journal (first line of type 'header') nor a bench result (type 'bench')",
+            file=str(recording),
+            line=1,
+        )
+    return kind
+
+
+def _bench_report(recorded: ResultFile, targets: Slo | None, level: float) -> BenchReport:
+    notes = []
+    if recorded.truncated:
+        notes.append("the last line is cut off: the client was stopped in the middle of it")
+    if recorded.summary is None:
+        notes.append("the file has no summary line: the client was killed before its end")
+    own = recorded.header.get("slo")
+    slo = targets or (Slo(own["ttft_s"], own["tpot_s"]) if isinstance(own, dict) else Slo())
+    return build_bench_report(
+        recorded.results, slo, level=level, itl_s=_recorded_gaps(recorded.summary), notes=notes
+    )
+
+
+def _recorded_gaps(summary: dict[str, Any] | None) -> Summary | None:
+    gaps = (summary or {}).get("itl_s")
+    return Summary(**gaps) if isinstance(gaps, dict) else None

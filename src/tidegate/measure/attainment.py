@@ -1,0 +1,94 @@
+"""SLO attainment and goodput of one run, over the requests that were offered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from tidegate.core.errors import ConfigError
+from tidegate.core.slo import Slo
+
+DEFAULT_LEVEL = 0.90
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What scoring needs of one offered request; ``ok`` is false for failed and rejected ones."""
+
+    arrival_s: float
+    ok: bool
+    ttft_s: float | None
+    tpot_s: float | None
+    slo: Slo
+
+
+@dataclass(frozen=True, slots=True)
+class Attainment:
+    """Counts of offered requests that met both targets, TTFT alone and TPOT alone.
+
+    Failed and rejected requests are misses in all three. An answer of one token has no TPOT and
+    meets that target.
+    """
+
+    offered: int
+    attained: int
+    ttft_attained: int
+    tpot_attained: int
+
+    @property
+    def share(self) -> float:
+        """Return the SLO attainment, 0 when nothing was offered."""
+        return self.attained / self.offered if self.offered else 0.0
+
+    @property
+    def ttft_share(self) -> float:
+        return self.ttft_attained / self.offered if self.offered else 0.0
+
+    @property
+    def tpot_share(self) -> float:
+        return self.tpot_attained / self.offered if self.offered else 0.0
+
+
+def score(observations: Iterable[Observation]) -> Attainment:
+    """Count attainment, each request against its own SLO."""
+    offered = attained = ttft_attained = tpot_attained = 0
+    for seen in observations:
+        offered += 1
+        if not seen.ok or seen.ttft_s is None:
+            continue
+        ttft_ok = seen.ttft_s <= seen.slo.ttft_s
+        tpot_ok = seen.tpot_s is None or seen.tpot_s <= seen.slo.tpot_s
+        ttft_attained += ttft_ok
+        tpot_attained += tpot_ok
+        attained += ttft_ok and tpot_ok
+    return Attainment(offered, attained, ttft_attained, tpot_attained)
+
+
+@dataclass(frozen=True, slots=True)
+class Goodput:
+    """What one run says about goodput.
+
+    ``offered_rps`` is the mean arrival rate and ``attained_rps`` the part of it that met the SLO.
+    Goodput proper, the highest rate at which attainment is at least ``level``, takes several runs;
+    one run only tells whether it lies at ``offered_rps`` or above (``level_met``) or below.
+    """
+
+    level: float
+    level_met: bool
+    offered_rps: float | None
+    attained_rps: float | None
+
+
+def goodput(attainment: Attainment, arrivals_s: Sequence[float], level: float = DEFAULT_LEVEL) -> Goodput:
+    """Relate attainment to the offered rate; the rates are None when no time passed between arrivals.
+
+    The rate is gaps between arrivals over the time they span, so it does not depend on how long
+    the run waited for the last answers. Raises ConfigError unless 0 < level <= 1.
+    """
+    if not 0 < level <= 1:
+        raise ConfigError(f"the attainment level is a share between 0 and 1, got {level}")
+    span_s = max(arrivals_s) - min(arrivals_s) if arrivals_s else 0.0
+    offered_rps = (len(arrivals_s) - 1) / span_s if span_s > 0 else None
+    attained_rps = None if offered_rps is None else offered_rps * attainment.share
+    met = attainment.offered > 0 and attainment.share >= level
+    return Goodput(level, met, offered_rps, attained_rps)
