@@ -1,0 +1,194 @@
+"""Token ids to text, one token at a time, at constant cost per token.
+
+Text is held back while it ends in half a character or in what may become a stop string. Assembling
+is a function of the output ids alone, so a leg that replays the ids of earlier legs stands exactly
+where the unbroken leg would.
+"""
+
+from __future__ import annotations
+
+import codecs
+from pathlib import Path
+from typing import Any, Protocol
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from tidegate.core.errors import ConfigError
+
+_CONTEXT_TOKENS = 6
+"""Tokens of the prompt that a window decoder reads, so that leading-space rules see what came before."""
+
+_MAX_UNDECIDED_TOKENS = 8
+"""A character has at most 4 bytes, so a longer undecided run is not going to become one."""
+
+
+class TextDecoder(Protocol):
+    """Turns ids into text incrementally."""
+
+    def add(self, token_id: int) -> str:
+        """Return the text that this id completes; may be empty."""
+        ...
+
+    def flush(self) -> str:
+        """Return what is still undecided, U+FFFD for a broken character."""
+        ...
+
+
+class ByteDecoder:
+    """For byte-level BPE: ids are bytes by a table, and UTF-8 is decoded incrementally."""
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        self._pieces = pieces
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token_id: int) -> str:
+        return self._utf8.decode(self._pieces[token_id])
+
+    def flush(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+
+class WindowDecoder:
+    """For any tokenizer: decodes a short window with and without its newest ids; the rest is new text."""
+
+    def __init__(self, backend: Tokenizer, context: list[int]) -> None:
+        self._backend = backend
+        self._window = list(context)
+        self._read = len(context)
+
+    def add(self, token_id: int) -> str:
+        self._window.append(token_id)
+        before, after = self._decode(self._read), self._decode(len(self._window))
+        undecided = len(self._window) - self._read
+        if len(after) <= len(before) or (after.endswith("\ufffd") and undecided <= _MAX_UNDECIDED_TOKENS):
+            return ""
+        return self._advance(before, after)
+
+    def flush(self) -> str:
+        return self._advance(self._decode(self._read), self._decode(len(self._window)))
+
+    def _decode(self, upto: int) -> str:
+        return str(self._backend.decode(self._window[:upto], skip_special_tokens=True))
+
+    def _advance(self, before: str, after: str) -> str:
+        self._window = self._window[self._read :]
+        self._read = len(self._window)
+        return after[len(before) :]
+
+
+class TextAssembler:
+    """The text of one request: decoding, stop strings and what is held back."""
+
+    __slots__ = ("_decoder", "_held", "_hold", "_stops", "stopped_by")
+
+    def __init__(self, decoder: TextDecoder, stops: tuple[str, ...]) -> None:
+        self._decoder = decoder
+        self._stops = tuple(stop for stop in stops if stop)
+        self._hold = max((len(stop) for stop in self._stops), default=0) - 1
+        self._held = ""
+        self.stopped_by: str | None = None
+
+    def add(self, token_id: int, may_stop: bool = True) -> str:
+        """Take one id and return the text that may be shown now.
+
+        When a stop string completes, ``stopped_by`` is set and the text before it returned. With
+        ``may_stop`` false (below ``min_tokens``) stop strings are shown like any text.
+        """
+        text = self._decoder.add(token_id)
+        if self._hold < 0 or not text:
+            return text
+        return self._scan(self._held + text, may_stop)
+
+    def flush(self) -> str:
+        """Return everything held back; the request ends here."""
+        text = self._held + self._decoder.flush()
+        self._held = ""
+        return text if self._hold < 0 else self._scan(text, True) + self._held
+
+    def _scan(self, text: str, may_stop: bool) -> str:
+        if may_stop:
+            found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+            if found:
+                at, self.stopped_by = min(found, key=lambda hit: hit[0])
+                self._held = ""
+                return text[:at]
+        keep = self._possible_stop(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def _possible_stop(self, text: str) -> int:
+        """Return the length of the longest tail of ``text`` that begins a stop string."""
+        for length in range(min(self._hold, len(text)), 0, -1):
+            tail = text[len(text) - length :]
+            if any(stop.startswith(tail) for stop in self._stops):
+                return length
+        return 0
+
+
+class Detokenizer:
+    """Makes text assemblers for one model folder's tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer: Any = tokenizer
+        self._backend: Tokenizer = tokenizer.backend_tokenizer
+        self._pieces = _byte_pieces(self._backend)
+
+    def assembler(
+        self, prompt_token_ids: tuple[int, ...], generated: int, stops: tuple[str, ...], min_tokens: int
+    ) -> TextAssembler:
+        """Return an assembler that has replayed the last ``generated`` ids of the prompt."""
+        split = len(prompt_token_ids) - generated
+        if self._pieces is not None:
+            decoder: TextDecoder = ByteDecoder(self._pieces)
+        else:
+            context = prompt_token_ids[max(0, split - _CONTEXT_TOKENS) : split]
+            decoder = WindowDecoder(self._backend, list(context))
+        text = TextAssembler(decoder, stops)
+        for position, token_id in enumerate(prompt_token_ids[split:]):
+            text.add(token_id, may_stop=position + 1 > min_tokens)
+        return text
+
+    def piece(self, token_id: int) -> str:
+        """Return the text of one id by itself, special tokens included."""
+        return str(self._backend.decode([token_id], skip_special_tokens=False))
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """Load the folder's tokenizer. Raises ``ConfigError`` when it has none that is a fast one."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} has no usable tokenizer: {error}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ConfigError(
+            f"the tokenizer of {folder} ({type(tokenizer).__name__}) has no tokenizer.json form"
+        )
+    return tokenizer
+
+
+def _byte_pieces(backend: Tokenizer) -> list[bytes] | None:
+    """Return each id's bytes for a byte-level tokenizer (special tokens are empty), else None."""
+    if type(backend.decoder).__name__ != "ByteLevel":
+        return None
+    byte_of = _byte_alphabet()
+    special = {token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special}
+    vocab = backend.get_vocab(with_added_tokens=True)
+    pieces = [b""] * (max(vocab.values()) + 1)
+    for token, token_id in vocab.items():
+        if token_id in special:
+            continue
+        if all(char in byte_of for char in token):
+            pieces[token_id] = bytes(byte_of[char] for char in token)
+        else:
+            pieces[token_id] = token.encode()
+    return pieces
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Return the character that byte-level BPE writes for each byte, inverted (GPT-2's table)."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    byte_of = {chr(byte): byte for byte in shown}
+    rest = [byte for byte in range(256) if byte not in set(shown)]
+    byte_of.update({chr(256 + index): byte for index, byte in enumerate(rest)})
+    return byte_of

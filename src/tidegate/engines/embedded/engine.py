@@ -1,0 +1,412 @@
+"""The engine core: one compute thread around schedule, run, postprocess.
+
+Other threads talk to it by ``submit``, ``abort``, the pins and the puller's ``done``; all of these
+put a note in the inbox, which the compute thread empties between two steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from tidegate.core.clock import Clock, WallClock
+from tidegate.core.errors import BadRequest, CapacityError, ConfigError, PromptTooLong
+from tidegate.engines.embedded.blocks import BlockPool
+from tidegate.engines.embedded.detokenize import Detokenizer, load_tokenizer
+from tidegate.engines.embedded.kv_store import PagedKvStore
+from tidegate.engines.embedded.model import DtypeName, load_model
+from tidegate.engines.embedded.pins import Pins
+from tidegate.engines.embedded.progress import draw_for, take_token, times_of
+from tidegate.engines.embedded.runner import Batch, ModelRunner
+from tidegate.engines.embedded.sampling import sample
+from tidegate.engines.embedded.scheduler import Counters, Scheduler
+from tidegate.engines.embedded.sequence import Sequence
+from tidegate.engines.embedded.types import (
+    EngineStats,
+    GenerateRequest,
+    KvPuller,
+    Output,
+    OutputSink,
+    PinnedKv,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How an engine is built.
+
+    ``total_blocks`` None derives the pool from ``kv_cache_bytes``. ``max_model_len`` None takes the
+    model's own, and never exceeds what the pool holds. ``max_batch_tokens`` bounds the tokens of
+    one step and must reach ``max_num_seqs``, so that prompts progress beside decodes.
+    ``torch_threads`` applies to the whole process.
+    """
+
+    model: Path
+    engine_id: str = "embedded"
+    dtype: DtypeName = "auto"
+    device: str = "cpu"
+    block_tokens: int = 16
+    total_blocks: int | None = None
+    kv_cache_bytes: int = 256 * 1024 * 1024
+    max_model_len: int | None = None
+    max_batch_tokens: int = 512
+    max_num_seqs: int = 256
+    lease_s: float = 30.0
+    torch_threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.max_batch_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_batch_tokens {self.max_batch_tokens} is below max_num_seqs {self.max_num_seqs}: "
+                "a full batch of decodes would not fit one step"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one turn of the loop did: tokens computed and outputs to deliver."""
+
+    tokens: int
+    outputs: list[Output]
+
+
+class Engine:
+    """Serves requests of one model on one device.
+
+    Build it, optionally ``connect`` a puller and run ``step`` by hand (as the self-profile does), then
+    ``start``. ``submit``, ``abort``, ``stats``, ``pinned`` and ``release`` are safe from any thread.
+    """
+
+    def __init__(self, config: EngineConfig, clock: Clock | None = None) -> None:
+        self.config = config
+        if config.device == "cpu":
+            torch.set_num_threads(config.torch_threads)
+        model = load_model(config.model, config.dtype, config.device)
+        self.info = model.info
+        self.detokenizer = Detokenizer(load_tokenizer(config.model))
+        block_bytes = model.info.kv_bytes_per_token * config.block_tokens
+        total_blocks = config.total_blocks or max(1, config.kv_cache_bytes // block_bytes)
+        self.store = PagedKvStore(model.info.kv, total_blocks, config.block_tokens, model.device)
+        capacity = total_blocks * config.block_tokens
+        self.max_model_len = min(config.max_model_len or model.info.max_model_len, capacity)
+        self._clock = clock or WallClock()
+        self._runner = ModelRunner(model, self.store)
+        self._runner.probe()
+        self._pins = Pins(config.lease_s, self._clock, self._nudge)
+        self._scheduler = Scheduler(
+            BlockPool(total_blocks, config.block_tokens),
+            self._pins,
+            self._clock,
+            self._on_load_done,
+            engine_id=config.engine_id,
+            max_batch_tokens=config.max_batch_tokens,
+            max_num_seqs=config.max_num_seqs,
+        )
+        self._live: dict[str, Sequence] = {}
+        self._known: set[str] = set()
+        self._outbox: list[Output] = []
+        self._wake = threading.Condition()
+        self._inbox: list[Callable[[], None]] = []
+        self._unseen = 0
+        self._nudged = False
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self._sink: OutputSink = _discard
+        self._stats = self._read_stats()
+
+    # Any thread
+
+    def check_fits(self, request: GenerateRequest) -> None:
+        """Raise ``PromptTooLong`` or ``BadRequest`` when the request can never be served here."""
+        prompt, params = request.prompt_token_ids, request.sampling
+        if not prompt:
+            raise BadRequest("the prompt is empty", param="prompt")
+        if min(prompt) < 0 or max(prompt) >= self.info.vocab_size:
+            raise BadRequest(f"a token id is outside 0..{self.info.vocab_size - 1}", param="prompt")
+        if params.max_tokens < 1:
+            raise BadRequest(f"max_tokens is {params.max_tokens}, must be at least 1", param="max_tokens")
+        if not 0 <= request.generated <= len(prompt):
+            raise BadRequest(f"generated {request.generated} is not within the prompt", param="generated")
+        if len(prompt) + params.max_tokens > self.max_model_len:
+            raise PromptTooLong(
+                f"{len(prompt)} prompt tokens and {params.max_tokens} output tokens exceed the limit of "
+                f"{self.max_model_len} tokens",
+                param="max_tokens" if len(prompt) < self.max_model_len else "prompt",
+            )
+
+    def submit(self, request: GenerateRequest) -> None:
+        """Queue a request; its outputs go to the sink. Raises what ``check_fits`` raises.
+
+        Also raises ``BadRequest`` for an id in use and ``CapacityError`` when the engine is stopping.
+        """
+        self.check_fits(request)
+        params = request.sampling
+        text = self.detokenizer.assembler(
+            request.prompt_token_ids, request.generated, params.stop, params.min_tokens
+        )
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        sequence = Sequence(request, seed, text, self._clock.now())
+        with self._wake:
+            if self._stopping:
+                raise CapacityError("the engine is stopping")
+            if request.id in self._known:
+                raise BadRequest(f"request id {request.id!r} is in use", param="request_id")
+            self._known.add(request.id)
+            self._unseen += 1
+            self._inbox.append(partial(self._accept, sequence))
+            self._wake.notify()
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its last output has ``finish_reason`` abort. No effect on an unknown id."""
+        self._post(partial(self._abort, request_id))
+
+    def stats(self) -> EngineStats:
+        """Return the reading taken after the last step, plus what was submitted since."""
+        with self._wake:
+            return replace(self._stats, waiting=self._stats.waiting + self._unseen)
+
+    def pinned(self, request_id: str) -> PinnedKv | None:
+        """Return the pinned KV, or None when it expired or never existed."""
+        return self._pins.pinned(request_id)
+
+    def release(self, request_id: str) -> bool:
+        """Unpin; True when the KV was still pinned, so that everything read before is valid."""
+        return self._pins.release(request_id)
+
+    def connect(self, puller: KvPuller) -> None:
+        """Use ``puller`` for requests with a source. Call before ``start``."""
+        self._scheduler.puller = puller
+
+    def start(self, sink: OutputSink) -> None:
+        """Start the compute thread; ``sink`` gets every output, on that thread."""
+        self._sink = sink
+        self._thread = threading.Thread(target=self._loop, name="tidegate-compute", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Abort everything, deliver the last outputs and end the compute thread."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread is not None:
+            self._thread.join()
+        self._take_inbox()
+        for request_id in list(self._live):
+            self._abort(request_id)
+        self._deliver(self._take_outbox())
+
+    # Compute thread
+
+    def step(self) -> Step:
+        """Run one turn: take the inbox, schedule, compute, postprocess. Delivers nothing by itself."""
+        self._take_inbox()
+        batch = Batch([], [])
+        try:
+            self._scheduler.collect_pins()
+            batch = self._scheduler.schedule()
+            if batch.tokens:
+                self._compute(batch)
+        except Exception as error:
+            log.exception("a step of %d tokens failed", batch.tokens)
+            self._fail(batch.sequences() or list(self._live.values()), error)
+        stats = self._read_stats()
+        with self._wake:
+            self._stats = stats
+        return Step(batch.tokens, self._take_outbox())
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError when a block leaked. For the compute thread, or while it is not running."""
+        self._scheduler.check_integrity()
+
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache. For the compute thread, or while it is not running."""
+        self._scheduler.pool.forget()
+
+    def place_computed(self, request: GenerateRequest) -> None:
+        """Run ``request`` as if all but its last prompt token had KV, whatever its blocks hold.
+
+        For measurements, while the loop is not running. Raises what ``submit`` raises, and
+        ``CapacityError`` when blocks are short.
+        """
+        self.submit(request)
+        self._take_inbox()
+        sequence = self._live[request.id]
+        if not self._scheduler.place_computed(sequence):
+            self._abort(request.id)
+            raise CapacityError(f"no blocks for {len(request.prompt_token_ids)} tokens")
+
+    def counters(self) -> Counters:
+        """Return a copy of the totals since start."""
+        return replace(self._scheduler.counters)
+
+    def reset_counters(self, counters: Counters) -> None:
+        """Set the totals, while the loop is not running."""
+        self._scheduler.counters = replace(counters)
+        self._stats = self._read_stats()
+
+    def _loop(self) -> None:
+        idle = False
+        while not self._stopping:
+            step = self.step()
+            self._deliver(step.outputs)
+            if step.tokens:
+                idle = False
+                continue
+            if not idle and self._scheduler.idle:
+                idle = True
+                self._audit()
+            self._sleep()
+
+    def _audit(self) -> None:
+        try:
+            self.check_integrity()
+        except AssertionError:
+            log.exception("the idle engine's block book does not add up")
+
+    def _sleep(self) -> None:
+        """Wait for a note, or for the next lease to end."""
+        deadline = self._pins.next_deadline_s()
+        timeout = None if deadline is None else max(0.0, deadline - self._clock.now())
+        with self._wake:
+            if not (self._inbox or self._nudged or self._stopping):
+                self._wake.wait(timeout)
+            self._nudged = False
+
+    def _compute(self, batch: Batch) -> None:
+        logits = self._runner.run(batch)
+        sampling = batch.sampling()
+        eos = self.info.eos_ids
+        choices = sample(logits, [draw_for(sequence, eos) for sequence in sampling])
+        self._scheduler.commit(batch)
+        self._scheduler.counters.steps += 1
+        self._scheduler.counters.generation_tokens += len(sampling)
+        now = self._clock.now()
+        for sequence, choice in zip(sampling, choices, strict=True):
+            if sequence.first_token_s is None:
+                sequence.first_token_s = now
+                self._count_prompt(sequence)
+            output = take_token(sequence, choice, eos, self.detokenizer)
+            if output.finish_reason is not None:
+                self._finish(sequence, output, now)
+            self._outbox.append(output)
+
+    def _finish(self, sequence: Sequence, output: Output, now_s: float) -> None:
+        """Free or pin the sequence's blocks and complete its last output."""
+        blocks = self._scheduler.remove(sequence)
+        if sequence.request.pin_kv and output.finish_reason in ("stop", "length"):
+            # The last sampled token was never computed, so it has no KV.
+            output.pinned = self._pins.pin(sequence.request.id, blocks, len(sequence.tokens) - 1)
+        else:
+            self._scheduler.pool.release(blocks)
+        self._forget(sequence)
+        output.times = times_of(sequence, now_s)
+
+    def _end(self, sequence: Sequence, reason: str, error: str | None = None) -> None:
+        """End a request early. Blocks that a transfer still writes to are freed when it is done."""
+        output = Output(sequence.request.id, [], "", finish_reason=reason, error=error)
+        output.times = times_of(sequence, self._clock.now())
+        if not sequence.loading:
+            self._scheduler.pool.release(self._scheduler.remove(sequence))
+        self._forget(sequence)
+        self._outbox.append(output)
+
+    def _fail(self, sequences: list[Sequence], error: Exception) -> None:
+        for sequence in sequences:
+            if self._live.get(sequence.request.id) is sequence:
+                self._end(sequence, "error", f"{type(error).__name__}: {error}")
+
+    def _forget(self, sequence: Sequence) -> None:
+        del self._live[sequence.request.id]
+        with self._wake:
+            self._known.discard(sequence.request.id)
+
+    def _count_prompt(self, sequence: Sequence) -> None:
+        counters = self._scheduler.counters
+        pulled, cached = sequence.loaded_tokens, sequence.cached_tokens
+        counters.prompt_tokens += sequence.prompt_len
+        counters.pulled_prompt_tokens += pulled
+        counters.cached_prompt_tokens += cached
+        counters.computed_prompt_tokens += sequence.prompt_len - pulled - cached
+
+    def _accept(self, sequence: Sequence) -> None:
+        self._live[sequence.request.id] = sequence
+        self._scheduler.add(sequence)
+
+    def _abort(self, request_id: str) -> None:
+        sequence = self._live.get(request_id)
+        if sequence is not None:
+            self._end(sequence, "abort")
+
+    def _on_load_done(self, sequence: Sequence, error: str | None, moved_bytes: int) -> None:
+        self._post(partial(self._loaded, sequence, error, moved_bytes))
+
+    def _loaded(self, sequence: Sequence, error: str | None, moved_bytes: int) -> None:
+        wanted = self._live.get(sequence.request.id) is sequence
+        self._scheduler.finish_load(sequence, error, moved_bytes, wanted)
+
+    def _post(self, note: Callable[[], None]) -> None:
+        with self._wake:
+            self._inbox.append(note)
+            self._wake.notify()
+
+    def _nudge(self) -> None:
+        with self._wake:
+            self._nudged = True
+            self._wake.notify()
+
+    def _take_inbox(self) -> None:
+        with self._wake:
+            notes, self._inbox = self._inbox, []
+            self._unseen = 0
+        for note in notes:
+            note()
+
+    def _take_outbox(self) -> list[Output]:
+        outputs, self._outbox = self._outbox, []
+        return outputs
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        if not outputs:
+            return
+        try:
+            self._sink(outputs)
+        except Exception:
+            log.exception("the output sink failed")
+
+    def _read_stats(self) -> EngineStats:
+        scheduler = self._scheduler
+        pool, counters = scheduler.pool, scheduler.counters
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            loading=len(scheduler.loading),
+            pinned=len(self._pins),
+            free_blocks=pool.free_blocks,
+            total_blocks=pool.total_blocks,
+            block_tokens=pool.block_tokens,
+            kv_usage=1 - pool.free_blocks / pool.total_blocks,
+            preemptions=counters.preemptions,
+            prompt_tokens=counters.prompt_tokens,
+            generation_tokens=counters.generation_tokens,
+            prefix_queries=counters.prefix_queries,
+            prefix_hits=counters.prefix_hits,
+            computed_prompt_tokens=counters.computed_prompt_tokens,
+            cached_prompt_tokens=counters.cached_prompt_tokens,
+            pulled_prompt_tokens=counters.pulled_prompt_tokens,
+            pulled_bytes=counters.pulled_bytes,
+            pull_failures=counters.pull_failures,
+            steps=counters.steps,
+        )
+
+
+def _discard(outputs: list[Output]) -> None:
+    """Drop outputs of an engine that was never started."""

@@ -1,0 +1,72 @@
+"""What a sampled token does to its sequence: text, stop conditions, and what is reported."""
+
+from __future__ import annotations
+
+from tidegate.engines.embedded.detokenize import Detokenizer
+from tidegate.engines.embedded.sampling import Choice, Draw
+from tidegate.engines.embedded.sequence import Sequence
+from tidegate.engines.embedded.types import Output, RequestTimes, TokenLogprob
+
+
+def draw_for(sequence: Sequence, eos_ids: frozenset[int]) -> Draw:
+    """Return how the sequence's next token is to be chosen."""
+    params = sequence.request.sampling
+    position = sequence.output_position
+    banned: tuple[int, ...] = ()
+    if position < params.min_tokens:
+        banned = (*eos_ids, *params.stop_token_ids)
+    return Draw(params, position, sequence.seed, banned)
+
+
+def take_token(
+    sequence: Sequence, choice: Choice, eos_ids: frozenset[int], detokenizer: Detokenizer
+) -> Output:
+    """Append the token to the sequence and return what it shows; ``finish_reason`` is set when it ends.
+
+    A leg that ends by length and keeps its KV is going to be continued: what its text holds back is
+    left for the continuation, which replays the ids and emits it.
+    """
+    request, token = sequence.request, choice.token_id
+    params = request.sampling
+    sequence.tokens.append(token)
+    output = Output(request.id, [token], "")
+    if token in params.stop_token_ids or (token in eos_ids and not params.ignore_eos):
+        output.finish_reason = "stop"
+        output.stop_reason = token if token in params.stop_token_ids else None
+        output.text = sequence.text.flush()
+    else:
+        output.text = sequence.text.add(token, may_stop=sequence.output_position > params.min_tokens)
+        if sequence.text.stopped_by is not None:
+            output.finish_reason = "stop"
+            output.stop_reason = sequence.text.stopped_by
+        elif sequence.new_tokens >= params.max_tokens:
+            output.finish_reason = "length"
+            if not request.pin_kv:
+                output.text += sequence.text.flush()
+    if choice.logprob is not None:
+        output.logprobs = [_token_logprob(choice, choice.logprob, detokenizer)]
+    return output
+
+
+def times_of(sequence: Sequence, now_s: float) -> RequestTimes:
+    """Split the leg's time by stage. A leg that never got a token has no decode time."""
+    admitted = now_s if sequence.admitted_s is None else sequence.admitted_s
+    first = now_s if sequence.first_token_s is None else sequence.first_token_s
+    return RequestTimes(
+        queue_s=admitted - sequence.submitted_s,
+        kv_load_s=sequence.kv_load_s,
+        prefill_s=first - admitted - sequence.kv_load_s,
+        decode_s=now_s - first,
+        kv_loaded_tokens=sequence.loaded_tokens,
+        cached_tokens=sequence.cached_tokens,
+        preemptions=sequence.preemptions,
+    )
+
+
+def _token_logprob(choice: Choice, logprob: float, detokenizer: Detokenizer) -> TokenLogprob:
+    return TokenLogprob(
+        choice.token_id,
+        detokenizer.piece(choice.token_id),
+        logprob,
+        tuple((token, detokenizer.piece(token), value) for token, value in choice.alternatives),
+    )

@@ -1,0 +1,320 @@
+"""Which tokens the next step computes.
+
+State is three collections: ``waiting`` (first come first), ``running`` (oldest first, blocks
+allocated) and ``loading`` (blocks allocated, KV on its way from a peer). A step takes every
+running sequence with one pending token, then fills the token budget with chunks of prompts. When
+blocks run out, the youngest running sequence gives its own back and computes them again later.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from tidegate.core.clock import Clock
+from tidegate.engines.embedded.blocks import BlockPool, extend_keys
+from tidegate.engines.embedded.pins import Pins
+from tidegate.engines.embedded.runner import Batch, Chunk
+from tidegate.engines.embedded.sequence import Sequence
+from tidegate.engines.embedded.types import KvPuller, KvSource, PinnedKv
+
+log = logging.getLogger(__name__)
+
+_RESERVE = 0.01
+"""Share of blocks that admission leaves free while others run, so that their next tokens find room."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since start; tokens unless named otherwise."""
+
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    computed_prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    pulled_prompt_tokens: int = 0
+    pulled_bytes: int = 0
+    pull_failures: int = 0
+    steps: int = 0
+
+
+LoadDone = Callable[[Sequence, str | None, int], None]
+
+
+class Scheduler:
+    """Owns the queues and decides batches. Only the compute thread calls it.
+
+    ``load_done`` is called on the transfer thread when a pull ends and must bring the sequence back
+    to ``finish_load`` on the compute thread.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        pins: Pins,
+        clock: Clock,
+        load_done: LoadDone,
+        *,
+        engine_id: str,
+        max_batch_tokens: int,
+        max_num_seqs: int,
+    ) -> None:
+        self.pool = pool
+        self.pins = pins
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.loading: list[Sequence] = []
+        self.counters = Counters()
+        self.puller: KvPuller | None = None
+        self._clock = clock
+        self._load_done = load_done
+        self._engine_id = engine_id
+        self._max_batch_tokens = max_batch_tokens
+        self._max_num_seqs = max_num_seqs
+        self._reserve = int(_RESERVE * pool.total_blocks)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits, runs or loads."""
+        return not (self.waiting or self.running or self.loading)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new request."""
+        self.waiting.append(sequence)
+
+    def schedule(self) -> Batch:
+        """Choose the next step's tokens and allocate their blocks. The batch may be empty."""
+        self._make_room()
+        singles = [sequence for sequence in self.running if sequence.pending == 1]
+        budget = self._max_batch_tokens - len(singles)
+        chunks = []
+        for sequence in self.running:
+            if sequence.pending > 1 and budget > 0:
+                chunks.append(Chunk(sequence, min(sequence.pending, budget)))
+                budget -= chunks[-1].count
+        while budget > 0 and self.waiting:
+            sequence = self.waiting[0]
+            if not self._admit(sequence):
+                break
+            self.waiting.popleft()
+            if sequence.loading:
+                continue
+            if sequence.pending == 1:
+                singles.append(sequence)
+                budget -= 1
+            else:
+                chunks.append(Chunk(sequence, min(sequence.pending, budget)))
+                budget -= chunks[-1].count
+        return Batch(singles, chunks)
+
+    def commit(self, batch: Batch) -> None:
+        """Record that the batch's tokens have KV; full blocks become findable by later requests."""
+        for sequence in batch.singles:
+            sequence.computed += 1
+            self._publish(sequence)
+        for chunk in batch.chunks:
+            chunk.sequence.computed += chunk.count
+            self._publish(chunk.sequence)
+
+    def remove(self, sequence: Sequence) -> list[int]:
+        """Take a waiting or running sequence out and return its blocks, still held."""
+        if sequence.blocks:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+            self.decline(sequence)
+        return sequence.take_blocks()
+
+    def finish_load(self, sequence: Sequence, error: str | None, moved_bytes: int, wanted: bool) -> None:
+        """Take note that a pull ended. A failed one is computed instead; an unwanted one is dropped."""
+        self.loading.remove(sequence)
+        sequence.loading = False
+        self.counters.pulled_bytes += moved_bytes
+        now = self._clock.now()
+        sequence.kv_load_s = now - (sequence.admitted_s or now)
+        if error is not None:
+            self.counters.pull_failures += 1
+        if wanted and error is None:
+            sequence.computed = sequence.loaded_tokens
+            self._publish(sequence)
+            self.running.append(sequence)
+            return
+        sequence.loaded_tokens = 0
+        self.pool.release(sequence.take_blocks())
+        if wanted:
+            self.waiting.appendleft(sequence)
+
+    def collect_pins(self) -> None:
+        """Free the blocks of pins that ended."""
+        for blocks in self.pins.collect():
+            self.pool.release(blocks)
+
+    def place_computed(self, sequence: Sequence) -> bool:
+        """Run a waiting sequence as if all but its last token had KV; False when blocks are short."""
+        if not self._allocate_for(sequence, []):
+            return False
+        self.waiting.remove(sequence)
+        self._start(sequence, 0)
+        sequence.computed = len(sequence.tokens) - 1
+        sequence.published = len(sequence.blocks)
+        return True
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless exactly the blocks of sequences and pins are held."""
+        held = set(self.pins.held_blocks())
+        for sequence in [*self.running, *self.loading]:
+            held.update(sequence.blocks)
+        self.pool.check_integrity(len(held))
+        if self.idle and not held and self.pool.free_blocks != self.pool.total_blocks:
+            raise AssertionError("an idle engine without pins has blocks in use")
+
+    def _make_room(self) -> None:
+        """Give every decoding sequence the block of its next token, preempting from the young end."""
+        at = 0
+        while at < len(self.running):
+            sequence = self.running[at]
+            if sequence.computed < len(sequence.blocks) * self.pool.block_tokens:
+                at += 1
+                continue
+            block = self.pool.allocate(1)
+            if block is not None:
+                sequence.add_blocks(block)
+                at += 1
+            else:
+                self._preempt(self.running.pop())
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.take_blocks())
+        sequence.preemptions += 1
+        self.counters.preemptions += 1
+        self.waiting.appendleft(sequence)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give the head of the queue its blocks; False, with nothing changed, when there is no room."""
+        if len(self.running) + len(self.loading) >= self._max_num_seqs:
+            return False
+        block_tokens = self.pool.block_tokens
+        most = len(sequence.tokens) - 1
+        extend_keys(sequence.keys, sequence.root, sequence.tokens, block_tokens, most)
+        hits = self.pool.lookup(sequence.keys[: most // block_tokens])
+        source = sequence.request.source if sequence.try_source else None
+        if source is not None and source.engine_id == self._engine_id:
+            pin = self.pins.pinned(source.request_id)
+            if pin is not None:
+                return self._adopt(sequence, pin)
+            sequence.try_source = False
+            source = None
+        usable = 0
+        if source is not None:
+            usable = min(source.num_tokens, len(source.block_ids) * block_tokens, len(sequence.tokens))
+        pull = min(usable, most) // block_tokens > len(hits)
+        if not self._allocate_for(sequence, [] if pull else hits):
+            return False
+        if pull and source is not None:
+            self._load(sequence, source, usable)
+        else:
+            self.decline(sequence)
+            self._start(sequence, len(hits) * block_tokens)
+        return True
+
+    def _allocate_for(self, sequence: Sequence, shared: list[int]) -> bool:
+        """Give the sequence ``shared`` blocks and fresh ones for its other tokens, if enough are free."""
+        need = -(-len(sequence.tokens) // self.pool.block_tokens) - len(shared)
+        self.pool.retain(shared)
+        blocks = self.pool.allocate(need) if self._room_for(need) else None
+        if blocks is None:
+            self.pool.release(shared)
+            return False
+        sequence.add_blocks(shared + blocks)
+        return True
+
+    def _room_for(self, count: int) -> bool:
+        reserve = self._reserve if self.running or self.loading else 0
+        return self.pool.free_blocks - count >= reserve
+
+    def _start(self, sequence: Sequence, cached: int) -> None:
+        """Move an admitted sequence, ``cached`` tokens of which have KV, to ``running``."""
+        self._note_admission(sequence, cached)
+        sequence.computed = cached
+        sequence.published = cached // self.pool.block_tokens
+        self.running.append(sequence)
+
+    def _note_admission(self, sequence: Sequence, cached: int) -> None:
+        self.counters.prefix_queries += len(sequence.tokens)
+        self.counters.prefix_hits += cached
+        if sequence.admitted_s is None:
+            sequence.admitted_s = self._clock.now()
+            sequence.cached_tokens = cached
+
+    def _adopt(self, sequence: Sequence, pin: PinnedKv) -> bool:
+        """Take over the blocks of this instance's own pin; False when the rest finds no room."""
+        block_tokens = self.pool.block_tokens
+        computed = min(pin.num_tokens, len(sequence.tokens) - 1)
+        written = pin.block_ids[computed // block_tokens : computed // block_tokens + 1]
+        if any(self.pool.references(block) > 1 for block in written):
+            # The block that is written next has another reader, so it is computed afresh.
+            computed -= computed % block_tokens
+        keep = -(-computed // block_tokens)
+        need = -(-len(sequence.tokens) // block_tokens) - keep
+        if not self._room_for(need):
+            return False
+        sequence.try_source = False
+        if self.pins.take(pin.request_id) is None:
+            return self._admit(sequence)
+        fresh = self.pool.allocate(need)
+        if fresh is None:
+            raise AssertionError("blocks that were free are gone")
+        self.pool.release(pin.block_ids[keep:])
+        sequence.add_blocks([*pin.block_ids[:keep], *fresh])
+        self._start(sequence, computed)
+        return True
+
+    def _load(self, sequence: Sequence, source: KvSource, usable: int) -> None:
+        """Have the first ``usable`` tokens' KV brought in by the puller."""
+        self._note_admission(sequence, 0)
+        sequence.try_source = False
+        sequence.loading = True
+        sequence.loaded_tokens = min(usable, len(sequence.tokens) - 1)
+        self.loading.append(sequence)
+        count = -(-usable // self.pool.block_tokens)
+        done = partial(self._load_done, sequence)
+        if self.puller is None:
+            done("this instance has no KV transfer", 0)
+            return
+        try:
+            self.puller.submit(source, sequence.blocks[:count], done)
+        except Exception as error:
+            log.exception("submitting a pull from %s failed", source.engine_id)
+            done(str(error), 0)
+
+    def decline(self, sequence: Sequence) -> None:
+        """Tell the owner of KV that the sequence will not pull to release it, once."""
+        source = sequence.request.source
+        if source is None or not sequence.try_source:
+            return
+        sequence.try_source = False
+        if source.engine_id == self._engine_id:
+            self.pins.release(source.request_id)
+        elif self.puller is not None:
+            self.puller.submit(source, [], _ignore)
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Make the sequence's newly completed blocks findable."""
+        full = sequence.computed // self.pool.block_tokens
+        if full > sequence.published:
+            extend_keys(
+                sequence.keys, sequence.root, sequence.tokens, self.pool.block_tokens, sequence.computed
+            )
+            for index in range(sequence.published, full):
+                self.pool.publish(sequence.blocks[index], sequence.keys[index])
+            sequence.published = full
+
+
+def _ignore(error: str | None, moved_bytes: int) -> None:
+    """Take no notice of how releasing a peer's pin went: its lease ends it anyway."""

@@ -1,0 +1,109 @@
+"""An instance measures itself at start: seconds of prefills and decode steps through the real loop body."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+from tidegate.engines.embedded.engine import Engine
+from tidegate.engines.embedded.types import GenerateRequest, SamplingParams
+
+_NEW_TOKENS = (16, 64, 256, 1024, 128, 512, 2048)
+_CACHED = ((64, 512), (256, 512), (64, 2048))
+_BATCHES = (1, 16, 4, 64, 8, 32)
+_CONTEXTS = (64, 512, 2048)
+_STEPS = 3
+_POOL_SHARE = 0.5
+"""Share of the pool that a decode measurement may fill, so that it leaves most memory untouched."""
+
+
+def self_profile(engine: Engine, budget_s: float = 1.0) -> list[dict[str, Any]]:
+    """Measure ``engine``, whose loop must not have been started, for about ``budget_s`` seconds.
+
+    Returns raw samples, at least one of each kind if the pool allows:
+    ``{"kind": "prefill", "new_tokens", "cached_tokens", "seconds"}`` for one prompt from
+    submit to first token, and ``{"kind": "step", "batch", "context_tokens", "seconds"}`` for one
+    decode step of ``batch`` requests of ``context_tokens`` each. The pool, the prefix cache and the
+    counters are afterwards as before.
+    """
+    before = engine.counters()
+    rng = random.Random(0)
+    _prefill(engine, rng, 16, 0)
+    samples: list[dict[str, Any]] = []
+    start = time.perf_counter()
+    for new, cached in _prefill_points(engine):
+        if samples and time.perf_counter() - start > budget_s / 2:
+            break
+        samples.append(_prefill(engine, rng, new, cached))
+    start = time.perf_counter()
+    for batch, context in _step_points(engine):
+        measured = any(sample["kind"] == "step" for sample in samples)
+        if measured and time.perf_counter() - start > budget_s / 2:
+            break
+        samples.extend(_steps(engine, rng, batch, context))
+    engine.forget_prefixes()
+    engine.check_integrity()
+    engine.reset_counters(before)
+    return samples
+
+
+def _prefill_points(engine: Engine) -> Iterator[tuple[int, int]]:
+    small = [(new, 0) for new in _NEW_TOKENS[:4]]
+    for new, cached in [*small, *_CACHED, *((new, 0) for new in _NEW_TOKENS[4:])]:
+        if new + cached < engine.max_model_len:
+            yield new, cached
+
+
+def _step_points(engine: Engine) -> Iterator[tuple[int, int]]:
+    stats = engine.stats()
+    room = int(stats.total_blocks * stats.block_tokens * _POOL_SHARE)
+    most = engine.config.max_num_seqs
+    for context, batch in product(_CONTEXTS, _BATCHES):
+        fits = context + _STEPS + 2 <= engine.max_model_len
+        if fits and batch <= most and batch * (context + engine.config.block_tokens) <= room:
+            yield batch, context
+
+
+def _prefill(engine: Engine, rng: random.Random, new: int, cached: int) -> dict[str, Any]:
+    prefix = _prompt(engine, rng, cached)
+    if cached:
+        engine.submit(_request("profile-prefix", prefix, 1))
+        _drain(engine)
+    engine.submit(_request("profile", prefix + _prompt(engine, rng, new), 1))
+    start = time.perf_counter()
+    _drain(engine)
+    seconds = time.perf_counter() - start
+    return {"kind": "prefill", "new_tokens": new, "cached_tokens": cached, "seconds": seconds}
+
+
+def _steps(engine: Engine, rng: random.Random, batch: int, context: int) -> Iterator[dict[str, Any]]:
+    """Time decode steps over KV that is allocated but never computed: its values do not change the time."""
+    for index in range(batch):
+        request = _request(f"profile-{index}", _prompt(engine, rng, context), _STEPS + 1)
+        engine.place_computed(request)
+    engine.step()
+    for step in range(_STEPS):
+        start = time.perf_counter()
+        engine.step()
+        seconds = time.perf_counter() - start
+        yield {"kind": "step", "batch": batch, "context_tokens": context + 1 + step, "seconds": seconds}
+    _drain(engine)
+    # The prefix cache would otherwise vouch for KV that nobody computed.
+    engine.forget_prefixes()
+
+
+def _drain(engine: Engine) -> None:
+    while engine.step().tokens:
+        pass
+
+
+def _prompt(engine: Engine, rng: random.Random, tokens: int) -> tuple[int, ...]:
+    return tuple(rng.randrange(engine.info.vocab_size) for _ in range(tokens))
+
+
+def _request(request_id: str, prompt: tuple[int, ...], max_tokens: int) -> GenerateRequest:
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+    return GenerateRequest(request_id, prompt, params, salt="profile")
