@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 SECRET_VARIABLE = "TIDEGATE_LAUNCH_SECRET"
-WITHHELD = ("TIDEGATE_API_KEY", "TIDEGATE_VLLM_API_KEY")
+WITHHELD = ("TIDEGATE_API_KEY", "TIDEGATE_VLLM_API_KEY", "TIDEGATE_LAUNCH_SECRET_FILE")
 """Variables of the gateway that an engine has no use for and must not see."""
 
 
@@ -126,14 +126,19 @@ class LocalFleet:
         self._launch = launch
         self._pace = pace or FleetPace()
         self._secret = secrets.token_hex(32)
+        self._ids = tuple(f"i{index}" for index in range(launch.instances))
         self._slots: dict[str, _Slot] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._session: aiohttp.ClientSession | None = None
 
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return self._ids
+
     async def start(self, listener: FleetListener) -> None:
         self._session = session = aiohttp.ClientSession()
-        for index in range(self._launch.instances):
-            slot = self._slots[f"i{index}"] = _Slot(f"i{index}", self._pace)
+        for instance_id in self._ids:
+            slot = self._slots[instance_id] = _Slot(instance_id, self._pace)
             task = asyncio.create_task(self._supervise(slot, listener, session), name=f"fleet {slot.id}")
             task.add_done_callback(partial(_on_supervisor_end, slot))
             self._tasks.append(task)
@@ -182,7 +187,7 @@ class LocalFleet:
             slot.report_first("")
             reason = await self._watch(slot, child, member.url, session)
             child.kill()
-            log.warning("%s is down: it %s", slot.id, reason)
+            log.warning("%s is down: it %s", slot.id, child.with_tail(reason))
             listener.member_down(slot.id, reason)
             return clock() - up_at
         finally:

@@ -63,9 +63,13 @@ class StaticFleet:
         self._tasks: list[asyncio.Task[None]] = []
         self._session: aiohttp.ClientSession | None = None
 
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(f"i{n}" for n in range(len(self._urls)))
+
     async def start(self, listener: FleetListener) -> None:
         self._session = session = aiohttp.ClientSession()
-        self._servers = {f"i{n}": _Server(f"i{n}", url) for n, url in enumerate(self._urls)}
+        self._servers = {name: _Server(name, url) for name, url in zip(self.ids, self._urls, strict=True)}
         self._tasks = [
             asyncio.create_task(self._follow(server, listener, session), name=f"fleet {server.id}")
             for server in self._servers.values()

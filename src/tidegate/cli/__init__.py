@@ -1,0 +1,1 @@
+"""The command line: one binary, one module per verb, nothing decided here."""

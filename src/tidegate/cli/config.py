@@ -1,0 +1,181 @@
+"""The settings of ``tidegate serve``: what exists, what is allowed, what the defaults are.
+
+A setting is a field of a section. ``[gateway] port`` in the file is ``--port`` on the command line and
+``TIDEGATE_PORT`` in the environment: field names are unique over all sections. Defaults that are
+measured or derived elsewhere are None here.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from tidegate.core.errors import ConfigError
+from tidegate.core.slo import Slo
+from tidegate.fleet.static import checked_url
+from tidegate.systems import make_system
+from tidegate.systems.system import System
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError("expected a whole number")
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError("expected a whole number") from None
+
+
+def _slo(value: object) -> Slo:
+    if isinstance(value, Slo):
+        return value
+    try:
+        return Slo.parse(str(value))
+    except ConfigError as error:
+        raise ValueError(error.message) from None
+
+
+def _split(value: object) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+):(\d+)", str(value))
+    if not found or "0" in found.groups():
+        raise ValueError("expected P:D, prefill and decode instances, each at least 1, as in 1:2")
+    return int(found[1]), int(found[2])
+
+
+def _urls(value: object) -> list[str]:
+    words = value.replace(",", " ").split() if isinstance(value, str) else value
+    if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+        raise ValueError("expected a list of URLs")
+    try:
+        urls = [checked_url(word) for word in words]
+    except ConfigError as error:
+        raise ValueError(error.message) from None
+    if len(set(urls)) < len(urls):
+        raise ValueError("a URL is given more than once")
+    return urls
+
+
+def _sendable(value: str) -> str:
+    if not value or not value.isascii() or not value.isprintable() or " " in value:
+        raise ValueError("an API key is one word of printable ASCII, as an HTTP header carries it")
+    return value
+
+
+def _model_folder(value: Path) -> Path:
+    if not (value / "config.json").is_file():
+        raise ValueError("no such model: expected a folder in the Hugging Face layout, with a config.json")
+    return value.resolve()
+
+
+def _writable_path(value: Path) -> Path:
+    if value.is_dir() or not value.parent.is_dir():
+        raise ValueError("expected a file in a folder that exists")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Key = Annotated[str, AfterValidator(_sendable), Field(repr=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+class GatewaySection(Section):
+    """Where clients connect."""
+
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    port: Annotated[Whole, Field(ge=0, le=65535)] = 8000
+    api_key: Key | None = None
+    api_key_file: Path | None = None
+    journal: Annotated[Path, AfterValidator(_writable_path)] | None = None
+
+
+class SchedulingSection(Section):
+    """Who decides, and for which targets."""
+
+    system: str = "arrow"
+    slo: Annotated[Slo, BeforeValidator(_slo)] = Slo()
+    split: Annotated[tuple[int, int], BeforeValidator(_split)] | None = None
+
+    @model_validator(mode="after")
+    def _exists(self) -> SchedulingSection:
+        try:
+            self.make_system()
+        except ConfigError as error:
+            raise ValueError(error.message) from None
+        return self
+
+    def make_system(self) -> System:
+        """Build the composition. Raises ConfigError for an unknown name or a split it cannot take."""
+        return make_system(self.system, split=self.split, slo=self.slo)
+
+
+class FleetSection(Section):
+    """Where instances come from: ``model`` starts them here, ``vllm`` uses running ones."""
+
+    model: Annotated[Path, AfterValidator(_model_folder)] | None = None
+    instances: Annotated[Whole, Field(ge=1, le=256)] = 3
+    vllm: Annotated[list[str], BeforeValidator(_urls)] | None = None
+    vllm_api_key: Key | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of instances of the whole fleet."""
+        return len(self.vllm) if self.vllm else self.instances
+
+
+class EngineSection(Section):
+    """What the embedded engines are started with."""
+
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: Annotated[Whole, Field(ge=16)] | None = None
+    kv_memory_mb: Annotated[Whole, Field(ge=1)] = 256
+    max_batch_tokens: Annotated[Whole, Field(ge=16)] = 512
+
+
+class Config(Section):
+    """All settings of one ``tidegate serve``."""
+
+    gateway: GatewaySection = GatewaySection()
+    scheduling: SchedulingSection = SchedulingSection()
+    fleet: FleetSection = FleetSection()
+    engine: EngineSection = EngineSection()
+
+    @model_validator(mode="after")
+    def _roles_fit(self) -> Config:
+        size = self.fleet.size
+        split = self.scheduling.split
+        if split is not None and sum(split) != size:
+            raise ValueError(f"split {split[0]}:{split[1]} adds up to {sum(split)}, the fleet has {size}")
+        try:
+            self.scheduling.make_system().roles(size)
+        except ConfigError as error:
+            raise ValueError(error.message) from None
+        return self
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "gateway": GatewaySection,
+    "scheduling": SchedulingSection,
+    "fleet": FleetSection,
+    "engine": EngineSection,
+}
+SETTINGS: dict[str, str] = {name: section for section, kind in SECTIONS.items() for name in kind.model_fields}
+"""The section of every setting, by the setting's name."""
+SECRETS = frozenset({"api_key", "vllm_api_key"})
+
+
+def plain(value: Any) -> Any:
+    """Return a setting's value as TOML and the command line write it."""
+    match value:
+        case Slo() | Path():
+            return str(value)
+        case (int() as p, int() as d):
+            return f"{p}:{d}"
+        case _:
+            return value

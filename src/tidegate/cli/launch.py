@@ -1,0 +1,162 @@
+"""From resolved settings to a running gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shlex
+import time
+from collections.abc import Callable
+from ipaddress import ip_address
+
+import orjson
+import typer
+
+from tidegate import __version__
+from tidegate.cli.config import Config
+from tidegate.cli.tiny import ARCH, require_embedded, tiny_model
+from tidegate.fleet.member import Fleet, FleetListener, Member
+from tidegate.fleet.processes import EngineLaunch, LocalFleet
+from tidegate.fleet.static import StaticFleet
+from tidegate.gateway.run import run_gateway
+from tidegate.gateway.settings import GatewaySettings
+
+Say = Callable[[str], None]
+
+
+def launch(config: Config) -> bool:
+    """Serve until told to stop; False when the stop was not graceful. Raises SetupError."""
+    _log_to_stderr()
+    system = config.scheduling.make_system()
+    settings = _gateway_settings(config)
+    typer.echo(
+        f"tidegate {__version__}: system {system.name} ({system.summary}), SLO {settings.slo}, "
+        f"{config.fleet.size} instances"
+    )
+    if not settings.api_key and not _is_loopback(settings.host):
+        typer.echo(
+            f"tidegate: warning: {settings.host} is open to the network and no API key is set", err=True
+        )
+    announced = AnnouncedFleet(make_fleet(config), typer.echo)
+
+    def on_ready(base_url: str) -> None:
+        typer.echo(how_to_call(base_url, announced.model, keyed=bool(settings.api_key)))
+
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(run_gateway(settings, announced, system, on_ready=on_ready))
+    except KeyboardInterrupt:
+        return False
+    return True
+
+
+def make_fleet(config: Config) -> Fleet:
+    """Return the fleet that the settings describe, not yet started; makes the tiny model if needed."""
+    source, engine = config.fleet, config.engine
+    if source.vllm:
+        return StaticFleet(source.vllm, api_key=source.vllm_api_key or "")
+    require_embedded()
+    folder = source.model or tiny_model()
+    return LocalFleet(
+        EngineLaunch(
+            model=folder,
+            instances=source.instances,
+            served_model_name=folder.name if source.model else f"tiny-{ARCH}",
+            device=engine.device,
+            dtype=engine.dtype,
+            max_model_len=engine.max_model_len,
+            kv_memory_mb=engine.kv_memory_mb,
+            max_batch_tokens=engine.max_batch_tokens,
+        )
+    )
+
+
+class AnnouncedFleet:
+    """A fleet that says who comes up, with the seconds since the start, and passes everything on."""
+
+    def __init__(self, fleet: Fleet, say: Say) -> None:
+        self._fleet = fleet
+        self._say = say
+        self._listener: FleetListener | None = None
+        self._began_s = 0.0
+        self.model = ""
+        """The model of the first member that came up."""
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return self._fleet.ids
+
+    async def start(self, listener: FleetListener) -> None:
+        self._listener = listener
+        self._began_s = time.monotonic()
+        await self._fleet.start(self)
+
+    def suspect(self, instance_id: str) -> None:
+        self._fleet.suspect(instance_id)
+
+    async def stop(self) -> None:
+        await self._fleet.stop()
+
+    def member_up(self, member: Member) -> None:
+        self.model = self.model or member.model
+        after_s = time.monotonic() - self._began_s
+        capacity = member.instance.kv_capacity_tokens
+        self._say(
+            f"  {member.instance.id} up after {after_s:.1f} s: {member.model} at {member.url}, "
+            f"KV for {capacity} tokens"
+        )
+        if self._listener is not None:
+            self._listener.member_up(member)
+
+    def member_down(self, instance_id: str, reason: str) -> None:
+        self._say(f"  {instance_id} down: it {reason}")
+        if self._listener is not None:
+            self._listener.member_down(instance_id, reason)
+
+
+def how_to_call(base_url: str, model: str, *, keyed: bool) -> str:
+    """Return the endpoint and a curl line for it, for a shell where TIDEGATE_API_KEY is set if ``keyed``."""
+    body = orjson.dumps({"model": model, "prompt": "The tide", "max_tokens": 16}).decode()
+    key = ' -H "Authorization: Bearer $TIDEGATE_API_KEY"' if keyed else ""
+    return (
+        f"serving on {base_url}/v1 (Ctrl-C drains and stops); try:\n\n"
+        f"  curl {base_url}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}\n"
+    )
+
+
+def _gateway_settings(config: Config) -> GatewaySettings:
+    front = config.gateway
+    return GatewaySettings(
+        host=front.host,
+        port=front.port,
+        api_key=front.api_key or "",
+        slo=config.scheduling.slo,
+        journal=front.journal,
+    )
+
+
+def _log_to_stderr() -> None:
+    debug = os.environ.get("TIDEGATE_DEBUG", "") not in ("", "0")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("tidegate")
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return uvloop's factory where it is installed (it does not exist for every platform)."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

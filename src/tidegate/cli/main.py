@@ -1,0 +1,127 @@
+"""The ``tidegate`` command: verbs, version, and how errors reach the user."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Annotated, NamedTuple, NoReturn
+
+import typer
+
+from tidegate import __version__
+from tidegate.core.errors import ConfigError, SetupError, TidegateError
+
+WRONG_INPUT = 2
+FAILURE = 1
+INTERRUPTED = 130
+
+
+class Verb(NamedTuple):
+    """A verb's module, which has ``register(app)``, and what the overview shows of it."""
+
+    module: str
+    summary: str
+    panel: str
+
+
+VERBS = {
+    "serve": Verb(
+        "tidegate.cli.serve",
+        "Serve a model over several instances, behind one OpenAI-compatible endpoint.",
+        "Serve",
+    ),
+    "state": Verb(
+        "tidegate.cli.state",
+        "Show the instances of a running gateway: their roles, their work and their last flips.",
+        "Serve",
+    ),
+    "model": Verb("tidegate.cli.model", "Make models to try things with.", "Serve"),
+    "bench": Verb(
+        "tidegate.cli.bench",
+        "Offer load to an OpenAI-compatible endpoint and score every answer.",
+        "Measure",
+    ),
+    "report": Verb(
+        "tidegate.cli.report",
+        "Report on a recorded run: outcomes, SLO attainment, times by stage, decisions.",
+        "Measure",
+    ),
+}
+
+
+def build_app(words: Sequence[str]) -> typer.Typer:
+    """Return the command line for ``words``.
+
+    Only the verb among ``words`` is imported: loading all of them would take longer than showing the
+    overview does.
+    """
+    app = typer.Typer(
+        name="tidegate",
+        help="An adaptive control plane for prefill/decode disaggregated LLM serving.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        rich_markup_mode="rich",
+    )
+    app.callback()(_root)
+    wanted = next((word for word in words if not word.startswith("-")), "")
+    for name, verb in VERBS.items():
+        if name == wanted:
+            import_module(verb.module).register(app)
+        else:
+            app.command(name, help=verb.summary, rich_help_panel=verb.panel)(_not_loaded)
+    return app
+
+
+def _not_loaded() -> NoReturn:
+    raise AssertionError("this verb was not on the command line")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tidegate {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the command line. Exit status 2 is the user's to correct, 1 a failure, 130 a Ctrl-C."""
+    words = sys.argv[1:] if words is None else words
+    try:
+        build_app(words)(args=list(words), prog_name="tidegate")
+    except SetupError as error:
+        _fail(error, _tell(error), WRONG_INPUT)
+    except TidegateError as error:
+        _fail(error, error.message, FAILURE)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        what = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        _fail(error, f"{what}\n(TIDEGATE_DEBUG=1 shows where)", FAILURE)
+
+
+def _fail(error: Exception, text: str, status: int) -> NoReturn:
+    if os.environ.get("TIDEGATE_DEBUG", "") not in ("", "0"):
+        raise error
+    typer.echo(f"tidegate: {text}", err=True)
+    sys.exit(status)
+
+
+def _tell(error: SetupError) -> str:
+    problems = error.problems if isinstance(error, ConfigError) else []
+    if len(problems) < 2:
+        return error.message
+    return "\n".join([f"{len(problems)} problems:", *(f"  - {problem}" for problem in problems)])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""``tidegate serve``: an OpenAI-compatible endpoint over a fleet of instances."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_CLIENTS, _DECISIONS = "Clients", "Scheduling"
+_FLEET, _ENGINES = "Instances", "Embedded engines"
+
+
+EPILOG = """
+[bold]Examples[/bold]
+
+    tidegate serve
+
+    tidegate serve --model models/qwen3-0.6b --instances 4 --slo ttft:500,tpot:50
+
+    tidegate serve --vllm http://10.0.0.5:8000 --vllm http://10.0.0.6:8000 --system static --split 1:1
+
+    tidegate serve --config serve.toml --print-config
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb to ``app``."""
+    app.command("serve", epilog=EPILOG, rich_help_panel="Serve")(serve)
+
+
+def serve(
+    ctx: typer.Context,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", envvar="TIDEGATE_CONFIG", help="Settings in TOML; see --print-config."),
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the resolved settings as TOML and exit.")
+    ] = False,
+    host: Annotated[
+        str | None,
+        typer.Option(help="Address to listen on.", show_default="127.0.0.1", rich_help_panel=_CLIENTS),
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            help="Port to listen on; 0 takes a free one.", show_default="8000", rich_help_panel=_CLIENTS
+        ),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            help="Key that clients must send. Other users of this machine can see it here: "
+            "TIDEGATE_API_KEY or --api-key-file hide it.",
+            rich_help_panel=_CLIENTS,
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="File that holds the key.", rich_help_panel=_CLIENTS),
+    ] = None,
+    journal: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write every decision and outcome there, as JSON lines.",
+            rich_help_panel=_CLIENTS,
+        ),
+    ] = None,
+    system: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The composition of policies that decides.",
+            show_default="arrow",
+            rich_help_panel=_DECISIONS,
+        ),
+    ] = None,
+    slo: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ttft:MS,tpot:MS",
+            help="Latency targets of requests that bring none.",
+            show_default="ttft:1000,tpot:50",
+            rich_help_panel=_DECISIONS,
+        ),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="P:D",
+            help="Prefill and decode instances at start-up.",
+            show_default="even",
+            rich_help_panel=_DECISIONS,
+        ),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Model for embedded engines, in the Hugging Face layout.",
+            show_default="a tiny random one",
+            rich_help_panel=_FLEET,
+        ),
+    ] = None,
+    instances: Annotated[
+        int | None,
+        typer.Option(help="Number of embedded engines.", show_default="3", rich_help_panel=_FLEET),
+    ] = None,
+    vllm: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="URL",
+            help="A running vLLM server, in place of embedded engines; repeat for each.",
+            rich_help_panel=_FLEET,
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda or cuda:N.", show_default="cpu", rich_help_panel=_ENGINES),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="auto, float32, bfloat16 or float16.", show_default="auto", rich_help_panel=_ENGINES
+        ),
+    ] = None,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(
+            metavar="TOKENS",
+            help="Longest prompt plus answer.",
+            show_default="the model's",
+            rich_help_panel=_ENGINES,
+        ),
+    ] = None,
+    kv_memory_mb: Annotated[
+        int | None,
+        typer.Option(
+            metavar="MB", help="KV cache of each engine.", show_default="256", rich_help_panel=_ENGINES
+        ),
+    ] = None,
+    max_batch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="TOKENS",
+            help="Tokens that one engine step may process.",
+            show_default="512",
+            rich_help_panel=_ENGINES,
+        ),
+    ] = None,
+) -> None:
+    """Serve a model over several instances, behind one OpenAI-compatible endpoint.
+
+    Without options it starts three engines on this machine's CPU with a tiny random model and prints a
+    curl line that works. Ctrl-C drains and stops; a second Ctrl-C stops at once.
+
+    A setting can also stand in the file (--config) or in the environment (--port is TIDEGATE_PORT).
+    A flag wins over the environment, the environment over the file.
+    """
+    from tidegate.cli.config import SETTINGS
+    from tidegate.cli.launch import launch
+    from tidegate.cli.resolved_toml import as_toml
+    from tidegate.cli.sources import resolve
+
+    flags = {name: value for name, value in ctx.params.items() if name in SETTINGS and value not in ((), [])}
+    resolved = resolve(config, os.environ, flags)
+    for warning in resolved.warnings:
+        typer.echo(f"tidegate: warning: {warning}", err=True)
+    if print_config:
+        typer.echo(as_toml(resolved), nl=False)
+        return
+    if not launch(resolved.config):
+        sys.exit(130)

@@ -1,0 +1,186 @@
+"""Where settings come from, and which one wins: flag, then environment, then file, then default."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from tidegate.cli.config import SECRETS, SECTIONS, SETTINGS, Config
+from tidegate.core.errors import ConfigError
+
+PREFIX = "TIDEGATE_"
+OTHER_VARIABLES = frozenset(
+    {"TIDEGATE_DEBUG", "TIDEGATE_LAUNCH_SECRET", "TIDEGATE_LAUNCH_SECRET_FILE", "TIDEGATE_CONFIG"}
+)
+RIVALS = (("api_key", "api_key_file"), ("model", "vllm"))
+"""Settings that exclude each other: one source may give one of them, and a higher source replaces both."""
+OWN_ENGINES_ONLY = ("instances", *SECTIONS["engine"].model_fields)
+"""Settings without a meaning for servers that something else started."""
+DEFAULT = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A value as one source gave it; ``origin`` is how that source spells the setting."""
+
+    value: Any
+    origin: str
+
+
+@dataclass(slots=True)
+class Resolved:
+    """The settings in force and where each came from (``DEFAULT`` when from nowhere)."""
+
+    config: Config
+    origins: dict[str, str]
+    warnings: list[str] = field(default_factory=list)
+
+
+def resolve(file: Path | None, environment: Mapping[str, str], flags: Mapping[str, Any]) -> Resolved:
+    """Merge the sources and validate the result. ``flags`` maps setting names; None means not given.
+
+    Raises ConfigError with every problem of every source.
+    """
+    problems: list[str] = []
+    warnings: list[str] = []
+    levels = [
+        _from_file(file, problems) if file else {},
+        _from_environment(environment, warnings),
+        {name: Given(value, _flag(name)) for name, value in flags.items() if value is not None},
+    ]
+    merged = _merge(levels, problems)
+    if "api_key_file" in merged:
+        _read_key_file(merged, problems)
+    if "vllm" in merged:
+        _drop_engine_settings(merged, levels, problems)
+    sections: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    for name, given in merged.items():
+        sections[SETTINGS[name]][name] = given.value
+    try:
+        config = Config.model_validate(sections)
+    except ValidationError as error:
+        problems += [_explain(fault, merged) for fault in error.errors()]
+        raise ConfigError(problems) from None
+    if problems:
+        raise ConfigError(problems)
+    origins = {name: merged[name].origin if name in merged else DEFAULT for name in SETTINGS}
+    return Resolved(config, origins, warnings)
+
+
+def _from_file(path: Path, problems: list[str]) -> dict[str, Given]:
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        problems.append(f"{path}: cannot be read: {error.strerror}")
+        return {}
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        problems.append(f"{path}: not valid TOML: {error}")
+        return {}
+    found: dict[str, Given] = {}
+    for section, table in tables.items():
+        if section not in SECTIONS:
+            problems.append(f"{path}: {_unknown_top(section, table)}")
+        elif not isinstance(table, dict):
+            problems.append(f"{path}: {section} is a section; write [{section}] on a line of its own")
+        else:
+            for name, value in table.items():
+                if SETTINGS.get(name) == section:
+                    found[name] = Given(value, f"{path}: {section}.{name}")
+                else:
+                    problems.append(f"{path}: {_unknown_setting(section, name)}")
+    return found
+
+
+def _unknown_top(name: str, value: object) -> str:
+    if name in SETTINGS and not isinstance(value, dict):
+        return f"{name}: belongs into the section [{SETTINGS[name]}]"
+    near = get_close_matches(name, SECTIONS, 1)
+    hint = f"did you mean [{near[0]}]? " if near else ""
+    return f"[{name}]: unknown section; {hint}sections: {', '.join(SECTIONS)}"
+
+
+def _unknown_setting(section: str, name: str) -> str:
+    if name in SETTINGS:
+        return f"{section}.{name}: belongs into the section [{SETTINGS[name]}]"
+    here = list(SECTIONS[section].model_fields)
+    near = get_close_matches(name, here, 1) or get_close_matches(name, SETTINGS, 1, 0.75)
+    hint = f"did you mean {SETTINGS[near[0]]}.{near[0]}? " if near else ""
+    return f"{section}.{name}: unknown setting; {hint}[{section}] knows {', '.join(here)}"
+
+
+def _from_environment(environment: Mapping[str, str], warnings: list[str]) -> dict[str, Given]:
+    """Read TIDEGATE_*; an empty value counts as not given.
+
+    Unknown names only warn: a cluster's service links put variables of this prefix into the environment.
+    """
+    found: dict[str, Given] = {}
+    for variable, value in sorted(environment.items()):
+        if not variable.startswith(PREFIX) or variable in OTHER_VARIABLES or not value:
+            continue
+        name = variable.removeprefix(PREFIX).lower()
+        if name in SETTINGS:
+            found[name] = Given(value, variable)
+            continue
+        near = get_close_matches(name, SETTINGS, 1)
+        hint = f"; did you mean {PREFIX}{near[0].upper()}?" if near else ""
+        warnings.append(f"{variable} is set but names no setting{hint}")
+    return found
+
+
+def _merge(levels: list[dict[str, Given]], problems: list[str]) -> dict[str, Given]:
+    merged: dict[str, Given] = {}
+    for level in levels:
+        for one, other in RIVALS:
+            if one in level and other in level:
+                problems.append(f"{level[one].origin} and {level[other].origin} exclude each other; give one")
+            for given, replaced in ((one, other), (other, one)):
+                if given in level and replaced not in level:
+                    merged.pop(replaced, None)
+        merged |= level
+    return merged
+
+
+def _drop_engine_settings(
+    merged: dict[str, Given], levels: list[dict[str, Given]], problems: list[str]
+) -> None:
+    """Refuse what has no effect beside ``vllm``, unless a weaker source gave it for other runs."""
+    chosen = max(rank for rank, level in enumerate(levels) if "vllm" in level)
+    for name in OWN_ENGINES_ONLY:
+        if any(name in level for level in levels[chosen:]):
+            problems.append(f"{merged[name].origin}: has no effect together with {merged['vllm'].origin}")
+        merged.pop(name, None)
+
+
+def _read_key_file(merged: dict[str, Given], problems: list[str]) -> None:
+    given = merged["api_key_file"]
+    try:
+        key = Path(str(given.value)).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(f"{given.origin} {given.value}: cannot be read: {getattr(error, 'strerror', error)}")
+        return
+    merged["api_key"] = Given(key, f"{given.origin} {given.value}")
+
+
+def _explain(fault: ErrorDetails, merged: Mapping[str, Given]) -> str:
+    """Turn one fault into a line that names its source, the value, and what is allowed."""
+    text = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    names = [part for part in fault["loc"] if isinstance(part, str) and part in SETTINGS]
+    if not names:
+        return text
+    given = merged.get(names[0])
+    if given is None:
+        return f"{names[0]}: {text}"
+    shown = "" if names[0] in SECRETS else f" {given.value!s}"
+    separator = " =" if ": " in given.origin and shown else ""
+    return f"{given.origin}{separator}{shown}: {text}"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

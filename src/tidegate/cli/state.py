@@ -1,0 +1,121 @@
+"""``tidegate state``: what a running gateway knows, as a table."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from typing import Annotated, Any
+
+import typer
+
+from tidegate.core.errors import SetupError, TidegateError
+
+TIMEOUT_S = 5.0
+COLUMNS = {
+    "id": "instance",
+    "role": "role",
+    "pool": "pool",
+    "prefill_requests": "prefilling",
+    "prefill_wait_s": "prefill wait",
+    "decode_requests": "decoding",
+    "decode_tokens": "decode tokens",
+    "kv_capacity_tokens": "KV capacity",
+    "mean_gap_s": "token gap",
+    "flipped_at_s": "flipped at",
+}
+"""The columns of the table, in order; a gateway that sends more shows more with --json."""
+
+
+EPILOG = """
+[bold]Examples[/bold]
+
+    tidegate state
+
+    tidegate state --url http://10.0.0.5:8000 --json | jq '.instances\\[].role'
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb to ``app``."""
+    app.command("state", epilog=EPILOG, rich_help_panel="Serve")(state)
+
+
+def state(
+    url: Annotated[str, typer.Option(help="The gateway.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[
+        str, typer.Option(metavar="KEY", envvar="TIDEGATE_API_KEY", help="Its API key.", show_default=False)
+    ] = "",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print what the gateway answered, as JSON.")
+    ] = False,
+) -> None:
+    """Show the instances of a running gateway: their roles, their work and their last flips."""
+    answer = _ask(url.rstrip("/").removesuffix("/v1"), api_key)
+    if as_json:
+        typer.echo(json.dumps(answer, indent=2))
+    else:
+        _show(answer)
+
+
+def _ask(base_url: str, api_key: str) -> dict[str, Any]:
+    """Fetch the state. Raises SetupError when the address or key is wrong, TidegateError when it fails."""
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        request = urllib.request.Request(f"{base_url}/tidegate/state", headers=headers)
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+            answer = json.load(response)
+    except urllib.error.HTTPError as error:
+        with error:
+            if error.code == 401:
+                raise SetupError(f"{base_url} wants an API key: --api-key or TIDEGATE_API_KEY") from None
+            if error.code == 404:
+                raise SetupError(f"{base_url} is not a tidegate gateway") from None
+            raise TidegateError(f"{base_url} answered {error.code} {error.reason}") from None
+    except json.JSONDecodeError:
+        raise SetupError(f"{base_url} is not a tidegate gateway") from None
+    except ValueError as error:
+        raise SetupError(f"{base_url!r} is not a URL: {error}") from None
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        raise TidegateError(f"no gateway answers at {base_url}: {reason}") from None
+    if not isinstance(answer, dict):
+        raise SetupError(f"{base_url} is not a tidegate gateway")
+    return answer
+
+
+def _show(answer: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    facts = {name: value for name, value in answer.items() if name != "instances"}
+    console.print("  ".join(f"[bold]{name}[/] {_cell(name, value)}" for name, value in facts.items()))
+    rows = [row for row in answer.get("instances", []) if isinstance(row, dict)]
+    columns = [name for name in COLUMNS if any(name in row for row in rows)]
+    if not columns:
+        console.print("no instance is up")
+        return
+    table = Table()
+    for name in columns:
+        table.add_column(COLUMNS[name], justify="left" if name in ("id", "role", "pool") else "right")
+    for row in rows:
+        table.add_row(*(_cell(name, row.get(name)) for name in columns))
+    console.print(table)
+
+
+def _cell(name: str, value: object) -> str:
+    """Return a value as a person reads it; the name's suffix says the unit."""
+    match value:
+        case None:
+            return "-"
+        case dict():
+            return " ".join(f"{key}={_cell(key, inner)}" for key, inner in value.items())
+        case float() if name.endswith("_s") and value >= 10:
+            return f"{value:.0f} s"
+        case float() if name.endswith("_s"):
+            return f"{value * 1000:.1f} ms"
+        case float():
+            return f"{value:g}"
+        case _:
+            return str(value)
