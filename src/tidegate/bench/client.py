@@ -7,6 +7,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import aiohttp
 import numpy as np
@@ -88,10 +89,7 @@ class LoadClient:
             await self._idle.wait()
 
     async def _send_all(self, source: Iterator[tuple[int, TraceRecord]]) -> None:
-        ready: deque[_Prepared] = deque()
-        first = next(source, None)
-        if first is not None:
-            ready.append(self._prepare(*first))
+        ready = deque(self._prepare(*pair) for pair in islice(source, PREPARED_AHEAD))
         self._start_s = self._clock.now()
         while ready and self._fault is None:
             due_s = self._start_s + ready[0].record.arrival_s

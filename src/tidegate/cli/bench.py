@@ -23,18 +23,20 @@ EPILOG = """
 
 Replay ten minutes of production chat traffic at twice its rate:
 
-    tidegate bench --url http://localhost:8000 --trace sample:azure-conv --scale-rate 2
+    tidegate bench --url U --trace sample:azure-conv --scale-rate 2
 
-Poisson arrivals for a minute, scored as vllm bench does:
+Poisson arrivals, scored as vllm bench does:
 
-    tidegate bench --url http://localhost:8000 --poisson 4 --duration 60 --goodput ttft:500 tpot:50
+    tidegate bench --url U --poisson 4 --limit 99 --goodput ttft:500 tpot:50
 
 Bursts of 20 requests/s for 10 s, then 2 requests/s for 30 s:
 
-    tidegate bench --url http://localhost:8000 --bursts 20:10,2:30 --duration 120 --out run.jsonl
+    tidegate bench --url U --bursts 20:10,2:30 --duration 120 --out run.jsonl
 
-[bold]Exit codes[/bold]  0 all answered; 1 some requests failed, or the level was missed with
---require-level; 2 wrong usage; 130 interrupted (the report covers what finished).
+[bold]Exit codes[/bold]
+
+0 all answered; 1 some failed, or --require-level was missed; 2 wrong usage;
+130 interrupted (the report covers what finished).
 """
 
 WORKLOAD = "What to send"
@@ -44,10 +46,13 @@ SCORING = "Scoring and output"
 
 def register(app: typer.Typer) -> None:
     """Add the ``bench`` command."""
-    app.command("bench", epilog=EPILOG, rich_help_panel="Measure")(run)
+    # Extra arguments are the second word of --goodput; _slo refuses any other.
+    extra = {"allow_extra_args": True}
+    app.command("bench", epilog=EPILOG, rich_help_panel="Measure", context_settings=extra)(run)
 
 
 def run(
+    context: typer.Context,
     url: Annotated[str, typer.Option(help="OpenAI-compatible endpoint.", rich_help_panel=SERVER)],
     trace: Annotated[
         str,
@@ -138,7 +143,6 @@ def run(
         str,
         typer.Option(metavar="ttft:MS tpot:MS", help="The same, vLLM's spelling.", rich_help_panel=SCORING),
     ] = "",
-    more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
     slo_headers: Annotated[
         bool, typer.Option("--slo-headers", help="Send the SLO with each request.", rich_help_panel=SCORING)
     ] = False,
@@ -158,8 +162,9 @@ def run(
 ) -> None:
     """Offer load to an OpenAI-compatible endpoint and score every answer.
 
-    The load is an open loop: requests leave on schedule and never wait for earlier answers. TTFT counts
-    from the scheduled time. Attainment is over offered requests, so rejected and failed ones are misses.
+    The load is an open loop: requests leave on schedule and never wait for
+    earlier answers. TTFT counts from the scheduled time. Attainment is over
+    offered requests, so rejected and failed ones are misses.
     """
     choice = WorkloadChoice(
         trace=trace,
@@ -187,7 +192,7 @@ def run(
         ignore_eos=ignore_eos,
         temperature=temperature,
         timeout_s=timeout,
-        slo=_slo(slo, goodput, more or []),
+        slo=_slo(slo, goodput, context.args),
         slo_headers=slo_headers,
         seed=seed,
     )
@@ -225,7 +230,7 @@ def _check_level(level: float) -> None:
 
 def _show(done: BenchRun, as_json: bool) -> None:
     if as_json:
-        run_of = {"model": done.model, "prompt_form": done.prompt_form, "interrupted": done.interrupted}
+        run_of = {"model": done.model, "prompt_form": done.prompt_form, "stopped_early": done.interrupted}
         typer.echo(json.dumps({**run_of, **done.report.to_json()}, indent=2))
         return
     typer.echo(render_block(done.report))

@@ -33,13 +33,15 @@ EPILOG = """
 
     tidegate report journal.jsonl
 
-Score the same run against tighter targets, and fail a script when fewer than 99 % attain them:
-
-    tidegate report journal.jsonl --slo ttft:300,tpot:30 --level 0.99 --require-level
-
     tidegate report run.jsonl --json | jq .attainment.share
 
-[bold]Exit codes[/bold]  0 reported; 1 the level was missed with --require-level; 2 wrong usage or file.
+Score the same run by tighter targets, and fail a script below 99 %:
+
+    tidegate report j.jsonl --slo ttft:300,tpot:30 --level .99 --require-level
+
+[bold]Exit codes[/bold]
+
+0 reported; 1 --require-level was missed; 2 wrong usage or unreadable file.
 """
 
 
@@ -60,10 +62,11 @@ def run(
     require_level: Annotated[bool, typer.Option("--require-level", help="Exit 1 when missed.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Report on a recorded run: outcomes, SLO attainment, where the time went, and what was decided.
+    """Report on a recorded run: outcomes, SLO attainment, times by stage, decisions.
 
-    Attainment is over offered requests; goodput is the rate of attained ones. TTFT is also shown by
-    stage: queue, prefill, transfer, decode queue, first step.
+    Attainment is over offered requests: rejected and failed ones are misses.
+    Goodput of one run is the attained part of its offered rate; whether the
+    run met --level tells if the highest rate at that level lies above or below.
     """
     targets = Slo.parse(slo) if slo else None
     if not 0 < level <= 1:
@@ -84,7 +87,12 @@ def run(
 
 
 def _kind(recording: Path) -> str:
-    first = next(iter(TypedLines(recording)), None)
+    try:
+        first = next(iter(TypedLines(recording)), None)
+    except TraceError as error:
+        if error.line == 0:
+            raise
+        first = None
     kind = "" if first is None else first.kind
     if kind not in ("header", "bench"):
         raise TraceError(
