@@ -12,18 +12,26 @@ PREFILL_ONLY = float(Role.PREFILL)
 DECODE_ONLY = float(Role.DECODE)
 
 
-def pool(snapshot: Snapshot, role: Role) -> Mask:
+def members(snapshot: Snapshot, role: Role) -> Mask:
     """Tell which instances do the work of ``role`` (PREFILL or DECODE): its own label, or MIXED.
 
-    When no instance does, every instance is a candidate: an engine can always run either phase.
     Raises NoInstance when nothing is up.
     """
     if not snapshot.ids:
         raise NoInstance("no instance is up")
-    members: Mask = snapshot.role != (DECODE_ONLY if role == Role.PREFILL else PREFILL_ONLY)
-    if not np.count_nonzero(members):
-        return np.ones(len(snapshot), dtype=np.bool_)
-    return members
+    found: Mask = snapshot.role != (DECODE_ONLY if role == Role.PREFILL else PREFILL_ONLY)
+    return found
+
+
+def pool(snapshot: Snapshot, role: Role) -> Mask:
+    """Return the members; when there are none, every instance: an engine can always run either phase."""
+    found = members(snapshot, role)
+    return found if np.count_nonzero(found) else everyone(snapshot)
+
+
+def everyone(snapshot: Snapshot) -> Mask:
+    """Mark every instance."""
+    return np.ones(len(snapshot), dtype=np.bool_)
 
 
 def fitting(snapshot: Snapshot, candidates: Mask, tokens: int, held_on: str | None = None) -> Mask:
@@ -46,7 +54,7 @@ def least(cost: Column, candidates: Mask) -> int:
     return int(np.where(candidates, cost, np.inf).argmin())
 
 
-def least_pair(first: Column, second: Column, candidates: Mask) -> int:
+def least_pair(first: Column | Mask, second: Column, candidates: Mask) -> int:
     """Return the candidate whose pair of costs is least, compared lexicographically."""
     leading = np.where(candidates, first, np.inf)
     ties = leading == leading[leading.argmin()]

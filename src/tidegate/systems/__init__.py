@@ -1,5 +1,6 @@
 """Named compositions of policies: what a user picks with ``--system``."""
 
+from tidegate.systems import arrow as arrow
 from tidegate.systems import baselines as baselines
 from tidegate.systems.registry import SYSTEMS, SystemOptions, check_signals, make_system
 from tidegate.systems.system import System

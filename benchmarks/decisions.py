@@ -1,0 +1,125 @@
+"""What one decision and one ledger event cost. Run: ``python benchmarks/decisions.py``.
+
+Decisions are timed one by one among 8, 64 and 1,000 instances that hold 100 requests each: a snapshot,
+then Arrow's placement of a prefill or of a decode. Exits 1 when a median exceeds its limit (50, 100 and
+500 us) or grows faster than the fleet.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+from tidegate.core.decision import Place
+from tidegate.core.instance import Role
+from tidegate.core.request import Request
+from tidegate.core.slo import Slo
+from tidegate.ledger.ledger import Ledger
+from tidegate.systems import System, make_system
+from tidegate.testing import REFERENCE, cluster, request
+
+LIMITS_US = {8: 50.0, 64: 100.0, 1000: 500.0}
+RESIDENTS = 100
+SAMPLES = 2000
+NOW_S = 100.0
+
+
+def loaded(instances: int) -> Ledger:
+    """Return a cluster whose instances hold RESIDENTS requests each: queued prefills or decodes."""
+    ledger = cluster(instances, profile=REFERENCE)
+    for index in range(instances):
+        name = f"i{index}"
+        for place in range(RESIDENTS):
+            asked = request(f"{name}-{place}", 200 + 7 * (place % 13) + index % 5)
+            ledger.prefill_dispatched(asked, name, 0.0)
+            if ledger.role_of(name) == Role.DECODE:
+                ledger.prefill_ended(asked.id, 1.0)
+                ledger.decode_dispatched(asked.id, name, asked.prompt_tokens + place, 1.0)
+    ledger.window_closed(1.0)
+    return ledger
+
+
+def timed(call: Callable[[], object], samples: int = SAMPLES) -> tuple[float, float]:
+    """Return median and 99th percentile in microseconds."""
+    for _ in range(samples // 10):
+        call()
+    times = []
+    for _ in range(samples):
+        start = time.perf_counter_ns()
+        call()
+        times.append((time.perf_counter_ns() - start) / 1e3)
+    times.sort()
+    return statistics.median(times), times[int(0.99 * len(times))]
+
+
+def decisions(ledger: Ledger, system: System) -> dict[str, Callable[[], object]]:
+    """Return the decisions to time: on the common path, and where Arrow has to look for a flip."""
+    asked = request("new", 1000, ttft_s=30.0)
+    hopeless = Request("late", 1000, 100, 0.0, Slo(1e-3, 1e-3))
+    prefill_on = next(i for i in ledger.ids if ledger.role_of(i) == Role.PREFILL)
+    prefill, decode = system.prefill.place_prefill, system.decode.place_decode
+    return {
+        "snapshot": lambda: ledger.snapshot(NOW_S),
+        "prefill": lambda: prefill(asked, ledger.snapshot(NOW_S)),
+        "prefill, flip": lambda: prefill(hopeless, ledger.snapshot(NOW_S)),
+        "decode": lambda: decode(asked, ledger.snapshot(NOW_S), prefill_on),
+        "decode, flip": lambda: decode(hopeless, ledger.snapshot(NOW_S), prefill_on),
+    }
+
+
+def event_costs(ledger: Ledger, rounds: int = 20_000) -> dict[str, float]:
+    """Return mean microseconds per ledger event."""
+    requests = [request(f"e{n}", 300) for n in range(rounds)]
+    decode_on = next(i for i in ledger.ids if ledger.role_of(i) == Role.DECODE)
+    prefill_on = next(i for i in ledger.ids if ledger.role_of(i) == Role.PREFILL)
+    one = requests[0].id
+    phases: dict[str, Callable[[Request], object]] = {
+        "prefill_dispatched": lambda r: ledger.prefill_dispatched(r, prefill_on, 2.0),
+        "prefill_ended": lambda r: ledger.prefill_ended(r.id, 3.0),
+        "decode_dispatched": lambda r: ledger.decode_dispatched(r.id, decode_on, 301, 3.0),
+        "transfer_ended": lambda r: ledger.transfer_ended(r.id, 3.0),
+        "tokens": lambda r: ledger.tokens(one, 1, 4.0),
+        "finished": lambda r: ledger.finished(r.id, 5.0),
+    }
+    costs = {"(empty call)": _mean_us(lambda r: None, requests)}
+    for name, event in phases.items():
+        costs[name] = _mean_us(event, requests)
+    return costs
+
+
+def _mean_us(event: Callable[[Request], object], requests: list[Request]) -> float:
+    start = time.perf_counter_ns()
+    for asked in requests:
+        event(asked)
+    return (time.perf_counter_ns() - start) / 1e3 / len(requests)
+
+
+def main() -> int:
+    """Print the tables; return the exit status."""
+    system = make_system("arrow")
+    medians: dict[tuple[str, int], float] = {}
+    problems = []
+    print(f"{'decision':<16}{'instances':>10}{'median us':>11}{'p99 us':>9}{'limit us':>10}")
+    for instances, limit in LIMITS_US.items():
+        ledger = loaded(instances)
+        for name, call in decisions(ledger, system).items():
+            median, p99 = timed(call)
+            medians[name, instances] = median
+            print(f"{name:<16}{instances:>10}{median:>11.1f}{p99:>9.1f}{limit:>10.0f}")
+            if median > limit:
+                problems.append(f"{name} among {instances}: {median:.1f} us")
+            if instances == 1000 and median > medians[name, 64] * 1000 / 64:
+                problems.append(f"{name} grows faster than the fleet")
+    assert isinstance(system.prefill.place_prefill(request(), ledger.snapshot(NOW_S)).decision, Place)
+    print(f"\n{'event':<20}{'mean us':>9}   among 1,000 instances, {RESIDENTS} requests on each")
+    for name, cost in event_costs(ledger).items():
+        print(f"{name:<20}{cost:>9.2f}")
+    for problem in problems:
+        print(f"over the limit: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

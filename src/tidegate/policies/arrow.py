@@ -1,0 +1,107 @@
+"""Arrow v2, Algorithm 1: place each half of a request; flip an instance when every placement would miss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tidegate.core.decision import Alternatives, Flip, Path, Place, Verdict
+from tidegate.core.instance import Role
+from tidegate.core.request import Request
+from tidegate.core.slo import Slo
+from tidegate.ledger.snapshot import Mask, Snapshot
+from tidegate.policies.arrow_flip import COOLDOWN_S, flip, repair
+from tidegate.policies.arrow_loads import L_SHRINK, decode_pool_load
+from tidegate.policies.candidates import everyone, fitting, least_pair, members
+from tidegate.policies.pricing import tokens_over_limit, ttft_seconds
+from tidegate.policies.seams import Signal
+
+
+@dataclass(frozen=True, slots=True)
+class ArrowPlacement:
+    """Both placements of Arrow v2 (section 5.3, Algorithm 1).
+
+    Candidates are the pool of the phase (Narwhal: profiles are taken in pure phases, so they mislead on
+    an instance that mixes them; the paper prices every instance). Costs are pairs compared
+    lexicographically. Requests are held against their own SLO; ``slo`` is what pool loads relate to.
+    """
+
+    slo: Slo = field(default_factory=Slo)
+    shrink: float = L_SHRINK
+    cooldown_s: float = COOLDOWN_S
+    needs: frozenset[Signal] = frozenset({Signal.PROFILE})
+
+    def place_prefill(self, request: Request, snapshot: Snapshot) -> Verdict:
+        """Place the prefill by (resident decode tokens, predicted TTFT); flip one over when all would miss.
+
+        That flip needs a decode pool below ``shrink``: an overloaded decode side that lost an instance
+        would leave requests holding KV that nobody decodes.
+        """
+        candidates, healed = _pool_or_repair(snapshot, Role.PREFILL)
+        if healed is not None:
+            return _prefill_by(healed, "no prefill instance was left")
+        candidates = fitting(snapshot, candidates, request.prompt_tokens)
+        resident, ttft = snapshot.decode_tokens, ttft_seconds(snapshot, request)
+        alternatives = Alternatives(
+            snapshot.ids, {"decode_resident_tokens": resident, "ttft_s": ttft}, candidates
+        )
+        meets = candidates & (ttft <= request.slo.ttft_s)
+        if np.count_nonzero(meets):
+            reason = "meets the TTFT target"
+            chosen = least_pair(resident, ttft, meets)
+        else:
+            load = decode_pool_load(snapshot, self.slo)
+            moved = flip(snapshot, Role.PREFILL, "inline") if load < self.shrink else None
+            if moved is not None:
+                return _prefill_by(moved, "no prefill instance meets the TTFT target", alternatives)
+            reason = f"best effort: all miss the TTFT target, no flip at decode load {load:.2f}"
+            chosen = least_pair(resident, ttft, candidates)
+        place = Place(snapshot.ids[chosen], None, Path.DISAGGREGATED)
+        return Verdict(place, alternatives=alternatives, reason=reason)
+
+    def place_decode(self, request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:
+        """Stay where the prefill ran if that may decode; else place by (queued prefill tokens, tokens
+        over the limit), and flip one over, cooldown permitting, when all would exceed theirs."""
+        held = snapshot.index.get(prefill_on)
+        if held is not None and snapshot.role[held] != Role.PREFILL:
+            place = Place(prefill_on, prefill_on, Path.DISAGGREGATED)
+            return Verdict(place, reason="its prefill instance decodes: no transfer")
+        candidates, healed = _pool_or_repair(snapshot, Role.DECODE)
+        if healed is not None:
+            return _decode_by(healed, prefill_on, "no decode instance was left")
+        candidates = fitting(snapshot, candidates, request.prompt_tokens, prefill_on)
+        queued, over = snapshot.prefill_tokens, tokens_over_limit(snapshot, request)
+        alternatives = Alternatives(
+            snapshot.ids, {"prefill_resident_tokens": queued, "tokens_over_limit": over}, candidates
+        )
+        meets = candidates & (over <= 0)
+        if np.count_nonzero(meets):
+            reason = "meets the TPOT target"
+            chosen = least_pair(queued, over, meets)
+        else:
+            moved = flip(snapshot, Role.DECODE, "inline", cooldown_s=self.cooldown_s)
+            if moved is not None:
+                return _decode_by(moved, prefill_on, "no decode instance meets the TPOT target", alternatives)
+            reason = "best effort: all miss the TPOT target, no flip is legal"
+            chosen = least_pair(queued, over, candidates)
+        place = Place(prefill_on, snapshot.ids[chosen], Path.DISAGGREGATED)
+        return Verdict(place, alternatives=alternatives, reason=reason)
+
+
+def _pool_or_repair(snapshot: Snapshot, role: Role) -> tuple[Mask, Flip | None]:
+    """Return the pool of ``role``; where it is empty, everyone, and the flip that refills it if legal."""
+    pool = members(snapshot, role)
+    if np.count_nonzero(pool):
+        return pool, None
+    return everyone(snapshot), repair(snapshot)
+
+
+def _prefill_by(moved: Flip, why: str, alternatives: Alternatives | None = None) -> Verdict:
+    place = Place(moved.instance, None, Path.DISAGGREGATED)
+    return Verdict(place, (moved,), alternatives, f"{why}: flipped {moved.instance}")
+
+
+def _decode_by(moved: Flip, prefill_on: str, why: str, alternatives: Alternatives | None = None) -> Verdict:
+    place = Place(prefill_on, moved.instance, Path.DISAGGREGATED)
+    return Verdict(place, (moved,), alternatives, f"{why}: flipped {moved.instance}")

@@ -1,0 +1,54 @@
+"""Arrow v2, Algorithm 2: the periodic monitor that moves instances from prefill to decode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tidegate.core.decision import Control
+from tidegate.core.instance import Role
+from tidegate.core.slo import Slo
+from tidegate.ledger.snapshot import Snapshot
+from tidegate.policies.arrow_flip import COOLDOWN_S, flip, repair
+from tidegate.policies.arrow_loads import L_EXPAND, L_SHRINK, decode_pool_load, prefill_pool_load
+from tidegate.policies.seams import Signal
+
+SUSTAIN_TICKS = 3
+"""Consecutive ticks before the monitor acts. Narwhal; the paper says "over a period" and names no count."""
+TICK_S = 1.0
+"""Seconds between ticks. Narwhal."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArrowMonitor:
+    """Algorithm 2: lend to decode when it is overloaded, or when prefill idles while decode does not.
+
+    The state is the count of consecutive ticks that called for a flip. A flip that Algorithm 3 refuses
+    keeps the count, so the next tick asks again (Narwhal). Instances only come back through Algorithm 1.
+    """
+
+    slo: Slo = field(default_factory=Slo)
+    expand: float = L_EXPAND
+    shrink: float = L_SHRINK
+    sustain: int = SUSTAIN_TICKS
+    cooldown_s: float = COOLDOWN_S
+    tick_s: float = TICK_S
+    needs: frozenset[Signal] = frozenset({Signal.PROFILE})
+
+    def step(self, snapshot: Snapshot, state: object) -> Control:
+        """Return at most one flip; an empty pool is refilled before loads are looked at."""
+        if not snapshot.ids:
+            return Control(state=0, reason="no instance is up")
+        healed = repair(snapshot)
+        if healed is not None:
+            return Control((healed,), reason=f"a pool was empty: flipped {healed.instance}", state=0)
+        prefill, decode = prefill_pool_load(snapshot, self.slo), decode_pool_load(snapshot, self.slo)
+        loads = f"prefill load {prefill:.2f}, decode load {decode:.2f}"
+        if not (decode >= self.expand or prefill <= self.shrink <= decode):
+            return Control(state=0, reason=loads)
+        count = (state if isinstance(state, int) else 0) + 1
+        if count < self.sustain:
+            return Control(state=count, reason=f"{loads}, tick {count} of {self.sustain}")
+        moved = flip(snapshot, Role.DECODE, "monitor", cooldown_s=self.cooldown_s)
+        if moved is None:
+            return Control(state=count, reason=f"{loads}, no flip is legal")
+        return Control((moved,), reason=f"{loads}: flipped {moved.instance}", state=0)

@@ -1,0 +1,186 @@
+"""Arrow v1 (xLLM technical report, section 3.2): four elastic pools, derived from labels and residents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tidegate.core.decision import Alternatives, Control, Flip, Path, Place, Verdict
+from tidegate.core.instance import Role
+from tidegate.core.request import Request
+from tidegate.core.slo import Slo
+from tidegate.ledger.snapshot import Column, Mask, Snapshot
+from tidegate.policies.arrow_flip import repair
+from tidegate.policies.candidates import everyone, fitting, least, members
+from tidegate.policies.pricing import tokens_over_limit, ttft_seconds
+from tidegate.policies.seams import Signal
+
+DECODE_FLOOR = 2
+"""Decode instances below which none is taken for prefill: xLLM report."""
+PREFILL_FLOOR = 1
+"""Prefill instances below which none is taken for decode. Ours: never empty a pool."""
+MEMORY_SHORTAGE = 0.9
+"""Share of the decode side's KV capacity that counts as a shortage. Ours; the report names no value."""
+TICK_S = 1.0
+"""Seconds between monitor ticks. Ours, as in Narwhal's Arrow v2."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pools:
+    """The four pools: a label, and whether work of the other phase is still on the instance.
+
+    Derived anew from each snapshot, so an instance settles by itself when the other phase's work ends.
+    MIXED instances belong to ``prefill`` and ``decode`` both.
+    """
+
+    prefill: Mask
+    decode: Mask
+    prefill_to_decode: Mask
+    decode_to_prefill: Mask
+
+    @classmethod
+    def of(cls, snapshot: Snapshot) -> Pools:
+        """Sort the instances of ``snapshot``."""
+        prefills, decodes = snapshot.labelled(Role.PREFILL), snapshot.labelled(Role.DECODE)
+        mixed = snapshot.labelled(Role.MIXED)
+        has_prefill, has_decode = snapshot.prefill_requests > 0, snapshot.decode_requests > 0
+        return cls(
+            prefill=mixed | (prefills & ~has_decode),
+            decode=mixed | (decodes & ~has_prefill),
+            prefill_to_decode=decodes & has_prefill,
+            decode_to_prefill=prefills & has_decode,
+        )
+
+
+def take_for_prefill(snapshot: Snapshot, pools: Pools, reason: str) -> Flip | None:
+    """Return the flip of the decode instance with the fewest running tokens, half-flipped ones first.
+
+    None when it would leave fewer than DECODE_FLOOR decode instances.
+    """
+    return _take(
+        snapshot, Role.PREFILL, reason, DECODE_FLOOR, snapshot.decode_tokens, pools.prefill_to_decode
+    )
+
+
+def take_for_decode(snapshot: Snapshot, pools: Pools, reason: str) -> Flip | None:
+    """Return the flip of the prefill instance with the shortest queue, half-flipped ones first.
+
+    None when it would leave fewer than PREFILL_FLOOR prefill instances.
+    """
+    return _take(
+        snapshot, Role.DECODE, reason, PREFILL_FLOOR, snapshot.prefill_wait_s, pools.decode_to_prefill
+    )
+
+
+def _take(
+    snapshot: Snapshot, to: Role, reason: str, floor: int, work: Column, half_flipped: Mask
+) -> Flip | None:
+    labelled = snapshot.labelled(Role.PREFILL if to == Role.DECODE else Role.DECODE)
+    if np.count_nonzero(labelled) <= floor:
+        return None
+    movable = labelled & snapshot.flippable
+    preferred = movable & half_flipped
+    among = preferred if np.count_nonzero(preferred) else movable
+    return Flip(snapshot.ids[least(work, among)], to, reason) if np.count_nonzero(among) else None
+
+
+@dataclass(frozen=True, slots=True)
+class ArrowV1Placement:
+    """Prefill to the shortest queue, decode to the fewest running tokens, pool by pool."""
+
+    needs: frozenset[Signal] = frozenset({Signal.PROFILE})
+
+    def place_prefill(self, request: Request, snapshot: Snapshot) -> Verdict:
+        """Try P, then D->P, then take an instance from the decode side; else the best of P and D->P."""
+        own = members(snapshot, Role.PREFILL)
+        ttft = ttft_seconds(snapshot, request)
+        pools = Pools.of(snapshot)
+        if not np.count_nonzero(own):
+            moved = repair(snapshot)
+            own = everyone(snapshot)
+        else:
+            for pool in (pools.prefill, pools.decode_to_prefill):
+                meets = pool & (ttft <= request.slo.ttft_s)
+                if np.count_nonzero(meets):
+                    return _prefill_at(snapshot, least(ttft, meets), ttft, pool, "meets the TTFT target")
+            moved = take_for_prefill(snapshot, pools, "inline")
+        if moved is None:
+            return _prefill_at(snapshot, least(ttft, own), ttft, own, "best effort")
+        verdict = _prefill_at(snapshot, snapshot.index[moved.instance], ttft, own, "")
+        return Verdict(verdict.decision, (moved,), verdict.alternatives, f"flipped {moved.instance}")
+
+    def place_decode(self, request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:
+        """Stay where the prefill ran if that may decode; else D, then P->D, then take one from prefill."""
+        held = snapshot.index.get(prefill_on)
+        if held is not None and snapshot.role[held] != Role.PREFILL:
+            place = Place(prefill_on, prefill_on, Path.DISAGGREGATED)
+            return Verdict(place, reason="its prefill instance decodes: no transfer")
+        own = members(snapshot, Role.DECODE)
+        running = snapshot.decode_tokens
+        pools = Pools.of(snapshot)
+        if not np.count_nonzero(own):
+            moved = repair(snapshot)
+            own = everyone(snapshot)
+        else:
+            within = fitting(snapshot, own, request.prompt_tokens, prefill_on)
+            within = within & (tokens_over_limit(snapshot, request) <= 0)
+            for pool in (pools.decode, pools.prefill_to_decode):
+                meets = pool & within
+                if np.count_nonzero(meets):
+                    chosen = least(running, meets)
+                    return _decode_at(snapshot, chosen, prefill_on, pool, "within memory and TPOT bounds")
+            moved = take_for_decode(snapshot, pools, "inline")
+        if moved is None:
+            return _decode_at(snapshot, least(running, own), prefill_on, own, "best effort")
+        verdict = _decode_at(snapshot, snapshot.index[moved.instance], prefill_on, own, "")
+        return Verdict(verdict.decision, (moved,), verdict.alternatives, f"flipped {moved.instance}")
+
+
+@dataclass(frozen=True, slots=True)
+class ArrowV1Monitor:
+    """Takes one prefill instance for decode per tick while decode is short of memory or time, or while a
+    prefill instance idles. No cooldown and no count: the report names none."""
+
+    slo: Slo = field(default_factory=Slo)
+    memory_shortage: float = MEMORY_SHORTAGE
+    tick_s: float = TICK_S
+    needs: frozenset[Signal] = frozenset({Signal.PROFILE})
+
+    def step(self, snapshot: Snapshot, state: object) -> Control:
+        """Return at most one flip. Keeps no state."""
+        if not snapshot.ids:
+            return Control(reason="no instance is up")
+        healed = repair(snapshot)
+        if healed is not None:
+            return Control((healed,), reason=f"a pool was empty: flipped {healed.instance}")
+        why = self._why(snapshot)
+        moved = take_for_decode(snapshot, Pools.of(snapshot), "monitor") if why else None
+        if moved is None:
+            return Control(reason=why or "no trigger")
+        return Control((moved,), reason=f"{why}: flipped {moved.instance}")
+
+    def _why(self, snapshot: Snapshot) -> str:
+        decodes = members(snapshot, Role.DECODE)
+        capacity = float(snapshot.kv_capacity_tokens[decodes].sum())
+        used = float((snapshot.decode_tokens + snapshot.handoff_tokens)[decodes].sum())
+        if capacity > 0 and used >= self.memory_shortage * capacity:
+            return f"decode memory {used / capacity:.0%} full"
+        busy = decodes & (snapshot.decode_requests > 0)
+        interval = float(snapshot.mean_gap_s[busy].mean()) if np.count_nonzero(busy) else 0.0
+        if interval > self.slo.tpot_s:
+            return f"mean token interval {interval * 1e3:.0f} ms exceeds the target"
+        if np.count_nonzero(snapshot.labelled(Role.PREFILL) & (snapshot.prefill_requests == 0)):
+            return "a prefill instance idles"
+        return ""
+
+
+def _prefill_at(snapshot: Snapshot, chosen: int, ttft: Column, among: Mask, reason: str) -> Verdict:
+    place = Place(snapshot.ids[chosen], None, Path.DISAGGREGATED)
+    return Verdict(place, alternatives=Alternatives(snapshot.ids, {"ttft_s": ttft}, among), reason=reason)
+
+
+def _decode_at(snapshot: Snapshot, chosen: int, prefill_on: str, among: Mask, reason: str) -> Verdict:
+    place = Place(prefill_on, snapshot.ids[chosen], Path.DISAGGREGATED)
+    terms = {"running_tokens": snapshot.decode_tokens}
+    return Verdict(place, alternatives=Alternatives(snapshot.ids, terms, among), reason=reason)

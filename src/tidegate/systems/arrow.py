@@ -1,0 +1,27 @@
+"""Arrow, in both versions: stateless instances whose label follows the load."""
+
+from __future__ import annotations
+
+from tidegate.policies.arrow import ArrowPlacement
+from tidegate.policies.arrow_monitor import ArrowMonitor
+from tidegate.policies.arrow_v1 import ArrowV1Monitor, ArrowV1Placement
+from tidegate.systems.registry import SYSTEMS, SystemOptions
+from tidegate.systems.system import System
+
+
+@SYSTEMS.register("arrow")
+def arrow(options: SystemOptions) -> System:
+    """Arrow v2 (arXiv 2505.11916v2): SLO-aware placement that flips inline, and a monitor for decode."""
+    placement = ArrowPlacement(slo=options.slo)
+    monitor = ArrowMonitor(slo=options.slo, tick_s=options.tick_s)
+    return System(
+        "arrow", "SLO-aware placement with role flips", options.roles(), placement, placement, monitor
+    )
+
+
+@SYSTEMS.register("arrow-v1")
+def arrow_v1(options: SystemOptions) -> System:
+    """Arrow v1 (xLLM report, section 3.2): four elastic pools and a threshold monitor."""
+    placement = ArrowV1Placement()
+    monitor = ArrowV1Monitor(slo=options.slo, tick_s=options.tick_s)
+    return System("arrow-v1", "four elastic pools", options.roles(), placement, placement, monitor)
