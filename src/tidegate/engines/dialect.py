@@ -68,9 +68,13 @@ class DialectEngine:
 
     async def release(self, handle: KvHandle) -> None:
         """See ``Engine.release``."""
+        await self.release_request(str(handle.params.get("remote_request_id")))
+
+    async def release_request(self, request_id: str) -> None:
+        """See ``Engine.release_request``."""
         if not self._internal:
             return
-        body = orjson.dumps({"request_id": handle.params.get("remote_request_id")})
+        body = orjson.dumps({"request_id": request_id})
         try:
             await self._wire.exchange("POST", "/tidegate/release", body, deadline_s=2.0)
         except EngineError:
@@ -88,7 +92,12 @@ class DialectEngine:
         self._wire.drop(EngineUnreachable(reason, instance=self.instance))
 
     def _body(self, leg: Leg) -> Json:
-        body: Json = {**leg.sampling, "model": self.model, "return_token_ids": True}
+        body: Json = {
+            **leg.sampling,
+            "model": self.model,
+            "request_id": leg.request_id,
+            "return_token_ids": True,
+        }
         if leg.max_tokens is not None:
             body["max_tokens"] = leg.max_tokens
         if leg.messages is None:

@@ -96,6 +96,10 @@ class Engine(Protocol):
         """Let the engine free a handle's KV now; failure is silent (the lease ends it)."""
         ...
 
+    async def release_request(self, request_id: str) -> None:
+        """Like ``release``, for a leg whose answer never arrived; unknown ids are ignored."""
+        ...
+
     async def health(self, *, deadline_s: float) -> bool:
         """Tell whether the engine answers."""
         ...

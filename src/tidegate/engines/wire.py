@@ -11,6 +11,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -46,7 +47,7 @@ class _Connection(asyncio.Protocol):
         self._sink: BodySink | None = None
         self._parts: list[bytes] = []
         self._status = 0
-        self._complete = False
+        self._complete = self._keep = False
 
     def begin(self, head_and_body: bytes, sink: BodySink | None) -> asyncio.Future[Answer]:
         """Send a request; the future ends with the whole answer or an EngineUnreachable."""
@@ -82,8 +83,7 @@ class _Connection(asyncio.Protocol):
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
@@ -118,13 +118,12 @@ class _Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         self._complete = True
+        self._keep = self._parser.should_keep_alive()
 
     def _finish(self) -> None:
-        keep = self._parser.should_keep_alive()
         done, self._done = self._done, None
         self._sink = None
-        self._parser = httptools.HttpResponseParser(self)
-        if not keep:
+        if not self._keep:
             self.close()
         if done is not None and not done.done():
             done.set_result(Answer(self._status, b"".join(self._parts)))

@@ -63,8 +63,10 @@ class ChunkWriter:
         self._head = b"data: " + head + b',"choices":['
         self._usage_null = b',"usage":null' if call.include_usage else b""
         open_choice = b'{"index":0,"delta":{"content":' if call.chat else b'{"index":0,"text":'
-        close_choice = b'},"logprobs":null,"finish_reason":null}]' if call.chat else (
-            b',"logprobs":null,"finish_reason":null}]'
+        close_choice = (
+            b'},"logprobs":null,"finish_reason":null}]'
+            if call.chat
+            else (b',"logprobs":null,"finish_reason":null}]')
         )
         self._before = self._head + open_choice
         self._after = close_choice + self._usage_null + b"}\n\n"

@@ -18,8 +18,9 @@ DEFAULT_COMPLETION_TOKENS = 16
 """``max_tokens`` of ``/v1/completions`` when absent (OpenAI)."""
 
 OWN_FIELDS = frozenset(
-    "model prompt messages max_tokens max_completion_tokens stream stream_options n best_of echo user "
-    "return_token_ids kv_transfer_params cache_salt priority request_id session_id top_logprobs".split()
+    {"model", "prompt", "messages", "max_tokens", "max_completion_tokens", "stream", "stream_options", "n"}
+    | {"best_of", "echo", "user", "return_token_ids", "kv_transfer_params", "cache_salt", "priority"}
+    | {"request_id", "session_id", "top_logprobs"}
 )
 """Body fields the gateway answers for itself. KV handles, salts, priorities and request ids from a client
 would let it read another's KV or name another's request, so they go no further."""

@@ -40,12 +40,11 @@ class Journal:
         except OSError as error:
             raise ConfigError(f"cannot write the journal {path}: {error.strerror}") from None
 
-    def write(self, kind: str, now_s: float, **row: Any) -> None:
-        """Append a line of type ``kind``."""
+    def write(self, line: str, now_s: float, /, **row: Any) -> None:
+        """Append a line of type ``line``."""
         if not self.enabled:
             return
-        line = {"type": kind, "t": round(now_s - self.started_s, 6), **row}
-        self._lines.append(orjson.dumps(line, option=orjson.OPT_SERIALIZE_NUMPY))
+        self._lines.append(orjson.dumps({"type": line, "t": round(now_s - self.started_s, 6), **row}))
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
 

@@ -26,7 +26,9 @@ class Metrics:
         self.ttft = Histogram(
             "tidegate_ttft_seconds", "Arrival to first token sent", buckets=TTFT_BUCKETS, registry=r
         )
-        self.tpot = Histogram("tidegate_tpot_seconds", "Mean inter-token time", buckets=TPOT_BUCKETS, registry=r)
+        self.tpot = Histogram(
+            "tidegate_tpot_seconds", "Mean inter-token time", buckets=TPOT_BUCKETS, registry=r
+        )
         stage = Histogram(
             "tidegate_stage_seconds", "Time by stage", ["stage"], buckets=TTFT_BUCKETS, registry=r
         )

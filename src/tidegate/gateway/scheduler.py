@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 
 from tidegate.core.clock import Clock
@@ -25,6 +26,8 @@ from tidegate.systems.system import System
 
 RETRY_AFTER_S = 2.0
 """What a client is told to wait when nothing is up: about the time a local engine needs to return (ours)."""
+CONFIRM_S = 0.25
+"""How long a failed call waits for the fleet's word before it tries again (ours)."""
 WINDOW_S = 1.0
 """Length of the inter-token-gap window where no pool control sets one (Narwhal's interval)."""
 
@@ -39,6 +42,14 @@ UNMEASURED = Profile(
 
 
 @dataclass(frozen=True, slots=True)
+class Dispatched:
+    """A placed prefill, with its predicted seconds on that instance (without the wait before it)."""
+
+    place: Place
+    predicted_prefill_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Upstream:
     """An instance that is up, and how to call it."""
 
@@ -50,9 +61,16 @@ class Scheduler:
     """Owns the ledger and applies a system's decisions. A ``FleetListener``."""
 
     def __init__(
-        self, system: System, settings: GatewaySettings, ids: tuple[str, ...], clock: Clock, journal: Journal
+        self,
+        system: System,
+        settings: GatewaySettings,
+        ids: tuple[str, ...],
+        clock: Clock,
+        journal: Journal,
+        suspect: Callable[[str], None],
     ) -> None:
         self.system = system
+        self._suspect = suspect
         self.settings = settings
         self.clock = clock
         self.journal = journal
@@ -64,6 +82,7 @@ class Scheduler:
         self.upstreams: dict[str, Upstream] = {}
         self._changed: set[asyncio.Future[None]] = set()
         self._tasks: list[asyncio.Task[None]] = []
+        self._background: set[asyncio.Task[None]] = set()
         self._pool_state: object = None
         self._rng = random.Random(settings.seed)
 
@@ -105,7 +124,7 @@ class Scheduler:
         """Return the cluster as it is now."""
         return self.ledger.snapshot(self.clock.now())
 
-    async def place_prefill(self, request: Request, *, kind: str, wait_s: float) -> Place:
+    async def place_prefill(self, request: Request, *, kind: str, wait_s: float) -> Dispatched:
         """Place a request's prefill and enter it in the ledger.
 
         While the policy holds, waits for the next change of the cluster. With no instance up it
@@ -127,8 +146,8 @@ class Scheduler:
             match verdict.decision:
                 case Place() as place:
                     self._note(kind, request, verdict, snapshot, place.prefill_on)
-                    self.ledger.prefill_dispatched(request, place.prefill_on, snapshot.at_s)
-                    return place
+                    predicted_s = self.ledger.prefill_dispatched(request, place.prefill_on, snapshot.at_s)
+                    return Dispatched(place, predicted_s)
                 case Reject(reason, retry_after_s):
                     self._note(kind, request, verdict, snapshot, None)
                     raise Overloaded(reason, retry_after_s=retry_after_s)
@@ -222,7 +241,7 @@ class Scheduler:
         """Stop the periodic decisions and close every connection to the engines."""
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, *self._background, return_exceptions=True)
         for upstream in self.upstreams.values():
             upstream.engine.close("the gateway stops")
 
@@ -252,6 +271,17 @@ class Scheduler:
                     self._apply((Flip(name, to, "forced"),))
                     break
 
+    @property
+    def max_model_len(self) -> int:
+        """The longest context an instance that is up offers; 0 with none up."""
+        return max((u.member.instance.max_model_len for u in self.upstreams.values()), default=0)
+
+    def background(self, work: Coroutine[None, None, None]) -> None:
+        """Run clean-up that no request waits for."""
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
     # waiting
 
     def _wake(self) -> None:
@@ -271,6 +301,15 @@ class Scheduler:
             pass
         finally:
             self._changed.discard(future)
+
+    async def confirm_failure(self, instance_id: str) -> None:
+        """Have the fleet check an instance whose call failed, and give it a moment to report it down.
+
+        Without this a request would spend its replays on a dead instance before anybody noticed.
+        """
+        if instance_id in self.upstreams:
+            self._suspect(instance_id)
+            await self._next_change(CONFIRM_S)
 
     def released(self) -> None:
         """Say that a request ended, so that held ones are asked about again."""

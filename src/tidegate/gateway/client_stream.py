@@ -1,0 +1,88 @@
+"""The client's end of a streamed answer."""
+
+from __future__ import annotations
+
+import asyncio
+
+from aiohttp import web
+
+from tidegate.core.errors import ClientGone, TidegateError
+from tidegate.protocol.errors import error_body
+from tidegate.protocol.sse import event
+
+UNREAD_BYTES = 2 * 2**20
+"""A client that leaves this much unread is dropped: its backlog would grow without bound (ours)."""
+HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
+
+
+class ClientStream:
+    """Sends events to the client from inside the engine's read callback.
+
+    The answer's head is sent with the first event, so that a failure before it still has its own
+    HTTP status. After the head, events go straight to the connection's transport, each as one HTTP
+    chunk: no task switch per chunk.
+    """
+
+    def __init__(self, request: web.Request, headers: dict[str, str]) -> None:
+        self._request = request
+        self.response = web.StreamResponse(headers={**HEADERS, **headers})
+        self._transport: asyncio.WriteTransport | None = None
+        self._pending: list[bytes] = []
+        self._opening: asyncio.Task[None] | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether anything was or is being sent."""
+        return self._opening is not None
+
+    def send(self, data: bytes) -> None:
+        """Send events. Raises ClientGone when the client has left or reads too slowly."""
+        transport = self._transport
+        if transport is None:
+            self._pending.append(data)
+            if self._opening is None:
+                self._opening = asyncio.create_task(self._open())
+            return
+        if transport.is_closing():
+            raise ClientGone("the client closed the connection")
+        transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        if transport.get_write_buffer_size() > UNREAD_BYTES:
+            transport.abort()
+            raise ClientGone(f"the client left {UNREAD_BYTES} bytes unread")
+
+    async def finish(self, data: bytes) -> web.StreamResponse:
+        """Send the last events and end the answer."""
+        self.send(data)
+        assert self._opening is not None
+        await self._opening
+        await self.response.write_eof()
+        return self.response
+
+    async def fail(self, error: TidegateError) -> web.StreamResponse:
+        """End a started answer with an error event and without ``[DONE]``: it is visibly incomplete."""
+        return await self.finish(event(error_body(error)))
+
+    def discard(self) -> None:
+        """Give up; nothing more is sent."""
+        if self._opening is not None:
+            self._opening.cancel()
+
+    async def _open(self) -> None:
+        """Send the head with all that came before it was out."""
+        self.response.enable_chunked_encoding()
+        await self.response.prepare(self._request)
+        data = b"".join(self._pending)
+        self._pending.clear()
+        await self.response.write(data)
+        transport = self._request.transport
+        if transport is None:
+            raise ConnectionResetError("the client closed the connection")
+        # What arrived while the head was being sent goes out before the direct path opens.
+        self._transport = transport
+        if self._pending:
+            self.send(b"".join(self._pending))
+            self._pending.clear()

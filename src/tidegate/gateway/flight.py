@@ -1,0 +1,333 @@
+"""One request's way through the cluster: placed, prefilled, handed over, decoded, replayed if it must."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from tidegate.core.decision import Path
+from tidegate.core.errors import (
+    ClientGone,
+    EngineError,
+    EngineTimeout,
+    PromptTooLong,
+    TidegateError,
+    status_of,
+)
+from tidegate.core.request import Request
+from tidegate.engines.seam import KvHandle, Leg, LegEnd, Tokens
+from tidegate.gateway.call import Call
+from tidegate.gateway.outcome import Story, record
+from tidegate.gateway.scheduler import Scheduler, Upstream
+
+Deliver = Callable[[Tokens, str | None], None]
+"""Takes new tokens and, with the last ones, the request's finish reason."""
+
+CHARS_PER_TOKEN = 4.0
+"""First guess for text prompts, until engines have told lengths (a common rule of thumb)."""
+
+
+class TokenEstimate:
+    """Guesses a text prompt's token count from the prompts seen so far."""
+
+    def __init__(self) -> None:
+        self._chars_per_token = CHARS_PER_TOKEN
+
+    def tokens(self, chars: int) -> int:
+        """Return the expected length, at least 1."""
+        return max(1, round(chars / self._chars_per_token))
+
+    def observe(self, chars: int, tokens: int) -> None:
+        """Learn from a prompt whose length became known."""
+        if chars and tokens:
+            self._chars_per_token += 0.2 * (chars / tokens - self._chars_per_token)
+
+
+class Flight:
+    """Serves one call. ``run`` returns when the last token was delivered, or raises a TidegateError.
+
+    Whatever happens, the request leaves the ledger, engines abort what is no longer wanted, and the
+    journal and metrics get one outcome.
+    """
+
+    def __init__(
+        self, call: Call, scheduler: Scheduler, estimate: TokenEstimate, deliver: Deliver, arrival_s: float
+    ) -> None:
+        self.call = call
+        self.story = Story(arrival_s)
+        self.prompt_ids: list[int] | None = call.prompt if isinstance(call.prompt, list) else None
+        self.out_ids: list[int] = []
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+        self._scheduler = scheduler
+        self._ledger = scheduler.ledger
+        self._clock = scheduler.clock
+        self._estimate = estimate
+        self._deliver = deliver
+        self._limit = call.max_tokens
+        self._deadline_s = arrival_s + scheduler.settings.request_deadline_s
+        self._leg_on = ""
+        self._pinning = False
+        self._decoding = False
+        self._leg_first_s: float | None = None
+        self._legs = 0
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the client's prompt; an estimate until an engine has tokenised a text prompt."""
+        if self.prompt_ids is not None:
+            return len(self.prompt_ids)
+        return self._estimate.tokens(self.call.prompt_bytes)
+
+    async def run(self) -> None:
+        """Serve the request to its end."""
+        self._scheduler.in_flight += 1
+        error: TidegateError | None = None
+        try:
+            await self._until_finished()
+        except TidegateError as failure:
+            error = failure
+            raise
+        except asyncio.CancelledError:
+            error = ClientGone("the client closed the connection")
+            raise
+        finally:
+            self._scheduler.in_flight -= 1
+            self._close(error)
+
+    async def _until_finished(self) -> None:
+        while True:
+            try:
+                await self._attempt()
+                return
+            except EngineError as error:
+                if self.finish_reason is not None:
+                    return
+                await self._prepare_replay(error)
+
+    async def _prepare_replay(self, error: EngineError) -> None:
+        """Account for a failed attempt. Raises ``error`` when the request may not be tried again."""
+        scheduler, story, now = self._scheduler, self.story, self._clock.now()
+        self._ledger.aborted(self.call.id, now)
+        story.replays += 1
+        label = status_of(error).label
+        scheduler.metrics.replays.labels(label).inc()
+        scheduler.journal.write(
+            "replay",
+            now,
+            request=self.call.id,
+            instance=error.instance,
+            stage=error.stage,
+            reason=label,
+            message=error.message,
+            generated=len(self.out_ids),
+        )
+        if story.replays > scheduler.settings.replays or now >= self._deadline_s:
+            raise error
+        if error.instance:
+            await scheduler.confirm_failure(error.instance)
+
+    async def _attempt(self) -> None:
+        """Run the request, or what is left of it, from one placement of its prefill."""
+        scheduler, story = self._scheduler, self.story
+        replaying = story.replays > 0
+        request = self._request()
+        if replaying and self._remaining() == 0:
+            self.finish_reason = "length"
+            self._deliver(Tokens("", [], finish_reason="length"), "length")
+            return
+        self._check_fits()
+        dispatched = await scheduler.place_prefill(
+            request,
+            kind="replay" if replaying else "place_prefill",
+            wait_s=scheduler.settings.recovery_s if replaying else 0.0,
+        )
+        place = dispatched.place
+        story.prefill_on = place.prefill_on
+        story.predicted_prefill_s = dispatched.predicted_prefill_s
+        upstream = scheduler.upstreams[place.prefill_on]
+        placed_s = self._clock.now()
+        if place.path is Path.COLOCATED:
+            story.decode_on = place.prefill_on
+            end = await self._run_leg(upstream, self._remaining(), pin=False)
+            self._note_prefill(end, placed_s)
+            self._note_decode(end, placed_s)
+            return
+        end = await self._run_leg(upstream, 1, pin=self._remaining() != 1)
+        self._note_prefill(end, placed_s)
+        if self.finish_reason is not None:
+            if end.handle is not None:
+                scheduler.background(upstream.engine.release(end.handle))
+            return
+        await self._decode(upstream, end.handle)
+
+    async def _decode(self, source: Upstream, handle: KvHandle | None) -> None:
+        """Place the decode and run it, pulling the KV behind ``handle`` unless it is gone."""
+        scheduler = self._scheduler
+        pulled = False
+        try:
+            self._check_fits()
+            now = self._clock.now()
+            self._ledger.prefill_ended(self.call.id, now)
+            name = scheduler.place_decode(self._request(), source.member.instance.id)
+            self.story.decode_on = name
+            self._decoding = True
+            upstream = scheduler.upstreams[name]
+            if name != source.member.instance.id:
+                self._ledger.transfer_started(self.call.id, now)
+            end = await self._run_leg(upstream, self._remaining(), pin=False, handle=handle)
+            pulled = True
+            self._note_decode(end, now)
+        finally:
+            if not pulled and handle is not None:
+                scheduler.background(source.engine.release(handle))
+
+    async def _run_leg(
+        self, upstream: Upstream, max_tokens: int | None, *, pin: bool, handle: KvHandle | None = None
+    ) -> LegEnd:
+        call = self.call
+        self._legs += 1
+        self._leg_on, self._pinning, self._leg_first_s = upstream.member.instance.id, pin, None
+        known = self.prompt_ids is not None
+        leg = Leg(
+            request_id=f"{call.id}-{self._legs}",
+            prompt=[*self.prompt_ids, *self.out_ids] if self.prompt_ids is not None else call.prompt,
+            messages=None if known else call.messages,
+            max_tokens=max_tokens,
+            sampling=self._sampling(known),
+            generated=len(self.out_ids),
+            pin=pin,
+            handle=handle,
+            salt=call.salt,
+        )
+        left_s = self._deadline_s - self._clock.now()
+        if left_s <= 0:
+            raise EngineTimeout(
+                f"the request's deadline of {self._scheduler.settings.request_deadline_s:g} s has passed"
+            )
+        try:
+            return await upstream.engine.run(leg, self._on_tokens, deadline_s=left_s)
+        except asyncio.CancelledError:
+            # The answer may have crossed the cancellation: the engine then holds a pin nobody knows of.
+            if pin:
+                self._scheduler.background(upstream.engine.release_request(leg.request_id))
+            raise
+
+    def _sampling(self, known: bool) -> dict[str, Any]:
+        """Body fields of a leg; a chat continued as a completion asks for logprobs in that form."""
+        sampling = self.call.sampling
+        if self.call.chat and known and "logprobs" in sampling:
+            sampling = {k: v for k, v in sampling.items() if k not in ("logprobs", "top_logprobs")}
+            sampling["logprobs"] = self.call.sampling.get("top_logprobs", 0)
+        return sampling
+
+    def _on_tokens(self, tokens: Tokens) -> None:
+        now = self._clock.now()
+        if tokens.prompt_token_ids is not None and self.prompt_ids is None:
+            self.prompt_ids = tokens.prompt_token_ids
+            self._estimate.observe(self.call.prompt_bytes, len(self.prompt_ids))
+        count = len(tokens.token_ids)
+        if count:
+            story, ledger, request_id = self.story, self._ledger, self.call.id
+            self.out_ids += tokens.token_ids
+            if story.first_token_s is None:
+                story.first_token_s = now
+            if self._leg_first_s is None:
+                self._leg_first_s = now
+                self._leg_began(now)
+            if self._decoding:
+                ledger.tokens(request_id, count, now)
+            story.last_token_s = now
+        reason = tokens.finish_reason
+        if reason == "length" and self._pinning and self._remaining() != 0:
+            reason = None
+        if reason is not None:
+            self.finish_reason, self.stop_reason = reason, tokens.stop_reason
+        if count or tokens.text or reason is not None:
+            self._deliver(tokens, reason)
+
+    def _leg_began(self, now: float) -> None:
+        """The leg's first token: a pull it waited for has ended, a colocated prefill has become a decode."""
+        if self._decoding:
+            self._ledger.transfer_ended(self.call.id, now)
+        elif not self._pinning:
+            self._ledger.prefill_ended(self.call.id, now)
+            resident = self.prompt_tokens + len(self.out_ids)
+            self._ledger.decode_dispatched(self.call.id, self._leg_on, resident, now)
+            self._decoding = True
+
+    def _remaining(self) -> int | None:
+        """Tokens still to generate; None while the prompt's length, and so the context left, is unknown."""
+        if self._limit is None and self.prompt_ids is not None:
+            self._limit = max(1, self._scheduler.max_model_len - len(self.prompt_ids))
+        return None if self._limit is None else self._limit - len(self.out_ids)
+
+    def _check_fits(self) -> None:
+        """Raise PromptTooLong when prompt plus limit exceed the context, before anything was sent."""
+        context = self._scheduler.max_model_len
+        if self.prompt_ids is None or not context or self.story.replays:
+            return
+        prompt, limit = len(self.prompt_ids), self._limit or 1
+        if prompt + limit > context:
+            raise PromptTooLong(
+                f"the context is {context} tokens, but the prompt has {prompt} and max_tokens is {limit}",
+                param="max_tokens" if prompt < context else ("messages" if self.call.chat else "prompt"),
+            )
+
+    def _request(self) -> Request:
+        call = self.call
+        return Request(
+            id=call.id,
+            prompt_tokens=self.prompt_tokens + len(self.out_ids),
+            max_tokens=self._remaining() or 1,
+            arrival_s=self.story.arrival_s,
+            slo=call.slo,
+            tenant=call.tenant,
+            session=call.session,
+        )
+
+    # the story
+
+    def _note_prefill(self, end: LegEnd, placed_s: float) -> None:
+        story, times = self.story, end.times
+        story.cached_tokens = times.cached_tokens
+        first_s = self._leg_first_s or self._clock.now()
+        queue_s = times.queue_s or 0.0
+        prefill_s = times.prefill_s if times.prefill_s is not None else first_s - placed_s - queue_s
+        story.observed_prefill_s = prefill_s
+        story.stages.setdefault("queue", placed_s - story.arrival_s + queue_s)
+        story.stages.setdefault("prefill", prefill_s)
+
+    def _note_decode(self, end: LegEnd, placed_s: float) -> None:
+        story, times = self.story, end.times
+        first_s, last_s = self._leg_first_s, story.last_token_s
+        if first_s is None or last_s is None:
+            return
+        story.kv_transfer_bytes += times.kv_loaded_bytes
+        if story.prefill_on != story.decode_on or self._legs > 1:
+            transfer_s, queue_s = times.kv_load_s or 0.0, times.queue_s or 0.0
+            story.stages["transfer"] = transfer_s
+            story.stages["decode_queue"] = queue_s
+            story.stages["first_step"] = max(0.0, first_s - placed_s - transfer_s - queue_s)
+        story.stages["decode"] = last_s - first_s
+
+    def _close(self, error: TidegateError | None) -> None:
+        """Take the request out of the ledger and tell journal and metrics how it ended."""
+        now = self._clock.now()
+        if error is None:
+            self._ledger.finished(self.call.id, now)
+        else:
+            self._ledger.aborted(self.call.id, now)
+        self._scheduler.released()
+        record(
+            self.story,
+            self.call,
+            prompt_tokens=self.prompt_tokens,
+            output_tokens=len(self.out_ids),
+            finish_reason=self.finish_reason,
+            error=error,
+            now_s=now,
+            journal=self._scheduler.journal,
+            metrics=self._scheduler.metrics,
+        )

@@ -1,0 +1,126 @@
+"""Start, serve, drain: the life of a gateway process."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable
+
+from aiohttp import web
+
+from tidegate import __version__
+from tidegate.core.clock import Clock, WallClock
+from tidegate.core.errors import ConfigError
+from tidegate.fleet.member import Fleet
+from tidegate.gateway.front import Front
+from tidegate.gateway.journal import Journal
+from tidegate.gateway.scheduler import Scheduler
+from tidegate.gateway.settings import GatewaySettings
+from tidegate.policies.seams import Signal
+from tidegate.systems import check_signals
+from tidegate.systems.system import System
+
+DRAIN_S = 30.0
+"""How long a stopping gateway lets running requests finish (ours)."""
+BACKLOG = 4096
+"""Connections the kernel may queue while the loop is busy: a burst is not refused (ours)."""
+
+
+class Gateway:
+    """One gateway over one fleet."""
+
+    def __init__(
+        self, settings: GatewaySettings, fleet: Fleet, system: System, clock: Clock | None = None
+    ) -> None:
+        clock = clock or WallClock()
+        self._settings = settings
+        self._fleet = fleet
+        self._journal = Journal(settings.journal, clock.now())
+        self.scheduler = Scheduler(system, settings, fleet.ids, clock, self._journal, fleet.suspect)
+        self._front = Front(settings, self.scheduler)
+        self._runner = web.AppRunner(
+            self._front.application(), handler_cancellation=True, access_log=None, shutdown_timeout=2.0
+        )
+        self._site: web.TCPSite | None = None
+
+    async def start(self) -> str:
+        """Open the port, start the fleet, and return the base URL.
+
+        Raises SetupError when the port is taken, the fleet cannot start or the system lacks a signal.
+        """
+        settings, scheduler = self._settings, self.scheduler
+        self._journal.header(
+            version=__version__,
+            system=scheduler.system.name,
+            slo={"ttft_s": settings.slo.ttft_s, "tpot_s": settings.slo.tpot_s},
+            instances=[{"id": name, "role": role.label} for name, role in scheduler.labels.items()],
+        )
+        await self._runner.setup()
+        self._site = web.TCPSite(self._runner, settings.host, settings.port, backlog=BACKLOG)
+        try:
+            await self._site.start()
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; choose another --port"
+            ) from None
+        await self._fleet.start(scheduler)
+        measured = all(u.member.profile is not None for u in scheduler.upstreams.values())
+        check_signals(scheduler.system, frozenset({Signal.PROFILE}) if measured else frozenset())
+        scheduler.start()
+        host, port = settings.host, self._runner.addresses[0][1]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    async def drain(self, stop_early: asyncio.Task[int]) -> None:
+        """Take no new request and wait for the running ones, at most DRAIN_S or until ``stop_early`` ends."""
+        self._front.draining = True
+        if self._site is not None:
+            await self._site.stop()
+        try:
+            async with asyncio.timeout(DRAIN_S):
+                while self.scheduler.in_flight and not stop_early.done():
+                    await asyncio.wait({stop_early}, timeout=0.05)
+        except TimeoutError:
+            pass
+
+    async def stop(self) -> None:
+        """Stop everything; what still runs is cut off."""
+        await self._runner.cleanup()
+        await self.scheduler.stop()
+        await self._fleet.stop()
+        self._journal.close()
+
+
+async def run_gateway(
+    settings: GatewaySettings, fleet: Fleet, system: System, *, on_ready: Callable[[str], None]
+) -> None:
+    """Serve until SIGINT or SIGTERM, then drain; a second signal stops at once.
+
+    ``on_ready`` gets the base URL once the fleet is up and the port is open. Raises SetupError as
+    ``Gateway.start`` does.
+    """
+    signals = _signals()
+    gateway = Gateway(settings, fleet, system)
+    try:
+        starting = asyncio.create_task(gateway.start())
+        stopping = asyncio.create_task(signals.get())
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if stopping.done():
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            return
+        on_ready(await starting)
+        await stopping
+        again = asyncio.create_task(signals.get())
+        await gateway.drain(again)
+        again.cancel()
+    finally:
+        await gateway.stop()
+
+
+def _signals() -> asyncio.Queue[int]:
+    """Return a queue that receives SIGINT and SIGTERM."""
+    queue: asyncio.Queue[int] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, queue.put_nowait, int(number))
+    return queue

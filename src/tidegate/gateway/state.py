@@ -1,0 +1,72 @@
+"""What the gateway tells about itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tidegate.core.instance import Role
+from tidegate.gateway.scheduler import Scheduler
+
+
+def models_object(scheduler: Scheduler) -> dict[str, Any]:
+    """Return the body of ``/v1/models``."""
+    served: dict[str, int] = {}
+    for upstream in scheduler.upstreams.values():
+        member = upstream.member
+        served[member.model] = max(served.get(member.model, 0), member.instance.max_model_len)
+    return {
+        "object": "list",
+        "data": [
+            {"id": name, "object": "model", "created": 0, "owned_by": "tidegate", "max_model_len": length}
+            for name, length in sorted(served.items())
+        ],
+    }
+
+
+def pool_of(role: Role, prefills: float, decodes: float) -> str:
+    """Name the pool an instance is in; an instance whose label and residents disagree is in transition."""
+    if role is Role.PREFILL:
+        return "decode->prefill" if decodes else "prefill"
+    if role is Role.DECODE:
+        return "prefill->decode" if prefills else "decode"
+    return "mixed"
+
+
+def state_object(scheduler: Scheduler) -> dict[str, Any]:
+    """Return the body of ``/tidegate/state``."""
+    snapshot = scheduler.snapshot()
+    instances = []
+    for i, name in enumerate(snapshot.ids):
+        member = scheduler.upstreams[name].member
+        role = Role(int(snapshot.role[i]))
+        flipped_at_s = float(snapshot.flipped_at_s[i])
+        instances.append(
+            {
+                "id": name,
+                "role": role.label,
+                "pool": pool_of(
+                    role, float(snapshot.prefill_requests[i]), float(snapshot.decode_requests[i])
+                ),
+                "url": member.url,
+                "kind": member.kind,
+                "pid": member.pid,
+                "engine_id": member.engine_id,
+                "prefill_requests": int(snapshot.prefill_requests[i]),
+                "prefill_wait_s": round(float(snapshot.prefill_wait_s[i]), 6),
+                "decode_requests": int(snapshot.decode_requests[i]),
+                "decode_tokens": int(snapshot.decode_tokens[i]),
+                "handoff_tokens": int(snapshot.handoff_tokens[i]),
+                "kv_capacity_tokens": int(snapshot.kv_capacity_tokens[i]),
+                "mean_gap_s": round(float(snapshot.mean_gap_s[i]), 6),
+                "flipped_ago_s": None if flipped_at_s < 0 else round(snapshot.at_s - flipped_at_s, 3),
+            }
+        )
+    return {
+        "system": scheduler.system.name,
+        "uptime_s": round(snapshot.at_s - scheduler.journal.started_s, 3),
+        "slo": {"ttft_s": scheduler.settings.slo.ttft_s, "tpot_s": scheduler.settings.slo.tpot_s},
+        "instances": instances,
+        "down": [name for name in scheduler.labels if name not in scheduler.upstreams],
+        "requests": {"in_flight": scheduler.in_flight},
+        "flips": scheduler.flips,
+    }

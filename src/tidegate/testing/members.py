@@ -1,0 +1,53 @@
+"""A fleet for tests: members that go up and down when told."""
+
+from __future__ import annotations
+
+from tidegate.core.instance import Instance
+from tidegate.costs.profile import Profile
+from tidegate.fleet.member import FleetListener, Member
+
+
+class GivenFleet:
+    """A ``Fleet`` of given URLs, all up from the start."""
+
+    def __init__(
+        self,
+        urls: dict[str, str],
+        profile: Profile | None = None,
+        model: str = "fake",
+        context: int = 1 << 20,
+    ) -> None:
+        self.urls = urls
+        self.suspected: list[str] = []
+        self.listener: FleetListener | None = None
+        self._profile = profile
+        self._model = model
+        self._context = context
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(self.urls)
+
+    async def start(self, listener: FleetListener) -> None:
+        self.listener = listener
+        for name in self.urls:
+            self.up(name)
+
+    def up(self, name: str, url: str = "") -> None:
+        """Report an instance up, under a new URL if given."""
+        self.urls[name] = url or self.urls[name]
+        instance = Instance(name, kv_capacity_tokens=1 << 30, max_model_len=self._context)
+        assert self.listener is not None
+        self.listener.member_up(
+            Member(instance, self.urls[name], self._model, engine_id=name, profile=self._profile, secret="s3")
+        )
+
+    def down(self, name: str) -> None:
+        """Report an instance down."""
+        assert self.listener is not None
+        self.listener.member_down(name, "told so")
+
+    def suspect(self, instance_id: str) -> None:
+        self.suspected.append(instance_id)
+
+    async def stop(self) -> None: ...
