@@ -1,0 +1,181 @@
+"""``python -m tidegate.engines.embedded``: one instance as a process.
+
+Loads the model, measures it, binds, and says so with one JSON line. SIGTERM lets running requests
+finish for a while; a second one ends at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tidegate.core.errors import ConfigError, SetupError
+from tidegate.engines.embedded.lifetime import exit_when_a_thread_dies, exit_with_parent
+from tidegate.engines.embedded.options import Options, check_host, parse_options
+from tidegate.engines.embedded.secret import LaunchSecret
+
+if TYPE_CHECKING:
+    from tidegate.engines.embedded.engine import Engine
+
+log = logging.getLogger("tidegate.engines.embedded")
+
+COMPUTE_THREAD = "tidegate-compute"
+GRACE_S = 5.0
+SWITCH_INTERVAL_S = 0.001
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one instance; return the exit status: 0 after SIGTERM, 2 for a wrong setup."""
+    options = parse_options(argv)
+    logging.basicConfig(
+        level=options.log_level.upper(),
+        stream=sys.stderr,
+        format=f"%(asctime)s %(levelname)s {options.engine_id} %(message)s",
+    )
+    if options.exit_with_parent:
+        exit_with_parent()
+    try:
+        secret = LaunchSecret.from_environment(os.environ, options.secret_file)
+        check_host(options.kv_host, "--kv-host")
+        listener = _bind(options)
+        engine, samples = _load(options)
+        return _serve(options, engine, samples, secret, listener)
+    except SetupError as error:
+        log.error("%s", error.message)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _bind(options: Options) -> socket.socket:
+    """Take the port without listening: connections are refused until the model is loaded."""
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((options.host, options.port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot bind {options.host}:{options.port}: {error.strerror}") from None
+    return listener
+
+
+def _load(options: Options) -> tuple[Engine, list[dict[str, Any]]]:
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    start_s = time.monotonic()
+    from tidegate.engines.embedded.engine import Engine, EngineConfig
+    from tidegate.engines.embedded.self_profile import self_profile
+
+    imported_s = time.monotonic()
+    engine = Engine(
+        EngineConfig(
+            model=options.model,
+            engine_id=options.engine_id,
+            dtype=options.dtype,  # type: ignore[arg-type]  # argparse has checked it
+            device=options.device,
+            block_tokens=options.block_tokens,
+            kv_cache_bytes=options.kv_memory_mb << 20,
+            max_model_len=options.max_model_len,
+            max_batch_tokens=options.max_batch_tokens,
+            max_num_seqs=options.max_num_seqs,
+            lease_s=options.lease_s,
+            torch_threads=options.threads,
+        )
+    )
+    _check_length(options, engine)
+    loaded_s = time.monotonic()
+    samples = self_profile(engine) if options.self_profile else []
+    log.info(
+        "imported in %.1f s, loaded in %.1f s, profiled in %.1f s",
+        imported_s - start_s,
+        loaded_s - imported_s,
+        time.monotonic() - loaded_s,
+    )
+    return engine, samples
+
+
+def _check_length(options: Options, engine: Engine) -> None:
+    asked = options.max_model_len
+    if asked is None:
+        return
+    if asked > engine.info.max_model_len:
+        raise ConfigError(
+            f"--max-model-len {asked} exceeds the model's context of {engine.info.max_model_len}"
+        )
+    if asked > engine.max_model_len:
+        raise ConfigError(
+            f"--kv-memory-mb {options.kv_memory_mb} holds {engine.max_model_len} tokens of KV; "
+            f"--max-model-len {asked} needs more"
+        )
+
+
+def _serve(
+    options: Options,
+    engine: Engine,
+    samples: list[dict[str, Any]],
+    secret: LaunchSecret,
+    listener: socket.socket,
+) -> int:
+    import uvloop
+
+    from tidegate.engines.embedded.instance import Instance
+
+    exit_when_a_thread_dies(COMPUTE_THREAD)
+    # Only what serving allocates is left to the collector: a full pass over torch's modules takes
+    # longer than a step.
+    gc.collect()
+    gc.freeze()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+
+    async def run() -> None:
+        instance = Instance(options, engine, samples, secret)
+        stop = _stop_signal()
+        await instance.start(listener)
+        _announce(options, instance.announcement(listener))
+        await stop
+        log.info("stopping")
+        await instance.stop(GRACE_S)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(run())
+    return 0
+
+
+def _stop_signal() -> asyncio.Future[None]:
+    """Return a future that the first SIGTERM or SIGINT resolves; the second one ends the process."""
+    loop = asyncio.get_running_loop()
+    stop: asyncio.Future[None] = loop.create_future()
+
+    def on_signal() -> None:
+        if stop.done():
+            os._exit(1)
+        stop.set_result(None)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    return stop
+
+
+def _announce(options: Options, announcement: dict[str, Any]) -> None:
+    import orjson
+
+    line = orjson.dumps(announcement) + b"\n"
+    if options.ready_fd is None:
+        sys.stdout.buffer.write(line)
+        sys.stdout.buffer.flush()
+        return
+    with Path(f"/dev/fd/{options.ready_fd}").open("wb", buffering=0) as target:
+        target.write(line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

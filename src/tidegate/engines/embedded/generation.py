@@ -1,0 +1,199 @@
+"""Completions and chat: from an HTTP request to an engine request, and its outputs back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from aiohttp import HttpVersion11, web
+
+from tidegate.core.errors import Forbidden, NoInstance
+from tidegate.engines.embedded.answers import Answer
+from tidegate.engines.embedded.delivery import OutputRouter, StreamedAnswer, WholeAnswer
+from tidegate.engines.embedded.http_io import JSON, read_object
+from tidegate.engines.embedded.metrics import RequestMeter, ServerMetrics
+from tidegate.engines.embedded.requests import (
+    Call,
+    build_call,
+    check_model,
+    kv_source,
+    prompt_override,
+    refuse_unsupported,
+)
+from tidegate.engines.embedded.secret import SECRET_HEADER, LaunchSecret
+from tidegate.engines.embedded.served import PromptCodec, ServedEngine, ServingFacts
+from tidegate.engines.embedded.types import KvPuller, KvSource
+from tidegate.protocol.bodies import ChatBody, CompletionBody, parse_body
+
+log = logging.getLogger(__name__)
+
+LONG_TEXT_CHARS = 20_000
+_STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the server is made of. ``puller`` None serves without KV transfer."""
+
+    engine: ServedEngine
+    codec: PromptCodec
+    facts: ServingFacts
+    secret: LaunchSecret
+    metrics: ServerMetrics
+    router: OutputRouter
+    puller: KvPuller | None = None
+
+
+class Generation:
+    """Answers generation requests. A request whose client leaves is aborted."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._calls: dict[str, Call] = {}
+        self.draining = False
+        self._drained: asyncio.Event | None = None
+
+    @property
+    def active(self) -> int:
+        """Requests being answered."""
+        return len(self._calls)
+
+    async def drain(self, within_s: float) -> None:
+        """Refuse new requests and wait for the running ones, at most ``within_s``."""
+        self.draining = True
+        if self._calls:
+            self._drained = asyncio.Event()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(within_s):
+                    await self._drained.wait()
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        """POST /v1/completions"""
+        arrived_s = time.monotonic()
+        body = parse_body(await read_object(request), CompletionBody)
+        return await self._generate(request, body, arrived_s)
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        """POST /v1/chat/completions"""
+        arrived_s = time.monotonic()
+        body = parse_body(await read_object(request), ChatBody)
+        return await self._generate(request, body, arrived_s)
+
+    def abort(self, ids: Iterable[str]) -> list[str]:
+        """End the requests known by these ids (the engine's, the answer's or the client's); return which."""
+        wanted = set(ids)
+        ended = []
+        for engine_id, call in list(self._calls.items()):
+            if not wanted.isdisjoint((engine_id, call.public_id, call.client_id)):
+                self._parts.engine.abort(engine_id)
+                ended.append(engine_id)
+        return ended
+
+    async def _generate(
+        self, request: web.Request, body: CompletionBody | ChatBody, arrived_s: float
+    ) -> web.StreamResponse:
+        if self.draining:
+            raise NoInstance("the instance is shutting down", retry_after_s=1.0)
+        self._check_member(request, body)
+        if body.request_id is None:
+            body.request_id = request.headers.get("x-request-id")
+        source = kv_source(body.kv_transfer_params, self._parts.facts)
+        with self._releasing_if_refused(source):
+            check_model(body.model, self._parts.facts)
+            refuse_unsupported(body)
+            prompt = await self._prompt_ids(body)
+            call = build_call(body, prompt, self._parts.facts, source)
+        answer = Answer(call, self._parts.facts)
+        meter = RequestMeter(self._parts.metrics, arrived_s)
+        if call.stream:
+            return await self._stream(request, call, StreamedAnswer(answer, meter))
+        return await self._whole(call, answer, WholeAnswer(meter))
+
+    async def _whole(self, call: Call, answer: Answer, collected: WholeAnswer) -> web.Response:
+        with self._running(call, collected):
+            last = await collected.finished
+        return web.Response(body=answer.body(collected.said, last), content_type=JSON)
+
+    async def _stream(self, request: web.Request, call: Call, streamed: StreamedAnswer) -> web.StreamResponse:
+        with self._running(call, streamed):
+            await streamed.started
+            response = web.StreamResponse(headers=_STREAM_HEADERS)
+            chunked = request.version >= HttpVersion11
+            if chunked:
+                response.enable_chunked_encoding()
+            await response.prepare(request)
+            if request.transport is None:
+                raise ConnectionResetError("the client is gone")
+            streamed.attach(request.transport, chunked=chunked)
+            try:
+                await streamed.finished
+            except ConnectionResetError as error:
+                log.info("stream %s ended early: %s", call.public_id, error)
+                request.transport.abort()
+                raise
+            await response.write_eof()
+        return response
+
+    @contextlib.contextmanager
+    def _running(self, call: Call, receiver: WholeAnswer | StreamedAnswer) -> Iterator[None]:
+        """Submit the call; when the block ends before the engine does, abort it and free its KV."""
+        engine, request_id = self._parts.engine, call.generate.id
+        with self._parts.router.receiving(request_id, receiver.receive):
+            with self._releasing_if_refused(call.generate.source):
+                engine.submit(call.generate)
+            self._calls[request_id] = call
+            try:
+                yield
+            except BaseException:
+                engine.abort(request_id)
+                if call.generate.pin_kv:
+                    engine.release(request_id)
+                raise
+            finally:
+                del self._calls[request_id]
+                if self._drained is not None and not self._calls:
+                    self._drained.set()
+
+    async def _prompt_ids(self, body: CompletionBody | ChatBody) -> list[int]:
+        codec = self._parts.codec
+        if isinstance(body, ChatBody):
+            override = prompt_override(body)
+            if override is not None:
+                return override
+            messages = [message.model_dump(exclude_none=True) for message in body.messages]
+            if sum(len(str(message.get("content", ""))) for message in messages) > LONG_TEXT_CHARS:
+                return await asyncio.to_thread(codec.encode_chat, messages)
+            return codec.encode_chat(messages)
+        if not isinstance(body.prompt, str):
+            return body.prompt
+        if len(body.prompt) > LONG_TEXT_CHARS:
+            return await asyncio.to_thread(codec.encode, body.prompt)
+        return codec.encode(body.prompt)
+
+    def _check_member(self, request: web.Request, body: CompletionBody | ChatBody) -> None:
+        params = body.kv_transfer_params
+        if params is None or not (params.model_fields_set or params.model_extra):
+            return
+        if not self._parts.secret.admits(request.headers.get(SECRET_HEADER), request.remote):
+            raise Forbidden(
+                f"kv_transfer_params: reserved to members of the launch ({SECRET_HEADER} header)",
+                param="kv_transfer_params",
+            )
+
+    @contextlib.contextmanager
+    def _releasing_if_refused(self, source: KvSource | None) -> Iterator[None]:
+        """Tell the owner of ``source`` to unpin when the request is refused: nobody will pull it."""
+        try:
+            yield
+        except BaseException:
+            if source is not None and self._parts.puller is not None:
+                self._parts.puller.submit(source, [], _ignore)
+            raise
+
+
+def _ignore(error: str | None, moved: int) -> None:
+    """A release that fails leaves the pin to its lease."""

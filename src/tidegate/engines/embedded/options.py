@@ -1,0 +1,170 @@
+"""The command line of one instance."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tidegate.core.errors import ConfigError
+
+API_KEY_ENV = "TIDEGATE_ENGINE_API_KEY"
+DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The flags, checked; defaults suit the tiny model."""
+
+    model: Path
+    host: str
+    port: int
+    kv_host: str
+    device: str
+    dtype: str
+    max_model_len: int | None
+    kv_memory_mb: int
+    block_tokens: int
+    max_batch_tokens: int
+    max_num_seqs: int
+    threads: int
+    engine_id: str
+    served_model_name: str
+    lease_s: float
+    self_profile: bool
+    shared_memory: bool
+    ready_fd: int | None
+    secret_file: Path | None
+    api_key: str
+    exit_with_parent: bool
+    log_level: str
+
+
+def parse_options(argv: Sequence[str] | None = None) -> Options:
+    """Parse the command line; prints usage and exits with status 2 when it is wrong."""
+    values = vars(_parser().parse_args(argv))
+    model: Path = values["model"]
+    values["served_model_name"] = values["served_model_name"] or model.name
+    values["engine_id"] = values["engine_id"] or f"embedded-{uuid.uuid4().hex[:12]}"
+    key = os.environ.pop(API_KEY_ENV, "")
+    values["api_key"] = values["api_key"] or key
+    return Options(**values)
+
+
+def check_host(host: str, flag: str) -> None:
+    """Raise ConfigError for a wildcard address where peers must be told a real one."""
+    if host in ("", "0.0.0.0", "::"):
+        raise ConfigError(f"{flag} {host!r} names no address that a peer could connect to")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 65536:
+        raise argparse.ArgumentTypeError(f"{value} is not a port")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 86400:
+        raise argparse.ArgumentTypeError(f"{text} is not a length of time")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tidegate.engines.embedded",
+        description="Serve one model on one device in vLLM's HTTP dialect.",
+        epilog="When ready, one JSON line is written to stdout. The launch secret comes from "
+        "TIDEGATE_LAUNCH_SECRET or a file.",
+    )
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="model folder in the Hugging Face layout")
+    add("--host", default="127.0.0.1", help="address of the HTTP server (default: %(default)s)")
+    add("--port", type=_port, default=0, help="port of the HTTP server; 0 takes a free one")
+    add("--kv-host", default="127.0.0.1", help="address where peers pull KV (default: %(default)s)")
+    add("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="auto", help="default: what the model says")
+    add(
+        "--max-model-len",
+        type=_positive,
+        metavar="TOKENS",
+        help="default: the model's, if the KV memory holds it",
+    )
+    add(
+        "--kv-memory-mb",
+        type=_positive,
+        default=64,
+        metavar="MB",
+        help="memory for KV (default: %(default)s)",
+    )
+    add(
+        "--block-tokens",
+        type=_positive,
+        default=16,
+        metavar="TOKENS",
+        help="tokens of a KV block (default: %(default)s)",
+    )
+    add(
+        "--max-batch-tokens",
+        type=_positive,
+        default=512,
+        metavar="TOKENS",
+        help="tokens of one step (default: %(default)s)",
+    )
+    add(
+        "--max-num-seqs",
+        type=_positive,
+        default=256,
+        metavar="N",
+        help="requests of one step (default: %(default)s)",
+    )
+    add(
+        "--threads",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="CPU threads of the model (default: %(default)s)",
+    )
+    add("--engine-id", default="", metavar="ID", help="name in KV handles; new for every start if not given")
+    add("--served-model-name", default="", metavar="NAME", help="default: the folder's name")
+    add(
+        "--lease-s",
+        type=_seconds,
+        default=30.0,
+        metavar="S",
+        help="how long pinned KV waits for a peer (default: %(default)s)",
+    )
+    add("--no-self-profile", dest="self_profile", action="store_false", help="skip the measurement at start")
+    add(
+        "--no-shared-memory",
+        dest="shared_memory",
+        action="store_false",
+        help="pull KV over TCP even from the same host",
+    )
+    add("--ready-fd", type=int, metavar="N", help="write the ready line to this descriptor, not to stdout")
+    add("--secret-file", type=Path, metavar="FILE", help="file with the launch secret")
+    add(
+        "--api-key",
+        default="",
+        metavar="KEY",
+        help=f"required of /v1 requests; better passed as {API_KEY_ENV}",
+    )
+    add("--exit-with-parent", action="store_true", help="end when the parent process does")
+    add(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default="info",
+        help="default: %(default)s",
+    )
+    return parser

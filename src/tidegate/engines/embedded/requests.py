@@ -1,0 +1,226 @@
+"""From a checked body to a GenerateRequest: limits, unsupported fields and KV handles."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from tidegate.core.errors import BadRequest, PromptTooLong, UnknownModel
+from tidegate.engines.embedded.served import ServingFacts
+from tidegate.engines.embedded.types import GenerateRequest, KvSource, SamplingParams
+from tidegate.protocol.bodies import ChatBody, CompletionBody, KvTransferParams
+
+DEFAULT_COMPLETION_TOKENS = 16
+MOST_ID_CHARS = 256
+
+# Fields that change what is generated and that this engine does not have, with the values that ask
+# for nothing. null always does.
+_UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "min_p": (0,),
+    "logit_bias": ({},),
+    "use_beam_search": (False,),
+    "suffix": ("",),
+    "prompt_logprobs": (),
+    "prompt_embeds": (),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "functions": ([],),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "truncate_prompt_tokens": (),
+}
+_HANDLE_FIELDS = (
+    "remote_engine_id",
+    "remote_request_id",
+    "remote_host",
+    "remote_port",
+    "remote_block_ids",
+    "remote_num_tokens",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request to answer: what the engine gets, and how the client wants the answer.
+
+    ``public_id`` is the id in answers; the engine's id adds a random part, so that clients may
+    repeat theirs.
+    """
+
+    public_id: str
+    generate: GenerateRequest
+    chat: bool
+    stream: bool
+    include_usage: bool
+    return_token_ids: bool
+    client_id: str
+
+
+def check_model(asked: str | None, facts: ServingFacts) -> None:
+    """Raise UnknownModel unless ``asked`` is this instance's model or not given."""
+    if asked is not None and asked != facts.model:
+        raise UnknownModel(
+            f"model: {asked!r} does not exist; this instance serves {facts.model!r}", param="model"
+        )
+
+
+def refuse_unsupported(body: CompletionBody | ChatBody) -> None:
+    """Raise BadRequest naming the first field that asks for what this engine cannot do."""
+    for name, neutral in _UNSUPPORTED.items():
+        value = getattr(body, name, None)
+        if value is not None and not any(value == n and type(value) is not type(None) for n in neutral):
+            raise BadRequest(f"{name}: not supported by this engine", param=name)
+
+
+def prompt_override(body: ChatBody) -> list[int] | None:
+    """Return ``kv_transfer_params.prompt_token_ids`` of a chat that continues from known ids."""
+    kv = body.kv_transfer_params
+    ids = None if kv is None else (kv.model_extra or {}).get("prompt_token_ids")
+    if ids is None:
+        return None
+    field = "kv_transfer_params.prompt_token_ids"
+    if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
+        raise BadRequest(f"{field}: expected a non-empty list of non-negative token ids", param=field)
+    return ids
+
+
+def build_call(
+    body: CompletionBody | ChatBody, prompt: list[int], facts: ServingFacts, source: KvSource | None
+) -> Call:
+    """Return the call for ``body`` whose prompt has these ids. Raises BadRequest or PromptTooLong."""
+    chat = isinstance(body, ChatBody)
+    field = "messages" if chat else "prompt"
+    if not prompt:
+        raise BadRequest(f"{field}: it has no tokens", param=field)
+    if max(prompt) >= facts.vocab_size:
+        raise BadRequest(
+            f"{field}: token id {max(prompt)} is not in the vocabulary (0 to {facts.vocab_size - 1})",
+            param=field,
+        )
+    kv = body.kv_transfer_params or KvTransferParams()
+    if kv.tidegate_generated > len(prompt):
+        name = "kv_transfer_params.tidegate_generated"
+        raise BadRequest(f"{name}: larger than the prompt", param=name)
+    client_id = body.request_id or uuid.uuid4().hex
+    if len(client_id) > MOST_ID_CHARS:
+        raise BadRequest(f"request_id: at most {MOST_ID_CHARS} characters", param="request_id")
+    public_id = f"{'chatcmpl' if chat else 'cmpl'}-{client_id}"
+    generate = GenerateRequest(
+        id=f"{public_id}-{uuid.uuid4().hex[:8]}",
+        prompt_token_ids=tuple(prompt),
+        sampling=_sampling(body, len(prompt), kv.tidegate_generated, facts),
+        generated=kv.tidegate_generated,
+        salt=body.cache_salt or "",
+        pin_kv=kv.do_remote_decode,
+        source=source,
+    )
+    usage = body.stream_options is not None and body.stream_options.include_usage
+    return Call(public_id, generate, chat, body.stream, usage, body.return_token_ids, client_id)
+
+
+def kv_source(params: KvTransferParams | None, facts: ServingFacts) -> KvSource | None:
+    """Return where ``params`` say KV can be pulled from. Raises BadRequest for an incomplete handle."""
+    if params is None or not (params.do_remote_decode or params.do_remote_prefill):
+        return None
+    given = [name for name in _HANDLE_FIELDS if getattr(params, name) is not None]
+    if not given and not params.do_remote_prefill:
+        return None
+    for name in _HANDLE_FIELDS:
+        if name not in given:
+            raise _bad_handle(name, "missing; a KV handle has all remote_* fields or none")
+    assert params.remote_port is not None and params.remote_num_tokens is not None
+    if not 0 < params.remote_port < 65536:
+        raise _bad_handle("remote_port", "not a port number")
+    if (params.model_extra or {}).get("tp_size") not in (None, 1):
+        raise _bad_handle("tp_size", "this engine takes KV from instances with tp_size 1")
+    groups = params.remote_block_ids or []
+    blocks = groups[0] if len(groups) == 1 else []
+    if len(groups) > 1 or min(blocks, default=0) < 0:
+        raise _bad_handle("remote_block_ids", "expected one group of block ids")
+    if len(blocks) != -(-params.remote_num_tokens // facts.block_tokens):
+        raise _bad_handle(
+            "remote_block_ids",
+            f"{len(blocks)} blocks of {facts.block_tokens} tokens do not hold "
+            f"exactly {params.remote_num_tokens} tokens",
+        )
+    return KvSource(
+        engine_id=str(params.remote_engine_id),
+        request_id=str(params.remote_request_id),
+        host=str(params.remote_host),
+        port=params.remote_port,
+        block_ids=tuple(blocks),
+        num_tokens=params.remote_num_tokens,
+    )
+
+
+def _sampling(
+    body: CompletionBody | ChatBody, prompt_tokens: int, generated: int, facts: ServingFacts
+) -> SamplingParams:
+    max_tokens = _max_tokens(body, prompt_tokens, facts)
+    min_tokens = body.min_tokens or 0
+    if min_tokens > max_tokens + generated:
+        raise BadRequest(f"min_tokens: {min_tokens} is more than max_tokens {max_tokens}", param="min_tokens")
+    given: dict[str, Any] = {
+        name: getattr(body, name)
+        for name in ("temperature", "top_p", "seed")
+        if getattr(body, name) is not None
+    }
+    return SamplingParams(
+        max_tokens=max_tokens,
+        top_k=max(0, body.top_k or 0),
+        stop=body.stops,
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        ignore_eos=body.ignore_eos,
+        min_tokens=min_tokens,
+        logprobs=_logprobs(body),
+        **given,
+    )
+
+
+def _max_tokens(body: CompletionBody | ChatBody, prompt_tokens: int, facts: ServingFacts) -> int:
+    room = facts.max_model_len - prompt_tokens
+    chat = isinstance(body, ChatBody)
+    if room < 1:
+        field = "messages" if chat else "prompt"
+        raise PromptTooLong(
+            f"{field}: {prompt_tokens} tokens leave no room in the model's context of "
+            f"{facts.max_model_len} tokens",
+            param=field,
+        )
+    asked = body.token_limit if isinstance(body, ChatBody) else body.max_tokens
+    if asked is None:
+        return room if chat else min(DEFAULT_COMPLETION_TOKENS, room)
+    if asked > room:
+        raise PromptTooLong(
+            f"max_tokens: {asked} with a prompt of {prompt_tokens} tokens exceeds the model's "
+            f"context of {facts.max_model_len} tokens",
+            param="max_tokens",
+        )
+    return asked
+
+
+def _logprobs(body: CompletionBody | ChatBody) -> int | None:
+    if isinstance(body, CompletionBody):
+        return body.logprobs
+    if body.logprobs:
+        return body.top_logprobs or 0
+    if body.top_logprobs:
+        raise BadRequest("top_logprobs: needs logprobs to be true", param="top_logprobs")
+    return None
+
+
+def _bad_handle(name: str, why: str) -> BadRequest:
+    field = f"kv_transfer_params.{name}"
+    return BadRequest(f"{field}: {why}", param=field)
