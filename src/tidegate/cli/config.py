@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
 from tidegate.fleet.static import checked_url
-from tidegate.systems import make_system
+from tidegate.systems import SYSTEMS, make_system
 from tidegate.systems.system import System
 
 
@@ -27,6 +27,14 @@ def _whole(value: object) -> int:
         return int(value)
     except ValueError:
         raise ValueError("expected a whole number") from None
+
+
+def _known_system(name: str) -> str:
+    try:
+        SYSTEMS.get(name)
+    except ConfigError as error:
+        raise ValueError(error.message) from None
+    return name
 
 
 def _slo(value: object) -> Slo:
@@ -70,14 +78,14 @@ def _model_folder(value: Path) -> Path:
     return value.resolve()
 
 
-def _writable_path(value: Path) -> Path:
-    if value.is_dir() or not value.parent.is_dir():
-        raise ValueError("expected a file in a folder that exists")
+def _file_path(value: Path) -> Path:
+    if value.is_dir():
+        raise ValueError("is a folder; expected a file")
     return value
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
-Key = Annotated[str, AfterValidator(_sendable), Field(repr=False)]
+Key = Annotated[str, AfterValidator(_sendable)]
 
 
 class Section(BaseModel):
@@ -89,20 +97,20 @@ class GatewaySection(Section):
 
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Annotated[Whole, Field(ge=0, le=65535)] = 8000
-    api_key: Key | None = None
+    api_key: Key | None = Field(default=None, repr=False)
     api_key_file: Path | None = None
-    journal: Annotated[Path, AfterValidator(_writable_path)] | None = None
+    journal: Annotated[Path, AfterValidator(_file_path)] | None = None
 
 
 class SchedulingSection(Section):
     """Who decides, and for which targets."""
 
-    system: str = "arrow"
+    system: Annotated[str, AfterValidator(_known_system)] = "arrow"
     slo: Annotated[Slo, BeforeValidator(_slo)] = Slo()
     split: Annotated[tuple[int, int], BeforeValidator(_split)] | None = None
 
     @model_validator(mode="after")
-    def _exists(self) -> SchedulingSection:
+    def _takes_options(self) -> SchedulingSection:
         try:
             self.make_system()
         except ConfigError as error:
@@ -110,7 +118,7 @@ class SchedulingSection(Section):
         return self
 
     def make_system(self) -> System:
-        """Build the composition. Raises ConfigError for an unknown name or a split it cannot take."""
+        """Build the composition. Raises ConfigError for an option it cannot take."""
         return make_system(self.system, split=self.split, slo=self.slo)
 
 
@@ -120,7 +128,7 @@ class FleetSection(Section):
     model: Annotated[Path, AfterValidator(_model_folder)] | None = None
     instances: Annotated[Whole, Field(ge=1, le=256)] = 3
     vllm: Annotated[list[str], BeforeValidator(_urls)] | None = None
-    vllm_api_key: Key | None = None
+    vllm_api_key: Key | None = Field(default=None, repr=False)
 
     @property
     def size(self) -> int:
@@ -139,12 +147,12 @@ class EngineSection(Section):
 
 
 class Config(Section):
-    """All settings of one ``tidegate serve``."""
+    """All settings of one ``tidegate serve``; a section may be empty but not absent."""
 
-    gateway: GatewaySection = GatewaySection()
-    scheduling: SchedulingSection = SchedulingSection()
-    fleet: FleetSection = FleetSection()
-    engine: EngineSection = EngineSection()
+    gateway: GatewaySection
+    scheduling: SchedulingSection
+    fleet: FleetSection
+    engine: EngineSection
 
     @model_validator(mode="after")
     def _roles_fit(self) -> Config:

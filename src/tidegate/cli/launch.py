@@ -32,7 +32,7 @@ def launch(config: Config) -> bool:
     settings = _gateway_settings(config)
     typer.echo(
         f"tidegate {__version__}: system {system.name} ({system.summary}), SLO {settings.slo}, "
-        f"{config.fleet.size} instances"
+        f"instances {config.fleet.size}"
     )
     if not settings.api_key and not _is_loopback(settings.host):
         typer.echo(
@@ -68,6 +68,7 @@ def make_fleet(config: Config) -> Fleet:
             max_model_len=engine.max_model_len,
             kv_memory_mb=engine.kv_memory_mb,
             max_batch_tokens=engine.max_batch_tokens,
+            log_level="info" if _debugging() else "warning",
         )
     )
 
@@ -137,12 +138,15 @@ def _gateway_settings(config: Config) -> GatewaySettings:
 
 
 def _log_to_stderr() -> None:
-    debug = os.environ.get("TIDEGATE_DEBUG", "") not in ("", "0")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("tidegate")
     logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    logger.setLevel(logging.DEBUG if _debugging() else logging.INFO)
+
+
+def _debugging() -> bool:
+    return os.environ.get("TIDEGATE_DEBUG", "") not in ("", "0")
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -44,7 +44,8 @@ def make(
 ) -> None:
     """Make a tiny model with random weights and a real tokenizer.
 
-    The text it writes is gibberish; everything around the text is real. It needs no download.
+    The text it writes is gibberish; everything around the text is real.
+    It needs no download.
     """
     if folder.exists() and not folder.is_dir():
         raise SetupError(f"{folder} exists and is not a folder")

@@ -156,11 +156,14 @@ def serve(
 ) -> None:
     """Serve a model over several instances, behind one OpenAI-compatible endpoint.
 
-    Without options it starts three engines on this machine's CPU with a tiny random model and prints a
-    curl line that works. Ctrl-C drains and stops; a second Ctrl-C stops at once.
+    Without options it starts three engines on this machine's CPU with a
+    tiny random model, and prints a curl line that works. Ctrl-C drains and
+    stops; a second Ctrl-C stops at once.
 
-    A setting can also stand in the file (--config) or in the environment (--port is TIDEGATE_PORT).
-    A flag wins over the environment, the environment over the file.
+    A setting can also stand in the file (--config) or in the environment
+    (--port is TIDEGATE_PORT). A flag wins over the environment, the
+    environment over the file. Exit codes: 0 stopped, 2 wrong settings or
+    nothing could start.
     """
     from tidegate.cli.config import SETTINGS
     from tidegate.cli.launch import launch
@@ -168,9 +171,9 @@ def serve(
     from tidegate.cli.sources import resolve
 
     flags = {name: value for name, value in ctx.params.items() if name in SETTINGS and value not in ((), [])}
-    resolved = resolve(config, os.environ, flags)
-    for warning in resolved.warnings:
-        typer.echo(f"tidegate: warning: {warning}", err=True)
+    resolved = resolve(
+        config, os.environ, flags, warn=lambda text: typer.echo(f"tidegate: warning: {text}", err=True)
+    )
     if print_config:
         typer.echo(as_toml(resolved), nl=False)
         return

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -40,19 +40,23 @@ class Resolved:
 
     config: Config
     origins: dict[str, str]
-    warnings: list[str] = field(default_factory=list)
 
 
-def resolve(file: Path | None, environment: Mapping[str, str], flags: Mapping[str, Any]) -> Resolved:
+def resolve(
+    file: Path | None,
+    environment: Mapping[str, str],
+    flags: Mapping[str, Any],
+    *,
+    warn: Callable[[str], None],
+) -> Resolved:
     """Merge the sources and validate the result. ``flags`` maps setting names; None means not given.
 
-    Raises ConfigError with every problem of every source.
+    Raises ConfigError with every problem of every source; what is only suspicious goes to ``warn``.
     """
     problems: list[str] = []
-    warnings: list[str] = []
     levels = [
         _from_file(file, problems) if file else {},
-        _from_environment(environment, warnings),
+        _from_environment(environment, warn),
         {name: Given(value, _flag(name)) for name, value in flags.items() if value is not None},
     ]
     merged = _merge(levels, problems)
@@ -71,7 +75,7 @@ def resolve(file: Path | None, environment: Mapping[str, str], flags: Mapping[st
     if problems:
         raise ConfigError(problems)
     origins = {name: merged[name].origin if name in merged else DEFAULT for name in SETTINGS}
-    return Resolved(config, origins, warnings)
+    return Resolved(config, origins)
 
 
 def _from_file(path: Path, problems: list[str]) -> dict[str, Given]:
@@ -100,7 +104,7 @@ def _from_file(path: Path, problems: list[str]) -> dict[str, Given]:
 
 def _unknown_top(name: str, value: object) -> str:
     if name in SETTINGS and not isinstance(value, dict):
-        return f"{name}: belongs into the section [{SETTINGS[name]}]"
+        return f"{name}: belongs in the section [{SETTINGS[name]}]"
     near = get_close_matches(name, SECTIONS, 1)
     hint = f"did you mean [{near[0]}]? " if near else ""
     return f"[{name}]: unknown section; {hint}sections: {', '.join(SECTIONS)}"
@@ -108,14 +112,14 @@ def _unknown_top(name: str, value: object) -> str:
 
 def _unknown_setting(section: str, name: str) -> str:
     if name in SETTINGS:
-        return f"{section}.{name}: belongs into the section [{SETTINGS[name]}]"
+        return f"{section}.{name}: belongs in the section [{SETTINGS[name]}]"
     here = list(SECTIONS[section].model_fields)
     near = get_close_matches(name, here, 1) or get_close_matches(name, SETTINGS, 1, 0.75)
     hint = f"did you mean {SETTINGS[near[0]]}.{near[0]}? " if near else ""
     return f"{section}.{name}: unknown setting; {hint}[{section}] knows {', '.join(here)}"
 
 
-def _from_environment(environment: Mapping[str, str], warnings: list[str]) -> dict[str, Given]:
+def _from_environment(environment: Mapping[str, str], warn: Callable[[str], None]) -> dict[str, Given]:
     """Read TIDEGATE_*; an empty value counts as not given.
 
     Unknown names only warn: a cluster's service links put variables of this prefix into the environment.
@@ -130,7 +134,7 @@ def _from_environment(environment: Mapping[str, str], warnings: list[str]) -> di
             continue
         near = get_close_matches(name, SETTINGS, 1)
         hint = f"; did you mean {PREFIX}{near[0].upper()}?" if near else ""
-        warnings.append(f"{variable} is set but names no setting{hint}")
+        warn(f"{variable} is set but names no setting{hint}")
     return found
 
 
@@ -177,9 +181,18 @@ def _explain(fault: ErrorDetails, merged: Mapping[str, Given]) -> str:
     given = merged.get(names[0])
     if given is None:
         return f"{names[0]}: {text}"
-    shown = "" if names[0] in SECRETS else f" {given.value!s}"
-    separator = " =" if ": " in given.origin and shown else ""
-    return f"{given.origin}{separator}{shown}: {text}"
+    if given.origin.startswith(PREFIX) and str(given.value).startswith("tcp://"):
+        text += "; a cluster's service link sets this name: turn service links off for the pod"
+    if names[0] in SECRETS:
+        return f"{given.origin}: {text}"
+    separator = " =" if ": " in given.origin else ""
+    return f"{given.origin}{separator} {_shown(given.value)}: {text}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ",".join(map(_shown, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _flag(name: str) -> str:

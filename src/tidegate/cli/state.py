@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -14,18 +14,16 @@ from tidegate.core.errors import SetupError, TidegateError
 TIMEOUT_S = 5.0
 COLUMNS = {
     "id": "instance",
-    "role": "role",
     "pool": "pool",
-    "prefill_requests": "prefilling",
-    "prefill_wait_s": "prefill wait",
-    "decode_requests": "decoding",
-    "decode_tokens": "decode tokens",
-    "kv_capacity_tokens": "KV capacity",
-    "mean_gap_s": "token gap",
-    "flipped_at_s": "flipped at",
+    "prefill_requests": "prefills",
+    "prefill_wait_s": "wait",
+    "decode_requests": "decodes",
+    "decode_tokens": "tokens",
+    "kv_capacity_tokens": "KV size",
+    "mean_gap_s": "gap",
+    "flipped_ago_s": "last flip",
 }
-"""The columns of the table, in order; a gateway that sends more shows more with --json."""
-
+"""The columns of the table, in order. Narrow enough for 80 characters; --json shows everything."""
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -85,37 +83,49 @@ def _ask(base_url: str, api_key: str) -> dict[str, Any]:
 
 
 def _show(answer: dict[str, Any]) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(highlight=False)
     facts = {name: value for name, value in answer.items() if name != "instances"}
-    console.print("  ".join(f"[bold]{name}[/] {_cell(name, value)}" for name, value in facts.items()))
+    console.print("[dim] · [/]".join(_fact(name, value) for name, value in facts.items()))
     rows = [row for row in answer.get("instances", []) if isinstance(row, dict)]
     columns = [name for name in COLUMNS if any(name in row for row in rows)]
     if not columns:
         console.print("no instance is up")
         return
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in columns:
-        table.add_column(COLUMNS[name], justify="left" if name in ("id", "role", "pool") else "right")
-    for row in rows:
+        justify: Literal["left", "right"] = "left" if name in ("id", "pool") else "right"
+        table.add_column(COLUMNS[name], justify=justify, no_wrap=True)
+    for row in sorted(rows, key=lambda row: str(row.get("id"))):
         table.add_row(*(_cell(name, row.get(name)) for name in columns))
     console.print(table)
+
+
+def _fact(name: str, value: object) -> str:
+    title = name.removesuffix("_s").replace("_", " ")
+    if isinstance(value, dict):
+        inner = ", ".join(_fact(key, each) for key, each in value.items())
+        return inner if name == "requests" else f"{title} {inner}"
+    return f"{title} [bold]{_cell(name, value)}[/]"
 
 
 def _cell(name: str, value: object) -> str:
     """Return a value as a person reads it; the name's suffix says the unit."""
     match value:
-        case None:
+        case None | []:
             return "-"
-        case dict():
-            return " ".join(f"{key}={_cell(key, inner)}" for key, inner in value.items())
+        case list():
+            return ", ".join(map(str, value))
         case float() if name.endswith("_s") and value >= 10:
             return f"{value:.0f} s"
         case float() if name.endswith("_s"):
-            return f"{value * 1000:.1f} ms"
+            return f"{value * 1000:.0f} ms"
         case float():
             return f"{value:g}"
+        case int() if not isinstance(value, bool):
+            return f"{value:,}"
         case _:
-            return str(value)
+            return str(value).replace("[", "\\[")

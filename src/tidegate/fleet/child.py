@@ -72,11 +72,11 @@ class Child:
             try:
                 return self._ready.result()
             except ConfigError as error:
-                raise EngineStartFailed(self.with_tail(error.message)) from None
+                raise EngineStartFailed(self._with_tail(error.message)) from None
         if self.exited.done():
             await self._drain()
-            raise EngineStartFailed(self.with_tail(self.exit_reason()))
-        raise EngineStartFailed(self.with_tail(f"was not ready within {deadline_s:g} s"))
+            raise EngineStartFailed(self._with_tail(self.exit_reason()))
+        raise EngineStartFailed(self._with_tail(f"was not ready within {deadline_s:g} s"))
 
     def exit_reason(self) -> str:
         """Say how the process ended. Only after ``exited``."""
@@ -138,10 +138,9 @@ class Child:
 
     def _on_stderr(self, line: str) -> None:
         self.tail.append(line)
-        log.info("%s | %s", self.name, line)
+        log.warning("%s | %s", self.name, line)
 
-    def with_tail(self, reason: str) -> str:
-        """Return ``reason`` followed by the last lines of stderr."""
+    def _with_tail(self, reason: str) -> str:
         return "\n".join([reason, *(f"    {line}" for line in self.tail)])
 
 

@@ -42,6 +42,7 @@ class EngineLaunch:
     max_model_len: int | None = None
     kv_memory_mb: int = 256
     max_batch_tokens: int = 512
+    log_level: str = "warning"
     command: tuple[str, ...] = (sys.executable, "-m", "tidegate.engines.embedded")
 
     def argv(self, engine_id: str) -> list[str]:
@@ -60,6 +61,7 @@ class EngineLaunch:
             "--engine-id": engine_id,
             "--served-model-name": self.served_model_name or self.model.name,
             "--lease-s": 30,
+            "--log-level": self.log_level,
         }
         if self.max_model_len is not None:
             flags["--max-model-len"] = self.max_model_len
@@ -168,7 +170,7 @@ class LocalFleet:
             try:
                 lived_s = await self._one_life(slot, listener, session)
             except EngineStartFailed as error:
-                log.error("%s did not start: it %s", slot.id, error.message)
+                log.error("%s did not start: it %s", slot.id, error.message.splitlines()[0])
                 slot.report_first(error.message)
                 lived_s = 0.0
             wait_s = slot.backoff.after(lived_s)
@@ -187,7 +189,7 @@ class LocalFleet:
             slot.report_first("")
             reason = await self._watch(slot, child, member.url, session)
             child.kill()
-            log.warning("%s is down: it %s", slot.id, child.with_tail(reason))
+            log.warning("%s is down: it %s", slot.id, reason)
             listener.member_down(slot.id, reason)
             return clock() - up_at
         finally:

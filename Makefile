@@ -1,0 +1,64 @@
+# Everything a contributor runs. `make` alone lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Set-up is current while this file is newer than pyproject.toml.
+STAMP := $(VENV)/.tidegate-installed
+# Installed first and pinned, so that the build chosen for this machine stays: a CPU build is enough,
+# and PyTorch's default build for Linux brings gigabytes of CUDA libraries.
+TORCH := torch==2.13.0
+URL ?= http://127.0.0.1:8000
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve check lint types test test-slow format bench-chat bench-bursts bench-steady clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Make the virtual environment and install everything into it
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "tidegate needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)."; \
+	  echo "Choose another interpreter: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (minutes the first time)"
+	@$(BIN)/python -m pip install --quiet '$(TORCH)'
+	@$(BIN)/python -m pip install --quiet -e '.[embedded,plots,dev]'
+	@touch $(STAMP)
+
+serve: $(STAMP) ## Serve a tiny model on this machine's CPU and print a curl line that works (ARGS="--port 9000")
+	@$(BIN)/tidegate serve $(ARGS)
+
+check: lint types test ## Run all that must pass before a commit: lint, types, import order, tests
+
+lint: $(STAMP) ## Check style, formatting and the direction of imports
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports
+
+types: $(STAMP) ## Check types
+	@$(BIN)/mypy --strict
+
+test: $(STAMP) ## Run the tests (no GPU, no network)
+	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(STAMP) ## Run the tests that take minutes
+	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+format: $(STAMP) ## Rewrite the code in the project's format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench-chat: $(STAMP) ## Replay ten minutes of chat traffic against URL
+	@$(BIN)/tidegate bench --url $(URL) --trace sample:azure-conv $(ARGS)
+
+bench-bursts: $(STAMP) ## Alternate ten seconds of bursts with thirty quiet ones for two minutes against URL
+	@$(BIN)/tidegate bench --url $(URL) --bursts 10:10,1:30 --duration 120 $(ARGS)
+
+bench-steady: $(STAMP) ## Offer two requests per second for a minute to URL
+	@$(BIN)/tidegate bench --url $(URL) --poisson 2 --duration 60 $(ARGS)
+
+clean: ## Remove the virtual environment and all caches
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
