@@ -38,7 +38,7 @@ async def probe_endpoint(session: aiohttp.ClientSession, settings: BenchSettings
     and none was named, or does not accept the prompt form that was asked for.
     """
     model = settings.model or await _only_model(session, settings)
-    if not settings.chat and settings.prompt_form is not PromptForm.TEXT:
+    if not settings.chat and settings.prompt_form != PromptForm.TEXT:
         refusal = ""
         for vocab in VOCABULARIES:
             prompts = TokenPrompts(vocab, low=min(1000, vocab // 8), seed=settings.seed)
@@ -49,7 +49,7 @@ async def probe_endpoint(session: aiohttp.ClientSession, settings: BenchSettings
             refusal = refusal or f"HTTP {status}, {_message(answer)}"
             if status != 400:
                 break
-        if settings.prompt_form is PromptForm.TOKENS:
+        if settings.prompt_form == PromptForm.TOKENS:
             raise ConfigError(f"{settings.completion_url} does not take token-id prompts: {refusal}")
     return await _calibrated_text(session, settings, model)
 

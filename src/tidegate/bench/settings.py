@@ -44,7 +44,7 @@ class BenchSettings:
             problems.append(f"the URL must start with http:// or https://, got {self.url!r}")
         if not self.timeout_s > 0:
             problems.append(f"the timeout must be positive, got {self.timeout_s} s")
-        if self.chat and self.prompt_form is PromptForm.TOKENS:
+        if self.chat and self.prompt_form == PromptForm.TOKENS:
             problems.append("chat messages are text: --chat does not go with --prompt-form tokens")
         if problems:
             raise ConfigError(problems)

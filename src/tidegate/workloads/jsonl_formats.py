@@ -114,13 +114,20 @@ class _Line:
         column = found.end() + 1 if found else 0
         return TraceError(message, file=self.file, line=self.number, column=column)
 
+    def wrong(self, key: str, expected: str) -> TraceError:
+        if key not in self.value:
+            return self.error(key, f"the line lacks {key}, {expected}")
+        return self.error(key, f"{key} is {self.value[key]!r}, expected {expected}")
+
     def record(self) -> TraceRecord:
         value = self.value
+        # A recorded request that was rejected has no answer, and perhaps a null length.
+        recorded = "type" in value
         delay_ms = None if value.get("delay_ms") is None else self.milliseconds("delay_ms")
         return TraceRecord(
             arrival_s=self.milliseconds("timestamp") / 1000.0,
             input_tokens=self.integer("input_length", 1),
-            output_tokens=max(1, self.integer("output_length", 0, default=1)),
+            output_tokens=max(1, self.integer("output_length", 0, default=1 if recorded else None)),
             hash_ids=self.hash_ids(),
             block_tokens=self.integer("block_tokens", 1, default=MOONCAKE_BLOCK_TOKENS),
             session_id=self.label("session_id"),
@@ -131,17 +138,17 @@ class _Line:
         )
 
     def integer(self, key: str, minimum: int, default: int | None = None) -> int:
-        value = self.value.get(key, default)
-        if value is None and default is not None and "type" in self.value:
+        value = self.value.get(key)
+        if value is None and default is not None:
             return default
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise self.error(key, f"{key} is {value!r}, expected an integer >= {minimum}")
+            raise self.wrong(key, f"an integer >= {minimum}")
         return value
 
     def milliseconds(self, key: str) -> float:
         value = self.value.get(key)
         if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
-            raise self.error(key, f"{key} is {value!r}, expected a number of milliseconds >= 0")
+            raise self.wrong(key, "a number of milliseconds >= 0")
         return float(value)
 
     def label(self, key: str) -> str:
@@ -149,7 +156,7 @@ class _Line:
         if value is None:
             return ""
         if type(value) not in (str, int):
-            raise self.error(key, f"{key} is {value!r}, expected a string")
+            raise self.wrong(key, "a string")
         return str(value)
 
     def hash_ids(self) -> tuple[int, ...]:

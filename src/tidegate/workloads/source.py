@@ -39,8 +39,9 @@ def read_lines(source: str | Path) -> Iterator[tuple[int, str]]:
         compressed = raw.peek(2)[:2] == _GZIP_MAGIC
         binary = cast(IO[bytes], gzip.GzipFile(fileobj=raw) if compressed else raw)
         try:
-            for number, line in enumerate(io.TextIOWrapper(binary, encoding="utf-8-sig"), start=1):
-                yield number, line.rstrip("\r\n")
+            with io.TextIOWrapper(binary, encoding="utf-8-sig") as text:
+                for number, line in enumerate(text, start=1):
+                    yield number, line.rstrip("\r\n")
         except EOFError:
             raise TraceError(
                 "the gzip file ends early; it is truncated", file=name, line=number + 1

@@ -1,0 +1,196 @@
+"""Reading traces: round trips, formats, and the place of every defect."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tidegate.core.errors import TraceError
+from tidegate.workloads import TraceRecord, read_trace, read_untimed, write_jsonl
+
+ids = st.integers(0, 2**40)
+names = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=8)
+records = st.builds(
+    TraceRecord,
+    arrival_s=st.integers(0, 10**9).map(lambda us: us / 1e6),
+    input_tokens=st.integers(1, 10**6),
+    output_tokens=st.integers(1, 10**6),
+    hash_ids=st.lists(ids, max_size=4).map(tuple),
+    block_tokens=st.sampled_from((512, 16)),
+    session_id=names,
+    turn=st.integers(0, 9),
+    delay_s=st.one_of(st.none(), st.integers(0, 10**6).map(lambda ms: ms / 1e3)),
+    slo_class=names,
+    client_id=names,
+)
+traces = st.lists(records, min_size=1, max_size=8).map(lambda rs: sorted(rs, key=lambda r: r.arrival_s))
+
+
+def load(content: bytes | str) -> list[TraceRecord]:
+    with tempfile.NamedTemporaryFile(suffix=".trace") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        return list(read_trace(file.name))
+
+
+def failure(content: bytes | str) -> TraceError:
+    with pytest.raises(TraceError) as error:
+        load(content)
+    return error.value
+
+
+@given(traces, st.booleans())
+def test_native_jsonl_round_trips(trace: list[TraceRecord], compressed: bool) -> None:
+    out = io.StringIO()
+    assert write_jsonl(trace, out) == len(trace)
+    content = out.getvalue().encode()
+    loaded = load(gzip.compress(content) if compressed else content)
+    for got, want in zip(loaded, trace, strict=True):
+        assert got.arrival_s == pytest.approx(want.arrival_s, abs=1e-9)
+        assert got.delay_s == (None if want.delay_s is None else pytest.approx(want.delay_s, abs=1e-9))
+        assert (got.input_tokens, got.output_tokens, got.hash_ids, got.block_tokens) == (
+            want.input_tokens, want.output_tokens, want.hash_ids, want.block_tokens,
+        )  # fmt: skip
+        assert (got.session_id, got.turn, got.slo_class, got.client_id) == (
+            want.session_id, want.turn, want.slo_class, want.client_id,
+        )  # fmt: skip
+
+
+@given(traces)
+def test_own_csv_round_trips(trace: list[TraceRecord]) -> None:
+    rows = [
+        f"{r.arrival_s!r},{r.input_tokens},{r.output_tokens},{'|'.join(map(str, r.hash_ids))}\n"
+        for r in trace
+    ]
+    loaded = load("arrival_s,input_tokens,output_tokens,hash_ids\n" + "".join(rows))
+    assert loaded == [TraceRecord(r.arrival_s, r.input_tokens, r.output_tokens, r.hash_ids) for r in trace]
+
+
+def test_azure_counts_from_its_first_row_and_raises_zero_outputs() -> None:
+    loaded = load(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\r\n"
+        "2023-11-16 18:15:46.6805900,374,44\r\n"
+        "2023-11-16 18:15:50.9951690,396,0\r\n"
+    )
+    assert [(r.input_tokens, r.output_tokens) for r in loaded] == [(374, 44), (396, 1)]
+    assert [r.arrival_s for r in loaded] == pytest.approx([0.0, 4.314579], abs=1e-6)
+
+
+def test_burstgpt_old_and_new_columns_and_failed_rows() -> None:
+    old = load(
+        "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+        "5,ChatGPT,472,18,490,Conversation log\n"
+        "7,ChatGPT,0,0,0,Conversation log\n"
+        '45,"GPT-4, turbo",1087,230,1317,API log\n'
+    )
+    assert [(r.arrival_s, r.input_tokens, r.output_tokens) for r in old] == [(5, 472, 18), (45, 1087, 230)]
+    new = load(
+        "Timestamp,Session ID,Elapsed time,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+        "5,s1,0.3,ChatGPT,472,18,490,Conversation log\n"
+    )
+    assert new[0].session_id == "s1"
+
+
+def test_bench_results_are_traces() -> None:
+    loaded = load(
+        '{"type":"bench"}\n'
+        '{"type":"request","timestamp":20,"input_length":5,"output_length":6,"status":"ok"}\n'
+        '{"type":"request","timestamp":10,"input_length":3,"output_length":4,"status":"http"}\n'
+        '{"type":"summary"}\n'
+    )
+    assert [(r.arrival_s, r.input_tokens, r.output_tokens) for r in loaded] == [(0.01, 3, 4), (0.02, 5, 6)]
+
+
+OWN = "arrival_s,input_tokens,output_tokens\n"
+MOON = '{"timestamp": 0, "input_length": 5, "output_length": 1}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "column", "words"),
+    [
+        (OWN + "0.0,10,5\n1.0,ten,5\n", 3, 5, "input_tokens is 'ten', expected an integer >= 1"),
+        (OWN + "0.0,0,5\n", 2, 5, "input_tokens is 0, expected an integer >= 1"),
+        (OWN + "0.0,-3,5\n", 2, 5, "input_tokens is -3"),
+        (OWN + "0.0,10,5.5\n", 2, 8, "output_tokens is '5.5', expected an integer"),
+        (OWN + "0.0,10,-1\n", 2, 8, "output_tokens is -1, expected an integer >= 0"),
+        (OWN + "2.0,10,5\n1.5,10,5\n", 3, 1, "arrival_s is '1.5', earlier than the row before"),
+        (OWN + "nan,10,5\n", 2, 1, "arrival_s is 'nan', expected a number of seconds >= 0"),
+        (OWN + "0.0,10\n", 2, 7, "2 fields, expected 3"),
+        (OWN + "0.0,10,5,9\n", 2, 10, "4 fields, expected 3"),
+        ("arrival_s,input_tokens,surprise,output_tokens\n", 1, 24, "unknown column 'surprise'"),
+        ("arrival_s,input_tokens\n", 1, 0, "lacks 'output_tokens'"),
+        ("arrival_s,arrival_s,input_tokens,output_tokens\n", 1, 11, "appears twice"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,1,1\n", 2, 1, "TIMESTAMP is 'yesterday'"),
+        (OWN[:-1] + ",hash_ids\n0.0,10,5,1|x\n", 2, 10, "hash_ids is '1|x'"),
+        (MOON + '{"timestamp": 1,\n', 2, 17, "broken JSON"),
+        (MOON + "[1]\n", 2, 1, "expected a JSON object"),
+        (MOON + '{"timestamp": 9, "input_length": "5", "output_length": 1}\n', 2, 34, "input_length is '5'"),
+        (
+            MOON + '{"timestamp": 9, "input_length": true, "output_length": 1}\n',
+            2,
+            34,
+            "input_length is True",
+        ),
+        (MOON + '{"timestamp": 9, "input_length": 5}\n', 2, 0, "lacks output_length"),
+        (MOON + '{"timestamp": -1, "input_length": 5, "output_length": 1}\n', 2, 15, "timestamp is -1"),
+        (MOON.replace("0", "7") + MOON, 2, 15, "timestamp is 0, earlier than the line before"),
+        (MOON.replace("}", ', "color": 1}'), 1, 66, "unknown key 'color'"),
+        ("", 0, 0, "the file is empty"),
+        (OWN.encode() + b"0.0,\xff,5\n", 1, 0, "not UTF-8"),
+    ],
+)
+def test_a_defect_is_reported_at_its_place(content: bytes | str, line: int, column: int, words: str) -> None:
+    error = failure(content)
+    assert words in str(error)
+    assert (error.line, error.column) == (line, column)
+
+
+def test_a_truncated_gzip_is_named_as_such() -> None:
+    rows = "".join(f"{i}.0,{i * 7919 % 997 + 1},{i % 13 + 1}\n" for i in range(20_000))
+    whole = gzip.compress((OWN + rows).encode())
+    error = failure(whole[: len(whole) // 2])
+    assert "truncated" in str(error)
+    assert error.line > 100
+
+
+def test_damaged_gzip_is_named_as_such() -> None:
+    whole = bytearray(gzip.compress((OWN + "0.0,10,5\n" * 1000).encode()))
+    whole[-6] ^= 0xFF
+    assert "damaged gzip" in str(failure(bytes(whole)))
+
+
+def test_a_missing_file_is_a_trace_error(tmp_path: Path) -> None:
+    with pytest.raises(TraceError, match="No such file"):
+        read_trace(tmp_path / "absent.csv")
+
+
+def test_a_file_without_arrivals_says_what_to_choose(tmp_path: Path) -> None:
+    path = tmp_path / "lengths.csv"
+    path.write_text("input_tokens,output_tokens\n5,6\n")
+    with pytest.raises(TraceError, match="--poisson RPS"):
+        read_trace(path)
+    assert list(read_untimed(path)) == [TraceRecord(0.0, 5, 6)]
+
+
+def test_a_session_file_keeps_session_time_agent_and_pause(tmp_path: Path) -> None:
+    path = tmp_path / "sessions.csv"
+    path.write_text(
+        "session_id,agent,round,session_t_s,input_tokens,output_tokens,prefix_hit_tokens,think_time_s\n"
+        "7,main,1,19.0,72762,296,71168,12.0\n"
+    )
+    want = TraceRecord(19.0, 72762, 296, session_id="7/main", turn=1, delay_s=12.0)
+    assert list(read_untimed(path)) == [want]
+
+
+def test_the_packaged_sample_is_ten_minutes_of_chat() -> None:
+    sample = list(read_trace("sample:azure-conv"))
+    assert len(sample) == 2867
+    assert 590 < sample[-1].arrival_s < 600
+    with pytest.raises(TraceError, match="there is azure-conv"):
+        read_trace("sample:nope")
