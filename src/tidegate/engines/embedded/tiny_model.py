@@ -36,7 +36,7 @@ _CONFIGS: dict[str, Callable[..., Any]] = {
 _auto: Any = AutoModelForCausalLM
 _generation: Any = GenerationConfig
 _fast_tokenizer: Any = PreTrainedTokenizerFast
-_SPECIAL = ("<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>")
+_SPECIAL = ("<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
 _BOS, _EOS, _PAD, _IM_END = 0, 1, 2, 4
 _CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
