@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tidegate.core.errors import ConfigError
 from tidegate.costs.forms import MixedCost, PrefillCost, StepCost, TransferCost, Values, attention_work
@@ -56,18 +57,6 @@ class Profile:
             raise ConfigError(f"profile {data.get('name', '?')!r} is incomplete: {error}") from None
 
 
-UNPROFILED = Profile(
-    name="unprofiled",
-    prefill=PrefillCost(0.0, 0.0, 0.0),
-    step=StepCost(0.0, 0.0, 1e-12),
-    mixed=MixedCost(0.0, 0.0, 0.0, 0.0),
-    transfer=TransferCost(0.0, 1e12),
-    source="none: only policies that need no profile may see it",
-)
-"""Stands in for the profile of an instance nobody measured. It predicts zero seconds for everything, so a
-composition that needs the signal ``profile`` is refused where it is used (``check_signals``)."""
-
-
 @dataclass(frozen=True, slots=True)
 class ProfileTable:
     """The profiles of several instances as arrays, so that one call prices all of them.
@@ -87,6 +76,15 @@ class ProfileTable:
             step=_stack([p.step for p in profiles], StepCost),
             transfer=_stack([p.transfer for p in profiles], TransferCost),
         )
+
+    def only(self, keep: NDArray[np.bool_]) -> ProfileTable:
+        """Return the table of the instances where ``keep`` is true."""
+        return ProfileTable(_pick(self.prefill, keep), _pick(self.step, keep), _pick(self.transfer, keep))
+
+
+def _pick(form: Form, keep: NDArray[np.bool_]) -> Form:
+    values = {f.name: getattr(form, f.name) for f in fields(form)}
+    return type(form)(**{k: v[keep] if isinstance(v, np.ndarray) else v for k, v in values.items()})
 
 
 def _stack(rows: Sequence[Form], kind: type[Form]) -> Form:

@@ -72,6 +72,7 @@ class Flight:
         self._decoding = False
         self._leg_first_s: float | None = None
         self._legs = 0
+        self._failed_on: set[str] = set()
 
     @property
     def prompt_tokens(self) -> int:
@@ -126,6 +127,7 @@ class Flight:
         if story.replays > scheduler.settings.replays or now >= self._deadline_s:
             raise error
         if error.instance:
+            self._failed_on.add(error.instance)
             await scheduler.confirm_failure(error.instance)
 
     async def _attempt(self) -> None:
@@ -142,6 +144,7 @@ class Flight:
             request,
             kind="replay" if replaying else "place_prefill",
             wait_s=scheduler.settings.recovery_s if replaying else 0.0,
+            avoid=self._failed_on,
         )
         place = dispatched.place
         story.prefill_on = place.prefill_on
@@ -170,7 +173,7 @@ class Flight:
             self._check_fits()
             now = self._clock.now()
             self._ledger.prefill_ended(self.call.id, now)
-            name = scheduler.place_decode(self._request(), source.member.instance.id)
+            name = scheduler.place_decode(self._request(), source.member.instance.id, avoid=self._failed_on)
             self.story.decode_on = name
             self._decoding = True
             upstream = scheduler.upstreams[name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass
 
 from tidegate.core.clock import Clock
@@ -124,15 +124,18 @@ class Scheduler:
         """Return the cluster as it is now."""
         return self.ledger.snapshot(self.clock.now())
 
-    async def place_prefill(self, request: Request, *, kind: str, wait_s: float) -> Dispatched:
+    async def place_prefill(
+        self, request: Request, *, kind: str, wait_s: float, avoid: Collection[str] = ()
+    ) -> Dispatched:
         """Place a request's prefill and enter it in the ledger.
 
         While the policy holds, waits for the next change of the cluster. With no instance up it
-        waits at most ``wait_s`` for one. Raises NoInstance or Overloaded.
+        waits at most ``wait_s`` for one. Instances in ``avoid`` (where the request failed before) are
+        left out while others are up. Raises NoInstance or Overloaded.
         """
         give_up_s = self.clock.now() + wait_s
         while True:
-            snapshot = self.snapshot()
+            snapshot = self.snapshot().without(avoid) if avoid else self.snapshot()
             try:
                 if not len(snapshot):
                     raise NoInstance("no instance is up", retry_after_s=RETRY_AFTER_S)
@@ -155,12 +158,12 @@ class Scheduler:
                     self._note(kind, request, verdict, snapshot, None)
                     await self._next_change(WINDOW_S)
 
-    def place_decode(self, request: Request, prefill_on: str) -> str:
+    def place_decode(self, request: Request, prefill_on: str, *, avoid: Collection[str] = ()) -> str:
         """Place a request's decode and enter it in the ledger. Raises NoInstance or Overloaded.
 
         ``request.prompt_tokens`` is the resident length.
         """
-        snapshot = self.snapshot()
+        snapshot = self.snapshot().without(avoid) if avoid else self.snapshot()
         if not len(snapshot):
             raise NoInstance("no instance is up", retry_after_s=RETRY_AFTER_S)
         verdict = self.system.decode.place_decode(request, snapshot, prefill_on)

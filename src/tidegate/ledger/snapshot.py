@@ -6,8 +6,8 @@ It lives beside the ledger, not in ``core``, because it carries the instances' c
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +66,20 @@ class Snapshot:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def without(self, names: Collection[str]) -> Snapshot:
+        """Return the snapshot as if the instances ``names`` were not there: a retry avoids where it failed.
+
+        Returns the snapshot itself when nothing would be left.
+        """
+        keep = np.array([name not in names for name in self.ids], dtype=np.bool_)
+        if keep.all() or not keep.any():
+            return self
+        ids = tuple(name for name in self.ids if name not in names)
+        state = self.state[:, keep]
+        state.flags.writeable = False
+        index = {name: i for i, name in enumerate(ids)}
+        return replace(self, ids=ids, index=index, costs=self.costs.only(keep), state=state)
 
     @property
     def role(self) -> Column:

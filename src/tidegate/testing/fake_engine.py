@@ -44,7 +44,11 @@ class _Stream:
 
 
 class FakeEngine:
-    """One instance. ``step_s`` is the time between two tokens of every stream, 0 for as fast as it can."""
+    """One instance. ``step_s`` is the time between two tokens of every stream, 0 for as fast as it can.
+
+    For tests: ``bodies`` records requests when ``keep_bodies``; ``fail_with`` answers every one with
+    (status, message); while ``hold_prefill`` is set, prefills are never answered.
+    """
 
     def __init__(self, engine_id: str = "fake", step_s: float = 0.0) -> None:
         self.engine_id = engine_id
@@ -53,6 +57,9 @@ class FakeEngine:
         self.streams: dict[asyncio.Transport, _Stream] = {}
         self.connections: set[asyncio.Transport] = set()
         self.pinned: set[str] = set()
+        self.released: list[str] = []
+        self.fail_with: tuple[int, str] | None = None
+        self.hold_prefill = False
         self.bodies: list[Json] = []
         self.keep_bodies = False
         self._server: asyncio.Server | None = None
@@ -113,6 +120,11 @@ class FakeEngine:
         if path == "/v1/models":
             model = {"id": MODEL, "object": "model", "max_model_len": 1 << 20}
             _send_json(transport, {"object": "list", "data": [model]})
+        elif path == "/tidegate/release":
+            request_id = str(orjson.loads(raw)["request_id"])
+            self.pinned.discard(request_id)
+            self.released.append(request_id)
+            _send_json(transport, {"released": True})
         elif path == "/v1/completions":
             try:
                 self._complete(transport, parse_object(raw))
@@ -124,6 +136,10 @@ class FakeEngine:
     def _complete(self, transport: asyncio.Transport, body: Json) -> None:
         if self.keep_bodies:
             self.bodies.append(body)
+        if self.fail_with is not None:
+            status, message = self.fail_with
+            _send_json(transport, {"error": {"message": message, "param": None}}, status=status)
+            return
         prompt = body["prompt"]
         ids = prompt if isinstance(prompt, list) else list(prompt.encode())
         kv = body.get("kv_transfer_params") or {}
@@ -138,6 +154,8 @@ class FakeEngine:
             self.streams[transport] = _Stream(transport, origin, generated, left, request_id)
             self.step_soon()
             return
+        if self.hold_prefill:
+            return
         token = token_at(origin, generated)
         choice = {"index": 0, "text": text_of(token), "finish_reason": "length", "token_ids": [token]}
         answer: Json = {
@@ -148,6 +166,7 @@ class FakeEngine:
             "usage": {"prompt_tokens": len(ids), "completion_tokens": 1},
         }
         if kv.get("do_remote_decode"):
+            self.pinned.add(request_id)
             answer["kv_transfer_params"] = {
                 "do_remote_prefill": True,
                 "do_remote_decode": False,

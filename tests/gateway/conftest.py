@@ -1,0 +1,95 @@
+"""A gateway over fake engines, in one event loop, over real HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import orjson
+import pytest
+
+from tidegate.gateway.run import Gateway
+from tidegate.gateway.settings import GatewaySettings
+from tidegate.systems import make_system
+from tidegate.testing import profile
+from tidegate.testing.fake_engine import FakeEngine
+from tidegate.testing.members import GivenFleet
+
+Json = dict[str, Any]
+
+
+@dataclass
+class Cluster:
+    """What a test holds on to."""
+
+    gateway: Gateway
+    fleet: GivenFleet
+    engines: dict[str, FakeEngine]
+    url: str
+    client: aiohttp.ClientSession
+
+    async def post(self, path: str, body: Json | bytes, **headers: str) -> tuple[int, Any, Any]:
+        """POST and return (status, decoded body, headers)."""
+        data = body if isinstance(body, bytes) else orjson.dumps(body)
+        async with self.client.post(self.url + path, data=data, headers=headers) as response:
+            return response.status, orjson.loads(await response.read()), response.headers
+
+    async def stream(self, body: Json, path: str = "/v1/completions") -> list[Json]:
+        """POST a streamed request and return its events; the last must be [DONE] unless one is an error."""
+        events: list[Json] = []
+        async with self.client.post(self.url + path, data=orjson.dumps(body | {"stream": True})) as response:
+            assert response.status == 200, await response.text()
+            raw = await response.read()
+        payloads = [line[6:] for line in raw.split(b"\n") if line.startswith(b"data: ")]
+        events = [orjson.loads(p) for p in payloads if p != b"[DONE]"]
+        assert (payloads[-1] == b"[DONE]") != any("error" in e for e in events)
+        return events
+
+    def streams(self) -> int:
+        """How many streams the engines are serving now."""
+        return sum(len(e.streams) for e in self.engines.values())
+
+    def live(self) -> int:
+        """How many requests the ledger holds."""
+        counts = self.gateway.scheduler.ledger.counts()
+        return counts.prefills + counts.handoffs + counts.decodes
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Let the loop run until ``condition`` holds; fails after 10 s."""
+        async with asyncio.timeout(10):
+            while not condition():
+                await asyncio.sleep(0)
+
+
+Start = Callable[..., Any]
+
+
+@pytest.fixture
+async def start(tmp_path: Path) -> AsyncIterator[Start]:
+    """Start clusters; all are stopped at the end of the test."""
+    running: list[Cluster] = []
+
+    async def _start(
+        system: str = "static", instances: int = 2, step_s: float = 0.0, **options: Any
+    ) -> Cluster:
+        engines = {f"i{n}": FakeEngine(f"i{n}", step_s) for n in range(instances)}
+        for engine in engines.values():
+            engine.keep_bodies = True
+        fleet = GivenFleet({n: await e.start() for n, e in engines.items()}, profile=profile())
+        settings = GatewaySettings(port=0, journal=tmp_path / "journal.jsonl", **options)
+        gateway = Gateway(settings, fleet, make_system(system))
+        url = await gateway.start()
+        client = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        running.append(Cluster(gateway, fleet, engines, url, client))
+        return running[-1]
+
+    yield _start
+    for cluster in running:
+        await cluster.client.close()
+        await cluster.gateway.stop()
+        for engine in cluster.engines.values():
+            await engine.stop()
