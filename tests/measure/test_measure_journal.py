@@ -112,7 +112,7 @@ def test_decisions_flips_and_replays_are_counted(journal_file: Path) -> None:
     assert report.flip_counts == {"decode to prefill, monitor": 1}
     assert (report.replays, report.replayed_requests, report.migrations) == (1, 1, 0)
     assert report.unfinished == 1
-    assert any("1 requests have a decision but no outcome" in note for note in report.notes)
+    assert any("a decision but no outcome: 1" in note for note in report.notes)
 
 
 def test_instance_use_counts_overlapping_work_once(journal_file: Path) -> None:

@@ -132,7 +132,7 @@ def _notes(journal: Journal, slo: Slo | None, own: set[Slo]) -> tuple[str, ...]:
         notes.append("the last line is cut off: the writer was stopped in the middle of it")
     if journal.unfinished:
         notes.append(
-            f"{journal.unfinished} requests have a decision but no outcome (still running, or the gateway "
+            f"requests with a decision but no outcome: {journal.unfinished} (still running, or the gateway "
             "was stopped); they are not scored"
         )
     if slo is None and not own and journal.slo is None:

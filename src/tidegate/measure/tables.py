@@ -17,15 +17,16 @@ TIMELINE_ROWS = 20
 
 def render_report(report: RunReport) -> Group:
     """Return the report for a terminal; latencies in milliseconds."""
-    return Group(*_parts(report))
+    spaced = [part for table in _parts(report) for part in (table, Text())]
+    return Group(*spaced[:-1])
 
 
 def _parts(report: RunReport) -> Iterator[RenderableType]:
     offered = report.attainment.offered
     title = f"{report.system or 'unnamed system'}, {offered} requests in {report.duration_s:.1f} s"
     yield Text(title, style="bold")
-    for note in report.notes:
-        yield Text(f"Note: {note}.", style="yellow")
+    if report.notes:
+        yield Text("\n".join(f"Note: {note}." for note in report.notes), style="yellow")
     if offered == 0:
         yield Text("No request has ended, so there is nothing to score.")
         return
