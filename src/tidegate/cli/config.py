@@ -55,7 +55,7 @@ def _split(value: object) -> tuple[int, int]:
 
 def _urls(value: object) -> list[str]:
     words = value.replace(",", " ").split() if isinstance(value, str) else value
-    if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+    if not isinstance(words, list | tuple) or not words or not all(isinstance(word, str) for word in words):
         raise ValueError("expected a list of URLs")
     try:
         urls = [checked_url(word) for word in words]

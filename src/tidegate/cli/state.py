@@ -118,7 +118,7 @@ def _cell(name: str, value: object) -> str:
         case None | []:
             return "-"
         case list():
-            return ", ".join(map(str, value))
+            return ", ".join(_cell(name, each) for each in value)
         case float() if name.endswith("_s") and value >= 10:
             return f"{value:.0f} s"
         case float() if name.endswith("_s"):

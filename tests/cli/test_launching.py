@@ -1,0 +1,124 @@
+"""From settings to a fleet, the cached model, and what is printed."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tidegate.cli import launch, tiny
+from tidegate.cli.sources import resolve
+from tidegate.core.errors import SetupError
+from tidegate.core.instance import Instance
+from tidegate.fleet.member import FleetListener, Member
+from tidegate.fleet.processes import LocalFleet
+from tidegate.fleet.static import StaticFleet
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+def test_the_curl_line_is_a_whole_command(keyed: bool) -> None:
+    text = launch.how_to_call("http://127.0.0.1:8000", "it's", keyed=keyed)
+    words = shlex.split(text.split("\n\n")[1])
+    assert words[:2] == ["curl", "http://127.0.0.1:8000/v1/completions"]
+    assert json.loads(words[words.index("-d") + 1])["model"] == "it's"
+    assert ("Authorization: Bearer $TIDEGATE_API_KEY" in words) is keyed
+
+
+def test_settings_choose_the_fleet(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    local = resolve(None, {}, {"model": tmp_path, "instances": 2}, warn=lambda _: None).config
+    fleet = launch.make_fleet(local)
+    assert isinstance(fleet, LocalFleet) and fleet.ids == ("i0", "i1")
+    running = resolve(None, {}, {"vllm": ["http://a", "http://b"]}, warn=lambda _: None).config
+    assert isinstance(launch.make_fleet(running), StaticFleet)
+
+
+def test_missing_packages_are_named_with_the_command_that_brings_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tiny, "find_spec", lambda name: None if name == "torch" else object())
+    with pytest.raises(SetupError, match=r"needs torch: pip install 'tidegate\[embedded\]'"):
+        tiny.require_embedded()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "tidegate"
+
+
+def test_the_tiny_model_is_made_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Path] = []
+
+    def make(folder: Path) -> None:
+        made.append(folder)
+        (folder / "config.json").touch()
+
+    monkeypatch.setattr(tiny, "_make_in_a_process", make)
+    folder = tiny.tiny_model()
+    assert tiny.tiny_model() == folder
+    assert len(made) == 1 and (folder / "config.json").is_file()
+    assert list(cache.iterdir()) == [folder]
+
+
+def test_a_failed_making_leaves_nothing_behind(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "half").touch()
+        raise SetupError("no space")
+
+    monkeypatch.setattr(tiny, "_make_in_a_process", fail)
+    with pytest.raises(SetupError, match="no space"):
+        tiny.tiny_model()
+    assert list(cache.iterdir()) == []
+
+
+def test_two_makers_at_once_agree(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make_while_another_finishes(folder: Path) -> None:
+        (folder / "config.json").touch()
+        other = cache / folder.name.removeprefix(".").rsplit("-", 1)[0]
+        other.mkdir()
+        (other / "config.json").touch()
+
+    monkeypatch.setattr(tiny, "_make_in_a_process", make_while_another_finishes)
+    folder = tiny.tiny_model()
+    assert list(cache.iterdir()) == [folder]
+
+
+async def test_the_announced_fleet_says_who_comes_and_goes() -> None:
+    member = Member(Instance("i0", 64, 32), "http://a", "m", "i0-1")
+
+    class Scripted:
+        ids = ("i0",)
+        suspected: str = ""
+
+        async def start(self, listener: FleetListener) -> None:
+            listener.member_up(member)
+            listener.member_down("i0", "was killed by SIGKILL")
+
+        def suspect(self, instance_id: str) -> None:
+            self.suspected = instance_id
+
+        async def stop(self) -> None:
+            pass
+
+    class Gateway:
+        heard: tuple[str, ...] = ()
+
+        def member_up(self, member: Member) -> None:
+            self.heard += (member.engine_id,)
+
+        def member_down(self, instance_id: str, reason: str) -> None:
+            self.heard += (instance_id, reason)
+
+    said: list[str] = []
+    scripted, gateway = Scripted(), Gateway()
+    announced = launch.AnnouncedFleet(scripted, said.append)
+    await announced.start(gateway)
+    announced.suspect("i0")
+    await announced.stop()
+    assert gateway.heard == ("i0-1", "i0", "was killed by SIGKILL")
+    assert announced.model == "m" and announced.ids == ("i0",) and scripted.suspected == "i0"
+    assert said[0].startswith("  i0 up after 0.0 s: m at http://a")
+    assert said[1] == "  i0 down: it was killed by SIGKILL"

@@ -1,0 +1,177 @@
+"""Promises of the settings: one precedence, every problem at once, nothing ignored in silence."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tidegate.cli.config import SECTIONS, SETTINGS, plain
+from tidegate.cli.resolved_toml import as_toml
+from tidegate.cli.sources import Resolved, resolve
+from tidegate.core.errors import ConfigError
+
+
+def settle(
+    toml: str = "",
+    environment: Mapping[str, str] | None = None,
+    *,
+    folder: Path | None = None,
+    warnings: list[str] | None = None,
+    **flags: Any,
+) -> Resolved:
+    file = None
+    if folder is not None:
+        file = folder / "s.toml"
+        file.write_text(toml)
+    heard = [] if warnings is None else warnings
+    return resolve(file, environment or {}, flags, warn=heard.append)
+
+
+def problems(*args: Any, **kwargs: Any) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        settle(*args, **kwargs)
+    return caught.value.problems
+
+
+def test_a_flag_wins_over_the_environment_over_the_file_over_the_default(tmp_path: Path) -> None:
+    file = "[gateway]\nport = 1\nhost = 'h1'\n[fleet]\ninstances = 5\n"
+    env = {"TIDEGATE_PORT": "2", "TIDEGATE_HOST": "h2"}
+    done = settle(file, env, folder=tmp_path, port=3)
+    assert done.config.gateway.port == 3
+    assert done.config.gateway.host == "h2"
+    assert done.config.fleet.instances == 5
+    assert done.config.engine.dtype == "auto"
+    assert done.origins["port"] == "--port"
+    assert done.origins["host"] == "TIDEGATE_HOST"
+    assert done.origins["instances"].endswith("s.toml: fleet.instances")
+    assert done.origins["dtype"] == "default"
+
+
+def test_every_problem_of_every_source_is_reported_at_once(tmp_path: Path) -> None:
+    file = "port = 1\n[gateway]\nprot = 2\n[flet]\nx = 1\n[fleet]\ninstances = 0\n[engine]\ndtype = 'int4'\n"
+    found = problems(file, {"TIDEGATE_SLO": "fast"}, folder=tmp_path, system="nope", split="1-2")
+    text = "\n".join(found)
+    assert len(found) == 8
+    assert "s.toml: port: belongs in the section [gateway]" in text
+    assert "gateway.prot: unknown setting; did you mean gateway.port?" in text
+    assert "[flet]: unknown section; did you mean [fleet]?" in text
+    assert "fleet.instances = 0: should be greater than or equal to 1" in text
+    assert "engine.dtype = int4: should be 'auto', 'float32'" in text
+    assert "TIDEGATE_SLO fast:" in text
+    assert "--system nope: unknown system 'nope'; there are: arrow" in text
+    assert "--split 1-2: expected P:D" in text
+
+
+@pytest.mark.parametrize(
+    ("toml", "complaint"),
+    [
+        ("[gateway\n", "not valid TOML"),
+        ("gateway = 3\n", "gateway is a section"),
+        ("[gateway]\nport = true\n", "port = true: expected a whole number"),
+        ("[gateway]\nport = 80.5\n", "expected a whole number"),
+        ("[gateway]\nport = 65536\n", "less than or equal to 65535"),
+        ("[gateway]\napi_key = ''\n", "one word of printable ASCII"),
+        ("[gateway]\njournal = '/'\n", "is a folder"),
+        ("[gateway]\nslo = 'ttft:1,tpot:1'\n", "belongs in the section [scheduling]"),
+        ("[fleet]\nvllm = []\n", "expected a list of URLs"),
+        ("[fleet]\nvllm = ['h:8000']\n", "is not a server's URL"),
+        ("[fleet]\nvllm = ['http://h', 'http://h/v1']\n", "more than once"),
+        ("[fleet]\nmodel = '/no/such'\n", "no such model"),
+        ("[engine]\ndevice = 'gpu'\n", "device = gpu"),
+        ("[scheduling]\nsplit = '0:3'\n", "each at least 1"),
+        ("[scheduling]\nsplit = '1:1'\n", "split 1:1 adds up to 2, the fleet has 3"),
+        ("[scheduling]\nsystem = 'colocated'\nsplit = '1:2'\n", "no split"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_allowed(tmp_path: Path, toml: str, complaint: str) -> None:
+    (found,) = problems(toml, folder=tmp_path)
+    assert complaint in found
+
+
+def test_a_missing_file_is_a_problem(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        resolve(tmp_path / "none.toml", {}, {}, warn=lambda _: None)
+
+
+def test_a_variable_that_names_nothing_only_warns() -> None:
+    heard: list[str] = []
+    env = {"TIDEGATE_PROT": "1", "TIDEGATE_PORT_8000_TCP": "tcp://10.0.0.1:8000", "TIDEGATE_HOST": ""}
+    done = settle(environment=env, warnings=heard)
+    assert done.config.gateway.host == "127.0.0.1"
+    assert any("did you mean TIDEGATE_PORT?" in text for text in heard)
+    (found,) = problems(environment={"TIDEGATE_PORT": "tcp://10.0.0.1:8000"})
+    assert "service link" in found
+
+
+def test_a_list_in_the_environment_is_split() -> None:
+    done = settle(environment={"TIDEGATE_VLLM": "http://a:1, http://b:2"})
+    assert done.config.fleet.vllm == ["http://a:1", "http://b:2"]
+    assert done.config.fleet.size == 2
+
+
+def test_a_stronger_source_replaces_the_rival_of_a_setting(tmp_path: Path) -> None:
+    model = tmp_path / "m"
+    model.mkdir()
+    (model / "config.json").touch()
+    file = "[fleet]\nvllm = ['http://a']\n"
+    assert settle(file, folder=tmp_path, model=model).config.fleet.vllm is None
+    file = f"[fleet]\nmodel = '{model}'\ninstances = 5\n[engine]\nkv_memory_mb = 8\n"
+    done = settle(file, folder=tmp_path, vllm=("http://a", "http://b"))
+    assert done.config.fleet.model is None and done.config.fleet.size == 2
+
+
+def test_rivals_and_settings_without_effect_in_one_source_are_refused() -> None:
+    found = problems(model="/m", vllm=["http://a"], instances=2, device="cpu")
+    assert "--model and --vllm exclude each other; give one" in found
+    assert "--instances: has no effect together with --vllm" in found
+    assert "--device: has no effect together with --vllm" in found
+
+
+def test_the_key_may_come_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("sk-1\n")
+    done = settle(environment={"TIDEGATE_API_KEY": "sk-2"}, api_key_file=tmp_path / "key")
+    assert done.config.gateway.api_key == "sk-1"
+    done = settle(environment={"TIDEGATE_API_KEY_FILE": str(tmp_path / "key")}, api_key="sk-3")
+    assert done.config.gateway.api_key == "sk-3"
+    (found,) = problems(api_key_file=tmp_path / "none")
+    assert "--api-key-file" in found and "cannot be read" in found
+
+
+def test_no_key_is_ever_shown(tmp_path: Path) -> None:
+    done = settle(api_key="sk-secret", vllm=["http://a"], vllm_api_key="sk-other")
+    assert "sk-" not in repr(done.config) + as_toml(done)
+    assert "********" in as_toml(done)
+    assert "s3cret" not in "".join(problems(api_key="my s3cret key"))
+
+
+def test_the_printed_configuration_reads_back_as_the_same(tmp_path: Path) -> None:
+    done = settle(port=9, split="1:2", slo="ttft:500,tpot:20", host='q"\\\n', journal=tmp_path / "j.jsonl")
+    text = as_toml(done)
+    assert set(tomllib.loads(text)) == set(SECTIONS)
+    again = settle(text, folder=tmp_path)
+    assert again.config == done.config
+    urls = settle(vllm=["http://a:1", "http://b:2"])
+    text = "\n".join(line for line in as_toml(urls).splitlines() if "# default" not in line)
+    assert settle(text, folder=tmp_path).config == urls.config
+
+
+def test_setting_names_are_unique_and_their_defaults_are_what_the_help_says() -> None:
+    assert len(SETTINGS) == sum(len(kind.model_fields) for kind in SECTIONS.values())
+    import typer
+
+    from tidegate.cli.main import build_app
+
+    serve = typer.main.get_command(build_app(["serve"])).commands["serve"]  # type: ignore[attr-defined]
+    told = {option.name: option for option in serve.params}
+    config = settle().config
+    for name, section in SETTINGS.items():
+        if name == "vllm_api_key":
+            assert name not in told, "a key on the command line is visible to other users"
+            continue
+        value = plain(getattr(getattr(config, section), name))
+        if value is not None:
+            assert told[name].show_default == str(value), name

@@ -1,0 +1,111 @@
+"""``tidegate state`` against something that answers like a gateway."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from tidegate.cli.main import main
+
+STATE = {
+    "system": "arrow",
+    "uptime_s": 12.5,
+    "slo": {"ttft_s": 1.0, "tpot_s": 0.05},
+    "instances": [
+        {"id": "i1", "pool": "decode", "decode_tokens": 1234, "mean_gap_s": 0.012, "flipped_ago_s": None},
+        {"id": "i0", "pool": "decode->prefill", "decode_tokens": 0, "colour": "green"},
+    ],
+    "down": ["i2"],
+    "requests": {"in_flight": 3},
+    "flips": 1,
+    "surprise": [1, "[bold]"],
+}
+
+
+class Gateway(ThreadingHTTPServer):
+    status = 200
+    body: object = STATE
+    key = ""
+
+
+class Answer(BaseHTTPRequestHandler):
+    server: Gateway
+
+    def do_GET(self) -> None:
+        wrong_key = self.server.key and self.headers.get("Authorization") != f"Bearer {self.server.key}"
+        self.send_response(401 if wrong_key else self.server.status)
+        self.end_headers()
+        self.wfile.write(json.dumps(self.server.body).encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def gateway() -> Iterator[Gateway]:
+    server = Gateway(("127.0.0.1", 0), Answer)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def state(server: Gateway, *words: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main(["state", "--url", f"http://127.0.0.1:{server.server_port}/v1/", *words])
+    return int(caught.value.code or 0)
+
+
+def test_the_table_shows_instances_in_order_and_keeps_to_80_columns(
+    gateway: Gateway, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert state(gateway) == 0
+    shown = capsys.readouterr().out
+    assert shown.index("i0") < shown.index("i1 ")
+    assert "decode->prefill" in shown and "1,234" in shown and "12 ms" in shown
+    words = " ".join(shown.split())
+    assert "in flight 3" in words and "down i2" in words and "[bold]" in words
+    assert all(len(line) <= 80 for line in shown.splitlines())
+
+
+def test_json_is_what_the_gateway_sent(gateway: Gateway, capsys: pytest.CaptureFixture[str]) -> None:
+    assert state(gateway, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == STATE
+
+
+def test_no_instances_is_said(gateway: Gateway, capsys: pytest.CaptureFixture[str]) -> None:
+    gateway.body = {"system": "arrow", "instances": []}
+    assert state(gateway) == 0
+    assert "no instance is up" in capsys.readouterr().out
+
+
+def test_the_key_is_sent_and_a_missing_one_explained(
+    gateway: Gateway, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway.key = "sk-1"
+    monkeypatch.delenv("TIDEGATE_API_KEY", raising=False)
+    assert state(gateway) == 2
+    assert "wants an API key" in capsys.readouterr().err
+    monkeypatch.setenv("TIDEGATE_API_KEY", "sk-1")
+    assert state(gateway) == 0
+
+
+@pytest.mark.parametrize(("status", "body", "code"), [(404, {}, 2), (200, [], 2), (500, {}, 1)])
+def test_what_is_no_gateway_is_called_so(gateway: Gateway, status: int, body: object, code: int) -> None:
+    gateway.status, gateway.body = status, body
+    assert state(gateway) == code
+
+
+@pytest.mark.parametrize(("url", "code"), [("http://127.0.0.1:9", 1), ("nonsense", 2)])
+def test_a_wrong_address_is_a_message(url: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["state", "--url", url])
+    assert caught.value.code == code
+    assert url in capsys.readouterr().err
