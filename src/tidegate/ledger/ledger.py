@@ -154,8 +154,8 @@ class Ledger:
     def decode_dispatched(self, request_id: str, on: str, resident_tokens: int, now: float) -> bool:
         """Place the decode on instance ``on`` with ``resident_tokens`` of KV (prompt + generated).
 
-        Where the KV is elsewhere it stays counted there, too, until ``transfer_ended`` or the first
-        ``tokens``. For a request that decodes already this is a migration. Raises NoInstance when
+        ``tokens`` counts those that come after. Where the KV is elsewhere it stays counted there, too, until
+        ``transfer_ended`` or the first ``tokens``. For a request that decodes already this is a migration. Raises NoInstance when
         ``on`` is not up.
         """
         seat = self._seat(on)
@@ -175,6 +175,7 @@ class Ledger:
         entry.decode = seat
         entry.resident_tokens = resident_tokens
         entry.last_at_s = now
+        entry.generating = False
         seat.decodes[request_id] = entry
         self._sheet.decode_requests[seat.column] += 1
         self._sheet.decode_tokens[seat.column] += resident_tokens
@@ -187,7 +188,7 @@ class Ledger:
         return entry is not None and entry.decode is not None and entry.source is not None
 
     def transfer_ended(self, request_id: str, now: float) -> bool:
-        """Say that the pull ended: the KV leaves the source, and the decode's first gap opens."""
+        """Say that the pull ended: the KV leaves the source, and from now on the decode can stall."""
         entry = self._entries.get(request_id)
         if entry is None or entry.decode is None or entry.source is None:
             return False
@@ -198,8 +199,8 @@ class Ledger:
     def tokens(self, request_id: str, count: int, now: float) -> bool:
         """Count ``count`` tokens that the request's decode instance produced.
 
-        The gap since the last ones enters the instance's window. The first gap after a pull whose end
-        nobody reported does not: it measures the way into the instance (Arrow v2, section 4.3: q2 + c).
+        The gap since the last ones enters the instance's window, except before its first ones: that one
+        measures the way into the instance (Narwhal; Arrow v2, section 4.3: q2 + c + q3).
         """
         entry = self._entries.get(request_id)
         if entry is None or entry.decode is None:
@@ -208,11 +209,13 @@ class Ledger:
         column = entry.decode.column
         sheet.decode_tokens[column] += count
         entry.resident_tokens += count
-        if entry.source is None:
+        if entry.generating:
             sheet.gap_sum_s[column] += now - entry.last_at_s
             sheet.gap_tokens[column] += count
         else:
-            self._release_source(entry)
+            entry.generating = True
+            if entry.source is not None:
+                self._release_source(entry)
         entry.last_at_s = now
         return True
 

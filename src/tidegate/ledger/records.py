@@ -38,8 +38,9 @@ class Entry:
     ============  ======  ========  ============================================
 
     ``prefill`` excludes the other two. ``seconds`` is the predicted prefill, ``held_tokens`` the KV
-    counted at ``source``, ``resident_tokens`` the KV counted at ``decode``, ``last_at_s`` the start of
-    the open inter-token gap, meaningful while ``decode`` is set and ``source`` is not.
+    counted at ``source``, ``resident_tokens`` the KV counted at ``decode``. While ``decode`` is set and
+    ``source`` is not, ``last_at_s`` is the start of the open gap, and ``generating`` tells whether that is
+    a gap between two tokens of this instance.
     """
 
     request: Request
@@ -50,6 +51,7 @@ class Entry:
     held_tokens: int = 0
     resident_tokens: int = 0
     last_at_s: float = 0.0
+    generating: bool = False
 
     @property
     def owner(self) -> Seat:

@@ -1,0 +1,66 @@
+"""Systems by name, their options, and the signals they are refused without."""
+
+from __future__ import annotations
+
+import pytest
+
+from tidegate.core.errors import ConfigError
+from tidegate.core.instance import Role
+from tidegate.core.slo import Slo
+from tidegate.policies.arrow import ArrowPlacement
+from tidegate.policies.arrow_monitor import ArrowMonitor
+from tidegate.policies.seams import Signal
+from tidegate.systems import SYSTEMS, check_signals, make_system
+
+NAMES = ("arrow", "arrow-v1", "colocated", "minimal-load", "round-robin", "static")
+
+
+def test_every_system_exists_under_its_own_name() -> None:
+    assert set(NAMES) <= set(SYSTEMS.names())
+    for name in NAMES:
+        system = make_system(name)
+        assert system.name == name
+        assert system.summary
+        assert len(system.roles(4)) == 4
+
+
+def test_an_unknown_system_lists_what_exists() -> None:
+    with pytest.raises(ConfigError, match="unknown system 'fastest'; there are: arrow, arrow-v1, colocated"):
+        make_system("fastest")
+
+
+def test_a_split_that_does_not_match_the_fleet_is_refused() -> None:
+    system = make_system("static", split=(3, 1))
+    assert system.roles(4).count(Role.PREFILL) == 3
+    with pytest.raises(ConfigError, match="needs 4 instances"):
+        system.roles(5)
+    with pytest.raises(ConfigError, match="at least one"):
+        make_system("arrow", split=(4, 0))
+
+
+def test_colocated_has_no_split() -> None:
+    assert set(make_system("colocated").roles(3)) == {Role.MIXED}
+    with pytest.raises(ConfigError, match="no split"):
+        make_system("colocated", split=(1, 1))
+
+
+def test_options_reach_the_policies() -> None:
+    slo = Slo(2.0, 0.1)
+    system = make_system("arrow", tick_s=0.25, slo=slo)
+    assert isinstance(system.prefill, ArrowPlacement)
+    assert isinstance(system.pool, ArrowMonitor)
+    assert system.pool.tick_s == 0.25
+    assert system.pool.slo == system.prefill.slo == slo
+
+
+@pytest.mark.parametrize("tick_s", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_tick_is_positive(tick_s: float) -> None:
+    with pytest.raises(ConfigError, match="tick"):
+        make_system("arrow", tick_s=tick_s)
+
+
+def test_a_system_without_its_signals_is_refused() -> None:
+    check_signals(make_system("round-robin"), frozenset())
+    check_signals(make_system("arrow"), frozenset({Signal.PROFILE}))
+    with pytest.raises(ConfigError, match="'arrow' needs the signals profile; this deployment has: lengths"):
+        check_signals(make_system("arrow"), frozenset({Signal.LENGTHS}))
