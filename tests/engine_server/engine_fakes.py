@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
 import mmap
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
-from tidegate.engines.embedded.types import KvSource, PinnedKv
+import aiohttp
+import orjson
+
+from tidegate.core.errors import BadRequest
+from tidegate.engines.embedded.delivery import OutputRouter
+from tidegate.engines.embedded.generation import Parts
+from tidegate.engines.embedded.metrics import ServerMetrics
+from tidegate.engines.embedded.secret import LaunchSecret
+from tidegate.engines.embedded.served import ServingFacts
+from tidegate.engines.embedded.server import EngineServer
+from tidegate.engines.embedded.types import (
+    EngineStats,
+    GenerateRequest,
+    KvSource,
+    Output,
+    PinnedKv,
+    RequestTimes,
+    TokenLogprob,
+)
+from tidegate.protocol.sse import SseParser
 
 WAIT_S = 10.0
 
@@ -110,3 +132,212 @@ class PullResult:
 
 def source_for(port: int, pinned: PinnedKv, engine_id: str = "engine-a", host: str = "127.0.0.1") -> KvSource:
     return KvSource(engine_id, pinned.request_id, host, port, pinned.block_ids, pinned.num_tokens)
+
+
+class FakeEngine:
+    """A ServedEngine without a model: token i of an answer is 100 + i and reads ``w<i> ``.
+
+    Outputs come from a thread of its own. With ``hold`` set nothing is produced until it is cleared
+    or the request is aborted; ``fail`` makes every request end with that error after ``fail_after``
+    tokens.
+    """
+
+    def __init__(self) -> None:
+        self.sink: Callable[[list[Output]], None] = lambda outputs: None
+        self.requests: list[GenerateRequest] = []
+        self.aborted: list[str] = []
+        self.pins = Pins()
+        self.hold = False
+        self.hold_after: int | None = None
+        self.fail: str | None = None
+        self.fail_after = 0
+        self._changed = threading.Condition()
+        self._live: dict[str, tuple[GenerateRequest, int]] = {}
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    @property
+    def live(self) -> int:
+        return len(self._live)
+
+    def submit(self, request: GenerateRequest) -> None:
+        with self._changed:
+            self.requests.append(request)
+            self._live[request.id] = (request, 0)
+            self._changed.notify()
+
+    def abort(self, request_id: str) -> None:
+        with self._changed:
+            self.aborted.append(request_id)
+            if self._live.pop(request_id, None) is not None:
+                self.sink([Output(request_id, [], "", "abort", times=RequestTimes())])
+
+    def release(self, request_id: str) -> bool:
+        return self.pins.release(request_id)
+
+    def resume(self) -> None:
+        with self._changed:
+            self.hold = False
+            self.hold_after = None
+            self._changed.notify()
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            running=self.live,
+            waiting=0,
+            loading=0,
+            pinned=len(self.pins),
+            free_blocks=64,
+            total_blocks=64,
+            block_tokens=16,
+            kv_usage=0.25,
+            preemptions=1,
+            prompt_tokens=10,
+            generation_tokens=20,
+            prefix_queries=30,
+            prefix_hits=15,
+            computed_prompt_tokens=6,
+            cached_prompt_tokens=3,
+            pulled_prompt_tokens=1,
+            pulled_bytes=4096,
+            pull_failures=2,
+            steps=9,
+        )
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopping or self._ready())
+                if self._stopping:
+                    return
+                self.sink([self._next(name) for name in self._ready()])
+
+    def _ready(self) -> list[str]:
+        if self.hold:
+            return []
+        stop_at = self.hold_after
+        return [name for name, (_, count) in self._live.items() if stop_at is None or count < stop_at]
+
+    def _next(self, name: str) -> Output:
+        request, index = self._live[name]
+        if self.fail is not None and index >= self.fail_after:
+            del self._live[name]
+            return Output(name, [], "", "error", error=self.fail)
+        self._live[name] = (request, index + 1)
+        output = Output(name, [100 + index], f"w{index} ")
+        if request.sampling.logprobs is not None:
+            top = ((7, "alt", -2.5),) if request.sampling.logprobs else ()
+            output.logprobs = [TokenLogprob(100 + index, f"w{index} ", -0.5, top)]
+        if index + 1 == request.sampling.max_tokens:
+            del self._live[name]
+            output.finish_reason = "length"
+            output.times = RequestTimes(0.001, 0.002, 0.003, 0.004, kv_loaded_tokens=4, cached_tokens=8)
+            if request.pin_kv:
+                output.pinned = self.pins.pin(name, (5, 6), len(request.prompt_token_ids) + index)
+        return output
+
+
+class CharCodec:
+    """A PromptCodec with one token per character."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return [ord(char) % 500 for char in text]
+
+    def encode_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
+        if messages[0]["role"] == "odd":
+            raise BadRequest("messages: the chat template refuses them", param="messages")
+        return [1, *self.encode(str(messages[0].get("content", ""))), 2]
+
+    def decode(self, token_ids: list[int]) -> str:
+        return "".join(chr(token_id) for token_id in token_ids)
+
+
+class RecordingPuller:
+    """A KvPuller that only records what it was asked for."""
+
+    def __init__(self) -> None:
+        self.released: list[KvSource] = []
+
+    def submit(self, source: KvSource, block_ids: list[int], done: Callable[[str | None, int], None]) -> None:
+        assert block_ids == []
+        self.released.append(source)
+        done(None, 0)
+
+
+FACTS = ServingFacts(
+    engine_id="engine-a",
+    model="tiny",
+    max_model_len=64,
+    vocab_size=512,
+    block_tokens=16,
+    kv_capacity_tokens=1024,
+    kv_bytes_per_token=2048,
+    kv_host="127.0.0.1",
+    kv_port=5601,
+)
+
+
+class Served:
+    """A server over real HTTP around a FakeEngine. Use as an async context manager."""
+
+    def __init__(self, secret: str = "", api_key: str = "") -> None:
+        self.engine = FakeEngine()
+        self.puller = RecordingPuller()
+        router = OutputRouter(asyncio.get_running_loop())
+        self.engine.sink = router.sink
+        self.parts = Parts(
+            engine=self.engine,
+            codec=CharCodec(),
+            facts=FACTS,
+            secret=LaunchSecret(secret),
+            metrics=ServerMetrics(FACTS, self.engine.stats),
+            router=router,
+            puller=self.puller,
+        )
+        samples = [{"kind": "step", "batch": 1, "context_tokens": 16, "seconds": 0.001}]
+        self.server = EngineServer(self.parts, api_key=api_key, profile_samples=samples)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address: tuple[str, int] = self._listener.getsockname()
+        self.url = f"http://127.0.0.1:{self.address[1]}"
+        self.client = aiohttp.ClientSession(self.url, connector=aiohttp.TCPConnector(limit=0))
+
+    async def __aenter__(self) -> Served:
+        await self.server.start(self._listener)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.client.close()
+        await self.server.stop(0.0)
+        self.engine.stop()
+
+    async def post(
+        self, path: str, body: object, headers: dict[str, str] | None = None
+    ) -> tuple[int, dict[str, Any]]:
+        """Return status and JSON. ``body`` is sent as JSON, or as it is when it is bytes."""
+        data = body if isinstance(body, bytes) else orjson.dumps(body)
+        async with self.client.post(path, data=data, headers=headers) as answer:
+            return answer.status, await answer.json()
+
+    async def events(self, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return a stream's events; it must end with [DONE]."""
+        async with self.client.post(path, json={**body, "stream": True}) as answer:
+            assert answer.status == 200
+            assert answer.headers["Content-Type"].startswith("text/event-stream")
+            payloads = SseParser().feed(await answer.read())
+        assert payloads[-1] == b"[DONE]"
+        return [orjson.loads(payload) for payload in payloads[:-1]]
+
+
+async def until(condition: Callable[[], bool], what: str = "condition", within_s: float = WAIT_S) -> None:
+    """Await ``condition``, checked on the loop; AssertionError when it does not hold in time."""
+    end_s = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < end_s, f"{what} not reached within {within_s} s"
+        await asyncio.sleep(0.002)

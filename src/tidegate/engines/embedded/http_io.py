@@ -31,13 +31,13 @@ MOST_BODY_BYTES = 32 << 20
 JSON = "application/json"
 
 
-async def read_object(request: web.Request, *, within_s: float = UPLOAD_S) -> dict[str, Any]:
+async def read_object(request: web.Request) -> dict[str, Any]:
     """Return the JSON object in the body. Raises BadRequest for anything else or for a stalled upload."""
     try:
-        async with asyncio.timeout(within_s):
+        async with asyncio.timeout(UPLOAD_S):
             raw = await request.read()
     except TimeoutError:
-        raise BadRequest(f"the body did not arrive within {within_s:g} s") from None
+        raise BadRequest(f"the body did not arrive within {UPLOAD_S:g} s") from None
     except (web.RequestPayloadError, HttpProcessingError) as error:
         raise BadRequest(f"the upload is broken: {error}") from None
     return parse_object(raw)

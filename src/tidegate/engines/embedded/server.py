@@ -90,12 +90,14 @@ class EngineServer:
         await self._site.start()
 
     async def stop(self, within_s: float) -> None:
-        """Refuse new requests, let running ones finish for at most ``within_s``, then close."""
-        if self._site is not None:
-            await self._site.stop()
+        """Refuse new requests, let running ones finish for at most ``within_s``, then close. Idempotent."""
+        site, self._site = self._site, None
+        if site is not None:
+            await site.stop()
         await self._generation.drain(within_s)
-        if self._runner is not None:
-            await self._runner.cleanup()
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            await runner.cleanup()
 
     async def models(self, request: web.Request) -> web.Response:
         """GET /v1/models"""
