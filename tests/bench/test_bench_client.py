@@ -103,6 +103,8 @@ async def test_text_prompts_are_calibrated(offer: Offer, chat: bool) -> None:
 async def test_an_endpoint_that_cannot_serve_the_run_is_refused_before_load(offer: Offer) -> None:
     with pytest.raises(ConfigError, match="several models; choose one with --model: a, b"):
         await offer(FakeOpenAI(models=("a", "b")), requests(1))
+    with pytest.raises(ConfigError, match="still starting"):
+        await offer(FakeOpenAI(models=()), requests(1))
     with pytest.raises(ConfigError, match="TIDEGATE_API_KEY"):
         await offer(FakeOpenAI(api_key="secret"), requests(1))
     with pytest.raises(ConfigError, match="does not take token-id prompts"):

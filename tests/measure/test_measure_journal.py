@@ -99,6 +99,17 @@ def test_report_scores_offered_requests(journal_file: Path) -> None:
     assert not report.goodput.level_met
 
 
+def test_requests_wrong_in_themselves_are_not_scored_nor_replayed(tmp_path: Path) -> None:
+    wrong = outcome("w", 1.0, **(REJECTED | {"outcome": "bad_request", "status": 400}))
+    gone = outcome("g", 2.0, outcome="client_gone", status=499)
+    path = write(tmp_path / "j.jsonl", HEADER, outcome("a", 0.0), wrong, gone)
+    report = build_report(read_journal(path))
+    assert (report.attainment.offered, report.attainment.attained) == (2, 1)
+    assert report.outcomes == {"ok": 1, "bad_request": 1, "client_gone": 1}
+    assert any("refused as malformed: 1" in note for note in report.notes)
+    assert [r.arrival_s for r in read_trace(path)] == [0.0, 2.0]
+
+
 def test_slo_option_overrides_and_a_requests_own_slo_beats_the_header(tmp_path: Path) -> None:
     own = {"ttft_s": 0.3, "tpot_s": 0.05}
     path = write(tmp_path / "j.jsonl", HEADER, outcome("a", 0.0, slo=own), outcome("b", 1.0))

@@ -77,8 +77,10 @@ async def _only_model(session: aiohttp.ClientSession, settings: BenchSettings) -
         raise ConfigError(f"{url} answered 401; give --api-key or set TIDEGATE_API_KEY")
     listed = answer.get("data") if status == 200 else None
     names = [m["id"] for m in listed if isinstance(m, dict) and "id" in m] if isinstance(listed, list) else []
+    if status == 200 and not names:
+        raise ConfigError(f"{url} lists no model yet; is the server still starting?")
     if not names:
-        raise ConfigError(f"{url} lists no model (HTTP {status}, {_message(answer)}); give --model")
+        raise ConfigError(f"{url} answered HTTP {status}, {_message(answer)}; give --model")
     if len(names) > 1:
         raise ConfigError(
             f"{url} lists several models; choose one with --model: {', '.join(map(str, names))}"

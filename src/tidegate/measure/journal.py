@@ -13,12 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
-from tidegate.core.errors import TraceError
+from tidegate.core.errors import STATUS, ClientError, ClientGone, TraceError
 from tidegate.core.slo import Slo
 from tidegate.measure.lines import Fields, TypedLines
 
 STAGES = ("queue", "prefill", "transfer", "decode_queue", "first_step")
 """The parts of TTFT, in order; ``decode``, the rest of the answer, follows them."""
+
+REFUSALS = frozenset(
+    row.label for error, row in STATUS.items() if issubclass(error, ClientError) and error is not ClientGone
+)
+"""Outcomes of requests that were wrong in themselves: no system could have served them."""
 
 
 class SloLine(TypedDict):
@@ -165,6 +170,11 @@ class Outcome:
     @property
     def ok(self) -> bool:
         return self.outcome == "ok"
+
+    @property
+    def refused(self) -> bool:
+        """Tell whether the request itself was wrong; such requests are not scored."""
+        return self.outcome in REFUSALS
 
 
 @dataclass(slots=True)

@@ -87,9 +87,10 @@ class RunReport:
 def build_report(journal: Journal, *, slo: Slo | None = None, level: float = DEFAULT_LEVEL) -> RunReport:
     """Score a journal. ``slo`` overrides the SLOs on record (each request's own, else the header's).
 
-    Without either, Slo's defaults apply and a note says so. Only outcomes are scored.
+    Without either, Slo's defaults apply and a note says so. Every outcome counts as offered except
+    those of requests that were wrong in themselves (``REFUSALS``); a client that left counts as a miss.
     """
-    outcomes = sorted(journal.outcomes, key=lambda o: o.arrival_s)
+    outcomes = sorted((o for o in journal.outcomes if not o.refused), key=lambda o: o.arrival_s)
     good = [o for o in outcomes if o.ok]
     fallback = slo or journal.slo or Slo()
     attainment = score(
@@ -101,7 +102,7 @@ def build_report(journal: Journal, *, slo: Slo | None = None, level: float = DEF
         version=journal.version,
         slo=slo or (next(iter(own)) if len(own) == 1 else None if own else fallback),
         duration_s=journal.last_t_s,
-        outcomes=dict(Counter(o.outcome for o in outcomes).most_common()),
+        outcomes=dict(Counter(o.outcome for o in journal.outcomes).most_common()),
         unfinished=journal.unfinished,
         attainment=attainment,
         goodput=goodput(attainment, [o.arrival_s for o in outcomes], level),
@@ -135,6 +136,9 @@ def _notes(journal: Journal, slo: Slo | None, own: set[Slo]) -> tuple[str, ...]:
             f"requests with a decision but no outcome: {journal.unfinished} (still running, or the gateway "
             "was stopped); they are not scored"
         )
+    refused = sum(o.refused for o in journal.outcomes)
+    if refused:
+        notes.append(f"requests refused as malformed: {refused}; they are counted by outcome, not scored")
     if slo is None and not own and journal.slo is None:
         notes.append(f"the journal names no SLO; scored against the default {Slo()}")
     return tuple(notes)

@@ -64,8 +64,9 @@ def _service(report: RunReport) -> Table:
 
 def _outcomes(report: RunReport) -> Table:
     table = _table("Requests by final outcome", "outcome", "requests", "share")
+    ended = sum(report.outcomes.values())
     for label, count in report.outcomes.items():
-        table.add_row(escape(label), str(count), f"{100 * count / report.attainment.offered:.2f} %")
+        table.add_row(escape(label), str(count), f"{100 * count / ended:.2f} %")
     return table
 
 

@@ -94,8 +94,7 @@ def _recording(file: str, lines: Iterator[tuple[int, str]]) -> list[TraceRecord]
         except TraceError as error:
             broken = error  # a killed writer leaves half a last line; anywhere else it is damage
             continue
-        # A request rejected before its lengths were known offers nothing to replay.
-        if line.value.get("type") in REQUEST_KINDS and line.value.get("input_length"):
+        if line.value.get("type") in REQUEST_KINDS and line.offers_work():
             records.append(line.record())
     if not records:
         raise TraceError("the recording holds no request outcomes to replay", file=file)
@@ -118,6 +117,12 @@ class _Line:
         if key not in self.value:
             return self.error(key, f"the line lacks {key}, {expected}")
         return self.error(key, f"{key} is {self.value[key]!r}, expected {expected}")
+
+    def offers_work(self) -> bool:
+        """Tell whether a recorded request can be replayed: of known length and not refused as wrong itself."""
+        status = self.value.get("status")
+        refused = isinstance(status, int) and 400 <= status < 429
+        return bool(self.value.get("input_length")) and not refused
 
     def record(self) -> TraceRecord:
         value = self.value
