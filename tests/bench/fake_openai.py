@@ -13,7 +13,7 @@ from aiohttp import web
 from tidegate.bench import BenchRun
 
 Plan = Callable[[int], str]
-"""From the ordinal of a streamed request to what to do with it; see ``FakeOpenAI``."""
+"""From the prompt length of a streamed request to what to do with it; see ``FakeOpenAI``."""
 
 Offer = Callable[..., Awaitable[BenchRun]]
 """The ``offer`` fixture: run a bench against a fake."""
@@ -23,13 +23,13 @@ Offer = Callable[..., Awaitable[BenchRun]]
 class FakeOpenAI:
     """Streams ``max_tokens`` one-token chunks, then usage.
 
-    ``plan(n)`` for the n-th streamed request (from 0) is ``ok``, ``stall`` (accept and never answer),
+    ``plan(size)`` for a streamed request whose prompt has that many tokens is ``ok``, ``stall`` (accept and never answer),
     ``reject`` (429), ``error`` (an error event after one token), ``cut`` (close after one token) or
     ``unfinished`` (end without finish_reason). With ``tokens_per_word`` text costs that many tokens a
     word plus ``overhead``; ids of ``vocab`` and above are refused, or all ids when it is 0.
     """
 
-    plan: Plan = lambda n: "ok"
+    plan: Plan = lambda size: "ok"
     vocab: int = 32000
     tokens_per_word: int = 1
     overhead: int = 0
@@ -69,11 +69,10 @@ class FakeOpenAI:
         if not body.get("stream"):
             return web.json_response({"choices": [{"text": "x", "finish_reason": "length"}], "usage": usage})
         async with self.arrived:
-            ordinal = len(self.bodies)
             self.bodies.append(body)
             self.headers.append(dict(request.headers))
             self.arrived.notify_all()
-        return await self._stream(request, body, usage, self.plan(ordinal))
+        return await self._stream(request, body, usage, self.plan(size))
 
     async def _stream(
         self, request: web.Request, body: dict[str, Any], usage: dict[str, int], plan: str

@@ -98,7 +98,7 @@ async def _ask(
 async def _call(
     session: aiohttp.ClientSession, method: str, url: str, settings: BenchSettings, body: bytes | None = None
 ) -> tuple[int, dict[str, Any]]:
-    timeout = aiohttp.ClientTimeout(total=min(PROBE_TIMEOUT_S, settings.timeout_s))
+    timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)
     try:
         async with session.request(
             method, url, data=body, headers=settings.headers(), timeout=timeout

@@ -119,7 +119,7 @@ class _Line:
         return self.error(key, f"{key} is {self.value[key]!r}, expected {expected}")
 
     def offers_work(self) -> bool:
-        """Tell whether a recorded request can be replayed: of known length and not refused as wrong itself."""
+        """Tell whether a recorded request can be replayed: its length is known and it was not malformed."""
         status = self.value.get("status")
         refused = isinstance(status, int) and 400 <= status < 429
         return bool(self.value.get("input_length")) and not refused
