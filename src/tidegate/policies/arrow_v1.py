@@ -12,7 +12,7 @@ from tidegate.core.request import Request
 from tidegate.core.slo import Slo
 from tidegate.ledger.snapshot import Column, Mask, Snapshot
 from tidegate.policies.arrow_flip import repair
-from tidegate.policies.candidates import everyone, fitting, least, members
+from tidegate.policies.candidates import everyone, has_room, least, members
 from tidegate.policies.pricing import tokens_over_limit, ttft_seconds
 from tidegate.policies.seams import Signal
 
@@ -123,8 +123,8 @@ class ArrowV1Placement:
             moved = repair(snapshot)
             own = everyone(snapshot)
         else:
-            within = fitting(snapshot, own, request.prompt_tokens, prefill_on)
-            within = within & (tokens_over_limit(snapshot, request) <= 0)
+            within = has_room(snapshot, request.prompt_tokens, prefill_on)
+            within &= tokens_over_limit(snapshot, request) <= 0
             for pool in (pools.decode, pools.prefill_to_decode):
                 meets = pool & within
                 if np.count_nonzero(meets):

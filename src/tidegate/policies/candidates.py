@@ -34,8 +34,8 @@ def everyone(snapshot: Snapshot) -> Mask:
     return np.ones(len(snapshot), dtype=np.bool_)
 
 
-def fitting(snapshot: Snapshot, candidates: Mask, tokens: int, held_on: str | None = None) -> Mask:
-    """Narrow ``candidates`` to those whose KV cache holds ``tokens`` more; all of them when none does.
+def has_room(snapshot: Snapshot, tokens: int, held_on: str | None = None) -> Mask:
+    """Tell which instances' KV caches hold ``tokens`` more, beside their decodes and handoffs.
 
     A capacity of 0 is unknown and counts as room. ``held_on`` names the instance that already holds the
     request's KV as handoff, so that it is not counted twice there.
@@ -45,6 +45,12 @@ def fitting(snapshot: Snapshot, candidates: Mask, tokens: int, held_on: str | No
     if held_on is not None and (held := snapshot.index.get(held_on)) is not None:
         fits[held] = free[held] >= 0
     fits |= snapshot.kv_capacity_tokens == 0
+    return fits
+
+
+def fitting(snapshot: Snapshot, candidates: Mask, tokens: int, held_on: str | None = None) -> Mask:
+    """Narrow ``candidates`` to those that have room for ``tokens``; all of them when none has."""
+    fits = has_room(snapshot, tokens, held_on)
     fits &= candidates
     return fits if np.count_nonzero(fits) else candidates
 
