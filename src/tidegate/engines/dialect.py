@@ -150,21 +150,20 @@ class _Stream:
                 event = orjson.loads(payload)
             except orjson.JSONDecodeError:
                 raise EngineFault(f"the engine sent a malformed event: {payload[:80]!r}") from None
-            choices = event.get("choices")
-            if choices:
-                tokens = _tokens(choices[0], self._chat)
-                if event.get("prompt_token_ids"):
-                    tokens.prompt_token_ids = event["prompt_token_ids"]
-                if tokens.finish_reason in ("abort", "error"):
-                    raise EngineUnreachable("the engine aborted the leg", instance=self._instance)
+            if event.get("choices"):
+                tokens = _tokens(event["choices"][0], self._chat)
                 if tokens.finish_reason is not None:
+                    if tokens.finish_reason in ("abort", "error"):
+                        raise EngineUnreachable("the engine aborted the leg", instance=self._instance)
                     self._finished = True
+                if "prompt_token_ids" in event:
+                    tokens.prompt_token_ids = event["prompt_token_ids"]
                 if tokens.token_ids or tokens.text or tokens.prompt_token_ids or self._finished:
                     self._sink(tokens)
             elif "error" in event:
                 raise EngineFault(str(event["error"].get("message", "error event")), instance=self._instance)
-            if event.get("metrics"):
-                self._times = _times(event["metrics"])
+            if "metrics" in event:
+                self._times = _times(event["metrics"] or {})
             if event.get("usage"):
                 self._prompt_tokens = int(event["usage"].get("prompt_tokens", 0))
 

@@ -133,6 +133,7 @@ class Flight:
     async def _attempt(self) -> None:
         """Run the request, or what is left of it, from one placement of its prefill."""
         scheduler, story = self._scheduler, self.story
+        self._decoding = False
         replaying = story.replays > 0
         request = self._request()
         if replaying and self._remaining() == 0:

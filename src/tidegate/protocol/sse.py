@@ -26,6 +26,9 @@ class SseParser:
         """Return the payloads completed by ``data``, in order; ``b"[DONE]"`` is returned as such."""
         if self._rest:
             data = self._rest + data
+        elif data.startswith(b"data: ") and data.find(b"\n") == len(data) - 2:
+            # One whole event and nothing else: nearly every read of a token stream.
+            return [data[6:-2]]
         lines = data.split(b"\n")
         self._rest = lines.pop()
         found: list[bytes] = []
