@@ -74,7 +74,8 @@ def make_fleet(config: Config) -> Fleet:
 
 
 class AnnouncedFleet:
-    """A fleet that says who comes up, with the seconds since the start, and passes everything on."""
+    """A fleet that says who comes up, with the seconds since the start, and passes everything on (the
+    fleet itself logs who goes down)."""
 
     def __init__(self, fleet: Fleet, say: Say) -> None:
         self._fleet = fleet
@@ -111,7 +112,6 @@ class AnnouncedFleet:
             self._listener.member_up(member)
 
     def member_down(self, instance_id: str, reason: str) -> None:
-        self._say(f"  {instance_id} down: it {reason}")
         if self._listener is not None:
             self._listener.member_down(instance_id, reason)
 

@@ -13,17 +13,17 @@ from tidegate.core.errors import SetupError, TidegateError
 
 TIMEOUT_S = 5.0
 COLUMNS = {
-    "id": "instance",
+    "id": "id",
     "pool": "pool",
-    "prefill_requests": "prefills",
+    "prefill_requests": "prefill",
     "prefill_wait_s": "wait",
-    "decode_requests": "decodes",
+    "decode_requests": "decode",
     "decode_tokens": "tokens",
-    "kv_capacity_tokens": "KV size",
+    "kv_capacity_tokens": "KV",
     "mean_gap_s": "gap",
-    "flipped_ago_s": "last flip",
+    "flipped_ago_s": "flip",
 }
-"""The columns of the table, in order. Narrow enough for 80 characters; --json shows everything."""
+"""The columns of the table, in order, narrow enough for 80 characters. --json shows everything."""
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -83,7 +83,6 @@ def _ask(base_url: str, api_key: str) -> dict[str, Any]:
 
 
 def _show(answer: dict[str, Any]) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
@@ -95,7 +94,7 @@ def _show(answer: dict[str, Any]) -> None:
     if not columns:
         console.print("no instance is up")
         return
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in columns:
         justify: Literal["left", "right"] = "left" if name in ("id", "pool") else "right"
         table.add_column(COLUMNS[name], justify=justify, no_wrap=True)

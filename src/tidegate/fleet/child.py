@@ -15,7 +15,7 @@ from tidegate.fleet.ready import Ready
 
 log = logging.getLogger(__name__)
 
-TAIL_LINES = 20
+TAIL_LINES = 10
 READ_BYTES = 8192
 LINE_BYTES = 512 * 1024
 """A longer line of output is logged in pieces, so that a child cannot grow the parent's memory."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import aiohttp
 
-SUSPECT_PAUSE_S = 0.1
-"""Pause between checks while an instance is under suspicion; a check that times out is longer anyway."""
+SHORTEST_PAUSE_S = 0.1
+"""Pause between checks while an instance is under suspicion, and after one that used up its period."""
 
 
 class Answer(enum.StrEnum):
@@ -22,7 +22,7 @@ class Answer(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class HealthPace:
-    """A check every ``every_s``, each bounded by ``deadline_s``; ``misses`` in a row mean gone."""
+    """A check begins every ``every_s``, each bounded by ``deadline_s``; ``misses`` in a row mean gone."""
 
     every_s: float = 2.0
     deadline_s: float = 2.0
@@ -54,11 +54,15 @@ async def until_unhealthy(
     other without the usual pause. One refused connection is enough when ``refused_is_gone``, else it
     counts as a miss.
     """
+    clock = asyncio.get_running_loop().time
     missed = 0
     hurried = False
+    began_s = clock()
     while True:
-        if await _pause(SUSPECT_PAUSE_S if hurried and missed else pace.every_s, suspicion):
+        rest_s = 0.0 if hurried and missed else began_s + pace.every_s - clock()
+        if await _pause(max(SHORTEST_PAUSE_S, rest_s), suspicion):
             hurried = True
+        began_s = clock()
         answer = await check_health(session, url, pace.deadline_s)
         if answer is Answer.HEALTHY:
             missed, hurried = 0, False

@@ -174,7 +174,7 @@ class LocalFleet:
                 slot.report_first(error.message)
                 lived_s = 0.0
             wait_s = slot.backoff.after(lived_s)
-            log.info("%s restarts in %.1f s", slot.id, wait_s)
+            log.debug("%s restarts in %.1f s", slot.id, wait_s)
             await asyncio.sleep(wait_s)
 
     async def _one_life(self, slot: _Slot, listener: FleetListener, session: aiohttp.ClientSession) -> float:
