@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from tidegate.core.errors import ConfigError, SetupError
 from tidegate.engines.embedded.lifetime import exit_when_a_thread_dies, exit_with_parent
-from tidegate.engines.embedded.options import Options, check_host, parse_options
+from tidegate.engines.embedded.options import Options, check_setup, parse_options
 from tidegate.engines.embedded.secret import LaunchSecret
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         exit_with_parent()
     try:
         secret = LaunchSecret.from_environment(os.environ, options.secret_file)
-        check_host(options.kv_host, "--kv-host")
+        check_setup(options, secret)
         listener = _bind(options)
         engine, samples = _load(options)
         return _serve(options, engine, samples, secret, listener)

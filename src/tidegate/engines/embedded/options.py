@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tidegate.core.errors import ConfigError
+from tidegate.engines.embedded.secret import LaunchSecret, is_loopback
 
 API_KEY_ENV = "TIDEGATE_ENGINE_API_KEY"
 DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
@@ -54,10 +55,14 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     return Options(**values)
 
 
-def check_host(host: str, flag: str) -> None:
-    """Raise ConfigError for a wildcard address where peers must be told a real one."""
-    if host in ("", "0.0.0.0", "::"):
-        raise ConfigError(f"{flag} {host!r} names no address that a peer could connect to")
+def check_setup(options: Options, secret: LaunchSecret) -> None:
+    """Raise ConfigError for what can be seen to be wrong before anything is loaded."""
+    if not (options.model / "config.json").is_file():
+        raise ConfigError(f"{options.model} is not a model folder: it has no config.json")
+    if options.kv_host in ("", "0.0.0.0", "::"):
+        raise ConfigError(f"--kv-host {options.kv_host!r} names no address that a peer could connect to")
+    if not secret and not is_loopback(options.kv_host):
+        raise ConfigError(f"--kv-host {options.kv_host} serves only loopback without a launch secret")
 
 
 def _positive(text: str) -> int:
