@@ -248,6 +248,14 @@ class TestAlgorithm1:
         assert verdict.flips == (Flip("i1", D, "inline"),)
         assert verdict.decision == Place("i0", "i1", Path.DISAGGREGATED)
 
+    def test_line_4_a_decode_flip_waits_for_the_cooldown(self) -> None:
+        ledger = fleet(P, P, P, D)
+        decode(ledger, "i3", 4000)
+        ledger.flip("i2", D, 100.0)
+        decode(ledger, "i2", 4000, 100.0)
+        assert place_decode(ledger, "i0", now=100.0 + COOLDOWN_S - 0.1).flips == ()
+        assert len(place_decode(ledger, "i0", now=100.0 + COOLDOWN_S).flips) == 1
+
     def test_line_6_best_effort_is_the_least_cost_of_all(self) -> None:
         """return argmin(C): no flip is legal, so the best of the bad."""
         ledger = fleet(P, D)
@@ -275,6 +283,16 @@ class TestAlgorithm1:
         ledger = cluster(2, roles=(P, D), profile=profile(), kv_capacity_tokens=1000)
         decode(ledger, "i1", 950)
         assert decode_on(place_decode(ledger, "i0")) == "i1"
+
+    def test_kv_that_lies_there_already_needs_no_second_room(self) -> None:
+        """Ours: in the fallback the prefill instance competes, and holds the request's KV."""
+        ledger = Ledger()
+        for name in ("i0", "i1"):
+            pinned = instance(name, kv_capacity_tokens=1000, flippable=False)
+            ledger.instance_up(pinned, profile(), P, 0.0)
+        ledger.prefill_ended(queue(ledger, "i0", 800), 0.0)
+        queue(ledger, "i1", 50)
+        assert decode_on(place_decode(ledger, "i0", tokens=800)) == "i0"
 
 
 class TestLoads:
@@ -330,6 +348,13 @@ class TestLoads:
 
     def test_an_idle_decode_pool_reads_zero(self) -> None:
         assert decode_pool_load(fleet(P, D).snapshot(0.0), Slo()) == 0.0
+
+    def test_a_gap_of_decodes_that_ended_does_not_count(self) -> None:
+        ledger = fleet(P, D)
+        name = decode(ledger, "i1", 100)
+        now = pace(ledger, [name], 0.2)
+        ledger.finished(name, now)
+        assert decode_pool_load(ledger.snapshot(now), Slo()) == 0.0
 
     def test_pool_load_is_the_mean_over_its_instances(self) -> None:
         ledger = fleet(P, D, D)
@@ -505,6 +530,10 @@ class TestRepair:
         verdict = place_prefill(ledger)
         assert (prefill_on(verdict), verdict.flips) == ("i1", ())
         assert ArrowMonitor().step(ledger.snapshot(1.0), None).flips == ()
+
+    def test_a_mixed_instance_keeps_both_pools_alive(self) -> None:
+        assert ArrowMonitor().step(fleet(M, D, D).snapshot(0.0), None).flips == ()
+        assert ArrowMonitor().step(fleet(M, P, P).snapshot(0.0), None).flips == ()
 
     def test_an_empty_cluster_has_nothing_to_repair(self) -> None:
         assert ArrowMonitor().step(Ledger().snapshot(0.0), 2).flips == ()

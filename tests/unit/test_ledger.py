@@ -304,6 +304,18 @@ def test_a_migration_keeps_one_owner() -> None:
     ledger.check_integrity()
 
 
+def test_a_migrated_decodes_first_tokens_free_the_old_instance_and_are_no_gap() -> None:
+    ledger = cluster(3, roles=(P, D, D), profile=profile())
+    decoding(ledger)
+    ledger.tokens("r0", 1, 2.0)
+    ledger.decode_dispatched("r0", "i2", 102, 2.0)
+    ledger.tokens("r0", 1, 5.0)
+    assert column(ledger.snapshot(5.0), "handoff_tokens") == [0, 0, 0]
+    ledger.tokens("r0", 1, 5.1)
+    ledger.window_closed(6.0)
+    assert ledger.snapshot(6.0).mean_gap_s[2] == pytest.approx(0.1)
+
+
 # Snapshots
 
 
