@@ -46,6 +46,7 @@ def launch(config: Config) -> bool:
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(run_gateway(settings, announced, system, on_ready=on_ready))
+            typer.echo("stopped")
     except KeyboardInterrupt:
         return False
     return True
