@@ -1,7 +1,8 @@
 """What one decision and one ledger event cost. Run: ``python benchmarks/decisions.py``.
 
 Decisions are timed one by one among 8, 64 and 1,000 instances that hold 100 requests each: a snapshot,
-then Arrow's placement of a prefill or of a decode. Exits 1 when a median exceeds its limit (50, 100 and
+then Arrow's placement of a prefill or of a decode. The instances are of two kinds, so that every price
+is an array (a uniform fleet is cheaper). Exits 1 when a median exceeds its limit (50, 100 and
 500 us) or grows faster than the fleet.
 """
 
@@ -11,14 +12,16 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from tidegate.core.decision import Place
 from tidegate.core.instance import Role
 from tidegate.core.request import Request
 from tidegate.core.slo import Slo
 from tidegate.ledger.ledger import Ledger
+from tidegate.policies.starting_roles import even_roles
 from tidegate.systems import System, make_system
-from tidegate.testing import REFERENCE, cluster, request
+from tidegate.testing import REFERENCE, instance, request
 
 LIMITS_US = {8: 50.0, 64: 100.0, 1000: 500.0}
 RESIDENTS = 100
@@ -28,7 +31,12 @@ NOW_S = 100.0
 
 def loaded(instances: int) -> Ledger:
     """Return a cluster whose instances hold RESIDENTS requests each: queued prefills or decodes."""
-    ledger = cluster(instances, profile=REFERENCE)
+    slower = replace(
+        REFERENCE, step=replace(REFERENCE.step, a_s=8e-3), prefill=replace(REFERENCE.prefill, b_s=3e-5)
+    )
+    ledger = Ledger()
+    for index, role in enumerate(even_roles(instances)):
+        ledger.instance_up(instance(f"i{index}"), slower if index % 3 else REFERENCE, role, 0.0)
     for index in range(instances):
         name = f"i{index}"
         for place in range(RESIDENTS):
