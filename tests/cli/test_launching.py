@@ -31,7 +31,9 @@ def test_settings_choose_the_fleet(tmp_path: Path) -> None:
     local = resolve(None, {}, {"model": tmp_path, "instances": 2}, warn=lambda _: None).config
     fleet = launch.make_fleet(local)
     assert isinstance(fleet, LocalFleet) and fleet.ids == ("i0", "i1")
-    running = resolve(None, {}, {"vllm": ["http://a", "http://b"]}, warn=lambda _: None).config
+    running = resolve(
+        None, {}, {"vllm": ["http://a", "http://b"], "system": "static"}, warn=lambda _: None
+    ).config
     assert isinstance(launch.make_fleet(running), StaticFleet)
 
 

@@ -108,7 +108,7 @@ def test_a_variable_that_names_nothing_only_warns() -> None:
 
 
 def test_a_list_in_the_environment_is_split() -> None:
-    done = settle(environment={"TIDEGATE_VLLM": "http://a:1, http://b:2"})
+    done = settle(environment={"TIDEGATE_VLLM": "http://a:1, http://b:2"}, system="static")
     assert done.config.fleet.vllm == ["http://a:1", "http://b:2"]
     assert done.config.fleet.size == 2
 
@@ -120,7 +120,7 @@ def test_a_stronger_source_replaces_the_rival_of_a_setting(tmp_path: Path) -> No
     file = "[fleet]\nvllm = ['http://a']\n"
     assert settle(file, folder=tmp_path, model=model).config.fleet.vllm is None
     file = f"[fleet]\nmodel = '{model}'\ninstances = 5\n[engine]\nkv_memory_mb = 8\n"
-    done = settle(file, folder=tmp_path, vllm=("http://a", "http://b"))
+    done = settle(file, folder=tmp_path, system="static", vllm=("http://a", "http://b"))
     assert done.config.fleet.model is None and done.config.fleet.size == 2
 
 
@@ -129,6 +129,11 @@ def test_rivals_and_settings_without_effect_in_one_source_are_refused() -> None:
     assert "--model and --vllm exclude each other; give one" in found
     assert "--instances: has no effect together with --vllm" in found
     assert "--device: has no effect together with --vllm" in found
+
+
+def test_a_system_that_needs_profiles_is_refused_for_servers_that_bring_none() -> None:
+    (found,) = problems(vllm=["http://a", "http://b"])
+    assert "'arrow' needs a measured profile" in found and "round-robin, static" in found
 
 
 def test_the_key_may_come_from_a_file(tmp_path: Path) -> None:
@@ -142,7 +147,9 @@ def test_the_key_may_come_from_a_file(tmp_path: Path) -> None:
 
 
 def test_no_key_is_ever_shown(tmp_path: Path) -> None:
-    done = settle(api_key="sk-secret", vllm=["http://a"], vllm_api_key="sk-other")
+    done = settle(
+        api_key="sk-secret", system="static", vllm=["http://a", "http://b"], vllm_api_key="sk-other"
+    )
     assert "sk-" not in repr(done.config) + as_toml(done)
     assert "********" in as_toml(done)
     assert "s3cret" not in "".join(problems(api_key="my s3cret key"))
@@ -154,9 +161,8 @@ def test_the_printed_configuration_reads_back_as_the_same(tmp_path: Path) -> Non
     assert set(tomllib.loads(text)) == set(SECTIONS)
     again = settle(text, folder=tmp_path)
     assert again.config == done.config
-    urls = settle(vllm=["http://a:1", "http://b:2"])
-    text = "\n".join(line for line in as_toml(urls).splitlines() if "# default" not in line)
-    assert settle(text, folder=tmp_path).config == urls.config
+    urls = settle(vllm=["http://a:1", "http://b:2"], system="static")
+    assert settle(as_toml(urls), folder=tmp_path).config == urls.config
 
 
 def test_setting_names_are_unique_and_their_defaults_are_what_the_help_says() -> None:

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
 from tidegate.fleet.static import checked_url
+from tidegate.policies.seams import Signal
 from tidegate.systems import SYSTEMS, make_system
 from tidegate.systems.system import System
 
@@ -155,15 +156,22 @@ class Config(Section):
     engine: EngineSection
 
     @model_validator(mode="after")
-    def _roles_fit(self) -> Config:
+    def _system_fits_the_fleet(self) -> Config:
         size = self.fleet.size
         split = self.scheduling.split
         if split is not None and sum(split) != size:
             raise ValueError(f"split {split[0]}:{split[1]} adds up to {sum(split)}, the fleet has {size}")
         try:
-            self.scheduling.make_system().roles(size)
+            system = self.scheduling.make_system()
+            system.roles(size)
         except ConfigError as error:
             raise ValueError(error.message) from None
+        if self.fleet.vllm and Signal.PROFILE in system.needs:
+            free = ", ".join(name for name in SYSTEMS.names() if not make_system(name).needs)
+            raise ValueError(
+                f"system {system.name!r} needs a measured profile, which vLLM servers do not bring; "
+                f"choose a --system that needs none: {free}"
+            )
         return self
 
 

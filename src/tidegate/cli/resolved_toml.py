@@ -6,21 +6,24 @@ import json
 from typing import Any
 
 from tidegate.cli.config import SECRETS, SECTIONS, plain
-from tidegate.cli.sources import DEFAULT, Resolved
+from tidegate.cli.sources import DEFAULT, OWN_ENGINES_ONLY, Resolved
 
 
 def as_toml(resolved: Resolved) -> str:
     """Return every setting with its origin as a comment.
 
-    Secrets are masked and, like settings without a value, commented out, so that the text is valid
-    configuration without being a key.
+    Secrets are masked and, like settings without a value or an effect, commented out: the text is valid
+    configuration and holds no key.
     """
     lines: list[str] = []
     for section, kind in SECTIONS.items():
         lines.append(f"[{section}]")
         values = getattr(resolved.config, section)
         for name in kind.model_fields:
-            lines.append(_line(name, plain(getattr(values, name)), resolved.origins[name]))
+            if resolved.config.fleet.vllm and name in OWN_ENGINES_ONLY:
+                lines.append(f"# {name} has no effect beside vllm")
+            else:
+                lines.append(_line(name, plain(getattr(values, name)), resolved.origins[name]))
         lines.append("")
     return "\n".join(lines)
 
