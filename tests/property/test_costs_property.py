@@ -85,6 +85,6 @@ def test_a_table_prices_every_instance_as_its_profile_does(
     table = ProfileTable.of(made_of)
     count = len(made_of)
     prefill_s = np.broadcast_to(table.prefill.seconds(n, attention_work(n, 0)), count)
-    step_s = table.step.seconds(np.full(count, float(batch)), np.full(count, float(n)))
+    step_s = np.asarray(table.step.seconds(np.full(count, float(batch)), np.full(count, float(n))))
     np.testing.assert_allclose(prefill_s, [p.prefill_s(n) for p in made_of], rtol=1e-12)
-    np.testing.assert_allclose(step_s, [p.step.seconds(batch, n) for p in made_of], rtol=1e-12)
+    np.testing.assert_allclose(step_s, [float(p.step.seconds(batch, n)) for p in made_of], rtol=1e-12)

@@ -55,8 +55,8 @@ def test_arrays_and_floats_agree() -> None:
     coefficients = [(0.01, 0.001, 1e-5), (0.02, 0.002, 2e-5)]
     stacked = StepCost(*(np.array(column) for column in zip(*coefficients, strict=True)))
     batch, context = np.array([1.0, 7.0]), np.array([100.0, 900.0])
-    alone = [StepCost(*c).seconds(b, x) for c, b, x in zip(coefficients, batch, context, strict=True)]
-    np.testing.assert_allclose(stacked.seconds(batch, context), alone)
+    alone = [float(StepCost(*c).seconds(b, x)) for c, b, x in zip(coefficients, batch, context, strict=True)]
+    np.testing.assert_allclose(np.asarray(stacked.seconds(batch, context)), alone)
 
 
 def test_positive_part() -> None:

@@ -154,9 +154,9 @@ class Ledger:
     def decode_dispatched(self, request_id: str, on: str, resident_tokens: int, now: float) -> bool:
         """Place the decode on instance ``on`` with ``resident_tokens`` of KV (prompt + generated).
 
-        ``tokens`` counts those that come after. Where the KV is elsewhere it stays counted there, too, until
-        ``transfer_ended`` or the first ``tokens``. For a request that decodes already this is a migration. Raises NoInstance when
-        ``on`` is not up.
+        ``tokens`` counts those that come after. Where the KV is elsewhere it stays counted there, too,
+        until ``transfer_ended`` or the first ``tokens``. For a request that decodes already this is a
+        migration. Raises NoInstance when ``on`` is not up.
         """
         seat = self._seat(on)
         entry = self._entries.get(request_id)
