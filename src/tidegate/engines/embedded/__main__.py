@@ -72,6 +72,9 @@ def _bind(options: Options) -> socket.socket:
 def _load(options: Options) -> tuple[Engine, list[dict[str, Any]]]:
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     start_s = time.monotonic()
+    # transformers imports scipy, where it finds it, for the losses of detection models: half a second
+    # and 30 MB that serving has no use for.
+    sys.modules["scipy"] = None  # type: ignore[assignment]
     from tidegate.engines.embedded.engine import Engine, EngineConfig
     from tidegate.engines.embedded.self_profile import self_profile
 
