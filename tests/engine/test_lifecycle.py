@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engine_harness import Driven, HandPuller, prompt_of, request, source_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tidegate.core.errors import BadRequest, CapacityError, ConfigError, PromptTooLong
+from tidegate.core.errors import BadRequest, ConfigError, NoInstance, PromptTooLong
 from tidegate.engines.embedded.engine import Engine, EngineConfig
 from tidegate.engines.embedded.types import Output, SamplingParams
 
@@ -85,6 +86,7 @@ def test_what_can_never_fit_is_refused(llama: Path) -> None:
         (request("x", [5, 512]), "prompt"),
         (request("x", [-1]), "prompt"),
         (request("x", [5], 0), "max_tokens"),
+        (request("x", [5], stop_token_ids=(512,)), "stop_token_ids"),
         (request("x", [5], generated=2), "generated"),
     ],
 )
@@ -115,6 +117,42 @@ def test_a_crashing_step_fails_its_requests_and_spares_the_rest(
     assert [driven.legs[name].reason for name in ("a", "b", "later")] == ["error", "error", "length"]
     last = driven.legs["a"].last
     assert last and last.error == "ZeroDivisionError: division by zero"
+    driven.assert_clean()
+
+
+def test_a_broken_book_fails_everyone_and_takes_nothing_more(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(EngineConfig(llama, dtype="float32", total_blocks=64))
+    monkeypatch.setattr(engine._scheduler, "schedule", lambda: 1 / 0)
+    monkeypatch.setattr(engine._scheduler, "remove", lambda sequence: 1 / 0)
+    sink = Collected()
+    engine.start(sink)
+    engine.submit(request("a", prompt_of(10), 4))
+    sink.wait_for(1)
+    assert sink.finished == {"a": "error"}
+    assert engine._thread is not None
+    engine._thread.join()
+    assert not engine.alive
+    with pytest.raises(NoInstance):
+        engine.submit(request("b", prompt_of(10), 4))
+    engine.stop()
+
+
+def test_stale_memory_never_reaches_another_request(llama: Path) -> None:
+    driven = Driven(llama, max_batch_tokens=32, max_num_seqs=8, total_blocks=64)
+    wanted = [request(f"r{n}", prompt_of(7 + 19 * n, seed=n), 20) for n in range(4)]
+    expected = [Driven(llama).run(one)[0].token_ids for one in wanted]
+    driven.engine.store.buffer.fill_(float("nan"))
+    assert [leg.token_ids for leg in driven.run(*wanted)] == expected
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_dtypes_serve(llama: Path, dtype: str) -> None:
+    driven = Driven(llama, dtype=dtype)
+    legs = driven.run(*(request(f"r{n}", prompt_of(30 + n, seed=n), 12) for n in range(3)))
+    assert [len(leg.token_ids) for leg in legs] == [12, 12, 12]
+    assert driven.engine.info.kv_bytes_per_token == 2 * 2 * 2 * 32 * 2
     driven.assert_clean()
 
 
@@ -264,6 +302,23 @@ def test_a_pull_is_skipped_when_the_prefix_is_here(llama: Path) -> None:
     pair.finish()
 
 
+def test_an_adopted_block_with_another_reader_is_not_written(llama: Path) -> None:
+    driven = Driven(llama)
+    prompt = prompt_of(61)
+    head = driven.run(request("head", prompt, 4, pin_kv=True))[0]
+    ids = prompt + head.token_ids
+    driven.submit(request("reader", ids, 20))
+    driven.step()
+    source = source_of(driven, "head")
+    assert source.num_tokens == 64
+    shared = driven.engine.store.buffer[source.block_ids[3]]
+    shared[:, :, -1] += 1e-6
+    before = shared.clone()
+    driven.run(request("tail", ids[:64], 3, source=source))
+    assert torch.equal(shared, before)
+    driven.assert_clean()
+
+
 def test_tenants_do_not_share_prefixes(llama: Path) -> None:
     driven = Driven(llama)
     prompt = prompt_of(40)
@@ -364,7 +419,7 @@ def test_the_running_loop_serves_threads_and_stops_cleanly(llama: Path) -> None:
     engine.stop()
     assert sink.finished["endless"] == "abort"
     engine.check_integrity()
-    with pytest.raises(CapacityError, match="stopping"):
+    with pytest.raises(NoInstance, match="stopping"):
         engine.submit(request("late", prompt_of(5), 1))
 
 

@@ -55,6 +55,11 @@ def test_filters(params: dict[str, float], allowed: set[int]) -> None:
     assert set(tokens([draw(position, **params) for position in range(2000)])) == allowed
 
 
+def test_top_p_keeps_the_lowest_ids_of_equals_up_to_the_mass() -> None:
+    draws = [draw(position, top_p=0.5) for position in range(500)]
+    assert set(tokens(draws, torch.zeros(4))) == {0, 1}
+
+
 @given(st.integers(-(2**70), 2**70), st.integers(0, 10**6))
 def test_uniforms_are_in_range_and_reproducible(seed: int, position: int) -> None:
     assert 0.0 <= uniform(seed, position) < 1.0

@@ -19,7 +19,7 @@ from tidegate.engines.embedded.detokenize import Detokenizer, TextAssembler, loa
 
 @pytest.fixture(scope="module")
 def byte_level(llama: Path) -> Detokenizer:
-    return Detokenizer(load_tokenizer(llama))
+    return Detokenizer(load_tokenizer(llama), 512)
 
 
 class Backed:
@@ -39,7 +39,7 @@ def metaspace() -> Detokenizer:
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    return Detokenizer(Backed(backend))
+    return Detokenizer(Backed(backend), len(vocab))
 
 
 def whole(detokenizer: Detokenizer, ids: list[int], stops: tuple[str, ...] = ()) -> tuple[str, str | None]:
@@ -113,6 +113,13 @@ def test_window_decoder_text_is_the_tokenizers_own(metaspace: Detokenizer, words
     assert whole(metaspace, ids)[0] == backend.decode(ids)
 
 
+def test_ids_that_only_the_model_knows_show_nothing(llama: Path) -> None:
+    padded = Detokenizer(load_tokenizer(llama), 600)
+    a = padded.tokenizer.encode("a", add_special_tokens=False)[0]
+    assert whole(padded, [a, 599, a]) == ("aa", None)
+    assert padded.piece(599) == ""
+
+
 def test_half_a_character_is_held_back_and_flushed_as_replacement(byte_level: Detokenizer) -> None:
     wave = byte_level.tokenizer.encode("\N{BROKEN HEART}", add_special_tokens=False)
     assert len(wave) > 1
@@ -134,6 +141,13 @@ def test_stop_strings_count_only_beyond_min_tokens(byte_level: Detokenizer) -> N
     text: TextAssembler = byte_level.assembler((), 0, ("a",), 0)
     assert (text.add(a, may_stop=False), text.stopped_by) == ("a", None)
     assert (text.add(a, may_stop=True), text.stopped_by) == ("", "a")
+
+
+def test_replayed_stop_strings_below_min_tokens_stay_shown(byte_level: Detokenizer) -> None:
+    a = byte_level.tokenizer.encode("a", add_special_tokens=False)[0]
+    text = byte_level.assembler((a, a), 2, ("a",), 3)
+    assert text.stopped_by is None
+    assert (text.add(a, may_stop=False), text.add(a), text.stopped_by) == ("a", "", "a")
 
 
 class Scripted:

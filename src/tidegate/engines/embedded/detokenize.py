@@ -129,10 +129,11 @@ class TextAssembler:
 class Detokenizer:
     """Makes text assemblers for one model folder's tokenizer."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+        """``vocab_size`` is the model's: ids that the tokenizer lacks show nothing."""
         self.tokenizer: Any = tokenizer
         self._backend: Tokenizer = tokenizer.backend_tokenizer
-        self._pieces = _byte_pieces(self._backend)
+        self._pieces = _byte_pieces(self._backend, vocab_size)
 
     def assembler(
         self, prompt_token_ids: tuple[int, ...], generated: int, stops: tuple[str, ...], min_tokens: int
@@ -167,14 +168,14 @@ def load_tokenizer(folder: str | Path) -> Any:
     return tokenizer
 
 
-def _byte_pieces(backend: Tokenizer) -> list[bytes] | None:
+def _byte_pieces(backend: Tokenizer, vocab_size: int) -> list[bytes] | None:
     """Return each id's bytes for a byte-level tokenizer (special tokens are empty), else None."""
     if type(backend.decoder).__name__ != "ByteLevel":
         return None
     byte_of = _byte_alphabet()
     special = {token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special}
     vocab = backend.get_vocab(with_added_tokens=True)
-    pieces = [b""] * (max(vocab.values()) + 1)
+    pieces = [b""] * max(max(vocab.values()) + 1, vocab_size)
     for token, token_id in vocab.items():
         if token_id in special:
             continue

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from tidegate.core.clock import Clock, WallClock
-from tidegate.core.errors import BadRequest, CapacityError, ConfigError, PromptTooLong
+from tidegate.core.errors import BadRequest, ConfigError, NoInstance, Overloaded, PromptTooLong
 from tidegate.engines.embedded.blocks import BlockPool
 from tidegate.engines.embedded.detokenize import Detokenizer, load_tokenizer
 from tidegate.engines.embedded.kv_store import PagedKvStore
@@ -92,7 +92,7 @@ class Engine:
             torch.set_num_threads(config.torch_threads)
         model = load_model(config.model, config.dtype, config.device)
         self.info = model.info
-        self.detokenizer = Detokenizer(load_tokenizer(config.model))
+        self.detokenizer = Detokenizer(load_tokenizer(config.model), model.info.vocab_size)
         block_bytes = model.info.kv_bytes_per_token * config.block_tokens
         total_blocks = config.total_blocks or max(1, config.kv_cache_bytes // block_bytes)
         self.store = PagedKvStore(model.info.kv, total_blocks, config.block_tokens, model.device)
@@ -134,6 +134,8 @@ class Engine:
             raise BadRequest(f"a token id is outside 0..{self.info.vocab_size - 1}", param="prompt")
         if params.max_tokens < 1:
             raise BadRequest(f"max_tokens is {params.max_tokens}, must be at least 1", param="max_tokens")
+        if any(not 0 <= token < self.info.vocab_size for token in params.stop_token_ids):
+            raise BadRequest("a stop token id is outside the vocabulary", param="stop_token_ids")
         if not 0 <= request.generated <= len(prompt):
             raise BadRequest(f"generated {request.generated} is not within the prompt", param="generated")
         if len(prompt) + params.max_tokens > self.max_model_len:
@@ -146,7 +148,7 @@ class Engine:
     def submit(self, request: GenerateRequest) -> None:
         """Queue a request; its outputs go to the sink. Raises what ``check_fits`` raises.
 
-        Also raises ``BadRequest`` for an id in use and ``CapacityError`` when the engine is stopping.
+        Also raises ``BadRequest`` for an id in use and ``NoInstance`` when the engine is stopping.
         """
         self.check_fits(request)
         params = request.sampling
@@ -157,7 +159,7 @@ class Engine:
         sequence = Sequence(request, seed, text, self._clock.now())
         with self._wake:
             if self._stopping:
-                raise CapacityError("the engine is stopping")
+                raise NoInstance("the engine is stopping")
             if request.id in self._known:
                 raise BadRequest(f"request id {request.id!r} is in use", param="request_id")
             self._known.add(request.id)
@@ -173,6 +175,11 @@ class Engine:
         """Return the reading taken after the last step, plus what was submitted since."""
         with self._wake:
             return replace(self._stats, waiting=self._stats.waiting + self._unseen)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the compute thread runs and takes requests."""
+        return self._thread is not None and self._thread.is_alive() and not self._stopping
 
     def pinned(self, request_id: str) -> PinnedKv | None:
         """Return the pinned KV, or None when it expired or never existed."""
@@ -235,14 +242,14 @@ class Engine:
         """Run ``request`` as if all but its last prompt token had KV, whatever its blocks hold.
 
         For measurements, while the loop is not running. Raises what ``submit`` raises, and
-        ``CapacityError`` when blocks are short.
+        ``Overloaded`` when blocks are short.
         """
         self.submit(request)
         self._take_inbox()
         sequence = self._live[request.id]
         if not self._scheduler.place_computed(sequence):
             self._abort(request.id)
-            raise CapacityError(f"no blocks for {len(request.prompt_token_ids)} tokens")
+            raise Overloaded(f"no blocks for {len(request.prompt_token_ids)} tokens")
 
     def counters(self) -> Counters:
         """Return a copy of the totals since start."""
@@ -254,6 +261,22 @@ class Engine:
         self._stats = self._read_stats()
 
     def _loop(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:
+            log.exception("the compute thread ends")
+            self._collapse(error)
+
+    def _collapse(self, error: Exception) -> None:
+        """Take nothing more and fail every request: the books can no longer be trusted."""
+        with self._wake:
+            self._stopping = True
+        self._take_inbox()
+        why = f"the engine is broken: {type(error).__name__}: {error}"
+        live, self._live = self._live, {}
+        self._deliver([Output(request_id, [], "", finish_reason="error", error=why) for request_id in live])
+
+    def _serve(self) -> None:
         idle = False
         while not self._stopping:
             step = self.step()

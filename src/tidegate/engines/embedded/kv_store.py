@@ -94,6 +94,10 @@ class PagedKvStore:
         staged = torch.frombuffer(bytearray(data), dtype=self.shape.dtype)
         self.buffer[block_id].copy_(staged.view(self.buffer.shape[1:]))
 
+    def clear_blocks(self, block_ids: list[int]) -> None:
+        """Zero blocks: attention reads the unused tail of a block and hides it, which a NaN would survive."""
+        self.buffer.index_fill_(0, torch.tensor(block_ids, device=self.device), 0)
+
     def _check(self, block_id: int) -> None:
         if not 0 <= block_id < self.total_blocks:
             raise IndexError(f"block {block_id} of a store of {self.total_blocks}")

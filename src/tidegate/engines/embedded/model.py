@@ -116,7 +116,7 @@ def _eos_ids(folder: Path, config: Any) -> frozenset[int]:
         eos = getattr(source, "eos_token_id", None)
         if eos is not None:
             found.update([eos] if isinstance(eos, int) else eos)
-    return frozenset(found)
+    return frozenset(token for token in found if token < config.vocab_size)
 
 
 def _refuse_unsupported(config: Any) -> None:

@@ -12,10 +12,9 @@ def draw_for(sequence: Sequence, eos_ids: frozenset[int]) -> Draw:
     """Return how the sequence's next token is to be chosen."""
     params = sequence.request.sampling
     position = sequence.output_position
-    banned: tuple[int, ...] = ()
     if position < params.min_tokens:
-        banned = (*eos_ids, *params.stop_token_ids)
-    return Draw(params, position, sequence.seed, banned)
+        return Draw(params, position, sequence.seed, (*eos_ids, *params.stop_token_ids))
+    return Draw(params, position, sequence.seed)
 
 
 def take_token(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -28,10 +28,14 @@ class Chunk:
 
 @dataclass(slots=True)
 class Batch:
-    """What one step computes. After ``ModelRunner.run`` the singles are ordered longest first."""
+    """What one step computes. After ``ModelRunner.run`` the singles are ordered longest first.
+
+    ``fresh`` are blocks that will be read before they are full; their old content must go.
+    """
 
     singles: list[Sequence]
     chunks: list[Chunk]
+    fresh: list[int] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -61,6 +65,8 @@ class ModelRunner:
 
         Writes KV of the batch's tokens; does not change the sequences.
         """
+        if batch.fresh:
+            self._store.clear_blocks(batch.fresh)
         batch.singles.sort(key=_computed, reverse=True)
         ids, positions, slots, keep = self._flatten(batch)
         device = self._model.device

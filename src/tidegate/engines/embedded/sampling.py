@@ -7,16 +7,15 @@ rounding noise in the logits cannot change.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from hashlib import blake2b
+from typing import NamedTuple
 
 import torch
 
 from tidegate.engines.embedded.types import SamplingParams
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(NamedTuple):
     """One row to sample: its parameters, output position over all legs, seed, and ids it must not take."""
 
     params: SamplingParams
@@ -25,8 +24,7 @@ class Draw:
     banned: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """A chosen token; with logprobs, ``alternatives`` are (token id, logprob), best first."""
 
     token_id: int
@@ -87,7 +85,9 @@ def _sample_rows(logits: torch.Tensor, draws: list[Draw]) -> list[int]:
     chosen = torch.searchsorted(cdf, target, right=True)
     # Rounding may lift the target to the total itself; the last id with any mass is meant then.
     last = torch.searchsorted(cdf, total)
-    return torch.minimum(chosen, last).squeeze(1).tolist()
+    chosen = torch.minimum(chosen, last).clamp_(max=probs.shape[1] - 1)
+    tokens: list[int] = chosen.squeeze(1).tolist()
+    return tokens
 
 
 def _filter(probs: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:

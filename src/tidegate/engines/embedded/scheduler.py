@@ -77,6 +77,7 @@ class Scheduler:
         self._engine_id = engine_id
         self._max_batch_tokens = max_batch_tokens
         self._max_num_seqs = max_num_seqs
+        self._fresh: list[int] = []
         self._reserve = int(_RESERVE * pool.total_blocks)
 
     @property
@@ -90,6 +91,7 @@ class Scheduler:
 
     def schedule(self) -> Batch:
         """Choose the next step's tokens and allocate their blocks. The batch may be empty."""
+        self._fresh = []
         self._make_room()
         singles = [sequence for sequence in self.running if sequence.pending == 1]
         budget = self._max_batch_tokens - len(singles)
@@ -111,7 +113,7 @@ class Scheduler:
             else:
                 chunks.append(Chunk(sequence, min(sequence.pending, budget)))
                 budget -= chunks[-1].count
-        return Batch(singles, chunks)
+        return Batch(singles, chunks, self._fresh)
 
     def commit(self, batch: Batch) -> None:
         """Record that the batch's tokens have KV; full blocks become findable by later requests."""
@@ -185,6 +187,7 @@ class Scheduler:
             block = self.pool.allocate(1)
             if block is not None:
                 sequence.add_blocks(block)
+                self._fresh += block
                 at += 1
             else:
                 self._preempt(self.running.pop())
@@ -240,10 +243,16 @@ class Scheduler:
 
     def _start(self, sequence: Sequence, cached: int) -> None:
         """Move an admitted sequence, ``cached`` tokens of which have KV, to ``running``."""
+        self._note_last_block(sequence, cached)
         self._note_admission(sequence, cached)
         sequence.computed = cached
         sequence.published = cached // self.pool.block_tokens
         self.running.append(sequence)
+
+    def _note_last_block(self, sequence: Sequence, filled: int) -> None:
+        """Have the last block cleared unless it already holds some of the first ``filled`` tokens."""
+        if (len(sequence.blocks) - 1) * self.pool.block_tokens >= filled:
+            self._fresh.append(sequence.blocks[-1])
 
     def _note_admission(self, sequence: Sequence, cached: int) -> None:
         self.counters.prefix_queries += len(sequence.tokens)
@@ -278,6 +287,7 @@ class Scheduler:
     def _load(self, sequence: Sequence, source: KvSource, usable: int) -> None:
         """Have the first ``usable`` tokens' KV brought in by the puller."""
         self._note_admission(sequence, 0)
+        self._note_last_block(sequence, usable)
         sequence.try_source = False
         sequence.loading = True
         sequence.loaded_tokens = min(usable, len(sequence.tokens) - 1)
