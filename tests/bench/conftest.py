@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp.test_utils import TestServer
-from fake_openai import FakeOpenAI, Offer
+from fake_openai import FakeOpenAI, Offer, serving
 
 from tidegate.bench import BenchRun, BenchSettings, run_bench
 from tidegate.workloads import TraceRecord
-
-
-@asynccontextmanager
-async def serving(fake: FakeOpenAI) -> AsyncIterator[str]:
-    server = TestServer(fake.app())
-    await server.start_server(shutdown_timeout=0.0)
-    try:
-        yield str(server.make_url("")).rstrip("/")
-    finally:
-        await server.close()
 
 
 @pytest.fixture
@@ -45,7 +33,8 @@ def offer() -> Offer:
                 await fake.received(stop_at)
                 stop.set()
 
-        async with serving(fake) as url:
+        # The bound only turns a hang into a failure.
+        async with asyncio.timeout(60), serving(fake) as url:
             watch = asyncio.create_task(stopper())
             done = await run_bench(BenchSettings(url, **settings), records, stop=stop, out=out)
             watch.cancel()

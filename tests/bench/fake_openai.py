@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from tidegate.bench import BenchRun
 
@@ -23,10 +25,11 @@ Offer = Callable[..., Awaitable[BenchRun]]
 class FakeOpenAI:
     """Streams ``max_tokens`` one-token chunks, then usage.
 
-    ``plan(size)`` for a streamed request whose prompt has that many tokens is ``ok``, ``stall`` (accept and never answer),
-    ``reject`` (429), ``error`` (an error event after one token), ``cut`` (close after one token) or
-    ``unfinished`` (end without finish_reason). With ``tokens_per_word`` text costs that many tokens a
-    word plus ``overhead``; ids of ``vocab`` and above are refused, or all ids when it is 0.
+    ``plan(size)`` for a streamed request whose prompt has that many tokens is ``ok``, ``stall``
+    (accept and never answer), ``reject`` (429), ``error`` (an error event after one token), ``cut``
+    (close after one token) or ``unfinished`` (end without finish_reason). With ``tokens_per_word``
+    text costs that many tokens a word plus ``overhead``; ids of ``vocab`` and above are refused, or
+    all ids when it is 0.
     """
 
     plan: Plan = lambda size: "ok"
@@ -96,6 +99,16 @@ class FakeOpenAI:
         await response.write(_event({"choices": [], "usage": usage}))
         await response.write(b"data: [DONE]\n\n")
         return response
+
+
+@asynccontextmanager
+async def serving(fake: FakeOpenAI) -> AsyncIterator[str]:
+    server = TestServer(fake.app())
+    await server.start_server(shutdown_timeout=0.0)
+    try:
+        yield str(server.make_url("")).rstrip("/")
+    finally:
+        await server.close()
 
 
 def _choice(text: str, finish: str | None, *, chat: bool) -> dict[str, Any]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
+import aiohttp
 import pytest
-from fake_openai import FakeOpenAI, Offer
+from fake_openai import FakeOpenAI, Offer, serving
 
+from tidegate.bench import BenchSettings
+from tidegate.bench.client import LoadClient
+from tidegate.bench.endpoint import Endpoint
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
-from tidegate.measure import read_results
-from tidegate.workloads import TraceRecord, read_trace
+from tidegate.measure import RequestResult, build_bench_report, read_results
+from tidegate.workloads import TokenPrompts, TraceRecord, read_trace
 
 
 def requests(count: int, *, every_s: float = 0.002, tokens: int = 3) -> list[TraceRecord]:
@@ -26,6 +31,32 @@ async def test_a_stalled_server_does_not_hold_back_later_sends(offer: Offer) -> 
     assert done.interrupted
     assert done.report.interrupted == 200
     assert done.report.attainment.offered == 0
+
+
+class LateClock:
+    """Reads 0 once, when the run starts, and 100 ever after: a client that fell 100 s behind."""
+
+    def __init__(self) -> None:
+        self.readings = 0
+
+    def now(self) -> float:
+        self.readings += 1
+        return 0.0 if self.readings == 1 else 100.0
+
+
+async def test_a_late_client_is_counted_against_the_run() -> None:
+    found: list[RequestResult] = []
+    endpoint = Endpoint("fake", TokenPrompts(vocab=256))
+    async with serving(FakeOpenAI()) as url, aiohttp.ClientSession() as session:
+        client = LoadClient(
+            session, BenchSettings(url), endpoint, lambda result, gaps: found.append(result), LateClock()
+        )
+        await client.run([TraceRecord(2.0, 5, 3)], asyncio.Event())
+    assert (found[0].sent_s, found[0].ttft_s, found[0].e2e_s) == (100.0, 98.0, 98.0)
+    report = build_bench_report(found, Slo(1, 1))
+    assert report.late_sends == 1
+    assert report.attainment.attained == 0
+    assert "could not keep up" in report.notes[0]
 
 
 async def test_every_end_is_recorded_once_and_misses_count(offer: Offer, tmp_path: Path) -> None:
