@@ -234,12 +234,12 @@ class Flight:
         count = len(tokens.token_ids)
         if count:
             story, ledger, request_id = self.story, self._ledger, self.call.id
-            self.out_ids += tokens.token_ids
-            if story.first_token_s is None:
-                story.first_token_s = now
             if self._leg_first_s is None:
                 self._leg_first_s = now
                 self._leg_began(now)
+            self.out_ids += tokens.token_ids
+            if story.first_token_s is None:
+                story.first_token_s = now
             if self._decoding:
                 ledger.tokens(request_id, count, now)
             story.last_token_s = now

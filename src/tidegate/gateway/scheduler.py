@@ -178,11 +178,9 @@ class Scheduler:
 
     def _apply(self, flips: tuple[Flip, ...]) -> None:
         for flip in flips:
-            before = self.labels.get(flip.instance)
-            if before is None or before == flip.to or flip.instance not in self.upstreams:
+            before, now = self.labels.get(flip.instance), self.clock.now()
+            if before is None or not self.ledger.flip(flip.instance, flip.to, now):
                 continue
-            now = self.clock.now()
-            self.ledger.flip(flip.instance, flip.to, now)
             self.labels[flip.instance] = flip.to
             self.flips += 1
             self.metrics.flips.labels(flip.to.label, flip.reason).inc()
