@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from array import array
 from pathlib import Path
 
 import aiohttp
@@ -13,6 +14,7 @@ from fake_openai import FakeOpenAI, Offer, serving
 from tidegate.bench import BenchSettings
 from tidegate.bench.client import LoadClient
 from tidegate.bench.endpoint import Endpoint
+from tidegate.bench.recorder import Recorder
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
 from tidegate.measure import RequestResult, build_bench_report, read_results
@@ -75,6 +77,16 @@ async def test_every_end_is_recorded_once_and_misses_count(offer: Offer, tmp_pat
     assert done.report.failed == 4
     assert recorded.summary is not None
     assert recorded.summary["attainment"]["attained"] == 2
+
+
+def test_a_killed_client_leaves_what_had_finished(tmp_path: Path) -> None:
+    out = tmp_path / "run.jsonl"
+    with Recorder(Slo(), out.open("w")) as recorder:
+        recorder.header({"model": "fake"})
+        recorder.add(RequestResult(0, 0.0, 0.0, 5, 3, "ok", 200, ttft_s=0.1), array("d"))
+        on_disk = read_results(out)
+    assert [r.ttft_s for r in on_disk.results] == [0.1]
+    assert on_disk.summary is None
 
 
 async def test_a_result_file_is_a_trace_of_what_was_offered(offer: Offer, tmp_path: Path) -> None:

@@ -69,10 +69,10 @@ def test_factors_must_be_positive(bad: float) -> None:
 
 
 def test_sessions_start_at_arrivals_and_merge_in_order() -> None:
-    layout = [("a/main", 0.0), ("a/sub", 5.0), ("a/main", 30.0), ("b/main", 0.0), ("b/main", 7.0)]
+    layout = [("a/main", 0.0), ("a/sub", 5.0), ("a/main", 15.0), ("b/main", 0.0), ("b/main", 7.0)]
     turns = [TraceRecord(offset, i + 1, 1, session_id=s) for i, (s, offset) in enumerate(layout)]
     merged = list(schedule_sessions(turns, iter([10.0, 20.0])))
-    assert [(r.arrival_s, r.input_tokens) for r in merged] == [(10, 1), (15, 2), (20, 4), (27, 5), (40, 3)]
+    assert [(r.arrival_s, r.input_tokens) for r in merged] == [(10, 1), (15, 2), (20, 4), (25, 3), (27, 5)]
 
 
 def test_sessions_without_times_need_a_gap() -> None:
