@@ -252,6 +252,20 @@ async def test_a_client_that_leaves_aborts_its_request(served: Served, stream: b
     await until(lambda: served.engine.live == 0 and len(served.parts.router) == 0, "clean-up")
 
 
+async def test_clients_that_leave_cost_no_log_lines(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    body = b'{"prompt": "abc", "max_tokens": 3, "stream": true}'
+    for until_seen in (b"w0 ", b"w2 ", b"[DONE]"):
+        reader, writer = await asyncio.open_connection(*served.address)
+        writer.write(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+        )
+        await reader.readuntil(until_seen)
+        writer.transport.abort()
+        await until(lambda: len(served.parts.router) == 0, "clean-up")
+    await served.post("/v1/completions", {"prompt": "a"})
+    assert [record for record in caplog.records if record.levelname != "DEBUG"] == []
+
+
 async def test_a_client_that_never_reads_is_cut_off(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tidegate.engines.embedded.delivery.MOST_UNREAD_BYTES", -1)
     ask = {"prompt": "abc", "max_tokens": 9, "stream": True}

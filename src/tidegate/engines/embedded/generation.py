@@ -119,24 +119,29 @@ class Generation:
         return web.Response(body=answer.body(collected.said, last), content_type=JSON)
 
     async def _stream(self, request: web.Request, call: Call, streamed: StreamedAnswer) -> web.StreamResponse:
-        with self._running(call, streamed):
-            await streamed.started
-            response = web.StreamResponse(headers=_STREAM_HEADERS)
-            chunked = request.version >= HttpVersion11
-            if chunked:
-                response.enable_chunked_encoding()
-            await response.prepare(request)
-            if request.transport is None:
-                raise ConnectionResetError("the client is gone")
-            streamed.attach(request.transport, chunked=chunked)
-            try:
-                await streamed.finished
-            except ConnectionResetError as error:
-                log.info("stream %s ended early: %s", call.public_id, error)
+        """Stream the answer. aiohttp ends the returned response, quietly if the client is gone by then."""
+        response = web.StreamResponse(headers=_STREAM_HEADERS)
+        try:
+            with self._running(call, streamed):
+                await streamed.started
+                await self._write_events(request, response, streamed)
+        except ConnectionError as error:
+            log.debug("stream %s ended early: %s", call.public_id, error)
+            if request.transport is not None:
                 request.transport.abort()
-                raise
-            await response.write_eof()
         return response
+
+    async def _write_events(
+        self, request: web.Request, response: web.StreamResponse, streamed: StreamedAnswer
+    ) -> None:
+        chunked = request.version >= HttpVersion11
+        if chunked:
+            response.enable_chunked_encoding()
+        await response.prepare(request)
+        if request.transport is None:
+            raise ConnectionResetError("the client is gone")
+        streamed.attach(request.transport, chunked=chunked)
+        await streamed.finished
 
     @contextlib.contextmanager
     def _running(self, call: Call, receiver: WholeAnswer | StreamedAnswer) -> Iterator[None]:
