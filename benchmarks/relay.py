@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -85,6 +84,14 @@ class Load:
         return time.perf_counter() - began
 
 
+QUANTILES = {"p50": 0.5, "p99": 0.99}
+
+
+def quantile(ordered: list[float], q: float) -> float:
+    """Nearest-rank quantile of ascending values."""
+    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+
+
 async def measure() -> None:
     paced, paced_port = start("-m", "tidegate.testing.fake_engine", "--step-ms", str(STEP_MS))
     fast, fast_port = start("-m", "tidegate.testing.fake_engine")
@@ -125,24 +132,19 @@ async def report(
     used_s = cpu_s(process.pid) - before
     bare_s = await bare.many(SATURATION_REQUESTS, 64, SHORT)
 
-    def p(values: list[float], q: float) -> float:
-        return values[min(len(values) - 1, int(q * len(values)))] * 1e3
-
-    print(f"gateway CPU per relayed chunk           {chunk_us:8.1f} us   ({chunk_us / 10:.2f} s per 100,000)")
+    added = {name: quantile(low["gateway"], q) - quantile(low["bare"], q) for name, q in QUANTILES.items()}
+    ratios = {name: quantile(low["gateway"], q) / quantile(low["bare"], q) for name, q in QUANTILES.items()}
     request_ms = used_s / SATURATION_REQUESTS * 1e3
-    print(f"gateway CPU per two-leg request         {request_ms:8.3f} ms   ({request_ms:.2f} s per 1,000)")
-    for name, q in (("p50", 0.5), ("p99", 0.99)):
-        b, g = p(low["bare"], q), p(low["gateway"], q)
-        print(
-            f"TTFT {name}, one request at a time          {g:8.3f} ms   bare {b:.3f} ms, added {g - b:.3f} ms, x{g / b:.2f}"
-        )
     rps, bare_rps = SATURATION_REQUESTS / busy_s, SATURATION_REQUESTS / bare_s
-    print(
-        f"requests/s at 64 open, two legs each    {rps:8.0f}      bare (one leg) {bare_rps:.0f}, x{rps / bare_rps:.2f}"
-    )
-    print(
-        f"mean added TTFT                         {(statistics.mean(low['gateway']) - statistics.mean(low['bare'])) * 1e3:8.3f} ms"
-    )
+    print(f"CPU per relayed chunk      {chunk_us:7.1f} us   {chunk_us / 10:5.2f} s per 100,000 chunks")
+    print(f"CPU per two-leg request    {request_ms:7.3f} ms   {request_ms:5.2f} s per 1,000 requests")
+    for name, q in QUANTILES.items():
+        bare_ms = quantile(low["bare"], q) * 1e3
+        print(
+            f"TTFT {name}, one at a time   {bare_ms + added[name] * 1e3:7.3f} ms   "
+            f"bare {bare_ms:.3f} ms, added {added[name] * 1e3:.3f} ms, x{ratios[name]:.2f}"
+        )
+    print(f"requests/s, 64 open        {rps:7.0f}      bare (one leg) {bare_rps:.0f}, x{rps / bare_rps:.2f}")
 
 
 async def serve_gateway(url: str) -> None:

@@ -112,7 +112,7 @@ async def test_the_journal_tells_the_whole_story(start: Any, tmp_path: Path) -> 
     await cluster.stream({"prompt": PROMPT, "max_tokens": 5, "temperature": 0})
     await cluster.gateway.stop()
     rows = [orjson.loads(line) for line in (tmp_path / "journal.jsonl").read_bytes().splitlines()]
-    assert [r["type"] for r in rows][0] == "header"
+    assert rows[0]["type"] == "header"
     kinds = [r["kind"] for r in rows if r["type"] == "decision"]
     assert kinds == ["place_prefill", "place_decode"]
     decision = next(r for r in rows if r["type"] == "decision")

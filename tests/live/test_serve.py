@@ -92,11 +92,15 @@ def peak_memory_mb(pid: int) -> float:
 
 
 async def test_500_streams_an_abort_storm_and_a_clean_stop(served: Served, tmp_path: Path) -> None:
-    bodies = [{"prompt": [7 + n % 400] * (4 + n % 60), "max_tokens": 12, "ignore_eos": True} for n in range(500)]
+    bodies = [
+        {"prompt": [7 + n % 400] * (4 + n % 60), "max_tokens": 12, "ignore_eos": True} for n in range(500)
+    ]
     assert await asyncio.gather(*(served.stream(b) for b in bodies)) == [12] * 500
     assert peak_memory_mb(served.process.pid) < 300
 
-    await asyncio.gather(*(served.stream(b | {"max_tokens": 500}, leave_after=1 + n % 5) for n, b in enumerate(bodies[:120])))
+    await asyncio.gather(
+        *(served.stream(b | {"max_tokens": 500}, leave_after=1 + n % 5) for n, b in enumerate(bodies[:120]))
+    )
     await served.until_idle()
 
     pids = [i["pid"] for i in (await served.state())["instances"]]

@@ -14,9 +14,11 @@ from pathlib import Path
 import aiohttp
 
 from tidegate.core.errors import SetupError
+from tidegate.costs.profile import Profile
 from tidegate.fleet.child import Child, EngineStartFailed
 from tidegate.fleet.health import HealthPace, until_unhealthy
 from tidegate.fleet.member import FleetListener, Member
+from tidegate.fleet.ready import Ready, pooled_profile
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ class EngineLaunch:
     log_level: str = "warning"
     command: tuple[str, ...] = (sys.executable, "-m", "tidegate.engines.embedded")
 
-    def argv(self, engine_id: str) -> list[str]:
+    def argv(self, engine_id: str, *, self_profile: bool = True) -> list[str]:
         """Return the command line of one engine. It never holds a secret."""
         flags: dict[str, object] = {
             "--model": self.model,
@@ -66,7 +68,8 @@ class EngineLaunch:
         if self.max_model_len is not None:
             flags["--max-model-len"] = self.max_model_len
         words = [word for flag, value in flags.items() for word in (flag, str(value))]
-        return [*self.command, *words, "--exit-with-parent"]
+        unprofiled = () if self_profile else ("--no-self-profile",)
+        return [*self.command, *words, "--exit-with-parent", *unprofiled]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +135,8 @@ class LocalFleet:
         self._slots: dict[str, _Slot] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._session: aiohttp.ClientSession | None = None
+        self._first_starts: dict[str, Ready | None] = {}
+        self._profile: asyncio.Future[Profile | None] | None = None
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -139,6 +144,7 @@ class LocalFleet:
 
     async def start(self, listener: FleetListener) -> None:
         self._session = session = aiohttp.ClientSession()
+        self._profile = asyncio.get_running_loop().create_future()
         for instance_id in self._ids:
             slot = self._slots[instance_id] = _Slot(instance_id, self._pace)
             task = asyncio.create_task(self._supervise(slot, listener, session), name=f"fleet {slot.id}")
@@ -172,6 +178,7 @@ class LocalFleet:
             except EngineStartFailed as error:
                 log.error("%s did not start: it %s", slot.id, error.message.splitlines()[0])
                 slot.report_first(error.message)
+                self._note_first_start(slot, None)
                 lived_s = 0.0
             wait_s = slot.backoff.after(lived_s)
             log.debug("%s restarts in %.1f s", slot.id, wait_s)
@@ -197,20 +204,33 @@ class LocalFleet:
 
     async def _spawn(self, slot: _Slot) -> Child:
         env = {name: value for name, value in os.environ.items() if name not in WITHHELD}
-        argv = self._launch.argv(engine_id=f"{slot.id}-{secrets.token_hex(4)}")
+        argv = self._launch.argv(
+            engine_id=f"{slot.id}-{secrets.token_hex(4)}", self_profile=slot.id not in self._first_starts
+        )
         return await Child.spawn(slot.id, argv, env | {SECRET_VARIABLE: self._secret})
 
     async def _await_member(self, slot: _Slot, child: Child) -> Member:
         ready = await child.ready(self._pace.ready_s)
+        self._note_first_start(slot, ready)
+        assert self._profile is not None
+        profile = await asyncio.shield(self._profile)
         return Member(
             instance=ready.instance(slot.id),
             url=f"http://{HOST}:{ready.port}",
             model=ready.model,
             engine_id=ready.engine_id,
-            profile=ready.profile(self._launch.device),
+            profile=profile,
             secret=self._secret,
             pid=child.pid,
         )
+
+    def _note_first_start(self, slot: _Slot, ready: Ready | None) -> None:
+        """Fit the launch's profile once every instance has started or failed to (``ready`` None)."""
+        self._first_starts.setdefault(slot.id, ready)
+        assert self._profile is not None
+        if len(self._first_starts) == len(self._ids) and not self._profile.done():
+            started = [r for r in self._first_starts.values() if r is not None]
+            self._profile.set_result(pooled_profile(started, self._launch.device))
 
     async def _watch(self, slot: _Slot, child: Child, url: str, session: aiohttp.ClientSession) -> str:
         """Return why the instance is down, as soon as it is."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from statistics import median
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, ValidationError
@@ -71,25 +73,30 @@ class Ready(BaseModel):
             kv_bytes_per_token=self.kv_bytes_per_token,
         )
 
-    def profile(self, device: str) -> Profile | None:
-        """Fit the samples; None, with a warning in the log, when there are too few to fit."""
-        prefill = [
-            PrefillSample(s.new_tokens, s.cached_tokens, s.seconds)
-            for s in self.profile_samples
-            if isinstance(s, _Prefill)
-        ]
-        step = [
-            StepSample(s.batch, s.context_tokens, s.seconds)
-            for s in self.profile_samples
-            if isinstance(s, _Step)
-        ]
-        if not (prefill and step):
-            log.warning("%s sent no profile samples: it has no measured profile", self.engine_id)
-            return None
-        try:
-            return fit_profile(
-                f"{device}/{self.model}", prefill, step, LOOPBACK, source="measured by the engine at start"
-            )
-        except ConfigError as error:
-            log.warning("%s has no measured profile: %s", self.engine_id, error)
-            return None
+
+def pooled_profile(ready: Sequence[Ready], device: str) -> Profile | None:
+    """Fit one profile to the samples of engines that are alike; None, with a warning, when it cannot be.
+
+    Every point is measured once per engine, all of them at the same time on one machine: the median
+    over the engines keeps a neighbour's noise out of the fit, and equal engines get equal profiles,
+    so that no policy prefers one of them for an accident of its start.
+    """
+    points: dict[tuple[str, int, int], list[float]] = {}
+    for sample in (s for r in ready for s in r.profile_samples):
+        if isinstance(sample, _Prefill):
+            point = ("prefill", sample.new_tokens, sample.cached_tokens)
+        else:
+            point = ("step", sample.batch, sample.context_tokens)
+        points.setdefault(point, []).append(sample.seconds)
+    medians = [(kind, x, y, median(seconds)) for (kind, x, y), seconds in points.items()]
+    try:
+        return fit_profile(
+            f"{device}/{ready[0].model}" if ready else device,
+            [PrefillSample(x, y, seconds) for kind, x, y, seconds in medians if kind == "prefill"],
+            [StepSample(x, y, seconds) for kind, x, y, seconds in medians if kind == "step"],
+            LOOPBACK,
+            source="measured by the engines at start",
+        )
+    except ConfigError as error:
+        log.warning("the instances have no measured profile: %s", error)
+        return None

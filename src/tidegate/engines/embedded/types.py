@@ -7,7 +7,7 @@ transfer thread) exchange only these values.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 
@@ -80,7 +80,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class PinnedKv:
-    """KV kept for a peer: this instance's blocks holding ``num_tokens`` tokens, until ``deadline_s`` (monotonic)."""
+    """KV kept for a peer: blocks of this instance with ``num_tokens`` tokens, until ``deadline_s`` (monotonic)."""
 
     request_id: str
     block_ids: tuple[int, ...]
@@ -90,7 +90,7 @@ class PinnedKv:
 
 @dataclass(frozen=True, slots=True)
 class RequestTimes:
-    """Where a finished leg's time went, in seconds. ``kv_load_s`` and ``kv_loaded_tokens`` are 0 without a pull."""
+    """Where a finished leg's time went, in seconds. Both ``kv_load*`` fields are 0 without a pull."""
 
     queue_s: float = 0.0
     kv_load_s: float = 0.0
