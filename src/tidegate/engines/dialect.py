@@ -130,14 +130,23 @@ class DialectEngine:
 class _Stream:
     """Reads a streamed answer."""
 
-    __slots__ = ("_chat", "_finished", "_instance", "_parser", "_prompt_tokens", "_sink", "_times")
+    __slots__ = (
+        "_chat",
+        "_finished",
+        "_instance",
+        "_parser",
+        "_prompt_tokens",
+        "_sink",
+        "_started",
+        "_times",
+    )
 
     def __init__(self, leg: Leg, sink: TokensSink, instance: str) -> None:
         self._parser = SseParser()
         self._sink = sink
         self._chat = leg.messages is not None
         self._instance = instance
-        self._finished = False
+        self._started = self._finished = False
         self._prompt_tokens = 0
         self._times = LegTimes()
 
@@ -151,7 +160,10 @@ class _Stream:
             except orjson.JSONDecodeError:
                 raise EngineFault(f"the engine sent a malformed event: {payload[:80]!r}") from None
             if event.get("choices"):
-                tokens = _tokens(event["choices"][0], self._chat)
+                choice = event["choices"][0]
+                if self._plain(choice):
+                    continue
+                tokens = _tokens(choice, self._chat)
                 if tokens.finish_reason is not None:
                     if tokens.finish_reason in ("abort", "error"):
                         raise EngineUnreachable("the engine aborted the leg", instance=self._instance)
@@ -159,13 +171,24 @@ class _Stream:
                 if "prompt_token_ids" in event:
                     tokens.prompt_token_ids = event["prompt_token_ids"]
                 if tokens.token_ids or tokens.text or tokens.prompt_token_ids or self._finished:
-                    self._sink(tokens)
+                    self._sink.tokens(tokens)
             elif "error" in event:
                 raise EngineFault(str(event["error"].get("message", "error event")), instance=self._instance)
             if "metrics" in event:
                 self._times = _times(event["metrics"] or {})
             if event.get("usage"):
                 self._prompt_tokens = int(event["usage"].get("prompt_tokens", 0))
+
+    def _plain(self, choice: Json) -> bool:
+        """Deliver a piece in the middle of a completion the short way; False when it is another kind."""
+        try:
+            if choice["finish_reason"] is None and choice["logprobs"] is None and self._started:
+                self._sink.plain(choice["text"], choice["token_ids"])
+                return True
+        except KeyError:
+            pass
+        self._started = True
+        return False
 
     def end(self) -> LegEnd:
         """Return the leg's end. Raises EngineUnreachable when the stream stopped without a finish reason."""
@@ -191,7 +214,7 @@ def _whole_answer(raw: bytes, leg: Leg, sink: TokensSink) -> LegEnd:
         handle = KvHandle(
             str(params.get("remote_engine_id")), int(params.get("remote_num_tokens", 0)), params
         )
-    sink(tokens)
+    sink.tokens(tokens)
     return LegEnd(prompt_tokens, handle, _times(body.get("metrics") or {}))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -56,8 +55,16 @@ class Tokens:
     prompt_token_ids: list[int] | None = None
 
 
-TokensSink = Callable[[Tokens], None]
-"""Called on the event loop for each piece, in order."""
+class TokensSink(Protocol):
+    """Takes a leg's pieces on the event loop, in order."""
+
+    def tokens(self, tokens: Tokens) -> None:
+        """Take any piece."""
+        ...
+
+    def plain(self, text: str, token_ids: list[int]) -> None:
+        """Take a piece that is only text and ids, as nearly all are: the short way through the relay."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
+from aiohttp.web import StreamResponse
 
 from tidegate.engines.seam import Tokens
 from tidegate.gateway.call import Call
+from tidegate.gateway.client_stream import ClientStream
 from tidegate.protocol.sse import DONE
 
 Json = dict[str, Any]
@@ -72,6 +74,10 @@ class ChunkWriter:
         self._after = close_choice + self._usage_null + b"}\n\n"
         self._opened = not call.chat
 
+    def plain(self, text: str) -> bytes:
+        """Return the event of a piece that is only text. Not for the first one of a chat."""
+        return self._before + orjson.dumps(text) + self._after
+
     def piece(self, tokens: Tokens, finish_reason: str | None, prompt_ids: list[int] | None) -> bytes:
         """Return the event(s) for ``tokens``; ``prompt_ids`` goes into the first one when asked for."""
         opening = b""
@@ -80,7 +86,7 @@ class ChunkWriter:
             opening = self._choice({"index": 0, "delta": {"role": "assistant", "content": ""}})
         call = self._call
         if finish_reason is None and tokens.logprobs is None and not call.return_token_ids:
-            return opening + self._before + orjson.dumps(tokens.text) + self._after
+            return opening + self.plain(tokens.text)
         choice: Json = {"index": 0}
         if call.chat:
             choice["delta"] = {"content": tokens.text} if tokens.text or finish_reason is None else {}
@@ -107,6 +113,47 @@ class ChunkWriter:
         return self._head + orjson.dumps(choice) + b"]" + self._usage_null + b"}\n\n"
 
 
+class Answer(Protocol):
+    """What a flight delivers to."""
+
+    def tokens(self, tokens: Tokens, finish_reason: str | None, prompt_ids: list[int] | None) -> None:
+        """Take a piece; the last one comes with the request's finish reason."""
+        ...
+
+    def plain(self, text: str, token_ids: list[int]) -> None:
+        """Take a piece that is only text and ids, never the first one."""
+        ...
+
+
+class Streamed:
+    """Sends each piece to the client as it comes."""
+
+    __slots__ = ("_client", "_ids_wanted", "_prompt_wanted", "_writer")
+
+    def __init__(self, call: Call, model: str, client: ClientStream) -> None:
+        self._writer = ChunkWriter(call, model)
+        self._client = client
+        self._ids_wanted = self._prompt_wanted = call.return_token_ids
+
+    def tokens(self, tokens: Tokens, finish_reason: str | None, prompt_ids: list[int] | None) -> None:
+        """See ``Answer.tokens``."""
+        self._client.send(
+            self._writer.piece(tokens, finish_reason, prompt_ids if self._prompt_wanted else None)
+        )
+        self._prompt_wanted = False
+
+    def plain(self, text: str, token_ids: list[int]) -> None:
+        """See ``Answer.plain``."""
+        if self._ids_wanted:
+            self.tokens(Tokens(text, token_ids), None, None)
+        else:
+            self._client.send(self._writer.plain(text))
+
+    async def finish(self, usage: Json) -> StreamResponse:
+        """Send the closing events and end the answer."""
+        return await self._client.finish(self._writer.end(usage))
+
+
 class Collected:
     """Gathers the tokens of an answer that is sent in one piece."""
 
@@ -116,11 +163,15 @@ class Collected:
         self._texts: list[str] = []
         self._logprobs: list[Json] = []
 
-    def add(self, tokens: Tokens) -> None:
-        """Append a piece."""
+    def tokens(self, tokens: Tokens, finish_reason: str | None, prompt_ids: list[int] | None) -> None:
+        """See ``Answer.tokens``."""
         self._texts.append(tokens.text)
         if tokens.logprobs:
             self._logprobs.append(tokens.logprobs)
+
+    def plain(self, text: str, token_ids: list[int]) -> None:
+        """See ``Answer.plain``."""
+        self._texts.append(text)
 
     def body(
         self,

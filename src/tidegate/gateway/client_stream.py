@@ -47,9 +47,9 @@ class ClientStream:
             if self._opening is None:
                 self._opening = asyncio.create_task(self._open())
             return
+        transport.write(b"%x\r\n%b\r\n" % (len(data), data))
         if transport.is_closing():
             raise ClientGone("the client closed the connection")
-        transport.write(b"%x\r\n%b\r\n" % (len(data), data))
         if transport.get_write_buffer_size() > UNREAD_BYTES:
             transport.abort()
             raise ClientGone(f"the client left {UNREAD_BYTES} bytes unread")

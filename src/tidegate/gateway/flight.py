@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 from tidegate.core.decision import Path
@@ -17,12 +16,10 @@ from tidegate.core.errors import (
 )
 from tidegate.core.request import Request
 from tidegate.engines.seam import KvHandle, Leg, LegEnd, Tokens
+from tidegate.gateway.answers import Answer
 from tidegate.gateway.call import Call
 from tidegate.gateway.outcome import Story, record
 from tidegate.gateway.scheduler import Scheduler, Upstream
-
-Deliver = Callable[[Tokens, str | None], None]
-"""Takes new tokens and, with the last ones, the request's finish reason."""
 
 CHARS_PER_TOKEN = 4.0
 """First guess for text prompts, until engines have told lengths (a common rule of thumb)."""
@@ -52,7 +49,7 @@ class Flight:
     """
 
     def __init__(
-        self, call: Call, scheduler: Scheduler, estimate: TokenEstimate, deliver: Deliver, arrival_s: float
+        self, call: Call, scheduler: Scheduler, estimate: TokenEstimate, answer: Answer, arrival_s: float
     ) -> None:
         self.call = call
         self.story = Story(arrival_s)
@@ -64,7 +61,7 @@ class Flight:
         self._ledger = scheduler.ledger
         self._clock = scheduler.clock
         self._estimate = estimate
-        self._deliver = deliver
+        self._answer = answer
         self._limit = call.max_tokens
         self._deadline_s = arrival_s + scheduler.settings.request_deadline_s
         self._leg_on = ""
@@ -138,7 +135,7 @@ class Flight:
         request = self._request()
         if replaying and self._remaining() == 0:
             self.finish_reason = "length"
-            self._deliver(Tokens("", [], finish_reason="length"), "length")
+            self._answer.tokens(Tokens("", []), "length", self.prompt_ids)
             return
         self._check_fits()
         dispatched = await scheduler.place_prefill(
@@ -211,7 +208,7 @@ class Flight:
                 f"the request's deadline of {self._scheduler.settings.request_deadline_s:g} s has passed"
             )
         try:
-            return await upstream.engine.run(leg, self._on_tokens, deadline_s=left_s)
+            return await upstream.engine.run(leg, self, deadline_s=left_s)
         except asyncio.CancelledError:
             # The answer may have crossed the cancellation: the engine then holds a pin nobody knows of.
             if pin:
@@ -226,30 +223,39 @@ class Flight:
             sampling["logprobs"] = self.call.sampling.get("top_logprobs", 0)
         return sampling
 
-    def _on_tokens(self, tokens: Tokens) -> None:
-        now = self._clock.now()
+    def tokens(self, tokens: Tokens) -> None:
+        """See ``TokensSink.tokens``."""
         if tokens.prompt_token_ids is not None and self.prompt_ids is None:
             self.prompt_ids = tokens.prompt_token_ids
             self._estimate.observe(self.call.prompt_bytes, len(self.prompt_ids))
-        count = len(tokens.token_ids)
-        if count:
-            story, ledger, request_id = self.story, self._ledger, self.call.id
-            if self._leg_first_s is None:
-                self._leg_first_s = now
-                self._leg_began(now)
-            self.out_ids += tokens.token_ids
-            if story.first_token_s is None:
-                story.first_token_s = now
-            if self._decoding:
-                ledger.tokens(request_id, count, now)
-            story.last_token_s = now
+        if tokens.token_ids:
+            self._count(tokens.token_ids)
         reason = tokens.finish_reason
         if reason == "length" and self._pinning and self._remaining() != 0:
             reason = None
         if reason is not None:
             self.finish_reason, self.stop_reason = reason, tokens.stop_reason
-        if count or tokens.text or reason is not None:
-            self._deliver(tokens, reason)
+        if tokens.token_ids or tokens.text or reason is not None:
+            self._answer.tokens(tokens, reason, self.prompt_ids)
+
+    def plain(self, text: str, token_ids: list[int]) -> None:
+        """See ``TokensSink.plain``."""
+        self._count(token_ids)
+        self._answer.plain(text, token_ids)
+
+    def _count(self, token_ids: list[int]) -> None:
+        """Enter new tokens in the books."""
+        now = self._clock.now()
+        if self._leg_first_s is None:
+            self._leg_first_s = now
+            self._leg_began(now)
+        self.out_ids += token_ids
+        story = self.story
+        if story.first_token_s is None:
+            story.first_token_s = now
+        story.last_token_s = now
+        if self._decoding:
+            self._ledger.tokens(self.call.id, len(token_ids), now)
 
     def _leg_began(self, now: float) -> None:
         """The leg's first token: a pull it waited for has ended, a colocated prefill has become a decode."""

@@ -22,8 +22,7 @@ from tidegate.core.errors import (
     UnknownRoute,
     status_of,
 )
-from tidegate.engines.seam import Tokens
-from tidegate.gateway.answers import ChunkWriter, Collected, usage_object
+from tidegate.gateway.answers import Collected, Streamed, usage_object
 from tidegate.gateway.call import Call, read_call
 from tidegate.gateway.client_stream import ClientStream
 from tidegate.gateway.flight import Flight, TokenEstimate
@@ -124,7 +123,7 @@ class Front:
         if call.stream:
             return await self._stream(request, call, model, arrival_s)
         collected = Collected()
-        flight = self._flight(call, lambda tokens, reason: collected.add(tokens), arrival_s)
+        flight = Flight(call, self._scheduler, self._estimate, collected, arrival_s)
         await flight.run()
         body = collected.body(
             call,
@@ -140,17 +139,9 @@ class Front:
     async def _stream(
         self, request: web.Request, call: Call, model: str, arrival_s: float
     ) -> web.StreamResponse:
-        writer = ChunkWriter(call, model)
         client = ClientStream(request, {"x-request-id": call.id})
-        pending_prompt = call.return_token_ids
-
-        def deliver(tokens: Tokens, reason: str | None) -> None:
-            nonlocal pending_prompt
-            prompt_ids = flight.prompt_ids if pending_prompt else None
-            pending_prompt = False
-            client.send(writer.piece(tokens, reason, prompt_ids))
-
-        flight = self._flight(call, deliver, arrival_s)
+        answer = Streamed(call, model, client)
+        flight = Flight(call, self._scheduler, self._estimate, answer, arrival_s)
         try:
             await flight.run()
         except TidegateError as error:
@@ -160,10 +151,7 @@ class Front:
         except BaseException:
             client.discard()
             raise
-        return await client.finish(writer.end(_usage(flight)))
-
-    def _flight(self, call: Call, deliver: Callable[[Tokens, str | None], None], arrival_s: float) -> Flight:
-        return Flight(call, self._scheduler, self._estimate, deliver, arrival_s)
+        return await answer.finish(_usage(flight))
 
     def _model(self, call: Call) -> str:
         """Return the served model's name. Raises UnknownModel for another, NoInstance with none up."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 from collections.abc import Callable
 
@@ -99,6 +100,9 @@ async def run_gateway(
     ``Gateway.start`` does.
     """
     signals = _signals()
+    # Requests make no cycles worth hunting for, and a full collection would stall every stream.
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
     gateway = Gateway(settings, fleet, system)
     try:
         starting = asyncio.create_task(gateway.start())
