@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import mmap
 import os
 import socket
@@ -322,7 +323,7 @@ class Served:
     ) -> tuple[int, dict[str, Any]]:
         """Return status and JSON. ``body`` is sent as JSON, or as it is when it is bytes."""
         data = body if isinstance(body, bytes) else orjson.dumps(body)
-        async with self.client.post(path, data=data, headers=headers) as answer:
+        async with self.client.post(path, data=io.BytesIO(data), headers=headers) as answer:
             return answer.status, await answer.json()
 
     async def events(self, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import orjson
@@ -50,6 +51,8 @@ COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "a", "response_format": {"type": "json_object"}}, "response_format", "not supported"),
     ({"prompt": "a", "min_tokens": 20}, "min_tokens", "more than max_tokens"),
     ({"prompt": "a", "request_id": "x" * 300}, "request_id", "at most 256"),
+    ({"prompt": "a", "request_id": "a\nb"}, "request_id", "printable"),
+    ({"prompt": "a", "stop": "x" * 2000}, "stop", "longer than 1024"),
     ({"prompt": "a", "model": "gpt-9"}, "model", "does not exist"),
     ({"prompt": "a", KV: {"do_remote_prefill": True}}, f"{KV}.remote_engine_id", "missing"),
     ({"prompt": "a", KV: {**HANDLE, "remote_host": None}}, f"{KV}.remote_host", "missing"),
@@ -108,6 +111,30 @@ async def test_bodies_above_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     async with Served() as served:
         status, answer = await served.post("/v1/completions", b"x" * 2000)
         assert (status, answer["error"]["code"]) == (413, "body_too_large")
+
+
+async def test_a_million_wrong_items_are_one_quick_error() -> None:
+    async with Served() as served:
+        start_s = time.monotonic()
+        status, answer = await served.post("/v1/completions", {"prompt": ["x"] * 1_000_000})
+        assert (status, answer["error"]["param"]) == (400, "prompt")
+        status, answer = await served.post("/v1/completions", {"prompt": [7] * 1_000_000})
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+        assert time.monotonic() - start_s < 5.0
+
+
+async def test_headers_that_are_not_text() -> None:
+    head = b"Content-Length: 33\r\nx-tidegate-secret: \xff\xfe\r\nx-request-id: a\xff\r\n"
+    async with Served(secret="s3cret") as served:
+        answer = await _raw(served, head, b'{"prompt": "a", "max_tokens": 1 }')
+        assert answer["error"]["param"] == "request_id"
+        kv = b'{"prompt": "a", "kv_transfer_params": {"do_remote_decode": true}}'
+        head = b"Content-Length: %d\r\nx-tidegate-secret: \xff\xfe\r\n" % len(kv)
+        answer = await _raw(served, head, kv)
+        assert answer["error"]["code"] == "forbidden"
+    async with Served(api_key="key") as served:
+        answer = await _raw(served, b"Content-Length: 2\r\nAuthorization: Bearer \xff\r\n", b"{}")
+        assert answer["error"]["code"] == "invalid_api_key"
 
 
 async def test_unknown_paths_and_methods() -> None:

@@ -15,7 +15,6 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tidegate.core.errors import ConfigError, SetupError
@@ -176,7 +175,7 @@ def _announce(options: Options, announcement: dict[str, Any]) -> None:
         sys.stdout.buffer.write(line)
         sys.stdout.buffer.flush()
         return
-    with Path(f"/dev/fd/{options.ready_fd}").open("wb", buffering=0) as target:
+    with os.fdopen(options.ready_fd, "wb") as target:
         target.write(line)
 
 

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 UPLOAD_S = 30.0
-MOST_BODY_BYTES = 32 << 20
+MOST_BODY_BYTES = 8 << 20
 JSON = "application/json"
 
 

@@ -13,6 +13,7 @@ from tidegate.protocol.bodies import ChatBody, CompletionBody, KvTransferParams
 
 DEFAULT_COMPLETION_TOKENS = 16
 MOST_ID_CHARS = 256
+MOST_STOP_CHARS = 1024
 
 # Fields that change what is generated and that this engine does not have, with the values that ask
 # for nothing. null always does.
@@ -114,8 +115,8 @@ def build_call(
         name = "kv_transfer_params.tidegate_generated"
         raise BadRequest(f"{name}: larger than the prompt", param=name)
     client_id = body.request_id or uuid.uuid4().hex
-    if len(client_id) > MOST_ID_CHARS:
-        raise BadRequest(f"request_id: at most {MOST_ID_CHARS} characters", param="request_id")
+    if len(client_id) > MOST_ID_CHARS or not client_id.isprintable():
+        raise BadRequest(f"request_id: at most {MOST_ID_CHARS} characters, all printable", param="request_id")
     public_id = f"{'chatcmpl' if chat else 'cmpl'}-{client_id}"
     generate = GenerateRequest(
         id=f"{public_id}-{uuid.uuid4().hex[:8]}",
@@ -172,6 +173,8 @@ def _sampling(
     min_tokens = body.min_tokens or 0
     if min_tokens > max_tokens + generated:
         raise BadRequest(f"min_tokens: {min_tokens} is more than max_tokens {max_tokens}", param="min_tokens")
+    if any(len(stop) > MOST_STOP_CHARS for stop in body.stops):
+        raise BadRequest(f"stop: a string is longer than {MOST_STOP_CHARS} characters", param="stop")
     given: dict[str, Any] = {
         name: getattr(body, name)
         for name in ("temperature", "top_p", "seed")

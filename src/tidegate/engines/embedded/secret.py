@@ -55,7 +55,7 @@ class LaunchSecret:
     def admits(self, header: str | None, remote: str | None) -> bool:
         """Whether a request with this secret header, from this address, comes from a member."""
         if self._key:
-            return hmac.compare_digest((header or "").encode(), self._key)
+            return hmac.compare_digest(header_bytes(header), self._key)
         return remote is not None and is_loopback(remote)
 
     def proof(self, role: str, *nonces: bytes) -> str:
@@ -68,6 +68,11 @@ class LaunchSecret:
         return isinstance(given, str) and hmac.compare_digest(
             given.encode(), self.proof(role, *nonces).encode()
         )
+
+
+def header_bytes(value: str | None) -> bytes:
+    """Return a header's bytes as they came, valid UTF-8 or not; empty for a missing one."""
+    return (value or "").encode(errors="surrogateescape")
 
 
 def is_loopback(host: str) -> bool:

@@ -26,7 +26,7 @@ from tidegate.engines.embedded.http_io import (
 )
 from tidegate.engines.embedded.internal import PREFIX, InternalRoutes
 from tidegate.engines.embedded.requests import check_model
-from tidegate.engines.embedded.secret import SECRET_HEADER
+from tidegate.engines.embedded.secret import SECRET_HEADER, header_bytes
 from tidegate.protocol.bodies import ChatMessage, TokenIds, parse_body
 
 BACKLOG = 2048
@@ -159,6 +159,8 @@ class EngineServer:
                 raise Forbidden(f"{request.path}: reserved to members of the launch ({SECRET_HEADER} header)")
         elif self._api_key and request.path.startswith("/v1/"):
             kind, _, given = request.headers.get("Authorization", "").partition(" ")
-            if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._api_key):
+            if kind.lower() != "bearer" or not hmac.compare_digest(
+                header_bytes(given.strip()), self._api_key
+            ):
                 raise Unauthorized("missing or wrong API key")
         return await handler(request)

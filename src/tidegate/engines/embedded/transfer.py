@@ -130,6 +130,8 @@ class _PeerWorker:
     def _run(self) -> None:
         while (job := self._next()) is not None:
             error, moved = self._attempt(job)
+            if error is not None:
+                log.warning("%s", error)
             try:
                 job.done(error, moved)
             except Exception:

@@ -21,7 +21,6 @@ from typing import Any
 
 import orjson
 
-from tidegate.core.errors import EngineError
 from tidegate.engines.embedded.secret import LaunchSecret
 
 VERSION = 1
@@ -32,8 +31,15 @@ NONCE_BYTES = 32
 _LENGTH = struct.Struct("!I")
 
 
-class TransferFailed(EngineError):
-    """A pull failed; its blocks must not be used."""
+class TransferFailed(Exception):
+    """A pull failed; its blocks must not be used.
+
+    Outside the one error tree: it stays inside the KV channel, whose callers get ``message``.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
 
 
 class TransferTimedOut(TransferFailed):
