@@ -13,9 +13,7 @@ from tidegate.core.errors import TidegateError, status_of
 def error_object(error: TidegateError) -> dict[str, Any]:
     """Return ``{"error": {message, type, param, code}}`` for ``error``."""
     row = status_of(error)
-    return {
-        "error": {"message": error.message, "type": row.type, "param": error.param, "code": row.code}
-    }
+    return {"error": {"message": error.message, "type": row.type, "param": error.param, "code": row.code}}
 
 
 def error_body(error: TidegateError) -> bytes:

@@ -118,8 +118,10 @@ def build_call(
     if len(client_id) > MOST_ID_CHARS or not client_id.isprintable():
         raise BadRequest(f"request_id: at most {MOST_ID_CHARS} characters, all printable", param="request_id")
     public_id = f"{'chatcmpl' if chat else 'cmpl'}-{client_id}"
+    # A member that asks for a pin names it, so that it can release the pin of an answer it never got.
+    named = kv.do_remote_decode and body.request_id is not None
     generate = GenerateRequest(
-        id=f"{public_id}-{uuid.uuid4().hex[:8]}",
+        id=client_id if named else f"{public_id}-{uuid.uuid4().hex[:8]}",
         prompt_token_ids=tuple(prompt),
         sampling=_sampling(body, len(prompt), kv.tidegate_generated, facts),
         generated=kv.tidegate_generated,

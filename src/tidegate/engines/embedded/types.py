@@ -80,7 +80,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class PinnedKv:
-    """KV kept for a peer: blocks of this instance with ``num_tokens`` tokens, until ``deadline_s`` (monotonic)."""
+    """KV kept for a peer: blocks here that hold ``num_tokens`` tokens, until ``deadline_s`` (monotonic)."""
 
     request_id: str
     block_ids: tuple[int, ...]
