@@ -115,7 +115,9 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="URL",
-            help="A running vLLM server, in place of embedded engines; repeat for each.",
+            help="A running vLLM server, in place of embedded engines; repeat for each. No KV moves between "
+            "such servers yet: a decode placed elsewhere recomputes the prompt or finds it in the prefix "
+            "cache, and a sampled request stays on one server.",
             rich_help_panel=_FLEET,
         ),
     ] = None,

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from tidegate.core.instance import Instance
 from tidegate.costs.profile import Profile
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What an instance can do beyond plain serving; the gateway asks for nothing else.
+
+    ``kv_transfer``: other members can pull its KV by handle, and it can pull theirs. Without it a
+    decode leg recomputes the prompt or finds it in its prefix cache. ``resumes_sampling``: seeded
+    sampling, penalties and guided decoding continue exactly on another leg. Without it a request
+    that needs them is served as one leg.
+    """
+
+    kv_transfer: bool = True
+    resumes_sampling: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +30,7 @@ class Member:
     ``url`` is its HTTP base without a trailing slash. ``engine_id`` changes when the process restarts
     (KV handles of an older engine id are dead). ``secret`` authorises KV and internal calls inside one
     launch, ``api_key`` the engine's ``/v1`` routes; both are empty when not needed and never logged.
-    ``kind`` is ``embedded`` or ``vllm``: both speak the same dialect, with different capabilities.
+    ``kind`` is ``embedded`` or ``vllm``; what the gateway may ask of the member is in ``capabilities``.
     """
 
     instance: Instance
@@ -24,10 +38,11 @@ class Member:
     model: str
     engine_id: str
     profile: Profile | None = None
-    secret: str = ""
-    api_key: str = ""
+    secret: str = field(default="", repr=False)
+    api_key: str = field(default="", repr=False)
     kind: str = "embedded"
     pid: int | None = None
+    capabilities: Capabilities = Capabilities()
 
 
 class FleetListener(Protocol):

@@ -14,10 +14,13 @@ import aiohttp
 from tidegate.core.errors import ConfigError, SetupError
 from tidegate.core.instance import Instance
 from tidegate.fleet.health import Answer, HealthPace, check_health, until_unhealthy
-from tidegate.fleet.member import FleetListener, Member
+from tidegate.fleet.member import Capabilities, FleetListener, Member
 from tidegate.fleet.vllm_facts import NotReady, ask_server
 
 log = logging.getLogger(__name__)
+
+CAPABILITIES = Capabilities(kv_transfer=False, resumes_sampling=False)
+"""A server that tidegate did not start is asked only for what every vLLM server offers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +153,7 @@ class StaticFleet:
             engine_id=f"{server.id}-{secrets.token_hex(4)}",
             api_key=self._api_key,
             kind="vllm",
+            capabilities=CAPABILITIES,
         )
 
 
