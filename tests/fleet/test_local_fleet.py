@@ -237,3 +237,9 @@ async def test_killing_the_parent_leaves_no_process() -> None:
     owner.kill()
     await owner.wait()
     await until(lambda: not any(map(alive, pids)))
+
+
+@pytest.mark.parametrize(("batch_tokens", "seqs"), [(16, "16"), (255, "255"), (512, "256")])
+def test_a_small_step_takes_no_more_requests_than_tokens(batch_tokens: int, seqs: str) -> None:
+    argv = EngineLaunch(Path("m"), max_batch_tokens=batch_tokens).argv("i0")
+    assert argv[argv.index("--max-num-seqs") + 1] == seqs

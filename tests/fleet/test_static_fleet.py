@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import aiohttp
 import pytest
@@ -11,6 +12,7 @@ from aiohttp import web
 from fleet_observing import Recorder, until
 
 from tidegate.core.errors import ConfigError, SetupError
+from tidegate.fleet import static
 from tidegate.fleet.health import HealthPace
 from tidegate.fleet.static import StaticFleet, StaticPace, checked_url
 from tidegate.fleet.vllm_facts import parse_cache_config
@@ -184,6 +186,69 @@ async def test_one_server_is_enough_to_start(server: Server) -> None:
     assert list(seen.up) == ["i1"]
 
 
+@pytest.fixture
+async def other(server: Server) -> AsyncIterator[Server]:
+    """A second server, which serves another model."""
+    other = Server()
+    other.models = {"data": [{"id": "n", "max_model_len": 1024}]}
+    await other.up()
+    yield other
+    await other.down()
+
+
+async def test_another_model_at_start_is_an_error_that_names_both(server: Server, other: Server) -> None:
+    fleet = StaticFleet([server.url, other.url], pace=StaticPace(start_s=600.0))
+    with pytest.raises(SetupError, match=r"(?s)do not serve one model.*it serves '[mn]', the fleet '[mn]'"):
+        await fleet.start(Recorder())
+
+
+async def test_a_server_that_comes_back_with_another_model_is_refused_until_it_has_the_right_one(
+    server: Server, other: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    wrong, other.models = other.models, server.models
+    seen = Recorder()
+    fleet = StaticFleet([server.url, other.url], pace=QUICK)
+    await fleet.start(seen)
+    await other.down()
+    await until(lambda: "i1" not in seen.up)
+    other.models = wrong
+    await other.up()
+    await until(lambda: fleet._servers["i1"].other_model)
+    await asyncio.sleep(4 * QUICK.retry_s)
+    assert list(seen.up) == ["i0"]
+    assert sum("serves 'n'" in record.getMessage() for record in caplog.records) == 1
+    other.models = server.models
+    await until(lambda: "i1" in seen.up)
+    await fleet.stop()
+
+
+async def test_following_a_server_survives_what_nobody_expected(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("ask_server", "until_unhealthy"):
+        monkeypatch.setattr(static, name, fails_once(getattr(static, name)))
+    seen = Recorder()
+    fleet = StaticFleet([server.url], pace=QUICK)
+    await fleet.start(seen)
+    await until(lambda: len(seen.reports) == 3)
+    await fleet.stop()
+    assert seen.reports == [("up", "i0"), ("down", "i0"), ("up", "i0")]
+    assert "following i0 failed" in caplog.text and "checking i0 failed" in caplog.text
+
+
+def fails_once(real: Callable[..., Any]) -> Callable[..., Any]:
+    failed = False
+
+    async def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal failed
+        if not failed:
+            failed = True
+            raise ZeroDivisionError
+        return await real(*args, **kwargs)
+
+    return call
+
+
 async def test_a_session_is_not_left_open(server: Server) -> None:
     fleet = StaticFleet([server.url], pace=QUICK)
     await fleet.start(Recorder())
@@ -202,6 +267,8 @@ def test_capacities_of_data_parallel_engines_add_up() -> None:
 
 def test_urls_are_checked() -> None:
     assert checked_url("http://h:1/v1/") == "http://h:1"
+    with pytest.raises(ConfigError, match="plain http only"):
+        checked_url("https://h:8000")
     for wrong in ("h:8000", "ftp://h", "http://", "http://h:99999", "http://h/?a=1"):
         with pytest.raises(ConfigError):
             checked_url(wrong)

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 SECRET_VARIABLE = "TIDEGATE_LAUNCH_SECRET"
+MAX_NUM_SEQS = 256
+"""Requests of one engine step; fewer where a step has not a token for each of them."""
 WITHHELD = ("TIDEGATE_API_KEY", "TIDEGATE_VLLM_API_KEY", "TIDEGATE_LAUNCH_SECRET_FILE")
 """Variables of the gateway that an engine has no use for and must not see."""
 
@@ -58,7 +60,7 @@ class EngineLaunch:
             "--kv-memory-mb": self.kv_memory_mb,
             "--block-tokens": 16,
             "--max-batch-tokens": self.max_batch_tokens,
-            "--max-num-seqs": 256,
+            "--max-num-seqs": min(MAX_NUM_SEQS, self.max_batch_tokens),
             "--threads": 1,
             "--engine-id": engine_id,
             "--served-model-name": self.served_model_name or self.model.name,

@@ -42,6 +42,8 @@ class _Server:
         self.settled = asyncio.Event()
         """Set once the server was up, or can never be."""
         self.was_up = False
+        self.other_model = False
+        """Whether it was refused for its model when last asked."""
         self.trouble = "no answer yet"
 
 
@@ -51,6 +53,9 @@ class StaticFleet:
     A refused connection means down at once, otherwise three missed checks do. A server that comes
     back has a new ``engine_id``; a restart quicker than one check interval goes unseen unless a
     failing call makes the gateway ``suspect`` it. Members have no measured profile.
+
+    All serve one model, that of the first one up. A server with another model fails ``start``; later it
+    is refused with an error in the log, and asked again in case it comes back with the right one.
     """
 
     def __init__(self, urls: Sequence[str], *, api_key: str = "", pace: StaticPace | None = None) -> None:
@@ -61,6 +66,7 @@ class StaticFleet:
         if twice:
             raise ConfigError(f"given more than once: {', '.join(twice)}")
         self._api_key = api_key
+        self._model = ""
         self._pace = pace or StaticPace()
         self._servers: dict[str, _Server] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -104,6 +110,9 @@ class StaticFleet:
         absent = [server for server in self._servers.values() if not server.was_up]
         for server in absent:
             log.warning("%s (%s) is not up: %s", server.id, server.url, server.trouble)
+        refused = [f"  {server.id} {server.url}: {server.trouble}" for server in absent if server.other_model]
+        if refused:
+            raise SetupError("\n".join(["the servers do not serve one model", *refused]))
         if len(absent) == len(self._servers):
             lines = [f"  {server.id} {server.url}: {server.trouble}" for server in absent]
             raise SetupError("\n".join(["no server answers", *lines]))
@@ -111,21 +120,37 @@ class StaticFleet:
     async def _follow(self, server: _Server, listener: FleetListener, session: aiohttp.ClientSession) -> None:
         try:
             while True:
-                member = await self._until_up(server, session)
-                server.suspicion.clear()
-                listener.member_up(member)
-                server.was_up = True
-                server.settled.set()
-                reason = await until_unhealthy(
-                    session, server.url, server.suspicion, self._pace.health, refused_is_gone=True
-                )
-                log.warning("%s is down: it %s", server.id, reason)
-                listener.member_down(server.id, reason)
-        except SetupError as error:
-            server.trouble = error.message
-            log.error("%s is given up: %s", server.id, error.message)
+                try:
+                    await self._one_life(server, listener, session)
+                except SetupError as error:
+                    server.trouble = error.message
+                    log.error("%s is given up: %s", server.id, error.message)
+                    return
+                except Exception as error:
+                    server.trouble = f"following it failed: {error!r}"
+                    log.exception("following %s failed; it goes on", server.id)
+                    await asyncio.sleep(self._pace.retry_s)
         finally:
             server.settled.set()
+
+    async def _one_life(
+        self, server: _Server, listener: FleetListener, session: aiohttp.ClientSession
+    ) -> None:
+        """Wait until the server is up, report it, watch it, and report it down."""
+        member = await self._until_up(server, session)
+        server.suspicion.clear()
+        listener.member_up(member)
+        server.was_up = True
+        server.settled.set()
+        try:
+            reason = await until_unhealthy(
+                session, server.url, server.suspicion, self._pace.health, refused_is_gone=True
+            )
+        except Exception:
+            log.exception("checking %s failed", server.id)
+            reason = "could not be checked"
+        log.warning("%s is down: it %s", server.id, reason)
+        listener.member_down(server.id, reason)
 
     async def _until_up(self, server: _Server, session: aiohttp.ClientSession) -> Member:
         """Ask until the server is healthy and describes itself. Raises SetupError when it never can."""
@@ -140,10 +165,16 @@ class StaticFleet:
                 except NotReady as error:
                     server.trouble = str(error)
                 else:
-                    break
+                    self._model = self._model or facts.model
+                    server.other_model = facts.model != self._model
+                    if not server.other_model:
+                        break
+                    server.trouble = f"it serves {facts.model!r}, the fleet {self._model!r}"
+                    server.settled.set()
             if server.trouble != told:
                 told = server.trouble
-                log.info("waiting for %s (%s): %s", server.id, server.url, told)
+                say = log.error if server.other_model else log.info
+                say("waiting for %s (%s): %s", server.id, server.url, told)
             await asyncio.sleep(self._pace.retry_s)
         instance = Instance(server.id, facts.kv_capacity_tokens, facts.max_model_len, facts.block_tokens)
         return Member(
@@ -158,12 +189,20 @@ class StaticFleet:
 
 
 def checked_url(url: str) -> str:
-    """Return ``url`` as a base without trailing slash or ``/v1``. Raises ConfigError when it is none."""
+    """Return ``url`` as a base without trailing slash or ``/v1``.
+
+    Raises ConfigError when it is no server's URL, or one for https, which the relay does not speak.
+    """
     parts = urlsplit(url)
     try:
         parts.port  # noqa: B018 - reading it is what checks it
     except ValueError:
         raise ConfigError(f"{url!r}: the port is not a number between 0 and 65535") from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+    if parts.scheme == "https":
+        raise ConfigError(
+            f"{url!r}: engines are spoken to over plain http only; give the server's http:// address, or that "
+            "of a proxy that speaks TLS to it"
+        )
+    if parts.scheme != "http" or not parts.hostname or parts.query or parts.fragment:
         raise ConfigError(f"{url!r} is not a server's URL; expected something like http://10.0.0.5:8000")
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
