@@ -15,10 +15,8 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from tidegate.core.errors import STATUS, ClientError, ClientGone, TraceError
 from tidegate.core.slo import Slo
+from tidegate.core.stages import STAGES
 from tidegate.measure.lines import Fields, TypedLines
-
-STAGES = ("queue", "prefill", "transfer", "decode_queue", "first_step")
-"""The parts of TTFT, in order; ``decode``, the rest of the answer, follows them."""
 
 REFUSALS = frozenset(
     row.label for error, row in STATUS.items() if issubclass(error, ClientError) and error is not ClientGone
@@ -263,7 +261,7 @@ def _instance_event(line: Fields) -> InstanceEvent:
 
 def _outcome(line: Fields) -> Outcome:
     stages = line.object("stages")
-    by_stage = {name: stages.number(name) for name in (*STAGES, "decode")}
+    by_stage = {name: stages.number(name) for name in STAGES}
     arrival_s = line.require_number("timestamp") / 1000.0
     e2e_s = line.number("e2e_s")
     end_s = line.number("t")

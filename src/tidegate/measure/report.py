@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from tidegate.core.slo import Slo
+from tidegate.core.stages import TTFT_STAGES
 from tidegate.measure.attainment import DEFAULT_LEVEL, Attainment, Goodput, Observation, goodput, score
-from tidegate.measure.journal import STAGES, FlipEvent, InstanceEvent, Journal, Outcome
+from tidegate.measure.journal import FlipEvent, InstanceEvent, Journal, Outcome
 from tidegate.measure.percentiles import Summary, summarize
 
 
@@ -145,7 +146,7 @@ def _notes(journal: Journal, slo: Slo | None, own: set[Slo]) -> tuple[str, ...]:
 
 
 def _stages(good: Sequence[Outcome]) -> dict[str, Summary]:
-    found = {stage: summarize(o.stages_s.get(stage) for o in good) for stage in STAGES}
+    found = {stage: summarize(o.stages_s.get(stage) for o in good) for stage in TTFT_STAGES}
     return {stage: summary for stage, summary in found.items() if summary is not None}
 
 
