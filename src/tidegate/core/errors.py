@@ -5,13 +5,15 @@
     │   ├── BadRequest             a field is malformed; ``param`` names it
     │   ├── PromptTooLong          prompt + max_tokens exceed the model's context
     │   ├── UnknownModel           no instance serves that model
-    │   ├── UnknownRoute           no such path or method
+    │   ├── UnknownRoute           no such path
+    │   ├── WrongMethod            the path exists, but not with this method; ``allowed`` has the right ones
     │   ├── Unauthorized           missing or wrong API key
     │   ├── Forbidden              reserved to the members of the launch
     │   ├── BodyTooLarge           the upload exceeds the limit
     │   └── ClientGone             the client closed the connection (nobody sees the status)
     ├── CapacityError          the cluster cannot take the request now
     │   ├── NoInstance             no instance is up
+    │   ├── ShuttingDown           the server stops: it takes nothing new, or cut the request off
     │   └── Overloaded             the policy rejected the request
     ├── EngineError            an engine failed the request
     │   ├── EngineUnreachable      the connection failed or broke
@@ -28,6 +30,7 @@ metric label.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -58,7 +61,15 @@ class UnknownModel(ClientError):
 
 
 class UnknownRoute(ClientError):
-    """The path or method does not exist."""
+    """The path does not exist."""
+
+
+class WrongMethod(ClientError):
+    """The path exists, but not with this method."""
+
+    def __init__(self, message: str, *, allowed: Iterable[str]) -> None:
+        super().__init__(message)
+        self.allowed = tuple(sorted(allowed))
 
 
 class Unauthorized(ClientError):
@@ -83,6 +94,10 @@ class CapacityError(TidegateError):
 
 class NoInstance(CapacityError):
     """No instance that could serve the request is up."""
+
+
+class ShuttingDown(CapacityError):
+    """The server is stopping: it takes no new request, and cuts off those that outlast the drain."""
 
 
 class Overloaded(CapacityError):
@@ -152,11 +167,13 @@ STATUS: dict[type[TidegateError], ErrorStatus] = {
     PromptTooLong: ErrorStatus(400, "invalid_request_error", "context_length_exceeded", "prompt_too_long"),
     UnknownModel: ErrorStatus(404, "invalid_request_error", "model_not_found", "unknown_model"),
     UnknownRoute: ErrorStatus(404, "invalid_request_error", "unknown_url", "unknown_route"),
+    WrongMethod: ErrorStatus(405, "invalid_request_error", "method_not_allowed", "wrong_method"),
     Unauthorized: ErrorStatus(401, "invalid_request_error", "invalid_api_key", "unauthorized"),
     Forbidden: ErrorStatus(403, "permission_error", "forbidden", "forbidden"),
     BodyTooLarge: ErrorStatus(413, "invalid_request_error", "body_too_large", "body_too_large"),
     ClientGone: ErrorStatus(499, "client_closed_request", "client_closed_request", "client_gone"),
     NoInstance: ErrorStatus(503, "service_unavailable", "no_instance", "no_instance"),
+    ShuttingDown: ErrorStatus(503, "service_unavailable", "shutting_down", "shutting_down"),
     Overloaded: ErrorStatus(429, "rate_limit_error", "overloaded", "overloaded"),
     EngineUnreachable: ErrorStatus(502, "engine_error", "engine_unreachable", "engine_unreachable"),
     EngineTimeout: ErrorStatus(504, "engine_error", "engine_timeout", "engine_timeout"),
