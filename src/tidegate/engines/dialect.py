@@ -20,7 +20,6 @@ from tidegate.engines.wire import Answer, Wire
 from tidegate.protocol.sse import SseParser
 
 WANT_HANDLE: Json = {"do_remote_decode": True, "do_remote_prefill": False}
-HEALTH = "/health"
 
 
 class DialectEngine:
@@ -55,11 +54,11 @@ class DialectEngine:
         try:
             if leg.pin:
                 answer = await self._wire.exchange("POST", path, body, deadline_s=deadline_s)
-                self._check(answer, stage)
+                self._check(answer, leg, stage)
                 return _whole_answer(answer.body, leg, sink)
             stream = _Stream(leg, sink, self.instance)
             answer = await self._wire.exchange("POST", path, body, sink=stream.feed, deadline_s=deadline_s)
-            self._check(answer, stage)
+            self._check(answer, leg, stage)
             return stream.end()
         except EngineError as error:
             error.instance = error.instance or self.instance
@@ -80,16 +79,9 @@ class DialectEngine:
         except EngineError:
             return
 
-    async def health(self, *, deadline_s: float) -> bool:
-        """See ``Engine.health``."""
-        try:
-            return (await self._wire.exchange("GET", HEALTH, deadline_s=deadline_s)).status == 200
-        except EngineError:
-            return False
-
     def close(self, reason: str) -> None:
         """See ``Engine.close``."""
-        self._wire.drop(EngineUnreachable(reason, instance=self.instance))
+        self._wire.drop(reason)
 
     def _body(self, leg: Leg) -> Json:
         body: Json = {
@@ -100,13 +92,15 @@ class DialectEngine:
         }
         if leg.max_tokens is not None:
             body["max_tokens"] = leg.max_tokens
+        kv: Json = {}
         if leg.messages is None:
             body["prompt"] = leg.prompt
         else:
             body["messages"] = leg.messages
+            if leg.prompt is not None:
+                kv["prompt_token_ids"] = leg.prompt
         if leg.salt:
             body["cache_salt"] = leg.salt
-        kv: Json = {}
         if leg.handle is not None:
             kv.update(leg.handle.params)
             kv.update(do_remote_prefill=not leg.pin, do_remote_decode=leg.pin)
@@ -121,10 +115,16 @@ class DialectEngine:
             body["stream_options"] = {"include_usage": True}
         return body
 
-    def _check(self, answer: Answer, stage: str) -> None:
+    def _check(self, answer: Answer, leg: Leg, stage: str) -> None:
         if answer.status == 200:
             return
-        raise _refusal(answer, self.instance, stage)
+        refusal = _refusal(answer, self.instance, stage)
+        if isinstance(refusal, ClientError) and (leg.generated or leg.handle is not None):
+            # The client's own request passed before: what is refused is what the gateway made of it.
+            raise EngineFault(
+                f"refused a continued leg: {refusal.message}", instance=self.instance, stage=stage
+            )
+        raise refusal
 
 
 class _Stream:
@@ -147,54 +147,62 @@ class _Stream:
         self._chat = leg.messages is not None
         self._instance = instance
         self._started = self._finished = False
-        self._prompt_tokens = 0
         self._times = LegTimes()
 
     def feed(self, data: bytes) -> None:
-        """Deliver the tokens in ``data``. Raises EngineFault for an error event."""
+        """Deliver the tokens in ``data``. Raises EngineFault for an error event or a malformed one."""
         for payload in self._parser.feed(data):
             if payload == b"[DONE]":
                 continue
             try:
                 event = orjson.loads(payload)
-            except orjson.JSONDecodeError:
-                raise EngineFault(f"the engine sent a malformed event: {payload[:80]!r}") from None
-            if event.get("choices"):
-                choice = event["choices"][0]
-                if self._plain(choice):
-                    continue
-                tokens = _tokens(choice, self._chat)
-                if tokens.finish_reason is not None:
-                    if tokens.finish_reason in ("abort", "error"):
-                        raise EngineUnreachable("the engine aborted the leg", instance=self._instance)
-                    self._finished = True
-                if "prompt_token_ids" in event:
-                    tokens.prompt_token_ids = event["prompt_token_ids"]
-                if tokens.token_ids or tokens.text or tokens.prompt_token_ids or self._finished:
-                    self._sink.tokens(tokens)
-            elif "error" in event:
-                raise EngineFault(str(event["error"].get("message", "error event")), instance=self._instance)
-            if "metrics" in event:
-                self._times = _times(event["metrics"] or {})
-            if event.get("usage"):
-                self._prompt_tokens = int(event["usage"].get("prompt_tokens", 0))
+                choice: Json = event["choices"][0] if event.get("choices") else {}
+                if (
+                    self._started
+                    and choice
+                    and choice["finish_reason"] is None
+                    and choice["logprobs"] is None
+                ):
+                    text = choice["delta"]["content"] if self._chat else choice["text"]
+                    token_ids, tokens = choice["token_ids"], None
+                else:
+                    token_ids, tokens = None, self._read(event, choice)
+            except (orjson.JSONDecodeError, LookupError, TypeError, ValueError, AttributeError):
+                raise EngineFault(
+                    f"the engine sent a malformed event: {payload[:80]!r}", instance=self._instance
+                ) from None
+            if token_ids:
+                self._sink.plain(text, token_ids)
+            elif tokens is not None:
+                self._sink.tokens(tokens)
 
-    def _plain(self, choice: Json) -> bool:
-        """Deliver a piece in the middle of a completion the short way; False when it is another kind."""
-        try:
-            if choice["finish_reason"] is None and choice["logprobs"] is None and self._started:
-                self._sink.plain(choice["text"], choice["token_ids"])
-                return True
-        except KeyError:
-            pass
+    def _read(self, event: Json, choice: Json) -> Tokens | None:
+        """Read any event; None when it has nothing to deliver."""
         self._started = True
-        return False
+        if "error" in event:
+            error = event["error"]
+            message = error.get("message") if isinstance(error, dict) else error
+            raise EngineFault(str(message), instance=self._instance)
+        if event.get("metrics"):
+            self._times = _times(event["metrics"])
+        if not choice:
+            return None
+        tokens = _tokens(choice, self._chat)
+        if tokens.prompt_token_ids is None:
+            tokens.prompt_token_ids = event.get("prompt_token_ids")
+        if tokens.finish_reason in ("abort", "error"):
+            raise EngineUnreachable("the engine aborted the leg", instance=self._instance)
+        self._finished = self._finished or tokens.finish_reason is not None
+        if tokens.text and not tokens.token_ids and tokens.finish_reason is None:
+            raise EngineFault("the engine sends text without token ids", instance=self._instance)
+        useful = tokens.token_ids or tokens.prompt_token_ids or tokens.finish_reason is not None
+        return tokens if useful else None
 
     def end(self) -> LegEnd:
         """Return the leg's end. Raises EngineUnreachable when the stream stopped without a finish reason."""
         if not self._finished:
             raise EngineUnreachable("the stream ended without a finish reason", instance=self._instance)
-        return LegEnd(self._prompt_tokens, times=self._times)
+        return LegEnd(times=self._times)
 
 
 def _whole_answer(raw: bytes, leg: Leg, sink: TokensSink) -> LegEnd:
@@ -203,19 +211,16 @@ def _whole_answer(raw: bytes, leg: Leg, sink: TokensSink) -> LegEnd:
         choice = body["choices"][0]
         tokens = _tokens(choice, leg.messages is not None)
         tokens.prompt_token_ids = body.get("prompt_token_ids") or choice.get("prompt_token_ids")
-        prompt_tokens = int(body["usage"]["prompt_tokens"])
-    except (orjson.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+        times = _times(body.get("metrics") or {})
+        params = body.get("kv_transfer_params")
+    except (orjson.JSONDecodeError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise EngineFault(f"the engine's answer is malformed: {error!r}") from None
     if tokens.finish_reason in ("abort", "error"):
         raise EngineUnreachable("the engine aborted the leg")
-    handle = None
-    params = body.get("kv_transfer_params")
-    if params:
-        handle = KvHandle(
-            str(params.get("remote_engine_id")), int(params.get("remote_num_tokens", 0)), params
-        )
+    if not tokens.token_ids or tokens.prompt_token_ids is None:
+        raise EngineFault("the engine does not return token ids")
     sink.tokens(tokens)
-    return LegEnd(prompt_tokens, handle, _times(body.get("metrics") or {}))
+    return LegEnd(KvHandle(params) if params else None, times)
 
 
 def _tokens(choice: Json, chat: bool) -> Tokens:

@@ -10,14 +10,11 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class KvHandle:
-    """KV pinned on an instance after a leg, as the engine described it.
+    """KV pinned on an instance after a leg, as the engine described it in ``params``.
 
-    ``owner`` is the engine id of the process that holds it; ``tokens`` how many tokens it covers.
-    The handle is dead once that process is gone or the lease ends.
+    The handle is dead once that engine's process is gone or the lease ends.
     """
 
-    owner: str
-    tokens: int
     params: Json
 
 
@@ -25,10 +22,11 @@ class KvHandle:
 class Leg:
     """One call to one engine: a part of a request.
 
-    ``prompt`` is what to send: token ids, or the client's own text or messages while no engine has
-    tokenised them. ``generated`` counts the ids at the end of a token-id prompt that are earlier
-    output. ``pin`` asks for a handle at the end (prefill legs); such a leg is answered in one piece.
-    ``sampling`` holds the body fields both legs share (temperature, stop, seed, extensions ...).
+    ``prompt`` is what to send: token ids, or the text of a client while no engine has tokenised it.
+    A chat has ``messages``, and token ids in ``prompt`` once they are known. ``generated`` counts the
+    ids at the end of ``prompt`` that are earlier output. ``pin`` asks for a handle at the end; such a
+    leg is answered in one piece. ``sampling`` holds the body fields that all legs share (temperature,
+    stop, seed, extensions ...).
     """
 
     request_id: str
@@ -40,7 +38,6 @@ class Leg:
     pin: bool = False
     handle: KvHandle | None = None
     salt: str = ""
-    chat_logprobs: bool = False
 
 
 @dataclass(slots=True)
@@ -83,7 +80,6 @@ class LegTimes:
 class LegEnd:
     """How a leg ended, after its last Tokens were delivered."""
 
-    prompt_tokens: int
     handle: KvHandle | None = None
     times: LegTimes = field(default_factory=LegTimes)
 
@@ -105,10 +101,6 @@ class Engine(Protocol):
 
     async def release_request(self, request_id: str) -> None:
         """Like ``release``, for a leg whose answer never arrived; unknown ids are ignored."""
-        ...
-
-    async def health(self, *, deadline_s: float) -> bool:
-        """Tell whether the engine answers."""
         ...
 
     def close(self, reason: str) -> None:

@@ -130,7 +130,11 @@ class _Connection(asyncio.Protocol):
 
 
 class Wire:
-    """The connections to one engine. No ceiling on their number: one per exchange in progress."""
+    """The connections to one engine. No ceiling on their number: one per exchange in progress.
+
+    A silence of ``stall_s`` fails an exchange once its answer has begun. Before that an engine may be
+    queueing it: then only the exchange's deadline and the word of whoever watches the engine count.
+    """
 
     def __init__(self, url: str, *, connect_s: float, stall_s: float, headers: dict[str, str]) -> None:
         parts = urlsplit(url)
@@ -144,6 +148,7 @@ class Wire:
         self._idle: deque[_Connection] = deque()
         self._busy: set[_Connection] = set()
         self._watch: asyncio.TimerHandle | None = None
+        self._dropped: str | None = None
 
     async def exchange(
         self,
@@ -175,10 +180,11 @@ class Wire:
         except TimeoutError:
             raise EngineTimeout(f"{method} {path}: no complete answer within {deadline_s:g} s") from None
 
-    def drop(self, error: Exception) -> None:
-        """End every exchange with ``error`` and close all connections: the engine is gone."""
+    def drop(self, reason: str) -> None:
+        """End every exchange, now and later, with EngineUnreachable: the engine is gone for good."""
+        self._dropped = reason
         for connection in list(self._busy):
-            connection.fail(error)
+            connection.fail(EngineUnreachable(reason))
         while self._idle:
             self._idle.pop().close()
         if self._watch is not None:
@@ -195,7 +201,7 @@ class Wire:
             except EngineUnreachable:
                 # A server may close an idle connection just as it is reused: nothing was answered,
                 # so the request is sent again on a fresh one.
-                if connection.answered:
+                if connection.answered or self._dropped is not None:
                     raise
         return await self._carry(await self._connect(), request, sink)
 
@@ -210,11 +216,15 @@ class Wire:
             raise
         finally:
             self._busy.discard(connection)
-        if connection.reusable:
+        if connection.reusable and self._dropped is None:
             self._idle.append(connection)
+        else:
+            connection.close()
         return answer
 
     async def _connect(self) -> _Connection:
+        if self._dropped is not None:
+            raise EngineUnreachable(self._dropped)
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_s):
@@ -234,7 +244,7 @@ class Wire:
         loop = asyncio.get_running_loop()
         oldest = loop.time() - self._stall_s
         for connection in list(self._busy):
-            if connection.last_data_s < oldest:
+            if connection.answered and connection.last_data_s < oldest:
                 with contextlib.suppress(asyncio.InvalidStateError):
                     connection.fail(EngineTimeout(f"the engine was silent for {self._stall_s:g} s"))
         self._watch = loop.call_later(WATCH_S, self._look) if self._busy else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any, Protocol
 
 import orjson
@@ -25,29 +26,9 @@ def usage_object(prompt_tokens: int, completion_tokens: int, cached_tokens: int)
     }
 
 
-def chat_logprobs(logprobs: Json | None) -> Json | None:
-    """Convert completion-style logprobs (a decode leg's) to chat style; chat style passes unchanged."""
-    if not logprobs or "content" in logprobs:
-        return logprobs
-    rows = zip(
-        logprobs.get("tokens") or [],
-        logprobs.get("token_logprobs") or [],
-        logprobs.get("top_logprobs") or [None] * len(logprobs.get("tokens") or []),
-        strict=False,
-    )
-    return {
-        "content": [
-            {
-                **_chat_logprob(token, logprob),
-                "top_logprobs": [_chat_logprob(t, v) for t, v in (top or {}).items()],
-            }
-            for token, logprob, top in rows
-        ]
-    }
-
-
-def _chat_logprob(token: str, logprob: float) -> Json:
-    return {"token": token, "logprob": logprob, "bytes": list(token.encode("utf-8", "replace"))}
+def text_offsets(tokens: list[str], start: int) -> list[int]:
+    """Return where each token's text begins when the first one begins at ``start`` characters."""
+    return list(accumulate((len(token) for token in tokens[:-1]), initial=start)) if tokens else []
 
 
 class ChunkWriter:
@@ -56,7 +37,7 @@ class ChunkWriter:
     The parts of an event that do not change are encoded once; a piece costs one string encoding.
     """
 
-    __slots__ = ("_after", "_before", "_call", "_head", "_opened", "_usage_null")
+    __slots__ = ("_after", "_before", "_call", "_chars", "_head", "_opened", "_usage_null")
 
     def __init__(self, call: Call, model: str) -> None:
         self._call = call
@@ -73,6 +54,7 @@ class ChunkWriter:
         self._before = self._head + open_choice
         self._after = close_choice + self._usage_null + b"}\n\n"
         self._opened = not call.chat
+        self._chars = 0
 
     def plain(self, text: str) -> bytes:
         """Return the event of a piece that is only text. Not for the first one of a chat."""
@@ -90,10 +72,10 @@ class ChunkWriter:
         choice: Json = {"index": 0}
         if call.chat:
             choice["delta"] = {"content": tokens.text} if tokens.text or finish_reason is None else {}
-            choice["logprobs"] = chat_logprobs(tokens.logprobs)
+            choice["logprobs"] = tokens.logprobs
         else:
             choice["text"] = tokens.text
-            choice["logprobs"] = tokens.logprobs
+            choice["logprobs"] = self._placed(tokens.logprobs)
         choice["finish_reason"] = finish_reason
         if finish_reason is not None:
             choice["stop_reason"] = tokens.stop_reason
@@ -102,6 +84,15 @@ class ChunkWriter:
             if prompt_ids is not None:
                 choice["prompt_token_ids"] = prompt_ids
         return opening + self._choice(choice)
+
+    def _placed(self, logprobs: Json | None) -> Json | None:
+        """Return a completion's logprobs with offsets from the start of the answer, not of the leg."""
+        if logprobs is None:
+            return None
+        tokens = logprobs.get("tokens") or []
+        placed = logprobs | {"text_offset": text_offsets(tokens, self._chars)}
+        self._chars += sum(map(len, tokens))
+        return placed
 
     def end(self, usage: Json) -> bytes:
         """Return the closing events."""
@@ -210,18 +201,13 @@ class Collected:
     def _chat_logprobs(self) -> Json | None:
         if not self._logprobs:
             return None
-        parts = [chat_logprobs(p) or {} for p in self._logprobs]
-        return {"content": [row for p in parts for row in p.get("content", [])]}
+        return {"content": [row for part in self._logprobs for row in part.get("content") or []]}
 
     def _completion_logprobs(self) -> Json | None:
         if not self._logprobs:
             return None
         merged: Json = {
-            key: [row for p in self._logprobs for row in p.get(key) or []]
+            key: [row for part in self._logprobs for row in part.get(key) or []]
             for key in ("tokens", "token_logprobs", "top_logprobs")
         }
-        offsets, position = [], 0
-        for token in merged["tokens"]:
-            offsets.append(position)
-            position += len(token)
-        return merged | {"text_offset": offsets}
+        return merged | {"text_offset": text_offsets(merged["tokens"], 0)}

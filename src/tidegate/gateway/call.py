@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tidegate.core.errors import BadRequest, ConfigError
@@ -30,8 +30,8 @@ would let it read another's KV or name another's request, so they go no further.
 class Call:
     """One completion call. ``sampling`` holds the body fields that every leg carries unchanged.
 
-    Exactly one of ``prompt`` (text or token ids) and ``messages`` is set. ``max_tokens`` None means
-    the rest of the model's context. A request that samples without a seed is given one here, so
+    Exactly one of ``prompt`` (text or token ids) and ``messages`` is set. ``max_tokens`` is None when
+    the client sent none. A request that samples without a seed is given one here, so
     that whatever leg continues it continues the same random sequence.
     """
 
@@ -52,7 +52,24 @@ class Call:
     salt: str
 
     @property
-    def prompt_bytes(self) -> int:
+    def greedy(self) -> bool:
+        """Whether every token depends on the ones before it alone: no sampling, penalty or guidance."""
+        stateful = ("presence_penalty", "frequency_penalty", "repetition_penalty", "response_format")
+        guided = any(name.startswith(("guided_", "structured_")) for name in self.sampling)
+        return (
+            self.sampling.get("temperature") == 0
+            and not guided
+            and not any(self.sampling.get(name) for name in stateful)
+        )
+
+    def tokens_within(self, room: int) -> int:
+        """Return how many tokens to generate when the context has ``room`` for that many more."""
+        if self.max_tokens is not None:
+            return self.max_tokens
+        return room if self.chat else min(DEFAULT_COMPLETION_TOKENS, room)
+
+    @property
+    def prompt_chars(self) -> int:
         """Length of a text prompt in characters; an estimate's input only."""
         if self.messages is not None:
             return sum(len(str(m.get("content") or "")) + 16 for m in self.messages)
@@ -72,7 +89,7 @@ def read_call(value: Json, headers: Mapping[str, str], *, chat: bool, slo: Slo) 
         else:
             sampling.pop("logprobs", None)
     else:
-        max_tokens = body.max_tokens or DEFAULT_COMPLETION_TOKENS
+        max_tokens = body.max_tokens
     if body.seed is None and body.temperature != 0.0:
         sampling["seed"] = secrets.randbits(62)
     if body.stream_options is not None and not body.stream:
@@ -99,16 +116,14 @@ def read_call(value: Json, headers: Mapping[str, str], *, chat: bool, slo: Slo) 
 
 
 def _slo(headers: Mapping[str, str], default: Slo) -> Slo:
-    targets = []
-    for header, fallback in (("x-slo-ttft-ms", default.ttft_s), ("x-slo-tpot-ms", default.tpot_s)):
+    """Return the request's targets: its headers', the gateway's where a header is absent."""
+    slo = default
+    for header, name in (("x-slo-ttft-ms", "ttft_s"), ("x-slo-tpot-ms", "tpot_s")):
         text = headers.get(header)
+        if text is None:
+            continue
         try:
-            targets.append(fallback if text is None else float(text) / 1000.0)
-        except ValueError:
-            raise BadRequest(f"header {header}: {text!r} is not a number", param=header) from None
-    if targets == [default.ttft_s, default.tpot_s]:
-        return default
-    try:
-        return Slo(*targets)
-    except ConfigError as error:
-        raise BadRequest(error.message, param="x-slo-ttft-ms") from None
+            slo = replace(slo, **{name: float(text) / 1000.0})
+        except (ValueError, ConfigError):
+            raise BadRequest(f"header {header}: {text!r} is not a positive number", param=header) from None
+    return slo

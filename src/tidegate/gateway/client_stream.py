@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from tidegate.core.errors import ClientGone, TidegateError
 from tidegate.protocol.errors import error_body
@@ -12,6 +12,8 @@ from tidegate.protocol.sse import event
 
 UNREAD_BYTES = 2 * 2**20
 """A client that leaves this much unread is dropped: its backlog would grow without bound (ours)."""
+LEAVE_S = 30.0
+"""How long a client may take to read what is left of a finished answer (ours)."""
 HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
@@ -24,12 +26,13 @@ class ClientStream:
 
     The answer's head is sent with the first event, so that a failure before it still has its own
     HTTP status. After the head, events go straight to the connection's transport, each as one HTTP
-    chunk: no task switch per chunk.
+    chunk (to an HTTP/1.0 client as they are, until the connection closes): no task switch per chunk.
     """
 
     def __init__(self, request: web.Request, headers: dict[str, str]) -> None:
         self._request = request
         self.response = web.StreamResponse(headers={**HEADERS, **headers})
+        self._chunked = request.version >= HttpVersion11
         self._transport: asyncio.WriteTransport | None = None
         self._pending: list[bytes] = []
         self._opening: asyncio.Task[None] | None = None
@@ -47,7 +50,7 @@ class ClientStream:
             if self._opening is None:
                 self._opening = asyncio.create_task(self._open())
             return
-        transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
         if transport.is_closing():
             raise ClientGone("the client closed the connection")
         if transport.get_write_buffer_size() > UNREAD_BYTES:
@@ -58,8 +61,14 @@ class ClientStream:
         """Send the last events and end the answer."""
         self.send(data)
         assert self._opening is not None
-        await self._opening
-        await self.response.write_eof()
+        try:
+            async with asyncio.timeout(LEAVE_S):
+                await self._opening
+                await self.response.write_eof()
+        except TimeoutError:
+            if self._request.transport is not None:
+                self._request.transport.abort()
+            raise ClientGone(f"the client did not take the end of its answer within {LEAVE_S:g} s") from None
         return self.response
 
     async def fail(self, error: TidegateError) -> web.StreamResponse:
@@ -73,7 +82,8 @@ class ClientStream:
 
     async def _open(self) -> None:
         """Send the head with all that came before it was out."""
-        self.response.enable_chunked_encoding()
+        if self._chunked:
+            self.response.enable_chunked_encoding()
         await self.response.prepare(self._request)
         data = b"".join(self._pending)
         self._pending.clear()

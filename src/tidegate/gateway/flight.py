@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from tidegate.core.decision import Path
 from tidegate.core.errors import (
-    ClientGone,
     EngineError,
     EngineTimeout,
+    InternalError,
     PromptTooLong,
     TidegateError,
     status_of,
@@ -45,7 +44,7 @@ class Flight:
     """Serves one call. ``run`` returns when the last token was delivered, or raises a TidegateError.
 
     Whatever happens, the request leaves the ledger, engines abort what is no longer wanted, and the
-    journal and metrics get one outcome.
+    journal and metrics get one outcome. A flight is the ``TokensSink`` of its legs.
     """
 
     def __init__(
@@ -62,21 +61,22 @@ class Flight:
         self._clock = scheduler.clock
         self._estimate = estimate
         self._answer = answer
-        self._limit = call.max_tokens
         self._deadline_s = arrival_s + scheduler.settings.request_deadline_s
-        self._leg_on = ""
-        self._pinning = False
-        self._decoding = False
-        self._leg_first_s: float | None = None
+        self._limit: int | None = call.max_tokens
+        self._refusal: PromptTooLong | None = None
+        self._failures = 0
         self._legs = 0
-        self._failed_on: set[str] = set()
+        self._leg_upstream: Upstream | None = None
+        self._leg_first_s: float | None = None
+        self._handing_over = False
+        self._decoding = False
 
     @property
     def prompt_tokens(self) -> int:
         """Length of the client's prompt; an estimate until an engine has tokenised a text prompt."""
         if self.prompt_ids is not None:
             return len(self.prompt_ids)
-        return self._estimate.tokens(self.call.prompt_bytes)
+        return self._estimate.tokens(self.call.prompt_chars)
 
     async def run(self) -> None:
         """Serve the request to its end."""
@@ -88,7 +88,10 @@ class Flight:
             error = failure
             raise
         except asyncio.CancelledError:
-            error = ClientGone("the client closed the connection")
+            error = self._scheduler.cut_off()
+            raise
+        except Exception as failure:
+            error = InternalError(f"{type(failure).__name__}: {failure}")
             raise
         finally:
             self._scheduler.in_flight -= 1
@@ -106,13 +109,12 @@ class Flight:
 
     async def _prepare_replay(self, error: EngineError) -> None:
         """Account for a failed attempt. Raises ``error`` when the request may not be tried again."""
-        scheduler, story, now = self._scheduler, self.story, self._clock.now()
+        scheduler, now = self._scheduler, self._clock.now()
         self._ledger.aborted(self.call.id, now)
-        story.replays += 1
+        self._failures += 1
         label = status_of(error).label
-        scheduler.metrics.replays.labels(label).inc()
         scheduler.journal.write(
-            "replay",
+            "failure",
             now,
             request=self.call.id,
             instance=error.instance,
@@ -121,63 +123,68 @@ class Flight:
             message=error.message,
             generated=len(self.out_ids),
         )
-        if story.replays > scheduler.settings.replays or now >= self._deadline_s:
+        if self._failures > scheduler.settings.replays or now >= self._deadline_s or not self._resumable():
             raise error
+        scheduler.metrics.replays.labels(label).inc()
+        self.story.replays += 1
         if error.instance:
-            self._failed_on.add(error.instance)
             await scheduler.confirm_failure(error.instance)
+
+    def _resumable(self) -> bool:
+        """Whether another leg continues exactly where the failed one ended."""
+        if not self.out_ids or self.call.greedy or self._leg_upstream is None:
+            return True
+        return self._leg_upstream.member.capabilities.resumes_sampling
 
     async def _attempt(self) -> None:
         """Run the request, or what is left of it, from one placement of its prefill."""
         scheduler, story = self._scheduler, self.story
         self._decoding = False
-        replaying = story.replays > 0
-        request = self._request()
-        if replaying and self._remaining() == 0:
-            self.finish_reason = "length"
-            self._answer.tokens(Tokens("", []), "length", self.prompt_ids)
+        if self.prompt_ids is not None and not self.out_ids and scheduler.max_model_len:
+            self._settle_limit(len(self.prompt_ids), scheduler.max_model_len)
+        self._raise_refusal()
+        if self._remaining() == 0:
+            self._finish_at_limit()
             return
-        self._check_fits()
         dispatched = await scheduler.place_prefill(
-            request,
-            kind="replay" if replaying else "place_prefill",
-            wait_s=scheduler.settings.recovery_s if replaying else 0.0,
-            avoid=self._failed_on,
+            self._request(),
+            kind="replay" if story.replays else "place_prefill",
+            recovery_s=scheduler.settings.recovery_s if self.out_ids else 0.0,
+            deadline_s=self._deadline_s,
         )
         place = dispatched.place
         story.prefill_on = place.prefill_on
         story.predicted_prefill_s = dispatched.predicted_prefill_s
         upstream = scheduler.upstreams[place.prefill_on]
+        movable = self.call.greedy or upstream.member.capabilities.resumes_sampling
         placed_s = self._clock.now()
-        if place.path is Path.COLOCATED:
+        if place.path is Path.COLOCATED or not movable:
             story.decode_on = place.prefill_on
-            end = await self._run_leg(upstream, self._remaining(), pin=False)
+            end = await self._run_leg(upstream, self._remaining())
             self._note_prefill(end, placed_s)
             self._note_decode(end, placed_s)
             return
-        end = await self._run_leg(upstream, 1, pin=self._remaining() != 1)
+        end = await self._run_leg(upstream, 1, hand_over=self._remaining() != 1)
         self._note_prefill(end, placed_s)
-        if self.finish_reason is not None:
-            if end.handle is not None:
-                scheduler.background(upstream.engine.release(end.handle))
-            return
-        await self._decode(upstream, end.handle)
+        if self.finish_reason is None and self._refusal is None:
+            await self._decode(upstream, end.handle)
+        elif end.handle is not None:
+            scheduler.background(upstream.engine.release(end.handle))
+        self._raise_refusal()
 
     async def _decode(self, source: Upstream, handle: KvHandle | None) -> None:
         """Place the decode and run it, pulling the KV behind ``handle`` unless it is gone."""
         scheduler = self._scheduler
         pulled = False
         try:
-            self._check_fits()
             now = self._clock.now()
             self._ledger.prefill_ended(self.call.id, now)
-            name = scheduler.place_decode(self._request(), source.member.instance.id, avoid=self._failed_on)
+            name = scheduler.place_decode(self._request(), source.member.instance.id)
             self.story.decode_on = name
             self._decoding = True
-            upstream = scheduler.upstreams[name]
             if name != source.member.instance.id:
                 self._ledger.transfer_started(self.call.id, now)
-            end = await self._run_leg(upstream, self._remaining(), pin=False, handle=handle)
+            end = await self._run_leg(scheduler.upstreams[name], self._remaining(), handle=handle)
             pulled = True
             self._note_decode(end, now)
         finally:
@@ -185,53 +192,62 @@ class Flight:
                 scheduler.background(source.engine.release(handle))
 
     async def _run_leg(
-        self, upstream: Upstream, max_tokens: int | None, *, pin: bool, handle: KvHandle | None = None
+        self,
+        upstream: Upstream,
+        max_tokens: int | None,
+        *,
+        hand_over: bool = False,
+        handle: KvHandle | None = None,
     ) -> LegEnd:
+        """Run one leg; with ``hand_over`` another one continues it, pulling its KV where instances can."""
         call = self.call
-        self._legs += 1
-        self._leg_on, self._pinning, self._leg_first_s = upstream.member.instance.id, pin, None
-        known = self.prompt_ids is not None
-        leg = Leg(
-            request_id=f"{call.id}-{self._legs}",
-            prompt=[*self.prompt_ids, *self.out_ids] if self.prompt_ids is not None else call.prompt,
-            messages=None if known else call.messages,
-            max_tokens=max_tokens,
-            sampling=self._sampling(known),
-            generated=len(self.out_ids),
-            pin=pin,
-            handle=handle,
-            salt=call.salt,
-        )
         left_s = self._deadline_s - self._clock.now()
         if left_s <= 0:
             raise EngineTimeout(
                 f"the request's deadline of {self._scheduler.settings.request_deadline_s:g} s has passed"
             )
+        self._legs += 1
+        self._leg_upstream, self._leg_first_s, self._handing_over = upstream, None, hand_over
+        pin = hand_over and upstream.member.capabilities.kv_transfer
+        leg = Leg(
+            request_id=f"{call.id}-{self._legs}",
+            prompt=call.prompt if self.prompt_ids is None else [*self.prompt_ids, *self.out_ids],
+            messages=call.messages,
+            max_tokens=max_tokens,
+            sampling=self._sampling(max_tokens),
+            generated=len(self.out_ids),
+            pin=pin,
+            handle=handle,
+            salt=call.salt,
+        )
         try:
             return await upstream.engine.run(leg, self, deadline_s=left_s)
-        except asyncio.CancelledError:
-            # The answer may have crossed the cancellation: the engine then holds a pin nobody knows of.
+        except BaseException:
+            # The answer may have been lost on the way: the engine then holds a pin nobody knows of.
             if pin:
                 self._scheduler.background(upstream.engine.release_request(leg.request_id))
             raise
 
-    def _sampling(self, known: bool) -> dict[str, Any]:
-        """Body fields of a leg; a chat continued as a completion asks for logprobs in that form."""
+    def _sampling(self, max_tokens: int | None) -> dict[str, object]:
+        """Return the leg's sampling fields: ``min_tokens`` asks no more of it than it may generate."""
         sampling = self.call.sampling
-        if self.call.chat and known and "logprobs" in sampling:
-            sampling = {k: v for k, v in sampling.items() if k not in ("logprobs", "top_logprobs")}
-            sampling["logprobs"] = self.call.sampling.get("top_logprobs", 0)
+        wanted = sampling.get("min_tokens")
+        if wanted and max_tokens is not None:
+            return sampling | {"min_tokens": min(wanted, len(self.out_ids) + max_tokens)}
         return sampling
+
+    # the legs' tokens
 
     def tokens(self, tokens: Tokens) -> None:
         """See ``TokensSink.tokens``."""
         if tokens.prompt_token_ids is not None and self.prompt_ids is None:
-            self.prompt_ids = tokens.prompt_token_ids
-            self._estimate.observe(self.call.prompt_bytes, len(self.prompt_ids))
+            self._learn_prompt(tokens.prompt_token_ids)
+        if self._refusal is not None:
+            return
         if tokens.token_ids:
             self._count(tokens.token_ids)
         reason = tokens.finish_reason
-        if reason == "length" and self._pinning and self._remaining() != 0:
+        if reason == "length" and self._handing_over and self._remaining() != 0:
             reason = None
         if reason is not None:
             self.finish_reason, self.stop_reason = reason, tokens.stop_reason
@@ -261,29 +277,43 @@ class Flight:
         """The leg's first token: a pull it waited for has ended, a colocated prefill has become a decode."""
         if self._decoding:
             self._ledger.transfer_ended(self.call.id, now)
-        elif not self._pinning:
+        elif not self._handing_over and self._leg_upstream is not None:
             self._ledger.prefill_ended(self.call.id, now)
             resident = self.prompt_tokens + len(self.out_ids)
-            self._ledger.decode_dispatched(self.call.id, self._leg_on, resident, now)
+            self._ledger.decode_dispatched(self.call.id, self._leg_upstream.member.instance.id, resident, now)
             self._decoding = True
 
+    def _learn_prompt(self, ids: list[int]) -> None:
+        """Take the prompt as the engine tokenised it."""
+        self.prompt_ids = ids
+        self._estimate.observe(self.call.prompt_chars, len(ids))
+        if self._leg_upstream is not None:
+            self._settle_limit(len(ids), self._leg_upstream.member.instance.max_model_len)
+
+    # lengths
+
+    def _settle_limit(self, prompt: int, context: int) -> None:
+        """Fix how many tokens to generate; note the refusal of a request that does not fit."""
+        self._limit = limit = self.call.tokens_within(context - prompt)
+        if limit < 1 or prompt + limit > context:
+            field = "messages" if self.call.chat else "prompt"
+            self._refusal = PromptTooLong(
+                f"the context is {context} tokens; the prompt has {prompt} and max_tokens is {max(1, limit)}",
+                param="max_tokens" if prompt < context else field,
+            )
+
+    def _raise_refusal(self) -> None:
+        if self._refusal is not None:
+            raise self._refusal
+
     def _remaining(self) -> int | None:
-        """Tokens still to generate; None while the prompt's length, and so the context left, is unknown."""
-        if self._limit is None and self.prompt_ids is not None:
-            self._limit = max(1, self._scheduler.max_model_len - len(self.prompt_ids))
+        """Tokens still to generate; None while a prompt of unknown length leaves that open."""
         return None if self._limit is None else self._limit - len(self.out_ids)
 
-    def _check_fits(self) -> None:
-        """Raise PromptTooLong when prompt plus limit exceed the context, before anything was sent."""
-        context = self._scheduler.max_model_len
-        if self.prompt_ids is None or not context or self.story.replays:
-            return
-        prompt, limit = len(self.prompt_ids), self._limit or 1
-        if prompt + limit > context:
-            raise PromptTooLong(
-                f"the context is {context} tokens, but the prompt has {prompt} and max_tokens is {limit}",
-                param="max_tokens" if prompt < context else ("messages" if self.call.chat else "prompt"),
-            )
+    def _finish_at_limit(self) -> None:
+        """End a request whose last token arrived but whose last leg failed before it said so."""
+        self.finish_reason = "length"
+        self._answer.tokens(Tokens("", []), "length", self.prompt_ids)
 
     def _request(self) -> Request:
         call = self.call
@@ -315,7 +345,7 @@ class Flight:
         if first_s is None or last_s is None:
             return
         story.kv_transfer_bytes += times.kv_loaded_bytes
-        if story.prefill_on != story.decode_on or self._legs > 1:
+        if self._legs > 1:
             transfer_s, queue_s = times.kv_load_s or 0.0, times.queue_s or 0.0
             story.stages["transfer"] = transfer_s
             story.stages["decode_queue"] = queue_s

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 
 from tidegate.core.clock import Clock
 from tidegate.core.decision import Flip, Hold, Place, Reject, Verdict
-from tidegate.core.errors import NoInstance, Overloaded
+from tidegate.core.errors import ClientGone, NoInstance, Overloaded, ShuttingDown, TidegateError
 from tidegate.core.instance import Role
 from tidegate.core.request import Request
 from tidegate.costs.forms import MixedCost, PrefillCost, StepCost, TransferCost
@@ -22,10 +23,16 @@ from tidegate.gateway.metrics import Metrics
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.ledger.ledger import Ledger
 from tidegate.ledger.snapshot import Snapshot
+from tidegate.policies.pricing import step_seconds, ttft_seconds
 from tidegate.systems.system import System
+
+log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 2.0
 """What a client is told to wait when nothing is up: about the time a local engine needs to return (ours)."""
+AVOID_S = 5.0
+"""How long an instance that failed a leg gets no new one while others are up (ours): one that fails fast
+looks idle and would draw every request."""
 CONFIRM_S = 0.25
 """How long a failed call waits for the fleet's word before it tries again (ours)."""
 WINDOW_S = 1.0
@@ -76,6 +83,7 @@ class Scheduler:
         self.journal = journal
         self.ledger = Ledger()
         self.in_flight = 0
+        self.stopping = False
         self.flips = 0
         self.metrics = Metrics(lambda: self.ledger.snapshot(clock.now()), lambda: self.in_flight)
         self.labels: dict[str, Role] = dict(zip(ids, system.roles(len(ids)), strict=True))
@@ -84,6 +92,8 @@ class Scheduler:
         self._tasks: list[asyncio.Task[None]] = []
         self._background: set[asyncio.Task[None]] = set()
         self._pool_state: object = None
+        self._control_reason = ""
+        self._failing: dict[str, float] = {}
         self._rng = random.Random(settings.seed)
 
     # membership
@@ -102,6 +112,7 @@ class Scheduler:
             api_key=member.api_key,
         )
         self.upstreams[instance.id] = Upstream(member, engine)
+        self._failing.pop(instance.id, None)
         role = self.labels.setdefault(instance.id, Role.MIXED)
         self.ledger.instance_up(instance, member.profile or UNMEASURED, role, now)
         self.journal.write("instance", now, instance=instance.id, event="up", role=role.label)
@@ -125,56 +136,65 @@ class Scheduler:
         return self.ledger.snapshot(self.clock.now())
 
     async def place_prefill(
-        self, request: Request, *, kind: str, wait_s: float, avoid: Collection[str] = ()
+        self, request: Request, *, kind: str, recovery_s: float, deadline_s: float
     ) -> Dispatched:
         """Place a request's prefill and enter it in the ledger.
 
-        While the policy holds, waits for the next change of the cluster. With no instance up it
-        waits at most ``wait_s`` for one. Instances in ``avoid`` (where the request failed before) are
-        left out while others are up. Raises NoInstance or Overloaded.
+        While the policy holds, waits for the next change of the cluster until ``deadline_s``. With no
+        instance up it waits at most ``recovery_s`` for one. Raises NoInstance or Overloaded.
         """
-        give_up_s = self.clock.now() + wait_s
+        recover_by_s = min(self.clock.now() + recovery_s, deadline_s)
         while True:
-            snapshot = self.snapshot().without(avoid) if avoid else self.snapshot()
+            seen = self._seen()
             try:
-                if not len(snapshot):
+                if not len(seen):
                     raise NoInstance("no instance is up", retry_after_s=RETRY_AFTER_S)
-                verdict = self.system.prefill.place_prefill(request, snapshot)
+                verdict = self.system.prefill.place_prefill(request, seen)
             except NoInstance:
-                if self.clock.now() >= give_up_s:
+                if self.clock.now() >= recover_by_s:
                     raise
-                await self._next_change(give_up_s - self.clock.now())
+                await self._next_change(recover_by_s - self.clock.now())
                 continue
-            self._apply(verdict.flips)
+            self._flip_with(verdict, seen)
+            self._note(kind, request, verdict, seen)
             match verdict.decision:
                 case Place() as place:
-                    self._note(kind, request, verdict, snapshot, place.prefill_on)
-                    predicted_s = self.ledger.prefill_dispatched(request, place.prefill_on, snapshot.at_s)
+                    predicted_s = self.ledger.prefill_dispatched(request, place.prefill_on, seen.at_s)
                     return Dispatched(place, predicted_s)
                 case Reject(reason, retry_after_s):
-                    self._note(kind, request, verdict, snapshot, None)
                     raise Overloaded(reason, retry_after_s=retry_after_s)
-                case Hold():
-                    self._note(kind, request, verdict, snapshot, None)
-                    await self._next_change(WINDOW_S)
+                case Hold(reason):
+                    if self.clock.now() >= deadline_s:
+                        raise Overloaded(f"held until its deadline: {reason}", retry_after_s=RETRY_AFTER_S)
+                    await self._next_change(min(WINDOW_S, deadline_s - self.clock.now()))
 
-    def place_decode(self, request: Request, prefill_on: str, *, avoid: Collection[str] = ()) -> str:
+    def place_decode(self, request: Request, prefill_on: str) -> str:
         """Place a request's decode and enter it in the ledger. Raises NoInstance or Overloaded.
 
         ``request.prompt_tokens`` is the resident length.
         """
-        snapshot = self.snapshot().without(avoid) if avoid else self.snapshot()
-        if not len(snapshot):
+        seen = self._seen()
+        if not len(seen):
             raise NoInstance("no instance is up", retry_after_s=RETRY_AFTER_S)
-        verdict = self.system.decode.place_decode(request, snapshot, prefill_on)
-        self._apply(verdict.flips)
+        verdict = self.system.decode.place_decode(request, seen, prefill_on)
+        self._flip_with(verdict, seen)
+        self._note("place_decode", request, verdict, seen)
         if not isinstance(verdict.decision, Place) or verdict.decision.decode_on is None:
-            self._note("place_decode", request, verdict, snapshot, None)
             raise Overloaded("no instance takes the decode", retry_after_s=RETRY_AFTER_S)
         decode_on = verdict.decision.decode_on
-        self._note("place_decode", request, verdict, snapshot, None)
-        self.ledger.decode_dispatched(request.id, decode_on, request.prompt_tokens, snapshot.at_s)
+        self.ledger.decode_dispatched(request.id, decode_on, request.prompt_tokens, seen.at_s)
         return decode_on
+
+    def _seen(self) -> Snapshot:
+        """Return the cluster without the instances that failed a leg a moment ago, if others are up."""
+        snapshot = self.snapshot()
+        failing = [name for name, until_s in self._failing.items() if until_s > snapshot.at_s]
+        return snapshot.without(failing) if failing else snapshot
+
+    def _flip_with(self, verdict: Verdict, seen: Snapshot) -> None:
+        """Apply a placement's flips, unless it saw only a part of the cluster: no pool is really short."""
+        if len(seen) == len(self.upstreams):
+            self._apply(verdict.flips)
 
     def _apply(self, flips: tuple[Flip, ...]) -> None:
         for flip in flips:
@@ -193,35 +213,27 @@ class Scheduler:
                 reason=flip.reason,
             )
 
-    def _note(
-        self, kind: str, request: Request, verdict: Verdict, snapshot: Snapshot, prefill_on: str | None
-    ) -> None:
+    def _note(self, kind: str, request: Request, verdict: Verdict, seen: Snapshot) -> None:
         """Journal a verdict with its alternatives and what is predicted for the chosen instance."""
         if not self.journal.enabled:
             return
+        predicted: dict[str, float] | None = None
         match verdict.decision:
-            case Place(on, decode_on, path):
-                chosen: dict[str, object] = {"prefill_on": on, "decode_on": decode_on, "path": path.value}
+            case Place(prefill_on, decode_on, path):
+                chosen: dict[str, object] = {
+                    "prefill_on": prefill_on,
+                    "decode_on": decode_on,
+                    "path": path.value,
+                }
+                on = decode_on if kind == "place_decode" and decode_on is not None else prefill_on
+                predicted = self._predicted(kind, request, seen, on)
             case Hold(reason):
                 chosen = {"hold": reason}
             case Reject(reason):
                 chosen = {"reject": reason}
-        predicted = None
-        if prefill_on is not None and prefill_on in snapshot.index:
-            member = self.upstreams[prefill_on].member
-            if member.profile is not None:
-                predicted = {
-                    "wait_s": round(float(snapshot.prefill_wait_s[snapshot.index[prefill_on]]), 6),
-                    "prefill_s": round(
-                        member.profile.prefill_s(
-                            request.prompt_tokens - request.cached_tokens, request.cached_tokens
-                        ),
-                        6,
-                    ),
-                }
         self.journal.write(
             "decision",
-            snapshot.at_s,
+            seen.at_s,
             request=request.id,
             kind=kind,
             chosen=chosen,
@@ -229,6 +241,19 @@ class Scheduler:
             predicted=predicted,
             reason=verdict.reason,
         )
+
+    def _predicted(self, kind: str, request: Request, seen: Snapshot, on: str) -> dict[str, float] | None:
+        """Return the predicted seconds on the chosen instance; None where nobody measured it."""
+        upstream, at = self.upstreams.get(on), seen.index.get(on)
+        if at is None or upstream is None or upstream.member.profile is None:
+            return None
+        if kind == "place_decode":
+            return {"step_s": round(float(step_seconds(seen, request)[at]), 6)}
+        wait_s = float(seen.prefill_wait_s[at])
+        return {
+            "wait_s": round(wait_s, 6),
+            "prefill_s": round(float(ttft_seconds(seen, request)[at]) - wait_s, 6),
+        }
 
     # clocks
 
@@ -250,15 +275,28 @@ class Scheduler:
         pool = self.system.pool
         while True:
             await asyncio.sleep(pool.tick_s if pool else WINDOW_S)
-            self.ledger.window_closed(self.clock.now())
-            if self.in_flight == 0:
-                self.ledger.check_integrity()
-            if pool is not None and self.upstreams:
-                control = pool.step(self.snapshot(), self._pool_state)
-                self._pool_state = control.state
-                self._apply(control.flips)
-                if control.flips:
-                    self._wake()
+            try:
+                self._tick()
+            except Exception:
+                log.exception("a control tick failed; the next one goes on")
+
+    def _tick(self) -> None:
+        """Close the gap window, audit the idle ledger, let the pool control decide."""
+        now = self.clock.now()
+        self.ledger.window_closed(now)
+        if self.in_flight == 0:
+            self.ledger.check_integrity()
+        pool = self.system.pool
+        if pool is None or not self.upstreams:
+            return
+        control = pool.step(self.snapshot(), self._pool_state)
+        self._pool_state = control.state
+        if control.reason != self._control_reason:
+            self._control_reason = control.reason
+            self.journal.write("control", now, reason=control.reason, flips=len(control.flips))
+        self._apply(control.flips)
+        if control.flips:
+            self._wake()
 
     async def _flip_forever(self) -> None:
         """Flip a random instance again and again, never emptying a pool: a test of statelessness."""
@@ -309,8 +347,15 @@ class Scheduler:
         Without this a request would spend its replays on a dead instance before anybody noticed.
         """
         if instance_id in self.upstreams:
+            self._failing[instance_id] = self.clock.now() + AVOID_S
             self._suspect(instance_id)
             await self._next_change(CONFIRM_S)
+
+    def cut_off(self) -> TidegateError:
+        """Return why a request that is cancelled now ends."""
+        if self.stopping:
+            return ShuttingDown("the gateway stopped before the answer was complete")
+        return ClientGone("the client closed the connection")
 
     def released(self) -> None:
         """Say that a request ended, so that held ones are asked about again."""
