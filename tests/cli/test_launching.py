@@ -37,6 +37,25 @@ def test_settings_choose_the_fleet(tmp_path: Path) -> None:
     assert isinstance(launch.make_fleet(running), StaticFleet)
 
 
+def test_timeouts_reach_the_gateway() -> None:
+    given = {"TIDEGATE_STALL_TIMEOUT": "7.5", "TIDEGATE_REQUEST_TIMEOUT": "90"}
+    settings = launch._gateway_settings(resolve(None, given, {}, warn=lambda _: None).config)
+    assert (settings.stall_s, settings.request_deadline_s) == (7.5, 90.0)
+
+
+@pytest.mark.parametrize(("told", "graceful"), [(True, True), (False, False)])
+def test_a_stop_that_was_not_graceful_is_told(
+    told: bool, graceful: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def run_gateway(*_: object, **__: object) -> bool:
+        return told
+
+    monkeypatch.setattr(launch, "run_gateway", run_gateway)
+    config = resolve(None, {}, {"vllm": ["http://a"]}, warn=lambda _: None).config
+    assert launch.launch(config) is graceful
+    assert capsys.readouterr().out.splitlines()[-1] == ("stopped" if graceful else "stopped at once")
+
+
 def test_missing_packages_are_named_with_the_command_that_brings_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

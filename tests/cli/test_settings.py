@@ -5,14 +5,16 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from tidegate.cli.config import SECTIONS, SETTINGS, plain
+from tidegate.cli.config import SECTIONS, SETTINGS, EngineSection, plain
 from tidegate.cli.resolved_toml import as_toml
 from tidegate.cli.sources import Resolved, resolve
 from tidegate.core.errors import ConfigError
+from tidegate.engines.embedded.options import DTYPES
+from tidegate.systems import SYSTEMS, make_system
 
 
 def settle(
@@ -76,6 +78,10 @@ def test_every_problem_of_every_source_is_reported_at_once(tmp_path: Path) -> No
         ("[gateway]\nport = 65536\n", "less than or equal to 65535"),
         ("[gateway]\napi_key = ''\n", "one word of printable ASCII"),
         ("[gateway]\njournal = '/'\n", "is a folder"),
+        ("[gateway]\nstall_timeout = 0\n", "stall_timeout = 0: should be greater than 0"),
+        ("[gateway]\nstall_timeout = true\n", "expected a number of seconds"),
+        ("[gateway]\nrequest_timeout = inf\n", "finite number"),
+        ("[fleet]\nvllm = ['https://h']\n", "plain http only"),
         ("[gateway]\nslo = 'ttft:1,tpot:1'\n", "belongs in the section [scheduling]"),
         ("[fleet]\nvllm = []\n", "expected a list of URLs"),
         ("[fleet]\nvllm = ['h:8000']\n", "is not a server's URL"),
@@ -132,8 +138,20 @@ def test_rivals_and_settings_without_effect_in_one_source_are_refused() -> None:
 
 
 def test_a_system_that_needs_profiles_is_refused_for_servers_that_bring_none() -> None:
-    (found,) = problems(vllm=["http://a", "http://b"])
+    (found,) = problems(vllm=["http://a", "http://b"], system="arrow")
     assert "'arrow' needs a measured profile" in found and "round-robin, static" in found
+
+
+def test_servers_alone_are_enough() -> None:
+    done = settle(vllm=["http://a"])
+    assert (done.config.scheduling.system, done.origins["system"]) == ("static", "default")
+    assert settle(vllm=["http://a", "http://b"], split="1:1").config.scheduling.split == (1, 1)
+    assert settle(vllm=["http://a"], system="round-robin").config.scheduling.system == "round-robin"
+
+
+def test_every_dtype_of_the_engine_is_a_setting() -> None:
+    assert get_args(EngineSection.model_fields["dtype"].annotation) == DTYPES
+    assert settle(dtype="float64").config.engine.dtype == "float64"
 
 
 def test_the_key_may_come_from_a_file(tmp_path: Path) -> None:
@@ -156,7 +174,14 @@ def test_no_key_is_ever_shown(tmp_path: Path) -> None:
 
 
 def test_the_printed_configuration_reads_back_as_the_same(tmp_path: Path) -> None:
-    done = settle(port=9, split="1:2", slo="ttft:500,tpot:20", host='q"\\\n', journal=tmp_path / "j.jsonl")
+    done = settle(
+        port=9,
+        split="1:2",
+        stall_timeout=0.5,
+        slo="ttft:500,tpot:20",
+        host='q"\\\n',
+        journal=tmp_path / "j.jsonl",
+    )
     text = as_toml(done)
     assert set(tomllib.loads(text)) == set(SECTIONS)
     again = settle(text, folder=tmp_path)
@@ -181,3 +206,5 @@ def test_setting_names_are_unique_and_their_defaults_are_what_the_help_says() ->
         value = plain(getattr(getattr(config, section), name))
         if value is not None:
             assert told[name].show_default == str(value), name
+    for system in SYSTEMS.names():
+        assert f"{system} ({make_system(system).summary})" in told["system"].help

@@ -10,13 +10,11 @@ import typer
 from rich.console import Console
 
 from tidegate.bench import BenchRun, BenchSettings, PromptForm, WorkloadChoice, bench, load_workload
-from tidegate.core.errors import ConfigError
+from tidegate.cli.process import FAILURE, INTERRUPTED
+from tidegate.cli.scoring import SCORING, Json, Level, RequireLevel
 from tidegate.core.slo import Slo
 from tidegate.measure import render_block
 from tidegate.measure.attainment import DEFAULT_LEVEL
-
-EXIT_FAILURES = 1
-EXIT_INTERRUPTED = 130
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -41,7 +39,6 @@ Bursts of 20 requests/s for 10 s, then 2 requests/s for 30 s:
 
 WORKLOAD = "What to send"
 SERVER = "Where and how"
-SCORING = "Scoring and output"
 
 
 def register(app: typer.Typer) -> None:
@@ -146,19 +143,13 @@ def run(
     slo_headers: Annotated[
         bool, typer.Option("--slo-headers", help="Send the SLO with each request.", rich_help_panel=SCORING)
     ] = False,
-    level: Annotated[
-        float, typer.Option(help="Attainment that counts as met.", rich_help_panel=SCORING)
-    ] = DEFAULT_LEVEL,
-    require_level: Annotated[
-        bool, typer.Option("--require-level", help="Exit 1 when missed.", rich_help_panel=SCORING)
-    ] = False,
+    level: Level = DEFAULT_LEVEL,
+    require_level: RequireLevel = False,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Result JSONL, written as it goes.", rich_help_panel=SCORING),
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the report as JSON.", rich_help_panel=SCORING)
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Offer load to an OpenAI-compatible endpoint and score every answer.
 
@@ -196,7 +187,6 @@ def run(
         slo_headers=slo_headers,
         seed=seed,
     )
-    _check_level(level)
     records = load_workload(choice)
     try:
         done = bench(
@@ -208,7 +198,7 @@ def run(
             console=Console(stderr=True),
         )
     except KeyboardInterrupt:
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+        raise typer.Exit(INTERRUPTED) from None
     _show(done, as_json)
     raise typer.Exit(_exit_code(done, require_level))
 
@@ -223,11 +213,6 @@ def _slo(slo: str, goodput: str, more: list[str]) -> Slo:
     return Slo.parse(text) if text.strip() else Slo()
 
 
-def _check_level(level: float) -> None:
-    if not 0 < level <= 1:
-        raise ConfigError(f"--level is a share between 0 and 1, got {level}")
-
-
 def _show(done: BenchRun, as_json: bool) -> None:
     if as_json:
         run_of = {"model": done.model, "prompt_form": done.prompt_form, "stopped_early": done.interrupted}
@@ -240,6 +225,6 @@ def _show(done: BenchRun, as_json: bool) -> None:
 
 def _exit_code(done: BenchRun, require_level: bool) -> int:
     if done.interrupted:
-        return EXIT_INTERRUPTED
+        return INTERRUPTED
     missed = require_level and not done.report.goodput.level_met
-    return EXIT_FAILURES if done.report.failed or missed else 0
+    return FAILURE if done.report.failed or missed else 0

@@ -30,6 +30,15 @@ def _whole(value: object) -> int:
         raise ValueError("expected a whole number") from None
 
 
+def _seconds(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError("expected a number of seconds")
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError("expected a number of seconds") from None
+
+
 def _known_system(name: str) -> str:
     try:
         SYSTEMS.get(name)
@@ -86,6 +95,7 @@ def _file_path(value: Path) -> Path:
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
+Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)]
 Key = Annotated[str, AfterValidator(_sendable)]
 
 
@@ -101,6 +111,8 @@ class GatewaySection(Section):
     api_key: Key | None = Field(default=None, repr=False)
     api_key_file: Path | None = None
     journal: Annotated[Path, AfterValidator(_file_path)] | None = None
+    request_timeout: Seconds = 600.0
+    stall_timeout: Seconds = 60.0
 
 
 class SchedulingSection(Section):
@@ -141,7 +153,7 @@ class EngineSection(Section):
     """What the embedded engines are started with."""
 
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto"
     max_model_len: Annotated[Whole, Field(ge=16)] | None = None
     kv_memory_mb: Annotated[Whole, Field(ge=1)] = 256
     max_batch_tokens: Annotated[Whole, Field(ge=16)] = 512
@@ -183,6 +195,8 @@ SECTIONS: dict[str, type[Section]] = {
 }
 SETTINGS: dict[str, str] = {name: section for section, kind in SECTIONS.items() for name in kind.model_fields}
 """The section of every setting, by the setting's name."""
+SYSTEM_WITH_VLLM = "static"
+"""The default system in front of vLLM servers, which bring no measured profile."""
 SECRETS = frozenset({"api_key", "vllm_api_key"})
 
 
@@ -193,5 +207,7 @@ def plain(value: Any) -> Any:
             return str(value)
         case (int() as p, int() as d):
             return f"{p}:{d}"
+        case float() if value.is_integer():
+            return int(value)
         case _:
             return value

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from ipaddress import ip_address
+from typing import Any
 
 import orjson
 import typer
 
 from tidegate import __version__
 from tidegate.cli.config import Config
+from tidegate.cli.process import debugging
 from tidegate.cli.tiny import ARCH, require_embedded, tiny_model
 from tidegate.fleet.member import Fleet, FleetListener, Member
 from tidegate.fleet.processes import EngineLaunch, LocalFleet
@@ -26,7 +27,10 @@ Say = Callable[[str], None]
 
 
 def launch(config: Config) -> bool:
-    """Serve until told to stop; False when the stop was not graceful. Raises SetupError."""
+    """Serve until told to stop; False when stopped before it served or in the middle of requests.
+
+    Raises SetupError.
+    """
     _log_to_stderr()
     system = config.scheduling.make_system()
     settings = _gateway_settings(config)
@@ -43,13 +47,14 @@ def launch(config: Config) -> bool:
     def on_ready(base_url: str) -> None:
         typer.echo(how_to_call(base_url, announced.model, keyed=bool(settings.api_key)))
 
+    serving: Coroutine[Any, Any, object] = run_gateway(settings, announced, system, on_ready=on_ready)
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(run_gateway(settings, announced, system, on_ready=on_ready))
-            typer.echo("stopped")
+            graceful = runner.run(serving) is not False
     except KeyboardInterrupt:
         return False
-    return True
+    typer.echo("stopped" if graceful else "stopped at once")
+    return graceful
 
 
 def make_fleet(config: Config) -> Fleet:
@@ -69,7 +74,7 @@ def make_fleet(config: Config) -> Fleet:
             max_model_len=engine.max_model_len,
             kv_memory_mb=engine.kv_memory_mb,
             max_batch_tokens=engine.max_batch_tokens,
-            log_level="info" if _debugging() else "warning",
+            log_level="info" if debugging() else "warning",
         )
     )
 
@@ -135,6 +140,8 @@ def _gateway_settings(config: Config) -> GatewaySettings:
         api_key=front.api_key or "",
         slo=config.scheduling.slo,
         journal=front.journal,
+        request_deadline_s=front.request_timeout,
+        stall_s=front.stall_timeout,
     )
 
 
@@ -143,11 +150,7 @@ def _log_to_stderr() -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("tidegate")
     logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG if _debugging() else logging.INFO)
-
-
-def _debugging() -> bool:
-    return os.environ.get("TIDEGATE_DEBUG", "") not in ("", "0")
+    logger.setLevel(logging.DEBUG if debugging() else logging.INFO)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

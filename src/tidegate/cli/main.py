@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -11,11 +10,8 @@ from typing import Annotated, NamedTuple, NoReturn
 import typer
 
 from tidegate import __version__
+from tidegate.cli.process import FAILURE, INTERRUPTED, WRONG_INPUT, debugging
 from tidegate.core.errors import ConfigError, SetupError, TidegateError
-
-WRONG_INPUT = 2
-FAILURE = 1
-INTERRUPTED = 130
 
 
 class Verb(NamedTuple):
@@ -110,7 +106,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def _fail(error: Exception, text: str, status: int) -> NoReturn:
-    if os.environ.get("TIDEGATE_DEBUG", "") not in ("", "0"):
+    if debugging():
         raise error
     typer.echo(f"tidegate: {text}", err=True)
     sys.exit(status)

@@ -9,7 +9,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from tidegate.core.errors import ConfigError, TraceError
+from tidegate.cli.process import FAILURE
+from tidegate.cli.scoring import SCORING, Json, Level, RequireLevel
+from tidegate.core.errors import TraceError
 from tidegate.core.slo import Slo
 from tidegate.measure import (
     build_bench_report,
@@ -25,8 +27,6 @@ from tidegate.measure.lines import TypedLines
 from tidegate.measure.percentiles import Summary
 from tidegate.measure.report import RunReport
 from tidegate.measure.results import ResultFile
-
-EXIT_LEVEL_MISSED = 1
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -56,11 +56,15 @@ def run(
     ],
     slo: Annotated[
         str,
-        typer.Option(metavar="ttft:MS,tpot:MS", help="Score by these targets instead of the recorded ones."),
+        typer.Option(
+            metavar="ttft:MS,tpot:MS",
+            help="Score by these targets instead of the recorded ones.",
+            rich_help_panel=SCORING,
+        ),
     ] = "",
-    level: Annotated[float, typer.Option(help="Attainment that counts as met.")] = DEFAULT_LEVEL,
-    require_level: Annotated[bool, typer.Option("--require-level", help="Exit 1 when missed.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    level: Level = DEFAULT_LEVEL,
+    require_level: RequireLevel = False,
+    as_json: Json = False,
 ) -> None:
     """Report on a recorded run: outcomes, SLO attainment, times by stage, decisions.
 
@@ -69,8 +73,6 @@ def run(
     run met --level tells if the highest rate at that level lies above or below.
     """
     targets = Slo.parse(slo) if slo else None
-    if not 0 < level <= 1:
-        raise ConfigError(f"--level is a share between 0 and 1, got {level}")
     report: RunReport | BenchReport
     if _kind(recording) == "bench":
         report = _bench_report(read_results(recording), targets, level)
@@ -83,7 +85,7 @@ def run(
     else:
         Console().print(render_report(report))
     if require_level and not report.goodput.level_met:
-        raise typer.Exit(EXIT_LEVEL_MISSED)
+        raise typer.Exit(FAILURE)
 
 
 def _kind(recording: Path) -> str:

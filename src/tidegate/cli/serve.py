@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from tidegate.cli.process import INTERRUPTED
+
 _CLIENTS, _DECISIONS = "Clients", "Scheduling"
 _FLEET, _ENGINES = "Instances", "Embedded engines"
-
+# Written out, so that the help does not import the policies.
+_SYSTEMS = (
+    "arrow (SLO-aware placement with role flips), arrow-v1 (four elastic pools), colocated (both phases on "
+    "one instance), minimal-load (static split, least predicted time first), round-robin (static split, each "
+    "pool in turn) or static (static split, fewest tokens first)"
+)
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -71,11 +77,28 @@ def serve(
             rich_help_panel=_CLIENTS,
         ),
     ] = None,
+    request_timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S", help="Longest that a request may take.", show_default="600", rich_help_panel=_CLIENTS
+        ),
+    ] = None,
+    stall_timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S",
+            help="Silence of an engine after which its requests go elsewhere; above the time of the longest "
+            "prefill.",
+            show_default="60",
+            rich_help_panel=_CLIENTS,
+        ),
+    ] = None,
     system: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="The composition of policies that decides.",
+            help=f"The composition of policies that decides: {_SYSTEMS}. With --vllm the default is static: "
+            "such servers bring no measured profile, which the others but round-robin need.",
             show_default="arrow",
             rich_help_panel=_DECISIONS,
         ),
@@ -128,7 +151,10 @@ def serve(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="auto, float32, bfloat16 or float16.", show_default="auto", rich_help_panel=_ENGINES
+            help="auto, float32, float64, bfloat16 or float16. float64 makes tokens independent of "
+            "scheduling, at about twice the time.",
+            show_default="auto",
+            rich_help_panel=_ENGINES,
         ),
     ] = None,
     max_model_len: Annotated[
@@ -164,8 +190,8 @@ def serve(
 
     A setting can also stand in the file (--config) or in the environment
     (--port is TIDEGATE_PORT). A flag wins over the environment, the
-    environment over the file. Exit codes: 0 stopped, 2 wrong settings or
-    nothing could start.
+    environment over the file. Exit codes: 0 stopped; 2 wrong settings, or
+    nothing could start; 130 Ctrl-C during the start, or a second one.
     """
     from tidegate.cli.config import SETTINGS
     from tidegate.cli.launch import launch
@@ -180,4 +206,4 @@ def serve(
         typer.echo(as_toml(resolved), nl=False)
         return
     if not launch(resolved.config):
-        sys.exit(130)
+        raise typer.Exit(INTERRUPTED)

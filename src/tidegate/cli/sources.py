@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from tidegate.cli.config import SECRETS, SECTIONS, SETTINGS, Config
+from tidegate.cli.config import SECRETS, SECTIONS, SETTINGS, SYSTEM_WITH_VLLM, Config
 from tidegate.core.errors import ConfigError
 
 PREFIX = "TIDEGATE_"
@@ -64,6 +64,7 @@ def resolve(
         _read_key_file(merged, problems)
     if "vllm" in merged:
         _drop_engine_settings(merged, levels, problems)
+        merged.setdefault("system", Given(SYSTEM_WITH_VLLM, DEFAULT))
     sections: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for name, given in merged.items():
         sections[SETTINGS[name]][name] = given.value

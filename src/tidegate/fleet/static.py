@@ -200,8 +200,8 @@ def checked_url(url: str) -> str:
         raise ConfigError(f"{url!r}: the port is not a number between 0 and 65535") from None
     if parts.scheme == "https":
         raise ConfigError(
-            f"{url!r}: engines are spoken to over plain http only; give the server's http:// address, or that "
-            "of a proxy that speaks TLS to it"
+            f"{url!r}: engines are spoken to over plain http only; give the server's http:// address, "
+            "or that of a proxy that speaks TLS to it"
         )
     if parts.scheme != "http" or not parts.hostname or parts.query or parts.fragment:
         raise ConfigError(f"{url!r} is not a server's URL; expected something like http://10.0.0.5:8000")
