@@ -27,6 +27,12 @@ def ms(report: Report, *path: str) -> str:
     return " / ".join(f"{report[q] * 1e3:.1f}" for q in ("p50", "p90", "p99")) if report else "-"
 
 
+def stage_rows(journal: Report, group: str) -> dict[str, str]:
+    """The latencies of one group of stages; the group's name says what they are part of."""
+    title = group.removesuffix("_s").replace("_", " ").removeprefix("stages ")
+    return {f"  {title}: {name} ms": ms(journal, group, name) for name in journal[group]}
+
+
 def rows(bench: Report, journal: Report) -> dict[str, str]:
     """What the table shows of one system."""
     attained, goodput, prediction = bench["attainment"], bench["goodput"], journal["prediction"]
@@ -38,7 +44,8 @@ def rows(bench: Report, journal: Report) -> dict[str, str]:
         "offered rate, req/s": f"{goodput['offered_rps']:.2f}",
         "goodput, req/s": f"{goodput['attained_rps']:.2f}",
         "TTFT ms p50/p90/p99": ms(bench, "ttft_s"),
-        **{f"  {name} ms": ms(journal, "stages_s", name) for name in journal["stages_s"]},
+        **stage_rows(journal, "stages_of_ttft_s"),
+        **stage_rows(journal, "stages_after_first_token_s"),
         "TPOT ms p50/p90/p99": ms(bench, "tpot_s"),
         "flips": str(sum(journal["flip_counts"].values())),
         "busy share by instance": " ".join(f"{i['busy_share']:.0%}" for i in journal["instances"]),
@@ -108,9 +115,9 @@ def main() -> None:
     (args.out / "reports.json").write_text(json.dumps(reports, indent=1))
     table = {system: rows(*pair) for system, pair in reports.items()}
     names = list(dict.fromkeys(name for column in table.values() for name in column))
-    print(f"{'':34}" + "".join(f"{system:>26}" for system in table))
+    print(f"{'':36}" + "".join(f"{system:>26}" for system in table))
     for name in names:
-        print(f"{name:34}" + "".join(f"{column.get(name, '-'):>26}" for column in table.values()))
+        print(f"{name:36}" + "".join(f"{column.get(name, '-'):>26}" for column in table.values()))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def decision(request: str, **fields: Any) -> dict[str, Any]:
 
 
 def outcome(request: str, arrival_s: float, **fields: Any) -> dict[str, Any]:
-    """A request that queued 0.1 s, prefilled 0.2 s, moved 0.05 s and decoded 1 s: e2e 1.4 s."""
+    """A request with 0.1 s of queue, 0.2 s of prefill, 0.1 s until the second token, 1 s of decode."""
     stages = {
         "queue": 0.1,
         "prefill": 0.2,
@@ -45,8 +45,8 @@ def outcome(request: str, arrival_s: float, **fields: Any) -> dict[str, Any]:
     }
     return {
         "type": "outcome", "t": arrival_s + 1.4, "request": request, "timestamp": arrival_s * 1000,
-        "input_length": 100, "output_length": 21, "outcome": "ok", "status": 200, "finish_reason": "length",
-        "ttft_s": 0.4, "tpot_s": 0.05, "e2e_s": 1.4, "stages": stages, "prefill_on": "i0", "decode_on": "i1",
+        "input_length": 100, "output_length": 23, "outcome": "ok", "status": 200, "finish_reason": "length",
+        "ttft_s": 0.3, "tpot_s": 0.05, "e2e_s": 1.4, "stages": stages, "prefill_on": "i0", "decode_on": "i1",
         "predicted_prefill_s": 0.25, "observed_prefill_s": 0.2, "cached_tokens": 10, "replays": 0,
     } | fields  # fmt: skip
 
@@ -111,7 +111,7 @@ def test_requests_wrong_in_themselves_are_not_scored_nor_replayed(tmp_path: Path
 
 
 def test_slo_option_overrides_and_a_requests_own_slo_beats_the_header(tmp_path: Path) -> None:
-    own = {"ttft_s": 0.3, "tpot_s": 0.05}
+    own = {"ttft_s": 0.2, "tpot_s": 0.05}
     path = write(tmp_path / "j.jsonl", HEADER, outcome("a", 0.0, slo=own), outcome("b", 1.0))
     assert build_report(read_journal(path)).attainment.attained == 1
     assert build_report(read_journal(path), slo=Slo(0.4, 0.05)).attainment.attained == 2
@@ -129,7 +129,7 @@ def test_decisions_flips_and_replays_are_counted(journal_file: Path) -> None:
 def test_instance_use_counts_overlapping_work_once(journal_file: Path) -> None:
     uses = {use.instance: use for use in build_report(read_journal(journal_file)).instances}
     assert (uses["i0"].prefills, uses["i0"].decodes, uses["i0"].prompt_tokens) == (2, 0, 200)
-    assert (uses["i1"].decodes, uses["i1"].generated_tokens, uses["i1"].first_role) == (2, 42, "decode")
+    assert (uses["i1"].decodes, uses["i1"].generated_tokens, uses["i1"].first_role) == (2, 46, "decode")
     assert uses["i0"].busy_share == pytest.approx(2 * 0.2 / 4.0)
     # a decodes in [0.38, 1.4], b in [1.38, 2.4]: together [0.38, 2.4] of 4 s.
     assert uses["i1"].busy_share == pytest.approx(2.02 / 4.0)
@@ -144,10 +144,17 @@ def test_prediction_error_and_bias(journal_file: Path) -> None:
     assert prediction.bias == pytest.approx(-0.125)
 
 
-def test_stages_are_summarised(journal_file: Path) -> None:
-    stages = build_report(read_journal(journal_file)).stages_s
-    assert list(stages) == ["queue", "prefill", "transfer", "decode_queue", "first_step"]
-    assert stages["prefill"].p99 == pytest.approx(0.2)
+def test_stages_are_summarised_by_the_token_they_come_before(journal_file: Path) -> None:
+    report = build_report(read_journal(journal_file))
+    assert list(report.stages_of_ttft_s) == ["queue", "prefill"]
+    assert report.stages_of_ttft_s["prefill"].p99 == pytest.approx(0.2)
+    later = ["transfer", "decode_queue", "first_step", "decode"]
+    assert list(report.stages_after_first_token_s) == later
+    assert report.to_json()["stages_after_first_token_s"]["decode"]["p50"] == pytest.approx(1.0)
+    ttft_s = sum(stage.mean for stage in report.stages_of_ttft_s.values())
+    whole_s = ttft_s + sum(stage.mean for stage in report.stages_after_first_token_s.values())
+    assert ttft_s == pytest.approx(0.3) and report.e2e_s is not None
+    assert whole_s == pytest.approx(report.e2e_s.mean)
 
 
 def test_half_a_last_line_is_tolerated_and_noted(tmp_path: Path) -> None:
@@ -183,7 +190,7 @@ def test_a_sparse_outcome_is_enough(tmp_path: Path) -> None:
 def test_a_journal_is_a_trace_sorted_by_arrival(journal_file: Path) -> None:
     records = list(read_trace(journal_file))
     assert [r.arrival_s for r in records] == [0.0, 1.0, 2.0]
-    assert [r.output_tokens for r in records] == [21, 21, 1]
+    assert [r.output_tokens for r in records] == [23, 23, 1]
 
 
 def test_rendering_shows_the_numbers(journal_file: Path) -> None:
@@ -198,6 +205,9 @@ def test_rendering_shows_the_numbers(journal_file: Path) -> None:
         "50.5 %",
         "-12.5 %",
         "missed",
+        "of TTFT",
+        "after the first token",
+        "decode queue",
     ):
         assert shown in text
 

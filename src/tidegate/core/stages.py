@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-TTFT_STAGES = ("queue", "prefill", "transfer", "decode_queue", "first_step")
-"""The parts of the time to the first token of the last leg."""
-STAGES = (*TTFT_STAGES, "decode")
-"""All of them; ``decode`` is the rest of the answer."""
+TTFT_STAGES = ("queue", "prefill")
+"""The parts of TTFT, beside the gateway's own time: the client gets the first token from the prefill."""
+LATER_STAGES = ("transfer", "decode_queue", "first_step", "decode")
+"""What follows the first token. The first three lie between it and the second one, and are absent where the
+decode stays on the prefill's instance; ``decode`` is the rest of the answer."""
+STAGES = (*TTFT_STAGES, *LATER_STAGES)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tidegate.core.slo import Slo
-from tidegate.core.stages import TTFT_STAGES
+from tidegate.core.stages import LATER_STAGES, TTFT_STAGES
 from tidegate.measure.attainment import DEFAULT_LEVEL, Attainment, Goodput, Observation, goodput, score
 from tidegate.measure.journal import FlipEvent, InstanceEvent, Journal, Outcome
 from tidegate.measure.percentiles import Summary, summarize
@@ -62,7 +62,8 @@ class RunReport:
     ttft_s: Summary | None
     tpot_s: Summary | None
     e2e_s: Summary | None
-    stages_s: dict[str, Summary]
+    stages_of_ttft_s: dict[str, Summary]
+    stages_after_first_token_s: dict[str, Summary]
     decisions: dict[str, int]
     flips: tuple[FlipEvent, ...]
     flip_counts: dict[str, int]
@@ -110,7 +111,8 @@ def build_report(journal: Journal, *, slo: Slo | None = None, level: float = DEF
         ttft_s=summarize(o.ttft_s for o in good),
         tpot_s=summarize(o.tpot_s for o in good),
         e2e_s=summarize(o.e2e_s for o in good),
-        stages_s=_stages(good),
+        stages_of_ttft_s=_stages(good, TTFT_STAGES),
+        stages_after_first_token_s=_stages(good, LATER_STAGES),
         decisions=dict(journal.decisions.most_common()),
         flips=tuple(journal.flips),
         flip_counts=dict(
@@ -145,8 +147,8 @@ def _notes(journal: Journal, slo: Slo | None, own: set[Slo]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _stages(good: Sequence[Outcome]) -> dict[str, Summary]:
-    found = {stage: summarize(o.stages_s.get(stage) for o in good) for stage in TTFT_STAGES}
+def _stages(good: Sequence[Outcome], names: Sequence[str]) -> dict[str, Summary]:
+    found = {stage: summarize(o.stages_s.get(stage) for o in good) for stage in names}
     return {stage: summary for stage, summary in found.items() if summary is not None}
 
 

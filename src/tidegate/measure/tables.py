@@ -73,11 +73,18 @@ def _outcomes(report: RunReport) -> Table:
 def _latencies(report: RunReport) -> Table:
     table = _table("Latency of successful requests (ms)", "", "mean", "p50", "p90", "p99", "max")
     _summary_row(table, "TTFT", report.ttft_s)
-    for stage, summary in report.stages_s.items():
-        _summary_row(table, f"  {stage.replace('_', ' ')}", summary)
+    _stage_rows(table, "of TTFT", report.stages_of_ttft_s)
+    _stage_rows(table, "after the first token", report.stages_after_first_token_s)
     _summary_row(table, "TPOT", report.tpot_s)
     _summary_row(table, "end to end", report.e2e_s)
     return table
+
+
+def _stage_rows(table: Table, title: str, stages_s: dict[str, Summary]) -> None:
+    if stages_s:
+        table.add_row(f"  {title}", style="dim")
+    for stage, seconds in stages_s.items():
+        _summary_row(table, f"    {stage.replace('_', ' ')}", seconds)
 
 
 def _summary_row(table: Table, name: str, seconds: Summary | None) -> None:
