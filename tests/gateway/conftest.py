@@ -12,6 +12,7 @@ import aiohttp
 import orjson
 import pytest
 
+from tidegate.fleet.member import Capabilities
 from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.systems import make_system
@@ -20,6 +21,7 @@ from tidegate.testing.fake_engine import FakeEngine
 from tidegate.testing.members import GivenFleet
 
 Json = dict[str, Any]
+ABLE = Capabilities()
 
 
 @dataclass
@@ -74,12 +76,20 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
     running: list[Cluster] = []
 
     async def _start(
-        system: str = "static", instances: int = 2, step_s: float = 0.0, **options: Any
+        system: str = "static",
+        instances: int = 2,
+        step_s: float = 0.0,
+        context: int = 1 << 20,
+        capabilities: Capabilities = ABLE,
+        **options: Any,
     ) -> Cluster:
         engines = {f"i{n}": FakeEngine(f"i{n}", step_s) for n in range(instances)}
         for engine in engines.values():
             engine.keep_bodies = True
-        fleet = GivenFleet({n: await e.start() for n, e in engines.items()}, profile=profile())
+        fleet = GivenFleet(
+            {n: await e.start() for n, e in engines.items()}, profile=profile(), context=context
+        )
+        fleet.capabilities = capabilities
         settings = GatewaySettings(port=0, journal=tmp_path / "journal.jsonl", **options)
         gateway = Gateway(settings, fleet, make_system(system))
         url = await gateway.start()

@@ -7,6 +7,7 @@ import asyncio
 from tidegate.core.decision import Path
 from tidegate.core.errors import (
     EngineError,
+    EngineFault,
     EngineTimeout,
     InternalError,
     PromptTooLong,
@@ -245,6 +246,8 @@ class Flight:
         if self._refusal is not None:
             return
         if tokens.token_ids:
+            if self.prompt_ids is None:
+                raise EngineFault("the engine does not return the prompt's token ids")
             self._count(tokens.token_ids)
         reason = tokens.finish_reason
         if reason == "length" and self._handing_over and self._remaining() != 0:

@@ -41,6 +41,9 @@ class _Stream:
     position: int
     left: int
     request_id: str
+    chat: bool
+    logprobs: bool
+    untold: list[int] | None
 
 
 class FakeEngine:
@@ -60,6 +63,7 @@ class FakeEngine:
         self.released: list[str] = []
         self.fail_with: tuple[int, str] | None = None
         self.hold_prefill = False
+        self.held: list[asyncio.Transport] = []
         self.bodies: list[Json] = []
         self.keep_bodies = False
         self._server: asyncio.Server | None = None
@@ -96,14 +100,11 @@ class FakeEngine:
             stream.position += 1
             stream.left -= 1
             last = stream.left <= 0
-            choice = {
-                "index": 0,
-                "text": text_of(token),
-                "logprobs": None,
-                "finish_reason": "length" if last else None,
-                "stop_reason": None,
-                "token_ids": [token],
-            }
+            choice = _choice(
+                token, "delta" if stream.chat else None, "length" if last else None, stream.logprobs
+            )
+            if stream.untold is not None:
+                choice["prompt_token_ids"], stream.untold = stream.untold, None
             _send_event(
                 stream.transport, {"id": stream.request_id, "object": "text_completion", "choices": [choice]}
             )
@@ -125,24 +126,29 @@ class FakeEngine:
             self.pinned.discard(request_id)
             self.released.append(request_id)
             _send_json(transport, {"released": True})
-        elif path == "/v1/completions":
+        elif path in ("/v1/completions", "/v1/chat/completions"):
             try:
-                self._complete(transport, parse_object(raw))
+                self._complete(transport, parse_object(raw), chat="chat" in path)
             except TidegateError as error:
                 _send_json(transport, {"error": {"message": error.message, "param": error.param}}, status=400)
         else:
             _send_json(transport, {"status": "ok"})
 
-    def _complete(self, transport: asyncio.Transport, body: Json) -> None:
+    def _complete(self, transport: asyncio.Transport, body: Json, *, chat: bool) -> None:
         if self.keep_bodies:
             self.bodies.append(body)
         if self.fail_with is not None:
             status, message = self.fail_with
             _send_json(transport, {"error": {"message": message, "param": None}}, status=status)
             return
-        prompt = body["prompt"]
-        ids = prompt if isinstance(prompt, list) else list(prompt.encode())
         kv = body.get("kv_transfer_params") or {}
+        if chat:
+            text = "".join(m["content"] for m in body["messages"])
+            prompt = kv.get("prompt_token_ids", text)
+        else:
+            prompt = body["prompt"]
+        ids = prompt if isinstance(prompt, list) else list(prompt.encode())
+        logprobs = body.get("logprobs") not in (None, False)
         generated = kv.get("tidegate_generated", 0)
         origin = ids[: len(ids) - generated]
         request_id = str(body.get("request_id", "r"))
@@ -151,13 +157,16 @@ class FakeEngine:
                 b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
             )
             left = int(body.get("max_tokens", 16))
-            self.streams[transport] = _Stream(transport, origin, generated, left, request_id)
+            self.streams[transport] = _Stream(
+                transport, origin, generated, left, request_id, chat, logprobs, ids
+            )
             self.step_soon()
             return
         if self.hold_prefill:
+            self.held.append(transport)
             return
         token = token_at(origin, generated)
-        choice = {"index": 0, "text": text_of(token), "finish_reason": "length", "token_ids": [token]}
+        choice = _choice(token, "message" if chat else None, "length", logprobs)
         answer: Json = {
             "id": request_id,
             "object": "text_completion",
@@ -176,6 +185,26 @@ class FakeEngine:
                 "remote_num_tokens": len(ids),
             }
         _send_json(transport, answer)
+
+
+def _choice(token: int, chat_part: str | None, finish_reason: str | None, logprobs: bool) -> Json:
+    """Return a choice of one token, in chat form when ``chat_part`` names the part that holds the text."""
+    text = text_of(token)
+    said: Json | None = None
+    if logprobs and chat_part is not None:
+        said = {
+            "content": [{"token": text, "logprob": -1.0, "bytes": list(text.encode()), "top_logprobs": []}]
+        }
+    elif logprobs:
+        said = {"tokens": [text], "token_logprobs": [-1.0], "top_logprobs": [{}], "text_offset": [0]}
+    return {
+        "index": 0,
+        **({"text": text} if chat_part is None else {chat_part: {"role": "assistant", "content": text}}),
+        "logprobs": said,
+        "finish_reason": finish_reason,
+        "stop_reason": None,
+        "token_ids": [token],
+    }
 
 
 class _Serving(asyncio.Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tidegate.core.instance import Instance
 from tidegate.costs.profile import Profile
-from tidegate.fleet.member import FleetListener, Member
+from tidegate.fleet.member import Capabilities, FleetListener, Member
 
 
 class GivenFleet:
@@ -23,6 +23,7 @@ class GivenFleet:
         self._profile = profile
         self._model = model
         self._context = context
+        self.capabilities = Capabilities()
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -39,7 +40,15 @@ class GivenFleet:
         instance = Instance(name, kv_capacity_tokens=1 << 30, max_model_len=self._context)
         assert self.listener is not None
         self.listener.member_up(
-            Member(instance, self.urls[name], self._model, engine_id=name, profile=self._profile, secret="s3")
+            Member(
+                instance,
+                self.urls[name],
+                self._model,
+                engine_id=name,
+                profile=self._profile,
+                secret="s3",
+                capabilities=self.capabilities,
+            )
         )
 
     def down(self, name: str) -> None:
