@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine_harness import Driven, prompt_of, request
 from transformers import AutoTokenizer
 
-from tidegate.core.errors import ConfigError
+from tidegate.core.errors import ConfigError, SetupError
 from tidegate.engines.embedded.self_profile import self_profile
 from tidegate.engines.embedded.tiny_model import make_tiny_model
 
@@ -34,6 +36,22 @@ def test_a_small_pool_is_measured_within_its_bounds(llama: Path) -> None:
     samples = self_profile(driven.engine, budget_s=0.2)
     assert {sample["kind"] for sample in samples} == {"prefill", "step"}
     driven.assert_clean()
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2, 5])
+def test_a_failing_step_fails_the_profile(llama: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+    driven = Driven(llama, dtype="float32", total_blocks=512)
+    runner = driven.engine._runner
+    run, steps = runner.run, count()
+
+    def broken(batch: Any) -> Any:
+        if next(steps) == failing:
+            raise RuntimeError("no kernel")
+        return run(batch)
+
+    monkeypatch.setattr(runner, "run", broken)
+    with pytest.raises(SetupError, match="cannot compute its model: RuntimeError: no kernel"):
+        self_profile(driven.engine, budget_s=0.0)
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "mistral"])

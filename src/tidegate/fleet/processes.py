@@ -207,7 +207,9 @@ class LocalFleet:
     async def _spawn(self, slot: _Slot) -> Child:
         env = {name: value for name, value in os.environ.items() if name not in WITHHELD}
         argv = self._launch.argv(
-            engine_id=f"{slot.id}-{secrets.token_hex(4)}", self_profile=slot.id not in self._first_starts
+            engine_id=f"{slot.id}-{secrets.token_hex(4)}",
+            # What it measures is used only once, but an engine that failed at it has to try again.
+            self_profile=self._first_starts.get(slot.id) is None,
         )
         return await Child.spawn(slot.id, argv, env | {SECRET_VARIABLE: self._secret})
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
+from tidegate.core.errors import SetupError
 from tidegate.engines.embedded.engine import Engine
 from tidegate.engines.embedded.types import GenerateRequest, SamplingParams
 
@@ -27,7 +28,8 @@ def self_profile(engine: Engine, budget_s: float = 1.0) -> list[dict[str, Any]]:
     ``{"kind": "prefill", "new_tokens", "cached_tokens", "seconds"}`` for one prompt from
     submit to first token, and ``{"kind": "step", "batch", "context_tokens", "seconds"}`` for one
     decode step of ``batch`` requests of ``context_tokens`` each. The pool, the prefix cache and the
-    counters are afterwards as before.
+    counters are afterwards as before. Raises SetupError when a step fails: an engine that cannot
+    compute its model must not announce itself.
     """
     before = engine.counters()
     rng = random.Random(0)
@@ -84,10 +86,10 @@ def _steps(engine: Engine, rng: random.Random, batch: int, context: int) -> Iter
     for index in range(batch):
         request = _request(f"profile-{index}", _prompt(engine, rng, context), _STEPS + 1)
         engine.place_computed(request)
-    engine.step()
+    _step(engine)
     for step in range(_STEPS):
         start = time.perf_counter()
-        engine.step()
+        _step(engine)
         seconds = time.perf_counter() - start
         yield {"kind": "step", "batch": batch, "context_tokens": context + 1 + step, "seconds": seconds}
     _drain(engine)
@@ -96,8 +98,17 @@ def _steps(engine: Engine, rng: random.Random, batch: int, context: int) -> Iter
 
 
 def _drain(engine: Engine) -> None:
-    while engine.step().tokens:
+    while _step(engine):
         pass
+
+
+def _step(engine: Engine) -> int:
+    """Take one step and return its tokens. A failed step only shows in the outputs it ends."""
+    step = engine.step()
+    for output in step.outputs:
+        if output.finish_reason == "error":
+            raise SetupError(f"the engine cannot compute its model: {output.error}")
+    return step.tokens
 
 
 def _prompt(engine: Engine, rng: random.Random, tokens: int) -> tuple[int, ...]:
