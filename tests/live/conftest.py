@@ -43,12 +43,13 @@ class Live:
     watchers: list[Callable[[], None]] = field(default_factory=list)
 
     async def stream(self, body: Json) -> tuple[list[int], str]:
-        """Stream a completion; return its token ids and text. Asserts a clean end."""
+        """Stream a completion, or a chat if there are messages; return token ids and text of a clean end."""
+        path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
         ids: list[int] = []
         text: list[str] = []
         ended = False
         body = body | {"stream": True, "return_token_ids": True}
-        async with self.client.post(self.url + "/v1/completions", data=orjson.dumps(body)) as response:
+        async with self.client.post(self.url + path, data=orjson.dumps(body)) as response:
             assert response.status == 200, await response.text()
             async for line in response.content:
                 if not line.startswith(b"data: "):
@@ -59,9 +60,10 @@ class Live:
                 event = orjson.loads(line[6:])
                 assert "error" not in event, event
                 choice = event["choices"][0]
-                ids += choice["token_ids"]
-                text.append(choice["text"])
-                self.tokens_seen += len(choice["token_ids"])
+                new = choice.get("token_ids", [])
+                ids += new
+                text.append(choice["delta"].get("content", "") if "delta" in choice else choice["text"])
+                self.tokens_seen += len(new)
                 for watch in self.watchers:
                     watch()
         assert ended

@@ -13,25 +13,31 @@ from typing import Any
 
 from tests.live.conftest import Live, cluster
 
-PROMPTS = 200
+GREEDY, SAMPLED, CHATS = 200, 40, 20
 OPEN = 24
 
 
 def bodies() -> list[dict[str, Any]]:
-    """200 random prompts: three of four greedy, the rest sampled with a seed; some with stop strings."""
+    """200 random greedy prompts, every fifth with stop strings; then seeded sampling, then chats."""
     rng = random.Random(11)
-    made = []
-    for index in range(PROMPTS):
-        body: dict[str, Any] = {
-            "prompt": [rng.randrange(5, 500) for _ in range(rng.randrange(3, 120))],
-            "max_tokens": rng.randrange(2, 48),
-            "temperature": 0,
-        }
-        if index % 4 == 3:
-            body |= {"temperature": 0.9, "top_p": 0.95, "seed": index}
-        else:
-            body |= {"ignore_eos": True}
-        made.append(body)
+    made: list[dict[str, Any]] = []
+    for index in range(GREEDY + SAMPLED):
+        made.append(
+            {
+                "prompt": [rng.randrange(5, 500) for _ in range(rng.randrange(3, 120))],
+                "max_tokens": rng.randrange(2, 48),
+                "temperature": 0,
+                "ignore_eos": True,
+            }
+        )
+        if index >= GREEDY:
+            made[-1] |= {"temperature": 0.9, "top_p": 0.95, "seed": index, "ignore_eos": False}
+        elif index % 5 == 0:
+            made[-1]["stop"] = ["a", " s", "er"]
+    for index in range(CHATS):
+        content = " ".join(rng.choice(("tide", "gate", "moon", "Flut")) for _ in range(1 + index))
+        made.append({"messages": [{"role": "user", "content": content}], "max_tokens": 24, "temperature": 0})
+    rng.shuffle(made)
     return made
 
 
@@ -63,18 +69,20 @@ async def test_200_prompts_get_identical_tokens_under_every_regime(model_dir: Pa
         await live.until_drained()
 
     rng = random.Random(5)
-    async with cluster(model_dir, "arrow", dtype="float64", recovery_s=60.0) as live:
+    async with cluster(model_dir, "arrow", dtype="float64", replays=20) as live:
         killed: list[str] = []
         total = sum(len(ids) for ids, _ in reference)
-        thresholds = [total // 10, total // 3, total // 2]
+        due = [total // 10, total // 3, total + total // 10, total + total // 3]
 
         def kill_when_due() -> None:
-            if len(killed) < len(thresholds) and live.tokens_seen >= thresholds[len(killed)]:
-                killed.append(live.kill_one(rng) if live.gateway.scheduler.upstreams else "")
+            alive = len(live.gateway.scheduler.upstreams)
+            if len(killed) < len(due) and live.tokens_seen >= due[len(killed)] and alive > 1:
+                killed.append(live.kill_one(rng))
 
         live.watchers.append(kill_when_due)
-        assert await run_all(live) == reference
-        assert len(killed) == len(thresholds)
-        await live.until(lambda: len(live.gateway.scheduler.upstreams) == 3)
+        for kills in (2, 4):
+            assert await run_all(live) == reference
+            assert len(killed) == kills
+            await live.until(lambda: len(live.gateway.scheduler.upstreams) == 3)
         await live.until_drained()
         assert live.gateway.scheduler.in_flight == 0
