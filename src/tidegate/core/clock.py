@@ -17,5 +17,4 @@ class Clock(Protocol):
 class WallClock:
     """The machine's monotonic clock."""
 
-    def now(self) -> float:
-        return time.monotonic()
+    now = staticmethod(time.monotonic)
