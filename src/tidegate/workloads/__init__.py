@@ -6,7 +6,7 @@ from tidegate.workloads.prompts import TokenPrompts, WordPrompts
 from tidegate.workloads.readers import is_timed, read_trace, read_untimed
 from tidegate.workloads.source import sample_names
 from tidegate.workloads.token_counts import Fixed, Lognormal, TokenCounts, Uniform, parse_token_counts
-from tidegate.workloads.trace import TraceRecord, to_json, write_jsonl
+from tidegate.workloads.trace import TraceRecord
 from tidegate.workloads.transform import limit, retime, scale_rate, scale_tokens, schedule_sessions, window
 
 __all__ = [
@@ -34,7 +34,5 @@ __all__ = [
     "scale_rate",
     "scale_tokens",
     "schedule_sessions",
-    "to_json",
     "window",
-    "write_jsonl",
 ]
