@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,12 +44,20 @@ def test_timeouts_reach_the_gateway() -> None:
     assert (settings.stall_s, settings.request_deadline_s) == (7.5, 90.0)
 
 
-@pytest.mark.parametrize(("told", "graceful"), [(True, True), (False, False)])
+@pytest.mark.parametrize(
+    ("ready", "drained", "graceful"), [(True, True, True), (True, False, False), (False, True, False)]
+)
 def test_a_stop_that_was_not_graceful_is_told(
-    told: bool, graceful: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ready: bool,
+    drained: bool,
+    graceful: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    async def run_gateway(*_: object, **__: object) -> bool:
-        return told
+    async def run_gateway(*_: object, on_ready: Callable[[str], None]) -> bool:
+        if ready:
+            on_ready("http://h:1")
+        return drained
 
     monkeypatch.setattr(launch, "run_gateway", run_gateway)
     config = resolve(None, {}, {"vllm": ["http://a"]}, warn=lambda _: None).config

@@ -44,13 +44,17 @@ def launch(config: Config) -> bool:
         )
     announced = AnnouncedFleet(make_fleet(config), typer.echo)
 
+    served = False
+
     def on_ready(base_url: str) -> None:
+        nonlocal served
+        served = True
         typer.echo(how_to_call(base_url, announced.model, keyed=bool(settings.api_key)))
 
     serving: Coroutine[Any, Any, object] = run_gateway(settings, announced, system, on_ready=on_ready)
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            graceful = runner.run(serving) is not False
+            graceful = runner.run(serving) is not False and served
     except KeyboardInterrupt:
         return False
     typer.echo("stopped" if graceful else "stopped at once")
