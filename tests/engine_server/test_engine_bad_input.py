@@ -10,7 +10,7 @@ import orjson
 import pytest
 from engine_fakes import Served
 
-from tidegate.engines.embedded import http_io
+from tidegate.protocol import http_front
 
 HANDLE: dict[str, Any] = {
     "do_remote_prefill": True,
@@ -142,8 +142,8 @@ async def test_unknown_paths_and_methods() -> None:
         status, answer = await served.post("/v1/embeddings", {})
         assert (status, answer["error"]["code"]) == (404, "unknown_url")
         async with served.client.get("/v1/completions") as response:
-            assert response.status == 404
-            assert "GET /v1/completions" in (await response.json())["error"]["message"]
+            assert (response.status, response.headers["Allow"]) == (405, "POST")
+            assert (await response.json())["error"]["code"] == "method_not_allowed"
 
 
 async def test_tokenize_errors() -> None:
@@ -174,7 +174,7 @@ async def _raw(served: Served, head: bytes, body: bytes) -> dict[str, Any]:
 
 
 async def test_uploads_that_stop_half_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_io, "UPLOAD_S", 0.1)
+    monkeypatch.setattr(http_front, "UPLOAD_S", 0.1)
     async with Served() as served:
         answer = await _raw(served, b"Content-Length: 100\r\n", b'{"prompt"')
         assert "did not arrive" in answer["error"]["message"]

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import hmac
+import asyncio
 import logging
-from collections.abc import Awaitable, Callable
 from typing import Any
+from weakref import WeakSet
 
-import orjson
 from aiohttp import web
 
 from tidegate.core.errors import (
-    BadRequest,
-    BodyTooLarge,
     ClientGone,
     InternalError,
     NoInstance,
+    ShuttingDown,
     TidegateError,
-    Unauthorized,
     UnknownModel,
-    UnknownRoute,
     status_of,
 )
 from tidegate.gateway.answers import Collected, Streamed, usage_object
@@ -29,12 +25,22 @@ from tidegate.gateway.flight import Flight, TokenEstimate
 from tidegate.gateway.scheduler import RETRY_AFTER_S, Scheduler
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.gateway.state import models_object, state_object
-from tidegate.protocol.bodies import parse_object
-from tidegate.protocol.errors import error_body, error_headers
+from tidegate.protocol.http_front import (
+    JSON,
+    Handler,
+    answering_errors,
+    check_bearer,
+    header_texts,
+    json_answer,
+    read_object,
+)
 
-log = logging.getLogger("tidegate.gateway")
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+log = logging.getLogger(__name__)
+
 GUARDED = ("/v1/", "/tidegate/")
+CALL_HEADERS = ("x-tenant-id", "x-session-id", "x-slo-ttft-ms", "x-slo-tpot-ms")
+CUT_OFF_S = 1.0
+"""How long cut-off requests have to tell their clients (ours)."""
 
 
 class Front:
@@ -44,11 +50,16 @@ class Front:
         self._settings = settings
         self._scheduler = scheduler
         self._estimate = TokenEstimate()
+        self._flying: set[asyncio.Task[Any]] = set()
+        self._flown: WeakSet[asyncio.Task[Any]] = WeakSet()
         self.draining = False
 
     def application(self) -> web.Application:
         """Return the aiohttp application."""
-        app = web.Application(client_max_size=self._settings.max_body_bytes, middlewares=[self._guard])
+        limit = self._settings.max_body_bytes
+        app = web.Application(
+            client_max_size=limit, middlewares=[answering_errors(limit, self._count), self._check_key]
+        )
         app.router.add_post("/v1/completions", self.completions)
         app.router.add_post("/v1/chat/completions", self.chat_completions)
         app.router.add_get("/v1/models", self.models)
@@ -58,52 +69,27 @@ class Front:
         app.router.add_get("/tidegate/state", self.state)
         return app
 
+    async def cut_off(self) -> None:
+        """End the requests that still run, each with an error that tells why."""
+        self.draining = self._scheduler.stopping = True
+        running = set(self._flying)
+        for task in running:
+            task.cancel()
+        if running:
+            await asyncio.wait(running, timeout=CUT_OFF_S)
+
     @web.middleware
-    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Check the API key and turn every failure into the OpenAI error schema."""
-        try:
-            if self._settings.api_key and request.path.startswith(GUARDED):
-                self._check_key(request.headers.get("Authorization", ""))
-            return await handler(request)
-        except TidegateError as error:
-            return self._error(error)
-        except web.HTTPRequestEntityTooLarge:
-            limit = self._settings.max_body_bytes
-            response = self._error(BodyTooLarge(f"the body exceeds {limit} bytes"))
-            response.force_close()
-            return response
-        except web.HTTPNotFound:
-            return self._error(UnknownRoute(f"no route {request.method} {request.path}"))
-        except web.HTTPMethodNotAllowed as error:
-            allowed = ", ".join(sorted(error.allowed_methods))
-            response = self._error(UnknownRoute(f"{request.path} takes {allowed}, not {request.method}"))
-            response.set_status(405)
-            response.headers["Allow"] = allowed
-            return response
-        except web.HTTPException as error:
-            response = self._error(BadRequest(error.text or error.reason))
-            response.set_status(error.status)
-            return response
-        except ConnectionError:
-            return self._error(ClientGone("the client closed the connection"))
-        except Exception:
-            log.exception("a request failed inside the gateway")
-            return self._error(InternalError("the gateway failed; see its log"))
+    async def _check_key(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        if self._settings.api_key and request.path.startswith(GUARDED):
+            check_bearer(request, self._settings.api_key)
+        return await handler(request)
 
-    def _check_key(self, header: str) -> None:
-        scheme, _, key = header.partition(" ")
-        given = key.encode() if scheme.lower() == "bearer" else b""
-        if not hmac.compare_digest(given, self._settings.api_key.encode()):
-            raise Unauthorized("a valid API key is needed: Authorization: Bearer KEY")
-
-    @staticmethod
-    def _error(error: TidegateError) -> web.Response:
-        return web.Response(
-            status=status_of(error).http,
-            body=error_body(error),
-            content_type="application/json",
-            headers=error_headers(error),
-        )
+    def _count(self, request: web.Request, error: TidegateError) -> None:
+        """Count a request that was refused before it became a flight, which counts its own outcome."""
+        # aiohttp handles each request in a task of its own, so the task stands for the request.
+        flown = asyncio.current_task() in self._flown
+        if request.method == "POST" and request.path.startswith("/v1/") and not flown:
+            self._scheduler.metrics.requests.labels(status_of(error).label).inc()
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/completions."""
@@ -115,16 +101,16 @@ class Front:
 
     async def _serve(self, request: web.Request, *, chat: bool) -> web.StreamResponse:
         arrival_s = self._scheduler.clock.now()
-        raw = await request.read()
-        call = read_call(parse_object(raw), request.headers, chat=chat, slo=self._settings.slo)
+        headers = header_texts(request, *CALL_HEADERS)
+        call = read_call(await read_object(request), headers, chat=chat, slo=self._settings.slo)
         model = self._model(call)
         if self.draining:
-            raise NoInstance("the gateway is shutting down", retry_after_s=RETRY_AFTER_S)
+            raise ShuttingDown("the gateway is shutting down", retry_after_s=RETRY_AFTER_S)
         if call.stream:
             return await self._stream(request, call, model, arrival_s)
         collected = Collected()
         flight = Flight(call, self._scheduler, self._estimate, collected, arrival_s)
-        await flight.run()
+        await self._fly(request, flight)
         body = collected.body(
             call,
             model,
@@ -134,7 +120,7 @@ class Front:
             token_ids=flight.out_ids,
             prompt_ids=flight.prompt_ids,
         )
-        return web.Response(body=body, content_type="application/json", headers={"x-request-id": call.id})
+        return web.Response(body=body, content_type=JSON, headers={"x-request-id": call.id})
 
     async def _stream(
         self, request: web.Request, call: Call, model: str, arrival_s: float
@@ -143,40 +129,67 @@ class Front:
         answer = Streamed(call, model, client)
         flight = Flight(call, self._scheduler, self._estimate, answer, arrival_s)
         try:
-            await flight.run()
+            await self._fly(request, flight)
         except TidegateError as error:
             if not client.started or isinstance(error, ClientGone):
                 raise
             return await client.fail(error)
+        except Exception:
+            if not client.started:
+                raise
+            log.exception("the stream %s failed inside the gateway", call.id)
+            return await client.fail(InternalError("internal error"))
         except BaseException:
             client.discard()
             raise
         return await answer.finish(_usage(flight))
 
+    async def _fly(self, request: web.Request, flight: Flight) -> None:
+        """Run a flight, which tells journal and metrics how it ended. Raises what it raises.
+
+        A flight that ``cut_off`` ended raises the error that it recorded.
+        """
+        task = asyncio.current_task()
+        assert task is not None
+        self._flying.add(task)
+        self._flown.add(task)
+        try:
+            await flight.run()
+        except asyncio.CancelledError:
+            if not self._scheduler.stopping:
+                raise
+            task.uncancel()
+            raise self._scheduler.cut_off() from None
+        finally:
+            self._flying.discard(task)
+
     def _model(self, call: Call) -> str:
-        """Return the served model's name. Raises UnknownModel for another, NoInstance with none up."""
+        """Return the name of the model that answers. Raises UnknownModel for one that is not served.
+
+        With no instance up any name passes: the flight finds that out, and records it.
+        """
         served = {u.member.model for u in self._scheduler.upstreams.values()}
-        if not served:
-            raise NoInstance("no instance is up", retry_after_s=RETRY_AFTER_S)
-        if call.model is None or call.model in served:
-            return call.model or next(iter(served))
+        if not served or call.model in served:
+            return call.model or ""
+        if call.model is None:
+            return min(served)
         raise UnknownModel(
             f"model {call.model!r} is not served here; served: {', '.join(sorted(served))}", param="model"
         )
 
     async def models(self, request: web.Request) -> web.Response:
         """GET /v1/models."""
-        return _json(models_object(self._scheduler))
+        return json_answer(models_object(self._scheduler))
 
     async def health(self, request: web.Request) -> web.Response:
         """GET /health: the gateway process answers."""
-        return _json({"status": "draining" if self.draining else "ok"})
+        return json_answer({"status": "draining" if self.draining else "ok"})
 
     async def ready(self, request: web.Request) -> web.Response:
         """GET /ready: at least one instance is up and requests are taken."""
         if self.draining or not self._scheduler.upstreams:
             raise NoInstance("not ready", retry_after_s=RETRY_AFTER_S)
-        return _json({"status": "ready", "instances": len(self._scheduler.upstreams)})
+        return json_answer({"status": "ready", "instances": len(self._scheduler.upstreams)})
 
     async def metrics(self, request: web.Request) -> web.Response:
         """GET /metrics: Prometheus text."""
@@ -187,12 +200,8 @@ class Front:
 
     async def state(self, request: web.Request) -> web.Response:
         """GET /tidegate/state: the cluster as the scheduler sees it."""
-        return _json(state_object(self._scheduler))
+        return json_answer(state_object(self._scheduler))
 
 
 def _usage(flight: Flight) -> dict[str, Any]:
     return usage_object(flight.prompt_tokens, len(flight.out_ids), flight.story.cached_tokens)
-
-
-def _json(value: Any) -> web.Response:
-    return web.Response(body=orjson.dumps(value), content_type="application/json")

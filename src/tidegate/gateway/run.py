@@ -18,6 +18,7 @@ from tidegate.gateway.journal import Journal
 from tidegate.gateway.scheduler import Scheduler
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.policies.seams import Signal
+from tidegate.protocol.http_front import FrontRunner
 from tidegate.systems import check_signals
 from tidegate.systems.system import System
 
@@ -39,15 +40,14 @@ class Gateway:
         self._journal = Journal(settings.journal, clock.now())
         self.scheduler = Scheduler(system, settings, fleet.ids, clock, self._journal, fleet.suspect)
         self._front = Front(settings, self.scheduler)
-        self._runner = web.AppRunner(
-            self._front.application(), handler_cancellation=True, access_log=None, shutdown_timeout=2.0
-        )
+        self._runner = FrontRunner(self._front.application(), shutdown_timeout_s=2.0)
         self._site: web.TCPSite | None = None
 
     async def start(self) -> str:
-        """Open the port, start the fleet, and return the base URL.
+        """Open the port and the journal, start the fleet, and return the base URL.
 
-        Raises SetupError when the port is taken, the fleet cannot start or the system lacks a signal.
+        Raises SetupError when the port is taken, the journal cannot be written, the fleet cannot start
+        or the system lacks a signal.
         """
         settings, scheduler = self._settings, self.scheduler
         self._journal.header(
@@ -64,6 +64,8 @@ class Gateway:
             raise ConfigError(
                 f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; choose another --port"
             ) from None
+        # Only now: a gateway that cannot have the port must not touch the journal of the one that has it.
+        self._journal.open()
         await self._fleet.start(scheduler)
         measured = all(u.member.profile is not None for u in scheduler.upstreams.values())
         check_signals(scheduler.system, frozenset({Signal.PROFILE}) if measured else frozenset())
@@ -84,7 +86,8 @@ class Gateway:
             pass
 
     async def stop(self) -> None:
-        """Stop everything; what still runs is cut off."""
+        """Stop everything; what still runs is cut off, with an error that says so."""
+        await self._front.cut_off()
         await self._runner.cleanup()
         await self.scheduler.stop()
         await self._fleet.stop()

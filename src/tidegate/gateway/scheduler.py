@@ -354,7 +354,9 @@ class Scheduler:
     def cut_off(self) -> TidegateError:
         """Return why a request that is cancelled now ends."""
         if self.stopping:
-            return ShuttingDown("the gateway stopped before the answer was complete")
+            return ShuttingDown(
+                "the gateway stopped before the answer was complete", retry_after_s=RETRY_AFTER_S
+            )
         return ClientGone("the client closed the connection")
 
     def released(self) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tidegate.core.slo import Slo
+from tidegate.protocol.bodies import MOST_BODY_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class GatewaySettings:
     api_key: str = field(default="", repr=False)
     slo: Slo = field(default_factory=Slo)
     journal: Path | None = None
-    max_body_bytes: int = 32 * 2**20
+    max_body_bytes: int = MOST_BODY_BYTES
     request_deadline_s: float = 600.0
     stall_s: float = 60.0
     connect_s: float = 2.0

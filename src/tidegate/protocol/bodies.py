@@ -10,22 +10,44 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    model_validator,
+)
 
 from tidegate.core.errors import BadRequest
+
+MOST_BODY_BYTES = 32 * 2**20
+"""Default limit of an upload (ours): the longest contexts in use, as text, with room to spare."""
 
 TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(fail_fast=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
-class StreamOptions(BaseModel):
-    """OpenAI ``stream_options``."""
+class RequestBody(BaseModel):
+    """A JSON object in which null means "not sent", as OpenAI's clients write it."""
 
     model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+
+
+class StreamOptions(RequestBody):
+    """OpenAI ``stream_options``."""
+
     include_usage: StrictBool = False
 
 
-class KvTransferParams(BaseModel):
+class KvTransferParams(RequestBody):
     """vLLM's ``kv_transfer_params``: a KV handle, or the wish for one.
 
     ``do_remote_decode`` asks the engine to pin the finished request's KV and return a handle;
@@ -34,7 +56,6 @@ class KvTransferParams(BaseModel):
     earlier legs (text assembly, stop strings and seeded sampling continue from them).
     """
 
-    model_config = ConfigDict(extra="allow")
     do_remote_decode: StrictBool = False
     do_remote_prefill: StrictBool = False
     remote_engine_id: StrictStr | None = None
@@ -46,10 +67,9 @@ class KvTransferParams(BaseModel):
     tidegate_generated: Annotated[StrictInt, Field(ge=0)] = 0
 
 
-class _SamplingBody(BaseModel):
-    """Fields that both endpoints share. ``None`` means "not sent"."""
+class _SamplingBody(RequestBody):
+    """Fields that both endpoints share."""
 
-    model_config = ConfigDict(extra="allow")
     model: StrictStr | None = None
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     temperature: Annotated[Number, Field(ge=0.0, le=2.0)] | None = None

@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from tidegate.core.errors import TidegateError, status_of
+from tidegate.core.errors import TidegateError, WrongMethod, status_of
 
 
 def error_object(error: TidegateError) -> dict[str, Any]:
@@ -22,7 +22,10 @@ def error_body(error: TidegateError) -> bytes:
 
 
 def error_headers(error: TidegateError) -> dict[str, str]:
-    """Return the headers an error answer carries: Retry-After in whole seconds, where it applies."""
-    if error.retry_after_s is None:
-        return {}
-    return {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
+    """Return the headers of an error answer: Retry-After in whole seconds and Allow, where they apply."""
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if isinstance(error, WrongMethod):
+        headers["Allow"] = ", ".join(error.allowed)
+    return headers

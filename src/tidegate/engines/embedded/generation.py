@@ -14,7 +14,6 @@ from aiohttp import HttpVersion11, web
 from tidegate.core.errors import Forbidden, NoInstance
 from tidegate.engines.embedded.answers import Answer
 from tidegate.engines.embedded.delivery import OutputRouter, StreamedAnswer, WholeAnswer
-from tidegate.engines.embedded.http_io import JSON, read_object
 from tidegate.engines.embedded.metrics import RequestMeter, ServerMetrics
 from tidegate.engines.embedded.requests import (
     Call,
@@ -28,6 +27,7 @@ from tidegate.engines.embedded.secret import SECRET_HEADER, LaunchSecret
 from tidegate.engines.embedded.served import PromptCodec, ServedEngine, ServingFacts
 from tidegate.engines.embedded.types import KvPuller, KvSource
 from tidegate.protocol.bodies import ChatBody, CompletionBody, parse_body
+from tidegate.protocol.http_front import JSON, read_object
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from aiohttp import web
 from pydantic import BaseModel, Field, StrictStr
 
 from tidegate.engines.embedded.generation import Generation, Parts
-from tidegate.engines.embedded.http_io import json_answer, read_object
 from tidegate.protocol.bodies import parse_body
+from tidegate.protocol.http_front import json_answer, read_object
 
 PREFIX = "/tidegate/"
 

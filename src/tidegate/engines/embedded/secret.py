@@ -9,6 +9,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 from tidegate.core.errors import ConfigError
+from tidegate.protocol.http_front import header_bytes
 
 SECRET_ENV = "TIDEGATE_LAUNCH_SECRET"
 SECRET_FILE_ENV = "TIDEGATE_LAUNCH_SECRET_FILE"
@@ -68,11 +69,6 @@ class LaunchSecret:
         return isinstance(given, str) and hmac.compare_digest(
             given.encode(), self.proof(role, *nonces).encode()
         )
-
-
-def header_bytes(value: str | None) -> bytes:
-    """Return a header's bytes as they came, valid UTF-8 or not; empty for a missing one."""
-    return (value or "").encode(errors="surrogateescape")
 
 
 def is_loopback(host: str) -> bool:

@@ -6,33 +6,33 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import socket
 import time
 from typing import Annotated, Any
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BaseModel, Field, StrictBool, StrictStr
+from pydantic import Field, StrictBool, StrictStr
 
-from tidegate.core.errors import BadRequest, Forbidden, NoInstance, Unauthorized
+from tidegate.core.errors import BadRequest, Forbidden, NoInstance
 from tidegate.engines.embedded.generation import Generation, Parts
-from tidegate.engines.embedded.http_io import (
-    MOST_BODY_BYTES,
+from tidegate.engines.embedded.internal import PREFIX, InternalRoutes
+from tidegate.engines.embedded.requests import check_model
+from tidegate.engines.embedded.secret import SECRET_HEADER
+from tidegate.protocol.bodies import MOST_BODY_BYTES, ChatMessage, RequestBody, TokenIds, parse_body
+from tidegate.protocol.http_front import (
+    FrontRunner,
     Handler,
-    answer_errors,
+    answering_errors,
+    check_bearer,
     json_answer,
     read_object,
 )
-from tidegate.engines.embedded.internal import PREFIX, InternalRoutes
-from tidegate.engines.embedded.requests import check_model
-from tidegate.engines.embedded.secret import SECRET_HEADER, header_bytes
-from tidegate.protocol.bodies import ChatMessage, TokenIds, parse_body
 
 BACKLOG = 2048
 
 
-class TokenizeBody(BaseModel):
+class TokenizeBody(RequestBody):
     """Body of ``/tokenize``: text or messages."""
 
     model: StrictStr | None = None
@@ -42,7 +42,7 @@ class TokenizeBody(BaseModel):
     add_generation_prompt: StrictBool = True
 
 
-class DetokenizeBody(BaseModel):
+class DetokenizeBody(RequestBody):
     """Body of ``/detokenize``."""
 
     model: StrictStr | None = None
@@ -54,7 +54,7 @@ class EngineServer:
 
     def __init__(self, parts: Parts, *, api_key: str = "", profile_samples: list[Any] | None = None) -> None:
         self._parts = parts
-        self._api_key = api_key.encode()
+        self._api_key = api_key
         self._generation = Generation(parts)
         self._internal = InternalRoutes(parts, self._generation, profile_samples or [])
         self._created = int(time.time())
@@ -64,7 +64,8 @@ class EngineServer:
     def app(self) -> web.Application:
         """Build the aiohttp application."""
         app = web.Application(
-            middlewares=[answer_errors, self._check_access], client_max_size=MOST_BODY_BYTES
+            middlewares=[answering_errors(MOST_BODY_BYTES), self._check_access],
+            client_max_size=MOST_BODY_BYTES,
         )
         app.add_routes(
             [
@@ -82,9 +83,7 @@ class EngineServer:
 
     async def start(self, listener: socket.socket) -> None:
         """Serve on a bound socket."""
-        self._runner = web.AppRunner(
-            self.app(), handler_cancellation=True, access_log=None, shutdown_timeout=0.5
-        )
+        self._runner = FrontRunner(self.app(), shutdown_timeout_s=0.5)
         await self._runner.setup()
         self._site = web.SockSite(self._runner, listener, backlog=BACKLOG)
         await self._site.start()
@@ -158,9 +157,5 @@ class EngineServer:
             if not self._parts.secret.admits(request.headers.get(SECRET_HEADER), request.remote):
                 raise Forbidden(f"{request.path}: reserved to members of the launch ({SECRET_HEADER} header)")
         elif self._api_key and request.path.startswith("/v1/"):
-            kind, _, given = request.headers.get("Authorization", "").partition(" ")
-            if kind.lower() != "bearer" or not hmac.compare_digest(
-                header_bytes(given.strip()), self._api_key
-            ):
-                raise Unauthorized("missing or wrong API key")
+            check_bearer(request, self._api_key)
         return await handler(request)
