@@ -26,7 +26,7 @@ EPILOG = """
 
     tidegate serve --model models/qwen3-0.6b --instances 4 --slo ttft:500,tpot:50
 
-    tidegate serve --vllm http://10.0.0.5:8000 --vllm http://10.0.0.6:8000 --system static --split 1:1
+    tidegate serve --vllm http://10.0.0.5:8000 --vllm http://10.0.0.6:8000 --split 1:1
 
     tidegate serve --config serve.toml --print-config
 """
@@ -140,7 +140,7 @@ def serve(
             metavar="URL",
             help="A running vLLM server, in place of embedded engines; repeat for each. No KV moves between "
             "such servers yet: a decode placed elsewhere recomputes the prompt or finds it in the prefix "
-            "cache, and a sampled request stays on one server.",
+            "cache, and a sampled request stays on one server, whose death it does not survive.",
             rich_help_panel=_FLEET,
         ),
     ] = None,
