@@ -56,6 +56,7 @@ def rows(bench: Report, journal: Report) -> dict[str, str]:
 def replay(system: str, args: argparse.Namespace, out: Path) -> tuple[Report, Report]:
     """Serve and replay once; return the bench's and the journal's report."""
     journal = out / f"{system}.jsonl"
+    journal.unlink(missing_ok=True)  # serve does not overwrite an earlier run's
     serve = [
         *TIDEGATE,
         "serve",

@@ -137,6 +137,27 @@ async def test_headers_that_are_not_text() -> None:
         assert answer["error"]["code"] == "invalid_api_key"
 
 
+async def test_malformed_http(caplog: pytest.LogCaptureFixture) -> None:
+    async with Served() as served:
+        for head, body in (
+            (b"Content-Length: many\r\n", b""),
+            (b"Transfer-Encoding: chunked\r\n", b"zz\r\nabc\r\n"),
+            (b"Content-Encoding: gzip\r\nContent-Length: 3\r\n", b"abc"),
+        ):
+            answer = await _raw(served, head, body)
+            assert answer["error"]["type"] == "invalid_request_error"
+    assert [r for r in caplog.records if r.exc_info] == []
+
+
+async def test_null_means_not_sent() -> None:
+    async with Served() as served:
+        nulls = dict.fromkeys(("stream", "ignore_eos", "return_token_ids", "stream_options", KV))
+        status, _ = await served.post("/v1/completions", {"prompt": "a", "max_tokens": 1} | nulls)
+        assert status == 200
+        status, _ = await served.post("/tokenize", {"prompt": "a", "add_special_tokens": None})
+        assert status == 200
+
+
 async def test_unknown_paths_and_methods() -> None:
     async with Served() as served:
         status, answer = await served.post("/v1/embeddings", {})

@@ -349,7 +349,9 @@ async def test_stats_and_release(served: Served) -> None:
 
 async def test_a_pin_can_be_released_under_the_name_its_request_was_given(served: Served) -> None:
     body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 1, "request_id": "leg-1"}
-    status, _ = await served.post("/v1/completions", body | {"kv_transfer_params": {"do_remote_decode": True}})
+    status, _ = await served.post(
+        "/v1/completions", body | {"kv_transfer_params": {"do_remote_decode": True}}
+    )
     assert status == 200
     assert (await served.post("/tidegate/release", {"request_id": "leg-1"}))[1] == {"released": True}
 

@@ -1,0 +1,199 @@
+"""What the HTTP front promises besides answers: true statuses, every refusal counted, no second head."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import logging
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from tidegate.gateway.answers import Streamed
+from tidegate.protocol import http_front
+
+GOOD = {"prompt": [1, 2, 3], "max_tokens": 2, "temperature": 0}
+LONG = {"prompt": [1, 2, 3], "max_tokens": 100_000, "temperature": 0}
+
+
+async def raw(cluster: Any, *pieces: bytes) -> tuple[int, dict[str, Any]]:
+    """Send bytes as they are and return the status and the decoded body of the answer."""
+    reader, writer = await asyncio.open_connection(*cluster.url.removeprefix("http://").split(":"))
+    for piece in pieces:
+        writer.write(piece)
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+    body = orjson.loads(await reader.readexactly(length))
+    writer.close()
+    return int(head.split()[1]), body
+
+
+def post(body: bytes, *headers: bytes) -> bytes:
+    lines = (b"POST /v1/completions HTTP/1.1", b"Host: x", *headers, b"Content-Length: %d" % len(body))
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+
+def counted(cluster: Any) -> dict[str, float]:
+    """Requests by outcome."""
+    (family,) = cluster.gateway.scheduler.metrics.requests.collect()
+    return {s.labels["outcome"]: s.value for s in family.samples if s.name.endswith("_total")}
+
+
+def outcomes(path: Path) -> list[dict[str, Any]]:
+    rows = [orjson.loads(line) for line in (path / "journal.jsonl").read_bytes().splitlines()]
+    return [r for r in rows if r["type"] == "outcome"]
+
+
+@pytest.fixture
+def quiet(caplog: pytest.LogCaptureFixture) -> Any:
+    """Fail a test in which anything logs an error."""
+    yield
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR] == []
+
+
+@pytest.mark.parametrize(
+    "header", [b"x-tenant-id", b"x-session-id", b"x-slo-ttft-ms", b"x-slo-tpot-ms"], ids=bytes.decode
+)
+async def test_a_header_that_is_not_text_is_named(start: Any, quiet: None, header: bytes) -> None:
+    cluster = await start("static")
+    status, answer = await raw(cluster, post(orjson.dumps(GOOD), header + b": 1\xff\xfe"))
+    assert (status, answer["error"]["param"]) == (400, header.decode())
+    assert counted(cluster) == {"bad_request": 1.0}
+
+
+async def test_a_key_that_is_not_text_is_a_wrong_key(start: Any, quiet: None) -> None:
+    cluster = await start("static", api_key="right")
+    for value in (b"Bearer \xff", b"\xff\xfe", b"Bearer", b"Basic right"):
+        status, answer = await raw(cluster, post(orjson.dumps(GOOD), b"Authorization: " + value))
+        assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
+    assert counted(cluster) == {"unauthorized": 4.0}
+
+
+async def test_a_wrong_method_is_told_the_right_one(start: Any) -> None:
+    cluster = await start("static")
+    async with cluster.client.put(cluster.url + "/v1/completions") as response:
+        assert (response.status, response.headers["Allow"]) == (405, "POST")
+        assert (await response.json())["error"]["code"] == "method_not_allowed"
+
+
+async def test_every_refusal_is_counted_once(start: Any) -> None:
+    cluster = await start("static", max_body_bytes=1000)
+    for upstream in cluster.gateway.scheduler.upstreams.values():
+        object.__setattr__(upstream.member.instance, "max_model_len", 100)
+    for body in (b"{", {"prompt": 7}, GOOD | {"model": "other"}, b" " * 2000, {"prompt": [1] * 200}, GOOD):
+        await cluster.post("/v1/completions", body)
+    assert counted(cluster) == {
+        "bad_request": 2.0,
+        "unknown_model": 1.0,
+        "body_too_large": 1.0,
+        "prompt_too_long": 1.0,
+        "ok": 1.0,
+    }
+
+
+async def test_with_nothing_up_a_request_is_refused_and_recorded(start: Any, tmp_path: Path) -> None:
+    cluster = await start("static")
+    for name in cluster.engines:
+        cluster.fleet.down(name)
+    for model in ({}, {"model": "whatever"}):
+        status, answer, headers = await cluster.post("/v1/completions", GOOD | model)
+        assert (status, answer["error"]["code"]) == (503, "no_instance")
+        assert int(headers["Retry-After"]) >= 1
+    assert counted(cluster) == {"no_instance": 2.0}
+    await cluster.gateway.stop()
+    assert [(r["outcome"], r["status"]) for r in outcomes(tmp_path)] == [("no_instance", 503)] * 2
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        (b"NONSENSE\r\n\r\n",),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: many\r\n\r\n",),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nabc\r\n",),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nx-long: " + b"a" * 20_000 + b"\r\n\r\n",),
+        (post(b"not gzip", b"Content-Encoding: gzip"),),
+        (post(b"x", b"Content-Encoding: br"),),
+    ],
+    ids=["request-line", "length", "chunk-size", "header-size", "gzip", "encoding"],
+)
+async def test_malformed_http_is_a_bad_request(start: Any, quiet: None, pieces: tuple[bytes, ...]) -> None:
+    cluster = await start("static")
+    status, answer = await raw(cluster, *pieces)
+    assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
+    assert "\n" not in answer["error"]["message"]
+
+
+async def test_a_compressed_body_is_read_and_its_true_size_limited(start: Any) -> None:
+    cluster = await start("static", max_body_bytes=1000)
+    small, large = (gzip.compress(orjson.dumps(GOOD | {"pad": "x" * n})) for n in (10, 100_000))
+    assert (await raw(cluster, post(small, b"Content-Encoding: gzip")))[0] == 200
+    assert (await raw(cluster, post(large, b"Content-Encoding: gzip")))[0] == 413
+
+
+async def test_an_upload_that_stalls_has_a_deadline(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_front, "UPLOAD_S", 0.05)
+    cluster = await start("static")
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n"
+    status, answer = await raw(cluster, head, b'{"prompt"')
+    assert status == 400
+    assert "did not arrive" in answer["error"]["message"]
+
+
+async def test_null_means_not_sent(start: Any) -> None:
+    cluster = await start("static")
+    names = ("stream", "ignore_eos", "return_token_ids", "max_tokens", "echo", "stop", "seed", "logprobs")
+    nulls = dict.fromkeys((*names, "n", "stream_options", "user", "best_of", "kv_transfer_params"))
+    status, answer, _ = await cluster.post("/v1/completions", nulls | {"prompt": [1, 2, 3]})
+    assert status == 200, answer
+    status, answer, _ = await cluster.post("/v1/completions", {"prompt": None})
+    assert (status, answer["error"]["param"]) == (400, "prompt")
+    events = await cluster.stream(GOOD | {"stream_options": {"include_usage": None}})
+    assert all("usage" not in event for event in events)
+
+
+async def test_a_fault_of_ours_ends_a_stream_with_an_error_event(
+    start: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    def broken(self: Streamed, text: str, token_ids: list[int]) -> None:
+        raise RuntimeError("a detail nobody should see")
+
+    monkeypatch.setattr(Streamed, "plain", broken)
+    cluster = await start("static", step_s=0.001)
+    reader, writer = await asyncio.open_connection(*cluster.url.removeprefix("http://").split(":"))
+    writer.write(post(orjson.dumps(GOOD | {"max_tokens": 20, "stream": True}), b"Connection: close"))
+    sent = await reader.read()
+    writer.close()
+    assert sent.count(b"HTTP/1.1") == 1
+    assert sent.endswith(b"\r\n0\r\n\r\n"), "the chunked body is ended properly"
+    last = sent.split(b"data: ")[-1].split(b"\n")[0]
+    assert orjson.loads(last)["error"]["message"] == "internal error"
+    assert sum(r.exc_info is not None for r in caplog.records) == 1
+    assert counted(cluster) == {"internal": 1.0}
+    await cluster.gateway.stop()
+    assert [r["outcome"] for r in outcomes(tmp_path)] == ["internal"]
+
+
+async def test_a_stop_tells_those_it_cuts_off(start: Any, tmp_path: Path, quiet: None) -> None:
+    cluster = await start("static", step_s=0.001)
+    stream = asyncio.create_task(cluster.stream(LONG))
+    whole = asyncio.create_task(cluster.post("/v1/completions", LONG))
+    await cluster.until(lambda: sum(s.position > 3 for s in cluster.engines["i1"].streams.values()) == 2)
+    await cluster.gateway.stop()
+    events = await stream
+    assert events[-1]["error"]["code"] == "shutting_down"
+    status, answer, headers = await whole
+    assert (status, answer["error"]["code"]) == (503, "shutting_down")
+    assert "Retry-After" in headers
+    assert [(r["outcome"], r["status"]) for r in outcomes(tmp_path)] == [("shutting_down", 503)] * 2
+    assert counted(cluster) == {"shutting_down": 2.0}
+
+
+async def test_a_draining_gateway_takes_nothing_new(start: Any) -> None:
+    cluster = await start("static")
+    cluster.gateway._front.draining = True
+    status, answer, headers = await cluster.post("/v1/completions", GOOD)
+    assert (status, answer["error"]["code"]) == (503, "shutting_down")
+    assert int(headers["Retry-After"]) >= 1
+    assert counted(cluster) == {"shutting_down": 1.0}
