@@ -96,10 +96,11 @@ class Gateway:
 
 async def run_gateway(
     settings: GatewaySettings, fleet: Fleet, system: System, *, on_ready: Callable[[str], None]
-) -> None:
+) -> bool:
     """Serve until SIGINT or SIGTERM, then drain; a second signal stops at once.
 
-    ``on_ready`` gets the base URL once the fleet is up and the port is open. Raises SetupError as
+    ``on_ready`` gets the base URL once the fleet is up and the port is open. Returns whether it served
+    and drained: False when a signal cut the start or the drain short. Raises SetupError as
     ``Gateway.start`` does.
     """
     signals = _signals()
@@ -114,12 +115,14 @@ async def run_gateway(
         if stopping.done():
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
-            return
+            return False
         on_ready(await starting)
         await stopping
         again = asyncio.create_task(signals.get())
         await gateway.drain(again)
+        patient = not again.done()
         again.cancel()
+        return patient
     finally:
         await gateway.stop()
 
