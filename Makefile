@@ -11,7 +11,7 @@ TORCH := torch==2.13.0
 URL ?= http://127.0.0.1:8000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve check lint types test test-slow format bench-chat bench-bursts bench-steady clean
+.PHONY: help setup serve check lint types test test-slow format bench-chat bench-bursts bench-steady bench-relay bench-decisions bench-azure clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,15 @@ bench-bursts: $(STAMP) ## Alternate ten seconds of bursts with thirty quiet ones
 
 bench-steady: $(STAMP) ## Offer two requests per second for a minute to URL
 	@$(BIN)/tidegate bench --url $(URL) --poisson 2 --duration 60 $(ARGS)
+
+bench-relay: $(STAMP) ## Print what the gateway costs per chunk and per request, beside the bare engine
+	@$(BIN)/python benchmarks/relay.py
+
+bench-decisions: $(STAMP) ## Print what a decision costs among 8, 64 and 1,000 instances
+	@$(BIN)/python benchmarks/decisions.py
+
+bench-azure: $(STAMP) ## Replay ten recorded minutes under three systems, side by side (twelve minutes)
+	@$(BIN)/python benchmarks/azure_replay.py $(ARGS)
 
 clean: ## Remove the virtual environment and all caches
 	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

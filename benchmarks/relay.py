@@ -93,58 +93,69 @@ def quantile(ordered: list[float], q: float) -> float:
 
 
 async def measure() -> None:
-    paced, paced_port = start("-m", "tidegate.testing.fake_engine", "--step-ms", str(STEP_MS))
-    fast, fast_port = start("-m", "tidegate.testing.fake_engine")
-    gateways = {
-        "paced": start(__file__, "gateway", f"http://127.0.0.1:{paced_port}"),
-        "fast": start(__file__, "gateway", f"http://127.0.0.1:{fast_port}"),
-    }
+    paced, fast = (
+        start("-m", "tidegate.testing.fake_engine", "--step-ms", str(STEP_MS)),
+        start("-m", "tidegate.testing.fake_engine"),
+    )
+    behind = [start(__file__, "gateway", f"http://127.0.0.1:{engine[1]}") for engine in (paced, fast)]
     try:
-        await report(paced_port, fast_port, gateways)
+        await report_chunks(paced, behind[0])
+        await report_requests(fast, behind[1])
     finally:
-        for process in (paced, fast, *(g[0] for g in gateways.values())):
+        for process, _ in (paced, fast, *behind):
             process.kill()
 
 
-async def report(
-    paced_port: int, fast_port: int, gateways: dict[str, tuple[subprocess.Popen[str], int]]
-) -> None:
-    process, port = gateways["paced"]
-    through = Load(port)
+Server = tuple[subprocess.Popen[str], int]
+
+
+async def report_chunks(engine: Server, gateway: Server) -> None:
+    """CPU per chunk: what long streams cost beyond short ones, for the gateway and for the engine itself."""
+    through = Load(gateway[1])
     await through.many(200, 32, SHORT)
-    marks = [cpu_s(process.pid)]
+    spent = {}
     for tokens in (SHORT, LONG):
+        before = [cpu_s(process.pid) for process, _ in (gateway, engine)]
         await through.many(STREAMS * 4, STREAMS, tokens)
-        marks.append(cpu_s(process.pid))
-    short_s, long_s = marks[1] - marks[0], marks[2] - marks[1]
+        after = [cpu_s(process.pid) for process, _ in (gateway, engine)]
+        spent[tokens] = [end - begin for begin, end in zip(before, after, strict=True)]
     chunks = STREAMS * 4 * (LONG - SHORT)
-    chunk_us = (long_s - short_s) / chunks * 1e6
+    gateway_us, engine_us = (
+        (long_s - short_s) / chunks * 1e6 for short_s, long_s in zip(spent[SHORT], spent[LONG], strict=True)
+    )
+    print(
+        f"gateway CPU per 100,000 relayed chunks   {gateway_us / 10:8.2f} s    ({gateway_us:.1f} us each)   "
+        f"bare engine {engine_us / 10:.2f} s, x{gateway_us / engine_us:.2f}"
+    )
 
-    process, port = gateways["fast"]
-    bare, through = Load(fast_port), Load(port)
-    await through.many(400, 32, SHORT)
-    await bare.many(400, 32, SHORT)
-    low = {}
-    for name, load in (("bare", bare), ("gateway", through)):
+
+async def report_requests(engine: Server, gateway: Server) -> None:
+    """CPU per request, added TTFT with one request at a time, requests/s with 64 open."""
+    loads = {"bare": Load(engine[1]), "gateway": Load(gateway[1])}
+    low, rps, cpu_ms = {}, {}, {}
+    for name, load in loads.items():
+        await load.many(400, 32, SHORT)
         low[name] = sorted([await load.one(SHORT, i) for i in range(LOW_LOAD_REQUESTS)])
-    before = cpu_s(process.pid)
-    busy_s = await through.many(SATURATION_REQUESTS, 64, SHORT)
-    used_s = cpu_s(process.pid) - before
-    bare_s = await bare.many(SATURATION_REQUESTS, 64, SHORT)
-
-    added = {name: quantile(low["gateway"], q) - quantile(low["bare"], q) for name, q in QUANTILES.items()}
-    ratios = {name: quantile(low["gateway"], q) / quantile(low["bare"], q) for name, q in QUANTILES.items()}
-    request_ms = used_s / SATURATION_REQUESTS * 1e3
-    rps, bare_rps = SATURATION_REQUESTS / busy_s, SATURATION_REQUESTS / bare_s
-    print(f"CPU per relayed chunk      {chunk_us:7.1f} us   {chunk_us / 10:5.2f} s per 100,000 chunks")
-    print(f"CPU per two-leg request    {request_ms:7.3f} ms   {request_ms:5.2f} s per 1,000 requests")
+    for name, load in loads.items():
+        process = gateway[0] if name == "gateway" else engine[0]
+        before = cpu_s(process.pid)
+        rps[name] = SATURATION_REQUESTS / await load.many(SATURATION_REQUESTS, 64, SHORT)
+        cpu_ms[name] = (cpu_s(process.pid) - before) / SATURATION_REQUESTS * 1e3
+    print(
+        f"gateway CPU per 1,000 two-leg requests   {cpu_ms['gateway']:8.2f} s    "
+        f"({cpu_ms['gateway']:.3f} ms each)  bare engine, one leg {cpu_ms['bare']:.2f} s, "
+        f"x{cpu_ms['gateway'] / cpu_ms['bare']:.2f}"
+    )
     for name, q in QUANTILES.items():
-        bare_ms = quantile(low["bare"], q) * 1e3
+        with_ms, bare_ms = quantile(low["gateway"], q) * 1e3, quantile(low["bare"], q) * 1e3
         print(
-            f"TTFT {name}, one at a time   {bare_ms + added[name] * 1e3:7.3f} ms   "
-            f"bare {bare_ms:.3f} ms, added {added[name] * 1e3:.3f} ms, x{ratios[name]:.2f}"
+            f"TTFT {name}, one request at a time        {with_ms:8.3f} ms   "
+            f"(added {with_ms - bare_ms:.3f} ms)   bare {bare_ms:.3f} ms, x{with_ms / bare_ms:.2f}"
         )
-    print(f"requests/s, 64 open        {rps:7.0f}      bare (one leg) {bare_rps:.0f}, x{rps / bare_rps:.2f}")
+    print(
+        f"requests/s, 64 open, two tokens each     {rps['gateway']:8.0f}                    "
+        f"bare, one leg {rps['bare']:.0f}, x{rps['gateway'] / rps['bare']:.2f}"
+    )
 
 
 async def serve_gateway(url: str) -> None:

@@ -7,8 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidegate.costs.fitting import HINGES, PrefillSample, StepSample, fit_prefill, fit_step
-from tidegate.costs.forms import PrefillCost, StepCost, attention_work
+from tidegate.costs.fitting import (
+    HINGES,
+    MixedSample,
+    PrefillSample,
+    StepSample,
+    fit_mixed,
+    fit_prefill,
+    fit_step,
+)
+from tidegate.costs.forms import MixedCost, PrefillCost, StepCost, attention_work
 from tidegate.costs.profile import Profile, ProfileTable
 from tidegate.testing import REFERENCE
 
@@ -88,3 +96,35 @@ def test_a_table_prices_every_instance_as_its_profile_does(
     step_s = np.asarray(table.step.seconds(np.full(count, float(batch)), np.full(count, float(n))))
     np.testing.assert_allclose(prefill_s, [p.prefill_s(n) for p in made_of], rtol=1e-12)
     np.testing.assert_allclose(step_s, [float(p.step.seconds(batch, n)) for p in made_of], rtol=1e-12)
+
+
+@given(
+    a=st.floats(1e-3, 1e-2),
+    c=st.floats(1e-8, 1e-7),
+    e=st.floats(1e-5, 1e-4),
+)
+def test_fit_recovers_a_mixture_of_experts_step(a: float, c: float, e: float) -> None:
+    true = StepCost(a, 1e-5, c, e, 64.0, 8.0)
+    samples = [
+        StepSample(batch, batch * context, float(true.seconds(batch, batch * context)))
+        for batch in (1, 2, 4, 8, 16, 32, 64, 128)
+        for context in (256, 1024, 4096)
+    ]
+    found, fit = fit_step(samples, experts=64, active_experts=8)
+    assert fit.error_p95 < 1e-6
+    assert float(found.seconds(24, 24_000)) == pytest.approx(float(true.seconds(24, 24_000)), rel=1e-6)
+
+
+@given(b=st.floats(1e-6, 1e-4), d=st.floats(1e-8, 1e-6), n0=st.sampled_from(HINGES))
+def test_fit_recovers_a_mixed_step(b: float, d: float, n0: int) -> None:
+    true = MixedCost(0.005, b, 1e-9, d, float(n0))
+    samples = [
+        MixedSample(new, cached, batch, batch * 900, float(true.seconds(new + batch, work, batch * 900)))
+        for new in (64, 256, 1024, 4096)
+        for cached in (0, 2048)
+        for batch in (1, 16, 64)
+        for work in (new * (0.5 * new + cached),)
+    ]
+    found, fit = fit_mixed(samples)
+    assert fit.error_p95 < 1e-6
+    assert found.d_s == pytest.approx(d, rel=1e-3)

@@ -9,7 +9,15 @@ from itertools import combinations
 import numpy as np
 
 from tidegate.core.errors import ConfigError
-from tidegate.costs.forms import MixedCost, PrefillCost, StepCost, TransferCost, Values, attention_work
+from tidegate.costs.forms import (
+    MixedCost,
+    PrefillCost,
+    StepCost,
+    TransferCost,
+    Values,
+    attention_work,
+    experts_touched,
+)
 from tidegate.costs.profile import Profile
 
 HINGES = (0, 32, 64, 128, 192, 256, 320, 384, 512, 768)
@@ -31,6 +39,17 @@ class PrefillSample:
 class StepSample:
     """One measured decode step: ``batch`` sequences holding ``context_tokens`` in all."""
 
+    batch: int
+    context_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class MixedSample:
+    """One measured step with a chunk of one prompt beside ``batch`` decodes holding ``context_tokens``."""
+
+    new_tokens: int
+    cached_tokens: int
     batch: int
     context_tokens: int
     seconds: float
@@ -85,24 +104,46 @@ def fit_prefill(samples: Sequence[PrefillSample]) -> tuple[PrefillCost, Fit]:
     """Fit the hinge form, choosing ``n0`` among HINGES by loss."""
     new = np.array([s.new_tokens for s in samples], dtype=np.float64)
     work = np.array([attention_work(s.new_tokens, s.cached_tokens) for s in samples])
-    seconds = np.array([s.seconds for s in samples])
-    fits = [
-        (n0, fit_columns([np.ones_like(new), np.maximum(0.0, new - n0), work], seconds))
-        for n0 in HINGES
-        if n0 == 0 or n0 < new.max() / 2
-    ]
-    n0, fit = min(fits, key=lambda item: item[1].loss)
+    n0, fit = _fit_hinge(new, [work], np.array([s.seconds for s in samples]))
     a, b, c = fit.coefficients
-    return PrefillCost(a, b, c, float(n0)), fit
+    return PrefillCost(a, b, c, n0), fit
 
 
-def fit_step(samples: Sequence[StepSample]) -> tuple[StepCost, Fit]:
-    """Fit the dense linear form. The context slope never falls below SLOPE_FLOOR_S."""
+def fit_mixed(samples: Sequence[MixedSample]) -> tuple[MixedCost, Fit]:
+    """Fit the form of steps that hold a chunk beside decodes, choosing ``n0`` among HINGES by loss."""
+    tokens = np.array([s.new_tokens + s.batch for s in samples], dtype=np.float64)
+    work = np.array([attention_work(s.new_tokens, s.cached_tokens) for s in samples])
+    context = np.array([s.context_tokens for s in samples], dtype=np.float64)
+    n0, fit = _fit_hinge(tokens, [work, context], np.array([s.seconds for s in samples]))
+    a, b, c, d = fit.coefficients
+    return MixedCost(a, b, c, d, n0), fit
+
+
+def fit_step(
+    samples: Sequence[StepSample], *, experts: int = 1, active_experts: int = 0
+) -> tuple[StepCost, Fit]:
+    """Fit the linear form, with the expert term when ``active_experts`` of ``experts`` run per token.
+
+    The context slope never falls below SLOPE_FLOOR_S.
+    """
     batch = np.array([s.batch for s in samples], dtype=np.float64)
     context = np.array([s.context_tokens for s in samples], dtype=np.float64)
-    fit = fit_columns([np.ones_like(batch), batch, context], np.array([s.seconds for s in samples]))
-    a, b, c = fit.coefficients
-    return StepCost(a, b, max(c, SLOPE_FLOOR_S)), fit
+    columns = [np.ones_like(batch), batch, context]
+    if active_experts:
+        columns.append(np.asarray(experts_touched(batch, experts, active_experts)))
+    fit = fit_columns(columns, np.array([s.seconds for s in samples]))
+    a, b, c, e = (*fit.coefficients, 0.0)[:4]
+    return StepCost(a, b, max(c, SLOPE_FLOOR_S), e, float(experts), float(active_experts)), fit
+
+
+def _fit_hinge(tokens: Values, others: Sequence[Values], seconds: Values) -> tuple[float, Fit]:
+    """Fit ``a + b*max(0, tokens - n0) + ...`` for each candidate ``n0`` and return the best one's fit."""
+    fits = [
+        (float(n0), fit_columns([np.ones_like(tokens), np.maximum(0.0, tokens - n0), *others], seconds))
+        for n0 in HINGES
+        if n0 == 0 or n0 < tokens.max() / 2
+    ]
+    return min(fits, key=lambda item: item[1].loss)
 
 
 def fit_profile(
@@ -112,24 +153,21 @@ def fit_profile(
     transfer: TransferCost,
     *,
     source: str,
+    mixed: Sequence[MixedSample] = (),
     mixed_context_ratio: float = 2.0,
 ) -> Profile:
     """Fit a whole profile.
 
-    The mixed form shares the prefill form's coefficients; its context slope is the decode slope times
-    ``mixed_context_ratio`` (measured engines lie between 1 and 3.4) until mixed steps are measured.
+    Without ``mixed`` samples the mixed form shares the prefill form's coefficients, and its context slope
+    is the decode slope times ``mixed_context_ratio`` (measured engines lie between 1 and 3.4).
     """
     prefill_cost, prefill_fit = fit_prefill(prefill)
     step_cost, step_fit = fit_step(step)
-    mixed = MixedCost(
-        prefill_cost.a_s,
-        prefill_cost.b_s,
-        prefill_cost.c_s,
-        step_cost.c_s * mixed_context_ratio,
-        prefill_cost.n0,
-    )
-    errors = (
-        ("prefill", prefill_fit.error_p50, prefill_fit.error_p95),
-        ("step", step_fit.error_p50, step_fit.error_p95),
-    )
-    return Profile(name, prefill_cost, step_cost, mixed, transfer, source, errors)
+    fits = {"prefill": prefill_fit, "step": step_fit}
+    if mixed:
+        mixed_cost, fits["mixed"] = fit_mixed(mixed)
+    else:
+        slope_s = step_cost.c_s * mixed_context_ratio
+        mixed_cost = MixedCost(prefill_cost.a_s, prefill_cost.b_s, prefill_cost.c_s, slope_s, prefill_cost.n0)
+    errors = tuple((form, fit.error_p50, fit.error_p95) for form, fit in fits.items())
+    return Profile(name, prefill_cost, step_cost, mixed_cost, transfer, source, errors)

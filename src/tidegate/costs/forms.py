@@ -30,6 +30,13 @@ def positive_part(value: float | Values) -> float | Values:
     return value if value > 0 else 0.0
 
 
+def experts_touched(
+    batch: float | Values, experts: float | Values, active_experts: float | Values
+) -> float | Values:
+    """Return the expected number of experts that ``batch`` tokens read, each choosing evenly."""
+    return experts * (1.0 - (1.0 - active_experts / experts) ** batch)
+
+
 @dataclass(frozen=True, slots=True)
 class PrefillCost:
     """``a + b*max(0, N - n0) + c*A``: seconds of a pure prefill step.
@@ -78,8 +85,7 @@ class StepCost:
         dense = self.a_s + self.b_s * batch
         if isinstance(self.e_s, float) and self.e_s == 0.0:
             return dense
-        touched = self.experts * (1.0 - (1.0 - self.active_experts / self.experts) ** batch)
-        return dense + self.e_s * touched
+        return dense + self.e_s * experts_touched(batch, self.experts, self.active_experts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 from tidegate.core.instance import Role
 from tidegate.gateway.scheduler import Scheduler
+from tidegate.policies.pools import Pools
 
 
 def models_object(scheduler: Scheduler) -> dict[str, Any]:
@@ -23,18 +24,10 @@ def models_object(scheduler: Scheduler) -> dict[str, Any]:
     }
 
 
-def pool_of(role: Role, prefills: float, decodes: float) -> str:
-    """Name the pool an instance is in; an instance whose label and residents disagree is in transition."""
-    if role is Role.PREFILL:
-        return "decode->prefill" if decodes else "prefill"
-    if role is Role.DECODE:
-        return "prefill->decode" if prefills else "decode"
-    return "mixed"
-
-
 def state_object(scheduler: Scheduler) -> dict[str, Any]:
     """Return the body of ``/tidegate/state``."""
     snapshot = scheduler.snapshot()
+    pools = Pools.of(snapshot)
     instances = []
     for i, name in enumerate(snapshot.ids):
         member = scheduler.upstreams[name].member
@@ -44,9 +37,7 @@ def state_object(scheduler: Scheduler) -> dict[str, Any]:
             {
                 "id": name,
                 "role": role.label,
-                "pool": pool_of(
-                    role, float(snapshot.prefill_requests[i]), float(snapshot.decode_requests[i])
-                ),
+                "pool": pools.name_of(i),
                 "url": member.url,
                 "kind": member.kind,
                 "pid": member.pid,

@@ -13,6 +13,7 @@ from tidegate.core.slo import Slo
 from tidegate.ledger.snapshot import Column, Mask, Snapshot
 from tidegate.policies.arrow_flip import repair
 from tidegate.policies.candidates import everyone, has_room, least, members
+from tidegate.policies.pools import Pools
 from tidegate.policies.pricing import tokens_over_limit, ttft_seconds
 from tidegate.policies.seams import Signal
 
@@ -24,33 +25,6 @@ MEMORY_SHORTAGE = 0.9
 """Share of the decode side's KV capacity that counts as a shortage. Ours; the report names no value."""
 TICK_S = 1.0
 """Seconds between monitor ticks. Ours, as in Narwhal's Arrow v2."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pools:
-    """The four pools: a label, and whether work of the other phase is still on the instance.
-
-    Derived anew from each snapshot, so an instance settles by itself when the other phase's work ends.
-    MIXED instances belong to ``prefill`` and ``decode`` both.
-    """
-
-    prefill: Mask
-    decode: Mask
-    prefill_to_decode: Mask
-    decode_to_prefill: Mask
-
-    @classmethod
-    def of(cls, snapshot: Snapshot) -> Pools:
-        """Sort the instances of ``snapshot``."""
-        prefills, decodes = snapshot.labelled(Role.PREFILL), snapshot.labelled(Role.DECODE)
-        mixed = snapshot.labelled(Role.MIXED)
-        has_prefill, has_decode = snapshot.prefill_requests > 0, snapshot.decode_requests > 0
-        return cls(
-            prefill=mixed | (prefills & ~has_decode),
-            decode=mixed | (decodes & ~has_prefill),
-            prefill_to_decode=decodes & has_prefill,
-            decode_to_prefill=prefills & has_decode,
-        )
 
 
 def take_for_prefill(snapshot: Snapshot, pools: Pools, reason: str) -> Flip | None:
