@@ -1,0 +1,157 @@
+"""The packaged profiles: GPUs x models x parallelism x engines, by name.
+
+A name is ``gpu/model[/tpN][@engine]``: ``h100_sxm/llama-3.1-8b``, ``h100_sxm/llama-3.1-70b/tp4``,
+``h100_sxm/llama-3.1-8b@sglang``. One GPU and vLLM go without saying. The coefficients are fits to published
+measurements (``profiles/README.md`` has their origin and licences); transfers are assumed, see
+``PORT_BYTES_PER_S``. This is the one module of the room that reads a file: its own packaged data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from importlib import resources
+from typing import Any
+
+from tidegate.core.errors import ConfigError
+from tidegate.costs.forms import TransferCost
+from tidegate.costs.profile import Profile
+
+MIXED_CONTEXT_RATIO = 2.0
+"""Cost of a resident token beside a prefill chunk, over its cost in a pure decode step, where not measured.
+
+Measured steps of vLLM show 1.9 to 3.4; aiconfigurator prices both equally. The default leans to the measured
+engines' low end.
+"""
+PORT_BYTES_PER_S = {
+    "a100_sxm": 300e9,
+    "b200_sxm": 900e9,
+    "h100_sxm": 450e9,
+    "h200_sxm": 450e9,
+    "l40s": 32e9,
+    "rtx_4090": 32e9,
+    "rtx_pro_6000": 64e9,
+}
+"""Nominal bytes/s, one direction, of a GPU's port inside its node: NVLink (SXM parts), else PCIe x16."""
+NETWORK_BYTES_PER_S = 50e9
+"""Nominal bytes/s, one direction, of a GPU's port between nodes: one 400 Gbit/s network port per GPU."""
+LINK_EFFICIENCY = 0.8
+"""Assumed share of the nominal bandwidth that a KV transfer reaches."""
+INTRA_NODE_LATENCY_S = 0.0005
+INTER_NODE_LATENCY_S = 0.001
+"""Assumed time to set up one transfer."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackagedProfile:
+    """A profile with what else is known of its (GPU, model, parallelism, engine).
+
+    ``profile`` carries ``source`` and the fit's median and 95th percentile errors; ``max_errors`` has its
+    largest error per form, where published. ``profile.transfer`` is ``intra_node``; both links are assumed.
+    ``mixed_measured`` is false when a coefficient of the mixed form is derived; then ``profile.errors`` has
+    no entry for that form. ``kv_capacity_tokens`` is rough. ``weight_gb`` is None when unknown. ``note`` is
+    the publisher's caveat, empty if none: show it to whoever picks the profile.
+    """
+
+    name: str
+    profile: Profile
+    gpu: str
+    model: str
+    tp: int
+    engine: str
+    kv_bytes_per_token: int
+    kv_capacity_tokens: int
+    weight_gb: float | None
+    intra_node: TransferCost
+    inter_node: TransferCost
+    mixed_measured: bool
+    max_errors: tuple[tuple[str, float], ...]
+    note: str
+
+
+def profile_names() -> tuple[str, ...]:
+    """Return the name of every packaged profile, sorted."""
+    return tuple(sorted(_entries()))
+
+
+def packaged_profile(name: str, *, mixed_context_ratio: float | None = None) -> PackagedProfile:
+    """Return the packaged profile ``name``.
+
+    The mixed form is the measured one, or the prefill form (its N counts the decodes too) plus the decode
+    form's context slope times MIXED_CONTEXT_RATIO. A given ``mixed_context_ratio`` sets that slope in both
+    cases. Raises ConfigError for an unknown name or a ratio that is not positive.
+    """
+    entries = _entries()
+    if name not in entries:
+        raise ConfigError(_unknown(name, tuple(sorted(entries))))
+    if mixed_context_ratio is not None and not 0 < mixed_context_ratio < math.inf:
+        raise ConfigError(f"mixed_context_ratio must be a positive number, not {mixed_context_ratio}")
+    entry = entries[name]
+    intra_node, inter_node = _links(entry["gpu"], entry["tp"])
+    mixed, how, errors = _mixed(entry, mixed_context_ratio)
+    profile = Profile.from_json(
+        {
+            "name": name,
+            "prefill": entry["prefill"],
+            "step": entry["step"],
+            "mixed": mixed,
+            "transfer": asdict(intra_node),
+            "source": f"{entry['source']}; mixed steps {how}; transfers assumed",
+            "errors": errors,
+        }
+    )
+    return PackagedProfile(
+        name=name,
+        profile=profile,
+        gpu=entry["gpu"],
+        model=entry["model"],
+        tp=entry["tp"],
+        engine=entry["engine"],
+        kv_bytes_per_token=entry["kv_bytes_per_token"],
+        kv_capacity_tokens=entry["kv_capacity_tokens"],
+        weight_gb=entry["weight_gb"],
+        intra_node=intra_node,
+        inter_node=inter_node,
+        mixed_measured=how == "measured",
+        max_errors=tuple(sorted(entry["max_errors"].items())),
+        note=entry["note"],
+    )
+
+
+def _mixed(entry: dict[str, Any], ratio: float | None) -> tuple[dict[str, float], str, list[list[Any]]]:
+    """Return the mixed coefficients, how they came to be, and the errors that hold with them."""
+    measured: dict[str, float] | None = entry["mixed"]
+    errors: list[list[Any]] = entry["errors"]
+    if measured is not None and ratio is None:
+        return measured, "measured", errors
+    used = MIXED_CONTEXT_RATIO if ratio is None else ratio
+    chunks: dict[str, float] = measured or entry["prefill"]
+    mixed = {**chunks, "d_s": entry["step"]["c_s"] * used}
+    return mixed, f"derived with context ratio {used:g}", [row for row in errors if row[0] != "mixed"]
+
+
+def _links(gpu: str, tp: int) -> tuple[TransferCost, TransferCost]:
+    """Return the links inside and between nodes; each of ``tp`` GPUs moves its share through its own port."""
+    port = PORT_BYTES_PER_S[gpu]
+    share = LINK_EFFICIENCY * tp
+    inside = TransferCost(INTRA_NODE_LATENCY_S, share * port)
+    return inside, TransferCost(INTER_NODE_LATENCY_S, share * min(port, NETWORK_BYTES_PER_S))
+
+
+def _entries() -> dict[str, dict[str, Any]]:
+    file = resources.files("tidegate.costs") / "profiles" / "packaged.json"
+    entries: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+    return entries
+
+
+def _unknown(name: str, names: tuple[str, ...]) -> str:
+    wanted = name.strip().lower()
+    near = [n for n in names if wanted and n.startswith(wanted)] or get_close_matches(wanted, names, 4)
+    if not near:
+        return f"no packaged profile is called {name!r}; there are: {', '.join(names)}"
+    return (
+        f"no packaged profile is called {name!r}; near: {', '.join(near)} "
+        f"(tidegate.costs.library.profile_names() lists all {len(names)})"
+    )
