@@ -18,8 +18,9 @@ from tidegate.core.request import Request
 from tidegate.engines.seam import KvHandle, Leg, LegEnd, Tokens
 from tidegate.gateway.answers import Answer
 from tidegate.gateway.call import Call
-from tidegate.gateway.outcome import Story, record
+from tidegate.gateway.outcome import record
 from tidegate.gateway.scheduler import Scheduler, Upstream
+from tidegate.measure.rows import Ending, Story
 
 CHARS_PER_TOKEN = 4.0
 """First guess for text prompts, until engines have told lengths (a common rule of thumb)."""
@@ -363,14 +364,15 @@ class Flight:
         else:
             self._ledger.aborted(self.call.id, now)
         self._scheduler.released()
-        record(
-            self.story,
-            self.call,
-            prompt_tokens=self.prompt_tokens,
-            output_tokens=len(self.out_ids),
-            finish_reason=self.finish_reason,
-            error=error,
-            now_s=now,
-            journal=self._scheduler.journal,
-            metrics=self._scheduler.metrics,
+        ending = Ending(
+            self.call.id,
+            self.call.slo,
+            self.prompt_tokens,
+            len(self.out_ids),
+            self.finish_reason,
+            error,
+            now,
+            session=self.call.session,
+            tenant=self.call.tenant,
         )
+        record(self.story, ending, journal=self._scheduler.journal, metrics=self._scheduler.metrics)

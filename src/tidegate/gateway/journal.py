@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from tidegate.core.errors import ConfigError
+from tidegate.measure.rows import encode_row
 
 log = logging.getLogger(__name__)
 
 FLUSH_S = 0.25
 """How much of the journal a killed gateway may lose."""
-ALTERNATIVES = 8
-"""How many alternatives of a placement are written."""
 
 
 class Journal:
@@ -60,7 +56,7 @@ class Journal:
         """Append a line of type ``line``."""
         if not self.enabled:
             return
-        self._lines.append(_encoded({"type": line, "t": round(now_s - self.started_s, 6), **row}))
+        self._lines.append(encode_row(line, now_s - self.started_s, row))
         if self._timer is None and self._file is not None:
             self._timer = asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
 
@@ -96,11 +92,3 @@ class Journal:
                 file.close()
             except OSError:
                 pass  # a flush has told of it
-
-
-def _encoded(row: dict[str, Any]) -> bytes:
-    """Encode a line. One that is not clean JSON (say, a peer's odd bytes) loses those, not the line."""
-    try:
-        return orjson.dumps(row)
-    except TypeError:
-        return json.dumps(row, default=str, ensure_ascii=False).encode("utf-8", "replace")

@@ -18,12 +18,13 @@ from tidegate.costs.profile import Profile
 from tidegate.engines.dialect import DialectEngine
 from tidegate.engines.seam import Engine
 from tidegate.fleet.member import Member
-from tidegate.gateway.journal import ALTERNATIVES, Journal
+from tidegate.gateway.journal import Journal
 from tidegate.gateway.metrics import Metrics
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.ledger.ledger import Ledger
 from tidegate.ledger.snapshot import Snapshot
-from tidegate.policies.pricing import step_seconds, ttft_seconds
+from tidegate.measure.rows import decision_row, flip_row
+from tidegate.policies.pricing import predicted_on
 from tidegate.systems.system import System
 
 log = logging.getLogger(__name__)
@@ -204,56 +205,20 @@ class Scheduler:
             self.labels[flip.instance] = flip.to
             self.flips += 1
             self.metrics.flips.labels(flip.to.label, flip.reason).inc()
-            self.journal.write(
-                "flip",
-                now,
-                instance=flip.instance,
-                **{"from": before.label},
-                to=flip.to.label,
-                reason=flip.reason,
-            )
+            self.journal.write("flip", now, **flip_row(flip, before))
 
     def _note(self, kind: str, request: Request, verdict: Verdict, seen: Snapshot) -> None:
         """Journal a verdict with its alternatives and what is predicted for the chosen instance."""
         if not self.journal.enabled:
             return
         predicted: dict[str, float] | None = None
-        match verdict.decision:
-            case Place(prefill_on, decode_on, path):
-                chosen: dict[str, object] = {
-                    "prefill_on": prefill_on,
-                    "decode_on": decode_on,
-                    "path": path.value,
-                }
-                on = decode_on if kind == "place_decode" and decode_on is not None else prefill_on
-                predicted = self._predicted(kind, request, seen, on)
-            case Hold(reason):
-                chosen = {"hold": reason}
-            case Reject(reason):
-                chosen = {"reject": reason}
-        self.journal.write(
-            "decision",
-            seen.at_s,
-            request=request.id,
-            kind=kind,
-            chosen=chosen,
-            alternatives=verdict.alternatives.top(ALTERNATIVES) if verdict.alternatives else [],
-            predicted=predicted,
-            reason=verdict.reason,
-        )
-
-    def _predicted(self, kind: str, request: Request, seen: Snapshot, on: str) -> dict[str, float] | None:
-        """Return the predicted seconds on the chosen instance; None where nobody measured it."""
-        upstream, at = self.upstreams.get(on), seen.index.get(on)
-        if at is None or upstream is None or upstream.member.profile is None:
-            return None
-        if kind == "place_decode":
-            return {"step_s": round(float(step_seconds(seen, request)[at]), 6)}
-        wait_s = float(seen.prefill_wait_s[at])
-        return {
-            "wait_s": round(wait_s, 6),
-            "prefill_s": round(float(ttft_seconds(seen, request)[at]) - wait_s, 6),
-        }
+        if isinstance(verdict.decision, Place):
+            decode_on = verdict.decision.decode_on if kind == "place_decode" else None
+            on = decode_on or verdict.decision.prefill_on
+            upstream = self.upstreams.get(on)
+            if upstream is not None and upstream.member.profile is not None:
+                predicted = predicted_on(on, seen, request, decode=kind == "place_decode")
+        self.journal.write("decision", seen.at_s, **decision_row(request.id, kind, verdict, predicted))
 
     # clocks
 

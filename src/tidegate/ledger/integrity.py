@@ -40,7 +40,7 @@ def _seat_problems(sheet: Sheet, name: str, seat: Seat) -> list[str]:
         Field.PREFILL_QUEUE_S: sum((e.seconds for e in prefills), 0.0),
         Field.HEAD_S: seat.head.seconds if seat.head is not None else 0.0,
         Field.DECODE_REQUESTS: float(len(decodes)),
-        Field.DECODE_TOKENS: float(sum(e.resident_tokens for e in decodes)),
+        Field.DECODE_TOKENS: float(sum(e.tokens_now for e in decodes)),
         Field.HANDOFF_TOKENS: float(sum(e.held_tokens for e in handoffs)),
     }
     problems = [
@@ -48,6 +48,8 @@ def _seat_problems(sheet: Sheet, name: str, seat: Seat) -> list[str]:
         for field, value in expected.items()
         if float(sheet.matrix[field, seat.column]) != value
     ]
+    if seat.in_step != sum(e.joined_step is not None for e in decodes):
+        problems.append(f"{name}: {seat.in_step} decodes in step, records say otherwise")
     if (seat.head is None) != (not seat.prefills) or (seat.head is not None and seat.head not in prefills):
         problems.append(f"{name}: the running prefill is not one of its prefills")
     return problems

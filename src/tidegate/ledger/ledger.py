@@ -166,7 +166,7 @@ class Ledger:
             self.prefill_ended(request_id, now)
         previous = entry.decode
         if previous is not None:
-            held = entry.resident_tokens
+            held = entry.tokens_now
             self._leave_decode(entry)
             if entry.source is None:
                 self._hold(entry, previous, held)
@@ -205,6 +205,8 @@ class Ledger:
         entry = self._entries.get(request_id)
         if entry is None or entry.decode is None:
             return False
+        if entry.joined_step is not None:
+            self._fall_out(entry)
         sheet = self._sheet
         column = entry.decode.column
         sheet.decode_tokens[column] += count
@@ -217,6 +219,44 @@ class Ledger:
             if entry.source is not None:
                 self._release_source(entry)
         entry.last_at_s = now
+        return True
+
+    def joined(self, request_id: str) -> bool:
+        """Say that a decode, right after a ``tokens`` of it, steps together with others of its instance.
+
+        From now on ``stepped`` counts its tokens. All that step together had their last token at one
+        time. False for a request that does not decode or is in step already.
+        """
+        entry = self._entries.get(request_id)
+        if entry is None or entry.decode is None or not entry.generating or entry.joined_step is not None:
+            return False
+        seat = entry.decode
+        seat.stepped_at_s = entry.last_at_s
+        seat.in_step += 1
+        entry.joined_step = seat.steps
+        return True
+
+    def stepped(self, instance_id: str, count: int, now: float) -> None:
+        """Count ``count`` tokens of every decode in step on the instance, the last ones at ``now``.
+
+        The same sums as ``tokens`` of each of them, at a cost that does not grow with their number.
+        """
+        seat = self._seats.get(instance_id)
+        if seat is None or not seat.in_step:
+            return
+        sheet, column = self._sheet, seat.column
+        sheet.decode_tokens[column] += count * seat.in_step
+        sheet.gap_sum_s[column] += seat.in_step * (now - seat.stepped_at_s)
+        sheet.gap_tokens[column] += count * seat.in_step
+        seat.steps += count
+        seat.stepped_at_s = now
+
+    def left_step(self, request_id: str) -> bool:
+        """Say that a decode in step pauses there (a preemption); ``tokens`` and ``joined`` bring it back."""
+        entry = self._entries.get(request_id)
+        if entry is None or entry.joined_step is None:
+            return False
+        self._fall_out(entry)
         return True
 
     def finished(self, request_id: str, now: float) -> bool:
@@ -349,9 +389,18 @@ class Ledger:
         del seat.handoffs[entry.request.id]
         self._sheet.handoff_tokens[seat.column] -= entry.held_tokens
 
+    def _fall_out(self, entry: Entry) -> None:
+        seat = entry.decode
+        assert seat is not None
+        entry.resident_tokens, entry.last_at_s = entry.tokens_now, entry.token_at_s
+        entry.joined_step = None
+        seat.in_step -= 1
+
     def _leave_decode(self, entry: Entry) -> None:
         seat = entry.decode
         assert seat is not None
+        if entry.joined_step is not None:
+            self._fall_out(entry)
         entry.decode = None
         del seat.decodes[entry.request.id]
         self._sheet.decode_requests[seat.column] -= 1

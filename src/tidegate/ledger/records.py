@@ -14,7 +14,8 @@ class Seat:
     """An instance that is up: its column and who is on it, each kind in order of arrival.
 
     ``head`` is the prefill taken to be running; ``head_seen`` tells whether the driver reported its
-    start or it was inferred.
+    start or it was inferred. ``steps`` counts the tokens that each of the ``in_step`` decodes that step
+    together has produced, the last one at ``stepped_at_s``.
     """
 
     instance: Instance
@@ -25,6 +26,9 @@ class Seat:
     handoffs: dict[str, Entry] = field(default_factory=dict)
     head: Entry | None = None
     head_seen: bool = False
+    steps: int = 0
+    in_step: int = 0
+    stepped_at_s: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -40,7 +44,8 @@ class Entry:
     ``prefill`` excludes the other two. ``seconds`` is the predicted prefill, ``held_tokens`` the KV
     counted at ``source``, ``resident_tokens`` the KV counted at ``decode``. While ``decode`` is set and
     ``source`` is not, ``last_at_s`` is the start of the open gap, and ``generating`` tells whether that is
-    a gap between two tokens of this instance.
+    a gap between two tokens of this instance. ``joined_step`` is the seat's ``steps`` when the decode fell
+    in step there; while it is set, ``resident_tokens`` and ``last_at_s`` are those of that moment.
     """
 
     request: Request
@@ -52,6 +57,19 @@ class Entry:
     resident_tokens: int = 0
     last_at_s: float = 0.0
     generating: bool = False
+    joined_step: int | None = None
+
+    @property
+    def tokens_now(self) -> int:
+        """``resident_tokens`` with those produced in step since."""
+        if self.joined_step is None or self.decode is None:
+            return self.resident_tokens
+        return self.resident_tokens + self.decode.steps - self.joined_step
+
+    @property
+    def token_at_s(self) -> float:
+        """``last_at_s``, with the tokens produced in step since."""
+        return self.last_at_s if self.joined_step is None or self.decode is None else self.decode.stepped_at_s
 
     @property
     def owner(self) -> Seat:

@@ -47,5 +47,5 @@ def longest_open_gap(seat: Seat, now: float) -> float:
     A decode whose KV is still being pulled waits for the link, not for this instance.
     """
     return max(
-        (now - entry.last_at_s for entry in seat.decodes.values() if entry.source is None), default=0.0
+        (now - entry.token_at_s for entry in seat.decodes.values() if entry.source is None), default=0.0
     )

@@ -32,3 +32,22 @@ def tokens_over_limit(snapshot: Snapshot, request: Request) -> Column:
     """Return resident tokens with the request, less MT(i, tpot): above 0 the step would miss the target."""
     limit = snapshot.costs.step.max_context_tokens(request.slo.tpot_s, snapshot.decode_requests + 1.0)
     return snapshot.decode_tokens + float(request.prompt_tokens) - limit
+
+
+def predicted_on(
+    instance: str, snapshot: Snapshot, request: Request, *, decode: bool
+) -> dict[str, float] | None:
+    """Return what a placement on ``instance`` predicts, for the journal; None where it is not up.
+
+    The step once a decode has joined; else the wait before the prefill, and the prefill.
+    """
+    at = snapshot.index.get(instance)
+    if at is None:
+        return None
+    if decode:
+        return {"step_s": round(float(step_seconds(snapshot, request)[at]), 6)}
+    wait_s = float(snapshot.prefill_wait_s[at])
+    return {
+        "wait_s": round(wait_s, 6),
+        "prefill_s": round(float(ttft_seconds(snapshot, request)[at]) - wait_s, 6),
+    }

@@ -1,0 +1,206 @@
+"""Which tokens a simulated instance computes next: the queues, blocks and preemptions of an engine.
+
+The rules are those of vLLM and the embedded engine: every running sequence with one pending token takes
+part, then the token budget is filled with chunks of prompts, oldest first, then with new ones in order of
+arrival. A prompt gets the blocks of all its tokens at admission. When blocks run out, the youngest
+running sequence gives its own back and computes them again later.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from tidegate.sim.blocks import Blocks
+from tidegate.sim.decode_batch import DecodeBatch
+from tidegate.sim.sequence import Pin, Sequence
+from tidegate.sim.settings import Replica
+
+
+@dataclass(slots=True)
+class Chunk:
+    """``count`` pending tokens of a sequence in one step."""
+
+    sequence: Sequence
+    count: int
+
+
+@dataclass(slots=True)
+class Plan:
+    """What the next step does. ``pulls`` were admitted and wait for their KV; ``preempted`` lost theirs.
+
+    ``newcomers`` are the decodes whose first step in the batch this is.
+    """
+
+    chunks: list[Chunk]
+    newcomers: list[Sequence]
+    pulls: list[Sequence]
+    preempted: list[Sequence]
+
+
+class Batcher:
+    """Owns the queues of one instance. ``running`` is in order of age; it holds ``decode`` and ``_chunking``."""
+
+    def __init__(self, index: int, replica: Replica) -> None:
+        engine, instance = replica.engine, replica.instance
+        self.blocks = Blocks(instance.kv_capacity_tokens, instance.block_tokens, engine.reserve)
+        self.waiting: deque[Sequence] = deque()
+        self.running: dict[Sequence, None] = {}
+        self.decode = DecodeBatch(instance.block_tokens)
+        self._index = index
+        self._engine = engine
+        self._chunking: list[Sequence] = []
+        self._ready: list[Sequence] = []
+        self._loading = 0
+
+    def plan(self, now: float) -> Plan:
+        """Choose the next step's tokens and take their blocks."""
+        plan = Plan([], self._ready, [], [])
+        self._ready = []
+        for sequence in plan.newcomers:
+            self.decode.join(sequence)
+        self._make_room(plan)
+        budget = self._engine.max_batch_tokens - len(self.decode)
+        for sequence in self._chunking:
+            budget = _add_chunk(plan, sequence, budget)
+        while budget > 0 and self.waiting:
+            sequence = self.waiting[0]
+            if not self._admit(sequence, plan):
+                break
+            self.waiting.popleft()
+            if sequence.admitted_s is None:
+                sequence.admitted_s = now
+            if sequence in self.decode.members:
+                budget -= 1
+            elif sequence in self.running:
+                budget = _add_chunk(plan, sequence, budget)
+        return plan
+
+    def commit(self, plan: Plan, steps: int) -> list[Sequence]:
+        """Record that ``steps`` steps of ``plan`` are done; return the sequences whose prompt is complete.
+
+        Takes the blocks of all but the first step, whose own ``plan`` took. The decodes that ended and the
+        prompts that are complete are still to be asked for and put somewhere by the caller.
+        """
+        if steps > 1:
+            self.blocks.take(self.decode.blocks_for(steps - 1, after=1))
+        self.decode.ticks += steps
+        complete = []
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            sequence.computed += steps * chunk.count
+            if sequence.pending == 0:
+                self._chunking.remove(sequence)
+                sequence.tokens += 1
+                complete.append(sequence)
+        return complete
+
+    def most_steps(self, plan: Plan) -> int:
+        """Return how many steps from this one on have the same composition and find their blocks."""
+        if plan.newcomers:
+            return 1
+        most = self.decode.steps_to_end()
+        if plan.chunks:
+            chunk = plan.chunks[0]
+            alone = len(plan.chunks) == 1 and chunk.count < chunk.sequence.pending
+            whole = (chunk.sequence.pending - 1) // chunk.count if alone else 1
+            most = whole if most is None else min(most, whole)
+        assert most is not None, "a step has members"
+        return self._within_blocks(most)
+
+    def loaded(self, sequence: Sequence, tokens: int) -> None:
+        """Take note that ``tokens`` tokens' KV has arrived."""
+        self._loading -= 1
+        sequence.computed = tokens
+        self.running[sequence] = None
+        self._ready.append(sequence)
+
+    def release(self, sequence: Sequence, *, pin: bool) -> Pin | None:
+        """Take out a running sequence that ended; with ``pin`` its blocks stay taken, for a decode."""
+        del self.running[sequence]
+        blocks = self.blocks.for_tokens(sequence.computed)
+        if pin:
+            return Pin(self._index, blocks, sequence.computed)
+        self.blocks.give_back(blocks)
+        return None
+
+    def _within_blocks(self, most: int) -> int:
+        free = self.blocks.free
+        if len(self.decode) * (1 + most // self.blocks.block_tokens) <= free:
+            return most
+        low, high = 1, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.decode.blocks_for(middle - 1, after=1) <= free:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def _make_room(self, plan: Plan) -> None:
+        """Give every decode the block of its next token, preempting from the young end."""
+        while self.decode.blocks_for(1) > self.blocks.free:
+            youngest = next(reversed(self.running))
+            del self.running[youngest]
+            if youngest in self.decode.members:
+                self.decode.leave(youngest)
+                self.blocks.give_back(self.blocks.for_tokens(youngest.computed))
+                if youngest in plan.newcomers:
+                    plan.newcomers.remove(youngest)
+            else:
+                self._chunking.remove(youngest)
+                self.blocks.give_back(self.blocks.for_tokens(youngest.tokens))
+            youngest.computed = 0
+            youngest.preemptions += 1
+            self.waiting.appendleft(youngest)
+            plan.preempted.append(youngest)
+        self.blocks.take(self.decode.blocks_for(1))
+
+    def _admit(self, sequence: Sequence, plan: Plan) -> bool:
+        """Give the head of the queue its blocks; False, with nothing changed, when there is no room."""
+        if len(self.running) + self._loading >= self._engine.max_num_seqs:
+            return False
+        pin = sequence.source
+        if pin is not None and not pin.gone:
+            return (
+                self._adopt(sequence, pin, plan) if pin.on == self._index else self._load(sequence, pin, plan)
+            )
+        if not self._take(self.blocks.for_tokens(sequence.tokens)):
+            return False
+        self._chunking.append(sequence)
+        self.running[sequence] = None
+        return True
+
+    def _adopt(self, sequence: Sequence, pin: Pin, plan: Plan) -> bool:
+        """Take over the blocks of this instance's own pin; the next token may need one more."""
+        if not self._take(self.blocks.for_tokens(pin.tokens + 1) - pin.blocks):
+            return False
+        pin.taken = True
+        sequence.source = None
+        sequence.computed = pin.tokens
+        self.running[sequence] = None
+        self.decode.join(sequence)
+        plan.newcomers.append(sequence)
+        return True
+
+    def _load(self, sequence: Sequence, pin: Pin, plan: Plan) -> bool:
+        if not self._take(self.blocks.for_tokens(pin.tokens)):
+            return False
+        pin.taken = True
+        self._loading += 1
+        plan.pulls.append(sequence)
+        return True
+
+    def _take(self, count: int) -> bool:
+        if not self.blocks.room_for(count, others=bool(self.running) or self._loading > 0):
+            return False
+        self.blocks.take(count)
+        return True
+
+
+def _add_chunk(plan: Plan, sequence: Sequence, budget: int) -> int:
+    """Give the sequence what is left of the budget, at most what it needs; return what remains."""
+    count = min(sequence.pending, budget)
+    if count > 0:
+        plan.chunks.append(Chunk(sequence, count))
+    return budget - count

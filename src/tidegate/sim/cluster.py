@@ -1,0 +1,89 @@
+"""The simulated data plane: instances, and the links between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Fleet
+
+from tidegate.sim.events import EventQueue, Kind
+from tidegate.sim.instance import Listener, SimInstance
+from tidegate.sim.links import Link
+from tidegate.sim.sequence import Pin, Sequence
+from tidegate.sim.settings import Replica
+
+
+class Cluster:
+    """Runs legs and moves KV.
+
+    An instance receives over a link of its own, of its profile's transfer cost, unless its replica names
+    one that it shares.
+    """
+
+    def __init__(
+        self, replicas: Fleet[Replica], events: EventQueue, listener: Listener, *, leap: bool
+    ) -> None:
+        self.instances = [
+            SimInstance(index, replica, events, listener, leap=leap) for index, replica in enumerate(replicas)
+        ]
+        self._events = events
+        self._links: list[Link] = []
+        self._link_of: list[int] = []
+        named: dict[str, int] = {}
+        for replica in replicas:
+            link = named.setdefault(replica.link or f"\0{replica.instance.id}", len(named))
+            if link == len(self._links):
+                self._links.append(Link(replica.profile.transfer))
+            self._link_of.append(link)
+        self._pulls: dict[int, tuple[Sequence, Pin, int]] = {}
+
+    def report(self, now: float) -> None:
+        """Have the instances that leap tell of the steps that ended by ``now``."""
+        for instance in self.instances:
+            if instance.report_due_s <= now:
+                instance.report(now)
+
+    def pull(self, sequence: Sequence, to: int, now: float) -> int:
+        """Bring the KV behind the sequence's source to instance ``to``; return how many bytes that are."""
+        pin = sequence.source
+        assert pin is not None
+        sequence.source = None
+        self._pulls[sequence.request] = (sequence, pin, to)
+        self._events.push(now + self._links[self._link_of[to]].latency_s, Kind.LINK_ENTRY, sequence.request)
+        return pin.tokens * self._bytes_per_token(pin)
+
+    def enter_link(self, request: int, now: float) -> None:
+        """Have a pull take its share of the bandwidth."""
+        _, pin, to = self._pulls[request]
+        self._links[self._link_of[to]].enter(request, pin.tokens * self._bytes_per_token(pin), now)
+        self._announce(self._link_of[to])
+
+    def leave_link(self, link: int, version: int, now: float) -> None:
+        """Finish a pull: its source's blocks are free, and its leg may run."""
+        if version != self._links[link].version:
+            return
+        request = self._links[link].leave(now)
+        self._announce(link)
+        sequence, pin, to = self._pulls.pop(request)
+        sequence.loaded_s = now
+        self.instances[pin.on].unpin(pin, now)
+        self.instances[to].loaded(sequence, pin.tokens, now)
+
+    def end_lease(self, pin: Pin, now: float) -> None:
+        """Free KV that no decode has come for."""
+        if not pin.taken and not pin.gone:
+            pin.gone = True
+            self.instances[pin.on].unpin(pin, now)
+
+    def step_end(self, index: int, version: int, now: float) -> None:
+        """Finish an instance's stretch, unless it was cut short since."""
+        instance = self.instances[index]
+        if version == instance.version:
+            instance.end(now)
+
+    def _announce(self, link: int) -> None:
+        at_s = self._links[link].next_end_s()
+        self._links[link].version += 1
+        if at_s is not None:
+            self._events.push(at_s, Kind.LINK, link, self._links[link].version)
+
+    def _bytes_per_token(self, pin: Pin) -> int:
+        return self.instances[pin.on].replica.instance.kv_bytes_per_token

@@ -1,0 +1,122 @@
+"""The scheduling loop in virtual time: observe, decide, act, journal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tidegate.core.decision import Flip, Hold, Place, Reject, Verdict
+from tidegate.core.errors import NoInstance
+from tidegate.core.instance import Role
+from tidegate.core.request import Request
+from tidegate.ledger.ledger import Ledger
+from tidegate.ledger.snapshot import Snapshot
+from tidegate.measure.rows import decision_row, flip_row
+from tidegate.policies.pricing import predicted_on
+from tidegate.sim.journal import SimJournal
+from tidegate.sim.settings import Replica
+from tidegate.systems.system import System
+
+RETRY_AFTER_S = 2.0
+"""What a client is told to wait when no instance takes its decode (the gateway's)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatched:
+    """A placed prefill, with its predicted seconds on that instance (without the wait before it)."""
+
+    place: Place
+    predicted_prefill_s: float
+
+
+class Control:
+    """Owns the ledger and applies a system's decisions, in the gateway's order.
+
+    ``report`` brings the ledger up to the given time: instances that leap tell of their steps only then.
+    """
+
+    def __init__(
+        self,
+        system: System,
+        replicas: Sequence[Replica],
+        journal: SimJournal,
+        report: Callable[[float], None],
+    ) -> None:
+        self.ledger = Ledger()
+        self.flips = 0
+        self._system = system
+        self._journal = journal
+        self._report = report
+        self._pool_state: object = None
+        self._reason = ""
+        self.roles = system.roles(len(replicas))
+        for replica, role in zip(replicas, self.roles, strict=True):
+            self.ledger.instance_up(replica.instance, replica.profile, role, 0.0)
+
+    @property
+    def tick_s(self) -> float | None:
+        """The period of pool control; None without one."""
+        return self._system.pool.tick_s if self._system.pool else None
+
+    def place_prefill(self, request: Request, now: float) -> Dispatched | Hold | Reject:
+        """Place a request's prefill and enter it in the ledger; or say why not."""
+        seen = self._seen(now)
+        verdict = self._system.prefill.place_prefill(request, seen)
+        self._apply(verdict.flips, now)
+        self._note("place_prefill", request, verdict, seen)
+        if not isinstance(verdict.decision, Place):
+            return verdict.decision
+        place = verdict.decision
+        return Dispatched(place, self.ledger.prefill_dispatched(request, place.prefill_on, now))
+
+    def place_decode(self, request: Request, prefill_on: str, now: float) -> str | Reject:
+        """Place a request's decode and enter it in the ledger; ``request.prompt_tokens`` is resident."""
+        seen = self._seen(now)
+        verdict = self._system.decode.place_decode(request, seen, prefill_on)
+        self._apply(verdict.flips, now)
+        self._note("place_decode", request, verdict, seen)
+        if not isinstance(verdict.decision, Place) or verdict.decision.decode_on is None:
+            return Reject("no instance takes the decode", RETRY_AFTER_S)
+        decode_on = verdict.decision.decode_on
+        self.ledger.decode_dispatched(request.id, decode_on, request.prompt_tokens, now)
+        return decode_on
+
+    def tick(self, now: float, *, idle: bool) -> None:
+        """Close the gap window, audit the idle ledger, let the pool control decide."""
+        self._report(now)
+        self.ledger.window_closed(now)
+        if idle:
+            self.ledger.check_integrity()
+        pool = self._system.pool
+        if pool is None:
+            return
+        control = pool.step(self.ledger.snapshot(now), self._pool_state)
+        self._pool_state = control.state
+        if control.reason != self._reason:
+            self._reason = control.reason
+            self._journal.write("control", now, {"reason": control.reason, "flips": len(control.flips)})
+        self._apply(control.flips, now)
+
+    def _seen(self, now: float) -> Snapshot:
+        self._report(now)
+        snapshot = self.ledger.snapshot(now)
+        if not len(snapshot):
+            raise NoInstance("no instance is up")
+        return snapshot
+
+    def _apply(self, flips: tuple[Flip, ...], now: float) -> None:
+        for flip in flips:
+            before = self.ledger.role_of(flip.instance)
+            if self.ledger.flip(flip.instance, flip.to, now):
+                self.flips += 1
+                self._journal.write("flip", now, flip_row(flip, Role(before)))
+
+    def _note(self, kind: str, request: Request, verdict: Verdict, seen: Snapshot) -> None:
+        if not self._journal.enabled:
+            return
+        predicted: dict[str, float] | None = None
+        if isinstance(verdict.decision, Place):
+            decode = kind == "place_decode"
+            on = (verdict.decision.decode_on if decode else None) or verdict.decision.prefill_on
+            predicted = predicted_on(on, seen, request, decode=decode)
+        self._journal.write("decision", seen.at_s, decision_row(request.id, kind, verdict, predicted))

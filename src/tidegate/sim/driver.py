@@ -1,0 +1,162 @@
+"""The simulation's loop: events in their total order, each handed to whom it is about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import IO
+
+import tidegate
+from tidegate.core.errors import ConfigError, InternalError
+from tidegate.core.request import Request
+from tidegate.policies.seams import Signal
+from tidegate.sim.events import EventQueue, Kind
+from tidegate.sim.journal import SimJournal
+from tidegate.sim.results import InstanceUse, SimRun
+from tidegate.sim.serving import Serving
+from tidegate.sim.settings import Replica, SimSettings
+from tidegate.systems.registry import check_signals
+from tidegate.systems.system import System
+from tidegate.workloads.trace import TraceRecord
+
+
+def simulate(
+    trace: Iterable[TraceRecord],
+    system: System,
+    replicas: Sequence[Replica],
+    settings: SimSettings | None = None,
+    *,
+    journal: IO[bytes] | None = None,
+) -> SimRun:
+    """Serve ``trace`` with ``system`` on ``replicas`` to the last request.
+
+    The same arguments give the same result and the same journal, byte for byte. Raises ConfigError for
+    a fleet or system that cannot serve, and for a trace that goes back in time or has empty requests.
+    """
+    return _Simulation(trace, system, replicas, settings or SimSettings(), SimJournal(journal)).run()
+
+
+class _Simulation:
+    """One run: takes requests from the trace as their time comes, until every one has ended."""
+
+    def __init__(
+        self,
+        trace: Iterable[TraceRecord],
+        system: System,
+        replicas: Sequence[Replica],
+        settings: SimSettings,
+        journal: SimJournal,
+    ) -> None:
+        check_signals(system, frozenset({Signal.PROFILE}))
+        if len({replica.instance.id for replica in replicas}) != len(replicas):
+            raise ConfigError("two instances have one id")
+        self._events = EventQueue()
+        self._serving = Serving(system, replicas, settings, journal, self._events)
+        self._replicas = replicas
+        self._slo = settings.slo
+        self._trace: Iterator[TraceRecord] = iter(trace)
+        self._next: TraceRecord | None = None
+        self._arrived = 0
+        self._ticks = 0
+        self._tick_s = self._serving.control.tick_s or settings.window_s
+        journal.header(
+            version=tidegate.__version__,
+            system=system.name,
+            slo=settings.slo,
+            instances=[
+                {"id": replica.instance.id, "role": role.label}
+                for replica, role in zip(replicas, self._serving.control.roles, strict=True)
+            ],
+        )
+
+    def run(self) -> SimRun:
+        """Handle events until every request has ended."""
+        handled, now = 0, 0.0
+        self._announce_arrival(0.0)
+        self._announce_tick()
+        while self._next is not None or self._serving.flights:
+            now, kind, whose, version = self._events.pop()
+            handled += 1
+            self._handle(now, kind, whose, version)
+        self._serving.control.ledger.check_integrity()
+        return self._finished(now, handled)
+
+    def _handle(self, now: float, kind: Kind, whose: int, version: int) -> None:
+        serving, cluster = self._serving, self._serving.cluster
+        match kind:
+            case Kind.STEP_END:
+                cluster.step_end(whose, version, now)
+            case Kind.STEP_START:
+                cluster.instances[whose].start(now)
+            case Kind.LEG:
+                serving.submit(whose, now)
+            case Kind.ARRIVAL:
+                self._arrive(now)
+            case Kind.LINK:
+                cluster.leave_link(whose, version, now)
+            case Kind.LINK_ENTRY:
+                cluster.enter_link(whose, now)
+            case Kind.LEASE:
+                serving.end_lease(whose, now)
+            case Kind.TICK:
+                serving.tick(now)
+                self._announce_tick()
+
+    def _arrive(self, now: float) -> None:
+        record, index = self._next, self._arrived
+        assert record is not None
+        self._arrived += 1
+        self._announce_arrival(now)
+        request = Request(
+            f"r{index}",
+            record.input_tokens,
+            record.output_tokens,
+            now,
+            self._slo,
+            session=record.session_id,
+            turn=record.turn,
+        )
+        self._serving.arrive(index, request, now)
+
+    def _announce_arrival(self, now: float) -> None:
+        """Fetch the trace's next request. Raises ConfigError when it cannot be one."""
+        self._next = record = next(self._trace, None)
+        if record is None:
+            return
+        if not now <= record.arrival_s < float("inf"):
+            raise ConfigError(
+                f"request {self._arrived}: it arrives at {record.arrival_s} s, after one at {now} s"
+            )
+        if record.input_tokens < 1 or record.output_tokens < 1:
+            raise ConfigError(
+                f"request {self._arrived}: {record.input_tokens} input and {record.output_tokens} output "
+                "tokens; each must be at least 1"
+            )
+        self._events.push(record.arrival_s, Kind.ARRIVAL, self._arrived)
+
+    def _announce_tick(self) -> None:
+        self._ticks += 1
+        self._events.push(self._ticks * self._tick_s, Kind.TICK, 0)
+
+    def _finished(self, now: float, handled: int) -> SimRun:
+        serving = self._serving
+        if sorted(result.index for result in serving.results) != list(range(self._arrived)):
+            raise InternalError("a request has no end, or more than one")
+        uses = [
+            InstanceUse(
+                id=replica.instance.id,
+                first_role=first.label,
+                last_role=serving.control.ledger.role_of(replica.instance.id).label,
+                steps=steps,
+                kv_blocks=instance.batcher.blocks.total,
+                most_kv_blocks=instance.batcher.blocks.most_used,
+            )
+            for replica, first, instance, steps in zip(
+                self._replicas,
+                serving.control.roles,
+                serving.cluster.instances,
+                serving.steps,
+                strict=True,
+            )
+        ]
+        results = sorted(serving.results, key=lambda result: result.index)
+        return SimRun(results, uses, serving.control.flips, now, handled)

@@ -1,0 +1,47 @@
+"""What happens next: a total order of events in virtual time."""
+
+from __future__ import annotations
+
+import enum
+import heapq
+
+
+class Kind(enum.IntEnum):
+    """What an event is about. Of several at one time the lower kind comes first.
+
+    STEP_END precedes whatever its end may cause, and STEP_START follows everything, so that a step sees
+    all that has happened by its start.
+    """
+
+    STEP_END = 0
+    LINK = 1
+    LINK_ENTRY = 2
+    LEASE = 3
+    ARRIVAL = 4
+    LEG = 5
+    TICK = 6
+    STEP_START = 7
+
+
+Event = tuple[float, Kind, int, int]
+"""(time, kind, whose, version). ``whose`` numbers an instance, a link or a request, as the kind says: of two
+events of one kind at one time the lower number comes first, whoever was announced first. ``version`` tells
+an event that still counts from one that was called off."""
+
+
+class EventQueue:
+    """The events to come."""
+
+    def __init__(self) -> None:
+        self._heap: list[Event] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._heap)
+
+    def push(self, at_s: float, kind: Kind, whose: int, version: int = 0) -> None:
+        """Announce an event."""
+        heapq.heappush(self._heap, (at_s, kind, whose, version))
+
+    def pop(self) -> Event:
+        """Take the next event."""
+        return heapq.heappop(self._heap)
