@@ -39,7 +39,7 @@ class Plan:
 
 
 class Batcher:
-    """Owns the queues of one instance. ``running`` is in order of age; it holds ``decode`` and ``_chunking``."""
+    """Owns the queues of one instance. ``running``, by age, holds ``decode`` and ``_chunking``."""
 
     def __init__(self, index: int, replica: Replica) -> None:
         engine, instance = replica.engine, replica.instance
@@ -95,6 +95,10 @@ class Batcher:
                 complete.append(sequence)
         return complete
 
+    def note_blocks(self, steps: int) -> None:
+        """Account in the peak for the blocks that the steps so far, ``steps`` after the first, have taken."""
+        self.blocks.note_peak(self.decode.blocks_for(steps, after=1))
+
     def most_steps(self, plan: Plan) -> int:
         """Return how many steps from this one on have the same composition and find their blocks."""
         if plan.newcomers:
@@ -139,7 +143,7 @@ class Batcher:
 
     def _make_room(self, plan: Plan) -> None:
         """Give every decode the block of its next token, preempting from the young end."""
-        while self.decode.blocks_for(1) > self.blocks.free:
+        while (needed := self.decode.blocks_for(1)) > self.blocks.free:
             youngest = next(reversed(self.running))
             del self.running[youngest]
             if youngest in self.decode.members:
@@ -154,7 +158,7 @@ class Batcher:
             youngest.preemptions += 1
             self.waiting.appendleft(youngest)
             plan.preempted.append(youngest)
-        self.blocks.take(self.decode.blocks_for(1))
+        self.blocks.take(needed)
 
     def _admit(self, sequence: Sequence, plan: Plan) -> bool:
         """Give the head of the queue its blocks; False, with nothing changed, when there is no room."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence as Fleet
 
 from tidegate.sim.events import EventQueue, Kind
@@ -33,6 +34,9 @@ class Cluster:
             if link == len(self._links):
                 self._links.append(Link(replica.profile.transfer))
             self._link_of.append(link)
+        self._lease_ends: list[tuple[float, int, Pin]] = []
+        self._lease_event_s: float | None = None
+        self._leases = 0
         self._pulls: dict[int, tuple[Sequence, Pin, int]] = {}
 
     def report(self, now: float) -> None:
@@ -67,7 +71,22 @@ class Cluster:
         self.instances[pin.on].unpin(pin, now)
         self.instances[to].loaded(sequence, pin.tokens, now)
 
-    def end_lease(self, pin: Pin, now: float) -> None:
+    def begin_lease(self, pin: Pin, now: float) -> None:
+        """Keep KV for a decode, for as long as its instance's lease lasts."""
+        ends_s = now + self.instances[pin.on].replica.engine.lease_s
+        self._leases += 1
+        heapq.heappush(self._lease_ends, (ends_s, self._leases, pin))
+        if self._lease_event_s is None or ends_s < self._lease_event_s:
+            self._announce_lease()
+
+    def end_leases(self, now: float) -> None:
+        """Free the KV whose lease is over, and look ahead to the next lease that still counts."""
+        self._lease_event_s = None
+        while self._lease_ends and (self._lease_ends[0][0] <= now or self._lease_ends[0][2].taken):
+            self.drop(heapq.heappop(self._lease_ends)[2], now)
+        self._announce_lease()
+
+    def drop(self, pin: Pin, now: float) -> None:
         """Free KV that no decode has come for."""
         if not pin.taken and not pin.gone:
             pin.gone = True
@@ -78,6 +97,11 @@ class Cluster:
         instance = self.instances[index]
         if version == instance.version:
             instance.end(now)
+
+    def _announce_lease(self) -> None:
+        if self._lease_ends:
+            self._lease_event_s = self._lease_ends[0][0]
+            self._events.push(self._lease_event_s, Kind.LEASE, 0)
 
     def _announce(self, link: int) -> None:
         at_s = self._links[link].next_end_s()

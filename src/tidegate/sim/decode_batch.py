@@ -52,9 +52,13 @@ class DecodeBatch:
 
     def blocks_for(self, steps: int, after: int = 0) -> int:
         """Return how many blocks the ``steps`` steps that follow the next ``after`` ones must add."""
-        whole, rest = divmod(steps, self._block_tokens)
-        tick = self.ticks + after
-        partial = sum(self._remainders[-(tick + i) % self._block_tokens] for i in range(rest))
+        size, tick = self._block_tokens, self.ticks + after
+        if steps == 1:
+            return self._remainders[-tick % size]
+        whole, rest = divmod(steps, size)
+        partial = 0
+        for i in range(rest):
+            partial += self._remainders[-(tick + i) % size]
         return whole * len(self.members) + partial
 
     def steps_to_end(self) -> int | None:

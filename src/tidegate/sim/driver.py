@@ -81,25 +81,25 @@ class _Simulation:
         return self._finished(now, handled)
 
     def _handle(self, now: float, kind: Kind, whose: int, version: int) -> None:
+        # The frequent ones first.
         serving, cluster = self._serving, self._serving.cluster
-        match kind:
-            case Kind.STEP_END:
-                cluster.step_end(whose, version, now)
-            case Kind.STEP_START:
-                cluster.instances[whose].start(now)
-            case Kind.LEG:
-                serving.submit(whose, now)
-            case Kind.ARRIVAL:
-                self._arrive(now)
-            case Kind.LINK:
-                cluster.leave_link(whose, version, now)
-            case Kind.LINK_ENTRY:
-                cluster.enter_link(whose, now)
-            case Kind.LEASE:
-                serving.end_lease(whose, now)
-            case Kind.TICK:
-                serving.tick(now)
-                self._announce_tick()
+        if kind is Kind.STEP_END:
+            cluster.step_end(whose, version, now)
+        elif kind is Kind.STEP_START:
+            cluster.instances[whose].start(now)
+        elif kind is Kind.ARRIVAL:
+            self._arrive(now)
+        elif kind is Kind.LEG:
+            serving.submit(whose, now)
+        elif kind is Kind.LINK_ENTRY:
+            cluster.enter_link(whose, now)
+        elif kind is Kind.LINK:
+            cluster.leave_link(whose, version, now)
+        elif kind is Kind.LEASE:
+            cluster.end_leases(now)
+        else:
+            serving.tick(now)
+            self._announce_tick()
 
     def _arrive(self, now: float) -> None:
         record, index = self._next, self._arrived

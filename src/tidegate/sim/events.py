@@ -35,8 +35,9 @@ class EventQueue:
     def __init__(self) -> None:
         self._heap: list[Event] = []
 
-    def __bool__(self) -> bool:
-        return bool(self._heap)
+    def none_at(self, now: float) -> bool:
+        """Tell whether nothing more is to happen at ``now``."""
+        return not self._heap or self._heap[0][0] > now
 
     def push(self, at_s: float, kind: Kind, whose: int, version: int = 0) -> None:
         """Announce an event."""

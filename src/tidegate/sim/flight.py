@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tidegate.core.errors import TidegateError
 from tidegate.core.request import Request
@@ -36,8 +36,17 @@ class Flight:
 
     def resident(self) -> Request:
         """Return the request as a decode placement sees it: with what was generated as part of its prompt."""
-        prompt = self.request.prompt_tokens + self.generated
-        return replace(self.request, prompt_tokens=prompt, max_tokens=self.output_tokens - self.generated)
+        request = self.request
+        return Request(
+            request.id,
+            request.prompt_tokens + self.generated,
+            self.output_tokens - self.generated,
+            request.arrival_s,
+            request.slo,
+            request.tenant,
+            request.session,
+            request.turn,
+        )
 
     def begin_leg(self, on: int, sequence: Sequence, now: float) -> None:
         """Note that a leg is dispatched to instance ``on``."""

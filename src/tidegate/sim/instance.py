@@ -70,6 +70,9 @@ class SimInstance:
 
     def unpin(self, pin: Pin, now: float) -> None:
         """Free the blocks of a pin."""
+        stretch = self._stretch
+        if stretch is not None and stretch.steps > 1:
+            self.batcher.note_blocks(stretch.done_by(now))
         self.batcher.blocks.give_back(pin.blocks)
         self._changed(now)
 
@@ -106,6 +109,7 @@ class SimInstance:
         self._report_until(stretch, stretch.steps)
         self._plan = self._stretch = None
         self.report_due_s = math.inf
+        self._starting = True  # once all that this end causes has been said
         for sequence in plan.newcomers:
             self._listener.token(sequence, now)
         for sequence in self.batcher.decode.ended():
@@ -116,7 +120,10 @@ class SimInstance:
                 self._end_leg(sequence, now)
             else:
                 self.batcher.decode.join(sequence)
-        self._changed(now)
+        if self._events.none_at(now):
+            self.start(now)  # its event would be the next one
+        else:
+            self._events.push(now, Kind.STEP_START, self.index)
 
     def _end_leg(self, sequence: Sequence, now: float) -> None:
         self._listener.ended(sequence, self.batcher.release(sequence, pin=sequence.hand_over), now)

@@ -65,12 +65,6 @@ class Serving:
         assert flight.leg is not None
         self.cluster.instances[flight.on].submit(flight.leg, now)
 
-    def end_lease(self, index: int, now: float) -> None:
-        """Free a request's KV if no decode has come for it."""
-        flight = self.flights.get(index)
-        if flight is not None and flight.pin is not None:
-            self.cluster.end_lease(flight.pin, now)
-
     def _place_prefill(self, flight: Flight, now: float) -> None:
         placed = self.control.place_prefill(flight.request, now)
         if not isinstance(placed, Dispatched):
@@ -110,7 +104,10 @@ class Serving:
     def _dispatch(self, flight: Flight, on: int, prompt: int, tokens: int, now: float) -> None:
         sequence = Sequence(flight.index, prompt, prompt + tokens, flight.handing_over, source=flight.pin)
         flight.begin_leg(on, sequence, now)
-        self._events.push(now + self._settings.front_s, Kind.LEG, flight.index)
+        if self._settings.front_s > 0:
+            self._events.push(now + self._settings.front_s, Kind.LEG, flight.index)
+        else:
+            self.submit(flight.index, now)
 
     def _not_placed(self, flight: Flight, verdict: Hold | Reject, now: float) -> None:
         """Reject the request, or keep it until the next change unless its deadline has passed."""
@@ -142,7 +139,7 @@ class Serving:
         else:
             self._ledger.aborted(flight.request.id, now)
             if flight.pin is not None:
-                self.cluster.end_lease(flight.pin, now)
+                self.cluster.drop(flight.pin, now)
         del self.flights[flight.index]
         ending = flight.ending(error, now)
         self.results.append(flight.result(ending))
@@ -195,7 +192,7 @@ class Serving:
         flight.story.last_token_s = now
         if pin is not None:
             flight.pin = pin
-            self._events.push(now + self._replicas[pin.on].engine.lease_s, Kind.LEASE, flight.index)
+            self.cluster.begin_lease(pin, now)
             self._place_decode(flight, now)
             return
         flight.generated = flight.output_tokens

@@ -1,0 +1,117 @@
+"""Random clusters and workloads for the simulator's tests, and how to run them."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from hypothesis import strategies as st
+
+from tidegate.core.decision import Control, Flip
+from tidegate.core.instance import Role
+from tidegate.core.slo import Slo
+from tidegate.costs.profile import Profile
+from tidegate.ledger.snapshot import Snapshot
+from tidegate.policies.seams import Signal
+from tidegate.sim import EngineSettings, Replica, SimRun, SimSettings, simulate
+from tidegate.systems import System, make_system
+from tidegate.testing import instance
+from tidegate.testing.builders import REFERENCE
+from tidegate.workloads import TraceRecord
+
+SYSTEMS = ["arrow", "arrow-v1", "static", "minimal-load", "colocated", "round-robin"]
+
+
+@dataclass(frozen=True)
+class RestlessPool:
+    """Flips an instance at every tick, in turn, never emptying a pool."""
+
+    tick_s: float = 0.0731
+    needs: frozenset[Signal] = frozenset()
+
+    def step(self, snapshot: Snapshot, state: object) -> Control:
+        turn = state if isinstance(state, int) else 0
+        at = turn % len(snapshot)
+        role = Role(int(snapshot.role[at]))
+        flips: tuple[Flip, ...] = ()
+        if role is not Role.MIXED and np.count_nonzero(snapshot.labelled(role)) > 1:
+            to = Role.DECODE if role is Role.PREFILL else Role.PREFILL
+            flips = (Flip(snapshot.ids[at], to, "forced"),)
+        return Control(flips, state=turn + 1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A cluster, its system and a workload. Sizes are small enough that everything runs out at times."""
+
+    system: str
+    instances: int
+    requests: int
+    seed: int
+    rate_rps: float
+    longest_prompt: int
+    longest_answer: int
+    kv_tokens: int
+    block_tokens: int
+    max_batch_tokens: int
+    max_num_seqs: int
+    restless: bool
+    front_s: float
+    host_s: float
+    shared_link: bool
+    lease_s: float
+    profile: Profile = field(default=REFERENCE)
+
+    def trace(self) -> list[TraceRecord]:
+        """Arrivals and lengths of the case's seed; times have no common measure, so nothing ties."""
+        rng = np.random.default_rng(self.seed)
+        arrivals = np.cumsum(rng.exponential(1 / self.rate_rps, self.requests)).tolist()
+        prompts = rng.integers(1, self.longest_prompt, self.requests, endpoint=True).tolist()
+        answers = rng.integers(1, self.longest_answer, self.requests, endpoint=True).tolist()
+        return [TraceRecord(a, p, o) for a, p, o in zip(arrivals, prompts, answers, strict=True)]
+
+    def fleet(self) -> list[Replica]:
+        engine = EngineSettings(self.max_batch_tokens, self.max_num_seqs, self.host_s, self.lease_s)
+        shape = instance(kv_capacity_tokens=self.kv_tokens, max_model_len=self.kv_tokens // 32 * 32)
+        return [
+            Replica(
+                replace(shape, id=f"i{i}", block_tokens=self.block_tokens),
+                self.profile,
+                engine,
+                "shared" if self.shared_link else "",
+            )
+            for i in range(self.instances)
+        ]
+
+    def made_system(self) -> System:
+        system = make_system(self.system, slo=Slo(0.2, 0.02), tick_s=0.1037)
+        return replace(system, pool=RestlessPool()) if self.restless else system
+
+    def run(self, *, leap: bool) -> tuple[SimRun, bytes]:
+        """Simulate; return the run and its journal."""
+        journal = io.BytesIO()
+        settings = SimSettings(slo=Slo(0.2, 0.02), front_s=self.front_s, leap=leap)
+        done = simulate(self.trace(), self.made_system(), self.fleet(), settings, journal=journal)
+        return done, journal.getvalue()
+
+
+CASES = st.builds(
+    Case,
+    system=st.sampled_from(SYSTEMS),
+    instances=st.integers(2, 5),
+    requests=st.integers(1, 40),
+    seed=st.integers(0, 2**32 - 1),
+    rate_rps=st.sampled_from([1.0, 20.0, 300.0]),
+    longest_prompt=st.sampled_from([1, 40, 900, 2500]),
+    longest_answer=st.sampled_from([1, 2, 30, 700]),
+    kv_tokens=st.sampled_from([1600, 2400, 100_000]),
+    block_tokens=st.sampled_from([1, 16, 32]),
+    max_batch_tokens=st.sampled_from([3, 64, 8192]),
+    max_num_seqs=st.sampled_from([1, 4, 1024]),
+    restless=st.booleans(),
+    front_s=st.sampled_from([0.0, 0.0013]),
+    host_s=st.sampled_from([0.0, 0.0007]),
+    shared_link=st.booleans(),
+    lease_s=st.sampled_from([0.0517, 30.0]),
+)
