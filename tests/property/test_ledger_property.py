@@ -116,6 +116,20 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.tokens(name, count, self.now)
 
     @rule(name=requests)
+    def falls_in_step(self, name: str) -> None:
+        self.ledger.tokens(name, 1, self.now)
+        self.ledger.joined(name)
+
+    @rule(data=st.data(), count=st.integers(1, 20))
+    def all_step(self, data: st.DataObject, count: int) -> None:
+        if self.ledger.ids:
+            self.ledger.stepped(data.draw(st.sampled_from(self.ledger.ids)), count, self.now)
+
+    @rule(name=requests)
+    def pauses(self, name: str) -> None:
+        self.ledger.left_step(name)
+
+    @rule(name=requests)
     def finishes(self, name: str) -> None:
         live = self.ledger.owner_of(name) is not None
         assert self.ledger.finished(name, self.now) == live

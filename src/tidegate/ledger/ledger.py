@@ -224,13 +224,15 @@ class Ledger:
     def joined(self, request_id: str) -> bool:
         """Say that a decode, right after a ``tokens`` of it, steps together with others of its instance.
 
-        From now on ``stepped`` counts its tokens. All that step together had their last token at one
-        time. False for a request that does not decode or is in step already.
+        From now on ``stepped`` counts its tokens. False for a request that is in step already, that has no
+        token of this instance yet, or whose last one came at another time than theirs.
         """
         entry = self._entries.get(request_id)
         if entry is None or entry.decode is None or not entry.generating or entry.joined_step is not None:
             return False
         seat = entry.decode
+        if seat.in_step and seat.stepped_at_s != entry.last_at_s:
+            return False
         seat.stepped_at_s = entry.last_at_s
         seat.in_step += 1
         entry.joined_step = seat.steps

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence as Fleet
 
 from tidegate.core.decision import Hold, Path, Reject
-from tidegate.core.errors import Overloaded, PromptTooLong, TidegateError
+from tidegate.core.errors import InternalError, Overloaded, PromptTooLong, TidegateError
 from tidegate.core.request import Request
 from tidegate.measure.rows import Story, outcome_row
 from tidegate.sim.cluster import Cluster
@@ -173,7 +173,8 @@ class Serving:
         story.last_token_s = now
         if flight.decoding:
             self._ledger.tokens(request_id, 1, now)
-            self._ledger.joined(request_id)
+            if not self._ledger.joined(request_id):
+                raise InternalError(f"{request_id} is out of step with its batch")
 
     def preempted(self, sequence: Sequence) -> None:
         """See ``Listener.preempted``."""
