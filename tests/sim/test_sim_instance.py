@@ -73,7 +73,7 @@ def test_two_transfers_share_a_link() -> None:
 
 def test_a_transfer_alone_on_the_link_speeds_up() -> None:
     # Ends of prefill 0.1 and 0.2 s. The first runs alone from 0.6 to 0.7, both at half speed until the
-    # first has its 100 tokens at 2.5, the second alone for its last 10.
+    # first has its 100 tokens at 2.5, then the second alone for its last 10, until 2.6.
     run = pair(
         TraceRecord(0.0, 100, 2), TraceRecord(0.0, 100, 2), engine=EngineSettings(max_batch_tokens=100)
     )
