@@ -101,8 +101,6 @@ class Batcher:
 
     def most_steps(self, plan: Plan) -> int:
         """Return how many steps from this one on have the same composition and find their blocks."""
-        if plan.newcomers:
-            return 1
         most = self.decode.steps_to_end()
         if plan.chunks:
             chunk = plan.chunks[0]

@@ -78,9 +78,8 @@ class SimInstance:
 
     def report(self, now: float) -> None:
         """Tell the listener of all steps that ended by ``now``."""
-        stretch = self._stretch
-        if stretch is not None:
-            self._report_until(stretch, stretch.done_by(now))
+        if self._plan is not None and self._stretch is not None:
+            self._report_until(self._plan, self._stretch, self._stretch.done_by(now))
 
     # steps
 
@@ -106,12 +105,10 @@ class SimInstance:
         plan, stretch = self._plan, self._stretch
         assert plan is not None and stretch is not None
         complete = self.batcher.commit(plan, stretch.steps)
-        self._report_until(stretch, stretch.steps)
+        self._report_until(plan, stretch, stretch.steps)
         self._plan = self._stretch = None
         self.report_due_s = math.inf
         self._starting = True  # once all that this end causes has been said
-        for sequence in plan.newcomers:
-            self._listener.token(sequence, now)
         for sequence in self.batcher.decode.ended():
             self._end_leg(sequence, now)
         for sequence in complete:
@@ -128,7 +125,15 @@ class SimInstance:
     def _end_leg(self, sequence: Sequence, now: float) -> None:
         self._listener.ended(sequence, self.batcher.release(sequence, pin=sequence.hand_over), now)
 
-    def _report_until(self, stretch: Stretch, done: int) -> None:
+    def _report_until(self, plan: Plan, stretch: Stretch, done: int) -> None:
+        """Report what was not yet, the first tokens of newcomers apart."""
+        if plan.newcomers and done > 0:
+            first_s = stretch.end_s(1)
+            self._listener.stepped(self.index, 1, first_s)
+            self._reported = 1
+            for sequence in plan.newcomers:
+                self._listener.token(sequence, first_s)
+            plan.newcomers = []
         if done > self._reported:
             self._listener.stepped(self.index, done - self._reported, stretch.end_s(done))
             self._reported = done
