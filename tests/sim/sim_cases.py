@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tidegate.core.decision import Control, Flip
 from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
+from tidegate.costs.forms import MixedCost, StepCost
 from tidegate.costs.profile import Profile
 from tidegate.ledger.snapshot import Snapshot
 from tidegate.policies.seams import Signal
@@ -21,6 +22,15 @@ from tidegate.testing.builders import REFERENCE
 from tidegate.workloads import TraceRecord
 
 SYSTEMS = ["arrow", "arrow-v1", "static", "minimal-load", "colocated", "round-robin"]
+
+
+EXPERTS = replace(
+    REFERENCE,
+    name="experts",
+    step=StepCost(3.1e-3, 8.7e-6, 6.3e-8, 7.9e-3, 128.0, 8.0),
+    mixed=MixedCost(5.3e-3, 1.9e-5, 1.3e-9, 1.7e-7, 71.0),
+)
+"""A model of experts, whose steps grow with the batch in a way of their own."""
 
 
 @dataclass(frozen=True)
@@ -114,4 +124,5 @@ CASES = st.builds(
     host_s=st.sampled_from([0.0, 0.0007]),
     shared_link=st.booleans(),
     lease_s=st.sampled_from([0.0517, 30.0]),
+    profile=st.sampled_from([REFERENCE, EXPERTS]),
 )
