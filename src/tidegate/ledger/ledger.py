@@ -22,7 +22,8 @@ exact in floating point, return to zero, and can be compared for equality."""
 class Ledger:
     """What is where, fed by events only (Arrow v2, section 5.2: never by scraping engines).
 
-    Every event carries ``now`` in seconds of the driver's clock; times never decrease. An event costs
+    Every event carries ``now`` in seconds of the driver's clock; times never decrease, but for those of
+    tokens, steps and ends of transfers, which may be told late, before the next snapshot. An event costs
     O(1) and changes running sums; only instances coming and going, ``window_closed`` of a stalled
     instance and ``check_integrity`` walk over requests.
 

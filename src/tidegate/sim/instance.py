@@ -14,7 +14,11 @@ from tidegate.sim.stretch import Stretch
 
 
 class Listener(Protocol):
-    """Whoever the instance answers to. Calls come in the order in which things happen."""
+    """Whoever the instance answers to.
+
+    Calls come in the order in which things happen, but those of ``stepped`` and ``token`` come late where the
+    instance leaps: at the next ``report``, or at the stretch's end.
+    """
 
     def stepped(self, instance: int, count: int, now: float) -> None:
         """Every decode in step got ``count`` tokens, the last one at ``now``."""

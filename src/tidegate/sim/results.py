@@ -48,8 +48,11 @@ class SimResult:
 
 @dataclass(frozen=True, slots=True)
 class InstanceUse:
-    """One instance over the run. ``most_kv_blocks`` of ``kv_blocks`` were in use at once; ``steps`` are
-    engine steps, however many of them were jumped over at a time."""
+    """One instance over the run, with its labels at both ends.
+
+    ``most_kv_blocks`` of ``kv_blocks`` were in use at once; ``steps`` are engine steps, however many of them
+    were jumped over at a time.
+    """
 
     id: str
     first_role: str
