@@ -120,6 +120,7 @@ def test_a_crashing_step_fails_its_requests_and_spares_the_rest(
     driven.assert_clean()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_broken_book_fails_everyone_and_takes_nothing_more(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -248,6 +248,8 @@ class FakeEngine:
 class CharCodec:
     """A PromptCodec with one token per character."""
 
+    longest_token_chars = 1
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return [ord(char) % 500 for char in text]
 

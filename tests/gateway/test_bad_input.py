@@ -29,6 +29,8 @@ WRONG: list[tuple[str, Any, int, str | None]] = [
     ("/v1/completions", GOOD | {"temperature": -1}, 400, "temperature"),
     ("/v1/completions", GOOD | {"top_p": 0}, 400, "top_p"),
     ("/v1/completions", GOOD | {"n": 2}, 400, "n"),
+    ("/v1/completions", GOOD | {"min_tokens": 9}, 400, "min_tokens"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": ""}] * 20_000}, 400, "messages"),
     ("/v1/completions", GOOD | {"stop": [1]}, 400, "stop"),
     ("/v1/completions", GOOD | {"stream": "yes"}, 400, "stream"),
     ("/v1/completions", GOOD | {"seed": "x"}, 400, "seed"),

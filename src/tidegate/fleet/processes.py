@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 SECRET_VARIABLE = "TIDEGATE_LAUNCH_SECRET"
+KEY_VARIABLE = "TIDEGATE_ENGINE_API_KEY"
 MAX_NUM_SEQS = 256
 """Requests of one engine step; fewer where a step has not a token for each of them."""
 WITHHELD = ("TIDEGATE_API_KEY", "TIDEGATE_VLLM_API_KEY", "TIDEGATE_LAUNCH_SECRET_FILE")
@@ -126,13 +127,15 @@ class LocalFleet:
 
     An exit is noticed at once, a hang by health checks and answered with SIGKILL. A restarted
     instance keeps its name and has a new ``engine_id``. Each fleet draws one secret for its
-    engines and passes it in their environment. ``stop`` reports no ``member_down``.
+    engines and passes it in their environment, with a key without which they serve no completion:
+    the gateway's own key cannot be gone round by asking an engine. ``stop`` reports no ``member_down``.
     """
 
     def __init__(self, launch: EngineLaunch, *, pace: FleetPace | None = None) -> None:
         self._launch = launch
         self._pace = pace or FleetPace()
         self._secret = secrets.token_hex(32)
+        self._api_key = secrets.token_hex(32)
         self._ids = tuple(f"i{index}" for index in range(launch.instances))
         self._slots: dict[str, _Slot] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -211,7 +214,8 @@ class LocalFleet:
             # What it measures is used only once, but an engine that failed at it has to try again.
             self_profile=self._first_starts.get(slot.id) is None,
         )
-        return await Child.spawn(slot.id, argv, env | {SECRET_VARIABLE: self._secret})
+        keys = {SECRET_VARIABLE: self._secret, KEY_VARIABLE: self._api_key}
+        return await Child.spawn(slot.id, argv, env | keys)
 
     async def _await_member(self, slot: _Slot, child: Child) -> Member:
         ready = await child.ready(self._pace.ready_s)
@@ -225,6 +229,7 @@ class LocalFleet:
             engine_id=ready.engine_id,
             profile=profile,
             secret=self._secret,
+            api_key=self._api_key,
             pid=child.pid,
         )
 

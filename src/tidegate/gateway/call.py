@@ -90,6 +90,10 @@ def read_call(value: Json, headers: Mapping[str, str], *, chat: bool, slo: Slo) 
             sampling.pop("logprobs", None)
     else:
         max_tokens = body.max_tokens
+    if body.min_tokens and max_tokens is not None and body.min_tokens > max_tokens:
+        raise BadRequest(
+            f"min_tokens: {body.min_tokens} is more than max_tokens {max_tokens}", param="min_tokens"
+        )
     if body.seed is None and body.temperature != 0.0:
         sampling["seed"] = secrets.randbits(62)
     if body.stream_options is not None and not body.stream:

@@ -9,6 +9,7 @@ from tidegate.core.errors import (
     EngineError,
     EngineFault,
     EngineTimeout,
+    EngineUnreachable,
     InternalError,
     PromptTooLong,
     TidegateError,
@@ -24,6 +25,10 @@ from tidegate.measure.rows import Ending, Story
 
 CHARS_PER_TOKEN = 4.0
 """First guess for text prompts, until engines have told lengths (a common rule of thumb)."""
+
+
+DEADLY = 3
+"""Instances that may die under a request before its first token; then it is taken for the cause (ours)."""
 
 
 class TokenEstimate:
@@ -67,6 +72,7 @@ class Flight:
         self._limit: int | None = call.max_tokens
         self._refusal: PromptTooLong | None = None
         self._failures = 0
+        self._deaths = 0
         self._legs = 0
         self._leg_upstream: Upstream | None = None
         self._leg_first_s: float | None = None
@@ -125,7 +131,12 @@ class Flight:
             message=error.message,
             generated=len(self.out_ids),
         )
-        if self._failures > scheduler.settings.replays or now >= self._deadline_s or not self._resumable():
+        if isinstance(error, EngineUnreachable):
+            self._deaths += 1
+        poisonous = self._deaths >= DEADLY and not self.out_ids
+        if self._failures > scheduler.settings.replays or now >= self._deadline_s or poisonous:
+            raise error
+        if not self._resumable():
             raise error
         scheduler.metrics.replays.labels(label).inc()
         self.story.replays += 1

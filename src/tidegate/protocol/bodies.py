@@ -26,7 +26,12 @@ from tidegate.core.errors import BadRequest
 MOST_BODY_BYTES = 32 * 2**20
 """Default limit of an upload (ours): the longest contexts in use, as text, with room to spare."""
 
-TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(fail_fast=True)]
+MOST_TOKENS = 2**21
+MOST_MESSAGES = 2**14
+"""Longer lists are refused before their items are looked at: no served context holds them."""
+TokenIds = Annotated[
+    list[Annotated[StrictInt, Field(ge=0)]], Field(fail_fast=True), Field(max_length=MOST_TOKENS)
+]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
@@ -119,7 +124,9 @@ class ChatMessage(BaseModel):
 class ChatBody(_SamplingBody):
     """Body of ``/v1/chat/completions``."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1), Field(fail_fast=True)]
+    messages: Annotated[
+        list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES), Field(fail_fast=True)
+    ]
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None

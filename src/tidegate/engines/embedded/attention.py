@@ -16,12 +16,18 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from tidegate.core.errors import ConfigError
 from tidegate.engines.embedded.kv_store import PagedKvStore
 
 IMPLEMENTATION = "tidegate_paged"
 
 _CPU_GROUP_ELEMENTS = 512 * 1024
 """Elements of gathered K per group of singles: K then stays in a core's cache until it is read."""
+
+_HARMLESS = frozenset(
+    {"dropout", "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions"}
+)
+"""Keywords that transformers hands to every attention function and that change nothing here."""
 
 _CUDA_GROUP_ELEMENTS = 64 * 1024 * 1024
 
@@ -122,16 +128,19 @@ def paged_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Store the new K and V of one layer, then attend.
 
     Shapes as transformers hands them over: ``query`` (1, heads, tokens, head_dim), ``key`` and
     ``value`` (1, kv_heads, tokens, head_dim). Returns (1, tokens, heads, head_dim).
-    Raises NotImplementedError for logit soft-capping.
+    Raises ConfigError for a model whose attention wants more than this one computes: soft-capping,
+    attention sinks and the like would otherwise be left out in silence.
     """
-    if softcap is not None:
-        raise NotImplementedError("models with attention soft-capping are not supported")
+    unknown = sorted(name for name, value in others.items() if value is not None and name not in _HARMLESS)
+    if softcap is not None or unknown:
+        wanted = ", ".join(["softcap"] * (softcap is not None) + unknown)
+        raise ConfigError(f"this model's attention is not supported: it asks for {wanted}")
     layer: int = module.layer_idx  # type: ignore[assignment]
     store = paged.store
     heads, tokens, head_dim = query.shape[1:]

@@ -53,6 +53,10 @@ class BlockPool:
         """Return how many holders the block has."""
         return self._refs[block_id]
 
+    def is_published(self, block_id: int) -> bool:
+        """Tell whether later requests can find the block by its content."""
+        return block_id in self._key_of
+
     def allocate(self, count: int) -> list[int] | None:
         """Hold ``count`` blocks and return them, or change nothing and return None when too few are free.
 

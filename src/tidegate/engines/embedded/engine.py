@@ -40,6 +40,10 @@ from tidegate.engines.embedded.types import (
 log = logging.getLogger(__name__)
 
 
+_HOPELESS_STEPS = 8
+"""Failed steps in a row after which the engine gives up: its process ends and is started anew (ours)."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """How an engine is built.
@@ -119,6 +123,7 @@ class Engine:
         self._unseen = 0
         self._nudged = False
         self._stopping = False
+        self._failed_steps = 0
         self._thread: threading.Thread | None = None
         self._sink: OutputSink = _discard
         self._stats = self._read_stats()
@@ -220,11 +225,17 @@ class Engine:
         try:
             self._scheduler.collect_pins()
             batch = self._scheduler.schedule()
+            # A pull may fill a block only in part; what stood there before must not outlive this step.
+            self._runner.clear(batch)
             if batch.tokens:
                 self._compute(batch)
+            self._failed_steps = 0
         except Exception as error:
             log.exception("a step of %d tokens failed", batch.tokens)
             self._fail(batch.sequences() or list(self._live.values()), error)
+            self._failed_steps += 1
+            if self._failed_steps >= _HOPELESS_STEPS:
+                raise
         stats = self._read_stats()
         with self._wake:
             self._stats = stats
@@ -264,8 +275,9 @@ class Engine:
         try:
             self._serve()
         except Exception as error:
-            log.exception("the compute thread ends")
+            log.error("the compute thread ends")
             self._collapse(error)
+            raise
 
     def _collapse(self, error: Exception) -> None:
         """Take nothing more and fail every request: the books can no longer be trusted."""

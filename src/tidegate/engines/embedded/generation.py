@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from aiohttp import HttpVersion11, web
 
-from tidegate.core.errors import Forbidden, NoInstance
+from tidegate.core.errors import Forbidden, NoInstance, PromptTooLong
 from tidegate.engines.embedded.answers import Answer
 from tidegate.engines.embedded.delivery import OutputRouter, StreamedAnswer, WholeAnswer
 from tidegate.engines.embedded.metrics import RequestMeter, ServerMetrics
@@ -32,6 +32,8 @@ from tidegate.protocol.http_front import JSON, read_object
 log = logging.getLogger(__name__)
 
 LONG_TEXT_CHARS = 20_000
+MESSAGE_CHARS = 64
+"""What a chat template adds around a message, roughly: many empty messages are long, too."""
 _STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
 
 
@@ -170,14 +172,26 @@ class Generation:
             if override is not None:
                 return override
             messages = [message.model_dump(exclude_none=True) for message in body.messages]
-            if sum(len(str(message.get("content", ""))) for message in messages) > LONG_TEXT_CHARS:
+            chars = sum(len(str(message.get("content", ""))) for message in messages)
+            self._check_text(chars, "messages")
+            if chars + MESSAGE_CHARS * len(messages) > LONG_TEXT_CHARS:
                 return await asyncio.to_thread(codec.encode_chat, messages)
             return codec.encode_chat(messages)
         if not isinstance(body.prompt, str):
             return body.prompt
+        self._check_text(len(body.prompt), "prompt")
         if len(body.prompt) > LONG_TEXT_CHARS:
             return await asyncio.to_thread(codec.encode, body.prompt)
         return codec.encode(body.prompt)
+
+    def _check_text(self, chars: int, field: str) -> None:
+        """Refuse a text that cannot fit even if all its tokens were the longest, before it is tokenised."""
+        context, longest = self._parts.facts.max_model_len, self._parts.codec.longest_token_chars
+        if chars > context * longest:
+            raise PromptTooLong(
+                f"{field}: {chars} characters leave no room in the model's context of {context} tokens",
+                param=field,
+            )
 
     def _check_member(self, request: web.Request, body: CompletionBody | ChatBody) -> None:
         params = body.kv_transfer_params

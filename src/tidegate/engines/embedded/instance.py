@@ -20,7 +20,9 @@ from tidegate.engines.embedded.served import ServingFacts
 from tidegate.engines.embedded.server import EngineServer
 from tidegate.engines.embedded.transfer import KvExporter, PeerPuller, PullOptions
 
-_HASHED_BYTES = 1 << 20
+_PIECE_BYTES = 64 << 10
+_PIECES = 1024
+"""Of a weight file larger than all pieces together (64 MiB), this many are read for the fingerprint."""
 
 
 class Instance:
@@ -97,12 +99,16 @@ class Instance:
 def weights_id(folder: Path, kv_dtype: str) -> str:
     """Return a fingerprint that instances with interchangeable KV share.
 
-    It covers the configuration, the KV dtype, and name, size and first MiB of every weight file.
+    It covers the configuration, the KV dtype, and name, size and content of every weight file: the whole
+    of a small one, evenly spread pieces of a large one, so that models which differ in some layers differ.
     """
     digest = hashlib.sha256(kv_dtype.encode())
     digest.update((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")):
         digest.update(f"{path.name}:{path.stat().st_size}".encode())
+        size = path.stat().st_size
         with path.open("rb") as file:
-            digest.update(file.read(_HASHED_BYTES))
+            for start in range(0, size, max(_PIECE_BYTES, size // _PIECES)):
+                file.seek(start)
+                digest.update(file.read(_PIECE_BYTES))
     return digest.hexdigest()

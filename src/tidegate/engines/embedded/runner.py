@@ -59,14 +59,17 @@ class ModelRunner:
         self._store = store
         self._scratch = Scratch(store)
 
+    def clear(self, batch: Batch) -> None:
+        """Empty the batch's fresh blocks. Call before ``run``, and for a batch that runs nothing, too."""
+        if batch.fresh:
+            self._store.clear_blocks(batch.fresh)
+
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor:
         """Compute the batch and return logits ``(len(batch.sampling()), vocab)`` in the model's dtype.
 
         Writes KV of the batch's tokens; does not change the sequences.
         """
-        if batch.fresh:
-            self._store.clear_blocks(batch.fresh)
         batch.singles.sort(key=_computed, reverse=True)
         ids, positions, slots, keep = self._flatten(batch)
         device = self._model.device

@@ -38,13 +38,17 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(blake2b(counter, digest_size=8).digest(), "little") >> 11) * 2.0**-53
 
 
+_LEAST_TEMPERATURE = 1e-5
+"""Below this, sampling is greedy: the division would overflow (vLLM's bound)."""
+
+
 def sample(logits: torch.Tensor, draws: list[Draw]) -> list[Choice]:
     """Choose a token for each row of ``logits`` (rows, vocab).
 
     Greedy rows take the lowest id among equals. Logprobs are of the model's own distribution,
     before temperature and filters.
     """
-    random_rows = [row for row, draw in enumerate(draws) if draw.params.temperature > 0]
+    random_rows = [row for row, draw in enumerate(draws) if draw.params.temperature >= _LEAST_TEMPERATURE]
     raw = logits
     banned = [(row, token_id) for row, draw in enumerate(draws) for token_id in draw.banned]
     if banned:

@@ -209,8 +209,8 @@ class Scheduler:
         source = sequence.request.source if sequence.try_source else None
         if source is not None and source.engine_id == self._engine_id:
             pin = self.pins.pinned(source.request_id)
-            if pin is not None:
-                return self._adopt(sequence, pin)
+            if pin is not None and source.block_ids == pin.block_ids[: len(source.block_ids)]:
+                return self._adopt(sequence, pin, source.num_tokens)
             sequence.try_source = False
             source = None
         usable = 0
@@ -261,13 +261,16 @@ class Scheduler:
             sequence.admitted_s = self._clock.now()
             sequence.cached_tokens = cached
 
-    def _adopt(self, sequence: Sequence, pin: PinnedKv) -> bool:
-        """Take over the blocks of this instance's own pin; False when the rest finds no room."""
+    def _adopt(self, sequence: Sequence, pin: PinnedKv, covered: int) -> bool:
+        """Take over the blocks of this instance's own pin; False when the rest finds no room.
+
+        The handle may cover fewer tokens than the pin: only ``covered`` ones are the prompt's.
+        """
         block_tokens = self.pool.block_tokens
-        computed = min(pin.num_tokens, len(sequence.tokens) - 1)
+        computed = min(pin.num_tokens, covered, len(sequence.tokens) - 1)
         written = pin.block_ids[computed // block_tokens : computed // block_tokens + 1]
-        if any(self.pool.references(block) > 1 for block in written):
-            # The block that is written next has another reader, so it is computed afresh.
+        if any(self.pool.references(block) > 1 or self.pool.is_published(block) for block in written):
+            # The block that is written next has or may find another reader, so it is computed afresh.
             computed -= computed % block_tokens
         keep = -(-computed // block_tokens)
         need = -(-len(sequence.tokens) // block_tokens) - keep

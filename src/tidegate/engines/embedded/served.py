@@ -33,7 +33,12 @@ class ServedEngine(Protocol):
 
 
 class PromptCodec(Protocol):
-    """Text to token ids and back, as the model's tokenizer has it."""
+    """Text to token ids and back, as the model's tokenizer has it.
+
+    No text has fewer tokens than its characters divided by ``longest_token_chars``.
+    """
+
+    longest_token_chars: int
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of ``text``."""
