@@ -81,3 +81,16 @@ async def _pause(seconds: float, suspicion: asyncio.Event) -> bool:
         return False
     suspicion.clear()
     return True
+
+
+async def end_watch(tasks: list[asyncio.Task[None]], session: aiohttp.ClientSession | None) -> None:
+    """Cancel a fleet's tasks, wait until they have ended and close its session; idempotent.
+
+    ``tasks`` is emptied.
+    """
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    tasks.clear()
+    if session is not None:
+        await session.close()

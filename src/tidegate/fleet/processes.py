@@ -16,7 +16,7 @@ import aiohttp
 from tidegate.core.errors import SetupError
 from tidegate.costs.profile import Profile
 from tidegate.fleet.child import Child, EngineStartFailed
-from tidegate.fleet.health import HealthPace, until_unhealthy
+from tidegate.fleet.health import HealthPace, end_watch, until_unhealthy
 from tidegate.fleet.member import FleetListener, Member
 from tidegate.fleet.ready import Ready, pooled_profile
 
@@ -169,12 +169,7 @@ class LocalFleet:
             slot.suspicion.set()
 
     async def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks.clear()
-        if self._session is not None:
-            await self._session.close()
+        await end_watch(self._tasks, self._session)
 
     async def _supervise(self, slot: _Slot, listener: FleetListener, session: aiohttp.ClientSession) -> None:
         while True:

@@ -13,7 +13,7 @@ import aiohttp
 
 from tidegate.core.errors import ConfigError, SetupError
 from tidegate.core.instance import Instance
-from tidegate.fleet.health import Answer, HealthPace, check_health, until_unhealthy
+from tidegate.fleet.health import Answer, HealthPace, check_health, end_watch, until_unhealthy
 from tidegate.fleet.member import Capabilities, FleetListener, Member
 from tidegate.fleet.vllm_facts import NotReady, ask_server
 
@@ -99,12 +99,7 @@ class StaticFleet:
             server.suspicion.set()
 
     async def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks.clear()
-        if self._session is not None:
-            await self._session.close()
+        await end_watch(self._tasks, self._session)
 
     def _report_start(self) -> None:
         absent = [server for server in self._servers.values() if not server.was_up]
