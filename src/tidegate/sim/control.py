@@ -9,12 +9,12 @@ from tidegate.core.decision import Flip, Hold, Place, Reject, Verdict
 from tidegate.core.errors import NoInstance
 from tidegate.core.instance import Role
 from tidegate.core.request import Request
+from tidegate.dataplane.replica import Replica
 from tidegate.ledger.ledger import Ledger
 from tidegate.ledger.snapshot import Snapshot
 from tidegate.measure.rows import decision_row, flip_row
 from tidegate.policies.pricing import predicted_on
 from tidegate.sim.journal import SimJournal
-from tidegate.sim.settings import Replica
 from tidegate.systems.system import System
 
 RETRY_AFTER_S = 2.0

@@ -8,12 +8,13 @@ from typing import IO
 import tidegate
 from tidegate.core.errors import ConfigError, InternalError
 from tidegate.core.request import Request
+from tidegate.dataplane.events import EventQueue, Kind
+from tidegate.dataplane.replica import Replica
 from tidegate.policies.seams import Signal
-from tidegate.sim.events import EventQueue, Kind
 from tidegate.sim.journal import SimJournal
 from tidegate.sim.results import InstanceUse, SimRun
 from tidegate.sim.serving import Serving
-from tidegate.sim.settings import Replica, SimSettings
+from tidegate.sim.settings import SimSettings
 from tidegate.systems.registry import check_signals
 from tidegate.systems.system import System
 from tidegate.workloads.trace import TraceRecord

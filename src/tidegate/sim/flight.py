@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from tidegate.core.errors import TidegateError
 from tidegate.core.request import Request
+from tidegate.dataplane.sequence import Pin, Sequence
 from tidegate.measure.rows import Ending, Story
 from tidegate.sim.results import SimResult
-from tidegate.sim.sequence import Pin, Sequence
 
 
 @dataclass(slots=True, eq=False)

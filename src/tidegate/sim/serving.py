@@ -8,15 +8,16 @@ from collections.abc import Sequence as Fleet
 from tidegate.core.decision import Hold, Path, Reject
 from tidegate.core.errors import InternalError, Overloaded, PromptTooLong, TidegateError
 from tidegate.core.request import Request
+from tidegate.dataplane.cluster import Cluster
+from tidegate.dataplane.events import EventQueue, Kind
+from tidegate.dataplane.replica import Replica
+from tidegate.dataplane.sequence import Pin, Sequence
 from tidegate.measure.rows import Story, outcome_row
-from tidegate.sim.cluster import Cluster
 from tidegate.sim.control import RETRY_AFTER_S, Control, Dispatched
-from tidegate.sim.events import EventQueue, Kind
 from tidegate.sim.flight import Flight
 from tidegate.sim.journal import SimJournal
 from tidegate.sim.results import SimResult
-from tidegate.sim.sequence import Pin, Sequence
-from tidegate.sim.settings import Replica, SimSettings
+from tidegate.sim.settings import SimSettings
 from tidegate.systems.system import System
 
 

@@ -1,56 +1,11 @@
-"""What a simulated cluster is made of."""
+"""How a simulation runs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from tidegate.core.errors import ConfigError
-from tidegate.core.instance import Instance
 from tidegate.core.slo import Slo
-from tidegate.costs.profile import Profile
-
-
-@dataclass(frozen=True, slots=True)
-class EngineSettings:
-    """How an instance batches, and what a step costs beside the model.
-
-    ``max_batch_tokens`` and ``max_num_seqs`` are vLLM's (its defaults for serving on a large GPU); ``host_s``
-    is added to every step; ``lease_s`` is how long KV waits for a decode that does not come for it (that of
-    the embedded engine). ``reserve`` is the share of blocks that admission leaves free while others run.
-    """
-
-    max_batch_tokens: int = 8192
-    max_num_seqs: int = 1024
-    host_s: float = 0.0
-    lease_s: float = 30.0
-    reserve: float = 0.01
-
-    def __post_init__(self) -> None:
-        if self.max_batch_tokens < 1 or self.max_num_seqs < 1:
-            raise ConfigError("a batch needs room for at least one token of one sequence")
-        if not (0 <= self.host_s < float("inf") and self.lease_s > 0 and 0 <= self.reserve < 1):
-            raise ConfigError("an engine's host time, lease and reserve are out of range")
-
-
-@dataclass(frozen=True, slots=True)
-class Replica:
-    """An instance, what its steps cost, and how it batches.
-
-    KV comes to it over ``link``, shared with all that name the same; an empty name is a link of its own.
-    """
-
-    instance: Instance
-    profile: Profile
-    engine: EngineSettings = field(default_factory=EngineSettings)
-    link: str = ""
-
-    def __post_init__(self) -> None:
-        held, context = self.instance.kv_capacity_tokens, self.instance.max_model_len
-        blocks = held // self.instance.block_tokens
-        if blocks * self.instance.block_tokens < context:
-            raise ConfigError(
-                f"instance {self.instance.id}: its KV holds {held} tokens, less than one context of {context}"
-            )
 
 
 @dataclass(frozen=True, slots=True)

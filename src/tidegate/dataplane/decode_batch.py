@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 
-from tidegate.sim.sequence import Sequence
+from tidegate.dataplane.sequence import Sequence
 
 
 class DecodeBatch:

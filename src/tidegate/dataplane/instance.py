@@ -6,11 +6,11 @@ import math
 from typing import Protocol
 
 from tidegate.costs.forms import attention_work
-from tidegate.sim.batcher import Batcher, Plan
-from tidegate.sim.events import EventQueue, Kind
-from tidegate.sim.sequence import Pin, Sequence
-from tidegate.sim.settings import Replica
-from tidegate.sim.stretch import Stretch
+from tidegate.dataplane.batcher import Batcher, Plan
+from tidegate.dataplane.events import EventQueue, Kind
+from tidegate.dataplane.replica import Replica
+from tidegate.dataplane.sequence import Pin, Sequence
+from tidegate.dataplane.stretch import Stretch
 
 
 class Listener(Protocol):

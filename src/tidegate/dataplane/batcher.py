@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from tidegate.sim.blocks import Blocks
-from tidegate.sim.decode_batch import DecodeBatch
-from tidegate.sim.sequence import Pin, Sequence
-from tidegate.sim.settings import Replica
+from tidegate.dataplane.blocks import Blocks
+from tidegate.dataplane.decode_batch import DecodeBatch
+from tidegate.dataplane.replica import Replica
+from tidegate.dataplane.sequence import Pin, Sequence
 
 
 @dataclass(slots=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence as Fleet
 
-from tidegate.sim.events import EventQueue, Kind
-from tidegate.sim.instance import Listener, SimInstance
-from tidegate.sim.links import Link
-from tidegate.sim.sequence import Pin, Sequence
-from tidegate.sim.settings import Replica
+from tidegate.dataplane.events import EventQueue, Kind
+from tidegate.dataplane.instance import Listener, SimInstance
+from tidegate.dataplane.links import Link
+from tidegate.dataplane.replica import Replica
+from tidegate.dataplane.sequence import Pin, Sequence
 
 
 class Cluster:
