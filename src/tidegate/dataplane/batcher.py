@@ -14,7 +14,16 @@ from dataclasses import dataclass
 from tidegate.dataplane.blocks import Blocks
 from tidegate.dataplane.decode_batch import DecodeBatch
 from tidegate.dataplane.replica import Replica
-from tidegate.dataplane.sequence import Pin, Sequence
+from tidegate.dataplane.sequence import (
+    CHUNKING,
+    DECODING,
+    ENDED,
+    LOADING,
+    READY,
+    WAITING,
+    Pin,
+    Sequence,
+)
 
 
 @dataclass(slots=True)
@@ -58,7 +67,7 @@ class Batcher:
         plan = Plan([], self._ready, [], [])
         self._ready = []
         for sequence in plan.newcomers:
-            self.decode.join(sequence)
+            self.join(sequence)
         self._make_room(plan)
         budget = self._engine.max_batch_tokens - len(self.decode)
         for sequence in self._chunking:
@@ -70,9 +79,9 @@ class Batcher:
             self.waiting.popleft()
             if sequence.admitted_s is None:
                 sequence.admitted_s = now
-            if sequence in self.decode.members:
+            if sequence.state == DECODING:
                 budget -= 1
-            elif sequence in self.running:
+            elif sequence.state == CHUNKING:
                 budget = _add_chunk(plan, sequence, budget)
         return plan
 
@@ -91,13 +100,21 @@ class Batcher:
             sequence.computed += steps * chunk.count
             if sequence.pending == 0:
                 self._chunking.remove(sequence)
+                sequence.state = READY
                 sequence.tokens += 1
                 complete.append(sequence)
         return complete
 
-    def note_blocks(self, steps: int) -> None:
-        """Account in the peak for the blocks that the steps so far, ``steps`` after the first, have taken."""
-        self.blocks.note_peak(self.decode.blocks_for(steps, after=1))
+    def ended(self) -> list[Sequence]:
+        """Take the decodes that have their last token out of the batch; they still hold their blocks."""
+        gone = self.decode.ended()
+        for sequence in gone:
+            sequence.state = READY
+        return gone
+
+    def take_for_step(self) -> None:
+        """Take the blocks of one more step."""
+        self.blocks.take(self.decode.blocks_for(1))
 
     def most_steps(self, plan: Plan) -> int:
         """Return how many steps from this one on have the same composition and find their blocks."""
@@ -110,9 +127,49 @@ class Batcher:
         assert most is not None, "a step has members"
         return self._within_blocks(most)
 
+    def join(self, sequence: Sequence) -> None:
+        """Have a sequence with one pending token take part from the next step on."""
+        sequence.state = DECODING
+        self.decode.join(sequence)
+
+    def queue(self, sequence: Sequence) -> None:
+        """Add a leg to the queue."""
+        sequence.state, sequence.on = WAITING, self._index
+        self.waiting.append(sequence)
+
+    def discard(self, sequence: Sequence, plan: Plan | None) -> None:
+        """Free all that a sequence holds; ``plan`` is the step that runs, whose blocks are taken."""
+        state, sequence.state = sequence.state, ENDED
+        if state == WAITING:
+            self.waiting.remove(sequence)
+            return
+        if state == LOADING:
+            assert sequence.source is not None
+            self._loading -= 1
+            self.blocks.give_back(self.blocks.for_tokens(sequence.source.tokens))
+            return
+        del self.running[sequence]
+        if state == CHUNKING:
+            self._chunking.remove(sequence)
+            if plan is not None:
+                plan.chunks = [chunk for chunk in plan.chunks if chunk.sequence is not sequence]
+            self.blocks.give_back(self.blocks.for_tokens(sequence.tokens))
+        elif state == DECODING:
+            self.decode.leave(sequence)
+            held = sequence.tokens if plan is not None else sequence.computed
+            self.blocks.give_back(self.blocks.for_tokens(held))
+            if plan is not None and sequence in plan.newcomers:
+                plan.newcomers.remove(sequence)
+        else:
+            if sequence in self._ready:
+                self._ready.remove(sequence)
+            self.blocks.give_back(self.blocks.for_tokens(sequence.computed))
+
     def loaded(self, sequence: Sequence, tokens: int) -> None:
         """Take note that ``tokens`` tokens' KV has arrived."""
         self._loading -= 1
+        sequence.state = READY
+        sequence.source = None
         sequence.computed = tokens
         self.running[sequence] = None
         self._ready.append(sequence)
@@ -120,9 +177,11 @@ class Batcher:
     def release(self, sequence: Sequence, *, pin: bool) -> Pin | None:
         """Take out a running sequence that ended; with ``pin`` its blocks stay taken, for a decode."""
         del self.running[sequence]
+        sequence.state = ENDED
         blocks = self.blocks.for_tokens(sequence.computed)
         if pin:
-            return Pin(self._index, blocks, sequence.computed)
+            sequence.pin = Pin(self._index, blocks, sequence.computed)
+            return sequence.pin
         self.blocks.give_back(blocks)
         return None
 
@@ -144,7 +203,7 @@ class Batcher:
         while (needed := self.decode.blocks_for(1)) > self.blocks.free:
             youngest = next(reversed(self.running))
             del self.running[youngest]
-            if youngest in self.decode.members:
+            if youngest.state == DECODING:
                 self.decode.leave(youngest)
                 self.blocks.give_back(self.blocks.for_tokens(youngest.computed))
                 if youngest in plan.newcomers:
@@ -152,6 +211,7 @@ class Batcher:
             else:
                 self._chunking.remove(youngest)
                 self.blocks.give_back(self.blocks.for_tokens(youngest.tokens))
+            youngest.state = WAITING
             youngest.computed = 0
             youngest.preemptions += 1
             self.waiting.appendleft(youngest)
@@ -169,6 +229,7 @@ class Batcher:
             )
         if not self._take(self.blocks.for_tokens(sequence.tokens)):
             return False
+        sequence.state = CHUNKING
         self._chunking.append(sequence)
         self.running[sequence] = None
         return True
@@ -181,7 +242,7 @@ class Batcher:
         sequence.source = None
         sequence.computed = pin.tokens
         self.running[sequence] = None
-        self.decode.join(sequence)
+        self.join(sequence)
         plan.newcomers.append(sequence)
         return True
 
@@ -189,6 +250,7 @@ class Batcher:
         if not self._take(self.blocks.for_tokens(pin.tokens)):
             return False
         pin.taken = True
+        sequence.state = LOADING
         self._loading += 1
         plan.pulls.append(sequence)
         return True

@@ -28,14 +28,10 @@ class Blocks:
         self.free -= count
         if self.free < 0:
             raise InternalError(f"{-self.free} KV blocks more than there are were taken")
-        self.note_peak()
-        return count
-
-    def note_peak(self, beside: int = 0) -> None:
-        """Note the blocks in use, with ``beside`` more that are yet to be taken, as a peak if they are."""
-        used = self.total - self.free + beside
+        used = self.total - self.free
         if used > self.most_used:
             self.most_used = used
+        return count
 
     def give_back(self, count: int) -> None:
         """Free ``count`` blocks."""

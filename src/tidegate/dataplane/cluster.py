@@ -5,11 +5,12 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence as Fleet
 
-from tidegate.dataplane.events import EventQueue, Kind
+from tidegate.core.errors import InternalError
+from tidegate.dataplane.events import Event, EventQueue, Kind
 from tidegate.dataplane.instance import Listener, SimInstance
 from tidegate.dataplane.links import Link
 from tidegate.dataplane.replica import Replica
-from tidegate.dataplane.sequence import Pin, Sequence
+from tidegate.dataplane.sequence import ENDED, LOADING, NEW, Pin, Sequence
 
 
 class Cluster:
@@ -38,6 +39,7 @@ class Cluster:
         self._lease_event_s: float | None = None
         self._leases = 0
         self._pulls: dict[int, tuple[Sequence, Pin, int]] = {}
+        self._pulled = 0
 
     def report(self, now: float) -> None:
         """Have the instances that leap tell of the steps that ended by ``now``."""
@@ -45,28 +47,69 @@ class Cluster:
             if instance.report_due_s <= now:
                 instance.report(now)
 
+    def submit(self, instance: int, sequence: Sequence, now: float) -> None:
+        """Queue a leg at an instance."""
+        self.instances[instance].submit(sequence, now)
+
+    def abort(self, sequence: Sequence, now: float) -> None:
+        """Free at once all that a leg holds anywhere: in its instance, on a link, behind its pins.
+
+        Nothing more is told of it, but for the steps that ended by ``now``. A leg that has ended only gives
+        up the KV that waits for its decode; once a decode took that KV, it is the decode's.
+        """
+        if sequence.pin is not None:
+            self.drop(sequence.pin, now)
+        if sequence.state == LOADING:
+            self._cancel_pull(sequence, now)
+        elif sequence.source is not None:
+            self.drop(sequence.source, now)
+        if sequence.state == NEW:
+            sequence.state = ENDED
+        elif sequence.state != ENDED:
+            self.instances[sequence.on].abort(sequence, now)
+
+    def handle(self, event: Event) -> None:
+        """Do what an event of the data plane announces. Raises InternalError for any other event."""
+        now, kind, whose, version = event
+        # The frequent ones first.
+        if kind is Kind.STEP_END:
+            self.step_end(whose, version, now)
+        elif kind is Kind.STEP_START:
+            self.instances[whose].start(now)
+        elif kind is Kind.LINK:
+            self.leave_link(whose, version, now)
+        elif kind is Kind.LINK_ENTRY:
+            self.enter_link(version, now)
+        elif kind is Kind.LEASE:
+            self.end_leases(now)
+        else:
+            raise InternalError(f"{kind!r} is not an event of the data plane")
+
     def pull(self, sequence: Sequence, to: int, now: float) -> int:
         """Bring the KV behind the sequence's source to instance ``to``; return how many bytes that are."""
         pin = sequence.source
         assert pin is not None
-        sequence.source = None
-        self._pulls[sequence.request] = (sequence, pin, to)
-        self._events.push(now + self._links[self._link_of[to]].latency_s, Kind.LINK_ENTRY, sequence.request)
+        self._pulled += 1
+        self._pulls[self._pulled] = (sequence, pin, to)
+        entry_s = now + self._links[self._link_of[to]].latency_s
+        self._events.push(entry_s, Kind.LINK_ENTRY, sequence.request, self._pulled)
         return pin.tokens * self._bytes_per_token(pin)
 
-    def enter_link(self, request: int, now: float) -> None:
-        """Have a pull take its share of the bandwidth."""
-        _, pin, to = self._pulls[request]
-        self._links[self._link_of[to]].enter(request, pin.tokens * self._bytes_per_token(pin), now)
+    def enter_link(self, number: int, now: float) -> None:
+        """Have a pull take its share of the bandwidth, unless it was called off."""
+        if number not in self._pulls:
+            return
+        _, pin, to = self._pulls[number]
+        self._links[self._link_of[to]].enter(number, pin.tokens * self._bytes_per_token(pin), now)
         self._announce(self._link_of[to])
 
     def leave_link(self, link: int, version: int, now: float) -> None:
         """Finish a pull: its source's blocks are free, and its leg may run."""
         if version != self._links[link].version:
             return
-        request = self._links[link].leave(now)
+        number = self._links[link].leave(now)
         self._announce(link)
-        sequence, pin, to = self._pulls.pop(request)
+        sequence, pin, to = self._pulls.pop(number)
         sequence.loaded_s = now
         self.instances[pin.on].unpin(pin, now)
         self.instances[to].loaded(sequence, pin.tokens, now)
@@ -97,6 +140,15 @@ class Cluster:
         instance = self.instances[index]
         if version == instance.version:
             instance.end(now)
+
+    def _cancel_pull(self, sequence: Sequence, now: float) -> None:
+        number = next(number for number, pull in self._pulls.items() if pull[0] is sequence)
+        _, pin, to = self._pulls.pop(number)
+        link = self._link_of[to]
+        self._links[link].cancel(number, now)
+        self._announce(link)
+        pin.gone = True
+        self.instances[pin.on].unpin(pin, now)
 
     def _announce_lease(self) -> None:
         if self._lease_ends:

@@ -39,6 +39,10 @@ class EventQueue:
         """Tell whether nothing more is to happen at ``now``."""
         return not self._heap or self._heap[0][0] > now
 
+    def next_s(self) -> float | None:
+        """Return when the next event is due; None when none is to come."""
+        return self._heap[0][0] if self._heap else None
+
     def push(self, at_s: float, kind: Kind, whose: int, version: int = 0) -> None:
         """Announce an event."""
         heapq.heappush(self._heap, (at_s, kind, whose, version))

@@ -9,7 +9,7 @@ from tidegate.costs.forms import attention_work
 from tidegate.dataplane.batcher import Batcher, Plan
 from tidegate.dataplane.events import EventQueue, Kind
 from tidegate.dataplane.replica import Replica
-from tidegate.dataplane.sequence import Pin, Sequence
+from tidegate.dataplane.sequence import CHUNKING, DECODING, READY, Pin, Sequence
 from tidegate.dataplane.stretch import Stretch
 
 
@@ -64,7 +64,14 @@ class SimInstance:
 
     def submit(self, sequence: Sequence, now: float) -> None:
         """Queue a leg."""
-        self.batcher.waiting.append(sequence)
+        self.batcher.queue(sequence)
+        self._changed(now)
+
+    def abort(self, sequence: Sequence, now: float) -> None:
+        """Take out a sequence, with its tokens reported; the step that runs still takes its time."""
+        if sequence.state == DECODING or sequence.state == CHUNKING:
+            self._settle(now)
+        self.batcher.discard(sequence, self._plan)
         self._changed(now)
 
     def loaded(self, sequence: Sequence, tokens: int, now: float) -> None:
@@ -74,9 +81,7 @@ class SimInstance:
 
     def unpin(self, pin: Pin, now: float) -> None:
         """Free the blocks of a pin."""
-        stretch = self._stretch
-        if stretch is not None and stretch.steps > 1:
-            self.batcher.note_blocks(stretch.done_by(now))
+        self._settle(now)
         self.batcher.blocks.give_back(pin.blocks)
         self._changed(now)
 
@@ -113,14 +118,18 @@ class SimInstance:
         self._plan = self._stretch = None
         self.report_due_s = math.inf
         self._starting = True  # once all that this end causes has been said
-        for sequence in self.batcher.decode.ended():
-            self._end_leg(sequence, now)
+        for sequence in self.batcher.ended():
+            if sequence.state == READY:  # not aborted meanwhile
+                self._end_leg(sequence, now)
         for sequence in complete:
-            self._listener.token(sequence, now)
+            if sequence.state == READY:
+                self._listener.token(sequence, now)
+            if sequence.state != READY:
+                continue
             if sequence.tokens == sequence.last_token:
                 self._end_leg(sequence, now)
             else:
-                self.batcher.decode.join(sequence)
+                self.batcher.join(sequence)
         if self._events.none_at(now):
             self.start(now)  # its event would be the next one
         else:
@@ -142,6 +151,22 @@ class SimInstance:
             self._listener.stepped(self.index, done - self._reported, stretch.end_s(done))
             self._reported = done
         self.report_due_s = stretch.end_s(done + 1)
+
+    def _settle(self, now: float) -> None:
+        """Book the steps that are over, so that what remains of the stretch is the step that runs."""
+        plan, stretch = self._plan, self._stretch
+        if plan is None or stretch is None or stretch.steps == 1:
+            return
+        done = min(stretch.done_by(now), stretch.steps - 1)
+        if done > 0:
+            self._report_until(plan, stretch, done)
+            self.batcher.commit(plan, done)
+            self.batcher.take_for_step()
+            self._stretch = stretch = stretch.after(done)
+            self._reported = 0
+        stretch.steps = 1
+        self.report_due_s = math.inf
+        self._announce(stretch)
 
     def _changed(self, now: float) -> None:
         """Plan anew as soon as the step that runs is over."""

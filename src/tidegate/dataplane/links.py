@@ -42,6 +42,14 @@ class Link:
         self._level = level if self._ends else 0.0
         return request
 
+    def cancel(self, request: int, now: float) -> None:
+        """Take out a transfer that is not to end."""
+        self._advance(now)
+        self._ends = [end for end in self._ends if end[1] != request]
+        heapq.heapify(self._ends)
+        if not self._ends:
+            self._level = 0.0
+
     def _advance(self, now: float) -> None:
         if self._ends:
             self._level += (now - self._at_s) * self._bytes_per_s / len(self._ends)

@@ -6,7 +6,13 @@ from dataclasses import dataclass, field
 
 from tidegate.core.errors import ConfigError
 from tidegate.core.instance import Instance
+from tidegate.costs.library import PackagedProfile
 from tidegate.costs.profile import Profile
+
+BLOCK_TOKENS = 16
+"""KV block size of such a fleet: vLLM's default."""
+MOST_CONTEXT_TOKENS = 131_072
+"""The longest context of a fleet built from a packaged profile: that of the packaged models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +42,14 @@ class Replica:
     """An instance, what its steps cost, and how it batches.
 
     KV comes to it over ``link``, shared with all that name the same; an empty name is a link of its own.
+    ``node`` names the machine that it is in.
     """
 
     instance: Instance
     profile: Profile
     engine: EngineSettings = field(default_factory=EngineSettings)
     link: str = ""
+    node: str = ""
 
     def __post_init__(self) -> None:
         held, context = self.instance.kv_capacity_tokens, self.instance.max_model_len
@@ -50,3 +58,36 @@ class Replica:
             raise ConfigError(
                 f"instance {self.instance.id}: its KV holds {held} tokens, less than one context of {context}"
             )
+
+
+def replicas_of(
+    packaged: PackagedProfile,
+    count: int,
+    *,
+    engine: EngineSettings | None = None,
+    kv_tokens: int | None = None,
+    instances_per_node: int = 8,
+) -> list[Replica]:
+    """Return ``count`` equal replicas ``i0``, ``i1``, ... of a packaged profile, node after node.
+
+    ``kv_tokens`` replaces the profile's rough KV capacity. Raises ConfigError for a fleet without instances.
+    """
+    if count < 1 or instances_per_node < 1:
+        raise ConfigError("a fleet has at least one instance, and a node holds at least one")
+    capacity = packaged.kv_capacity_tokens if kv_tokens is None else kv_tokens
+    whole = capacity // BLOCK_TOKENS * BLOCK_TOKENS
+    return [
+        Replica(
+            Instance(
+                f"i{index}",
+                kv_capacity_tokens=capacity,
+                max_model_len=min(MOST_CONTEXT_TOKENS, whole),
+                block_tokens=BLOCK_TOKENS,
+                kv_bytes_per_token=packaged.kv_bytes_per_token,
+            ),
+            packaged.profile,
+            engine or EngineSettings(),
+            node=f"n{index // instances_per_node}",
+        )
+        for index in range(count)
+    ]

@@ -3,6 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
+
+NEW: Final = 0
+"""Not with an instance yet."""
+WAITING: Final = 1
+"""In an instance's queue."""
+LOADING: Final = 2
+"""Admitted; its KV is on the way."""
+CHUNKING: Final = 3
+"""Its prompt, or what a preemption lost, is being computed."""
+READY: Final = 4
+"""Its KV is here; it joins the next step."""
+DECODING: Final = 5
+"""Gets a token per step."""
+ENDED: Final = 6
+"""Has its last token, or was aborted."""
 
 
 @dataclass(slots=True, eq=False)
@@ -25,7 +41,8 @@ class Sequence:
 
     ``tokens`` is the prompt plus what was generated; ``computed`` of them have KV in ``blocks``. While a
     sequence is in a ``DecodeBatch`` they grow there, and ``base`` is ``computed`` less the batch's ticks.
-    ``last_token`` is the length at which the leg ends; with ``hand_over`` its KV is then pinned.
+    ``last_token`` is the length at which the leg ends; with ``hand_over`` its KV is then ``pin``. ``state``
+    is one of this module's; from the submission on, ``on`` is the instance's number.
     """
 
     request: int
@@ -33,6 +50,9 @@ class Sequence:
     last_token: int
     hand_over: bool
     source: Pin | None = None
+    pin: Pin | None = None
+    state: int = NEW
+    on: int = -1
     tokens: int = 0
     computed: int = 0
     blocks: int = 0

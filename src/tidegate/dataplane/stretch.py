@@ -23,6 +23,11 @@ class Stretch:
         """Return when the first ``steps`` steps are over."""
         return self.start_s + steps * (self.first_s + 0.5 * self.growth_s * (steps - 1))
 
+    def after(self, steps: int) -> Stretch:
+        """Return what remains once the first ``steps`` steps are over."""
+        first_s = self.first_s + steps * self.growth_s
+        return Stretch(self.end_s(steps), first_s, self.growth_s, self.steps - steps)
+
     def done_by(self, now: float) -> int:
         """Return how many of the steps are over at ``now``."""
         if self.steps == 1 or now < self.start_s + self.first_s:

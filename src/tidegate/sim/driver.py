@@ -8,7 +8,7 @@ from typing import IO
 import tidegate
 from tidegate.core.errors import ConfigError, InternalError
 from tidegate.core.request import Request
-from tidegate.dataplane.events import EventQueue, Kind
+from tidegate.dataplane.events import Event, EventQueue, Kind
 from tidegate.dataplane.replica import Replica
 from tidegate.policies.seams import Signal
 from tidegate.sim.journal import SimJournal
@@ -75,32 +75,25 @@ class _Simulation:
         self._announce_arrival(0.0)
         self._announce_tick()
         while self._next is not None or self._serving.flights:
-            now, kind, whose, version = self._events.pop()
+            event = self._events.pop()
+            now = event[0]
             handled += 1
-            self._handle(now, kind, whose, version)
+            self._handle(event)
         self._serving.control.ledger.check_integrity()
         return self._finished(now, handled)
 
-    def _handle(self, now: float, kind: Kind, whose: int, version: int) -> None:
-        # The frequent ones first.
-        serving, cluster = self._serving, self._serving.cluster
-        if kind is Kind.STEP_END:
-            cluster.step_end(whose, version, now)
-        elif kind is Kind.STEP_START:
-            cluster.instances[whose].start(now)
-        elif kind is Kind.ARRIVAL:
+    def _handle(self, event: Event) -> None:
+        now, kind, whose, _ = event
+        serving = self._serving
+        if kind is Kind.ARRIVAL:
             self._arrive(now)
         elif kind is Kind.LEG:
             serving.submit(whose, now)
-        elif kind is Kind.LINK_ENTRY:
-            cluster.enter_link(whose, now)
-        elif kind is Kind.LINK:
-            cluster.leave_link(whose, version, now)
-        elif kind is Kind.LEASE:
-            cluster.end_leases(now)
-        else:
+        elif kind is Kind.TICK:
             serving.tick(now)
             self._announce_tick()
+        else:
+            serving.cluster.handle(event)
 
     def _arrive(self, now: float) -> None:
         record, index = self._next, self._arrived
