@@ -9,6 +9,7 @@ from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
 from tidegate.policies.arrow import ArrowPlacement
 from tidegate.policies.arrow_monitor import ArrowMonitor
+from tidegate.policies.order import make_order
 from tidegate.policies.seams import Signal
 from tidegate.systems import SYSTEMS, check_signals, make_system
 
@@ -64,3 +65,15 @@ def test_a_system_without_its_signals_is_refused() -> None:
     check_signals(make_system("arrow"), frozenset({Signal.PROFILE}))
     with pytest.raises(ConfigError, match="'arrow' needs the signals profile; this deployment has: lengths"):
         check_signals(make_system("arrow"), frozenset({Signal.LENGTHS}))
+
+
+def test_a_system_takes_an_order() -> None:
+    assert make_system("arrow").order.name == "fifo"
+    ordered = make_system("arrow+feasible-first", split=(3, 1))
+    assert ordered.name == "arrow+feasible-first"
+    assert ordered.order.name == "feasible-first"
+    assert ordered.roles(4).count(Role.PREFILL) == 3
+    with pytest.raises(ConfigError, match="unknown order 'lifo'; there are: edf, feasible-first, fifo, sjf"):
+        make_system("arrow+lifo")
+    with pytest.raises(ConfigError, match="at least 1 TTFT target"):
+        make_order("edf", starvation_bound=0.5)

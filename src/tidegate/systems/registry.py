@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
+from tidegate.policies.order import make_order
 from tidegate.policies.registry import Registry
 from tidegate.policies.seams import Signal, StartingRoles
 from tidegate.policies.starting_roles import SplitRoles, even_roles
@@ -42,8 +43,16 @@ SYSTEMS: Registry[Callable[[SystemOptions], System]] = Registry("system", group=
 def make_system(
     name: str, *, split: tuple[int, int] | None = None, tick_s: float = 1.0, slo: Slo | None = None
 ) -> System:
-    """Build the system ``name``. Raises ConfigError for an unknown name or an impossible option."""
-    return SYSTEMS.get(name)(SystemOptions(split=split, tick_s=tick_s, slo=slo or Slo()))
+    """Build the system ``name``: that of ``SYSTEMS``, or ``system+order`` with one of ``ORDERS``.
+
+    Raises ConfigError for an unknown name or an impossible option.
+    """
+    base, plus, order_name = name.partition("+")
+    system = SYSTEMS.get(base)(SystemOptions(split=split, tick_s=tick_s, slo=slo or Slo()))
+    if not plus:
+        return system
+    order = make_order(order_name)
+    return replace(system, name=f"{system.name}+{order.name}", order=order)
 
 
 def check_signals(system: System, available: frozenset[Signal]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from tidegate.policies.order import Fifo, Order
 from tidegate.policies.seams import DecodePlacement, PoolControl, PrefillPlacement, Signal, StartingRoles
 
 
@@ -11,7 +12,8 @@ from tidegate.policies.seams import DecodePlacement, PoolControl, PrefillPlaceme
 class System:
     """A declarative composition. Drivers (gateway, simulator) call its parts and act on the verdicts.
 
-    ``pool`` is None where labels never change.
+    ``pool`` is None where labels never change. ``order`` is that of waiting prefills, in every engine and in
+    what the driver itself holds back.
     """
 
     name: str
@@ -20,6 +22,7 @@ class System:
     prefill: PrefillPlacement
     decode: DecodePlacement
     pool: PoolControl | None = None
+    order: Order = field(default_factory=Fifo)
 
     @property
     def needs(self) -> frozenset[Signal]:

@@ -1,0 +1,257 @@
+"""Queues of waiting work, one per order: who is served next."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+from typing import Generic, Protocol, TypeVar
+
+from tidegate.core.errors import InternalError
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True, frozen=True)
+class Ticket:
+    """What an order knows of one prefill: arrival and TTFT deadline on the driver's clock, and the
+    predicted seconds of its own prefill.
+
+    Only differences matter, so a clock may start anywhere. ``deadline_s`` is not before ``arrival_s``.
+    """
+
+    arrival_s: float
+    deadline_s: float
+    work_s: float
+
+    @property
+    def latest_start_s(self) -> float:
+        """The last moment at which the prefill can start and still meet the deadline."""
+        return self.deadline_s - self.work_s
+
+    def starved_at_s(self, bound: float) -> float:
+        """When the request has waited ``bound`` times its own TTFT target, ``bound`` >= 1."""
+        return max(self.deadline_s, self.arrival_s + bound * (self.deadline_s - self.arrival_s))
+
+
+class WaitingQueue(Protocol[T]):
+    """Waiting work of one instance or scheduler, in some order.
+
+    Items are hashable and wait at most once at a time. Times never decrease from call to call. Ties go by
+    push order, so the same calls serve the same sequence. ``push``, ``pop`` and ``head`` cost O(log n)
+    amortised, ``remove`` and ``push_front`` O(1).
+    """
+
+    def push(self, item: T, ticket: Ticket) -> None:
+        """Let ``item`` wait. Raises InternalError when it does already."""
+        ...
+
+    def push_front(self, item: T) -> None:
+        """Let ``item`` (preempted work) wait before all others, also before earlier ``push_front`` ones.
+
+        Raises InternalError when it waits already.
+        """
+        ...
+
+    def head(self, now: float) -> T | None:
+        """Return who is next at ``now``, or None when nobody waits. Serves nobody."""
+        ...
+
+    def pop(self, now: float) -> T:
+        """Serve the head. Raises InternalError when nobody waits."""
+        ...
+
+    def remove(self, item: T) -> bool:
+        """Take ``item`` out unserved; False when it does not wait."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[T]:
+        """Walk over the items: first those pushed to the front, then the others as they were pushed."""
+        ...
+
+
+class FifoQueue(Generic[T]):
+    """First come, first served: see ``WaitingQueue``. Looks at no ticket."""
+
+    def __init__(self) -> None:
+        self._items: OrderedDict[T, None] = OrderedDict()
+
+    def push(self, item: T, ticket: Ticket) -> None:
+        _refuse_twice(item in self._items)
+        self._items[item] = None
+
+    def push_front(self, item: T) -> None:
+        _refuse_twice(item in self._items)
+        self._items[item] = None
+        self._items.move_to_end(item, last=False)
+
+    def head(self, now: float) -> T | None:
+        for item in self._items:
+            return item
+        return None
+
+    def pop(self, now: float) -> T:
+        if not self._items:
+            raise InternalError("nothing waits in this queue")
+        return self._items.popitem(last=False)[0]
+
+    def remove(self, item: T) -> bool:
+        if item not in self._items:
+            return False
+        del self._items[item]
+        return True
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._items)
+
+
+class _Entry(Generic[T]):
+    """A pushed item. ``waits`` turns false once it is served or removed: heaps drop it when they meet it."""
+
+    __slots__ = ("item", "ticket", "turn", "waits")
+
+    def __init__(self, item: T, ticket: Ticket, turn: int) -> None:
+        self.item = item
+        self.ticket = ticket
+        self.turn = turn
+        self.waits = True
+
+
+class _LazyHeap(Generic[T]):
+    """Entries by a key, ties by turn. Dead entries go when they surface, or when they outnumber the rest."""
+
+    __slots__ = ("_heap", "_limit")
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, _Entry[T]]] = []
+        self._limit = 64
+
+    def push(self, key: float, entry: _Entry[T]) -> None:
+        if len(self._heap) >= self._limit:
+            self._heap = [row for row in self._heap if row[2].waits]
+            heapify(self._heap)
+            self._limit = max(64, 2 * len(self._heap))
+        heappush(self._heap, (key, entry.turn, entry))
+
+    def top(self) -> _Entry[T] | None:
+        heap = self._heap
+        while heap:
+            entry = heap[0][2]
+            if entry.waits:
+                return entry
+            heappop(heap)
+        return None
+
+    def take(self) -> None:
+        heappop(self._heap)
+
+
+class RankedQueue(Generic[T]):
+    """Serves by least ``rank`` of the ticket, but whoever has starved first: see ``WaitingQueue``.
+
+    Starved is who has waited more than ``bound`` times its own TTFT target; among those, whose bound
+    passed first.
+    """
+
+    def __init__(self, rank: Callable[[Ticket], float], bound: float) -> None:
+        self._rank = rank
+        self._bound = bound
+        self._front: OrderedDict[T, None] = OrderedDict()
+        self._entries: dict[T, _Entry[T]] = {}
+        self._ranked: _LazyHeap[T] = _LazyHeap()
+        self._starving: _LazyHeap[T] = _LazyHeap()
+        self._turn = 0
+
+    def push(self, item: T, ticket: Ticket) -> None:
+        _refuse_twice(item in self._entries or item in self._front)
+        entry = _Entry(item, ticket, self._turn)
+        self._turn += 1
+        self._entries[item] = entry
+        self._enter(entry)
+
+    def push_front(self, item: T) -> None:
+        _refuse_twice(item in self._entries or item in self._front)
+        self._front[item] = None
+        self._front.move_to_end(item, last=False)
+
+    def head(self, now: float) -> T | None:
+        for item in self._front:
+            return item
+        entry = self._next(now)
+        return None if entry is None else entry.item
+
+    def pop(self, now: float) -> T:
+        if self._front:
+            return self._front.popitem(last=False)[0]
+        entry = self._next(now)
+        if entry is None:
+            raise InternalError("nothing waits in this queue")
+        entry.waits = False
+        del self._entries[entry.item]
+        return entry.item
+
+    def remove(self, item: T) -> bool:
+        entry = self._entries.pop(item, None)
+        if entry is not None:
+            entry.waits = False
+            return True
+        if item in self._front:
+            del self._front[item]
+            return True
+        return False
+
+    def __len__(self) -> int:
+        return len(self._front) + len(self._entries)
+
+    def __iter__(self) -> Iterator[T]:
+        yield from self._front
+        yield from self._entries
+
+    def _enter(self, entry: _Entry[T]) -> None:
+        self._ranked.push(self._rank(entry.ticket), entry)
+        self._starving.push(entry.ticket.starved_at_s(self._bound), entry)
+
+    def _next(self, now: float) -> _Entry[T] | None:
+        return self._starved(now) or self._ranked.top()
+
+    def _starved(self, now: float) -> _Entry[T] | None:
+        first = self._starving.top()
+        if first is not None and now > first.ticket.starved_at_s(self._bound):
+            return first
+        return None
+
+
+class FeasibleQueue(RankedQueue[T]):
+    """Serves the earliest deadline among those that can still meet theirs; the hopeless ones after them,
+    first come, first served; whoever has starved before all: see ``WaitingQueue``.
+
+    Hopeless is who would miss its deadline if it started now; that lasts. Every starved request is
+    hopeless, because its deadline has passed.
+    """
+
+    def __init__(self, bound: float) -> None:
+        super().__init__(lambda ticket: ticket.deadline_s, bound)
+        self._hopeless: _LazyHeap[T] = _LazyHeap()
+
+    def _enter(self, entry: _Entry[T]) -> None:
+        self._ranked.push(entry.ticket.deadline_s, entry)
+
+    def _next(self, now: float) -> _Entry[T] | None:
+        feasible = self._ranked.top()
+        while feasible is not None and now > feasible.ticket.latest_start_s:
+            self._ranked.take()
+            self._hopeless.push(feasible.turn, feasible)
+            self._starving.push(feasible.ticket.starved_at_s(self._bound), feasible)
+            feasible = self._ranked.top()
+        return self._starved(now) or feasible or self._hopeless.top()
+
+
+def _refuse_twice(waits: bool) -> None:
+    if waits:
+        raise InternalError("this item waits in the queue already")
