@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
+from tidegate.measure.request_table import RequestTable, Seconds
 
 DEFAULT_LEVEL = 0.90
 
@@ -64,6 +67,14 @@ def score(observations: Iterable[Observation]) -> Attainment:
     return Attainment(offered, attained, ttft_attained, tpot_attained)
 
 
+def score_table(requests: RequestTable) -> Attainment:
+    """Count attainment over the rows of a table, each against its own targets."""
+    ttft_met = requests.ok & (requests.ttft_s <= requests.ttft_target_s)
+    tpot_met = requests.ok & ~(requests.tpot_s > requests.tpot_target_s)
+    counts = (np.count_nonzero(requests.attained), np.count_nonzero(ttft_met), np.count_nonzero(tpot_met))
+    return Attainment(len(requests), *map(int, counts))
+
+
 @dataclass(frozen=True, slots=True)
 class Goodput:
     """What one run says about goodput.
@@ -79,7 +90,9 @@ class Goodput:
     attained_rps: float | None
 
 
-def goodput(attainment: Attainment, arrivals_s: Sequence[float], level: float = DEFAULT_LEVEL) -> Goodput:
+def goodput(
+    attainment: Attainment, arrivals_s: Sequence[float] | Seconds, level: float = DEFAULT_LEVEL
+) -> Goodput:
     """Relate attainment to the offered rate; the rates are None when no time passed between arrivals.
 
     The rate is gaps between arrivals over the time they span, so it does not depend on how long
@@ -87,7 +100,7 @@ def goodput(attainment: Attainment, arrivals_s: Sequence[float], level: float = 
     """
     if not 0 < level <= 1:
         raise ConfigError(f"the attainment level is a share between 0 and 1, got {level}")
-    span_s = max(arrivals_s) - min(arrivals_s) if arrivals_s else 0.0
+    span_s = float(np.ptp(arrivals_s)) if len(arrivals_s) else 0.0
     offered_rps = (len(arrivals_s) - 1) / span_s if span_s > 0 else None
     attained_rps = None if offered_rps is None else offered_rps * attainment.share
     met = attainment.offered > 0 and attainment.share >= level
