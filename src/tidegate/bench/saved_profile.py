@@ -1,0 +1,110 @@
+"""The file of a measured profile: written by ``tidegate profile``, read wherever a profile is named."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tidegate.core.errors import ConfigError
+from tidegate.costs.profile import Profile
+
+FORMAT = "tidegate-profile"
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Relative errors of one form on ``points`` that its fit did not see."""
+
+    form: str
+    p50: float
+    p95: float
+    points: int
+
+
+@dataclass(frozen=True, slots=True)
+class SavedProfile:
+    """A profile measured on one live instance, with what else the measurement showed.
+
+    ``front_s`` passes per request outside the engine's steps; host time is part of the steps, so that a
+    simulation of this profile adds none. ``max_batch_tokens`` is what the instance computes in one step at
+    most, None when no prompt was long enough to show it; ``kv_bytes_per_token`` is 0 while no transfer was
+    measured. ``created`` is ISO 8601 in UTC; ``samples`` are the medians that were fitted, by form.
+    """
+
+    profile: Profile
+    created: str
+    url: str
+    model: str
+    engine: str
+    max_model_len: int
+    block_tokens: int
+    kv_capacity_tokens: int
+    kv_bytes_per_token: int
+    max_batch_tokens: int | None
+    front_s: float
+    held_out: tuple[HeldOut, ...]
+    notes: tuple[str, ...]
+    samples: dict[str, list[dict[str, float]]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the file's object: the keys that ``Profile.from_json`` reads, and the rest."""
+        rest = asdict(self)
+        del rest["profile"]
+        return {"format": FORMAT, "version": VERSION, **self.profile.to_json(), **rest}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> SavedProfile:
+        """Build it from the file's object. Raises ConfigError for another format or a missing key."""
+        if data.get("format") != FORMAT:
+            raise ConfigError("not a profile that `tidegate profile` wrote: it has no format mark")
+        if data.get("version") != VERSION:
+            raise ConfigError(
+                f"the profile has format version {data.get('version')}, this tidegate reads {VERSION}; "
+                "measure it again with `tidegate profile`"
+            )
+        try:
+            return cls(
+                profile=Profile.from_json(data),
+                created=str(data["created"]),
+                url=str(data["url"]),
+                model=str(data["model"]),
+                engine=str(data["engine"]),
+                max_model_len=int(data["max_model_len"]),
+                block_tokens=int(data["block_tokens"]),
+                kv_capacity_tokens=int(data["kv_capacity_tokens"]),
+                kv_bytes_per_token=int(data["kv_bytes_per_token"]),
+                max_batch_tokens=None if data["max_batch_tokens"] is None else int(data["max_batch_tokens"]),
+                front_s=float(data["front_s"]),
+                held_out=tuple(HeldOut(**row) for row in data["held_out"]),
+                notes=tuple(str(note) for note in data["notes"]),
+                samples=dict(data["samples"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"the profile is damaged: {error!r}") from None
+
+
+def save_profile(path: Path, saved: SavedProfile) -> None:
+    """Write the file. Raises ConfigError when it cannot be written."""
+    try:
+        path.write_text(json.dumps(saved.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def read_profile(path: Path) -> SavedProfile:
+    """Read the file. Raises ConfigError, naming it, when it is not there or not what it should be."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError:
+        raise ConfigError(f"{path} is not JSON") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} is not a profile: it holds no JSON object")
+    try:
+        return SavedProfile.from_json(data)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.message}") from None
