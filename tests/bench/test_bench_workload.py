@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tidegate.bench import BenchSettings, WorkloadChoice, load_workload
+from tidegate.bench import BenchSettings
 from tidegate.core.errors import ConfigError
+from tidegate.workloads import WorkloadChoice, load_workload
 
 
 @pytest.fixture

@@ -2,6 +2,5 @@
 
 from tidegate.bench.run import BenchRun, bench, run_bench
 from tidegate.bench.settings import BenchSettings, PromptForm
-from tidegate.bench.workload import WorkloadChoice, load_workload
 
-__all__ = ["BenchRun", "BenchSettings", "PromptForm", "WorkloadChoice", "bench", "load_workload", "run_bench"]
+__all__ = ["BenchRun", "BenchSettings", "PromptForm", "bench", "run_bench"]

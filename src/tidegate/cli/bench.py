@@ -9,12 +9,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from tidegate.bench import BenchRun, BenchSettings, PromptForm, WorkloadChoice, bench, load_workload
+from tidegate.bench import BenchRun, BenchSettings, PromptForm, bench
 from tidegate.cli.process import FAILURE, INTERRUPTED
 from tidegate.cli.scoring import SCORING, Json, Level, RequireLevel
 from tidegate.core.slo import Slo
 from tidegate.measure import render_block
 from tidegate.measure.attainment import DEFAULT_LEVEL
+from tidegate.workloads import WorkloadChoice, load_workload
 
 EPILOG = """
 [bold]Examples[/bold]

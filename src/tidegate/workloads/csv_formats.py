@@ -14,6 +14,7 @@ from datetime import datetime
 from itertools import accumulate
 
 from tidegate.core.errors import TraceError
+from tidegate.workloads.sessions import SessionTurn, with_prefixes
 from tidegate.workloads.trace import TraceRecord
 
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
@@ -75,20 +76,48 @@ def parse_csv(file: str, lines: Iterator[tuple[int, str]]) -> tuple[bool, Iterat
     """Recognise a CSV by its header; return ``(timed, records)``.
 
     Untimed records (session files, bare lengths) carry the time since their session's start as
-    ``arrival_s``, or 0. Raises TraceError for an empty file, an unknown or missing column, and,
+    ``arrival_s``, or 0. A file with ``prefix_hit_tokens`` gets ids that share as much
+    (``sessions.with_prefixes``). Raises TraceError for an empty file, an unknown or missing column, and,
     while iterating, for a malformed row.
     """
     number, header = next(lines, (1, ""))
     names = [name.strip() for name in _split(header)]
     columns = _check_header(file, number, header, names)
     rows = _rows(file, lines, columns, len(names))
+    has_prefixes = {"session_id", "prefix_hit_tokens"} <= columns.keys() and "hash_ids" not in columns
     if set(AZURE) <= columns.keys():
-        return True, _in_order(rows, "TIMESTAMP", _azure_clock(), AZURE[1:])
+        return True, _bare(_in_order(rows, "TIMESTAMP", _azure_clock(), AZURE[1:]))
     if "Request tokens" in columns:
-        return True, _in_order(rows, "Timestamp", _seconds_of("Timestamp"), BURSTGPT[2:4], skip_failed=True)
+        clock = _seconds_of("Timestamp")
+        return True, _bare(_in_order(rows, "Timestamp", clock, BURSTGPT[2:4], skip_failed=True))
     if "arrival_s" in columns:
-        return True, _in_order(rows, "arrival_s", _seconds_of("arrival_s"), OURS)
-    return False, (_record(row, _session_time(row), OURS) for row in rows)
+        ordered = _in_order(rows, "arrival_s", _seconds_of("arrival_s"), OURS)
+        return True, _session_file(ordered) if has_prefixes else _bare(ordered)
+    untimed = ((row, _record(row, _session_time(row), OURS)) for row in rows)
+    return False, _session_file(untimed) if has_prefixes else _bare(untimed)
+
+
+def _bare(pairs: Iterable[tuple[Row, TraceRecord]]) -> Iterator[TraceRecord]:
+    return (record for _, record in pairs)
+
+
+def _session_file(pairs: Iterable[tuple[Row, TraceRecord]]) -> Iterator[TraceRecord]:
+    """Yield records with prefixes. The whole file is read first, for its size decides the block."""
+    yield from with_prefixes(list(map(_turn, pairs)))
+
+
+def _turn(pair: tuple[Row, TraceRecord]) -> SessionTurn:
+    row, record = pair
+    hit = row.integer("prefix_hit_tokens") if row.get("prefix_hit_tokens") else 0
+    if hit > record.input_tokens:
+        message = f"prefix_hit_tokens is {hit}, more than the {record.input_tokens} input_tokens"
+        raise row.error("prefix_hit_tokens", message)
+    return SessionTurn(
+        record,
+        hit,
+        busy_s=row.seconds("api_time_s") if row.get("api_time_s") else 0.0,
+        session_t_s=_session_time(row) if row.get("session_t_s") else None,
+    )
 
 
 def _check_header(file: str, line: int, text: str, names: list[str]) -> dict[str, int]:
@@ -136,8 +165,11 @@ def _in_order(
     lengths: tuple[str, ...],
     *,
     skip_failed: bool = False,
-) -> Iterator[TraceRecord]:
-    """Yield timed records. BurstGPT publishes failed requests as rows of 0 tokens: those are skipped."""
+) -> Iterator[tuple[Row, TraceRecord]]:
+    """Yield timed records with their rows.
+
+    BurstGPT publishes failed requests as rows of 0 tokens: those are skipped.
+    """
     last_s = -math.inf
     for row in rows:
         if skip_failed and row.integer(lengths[0]) == 0:
@@ -149,7 +181,7 @@ def _in_order(
             )
             raise row.error(time_column, message)
         last_s = arrival_s
-        yield _record(row, arrival_s, lengths)
+        yield row, _record(row, arrival_s, lengths)
 
 
 def _record(row: Row, arrival_s: float, lengths: tuple[str, ...]) -> TraceRecord:

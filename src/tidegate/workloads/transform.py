@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from heapq import heappop, heappush
 from itertools import groupby, islice
 
 from tidegate.core.errors import ConfigError
-from tidegate.workloads.trace import TraceRecord
+from tidegate.workloads.trace import TraceRecord, session_of
+
+SMALLEST_BLOCK = 16
+"""Tokens of the smallest prefix block that scaling makes: rounding one to a whole number then costs 3 %."""
 
 
 def scale_rate(records: Iterable[TraceRecord], factor: float) -> Iterator[TraceRecord]:
@@ -20,22 +24,29 @@ def scale_rate(records: Iterable[TraceRecord], factor: float) -> Iterator[TraceR
 def scale_tokens(records: Iterable[TraceRecord], factor: float) -> Iterator[TraceRecord]:
     """Multiply input and output lengths by ``factor``, at least 1 token each.
 
-    The prefix block scales too, so that the shared share of a prompt stays what it was.
+    The prefix block scales too, so that the shared share of a prompt stays what it was. Blocks that would
+    become smaller than ``SMALLEST_BLOCK`` are first joined, each group named by its last block.
     """
     _positive("the token factor", factor)
 
-    def scaled(tokens: int) -> int:
+    def scaled(tokens: float) -> int:
         return max(1, round(tokens * factor))
 
-    return (
-        replace(
-            r,
-            input_tokens=scaled(r.input_tokens),
-            output_tokens=scaled(r.output_tokens),
-            block_tokens=scaled(r.block_tokens),
+    def change(record: TraceRecord) -> TraceRecord:
+        joined = 1
+        if record.hash_ids and factor < 1.0:
+            joined = max(
+                1, math.ceil(min(SMALLEST_BLOCK, record.block_tokens) / (record.block_tokens * factor))
+            )
+        return replace(
+            record,
+            input_tokens=scaled(record.input_tokens),
+            output_tokens=scaled(record.output_tokens),
+            hash_ids=record.hash_ids if joined == 1 else record.hash_ids[joined - 1 :: joined],
+            block_tokens=scaled(record.block_tokens * joined),
         )
-        for r in records
-    )
+
+    return map(change, records)
 
 
 def limit(records: Iterable[TraceRecord], count: int) -> Iterator[TraceRecord]:
@@ -50,7 +61,8 @@ def window(
 ) -> Iterator[TraceRecord]:
     """Keep arrivals in ``[start_s, start_s + duration_s)`` and count their time from ``start_s``.
 
-    Stops reading at the first later arrival, so the input must be in order of arrival.
+    Stops reading at the first later arrival, so the input must be in order of arrival. A session's turn
+    whose earlier turns fall before the window loses its pause: there is no answer for it to wait for.
     """
     _positive("the duration", duration_s)
     if start_s < 0:
@@ -59,11 +71,17 @@ def window(
 
 
 def _window(records: Iterable[TraceRecord], start_s: float, end_s: float) -> Iterator[TraceRecord]:
+    cut_off: set[str] = set()
     for record in records:
         if record.arrival_s >= end_s:
             return
-        if record.arrival_s >= start_s:
-            yield replace(record, arrival_s=record.arrival_s - start_s) if start_s else record
+        if record.arrival_s < start_s:
+            cut_off.add(record.session_id)
+            continue
+        if record.session_id in cut_off and record.session_id:
+            cut_off.discard(record.session_id)
+            record = replace(record, delay_s=None)
+        yield replace(record, arrival_s=record.arrival_s - start_s) if start_s else record
 
 
 def retime(records: Iterable[TraceRecord], times_s: Iterable[float]) -> Iterator[TraceRecord]:
@@ -77,9 +95,11 @@ def schedule_sessions(
     """Start each session at the next arrival time and merge the sessions by arrival.
 
     Within a session a record keeps its ``arrival_s`` as the time since the session's start; with
-    ``turn_gap_s`` turn ``k`` comes ``k * turn_gap_s`` after it instead. A record without a session
-    is a session of its own. A session's records must be adjacent and the starts in order. Raises
-    ConfigError when a session has several turns at the same instant and no gap is given.
+    ``turn_gap_s`` turn ``k`` comes ``k * turn_gap_s`` after it instead, and every turn but the first of its
+    agent has that as its pause (``delay_s``). Agents of one session share its start and run beside each
+    other: each waits for its own answers only, and a sub-agent's first turn comes at its own time. A
+    record without a session is a session of its own. A session's records must be adjacent and the starts
+    in order. Raises ConfigError when a session has several turns at the same instant and no gap is given.
     """
     waiting: list[tuple[float, int, TraceRecord]] = []
     serial = 0
@@ -96,14 +116,28 @@ def schedule_sessions(
                 )
             serial += 1
             arrival_s = start_s + offset_s
-            heappush(waiting, (arrival_s, serial, replace(record, arrival_s=arrival_s)))
+            delay_s = turn_gap_s if turn_gap_s is not None and record.turn else record.delay_s
+            heappush(waiting, (arrival_s, serial, replace(record, arrival_s=arrival_s, delay_s=delay_s)))
     while waiting:
         yield heappop(waiting)[2]
 
 
+def by_session(records: Iterable[TraceRecord]) -> Iterator[TraceRecord]:
+    """Take a timed trace apart into sessions: the input that ``schedule_sessions`` wants.
+
+    Sessions come in the order of their first request, each with its records adjacent and timed since that
+    request. The trace is read whole.
+    """
+    sessions: dict[str | int, list[TraceRecord]] = {}
+    for index, record in enumerate(records):
+        sessions.setdefault(_session_key(index, record), []).append(record)
+    for turns in sessions.values():
+        start_s = turns[0].arrival_s
+        yield from (replace(record, arrival_s=record.arrival_s - start_s) for record in turns)
+
+
 def _session_key(index: int, record: TraceRecord) -> str | int:
-    # Sub-agents of one session ("7/agent_001") run on the session's clock and start with it.
-    return record.session_id.partition("/")[0] or index
+    return session_of(record) or index
 
 
 def _positive(what: str, value: float) -> None:

@@ -8,10 +8,20 @@ from dataclasses import dataclass, replace
 from tidegate.core.errors import ConfigError
 from tidegate.workloads.arrivals import ArrivalProcess, Bursts, Gamma, Poisson
 from tidegate.workloads.generate import arrival_times_s, generate, resample
+from tidegate.workloads.presets import preset
+from tidegate.workloads.rate_curve import read_rate_curve
 from tidegate.workloads.readers import is_timed, read_trace, read_untimed
 from tidegate.workloads.token_counts import parse_token_counts
 from tidegate.workloads.trace import TraceRecord
-from tidegate.workloads.transform import limit, retime, scale_rate, scale_tokens, schedule_sessions, window
+from tidegate.workloads.transform import (
+    by_session,
+    limit,
+    retime,
+    scale_rate,
+    scale_tokens,
+    schedule_sessions,
+    window,
+)
 
 DEFAULT_INPUT = "512"
 DEFAULT_OUTPUT = "128"
@@ -22,8 +32,10 @@ class WorkloadChoice:
     """A trace, an arrival process, or both: then the trace gives lengths and prefixes only.
 
     ``poisson`` and ``gamma`` are requests per second; ``bursts`` is ``RPS:S,RPS:S``. For a session
-    file the process starts sessions, whose turns keep their own times. ``start_s`` and
-    ``duration_s`` cut a window out of the workload after ``scale_rate``.
+    file the process starts sessions, whose turns keep their own times; ``sessions_per_s`` is Poisson,
+    too, and takes a timed trace apart into sessions first. ``rate_curve`` is ``FILE:NAME``, scaled to
+    the mean ``rate_rps`` if given. Generated lengths are a ``preset``'s, those of ``lengths_from``, or
+    given. ``start_s`` and ``duration_s`` cut a window out of the workload after ``scale_rate``.
     """
 
     trace: str = ""
@@ -31,6 +43,10 @@ class WorkloadChoice:
     gamma: float | None = None
     cv: float | None = None
     bursts: str = ""
+    rate_curve: str = ""
+    rate_rps: float | None = None
+    sessions_per_s: float | None = None
+    preset: str = ""
     input_tokens: str = ""
     output_tokens: str = ""
     lengths_from: str = ""
@@ -49,14 +65,16 @@ class WorkloadChoice:
         return " ".join(f"{name}={value}" for name, value in chosen if value != getattr(defaults, name))
 
 
-def load_workload(choice: WorkloadChoice) -> list[TraceRecord]:
+def load_workload(choice: WorkloadChoice, *, trace_flag: str = "--trace") -> list[TraceRecord]:
     """Return the requests in order of arrival, the first at 0 when they come from a timed trace.
+
+    ``trace_flag`` is how the caller's user spells ``choice.trace``, for messages.
 
     The whole workload is read before any load, so that a malformed line stops the run early. Raises
     TraceError for a bad trace and ConfigError, with all problems at once, for choices that do not
     fit together or an empty workload.
     """
-    problems = _problems(choice)
+    problems = _problems(choice, trace_flag)
     if problems:
         raise ConfigError(problems)
     records = scale_tokens(scale_rate(_records(choice), choice.scale_rate), choice.scale_tokens)
@@ -70,34 +88,47 @@ def load_workload(choice: WorkloadChoice) -> list[TraceRecord]:
     return chosen
 
 
-def _problems(choice: WorkloadChoice) -> list[str]:
+def _problems(choice: WorkloadChoice, trace_flag: str) -> list[str]:
     processes = [
         name
         for name, given in (
             ("--poisson", choice.poisson),
             ("--gamma", choice.gamma),
             ("--bursts", choice.bursts),
+            ("--rate-curve", choice.rate_curve),
+            ("--sessions-per-s", choice.sessions_per_s),
         )
         if given is not None and given != ""
     ]
     lengths = choice.input_tokens or choice.output_tokens
     problems = []
     if not choice.trace and not processes:
-        problems.append("say what to send: --trace FILE, --poisson RPS, --gamma RPS or --bursts RPS:S,RPS:S")
+        problems.append(
+            f"say what to send: {trace_flag} FILE, --poisson RPS, --gamma RPS or --bursts RPS:S,RPS:S"
+        )
+    if choice.sessions_per_s is not None and not choice.trace:
+        problems.append(f"--sessions-per-s needs the sessions of a trace: {trace_flag} FILE")
+    if choice.rate_rps is not None and not choice.rate_curve:
+        problems.append("--rps goes with --rate-curve")
     if len(processes) > 1:
         problems.append(f"choose one arrival process, not {' and '.join(processes)}")
-    if choice.cv is not None and choice.gamma is None:
-        problems.append("--cv goes with --gamma")
-    if (lengths or choice.lengths_from) and choice.trace:
+    if choice.cv is not None and choice.gamma is None and not choice.rate_curve:
+        problems.append("--cv goes with --gamma or --rate-curve")
+    if (lengths or choice.lengths_from or choice.preset) and choice.trace:
         problems.append(
-            "--trace brings its own lengths: drop --input-tokens, --output-tokens and --lengths-from"
+            f"{trace_flag} brings its own lengths: drop --input-tokens, --output-tokens, --lengths-from "
+            "and --preset"
         )
-    if lengths and choice.lengths_from:
-        problems.append("choose --lengths-from or --input-tokens and --output-tokens, not both")
+    if bool(lengths) + bool(choice.lengths_from) + bool(choice.preset) > 1:
+        problems.append(
+            "choose --preset, --lengths-from or --input-tokens and --output-tokens, not several of them"
+        )
     if processes and not choice.trace and choice.limit is None and choice.duration_s is None:
         problems.append("an arrival process has no end: give --limit N or --duration S")
     if choice.turn_gap_s is not None and not (choice.trace and processes):
         problems.append("--turn-gap goes with a session trace and an arrival process")
+    if choice.turn_gap_s is not None and not 0 <= choice.turn_gap_s < float("inf"):
+        problems.append(f"--turn-gap must be 0 s or more, got {choice.turn_gap_s}")
     return problems
 
 
@@ -109,10 +140,15 @@ def _records(choice: WorkloadChoice) -> Iterator[TraceRecord]:
         times_s = arrival_times_s(process, seed=choice.seed)
         records = read_untimed(choice.trace)
         if is_timed(choice.trace):
-            return retime(records, times_s)
+            if choice.sessions_per_s is None:
+                return retime(records, times_s)
+            records = by_session(records)
         return schedule_sessions(records, times_s, choice.turn_gap_s)
     if choice.lengths_from:
         return resample(process, list(read_untimed(choice.lengths_from)), seed=choice.seed)
+    if choice.preset:
+        lengths = preset(choice.preset)
+        return generate(process, lengths.inputs, lengths.outputs, seed=choice.seed)
     inputs = parse_token_counts(choice.input_tokens or DEFAULT_INPUT)
     outputs = parse_token_counts(choice.output_tokens or DEFAULT_OUTPUT)
     return generate(process, inputs, outputs, seed=choice.seed)
@@ -121,6 +157,11 @@ def _records(choice: WorkloadChoice) -> Iterator[TraceRecord]:
 def _process(choice: WorkloadChoice) -> ArrivalProcess | None:
     if choice.poisson is not None:
         return Poisson(choice.poisson)
+    if choice.sessions_per_s is not None:
+        return Poisson(choice.sessions_per_s)
+    if choice.rate_curve:
+        curve = read_rate_curve(choice.rate_curve, 1.0 if choice.cv is None else choice.cv)
+        return curve if choice.rate_rps is None else curve.with_mean(choice.rate_rps)
     if choice.gamma is not None:
         return Gamma(choice.gamma, 1.0 if choice.cv is None else choice.cv)
     return Bursts.parse(choice.bursts) if choice.bursts else None

@@ -1,0 +1,90 @@
+"""Drift of the phase mix: the input:output ratio moves while the rate and each request's tokens stay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from tidegate.core.errors import ConfigError
+from tidegate.workloads.trace import TraceRecord
+
+FORMS = "linear:FROM:TO:OVER_S or sine:FACTOR:PERIOD_S"
+
+
+class Drift(Protocol):
+    """What the input:output ratio is multiplied by, over time."""
+
+    def factor(self, at_s: float) -> float:
+        """Return the factor at a time of the trace; positive."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LinearDrift:
+    """From ``start`` at 0 to ``end`` at ``over_s`` on a straight line, and ``end`` from there on."""
+
+    start: float
+    end: float
+    over_s: float
+
+    def __post_init__(self) -> None:
+        if not all(0 < value < math.inf for value in (self.start, self.end, self.over_s)):
+            raise ConfigError(f"a linear drift needs positive FROM, TO and OVER_S, got {self}")
+
+    def factor(self, at_s: float) -> float:
+        return self.start + (self.end - self.start) * min(1.0, at_s / self.over_s)
+
+
+@dataclass(frozen=True, slots=True)
+class SineDrift:
+    """Between ``1/swing`` and ``swing``, in a sine of the logarithm; rising from 1 at time 0."""
+
+    swing: float
+    period_s: float
+
+    def __post_init__(self) -> None:
+        if not all(0 < value < math.inf for value in (self.swing, self.period_s)):
+            raise ConfigError(f"a sine drift needs a positive FACTOR and PERIOD_S, got {self}")
+
+    def factor(self, at_s: float) -> float:
+        return float(self.swing ** math.sin(2.0 * math.pi * at_s / self.period_s))
+
+
+def parse_drift(text: str) -> Drift:
+    """Read ``linear:0.5:2:3600`` or ``sine:2:1800``; raises ConfigError."""
+    kind, *numbers = text.split(":")
+    try:
+        match kind, list(map(float, numbers)):
+            case "linear", [start, end, over_s]:
+                return LinearDrift(start, end, over_s)
+            case "sine", [swing, period_s]:
+                return SineDrift(swing, period_s)
+    except ValueError:
+        pass
+    raise ConfigError(f"drift {text!r}: expected {FORMS}")
+
+
+def drift_mix(records: Iterable[TraceRecord], drift: Drift) -> Iterator[TraceRecord]:
+    """Multiply each request's input:output ratio by ``drift.factor(arrival)``, rounded to whole tokens.
+
+    Arrivals stay, and so does ``input + output`` of every request, hence the rate of tokens. Both parts
+    keep at least one token. Prefix ids are kept as far as the old and the new prompt have whole blocks.
+    """
+    return (_shifted(record, drift.factor(record.arrival_s)) for record in records)
+
+
+def _shifted(record: TraceRecord, factor: float) -> TraceRecord:
+    if factor == 1.0:
+        return record
+    total = record.input_tokens + record.output_tokens
+    weighted = record.input_tokens * factor
+    inputs = min(total - 1, max(1, round(total * weighted / (weighted + record.output_tokens))))
+    whole_blocks = min(inputs, record.input_tokens) // record.block_tokens
+    return replace(
+        record,
+        input_tokens=inputs,
+        output_tokens=total - inputs,
+        hash_ids=record.hash_ids[:whole_blocks],
+    )
