@@ -40,6 +40,7 @@ class NaiveEngine:
         self.engine, self.profile = replica.engine, replica.profile
         self.waiting: list[Job] = []
         self.running: list[Job] = []
+        self.preempted = False
 
     def serve(self, trace: Sequence[TraceRecord]) -> list[Job]:
         """Serve the whole trace on this one engine, prompts and answers; return what became of each."""
@@ -58,24 +59,39 @@ class NaiveEngine:
         return self.total - sum(job.blocks for job in self.running)
 
     def _step(self, now: float) -> float:
-        self._make_room()
-        decodes = [job for job in self.running if job.prompt_done]
+        self.preempted = False
+        decodes: list[Job] = []
+        at = 0
+        while at < len(self.running):  # decodes first, then prompts, each by age; from the young end go those
+            job = self.running[at]
+            at += 1
+            if job.prompt_done and self._room(job, 1):
+                decodes.append(job)
         budget = self.engine.max_batch_tokens - len(decodes)
         chunks: list[tuple[Job, int]] = []
-        for job in self.running:
+        at = 0
+        while at < len(self.running):
+            job = self.running[at]
+            at += 1
             if not job.prompt_done and budget > 0:
-                chunks.append((job, min(budget, job.pending)))
-                budget -= chunks[-1][1]
+                count = min(budget, job.pending)
+                if self._room(job, count):
+                    chunks.append((job, count))
+                    budget -= count
+                running_decodes = [other for other in decodes if other in self.running]
+                budget += len(decodes) - len(running_decodes)
+                decodes = running_decodes
+        decodes = [job for job in decodes if job in self.running]
         while budget > 0 and self.waiting and len(self.running) < self.engine.max_num_seqs:
             job = self.waiting[0]
-            need = -(-job.length // self.size)
             reserve = int(self.engine.reserve * self.total) if self.running else 0
-            if self.free - need < reserve:
+            if self.preempted or self.free - self._blocks(job.length) < reserve:
                 break
-            job.blocks = need
             self.running.append(self.waiting.pop(0))
-            chunks.append((job, min(budget, job.pending)))
-            budget -= chunks[-1][1]
+            count = min(budget, job.pending)
+            assert self._room(job, count)
+            chunks.append((job, count))
+            budget -= count
         assert self.free >= 0
         now += self.engine.host_s + self._seconds(decodes, chunks)
         for job, count in [*((job, 1) for job in decodes), *chunks]:
@@ -84,20 +100,22 @@ class NaiveEngine:
                 self._token(job, now)
         return now
 
-    def _make_room(self) -> None:
-        at = 0
-        while at < len(self.running):
-            job = self.running[at]
-            if job.computed < job.blocks * self.size:
-                at += 1
-            elif self.free:
-                job.blocks += 1
-                at += 1
-            else:
-                youngest = self.running.pop()
-                youngest.computed, youngest.blocks, youngest.prompt_done = 0, 0, False
-                youngest.preemptions += 1
-                self.waiting.insert(0, youngest)
+    def _blocks(self, tokens: int) -> int:
+        return -(-tokens // self.size)
+
+    def _room(self, job: Job, count: int) -> bool:
+        """Have blocks for the job's next tokens, preempting from the young end; False if that is the job."""
+        need = self._blocks(job.computed + count)
+        while need - job.blocks > self.free:
+            youngest = self.running.pop()
+            youngest.computed, youngest.blocks, youngest.prompt_done = 0, 0, False
+            youngest.preemptions += 1
+            self.preempted = True
+            self.waiting.insert(0, youngest)
+            if youngest is job:
+                return False
+        job.blocks = need
+        return True
 
     def _seconds(self, decodes: list[Job], chunks: list[tuple[Job, int]]) -> float:
         context = sum(job.length for job in decodes)

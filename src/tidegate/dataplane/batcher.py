@@ -1,18 +1,30 @@
 """Which tokens a simulated instance computes next: the queues, blocks and preemptions of an engine.
 
-The rules are those of vLLM and the embedded engine: every running sequence with one pending token takes
-part, then the token budget is filled with chunks of prompts, oldest first, then with new ones in order of
-arrival. A prompt gets the blocks of all its tokens at admission. When blocks run out, the youngest
-running sequence gives its own back and computes them again later.
+The rules are those of vLLM's scheduler (0.19). Every running sequence with one pending token takes part, then
+the token budget is filled with chunks of the prompts that have begun, oldest first, then with new ones.
+
+- *Admission*: the whole prompt must find free blocks, beside the reserve, but only those of the tokens that a
+  step computes are taken for it. A head that finds no room holds back all behind it, and is asked
+  again once something has changed.
+- *Prefix*: of a prompt, the units that are in the cache are not computed again; at least one token is.
+- *Preemption*: when blocks run out the youngest running sequence gives its own back, and computes them
+  again later. Nobody is admitted in a step that preempts.
+- *Order* (ours; vLLM has one queue): preempted work first, then the legs whose KV exists, first come, first
+  served, for each costs a step one token and its reader is waiting for the next; then the prompts, as their
+  queue has them.
+- *Pulls*: an admitted leg whose KV is elsewhere gets blocks for all of it, leaving those that begun prompts
+  will need, and takes part once what the cache lacks has arrived.
+
+The embedded engine differs in one rule: it takes the blocks of a whole prompt at its admission.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 
 from tidegate.dataplane.blocks import Blocks
 from tidegate.dataplane.decode_batch import DecodeBatch
+from tidegate.dataplane.prefix import Shared
 from tidegate.dataplane.replica import Replica
 from tidegate.dataplane.sequence import (
     CHUNKING,
@@ -24,86 +36,139 @@ from tidegate.dataplane.sequence import (
     Pin,
     Sequence,
 )
-
-
-@dataclass(slots=True)
-class Chunk:
-    """``count`` pending tokens of a sequence in one step."""
-
-    sequence: Sequence
-    count: int
-
-
-@dataclass(slots=True)
-class Plan:
-    """What the next step does. ``pulls`` were admitted and wait for their KV; ``preempted`` lost theirs.
-
-    ``newcomers`` are the decodes whose first step in the batch this is.
-    """
-
-    chunks: list[Chunk]
-    newcomers: list[Sequence]
-    pulls: list[Sequence]
-    preempted: list[Sequence]
+from tidegate.policies.order import Ticket, WaitingQueue
 
 
 class Batcher:
-    """Owns the queues of one instance. ``running``, by age, holds ``decode`` and ``_chunking``."""
+    """Owns the queues of one instance, and the plan of the step, or equal steps, that it runs.
 
-    def __init__(self, index: int, replica: Replica) -> None:
+    ``running``, by age, holds ``decode`` and the prompts that have begun. Of the plan: ``chunks`` are the
+    sequences that compute ``chunk`` tokens; ``newcomers`` the decodes whose first step in the batch it is;
+    ``pulls`` were admitted and wait for their KV; ``preempted`` lost theirs.
+    """
+
+    def __init__(self, index: int, replica: Replica, queue: WaitingQueue[Sequence]) -> None:
         engine, instance = replica.engine, replica.instance
         self.blocks = Blocks(instance.kv_capacity_tokens, instance.block_tokens, engine.reserve)
-        self.waiting: deque[Sequence] = deque()
-        self.running: dict[Sequence, None] = {}
         self.decode = DecodeBatch(instance.block_tokens)
+        self.running: dict[Sequence, None] = {}
+        self.chunks: list[Sequence] = []
+        self.newcomers: list[Sequence] = []
+        self.pulls: list[Sequence] = []
+        self.preempted: list[Sequence] = []
         self._index = index
-        self._engine = engine
+        self._max_batch_tokens = engine.max_batch_tokens
+        self._max_num_seqs = engine.max_num_seqs
+        self._prefix_cache = engine.prefix_cache
+        self._queue = queue
+        self._first: deque[Sequence] = deque()
         self._chunking: list[Sequence] = []
         self._ready: list[Sequence] = []
         self._loading = 0
+        self._stuck = False
 
-    def plan(self, now: float) -> Plan:
+    @property
+    def waiting(self) -> list[Sequence]:
+        """The legs that were not admitted yet, in no particular order."""
+        return [*self._first, *self._queue]
+
+    # plan
+
+    def plan(self, now: float) -> None:
         """Choose the next step's tokens and take their blocks."""
-        plan = Plan([], self._ready, [], [])
-        self._ready = []
-        for sequence in plan.newcomers:
-            self.join(sequence)
-        self._make_room(plan)
-        budget = self._engine.max_batch_tokens - len(self.decode)
-        for sequence in self._chunking:
-            budget = _add_chunk(plan, sequence, budget)
-        while budget > 0 and self.waiting:
-            sequence = self.waiting[0]
-            if not self._admit(sequence, plan):
-                break
-            self.waiting.popleft()
-            if sequence.admitted_s is None:
-                sequence.admitted_s = now
-            if sequence.state == DECODING:
-                budget -= 1
-            elif sequence.state == CHUNKING:
-                budget = _add_chunk(plan, sequence, budget)
-        return plan
+        if self.pulls:
+            self.pulls = []
+        if self.preempted:
+            self.preempted = []
+        self.newcomers, self._ready = self._ready, []
+        for sequence in self.newcomers:
+            sequence.state = DECODING
+            self.decode.join(sequence)
+        if self.decode.members:
+            needed = self.decode.blocks_for(1)
+            while needed > self.blocks.free:
+                self._preempt_youngest(taken=False)
+                needed = self.decode.blocks_for(1)
+            if needed:
+                self.blocks.take(needed)
+        budget = self._max_batch_tokens - len(self.decode.members)
+        self.chunks = []
+        at = 0
+        while at < len(self._chunking) and budget > 0:
+            budget = self._schedule(self._chunking[at], budget)
+            at += 1
+        if not self._stuck and not self.preempted and budget > 0:
+            self._admit_all(budget, now)
 
-    def commit(self, plan: Plan, steps: int) -> list[Sequence]:
-        """Record that ``steps`` steps of ``plan`` are done; return the sequences whose prompt is complete.
+    def most_steps(self) -> int:
+        """Return how many steps from this one on have the same composition and find their blocks."""
+        chunks = self.chunks
+        if not chunks:
+            return self._within_blocks(self.decode.steps_to_end())
+        sequence = chunks[0]
+        if len(chunks) > 1 or sequence.chunk == sequence.pending:
+            return 1
+        most = (sequence.pending - 1) // sequence.chunk
+        if self.decode.members:
+            most = min(most, self.decode.steps_to_end())
+        return self._within_blocks(most)
 
-        Takes the blocks of all but the first step, whose own ``plan`` took. The decodes that ended and the
+    def commit(self, steps: int) -> list[Sequence]:
+        """Record that ``steps`` steps of the plan are done; return the sequences whose prompt is complete.
+
+        Takes the blocks of all but the first step, which ``plan`` took. The decodes that ended and the
         prompts that are complete are still to be asked for and put somewhere by the caller.
         """
         if steps > 1:
-            self.blocks.take(self.decode.blocks_for(steps - 1, after=1))
+            self._take_for(steps - 1, after=1)
         self.decode.ticks += steps
         complete = []
-        for chunk in plan.chunks:
-            sequence = chunk.sequence
-            sequence.computed += steps * chunk.count
+        for sequence in self.chunks:
+            sequence.computed += steps * sequence.chunk
+            if sequence.shared is not None:
+                self.blocks.cache.publish(sequence.shared, sequence.computed)
             if sequence.pending == 0:
                 self._chunking.remove(sequence)
                 sequence.state = READY
                 sequence.tokens += 1
                 complete.append(sequence)
+                self._stuck = False
         return complete
+
+    def take_for_step(self) -> None:
+        """Take the blocks of one more step."""
+        self._take_for(1, after=0)
+
+    # what comes and goes
+
+    def queue(self, sequence: Sequence, now: float) -> None:
+        """Add a leg to the queue."""
+        sequence.state, sequence.on = WAITING, self._index
+        if sequence.block_ids and self._prefix_cache:
+            ids, tokens = sequence.block_ids, sequence.hash_block_tokens
+            sequence.shared = Shared(ids, tokens, self.blocks.block_tokens)
+        self._stuck = False
+        if sequence.source is not None:
+            self._first.append(sequence)
+        else:
+            self._queue.push(sequence, sequence.ticket or Ticket(now, now, 0.0))
+
+    def join(self, sequence: Sequence) -> None:
+        """Have a sequence with one pending token take part from the next step on."""
+        sequence.state = DECODING
+        self.decode.join(sequence)
+
+    def loaded(self, sequence: Sequence, tokens: int) -> None:
+        """Take note that ``tokens`` tokens' KV is here."""
+        self._loading -= 1
+        self._stuck = False
+        sequence.state = READY
+        sequence.source = None
+        sequence.computed = tokens
+        if sequence.shared is not None:
+            self.blocks.cache.publish(sequence.shared, tokens)
+        self.running[sequence] = None
+        self._ready.append(sequence)
 
     def ended(self) -> list[Sequence]:
         """Take the decodes that have their last token out of the batch; they still hold their blocks."""
@@ -112,159 +177,207 @@ class Batcher:
             sequence.state = READY
         return gone
 
-    def take_for_step(self) -> None:
-        """Take the blocks of one more step."""
-        self.blocks.take(self.decode.blocks_for(1))
+    def release(self, sequence: Sequence, *, pin: bool) -> Pin | None:
+        """Take out a running sequence that ended; with ``pin`` its blocks stay taken, for a decode."""
+        del self.running[sequence]
+        self._stuck = False
+        sequence.state = ENDED
+        blocks, shared = self.blocks.for_tokens(sequence.computed), sequence.shared
+        if shared is not None:
+            self.blocks.cache.publish(shared, sequence.computed)
+            sequence.shared = None
+        if pin:
+            sequence.pin = Pin(self._index, blocks, sequence.computed, shared)
+            return sequence.pin
+        self.blocks.release(blocks, shared)
+        return None
 
-    def most_steps(self, plan: Plan) -> int:
-        """Return how many steps from this one on have the same composition and find their blocks."""
-        most = self.decode.steps_to_end()
-        if plan.chunks:
-            chunk = plan.chunks[0]
-            alone = len(plan.chunks) == 1 and chunk.count < chunk.sequence.pending
-            whole = (chunk.sequence.pending - 1) // chunk.count if alone else 1
-            most = whole if most is None else min(most, whole)
-        assert most is not None, "a step has members"
-        return self._within_blocks(most)
+    def unpin(self, pin: Pin) -> None:
+        """Free the blocks of a pin."""
+        self._stuck = False
+        self.blocks.release(pin.blocks, pin.shared)
 
-    def join(self, sequence: Sequence) -> None:
-        """Have a sequence with one pending token take part from the next step on."""
-        sequence.state = DECODING
-        self.decode.join(sequence)
-
-    def queue(self, sequence: Sequence) -> None:
-        """Add a leg to the queue."""
-        sequence.state, sequence.on = WAITING, self._index
-        self.waiting.append(sequence)
-
-    def discard(self, sequence: Sequence, plan: Plan | None) -> None:
-        """Free all that a sequence holds; ``plan`` is the step that runs, whose blocks are taken."""
+    def discard(self, sequence: Sequence, *, in_step: bool) -> None:
+        """Free all that a sequence holds; ``in_step``: blocks were taken for the step that runs."""
         state, sequence.state = sequence.state, ENDED
+        self._stuck = False
         if state == WAITING:
-            self.waiting.remove(sequence)
+            if sequence in self._first:
+                self._first.remove(sequence)
+            else:
+                self._queue.remove(sequence)
             return
         if state == LOADING:
             assert sequence.source is not None
             self._loading -= 1
-            self.blocks.give_back(self.blocks.for_tokens(sequence.source.tokens))
+            self.blocks.release(self.blocks.for_tokens(sequence.source.tokens), sequence.shared)
             return
         del self.running[sequence]
+        self._take_out(sequence, state, in_step)
+
+    def _take_out(self, sequence: Sequence, state: int, in_step: bool) -> None:
+        """Free the blocks of a sequence that ran in ``state``, but keep what is whole findable."""
         if state == CHUNKING:
             self._chunking.remove(sequence)
-            if plan is not None:
-                plan.chunks = [chunk for chunk in plan.chunks if chunk.sequence is not sequence]
-            self.blocks.give_back(self.blocks.for_tokens(sequence.tokens))
+            if sequence in self.chunks:
+                self.chunks.remove(sequence)
+            held = sequence.blocks
         elif state == DECODING:
             self.decode.leave(sequence)
-            held = sequence.tokens if plan is not None else sequence.computed
-            self.blocks.give_back(self.blocks.for_tokens(held))
-            if plan is not None and sequence in plan.newcomers:
-                plan.newcomers.remove(sequence)
+            held = self.blocks.for_tokens(sequence.tokens if in_step else sequence.computed)
+            if sequence in self.newcomers:
+                self.newcomers.remove(sequence)
         else:
             if sequence in self._ready:
                 self._ready.remove(sequence)
-            self.blocks.give_back(self.blocks.for_tokens(sequence.computed))
+            held = self.blocks.for_tokens(sequence.computed)
+        if sequence.shared is not None:
+            self.blocks.cache.publish(sequence.shared, sequence.computed)
+        self.blocks.release(held, sequence.shared)
 
-    def loaded(self, sequence: Sequence, tokens: int) -> None:
-        """Take note that ``tokens`` tokens' KV has arrived."""
-        self._loading -= 1
-        sequence.state = READY
-        sequence.source = None
-        sequence.computed = tokens
-        self.running[sequence] = None
-        self._ready.append(sequence)
+    # blocks and admission
 
-    def release(self, sequence: Sequence, *, pin: bool) -> Pin | None:
-        """Take out a running sequence that ended; with ``pin`` its blocks stay taken, for a decode."""
-        del self.running[sequence]
-        sequence.state = ENDED
-        blocks = self.blocks.for_tokens(sequence.computed)
-        if pin:
-            sequence.pin = Pin(self._index, blocks, sequence.computed)
-            return sequence.pin
-        self.blocks.give_back(blocks)
-        return None
+    def _take_for(self, steps: int, after: int) -> None:
+        """Take the blocks of the ``steps`` steps of the plan that follow its next ``after`` ones."""
+        needed = self.decode.blocks_for(steps, after) if self.decode.members else 0
+        for sequence in self.chunks:
+            blocks = self.blocks.for_tokens(sequence.computed + (after + steps) * sequence.chunk)
+            needed += blocks - sequence.blocks
+            sequence.blocks = blocks
+        self.blocks.take(needed)
 
     def _within_blocks(self, most: int) -> int:
-        free = self.blocks.free
-        if len(self.decode) * (1 + most // self.blocks.block_tokens) <= free:
+        free, size = self.blocks.free, self.blocks.block_tokens
+        rough = len(self.decode.members) * (1 + most // size)
+        if self.chunks:
+            rough += 1 + most * self.chunks[0].chunk // size
+        if rough <= free:
             return most
         low, high = 1, most
         while low < high:
             middle = (low + high + 1) // 2
-            if self.decode.blocks_for(middle - 1, after=1) <= free:
+            if self._needed_by(middle) <= free:
                 low = middle
             else:
                 high = middle - 1
         return low
 
-    def _make_room(self, plan: Plan) -> None:
-        """Give every decode the block of its next token, preempting from the young end."""
-        while (needed := self.decode.blocks_for(1)) > self.blocks.free:
-            youngest = next(reversed(self.running))
-            del self.running[youngest]
-            if youngest.state == DECODING:
-                self.decode.leave(youngest)
-                self.blocks.give_back(self.blocks.for_tokens(youngest.computed))
-                if youngest in plan.newcomers:
-                    plan.newcomers.remove(youngest)
-            else:
-                self._chunking.remove(youngest)
-                self.blocks.give_back(self.blocks.for_tokens(youngest.tokens))
-            youngest.state = WAITING
-            youngest.computed = 0
-            youngest.preemptions += 1
-            self.waiting.appendleft(youngest)
-            plan.preempted.append(youngest)
-        self.blocks.take(needed)
+    def _needed_by(self, steps: int) -> int:
+        """Return how many blocks the first ``steps`` steps of the plan take beyond those of the first."""
+        needed = self.decode.blocks_for(steps - 1, after=1)
+        for sequence in self.chunks:
+            needed += self.blocks.for_tokens(sequence.computed + steps * sequence.chunk) - sequence.blocks
+        return needed
 
-    def _admit(self, sequence: Sequence, plan: Plan) -> bool:
-        """Give the head of the queue its blocks; False, with nothing changed, when there is no room."""
-        if len(self.running) + self._loading >= self._engine.max_num_seqs:
+    def _schedule(self, sequence: Sequence, budget: int) -> int:
+        """Give a prompt what is left of the budget, at most what it needs; return what remains."""
+        count = min(sequence.pending, budget)
+        blocks = self.blocks.for_tokens(sequence.computed + count)
+        while blocks - sequence.blocks > self.blocks.free:
+            decoding = len(self.decode.members)
+            if self._preempt_youngest(taken=True) is sequence:
+                return budget
+            budget += decoding - len(self.decode.members)
+        self.blocks.take(blocks - sequence.blocks)
+        sequence.blocks = blocks
+        sequence.chunk = count
+        self.chunks.append(sequence)
+        return budget - count
+
+    def _preempt_youngest(self, *, taken: bool) -> Sequence:
+        """Free the blocks of the youngest; ``taken``: the decodes have those of the coming step."""
+        youngest = next(reversed(self.running))
+        del self.running[youngest]
+        state, youngest.state = youngest.state, WAITING
+        self._take_out(youngest, state, taken)
+        youngest.computed = 0
+        youngest.blocks = 0
+        youngest.preemptions += 1
+        self._first.appendleft(youngest)
+        self.preempted.append(youngest)
+        self._stuck = False
+        return youngest
+
+    def _admit_all(self, budget: int, now: float) -> None:
+        """Admit from the queue while there is room."""
+        while budget > 0:
+            first = bool(self._first)
+            sequence = self._first[0] if first else self._queue.head(now)
+            if sequence is None:
+                return
+            if not self._admit(sequence):
+                self._stuck = True
+                return
+            if first:
+                self._first.popleft()
+            else:
+                self._queue.pop(now)
+            if sequence.admitted_s is None:
+                sequence.admitted_s = now
+                if sequence.shared is not None:
+                    sequence.cached_tokens = len(sequence.shared.held) * sequence.shared.unit_tokens
+            if sequence.state == CHUNKING:
+                budget = self._schedule(sequence, budget)
+            elif sequence.state == DECODING:
+                budget -= 1
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Let the head of the queue begin; False, with nothing changed, when there is no room."""
+        if len(self.running) + self._loading >= self._max_num_seqs:
             return False
         pin = sequence.source
         if pin is not None and not pin.gone:
-            return (
-                self._adopt(sequence, pin, plan) if pin.on == self._index else self._load(sequence, pin, plan)
-            )
-        if not self._take(self.blocks.for_tokens(sequence.tokens)):
+            return self._adopt(sequence, pin) if pin.on == self._index else self._load(sequence, pin)
+        units = self._find_room(sequence, sequence.tokens, sequence.tokens - 1, 0)
+        if units < 0:
             return False
+        if sequence.shared is not None:
+            self.blocks.hold_prefix(sequence.shared, units)
+            sequence.computed = units * sequence.shared.unit_tokens
+            sequence.blocks = units * sequence.shared.unit_blocks
+        sequence.source = None
         sequence.state = CHUNKING
         self._chunking.append(sequence)
         self.running[sequence] = None
         return True
 
-    def _adopt(self, sequence: Sequence, pin: Pin, plan: Plan) -> bool:
+    def _find_room(self, sequence: Sequence, tokens: int, findable: int, others_need: int) -> int:
+        """Return how many units of the first ``findable`` tokens are here; -1 if ``tokens`` find no room."""
+        need, units, shared = self.blocks.for_tokens(tokens), 0, sequence.shared
+        if shared is not None:
+            units = self.blocks.cache.hits(shared, findable)
+            need += self.blocks.cache.idle_among(shared, units) - units * shared.unit_blocks
+        others = bool(self.running) or self._loading > 0
+        return units if self.blocks.room_for(need + others_need, others=others) else -1
+
+    def _adopt(self, sequence: Sequence, pin: Pin) -> bool:
         """Take over the blocks of this instance's own pin; the next token may need one more."""
-        if not self._take(self.blocks.for_tokens(pin.tokens + 1) - pin.blocks):
-            return False
-        pin.taken = True
-        sequence.source = None
-        sequence.computed = pin.tokens
-        self.running[sequence] = None
-        self.join(sequence)
-        plan.newcomers.append(sequence)
-        return True
-
-    def _load(self, sequence: Sequence, pin: Pin, plan: Plan) -> bool:
-        if not self._take(self.blocks.for_tokens(pin.tokens)):
-            return False
-        pin.taken = True
-        sequence.state = LOADING
-        self._loading += 1
-        plan.pulls.append(sequence)
-        return True
-
-    def _take(self, count: int) -> bool:
+        count = self.blocks.for_tokens(pin.tokens + 1) - pin.blocks
         if not self.blocks.room_for(count, others=bool(self.running) or self._loading > 0):
             return False
         self.blocks.take(count)
+        pin.taken = True
+        sequence.source = None
+        sequence.shared = pin.shared
+        sequence.computed = pin.tokens
+        self.running[sequence] = None
+        self.join(sequence)
+        self.newcomers.append(sequence)
         return True
 
-
-def _add_chunk(plan: Plan, sequence: Sequence, budget: int) -> int:
-    """Give the sequence what is left of the budget, at most what it needs; return what remains."""
-    count = min(sequence.pending, budget)
-    if count > 0:
-        plan.chunks.append(Chunk(sequence, count))
-    return budget - count
+    def _load(self, sequence: Sequence, pin: Pin) -> bool:
+        """Take the blocks of KV that is elsewhere, but for what the cache has of it."""
+        promised = sum(self.blocks.for_tokens(other.tokens) - other.blocks for other in self._chunking)
+        units = self._find_room(sequence, pin.tokens, pin.tokens, promised)
+        if units < 0:
+            return False
+        count, shared = self.blocks.for_tokens(pin.tokens), sequence.shared
+        if shared is not None:
+            self.blocks.hold_prefix(shared, units)
+            count -= units * shared.unit_blocks
+        self.blocks.take(count)
+        pin.taken = True
+        sequence.state = LOADING
+        self._loading += 1
+        self.pulls.append(sequence)
+        return True

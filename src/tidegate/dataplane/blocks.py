@@ -1,18 +1,24 @@
-"""Paged KV of a simulated instance: how many blocks are taken."""
+"""Paged KV of a simulated instance: how many blocks are taken, and which can be found again."""
 
 from __future__ import annotations
 
 from tidegate.core.errors import InternalError
+from tidegate.dataplane.prefix import PrefixCache, Shared
 
 
 class Blocks:
-    """Counts blocks. ``reserve`` of them stay free at admission while others run."""
+    """Counts blocks. ``free`` ones are not held; some of them may still cache a prefix (``cache``).
+
+    ``reserve`` of them stay free at admission while others run.
+    """
 
     def __init__(self, capacity_tokens: int, block_tokens: int, reserve: float) -> None:
         self.block_tokens = block_tokens
         self.total = capacity_tokens // block_tokens
         self.free = self.total
         self.most_used = 0
+        self.cache = PrefixCache()
+        self._least_free = self.total
         self._reserve = int(reserve * self.total)
 
     def for_tokens(self, tokens: int) -> int:
@@ -23,18 +29,32 @@ class Blocks:
         """Tell whether a newcomer may take ``count`` blocks; ``others`` run beside it."""
         return self.free - count >= (self._reserve if others else 0)
 
-    def take(self, count: int) -> int:
-        """Take ``count`` blocks and return that number. Raises InternalError when they are not there."""
-        self.free -= count
-        if self.free < 0:
-            raise InternalError(f"{-self.free} KV blocks more than there are were taken")
-        used = self.total - self.free
-        if used > self.most_used:
-            self.most_used = used
-        return count
+    def take(self, count: int) -> None:
+        """Hold ``count`` free blocks. Raises InternalError when there are not as many."""
+        free = self.free = self.free - count
+        if free < self._least_free:
+            if free < 0:
+                raise InternalError(f"{-free} KV blocks more than there are were taken")
+            self._least_free = free
+            self.most_used = self.total - free
+        if free < self.cache.idle_blocks:
+            self.cache.evict(free)
 
     def give_back(self, count: int) -> None:
-        """Free ``count`` blocks."""
+        """Free ``count`` blocks. Raises InternalError when more are free then than there are."""
         self.free += count
         if self.free > self.total:
             raise InternalError("more KV blocks were freed than taken")
+
+    def hold_prefix(self, shared: Shared, count: int) -> None:
+        """Hold the first ``count`` units, which the cache has."""
+        idle = self.cache.idle_among(shared, count)
+        self.cache.hold(shared, count)
+        self.take(idle)
+
+    def release(self, count: int, shared: Shared | None) -> None:
+        """Free ``count`` blocks, those of the units that ``shared`` holds among them."""
+        if shared is not None:
+            count -= shared.held_blocks
+            count += self.cache.let_go(shared)
+        self.give_back(count)

@@ -11,6 +11,7 @@ from tidegate.dataplane.instance import Listener, SimInstance
 from tidegate.dataplane.links import Link
 from tidegate.dataplane.replica import Replica
 from tidegate.dataplane.sequence import ENDED, LOADING, NEW, Pin, Sequence
+from tidegate.policies.order import Fifo, Order
 
 
 class Cluster:
@@ -21,10 +22,18 @@ class Cluster:
     """
 
     def __init__(
-        self, replicas: Fleet[Replica], events: EventQueue, listener: Listener, *, leap: bool
+        self,
+        replicas: Fleet[Replica],
+        events: EventQueue,
+        listener: Listener,
+        *,
+        leap: bool,
+        order: Order | None = None,
     ) -> None:
+        order = order or Fifo()
         self.instances = [
-            SimInstance(index, replica, events, listener, leap=leap) for index, replica in enumerate(replicas)
+            SimInstance(index, replica, order.queue(), events, listener, leap=leap)
+            for index, replica in enumerate(replicas)
         ]
         self._events = events
         self._links: list[Link] = []
@@ -93,14 +102,14 @@ class Cluster:
         self._pulls[self._pulled] = (sequence, pin, to)
         entry_s = now + self._links[self._link_of[to]].latency_s
         self._events.push(entry_s, Kind.LINK_ENTRY, sequence.request, self._pulled)
-        return pin.tokens * self._bytes_per_token(pin)
+        return self._bytes_to_pull(sequence, pin)
 
     def enter_link(self, number: int, now: float) -> None:
         """Have a pull take its share of the bandwidth, unless it was called off."""
         if number not in self._pulls:
             return
-        _, pin, to = self._pulls[number]
-        self._links[self._link_of[to]].enter(number, pin.tokens * self._bytes_per_token(pin), now)
+        sequence, pin, to = self._pulls[number]
+        self._links[self._link_of[to]].enter(number, self._bytes_to_pull(sequence, pin), now)
         self._announce(self._link_of[to])
 
     def leave_link(self, link: int, version: int, now: float) -> None:
@@ -161,5 +170,8 @@ class Cluster:
         if at_s is not None:
             self._events.push(at_s, Kind.LINK, link, self._links[link].version)
 
-    def _bytes_per_token(self, pin: Pin) -> int:
-        return self.instances[pin.on].replica.instance.kv_bytes_per_token
+    def _bytes_to_pull(self, sequence: Sequence, pin: Pin) -> int:
+        """Return the bytes behind a pin that the cache at the other end lacks."""
+        shared = sequence.shared
+        cached = 0 if shared is None else len(shared.held) * shared.unit_tokens
+        return (pin.tokens - cached) * self.instances[pin.on].replica.instance.kv_bytes_per_token

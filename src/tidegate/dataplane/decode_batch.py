@@ -61,16 +61,16 @@ class DecodeBatch:
             partial += self._remainders[-(tick + i) % size]
         return whole * len(self.members) + partial
 
-    def steps_to_end(self) -> int | None:
-        """Return after how many steps the first member ends; None without members."""
-        while self._ends and not self._current(self._ends[0]):
+    def steps_to_end(self) -> int:
+        """Return after how many steps the first of the members, of which there are some, ends."""
+        while not self._current(self._ends[0]):
             heapq.heappop(self._ends)
-        return self._ends[0][0] - self.ticks if self._ends else None
+        return self._ends[0][0] - self.ticks
 
     def ended(self) -> list[Sequence]:
         """Take out the members that have their last token, in the order in which they joined."""
-        gone = []
-        while self.steps_to_end() == 0:
+        gone: list[Sequence] = []
+        while self.members and self.steps_to_end() == 0:
             gone.append(heapq.heappop(self._ends)[2])
             self.leave(gone[-1])
         return gone

@@ -21,7 +21,9 @@ class EngineSettings:
 
     ``max_batch_tokens`` and ``max_num_seqs`` are vLLM's (its defaults for serving on a large GPU); ``host_s``
     is added to every step; ``lease_s`` is how long KV waits for a decode that does not come for it (that of
-    the embedded engine). ``reserve`` is the share of blocks that admission leaves free while others run.
+    the embedded engine). ``reserve`` is the share of blocks that admission leaves free while others run
+    (the embedded engine's; vLLM calls it watermark and has 0). With ``prefix_cache``, KV of known tokens is
+    found again.
     """
 
     max_batch_tokens: int = 8192
@@ -29,6 +31,7 @@ class EngineSettings:
     host_s: float = 0.0
     lease_s: float = 30.0
     reserve: float = 0.01
+    prefix_cache: bool = True
 
     def __post_init__(self) -> None:
         if self.max_batch_tokens < 1 or self.max_num_seqs < 1:

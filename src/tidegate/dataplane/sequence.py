@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from tidegate.dataplane.prefix import Shared
+from tidegate.policies.order import Ticket
+
 NEW: Final = 0
 """Not with an instance yet."""
 WAITING: Final = 1
@@ -17,32 +20,44 @@ READY: Final = 4
 """Its KV is here; it joins the next step."""
 DECODING: Final = 5
 """Gets a token per step."""
-ENDED: Final = 6
+PAUSED: Final = 6
+"""Out of the batch while the last of its KV moves to another instance."""
+ENDED: Final = 7
 """Has its last token, or was aborted."""
+
+HASH_BLOCK_TOKENS = 512
+"""Tokens that one block id names unless told otherwise: those of the Mooncake traces."""
 
 
 @dataclass(slots=True, eq=False)
 class Pin:
     """KV of ``tokens`` tokens that waits in ``blocks`` blocks of instance ``on`` for a decode to take it.
 
-    ``taken``: a decode owns or pulls it. ``gone``: its lease ended before that.
+    ``shared`` tells which of the blocks are found by others, too. ``taken``: a decode owns or pulls it.
+    ``gone``: its lease ended before that.
     """
 
     on: int
     blocks: int
     tokens: int
+    shared: Shared | None = None
     taken: bool = False
     gone: bool = False
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """State of a leg from its arrival to its end.
+    """State of a leg from its submission to its end.
 
-    ``tokens`` is the prompt plus what was generated; ``computed`` of them have KV in ``blocks``. While a
-    sequence is in a ``DecodeBatch`` they grow there, and ``base`` is ``computed`` less the batch's ticks.
-    ``last_token`` is the length at which the leg ends; with ``hand_over`` its KV is then ``pin``. ``state``
-    is one of this module's; from the submission on, ``on`` is the instance's number.
+    ``tokens`` is the prompt plus what was generated; ``computed`` of them have KV. While a sequence is in a
+    ``DecodeBatch`` they grow there, and ``base`` is ``computed`` less the batch's ticks. ``last_token`` is
+    the length at which the leg ends; with ``hand_over`` its KV is then ``pin``. ``source`` is the KV that
+    the leg starts from. ``block_ids`` name its tokens in blocks of ``hash_block_tokens``, as far as they can be found
+    again; ``ticket`` is what its queue's order knows of it.
+
+    ``state`` is one of this module's; ``on`` numbers the instance it was submitted to. ``chunk`` tokens are
+    computed in the step that runs, and while a prompt is computed ``blocks`` are held. ``cached_tokens``
+    were found here at its first admission; ``moving``: a migration copies its KV.
     """
 
     request: int
@@ -50,15 +65,22 @@ class Sequence:
     last_token: int
     hand_over: bool
     source: Pin | None = None
+    block_ids: tuple[int, ...] = ()
+    hash_block_tokens: int = HASH_BLOCK_TOKENS
+    ticket: Ticket | None = None
     pin: Pin | None = None
+    shared: Shared | None = None
     state: int = NEW
     on: int = -1
     tokens: int = 0
     computed: int = 0
     blocks: int = 0
+    chunk: int = 0
     base: int = 0
     end_tick: int = 0
     preemptions: int = 0
+    cached_tokens: int = 0
+    moving: bool = False
     admitted_s: float | None = None
     loaded_s: float | None = None
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 
-@dataclass(slots=True)
 class Stretch:
     """``steps`` steps from ``start_s`` on, of which step i (from 0) takes ``first_s + i * growth_s``.
 
@@ -14,19 +12,26 @@ class Stretch:
     tokens; so the end of step k is quadratic in k.
     """
 
-    start_s: float
-    first_s: float
-    growth_s: float
-    steps: int
+    __slots__ = ("first_s", "growth_s", "start_s", "steps")
+
+    def __init__(self) -> None:
+        self.begin(0.0, 0.0, 0.0, 1)
+
+    def begin(self, start_s: float, first_s: float, growth_s: float, steps: int) -> None:
+        """Become another stretch."""
+        self.start_s = start_s
+        self.first_s = first_s
+        self.growth_s = growth_s
+        self.steps = steps
 
     def end_s(self, steps: int) -> float:
         """Return when the first ``steps`` steps are over."""
         return self.start_s + steps * (self.first_s + 0.5 * self.growth_s * (steps - 1))
 
-    def after(self, steps: int) -> Stretch:
-        """Return what remains once the first ``steps`` steps are over."""
+    def advance(self, steps: int) -> None:
+        """Become what remains once the first ``steps`` steps are over."""
         first_s = self.first_s + steps * self.growth_s
-        return Stretch(self.end_s(steps), first_s, self.growth_s, self.steps - steps)
+        self.begin(self.end_s(steps), first_s, self.growth_s, self.steps - steps)
 
     def done_by(self, now: float) -> int:
         """Return how many of the steps are over at ``now``."""

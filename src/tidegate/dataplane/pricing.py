@@ -1,0 +1,52 @@
+"""What the steps of a plan cost: the profile's forms, asked once per stretch."""
+
+from __future__ import annotations
+
+from tidegate.costs.forms import attention_work
+from tidegate.costs.profile import Profile
+from tidegate.dataplane.batcher import Batcher
+from tidegate.dataplane.stretch import Stretch
+
+
+class StepPrices:
+    """Prices the steps of one instance; ``host_s`` is added to each."""
+
+    def __init__(self, profile: Profile, host_s: float) -> None:
+        self._profile = profile
+        self._host_s = host_s
+        self._step_c_s = float(profile.step.c_s)
+        self._prefill_c_s = float(profile.prefill.c_s)
+        self._mixed_c_s = float(profile.mixed.c_s)
+        self._mixed_d_s = float(profile.mixed.d_s)
+        self._of_batch: list[float] = []
+
+    def price(self, batcher: Batcher, stretch: Stretch, now: float, steps: int) -> None:
+        """Set ``stretch`` to ``steps`` steps of the batcher's plan from ``now`` on.
+
+        Every form is linear in resident tokens and in attention work, so a further step costs more by the
+        coefficient times what these grow by.
+        """
+        batch = len(batcher.decode.members)
+        if not batcher.chunks:
+            first_s = self._without_context(batch) + self._step_c_s * batcher.decode.context
+            stretch.begin(now, first_s, self._step_c_s * batch, steps)
+            return
+        tokens, attention = 0, 0.0
+        for sequence in batcher.chunks:
+            tokens += sequence.chunk
+            attention += attention_work(sequence.chunk, sequence.computed)
+        squared = float(batcher.chunks[0].chunk) ** 2
+        if batch:
+            first_s = float(self._profile.mixed.seconds(tokens + batch, attention, batcher.decode.context))
+            growth_s = self._mixed_c_s * squared + self._mixed_d_s * batch
+        else:
+            first_s = float(self._profile.prefill.seconds(tokens, attention))
+            growth_s = self._prefill_c_s * squared
+        stretch.begin(now, self._host_s + first_s, growth_s, steps)
+
+    def _without_context(self, batch: int) -> float:
+        """Return the host time and a decode step of ``batch`` requests, but for their resident tokens."""
+        known = self._of_batch
+        while len(known) <= batch:
+            known.append(self._host_s + float(self._profile.step.seconds(float(len(known)), 0.0)))
+        return known[batch]
