@@ -50,7 +50,7 @@ class PrefillCost:
     c_s: float | Values
     n0: float | Values = 0.0
 
-    def seconds(self, new_tokens: float, attention: float) -> float | Values:
+    def seconds(self, new_tokens: float | Values, attention: float | Values) -> float | Values:
         """Return the step time for N ``new_tokens`` and A ``attention`` (both sums over the batch)."""
         return self.a_s + self.b_s * positive_part(new_tokens - self.n0) + self.c_s * attention
 
@@ -103,7 +103,9 @@ class MixedCost:
     d_s: float | Values
     n0: float | Values = 0.0
 
-    def seconds(self, tokens: float, attention: float, context_tokens: float) -> float | Values:
+    def seconds(
+        self, tokens: float | Values, attention: float | Values, context_tokens: float | Values
+    ) -> float | Values:
         """Return the step time for N ``tokens``, A ``attention`` and C ``context_tokens``."""
         chunks = self.a_s + self.b_s * positive_part(tokens - self.n0) + self.c_s * attention
         return chunks + self.d_s * context_tokens
