@@ -1,52 +1,21 @@
-"""Token ids to text, one token at a time, at constant cost per token.
-
-Text is held back while it ends in half a character or in what may become a stop string. Assembling
-is a function of the output ids alone, so a leg that replays the ids of earlier legs stands exactly
-where the unbroken leg would.
-"""
+"""Token ids to text with a model's own tokenizer."""
 
 from __future__ import annotations
 
-import codecs
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tidegate.core.errors import ConfigError
+from tidegate.engines.embedded.assembling import ByteDecoder, TextAssembler, TextDecoder
 
 _CONTEXT_TOKENS = 6
 """Tokens of the prompt that a window decoder reads, so that leading-space rules see what came before."""
 
 _MAX_UNDECIDED_TOKENS = 8
 """A character has at most 4 bytes, so a longer undecided run is not going to become one."""
-
-
-class TextDecoder(Protocol):
-    """Turns ids into text incrementally."""
-
-    def add(self, token_id: int) -> str:
-        """Return the text that this id completes; may be empty."""
-        ...
-
-    def flush(self) -> str:
-        """Return what is still undecided, U+FFFD for a broken character."""
-        ...
-
-
-class ByteDecoder:
-    """For byte-level BPE: ids are bytes by a table, and UTF-8 is decoded incrementally."""
-
-    def __init__(self, pieces: list[bytes]) -> None:
-        self._pieces = pieces
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def add(self, token_id: int) -> str:
-        return self._utf8.decode(self._pieces[token_id])
-
-    def flush(self) -> str:
-        return self._utf8.decode(b"", final=True)
 
 
 class WindowDecoder:
@@ -77,55 +46,6 @@ class WindowDecoder:
         return after[len(before) :]
 
 
-class TextAssembler:
-    """The text of one request: decoding, stop strings and what is held back."""
-
-    __slots__ = ("_decoder", "_held", "_hold", "_stops", "stopped_by")
-
-    def __init__(self, decoder: TextDecoder, stops: tuple[str, ...]) -> None:
-        self._decoder = decoder
-        self._stops = tuple(stop for stop in stops if stop)
-        self._hold = max((len(stop) for stop in self._stops), default=0) - 1
-        self._held = ""
-        self.stopped_by: str | None = None
-
-    def add(self, token_id: int, may_stop: bool = True) -> str:
-        """Take one id and return the text that may be shown now.
-
-        When a stop string completes, ``stopped_by`` is set and the text before it returned. With
-        ``may_stop`` false (below ``min_tokens``) stop strings are shown like any text.
-        """
-        text = self._decoder.add(token_id)
-        if self._hold < 0 or not text:
-            return text
-        return self._scan(self._held + text, may_stop)
-
-    def flush(self) -> str:
-        """Return everything held back; the request ends here."""
-        text = self._held + self._decoder.flush()
-        self._held = ""
-        return text if self._hold < 0 else self._scan(text, True) + self._held
-
-    def _scan(self, text: str, may_stop: bool) -> str:
-        if may_stop:
-            found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
-            if found:
-                at, self.stopped_by = min(found, key=lambda hit: hit[0])
-                self._held = ""
-                return text[:at]
-        keep = self._possible_stop(text)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-    def _possible_stop(self, text: str) -> int:
-        """Return the length of the longest tail of ``text`` that begins a stop string."""
-        for length in range(min(self._hold, len(text)), 0, -1):
-            tail = text[len(text) - length :]
-            if any(stop.startswith(tail) for stop in self._stops):
-                return length
-        return 0
-
-
 class Detokenizer:
     """Makes text assemblers for one model folder's tokenizer."""
 
@@ -146,8 +66,7 @@ class Detokenizer:
             context = prompt_token_ids[max(0, split - _CONTEXT_TOKENS) : split]
             decoder = WindowDecoder(self._backend, list(context))
         text = TextAssembler(decoder, stops)
-        for position, token_id in enumerate(prompt_token_ids[split:]):
-            text.add(token_id, may_stop=position + 1 > min_tokens)
+        text.replay(prompt_token_ids[split:], min_tokens)
         return text
 
     def piece(self, token_id: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tidegate.engines.embedded.assembling import say_token
 from tidegate.engines.embedded.detokenize import Detokenizer
 from tidegate.engines.embedded.sampling import Choice, Draw
 from tidegate.engines.embedded.sequence import Sequence
@@ -20,28 +21,9 @@ def draw_for(sequence: Sequence, eos_ids: frozenset[int]) -> Draw:
 def take_token(
     sequence: Sequence, choice: Choice, eos_ids: frozenset[int], detokenizer: Detokenizer
 ) -> Output:
-    """Append the token to the sequence and return what it shows; ``finish_reason`` is set when it ends.
-
-    A leg that ends by length and keeps its KV is going to be continued: what its text holds back is
-    left for the continuation, which replays the ids and emits it.
-    """
-    request, token = sequence.request, choice.token_id
-    params = request.sampling
-    sequence.tokens.append(token)
-    output = Output(request.id, [token], "")
-    if token in params.stop_token_ids or (token in eos_ids and not params.ignore_eos):
-        output.finish_reason = "stop"
-        output.stop_reason = token if token in params.stop_token_ids else None
-        output.text = sequence.text.flush()
-    else:
-        output.text = sequence.text.add(token, may_stop=sequence.output_position > params.min_tokens)
-        if sequence.text.stopped_by is not None:
-            output.finish_reason = "stop"
-            output.stop_reason = sequence.text.stopped_by
-        elif sequence.new_tokens >= params.max_tokens:
-            output.finish_reason = "length"
-            if not request.pin_kv:
-                output.text += sequence.text.flush()
+    """Append the token to the sequence and return what it shows; ``finish_reason`` is set when it ends."""
+    sequence.tokens.append(choice.token_id)
+    output = say_token(sequence.request, choice.token_id, sequence.new_tokens, sequence.text, eos_ids)
     if choice.logprob is not None:
         output.logprobs = [_token_logprob(choice, choice.logprob, detokenizer)]
     return output

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from tidegate.engines.embedded.assembling import TextAssembler
 from tidegate.engines.embedded.blocks import root_key
-from tidegate.engines.embedded.detokenize import TextAssembler
 from tidegate.engines.embedded.types import GenerateRequest
 
 
