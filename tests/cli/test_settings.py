@@ -142,6 +142,15 @@ def test_a_system_that_needs_profiles_is_refused_for_servers_that_bring_none() -
     assert "'arrow' needs a measured profile" in found and "round-robin, static" in found
 
 
+def test_an_order_needs_engines_that_keep_one() -> None:
+    (found,) = problems(vllm=["http://a", "http://b"], system="static+edf")
+    assert "by edf, which vLLM servers do not offer" in found and "take 'static'" in found
+    (found,) = problems(system="arrow+lifo")
+    assert "unknown order 'lifo'; there are: edf, feasible-first, fifo, sjf" in found
+    config = settle(system="arrow+feasible-first").config
+    assert config.scheduling.make_system().name == "arrow+feasible-first"
+
+
 def test_servers_alone_are_enough() -> None:
     done = settle(vllm=["http://a"])
     assert (done.config.scheduling.system, done.origins["system"]) == ("static", "default")

@@ -279,6 +279,7 @@ def test_an_abort_during_a_pull_frees_the_blocks_only_when_it_is_done(llama: Pat
 def test_an_aborted_waiting_request_releases_its_source(llama: Path) -> None:
     pair = Pair(llama, max_num_seqs=1)
     pair.here.submit(request("busy", prompt_of(5), 30))
+    pair.here.step()
     pair.here.submit(pair.tail())
     pair.here.step()
     pair.here.engine.abort("tail")

@@ -15,7 +15,7 @@ import pytest
 from tidegate.fleet.member import Capabilities
 from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
-from tidegate.systems import make_system
+from tidegate.systems import System, make_system
 from tidegate.testing import profile
 from tidegate.testing.fake_engine import FakeEngine
 from tidegate.testing.members import GivenFleet
@@ -76,7 +76,7 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
     running: list[Cluster] = []
 
     async def _start(
-        system: str = "static",
+        system: str | System = "static",
         instances: int = 2,
         step_s: float = 0.0,
         context: int = 1 << 20,
@@ -91,7 +91,8 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
         )
         fleet.capabilities = capabilities
         settings = GatewaySettings(port=0, journal=tmp_path / "journal.jsonl", **options)
-        gateway = Gateway(settings, fleet, make_system(system))
+        composed = make_system(system) if isinstance(system, str) else system
+        gateway = Gateway(settings, fleet, composed)
         url = await gateway.start()
         client = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
         running.append(Cluster(gateway, fleet, engines, url, client))

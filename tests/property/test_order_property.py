@@ -26,7 +26,7 @@ class Waiting:
 
 
 pushes = st.tuples(st.just("push"), tenths, tenths)
-others = st.tuples(st.sampled_from(["pop", "pop", "remove", "front"]), tenths, st.integers(0, 5))
+others = st.tuples(st.sampled_from(["pop", "pop", "remove", "front", "continued"]), tenths, st.integers(0, 5))
 histories = st.lists(st.one_of(pushes, others), max_size=60)
 
 
@@ -86,6 +86,9 @@ def test_every_order_serves_what_its_definition_says(
         if kind == "front":
             queue.push_front(turn)
             front.insert(0, turn)
+        elif kind == "continued":
+            queue.push_continued(turn)
+            front.append(turn)
         elif kind == "remove" and present:
             gone = present[int(second) % len(present)]
             assert queue.remove(gone)

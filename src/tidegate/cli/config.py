@@ -16,8 +16,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
 from tidegate.fleet.static import checked_url
+from tidegate.policies.order import Fifo
 from tidegate.policies.seams import Signal
-from tidegate.systems import SYSTEMS, make_system
+from tidegate.systems import SYSTEMS, make_system, named
 from tidegate.systems.system import System
 
 
@@ -41,7 +42,7 @@ def _seconds(value: object) -> float:
 
 def _known_system(name: str) -> str:
     try:
-        SYSTEMS.get(name)
+        named(name)
     except ConfigError as error:
         raise ValueError(error.message) from None
     return name
@@ -183,6 +184,11 @@ class Config(Section):
             raise ValueError(
                 f"system {system.name!r} needs a measured profile, which vLLM servers do not bring; "
                 f"choose a --system that needs none: {free}"
+            )
+        if self.fleet.vllm and system.order.name != Fifo().name:
+            raise ValueError(
+                f"system {system.name!r} orders waiting prefills by {system.order.name}, which vLLM servers "
+                f"do not offer; with --vllm take {system.name.partition('+')[0]!r}, without an order"
             )
         return self
 

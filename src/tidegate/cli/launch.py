@@ -78,6 +78,7 @@ def make_fleet(config: Config) -> Fleet:
             max_model_len=engine.max_model_len,
             kv_memory_mb=engine.kv_memory_mb,
             max_batch_tokens=engine.max_batch_tokens,
+            order=config.scheduling.make_system().order.name,
             log_level="info" if debugging() else "warning",
         )
     )

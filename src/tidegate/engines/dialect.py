@@ -108,6 +108,8 @@ class DialectEngine:
             kv.update(WANT_HANDLE)
         if leg.generated:
             kv["tidegate_generated"] = leg.generated
+        if leg.ticket is not None:
+            kv["tidegate_ticket"] = leg.ticket
         if kv:
             body["kv_transfer_params"] = kv
         if not leg.pin:

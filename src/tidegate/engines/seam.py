@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from tidegate.policies.order import Ticket
+
 Json = dict[str, Any]
 
 
@@ -26,7 +28,8 @@ class Leg:
     A chat has ``messages``, and token ids in ``prompt`` once they are known. ``generated`` counts the
     ids at the end of ``prompt`` that are earlier output. ``pin`` asks for a handle at the end; such a
     leg is answered in one piece. ``sampling`` holds the body fields that all legs share (temperature,
-    stop, seed, extensions ...).
+    stop, seed, extensions ...). ``ticket`` tells an engine with the capability ``orders`` when the request
+    arrived and is due, on a clock that shows 0 when the leg is sent.
     """
 
     request_id: str
@@ -38,6 +41,7 @@ class Leg:
     pin: bool = False
     handle: KvHandle | None = None
     salt: str = ""
+    ticket: Ticket | None = None
 
 
 @dataclass(slots=True)

@@ -16,11 +16,13 @@ class Capabilities:
     ``kv_transfer``: other members can pull its KV by handle, and it can pull theirs. Without it a
     decode leg recomputes the prompt or finds it in its prefix cache. ``resumes_sampling``: seeded
     sampling, penalties and guided decoding continue exactly on another leg. Without it a request
-    that needs them is served as one leg.
+    that needs them is served as one leg. ``orders``: it serves waiting prefills in the order it was started
+    with, by the tickets that come with them; without it only ``fifo`` systems may use it.
     """
 
     kv_transfer: bool = True
     resumes_sampling: bool = True
+    orders: bool = True
 
 
 @dataclass(frozen=True, slots=True)

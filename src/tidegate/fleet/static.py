@@ -19,7 +19,7 @@ from tidegate.fleet.vllm_facts import NotReady, ask_server
 
 log = logging.getLogger(__name__)
 
-CAPABILITIES = Capabilities(kv_transfer=False, resumes_sampling=False)
+CAPABILITIES = Capabilities(kv_transfer=False, resumes_sampling=False, orders=False)
 """A server that tidegate did not start is asked only for what every vLLM server offers."""
 
 

@@ -22,6 +22,7 @@ from tidegate.gateway.call import Call
 from tidegate.gateway.outcome import record
 from tidegate.gateway.scheduler import Scheduler, Upstream
 from tidegate.measure.rows import Ending, Story
+from tidegate.policies.order import Ticket
 
 CHARS_PER_TOKEN = 4.0
 """First guess for text prompts, until engines have told lengths (a common rule of thumb)."""
@@ -173,11 +174,12 @@ class Flight:
         placed_s = self._clock.now()
         if place.path is Path.COLOCATED or not movable:
             story.decode_on = place.prefill_on
-            end = await self._run_leg(upstream, self._remaining())
+            end = await self._run_leg(upstream, self._remaining(), ticket=dispatched.ticket)
             self._note_prefill(end, placed_s)
             self._note_decode(end, placed_s)
             return
-        end = await self._run_leg(upstream, 1, hand_over=self._remaining() != 1)
+        hand_over = self._remaining() != 1
+        end = await self._run_leg(upstream, 1, hand_over=hand_over, ticket=dispatched.ticket)
         self._note_prefill(end, placed_s)
         if self.finish_reason is None and self._refusal is None:
             await self._decode(upstream, end.handle)
@@ -211,10 +213,15 @@ class Flight:
         *,
         hand_over: bool = False,
         handle: KvHandle | None = None,
+        ticket: Ticket | None = None,
     ) -> LegEnd:
-        """Run one leg; with ``hand_over`` another one continues it, pulling its KV where instances can."""
+        """Run one leg; with ``hand_over`` another one continues it, pulling its KV where instances can.
+
+        The ticket goes to an engine that orders by it, unless the answer has begun already.
+        """
         call = self.call
-        left_s = self._deadline_s - self._clock.now()
+        now = self._clock.now()
+        left_s = self._deadline_s - now
         if left_s <= 0:
             raise EngineTimeout(
                 f"the request's deadline of {self._scheduler.settings.request_deadline_s:g} s has passed"
@@ -222,6 +229,7 @@ class Flight:
         self._legs += 1
         self._leg_upstream, self._leg_first_s, self._handing_over = upstream, None, hand_over
         pin = hand_over and upstream.member.capabilities.kv_transfer
+        ordered = upstream.member.capabilities.orders and not self.out_ids
         leg = Leg(
             request_id=f"{call.id}-{self._legs}",
             prompt=call.prompt if self.prompt_ids is None else [*self.prompt_ids, *self.out_ids],
@@ -232,6 +240,7 @@ class Flight:
             pin=pin,
             handle=handle,
             salt=call.salt,
+            ticket=ticket.on_clock(-now) if ticket is not None and ordered else None,
         )
         try:
             return await upstream.engine.run(leg, self, deadline_s=left_s)

@@ -24,7 +24,8 @@ from tidegate.gateway.settings import GatewaySettings
 from tidegate.ledger.ledger import Ledger
 from tidegate.ledger.snapshot import Snapshot
 from tidegate.measure.rows import decision_row, flip_row
-from tidegate.policies.pricing import predicted_on
+from tidegate.policies.order import Ticket, WaitingQueue, prefill_ticket
+from tidegate.policies.pricing import fastest_prefill_seconds, predicted_on
 from tidegate.systems.system import System
 
 log = logging.getLogger(__name__)
@@ -51,10 +52,12 @@ UNMEASURED = Profile(
 
 @dataclass(frozen=True, slots=True)
 class Dispatched:
-    """A placed prefill, with its predicted seconds on that instance (without the wait before it)."""
+    """A placed prefill, with its predicted seconds on that instance (without the wait before it), and what
+    the instance's order goes by."""
 
     place: Place
     predicted_prefill_s: float
+    ticket: Ticket
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,7 @@ class Scheduler:
         self.metrics = Metrics(lambda: self.ledger.snapshot(clock.now()), lambda: self.in_flight)
         self.labels: dict[str, Role] = dict(zip(ids, system.roles(len(ids)), strict=True))
         self.upstreams: dict[str, Upstream] = {}
-        self._changed: set[asyncio.Future[None]] = set()
+        self._waiting: WaitingQueue[asyncio.Future[None]] = system.order.queue()
         self._tasks: list[asyncio.Task[None]] = []
         self._background: set[asyncio.Task[None]] = set()
         self._pool_state: object = None
@@ -154,20 +157,21 @@ class Scheduler:
             except NoInstance:
                 if self.clock.now() >= recover_by_s:
                     raise
-                await self._next_change(recover_by_s - self.clock.now())
+                await self._next_change(recover_by_s - self.clock.now(), _ticket(request, seen))
                 continue
             self._flip_with(verdict, seen)
             self._note(kind, request, verdict, seen)
             match verdict.decision:
                 case Place() as place:
                     predicted_s = self.ledger.prefill_dispatched(request, place.prefill_on, seen.at_s)
-                    return Dispatched(place, predicted_s)
+                    return Dispatched(place, predicted_s, prefill_ticket(request, predicted_s))
                 case Reject(reason, retry_after_s):
                     raise Overloaded(reason, retry_after_s=retry_after_s)
                 case Hold(reason):
                     if self.clock.now() >= deadline_s:
                         raise Overloaded(f"held until its deadline: {reason}", retry_after_s=RETRY_AFTER_S)
-                    await self._next_change(min(WINDOW_S, deadline_s - self.clock.now()))
+                    wait_s = min(WINDOW_S, deadline_s - self.clock.now())
+                    await self._next_change(wait_s, _ticket(request, seen))
 
     def place_decode(self, request: Request, prefill_on: str) -> str:
         """Place a request's decode and enter it in the ledger. Raises NoInstance or Overloaded.
@@ -289,22 +293,30 @@ class Scheduler:
     # waiting
 
     def _wake(self) -> None:
-        for future in self._changed:
+        """Let everybody who waits look again. They run in the order in which they are woken."""
+        now = self.clock.now()
+        while len(self._waiting):
+            future = self._waiting.pop(now)
             if not future.done():
                 future.set_result(None)
-        self._changed.clear()
 
-    async def _next_change(self, timeout_s: float) -> None:
-        """Wait for a membership or label change or the end of a request, at most ``timeout_s``."""
-        future = asyncio.get_running_loop().create_future()
-        self._changed.add(future)
+    async def _next_change(self, timeout_s: float, ticket: Ticket | None = None) -> None:
+        """Wait for a membership or label change or the end of a request, at most ``timeout_s``.
+
+        Those with a ticket are held requests and look again in the system's order, after the others.
+        """
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if ticket is None:
+            self._waiting.push_continued(future)
+        else:
+            self._waiting.push(future, ticket)
         try:
             async with asyncio.timeout(max(0.0, timeout_s)):
                 await future
         except TimeoutError:
             pass
         finally:
-            self._changed.discard(future)
+            self._waiting.remove(future)
 
     async def confirm_failure(self, instance_id: str) -> None:
         """Have the fleet check an instance whose call failed, and give it a moment to report it down.
@@ -326,5 +338,10 @@ class Scheduler:
 
     def released(self) -> None:
         """Say that a request ended, so that held ones are asked about again."""
-        if self._changed:
+        if len(self._waiting):
             self._wake()
+
+
+def _ticket(request: Request, seen: Snapshot) -> Ticket:
+    """Return the ticket of a request that is not placed yet: its prefill is priced where it is fastest."""
+    return prefill_ticket(request, fastest_prefill_seconds(seen, request))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from tidegate.core.errors import ConfigError
+from tidegate.core.request import Request
 from tidegate.policies.registry import Registry
 from tidegate.policies.waiting import FeasibleQueue, FifoQueue, RankedQueue, Ticket, WaitingQueue
 
@@ -25,6 +26,7 @@ __all__ = [
     "Ticket",
     "WaitingQueue",
     "make_order",
+    "prefill_ticket",
 ]
 
 T = TypeVar("T")
@@ -33,6 +35,11 @@ STARVATION_BOUND = 20.0
 """A request that has waited this many times its own TTFT target is served before all others. Ours: a bound
 relative to the target scales with what the request's sender considers long, and 20 (10 s at 500 ms) lets a
 burst of that length be served by deadline while a client that waits on still gets its answer."""
+
+
+def prefill_ticket(request: Request, work_s: float) -> Ticket:
+    """Return the ticket of a prefill predicted to take ``work_s`` by itself, on the clock of its arrival."""
+    return Ticket(request.arrival_s, request.arrival_s + request.slo.ttft_s, work_s)
 
 
 class Order(Protocol):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import cast
 
+import numpy as np
+
 from tidegate.core.request import Request
 from tidegate.costs.forms import attention_work
 from tidegate.ledger.snapshot import Column, Snapshot
@@ -13,6 +15,11 @@ def prefill_seconds(snapshot: Snapshot, request: Request) -> float | Column:
     """Return T(r, i), the request's own prefill time; a float where every instance has one profile."""
     new = max(1, request.prompt_tokens - request.cached_tokens)
     return snapshot.costs.prefill.seconds(new, attention_work(new, request.prompt_tokens - new))
+
+
+def fastest_prefill_seconds(snapshot: Snapshot, request: Request) -> float:
+    """Return the least T(r, i) over the instances; 0 when none is up."""
+    return float(np.min(prefill_seconds(snapshot, request))) if len(snapshot) else 0.0
 
 
 def ttft_seconds(snapshot: Snapshot, request: Request) -> Column:

@@ -16,9 +16,7 @@ T = TypeVar("T")
 @dataclass(slots=True, frozen=True)
 class Ticket:
     """What an order knows of one prefill: arrival and TTFT deadline on the driver's clock, and the
-    predicted seconds of its own prefill.
-
-    Only differences matter, so a clock may start anywhere. ``deadline_s`` is not before ``arrival_s``.
+    predicted seconds of its own prefill. ``deadline_s`` is not before ``arrival_s``.
     """
 
     arrival_s: float
@@ -30,6 +28,10 @@ class Ticket:
         """The last moment at which the prefill can start and still meet the deadline."""
         return self.deadline_s - self.work_s
 
+    def on_clock(self, offset_s: float) -> Ticket:
+        """Return the ticket for a clock that shows ``offset_s`` more than the one it was made for."""
+        return Ticket(self.arrival_s + offset_s, self.deadline_s + offset_s, self.work_s)
+
     def starved_at_s(self, bound: float) -> float:
         """When the request has waited ``bound`` times its own TTFT target, ``bound`` >= 1."""
         return max(self.deadline_s, self.arrival_s + bound * (self.deadline_s - self.arrival_s))
@@ -40,7 +42,7 @@ class WaitingQueue(Protocol[T]):
 
     Items are hashable and wait at most once at a time. Times never decrease from call to call. Ties go by
     push order, so the same calls serve the same sequence. ``push``, ``pop`` and ``head`` cost O(log n)
-    amortised, ``remove`` and ``push_front`` O(1).
+    amortised, the others O(1).
     """
 
     def push(self, item: T, ticket: Ticket) -> None:
@@ -51,6 +53,14 @@ class WaitingQueue(Protocol[T]):
         """Let ``item`` (preempted work) wait before all others, also before earlier ``push_front`` ones.
 
         Raises InternalError when it waits already.
+        """
+        ...
+
+    def push_continued(self, item: T) -> None:
+        """Let ``item``, whose first token has gone out already, wait: it has no TTFT left to meet or miss.
+
+        It is served after ``push_front`` ones and before all with a ticket, in push order. Raises
+        InternalError when it waits already.
         """
         ...
 
@@ -69,46 +79,8 @@ class WaitingQueue(Protocol[T]):
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[T]:
-        """Walk over the items: first those pushed to the front, then the others as they were pushed."""
+        """Walk over the items: first those that wait before all tickets, then the others as pushed."""
         ...
-
-
-class FifoQueue(Generic[T]):
-    """First come, first served: see ``WaitingQueue``. Looks at no ticket."""
-
-    def __init__(self) -> None:
-        self._items: OrderedDict[T, None] = OrderedDict()
-
-    def push(self, item: T, ticket: Ticket) -> None:
-        _refuse_twice(item in self._items)
-        self._items[item] = None
-
-    def push_front(self, item: T) -> None:
-        _refuse_twice(item in self._items)
-        self._items[item] = None
-        self._items.move_to_end(item, last=False)
-
-    def head(self, now: float) -> T | None:
-        for item in self._items:
-            return item
-        return None
-
-    def pop(self, now: float) -> T:
-        if not self._items:
-            raise InternalError("nothing waits in this queue")
-        return self._items.popitem(last=False)[0]
-
-    def remove(self, item: T) -> bool:
-        if item not in self._items:
-            return False
-        del self._items[item]
-        return True
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __iter__(self) -> Iterator[T]:
-        return iter(self._items)
 
 
 class _Entry(Generic[T]):
@@ -152,33 +124,29 @@ class _LazyHeap(Generic[T]):
         heappop(self._heap)
 
 
-class RankedQueue(Generic[T]):
-    """Serves by least ``rank`` of the ticket, but whoever has starved first: see ``WaitingQueue``.
+class FifoQueue(Generic[T]):
+    """First come, first served, whatever the tickets say: see ``WaitingQueue``. The other queues differ in
+    who is next among those with a ticket."""
 
-    Starved is who has waited more than ``bound`` times its own TTFT target; among those, whose bound
-    passed first.
-    """
-
-    def __init__(self, rank: Callable[[Ticket], float], bound: float) -> None:
-        self._rank = rank
-        self._bound = bound
+    def __init__(self) -> None:
         self._front: OrderedDict[T, None] = OrderedDict()
-        self._entries: dict[T, _Entry[T]] = {}
-        self._ranked: _LazyHeap[T] = _LazyHeap()
-        self._starving: _LazyHeap[T] = _LazyHeap()
+        self._entries: OrderedDict[T, _Entry[T]] = OrderedDict()
         self._turn = 0
 
     def push(self, item: T, ticket: Ticket) -> None:
-        _refuse_twice(item in self._entries or item in self._front)
+        self._refuse_twice(item)
         entry = _Entry(item, ticket, self._turn)
         self._turn += 1
         self._entries[item] = entry
         self._enter(entry)
 
     def push_front(self, item: T) -> None:
-        _refuse_twice(item in self._entries or item in self._front)
-        self._front[item] = None
+        self.push_continued(item)
         self._front.move_to_end(item, last=False)
+
+    def push_continued(self, item: T) -> None:
+        self._refuse_twice(item)
+        self._front[item] = None
 
     def head(self, now: float) -> T | None:
         for item in self._front:
@@ -212,6 +180,34 @@ class RankedQueue(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         yield from self._front
         yield from self._entries
+
+    def _enter(self, entry: _Entry[T]) -> None:
+        """Take note of a new entry."""
+
+    def _next(self, now: float) -> _Entry[T] | None:
+        """Return who is next among the entries, or None without any."""
+        for entry in self._entries.values():
+            return entry
+        return None
+
+    def _refuse_twice(self, item: T) -> None:
+        if item in self._entries or item in self._front:
+            raise InternalError("this item waits in the queue already")
+
+
+class RankedQueue(FifoQueue[T]):
+    """Serves by least ``rank`` of the ticket, but whoever has starved first: see ``WaitingQueue``.
+
+    Starved is who has waited more than ``bound`` times its own TTFT target; among those, whose bound
+    passed first.
+    """
+
+    def __init__(self, rank: Callable[[Ticket], float], bound: float) -> None:
+        super().__init__()
+        self._rank = rank
+        self._bound = bound
+        self._ranked: _LazyHeap[T] = _LazyHeap()
+        self._starving: _LazyHeap[T] = _LazyHeap()
 
     def _enter(self, entry: _Entry[T]) -> None:
         self._ranked.push(self._rank(entry.ticket), entry)
@@ -250,8 +246,3 @@ class FeasibleQueue(RankedQueue[T]):
             self._starving.push(feasible.ticket.starved_at_s(self._bound), feasible)
             feasible = self._ranked.top()
         return self._starved(now) or feasible or self._hopeless.top()
-
-
-def _refuse_twice(waits: bool) -> None:
-    if waits:
-        raise InternalError("this item waits in the queue already")

@@ -52,6 +52,15 @@ class StreamOptions(RequestBody):
     include_usage: StrictBool = False
 
 
+class TicketParams(RequestBody):
+    """When a request arrived and its first token is due, in seconds from the moment of sending, and the
+    predicted seconds of its prefill."""
+
+    arrival_s: Annotated[Number, Field(le=0.0)]
+    deadline_s: Number
+    work_s: Annotated[Number, Field(ge=0.0)]
+
+
 class KvTransferParams(RequestBody):
     """vLLM's ``kv_transfer_params``: a KV handle, or the wish for one.
 
@@ -59,6 +68,7 @@ class KvTransferParams(RequestBody):
     the ``remote_*`` fields of a handle say where existing KV can be pulled from.
     ``tidegate_generated`` is our extension: how many of the prompt's last tokens are output of
     earlier legs (text assembly, stop strings and seeded sampling continue from them).
+    ``tidegate_ticket``, ours too, is what the engine's order goes by.
     """
 
     do_remote_decode: StrictBool = False
@@ -70,6 +80,7 @@ class KvTransferParams(RequestBody):
     remote_block_ids: list[list[StrictInt]] | None = None
     remote_num_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
     tidegate_generated: Annotated[StrictInt, Field(ge=0)] = 0
+    tidegate_ticket: TicketParams | None = None
 
 
 class _SamplingBody(RequestBody):

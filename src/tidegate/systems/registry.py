@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
-from tidegate.policies.order import make_order
+from tidegate.policies.order import Order, make_order
 from tidegate.policies.registry import Registry
 from tidegate.policies.seams import Signal, StartingRoles
 from tidegate.policies.starting_roles import SplitRoles, even_roles
@@ -36,7 +36,9 @@ class SystemOptions:
         return even_roles if self.split is None else SplitRoles(*self.split)
 
 
-SYSTEMS: Registry[Callable[[SystemOptions], System]] = Registry("system", group="tidegate.systems")
+Factory = Callable[[SystemOptions], System]
+
+SYSTEMS: Registry[Factory] = Registry("system", group="tidegate.systems")
 """Factories of systems. A third party names a factory under the entry point group ``tidegate.systems``."""
 
 
@@ -47,12 +49,15 @@ def make_system(
 
     Raises ConfigError for an unknown name or an impossible option.
     """
-    base, plus, order_name = name.partition("+")
-    system = SYSTEMS.get(base)(SystemOptions(split=split, tick_s=tick_s, slo=slo or Slo()))
-    if not plus:
-        return system
-    order = make_order(order_name)
-    return replace(system, name=f"{system.name}+{order.name}", order=order)
+    factory, order = named(name)
+    system = factory(SystemOptions(split=split, tick_s=tick_s, slo=slo or Slo()))
+    return system if order is None else replace(system, name=f"{system.name}+{order.name}", order=order)
+
+
+def named(name: str) -> tuple[Factory, Order | None]:
+    """Look up ``system`` or ``system+order``. Raises ConfigError for an unknown part, listing what exists."""
+    base, plus, order = name.partition("+")
+    return SYSTEMS.get(base), make_order(order) if plus else None
 
 
 def check_signals(system: System, available: frozenset[Signal]) -> None:

@@ -89,6 +89,7 @@ def _load(options: Options) -> tuple[Engine, list[dict[str, Any]]]:
             max_model_len=options.max_model_len,
             max_batch_tokens=options.max_batch_tokens,
             max_num_seqs=options.max_num_seqs,
+            order=options.order,
             lease_s=options.lease_s,
             torch_threads=options.threads,
         )

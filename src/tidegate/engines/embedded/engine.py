@@ -36,6 +36,7 @@ from tidegate.engines.embedded.types import (
     OutputSink,
     PinnedKv,
 )
+from tidegate.policies.order import make_order
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class EngineConfig:
     ``total_blocks`` None derives the pool from ``kv_cache_bytes``. ``max_model_len`` None takes the
     model's own, and never exceeds what the pool holds. ``max_batch_tokens`` bounds the tokens of
     one step and must reach ``max_num_seqs``, so that prompts progress beside decodes.
-    ``torch_threads`` applies to the whole process.
+    ``order`` is that in which waiting requests are admitted. ``torch_threads`` applies to the whole process.
     """
 
     model: Path
@@ -64,6 +65,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_batch_tokens: int = 512
     max_num_seqs: int = 256
+    order: str = "fifo"
     lease_s: float = 30.0
     torch_threads: int = 1
 
@@ -114,6 +116,7 @@ class Engine:
             engine_id=config.engine_id,
             max_batch_tokens=config.max_batch_tokens,
             max_num_seqs=config.max_num_seqs,
+            order=make_order(config.order),
         )
         self._live: dict[str, Sequence] = {}
         self._known: set[str] = set()

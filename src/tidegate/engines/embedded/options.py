@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tidegate.core.errors import ConfigError
 from tidegate.engines.embedded.secret import LaunchSecret, is_loopback
+from tidegate.policies.order import ORDERS
 
 API_KEY_ENV = "TIDEGATE_ENGINE_API_KEY"
 DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
@@ -31,6 +32,7 @@ class Options:
     block_tokens: int
     max_batch_tokens: int
     max_num_seqs: int
+    order: str
     threads: int
     engine_id: str
     served_model_name: str
@@ -133,6 +135,12 @@ def _parser() -> argparse.ArgumentParser:
         default=256,
         metavar="N",
         help="requests of one step (default: %(default)s)",
+    )
+    add(
+        "--order",
+        choices=ORDERS.names(),
+        default="fifo",
+        help="who is admitted first among waiting requests (default: %(default)s)",
     )
     add(
         "--threads",

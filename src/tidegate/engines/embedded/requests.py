@@ -9,7 +9,8 @@ from typing import Any
 from tidegate.core.errors import BadRequest, PromptTooLong, UnknownModel
 from tidegate.engines.embedded.served import ServingFacts
 from tidegate.engines.embedded.types import GenerateRequest, KvSource, SamplingParams
-from tidegate.protocol.bodies import ChatBody, CompletionBody, KvTransferParams
+from tidegate.policies.order import Ticket
+from tidegate.protocol.bodies import ChatBody, CompletionBody, KvTransferParams, TicketParams
 
 DEFAULT_COMPLETION_TOKENS = 16
 MOST_ID_CHARS = 256
@@ -128,6 +129,7 @@ def build_call(
         salt=body.cache_salt or "",
         pin_kv=kv.do_remote_decode,
         source=source,
+        ticket=_ticket(kv.tidegate_ticket),
     )
     usage = body.stream_options is not None and body.stream_options.include_usage
     return Call(public_id, generate, chat, body.stream, usage, body.return_token_ids, client_id)
@@ -166,6 +168,15 @@ def kv_source(params: KvTransferParams | None, facts: ServingFacts) -> KvSource 
         block_ids=tuple(blocks),
         num_tokens=params.remote_num_tokens,
     )
+
+
+def _ticket(params: TicketParams | None) -> Ticket | None:
+    if params is None:
+        return None
+    if params.deadline_s < params.arrival_s:
+        name = "kv_transfer_params.tidegate_ticket.deadline_s"
+        raise BadRequest(f"{name}: before the arrival", param=name)
+    return Ticket(params.arrival_s, params.deadline_s, params.work_s)
 
 
 def _sampling(

@@ -1,6 +1,6 @@
 """Which tokens the next step computes.
 
-State is three collections: ``waiting`` (first come first), ``running`` (oldest first, blocks
+State is three collections: ``waiting`` (in the engine's order), ``running`` (oldest first, blocks
 allocated) and ``loading`` (blocks allocated, KV on its way from a peer). A step takes every
 running sequence with one pending token, then fills the token budget with chunks of prompts. When
 blocks run out, the youngest running sequence gives its own back and computes them again later.
@@ -9,22 +9,26 @@ blocks run out, the youngest running sequence gives its own back and computes th
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 from tidegate.core.clock import Clock
+from tidegate.core.slo import Slo
 from tidegate.engines.embedded.blocks import BlockPool, extend_keys
 from tidegate.engines.embedded.pins import Pins
 from tidegate.engines.embedded.runner import Batch, Chunk
 from tidegate.engines.embedded.sequence import Sequence
 from tidegate.engines.embedded.types import KvPuller, KvSource, PinnedKv
+from tidegate.policies.order import Order, Ticket, WaitingQueue
 
 log = logging.getLogger(__name__)
 
 _RESERVE = 0.01
 """Share of blocks that admission leaves free while others run, so that their next tokens find room."""
+
+_UNKNOWN = Ticket(0.0, Slo().ttft_s, 0.0)
+"""The ticket, from its submission on, of a request that came without one."""
 
 
 @dataclass(slots=True)
@@ -64,10 +68,11 @@ class Scheduler:
         engine_id: str,
         max_batch_tokens: int,
         max_num_seqs: int,
+        order: Order,
     ) -> None:
         self.pool = pool
         self.pins = pins
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: WaitingQueue[Sequence] = order.queue()
         self.running: list[Sequence] = []
         self.loading: list[Sequence] = []
         self.counters = Counters()
@@ -83,11 +88,15 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Nothing waits, runs or loads."""
-        return not (self.waiting or self.running or self.loading)
+        return not (len(self.waiting) or self.running or self.loading)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a new request."""
-        self.waiting.append(sequence)
+        """Queue a new request: one that continues an answer before those that have yet to begin theirs."""
+        if sequence.request.generated:
+            self.waiting.push_continued(sequence)
+        else:
+            ticket = sequence.request.ticket or _UNKNOWN
+            self.waiting.push(sequence, ticket.on_clock(sequence.submitted_s))
 
     def schedule(self) -> Batch:
         """Choose the next step's tokens and allocate their blocks. The batch may be empty."""
@@ -96,15 +105,16 @@ class Scheduler:
         singles = [sequence for sequence in self.running if sequence.pending == 1]
         budget = self._max_batch_tokens - len(singles)
         chunks = []
-        for sequence in self.running:
-            if sequence.pending > 1 and budget > 0:
-                chunks.append(Chunk(sequence, min(sequence.pending, budget)))
+        for begun in self.running:
+            if begun.pending > 1 and budget > 0:
+                chunks.append(Chunk(begun, min(begun.pending, budget)))
                 budget -= chunks[-1].count
-        while budget > 0 and self.waiting:
-            sequence = self.waiting[0]
-            if not self._admit(sequence):
+        now = self._clock.now()
+        while budget > 0:
+            sequence = self.waiting.head(now)
+            if sequence is None or not self._admit(sequence):
                 break
-            self.waiting.popleft()
+            self.waiting.remove(sequence)
             if sequence.loading:
                 continue
             if sequence.pending == 1:
@@ -150,7 +160,7 @@ class Scheduler:
         sequence.loaded_tokens = 0
         self.pool.release(sequence.take_blocks())
         if wanted:
-            self.waiting.appendleft(sequence)
+            self.waiting.push_front(sequence)
 
     def collect_pins(self) -> None:
         """Free the blocks of pins that ended."""
@@ -196,7 +206,7 @@ class Scheduler:
         self.pool.release(sequence.take_blocks())
         sequence.preemptions += 1
         self.counters.preemptions += 1
-        self.waiting.appendleft(sequence)
+        self.waiting.push_front(sequence)
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give the head of the queue its blocks; False, with nothing changed, when there is no room."""

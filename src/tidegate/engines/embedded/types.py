@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from tidegate.policies.order import Ticket
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -56,7 +58,8 @@ class GenerateRequest:
     emitted again, but they count for text assembly (a character split over two legs), stop
     strings, ``min_tokens`` and seeded sampling, so that the legs' texts concatenate to what one unbroken leg
     says. ``sampling.max_tokens`` counts this leg's new tokens only. ``salt`` separates tenants'
-    prefix caches. With ``pin_kv`` the finished request's KV stays pinned for a peer to pull.
+    prefix caches. With ``pin_kv`` the finished request's KV stays pinned for a peer to pull. ``ticket`` is
+    on a clock that shows 0 when the request is submitted; None stands for the default SLO, and no work.
     """
 
     id: str
@@ -66,6 +69,7 @@ class GenerateRequest:
     salt: str = ""
     pin_kv: bool = False
     source: KvSource | None = None
+    ticket: Ticket | None = None
 
 
 @dataclass(frozen=True, slots=True)

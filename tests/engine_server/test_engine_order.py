@@ -1,0 +1,100 @@
+"""An engine started with an order serves by the tickets that the gateway's client sends, over real HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from engine_fakes import FACTS, until
+
+from tidegate.engines.dialect import DialectEngine
+from tidegate.engines.embedded.codec import TokenizerCodec
+from tidegate.engines.embedded.delivery import OutputRouter
+from tidegate.engines.embedded.engine import Engine, EngineConfig
+from tidegate.engines.embedded.generation import Parts
+from tidegate.engines.embedded.metrics import ServerMetrics
+from tidegate.engines.embedded.secret import LaunchSecret
+from tidegate.engines.embedded.server import EngineServer
+from tidegate.engines.embedded.tiny_model import make_tiny_model
+from tidegate.engines.seam import Leg, Tokens
+from tidegate.policies.order import Ticket
+
+HOPELESS = Ticket(arrival_s=-1.0, deadline_s=-0.5, work_s=0.3)
+FEASIBLE = Ticket(arrival_s=-0.1, deadline_s=3600.0, work_s=0.01)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+class Said:
+    """A ``TokensSink`` that notes who spoke."""
+
+    def __init__(self, name: str, spoke: list[str]) -> None:
+        self._name, self._spoke = name, spoke
+
+    def tokens(self, tokens: Tokens) -> None:
+        if tokens.token_ids:
+            self._spoke.append(self._name)
+
+    def plain(self, text: str, token_ids: list[int]) -> None:
+        self._spoke.append(self._name)
+
+
+@asynccontextmanager
+async def serving(engine: Engine) -> AsyncIterator[tuple[DialectEngine, Callable[[], None]]]:
+    """Serve an engine whose loop does not run; yield its client and what makes it take one step."""
+    router = OutputRouter(asyncio.get_running_loop())
+    parts = Parts(
+        engine=engine,
+        codec=TokenizerCodec(engine.detokenizer.tokenizer),
+        facts=FACTS,
+        secret=LaunchSecret("s3"),
+        metrics=ServerMetrics(FACTS, engine.stats),
+        router=router,
+        puller=None,
+    )
+    server = EngineServer(parts, profile_samples=[])
+    listener = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    client = DialectEngine("i0", url, "tiny", connect_s=2.0, stall_s=60.0, secret="s3")
+    await server.start(listener)
+    try:
+        yield client, lambda: router.sink(engine.step().outputs)
+    finally:
+        client.close("the test ends")
+        await server.stop(0.0)
+
+
+@pytest.mark.parametrize(
+    ("order", "first"),
+    [("fifo", ["continued", "long", "short"]), ("feasible-first", ["continued", "short", "long"])],
+)
+async def test_a_short_request_that_can_be_in_time_overtakes_a_hopeless_long_one(
+    model: Path, order: str, first: list[str]
+) -> None:
+    """All wait while the engine stands still, so that only its order decides. A leg that continues an answer
+    goes first in any order."""
+    engine = Engine(EngineConfig(model, dtype="float64", total_blocks=64, max_num_seqs=1, order=order))
+    legs = [
+        Leg("long", list(range(5, 55)), None, 1, {"temperature": 0}, ticket=HOPELESS),
+        Leg("short", [5, 6, 7], None, 1, {"temperature": 0}, ticket=FEASIBLE),
+        Leg("continued", [5, 6, 7, 8], None, 1, {"temperature": 0}, generated=1),
+    ]
+    spoke: list[str] = []
+    async with serving(engine) as (client, step):
+        answers = []
+        for waiting, leg in enumerate(legs, start=1):
+            sink = Said(leg.request_id, spoke)
+            answers.append(asyncio.create_task(client.run(leg, sink, deadline_s=60.0)))
+            await until(lambda waiting=waiting: engine.stats().waiting == waiting)
+        for served in range(1, 4):
+            step()
+            await until(lambda served=served: len(spoke) == served)
+        await asyncio.gather(*answers)
+    assert spoke == first

@@ -1,0 +1,72 @@
+"""The order of waiting prefills: told to the engines that keep it, kept by the gateway for what it holds."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tidegate.core.decision import Hold, Path, Place, Verdict
+from tidegate.core.request import Request
+from tidegate.core.slo import Slo
+from tidegate.fleet.member import Capabilities
+from tidegate.ledger.snapshot import Snapshot
+from tidegate.policies.seams import Signal
+from tidegate.systems import make_system
+
+BODY = {"prompt": [5, 9, 200, 41], "max_tokens": 4, "temperature": 0}
+
+
+async def test_a_prefill_leg_carries_its_ticket_and_a_decode_leg_none(start: Any) -> None:
+    cluster = await start("static+edf")
+    forged = {"tidegate_ticket": {"arrival_s": -9.0, "deadline_s": -8.0, "work_s": 0.0}}
+    await cluster.post("/v1/completions", BODY | {"kv_transfer_params": forged}, **{"x-slo-ttft-ms": "5000"})
+    prefill, decode = (engine.bodies[0]["kv_transfer_params"] for engine in cluster.engines.values())
+    ticket = prefill["tidegate_ticket"]
+    assert -1.0 < ticket["arrival_s"] <= 0.0
+    assert abs(ticket["deadline_s"] - ticket["arrival_s"] - 5.0) < 1e-6
+    assert ticket["work_s"] > 0
+    assert "tidegate_ticket" not in decode
+
+
+async def test_an_engine_that_keeps_no_order_gets_no_ticket(start: Any) -> None:
+    cluster = await start("static", capabilities=Capabilities(orders=False))
+    await cluster.post("/v1/completions", BODY)
+    assert all(
+        "tidegate_ticket" not in body.get("kv_transfer_params", {})
+        for engine in cluster.engines.values()
+        for body in engine.bodies
+    )
+
+
+@dataclass
+class HeldUntilOpen:
+    """Holds everything until ``open``, and notes who asks."""
+
+    open: bool = False
+    asked: list[str] = field(default_factory=list)
+    needs: frozenset[Signal] = frozenset()
+
+    def place_prefill(self, request: Request, snapshot: Snapshot) -> Verdict:
+        self.asked.append(request.id)
+        if not self.open:
+            return Verdict(Hold("closed"))
+        return Verdict(Place(snapshot.ids[0], None, Path.DISAGGREGATED))
+
+
+async def test_held_requests_are_asked_about_in_the_systems_order(start: Any) -> None:
+    policy = HeldUntilOpen()
+    cluster = await start(replace(make_system("static+edf"), prefill=policy))
+    scheduler = cluster.gateway.scheduler
+    now = scheduler.clock.now()
+    tasks = []
+    for asked, (name, ttft_s) in enumerate((("patient", 60.0), ("urgent", 20.0), ("eager", 30.0)), start=1):
+        request = Request(name, 4, 4, now, Slo(ttft_s, 1.0))
+        placing = scheduler.place_prefill(request, kind="place_prefill", recovery_s=0.0, deadline_s=now + 60)
+        tasks.append(asyncio.create_task(placing))
+        await cluster.until(lambda asked=asked: len(policy.asked) == asked)
+    policy.asked.clear()
+    policy.open = True
+    scheduler.released()
+    await asyncio.gather(*tasks)
+    assert policy.asked == ["urgent", "eager", "patient"]
