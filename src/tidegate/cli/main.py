@@ -39,6 +39,16 @@ VERBS = {
         "Offer load to an OpenAI-compatible endpoint and score every answer.",
         "Measure",
     ),
+    "profile": Verb(
+        "tidegate.cli.profile",
+        "Measure a live instance and fit the latency models that policies and simulator use.",
+        "Measure",
+    ),
+    "trace": Verb(
+        "tidegate.cli.trace",
+        "Look at request traces, make them, convert them.",
+        "Measure",
+    ),
     "report": Verb(
         "tidegate.cli.report",
         "Report on a recorded run: outcomes, SLO attainment, times by stage, decisions.",

@@ -8,7 +8,7 @@ from tidegate.workloads.mix import Drift, LinearDrift, SineDrift, drift_mix, par
 from tidegate.workloads.presets import Preset, preset, preset_names
 from tidegate.workloads.prompts import TokenPrompts, WordPrompts
 from tidegate.workloads.rate_curve import RateCurve, read_rate_curve
-from tidegate.workloads.readers import is_timed, read_trace, read_untimed
+from tidegate.workloads.readers import is_timed, open_trace, read_trace, read_untimed
 from tidegate.workloads.reseed import reseeded
 from tidegate.workloads.reshape import Spike, replicate, spikes, thin
 from tidegate.workloads.source import sample_names
@@ -31,7 +31,7 @@ from tidegate.workloads.transform import (
     schedule_sessions,
     window,
 )
-from tidegate.workloads.writers import WriteFormat, write_trace
+from tidegate.workloads.writers import WriteFormat, lost_in, write_trace
 
 __all__ = [
     "ArrivalProcess",
@@ -64,6 +64,8 @@ __all__ = [
     "is_timed",
     "limit",
     "load_workload",
+    "lost_in",
+    "open_trace",
     "parse_drift",
     "parse_token_counts",
     "preset",

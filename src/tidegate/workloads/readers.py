@@ -45,6 +45,11 @@ def is_timed(source: str | Path) -> bool:
     return _open(source)[0]
 
 
+def open_trace(source: str | Path) -> tuple[bool, Iterator[TraceRecord]]:
+    """Return whether the trace is timed, and its records as ``read_untimed`` yields them."""
+    return _open(source)
+
+
 def _open(source: str | Path) -> tuple[bool, Iterator[TraceRecord]]:
     file = str(source)
     lines = read_lines(source)

@@ -88,7 +88,7 @@ class Quantiles:
         k = min(bisect_right(self.shares, at), len(self.shares) - 1)
         low, high = self.tokens[k - 1], self.tokens[k]
         along = (at - self.shares[k - 1]) / (self.shares[k] - self.shares[k - 1])
-        return round(low * (high / low) ** along)
+        return round(low * math.pow(high / low, along))
 
 
 def parse_token_counts(text: str) -> TokenCounts:

@@ -1,0 +1,129 @@
+"""``tidegate trace``: look at traces, make them, and change their format."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from tidegate.cli import trace_make
+from tidegate.cli.profiles import load_profile
+from tidegate.cli.trace_files import Loaded, load, load_timed, save
+from tidegate.cli.trace_plot import check_plot, plot_traces
+from tidegate.cli.trace_show import Described, show
+from tidegate.core.errors import ConfigError
+from tidegate.core.slo import Slo
+from tidegate.measure.phase_load import phase_load
+from tidegate.workloads import WriteFormat, statistics
+from tidegate.workloads.trace_statistics import WINDOW_S
+
+INFO_EPILOG = """
+[bold]Examples[/bold]
+
+    tidegate trace info sample:azure-conv
+
+    tidegate trace info day.csv.gz --profile h100_sxm/llama-3.1-8b --plot day.png
+
+    tidegate trace info a.jsonl b.csv.gz --json | jq '.traces[].ratio'
+"""
+CONVERT_EPILOG = """
+[bold]Examples[/bold]
+
+    tidegate trace convert azure.csv azure.jsonl.gz
+
+    tidegate trace convert journal.jsonl replay.csv
+
+    tidegate trace convert chat.jsonl chat.csv --format azure --lossy
+"""
+SOURCES = (
+    "Mooncake JSONL, Azure, BurstGPT or tidegate CSV, a gateway journal or a bench result, plain or gzipped; "
+    "or sample:NAME."
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs of this module to ``app``."""
+    verbs = typer.Typer(no_args_is_help=True, help="Look at request traces, make them, convert them.")
+    verbs.command("info", epilog=INFO_EPILOG)(info)
+    verbs.command("make", epilog=trace_make.EPILOG)(trace_make.make)
+    verbs.command("convert", epilog=CONVERT_EPILOG)(convert)
+    app.add_typer(verbs, name="trace", rich_help_panel="Measure")
+
+
+def info(
+    traces: Annotated[list[str], typer.Argument(metavar="FILE...", help=SOURCES)],
+    window: Annotated[
+        float, typer.Option(metavar="S", help="Window for the drift of the input:output ratio and the load.")
+    ] = WINDOW_S,
+    profile: Annotated[
+        str, typer.Option(metavar="GPU/MODEL", help="Estimate each phase's load on this profile.")
+    ] = "",
+    slo: Annotated[
+        str, typer.Option(metavar="ttft:MS,tpot:MS", help="TPOT target of that estimate (50 ms).")
+    ] = "",
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png|svg", help="Draw rate, mix and lengths (extra: plots).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what traces look like: rates, burstiness, lengths, drift, sessions, reuse.
+
+    Without a trace at hand, try sample:azure-conv. The load is an
+    estimate: prefill of each prompt alone less what an unbounded prefix cache
+    holds, decode at the largest batch that keeps the TPOT and fits the KV.
+    """
+    if plot is not None:
+        check_plot(plot)
+    if slo and not profile:
+        raise ConfigError("--slo goes with --profile")
+    target = Slo.parse(slo) if slo else Slo()
+    loaded = [load(source) for source in traces]
+    described = [_describe(one, window, profile, target) for one in loaded]
+    if as_json:
+        typer.echo(json.dumps({"traces": [one.to_json() for one in described]}, indent=2, allow_nan=False))
+    else:
+        show(described, Console())
+    if plot is not None:
+        plot_traces(plot, loaded, described)
+        typer.echo(f"wrote {plot}", err=True)
+
+
+def _describe(one: Loaded, window_s: float, profile: str, slo: Slo) -> Described:
+    about = statistics(one.records, timed=one.timed, window_s=window_s)
+    if not profile or not one.timed:
+        return Described(one.name, about)
+    packaged = load_profile(profile)
+    load_by_window = phase_load(
+        one.records,
+        packaged.profile,
+        tpot_s=slo.tpot_s,
+        kv_tokens=packaged.kv_capacity_tokens,
+        window_s=window_s,
+    )
+    return Described(one.name, about, packaged.name, tuple(load_by_window))
+
+
+def convert(
+    source: Annotated[str, typer.Argument(metavar="IN", help=SOURCES)],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="FILE.jsonl or FILE.csv, plain or .gz.")],
+    form: Annotated[
+        WriteFormat | None,
+        typer.Option("--format", help="Default by suffix: .jsonl is mooncake, .csv is tidegate's own."),
+    ] = None,
+    lossy: Annotated[
+        bool, typer.Option("--lossy", help="Leave out what the format cannot hold, with a warning.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
+) -> None:
+    """Change a trace's format.
+
+    Mooncake JSONL and tidegate's CSV hold everything, sessions and prefixes
+    included; Azure's form holds times and lengths, BurstGPT's the session, too.
+    An answer of 0 tokens is written as 1.
+    """
+    records = load_timed(source)
+    save(target, records, form, force=force, lossy=lossy)
+    typer.echo(f"wrote {len(records):,} requests to {target}")
