@@ -24,6 +24,8 @@ HINGES = (0, 32, 64, 128, 192, 256, 320, 384, 512, 768)
 """Candidates for ``n0``; the range that fits to measured GPUs fall into."""
 SLOPE_FLOOR_S = 1e-12
 """A fitted slope of zero would promise unlimited context; this floor keeps inversion finite."""
+BANDWIDTH_CEILING = 1e12
+"""Bytes/s that no fitted link exceeds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,15 @@ class MixedSample:
     cached_tokens: int
     batch: int
     context_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class TransferSample:
+    """One measured transfer: ``n_bytes`` of KV of a prompt of ``tokens`` tokens."""
+
+    tokens: int
+    n_bytes: int
     seconds: float
 
 
@@ -136,6 +147,14 @@ def fit_step(
     return StepCost(a, b, max(c, SLOPE_FLOOR_S), e, float(experts), float(active_experts)), fit
 
 
+def fit_transfer(samples: Sequence[TransferSample]) -> tuple[TransferCost, Fit]:
+    """Fit latency and bandwidth, which BANDWIDTH_CEILING bounds where bytes do not show in the time."""
+    n_bytes = np.array([s.n_bytes for s in samples], dtype=np.float64)
+    fit = fit_columns([np.ones_like(n_bytes), n_bytes], np.array([s.seconds for s in samples]))
+    latency, per_byte = fit.coefficients
+    return TransferCost(latency, 1.0 / max(per_byte, 1.0 / BANDWIDTH_CEILING)), fit
+
+
 def _fit_hinge(tokens: Values, others: Sequence[Values], seconds: Values) -> tuple[float, Fit]:
     """Fit ``a + b*max(0, tokens - n0) + ...`` for each candidate ``n0`` and return the best one's fit."""
     fits = [
@@ -155,14 +174,17 @@ def fit_profile(
     source: str,
     mixed: Sequence[MixedSample] = (),
     mixed_context_ratio: float = 2.0,
+    experts: int = 1,
+    active_experts: int = 0,
 ) -> Profile:
     """Fit a whole profile.
 
     Without ``mixed`` samples the mixed form shares the prefill form's coefficients, and its context slope
     is the decode slope times ``mixed_context_ratio`` (measured engines lie between 1 and 3.4).
+    ``experts`` and ``active_experts`` are ``fit_step``'s.
     """
     prefill_cost, prefill_fit = fit_prefill(prefill)
-    step_cost, step_fit = fit_step(step)
+    step_cost, step_fit = fit_step(step, experts=experts, active_experts=active_experts)
     fits = {"prefill": prefill_fit, "step": step_fit}
     if mixed:
         mixed_cost, fits["mixed"] = fit_mixed(mixed)

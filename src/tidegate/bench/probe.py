@@ -1,0 +1,273 @@
+"""Measure a live, idle instance over HTTP with few requests: the plan and its budget.
+
+Time to first token of unlike prompts gives prefill, with a cached prefix the slope of attention; gaps
+between the tokens of streams that decode side by side give decode steps; one more prompt beside them gives
+mixed steps. Points go from cheap to dear, so that whatever budget there is covers the widest range it can.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median, median_low
+
+from tidegate.bench.probe_fit import Timed
+from tidegate.bench.probe_gaps import (
+    REMAINDER_SAFE,
+    chunks_between,
+    gap_of_chunk,
+    step_seconds,
+    token_budget,
+)
+from tidegate.bench.probe_target import ProbeTarget, Streams
+from tidegate.core.errors import EngineTimeout, TidegateError
+from tidegate.costs.fitting import MixedSample, StepSample, TransferSample
+
+LENGTHS = (16, 64, 256, 1024, 32, 128, 512, 2048, 4096, 8192, 192, 384, 768, 1536, 3072, 6144)
+CACHED = ((64, 512), (64, 2048), (256, 2048), (64, 8192), (256, 8192))
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+CONTEXTS = (64, 512, 2048, 8192)
+REPEATS = 5
+SETTLE_STEPS, STEPS = 3, 12
+CHUNKS_PER_SESSION = 4
+ROOM = 256
+"""Tokens a stream may decode while others start; what a context and the cache must have room for."""
+KV_SHARE = 0.8
+PREFILL_SHARE, BUDGET_SHARE = 0.35, 0.1
+"""Shares of the time budget: for prefills, and for finding the token budget of a step."""
+LEAST_OF_STEP = 0.5
+"""A gap of less than this share of a pure decode step was two tokens delivered as one."""
+LEAST_WAIT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the instance can hold. ``max_batch_tokens`` is None where it is to be found out."""
+
+    max_model_len: int
+    kv_capacity_tokens: int
+    block_tokens: int
+    max_batch_tokens: int | None = None
+
+
+class Prober:
+    """Times one instance. ``notes`` is for the user; ``advance`` is told the share of the budget spent."""
+
+    def __init__(
+        self, target: ProbeTarget, limits: Limits, budget_s: float, advance: Callable[[float, str], None]
+    ) -> None:
+        self.timed = Timed()
+        self.notes: list[str] = []
+        self.max_batch_tokens = limits.max_batch_tokens
+        self._target, self._limits, self._budget_s, self._advance = target, limits, budget_s, advance
+        self._start_s = 0.0
+        self._token_s = 0.0
+        self._most_streams = max(BATCHES)
+
+    async def run(self) -> None:
+        """Measure until all points are done or the budget is spent. Raises EngineError when it breaks."""
+        await self._warm_up()
+        self._start_s = self._target.clock.now()
+        if self.max_batch_tokens is None:
+            await self._find_budget()
+        await self._prefills()
+        await self._cached_prefills()
+        await self._sessions()
+
+    async def _warm_up(self) -> None:
+        """Have everything computed once that is compiled, captured or connected at first use."""
+        for tokens in (16, 16, min(512, self._longest())):
+            sent_s, first_s, _ = await self._target.first_token(self._target.prompt(tokens), 120.0)
+            self._token_s = (first_s - sent_s) / tokens
+
+    # prefill
+
+    async def _prefills(self) -> None:
+        lengths = [n for n in LENGTHS if n <= self._longest()]
+        for repeat in range(REPEATS):
+            for n in lengths:
+                known = (n, 0) in self.timed.ttft
+                if self._left(PREFILL_SHARE) < self._token_s * n and (repeat or len(self.timed.ttft) > 4):
+                    if known or repeat:
+                        return
+                    continue
+                self._show(f"prefill of {n} tokens")
+                await self._time_prefill(self._target.prompt(n), (n, 0))
+
+    async def _cached_prefills(self) -> None:
+        """Time prompts whose beginning was just computed; an instance without a prefix cache shows none."""
+        block = self._limits.block_tokens
+        for new, cached in CACHED:
+            if new + cached + 1 > self._limits.max_model_len or (new, 0) not in self.timed.ttft:
+                continue
+            if self._left(PREFILL_SHARE + BUDGET_SHARE) < 2 * self._token_s * cached:
+                return
+            self._show(f"prefill of {new} tokens after {cached} cached ones")
+            prefix = self._target.prompt(cached - cached % block)
+            whole_s = await self._time_prefill(prefix, None)
+            seconds = [
+                await self._time_prefill(prefix + self._target.prompt(new), None) for _ in range(REPEATS - 2)
+            ]
+            if whole_s < 2 * self.timed.first_token_s(new):
+                continue  # too short to show whether it was found
+            if median(seconds) > 0.7 * whole_s:
+                self.notes.append("the instance shows no prefix cache: attention is fitted without it")
+                return
+            self.timed.ttft[new, len(prefix)] = seconds
+
+    async def _time_prefill(self, prompt: list[int], point: tuple[int, int] | None) -> float:
+        sent_s, first_s, _ = await self._target.first_token(prompt, self._wait_s(len(prompt)))
+        seconds = first_s - sent_s
+        if point is not None:
+            self.timed.ttft.setdefault(point, []).append(seconds)
+            self._token_s = max(self._token_s * 0.9, seconds / point[0]) if point[0] >= 256 else self._token_s
+        return seconds
+
+    async def _find_budget(self) -> None:
+        """Learn how many tokens a step takes at most: count the steps of a long prompt beside a decode."""
+        most = min(self._limits.max_model_len - 2, int(KV_SHARE * self._limits.kv_capacity_tokens) - ROOM)
+        affordable = self._budget_s * BUDGET_SHARE / max(self._token_s, 1e-9)
+        power = int(math.log2(max(64.0, min(most, affordable, 16384.0) / REMAINDER_SAFE)))
+        tokens = min(most, int(REMAINDER_SAFE * 2**power))
+        self._show(f"the token budget, by a prompt of {tokens}")
+        counts = []
+        async with self._target.streams([self._target.prompt(16)], self._room(16)) as streams:
+            if not await self._settled(streams, 1):
+                return
+            for _ in range(REPEATS - 2):
+                step_s = await self._watch(streams)
+                if step_s is None:
+                    break
+                sent_s, first_s, _ = await self._target.first_token(
+                    self._target.prompt(tokens), self._wait_s(tokens)
+                )
+                await streams.more(1, LEAST_WAIT_S)
+                counts.append(chunks_between(streams.times[0].at, sent_s, first_s, step_s))
+        if counts:
+            self.max_batch_tokens = token_budget(tokens, median_low(counts))
+
+    def _longest(self) -> int:
+        """Return the longest prompt that is sure to be computed in one step."""
+        one_step = self.max_batch_tokens or 8192
+        in_cache = int(KV_SHARE * self._limits.kv_capacity_tokens)
+        return max(16, min(one_step, in_cache, self._limits.max_model_len - 2))
+
+    # decode and mixed steps
+
+    async def _sessions(self) -> None:
+        points = [(b, c) for b in BATCHES for c in CONTEXTS if self._fits(b, c)]
+        points.sort(key=lambda p: p[0] * p[1])
+        for index, (batch, context) in enumerate(points):
+            cost_s = batch * context * self._token_s + 0.2
+            if index >= len(CONTEXTS) and self._left(1.0) < cost_s:
+                continue
+            if batch <= self._most_streams:
+                await self._session(index, batch, context)
+
+    def _fits(self, batch: int, context: int) -> bool:
+        held = batch * (context + ROOM) + self._longest()
+        return (
+            context + ROOM <= self._limits.max_model_len
+            and held <= KV_SHARE * self._limits.kv_capacity_tokens
+            and batch + 16 <= (self.max_batch_tokens or 8192)
+        )
+
+    async def _session(self, index: int, batch: int, context: int) -> None:
+        """Start ``batch`` streams, time their steps, then prompts beside them one after another."""
+        self._show(f"decode of {batch} x {context}")
+        prompts = [self._target.prompt(context) for _ in range(batch)]
+        async with self._target.streams(prompts, self._room(context)) as streams:
+            if not await self._settled(streams, batch * context):
+                self._most_streams = batch - 1
+                return
+            held = self._held(streams, context)
+            step_s = await self._watch(streams)
+            if step_s is None:
+                return
+            middle = (held + self._held(streams, context)) // 2
+            self.timed.step.append(StepSample(batch, middle, step_s))
+            for tokens in self._chunks(index, batch):
+                if len(self.timed.mixed) > len(CONTEXTS) and self._left(1.0) < tokens * self._token_s:
+                    return
+                held = self._held(streams, context)
+                gaps = [await self._beside(streams, tokens, batch) for _ in range(REPEATS - 2)]
+                held = (held + self._held(streams, context)) // 2
+                timed = [gap for gap in gaps if gap is not None and gap > LEAST_OF_STEP * step_s]
+                if len(timed) >= 2:
+                    self.timed.mixed.append(MixedSample(tokens, 0, batch, held, median(timed)))
+                if None in gaps:
+                    return
+
+    async def _beside(self, streams: Streams, tokens: int, batch: int) -> float | None:
+        """Return the time of the step that computes a prompt beside the streams; None at their end."""
+        try:
+            _, first_s, _ = await self._target.first_token(self._target.prompt(tokens), self._wait_s(tokens))
+        except EngineTimeout:
+            self._most_streams = min(self._most_streams, batch)
+            return None
+        if not await streams.more(2, self._wait_s(batch)):
+            return None
+        return gap_of_chunk([t.at for t in streams.times], first_s)
+
+    def _chunks(self, index: int, batch: int) -> list[int]:
+        """Return the prompts to put beside ``batch`` decodes: others in each session, each within a step."""
+        most = (self.max_batch_tokens or self._longest()) - batch
+        lengths = sorted(n for n in LENGTHS if n <= min(most, self._longest()))
+        if batch == 1:
+            return [n for n in lengths if n <= 256][:CHUNKS_PER_SESSION] + lengths[-1:]
+        return lengths[index % 3 :: 3][-CHUNKS_PER_SESSION:]
+
+    async def _settled(self, streams: Streams, tokens: int) -> bool:
+        return await streams.have([2] * len(streams.times), self._wait_s(tokens)) and await streams.more(
+            SETTLE_STEPS, LEAST_WAIT_S
+        )
+
+    async def _watch(self, streams: Streams) -> float | None:
+        """Return the time of a pure decode step of the streams; None when they ended before it was seen."""
+        since = [len(t.at) - 1 for t in streams.times]
+        if not await streams.more(STEPS, LEAST_WAIT_S):
+            return None
+        return step_seconds([t.at for t in streams.times], since, [len(t.at) - 1 for t in streams.times])
+
+    @staticmethod
+    def _held(streams: Streams, context: int) -> int:
+        return sum(context + len(t.at) for t in streams.times)
+
+    def _room(self, context: int) -> int:
+        return min(self._limits.max_model_len - context - 1, 16 * ROOM)
+
+    # time
+
+    def _wait_s(self, tokens: int) -> float:
+        return LEAST_WAIT_S + 5 * tokens * self._token_s
+
+    def _left(self, share: float) -> float:
+        """Return the seconds left of the first ``share`` of the budget."""
+        return self._start_s + share * self._budget_s - self._target.clock.now()
+
+    def _show(self, what: str) -> None:
+        self._advance(min(1.0, (self._target.clock.now() - self._start_s) / self._budget_s), what)
+
+
+async def probe_transfers(
+    source: ProbeTarget, target: ProbeTarget, prober: Prober, lengths: list[int]
+) -> bool:
+    """Time KV moving from one instance to another, the first time apart; False when they hand none over."""
+    for tokens in lengths:
+        moved = []
+        for _ in range(REPEATS - 1):
+            prompt = source.prompt(tokens)
+            try:
+                handle, first = await source.prefill_for(prompt, LEAST_WAIT_S)
+                if handle is None or not first:
+                    return False
+                times = (await target.pull(prompt + first, handle, LEAST_WAIT_S)).times
+            except TidegateError:
+                return False
+            if not times.kv_loaded_bytes or times.kv_load_s is None:
+                return False
+            moved.append((times.kv_load_s, times.kv_loaded_bytes))
+        seconds = median(s for s, _ in moved[1:])
+        prober.timed.transfer.append(TransferSample(tokens, moved[-1][1], seconds))
+    return True

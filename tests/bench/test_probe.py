@@ -1,0 +1,58 @@
+"""The prober recovers the costs of an instance whose costs are known."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import astuple
+from typing import Any, cast
+
+import pytest
+from virtual_probe import VirtualLoop, VirtualTarget
+
+from tidegate.bench.probe import Limits, Prober
+from tidegate.bench.probe_fit import Fitted, fit_timed
+from tidegate.bench.probe_target import ProbeTarget
+from tidegate.costs.library import packaged_profile
+
+FRONT_S = 0.007
+
+
+def probed(name: str, budget_s: float, limits: Limits, **engine: Any) -> tuple[Prober, Fitted]:
+    target = VirtualTarget(packaged_profile(name).profile, front_s=FRONT_S, **engine)
+    prober = Prober(cast(ProbeTarget, target), limits, budget_s, lambda share, what: None)
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(prober.run())
+    return prober, fit_timed(name, prober.timed, source="a test")
+
+
+@pytest.mark.parametrize(
+    ("name", "max_batch_tokens"), [("rtx_4090/llama-3.1-8b", 2048), ("h100_sxm/llama-3.1-8b", 8192)]
+)
+def test_recovers_an_engines_costs(name: str, max_batch_tokens: int) -> None:
+    prober, fitted = probed(
+        name, 120.0, Limits(32768, 400_000, 16), max_batch_tokens=max_batch_tokens, max_num_seqs=200
+    )
+    true, found = packaged_profile(name).profile, fitted.profile
+    assert prober.max_batch_tokens == max_batch_tokens
+    assert fitted.front_s == pytest.approx(FRONT_S, rel=0.1)
+    assert astuple(found.step)[:3] == pytest.approx(astuple(true.step)[:3], rel=0.02)
+    assert astuple(found.mixed) == pytest.approx(astuple(true.mixed), rel=0.05)
+    assert astuple(found.prefill) == pytest.approx(astuple(true.prefill), rel=0.05)
+    assert {row.form for row in fitted.held_out} == {"prefill", "step", "mixed"}
+    assert all(row.p95 < 0.02 for row in fitted.held_out)
+
+
+def test_finds_a_mixture_of_experts_and_less_room_than_streams() -> None:
+    name = "h200_sxm/qwen3-235b-a22b/tp8"
+    prober, fitted = probed(name, 60.0, Limits(32768, 400_000, 16), max_batch_tokens=8192, max_num_seqs=100)
+    true, found = packaged_profile(name).profile.step, fitted.profile.step
+    assert (found.experts, found.active_experts) == (true.experts, true.active_experts)
+    assert found.e_s == pytest.approx(true.e_s, rel=0.05)
+    assert max(sample.batch for sample in prober.timed.step) <= 100
+
+
+def test_says_so_when_nothing_is_cached() -> None:
+    limits = Limits(16384, 400_000, 16)
+    prober, _ = probed("h100_sxm/llama-3.1-8b", 60.0, limits, max_batch_tokens=8192, prefix_cache=False)
+    assert any("no prefix cache" in note for note in prober.notes)
+    assert all(cached == 0 for _, cached in prober.timed.ttft)
