@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -22,6 +23,59 @@ from tidegate.testing.builders import REFERENCE
 from tidegate.workloads import TraceRecord
 
 SYSTEMS = ["arrow", "arrow-v1", "static", "minimal-load", "colocated", "round-robin"]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """One request of a run, with None and absent keys where its table has NaN."""
+
+    arrival_s: float
+    input_tokens: int
+    output_tokens: int
+    outcome: str
+    first_token_s: float | None
+    last_token_s: float | None
+    end_s: float
+    stages_s: dict[str, float]
+    prefill_on: str | None
+    decode_on: str | None
+    preemptions: int
+    cached_tokens: int
+    migrations: int
+    kv_transfer_bytes: int
+
+    @property
+    def ok(self) -> bool:
+        return self.outcome == "ok"
+
+
+def ended(run: SimRun) -> list[Ended]:
+    """Return a run's requests, one by one."""
+    table = run.requests
+    names = (*table.instances, None)
+
+    def reached(at_s: float) -> float | None:
+        return None if math.isnan(at_s) else float(at_s)
+
+    return [
+        Ended(
+            float(table.arrival_s[i]),
+            int(table.input_tokens[i]),
+            int(table.output_tokens[i]),
+            table.outcomes[table.outcome[i]],
+            reached(table.first_token_s[i]),
+            reached(table.last_token_s[i]),
+            float(table.end_s[i]),
+            {name: float(s[i]) for name, s in table.stages_s.items() if not math.isnan(s[i])},
+            names[table.prefill_on[i]],
+            names[table.decode_on[i]],
+            int(table.preemptions[i]),
+            int(table.cached_tokens[i]),
+            int(table.migrations[i]),
+            int(table.kv_transfer_bytes[i]),
+        )
+        for i in range(len(table))
+    ]
 
 
 EXPERTS = replace(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from sim_cases import ended
 
 from tidegate.core.decision import Hold, Reject, Verdict
 from tidegate.core.errors import ConfigError
@@ -58,7 +59,7 @@ def moody(policy: Moody) -> System:
 
 def test_an_empty_trace() -> None:
     done = run()
-    assert (done.requests, done.attained, done.flips) == ([], 0, 0)
+    assert (len(done.requests), done.attained, done.flips, done.outcomes) == (0, 0, 0, {})
 
 
 @pytest.mark.parametrize(
@@ -92,8 +93,8 @@ def test_an_instance_named_twice() -> None:
 
 def test_a_request_larger_than_a_context_is_refused() -> None:
     done = run(TraceRecord(0.0, 4000, 97), TraceRecord(0.0, 4000, 96))
-    assert [r.outcome for r in done.requests] == ["prompt_too_long", "ok"]
-    assert done.requests[0].ttft_s is None and not done.requests[0].attained
+    assert [r.outcome for r in ended(done)] == ["prompt_too_long", "ok"]
+    assert ended(done)[0].first_token_s is None and done.requests.attained.tolist() == [False, True]
 
 
 def test_a_rejected_request_ends() -> None:
@@ -102,13 +103,13 @@ def test_a_rejected_request_ends() -> None:
 
 
 def test_a_held_request_waits_for_a_tick() -> None:
-    (result,) = run(TraceRecord(0.25, 10, 10), system=moody(Moody(until_s=2.5))).requests
+    (result,) = ended(run(TraceRecord(0.25, 10, 10), system=moody(Moody(until_s=2.5))))
     assert result.ok and result.stages_s["queue"] == pytest.approx(2.75)
 
 
 def test_a_held_request_ends_at_its_deadline() -> None:
     system, settings = moody(Moody(until_s=1e9)), SimSettings(deadline_s=2.0)
-    (result,) = run(TraceRecord(0.25, 10, 10), system=system, settings=settings).requests
+    (result,) = ended(run(TraceRecord(0.25, 10, 10), system=system, settings=settings))
     assert (result.outcome, result.end_s) == ("overloaded", 3.0)
 
 

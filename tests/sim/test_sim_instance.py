@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from naive_engine import NaiveEngine
-from sim_cases import CASES, Case
+from sim_cases import CASES, Case, ended
 from test_sim_property import THOROUGH
 
 from tidegate.sim import EngineSettings, Replica, SimRun, SimSettings, simulate
@@ -28,7 +28,7 @@ def test_an_instance_is_the_naive_engine(case: Case) -> None:
     jobs = NaiveEngine(replica).serve(fits)
     for leap in (True, False):
         run = simulate(fits, case.made_system(), [replica], SimSettings(leap=leap))
-        for result, job in zip(run.requests, jobs, strict=True):
+        for result, job in zip(ended(run), jobs, strict=True):
             assert result.preemptions == job.preemptions
             assert result.first_token_s == pytest.approx(job.first_s, rel=1e-9)
             assert result.last_token_s == pytest.approx(job.last_s, rel=1e-9)
@@ -44,7 +44,7 @@ def pair(*records: TraceRecord, engine: EngineSettings | None = None, **kwargs: 
 
 def test_the_way_of_one_request() -> None:
     run = pair(TraceRecord(1.0, 100, 3), front_s=0.25, engine=EngineSettings(host_s=0.001))
-    (result,) = run.requests
+    (result,) = ended(run)
     # Front end 0.25, prefill 0.1 + host; front end again, 0.5 + 100/100 s on the link, two decode steps.
     first = 1.0 + 0.25 + 0.101
     second = first + 0.25 + 1.5 + 0.001 + 0.01 + 101e-5
@@ -68,7 +68,7 @@ def test_the_way_of_one_request() -> None:
 def test_two_transfers_share_a_link() -> None:
     # Prefilled in one step of 0.2 s; both enter the link at 0.7 s and share it for 2 s.
     run = pair(TraceRecord(0.0, 100, 2), TraceRecord(0.0, 100, 2))
-    assert [r.stages_s["transfer"] for r in run.requests] == pytest.approx([2.5, 2.5])
+    assert [r.stages_s["transfer"] for r in ended(run)] == pytest.approx([2.5, 2.5])
 
 
 def test_a_transfer_alone_on_the_link_speeds_up() -> None:
@@ -77,10 +77,10 @@ def test_a_transfer_alone_on_the_link_speeds_up() -> None:
     run = pair(
         TraceRecord(0.0, 100, 2), TraceRecord(0.0, 100, 2), engine=EngineSettings(max_batch_tokens=100)
     )
-    assert [r.stages_s["transfer"] for r in run.requests] == pytest.approx([2.4, 2.4])
+    assert [r.stages_s["transfer"] for r in ended(run)] == pytest.approx([2.4, 2.4])
 
 
 def test_an_answer_of_one_token_needs_no_decode() -> None:
-    (result,) = pair(TraceRecord(0.0, 100, 1)).requests
+    (result,) = ended(pair(TraceRecord(0.0, 100, 1)))
     assert result.first_token_s == result.end_s == pytest.approx(0.1)
     assert result.decode_on is None and result.kv_transfer_bytes == 0

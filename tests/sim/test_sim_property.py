@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import HealthCheck, given, settings
-from sim_cases import CASES, Case
-
-from tidegate.sim import SimResult
+from sim_cases import CASES, Case, Ended, ended
 
 THOROUGH = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def placed(result: SimResult) -> tuple[object, ...]:
+def placed(result: Ended) -> tuple[object, ...]:
     return (
         result.outcome,
         result.prefill_on,
@@ -23,7 +21,7 @@ def placed(result: SimResult) -> tuple[object, ...]:
     )
 
 
-def times(result: SimResult) -> list[float]:
+def times(result: Ended) -> list[float]:
     reached = (result.first_token_s, result.last_token_s, result.end_s)
     return [at_s for at_s in reached if at_s is not None]
 
@@ -33,7 +31,7 @@ def times(result: SimResult) -> list[float]:
 def test_leap_equals_step(case: Case) -> None:
     leap, _ = case.run(leap=True)
     step, _ = case.run(leap=False)
-    for jumped, walked in zip(leap.requests, step.requests, strict=True):
+    for jumped, walked in zip(ended(leap), ended(step), strict=True):
         assert placed(jumped) == placed(walked)
         assert times(jumped) == pytest.approx(times(walked), rel=1e-9)
         for stage, seconds in walked.stages_s.items():
@@ -48,7 +46,7 @@ def test_every_request_ends_once_and_kv_fits(case: Case) -> None:
     # The run itself audits the ledger, the blocks and that each request has one end.
     run, _ = case.run(leap=True)
     assert len(run.requests) == case.requests
-    for result, record in zip(run.requests, case.trace(), strict=True):
+    for result, record in zip(ended(run), case.trace(), strict=True):
         assert result.input_tokens == record.input_tokens
         if result.ok:
             assert result.output_tokens == record.output_tokens

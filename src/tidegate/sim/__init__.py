@@ -2,7 +2,7 @@
 
 from tidegate.dataplane.replica import EngineSettings, Replica
 from tidegate.sim.driver import simulate
-from tidegate.sim.results import InstanceUse, SimResult, SimRun
+from tidegate.sim.results import InstanceUse, SimRun
 from tidegate.sim.settings import SimSettings
 
-__all__ = ["EngineSettings", "InstanceUse", "Replica", "SimResult", "SimRun", "SimSettings", "simulate"]
+__all__ = ["EngineSettings", "InstanceUse", "Replica", "SimRun", "SimSettings", "simulate"]

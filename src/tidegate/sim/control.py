@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from tidegate.core.decision import Flip, Hold, Place, Reject, Verdict
 from tidegate.core.errors import NoInstance
@@ -13,20 +12,14 @@ from tidegate.dataplane.replica import Replica
 from tidegate.ledger.ledger import Ledger
 from tidegate.ledger.snapshot import Snapshot
 from tidegate.measure.rows import decision_row, flip_row
+from tidegate.measure.timeline import FlipEvent
 from tidegate.policies.pricing import predicted_on
 from tidegate.sim.journal import SimJournal
+from tidegate.sim.sampling import Sampler
 from tidegate.systems.system import System
 
 RETRY_AFTER_S = 2.0
 """What a client is told to wait when no instance takes its decode (the gateway's)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Dispatched:
-    """A placed prefill, with its predicted seconds on that instance (without the wait before it)."""
-
-    place: Place
-    predicted_prefill_s: float
 
 
 class Control:
@@ -43,8 +36,11 @@ class Control:
         report: Callable[[float], None],
     ) -> None:
         self.ledger = Ledger()
-        self.flips = 0
+        self.sampler = Sampler([replica.instance.id for replica in replicas])
+        self.seen_at_s = 0.0
         self._system = system
+        self._prefill = system.prefill
+        self._decode = system.decode
         self._journal = journal
         self._report = report
         self._pool_state: object = None
@@ -58,44 +54,59 @@ class Control:
         """The period of pool control; None without one."""
         return self._system.pool.tick_s if self._system.pool else None
 
-    def place_prefill(self, request: Request, now: float) -> Dispatched | Hold | Reject:
-        """Place a request's prefill and enter it in the ledger; or say why not."""
-        seen = self._seen(now)
-        verdict = self._system.prefill.place_prefill(request, seen)
-        self._apply(verdict.flips, now)
-        self._note("place_prefill", request, verdict, seen)
-        if not isinstance(verdict.decision, Place):
-            return verdict.decision
-        place = verdict.decision
-        return Dispatched(place, self.ledger.prefill_dispatched(request, place.prefill_on, now))
+    def place_prefill(self, request: Request, kind: str, now: float) -> Place | Hold | Reject:
+        """Place a request's prefill; ``kind`` is the journal's word for it. Nothing is entered yet."""
+        try:
+            seen = self._seen(now)
+            verdict = self._prefill.place_prefill(request, seen)
+        except NoInstance as error:
+            return Hold(error.message)
+        if verdict.flips:
+            self._apply(verdict.flips, now)
+        if self._journal.enabled:
+            self._note(kind, request, verdict, seen)
+        return verdict.decision
 
     def place_decode(self, request: Request, prefill_on: str, now: float) -> str | Reject:
         """Place a request's decode and enter it in the ledger; ``request.prompt_tokens`` is resident."""
-        seen = self._seen(now)
-        verdict = self._system.decode.place_decode(request, seen, prefill_on)
-        self._apply(verdict.flips, now)
-        self._note("place_decode", request, verdict, seen)
+        try:
+            seen = self._seen(now)
+            verdict = self._decode.place_decode(request, seen, prefill_on)
+        except NoInstance as error:
+            return Reject(error.message, RETRY_AFTER_S)
+        if verdict.flips:
+            self._apply(verdict.flips, now)
+        if self._journal.enabled:
+            self._note("place_decode", request, verdict, seen)
         if not isinstance(verdict.decision, Place) or verdict.decision.decode_on is None:
             return Reject("no instance takes the decode", RETRY_AFTER_S)
         decode_on = verdict.decision.decode_on
         self.ledger.decode_dispatched(request.id, decode_on, request.prompt_tokens, now)
         return decode_on
 
-    def tick(self, now: float, *, idle: bool) -> None:
+    def tick(self, now: float, *, idle: bool, held: int) -> None:
         """Close the gap window, audit the idle ledger, let the pool control decide."""
         self._report(now)
         self.ledger.window_closed(now)
         if idle:
             self.ledger.check_integrity()
+        snapshot = self.ledger.snapshot(now)
+        self.sampler.tick(snapshot, held)
         pool = self._system.pool
-        if pool is None:
+        if pool is None or not len(snapshot):
             return
-        control = pool.step(self.ledger.snapshot(now), self._pool_state)
+        control = pool.step(snapshot, self._pool_state)
         self._pool_state = control.state
         if control.reason != self._reason:
             self._reason = control.reason
-            self._journal.write("control", now, {"reason": control.reason, "flips": len(control.flips)})
+            if self._journal.enabled:
+                self._journal.write("control", now, {"reason": control.reason, "flips": len(control.flips)})
         self._apply(control.flips, now)
+
+    def snapshot(self, now: float) -> Snapshot:
+        """Return the cluster as the control plane knows it."""
+        self._report(now)
+        return self.ledger.snapshot(now)
 
     def _seen(self, now: float) -> Snapshot:
         self._report(now)
@@ -108,12 +119,11 @@ class Control:
         for flip in flips:
             before = self.ledger.role_of(flip.instance)
             if self.ledger.flip(flip.instance, flip.to, now):
-                self.flips += 1
-                self._journal.write("flip", now, flip_row(flip, Role(before)))
+                self.sampler.flips.append(FlipEvent(now, flip.instance, before, flip.to, flip.reason))
+                if self._journal.enabled:
+                    self._journal.write("flip", now, flip_row(flip, Role(before)))
 
     def _note(self, kind: str, request: Request, verdict: Verdict, seen: Snapshot) -> None:
-        if not self._journal.enabled:
-            return
         predicted: dict[str, float] | None = None
         if isinstance(verdict.decision, Place):
             decode = kind == "place_decode"

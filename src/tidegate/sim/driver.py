@@ -6,8 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import IO
 
 import tidegate
-from tidegate.core.errors import ConfigError, InternalError
-from tidegate.core.request import Request
+from tidegate.core.errors import ConfigError
 from tidegate.dataplane.events import Event, EventQueue, Kind
 from tidegate.dataplane.replica import Replica
 from tidegate.policies.seams import Signal
@@ -53,10 +52,9 @@ class _Simulation:
         self._events = EventQueue()
         self._serving = Serving(system, replicas, settings, journal, self._events)
         self._replicas = replicas
-        self._slo = settings.slo
         self._trace: Iterator[TraceRecord] = iter(trace)
         self._next: TraceRecord | None = None
-        self._arrived = 0
+        self._fetched = 0
         self._ticks = 0
         self._tick_s = self._serving.control.tick_s or settings.window_s
         journal.header(
@@ -83,12 +81,12 @@ class _Simulation:
         return self._finished(now, handled)
 
     def _handle(self, event: Event) -> None:
-        now, kind, whose, _ = event
+        now, kind, whose, version = event
         serving = self._serving
         if kind is Kind.ARRIVAL:
             self._arrive(now)
         elif kind is Kind.LEG:
-            serving.submit(whose, now)
+            serving.submit(whose, version, now)
         elif kind is Kind.TICK:
             serving.tick(now)
             self._announce_tick()
@@ -96,20 +94,11 @@ class _Simulation:
             serving.cluster.handle(event)
 
     def _arrive(self, now: float) -> None:
-        record, index = self._next, self._arrived
+        record, number = self._next, self._serving.arrived
         assert record is not None
-        self._arrived += 1
+        self._fetched += 1
         self._announce_arrival(now)
-        request = Request(
-            f"r{index}",
-            record.input_tokens,
-            record.output_tokens,
-            now,
-            self._slo,
-            session=record.session_id,
-            turn=record.turn,
-        )
-        self._serving.arrive(index, request, now)
+        self._serving.arrive(number, record, now)
 
     def _announce_arrival(self, now: float) -> None:
         """Fetch the trace's next request. Raises ConfigError when it cannot be one."""
@@ -118,14 +107,14 @@ class _Simulation:
             return
         if not now <= record.arrival_s < float("inf"):
             raise ConfigError(
-                f"request {self._arrived}: it arrives at {record.arrival_s} s, after one at {now} s"
+                f"request {self._fetched}: it arrives at {record.arrival_s} s, after one at {now} s"
             )
         if record.input_tokens < 1 or record.output_tokens < 1:
             raise ConfigError(
-                f"request {self._arrived}: {record.input_tokens} input and {record.output_tokens} output "
+                f"request {self._fetched}: {record.input_tokens} input and {record.output_tokens} output "
                 "tokens; each must be at least 1"
             )
-        self._events.push(record.arrival_s, Kind.ARRIVAL, self._arrived)
+        self._events.push(record.arrival_s, Kind.ARRIVAL, self._fetched)
 
     def _announce_tick(self) -> None:
         self._ticks += 1
@@ -133,8 +122,7 @@ class _Simulation:
 
     def _finished(self, now: float, handled: int) -> SimRun:
         serving = self._serving
-        if sorted(result.index for result in serving.results) != list(range(self._arrived)):
-            raise InternalError("a request has no end, or more than one")
+        ids = [replica.instance.id for replica in self._replicas]
         uses = [
             InstanceUse(
                 id=replica.instance.id,
@@ -143,6 +131,7 @@ class _Simulation:
                 steps=steps,
                 kv_blocks=instance.batcher.blocks.total,
                 most_kv_blocks=instance.batcher.blocks.most_used,
+                up_s=now,
             )
             for replica, first, instance, steps in zip(
                 self._replicas,
@@ -152,5 +141,17 @@ class _Simulation:
                 strict=True,
             )
         ]
-        results = sorted(serving.results, key=lambda result: result.index)
-        return SimRun(results, uses, serving.control.flips, now, handled)
+        timeline = serving.control.sampler.timeline()
+        return SimRun(
+            requests=serving.columns.table(ids, serving.arrived),
+            instances=uses,
+            timeline=timeline,
+            flips=len(timeline.flips),
+            migrations=0,
+            preemptions=serving.preemptions,
+            kv_transfer_bytes=serving.kv_transfer_bytes,
+            instance_hours=sum(use.up_s for use in uses) / 3600.0,
+            end_s=now,
+            events=handled,
+            warnings=(),
+        )

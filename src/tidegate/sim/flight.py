@@ -2,41 +2,76 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence as Fleet
 
-from tidegate.core.errors import TidegateError
+from tidegate.core.errors import InternalError, TidegateError
 from tidegate.core.request import Request
 from tidegate.dataplane.sequence import Pin, Sequence
 from tidegate.measure.rows import Ending, Story
-from tidegate.sim.results import SimResult
+
+UNREACHED = math.nan
+"""A time that a request did not come to."""
 
 
-@dataclass(slots=True, eq=False)
 class Flight:
-    """State of a live request. ``story`` is what the journal will say of it; times are virtual.
+    """State of a live request. Times are virtual, durations are those of its stages.
 
-    ``leg`` is the sequence on its way to, or inside, instance ``on``. ``decoding`` is set once a decode is
-    in the ledger; ``generated`` counts tokens as far as the control plane was told of them.
+    ``number`` is its record's place in the trace, ``index`` its place in the order of arrival. ``leg`` is the
+    sequence on its way to, or inside, instance ``on``. ``decoding`` is set once a decode is in the ledger;
+    ``generated`` counts tokens as far as the control plane was told of them.
     """
 
-    index: int
-    request: Request
-    output_tokens: int
-    story: Story
-    leg: Sequence | None = None
-    on: int = -1
-    handing_over: bool = False
-    decoding: bool = False
-    generated: int = 0
-    pin: Pin | None = None
-    placed_s: float = 0.0
-    leg_first_s: float | None = None
-    legs: int = 0
-    preemptions: int = 0
+    __slots__ = (
+        "arrival_s", "block_ids", "block_tokens", "cached_tokens", "decode_on", "decode_queue_s",
+        "decode_s", "decoding", "first_step_s", "first_token_s", "generated", "handing_over", "index",
+        "kv_transfer_bytes", "last_token_s", "leg", "leg_first_s", "legs", "migrations", "number",
+        "observed_prefill_s", "on", "output_tokens", "pin", "placed_s", "predicted_prefill_s",
+        "preemptions", "prefill_on", "prefill_s", "queue_s", "replays", "request", "transfer_s",
+    )  # fmt: skip
+
+    def __init__(
+        self, index: int, number: int, request: Request, block_ids: tuple[int, ...], block_tokens: int
+    ) -> None:
+        self.index = index
+        self.number = number
+        self.request = request
+        self.output_tokens = request.max_tokens
+        self.block_ids = block_ids
+        self.block_tokens = block_tokens
+        self.arrival_s = request.arrival_s
+        self.leg: Sequence | None = None
+        self.on = -1
+        self.legs = 0
+        self.handing_over = False
+        self.decoding = False
+        self.generated = 0
+        self.pin: Pin | None = None
+        self.placed_s = 0.0
+        self.leg_first_s = UNREACHED
+        self.prefill_on = -1
+        self.decode_on = -1
+        self.first_token_s = UNREACHED
+        self.last_token_s = UNREACHED
+        self.queue_s = UNREACHED
+        self.prefill_s = UNREACHED
+        self.transfer_s = UNREACHED
+        self.decode_queue_s = UNREACHED
+        self.first_step_s = UNREACHED
+        self.decode_s = UNREACHED
+        self.predicted_prefill_s = UNREACHED
+        self.observed_prefill_s = UNREACHED
+        self.cached_tokens = 0
+        self.preemptions = 0
+        self.migrations = 0
+        self.kv_transfer_bytes = 0
+        self.replays = 0
 
     def resident(self) -> Request:
-        """Return the request as a decode placement sees it: with what was generated as part of its prompt."""
+        """Return the request as a placement sees it: with what was generated as part of its prompt."""
         request = self.request
+        if not self.generated:
+            return request
         return Request(
             request.id,
             request.prompt_tokens + self.generated,
@@ -50,33 +85,58 @@ class Flight:
 
     def begin_leg(self, on: int, sequence: Sequence, now: float) -> None:
         """Note that a leg is dispatched to instance ``on``."""
-        self.leg, self.on = sequence, on
+        self.leg = sequence
+        self.on = on
         self.placed_s = now
-        self.leg_first_s = None
+        self.leg_first_s = UNREACHED
         self.legs += 1
 
-    def note_prefill(self, sequence: Sequence) -> None:
-        """Fill in the stages up to the first token."""
-        story, admitted_s, first_s = self.story, sequence.admitted_s, self.leg_first_s
-        assert admitted_s is not None and first_s is not None
-        story.observed_prefill_s = first_s - admitted_s
-        story.stages["queue"] = admitted_s - story.arrival_s
-        story.stages["prefill"] = first_s - admitted_s
+    def note_first_token(self, sequence: Sequence, now: float) -> None:
+        """Fill in the stages up to the request's first token."""
+        admitted_s = sequence.admitted_s
+        assert admitted_s is not None
+        self.first_token_s = now
+        self.observed_prefill_s = self.prefill_s = now - admitted_s
+        self.queue_s = admitted_s - self.arrival_s
+        self.cached_tokens = sequence.cached_tokens
 
-    def note_decode(self, sequence: Sequence) -> None:
+    def note_end(self, sequence: Sequence) -> None:
         """Fill in the stages after the first token."""
-        story, admitted_s, first_s = self.story, sequence.admitted_s, self.leg_first_s
-        assert admitted_s is not None and first_s is not None and story.last_token_s is not None
+        admitted_s, first_s = sequence.admitted_s, self.leg_first_s
+        if admitted_s is None:
+            raise InternalError(f"{self.request.id} ended without having been admitted")
         if self.legs > 1:
-            transfer_s = 0.0 if sequence.loaded_s is None else sequence.loaded_s - admitted_s
-            queue_s = admitted_s - self.placed_s
-            story.stages["transfer"] = transfer_s
-            story.stages["decode_queue"] = queue_s
-            story.stages["first_step"] = first_s - self.placed_s - transfer_s - queue_s
-        story.stages["decode"] = story.last_token_s - first_s
+            self.transfer_s = 0.0 if sequence.loaded_s is None else sequence.loaded_s - admitted_s
+            self.decode_queue_s = admitted_s - self.placed_s
+            self.first_step_s = first_s - self.placed_s - self.transfer_s - self.decode_queue_s
+        self.decode_s = self.last_token_s - first_s
+
+    def story(self, instances: Fleet[str]) -> Story:
+        """Return what the journal says of the request; ``instances`` are the names by number."""
+        stages = {
+            "queue": self.queue_s,
+            "prefill": self.prefill_s,
+            "transfer": self.transfer_s,
+            "decode_queue": self.decode_queue_s,
+            "first_step": self.first_step_s,
+            "decode": self.decode_s,
+        }
+        return Story(
+            self.arrival_s,
+            _reached(self.first_token_s),
+            _reached(self.last_token_s),
+            None if self.prefill_on < 0 else instances[self.prefill_on],
+            None if self.decode_on < 0 else instances[self.decode_on],
+            _reached(self.predicted_prefill_s),
+            _reached(self.observed_prefill_s),
+            self.cached_tokens,
+            self.kv_transfer_bytes,
+            self.replays,
+            {name: seconds for name, seconds in stages.items() if seconds == seconds},
+        )
 
     def ending(self, error: TidegateError | None, now: float) -> Ending:
-        """Return how the request ended."""
+        """Return how the request ended, for the journal."""
         request = self.request
         return Ending(
             request.id,
@@ -90,23 +150,6 @@ class Flight:
             tenant=request.tenant,
         )
 
-    def result(self, ending: Ending) -> SimResult:
-        """Return what a simulation reports of the request."""
-        story = self.story
-        return SimResult(
-            index=self.index,
-            arrival_s=story.arrival_s,
-            input_tokens=ending.prompt_tokens,
-            output_tokens=ending.output_tokens,
-            outcome=ending.outcome,
-            first_token_s=story.first_token_s,
-            last_token_s=story.last_token_s,
-            end_s=ending.end_s,
-            stages_s=story.stages,
-            prefill_on=story.prefill_on,
-            decode_on=story.decode_on,
-            preemptions=self.preemptions,
-            kv_transfer_bytes=story.kv_transfer_bytes,
-            slo=ending.slo,
-            attained=ending.attained(story),
-        )
+
+def _reached(at_s: float) -> float | None:
+    return at_s if at_s == at_s else None

@@ -1,4 +1,4 @@
-"""What a simulation answers: one result per request, and the run in numbers."""
+"""What a simulation answers."""
 
 from __future__ import annotations
 
@@ -6,52 +6,18 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tidegate.core.slo import Slo
+import numpy as np
 
-
-@dataclass(frozen=True, slots=True)
-class SimResult:
-    """One request. Times are seconds of virtual time; those that were not reached are None."""
-
-    index: int
-    arrival_s: float
-    input_tokens: int
-    output_tokens: int
-    outcome: str
-    first_token_s: float | None
-    last_token_s: float | None
-    end_s: float
-    stages_s: dict[str, float]
-    prefill_on: str | None
-    decode_on: str | None
-    preemptions: int
-    kv_transfer_bytes: int
-    slo: Slo
-    attained: bool
-
-    @property
-    def ok(self) -> bool:
-        return self.outcome == "ok"
-
-    @property
-    def ttft_s(self) -> float | None:
-        """Arrival to the first token."""
-        return None if self.first_token_s is None else self.first_token_s - self.arrival_s
-
-    @property
-    def tpot_s(self) -> float | None:
-        """Mean time per token after the first; None for fewer than two tokens."""
-        if self.first_token_s is None or self.last_token_s is None or self.output_tokens < 2:
-            return None
-        return (self.last_token_s - self.first_token_s) / (self.output_tokens - 1)
+from tidegate.measure.request_table import RequestTable
+from tidegate.measure.timeline import Timeline
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceUse:
-    """One instance over the run, with its labels at both ends.
+    """One instance over the run, with its labels at both ends; empty labels if it never came up.
 
     ``most_kv_blocks`` of ``kv_blocks`` were in use at once; ``steps`` are engine steps, however many of them
-    were jumped over at a time.
+    were jumped over at a time; it was up for ``up_s``.
     """
 
     id: str
@@ -60,32 +26,34 @@ class InstanceUse:
     steps: int
     kv_blocks: int
     most_kv_blocks: int
+    up_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class SimRun:
-    """A finished simulation; ``requests`` in order of arrival. ``events`` counts what the loop handled."""
+    """A finished simulation. ``instance_hours`` sums the time that instances were up until ``end_s``, when
+    the last request ended; ``migrations`` counts those that were carried through; ``events`` counts what the
+    loop handled. ``warnings`` say what made the run pointless in part."""
 
-    requests: Sequence[SimResult]
+    requests: RequestTable
     instances: Sequence[InstanceUse]
+    timeline: Timeline
     flips: int
+    migrations: int
+    preemptions: int
+    kv_transfer_bytes: int
+    instance_hours: float
     end_s: float
     events: int
+    warnings: Sequence[str]
 
     @property
     def outcomes(self) -> Counter[str]:
         """How many requests ended in each way."""
-        return Counter(result.outcome for result in self.requests)
+        counts = np.bincount(self.requests.outcome, minlength=len(self.requests.outcomes)).tolist()
+        return Counter({name: n for name, n in zip(self.requests.outcomes, counts, strict=True) if n})
 
     @property
     def attained(self) -> int:
         """How many requests were answered within their SLO."""
-        return sum(result.attained for result in self.requests)
-
-    @property
-    def preemptions(self) -> int:
-        return sum(result.preemptions for result in self.requests)
-
-    @property
-    def kv_transfer_bytes(self) -> int:
-        return sum(result.kv_transfer_bytes for result in self.requests)
+        return int(np.count_nonzero(self.requests.attained))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
+from tidegate.workloads.trace import TraceRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +17,8 @@ class SimSettings:
     ``front_s`` passes between the dispatch of a leg and its arrival in the engine's queue; ``deadline_s``
     bounds how long a request may be held; ``window_s`` is the tick where no pool control sets one.
     ``leap`` jumps over steps between two changes of a batch; without it every step is an event.
+
+    ``slo`` is that of requests without a class; the others have theirs in ``slo_classes``.
     """
 
     slo: Slo = field(default_factory=Slo)
@@ -22,7 +26,22 @@ class SimSettings:
     deadline_s: float = 600.0
     window_s: float = 1.0
     leap: bool = True
+    slo_classes: Mapping[str, Slo] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not (0 <= self.front_s < float("inf") and self.deadline_s > 0 and self.window_s > 0):
+        if not (
+            0 <= self.front_s < float("inf")
+            and 0 < self.deadline_s < float("inf")
+            and 0 < self.window_s < float("inf")
+        ):
             raise ConfigError("front-end time, deadline and window must be positive numbers of seconds")
+
+    def slo_of(self, record: TraceRecord, number: int) -> Slo:
+        """Return the targets of request ``number``'s class. Raises ConfigError for an unknown class."""
+        slo = self.slo_classes.get(record.slo_class)
+        if slo is None:
+            known = ", ".join(sorted(self.slo_classes)) or "none"
+            raise ConfigError(
+                f"request {number}: it names the SLO class {record.slo_class!r}; known classes: {known}"
+            )
+        return slo

@@ -1,0 +1,71 @@
+"""The cluster over time, in a bounded number of samples however long the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tidegate.ledger.snapshot import Column, Snapshot
+from tidegate.measure.timeline import FlipEvent, Timeline
+
+MOST_SAMPLES = 2000
+"""More than a plot has columns of pixels."""
+
+
+class Sampler:
+    """Takes a sample at every n-th tick. When full, every second sample goes and n doubles."""
+
+    def __init__(self, instances: Sequence[str]) -> None:
+        self.flips: list[FlipEvent] = []
+        self._instances = tuple(instances)
+        self._index = {name: i for i, name in enumerate(instances)}
+        self._every = 1
+        self._ticks = 0
+        self._sums: list[tuple[float, ...]] = []
+        self._roles: list[Column] = []
+
+    def tick(self, snapshot: Snapshot, held: int) -> None:
+        """Take note of the cluster, if it is time to."""
+        self._ticks += 1
+        if self._ticks % self._every:
+            return
+        self._roles.append(self._roles_of(snapshot))
+        self._sums.append(
+            (
+                snapshot.at_s,
+                float(snapshot.prefill_requests.sum()),
+                float(snapshot.prefill_queue_s.sum()),
+                float(snapshot.decode_requests.sum()),
+                float(snapshot.decode_tokens.sum() + snapshot.handoff_tokens.sum()),
+                float(snapshot.kv_capacity_tokens.sum()),
+                float(held),
+            )
+        )
+        if len(self._sums) > MOST_SAMPLES:
+            # Those that stay are the ticks that the doubled interval would have taken.
+            del self._sums[::2], self._roles[::2]
+            self._every *= 2
+
+    def timeline(self) -> Timeline:
+        """Return what was sampled."""
+        at_s, prefills, queue_s, decodes, kv, capacity, held = np.array(self._sums).reshape(-1, 7).T
+        return Timeline(
+            instances=self._instances,
+            at_s=at_s,
+            roles=np.array(self._roles).reshape(-1, len(self._instances)),
+            prefill_requests=prefills,
+            prefill_queue_s=queue_s,
+            decode_requests=decodes,
+            kv_tokens=kv,
+            kv_capacity_tokens=capacity,
+            held_requests=held,
+            flips=tuple(self.flips),
+        )
+
+    def _roles_of(self, snapshot: Snapshot) -> Column:
+        if snapshot.ids == self._instances:
+            return snapshot.role.copy()
+        roles = np.full(len(self._instances), np.nan)
+        roles[[self._index[name] for name in snapshot.ids]] = snapshot.role
+        return roles
