@@ -31,6 +31,7 @@ from tidegate.dataplane.sequence import (
     DECODING,
     ENDED,
     LOADING,
+    PAUSED,
     READY,
     WAITING,
     Pin,
@@ -144,9 +145,7 @@ class Batcher:
     def queue(self, sequence: Sequence, now: float) -> None:
         """Add a leg to the queue."""
         sequence.state, sequence.on = WAITING, self._index
-        if sequence.block_ids and self._prefix_cache:
-            ids, tokens = sequence.block_ids, sequence.hash_block_tokens
-            sequence.shared = Shared(ids, tokens, self.blocks.block_tokens)
+        self._know(sequence)
         self._stuck = False
         if sequence.source is not None:
             self._first.append(sequence)
@@ -162,13 +161,11 @@ class Batcher:
         """Take note that ``tokens`` tokens' KV is here."""
         self._loading -= 1
         self._stuck = False
-        sequence.state = READY
         sequence.source = None
         sequence.computed = tokens
         if sequence.shared is not None:
             self.blocks.cache.publish(sequence.shared, tokens)
-        self.running[sequence] = None
-        self._ready.append(sequence)
+        self._seat_ready(sequence)
 
     def ended(self) -> list[Sequence]:
         """Take the decodes that have their last token out of the batch; they still hold their blocks."""
@@ -212,8 +209,82 @@ class Batcher:
             self._loading -= 1
             self.blocks.release(self.blocks.for_tokens(sequence.source.tokens), sequence.shared)
             return
+        if state == PAUSED:
+            self.give_up(sequence)
+            return
         del self.running[sequence]
         self._take_out(sequence, state, in_step)
+
+    # migration
+
+    def decoding(self, request: int) -> Sequence | None:
+        """Return the decode of a request; None when it is not in the batch."""
+        return next((member for member in self.decode.members if member.request == request), None)
+
+    def seat(self) -> bool:
+        """Keep a place for a decode that is to come; False when all are taken."""
+        if len(self.running) + self._loading >= self._max_num_seqs:
+            return False
+        self._loading += 1
+        return True
+
+    def unseat(self, blocks: int) -> None:
+        """Give up such a place and the blocks reserved with it."""
+        self._loading -= 1
+        self._stuck = False
+        self.blocks.give_back(blocks)
+
+    def reserve(self, count: int) -> bool:
+        """Take blocks for a decode that is to come; False when there is no room."""
+        if not self.blocks.room_for(count, others=bool(self.running) or self._loading > 1):
+            return False
+        self.blocks.take(count)
+        return True
+
+    def pause(self, sequence: Sequence) -> None:
+        """Take a decode out of the batch, with its blocks and its place."""
+        self.decode.leave(sequence)
+        del self.running[sequence]
+        if sequence in self.newcomers:
+            self.newcomers.remove(sequence)
+        sequence.state = PAUSED
+        self._loading += 1
+
+    def resume(self, sequence: Sequence) -> None:
+        """Let a paused decode go on, as the youngest."""
+        self._loading -= 1
+        self._seat_ready(sequence)
+
+    def give_up(self, sequence: Sequence) -> None:
+        """Free what a paused decode held: it went elsewhere."""
+        self._loading -= 1
+        self._stuck = False
+        if sequence.shared is not None:
+            self.blocks.cache.publish(sequence.shared, sequence.computed)
+        self.blocks.release(self.blocks.for_tokens(sequence.computed), sequence.shared)
+        sequence.shared = None
+
+    def arrive(self, sequence: Sequence) -> None:
+        """Let a decode go on whose KV came with it into the blocks and the place kept for it."""
+        self._loading -= 1
+        sequence.on = self._index
+        self._know(sequence)
+        if sequence.shared is not None:
+            self.blocks.cache.publish(sequence.shared, sequence.computed)
+        self._seat_ready(sequence)
+
+    def _seat_ready(self, sequence: Sequence) -> None:
+        sequence.state = READY
+        self.running[sequence] = None
+        self._ready.append(sequence)
+
+    def _know(self, sequence: Sequence) -> None:
+        """Note which of the sequence's tokens can be found again."""
+        if sequence.block_ids and self._prefix_cache:
+            ids, tokens = sequence.block_ids, sequence.hash_block_tokens
+            sequence.shared = Shared(ids, tokens, self.blocks.block_tokens)
+
+    # blocks and admission
 
     def _take_out(self, sequence: Sequence, state: int, in_step: bool) -> None:
         """Free the blocks of a sequence that ran in ``state``, but keep what is whole findable."""
@@ -234,8 +305,6 @@ class Batcher:
         if sequence.shared is not None:
             self.blocks.cache.publish(sequence.shared, sequence.computed)
         self.blocks.release(held, sequence.shared)
-
-    # blocks and admission
 
     def _take_for(self, steps: int, after: int) -> None:
         """Take the blocks of the ``steps`` steps of the plan that follow its next ``after`` ones."""

@@ -8,18 +8,15 @@ from collections.abc import Sequence as Fleet
 from tidegate.core.errors import InternalError
 from tidegate.dataplane.events import Event, EventQueue, Kind
 from tidegate.dataplane.instance import Listener, SimInstance
-from tidegate.dataplane.links import Link
+from tidegate.dataplane.migration import Migrations
+from tidegate.dataplane.network import Network, Transfer
 from tidegate.dataplane.replica import Replica
 from tidegate.dataplane.sequence import ENDED, LOADING, NEW, Pin, Sequence
 from tidegate.policies.order import Fifo, Order
 
 
 class Cluster:
-    """Runs legs and moves KV.
-
-    An instance receives over a link of its own, of its profile's transfer cost, unless its replica names
-    one that it shares.
-    """
+    """Runs legs and moves KV. Every instance has a queue of ``order``, first come first served by default."""
 
     def __init__(
         self,
@@ -36,19 +33,11 @@ class Cluster:
             for index, replica in enumerate(replicas)
         ]
         self._events = events
-        self._links: list[Link] = []
-        self._link_of: list[int] = []
-        named: dict[str, int] = {}
-        for replica in replicas:
-            link = named.setdefault(replica.link or f"\0{replica.instance.id}", len(named))
-            if link == len(self._links):
-                self._links.append(Link(replica.profile.transfer))
-            self._link_of.append(link)
+        self._network = Network(replicas, events)
+        self._migrations = Migrations(self.instances, self._network, listener)
         self._lease_ends: list[tuple[float, int, Pin]] = []
         self._lease_event_s: float | None = None
         self._leases = 0
-        self._pulls: dict[int, tuple[Sequence, Pin, int]] = {}
-        self._pulled = 0
 
     def report(self, now: float) -> None:
         """Have the instances that leap tell of the steps that ended by ``now``."""
@@ -72,6 +61,8 @@ class Cluster:
             self._cancel_pull(sequence, now)
         elif sequence.source is not None:
             self.drop(sequence.source, now)
+        if sequence.moving:
+            self._migrations.forget(sequence, now)
         if sequence.state == NEW:
             sequence.state = ENDED
         elif sequence.state != ENDED:
@@ -82,46 +73,40 @@ class Cluster:
         now, kind, whose, version = event
         # The frequent ones first.
         if kind is Kind.STEP_END:
-            self.step_end(whose, version, now)
+            self._step_end(whose, version, now)
         elif kind is Kind.STEP_START:
-            self.instances[whose].start(now)
+            self._step_start(whose, now)
         elif kind is Kind.LINK:
-            self.leave_link(whose, version, now)
+            self._arrive(whose, version, now)
         elif kind is Kind.LINK_ENTRY:
-            self.enter_link(version, now)
+            self._network.enter(version, now)
         elif kind is Kind.LEASE:
             self.end_leases(now)
         else:
             raise InternalError(f"{kind!r} is not an event of the data plane")
 
     def pull(self, sequence: Sequence, to: int, now: float) -> int:
-        """Bring the KV behind the sequence's source to instance ``to``; return how many bytes that are."""
-        pin = sequence.source
+        """Bring the KV behind the sequence's source to instance ``to``; return how many bytes that are.
+
+        What the prefix cache there has stays where it is.
+        """
+        pin, shared = sequence.source, sequence.shared
         assert pin is not None
-        self._pulled += 1
-        self._pulls[self._pulled] = (sequence, pin, to)
-        entry_s = now + self._links[self._link_of[to]].latency_s
-        self._events.push(entry_s, Kind.LINK_ENTRY, sequence.request, self._pulled)
-        return self._bytes_to_pull(sequence, pin)
+        cached = 0 if shared is None else len(shared.held) * shared.unit_tokens
+        n_bytes = (pin.tokens - cached) * self.instances[pin.on].replica.instance.kv_bytes_per_token
+        self._network.begin(Transfer(sequence, pin.on, to, n_bytes, pin), now)
+        return n_bytes
 
-    def enter_link(self, number: int, now: float) -> None:
-        """Have a pull take its share of the bandwidth, unless it was called off."""
-        if number not in self._pulls:
-            return
-        sequence, pin, to = self._pulls[number]
-        self._links[self._link_of[to]].enter(number, self._bytes_to_pull(sequence, pin), now)
-        self._announce(self._link_of[to])
+    def begin_migration(self, request: int, src: int, dst: int, now: float) -> bool:
+        """Start to move a request's running decode, in stages; False when it cannot be moved.
 
-    def leave_link(self, link: int, version: int, now: float) -> None:
-        """Finish a pull: its source's blocks are free, and its leg may run."""
-        if version != self._links[link].version:
-            return
-        number = self._links[link].leave(now)
-        self._announce(link)
-        sequence, pin, to = self._pulls.pop(number)
-        sequence.loaded_s = now
-        self.instances[pin.on].unpin(pin, now)
-        self.instances[to].loaded(sequence, pin.tokens, now)
+        See ``tidegate.dataplane.migration``. ``Listener.migrated`` tells how it went.
+        """
+        return self._migrations.begin(request, src, dst, now)
+
+    def cancel_migration(self, request: int, now: float) -> None:
+        """End a request's migration before its commit, if one is under way; the decode stays."""
+        self._migrations.cancel(request, now)
 
     def begin_lease(self, pin: Pin, now: float) -> None:
         """Keep KV for a decode, for as long as its instance's lease lasts."""
@@ -144,34 +129,49 @@ class Cluster:
             pin.gone = True
             self.instances[pin.on].unpin(pin, now)
 
-    def step_end(self, index: int, version: int, now: float) -> None:
+    def _step_end(self, index: int, version: int, now: float) -> None:
         """Finish an instance's stretch, unless it was cut short since."""
         instance = self.instances[index]
         if version == instance.version:
             instance.end(now)
+            if instance.left:
+                self._attend(instance, now)
+
+    def _step_start(self, index: int, now: float) -> None:
+        instance = self.instances[index]
+        instance.start(now)
+        if instance.left:
+            self._attend(instance, now)
+
+    def _attend(self, instance: SimInstance, now: float) -> None:
+        left, instance.left = instance.left, []
+        for sequence in left:
+            self._migrations.left(sequence, now)
+
+    def _arrive(self, link: int, version: int, now: float) -> None:
+        """Finish a transfer: a migration's stage, or a pull, whose pin is free then and whose leg may run."""
+        transfer = self._network.leave(link, version, now)
+        if transfer is None:
+            return
+        sequence, pin = transfer.sequence, transfer.pin
+        if pin is None:
+            self._migrations.arrived(transfer, now)
+            source = self.instances[transfer.src]
+            if source.left:
+                self._attend(source, now)
+            return
+        sequence.loaded_s = now
+        self.instances[pin.on].unpin(pin, now)
+        self.instances[transfer.dst].loaded(sequence, pin.tokens, now)
 
     def _cancel_pull(self, sequence: Sequence, now: float) -> None:
-        number = next(number for number, pull in self._pulls.items() if pull[0] is sequence)
-        _, pin, to = self._pulls.pop(number)
-        link = self._link_of[to]
-        self._links[link].cancel(number, now)
-        self._announce(link)
-        pin.gone = True
-        self.instances[pin.on].unpin(pin, now)
+        transfer = self._network.pull_of(sequence)
+        assert transfer.pin is not None
+        self._network.cancel(transfer, now)
+        transfer.pin.gone = True
+        self.instances[transfer.src].unpin(transfer.pin, now)
 
     def _announce_lease(self) -> None:
         if self._lease_ends:
             self._lease_event_s = self._lease_ends[0][0]
             self._events.push(self._lease_event_s, Kind.LEASE, 0)
-
-    def _announce(self, link: int) -> None:
-        at_s = self._links[link].next_end_s()
-        self._links[link].version += 1
-        if at_s is not None:
-            self._events.push(at_s, Kind.LINK, link, self._links[link].version)
-
-    def _bytes_to_pull(self, sequence: Sequence, pin: Pin) -> int:
-        """Return the bytes behind a pin that the cache at the other end lacks."""
-        shared = sequence.shared
-        cached = 0 if shared is None else len(shared.held) * shared.unit_tokens
-        return (pin.tokens - cached) * self.instances[pin.on].replica.instance.kv_bytes_per_token

@@ -9,7 +9,7 @@ from tidegate.dataplane.batcher import Batcher
 from tidegate.dataplane.events import EventQueue, Kind
 from tidegate.dataplane.pricing import StepPrices
 from tidegate.dataplane.replica import Replica
-from tidegate.dataplane.sequence import CHUNKING, DECODING, READY, Pin, Sequence
+from tidegate.dataplane.sequence import CHUNKING, DECODING, PAUSED, READY, Pin, Sequence
 from tidegate.dataplane.stretch import Stretch
 from tidegate.policies.order import WaitingQueue
 
@@ -40,13 +40,30 @@ class Listener(Protocol):
         """The sequence was admitted and its KV is to be brought here."""
         ...
 
+    def paused(self, sequence: Sequence, now: float) -> None:
+        """The decode is out of its batch for the last stage of a migration; ``token`` tells of its return."""
+        ...
+
+    def migrated(
+        self, sequence: Sequence, src: int, dst: int, moved_bytes: int, committed: bool, now: float
+    ) -> None:
+        """A migration is over: the decode goes on at ``dst`` if ``committed``, else stays as it is.
+
+        One that its sequence's preemption or end cut short is told of after that.
+        """
+        ...
+
     def ended(self, sequence: Sequence, pin: Pin | None, now: float) -> None:
         """The leg has its last token."""
         ...
 
 
 class SimInstance:
-    """Runs a ``Batcher``'s plans: one event per step, or per stretch of steps with ``leap``."""
+    """Runs a ``Batcher``'s plans: one event per step, or per stretch of steps with ``leap``.
+
+    ``left`` are the sequences that a migration copies and that went out of the batch, until somebody attends
+    to them.
+    """
 
     def __init__(
         self,
@@ -71,6 +88,8 @@ class SimInstance:
         self._busy = False
         self._reported = 0
         self._starting = False
+        self._leaving: list[Sequence] = []
+        self.left: list[Sequence] = []
 
     # what reaches the instance
 
@@ -86,14 +105,14 @@ class SimInstance:
 
     def unpin(self, pin: Pin, now: float) -> None:
         """Free the blocks of a pin."""
-        self._settle(now)
+        self.settle(now)
         self.batcher.unpin(pin)
         self._changed(now)
 
     def abort(self, sequence: Sequence, now: float) -> None:
         """Take out a sequence, with its tokens reported; the step that runs still takes its time."""
         if sequence.state == DECODING or sequence.state == CHUNKING:
-            self._settle(now)
+            self.settle(now)
         self.batcher.discard(sequence, in_step=self._busy)
         self._changed(now)
 
@@ -101,6 +120,51 @@ class SimInstance:
         """Tell the listener of all steps that ended by ``now``."""
         if self._busy:
             self._report_until(self._stretch.done_by(now))
+
+    # migration
+
+    def seat(self, now: float) -> bool:
+        """Keep a place for a decode that is to come; False when all are taken."""
+        self.settle(now)
+        return self.batcher.seat()
+
+    def reserve(self, count: int, now: float) -> bool:
+        """Take blocks for a decode that is to come; False when there is no room."""
+        self.settle(now)
+        return self.batcher.reserve(count)
+
+    def unseat(self, blocks: int, now: float) -> None:
+        """Give up such a place and its blocks."""
+        self.settle(now)
+        self.batcher.unseat(blocks)
+        self._changed(now)
+
+    def pause(self, sequence: Sequence, now: float) -> None:
+        """Take a decode out of the batch once the step that runs is over."""
+        self._leaving.append(sequence)
+        if self._busy:
+            self._changed(now)
+        else:
+            self._let_leave(now)
+
+    def stay(self, sequence: Sequence, now: float) -> None:
+        """Let a decode that is paused, or was about to be, go on here."""
+        if sequence.state == PAUSED:
+            self.batcher.resume(sequence)
+            self._changed(now)
+        elif sequence in self._leaving:
+            self._leaving.remove(sequence)
+
+    def give_up(self, sequence: Sequence, now: float) -> None:
+        """Free what a paused decode held: it went elsewhere."""
+        self.settle(now)
+        self.batcher.give_up(sequence)
+        self._changed(now)
+
+    def arrive(self, sequence: Sequence, now: float) -> None:
+        """Let a decode go on that came from elsewhere."""
+        self.batcher.arrive(sequence)
+        self._changed(now)
 
     # steps
 
@@ -111,6 +175,8 @@ class SimInstance:
         batcher.plan(now)
         for sequence in batcher.preempted:
             self._listener.preempted(sequence)
+            if sequence.moving:
+                self.left.append(sequence)
         for sequence in batcher.pulls:
             self._listener.pull(sequence, self.index, now)
         if not batcher.chunks and not batcher.decode.members:
@@ -142,13 +208,25 @@ class SimInstance:
                 self._end_leg(sequence, now)
             else:
                 self.batcher.join(sequence)
+        if self._leaving:
+            self._let_leave(now)
         if self._events.none_at(now):
             self.start(now)  # its event would be the next one
         else:
             self._events.push(now, Kind.STEP_START, self.index)
 
     def _end_leg(self, sequence: Sequence, now: float) -> None:
+        if sequence.moving:
+            self.left.append(sequence)
         self._listener.ended(sequence, self.batcher.release(sequence, pin=sequence.hand_over), now)
+
+    def _let_leave(self, now: float) -> None:
+        leaving, self._leaving = self._leaving, []
+        for sequence in leaving:
+            if sequence.moving and sequence.state == DECODING:
+                self.batcher.pause(sequence)
+                self._listener.paused(sequence, now)
+                self.left.append(sequence)
 
     def _report_until(self, done: int) -> None:
         """Report what was not yet, the first tokens of newcomers apart."""
@@ -165,7 +243,7 @@ class SimInstance:
             self._reported = done
         self.report_due_s = stretch.end_s(done + 1)
 
-    def _settle(self, now: float) -> None:
+    def settle(self, now: float) -> None:
         """Book the steps that are over, so that what remains of the stretch is the step that runs."""
         stretch = self._stretch
         if not self._busy or stretch.steps == 1:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from tidegate.core.errors import ConfigError
 from tidegate.core.instance import Instance
+from tidegate.costs.forms import TransferCost
 from tidegate.costs.library import PackagedProfile
 from tidegate.costs.profile import Profile
 
@@ -45,7 +46,8 @@ class Replica:
     """An instance, what its steps cost, and how it batches.
 
     KV comes to it over ``link``, shared with all that name the same; an empty name is a link of its own.
-    ``node`` names the machine that it is in.
+    ``node`` names the machine that it is in; what comes from another node costs ``inter_node`` instead of the
+    profile's transfer, on a port of its own. None: all comes alike.
     """
 
     instance: Instance
@@ -53,6 +55,7 @@ class Replica:
     engine: EngineSettings = field(default_factory=EngineSettings)
     link: str = ""
     node: str = ""
+    inter_node: TransferCost | None = None
 
     def __post_init__(self) -> None:
         held, context = self.instance.kv_capacity_tokens, self.instance.max_model_len
@@ -91,6 +94,7 @@ def replicas_of(
             packaged.profile,
             engine or EngineSettings(),
             node=f"n{index // instances_per_node}",
+            inter_node=packaged.inter_node,
         )
         for index in range(count)
     ]
