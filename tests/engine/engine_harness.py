@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tidegate.engines.embedded.engine import Engine, EngineConfig
-from tidegate.engines.embedded.types import GenerateRequest, KvSource, Output, SamplingParams
+from tidegate.engines.serving.types import GenerateRequest, KvSource, Output, SamplingParams
 
 
 class HandClock:

@@ -13,7 +13,7 @@ from tidegate.core.errors import ConfigError
 from tidegate.engines.embedded.attention import paged_attention
 from tidegate.engines.embedded.instance import weights_id
 from tidegate.engines.embedded.sampling import Draw, sample
-from tidegate.engines.embedded.types import SamplingParams
+from tidegate.engines.serving.types import SamplingParams
 
 
 def test_an_attention_that_asks_for_more_is_refused_not_ignored() -> None:

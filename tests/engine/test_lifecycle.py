@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tidegate.core.errors import BadRequest, ConfigError, NoInstance, PromptTooLong
 from tidegate.engines.embedded.engine import Engine, EngineConfig
-from tidegate.engines.embedded.types import Output, SamplingParams
+from tidegate.engines.serving.types import Output, SamplingParams
 
 
 @pytest.fixture(scope="module")

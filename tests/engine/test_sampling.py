@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidegate.engines.embedded.sampling import Draw, sample, uniform
-from tidegate.engines.embedded.types import SamplingParams
+from tidegate.engines.serving.types import SamplingParams
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.0, -1.0])
 

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tidegate.core.errors import ConfigError
 from tidegate.engines.embedded import engine as core
-from tidegate.engines.embedded.assembling import TextAssembler
 from tidegate.engines.embedded.detokenize import Detokenizer, load_tokenizer
+from tidegate.engines.serving.assembling import TextAssembler
 
 
 @pytest.fixture(scope="module")

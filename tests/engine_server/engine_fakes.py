@@ -16,13 +16,13 @@ import aiohttp
 import orjson
 
 from tidegate.core.errors import BadRequest
-from tidegate.engines.embedded.delivery import OutputRouter
-from tidegate.engines.embedded.generation import Parts
-from tidegate.engines.embedded.metrics import ServerMetrics
-from tidegate.engines.embedded.secret import LaunchSecret
-from tidegate.engines.embedded.served import ServingFacts
-from tidegate.engines.embedded.server import EngineServer
-from tidegate.engines.embedded.types import (
+from tidegate.engines.serving.delivery import OutputRouter
+from tidegate.engines.serving.generation import Parts
+from tidegate.engines.serving.metrics import ServerMetrics
+from tidegate.engines.serving.secret import LaunchSecret
+from tidegate.engines.serving.served import ServingFacts
+from tidegate.engines.serving.server import EngineServer
+from tidegate.engines.serving.types import (
     EngineStats,
     GenerateRequest,
     KvSource,

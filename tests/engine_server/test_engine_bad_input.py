@@ -106,7 +106,7 @@ async def test_bodies_that_are_not_objects() -> None:
 
 
 async def test_bodies_above_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tidegate.engines.embedded.server.MOST_BODY_BYTES", 1000)
+    monkeypatch.setattr("tidegate.engines.serving.server.MOST_BODY_BYTES", 1000)
     async with Served() as served:
         status, answer = await served.post("/v1/completions", b"x" * 2000)
         assert (status, answer["error"]["code"]) == (413, "body_too_large")

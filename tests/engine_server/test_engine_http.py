@@ -267,7 +267,7 @@ async def test_clients_that_leave_cost_no_log_lines(served: Served, caplog: pyte
 
 
 async def test_a_client_that_never_reads_is_cut_off(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tidegate.engines.embedded.delivery.MOST_UNREAD_BYTES", -1)
+    monkeypatch.setattr("tidegate.engines.serving.delivery.MOST_UNREAD_BYTES", -1)
     ask = {"prompt": "abc", "max_tokens": 9, "stream": True}
     served.engine.hold_after = 3
     with pytest.raises(Exception, match=r"(?i)connection|payload|disconnected"):

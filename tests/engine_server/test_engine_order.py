@@ -13,14 +13,14 @@ from engine_fakes import FACTS, until
 
 from tidegate.engines.dialect import DialectEngine
 from tidegate.engines.embedded.codec import TokenizerCodec
-from tidegate.engines.embedded.delivery import OutputRouter
 from tidegate.engines.embedded.engine import Engine, EngineConfig
-from tidegate.engines.embedded.generation import Parts
-from tidegate.engines.embedded.metrics import ServerMetrics
-from tidegate.engines.embedded.secret import LaunchSecret
-from tidegate.engines.embedded.server import EngineServer
 from tidegate.engines.embedded.tiny_model import make_tiny_model
 from tidegate.engines.seam import Leg, Tokens
+from tidegate.engines.serving.delivery import OutputRouter
+from tidegate.engines.serving.generation import Parts
+from tidegate.engines.serving.metrics import ServerMetrics
+from tidegate.engines.serving.secret import LaunchSecret
+from tidegate.engines.serving.server import EngineServer
 from tidegate.policies.order import Ticket
 
 HOPELESS = Ticket(arrival_s=-1.0, deadline_s=-0.5, work_s=0.3)

@@ -20,9 +20,10 @@ from engine_fakes import wait_until
 from engine_processes import EXIT_S, Client, EngineProcess, completion, said, swapped
 
 from tidegate.core.errors import ConfigError
-from tidegate.engines.embedded.__main__ import _announce, _check_length
+from tidegate.engines.embedded.__main__ import _check_length
 from tidegate.engines.embedded.options import parse_options
 from tidegate.engines.embedded.tiny_model import make_tiny_model
+from tidegate.engines.serving.process import announce
 
 PIN = {"do_remote_decode": True}
 
@@ -271,9 +272,9 @@ def test_a_wrong_setup_ends_at_once_with_status_2(model: Path, flags: list[str],
     assert "Traceback" not in done.stderr
 
 
-def test_the_ready_line_can_go_to_a_descriptor(model: Path) -> None:
+def test_the_ready_line_can_go_to_a_descriptor() -> None:
     read_end, write_end = os.pipe()
-    _announce(parse_options(["--model", str(model), "--ready-fd", str(write_end)]), {"event": "ready"})
+    announce({"event": "ready"}, write_end)
     with os.fdopen(read_end, "rb") as pipe:
         assert pipe.read() == b'{"event":"ready"}\n'
 
@@ -281,7 +282,7 @@ def test_the_ready_line_can_go_to_a_descriptor(model: Path) -> None:
 def test_a_dead_compute_thread_ends_the_process() -> None:
     script = (
         "import threading\n"
-        "from tidegate.engines.embedded.lifetime import exit_when_a_thread_dies\n"
+        "from tidegate.engines.serving.lifetime import exit_when_a_thread_dies\n"
         "exit_when_a_thread_dies('compute')\n"
         "for name in ('other', 'compute'):\n"
         "    threading.Thread(target=lambda: 1 / 0, name=name).start()\n"

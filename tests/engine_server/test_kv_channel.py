@@ -17,9 +17,9 @@ import pytest
 from engine_fakes import MemoryStore, Pins, PullResult, source_for, wait_until
 
 from tidegate.core.errors import ConfigError
-from tidegate.engines.embedded.secret import LaunchSecret
 from tidegate.engines.embedded.transfer import KvExporter, PeerPuller, PullOptions, TransferLimits
 from tidegate.engines.embedded.transfer_link import PeerLink
+from tidegate.engines.serving.secret import LaunchSecret
 
 SECRET = LaunchSecret("launch-secret")
 SHORT = TransferLimits(connect_s=0.5, read_s=0.3, pull_s=0.8, idle_s=30.0)
@@ -282,7 +282,7 @@ def test_a_peer_killed_in_mid_pull_is_an_error(tmp_path: Path) -> None:
             """
             import sys, threading
             from engine_fakes import MemoryStore, Pins
-            from tidegate.engines.embedded.secret import LaunchSecret
+            from tidegate.engines.serving.secret import LaunchSecret
             from tidegate.engines.embedded.transfer import KvExporter
             store, pins = MemoryStore(shared=False).fill(1), Pins()
             pins.pin("r1", (0, 1), 32)

@@ -10,7 +10,6 @@ import asyncio
 import gc
 import logging
 import os
-import signal
 import socket
 import sys
 import time
@@ -18,9 +17,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tidegate.core.errors import ConfigError, SetupError
-from tidegate.engines.embedded.lifetime import exit_when_a_thread_dies, exit_with_parent
 from tidegate.engines.embedded.options import Options, check_setup, parse_options
-from tidegate.engines.embedded.secret import LaunchSecret
+from tidegate.engines.serving.lifetime import exit_when_a_thread_dies, exit_with_parent
+from tidegate.engines.serving.process import announce, bind, log_to_stderr, stop_signal
+from tidegate.engines.serving.secret import LaunchSecret
 
 if TYPE_CHECKING:
     from tidegate.engines.embedded.engine import Engine
@@ -35,17 +35,13 @@ SWITCH_INTERVAL_S = 0.001
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one instance; return the exit status: 0 after SIGTERM, 2 for a wrong setup."""
     options = parse_options(argv)
-    logging.basicConfig(
-        level=options.log_level.upper(),
-        stream=sys.stderr,
-        format=f"%(asctime)s %(levelname)s {options.engine_id} %(message)s",
-    )
+    log_to_stderr(options.log_level, options.engine_id)
     if options.exit_with_parent:
         exit_with_parent()
     try:
         secret = LaunchSecret.from_environment(os.environ, options.secret_file)
         check_setup(options, secret)
-        listener = _bind(options)
+        listener = bind(options.host, options.port)
         engine, samples = _load(options)
         return _serve(options, engine, samples, secret, listener)
     except SetupError as error:
@@ -53,19 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-
-
-def _bind(options: Options) -> socket.socket:
-    """Take the port without listening: connections are refused until the model is loaded."""
-    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((options.host, options.port))
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"cannot bind {options.host}:{options.port}: {error.strerror}") from None
-    return listener
 
 
 def _load(options: Options) -> tuple[Engine, list[dict[str, Any]]]:
@@ -141,9 +124,9 @@ def _serve(
 
     async def run() -> None:
         instance = Instance(options, engine, samples, secret)
-        stop = _stop_signal()
+        stop = stop_signal()
         await instance.start(listener)
-        _announce(options, instance.announcement(listener))
+        announce(instance.announcement(listener), options.ready_fd)
         await stop
         log.info("stopping")
         await instance.stop(GRACE_S)
@@ -151,33 +134,6 @@ def _serve(
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run())
     return 0
-
-
-def _stop_signal() -> asyncio.Future[None]:
-    """Return a future that the first SIGTERM or SIGINT resolves; the second one ends the process."""
-    loop = asyncio.get_running_loop()
-    stop: asyncio.Future[None] = loop.create_future()
-
-    def on_signal() -> None:
-        if stop.done():
-            os._exit(1)
-        stop.set_result(None)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
-    return stop
-
-
-def _announce(options: Options, announcement: dict[str, Any]) -> None:
-    import orjson
-
-    line = orjson.dumps(announcement) + b"\n"
-    if options.ready_fd is None:
-        sys.stdout.buffer.write(line)
-        sys.stdout.buffer.flush()
-        return
-    with os.fdopen(options.ready_fd, "wb") as target:
-        target.write(line)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tidegate.core.errors import ConfigError
-from tidegate.engines.embedded.assembling import ByteDecoder, TextAssembler, TextDecoder
+from tidegate.engines.serving.assembling import ByteDecoder, TextAssembler, TextDecoder
 
 _CONTEXT_TOKENS = 6
 """Tokens of the prompt that a window decoder reads, so that leading-space rules see what came before."""

@@ -28,7 +28,7 @@ from tidegate.engines.embedded.runner import Batch, ModelRunner
 from tidegate.engines.embedded.sampling import sample
 from tidegate.engines.embedded.scheduler import Counters, Scheduler
 from tidegate.engines.embedded.sequence import Sequence
-from tidegate.engines.embedded.types import (
+from tidegate.engines.serving.types import (
     EngineStats,
     GenerateRequest,
     KvPuller,

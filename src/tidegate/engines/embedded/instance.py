@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from tidegate.engines.embedded.codec import TokenizerCodec
-from tidegate.engines.embedded.delivery import OutputRouter
 from tidegate.engines.embedded.engine import Engine
-from tidegate.engines.embedded.generation import Parts
-from tidegate.engines.embedded.metrics import ServerMetrics
 from tidegate.engines.embedded.options import Options
-from tidegate.engines.embedded.secret import LaunchSecret
-from tidegate.engines.embedded.served import ServingFacts
-from tidegate.engines.embedded.server import EngineServer
 from tidegate.engines.embedded.transfer import KvExporter, PeerPuller, PullOptions
+from tidegate.engines.serving.delivery import OutputRouter
+from tidegate.engines.serving.generation import Parts
+from tidegate.engines.serving.metrics import ServerMetrics
+from tidegate.engines.serving.secret import LaunchSecret
+from tidegate.engines.serving.served import ServingFacts
+from tidegate.engines.serving.server import EngineServer
 
 _PIECE_BYTES = 64 << 10
 _PIECES = 1024

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tidegate.core.errors import ConfigError
-from tidegate.engines.embedded.secret import LaunchSecret, is_loopback
+from tidegate.engines.serving.secret import LaunchSecret, is_loopback
 from tidegate.policies.order import ORDERS
 
 API_KEY_ENV = "TIDEGATE_ENGINE_API_KEY"

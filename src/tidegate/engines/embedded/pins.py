@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 from tidegate.core.clock import Clock
-from tidegate.engines.embedded.types import PinnedKv
+from tidegate.engines.serving.types import PinnedKv
 
 
 class Pins:

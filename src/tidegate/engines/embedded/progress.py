@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from tidegate.engines.embedded.assembling import say_token
 from tidegate.engines.embedded.detokenize import Detokenizer
 from tidegate.engines.embedded.sampling import Choice, Draw
 from tidegate.engines.embedded.sequence import Sequence
-from tidegate.engines.embedded.types import Output, RequestTimes, TokenLogprob
+from tidegate.engines.serving.assembling import say_token
+from tidegate.engines.serving.types import Output, RequestTimes, TokenLogprob
 
 
 def draw_for(sequence: Sequence, eos_ids: frozenset[int]) -> Draw:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from tidegate.engines.embedded.types import SamplingParams
+from tidegate.engines.serving.types import SamplingParams
 
 
 class Draw(NamedTuple):

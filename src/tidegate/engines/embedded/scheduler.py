@@ -19,7 +19,7 @@ from tidegate.engines.embedded.blocks import BlockPool, extend_keys
 from tidegate.engines.embedded.pins import Pins
 from tidegate.engines.embedded.runner import Batch, Chunk
 from tidegate.engines.embedded.sequence import Sequence
-from tidegate.engines.embedded.types import KvPuller, KvSource, PinnedKv
+from tidegate.engines.serving.types import KvPuller, KvSource, PinnedKv
 from tidegate.policies.order import Order, Ticket, WaitingQueue
 
 log = logging.getLogger(__name__)

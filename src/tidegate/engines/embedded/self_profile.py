@@ -10,7 +10,7 @@ from typing import Any
 
 from tidegate.core.errors import SetupError
 from tidegate.engines.embedded.engine import Engine
-from tidegate.engines.embedded.types import GenerateRequest, SamplingParams
+from tidegate.engines.serving.types import GenerateRequest, SamplingParams
 
 _NEW_TOKENS = (16, 64, 256, 1024, 128, 512, 2048)
 _CACHED = ((64, 512), (256, 512), (64, 2048))

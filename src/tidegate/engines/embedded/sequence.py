@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from tidegate.engines.embedded.assembling import TextAssembler
 from tidegate.engines.embedded.blocks import root_key
-from tidegate.engines.embedded.types import GenerateRequest
+from tidegate.engines.serving.assembling import TextAssembler
+from tidegate.engines.serving.types import GenerateRequest
 
 
 class Sequence:

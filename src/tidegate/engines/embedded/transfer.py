@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from tidegate.engines.embedded.transfer_export import KvExporter
 from tidegate.engines.embedded.transfer_link import Address, PeerLink, PullOptions, PullRefused
 from tidegate.engines.embedded.transfer_wire import TransferFailed, TransferLimits, TransferTimedOut
-from tidegate.engines.embedded.types import KvSource, KvStore
+from tidegate.engines.embedded.types import KvStore
+from tidegate.engines.serving.types import KvSource
 
 __all__ = ["KvExporter", "PeerPuller", "PullOptions", "TransferFailed", "TransferLimits"]
 

@@ -16,7 +16,6 @@ import threading
 from typing import Any
 
 from tidegate.core.errors import ConfigError
-from tidegate.engines.embedded.secret import LaunchSecret, is_loopback
 from tidegate.engines.embedded.transfer_shm import describe_store
 from tidegate.engines.embedded.transfer_wire import (
     STREAM_CHUNK_BYTES,
@@ -26,6 +25,7 @@ from tidegate.engines.embedded.transfer_wire import (
     greet_puller,
 )
 from tidegate.engines.embedded.types import KvStore, PinBook
+from tidegate.engines.serving.secret import LaunchSecret, is_loopback
 
 log = logging.getLogger(__name__)
 

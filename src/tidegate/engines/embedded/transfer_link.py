@@ -6,7 +6,6 @@ import contextlib
 import socket
 from dataclasses import dataclass, field
 
-from tidegate.engines.embedded.secret import LaunchSecret, is_loopback
 from tidegate.engines.embedded.transfer_shm import MappedStore, map_store
 from tidegate.engines.embedded.transfer_wire import (
     STREAM_CHUNK_BYTES,
@@ -16,7 +15,9 @@ from tidegate.engines.embedded.transfer_wire import (
     Wire,
     greet_exporter,
 )
-from tidegate.engines.embedded.types import KvSource, KvStore
+from tidegate.engines.embedded.types import KvStore
+from tidegate.engines.serving.secret import LaunchSecret, is_loopback
+from tidegate.engines.serving.types import KvSource
 
 Address = tuple[str, int]
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import orjson
 
-from tidegate.engines.embedded.secret import LaunchSecret
+from tidegate.engines.serving.secret import LaunchSecret
 
 VERSION = 1
 HANDSHAKE_FRAME_BYTES = 4096

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from aiohttp import HttpVersion11, web
 
 from tidegate.core.errors import Forbidden, NoInstance, PromptTooLong
-from tidegate.engines.embedded.answers import Answer
-from tidegate.engines.embedded.delivery import OutputRouter, StreamedAnswer, WholeAnswer
-from tidegate.engines.embedded.metrics import RequestMeter, ServerMetrics
-from tidegate.engines.embedded.requests import (
+from tidegate.engines.serving.answers import Answer
+from tidegate.engines.serving.delivery import OutputRouter, StreamedAnswer, WholeAnswer
+from tidegate.engines.serving.metrics import RequestMeter, ServerMetrics
+from tidegate.engines.serving.requests import (
     Call,
     build_call,
     check_model,
@@ -23,9 +23,9 @@ from tidegate.engines.embedded.requests import (
     prompt_override,
     refuse_unsupported,
 )
-from tidegate.engines.embedded.secret import SECRET_HEADER, LaunchSecret
-from tidegate.engines.embedded.served import PromptCodec, ServedEngine, ServingFacts
-from tidegate.engines.embedded.types import KvPuller, KvSource
+from tidegate.engines.serving.secret import SECRET_HEADER, LaunchSecret
+from tidegate.engines.serving.served import PromptCodec, ServedEngine, ServingFacts
+from tidegate.engines.serving.types import KvPuller, KvSource
 from tidegate.protocol.bodies import ChatBody, CompletionBody, parse_body
 from tidegate.protocol.http_front import JSON, read_object
 

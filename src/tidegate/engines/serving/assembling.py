@@ -11,7 +11,7 @@ import codecs
 from collections.abc import Sequence
 from typing import Protocol
 
-from tidegate.engines.embedded.types import GenerateRequest, Output
+from tidegate.engines.serving.types import GenerateRequest, Output
 
 
 class TextDecoder(Protocol):

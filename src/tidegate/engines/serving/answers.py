@@ -8,9 +8,9 @@ from typing import Any
 
 import orjson
 
-from tidegate.engines.embedded.requests import Call
-from tidegate.engines.embedded.served import ServingFacts
-from tidegate.engines.embedded.types import Output, PinnedKv, RequestTimes, TokenLogprob
+from tidegate.engines.serving.requests import Call
+from tidegate.engines.serving.served import ServingFacts
+from tidegate.engines.serving.types import Output, PinnedKv, RequestTimes, TokenLogprob
 from tidegate.protocol.sse import event
 
 Json = dict[str, Any]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from aiohttp import web
 from pydantic import BaseModel, Field, StrictStr
 
-from tidegate.engines.embedded.generation import Generation, Parts
+from tidegate.engines.serving.generation import Generation, Parts
 from tidegate.protocol.bodies import parse_body
 from tidegate.protocol.http_front import json_answer, read_object
 

@@ -9,8 +9,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from tidegate.engines.embedded.served import ServingFacts
-from tidegate.engines.embedded.types import EngineStats, Output, RequestTimes
+from tidegate.engines.serving.served import ServingFacts
+from tidegate.engines.serving.types import EngineStats, Output, RequestTimes
 
 _LABELS = ("engine", "model_name")
 # vLLM's buckets, with finer ones below its first where a small model needs them.
@@ -66,6 +66,11 @@ class ServerMetrics:
         self.decode.observe(times.decode_s)
         if times.kv_loaded_tokens:
             self.kv_load.observe(times.kv_load_s)
+
+    def add_gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """Show what ``value`` returns at a scrape."""
+        gauge = Gauge(name, text, _LABELS, registry=self._registry)
+        gauge.labels(*self._labels).set_function(value)
 
     def exposition(self) -> bytes:
         """Return the Prometheus text."""

@@ -12,9 +12,9 @@ from typing import Any
 import orjson
 
 from tidegate.core.errors import InternalError
-from tidegate.engines.embedded.answers import Answer, Collected
-from tidegate.engines.embedded.metrics import RequestMeter
-from tidegate.engines.embedded.types import Output
+from tidegate.engines.serving.answers import Answer, Collected
+from tidegate.engines.serving.metrics import RequestMeter
+from tidegate.engines.serving.types import Output
 from tidegate.protocol.errors import error_object
 from tidegate.protocol.sse import DONE, event
 
@@ -38,18 +38,10 @@ class OutputRouter:
     def sink(self, outputs: list[Output]) -> None:
         """The engine's OutputSink; called on the compute thread."""
         with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits any more
-            self._loop.call_soon_threadsafe(self._deliver, outputs)
+            self._loop.call_soon_threadsafe(self.deliver, outputs)
 
-    @contextlib.contextmanager
-    def receiving(self, request_id: str, receiver: Receiver) -> Iterator[None]:
-        """Deliver the request's outputs to ``receiver`` inside the block; later ones are dropped."""
-        self._receivers[request_id] = receiver
-        try:
-            yield
-        finally:
-            del self._receivers[request_id]
-
-    def _deliver(self, outputs: list[Output]) -> None:
+    def deliver(self, outputs: list[Output]) -> None:
+        """Hand on the outputs. On the event loop: the sink of an engine that runs there."""
         receivers = self._receivers
         for output in outputs:
             receiver = receivers.get(output.request_id)
@@ -59,6 +51,15 @@ class OutputRouter:
                 receiver(output)
             except Exception:
                 log.exception("delivering an output of %s failed", output.request_id)
+
+    @contextlib.contextmanager
+    def receiving(self, request_id: str, receiver: Receiver) -> Iterator[None]:
+        """Deliver the request's outputs to ``receiver`` inside the block; later ones are dropped."""
+        self._receivers[request_id] = receiver
+        try:
+            yield
+        finally:
+            del self._receivers[request_id]
 
 
 class WholeAnswer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tidegate.engines.embedded.types import EngineStats, GenerateRequest
+from tidegate.engines.serving.types import EngineStats, GenerateRequest
 
 
 class ServedEngine(Protocol):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tidegate.core.errors import BadRequest, PromptTooLong, UnknownModel
-from tidegate.engines.embedded.served import ServingFacts
-from tidegate.engines.embedded.types import GenerateRequest, KvSource, SamplingParams
+from tidegate.engines.serving.served import ServingFacts
+from tidegate.engines.serving.types import GenerateRequest, KvSource, SamplingParams
 from tidegate.policies.order import Ticket
 from tidegate.protocol.bodies import ChatBody, CompletionBody, KvTransferParams, TicketParams
 

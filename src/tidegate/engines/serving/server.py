@@ -15,10 +15,10 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import Field, StrictBool, StrictStr
 
 from tidegate.core.errors import BadRequest, Forbidden, NoInstance
-from tidegate.engines.embedded.generation import Generation, Parts
-from tidegate.engines.embedded.internal import PREFIX, InternalRoutes
-from tidegate.engines.embedded.requests import check_model
-from tidegate.engines.embedded.secret import SECRET_HEADER
+from tidegate.engines.serving.generation import Generation, Parts
+from tidegate.engines.serving.internal import PREFIX, InternalRoutes
+from tidegate.engines.serving.requests import check_model
+from tidegate.engines.serving.secret import SECRET_HEADER
 from tidegate.protocol.bodies import MOST_BODY_BYTES, ChatMessage, RequestBody, TokenIds, parse_body
 from tidegate.protocol.http_front import (
     FrontRunner,
