@@ -104,6 +104,8 @@ class Batcher:
     def most_steps(self) -> int:
         """Return how many steps from this one on have the same composition and find their blocks."""
         chunks = self.chunks
+        if self.preempted:
+            return 1  # the next step admits again
         if not chunks:
             return self._within_blocks(self.decode.steps_to_end())
         sequence = chunks[0]

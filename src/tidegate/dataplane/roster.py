@@ -1,0 +1,54 @@
+"""A fleet written as ``gpu/model[/tpN][@engine]:N``, group after group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from tidegate.core.errors import ConfigError
+from tidegate.costs.library import PackagedProfile, packaged_profile
+from tidegate.dataplane.replica import EngineSettings, Replica, replicas_of
+
+MOST_INSTANCES = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """``count`` equal instances of one packaged profile."""
+
+    packaged: PackagedProfile
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Group:
+        """Read ``NAME:N``; without ``:N`` it is one instance.
+
+        Raises ConfigError for an unknown profile, naming near ones, and for a count that is none.
+        """
+        name, colon, number = text.strip().rpartition(":")
+        if not colon:
+            name, number = number, "1"
+        if not number.isascii() or not number.isdigit() or not 0 < int(number) <= MOST_INSTANCES:
+            raise ConfigError(
+                f"{text!r}: expected PROFILE:N with 1 to {MOST_INSTANCES} instances, as in h100_sxm/llama-3.1-8b:8"
+            )
+        return cls(packaged_profile(name), int(number))
+
+
+def parse_groups(texts: Sequence[str]) -> list[Group]:
+    """Read the groups of one fleet. Raises ConfigError for none at all, or for several models."""
+    groups = [Group.parse(text) for text in texts]
+    models = sorted({group.packaged.model for group in groups})
+    if len(models) != 1:
+        raise ConfigError(f"a fleet serves one model; these profiles are of {' and '.join(models) or 'none'}")
+    return groups
+
+
+def replicas_in(groups: Sequence[Group], *, engine: EngineSettings | None = None) -> list[Replica]:
+    """Return the replicas of all groups, ``i0``, ``i1``, ... through all of them; groups share no node."""
+    replicas: list[Replica] = []
+    for number, group in enumerate(groups):
+        for replica in replicas_of(group.packaged, group.count, engine=engine):
+            instance = replace(replica.instance, id=f"i{len(replicas)}")
+            replicas.append(replace(replica, instance=instance, node=f"g{number}{replica.node}"))
+    return replicas
