@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 
-from tidegate.core.decision import Flip, Hold, Place, Reject, Verdict
+from tidegate.core.decision import Flip, Hold, Migrate, Place, Reject, Verdict
 from tidegate.core.errors import TidegateError, status_of
 from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
@@ -33,6 +33,7 @@ class Story:
     cached_tokens: int = 0
     kv_transfer_bytes: int = 0
     replays: int = 0
+    migrations: int = 0
     stages: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -100,6 +101,7 @@ def outcome_row(story: Story, ending: Ending, started_s: float) -> Row:
         "cached_tokens": story.cached_tokens,
         "kv_transfer_bytes": story.kv_transfer_bytes,
         "replays": story.replays,
+        "migrations": story.migrations,
         "slo": {"ttft_s": ending.slo.ttft_s, "tpot_s": ending.slo.tpot_s},
         "attained": ending.attained(story),
         **optional,
@@ -128,6 +130,19 @@ def decision_row(request_id: str, kind: str, verdict: Verdict, predicted: dict[s
 def flip_row(flip: Flip, before: Role) -> Row:
     """Return the row of a label that was rewritten."""
     return {"instance": flip.instance, "from": before.label, "to": flip.to.label, "reason": flip.reason}
+
+
+def migration_row(migrate: Migrate, event: str, detail: str, moved_bytes: int) -> Row:
+    """Return the row of a migration that was begun, is done, or was cancelled or ignored (``detail`` says why)."""
+    return {
+        "request": migrate.request,
+        "event": event,
+        "from": migrate.src,
+        "to": migrate.dst,
+        "reason": migrate.reason,
+        "detail": detail,
+        "moved_bytes": moved_bytes,
+    }
 
 
 def encode_row(kind: str, t_s: float, row: Row) -> bytes:
