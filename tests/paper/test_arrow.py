@@ -27,7 +27,7 @@ from tidegate.core.decision import Flip, Path, Place
 from tidegate.ledger.ledger import Ledger
 from tidegate.policies.arrow_flip import COOLDOWN_S, flip
 from tidegate.policies.arrow_loads import L_SHRINK
-from tidegate.policies.pricing import tokens_over_limit, ttft_seconds
+from tidegate.policies.pricing import TokensOverLimit, Ttft
 from tidegate.testing import cluster, instance, profile, request
 
 
@@ -54,13 +54,13 @@ class TestCostModels:
         """Section 4.2: TTFT = q1 + p1; KV transfer is not in it."""
         ledger = fleet(P, D)
         queue(ledger, "i0", 300)
-        assert ttft_seconds(ledger.snapshot(0.0), request("new", 100))[0] == pytest.approx(0.4)
+        assert Ttft(ledger.snapshot(0.0), request("new", 100)).at(0) == pytest.approx(0.4)
 
     def test_time_already_spent_on_the_running_prefill_does_not_count(self) -> None:
         """Departure: the queue is what is left of it, where the paper sums whole prefills."""
         ledger = fleet(P, D)
         queue(ledger, "i0", 300)
-        assert ttft_seconds(ledger.snapshot(0.2), request("new", 100))[0] == pytest.approx(0.2)
+        assert Ttft(ledger.snapshot(0.2), request("new", 100)).at(0) == pytest.approx(0.2)
 
 
 class TestCostPairs:
@@ -116,7 +116,7 @@ class TestCostPairs:
         decode(ledger, "i2", 3901)
         assert decode_on(place_decode(ledger, "i0")) == "i1"
         snapshot = fleet(P, D).snapshot(0.0)
-        assert tokens_over_limit(snapshot, request("new", 4000))[1] == pytest.approx(0.0)
+        assert TokensOverLimit(snapshot, request("new", 4000)).at(1) == pytest.approx(0.0)
 
     def test_a_request_is_held_against_its_own_slo(self) -> None:
         ledger = fleet(P, P, D)

@@ -24,7 +24,7 @@ def test_top_orders_by_the_terms_in_turn() -> None:
 
 def test_top_shows_candidates_only() -> None:
     cost = np.array([1.0, 3.0, 2.0])
-    alternatives = Alternatives(("a", "b", "c"), {"cost_s": cost}, np.array([False, True, True]))
+    alternatives = Alternatives(("a", "b", "c"), {"cost_s": cost}, (1, 2))
     assert [row["instance"] for row in alternatives.top(5)] == ["c", "b"]
 
 

@@ -8,7 +8,7 @@ from tidegate.core.decision import Path, Place, Verdict
 from tidegate.core.errors import NoInstance
 from tidegate.core.instance import Role
 from tidegate.ledger.ledger import Ledger
-from tidegate.policies.candidates import fitting, least, least_pair, members, pool
+from tidegate.policies.candidates import fitting, pool
 from tidegate.policies.colocated import Colocated
 from tidegate.policies.least_loaded import LeastLoaded
 from tidegate.policies.minimal_load import MinimalLoad
@@ -147,8 +147,8 @@ def test_instances_without_room_are_skipped_while_one_has_room() -> None:
     decode(ledger, "b", "i2", 600)
     snapshot = ledger.snapshot(0.0)
     candidates = pool(snapshot, D)
-    assert fitting(snapshot, candidates, 450).tolist() == [False, True, False]
-    assert fitting(snapshot, candidates, 900).tolist() == candidates.tolist(), "none fits: no filter"
+    assert list(fitting(snapshot, candidates, 450)) == [1]
+    assert list(fitting(snapshot, candidates, 900)) == [1, 2], "none fits: no filter"
 
 
 def test_kv_already_held_is_not_counted_twice_and_unknown_capacity_has_room() -> None:
@@ -157,16 +157,6 @@ def test_kv_already_held_is_not_counted_twice_and_unknown_capacity_has_room() ->
     queue(ledger, "r", "i0", 800)
     ledger.prefill_ended("r", 0.0)
     snapshot = ledger.snapshot(0.0)
-    everyone = members(snapshot, P) | members(snapshot, D)
-    assert fitting(snapshot, everyone, 800).tolist() == [False, True]
-    assert fitting(snapshot, everyone, 800, held_on="i0").tolist() == [True, True]
-
-
-def test_least_and_least_pair_break_ties_by_order() -> None:
-    snapshot = cluster(3, roles=(P, P, P)).snapshot(0.0)
-    candidates = pool(snapshot, P)
-    zero = snapshot.decode_tokens
-    assert least(zero, candidates) == 0
-    assert least_pair(zero, zero, candidates) == 0
-    candidates[0] = False
-    assert least_pair(zero, zero, candidates) == 1
+    everyone = snapshot.labels.everyone
+    assert list(fitting(snapshot, everyone, 800)) == [1]
+    assert list(fitting(snapshot, everyone, 800, held_on="i0")) == [0, 1]

@@ -1,10 +1,14 @@
-"""What a policy decides. Small frozen types, matched exhaustively; no in-band sentinels."""
+"""What a policy decides. Small frozen types, matched exhaustively; no in-band sentinels.
+
+Those of every placement are named tuples, which are made in a third of the time of a frozen dataclass.
+"""
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +27,7 @@ class Path(enum.StrEnum):
     DISAGGREGATED = "disaggregated"
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Run the prefill on ``prefill_on`` and the decode on ``decode_on``.
 
     ``decode_on`` is None while the decode placement is left for the end of the prefill.
@@ -80,32 +83,39 @@ class SetTarget:
 Placement = Place | Hold | Reject
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Alternatives:
+class Term(Protocol):
+    """A quantity of every instance that is computed when asked for."""
+
+    def column(self) -> NDArray[np.float64]:
+        """Return one value per instance."""
+        ...
+
+
+class Alternatives(NamedTuple):
     """The instances a placement compared, with the named terms of each one's cost.
 
-    ``terms`` maps a term's name (unit in the name) to one value per entry of ``ids``; ``among`` marks
-    the entries that were candidates (None: all of them). Arrays are kept as they were compared and
-    only rendered when a journal asks.
+    ``terms`` maps a term's name (unit in the name) to one value per entry of ``ids``; ``among`` holds the
+    positions of the candidates (None: all of them). What a term is worth everywhere is only worked out when
+    a journal asks.
     """
 
     ids: Sequence[str]
-    terms: dict[str, NDArray[np.float64]]
-    among: NDArray[np.bool_] | None = None
+    terms: dict[str, NDArray[np.float64] | Term]
+    among: Sequence[int] | NDArray[np.intp] | None = None
 
     def top(self, limit: int) -> list[dict[str, float | str]]:
         """Return the ``limit`` best candidates, ordered by the terms in turn, as plain rows."""
-        chosen = np.arange(len(self.ids)) if self.among is None else np.flatnonzero(self.among)
-        keys = [values[chosen] for values in self.terms.values()]
+        chosen = np.arange(len(self.ids)) if self.among is None else np.array(self.among, dtype=np.intp)
+        terms = {n: v if isinstance(v, np.ndarray) else v.column() for n, v in self.terms.items()}
+        keys = [values[chosen] for values in terms.values()]
         order = chosen[np.lexsort(keys[::-1])] if keys else chosen
         return [
-            {"instance": self.ids[i], **{name: round(float(v[i]), 6) for name, v in self.terms.items()}}
+            {"instance": self.ids[i], **{name: round(float(v[i]), 6) for name, v in terms.items()}}
             for i in order[:limit].tolist()
         ]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Verdict:
+class Verdict(NamedTuple):
     """A placement, the flips that come with it, and why: what the journal records."""
 
     decision: Placement

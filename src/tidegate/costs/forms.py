@@ -30,6 +30,13 @@ def positive_part(value: float | Values) -> float | Values:
     return value if value > 0 else 0.0
 
 
+def lesser(one: Num, other: Num) -> Num:
+    """Return the smaller of two values, for floats or entry by entry."""
+    if isinstance(one, np.ndarray):
+        return np.minimum(one, other)
+    return one if one < other else other
+
+
 def experts_touched(
     batch: float | Values, experts: float | Values, active_experts: float | Values
 ) -> float | Values:

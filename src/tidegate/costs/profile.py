@@ -62,24 +62,35 @@ class ProfileTable:
     """The profiles of several instances as arrays, so that one call prices all of them.
 
     A coefficient that is equal everywhere stays a float, which is what keeps pricing a uniform fleet cheap.
+    ``rows`` holds one table of floats per instance; it is empty where all have the same profile.
     """
 
     prefill: PrefillCost
     step: StepCost
     transfer: TransferCost
+    rows: tuple[ProfileTable, ...] = ()
 
     @classmethod
     def of(cls, profiles: Sequence[Profile]) -> ProfileTable:
         """Stack ``profiles``; entry i of every coefficient array belongs to ``profiles[i]``."""
+        rows = tuple(cls(profile.prefill, profile.step, profile.transfer) for profile in profiles)
         return cls(
             prefill=_stack([p.prefill for p in profiles], PrefillCost),
             step=_stack([p.step for p in profiles], StepCost),
             transfer=_stack([p.transfer for p in profiles], TransferCost),
+            rows=() if all(row == rows[0] for row in rows) else rows,
         )
+
+    def at(self, index: int) -> ProfileTable:
+        """Return the table of one instance: every coefficient is a float."""
+        return self.rows[index] if self.rows else self
 
     def only(self, keep: NDArray[np.bool_]) -> ProfileTable:
         """Return the table of the instances where ``keep`` is true."""
-        return ProfileTable(_pick(self.prefill, keep), _pick(self.step, keep), _pick(self.transfer, keep))
+        rows = tuple(row for row, kept in zip(self.rows, keep.tolist(), strict=False) if kept)
+        return ProfileTable(
+            _pick(self.prefill, keep), _pick(self.step, keep), _pick(self.transfer, keep), rows
+        )
 
 
 def _pick(form: Form, keep: NDArray[np.bool_]) -> Form:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from tidegate.core.errors import InternalError
@@ -35,6 +36,7 @@ def _seat_problems(sheet: Sheet, name: str, seat: Seat) -> list[str]:
     expected = {
         Field.FLIPPABLE: float(seat.instance.flippable),
         Field.KV_CAPACITY_TOKENS: float(seat.instance.kv_capacity_tokens),
+        Field.KV_LIMIT_TOKENS: float(seat.instance.kv_capacity_tokens or math.inf),
         Field.PREFILL_REQUESTS: float(len(prefills)),
         Field.PREFILL_TOKENS: float(sum(e.request.prompt_tokens for e in prefills)),
         Field.PREFILL_QUEUE_S: sum((e.seconds for e in prefills), 0.0),

@@ -8,6 +8,7 @@ from tidegate.core.errors import InternalError, NoInstance
 from tidegate.core.instance import Instance, Role
 from tidegate.core.request import Request
 from tidegate.costs.profile import Profile, ProfileTable
+from tidegate.ledger.among import Labels
 from tidegate.ledger.integrity import check_integrity
 from tidegate.ledger.records import Counts, Entry, Residents, Seat
 from tidegate.ledger.sheet import Sheet
@@ -38,6 +39,7 @@ class Ledger:
         self._ids: tuple[str, ...] = ()
         self._index: dict[str, int] = {}
         self._costs = ProfileTable.of(())
+        self._labels: Labels | None = None
         self._placed_prefills = 0
         self._placed_decodes = 0
         self._finished = 0
@@ -58,6 +60,7 @@ class Ledger:
         cells[Field.ROLE] = role
         cells[Field.FLIPPABLE] = instance.flippable
         cells[Field.KV_CAPACITY_TOKENS] = instance.kv_capacity_tokens
+        cells[Field.KV_LIMIT_TOKENS] = instance.kv_capacity_tokens or math.inf
         cells[Field.FLIPPED_AT_S] = -math.inf
         self._sheet.queue_since_s[column] = now
         self._membership_changed()
@@ -98,6 +101,7 @@ class Ledger:
         if seat is None or not seat.instance.flippable or self._sheet.role[seat.column] == role:
             return False
         self._sheet.role[seat.column] = float(role)
+        self._labels = None
         self._sheet.flipped_at_s[seat.column] = now
         if role == Role.DECODE:
             self._last_flip_to_decode_s = now
@@ -290,14 +294,17 @@ class Ledger:
 
     def snapshot(self, now: float) -> Snapshot:
         """Return the cluster as of ``now``: one copy of the matrix, nothing per request."""
-        state = self._sheet.matrix[: len(Field)].copy()
-        state.setflags(write=False)
+        state = self._sheet.public.copy()
+        state.flags.writeable = False
+        if self._labels is None:
+            self._labels = Labels(state[Field.ROLE])
         return Snapshot(
             now,
             self._ids,
             self._index,
             self._costs,
             state,
+            self._labels,
             self._placed_prefills,
             self._placed_decodes,
             self._last_flip_to_decode_s,
@@ -355,6 +362,7 @@ class Ledger:
         self._ids = tuple(self._seats)
         self._index = {instance_id: column for column, instance_id in enumerate(self._ids)}
         self._costs = ProfileTable.of([seat.profile for seat in self._seats.values()])
+        self._labels = None
 
     def _change_queue(self, column: int, seconds: float, now: float) -> None:
         sheet = self._sheet

@@ -26,8 +26,8 @@ class Sheet:
     """The matrix, and a writable view of each row that events touch.
 
     A cell is read or written through a memoryview in about 50 ns, a third of what numpy needs for a
-    scalar; whole rows go through ``matrix``. Both see the same memory. Adding or removing a column
-    replaces the matrix and every view: hold the sheet, never a view.
+    scalar; whole rows go through ``matrix``, of which ``public`` is what snapshots copy. All see the same
+    memory. Adding or removing a column replaces the matrix and every view: hold the sheet, never a view.
     """
 
     __slots__ = (
@@ -43,6 +43,7 @@ class Sheet:
         "prefill_queue_s",
         "prefill_requests",
         "prefill_tokens",
+        "public",
         "queue_integral",
         "queue_since_s",
         "role",
@@ -63,6 +64,7 @@ class Sheet:
 
     def _adopt(self, matrix: Matrix) -> None:
         self.matrix = np.ascontiguousarray(matrix)
+        self.public: Matrix = self.matrix[: len(Field)]
         self.role = self._row(Field.ROLE)
         self.prefill_requests = self._row(Field.PREFILL_REQUESTS)
         self.prefill_tokens = self._row(Field.PREFILL_TOKENS)

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from typing import Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tidegate.core.instance import Role
+from tidegate.costs.forms import lesser
 from tidegate.costs.profile import ProfileTable
+from tidegate.ledger.among import Column, Labels, Mask
 
-Column = NDArray[np.float64]
+__all__ = ["Column", "Field", "Mask", "Matrix", "Reading", "Snapshot"]
+
 Matrix = NDArray[np.float64]
-Mask = NDArray[np.bool_]
 
 
 class Field(enum.IntEnum):
@@ -36,10 +38,10 @@ class Field(enum.IntEnum):
     HANDOFF_TOKENS = enum.auto()
     MEAN_GAP_S = enum.auto()
     KV_CAPACITY_TOKENS = enum.auto()
+    KV_LIMIT_TOKENS = enum.auto()
     FLIPPED_AT_S = enum.auto()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
     """The instances that are up, as arrays in one fixed order, at time ``at_s``.
 
@@ -53,16 +55,47 @@ class Snapshot:
     - ``mean_gap_s``: mean inter-token gap of the last completed window, or the longest open gap of an
       instance that decodes but produced nothing in it; 0 without decodes;
     - ``prefill_queue_avg_s``: time average of ``prefill_queue_s`` over the last completed window.
+
+    ``cells[field, column]`` reads one number of ``state`` as a float, at a fraction of what the array takes.
+    Nothing of a snapshot changes; it is no frozen dataclass only because making one costs more than a
+    placement should.
     """
 
-    at_s: float
-    ids: tuple[str, ...]
-    index: Mapping[str, int]
-    costs: ProfileTable
-    state: Matrix
-    placed_prefills: int
-    placed_decodes: int
-    last_flip_to_decode_s: float
+    __slots__ = (
+        "at_s",
+        "cells",
+        "costs",
+        "ids",
+        "index",
+        "labels",
+        "last_flip_to_decode_s",
+        "placed_decodes",
+        "placed_prefills",
+        "state",
+    )
+
+    def __init__(
+        self,
+        at_s: float,
+        ids: tuple[str, ...],
+        index: Mapping[str, int],
+        costs: ProfileTable,
+        state: Matrix,
+        labels: Labels,
+        placed_prefills: int,
+        placed_decodes: int,
+        last_flip_to_decode_s: float,
+    ) -> None:
+        self.at_s: Final = at_s
+        self.ids: Final = ids
+        self.index: Final = index
+        self.costs: Final = costs
+        self.state: Final = state
+        self.cells: Final = cast("memoryview[float]", memoryview(state))  # type: ignore[arg-type]
+        self.labels: Final = labels
+        self.placed_prefills: Final = placed_prefills
+        self.placed_decodes: Final = placed_decodes
+        self.last_flip_to_decode_s: Final = last_flip_to_decode_s
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -79,7 +112,17 @@ class Snapshot:
         state = self.state[:, keep]
         state.flags.writeable = False
         index = {name: i for i, name in enumerate(ids)}
-        return replace(self, ids=ids, index=index, costs=self.costs.only(keep), state=state)
+        return Snapshot(
+            self.at_s,
+            ids,
+            index,
+            self.costs.only(keep),
+            state,
+            Labels(state[Field.ROLE]),
+            self.placed_prefills,
+            self.placed_decodes,
+            self.last_flip_to_decode_s,
+        )
 
     @property
     def role(self) -> Column:
@@ -112,8 +155,26 @@ class Snapshot:
     @property
     def prefill_wait_s(self) -> Column:
         """Predicted seconds until a prefill that joins the queue now would start."""
-        spent = np.minimum(self.at_s - self._row(Field.HEAD_STARTED_S), self._row(Field.HEAD_S))
-        return self._row(Field.PREFILL_QUEUE_S) - spent
+        head, since = self._row(Field.HEAD_S), self._row(Field.HEAD_STARTED_S)
+        return self._row(Field.PREFILL_QUEUE_S) - lesser(self.at_s - since, head)
+
+    def prefill_wait_at(self, column: int) -> float:
+        """Return ``prefill_wait_s`` of one instance."""
+        cells = self.cells
+        head, since = cells[Field.HEAD_S, column], cells[Field.HEAD_STARTED_S, column]
+        return cells[Field.PREFILL_QUEUE_S, column] - lesser(self.at_s - since, head)
+
+    def free_tokens_at(self, column: int) -> float:
+        """Return ``free_tokens`` of one instance."""
+        cells = self.cells
+        used = cells[Field.DECODE_TOKENS, column] + cells[Field.HANDOFF_TOKENS, column]
+        return cells[Field.KV_LIMIT_TOKENS, column] - used
+
+    @property
+    def free_tokens(self) -> Column:
+        """KV capacity beside decodes and handoffs; inf where the capacity is unknown."""
+        used = self._row(Field.DECODE_TOKENS) + self._row(Field.HANDOFF_TOKENS)
+        return self._row(Field.KV_LIMIT_TOKENS) - used
 
     @property
     def prefill_queue_avg_s(self) -> Column:
@@ -137,6 +198,7 @@ class Snapshot:
 
     @property
     def kv_capacity_tokens(self) -> Column:
+        """What each KV cache holds; 0 where that is unknown."""
         return self._row(Field.KV_CAPACITY_TOKENS)
 
     @property
@@ -146,4 +208,36 @@ class Snapshot:
 
     def _row(self, field: Field) -> Column:
         row: Column = self.state[field]
+        return row
+
+
+class PrefillWait:
+    """``prefill_wait_s`` as a ``Cost``."""
+
+    __slots__ = ("_snapshot",)
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+
+    def at(self, column: int) -> float:
+        return self._snapshot.prefill_wait_at(column)
+
+    def column(self) -> Column:
+        return self._snapshot.prefill_wait_s
+
+
+class Reading:
+    """One field of a snapshot as a ``Cost``."""
+
+    __slots__ = ("_field", "_snapshot")
+
+    def __init__(self, snapshot: Snapshot, field: Field) -> None:
+        self._snapshot = snapshot
+        self._field = field
+
+    def at(self, column: int) -> float:
+        return self._snapshot.cells[self._field, column]
+
+    def column(self) -> Column:
+        row: Column = self._snapshot.state[self._field]
         return row

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from tidegate.core.decision import Alternatives, Flip, Path, Place, Verdict
 from tidegate.core.instance import Role
 from tidegate.core.request import Request
 from tidegate.core.slo import Slo
-from tidegate.ledger.snapshot import Mask, Snapshot
+from tidegate.ledger.among import Among, best, best_within
+from tidegate.ledger.snapshot import Field, Reading, Snapshot
 from tidegate.policies.arrow_flip import COOLDOWN_S, flip, repair
 from tidegate.policies.arrow_loads import L_SHRINK, decode_pool_load
-from tidegate.policies.candidates import everyone, fitting, least_pair, members
-from tidegate.policies.pricing import tokens_over_limit, ttft_seconds
+from tidegate.policies.candidates import fitting, members
+from tidegate.policies.pricing import TokensOverLimit, Ttft
 from tidegate.policies.seams import Signal
 
 
@@ -42,21 +41,19 @@ class ArrowPlacement:
         if healed is not None:
             return _prefill_by(healed, "no prefill instance was left")
         candidates = fitting(snapshot, candidates, request.prompt_tokens)
-        resident, ttft = snapshot.decode_tokens, ttft_seconds(snapshot, request)
+        resident, ttft = Reading(snapshot, Field.DECODE_TOKENS), Ttft(snapshot, request)
         alternatives = Alternatives(
             snapshot.ids, {"decode_resident_tokens": resident, "ttft_s": ttft}, candidates
         )
-        meets = candidates & (ttft <= request.slo.ttft_s)
-        if np.count_nonzero(meets):
-            reason = "meets the TTFT target"
-            chosen = least_pair(resident, ttft, meets)
-        else:
+        chosen = best_within(ttft, candidates, request.slo.ttft_s, lead=resident)
+        reason = "meets the TTFT target"
+        if chosen is None:
             load = decode_pool_load(snapshot, self.slo)
             moved = flip(snapshot, Role.PREFILL, "inline") if load < self.shrink else None
             if moved is not None:
                 return _prefill_by(moved, "no prefill instance meets the TTFT target", alternatives)
             reason = f"best effort: all miss the TTFT target, no flip at decode load {load:.2f}"
-            chosen = least_pair(resident, ttft, candidates)
+            chosen = best(ttft, candidates, lead=resident)
         place = Place(snapshot.ids[chosen], None, Path.DISAGGREGATED)
         return Verdict(place, alternatives=alternatives, reason=reason)
 
@@ -64,37 +61,35 @@ class ArrowPlacement:
         """Stay where the prefill ran if that may decode; else place by (queued prefill tokens, tokens
         over the limit), and flip one over, cooldown permitting, when all would exceed theirs."""
         held = snapshot.index.get(prefill_on)
-        if held is not None and snapshot.role[held] != Role.PREFILL:
+        if held is not None and snapshot.cells[Field.ROLE, held] != Role.PREFILL:
             place = Place(prefill_on, prefill_on, Path.DISAGGREGATED)
             return Verdict(place, reason="its prefill instance decodes: no transfer")
         candidates, healed = _pool_or_repair(snapshot, Role.DECODE)
         if healed is not None:
             return _decode_by(healed, prefill_on, "no decode instance was left")
         candidates = fitting(snapshot, candidates, request.prompt_tokens, prefill_on)
-        queued, over = snapshot.prefill_tokens, tokens_over_limit(snapshot, request)
+        queued, over = Reading(snapshot, Field.PREFILL_TOKENS), TokensOverLimit(snapshot, request)
         alternatives = Alternatives(
             snapshot.ids, {"prefill_resident_tokens": queued, "tokens_over_limit": over}, candidates
         )
-        meets = candidates & (over <= 0)
-        if np.count_nonzero(meets):
-            reason = "meets the TPOT target"
-            chosen = least_pair(queued, over, meets)
-        else:
+        chosen = best_within(over, candidates, 0.0, lead=queued)
+        reason = "meets the TPOT target"
+        if chosen is None:
             moved = flip(snapshot, Role.DECODE, "inline", cooldown_s=self.cooldown_s)
             if moved is not None:
                 return _decode_by(moved, prefill_on, "no decode instance meets the TPOT target", alternatives)
             reason = "best effort: all miss the TPOT target, no flip is legal"
-            chosen = least_pair(queued, over, candidates)
+            chosen = best(over, candidates, lead=queued)
         place = Place(prefill_on, snapshot.ids[chosen], Path.DISAGGREGATED)
         return Verdict(place, alternatives=alternatives, reason=reason)
 
 
-def _pool_or_repair(snapshot: Snapshot, role: Role) -> tuple[Mask, Flip | None]:
+def _pool_or_repair(snapshot: Snapshot, role: Role) -> tuple[Among, Flip | None]:
     """Return the pool of ``role``; where it is empty, everyone, and the flip that refills it if legal."""
     pool = members(snapshot, role)
-    if np.count_nonzero(pool):
+    if len(pool):
         return pool, None
-    return everyone(snapshot), repair(snapshot)
+    return snapshot.labels.everyone, repair(snapshot)
 
 
 def _prefill_by(moved: Flip, why: str, alternatives: Alternatives | None = None) -> Verdict:

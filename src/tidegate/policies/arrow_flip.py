@@ -6,8 +6,8 @@ import numpy as np
 
 from tidegate.core.decision import Flip
 from tidegate.core.instance import Role
-from tidegate.ledger.snapshot import Snapshot
-from tidegate.policies.candidates import least_pair
+from tidegate.ledger.among import Column, best, marked
+from tidegate.ledger.snapshot import Field, Reading, Snapshot
 
 COOLDOWN_S = 10.0
 """Least time between two flips from prefill to decode. Narwhal; the paper names a cooldown and no value."""
@@ -26,17 +26,33 @@ def flip(snapshot: Snapshot, to: Role, reason: str, *, cooldown_s: float = 0.0) 
     labelled = snapshot.labelled(source)
     if np.count_nonzero(labelled) <= 1:
         return None
-    movable = labelled & snapshot.flippable
-    if not np.count_nonzero(movable):
+    movable = marked(labelled & snapshot.flippable)
+    if not len(movable):
         return None
     if source == Role.PREFILL:
-        settled, work = snapshot.decode_requests == 0, snapshot.prefill_queue_s
+        other, work = Field.DECODE_REQUESTS, Field.PREFILL_QUEUE_S
     else:
-        settled, work = snapshot.prefill_requests == 0, snapshot.decode_tokens
+        other, work = Field.PREFILL_REQUESTS, Field.DECODE_TOKENS
     # An instance that still holds the other kind of work was flipped the other way and not yet drained:
     # its indicator is 0, so it goes back first.
-    chosen = least_pair(settled, work, movable)
+    chosen = best(Reading(snapshot, work), movable, lead=Settled(snapshot, other))
     return Flip(snapshot.ids[chosen], to, reason)
+
+
+class Settled:
+    """1 for an instance without requests of a kind, else 0. A ``Cost``."""
+
+    __slots__ = ("_requests",)
+
+    def __init__(self, snapshot: Snapshot, requests: Field) -> None:
+        self._requests = Reading(snapshot, requests)
+
+    def at(self, column: int) -> float:
+        return 0.0 if self._requests.at(column) else 1.0
+
+    def column(self) -> Column:
+        settled: Column = (self._requests.column() == 0).astype(np.float64)
+        return settled
 
 
 def repair(snapshot: Snapshot) -> Flip | None:

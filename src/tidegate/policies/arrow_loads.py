@@ -7,7 +7,7 @@ import numpy as np
 from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
 from tidegate.ledger.snapshot import Column, Mask, Snapshot
-from tidegate.policies.candidates import members
+from tidegate.policies.candidates import marked_members
 
 L_EXPAND = 1.0
 """A decode pool at or above this load needs instances. Narwhal; 1 is exactly at the target."""
@@ -22,7 +22,7 @@ def prefill_pool_load(snapshot: Snapshot, slo: Slo) -> float:
     is empty at most instants, and a zero read there would lend a busy instance away (Narwhal). Work,
     not only the label, makes an instance a member (Narwhal).
     """
-    working = members(snapshot, Role.PREFILL) | (snapshot.prefill_requests > 0)
+    working = marked_members(snapshot, Role.PREFILL) | (snapshot.prefill_requests > 0)
     load = np.maximum(snapshot.prefill_queue_s, snapshot.prefill_queue_avg_s) / slo.ttft_s
     return _mean(load, working)
 
@@ -37,7 +37,7 @@ def decode_pool_load(snapshot: Snapshot, slo: Slo) -> float:
     """
     gap = snapshot.mean_gap_s * (snapshot.decode_requests > 0)
     floor = snapshot.costs.step.seconds(1.0, 0.0)
-    return _mean(_above_floor(gap, floor, slo.tpot_s), members(snapshot, Role.DECODE))
+    return _mean(_above_floor(gap, floor, slo.tpot_s), marked_members(snapshot, Role.DECODE))
 
 
 def _above_floor(gap: Column, floor: float | Column, target_s: float) -> Column:

@@ -10,11 +10,12 @@ from tidegate.core.decision import Alternatives, Control, Flip, Path, Place, Ver
 from tidegate.core.instance import Role
 from tidegate.core.request import Request
 from tidegate.core.slo import Slo
-from tidegate.ledger.snapshot import Column, Mask, Snapshot
+from tidegate.ledger.among import Among, Cost, best, best_within, marked
+from tidegate.ledger.snapshot import Field, Mask, PrefillWait, Reading, Snapshot
 from tidegate.policies.arrow_flip import repair
-from tidegate.policies.candidates import everyone, has_room, least, members
+from tidegate.policies.candidates import has_room, marked_members, members
 from tidegate.policies.pools import Pools
-from tidegate.policies.pricing import tokens_over_limit, ttft_seconds
+from tidegate.policies.pricing import TokensOverLimit, Ttft
 from tidegate.policies.seams import Signal
 
 DECODE_FLOOR = 2
@@ -33,7 +34,12 @@ def take_for_prefill(snapshot: Snapshot, pools: Pools, reason: str) -> Flip | No
     None when it would leave fewer than DECODE_FLOOR decode instances.
     """
     return _take(
-        snapshot, Role.PREFILL, reason, DECODE_FLOOR, snapshot.decode_tokens, pools.prefill_to_decode
+        snapshot,
+        Role.PREFILL,
+        reason,
+        DECODE_FLOOR,
+        Reading(snapshot, Field.DECODE_TOKENS),
+        pools.prefill_to_decode,
     )
 
 
@@ -42,21 +48,20 @@ def take_for_decode(snapshot: Snapshot, pools: Pools, reason: str) -> Flip | Non
 
     None when it would leave fewer than PREFILL_FLOOR prefill instances.
     """
-    return _take(
-        snapshot, Role.DECODE, reason, PREFILL_FLOOR, snapshot.prefill_wait_s, pools.decode_to_prefill
-    )
+    return _take(snapshot, Role.DECODE, reason, PREFILL_FLOOR, PrefillWait(snapshot), pools.decode_to_prefill)
 
 
 def _take(
-    snapshot: Snapshot, to: Role, reason: str, floor: int, work: Column, half_flipped: Mask
+    snapshot: Snapshot, to: Role, reason: str, floor: int, work: Cost, half_flipped: Mask
 ) -> Flip | None:
     labelled = snapshot.labelled(Role.PREFILL if to == Role.DECODE else Role.DECODE)
     if np.count_nonzero(labelled) <= floor:
         return None
     movable = labelled & snapshot.flippable
-    preferred = movable & half_flipped
-    among = preferred if np.count_nonzero(preferred) else movable
-    return Flip(snapshot.ids[least(work, among)], to, reason) if np.count_nonzero(among) else None
+    among = marked(movable & half_flipped)
+    if not len(among):
+        among = marked(movable)
+    return Flip(snapshot.ids[best(work, among)], to, reason) if len(among) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,45 +73,45 @@ class ArrowV1Placement:
     def place_prefill(self, request: Request, snapshot: Snapshot) -> Verdict:
         """Try P, then D->P, then take an instance from the decode side; else the best of P and D->P."""
         own = members(snapshot, Role.PREFILL)
-        ttft = ttft_seconds(snapshot, request)
+        ttft = Ttft(snapshot, request)
         pools = Pools.of(snapshot)
-        if not np.count_nonzero(own):
+        if not len(own):
             moved = repair(snapshot)
-            own = everyone(snapshot)
+            own = snapshot.labels.everyone
         else:
-            for pool in (pools.prefill, pools.decode_to_prefill):
-                meets = pool & (ttft <= request.slo.ttft_s)
-                if np.count_nonzero(meets):
-                    return _prefill_at(snapshot, least(ttft, meets), ttft, pool, "meets the TTFT target")
+            for pool in (marked(pools.prefill), marked(pools.decode_to_prefill)):
+                chosen = best_within(ttft, pool, request.slo.ttft_s)
+                if chosen is not None:
+                    return _prefill_at(snapshot, chosen, ttft, pool, "meets the TTFT target")
             moved = take_for_prefill(snapshot, pools, "inline")
         if moved is None:
-            return _prefill_at(snapshot, least(ttft, own), ttft, own, "best effort")
+            return _prefill_at(snapshot, best(ttft, own), ttft, own, "best effort")
         verdict = _prefill_at(snapshot, snapshot.index[moved.instance], ttft, own, "")
         return Verdict(verdict.decision, (moved,), verdict.alternatives, f"flipped {moved.instance}")
 
     def place_decode(self, request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:
         """Stay where the prefill ran if that may decode; else D, then P->D, then take one from prefill."""
         held = snapshot.index.get(prefill_on)
-        if held is not None and snapshot.role[held] != Role.PREFILL:
+        if held is not None and snapshot.cells[Field.ROLE, held] != Role.PREFILL:
             place = Place(prefill_on, prefill_on, Path.DISAGGREGATED)
             return Verdict(place, reason="its prefill instance decodes: no transfer")
         own = members(snapshot, Role.DECODE)
-        running = snapshot.decode_tokens
+        running = Reading(snapshot, Field.DECODE_TOKENS)
         pools = Pools.of(snapshot)
-        if not np.count_nonzero(own):
+        if not len(own):
             moved = repair(snapshot)
-            own = everyone(snapshot)
+            own = snapshot.labels.everyone
         else:
             within = has_room(snapshot, request.prompt_tokens, prefill_on)
-            within &= tokens_over_limit(snapshot, request) <= 0
+            within &= TokensOverLimit(snapshot, request).column() <= 0
             for pool in (pools.decode, pools.prefill_to_decode):
-                meets = pool & within
-                if np.count_nonzero(meets):
-                    chosen = least(running, meets)
-                    return _decode_at(snapshot, chosen, prefill_on, pool, "within memory and TPOT bounds")
+                meets = marked(pool & within)
+                if len(meets):
+                    chosen, compared = best(running, meets), marked(pool)
+                    return _decode_at(snapshot, chosen, prefill_on, compared, "within memory and TPOT bounds")
             moved = take_for_decode(snapshot, pools, "inline")
         if moved is None:
-            return _decode_at(snapshot, least(running, own), prefill_on, own, "best effort")
+            return _decode_at(snapshot, best(running, own), prefill_on, own, "best effort")
         verdict = _decode_at(snapshot, snapshot.index[moved.instance], prefill_on, own, "")
         return Verdict(verdict.decision, (moved,), verdict.alternatives, f"flipped {moved.instance}")
 
@@ -135,7 +140,7 @@ class ArrowV1Monitor:
         return Control((moved,), reason=f"{why}: flipped {moved.instance}")
 
     def _why(self, snapshot: Snapshot) -> str:
-        decodes = members(snapshot, Role.DECODE)
+        decodes = marked_members(snapshot, Role.DECODE)
         capacity = float(snapshot.kv_capacity_tokens[decodes].sum())
         used = float((snapshot.decode_tokens + snapshot.handoff_tokens)[decodes].sum())
         if capacity > 0 and used >= self.memory_shortage * capacity:
@@ -149,12 +154,13 @@ class ArrowV1Monitor:
         return ""
 
 
-def _prefill_at(snapshot: Snapshot, chosen: int, ttft: Column, among: Mask, reason: str) -> Verdict:
+def _prefill_at(snapshot: Snapshot, chosen: int, ttft: Ttft, among: Among, reason: str) -> Verdict:
     place = Place(snapshot.ids[chosen], None, Path.DISAGGREGATED)
     return Verdict(place, alternatives=Alternatives(snapshot.ids, {"ttft_s": ttft}, among), reason=reason)
 
 
-def _decode_at(snapshot: Snapshot, chosen: int, prefill_on: str, among: Mask, reason: str) -> Verdict:
+def _decode_at(snapshot: Snapshot, chosen: int, prefill_on: str, among: Among, reason: str) -> Verdict:
     place = Place(prefill_on, snapshot.ids[chosen], Path.DISAGGREGATED)
-    terms = {"running_tokens": snapshot.decode_tokens}
-    return Verdict(place, alternatives=Alternatives(snapshot.ids, terms, among), reason=reason)
+    running = Reading(snapshot, Field.DECODE_TOKENS)
+    alternatives = Alternatives(snapshot.ids, {"running_tokens": running}, among)
+    return Verdict(place, alternatives=alternatives, reason=reason)

@@ -1,4 +1,4 @@
-"""Which instances a placement may choose from, and how it picks among them. All vectorised."""
+"""Which instances a placement may choose from."""
 
 from __future__ import annotations
 
@@ -6,63 +6,56 @@ import numpy as np
 
 from tidegate.core.errors import NoInstance
 from tidegate.core.instance import Role
-from tidegate.ledger.snapshot import Column, Mask, Snapshot
-
-PREFILL_ONLY = float(Role.PREFILL)
-DECODE_ONLY = float(Role.DECODE)
+from tidegate.ledger.among import FEW, Among
+from tidegate.ledger.snapshot import Mask, Snapshot
 
 
-def members(snapshot: Snapshot, role: Role) -> Mask:
-    """Tell which instances do the work of ``role`` (PREFILL or DECODE): its own label, or MIXED.
+def members(snapshot: Snapshot, role: Role) -> Among:
+    """Return the instances that do the work of ``role`` (PREFILL or DECODE): its own label, or MIXED.
 
     Raises NoInstance when nothing is up.
     """
     if not snapshot.ids:
         raise NoInstance("no instance is up")
-    found: Mask = snapshot.role != (DECODE_ONLY if role == Role.PREFILL else PREFILL_ONLY)
-    return found
+    return snapshot.labels.prefilling if role is Role.PREFILL else snapshot.labels.decoding
 
 
-def pool(snapshot: Snapshot, role: Role) -> Mask:
+def marked_members(snapshot: Snapshot, role: Role) -> Mask:
+    """Mark the members of ``role``. The mask is read-only."""
+    labels = snapshot.labels
+    return labels.prefilling_mask if role is Role.PREFILL else labels.decoding_mask
+
+
+def pool(snapshot: Snapshot, role: Role) -> Among:
     """Return the members; when there are none, every instance: an engine can always run either phase."""
     found = members(snapshot, role)
-    return found if np.count_nonzero(found) else everyone(snapshot)
-
-
-def everyone(snapshot: Snapshot) -> Mask:
-    """Mark every instance."""
-    return np.ones(len(snapshot), dtype=np.bool_)
+    return found if len(found) else snapshot.labels.everyone
 
 
 def has_room(snapshot: Snapshot, tokens: int, held_on: str | None = None) -> Mask:
-    """Tell which instances' KV caches hold ``tokens`` more, beside their decodes and handoffs.
+    """Mark the instances whose KV caches hold ``tokens`` more beside their decodes and handoffs.
 
-    A capacity of 0 is unknown and counts as room. ``held_on`` names the instance that already holds the
-    request's KV as handoff, so that it is not counted twice there.
+    ``held_on`` names the instance that already holds the request's KV as handoff: it needs no more there.
     """
-    free = snapshot.kv_capacity_tokens - snapshot.decode_tokens - snapshot.handoff_tokens
-    fits: Mask = free >= tokens
+    free = snapshot.free_tokens
     if held_on is not None and (held := snapshot.index.get(held_on)) is not None:
-        fits[held] = free[held] >= 0
-    fits |= snapshot.kv_capacity_tokens == 0
+        free[held] += tokens
+    fits: Mask = free >= tokens
     return fits
 
 
-def fitting(snapshot: Snapshot, candidates: Mask, tokens: int, held_on: str | None = None) -> Mask:
-    """Narrow ``candidates`` to those that have room for ``tokens``; all of them when none has."""
-    fits = has_room(snapshot, tokens, held_on)
-    fits &= candidates
-    return fits if np.count_nonzero(fits) else candidates
-
-
-def least(cost: Column, candidates: Mask) -> int:
-    """Return the candidate of least ``cost``; the first one on a tie. There must be a candidate."""
-    return int(np.where(candidates, cost, np.inf).argmin())
-
-
-def least_pair(first: Column | Mask, second: Column, candidates: Mask) -> int:
-    """Return the candidate whose pair of costs is least, compared lexicographically."""
-    leading = np.where(candidates, first, np.inf)
-    ties = leading == leading[leading.argmin()]
-    ties &= candidates
-    return int(np.where(ties, second, np.inf).argmin())
+def fitting(snapshot: Snapshot, candidates: Among, tokens: int, held_on: str | None = None) -> Among:
+    """Narrow ``candidates`` to those that have room (see ``has_room``); all of them when none has."""
+    if isinstance(candidates, np.ndarray):
+        fits = has_room(snapshot, tokens, held_on)[candidates].nonzero()[0]
+        if len(fits) == len(candidates) or not len(fits):
+            return candidates
+        found = candidates[fits]
+        return found if len(found) > FEW else tuple(found.tolist())
+    held = None if held_on is None else snapshot.index.get(held_on)
+    roomy = [
+        column
+        for column in candidates
+        if snapshot.free_tokens_at(column) >= (0 if column == held else tokens)
+    ]
+    return roomy or candidates

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tidegate.core.decision import Alternatives, Path, Place, Verdict
+from tidegate.core.decision import Alternatives, Path, Place, Term, Verdict
 from tidegate.core.instance import Role
 from tidegate.core.request import Request
+from tidegate.ledger.among import Column, best
 from tidegate.ledger.snapshot import Snapshot
-from tidegate.policies.candidates import fitting, least, pool
-from tidegate.policies.pricing import step_seconds, ttft_seconds
+from tidegate.policies.candidates import fitting, pool
+from tidegate.policies.pricing import StepSeconds, Sum, Ttft
 from tidegate.policies.seams import Signal
 
 
@@ -26,11 +27,11 @@ class Colocated:
     def place_prefill(self, request: Request, snapshot: Snapshot) -> Verdict:
         """Place both phases where the load is least."""
         candidates = fitting(snapshot, pool(snapshot, Role.PREFILL), request.prompt_tokens)
-        ttft = ttft_seconds(snapshot, request)
-        step = step_seconds(snapshot, request) * (request.slo.ttft_s / request.slo.tpot_s)
-        load = ttft + step
-        chosen = snapshot.ids[least(load, candidates)]
-        terms = {"load_s": load, "ttft_s": ttft, "step_as_ttft_s": step}
+        ttft = Ttft(snapshot, request)
+        step = StepSeconds(snapshot, request, scale=request.slo.ttft_s / request.slo.tpot_s)
+        load = Sum(ttft, step)
+        chosen = snapshot.ids[best(load, candidates)]
+        terms: dict[str, Term | Column] = {"load_s": load, "ttft_s": ttft, "step_as_ttft_s": step}
         return Verdict(
             Place(chosen, chosen, Path.COLOCATED),
             alternatives=Alternatives(snapshot.ids, terms, candidates),

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from tidegate.core.decision import Alternatives, Path, Place, Verdict
 from tidegate.core.instance import Role
 from tidegate.core.request import Request
-from tidegate.ledger.snapshot import Snapshot
-from tidegate.policies.candidates import fitting, least, pool
+from tidegate.ledger.among import best
+from tidegate.ledger.snapshot import Field, Reading, Snapshot
+from tidegate.policies.candidates import fitting, pool
 from tidegate.policies.seams import Signal
 
 
@@ -21,8 +22,8 @@ class LeastLoaded:
     def place_prefill(self, request: Request, snapshot: Snapshot) -> Verdict:
         """Place the prefill where the fewest prompt tokens are queued or running."""
         candidates = fitting(snapshot, pool(snapshot, Role.PREFILL), request.prompt_tokens)
-        load = snapshot.prefill_tokens
-        chosen = snapshot.ids[least(load, candidates)]
+        load = Reading(snapshot, Field.PREFILL_TOKENS)
+        chosen = snapshot.ids[best(load, candidates)]
         return Verdict(
             Place(chosen, None, Path.DISAGGREGATED),
             alternatives=Alternatives(snapshot.ids, {"prefill_tokens": load}, candidates),
@@ -32,8 +33,8 @@ class LeastLoaded:
     def place_decode(self, request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:
         """Place the decode where the fewest tokens are resident."""
         candidates = fitting(snapshot, pool(snapshot, Role.DECODE), request.prompt_tokens, prefill_on)
-        load = snapshot.decode_tokens
-        chosen = snapshot.ids[least(load, candidates)]
+        load = Reading(snapshot, Field.DECODE_TOKENS)
+        chosen = snapshot.ids[best(load, candidates)]
         return Verdict(
             Place(prefill_on, chosen, Path.DISAGGREGATED),
             alternatives=Alternatives(snapshot.ids, {"decode_tokens": load}, candidates),

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from tidegate.core.decision import Alternatives, Path, Place, Verdict
 from tidegate.core.instance import Role
 from tidegate.core.request import Request
+from tidegate.ledger.among import best
 from tidegate.ledger.snapshot import Snapshot
-from tidegate.policies.candidates import fitting, least, pool
-from tidegate.policies.pricing import step_seconds, ttft_seconds
+from tidegate.policies.candidates import fitting, pool
+from tidegate.policies.pricing import StepSeconds, Ttft
 from tidegate.policies.seams import Signal
 
 
@@ -22,8 +23,8 @@ class MinimalLoad:
     def place_prefill(self, request: Request, snapshot: Snapshot) -> Verdict:
         """Place the prefill where queue wait plus its own time is least."""
         candidates = fitting(snapshot, pool(snapshot, Role.PREFILL), request.prompt_tokens)
-        ttft = ttft_seconds(snapshot, request)
-        chosen = snapshot.ids[least(ttft, candidates)]
+        ttft = Ttft(snapshot, request)
+        chosen = snapshot.ids[best(ttft, candidates)]
         return Verdict(
             Place(chosen, None, Path.DISAGGREGATED),
             alternatives=Alternatives(snapshot.ids, {"ttft_s": ttft}, candidates),
@@ -33,8 +34,8 @@ class MinimalLoad:
     def place_decode(self, request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:
         """Place the decode where the step that includes it is shortest."""
         candidates = fitting(snapshot, pool(snapshot, Role.DECODE), request.prompt_tokens, prefill_on)
-        step = step_seconds(snapshot, request)
-        chosen = snapshot.ids[least(step, candidates)]
+        step = StepSeconds(snapshot, request)
+        chosen = snapshot.ids[best(step, candidates)]
         return Verdict(
             Place(prefill_on, chosen, Path.DISAGGREGATED),
             alternatives=Alternatives(snapshot.ids, {"step_s": step}, candidates),

@@ -1,4 +1,7 @@
-"""What a request would cost on each instance, in predicted seconds or tokens. All vectorised."""
+"""What a request would cost on each instance, in predicted seconds or tokens.
+
+A price is worked out for single instances or for all at once, by the same formula.
+"""
 
 from __future__ import annotations
 
@@ -8,37 +11,104 @@ import numpy as np
 
 from tidegate.core.request import Request
 from tidegate.costs.forms import attention_work
-from tidegate.ledger.snapshot import Column, Snapshot
+from tidegate.costs.profile import ProfileTable
+from tidegate.ledger.among import Column, Cost
+from tidegate.ledger.snapshot import Field, Snapshot
 
 
-def prefill_seconds(snapshot: Snapshot, request: Request) -> float | Column:
+def prefill_seconds(costs: ProfileTable, request: Request) -> float | Column:
     """Return T(r, i), the request's own prefill time; a float where every instance has one profile."""
     new = max(1, request.prompt_tokens - request.cached_tokens)
-    return snapshot.costs.prefill.seconds(new, attention_work(new, request.prompt_tokens - new))
+    return costs.prefill.seconds(new, attention_work(new, request.prompt_tokens - new))
 
 
 def fastest_prefill_seconds(snapshot: Snapshot, request: Request) -> float:
     """Return the least T(r, i) over the instances; 0 when none is up."""
-    return float(np.min(prefill_seconds(snapshot, request))) if len(snapshot) else 0.0
+    return float(np.min(prefill_seconds(snapshot.costs, request))) if len(snapshot) else 0.0
 
 
-def ttft_seconds(snapshot: Snapshot, request: Request) -> Column:
-    """Return the predicted queue wait plus T(r, i): Arrow's q1 + p1 (v2, section 4)."""
-    return snapshot.prefill_wait_s + prefill_seconds(snapshot, request)
+class Ttft:
+    """The predicted queue wait plus T(r, i): Arrow's q1 + p1 (v2, section 4). A ``Cost``."""
+
+    __slots__ = ("_request", "_same_s", "_snapshot")
+
+    def __init__(self, snapshot: Snapshot, request: Request) -> None:
+        self._snapshot = snapshot
+        self._request = request
+        costs = snapshot.costs
+        self._same_s = None if costs.rows else cast(float, prefill_seconds(costs, request))
+
+    def at(self, column: int) -> float:
+        own_s = self._same_s
+        if own_s is None:
+            own_s = cast(float, prefill_seconds(self._snapshot.costs.rows[column], self._request))
+        return self._snapshot.prefill_wait_at(column) + own_s
+
+    def column(self) -> Column:
+        own_s = prefill_seconds(self._snapshot.costs, self._request) if self._same_s is None else self._same_s
+        return self._snapshot.prefill_wait_s + own_s
 
 
-def step_seconds(snapshot: Snapshot, request: Request) -> Column:
-    """Return the predicted decode step once the request has joined."""
-    step = snapshot.costs.step.seconds(
-        snapshot.decode_requests + 1.0, snapshot.decode_tokens + float(request.prompt_tokens)
-    )
-    return cast(Column, step)
+class StepSeconds:
+    """The predicted decode step once the request has joined, times ``scale``. A ``Cost``."""
+
+    __slots__ = ("_request", "_scale", "_snapshot")
+
+    def __init__(self, snapshot: Snapshot, request: Request, scale: float = 1.0) -> None:
+        self._snapshot = snapshot
+        self._request = request
+        self._scale = scale
+
+    def at(self, column: int) -> float:
+        cells = self._snapshot.cells
+        requests, tokens = cells[Field.DECODE_REQUESTS, column], cells[Field.DECODE_TOKENS, column]
+        return cast(float, self._price(self._snapshot.costs.at(column), requests, tokens))
+
+    def column(self) -> Column:
+        snapshot = self._snapshot
+        return cast(Column, self._price(snapshot.costs, snapshot.decode_requests, snapshot.decode_tokens))
+
+    def _price(self, costs: ProfileTable, requests: float | Column, tokens: float | Column) -> float | Column:
+        return self._scale * costs.step.seconds(requests + 1.0, tokens + float(self._request.prompt_tokens))
 
 
-def tokens_over_limit(snapshot: Snapshot, request: Request) -> Column:
-    """Return resident tokens with the request, less MT(i, tpot): above 0 the step would miss the target."""
-    limit = snapshot.costs.step.max_context_tokens(request.slo.tpot_s, snapshot.decode_requests + 1.0)
-    return snapshot.decode_tokens + float(request.prompt_tokens) - limit
+class TokensOverLimit:
+    """Resident tokens with the request, less MT(i, tpot): above 0 the step misses the target. A ``Cost``."""
+
+    __slots__ = ("_request", "_snapshot")
+
+    def __init__(self, snapshot: Snapshot, request: Request) -> None:
+        self._snapshot = snapshot
+        self._request = request
+
+    def at(self, column: int) -> float:
+        cells = self._snapshot.cells
+        requests, tokens = cells[Field.DECODE_REQUESTS, column], cells[Field.DECODE_TOKENS, column]
+        return cast(float, self._price(self._snapshot.costs.at(column), requests, tokens))
+
+    def column(self) -> Column:
+        snapshot = self._snapshot
+        return cast(Column, self._price(snapshot.costs, snapshot.decode_requests, snapshot.decode_tokens))
+
+    def _price(self, costs: ProfileTable, requests: float | Column, tokens: float | Column) -> float | Column:
+        limit = costs.step.max_context_tokens(self._request.slo.tpot_s, requests + 1.0)
+        return tokens + float(self._request.prompt_tokens) - limit
+
+
+class Sum:
+    """Two costs added. A ``Cost``."""
+
+    __slots__ = ("_one", "_other")
+
+    def __init__(self, one: Cost, other: Cost) -> None:
+        self._one = one
+        self._other = other
+
+    def at(self, column: int) -> float:
+        return self._one.at(column) + self._other.at(column)
+
+    def column(self) -> Column:
+        return self._one.column() + self._other.column()
 
 
 def predicted_on(
@@ -52,9 +122,9 @@ def predicted_on(
     if at is None:
         return None
     if decode:
-        return {"step_s": round(float(step_seconds(snapshot, request)[at]), 6)}
-    wait_s = float(snapshot.prefill_wait_s[at])
+        return {"step_s": round(StepSeconds(snapshot, request).at(at), 6)}
+    wait_s = snapshot.prefill_wait_at(at)
     return {
         "wait_s": round(wait_s, 6),
-        "prefill_s": round(float(ttft_seconds(snapshot, request)[at]) - wait_s, 6),
+        "prefill_s": round(Ttft(snapshot, request).at(at) - wait_s, 6),
     }

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from tidegate.core.decision import Path, Place, Verdict
 from tidegate.core.instance import Role
 from tidegate.core.request import Request
@@ -35,5 +33,5 @@ class RoundRobin:
 
 
 def _turn(snapshot: Snapshot, role: Role, placed: int) -> str:
-    members = np.flatnonzero(pool(snapshot, role))
+    members = pool(snapshot, role)
     return snapshot.ids[int(members[placed % len(members)])]
