@@ -133,7 +133,7 @@ def flip_row(flip: Flip, before: Role) -> Row:
 
 
 def migration_row(migrate: Migrate, event: str, detail: str, moved_bytes: int) -> Row:
-    """Return the row of a migration that was begun, is done, or was cancelled or ignored (``detail`` says why)."""
+    """Return the row of a migration begun, done, cancelled or, as ``detail`` says, ignored."""
     return {
         "request": migrate.request,
         "event": event,
