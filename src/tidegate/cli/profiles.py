@@ -2,21 +2,61 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 from tidegate.bench.saved_profile import SavedProfile, read_profile
+from tidegate.core.errors import ConfigError
 from tidegate.costs.library import PackagedProfile, packaged_profile
+from tidegate.costs.roofline import Shape, roofline_profile
 
 
 def load_profile(name_or_file: str) -> PackagedProfile:
     """Return the profile that a user named.
 
     ``gpu/model[/tpN][@engine]`` is a packaged one; a path ending in ``.json`` is a file that
-    ``tidegate profile`` wrote. Raises ConfigError for what does not exist.
+    ``tidegate profile`` wrote; ``hardware:gpu/model[/tpN]`` is fitted to aiconfigurator's tables, which the
+    extra ``hardware`` installs; ``roofline:gpu/FOLDER_OR_CONFIG.json[/tpN]`` is derived from data sheets.
+    Raises ConfigError for what does not exist.
     """
+    kind, colon, rest = name_or_file.partition(":")
+    if colon and kind in DERIVED:
+        return DERIVED[kind](name_or_file, *_parts(name_or_file, rest))
     if name_or_file.endswith(".json"):
         return as_packaged(read_profile(Path(name_or_file)))
     return packaged_profile(name_or_file)
+
+
+def _parts(name: str, rest: str) -> tuple[str, str, int]:
+    """Split ``gpu/model[/tpN]``; the model may hold slashes."""
+    found = re.fullmatch(r"([^/]+)/(.+?)(?:/tp([1-9]\d{0,2}))?/?", rest)
+    if not found:
+        raise ConfigError(f"{name!r} is not KIND:GPU/MODEL[/tpN], as in roofline:l4/models/qwen/tp2")
+    return found[1], found[2], int(found[3] or 1)
+
+
+def _hardware(name: str, gpu: str, model: str, tp: int) -> PackagedProfile:
+    from tidegate.costs.hardware import hardware_profile
+
+    return hardware_profile(gpu, model, tp)
+
+
+def _roofline(name: str, gpu: str, model: str, tp: int) -> PackagedProfile:
+    path = Path(model)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the model's {path}: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} holds no JSON object")
+    label = path.parent.resolve().name if path.name == "config.json" else path.stem
+    return roofline_profile(name, gpu, Shape.from_config(config), model=label, tp=tp)
+
+
+DERIVED = {"hardware": _hardware, "roofline": _roofline}
+"""Kinds of profiles that are named by what they are derived from."""
 
 
 def as_packaged(saved: SavedProfile) -> PackagedProfile:

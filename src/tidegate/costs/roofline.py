@@ -1,0 +1,230 @@
+"""A first profile for a (model, GPU) pair that nobody measured: data sheet numbers and stated efficiencies.
+
+The last resort, and labelled so. A prefill step takes the time of its arithmetic once that exceeds the time
+to read the weights; a decode step reads the weights and the KV of its requests; attention is arithmetic in
+prefill and reading in decode (Williams et al., Roofline, CACM 2009). What real kernels reach of the data
+sheet is in ``EFFICIENCY``, calibrated once against all packaged profiles: they are met within 8 % in the
+median, and within a factor of 1.5 in 95 of 100 cases, of which they are the calibration itself
+(``benchmarks/roofline_error.py``). The worst are small prefills of mixtures of experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tidegate.core.errors import ConfigError
+from tidegate.costs.forms import MixedCost, PrefillCost, StepCost, TransferCost
+from tidegate.costs.library import (
+    INTER_NODE_LATENCY_S,
+    INTRA_NODE_LATENCY_S,
+    LINK_EFFICIENCY,
+    MIXED_CONTEXT_RATIO,
+    NETWORK_BYTES_PER_S,
+    PackagedProfile,
+)
+from tidegate.costs.profile import Profile
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A data sheet: dense FLOP/s, bytes/s of memory and of one direction of the port, bytes of memory."""
+
+    bf16_flops: float
+    fp8_flops: float
+    memory_bytes_per_s: float
+    memory_bytes: float
+    port_bytes_per_s: float
+
+
+GPUS = {
+    "a100_sxm": Gpu(312e12, 312e12, 2.039e12, 80e9, 300e9),
+    "b200_sxm": Gpu(2250e12, 4500e12, 8.0e12, 180e9, 900e9),
+    "h100_pcie": Gpu(756e12, 1513e12, 2.0e12, 80e9, 64e9),
+    "h100_sxm": Gpu(989e12, 1979e12, 3.35e12, 80e9, 450e9),
+    "h200_sxm": Gpu(989e12, 1979e12, 4.8e12, 141e9, 450e9),
+    "l4": Gpu(121e12, 242e12, 0.3e12, 24e9, 32e9),
+    "l40s": Gpu(362e12, 733e12, 0.864e12, 48e9, 32e9),
+    "rtx_4090": Gpu(165e12, 330e12, 1.008e12, 24e9, 32e9),
+    "rtx_pro_6000": Gpu(468e12, 936e12, 1.597e12, 96e9, 64e9),
+}
+"""NVIDIA's data sheets, without sparsity: A100 80GB, H100, H200, L4, L40S; HGX B200; the Ada and Blackwell
+architecture papers for the RTX 4090 (bf16 with fp32 accumulation) and the RTX PRO 6000 Server Edition (scaled
+to its 2,430 MHz). fp8 on A100 is bf16. Ports: NVLink of SXM parts, else PCIe x16."""
+
+
+@dataclass(frozen=True, slots=True)
+class Efficiency:
+    """Shares of the data sheet that kernels reach, and what a layer costs besides.
+
+    ``step_batch`` is the part of a token's arithmetic that shows in a decode step beside reading weights;
+    ``layer_s`` is per layer and step; an all-reduce takes ``reduce_s`` and its bytes at LINK_EFFICIENCY.
+    """
+
+    matmul: float
+    attention: float
+    weights: float
+    kv: float
+    step_batch: float
+    layer_s: float
+    reduce_s: float
+
+
+EFFICIENCY = Efficiency(0.68, 0.79, 0.85, 0.95, 0.92, 37e-6, 11e-6)
+RESERVED_SHARE = 0.12
+"""Share of memory that is neither weights nor KV: vLLM leaves 8-10 %, activations take the rest."""
+BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What of a decoder's architecture costs time. ``experts`` is 0 for a dense model."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    weight_bytes: float
+    kv_bytes: float
+    experts: int = 0
+    active_experts: int = 0
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Shape:
+        """Read a ``config.json`` in Hugging Face's layout. Raises ConfigError naming what it lacks."""
+        inner = config.get("text_config")
+        config = inner if isinstance(inner, Mapping) else config
+
+        def first(*names: str, default: int | None = None) -> int:
+            for name in names:
+                if isinstance(config.get(name), int):
+                    return int(config[name])
+            if default is None:
+                raise ConfigError(f"the model's config.json has no {names[0]}; a roofline needs it")
+            return default
+
+        if "kv_lora_rank" in config:
+            raise ConfigError("the roofline does not know latent attention (MLA); measure such a model")
+        hidden, heads = first("hidden_size"), first("num_attention_heads")
+        experts = first("num_experts", "num_local_experts", "n_routed_experts", default=0)
+        dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+        kv_bytes = BYTES.get(dtype, 2.0)
+        return cls(
+            hidden=hidden,
+            layers=first("num_hidden_layers"),
+            heads=heads,
+            kv_heads=first("num_key_value_heads", default=heads),
+            head_dim=first("head_dim", default=hidden // heads),
+            intermediate=first(*(["moe_intermediate_size"] if experts else []), "intermediate_size"),
+            vocab=first("vocab_size"),
+            weight_bytes=_weight_bytes(config.get("quantization_config"), kv_bytes),
+            kv_bytes=kv_bytes,
+            experts=experts,
+            active_experts=first("num_experts_per_tok", default=0) if experts else 0,
+        )
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return round(2 * self.layers * self.kv_heads * self.head_dim * self.kv_bytes)
+
+    @property
+    def attention_weights(self) -> int:
+        """Parameters outside the feed-forward part, all layers and the output head."""
+        width = self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return self.layers * self.hidden * width + self.hidden * self.vocab
+
+    @property
+    def expert_weights(self) -> int:
+        """Parameters of one expert, or of the feed-forward part of a dense model, in all layers."""
+        return self.layers * 3 * self.hidden * self.intermediate
+
+    @property
+    def stored_bytes(self) -> float:
+        """Bytes of all weights, the input embedding counted apart."""
+        experts = max(1, self.experts) * self.expert_weights
+        return (self.attention_weights + self.hidden * self.vocab + experts) * self.weight_bytes
+
+
+def roofline_profile(name: str, gpu_name: str, shape: Shape, *, model: str, tp: int = 1) -> PackagedProfile:
+    """Derive a profile. Raises ConfigError for an unknown GPU or a model that its memory cannot hold."""
+    gpu = GPUS.get(gpu_name)
+    if gpu is None:
+        raise ConfigError(f"no data sheet for GPU {gpu_name!r}; there are: {', '.join(GPUS)}")
+    if tp < 1 or shape.heads % tp:
+        raise ConfigError(f"{shape.heads} attention heads cannot be divided among {tp} GPUs")
+    stored = shape.stored_bytes
+    room = tp * gpu.memory_bytes * (1 - RESERVED_SHARE) - stored
+    kv_tokens = int(room / (shape.kv_bytes_per_token * _kv_copies(shape, tp)))
+    if kv_tokens < 1:
+        raise ConfigError(
+            f"{model} has {stored / 1e9:.0f} GB of weights: too much for {tp} x {gpu_name}; raise /tpN"
+        )
+    inside = TransferCost(INTRA_NODE_LATENCY_S, LINK_EFFICIENCY * tp * gpu.port_bytes_per_s)
+    network = LINK_EFFICIENCY * tp * min(gpu.port_bytes_per_s, NETWORK_BYTES_PER_S)
+    return PackagedProfile(
+        name=name,
+        profile=_profile(name, gpu, gpu_name, shape, tp, inside),
+        gpu=gpu_name,
+        model=model,
+        tp=tp,
+        engine="roofline",
+        kv_bytes_per_token=shape.kv_bytes_per_token,
+        kv_capacity_tokens=kv_tokens,
+        weight_gb=stored / 1e9,
+        intra_node=inside,
+        inter_node=TransferCost(INTER_NODE_LATENCY_S, network),
+        mixed_measured=False,
+        max_errors=(),
+        note="a roofline estimate, not measured: expect factors of up to 1.5",
+    )
+
+
+def _profile(name: str, gpu: Gpu, gpu_name: str, shape: Shape, tp: int, link: TransferCost) -> Profile:
+    share = EFFICIENCY
+    flops = gpu.fp8_flops if shape.weight_bytes <= 1.0 else gpu.bf16_flops
+    per_byte = 1.0 / (tp * gpu.memory_bytes_per_s * share.weights)
+    read = max(1, shape.active_experts) * shape.expert_weights if shape.experts else shape.expert_weights
+    active = shape.attention_weights + read
+    reduces = 2 * shape.layers if tp > 1 else 0
+    reduced = 2.0 * shape.hidden * 2 * (tp - 1) / tp / (LINK_EFFICIENCY * gpu.port_bytes_per_s)
+    fixed_s = shape.layers * share.layer_s + reduces * share.reduce_s
+    token_s = 2.0 * active / (tp * flops * share.matmul) + reduces * reduced
+    all_weights = shape.attention_weights + max(1, shape.experts) * shape.expert_weights
+    weights_s = all_weights * shape.weight_bytes * per_byte
+    pair_s = 4.0 * shape.layers * shape.heads * shape.head_dim / (tp * gpu.bf16_flops * share.attention)
+    kv_s = shape.kv_bytes_per_token * _kv_copies(shape, tp) / (tp * gpu.memory_bytes_per_s * share.kv)
+    hidden_tokens = float(round(weights_s / token_s))
+    every_step = shape.attention_weights + (0 if shape.experts else shape.expert_weights)
+    return Profile(
+        name=name,
+        prefill=PrefillCost(fixed_s + weights_s, token_s, pair_s, hidden_tokens),
+        step=StepCost(
+            fixed_s + every_step * shape.weight_bytes * per_byte,
+            share.step_batch * token_s,
+            kv_s,
+            shape.expert_weights * shape.weight_bytes * per_byte if shape.experts else 0.0,
+            float(max(1, shape.experts)),
+            float(shape.active_experts),
+        ),
+        mixed=MixedCost(fixed_s + weights_s, token_s, pair_s, MIXED_CONTEXT_RATIO * kv_s, hidden_tokens),
+        transfer=link,
+        source=f"roofline of {gpu_name}'s data sheet, not measured",
+    )
+
+
+def _kv_copies(shape: Shape, tp: int) -> float:
+    """Return how often each token's KV is stored: fewer KV heads than GPUs are replicated."""
+    return max(1.0, tp / shape.kv_heads)
+
+
+def _weight_bytes(quantization: object, plain: float) -> float:
+    if not isinstance(quantization, Mapping):
+        return plain
+    text = str(sorted(quantization.items())).lower()
+    if "fp8" in text or "int8" in text or "'bits', 8" in text or "'num_bits': 8" in text:
+        return 1.0
+    return 0.5 if "4" in text else plain
