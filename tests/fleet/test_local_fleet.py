@@ -15,7 +15,8 @@ from fleet_observing import Recorder, alive, until
 
 from tidegate.core.errors import SetupError
 from tidegate.fleet.health import HealthPace
-from tidegate.fleet.processes import Backoff, EngineLaunch, FleetPace, LocalFleet
+from tidegate.fleet.processes import EngineLaunch, LocalFleet
+from tidegate.fleet.supervision import Backoff, FleetPace
 
 FAKE = (sys.executable, str(Path(__file__).parent / "fake_engine.py"))
 QUICK = FleetPace(

@@ -30,7 +30,8 @@ class Group:
             name, number = number, "1"
         if not number.isascii() or not number.isdigit() or not 0 < int(number) <= MOST_INSTANCES:
             raise ConfigError(
-                f"{text!r}: expected PROFILE:N with 1 to {MOST_INSTANCES} instances, as in h100_sxm/llama-3.1-8b:8"
+                f"{text!r}: expected PROFILE:N with 1 to {MOST_INSTANCES} instances, "
+                "as in h100_sxm/llama-3.1-8b:8"
             )
         return cls(packaged_profile(name), int(number))
 

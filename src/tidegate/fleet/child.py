@@ -8,12 +8,15 @@ import signal
 from asyncio.subprocess import PIPE, Process
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from tidegate.core.errors import ConfigError, SetupError
-from tidegate.fleet.ready import Ready
 
 log = logging.getLogger(__name__)
+
+Announced = TypeVar("Announced")
+Parse = Callable[[str], Announced | None]
+"""Reads one line of output: the announcement, or None. Raises ConfigError for a malformed one."""
 
 TAIL_LINES = 10
 READ_BYTES = 8192
@@ -27,18 +30,19 @@ class EngineStartFailed(SetupError):
     """An engine process did not become ready; the message ends with its last lines of stderr."""
 
 
-class Child:
-    """An engine process whose output goes to the log under ``name``.
+class Child(Generic[Announced]):
+    """An engine process whose output goes to the log under ``name``, but for what ``parse`` recognises.
 
     The child's stdin is a pipe that only this object holds: an engine started with
     ``--exit-with-parent`` ends when the pipe closes, however the parent dies.
     """
 
-    def __init__(self, name: str, process: Process) -> None:
+    def __init__(self, name: str, process: Process, parse: Parse[Announced]) -> None:
         self.name = name
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._process = process
-        self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self._parse = parse
+        self._ready: asyncio.Future[Announced] = asyncio.get_running_loop().create_future()
         self.exited = asyncio.create_task(process.wait(), name=f"{name}: exit")
         assert process.stdout is not None and process.stderr is not None
         self._pumps = [
@@ -47,7 +51,9 @@ class Child:
         ]
 
     @classmethod
-    async def spawn(cls, name: str, argv: Sequence[str], env: Mapping[str, str]) -> Child:
+    async def spawn(
+        cls, name: str, argv: Sequence[str], env: Mapping[str, str], parse: Parse[Announced]
+    ) -> Child[Announced]:
         """Start ``argv`` in a session of its own, so that the terminal's Ctrl-C reaches only the parent.
 
         Raises EngineStartFailed when the program cannot be executed.
@@ -58,13 +64,13 @@ class Child:
             )
         except OSError as error:
             raise EngineStartFailed(f"cannot execute {argv[0]}: {error.strerror}") from None
-        return cls(name, process)
+        return cls(name, process, parse)
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
-    async def ready(self, deadline_s: float) -> Ready:
+    async def ready(self, deadline_s: float) -> Announced:
         """Wait for the announcement. Raises EngineStartFailed on exit, nonsense or a passed deadline."""
         either: set[asyncio.Future[Any]] = {self._ready, self.exited}
         await asyncio.wait(either, timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED)
@@ -127,7 +133,7 @@ class Child:
     def _on_stdout(self, line: str) -> None:
         if not self._ready.done():
             try:
-                ready = Ready.parse(line)
+                ready = self._parse(line)
             except ConfigError as error:
                 self._ready.set_exception(error)
                 return

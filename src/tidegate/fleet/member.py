@@ -32,7 +32,7 @@ class Member:
     ``url`` is its HTTP base without a trailing slash. ``engine_id`` changes when the process restarts
     (KV handles of an older engine id are dead). ``secret`` authorises KV and internal calls inside one
     launch, ``api_key`` the engine's ``/v1`` routes; both are empty when not needed and never logged.
-    ``kind`` is ``embedded`` or ``vllm``; what the gateway may ask of the member is in ``capabilities``.
+    ``kind`` is ``embedded``, ``emulated`` or ``vllm``; what may be asked of it is in ``capabilities``.
     """
 
     instance: Instance

@@ -63,8 +63,7 @@ class Ready(BaseModel):
         try:
             return cls.model_validate_json(line)
         except ValidationError as error:
-            faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-            raise ConfigError(f"the engine's ready line is malformed: {'; '.join(faults)}") from None
+            raise ConfigError(f"the engine's ready line is malformed: {faults_in(error)}") from None
 
     def instance(self, instance_id: str) -> Instance:
         """Return the instance this announcement describes, under the fleet's name for it."""
@@ -75,6 +74,11 @@ class Ready(BaseModel):
             block_tokens=self.block_tokens,
             kv_bytes_per_token=self.kv_bytes_per_token,
         )
+
+
+def faults_in(error: ValidationError) -> str:
+    """Return what is wrong with an announcement, fields by name."""
+    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
 
 
 def pooled_profile(ready: Sequence[Ready], device: str) -> Profile | None:

@@ -89,8 +89,7 @@ def _units(record: TraceRecord, index: int, count: int, block: int, seed: int) -
     left = count
     for key, size in _segments(record, index, block):
         size = left if size is None else min(size, left)
-        base = np.uint64(_key(seed, *key))
-        parts.append(_mix(base + np.arange(size, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)))
+        parts.append(scrambled(_key(seed, *key), 0, size))
         left -= size
         if left == 0:
             break
@@ -111,6 +110,12 @@ def _key(seed: int, kind: str, name: str) -> int:
     return (
         int.from_bytes(blake2b(f"{seed}\0{kind}\0{name}".encode(), digest_size=8).digest(), "little") & _MASK
     )
+
+
+def scrambled(key: int, start: int, count: int) -> npt.NDArray[np.uint64]:
+    """Return ``count`` pseudo-random 64-bit numbers: those of ``key`` from position ``start`` on."""
+    positions = np.arange(start, start + count, dtype=np.uint64)
+    return _mix(np.uint64(key) + positions * np.uint64(0x9E3779B97F4A7C15))
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

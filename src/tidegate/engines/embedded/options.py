@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tidegate.core.errors import ConfigError
-from tidegate.engines.serving.secret import LaunchSecret, is_loopback
+from tidegate.engines.serving.secret import API_KEY_ENV, LaunchSecret, is_loopback
 from tidegate.policies.order import ORDERS
 
-API_KEY_ENV = "TIDEGATE_ENGINE_API_KEY"
 DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
 
 

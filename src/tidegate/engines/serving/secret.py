@@ -14,6 +14,8 @@ from tidegate.protocol.http_front import header_bytes
 SECRET_ENV = "TIDEGATE_LAUNCH_SECRET"
 SECRET_FILE_ENV = "TIDEGATE_LAUNCH_SECRET_FILE"
 SECRET_HEADER = "x-tidegate-secret"
+API_KEY_ENV = "TIDEGATE_ENGINE_API_KEY"
+"""Where an engine finds the key that it requires of ``/v1`` requests."""
 
 
 class LaunchSecret:

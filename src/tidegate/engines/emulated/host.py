@@ -1,0 +1,258 @@
+"""All emulated instances of a process: their simulated data plane, and the legs that it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Fleet
+from dataclasses import dataclass, field
+
+from tidegate.core.clock import Clock
+from tidegate.core.errors import BadRequest
+from tidegate.dataplane.batcher import Batcher
+from tidegate.dataplane.cluster import Cluster
+from tidegate.dataplane.events import Event, EventQueue, Kind
+from tidegate.dataplane.replica import Replica
+from tidegate.dataplane.sequence import Pin, Sequence
+from tidegate.engines.emulated.leg import Leg, new_leg
+from tidegate.engines.emulated.pump import Pump
+from tidegate.engines.serving.types import GenerateRequest, KvSource, Output, PinnedKv
+from tidegate.policies.order import Order
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals of one instance since its start."""
+
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    cached_tokens: int = 0
+    pulled_tokens: int = 0
+    pulled_bytes: int = 0
+    pull_failures: int = 0
+    steps: int = 0
+
+
+@dataclass(slots=True)
+class Held:
+    """KV that a finished leg left, and the leg that claimed it."""
+
+    pin: Pin
+    claimed_by: Sequence | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether its blocks are free, or another leg's."""
+        pin, leg = self.pin, self.claimed_by
+        return pin.gone or (pin.taken and (leg is None or leg.source is not pin))
+
+
+@dataclass(slots=True, eq=False)
+class Place:
+    """One instance: ``legs`` and ``pins`` by the engine's ids, and the legs that get a token per step.
+
+    ``sink`` takes its outputs, on the event loop.
+    """
+
+    index: int
+    engine_id: str
+    replica: Replica
+    batcher: Batcher
+    sink: Callable[[list[Output]], None]
+    counters: Counters = field(default_factory=Counters)
+    legs: dict[str, Leg] = field(default_factory=dict)
+    in_step: dict[Leg, None] = field(default_factory=dict)
+    pins: dict[str, Held] = field(default_factory=dict)
+
+    def forget_old_pins(self) -> None:
+        """Drop what is over, from the oldest on: leases are equally long."""
+        while self.pins and (oldest := next(iter(self.pins))) and self.pins[oldest].over:
+            del self.pins[oldest]
+
+
+class Host:
+    """Runs legs on the wall clock, for the instances of ``replicas``. The data plane's ``Listener``.
+
+    ``front_s`` passes between a leg's submission and its place in the instance's queue, beside what HTTP
+    takes in reality. All calls come on one event loop.
+    """
+
+    def __init__(
+        self,
+        replicas: Fleet[Replica],
+        engine_ids: Fleet[str],
+        *,
+        order: Order | None = None,
+        front_s: float = 0.0,
+        clock: Clock | None = None,
+    ) -> None:
+        self._events = EventQueue()
+        self._cluster = Cluster(replicas, self._events, self, leap=False, order=order)
+        self.places = [
+            Place(index, engine_id, replica, instance.batcher, _nobody)
+            for index, (engine_id, replica, instance) in enumerate(
+                zip(engine_ids, replicas, self._cluster.instances, strict=True)
+            )
+        ]
+        self._by_engine = {place.engine_id: place for place in self.places}
+        self._legs: dict[int, tuple[Place, Leg]] = {}
+        self._numbered = 0
+        self._touched: dict[Leg, Place] = {}
+        self._front_s = front_s
+        self.pump = Pump(self._events, self._handle, self._flush, clock)
+
+    # what reaches an instance
+
+    def submit(self, place: Place, request: GenerateRequest) -> None:
+        """Start a leg. Raises BadRequest for an id in use."""
+        if request.id in place.legs:
+            raise BadRequest(f"request id {request.id!r} is in use", param="request_id")
+        now = self.pump.catch_up()
+        held = None if request.source is None else self._claim(place, request, request.source, now)
+        self._numbered += 1
+        pin = None if held is None else held.pin
+        leg = new_leg(self._numbered, request, pin, place.replica.instance.block_tokens, now)
+        if held is not None:
+            held.claimed_by = leg.sequence
+        place.legs[request.id] = leg
+        self._legs[self._numbered] = place, leg
+        if self._front_s > 0:
+            self._events.push(now + self._front_s, Kind.LEG, self._numbered)
+        else:
+            self._cluster.submit(place.index, leg.sequence, now)
+        self.pump.arm()
+
+    def abort(self, place: Place, request_id: str) -> None:
+        """End a leg early; its last output has ``finish_reason`` abort. An unknown id is ignored."""
+        now = self.pump.catch_up()
+        leg = place.legs.pop(request_id, None)
+        if leg is not None:
+            del self._legs[leg.sequence.request]
+            place.in_step.pop(leg, None)
+            self._cluster.abort(leg.sequence, now)
+            leg.abort(now)
+            self._touched[leg] = place
+            self._flush()
+        self.pump.arm()
+
+    def release(self, place: Place, request_id: str) -> bool:
+        """Free KV that a leg left; False when there is none that is free to go."""
+        now = self.pump.catch_up()
+        held = place.pins.get(request_id)
+        if held is None or held.claimed_by is not None or held.over:
+            return False
+        del place.pins[request_id]
+        self._cluster.drop(held.pin, now)
+        self.pump.arm()
+        return True
+
+    def release_source(self, source: KvSource) -> None:
+        """Free the KV behind a handle that nobody is going to pull."""
+        place = self._by_engine.get(source.engine_id)
+        if place is not None:
+            self.release(place, source.request_id)
+
+    def _claim(self, place: Place, request: GenerateRequest, source: KvSource, now: float) -> Held | None:
+        """Return the KV behind a handle if it fits the leg; otherwise free it, and the leg recomputes."""
+        owner = self._by_engine.get(source.engine_id)
+        held = None if owner is None else owner.pins.get(source.request_id)
+        if held is None or held.claimed_by is not None or held.over:
+            place.counters.pull_failures += 1
+            return None
+        if held.pin.tokens != len(request.prompt_token_ids) - 1:
+            # Only whole prompts are handed over; the data plane has no leg that pulls a part and computes
+            # the rest.
+            place.counters.pull_failures += 1
+            self._cluster.drop(held.pin, now)
+            return None
+        return held
+
+    # events
+
+    def _handle(self, event: Event) -> None:
+        now, kind, whose, _ = event
+        if kind is Kind.LEG:
+            if whose in self._legs:
+                place, leg = self._legs[whose]
+                self._cluster.submit(place.index, leg.sequence, now)
+        else:
+            self._cluster.handle(event)
+
+    def _flush(self) -> None:
+        """Hand on what the legs said, all of a leg's tokens in one output."""
+        touched, self._touched = self._touched, {}
+        outputs: dict[int, list[Output]] = {}
+        for leg, place in touched.items():
+            outputs.setdefault(place.index, []).append(leg.take())
+        for index, said in outputs.items():
+            self.places[index].sink(said)
+
+    # what the data plane tells
+
+    def stepped(self, instance: int, count: int, now: float) -> None:
+        """See ``Listener.stepped``."""
+        place = self.places[instance]
+        place.counters.steps += count
+        place.counters.generation_tokens += count * len(place.in_step)
+        for leg in place.in_step:
+            leg.advance(count, now)
+            self._touched[leg] = place
+
+    def token(self, sequence: Sequence, now: float) -> None:
+        """See ``Listener.token``."""
+        place, leg = self._legs[sequence.request]
+        counters = place.counters
+        if leg.first_token_s is None:
+            counters.prompt_tokens += sequence.prompt
+            counters.cached_tokens += sequence.cached_tokens
+            counters.pulled_tokens += leg.loaded_tokens
+        counters.generation_tokens += 1
+        leg.advance(1, now)
+        place.in_step[leg] = None
+        self._touched[leg] = place
+
+    def preempted(self, sequence: Sequence) -> None:
+        """See ``Listener.preempted``."""
+        place, leg = self._legs[sequence.request]
+        place.counters.preemptions += 1
+        place.in_step.pop(leg, None)
+
+    def pull(self, sequence: Sequence, instance: int, now: float) -> None:
+        """See ``Listener.pull``."""
+        place, leg = self._legs[sequence.request]
+        assert sequence.source is not None
+        leg.loaded_tokens = sequence.source.tokens
+        place.counters.pulled_bytes += self._cluster.pull(sequence, instance, now)
+
+    def paused(self, sequence: Sequence, now: float) -> None:
+        """See ``Listener.paused``."""
+        place, leg = self._legs[sequence.request]
+        place.in_step.pop(leg, None)
+
+    def migrated(
+        self, sequence: Sequence, src: int, dst: int, moved_bytes: int, committed: bool, now: float
+    ) -> None:
+        """See ``Listener.migrated``; nobody asks an emulated instance for one."""
+
+    def ended(self, sequence: Sequence, pin: Pin | None, now: float) -> None:
+        """See ``Listener.ended``."""
+        place, leg = self._legs.pop(sequence.request)
+        request = leg.request
+        del place.legs[request.id]
+        place.in_step.pop(leg, None)
+        pinned = None
+        if pin is not None:
+            self._cluster.begin_lease(pin, now)
+            place.forget_old_pins()
+            older = place.pins.pop(request.id, None)
+            if older is not None and older.claimed_by is None:
+                self._cluster.drop(older.pin, now)
+            place.pins[request.id] = Held(pin)
+            ends_s = now + place.replica.engine.lease_s
+            pinned = PinnedKv(request.id, tuple(range(pin.blocks)), pin.tokens, ends_s)
+        leg.finish(now, pinned)
+        self._touched[leg] = place
+
+
+def _nobody(outputs: list[Output]) -> None:
+    """Take outputs before a server does."""

@@ -1,0 +1,64 @@
+"""The token ids of an emulated model: bytes, pairs of bytes, and the words of which answers are made.
+
+Encoding is exact: decoding gives the same bytes again. Ids that name nothing decode to no text, so that
+prompts of random ids, as load clients send them, are accepted in the usual range.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Any
+
+from tidegate.core.errors import BadRequest
+from tidegate.workloads.prompts import WORDS
+
+VOCAB_SIZE = 128_256
+"""That of Llama 3, the smallest vocabulary among the packaged models."""
+FIRST_PAIR = 256
+FIRST_WORD = FIRST_PAIR + 256 * 256
+_PIECES = re.compile(b"|".join([*(b" %b(?![a-z])" % word.encode() for word in WORDS), b"[^ ]{1,2}| "]))
+_WORD_IDS = {b" " + word.encode(): FIRST_WORD + index for index, word in enumerate(WORDS)}
+
+
+@cache
+def pieces() -> list[bytes]:
+    """Return the bytes of every id."""
+    singles = [bytes([byte]) for byte in range(256)]
+    named = [*singles, *(a + b for a in singles for b in singles), *_WORD_IDS]
+    return [*named, *[b""] * (VOCAB_SIZE - len(named))]
+
+
+class Codec:
+    """The PromptCodec of emulated instances."""
+
+    longest_token_chars = 5
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return the ids of ``text``; there are no special tokens."""
+        return [_id_of(piece) for piece in _PIECES.findall(text.encode("utf-8", "surrogatepass"))]
+
+    def encode_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
+        """Return the ids of the messages, each after its role, and of the role that is to answer."""
+        lines = [f"{message['role']}: {_text(message.get('content'))}\n" for message in messages]
+        return self.encode("".join([*lines, *(["assistant:"] if add_generation_prompt else [])]))
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Return the text of ``token_ids``."""
+        known = pieces()
+        return b"".join([known[token_id] for token_id in token_ids]).decode("utf-8", "replace")
+
+
+def _id_of(piece: bytes) -> int:
+    if len(piece) > 2:
+        return _WORD_IDS[piece]
+    return piece[0] if len(piece) == 1 else FIRST_PAIR + piece[0] * 256 + piece[1]
+
+
+def _text(content: Any) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    texts = [part.get("text") if part.get("type") == "text" else None for part in content]
+    if not all(isinstance(text, str) for text in texts):
+        raise BadRequest("messages: only content parts of type text are supported", param="messages")
+    return "\n".join(map(str, texts))
