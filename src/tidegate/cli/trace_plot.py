@@ -118,10 +118,9 @@ def _rates(axes: Any, timed: list[Curve], clock: Clock, bin_s: float) -> None:
 def _ratios(axes: Any, timed: list[Curve], clock: Clock) -> None:
     for curve in timed:
         about = curve.about.statistics
-        points = [(w.start_s + w.length_s / 2, w.ratio) for w in about.windows if w.ratio is not None]
-        if points:
-            x, y = zip(*points, strict=True)
-            axes.plot(np.array(x) / clock.unit_s, y, ".-", color=curve.colour, ms=4, lw=1)
+        middles_s = np.array([w.start_s + w.length_s / 2 for w in about.windows])
+        ratios = [float("nan") if w.ratio is None else w.ratio for w in about.windows]
+        axes.plot(middles_s / clock.unit_s, ratios, ".-", color=curve.colour, ms=4, lw=1)
         axes.axhline(about.ratio, color=curve.colour, lw=0.8, ls=":")
     axes.set_yscale("log")
     _plain_log(axes.yaxis)

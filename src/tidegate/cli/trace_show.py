@@ -112,7 +112,7 @@ def _pair(share: float) -> str:
 
 
 def _spread(s: Spread) -> str:
-    return f"mean {s.mean:.6g}  p50 {s.p50:g}  p90 {s.p90:g}  p99 {s.p99:g}  max {s.max:g}"
+    return f"mean {s.mean:.5g}  p50 {s.p50:g}  p90 {s.p90:g}  p99 {s.p99:g}  max {s.max:g}"
 
 
 def _duration(seconds: float) -> str:

@@ -99,7 +99,7 @@ def spikes(
 
     def rate(at_s: float) -> tuple[float, float]:
         end_s = spike.end_s(at_s)
-        return (1.0, 0.0) if end_s is None else (spike.factor, end_s)
+        return (1.0, math.inf) if end_s is None else (spike.factor, end_s)
 
     return _multiplied(records, rate, jitter_s, seed)
 
@@ -140,7 +140,7 @@ def _multiplied(
 def _shifts(rng: np.random.Generator, factor: float, jitter_s: float) -> list[float]:
     """Return a delay for each appearance of a session; the original is undelayed."""
     count = int(factor) + (1 if rng.random() < factor % 1.0 else 0)
-    return [0.0, *(rng.uniform(0.0, jitter_s, count - 1) if count > 1 else ())][:count]
+    return [0.0, *rng.uniform(0.0, jitter_s, max(0, count - 1)).tolist()][:count]
 
 
 def _check_jitter(jitter_s: float) -> None:

@@ -15,6 +15,7 @@ from tidegate.workloads.trace import TraceRecord, session_of
 
 MINUTE_S = 60.0
 WINDOW_S = 300.0
+MOST_WINDOWS = 5_000_000
 FEWEST_IN_WINDOW = 20
 """Windows with fewer requests say nothing of a ratio and are left out of its range."""
 
@@ -115,6 +116,11 @@ def statistics(records: Sequence[TraceRecord], *, timed: bool, window_s: float =
     inputs = np.array([r.input_tokens for r in records], dtype=np.float64)
     outputs = np.array([r.output_tokens for r in records], dtype=np.float64)
     times_s = np.array([r.arrival_s for r in records], dtype=np.float64)
+    if timed and (times_s[-1] - times_s[0]) / min(window_s, MINUTE_S) > MOST_WINDOWS:
+        raise ConfigError(
+            f"the trace lasts {times_s[-1] - times_s[0]:g} s: more than {MOST_WINDOWS:,} windows; are its "
+            "times seconds, and the window wide enough?"
+        )
     windows = _windows(times_s, inputs, outputs, window_s) if timed else ()
     ratios = [w.ratio for w in windows if w.ratio is not None]
     return Statistics(
