@@ -172,7 +172,7 @@ class Batcher:
     def ended(self) -> list[Sequence]:
         """Take the decodes that have their last token out of the batch; they still hold their blocks."""
         gone = self.decode.ended()
-        for sequence in gone:
+        for sequence in gone:  # none, most often
             sequence.state = READY
         return gone
 
@@ -374,9 +374,7 @@ class Batcher:
         while budget > 0:
             first = bool(self._first)
             sequence = self._first[0] if first else self._queue.head(now)
-            if sequence is None:
-                return
-            if not self._admit(sequence):
+            if sequence is None or not self._admit(sequence):
                 self._stuck = True
                 return
             if first:

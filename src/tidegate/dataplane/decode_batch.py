@@ -63,17 +63,19 @@ class DecodeBatch:
 
     def steps_to_end(self) -> int:
         """Return after how many steps the first of the members, of which there are some, ends."""
-        while not self._current(self._ends[0]):
-            heapq.heappop(self._ends)
-        return self._ends[0][0] - self.ticks
+        ends, members = self._ends, self.members
+        while True:
+            end_tick, _, sequence = ends[0]
+            if sequence.end_tick == end_tick and sequence in members:
+                return end_tick - self.ticks
+            heapq.heappop(ends)  # it left, and may have joined again
 
     def ended(self) -> list[Sequence]:
         """Take out the members that have their last token, in the order in which they joined."""
         gone: list[Sequence] = []
+        if not self._ends or self._ends[0][0] > self.ticks:
+            return gone
         while self.members and self.steps_to_end() == 0:
             gone.append(heapq.heappop(self._ends)[2])
             self.leave(gone[-1])
         return gone
-
-    def _current(self, end: tuple[int, int, Sequence]) -> bool:
-        return end[2] in self.members and end[2].end_tick == end[0]

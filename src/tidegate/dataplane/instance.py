@@ -119,7 +119,9 @@ class SimInstance:
     def report(self, now: float) -> None:
         """Tell the listener of all steps that ended by ``now``."""
         if self._busy:
-            self._report_until(self._stretch.done_by(now))
+            done = self._stretch.done_by(now)
+            self._report_until(done)
+            self.report_due_s = self._stretch.end_s(done + 1)
 
     # migration
 
@@ -241,7 +243,6 @@ class SimInstance:
         if done > self._reported:
             self._listener.stepped(self.index, done - self._reported, stretch.end_s(done))
             self._reported = done
-        self.report_due_s = stretch.end_s(done + 1)
 
     def settle(self, now: float) -> None:
         """Book the steps that are over, so that what remains of the stretch is the step that runs."""

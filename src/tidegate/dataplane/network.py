@@ -36,6 +36,7 @@ class Network:
         self._events = events
         self._links: list[Link] = []
         self._link_of: dict[str, int] = {}
+        self._link_between: dict[tuple[int, int], int] = {}
         self._transfers: dict[int, Transfer] = {}
         self._begun = 0
 
@@ -75,9 +76,16 @@ class Network:
         return next(t for t in self._transfers.values() if t.sequence is sequence and t.pin is not None)
 
     def _link(self, transfer: Transfer) -> int:
-        to = self._replicas[transfer.dst]
+        between = (transfer.src, transfer.dst)
+        link = self._link_between.get(between, -1)
+        if link < 0:
+            link = self._link_between[between] = self._find_link(transfer.src, transfer.dst)
+        return link
+
+    def _find_link(self, src: int, dst: int) -> int:
+        to = self._replicas[dst]
         cost, name = to.profile.transfer, to.link or f"\0{to.instance.id}"
-        if to.inter_node is not None and self._replicas[transfer.src].node != to.node:
+        if to.inter_node is not None and self._replicas[src].node != to.node:
             cost, name = to.inter_node, f"{name}\0"
         link = self._link_of.setdefault(name, len(self._links))
         if link == len(self._links):
