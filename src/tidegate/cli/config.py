@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
+from tidegate.dataplane.roster import parse_groups
 from tidegate.fleet.static import checked_url
 from tidegate.policies.order import Fifo
 from tidegate.policies.seams import Signal
@@ -64,10 +65,16 @@ def _split(value: object) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _urls(value: object) -> list[str]:
+def _words(value: object, what: str) -> list[str]:
+    """Return a list of words; as text they stand apart by blanks or commas."""
     words = value.replace(",", " ").split() if isinstance(value, str) else value
     if not isinstance(words, list | tuple) or not words or not all(isinstance(word, str) for word in words):
-        raise ValueError("expected a list of URLs")
+        raise ValueError(f"expected a list of {what}")
+    return list(words)
+
+
+def _urls(value: object) -> list[str]:
+    words = _words(value, "URLs")
     try:
         urls = [checked_url(word) for word in words]
     except ConfigError as error:
@@ -75,6 +82,15 @@ def _urls(value: object) -> list[str]:
     if len(set(urls)) < len(urls):
         raise ValueError("a URL is given more than once")
     return urls
+
+
+def _groups(value: object) -> list[str]:
+    words = _words(value, "PROFILE:N")
+    try:
+        parse_groups(words)
+    except ConfigError as error:
+        raise ValueError(error.message) from None
+    return words
 
 
 def _sendable(value: str) -> str:
@@ -137,16 +153,20 @@ class SchedulingSection(Section):
 
 
 class FleetSection(Section):
-    """Where instances come from: ``model`` starts them here, ``vllm`` uses running ones."""
+    """Where instances come from: ``model`` starts them here, ``emulate`` starts pretended ones, ``vllm`` uses
+    running ones."""
 
     model: Annotated[Path, AfterValidator(_model_folder)] | None = None
     instances: Annotated[Whole, Field(ge=1, le=256)] = 3
+    emulate: Annotated[list[str], BeforeValidator(_groups)] | None = None
     vllm: Annotated[list[str], BeforeValidator(_urls)] | None = None
     vllm_api_key: Key | None = Field(default=None, repr=False)
 
     @property
     def size(self) -> int:
         """The number of instances of the whole fleet."""
+        if self.emulate:
+            return sum(group.count for group in parse_groups(self.emulate))
         return len(self.vllm) if self.vllm else self.instances
 
 

@@ -17,6 +17,7 @@ from tidegate import __version__
 from tidegate.cli.config import Config
 from tidegate.cli.process import debugging
 from tidegate.cli.tiny import ARCH, require_embedded, tiny_model
+from tidegate.fleet.emulated import EmulatedFleet, EmulatedLaunch
 from tidegate.fleet.member import Fleet, FleetListener, Member
 from tidegate.fleet.processes import EngineLaunch, LocalFleet
 from tidegate.fleet.static import StaticFleet
@@ -66,6 +67,10 @@ def make_fleet(config: Config) -> Fleet:
     source, engine = config.fleet, config.engine
     if source.vllm:
         return StaticFleet(source.vllm, api_key=source.vllm_api_key or "")
+    order = config.scheduling.make_system().order.name
+    log_level = "info" if debugging() else "warning"
+    if source.emulate:
+        return EmulatedFleet(EmulatedLaunch(tuple(source.emulate), order=order, log_level=log_level))
     require_embedded()
     folder = source.model or tiny_model()
     return LocalFleet(
@@ -78,8 +83,8 @@ def make_fleet(config: Config) -> Fleet:
             max_model_len=engine.max_model_len,
             kv_memory_mb=engine.kv_memory_mb,
             max_batch_tokens=engine.max_batch_tokens,
-            order=config.scheduling.make_system().order.name,
-            log_level="info" if debugging() else "warning",
+            order=order,
+            log_level=log_level,
         )
     )
 

@@ -28,6 +28,8 @@ EPILOG = """
 
     tidegate serve --model models/qwen3-0.6b --instances 4 --slo ttft:500,tpot:50
 
+    tidegate serve --emulate h100_sxm/llama-3.1-8b:8 --slo ttft:500,tpot:50
+
     tidegate serve --vllm http://10.0.0.5:8000 --vllm http://10.0.0.6:8000 --split 1:1
 
     tidegate serve --config serve.toml --print-config
@@ -135,6 +137,15 @@ def serve(
     instances: Annotated[
         int | None,
         typer.Option(help="Number of embedded engines.", show_default="3", rich_help_panel=_FLEET),
+    ] = None,
+    emulate: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GPU/MODEL:N",
+            help="N emulated instances of a packaged profile, in place of embedded engines: real HTTP and "
+            "made-up tokens, at the pace of that GPU. Repeat for a mixed fleet of one model.",
+            rich_help_panel=_FLEET,
+        ),
     ] = None,
     vllm: Annotated[
         list[str] | None,

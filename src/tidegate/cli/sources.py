@@ -19,10 +19,12 @@ PREFIX = "TIDEGATE_"
 OTHER_VARIABLES = frozenset(
     {"TIDEGATE_DEBUG", "TIDEGATE_LAUNCH_SECRET", "TIDEGATE_LAUNCH_SECRET_FILE", "TIDEGATE_CONFIG"}
 )
-RIVALS = (("api_key", "api_key_file"), ("model", "vllm"))
+RIVALS = (("api_key", "api_key_file"), ("model", "vllm"), ("model", "emulate"), ("emulate", "vllm"))
 """Settings that exclude each other: one source may give one of them, and a higher source replaces both."""
 OWN_ENGINES_ONLY = ("instances", *SECTIONS["engine"].model_fields)
-"""Settings without a meaning for servers that something else started."""
+"""Settings without a meaning for servers that something else started, and for emulated instances."""
+ELSEWHERE = ("vllm", "emulate")
+"""Settings that put other instances in the place of embedded engines."""
 DEFAULT = "default"
 
 
@@ -62,8 +64,10 @@ def resolve(
     merged = _merge(levels, problems)
     if "api_key_file" in merged:
         _read_key_file(merged, problems)
+    for source in ELSEWHERE:
+        if source in merged:
+            _drop_engine_settings(source, merged, levels, problems)
     if "vllm" in merged:
-        _drop_engine_settings(merged, levels, problems)
         merged.setdefault("system", Given(SYSTEM_WITH_VLLM, DEFAULT))
     sections: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for name, given in merged.items():
@@ -153,13 +157,13 @@ def _merge(levels: list[dict[str, Given]], problems: list[str]) -> dict[str, Giv
 
 
 def _drop_engine_settings(
-    merged: dict[str, Given], levels: list[dict[str, Given]], problems: list[str]
+    source: str, merged: dict[str, Given], levels: list[dict[str, Given]], problems: list[str]
 ) -> None:
-    """Refuse what has no effect beside ``vllm``, unless a weaker source gave it for other runs."""
-    chosen = max(rank for rank, level in enumerate(levels) if "vllm" in level)
+    """Refuse what has no effect beside ``source``, unless a weaker source gave it for other runs."""
+    chosen = max(rank for rank, level in enumerate(levels) if source in level)
     for name in OWN_ENGINES_ONLY:
         if any(name in level for level in levels[chosen:]):
-            problems.append(f"{merged[name].origin}: has no effect together with {merged['vllm'].origin}")
+            problems.append(f"{merged[name].origin}: has no effect together with {merged[source].origin}")
         merged.pop(name, None)
 
 
