@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from hypothesis import strategies as st
 
-from tidegate.core.decision import Control, Flip
+from tidegate.core.decision import Control, Flip, Migrate
 from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
 from tidegate.costs.forms import MixedCost, StepCost
@@ -106,6 +106,26 @@ class RestlessPool:
 
 
 @dataclass(frozen=True)
+class MovingPool:
+    """Asks at every tick to move some requests, most of which are not where it says."""
+
+    seed: int
+    tick_s: float = 0.0731
+    needs: frozenset[Signal] = frozenset()
+
+    def step(self, snapshot: Snapshot, state: object) -> Control:
+        turn = state if isinstance(state, int) else 0
+        rng = np.random.default_rng((self.seed, turn))
+        requests = rng.integers(0, 40, 12).tolist()
+        moves = tuple(
+            Migrate(f"r{request}", src, str(rng.choice(snapshot.ids)), "forced")
+            for request in requests
+            for src in snapshot.ids
+        )
+        return Control(migrations=moves, state=turn + 1)
+
+
+@dataclass(frozen=True)
 class Case:
     """A cluster, its system and a workload. Sizes are small enough that everything runs out at times."""
 
@@ -120,11 +140,14 @@ class Case:
     block_tokens: int
     max_batch_tokens: int
     max_num_seqs: int
-    restless: bool
+    pool: str
     front_s: float
     host_s: float
     shared_link: bool
     lease_s: float
+    heartbeat_s: float
+    sessions: int
+    troubled: bool
     profile: Profile = field(default=REFERENCE)
 
     def trace(self) -> list[TraceRecord]:
@@ -133,7 +156,26 @@ class Case:
         arrivals = np.cumsum(rng.exponential(1 / self.rate_rps, self.requests)).tolist()
         prompts = rng.integers(1, self.longest_prompt, self.requests, endpoint=True).tolist()
         answers = rng.integers(1, self.longest_answer, self.requests, endpoint=True).tolist()
-        return [TraceRecord(a, p, o) for a, p, o in zip(arrivals, prompts, answers, strict=True)]
+        if not self.sessions:
+            return [TraceRecord(a, p, o) for a, p, o in zip(arrivals, prompts, answers, strict=True)]
+        turns = [0] * self.sessions
+        records = []
+        for arrival, prompt, answer in zip(arrivals, prompts, answers, strict=True):
+            at = int(rng.integers(self.sessions))
+            records.append(
+                TraceRecord(
+                    arrival,
+                    prompt,
+                    answer,
+                    hash_ids=tuple(at * 100_000 + i for i in range((prompt + answer) // 37 + 1)),
+                    block_tokens=37,
+                    session_id=f"s{at}",
+                    turn=turns[at],
+                    delay_s=float(rng.exponential(0.1)),
+                )
+            )
+            turns[at] += 1
+        return records
 
     def fleet(self) -> list[Replica]:
         engine = EngineSettings(self.max_batch_tokens, self.max_num_seqs, self.host_s, self.lease_s)
@@ -150,12 +192,25 @@ class Case:
 
     def made_system(self) -> System:
         system = make_system(self.system, slo=Slo(0.2, 0.02), tick_s=0.1037)
-        return replace(system, pool=RestlessPool()) if self.restless else system
+        pools = {"restless": RestlessPool(), "moving": MovingPool(self.seed)}
+        return replace(system, pool=pools[self.pool]) if self.pool else system
+
+    def settings(self, *, leap: bool) -> SimSettings:
+        troubled = self.troubled and self.instances > 2
+        return SimSettings(
+            slo=Slo(0.2, 0.02),
+            front_s=self.front_s,
+            leap=leap,
+            closed_loop=self.sessions > 0,
+            heartbeat_s=self.heartbeat_s,
+            starts_s={"i1": 0.2117} if troubled else {},
+            deaths=[(0.3719, "i0"), (0.9173, "i2")] if troubled else [],
+        )
 
     def run(self, *, leap: bool) -> tuple[SimRun, bytes]:
         """Simulate; return the run and its journal."""
         journal = io.BytesIO()
-        settings = SimSettings(slo=Slo(0.2, 0.02), front_s=self.front_s, leap=leap)
+        settings = self.settings(leap=leap)
         done = simulate(self.trace(), self.made_system(), self.fleet(), settings, journal=journal)
         return done, journal.getvalue()
 
@@ -173,10 +228,13 @@ CASES = st.builds(
     block_tokens=st.sampled_from([1, 16, 32]),
     max_batch_tokens=st.sampled_from([3, 64, 8192]),
     max_num_seqs=st.sampled_from([1, 4, 1024]),
-    restless=st.booleans(),
+    pool=st.sampled_from(["", "restless", "moving"]),
     front_s=st.sampled_from([0.0, 0.0013]),
     host_s=st.sampled_from([0.0, 0.0007]),
     shared_link=st.booleans(),
     lease_s=st.sampled_from([0.0517, 30.0]),
+    heartbeat_s=st.sampled_from([0.0, 0.0837, 1.1]),
+    sessions=st.sampled_from([0, 0, 3]),
+    troubled=st.booleans(),
     profile=st.sampled_from([REFERENCE, EXPERTS]),
 )

@@ -22,7 +22,7 @@ ROUND = profile(prefill=(0.0, 1e-3, 0.0), step=(1e-2, 0.0, 1e-5), transfer=(0.5,
 @THOROUGH
 @given(case=CASES)
 def test_an_instance_is_the_naive_engine(case: Case) -> None:
-    case = replace(case, system="colocated", instances=1, restless=False, front_s=0.0)
+    case = replace(case, system="colocated", instances=1, pool="", front_s=0.0, sessions=0)
     replica = case.fleet()[0]
     fits = [r for r in case.trace() if r.input_tokens + r.output_tokens <= replica.instance.max_model_len]
     jobs = NaiveEngine(replica).serve(fits)

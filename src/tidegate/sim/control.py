@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from tidegate.core.decision import Flip, Hold, Place, Reject, Verdict
+from tidegate.core.decision import Flip, Hold, Migrate, Place, Reject, Verdict
 from tidegate.core.errors import NoInstance
 from tidegate.core.instance import Role
 from tidegate.core.request import Request
@@ -14,6 +14,7 @@ from tidegate.ledger.snapshot import Snapshot
 from tidegate.measure.rows import decision_row, flip_row
 from tidegate.measure.timeline import FlipEvent
 from tidegate.policies.pricing import predicted_on
+from tidegate.policies.starting_roles import joining_role
 from tidegate.sim.journal import SimJournal
 from tidegate.sim.sampling import Sampler
 from tidegate.systems.system import System
@@ -26,6 +27,8 @@ class Control:
     """Owns the ledger and applies a system's decisions, in the gateway's order.
 
     ``report`` brings the ledger up to the given time: instances that leap tell of their steps only then.
+    ``migrate`` moves a decode. ``up`` tells which replicas are up at the start; ``first_roles`` are the
+    labels with which they came up, None before.
     """
 
     def __init__(
@@ -34,10 +37,11 @@ class Control:
         replicas: Sequence[Replica],
         journal: SimJournal,
         report: Callable[[float], None],
+        migrate: Callable[[Migrate, float], None],
+        up: Sequence[bool],
     ) -> None:
         self.ledger = Ledger()
         self.sampler = Sampler([replica.instance.id for replica in replicas])
-        self.seen_at_s = 0.0
         self._system = system
         self._prefill = system.prefill
         self._decode = system.decode
@@ -45,14 +49,41 @@ class Control:
         self._report = report
         self._pool_state: object = None
         self._reason = ""
-        self.roles = system.roles(len(replicas))
-        for replica, role in zip(replicas, self.roles, strict=True):
-            self.ledger.instance_up(replica.instance, replica.profile, role, 0.0)
+        self._migrate = migrate
+        self._replicas = replicas
+        self.first_roles: list[Role | None] = [None] * len(replicas)
+        self.last_roles: list[Role | None] = [None] * len(replicas)
+        for number, role in enumerate(system.roles(len(replicas))):
+            if up[number]:
+                self._up(number, role, 0.0)
 
     @property
     def tick_s(self) -> float | None:
         """The period of pool control; None without one."""
         return self._system.pool.tick_s if self._system.pool else None
+
+    def instance_up(self, number: int, now: float) -> None:
+        """Add an instance, with the label that the fleet lacks most."""
+        role = joining_role(self._system.roles, self.snapshot(now))
+        self._up(number, role, now)
+        if self._journal.enabled:
+            self._journal.write("instance", now, {**self._named(number), "event": "up", "role": role.label})
+
+    def instance_down(self, number: int, reason: str, now: float) -> None:
+        """Drop an instance."""
+        name = self._replicas[number].instance.id
+        self.last_roles[number] = self.ledger.role_of(name)
+        self.ledger.instance_down(name, now)
+        if self._journal.enabled:
+            self._journal.write("instance", now, {**self._named(number), "event": "down", "reason": reason})
+
+    def labels(self) -> list[Role | None]:
+        """Return the last label of every instance; None for one that never came up."""
+        up = set(self.ledger.ids)
+        return [
+            self.ledger.role_of(replica.instance.id) if replica.instance.id in up else last
+            for replica, last in zip(self._replicas, self.last_roles, strict=True)
+        ]
 
     def place_prefill(self, request: Request, kind: str, now: float) -> Place | Hold | Reject:
         """Place a request's prefill; ``kind`` is the journal's word for it. Nothing is entered yet."""
@@ -102,11 +133,21 @@ class Control:
             if self._journal.enabled:
                 self._journal.write("control", now, {"reason": control.reason, "flips": len(control.flips)})
         self._apply(control.flips, now)
+        for migrate in control.migrations:
+            self._migrate(migrate, now)
 
     def snapshot(self, now: float) -> Snapshot:
         """Return the cluster as the control plane knows it."""
         self._report(now)
         return self.ledger.snapshot(now)
+
+    def _up(self, number: int, role: Role, now: float) -> None:
+        replica = self._replicas[number]
+        self.first_roles[number] = role
+        self.ledger.instance_up(replica.instance, replica.profile, role, now)
+
+    def _named(self, number: int) -> dict[str, str]:
+        return {"instance": self._replicas[number].instance.id}
 
     def _seen(self, now: float) -> Snapshot:
         self._report(now)

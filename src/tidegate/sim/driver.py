@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import IO
 
 import tidegate
@@ -10,13 +10,19 @@ from tidegate.core.errors import ConfigError
 from tidegate.dataplane.events import Event, EventQueue, Kind
 from tidegate.dataplane.replica import Replica
 from tidegate.policies.seams import Signal
+from tidegate.sim.arrivals import Arrivals
+from tidegate.sim.checks import slo_warnings
 from tidegate.sim.journal import SimJournal
+from tidegate.sim.membership import Membership
 from tidegate.sim.results import InstanceUse, SimRun
 from tidegate.sim.serving import Serving
 from tidegate.sim.settings import SimSettings
 from tidegate.systems.registry import check_signals
 from tidegate.systems.system import System
 from tidegate.workloads.trace import TraceRecord
+
+HEARTBEAT, CONTROL, MEMBERSHIP = 0, 1, 2
+"""Whose a TICK is, in the order in which they happen at one time; changes of membership count on."""
 
 
 def simulate(
@@ -29,8 +35,9 @@ def simulate(
 ) -> SimRun:
     """Serve ``trace`` with ``system`` on ``replicas`` to the last request.
 
-    The same arguments give the same result and the same journal, byte for byte. Raises ConfigError for
-    a fleet or system that cannot serve, and for a trace that goes back in time or has empty requests.
+    The same arguments give the same result and the same journal, byte for byte. An open loop reads the trace
+    as a stream. Raises ConfigError for a fleet, system or settings that cannot serve, and for a trace that
+    goes back in time, has empty requests or names an unknown SLO class.
     """
     return _Simulation(trace, system, replicas, settings or SimSettings(), SimJournal(journal)).run()
 
@@ -47,111 +54,117 @@ class _Simulation:
         journal: SimJournal,
     ) -> None:
         check_signals(system, frozenset({Signal.PROFILE}))
-        if len({replica.instance.id for replica in replicas}) != len(replicas):
+        self._ids = [replica.instance.id for replica in replicas]
+        if len(set(self._ids)) != len(replicas):
             raise ConfigError("two instances have one id")
-        self._events = EventQueue()
-        self._serving = Serving(system, replicas, settings, journal, self._events)
         self._replicas = replicas
-        self._trace: Iterator[TraceRecord] = iter(trace)
-        self._next: TraceRecord | None = None
-        self._fetched = 0
+        self._settings = settings
+        self._membership = Membership(self._ids, settings)
+        self._events = events = EventQueue()
+        self._arrivals = Arrivals(trace, events, closed_loop=settings.closed_loop)
+        ended = self._arrivals.ended if settings.closed_loop else None
+        self._serving = Serving(system, replicas, settings, journal, events, self._membership, ended)
         self._ticks = 0
+        self._heartbeats = 0
         self._tick_s = self._serving.control.tick_s or settings.window_s
         journal.header(
             version=tidegate.__version__,
             system=system.name,
             slo=settings.slo,
             instances=[
-                {"id": replica.instance.id, "role": role.label}
-                for replica, role in zip(replicas, self._serving.control.roles, strict=True)
+                {"id": name, "role": role.label}
+                for name, role in zip(self._ids, self._serving.control.first_roles, strict=True)
+                if role is not None
             ],
         )
 
     def run(self) -> SimRun:
         """Handle events until every request has ended."""
         handled, now = 0, 0.0
-        self._announce_arrival(0.0)
         self._announce_tick()
-        while self._next is not None or self._serving.flights:
-            event = self._events.pop()
+        if self._settings.heartbeat_s > 0:
+            self._announce_heartbeat()
+        for number, change in enumerate(self._membership.changes):
+            self._events.push(change.at_s, Kind.TICK, MEMBERSHIP + number)
+        serving, arrivals, pop, handle = self._serving, self._arrivals, self._events.pop, self._handle
+        flights = serving.flights
+        while flights or arrivals.left:
+            event = pop()
             now = event[0]
             handled += 1
-            self._handle(event)
-        self._serving.control.ledger.check_integrity()
+            handle(event)
+        serving.control.ledger.check_integrity()
         return self._finished(now, handled)
 
     def _handle(self, event: Event) -> None:
         now, kind, whose, version = event
-        serving = self._serving
         if kind is Kind.ARRIVAL:
-            self._arrive(now)
+            self._serving.arrive(whose, self._arrivals.take(whose), now)
         elif kind is Kind.LEG:
-            serving.submit(whose, version, now)
+            self._serving.submit(whose, version, now)
         elif kind is Kind.TICK:
-            serving.tick(now)
-            self._announce_tick()
+            self._tick(whose, now)
         else:
-            serving.cluster.handle(event)
+            self._serving.cluster.handle(event)
 
-    def _arrive(self, now: float) -> None:
-        record, number = self._next, self._serving.arrived
-        assert record is not None
-        self._fetched += 1
-        self._announce_arrival(now)
-        self._serving.arrive(number, record, now)
-
-    def _announce_arrival(self, now: float) -> None:
-        """Fetch the trace's next request. Raises ConfigError when it cannot be one."""
-        self._next = record = next(self._trace, None)
-        if record is None:
-            return
-        if not now <= record.arrival_s < float("inf"):
-            raise ConfigError(
-                f"request {self._fetched}: it arrives at {record.arrival_s} s, after one at {now} s"
-            )
-        if record.input_tokens < 1 or record.output_tokens < 1:
-            raise ConfigError(
-                f"request {self._fetched}: {record.input_tokens} input and {record.output_tokens} output "
-                "tokens; each must be at least 1"
-            )
-        self._events.push(record.arrival_s, Kind.ARRIVAL, self._fetched)
+    def _tick(self, whose: int, now: float) -> None:
+        if whose == CONTROL:
+            self._serving.tick(now)
+            self._announce_tick()
+        elif whose == HEARTBEAT:
+            self._serving.heartbeat(now)
+            self._announce_heartbeat()
+        else:
+            change = self._membership.changes[whose - MEMBERSHIP]
+            if change.up:
+                self._serving.instance_up(change.instance, now)
+            else:
+                self._serving.instance_down(change.instance, now)
 
     def _announce_tick(self) -> None:
         self._ticks += 1
-        self._events.push(self._ticks * self._tick_s, Kind.TICK, 0)
+        self._events.push(self._ticks * self._tick_s, Kind.TICK, CONTROL)
+
+    def _announce_heartbeat(self) -> None:
+        self._heartbeats += 1
+        self._events.push(self._heartbeats * self._settings.heartbeat_s, Kind.TICK, HEARTBEAT)
 
     def _finished(self, now: float, handled: int) -> SimRun:
         serving = self._serving
-        ids = [replica.instance.id for replica in self._replicas]
-        uses = [
-            InstanceUse(
-                id=replica.instance.id,
-                first_role=first.label,
-                last_role=serving.control.ledger.role_of(replica.instance.id).label,
-                steps=steps,
-                kv_blocks=instance.batcher.blocks.total,
-                most_kv_blocks=instance.batcher.blocks.most_used,
-                up_s=now,
-            )
-            for replica, first, instance, steps in zip(
-                self._replicas,
-                serving.control.roles,
-                serving.cluster.instances,
-                serving.steps,
-                strict=True,
-            )
-        ]
         timeline = serving.control.sampler.timeline()
+        uses = self._uses(now)
         return SimRun(
-            requests=serving.columns.table(ids, serving.arrived),
+            requests=serving.columns.table(self._ids, serving.arrived),
             instances=uses,
             timeline=timeline,
             flips=len(timeline.flips),
-            migrations=0,
+            migrations=serving.migrator.done,
             preemptions=serving.preemptions,
             kv_transfer_bytes=serving.kv_transfer_bytes,
             instance_hours=sum(use.up_s for use in uses) / 3600.0,
             end_s=now,
             events=handled,
-            warnings=(),
+            warnings=[*self._slo_warnings(), *serving.oversize.warnings()],
         )
+
+    def _uses(self, now: float) -> list[InstanceUse]:
+        serving = self._serving
+        labels = zip(serving.control.first_roles, serving.control.labels(), strict=True)
+        return [
+            InstanceUse(
+                id=name,
+                first_role=first.label if first is not None else "",
+                last_role=last.label if last is not None else "",
+                steps=serving.reports.counts[number],
+                kv_blocks=serving.cluster.instances[number].batcher.blocks.total,
+                most_kv_blocks=serving.cluster.instances[number].batcher.blocks.most_used,
+                up_s=self._membership.up_s(number, now),
+            )
+            for number, (name, (first, last)) in enumerate(zip(self._ids, labels, strict=True))
+        ]
+
+    def _slo_warnings(self) -> list[str]:
+        warnings = slo_warnings(self._replicas, self._settings.slo)
+        for name, slo in sorted(self._settings.slo_classes.items()):
+            warnings += [f"SLO class {name}: {warning}" for warning in slo_warnings(self._replicas, slo)]
+        return warnings

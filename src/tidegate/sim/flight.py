@@ -132,6 +132,7 @@ class Flight:
             self.cached_tokens,
             self.kv_transfer_bytes,
             self.replays,
+            self.migrations,
             {name: seconds for name, seconds in stages.items() if seconds == seconds},
         )
 

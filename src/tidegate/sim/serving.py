@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Fleet
 
-from tidegate.core.decision import Hold, Path, Place, Reject
-from tidegate.core.errors import InternalError, Overloaded, PromptTooLong, TidegateError, status_of
+from tidegate.core.decision import Hold, Migrate, Path, Place, Reject
+from tidegate.core.errors import (
+    EngineUnreachable,
+    InternalError,
+    Overloaded,
+    PromptTooLong,
+    TidegateError,
+    status_of,
+)
 from tidegate.core.request import Request
 from tidegate.dataplane.cluster import Cluster
 from tidegate.dataplane.events import EventQueue, Kind
 from tidegate.dataplane.replica import Replica
-from tidegate.dataplane.sequence import Pin, Sequence
+from tidegate.dataplane.sequence import LOADING, Pin, Sequence
 from tidegate.measure.rows import outcome_row
 from tidegate.policies.order import Ticket, WaitingQueue, prefill_ticket
 from tidegate.policies.pricing import fastest_prefill_seconds
+from tidegate.sim.checks import Oversize
 from tidegate.sim.columns import RequestColumns
 from tidegate.sim.control import RETRY_AFTER_S, Control
 from tidegate.sim.flight import Flight
 from tidegate.sim.journal import SimJournal
+from tidegate.sim.membership import Membership
+from tidegate.sim.migrator import Migrator
+from tidegate.sim.reports import StepReports
 from tidegate.sim.settings import SimSettings
 from tidegate.systems.system import System
 from tidegate.workloads.trace import TraceRecord
+
+DEADLY = 3
+"""Instances that may die under a request before its first token (the gateway's)."""
 
 
 class Serving:
     """Owns the live requests, the control plane and the cluster. The instances' ``Listener``.
 
-    ``arrived`` counts requests, ``refused`` those that no instance could hold.
+    ``arrived`` counts requests; ``ended`` is told of the end of each.
     """
 
     def __init__(
@@ -36,12 +51,17 @@ class Serving:
         settings: SimSettings,
         journal: SimJournal,
         events: EventQueue,
+        membership: Membership,
+        ended: Callable[[int, float], None] | None,
     ) -> None:
+        ids = [replica.instance.id for replica in replicas]
         self.cluster = Cluster(replicas, events, self, leap=settings.leap, order=system.order)
-        self.control = Control(system, replicas, journal, self.cluster.report)
+        up = [at_s == 0 for at_s in membership.starts_s]
+        report = _nothing if settings.heartbeat_s > 0 else self.cluster.report
+        self.control = Control(system, replicas, journal, report, self._migrate, up)
         self.flights: dict[int, Flight] = {}
         self.columns = RequestColumns()
-        self.steps = [0] * len(replicas)
+        self.reports = StepReports(self.control.ledger, ids, settings.heartbeat_s)
         self.arrived = 0
         self.preemptions = 0
         self.kv_transfer_bytes = 0
@@ -49,10 +69,14 @@ class Serving:
         self._settings = settings
         self._journal = journal
         self._events = events
-        self._ids = [replica.instance.id for replica in replicas]
+        self._ids = ids
         self._index = {name: index for index, name in enumerate(self._ids)}
         self._contexts = [replica.instance.max_model_len for replica in replicas]
         self._context = max(self._contexts, default=0)
+        self.oversize = Oversize(self._context)
+        self.migrator = Migrator(self.cluster, self._ledger, self.reports, self.flights, ids, journal)
+        self._stale = settings.heartbeat_s > 0
+        self._ended = ended
         self._held: WaitingQueue[Flight] = system.order.queue()
 
     # requests
@@ -81,6 +105,83 @@ class Serving:
         self.control.tick(now, idle=not self.flights, held=len(self._held))
         self._retry(now)
 
+    def heartbeat(self, now: float) -> None:
+        """Have the control plane learn what every instance has done by now."""
+        self.cluster.report(now)
+        self.reports.heartbeat()
+
+    def instance_up(self, instance: int, now: float) -> None:
+        """Have an instance join, and ask again for requests that were held."""
+        self.control.instance_up(instance, now)
+        self._retry(now)
+
+    def instance_down(self, instance: int, now: float) -> None:
+        """Have an instance die, with all that is on it; its requests are replayed as the gateway does.
+
+        A decode that was to pull its KV from there computes it again where it is.
+        """
+        self.reports.tell(instance)
+        self.migrator.instance_down(instance, now)
+        lost, robbed = [], []
+        for flight in self.flights.values():
+            if flight.leg is None:
+                continue
+            if flight.on == instance:
+                lost.append(flight)
+            elif flight.pin is not None and flight.pin.on == instance and flight.leg.source is flight.pin:
+                robbed.append(flight)
+        stages = [self._abort_leg(flight, now) for flight in lost]
+        self.reports.tell(instance)
+        self.control.instance_down(instance, "died", now)
+        for flight in robbed:
+            self._without_source(flight, now)
+        for flight, stage in zip(lost, stages, strict=True):
+            self._replay(flight, instance, stage, now)
+
+    def _abort_leg(self, flight: Flight, now: float) -> str:
+        """Take a leg off its instance, keeping count of its tokens; return its stage."""
+        leg = flight.leg
+        assert leg is not None
+        self.cluster.abort(leg, now)
+        self.migrator.aborted(flight)
+        flight.generated = max(flight.generated, leg.tokens - flight.request.prompt_tokens)
+        flight.leg, flight.on, flight.pin = None, -1, None
+        flight.legs += 1
+        return "decode" if flight.decoding else "prefill"
+
+    def _without_source(self, flight: Flight, now: float) -> None:
+        """Have a decode compute what it cannot pull any more."""
+        leg, pin = flight.leg, flight.pin
+        assert leg is not None and pin is not None
+        flight.pin = None
+        if leg.state == LOADING:
+            self.cluster.abort(leg, now)
+            self._dispatch(flight, flight.on, leg.prompt, leg.last_token - leg.prompt, None, now)
+        else:
+            self.cluster.drop(pin, now)
+
+    def _replay(self, flight: Flight, instance: int, stage: str, now: float) -> None:
+        """Serve what is left of a request from its prompt and the tokens it has."""
+        name = self._ids[instance]
+        error = EngineUnreachable(f"instance {name} died", instance=name, stage=stage)
+        self._ledger.aborted(flight.request.id, now)
+        if self._journal.enabled:
+            failure = {
+                "request": flight.request.id,
+                "instance": name,
+                "stage": stage,
+                "message": error.message,
+            }
+            row = {**failure, "reason": status_of(error).label, "generated": flight.generated}
+            self._journal.write("failure", now, row)
+        flight.decoding = flight.handing_over = False
+        poisonous = flight.replays + 1 >= DEADLY and not flight.generated
+        if flight.replays >= self._settings.replays or poisonous:
+            self._close(flight, error, now)
+        else:
+            flight.replays += 1
+            self._place_prefill(flight, now)
+
     def submit(self, index: int, legs: int, now: float) -> None:
         """Have a leg reach its engine, unless its request has ended or is on another one by now."""
         flight = self.flights.get(index)
@@ -89,7 +190,7 @@ class Serving:
 
     def _place_prefill(self, flight: Flight, now: float) -> None:
         request = flight.resident()
-        decision = self.control.place_prefill(request, "place_prefill", now)
+        decision = self.control.place_prefill(request, "replay" if flight.replays else "place_prefill", now)
         if not isinstance(decision, Place):
             self._not_placed(flight, decision, now)
             return
@@ -164,12 +265,15 @@ class Serving:
         prompt, tokens = flight.request.prompt_tokens, flight.output_tokens
         if prompt + tokens <= context:
             return False
+        self.oversize.note(flight.number, prompt + tokens)
         message = f"the context is {context} tokens; the prompt has {prompt} and max_tokens is {tokens}"
         self._close(flight, PromptTooLong(message), now)
         return True
 
     def _close(self, flight: Flight, error: TidegateError | None, now: float) -> None:
         """Take the request out of the ledger and write down how it ended."""
+        if self._stale and flight.on >= 0:
+            self.reports.tell(flight.on)
         if error is None:
             self._ledger.finished(flight.request.id, now)
         else:
@@ -183,18 +287,21 @@ class Serving:
         if self._journal.enabled:
             row = outcome_row(flight.story(self._ids), flight.ending(error, now), 0.0)
             self._journal.write("outcome", now, row)
+        if self._ended is not None:
+            self._ended(flight.number, now)
 
     # what the instances tell
 
     def stepped(self, instance: int, count: int, now: float) -> None:
         """See ``Listener.stepped``."""
-        self.steps[instance] += count
-        self._ledger.stepped(self._ids[instance], count, now)
+        self.reports.stepped(instance, count, now)
 
     def token(self, sequence: Sequence, now: float) -> None:
         """See ``Listener.token``: the first one of a leg tells that its prefill, or its pull, has ended."""
         flight = self.flights[sequence.request]
         request_id = flight.request.id
+        if self._stale:
+            self.reports.tell(flight.on)
         if flight.leg_first_s != flight.leg_first_s:
             flight.leg_first_s = now
             if flight.decoding:
@@ -216,7 +323,22 @@ class Serving:
         """See ``Listener.preempted``."""
         flight = self.flights[sequence.request]
         flight.preemptions += 1
+        if self._stale:
+            self.reports.tell(flight.on)
         self._ledger.left_step(flight.request.id)
+
+    def paused(self, sequence: Sequence, now: float) -> None:
+        """See ``Listener.paused``."""
+        self.migrator.paused(sequence)
+
+    def migrated(
+        self, sequence: Sequence, src: int, dst: int, moved_bytes: int, committed: bool, now: float
+    ) -> None:
+        """See ``Listener.migrated``."""
+        self.migrator.migrated(sequence, src, dst, moved_bytes, committed, now)
+
+    def _migrate(self, migrate: Migrate, now: float) -> None:
+        self.migrator.begin(migrate, now)
 
     def pull(self, sequence: Sequence, instance: int, now: float) -> None:
         """See ``Listener.pull``."""
@@ -237,3 +359,7 @@ class Serving:
         self._close(flight, None, now)
         if len(self._held):
             self._retry(now)
+
+
+def _nothing(now: float) -> None:
+    """Leave the control plane with what it knows."""

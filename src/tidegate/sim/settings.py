@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tidegate.core.errors import ConfigError
@@ -18,7 +18,12 @@ class SimSettings:
     bounds how long a request may be held; ``window_s`` is the tick where no pool control sets one.
     ``leap`` jumps over steps between two changes of a batch; without it every step is an event.
 
-    ``slo`` is that of requests without a class; the others have theirs in ``slo_classes``.
+    ``slo`` is that of requests without a class; the others have theirs in ``slo_classes``. With
+    ``closed_loop`` a turn waits for its session's previous answer (see ``Arrivals``).
+
+    With ``heartbeat_s`` > 0 the control plane knows of steps only as of the last heartbeat (see
+    ``StepReports``). An instance comes up at its time in ``starts_s``, at 0 without one, and dies at that in
+    ``deaths``; a request is replayed elsewhere at most ``replays`` times (the gateway's default).
     """
 
     slo: Slo = field(default_factory=Slo)
@@ -27,6 +32,11 @@ class SimSettings:
     window_s: float = 1.0
     leap: bool = True
     slo_classes: Mapping[str, Slo] = field(default_factory=dict)
+    closed_loop: bool = False
+    heartbeat_s: float = 0.0
+    starts_s: Mapping[str, float] = field(default_factory=dict)
+    deaths: Sequence[tuple[float, str]] = ()
+    replays: int = 5
 
     def __post_init__(self) -> None:
         if not (
@@ -35,6 +45,8 @@ class SimSettings:
             and 0 < self.window_s < float("inf")
         ):
             raise ConfigError("front-end time, deadline and window must be positive numbers of seconds")
+        if not 0 <= self.heartbeat_s < float("inf") or self.replays < 0:
+            raise ConfigError("the heartbeat must be a number of seconds, and replays a count, of at least 0")
 
     def slo_of(self, record: TraceRecord, number: int) -> Slo:
         """Return the targets of request ``number``'s class. Raises ConfigError for an unknown class."""
