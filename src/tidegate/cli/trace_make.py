@@ -132,7 +132,7 @@ def make(
         ),
     ] = "",
     rps: Annotated[
-        float | None, typer.Option(metavar="RPS", help="Mean of --rate-curve.", rich_help_panel=ARRIVALS)
+        float | None, typer.Option(metavar="RPS", help="Mean over the curve.", rich_help_panel=ARRIVALS)
     ] = None,
     sessions_per_s: Annotated[
         float | None,
@@ -217,8 +217,8 @@ def make(
     drift: Annotated[
         str,
         typer.Option(
-            metavar="linear:FROM:TO:S|sine:X:PERIOD",
-            help="Move the input:output ratio; rate and tokens stay.",
+            metavar="DRIFT",
+            help="Move the input:output ratio: linear:FROM:TO:S or sine:X:PERIOD; rate and tokens stay.",
             rich_help_panel=CHANGES,
         ),
     ] = "",

@@ -112,7 +112,8 @@ def _pair(share: float) -> str:
 
 
 def _spread(s: Spread) -> str:
-    return f"mean {s.mean:.5g}  p50 {s.p50:g}  p90 {s.p90:g}  p99 {s.p99:g}  max {s.max:g}"
+    mean = f"{s.mean:.0f}" if s.mean >= 1000 else f"{s.mean:.4g}"
+    return f"mean {mean}  p50 {s.p50:g}  p90 {s.p90:g}  p99 {s.p99:g}  max {s.max:g}"
 
 
 def _duration(seconds: float) -> str:
