@@ -1,0 +1,175 @@
+"""What a trace asks for, request by request, in the units that the bound of ``limit`` prices."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tidegate.core.errors import ConfigError
+from tidegate.core.instance import Instance
+from tidegate.core.slo import Slo
+from tidegate.costs.forms import Values
+from tidegate.costs.profile import Profile
+from tidegate.measure.request_table import Mask
+from tidegate.workloads.trace import TraceRecord
+
+ROUNDING = 1e-9
+"""Relative room for the simulator's rounding wherever the bound excludes something."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """``count`` instances with equal costs and equal room for KV."""
+
+    profile: Profile
+    kv_tokens: int
+    max_model_len: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batching:
+    """How every instance of the fleet may batch; ``host_s`` is added to every step."""
+
+    max_batch_tokens: int
+    max_num_seqs: int
+    host_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Demand:
+    """One entry per request, in order of arrival.
+
+    ``new_tokens`` of the prompt are in blocks that no earlier request named; they follow ``cached_tokens``.
+    ``decodes`` are the tokens after the first. ``shared_tokens`` of the context stand in blocks that another
+    request names, too, and so may be held once for both.
+    """
+
+    arrival_s: Values
+    prompt_tokens: Values
+    cached_tokens: Values
+    new_tokens: Values
+    decodes: Values
+    shared_tokens: Values
+
+    def __len__(self) -> int:
+        return len(self.arrival_s)
+
+    def only(self, keep: Mask) -> Demand:
+        """Return the requests where ``keep`` is true."""
+        return Demand(
+            self.arrival_s[keep],
+            self.prompt_tokens[keep],
+            self.cached_tokens[keep],
+            self.new_tokens[keep],
+            self.decodes[keep],
+            self.shared_tokens[keep],
+        )
+
+
+def kinds_of(profiles: Sequence[Profile], instances: Sequence[Instance]) -> list[Kind]:
+    """Group a fleet. Raises ConfigError when it is empty or a profile is missing."""
+    if not instances or len(profiles) != len(instances):
+        raise ConfigError(
+            f"{len(instances)} instances need as many profiles, at least one; got {len(profiles)}"
+        )
+    first: dict[Hashable, tuple[Profile, Instance]] = {}
+    counts: Counter[Hashable] = Counter()
+    for profile, instance in zip(profiles, instances, strict=True):
+        key = (
+            profile.prefill,
+            profile.step,
+            profile.mixed,
+            instance.kv_capacity_tokens,
+            instance.max_model_len,
+        )
+        first.setdefault(key, (profile, instance))
+        counts[key] += 1
+    return [
+        Kind(profile, instance.kv_capacity_tokens, instance.max_model_len, counts[key])
+        for key, (profile, instance) in first.items()
+    ]
+
+
+def demand_of(records: Sequence[TraceRecord]) -> Demand:
+    """Measure a trace.
+
+    A block's prefill is counted where its id first appears, as if one cache without bounds served the whole
+    cluster; ids that go on into an answer count as seen from then on.
+    """
+    ordered = sorted(records, key=lambda record: record.arrival_s)
+    named = Counter(block for record in ordered for block in set(record.hash_ids))
+    seen: set[int] = set()
+    reuse = np.array([_reuse(record, seen, named) for record in ordered], dtype=np.float64).reshape(-1, 3)
+    prompt = np.array([record.input_tokens for record in ordered], dtype=np.float64)
+    answer = np.array([record.output_tokens for record in ordered], dtype=np.float64)
+    return Demand(
+        arrival_s=np.array([record.arrival_s for record in ordered], dtype=np.float64),
+        prompt_tokens=prompt,
+        cached_tokens=reuse[:, 0],
+        new_tokens=reuse[:, 1],
+        decodes=np.maximum(answer - 1.0, 0.0),
+        shared_tokens=reuse[:, 2],
+    )
+
+
+def _reuse(record: TraceRecord, seen: set[int], named: Counter[int]) -> tuple[int, int, int]:
+    """Return the tokens before the first new block, those in new blocks, and those in shared blocks."""
+    prompt, size = record.input_tokens, record.block_tokens
+    if not record.hash_ids:
+        return 0, prompt, 0
+    covered = min(prompt, len(record.hash_ids) * size)
+    first_new, new, shared = covered, prompt - covered, 0
+    for index, block in enumerate(record.hash_ids):
+        inside = max(0, min(size, prompt - index * size))
+        if block not in seen:
+            first_new = min(first_new, index * size)
+            new += inside
+        if named[block] > 1:
+            shared += size
+    seen.update(record.hash_ids)
+    return first_new, new, shared
+
+
+def hopeless(demand: Demand, kinds: Sequence[Kind], slo: Slo, batching: Batching) -> Mask:
+    """Tell which requests miss even alone: their prefill, their steps or their size rule every instance out.
+
+    Each kind is taken at its best: whichever of its step forms is cheaper, term by term.
+    """
+    possible = np.zeros(len(demand), dtype=bool)
+    for kind in kinds:
+        fits = demand.prompt_tokens + demand.decodes + 1.0 <= min(kind.max_model_len, kind.kv_tokens)
+        in_time = _prefill_alone_s(demand, kind, batching) <= slo.ttft_s * (1.0 + ROUNDING)
+        steps_s = _steps_alone_s(demand, kind, batching)
+        possible |= fits & in_time & (steps_s <= slo.tpot_s * demand.decodes * (1.0 + ROUNDING))
+    return ~possible
+
+
+def _prefill_alone_s(demand: Demand, kind: Kind, batching: Batching) -> Values:
+    """Return the least time for the new tokens of a prompt, in the best number of chunks."""
+    pure, mixed = kind.profile.prefill, kind.profile.mixed
+    step_s = float(min(pure.a_s, mixed.a_s)) + batching.host_s
+    token_s, pair_s = float(min(pure.b_s, mixed.b_s)), float(min(pure.c_s, mixed.c_s))
+    hidden = float(max(pure.n0, mixed.n0))
+    new = np.maximum(demand.new_tokens, 1.0)
+    fewest = np.ceil(new / batching.max_batch_tokens)
+    # The time is linear in the number of chunks until the weight reads hide every token.
+    most = np.maximum(fewest, np.ceil(new / hidden)) if hidden > 0 else fewest
+    chunks_s = np.minimum(
+        *(count * step_s + token_s * np.maximum(new - count * hidden, 0.0) for count in (fewest, most))
+    )
+    chunks_s += pair_s * new * (0.5 * new + demand.cached_tokens)
+    alone_s: Values = chunks_s
+    return alone_s
+
+
+def _steps_alone_s(demand: Demand, kind: Kind, batching: Batching) -> Values:
+    """Return the least time of all decodes of a request, alone in its steps or beside one chunk token."""
+    step, mixed = kind.profile.step, kind.profile.mixed
+    alone_s = float(min(step.seconds(1.0, 0.0), mixed.seconds(2.0, 0.0, 0.0))) + batching.host_s
+    mean_context = demand.prompt_tokens + 0.5 * (demand.decodes + 1.0)
+    steps_s: Values = demand.decodes * (alone_s + float(min(step.c_s, mixed.d_s)) * mean_context)
+    return steps_s
