@@ -20,6 +20,15 @@ from tidegate.measure.phase_load import phase_load
 from tidegate.workloads import WriteFormat, statistics
 from tidegate.workloads.trace_statistics import WINDOW_S
 
+EPILOG = """
+[bold]Examples[/bold]
+
+    tidegate trace info sample:azure-conv
+
+    tidegate trace make hard.jsonl --base sample:azure-conv --spike 4:300:60
+
+    tidegate trace convert azure.csv azure.jsonl.gz
+"""
 INFO_EPILOG = """
 [bold]Examples[/bold]
 
@@ -46,7 +55,9 @@ SOURCES = (
 
 def register(app: typer.Typer) -> None:
     """Add the verbs of this module to ``app``."""
-    verbs = typer.Typer(no_args_is_help=True, help="Look at request traces, make them, convert them.")
+    verbs = typer.Typer(
+        no_args_is_help=True, help="Look at request traces, make them, convert them.", epilog=EPILOG
+    )
     verbs.command("info", epilog=INFO_EPILOG)(info)
     verbs.command("make", epilog=trace_make.EPILOG)(trace_make.make)
     verbs.command("convert", epilog=CONVERT_EPILOG)(convert)
