@@ -32,9 +32,9 @@ def positive_part(value: float | Values) -> float | Values:
 
 def lesser(one: Num, other: Num) -> Num:
     """Return the smaller of two values, for floats or entry by entry."""
-    if isinstance(one, np.ndarray):
-        return np.minimum(one, other)
-    return one if one < other else other
+    if isinstance(one, float):
+        return one if one < other else other
+    return np.minimum(one, other)
 
 
 def experts_touched(

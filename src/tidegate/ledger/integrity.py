@@ -33,22 +33,24 @@ def check_integrity(sheet: Sheet, seats: Mapping[str, Seat], entries: Mapping[st
 
 def _seat_problems(sheet: Sheet, name: str, seat: Seat) -> list[str]:
     prefills, decodes, handoffs = seat.prefills.values(), seat.decodes.values(), seat.handoffs.values()
+    resident, held = sum(e.tokens_now for e in decodes), sum(e.held_tokens for e in handoffs)
     expected = {
-        Field.FLIPPABLE: float(seat.instance.flippable),
-        Field.KV_CAPACITY_TOKENS: float(seat.instance.kv_capacity_tokens),
-        Field.KV_LIMIT_TOKENS: float(seat.instance.kv_capacity_tokens or math.inf),
-        Field.PREFILL_REQUESTS: float(len(prefills)),
-        Field.PREFILL_TOKENS: float(sum(e.request.prompt_tokens for e in prefills)),
-        Field.PREFILL_QUEUE_S: sum((e.seconds for e in prefills), 0.0),
-        Field.HEAD_S: seat.head.seconds if seat.head is not None else 0.0,
-        Field.DECODE_REQUESTS: float(len(decodes)),
-        Field.DECODE_TOKENS: float(sum(e.tokens_now for e in decodes)),
-        Field.HANDOFF_TOKENS: float(sum(e.held_tokens for e in handoffs)),
+        "FLIPPABLE": float(seat.instance.flippable),
+        "KV_CAPACITY_TOKENS": float(seat.instance.kv_capacity_tokens),
+        "FREE_TOKENS": (seat.instance.kv_capacity_tokens or math.inf) - resident - held,
+        "PREFILL_REQUESTS": float(len(prefills)),
+        "PREFILL_TOKENS": float(sum(e.request.prompt_tokens for e in prefills)),
+        "PREFILL_QUEUE_S": sum((e.seconds for e in prefills), 0.0),
+        "HEAD_S": seat.head.seconds if seat.head is not None else 0.0,
+        "DECODE_REQUESTS": float(len(decodes)),
+        "DECODE_TOKENS": float(resident),
+        "HANDOFF_TOKENS": float(held),
     }
+    found = {name: float(sheet.matrix[getattr(Field, name), seat.column]) for name in expected}
     problems = [
-        f"{name}: {field.name} is {float(sheet.matrix[field, seat.column])!r}, records say {value!r}"
+        f"{name}: {field} is {found[field]!r}, records say {value!r}"
         for field, value in expected.items()
-        if float(sheet.matrix[field, seat.column]) != value
+        if found[field] != value
     ]
     if seat.in_step != sum(e.joined_step is not None for e in decodes):
         problems.append(f"{name}: {seat.in_step} decodes in step, records say otherwise")

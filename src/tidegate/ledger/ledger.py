@@ -60,7 +60,7 @@ class Ledger:
         cells[Field.ROLE] = role
         cells[Field.FLIPPABLE] = instance.flippable
         cells[Field.KV_CAPACITY_TOKENS] = instance.kv_capacity_tokens
-        cells[Field.KV_LIMIT_TOKENS] = instance.kv_capacity_tokens or math.inf
+        cells[Field.FREE_TOKENS] = instance.kv_capacity_tokens or math.inf
         cells[Field.FLIPPED_AT_S] = -math.inf
         self._sheet.queue_since_s[column] = now
         self._membership_changed()
@@ -184,6 +184,7 @@ class Ledger:
         seat.decodes[request_id] = entry
         self._sheet.decode_requests[seat.column] += 1
         self._sheet.decode_tokens[seat.column] += resident_tokens
+        self._sheet.free_tokens[seat.column] -= resident_tokens
         self._placed_decodes += 1
         return True
 
@@ -215,6 +216,7 @@ class Ledger:
         sheet = self._sheet
         column = entry.decode.column
         sheet.decode_tokens[column] += count
+        sheet.free_tokens[column] -= count
         entry.resident_tokens += count
         if entry.generating:
             sheet.gap_sum_s[column] += now - entry.last_at_s
@@ -252,9 +254,11 @@ class Ledger:
         if seat is None or not seat.in_step:
             return
         sheet, column = self._sheet, seat.column
-        sheet.decode_tokens[column] += count * seat.in_step
+        tokens = count * seat.in_step
+        sheet.decode_tokens[column] += tokens
+        sheet.free_tokens[column] -= tokens
         sheet.gap_sum_s[column] += seat.in_step * (now - seat.stepped_at_s)
-        sheet.gap_tokens[column] += count * seat.in_step
+        sheet.gap_tokens[column] += tokens
         seat.steps += count
         seat.stepped_at_s = now
 
@@ -392,6 +396,7 @@ class Ledger:
         entry.held_tokens = tokens
         seat.handoffs[entry.request.id] = entry
         self._sheet.handoff_tokens[seat.column] += tokens
+        self._sheet.free_tokens[seat.column] -= tokens
 
     def _release_source(self, entry: Entry) -> None:
         seat = entry.source
@@ -399,6 +404,7 @@ class Ledger:
         entry.source = None
         del seat.handoffs[entry.request.id]
         self._sheet.handoff_tokens[seat.column] -= entry.held_tokens
+        self._sheet.free_tokens[seat.column] += entry.held_tokens
 
     def _fall_out(self, entry: Entry) -> None:
         seat = entry.decode
@@ -416,6 +422,7 @@ class Ledger:
         del seat.decodes[entry.request.id]
         self._sheet.decode_requests[seat.column] -= 1
         self._sheet.decode_tokens[seat.column] -= entry.resident_tokens
+        self._sheet.free_tokens[seat.column] += entry.resident_tokens
 
     def _drop(self, entry: Entry, now: float) -> None:
         if entry.prefill is not None:

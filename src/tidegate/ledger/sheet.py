@@ -13,13 +13,13 @@ from tidegate.ledger.snapshot import Field, Matrix
 class Window(enum.IntEnum):
     """Rows behind the public ones: what the open window has gathered so far."""
 
-    QUEUE_INTEGRAL = len(Field)
+    QUEUE_INTEGRAL = Field.COUNT
     QUEUE_SINCE_S = enum.auto()
     GAP_SUM_S = enum.auto()
     GAP_TOKENS = enum.auto()
 
 
-ROWS = len(Field) + len(Window)
+ROWS = Field.COUNT + len(Window)
 
 
 class Sheet:
@@ -34,6 +34,7 @@ class Sheet:
         "decode_requests",
         "decode_tokens",
         "flipped_at_s",
+        "free_tokens",
         "gap_sum_s",
         "gap_tokens",
         "handoff_tokens",
@@ -64,7 +65,7 @@ class Sheet:
 
     def _adopt(self, matrix: Matrix) -> None:
         self.matrix = np.ascontiguousarray(matrix)
-        self.public: Matrix = self.matrix[: len(Field)]
+        self.public: Matrix = self.matrix[: Field.COUNT]
         self.role = self._row(Field.ROLE)
         self.prefill_requests = self._row(Field.PREFILL_REQUESTS)
         self.prefill_tokens = self._row(Field.PREFILL_TOKENS)
@@ -74,6 +75,7 @@ class Sheet:
         self.decode_requests = self._row(Field.DECODE_REQUESTS)
         self.decode_tokens = self._row(Field.DECODE_TOKENS)
         self.handoff_tokens = self._row(Field.HANDOFF_TOKENS)
+        self.free_tokens = self._row(Field.FREE_TOKENS)
         self.flipped_at_s = self._row(Field.FLIPPED_AT_S)
         self.queue_integral = self._row(Window.QUEUE_INTEGRAL)
         self.queue_since_s = self._row(Window.QUEUE_SINCE_S)

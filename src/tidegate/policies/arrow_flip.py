@@ -44,7 +44,7 @@ class Settled:
 
     __slots__ = ("_requests",)
 
-    def __init__(self, snapshot: Snapshot, requests: Field) -> None:
+    def __init__(self, snapshot: Snapshot, requests: int) -> None:
         self._requests = Reading(snapshot, requests)
 
     def at(self, column: int) -> float:

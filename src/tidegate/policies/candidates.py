@@ -7,7 +7,9 @@ import numpy as np
 from tidegate.core.errors import NoInstance
 from tidegate.core.instance import Role
 from tidegate.ledger.among import FEW, Among
-from tidegate.ledger.snapshot import Mask, Snapshot
+from tidegate.ledger.snapshot import Field, Mask, Snapshot
+
+PREFILL = Role.PREFILL
 
 
 def members(snapshot: Snapshot, role: Role) -> Among:
@@ -17,13 +19,13 @@ def members(snapshot: Snapshot, role: Role) -> Among:
     """
     if not snapshot.ids:
         raise NoInstance("no instance is up")
-    return snapshot.labels.prefilling if role is Role.PREFILL else snapshot.labels.decoding
+    return snapshot.labels.prefilling if role is PREFILL else snapshot.labels.decoding
 
 
 def marked_members(snapshot: Snapshot, role: Role) -> Mask:
     """Mark the members of ``role``. The mask is read-only."""
     labels = snapshot.labels
-    return labels.prefilling_mask if role is Role.PREFILL else labels.decoding_mask
+    return labels.prefilling_mask if role is PREFILL else labels.decoding_mask
 
 
 def pool(snapshot: Snapshot, role: Role) -> Among:
@@ -38,9 +40,9 @@ def has_room(snapshot: Snapshot, tokens: int, held_on: str | None = None) -> Mas
     ``held_on`` names the instance that already holds the request's KV as handoff: it needs no more there.
     """
     free = snapshot.free_tokens
-    if held_on is not None and (held := snapshot.index.get(held_on)) is not None:
-        free[held] += tokens
     fits: Mask = free >= tokens
+    if held_on is not None and (held := snapshot.index.get(held_on)) is not None:
+        fits[held] = free[held] >= 0
     return fits
 
 
@@ -53,9 +55,6 @@ def fitting(snapshot: Snapshot, candidates: Among, tokens: int, held_on: str | N
         found = candidates[fits]
         return found if len(found) > FEW else tuple(found.tolist())
     held = None if held_on is None else snapshot.index.get(held_on)
-    roomy = [
-        column
-        for column in candidates
-        if snapshot.free_tokens_at(column) >= (0 if column == held else tokens)
-    ]
+    cells, free = snapshot.cells, Field.FREE_TOKENS
+    roomy = [column for column in candidates if cells[free, column] >= (0 if column == held else tokens)]
     return roomy or candidates

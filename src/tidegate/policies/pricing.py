@@ -36,17 +36,19 @@ class Ttft:
         self._snapshot = snapshot
         self._request = request
         costs = snapshot.costs
-        self._same_s = None if costs.rows else cast(float, prefill_seconds(costs, request))
+        self._same_s: float | None = None if costs.rows else prefill_seconds(costs, request)  # type: ignore[assignment]
 
     def at(self, column: int) -> float:
-        own_s = self._same_s
-        if own_s is None:
-            own_s = cast(float, prefill_seconds(self._snapshot.costs.rows[column], self._request))
-        return self._snapshot.prefill_wait_at(column) + own_s
+        return self._snapshot.prefill_wait_at(column) + self._own_s(column)
 
     def column(self) -> Column:
         own_s = prefill_seconds(self._snapshot.costs, self._request) if self._same_s is None else self._same_s
         return self._snapshot.prefill_wait_s + own_s
+
+    def _own_s(self, column: int) -> float:
+        if self._same_s is not None:
+            return self._same_s
+        return prefill_seconds(self._snapshot.costs.rows[column], self._request)  # type: ignore[return-value]
 
 
 class StepSeconds:
@@ -62,7 +64,8 @@ class StepSeconds:
     def at(self, column: int) -> float:
         cells = self._snapshot.cells
         requests, tokens = cells[Field.DECODE_REQUESTS, column], cells[Field.DECODE_TOKENS, column]
-        return cast(float, self._price(self._snapshot.costs.at(column), requests, tokens))
+        costs = self._snapshot.costs.at(column)
+        return self._price(costs, requests, tokens)  # type: ignore[return-value]  # floats in, a float out
 
     def column(self) -> Column:
         snapshot = self._snapshot
@@ -84,7 +87,8 @@ class TokensOverLimit:
     def at(self, column: int) -> float:
         cells = self._snapshot.cells
         requests, tokens = cells[Field.DECODE_REQUESTS, column], cells[Field.DECODE_TOKENS, column]
-        return cast(float, self._price(self._snapshot.costs.at(column), requests, tokens))
+        costs = self._snapshot.costs.at(column)
+        return self._price(costs, requests, tokens)  # type: ignore[return-value]  # floats in, a float out
 
     def column(self) -> Column:
         snapshot = self._snapshot
