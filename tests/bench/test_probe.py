@@ -6,11 +6,13 @@ import asyncio
 from dataclasses import astuple
 from typing import Any, cast
 
+import numpy as np
 import pytest
 from virtual_probe import VirtualLoop, VirtualTarget
 
 from tidegate.bench.probe import Limits, Prober
 from tidegate.bench.probe_fit import Fitted, fit_timed
+from tidegate.bench.probe_gaps import chunks_between, gap_of_chunk, step_seconds, token_budget
 from tidegate.bench.probe_target import ProbeTarget
 from tidegate.costs.library import packaged_profile
 
@@ -56,3 +58,16 @@ def test_says_so_when_nothing_is_cached() -> None:
     prober, _ = probed("h100_sxm/llama-3.1-8b", 60.0, limits, max_batch_tokens=8192, prefix_cache=False)
     assert any("no prefix cache" in note for note in prober.notes)
     assert all(cached == 0 for _, cached in prober.timed.ttft)
+
+
+def test_reads_steps_from_tokens_that_are_delivered_late() -> None:
+    at = [0.01 * i for i in range(21)]
+    bunched = [at[i + i % 2] for i in range(20)]  # every other token waits for the next
+    assert step_seconds([bunched], [0], [16]) == pytest.approx(0.01)
+    stretched = [t + (0.05 if t > 0.095 else 0.0) for t in at]  # the tenth step held a chunk
+    assert gap_of_chunk([stretched], stretched[10]) == pytest.approx(0.06)
+    assert gap_of_chunk([stretched], stretched[11]) == pytest.approx(0.06)
+    assert chunks_between(stretched, 0.08, stretched[10], 0.01) == 1
+    held_up = np.cumsum([0.0, 0.01, 0.01, 0.05, 0.16, 0.16, 0.06, 0.01]).tolist()
+    assert chunks_between(held_up, 0.01, held_up[6], 0.01) == 3
+    assert [token_budget(11_000, k) for k in (1, 2, 6, 23)] == [None, 8192, 2048, 512]

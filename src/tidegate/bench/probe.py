@@ -29,7 +29,7 @@ CACHED = ((64, 512), (64, 2048), (256, 2048), (64, 8192), (256, 8192))
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTEXTS = (64, 512, 2048, 8192)
 REPEATS = 5
-SETTLE_STEPS, STEPS = 3, 12
+SETTLE_STEPS, STEPS = 3, 20
 CHUNKS_PER_SESSION = 4
 ROOM = 256
 """Tokens a stream may decode while others start; what a context and the cache must have room for."""
@@ -224,11 +224,12 @@ class Prober:
         )
 
     async def _watch(self, streams: Streams) -> float | None:
-        """Return the time of a pure decode step of the streams; None when they ended before it was seen."""
+        """Return the time of a pure decode step of the streams; None when it could not be seen."""
         since = [len(t.at) - 1 for t in streams.times]
         if not await streams.more(STEPS, LEAST_WAIT_S):
             return None
-        return step_seconds([t.at for t in streams.times], since, [len(t.at) - 1 for t in streams.times])
+        until = [len(t.at) - 1 for t in streams.times]
+        return step_seconds([t.at for t in streams.times], since, until) or None
 
     @staticmethod
     def _held(streams: Streams, context: int) -> int:

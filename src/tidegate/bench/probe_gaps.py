@@ -9,7 +9,9 @@ import numpy as np
 
 POWERS = tuple(2**k for k in range(6, 18))
 """What token budgets are in practice."""
-LAST_CHUNK = 0.3
+WINDOW = 4
+HELD_UP = 1.5
+FULL_CHUNK, LAST_CHUNK = 0.6, 0.2
 MISCOUNT = 0.2
 REMAINDER_SAFE = 1.343
 """A prompt of this times a power of two leaves a last chunk of a third of any smaller budget or more."""
@@ -18,41 +20,49 @@ REMAINDER_SAFE = 1.343
 def step_seconds(times: Sequence[Sequence[float]], since: Sequence[int], until: Sequence[int]) -> float:
     """Return the time of a pure decode step from tokens ``since[i]`` to ``until[i]`` of each stream.
 
-    The mean over the streams of each step's gap takes out the jitter of delivery, the median over the
-    steps whatever else the machine did in between.
+    The mean over the streams takes out the jitter of delivery, and so does looking at WINDOW steps at once,
+    which an engine that falls behind delivers together; the median takes out whatever else the machine
+    did in between.
     """
     steps = min(b - a for a, b in zip(since, until, strict=True))
-    gaps = [np.diff(np.asarray(t[b - steps : b + 1])) for t, b in zip(times, until, strict=True)]
-    return float(np.median(np.mean(gaps, axis=0)))
+    window = min(WINDOW, steps)
+    ends = [np.asarray(t[b - steps : b + 1])[::window] for t, b in zip(times, until, strict=True)]
+    return float(np.median(np.mean(np.diff(ends, axis=1), axis=0))) / window
 
 
 def gap_of_chunk(times: Sequence[Sequence[float]], first_token_s: float) -> float:
     """Return the time of the step that computed a prompt whose first token came at ``first_token_s``.
 
-    A step's tokens leave together: in each stream, the token that came nearest to the prompt's ended the
-    same step.
+    A step's tokens leave together: in each stream, the token that came nearest to the prompt's ended the same
+    step, unless the prompt's was held up and the one before it ended a much longer step.
     """
-    gaps = []
+    here, before = [], []
     for stream in times:
         at = np.asarray(stream)
         end = max(1, int(np.argmin(np.abs(at - first_token_s))))
-        gaps.append(at[end] - at[end - 1])
-    return float(np.median(gaps))
+        here.append(at[end] - at[end - 1])
+        before.append(at[end - 1] - at[max(0, end - 2)])
+    nearest, earlier = float(np.median(here)), float(np.median(before))
+    return earlier if earlier > HELD_UP * nearest else nearest
 
 
 def chunks_between(stream: Sequence[float], sent_s: float, first_token_s: float, step_s: float) -> int:
     """Return how many steps beside one decode a prompt took, counting gaps between that decode's tokens.
 
-    A step with a chunk takes well longer than ``step_s``; the last chunk is no less than LAST_CHUNK of the
-    others, where the prompt has REMAINDER_SAFE's length, which tells it from a step that was held up.
+    All chunks but the last take about as long as the longest. The last one ends with the prompt's first token
+    and, at REMAINDER_SAFE's length, takes no less than LAST_CHUNK of that. What else is held up, as a server is
+    that reads a long prompt, is neither.
     """
     at = np.asarray(stream)
-    ends = at[1:]
-    gaps = np.diff(at)[(ends > sent_s) & (ends < first_token_s + 0.5 * step_s)]
-    long = gaps[gaps > 1.5 * step_s]
-    if not len(long):
+    ends, gaps = at[1:], np.diff(at)
+    inside = (ends > sent_s) & (ends < first_token_s + 0.5 * step_s) & (gaps > 1.5 * step_s)
+    if not inside.any():
         return 1
-    return int(np.sum(gaps > max(1.5 * step_s, LAST_CHUNK * float(np.median(long)))))
+    longest = float(np.max(gaps[inside]))
+    full = inside & (gaps > FULL_CHUNK * longest)
+    last = int(np.argmin(np.abs(ends - first_token_s)))
+    rest = not full[last] and inside[last] and gaps[last] > LAST_CHUNK * longest
+    return int(np.sum(full)) + int(rest)
 
 
 def token_budget(prompt_tokens: int, chunks: int) -> int | None:
