@@ -34,6 +34,21 @@ VERBS = {
         "Serve",
     ),
     "model": Verb("tidegate.cli.model", "Make models to try things with.", "Serve"),
+    "demo": Verb(
+        "tidegate.cli.demo",
+        "Compare scheduling systems on moving traffic, simulated, in under a minute.",
+        "Simulate",
+    ),
+    "sim": Verb(
+        "tidegate.cli.sim",
+        "Simulate a cluster under a workload, with the policies that the gateway runs.",
+        "Simulate",
+    ),
+    "compare": Verb(
+        "tidegate.cli.compare",
+        "Find the goodput of every system on every trace, and write one report.",
+        "Simulate",
+    ),
     "bench": Verb(
         "tidegate.cli.bench",
         "Offer load to an OpenAI-compatible endpoint and score every answer.",

@@ -13,7 +13,7 @@ from tidegate.measure.summary import share_of
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
+class RunAt:
     """The attainment of one run of a goodput search."""
 
     rate_rps: float
@@ -23,14 +23,19 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class LevelGoodput:
-    """A goodput with its confidence interval over seeds; ``reason`` says why it is 0, or is empty."""
+    """A goodput with its confidence interval over seeds.
+
+    ``chosen`` tells the candidate that reached it (``split 3:5``, ``chunk 2048``), empty where there was no
+    choice; ``reason`` says why the goodput is 0, or what else is odd about it.
+    """
 
     level: float
+    chosen: str
     goodput_rps: float
     low_rps: float
     high_rps: float
     limit_rps: float | None
-    probes: tuple[Probe, ...]
+    probes: tuple[RunAt, ...]
     reason: str = ""
 
     @property
@@ -40,20 +45,24 @@ class LevelGoodput:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One system on one trace, as the candidate that did best among those its name allows.
+    """One system on one trace, as the candidate that did best at the first level.
 
-    ``chosen`` tells that candidate (``split 3:5``, ``chunk 2048``), empty where there was no choice;
-    ``others`` are the goodputs of all candidates at the first level. ``at_goodput`` and ``at_common`` are
-    summaries of runs at the system's own goodput and at the trace's common rate, ``view`` is of the latter.
+    ``others`` are the goodputs of all candidates at that level, where there was a choice. ``at_goodput`` and
+    ``at_common`` are summaries of runs at the system's own goodput and at the trace's common rate, ``view``
+    is of the latter.
     """
 
     system: str
-    chosen: str
     levels: tuple[LevelGoodput, ...]
     others: Mapping[str, float] = field(default_factory=dict)
     at_goodput: Mapping[str, Any] | None = None
     at_common: Mapping[str, Any] | None = None
     view: RunView | None = None
+
+    @property
+    def chosen(self) -> str:
+        """The candidate that is shown."""
+        return self.levels[0].chosen if self.levels else ""
 
     @property
     def title(self) -> str:
@@ -63,7 +72,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class TraceComparison:
-    """All systems on one trace. ``common_rate_rps`` is the rate at which their runs are shown side by side."""
+    """All systems on one trace. At ``common_rate_rps`` their runs are shown side by side."""
 
     trace: str
     title: str
@@ -76,7 +85,7 @@ class TraceComparison:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A finished comparison. ``facts`` are shown as they are: the set-up, versions, where profiles come from."""
+    """A finished comparison. ``facts`` are shown as they are: versions, where profiles come from."""
 
     traces: tuple[TraceComparison, ...]
     levels: tuple[float, ...]
@@ -94,7 +103,7 @@ class Comparison:
         return list(dict.fromkeys(entry.system for trace in self.traces for entry in trace.entries))
 
     def to_json(self) -> dict[str, Any]:
-        """Return one object: the set-up, and ``runs`` with an object of the run contract per trace and system.
+        """Return one object: the set-up, and ``runs``, with an object per trace and system as of one run.
 
         A run is the one at the system's goodput at the first level, or at the common rate where that is 0.
         ``goodputs`` has a row per trace, system and level.
@@ -131,7 +140,7 @@ def _row(trace: TraceComparison, entry: Entry, found: LevelGoodput) -> dict[str,
     return {
         "trace": trace.title,
         "system": entry.system,
-        "chosen": entry.chosen,
+        "chosen": found.chosen,
         "level": found.level,
         "goodput_rps": found.goodput_rps,
         "low_rps": found.low_rps,

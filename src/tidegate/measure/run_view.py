@@ -97,7 +97,9 @@ def _stage_means(requests: RequestTable) -> dict[str, float]:
     answered = int(np.count_nonzero(ok))
     if not answered:
         return {}
-    means = {s: float(np.nansum(requests.stages_s[s][ok])) / answered for s in STAGES if s in requests.stages_s}
+    means = {
+        s: float(np.nansum(requests.stages_s[s][ok])) / answered for s in STAGES if s in requests.stages_s
+    }
     return {stage: mean for stage, mean in means.items() if mean > 0}
 
 

@@ -1,0 +1,1 @@
+"""Simulations in numbers: one run from its settings, goodput searches, comparisons of systems."""

@@ -1,0 +1,182 @@
+"""Systems x traces: every system's goodput, and its runs at rates where they can be held side by side."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import tidegate
+from tidegate.experiments.jobs import Job, Workers
+from tidegate.experiments.limit import Limit, limit_job
+from tidegate.experiments.run import look
+from tidegate.experiments.search import find_goodput
+from tidegate.experiments.setting import Setting
+from tidegate.experiments.systems import Candidate, Contender
+from tidegate.experiments.workload import own_rate_rps, requests_of
+from tidegate.measure.comparison import Comparison, Entry, LevelGoodput, TraceComparison
+from tidegate.measure.run_view import RunView
+from tidegate.workloads.choice import WorkloadChoice
+
+FINALISTS = 2
+"""Of several candidates, those that are searched with every seed; the others with the first only."""
+REFERENCES = ("static:best", "static:even", "static")
+"""Systems whose goodput is the common rate, the first that is compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to compare. ``setting`` has everything but the workload and the system; ``titles`` name traces."""
+
+    setting: Setting
+    workloads: Mapping[str, WorkloadChoice]
+    contenders: Sequence[Contender]
+    levels: tuple[float, ...]
+    seeds: int
+    tolerance: float
+    command: str
+    facts: Mapping[str, str]
+
+
+async def compare(plan: Plan, workers: Workers) -> Comparison:
+    """Find every goodput and run what the report shows. Raises ConfigError or TraceError for a workload."""
+    for workload in plan.workloads.values():
+        own_rate_rps(requests_of(workload))
+    traces = await asyncio.gather(
+        *(_compare_on(plan, title, workload, workers) for title, workload in plan.workloads.items())
+    )
+    settings = plan.setting.settings
+    return Comparison(
+        traces=tuple(traces),
+        levels=plan.levels,
+        seeds=plan.seeds,
+        instances=plan.setting.fleet.size,
+        slo=str(settings.slo),
+        profile=plan.setting.fleet.title,
+        version=tidegate.__version__,
+        command=plan.command,
+        facts=plan.facts,
+    )
+
+
+async def _compare_on(plan: Plan, title: str, workload: WorkloadChoice, workers: Workers) -> TraceComparison:
+    setting = replace(plan.setting, workload=workload)
+    most_chunk = max(
+        each.applied(setting).fleet.engine.max_batch_tokens
+        for contender in plan.contenders
+        for each in contender.candidates
+    )
+    limits = {
+        level: Limit(**await workers.do(limit_job(setting, level, most_chunk))) for level in plan.levels
+    }
+    found = await asyncio.gather(
+        *(_entry(plan, setting, contender, limits, workers) for contender in plan.contenders)
+    )
+    rate_rps, rate_is = common_rate([entry for entry, _ in found])
+    entries = await asyncio.gather(
+        *(_looked_at(setting, entry, candidate, rate_rps, workers) for entry, candidate in found)
+    )
+    return TraceComparison(
+        trace=workload.trace,
+        title=title,
+        entries=tuple(entry for entry, _ in entries),
+        common_rate_rps=rate_rps,
+        common_rate_is=rate_is,
+        limit_binding=limits[plan.levels[0]].binding,
+        warnings=tuple(dict.fromkeys(text for _, texts in entries for text in texts)),
+    )
+
+
+async def _entry(
+    plan: Plan, setting: Setting, contender: Contender, limits: Mapping[float, Limit], workers: Workers
+) -> tuple[Entry, Candidate]:
+    """Return a contender's goodputs and the candidate that is best at the first level."""
+    levels: list[LevelGoodput] = []
+    others: dict[str, float] = {}
+    best_of_all: Candidate | None = None
+    for level in plan.levels:
+        found = await _candidates(plan, setting, contender.candidates, level, limits[level], workers)
+        best, goodput = max(
+            found, key=lambda pair: (len({p.seed for p in pair[1].probes}), pair[1].goodput_rps)
+        )
+        levels.append(goodput)
+        if best_of_all is None:
+            best_of_all = best
+            if len(found) > 1:
+                others = {candidate.label: each.goodput_rps for candidate, each in found}
+    assert best_of_all is not None
+    return Entry(contender.name, tuple(levels), others), best_of_all
+
+
+async def _candidates(
+    plan: Plan,
+    setting: Setting,
+    candidates: Sequence[Candidate],
+    level: float,
+    limit: Limit,
+    workers: Workers,
+) -> list[tuple[Candidate, LevelGoodput]]:
+    """Search every candidate: all with the first seed, then the best few with every seed."""
+
+    async def search(candidate: Candidate, seeds: int) -> LevelGoodput:
+        found = await find_goodput(
+            candidate.applied(setting), level, range(seeds), plan.tolerance, limit.limit_rps, workers
+        )
+        return replace(found, chosen=candidate.label)
+
+    async def all_of(chosen: Sequence[Candidate], seeds: int) -> list[LevelGoodput]:
+        return list(await asyncio.gather(*(search(each, seeds) for each in chosen)))
+
+    if len(candidates) <= FINALISTS or plan.seeds == 1:
+        return list(zip(candidates, await all_of(candidates, plan.seeds), strict=True))
+    first = dict(zip(candidates, await all_of(candidates, 1), strict=True))
+    finalists = sorted(candidates, key=lambda each: -first[each].goodput_rps)[:FINALISTS]
+    return list((first | dict(zip(finalists, await all_of(finalists, plan.seeds), strict=True))).items())
+
+
+def common_rate(entries: Sequence[Entry]) -> tuple[float | None, str]:
+    """Return the rate at which to show all systems, and what it is.
+
+    It is the goodput, at the first level, of the first of ``REFERENCES`` that is there, else of the system in
+    the middle; None where no system has one.
+    """
+    goodputs = {entry.system: entry.levels[0].goodput_rps for entry in entries}
+    for system in REFERENCES:
+        if goodputs.get(system):
+            return goodputs[system], f"the goodput of {system}"
+    ranked = sorted((value, system) for system, value in goodputs.items() if value > 0)
+    if not ranked:
+        return None, ""
+    value, system = ranked[(len(ranked) - 1) // 2]
+    return value, f"the goodput of {system}"
+
+
+async def _looked_at(
+    setting: Setting, entry: Entry, candidate: Candidate, common_rps: float | None, workers: Workers
+) -> tuple[Entry, list[str]]:
+    """Add the runs at the system's goodput and at the common rate; return the runs' warnings, too."""
+    applied = candidate.applied(setting)
+    first = entry.levels[0]
+    facts = {
+        "goodput_rps": first.goodput_rps,
+        "limit_rps": first.limit_rps,
+        "share_of_limit": first.share_of_limit,
+    }
+    seen: dict[float, Any] = {}
+    for rate_rps in {first.goodput_rps, common_rps or 0.0} - {0.0}:
+        seen[rate_rps] = await workers.do(look_job(applied, entry.system, rate_rps))
+    own, common = seen.get(first.goodput_rps), seen.get(common_rps or 0.0)
+    shown = replace(
+        entry,
+        at_goodput=None if own is None else own["summary"] | {"system": entry.system} | facts,
+        at_common=None if common is None else common["summary"] | {"system": entry.system} | facts,
+        view=None if common is None else RunView.from_json(common["view"]),
+    )
+    return shown, [text for each in seen.values() for text in each["warnings"]]
+
+
+def look_job(setting: Setting, system: str, rate_rps: float, seed: int = 0) -> Job:
+    """Return the job of running ``setting`` for tables and charts."""
+    key = setting.digest(kind="look", rate_rps=rate_rps, seed=seed)
+    return Job(key, look, (setting, rate_rps, seed), f"{system} at {rate_rps:.2f} requests/s")

@@ -1,0 +1,137 @@
+"""What one simulation is made of, as plain data: sent to worker processes, and hashed into a name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import tidegate
+from tidegate.core.errors import ConfigError
+from tidegate.costs.library import PackagedProfile
+from tidegate.dataplane.replica import EngineSettings, Replica, replicas_of
+from tidegate.sim import SimSettings
+from tidegate.systems import make_system
+from tidegate.systems.system import System
+from tidegate.workloads.choice import WorkloadChoice
+from tidegate.workloads.source import SAMPLE_PREFIX
+
+DECIDING_ROOMS = (
+    "core",
+    "costs",
+    "ledger",
+    "policies",
+    "systems",
+    "dataplane",
+    "sim",
+    "measure",
+    "workloads",
+)
+"""Rooms whose code a run's result depends on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """Groups of equal instances, one after the other. ``kv_tokens`` replaces every profile's KV capacity."""
+
+    groups: tuple[tuple[PackagedProfile, int], ...]
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    kv_tokens: int | None = None
+
+    @property
+    def size(self) -> int:
+        return sum(count for _, count in self.groups)
+
+    @property
+    def title(self) -> str:
+        """The profiles' names, with counts when there are several."""
+        if len(self.groups) == 1:
+            return self.groups[0][0].name
+        return " ".join(f"{profile.name}:{count}" for profile, count in self.groups)
+
+    def replicas(self) -> list[Replica]:
+        """Return the instances ``i0``, ``i1``, ... Raises ConfigError for an impossible engine or KV size."""
+        made = [
+            replica
+            for profile, count in self.groups
+            for replica in replicas_of(profile, count, engine=self.engine, kv_tokens=self.kv_tokens)
+        ]
+        if len(self.groups) == 1:
+            return made
+        return [
+            replace(each, instance=replace(each.instance, id=f"i{index}"), node=f"n{index // 8}")
+            for index, each in enumerate(made)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A system on a fleet under a workload. A run adds a rate and a seed.
+
+    ``system`` may carry an order (``arrow+edf``); ``split`` is (prefill, decode), None for the system's own.
+    """
+
+    workload: WorkloadChoice
+    fleet: Fleet
+    system: str
+    split: tuple[int, int] | None = None
+    settings: SimSettings = field(default_factory=SimSettings)
+
+    def make_system(self) -> System:
+        """Build the composition. Raises ConfigError for an option that it cannot take."""
+        made = make_system(self.system, split=self.split, slo=self.settings.slo)
+        made.roles(self.fleet.size)
+        return made
+
+    def digest(self, **run: Any) -> str:
+        """Name a run by all that its result depends on: setting, ``run``, the inputs' contents, the code."""
+        inputs = {
+            "setting": asdict(self),
+            "run": run,
+            "files": [_content(name) for name in (self.workload.trace, self.workload.lengths_from) if name],
+            "version": tidegate.__version__,
+            "code": _code(),
+        }
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def parse_split(text: str) -> tuple[int, int]:
+    """Read ``P:D``. Raises ConfigError."""
+    left, colon, right = text.partition(":")
+    if colon and left.isdecimal() and right.isdecimal() and int(left) and int(right):
+        return int(left), int(right)
+    raise ConfigError(
+        f"split {text!r}: expected P:D, prefill and decode instances, each at least 1, as in 1:3"
+    )
+
+
+def _content(name: str) -> str:
+    """Return a digest of a trace file's content, the name itself for a packaged sample."""
+    if name.startswith(SAMPLE_PREFIX):
+        return name
+    try:
+        stat = Path(name).stat()
+    except OSError as error:
+        raise ConfigError(f"cannot read {name}: {error.strerror or error}") from None
+    return _file_digest(name, stat.st_mtime_ns, stat.st_size)
+
+
+@cache
+def _file_digest(name: str, changed_ns: int, size: int) -> str:
+    with Path(name).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@cache
+def _code() -> str:
+    """Return a digest of the code that decides a run: a change of it must not find the old results."""
+    found = hashlib.sha256()
+    package = Path(str(resources.files("tidegate")))
+    for room in DECIDING_ROOMS:
+        for path in sorted((package / room).rglob("*.py")):
+            found.update(path.read_bytes())
+    return found.hexdigest()

@@ -1,0 +1,125 @@
+"""The names of ``compare --systems``: a system, or the best of several candidates in hindsight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from tidegate.core.errors import ConfigError
+from tidegate.core.instance import Role
+from tidegate.experiments.setting import Setting, parse_split
+from tidegate.policies.starting_roles import even_roles
+from tidegate.systems import make_system
+
+CHUNKS_TOKENS = (512, 1024, 2048, 4096, 8192)
+"""Token budgets of a step that ``NAME:tuned`` chooses from."""
+SUITES = {
+    "default": "arrow,arrow+feasible-first,static:best,static:even,colocated:tuned",
+    "ordered": "arrow,arrow+feasible-first,static:best,static:best+feasible-first,"
+    "colocated:tuned,colocated:tuned+feasible-first",
+    "orders": "arrow,arrow+edf,arrow+sjf,arrow+feasible-first",
+    "splits": "arrow,static:all",
+}
+"""Named sets of systems."""
+FORMS = "NAME[+ORDER], NAME:even, NAME:P:D, NAME:best, NAME:all, NAME:tuned, NAME:CHUNK"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A system with one choice of its options; ``label`` names the choice, empty where there was none."""
+
+    system: str
+    split: tuple[int, int] | None = None
+    chunk_tokens: int | None = None
+    label: str = ""
+
+    def applied(self, setting: Setting) -> Setting:
+        """Return ``setting`` with this candidate's system and options."""
+        fleet = setting.fleet
+        if self.chunk_tokens is not None:
+            fleet = replace(fleet, engine=replace(fleet.engine, max_batch_tokens=self.chunk_tokens))
+        return replace(setting, system=self.system, split=self.split, fleet=fleet)
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A row of a comparison: the best of its candidates counts."""
+
+    name: str
+    candidates: tuple[Candidate, ...]
+
+
+def suite(name: str) -> list[str]:
+    """Return the systems of ``SUITES[name]``. Raises ConfigError for an unknown name."""
+    if name not in SUITES:
+        raise ConfigError(f"no suite is called {name!r}; there is {', '.join(SUITES)}")
+    return SUITES[name].split(",")
+
+
+def contenders(names: Iterable[str], instances: int) -> list[Contender]:
+    """Return the contenders that ``names`` ask for on a fleet of ``instances``, each once.
+
+    ``static:best`` is the best static split in hindsight, ``static:all`` every split as a row of its own,
+    ``colocated:tuned`` the best of ``CHUNKS_TOKENS``; any system may be named instead, with ``+ORDER`` at the
+    end. Raises ConfigError, with all problems at once.
+    """
+    problems: list[str] = []
+    found: dict[str, Contender] = {}
+    for name in names:
+        try:
+            for each in _expand(name.strip(), instances):
+                found.setdefault(each.name, each)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    if not found:
+        raise ConfigError(f"no systems to compare; give --systems with some of {FORMS}")
+    return list(found.values())
+
+
+def _expand(name: str, instances: int) -> list[Contender]:
+    base, plus, order = name.partition("+")
+    system, colon, choice = base.partition(":")
+    full = system + plus + order
+    if not colon:
+        return [Contender(name, (_checked(Candidate(full), instances),))]
+    if choice == "all":
+        return [
+            Contender(f"{system}:{p}:{d}{plus}{order}", (_checked(Candidate(full, (p, d)), instances),))
+            for p, d in splits(instances)
+        ]
+    if choice == "best":
+        made = [Candidate(full, (p, d), label=f"split {p}:{d}") for p, d in splits(instances)]
+    elif choice == "tuned":
+        made = [Candidate(full, chunk_tokens=chunk, label=f"chunk {chunk}") for chunk in CHUNKS_TOKENS]
+    elif choice == "even":
+        made = [Candidate(full, even_split(instances))]
+    elif choice.isdecimal() and int(choice):
+        made = [Candidate(full, chunk_tokens=int(choice))]
+    else:
+        try:
+            made = [Candidate(full, parse_split(choice))]
+        except ConfigError:
+            raise ConfigError(f"system {name!r}: unknown choice {choice!r}; there is {FORMS}") from None
+    return [Contender(name, tuple(_checked(each, instances) for each in made))]
+
+
+def splits(instances: int) -> list[tuple[int, int]]:
+    """Return every (prefill, decode) split. Raises ConfigError for fewer than two instances."""
+    if instances < 2:
+        raise ConfigError("a static split takes at least two instances")
+    return [(prefill, instances - prefill) for prefill in range(1, instances)]
+
+
+def even_split(instances: int) -> tuple[int, int]:
+    """Return the split that systems start with unless told otherwise."""
+    splits(instances)
+    prefill = even_roles(instances).count(Role.PREFILL)
+    return prefill, instances - prefill
+
+
+def _checked(candidate: Candidate, instances: int) -> Candidate:
+    """Return the candidate. Raises ConfigError when its system is unknown or cannot take its options."""
+    make_system(candidate.system, split=candidate.split).roles(instances)
+    return candidate
