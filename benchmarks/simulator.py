@@ -1,52 +1,91 @@
-"""What the simulator does per CPU second, on lengths drawn from the packaged chat trace.
+"""What the simulator does per CPU second, everything included, on chat traffic near goodput.
 
-Run: ``python benchmarks/simulator.py`` (about half a minute).
+Run: ``python benchmarks/simulator.py`` for 2P2D, 16P16D and 250P250D; ``--curve`` for requests by instances;
+``--day FILE`` for that trace as it is on 4P12D. Every figure is taken in a process of its own, so that the
+peak memory is that run's.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import resource
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import islice
 
 from tidegate.core.slo import Slo
-from tidegate.sim import Replica, SimSettings, simulate
+from tidegate.costs.library import packaged_profile
+from tidegate.dataplane.replica import replicas_of
+from tidegate.sim import SimSettings, simulate
 from tidegate.systems import make_system
-from tidegate.testing import REFERENCE, instance
-from tidegate.workloads import Poisson, read_trace, resample
+from tidegate.workloads import Poisson, TraceRecord, read_trace, resample
 
 SLO = Slo(0.5, 0.05)
+PROFILE = "h100_sxm/llama-3.1-8b"
+SAMPLE = "sample:azure-conv"
+PER_INSTANCE_RPS = 13.0
+"""Near the goodput of an even split on the sample's lengths."""
 
 
-def row(system: str, instances: int, per_instance_rps: float, requests: int, *, leap: bool) -> str:
+@dataclass(frozen=True)
+class Case:
+    """``prefill`` and ``decode`` instances, and the trace: a file as it is, or lengths of the sample."""
+
+    prefill: int
+    decode: int
+    requests: int
+    system: str = "arrow"
+    leap: bool = True
+    trace: str = ""
+
+    def records(self) -> Iterable[TraceRecord]:
+        if self.trace:
+            return read_trace(self.trace)
+        rate_rps = PER_INSTANCE_RPS * (self.prefill + self.decode)
+        lengths = list(read_trace(SAMPLE))
+        return islice(resample(Poisson(rate_rps), lengths, seed=1), self.requests)
+
+
+def measure(case: Case) -> str:
     """Simulate once and return a line of figures."""
-    lengths = list(read_trace("sample:azure-conv"))
-    trace = list(islice(resample(Poisson(per_instance_rps * instances), lengths, seed=1), requests))
-    half = instances // 2
-    fleet = [Replica(instance(f"i{i}"), REFERENCE) for i in range(instances)]
-    made = make_system(system, slo=SLO, split=(half, instances - half))
+    instances = case.prefill + case.decode
+    fleet = replicas_of(packaged_profile(PROFILE), instances)
+    system = make_system(case.system, slo=SLO, split=(case.prefill, case.decode))
+    records = case.records()
     start_s = time.process_time()
-    run = simulate(trace, made, fleet, SimSettings(slo=SLO, leap=leap))
+    run = simulate(records, system, fleet, SimSettings(slo=SLO, leap=case.leap))
     cpu_s = time.process_time() - start_s
-    steps = sum(use.steps for use in run.instances)
+    count = len(run.requests)
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return (
-        f"{system:8} {half}P{instances - half}D {per_instance_rps * instances:6.0f} req/s  "
-        f"{'leap' if leap else 'step'}  {requests / cpu_s:7.0f} requests/CPU-s  "
-        f"{steps / requests:6.1f} steps and {run.events / requests:5.1f} events per request  "
-        f"attained {run.attained / requests:.3f}"
+        f"{case.system:7} {f'{case.prefill}P{case.decode}D':9} {count:8d} requests  "
+        f"{'leap' if case.leap else 'step'}  {cpu_s:7.2f} CPU-s  {count / cpu_s:7.0f} requests/CPU-s  "
+        f"{peak_mb:5.0f} MB  {run.events / count:5.1f} events each  attained {run.attained / count:.3f}"
     )
 
 
 def main() -> None:
     """Print a line per case."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=int, default=10_000)
-    requests = parser.parse_args().requests
-    for system in ("static", "arrow"):
-        for instances in (4, 32):
-            for per_instance_rps in (2.0, 13.0):
-                for leap in (True, False):
-                    print(row(system, instances, per_instance_rps, requests, leap=leap), flush=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--requests", type=int, default=20_000, help="requests per case")
+    parser.add_argument("--system", default="arrow", help="system to simulate")
+    parser.add_argument("--step", action="store_true", help="every step an event")
+    parser.add_argument("--curve", action="store_true", help="10^4 to 10^6 requests, 8 to 1,000 instances")
+    parser.add_argument("--day", metavar="FILE", help="a trace to serve as it is on 4P12D")
+    options = parser.parse_args()
+    if options.day:
+        cases = [Case(4, 12, 0, options.system, trace=options.day)]
+    elif options.curve:
+        cases = [Case(4, 4, count, options.system) for count in (10_000, 100_000, 1_000_000)]
+        cases += [Case(half, half, 10_000, options.system) for half in (16, 50, 250, 500)]
+    else:
+        sizes = ((2, 2), (16, 16), (250, 250))
+        cases = [Case(p, d, options.requests, options.system, not options.step) for p, d in sizes]
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for line in pool.imap(measure, cases, chunksize=1):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

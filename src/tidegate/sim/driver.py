@@ -7,7 +7,7 @@ from typing import IO
 
 import tidegate
 from tidegate.core.errors import ConfigError
-from tidegate.dataplane.events import Event, EventQueue, Kind
+from tidegate.dataplane.events import EventQueue, Kind
 from tidegate.dataplane.replica import Replica
 from tidegate.policies.seams import Signal
 from tidegate.sim.arrivals import Arrivals
@@ -86,26 +86,22 @@ class _Simulation:
             self._announce_heartbeat()
         for number, change in enumerate(self._membership.changes):
             self._events.push(change.at_s, Kind.TICK, MEMBERSHIP + number)
-        serving, arrivals, pop, handle = self._serving, self._arrivals, self._events.pop, self._handle
-        flights = serving.flights
+        serving, arrivals, events = self._serving, self._arrivals, self._events
+        cluster, flights = serving.cluster, serving.flights
         while flights or arrivals.left:
-            event = pop()
-            now = event[0]
+            event = events.pop()
+            now, kind, whose, version = event
             handled += 1
-            handle(event)
+            if kind is Kind.ARRIVAL:
+                serving.arrive(whose, arrivals.take(whose), now)
+            elif kind is Kind.LEG:
+                serving.submit(whose, version, now)
+            elif kind is Kind.TICK:
+                self._tick(whose, now)
+            else:
+                cluster.handle(event)
         serving.control.ledger.check_integrity()
         return self._finished(now, handled)
-
-    def _handle(self, event: Event) -> None:
-        now, kind, whose, version = event
-        if kind is Kind.ARRIVAL:
-            self._serving.arrive(whose, self._arrivals.take(whose), now)
-        elif kind is Kind.LEG:
-            self._serving.submit(whose, version, now)
-        elif kind is Kind.TICK:
-            self._tick(whose, now)
-        else:
-            self._serving.cluster.handle(event)
 
     def _tick(self, whose: int, now: float) -> None:
         if whose == CONTROL:

@@ -57,8 +57,7 @@ class Serving:
         ids = [replica.instance.id for replica in replicas]
         self.cluster = Cluster(replicas, events, self, leap=settings.leap, order=system.order)
         up = [at_s == 0 for at_s in membership.starts_s]
-        report = _nothing if settings.heartbeat_s > 0 else self.cluster.report
-        self.control = Control(system, replicas, journal, report, self._migrate, up)
+        self.control = Control(system, replicas, journal, self.cluster.report, self._migrate, up)
         self.flights: dict[int, Flight] = {}
         self.columns = RequestColumns()
         self.reports = StepReports(self.control.ledger, ids, settings.heartbeat_s)
@@ -359,7 +358,3 @@ class Serving:
         self._close(flight, None, now)
         if len(self._held):
             self._retry(now)
-
-
-def _nothing(now: float) -> None:
-    """Leave the control plane with what it knows."""
