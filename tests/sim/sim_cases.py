@@ -178,13 +178,18 @@ class Case:
         return records
 
     def fleet(self) -> list[Replica]:
-        engine = EngineSettings(self.max_batch_tokens, self.max_num_seqs, self.host_s, self.lease_s)
+        # Steps of two instances differ in length: else a decode that follows another over one link, at equal
+        # contexts, arrives in the very moment of a step's end, and rounding decides which comes first.
+        engines = [
+            EngineSettings(self.max_batch_tokens, self.max_num_seqs, self.host_s + 1.37e-6 * i, self.lease_s)
+            for i in range(self.instances)
+        ]
         shape = instance(kv_capacity_tokens=self.kv_tokens, max_model_len=self.kv_tokens // 32 * 32)
         return [
             Replica(
                 replace(shape, id=f"i{i}", block_tokens=self.block_tokens),
                 self.profile,
-                engine,
+                engines[i],
                 "shared" if self.shared_link else "",
             )
             for i in range(self.instances)
