@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median, median_low
+from statistics import median
 
 from tidegate.bench.probe_fit import Timed
 from tidegate.bench.probe_gaps import (
@@ -145,7 +145,7 @@ class Prober:
                 await streams.more(1, LEAST_WAIT_S)
                 counts.append(chunks_between(streams.times[0].at, sent_s, first_s, step_s))
         if counts:
-            self.max_batch_tokens = token_budget(tokens, median_low(counts))
+            self.max_batch_tokens = token_budget(tokens, min(counts))  # what is held up adds to a count
 
     def _longest(self) -> int:
         """Return the longest prompt that is sure to be computed in one step."""
@@ -191,7 +191,7 @@ class Prober:
                 if len(self.timed.mixed) > len(CONTEXTS) and self._left(1.0) < tokens * self._token_s:
                     return
                 held = self._held(streams, context)
-                gaps = [await self._beside(streams, tokens, batch) for _ in range(REPEATS - 2)]
+                gaps = [await self._beside(streams, tokens, step_s) for _ in range(REPEATS - 2)]
                 held = (held + self._held(streams, context)) // 2
                 timed = [gap for gap in gaps if gap is not None and gap > LEAST_OF_STEP * step_s]
                 if len(timed) >= 2:
@@ -199,16 +199,16 @@ class Prober:
                 if None in gaps:
                     return
 
-    async def _beside(self, streams: Streams, tokens: int, batch: int) -> float | None:
+    async def _beside(self, streams: Streams, tokens: int, step_s: float) -> float | None:
         """Return the time of the step that computes a prompt beside the streams; None at their end."""
         try:
             _, first_s, _ = await self._target.first_token(self._target.prompt(tokens), self._wait_s(tokens))
         except EngineTimeout:
-            self._most_streams = min(self._most_streams, batch)
+            self._most_streams = min(self._most_streams, len(streams.times))
             return None
-        if not await streams.more(2, self._wait_s(batch)):
+        if not await streams.more(2, LEAST_WAIT_S):
             return None
-        return gap_of_chunk([t.at for t in streams.times], first_s)
+        return gap_of_chunk([t.at for t in streams.times], first_s, step_s)
 
     def _chunks(self, index: int, batch: int) -> list[int]:
         """Return the prompts to put beside ``batch`` decodes: others in each session, each within a step."""

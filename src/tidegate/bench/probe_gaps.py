@@ -10,7 +10,6 @@ import numpy as np
 POWERS = tuple(2**k for k in range(6, 18))
 """What token budgets are in practice."""
 WINDOW = 4
-HELD_UP = 1.5
 FULL_CHUNK, LAST_CHUNK = 0.6, 0.2
 MISCOUNT = 0.2
 REMAINDER_SAFE = 1.343
@@ -30,28 +29,28 @@ def step_seconds(times: Sequence[Sequence[float]], since: Sequence[int], until: 
     return float(np.median(np.mean(np.diff(ends, axis=1), axis=0))) / window
 
 
-def gap_of_chunk(times: Sequence[Sequence[float]], first_token_s: float) -> float:
+def gap_of_chunk(times: Sequence[Sequence[float]], first_token_s: float, step_s: float) -> float:
     """Return the time of the step that computed a prompt whose first token came at ``first_token_s``.
 
-    A step's tokens leave together: in each stream, the token that came nearest to the prompt's ended the same
-    step, unless the prompt's was held up and the one before it ended a much longer step.
+    In each stream, the token that came nearest to the prompt's ended the same step, or one next to it if
+    either was held up on its way. So three steps are taken together, less two pure ones of ``step_s``; the
+    median over the streams is the answer.
     """
-    here, before = [], []
+    seconds = []
     for stream in times:
         at = np.asarray(stream)
-        end = max(1, int(np.argmin(np.abs(at - first_token_s))))
-        here.append(at[end] - at[end - 1])
-        before.append(at[end - 1] - at[max(0, end - 2)])
-    nearest, earlier = float(np.median(here)), float(np.median(before))
-    return earlier if earlier > HELD_UP * nearest else nearest
+        nearest = int(np.argmin(np.abs(at - first_token_s)))
+        low, high = max(0, nearest - 2), min(len(at) - 1, nearest + 1)
+        seconds.append(at[high] - at[low] - (high - low - 1) * step_s)
+    return float(np.median(seconds))
 
 
 def chunks_between(stream: Sequence[float], sent_s: float, first_token_s: float, step_s: float) -> int:
     """Return how many steps beside one decode a prompt took, counting gaps between that decode's tokens.
 
     All chunks but the last take about as long as the longest. The last one ends with the prompt's first token
-    and, at REMAINDER_SAFE's length, takes no less than LAST_CHUNK of that. What else is held up, as a server is
-    that reads a long prompt, is neither.
+    and, at REMAINDER_SAFE's length, takes no less than LAST_CHUNK of that. What else is held up, as a server
+    is that reads a long prompt, is neither.
     """
     at = np.asarray(stream)
     ends, gaps = at[1:], np.diff(at)
