@@ -65,8 +65,8 @@ def test_reads_steps_from_tokens_that_are_delivered_late() -> None:
     bunched = [at[i + i % 2] for i in range(20)]  # every other token waits for the next
     assert step_seconds([bunched], [0], [16]) == pytest.approx(0.01)
     stretched = [t + (0.05 if t > 0.095 else 0.0) for t in at]  # the tenth step held a chunk
-    assert gap_of_chunk([stretched], stretched[10], 0.01) == pytest.approx(0.06)
-    assert gap_of_chunk([stretched], stretched[11], 0.01) == pytest.approx(0.06)
+    assert gap_of_chunk([stretched], stretched[10]) == pytest.approx(0.06)
+    assert gap_of_chunk([stretched], stretched[11]) == pytest.approx(0.06)
     assert chunks_between(stretched, 0.08, stretched[10], 0.01) == 1
     held_up = np.cumsum([0.0, 0.01, 0.01, 0.05, 0.16, 0.16, 0.06, 0.01]).tolist()
     assert chunks_between(held_up, 0.01, held_up[6], 0.01) == 3

@@ -14,6 +14,7 @@ from statistics import median
 
 from tidegate.bench.probe_fit import Timed
 from tidegate.bench.probe_gaps import (
+    BEFORE,
     REMAINDER_SAFE,
     chunks_between,
     gap_of_chunk,
@@ -191,7 +192,7 @@ class Prober:
                 if len(self.timed.mixed) > len(CONTEXTS) and self._left(1.0) < tokens * self._token_s:
                     return
                 held = self._held(streams, context)
-                gaps = [await self._beside(streams, tokens, step_s) for _ in range(REPEATS - 2)]
+                gaps = [await self._beside(streams, tokens) for _ in range(REPEATS - 2)]
                 held = (held + self._held(streams, context)) // 2
                 timed = [gap for gap in gaps if gap is not None and gap > LEAST_OF_STEP * step_s]
                 if len(timed) >= 2:
@@ -199,16 +200,16 @@ class Prober:
                 if None in gaps:
                     return
 
-    async def _beside(self, streams: Streams, tokens: int, step_s: float) -> float | None:
+    async def _beside(self, streams: Streams, tokens: int) -> float | None:
         """Return the time of the step that computes a prompt beside the streams; None at their end."""
         try:
             _, first_s, _ = await self._target.first_token(self._target.prompt(tokens), self._wait_s(tokens))
         except EngineTimeout:
             self._most_streams = min(self._most_streams, len(streams.times))
             return None
-        if not await streams.more(2, LEAST_WAIT_S):
+        if not await streams.more(BEFORE + 2, LEAST_WAIT_S):
             return None
-        return gap_of_chunk([t.at for t in streams.times], first_s, step_s)
+        return gap_of_chunk([t.at for t in streams.times], first_s)
 
     def _chunks(self, index: int, batch: int) -> list[int]:
         """Return the prompts to put beside ``batch`` decodes: others in each session, each within a step."""

@@ -10,6 +10,7 @@ import numpy as np
 POWERS = tuple(2**k for k in range(6, 18))
 """What token budgets are in practice."""
 WINDOW = 4
+BEFORE = 4
 FULL_CHUNK, LAST_CHUNK = 0.6, 0.2
 MISCOUNT = 0.2
 REMAINDER_SAFE = 1.343
@@ -29,19 +30,21 @@ def step_seconds(times: Sequence[Sequence[float]], since: Sequence[int], until: 
     return float(np.median(np.mean(np.diff(ends, axis=1), axis=0))) / window
 
 
-def gap_of_chunk(times: Sequence[Sequence[float]], first_token_s: float, step_s: float) -> float:
+def gap_of_chunk(times: Sequence[Sequence[float]], first_token_s: float) -> float:
     """Return the time of the step that computed a prompt whose first token came at ``first_token_s``.
 
-    In each stream, the token that came nearest to the prompt's ended the same step, or one next to it if
-    either was held up on its way. So three steps are taken together, less two pure ones of ``step_s``; the
-    median over the streams is the answer.
+    In each stream, the token that came nearest to the prompt's ended the same step, or the next one if the
+    prompt's was held up on its way; and the token before may have come late. So two steps are taken together,
+    less a pure one as long as the BEFORE ones that precede them; the median over the streams is the answer.
     """
     seconds = []
     for stream in times:
         at = np.asarray(stream)
-        nearest = int(np.argmin(np.abs(at - first_token_s)))
-        low, high = max(0, nearest - 2), min(len(at) - 1, nearest + 1)
-        seconds.append(at[high] - at[low] - (high - low - 1) * step_s)
+        nearest = max(1, int(np.argmin(np.abs(at - first_token_s))))
+        low = max(0, nearest - 2)
+        pure = np.diff(at[max(0, low - BEFORE) : low + 1])
+        step_s = float(np.mean(pure)) if len(pure) else 0.0
+        seconds.append(at[nearest] - at[low] - (nearest - low - 1) * step_s)
     return float(np.median(seconds))
 
 
