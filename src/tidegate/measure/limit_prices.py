@@ -107,6 +107,8 @@ def steps_of(kinds: Sequence[Kind], batching: Batching, reach: Reach, *, every_b
             _mixed_steps(index, kind, batching, reach, np.concatenate([[0.0], sizes])),
         ]
     columns = [np.concatenate([part[i] for part in parts]) for i in range(8)]
+    earning = (columns[2] > 0.0) | (columns[4] > 0.0)
+    columns = [column[earning] for column in columns]
     return Steps(columns[0].astype(np.int64), columns[1].astype(np.int64), *columns[2:])
 
 
@@ -152,7 +154,7 @@ def _step_rows(steps: Steps, columns: int) -> Values:
     rows = np.zeros((len(steps.seconds), columns))
     row, mixed = np.arange(len(rows)), (steps.form == MIXED).astype(np.int64)
     for column, amount in enumerate((steps.new, steps.pairs, steps.batch, steps.context, steps.private)):
-        rows[row, 2 * column + mixed] = amount / steps.seconds
+        rows[row, 2 * column + mixed] = amount / np.maximum(steps.seconds, 1e-12)
     rows[:, 10] = -steps.batch
     rows[row, 11 + steps.kind] = -1.0
     return rows

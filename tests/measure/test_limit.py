@@ -1,0 +1,140 @@
+"""The fluid bound where the optimum is known by hand, and what it says where there is none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tidegate.core.errors import ConfigError
+from tidegate.core.instance import Instance
+from tidegate.core.slo import Slo
+from tidegate.costs.forms import MixedCost, PrefillCost, StepCost
+from tidegate.costs.library import packaged_profile
+from tidegate.costs.profile import Profile
+from tidegate.measure.limit import FluidLimit, fluid_limit
+from tidegate.workloads import TraceRecord
+
+H100 = packaged_profile("h100_sxm/llama-3.1-8b").profile
+L40S = packaged_profile("l40s/llama-3.1-8b").profile
+LINEAR = replace(
+    H100,
+    prefill=PrefillCost(0.0, 2e-5, 8e-10),
+    step=StepCost(0.0, 5e-5, 4e-8),
+    mixed=MixedCost(0.0, 5e-5, 8e-10, 8e-8),
+)
+"""Steps that cost nothing of their own: how work is batched does not matter."""
+DEAR_MIXED = replace(H100, mixed=replace(H100.mixed, n0=0.0))
+"""A mixed step never beats a pure one, so that the best decode steps are known."""
+ROOM = 400_000
+
+
+def even(count: int, prompt: int, answer: int) -> list[TraceRecord]:
+    return [TraceRecord(float(i), prompt, answer) for i in range(count)]
+
+
+def limit(
+    records: list[TraceRecord],
+    profiles: list[Profile],
+    slo: Slo,
+    *,
+    level: float = 0.9,
+    kv_tokens: int = ROOM,
+    max_batch_tokens: int = 8000,
+    max_num_seqs: int = 1024,
+) -> FluidLimit:
+    fleet = [Instance(f"i{i}", kv_tokens, kv_tokens) for i in range(len(profiles))]
+    return fluid_limit(
+        records,
+        profiles,
+        fleet,
+        slo,
+        level=level,
+        max_batch_tokens=max_batch_tokens,
+        max_num_seqs=max_num_seqs,
+    )
+
+
+def tight(found: FluidLimit, best_rps: float) -> None:
+    """The fleet serves ``best_rps``; what is offered beyond may miss, down to the level."""
+    assert found.limit_rps is not None
+    assert 0.995 * best_rps <= found.limit_rps * found.level <= 1.1 * best_rps, found
+
+
+def full_prefill_rps(profile: Profile) -> float:
+    return 8 / float(profile.prefill.seconds(8000, 8 * 1000**2 / 2))
+
+
+@pytest.mark.parametrize("level", [0.9, 0.99])
+def test_prefill_alone_runs_full_chunks(level: float) -> None:
+    found = limit(even(4000, 1000, 1), [H100, H100], Slo(0.5, 0.05), level=level)
+    tight(found, 2 * full_prefill_rps(H100))
+    assert found.binding.startswith("prefill compute")
+
+
+def test_unequal_instances_add_up() -> None:
+    found = limit(even(4000, 1000, 1), [H100, L40S, L40S], Slo(1.5, 0.05))
+    tight(found, full_prefill_rps(H100) + 2 * full_prefill_rps(L40S))
+
+
+def test_decodes_run_in_the_largest_batch() -> None:
+    found = limit(even(12_000, 1, 101), [H100, H100], Slo(0.5, 0.015), max_num_seqs=64)
+    tight(found, 2 * 64 / float(H100.step.seconds(64.0, 64 * 51.5)) / 100)
+    assert found.binding == "decode compute, held back by max_num_seqs"
+
+
+def test_memory_bounds_the_batch() -> None:
+    found = limit(even(6000, 16, 401), [H100, H100], Slo(0.5, 0.012), kv_tokens=16_384)
+    batch = 16_384 / (16 + 200.5)
+    tight(found, 2 * batch / float(H100.step.seconds(batch, 16_384.0)) / 400)
+    assert found.binding == "decode compute, held back by KV memory"
+
+
+def test_a_tight_tpot_bounds_the_batch() -> None:
+    found = limit(even(12_000, 1, 101), [DEAR_MIXED], Slo(0.5, 0.008))
+    batch = (0.008 - H100.step.a_s) / (H100.step.b_s + H100.step.c_s * 51.5)
+    tight(found, float(batch) / 0.008 / 100)
+    assert found.binding == "decode compute, held back by the TPOT target"
+
+
+def test_both_phases_share_the_time_of_equal_instances() -> None:
+    found = limit(even(12_000, 1000, 201), [LINEAR] * 4, Slo(0.5, 0.02))
+    prefill_s = float(LINEAR.prefill.seconds(1000, 1000**2 / 2))
+    answer_s = 200 * (5e-5 + 4e-8 * (1000 + 100.5))
+    tight(found, 4 / (prefill_s + answer_s))
+
+
+def test_a_burst_binds_where_most_of_the_requests_are() -> None:
+    quiet = [TraceRecord(float(i), 1000, 1) for i in range(0, 1000, 2)]
+    burst = [TraceRecord(400.01 + i / 20, 1000, 1) for i in range(4000)]
+    found = limit(sorted(quiet + burst, key=lambda r: r.arrival_s), [H100], Slo(0.5, 0.05), level=0.99)
+    assert found.scale is not None and 20.0 * found.scale < 1.1 * full_prefill_rps(H100)
+    assert "in bursts between" in found.binding
+
+
+def test_shared_prefixes_cost_their_prefill_once() -> None:
+    alone = limit(even(4000, 1024, 1), [H100], Slo(0.5, 0.05))
+    shared = [replace(r, hash_ids=(7, 10 + i)) for i, r in enumerate(even(4000, 1024, 1))]
+    found = limit(shared, [H100], Slo(0.5, 0.05))
+    assert found.limit_rps is not None and alone.limit_rps is not None
+    assert 1.8 * alone.limit_rps < found.limit_rps < 2.2 * alone.limit_rps
+
+
+def test_requests_that_miss_even_alone_leave_no_limit() -> None:
+    records = even(100, 500, 10)
+    records[::5] = [replace(r, input_tokens=60_000) for r in records[::5]]
+    found = limit(records, [H100], Slo(0.5, 0.05))
+    assert (found.limit_rps, found.hopeless) == (0.0, 20)
+    assert "20.0% of the requests miss the SLO ttft:500,tpot:50 even alone" in found.binding
+    assert limit(records, [H100], Slo(0.5, 0.05), level=0.8).limit_rps != 0.0
+
+
+def test_a_trace_too_short_to_miss_has_no_limit() -> None:
+    assert limit(even(5, 100, 10), [H100], Slo(0.5, 0.05)).limit_rps is None
+    assert limit([TraceRecord(0.0, 100, 10)], [H100], Slo(0.5, 0.05)).limit_rps is None
+
+
+def test_refuses_what_it_cannot_bound() -> None:
+    for records, fleet, level in (([], [H100], 0.9), (even(5, 1, 1), [], 0.9), (even(5, 1, 1), [H100], 0.0)):
+        with pytest.raises(ConfigError):
+            limit(records, fleet, Slo(0.5, 0.05), level=level)
