@@ -125,6 +125,8 @@ def make_fleet(
     )
     named = [_name_and_count(text) for text in profiles or [DEFAULT_PROFILE]]
     problems = []
+    if kv_tokens is not None and kv_tokens < 1:
+        problems.append(f"--kv-tokens is at least 1, got {kv_tokens}")
     if len(named) == 1 and named[0][1] is None:
         named = [(named[0][0], DEFAULT_INSTANCES if instances is None else instances)]
     elif any(count is None for _, count in named):

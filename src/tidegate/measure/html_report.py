@@ -30,10 +30,10 @@ dt { font-weight: 600; } dd { margin: 0; overflow-wrap: anywhere; }
 @media print { h2 { break-before: page; } figure { break-inside: avoid; } }
 """
 WORDS = """
-A request attains its SLO when its TTFT (arrival to first token) and its TPOT (mean time per token after the
-first) are both within target; rejected and failed requests are misses. Attainment is the share of offered
-requests that attain; goodput is the highest offered rate whose attainment is at least the level. Rates scale a
-trace's time, which keeps its bursts. Another seed permutes the requests within each minute. The fluid limit
+A request attains its SLO when its TTFT (arrival to first token) and its TPOT (mean time per token after
+the first) are both within target; rejected and failed requests are misses. Attainment is the share of offered
+requests that attain; goodput is the highest offered rate whose attainment is at least the level. Rates
+scale a trace's time, which keeps its bursts. Another seed permutes the requests within each minute. The fluid limit
 is a bound for any schedule on the same instances, computed with knowledge of the whole trace.
 """
 

@@ -1,0 +1,148 @@
+"""One simulation as the command runs it: search, run, journal, block, report."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import typer
+
+import tidegate
+from tidegate.cli.comparison_output import command_line, set_up, tell_where, titled, write_folder
+from tidegate.cli.simulating import progress_bar, warn
+from tidegate.core.errors import ConfigError
+from tidegate.experiments.jobs import Workers
+from tidegate.experiments.limit import limit_job
+from tidegate.experiments.run import Finished, run_once
+from tidegate.experiments.search import find_goodput
+from tidegate.experiments.setting import Setting
+from tidegate.experiments.store import Store
+from tidegate.experiments.workload import requests_of
+from tidegate.measure.comparison import Comparison, Entry, LevelGoodput, TraceComparison
+from tidegate.measure.run_block import render_run
+from tidegate.measure.run_view import view_of
+
+SEARCH_SEEDS = 3
+TOLERANCE = 0.02
+"""Draws and relative width of a goodput search."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What to do with a setting. ``rate_rps`` None is the trace's own; a goodput search replaces it."""
+
+    level: float
+    seed: int
+    rate_rps: float | None
+    goodput: bool
+    limit: bool
+    journal: Path | None
+    out: Path | None
+    processes: int
+
+
+def simulate_and_show(setting: Setting, wanted: Wanted, *, as_json: bool) -> dict[str, Any]:
+    """Do what is wanted, print it, and return the run's object of the ``--json`` contract."""
+    found = _search(setting, wanted) if wanted.goodput or wanted.limit else None
+    rate_rps = wanted.rate_rps
+    if found is not None and wanted.goodput:
+        rate_rps = found.goodput_rps or rate_rps
+    finished = _simulate(setting, rate_rps, wanted.seed, wanted.journal)
+    summary = finished.summary(
+        goodput_rps=found.goodput_rps if found and wanted.goodput else None,
+        limit_rps=found.limit_rps if found else None,
+    )
+    for text in finished.run.warnings:
+        warn(text)
+    if found is not None and found.reason:
+        warn(found.reason)
+    if as_json:
+        typer.echo(json.dumps(summary, indent=2, allow_nan=False))
+    else:
+        typer.echo(render_run(finished.run, summary, slo=str(setting.settings.slo)))
+    if wanted.out is not None:
+        _write_report(wanted.out, finished, summary, setting, found)
+    return summary
+
+
+def _search(setting: Setting, wanted: Wanted) -> LevelGoodput:
+    """Return the goodput, 0 and without probes where only the limit was asked for."""
+    level = wanted.level
+
+    async def search() -> LevelGoodput:
+        with progress_bar("runs", None) as show:
+            async with Workers(wanted.processes, Store(None), show) as workers:
+                bound: float | None = None
+                if wanted.limit:
+                    job = limit_job(setting, level, setting.fleet.engine.max_batch_tokens)
+                    bound = (await workers.do(job))["limit_rps"]
+                if not wanted.goodput:
+                    return LevelGoodput(level, "", 0.0, 0.0, 0.0, bound, ())
+                seeds = range(wanted.seed, wanted.seed + SEARCH_SEEDS)
+                return await find_goodput(setting, level, seeds, TOLERANCE, bound, workers)
+
+    return asyncio.run(search())
+
+
+def _simulate(setting: Setting, rate_rps: float | None, seed: int, journal: Path | None) -> Finished:
+    total = len(requests_of(setting.workload))
+    with _writing(journal) as file, progress_bar("requests", total) as show:
+
+        def watch(arrived: int) -> None:
+            show(arrived, total, "")
+
+        return run_once(setting, rate_rps=rate_rps, seed=seed, journal=file, watch=watch)
+
+
+@contextmanager
+def _writing(path: Path | None) -> Iterator[IO[bytes] | None]:
+    """Open a journal that is not there yet. Raises ConfigError."""
+    if path is None:
+        yield None
+        return
+    try:
+        file = path.open("xb")
+    except FileExistsError:
+        raise ConfigError(f"--journal {path} exists; a run is never written over another") from None
+    except OSError as error:
+        raise ConfigError(f"--journal {path}: cannot be written: {error.strerror or error}") from None
+    with file:
+        yield file
+
+
+def _write_report(
+    folder: Path,
+    finished: Finished,
+    summary: Mapping[str, Any],
+    setting: Setting,
+    found: LevelGoodput | None,
+) -> None:
+    title = next(iter(titled([setting.workload.trace], setting.workload)))
+    searched = (found,) if found is not None and found.probes else ()
+    entry = Entry(finished.facts.system, searched, {}, summary, summary, view_of(finished.run))
+    shown = TraceComparison(
+        setting.workload.trace,
+        title,
+        (entry,),
+        summary["rate_rps"],
+        "the rate of this run",
+        "",
+        tuple(finished.run.warnings),
+    )
+    comparison = Comparison(
+        traces=(shown,),
+        levels=tuple(each.level for each in searched),
+        seeds=SEARCH_SEEDS if searched else 1,
+        instances=setting.fleet.size,
+        slo=str(setting.settings.slo),
+        profile=setting.fleet.title,
+        version=tidegate.__version__,
+        command=command_line(),
+        facts=set_up(setting.fleet),
+    )
+    tell_where(folder, write_folder(folder, comparison, []))
