@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import TypeVar
@@ -21,7 +21,7 @@ from tidegate.costs.fitting import (
     fit_step,
     fit_transfer,
 )
-from tidegate.costs.forms import TransferCost, attention_work
+from tidegate.costs.forms import MixedCost, TransferCost, attention_work
 from tidegate.costs.library import INTRA_NODE_LATENCY_S, LINK_EFFICIENCY, PORT_BYTES_PER_S
 from tidegate.costs.profile import Profile
 
@@ -31,6 +31,8 @@ ASSUMED_TRANSFER = TransferCost(INTRA_NODE_LATENCY_S, LINK_EFFICIENCY * PORT_BYT
 """Where no transfer was measured: PCIe 4.0 x16 inside a node."""
 HELD_OUT_EVERY = 4
 FEWEST_TO_HOLD_OUT = 8
+TRIMS, TRIM, TRIM_FLOOR = 4, 3.0, 0.15
+"""How often samples are dropped that the fit is off by more than so many times the median, and by so much."""
 FEWEST_MIXED = 5
 """The mixed form has four coefficients."""
 EXPERTS = ((8, 2), (16, 2), (32, 4), (64, 6), (64, 8), (128, 4), (128, 8), (256, 8), (384, 8), (512, 10))
@@ -74,7 +76,7 @@ def front_seconds(timed: Timed) -> float:
     """
     if len(timed.mixed) < FEWEST_MIXED:
         raise ConfigError("too few prompts were timed beside decodes; give a larger --budget")
-    mixed, _ = fit_mixed(timed.mixed)
+    mixed = _steady_mixed(timed.mixed)
     beside = [
         timed.first_token_s(new) - float(mixed.seconds(new, attention_work(new, 0), 0))
         for new, cached in timed.ttft
@@ -97,15 +99,21 @@ def fit_timed(name: str, timed: Timed, *, source: str) -> Fitted:
     experts, active = likely_experts(step)
 
     def fit(p: Sequence[PrefillSample], s: Sequence[StepSample], m: Sequence[MixedSample]) -> Profile:
-        return fit_profile(
+        fitted = fit_profile(
             name, p, s, transfer, source=source, mixed=m, experts=experts, active_experts=active
         )
+        for _ in range(TRIMS):
+            p, s, m = _near(fitted, p, 3), _near(fitted, s, 4), _near(fitted, m, 4)
+            fitted = fit_profile(
+                name, p, s, transfer, source=source, mixed=m, experts=experts, active_experts=active
+            )
+        return fitted
 
     shown = fit(_kept(prefill), _kept(step), _kept(mixed))
     held_out = [
-        _errors("prefill", _held(prefill), lambda s: shown.prefill_s(s.new_tokens, s.cached_tokens)),
-        _errors("step", _held(step), lambda s: float(shown.step.seconds(s.batch, s.context_tokens))),
-        _errors("mixed", _held(mixed), lambda s: mixed_seconds(shown, s)),
+        _errors(shown, "prefill", _held(prefill)),
+        _errors(shown, "step", _held(step)),
+        _errors(shown, "mixed", _held(mixed)),
     ]
     return Fitted(fit(prefill, step, mixed), front_s, tuple(h for h in held_out if h is not None), prefill)
 
@@ -125,10 +133,37 @@ def likely_experts(step: Sequence[StepSample]) -> tuple[int, int]:
     return layout if gains else (1, 0)
 
 
-def mixed_seconds(profile: Profile, sample: MixedSample) -> float:
-    """Return what the mixed form says of a sample's step."""
+def predicted_s(profile: Profile, sample: PrefillSample | StepSample | MixedSample) -> float:
+    """Return what the profile says of a sample's step."""
+    if isinstance(sample, StepSample):
+        return float(profile.step.seconds(sample.batch, sample.context_tokens))
+    if isinstance(sample, PrefillSample):
+        return profile.prefill_s(sample.new_tokens, sample.cached_tokens)
+    return _mixed_s(profile.mixed, sample)
+
+
+def _near(profile: Profile, samples: Sequence[Sample], coefficients: int) -> list[Sample]:
+    """Drop what the fit is far from: times that something else on the machine made, long or short."""
+    off = [abs(predicted_s(profile, sample) / sample.seconds - 1.0) for sample in samples]
+    most = max(TRIM_FLOOR, TRIM * median(off)) if off else 0.0
+    near = [sample for sample, error in zip(samples, off, strict=True) if error <= most]
+    return near if len(near) > coefficients else list(samples)
+
+
+def _steady_mixed(samples: Sequence[MixedSample]) -> MixedCost:
+    """Fit the mixed form alone, dropping what it is far from."""
+    for _ in range(TRIMS):
+        cost, _fit = fit_mixed(samples)
+        off = [abs(_mixed_s(cost, s) / s.seconds - 1.0) for s in samples]
+        most = max(TRIM_FLOOR, TRIM * median(off))
+        near = [s for s, error in zip(samples, off, strict=True) if error <= most]
+        samples = near if len(near) >= FEWEST_MIXED else samples
+    return fit_mixed(samples)[0]
+
+
+def _mixed_s(cost: MixedCost, sample: MixedSample) -> float:
     work = attention_work(sample.new_tokens, sample.cached_tokens)
-    return float(profile.mixed.seconds(sample.new_tokens + sample.batch, work, sample.context_tokens))
+    return float(cost.seconds(sample.new_tokens + sample.batch, work, sample.context_tokens))
 
 
 def _kept(samples: Sequence[Sample]) -> list[Sample]:
@@ -143,8 +178,8 @@ def _held(samples: Sequence[Sample]) -> list[Sample]:
     return list(samples[2 : len(samples) - 1 : HELD_OUT_EVERY])
 
 
-def _errors(form: str, held: Sequence[Sample], predict: Callable[[Sample], float]) -> HeldOut | None:
+def _errors(profile: Profile, form: str, held: Sequence[Sample]) -> HeldOut | None:
     if not held:
         return None
-    errors = [abs(predict(sample) / sample.seconds - 1.0) for sample in held]
+    errors = [abs(predicted_s(profile, sample) / sample.seconds - 1.0) for sample in held]
     return HeldOut(form, float(np.percentile(errors, 50)), float(np.percentile(errors, 95)), len(held))
