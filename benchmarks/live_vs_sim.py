@@ -1,0 +1,142 @@
+"""The live gateway over emulated instances beside the simulator, on the same requests.
+
+For each system: start ``tidegate serve --emulate``, replay a stretch of the sample trace with ``tidegate
+bench``, read the journal, and simulate the same arrivals on the same fleet. The simulator's front-end time is
+what the live run shows: the median time of a prefill leg outside the engine's own clock, which is two trips
+over HTTP and the gateway's work. Run: ``python benchmarks/live_vs_sim.py`` (about twelve minutes).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tidegate.core.slo import Slo
+from tidegate.dataplane.roster import parse_groups, replicas_in
+from tidegate.sim import SimSettings, simulate
+from tidegate.systems import make_system
+from tidegate.workloads import WorkloadChoice, load_workload
+
+TIDEGATE = (sys.executable, "-m", "tidegate")
+FIGURES = ("ttft p50", "ttft p99", "tpot p50", "tpot p99", "attainment", "flips")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What both worlds tell of a run; ``front_s`` is the live run's only."""
+
+    ttft_s: NDArray[np.float64]
+    tpot_s: NDArray[np.float64]
+    attained: float
+    flips: int
+    front_s: float = 0.0
+
+    def figures(self) -> tuple[float, ...]:
+        ttft, tpot = (np.nanpercentile(values, (50, 99)) * 1e3 for values in (self.ttft_s, self.tpot_s))
+        return (*map(float, ttft), *map(float, tpot), self.attained, float(self.flips))
+
+
+def live(system: str, args: argparse.Namespace) -> Run:
+    """Serve and replay once."""
+    journal = args.out / f"{system}.jsonl"
+    journal.unlink(missing_ok=True)  # serve does not overwrite an earlier run's
+    serve = [*TIDEGATE, "serve", "--emulate", args.emulate, "--system", system, "--slo", args.slo]
+    serve += ["--port", "0", "--journal", str(journal)]
+    if system != "arrow" and args.split:
+        serve += ["--split", args.split]
+    server = subprocess.Popen(serve, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        found = next(filter(None, (re.search(r"serving on (http://\S+)/v1", line) for line in server.stdout)))
+        bench = [*TIDEGATE, "bench", "--url", found[1], "--trace", args.trace, "--slo", args.slo]
+        bench += ["--scale-rate", str(args.scale_rate), "--duration", str(args.duration)]
+        bench += ["--start", str(args.start), "--out", str(args.out / f"{system}.bench.jsonl"), "--json"]
+        report = json.loads(subprocess.run(bench, stdout=subprocess.PIPE, check=True).stdout)
+        ttft = [report["ttft_s"][name] * 1e3 for name in ("p50", "p99")]
+        print(f"{system}: TTFT as the client saw it: p50 {ttft[0]:.1f} ms, p99 {ttft[1]:.1f} ms")
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(60)
+    return of_journal(journal, len(load(args)))
+
+
+def of_journal(path: Path, offered: int) -> Run:
+    """Read a live run's figures from its journal."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    ends: list[dict[str, Any]] = [row for row in rows if row["type"] == "outcome" and row["outcome"] == "ok"]
+    outside = [row["ttft_s"] - row["stages"]["queue"] - row["stages"]["prefill"] for row in ends]
+    return Run(
+        np.array([row["ttft_s"] for row in ends]),
+        np.array([row["tpot_s"] for row in ends if row["output_length"] > 1], dtype=np.float64),
+        sum(row["attained"] for row in ends) / offered,
+        sum(row["type"] == "flip" for row in rows),
+        float(np.median(outside)),
+    )
+
+
+def simulated(system: str, args: argparse.Namespace, front_s: float) -> Run:
+    """Simulate the same arrivals."""
+    slo = Slo.parse(args.slo)
+    split = tuple(map(int, args.split.split(":"))) if args.split and system != "arrow" else None
+    run = simulate(
+        load(args),
+        make_system(system, split=split, slo=slo),  # type: ignore[arg-type]  # two numbers
+        replicas_in(parse_groups([args.emulate])),
+        SimSettings(slo=slo, front_s=front_s),
+    )
+    table = run.requests
+    return Run(table.ttft_s, table.tpot_s, float(np.mean(table.attained)), run.flips)
+
+
+def load(args: argparse.Namespace) -> list[Any]:
+    """Return the requests that both worlds serve."""
+    choice = WorkloadChoice(
+        trace=args.trace, scale_rate=args.scale_rate, start_s=args.start, duration_s=args.duration
+    )
+    return load_workload(choice)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--emulate", default="h100_sxm/llama-3.1-8b:4")
+    parser.add_argument("--systems", default="arrow,static")
+    parser.add_argument("--split", default="2:2", help="of the systems other than arrow")
+    parser.add_argument("--trace", default="sample:azure-conv")
+    parser.add_argument("--scale-rate", type=float, default=3.0)
+    parser.add_argument("--start", type=float, default=0.0)
+    parser.add_argument("--duration", type=float, default=150.0)
+    parser.add_argument("--slo", default="ttft:150,tpot:8")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("runs/live-vs-sim"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    print(f"{'':28}" + "".join(f"{name:>12}" for name in FIGURES) + f"{'front ms':>12}")
+    for system in args.systems.split(","):
+        for _ in range(args.repeats):
+            reality = live(system, args)
+            model = simulated(system, args, reality.front_s)
+            pairs = list(zip(reality.figures(), model.figures(), strict=True))
+            show(f"{system} live", [one for one, _ in pairs], reality.front_s * 1e3)
+            show(f"{system} simulated", [other for _, other in pairs], reality.front_s * 1e3)
+            show("  live over simulated", [one / other if other else float(one == 0) for one, other in pairs])
+
+
+def show(name: str, values: list[float], front_ms: float | None = None) -> None:
+    tail = "" if front_ms is None else f"{front_ms:12.2f}"
+    print(f"{name:28}" + "".join(f"{value:12.3f}" for value in values) + tail, flush=True)
+
+
+if __name__ == "__main__":
+    main()

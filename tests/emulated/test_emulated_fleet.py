@@ -1,0 +1,123 @@
+"""The real gateway in front of a process of emulated instances."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import orjson
+import pytest
+
+from tidegate.core.errors import ConfigError
+from tidegate.engines.emulated.made_up import answer
+from tidegate.fleet.emulated import EmulatedFleet, EmulatedLaunch
+from tidegate.gateway.run import Gateway
+from tidegate.gateway.settings import GatewaySettings
+from tidegate.systems import make_system
+
+GROUP = "h100_sxm/llama-3.1-8b:3"
+
+
+@asynccontextmanager
+async def gateway(system: str, **options: Any) -> AsyncIterator[tuple[Gateway, str, aiohttp.ClientSession]]:
+    """Run a gateway over three emulated instances."""
+    fleet = EmulatedFleet(EmulatedLaunch((GROUP,)))
+    running = Gateway(GatewaySettings(port=0, **options), fleet, make_system(system))
+    try:
+        url = await running.start()
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client:
+            yield running, url, client
+    finally:
+        await running.stop()
+
+
+async def stream(client: aiohttp.ClientSession, url: str, prompt: list[int], count: int) -> list[int]:
+    """Return the tokens of a stream that ends well."""
+    body = {"prompt": prompt, "max_tokens": count, "stream": True, "return_token_ids": True, "temperature": 0}
+    ids: list[int] = []
+    async with client.post(url + "/v1/completions", json=body) as response:
+        assert response.status == 200, await response.text()
+        lines = [line.strip() async for line in response.content if line.startswith(b"data: ")]
+    assert lines[-1] == b"data: [DONE]"
+    for line in lines[:-1]:
+        event = orjson.loads(line[6:])
+        assert "error" not in event, event
+        ids += event["choices"][0].get("token_ids", [])
+    return ids
+
+
+async def test_flips_and_hand_overs_change_no_token() -> None:
+    prompts = [list(range(start, start + 50 + 7 * start)) for start in range(24)]
+    async with gateway("arrow", flip_every_s=0.02) as (running, url, client):
+        got = await asyncio.gather(*(stream(client, url, prompt, 40) for prompt in prompts))
+        assert got == [answer(prompt, 0, 40) for prompt in prompts]
+        assert running.scheduler.flips > 0
+
+
+async def test_the_death_of_the_process_changes_no_token() -> None:
+    prompts = [list(range(start, start + 60)) for start in range(12)]
+    async with gateway("static") as (running, url, client):
+        streams = [asyncio.create_task(stream(client, url, prompt, 300)) for prompt in prompts]
+        async with asyncio.timeout(30):
+            while int(running.scheduler.snapshot().decode_requests.sum()) < 6:
+                await asyncio.sleep(0.01)
+        pids = {upstream.member.pid for upstream in running.scheduler.upstreams.values()}
+        assert len(pids) == 1
+        os.kill(pids.pop() or 0, signal.SIGKILL)
+        got = await asyncio.gather(*streams)
+        assert got == [answer(prompt, 0, 300) for prompt in prompts]
+
+
+def test_unknown_profiles_and_mixed_models_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"near: h100_sxm/llama-3\.1-8b"):
+        EmulatedFleet(EmulatedLaunch(("h100_sxm/lama-3.1-8b:2",)))
+    with pytest.raises(ConfigError, match="one model"):
+        EmulatedFleet(EmulatedLaunch(("h100_sxm/llama-3.1-8b:2", "h100_sxm/qwen3-32b/tp2:1")))
+
+
+def test_the_command_serves_without_extras_and_leaves_nothing_behind() -> None:
+    blocked = "import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers', 'tokenizers']))"
+    run = f"{blocked}; from tidegate.cli.main import main; main()"
+    words = ["serve", "--emulate", "l40s/llama-3.1-8b:2", "--emulate", "a100_sxm/llama-3.1-8b", "--port", "0"]
+    served = subprocess.Popen([sys.executable, "-c", run, *words], stdout=subprocess.PIPE, text=True)
+    try:
+        assert served.stdout is not None
+        said = []
+        for line in served.stdout:
+            said.append(line)
+            if line.startswith("serving on"):
+                break
+        assert [line.split()[0] for line in said if " up after " in line] == ["i0", "i1", "i2"]
+        children = subprocess.run(
+            ["pgrep", "-P", str(served.pid)], capture_output=True, text=True, check=True
+        ).stdout.split()
+        assert len(children) == 1
+        served.kill()
+        served.wait(10)
+        asyncio.run(_gone(int(children[0])))
+    finally:
+        served.kill()
+        served.wait()
+        if served.stdout is not None:
+            served.stdout.close()
+
+
+async def _gone(pid: int) -> None:
+    async with asyncio.timeout(10):
+        while "zombie" not in _state(pid):
+            await asyncio.sleep(0.02)
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return "zombie"
