@@ -26,6 +26,7 @@ from tidegate.workloads.prompts import TokenPrompts
 
 TRANSFER_TOKENS = (64, 256, 1024, 4096)
 ASK_S = 5.0
+BUSY_CHECKS, BUSY_PAUSE_S = 5, 0.3
 _BUSY = re.compile(r"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})?\s+([0-9.eE+]+)", re.MULTILINE)
 
 
@@ -120,10 +121,15 @@ async def _transfers(targets: Sequence[ProbeTarget], prober: Prober, facts: Serv
 
 
 async def _busy_notes(session: aiohttp.ClientSession, urls: Sequence[str]) -> list[str]:
+    """Return a note for each instance that stays busy: streams just aborted take a moment to end."""
     notes = []
     for url in urls:
-        found = _BUSY.findall(await _text(session, f"{url.rstrip('/').removesuffix('/v1')}/metrics"))
-        if sum(map(float, found)) > 0:
+        for _ in range(BUSY_CHECKS):
+            found = _BUSY.findall(await _text(session, f"{url.rstrip('/').removesuffix('/v1')}/metrics"))
+            if sum(map(float, found)) == 0:
+                break
+            await asyncio.sleep(BUSY_PAUSE_S)
+        else:
             notes.append(f"{url} serves other requests: the times are those of a busy instance")
     return notes
 

@@ -56,7 +56,7 @@ VERBS = {
     ),
     "profile": Verb(
         "tidegate.cli.profile",
-        "Measure a live instance and fit the latency models that policies and simulator use.",
+        "Measure a live, idle instance and fit the latency models that policies and simulator use.",
         "Measure",
     ),
     "trace": Verb(
