@@ -30,7 +30,7 @@ class MadeRun:
 def made_run(
     requests: int = 400, *, slow: float = 1.0, failed: int = 0, instances: int = 4, seed: int = 0
 ) -> MadeRun:
-    """Return a run of ``requests`` at 2 requests/s whose latencies grow with ``slow``; the last ``failed`` fail."""
+    """Return ``requests`` at 2 per second whose latencies grow with ``slow``; the last ``failed`` fail."""
     rng = np.random.default_rng(seed)
     names = [f"i{index}" for index in range(instances)]
     arrival_s = np.arange(requests) * 0.5

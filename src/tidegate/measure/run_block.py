@@ -42,7 +42,7 @@ def _service(run: Run, summary: Mapping[str, Any], slo: str) -> Iterator[str]:
         yield _row("Fluid limit", _rate(summary["limit_rps"]))
         if summary["share_of_limit"] is not None:
             yield _row("Goodput is of the limit", _percent(summary["share_of_limit"]))
-        elif summary["rate_rps"] is not None:
+        elif summary["rate_rps"] is not None and summary["limit_rps"] > 0:
             yield _row("Offered rate is of the limit", _percent(summary["rate_rps"] / summary["limit_rps"]))
 
 

@@ -1,0 +1,69 @@
+"""Results are worked out once, whoever asks and however often the process was killed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+
+from tidegate.core.errors import ConfigError
+from tidegate.experiments.jobs import Job, Workers
+from tidegate.experiments.store import Store
+
+
+def count_up(folder: str, value: int) -> int:
+    """Leave a mark of this call, and return the value."""
+    with Path(folder, "calls").open("a") as file:
+        file.write(f"{value}\n")
+    return value
+
+
+def fail(text: str) -> None:
+    raise ConfigError(text)
+
+
+def do_all(jobs: list[Job], store: Store, processes: int) -> list[int]:
+    async def everything() -> list[int]:
+        async with Workers(processes, store) as workers:
+            return list(await asyncio.gather(*(workers.do(job) for job in jobs)))
+
+    return asyncio.run(everything())
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_job_is_done_once(tmp_path: Path, processes: int) -> None:
+    jobs = [Job(f"k{value}", count_up, (str(tmp_path), value)) for value in (1, 2, 1, 2, 1)]
+    for _ in range(2):
+        store = Store(tmp_path / "results.jsonl")
+        assert do_all(jobs, store, processes) == [1, 2, 1, 2, 1]
+        store.close()
+    assert sorted((tmp_path / "calls").read_text().split()) == ["1", "2"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_a_job_raises_reaches_the_caller(processes: int) -> None:
+    jobs = [Job("bad", fail, ("no such trace",)), Job("slow", os.path.exists, ("/",))]
+    with pytest.raises(ConfigError, match="no such trace"):
+        do_all(jobs, Store(None), processes)
+
+
+def test_half_a_line_of_a_killed_writer_costs_that_line_only(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    store = Store(path)
+    store.put("a", {"x": 1.5})
+    store.close()
+    with path.open("ab") as file:
+        file.write(b'{"key": "b", "val')
+    store = Store(path)
+    assert (store.get("a"), store.get("b"), len(store)) == ({"x": 1.5}, None, 1)
+    store.put("b", 2)
+    store.close()
+    assert Store(path).get("b") == 2
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot keep results"):
+        Store(tmp_path / "file" / "results.jsonl")
