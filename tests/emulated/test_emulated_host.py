@@ -29,8 +29,13 @@ class Emulated:
     def __init__(self, kv_tokens: int | None = None) -> None:
         replicas = replicas_in(parse_groups([f"{NAME}:2"]), engine=EngineSettings(lease_s=LEASE_S))
         if kv_tokens is not None:
-            small = {"kv_capacity_tokens": kv_tokens, "max_model_len": kv_tokens}
-            replicas = [replace(one, instance=replace(one.instance, **small)) for one in replicas]
+            replicas = [
+                replace(
+                    one,
+                    instance=replace(one.instance, kv_capacity_tokens=kv_tokens, max_model_len=kv_tokens),
+                )
+                for one in replicas
+            ]
         self.clock = VirtualClock(7.0)
         self.host = Host(replicas, ["a", "b"], clock=self.clock)
         self.engines = [EmulatedEngine(self.host, place) for place in self.host.places]

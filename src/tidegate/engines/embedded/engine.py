@@ -10,7 +10,7 @@ import logging
 import secrets
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,9 +26,10 @@ from tidegate.engines.embedded.pins import Pins
 from tidegate.engines.embedded.progress import draw_for, take_token, times_of
 from tidegate.engines.embedded.runner import Batch, ModelRunner
 from tidegate.engines.embedded.sampling import sample
-from tidegate.engines.embedded.scheduler import Counters, Scheduler
+from tidegate.engines.embedded.scheduler import Scheduler
 from tidegate.engines.embedded.sequence import Sequence
 from tidegate.engines.serving.types import (
+    Counters,
     EngineStats,
     GenerateRequest,
     KvPuller,
@@ -422,7 +423,7 @@ class Engine:
 
     def _read_stats(self) -> EngineStats:
         scheduler = self._scheduler
-        pool, counters = scheduler.pool, scheduler.counters
+        pool = scheduler.pool
         return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
@@ -432,17 +433,7 @@ class Engine:
             total_blocks=pool.total_blocks,
             block_tokens=pool.block_tokens,
             kv_usage=1 - pool.free_blocks / pool.total_blocks,
-            preemptions=counters.preemptions,
-            prompt_tokens=counters.prompt_tokens,
-            generation_tokens=counters.generation_tokens,
-            prefix_queries=counters.prefix_queries,
-            prefix_hits=counters.prefix_hits,
-            computed_prompt_tokens=counters.computed_prompt_tokens,
-            cached_prompt_tokens=counters.cached_prompt_tokens,
-            pulled_prompt_tokens=counters.pulled_prompt_tokens,
-            pulled_bytes=counters.pulled_bytes,
-            pull_failures=counters.pull_failures,
-            steps=counters.steps,
+            **asdict(scheduler.counters),
         )
 
 

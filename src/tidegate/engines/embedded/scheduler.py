@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 from tidegate.core.clock import Clock
@@ -19,7 +18,7 @@ from tidegate.engines.embedded.blocks import BlockPool, extend_keys
 from tidegate.engines.embedded.pins import Pins
 from tidegate.engines.embedded.runner import Batch, Chunk
 from tidegate.engines.embedded.sequence import Sequence
-from tidegate.engines.serving.types import KvPuller, KvSource, PinnedKv
+from tidegate.engines.serving.types import Counters, KvPuller, KvSource, PinnedKv
 from tidegate.policies.order import Order, Ticket, WaitingQueue
 
 log = logging.getLogger(__name__)
@@ -29,23 +28,6 @@ _RESERVE = 0.01
 
 _UNKNOWN = Ticket(0.0, Slo().ttft_s, 0.0)
 """The ticket, from its submission on, of a request that came without one."""
-
-
-@dataclass(slots=True)
-class Counters:
-    """Totals since start; tokens unless named otherwise."""
-
-    preemptions: int = 0
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    prefix_queries: int = 0
-    prefix_hits: int = 0
-    computed_prompt_tokens: int = 0
-    cached_prompt_tokens: int = 0
-    pulled_prompt_tokens: int = 0
-    pulled_bytes: int = 0
-    pull_failures: int = 0
-    steps: int = 0
 
 
 LoadDone = Callable[[Sequence, str | None, int], None]

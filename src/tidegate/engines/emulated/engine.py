@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 
 from tidegate.core.errors import NoInstance
 from tidegate.dataplane.sequence import LOADING, NEW, WAITING
@@ -47,8 +48,7 @@ class EmulatedEngine:
         states = [leg.sequence.state for leg in place.legs.values()]
         waiting = states.count(NEW) + states.count(WAITING)
         loading = states.count(LOADING)
-        blocks, counters = place.batcher.blocks, place.counters
-        known = counters.cached_tokens + counters.pulled_tokens
+        blocks = place.batcher.blocks
         return EngineStats(
             running=len(states) - waiting - loading,
             waiting=waiting,
@@ -58,17 +58,7 @@ class EmulatedEngine:
             total_blocks=blocks.total,
             block_tokens=blocks.block_tokens,
             kv_usage=1 - blocks.free / blocks.total,
-            preemptions=counters.preemptions,
-            prompt_tokens=counters.prompt_tokens,
-            generation_tokens=counters.generation_tokens,
-            prefix_queries=counters.prompt_tokens,
-            prefix_hits=counters.cached_tokens,
-            computed_prompt_tokens=counters.prompt_tokens - known,
-            cached_prompt_tokens=counters.cached_tokens,
-            pulled_prompt_tokens=counters.pulled_tokens,
-            pulled_bytes=counters.pulled_bytes,
-            pull_failures=counters.pull_failures,
-            steps=counters.steps,
+            **asdict(place.counters),
         )
 
 

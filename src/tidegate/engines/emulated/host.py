@@ -15,22 +15,8 @@ from tidegate.dataplane.replica import Replica
 from tidegate.dataplane.sequence import Pin, Sequence
 from tidegate.engines.emulated.leg import Leg, new_leg
 from tidegate.engines.emulated.pump import Pump
-from tidegate.engines.serving.types import GenerateRequest, KvSource, Output, PinnedKv
+from tidegate.engines.serving.types import Counters, GenerateRequest, KvSource, Output, PinnedKv
 from tidegate.policies.order import Order
-
-
-@dataclass(slots=True)
-class Counters:
-    """Totals of one instance since its start."""
-
-    preemptions: int = 0
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    cached_tokens: int = 0
-    pulled_tokens: int = 0
-    pulled_bytes: int = 0
-    pull_failures: int = 0
-    steps: int = 0
 
 
 @dataclass(slots=True)
@@ -203,9 +189,7 @@ class Host:
         place, leg = self._legs[sequence.request]
         counters = place.counters
         if leg.first_token_s is None:
-            counters.prompt_tokens += sequence.prompt
-            counters.cached_tokens += sequence.cached_tokens
-            counters.pulled_tokens += leg.loaded_tokens
+            _count_prompt(counters, leg)
         counters.generation_tokens += 1
         leg.advance(1, now)
         place.in_step[leg] = None
@@ -220,9 +204,12 @@ class Host:
     def pull(self, sequence: Sequence, instance: int, now: float) -> None:
         """See ``Listener.pull``."""
         place, leg = self._legs[sequence.request]
-        assert sequence.source is not None
-        leg.loaded_tokens = sequence.source.tokens
-        place.counters.pulled_bytes += self._cluster.pull(sequence, instance, now)
+        source = sequence.source
+        assert source is not None
+        moved = self._cluster.pull(sequence, instance, now)
+        token_bytes = self.places[source.on].replica.instance.kv_bytes_per_token
+        leg.loaded_tokens = moved // token_bytes if token_bytes else source.tokens
+        place.counters.pulled_bytes += moved
 
     def paused(self, sequence: Sequence, now: float) -> None:
         """See ``Listener.paused``."""
@@ -252,6 +239,16 @@ class Host:
             pinned = PinnedKv(request.id, tuple(range(pin.blocks)), pin.tokens, ends_s)
         leg.finish(now, pinned)
         self._touched[leg] = place
+
+
+def _count_prompt(counters: Counters, leg: Leg) -> None:
+    prompt, cached = leg.sequence.prompt, leg.sequence.cached_tokens
+    counters.prompt_tokens += prompt
+    counters.prefix_queries += prompt
+    counters.prefix_hits += cached
+    counters.cached_prompt_tokens += cached
+    counters.pulled_prompt_tokens += leg.loaded_tokens
+    counters.computed_prompt_tokens += prompt - cached - leg.loaded_tokens
 
 
 def _nobody(outputs: list[Output]) -> None:

@@ -97,7 +97,7 @@ class EmulatedInstances:
         pump = self.host.pump
         metrics.add_gauge(
             "tidegate:emulation_lag_seconds",
-            "The latest that simulated events were handled of late; an emulation that lags shows wrong figures",
+            "The latest that simulated events were handled of late; one that lags shows wrong figures",
             lambda: pump.lag.worst_s(pump.now()),
         )
         parts = Parts(engine, Codec(), facts, self._secret, metrics, router, Releaser(self.host))

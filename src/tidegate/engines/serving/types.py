@@ -149,6 +149,23 @@ class EngineStats:
     steps: int
 
 
+@dataclass(slots=True)
+class Counters:
+    """Totals since start; tokens unless named otherwise."""
+
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    computed_prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    pulled_prompt_tokens: int = 0
+    pulled_bytes: int = 0
+    pull_failures: int = 0
+    steps: int = 0
+
+
 OutputSink = Callable[[list[Output]], None]
 """Called on the compute thread after each step with everything the step produced; must return quickly."""
 
