@@ -11,7 +11,7 @@ from tidegate.core.errors import InternalError, NoInstance
 from tidegate.core.instance import Role
 from tidegate.ledger.ledger import Ledger
 from tidegate.ledger.records import Residents
-from tidegate.ledger.snapshot import Snapshot
+from tidegate.ledger.snapshot import Field, Snapshot
 from tidegate.testing import cluster, instance, profile, request
 
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
@@ -219,7 +219,7 @@ def test_a_flip_changes_the_label_and_its_time_only() -> None:
     after = ledger.snapshot(2.0)
     changed = np.flatnonzero((before.state != after.state).any(axis=1))
     assert after.flipped_at_s.tolist() == [2.0, -math.inf]
-    assert changed.tolist() == [0, len(after.state) - 1]
+    assert changed.tolist() == [Field.ROLE, Field.FLIPPED_AT_S]
     assert ledger.role_of("i0") == D
     assert after.last_flip_to_decode_s == 2.0
     ledger.flip("i0", P, 3.0)

@@ -17,6 +17,7 @@ class Window(enum.IntEnum):
     QUEUE_SINCE_S = enum.auto()
     GAP_SUM_S = enum.auto()
     GAP_TOKENS = enum.auto()
+    PREFILL_WORK_S = enum.auto()
 
 
 ROWS = Field.COUNT + len(Window)
@@ -44,6 +45,7 @@ class Sheet:
         "prefill_queue_s",
         "prefill_requests",
         "prefill_tokens",
+        "prefill_work_s",
         "public",
         "queue_integral",
         "queue_since_s",
@@ -81,6 +83,7 @@ class Sheet:
         self.queue_since_s = self._row(Window.QUEUE_SINCE_S)
         self.gap_sum_s = self._row(Window.GAP_SUM_S)
         self.gap_tokens = self._row(Window.GAP_TOKENS)
+        self.prefill_work_s = self._row(Window.PREFILL_WORK_S)
 
     def _row(self, row: int) -> memoryview[float]:
         return cast("memoryview[float]", memoryview(self.matrix[row]))

@@ -42,7 +42,8 @@ class Field:
     KV_CAPACITY_TOKENS: Final = 12
     FREE_TOKENS: Final = 13
     FLIPPED_AT_S: Final = 14
-    COUNT: Final = 15
+    PREFILL_DEMAND: Final = 15
+    COUNT: Final = 16
 
 
 class Snapshot:
@@ -57,7 +58,8 @@ class Snapshot:
       still pulling;
     - ``mean_gap_s``: mean inter-token gap of the last completed window, or the longest open gap of an
       instance that decodes but produced nothing in it; 0 without decodes;
-    - ``prefill_queue_avg_s``: time average of ``prefill_queue_s`` over the last completed window.
+    - ``prefill_queue_avg_s``: time average of ``prefill_queue_s`` over the last completed window;
+    - ``prefill_demand``: predicted prefill seconds dispatched here per second, smoothed over the windows.
 
     ``cells[field, column]`` reads one number of ``state`` as a float, at a fraction of what the array takes.
     Nothing of a snapshot changes; it is no frozen dataclass only because making one costs more than a
@@ -175,6 +177,10 @@ class Snapshot:
     @property
     def prefill_queue_avg_s(self) -> Column:
         return self._row(Field.PREFILL_QUEUE_AVG_S)
+
+    @property
+    def prefill_demand(self) -> Column:
+        return self._row(Field.PREFILL_DEMAND)
 
     @property
     def decode_requests(self) -> Column:

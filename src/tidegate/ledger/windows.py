@@ -10,9 +10,12 @@ from tidegate.ledger.records import Seat
 from tidegate.ledger.sheet import Sheet, Window
 from tidegate.ledger.snapshot import Field
 
+DEMAND_S = 10.0
+"""Time constant of the smoothed prefill demand (ours): longer than a burst, shorter than a change of load."""
+
 
 def close_windows(sheet: Sheet, seats: Iterable[Seat], since: float, now: float) -> None:
-    """Publish the window [``since``, ``now``] in MEAN_GAP_S and PREFILL_QUEUE_AVG_S, and open the next.
+    """Publish the window [``since``, ``now``] in the rows that average over one, and open the next.
 
     An instance that decodes but produced nothing has an empty average, which would make stalling look
     like idling: it publishes its longest open gap (Narwhal). An empty or endless window averages to the
@@ -35,6 +38,11 @@ def close_windows(sheet: Sheet, seats: Iterable[Seat], since: float, now: float)
         matrix[Field.PREFILL_QUEUE_AVG_S] = integral / span
     else:
         matrix[Field.PREFILL_QUEUE_AVG_S] = queue
+    if 0 < span < np.inf:
+        weight = -np.expm1(-span / DEMAND_S)
+        demand = matrix[Field.PREFILL_DEMAND]
+        demand += weight * (matrix[Window.PREFILL_WORK_S] / span - demand)
+    matrix[Window.PREFILL_WORK_S] = 0.0
     matrix[Window.QUEUE_INTEGRAL] = 0.0
     matrix[Window.QUEUE_SINCE_S] = now
     matrix[Window.GAP_SUM_S] = 0.0

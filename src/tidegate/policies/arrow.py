@@ -11,8 +11,9 @@ from tidegate.core.slo import Slo
 from tidegate.ledger.among import Among, best, best_within
 from tidegate.ledger.snapshot import Field, Reading, Snapshot
 from tidegate.policies.arrow_flip import COOLDOWN_S, flip, repair
+from tidegate.policies.arrow_lending import Lending
 from tidegate.policies.arrow_loads import L_SHRINK, decode_pool_load
-from tidegate.policies.candidates import fitting, members
+from tidegate.policies.candidates import fitting, members, roomy
 from tidegate.policies.pricing import TokensOverLimit, Ttft
 from tidegate.policies.seams import Signal
 
@@ -24,11 +25,15 @@ class ArrowPlacement:
     Candidates are the pool of the phase (Narwhal: profiles are taken in pure phases, so they mislead on
     an instance that mixes them; the paper prices every instance). Costs are pairs compared
     lexicographically. Requests are held against their own SLO; ``slo`` is what pool loads relate to.
+
+    With ``lending`` (ours) a flip depends on what its pool would be left with, KV caches keep a reserve, and
+    where no flip is due an instance takes work of the other phase as far as its own stays in time.
     """
 
     slo: Slo = field(default_factory=Slo)
     shrink: float = L_SHRINK
     cooldown_s: float = COOLDOWN_S
+    lending: Lending | None = None
     needs: frozenset[Signal] = frozenset({Signal.PROFILE})
 
     def place_prefill(self, request: Request, snapshot: Snapshot) -> Verdict:
@@ -48,11 +53,13 @@ class ArrowPlacement:
         chosen = best_within(ttft, candidates, request.slo.ttft_s, lead=resident)
         reason = "meets the TTFT target"
         if chosen is None:
-            load = decode_pool_load(snapshot, self.slo)
-            moved = flip(snapshot, Role.PREFILL, "inline") if load < self.shrink else None
+            moved = flip(snapshot, Role.PREFILL, "inline") if self._may_lend(request, snapshot) else None
             if moved is not None:
                 return _prefill_by(moved, "no prefill instance meets the TTFT target", alternatives)
-            reason = f"best effort: all miss the TTFT target, no flip at decode load {load:.2f}"
+            chosen = self.lending.prefill_beside(request, snapshot) if self.lending else None
+            reason = "beside decodes: no prefill instance meets the TTFT target, no flip is due"
+        if chosen is None:
+            reason = "best effort: all miss the TTFT target, no flip is due"
             chosen = best(ttft, candidates, lead=resident)
         place = Place(snapshot.ids[chosen], None, Path.DISAGGREGATED)
         return Verdict(place, alternatives=alternatives, reason=reason)
@@ -67,7 +74,7 @@ class ArrowPlacement:
         candidates, healed = _pool_or_repair(snapshot, Role.DECODE)
         if healed is not None:
             return _decode_by(healed, prefill_on, "no decode instance was left")
-        candidates = fitting(snapshot, candidates, request.prompt_tokens, prefill_on)
+        candidates = self._roomy(request, snapshot, candidates, prefill_on)
         queued, over = Reading(snapshot, Field.PREFILL_TOKENS), TokensOverLimit(snapshot, request)
         alternatives = Alternatives(
             snapshot.ids, {"prefill_resident_tokens": queued, "tokens_over_limit": over}, candidates
@@ -75,13 +82,34 @@ class ArrowPlacement:
         chosen = best_within(over, candidates, 0.0, lead=queued)
         reason = "meets the TPOT target"
         if chosen is None:
-            moved = flip(snapshot, Role.DECODE, "inline", cooldown_s=self.cooldown_s)
-            if moved is not None:
-                return _decode_by(moved, prefill_on, "no decode instance meets the TPOT target", alternatives)
+            if self.lending is None or self.lending.prefill_spares_one(snapshot):
+                moved = flip(snapshot, Role.DECODE, "inline", cooldown_s=self.cooldown_s)
+                if moved is not None:
+                    why = "no decode instance meets the TPOT target"
+                    return _decode_by(moved, prefill_on, why, alternatives)
             reason = "best effort: all miss the TPOT target, no flip is legal"
-            chosen = best(over, candidates, lead=queued)
+            if self.lending is not None:
+                chosen, pressure = self.lending.least_pressed(request, snapshot, held)
+                if chosen == held and pressure <= 1.0:
+                    reason = "beside prefills: no decode instance meets the TPOT target, no flip is due"
+            else:
+                chosen = best(over, candidates, lead=queued)
         place = Place(prefill_on, snapshot.ids[chosen], Path.DISAGGREGATED)
         return Verdict(place, alternatives=alternatives, reason=reason)
+
+    def _may_lend(self, request: Request, snapshot: Snapshot) -> bool:
+        """Tell whether the decode pool may lend an instance to this prefill."""
+        if self.lending is None:
+            return decode_pool_load(snapshot, self.slo) < self.shrink
+        return not self.lending.hopeless(request, snapshot) and self.lending.decode_spares_one(
+            snapshot, self.slo
+        )
+
+    def _roomy(self, request: Request, snapshot: Snapshot, candidates: Among, prefill_on: str) -> Among:
+        """Narrow the candidates of a decode to those with room; with ``lending`` perhaps to none."""
+        if self.lending is None:
+            return fitting(snapshot, candidates, request.prompt_tokens, prefill_on)
+        return roomy(snapshot, candidates, request.prompt_tokens, prefill_on, self.lending.kv_reserve)
 
 
 def _pool_or_repair(snapshot: Snapshot, role: Role) -> tuple[Among, Flip | None]:

@@ -9,6 +9,7 @@ from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
 from tidegate.ledger.snapshot import Snapshot
 from tidegate.policies.arrow_flip import COOLDOWN_S, flip, repair
+from tidegate.policies.arrow_lending import Lending, decode_fullness
 from tidegate.policies.arrow_loads import L_EXPAND, L_SHRINK, decode_pool_load, prefill_pool_load
 from tidegate.policies.seams import Signal
 
@@ -32,6 +33,7 @@ class ArrowMonitor:
     sustain: int = SUSTAIN_TICKS
     cooldown_s: float = COOLDOWN_S
     tick_s: float = TICK_S
+    lending: Lending | None = None
     needs: frozenset[Signal] = frozenset({Signal.PROFILE})
 
     def step(self, snapshot: Snapshot, state: object) -> Control:
@@ -43,7 +45,7 @@ class ArrowMonitor:
             return Control((healed,), reason=f"a pool was empty: flipped {healed.instance}", state=0)
         prefill, decode = prefill_pool_load(snapshot, self.slo), decode_pool_load(snapshot, self.slo)
         loads = f"prefill load {prefill:.2f}, decode load {decode:.2f}"
-        if not (decode >= self.expand or prefill <= self.shrink <= decode):
+        if not self._calls(snapshot, prefill, decode):
             return Control(state=0, reason=loads)
         count = (state if isinstance(state, int) else 0) + 1
         if count < self.sustain:
@@ -52,3 +54,11 @@ class ArrowMonitor:
         if moved is None:
             return Control(state=count, reason=f"{loads}, no flip is legal")
         return Control((moved,), reason=f"{loads}: flipped {moved.instance}", state=0)
+
+    def _calls(self, snapshot: Snapshot, prefill: float, decode: float) -> bool:
+        """Tell whether the loads call for a flip to decode."""
+        if self.lending is None:
+            return decode >= self.expand or prefill <= self.shrink <= decode
+        decode = max(decode, decode_fullness(snapshot, self.slo))
+        needed = decode >= self.lending.needy or prefill <= self.shrink <= decode
+        return needed and self.lending.prefill_spares_one(snapshot)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tidegate.policies.arrow import ArrowPlacement
+from tidegate.policies.arrow_lending import Lending
 from tidegate.policies.arrow_monitor import ArrowMonitor
 from tidegate.policies.arrow_v1 import ArrowV1Monitor, ArrowV1Placement
 from tidegate.systems.registry import SYSTEMS, SystemOptions
@@ -11,12 +12,14 @@ from tidegate.systems.system import System
 
 @SYSTEMS.register("arrow")
 def arrow(options: SystemOptions) -> System:
-    """Arrow v2 (arXiv 2505.11916v2): SLO-aware placement that flips inline, and a monitor for decode."""
-    placement = ArrowPlacement(slo=options.slo)
-    monitor = ArrowMonitor(slo=options.slo, tick_s=options.tick_s)
-    return System(
-        "arrow", "SLO-aware placement with role flips", options.roles(), placement, placement, monitor
-    )
+    """Arrow v2 (arXiv 2505.11916v2), where pools lend by what they would be left with (ours)."""
+    return _arrow("arrow", "SLO-aware placement with role flips", options, Lending())
+
+
+@SYSTEMS.register("arrow-v2")
+def arrow_v2(options: SystemOptions) -> System:
+    """Arrow v2 (arXiv 2505.11916v2) as published: placement that flips inline, and a monitor for decode."""
+    return _arrow("arrow-v2", "Arrow as published, version 2", options, None)
 
 
 @SYSTEMS.register("arrow-v1")
@@ -25,3 +28,9 @@ def arrow_v1(options: SystemOptions) -> System:
     placement = ArrowV1Placement()
     monitor = ArrowV1Monitor(slo=options.slo, tick_s=options.tick_s)
     return System("arrow-v1", "four elastic pools", options.roles(), placement, placement, monitor)
+
+
+def _arrow(name: str, summary: str, options: SystemOptions, lending: Lending | None) -> System:
+    placement = ArrowPlacement(slo=options.slo, lending=lending)
+    monitor = ArrowMonitor(slo=options.slo, tick_s=options.tick_s, lending=lending)
+    return System(name, summary, options.roles(), placement, placement, monitor)
