@@ -33,8 +33,8 @@ WORDS = """
 A request attains its SLO when its TTFT (arrival to first token) and its TPOT (mean time per token after
 the first) are both within target; rejected and failed requests are misses. Attainment is the share of offered
 requests that attain; goodput is the highest offered rate whose attainment is at least the level. Rates
-scale a trace's time, which keeps its bursts. Another seed permutes the requests within each minute. The fluid limit
-is a bound for any schedule on the same instances, computed with knowledge of the whole trace.
+scale a trace's time, which keeps its bursts. Another seed permutes the requests within each minute. The fluid
+limit is a bound for any schedule on the same instances, computed with knowledge of the whole trace.
 """
 
 
@@ -77,7 +77,7 @@ def _section(comparison: Comparison, trace: TraceComparison, figures: Sequence[F
     parts += ["<h3>What it costs</h3>", _cost_table(trace)]
     parts.append(
         '<p class="note">Each system at its own goodput: instance-hours per million requests answered '
-        "within their SLO, and per million of their output tokens at the common rate.</p>"
+        "within their SLO.</p>"
     )
     return parts
 

@@ -39,7 +39,9 @@ def draw_roles(axis: Any, entry: Entry) -> None:
     axis.set_xlim(0, view.at_s[-1] + view.window_s)
     total = max((sum(row) for row in zip(*used.values(), strict=True)), default=1.0)
     flips = (entry.at_common or {}).get("flips") or 0
-    axis.set(title=f"{entry.title}: {flips} flips", ylabel="instances", ylim=(0, total))
+    axis.set(
+        title=f"{entry.title}: {flips} flip{'' if flips == 1 else 's'}", ylabel="instances", ylim=(0, total)
+    )
     axis.grid(visible=False)
     axis.yaxis.get_major_locator().set_params(integer=True)
 
