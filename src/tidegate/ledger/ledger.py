@@ -128,6 +128,7 @@ class Ledger:
         self._sheet.prefill_requests[column] += 1
         self._sheet.prefill_tokens[column] += request.prompt_tokens
         self._sheet.prefill_work_s[column] += seconds
+        self._sheet.prefill_work_s2[column] += seconds * seconds
         self._change_queue(column, seconds, now)
         if seat.head is None:
             self._set_head(seat, entry, now, seen=False)

@@ -18,6 +18,7 @@ class Window(enum.IntEnum):
     GAP_SUM_S = enum.auto()
     GAP_TOKENS = enum.auto()
     PREFILL_WORK_S = enum.auto()
+    PREFILL_WORK_S2 = enum.auto()
 
 
 ROWS = Field.COUNT + len(Window)
@@ -46,6 +47,7 @@ class Sheet:
         "prefill_requests",
         "prefill_tokens",
         "prefill_work_s",
+        "prefill_work_s2",
         "public",
         "queue_integral",
         "queue_since_s",
@@ -84,6 +86,7 @@ class Sheet:
         self.gap_sum_s = self._row(Window.GAP_SUM_S)
         self.gap_tokens = self._row(Window.GAP_TOKENS)
         self.prefill_work_s = self._row(Window.PREFILL_WORK_S)
+        self.prefill_work_s2 = self._row(Window.PREFILL_WORK_S2)
 
     def _row(self, row: int) -> memoryview[float]:
         return cast("memoryview[float]", memoryview(self.matrix[row]))

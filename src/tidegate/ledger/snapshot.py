@@ -43,7 +43,8 @@ class Field:
     FREE_TOKENS: Final = 13
     FLIPPED_AT_S: Final = 14
     PREFILL_DEMAND: Final = 15
-    COUNT: Final = 16
+    PREFILL_SQUARES_S: Final = 16
+    COUNT: Final = 17
 
 
 class Snapshot:
@@ -59,7 +60,8 @@ class Snapshot:
     - ``mean_gap_s``: mean inter-token gap of the last completed window, or the longest open gap of an
       instance that decodes but produced nothing in it; 0 without decodes;
     - ``prefill_queue_avg_s``: time average of ``prefill_queue_s`` over the last completed window;
-    - ``prefill_demand``: predicted prefill seconds dispatched here per second, smoothed over the windows.
+    - ``prefill_demand``: predicted prefill seconds dispatched here per second, smoothed over the windows;
+      ``prefill_squares_s``: the same of their squares, which tells how unequal prefills are.
 
     ``cells[field, column]`` reads one number of ``state`` as a float, at a fraction of what the array takes.
     Nothing of a snapshot changes; it is no frozen dataclass only because making one costs more than a
@@ -181,6 +183,10 @@ class Snapshot:
     @property
     def prefill_demand(self) -> Column:
         return self._row(Field.PREFILL_DEMAND)
+
+    @property
+    def prefill_squares_s(self) -> Column:
+        return self._row(Field.PREFILL_SQUARES_S)
 
     @property
     def decode_requests(self) -> Column:

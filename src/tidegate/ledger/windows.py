@@ -40,9 +40,13 @@ def close_windows(sheet: Sheet, seats: Iterable[Seat], since: float, now: float)
         matrix[Field.PREFILL_QUEUE_AVG_S] = queue
     if 0 < span < np.inf:
         weight = -np.expm1(-span / DEMAND_S)
-        demand = matrix[Field.PREFILL_DEMAND]
-        demand += weight * (matrix[Window.PREFILL_WORK_S] / span - demand)
+        for smoothed, gathered in (
+            (Field.PREFILL_DEMAND, Window.PREFILL_WORK_S),
+            (Field.PREFILL_SQUARES_S, Window.PREFILL_WORK_S2),
+        ):
+            matrix[smoothed] += weight * (matrix[gathered] / span - matrix[smoothed])
     matrix[Window.PREFILL_WORK_S] = 0.0
+    matrix[Window.PREFILL_WORK_S2] = 0.0
     matrix[Window.QUEUE_INTEGRAL] = 0.0
     matrix[Window.QUEUE_SINCE_S] = now
     matrix[Window.GAP_SUM_S] = 0.0

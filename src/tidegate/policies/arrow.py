@@ -82,7 +82,7 @@ class ArrowPlacement:
         chosen = best_within(over, candidates, 0.0, lead=queued)
         reason = "meets the TPOT target"
         if chosen is None:
-            if self.lending is None or self.lending.prefill_spares_one(snapshot):
+            if self.lending is None or self.lending.prefill_spares_one(snapshot, self.slo):
                 moved = flip(snapshot, Role.DECODE, "inline", cooldown_s=self.cooldown_s)
                 if moved is not None:
                     why = "no decode instance meets the TPOT target"

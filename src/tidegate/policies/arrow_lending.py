@@ -30,13 +30,13 @@ class Lending:
     """The limits up to which the rest of a pool, or an instance of the other one, may be loaded.
 
     ``decode_full``: what a decode pool that lends may reach, as a share of the TPOT target and of its KV.
-    ``prefill_slack``: prefill instances may be busy for 1 - slack / sqrt(n) of their time (square-root
-    staffing: a larger pool queues less at the same use). ``kv_reserve``: share of a KV cache that placements
-    leave to the growth of the decodes that are there. ``needy``: fullness at which a decode pool borrows.
+    ``wait``: the share of the TTFT target that may pass in the queue of a prefill pool that lends.
+    ``kv_reserve``: the share of a KV cache that placements leave to the growth of the decodes that are there.
+    ``needy``: the fullness at which a decode pool borrows.
     """
 
     decode_full: float = 0.9
-    prefill_slack: float = 0.4
+    wait: float = 0.25
     kv_reserve: float = 0.15
     needy: float = 0.85
 
@@ -44,12 +44,9 @@ class Lending:
         """Tell whether all decodes would fit on one instance fewer of the pool."""
         return decode_fullness(snapshot, slo, fewer=1) < self.decode_full
 
-    def prefill_spares_one(self, snapshot: Snapshot) -> bool:
-        """Tell whether one instance fewer would still keep up with the prefills that lately came."""
-        left = int(np.count_nonzero(snapshot.labelled(Role.PREFILL))) - 1
-        if left < 1:
-            return False
-        return float(snapshot.prefill_demand.sum()) / left <= 1.0 - self.prefill_slack / math.sqrt(left)
+    def prefill_spares_one(self, snapshot: Snapshot, slo: Slo) -> bool:
+        """Tell whether one instance fewer would still prefill in time what lately came."""
+        return prefill_wait_s(snapshot, fewer=1) <= self.wait * slo.ttft_s
 
     def hopeless(self, request: Request, snapshot: Snapshot) -> bool:
         """Tell whether even an idle instance would miss the request's TTFT target."""
@@ -114,3 +111,20 @@ def decode_fullness(snapshot: Snapshot, slo: Slo, *, fewer: int = 0) -> float:
         step_s = float(step_s[decoding].mean())
     capacity = float(snapshot.kv_capacity_tokens[decoding].sum()) * left / pool
     return max(step_s / slo.tpot_s, tokens / capacity if capacity else 0.0)
+
+
+def prefill_wait_s(snapshot: Snapshot, *, fewer: int = 0) -> float:
+    """Return the expected wait before a prefill with ``fewer`` instances labelled for it; inf where it grows.
+
+    Sakasegawa's approximation for an M/G/c queue (1977), from the demand and the squares of the last windows:
+    a large pool waits less at the same use, and unequal prompts wait more.
+    """
+    left = int(np.count_nonzero(snapshot.labelled(Role.PREFILL))) - fewer
+    demand = float(snapshot.prefill_demand.sum())
+    use = demand / left if left > 0 else math.inf
+    if use >= 1.0:
+        return math.inf
+    if demand <= 0.0:
+        return 0.0
+    residual_s = float(snapshot.prefill_squares_s.sum()) / (2.0 * demand)
+    return float(use ** (math.sqrt(2.0 * (left + 1)) - 1.0)) / (left * (1.0 - use)) * residual_s

@@ -61,4 +61,4 @@ class ArrowMonitor:
             return decode >= self.expand or prefill <= self.shrink <= decode
         decode = max(decode, decode_fullness(snapshot, self.slo))
         needed = decode >= self.lending.needy or prefill <= self.shrink <= decode
-        return needed and self.lending.prefill_spares_one(snapshot)
+        return needed and self.lending.prefill_spares_one(snapshot, self.slo)
