@@ -28,7 +28,7 @@ class FlipEvent:
 class Timeline:
     """Columns of equal length, one row per sample; sums are over all instances.
 
-    ``roles`` has one column per entry of ``instances``, holding ``Role`` numbers, NaN while an instance is not
+    ``roles`` has one column per entry of ``instances``: ``Role`` numbers, NaN while an instance is not
     up. ``prefill_queue_s`` is predicted work; ``kv_tokens`` counts decodes and handoffs.
     """
 

@@ -63,7 +63,7 @@ class Lending:
         step = StepSeconds(snapshot, request, 1.0 / request.slo.tpot_s).column()
         busy = snapshot.prefill_demand + (snapshot.prefill_queue_s + own_s) / HORIZON_S + step
         may = snapshot.labels.decoding_mask & (busy <= 1.0) & (ttft <= request.slo.ttft_s)
-        may &= has_room(snapshot, request.prompt_tokens, reserve=self.kv_reserve)
+        may &= has_room(snapshot, request.prompt_tokens)
         return int(np.where(may, busy, np.inf).argmin()) if may.any() else None
 
     def least_pressed(self, request: Request, snapshot: Snapshot, held: int | None) -> tuple[int, float]:
