@@ -123,6 +123,12 @@ class Batcher:
         prompts that are complete are still to be asked for and put somewhere by the caller.
         """
         if steps > 1:
+            if self.chunks and self.chunks[0].shared is not None and self.blocks.cache.idle_blocks:
+                # What a step evicts decides what it may enter: one by one.
+                for _ in range(steps - 1):
+                    self.commit(1)
+                    self.take_for_step()
+                return self.commit(1)
             self._take_for(steps - 1, after=1)
         self.decode.ticks += steps
         complete = []

@@ -12,7 +12,7 @@ class DecodeBatch:
 
     A member's KV length is its ``base`` plus ``ticks``. Before a step that starts with a full last block it
     needs one more: ``blocks_for`` counts those by the remainders of the bases. ``context`` is the sum of
-    the members' lengths with the token that the next step writes.
+    the members' lengths with the token that the next step writes. ``changes`` counts who came and went.
     """
 
     def __init__(self, block_tokens: int) -> None:
@@ -22,7 +22,7 @@ class DecodeBatch:
         self._base_sum = 0
         self._remainders = [0] * block_tokens
         self._ends: list[tuple[int, int, Sequence]] = []
-        self._joins = 0
+        self.changes = 0
 
     def __len__(self) -> int:
         return len(self.members)
@@ -39,12 +39,13 @@ class DecodeBatch:
         self.members[sequence] = None
         self._base_sum += sequence.base
         self._remainders[sequence.base % self._block_tokens] += 1
-        self._joins += 1
-        heapq.heappush(self._ends, (sequence.end_tick, self._joins, sequence))
+        self.changes += 1
+        heapq.heappush(self._ends, (sequence.end_tick, self.changes, sequence))
 
     def leave(self, sequence: Sequence) -> None:
         """Take a member out; its lengths and blocks become its own again."""
         del self.members[sequence]
+        self.changes += 1
         self._base_sum -= sequence.base
         self._remainders[sequence.base % self._block_tokens] -= 1
         sequence.computed = sequence.base + self.ticks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import heapq
+import math
 
 
 class Kind(enum.IntEnum):
@@ -30,9 +31,10 @@ an event that still counts from one that was called off."""
 
 
 class EventQueue:
-    """The events to come."""
+    """The events to come. ``last_start`` is when, and of which instance, a step was started last."""
 
     def __init__(self) -> None:
+        self.last_start = (-math.inf, -1)
         self._heap: list[Event] = []
 
     def none_at(self, now: float) -> bool:

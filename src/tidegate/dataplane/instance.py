@@ -9,7 +9,7 @@ from tidegate.dataplane.batcher import Batcher
 from tidegate.dataplane.events import EventQueue, Kind
 from tidegate.dataplane.pricing import StepPrices
 from tidegate.dataplane.replica import Replica
-from tidegate.dataplane.sequence import CHUNKING, DECODING, PAUSED, READY, Pin, Sequence
+from tidegate.dataplane.sequence import DECODING, PAUSED, READY, WAITING, Pin, Sequence
 from tidegate.dataplane.stretch import Stretch
 from tidegate.policies.order import WaitingQueue
 
@@ -61,6 +61,10 @@ class Listener(Protocol):
 class SimInstance:
     """Runs a ``Batcher``'s plans: one event per step, or per stretch of steps with ``leap``.
 
+    Leaping changes nothing that can be observed, not even at the very time of a step's end that was leapt
+    over: that step has been reported by then, and what comes finds the instance between two steps, the next
+    of which is yet to be planned (``_between``). What frees or takes blocks books the steps before it first.
+
     ``left`` are the sequences that a migration copies and that went out of the batch, until somebody attends
     to them.
     """
@@ -100,6 +104,8 @@ class SimInstance:
 
     def loaded(self, sequence: Sequence, tokens: int, now: float) -> None:
         """Run a leg whose KV has arrived."""
+        if sequence.shared is not None:
+            self.settle(now)
         self.batcher.loaded(sequence, tokens)
         self._changed(now)
 
@@ -111,7 +117,7 @@ class SimInstance:
 
     def abort(self, sequence: Sequence, now: float) -> None:
         """Take out a sequence, with its tokens reported; the step that runs still takes its time."""
-        if sequence.state == DECODING or sequence.state == CHUNKING:
+        if sequence.state != WAITING:
             self.settle(now)
         self.batcher.discard(sequence, in_step=self._busy)
         self._changed(now)
@@ -165,6 +171,7 @@ class SimInstance:
 
     def arrive(self, sequence: Sequence, now: float) -> None:
         """Let a decode go on that came from elsewhere."""
+        self.settle(now)
         self.batcher.arrive(sequence)
         self._changed(now)
 
@@ -173,6 +180,7 @@ class SimInstance:
     def start(self, now: float) -> None:
         """Begin the next step, if there is anything to do."""
         self._starting = False
+        self._events.last_start = now, self.index
         batcher = self.batcher
         batcher.plan(now)
         for sequence in batcher.preempted:
@@ -184,20 +192,16 @@ class SimInstance:
         if not batcher.chunks and not batcher.decode.members:
             return
         self._busy = True
-        self._prices.price(batcher, self._stretch, now, batcher.most_steps() if self._leap else 1)
-        self._reported = 0
-        if self._stretch.steps > 1:
-            self.report_due_s = self._stretch.end_s(1)
+        stretch = self._stretch
+        self._prices.price(batcher, stretch, now)
+        stretch.planned = stretch.done + (batcher.most_steps() if self._leap else 1)
+        self._reported = stretch.done
+        self.report_due_s = stretch.end_s(stretch.done + 1)
         self._announce()
 
     def end(self, now: float) -> None:
-        """Finish the stretch: tokens, ends, and the start of what follows."""
-        steps = self._stretch.steps
-        complete = self.batcher.commit(steps)
-        self._report_until(steps)
-        self._busy = False
-        self.report_due_s = math.inf
-        self._starting = True  # once all that this end causes has been said
+        """Finish the planned steps: tokens, ends, and the start of what follows."""
+        complete = self._finish(self._stretch.planned)
         for sequence in self.batcher.ended():
             if sequence.state == READY:  # not aborted meanwhile
                 self._end_leg(sequence, now)
@@ -212,10 +216,40 @@ class SimInstance:
                 self.batcher.join(sequence)
         if self._leaving:
             self._let_leave(now)
-        if self._events.none_at(now):
+        if self._events.none_at(now) and not self.left:
             self.start(now)  # its event would be the next one
         else:
             self._events.push(now, Kind.STEP_START, self.index)
+
+    def _finish(self, steps: int) -> list[Sequence]:
+        """Be between two steps, the first ``steps`` being over; return whose prompt is complete.
+
+        The next one is to be started once all that has been said that happens at this time.
+        """
+        stretch = self._stretch
+        complete = self.batcher.commit(steps - stretch.done)
+        self._report_until(steps)
+        stretch.done = stretch.planned = steps
+        self._busy = False
+        self._starting = True
+        self.report_due_s = math.inf
+        return complete
+
+    def _between(self, done: int, now: float) -> bool:
+        """Stop between two steps if ``now``, by which ``done`` are over, is such a time.
+
+        Not so once it is the turn of instances behind this one to start their steps: it has started its own.
+        """
+        stretch = self._stretch
+        if not stretch.done < done < stretch.planned or stretch.end_s(done) != now:
+            return False
+        at_s, started = self._events.last_start
+        if at_s == now and started > self.index:
+            return False
+        self._finish(done)
+        self.version += 1
+        self._events.push(now, Kind.STEP_START, self.index)
+        return True
 
     def _end_leg(self, sequence: Sequence, now: float) -> None:
         if sequence.moving:
@@ -233,10 +267,10 @@ class SimInstance:
     def _report_until(self, done: int) -> None:
         """Report what was not yet, the first tokens of newcomers apart."""
         stretch = self._stretch
-        if self.batcher.newcomers and done > 0:
-            first_s = stretch.end_s(1)
+        if self.batcher.newcomers and done > self._reported:
+            self._reported += 1
+            first_s = stretch.end_s(self._reported)
             self._listener.stepped(self.index, 1, first_s)
-            self._reported = 1
             newcomers, self.batcher.newcomers = self.batcher.newcomers, []
             for sequence in newcomers:
                 self._listener.token(sequence, first_s)
@@ -245,29 +279,32 @@ class SimInstance:
             self._reported = done
 
     def settle(self, now: float) -> None:
-        """Book the steps that are over, so that what remains of the stretch is the step that runs."""
+        """Book the steps that are over, so that nothing is planned beyond the step that runs."""
         stretch = self._stretch
-        if not self._busy or stretch.steps == 1:
+        if not self._busy or stretch.planned == stretch.done + 1:
             return
-        done = min(stretch.done_by(now), stretch.steps - 1)
-        if done > 0:
+        done = stretch.done_by(now)
+        if self._between(done, now):
+            return
+        done = min(done, stretch.planned - 1)
+        if done > stretch.done:
             self._report_until(done)
-            self.batcher.commit(done)
+            self.batcher.commit(done - stretch.done)
             self.batcher.take_for_step()
-            stretch.advance(done)
-            self._reported = 0
-        stretch.steps = 1
-        self.report_due_s = stretch.end_s(1)
-        self._announce()
+            stretch.done = done
+        if stretch.planned > done + 1:
+            stretch.planned = done + 1
+            self._announce()
+        self.report_due_s = stretch.end_s(done + 1)
 
     def _changed(self, now: float) -> None:
         """Plan anew as soon as the step that runs is over."""
         if self._busy:
             stretch = self._stretch
-            if stretch.steps > 1:
-                steps = stretch.done_by(now) + 1
-                if steps < stretch.steps:
-                    stretch.steps = steps
+            if stretch.planned > stretch.done + 1:
+                done = stretch.done_by(now)
+                if not self._between(done, now) and done + 1 < stretch.planned:
+                    stretch.planned = done + 1
                     self._announce()
         elif not self._starting:
             self._starting = True
@@ -275,4 +312,4 @@ class SimInstance:
 
     def _announce(self) -> None:
         self.version += 1
-        self._events.push(self._stretch.end_s(self._stretch.steps), Kind.STEP_END, self.index, self.version)
+        self._events.push(self._stretch.end_s(self._stretch.planned), Kind.STEP_END, self.index, self.version)

@@ -7,6 +7,7 @@ pull, so transfers meet at the receiver.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Fleet
 from dataclasses import dataclass
 
@@ -41,11 +42,14 @@ class Network:
         self._begun = 0
 
     def begin(self, transfer: Transfer, now: float) -> None:
-        """Send off a transfer; its link's latency passes before it takes a share of the bandwidth."""
+        """Send off a transfer; its link's latency passes before it takes a share of the bandwidth.
+
+        However short that is, time passes: what a step's start sends off is over in a moment after it.
+        """
         self._begun += 1
         transfer.number = self._begun
         self._transfers[transfer.number] = transfer
-        entry_s = now + self._links[self._link(transfer)].latency_s
+        entry_s = max(now + self._links[self._link(transfer)].latency_s, math.nextafter(now, math.inf))
         self._events.push(entry_s, Kind.LINK_ENTRY, transfer.sequence.request, transfer.number)
 
     def enter(self, number: int, now: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tidegate.costs.forms import attention_work
 from tidegate.costs.profile import Profile
 from tidegate.dataplane.batcher import Batcher
+from tidegate.dataplane.sequence import Sequence
 from tidegate.dataplane.stretch import Stretch
 
 
@@ -19,17 +20,24 @@ class StepPrices:
         self._mixed_c_s = float(profile.mixed.c_s)
         self._mixed_d_s = float(profile.mixed.d_s)
         self._of_batch: list[float] = []
+        self._changes = -1
+        self._prompt: Sequence | None = None
+        self._chunk = 0
+        self._computed = 0
 
-    def price(self, batcher: Batcher, stretch: Stretch, now: float, steps: int) -> None:
-        """Set ``stretch`` to ``steps`` steps of the batcher's plan from ``now`` on.
+    def price(self, batcher: Batcher, stretch: Stretch, now: float) -> None:
+        """Set ``stretch`` to steps of the batcher's plan from ``now`` on, unless it goes on.
 
-        Every form is linear in resident tokens and in attention work, so a further step costs more by the
-        coefficient times what these grow by.
+        It does where the plan has the decodes of the step before and, if anything, the next chunk of the
+        same prompt, of the same size. Every form is linear in resident tokens and in attention work, so a
+        further step costs more by the coefficient times what these grow by.
         """
+        if self._goes_on(batcher, stretch):
+            return
         batch = len(batcher.decode.members)
         if not batcher.chunks:
             first_s = self._without_context(batch) + self._step_c_s * batcher.decode.context
-            stretch.begin(now, first_s, self._step_c_s * batch, steps)
+            stretch.begin(now, first_s, self._step_c_s * batch)
             return
         tokens, attention = 0, 0.0
         for sequence in batcher.chunks:
@@ -42,7 +50,29 @@ class StepPrices:
         else:
             first_s = float(self._profile.prefill.seconds(tokens, attention))
             growth_s = self._prefill_c_s * squared
-        stretch.begin(now, self._host_s + first_s, growth_s, steps)
+        stretch.begin(now, self._host_s + first_s, growth_s)
+
+    def _goes_on(self, batcher: Batcher, stretch: Stretch) -> bool:
+        """Tell whether the plan continues that of the last call; keep in mind what the next may continue."""
+        chunks, changes = batcher.chunks, batcher.decode.changes
+        if not chunks:
+            if self._changes == changes and self._prompt is None:
+                return True
+            self._changes, self._prompt = changes, None
+        elif len(chunks) > 1:
+            self._changes = -1
+        else:
+            prompt = chunks[0]
+            computed = self._computed + stretch.done * prompt.chunk
+            if (
+                self._prompt is prompt
+                and self._changes == changes
+                and (self._chunk, computed) == (prompt.chunk, prompt.computed)
+            ):
+                return True
+            self._changes, self._prompt = changes, prompt
+            self._chunk, self._computed = prompt.chunk, prompt.computed
+        return False
 
     def _without_context(self, batch: int) -> float:
         """Return the host time and a decode step of ``batch`` requests, but for their resident tokens."""

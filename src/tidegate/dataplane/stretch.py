@@ -1,4 +1,12 @@
-"""Steps of one composition: their ends in closed form."""
+"""Steps of one composition: their ends in closed form.
+
+The end of a step depends on when its composition began and on which of its steps it is, and on nothing
+else: not on how many events it took to get there. An instance that leaps over steps, one that stops at each,
+and one that was asked about its progress on the way have the same ends, to the last bit. This is what makes
+leaping exact: where two things happen at one time, such as the end of a step and that of a transfer which
+began when such a step ended, they do so either way, and are put in order alike. Sums over single steps would
+differ from the closed form by rounding, and rounding would decide what comes first.
+"""
 
 from __future__ import annotations
 
@@ -6,41 +14,41 @@ import math
 
 
 class Stretch:
-    """``steps`` steps from ``start_s`` on, of which step i (from 0) takes ``first_s + i * growth_s``.
+    """Steps from ``start_s`` on, of which step i (from 0) takes ``first_s + i * growth_s``.
 
     A batch whose composition stays grows by the same number of tokens per step, and costs are linear in
-    tokens; so the end of step k is quadratic in k.
+    tokens; so the end of step k is quadratic in k. The first ``done`` steps are over and booked, those up to
+    ``planned`` have been announced; both count from ``start_s``.
     """
 
-    __slots__ = ("first_s", "growth_s", "start_s", "steps")
+    __slots__ = ("done", "first_s", "growth_s", "planned", "start_s")
 
     def __init__(self) -> None:
-        self.begin(0.0, 0.0, 0.0, 1)
+        self.begin(0.0, 0.0, 0.0)
 
-    def begin(self, start_s: float, first_s: float, growth_s: float, steps: int) -> None:
-        """Become another stretch."""
+    def begin(self, start_s: float, first_s: float, growth_s: float) -> None:
+        """Become another stretch, of which nothing is planned yet."""
         self.start_s = start_s
         self.first_s = first_s
         self.growth_s = growth_s
-        self.steps = steps
+        self.done = 0
+        self.planned = 0
 
     def end_s(self, steps: int) -> float:
         """Return when the first ``steps`` steps are over."""
         return self.start_s + steps * (self.first_s + 0.5 * self.growth_s * (steps - 1))
 
-    def advance(self, steps: int) -> None:
-        """Become what remains once the first ``steps`` steps are over."""
-        first_s = self.first_s + steps * self.growth_s
-        self.begin(self.end_s(steps), first_s, self.growth_s, self.steps - steps)
-
     def done_by(self, now: float) -> int:
-        """Return how many of the steps are over at ``now``."""
-        if self.steps == 1 or now < self.start_s + self.first_s:
-            return self.steps if now >= self.end_s(self.steps) else 0
-        done = min(self.steps, self._estimate(now - self.start_s))
-        while done < self.steps and self.end_s(done + 1) <= now:
+        """Return how many of the planned steps are over at ``now``; never fewer than ``done``."""
+        planned = self.planned
+        if now < self.end_s(self.done + 1):
+            return self.done
+        if now >= self.end_s(planned):
+            return planned
+        done = min(planned, self._estimate(now - self.start_s))
+        while self.end_s(done + 1) <= now:
             done += 1
-        while done > 0 and self.end_s(done) > now:
+        while self.end_s(done) > now:
             done -= 1
         return done
 
@@ -50,4 +58,4 @@ class Stretch:
         linear = self.first_s - half
         root = math.sqrt(max(0.0, linear * linear + 4.0 * half * spent_s))
         # The form that does not cancel; the sum is positive, for a step takes time.
-        return int(2.0 * spent_s / (linear + root)) if linear + root > 0 else self.steps
+        return int(2.0 * spent_s / (linear + root)) if linear + root > 0 else self.planned

@@ -17,7 +17,8 @@ from tidegate.ledger.windows import close_windows
 
 GRID_S = 2.0**-30
 """Predicted prefill times are rounded to this step (about a nanosecond; ours), so that their sums are
-exact in floating point, return to zero, and can be compared for equality."""
+exact in floating point, return to zero, and can be compared for equality. Times of tokens are rounded down to
+it: a window's gaps have one sum, however many steps were told of at once."""
 
 
 class Ledger:
@@ -215,6 +216,7 @@ class Ledger:
             return False
         if entry.joined_step is not None:
             self._fall_out(entry)
+        now = int(now / GRID_S) * GRID_S
         sheet = self._sheet
         column = entry.decode.column
         sheet.decode_tokens[column] += count
@@ -255,6 +257,7 @@ class Ledger:
         seat = self._seats.get(instance_id)
         if seat is None or not seat.in_step:
             return
+        now = int(now / GRID_S) * GRID_S
         sheet, column = self._sheet, seat.column
         tokens = count * seat.in_step
         sheet.decode_tokens[column] += tokens

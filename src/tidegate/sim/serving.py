@@ -119,6 +119,7 @@ class Serving:
 
         A decode that was to pull its KV from there computes it again where it is.
         """
+        self.cluster.report(now)
         self.reports.tell(instance)
         self.migrator.instance_down(instance, now)
         lost, robbed = [], []
