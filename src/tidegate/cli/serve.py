@@ -14,12 +14,12 @@ _CLIENTS, _DECISIONS = "Clients", "Scheduling"
 _FLEET, _ENGINES = "Instances", "Embedded engines"
 # Written out, so that the help does not import the policies.
 _SYSTEMS = (
-    "arrow (SLO-aware placement with role flips), arrow-v1 (four elastic pools), arrow-v2 (Arrow as published, "
-    "version 2), colocated (both phases on one instance), minimal-load (static split, least predicted time "
-    "first), round-robin (static split, each pool in turn) or static (static split, fewest tokens first); with "
-    "embedded engines any of them as NAME+ORDER, where waiting prefills are served by fifo, edf (earliest "
-    "deadline), sjf (shortest) or feasible-first (earliest deadline that can still be met), as in "
-    "arrow+feasible-first"
+    "arrow (SLO-aware placement with role flips), arrow-v1 (four elastic pools), arrow-v2 (Arrow as "
+    "published, version 2), colocated (both phases on one instance), minimal-load (static split, least "
+    "predicted time first), round-robin (static split, each pool in turn) or static (static split, fewest "
+    "tokens first); with embedded engines any of them as NAME+ORDER, where waiting prefills are served by "
+    "fifo, edf (earliest deadline), sjf (shortest) or feasible-first (earliest deadline that can still be "
+    "met), as in arrow+feasible-first"
 )
 
 EPILOG = """
