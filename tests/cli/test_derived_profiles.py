@@ -79,7 +79,7 @@ def test_what_a_roofline_cannot_tell(change: dict[str, Any], says: str) -> None:
     ("name", "says"),
     [
         ("roofline:h100_sxm", "GPU/MODEL"),
-        ("roofline:tpu/{folder}", "no data sheet"),
+        ("roofline:tpu/{folder}", "no nominal figures"),
         ("roofline:h100_sxm/{folder}/absent.json", "cannot read"),
     ],
 )

@@ -1,4 +1,7 @@
-"""The simulator tells what real vLLM servers did: means within the stated goals, nothing fitted to a run."""
+"""The simulator tells what real vLLM servers did: means within the stated goals.
+
+The run of two GPUs only pins a calibration: the all-reduce of its profile was chosen after seeing it.
+"""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ def load_profile(name_or_file: str) -> PackagedProfile:
 
     ``gpu/model[/tpN][@engine]`` is a packaged one; a path ending in ``.json`` is a file that
     ``tidegate profile`` wrote; ``hardware:gpu/model[/tpN]`` is fitted to aiconfigurator's tables, which the
-    extra ``hardware`` installs; ``roofline:gpu/FOLDER_OR_CONFIG.json[/tpN]`` is derived from data sheets.
-    Raises ConfigError for what does not exist.
+    extra ``hardware`` installs; ``roofline:gpu/FOLDER_OR_CONFIG.json[/tpN]`` is derived from
+    nominal figures. Raises ConfigError for what does not exist.
     """
     kind, colon, rest = name_or_file.partition(":")
     if colon and kind in DERIVED:

@@ -1,9 +1,9 @@
-"""A first profile for a (model, GPU) pair that nobody measured: data sheet numbers and stated efficiencies.
+"""A first profile for a (model, GPU) pair that nobody measured: nominal rates and stated efficiencies.
 
 The last resort, and labelled so. A prefill step takes the time of its arithmetic once that exceeds the time
 to read the weights; a decode step reads the weights and the KV of its requests; attention is arithmetic in
-prefill and reading in decode (Williams et al., Roofline, CACM 2009). What real kernels reach of the data
-sheet is in ``EFFICIENCY``, calibrated once against all packaged profiles: they are met within 8 % in the
+prefill and reading in decode (Williams et al., Roofline, CACM 2009). What real kernels reach of the nominal
+rates is in ``EFFICIENCY``, calibrated once against all packaged profiles: they are met within 8 % in the
 median, and within a factor of 1.5 in 95 of 100 cases, of which they are the calibration itself
 (``benchmarks/roofline_error.py``). The worst are small prefills of mixtures of experts.
 """
@@ -29,7 +29,7 @@ from tidegate.costs.profile import Profile
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A data sheet: dense FLOP/s, bytes/s of memory and of one direction of the port, bytes of memory."""
+    """Nominal figures: dense FLOP/s, bytes/s of memory and of one direction of the port, bytes of memory."""
 
     bf16_flops: float
     fp8_flops: float
@@ -49,14 +49,14 @@ GPUS = {
     "rtx_4090": Gpu(165e12, 330e12, 1.008e12, 24e9, 32e9),
     "rtx_pro_6000": Gpu(468e12, 936e12, 1.597e12, 96e9, 64e9),
 }
-"""NVIDIA's data sheets, without sparsity: A100 80GB, H100, H200, L4, L40S; HGX B200; the Ada and Blackwell
-architecture papers for the RTX 4090 (bf16 with fp32 accumulation) and the RTX PRO 6000 Server Edition (scaled
-to its 2,430 MHz). fp8 on A100 is bf16. Ports: NVLink of SXM parts, else PCIe x16."""
+"""Nominal figures as publicly stated, without sparsity; not verified against data sheets. The A100 is that of
+80 GB, the B200 that of an HGX; the RTX 4090's bf16 is with fp32 accumulation, the RTX PRO 6000 is the Server
+Edition, scaled to 2,430 MHz. fp8 on A100 is bf16. Ports: NVLink of SXM parts, else PCIe x16."""
 
 
 @dataclass(frozen=True, slots=True)
 class Efficiency:
-    """Shares of the data sheet that kernels reach, and what a layer costs besides.
+    """Shares of the nominal rates that kernels reach, and what a layer costs besides.
 
     ``step_batch`` is the part of a token's arithmetic that shows in a decode step beside reading weights;
     ``layer_s`` is per layer and step; an all-reduce takes ``reduce_s`` and its bytes at LINK_EFFICIENCY.
@@ -153,7 +153,7 @@ def roofline_profile(name: str, gpu_name: str, shape: Shape, *, model: str, tp: 
     """Derive a profile. Raises ConfigError for an unknown GPU or a model that its memory cannot hold."""
     gpu = GPUS.get(gpu_name)
     if gpu is None:
-        raise ConfigError(f"no data sheet for GPU {gpu_name!r}; there are: {', '.join(GPUS)}")
+        raise ConfigError(f"no nominal figures for GPU {gpu_name!r}; there are: {', '.join(GPUS)}")
     if tp < 1 or shape.heads % tp:
         raise ConfigError(f"{shape.heads} attention heads cannot be divided among {tp} GPUs")
     stored = shape.stored_bytes
@@ -212,7 +212,7 @@ def _profile(name: str, gpu: Gpu, gpu_name: str, shape: Shape, tp: int, link: Tr
         ),
         mixed=MixedCost(fixed_s + weights_s, token_s, pair_s, MIXED_CONTEXT_RATIO * kv_s, hidden_tokens),
         transfer=link,
-        source=f"roofline of {gpu_name}'s data sheet, not measured",
+        source=f"roofline of {gpu_name}'s nominal figures, not measured",
     )
 
 
