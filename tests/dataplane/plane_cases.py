@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from hypothesis import strategies as st
 
 from tidegate.core.instance import Instance
-from tidegate.costs.forms import TransferCost
+from tidegate.costs.forms import MixedCost, PrefillCost, StepCost, TransferCost
 from tidegate.dataplane.cluster import Cluster
 from tidegate.dataplane.events import EventQueue, Kind
 from tidegate.dataplane.instance import SimInstance
@@ -17,12 +17,24 @@ from tidegate.dataplane.sequence import CHUNKING, DECODING, ENDED, LOADING, PAUS
 from tidegate.policies.order import Ticket, make_order
 from tidegate.testing.builders import REFERENCE
 
+BINARY = replace(
+    REFERENCE,
+    prefill=PrefillCost(0.0, 2.0**-14, 0.0),
+    step=StepCost(2.0**-8, 0.0, 2.0**-24),
+    mixed=MixedCost(2.0**-8, 2.0**-14, 2.0**-30, 2.0**-24),
+    transfer=TransferCost(0.0, 2.0**35),
+)
+
 
 @dataclass(frozen=True)
 class PlaneCase:
-    """A fleet and legs of a seed. Sizes are small enough that everything runs out at times."""
+    """A fleet and legs of a seed. Sizes are small enough that everything runs out at times.
+
+    ``tied``: times are multiples of powers of two, and links have no latency, so that much happens at once.
+    """
 
     seed: int
+    tied: bool
     instances: int
     legs: int
     rate_rps: float
@@ -44,7 +56,7 @@ class PlaneCase:
         engine = EngineSettings(
             self.max_batch_tokens,
             self.max_num_seqs,
-            0.0007,
+            0.0 if self.tied else 0.0007,
             self.lease_s,
             self.reserve,
             self.prefix_cache,
@@ -54,10 +66,10 @@ class PlaneCase:
         return [
             Replica(
                 replace(shape, id=f"i{i}"),
-                REFERENCE,
+                BINARY if self.tied else REFERENCE,
                 engine,
                 node=f"n{i // 2}",
-                inter_node=TransferCost(0.0017, 2.3e10),
+                inter_node=TransferCost(0.0, 2.0**34) if self.tied else TransferCost(0.0017, 2.3e10),
             )
             for i in range(self.instances)
         ]
@@ -66,6 +78,7 @@ class PlaneCase:
 CASES = st.builds(
     PlaneCase,
     seed=st.integers(0, 2**32 - 1),
+    tied=st.booleans(),
     instances=st.integers(1, 4),
     legs=st.integers(1, 40),
     rate_rps=st.sampled_from([5.0, 60.0, 500.0]),
@@ -136,13 +149,16 @@ class PlaneRun:
             self._arrivals.append(leg)
             self.sequences.append(leg)
             self.told.append(Told())
-            self.events.push(now, Kind.ARRIVAL, number)
+            self.events.push(self._at(now), Kind.ARRIVAL, number)
         self.disturbances = [
             (rng.randrange(case.legs), rng.choice(["abort", "migrate", "migrate", "cancel"]), rng.random())
             for _ in range(case.disturbances)
         ]
         for number in range(case.disturbances):
-            self.events.push(rng.uniform(0.0, 2.0 * now + 1.0), Kind.TICK, number)
+            self.events.push(self._at(rng.uniform(0.0, 2.0 * now + 1.0)), Kind.TICK, number)
+
+    def _at(self, at_s: float) -> float:
+        return round(at_s * 256) / 256 if self.case.tied else at_s
 
     def run(self, *, audit: bool = False) -> PlaneRun:
         """Handle every event; with ``audit`` count all blocks after each."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tidegate.core.decision import Control, Flip, Migrate
 from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
-from tidegate.costs.forms import MixedCost, StepCost
+from tidegate.costs.forms import MixedCost, PrefillCost, StepCost, TransferCost
 from tidegate.costs.profile import Profile
 from tidegate.ledger.snapshot import Snapshot
 from tidegate.policies.seams import Signal
@@ -23,6 +23,7 @@ from tidegate.testing.builders import REFERENCE
 from tidegate.workloads import TraceRecord
 
 SYSTEMS = ["arrow", "arrow-v1", "static", "minimal-load", "colocated", "round-robin"]
+ORDERS = ["fifo", "edf", "sjf", "feasible-first"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,16 @@ EXPERTS = replace(
 )
 """A model of experts, whose steps grow with the batch in a way of their own."""
 
+BINARY = replace(
+    REFERENCE,
+    name="binary",
+    prefill=PrefillCost(0.0, 2.0**-14, 0.0),
+    step=StepCost(2.0**-8, 0.0, 2.0**-24),
+    mixed=MixedCost(2.0**-8, 2.0**-14, 2.0**-30, 2.0**-24),
+    transfer=TransferCost(0.0, 2.0**35),
+)
+"""Times that are sums of few powers of two, so that much happens at one time; links without latency."""
+
 
 @dataclass(frozen=True)
 class RestlessPool:
@@ -116,20 +127,26 @@ class MovingPool:
     def step(self, snapshot: Snapshot, state: object) -> Control:
         turn = state if isinstance(state, int) else 0
         rng = np.random.default_rng((self.seed, turn))
-        requests = rng.integers(0, 40, 12).tolist()
+        ids, requests = snapshot.ids, rng.integers(0, 40, 12).tolist()
+        to = rng.integers(len(ids), size=(12, len(ids))).tolist()
         moves = tuple(
-            Migrate(f"r{request}", src, str(rng.choice(snapshot.ids)), "forced")
-            for request in requests
-            for src in snapshot.ids
+            Migrate(f"r{request}", src, ids[dst], "forced")
+            for request, row in zip(requests, to, strict=True)
+            for src, dst in zip(ids, row, strict=True)
         )
         return Control(migrations=moves, state=turn + 1)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A cluster, its system and a workload. Sizes are small enough that everything runs out at times."""
+    """A cluster, its system and a workload. Sizes are small enough that everything runs out at times.
+
+    What is ``tied`` has its times on a grid of 1/16 s, and many in common.
+    """
 
     system: str
+    order: str
+    tied: bool
     instances: int
     requests: int
     seed: int
@@ -151,9 +168,9 @@ class Case:
     profile: Profile = field(default=REFERENCE)
 
     def trace(self) -> list[TraceRecord]:
-        """Arrivals and lengths of the case's seed; times have no common measure, so nothing ties."""
+        """Arrivals and lengths of the case's seed."""
         rng = np.random.default_rng(self.seed)
-        arrivals = np.cumsum(rng.exponential(1 / self.rate_rps, self.requests)).tolist()
+        arrivals = [self._at(at_s) for at_s in np.cumsum(rng.exponential(1 / self.rate_rps, self.requests))]
         prompts = rng.integers(1, self.longest_prompt, self.requests, endpoint=True).tolist()
         answers = rng.integers(1, self.longest_answer, self.requests, endpoint=True).tolist()
         if not self.sessions:
@@ -171,33 +188,29 @@ class Case:
                     block_tokens=37,
                     session_id=f"s{at}",
                     turn=turns[at],
-                    delay_s=float(rng.exponential(0.1)),
+                    delay_s=self._at(float(rng.exponential(0.1))),
                 )
             )
             turns[at] += 1
         return records
 
     def fleet(self) -> list[Replica]:
-        # Steps of two instances differ in length: else a decode that follows another over one link, at equal
-        # contexts, arrives in the very moment of a step's end, and rounding decides which comes first.
-        engines = [
-            EngineSettings(self.max_batch_tokens, self.max_num_seqs, self.host_s + 1.37e-6 * i, self.lease_s)
-            for i in range(self.instances)
-        ]
+        engine = EngineSettings(self.max_batch_tokens, self.max_num_seqs, self.host_s, self.lease_s)
         shape = instance(kv_capacity_tokens=self.kv_tokens, max_model_len=self.kv_tokens // 32 * 32)
         return [
             Replica(
                 replace(shape, id=f"i{i}", block_tokens=self.block_tokens),
                 self.profile,
-                engines[i],
+                engine,
                 "shared" if self.shared_link else "",
             )
             for i in range(self.instances)
         ]
 
     def made_system(self) -> System:
-        system = make_system(self.system, slo=Slo(0.2, 0.02), tick_s=0.1037)
-        pools = {"restless": RestlessPool(), "moving": MovingPool(self.seed)}
+        tick_s = self._at(0.1037)
+        system = make_system(f"{self.system}+{self.order}", slo=Slo(0.2, 0.02), tick_s=tick_s)
+        pools = {"restless": RestlessPool(tick_s), "moving": MovingPool(self.seed, tick_s)}
         return replace(system, pool=pools[self.pool]) if self.pool else system
 
     def settings(self, *, leap: bool) -> SimSettings:
@@ -207,10 +220,13 @@ class Case:
             front_s=self.front_s,
             leap=leap,
             closed_loop=self.sessions > 0,
-            heartbeat_s=self.heartbeat_s,
-            starts_s={"i1": 0.2117} if troubled else {},
-            deaths=[(0.3719, "i0"), (0.9173, "i2")] if troubled else [],
+            heartbeat_s=self._at(self.heartbeat_s),
+            starts_s={"i1": self._at(0.2117)} if troubled else {},
+            deaths=[(self._at(0.3719), "i0"), (self._at(0.9173), "i2")] if troubled else [],
         )
+
+    def _at(self, at_s: float) -> float:
+        return round(at_s * 16) / 16 if self.tied else float(at_s)
 
     def run(self, *, leap: bool) -> tuple[SimRun, bytes]:
         """Simulate; return the run and its journal."""
@@ -223,6 +239,8 @@ class Case:
 CASES = st.builds(
     Case,
     system=st.sampled_from(SYSTEMS),
+    order=st.sampled_from(ORDERS),
+    tied=st.booleans(),
     instances=st.integers(2, 5),
     requests=st.integers(1, 40),
     seed=st.integers(0, 2**32 - 1),
@@ -241,5 +259,5 @@ CASES = st.builds(
     heartbeat_s=st.sampled_from([0.0, 0.0837, 1.1]),
     sessions=st.sampled_from([0, 0, 3]),
     troubled=st.booleans(),
-    profile=st.sampled_from([REFERENCE, EXPERTS]),
+    profile=st.sampled_from([REFERENCE, EXPERTS, BINARY]),
 )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from naive_engine import NaiveEngine
 from sim_cases import CASES, Case, ended
-from test_sim_property import THOROUGH
+from test_sim_property import QUICK
 
 from tidegate.sim import EngineSettings, Replica, SimRun, SimSettings, simulate
 from tidegate.systems import make_system
@@ -19,10 +19,12 @@ ROUND = profile(prefill=(0.0, 1e-3, 0.0), step=(1e-2, 0.0, 1e-5), transfer=(0.5,
 """1 ms per prompt token; a step 10 ms plus 10 us per resident token; KV 100 tokens per second after 0.5 s."""
 
 
-@THOROUGH
+@settings(QUICK, max_examples=150)
 @given(case=CASES)
 def test_an_instance_is_the_naive_engine(case: Case) -> None:
-    case = replace(case, system="colocated", instances=1, pool="", front_s=0.0, sessions=0)
+    case = replace(
+        case, system="colocated", order="fifo", tied=False, instances=1, pool="", front_s=0.0, sessions=0
+    )
     replica = case.fleet()[0]
     fits = [r for r in case.trace() if r.input_tokens + r.output_tokens <= replica.instance.max_model_len]
     jobs = NaiveEngine(replica).serve(fits)
