@@ -11,7 +11,7 @@ class Kind(enum.IntEnum):
     """What an event is about. Of several at one time the lower kind comes first.
 
     STEP_END precedes whatever its end may cause, and STEP_START follows everything, so that a step sees
-    all that has happened by its start.
+    all that has happened by its start. What a step's start causes comes later, if only by a moment.
     """
 
     STEP_END = 0

@@ -14,9 +14,11 @@ from tidegate.workloads.trace import TraceRecord
 class SimSettings:
     """How the control plane runs.
 
-    ``front_s`` passes between the dispatch of a leg and its arrival in the engine's queue; ``deadline_s``
-    bounds how long a request may be held; ``window_s`` is the tick where no pool control sets one.
-    ``leap`` jumps over steps between two changes of a batch; without it every step is an event.
+    ``front_s`` passes between the dispatch of a leg and its arrival in the engine's queue: of every leg, so
+    that a request whose decode is a leg of its own spends it twice, once before its first token and once
+    after, and a replay spends it again. ``deadline_s`` bounds how long a request may be held; ``window_s`` is
+    the tick where no pool control sets one. ``leap`` jumps over steps between two changes of a batch; without
+    it every step is an event. Nothing else depends on it (see ``tidegate.dataplane.stretch``).
 
     ``slo`` is that of requests without a class; the others have theirs in ``slo_classes``. With
     ``closed_loop`` a turn waits for its session's previous answer (see ``Arrivals``).
