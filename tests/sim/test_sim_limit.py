@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +22,7 @@ from tidegate.systems import make_system
 from tidegate.workloads import TraceRecord, scale_rate
 
 SYSTEMS = ("colocated", "minimal-load", "arrow", "static")
+QUICK = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 ORDERS = ("fifo", "sjf", "edf", "feasible-first")
 
 
@@ -122,9 +124,20 @@ CASES = st.builds(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@QUICK
 @given(case=CASES)
 def test_no_system_exceeds_the_bound(case: Case) -> None:
+    bound_holds(case)
+
+
+@pytest.mark.slow
+@settings(QUICK, max_examples=200)
+@given(case=CASES)
+def test_no_system_exceeds_the_bound_many_times(case: Case) -> None:
+    bound_holds(case)
+
+
+def bound_holds(case: Case) -> None:
     rng = np.random.default_rng(case.seed)
     profiles, records = case.profiles(rng), case.records(rng)
     replicas = [
