@@ -218,7 +218,7 @@ def make(
         str,
         typer.Option(
             metavar="DRIFT",
-            help="Move the input:output ratio: linear:FROM:TO:S or sine:X:PERIOD; rate and tokens stay.",
+            help="Move the input:output ratio: linear:FROM:TO:S or sine:FACTOR:PERIOD; rate and tokens stay.",
             rich_help_panel=CHANGES,
         ),
     ] = "",
