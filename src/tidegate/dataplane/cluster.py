@@ -45,6 +45,11 @@ class Cluster:
             if instance.report_due_s <= now:
                 instance.report(now)
 
+    def kv_tokens_in_use(self) -> int:
+        """Return the size of all taken blocks; a block that several sequences share counts once."""
+        every = (instance.batcher.blocks for instance in self.instances)
+        return sum((blocks.total - blocks.free) * blocks.block_tokens for blocks in every)
+
     def submit(self, instance: int, sequence: Sequence, now: float) -> None:
         """Queue a leg at an instance."""
         self.instances[instance].submit(sequence, now)

@@ -29,7 +29,8 @@ class Timeline:
     """Columns of equal length, one row per sample; sums are over all instances.
 
     ``roles`` has one column per entry of ``instances``: ``Role`` numbers, NaN while an instance is not
-    up. ``prefill_queue_s`` is predicted work; ``kv_tokens`` counts decodes and handoffs.
+    up. ``prefill_queue_s`` is predicted work; ``kv_tokens`` is the size of the blocks that are taken, shared
+    ones counted once.
     """
 
     instances: Sequence[str]

@@ -27,8 +27,8 @@ class Control:
     """Owns the ledger and applies a system's decisions, in the gateway's order.
 
     ``report`` brings the ledger up to the given time: instances that leap tell of their steps only then.
-    ``migrate`` moves a decode. ``up`` tells which replicas are up at the start; ``first_roles`` are the
-    labels with which they came up, None before.
+    ``migrate`` moves a decode. ``kv_in_use`` is what ``Sampler`` samples. ``up`` tells which replicas are up
+    at the start; ``first_roles`` are the labels with which they came up, None before.
     """
 
     def __init__(
@@ -39,9 +39,10 @@ class Control:
         report: Callable[[float], None],
         migrate: Callable[[Migrate, float], None],
         up: Sequence[bool],
+        kv_in_use: Callable[[], int],
     ) -> None:
         self.ledger = Ledger()
-        self.sampler = Sampler([replica.instance.id for replica in replicas])
+        self.sampler = Sampler([replica.instance.id for replica in replicas], kv_in_use)
         self._system = system
         self._prefill = system.prefill
         self._decode = system.decode

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -14,12 +14,16 @@ MOST_SAMPLES = 2000
 
 
 class Sampler:
-    """Takes a sample at every n-th tick. When full, every second sample goes and n doubles."""
+    """Takes a sample at every n-th tick. When full, every second sample goes and n doubles.
 
-    def __init__(self, instances: Sequence[str]) -> None:
+    ``kv_in_use`` tells how many tokens' worth of KV the cluster holds, shared blocks once.
+    """
+
+    def __init__(self, instances: Sequence[str], kv_in_use: Callable[[], int]) -> None:
         self.flips: list[FlipEvent] = []
         self._instances = tuple(instances)
         self._index = {name: i for i, name in enumerate(instances)}
+        self._kv_in_use = kv_in_use
         self._every = 1
         self._ticks = 0
         self._sums: list[tuple[float, ...]] = []
@@ -37,7 +41,7 @@ class Sampler:
                 float(snapshot.prefill_requests.sum()),
                 float(snapshot.prefill_queue_s.sum()),
                 float(snapshot.decode_requests.sum()),
-                float(snapshot.decode_tokens.sum() + snapshot.handoff_tokens.sum()),
+                float(self._kv_in_use()),
                 float(snapshot.kv_capacity_tokens.sum()),
                 float(held),
             )

@@ -57,7 +57,9 @@ class Serving:
         ids = [replica.instance.id for replica in replicas]
         self.cluster = Cluster(replicas, events, self, leap=settings.leap, order=system.order)
         up = [at_s == 0 for at_s in membership.starts_s]
-        self.control = Control(system, replicas, journal, self.cluster.report, self._migrate, up)
+        self.control = Control(
+            system, replicas, journal, self.cluster.report, self._migrate, up, self.cluster.kv_tokens_in_use
+        )
         self.flights: dict[int, Flight] = {}
         self.columns = RequestColumns()
         self.reports = StepReports(self.control.ledger, ids, settings.heartbeat_s)
