@@ -45,11 +45,16 @@ def parse_groups(texts: Sequence[str]) -> list[Group]:
     return groups
 
 
-def replicas_in(groups: Sequence[Group], *, engine: EngineSettings | None = None) -> list[Replica]:
-    """Return the replicas of all groups, ``i0``, ``i1``, ... through all of them; groups share no node."""
+def replicas_in(
+    groups: Sequence[Group], *, engine: EngineSettings | None = None, kv_tokens: int | None = None
+) -> list[Replica]:
+    """Return the replicas of all groups, ``i0``, ``i1``, ... through all of them; groups share no node.
+
+    ``kv_tokens`` replaces every profile's KV capacity.
+    """
     replicas: list[Replica] = []
     for number, group in enumerate(groups):
-        for replica in replicas_of(group.packaged, group.count, engine=engine):
+        for replica in replicas_of(group.packaged, group.count, engine=engine, kv_tokens=kv_tokens):
             instance = replace(replica.instance, id=f"i{len(replicas)}")
             replicas.append(replace(replica, instance=instance, node=f"g{number}{replica.node}"))
     return replicas

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -13,7 +13,8 @@ from typing import Any
 import tidegate
 from tidegate.core.errors import ConfigError
 from tidegate.costs.library import PackagedProfile
-from tidegate.dataplane.replica import EngineSettings, Replica, replicas_of
+from tidegate.dataplane.replica import EngineSettings, Replica
+from tidegate.dataplane.roster import Group, replicas_in
 from tidegate.sim import SimSettings
 from tidegate.systems import make_system
 from tidegate.systems.system import System
@@ -55,17 +56,8 @@ class Fleet:
 
     def replicas(self) -> list[Replica]:
         """Return the instances ``i0``, ``i1``, ... Raises ConfigError for an impossible engine or KV size."""
-        made = [
-            replica
-            for profile, count in self.groups
-            for replica in replicas_of(profile, count, engine=self.engine, kv_tokens=self.kv_tokens)
-        ]
-        if len(self.groups) == 1:
-            return made
-        return [
-            replace(each, instance=replace(each.instance, id=f"i{index}"), node=f"n{index // 8}")
-            for index, each in enumerate(made)
-        ]
+        groups = [Group(profile, count) for profile, count in self.groups]
+        return replicas_in(groups, engine=self.engine, kv_tokens=self.kv_tokens)
 
 
 @dataclass(frozen=True, slots=True)
