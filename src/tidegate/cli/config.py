@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
+from tidegate.dataplane.replica import EngineSettings
 from tidegate.dataplane.roster import parse_groups
 from tidegate.fleet.static import checked_url
 from tidegate.policies.order import Fifo
@@ -39,6 +40,15 @@ def _seconds(value: object) -> float:
         return float(value)
     except ValueError:
         raise ValueError("expected a number of seconds") from None
+
+
+def _milliseconds(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError("expected a number of milliseconds")
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError("expected a number of milliseconds") from None
 
 
 def _known_system(name: str) -> str:
@@ -180,6 +190,14 @@ class EngineSection(Section):
     max_batch_tokens: Annotated[Whole, Field(ge=16)] = 512
 
 
+class EmulatedSection(Section):
+    """What emulated instances are: the settings of ``tidegate sim`` of the same names."""
+
+    chunk_tokens: Annotated[Whole, Field(ge=1)] = EngineSettings().max_batch_tokens
+    host_ms: Annotated[float, BeforeValidator(_milliseconds), Field(ge=0, allow_inf_nan=False)] = 0.0
+    front_ms: Annotated[float, BeforeValidator(_milliseconds), Field(ge=0, allow_inf_nan=False)] = 0.0
+
+
 class Config(Section):
     """All settings of one ``tidegate serve``; a section may be empty but not absent."""
 
@@ -187,6 +205,7 @@ class Config(Section):
     scheduling: SchedulingSection
     fleet: FleetSection
     engine: EngineSection
+    emulated: EmulatedSection
 
     @model_validator(mode="after")
     def _system_fits_the_fleet(self) -> Config:
@@ -218,6 +237,7 @@ SECTIONS: dict[str, type[Section]] = {
     "scheduling": SchedulingSection,
     "fleet": FleetSection,
     "engine": EngineSection,
+    "emulated": EmulatedSection,
 }
 SETTINGS: dict[str, str] = {name: section for section, kind in SECTIONS.items() for name in kind.model_fields}
 """The section of every setting, by the setting's name."""

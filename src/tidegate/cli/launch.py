@@ -70,7 +70,17 @@ def make_fleet(config: Config) -> Fleet:
     order = config.scheduling.make_system().order.name
     log_level = "info" if debugging() else "warning"
     if source.emulate:
-        return EmulatedFleet(EmulatedLaunch(tuple(source.emulate), order=order, log_level=log_level))
+        pretended = config.emulated
+        return EmulatedFleet(
+            EmulatedLaunch(
+                tuple(source.emulate),
+                order=order,
+                max_batch_tokens=pretended.chunk_tokens,
+                host_s=pretended.host_ms / 1000.0,
+                front_s=pretended.front_ms / 1000.0,
+                log_level=log_level,
+            )
+        )
     require_embedded()
     folder = source.model or tiny_model()
     return LocalFleet(

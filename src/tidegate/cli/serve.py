@@ -11,7 +11,7 @@ import typer
 from tidegate.cli.process import INTERRUPTED
 
 _CLIENTS, _DECISIONS = "Clients", "Scheduling"
-_FLEET, _ENGINES = "Instances", "Embedded engines"
+_FLEET, _ENGINES, _EMULATED = "Instances", "Embedded engines", "Emulated instances"
 # Written out, so that the help does not import the policies.
 _SYSTEMS = (
     "arrow (SLO-aware placement with role flips), arrow-v1 (four elastic pools), arrow-v2 (Arrow as "
@@ -143,8 +143,9 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="GPU/MODEL:N",
-            help="N emulated instances of a packaged profile, in place of embedded engines: real HTTP and "
-            "made-up tokens, at the pace of that GPU. Repeat for a mixed fleet of one model.",
+            help="N emulated instances of a packaged profile (`profile --list` shows them), in place of "
+            "embedded engines: real HTTP and made-up tokens, at the pace of that GPU. Repeat for a mixed "
+            "fleet of one model.",
             rich_help_panel=_FLEET,
         ),
     ] = None,
@@ -193,6 +194,27 @@ def serve(
             help="Tokens that one engine step may process.",
             show_default="512",
             rich_help_panel=_ENGINES,
+        ),
+    ] = None,
+    chunk_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Token budget of a step.", show_default="8192", rich_help_panel=_EMULATED
+        ),
+    ] = None,
+    host_ms: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MS", help="Host time added to every step.", show_default="0", rich_help_panel=_EMULATED
+        ),
+    ] = None,
+    front_ms: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MS",
+            help="From dispatch to the engine's queue, per leg, beside what HTTP takes here.",
+            show_default="0",
+            rich_help_panel=_EMULATED,
         ),
     ] = None,
 ) -> None:

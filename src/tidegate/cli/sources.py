@@ -23,6 +23,8 @@ RIVALS = (("api_key", "api_key_file"), ("model", "vllm"), ("model", "emulate"), 
 """Settings that exclude each other: one source may give one of them, and a higher source replaces both."""
 OWN_ENGINES_ONLY = ("instances", *SECTIONS["engine"].model_fields)
 """Settings without a meaning for servers that something else started, and for emulated instances."""
+EMULATED_ONLY = tuple(SECTIONS["emulated"].model_fields)
+"""Settings without a meaning but for emulated instances."""
 ELSEWHERE = ("vllm", "emulate")
 """Settings that put other instances in the place of embedded engines."""
 DEFAULT = "default"
@@ -67,6 +69,12 @@ def resolve(
     for source in ELSEWHERE:
         if source in merged:
             _drop_engine_settings(source, merged, levels, problems)
+    if "emulate" not in merged:
+        problems += [
+            f"{merged[name].origin}: has no effect without --emulate"
+            for name in EMULATED_ONLY
+            if name in levels[-1]
+        ]
     if "vllm" in merged:
         merged.setdefault("system", Given(SYSTEM_WITH_VLLM, DEFAULT))
     sections: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}

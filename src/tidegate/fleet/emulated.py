@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from tidegate.core.errors import ConfigError
 from tidegate.costs.profile import Profile
+from tidegate.dataplane.replica import EngineSettings
 from tidegate.dataplane.roster import parse_groups, replicas_in
 from tidegate.fleet.child import EngineStartFailed
 from tidegate.fleet.member import Member
@@ -20,17 +21,23 @@ from tidegate.fleet.supervision import HOST, FleetPace, ProcessFleet, Slot
 
 @dataclass(frozen=True, slots=True)
 class EmulatedLaunch:
-    """``groups`` as ``PROFILE:N``. ``front_s`` is added to every leg, beside what HTTP takes in reality."""
+    """``groups`` as ``PROFILE:N``. ``host_s`` is added to every step, ``front_s`` to every leg, beside what
+    HTTP takes in reality."""
 
     groups: tuple[str, ...]
     order: str = "fifo"
+    max_batch_tokens: int = EngineSettings().max_batch_tokens
+    host_s: float = 0.0
     front_s: float = 0.0
     log_level: str = "warning"
     command: tuple[str, ...] = (sys.executable, "-m", "tidegate.engines.emulated")
 
     def argv(self) -> list[str]:
         """Return the command line of the process."""
-        flags = ("--order", self.order, "--front-s", str(self.front_s), "--log-level", self.log_level)
+        flags = (
+            *("--order", self.order, "--max-batch-tokens", str(self.max_batch_tokens)),
+            *("--host-s", str(self.host_s), "--front-s", str(self.front_s), "--log-level", self.log_level),
+        )
         return [*self.command, *self.groups, *flags, "--host", HOST, "--exit-with-parent"]
 
 
