@@ -202,7 +202,7 @@ def test_an_unknown_name_lists_near_ones_and_how_to_list_all(asked: str, near: s
     with pytest.raises(ConfigError) as caught:
         packaged_profile(asked)
     assert f"{near}," in caught.value.message or f"{near} (" in caught.value.message
-    assert "profile_names() lists all 21" in caught.value.message
+    assert "`tidegate profile --list` shows all 21" in caught.value.message
 
 
 @pytest.mark.parametrize("asked", ["", "something else entirely"])

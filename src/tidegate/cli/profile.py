@@ -13,6 +13,7 @@ from rich.table import Table
 
 from tidegate.bench.probe_run import ProbeSettings, measure_profile
 from tidegate.bench.saved_profile import SavedProfile, save_profile
+from tidegate.costs.library import packaged_profile, profile_names
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -25,6 +26,10 @@ Measure a vLLM server for a minute, and simulate eight like it:
 With the cost of moving KV from one instance to another:
 
     tidegate profile --url http://127.0.0.1:9001 --url http://127.0.0.1:9002 --out pair.json
+
+What there is without measuring:
+
+    tidegate profile --list
 
 [bold]Exit codes[/bold]
 
@@ -60,6 +65,9 @@ def run(
         ),
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print what --out saves.")] = False,
+    show_list: Annotated[
+        bool, typer.Option("--list", help="Show the packaged profiles, and measure nothing.")
+    ] = False,
 ) -> None:
     """Measure a live, idle instance and fit the latency models that policies and simulator use.
 
@@ -68,8 +76,13 @@ def run(
     fit did not see. Host time per step is part of the steps.
     """
     urls = [*(url or []), *(vllm or [])]
+    if show_list:
+        if urls:
+            raise typer.BadParameter("--list measures nothing: drop --url and --vllm")
+        _show_packaged(as_json)
+        return
     if not urls:
-        raise typer.BadParameter("give the instance's --url (or --vllm)")
+        raise typer.BadParameter("give the instance's --url (or --vllm), or --list")
     settings = ProbeSettings(
         urls,
         budget_s=budget,
@@ -87,6 +100,35 @@ def run(
         typer.echo(json.dumps(saved.to_json(), indent=1, allow_nan=False))
     else:
         _show(saved, out)
+
+
+def _show_packaged(as_json: bool) -> None:
+    """Print the packaged profiles, with what tells them apart."""
+    found = [packaged_profile(name) for name in profile_names()]
+    prefills = [float(each.profile.prefill_s(2048)) for each in found]
+    steps = [float(each.profile.step.seconds(32, 32 * 2048)) for each in found]
+    if as_json:
+        rows = [
+            {
+                "name": each.name,
+                "prefill_2048_s": prefill_s,
+                "step_32x2048_s": step_s,
+                "kv_capacity_tokens": each.kv_capacity_tokens,
+                "mixed_measured": each.mixed_measured,
+                "note": each.note,
+            }
+            for each, prefill_s, step_s in zip(found, prefills, steps, strict=True)
+        ]
+        typer.echo(json.dumps(rows, indent=1, allow_nan=False))
+        return
+    width = max(len(each.name) for each in found)
+    typer.echo(f"{'name':<{width}}  {'prefill 2,048':>13}  {'step 32x2,048':>13}  {'KV tokens':>9}")
+    for each, prefill_s, step_s in zip(found, prefills, steps, strict=True):
+        times = f"{1000 * prefill_s:>10.1f} ms  {1000 * step_s:>10.1f} ms"
+        typer.echo(f"{each.name:<{width}}  {times}  {each.kv_capacity_tokens:>9,}")
+    typer.echo(
+        "\nOr a file of `tidegate profile --out`, hardware:GPU/MODEL[/tpN], roofline:GPU/CONFIG.json[/tpN]."
+    )
 
 
 def _measured(settings: ProbeSettings) -> SavedProfile:

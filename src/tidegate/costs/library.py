@@ -153,5 +153,5 @@ def _unknown(name: str, names: tuple[str, ...]) -> str:
         return f"no packaged profile is called {name!r}; there are: {', '.join(names)}"
     return (
         f"no packaged profile is called {name!r}; near: {', '.join(near)} "
-        f"(tidegate.costs.library.profile_names() lists all {len(names)})"
+        f"(`tidegate profile --list` shows all {len(names)})"
     )
