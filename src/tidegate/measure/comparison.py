@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -171,74 +171,68 @@ def cost_per_million(run: Mapping[str, Any] | None) -> float | None:
     return float(run["instance_hours"] / run["attained"] * 1e6)
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows of equal keys; None becomes an empty cell."""
+PROBE_COLUMNS = ("trace", "system", "chosen", "rate_rps", "seed", "attainment")
+CANDIDATE_COLUMNS = ("trace", "system", "candidate", "goodput_rps")
+CDF_COLUMNS = ("trace", "system", "quantity", "quantile", "seconds")
+TIMELINE_COLUMNS = (
+    "at_s", "rate_rps", "attained", "prefill_instances", "decode_instances", "mixed_instances",
+    "prefill_requests", "prefill_queue_s", "decode_requests", "kv_share",
+)  # fmt: skip
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a header, also above no rows at all, and ``rows``; None becomes an empty cell."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        if rows:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)
 
 
 def write_tables(folder: Path, comparison: Comparison) -> list[Path]:
     """Write ``goodput.csv``, ``probes.csv``, ``candidates.csv``, ``cdf.csv`` and ``timeline.csv``; return
     their paths."""
-    tables = {
-        "goodput.csv": list(comparison.rows()),
-        "probes.csv": list(_probe_rows(comparison)),
-        "candidates.csv": list(_candidate_rows(comparison)),
-        "cdf.csv": list(_cdf_rows(comparison)),
-        "timeline.csv": list(_timeline_rows(comparison)),
+    goodputs = list(comparison.rows())
+    tables: dict[str, tuple[Sequence[str], Iterable[Sequence[Any]]]] = {
+        "goodput.csv": (list(goodputs[0]) if goodputs else (), (list(row.values()) for row in goodputs)),
+        "probes.csv": (PROBE_COLUMNS, _probe_rows(comparison)),
+        "candidates.csv": (CANDIDATE_COLUMNS, _candidate_rows(comparison)),
+        "cdf.csv": (CDF_COLUMNS, _cdf_rows(comparison)),
+        "timeline.csv": (("trace", "system", *TIMELINE_COLUMNS), _timeline_rows(comparison)),
     }
-    for name, rows in tables.items():
-        write_csv(folder / name, rows)
+    for name, (columns, rows) in tables.items():
+        write_csv(folder / name, columns, rows)
     return [folder / name for name in tables]
 
 
-def _probe_rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
+def _probe_rows(comparison: Comparison) -> Iterator[Sequence[Any]]:
     for trace, entry in _entries(comparison):
         seen = {(p.rate_rps, p.seed): p.attainment for found in entry.levels for p in found.probes}
         for (rate_rps, seed), attainment in sorted(seen.items()):
-            yield {
-                "trace": trace.title, "system": entry.system, "chosen": entry.chosen,
-                "rate_rps": rate_rps, "seed": seed, "attainment": attainment,
-            }  # fmt: skip
+            yield trace.title, entry.system, entry.chosen, rate_rps, seed, attainment
 
 
-def _candidate_rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
+def _candidate_rows(comparison: Comparison) -> Iterator[Sequence[Any]]:
     for trace, entry in _entries(comparison):
         for candidate, goodput_rps in entry.others.items():
-            yield {
-                "trace": trace.title, "system": entry.system, "candidate": candidate,
-                "goodput_rps": goodput_rps,
-            }  # fmt: skip
+            yield trace.title, entry.system, candidate, goodput_rps
 
 
-def _cdf_rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
+def _cdf_rows(comparison: Comparison) -> Iterator[Sequence[Any]]:
     for trace, entry in _entries(comparison):
         view = entry.view
         if view is None:
             continue
         for quantity, values in (("ttft_s", view.ttft_quantiles_s), ("tpot_s", view.tpot_quantiles_s)):
             for index, seconds in enumerate(values):
-                yield {
-                    "trace": trace.title, "system": entry.system, "quantity": quantity,
-                    "quantile": index / (len(values) - 1), "seconds": seconds,
-                }  # fmt: skip
+                yield trace.title, entry.system, quantity, index / (len(values) - 1), seconds
 
 
-def _timeline_rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
-    columns = (
-        "at_s", "rate_rps", "attained", "prefill_instances", "decode_instances", "mixed_instances",
-        "prefill_requests", "prefill_queue_s", "decode_requests", "kv_share",
-    )  # fmt: skip
+def _timeline_rows(comparison: Comparison) -> Iterator[Sequence[Any]]:
     for trace, entry in _entries(comparison):
         if entry.view is None:
             continue
-        for values in zip(*(getattr(entry.view, name) for name in columns), strict=True):
-            yield {
-                "trace": trace.title, "system": entry.system, **dict(zip(columns, values, strict=True)),
-            }  # fmt: skip
+        for values in zip(*(getattr(entry.view, name) for name in TIMELINE_COLUMNS), strict=True):
+            yield trace.title, entry.system, *values
 
 
 def _entries(comparison: Comparison) -> Iterator[tuple[TraceComparison, Entry]]:
