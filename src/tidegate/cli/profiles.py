@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tidegate.bench.saved_profile import SavedProfile, read_profile
 from tidegate.core.errors import ConfigError
 from tidegate.costs.library import PackagedProfile, packaged_profile
 from tidegate.costs.roofline import Shape, roofline_profile
+
+if TYPE_CHECKING:
+    from tidegate.bench.saved_profile import SavedProfile
 
 
 def load_profile(name_or_file: str) -> PackagedProfile:
@@ -24,6 +27,8 @@ def load_profile(name_or_file: str) -> PackagedProfile:
     if colon and kind in DERIVED:
         return DERIVED[kind](name_or_file, *_parts(name_or_file, rest))
     if name_or_file.endswith(".json"):
+        from tidegate.bench.saved_profile import read_profile  # brings an HTTP client along
+
         return as_packaged(read_profile(Path(name_or_file)))
     return packaged_profile(name_or_file)
 

@@ -8,7 +8,6 @@ from typing import Any
 from tidegate.experiments.jobs import Job
 from tidegate.experiments.setting import Setting
 from tidegate.experiments.workload import requests_of
-from tidegate.measure.limit import fluid_limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +36,8 @@ def limit_job(setting: Setting, level: float, max_batch_tokens: int) -> Job:
 
 def find_limit(setting: Setting, level: float, max_batch_tokens: int) -> dict[str, Any]:
     """Return ``Limit``'s fields."""
+    from tidegate.measure.limit import fluid_limit  # brings a solver along: half a second
+
     replicas = setting.fleet.replicas()
     found = fluid_limit(
         requests_of(setting.workload),

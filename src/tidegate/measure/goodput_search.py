@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.stats import t as student_t
 
 from tidegate.core.errors import ConfigError
 
@@ -241,6 +240,8 @@ def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple
     mean = float(np.mean(values))
     if len(values) < 2:
         return mean, mean, mean
-    half = float(student_t.ppf(0.5 + 0.5 * confidence, len(values) - 1) * np.std(values, ddof=1))
+    from scipy.special import stdtrit  # slow to import, and few runs need it
+
+    half = float(stdtrit(len(values) - 1, 0.5 + 0.5 * confidence) * np.std(values, ddof=1))
     half /= math.sqrt(len(values))
     return mean, mean - half, mean + half
