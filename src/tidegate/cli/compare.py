@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from tidegate.cli.comparison_output import (
     command_line,
@@ -37,6 +36,7 @@ from tidegate.cli.simulating import (
     MostRequests,
     Profiles,
     Start,
+    TurnGap,
     front_s,
     heartbeat_s,
     make_fleet,
@@ -122,6 +122,7 @@ def run(
     start: Start = 0.0,
     duration: Duration = None,
     closed_loop: ClosedLoop = False,
+    turn_gap: TurnGap = None,
     profile: Profiles = None,
     instances: Instances = None,
     kv_tokens: KvTokens = None,
@@ -155,8 +156,10 @@ def run(
         heartbeat_s=heartbeat_s(heartbeat_ms),
         closed_loop=closed_loop,
     )
+    if not 0 < tolerance < 1:
+        raise ConfigError(f"--tolerance is a share between 0 and 1, as in 0.02; got {tolerance}")
     files = [name.strip() for name in (traces or DEFAULT_TRACE).split(",") if name.strip()]
-    cut = WorkloadChoice(limit=requests, start_s=start, duration_s=duration)
+    cut = WorkloadChoice(limit=requests, start_s=start, duration_s=duration, turn_gap_s=turn_gap)
     plan = Plan(
         setting=Setting(cut, fleet, "", None, settings),
         workloads=titled(files, cut),
@@ -197,7 +200,7 @@ def show(comparison: Comparison, out: Path, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(comparison.to_json(), indent=2, allow_nan=False))
     else:
-        print_tables(Console(), comparison, said)
+        print_tables(comparison, said)
     tell_where(out, missing)
 
 

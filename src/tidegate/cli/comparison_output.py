@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import sys
@@ -26,19 +27,26 @@ from tidegate.workloads.choice import WorkloadChoice
 REPORT = "report.html"
 
 
-def print_tables(console: Console, comparison: Comparison, findings: Sequence[str]) -> None:
-    """Print a table per trace, then the findings."""
+NARROW = 100
+"""Columns of a terminal below which a table leaves the intervals to the report."""
+
+
+def print_tables(comparison: Comparison, findings: Sequence[str]) -> None:
+    """Print a table per trace, then the findings. What is no terminal has lines of any length."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
     for trace in comparison.traces:
-        console.print(_table(comparison, trace))
+        console.print(_table(comparison, trace, intervals=comparison.seeds > 1 and console.width >= NARROW))
         notes = {f.reason for entry in trace.entries for f in entry.levels if f.reason}
         for text in sorted(notes):
             console.print(f"* {escape(text)}", style="dim")
         console.print()
     for sentence in findings:
-        console.print(escape(sentence), highlight=False)
+        console.print(escape(sentence), highlight=False, soft_wrap=not console.is_terminal)
 
 
-def _table(comparison: Comparison, trace: TraceComparison) -> Table:
+def _table(comparison: Comparison, trace: TraceComparison, *, intervals: bool) -> Table:
     table = Table(
         title=f"{escape(trace.title)}: goodput (requests/s) at {escape(comparison.slo)}",
         title_justify="left",
@@ -47,10 +55,10 @@ def _table(comparison: Comparison, trace: TraceComparison) -> Table:
         pad_edge=False,
         padding=(0, 2, 0, 0),
     )
-    table.add_column("system")
+    table.add_column("system", overflow="fold", min_width=16)
     for level in comparison.levels:
         table.add_column(f"at {100 * level:g} %", justify="right", no_wrap=True)
-        if comparison.seeds > 1:
+        if intervals:
             table.add_column("interval", justify="right", style="dim", no_wrap=True)
         table.add_column("of limit", justify="right")
     rate = "" if trace.common_rate_rps is None else f" at {_rate(trace.common_rate_rps)}"
@@ -58,7 +66,7 @@ def _table(comparison: Comparison, trace: TraceComparison) -> Table:
     table.add_column("p99 TTFT of misses", justify="right", max_width=9)
     table.add_column("p99 TPOT of misses", justify="right", max_width=9)
     for entry in trace.entries:
-        table.add_row(*_cells(entry, comparison.seeds > 1))
+        table.add_row(*_cells(entry, intervals))
     return table
 
 
@@ -86,9 +94,19 @@ def _time(seconds: float | None) -> str:
     return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
 
 
+def make_folder(folder: Path) -> None:
+    """Have the folder of a report. Raises ConfigError where none can be written: better before a run."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {folder}: no such folder can be made: {error.strerror or error}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {folder}: no permission to write there")
+
+
 def write_folder(folder: Path, comparison: Comparison, findings: Sequence[str]) -> str:
     """Write ``report.html``, the CSV tables and the PNGs; return why charts are missing, if they are."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_tables(folder, comparison)
     missing = ""
     try:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from tidegate.cli.comparison_output import make_folder
 from tidegate.cli.process import FAILURE
 from tidegate.cli.replaying import replay as replay_file
 from tidegate.cli.scoring import Json, Level, RequireLevel
@@ -30,6 +31,7 @@ from tidegate.cli.simulating import (
     MostRequests,
     Profiles,
     Start,
+    TurnGap,
     front_s,
     heartbeat_s,
     make_fleet,
@@ -40,7 +42,7 @@ from tidegate.cli.single_run import Wanted, simulate_and_show
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
 from tidegate.experiments.setting import Fleet, Setting, parse_split
-from tidegate.experiments.workload import own_rate_rps, requests_of
+from tidegate.experiments.workload import own_rate_rps, requests_of, starts_sessions
 from tidegate.measure.attainment import DEFAULT_LEVEL
 from tidegate.sim import SimSettings
 from tidegate.workloads.choice import WorkloadChoice
@@ -98,6 +100,7 @@ def run(
     start: Start = 0.0,
     duration: Duration = None,
     closed_loop: ClosedLoop = False,
+    turn_gap: TurnGap = None,
     seed: Annotated[
         int,
         typer.Option(
@@ -179,7 +182,12 @@ def run(
         )
 
     workload = WorkloadChoice(
-        trace=trace, scale_rate=scale_rate, limit=requests, start_s=start, duration_s=duration
+        trace=trace,
+        scale_rate=scale_rate,
+        limit=requests,
+        start_s=start,
+        duration_s=duration,
+        turn_gap_s=turn_gap,
     )
     settings = SimSettings(
         slo=Slo.parse(slo) if slo else Slo(),
@@ -211,6 +219,8 @@ def run(
         "--slo": slo,
     }
     _tell_assumptions(setting, [name for name, value in given.items() if not value], rate)
+    if out is not None:
+        make_folder(out)
     wanted = Wanted(level, seed, rate, goodput, limit, journal, out, processes(jobs))
     summary = simulate_and_show(setting, wanted, as_json=as_json)
     if require_level and summary["attainment"] < level:
@@ -243,7 +253,12 @@ def _tell_assumptions(setting: Setting, missing: Sequence[str], rate_rps: float 
     }
     assumed = [f"{name} {values[name]}" for name in missing]
     if rate_rps is None and len(records) > 1 and records[-1].arrival_s > records[0].arrival_s:
-        assumed.append(f"--rate {own_rate_rps(records):.2f} (the trace's own)")
+        whose = (
+            "one session a second, for the trace has no times"
+            if starts_sessions(setting.workload)
+            else ("the trace's own")
+        )
+        assumed.append(f"--rate {own_rate_rps(records):.2f} ({whose})")
     if assumed:
         note(f"assumed {', '.join(assumed)}")
     for packaged, _ in setting.fleet.groups:

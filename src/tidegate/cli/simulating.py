@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tidegate.cli.profiles import load_profile
 from tidegate.core.errors import ConfigError
 from tidegate.costs.library import PackagedProfile, packaged_profile
-from tidegate.dataplane.replica import EngineSettings
+from tidegate.dataplane.replica import BLOCK_TOKENS, EngineSettings
 from tidegate.experiments.setting import Fleet
 
 DEFAULT_PROFILE = "h100_sxm/llama-3.1-8b"
@@ -31,8 +31,8 @@ Profiles = Annotated[
     list[str] | None,
     typer.Option(
         metavar="GPU/MODEL[:N]",
-        help=f"What an instance is: a packaged profile or a file of `tidegate profile` ({DEFAULT_PROFILE}). "
-        "Repeat with counts for a mixed fleet.",
+        help=f"What an instance is: one that `tidegate profile --list` shows, or a file that `tidegate "
+        f"profile` wrote ({DEFAULT_PROFILE}). Repeat with counts for a mixed fleet.",
         rich_help_panel=FLEET,
         show_default=False,
     ),
@@ -99,11 +99,18 @@ ClosedLoop = Annotated[
         rich_help_panel=WORKLOAD,
     ),
 ]
+TurnGap = Annotated[
+    float | None,
+    typer.Option(
+        metavar="S",
+        help="Seconds between a session's turns, for traces that have none.",
+        rich_help_panel=WORKLOAD,
+    ),
+]
 Jobs = Annotated[
     int | None,
     typer.Option(metavar="N", help="Processes; default: one per core.", rich_help_panel=SCORING, min=1),
 ]
-SLO_HELP = "Latency targets."
 
 
 def make_fleet(
@@ -118,15 +125,20 @@ def make_fleet(
 ) -> Fleet:
     """Return the fleet that the options describe. Raises ConfigError, with all problems at once."""
     default = EngineSettings()
-    engine = EngineSettings(
-        max_batch_tokens=default.max_batch_tokens if chunk_tokens is None else chunk_tokens,
-        max_num_seqs=default.max_num_seqs if max_num_seqs is None else max_num_seqs,
-        host_s=_milliseconds("--host-ms", host_ms),
-    )
     named = [_name_and_count(text) for text in profiles or [DEFAULT_PROFILE]]
-    problems = []
-    if kv_tokens is not None and kv_tokens < 1:
-        problems.append(f"--kv-tokens is at least 1, got {kv_tokens}")
+    problems = [
+        f"{flag} is at least {least}, got {value}"
+        for flag, value, least in (
+            ("--instances", instances, 1),
+            ("--kv-tokens", kv_tokens, BLOCK_TOKENS),
+            ("--chunk-tokens", chunk_tokens, 1),
+            ("--max-num-seqs", max_num_seqs, 1),
+        )
+        if value is not None and value < least
+    ]
+    problems += [f"--profile {name}:0 has no instances" for name, count in named if count == 0]
+    if problems:
+        raise ConfigError(problems)
     if len(named) == 1 and named[0][1] is None:
         named = [(named[0][0], DEFAULT_INSTANCES if instances is None else instances)]
     elif any(count is None for _, count in named):
@@ -141,9 +153,12 @@ def make_fleet(
             problems += error.problems
     if problems:
         raise ConfigError(problems)
-    fleet = Fleet(tuple(groups), engine, kv_tokens)
-    fleet.replicas()
-    return fleet
+    engine = EngineSettings(
+        max_batch_tokens=default.max_batch_tokens if chunk_tokens is None else chunk_tokens,
+        max_num_seqs=default.max_num_seqs if max_num_seqs is None else max_num_seqs,
+        host_s=_milliseconds("--host-ms", host_ms),
+    )
+    return Fleet(tuple(groups), engine, kv_tokens)
 
 
 def _profile(name: str, mixed_context_ratio: float | None) -> PackagedProfile:

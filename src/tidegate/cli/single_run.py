@@ -14,7 +14,7 @@ import typer
 
 import tidegate
 from tidegate.cli.comparison_output import command_line, set_up, tell_where, titled, write_folder
-from tidegate.cli.simulating import progress_bar, warn
+from tidegate.cli.simulating import note, progress_bar, warn
 from tidegate.core.errors import ConfigError
 from tidegate.experiments.jobs import Workers
 from tidegate.experiments.limit import limit_job
@@ -22,7 +22,7 @@ from tidegate.experiments.run import Finished, run_once
 from tidegate.experiments.search import find_goodput
 from tidegate.experiments.setting import Setting
 from tidegate.experiments.store import Store
-from tidegate.experiments.workload import requests_of
+from tidegate.experiments.workload import own_rate_rps, requests_of
 from tidegate.measure.comparison import Comparison, Entry, LevelGoodput, TraceComparison
 from tidegate.measure.run_block import render_run
 from tidegate.measure.run_view import view_of
@@ -59,6 +59,12 @@ def simulate_and_show(setting: Setting, wanted: Wanted, *, as_json: bool) -> dic
     )
     for text in finished.run.warnings:
         warn(text)
+    if setting.settings.closed_loop and summary["rate_rps"] is not None:
+        nominal_rps = own_rate_rps(requests_of(setting.workload)) if rate_rps is None else rate_rps
+        note(
+            f"closed loop: turns wait for answers, so {summary['rate_rps']:.2f} requests/s came where the "
+            f"workload's times say {nominal_rps:.2f}"
+        )
     if found is not None and found.reason:
         warn(found.reason)
     if as_json:

@@ -72,7 +72,7 @@ def contenders(names: Iterable[str], instances: int) -> list[Contender]:
         except ConfigError as error:
             problems += error.problems
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(list(dict.fromkeys(problems)))
     if not found:
         raise ConfigError(f"no systems to compare; give --systems with some of {FORMS}")
     return list(found.values())
@@ -108,7 +108,10 @@ def _expand(name: str, instances: int) -> list[Contender]:
 def splits(instances: int) -> list[tuple[int, int]]:
     """Return every (prefill, decode) split. Raises ConfigError for fewer than two instances."""
     if instances < 2:
-        raise ConfigError("a static split takes at least two instances")
+        raise ConfigError(
+            "a static split takes at least two instances; with one, name systems without, as in "
+            "--systems arrow,colocated:tuned"
+        )
     return [(prefill, instances - prefill) for prefill in range(1, instances)]
 
 

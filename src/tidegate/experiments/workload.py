@@ -19,14 +19,21 @@ def requests_of(choice: WorkloadChoice) -> tuple[TraceRecord, ...]:
 
     A session file without arrival times starts one session per second, as a Poisson process.
     """
-    if (
+    if starts_sessions(choice):
+        choice = replace(choice, sessions_per_s=1.0)
+    elif choice.turn_gap_s is not None:
+        raise ConfigError(f"--turn-gap is for traces without times; {choice.trace} has its own")
+    return tuple(load_workload(choice))
+
+
+def starts_sessions(choice: WorkloadChoice) -> bool:
+    """Tell whether the trace has no arrival times, so that ``requests_of`` gives its sessions some."""
+    return bool(
         choice.trace
         and choice.sessions_per_s is None
         and choice.poisson is None
         and not is_timed(choice.trace)
-    ):
-        choice = replace(choice, sessions_per_s=1.0)
-    return tuple(load_workload(choice))
+    )
 
 
 def own_rate_rps(records: tuple[TraceRecord, ...]) -> float:

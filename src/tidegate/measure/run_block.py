@@ -16,7 +16,7 @@ WIDTH = 58
 
 def render_run(run: Run, summary: Mapping[str, Any], *, slo: str, notes: Sequence[str] = ()) -> str:
     """Return the block of a run. ``summary`` is its object of the ``--json`` contract; latencies in ms."""
-    lines = [_rule(f" {summary['system']} on {summary['instances']} instances ", "=")]
+    lines = [_rule(f" {summary['system']} on {_instances(summary['instances'])} ", "=")]
     lines += _service(run, summary, slo)
     lines += _latency(summary)
     lines += _cluster(run, summary)
@@ -83,6 +83,10 @@ def _percentiles(label: str, found: Mapping[str, float | None]) -> str:
 
 def _row(label: str, value: object) -> str:
     return f"{label + ':':<30}{value}"
+
+
+def _instances(count: int) -> str:
+    return f"{count} instance" if count == 1 else f"{count} instances"
 
 
 def _rule(title: str, fill: str) -> str:
