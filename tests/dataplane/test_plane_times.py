@@ -135,3 +135,31 @@ def test_a_fleet_of_a_packaged_profile() -> None:
     assert fleet[0].instance.max_model_len == 50_000 and fleet[0].inter_node == packaged.inter_node
     with pytest.raises(ConfigError, match="at least one instance"):
         replicas_of(packaged, 0)
+
+
+class Watched(Plane):
+    """Notes how many steps of the second instance are known when a leg on the first one ends."""
+
+    def __init__(self, *, leap: bool) -> None:
+        super().__init__()
+        fleet = [instance.replica for instance in self.cluster.instances]
+        self.cluster = Cluster(fleet, self.events, self, leap=leap)
+        self.steps = 0
+        self.known: list[int] = []
+
+    def stepped(self, instance: int, count: int, now: float) -> None:
+        self.steps += count if instance == 1 else 0
+
+    def ended(self, sequence: Sequence, pin: Pin | None, now: float) -> None:
+        super().ended(sequence, pin, now)
+        self.cluster.report(now)
+        self.known.append(self.steps)
+
+
+@pytest.mark.parametrize("leap", [True, False])
+def test_a_step_that_ends_at_this_very_time_is_known(leap: bool) -> None:
+    plane = Watched(leap=leap)
+    plane.cluster.submit(0, Sequence(0, 200, 204, False), 0.0)
+    plane.cluster.submit(1, Sequence(1, 200, 260, False), 0.0)
+    plane.run()
+    assert plane.known == [4, 60]
