@@ -106,8 +106,14 @@ def _stages(trace: TraceComparison) -> Figure:
 
 
 def _roles(trace: TraceComparison, shown: list[Entry]) -> Figure:
-    moving = [entry for entry in shown if (entry.at_common or {}).get("flips")] or shown[:1]
-    moving = moving[:MOST_ROLE_ROWS]
+    flipping = [entry for entry in shown if (entry.at_common or {}).get("flips")]
+    moving = (flipping or shown[:1])[:MOST_ROLE_ROWS]
+    rest = len(shown) - len(moving)
+    left_out = ""
+    if rest:
+        left_out = " No system flips; one stands for all." if not flipping else " Others are left out."
+        if flipping and len(flipping) == len(moving):
+            left_out = " Systems that do not flip are left out."
     heights = [1.0] + [1.0] * len(moving)
     with styled(WIDTH_IN, 1.6 + 1.5 * len(moving), 1 + len(moving), sharex=True, height_ratios=heights) as (
         figure,
@@ -123,7 +129,7 @@ def _roles(trace: TraceComparison, shown: list[Entry]) -> Figure:
         figure.legend(labels.values(), labels.keys(), **LEGEND)
         caption = (
             f"Labels of the instances over time at {_common(trace)}, under the offered rate (grey: arrivals, "
-            "line: smoothed). Systems that never flip are left out."
+            f"line: smoothed).{left_out}"
         )
         return _finish(figure, trace, "roles", "Roles over time", caption)
 

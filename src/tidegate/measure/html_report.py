@@ -44,7 +44,8 @@ def render_page(
     """Return the page. ``findings`` are sentences for its top; ``note`` explains what is missing."""
     parts = [
         f"<h1>{escape(', '.join(comparison.systems[:3]))}"
-        f"{' and more' if len(comparison.systems) > 3 else ''}: a comparison</h1>",
+        f"{' and more' if len(comparison.systems) > 3 else ''}: "
+        f"{'a comparison' if len(comparison.systems) > 1 else 'a simulation'}</h1>",
         f'<p class="lead">{comparison.instances} instances of {escape(comparison.profile)}, '
         f"SLO {escape(comparison.slo)}, {comparison.seeds} seed{'s' if comparison.seeds > 1 else ''}, "
         f"tidegate {escape(comparison.version)}</p>",

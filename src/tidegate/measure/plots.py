@@ -154,8 +154,14 @@ def _plain_log_ticks(axis: Any) -> None:
     axis.xaxis.set_minor_formatter(NullFormatter())
 
 
+LEGEND_BELOW_IN = 0.5
+"""From an axis to its legend: the room of its ticks and its label, however few bars it has."""
+
+
 def draw_stages(axis: Any, trace: TraceComparison, stages: Sequence[str], title: str) -> None:
     """Mean seconds of an answered request by stage, a bar per system."""
+    from matplotlib.transforms import ScaledTranslation
+
     rows = [entry for entry in trace.entries if entry.view is not None][:MOST_ROWS]
     used = [s for s in stages if any(e.view and e.view.stage_means_s.get(s, 0) > 0 for e in rows)]
     left = np.zeros(len(rows))
@@ -171,7 +177,13 @@ def draw_stages(axis: Any, trace: TraceComparison, stages: Sequence[str], title:
     axis.grid(axis="y", visible=False)
     axis.set(title=title, xlabel="mean time (ms)")
     if used:
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=len(used))
+        below = ScaledTranslation(0.0, -LEGEND_BELOW_IN, axis.figure.dpi_scale_trans)
+        axis.legend(
+            loc="upper center",
+            bbox_to_anchor=(0.5, 0.0),
+            bbox_transform=axis.transAxes + below,
+            ncols=len(used),
+        )
 
 
 def stage_order(comparison: Comparison) -> list[str]:

@@ -136,10 +136,13 @@ def _windows(requests: RequestTable, timeline: Timeline) -> dict[str, Any]:
 
 
 def _mean_by_window(values: Numbers, of: NDArray[np.int64], windows: int) -> list[float]:
-    """Return the mean of the samples of each window; one without a sample repeats the window before."""
+    """Return the mean of the samples of each window; one without repeats the window before, if any, or the
+    first that has some."""
     counts = np.bincount(of, minlength=windows)
     sums = np.bincount(of, weights=values, minlength=windows)
+    known = np.flatnonzero(counts)
     means: list[float] = []
+    first = float(sums[known[0]] / counts[known[0]]) if known.size else 0.0
     for total, count in zip(sums.tolist(), counts.tolist(), strict=True):
-        means.append(total / count if count else (means[-1] if means else 0.0))
+        means.append(total / count if count else (means[-1] if means else first))
     return means
