@@ -21,6 +21,8 @@ from tidegate.experiments.setting import Fleet
 DEFAULT_PROFILE = "h100_sxm/llama-3.1-8b"
 DEFAULT_INSTANCES = 4
 DEFAULT_TRACE = "sample:azure-conv"
+LEAST_HEARTBEAT_MS = 1.0
+"""Every beat is an event for every instance; less than this is no staleness to speak of."""
 
 WORKLOAD = "Workload"
 FLEET = "Simulated fleet"
@@ -77,7 +79,7 @@ HeartbeatMs = Annotated[
     float,
     typer.Option(
         metavar="MS",
-        help="How often engines report; 0: the scheduler sees all at once.",
+        help="How often engines report (1 or more); 0: the scheduler sees all at once.",
         rich_help_panel=ENGINE,
     ),
 ]
@@ -188,6 +190,11 @@ def front_s(front_ms: float) -> float:
 
 def heartbeat_s(heartbeat_ms: float) -> float:
     """Return ``--heartbeat-ms`` in seconds."""
+    if 0 < heartbeat_ms < LEAST_HEARTBEAT_MS:
+        raise ConfigError(
+            f"--heartbeat-ms is 0, where the scheduler sees all at once, or at least {LEAST_HEARTBEAT_MS:g}; "
+            f"got {heartbeat_ms}"
+        )
     return _milliseconds("--heartbeat-ms", heartbeat_ms)
 
 
