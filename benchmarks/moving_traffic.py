@@ -21,6 +21,8 @@ ORDERED = (
     *("static:best", "static:best+edf", "static:best+sjf", "static:best+feasible-first"),
     *("colocated:tuned", "colocated:tuned+feasible-first", "arrow", "arrow+feasible-first"),
 )
+BOTH = (0.9, 0.99)
+"""At 0.99 only where a fleet is small enough that every split can be searched once more."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Case:
     slo: str
     requests: int | None = None
     systems: tuple[str, ...] = SYSTEMS
+    levels: tuple[float, ...] = (0.9,)
 
     def command(self, traces: Path, out: Path) -> list[str]:
         """Return the arguments of ``tidegate`` that measure the case."""
@@ -41,7 +44,8 @@ class Case:
         return [
             *("compare", "--traces", str(traces / self.file), "--profile", self.profile),
             *("--instances", str(self.instances), "--slo", self.slo, *most),
-            *("--systems", ",".join(self.systems), "--seeds", "1", "--out", str(out / self.name)),
+            *("--systems", ",".join(self.systems), "--seeds", "1"),
+            *("--levels", ",".join(map(str, self.levels)), "--out", str(out / self.name)),
         ]
 
 
@@ -49,10 +53,17 @@ CASES = (
     Case("chat-32b", "azure2023_conv.csv.gz", "h100_sxm/qwen3-32b/tp2", 8, "ttft:1000,tpot:50"),
     Case("day-8b", "servegen_r1_day_thin16.csv.gz", "h100_sxm/llama-3.1-8b", 8, "ttft:500,tpot:30", 20_000),
     Case(
-        "peak-70b", "servegen_r1_peak2h.csv.gz", "h100_sxm/llama-3.1-70b/tp4", 4, "ttft:1000,tpot:50", 8_000
+        *("peak-70b", "servegen_r1_peak2h.csv.gz", "h100_sxm/llama-3.1-70b/tp4", 4, "ttft:1000,tpot:50"),
+        requests=8_000,
+        levels=BOTH,
     ),
     Case("mlarge-32b", "servegen_mlarge_4h.csv.gz", "h100_sxm/qwen3-32b/tp2", 8, "ttft:1000,tpot:50", 25_000),
     Case("long-8b", "mooncake_fast25_conversation.csv.gz", "h100_sxm/llama-3.1-8b", 8, "ttft:2000,tpot:30"),
+    Case(
+        *("orders-8b", "azure2023_conv.csv.gz", "h100_sxm/llama-3.1-8b", 4, "ttft:500,tpot:30"),
+        systems=ORDERED,
+        levels=BOTH,
+    ),
 )
 
 
