@@ -17,10 +17,7 @@ from pathlib import Path
 from typing import Any
 
 SYSTEMS = ("arrow", "arrow-v2", "static:even", "static:best", "colocated:tuned")
-ORDERED = (
-    *("static:best", "static:best+edf", "static:best+sjf", "static:best+feasible-first"),
-    *("colocated:tuned", "colocated:tuned+feasible-first", "arrow", "arrow+feasible-first"),
-)
+ORDERED = ("static:best", "static:best+feasible-first", "arrow", "arrow+feasible-first", "arrow+sjf")
 BOTH = (0.9, 0.99)
 """At 0.99 only where a fleet is small enough that every split can be searched once more."""
 
