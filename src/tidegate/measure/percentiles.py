@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,13 +21,23 @@ class Summary:
     max: float
 
 
-def summarize(values: Iterable[float | None]) -> Summary | None:
-    """Summarise the values that are not None; return None when there is none.
+PERCENTILES = (50, 90, 99)
 
-    Percentiles interpolate linearly between order statistics (numpy's default, as vLLM's bench does).
+
+def p50_p90_p99(values: NDArray[np.float64]) -> tuple[float, float, float] | None:
+    """Return the percentiles of the values that are finite; None when none is.
+
+    They interpolate linearly between order statistics (numpy's default, as vLLM's bench does).
     """
-    known = np.array([value for value in values if value is not None], dtype=np.float64)
+    known = values[np.isfinite(values)]
     if known.size == 0:
         return None
-    p50, p90, p99 = np.percentile(known, (50, 90, 99)).tolist()
-    return Summary(known.size, float(known.mean()), p50, p90, p99, float(known.max()))
+    p50, p90, p99 = np.percentile(known, PERCENTILES).tolist()
+    return p50, p90, p99
+
+
+def summarize(values: Iterable[float | None]) -> Summary | None:
+    """Summarise the values that are not None; return None when there is none."""
+    known = np.array([value for value in values if value is not None], dtype=np.float64)
+    found = p50_p90_p99(known)
+    return None if found is None else Summary(known.size, float(known.mean()), *found, float(known.max()))

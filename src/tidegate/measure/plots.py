@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tidegate.core.stages import STAGES
-from tidegate.measure.comparison import Comparison, Entry, TraceComparison
+from tidegate.measure.comparison import Entry, TraceComparison
 from tidegate.measure.plot_style import STAGE_COLOURS, Look
 
 FAR = 1.3
@@ -184,15 +183,3 @@ def draw_stages(axis: Any, trace: TraceComparison, stages: Sequence[str], title:
             bbox_transform=axis.transAxes + below,
             ncols=len(used),
         )
-
-
-def stage_order(comparison: Comparison) -> list[str]:
-    """Return the stages that any system spent time in, in order."""
-    seen = {
-        stage
-        for trace in comparison.traces
-        for entry in trace.entries
-        if entry.view
-        for stage in entry.view.stage_means_s
-    }
-    return [stage for stage in STAGES if stage in seen]

@@ -70,7 +70,19 @@ class RequestTable:
         return e2e
 
     @property
+    def ttft_met(self) -> Mask:
+        """Tell which requests were answered within their TTFT target."""
+        met: Mask = self.ok & (self.ttft_s <= self.ttft_target_s)
+        return met
+
+    @property
+    def tpot_met(self) -> Mask:
+        """Tell which requests were answered within their TPOT target; one token has no TPOT to miss."""
+        met: Mask = self.ok & ~(self.tpot_s > self.tpot_target_s)
+        return met
+
+    @property
     def attained(self) -> Mask:
-        """Tell which requests were answered within both targets; one token has no TPOT to miss."""
-        met: Mask = self.ok & (self.ttft_s <= self.ttft_target_s) & ~(self.tpot_s > self.tpot_target_s)
+        """Tell which requests were answered within both targets."""
+        met: Mask = self.ttft_met & self.tpot_met
         return met

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from tidegate.measure.attainment import score_table
+from tidegate.measure.percentiles import PERCENTILES
 from tidegate.measure.run_view import view_of
-from tidegate.measure.summary import PERCENTILES, Run
+from tidegate.measure.summary import Run
 
 WIDTH = 58
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from tidegate.core.instance import Role
 from tidegate.core.stages import STAGES
+from tidegate.measure.percentiles import p50_p90_p99
 from tidegate.measure.request_table import RequestTable, Seconds
 from tidegate.measure.summary import Run
 from tidegate.measure.timeline import Timeline
@@ -88,8 +89,8 @@ def _quantiles(values: Seconds) -> list[float]:
 
 
 def _p99(values: Seconds) -> float | None:
-    known = values[np.isfinite(values)]
-    return float(np.percentile(known, 99)) if known.size else None
+    found = p50_p90_p99(values)
+    return None if found is None else found[2]
 
 
 def _stage_means(requests: RequestTable) -> dict[str, float]:

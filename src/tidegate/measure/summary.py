@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-
 import tidegate
 from tidegate.core.stages import STAGES
 from tidegate.measure.attainment import goodput, score_table
+from tidegate.measure.percentiles import PERCENTILES, p50_p90_p99
 from tidegate.measure.request_table import Mask, RequestTable, Seconds
 from tidegate.measure.timeline import Timeline
 
-PERCENTILES = (50, 90, 99)
 KEYS = (
     "system", "trace", "instances", "requests", "attained", "attainment", "rate_rps", "goodput_rps",
     "limit_rps", "share_of_limit", "ttft_s", "tpot_s", "stages", "flips", "migrations", "preemptions",
@@ -100,11 +98,9 @@ def share_of(part: float | None, whole: float | None) -> float | None:
 
 def percentiles(values: Seconds, among: Mask) -> dict[str, float | None]:
     """Return ``{"p50", "p90", "p99"}`` of the finite values among the chosen rows; null without any."""
-    known = values[among & np.isfinite(values)]
     names = [f"p{p}" for p in PERCENTILES]
-    if known.size == 0:
-        return dict.fromkeys(names)
-    return dict(zip(names, np.percentile(known, PERCENTILES).tolist(), strict=True))
+    found = p50_p90_p99(values[among])
+    return dict.fromkeys(names) if found is None else dict(zip(names, found, strict=True))
 
 
 def _stages(stages_s: Mapping[str, Seconds]) -> list[str]:
