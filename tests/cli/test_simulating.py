@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -9,14 +10,29 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO, NoReturn
 
 import pytest
 
+from tidegate.cli import comparison_output, single_run
 from tidegate.cli import main as command_line
+from tidegate.costs.library import profile_names
+from tidegate.measure.plot_style import NoPlots
 from tidegate.measure.summary import KEYS
 
 SMALL = ("--requests", "300", "--slo", "ttft:500,tpot:50")
-COMPARE = ("compare", *SMALL, "--systems", "arrow,static:best", "--levels", "0.9", "--seeds", "1")
+COMPARE = (
+    "compare",
+    *SMALL,
+    "--instances",
+    "2",
+    "--systems",
+    "arrow,static:best",
+    "--levels",
+    "0.9",
+    "--seeds",
+    "1",
+)
 DEADLINE_S = 120.0
 
 
@@ -59,9 +75,61 @@ def test_a_journal_is_reported_replayed_and_never_overwritten(tmp_path: Path) ->
     assert again.returncode == 2 and "never written over" in again.stderr
 
 
-def test_a_killed_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_run_that_fails_leaves_no_half_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, journal: IO[bytes], **__: object) -> None:
+        journal.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(single_run, "run_once", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        command_line.main(["sim", *SMALL, "--journal", str(tmp_path / "j.jsonl")])
+    assert caught.value.code == 130 and not list(tmp_path.iterdir())
+    capsys.readouterr()
+
+
+def test_shared_prefixes_never_show_more_kv_in_use_than_there_is(tmp_path: Path) -> None:
+    ids = "|".join(map(str, range(20)))
+    trace = tmp_path / "t.csv"
+    rows = [f"{0.01 * k},10240,400,{ids},512" for k in range(40)]
+    head = "arrival_s,input_tokens,output_tokens,hash_ids,block_tokens"
+    trace.write_text("\n".join([head, *rows]) + "\n")
+    words = ("--kv-tokens", "60000", "--instances", "2", "--out", str(tmp_path / "o"))
+    done = run("sim", "--trace", str(trace), *words)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "o" / "timeline.csv").open() as file:
+        shares = [float(row["kv_share"]) for row in csv.DictReader(file)]
+    assert 0 < max(shares) <= 1
+    assert (tmp_path / "o" / "probes.csv").read_text().startswith("trace,system,")
+
+
+def test_packaged_profiles_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        command_line.main(["profile", "--list", "--json"])
+    assert caught.value.code == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == list(profile_names())
+
+
+def test_sessions_without_times_take_a_gap_and_a_closed_loop_says_its_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("sim", "--trace", "sample:tau-airline", "--requests", "200", "--closed-loop")
+    with pytest.raises(SystemExit) as caught:
+        command_line.main(words)
+    assert caught.value.code == 0
+    assert "closed loop: turns wait for answers" in capsys.readouterr().err
+
+
+def without_matplotlib(_: object) -> NoReturn:
+    raise NoPlots("charts need matplotlib")
+
+
+def test_a_killed_comparison_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
-    words = (*COMPARE, "--out", str(out), "--jobs", "2", "--json")
+    words = (*COMPARE, "--tolerance", "0.2", "--out", str(out), "--jobs", "1", "--json")
     with subprocess.Popen(command(*words), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
         deadline = time.monotonic() + DEADLINE_S
         while len(keys_in_so_far(out / "probes.jsonl")) < 4:
@@ -74,8 +142,16 @@ def test_a_killed_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
     assert "not run again" in resumed.stderr
     keys = keys_in(out / "probes.jsonl")
     assert len(set(keys)) == len(keys) and keys[: len(kept)] == kept
-    fresh = run(*COMPARE, "--out", str(tmp_path / "fresh"), "--jobs", "1", "--json")
-    assert json.loads(fresh.stdout)["goodputs"] == json.loads(resumed.stdout)["goodputs"]
+    # The same in one go, in this process, and without the charts, which take most of the time.
+    monkeypatch.setattr(comparison_output, "draw_figures", without_matplotlib)
+    with pytest.raises(SystemExit) as caught:
+        command_line.main(
+            [*COMPARE, "--tolerance", "0.2", "--out", str(tmp_path / "fresh"), "--jobs", "1", "--json"]
+        )
+    assert caught.value.code == 0
+    fresh = capsys.readouterr()
+    assert json.loads(fresh.out)["goodputs"] == json.loads(resumed.stdout)["goodputs"]
+    assert "no charts: charts need matplotlib" in fresh.err
     names = {path.name for path in out.iterdir()}
     assert {"report.html", "goodput.csv", "timeline.csv"} <= names
     assert any(name.endswith("-attainment.png") for name in names)
@@ -96,6 +172,12 @@ def keys_in_so_far(path: Path) -> list[str]:
         (("sim", "--rate", "4", "--scale-rate", "2"), "give one"),
         (("sim", "--kv-tokens", "0"), "--kv-tokens"),
         (("sim", "--host-ms", "nan"), "--host-ms"),
+        (("sim", "--heartbeat-ms", "0.001"), "--heartbeat-ms is 0"),
+        (("sim", "--instances", "0", "--chunk-tokens", "0"), "2 problems"),
+        (("sim", "--turn-gap", "2"), "has its own"),
+        (("sim", "--requests", "50", "--out", "bad.csv"), "--out bad.csv"),
+        (("compare", "--out", "o", "--tolerance", "nan"), "--tolerance"),
+        (("compare", "--out", "o", "--instances", "1"), "at least two instances"),
         (("sim", "--trace", "bad.csv"), "bad.csv:3:1"),
         (("sim", "--trace", "one.csv", "--goodput"), "has no rate"),
         (("sim", "--replay", "bad.csv"), "bad.csv"),

@@ -65,6 +65,8 @@ def simulate_and_show(setting: Setting, wanted: Wanted, *, as_json: bool) -> dic
             f"closed loop: turns wait for answers, so {summary['rate_rps']:.2f} requests/s came where the "
             f"workload's times say {nominal_rps:.2f}"
         )
+    if found is not None and wanted.limit and found.limit_rps is None:
+        note("no rate is the fluid limit here: the workload is too short, or comes at once")
     if found is not None and found.reason:
         warn(found.reason)
     if as_json:
@@ -107,18 +109,23 @@ def _simulate(setting: Setting, rate_rps: float | None, seed: int, journal: Path
 
 @contextmanager
 def _writing(path: Path | None) -> Iterator[IO[bytes] | None]:
-    """Open a journal that is not there yet. Raises ConfigError."""
+    """Open a journal that is not there yet; it has its name once it is whole. Raises ConfigError."""
     if path is None:
         yield None
         return
+    if path.exists():
+        raise ConfigError(f"--journal {path} exists; a run is never written over another")
+    part = path.with_name(f"{path.name}.part")
     try:
-        file = path.open("xb")
-    except FileExistsError:
-        raise ConfigError(f"--journal {path} exists; a run is never written over another") from None
+        file = part.open("wb")
     except OSError as error:
         raise ConfigError(f"--journal {path}: cannot be written: {error.strerror or error}") from None
-    with file:
-        yield file
+    try:
+        with file:
+            yield file
+        part.rename(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _write_report(
