@@ -30,7 +30,7 @@ def _of_trace(trace: TraceComparison, level: float) -> Iterator[str]:
     share = "" if top.share_of_limit is None else f", {100 * top.share_of_limit:.0f} % of the fluid limit"
     yield (
         f"{ranked[0].title} serves the most: {top.goodput_rps:.1f} requests/s with at least "
-        f"{100 * level:g} % attained{share}."
+        f"{100 * level:g} % attained{share}{f' ({top.reason})' if top.reason else ''}."
     )
     yield from _against(ranked[0], ranked[1:])
     yield from _adaptive(trace)

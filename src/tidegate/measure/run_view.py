@@ -18,6 +18,7 @@ from tidegate.measure.timeline import Timeline
 
 QUANTILE_STEPS = 400
 MOST_WINDOWS = 240
+ROLES = ("prefill_instances", "decode_instances", "mixed_instances")
 Numbers = NDArray[np.float64]
 
 
@@ -132,18 +133,22 @@ def _windows(requests: RequestTable, timeline: Timeline) -> dict[str, Any]:
         "at_s": edges[:-1].tolist(),
         "rate_rps": (arrivals / window_s).tolist(),
         "attained": [a / n if n else None for a, n in zip(attained.tolist(), arrivals.tolist(), strict=True)],
-        **{name: _mean_by_window(values, of, windows) for name, values in series.items()},
+        **{
+            # A run begins idle, but with its labels.
+            name: _mean_by_window(
+                values, of, windows, float(values[0]) if name in ROLES and values.size else 0.0
+            )
+            for name, values in series.items()
+        },
     }
 
 
-def _mean_by_window(values: Numbers, of: NDArray[np.int64], windows: int) -> list[float]:
-    """Return the mean of the samples of each window; one without repeats the window before, if any, or the
-    first that has some."""
+def _mean_by_window(values: Numbers, of: NDArray[np.int64], windows: int, before: float) -> list[float]:
+    """Return the mean of the samples of each window; one without repeats the window before, if any, else
+    ``before``."""
     counts = np.bincount(of, minlength=windows)
     sums = np.bincount(of, weights=values, minlength=windows)
-    known = np.flatnonzero(counts)
     means: list[float] = []
-    first = float(sums[known[0]] / counts[known[0]]) if known.size else 0.0
     for total, count in zip(sums.tolist(), counts.tolist(), strict=True):
-        means.append(total / count if count else (means[-1] if means else first))
+        means.append(total / count if count else (means[-1] if means else before))
     return means
