@@ -9,11 +9,13 @@ from typing import Any, get_args
 
 import pytest
 
+from tidegate.cli import launch
 from tidegate.cli.config import SECTIONS, SETTINGS, EngineSection, plain
 from tidegate.cli.resolved_toml import as_toml
 from tidegate.cli.sources import Resolved, resolve
 from tidegate.core.errors import ConfigError
 from tidegate.engines.embedded.options import DTYPES
+from tidegate.fleet.emulated import EmulatedLaunch
 from tidegate.systems import SYSTEMS, make_system
 
 
@@ -135,6 +137,19 @@ def test_rivals_and_settings_without_effect_in_one_source_are_refused() -> None:
     assert "--model and --vllm exclude each other; give one" in found
     assert "--instances: has no effect together with --vllm" in found
     assert "--device: has no effect together with --vllm" in found
+
+
+def test_emulated_instances_take_settings_that_nothing_else_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--host-ms: has no effect without --emulate" in problems(host_ms=2.0)
+    (found,) = problems(emulate=["h100_sxm/llama-3.1-8b:2"], front_ms=float("nan"))
+    assert found.startswith("--front-ms")
+    taken = settle(emulate=["h100_sxm/llama-3.1-8b:2"], chunk_tokens=512, host_ms=2.0).config
+    begun: list[EmulatedLaunch] = []
+    monkeypatch.setattr(launch, "EmulatedFleet", begun.append)
+    launch.make_fleet(taken)
+    launched = begun[0].argv()
+    assert launched[launched.index("--max-batch-tokens") + 1] == "512"
+    assert launched[launched.index("--host-s") + 1] == "0.002"
 
 
 def test_a_system_that_needs_profiles_is_refused_for_servers_that_bring_none() -> None:
