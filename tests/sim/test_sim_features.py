@@ -13,8 +13,10 @@ from sim_cases import MovingPool, ended
 
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
+from tidegate.ledger.snapshot import Snapshot
 from tidegate.measure import read_journal
 from tidegate.sim import Replica, SimSettings, replay_journal, simulate, slo_warnings
+from tidegate.sim.sampling import Sampler
 from tidegate.systems import make_system
 from tidegate.testing import REFERENCE, instance
 from tidegate.workloads import TraceRecord
@@ -99,16 +101,34 @@ def test_requests_that_nobody_can_hold_are_counted() -> None:
 # what the control plane knows, and of whom
 
 
-def test_steps_are_known_as_of_the_last_heartbeat() -> None:
+def test_steps_are_known_as_of_the_last_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+
+    def tick(_: Sampler, snapshot: Snapshot, held: int) -> None:
+        seen.append(float(snapshot.decode_tokens.sum() + snapshot.handoff_tokens.sum()))
+
+    monkeypatch.setattr(Sampler, "tick", tick)
+
     # What its first token on the second instance told is known: the prompt and two tokens.
     def resident_at_first_tick(heartbeat_s: float) -> float:
         settings = SimSettings(heartbeat_s=heartbeat_s)
-        run = simulate([TraceRecord(0.0, 100, 500)], make_system("static"), fleet(), settings)
-        return float(run.timeline.kv_tokens[0])
+        seen.clear()
+        simulate([TraceRecord(0.0, 100, 500)], make_system("static"), fleet(), settings)
+        return seen[0]
 
     assert resident_at_first_tick(0.0) > 150
     assert 150 < resident_at_first_tick(0.9) < resident_at_first_tick(0.0)
     assert resident_at_first_tick(50.0) == 102
+
+
+def test_leaping_shows_the_kv_in_use_that_stepping_shows() -> None:
+    records = [TraceRecord(0.37 * k, 700, 600) for k in range(12)]
+    leapt, stepped = (
+        simulate(records, make_system("static"), fleet(), SimSettings(leap=leap)).timeline
+        for leap in (True, False)
+    )
+    assert leapt.kv_tokens.tolist() == stepped.kv_tokens.tolist()
+    assert leapt.kv_tokens.max() > 700
 
 
 def test_requests_wait_for_the_first_instance() -> None:

@@ -116,6 +116,11 @@ class Batcher:
             most = min(most, self.decode.steps_to_end())
         return self._within_blocks(most)
 
+    def blocks_held(self, steps: int) -> int:
+        """Return how many blocks are taken when ``steps`` steps of the plan are over, booked or not."""
+        held = self.blocks.total - self.blocks.free + (self._needed_by(steps + 1) if steps else 0)
+        return min(held, self.blocks.total)
+
     def commit(self, steps: int) -> list[Sequence]:
         """Record that ``steps`` steps of the plan are done; return the sequences whose prompt is complete.
 

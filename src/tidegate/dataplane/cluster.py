@@ -45,10 +45,9 @@ class Cluster:
             if instance.report_due_s <= now:
                 instance.report(now)
 
-    def kv_tokens_in_use(self) -> int:
-        """Return the size of all taken blocks; a block that several sequences share counts once."""
-        every = (instance.batcher.blocks for instance in self.instances)
-        return sum((blocks.total - blocks.free) * blocks.block_tokens for blocks in every)
+    def kv_tokens_in_use(self, now: float) -> int:
+        """Return the size of all blocks taken at ``now``; one that several sequences share counts once."""
+        return sum(each.blocks_held(now) * each.batcher.blocks.block_tokens for each in self.instances)
 
     def submit(self, instance: int, sequence: Sequence, now: float) -> None:
         """Queue a leg at an instance."""

@@ -129,6 +129,12 @@ class SimInstance:
             self._report_until(done)
             self.report_due_s = self._stretch.end_s(done + 1)
 
+    def blocks_held(self, now: float) -> int:
+        """Return how many KV blocks are taken at ``now``, those of steps that are leapt over with them."""
+        stretch = self._stretch
+        unbooked = min(stretch.done_by(now), stretch.planned - 1) - stretch.done if self._busy else 0
+        return self.batcher.blocks_held(unbooked)
+
     # migration
 
     def seat(self, now: float) -> bool:

@@ -39,7 +39,7 @@ class Control:
         report: Callable[[float], None],
         migrate: Callable[[Migrate, float], None],
         up: Sequence[bool],
-        kv_in_use: Callable[[], int],
+        kv_in_use: Callable[[float], int],
     ) -> None:
         self.ledger = Ledger()
         self.sampler = Sampler([replica.instance.id for replica in replicas], kv_in_use)

@@ -16,10 +16,10 @@ MOST_SAMPLES = 2000
 class Sampler:
     """Takes a sample at every n-th tick. When full, every second sample goes and n doubles.
 
-    ``kv_in_use`` tells how many tokens' worth of KV the cluster holds, shared blocks once.
+    ``kv_in_use`` tells how many tokens' worth of KV the cluster holds at a time, shared blocks once.
     """
 
-    def __init__(self, instances: Sequence[str], kv_in_use: Callable[[], int]) -> None:
+    def __init__(self, instances: Sequence[str], kv_in_use: Callable[[float], int]) -> None:
         self.flips: list[FlipEvent] = []
         self._instances = tuple(instances)
         self._index = {name: i for i, name in enumerate(instances)}
@@ -41,7 +41,7 @@ class Sampler:
                 float(snapshot.prefill_requests.sum()),
                 float(snapshot.prefill_queue_s.sum()),
                 float(snapshot.decode_requests.sum()),
-                float(self._kv_in_use()),
+                float(self._kv_in_use(snapshot.at_s)),
                 float(snapshot.kv_capacity_tokens.sum()),
                 float(held),
             )
