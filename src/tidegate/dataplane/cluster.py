@@ -76,18 +76,18 @@ class Cluster:
         """Do what an event of the data plane announces. Raises InternalError for any other event."""
         now, kind, whose, version = event
         # The frequent ones first.
-        if kind is Kind.STEP_END:
+        if kind == Kind.STEP_END:
             self._step_end(whose, version, now)
-        elif kind is Kind.STEP_START:
+        elif kind == Kind.STEP_START:
             self._step_start(whose, now)
-        elif kind is Kind.LINK:
+        elif kind == Kind.LINK:
             self._arrive(whose, version, now)
-        elif kind is Kind.LINK_ENTRY:
+        elif kind == Kind.LINK_ENTRY:
             self._network.enter(version, now)
-        elif kind is Kind.LEASE:
+        elif kind == Kind.LEASE:
             self.end_leases(now)
         else:
-            raise InternalError(f"{kind!r} is not an event of the data plane")
+            raise InternalError(f"an event of kind {kind} is not the data plane's")
 
     def pull(self, sequence: Sequence, to: int, now: float) -> int:
         """Bring the KV behind the sequence's source to instance ``to``; return how many bytes that are.

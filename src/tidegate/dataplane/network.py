@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Fleet
-from dataclasses import dataclass
 
 from tidegate.dataplane.events import EventQueue, Kind
 from tidegate.dataplane.links import Link
@@ -17,16 +16,18 @@ from tidegate.dataplane.replica import Replica
 from tidegate.dataplane.sequence import Pin, Sequence
 
 
-@dataclass(slots=True, eq=False)
 class Transfer:
     """``n_bytes`` of a sequence's KV on their way; ``pin`` is what a pull takes, None for a migration."""
 
-    sequence: Sequence
-    src: int
-    dst: int
-    n_bytes: int
-    pin: Pin | None = None
-    number: int = -1
+    __slots__ = ("dst", "n_bytes", "number", "pin", "sequence", "src")
+
+    def __init__(self, sequence: Sequence, src: int, dst: int, n_bytes: int, pin: Pin | None = None) -> None:
+        self.sequence = sequence
+        self.src = src
+        self.dst = dst
+        self.n_bytes = n_bytes
+        self.pin = pin
+        self.number = -1
 
 
 class Network:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 from tidegate.dataplane.prefix import Shared
@@ -29,7 +28,6 @@ HASH_BLOCK_TOKENS = 512
 """Tokens that one block id names unless told otherwise: those of the Mooncake traces."""
 
 
-@dataclass(slots=True, eq=False)
 class Pin:
     """KV of ``tokens`` tokens that waits in ``blocks`` blocks of instance ``on`` for a decode to take it.
 
@@ -37,15 +35,17 @@ class Pin:
     ``gone``: its lease ended before that.
     """
 
-    on: int
-    blocks: int
-    tokens: int
-    shared: Shared | None = None
-    taken: bool = False
-    gone: bool = False
+    __slots__ = ("blocks", "gone", "on", "shared", "taken", "tokens")
+
+    def __init__(self, on: int, blocks: int, tokens: int, shared: Shared | None = None) -> None:
+        self.on = on
+        self.blocks = blocks
+        self.tokens = tokens
+        self.shared = shared
+        self.taken = False
+        self.gone = False
 
 
-@dataclass(slots=True, eq=False)
 class Sequence:
     """State of a leg from its submission to its end.
 
@@ -60,32 +60,46 @@ class Sequence:
     were found here at its first admission; ``moving``: a migration copies its KV.
     """
 
-    request: int
-    prompt: int
-    last_token: int
-    hand_over: bool
-    source: Pin | None = None
-    block_ids: tuple[int, ...] = ()
-    hash_block_tokens: int = HASH_BLOCK_TOKENS
-    ticket: Ticket | None = None
-    pin: Pin | None = None
-    shared: Shared | None = None
-    state: int = NEW
-    on: int = -1
-    tokens: int = 0
-    computed: int = 0
-    blocks: int = 0
-    chunk: int = 0
-    base: int = 0
-    end_tick: int = 0
-    preemptions: int = 0
-    cached_tokens: int = 0
-    moving: bool = False
-    admitted_s: float | None = None
-    loaded_s: float | None = None
+    __slots__ = (
+        "admitted_s", "base", "block_ids", "blocks", "cached_tokens", "chunk", "computed", "end_tick",
+        "hand_over", "hash_block_tokens", "last_token", "loaded_s", "moving", "on", "pin", "preemptions",
+        "prompt", "request", "shared", "source", "state", "ticket", "tokens",
+    )  # fmt: skip
 
-    def __post_init__(self) -> None:
-        self.tokens = self.prompt
+    def __init__(
+        self,
+        request: int,
+        prompt: int,
+        last_token: int,
+        hand_over: bool,
+        source: Pin | None = None,
+        block_ids: tuple[int, ...] = (),
+        hash_block_tokens: int = HASH_BLOCK_TOKENS,
+        ticket: Ticket | None = None,
+    ) -> None:
+        self.request = request
+        self.prompt = prompt
+        self.last_token = last_token
+        self.hand_over = hand_over
+        self.source = source
+        self.block_ids = block_ids
+        self.hash_block_tokens = hash_block_tokens
+        self.ticket = ticket
+        self.pin: Pin | None = None
+        self.shared: Shared | None = None
+        self.state: int = NEW
+        self.on = -1
+        self.tokens = prompt
+        self.computed = 0
+        self.blocks = 0
+        self.chunk = 0
+        self.base = 0
+        self.end_tick = 0
+        self.preemptions = 0
+        self.cached_tokens = 0
+        self.moving = False
+        self.admitted_s: float | None = None
+        self.loaded_s: float | None = None
 
     @property
     def pending(self) -> int:

@@ -31,7 +31,6 @@ class Seat:
     stepped_at_s: float = 0.0
 
 
-@dataclass(slots=True, eq=False)
 class Entry:
     """A live request. Its stage is told by which seats are set.
 
@@ -48,16 +47,22 @@ class Entry:
     in step there; while it is set, ``resident_tokens`` and ``last_at_s`` are those of that moment.
     """
 
-    request: Request
-    prefill: Seat | None
-    seconds: float
-    source: Seat | None = None
-    decode: Seat | None = None
-    held_tokens: int = 0
-    resident_tokens: int = 0
-    last_at_s: float = 0.0
-    generating: bool = False
-    joined_step: int | None = None
+    __slots__ = (
+        "decode", "generating", "held_tokens", "joined_step", "last_at_s", "prefill", "request",
+        "resident_tokens", "seconds", "source",
+    )  # fmt: skip
+
+    def __init__(self, request: Request, prefill: Seat | None, seconds: float) -> None:
+        self.request = request
+        self.prefill = prefill
+        self.seconds = seconds
+        self.source: Seat | None = None
+        self.decode: Seat | None = None
+        self.held_tokens = 0
+        self.resident_tokens = 0
+        self.last_at_s = 0.0
+        self.generating = False
+        self.joined_step: int | None = None
 
     @property
     def tokens_now(self) -> int:

@@ -92,11 +92,11 @@ class _Simulation:
             event = events.pop()
             now, kind, whose, version = event
             handled += 1
-            if kind is Kind.ARRIVAL:
+            if kind == Kind.ARRIVAL:
                 serving.arrive(whose, arrivals.take(whose), now)
-            elif kind is Kind.LEG:
+            elif kind == Kind.LEG:
                 serving.submit(whose, version, now)
-            elif kind is Kind.TICK:
+            elif kind == Kind.TICK:
                 self._tick(whose, now)
             else:
                 cluster.handle(event)

@@ -157,7 +157,7 @@ class Host:
 
     def _handle(self, event: Event) -> None:
         now, kind, whose, _ = event
-        if kind is Kind.LEG:
+        if kind == Kind.LEG:
             if whose in self._legs:
                 place, leg = self._legs[whose]
                 self._cluster.submit(place.index, leg.sequence, now)
