@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Sequence as Fleet
 
 from tidegate.core.errors import InternalError
+from tidegate.dataplane.due import Due
 from tidegate.dataplane.events import Event, EventQueue, Kind
 from tidegate.dataplane.instance import Listener, SimInstance
 from tidegate.dataplane.migration import Migrations
@@ -28,8 +29,9 @@ class Cluster:
         order: Order | None = None,
     ) -> None:
         order = order or Fifo()
+        self._due = Due(len(replicas))
         self.instances = [
-            SimInstance(index, replica, order.queue(), events, listener, leap=leap)
+            SimInstance(index, replica, order.queue(), events, listener, self._due, leap=leap)
             for index, replica in enumerate(replicas)
         ]
         self._events = events
@@ -41,9 +43,8 @@ class Cluster:
 
     def report(self, now: float) -> None:
         """Have the instances that leap tell of the steps that ended by ``now``."""
-        for instance in self.instances:
-            if instance.report_due_s <= now:
-                instance.report(now)
+        for index in self._due.by(now):
+            self.instances[index].report(now)
 
     def kv_tokens_in_use(self, now: float) -> int:
         """Return the size of all blocks taken at ``now``; one that several sequences share counts once."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Protocol
 
 from tidegate.dataplane.batcher import Batcher
+from tidegate.dataplane.due import NEVER, Due
 from tidegate.dataplane.events import EventQueue, Kind
 from tidegate.dataplane.pricing import StepPrices
 from tidegate.dataplane.replica import Replica
@@ -76,6 +76,7 @@ class SimInstance:
         queue: WaitingQueue[Sequence],
         events: EventQueue,
         listener: Listener,
+        due: Due,
         *,
         leap: bool,
     ) -> None:
@@ -83,7 +84,7 @@ class SimInstance:
         self.replica = replica
         self.batcher = Batcher(index, replica, queue)
         self.version = 0
-        self.report_due_s = math.inf
+        self._due = due
         self._prices = StepPrices(replica.profile, replica.engine.host_s)
         self._events = events
         self._listener = listener
@@ -127,7 +128,7 @@ class SimInstance:
         if self._busy:
             done = self._stretch.done_by(now)
             self._report_until(done)
-            self.report_due_s = self._stretch.end_s(done + 1)
+            self._due.set(self.index, self._stretch.end_s(done + 1))
 
     def blocks_held(self, now: float) -> int:
         """Return how many KV blocks are taken at ``now``, those of steps that are leapt over with them."""
@@ -202,7 +203,7 @@ class SimInstance:
         self._prices.price(batcher, stretch, now)
         stretch.planned = stretch.done + (batcher.most_steps() if self._leap else 1)
         self._reported = stretch.done
-        self.report_due_s = stretch.end_s(stretch.done + 1)
+        self._due.set(self.index, stretch.end_s(stretch.done + 1))
         self._announce()
 
     def end(self, now: float) -> None:
@@ -238,7 +239,7 @@ class SimInstance:
         stretch.done = stretch.planned = steps
         self._busy = False
         self._starting = True
-        self.report_due_s = math.inf
+        self._due.set(self.index, NEVER)
         return complete
 
     def _between(self, done: int, now: float) -> bool:
@@ -301,7 +302,7 @@ class SimInstance:
         if stretch.planned > done + 1:
             stretch.planned = done + 1
             self._announce()
-        self.report_due_s = stretch.end_s(done + 1)
+        self._due.set(self.index, stretch.end_s(done + 1))
 
     def _changed(self, now: float) -> None:
         """Plan anew as soon as the step that runs is over."""
