@@ -109,7 +109,7 @@ class DialectEngine:
         if leg.generated:
             kv["tidegate_generated"] = leg.generated
         if leg.ticket is not None:
-            kv["tidegate_ticket"] = leg.ticket
+            kv["tidegate_ticket"] = leg.ticket.to_json()
         if kv:
             body["kv_transfer_params"] = kv
         if not leg.pin:

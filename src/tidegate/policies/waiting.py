@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heappush
 from typing import Final, Generic, Protocol, TypeVar
@@ -28,6 +28,10 @@ class Ticket:
     def latest_start_s(self) -> float:
         """The last moment at which the prefill can start and still meet the deadline."""
         return self.deadline_s - self.work_s
+
+    def to_json(self) -> dict[str, float]:
+        """Return a plain object of its numbers."""
+        return {"arrival_s": self.arrival_s, "deadline_s": self.deadline_s, "work_s": self.work_s}
 
     def on_clock(self, offset_s: float) -> Ticket:
         """Return the ticket for a clock that shows ``offset_s`` more than the one it was made for."""
@@ -131,7 +135,8 @@ class FifoQueue(Generic[T]):
 
     def __init__(self) -> None:
         self._front: OrderedDict[T, None] = OrderedDict()
-        self._entries: OrderedDict[T, _Entry[T]] = OrderedDict()
+        self._entries: dict[T, _Entry[T]] = {}
+        self._line: deque[_Entry[T]] = deque()
         self._turn = 0
 
     def push(self, item: T, ticket: Ticket) -> None:
@@ -150,8 +155,8 @@ class FifoQueue(Generic[T]):
         self._front[item] = None
 
     def head(self, now: float) -> T | None:
-        for item in self._front:
-            return item
+        if self._front:
+            return next(iter(self._front))
         entry = self._next(now)
         return None if entry is None else entry.item
 
@@ -184,12 +189,14 @@ class FifoQueue(Generic[T]):
 
     def _enter(self, entry: _Entry[T]) -> None:
         """Take note of a new entry."""
+        self._line.append(entry)
 
     def _next(self, now: float) -> _Entry[T] | None:
         """Return who is next among the entries, or None without any."""
-        for entry in self._entries.values():
-            return entry
-        return None
+        line = self._line
+        while line and not line[0].waits:
+            line.popleft()
+        return line[0] if line else None
 
     def _refuse_twice(self, item: T) -> None:
         if item in self._entries or item in self._front:
