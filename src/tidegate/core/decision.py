@@ -6,9 +6,9 @@ Those of every placement are named tuples, which are made in a third of the time
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,15 +27,30 @@ class Path(enum.StrEnum):
     DISAGGREGATED = "disaggregated"
 
 
-class Place(NamedTuple):
+class Place:
     """Run the prefill on ``prefill_on`` and the decode on ``decode_on``.
 
     ``decode_on`` is None while the decode placement is left for the end of the prefill.
     """
 
-    prefill_on: str
-    decode_on: str | None
-    path: Path
+    __slots__ = ("decode_on", "path", "prefill_on")
+
+    def __init__(self, prefill_on: str, decode_on: str | None, path: Path) -> None:
+        self.prefill_on: Final = prefill_on
+        self.decode_on: Final = decode_on
+        self.path: Final = path
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Place) and self._all() == other._all()
+
+    def __hash__(self) -> int:
+        return hash(self._all())
+
+    def __repr__(self) -> str:
+        return f"Place({self.prefill_on!r}, {self.decode_on!r}, {self.path!r})"
+
+    def _all(self) -> tuple[str, str | None, Path]:
+        return self.prefill_on, self.decode_on, self.path
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +106,7 @@ class Term(Protocol):
         ...
 
 
-class Alternatives(NamedTuple):
+class Alternatives:
     """The instances a placement compared, with the named terms of each one's cost.
 
     ``terms`` maps a term's name (unit in the name) to one value per entry of ``ids``; ``among`` holds the
@@ -99,9 +114,17 @@ class Alternatives(NamedTuple):
     a journal asks.
     """
 
-    ids: Sequence[str]
-    terms: dict[str, NDArray[np.float64] | Term]
-    among: Sequence[int] | NDArray[np.intp] | None = None
+    __slots__ = ("among", "ids", "terms")
+
+    def __init__(
+        self,
+        ids: Sequence[str],
+        terms: Mapping[str, NDArray[np.float64] | Term],
+        among: Sequence[int] | NDArray[np.intp] | None = None,
+    ) -> None:
+        self.ids: Final = ids
+        self.terms: Final = terms
+        self.among: Final = among
 
     def top(self, limit: int) -> list[dict[str, float | str]]:
         """Return the ``limit`` best candidates, ordered by the terms in turn, as plain rows."""
@@ -115,21 +138,39 @@ class Alternatives(NamedTuple):
         ]
 
 
-class Verdict(NamedTuple):
+class Verdict:
     """A placement, the flips that come with it, and why: what the journal records."""
 
-    decision: Placement
-    flips: tuple[Flip, ...] = ()
-    alternatives: Alternatives | None = None
-    reason: str = ""
+    __slots__ = ("alternatives", "decision", "flips", "reason")
+
+    def __init__(
+        self,
+        decision: Placement,
+        flips: tuple[Flip, ...] = (),
+        alternatives: Alternatives | None = None,
+        reason: str = "",
+    ) -> None:
+        self.decision: Final = decision
+        self.flips: Final = flips
+        self.alternatives: Final = alternatives
+        self.reason: Final = reason
 
 
-@dataclass(frozen=True, slots=True)
 class Control:
     """What a periodic policy step decides, and the policy's state for the next step."""
 
-    flips: tuple[Flip, ...] = ()
-    migrations: tuple[Migrate, ...] = ()
-    target: SetTarget | None = None
-    reason: str = ""
-    state: object = field(default=None)
+    __slots__ = ("flips", "migrations", "reason", "state", "target")
+
+    def __init__(
+        self,
+        flips: tuple[Flip, ...] = (),
+        migrations: tuple[Migrate, ...] = (),
+        target: SetTarget | None = None,
+        reason: str = "",
+        state: object = None,
+    ) -> None:
+        self.flips: Final = flips
+        self.migrations: Final = migrations
+        self.target: Final = target
+        self.reason: Final = reason
+        self.state: Final = state

@@ -39,7 +39,7 @@ class Ledger:
         self._entries: dict[str, Entry] = {}
         self._ids: tuple[str, ...] = ()
         self._index: dict[str, int] = {}
-        self._costs = ProfileTable.of(())
+        self._costs: ProfileTable | None = None
         self._labels: Labels | None = None
         self._placed_prefills = 0
         self._placed_decodes = 0
@@ -303,16 +303,16 @@ class Ledger:
 
     def snapshot(self, now: float) -> Snapshot:
         """Return the cluster as of ``now``: one copy of the matrix, nothing per request."""
-        state = self._sheet.public.copy()
-        state.flags.writeable = False
+        if self._costs is None:  # worked out once, however many instances come at a time
+            self._costs = ProfileTable.of([seat.profile for seat in self._seats.values()])
         if self._labels is None:
-            self._labels = Labels(state[Field.ROLE])
+            self._labels = Labels(self._sheet.matrix[Field.ROLE].copy())
         return Snapshot(
             now,
             self._ids,
             self._index,
             self._costs,
-            state,
+            self._sheet.public.tobytes(),
             self._labels,
             self._placed_prefills,
             self._placed_decodes,
@@ -370,7 +370,7 @@ class Ledger:
     def _membership_changed(self) -> None:
         self._ids = tuple(self._seats)
         self._index = {instance_id: column for column, instance_id in enumerate(self._ids)}
-        self._costs = ProfileTable.of([seat.profile for seat in self._seats.values()])
+        self._costs = None
         self._labels = None
 
     def _change_queue(self, column: int, seconds: float, now: float) -> None:

@@ -69,7 +69,7 @@ class Sheet:
 
     def _adopt(self, matrix: Matrix) -> None:
         self.matrix = np.ascontiguousarray(matrix)
-        self.public: Matrix = self.matrix[: Field.COUNT]
+        self.public = memoryview(cast("memoryview[float]", self.matrix[: Field.COUNT]))
         self.role = self._row(Field.ROLE)
         self.prefill_requests = self._row(Field.PREFILL_REQUESTS)
         self.prefill_tokens = self._row(Field.PREFILL_TOKENS)

@@ -6,7 +6,7 @@ It lives beside the ledger, not in ``core``, because it carries the instances' c
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Final, cast
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,12 +63,15 @@ class Snapshot:
     - ``prefill_demand``: predicted prefill seconds dispatched here per second, smoothed over the windows;
       ``prefill_squares_s``: the same of their squares, which tells how unequal prefills are.
 
-    ``cells[field, column]`` reads one number of ``state`` as a float, at a fraction of what the array takes.
+    ``cells[field, column]`` reads one number of ``state`` as a float, at a fraction of what the array takes;
+    the array is only made where something asks for it.
     Nothing of a snapshot changes; it is no frozen dataclass only because making one costs more than a
     placement should.
     """
 
     __slots__ = (
+        "_data",
+        "_state",
         "at_s",
         "cells",
         "costs",
@@ -78,7 +81,6 @@ class Snapshot:
         "last_flip_to_decode_s",
         "placed_decodes",
         "placed_prefills",
-        "state",
     )
 
     def __init__(
@@ -87,7 +89,7 @@ class Snapshot:
         ids: tuple[str, ...],
         index: Mapping[str, int],
         costs: ProfileTable,
-        state: Matrix,
+        data: bytes,
         labels: Labels,
         placed_prefills: int,
         placed_decodes: int,
@@ -97,8 +99,9 @@ class Snapshot:
         self.ids: Final = ids
         self.index: Final = index
         self.costs: Final = costs
-        self.state: Final = state
-        self.cells: Final = cast("memoryview[float]", memoryview(state))  # type: ignore[arg-type]
+        self._data: Final = data
+        self._state: Matrix | None = None
+        self.cells: Final = _cells(data, len(ids))
         self.labels: Final = labels
         self.placed_prefills: Final = placed_prefills
         self.placed_decodes: Final = placed_decodes
@@ -106,6 +109,14 @@ class Snapshot:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def state(self) -> Matrix:
+        """One row per ``Field``, one column per instance."""
+        state = self._state
+        if state is None:
+            state = self._state = np.frombuffer(self._data).reshape(Field.COUNT, len(self.ids))
+        return state
 
     def without(self, names: Collection[str]) -> Snapshot:
         """Return the snapshot as if the instances ``names`` were not there: a retry avoids where it failed.
@@ -117,14 +128,13 @@ class Snapshot:
             return self
         ids = tuple(name for name in self.ids if name not in names)
         state = self.state[:, keep]
-        state.flags.writeable = False
         index = {name: i for i, name in enumerate(ids)}
         return Snapshot(
             self.at_s,
             ids,
             index,
             self.costs.only(keep),
-            state,
+            state.tobytes(),
             Labels(state[Field.ROLE]),
             self.placed_prefills,
             self.placed_decodes,
@@ -217,6 +227,11 @@ class Snapshot:
     def _row(self, field: int) -> Column:
         row: Column = self.state[field]
         return row
+
+
+def _cells(data: bytes, instances: int) -> memoryview[float]:
+    cells = memoryview(data)
+    return cells.cast("d", (Field.COUNT, instances)) if instances else cells.cast("d")
 
 
 class PrefillWait:

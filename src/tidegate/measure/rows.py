@@ -111,8 +111,12 @@ def outcome_row(story: Story, ending: Ending, started_s: float) -> Row:
 def decision_row(request_id: str, kind: str, verdict: Verdict, predicted: dict[str, float] | None) -> Row:
     """Return the row of a verdict, with its best alternatives and what is predicted for the chosen one."""
     match verdict.decision:
-        case Place(prefill_on, decode_on, path):
-            chosen: Row = {"prefill_on": prefill_on, "decode_on": decode_on, "path": path.value}
+        case Place() as place:
+            chosen: Row = {
+                "prefill_on": place.prefill_on,
+                "decode_on": place.decode_on,
+                "path": place.path.value,
+            }
         case Hold(reason):
             chosen = {"hold": reason}
         case Reject(reason):
