@@ -189,6 +189,8 @@ class FifoQueue(Generic[T]):
 
     def _enter(self, entry: _Entry[T]) -> None:
         """Take note of a new entry."""
+        if len(self._line) > 64 + 2 * len(self._entries):  # those taken out behind a head that waits on
+            self._line = deque([other for other in self._line if other.waits])
         self._line.append(entry)
 
     def _next(self, now: float) -> _Entry[T] | None:
