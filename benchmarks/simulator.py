@@ -12,11 +12,12 @@ import multiprocessing
 import resource
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from tidegate.core.slo import Slo
 from tidegate.costs.library import packaged_profile
+from tidegate.dataplane import batcher
 from tidegate.dataplane.replica import replicas_of
 from tidegate.sim import SimSettings, simulate
 from tidegate.systems import make_system
@@ -25,8 +26,10 @@ from tidegate.workloads import Poisson, TraceRecord, read_trace, resample
 SLO = Slo(0.5, 0.05)
 PROFILE = "h100_sxm/llama-3.1-8b"
 SAMPLE = "sample:azure-conv"
-PER_INSTANCE_RPS = 13.0
-"""Near the goodput of an even split on the sample's lengths."""
+PER_INSTANCE_RPS = 17.5
+"""Near goodput of 2P2D on the lengths of Azure's conversations of 2023."""
+LEAST_PER_INSTANCE = 100
+"""Requests per instance, so that a large fleet fills up, too."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +42,16 @@ class Case:
     system: str = "arrow"
     leap: bool = True
     trace: str = ""
+    lengths: str = SAMPLE
+    rps: float = PER_INSTANCE_RPS
 
     def records(self) -> Iterable[TraceRecord]:
         if self.trace:
             return read_trace(self.trace)
-        rate_rps = PER_INSTANCE_RPS * (self.prefill + self.decode)
-        lengths = list(read_trace(SAMPLE))
-        return islice(resample(Poisson(rate_rps), lengths, seed=1), self.requests)
+        rate_rps = self.rps * (self.prefill + self.decode)
+        lengths = list(read_trace(self.lengths))
+        requests = max(self.requests, LEAST_PER_INSTANCE * (self.prefill + self.decode))
+        return islice(resample(Poisson(rate_rps), lengths, seed=1), requests)
 
 
 def measure(case: Case) -> str:
@@ -74,6 +80,10 @@ def main() -> None:
     parser.add_argument("--step", action="store_true", help="every step an event")
     parser.add_argument("--curve", action="store_true", help="10^4 to 10^6 requests, 8 to 1,000 instances")
     parser.add_argument("--day", metavar="FILE", help="a trace to serve as it is on 4P12D")
+    parser.add_argument("--lengths", metavar="TRACE", default=SAMPLE, help="where lengths are drawn from")
+    parser.add_argument(
+        "--rps", type=float, default=PER_INSTANCE_RPS, help="requests per second and instance"
+    )
     options = parser.parse_args()
     if options.day:
         cases = [Case(4, 12, 0, options.system, trace=options.day)]
@@ -83,6 +93,9 @@ def main() -> None:
     else:
         sizes = ((2, 2), (16, 16), (250, 250))
         cases = [Case(p, d, options.requests, options.system, not options.step) for p, d in sizes]
+    cases = [replace(case, lengths=options.lengths, rps=options.rps) for case in cases]
+    built = "Python" if batcher.__file__.endswith(".py") else "compiled"
+    print(f"{built}; {options.rps:g} requests/s per instance, lengths of {options.lengths}")
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for line in pool.imap(measure, cases, chunksize=1):
             print(line, flush=True)
