@@ -31,7 +31,7 @@ PER_INSTANCE_RPS = 17.5
 LEAST_PER_INSTANCE = 100
 """Requests per instance, so that a large fleet fills up, too."""
 FROM_A_STREAM = 500_000
-"""From so many requests on they are drawn while the clock runs, about 20 microseconds each, to spare memory."""
+"""So many requests are drawn while the clock runs, about 20 microseconds each, to spare memory."""
 
 
 @dataclass(frozen=True)
