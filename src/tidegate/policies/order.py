@@ -31,10 +31,11 @@ __all__ = [
 
 T = TypeVar("T")
 
-STARVATION_BOUND = 20.0
+STARVATION_BOUND = 120.0
 """A request that has waited this many times its own TTFT target is served before all others. Ours: a bound
-relative to the target scales with what the request's sender considers long, and 20 (10 s at 500 ms) lets a
-burst of that length be served by deadline while a client that waits on still gets its answer."""
+relative to the target scales with what the request's sender considers long. 120 is a minute at 500 ms, about
+what clients wait. Once more wait for longer than the bound than can be served, every order is that of
+arrival again: with 20, an overload of ten seconds undid what ordering had won (``docs/log.md``)."""
 
 
 def prefill_ticket(request: Request, work_s: float) -> Ticket:

@@ -50,6 +50,7 @@ class Control:
         self._report = report
         self._pool_state: object = None
         self._reason = ""
+        self._audited = False
         self._migrate = migrate
         self._replicas = replicas
         self.first_roles: list[Role | None] = [None] * len(replicas)
@@ -117,11 +118,12 @@ class Control:
         return decode_on
 
     def tick(self, now: float, *, idle: bool, held: int) -> None:
-        """Close the gap window, audit the idle ledger, let the pool control decide."""
+        """Close the gap window, audit the ledger once when it has become idle, let the pool control decide."""
         self._report(now)
         self.ledger.window_closed(now)
-        if idle:
+        if idle and not self._audited:
             self.ledger.check_integrity()
+        self._audited = idle
         snapshot = self.ledger.snapshot(now)
         self.sampler.tick(snapshot, held)
         pool = self._system.pool
