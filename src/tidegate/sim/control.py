@@ -118,7 +118,7 @@ class Control:
         return decode_on
 
     def tick(self, now: float, *, idle: bool, held: int) -> None:
-        """Close the gap window, audit the ledger once when it has become idle, let the pool control decide."""
+        """Close the gap window, audit the ledger once it is idle, let the pool control decide."""
         self._report(now)
         self.ledger.window_closed(now)
         if idle and not self._audited:
