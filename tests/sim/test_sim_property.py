@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
-from sim_cases import CASES, Case, ended
+from sim_cases import BINARY, CASES, Case, ended
 
 from tidegate.sim import SimRun
 
@@ -61,7 +61,35 @@ def requests_end_once_and_kv_fits(case: Case) -> None:
     assert run.migrations == sum(result.migrations for result in ended(run))
 
 
+A_TICK_AT_A_STEP_END = Case(
+    system="arrow",
+    order="fifo",
+    tied=True,
+    instances=2,
+    requests=4,
+    seed=0,
+    rate_rps=300.0,
+    longest_prompt=900,
+    longest_answer=1,
+    kv_tokens=1600,
+    block_tokens=1,
+    max_batch_tokens=3,
+    max_num_seqs=1,
+    pool="",
+    front_s=0.0,
+    host_s=0.0,
+    shared_link=False,
+    lease_s=0.0517,
+    heartbeat_s=0.0,
+    sessions=0,
+    troubled=False,
+    profile=BINARY,
+)
+"""The timeline is sampled at the very end of a step that is leapt over."""
+
+
 @QUICK
+@example(A_TICK_AT_A_STEP_END)
 @given(case=CASES)
 def test_leap_equals_step(case: Case) -> None:
     leap_is_step(case)

@@ -116,9 +116,12 @@ class Batcher:
             most = min(most, self.decode.steps_to_end())
         return self._within_blocks(most)
 
-    def blocks_held(self, steps: int) -> int:
-        """Return how many blocks are taken when ``steps`` steps of the plan are over, booked or not."""
-        held = self.blocks.total - self.blocks.free + (self._needed_by(steps + 1) if steps else 0)
+    def blocks_held(self, steps: int, *, running: bool) -> int:
+        """Return how many blocks are taken when ``steps`` steps that are not booked are over.
+
+        ``running``: the step after them has begun.
+        """
+        held = self.blocks.total - self.blocks.free + (self._needed_by(steps + running) if steps else 0)
         return min(held, self.blocks.total)
 
     def commit(self, steps: int) -> list[Sequence]:

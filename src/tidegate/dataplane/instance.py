@@ -132,9 +132,13 @@ class SimInstance:
 
     def blocks_held(self, now: float) -> int:
         """Return how many KV blocks are taken at ``now``, those of steps that are leapt over with them."""
+        if not self._busy:
+            return self.batcher.blocks_held(0, running=False)
         stretch = self._stretch
-        unbooked = min(stretch.done_by(now), stretch.planned - 1) - stretch.done if self._busy else 0
-        return self.batcher.blocks_held(unbooked)
+        done = stretch.done_by(now)
+        if self._is_between(done, now):
+            return self.batcher.blocks_held(done - stretch.done, running=False)
+        return self.batcher.blocks_held(min(done, stretch.planned - 1) - stretch.done, running=True)
 
     # migration
 
@@ -243,7 +247,16 @@ class SimInstance:
         return complete
 
     def _between(self, done: int, now: float) -> bool:
-        """Stop between two steps if ``now``, by which ``done`` are over, is such a time.
+        """Stop between two steps if ``now``, by which ``done`` are over, is such a time."""
+        if not self._is_between(done, now):
+            return False
+        self._finish(done)
+        self.version += 1
+        self._events.push(now, Kind.STEP_START, self.index)
+        return True
+
+    def _is_between(self, done: int, now: float) -> bool:
+        """Tell whether ``now``, by which ``done`` steps are over, is between two steps that are leapt over.
 
         Not so once it is the turn of instances behind this one to start their steps: it has started its own.
         """
@@ -251,12 +264,7 @@ class SimInstance:
         if not stretch.done < done < stretch.planned or stretch.end_s(done) != now:
             return False
         at_s, started = self._events.last_start
-        if at_s == now and started > self.index:
-            return False
-        self._finish(done)
-        self.version += 1
-        self._events.push(now, Kind.STEP_START, self.index)
-        return True
+        return at_s != now or started <= self.index
 
     def _end_leg(self, sequence: Sequence, now: float) -> None:
         if sequence.moving:
