@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from sim_cases import BINARY, CASES, Case, ended
 
 from tidegate.sim import SimRun
