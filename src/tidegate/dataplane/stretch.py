@@ -41,14 +41,16 @@ class Stretch:
     def done_by(self, now: float) -> int:
         """Return how many of the planned steps are over at ``now``; never fewer than ``done``."""
         planned = self.planned
-        if now < self.end_s(self.done + 1):
+        # ``end_s`` written out: this is asked for each instance before each decision.
+        start_s, first_s, half_s = self.start_s, self.first_s, 0.5 * self.growth_s
+        if now < start_s + (self.done + 1) * (first_s + half_s * self.done):
             return self.done
-        if now >= self.end_s(planned):
+        if now >= start_s + planned * (first_s + half_s * (planned - 1)):
             return planned
-        done = min(planned, self._estimate(now - self.start_s))
-        while self.end_s(done + 1) <= now:
+        done = min(planned, self._estimate(now - start_s))
+        while start_s + (done + 1) * (first_s + half_s * done) <= now:
             done += 1
-        while self.end_s(done) > now:
+        while start_s + done * (first_s + half_s * (done - 1)) > now:
             done -= 1
         return done
 

@@ -13,12 +13,16 @@ from tidegate.ledger.snapshot import Field, Matrix
 class Window(enum.IntEnum):
     """Rows behind the public ones: what the open window has gathered so far."""
 
-    QUEUE_INTEGRAL = Field.COUNT
-    QUEUE_SINCE_S = enum.auto()
+    QUEUE_SINCE_S = Field.COUNT
+    QUEUE_INTEGRAL = enum.auto()
     GAP_SUM_S = enum.auto()
     GAP_TOKENS = enum.auto()
     PREFILL_WORK_S = enum.auto()
     PREFILL_WORK_S2 = enum.auto()
+
+
+SINCE_ROW = int(Window.QUEUE_SINCE_S)
+"""When the window opened; the rows behind this one are sums over the window."""
 
 
 ROWS = Field.COUNT + len(Window)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
 
 from tidegate.ledger.records import Seat
-from tidegate.ledger.sheet import Sheet, Window
+from tidegate.ledger.sheet import SINCE_ROW, Sheet, Window
 from tidegate.ledger.snapshot import Field
 
 DEMAND_S = 10.0
@@ -23,7 +24,7 @@ def close_windows(sheet: Sheet, seats: Iterable[Seat], since: float, now: float)
     """
     matrix = sheet.matrix
     produced = matrix[Window.GAP_TOKENS]
-    gaps = np.divide(matrix[Window.GAP_SUM_S], produced, out=np.zeros_like(produced), where=produced > 0)
+    gaps = matrix[Window.GAP_SUM_S] / np.maximum(produced, 1.0)
     stalled = (produced == 0) & (matrix[Field.DECODE_REQUESTS] > 0)
     if stalled.any():
         for seat in seats:
@@ -33,24 +34,16 @@ def close_windows(sheet: Sheet, seats: Iterable[Seat], since: float, now: float)
 
     queue = matrix[Field.PREFILL_QUEUE_S]
     span = now - since
-    if 0 < span < np.inf:
+    if 0 < span < math.inf:
         integral = matrix[Window.QUEUE_INTEGRAL] + queue * (now - matrix[Window.QUEUE_SINCE_S])
         matrix[Field.PREFILL_QUEUE_AVG_S] = integral / span
+        weight = -math.expm1(-span / DEMAND_S)
+        smoothed = matrix[Field.PREFILL_DEMAND : Field.PREFILL_SQUARES_S + 1]
+        smoothed += weight * (matrix[Window.PREFILL_WORK_S : Window.PREFILL_WORK_S2 + 1] / span - smoothed)
     else:
         matrix[Field.PREFILL_QUEUE_AVG_S] = queue
-    if 0 < span < np.inf:
-        weight = -np.expm1(-span / DEMAND_S)
-        for smoothed, gathered in (
-            (Field.PREFILL_DEMAND, Window.PREFILL_WORK_S),
-            (Field.PREFILL_SQUARES_S, Window.PREFILL_WORK_S2),
-        ):
-            matrix[smoothed] += weight * (matrix[gathered] / span - matrix[smoothed])
-    matrix[Window.PREFILL_WORK_S] = 0.0
-    matrix[Window.PREFILL_WORK_S2] = 0.0
-    matrix[Window.QUEUE_INTEGRAL] = 0.0
-    matrix[Window.QUEUE_SINCE_S] = now
-    matrix[Window.GAP_SUM_S] = 0.0
-    matrix[Window.GAP_TOKENS] = 0.0
+    matrix[SINCE_ROW] = now
+    matrix[SINCE_ROW + 1 :] = 0.0
 
 
 def longest_open_gap(seat: Seat, now: float) -> float:
