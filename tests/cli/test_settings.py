@@ -157,6 +157,21 @@ def test_a_system_that_needs_profiles_is_refused_for_servers_that_bring_none() -
     assert "'arrow' needs a measured profile" in found and "round-robin, static" in found
 
 
+def test_a_profile_lets_any_system_run_in_front_of_servers(tmp_path: Path) -> None:
+    name = "h100_sxm/llama-3.1-8b"
+    done = settle(vllm=["http://a", "http://b"], profile=[name])
+    assert (done.config.scheduling.system, done.origins["system"]) == ("arrow", "default")
+    assert settle(as_toml(done), folder=tmp_path).config == done.config
+    assert settle(environment={"TIDEGATE_PROFILE": name}, vllm=["http://a", "http://b"], system="arrow-v1")
+    (found,) = problems(vllm=["http://a", "http://b"], profile=["no/such.json"])
+    assert found.startswith("--profile no/such.json: cannot read")
+    (found,) = problems(vllm=["http://a", "http://b", "http://c"], profile=[name, name])
+    assert "2 profiles for 3 servers" in found
+    assert "--profile: has no effect without --vllm" in problems(profile=[name])
+    file = f"[fleet]\nvllm = ['http://a', 'http://b']\nprofile = '{name}'\n"
+    assert settle(file, folder=tmp_path, emulate=[f"{name}:4"]).config.fleet.size == 4
+
+
 def test_an_order_needs_engines_that_keep_one() -> None:
     (found,) = problems(vllm=["http://a", "http://b"], system="static+edf")
     assert "by edf, which vLLM servers do not offer" in found and "take 'static'" in found

@@ -12,6 +12,7 @@ from aiohttp import web
 from fleet_observing import Recorder, until
 
 from tidegate.core.errors import ConfigError, SetupError
+from tidegate.costs.library import packaged_profile
 from tidegate.fleet import static
 from tidegate.fleet.health import HealthPace
 from tidegate.fleet.static import StaticFleet, StaticPace, checked_url
@@ -100,6 +101,25 @@ async def test_without_metrics_the_capacity_is_what_vllm_guarantees(server: Serv
     await fleet.start(seen)
     await fleet.stop()
     assert seen.up["i0"].instance.kv_capacity_tokens == 1024
+
+
+async def test_members_carry_the_profiles_that_were_given(server: Server) -> None:
+    twin = Server()
+    await twin.up()
+    ours, theirs = (packaged_profile(f"{gpu}/llama-3.1-8b").profile for gpu in ("h100_sxm", "rtx_4090"))
+    try:
+        for given, expected in (
+            ((ours, theirs), (ours, theirs)),
+            ((ours,), (ours, ours)),
+            ((), (None, None)),
+        ):
+            seen = Recorder()
+            fleet = StaticFleet([server.url, twin.url], profiles=given, pace=QUICK)
+            await fleet.start(seen)
+            await fleet.stop()
+            assert (seen.up["i0"].profile, seen.up["i1"].profile) == expected
+    finally:
+        await twin.down()
 
 
 async def test_a_server_that_comes_later_is_waited_for(server: Server) -> None:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from tidegate.cli.profiles import load_profile
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
 from tidegate.dataplane.replica import EngineSettings
@@ -103,6 +104,21 @@ def _groups(value: object) -> list[str]:
     return words
 
 
+def _profiles(value: object) -> list[str]:
+    """Check that each names a profile; a file's path is made absolute, as the model's folder is."""
+    words = [str(Path(word).resolve()) if _is_file(word) else word for word in _words(value, "profiles")]
+    for word in words:
+        try:
+            load_profile(word)
+        except ConfigError as error:
+            raise ValueError(error.message) from None
+    return words
+
+
+def _is_file(profile: str) -> bool:
+    return profile.endswith(".json") and ":" not in profile
+
+
 def _sendable(value: str) -> str:
     if not value or not value.isascii() or not value.isprintable() or " " in value:
         raise ValueError("an API key is one word of printable ASCII, as an HTTP header carries it")
@@ -171,6 +187,7 @@ class FleetSection(Section):
     emulate: Annotated[list[str], BeforeValidator(_groups)] | None = None
     vllm: Annotated[list[str], BeforeValidator(_urls)] | None = None
     vllm_api_key: Key | None = Field(default=None, repr=False)
+    profile: Annotated[list[str], BeforeValidator(_profiles)] | None = None
 
     @property
     def size(self) -> int:
@@ -218,10 +235,14 @@ class Config(Section):
             system.roles(size)
         except ConfigError as error:
             raise ValueError(error.message) from None
-        if self.fleet.vllm and Signal.PROFILE in system.needs:
+        profiles = self.fleet.profile or []
+        if self.fleet.vllm and len(profiles) not in (0, 1, size):
+            raise ValueError(f"{len(profiles)} profiles for {size} servers: give one for all or for each")
+        if self.fleet.vllm and Signal.PROFILE in system.needs and not profiles:
             free = ", ".join(name for name in SYSTEMS.names() if not make_system(name).needs)
             raise ValueError(
-                f"system {system.name!r} needs a measured profile, which vLLM servers do not bring; "
+                f"system {system.name!r} needs a measured profile, which vLLM servers do not bring: give "
+                "--profile, a file of `tidegate profile --vllm URL --out FILE` or a packaged one's name, or "
                 f"choose a --system that needs none: {free}"
             )
         if self.fleet.vllm and system.order.name != Fifo().name:
@@ -242,7 +263,7 @@ SECTIONS: dict[str, type[Section]] = {
 SETTINGS: dict[str, str] = {name: section for section, kind in SECTIONS.items() for name in kind.model_fields}
 """The section of every setting, by the setting's name."""
 SYSTEM_WITH_VLLM = "static"
-"""The default system in front of vLLM servers, which bring no measured profile."""
+"""The default system in front of vLLM servers while no profile of theirs is given."""
 SECRETS = frozenset({"api_key", "vllm_api_key"})
 
 

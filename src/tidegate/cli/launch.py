@@ -16,6 +16,7 @@ import typer
 from tidegate import __version__
 from tidegate.cli.config import Config
 from tidegate.cli.process import debugging
+from tidegate.cli.profiles import load_profile
 from tidegate.cli.tiny import ARCH, require_embedded, tiny_model
 from tidegate.fleet.emulated import EmulatedFleet, EmulatedLaunch
 from tidegate.fleet.member import Fleet, FleetListener, Member
@@ -66,7 +67,8 @@ def make_fleet(config: Config) -> Fleet:
     """Return the fleet that the settings describe, not yet started; makes the tiny model if needed."""
     source, engine = config.fleet, config.engine
     if source.vllm:
-        return StaticFleet(source.vllm, api_key=source.vllm_api_key or "")
+        profiles = [load_profile(name).profile for name in source.profile or ()]
+        return StaticFleet(source.vllm, api_key=source.vllm_api_key or "", profiles=profiles)
     order = config.scheduling.make_system().order.name
     log_level = "info" if debugging() else "warning"
     if source.emulate:

@@ -31,7 +31,7 @@ EPILOG = """
 
     tidegate serve --emulate h100_sxm/llama-3.1-8b:8 --slo ttft:500,tpot:50
 
-    tidegate serve --vllm http://10.0.0.5:8000 --vllm http://10.0.0.6:8000 --split 1:1
+    tidegate serve --vllm http://10.0.0.5:8000 --vllm http://10.0.0.6:8000 --profile measured.json
 
     tidegate serve --config serve.toml --print-config
 """
@@ -102,8 +102,8 @@ def serve(
         str | None,
         typer.Option(
             metavar="NAME",
-            help=f"The composition of policies that decides: {_SYSTEMS}. With --vllm the default is static: "
-            "such servers bring no measured profile, which the others but round-robin need.",
+            help=f"The composition of policies that decides: {_SYSTEMS}. In front of vLLM servers the "
+            "default is static unless there is a --profile of them, which the others but round-robin need.",
             show_default="arrow",
             rich_help_panel=_DECISIONS,
         ),
@@ -156,6 +156,15 @@ def serve(
             help="A running vLLM server, in place of embedded engines; repeat for each. No KV moves between "
             "such servers yet: a decode placed elsewhere recomputes the prompt or finds it in the prefix "
             "cache, and a sampled request stays on one server, whose death it does not survive.",
+            rich_help_panel=_FLEET,
+        ),
+    ] = None,
+    profile: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE|NAME",
+            help="What the vLLM servers' steps cost: a file of `tidegate profile --vllm URL --out FILE`, or "
+            "a packaged profile (`profile --list` shows them). One for all, or one for each in their order.",
             rich_help_panel=_FLEET,
         ),
     ] = None,

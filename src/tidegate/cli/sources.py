@@ -25,6 +25,8 @@ OWN_ENGINES_ONLY = ("instances", *SECTIONS["engine"].model_fields)
 """Settings without a meaning for servers that something else started, and for emulated instances."""
 EMULATED_ONLY = tuple(SECTIONS["emulated"].model_fields)
 """Settings without a meaning but for emulated instances."""
+VLLM_ONLY = ("profile",)
+"""Settings without a meaning for instances that bring their own."""
 ELSEWHERE = ("vllm", "emulate")
 """Settings that put other instances in the place of embedded engines."""
 DEFAULT = "default"
@@ -69,13 +71,14 @@ def resolve(
     for source in ELSEWHERE:
         if source in merged:
             _drop_engine_settings(source, merged, levels, problems)
-    if "emulate" not in merged:
-        problems += [
-            f"{merged[name].origin}: has no effect without --emulate"
-            for name in EMULATED_ONLY
-            if name in levels[-1]
-        ]
-    if "vllm" in merged:
+    for needed, settings in (("emulate", EMULATED_ONLY), ("vllm", VLLM_ONLY)):
+        if needed not in merged:
+            problems += [
+                f"{merged[name].origin}: has no effect without --{needed}"
+                for name in settings
+                if name in levels[-1]
+            ]
+    if "vllm" in merged and "profile" not in merged:
         merged.setdefault("system", Given(SYSTEM_WITH_VLLM, DEFAULT))
     sections: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for name, given in merged.items():

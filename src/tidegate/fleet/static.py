@@ -13,6 +13,7 @@ import aiohttp
 
 from tidegate.core.errors import ConfigError, SetupError
 from tidegate.core.instance import Instance
+from tidegate.costs.profile import Profile
 from tidegate.fleet.health import Answer, HealthPace, check_health, end_watch, until_unhealthy
 from tidegate.fleet.member import Capabilities, FleetListener, Member
 from tidegate.fleet.vllm_facts import NotReady, ask_server
@@ -52,19 +53,32 @@ class StaticFleet:
 
     A refused connection means down at once, otherwise three missed checks do. A server that comes
     back has a new ``engine_id``; a restart quicker than one check interval goes unseen unless a
-    failing call makes the gateway ``suspect`` it. Members have no measured profile.
+    failing call makes the gateway ``suspect`` it. ``profiles`` holds one for all members or one for
+    each; without any, members have no profile.
 
     All serve one model, that of the first one up. A server with another model fails ``start``; later it
     is refused with an error in the log, and asked again in case it comes back with the right one.
     """
 
-    def __init__(self, urls: Sequence[str], *, api_key: str = "", pace: StaticPace | None = None) -> None:
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        api_key: str = "",
+        profiles: Sequence[Profile] = (),
+        pace: StaticPace | None = None,
+    ) -> None:
         self._urls = [checked_url(url) for url in urls]
         if not self._urls:
             raise ConfigError("a static fleet needs at least one URL")
         twice = sorted({url for url in self._urls if self._urls.count(url) > 1})
         if twice:
             raise ConfigError(f"given more than once: {', '.join(twice)}")
+        count = len(self._urls)
+        if len(profiles) not in (0, 1, count):
+            raise ConfigError(f"{len(profiles)} profiles for {count} servers: give one for all or for each")
+        each = list(profiles) * count if len(profiles) == 1 else profiles
+        self._profiles = dict(zip(self.ids, each, strict=False))
         self._api_key = api_key
         self._model = ""
         self._pace = pace or StaticPace()
@@ -177,6 +191,7 @@ class StaticFleet:
             url=server.url,
             model=facts.model,
             engine_id=f"{server.id}-{secrets.token_hex(4)}",
+            profile=self._profiles.get(server.id),
             api_key=self._api_key,
             kind="vllm",
             capabilities=CAPABILITIES,
