@@ -17,7 +17,7 @@ STATE = {
     "slo": {"ttft_s": 1.0, "tpot_s": 0.05},
     "instances": [
         {"id": "i1", "pool": "decode", "decode_tokens": 1234, "mean_gap_s": 0.012, "flipped_ago_s": None},
-        {"id": "i0", "pool": "decode->prefill", "decode_tokens": 0, "colour": "green"},
+        {"id": "i0", "pool": "decode->prefill", "drift": {"prefill": 1.2, "step": 0.5}, "colour": "green"},
     ],
     "down": ["i2"],
     "requests": {"in_flight": 3},
@@ -70,6 +70,7 @@ def test_the_table_shows_instances_in_order_and_keeps_to_80_columns(
     shown = capsys.readouterr().out
     assert shown.index("i0") < shown.index("i1 ")
     assert "decode->prefill" in shown and "1,234" in shown and "12 ms" in shown
+    assert "x0.50" in shown and "green" not in shown
     words = " ".join(shown.split())
     assert "in flight 3" in words and "down i2" in words and "[bold]" in words
     assert all(len(line) <= 80 for line in shown.splitlines())

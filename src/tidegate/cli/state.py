@@ -21,9 +21,13 @@ COLUMNS = {
     "decode_tokens": "tokens",
     "kv_capacity_tokens": "KV",
     "mean_gap_s": "gap",
+    "drift": "drift",
     "flipped_ago_s": "flip",
 }
-"""The columns of the table, in order, narrow enough for 80 characters. --json shows everything."""
+"""The columns of the table, in order, narrow enough for 80 characters. --json shows everything.
+
+``drift`` is the farthest of the ratios of observed to predicted seconds.
+"""
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -116,6 +120,9 @@ def _cell(name: str, value: object) -> str:
     match value:
         case None | []:
             return "-"
+        case dict() if name == "drift":
+            farthest = max(value.values(), key=lambda ratio: max(ratio, 1 / ratio), default=None)
+            return "-" if farthest is None else f"x{farthest:.2f}"
         case list():
             return ", ".join(_cell(name, each) for each in value)
         case float() if name.endswith("_s") and value >= 10:

@@ -21,7 +21,7 @@ class Profile:
 
     ``name`` is ``gpu/model[/tpN]``; ``source`` says how the coefficients came to be (measured on this
     instance, packaged, derived). ``errors`` holds the fit's median and 95th percentile relative error
-    per form.
+    per form. ``front_s`` is what passes per request outside the engine's steps; the forms do not hold it.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Profile:
     transfer: TransferCost
     source: str = ""
     errors: tuple[tuple[str, float, float], ...] = ()
+    front_s: float = 0.0
 
     def prefill_s(self, new_tokens: int, cached_tokens: int = 0) -> float:
         """Return the predicted seconds to prefill one prompt alone."""
@@ -52,6 +53,7 @@ class Profile:
                 transfer=TransferCost(**data["transfer"]),
                 source=str(data.get("source", "")),
                 errors=tuple((str(f), float(p50), float(p95)) for f, p50, p95 in data.get("errors", ())),
+                front_s=float(data.get("front_s", 0.0)),
             )
         except (KeyError, TypeError) as error:
             raise ConfigError(f"profile {data.get('name', '?')!r} is incomplete: {error}") from None

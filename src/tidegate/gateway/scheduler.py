@@ -18,11 +18,12 @@ from tidegate.costs.profile import Profile
 from tidegate.engines.dialect import DialectEngine
 from tidegate.engines.seam import Engine
 from tidegate.fleet.member import Member
+from tidegate.gateway.drift import FleetDrift
 from tidegate.gateway.journal import Journal
 from tidegate.gateway.metrics import Metrics
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.ledger.ledger import Ledger
-from tidegate.ledger.snapshot import Snapshot
+from tidegate.ledger.snapshot import Field, Snapshot
 from tidegate.measure.rows import decision_row, flip_row
 from tidegate.policies.order import Ticket, WaitingQueue, prefill_ticket
 from tidegate.policies.pricing import fastest_prefill_seconds, predicted_on
@@ -52,12 +53,13 @@ UNMEASURED = Profile(
 
 @dataclass(frozen=True, slots=True)
 class Dispatched:
-    """A placed prefill, with its predicted seconds on that instance (without the wait before it), and what
-    the instance's order goes by."""
+    """A placed prefill, with its predicted seconds on that instance (without the wait before it), what the
+    instance's order goes by, and whether the instance had nothing else to do."""
 
     place: Place
     predicted_prefill_s: float
     ticket: Ticket
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,8 @@ class Scheduler:
         self.metrics = Metrics(lambda: self.ledger.snapshot(clock.now()), lambda: self.in_flight)
         self.labels: dict[str, Role] = dict(zip(ids, system.roles(len(ids)), strict=True))
         self.upstreams: dict[str, Upstream] = {}
+        self.drift = FleetDrift()
+        self.metrics.registry.register(self.drift)
         self._waiting: WaitingQueue[asyncio.Future[None]] = system.order.queue()
         self._tasks: list[asyncio.Task[None]] = []
         self._background: set[asyncio.Task[None]] = set()
@@ -116,6 +120,7 @@ class Scheduler:
             api_key=member.api_key,
         )
         self.upstreams[instance.id] = Upstream(member, engine)
+        self.drift.member_up(member)
         self._failing.pop(instance.id, None)
         role = self.labels.setdefault(instance.id, Role.MIXED)
         self.ledger.instance_up(instance, member.profile or UNMEASURED, role, now)
@@ -128,6 +133,7 @@ class Scheduler:
         if upstream is None:
             return
         now = self.clock.now()
+        self.drift.member_down(instance_id)
         self.ledger.instance_down(instance_id, now)
         self.journal.write("instance", now, instance=instance_id, event="down", reason=reason)
         upstream.engine.close(f"instance {instance_id} is down: {reason}")
@@ -164,7 +170,8 @@ class Scheduler:
             match verdict.decision:
                 case Place() as place:
                     predicted_s = self.ledger.prefill_dispatched(request, place.prefill_on, seen.at_s)
-                    return Dispatched(place, predicted_s, prefill_ticket(request, predicted_s))
+                    ticket = prefill_ticket(request, predicted_s)
+                    return Dispatched(place, predicted_s, ticket, alone=_idle(seen, place.prefill_on))
                 case Reject(reason, retry_after_s):
                     raise Overloaded(reason, retry_after_s=retry_after_s)
                 case Hold(reason):
@@ -255,10 +262,12 @@ class Scheduler:
         self.ledger.window_closed(now)
         if self.in_flight == 0:
             self.ledger.check_integrity()
+        snapshot = self.snapshot()
+        self.drift.window(snapshot)
         pool = self.system.pool
         if pool is None or not self.upstreams:
             return
-        control = pool.step(self.snapshot(), self._pool_state)
+        control = pool.step(snapshot, self._pool_state)
         self._pool_state = control.state
         if control.reason != self._control_reason:
             self._control_reason = control.reason
@@ -340,6 +349,12 @@ class Scheduler:
         """Say that a request ended, so that held ones are asked about again."""
         if len(self._waiting):
             self._wake()
+
+
+def _idle(seen: Snapshot, instance_id: str) -> bool:
+    """Tell whether an instance neither prefills nor decodes."""
+    column = seen.index[instance_id]
+    return not (seen.cells[Field.PREFILL_REQUESTS, column] or seen.cells[Field.DECODE_REQUESTS, column])
 
 
 def _ticket(request: Request, seen: Snapshot) -> Ticket:

@@ -49,6 +49,7 @@ def state_object(scheduler: Scheduler) -> dict[str, Any]:
                 "handoff_tokens": int(snapshot.handoff_tokens[i]),
                 "kv_capacity_tokens": int(snapshot.kv_capacity_tokens[i]),
                 "mean_gap_s": round(float(snapshot.mean_gap_s[i]), 6),
+                "drift": scheduler.drift.ratios(name),
                 "flipped_ago_s": None if flipped_at_s < 0 else round(snapshot.at_s - flipped_at_s, 3),
             }
         )
