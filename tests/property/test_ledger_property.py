@@ -141,6 +141,22 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.ledger.aborted(name, self.now) == live
         assert self.ledger.owner_of(name) is None
 
+    @rule(data=st.data(), requests=st.integers(0, 9), tokens=st.integers(0, 9000))
+    def others_use_it(self, data: st.DataObject, requests: int, tokens: int) -> None:
+        if not self.ledger.ids:
+            return
+        name = data.draw(st.sampled_from(self.ledger.ids))
+        column = self.ledger.ids.index(name)
+        own, before = self.ledger.booked(name), self.ledger.counts()
+        for said in ((requests, tokens), (requests, tokens)):
+            assert self.ledger.foreign_load(name, *said)
+            seen = self.ledger.snapshot(self.now)
+            assert seen.decode_requests[column] == len(self.ledger.residents(name).decodes) + requests
+            kv = seen.decode_tokens[column] + seen.handoff_tokens[column]
+            assert kv == own.decode_tokens + own.handoff_tokens + tokens
+            assert seen.free_tokens[column] == 5000 - kv
+        assert (self.ledger.booked(name), self.ledger.counts()) == (own, before), "nothing of its own"
+
     @rule(role=ROLES, made_of=PROFILES, flippable=st.booleans())
     def comes_up(self, role: Role, made_of: object, flippable: bool) -> None:
         if len(self.ledger.ids) < 6:

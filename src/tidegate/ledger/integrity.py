@@ -33,7 +33,8 @@ def check_integrity(sheet: Sheet, seats: Mapping[str, Seat], entries: Mapping[st
 
 def _seat_problems(sheet: Sheet, name: str, seat: Seat) -> list[str]:
     prefills, decodes, handoffs = seat.prefills.values(), seat.decodes.values(), seat.handoffs.values()
-    resident, held = sum(e.tokens_now for e in decodes), sum(e.held_tokens for e in handoffs)
+    resident = sum(e.tokens_now for e in decodes) + seat.foreign_resident_tokens
+    held = sum(e.held_tokens for e in handoffs) + seat.foreign_held_tokens
     expected = {
         "FLIPPABLE": float(seat.instance.flippable),
         "KV_CAPACITY_TOKENS": float(seat.instance.kv_capacity_tokens),
@@ -42,7 +43,7 @@ def _seat_problems(sheet: Sheet, name: str, seat: Seat) -> list[str]:
         "PREFILL_TOKENS": float(sum(e.request.prompt_tokens for e in prefills)),
         "PREFILL_QUEUE_S": sum((e.seconds for e in prefills), 0.0),
         "HEAD_S": seat.head.seconds if seat.head is not None else 0.0,
-        "DECODE_REQUESTS": float(len(decodes)),
+        "DECODE_REQUESTS": float(len(decodes) + seat.foreign_requests),
         "DECODE_TOKENS": float(resident),
         "HANDOFF_TOKENS": float(held),
     }

@@ -10,7 +10,7 @@ from tidegate.core.request import Request
 from tidegate.costs.profile import Profile, ProfileTable
 from tidegate.ledger.among import Labels
 from tidegate.ledger.integrity import check_integrity
-from tidegate.ledger.records import Counts, Entry, Residents, Seat
+from tidegate.ledger.records import Booked, Counts, Entry, Residents, Seat
 from tidegate.ledger.sheet import Sheet
 from tidegate.ledger.snapshot import Field, Snapshot
 from tidegate.ledger.windows import close_windows
@@ -23,6 +23,8 @@ it: a window's gaps have one sum, however many steps were told of at once."""
 
 class Ledger:
     """What is where, fed by events only (Arrow v2, section 5.2: never by scraping engines).
+
+    What an engine says of itself enters only as ``foreign_load``, beside what the ledger knows.
 
     Every event carries ``now`` in seconds of the driver's clock; times never decrease, but for those of
     tokens, steps and ends of transfers, which may be told late, before the next snapshot. An event costs
@@ -106,6 +108,26 @@ class Ledger:
         self._sheet.flipped_at_s[seat.column] = now
         if role == Role.DECODE:
             self._last_flip_to_decode_s = now
+        return True
+
+    def foreign_load(self, instance_id: str, requests: int, tokens: int) -> bool:
+        """Say what is on an instance beside this ledger's requests: others' ``requests``, ``tokens`` of KV.
+
+        Replaces what was said before. Placements see the requests as decodes with that KV, and KV without
+        requests as waiting for a pull. It is in no window and no count, and goes with the instance. False
+        when that is not up.
+        """
+        seat = self._seats.get(instance_id)
+        if seat is None:
+            return False
+        sheet, column = self._sheet, seat.column
+        resident, held = (tokens, 0) if requests else (0, tokens)
+        sheet.decode_requests[column] += requests - seat.foreign_requests
+        sheet.decode_tokens[column] += resident - seat.foreign_resident_tokens
+        sheet.handoff_tokens[column] += held - seat.foreign_held_tokens
+        sheet.free_tokens[column] -= tokens - seat.foreign_resident_tokens - seat.foreign_held_tokens
+        seat.foreign_requests = requests
+        seat.foreign_resident_tokens, seat.foreign_held_tokens = resident, held
         return True
 
     # Requests
@@ -334,6 +356,17 @@ class Ledger:
         """Return who is on an instance. Raises NoInstance when it is not up."""
         seat = self._seat(instance_id)
         return Residents(tuple(seat.prefills), tuple(seat.handoffs), tuple(seat.decodes))
+
+    def booked(self, instance_id: str) -> Booked:
+        """Return what is the ledger's own on an instance. Raises NoInstance when it is not up."""
+        seat = self._seat(instance_id)
+        sheet, column = self._sheet, seat.column
+        return Booked(
+            len(seat.prefills) + len(seat.decodes),
+            int(sheet.prefill_tokens[column]),
+            int(sheet.decode_tokens[column]) - seat.foreign_resident_tokens,
+            int(sheet.handoff_tokens[column]) - seat.foreign_held_tokens,
+        )
 
     def owner_of(self, request_id: str) -> str | None:
         """Return the one instance whose loss loses the request's KV; None when it is not live."""

@@ -15,7 +15,8 @@ class Seat:
 
     ``head`` is the prefill taken to be running; ``head_seen`` tells whether the driver reported its
     start or it was inferred. ``steps`` counts the tokens that each of the ``in_step`` decodes that step
-    together has produced, the last one at ``stepped_at_s``.
+    together has produced, the last one at ``stepped_at_s``. The ``foreign_*`` are what no entry
+    stands for.
     """
 
     instance: Instance
@@ -29,6 +30,9 @@ class Seat:
     steps: int = 0
     in_step: int = 0
     stepped_at_s: float = 0.0
+    foreign_requests: int = 0
+    foreign_resident_tokens: int = 0
+    foreign_held_tokens: int = 0
 
 
 class Entry:
@@ -91,6 +95,20 @@ class Residents:
     prefills: tuple[str, ...]
     handoffs: tuple[str, ...]
     decodes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Booked:
+    """What the ledger's own requests amount to on one instance, without anything foreign.
+
+    ``requests`` are in prefill or decode there. ``prefill_tokens`` sums the prompts of those in prefill,
+    whose KV is partly computed; ``decode_tokens`` and ``handoff_tokens`` are KV.
+    """
+
+    requests: int
+    prefill_tokens: int
+    decode_tokens: int
+    handoff_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

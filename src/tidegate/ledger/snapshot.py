@@ -57,6 +57,7 @@ class Snapshot:
     - ``decode_*``: requests decoding here, with their resident tokens (prompt + generated);
     - ``handoff_tokens``: KV of requests whose prefill ended here and whose decode is not placed or
       still pulling;
+    - both include what is foreign (``Ledger.foreign_load``);
     - ``mean_gap_s``: mean inter-token gap of the last completed window, or the longest open gap of an
       instance that decodes but produced nothing in it; 0 without decodes;
     - ``prefill_queue_avg_s``: time average of ``prefill_queue_s`` over the last completed window;
