@@ -54,7 +54,7 @@ async def test_start_reports_every_engine_with_its_facts_and_profile(make: Make)
     assert member.profile is not None
     assert member.profile.prefill_s(512) == pytest.approx(0.0612, rel=0.05)
     assert member.pid is not None and alive(member.pid)
-    assert member.capabilities.kv_transfer and member.capabilities.resumes_sampling
+    assert member.capabilities.kv_transfer and member.capabilities.continues
 
 
 async def test_the_secret_travels_by_environment_only(make: Make) -> None:

@@ -91,7 +91,7 @@ async def test_a_server_is_described_by_what_it_says(server: Server) -> None:
     assert member.instance.kv_capacity_tokens == 3200
     assert member.instance.max_model_len == 1024
     assert member.profile is None
-    assert not member.capabilities.kv_transfer and not member.capabilities.resumes_sampling
+    assert not member.capabilities.kv_transfer and not member.capabilities.continues
 
 
 async def test_without_metrics_the_capacity_is_what_vllm_guarantees(server: Server) -> None:

@@ -93,7 +93,7 @@ async def test_a_chat_without_max_tokens_keeps_its_limit_when_its_instance_dies(
 
 
 async def test_engines_that_cannot_move_kv_or_resume_sampling_are_not_asked_to(start: Any) -> None:
-    cluster = await start("static", capabilities=Capabilities(kv_transfer=False, resumes_sampling=False))
+    cluster = await start("static", capabilities=Capabilities(kv_transfer=False, continues=False))
     status, answer, _ = await cluster.post("/v1/completions", BODY)
     assert (status, answer["choices"][0]["token_ids"]) == (200, [token_at(PROMPT, p) for p in range(12)])
     for engine in cluster.engines.values():
@@ -107,7 +107,7 @@ async def test_engines_that_cannot_move_kv_or_resume_sampling_are_not_asked_to(s
 
 
 async def test_a_sampled_stream_that_cannot_be_resumed_ends_with_a_true_error(start: Any) -> None:
-    capabilities = Capabilities(kv_transfer=False, resumes_sampling=False)
+    capabilities = Capabilities(kv_transfer=False, continues=False)
     cluster = await start("static", instances=3, step_s=0.001, capabilities=capabilities)
     body = BODY | {"max_tokens": 40, "temperature": 0.8}
     task = asyncio.create_task(cluster.stream(body))

@@ -18,7 +18,8 @@
     ├── EngineError            an engine failed the request
     │   ├── EngineUnreachable      the connection failed or broke
     │   ├── EngineTimeout          a deadline of the leg passed
-    │   └── EngineFault            the engine answered with an error
+    │   ├── EngineFault            the engine answered with an error
+    │   └── KvLost                 the KV that a leg was to begin with could not be had; the engine may be well
     ├── InternalError          tidegate itself is at fault
     └── SetupError             wrong configuration, trace or command; shown by the CLI, never served
         ├── ConfigError            unknown key, wrong value, missing signal
@@ -127,6 +128,10 @@ class EngineFault(EngineError):
     """The engine answered with an error of its own."""
 
 
+class KvLost(EngineError):
+    """The KV that a leg was to begin with could not be had, or not in time; the leg may be run without it."""
+
+
 class InternalError(TidegateError):
     """tidegate itself is at fault."""
 
@@ -178,6 +183,7 @@ STATUS: dict[type[TidegateError], ErrorStatus] = {
     EngineUnreachable: ErrorStatus(502, "engine_error", "engine_unreachable", "engine_unreachable"),
     EngineTimeout: ErrorStatus(504, "engine_error", "engine_timeout", "engine_timeout"),
     EngineFault: ErrorStatus(502, "engine_error", "engine_fault", "engine_fault"),
+    KvLost: ErrorStatus(502, "engine_error", "kv_lost", "kv_lost"),
     InternalError: ErrorStatus(500, "internal_error", "internal_error", "internal"),
 }
 

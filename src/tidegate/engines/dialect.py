@@ -19,6 +19,7 @@ from tidegate.engines.seam import Json, KvHandle, Leg, LegEnd, LegTimes, Tokens,
 from tidegate.engines.wire import Answer, Wire
 from tidegate.protocol.sse import SseParser
 
+ONLY_CONTENT = {"content"}
 WANT_HANDLE: Json = {"do_remote_decode": True, "do_remote_prefill": False}
 
 
@@ -35,6 +36,7 @@ class DialectEngine:
         stall_s: float,
         secret: str = "",
         api_key: str = "",
+        engine_id: str = "",
     ) -> None:
         headers = {}
         if secret:
@@ -43,6 +45,7 @@ class DialectEngine:
             headers["Authorization"] = f"Bearer {api_key}"
         self.instance = instance
         self.model = model
+        self.engine_id = engine_id
         self._internal = bool(secret)
         self._wire = Wire(url, connect_s=connect_s, stall_s=stall_s, headers=headers)
 
@@ -55,7 +58,7 @@ class DialectEngine:
             if leg.pin:
                 answer = await self._wire.exchange("POST", path, body, deadline_s=deadline_s)
                 self._check(answer, leg, stage)
-                return _whole_answer(answer.body, leg, sink)
+                return self._whole_answer(answer.body, leg, sink)
             stream = _Stream(leg, sink, self.instance)
             answer = await self._wire.exchange("POST", path, body, sink=stream.feed, deadline_s=deadline_s)
             self._check(answer, leg, stage)
@@ -64,6 +67,16 @@ class DialectEngine:
             error.instance = error.instance or self.instance
             error.stage = error.stage or stage
             raise
+
+    def refuses(self, handle: KvHandle) -> str | None:
+        """See ``Engine.refuses``: engines of one launch check every handle themselves."""
+        return None
+
+    def owner_gone(self, owner: str) -> None:
+        """See ``Engine.owner_gone``: their pulls notice at once."""
+
+    async def decline(self, handle: KvHandle) -> None:
+        """See ``Engine.decline``: engines of one launch are asked themselves."""
 
     async def release(self, handle: KvHandle) -> None:
         """See ``Engine.release``."""
@@ -92,7 +105,7 @@ class DialectEngine:
         }
         if leg.max_tokens is not None:
             body["max_tokens"] = leg.max_tokens
-        kv: Json = {}
+        kv = self._kv_params(leg)
         if leg.messages is None:
             body["prompt"] = leg.prompt
         else:
@@ -101,6 +114,16 @@ class DialectEngine:
                 kv["prompt_token_ids"] = leg.prompt
         if leg.salt:
             body["cache_salt"] = leg.salt
+        if kv:
+            body["kv_transfer_params"] = kv
+        if not leg.pin:
+            body["stream"] = True
+            body["stream_options"] = {"include_usage": True}
+        return body
+
+    def _kv_params(self, leg: Leg) -> Json:
+        """Return the leg's ``kv_transfer_params``."""
+        kv: Json = {}
         if leg.handle is not None:
             kv.update(leg.handle.params)
             kv.update(do_remote_prefill=not leg.pin, do_remote_decode=leg.pin)
@@ -110,12 +133,11 @@ class DialectEngine:
             kv["tidegate_generated"] = leg.generated
         if leg.ticket is not None:
             kv["tidegate_ticket"] = leg.ticket.to_json()
-        if kv:
-            body["kv_transfer_params"] = kv
-        if not leg.pin:
-            body["stream"] = True
-            body["stream_options"] = {"include_usage": True}
-        return body
+        return kv
+
+    def _handle(self, params: Json | None, leg: Leg, prompt_tokens: int) -> KvHandle | None:
+        """Return the handle in the answer of a leg that pins."""
+        return KvHandle(params, self.engine_id, prompt_tokens) if params else None
 
     def _check(self, answer: Answer, leg: Leg, stage: str) -> None:
         if answer.status == 200:
@@ -127,6 +149,23 @@ class DialectEngine:
                 f"refused a continued leg: {refusal.message}", instance=self.instance, stage=stage
             )
         raise refusal
+
+    def _whole_answer(self, raw: bytes, leg: Leg, sink: TokensSink) -> LegEnd:
+        try:
+            body = orjson.loads(raw)
+            choice = body["choices"][0]
+            tokens = _tokens(choice, leg.messages is not None)
+            tokens.prompt_token_ids = body.get("prompt_token_ids") or choice.get("prompt_token_ids")
+            times = _times(body)
+            params = body.get("kv_transfer_params")
+        except (orjson.JSONDecodeError, LookupError, TypeError, ValueError, AttributeError) as error:
+            raise EngineFault(f"the engine's answer is malformed: {error!r}") from None
+        if tokens.finish_reason in ("abort", "error"):
+            raise EngineUnreachable("the engine aborted the leg")
+        if not tokens.token_ids or tokens.prompt_token_ids is None:
+            raise EngineFault("the engine does not return token ids")
+        sink.tokens(tokens)
+        return LegEnd(self._handle(params, leg, len(tokens.prompt_token_ids)), times)
 
 
 class _Stream:
@@ -164,6 +203,7 @@ class _Stream:
                     and choice
                     and choice["finish_reason"] is None
                     and choice["logprobs"] is None
+                    and (not self._chat or choice["delta"].keys() == ONLY_CONTENT)
                 ):
                     text = choice["delta"]["content"] if self._chat else choice["text"]
                     token_ids, tokens = choice["token_ids"], None
@@ -185,8 +225,8 @@ class _Stream:
             error = event["error"]
             message = error.get("message") if isinstance(error, dict) else error
             raise EngineFault(str(message), instance=self._instance)
-        if event.get("metrics"):
-            self._times = _times(event["metrics"])
+        if event.get("metrics") or event.get("usage"):
+            self._times = _times(event)
         if not choice:
             return None
         tokens = _tokens(choice, self._chat)
@@ -207,28 +247,14 @@ class _Stream:
         return LegEnd(times=self._times)
 
 
-def _whole_answer(raw: bytes, leg: Leg, sink: TokensSink) -> LegEnd:
-    try:
-        body = orjson.loads(raw)
-        choice = body["choices"][0]
-        tokens = _tokens(choice, leg.messages is not None)
-        tokens.prompt_token_ids = body.get("prompt_token_ids") or choice.get("prompt_token_ids")
-        times = _times(body.get("metrics") or {})
-        params = body.get("kv_transfer_params")
-    except (orjson.JSONDecodeError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise EngineFault(f"the engine's answer is malformed: {error!r}") from None
-    if tokens.finish_reason in ("abort", "error"):
-        raise EngineUnreachable("the engine aborted the leg")
-    if not tokens.token_ids or tokens.prompt_token_ids is None:
-        raise EngineFault("the engine does not return token ids")
-    sink.tokens(tokens)
-    return LegEnd(KvHandle(params) if params else None, times)
-
-
 def _tokens(choice: Json, chat: bool) -> Tokens:
+    delta = None
     if chat:
         part = choice.get("delta") or choice.get("message") or {}
         text = part.get("content") or ""
+        delta = {
+            name: value for name, value in part.items() if value and name not in ("role", "content")
+        } or None
     else:
         text = choice.get("text") or ""
     return Tokens(
@@ -238,21 +264,29 @@ def _tokens(choice: Json, chat: bool) -> Tokens:
         choice.get("finish_reason"),
         choice.get("stop_reason"),
         choice.get("prompt_token_ids"),
+        delta,
     )
 
 
-def _times(metrics: Json) -> LegTimes:
+def _times(event: Json) -> LegTimes:
+    """Read an answer's times, and how much of its prompt was in a cache, from ``metrics`` and ``usage``."""
+    metrics: Json = event.get("metrics") or {}
+    usage: Json = event.get("usage") or {}
+
     def seconds(name: str) -> float | None:
         value = metrics.get(name)
         return None if value is None else float(value) / 1000.0
 
+    cached = metrics.get("cached_tokens")
+    if cached is None:
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
     return LegTimes(
         queue_s=seconds("queue_time_ms"),
         kv_load_s=seconds("kv_load_time_ms"),
         prefill_s=seconds("prefill_time_ms"),
         kv_loaded_tokens=int(metrics.get("kv_loaded_tokens") or 0),
         kv_loaded_bytes=int(metrics.get("kv_loaded_bytes") or 0),
-        cached_tokens=int(metrics.get("cached_tokens") or 0),
+        cached_tokens=int(cached or 0),
     )
 
 

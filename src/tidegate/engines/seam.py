@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,10 +15,16 @@ Json = dict[str, Any]
 class KvHandle:
     """KV pinned on an instance after a leg, as the engine described it in ``params``.
 
-    The handle is dead once that engine's process is gone or the lease ends.
+    ``owner`` is the ``Member.engine_id`` of the process that holds it: the handle is dead once that process
+    is gone. ``tokens`` says exactly how many tokens' KV it covers, from the start of the leg's prompt on.
+    ``expires_s`` is when its lease ends, in the event loop's time; inf where the owner itself refuses late
+    pulls.
     """
 
     params: Json
+    owner: str = ""
+    tokens: int = 0
+    expires_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +61,8 @@ class Tokens:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     prompt_token_ids: list[int] | None = None
+    delta: Json | None = None
+    """What a chat's message has beside its content: tool calls, reasoning."""
 
 
 class TokensSink(Protocol):
@@ -95,12 +104,25 @@ class Engine(Protocol):
         """Run a leg to its end. Cancelling aborts it on the engine.
 
         Raises a ClientError when the engine refuses the request itself, EngineUnreachable,
-        EngineTimeout or EngineFault when the leg failed and another instance may try.
+        EngineTimeout or EngineFault when the leg failed and another instance may try, KvLost when it may be
+        tried without its handle.
         """
         ...
 
+    def refuses(self, handle: KvHandle) -> str | None:
+        """Say why this engine must not be sent ``handle``; None when it may. No I/O."""
+        ...
+
+    def owner_gone(self, owner: str) -> None:
+        """Give up the legs that still wait for KV of the engine ``owner``; they fail with KvLost."""
+        ...
+
     async def release(self, handle: KvHandle) -> None:
-        """Let the engine free a handle's KV now; failure is silent (the lease ends it)."""
+        """Free the KV of a handle of this engine now; failure is silent (the lease ends it)."""
+        ...
+
+    async def decline(self, handle: KvHandle) -> None:
+        """Have the owner of another engine's handle free its KV, where the owner itself cannot be asked."""
         ...
 
     async def release_request(self, request_id: str) -> None:

@@ -9,19 +9,24 @@ from tidegate.core.instance import Instance
 from tidegate.costs.profile import Profile
 
 
+LEASE_S = 30.0
+"""How long vLLM pins KV unless its ``kv_lease_duration`` says otherwise."""
+
+
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """What an instance can do beyond plain serving; the gateway asks for nothing else.
 
     ``kv_transfer``: other members can pull its KV by handle, and it can pull theirs. Without it a
-    decode leg recomputes the prompt or finds it in its prefix cache. ``resumes_sampling``: seeded
-    sampling, penalties and guided decoding continue exactly on another leg. Without it a request
-    that needs them is served as one leg. ``orders``: it serves waiting prefills in the order it was started
+    decode leg recomputes the prompt or finds it in its prefix cache. ``continues``: told how many of a
+    prompt's tokens are earlier output, it goes on exactly: characters and stop strings across the seam,
+    seeded sampling, penalties, guided decoding. Without it the gateway keeps text whole itself, and a request
+    whose state ids do not hold can only begin anew. ``orders``: it serves waiting prefills in the order it was started
     with, by the tickets that come with them; without it only ``fifo`` systems may use it.
     """
 
     kv_transfer: bool = True
-    resumes_sampling: bool = True
+    continues: bool = True
     orders: bool = True
 
 
@@ -33,6 +38,8 @@ class Member:
     (KV handles of an older engine id are dead). ``secret`` authorises KV and internal calls inside one
     launch, ``api_key`` the engine's ``/v1`` routes; both are empty when not needed and never logged.
     ``kind`` is ``embedded``, ``emulated`` or ``vllm``; what may be asked of it is in ``capabilities``.
+    ``connector`` names the KV connector of a vLLM server that has ``kv_transfer``, which pins KV for
+    ``lease_s``; ``bootstrap_url`` is where MooncakeConnector's peers find it.
     """
 
     instance: Instance
@@ -45,6 +52,9 @@ class Member:
     kind: str = "embedded"
     pid: int | None = None
     capabilities: Capabilities = Capabilities()
+    connector: str = ""
+    lease_s: float = LEASE_S
+    bootstrap_url: str = ""
 
 
 class FleetListener(Protocol):

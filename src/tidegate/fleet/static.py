@@ -15,13 +15,21 @@ from tidegate.core.errors import ConfigError, SetupError
 from tidegate.core.instance import Instance
 from tidegate.costs.profile import Profile
 from tidegate.fleet.health import Answer, HealthPace, check_health, end_watch, until_unhealthy
-from tidegate.fleet.member import Capabilities, FleetListener, Member
+from tidegate.fleet.member import LEASE_S, Capabilities, FleetListener, Member
 from tidegate.fleet.vllm_facts import NotReady, ask_server
 
 log = logging.getLogger(__name__)
 
-CAPABILITIES = Capabilities(kv_transfer=False, resumes_sampling=False, orders=False)
-"""A server that tidegate did not start is asked only for what every vLLM server offers."""
+AUTO = "auto"
+"""Find out which KV connector a server has."""
+
+
+@dataclass(frozen=True, slots=True)
+class KvSetup:
+    """How servers were started to hand KV on: ``nixl``, ``none``, or ``auto`` to look at their metrics."""
+
+    connector: str = AUTO
+    lease_s: float = LEASE_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +62,7 @@ class StaticFleet:
     A refused connection means down at once, otherwise three missed checks do. A server that comes
     back has a new ``engine_id``; a restart quicker than one check interval goes unseen unless a
     failing call makes the gateway ``suspect`` it. ``profiles`` holds one for all members or one for
-    each; without any, members have no profile.
+    each; without any, members have no profile. ``kv`` says how their KV moves.
 
     All serve one model, that of the first one up. A server with another model fails ``start``; later it
     is refused with an error in the log, and asked again in case it comes back with the right one.
@@ -67,6 +75,7 @@ class StaticFleet:
         api_key: str = "",
         profiles: Sequence[Profile] = (),
         pace: StaticPace | None = None,
+        kv: KvSetup | None = None,
     ) -> None:
         self._urls = [checked_url(url) for url in urls]
         if not self._urls:
@@ -82,6 +91,7 @@ class StaticFleet:
         self._api_key = api_key
         self._model = ""
         self._pace = pace or StaticPace()
+        self._kv = kv or KvSetup()
         self._servers: dict[str, _Server] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._session: aiohttp.ClientSession | None = None
@@ -186,15 +196,19 @@ class StaticFleet:
                 say("waiting for %s (%s): %s", server.id, server.url, told)
             await asyncio.sleep(self._pace.retry_s)
         instance = Instance(server.id, facts.kv_capacity_tokens, facts.max_model_len, facts.block_tokens)
+        connector = facts.connector if self._kv.connector == AUTO else self._kv.connector
+        moves_kv = connector not in ("", "none")
         return Member(
             instance=instance,
             url=server.url,
             model=facts.model,
-            engine_id=f"{server.id}-{secrets.token_hex(4)}",
+            engine_id=f"{server.id}-{facts.started or secrets.token_hex(4)}",
             profile=self._profiles.get(server.id),
             api_key=self._api_key,
             kind="vllm",
-            capabilities=CAPABILITIES,
+            capabilities=Capabilities(kv_transfer=moves_kv, continues=False, orders=False),
+            connector=connector if moves_kv else "",
+            lease_s=self._kv.lease_s,
         )
 
 

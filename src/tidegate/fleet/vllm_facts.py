@@ -14,6 +14,7 @@ from tidegate.core.errors import SetupError
 BLOCK_TOKENS = 16
 """vLLM's default block size, for a server that shows no metrics."""
 _CACHE_INFO = re.compile(r"^vllm:cache_config_info\{(.*)\}\s", re.MULTILINE)
+_STARTED = re.compile(r"^process_start_time_seconds\s+(\S+)", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
@@ -23,12 +24,18 @@ class NotReady(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ServerFacts:
-    """The first model a server lists, its context length and its KV cache."""
+    """The first model a server lists, its context length and its KV cache.
+
+    ``connector`` is the KV connector its metrics show: ``nixl``, or "" for none that shows any. ``started``
+    tells one life of the server from the next; "" when it does not say.
+    """
 
     model: str
     max_model_len: int
     block_tokens: int
     kv_capacity_tokens: int
+    connector: str = ""
+    started: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +69,19 @@ async def ask_server(
                 raise NotReady(f"/v1/models answers {response.status}")
             model, max_model_len = _first_model(url, await response.read())
         async with session.get(f"{url}/metrics", timeout=timeout) as response:
-            cache = parse_cache_config(await response.text()) if response.status == 200 else None
+            metrics = await response.text() if response.status == 200 else ""
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
         raise NotReady(str(error) or type(error).__name__) from None
-    if cache is None:
-        return ServerFacts(model, max_model_len, BLOCK_TOKENS, max_model_len)
-    return ServerFacts(model, max_model_len, cache.block_tokens, max(cache.capacity_tokens, max_model_len))
+    cache = parse_cache_config(metrics) or CacheConfig(BLOCK_TOKENS, max_model_len)
+    began = _STARTED.search(metrics)
+    return ServerFacts(
+        model,
+        max_model_len,
+        cache.block_tokens,
+        max(cache.capacity_tokens, max_model_len),
+        "nixl" if "\nvllm:nixl_" in metrics else "",
+        began.group(1) if began else "",
+    )
 
 
 def parse_cache_config(metrics: str) -> CacheConfig | None:

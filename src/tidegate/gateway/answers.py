@@ -31,6 +31,30 @@ def text_offsets(tokens: list[str], start: int) -> list[int]:
     return list(accumulate((len(token) for token in tokens[:-1]), initial=start)) if tokens else []
 
 
+def joined(said: Any, more: Any) -> Any:
+    """Return what a streamed message says of a field, with another delta's part: text appended, tool calls
+    put together by their index. Anything else is replaced."""
+    if isinstance(said, str) and isinstance(more, str):
+        return said + more
+    if isinstance(more, list) and all(isinstance(item, dict) and "index" in item for item in more):
+        calls: list[Json] = list(said or [])
+        for item in more:
+            at = next((i for i, call in enumerate(calls) if call.get("index") == item["index"]), None)
+            if at is None:
+                calls.append(item)
+            else:
+                calls[at] = joined(calls[at], item)
+        return calls
+    if isinstance(said, dict) and isinstance(more, dict):
+        kept = ("id", "type", "name", "index")
+        return said | {
+            name: value if name in kept else joined(said.get(name), value)
+            for name, value in more.items()
+            if value is not None
+        }
+    return more
+
+
 class ChunkWriter:
     """Turns tokens into the SSE events of one streamed answer.
 
@@ -67,11 +91,13 @@ class ChunkWriter:
             self._opened = True
             opening = self._choice({"index": 0, "delta": {"role": "assistant", "content": ""}})
         call = self._call
-        if finish_reason is None and tokens.logprobs is None and not call.return_token_ids:
+        extras = tokens.delta or {}
+        if finish_reason is None and tokens.logprobs is None and not call.return_token_ids and not extras:
             return opening + self.plain(tokens.text)
         choice: Json = {"index": 0}
         if call.chat:
-            choice["delta"] = {"content": tokens.text} if tokens.text or finish_reason is None else {}
+            said = {"content": tokens.text} if tokens.text or (finish_reason is None and not extras) else {}
+            choice["delta"] = said | extras
             choice["logprobs"] = tokens.logprobs
         else:
             choice["text"] = tokens.text
@@ -148,9 +174,10 @@ class Streamed:
 class Collected:
     """Gathers the tokens of an answer that is sent in one piece."""
 
-    __slots__ = ("_logprobs", "_texts")
+    __slots__ = ("_extras", "_logprobs", "_texts")
 
     def __init__(self) -> None:
+        self._extras: Json = {}
         self._texts: list[str] = []
         self._logprobs: list[Json] = []
 
@@ -159,6 +186,8 @@ class Collected:
         self._texts.append(tokens.text)
         if tokens.logprobs:
             self._logprobs.append(tokens.logprobs)
+        for name, value in (tokens.delta or {}).items():
+            self._extras[name] = joined(self._extras.get(name), value)
 
     def plain(self, text: str, token_ids: list[int]) -> None:
         """See ``Answer.plain``."""
@@ -179,7 +208,8 @@ class Collected:
         text = "".join(self._texts)
         choice: Json = {"index": 0}
         if call.chat:
-            choice["message"] = {"role": "assistant", "content": text}
+            content = text if text or not self._extras else None
+            choice["message"] = {"role": "assistant", "content": content, **self._extras}
             choice["logprobs"] = self._chat_logprobs()
         else:
             choice["text"] = text

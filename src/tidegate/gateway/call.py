@@ -32,7 +32,8 @@ class Call:
 
     Exactly one of ``prompt`` (text or token ids) and ``messages`` is set. ``max_tokens`` is None when
     the client sent none. A request that samples without a seed is given one here, so
-    that whatever leg continues it continues the same random sequence.
+    that whatever leg continues it continues the same random sequence; ``seeded`` says that it is the
+    client's own.
     """
 
     id: str
@@ -50,17 +51,22 @@ class Call:
     tenant: str
     session: str
     salt: str
+    seeded: bool = False
+    stops: tuple[str, ...] = ()
 
     @property
-    def greedy(self) -> bool:
-        """Whether every token depends on the ones before it alone: no sampling, penalty or guidance."""
-        stateful = ("presence_penalty", "frequency_penalty", "repetition_penalty", "response_format")
-        guided = any(name.startswith(("guided_", "structured_")) for name in self.sampling)
-        return (
-            self.sampling.get("temperature") == 0
-            and not guided
-            and not any(self.sampling.get(name) for name in stateful)
-        )
+    def state(self) -> str:
+        """Name the field because of which the next token depends on more than the ones before it; "" if none.
+
+        Such state lives in the engine that began the answer: another one cannot take it up in the middle.
+        """
+        sampling = self.sampling
+        if self.seeded and sampling.get("temperature") != 0:
+            return "seed"
+        for name in ("presence_penalty", "frequency_penalty", "response_format", "tools"):
+            if sampling.get(name) and not (name == "tools" and sampling.get("tool_choice") == "none"):
+                return name
+        return next((name for name in sampling if name.startswith(("guided_", "structured_"))), "")
 
     def tokens_within(self, room: int) -> int:
         """Return how many tokens to generate when the context has ``room`` for that many more."""
@@ -116,6 +122,8 @@ def read_call(value: Json, headers: Mapping[str, str], *, chat: bool, slo: Slo) 
         tenant=tenant,
         session=headers.get("x-session-id", ""),
         salt=salt,
+        seeded=body.seed is not None,
+        stops=body.stops,
     )
 
 

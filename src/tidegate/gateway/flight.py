@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 
-from tidegate.core.decision import Path
+from tidegate.core.decision import Migrate, Path
 from tidegate.core.errors import (
     EngineError,
     EngineFault,
     EngineTimeout,
     EngineUnreachable,
     InternalError,
+    KvLost,
     PromptTooLong,
     TidegateError,
     status_of,
@@ -19,33 +20,24 @@ from tidegate.core.request import Request
 from tidegate.engines.seam import KvHandle, Leg, LegEnd, Tokens
 from tidegate.gateway.answers import Answer
 from tidegate.gateway.call import Call
+from tidegate.gateway.continuation import Continuation, NotRepeated, StopStrings
 from tidegate.gateway.outcome import record
-from tidegate.gateway.scheduler import Scheduler, Upstream
+from tidegate.gateway.scheduler import Scheduler
+from tidegate.gateway.token_estimate import TokenEstimate
+from tidegate.gateway.upstream import Upstream
 from tidegate.measure.rows import Ending, Story
 from tidegate.policies.order import Ticket
-
-CHARS_PER_TOKEN = 4.0
-"""First guess for text prompts, until engines have told lengths (a common rule of thumb)."""
-
 
 DEADLY = 3
 """Instances that may die under a request before its first token; then it is taken for the cause (ours)."""
 
 
-class TokenEstimate:
-    """Guesses a text prompt's token count from the prompts seen so far."""
+class _Leave(Exception):
+    """Ends a stream whose decode is to go on elsewhere."""
 
-    def __init__(self) -> None:
-        self._chars_per_token = CHARS_PER_TOKEN
 
-    def tokens(self, chars: int) -> int:
-        """Return the expected length, at least 1."""
-        return max(1, round(chars / self._chars_per_token))
-
-    def observe(self, chars: int, tokens: int) -> None:
-        """Learn from a prompt whose length became known."""
-        if chars and tokens:
-            self._chars_per_token += 0.2 * (chars / tokens - self._chars_per_token)
+class _Done(Exception):
+    """Ends a stream behind the last token that is wanted."""
 
 
 class Flight:
@@ -79,6 +71,8 @@ class Flight:
         self._leg_first_s: float | None = None
         self._handing_over = False
         self._decoding = False
+        self._seams: Continuation | None = None
+        self._migrate: Migrate | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -89,7 +83,7 @@ class Flight:
 
     async def run(self) -> None:
         """Serve the request to its end."""
-        self._scheduler.in_flight += 1
+        self._scheduler.flights[self.call.id] = self
         error: TidegateError | None = None
         try:
             await self._until_finished()
@@ -103,7 +97,7 @@ class Flight:
             error = InternalError(f"{type(failure).__name__}: {failure}")
             raise
         finally:
-            self._scheduler.in_flight -= 1
+            del self._scheduler.flights[self.call.id]
             self._close(error)
 
     async def _until_finished(self) -> None:
@@ -137,18 +131,12 @@ class Flight:
         poisonous = self._deaths >= DEADLY and not self.out_ids
         if self._failures > scheduler.settings.replays or now >= self._deadline_s or poisonous:
             raise error
-        if not self._resumable():
+        if isinstance(error, NotRepeated) and self.call.state:
             raise error
         scheduler.metrics.replays.labels(label).inc()
         self.story.replays += 1
-        if error.instance:
+        if error.instance and not isinstance(error, KvLost):
             await scheduler.confirm_failure(error.instance)
-
-    def _resumable(self) -> bool:
-        """Whether another leg continues exactly where the failed one ended."""
-        if not self.out_ids or self.call.greedy or self._leg_upstream is None:
-            return True
-        return self._leg_upstream.member.capabilities.resumes_sampling
 
     async def _attempt(self) -> None:
         """Run the request, or what is left of it, from one placement of its prefill."""
@@ -170,93 +158,212 @@ class Flight:
         story.prefill_on = place.prefill_on
         story.predicted_prefill_s = dispatched.predicted_prefill_s
         upstream = scheduler.upstreams[place.prefill_on]
-        movable = self.call.greedy or upstream.member.capabilities.resumes_sampling
+        capabilities = upstream.member.capabilities
+        beginning_anew = bool(self.call.state) and not capabilities.continues
+        if beginning_anew:
+            story.unmovable = self.call.state
         placed_s = self._clock.now()
-        if place.path is Path.COLOCATED or not movable:
+        if place.path is Path.COLOCATED or (beginning_anew and not capabilities.kv_transfer):
             story.decode_on = place.prefill_on
-            end = await self._run_leg(upstream, self._remaining(), ticket=dispatched.ticket)
+            end = await self._to_the_end(upstream, ticket=dispatched.ticket)
             self._note_prefill(end, placed_s)
             self._note_decode(end, placed_s)
             return
         hand_over = self._remaining() != 1
-        end = await self._run_leg(upstream, 1, hand_over=hand_over, ticket=dispatched.ticket)
+        end = await self._run_leg(upstream, hand_over=hand_over, most=1, ticket=dispatched.ticket)
         self._note_prefill(end, placed_s)
         if self.finish_reason is None and self._refusal is None:
             await self._decode(upstream, end.handle)
         elif end.handle is not None:
-            scheduler.background(upstream.engine.release(end.handle))
+            scheduler.handles.release(end.handle)
         self._raise_refusal()
 
     async def _decode(self, source: Upstream, handle: KvHandle | None) -> None:
         """Place the decode and run it, pulling the KV behind ``handle`` unless it is gone."""
         scheduler = self._scheduler
-        pulled = False
+        now = self._clock.now()
+        self._ledger.prefill_ended(self.call.id, now)
         try:
-            now = self._clock.now()
-            self._ledger.prefill_ended(self.call.id, now)
             name = scheduler.place_decode(self._request(), source.member.instance.id)
-            self.story.decode_on = name
-            self._decoding = True
-            if name != source.member.instance.id:
-                self._ledger.transfer_started(self.call.id, now)
-            end = await self._run_leg(scheduler.upstreams[name], self._remaining(), handle=handle)
-            pulled = True
-            self._note_decode(end, now)
+        except BaseException:
+            if handle is not None:
+                scheduler.handles.release(handle)
+            raise
+        self.story.decode_on = name
+        self._decoding = True
+        if name != source.member.instance.id:
+            self._ledger.transfer_started(self.call.id, now)
+        self._note_decode(await self._to_the_end(scheduler.upstreams[name], handle=handle), now)
+
+    async def _to_the_end(
+        self, upstream: Upstream, *, handle: KvHandle | None = None, ticket: Ticket | None = None
+    ) -> LegEnd:
+        """Run all that is left, on ``upstream`` first, then wherever migrations take it."""
+        while True:
+            try:
+                return await self._run_leg(upstream, handle=handle, ticket=ticket)
+            except _Leave:
+                upstream, handle = await self._move(upstream)
+                ticket = None
+            if self.finish_reason is not None:
+                return LegEnd()
+
+    # migration
+
+    def leave(self, migrate: Migrate) -> str:
+        """Move the decode as ``migrate`` says, at its next token; return why not, "" when it will."""
+        upstream = self._leg_upstream
+        if not self._decoding or self._handing_over or upstream is None or self._leg_first_s is None:
+            return "it does not decode"
+        if upstream.member.instance.id != migrate.src:
+            return f"it does not decode on {migrate.src}"
+        if self._migrate is not None:
+            return "it moves already"
+        if self.story.unmovable:
+            return f"its state cannot move: {self.story.unmovable}"
+        if not upstream.member.capabilities.kv_transfer:
+            return f"the KV of {migrate.src} cannot be moved"
+        self._migrate = migrate
+        return ""
+
+    def _leave_if_told(self) -> None:
+        """Raise _Leave where the answer may be cut: its text is whole, and something is left to generate."""
+        whole = self._seams is None or self._seams.clean == len(self.out_ids)
+        left = self._remaining()
+        if whole and self.finish_reason is None and (left is None or left > 1):
+            raise _Leave
+
+    async def _move(self, src: Upstream) -> tuple[Upstream, KvHandle | None]:
+        """Have the source pin what the stream has so far, and return where to go on, with the handle.
+
+        The leg that does so brings one token: the stream waits for no transfer before it. The prefix cache
+        of the source holds all but the last block of what the leg computes.
+        """
+        scheduler, story, migrate = self._scheduler, self.story, self._migrate
+        assert migrate is not None
+        scheduler.migrations.note(migrate, "begun")
+        event = "cancelled"
+        try:
+            end = await self._run_leg(src, hand_over=True, most=1)
+            dst = scheduler.upstreams.get(migrate.dst)
+            if self.finish_reason is not None or dst is None or end.handle is None:
+                if end.handle is not None:
+                    scheduler.handles.release(end.handle)
+                return src, None
+            now = self._clock.now()
+            resident = self.prompt_tokens + len(self.out_ids)
+            self._ledger.decode_dispatched(self.call.id, migrate.dst, resident, now)
+            self._ledger.transfer_started(self.call.id, now)
+            story.migrations += 1
+            story.decode_on = migrate.dst
+            event = "done"
+            return dst, end.handle
         finally:
-            if not pulled and handle is not None:
-                scheduler.background(source.engine.release(handle))
+            self._migrate = None
+            scheduler.migrations.note(migrate, event)
+
+    # legs
 
     async def _run_leg(
         self,
         upstream: Upstream,
-        max_tokens: int | None,
         *,
         hand_over: bool = False,
+        most: int | None = None,
         handle: KvHandle | None = None,
         ticket: Ticket | None = None,
     ) -> LegEnd:
-        """Run one leg; with ``hand_over`` another one continues it, pulling its KV where instances can.
+        """Run one leg over at most ``most`` tokens; with ``hand_over`` another one continues it, pulling its
+        KV where instances can. A ``handle`` that cannot be used, or was not, is released.
 
         The ticket goes to an engine that orders by it, unless the answer has begun already.
         """
-        call = self.call
+        call, scheduler = self.call, self._scheduler
         now = self._clock.now()
-        left_s = self._deadline_s - now
-        if left_s <= 0:
-            raise EngineTimeout(
-                f"the request's deadline of {self._scheduler.settings.request_deadline_s:g} s has passed"
-            )
         self._legs += 1
         self._leg_upstream, self._leg_first_s, self._handing_over = upstream, None, hand_over
-        pin = hand_over and upstream.member.capabilities.kv_transfer
-        ordered = upstream.member.capabilities.orders and not self.out_ids
+        capabilities = upstream.member.capabilities
+        pin = hand_over and capabilities.kv_transfer
+        ordered = capabilities.orders and not self.out_ids
+        loaded = handle if handle is not None and scheduler.handles.usable(handle, upstream) else None
+        begun = self._begin(upstream, loaded)
+        left = None if self._limit is None else self._limit - begun
         leg = Leg(
             request_id=f"{call.id}-{self._legs}",
-            prompt=call.prompt if self.prompt_ids is None else [*self.prompt_ids, *self.out_ids],
+            prompt=call.prompt if self.prompt_ids is None else [*self.prompt_ids, *self.out_ids[:begun]],
             messages=call.messages,
-            max_tokens=max_tokens,
-            sampling=self._sampling(max_tokens),
-            generated=len(self.out_ids),
+            max_tokens=left if most is None else most,
+            sampling=self._sampling(begun, left if most is None else most),
+            generated=begun,
             pin=pin,
-            handle=handle,
+            handle=loaded,
             salt=call.salt,
             ticket=ticket.on_clock(-now) if ticket is not None and ordered else None,
         )
         try:
+            left_s = self._deadline_s - now
+            if left_s <= 0:
+                raise EngineTimeout(
+                    f"the request's deadline of {scheduler.settings.request_deadline_s:g} s has passed"
+                )
             return await upstream.engine.run(leg, self, deadline_s=left_s)
-        except BaseException:
+        except _Done:
+            return LegEnd()
+        except BaseException as error:
             # The answer may have been lost on the way: the engine then holds a pin nobody knows of.
             if pin:
-                self._scheduler.background(upstream.engine.release_request(leg.request_id))
+                scheduler.background(upstream.engine.release_request(leg.request_id))
+            if isinstance(error, KvLost) and handle is not None:
+                scheduler.handles.suspect_owner(handle)
             raise
+        finally:
+            if handle is not None and (loaded is None or self._leg_first_s is None):
+                scheduler.handles.release(handle)
 
-    def _sampling(self, max_tokens: int | None) -> dict[str, object]:
-        """Return the leg's sampling fields: ``min_tokens`` asks no more of it than it may generate."""
+    def _begin(self, upstream: Upstream, handle: KvHandle | None) -> int:
+        """Return how many of the delivered tokens the next leg's prompt holds; it says the others again.
+
+        All of them for an engine that continues. Another begins with exactly what a handle covers, without
+        one where text is whole, and where the answer depends on more than its tokens at its start.
+        """
+        if upstream.member.capabilities.continues:
+            self._seams = None
+            return len(self.out_ids)
+        if self._seams is None:
+            call = self.call
+            include = bool(call.sampling.get("include_stop_str_in_output"))
+            stops = None
+            if call.stops:
+                least = call.sampling.get("min_tokens") or 0
+                stops = StopStrings(call.stops, include=include, min_tokens=least)
+            self._seams = Continuation(self.out_ids, stops)
+        if handle is not None and self.prompt_ids is not None:
+            begun = handle.tokens - len(self.prompt_ids)
+        else:
+            begun = 0 if self.call.state else self._seams.clean
+        self._seams.begin(begun)
+        return begun
+
+    def _sampling(self, begun: int, most: int | None) -> dict[str, object]:
+        """Return the sampling fields of a leg behind ``begun`` tokens: ``min_tokens`` asks no more of it than
+        it may generate.
+
+        For an engine that does not continue: it counts from the leg's start, the gateway looks for stop
+        strings, and a seed that is ours differs from leg to leg, so that random numbers do not repeat.
+        """
         sampling = self.call.sampling
         wanted = sampling.get("min_tokens")
-        if wanted and max_tokens is not None:
-            return sampling | {"min_tokens": min(wanted, len(self.out_ids) + max_tokens)}
-        return sampling
+        if self._seams is None:
+            if wanted and most is not None:
+                return sampling | {"min_tokens": min(wanted, len(self.out_ids) + most)}
+            return sampling
+        changed: dict[str, object] = {}
+        if wanted:
+            changed["min_tokens"] = max(0, wanted - begun if most is None else min(wanted - begun, most))
+        if "seed" in sampling and not self.call.seeded:
+            changed["seed"] = sampling["seed"] + begun
+        dropped = ("stop", "include_stop_str_in_output") if self.call.stops else ()
+        return {name: value for name, value in (sampling | changed).items() if name not in dropped}
 
     # the legs' tokens
 
@@ -269,26 +376,78 @@ class Flight:
         if tokens.token_ids:
             if self.prompt_ids is None:
                 raise EngineFault("the engine does not return the prompt's token ids")
+            self._arrived()
+        seams = self._seams
+        if seams is not None:
+            if self._handing_over and self.call.state:
+                return  # The next leg says it again, from the state that it keeps.
+            tokens = seams.piece(tokens, whole=self._handing_over)
+        if tokens.token_ids:
             self._count(tokens.token_ids)
         reason = tokens.finish_reason
         if reason == "length" and self._handing_over and self._remaining() != 0:
             reason = None
         if reason is not None:
             self.finish_reason, self.stop_reason = reason, tokens.stop_reason
-        if tokens.token_ids or tokens.text or reason is not None:
+        if seams is not None and seams.stops is not None:
+            tokens.text = self._until_stop(seams.stops, tokens.text)
+            reason = tokens.finish_reason = self.finish_reason
+            tokens.stop_reason = self.stop_reason
+        if tokens.token_ids or tokens.text or tokens.delta or reason is not None:
             self._answer.tokens(tokens, reason, self.prompt_ids)
+        self._after_piece()
 
     def plain(self, text: str, token_ids: list[int]) -> None:
         """See ``TokensSink.plain``."""
+        if self._leg_first_s is None:
+            self._arrived()
+        seams = self._seams
+        if seams is not None:
+            text, token_ids = seams.plain(text, token_ids)
+            if not token_ids and not text:
+                return
         self._count(token_ids)
+        if seams is not None and seams.stops is not None:
+            text = self._until_stop(seams.stops, text)
+            if self.finish_reason is not None:
+                self._answer.tokens(
+                    Tokens(text, token_ids, None, self.finish_reason, self.stop_reason),
+                    self.finish_reason,
+                    self.prompt_ids,
+                )
+                raise _Done
         self._answer.plain(text, token_ids)
+        if self._migrate is not None:
+            self._after_piece()
+
+    def _until_stop(self, stops: StopStrings, text: str) -> str:
+        """Return the text up to a stop string, which ends the request; all that is left when it has ended."""
+        ended = self.finish_reason is not None
+        text = stops.feed(text, len(self.out_ids))
+        if stops.found is not None:
+            self.finish_reason, self.stop_reason = "stop", stops.found
+        elif ended:
+            text += stops.flush()
+        return text
+
+    def _after_piece(self) -> None:
+        """End the leg's stream behind a stop string, or for a migration."""
+        if self._handing_over:
+            return
+        if self._seams is not None and self._seams.stops is not None and self._seams.stops.found is not None:
+            raise _Done
+        if self._migrate is not None:
+            self._leave_if_told()
+
+    def _arrived(self) -> None:
+        """Note the leg's first token, be it new or said again."""
+        if self._leg_first_s is None:
+            self._leg_first_s = self._clock.now()
+            self._leg_began(self._leg_first_s)
 
     def _count(self, token_ids: list[int]) -> None:
         """Enter new tokens in the books."""
         now = self._clock.now()
-        if self._leg_first_s is None:
-            self._leg_first_s = now
-            self._leg_began(now)
         self.out_ids += token_ids
         story = self.story
         if story.first_token_s is None:

@@ -21,10 +21,11 @@ from tidegate.core.errors import (
 from tidegate.gateway.answers import Collected, Streamed, usage_object
 from tidegate.gateway.call import Call, read_call
 from tidegate.gateway.client_stream import ClientStream
-from tidegate.gateway.flight import Flight, TokenEstimate
+from tidegate.gateway.flight import Flight
 from tidegate.gateway.scheduler import RETRY_AFTER_S, Scheduler
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.gateway.state import models_object, state_object
+from tidegate.gateway.token_estimate import TokenEstimate
 from tidegate.protocol.http_front import (
     JSON,
     Handler,

@@ -38,6 +38,12 @@ class Metrics:
         self.kv_transfer = Counter("tidegate_kv_transfer_bytes", "KV moved between instances", registry=r)
         self.flips = Counter("tidegate_flips", "Label rewrites", ["to", "reason"], registry=r)
         self.replays = Counter("tidegate_replays", "Legs run again after a failure", ["reason"], registry=r)
+        self.migrations = Counter(
+            "tidegate_migrations", "Migrations by how they ended", ["event"], registry=r
+        )
+        self.handles_refused = Counter(
+            "tidegate_kv_handles_refused", "KV handles that were not sent on", ["reason"], registry=r
+        )
         self.prediction_error = Histogram(
             "tidegate_prefill_prediction_error_ratio",
             "abs(predicted - observed) / observed prefill time",

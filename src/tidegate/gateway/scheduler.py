@@ -15,13 +15,13 @@ from tidegate.core.instance import Role
 from tidegate.core.request import Request
 from tidegate.costs.forms import MixedCost, PrefillCost, StepCost, TransferCost
 from tidegate.costs.profile import Profile
-from tidegate.engines.dialect import DialectEngine
-from tidegate.engines.seam import Engine
 from tidegate.fleet.member import Member
 from tidegate.gateway.drift import FleetDrift
 from tidegate.gateway.journal import Journal
 from tidegate.gateway.metrics import Metrics
+from tidegate.gateway.migrations import Migrations, Movable
 from tidegate.gateway.settings import GatewaySettings
+from tidegate.gateway.upstream import Handles, Upstream, connect
 from tidegate.ledger.ledger import Ledger
 from tidegate.ledger.snapshot import Field, Snapshot
 from tidegate.measure.rows import decision_row, flip_row
@@ -62,14 +62,6 @@ class Dispatched:
     alone: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Upstream:
-    """An instance that is up, and how to call it."""
-
-    member: Member
-    engine: Engine
-
-
 class Scheduler:
     """Owns the ledger and applies a system's decisions. A ``FleetListener``."""
 
@@ -88,7 +80,7 @@ class Scheduler:
         self.clock = clock
         self.journal = journal
         self.ledger = Ledger()
-        self.in_flight = 0
+        self.flights: dict[str, Movable] = {}
         self.stopping = False
         self.flips = 0
         self.metrics = Metrics(lambda: self.ledger.snapshot(clock.now()), lambda: self.in_flight)
@@ -103,6 +95,13 @@ class Scheduler:
         self._control_reason = ""
         self._failing: dict[str, float] = {}
         self._rng = random.Random(settings.seed)
+        self.handles = Handles(self.upstreams, self.metrics, self.background, suspect)
+        self.migrations = Migrations(self.flights, self.ledger, clock, journal, self.metrics)
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests are being served."""
+        return len(self.flights)
 
     # membership
 
@@ -110,16 +109,7 @@ class Scheduler:
         """Add an instance under its last label (its first one, at start)."""
         instance = member.instance
         now = self.clock.now()
-        engine = DialectEngine(
-            instance.id,
-            member.url,
-            member.model,
-            connect_s=self.settings.connect_s,
-            stall_s=self.settings.stall_s,
-            secret=member.secret,
-            api_key=member.api_key,
-        )
-        self.upstreams[instance.id] = Upstream(member, engine)
+        self.upstreams[instance.id] = connect(member, self.settings)
         self.drift.member_up(member)
         self._failing.pop(instance.id, None)
         role = self.labels.setdefault(instance.id, Role.MIXED)
@@ -137,6 +127,7 @@ class Scheduler:
         self.ledger.instance_down(instance_id, now)
         self.journal.write("instance", now, instance=instance_id, event="down", reason=reason)
         upstream.engine.close(f"instance {instance_id} is down: {reason}")
+        self.handles.owner_gone(upstream.member.engine_id)
         self._wake()
 
     # decisions
@@ -238,6 +229,8 @@ class Scheduler:
         self._tasks.append(asyncio.create_task(self._tick_forever()))
         if self.settings.flip_every_s > 0:
             self._tasks.append(asyncio.create_task(self._flip_forever()))
+        if self.settings.migrate_every_s > 0:
+            self._tasks.append(asyncio.create_task(self._migrate_forever()))
 
     async def stop(self) -> None:
         """Stop the periodic decisions and close every connection to the engines."""
@@ -273,6 +266,8 @@ class Scheduler:
             self._control_reason = control.reason
             self.journal.write("control", now, reason=control.reason, flips=len(control.flips))
         self._apply(control.flips)
+        for migrate in control.migrations:
+            self.migrations.begin(migrate)
         if control.flips:
             self._wake()
 
@@ -287,6 +282,12 @@ class Scheduler:
                     to = Role.DECODE if role is Role.PREFILL else Role.PREFILL
                     self._apply((Flip(name, to, "forced"),))
                     break
+
+    async def _migrate_forever(self) -> None:
+        """Move a random decode again and again."""
+        while True:
+            await asyncio.sleep(self.settings.migrate_every_s)
+            self.migrations.force(self._rng)
 
     @property
     def max_model_len(self) -> int:

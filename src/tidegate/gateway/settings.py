@@ -15,7 +15,8 @@ class GatewaySettings:
 
     ``request_deadline_s`` bounds a whole request, ``stall_s`` the silence of an engine inside one
     (2.5 times the longest step that a large prefill makes is a good value). ``flip_every_s`` forces
-    random label flips, for tests of statelessness; 0 is off. ``seed`` feeds those flips only.
+    random label flips and ``migrate_every_s`` random migrations, for tests of statelessness; 0 is off.
+    ``seed`` feeds those only.
     """
 
     host: str = "127.0.0.1"
@@ -30,4 +31,5 @@ class GatewaySettings:
     replays: int = 5
     recovery_s: float = 15.0
     flip_every_s: float = 0.0
+    migrate_every_s: float = 0.0
     seed: int = 0

@@ -35,6 +35,8 @@ class Story:
     replays: int = 0
     migrations: int = 0
     stages: dict[str, float] = field(default_factory=dict)
+    unmovable: str = ""
+    """The field of the request whose state no other engine can take up; "" when it can move."""
 
     @property
     def ttft_s(self) -> float | None:
@@ -79,7 +81,13 @@ def outcome_row(story: Story, ending: Ending, started_s: float) -> Row:
     """Return the row of a request's end; ``started_s`` is when the journal began."""
     error = ending.error
     optional = {
-        name: value for name, value in (("session_id", ending.session), ("tenant", ending.tenant)) if value
+        name: value
+        for name, value in (
+            ("session_id", ending.session),
+            ("tenant", ending.tenant),
+            ("unmovable", story.unmovable),
+        )
+        if value
     }
     return {
         "request": ending.request,

@@ -1,0 +1,1 @@
+"""Experimental adapter for SGLang servers with prefill-decode disaggregation; never run against a real one."""
