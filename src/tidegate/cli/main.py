@@ -33,6 +33,11 @@ VERBS = {
         "Show the instances of a running gateway: their roles, their work and their last flips.",
         "Serve",
     ),
+    "check": Verb(
+        "tidegate.cli.check",
+        "Prove what a fleet of vLLM servers can do, before traffic does.",
+        "Serve",
+    ),
     "model": Verb("tidegate.cli.model", "Make models to try things with.", "Serve"),
     "demo": Verb(
         "tidegate.cli.demo",

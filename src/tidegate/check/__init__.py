@@ -1,0 +1,1 @@
+"""What a fleet of vLLM servers can do, proved before traffic does."""

@@ -1,0 +1,116 @@
+"""What the probes of one check share: servers, prompts, reference answers, pins, findings."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+
+from tidegate.check.facts import Facts
+from tidegate.check.pins import Pins
+from tidegate.check.server import Server
+from tidegate.check.verdict import Finding, Verdict, shared_start
+from tidegate.core.errors import EngineError
+from tidegate.core.slo import Slo
+from tidegate.engines.vllm.connector import Nixl
+
+REFERENCE_TOKENS = 24
+LEASE_S = 30.0
+"""How long vLLM pins KV unless ``kv_lease_duration`` says otherwise."""
+SHORTEST_PULL = 96
+"""Tokens: above vLLM's default ``kv_recompute_threshold`` of 64, under which KV is not read back."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckSettings:
+    """What to check. With ``slo`` the servers' speed is judged; ``thorough`` waits for leases to end, which
+    have to last ``lease_s``."""
+
+    urls: tuple[str, ...]
+    api_key: str = field(default="", repr=False)
+    slo: Slo | None = None
+    thorough: bool = False
+    lease_s: float = LEASE_S
+
+
+@dataclass(slots=True)
+class Board:
+    """``servers`` has all by id, in the order given; ``active`` those that can still be probed."""
+
+    settings: CheckSettings
+    servers: dict[str, Server]
+    pins: Pins
+    facts: dict[str, Facts] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    aside: dict[str, str] = field(default_factory=dict)
+    """Why a server is not probed any further, by id."""
+    vocabulary: list[int] = field(default_factory=list)
+    prompt: list[int] = field(default_factory=list)
+    answers: dict[str, list[int]] = field(default_factory=dict)
+    """What follows ``prompt``, greedily, on each server when it computes all of it itself."""
+    run: str = field(default_factory=lambda: secrets.token_hex(4))
+    _random: random.Random = field(default_factory=random.SystemRandom)
+
+    @property
+    def active(self) -> list[Server]:
+        """The servers that are not set aside."""
+        return [server for name, server in self.servers.items() if name not in self.aside]
+
+    @property
+    def block_tokens(self) -> int:
+        """The block size of the servers that are probed; they have one."""
+        return next((self.facts[each.id].block_tokens or 16 for each in self.active), 16)
+
+    @property
+    def nixl(self) -> Nixl:
+        """How the servers' KV is asked for and handed on."""
+        return Nixl(self.block_tokens, self.settings.lease_s)
+
+    def add(self, findings: Iterable[Finding]) -> None:
+        """Enter findings."""
+        self.findings += findings
+
+    def set_aside(self, name: str, why: str) -> None:
+        """Probe ``name`` no further; the first reason stays."""
+        self.aside.setdefault(name, why)
+
+    def fresh_prompt(self, tokens: int) -> list[int]:
+        """Return a prompt that no server has seen."""
+        return self._random.choices(self.vocabulary, k=tokens)
+
+    def salt(self, *parts: str) -> str:
+        """Return a cache salt of this check: KV of a prompt is found only under the same one."""
+        return "-".join(("tidegate-check", self.run, *parts))
+
+    def expected(self, *names: str) -> list[int]:
+        """Return how far the servers' own answers to the prompt agree."""
+        return shared_start([self.answers[name] for name in names])
+
+    def choose_prompt(self) -> None:
+        """Choose the prompt of all KV probes: some whole blocks and a half."""
+        block = self.block_tokens
+        blocks = max(2, -(-SHORTEST_PULL // block))
+        room = min(self.facts[each.id].max_model_len for each in self.active) - 4 * REFERENCE_TOKENS
+        self.prompt = self.fresh_prompt(max(8, min(blocks * block + block // 2, room)))
+
+    async def each(
+        self, probe: str, run: Callable[[Server], Awaitable[list[Finding]]], *, fatal: bool = False
+    ) -> None:
+        """Run ``run`` for all active servers at once; one that fails is a finding, and is set aside when its
+        failure is ``fatal`` to what follows."""
+        servers = self.active
+        for found in await asyncio.gather(*(self.one(probe, (each.id,), run(each)) for each in servers)):
+            self.add(found)
+            for each in found:
+                if fatal and each.verdict is Verdict.RED:
+                    self.set_aside(each.where[0], f"its {probe} failed")
+
+    async def one(self, probe: str, where: tuple[str, ...], run: Awaitable[list[Finding]]) -> list[Finding]:
+        """Await a probe's findings; an engine's error becomes one."""
+        try:
+            return await run
+        except EngineError as error:
+            who = f"{error.instance}: " if error.instance and (error.instance,) != where else ""
+            return [Finding(probe, where, Verdict.RED, f"{who}{error.message}", "see the server's log")]

@@ -1,0 +1,166 @@
+"""Every ordered pair of servers: can the second one go on with the first one's KV?"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from tidegate.check.board import Board
+from tidegate.check.server import Server
+from tidegate.check.transfer import LEASE_TOKENS, TAKE_TOKENS, Taken, produce, take
+from tidegate.check.verdict import Finding, Json, Verdict
+from tidegate.core.errors import EngineError
+
+PROBE_PULL, PROBE_READ, PROBE_FLIP = "KV pull", "bidirectional reads", "flip without restart"
+BIDIRECTIONAL = (
+    'add "kv_connector_extra_config": {"bidirectional_kv_xfer": true} to --kv-transfer-config: '
+    "without it running requests cannot be extended elsewhere, and such a request would hang"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PairSeen:
+    """What one ordered pair showed. ``handle`` is the owner's; None when it pins nothing. ``read`` is
+    None where reading back was not tried."""
+
+    handle: Json | None = None
+    pull: Taken | None = None
+    read: Taken | None = None
+    failed: str = ""
+    """Why the owner could not even prefill."""
+
+    @property
+    def works(self) -> bool:
+        """Whether the KV moved and was right."""
+        return self.pull is not None and self.pull.judge(0)[0] is not Verdict.RED and self.pull.pulled != 0
+
+
+def rounds(names: Sequence[str]) -> Iterator[list[tuple[str, str]]]:
+    """Yield matches in which every two names meet once, and nobody is in two matches of one round."""
+    ring: list[str | None] = [*names, *([None] if len(names) % 2 else [])]
+    for _ in range(len(ring) - 1):
+        half = len(ring) // 2
+        matches = zip(ring[:half], reversed(ring[half:]), strict=True)
+        yield [(a, b) for a, b in matches if a is not None and b is not None]
+        ring = [ring[0], ring[-1], *ring[1:-1]]
+
+
+async def probe_pairs(board: Board, advance: Callable[[float], None]) -> dict[tuple[str, str], PairSeen]:
+    """Probe all ordered pairs of active servers: both directions of a match in turn, matches of a round at
+    once. A server that stops answering is set aside, and its further matches are left out."""
+    seen: dict[tuple[str, str], PairSeen] = {}
+
+    async def match(a: str, b: str) -> None:
+        for owner, taker in ((a, b), (b, a)):
+            if a not in board.aside and b not in board.aside:
+                seen[owner, taker] = await _probe_pair(board, board.servers[owner], board.servers[taker])
+
+    planned = list(rounds([each.id for each in board.active]))
+    for n, matches in enumerate(planned):
+        await asyncio.gather(*(match(a, b) for a, b in matches))
+        advance((n + 1) / len(planned))
+    return seen
+
+
+async def _probe_pair(board: Board, owner: Server, taker: Server) -> PairSeen:
+    salt = board.salt(owner.id, taker.id)
+    expected = board.expected(owner.id, taker.id)
+    try:
+        _, handle = await produce(board, owner, board.prompt, 1, salt)
+        if handle is None:
+            return PairSeen()
+        pull = await take(board, taker, handle, board.prompt, expected[:TAKE_TOKENS], pin=False, salt=salt)
+        found = PairSeen(handle.params, pull)
+        if pull.error:
+            await _still_serves(board, taker)
+        if not found.works or pull.params is None:
+            return found
+        # Only now: a server without bidirectional reads would never answer what follows, and leak its blocks.
+        salt = board.salt(owner.id, taker.id, "read")
+        ids, handle = await produce(board, owner, board.prompt, LEASE_TOKENS, salt)
+        if handle is not None:
+            rest = expected[LEASE_TOKENS : LEASE_TOKENS + TAKE_TOKENS]
+            read = await take(board, taker, handle, board.prompt + ids, rest, pin=True, salt=salt)
+            if read.error:
+                await _still_serves(board, taker)
+            found = replace(found, read=read)
+        return found
+    except EngineError as error:
+        return PairSeen(failed=f"{error.instance}: {error.message}")
+    finally:
+        await board.pins.release(board.servers, (owner.id, taker.id))
+
+
+async def _still_serves(board: Board, server: Server) -> None:
+    try:
+        await server.complete(board.fresh_prompt(8), 1)
+    except EngineError as error:
+        board.set_aside(server.id, "it stopped answering")
+        observed = f"stopped answering after a pull failed: {error.message}"
+        change = "restart it; its log has the reason"
+        board.add([Finding("reachable", (server.id,), Verdict.RED, observed, change)])
+
+
+def judge_pairs(board: Board, seen: dict[tuple[str, str], PairSeen]) -> list[Finding]:
+    """Return the findings of all pairs."""
+    found: list[Finding] = []
+    reads: list[Finding] = []
+    wanted = len(board.prompt)
+    for pair, each in seen.items():
+        if each.pull is None:
+            if each.failed:
+                found.append(Finding(PROBE_PULL, pair, Verdict.RED, each.failed, "see the server's log"))
+            continue
+        found.append(Finding(PROBE_PULL, pair, *each.pull.judge(wanted)))
+        if each.read is not None:
+            verdict, observed, change = each.read.judge(wanted + LEASE_TOKENS - 1)
+            reads.append(Finding(PROBE_READ, pair, verdict, observed, change))
+    return _producers(seen) + found + _flips(seen) + _readers(seen) + reads
+
+
+def _producers(seen: dict[tuple[str, str], PairSeen]) -> list[Finding]:
+    found = []
+    for name in sorted({owner for owner, _ in seen}):
+        tried = [each for (owner, _), each in seen.items() if owner == name and not each.failed]
+        if not tried:
+            continue
+        if any(each.handle for each in tried):
+            observed = "pins its KV and gives a handle"
+            found.append(Finding("KV handle", (name,), Verdict.GREEN, observed))
+        else:
+            observed = "gives no KV handle for a prefill"
+            change = "start it with --kv-transfer-config (NixlConnector, kv_both); see docs/engines/vllm.md"
+            found.append(Finding("KV handle", (name,), Verdict.RED, observed, change))
+    return found
+
+
+def _flips(seen: dict[tuple[str, str], PairSeen]) -> list[Finding]:
+    found = []
+    for (a, b), there in seen.items():
+        back = seen.get((b, a))
+        if a > b or back is None or there.pull is None or back.pull is None:
+            continue
+        if there.works and back.works:
+            observed = "each gave KV to the other and took some, in one process"
+            found.append(Finding(PROBE_FLIP, (a, b), Verdict.GREEN, observed))
+        elif there.works or back.works:
+            good = f"{a} -> {b}" if there.works else f"{b} -> {a}"
+            observed, change = f"KV moves one way only: {good}", "see the pull that failed"
+            found.append(Finding(PROBE_FLIP, (a, b), Verdict.RED, observed, change))
+    return found
+
+
+def _readers(seen: dict[tuple[str, str], PairSeen]) -> list[Finding]:
+    """Tell who pins what it has decoded, which a server does only with bidirectional reads."""
+    found = []
+    for name in sorted({taker for _, taker in seen}):
+        pulls = [each.pull for (_, taker), each in seen.items() if taker == name and each.pull]
+        answered = [pull for pull in pulls if not pull.error]
+        if answered and not any(pull.params for pull in answered):
+            observed = "bidirectional reads are missing: it keeps no KV of what it decoded"
+            found.append(Finding(PROBE_READ, (name,), Verdict.RED, observed, BIDIRECTIONAL))
+        elif pulls and not answered:
+            observed = "not probed: no pull worked"
+            found.append(Finding(PROBE_READ, (name,), Verdict.SKIPPED, observed))
+    return found

@@ -1,0 +1,98 @@
+"""What a probe found out, and the whole check as a report."""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+Json = dict[str, Any]
+T = TypeVar("T")
+
+
+class Verdict(enum.StrEnum):
+    """What is RED has to be changed. YELLOW is served around, or could not be told apart from the outside.
+    SKIPPED was not probed, because something else stands in the way."""
+
+    GREEN = "green"
+    YELLOW = "yellow"
+    RED = "red"
+    SKIPPED = "skipped"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One probe's verdict: what was ``observed`` ``where``, and what to ``change``.
+
+    ``where`` is empty for the fleet, has one id for a server, and two for an ordered pair: the first one
+    holds the KV, the second one takes it.
+    """
+
+    probe: str
+    where: tuple[str, ...]
+    verdict: Verdict
+    observed: str
+    change: str = ""
+
+    def to_json(self) -> Json:
+        """Return the finding as ``--json`` prints it."""
+        return {
+            "probe": self.probe,
+            "where": list(self.where),
+            "verdict": self.verdict.value,
+            "observed": self.observed,
+            "change": self.change,
+        }
+
+
+@dataclass(slots=True)
+class CheckReport:
+    """All findings, in the order in which probes ran. ``servers`` names what was checked, by id."""
+
+    servers: dict[str, Json]
+    findings: list[Finding] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing that is required failed or could not be probed."""
+        return not any(found.verdict in (Verdict.RED, Verdict.SKIPPED) for found in self.findings)
+
+    def counts(self) -> Mapping[Verdict, int]:
+        """Return how many findings there are of each verdict."""
+        return Counter(found.verdict for found in self.findings)
+
+    def to_json(self) -> Json:
+        """Return the report as ``--json`` prints it."""
+        return {
+            "ok": self.ok,
+            "seconds": round(self.seconds, 3),
+            "servers": self.servers,
+            "findings": [found.to_json() for found in self.findings],
+        }
+
+
+def shared_start(answers: Sequence[list[int]]) -> list[int]:
+    """Return the tokens with which all answers begin."""
+    shared: list[int] = []
+    for tokens in zip(*answers, strict=False):
+        if len(set(tokens)) > 1:
+            break
+        shared.append(tokens[0])
+    return shared
+
+
+def common_value(values: Mapping[str, T]) -> T:
+    """Return the value that most servers have; of several, the first server's. ``values`` is not empty."""
+    seen: list[tuple[T, int]] = []
+    for value in values.values():
+        for n, (known, count) in enumerate(seen):
+            if known == value:
+                seen[n] = (known, count + 1)
+                break
+        else:
+            seen.append((value, 1))
+    most = max(count for _, count in seen)
+    return next(value for value, count in seen if count == most)
