@@ -8,7 +8,6 @@ from typing import Protocol
 from tidegate.core.instance import Instance
 from tidegate.costs.profile import Profile
 
-
 LEASE_S = 30.0
 """How long vLLM pins KV unless its ``kv_lease_duration`` says otherwise."""
 
@@ -21,13 +20,16 @@ class Capabilities:
     decode leg recomputes the prompt or finds it in its prefix cache. ``continues``: told how many of a
     prompt's tokens are earlier output, it goes on exactly: characters and stop strings across the seam,
     seeded sampling, penalties, guided decoding. Without it the gateway keeps text whole itself, and a request
-    whose state ids do not hold can only begin anew. ``orders``: it serves waiting prefills in the order it was started
-    with, by the tickets that come with them; without it only ``fifo`` systems may use it.
+    whose state ids do not hold can only begin anew. ``orders``: it serves waiting prefills in the order it
+    was started with, by the tickets that come with them; without it only ``fifo`` systems may use it.
+    ``tells_load``: its ``/metrics`` say what is on it, in vLLM's names; the gateway knows all that is on the
+    others.
     """
 
     kv_transfer: bool = True
     continues: bool = True
     orders: bool = True
+    tells_load: bool = False
 
 
 @dataclass(frozen=True, slots=True)

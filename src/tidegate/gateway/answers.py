@@ -89,7 +89,8 @@ class ChunkWriter:
         opening = b""
         if not self._opened:
             self._opened = True
-            opening = self._choice({"index": 0, "delta": {"role": "assistant", "content": ""}})
+            role = {"role": "assistant", "content": ""}
+            opening = self._choice({"index": 0, "delta": role, "logprobs": None, "finish_reason": None})
         call = self._call
         extras = tokens.delta or {}
         if finish_reason is None and tokens.logprobs is None and not call.return_token_ids and not extras:

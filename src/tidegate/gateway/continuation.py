@@ -80,7 +80,8 @@ class Continuation:
             self._ends += [end] * len(token_ids)
         elif self._ends:
             self._ends[-1] = end
-        if text and not text.endswith(UNFINISHED):
+        if text and len(token_ids) == 1 and not text.endswith(UNFINISHED):
+            # The text of several may lack that of the last one, if it is only a part of a character.
             self.clean = len(self._ends)
 
     def _new_ids(self, token_ids: list[int]) -> list[int]:

@@ -44,6 +44,12 @@ class Metrics:
         self.handles_refused = Counter(
             "tidegate_kv_handles_refused", "KV handles that were not sent on", ["reason"], registry=r
         )
+        self.load_drift = Counter(
+            "tidegate_load_drift",
+            "Times an engine and the ledger came to differ",
+            ["instance", "kind"],
+            registry=r,
+        )
         self.prediction_error = Histogram(
             "tidegate_prefill_prediction_error_ratio",
             "abs(predicted - observed) / observed prefill time",

@@ -18,6 +18,8 @@ from tidegate.costs.profile import Profile
 from tidegate.fleet.member import Member
 from tidegate.gateway.drift import FleetDrift
 from tidegate.gateway.journal import Journal
+from tidegate.gateway.load_view import LoadGauges
+from tidegate.gateway.loads import LoadWatch
 from tidegate.gateway.metrics import Metrics
 from tidegate.gateway.migrations import Migrations, Movable
 from tidegate.gateway.settings import GatewaySettings
@@ -88,6 +90,8 @@ class Scheduler:
         self.upstreams: dict[str, Upstream] = {}
         self.drift = FleetDrift()
         self.metrics.registry.register(self.drift)
+        self.loads = LoadWatch(self.ledger, clock, journal, self.metrics, suspect, settings.load_every_s)
+        self.metrics.registry.register(LoadGauges(self.loads))
         self._waiting: WaitingQueue[asyncio.Future[None]] = system.order.queue()
         self._tasks: list[asyncio.Task[None]] = []
         self._background: set[asyncio.Task[None]] = set()
@@ -114,6 +118,7 @@ class Scheduler:
         self._failing.pop(instance.id, None)
         role = self.labels.setdefault(instance.id, Role.MIXED)
         self.ledger.instance_up(instance, member.profile or UNMEASURED, role, now)
+        self.loads.follow(member)
         self.journal.write("instance", now, instance=instance.id, event="up", role=role.label)
         self._wake()
 
@@ -124,6 +129,7 @@ class Scheduler:
             return
         now = self.clock.now()
         self.drift.member_down(instance_id)
+        self.loads.forget(instance_id)
         self.ledger.instance_down(instance_id, now)
         self.journal.write("instance", now, instance=instance_id, event="down", reason=reason)
         upstream.engine.close(f"instance {instance_id} is down: {reason}")
@@ -237,6 +243,7 @@ class Scheduler:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, *self._background, return_exceptions=True)
+        await self.loads.stop()
         for upstream in self.upstreams.values():
             upstream.engine.close("the gateway stops")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tidegate.core.instance import Role
+from tidegate.gateway.load_view import load_state, prompt_tokens
 from tidegate.gateway.scheduler import Scheduler
 from tidegate.policies.pools import Pools
 
@@ -51,6 +52,7 @@ def state_object(scheduler: Scheduler) -> dict[str, Any]:
                 "mean_gap_s": round(float(snapshot.mean_gap_s[i]), 6),
                 "drift": scheduler.drift.ratios(name),
                 "flipped_ago_s": None if flipped_at_s < 0 else round(snapshot.at_s - flipped_at_s, 3),
+                **load_state(scheduler.loads, name, snapshot.at_s),
             }
         )
     return {
@@ -61,4 +63,5 @@ def state_object(scheduler: Scheduler) -> dict[str, Any]:
         "down": [name for name in scheduler.labels if name not in scheduler.upstreams],
         "requests": {"in_flight": scheduler.in_flight},
         "flips": scheduler.flips,
+        **({"prompt_tokens": tokens} if (tokens := prompt_tokens(scheduler.loads)) else {}),
     }

@@ -1,0 +1,223 @@
+"""What engines say of their load: read now and then, and reconciled with the ledger.
+
+Placements go by the ledger, which knows first what the gateway itself does. What else is on an engine, only
+the engine can tell: others' requests, leaked ones, pinned KV. It enters the ledger as foreign load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+
+from tidegate.core.clock import Clock
+from tidegate.core.errors import EngineError, EngineFault
+from tidegate.engines.vllm.load import Load, parse_load
+from tidegate.engines.wire import Wire
+from tidegate.fleet.member import Member
+from tidegate.gateway.journal import Journal
+from tidegate.gateway.metrics import Metrics
+from tidegate.ledger.ledger import Ledger
+from tidegate.ledger.reconcile import Difference, Drift, Reconciler, Told
+
+log = logging.getLogger(__name__)
+
+DEADLINE_S = 2.0
+"""How long a reading may take (ours): a page is rendered by the process that serves requests, too."""
+LONGEST_PAUSE_S = 30.0
+"""The pause between readings doubles up to this while they fail (ours)."""
+STALE_S = 10.0
+"""How long a correction outlives its last reading (ours)."""
+READING_S = 0.001
+"""What a reading costs the gateway's loop, measured on a page of 60 kB."""
+LOOP_SHARE = 0.02
+"""The share of the loop that readings may take (ours): many engines are read less often."""
+
+PROMPT_SOURCES = {
+    "local_compute": "computed",
+    "local_cache_hit": "cached",
+    "external_kv_transfer": "pulled",
+}
+"""vLLM's names for where a prompt's KV comes from, and ours."""
+
+
+class Tally:
+    """Counters of an engine since its first reading, over restarts, which begin at 0 again."""
+
+    __slots__ = ("_last", "totals")
+
+    def __init__(self) -> None:
+        self.totals: Counter[str] = Counter()
+        self._last: dict[str, int] = {}
+
+    def read(self, name: str, value: int) -> None:
+        """Take a counter's value."""
+        last = self._last.get(name, value)
+        self.totals[name] += value - last if value >= last else value
+        self._last[name] = value
+
+
+class Watched:
+    """One life of a member: how to ask it, and what it last said; ``load`` is None while that is unknown."""
+
+    def __init__(self, member: Member, wire: Wire) -> None:
+        instance = member.instance
+        self.id = instance.id
+        self.capacity_tokens = instance.kv_capacity_tokens
+        self.wire = wire
+        self.reconciler = Reconciler(instance.kv_capacity_tokens, instance.block_tokens)
+        self.load: Load | None = None
+        self.read_at_s = 0.0
+        self.task: asyncio.Task[None] | None = None
+        self._leases: deque[tuple[float, int]] = deque()
+        self._leased_tokens = 0
+
+    def lease(self, tokens: int, until_s: float) -> None:
+        """Take note of KV that stays pinned until then."""
+        self._leases.append((until_s, tokens))
+        self._leased_tokens += tokens
+
+    def leased_tokens(self, now: float) -> int:
+        """Return the KV that ended requests may still pin."""
+        while self._leases and self._leases[0][0] <= now:
+            self._leased_tokens -= self._leases.popleft()[1]
+        return self._leased_tokens
+
+
+class LoadWatch:
+    """Reads the load of every member that tells it, and keeps the ledger right about what is foreign.
+
+    It never stands in the way of a request: readings have a deadline and connections of their own, and take
+    ``LOOP_SHARE`` of the loop at most. Who does not answer is asked less and less often, and what it said is
+    forgotten after ``STALE_S``.
+
+    ``watched`` holds the members by id, ``tallies`` and ``drifts`` what was counted of each, over its lives.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        clock: Clock,
+        journal: Journal,
+        metrics: Metrics,
+        suspect: Callable[[str], None],
+        every_s: float,
+    ) -> None:
+        self._ledger = ledger
+        self._clock = clock
+        self._journal = journal
+        self._metrics = metrics
+        self._suspect = suspect
+        self._every_s = every_s
+        self.watched: dict[str, Watched] = {}
+        self.tallies: dict[str, Tally] = {}
+        self.drifts: dict[str, Counter[Difference]] = {}
+
+    # membership
+
+    def follow(self, member: Member) -> None:
+        """Begin with a member that is up, if it tells its load."""
+        if not member.capabilities.tells_load:
+            return
+        wire = Wire(member.url, connect_s=DEADLINE_S, stall_s=DEADLINE_S, headers={})
+        watched = self.watched[member.instance.id] = Watched(member, wire)
+        self.tallies.setdefault(watched.id, Tally())
+        watched.task = asyncio.create_task(self._watch(watched), name=f"load {watched.id}")
+
+    def forget(self, instance_id: str) -> None:
+        """End with a member that is down; what was foreign there went with it."""
+        watched = self.watched.pop(instance_id, None)
+        if watched is not None:
+            assert watched.task is not None
+            watched.task.cancel()
+            watched.wire.drop("its load is not read any more")
+            self._tell(watched, watched.reconciler.unheard())
+
+    async def stop(self) -> None:
+        """End with all members."""
+        tasks = [watched.task for watched in self.watched.values() if watched.task is not None]
+        for name in list(self.watched):
+            self.forget(name)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def leased(self, instance_id: str, tokens: int, seconds: float) -> None:
+        """Say that a request which leaves the ledger may leave KV pinned on an instance for so long."""
+        watched = self.watched.get(instance_id)
+        if watched is not None:
+            watched.lease(tokens, self._clock.now() + seconds)
+
+    # readings
+
+    async def _watch(self, watched: Watched) -> None:
+        failures = 0
+        while True:
+            try:
+                await self._read(watched)
+                failures = 0
+            except (EngineError, ValueError) as error:
+                failures += 1
+                if failures == 1:
+                    log.warning("the load of %s is unknown: %s", watched.id, error)
+                if self._clock.now() - watched.read_at_s > STALE_S:
+                    self._forget_reading(watched)
+            except Exception:
+                failures += 1
+                log.exception("reading the load of %s failed; it goes on", watched.id)
+            pause_s = max(self._every_s, len(self.watched) * READING_S / LOOP_SHARE)
+            await asyncio.sleep(min(pause_s * 2**failures, max(pause_s, LONGEST_PAUSE_S)))
+
+    async def _read(self, watched: Watched) -> None:
+        """Read once and reconcile. Raises EngineError or ValueError when nothing usable was said."""
+        before = self._ledger.booked(watched.id)
+        answer = await watched.wire.exchange("GET", "/metrics", deadline_s=DEADLINE_S)
+        if answer.status != 200:
+            raise EngineFault(f"/metrics answers {answer.status}")
+        watched.load = load = parse_load(answer.body.decode())
+        watched.read_at_s = now = self._clock.now()
+        told = Told(
+            load.requests,
+            None if load.kv_usage is None else round(load.kv_usage * watched.capacity_tokens),
+        )
+        after = self._ledger.booked(watched.id)
+        self._tell(watched, watched.reconciler.compare(before, after, told, watched.leased_tokens(now)))
+        self._correct(watched)
+        tally = self.tallies[watched.id]
+        for source, tokens in (load.prompt_by_source or {}).items():
+            tally.read(PROMPT_SOURCES.get(source, source), tokens)
+
+    def _forget_reading(self, watched: Watched) -> None:
+        if watched.load is not None:
+            watched.load = None
+            self._tell(watched, watched.reconciler.unheard())
+            self._correct(watched)
+
+    def _correct(self, watched: Watched) -> None:
+        reconciler = watched.reconciler
+        self._ledger.foreign_load(watched.id, reconciler.foreign_requests, reconciler.foreign_tokens)
+
+    def _tell(self, watched: Watched, news: Iterable[Drift]) -> None:
+        now = self._clock.now()
+        for drift in news:
+            if drift.lasting:
+                self.drifts.setdefault(watched.id, Counter())[drift.kind] += 1
+                self._metrics.load_drift.labels(watched.id, drift.kind.value).inc()
+                log.warning(
+                    "%s differs from the ledger in %s: %s told, %s known",
+                    watched.id,
+                    drift.kind.value,
+                    drift.engine,
+                    drift.ledger,
+                )
+                if drift.kind is Difference.MISSING:
+                    self._suspect(watched.id)
+            self._journal.write(
+                "load_drift",
+                now,
+                instance=watched.id,
+                kind=drift.kind.value,
+                event="begun" if drift.lasting else "ended",
+                ledger=drift.ledger,
+                engine=drift.engine,
+                lasting=drift.lasting,
+            )
