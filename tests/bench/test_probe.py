@@ -36,7 +36,7 @@ def test_recovers_an_engines_costs(name: str, max_batch_tokens: int) -> None:
     )
     true, found = packaged_profile(name).profile, fitted.profile
     assert prober.max_batch_tokens == max_batch_tokens
-    assert fitted.front_s == pytest.approx(FRONT_S, rel=0.1)
+    assert fitted.profile.front_s == pytest.approx(FRONT_S, rel=0.1)
     assert astuple(found.step)[:3] == pytest.approx(astuple(true.step)[:3], rel=0.02)
     assert astuple(found.mixed) == pytest.approx(astuple(true.mixed), rel=0.05)
     assert astuple(found.prefill) == pytest.approx(astuple(true.prefill), rel=0.05)

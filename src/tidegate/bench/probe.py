@@ -22,8 +22,8 @@ from tidegate.bench.probe_gaps import (
     token_budget,
 )
 from tidegate.bench.probe_target import ProbeTarget, Streams
-from tidegate.core.errors import EngineTimeout, TidegateError
-from tidegate.costs.fitting import MixedSample, StepSample, TransferSample
+from tidegate.core.errors import EngineTimeout
+from tidegate.costs.fitting import MixedSample, StepSample
 
 LENGTHS = (16, 64, 256, 1024, 32, 128, 512, 2048, 4096, 8192, 192, 384, 768, 1536, 3072, 6144)
 CACHED = ((64, 512), (64, 2048), (256, 2048), (64, 8192), (256, 8192))
@@ -250,26 +250,3 @@ class Prober:
 
     def _show(self, what: str) -> None:
         self._advance(min(1.0, (self._target.clock.now() - self._start_s) / self._budget_s), what)
-
-
-async def probe_transfers(
-    source: ProbeTarget, target: ProbeTarget, prober: Prober, lengths: list[int]
-) -> bool:
-    """Time KV moving from one instance to another, the first time apart; False when they hand none over."""
-    for tokens in lengths:
-        moved = []
-        for _ in range(REPEATS - 1):
-            prompt = source.prompt(tokens)
-            try:
-                handle, first = await source.prefill_for(prompt, LEAST_WAIT_S)
-                if handle is None or not first:
-                    return False
-                times = (await target.pull(prompt + first, handle, LEAST_WAIT_S)).times
-            except TidegateError:
-                return False
-            if not times.kv_loaded_bytes or times.kv_load_s is None:
-                return False
-            moved.append((times.kv_load_s, times.kv_loaded_bytes))
-        seconds = median(s for s, _ in moved[1:])
-        prober.timed.transfer.append(TransferSample(tokens, moved[-1][1], seconds))
-    return True

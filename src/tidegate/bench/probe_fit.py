@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import TypeVar
 
@@ -15,11 +15,9 @@ from tidegate.costs.fitting import (
     MixedSample,
     PrefillSample,
     StepSample,
-    TransferSample,
     fit_mixed,
     fit_profile,
     fit_step,
-    fit_transfer,
 )
 from tidegate.costs.forms import MixedCost, TransferCost, attention_work
 from tidegate.costs.library import INTRA_NODE_LATENCY_S, LINK_EFFICIENCY, PORT_BYTES_PER_S
@@ -49,7 +47,6 @@ class Timed:
     ttft: dict[tuple[int, int], list[float]] = field(default_factory=dict)
     step: list[StepSample] = field(default_factory=list)
     mixed: list[MixedSample] = field(default_factory=list)
-    transfer: list[TransferSample] = field(default_factory=list)
 
     def first_token_s(self, new_tokens: int, cached_tokens: int = 0) -> float:
         """Return the median time to first token of a prompt that was sent."""
@@ -58,10 +55,9 @@ class Timed:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A profile, the seconds per request that no step explains, and how well the forms predict."""
+    """A profile, how well its forms predict, and the prefills they were fitted to."""
 
     profile: Profile
-    front_s: float
     held_out: tuple[HeldOut, ...]
     prefill: tuple[PrefillSample, ...]
 
@@ -86,26 +82,25 @@ def front_seconds(timed: Timed) -> float:
 
 
 def fit_timed(name: str, timed: Timed, *, source: str) -> Fitted:
-    """Fit all forms. Raises ConfigError when there are too few samples for one of them."""
+    """Fit all forms but the transfer, which is assumed. Raises ConfigError when one has too few samples."""
     front_s = front_seconds(timed)
     prefill = tuple(
         PrefillSample(new, cached, median(seconds) - front_s)
         for (new, cached), seconds in sorted(timed.ttft.items())
         if median(seconds) > front_s
     )
-    transfer = fit_transfer(timed.transfer)[0] if timed.transfer else ASSUMED_TRANSFER
     step = sorted(timed.step, key=lambda s: (s.batch, s.context_tokens))
     mixed = sorted(timed.mixed, key=lambda s: (s.batch, s.context_tokens, s.new_tokens))
     experts, active = likely_experts(step)
 
     def fit(p: Sequence[PrefillSample], s: Sequence[StepSample], m: Sequence[MixedSample]) -> Profile:
         fitted = fit_profile(
-            name, p, s, transfer, source=source, mixed=m, experts=experts, active_experts=active
+            name, p, s, ASSUMED_TRANSFER, source=source, mixed=m, experts=experts, active_experts=active
         )
         for _ in range(TRIMS):
             p, s, m = _near(fitted, p, 3), _near(fitted, s, 4), _near(fitted, m, 4)
             fitted = fit_profile(
-                name, p, s, transfer, source=source, mixed=m, experts=experts, active_experts=active
+                name, p, s, ASSUMED_TRANSFER, source=source, mixed=m, experts=experts, active_experts=active
             )
         return fitted
 
@@ -115,7 +110,8 @@ def fit_timed(name: str, timed: Timed, *, source: str) -> Fitted:
         _errors(shown, "step", _held(step)),
         _errors(shown, "mixed", _held(mixed)),
     ]
-    return Fitted(fit(prefill, step, mixed), front_s, tuple(h for h in held_out if h is not None), prefill)
+    profile = replace(fit(prefill, step, mixed), front_s=front_s)
+    return Fitted(profile, tuple(h for h in held_out if h is not None), prefill)
 
 
 def likely_experts(step: Sequence[StepSample]) -> tuple[int, int]:

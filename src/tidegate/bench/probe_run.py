@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from statistics import median
 from typing import Any
@@ -14,25 +13,40 @@ from typing import Any
 import aiohttp
 import uvloop
 
+from tidegate import __version__
 from tidegate.bench.endpoint import Endpoint, probe_endpoint
-from tidegate.bench.probe import Limits, Prober, probe_transfers
+from tidegate.bench.probe import Limits, Prober
+from tidegate.bench.probe_facts import busy_servers, engine_name, hardware_name, prompt_tokens_served
 from tidegate.bench.probe_fit import Fitted, fit_timed
+from tidegate.bench.probe_links import LinkEnd, fit_link, time_link, told_link
 from tidegate.bench.probe_target import ProbeTarget
-from tidegate.bench.saved_profile import SavedProfile
+from tidegate.bench.saved_profile import Link, LinkSample, SavedProfile
 from tidegate.bench.settings import BenchSettings, PromptForm
-from tidegate.core.errors import ConfigError
+from tidegate.core.errors import ConfigError, EngineError
+from tidegate.costs.forms import TransferCost
+from tidegate.costs.profile import Profile
+from tidegate.fleet.static import checked_url
 from tidegate.fleet.vllm_facts import NotReady, ServerFacts, ask_server
 from tidegate.workloads.prompts import TokenPrompts
 
-TRANSFER_TOKENS = (64, 256, 1024, 4096)
 ASK_S = 5.0
-BUSY_CHECKS, BUSY_PAUSE_S = 5, 0.3
-_BUSY = re.compile(r"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})?\s+([0-9.eE+]+)", re.MULTILINE)
+MOST_SERVERS = 16
+OTHERS = 0.02
+"""Share of the prompt tokens that a server may have answered to others, above which the user is told."""
+ALIKE = 1.3
+"""Servers whose prefills differ by more than this factor should have profiles of their own (ours)."""
+ALIKE_TOKENS, ALIKE_REPEATS = (64, 512, 2048), 3
+
+Advance = Callable[[float, str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeSettings:
-    """What to measure. ``urls`` has the instance and, to time KV transfers, a second one."""
+    """What to measure. ``urls`` has the instance, and others between which KV is moved.
+
+    ``busy`` allows instances that serve other requests. ``hardware`` is what they run on, found out where it
+    is empty and they run here; ``kv_bytes_per_token`` is for engines that do not count what they move.
+    """
 
     urls: Sequence[str]
     budget_s: float = 60.0
@@ -40,150 +54,199 @@ class ProbeSettings:
     api_key: str = field(default="", repr=False)
     secret: str = field(default="", repr=False)
     max_batch_tokens: int | None = None
+    busy: bool = False
+    hardware: str = ""
+    kv_bytes_per_token: int = 0
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.urls) <= 2:
-            raise ConfigError("give one URL, or two between which KV is to be moved")
+        if not 1 <= len(self.urls) <= MOST_SERVERS:
+            raise ConfigError(f"give one URL, or up to {MOST_SERVERS} between which KV is to be moved")
         if not 0 < self.budget_s < float("inf"):
             raise ConfigError(f"the budget is a positive number of seconds, not {self.budget_s}")
 
 
-def measure_profile(settings: ProbeSettings, advance: Callable[[float, str], None]) -> SavedProfile:
+def measure_profile(settings: ProbeSettings, advance: Advance) -> SavedProfile:
     """Measure and fit. Raises ConfigError when an instance cannot be measured, EngineError when it breaks."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(measure(settings, advance))
 
 
-async def measure(settings: ProbeSettings, advance: Callable[[float, str], None]) -> SavedProfile:
+async def measure(settings: ProbeSettings, advance: Advance) -> SavedProfile:
     """Do the work of ``measure_profile`` inside a running loop."""
+    urls = [checked_url(url) for url in settings.urls]
+    if len(set(urls)) < len(urls):
+        raise ConfigError("a URL is given more than once")
     async with aiohttp.ClientSession() as session:
-        url = settings.urls[0].rstrip("/").removesuffix("/v1")
-        endpoint = await _endpoint(session, url, settings)
-        facts = await _facts(session, url, settings)
-        notes = await _busy_notes(session, settings.urls)
-        targets = [_target(u, endpoint, settings) for u in settings.urls]
+        servers = _Servers(session, settings, urls)
+        await servers.ask()
+        served = await prompt_tokens_served(session, urls[0])
+        target = servers.targets[0]
+        facts = servers.facts[0]
         limits = Limits(
             facts.max_model_len, facts.kv_capacity_tokens, facts.block_tokens, settings.max_batch_tokens
         )
-        prober = Prober(targets[0], limits, settings.budget_s, advance)
+        prober = Prober(target, limits, settings.budget_s, advance)
         try:
             await prober.run()
-            notes += await _transfers(targets, prober, facts)
+            notes = await _interference(session, urls[0], served, target.sent_tokens)
+            fitted = fit_timed(
+                settings.name or f"{servers.engine.split(' ')[0]}/{servers.endpoint.model}",
+                prober.timed,
+                source=f"measured over HTTP on {servers.engine}, host time included",
+            )
+            notes += await servers.unlike(fitted.profile)
+            links, missing = await servers.links(advance)
         finally:
-            for target in targets:
-                target.close()
-        engine = await _engine(session, url)
-        notes += [n for n in await _busy_notes(session, settings.urls) if n not in notes]
-    fitted = fit_timed(
-        settings.name or f"{engine.split(' ')[0]}/{endpoint.model}",
-        prober.timed,
-        source=f"measured over HTTP on {engine}, host time included",
-    )
-    return _saved(settings, endpoint, facts, engine, prober, fitted, [*prober.notes, *notes])
+            servers.close()
+        busy = await busy_servers(session, urls)
+        notes += [f"{url} serves other requests: the times are those of a busy instance" for url in busy]
+    return _saved(servers, prober, fitted, links, [*prober.notes, *notes, *missing])
 
 
-async def _endpoint(session: aiohttp.ClientSession, url: str, settings: ProbeSettings) -> Endpoint:
-    return await probe_endpoint(
-        session, BenchSettings(url, api_key=settings.api_key, prompt_form=PromptForm.TOKENS)
-    )
+class _Servers:
+    """The instances of one measurement: one whose steps are timed, and the others."""
+
+    endpoint: Endpoint
+    engine: str
+    facts: list[ServerFacts]
+    targets: list[ProbeTarget]
+
+    def __init__(self, session: aiohttp.ClientSession, settings: ProbeSettings, urls: list[str]) -> None:
+        self.urls = urls
+        self.settings = settings
+        self._session = session
+
+    async def ask(self) -> None:
+        """Find out who they are. Raises ConfigError for one that cannot be measured, or is not idle."""
+        settings = self.settings
+        self.facts = [await self._facts(url) for url in self.urls]
+        models = sorted({facts.model for facts in self.facts})
+        if len(models) > 1:
+            raise ConfigError(
+                f"KV moves only between instances of one model; these serve {', '.join(models)}"
+            )
+        busy = [] if settings.busy else await busy_servers(self._session, self.urls)
+        if busy:
+            raise ConfigError(f"not idle: {', '.join(busy)}; wait, or measure busy instances with --busy")
+        self.endpoint = await probe_endpoint(
+            self._session,
+            BenchSettings(self.urls[0], api_key=settings.api_key, prompt_form=PromptForm.TOKENS),
+        )
+        self.engine = await engine_name(self._session, self.urls[0])
+        self.targets = [
+            ProbeTarget(
+                url,
+                self.endpoint.model,
+                self._vocab,
+                seed=time.time_ns(),
+                api_key=settings.api_key,
+                secret=settings.secret,
+            )
+            for url in self.urls
+        ]
+
+    def close(self) -> None:
+        """Close all connections."""
+        for target in self.targets:
+            target.close()
+
+    async def unlike(self, profile: Profile) -> list[str]:
+        """Return a note for each other instance whose prefills do not take what the profile says."""
+        notes = []
+        for target, facts in zip(self.targets[1:], self.facts[1:], strict=True):
+            lengths = [n for n in ALIKE_TOKENS if n + 2 <= facts.max_model_len]
+            ratios = []
+            for tokens in lengths:
+                times = [await target.first_token(target.prompt(tokens), 120.0) for _ in range(ALIKE_REPEATS)]
+                seen_s = median(first_s - sent_s for sent_s, first_s, _ in times)
+                ratios.append(seen_s / (profile.prefill_s(tokens) + profile.front_s))
+            ratio = median(ratios)
+            if not 1 / ALIKE <= ratio <= ALIKE:
+                notes.append(f"{target.url} takes {ratio:.2f} times as long: measure it on its own")
+        return notes
+
+    async def links(self, advance: Advance) -> tuple[list[Link], list[str]]:
+        """Time KV moving over every ordered pair; notes for those where none moves."""
+        if len(self.urls) < 2:
+            return [], ["no second instance: the transfer's cost is assumed"]
+        links, notes = [], []
+        pairs = [(a, b) for a in range(len(self.urls)) for b in range(len(self.urls)) if a != b]
+        for number, (a, b) in enumerate(pairs):
+            source, target = self.urls[a], self.urls[b]
+            advance(number / len(pairs), f"KV from {source} to {target}")
+            try:
+                samples = await self._samples(a, b)
+                links.append(fit_link(source, target, samples))
+            except (EngineError, ConfigError) as error:
+                notes.append(f"{source} hands no KV to {target}: {error.message}")
+        return links, notes
+
+    async def _samples(self, a: int, b: int) -> list[LinkSample]:
+        if not self.engine.startswith("vllm"):
+            return await told_link(self.targets[a], self.targets[b], self.facts[b])
+        ends = [
+            LinkEnd(self._session, self.urls[n], self.facts[n], self._vocab, self.settings.api_key)
+            for n in (a, b)
+        ]
+        return await time_link(ends[0], ends[1], self.settings.kv_bytes_per_token)
+
+    @property
+    def _vocab(self) -> tuple[int, int]:
+        prompts = self.endpoint.prompts
+        assert isinstance(prompts, TokenPrompts), "the endpoint was asked to take token ids"
+        return prompts.low, prompts.vocab
+
+    async def _facts(self, url: str) -> ServerFacts:
+        try:
+            return await ask_server(self._session, url, self.settings.api_key, ASK_S)
+        except NotReady as error:
+            raise ConfigError(f"{url} is not ready: {error}") from None
 
 
-async def _facts(session: aiohttp.ClientSession, url: str, settings: ProbeSettings) -> ServerFacts:
-    try:
-        return await ask_server(session, url, settings.api_key, ASK_S)
-    except NotReady as error:
-        raise ConfigError(f"{url} is not ready: {error}") from None
-
-
-def _target(url: str, endpoint: Endpoint, settings: ProbeSettings) -> ProbeTarget:
-    prompts = endpoint.prompts
-    assert isinstance(prompts, TokenPrompts), "the endpoint was asked to take token ids"
-    base = url.rstrip("/").removesuffix("/v1")
-    return ProbeTarget(
-        base,
-        endpoint.model,
-        (prompts.low, prompts.vocab),
-        seed=time.time_ns(),
-        api_key=settings.api_key,
-        secret=settings.secret,
-    )
-
-
-async def _transfers(targets: Sequence[ProbeTarget], prober: Prober, facts: ServerFacts) -> list[str]:
-    """Time both directions where there are two instances; the profile has one link for both."""
-    if len(targets) < 2:
-        return ["no second instance: the transfer's cost is assumed"]
-    lengths = [n for n in TRANSFER_TOKENS if n + 2 <= facts.max_model_len]
-    for source, target in (targets, targets[::-1]):
-        if not await probe_transfers(source, target, prober, lengths):
-            return [f"{source.url} hands no KV to {target.url}: the transfer's cost is assumed"]
-    return []
-
-
-async def _busy_notes(session: aiohttp.ClientSession, urls: Sequence[str]) -> list[str]:
-    """Return a note for each instance that stays busy: streams just aborted take a moment to end."""
-    notes = []
-    for url in urls:
-        for _ in range(BUSY_CHECKS):
-            found = _BUSY.findall(await _text(session, f"{url.rstrip('/').removesuffix('/v1')}/metrics"))
-            if sum(map(float, found)) == 0:
-                break
-            await asyncio.sleep(BUSY_PAUSE_S)
-        else:
-            notes.append(f"{url} serves other requests: the times are those of a busy instance")
-    return notes
-
-
-async def _engine(session: aiohttp.ClientSession, url: str) -> str:
-    """Return name and version as far as the server tells them: vLLM answers ``/version``."""
-    text = await _text(session, f"{url}/version")
-    found = re.search(r'"version"\s*:\s*"([^"]{1,40})"', text)
-    if found:
-        return f"vllm {found[1]}"
-    models = await _text(session, f"{url}/v1/models")
-    owner = re.search(r'"owned_by"\s*:\s*"([^"]{1,40})"', models)
-    return owner[1] if owner else "engine"
-
-
-async def _text(session: aiohttp.ClientSession, url: str) -> str:
-    """Return what a GET answers; empty when it fails: these are facts one can do without."""
-    try:
-        async with session.get(url, timeout=aiohttp.ClientTimeout(total=ASK_S)) as response:
-            return await response.text() if response.status == 200 else ""
-    except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
-        return ""
+async def _interference(
+    session: aiohttp.ClientSession, url: str, before: float | None, sent_tokens: int
+) -> list[str]:
+    """Return a note when the server answered more prompt tokens than it was sent from here."""
+    after = await prompt_tokens_served(session, url)
+    if before is None or after is None:
+        return []
+    others = after - before - sent_tokens
+    if others <= OTHERS * sent_tokens:
+        return []
+    return [f"{url} answered {others:,.0f} prompt tokens of others meanwhile: measure again when it is idle"]
 
 
 def _saved(
-    settings: ProbeSettings,
-    endpoint: Endpoint,
-    facts: ServerFacts,
-    engine: str,
-    prober: Prober,
-    fitted: Fitted,
-    notes: Sequence[str],
+    servers: _Servers, prober: Prober, fitted: Fitted, links: Sequence[Link], notes: Sequence[str]
 ) -> SavedProfile:
-    timed = prober.timed
-    rows: dict[str, Sequence[Any]] = {
-        "prefill": fitted.prefill,
-        "step": timed.step,
-        "mixed": timed.mixed,
-        "transfer": timed.transfer,
-    }
-    per_token = [s.n_bytes / s.tokens for s in timed.transfer]
+    timed, facts = prober.timed, servers.facts[0]
+    samples = [sample for link in links for sample in link.samples]
+    profile = fitted.profile
+    if samples:
+        pooled = fit_link("any", "any", samples)
+        profile = replace(profile, transfer=TransferCost(pooled.latency_s, pooled.bytes_per_s))
+    rows: dict[str, Sequence[Any]] = {"prefill": fitted.prefill, "step": timed.step, "mixed": timed.mixed}
     return SavedProfile(
-        profile=fitted.profile,
+        profile=profile,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        url=settings.urls[0],
-        model=endpoint.model,
-        engine=engine,
+        tidegate=__version__,
+        url=servers.urls[0],
+        model=servers.endpoint.model,
+        engine=servers.engine,
+        hardware=servers.settings.hardware or hardware_name(servers.urls[0]),
         max_model_len=facts.max_model_len,
         block_tokens=facts.block_tokens,
         kv_capacity_tokens=facts.kv_capacity_tokens,
-        kv_bytes_per_token=round(median(per_token)) if per_token else 0,
+        kv_bytes_per_token=_bytes_per_token(samples, facts.block_tokens),
         max_batch_tokens=prober.max_batch_tokens,
-        front_s=fitted.front_s,
         held_out=fitted.held_out,
         notes=tuple(notes),
         samples={form: [asdict(sample) for sample in samples] for form, samples in rows.items()},
+        links=tuple(links),
     )
+
+
+def _bytes_per_token(samples: Sequence[LinkSample], block_tokens: int) -> int:
+    """Return the KV of one token, of which blocks move as a whole; 0 while none moved."""
+    per_token = [s.n_bytes / (-(-s.tokens // block_tokens) * block_tokens) for s in samples]
+    return round(median(per_token)) if per_token else 0

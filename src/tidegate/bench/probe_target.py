@@ -77,6 +77,7 @@ class ProbeTarget:
     """Sends prompts of random token ids, each one unlike any before, to one instance.
 
     ``seed`` must be another one in every measurement, or the instance's prefix cache knows the prompts.
+    ``sent_tokens`` counts the tokens of all prompts.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class ProbeTarget:
         self._vocab = vocab
         self._random = random.Random(seed)
         self._sent = 0
+        self.sent_tokens = 0
 
     def close(self) -> None:
         """Close all connections."""
@@ -155,5 +157,6 @@ class ProbeTarget:
         generated: int = 0,
     ) -> Leg:
         self._sent += 1
+        self.sent_tokens += len(prompt)
         name = f"probe-{self._random.getrandbits(48):x}-{self._sent}"
         return Leg(name, prompt, None, most, dict(GREEDY), generated=generated, pin=pin, handle=handle)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from tidegate.core.errors import ConfigError
 from tidegate.costs.profile import Profile
 
 FORMAT = "tidegate-profile"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,29 +26,70 @@ class HeldOut:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkSample:
+    """One prompt's transfer: medians over repeats. ``read_s`` is the connector's own time, None if untold."""
+
+    tokens: int
+    n_bytes: int
+    seconds: float
+    read_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """The way of KV from ``source`` to ``target``, two URLs.
+
+    ``by`` says how ``latency_s`` and ``bytes_per_s`` were found, ``read_*`` are those of the connector's own
+    times (None where it tells none), and ``error_p50`` is the fit's median relative error.
+    """
+
+    source: str
+    target: str
+    by: str
+    latency_s: float
+    bytes_per_s: float
+    error_p50: float
+    read_latency_s: float | None
+    read_bytes_per_s: float | None
+    samples: tuple[LinkSample, ...]
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Link:
+        """Build it from the object that ``asdict`` made."""
+        return cls(**row | {"samples": tuple(LinkSample(**sample) for sample in row["samples"])})
+
+
+@dataclass(frozen=True, slots=True)
 class SavedProfile:
     """A profile measured on one live instance, with what else the measurement showed.
 
-    ``front_s`` passes per request outside the engine's steps; host time is part of the steps, so that a
-    simulation of this profile adds none. ``max_batch_tokens`` is what the instance computes in one step at
-    most, None when no prompt was long enough to show it; ``kv_bytes_per_token`` is 0 while no transfer was
-    measured. ``created`` is ISO 8601 in UTC; ``samples`` are the medians that were fitted, by form.
+    Host time is part of the steps, so that a simulation of this profile adds none. ``max_batch_tokens`` is
+    what the instance computes in one step at most, None when no prompt was long enough to show it. ``links``
+    are the ways on which KV was moved, and ``profile.transfer`` fits all of them; ``kv_bytes_per_token`` is 0
+    without any. ``created`` is ISO 8601 in UTC; ``engine`` is a name and a version; ``hardware`` is a GPU or
+    CPU, empty where unknown; ``samples`` are the medians that were fitted, by form.
     """
 
     profile: Profile
     created: str
+    tidegate: str
     url: str
     model: str
     engine: str
+    hardware: str
     max_model_len: int
     block_tokens: int
     kv_capacity_tokens: int
     kv_bytes_per_token: int
     max_batch_tokens: int | None
-    front_s: float
     held_out: tuple[HeldOut, ...]
     notes: tuple[str, ...]
     samples: dict[str, list[dict[str, float]]]
+    links: tuple[Link, ...] = ()
+
+    def age_days(self, now: datetime) -> float:
+        """Return the days since it was measured."""
+        return (now - datetime.fromisoformat(self.created)).total_seconds() / 86400.0
 
     def to_json(self) -> dict[str, Any]:
         """Return the file's object: the keys that ``Profile.from_json`` reads, and the rest."""
@@ -57,30 +99,35 @@ class SavedProfile:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> SavedProfile:
-        """Build it from the file's object. Raises ConfigError for another format or a missing key."""
+        """Build it from the file's object. Raises ConfigError for another format or a missing key.
+
+        Version 1 knew neither links nor hardware.
+        """
         if data.get("format") != FORMAT:
             raise ConfigError("not a profile that `tidegate profile` wrote: it has no format mark")
-        if data.get("version") != VERSION:
+        if data.get("version") not in (1, VERSION):
             raise ConfigError(
-                f"the profile has format version {data.get('version')}, this tidegate reads {VERSION}; "
+                f"the profile has format version {data.get('version')}, this tidegate reads up to {VERSION}; "
                 "measure it again with `tidegate profile`"
             )
         try:
             return cls(
                 profile=Profile.from_json(data),
-                created=str(data["created"]),
+                created=datetime.fromisoformat(data["created"]).isoformat(),
+                tidegate=str(data.get("tidegate", "")),
                 url=str(data["url"]),
                 model=str(data["model"]),
                 engine=str(data["engine"]),
+                hardware=str(data.get("hardware", "")),
                 max_model_len=int(data["max_model_len"]),
                 block_tokens=int(data["block_tokens"]),
                 kv_capacity_tokens=int(data["kv_capacity_tokens"]),
                 kv_bytes_per_token=int(data["kv_bytes_per_token"]),
                 max_batch_tokens=None if data["max_batch_tokens"] is None else int(data["max_batch_tokens"]),
-                front_s=float(data["front_s"]),
                 held_out=tuple(HeldOut(**row) for row in data["held_out"]),
                 notes=tuple(str(note) for note in data["notes"]),
                 samples=dict(data["samples"]),
+                links=tuple(Link.from_json(row) for row in data.get("links", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"the profile is damaged: {error!r}") from None
@@ -92,6 +139,15 @@ def save_profile(path: Path, saved: SavedProfile) -> None:
         path.write_text(json.dumps(saved.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def is_profile(path: Path) -> bool:
+    """Tell whether a file carries the mark of a measured profile, of whatever version."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and data.get("format") == FORMAT
 
 
 def read_profile(path: Path) -> SavedProfile:

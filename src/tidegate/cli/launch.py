@@ -6,7 +6,8 @@ import asyncio
 import logging
 import shlex
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
+from datetime import UTC, datetime
 from ipaddress import ip_address
 from typing import Any
 
@@ -16,7 +17,7 @@ import typer
 from tidegate import __version__
 from tidegate.cli.config import Config
 from tidegate.cli.process import debugging
-from tidegate.cli.profiles import load_profile
+from tidegate.cli.profiles import load_profile, measured_profile, profile_line, profile_warnings
 from tidegate.cli.tiny import ARCH, require_embedded, tiny_model
 from tidegate.fleet.emulated import EmulatedFleet, EmulatedLaunch
 from tidegate.fleet.member import Fleet, FleetListener, Member
@@ -51,6 +52,7 @@ def launch(config: Config) -> bool:
     def on_ready(base_url: str) -> None:
         nonlocal served
         served = True
+        _tell_profiles(config.fleet.profile or (), announced.model)
         typer.echo(how_to_call(base_url, announced.model, keyed=bool(settings.api_key)))
 
     serving: Coroutine[Any, Any, object] = run_gateway(settings, announced, system, on_ready=on_ready)
@@ -142,6 +144,18 @@ class AnnouncedFleet:
     def member_down(self, instance_id: str, reason: str) -> None:
         if self._listener is not None:
             self._listener.member_down(instance_id, reason)
+
+
+def _tell_profiles(names: Sequence[str], model: str) -> None:
+    """Say what the measured ones among the profiles are, how old, and what speaks against them."""
+    now = datetime.now(UTC)
+    for name in names:
+        saved = measured_profile(name)
+        if saved is None:
+            continue
+        typer.echo(f"  profile {name}: {profile_line(saved, now)}")
+        for warning in profile_warnings(saved, model, now):
+            typer.echo(f"tidegate: warning: {name}: {warning}", err=True)
 
 
 def how_to_call(base_url: str, model: str, *, keyed: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,8 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from tidegate.bench.probe_run import ProbeSettings, measure_profile
-from tidegate.bench.saved_profile import SavedProfile, save_profile
-from tidegate.costs.library import packaged_profile, profile_names
+from tidegate.bench.saved_profile import Link, SavedProfile, save_profile
+from tidegate.cli.profile_list import show_profiles
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -23,13 +24,15 @@ Measure a vLLM server for a minute, and simulate eight like it:
     tidegate profile --vllm http://gpu1:8000 --out gpu1.json
     tidegate sim --profile gpu1.json --instances 8 --trace T --system arrow
 
-With the cost of moving KV from one instance to another:
+With the cost of moving KV, for every ordered pair, and a gateway that goes by it:
 
-    tidegate profile --url http://127.0.0.1:9001 --url http://127.0.0.1:9002 --out pair.json
+    tidegate profile --vllm http://gpu1:8000 --vllm http://gpu2:8000 --out pair.json
+    tidegate serve --vllm http://gpu1:8000 --vllm http://gpu2:8000 --profile pair.json
 
-What there is without measuring:
+What there is without measuring, and how old one's own are:
 
     tidegate profile --list
+    tidegate profile --list profiles/
 
 [bold]Exit codes[/bold]
 
@@ -43,9 +46,17 @@ def register(app: typer.Typer) -> None:
 
 
 def run(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[PATH]...",
+            help="With --list: measured profiles, or folders that hold some.",
+            show_default="the current folder",
+        ),
+    ] = None,
     url: Annotated[
         list[str] | None,
-        typer.Option(metavar="URL", help="The instance; a second one to time transfers between both."),
+        typer.Option(metavar="URL", help="The instance; others to time transfers between all of them."),
     ] = None,
     vllm: Annotated[
         list[str] | None, typer.Option(metavar="URL", help="The same: a vLLM server.", show_default=False)
@@ -57,7 +68,19 @@ def run(
         int | None,
         typer.Option(metavar="N", help="Tokens of one step at most; default: found out."),
     ] = None,
-    api_key: Annotated[str, typer.Option(envvar="TIDEGATE_API_KEY", help="Bearer token.")] = "",
+    busy: Annotated[
+        bool, typer.Option("--busy", help="Measure instances that serve other requests, too.")
+    ] = False,
+    hardware: Annotated[
+        str, typer.Option(help="GPU or CPU to note; default: found out on this machine.", show_default=False)
+    ] = "",
+    kv_bytes_per_token: Annotated[
+        int,
+        typer.Option(metavar="N", help="For engines that do not count what they move.", show_default=False),
+    ] = 0,
+    api_key: Annotated[
+        str, typer.Option(envvar=["TIDEGATE_VLLM_API_KEY", "TIDEGATE_API_KEY"], help="Bearer token.")
+    ] = "",
     secret: Annotated[
         str,
         typer.Option(
@@ -66,7 +89,7 @@ def run(
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print what --out saves.")] = False,
     show_list: Annotated[
-        bool, typer.Option("--list", help="Show the packaged profiles, and measure nothing.")
+        bool, typer.Option("--list", help="Show what profiles there are, and measure nothing.")
     ] = False,
 ) -> None:
     """Measure a live, idle instance and fit the latency models that policies and simulator use.
@@ -79,8 +102,10 @@ def run(
     if show_list:
         if urls:
             raise typer.BadParameter("--list measures nothing: drop --url and --vllm")
-        _show_packaged(as_json)
+        show_profiles(paths or [Path()], as_json)
         return
+    if paths:
+        raise typer.BadParameter(f"{paths[0]}: paths are for --list; an instance is given as --url or --vllm")
     if not urls:
         raise typer.BadParameter("give the instance's --url (or --vllm), or --list")
     settings = ProbeSettings(
@@ -90,6 +115,9 @@ def run(
         api_key=api_key,
         secret=secret,
         max_batch_tokens=max_batch_tokens,
+        busy=busy,
+        hardware=hardware,
+        kv_bytes_per_token=kv_bytes_per_token,
     )
     if out is not None and not out.parent.is_dir():
         raise typer.BadParameter(f"no such folder: {out.parent}")
@@ -100,35 +128,6 @@ def run(
         typer.echo(json.dumps(saved.to_json(), indent=1, allow_nan=False))
     else:
         _show(saved, out)
-
-
-def _show_packaged(as_json: bool) -> None:
-    """Print the packaged profiles, with what tells them apart."""
-    found = [packaged_profile(name) for name in profile_names()]
-    prefills = [float(each.profile.prefill_s(2048)) for each in found]
-    steps = [float(each.profile.step.seconds(32, 32 * 2048)) for each in found]
-    if as_json:
-        rows = [
-            {
-                "name": each.name,
-                "prefill_2048_s": prefill_s,
-                "step_32x2048_s": step_s,
-                "kv_capacity_tokens": each.kv_capacity_tokens,
-                "mixed_measured": each.mixed_measured,
-                "note": each.note,
-            }
-            for each, prefill_s, step_s in zip(found, prefills, steps, strict=True)
-        ]
-        typer.echo(json.dumps(rows, indent=1, allow_nan=False))
-        return
-    width = max(len(each.name) for each in found)
-    typer.echo(f"{'name':<{width}}  {'prefill 2,048':>13}  {'step 32x2,048':>13}  {'KV tokens':>9}")
-    for each, prefill_s, step_s in zip(found, prefills, steps, strict=True):
-        times = f"{1000 * prefill_s:>10.1f} ms  {1000 * step_s:>10.1f} ms"
-        typer.echo(f"{each.name:<{width}}  {times}  {each.kv_capacity_tokens:>9,}")
-    typer.echo(
-        "\nOr a file of `tidegate profile --out`, hardware:GPU/MODEL[/tpN], roofline:GPU/CONFIG.json[/tpN]."
-    )
 
 
 def _measured(settings: ProbeSettings) -> SavedProfile:
@@ -147,7 +146,10 @@ def _measured(settings: ProbeSettings) -> SavedProfile:
 def _show(saved: SavedProfile, out: Path | None) -> None:
     profile = saved.profile
     console = Console(highlight=False)
-    console.print(f"[bold]{profile.name}[/]  {saved.engine}, {saved.max_model_len:,} tokens of context")
+    where = f" on {saved.hardware}" if saved.hardware else ""
+    console.print(
+        f"[bold]{profile.name}[/]  {saved.engine}{where}, {saved.max_model_len:,} tokens of context"
+    )
     held = {row.form: row for row in saved.held_out}
     table = Table("form", "samples", "fit p50", "p95", "held out p50", "p95", box=None, pad_edge=False)
     for form, p50, p95 in profile.errors:
@@ -160,8 +162,24 @@ def _show(saved: SavedProfile, out: Path | None) -> None:
             console.print(f"prefill of {n:,} tokens: {1e3 * profile.prefill_s(n):.1f} ms", end="  ")
     console.print(f"step of 1 x 1,024: {1e3 * float(profile.step.seconds(1, 1024)):.1f} ms")
     budget = f"{saved.max_batch_tokens:,}" if saved.max_batch_tokens else "not reached"
-    console.print(f"front end: {1e3 * saved.front_s:.1f} ms per request  tokens of one step: {budget}")
+    console.print(f"front end: {1e3 * profile.front_s:.1f} ms per request  tokens of one step: {budget}")
+    if saved.links:
+        console.print(_link_table(saved.links))
+        console.print(f"KV: {saved.kv_bytes_per_token:,} bytes per token")
     for note in saved.notes:
         console.print(f"[yellow]note[/] {note}")
     if out is not None:
         console.print(f"saved to {out}; use it as --profile {out}")
+
+
+def _link_table(links: Sequence[Link]) -> Table:
+    """Return the links with what was seen from outside and what the engine says of its own reads."""
+    table = Table("KV from", "to", "latency", "GB/s", "error p50", "engine's own", box=None, pad_edge=False)
+    for link in links:
+        told = "-"
+        if link.read_bytes_per_s is not None and link.read_latency_s is not None:
+            told = f"{1e3 * link.read_latency_s:.1f} ms, {link.read_bytes_per_s / 1e9:.1f} GB/s"
+        seen = (f"{1e3 * link.latency_s:.1f} ms", f"{link.bytes_per_s / 1e9:.1f}", f"{link.error_p50:.0%}")
+        table.add_row(*(url.removeprefix("http://") for url in (link.source, link.target)), *seen, told)
+    table.caption = "; ".join(sorted({f"links are fitted {link.by}" for link in links}))
+    return table

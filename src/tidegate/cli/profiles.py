@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,10 @@ from tidegate.costs.roofline import Shape, roofline_profile
 
 if TYPE_CHECKING:
     from tidegate.bench.saved_profile import SavedProfile
+
+
+OLD_DAYS = 30.0
+"""Age in days from which a measured profile is called old: drivers, engines and clocks change (ours)."""
 
 
 def load_profile(name_or_file: str) -> PackagedProfile:
@@ -26,11 +31,36 @@ def load_profile(name_or_file: str) -> PackagedProfile:
     kind, colon, rest = name_or_file.partition(":")
     if colon and kind in DERIVED:
         return DERIVED[kind](name_or_file, *_parts(name_or_file, rest))
-    if name_or_file.endswith(".json"):
-        from tidegate.bench.saved_profile import read_profile  # brings an HTTP client along
+    saved = measured_profile(name_or_file)
+    return packaged_profile(name_or_file) if saved is None else as_packaged(saved)
 
-        return as_packaged(read_profile(Path(name_or_file)))
-    return packaged_profile(name_or_file)
+
+def measured_profile(name_or_file: str) -> SavedProfile | None:
+    """Return the measured profile that a user named; None for one of another kind. Raises ConfigError."""
+    if not name_or_file.endswith(".json") or name_or_file.partition(":")[0] in DERIVED:
+        return None
+    from tidegate.bench.saved_profile import read_profile
+
+    return read_profile(Path(name_or_file))
+
+
+def profile_line(saved: SavedProfile, now: datetime) -> str:
+    """Say in a line what was measured, and how long ago."""
+    where = f", {saved.hardware}" if saved.hardware else ""
+    links = f", {len(saved.links)} links" if saved.links else ""
+    return f"{saved.model} on {saved.engine}{where}{links}, measured {saved.age_days(now):.1f} days ago"
+
+
+def profile_warnings(saved: SavedProfile, model: str, now: datetime) -> list[str]:
+    """Return what speaks against using a measured profile for servers of ``model``."""
+    warnings = []
+    if saved.age_days(now) > OLD_DAYS:
+        warnings.append(f"the profile was measured {saved.age_days(now):.0f} days ago: measure it again")
+    if saved.model != model:
+        warnings.append(
+            f"the profile was measured with the model {saved.model!r}, the servers serve {model!r}"
+        )
+    return warnings
 
 
 def _parts(name: str, rest: str) -> tuple[str, str, int]:
