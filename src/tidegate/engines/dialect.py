@@ -68,6 +68,12 @@ class DialectEngine:
             error.stage = error.stage or stage
             raise
 
+    async def tokenise(
+        self, prompt: list[int] | str | None, messages: list[Json] | None, sampling: Json
+    ) -> list[int] | None:
+        """See ``Engine.tokenise``."""
+        return None
+
     def refuses(self, handle: KvHandle) -> str | None:
         """See ``Engine.refuses``: engines of one launch check every handle themselves."""
         return None

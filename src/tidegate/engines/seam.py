@@ -109,6 +109,14 @@ class Engine(Protocol):
         """
         ...
 
+    async def tokenise(
+        self, prompt: list[int] | str | None, messages: list[Json] | None, sampling: Json
+    ) -> list[int] | None:
+        """Return the ids of a prompt or a chat, as a leg would take them; None where engines are not asked
+        that. Raises EngineError.
+        """
+        ...
+
     def refuses(self, handle: KvHandle) -> str | None:
         """Say why this engine must not be sent ``handle``; None when it may. No I/O."""
         ...

@@ -20,7 +20,8 @@ class Capabilities:
     decode leg recomputes the prompt or finds it in its prefix cache. ``continues``: told how many of a
     prompt's tokens are earlier output, it goes on exactly: characters and stop strings across the seam,
     seeded sampling, penalties, guided decoding. Without it the gateway keeps text whole itself, and a request
-    whose state ids do not hold can only begin anew. ``orders``: it serves waiting prefills in the order it
+    whose state ids do not hold can only begin anew. ``extends_kv``: a prefill can begin with KV of another
+    member that covers a part of its prompt. ``orders``: it serves waiting prefills in the order it
     was started with, by the tickets that come with them; without it only ``fifo`` systems may use it.
     ``tells_load``: its ``/metrics`` say what is on it, in vLLM's names; the gateway knows all that is on the
     others.
@@ -28,6 +29,7 @@ class Capabilities:
 
     kv_transfer: bool = True
     continues: bool = True
+    extends_kv: bool = False
     orders: bool = True
     tells_load: bool = False
 

@@ -26,10 +26,15 @@ AUTO = "auto"
 
 @dataclass(frozen=True, slots=True)
 class KvSetup:
-    """How servers were started to hand KV on: ``nixl``, ``none``, or ``auto`` to look at their metrics."""
+    """How servers were started to hand KV on: ``nixl``, ``none``, or ``auto`` to look at their metrics.
+
+    ``bidirectional`` says that they have ``bidirectional_kv_xfer``, which nothing shows: a prefill that reads
+    KV hangs without it.
+    """
 
     connector: str = AUTO
     lease_s: float = LEASE_S
+    bidirectional: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,11 +115,11 @@ class Front:
         body = collected.body(
             call,
             model,
-            finish_reason=flight.finish_reason,
-            stop_reason=flight.stop_reason,
+            finish_reason=flight.legs.finish_reason,
+            stop_reason=flight.legs.stop_reason,
             usage=_usage(flight),
-            token_ids=flight.out_ids,
-            prompt_ids=flight.prompt_ids,
+            token_ids=flight.legs.out_ids,
+            prompt_ids=flight.legs.prompt_ids,
         )
         return web.Response(body=body, content_type=JSON, headers={"x-request-id": call.id})
 
@@ -205,4 +205,4 @@ class Front:
 
 
 def _usage(flight: Flight) -> dict[str, Any]:
-    return usage_object(flight.prompt_tokens, len(flight.out_ids), flight.story.cached_tokens)
+    return usage_object(flight.legs.prompt_tokens, len(flight.legs.out_ids), flight.story.cached_tokens)

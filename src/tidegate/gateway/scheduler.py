@@ -22,6 +22,7 @@ from tidegate.gateway.load_view import LoadGauges
 from tidegate.gateway.loads import LoadWatch
 from tidegate.gateway.metrics import Metrics
 from tidegate.gateway.migrations import Migrations, Movable
+from tidegate.gateway.sessions import Sessions
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.gateway.upstream import Handles, Upstream, connect
 from tidegate.ledger.ledger import Ledger
@@ -100,6 +101,7 @@ class Scheduler:
         self._failing: dict[str, float] = {}
         self._rng = random.Random(settings.seed)
         self.handles = Handles(self.upstreams, self.metrics, self.background, suspect)
+        self.sessions = Sessions()
         self.migrations = Migrations(self.flights, self.ledger, clock, journal, self.metrics)
 
     @property
@@ -134,6 +136,7 @@ class Scheduler:
         self.journal.write("instance", now, instance=instance_id, event="down", reason=reason)
         upstream.engine.close(f"instance {instance_id} is down: {reason}")
         self.handles.owner_gone(upstream.member.engine_id)
+        self.sessions.forget_instance(instance_id)
         self._wake()
 
     # decisions

@@ -35,6 +35,8 @@ class Story:
     replays: int = 0
     migrations: int = 0
     stages: dict[str, float] = field(default_factory=dict)
+    read_back_tokens: int = 0
+    """Tokens of earlier rounds whose KV the prefill took from where they were decoded."""
     unmovable: str = ""
     """The field of the request whose state no other engine can take up; "" when it can move."""
 
@@ -86,6 +88,7 @@ def outcome_row(story: Story, ending: Ending, started_s: float) -> Row:
             ("session_id", ending.session),
             ("tenant", ending.tenant),
             ("unmovable", story.unmovable),
+            ("read_back_tokens", story.read_back_tokens),
         )
         if value
     }

@@ -15,6 +15,10 @@ DECLINE_S = 5.0
 """How long an engine may take to pass on that a handle is not wanted (ours); it is told in the background."""
 
 
+RENDER_S = 2.0
+"""How long a server may take to tokenise a prompt (ours)."""
+
+
 class VllmEngine(DialectEngine):
     """Calls one vLLM server. ``connector`` is the way its KV moves; None when it does not.
 
@@ -65,6 +69,23 @@ class VllmEngine(DialectEngine):
             raise KvLost(f"the leg that pulls KV failed: {error.message}", instance=self.instance) from error
         finally:
             self._pulling.discard(watched)
+
+    async def tokenise(
+        self, prompt: list[int] | str | None, messages: list[Json] | None, sampling: Json
+    ) -> list[int] | None:
+        """See ``Engine.tokenise``: vLLM renders a request without running it."""
+        body: Json = {**sampling, "model": self.model}
+        body |= {"prompt": prompt} if messages is None else {"messages": messages}
+        path = "/v1/completions/render" if messages is None else "/v1/chat/completions/render"
+        answer = await self._wire.exchange("POST", path, orjson.dumps(body), deadline_s=RENDER_S)
+        if answer.status != 200:
+            return None
+        try:
+            rendered = orjson.loads(answer.body)
+            ids: list[int] = (rendered if messages is not None else rendered[0])["token_ids"]
+        except (orjson.JSONDecodeError, LookupError, TypeError):
+            return None
+        return ids
 
     def owner_gone(self, owner: str) -> None:
         """See ``Engine.owner_gone``: vLLM itself notices only after seconds."""
