@@ -211,7 +211,13 @@ class StaticFleet:
             profile=self._profiles.get(server.id),
             api_key=self._api_key,
             kind="vllm",
-            capabilities=Capabilities(kv_transfer=moves_kv, continues=False, orders=False, tells_load=True),
+            capabilities=Capabilities(
+                kv_transfer=moves_kv,
+                continues=False,
+                extends_kv=moves_kv and self._kv.bidirectional,
+                orders=False,
+                tells_load=True,
+            ),
             connector=connector if moves_kv else "",
             lease_s=self._kv.lease_s,
         )
