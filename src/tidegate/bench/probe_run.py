@@ -176,9 +176,12 @@ class _Servers:
             advance(number / len(pairs), f"KV from {source} to {target}")
             try:
                 samples = await self._samples(a, b)
-                links.append(fit_link(source, target, samples))
+                if samples:
+                    links.append(fit_link(source, target, samples))
+                else:
+                    notes.append(f"{source} hands no KV to {target}: the transfer's cost is assumed")
             except (EngineError, ConfigError) as error:
-                notes.append(f"{source} hands no KV to {target}: {error.message}")
+                notes.append(f"KV from {source} to {target} could not be timed: {error.message}")
         return links, notes
 
     async def _samples(self, a: int, b: int) -> list[LinkSample]:

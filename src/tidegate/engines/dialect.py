@@ -185,7 +185,7 @@ class _Stream:
         "_prompt_tokens",
         "_sink",
         "_started",
-        "_times",
+        "_told",
     )
 
     def __init__(self, leg: Leg, sink: TokensSink, instance: str) -> None:
@@ -194,7 +194,7 @@ class _Stream:
         self._chat = leg.messages is not None
         self._instance = instance
         self._started = self._finished = False
-        self._times = LegTimes()
+        self._told: Json = {}
 
     def feed(self, data: bytes) -> None:
         """Deliver the tokens in ``data``. Raises EngineFault for an error event or a malformed one."""
@@ -231,8 +231,9 @@ class _Stream:
             error = event["error"]
             message = error.get("message") if isinstance(error, dict) else error
             raise EngineFault(str(message), instance=self._instance)
-        if event.get("metrics") or event.get("usage"):
-            self._times = _times(event)
+        for name in ("metrics", "usage"):  # which may come in one event or in two
+            if event.get(name):
+                self._told[name] = event[name]
         if not choice:
             return None
         tokens = _tokens(choice, self._chat)
@@ -250,7 +251,7 @@ class _Stream:
         """Return the leg's end. Raises EngineUnreachable when the stream stopped without a finish reason."""
         if not self._finished:
             raise EngineUnreachable("the stream ended without a finish reason", instance=self._instance)
-        return LegEnd(times=self._times)
+        return LegEnd(times=_times(self._told))
 
 
 def _tokens(choice: Json, chat: bool) -> Tokens:
