@@ -12,6 +12,7 @@ import aiohttp
 import orjson
 import pytest
 
+from tidegate.core.instance import Role
 from tidegate.fleet.member import Capabilities
 from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
@@ -81,6 +82,7 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
         step_s: float = 0.0,
         context: int = 1 << 20,
         capabilities: Capabilities = ABLE,
+        fixed: dict[str, Role] | None = None,
         **options: Any,
     ) -> Cluster:
         engines = {f"i{n}": FakeEngine(f"i{n}", step_s) for n in range(instances)}
@@ -90,6 +92,7 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
             {n: await e.start() for n, e in engines.items()}, profile=profile(), context=context
         )
         fleet.capabilities = capabilities
+        fleet.fixed = fixed or {}
         settings = GatewaySettings(port=0, journal=tmp_path / "journal.jsonl", **options)
         composed = make_system(system) if isinstance(system, str) else system
         gateway = Gateway(settings, fleet, composed)

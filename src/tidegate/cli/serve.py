@@ -12,6 +12,7 @@ from tidegate.cli.process import INTERRUPTED
 
 _CLIENTS, _DECISIONS = "Clients", "Scheduling"
 _FLEET, _ENGINES, _EMULATED = "Instances", "Embedded engines", "Emulated instances"
+_LAUNCHED = "Launched vLLM servers"
 # Written out, so that the help does not import the policies.
 _SYSTEMS = (
     "arrow (SLO-aware placement with role flips), arrow-v1 (four elastic pools), arrow-v2 (Arrow as "
@@ -32,6 +33,8 @@ EPILOG = """
     tidegate serve --emulate h100_sxm/llama-3.1-8b:8 --slo ttft:500,tpot:50
 
     tidegate serve --vllm http://10.0.0.5:8000 --vllm http://10.0.0.6:8000 --profile measured.json
+
+    tidegate serve --launch vllm --model models/qwen3-8b --instances 4 --vllm-bin /opt/vllm/bin/vllm
 
     tidegate serve --config serve.toml --print-config
 """
@@ -130,14 +133,25 @@ def serve(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Model for embedded engines, in the Hugging Face layout.",
+            help="Model for embedded engines or launched servers, in the Hugging Face layout.",
             show_default="a tiny random one",
             rich_help_panel=_FLEET,
         ),
     ] = None,
     instances: Annotated[
         int | None,
-        typer.Option(help="Number of embedded engines.", show_default="3", rich_help_panel=_FLEET),
+        typer.Option(
+            help="Number of embedded engines or launched servers.", show_default="3", rich_help_panel=_FLEET
+        ),
+    ] = None,
+    launch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="vllm",
+            help="Start stock `vllm serve` processes, in place of embedded engines, and keep them alive: one "
+            "per GPU where there are any. They hand KV to each other.",
+            rich_help_panel=_FLEET,
+        ),
     ] = None,
     emulate: Annotated[
         list[str] | None,
@@ -153,9 +167,9 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="URL",
-            help="A running vLLM server, in place of embedded engines; repeat for each. No KV moves between "
-            "such servers yet: a decode placed elsewhere recomputes the prompt or finds it in the prefix "
-            "cache, and a sampled request stays on one server, whose death it does not survive.",
+            help="A running vLLM server, in place of embedded engines; repeat for each. KV moves between "
+            "those that have NixlConnector ('tidegate check' proves it); prefill=URL and decode=URL are "
+            "servers that may do only that.",
             rich_help_panel=_FLEET,
         ),
     ] = None,
@@ -166,6 +180,33 @@ def serve(
             help="What the vLLM servers' steps cost: a file of `tidegate profile --vllm URL --out FILE`, or "
             "a packaged profile (`profile --list` shows them). One for all, or one for each in their order.",
             rich_help_panel=_FLEET,
+        ),
+    ] = None,
+    vllm_args: Annotated[
+        str | None,
+        typer.Option(
+            metavar="'WORDS'",
+            help="Further arguments of `vllm serve`, in one word for the shell: '--tensor-parallel-size 2' gives "
+            "each server two GPUs.",
+            rich_help_panel=_LAUNCHED,
+        ),
+    ] = None,
+    vllm_bin: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="vLLM's command, in whatever environment it is installed.",
+            show_default="vllm on PATH",
+            rich_help_panel=_LAUNCHED,
+        ),
+    ] = None,
+    vllm_logs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where the servers' output goes, a file for each instance.",
+            show_default="a new folder in ~/.local/state/tidegate",
+            rich_help_panel=_LAUNCHED,
         ),
     ] = None,
     device: Annotated[
@@ -239,7 +280,7 @@ def serve(
     nothing could start; 130 Ctrl-C during the start, or a second one.
     """
     from tidegate.cli.config import SETTINGS
-    from tidegate.cli.launch import launch
+    from tidegate.cli.launch import launch as serve_until_stopped
     from tidegate.cli.resolved_toml import as_toml
     from tidegate.cli.sources import resolve
 
@@ -250,5 +291,5 @@ def serve(
     if print_config:
         typer.echo(as_toml(resolved), nl=False)
         return
-    if not launch(resolved.config):
+    if not serve_until_stopped(resolved.config):
         raise typer.Exit(INTERRUPTED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from tidegate.core.instance import Instance
+from tidegate.core.instance import Instance, Role
 from tidegate.costs.profile import Profile
 
 LEASE_S = 30.0
@@ -38,12 +38,13 @@ class Capabilities:
 class Member:
     """An instance that is up and ready to serve.
 
-    ``url`` is its HTTP base without a trailing slash. ``engine_id`` changes when the process restarts
-    (KV handles of an older engine id are dead). ``secret`` authorises KV and internal calls inside one
-    launch, ``api_key`` the engine's ``/v1`` routes; both are empty when not needed and never logged.
-    ``kind`` is ``embedded``, ``emulated`` or ``vllm``; what may be asked of it is in ``capabilities``.
-    ``connector`` names the KV connector of a vLLM server that has ``kv_transfer``, which pins KV for
-    ``lease_s``; ``bootstrap_url`` is where MooncakeConnector's peers find it.
+    ``url`` is its HTTP base without a trailing slash. ``engine_id`` changes when the process restarts (KV
+    handles of an older engine id are dead). ``secret`` authorises KV and internal calls inside one launch,
+    ``api_key`` the engine's ``/v1`` routes; both are empty when not needed and never logged. ``kind`` is
+    ``embedded``, ``emulated`` or ``vllm``; what may be asked of it is in ``capabilities``. ``connector``
+    names the KV connector of a vLLM server that has ``kv_transfer``, which pins KV for ``lease_s``;
+    ``bootstrap_url`` is where MooncakeConnector's peers find it. ``fixed_role`` is that of a server that may
+    do no other: it keeps its label, and only hands KV on (PREFILL) or only takes it (DECODE).
     """
 
     instance: Instance
@@ -59,6 +60,17 @@ class Member:
     connector: str = ""
     lease_s: float = LEASE_S
     bootstrap_url: str = ""
+    fixed_role: Role | None = None
+
+    @property
+    def produces_kv(self) -> bool:
+        """Whether others can pull its KV."""
+        return self.capabilities.kv_transfer and self.fixed_role is not Role.DECODE
+
+    @property
+    def consumes_kv(self) -> bool:
+        """Whether it can pull KV of others."""
+        return self.capabilities.kv_transfer and self.fixed_role is not Role.PREFILL
 
 
 class FleetListener(Protocol):

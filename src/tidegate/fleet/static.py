@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from tidegate.core.errors import ConfigError, SetupError
-from tidegate.core.instance import Instance
+from tidegate.core.instance import Instance, Role
 from tidegate.costs.profile import Profile
 from tidegate.fleet.health import Answer, HealthPace, check_health, end_watch, until_unhealthy
 from tidegate.fleet.member import LEASE_S, Capabilities, FleetListener, Member
@@ -62,7 +62,8 @@ class _Server:
 
 
 class StaticFleet:
-    """Watches vLLM servers at ``urls``, named i0, i1, ... in that order.
+    """Watches vLLM servers at ``urls``, named i0, i1, ... in that order; ``prefill=URL`` and ``decode=URL``
+    are servers that do only that.
 
     A refused connection means down at once, otherwise three missed checks do. A server that comes
     back has a new ``engine_id``; a restart quicker than one check interval goes unseen unless a
@@ -82,7 +83,11 @@ class StaticFleet:
         pace: StaticPace | None = None,
         kv: KvSetup | None = None,
     ) -> None:
-        self._urls = [checked_url(url) for url in urls]
+        self._urls, self._roles = [], []
+        for word in urls:
+            url, role = server_of(word)
+            self._urls.append(url)
+            self._roles.append(role)
         if not self._urls:
             raise ConfigError("a static fleet needs at least one URL")
         twice = sorted({url for url in self._urls if self._urls.count(url) > 1})
@@ -200,7 +205,14 @@ class StaticFleet:
                 say = log.error if server.other_model else log.info
                 say("waiting for %s (%s): %s", server.id, server.url, told)
             await asyncio.sleep(self._pace.retry_s)
-        instance = Instance(server.id, facts.kv_capacity_tokens, facts.max_model_len, facts.block_tokens)
+        fixed_role = self._roles[self.ids.index(server.id)]
+        instance = Instance(
+            server.id,
+            facts.kv_capacity_tokens,
+            facts.max_model_len,
+            facts.block_tokens,
+            flippable=fixed_role is None,
+        )
         connector = facts.connector if self._kv.connector == AUTO else self._kv.connector
         moves_kv = connector not in ("", "none")
         return Member(
@@ -220,7 +232,17 @@ class StaticFleet:
             ),
             connector=connector if moves_kv else "",
             lease_s=self._kv.lease_s,
+            fixed_role=fixed_role,
         )
+
+
+def server_of(word: str) -> tuple[str, Role | None]:
+    """Return the URL of a word as in ``StaticFleet``, and the only role of its server. Raises ConfigError."""
+    name, equals, url = word.partition("=")
+    roles = {Role.PREFILL.label: Role.PREFILL, Role.DECODE.label: Role.DECODE}
+    if equals and name in roles:
+        return checked_url(url), roles[name]
+    return checked_url(word), None
 
 
 def checked_url(url: str) -> str:

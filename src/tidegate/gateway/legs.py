@@ -102,7 +102,7 @@ class Legs:
         self.count += 1
         self.upstream, self.first_s, self._handing_over = upstream, None, hand_over
         capabilities = upstream.member.capabilities
-        pin = hand_over and capabilities.kv_transfer
+        pin = hand_over and upstream.member.produces_kv
         ordered = capabilities.orders and not self.out_ids
         held = extend if handle is None else handle
         loaded = held if held is not None and scheduler.handles.usable(held, upstream) else None
@@ -199,7 +199,7 @@ class Legs:
             return "it moves already"
         if self._story.unmovable:
             return f"its state cannot move: {self._story.unmovable}"
-        if not upstream.member.capabilities.kv_transfer:
+        if not upstream.member.produces_kv:
             return f"the KV of {migrate.src} cannot be moved"
         self._migrate = migrate
         return ""

@@ -118,11 +118,27 @@ class Scheduler:
         self.upstreams[instance.id] = connect(member, self.settings)
         self.drift.member_up(member)
         self._failing.pop(instance.id, None)
-        role = self.labels.setdefault(instance.id, Role.MIXED)
+        role = self._label(member)
         self.ledger.instance_up(instance, member.profile or UNMEASURED, role, now)
         self.loads.follow(member)
         self.journal.write("instance", now, instance=instance.id, event="up", role=role.label)
         self._wake()
+
+    def _label(self, member: Member) -> Role:
+        """Return a member's label; one whose fixed role is another one changes places with who has it."""
+        name, fixed = member.instance.id, member.fixed_role
+        role = self.labels.setdefault(name, Role.MIXED)
+        if fixed is None or role in (fixed, Role.MIXED):
+            return role
+        self.labels[name] = fixed
+        for other, label in self.labels.items():
+            upstream = self.upstreams.get(other)
+            free = upstream is None or upstream.member.fixed_role is None
+            if other != name and label is fixed and free:
+                self._apply((Flip(other, role, "repair"),))
+                self.labels[other] = role
+                break
+        return fixed
 
     def member_down(self, instance_id: str, reason: str) -> None:
         """Drop an instance; what runs there fails at once and its requests are replayed elsewhere."""

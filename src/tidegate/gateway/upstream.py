@@ -75,7 +75,11 @@ class Handles:
 
     def usable(self, handle: KvHandle, upstream: Upstream) -> bool:
         """Tell whether a leg on ``upstream`` may begin with the handle's KV; a refusal is counted."""
-        reason = "gone" if self._owner(handle) is None else upstream.engine.refuses(handle)
+        reason = upstream.engine.refuses(handle)
+        if self._owner(handle) is None:
+            reason = "gone"
+        elif not upstream.member.consumes_kv:
+            reason = "role"
         if reason is None:
             return True
         self._metrics.handles_refused.labels(reason).inc()
@@ -89,7 +93,8 @@ class Handles:
         if owner.member.kind != "vllm":
             self._background(owner.engine.release(handle))
             return
-        peer = next((u for u in self._upstreams.values() if u is not owner), None)
+        others = (u for u in self._upstreams.values() if u is not owner and u.member.consumes_kv)
+        peer = next(others, None)
         if peer is not None:
             self._background(peer.engine.decline(handle))
 

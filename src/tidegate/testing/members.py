@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tidegate.core.instance import Instance
+from tidegate.core.instance import Instance, Role
 from tidegate.costs.profile import Profile
 from tidegate.fleet.member import Capabilities, FleetListener, Member
 
@@ -24,6 +24,7 @@ class GivenFleet:
         self._model = model
         self._context = context
         self.capabilities = Capabilities()
+        self.fixed: dict[str, Role] = {}
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -37,7 +38,10 @@ class GivenFleet:
     def up(self, name: str, url: str = "") -> None:
         """Report an instance up, under a new URL if given."""
         self.urls[name] = url or self.urls[name]
-        instance = Instance(name, kv_capacity_tokens=1 << 30, max_model_len=self._context)
+        role = self.fixed.get(name)
+        instance = Instance(
+            name, kv_capacity_tokens=1 << 30, max_model_len=self._context, flippable=role is None
+        )
         assert self.listener is not None
         self.listener.member_up(
             Member(
@@ -48,6 +52,7 @@ class GivenFleet:
                 profile=self._profile,
                 secret="s3",
                 capabilities=self.capabilities,
+                fixed_role=role,
             )
         )
 
