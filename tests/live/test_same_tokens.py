@@ -63,9 +63,11 @@ async def test_200_prompts_get_identical_tokens_under_every_regime(model_dir: Pa
         assert sum(s["pulled_prompt_tokens"] for s in stats.values()) > 0, "KV moved between processes"
         await live.until_drained()
 
-    async with cluster(model_dir, "arrow", dtype="float64", flip_every_s=0.2) as live:
+    forced = {"flip_every_s": 0.2, "migrate_every_s": 0.05}
+    async with cluster(model_dir, "arrow", dtype="float64", **forced) as live:
         assert await run_all(live) == reference
         assert live.gateway.scheduler.flips >= 3
+        assert b'tidegate_migrations_total{event="done"}' in live.gateway.scheduler.metrics.render()
         await live.until_drained()
 
     rng = random.Random(5)

@@ -1,0 +1,97 @@
+"""Running decodes that move: their tokens, the books, the journal."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from tidegate.core.decision import Migrate
+from tidegate.fleet.member import Capabilities
+from tidegate.testing.fake_engine import token_at
+
+ABLE = Capabilities()
+FORGETFUL = Capabilities(continues=False)
+"""What vLLM servers are: each leg is a request of its own to them."""
+
+
+def body(seed: int, tokens: int) -> dict[str, Any]:
+    return {
+        "prompt": [seed, seed * 3 % 500, 7],
+        "max_tokens": tokens,
+        "temperature": 0,
+        "return_token_ids": True,
+    }
+
+
+def rows(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (folder / "journal.jsonl").read_bytes().splitlines()
+    return [row for row in map(orjson.loads, lines) if row["type"] == kind]
+
+
+@pytest.mark.parametrize("capabilities", [ABLE, FORGETFUL], ids=["continues", "forgets"])
+async def test_forced_migrations_change_no_token(
+    start: Any, tmp_path: Path, capabilities: Capabilities
+) -> None:
+    cluster = await start(
+        "arrow",
+        instances=4,
+        step_s=0.001,
+        migrate_every_s=0.001,
+        flip_every_s=0.01,
+        capabilities=capabilities,
+    )
+
+    async def one(seed: int) -> None:
+        events = await cluster.stream(body(seed, 30))
+        told = [t for e in events for t in e["choices"][0]["token_ids"]]
+        assert told == [token_at([seed, seed * 3 % 500, 7], p) for p in range(30)]
+
+    await asyncio.gather(*(one(seed) for seed in range(40)))
+    assert cluster.live() == 0
+    cluster.gateway.scheduler.ledger.check_integrity()
+    await cluster.gateway.stop()
+    done = [row for row in rows(tmp_path, "migration") if row["event"] == "done"]
+    assert len(done) > 10
+    assert sum(row["migrations"] for row in rows(tmp_path, "outcome")) == len(done)
+
+
+async def test_a_migration_that_cannot_be_is_left_alone_and_says_why(start: Any, tmp_path: Path) -> None:
+    cluster = await start("static", instances=3, step_s=0.002, capabilities=FORGETFUL)
+    migrations = cluster.gateway.scheduler.migrations
+    assert not migrations.begin(Migrate("nobody", "i0", "i1"))
+    seeded = asyncio.create_task(cluster.stream(body(3, 60) | {"temperature": 0.7, "seed": 5}))
+    await cluster.until(
+        lambda: any(s.position > 2 for e in cluster.engines.values() for s in e.streams.values())
+    )
+    (request,) = cluster.gateway.scheduler.flights
+    on = next(name for name, engine in cluster.engines.items() if engine.streams)
+    other = next(name for name in cluster.engines if name != on)
+    assert not migrations.begin(Migrate(request, on, other))
+    assert not migrations.begin(Migrate(request, on, "i9"))
+    await seeded
+    await cluster.gateway.stop()
+    why = [row["detail"] for row in rows(tmp_path, "migration")]
+    assert why == ["it has ended", "its state cannot move: seed", "i9 is no other instance that is up"]
+    assert rows(tmp_path, "outcome")[0]["unmovable"] == "seed"
+
+
+async def test_a_stream_survives_the_death_of_its_source_in_the_middle_of_a_migration(start: Any) -> None:
+    cluster = await start("static", instances=3, step_s=0.002, capabilities=FORGETFUL)
+    task = asyncio.create_task(cluster.stream(body(4, 50)))
+    await cluster.until(
+        lambda: any(s.position > 5 for e in cluster.engines.values() for s in e.streams.values())
+    )
+    (request,) = cluster.gateway.scheduler.flights
+    on = next(name for name, engine in cluster.engines.items() if engine.streams)
+    other = next(name for name in cluster.engines if name not in (on, "i0"))
+    cluster.engines[on].hold_prefill = True
+    assert cluster.gateway.scheduler.migrations.begin(Migrate(request, on, other))
+    await cluster.until(lambda: bool(cluster.engines[on].held))
+    await cluster.engines[on].stop()
+    cluster.fleet.down(on)
+    told = [t for e in await task for t in e["choices"][0]["token_ids"]]
+    assert told == [token_at([4, 12, 7], p) for p in range(50)]
