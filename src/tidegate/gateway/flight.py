@@ -138,6 +138,14 @@ class Flight:
         hand_over = legs.remaining() != 1
         end = await legs.run(upstream, hand_over=hand_over, most=1, ticket=dispatched.ticket, extend=held)
         self._note_prefill(end, placed_s)
+        if held is None:
+            scheduler.drift.prefill(
+                place.prefill_on,
+                legs.request().prompt_tokens,
+                end.times,
+                story.observed_prefill_s or 0.0,
+                alone=dispatched.alone,
+            )
         if legs.finish_reason is None and legs.refusal is None:
             await self._decode(upstream, end.handle)
         elif end.handle is not None:
