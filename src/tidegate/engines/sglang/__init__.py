@@ -1,1 +1,1 @@
-"""Experimental adapter for SGLang servers with prefill-decode disaggregation; never run against a real one."""
+"""Experimental adapter for SGLang servers that are split by role; never run against a real one."""

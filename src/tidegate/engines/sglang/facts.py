@@ -24,7 +24,8 @@ _WIDTHS = {
 class SglangFacts:
     """A server's model, KV cache and role.
 
-    ``max_model_len`` is one token less than the server's context: some versions refuse a request that fills it.
+    ``max_model_len`` is one token less than the server's context: some versions refuse a request that
+    fills it.
     ``fixed_role`` says why the role cannot be switched while the server runs; "" when it can.
     ``decode_graphs`` holds what another server must be told to capture the same decode CUDA graphs when it
     becomes a decode server; empty on one that has captured none.
