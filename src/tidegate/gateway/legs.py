@@ -101,6 +101,10 @@ class Legs:
         now = self._clock.now()
         self.count += 1
         self.upstream, self.first_s, self._handing_over = upstream, None, hand_over
+        if self._migrate is not None:
+            # What was to move has failed meanwhile, and is placed anew.
+            scheduler.migrations.note(self._migrate, "cancelled")
+            self._migrate = None
         capabilities = upstream.member.capabilities
         pin = hand_over and upstream.member.produces_kv
         ordered = capabilities.orders and not self.out_ids
