@@ -167,7 +167,7 @@ def test_a_profile_lets_any_system_run_in_front_of_servers(tmp_path: Path) -> No
     assert found.startswith("--profile no/such.json: cannot read")
     (found,) = problems(vllm=["http://a", "http://b", "http://c"], profile=[name, name])
     assert "2 profiles for 3 servers" in found
-    assert "--profile: has no effect without --vllm" in problems(profile=[name])
+    assert "--profile: has no effect without --vllm or --launch" in problems(profile=[name])
     file = f"[fleet]\nvllm = ['http://a', 'http://b']\nprofile = '{name}'\n"
     assert settle(file, folder=tmp_path, emulate=[f"{name}:4"]).config.fleet.size == 4
 
@@ -186,6 +186,28 @@ def test_servers_alone_are_enough() -> None:
     assert (done.config.scheduling.system, done.origins["system"]) == ("static", "default")
     assert settle(vllm=["http://a", "http://b"], split="1:1").config.scheduling.split == (1, 1)
     assert settle(vllm=["http://a"], system="round-robin").config.scheduling.system == "round-robin"
+
+
+def test_launched_servers_take_a_model_and_words_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    done = settle(launch="vllm", model=tmp_path, instances=2, vllm_args="-tp 2 --max-model-len 4096")
+    assert (done.config.scheduling.system, done.config.fleet.size) == ("static", 2)
+    assert settle(as_toml(done), folder=tmp_path).config == done.config
+    (found,) = problems(launch="vllm")
+    assert "--launch vllm needs a --model DIR" in found
+    (found,) = problems(launch="vllm", model=tmp_path, vllm_args="--port 8000")
+    assert "--port is tidegate's to choose" in found
+    (found,) = problems(launch="vllm", model=tmp_path, vllm_args="--api-key 'half a quote")
+    assert "No closing quotation" in found
+    (found,) = problems(launch="vllm", model=tmp_path, kv_memory_mb=64)
+    assert found == "--kv-memory-mb: has no effect together with --launch"
+    assert problems(vllm_args="-tp 2") == ["--vllm-args: has no effect without --launch"]
+    assert "--launch and --emulate exclude each other; give one" in problems(launch="vllm", emulate=["x:1"])
+    recompute = (
+        """--kv-transfer-config '{"kv_connector":"NixlConnector","kv_load_failure_policy":"recompute"}'"""
+    )
+    (found,) = problems(launch="vllm", model=tmp_path, vllm_args=recompute)
+    assert "can hang a request whose KV is lost" in found
 
 
 def test_every_dtype_of_the_engine_is_a_setting() -> None:

@@ -8,6 +8,7 @@ measured or derived elsewhere are None here.
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +19,8 @@ from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
 from tidegate.dataplane.replica import EngineSettings
 from tidegate.dataplane.roster import parse_groups
-from tidegate.fleet.static import checked_url
+from tidegate.fleet.static import server_of
+from tidegate.fleet.vllm_command import ServeArguments
 from tidegate.policies.order import Fifo
 from tidegate.policies.seams import Signal
 from tidegate.systems import SYSTEMS, make_system, named
@@ -87,12 +89,12 @@ def _words(value: object, what: str) -> list[str]:
 def _urls(value: object) -> list[str]:
     words = _words(value, "URLs")
     try:
-        urls = [checked_url(word) for word in words]
+        servers = [server_of(word) for word in words]
     except ConfigError as error:
         raise ValueError(error.message) from None
-    if len(set(urls)) < len(urls):
+    if len({url for url, _ in servers}) < len(servers):
         raise ValueError("a URL is given more than once")
-    return urls
+    return [url if role is None else f"{role.label}={url}" for url, role in servers]
 
 
 def _groups(value: object) -> list[str]:
@@ -117,6 +119,14 @@ def _profiles(value: object) -> list[str]:
 
 def _is_file(profile: str) -> bool:
     return profile.endswith(".json") and ":" not in profile
+
+
+def _serve_arguments(value: str) -> str:
+    try:
+        ServeArguments(shlex.split(value))
+    except ConfigError as error:
+        raise ValueError(error.message) from None
+    return value
 
 
 def _sendable(value: str) -> str:
@@ -179,15 +189,30 @@ class SchedulingSection(Section):
 
 
 class FleetSection(Section):
-    """Where instances come from: ``model`` starts them here, ``emulate`` starts pretended ones, ``vllm`` uses
-    running ones."""
+    """Where instances come from: ``model`` starts them here, as vLLM servers with ``launch``, ``emulate``
+    starts pretended ones, ``vllm`` uses running ones."""
 
     model: Annotated[Path, AfterValidator(_model_folder)] | None = None
     instances: Annotated[Whole, Field(ge=1, le=256)] = 3
+    launch: Literal["vllm"] | None = None
+    vllm_args: Annotated[str, AfterValidator(_serve_arguments)] | None = None
+    vllm_bin: Path | None = None
+    vllm_logs: Path | None = None
     emulate: Annotated[list[str], BeforeValidator(_groups)] | None = None
     vllm: Annotated[list[str], BeforeValidator(_urls)] | None = None
     vllm_api_key: Key | None = Field(default=None, repr=False)
     profile: Annotated[list[str], BeforeValidator(_profiles)] | None = None
+
+    @model_validator(mode="after")
+    def _names_a_model(self) -> FleetSection:
+        if self.launch and self.model is None:
+            raise ValueError(f"--launch {self.launch} needs a --model DIR, which every server loads")
+        return self
+
+    @property
+    def on_vllm(self) -> bool:
+        """Whether the instances are vLLM servers."""
+        return bool(self.vllm or self.launch)
 
     @property
     def size(self) -> int:
@@ -236,19 +261,19 @@ class Config(Section):
         except ConfigError as error:
             raise ValueError(error.message) from None
         profiles = self.fleet.profile or []
-        if self.fleet.vllm and len(profiles) not in (0, 1, size):
+        if self.fleet.on_vllm and len(profiles) not in (0, 1, size):
             raise ValueError(f"{len(profiles)} profiles for {size} servers: give one for all or for each")
-        if self.fleet.vllm and Signal.PROFILE in system.needs and not profiles:
+        if self.fleet.on_vllm and Signal.PROFILE in system.needs and not profiles:
             free = ", ".join(name for name in SYSTEMS.names() if not make_system(name).needs)
             raise ValueError(
                 f"system {system.name!r} needs a measured profile, which vLLM servers do not bring: give "
                 "--profile, a file of `tidegate profile --vllm URL --out FILE` or a packaged one's name, or "
                 f"choose a --system that needs none: {free}"
             )
-        if self.fleet.vllm and system.order.name != Fifo().name:
+        if self.fleet.on_vllm and system.order.name != Fifo().name:
             raise ValueError(
                 f"system {system.name!r} orders waiting prefills by {system.order.name}, which vLLM servers "
-                f"do not offer; with --vllm take {system.name.partition('+')[0]!r}, without an order"
+                f"do not offer; take {system.name.partition('+')[0]!r}, without an order"
             )
         return self
 

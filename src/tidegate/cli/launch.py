@@ -16,6 +16,7 @@ import typer
 
 from tidegate import __version__
 from tidegate.cli.config import Config
+from tidegate.cli.launching_vllm import launched_vllm
 from tidegate.cli.process import debugging
 from tidegate.cli.profiles import load_profile, measured_profile, profile_line, profile_warnings
 from tidegate.cli.tiny import ARCH, require_embedded, tiny_model
@@ -71,6 +72,8 @@ def make_fleet(config: Config) -> Fleet:
     if source.vllm:
         profiles = [load_profile(name).profile for name in source.profile or ()]
         return StaticFleet(source.vllm, api_key=source.vllm_api_key or "", profiles=profiles)
+    if source.launch == "vllm":
+        return launched_vllm(source)
     order = config.scheduling.make_system().order.name
     log_level = "info" if debugging() else "warning"
     if source.emulate:

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from tidegate.cli.config import SECRETS, SECTIONS, plain
-from tidegate.cli.sources import DEFAULT, ELSEWHERE, OWN_ENGINES_ONLY, Resolved
+from tidegate.cli.sources import DEFAULT, ELSEWHERE, Resolved
 
 
 def as_toml(resolved: Resolved) -> str:
@@ -20,8 +20,11 @@ def as_toml(resolved: Resolved) -> str:
         lines.append(f"[{section}]")
         values = getattr(resolved.config, section)
         for name in kind.model_fields:
-            beside = [source for source in ELSEWHERE if getattr(resolved.config.fleet, source)]
-            if beside and name in OWN_ENGINES_ONLY:
+            fleet = resolved.config.fleet
+            beside = [
+                source for source, ended in ELSEWHERE.items() if getattr(fleet, source) and name in ended
+            ]
+            if beside:
                 lines.append(f"# {name} has no effect beside {beside[0]}")
             else:
                 lines.append(_line(name, plain(getattr(values, name)), resolved.origins[name]))

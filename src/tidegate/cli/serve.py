@@ -186,8 +186,8 @@ def serve(
         str | None,
         typer.Option(
             metavar="'WORDS'",
-            help="Further arguments of `vllm serve`, in one word for the shell: '--tensor-parallel-size 2' gives "
-            "each server two GPUs.",
+            help="Further arguments of `vllm serve`, in quotes: '--tensor-parallel-size 2' gives each server "
+            "two GPUs.",
             rich_help_panel=_LAUNCHED,
         ),
     ] = None,

@@ -19,16 +19,31 @@ PREFIX = "TIDEGATE_"
 OTHER_VARIABLES = frozenset(
     {"TIDEGATE_DEBUG", "TIDEGATE_LAUNCH_SECRET", "TIDEGATE_LAUNCH_SECRET_FILE", "TIDEGATE_CONFIG"}
 )
-RIVALS = (("api_key", "api_key_file"), ("model", "vllm"), ("model", "emulate"), ("emulate", "vllm"))
+RIVALS = (
+    ("api_key", "api_key_file"),
+    ("model", "vllm"),
+    ("model", "emulate"),
+    ("emulate", "vllm"),
+    ("launch", "vllm"),
+    ("launch", "emulate"),
+)
 """Settings that exclude each other: one source may give one of them, and a higher source replaces both."""
-OWN_ENGINES_ONLY = ("instances", *SECTIONS["engine"].model_fields)
+OWN_ENGINES_ONLY = tuple(SECTIONS["engine"].model_fields)
+"""Settings without a meaning for vLLM servers and for emulated instances."""
+STARTED_ONLY = ("instances",)
 """Settings without a meaning for servers that something else started, and for emulated instances."""
 EMULATED_ONLY = tuple(SECTIONS["emulated"].model_fields)
 """Settings without a meaning but for emulated instances."""
 VLLM_ONLY = ("profile",)
 """Settings without a meaning for instances that bring their own."""
-ELSEWHERE = ("vllm", "emulate")
-"""Settings that put other instances in the place of embedded engines."""
+LAUNCH_ONLY = ("vllm_args", "vllm_bin", "vllm_logs")
+"""Settings without a meaning but for vLLM servers that tidegate starts."""
+ELSEWHERE = {
+    "vllm": (*OWN_ENGINES_ONLY, *STARTED_ONLY),
+    "emulate": (*OWN_ENGINES_ONLY, *STARTED_ONLY),
+    "launch": OWN_ENGINES_ONLY,
+}
+"""Settings that put other instances in the place of embedded engines, and which settings end with those."""
 DEFAULT = "default"
 
 
@@ -71,14 +86,18 @@ def resolve(
     for source in ELSEWHERE:
         if source in merged:
             _drop_engine_settings(source, merged, levels, problems)
-    for needed, settings in (("emulate", EMULATED_ONLY), ("vllm", VLLM_ONLY)):
-        if needed not in merged:
+    for needed, settings in (
+        (("emulate",), EMULATED_ONLY),
+        (("vllm", "launch"), VLLM_ONLY),
+        (("launch",), LAUNCH_ONLY),
+    ):
+        if not any(source in merged for source in needed):
             problems += [
-                f"{merged[name].origin}: has no effect without --{needed}"
+                f"{merged[name].origin}: has no effect without {' or '.join(map(_flag, needed))}"
                 for name in settings
                 if name in levels[-1]
             ]
-    if "vllm" in merged and "profile" not in merged:
+    if ("vllm" in merged or "launch" in merged) and "profile" not in merged:
         merged.setdefault("system", Given(SYSTEM_WITH_VLLM, DEFAULT))
     sections: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for name, given in merged.items():
@@ -172,7 +191,7 @@ def _drop_engine_settings(
 ) -> None:
     """Refuse what has no effect beside ``source``, unless a weaker source gave it for other runs."""
     chosen = max(rank for rank, level in enumerate(levels) if source in level)
-    for name in OWN_ENGINES_ONLY:
+    for name in ELSEWHERE[source]:
         if any(name in level for level in levels[chosen:]):
             problems.append(f"{merged[name].origin}: has no effect together with {merged[source].origin}")
         merged.pop(name, None)

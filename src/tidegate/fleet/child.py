@@ -34,11 +34,13 @@ class Child(Generic[Announced]):
     """An engine process whose output goes to the log under ``name``, but for what ``parse`` recognises.
 
     The child's stdin is a pipe that only this object holds: an engine started with
-    ``--exit-with-parent`` ends when the pipe closes, however the parent dies.
+    ``--exit-with-parent`` ends when the pipe closes, however the parent dies. A ``keeper`` has processes
+    of its own, which it kills when the pipe closes; killed itself, it would leave them behind.
     """
 
-    def __init__(self, name: str, process: Process, parse: Parse[Announced]) -> None:
+    def __init__(self, name: str, process: Process, parse: Parse[Announced], *, keeper: bool) -> None:
         self.name = name
+        self._keeper = keeper
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._process = process
         self._parse = parse
@@ -52,7 +54,13 @@ class Child(Generic[Announced]):
 
     @classmethod
     async def spawn(
-        cls, name: str, argv: Sequence[str], env: Mapping[str, str], parse: Parse[Announced]
+        cls,
+        name: str,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        parse: Parse[Announced],
+        *,
+        keeper: bool = False,
     ) -> Child[Announced]:
         """Start ``argv`` in a session of its own, so that the terminal's Ctrl-C reaches only the parent.
 
@@ -64,7 +72,7 @@ class Child(Generic[Announced]):
             )
         except OSError as error:
             raise EngineStartFailed(f"cannot execute {argv[0]}: {error.strerror}") from None
-        return cls(name, process, parse)
+        return cls(name, process, parse, keeper=keeper)
 
     @property
     def pid(self) -> int:
@@ -95,8 +103,12 @@ class Child(Generic[Announced]):
             return f"was killed by signal {-status}"
 
     def kill(self) -> None:
-        """Send SIGKILL if the process still runs."""
-        if not self.exited.done():
+        """Send SIGKILL if the process still runs; a keeper is told to send it to what it keeps."""
+        if self.exited.done():
+            return
+        if self._keeper:
+            self._close_stdin()
+        else:
             self._send(signal.SIGKILL)
 
     async def stop(self, grace_s: float) -> None:
@@ -117,12 +129,15 @@ class Child(Generic[Announced]):
     def _close(self) -> None:
         for pump in self._pumps:
             pump.cancel()
-        if self._process.stdin is not None:
-            self._process.stdin.close()
+        self._close_stdin()
         if not self._ready.done():
             self._ready.cancel()
         elif not self._ready.cancelled():
             self._ready.exception()  # mark it as seen: nobody may have waited for it
+
+    def _close_stdin(self) -> None:
+        if self._process.stdin is not None:
+            self._process.stdin.close()
 
     def _send(self, number: signal.Signals) -> None:
         try:

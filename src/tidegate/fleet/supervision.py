@@ -88,6 +88,9 @@ class ProcessFleet(ABC, Generic[Announced]):
     the gateway's own key cannot be gone round by asking an engine. ``stop`` reports no ``member_down``.
     """
 
+    through_keepers = False
+    """Whether the processes are keepers of others (``fleet.keeper``)."""
+
     def __init__(self, places: Mapping[str, tuple[str, ...]], pace: FleetPace | None) -> None:
         self._places = places
         self._pace = pace or FleetPace()
@@ -144,6 +147,10 @@ class ProcessFleet(ABC, Generic[Announced]):
     def not_started(self, slot: Slot) -> None:
         """Take note that the slot's process did not become ready."""
 
+    def environment(self, slot: Slot) -> dict[str, str]:
+        """Return what the slot's next process finds in its environment beside the gateway's own."""
+        return {SECRET_VARIABLE: self._secret, KEY_VARIABLE: self._api_key}
+
     # supervision
 
     async def _supervise(self, slot: Slot, listener: FleetListener, session: aiohttp.ClientSession) -> None:
@@ -182,8 +189,10 @@ class ProcessFleet(ABC, Generic[Announced]):
 
     async def _spawn(self, slot: Slot) -> Child[Announced]:
         env = {name: value for name, value in os.environ.items() if name not in WITHHELD}
-        keys = {SECRET_VARIABLE: self._secret, KEY_VARIABLE: self._api_key}
-        return await Child.spawn(slot.name, self.argv(slot), env | keys, self.parse)
+        argv = self.argv(slot)
+        return await Child.spawn(
+            slot.name, argv, env | self.environment(slot), self.parse, keeper=self.through_keepers
+        )
 
     async def _watch(
         self, slot: Slot, child: Child[Announced], url: str, session: aiohttp.ClientSession

@@ -1,19 +1,32 @@
-"""How a stock vLLM server is started as a member of a fleet: its KV transfer configuration and its ports."""
+"""How a stock vLLM server is started as a member of a fleet: arguments, KV transfer configuration, ports."""
 
 from __future__ import annotations
 
+import json
+import math
 import random
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from tidegate.core.errors import SetupError
+from tidegate.core.errors import ConfigError, SetupError
+from tidegate.fleet.member import LEASE_S
 
 FIRST_PORT, LAST_PORT = 20000, 32000
 """Below Linux's range for outgoing connections, which could take a port between its choice and its use."""
 PORTS_PER_SERVER = 16
 """HTTP, bootstrap, and a side channel for each data-parallel engine of a server."""
 ATTEMPTS = 200
+CONNECTORS = {"NixlConnector": "nixl", "NixlPullConnector": "nixl", "MooncakeConnector": "mooncake"}
+"""Names that ``Member.connector`` has for vLLM's."""
+DEFAULT_FLAGS = ("--scheduling-policy", "priority", "--enable-prompt-tokens-details")
+OWN_FLAGS = ("--host", "--port", "--uds", "--api-key")
+PARALLEL_SIZES = (
+    ("--tensor-parallel-size", "-tp"),
+    ("--pipeline-parallel-size", "-pp"),
+    ("--data-parallel-size", "-dp"),
+)
 
 
 def nixl_config(
@@ -58,6 +71,89 @@ def mooncake_config(*, engine_id: str = "", protocol: str = "") -> dict[str, Any
         **extra,
     }
     return config | ({"engine_id": engine_id} if engine_id else {})
+
+
+@dataclass(frozen=True, slots=True)
+class KvTransfer:
+    """What a server's KV transfer configuration means to the gateway; ``connector`` "" is none it can use."""
+
+    connector: str
+    lease_s: float
+    bidirectional: bool
+
+
+class ServeArguments:
+    """What a user adds to ``vllm serve``, and what tidegate gives it beside that.
+
+    Raises ConfigError for words that are tidegate's to choose, and for a configuration of KV transfer that
+    cannot be read or that tidegate cannot work with.
+    """
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._words, given = _without(words, "--kv-transfer-config")
+        self._config = nixl_config() if given is None else _checked_config(given)
+        for flag in OWN_FLAGS:
+            if _without(words, flag)[1] is not None:
+                raise ConfigError(f"{flag} is tidegate's to choose; leave it out of the vLLM arguments")
+        self.gpus = math.prod(_size(words, long, short) for long, short in PARALLEL_SIZES)
+        """GPUs of one server."""
+
+    @property
+    def kv_transfer(self) -> KvTransfer:
+        """How KV moves between servers started like this."""
+        extra = self._config.get("kv_connector_extra_config", {})
+        connector = CONNECTORS.get(self._config["kv_connector"], "")
+        return KvTransfer(
+            connector,
+            float(extra.get("kv_lease_duration", LEASE_S)),
+            connector == "nixl" and bool(extra.get("bidirectional_kv_xfer", False)),
+        )
+
+    def command_line(self, engine_id: str) -> list[str]:
+        """Return the words for one server; the user's come last, and win."""
+        config = json.dumps({**self._config, "engine_id": engine_id})
+        return [*DEFAULT_FLAGS, "--kv-transfer-config", config, *self._words]
+
+
+def _checked_config(given: str) -> dict[str, Any]:
+    try:
+        config = json.loads(given)
+        connector, policy = config["kv_connector"], config.get("kv_load_failure_policy", "fail")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ConfigError(
+            "--kv-transfer-config: expected JSON with a kv_connector, as vLLM's documentation shows it"
+        ) from None
+    if connector in CONNECTORS and policy != "fail":
+        raise ConfigError(
+            f"--kv-transfer-config: kv_load_failure_policy {policy!r} can hang a request whose KV is lost; "
+            "tidegate needs 'fail', and repeats such a request itself"
+        )
+    checked: dict[str, Any] = config
+    return checked
+
+
+def _size(words: Sequence[str], long: str, short: str) -> int:
+    value = _without(words, long)[1] or _without(words, short)[1] or "1"
+    if not value.isdigit() or value == "0":
+        raise ConfigError(f"{long} {value}: expected a whole number from 1 on")
+    return int(value)
+
+
+def _without(words: Sequence[str], flag: str) -> tuple[list[str], str | None]:
+    """Return ``words`` without ``flag`` and its value, and the value; None when it does not occur.
+
+    vLLM takes ``--flag value``, ``--flag=value`` and underscores for hyphens; the last one counts.
+    """
+    rest: list[str] = []
+    value = None
+    each = iter(words)
+    for word in each:
+        name, equals, inline = word.partition("=")
+        if name.replace("_", "-") == flag:
+            value = inline if equals else next(each, "")
+        else:
+            rest.append(word)
+    return rest, value
 
 
 def free_ports(taken: Sequence[int] = (), host: str = "127.0.0.1") -> int:

@@ -1,0 +1,202 @@
+"""Runs a server that knows nothing of tidegate like an engine of ours: announced, and gone with its parent.
+
+    python -m tidegate.fleet.keeper --health URL --log FILE -- PROGRAM ARGUMENTS...
+
+The output of PROGRAM goes to FILE. While it starts, its last line is told from time to time; once URL answers
+200, a line of JSON announces it. SIGTERM is passed on, and what still runs ``GRACE_S`` later is killed; the
+end of stdin means that the parent is gone or impatient, and kills at once. When the keeper has ended, so has
+every process that PROGRAM started, and ports and GPU memory are free. Its status is PROGRAM's.
+
+Linux only, and the standard library only: there is one of it for every server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import http.client
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TextIO
+from urllib.parse import urlsplit
+
+POLL_S = 0.25
+ANSWER_S = 2.0
+PROGRESS_S = 10.0
+GRACE_S = 12.0
+TRACKERS_S = 3.0
+"""How long Python's resource trackers, which free shared memory after the others, may take for it."""
+TOLD_LINES = 8
+TAIL_BYTES = 256 * 1024
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+_CAUSE = re.compile(r"(^|\s)[\w.]*(Error|Exception): ")
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Keeper:
+    """One run of a program."""
+
+    def __init__(self, command: Sequence[str], health_url: str, log: Path) -> None:
+        # Orphans of the program become children of this process, where they can be found.
+        _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        self._log = log
+        self._log_began_at = log.stat().st_size if log.exists() else 0
+        self._health = urlsplit(health_url)
+        self._woken, self._wake = os.pipe()
+        os.set_blocking(self._wake, False)
+        signal.set_wakeup_fd(self._wake)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, preexec_fn=_end_with_keeper
+            )
+        self._exit = os.pidfd_open(self._process.pid)
+
+    def run(self) -> int:
+        """Return how the program ended, as subprocess gives it; nothing that it started runs any more."""
+        end = self._until_ready()
+        if end is None:
+            _tell(json.dumps({"event": "ready", "pid": self._process.pid}), sys.stdout)
+            end = self._wait(None)
+        if end == self._woken:
+            self._process.terminate()
+            os.read(self._woken, 512)
+            self._wait(GRACE_S)
+        if end != self._exit:
+            self._process.kill()
+        status = self._process.wait()
+        kill_descendants()
+        if end == self._exit:
+            for line in [*end_of(self._log, self._log_began_at), f"(all of it: {self._log})"]:
+                _tell(line, sys.stderr)
+        return status
+
+    def _until_ready(self) -> int | None:
+        """Tell how the start goes; None once the server is healthy, or what came before that."""
+        began_s = told_s = time.monotonic()
+        while not self._is_healthy():
+            if (end := self._wait(POLL_S)) is not None:
+                return end
+            now_s = time.monotonic()
+            if now_s - told_s >= PROGRESS_S:
+                told_s = now_s
+                last = (end_of(self._log, self._log_began_at) or ["no output yet"])[-1]
+                _tell(f"starting for {now_s - began_s:.0f} s: {last}", sys.stdout)
+        return None
+
+    def _wait(self, timeout_s: float | None) -> int | None:
+        """Return what happened first: the exit, a signal, the end of stdin; None when nothing did in time."""
+        watched = (self._exit, self._woken, sys.stdin.fileno())
+        happened = select.select(watched, (), (), timeout_s)[0]
+        return next((one for one in watched if one in happened), None)
+
+    def _is_healthy(self) -> bool:
+        connection = http.client.HTTPConnection(self._health.netloc, timeout=ANSWER_S)
+        try:
+            connection.request("GET", self._health.path)
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+
+def _tell(line: str, stream: TextIO) -> None:
+    with suppress(OSError):  # nobody listens to an orphan, which has more to do than to tell
+        stream.write(f"{line}\n")
+        stream.flush()
+
+
+def _end_with_keeper() -> None:
+    """Have the kernel ask the program to end should the keeper be killed itself."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def kill_descendants() -> None:
+    """Kill what this process and its children have started, and wait until it is gone."""
+    deadline_s = time.monotonic() + TRACKERS_S
+    while processes := descendants(os.getpid()):
+        patient = time.monotonic() < deadline_s
+        for pid in processes:
+            with suppress(ProcessLookupError):
+                if not (patient and _is_tracker(pid)):
+                    os.kill(pid, signal.SIGKILL)
+            with suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+        time.sleep(0.02)
+
+
+def descendants(ancestor: int) -> list[int]:
+    """Return the processes below ``ancestor``, zombies among them, as /proc shows them."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parent = int(stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(stat.parent.name))
+    found: list[int] = []
+    rest = [ancestor]
+    while rest:
+        below = children.get(rest.pop(), [])
+        found += below
+        rest += below
+    return found
+
+
+def _is_tracker(pid: int) -> bool:
+    with suppress(OSError):
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
+
+
+def end_of(log: Path, began_at: int) -> list[str]:
+    """Return the lines that tell why a server ended: the first error among what it wrote from the byte
+    ``began_at`` on, and the last lines."""
+    with log.open("rb") as text:
+        text.seek(max(began_at, log.stat().st_size - TAIL_BYTES))
+        lines = [
+            line.rstrip() for line in text.read().decode("utf-8", "replace").splitlines() if line.strip()
+        ]
+    last = lines[-TOLD_LINES:]
+    cause = next((line for line in lines if _CAUSE.search(line)), None)
+    return last if cause is None or cause in last else [cause, *last[1:]]
+
+
+def main() -> None:
+    """Keep the program on the command line, and end as it does."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--health", required=True, metavar="URL", help="answers 200 when the server is ready")
+    parser.add_argument("--log", required=True, type=Path, metavar="FILE")
+    parser.add_argument(
+        "--scratch", metavar="VARIABLE", help="tells PROGRAM the name of a folder that is removed at its end"
+    )
+    parser.add_argument("program", nargs="+", metavar="PROGRAM")
+    flags = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="tidegate-") as scratch:
+        if flags.scratch:
+            os.environ[flags.scratch] = scratch
+        try:
+            status = Keeper(flags.program, flags.health, flags.log).run()
+        except OSError as error:
+            sys.exit(f"cannot execute {flags.program[0]}: {error.strerror}")
+    if status < 0:
+        if -status in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""A fleet of stock ``vllm serve`` processes on this machine, started and kept alive by the gateway."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tidegate.core.errors import ConfigError, SetupError
+from tidegate.core.instance import Instance
+from tidegate.costs.profile import Profile
+from tidegate.fleet.child import EngineStartFailed
+from tidegate.fleet.gpus import VISIBLE, share_out, visible_gpus
+from tidegate.fleet.health import HealthPace
+from tidegate.fleet.member import Capabilities, FleetListener, Member
+from tidegate.fleet.supervision import HOST, FleetPace, ProcessFleet, Slot
+from tidegate.fleet.vllm_command import ServeArguments, free_ports
+from tidegate.fleet.vllm_facts import NotReady, ask_server
+
+PACE = FleetPace(
+    health=HealthPace(deadline_s=5.0), ready_s=1800.0, grace_s=20.0, backoff_s=1.0, backoff_max_s=60.0
+)
+"""Slower than for our own engines: weights load for minutes, and a start that fails costs much."""
+FACTS_S = 10.0
+KEEPER = (sys.executable, "-m", "tidegate.fleet.keeper")
+
+
+@dataclass(frozen=True, slots=True)
+class VllmLaunch:
+    """What every server of the fleet is started with.
+
+    ``program`` is vLLM's command and ``arguments`` what the user adds to ``vllm serve``. The output of
+    instance i0 goes to ``i0.log`` in ``logs``. ``api_key`` is the key the servers want; drawn at random
+    when empty.
+    """
+
+    model: Path
+    program: Path
+    logs: Path
+    instances: int = 3
+    arguments: ServeArguments = field(default_factory=lambda: ServeArguments(()))
+    api_key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """Where one process of a slot is found, and what it calls itself to its peers."""
+
+    engine_id: str
+    first_port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.first_port}"
+
+    @property
+    def bootstrap_port(self) -> int:
+        return self.first_port + 1
+
+    @property
+    def side_channel_port(self) -> int:
+        return self.first_port + 2
+
+
+class LaunchedVllmFleet(ProcessFleet[int]):
+    """``launch.instances`` vLLM servers named i0, i1, ..., which hand KV to each other.
+
+    Each has ports of its own that were free at its start, and its own GPUs where the machine has any: the
+    first one the first, and as many as its parallel sizes multiply to. ``profiles`` holds one for all or one
+    for each. Raises SetupError when there are fewer GPUs than that.
+    """
+
+    through_keepers = True
+
+    def __init__(
+        self, launch: VllmLaunch, *, profiles: Sequence[Profile] = (), pace: FleetPace | None = None
+    ) -> None:
+        ids = tuple(f"i{index}" for index in range(launch.instances))
+        super().__init__({instance_id: (instance_id,) for instance_id in ids}, pace or PACE)
+        if len(profiles) not in (0, 1, len(ids)):
+            raise ConfigError(
+                f"{len(profiles)} profiles for {len(ids)} servers: give one for all or for each"
+            )
+        each = list(profiles) * len(ids) if len(profiles) == 1 else profiles
+        self._profiles = dict(zip(ids, each, strict=False))
+        self._api_key = launch.api_key or self._api_key
+        self._launch = launch
+        self._hardware = hardware(os.environ, launch.instances, launch.arguments.gpus)
+        self._starts: dict[str, _Start] = {}
+
+    async def start(self, listener: FleetListener) -> None:
+        try:
+            self._launch.logs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SetupError(f"cannot write logs to {self._launch.logs}: {error.strerror}") from None
+        await super().start(listener)
+
+    def argv(self, slot: Slot) -> list[str]:
+        """See ``ProcessFleet.argv``. Every start has other ports: the last ones may still be in use."""
+        others = [start.first_port for start in self._starts.values()]
+        start = _Start(f"{slot.name}-{secrets.token_hex(4)}", free_ports(others))
+        self._starts[slot.name] = start
+        launch = self._launch
+        return [
+            *KEEPER,
+            *("--health", f"{start.url}/health", "--log", str(launch.logs / f"{slot.name}.log")),
+            *("--scratch", "VLLM_RPC_BASE_PATH", "--"),
+            *(str(launch.program), "serve", str(launch.model), "--served-model-name", launch.model.name),
+            *("--host", HOST, "--port", str(start.first_port)),
+            *launch.arguments.command_line(start.engine_id),
+        ]
+
+    def environment(self, slot: Slot) -> dict[str, str]:
+        """See ``ProcessFleet.environment``."""
+        start = self._starts[slot.name]
+        return {
+            **self._hardware[int(slot.name.removeprefix("i"))],
+            "VLLM_API_KEY": self._api_key,
+            "VLLM_HOST_IP": HOST,
+            "VLLM_NIXL_SIDE_CHANNEL_HOST": HOST,
+            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(start.side_channel_port),
+            "VLLM_MOONCAKE_BOOTSTRAP_PORT": str(start.bootstrap_port),
+        }
+
+    def parse(self, line: str) -> int | None:
+        """See ``ProcessFleet.parse``: the server's process id, as its keeper announces it."""
+        if not line.startswith('{"event": "ready"'):
+            return None
+        pid: int = json.loads(line)["pid"]
+        return pid
+
+    async def members(self, slot: Slot, announced: int, pid: int) -> list[Member]:
+        """See ``ProcessFleet.members``."""
+        start = self._starts[slot.name]
+        assert self._session is not None
+        try:
+            facts = await ask_server(self._session, start.url, self._api_key, FACTS_S)
+        except (NotReady, SetupError) as error:
+            raise EngineStartFailed(f"does not describe itself: {error}") from None
+        kv = self._launch.arguments.kv_transfer
+        return [
+            Member(
+                instance=Instance(
+                    slot.name, facts.kv_capacity_tokens, facts.max_model_len, facts.block_tokens
+                ),
+                url=start.url,
+                model=facts.model,
+                engine_id=start.engine_id,
+                profile=self._profiles.get(slot.name),
+                api_key=self._api_key,
+                kind="vllm",
+                pid=announced,
+                capabilities=Capabilities(
+                    kv_transfer=bool(kv.connector),
+                    continues=False,
+                    extends_kv=kv.bidirectional,
+                    orders=False,
+                    tells_load=True,
+                ),
+                connector=kv.connector,
+                lease_s=kv.lease_s,
+                bootstrap_url=f"http://{HOST}:{start.bootstrap_port}" if kv.connector == "mooncake" else "",
+            )
+        ]
+
+
+def hardware(environment: Mapping[str, str], instances: int, gpus_each: int) -> list[dict[str, str]]:
+    """Return the variables that give each instance its share of the machine.
+
+    Without GPUs all servers share the cores, and none is bound to those of another. What the environment
+    sets already stays. Raises SetupError when there are GPUs, but too few.
+    """
+    gpus = visible_gpus(environment)
+    if gpus:
+        return [{VISIBLE: own} for own in share_out(gpus, instances, gpus_each)]
+    threads = max(1, len(os.sched_getaffinity(0)) // instances)
+    shared: dict[str, Any] = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
+    return [{name: value for name, value in shared.items() if name not in environment}] * instances

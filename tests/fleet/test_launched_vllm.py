@@ -1,0 +1,209 @@
+"""Promises of LaunchedVllmFleet, with a stand-in for vLLM: servers come up with what they need, come back,
+and leave no process behind, however they or the gateway end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from fleet_observing import Recorder, alive, until
+
+from tidegate.core.errors import ConfigError, SetupError
+from tidegate.fleet.gpus import share_out, visible_gpus
+from tidegate.fleet.health import HealthPace
+from tidegate.fleet.launched_vllm import LaunchedVllmFleet, VllmLaunch, hardware
+from tidegate.fleet.member import Member
+from tidegate.fleet.supervision import FleetPace
+from tidegate.fleet.vllm_command import ServeArguments
+
+QUICK = FleetPace(health=HealthPace(every_s=600.0), ready_s=20.0, grace_s=1.0, backoff_s=0.05)
+Make = Callable[..., LaunchedVllmFleet]
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> VllmLaunch:
+    program = tmp_path / "vllm"
+    fake = Path(__file__).parent / "fake_vllm.py"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {fake} "$@"\n')
+    program.chmod(0o755)
+    return VllmLaunch(tmp_path / "tiny", program, tmp_path / "logs", 1)
+
+
+@pytest.fixture
+async def make(launch: VllmLaunch) -> AsyncIterator[Make]:
+    """Build fleets of fake servers; whatever a test leaves running is stopped after it."""
+    made: list[LaunchedVllmFleet] = []
+
+    def build(pace: FleetPace = QUICK, **changes: Any) -> LaunchedVllmFleet:
+        made.append(LaunchedVllmFleet(replace(launch, **changes), pace=pace))
+        return made[-1]
+
+    yield build
+    for fleet in made:
+        await fleet.stop()
+
+
+async def seen_by(member: Member) -> dict[str, Any]:
+    async with aiohttp.ClientSession() as session, session.get(f"{member.url}/seen") as response:
+        seen: dict[str, Any] = await response.json(content_type=None)
+        return seen
+
+
+async def test_servers_come_up_as_members_that_hand_kv_to_each_other(make: Make) -> None:
+    recorder = Recorder()
+    arguments = ServeArguments(["--max-num-seqs", "8"])
+    await make(instances=2, arguments=arguments).start(recorder)
+    seen = [await seen_by(recorder.up[name]) for name in ("i0", "i1")]
+    for name, one in zip(("i0", "i1"), seen, strict=True):
+        member, argv = recorder.up[name], one["argv"]
+        config = json.loads(argv[argv.index("--kv-transfer-config") + 1])
+        assert config["engine_id"] == member.engine_id, "handles name their owner by it"
+        assert (config["kv_role"], config["kv_load_failure_policy"]) == ("kv_both", "fail")
+        assert argv[:2] == ["serve", str(Path(argv[1]))] and argv[-2:] == ["--max-num-seqs", "8"]
+        assert (member.kind, member.connector, member.model) == ("vllm", "nixl", "tiny")
+        assert member.capabilities.kv_transfer and member.capabilities.extends_kv
+        assert (member.instance.kv_capacity_tokens, member.instance.block_tokens) == (3200, 32)
+        assert one["environment"]["VLLM_API_KEY"] == member.api_key and len(member.api_key) == 64
+        assert member.pid is not None and alive(member.pid)
+    ports = {one["environment"]["VLLM_NIXL_SIDE_CHANNEL_PORT"] for one in seen}
+    assert len(ports) == 2, "a side channel each"
+
+
+async def test_the_output_goes_to_a_log_and_the_gateways_keys_stay_with_it(
+    make: Make, launch: VllmLaunch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIDEGATE_API_KEY", "sk-front-door")
+    recorder = Recorder()
+    await make().start(recorder)
+    assert "loading the weights" in (launch.logs / "i0.log").read_text()
+    assert "sk-front-door" not in json.dumps(await seen_by(recorder.up["i0"]))
+    assert recorder.up["i0"].api_key not in " ".join((await seen_by(recorder.up["i0"]))["argv"])
+
+
+async def test_a_killed_server_leaves_no_process_and_comes_back_as_another_engine(make: Make) -> None:
+    recorder = Recorder()
+    await make().start(recorder)
+    first = recorder.up["i0"]
+    core = (await seen_by(first))["child"]
+    assert first.pid is not None
+    os.kill(first.pid, signal.SIGKILL)
+    await until(lambda: recorder.reports == [("up", "i0"), ("down", "i0"), ("up", "i0")])
+    assert not alive(core), "it held the GPU's memory"
+    assert recorder.up["i0"].engine_id != first.engine_id
+    assert recorder.up["i0"].url != first.url
+
+
+@pytest.mark.parametrize("mode", ["serve", "stubborn"])
+async def test_stopping_the_fleet_stops_all_processes(
+    make: Make, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setenv("FAKE_VLLM", mode)
+    recorder = Recorder()
+    fleet = make()
+    await fleet.start(recorder)
+    member = recorder.up["i0"]
+    core = (await seen_by(member))["child"]
+    await fleet.stop()
+    assert member.pid is not None and not alive(member.pid) and not alive(core)
+
+
+async def test_a_server_that_hangs_is_killed_with_all_its_processes(make: Make) -> None:
+    recorder = Recorder()
+    await make(FleetPace(health=HealthPace(every_s=0.1, deadline_s=0.3), backoff_s=0.05)).start(recorder)
+    hung = recorder.up["i0"]
+    core = (await seen_by(hung))["child"]
+    assert hung.pid is not None
+    os.kill(hung.pid, signal.SIGSTOP)
+    await until(lambda: len(recorder.reports) == 3)
+    assert not alive(hung.pid) and not alive(core)
+
+
+async def test_servers_end_when_the_gateway_is_killed(launch: VllmLaunch) -> None:
+    gateway = textwrap.dedent(f"""
+        import asyncio
+        from pathlib import Path
+        from tidegate.fleet.launched_vllm import LaunchedVllmFleet, VllmLaunch
+        class Tell:
+            def member_up(self, member): print(member.pid, member.url, flush=True)
+            def member_down(self, *_): pass
+        async def main():
+            launch = VllmLaunch(*map(Path, {[str(launch.model), str(launch.program), str(launch.logs)]!r}), 1)
+            await LaunchedVllmFleet(launch).start(Tell())
+            await asyncio.Event().wait()
+        asyncio.run(main())
+    """)
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", gateway, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    pid, url = (await process.stdout.readline()).decode().split()
+    async with aiohttp.ClientSession() as session, session.get(f"{url}/seen") as response:
+        core = json.loads(await response.text())["child"]
+    process.kill()
+    await process.wait()
+    await until(lambda: not alive(int(pid)) and not alive(core))
+
+
+async def test_a_failed_start_shows_the_cause_and_where_the_log_is(
+    make: Make, launch: VllmLaunch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_VLLM", "crash")
+    with pytest.raises(SetupError) as caught:
+        await make().start(Recorder())
+    message = caught.value.message
+    assert "exited with status 1" in message
+    assert "ValueError: no room for the KV cache" in message and "RuntimeError: engine core failed" in message
+    assert str(launch.logs / "i0.log") in message
+
+
+async def test_a_server_that_never_gets_healthy_fails_the_start(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_VLLM", "slow")
+    with pytest.raises(SetupError, match=r"was not ready within 1 s"):
+        await make(replace(QUICK, ready_s=1.0)).start(Recorder())
+
+
+def test_each_instance_gets_gpus_of_its_own(tmp_path: Path) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidia2", "nvidia3", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert visible_gpus({}, tmp_path) == ["0", "1", "2", "3"]
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "5, 3"}, tmp_path) == ["5", "3"]
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}, tmp_path) == []
+    assert share_out(["0", "1", "2", "3"], 2, 2) == ["0,1", "2,3"]
+    with pytest.raises(SetupError, match="3 instances with 2 GPUs each need 6, and 4 can be seen"):
+        share_out(["0", "1", "2", "3"], 3, 2)
+    assert hardware({"CUDA_VISIBLE_DEVICES": "4,5"}, 2, 1) == [
+        {"CUDA_VISIBLE_DEVICES": "4"},
+        {"CUDA_VISIBLE_DEVICES": "5"},
+    ]
+
+
+def test_without_gpus_servers_share_the_cores_unless_told_how() -> None:
+    told = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "7"}
+    assert hardware(told, 2, 1) == [{"VLLM_CPU_OMP_THREADS_BIND": "nobind"}] * 2
+
+
+def test_arguments_tell_how_many_gpus_and_how_kv_moves() -> None:
+    assert ServeArguments(["--tensor_parallel_size=2", "-pp", "2"]).gpus == 4
+    config = {"kv_connector": "NixlConnector", "kv_connector_extra_config": {"kv_lease_duration": 60}}
+    nixl = ServeArguments(["--kv-transfer-config", json.dumps(config), "--seed", "1"])
+    assert (nixl.kv_transfer.connector, nixl.kv_transfer.lease_s) == ("nixl", 60.0)
+    assert not nixl.kv_transfer.bidirectional, "as the configuration given says"
+    line = nixl.command_line("i0-1")
+    assert line.count("--kv-transfer-config") == 1
+    assert json.loads(line[line.index("--kv-transfer-config") + 1]) == {**config, "engine_id": "i0-1"}
+    unknown = ServeArguments(["--kv-transfer-config", '{"kv_connector": "LMCacheConnectorV1"}'])
+    assert unknown.kv_transfer.connector == ""
+    for words in (["--kv-transfer-config", "nixl"], ["-tp", "two"], ["--port=1"]):
+        with pytest.raises(ConfigError):
+            ServeArguments(words)
