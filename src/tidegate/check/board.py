@@ -13,22 +13,31 @@ from tidegate.check.pins import Pins
 from tidegate.check.server import Server
 from tidegate.check.verdict import Finding, Verdict, shared_start
 from tidegate.core.errors import EngineError
+from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
 from tidegate.engines.vllm.connector import Nixl
+from tidegate.fleet.member import LEASE_S
 
 REFERENCE_TOKENS = 24
-LEASE_S = 30.0
-"""How long vLLM pins KV unless ``kv_lease_duration`` says otherwise."""
+FATAL = {
+    "reachable": "it is not reachable",
+    "tokenizer": "its tokenizer cannot be compared",
+    "KV handle": "it gives no KV handle",
+}
+"""What is said of a server that is set aside after the probe."""
 SHORTEST_PULL = 96
 """Tokens: above vLLM's default ``kv_recompute_threshold`` of 64, under which KV is not read back."""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckSettings:
-    """What to check. With ``slo`` the servers' speed is judged; ``thorough`` waits for leases to end, which
-    have to last ``lease_s``."""
+    """What to check: each server's URL, and its role if it keeps one.
 
-    urls: tuple[str, ...]
+    With ``slo`` the servers' speed is judged; ``thorough`` waits for leases to end, which have to last
+    ``lease_s``.
+    """
+
+    servers: tuple[tuple[str, Role | None], ...]
     api_key: str = field(default="", repr=False)
     slo: Slo | None = None
     thorough: bool = False
@@ -42,6 +51,8 @@ class Board:
     settings: CheckSettings
     servers: dict[str, Server]
     pins: Pins
+    roles: dict[str, Role] = field(default_factory=dict)
+    """The servers that are to keep one role."""
     facts: dict[str, Facts] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     aside: dict[str, str] = field(default_factory=dict)
@@ -76,6 +87,14 @@ class Board:
         """Probe ``name`` no further; the first reason stays."""
         self.aside.setdefault(name, why)
 
+    def gives(self, name: str) -> bool:
+        """Tell whether others are to pull KV from the server."""
+        return self.roles.get(name) is not Role.DECODE
+
+    def takes(self, name: str) -> bool:
+        """Tell whether the server is to pull KV of others."""
+        return self.roles.get(name) is not Role.PREFILL
+
     def fresh_prompt(self, tokens: int) -> list[int]:
         """Return a prompt that no server has seen."""
         return self._random.choices(self.vocabulary, k=tokens)
@@ -105,7 +124,7 @@ class Board:
             self.add(found)
             for each in found:
                 if fatal and each.verdict is Verdict.RED:
-                    self.set_aside(each.where[0], f"its {probe} failed")
+                    self.set_aside(each.where[0], FATAL.get(probe, f"its {probe} failed"))
 
     async def one(self, probe: str, where: tuple[str, ...], run: Awaitable[list[Finding]]) -> list[Finding]:
         """Await a probe's findings; an engine's error becomes one."""

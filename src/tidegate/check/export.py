@@ -36,8 +36,8 @@ async def _probe(board: Board, source: Server, target: Server) -> list[Finding]:
     ids = stream.token_ids[:STREAMED_TOKENS]
     prompt = board.prompt + ids
     before = await source.counters()
-    _, handle = await produce(board, source, prompt, 1, salt)
-    if handle is None:
+    made = await produce(board, source, prompt, 1, salt)
+    if made.handle is None:
         observed, change = "no handle for what it had streamed", "see its log"
         return [Finding(PROBE, (source.id,), Verdict.RED, observed, change)]
     after = await source.counters_once(
@@ -47,7 +47,7 @@ async def _probe(board: Board, source: Server, target: Server) -> list[Finding]:
         )
     )
     rest = expected[len(ids) : len(ids) + TAKE_TOKENS]
-    taken = await take(board, target, handle, prompt, rest, pin=False, salt=salt)
+    taken = await take(board, target, made.handle, prompt, rest, pin=False, salt=salt)
     verdict, observed, change = taken.judge(len(prompt))
     hit = int(after.source(LOCAL_HIT) - before.source(LOCAL_HIT))
     if verdict is not Verdict.GREEN:

@@ -11,6 +11,7 @@ from tidegate.check.counters import Counters
 from tidegate.check.server import Server
 from tidegate.check.verdict import Finding, Json, Verdict, common_value
 from tidegate.core.errors import EngineFault
+from tidegate.core.instance import Role
 
 TRIED_VERSIONS = ("0.32.0",)
 """Versions of vLLM that the adapter was run against."""
@@ -155,8 +156,8 @@ def _block_sizes(facts: Mapping[str, Facts]) -> list[Finding]:
     return found
 
 
-def compare_roles(facts: Mapping[str, Facts]) -> list[Finding]:
-    """Find members that were started for one role.
+def compare_roles(facts: Mapping[str, Facts], kept: Mapping[str, Role]) -> list[Finding]:
+    """Find members that were started for one role; those in ``kept`` are said to keep it.
 
     A server started as ``kv_producer`` has KV counters, but none of its own loads. One started as
     ``kv_consumer`` shows the same metrics as ``kv_both``, and serves as such.
@@ -165,7 +166,10 @@ def compare_roles(facts: Mapping[str, Facts]) -> list[Finding]:
     for name, each in facts.items():
         if each.counters is None or each.counters.nixl_bytes is None:
             continue
-        if each.counters.shows_kv_fetch:
+        if name in kept:
+            observed = f"keeps its role: {kept[name].label}"
+            found.append(Finding("role", (name,), Verdict.GREEN, observed))
+        elif each.counters.shows_kv_fetch:
             found.append(Finding("role", (name,), Verdict.GREEN, "loads KV as well as giving it"))
         else:
             found.append(
@@ -174,7 +178,7 @@ def compare_roles(facts: Mapping[str, Facts]) -> list[Finding]:
                     (name,),
                     Verdict.YELLOW,
                     "fixed role: started as kv_producer (it does not count loads of its own)",
-                    "it is planned around as a prefill instance; kv_role kv_both lets it flip",
+                    "plan around it as prefill=URL, or start it with kv_role kv_both to let it flip",
                 )
             )
     return found

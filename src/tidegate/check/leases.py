@@ -1,161 +1,170 @@
-"""How long servers keep pinned KV, and what they do when KV cannot be had."""
+"""How long servers keep KV that they have pinned for others."""
 
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from tidegate.check.board import LEASE_S, Board
+from tidegate.check.board import Board
 from tidegate.check.server import Server
-from tidegate.check.transfer import produce
+from tidegate.check.transfer import TAKE_TOKENS, Taken, produce, take
 from tidegate.check.verdict import Finding, Json, Verdict
-from tidegate.core.errors import EngineError, EngineTimeout
-from tidegate.engines.seam import KvHandle
 from tidegate.engines.vllm.connector import MARGIN_S
 
-PROBE_POLICY, PROBE_LEASE = "failure policy", "lease"
-NOBODY = {"remote_host": "127.0.0.1", "remote_port": 1}
-"""Where no side channel listens."""
+PROBE_HANDLE, PROBE_LEASE, PROBE_READ_BACK = "KV handle", "lease", "read-back lease"
 LONGEST_WAIT_S = 90.0
 POLL_S = 0.5
 LONG_TTL_S = 120.0
+"""Longer read-back leases are worth knowing of (ours): they take KV space from requests."""
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+NO_CONNECTOR = (
+    "start it with --kv-transfer-config: NixlConnector, kv_role kv_both, kv_load_failure_policy fail, "
+    "bidirectional_kv_xfer true"
+)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Canary:
-    """KV pinned to see how long it stays. ``expired`` counts what the server had given up before."""
+    """KV that was pinned at ``at_s`` to see how long it stays, as ``params`` describe it.
 
-    handle: KvHandle
-    at_s: float
+    ``expired`` counts the leases that the server had ended before; ``kept_s`` is how long the canary is
+    known to have stayed, ``ended_s`` how long it was there at most once it is gone.
+    """
+
+    params: Json
     expired: float | None
+    at_s: float
+    kept_s: float = 0.0
+    ended_s: float | None = None
 
-
-async def pin_canaries(board: Board) -> dict[str, Canary]:
-    """Pin a little KV on every server that gives handles."""
-    found: dict[str, Canary] = {}
-
-    async def pin(server: Server) -> None:
-        try:
-            expired = (await server.counters()).nixl_expired
-            _, handle = await produce(board, server, board.prompt, 1, board.salt(server.id, "lease"))
-        except EngineError:
+    async def watch(self, server: Server) -> None:
+        """Look whether the server still keeps it. Raises EngineError."""
+        now = (await server.counters()).nixl_expired
+        age_s = time.monotonic() - self.at_s
+        if self.expired is None or now is None or self.ended_s is not None:
             return
-        if handle is not None:
-            found[server.id] = Canary(handle, time.monotonic(), expired)
-
-    await asyncio.gather(*(pin(server) for server in board.active))
-    return found
-
-
-async def probe_policy(board: Board, canaries: dict[str, Canary], server: Server) -> list[Finding]:
-    """Send the server a handle of a peer that does not exist: it must fail the request, not hide that."""
-    template = next((each for name, each in canaries.items() if name != server.id), None)
-    template = template or canaries.get(server.id)
-    if template is None:
-        observed = "not probed: no server gives a KV handle"
-        return [Finding(PROBE_POLICY, (server.id,), Verdict.SKIPPED, observed)]
-    dead = {**template.handle.params, **NOBODY}
-    for name in ("remote_engine_id", "remote_request_id"):
-        dead[name] = f"tidegate-check-{secrets.token_hex(6)}"
-    began_s = time.monotonic()
-    try:
-        reply = await server.send(
-            board.prompt,
-            2,
-            kv={**dead, "do_remote_prefill": True, "do_remote_decode": False},
-            salt=board.salt(server.id, "dead"),
-            deadline_s=server.deadlines.dead_peer_s,
-        )
-    except EngineTimeout as error:
-        observed = f"a dead peer hangs it: {error.message}"
-        change = "restart it, and set kv_load_failure_policy to fail"
-        return [Finding(PROBE_POLICY, (server.id,), Verdict.RED, observed, change)]
-    seconds = time.monotonic() - began_s
-    if reply.status >= 500:
-        observed = f"fail: a dead peer is an error after {seconds:.1f} s"
-        return [Finding(PROBE_POLICY, (server.id,), Verdict.GREEN, observed)]
-    if reply.status == 200:
-        observed = f"recompute: a dead peer is hidden, answered after {seconds:.1f} s"
-        change = (
-            'set "kv_load_failure_policy": "fail" in --kv-transfer-config: with recompute a request that '
-            "extends KV hangs for ever when its peer dies, and its blocks leak"
-        )
-        return [Finding(PROBE_POLICY, (server.id,), Verdict.RED, observed, change)]
-    observed = f"unexpected answer to a dead peer: {reply.error}"
-    return [Finding(PROBE_POLICY, (server.id,), Verdict.RED, observed, "see its log")]
+        if now > self.expired:
+            self.ended_s = age_s
+        else:
+            self.kept_s = age_s
 
 
-async def probe_lease(board: Board, canaries: dict[str, Canary], server: Server) -> list[Finding]:
-    """Look whether the server still keeps its canary."""
+async def pin_canary(board: Board, canaries: dict[str, Canary], server: Server) -> list[Finding]:
+    """Pin a little KV on a server that others pull from, and keep it among ``canaries``."""
+    if not board.gives(server.id):
+        return []
+    expired = (await server.counters()).nixl_expired
+    made = await produce(board, server, board.prompt, 1, board.salt(server.id, "lease"))
+    if made.handle is not None:
+        board.pins.keep(made.handle.params)
+        canaries[server.id] = Canary(made.handle.params, expired, time.monotonic())
+        return [
+            Finding(PROBE_HANDLE, (server.id,), Verdict.GREEN, "pins the KV of a prefill, and tells where")
+        ]
+    if made.params is None:
+        observed = "no KV transfer: it gives no handle for the KV of a prefill"
+        return [Finding(PROBE_HANDLE, (server.id,), Verdict.RED, observed, NO_CONNECTOR)]
+    covered = made.params.get("remote_num_tokens")
+    observed = f"its handle covers {covered} tokens of {len(board.prompt)}, which vLLM does for hybrid models"
+    change = "serve a model with plain attention, or serve without KV transfer"
+    return [Finding(PROBE_HANDLE, (server.id,), Verdict.RED, observed, change)]
+
+
+async def watch_canaries(board: Board, canaries: dict[str, Canary]) -> None:
+    """Look at all canaries whose servers answer."""
+    servers = [server for server in board.active if server.id in canaries]
+    await asyncio.gather(*(canaries[server.id].watch(server) for server in servers), return_exceptions=True)
+
+
+def judge_canary(board: Board, canary: Canary, name: str) -> list[Finding]:
+    """Judge a lease by what was seen of it until now, without waiting for its end."""
+    wanted_s = board.settings.lease_s
+    if canary.expired is None or not (canary.kept_s or canary.ended_s):
+        return [Finding(PROBE_LEASE, (name,), Verdict.YELLOW, "the server does not show when leases end")]
+    if canary.ended_s is None or canary.ended_s >= wanted_s:
+        observed = f"still pinned after {canary.kept_s:.1f} s (--thorough waits for the end)"
+        return [Finding(PROBE_LEASE, (name,), Verdict.GREEN, observed)]
+    observed = f"a lease ended after {canary.ended_s:.1f} s at most"
+    if _others_pinned(board, name):
+        observed += ", but somebody else had KV pinned too"
+        return [Finding(PROBE_LEASE, (name,), Verdict.YELLOW, observed, "check an idle fleet")]
+    return [Finding(PROBE_LEASE, (name,), Verdict.RED, observed, _longer(PROBE_LEASE, board))]
+
+
+async def measure_lease(
+    board: Board, probe: str, canaries: dict[str, Canary], server: Server
+) -> list[Finding]:
+    """Wait until the server gives up its canary, and judge how long that took."""
     canary = canaries.get(server.id)
     if canary is None:
         return []
-    counters = await server.counters()
-    held_s = time.monotonic() - canary.at_s
-    if canary.expired is None or counters.nixl_expired is None:
-        observed = "the server does not show when leases end"
-        return [Finding(PROBE_LEASE, (server.id,), Verdict.YELLOW, observed)]
-    if counters.nixl_expired > canary.expired and held_s < board.settings.lease_s - MARGIN_S:
-        return [
-            Finding(
-                PROBE_LEASE, (server.id,), Verdict.RED, f"ended within {held_s:.1f} s", _lease_change(board)
-            )
-        ]
-    observed = f"pinned KV still there after {held_s:.1f} s (--thorough waits for its end)"
-    return [Finding(PROBE_LEASE, (server.id,), Verdict.GREEN, observed)]
-
-
-async def measure_lease(board: Board, canaries: dict[str, Canary], server: Server) -> list[Finding]:
-    """Wait until the server gives up its canary, by its count of expired requests."""
-    canary = canaries.get(server.id)
-    if canary is None or canary.expired is None:
-        return await probe_lease(board, canaries, server)
-    before = canary.expired
-    rest_s = canary.at_s + LONGEST_WAIT_S - time.monotonic()
-    while rest_s > 0:
-        expired = (await server.counters()).nixl_expired
-        if expired is not None and expired > before:
-            break
+    await canary.watch(server)
+    while canary.kept_s and canary.ended_s is None and canary.kept_s < LONGEST_WAIT_S:
         await asyncio.sleep(POLL_S)
-        rest_s = canary.at_s + LONGEST_WAIT_S - time.monotonic()
-    lease_s = time.monotonic() - canary.at_s
-    if rest_s <= 0:
+        await canary.watch(server)
+    if canary.ended_s is None:
+        if not canary.kept_s:
+            return [Finding(probe, (server.id,), Verdict.YELLOW, "the server does not show when leases end")]
         observed = f"more than {LONGEST_WAIT_S:.0f} s: KV that nobody fetches stays pinned as long"
-        change = f'set "kv_lease_duration" to {LEASE_S:.0f} in kv_connector_extra_config'
-        return [Finding(PROBE_LEASE, (server.id,), Verdict.YELLOW, observed, change)]
-    board.pins.forget(canary.handle.params)
-    if lease_s < board.settings.lease_s - 2 * POLL_S:
-        return [Finding(PROBE_LEASE, (server.id,), Verdict.RED, f"{lease_s:.1f} s", _lease_change(board))]
-    return [Finding(PROBE_LEASE, (server.id,), Verdict.GREEN, f"{lease_s:.1f} s")]
+        change = f'set "{_setting(probe)}" to {board.settings.lease_s:.0f} in kv_connector_extra_config'
+        return [Finding(probe, (server.id,), Verdict.YELLOW, observed, change)]
+    board.pins.forget(canary.params)
+    observed = f"ended between {canary.kept_s:.1f} and {canary.ended_s:.1f} s"
+    if canary.ended_s < board.settings.lease_s:
+        return [Finding(probe, (server.id,), Verdict.RED, observed, _longer(probe, board))]
+    return [Finding(probe, (server.id,), Verdict.GREEN, observed)]
 
 
-def judge_read_back_ttl(server: Server, params: Json, now_s: float) -> list[Finding]:
-    """Judge how long a server keeps what it decoded, from a handle that was given just before ``now_s``.
+async def pin_decoded(board: Board, canaries: dict[str, Canary], owner: Server, taker: Server) -> None:
+    """Have ``taker`` decode from ``owner``'s KV and keep the result pinned, for ``canaries``."""
+    salt = board.salt(taker.id, "decoded")
+    made = await produce(board, owner, board.prompt, 1, salt)
+    if made.handle is None:
+        return
+    expired = (await taker.counters()).nixl_expired
+    rest = board.expected(owner.id, taker.id)[:TAKE_TOKENS]
+    taken = await take(board, taker, made.handle, board.prompt, rest, pin=False, salt=salt)
+    if taken.params is not None:
+        board.pins.keep(taken.params)
+        canaries[taker.id] = Canary(taken.params, expired, time.monotonic())
 
-    Its expiry is a reading of the server's own clock since boot, which is ours only on the same machine.
+
+def judge_read_back(server: Server, taken: Taken) -> list[Finding]:
+    """Judge how long a server keeps what it decoded, by the handle that it gave.
+
+    The handle's expiry is a reading of the server's own clock since boot, which is ours only on the same
+    machine; no finding elsewhere.
     """
-    expiry_s = params.get("remote_blocks_expiry_time")
+    expiry_s = (taken.params or {}).get("remote_blocks_expiry_time")
     if not isinstance(expiry_s, float | int) or urlsplit(server.url).hostname not in LOCAL_HOSTS:
         return []
-    ttl_s = expiry_s - now_s
+    ttl_s = expiry_s - taken.at_s
     if not 0 < ttl_s < 24 * 3600:
         return []
     observed = f"what it decoded stays pinned for {ttl_s:.0f} s"
     if ttl_s <= 2 * MARGIN_S:
-        change = f'set "decoder_kv_blocks_ttl" to {LEASE_S:.0f}: vLLM declines reads in its last 5 s'
-        return [Finding("read-back lease", (server.id,), Verdict.RED, observed, change)]
+        change = 'raise "decoder_kv_blocks_ttl" (30 is good): vLLM declines reads in the last 5 s'
+        return [Finding(PROBE_READ_BACK, (server.id,), Verdict.RED, observed, change)]
     if ttl_s > LONG_TTL_S:
-        change = f'set "decoder_kv_blocks_ttl" to {LEASE_S:.0f}: it takes KV from running requests'
-        return [Finding("read-back lease", (server.id,), Verdict.YELLOW, observed, change)]
-    return [Finding("read-back lease", (server.id,), Verdict.GREEN, observed)]
+        change = 'lower "decoder_kv_blocks_ttl" (30 is good): pinned KV leaves less room for requests'
+        return [Finding(PROBE_READ_BACK, (server.id,), Verdict.YELLOW, observed, change)]
+    return [Finding(PROBE_READ_BACK, (server.id,), Verdict.GREEN, observed)]
 
 
-def _lease_change(board: Board) -> str:
+def _others_pinned(board: Board, name: str) -> bool:
+    """Tell whether blocks were in use on the server before the check."""
+    counters = board.facts[name].counters
+    return counters is not None and (counters.blocks_in_use or 0.0) >= 1.0
+
+
+def _setting(probe: str) -> str:
+    return "kv_lease_duration" if probe == PROBE_LEASE else "decoder_kv_blocks_ttl"
+
+
+def _longer(probe: str, board: Board) -> str:
     return (
-        f'set "kv_lease_duration" to at least {board.settings.lease_s:.0f} in kv_connector_extra_config: '
+        f'set "{_setting(probe)}" to at least {board.settings.lease_s:.0f} in kv_connector_extra_config: '
         "tidegate counts on it, and a pull behind the lease's end loads other KV"
     )

@@ -29,6 +29,7 @@ class PairSeen:
     read: Taken | None = None
     failed: str = ""
     """Why the owner could not even prefill."""
+    skipped: str = ""
 
     @property
     def works(self) -> bool:
@@ -53,8 +54,14 @@ async def probe_pairs(board: Board, advance: Callable[[float], None]) -> dict[tu
 
     async def match(a: str, b: str) -> None:
         for owner, taker in ((a, b), (b, a)):
-            if a not in board.aside and b not in board.aside:
-                seen[owner, taker] = await _probe_pair(board, board.servers[owner], board.servers[taker])
+            if {a, b} & board.aside.keys() or not (board.gives(owner) and board.takes(taker)):
+                continue
+            hopeless = _hopeless(seen, owner, taker)
+            seen[owner, taker] = (
+                PairSeen(skipped=hopeless)
+                if hopeless
+                else await _probe_pair(board, board.servers[owner], board.servers[taker])
+            )
 
     planned = list(rounds([each.id for each in board.active]))
     for n, matches in enumerate(planned):
@@ -63,25 +70,38 @@ async def probe_pairs(board: Board, advance: Callable[[float], None]) -> dict[tu
     return seen
 
 
+def _hopeless(seen: dict[tuple[str, str], PairSeen], owner: str, taker: str) -> str:
+    """Say why nothing can be expected of a pair, after two others failed in the same way; else empty."""
+    for name, side, what in ((owner, 0, "two others could not pull from"), (taker, 1, "two pulls failed on")):
+        pulls = [each.pull for pair, each in seen.items() if pair[side] == name and each.pull]
+        if sum(bool(pull.error) for pull in pulls) >= 2 and all(pull.error for pull in pulls):
+            return f"not probed: {what} {name}"
+    return ""
+
+
 async def _probe_pair(board: Board, owner: Server, taker: Server) -> PairSeen:
     salt = board.salt(owner.id, taker.id)
     expected = board.expected(owner.id, taker.id)
     try:
-        _, handle = await produce(board, owner, board.prompt, 1, salt)
-        if handle is None:
-            return PairSeen()
-        pull = await take(board, taker, handle, board.prompt, expected[:TAKE_TOKENS], pin=False, salt=salt)
-        found = PairSeen(handle.params, pull)
+        made = await produce(board, owner, board.prompt, 1, salt)
+        if made.handle is None:
+            return PairSeen(failed=f"{owner.id}: it gave no handle this time")
+        pull = await take(
+            board, taker, made.handle, board.prompt, expected[:TAKE_TOKENS], pin=False, salt=salt
+        )
+        found = PairSeen(made.handle.params, pull)
         if pull.error:
             await _still_serves(board, taker)
         if not found.works or pull.params is None:
             return found
         # Only now: a server without bidirectional reads would never answer what follows, and leak its blocks.
         salt = board.salt(owner.id, taker.id, "read")
-        ids, handle = await produce(board, owner, board.prompt, LEASE_TOKENS, salt)
-        if handle is not None:
+        made = await produce(board, owner, board.prompt, LEASE_TOKENS, salt)
+        if made.handle is not None:
             rest = expected[LEASE_TOKENS : LEASE_TOKENS + TAKE_TOKENS]
-            read = await take(board, taker, handle, board.prompt + ids, rest, pin=True, salt=salt)
+            read = await take(
+                board, taker, made.handle, board.prompt + made.token_ids, rest, pin=True, salt=salt
+            )
             if read.error:
                 await _still_serves(board, taker)
             found = replace(found, read=read)
@@ -109,6 +129,8 @@ def judge_pairs(board: Board, seen: dict[tuple[str, str], PairSeen]) -> list[Fin
     wanted = len(board.prompt)
     for pair, each in seen.items():
         if each.pull is None:
+            if each.skipped:
+                found.append(Finding(PROBE_PULL, pair, Verdict.SKIPPED, each.skipped))
             if each.failed:
                 found.append(Finding(PROBE_PULL, pair, Verdict.RED, each.failed, "see the server's log"))
             continue
@@ -116,23 +138,7 @@ def judge_pairs(board: Board, seen: dict[tuple[str, str], PairSeen]) -> list[Fin
         if each.read is not None:
             verdict, observed, change = each.read.judge(wanted + LEASE_TOKENS - 1)
             reads.append(Finding(PROBE_READ, pair, verdict, observed, change))
-    return _producers(seen) + found + _flips(seen) + _readers(seen) + reads
-
-
-def _producers(seen: dict[tuple[str, str], PairSeen]) -> list[Finding]:
-    found = []
-    for name in sorted({owner for owner, _ in seen}):
-        tried = [each for (owner, _), each in seen.items() if owner == name and not each.failed]
-        if not tried:
-            continue
-        if any(each.handle for each in tried):
-            observed = "pins its KV and gives a handle"
-            found.append(Finding("KV handle", (name,), Verdict.GREEN, observed))
-        else:
-            observed = "gives no KV handle for a prefill"
-            change = "start it with --kv-transfer-config (NixlConnector, kv_both); see docs/engines/vllm.md"
-            found.append(Finding("KV handle", (name,), Verdict.RED, observed, change))
-    return found
+    return found + _flips(seen) + _readers(seen) + reads
 
 
 def _flips(seen: dict[tuple[str, str], PairSeen]) -> list[Finding]:

@@ -23,39 +23,60 @@ class Pins:
 
     def __init__(self) -> None:
         self._held: dict[str, tuple[str, Json]] = {}
+        self._kept: set[str] = set()
         self._takers: dict[str, list[str]] = {}
+        self._unreachable: set[str] = set()
 
     def add(self, owner: str, params: Json) -> None:
         """Take note of a handle that ``owner`` gave."""
-        self._held[str(params.get("remote_request_id"))] = (owner, params)
+        self._held[_name(params)] = (owner, params)
+
+    def keep(self, params: Json) -> None:
+        """Have the handle stay until ``release_all``, or ``forget``."""
+        self._kept.add(_name(params))
 
     def taken(self, params: Json, taker: str) -> None:
         """Take note that ``taker`` has pulled the KV: its owner has freed it, and ``taker`` can reach it."""
-        owner, _ = self._held.pop(str(params.get("remote_request_id")), ("", {}))
+        owner, _ = self._held.pop(_name(params), ("", {}))
         if owner and taker not in self._takers.setdefault(owner, []):
             self._takers[owner].append(taker)
 
+    def missed(self, params: Json) -> None:
+        """Take note that a pull failed: its owner may not be reachable for anybody."""
+        self._unreachable.add(self._held.get(_name(params), ("", {}))[0])
+
     def forget(self, params: Json) -> None:
         """Take note that the handle's lease is over."""
-        self._held.pop(str(params.get("remote_request_id")), None)
+        self._held.pop(_name(params), None)
 
     def held_by(self, owner: str) -> int:
         """Return how many handles of ``owner`` are still out."""
         return sum(name == owner for name, _ in self._held.values())
 
     async def release(self, servers: Mapping[str, Server], owners: Collection[str]) -> None:
-        """Have all that is still held of ``owners`` freed, as far as somebody can reach them. Never raises
-        for what servers do."""
-        wanted = [
-            (request_id, servers[taker], params)
-            for request_id, (owner, params) in self._held.items()
-            if owner in owners
-            for taker in self._takers.get(owner, [])[:1]
-        ]
-        done = await asyncio.gather(*(_refuse(taker, params) for _, taker, params in wanted))
-        for (request_id, _, _), freed in zip(wanted, done, strict=True):
+        """Have what is held of ``owners`` freed, but for what is kept. Never raises for what servers do."""
+        await self._release(
+            servers, [name for name in self._held if self._held[name][0] in owners and name not in self._kept]
+        )
+
+    async def release_all(self, servers: Mapping[str, Server]) -> None:
+        """Have everything freed, as far as somebody can reach its owner."""
+        await self._release(servers, list(self._held))
+
+    async def _release(self, servers: Mapping[str, Server], names: Collection[str]) -> None:
+        wanted: list[tuple[str, Server]] = []
+        for name in names:
+            owner = self._held[name][0]
+            others = [] if owner in self._unreachable else [other for other in servers if other != owner]
+            wanted += [(name, servers[other]) for other in (self._takers.get(owner) or others)[:1]]
+        done = await asyncio.gather(*(_refuse(server, self._held[name][1]) for name, server in wanted))
+        for (name, _), freed in zip(wanted, done, strict=True):
             if freed:
-                del self._held[request_id]
+                self._held.pop(name, None)
+
+
+def _name(params: Json) -> str:
+    return str(params.get("remote_request_id"))
 
 
 async def _refuse(taker: Server, params: Json) -> bool:

@@ -22,15 +22,22 @@ from tidegate.check.facts import (
     tokens_of,
 )
 from tidegate.check.leases import (
-    judge_read_back_ttl,
+    PROBE_HANDLE,
+    PROBE_LEASE,
+    PROBE_READ_BACK,
+    Canary,
+    judge_canary,
+    judge_read_back,
     measure_lease,
-    pin_canaries,
-    probe_lease,
-    probe_policy,
+    pin_canary,
+    pin_decoded,
+    watch_canaries,
 )
 from tidegate.check.local import compare_answers, probe_prefix_cache, probe_speed
 from tidegate.check.pairs import PairSeen, judge_pairs, probe_pairs
 from tidegate.check.pins import Pins
+from tidegate.check.policy import PROBE as PROBE_POLICY
+from tidegate.check.policy import probe_policy
 from tidegate.check.server import Deadlines, Server
 from tidegate.check.verdict import CheckReport, Finding, Verdict
 from tidegate.core.errors import EngineError
@@ -45,7 +52,7 @@ Advance = Callable[[float, str], None]
 async def check_fleet(
     settings: CheckSettings, advance: Advance, *, deadlines: Deadlines | None = None
 ) -> CheckReport:
-    """Probe the servers at ``settings.urls``, named i0, i1, ... in that order.
+    """Probe ``settings.servers``, named i0, i1, ... in that order.
 
     ``advance`` is told the share done and what is being looked at. Never raises for what servers do, and ends
     even when they hang: every call has its deadline. What was pinned is let go of, also on cancellation.
@@ -55,13 +62,14 @@ async def check_fleet(
         pins = Pins()
         servers = {
             f"i{n}": Server(f"i{n}", url, session, deadlines or Deadlines(), settings.api_key, pins.add)
-            for n, url in enumerate(settings.urls)
+            for n, (url, _) in enumerate(settings.servers)
         }
-        board = Board(settings, servers, pins)
+        roles = {f"i{n}": role for n, (_, role) in enumerate(settings.servers) if role is not None}
+        board = Board(settings, servers, pins, roles)
         try:
             await _probe(board, advance)
         finally:
-            await pins.release(servers, tuple(servers))
+            await pins.release_all(servers)
         advance(1.0, "looking at what is left")
         board.add(await _left_behind(board))
     described = {
@@ -86,9 +94,10 @@ async def _probe(board: Board, advance: Advance) -> None:
     for n, server in enumerate(board.active):
         advance(0.1 + 0.1 * n / len(board.servers), f"timing {server.id}")
         board.add(await board.one("speed", (server.id,), probe_speed(board, server)))
+    canaries: dict[str, Canary] = {}
+    await board.each(PROBE_HANDLE, lambda server: pin_canary(board, canaries, server), fatal=True)
     seen: dict[tuple[str, str], PairSeen] = {}
     if len(board.active) > 1:
-        advance(0.2, "moving KV")
         seen = await probe_pairs(board, lambda share: advance(0.2 + 0.5 * share, "moving KV"))
         board.add(judge_pairs(board, seen))
         board.add(await judge_channels(board, seen))
@@ -97,7 +106,9 @@ async def _probe(board: Board, advance: Advance) -> None:
     elif len(board.servers) == 1:
         board.add([Finding("KV pull", (), Verdict.YELLOW, "one server: there is nobody to hand KV to")])
     advance(0.75, "pretending that a peer is dead")
-    await _leases(board, seen, advance)
+    await watch_canaries(board, canaries)
+    await board.each(PROBE_POLICY, lambda server: probe_policy(board, canaries, server))
+    await _leases(board, canaries, seen, advance)
     board.add(
         Finding("KV pull", (name,), Verdict.SKIPPED, f"not probed: {why}")
         for name, why in board.aside.items()
@@ -126,7 +137,7 @@ async def _look(board: Board) -> None:
         board.add([found])
         if found.verdict is Verdict.RED and found.probe in ("model", "block size"):
             board.set_aside(found.where[0], f"its {found.probe} differs")
-    board.add(compare_roles(board.facts))
+    board.add(compare_roles(board.facts, board.roles))
     board.add(judge_clocks(board.facts))
 
 
@@ -157,19 +168,28 @@ async def _tokenizers(board: Board) -> None:
     )
 
 
-async def _leases(board: Board, seen: dict[tuple[str, str], PairSeen], advance: Advance) -> None:
-    canaries = await pin_canaries(board)
-    await board.each("failure policy", lambda server: probe_policy(board, canaries, server))
-    if board.settings.thorough:
-        advance(0.85, "waiting for leases to end")
-        await board.each("lease", lambda server: measure_lease(board, canaries, server))
-    else:
-        await board.each("lease", lambda server: probe_lease(board, canaries, server))
+async def _leases(
+    board: Board, canaries: dict[str, Canary], seen: dict[tuple[str, str], PairSeen], advance: Advance
+) -> None:
+    """Judge leases by what was seen, or, thoroughly, by waiting for their ends."""
+    if not board.settings.thorough:
+        await watch_canaries(board, canaries)
+        for server in board.active:
+            if server.id in canaries:
+                board.add(judge_canary(board, canaries[server.id], server.id))
+            pulls = [each.pull for (_, taker), each in seen.items() if taker == server.id and each.pull]
+            pull = next((each for each in pulls if each.params), None)
+            board.add(judge_read_back(server, pull) if pull else [])
+        return
+    advance(0.8, "waiting for leases to end")
+    await board.each(PROBE_LEASE, lambda server: measure_lease(board, PROBE_LEASE, canaries, server))
+    decoded: dict[str, Canary] = {}
     for server in board.active:
-        pulls = [each.pull for (_, taker), each in seen.items() if taker == server.id and each.pull]
-        pull = next((each for each in pulls if each.params), None)
-        if pull is not None and pull.params is not None:
-            board.add(judge_read_back_ttl(server, pull.params, pull.at_s))
+        owners = [owner for (owner, taker), each in seen.items() if taker == server.id and each.works]
+        if owners and owners[0] not in board.aside:
+            await pin_decoded(board, decoded, board.servers[owners[0]], server)
+    advance(0.9, "waiting for leases to end")
+    await board.each(PROBE_READ_BACK, lambda server: measure_lease(board, PROBE_READ_BACK, decoded, server))
 
 
 async def _left_behind(board: Board) -> Sequence[Finding]:

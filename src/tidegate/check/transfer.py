@@ -11,7 +11,7 @@ from tidegate.check.board import Board
 from tidegate.check.counters import COMPUTED, EXTERNAL, LOCAL_HIT, Counters
 from tidegate.check.server import Server
 from tidegate.check.verdict import Json, Verdict
-from tidegate.core.errors import EngineError, EngineTimeout
+from tidegate.core.errors import EngineError
 from tidegate.engines.seam import KvHandle
 
 PULLED_ENOUGH = 0.95
@@ -32,7 +32,6 @@ class Taken:
     params: Json | None = None
     at_s: float = 0.0
     error: str = ""
-    hung: bool = False
     pulled: int | None = None
     hit: int = 0
     computed: int = 0
@@ -68,14 +67,21 @@ class Taken:
         )
 
 
-async def produce(
-    board: Board, owner: Server, prompt: list[int], tokens: int, salt: str
-) -> tuple[list[int], KvHandle | None]:
-    """Have ``owner`` prefill ``prompt``, make ``tokens`` tokens and pin the KV; None when it pins nothing."""
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What a leg that pins its KV answered. ``handle`` is None where ``params`` do not cover all of it."""
+
+    token_ids: list[int]
+    params: Json | None
+    handle: KvHandle | None
+
+
+async def produce(board: Board, owner: Server, prompt: list[int], tokens: int, salt: str) -> Made:
+    """Have ``owner`` prefill ``prompt``, make ``tokens`` tokens and pin the KV."""
     leg = await owner.complete(prompt, tokens, kv=board.nixl.export(""), salt=salt)
-    covered = len(prompt) + tokens - 1
     now = asyncio.get_running_loop().time()
-    return leg.token_ids, board.nixl.handle(leg.params, "", owner.id, covered, now)
+    handle = board.nixl.handle(leg.params, "", owner.id, len(prompt) + tokens - 1, now)
+    return Made(leg.token_ids, leg.params, handle)
 
 
 async def take(
@@ -95,9 +101,10 @@ async def take(
     try:
         reply = await taker.send(prompt, len(expected), kv=kv, salt=salt, deadline_s=taker.deadlines.leg_s)
     except EngineError as error:
-        hung = isinstance(error, EngineTimeout)
-        return Taken(time.perf_counter() - began_s, error=error.message, hung=hung)
+        board.pins.missed(handle.params)
+        return Taken(time.perf_counter() - began_s, error=error.message)
     if reply.status != 200:
+        board.pins.missed(handle.params)
         return Taken(reply.seconds, error=reply.error)
     at_s = time.perf_counter()
     try:

@@ -10,14 +10,15 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tidegate.check.board import LEASE_S, CheckSettings
+from tidegate.check.board import CheckSettings
 from tidegate.check.run import check_fleet
 from tidegate.check.verdict import CheckReport
 from tidegate.cli.check_table import show_report
 from tidegate.cli.process import FAILURE
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
-from tidegate.fleet.static import checked_url
+from tidegate.fleet.member import LEASE_S
+from tidegate.fleet.static import server_of
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -46,7 +47,11 @@ def register(app: typer.Typer) -> None:
 def check(
     vllm: Annotated[
         list[str] | None,
-        typer.Option(metavar="URL", help="A vLLM server; once for each.", show_default=False),
+        typer.Option(
+            metavar="URL",
+            help="A vLLM server; prefill=URL or decode=URL if it keeps a role.",
+            show_default=False,
+        ),
     ] = None,
     url: Annotated[
         list[str] | None, typer.Option(metavar="URL", help="The same.", show_default=False)
@@ -76,14 +81,15 @@ def check(
     continues it elsewhere; pretends that a peer is dead. Takes some ten
     seconds, wants idle servers, and leaves no KV pinned.
     """
-    urls = [checked_url(each) for each in [*(vllm or []), *(url or [])]]
+    servers = [server_of(each) for each in [*(vllm or []), *(url or [])]]
+    urls = [each for each, _ in servers]
     if not urls:
         raise typer.BadParameter("give the servers: --vllm URL --vllm URL ...")
     twice = sorted({each for each in urls if urls.count(each) > 1})
     if twice:
         raise ConfigError(f"given more than once: {', '.join(twice)}")
     settings = CheckSettings(
-        tuple(urls), api_key, Slo.parse(slo) if slo else None, thorough=thorough, lease_s=lease
+        tuple(servers), api_key, Slo.parse(slo) if slo else None, thorough=thorough, lease_s=lease
     )
     report = _checked(settings)
     if as_json:
