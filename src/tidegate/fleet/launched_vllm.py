@@ -27,6 +27,8 @@ PACE = FleetPace(
 )
 """Slower than for our own engines: weights load for minutes, and a start that fails costs much."""
 FACTS_S = 10.0
+CPU_KV_SHARE, CPU_KV_BYTES = 0.2, 4 << 30
+"""Without GPUs, all KV caches together take this share of the memory, and one of them at most so much."""
 KEEPER = (sys.executable, "-m", "tidegate.fleet.keeper")
 
 
@@ -91,6 +93,7 @@ class LaunchedVllmFleet(ProcessFleet[int]):
         self._api_key = launch.api_key or self._api_key
         self._launch = launch
         self._hardware = hardware(os.environ, launch.instances, launch.arguments.gpus)
+        self._memory = [] if VISIBLE in self._hardware[0] else cpu_memory(launch.instances)
         self._starts: dict[str, _Start] = {}
 
     async def start(self, listener: FleetListener) -> None:
@@ -112,6 +115,7 @@ class LaunchedVllmFleet(ProcessFleet[int]):
             *("--scratch", "VLLM_RPC_BASE_PATH", "--"),
             *(str(launch.program), "serve", str(launch.model), "--served-model-name", launch.model.name),
             *("--host", HOST, "--port", str(start.first_port)),
+            *self._memory,
             *launch.arguments.command_line(start.engine_id),
         ]
 
@@ -167,6 +171,13 @@ class LaunchedVllmFleet(ProcessFleet[int]):
                 bootstrap_url=f"http://{HOST}:{start.bootstrap_port}" if kv.connector == "mooncake" else "",
             )
         ]
+
+
+def cpu_memory(instances: int) -> list[str]:
+    """Return arguments for a KV cache in the machine's memory, of which each server would take nearly all."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    each = min(CPU_KV_BYTES, int(CPU_KV_SHARE * total) // instances)
+    return ["--kv-cache-memory-bytes", str(each)]
 
 
 def hardware(environment: Mapping[str, str], instances: int, gpus_each: int) -> list[dict[str, str]]:
