@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from tidegate.core.errors import SetupError, TidegateError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 TIMEOUT_S = 5.0
 COLUMNS = {
@@ -28,6 +31,21 @@ COLUMNS = {
 
 ``drift`` is the farthest of the ratios of observed to predicted seconds.
 """
+
+LOAD_COLUMNS = {
+    "id": "id",
+    "running": "running",
+    "waiting": "waiting",
+    "kv_share": "KV",
+    "foreign_requests": "foreign",
+    "foreign_tokens": "tokens",
+    "drifts": "drifts",
+    "computed": "computed",
+    "cached": "cached",
+    "pulled": "pulled",
+}
+"""The second table, of instances that tell their load: what they say, what of it is not the gateway's, how
+often that came to differ, and where the KV of their prompts came from."""
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -88,23 +106,39 @@ def _ask(base_url: str, api_key: str) -> dict[str, Any]:
 
 def _show(answer: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(highlight=False)
     facts = {name: value for name, value in answer.items() if name != "instances"}
     console.print("[dim] · [/]".join(_fact(name, value) for name, value in facts.items()))
     rows = [row for row in answer.get("instances", []) if isinstance(row, dict)]
-    columns = [name for name in COLUMNS if any(name in row for row in rows)]
-    if not columns:
+    rows.sort(key=lambda row: str(row.get("id")))
+    if not any(name in row for row in rows for name in COLUMNS):
         console.print("no instance is up")
         return
+    console.print(_table(rows, COLUMNS))
+    loads = [_load_row(row) for row in rows if isinstance(row.get("load"), dict)]
+    if loads:
+        console.print("\n[dim]what the engines say[/]")
+        console.print(_table(loads, LOAD_COLUMNS))
+
+
+def _load_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Return what an instance says of its load as one flat row."""
+    return {**row, **row["load"], **row.get("prompt_tokens", {})}
+
+
+def _table(rows: list[dict[str, Any]], titles: dict[str, str]) -> Table:
+    """Return a table of the columns that any of ``rows`` has."""
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    columns = [name for name in titles if any(name in row for row in rows)]
     for name in columns:
         justify: Literal["left", "right"] = "left" if name in ("id", "pool") else "right"
-        table.add_column(COLUMNS[name], justify=justify, no_wrap=True)
-    for row in sorted(rows, key=lambda row: str(row.get("id"))):
+        table.add_column(titles[name], justify=justify, no_wrap=True)
+    for row in rows:
         table.add_row(*(_cell(name, row.get(name)) for name in columns))
-    console.print(table)
+    return table
 
 
 def _fact(name: str, value: object) -> str:
@@ -123,8 +157,12 @@ def _cell(name: str, value: object) -> str:
         case dict() if name == "drift":
             farthest = max(value.values(), key=lambda ratio: max(ratio, 1 / ratio), default=None)
             return "-" if farthest is None else f"x{farthest:.2f}"
+        case dict() if name == "drifts":
+            return str(sum(value.values()))
         case list():
             return ", ".join(_cell(name, each) for each in value)
+        case float() if name.endswith("_share"):
+            return f"{value:.0%}"
         case float() if name.endswith("_s") and value >= 10:
             return f"{value:.0f} s"
         case float() if name.endswith("_s"):

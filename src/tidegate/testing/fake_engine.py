@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -50,7 +51,8 @@ class FakeEngine:
     """One instance. ``step_s`` is the time between two tokens of every stream, 0 for as fast as it can.
 
     For tests: ``bodies`` records requests when ``keep_bodies``; ``fail_with`` answers every one with
-    (status, message); while ``hold_prefill`` is set, prefills are never answered.
+    (status, message); while ``hold_prefill`` is set, prefills are never answered; ``metrics`` makes
+    what ``/metrics`` answers.
     """
 
     def __init__(self, engine_id: str = "fake", step_s: float = 0.0) -> None:
@@ -64,6 +66,7 @@ class FakeEngine:
         self.fail_with: tuple[int, str] | None = None
         self.hold_prefill = False
         self.held: list[asyncio.Transport] = []
+        self.metrics: Callable[[], str] = str
         self.bodies: list[Json] = []
         self.keep_bodies = False
         self._server: asyncio.Server | None = None
@@ -131,6 +134,9 @@ class FakeEngine:
                 self._complete(transport, parse_object(raw), chat="chat" in path)
             except TidegateError as error:
                 _send_json(transport, {"error": {"message": error.message, "param": error.param}}, status=400)
+        elif path == "/metrics":
+            page = self.metrics().encode()
+            transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(page), page))
         else:
             _send_json(transport, {"status": "ok"})
 
