@@ -40,6 +40,8 @@ PREFILL_SHARE, BUDGET_SHARE = 0.35, 0.1
 LEAST_OF_STEP = 0.5
 """A gap of less than this share of a pure decode step was two tokens delivered as one."""
 LEAST_WAIT_S = 10.0
+ALONE_WAIT_S = 60.0
+"""For a prompt that nothing is beside: it comes, unless the instance is broken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,7 @@ class Prober:
             self.timed.ttft[new, len(prefix)] = seconds
 
     async def _time_prefill(self, prompt: list[int], point: tuple[int, int] | None) -> float:
-        sent_s, first_s, _ = await self._target.first_token(prompt, self._wait_s(len(prompt)))
+        sent_s, first_s, _ = await self._target.first_token(prompt, ALONE_WAIT_S + self._wait_s(len(prompt)))
         seconds = first_s - sent_s
         if point is not None:
             self.timed.ttft.setdefault(point, []).append(seconds)
