@@ -19,7 +19,7 @@ from tidegate.cli.main import main
 from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
 
-QUICK = Deadlines(ask_s=0.6, leg_s=1.5, dead_peer_s=1.0)
+QUICK = Deadlines(ask_s=2.0, leg_s=3.0, dead_peer_s=2.0)
 
 
 async def check(servers: list[FakeVllm], roles: tuple[Role | None, ...] = (), **more: Any) -> CheckReport:
@@ -85,9 +85,11 @@ async def test_a_server_that_only_produces_is_told_but_served_around(fleet: Star
 
 
 async def test_a_member_that_keeps_its_role_is_only_asked_for_that(fleet: StartFleet) -> None:
-    report = await check(await fleet(Fault(), Fault()), roles=(Role.PREFILL, Role.DECODE))
+    servers = await fleet(Fault(), Fault())
+    report = await check(servers, roles=(Role.PREFILL, Role.DECODE))
     assert {each.where for each in report.findings if each.probe == "KV pull"} == {("i0", "i1")}
-    assert not red(report)
+    assert report.ok
+    assert not any(server.pinned for server in servers)
 
 
 @pytest.mark.parametrize("path", ["/health", "/metrics", "/tokenize", "/v1/completions"])
@@ -95,7 +97,7 @@ async def test_a_server_that_hangs_is_named_and_the_rest_is_checked(fleet: Start
     servers = await fleet(Fault(), Fault(), Fault(hangs=frozenset({path})))
     began_s = time.monotonic()
     report = await check(servers)
-    assert time.monotonic() - began_s < 10
+    assert time.monotonic() - began_s < 20
     assert red(report) and {where for _, where in red(report)} == {("i2",)}
     assert {each.where for each in report.findings if each.probe == "flip without restart"} == {("i0", "i1")}
 

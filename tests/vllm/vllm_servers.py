@@ -128,6 +128,16 @@ class VllmServer:
             pass
         self._process.wait()
 
+    def freeze(self) -> None:
+        """Stop all processes of the server where they are, until ``thaw``."""
+        assert self._process is not None
+        os.killpg(self._process.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let a frozen server go on."""
+        assert self._process is not None
+        os.killpg(self._process.pid, signal.SIGCONT)
+
     def stop(self, grace_s: float = 20.0) -> None:
         """Ask the server to end, and kill what is left of it. Idempotent."""
         if self._process is not None and self.alive():

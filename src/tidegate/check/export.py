@@ -15,8 +15,10 @@ LONGEST_STREAM = 512
 
 
 async def probe_exports(board: Board, seen: dict[tuple[str, str], PairSeen]) -> None:
-    """Probe every server as the source of one moving stream, towards some server that can pull from it."""
+    """Probe every server that others pull from as the source of one moving stream, towards some server that can pull from it."""
     for server in board.active:
+        if not board.gives(server.id):
+            continue
         takers = [taker for (owner, taker), each in seen.items() if owner == server.id and each.works]
         takers = [taker for taker in takers if taker not in board.aside]
         if takers:

@@ -25,6 +25,8 @@ async def probe_policy(board: Board, canaries: dict[str, Canary], server: Server
 
     The handle is a canary's, under another name: as ``do_remote_prefill`` it ends under either policy.
     """
+    if not board.takes(server.id):
+        return []
     template = canaries.get(server.id) or next(iter(canaries.values()), None)
     if template is None:
         observed = "not probed: no server gives a KV handle"

@@ -58,7 +58,8 @@ async def check_fleet(
     even when they hang: every call has its deadline. What was pinned is let go of, also on cancellation.
     """
     began_s = time.monotonic()
-    async with aiohttp.ClientSession() as session:
+    # A connection for each call: servers close idle ones at moments of their own, which fails a POST.
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
         pins = Pins()
         servers = {
             f"i{n}": Server(f"i{n}", url, session, deadlines or Deadlines(), settings.api_key, pins.add)
