@@ -87,7 +87,10 @@ class Running:
 
 
 class StandIn:
-    """One server. Attributes may be changed between requests; ``step`` holds decoding while it is clear."""
+    """One server. Attributes may be changed between requests.
+
+    ``step`` holds prefills and decoding while it is clear, ``answering`` a prefill's answer behind its KV.
+    """
 
     def __init__(self, fabric: Fabric, role: str, *, bootstrap_port: int = 8998, **launch: Any) -> None:
         self.fabric = fabric
@@ -107,10 +110,13 @@ class StandIn:
         self.old_paths = False
         self.graphs: Json = {"decode_cuda_graph_bs": [1, 2], "decode_cuda_graph_memory_gb": 0.5}
         self.switch_fails = ""
-        self.running: dict[str, Running] = {}
+        self.running: list[Running] = []
         self.bodies: list[Json] = []
         self.step = asyncio.Event()
         self.step.set()
+        self.answering = asyncio.Event()
+        self.answering.set()
+        self.aborts: list[str] = []
         self.foreign = 0
         """Requests of others that keep it from being idle."""
         self.mail: dict[int, asyncio.Future[asyncio.Future[int]]] = {}
@@ -144,7 +150,7 @@ class StandIn:
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
-            for running in self.running.values():
+            for running in self.running:
                 running.aborted.set()
 
     # what it says of itself
@@ -176,7 +182,8 @@ class StandIn:
 
     async def _abort(self, request: web.Request) -> web.Response:
         rid = (await request.json())["rid"]
-        for running in self.running.values():
+        self.aborts.append(rid)
+        for running in self.running:
             if running.rid.startswith(rid):
                 running.aborted.set()
         return web.Response()
@@ -214,11 +221,12 @@ class StandIn:
             invalid = {"object": "error", "message": str(error), "type": "Bad Request", "code": 400}
             return web.json_response(invalid, status=400)
         self.bodies.append(body)
-        running = self.running[body["rid"]] = Running(body["rid"])
+        running = Running(body["rid"])
+        self.running.append(running)
         try:
             return await (self._streamed if body.get("stream") else self._whole)(request, body, running)
         finally:
-            del self.running[body["rid"]]
+            self.running = [other for other in self.running if other is not running]
 
     def _check_types(self, body: Json) -> None:
         ids = body.get("input_ids")
@@ -255,6 +263,7 @@ class StandIn:
             reserved = await running.wait(self._mail(body["bootstrap_room"]))
             await running.wait(asyncio.ensure_future(self.step.wait()))
             reserved.set_result(next_token(body["input_ids"]))
+            await running.wait(asyncio.ensure_future(self.answering.wait()))
             reason: Json = {"type": "length", "length": 0}
         except Refused as error:
             return web.json_response({"error": {"message": str(error)}}, status=400)

@@ -41,7 +41,7 @@ class Split:
 
     def __init__(self) -> None:
         self.fabric = Fabric()
-        self.peers = SglangPeers(lease_s=0.2)
+        self.peers = SglangPeers()
         self.servers: dict[str, StandIn] = {}
         self.engines: dict[str, SglangEngine] = {}
 
@@ -55,13 +55,13 @@ class Split:
     async def connect(self, name: str) -> SglangEngine:
         """Connect to a server that is up."""
         url = self.servers[name].url
-        known = await connect_sglang(name, url, engine_id=f"{name}-a", connect_s=1.0, stall_s=5.0)
+        known = await connect_sglang(name, url, engine_id=f"{name}-a", connect_s=10.0, stall_s=30.0)
         engine = self.engines[name] = SglangEngine(known, self.peers)
         return engine
 
     async def quiet(self) -> None:
         """Return when no request is open anywhere, here or on a server."""
-        async with asyncio.timeout(5.0):
+        async with asyncio.timeout(30.0):
             while self.peers.rooms or any(server.running for server in self.servers.values()):
                 await asyncio.sleep(0.01)
 
