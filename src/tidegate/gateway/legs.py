@@ -130,7 +130,12 @@ class Legs:
                 raise EngineTimeout(
                     f"the request's deadline of {scheduler.settings.request_deadline_s:g} s has passed"
                 )
-            return await upstream.engine.run(leg, self, deadline_s=left_s)
+            end = await upstream.engine.run(leg, self, deadline_s=left_s)
+            if loaded is not None and not pin and capabilities.extends_kv:
+                # vLLM keeps it for the next round to read, though the request has ended.
+                kept_tokens = self.prompt_tokens + len(self.out_ids)
+                scheduler.loads.leased(upstream.member.instance.id, kept_tokens, upstream.member.lease_s)
+            return end
         except _Done:
             return LegEnd()
         except BaseException as error:
@@ -173,8 +178,9 @@ class Legs:
         """Return the sampling fields of a leg behind ``begun`` tokens: ``min_tokens`` asks no more of it than
         it may generate.
 
-        For an engine that does not continue: it counts from the leg's start, the gateway looks for stop
-        strings, and a seed that is ours differs from leg to leg, so that random numbers do not repeat.
+        For an engine that does not continue: it counts from the leg's start, says stop strings, which the
+        gateway leaves out, and a seed that is ours differs from leg to leg, so that random numbers do not
+        repeat.
         """
         sampling = self._call.sampling
         wanted = sampling.get("min_tokens")
@@ -187,7 +193,14 @@ class Legs:
             changed["min_tokens"] = max(0, wanted - begun if most is None else min(wanted - begun, most))
         if "seed" in sampling and not self._call.seeded:
             changed["seed"] = sampling["seed"] + begun
-        dropped = ("stop", "include_stop_str_in_output") if self._call.stops else ()
+        if not self._call.stops:
+            return sampling | changed
+        # The engine has to end at a stop string's last token: it sends several in a piece when it is busy.
+        # Said with it would be the text of a stop token, which then nobody could tell apart.
+        includes = sampling.get("include_stop_str_in_output")
+        if includes or not (sampling.get("stop_token_ids") or sampling.get("skip_special_tokens") is False):
+            return sampling | changed | {"include_stop_str_in_output": True}
+        dropped = ("stop", "include_stop_str_in_output")
         return {name: value for name, value in (sampling | changed).items() if name not in dropped}
 
     # migration
@@ -278,7 +291,7 @@ class Legs:
         if reason is not None:
             self.finish_reason, self.stop_reason = reason, tokens.stop_reason
         if seams is not None and seams.stops is not None:
-            tokens.text = self._until_stop(seams.stops, tokens.text)
+            tokens.text = self._until_stop(seams, seams.stops, tokens.text)
             reason = tokens.finish_reason = self.finish_reason
             tokens.stop_reason = self.stop_reason
         if tokens.token_ids or tokens.text or tokens.delta or reason is not None:
@@ -296,7 +309,7 @@ class Legs:
                 return
         self._count(token_ids)
         if seams is not None and seams.stops is not None:
-            text = self._until_stop(seams.stops, text)
+            text = self._until_stop(seams, seams.stops, text)
             if self.finish_reason is not None:
                 self._answer.tokens(
                     Tokens(text, token_ids, None, self.finish_reason, self.stop_reason),
@@ -308,10 +321,10 @@ class Legs:
         if self._migrate is not None:
             self._after_piece()
 
-    def _until_stop(self, stops: StopStrings, text: str) -> str:
+    def _until_stop(self, seams: Continuation, stops: StopStrings, text: str) -> str:
         """Return the text up to a stop string, which ends the request; all that is left when it has ended."""
         ended = self.finish_reason is not None
-        text = stops.feed(text, len(self.out_ids))
+        text = seams.until_stop(text)
         if stops.found is not None:
             self.finish_reason, self.stop_reason = "stop", stops.found
         elif ended:
