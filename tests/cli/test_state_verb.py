@@ -76,6 +76,23 @@ def test_the_table_shows_instances_in_order_and_keeps_to_80_columns(
     assert all(len(line) <= 80 for line in shown.splitlines())
 
 
+def test_what_engines_tell_has_a_table_of_its_own(
+    gateway: Gateway, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    load = {"running": 12, "waiting": 1, "kv_share": 0.25, "nixl_expired": None}
+    told = {"load": load, "foreign_requests": 3, "foreign_tokens": 45_678, "drifts": {"requests": 1, "kv": 1}}
+    tokens = {"computed": 1_000_000, "pulled": 2_345_678}
+    rows = [{"id": "i0", "pool": "mixed", **told, "prompt_tokens": tokens}, {"id": "i1", "load": None}]
+    gateway.body = {"system": "arrow", "instances": rows, "prompt_tokens": tokens}
+    assert state(gateway) == 0
+    shown = capsys.readouterr().out
+    last = shown.splitlines()[-1].split()
+    assert last == ["i0", "12", "1", "25%", "3", "45,678", "2", "1,000,000", "2,345,678"]
+    assert "prompt tokens computed 1,000,000, pulled 2,345,678" in " ".join(shown.split())
+    assert all(len(line) <= 80 for line in shown.splitlines())
+
+
 def test_json_is_what_the_gateway_sent(gateway: Gateway, capsys: pytest.CaptureFixture[str]) -> None:
     assert state(gateway, "--json") == 0
     assert json.loads(capsys.readouterr().out) == STATE

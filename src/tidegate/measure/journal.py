@@ -84,6 +84,23 @@ FlipLine = TypedDict(
 )
 
 
+class LoadDriftLine(TypedDict):
+    """An engine's own numbers began to differ from the ledger's, or agree again.
+
+    ``kind`` is ``requests`` or ``kv`` (more on the engine than known: ``lasting`` is what placements see of
+    it) or ``missing`` (less). ``ledger`` and ``engine`` are the two numbers, in requests or tokens.
+    """
+
+    type: Literal["load_drift"]
+    t: float
+    instance: str
+    kind: Literal["requests", "kv", "missing"]
+    event: Literal["begun", "ended"]
+    ledger: NotRequired[int | None]
+    engine: NotRequired[int | None]
+    lasting: int
+
+
 class OutcomeLine(TypedDict):
     """The end of one request. ``t`` is when it ended, ``timestamp`` when it arrived.
 
