@@ -164,7 +164,8 @@ class Legs:
             stops = None
             if call.stops:
                 least = call.sampling.get("min_tokens") or 0
-                stops = StopStrings(call.stops, include=include, min_tokens=least)
+                unaware = not self._engine_stops
+                stops = StopStrings(call.stops, include=include, unaware=unaware, min_tokens=least)
             self._seams = Continuation(self.out_ids, stops)
             self._story.unmovable = call.state
         if handle is not None and self.prompt_ids is not None:
@@ -195,13 +196,22 @@ class Legs:
             changed["seed"] = sampling["seed"] + begun
         if not self._call.stops:
             return sampling | changed
-        # The engine has to end at a stop string's last token: it sends several in a piece when it is busy.
-        # Said with it would be the text of a stop token, which then nobody could tell apart.
-        includes = sampling.get("include_stop_str_in_output")
-        if includes or not (sampling.get("stop_token_ids") or sampling.get("skip_special_tokens") is False):
+        if self._engine_stops:
             return sampling | changed | {"include_stop_str_in_output": True}
         dropped = ("stop", "include_stop_str_in_output")
         return {name: value for name, value in (sampling | changed).items() if name not in dropped}
+
+    @property
+    def _engine_stops(self) -> bool:
+        """Whether engines are given the stop strings, to say them: one that is busy sends several tokens in a
+        piece, and only it knows which of them is the last one.
+
+        It would say the text of a stop token, too, and nobody could tell that from the answer's.
+        """
+        sampling = self._call.sampling
+        if sampling.get("include_stop_str_in_output"):
+            return True
+        return not sampling.get("stop_token_ids") and sampling.get("skip_special_tokens") is not False
 
     # migration
 
@@ -324,7 +334,7 @@ class Legs:
     def _until_stop(self, seams: Continuation, stops: StopStrings, text: str) -> str:
         """Return the text up to a stop string, which ends the request; all that is left when it has ended."""
         ended = self.finish_reason is not None
-        text = seams.until_stop(text)
+        text = seams.until_stop(text, self.stop_reason)
         if stops.found is not None:
             self.finish_reason, self.stop_reason = "stop", stops.found
         elif ended:
