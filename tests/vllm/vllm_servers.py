@@ -22,7 +22,7 @@ VLLM = Path(os.environ.get("VLLM_BIN", ROOT / ".venv-vllm" / "bin" / "vllm"))
 MODELS = ROOT / ".cache" / "models"
 SERVED_NAME = "tiny"
 BLOCK_TOKENS = 32
-START_S = 240.0
+START_S = 400.0
 """Long: several start at once on a few cores."""
 POLL_S = 0.2
 TAIL_LINES = 25

@@ -32,7 +32,7 @@ from urllib.parse import urlsplit
 
 POLL_S = 0.25
 ANSWER_S = 2.0
-PROGRESS_S = 10.0
+PROGRESS_S = 15.0
 GRACE_S = 12.0
 TRACKERS_S = 3.0
 """How long Python's resource trackers, which free shared memory after the others, may take for it."""
@@ -76,9 +76,11 @@ class Keeper:
         if end != self._exit:
             self._process.kill()
         status = self._process.wait()
+        # Read before the rest is killed, whose complaints would stand in front of the reason.
+        reason = end_of(self._log, self._log_began_at)
         kill_descendants()
         if end == self._exit:
-            for line in [*end_of(self._log, self._log_began_at), f"(all of it: {self._log})"]:
+            for line in [*reason, f"(all of it: {self._log})"]:
                 _tell(line, sys.stderr)
         return status
 
