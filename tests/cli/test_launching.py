@@ -13,6 +13,7 @@ from tidegate.cli import launch, tiny
 from tidegate.cli.sources import resolve
 from tidegate.core.errors import SetupError
 from tidegate.core.instance import Instance
+from tidegate.fleet.launched_vllm import LaunchedVllmFleet
 from tidegate.fleet.member import FleetListener, Member
 from tidegate.fleet.processes import LocalFleet
 from tidegate.fleet.static import StaticFleet
@@ -36,6 +37,23 @@ def test_settings_choose_the_fleet(tmp_path: Path) -> None:
         None, {}, {"vllm": ["http://a", "http://b"], "system": "static"}, warn=lambda _: None
     ).config
     assert isinstance(launch.make_fleet(running), StaticFleet)
+
+
+def test_launching_vllm_takes_the_command_on_path_or_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    (tmp_path / "config.json").touch()
+    given = {"launch": "vllm", "model": tmp_path, "instances": 2}
+    config = resolve(None, {}, given, warn=lambda _: None).config
+    with pytest.raises(SetupError, match=r"there is no vllm on PATH: install vLLM .* --vllm-bin"):
+        launch.make_fleet(config)
+    (tmp_path / "vllm").touch(mode=0o755)
+    fleet = launch.make_fleet(config)
+    assert isinstance(fleet, LaunchedVllmFleet) and fleet.ids == ("i0", "i1")
+    assert not (tmp_path / "state").exists(), "nothing is written before the start"
 
 
 def test_timeouts_reach_the_gateway() -> None:
