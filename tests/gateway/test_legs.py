@@ -12,6 +12,7 @@ import pytest
 from tidegate.core.errors import EngineUnreachable
 from tidegate.engines.wire import Wire
 from tidegate.fleet.member import Capabilities
+from tidegate.testing import fake_engine
 from tidegate.testing.fake_engine import FakeEngine, text_of, token_at
 
 PROMPT = [3, 1, 4, 1, 5]
@@ -106,18 +107,61 @@ async def test_engines_that_cannot_move_kv_or_resume_sampling_are_not_asked_to(s
     assert sum(len(e.bodies) for e in cluster.engines.values()) == 3, "sampled: one leg"
 
 
-async def test_a_sampled_stream_that_cannot_be_resumed_ends_with_a_true_error(start: Any) -> None:
-    capabilities = Capabilities(kv_transfer=False, continues=False)
-    cluster = await start("static", instances=3, step_s=0.001, capabilities=capabilities)
-    body = BODY | {"max_tokens": 40, "temperature": 0.8}
+ALONE = Capabilities(kv_transfer=False, continues=False)
+"""What an engine can that knows nothing of a request's earlier legs."""
+
+
+async def stream_over_a_death(cluster: Any, body: dict[str, Any], before_it: Any = None) -> list[Any]:
+    """Stream while the instance that decodes dies; return the events."""
     task = asyncio.create_task(cluster.stream(body))
     await cluster.until(
         lambda: any(s.position > 3 for e in cluster.engines.values() for s in e.streams.values())
     )
+    if before_it is not None:
+        before_it()
     name = next(n for n, e in cluster.engines.items() if e.streams)
     await cluster.engines[name].stop()
     cluster.fleet.down(name)
-    assert (await task)[-1]["error"]["code"] == "engine_unreachable"
+    events: list[Any] = await task
+    return events
+
+
+async def test_a_sampled_stream_goes_on_elsewhere_behind_its_tokens(start: Any) -> None:
+    cluster = await start("static", instances=3, step_s=0.001, capabilities=ALONE)
+    events = await stream_over_a_death(cluster, BODY | {"max_tokens": 40, "temperature": 0.8})
+    told = [t for e in events for t in e["choices"][0]["token_ids"]]
+    bodies = [body for engine in cluster.engines.values() for body in engine.bodies]
+    last = max(bodies, key=lambda body: len(body["prompt"]))
+    begun = len(last["prompt"]) - len(PROMPT)
+    assert last["prompt"] == PROMPT + told[:begun] and begun > 3
+    assert len(told) == 40 and last["max_tokens"] == 40 - begun
+    assert len({body["seed"] for body in bodies}) > 1, "no leg draws another one's random numbers"
+
+
+async def test_a_seeded_stream_begins_anew_and_repeats_itself(start: Any, tmp_path: Path) -> None:
+    cluster = await start("static", instances=3, step_s=0.001, capabilities=ALONE)
+    events = await stream_over_a_death(cluster, BODY | {"max_tokens": 40, "temperature": 0.8, "seed": 4})
+    told = [t for e in events for t in e["choices"][0]["token_ids"]]
+    assert told == [token_at(PROMPT, p) for p in range(40)], "what was said again is not told twice"
+    bodies = [body for engine in cluster.engines.values() for body in engine.bodies]
+    assert [(body["prompt"], body["seed"]) for body in bodies] == [(PROMPT, 4)] * 2
+    await cluster.gateway.stop()
+    (outcome,) = [row for row in journal(tmp_path) if row["type"] == "outcome"]
+    assert (outcome["outcome"], outcome["unmovable"]) == ("ok", "seed")
+
+
+async def test_a_seeded_stream_that_no_engine_repeats_ends_with_a_true_error(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = await start("static", instances=3, step_s=0.001, capabilities=ALONE)
+
+    def other_tokens() -> None:
+        monkeypatch.setattr(fake_engine, "token_at", lambda prompt, position: token_at(prompt, position) + 1)
+
+    body = BODY | {"max_tokens": 40, "temperature": 0.8, "seed": 4}
+    events = await stream_over_a_death(cluster, body, other_tokens)
+    assert events[-1]["error"]["code"] == "engine_fault"
+    assert "does not repeat" in events[-1]["error"]["message"]
 
 
 async def test_a_prefill_that_queues_longer_than_the_stall_limit_is_not_run_twice(start: Any) -> None:
