@@ -61,7 +61,7 @@ class Split:
 
     async def quiet(self) -> None:
         """Return when no request is open anywhere, here or on a server."""
-        async with asyncio.timeout(30.0):
+        async with asyncio.timeout(20.0):
             while self.peers.rooms or any(server.running for server in self.servers.values()):
                 await asyncio.sleep(0.01)
 

@@ -86,6 +86,15 @@ async def test_another_decode_server_refuses_the_handle_and_computes_again(split
     assert taken.ids == answer_to(PROMPT, 5)[1:]
 
 
+async def test_rooms_are_spread_over_the_peers(split: Split) -> None:
+    for server in (split.servers["d"], split.servers["e"]):
+        server.step.clear()
+    handles = [(await prefilled(split.engines["p"], request_id=f"cmpl-{n}-1"))[1] for n in range(4)]
+    assert sorted(handle.owner for handle in handles) == ["d-a", "d-a", "e-a", "e-a"]
+    for handle in handles:
+        await split.engines[handle.owner[0]].release(handle)
+
+
 async def test_a_handle_covers_exactly_its_tokens(split: Split) -> None:
     _, handle = await prefilled(split.engines["p"])
     with pytest.raises(KvLost, match="covers 4 tokens"):
