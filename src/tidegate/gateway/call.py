@@ -20,10 +20,19 @@ DEFAULT_COMPLETION_TOKENS = 16
 OWN_FIELDS = frozenset(
     {"model", "prompt", "messages", "max_tokens", "max_completion_tokens", "stream", "stream_options", "n"}
     | {"best_of", "echo", "user", "return_token_ids", "kv_transfer_params", "cache_salt", "priority"}
-    | {"request_id", "session_id", "top_logprobs"}
+    | {"request_id", "session_id", "top_logprobs", "ec_transfer_params"}
 )
 """Body fields the gateway answers for itself. KV handles, salts, priorities and request ids from a client
 would let it read another's KV or name another's request, so they go no further."""
+
+OWN_XARGS = frozenset({"kv_transfer_params", "ec_transfer_params"})
+"""Keys of ``vllm_xargs`` that vLLM takes for the fields of the same name."""
+
+STATEFUL = (
+    *("presence_penalty", "frequency_penalty", "response_format", "tools", "bad_words"),
+    *("repetition_detection", "thinking_token_budget", "vllm_xargs"),
+)
+"""Fields that look at what was generated, which for a leg that goes on is a part of its prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +72,7 @@ class Call:
         sampling = self.sampling
         if self.seeded and sampling.get("temperature") != 0:
             return "seed"
-        for name in ("presence_penalty", "frequency_penalty", "response_format", "tools"):
+        for name in STATEFUL:
             if sampling.get(name) and not (name == "tools" and sampling.get("tool_choice") == "none"):
                 return name
         return next((name for name in sampling if name.startswith(("guided_", "structured_"))), "")
@@ -86,6 +95,8 @@ def read_call(value: Json, headers: Mapping[str, str], *, chat: bool, slo: Slo) 
     """Check a decoded body and its headers. Raises BadRequest naming the field at fault."""
     body = parse_body(value, ChatBody) if chat else parse_body(value, CompletionBody)
     sampling = {k: v for k, v in value.items() if k not in OWN_FIELDS and v is not None}
+    if body.vllm_xargs is not None:
+        sampling["vllm_xargs"] = {k: v for k, v in body.vllm_xargs.items() if k not in OWN_XARGS}
     if isinstance(body, ChatBody):
         max_tokens = body.token_limit
         if body.top_logprobs is not None and not body.logprobs:

@@ -107,6 +107,11 @@ class _SamplingBody(RequestBody):
     cache_salt: StrictStr | None = None
     priority: StrictInt | None = None
     request_id: StrictStr | None = None
+    vllm_xargs: dict[str, Any] | None = None
+    use_beam_search: Literal[False] | None = None
+    prompt_embeds: None = None
+    truncate_prompt_tokens: None = None
+    """Not taken: an engine that cuts the prompt itself makes KV of other tokens than it was sent."""
 
     @property
     def stops(self) -> tuple[str, ...]:
