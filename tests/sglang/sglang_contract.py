@@ -325,6 +325,10 @@ class StandIn:
                 return {"type": "stop", "matched": EOS}
             if out[-1] in (sampling.get("stop_token_ids") or ()):
                 return {"type": "stop", "matched": out[-1]}
+            stops = sampling.get("stop") or []
+            for stop in [stops] if isinstance(stops, str) else stops:
+                if stop in spelled(out):
+                    return {"type": "stop", "matched": stop}
         return {"type": "length", "length": len(out)} if len(out) == sampling["max_new_tokens"] else None
 
     def _event(self, body: Json, out: list[int], told: int, reason: Json | None) -> Json:
@@ -339,4 +343,7 @@ class StandIn:
             rows = [[-float(token), token, f"<{token}>"] for token in out[since:]]
             meta["output_token_logprobs"] = rows
             meta["output_top_logprobs"] = [[row] * body["top_logprobs_num"] for row in rows]
-        return {"text": spelled(out[since:]), "output_ids": out[since:], "meta_info": meta}
+        text, matched = spelled(out), (reason or {}).get("matched")
+        if isinstance(matched, str) and not body["sampling_params"].get("no_stop_trim"):
+            text = text[: text.index(matched)]
+        return {"text": text[len(spelled(out[:since])) :], "output_ids": out[since:], "meta_info": meta}

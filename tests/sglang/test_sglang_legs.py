@@ -70,6 +70,12 @@ async def test_a_stop_comes_with_its_reason_and_ends_the_room(split: Split) -> N
     taken = Taken()
     await split.engines["p"].run(leg(PROMPT, 9, stop_token_ids=[wanted]), taken, deadline_s=30.0)
     assert (len(taken.ids), taken.finish_reason, taken.pieces[-1].stop_reason) == (3, "stop", wanted)
+    for include, told in ((False, 2), (True, 3)):
+        taken = Taken()
+        asked = leg(PROMPT, 9, stop=[spelled([wanted])], include_stop_str_in_output=include)
+        await split.engines["p"].run(asked, taken, deadline_s=30.0)
+        assert taken.text == spelled(answer_to(PROMPT, told))
+        assert (taken.finish_reason, taken.pieces[-1].stop_reason) == ("stop", spelled([wanted]))
 
 
 async def test_another_decode_server_refuses_the_handle_and_computes_again(split: Split) -> None:
