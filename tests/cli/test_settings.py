@@ -16,6 +16,7 @@ from tidegate.cli.sources import Resolved, resolve
 from tidegate.core.errors import ConfigError
 from tidegate.engines.embedded.options import DTYPES
 from tidegate.fleet.emulated import EmulatedLaunch
+from tidegate.fleet.static import KvSetup
 from tidegate.systems import SYSTEMS, make_system
 
 
@@ -208,6 +209,19 @@ def test_launched_servers_take_a_model_and_words_of_their_own(tmp_path: Path) ->
     )
     (found,) = problems(launch="vllm", model=tmp_path, vllm_args=recompute)
     assert "can hang a request whose KV is lost" in found
+
+
+def test_how_kv_of_running_servers_moves_is_told() -> None:
+    servers = ["http://a", "http://b"]
+    peers = ["http://a:9000", "http://b:9000"]
+    done = settle(vllm=servers, kv_connector="mooncake", kv_lease_s="20", kv_bootstrap=peers)
+    assert done.config.fleet.kv == KvSetup("mooncake", 20.0, bootstraps=peers)
+    assert settle(vllm=servers).config.fleet.kv == KvSetup()
+    (found,) = problems(vllm=servers, kv_bootstrap=peers)
+    assert found == "--kv-bootstrap is only for --kv-connector mooncake"
+    (found,) = problems(vllm=servers, kv_connector="mooncake", kv_bootstrap=["http://a:9000"])
+    assert found == "1 bootstrap URLs for 2 servers: give one for each"
+    assert "--kv-lease-s: has no effect without --vllm" in problems(kv_lease_s=9)
 
 
 def test_every_dtype_of_the_engine_is_a_setting() -> None:

@@ -15,7 +15,7 @@ from tidegate.core.errors import ConfigError, SetupError
 from tidegate.costs.library import packaged_profile
 from tidegate.fleet import static
 from tidegate.fleet.health import HealthPace
-from tidegate.fleet.static import StaticFleet, StaticPace, checked_url
+from tidegate.fleet.static import KvSetup, StaticFleet, StaticPace, checked_url
 from tidegate.fleet.vllm_facts import parse_cache_config
 
 QUICK = StaticPace(health=HealthPace(every_s=0.05, deadline_s=0.3), start_s=10.0, retry_s=0.05)
@@ -31,6 +31,7 @@ class Server:
         self.models: object = {"data": [{"id": "m", "max_model_len": 1024}]}
         self.metrics = f"# TYPE vllm:cache_config_info gauge\n{CACHE}"
         self.key = ""
+        self.bootstrap: object = {}
         self.hanging = False
         self.listed = 0
         self._runner: web.AppRunner | None = None
@@ -46,6 +47,7 @@ class Server:
                 web.get("/health", self._health),
                 web.get("/v1/models", self._list),
                 web.get("/metrics", self._metrics),
+                web.get("/query", self._query),
             ]
         )
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
@@ -71,6 +73,9 @@ class Server:
     async def _metrics(self, _: web.Request) -> web.Response:
         return web.Response(text=self.metrics) if self.metrics else web.Response(status=404)
 
+    async def _query(self, _: web.Request) -> web.Response:
+        return web.json_response(self.bootstrap)
+
 
 @pytest.fixture
 async def server() -> AsyncIterator[Server]:
@@ -92,6 +97,43 @@ async def test_a_server_is_described_by_what_it_says(server: Server) -> None:
     assert member.instance.max_model_len == 1024
     assert member.profile is None
     assert not member.capabilities.kv_transfer and not member.capabilities.continues
+
+
+def registered(*engine_ids: str) -> dict[str, Any]:
+    """Return what a Mooncake bootstrap server says: engines by data-parallel rank."""
+    worker = {"0": {"0": "tcp://127.0.0.1:5"}}
+    return {str(rank): {"engine_id": name, "worker_addr": worker} for rank, name in enumerate(engine_ids)}
+
+
+async def test_a_mooncake_member_has_the_name_its_peers_call_it_by(server: Server) -> None:
+    seen = Recorder()
+    kv = KvSetup("mooncake", bidirectional=True, bootstraps=[server.url])
+    fleet = StaticFleet([server.url], pace=QUICK, kv=kv)
+    starting = asyncio.create_task(fleet.start(seen))
+    await until(lambda: fleet._servers["i0"].trouble.endswith("no engine yet") if fleet._servers else False)
+    server.bootstrap = registered("eng-7")
+    await starting
+    await fleet.stop()
+    member = seen.up["i0"]
+    assert (member.connector, member.bootstrap_url, member.kv_engine_id) == ("mooncake", server.url, "eng-7")
+    assert member.capabilities.kv_transfer and not member.capabilities.extends_kv
+    assert member.lease_s == 480.0
+
+
+async def test_mooncake_engines_behind_one_url_are_refused(server: Server) -> None:
+    server.bootstrap = registered("eng_dp0", "eng_dp1")
+    fleet = StaticFleet([server.url], pace=QUICK, kv=KvSetup("mooncake", bootstraps=[server.url]))
+    with pytest.raises(SetupError, match="data-parallel"):
+        await fleet.start(Recorder())
+
+
+async def test_a_server_that_only_takes_kv_needs_no_bootstrap(server: Server) -> None:
+    seen = Recorder()
+    kv = KvSetup("mooncake", bootstraps=["http://127.0.0.1:9"])
+    fleet = StaticFleet([f"decode={server.url}"], pace=QUICK, kv=kv)
+    await fleet.start(seen)
+    await fleet.stop()
+    assert seen.up["i0"].consumes_kv and not seen.up["i0"].produces_kv
 
 
 async def test_without_metrics_the_capacity_is_what_vllm_guarantees(server: Server) -> None:

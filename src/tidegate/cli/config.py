@@ -19,7 +19,7 @@ from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
 from tidegate.dataplane.replica import EngineSettings
 from tidegate.dataplane.roster import parse_groups
-from tidegate.fleet.static import server_of
+from tidegate.fleet.static import KvSetup, checked_url, server_of
 from tidegate.fleet.vllm_command import ServeArguments
 from tidegate.policies.order import Fifo
 from tidegate.policies.seams import Signal
@@ -95,6 +95,13 @@ def _urls(value: object) -> list[str]:
     if len({url for url, _ in servers}) < len(servers):
         raise ValueError("a URL is given more than once")
     return [url if role is None else f"{role.label}={url}" for url, role in servers]
+
+
+def _bootstraps(value: object) -> list[str]:
+    try:
+        return [checked_url(word) for word in _words(value, "URLs")]
+    except ConfigError as error:
+        raise ValueError(error.message) from None
 
 
 def _groups(value: object) -> list[str]:
@@ -201,6 +208,9 @@ class FleetSection(Section):
     emulate: Annotated[list[str], BeforeValidator(_groups)] | None = None
     vllm: Annotated[list[str], BeforeValidator(_urls)] | None = None
     vllm_api_key: Key | None = Field(default=None, repr=False)
+    kv_connector: Literal["auto", "nixl", "mooncake", "none"] = "auto"
+    kv_lease_s: Seconds | None = None
+    kv_bootstrap: Annotated[list[str], BeforeValidator(_bootstraps)] | None = None
     profile: Annotated[list[str], BeforeValidator(_profiles)] | None = None
 
     @model_validator(mode="after")
@@ -208,6 +218,20 @@ class FleetSection(Section):
         if self.launch and self.model is None:
             raise ValueError(f"--launch {self.launch} needs a --model DIR, which every server loads")
         return self
+
+    @model_validator(mode="after")
+    def _finds_the_kv(self) -> FleetSection:
+        given, servers = len(self.kv_bootstrap or ()), len(self.vllm or ())
+        if given and self.kv_connector != "mooncake":
+            raise ValueError("--kv-bootstrap is only for --kv-connector mooncake")
+        if given and servers and given != servers:
+            raise ValueError(f"{given} bootstrap URLs for {servers} servers: give one for each")
+        return self
+
+    @property
+    def kv(self) -> KvSetup:
+        """How the KV of running vLLM servers moves."""
+        return KvSetup(self.kv_connector, self.kv_lease_s, bootstraps=self.kv_bootstrap or ())
 
     @property
     def on_vllm(self) -> bool:

@@ -71,7 +71,7 @@ def make_fleet(config: Config) -> Fleet:
     source, engine = config.fleet, config.engine
     if source.vllm:
         profiles = [load_profile(name).profile for name in source.profile or ()]
-        return StaticFleet(source.vllm, api_key=source.vllm_api_key or "", profiles=profiles)
+        return StaticFleet(source.vllm, api_key=source.vllm_api_key or "", profiles=profiles, kv=source.kv)
     if source.launch == "vllm":
         return launched_vllm(source)
     order = config.scheduling.make_system().order.name

@@ -168,8 +168,38 @@ def serve(
         typer.Option(
             metavar="URL",
             help="A running vLLM server, in place of embedded engines; repeat for each. KV moves between "
-            "those that have NixlConnector ('tidegate check' proves it); prefill=URL and decode=URL are "
-            "servers that may do only that.",
+            "those that have NixlConnector ('tidegate check' proves it), or another --kv-connector; "
+            "prefill=URL and decode=URL are servers that may do only that.",
+            rich_help_panel=_FLEET,
+        ),
+    ] = None,
+    kv_connector: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="How running vLLM servers hand on KV: nixl, mooncake, none, or auto for what their metrics "
+            "show, which is NIXL only.",
+            show_default="auto",
+            rich_help_panel=_FLEET,
+        ),
+    ] = None,
+    kv_lease_s: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S",
+            help="How long running vLLM servers keep KV for a pull: NixlConnector's kv_lease_duration, or "
+            "Mooncake's VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT.",
+            show_default="vLLM's: 30 with nixl, 480 with mooncake",
+            rich_help_panel=_FLEET,
+        ),
+    ] = None,
+    kv_bootstrap: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="URL",
+            help="Where MooncakeConnector's bootstrap server of each vLLM server is, in their order; other "
+            "servers reach it there, too.",
+            show_default="port 8998 of each server",
             rich_help_panel=_FLEET,
         ),
     ] = None,

@@ -36,6 +36,8 @@ EMULATED_ONLY = tuple(SECTIONS["emulated"].model_fields)
 """Settings without a meaning but for emulated instances."""
 VLLM_ONLY = ("profile",)
 """Settings without a meaning for instances that bring their own."""
+RUNNING_ONLY = ("kv_connector", "kv_lease_s", "kv_bootstrap")
+"""Settings without a meaning but for vLLM servers that run already."""
 LAUNCH_ONLY = ("vllm_args", "vllm_bin", "vllm_logs")
 """Settings without a meaning but for vLLM servers that tidegate starts."""
 ELSEWHERE = {
@@ -89,6 +91,7 @@ def resolve(
     for needed, settings in (
         (("emulate",), EMULATED_ONLY),
         (("vllm", "launch"), VLLM_ONLY),
+        (("vllm",), RUNNING_ONLY),
         (("launch",), LAUNCH_ONLY),
     ):
         if not any(source in merged for source in needed):

@@ -141,8 +141,8 @@ class DialectEngine:
             kv["tidegate_ticket"] = leg.ticket.to_json()
         return kv
 
-    def _handle(self, params: Json | None, leg: Leg, prompt_tokens: int) -> KvHandle | None:
-        """Return the handle in the answer of a leg that pins."""
+    def _handle(self, params: Json | None, leg: Leg, prompt_tokens: int, tokens: Tokens) -> KvHandle | None:
+        """Return the handle in the answer of a leg that pins, which brought ``tokens``."""
         return KvHandle(params, self.engine_id, prompt_tokens) if params else None
 
     def _check(self, answer: Answer, leg: Leg, stage: str) -> None:
@@ -171,7 +171,7 @@ class DialectEngine:
         if not tokens.token_ids or tokens.prompt_token_ids is None:
             raise EngineFault("the engine does not return token ids")
         sink.tokens(tokens)
-        return LegEnd(self._handle(params, leg, len(tokens.prompt_token_ids)), times)
+        return LegEnd(self._handle(params, leg, len(tokens.prompt_token_ids), tokens), times)
 
 
 class _Stream:

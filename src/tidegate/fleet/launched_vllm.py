@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import sys
@@ -20,7 +21,7 @@ from tidegate.fleet.health import HealthPace
 from tidegate.fleet.member import Capabilities, FleetListener, Member
 from tidegate.fleet.supervision import HOST, FleetPace, ProcessFleet, Slot
 from tidegate.fleet.vllm_command import ServeArguments, free_ports
-from tidegate.fleet.vllm_facts import NotReady, ask_server
+from tidegate.fleet.vllm_facts import NotReady, ask_bootstrap, ask_server
 
 PACE = FleetPace(
     health=HealthPace(deadline_s=5.0), ready_s=1800.0, grace_s=20.0, backoff_s=1.0, backoff_max_s=60.0
@@ -63,6 +64,10 @@ class _Start:
     @property
     def bootstrap_port(self) -> int:
         return self.first_port + 1
+
+    @property
+    def bootstrap_url(self) -> str:
+        return f"http://{HOST}:{self.bootstrap_port}"
 
     @property
     def side_channel_port(self) -> int:
@@ -129,6 +134,7 @@ class LaunchedVllmFleet(ProcessFleet[int]):
             "VLLM_NIXL_SIDE_CHANNEL_HOST": HOST,
             "VLLM_NIXL_SIDE_CHANNEL_PORT": str(start.side_channel_port),
             "VLLM_MOONCAKE_BOOTSTRAP_PORT": str(start.bootstrap_port),
+            "VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT": str(math.ceil(self._launch.arguments.kv_transfer.lease_s)),
         }
 
     def parse(self, line: str) -> int | None:
@@ -142,11 +148,15 @@ class LaunchedVllmFleet(ProcessFleet[int]):
         """See ``ProcessFleet.members``."""
         start = self._starts[slot.name]
         assert self._session is not None
+        kv = self._launch.arguments.kv_transfer
+        mooncake = kv.connector == "mooncake"
+        kv_engine_id = ""
         try:
             facts = await ask_server(self._session, start.url, self._api_key, FACTS_S)
+            if mooncake:
+                kv_engine_id = await ask_bootstrap(self._session, start.bootstrap_url, FACTS_S)
         except (NotReady, SetupError) as error:
             raise EngineStartFailed(f"does not describe itself: {error}") from None
-        kv = self._launch.arguments.kv_transfer
         return [
             Member(
                 instance=Instance(
@@ -168,7 +178,8 @@ class LaunchedVllmFleet(ProcessFleet[int]):
                 ),
                 connector=kv.connector,
                 lease_s=kv.lease_s,
-                bootstrap_url=f"http://{HOST}:{start.bootstrap_port}" if kv.connector == "mooncake" else "",
+                bootstrap_url=start.bootstrap_url if mooncake else "",
+                kv_engine_id=kv_engine_id,
             )
         ]
 

@@ -10,6 +10,8 @@ from tidegate.costs.profile import Profile
 
 LEASE_S = 30.0
 """How long vLLM pins KV unless its ``kv_lease_duration`` says otherwise."""
+MOONCAKE_LEASE_S = 480.0
+"""How long MooncakeConnector does, unless its VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,9 @@ class Member:
     ``api_key`` the engine's ``/v1`` routes; both are empty when not needed and never logged. ``kind`` is
     ``embedded``, ``emulated`` or ``vllm``; what may be asked of it is in ``capabilities``. ``connector``
     names the KV connector of a vLLM server that has ``kv_transfer``, which pins KV for ``lease_s``;
-    ``bootstrap_url`` is where MooncakeConnector's peers find it. ``fixed_role`` is that of a server that may
-    do no other: it keeps its label, and only hands KV on (PREFILL) or only takes it (DECODE).
+    ``bootstrap_url`` is where MooncakeConnector's peers find it, under the name ``kv_engine_id``.
+    ``fixed_role`` is that of a server that may do no other: it keeps its label, and only hands KV on
+    (PREFILL) or only takes it (DECODE).
     """
 
     instance: Instance
@@ -60,6 +63,7 @@ class Member:
     connector: str = ""
     lease_s: float = LEASE_S
     bootstrap_url: str = ""
+    kv_engine_id: str = ""
     fixed_role: Role | None = None
 
     @property

@@ -15,26 +15,32 @@ from tidegate.core.errors import ConfigError, SetupError
 from tidegate.core.instance import Instance, Role
 from tidegate.costs.profile import Profile
 from tidegate.fleet.health import Answer, HealthPace, check_health, end_watch, until_unhealthy
-from tidegate.fleet.member import LEASE_S, Capabilities, FleetListener, Member
-from tidegate.fleet.vllm_facts import NotReady, ask_server
+from tidegate.fleet.member import LEASE_S, MOONCAKE_LEASE_S, Capabilities, FleetListener, Member
+from tidegate.fleet.vllm_facts import NotReady, ServerFacts, ask_bootstrap, ask_server
 
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
 """Find out which KV connector a server has."""
+BOOTSTRAP_PORT = 8998
+"""That of MooncakeConnector's bootstrap server unless VLLM_MOONCAKE_BOOTSTRAP_PORT says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
 class KvSetup:
-    """How servers were started to hand KV on: ``nixl``, ``none``, or ``auto`` to look at their metrics.
+    """How servers were started to hand KV on: ``nixl``, ``mooncake``, ``none``, or ``auto`` to look at their
+    metrics, which show NIXL only.
 
-    ``bidirectional`` says that they have ``bidirectional_kv_xfer``, which nothing shows: a prefill that reads
-    KV hangs without it.
+    They pin KV for ``lease_s``, None for what vLLM does by itself. ``bidirectional`` says that they have
+    NixlConnector's ``bidirectional_kv_xfer``, which nothing shows: a prefill that reads KV hangs without it.
+    ``bootstraps`` are the URLs of MooncakeConnector's bootstrap servers, one for each server in their order;
+    without any they are on vLLM's port for them, where the servers are.
     """
 
     connector: str = AUTO
-    lease_s: float = LEASE_S
+    lease_s: float | None = None
     bidirectional: bool = False
+    bootstraps: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +108,10 @@ class StaticFleet:
         self._model = ""
         self._pace = pace or StaticPace()
         self._kv = kv or KvSetup()
+        bootstraps = self._kv.bootstraps or [_bootstrap_beside(url) for url in self._urls]
+        if len(bootstraps) != count:
+            raise ConfigError(f"{len(bootstraps)} bootstrap URLs for {count} servers: give one for each")
+        self._bootstraps = dict(zip(self.ids, bootstraps, strict=True))
         self._servers: dict[str, _Server] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._session: aiohttp.ClientSession | None = None
@@ -191,6 +201,10 @@ class StaticFleet:
             if answer is Answer.HEALTHY:
                 try:
                     facts = await ask_server(session, server.url, self._api_key, deadline_s)
+                    connector = facts.connector if self._kv.connector == AUTO else self._kv.connector
+                    found = ""
+                    if connector == "mooncake" and self._role(server) is not Role.DECODE:
+                        found = await ask_bootstrap(session, self._bootstraps[server.id], deadline_s)
                 except NotReady as error:
                     server.trouble = str(error)
                 else:
@@ -205,7 +219,15 @@ class StaticFleet:
                 say = log.error if server.other_model else log.info
                 say("waiting for %s (%s): %s", server.id, server.url, told)
             await asyncio.sleep(self._pace.retry_s)
-        fixed_role = self._roles[self.ids.index(server.id)]
+        return self._member(server, facts, "" if connector == "none" else connector, found)
+
+    def _role(self, server: _Server) -> Role | None:
+        return self._roles[self.ids.index(server.id)]
+
+    def _member(self, server: _Server, facts: ServerFacts, connector: str, kv_engine_id: str) -> Member:
+        fixed_role = self._role(server)
+        mooncake = connector == "mooncake"
+        lease_s = self._kv.lease_s or (MOONCAKE_LEASE_S if mooncake else LEASE_S)
         instance = Instance(
             server.id,
             facts.kv_capacity_tokens,
@@ -213,8 +235,6 @@ class StaticFleet:
             facts.block_tokens,
             flippable=fixed_role is None,
         )
-        connector = facts.connector if self._kv.connector == AUTO else self._kv.connector
-        moves_kv = connector not in ("", "none")
         return Member(
             instance=instance,
             url=server.url,
@@ -224,14 +244,16 @@ class StaticFleet:
             api_key=self._api_key,
             kind="vllm",
             capabilities=Capabilities(
-                kv_transfer=moves_kv,
+                kv_transfer=bool(connector),
                 continues=False,
-                extends_kv=moves_kv and self._kv.bidirectional,
+                extends_kv=connector == "nixl" and self._kv.bidirectional,
                 orders=False,
                 tells_load=True,
             ),
-            connector=connector if moves_kv else "",
-            lease_s=self._kv.lease_s,
+            connector=connector,
+            lease_s=lease_s,
+            bootstrap_url=self._bootstraps[server.id] if mooncake else "",
+            kv_engine_id=kv_engine_id,
             fixed_role=fixed_role,
         )
 
@@ -243,6 +265,11 @@ def server_of(word: str) -> tuple[str, Role | None]:
     if equals and name in roles:
         return checked_url(url), roles[name]
     return checked_url(word), None
+
+
+def _bootstrap_beside(url: str) -> str:
+    host = urlsplit(url).hostname or ""
+    return f"http://{f'[{host}]' if ':' in host else host}:{BOOTSTRAP_PORT}"
 
 
 def checked_url(url: str) -> str:

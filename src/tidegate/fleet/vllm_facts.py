@@ -84,6 +84,33 @@ async def ask_server(
     )
 
 
+async def ask_bootstrap(session: aiohttp.ClientSession, url: str, deadline_s: float) -> str:
+    """Return the engine id under which MooncakeConnector's peers pull from the server.
+
+    Raises NotReady when its bootstrap server does not answer properly yet, SetupError when there are several
+    engines behind it: nobody could tell which of them holds a request's KV.
+    """
+    timeout = aiohttp.ClientTimeout(total=deadline_s)
+    try:
+        async with session.get(f"{url}/query", timeout=timeout) as response:
+            if response.status != 200:
+                raise NotReady(f"its Mooncake bootstrap server {url} answers /query with {response.status}")
+            engines = {str(entry["engine_id"]) for entry in orjson.loads(await response.read()).values()}
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        why = str(error) or type(error).__name__
+        raise NotReady(f"its Mooncake bootstrap server {url} does not answer: {why}") from None
+    except (orjson.JSONDecodeError, LookupError, TypeError, AttributeError):
+        raise NotReady(f"{url} is no Mooncake bootstrap server") from None
+    if len(engines) > 1:
+        raise SetupError(
+            f"{url} names {len(engines)} data-parallel engines, and MooncakeConnector does not say which of "
+            "them holds a request's KV: start each as a server of its own (--data-parallel-external-lb)"
+        )
+    if not engines:
+        raise NotReady(f"its Mooncake bootstrap server {url} knows no engine yet")
+    return engines.pop()
+
+
 def parse_cache_config(metrics: str) -> CacheConfig | None:
     """Read ``vllm:cache_config_info`` from Prometheus text; None when absent or without numbers."""
     block_tokens = capacity = 0

@@ -147,7 +147,7 @@ class Legs:
             raise
         finally:
             if held is not None and (loaded is None or self.first_s is None):
-                scheduler.handles.release(held)
+                scheduler.handles.release(held, sent=loaded is not None)
 
     def _begin(self, upstream: Upstream, handle: KvHandle | None) -> int:
         """Return how many of the delivered tokens the next leg's prompt holds; it says the others again.

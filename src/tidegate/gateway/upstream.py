@@ -9,6 +9,7 @@ from tidegate.engines.dialect import DialectEngine
 from tidegate.engines.seam import Engine, KvHandle
 from tidegate.engines.vllm.connector import Connector, Nixl
 from tidegate.engines.vllm.engine import VllmEngine
+from tidegate.engines.vllm.mooncake import Mooncake
 from tidegate.fleet.member import Member
 from tidegate.gateway.metrics import Metrics
 from tidegate.gateway.settings import GatewaySettings
@@ -55,6 +56,8 @@ def connect(member: Member, settings: GatewaySettings) -> Upstream:
 def _connector(member: Member) -> Connector | None:
     if not member.capabilities.kv_transfer:
         return None
+    if member.connector == "mooncake":
+        return Mooncake(member.kv_engine_id, member.bootstrap_url, member.lease_s)
     return Nixl(member.instance.block_tokens, member.lease_s)
 
 
@@ -85,10 +88,14 @@ class Handles:
         self._metrics.handles_refused.labels(reason).inc()
         return False
 
-    def release(self, handle: KvHandle) -> None:
-        """Have the handle's KV freed, without waiting for it: by its owner, or by a peer that declines it."""
+    def release(self, handle: KvHandle, *, sent: bool = False) -> None:
+        """Have the handle's KV freed, without waiting for it: by its owner, or by a peer that declines it.
+
+        ``sent`` says that an engine was sent the handle. It then pulls or declines the KV itself, whatever
+        becomes of the leg, and MooncakeConnector must not be asked for the same KV again.
+        """
         owner = self._owner(handle)
-        if owner is None:
+        if owner is None or (sent and owner.member.connector == "mooncake"):
             return
         if owner.member.kind != "vllm":
             self._background(owner.engine.release(handle))

@@ -25,11 +25,19 @@ class Connector(Protocol):
         ...
 
     def handle(
-        self, answer: Json | None, request_id: str, owner: str, tokens: int, now: float
+        self,
+        answer: Json | None,
+        request_id: str,
+        owner: str,
+        tokens: int,
+        now: float,
+        *,
+        capped: bool = True,
     ) -> KvHandle | None:
         """Return the handle of such a leg, whose prompt had ``tokens``; None when it pinned nothing.
 
-        ``answer`` is the ``kv_transfer_params`` of its answer, ``now`` the event loop's time.
+        ``answer`` is the ``kv_transfer_params`` of its answer, ``now`` the event loop's time, and ``capped``
+        says that the engine ended it by length.
         """
         ...
 
@@ -37,7 +45,8 @@ class Connector(Protocol):
         """Return what makes a leg over ``prompt_tokens`` begin with the handle's KV.
 
         A leg that does not ``pin`` takes exactly the tokens of the handle. One that does extends it, or takes
-        a part: the handle is then cut to whole blocks. Raises InternalError for another length.
+        a part, where members ``extends_kv``: the handle is then cut to whole blocks. Raises InternalError for
+        another length.
         """
         ...
 
@@ -72,7 +81,14 @@ class Nixl:
         return {"do_remote_decode": True, "do_remote_prefill": False}
 
     def handle(
-        self, answer: Json | None, request_id: str, owner: str, tokens: int, now: float
+        self,
+        answer: Json | None,
+        request_id: str,
+        owner: str,
+        tokens: int,
+        now: float,
+        *,
+        capped: bool = True,
     ) -> KvHandle | None:
         """See ``Connector.handle``. None also for an answer that covers something else than the prompt."""
         if not answer or not answer.get("remote_block_ids") or answer.get("remote_num_tokens") != tokens:

@@ -127,11 +127,15 @@ class VllmEngine(DialectEngine):
             return self._connector.load(leg.handle, len(leg.prompt), pin=leg.pin)
         return self._connector.export(leg.request_id) if leg.pin else {}
 
-    def _handle(self, params: Json | None, leg: Leg, prompt_tokens: int) -> KvHandle | None:
+    def _handle(self, params: Json | None, leg: Leg, prompt_tokens: int, tokens: Tokens) -> KvHandle | None:
         if self._connector is None:
             return None
+        # A stop string is found behind the engine, which has ended by length: such a leg brings one token.
+        capped = tokens.finish_reason == "length" or isinstance(tokens.stop_reason, str)
         now = asyncio.get_running_loop().time()
-        return self._connector.handle(params, leg.request_id, self.engine_id, prompt_tokens, now)
+        return self._connector.handle(
+            params, leg.request_id, self.engine_id, prompt_tokens, now, capped=capped
+        )
 
 
 class _FirstToken:
