@@ -52,10 +52,10 @@ async def test_a_good_fleet_is_all_green_and_keeps_nothing_pinned(fleet: StartFl
 @pytest.mark.parametrize(
     ("fault", "probe", "words"),
     [
-        (Fault(model="other"), "model", "serves other, others have serves tiny"),
+        (Fault(model="other"), "model", "serves other; the others: serves tiny"),
         (Fault(weights=1), "same answers", "another model"),
         (Fault(tokenizer_shift=1), "tokenizer", "--tokenizer"),
-        (Fault(block_tokens=32), "block size", "32 tokens, others have 16 tokens"),
+        (Fault(block_tokens=32), "block size", "32 tokens; the others: 16 tokens"),
         (Fault(version="0.33.0"), "version", "0.33.0"),
         (Fault(recompute=True), "failure policy", "recompute"),
         (Fault(bidirectional=False), "bidirectional reads", "bidirectional_kv_xfer"),

@@ -34,7 +34,7 @@ class Planted:
 
 FAULTS = {
     "wrong model": Planted(ServerOptions(arch="qwen3"), "same answers", "another model"),
-    "other block size": Planted(ServerOptions(block_tokens=64), "block size", "64 tokens, others have 32"),
+    "other block size": Planted(ServerOptions(block_tokens=64), "block size", "64 tokens; the others: 32"),
     "recompute policy": Planted(
         ServerOptions(kv=nixl_config(failure_policy="recompute")), "failure policy", "recompute"
     ),

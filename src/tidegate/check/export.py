@@ -15,7 +15,7 @@ LONGEST_STREAM = 512
 
 
 async def probe_exports(board: Board, seen: dict[tuple[str, str], PairSeen]) -> None:
-    """Probe every server that others pull from as the source of one moving stream, towards some server that can pull from it."""
+    """Move one stream away from every server that others pull from, towards one that can take it."""
     for server in board.active:
         if not board.gives(server.id):
             continue

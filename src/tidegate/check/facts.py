@@ -95,7 +95,7 @@ def compared(probe: str, values: Mapping[str, Any], say: Callable[[Any], str], c
     if not differing:
         return [Finding(probe, tuple(values) if len(values) == 1 else (), Verdict.GREEN, say(usual))]
     return [
-        Finding(probe, (name,), Verdict.RED, f"{say(value)}, others have {say(usual)}", change)
+        Finding(probe, (name,), Verdict.RED, f"{say(value)}; the others: {say(usual)}", change)
         for name, value in differing.items()
     ]
 

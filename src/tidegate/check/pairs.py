@@ -15,7 +15,7 @@ from tidegate.core.errors import EngineError
 PROBE_PULL, PROBE_READ, PROBE_FLIP = "KV pull", "bidirectional reads", "flip without restart"
 BIDIRECTIONAL = (
     'add "kv_connector_extra_config": {"bidirectional_kv_xfer": true} to --kv-transfer-config: '
-    "without it running requests cannot be extended elsewhere, and such a request would hang"
+    "without it KV of earlier rounds cannot be read back, and a request that tries would hang"
 )
 
 

@@ -209,6 +209,9 @@ class Server:
                 yield response
         except TimeoutError:
             raise EngineTimeout(f"{path} has no answer after {deadline_s:g} s", instance=self.id) from None
+        except aiohttp.ClientConnectorError as error:
+            reason = error.os_error.strerror or str(error)
+            raise EngineUnreachable(f"no connection: {reason}", instance=self.id) from None
         except (aiohttp.ClientError, OSError) as error:
             raise EngineUnreachable(str(error) or type(error).__name__, instance=self.id) from None
 
