@@ -91,8 +91,9 @@ class Handles:
     def release(self, handle: KvHandle, *, sent: bool = False) -> None:
         """Have the handle's KV freed, without waiting for it: by its owner, or by a peer that declines it.
 
-        ``sent`` says that an engine was sent the handle. It then pulls or declines the KV itself, whatever
-        becomes of the leg, and MooncakeConnector must not be asked for the same KV again.
+        ``sent`` says that a leg went out with it. A vLLM server that has the leg pulls or declines the KV
+        whatever becomes of it, and MooncakeConnector must not be asked for the same KV twice (see
+        ``Mooncake``): the lease ends what such a server never got.
         """
         owner = self._owner(handle)
         if owner is None or (sent and owner.member.connector == "mooncake"):
