@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +190,29 @@ async def test_a_dropped_wire_sends_nothing_more() -> None:
             await attempt
     assert len(engine.bodies) == 2
     await engine.stop()
+
+
+async def test_a_connection_that_is_cut_leaves_no_cycle_behind() -> None:
+    engine = FakeEngine(step_s=0.001)
+    wire = Wire(await engine.start(), connect_s=1, stall_s=60, headers={})
+    body = orjson.dumps({"prompt": [1], "max_tokens": 1000, "stream": True})
+
+    def leave(data: bytes) -> None:
+        connections.update(wire._busy)
+        raise EngineUnreachable("enough")
+
+    connections: weakref.WeakSet[object] = weakref.WeakSet()
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(EngineUnreachable, match="enough"):
+            await wire.exchange("POST", "/v1/completions", body, sink=leave, deadline_s=5)
+        async with asyncio.timeout(5):
+            while connections:
+                await asyncio.sleep(0)
+    finally:
+        gc.enable()
+        await engine.stop()
 
 
 async def test_a_fast_failing_instance_does_not_draw_every_request(start: Any) -> None:

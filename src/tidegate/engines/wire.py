@@ -88,6 +88,8 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
         self.fail(EngineUnreachable(f"the connection broke: {exc or 'closed by the engine'}"))
+        # The parser holds this connection's callbacks: a cycle, and the gateway collects cycles rarely.
+        del self._parser
 
     def data_received(self, data: bytes) -> None:
         self.last_data_s = self._loop.time()
