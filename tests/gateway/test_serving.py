@@ -90,6 +90,7 @@ async def test_tenants_get_their_own_salt(start: Any) -> None:
         await cluster.post("/v1/completions", {"prompt": PROMPT, "max_tokens": 2}, **{"x-tenant-id": tenant})
     salts = [b["cache_salt"] for b in cluster.engines["i0"].bodies]
     assert len(set(salts)) == 2
+    assert all(salt.isalnum() and len(salt) <= 128 for salt in salts), "what vLLM takes"
 
 
 async def test_forced_flips_every_few_milliseconds_change_no_token(start: Any) -> None:

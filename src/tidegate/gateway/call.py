@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import time
 from collections.abc import Mapping
@@ -116,7 +117,7 @@ def read_call(value: Json, headers: Mapping[str, str], *, chat: bool, slo: Slo) 
     if body.stream_options is not None and not body.stream:
         raise BadRequest("stream_options: only allowed with stream true", param="stream_options")
     tenant = headers.get("x-tenant-id", "")
-    salt = "\x1f".join((tenant, body.cache_salt or "")) if tenant or body.cache_salt else ""
+    salt = _salt(tenant, body.cache_salt or "") if tenant or body.cache_salt else ""
     return Call(
         id=("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12),
         created=int(time.time()),
@@ -136,6 +137,11 @@ def read_call(value: Json, headers: Mapping[str, str], *, chat: bool, slo: Slo) 
         seeded=body.seed is not None,
         stops=body.stops,
     )
+
+
+def _salt(tenant: str, cache_salt: str) -> str:
+    """Return what an engine takes as a salt: vLLM refuses some characters, and more than 128 of any."""
+    return hashlib.sha256("\x1f".join((tenant, cache_salt)).encode()).hexdigest()
 
 
 def _slo(headers: Mapping[str, str], default: Slo) -> Slo:
