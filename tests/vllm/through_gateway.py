@@ -14,6 +14,7 @@ import aiohttp
 import orjson
 import pytest
 
+from tidegate.core.decision import Migrate
 from tidegate.core.slo import Slo
 from tidegate.engines.seam import KvHandle, Leg, LegEnd, TokensSink
 from tidegate.engines.vllm.engine import VllmEngine
@@ -80,8 +81,18 @@ class Said:
         self.logprobs += [row["logprob"] for row in rows] + (logprobs.get("token_logprobs") or [])
 
 
-async def ask(session: aiohttp.ClientSession, url: str, path: str, body: Json, **headers: str) -> Said:
-    """POST ``body`` and read the answer to its end, each event as it comes when ``body`` asks for them."""
+async def ask(
+    session: aiohttp.ClientSession,
+    url: str,
+    path: str,
+    body: Json,
+    each: Callable[[Said], None] | None = None,
+    **headers: str,
+) -> Said:
+    """POST ``body`` and read the answer to its end, each event as it comes when ``body`` asks for them.
+
+    ``each`` is told after every event what has come so far.
+    """
     said = Said()
     async with session.post(url + path, data=orjson.dumps(body), headers=headers) as response:
         said.status = response.status
@@ -97,6 +108,8 @@ async def ask(session: aiohttp.ClientSession, url: str, path: str, body: Json, *
                 said.gaps_s.append(now_s - last_s)
             last_s = now_s
             said.add(orjson.loads(line[6:]))
+            if each is not None:
+                each(said)
     return said
 
 
@@ -179,6 +192,17 @@ class Running:
                     total += sample.value
         return total
 
+    def move(self, request: str) -> bool:
+        """Have a decode move to another instance at its next token; False when it cannot now."""
+        scheduler = self.gateway.scheduler
+        src = scheduler.ledger.owner_of(request)
+        others = [name for name in scheduler.ledger.ids if name != src]
+        if src is None:
+            return False
+        return scheduler.migrations.begin(
+            Migrate(request, src, others[len(request) % len(others)], "told so")
+        )
+
     async def until(self, condition: Callable[[], bool], deadline_s: float = 30.0) -> None:
         """Let the gateway run until ``condition`` holds."""
         async with asyncio.timeout(deadline_s):
@@ -204,7 +228,9 @@ async def serving(
     )
     journal = folder / f"journal-{time.monotonic_ns()}.jsonl"
     composed = make_system(system, slo=Slo()) if isinstance(system, str) else system
-    gateway = Gateway(GatewaySettings(port=0, journal=journal, **settings), fleet, composed)
+    # Generous: servers that share few cores are slow to accept.
+    resolved = GatewaySettings(port=0, journal=journal, **{"connect_s": 10.0} | settings)
+    gateway = Gateway(resolved, fleet, composed)
     url = await gateway.start()
     try:
         yield Running(gateway, url, journal)
