@@ -15,6 +15,8 @@ import orjson
 Json = dict[str, Any]
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 ANSWER_S = 180.0
+KEEP_S = 2.0
+"""Less than the 5 s for which vLLM's server keeps an idle connection: it might close one that is taken up."""
 
 
 @dataclass
@@ -63,7 +65,10 @@ async def ask(
     answer.began_s = time.perf_counter()
     async with session.post(url, data=orjson.dumps(body), headers=headers) as response:
         answer.status = response.status
-        if response.status != 200 or not body.get("stream"):
+        if response.status != 200:
+            answer.error = (await response.text())[:300] or "no reason given"
+            return answer
+        if not body.get("stream"):
             answer.add(orjson.loads(await response.read()))
             return answer
         ended = False
@@ -84,10 +89,15 @@ async def ask(
     return answer
 
 
-def client(*, abrupt: bool = False) -> aiohttp.ClientSession:
-    """Return a session for many requests at once, each on a connection of its own; an ``abrupt`` one resets
-    connections that it leaves instead of closing them."""
-    connector = aiohttp.TCPConnector(limit=0, force_close=True, socket_factory=_resetting if abrupt else None)
+def client(*, abrupt: bool = False, keep: bool = False) -> aiohttp.ClientSession:
+    """Return a session for many requests at once, each on a connection of its own unless it is to ``keep``
+    them; an ``abrupt`` one resets connections that it leaves instead of closing them."""
+    connector = aiohttp.TCPConnector(
+        limit=0,
+        force_close=not keep,
+        keepalive_timeout=KEEP_S if keep else None,
+        socket_factory=_resetting if abrupt else None,
+    )
     return aiohttp.ClientSession(
         connector=connector,
         headers={"Content-Type": "application/json"},

@@ -16,6 +16,7 @@ import aiohttp
 
 from tidegate.engines.vllm.load import Load, parse_load
 from tidegate.fleet.vllm_command import free_ports, nixl_config
+from tidegate.testing import profile
 
 ROOT = Path(__file__).parents[1]
 SERVE = ROOT / "scripts" / "vllm_cpu" / "serve.sh"
@@ -26,6 +27,8 @@ LEASE_S = 30
 """For how long a server keeps KV that nobody came for."""
 STREAM_PIN_S = 1
 """For how long it keeps that of a stream's end, which the gateway never reads."""
+COSTS = profile(prefill=(5e-3, 5e-5, 0.0), step=(4e-3, 0.0, 1e-7), transfer=(5e-3, 1e9), name="tiny/cpu")
+"""Of the size of what the tiny model takes on a CPU."""
 
 
 def add_server_arguments(parser: argparse.ArgumentParser, count: int) -> None:

@@ -32,7 +32,7 @@ import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_client import client
-from vllm_processes import LEASE_S, Started, add_server_arguments, read_load, running
+from vllm_processes import COSTS, LEASE_S, Started, add_server_arguments, read_load, running
 from vllm_soak_load import Load, draw_conversations, where_clients_left
 
 SAMPLE_S = 10.0
@@ -297,7 +297,6 @@ async def serve_gateway(args: argparse.Namespace) -> None:
     from tidegate.gateway.run import run_gateway
     from tidegate.gateway.settings import GatewaySettings
     from tidegate.systems import make_system
-    from tidegate.testing import profile
 
     def ready(url: str) -> None:
         print(json.dumps({"url": url}), flush=True)
@@ -309,9 +308,7 @@ async def serve_gateway(args: argparse.Namespace) -> None:
         migrate_every_s=args.migrate_every_s,
         seed=args.seed,
     )
-    # Of the size of what tiny models take on a CPU.
-    costs = profile(prefill=(5e-3, 5e-5, 0.0), step=(4e-3, 0.0, 1e-7), transfer=(5e-3, 1e9), name="tiny/cpu")
-    fleet = StaticFleet(args.url, profiles=[costs], kv=KvSetup(lease_s=LEASE_S, bidirectional=True))
+    fleet = StaticFleet(args.url, profiles=[COSTS], kv=KvSetup(lease_s=LEASE_S, bidirectional=True))
     await run_gateway(settings, fleet, make_system(args.system, slo=Slo()), on_ready=ready)
 
 

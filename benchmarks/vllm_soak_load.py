@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import aiohttp
 
@@ -107,12 +108,13 @@ class Load:
         rng = self.rng
         while not stop.is_set():
             self._number += 1
-            # Every other one is new to all prefix caches.
-            salt = f"new-{self._number}" if rng.random() < 0.5 else f"known-{rng.randrange(3)}"
-            headers = {"x-session-id": f"{rng.randrange(SESSIONS)}"}
+            session = f"session-{rng.randrange(SESSIONS)}" if rng.random() < 0.4 else ""
+            # Of the others, half are new to all prefix caches.
+            known = session or (f"known-{rng.randrange(3)}" if rng.random() < 0.5 else "")
+            headers = {"x-session-id": session} if session else {}
             for one in rng.choice(self.conversations):
-                named = headers if len(one.body.get("prompt", ())) % 2 == 0 else {}
-                await self._request(rng.choice(sessions), one, {**one.body, "cache_salt": salt}, named)
+                salted = {**one.body, "cache_salt": known or f"new-{self._number}"}
+                await self._request(rng.choice(sessions), one, salted, headers)
 
     async def _request(
         self, session: aiohttp.ClientSession, one: Round, body: Json, headers: dict[str, str]
@@ -141,7 +143,7 @@ class Load:
         self._count(one, answer, gone)
         if not gone:
             self._typical_s += 0.05 * (loop.time() - began_s - self._typical_s)
-        gaps = [late - early for early, late in zip(answer.at_s, answer.at_s[1:], strict=False)]
+        gaps = [late - early for early, late in pairwise(answer.at_s)]
         self.longest_gap_s = max(self.longest_gap_s, *gaps, 0.0)
 
     def _when_to_leave(self, body: Json) -> tuple[float | None, int | None]:
