@@ -13,6 +13,9 @@ from tidegate.policies.read_back import worth_reading_back
 
 MOST_TOKENS = 4_000_000
 """How many tokens of conversations are remembered (ours): 16 MB. The longest unused go first."""
+ENTRY_TOKENS = 160
+"""What a conversation takes besides its tokens, in tokens (measured: 630 bytes): many short ones are bounded
+too."""
 
 Key = tuple[str, str, str]
 
@@ -63,9 +66,9 @@ class Sessions:
             known.seen[prefill_on] = prompt_tokens
         known.seen[on.instance.id] = len(ids)
         self._known[key] = known
-        self._tokens += len(ids) - (0 if old is None else len(old.ids))
+        self._tokens += len(ids) - len(old.ids) if old is not None else len(ids) + ENTRY_TOKENS
         while self._tokens > MOST_TOKENS and len(self._known) > 1:
-            self._tokens -= len(self._known.popitem(last=False)[1].ids)
+            self._tokens -= len(self._known.popitem(last=False)[1].ids) + ENTRY_TOKENS
 
     def forget_instance(self, instance_id: str) -> None:
         """Say that an instance lost what it held."""
