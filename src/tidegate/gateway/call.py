@@ -96,8 +96,9 @@ def read_call(value: Json, headers: Mapping[str, str], *, chat: bool, slo: Slo) 
     """Check a decoded body and its headers. Raises BadRequest naming the field at fault."""
     body = parse_body(value, ChatBody) if chat else parse_body(value, CompletionBody)
     sampling = {k: v for k, v in value.items() if k not in OWN_FIELDS and v is not None}
-    if body.vllm_xargs is not None:
-        sampling["vllm_xargs"] = {k: v for k, v in body.vllm_xargs.items() if k not in OWN_XARGS}
+    xargs = {k: v for k, v in (sampling.pop("vllm_xargs", None) or {}).items() if k not in OWN_XARGS}
+    if xargs:
+        sampling["vllm_xargs"] = xargs
     if isinstance(body, ChatBody):
         max_tokens = body.token_limit
         if body.top_logprobs is not None and not body.logprobs:
