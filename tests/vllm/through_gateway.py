@@ -16,6 +16,7 @@ import pytest
 
 from tidegate.core.decision import Migrate
 from tidegate.core.slo import Slo
+from tidegate.costs.profile import Profile
 from tidegate.engines.seam import KvHandle, Leg, LegEnd, TokensSink
 from tidegate.engines.vllm.engine import VllmEngine
 from tidegate.fleet.health import HealthPace
@@ -217,12 +218,13 @@ async def serving(
     *,
     system: str | System = "arrow",
     kv: KvSetup | None = None,
+    profiles: Sequence[Profile] = (PROFILE,),
     **settings: Any,
 ) -> AsyncIterator[Running]:
     """A gateway over the servers at ``urls``, which are the instances i0, i1, ... in that order."""
     fleet = StaticFleet(
         urls,
-        profiles=[PROFILE],
+        profiles=profiles,
         kv=kv or KvSetup(lease_s=LEASE_S, bidirectional=True),
         pace=StaticPace(HealthPace(every_s=0.5), retry_s=0.2),
     )
