@@ -21,7 +21,7 @@ export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_HOST_IP=127.0.0.1 VLLM_NIXL_S
 export VLLM_NIXL_SIDE_CHANNEL_PORT=${NIXL_PORT:-$((5600 + port % 100))}
 default_kv='{"kv_connector":"NixlConnector","kv_role":"kv_both","kv_load_failure_policy":"fail",
   "kv_connector_extra_config":{"bidirectional_kv_xfer":true,"kv_recompute_threshold":0,
-                               "kv_lease_duration":30,"decoder_kv_blocks_ttl":30}}'
+                               "kv_lease_duration":30,"decoder_kv_blocks_ttl":1}}'
 exec "$vllm" serve "$model" --served-model-name tiny --host 127.0.0.1 --port "$port" --dtype float32 \
   --max-model-len 4096 --enforce-eager --block-size 32 --kv-cache-memory-bytes 33554432 \
   --scheduling-policy priority --enable-scale-out --enable-prompt-tokens-details \

@@ -30,6 +30,8 @@ class PairSeen:
     failed: str = ""
     """Why the owner could not even prefill."""
     skipped: str = ""
+    stumbled: str = ""
+    """What went wrong with the first of two pulls."""
 
     @property
     def works(self) -> bool:
@@ -80,36 +82,48 @@ def _hopeless(seen: dict[tuple[str, str], PairSeen], owner: str, taker: str) -> 
 
 
 async def _probe_pair(board: Board, owner: Server, taker: Server) -> PairSeen:
-    salt = board.salt(owner.id, taker.id)
-    expected = board.expected(owner.id, taker.id)
+    """Probe one pair; a pull that fails is tried once more, and the first failure told."""
     try:
-        made = await produce(board, owner, board.prompt, 1, salt)
-        if made.handle is None:
-            return PairSeen(failed=f"{owner.id}: it gave no handle this time")
-        pull = await take(
-            board, taker, made.handle, board.prompt, expected[:TAKE_TOKENS], pin=False, salt=salt
-        )
-        found = PairSeen(made.handle.params, pull)
-        if pull.error:
-            await _still_serves(board, taker)
-        if not found.works or pull.params is None:
-            return found
-        # Only now: a server without bidirectional reads would never answer what follows, and leak its blocks.
-        salt = board.salt(owner.id, taker.id, "read")
-        made = await produce(board, owner, board.prompt, LEASE_TOKENS, salt)
-        if made.handle is not None:
-            rest = expected[LEASE_TOKENS : LEASE_TOKENS + TAKE_TOKENS]
-            read = await take(
-                board, taker, made.handle, board.prompt + made.token_ids, rest, pin=True, salt=salt
-            )
-            if read.error:
+        found = await _pulled(board, owner, taker, "pull")
+        if found.pull is not None and not found.works and owner.id not in board.aside:
+            if found.pull.error:
                 await _still_serves(board, taker)
-            found = replace(found, read=read)
+            if taker.id in board.aside:
+                return found
+            again = await _pulled(board, owner, taker, "again")
+            if again.works:
+                found = replace(again, stumbled=found.pull.judge(len(board.prompt))[1])
+        # Only now: a server without bidirectional reads would never answer what follows, and leak its blocks.
+        if found.works and found.pull is not None and found.pull.params is not None:
+            found = replace(found, read=await _read(board, owner, taker))
         return found
     except EngineError as error:
         return PairSeen(failed=f"{error.instance}: {error.message}")
     finally:
         await board.pins.release(board.servers, (owner.id, taker.id))
+
+
+async def _pulled(board: Board, owner: Server, taker: Server, trial: str) -> PairSeen:
+    salt = board.salt(owner.id, taker.id, trial)
+    expected = board.expected(owner.id, taker.id)[:TAKE_TOKENS]
+    made = await produce(board, owner, board.prompt, 1, salt)
+    if made.handle is None:
+        return PairSeen(failed=f"{owner.id}: it gave no handle this time")
+    pull = await take(board, taker, made.handle, board.prompt, expected, pin=False, salt=salt)
+    return PairSeen(made.handle.params, pull)
+
+
+async def _read(board: Board, owner: Server, taker: Server) -> Taken | None:
+    salt = board.salt(owner.id, taker.id, "read")
+    made = await produce(board, owner, board.prompt, LEASE_TOKENS, salt)
+    if made.handle is None:
+        return None
+    rest = board.expected(owner.id, taker.id)[LEASE_TOKENS : LEASE_TOKENS + TAKE_TOKENS]
+    prompt = board.prompt + made.token_ids
+    read = await take(board, taker, made.handle, prompt, rest, pin=True, salt=salt)
+    if read.error:
+        await _still_serves(board, taker)
+    return read
 
 
 async def _still_serves(board: Board, server: Server) -> None:
@@ -134,7 +148,12 @@ def judge_pairs(board: Board, seen: dict[tuple[str, str], PairSeen]) -> list[Fin
             if each.failed:
                 found.append(Finding(PROBE_PULL, pair, Verdict.RED, each.failed, "see the server's log"))
             continue
-        found.append(Finding(PROBE_PULL, pair, *each.pull.judge(wanted)))
+        if each.stumbled:
+            observed = f"the first of two pulls failed: {each.stumbled}"
+            change = "check again; if it stays, the machines or their network are too busy for handshakes"
+            found.append(Finding(PROBE_PULL, pair, Verdict.YELLOW, observed, change))
+        else:
+            found.append(Finding(PROBE_PULL, pair, *each.pull.judge(wanted)))
         if each.read is not None:
             verdict, observed, change = each.read.judge(wanted + LEASE_TOKENS - 1)
             reads.append(Finding(PROBE_READ, pair, verdict, observed, change))

@@ -211,6 +211,7 @@ class FleetSection(Section):
     kv_connector: Literal["auto", "nixl", "mooncake", "none"] = "auto"
     kv_lease_s: Seconds | None = None
     kv_bootstrap: Annotated[list[str], BeforeValidator(_bootstraps)] | None = None
+    kv_read_back: bool = False
     profile: Annotated[list[str], BeforeValidator(_profiles)] | None = None
 
     @model_validator(mode="after")
@@ -231,7 +232,7 @@ class FleetSection(Section):
     @property
     def kv(self) -> KvSetup:
         """How the KV of running vLLM servers moves."""
-        return KvSetup(self.kv_connector, self.kv_lease_s, bootstraps=self.kv_bootstrap or ())
+        return KvSetup(self.kv_connector, self.kv_lease_s, self.kv_read_back, self.kv_bootstrap or ())
 
     @property
     def on_vllm(self) -> bool:

@@ -203,6 +203,16 @@ def serve(
             rich_help_panel=_FLEET,
         ),
     ] = None,
+    kv_read_back: Annotated[
+        bool | None,
+        typer.Option(
+            "--kv-read-back/--no-kv-read-back",
+            help="Let a prefill on a running vLLM server begin with KV that earlier rounds left on another. "
+            "Only for servers that have bidirectional_kv_xfer ('tidegate check' proves it): others hang.",
+            show_default="False",
+            rich_help_panel=_FLEET,
+        ),
+    ] = None,
     profile: Annotated[
         list[str] | None,
         typer.Option(

@@ -36,7 +36,7 @@ EMULATED_ONLY = tuple(SECTIONS["emulated"].model_fields)
 """Settings without a meaning but for emulated instances."""
 VLLM_ONLY = ("profile",)
 """Settings without a meaning for instances that bring their own."""
-RUNNING_ONLY = ("kv_connector", "kv_lease_s", "kv_bootstrap")
+RUNNING_ONLY = ("kv_connector", "kv_lease_s", "kv_bootstrap", "kv_read_back")
 """Settings without a meaning but for vLLM servers that run already."""
 LAUNCH_ONLY = ("vllm_args", "vllm_bin", "vllm_logs")
 """Settings without a meaning but for vLLM servers that tidegate starts."""

@@ -20,13 +20,22 @@ PORTS_PER_SERVER = 16
 ATTEMPTS = 200
 CONNECTORS = {"NixlConnector": "nixl", "NixlPullConnector": "nixl", "MooncakeConnector": "mooncake"}
 """Names that ``Member.connector`` has for vLLM's."""
-DEFAULT_FLAGS = ("--scheduling-policy", "priority", "--enable-prompt-tokens-details")
+DEFAULT_FLAGS = (
+    *("--scheduling-policy", "priority", "--enable-prompt-tokens-details"),
+    # The gateway asks for these every second or two, and a log of that hides the rest.
+    *("--disable-access-log-for-endpoints", "/health,/metrics"),
+)
 OWN_FLAGS = ("--host", "--port", "--uds", "--api-key")
 PARALLEL_SIZES = (
     ("--tensor-parallel-size", "-tp"),
     ("--pipeline-parallel-size", "-pp"),
     ("--data-parallel-size", "-dp"),
 )
+
+
+STREAM_PIN_S = 1
+"""How long vLLM keeps the KV of a stream that pulled some (its default is 480 s): nobody learns the handle,
+and what a migration or a later round wants is pinned on demand."""
 
 
 def nixl_config(
@@ -41,10 +50,10 @@ def nixl_config(
     """Return vLLM's ``--kv-transfer-config`` for NixlConnector as the gateway wants it.
 
     ``kv_both``: which phase a server computes is a decision per request. ``fail``: a pull that cannot be made
-    fails its request at once, which the gateway repeats; ``recompute`` can hang. ``bidirectional_kv_xfer``:
-    a prefill begins with KV that another server's decode made, and an answer brings its handle. ``lease_s``:
-    how long KV stays pinned for a pull, in both directions; vLLM keeps that of a decode for 480 s otherwise.
-    A recompute threshold of 0 leaves it to the gateway which KV is worth a pull.
+    fails its request at once, which the gateway repeats; ``recompute`` can hang. ``bidirectional_kv_xfer``: a
+    prefill begins with KV that another server's decode made, and an answer brings its handle. ``lease_s``:
+    how long KV stays pinned for a pull. Behind a stream it stays for ``STREAM_PIN_S`` only. A recompute
+    threshold of 0 leaves it to the gateway which KV is worth a pull.
     """
     config: dict[str, Any] = {
         "kv_connector": "NixlConnector",
@@ -54,7 +63,7 @@ def nixl_config(
             "bidirectional_kv_xfer": bidirectional,
             "kv_recompute_threshold": recompute_threshold,
             "kv_lease_duration": lease_s,
-            "decoder_kv_blocks_ttl": lease_s,
+            "decoder_kv_blocks_ttl": STREAM_PIN_S,
         },
     }
     return config | ({"engine_id": engine_id} if engine_id else {})
