@@ -41,6 +41,8 @@ class Fault:
     """Paths that are never answered."""
     hangs_on_pull: bool = False
     garbles_kv: bool = False
+    slow_handshakes: int = 0
+    """How many pulls fail before one works."""
     lease_s: float = 30.0
 
 
@@ -179,7 +181,9 @@ class FakeVllm:
             if self.fault.hangs_on_pull:
                 await asyncio.Event().wait()
             pulled = owner.pinned.get(kv["remote_request_id"]) if owner is not None else None
-            if pulled is None or owner is None or not owner.fault.side_channel_open:
+            stumbles = pulled is not None and self.fault.slow_handshakes > 0
+            self.fault.slow_handshakes -= stumbles
+            if pulled is None or owner is None or stumbles or not owner.fault.side_channel_open:
                 await asyncio.sleep(DEAD_PEER_S)
                 if not self.fault.recompute:
                     return web.json_response({"error": {"message": "Internal server error"}}, status=500)

@@ -84,6 +84,15 @@ async def test_a_server_that_only_produces_is_told_but_served_around(fleet: Star
     assert "fixed role: started as kv_producer" in told(report, "role")
 
 
+async def test_a_pull_that_works_the_second_time_is_told_and_not_held_against_anybody(
+    fleet: StartFleet,
+) -> None:
+    report = await check(await fleet(Fault(), Fault(slow_handshakes=1)))
+    assert report.ok
+    assert "first of two pulls failed: HTTP 500" in told(report, "KV pull")
+    assert {each.where for each in report.findings if each.probe == "flip without restart"} == {("i0", "i1")}
+
+
 async def test_a_member_that_keeps_its_role_is_only_asked_for_that(fleet: StartFleet) -> None:
     servers = await fleet(Fault(), Fault())
     report = await check(servers, roles=(Role.PREFILL, Role.DECODE))
