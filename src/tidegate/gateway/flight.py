@@ -108,7 +108,7 @@ class Flight:
     async def _attempt(self) -> None:
         """Run the request, or what is left of it, from one placement of its prefill."""
         scheduler, story, legs = self._scheduler, self.story, self.legs
-        legs.decoding = False
+        legs.decoding, legs.decode_first_s = False, None
         if legs.prompt_ids is not None and not legs.out_ids and scheduler.max_model_len:
             legs.settle_limit(len(legs.prompt_ids), scheduler.max_model_len)
         legs.raise_refusal()
@@ -259,7 +259,7 @@ class Flight:
 
     def _note_decode(self, end: LegEnd, placed_s: float) -> None:
         story, times = self.story, end.times
-        first_s, last_s = self.legs.first_s, story.last_token_s
+        first_s, last_s = self.legs.decode_first_s, story.last_token_s
         if first_s is None or last_s is None:
             return
         story.kv_transfer_bytes += times.kv_loaded_bytes

@@ -46,7 +46,7 @@ class Legs:
 
     ``out_ids`` are the tokens delivered so far, and ``prompt_ids`` the client's prompt, None until an engine
     has tokenised it. ``upstream`` and ``first_s`` are of the leg that runs or ran last, ``decoding`` says
-    that the ledger has the request as a decode.
+    that the ledger has the request as a decode, ``decode_first_s`` when its first decode leg began to answer.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class Legs:
         self.count = 0
         self.upstream: Upstream | None = None
         self.first_s: float | None = None
+        self.decode_first_s: float | None = None
         self.deadline_s = story.arrival_s + scheduler.settings.request_deadline_s
         self._call = call
         self._story = story
@@ -368,6 +369,8 @@ class Legs:
 
     def _leg_began(self, now: float) -> None:
         """The leg's first token: a pull it waited for has ended, a colocated prefill has become a decode."""
+        if not self._handing_over and self.decode_first_s is None:
+            self.decode_first_s = now
         if self.decoding:
             self._ledger.transfer_ended(self._call.id, now)
         elif not self._handing_over and self.upstream is not None:
