@@ -5,7 +5,7 @@
 The output of PROGRAM goes to FILE. While it starts, its last line is told from time to time; once URL answers
 200, a line of JSON announces it. SIGTERM is passed on, and what still runs ``GRACE_S`` later is killed; the
 end of stdin means that the parent is gone or impatient, and kills at once. When the keeper has ended, so has
-every process that PROGRAM started, and ports and GPU memory are free. Its status is PROGRAM's.
+every process that PROGRAM started and that holds a port or a GPU. Its status is PROGRAM's.
 
 Linux only, and the standard library only: there is one of it for every server.
 """
@@ -34,8 +34,6 @@ POLL_S = 0.25
 ANSWER_S = 2.0
 PROGRESS_S = 15.0
 GRACE_S = 12.0
-TRACKERS_S = 3.0
-"""How long Python's resource trackers, which free shared memory after the others, may take for it."""
 TOLD_LINES = 8
 TAIL_BYTES = 256 * 1024
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -126,14 +124,15 @@ def _end_with_keeper() -> None:
 
 
 def kill_descendants() -> None:
-    """Kill what this process and its children have started, and wait until it is gone."""
-    deadline_s = time.monotonic() + TRACKERS_S
-    while processes := descendants(os.getpid()):
-        patient = time.monotonic() < deadline_s
+    """Kill what this process and its children have started, and wait until it is gone.
+
+    Python's resource trackers stay: they hold neither ports nor GPUs, free the shared memory of those that
+    were killed, and then end by themselves.
+    """
+    while processes := [pid for pid in descendants(os.getpid()) if not _is_tracker(pid)]:
         for pid in processes:
             with suppress(ProcessLookupError):
-                if not (patient and _is_tracker(pid)):
-                    os.kill(pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
             with suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
         time.sleep(0.02)
