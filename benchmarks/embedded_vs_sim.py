@@ -62,7 +62,9 @@ def main() -> None:
         max_batch_tokens=saved.max_batch_tokens or saved.max_model_len, max_num_seqs=args.max_num_seqs
     )
     fleet = replicas_of(load_profile(str(args.profile)), 1, engine=engine)
-    table = simulate(records, make_system("colocated"), fleet, SimSettings(front_s=saved.profile.front_s)).requests
+    table = simulate(
+        records, make_system("colocated"), fleet, SimSettings(front_s=saved.profile.front_s)
+    ).requests
     print(f"{len(records)} requests\n{'':>6}{'':>5}{'measured':>12}{'simulated':>12}{'off':>9}")
     for name in ("ttft_s", "tpot_s", "e2e_s"):
         pairs = zip(percentiles(column(results, name)), percentiles(getattr(table, name)), strict=True)

@@ -19,7 +19,7 @@
     │   ├── EngineUnreachable      the connection failed or broke
     │   ├── EngineTimeout          a deadline of the leg passed
     │   ├── EngineFault            the engine answered with an error
-    │   └── KvLost                 the KV that a leg was to begin with could not be had; the engine may be well
+    │   └── KvLost                 the KV of a leg could not be had; the engine may be well
     ├── InternalError          tidegate itself is at fault
     └── SetupError             wrong configuration, trace or command; shown by the CLI, never served
         ├── ConfigError            unknown key, wrong value, missing signal
