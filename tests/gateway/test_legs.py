@@ -174,6 +174,18 @@ async def test_a_prefill_that_queues_longer_than_the_stall_limit_is_not_run_twic
     assert len(cluster.engines["i0"].bodies) == 1
 
 
+async def test_the_last_instance_that_is_up_pins_nothing(start: Any) -> None:
+    cluster = await start("static", capabilities=Capabilities(continues=False))
+    for others, pinned in ((1, True), (0, False)):
+        if not others:
+            cluster.fleet.down("i1")
+        status, answer, _ = await cluster.post("/v1/completions", BODY)
+        assert (status, answer["choices"][0]["token_ids"]) == (200, [token_at(PROMPT, p) for p in range(12)])
+        asked = [body.get("kv_transfer_params", {}) for body in cluster.engines["i0"].bodies]
+        assert any(kv.get("do_remote_decode") for kv in asked) is pinned
+        cluster.engines["i0"].bodies.clear()
+
+
 async def test_a_dropped_wire_sends_nothing_more() -> None:
     engine = FakeEngine()
     engine.keep_bodies = True

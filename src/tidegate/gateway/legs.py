@@ -107,7 +107,9 @@ class Legs:
             scheduler.migrations.note(self._migrate, "cancelled")
             self._migrate = None
         capabilities = upstream.member.capabilities
-        pin = hand_over and upstream.member.produces_kv
+        # With nobody to pull or decline it, what vLLM pins is held until its lease ends: it fills the cache.
+        wanted = capabilities.continues or len(scheduler.upstreams) > 1
+        pin = hand_over and wanted and upstream.member.produces_kv
         ordered = capabilities.orders and not self.out_ids
         held = extend if handle is None else handle
         loaded = held if held is not None and scheduler.handles.usable(held, upstream) else None
