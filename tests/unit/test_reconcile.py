@@ -11,10 +11,8 @@ CAPACITY_TOKENS = 10_000
 IDLE = Booked(0, 0, 0, 0)
 
 
-def kinds(
-    reconciler: Reconciler, booked: Booked, told: Told, leased_tokens: int = 0
-) -> list[tuple[str, int]]:
-    news = reconciler.compare(booked, booked, told, leased_tokens)
+def kinds(reconciler: Reconciler, booked: Booked, told: Told, kept_tokens: int = 0) -> list[tuple[str, int]]:
+    news = reconciler.compare(booked, booked, told, kept_tokens)
     return [(drift.kind.value, drift.lasting) for drift in news]
 
 
@@ -54,9 +52,9 @@ def test_kv_is_explained_by_residents_handoffs_part_blocks_and_prefills_of_unsur
     assert last == [("kv", 201)]
 
 
-def test_leases_take_room_without_being_a_drift(reconciler: Reconciler) -> None:
+def test_kv_that_ended_requests_keep_takes_room_without_being_a_drift(reconciler: Reconciler) -> None:
     for _ in range(4):
-        assert kinds(reconciler, IDLE, Told(0, 1500), leased_tokens=1500) == []
+        assert kinds(reconciler, IDLE, Told(0, 1500), kept_tokens=1500) == []
     assert (reconciler.foreign_requests, reconciler.foreign_tokens) == (0, 1500)
 
 

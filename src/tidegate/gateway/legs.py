@@ -134,10 +134,8 @@ class Legs:
                     f"the request's deadline of {scheduler.settings.request_deadline_s:g} s has passed"
                 )
             end = await upstream.engine.run(leg, self, deadline_s=left_s)
-            if loaded is not None and not pin and capabilities.extends_kv:
-                # vLLM keeps it for the next round to read, though the request has ended.
-                kept_tokens = self.prompt_tokens + len(self.out_ids)
-                scheduler.loads.leased(upstream.member.instance.id, kept_tokens, upstream.member.lease_s)
+            if loaded is not None and not pin:
+                scheduler.loads.kept(upstream.member.instance.id, self.prompt_tokens + len(self.out_ids))
             return end
         except _Done:
             return LegEnd()

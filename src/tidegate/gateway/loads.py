@@ -16,6 +16,7 @@ from tidegate.core.errors import EngineError, EngineFault
 from tidegate.engines.vllm.load import Load, parse_load
 from tidegate.engines.wire import Wire
 from tidegate.fleet.member import Member
+from tidegate.fleet.vllm_command import STREAM_PIN_S
 from tidegate.gateway.journal import Journal
 from tidegate.gateway.metrics import Metrics
 from tidegate.ledger.ledger import Ledger
@@ -33,6 +34,9 @@ READING_S = 0.0015
 """What a reading costs the gateway's loop, measured on a page of 60 kB: 1.0 to 1.6 ms."""
 LOOP_SHARE = 0.03
 """The share of the loop that readings may take (ours): many engines are read less often."""
+
+KEPT_S = 2.0 * STREAM_PIN_S
+"""How long KV behind a stream is known: until a reading can show that it has gone (ours)."""
 
 PROMPT_SOURCES = {
     "local_compute": "computed",
@@ -70,19 +74,19 @@ class Watched:
         self.load: Load | None = None
         self.read_at_s = 0.0
         self.task: asyncio.Task[None] | None = None
-        self._leases: deque[tuple[float, int]] = deque()
-        self._leased_tokens = 0
+        self._kept: deque[tuple[float, int]] = deque()
+        self._kept_tokens = 0
 
-    def lease(self, tokens: int, until_s: float) -> None:
-        """Take note of KV that stays pinned until then."""
-        self._leases.append((until_s, tokens))
-        self._leased_tokens += tokens
+    def keep(self, tokens: int, until_s: float) -> None:
+        """Take note of KV that may stay pinned until then."""
+        self._kept.append((until_s, tokens))
+        self._kept_tokens += tokens
 
-    def leased_tokens(self, now: float) -> int:
+    def kept_tokens(self, now: float) -> int:
         """Return the KV that ended requests may still pin."""
-        while self._leases and self._leases[0][0] <= now:
-            self._leased_tokens -= self._leases.popleft()[1]
-        return self._leased_tokens
+        while self._kept and self._kept[0][0] <= now:
+            self._kept_tokens -= self._kept.popleft()[1]
+        return self._kept_tokens
 
 
 class LoadWatch:
@@ -141,11 +145,11 @@ class LoadWatch:
             self.forget(name)
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def leased(self, instance_id: str, tokens: int, seconds: float) -> None:
-        """Say that a request which leaves the ledger may leave KV pinned on an instance for so long."""
+    def kept(self, instance_id: str, tokens: int) -> None:
+        """Say that a stream which pulled KV ended on an instance: vLLM keeps its KV for a moment."""
         watched = self.watched.get(instance_id)
         if watched is not None:
-            watched.lease(tokens, self._clock.now() + seconds)
+            watched.keep(tokens, self._clock.now() + KEPT_S)
 
     # readings
 
@@ -180,7 +184,7 @@ class LoadWatch:
             None if load.kv_usage is None else round(load.kv_usage * watched.capacity_tokens),
         )
         after = self._ledger.booked(watched.id)
-        self._tell(watched, watched.reconciler.compare(before, after, told, watched.leased_tokens(now)))
+        self._tell(watched, watched.reconciler.compare(before, after, told, watched.kept_tokens(now)))
         self._correct(watched)
         tally = self.tallies[watched.id]
         for source, tokens in (load.prompt_by_source or {}).items():

@@ -34,7 +34,7 @@ class Difference(enum.StrEnum):
     REQUESTS = "requests"
     """The engine has requests that the ledger does not know."""
     KV = "kv"
-    """The engine uses KV that no request in the ledger explains, nor a lease."""
+    """The engine uses KV that no request in the ledger explains, nor ended ones that keep it."""
     MISSING = "missing"
     """The ledger has requests there that the engine does not know."""
 
@@ -103,21 +103,21 @@ class Reconciler:
 
     @property
     def foreign_tokens(self) -> int:
-        """KV in use beyond the ledger's, known leases included: they take room, though they are no drift."""
+        """KV in use beyond the ledger's; that which ended requests keep takes room, though it is no drift."""
         return self._kv_in_use.level
 
-    def compare(self, before: Booked, after: Booked, told: Told, leased_tokens: int = 0) -> list[Drift]:
+    def compare(self, before: Booked, after: Booked, told: Told, kept_tokens: int = 0) -> list[Drift]:
         """Take a reading; return the drifts that began or ended with it.
 
-        ``before`` and ``after`` are the ledger's words around the reading, ``leased_tokens`` the KV that
-        ended requests are known to have pinned.
+        ``before`` and ``after`` are the ledger's words around the reading, ``kept_tokens`` the KV that
+        ended requests are known to keep pinned.
         """
         most, least = max(before.requests, after.requests), min(before.requests, after.requests)
         explained = max(self._most_kv(before), self._most_kv(after))
         under_way = math.ceil(most * REQUESTS_SHARE)
         news = [
             self._see(Difference.REQUESTS, most, told.requests, 1, under_way),
-            self._see(Difference.KV, explained + leased_tokens, told.kv_tokens, 1, self._kv_tolerance),
+            self._see(Difference.KV, explained + kept_tokens, told.kv_tokens, 1, self._kv_tolerance),
             self._see(Difference.MISSING, least, told.requests, -1, under_way),
         ]
         in_use = None if told.kv_tokens is None else max(0, told.kv_tokens - explained)
