@@ -147,7 +147,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 class TestLeases:
-    """The last test ends a server, and so does each but the first: run them in this order."""
+    """The last two end a server: in this order."""
 
     servers = (ServerOptions(kv=nixl_config(lease_s=SHORT_LEASE_S)),) * 2
 
@@ -213,10 +213,15 @@ class TestLeases:
 class TestArgumentsOfClients:
     servers = (ServerOptions(),)
 
-    def test_extra_arguments_that_are_no_handle_end_the_server(self, pair: VllmCluster) -> None:
-        body = greedy(prompt_ids(40), 4) | {"vllm_xargs": {"kv_transfer_params": "x"}}
-        with pytest.raises(OSError):
-            pair[0].post(COMPLETIONS, body, timeout_s=HANG_S)
+    def test_an_empty_text_for_a_handle_ends_the_server(self, pair: VllmCluster) -> None:
+        def send(text: str) -> None:
+            body = greedy(prompt_ids(40), 4) | {"vllm_xargs": {"kv_transfer_params": text}}
+            with pytest.raises(urllib.error.HTTPError, match="500"):
+                pair[0].post(COMPLETIONS, body, timeout_s=HANG_S)
+
+        send("x")
+        assert pair[0].complete(prompt_ids(40), 1), "any other text costs the request only"
+        send("")
         deadline_s = time.monotonic() + 30
         while pair[0].healthy():
             assert time.monotonic() < deadline_s, "it survives"
