@@ -44,6 +44,8 @@ class Fault:
     slow_handshakes: int = 0
     """How many pulls fail before one works."""
     lease_s: float = 30.0
+    decoded_s: float = 30.0
+    """How long what it decoded stays pinned."""
 
 
 @dataclass
@@ -256,7 +258,8 @@ class FakeVllm:
         name = f"{self.engine_id}-{next(self._numbers)}"
         blocks = -(-len(tokens) // self.fault.block_tokens)
         held = [token + 1 for token in tokens] if self.fault.garbles_kv else tokens
-        self.pinned[name] = (held, blocks, time.monotonic() + self.fault.lease_s)
+        lease_s = self.fault.decoded_s if decoded else self.fault.lease_s
+        self.pinned[name] = (held, blocks, time.monotonic() + lease_s)
         return {
             "do_remote_prefill": not decoded,
             "do_remote_decode": decoded,
@@ -266,5 +269,5 @@ class FakeVllm:
             "remote_num_tokens": len(tokens),
             "remote_host": "127.0.0.1",
             "remote_port": self.side_port,
-            "remote_blocks_expiry_time": time.perf_counter() + self.fault.lease_s if decoded else None,
+            "remote_blocks_expiry_time": time.perf_counter() + lease_s if decoded else None,
         }

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from tidegate.check.board import Board
+from tidegate.check.pins import Pins
 from tidegate.check.server import Server
 from tidegate.check.transfer import TAKE_TOKENS, Taken, produce, take
 from tidegate.check.verdict import Finding, Json, Verdict
@@ -30,23 +31,31 @@ NO_CONNECTOR = (
 class Canary:
     """KV that was pinned at ``at_s`` to see how long it stays, as ``params`` describe it.
 
-    ``expired`` counts the leases that the server had ended before; ``kept_s`` is how long the canary is
-    known to have stayed, ``ended_s`` how long it was there at most once it is gone.
+    ``expired`` counts the leases that the server had ended before, ``given`` the handles it had given up to
+    this one; ``kept_s`` is how long the canary is known to have stayed, ``ended_s`` how long it was there at
+    most once it is gone.
     """
 
     params: Json
     expired: float | None
+    given: int
     at_s: float
     kept_s: float = 0.0
     ended_s: float | None = None
 
-    async def watch(self, server: Server) -> None:
-        """Look whether the server still keeps it. Raises EngineError."""
-        now = (await server.counters()).nixl_expired
+    async def watch(self, server: Server, pins: Pins) -> None:
+        """Look whether the server still keeps it. Raises EngineError.
+
+        A lease that ended may be another handle's, given since: then there are blocks left for the canary.
+        """
+        counters = await server.counters()
         age_s = time.monotonic() - self.at_s
-        if self.expired is None or now is None or self.ended_s is not None:
+        if self.expired is None or counters.nixl_expired is None or self.ended_s is not None:
             return
-        if now > self.expired:
+        ended = counters.nixl_expired - self.expired
+        in_use, blocks = counters.blocks_in_use, max(map(len, self.params["remote_block_ids"]))
+        others = pins.given_by(server.id) - self.given
+        if ended > others or (ended and in_use is not None and in_use < blocks - 0.5):
             self.ended_s = age_s
         else:
             self.kept_s = age_s
@@ -60,7 +69,8 @@ async def pin_canary(board: Board, canaries: dict[str, Canary], server: Server) 
     made = await produce(board, server, board.prompt, 1, board.salt(server.id, "lease"))
     if made.handle is not None:
         board.pins.keep(made.handle.params)
-        canaries[server.id] = Canary(made.handle.params, expired, time.monotonic())
+        given = board.pins.given_by(server.id)
+        canaries[server.id] = Canary(made.handle.params, expired, given, time.monotonic())
         return [
             Finding(PROBE_HANDLE, (server.id,), Verdict.GREEN, "pins the KV of a prefill, and tells where")
         ]
@@ -76,7 +86,9 @@ async def pin_canary(board: Board, canaries: dict[str, Canary], server: Server) 
 async def watch_canaries(board: Board, canaries: dict[str, Canary]) -> None:
     """Look at all canaries whose servers answer."""
     servers = [server for server in board.active if server.id in canaries]
-    await asyncio.gather(*(canaries[server.id].watch(server) for server in servers), return_exceptions=True)
+    await asyncio.gather(
+        *(canaries[server.id].watch(server, board.pins) for server in servers), return_exceptions=True
+    )
 
 
 def judge_canary(board: Board, canary: Canary, name: str) -> list[Finding]:
@@ -101,10 +113,10 @@ async def measure_lease(
     canary = canaries.get(server.id)
     if canary is None:
         return []
-    await canary.watch(server)
+    await canary.watch(server, board.pins)
     while canary.kept_s and canary.ended_s is None and canary.kept_s < LONGEST_WAIT_S:
         await asyncio.sleep(POLL_S)
-        await canary.watch(server)
+        await canary.watch(server, board.pins)
     if canary.ended_s is None:
         if not canary.kept_s:
             return [Finding(probe, (server.id,), Verdict.YELLOW, "the server does not show when leases end")]
@@ -131,7 +143,8 @@ async def pin_decoded(board: Board, canaries: dict[str, Canary], owner: Server, 
     if taken.params is not None:
         board.pins.keep(taken.params)
         since_s = time.perf_counter() - taken.at_s
-        canaries[taker.id] = Canary(taken.params, expired, time.monotonic() - since_s)
+        given = board.pins.given_by(taker.id)
+        canaries[taker.id] = Canary(taken.params, expired, given, time.monotonic() - since_s)
 
 
 def judge_read_back(server: Server, taken: Taken) -> list[Finding]:

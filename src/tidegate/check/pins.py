@@ -12,6 +12,8 @@ from tidegate.core.errors import EngineError
 UNSERVABLE_TOKENS = 1 << 30
 """More output than any server allows: the request is refused before any work, and the pin's owner is told."""
 RELEASE_S = 3.0
+WAKE_S = 0.3
+WAKE_STEPS = 3
 
 
 class Pins:
@@ -26,10 +28,12 @@ class Pins:
         self._kept: set[str] = set()
         self._takers: dict[str, list[str]] = {}
         self._unreachable: set[str] = set()
+        self._given: dict[str, int] = {}
 
     def add(self, owner: str, params: Json) -> None:
         """Take note of a handle that ``owner`` gave."""
         self._held[_name(params)] = (owner, params)
+        self._given[owner] = self._given.get(owner, 0) + 1
 
     def keep(self, params: Json) -> None:
         """Have the handle stay until ``release_all``, or ``forget``."""
@@ -49,26 +53,43 @@ class Pins:
         """Take note that the handle's lease is over."""
         self._held.pop(_name(params), None)
 
+    def given_by(self, owner: str) -> int:
+        """Return how many handles of ``owner`` were given out so far."""
+        return self._given.get(owner, 0)
+
     def held_by(self, owner: str) -> int:
         """Return how many handles of ``owner`` are still out."""
         return sum(name == owner for name, _ in self._held.values())
 
     async def release(self, servers: Mapping[str, Server], owners: Collection[str]) -> None:
-        """Have what is held of ``owners`` freed, but for what is kept. Never raises for what servers do."""
-        await self._release(
-            servers, [name for name in self._held if self._held[name][0] in owners and name not in self._kept]
-        )
+        """Have what is held of ``owners`` freed by those who pulled from them, but for what is kept. Never
+        raises for what servers do."""
+        names = [
+            name for name, (owner, _) in self._held.items() if owner in owners and name not in self._kept
+        ]
+        await self._release(servers, names)
 
     async def release_all(self, servers: Mapping[str, Server]) -> None:
-        """Have everything freed, as far as somebody can reach its owner."""
+        """Have everything freed, as far as somebody can reach its owner. Never raises for what servers do."""
         await self._release(servers, list(self._held))
+        strangers: dict[str, Server] = {}
+        for owner in {owner for owner, _ in self._held.values()} - self._unreachable:
+            strangers.update((owner, servers[other]) for other in servers if other != owner)
+        names = [name for name, (owner, _) in self._held.items() if owner in strangers]
+        done = await asyncio.gather(
+            *(_refuse(strangers[self._held[name][0]], self._held[name][1]) for name in names)
+        )
+        for name, freed in zip(names, done, strict=True):
+            if freed:
+                owner, _ = self._held.pop(name)
+                await _wake(strangers[owner])
 
     async def _release(self, servers: Mapping[str, Server], names: Collection[str]) -> None:
-        wanted: list[tuple[str, Server]] = []
-        for name in names:
-            owner = self._held[name][0]
-            others = [] if owner in self._unreachable else [other for other in servers if other != owner]
-            wanted += [(name, servers[other]) for other in (self._takers.get(owner) or others)[:1]]
+        wanted = [
+            (name, servers[taker])
+            for name in names
+            for taker in self._takers.get(self._held[name][0], [])[:1]
+        ]
         done = await asyncio.gather(*(_refuse(server, self._held[name][1]) for name, server in wanted))
         for (name, _), freed in zip(wanted, done, strict=True):
             if freed:
@@ -77,6 +98,17 @@ class Pins:
 
 def _name(params: Json) -> str:
     return str(params.get("remote_request_id"))
+
+
+async def _wake(stranger: Server) -> None:
+    """Have a server that has never pulled from the owner pass the refusal on: its handshake takes a moment,
+    and what waits for it goes out with a later step, which an idle server does not make."""
+    for _ in range(WAKE_STEPS):
+        await asyncio.sleep(WAKE_S)
+        try:
+            await stranger.send([0], 1, deadline_s=RELEASE_S)
+        except EngineError:
+            return
 
 
 async def _refuse(taker: Server, params: Json) -> bool:
