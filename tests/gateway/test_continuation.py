@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tidegate.core.errors import NotRepeated
 from tidegate.engines.seam import Tokens
-from tidegate.gateway.continuation import Continuation, NotRepeated, StopStrings
+from tidegate.gateway.continuation import Continuation, StopStrings
 
 BYTES = [b"a", b"b", b"ab", b"ba", b" ", b"\xe6", b"\xbc", b"\xa2", b"\xf0\x9f", b"\x8c\x8a", b"\xc3\xa9"]
 """Tokens by id: letters alone and together, pieces of two characters, and one character that is whole."""

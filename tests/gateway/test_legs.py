@@ -162,7 +162,7 @@ async def test_a_seeded_stream_that_no_engine_repeats_ends_with_a_true_error(
 
     body = BODY | {"max_tokens": 40, "temperature": 0.8, "seed": 4}
     events = await stream_over_a_death(cluster, body, other_tokens)
-    assert events[-1]["error"]["code"] == "engine_fault"
+    assert events[-1]["error"]["code"] == "not_repeated"
     assert "does not repeat" in events[-1]["error"]["message"]
 
 

@@ -19,7 +19,8 @@
     │   ├── EngineUnreachable      the connection failed or broke
     │   ├── EngineTimeout          a deadline of the leg passed
     │   ├── EngineFault            the engine answered with an error
-    │   └── KvLost                 the KV of a leg could not be had; the engine may be well
+    │   ├── KvLost                 the KV of a leg could not be had; the engine may be well
+    │   └── NotRepeated            a leg said something else than what was delivered already
     ├── InternalError          tidegate itself is at fault
     └── SetupError             wrong configuration, trace or command; shown by the CLI, never served
         ├── ConfigError            unknown key, wrong value, missing signal
@@ -132,6 +133,10 @@ class KvLost(EngineError):
     """The KV that a leg was to begin with could not be had, or not in time; the leg may be run without it."""
 
 
+class NotRepeated(EngineError):
+    """A leg that had to say again what was delivered said something else."""
+
+
 class InternalError(TidegateError):
     """tidegate itself is at fault."""
 
@@ -184,6 +189,7 @@ STATUS: dict[type[TidegateError], ErrorStatus] = {
     EngineTimeout: ErrorStatus(504, "engine_error", "engine_timeout", "engine_timeout"),
     EngineFault: ErrorStatus(502, "engine_error", "engine_fault", "engine_fault"),
     KvLost: ErrorStatus(502, "engine_error", "kv_lost", "kv_lost"),
+    NotRepeated: ErrorStatus(502, "engine_error", "not_repeated", "not_repeated"),
     InternalError: ErrorStatus(500, "internal_error", "internal_error", "internal"),
 }
 

@@ -7,15 +7,11 @@ begun, or earlier; what it then says again is checked and left out.
 
 from __future__ import annotations
 
-from tidegate.core.errors import EngineFault
+from tidegate.core.errors import NotRepeated
 from tidegate.engines.seam import Json, Tokens
 
 UNFINISHED = "\ufffd"
 """What stands for the bytes of a character that is not complete."""
-
-
-class NotRepeated(EngineFault):
-    """A leg that had to say again what was delivered said something else."""
 
 
 class Continuation:

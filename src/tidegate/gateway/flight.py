@@ -10,13 +10,13 @@ from tidegate.core.errors import (
     EngineUnreachable,
     InternalError,
     KvLost,
+    NotRepeated,
     TidegateError,
     status_of,
 )
 from tidegate.engines.seam import KvHandle, LegEnd
 from tidegate.gateway.answers import Answer
 from tidegate.gateway.call import Call
-from tidegate.gateway.continuation import NotRepeated
 from tidegate.gateway.legs import Leave, Legs
 from tidegate.gateway.outcome import record
 from tidegate.gateway.scheduler import Scheduler
