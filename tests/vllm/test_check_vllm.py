@@ -67,6 +67,14 @@ def check(servers: Sequence[VllmServer], *, thorough: bool = False) -> CheckRepo
     return asyncio.run(check_fleet(settings, lambda share, what: None))
 
 
+def not_green(report: CheckReport) -> str:
+    """Return what a failed test shows of a report."""
+    lines = [each.to_json() for each in report.findings if each.verdict is not Verdict.GREEN]
+    return "\n".join(
+        f"{each['probe']} {each['where']} {each['verdict']}: {each['observed']}" for each in lines
+    )
+
+
 def reds(report: CheckReport) -> set[tuple[str, str]]:
     """Return the probes that failed, each with who is to blame: the last server where two are involved."""
     return {(each.probe, max(each.where)) for each in report.findings if each.verdict is Verdict.RED}
@@ -80,7 +88,7 @@ def assert_nothing_is_left(servers: Sequence[VllmServer]) -> None:
 
 def test_a_good_fleet_is_green_and_left_as_it_was(cluster: VllmCluster) -> None:
     report = check(cluster.servers)
-    assert {each.verdict for each in report.findings} == {Verdict.GREEN}, report.to_json()
+    assert {each.verdict for each in report.findings} == {Verdict.GREEN}, not_green(report)
     pulls = [each for each in report.findings if each.probe == "KV pull"]
     assert len(pulls) == 6 and all("112 tokens pulled" in each.observed for each in pulls)
     assert_nothing_is_left(cluster.servers)
@@ -93,9 +101,11 @@ def test_a_planted_fault_is_named(servers_of_arch: VllmCluster, start: Start, pl
     faulty = start([planted.options])[0]
     report = check([*good, faulty])
     found = [each for each in report.findings if each.probe == planted.probe and "i2" in each.where]
-    assert any(each.verdict is planted.verdict and planted.words in each.observed for each in found), found
+    assert any(each.verdict is planted.verdict and planted.words in each.observed for each in found), (
+        not_green(report)
+    )
     expected = {(planted.probe, "i2")} if planted.verdict is Verdict.RED else set()
-    assert reds(report) == expected | {(probe, "i2") for probe in planted.also}, report.to_json()
+    assert reds(report) == expected | {(probe, "i2") for probe in planted.also}, not_green(report)
     assert report.ok is (planted.verdict is not Verdict.RED)
     assert_nothing_is_left(good)
     if planted.probe != "side channel":
@@ -109,7 +119,7 @@ def test_a_frozen_server_does_not_freeze_the_check(cluster: VllmCluster) -> None
         report = check(cluster.servers)
     finally:
         cluster[2].thaw()
-    assert reds(report) == {("reachable", "i2")}
+    assert reds(report) == {("reachable", "i2")}, not_green(report)
     assert time.monotonic() - began_s < 60
     assert {each.where for each in report.findings if each.probe == "flip without restart"} == {("i0", "i1")}
 
@@ -118,5 +128,5 @@ def test_leases_are_measured_when_there_is_time(cluster: VllmCluster) -> None:
     report = check(cluster.servers, thorough=True)
     leases = [each for each in report.findings if each.probe in ("lease", "read-back lease")]
     assert len(leases) == 6 and all("ended between" in each.observed for each in leases)
-    assert report.ok
+    assert report.ok, not_green(report)
     assert_nothing_is_left(cluster.servers)
