@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from tidegate.core.errors import ConfigError, SetupError
-from tidegate.core.instance import Instance
 from tidegate.costs.profile import Profile
 from tidegate.fleet.child import EngineStartFailed
 from tidegate.fleet.gpus import VISIBLE, share_out, visible_gpus
 from tidegate.fleet.health import HealthPace
-from tidegate.fleet.member import Capabilities, FleetListener, Member
+from tidegate.fleet.member import FleetListener, Member
 from tidegate.fleet.supervision import HOST, FleetPace, ProcessFleet, Slot
 from tidegate.fleet.vllm_command import ServeArguments, free_ports
-from tidegate.fleet.vllm_facts import NotReady, ask_bootstrap, ask_server
+from tidegate.fleet.vllm_facts import NotReady, ask_bootstrap, ask_server, vllm_member
 
 PACE = FleetPace(
     health=HealthPace(deadline_s=5.0), ready_s=1800.0, grace_s=20.0, backoff_s=1.0, backoff_max_s=60.0
@@ -149,37 +148,27 @@ class LaunchedVllmFleet(ProcessFleet[int]):
         start = self._starts[slot.name]
         assert self._session is not None
         kv = self._launch.arguments.kv_transfer
-        mooncake = kv.connector == "mooncake"
         kv_engine_id = ""
         try:
             facts = await ask_server(self._session, start.url, self._api_key, FACTS_S)
-            if mooncake:
+            if kv.connector == "mooncake":
                 kv_engine_id = await ask_bootstrap(self._session, start.bootstrap_url, FACTS_S)
         except (NotReady, SetupError) as error:
             raise EngineStartFailed(f"does not describe itself: {error}") from None
         return [
-            Member(
-                instance=Instance(
-                    slot.name, facts.kv_capacity_tokens, facts.max_model_len, facts.block_tokens
-                ),
-                url=start.url,
-                model=facts.model,
+            vllm_member(
+                slot.name,
+                start.url,
+                facts,
                 engine_id=start.engine_id,
-                profile=self._profiles.get(slot.name),
                 api_key=self._api_key,
-                kind="vllm",
-                pid=announced,
-                capabilities=Capabilities(
-                    kv_transfer=bool(kv.connector),
-                    continues=False,
-                    extends_kv=kv.bidirectional,
-                    orders=False,
-                    tells_load=True,
-                ),
+                profile=self._profiles.get(slot.name),
                 connector=kv.connector,
+                bidirectional=kv.bidirectional,
                 lease_s=kv.lease_s,
-                bootstrap_url=start.bootstrap_url if mooncake else "",
+                bootstrap_url=start.bootstrap_url,
                 kv_engine_id=kv_engine_id,
+                pid=announced,
             )
         ]
 

@@ -12,11 +12,11 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from tidegate.core.errors import ConfigError, SetupError
-from tidegate.core.instance import Instance, Role
+from tidegate.core.instance import Role
 from tidegate.costs.profile import Profile
 from tidegate.fleet.health import Answer, HealthPace, check_health, end_watch, until_unhealthy
-from tidegate.fleet.member import LEASE_S, MOONCAKE_LEASE_S, Capabilities, FleetListener, Member
-from tidegate.fleet.vllm_facts import NotReady, ServerFacts, ask_bootstrap, ask_server
+from tidegate.fleet.member import LEASE_S, MOONCAKE_LEASE_S, FleetListener, Member
+from tidegate.fleet.vllm_facts import NotReady, ServerFacts, ask_bootstrap, ask_server, vllm_member
 
 log = logging.getLogger(__name__)
 
@@ -225,36 +225,20 @@ class StaticFleet:
         return self._roles[self.ids.index(server.id)]
 
     def _member(self, server: _Server, facts: ServerFacts, connector: str, kv_engine_id: str) -> Member:
-        fixed_role = self._role(server)
-        mooncake = connector == "mooncake"
-        lease_s = self._kv.lease_s or (MOONCAKE_LEASE_S if mooncake else LEASE_S)
-        instance = Instance(
+        default_s = MOONCAKE_LEASE_S if connector == "mooncake" else LEASE_S
+        return vllm_member(
             server.id,
-            facts.kv_capacity_tokens,
-            facts.max_model_len,
-            facts.block_tokens,
-            flippable=fixed_role is None,
-        )
-        return Member(
-            instance=instance,
-            url=server.url,
-            model=facts.model,
+            server.url,
+            facts,
             engine_id=f"{server.id}-{facts.started or secrets.token_hex(4)}",
-            profile=self._profiles.get(server.id),
             api_key=self._api_key,
-            kind="vllm",
-            capabilities=Capabilities(
-                kv_transfer=bool(connector),
-                continues=False,
-                extends_kv=connector == "nixl" and self._kv.bidirectional,
-                orders=False,
-                tells_load=True,
-            ),
+            profile=self._profiles.get(server.id),
             connector=connector,
-            lease_s=lease_s,
-            bootstrap_url=self._bootstraps[server.id] if mooncake else "",
+            bidirectional=self._kv.bidirectional,
+            lease_s=self._kv.lease_s or default_s,
+            bootstrap_url=self._bootstraps[server.id],
             kv_engine_id=kv_engine_id,
-            fixed_role=fixed_role,
+            fixed_role=self._role(server),
         )
 
 

@@ -10,6 +10,9 @@ import aiohttp
 import orjson
 
 from tidegate.core.errors import SetupError
+from tidegate.core.instance import Instance, Role
+from tidegate.costs.profile import Profile
+from tidegate.fleet.member import Capabilities, Member
 
 BLOCK_TOKENS = 16
 """vLLM's default block size, for a server that shows no metrics."""
@@ -44,6 +47,53 @@ class CacheConfig:
 
     block_tokens: int
     capacity_tokens: int
+
+
+def vllm_member(
+    name: str,
+    url: str,
+    facts: ServerFacts,
+    *,
+    engine_id: str,
+    api_key: str,
+    profile: Profile | None,
+    connector: str,
+    bidirectional: bool,
+    lease_s: float,
+    bootstrap_url: str,
+    kv_engine_id: str,
+    fixed_role: Role | None = None,
+    pid: int | None = None,
+) -> Member:
+    """Return the member that a server is; ``connector`` is "" for one that hands on no KV."""
+    return Member(
+        instance=Instance(
+            name,
+            facts.kv_capacity_tokens,
+            facts.max_model_len,
+            facts.block_tokens,
+            flippable=fixed_role is None,
+        ),
+        url=url,
+        model=facts.model,
+        engine_id=engine_id,
+        profile=profile,
+        api_key=api_key,
+        kind="vllm",
+        pid=pid,
+        capabilities=Capabilities(
+            kv_transfer=bool(connector),
+            continues=False,
+            extends_kv=connector == "nixl" and bidirectional,
+            orders=False,
+            tells_load=True,
+        ),
+        connector=connector,
+        lease_s=lease_s,
+        bootstrap_url=bootstrap_url if connector == "mooncake" else "",
+        kv_engine_id=kv_engine_id,
+        fixed_role=fixed_role,
+    )
 
 
 async def ask_server(
