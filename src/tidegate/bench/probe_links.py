@@ -26,7 +26,7 @@ from tidegate.core.errors import ConfigError, EngineFault, EngineUnreachable
 from tidegate.costs.fitting import TransferSample, fit_transfer
 from tidegate.costs.forms import TransferCost
 from tidegate.engines.seam import Json, KvHandle
-from tidegate.engines.vllm.connector import Nixl
+from tidegate.engines.vllm.connector import Nixl, refused_request
 from tidegate.fleet.member import LEASE_S
 from tidegate.fleet.vllm_facts import ServerFacts
 
@@ -35,8 +35,6 @@ REPEATS = 5
 KV_SHARE = 0.2
 """Share of a server's KV cache that one prompt may take: what is pinned goes only with its lease."""
 ANSWER_S = 60.0
-DECLINED = 1 << 30
-"""More tokens than any context holds: such a request is refused, and its KV let go."""
 SHORTEST_S = 1e-5
 """What jitter may leave of a transfer that takes next to no time."""
 _SAMPLE = re.compile(r"^vllm:(\w+)(\{[^}]*\})? (\S+)", re.MULTILINE)
@@ -120,7 +118,7 @@ class LinkEnd:
     async def decline(self, handle: KvHandle) -> None:
         """Have the owner of ``handle``, another server, free its KV."""
         params = self._connector.load(handle, handle.tokens, pin=False)
-        await self._ask({"prompt": [0], "max_tokens": DECLINED, "kv_transfer_params": params})
+        await self._ask(refused_request(params))
 
     async def reads(self) -> Reads:
         """Return what the server counted so far."""

@@ -8,9 +8,8 @@ from collections.abc import Collection, Mapping
 from tidegate.check.server import Server
 from tidegate.check.verdict import Json
 from tidegate.core.errors import EngineError
+from tidegate.engines.vllm.connector import UNSERVABLE_TOKENS
 
-UNSERVABLE_TOKENS = 1 << 30
-"""More output than any server allows: the request is refused before any work, and the pin's owner is told."""
 RELEASE_S = 3.0
 WAKE_S = 0.3
 WAKE_STEPS = 3

@@ -10,11 +10,16 @@ from __future__ import annotations
 from typing import Protocol
 
 from tidegate.core.errors import InternalError
+from tidegate.engines.dialect import WANT_HANDLE
 from tidegate.engines.seam import Json, KvHandle
 
 MARGIN_S = 5.0
 """How long before its lease's end a handle is not used any more: vLLM declines reads that late, and a pull
 behind the end reads blocks that may be somebody else's."""
+
+
+UNSERVABLE_TOKENS = 1 << 30
+"""More output than any context holds: a request for it is refused before any work."""
 
 
 class Connector(Protocol):
@@ -63,6 +68,12 @@ def refusal(handle: KvHandle, engine_id: str, now: float) -> str | None:
     return None
 
 
+def refused_request(kv_params: Json) -> Json:
+    """Return the body of a request that vLLM refuses: it then has the owner of the KV that ``kv_params`` load
+    free it. To be sent to another engine than the owner."""
+    return {"prompt": [0], "max_tokens": UNSERVABLE_TOKENS, "kv_transfer_params": kv_params}
+
+
 class Nixl:
     """NixlConnector in pull mode, with ``bidirectional_kv_xfer`` and ``kv_load_failure_policy: fail``.
 
@@ -78,7 +89,7 @@ class Nixl:
 
     def export(self, request_id: str) -> Json:
         """See ``Connector.export``."""
-        return {"do_remote_decode": True, "do_remote_prefill": False}
+        return dict(WANT_HANDLE)
 
     def handle(
         self,

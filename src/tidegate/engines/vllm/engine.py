@@ -9,12 +9,10 @@ import orjson
 from tidegate.core.errors import EngineError, EngineFault, KvLost
 from tidegate.engines.dialect import DialectEngine
 from tidegate.engines.seam import Json, KvHandle, Leg, LegEnd, Tokens, TokensSink
-from tidegate.engines.vllm.connector import MARGIN_S, Connector, refusal
+from tidegate.engines.vllm.connector import MARGIN_S, Connector, refusal, refused_request
 
 DECLINE_S = 5.0
 """How long an engine may take to pass on that a handle is not wanted (ours); it is told in the background."""
-
-
 RENDER_S = 2.0
 """How long a server may take to tokenise a prompt (ours)."""
 
@@ -108,12 +106,8 @@ class VllmEngine(DialectEngine):
         """See ``Engine.decline``: a request that cannot be served makes vLLM notify the handle's owner."""
         if self._connector is None or self.refuses(handle):
             return
-        body: Json = {
-            "model": self.model,
-            "prompt": [0],
-            "max_tokens": 1 << 30,
-            "kv_transfer_params": self._connector.load(handle, handle.tokens, pin=False),
-        }
+        params = self._connector.load(handle, handle.tokens, pin=False)
+        body = {"model": self.model} | refused_request(params)
         try:
             await self._wire.exchange("POST", "/v1/completions", orjson.dumps(body), deadline_s=DECLINE_S)
         except EngineError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tidegate.core.errors import InternalError
+from tidegate.engines.dialect import WANT_HANDLE
 from tidegate.engines.seam import Json, KvHandle
 
 
@@ -33,7 +34,7 @@ class Mooncake:
 
     def export(self, request_id: str) -> Json:
         """See ``Connector.export``."""
-        return {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": request_id}
+        return WANT_HANDLE | {"transfer_id": request_id}
 
     def handle(
         self,
