@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 
 import pytest
-from fake_vllm import FakeVllm, Fault, Network
-
-StartFleet = Callable[..., Awaitable[list[FakeVllm]]]
+from fake_vllm import FakeVllm, Fault, Network, StartFleet
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -271,3 +272,7 @@ class FakeVllm:
             "remote_port": self.side_port,
             "remote_blocks_expiry_time": time.perf_counter() + lease_s if decoded else None,
         }
+
+
+StartFleet = Callable[..., Awaitable[list[FakeVllm]]]
+"""What the fixture ``fleet`` gives: starts servers with the given faults."""

@@ -8,8 +8,7 @@ import time
 from typing import Any
 
 import pytest
-from conftest import StartFleet
-from fake_vllm import FakeVllm, Fault
+from fake_vllm import FakeVllm, Fault, StartFleet
 
 from tidegate.check.board import CheckSettings
 from tidegate.check.run import check_fleet

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from vllm_servers import MODELS, VLLM, ServerOptions, VllmCluster
+from vllm_servers import MODELS, VLLM, ServerOptions, Start, VllmCluster
 
-Start = Callable[[Sequence[ServerOptions]], VllmCluster]
 FLEET_SIZE = 3
 HERE = Path(__file__).parent
 

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
-from conftest import Start
-from vllm_servers import ServerOptions, VllmCluster, VllmServer
+from vllm_servers import ServerOptions, Start, VllmCluster, VllmServer
 
 from tidegate.check.board import CheckSettings
 from tidegate.check.run import check_fleet

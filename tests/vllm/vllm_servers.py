@@ -274,3 +274,7 @@ class VllmCluster:
             server.stop()
         if self in VllmCluster.live:
             VllmCluster.live.remove(self)
+
+
+Start = Callable[[Sequence[ServerOptions]], VllmCluster]
+"""What the fixture ``start`` gives: starts servers with options of their own."""
