@@ -14,7 +14,9 @@ from pathlib import Path
 
 import aiohttp
 
-from tidegate.engines.vllm.load import Load, parse_load
+from tidegate.core.errors import EngineError
+from tidegate.engines.vllm.client import VllmClient
+from tidegate.engines.vllm.metrics import VllmMetrics
 from tidegate.fleet.vllm_command import free_ports, nixl_config
 from tidegate.testing import profile
 
@@ -92,9 +94,8 @@ class Started:
 async def healthy(session: aiohttp.ClientSession, url: str) -> bool:
     """Ask /health once."""
     try:
-        async with session.get(f"{url}/health", timeout=aiohttp.ClientTimeout(total=2)) as answer:
-            return answer.status == 200
-    except (aiohttp.ClientError, TimeoutError, OSError):
+        return await VllmClient(session, url, deadline_s=2.0).healthy()
+    except EngineError:
         return False
 
 
@@ -125,10 +126,9 @@ async def running(
             server.kill()
 
 
-async def read_load(session: aiohttp.ClientSession, url: str) -> Load:
+async def read_metrics(session: aiohttp.ClientSession, url: str) -> VllmMetrics:
     """Read a server's /metrics; all None when it does not answer."""
     try:
-        async with session.get(f"{url}/metrics", timeout=aiohttp.ClientTimeout(total=10)) as answer:
-            return parse_load(await answer.text())
-    except (aiohttp.ClientError, TimeoutError, OSError):
-        return Load()
+        return await VllmClient(session, url, deadline_s=10.0).metrics()
+    except EngineError:
+        return VllmMetrics()

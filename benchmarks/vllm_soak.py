@@ -32,7 +32,7 @@ import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_client import client
-from vllm_processes import COSTS, LEASE_S, Started, add_server_arguments, read_load, running
+from vllm_processes import COSTS, LEASE_S, Started, add_server_arguments, read_metrics, running
 from vllm_soak_load import Load, draw_conversations, where_clients_left
 
 SAMPLE_S = 10.0
@@ -116,7 +116,7 @@ class Recorder:
 
     async def record(self, session: aiohttp.ClientSession) -> None:
         sample = await self._watched.sample(session, self._load.counts)
-        loads = await asyncio.gather(*(read_load(session, url) for url in self._urls))
+        loads = await asyncio.gather(*(read_metrics(session, url) for url in self._urls))
         self.samples.append(sample)
         told = [value for one in loads for value in (one.running, one.waiting, one.kv_usage)]
         self._writer.writerow([*asdict(sample).values(), round(self._load.longest_gap_s, 3), *told])
@@ -232,7 +232,7 @@ async def leftovers(session: aiohttp.ClientSession, watched: Watched, urls: Sequ
         nudge = {"model": "tiny", "prompt": [7], "max_tokens": 1}
         async with session.post(f"{url}/v1/completions", json=nudge) as answer:
             await answer.read()
-        load = await read_load(session, url)
+        load = await read_metrics(session, url)
         read = {"running": load.running, "waiting": load.waiting, "kv_usage": load.kv_usage}
         left |= {f"{url} {name}": value for name, value in read.items() if value != 0}
     return left

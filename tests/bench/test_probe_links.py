@@ -18,15 +18,15 @@ from tidegate.bench.probe_links import (
     REPEATS,
     LinkEnd,
     LinkSample,
-    Reads,
     fit_link,
     link_lengths,
     time_link,
 )
 from tidegate.core.errors import ConfigError, EngineFault
-from tidegate.fleet.vllm_facts import ServerFacts
+from tidegate.engines.vllm.client import ServerFacts, VllmClient
+from tidegate.engines.vllm.metrics import VllmMetrics
 
-FACTS = ServerFacts("m", max_model_len=1000, block_tokens=32, kv_capacity_tokens=16000)
+FACTS = ServerFacts(("m",), 1000, VllmMetrics(block_tokens=32, kv_blocks=500))
 BYTES_PER_TOKEN = 2048
 
 
@@ -58,10 +58,10 @@ def test_the_connectors_own_times_bound_what_jitter_hides() -> None:
 
 
 def test_prompts_are_whole_blocks_and_a_token_that_both_have_room_for() -> None:
-    wide = ServerFacts("m", max_model_len=100_000, block_tokens=16, kv_capacity_tokens=1_000_000)
+    wide = ServerFacts(("m",), 100_000, VllmMetrics(block_tokens=16, kv_blocks=62_500))
     assert link_lengths(wide, wide) == [65, 257, 1025, 4097]
     assert link_lengths(wide, FACTS) == [65, 257, 993]
-    assert link_lengths(ServerFacts("m", 100, 64, 200), wide) == []
+    assert link_lengths(ServerFacts(("m",), 100, VllmMetrics(block_tokens=64, kv_blocks=3)), wide) == []
 
 
 @dataclass
@@ -135,7 +135,7 @@ async def linked(source: Server, target: Server) -> AsyncIterator[tuple[LinkEnd,
             await runner.setup()
             await web.TCPSite(runner, "127.0.0.1", 0).start()
             url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-            ends.append(LinkEnd(session, url, FACTS, (5, 500), ""))
+            ends.append(LinkEnd(VllmClient(session, url, model="m"), FACTS, (5, 500)))
         try:
             yield ends[0], ends[1]
         finally:
@@ -169,10 +169,3 @@ async def test_servers_that_hand_nothing_over_are_no_link() -> None:
     async with linked(Server("a", status=400), Server("b")) as (here, there):
         with pytest.raises(EngineFault, match="HTTP 400"):
             await time_link(here, there)
-
-
-def test_counters_of_data_parallel_engines_add_up() -> None:
-    text = (
-        'vllm:nixl_bytes_transferred_sum{engine="0"} 5.0\nvllm:nixl_bytes_transferred_sum{engine="1"} 6.0\n'
-    )
-    assert Reads.parse(text) == Reads(n_bytes=11.0)

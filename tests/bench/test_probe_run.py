@@ -12,6 +12,7 @@ from tidegate.bench import probe_facts
 from tidegate.bench.probe_facts import hardware_name
 from tidegate.bench.probe_run import ProbeSettings, _interference, measure
 from tidegate.core.errors import ConfigError
+from tidegate.engines.vllm.client import VllmClient
 
 
 class Server:
@@ -76,10 +77,11 @@ async def test_instances_of_two_models_and_one_given_twice_are_refused(servers: 
 async def test_prompts_of_others_are_told(servers: list[Server]) -> None:
     servers[0].prompt_tokens = 1500
     async with aiohttp.ClientSession() as session:
-        assert await _interference(session, servers[0].url, 500.0, 1000) == []
-        (note,) = await _interference(session, servers[0].url, 0.0, 1000)
+        client = VllmClient(session, servers[0].url)
+        assert await _interference(client, 500, 1000) == []
+        (note,) = await _interference(client, 0, 1000)
         assert "500 prompt tokens of others" in note
-        assert await _interference(session, servers[0].url, None, 1000) == []
+        assert await _interference(client, None, 1000) == []
 
 
 def test_hardware_is_known_only_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fake_vllm import FakeVllm, Fault, StartFleet
 
-from tidegate.check.board import CheckSettings
+from tidegate.check.context import CheckSettings
 from tidegate.check.run import check_fleet
 from tidegate.check.server import Deadlines
 from tidegate.check.verdict import CheckReport, Verdict

@@ -13,10 +13,10 @@ from fleet_observing import Recorder, until
 
 from tidegate.core.errors import ConfigError, SetupError
 from tidegate.costs.library import packaged_profile
+from tidegate.engines.vllm.client import VllmClient
 from tidegate.fleet import static
 from tidegate.fleet.health import HealthPace
 from tidegate.fleet.static import KvSetup, StaticFleet, StaticPace, checked_url
-from tidegate.fleet.vllm_facts import parse_cache_config
 
 QUICK = StaticPace(health=HealthPace(every_s=0.05, deadline_s=0.3), start_s=10.0, retry_s=0.05)
 CACHE = 'vllm:cache_config_info{block_size="32",cache_dtype="auto",engine="0",num_gpu_blocks="100"} 1.0\n'
@@ -290,8 +290,8 @@ async def test_a_server_that_comes_back_with_another_model_is_refused_until_it_h
 async def test_following_a_server_survives_what_nobody_expected(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name in ("ask_server", "until_unhealthy"):
-        monkeypatch.setattr(static, name, fails_once(getattr(static, name)))
+    monkeypatch.setattr(VllmClient, "facts", fails_once(VllmClient.facts))
+    monkeypatch.setattr(static, "until_unhealthy", fails_once(static.until_unhealthy))
     seen = Recorder()
     fleet = StaticFleet([server.url], pace=QUICK)
     await fleet.start(seen)
@@ -320,14 +320,6 @@ async def test_a_session_is_not_left_open(server: Server) -> None:
     await fleet.stop()
     await fleet.stop()
     assert isinstance(fleet._session, aiohttp.ClientSession) and fleet._session.closed
-
-
-def test_capacities_of_data_parallel_engines_add_up() -> None:
-    both = CACHE + CACHE.replace('engine="0"', 'engine="1"')
-    cache = parse_cache_config(both)
-    assert cache is not None and cache.capacity_tokens == 6400
-    assert parse_cache_config("vllm:num_requests_running 1.0\n") is None
-    assert parse_cache_config(CACHE.replace('"100"', '"None"')) is None
 
 
 def test_urls_are_checked() -> None:

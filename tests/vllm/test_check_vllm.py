@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 from vllm_servers import ServerOptions, Start, VllmCluster, VllmServer
 
-from tidegate.check.board import CheckSettings
+from tidegate.check.context import CheckSettings
 from tidegate.check.run import check_fleet
 from tidegate.check.verdict import CheckReport, Verdict
 from tidegate.core.slo import Slo

@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 
+from tidegate.protocol.errors import error_text
 from tidegate.protocol.sse import DONE
 
 _DONE = DONE.removeprefix(b"data:").strip()
@@ -53,7 +54,7 @@ class StreamedAnswer:
     def _take_chunk(self, chunk: dict[str, Any], at_s: float) -> None:
         error = chunk.get("error")
         if error:
-            raise BrokenAnswer(str(error.get("message", error) if isinstance(error, dict) else error)[:300])
+            raise BrokenAnswer(error_text(chunk)[:300])
         usage = chunk.get("usage")
         if usage:
             self.prompt_tokens = usage.get("prompt_tokens")

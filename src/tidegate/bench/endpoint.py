@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
-import orjson
 
 from tidegate.bench.settings import BenchSettings, PromptForm
-from tidegate.core.errors import ConfigError
+from tidegate.core.errors import ConfigError, EngineError, EngineTimeout
+from tidegate.engines.vllm.client import Reply, VllmClient
 from tidegate.workloads.prompts import TokenPrompts, WordPrompts, words
 
 PROBE_TIMEOUT_S = 60.0
@@ -37,30 +37,31 @@ async def probe_endpoint(session: aiohttp.ClientSession, settings: BenchSettings
     Raises ConfigError when the endpoint cannot be reached, refuses the key, serves several models
     and none was named, or does not accept the prompt form that was asked for.
     """
-    model = settings.model or await _only_model(session, settings)
+    client = VllmClient(session, settings.base, deadline_s=PROBE_TIMEOUT_S, headers=settings.headers())
+    model = settings.model or await _only_model(client)
     if not settings.chat and settings.prompt_form != PromptForm.TEXT:
         refusal = ""
         for vocab in VOCABULARIES:
             prompts = TokenPrompts(vocab, low=min(1000, vocab // 8), seed=settings.seed)
             ids = [prompts.low, *range(vocab - 7, vocab)]
-            status, answer = await _ask(session, settings, model, list(ids))
-            if status == 200 and _prompt_tokens(answer) == len(ids):
+            reply = await _complete(client, settings, model, list(ids))
+            if reply.status == 200 and _prompt_tokens(reply) == len(ids):
                 return Endpoint(model, prompts)
-            refusal = refusal or f"HTTP {status}, {_message(answer)}"
-            if status != 400:
+            refusal = refusal or reply.error
+            if reply.status != 400:
                 break
         if settings.prompt_form == PromptForm.TOKENS:
             raise ConfigError(f"{settings.completion_url} does not take token-id prompts: {refusal}")
-    return await _calibrated_text(session, settings, model)
+    return await _calibrated_text(client, settings, model)
 
 
-async def _calibrated_text(session: aiohttp.ClientSession, settings: BenchSettings, model: str) -> Endpoint:
+async def _calibrated_text(client: VllmClient, settings: BenchSettings, model: str) -> Endpoint:
     counted = []
     for count in PROBE_WORDS:
-        status, answer = await _ask(session, settings, model, words(count))
-        if status != 200:
-            raise ConfigError(f"{settings.completion_url} refused a probe: HTTP {status}, {_message(answer)}")
-        counted.append(_prompt_tokens(answer))
+        reply = await _complete(client, settings, model, words(count))
+        if reply.status != 200:
+            raise ConfigError(f"{settings.completion_url} refused a probe: {reply.error}")
+        counted.append(_prompt_tokens(reply))
     few, many = counted
     if few is None or many is None or many <= few:
         note = "the endpoint reports no usage; prompts assume one token per word"
@@ -70,17 +71,17 @@ async def _calibrated_text(session: aiohttp.ClientSession, settings: BenchSettin
     return Endpoint(model, WordPrompts(per_word, overhead, settings.seed))
 
 
-async def _only_model(session: aiohttp.ClientSession, settings: BenchSettings) -> str:
-    url = f"{settings.base}/v1/models"
-    status, answer = await _call(session, "GET", url, settings)
-    if status == 401:
+async def _only_model(client: VllmClient) -> str:
+    url = f"{client.url}/v1/models"
+    reply = await _ask(client, "/v1/models")
+    if reply.status == 401:
         raise ConfigError(f"{url} answered 401; give --api-key or set TIDEGATE_API_KEY")
-    listed = answer.get("data") if status == 200 else None
+    listed = reply.body.get("data") if reply.status == 200 else None
     names = [m["id"] for m in listed if isinstance(m, dict) and "id" in m] if isinstance(listed, list) else []
-    if status == 200 and not names:
+    if reply.status == 200 and not names:
         raise ConfigError(f"{url} lists no model yet; is the server still starting?")
     if not names:
-        raise ConfigError(f"{url} answered HTTP {status}, {_message(answer)}; give --model")
+        raise ConfigError(f"{url} answered {reply.error}; give --model")
     if len(names) > 1:
         raise ConfigError(
             f"{url} lists several models; choose one with --model: {', '.join(map(str, names))}"
@@ -88,40 +89,23 @@ async def _only_model(session: aiohttp.ClientSession, settings: BenchSettings) -
     return str(names[0])
 
 
-async def _ask(
-    session: aiohttp.ClientSession, settings: BenchSettings, model: str, prompt: str | list[int]
-) -> tuple[int, dict[str, Any]]:
-    body = orjson.dumps(settings.body(model, prompt, 1, stream=False))
-    return await _call(session, "POST", settings.completion_url, settings, body)
+async def _complete(
+    client: VllmClient, settings: BenchSettings, model: str, prompt: str | list[int]
+) -> Reply:
+    path = settings.completion_url.removeprefix(settings.base)
+    return await _ask(client, path, settings.body(model, prompt, 1, stream=False))
 
 
-async def _call(
-    session: aiohttp.ClientSession, method: str, url: str, settings: BenchSettings, body: bytes | None = None
-) -> tuple[int, dict[str, Any]]:
-    timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)
+async def _ask(client: VllmClient, path: str, body: dict[str, Any] | None = None) -> Reply:
     try:
-        async with session.request(
-            method, url, data=body, headers=settings.headers(), timeout=timeout
-        ) as response:
-            raw = await response.read()
-            status = response.status
-    except TimeoutError:
-        raise ConfigError(f"{url} did not answer within {timeout.total:g} s") from None
-    except (aiohttp.ClientError, OSError) as error:
-        raise ConfigError(f"cannot reach {url}: {error or type(error).__name__}") from None
-    try:
-        answer = orjson.loads(raw)
-    except orjson.JSONDecodeError:
-        answer = {"error": raw[:200].decode(errors="replace")}
-    return status, answer if isinstance(answer, dict) else {"error": "the answer is not a JSON object"}
+        return await client.ask(path, body)
+    except EngineTimeout:
+        raise ConfigError(f"{client.url}{path} did not answer within {PROBE_TIMEOUT_S:g} s") from None
+    except EngineError as error:
+        raise ConfigError(f"cannot reach {client.url}{path}: {error.message}") from None
 
 
-def _prompt_tokens(answer: dict[str, Any]) -> int | None:
-    usage = answer.get("usage")
+def _prompt_tokens(reply: Reply) -> int | None:
+    usage = reply.body.get("usage")
     count = usage.get("prompt_tokens") if isinstance(usage, dict) else None
     return count if isinstance(count, int) else None
-
-
-def _message(answer: dict[str, Any]) -> str:
-    error = answer.get("error", answer.get("message", "no message"))
-    return str(error.get("message", error) if isinstance(error, dict) else error)[:300]

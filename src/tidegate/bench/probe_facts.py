@@ -15,45 +15,44 @@ from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import aiohttp
+from tidegate.core.errors import EngineError
+from tidegate.engines.vllm.client import ASK_S, VllmClient
+from tidegate.engines.vllm.metrics import VllmMetrics
 
-ASK_S = 5.0
 BUSY_CHECKS, BUSY_PAUSE_S = 5, 0.3
-_COUNT = re.compile(r"^vllm:(\w+)(?:\{[^}]*\})?\s+([0-9.eE+]+)", re.MULTILINE)
-_BUSY = ("num_requests_running", "num_requests_waiting")
+LONGEST_NAME = 40
 
 
-async def busy_servers(session: aiohttp.ClientSession, urls: Sequence[str]) -> list[str]:
-    """Return which servers stay busy; what was aborted a moment ago takes a while to end."""
-    return [url for url in urls if await _stays_busy(session, url)]
+async def busy_servers(clients: Sequence[VllmClient]) -> list[str]:
+    """Return the URLs of servers that stay busy; what was aborted a moment ago takes a while to end."""
+    return [client.url for client in clients if await _stays_busy(client)]
 
 
-async def _stays_busy(session: aiohttp.ClientSession, url: str) -> bool:
+async def _stays_busy(client: VllmClient) -> bool:
     for check in range(BUSY_CHECKS):
         if check:
             await asyncio.sleep(BUSY_PAUSE_S)
-        found = _COUNT.findall(await _text(session, f"{url}/metrics"))
-        if sum(float(value) for name, value in found if name in _BUSY) == 0:
+        metrics = await _metrics(client)
+        if not (metrics.running or metrics.waiting):
             return False
     return True
 
 
-async def prompt_tokens_served(session: aiohttp.ClientSession, url: str) -> float | None:
+async def prompt_tokens_served(client: VllmClient) -> int | None:
     """Return how many prompt tokens the server answered since its start; None when it does not count them."""
-    found = _COUNT.findall(await _text(session, f"{url}/metrics"))
-    counts = [float(value) for name, value in found if name == "prompt_tokens_total"]
-    return sum(counts) if counts else None
+    return (await _metrics(client)).prompt_tokens
 
 
-async def engine_name(session: aiohttp.ClientSession, url: str) -> str:
+async def engine_name(client: VllmClient) -> str:
     """Return name and version as far as the server tells them: vLLM answers ``/version``."""
-    text = await _text(session, f"{url}/version")
-    found = re.search(r'"version"\s*:\s*"([^"]{1,40})"', text)
-    if found:
-        return f"vllm {found[1]}"
-    models = await _text(session, f"{url}/v1/models")
-    owner = re.search(r'"owned_by"\s*:\s*"([^"]{1,40})"', models)
-    return owner[1] if owner else "engine"
+    try:
+        version = await client.version()
+        if version:
+            return f"vllm {version[:LONGEST_NAME]}"
+        owner = (await client.ask("/v1/models")).body["data"][0]["owned_by"]
+    except (EngineError, LookupError, TypeError):
+        return "engine"
+    return str(owner)[:LONGEST_NAME] or "engine"
 
 
 def hardware_name(url: str) -> str:
@@ -92,10 +91,9 @@ def _cpu() -> str:
     return found[1].strip() if found else platform.processor()
 
 
-async def _text(session: aiohttp.ClientSession, url: str) -> str:
-    """Return what a GET answers; empty when it fails."""
+async def _metrics(client: VllmClient) -> VllmMetrics:
+    """Return what the server shows; nothing when that fails."""
     try:
-        async with session.get(url, timeout=aiohttp.ClientTimeout(total=ASK_S)) as response:
-            return await response.text() if response.status == 200 else ""
-    except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
-        return ""
+        return await client.metrics()
+    except EngineError:
+        return VllmMetrics()

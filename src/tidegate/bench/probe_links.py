@@ -11,24 +11,20 @@ from __future__ import annotations
 
 import asyncio
 import random
-import re
 import time
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
 from statistics import median
-
-import aiohttp
-import orjson
 
 from tidegate.bench.probe_target import ProbeTarget
 from tidegate.bench.saved_profile import Link, LinkSample
-from tidegate.core.errors import ConfigError, EngineFault, EngineUnreachable
+from tidegate.core.errors import ConfigError, EngineFault
 from tidegate.costs.fitting import TransferSample, fit_transfer
 from tidegate.costs.forms import TransferCost
 from tidegate.engines.seam import Json, KvHandle
-from tidegate.engines.vllm.connector import Nixl, refused_request
+from tidegate.engines.vllm.client import Reply, ServerFacts, VllmClient
+from tidegate.engines.vllm.connector import Nixl
+from tidegate.engines.vllm.metrics import PULLED, VllmMetrics
 from tidegate.fleet.member import LEASE_S
-from tidegate.fleet.vllm_facts import ServerFacts
 
 LENGTHS = (64, 256, 1024, 4096)
 REPEATS = 5
@@ -37,63 +33,18 @@ KV_SHARE = 0.2
 ANSWER_S = 60.0
 SHORTEST_S = 1e-5
 """What jitter may leave of a transfer that takes next to no time."""
-_SAMPLE = re.compile(r"^vllm:(\w+)(\{[^}]*\})? (\S+)", re.MULTILINE)
-_COUNTERS = (
-    "prompt_tokens_by_source_total:external",
-    "nixl_xfer_time_seconds_count",
-    "nixl_xfer_time_seconds_sum",
-    "nixl_bytes_transferred_sum",
-)
 BY_OUTSIDE = "from outside"
 BY_BOTH = "from outside, no faster than NIXL's own times"
 BY_ENGINE = "by the engine's own times"
 
 
-@dataclass(frozen=True, slots=True)
-class Reads:
-    """What a server counted of KV that came from others: tokens, and NixlConnector's reads of them."""
-
-    tokens: float = 0.0
-    count: float = 0.0
-    seconds: float = 0.0
-    n_bytes: float = 0.0
-
-    @classmethod
-    def parse(cls, metrics: str) -> Reads:
-        """Sum the counters over a server's engines; all are 0 where it shows none."""
-        sums = dict.fromkeys(_COUNTERS, 0.0)
-        for name, labels, value in _SAMPLE.findall(metrics):
-            key = f"{name}:external" if 'source="external_kv_transfer"' in labels else name
-            if key in sums:
-                sums[key] += float(value)
-        return cls(*sums.values())
-
-    def since(self, before: Reads) -> Reads:
-        """Return what came in between."""
-        return Reads(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
-
-    @property
-    def moved(self) -> bool:
-        """Whether any KV came from another server."""
-        return self.tokens > 0 or self.n_bytes > 0
-
-
 class LinkEnd:
     """One server as a link's end. All its calls are whole answers of one token."""
 
-    def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        url: str,
-        facts: ServerFacts,
-        vocab: tuple[int, int],
-        api_key: str,
-    ) -> None:
-        self.url = url
+    def __init__(self, client: VllmClient, facts: ServerFacts, vocab: tuple[int, int]) -> None:
+        self.client = client
         self.facts = facts
-        self._session = session
         self._vocab = vocab
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._connector = Nixl(facts.block_tokens, LEASE_S)
         self._random = random.Random(time.time_ns())
 
@@ -103,54 +54,30 @@ class LinkEnd:
 
     async def export(self, prompt: list[int]) -> KvHandle | None:
         """Compute a prompt and pin its KV; None when the server pins none."""
-        _, params = await self._answer(prompt, self._connector.export(""))
-        return self._owned(params, prompt)
+        return self._owned(await self._answer(prompt, self._connector.export("")), prompt)
 
     async def pull(self, prompt: list[int], handle: KvHandle) -> tuple[float, KvHandle | None]:
         """Answer a prompt from another's KV: the seconds, and the handle of what is pinned here since."""
-        seconds, params = await self._answer(prompt, self._connector.load(handle, len(prompt), pin=False))
-        return seconds, self._owned(params, prompt)
+        reply = await self._answer(prompt, self._connector.load(handle, len(prompt), pin=False))
+        return reply.seconds, self._owned(reply, prompt)
 
     async def again(self, prompt: list[int]) -> float:
         """Answer a prompt whose KV is here: the seconds."""
-        return (await self._answer(prompt, None))[0]
+        return (await self._answer(prompt, None)).seconds
 
     async def decline(self, handle: KvHandle) -> None:
         """Have the owner of ``handle``, another server, free its KV."""
-        params = self._connector.load(handle, handle.tokens, pin=False)
-        await self._ask(refused_request(params))
+        await self.client.decline(self._connector.load(handle, handle.tokens, pin=False))
 
-    async def reads(self) -> Reads:
-        """Return what the server counted so far."""
-        async with self._session.get(f"{self.url}/metrics") as response:
-            return Reads.parse(await response.text())
+    def _owned(self, reply: Reply, prompt: list[int]) -> KvHandle | None:
+        now = asyncio.get_running_loop().time()
+        return self._connector.handle(reply.kv_params, "", self.client.url, len(prompt), now)
 
-    def _owned(self, params: Json | None, prompt: list[int]) -> KvHandle | None:
-        return self._connector.handle(params, "", self.url, len(prompt), asyncio.get_running_loop().time())
-
-    async def _answer(self, prompt: list[int], kv: Json | None) -> tuple[float, Json | None]:
-        body: Json = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "ignore_eos": True}
-        status, raw, seconds = await self._ask(body | ({"kv_transfer_params": kv} if kv else {}))
-        if status != 200:
-            text = raw[:200].decode(errors="replace")
-            raise EngineFault(f"HTTP {status}: {text}", instance=self.url)
-        return seconds, orjson.loads(raw).get("kv_transfer_params")
-
-    async def _ask(self, body: Json) -> tuple[int, bytes, float]:
-        """Send a completion: the answer's status and body, and the seconds until it was there."""
-        sent_s = time.perf_counter()
-        try:
-            async with self._session.post(
-                f"{self.url}/v1/completions",
-                data=orjson.dumps({"model": self.facts.model, **body}),
-                headers={"Content-Type": "application/json", **self._headers},
-                timeout=aiohttp.ClientTimeout(total=ANSWER_S),
-            ) as response:
-                raw = await response.read()
-                return response.status, raw, time.perf_counter() - sent_s
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            why = str(error) or type(error).__name__
-            raise EngineUnreachable(f"no answer: {why}", instance=self.url) from None
+    async def _answer(self, prompt: list[int], kv: Json | None) -> Reply:
+        reply = await self.client.complete(prompt, 1, kv=kv)
+        if reply.status != 200:
+            raise EngineFault(reply.error, instance=self.client.instance)
+        return reply
 
 
 async def time_link(source: LinkEnd, target: LinkEnd, kv_bytes_per_token: int = 0) -> list[LinkSample]:
@@ -163,19 +90,25 @@ async def time_link(source: LinkEnd, target: LinkEnd, kv_bytes_per_token: int = 
     for number, tokens in enumerate(link_lengths(source.facts, target.facts)):
         if not number and await _pull_once(source, target, tokens) is None:
             return []
-        before = await target.reads()
+        before = await target.client.metrics()
         pairs = [await _pull_once(source, target, tokens) for _ in range(REPEATS)]
         timed = [pair for pair in pairs if pair is not None]
-        reads = (await target.reads()).since(before)
-        if not timed or not reads.moved:
+        after = await target.client.metrics()
+        read_bytes = (after.nixl_bytes or 0) - (before.nixl_bytes or 0)
+        if not timed or not (read_bytes > 0 or after.source(PULLED) > before.source(PULLED)):
             return []
         seconds = median(pulled_s for pulled_s, _ in timed) - median(local_s for _, local_s in timed)
-        n_bytes = round(reads.n_bytes / len(timed)) or kv_bytes_per_token * tokens
+        n_bytes = round(read_bytes / len(timed)) or kv_bytes_per_token * tokens
         if not n_bytes:
             return []
-        read_s = reads.seconds / reads.count if reads.count else None
-        samples.append(LinkSample(tokens, n_bytes, seconds, read_s))
+        samples.append(LinkSample(tokens, n_bytes, seconds, _read_s(before, after)))
     return samples
+
+
+def _read_s(before: VllmMetrics, after: VllmMetrics) -> float | None:
+    """Return the mean seconds of NixlConnector's reads between two readings; None without any."""
+    count = (after.nixl_reads or 0) - (before.nixl_reads or 0)
+    return ((after.nixl_read_s or 0.0) - (before.nixl_read_s or 0.0)) / count if count else None
 
 
 async def told_link(source: ProbeTarget, target: ProbeTarget, facts: ServerFacts) -> list[LinkSample]:

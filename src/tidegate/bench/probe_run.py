@@ -25,11 +25,10 @@ from tidegate.bench.settings import BenchSettings, PromptForm
 from tidegate.core.errors import ConfigError, EngineError
 from tidegate.costs.forms import TransferCost
 from tidegate.costs.profile import Profile
+from tidegate.engines.vllm.client import ServerFacts, VllmClient
 from tidegate.fleet.static import checked_url
-from tidegate.fleet.vllm_facts import NotReady, ServerFacts, ask_server
 from tidegate.workloads.prompts import TokenPrompts
 
-ASK_S = 5.0
 MOST_SERVERS = 16
 OTHERS = 0.02
 """Share of the prompt tokens that a server may have answered to others, above which the user is told."""
@@ -79,7 +78,7 @@ async def measure(settings: ProbeSettings, advance: Advance) -> SavedProfile:
     async with aiohttp.ClientSession() as session:
         servers = _Servers(session, settings, urls)
         await servers.ask()
-        served = await prompt_tokens_served(session, urls[0])
+        served = await prompt_tokens_served(servers.clients[0])
         target = servers.targets[0]
         facts = servers.facts[0]
         limits = Limits(
@@ -88,7 +87,7 @@ async def measure(settings: ProbeSettings, advance: Advance) -> SavedProfile:
         prober = Prober(target, limits, settings.budget_s, advance)
         try:
             await prober.run()
-            notes = await _interference(session, urls[0], served, target.sent_tokens)
+            notes = await _interference(servers.clients[0], served, target.sent_tokens)
             fitted = fit_timed(
                 settings.name or f"{servers.engine.split(' ')[0]}/{servers.endpoint.model}",
                 prober.timed,
@@ -98,7 +97,7 @@ async def measure(settings: ProbeSettings, advance: Advance) -> SavedProfile:
             links, missing = await servers.links(advance)
         finally:
             servers.close()
-        busy = await busy_servers(session, urls)
+        busy = await busy_servers(servers.clients)
         notes += [f"{url} serves other requests: the times are those of a busy instance" for url in busy]
     return _saved(servers, prober, fitted, links, [*prober.notes, *notes, *missing])
 
@@ -115,24 +114,27 @@ class _Servers:
         self.urls = urls
         self.settings = settings
         self._session = session
+        self.clients = [VllmClient(session, url, api_key=settings.api_key) for url in urls]
 
     async def ask(self) -> None:
         """Find out who they are. Raises ConfigError for one that cannot be measured, or is not idle."""
         settings = self.settings
-        self.facts = [await self._facts(url) for url in self.urls]
+        self.facts = [await _facts(client) for client in self.clients]
         models = sorted({facts.model for facts in self.facts})
         if len(models) > 1:
             raise ConfigError(
                 f"KV moves only between instances of one model; these serve {', '.join(models)}"
             )
-        busy = [] if settings.busy else await busy_servers(self._session, self.urls)
+        busy = [] if settings.busy else await busy_servers(self.clients)
         if busy:
             raise ConfigError(f"not idle: {', '.join(busy)}; wait, or measure busy instances with --busy")
         self.endpoint = await probe_endpoint(
             self._session,
             BenchSettings(self.urls[0], api_key=settings.api_key, prompt_form=PromptForm.TOKENS),
         )
-        self.engine = await engine_name(self._session, self.urls[0])
+        self.engine = await engine_name(self.clients[0])
+        for client in self.clients:
+            client.model = self.endpoint.model
         self.targets = [
             ProbeTarget(
                 url,
@@ -187,11 +189,8 @@ class _Servers:
     async def _samples(self, a: int, b: int) -> list[LinkSample]:
         if not self.engine.startswith("vllm"):
             return await told_link(self.targets[a], self.targets[b], self.facts[b])
-        ends = [
-            LinkEnd(self._session, self.urls[n], self.facts[n], self._vocab, self.settings.api_key)
-            for n in (a, b)
-        ]
-        return await time_link(ends[0], ends[1], self.settings.kv_bytes_per_token)
+        source, target = (LinkEnd(self.clients[n], self.facts[n], self._vocab) for n in (a, b))
+        return await time_link(source, target, self.settings.kv_bytes_per_token)
 
     @property
     def _vocab(self) -> tuple[int, int]:
@@ -199,24 +198,25 @@ class _Servers:
         assert isinstance(prompts, TokenPrompts), "the endpoint was asked to take token ids"
         return prompts.low, prompts.vocab
 
-    async def _facts(self, url: str) -> ServerFacts:
-        try:
-            return await ask_server(self._session, url, self.settings.api_key, ASK_S)
-        except NotReady as error:
-            raise ConfigError(f"{url} is not ready: {error}") from None
+
+async def _facts(client: VllmClient) -> ServerFacts:
+    try:
+        return await client.facts()
+    except EngineError as error:
+        raise ConfigError(f"{client.url} is not ready: {error.message}") from None
 
 
-async def _interference(
-    session: aiohttp.ClientSession, url: str, before: float | None, sent_tokens: int
-) -> list[str]:
+async def _interference(client: VllmClient, before: int | None, sent_tokens: int) -> list[str]:
     """Return a note when the server answered more prompt tokens than it was sent from here."""
-    after = await prompt_tokens_served(session, url)
+    after = await prompt_tokens_served(client)
     if before is None or after is None:
         return []
     others = after - before - sent_tokens
     if others <= OTHERS * sent_tokens:
         return []
-    return [f"{url} answered {others:,.0f} prompt tokens of others meanwhile: measure again when it is idle"]
+    return [
+        f"{client.url} answered {others:,} prompt tokens of others meanwhile: measure again when it is idle"
+    ]
 
 
 def _saved(

@@ -6,8 +6,8 @@ import asyncio
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
-from tidegate.check.board import Board
-from tidegate.check.pairs import PairSeen
+from tidegate.check.context import CheckContext
+from tidegate.check.pairs import PairResult
 from tidegate.check.verdict import Finding, Verdict
 
 CONNECT_S = 2.0
@@ -19,14 +19,14 @@ SIDE_CHANNEL = (
 )
 
 
-async def judge_channels(board: Board, seen: dict[tuple[str, str], PairSeen]) -> list[Finding]:
+async def judge_channels(check: CheckContext, seen: dict[tuple[str, str], PairResult]) -> list[Finding]:
     """Judge each owner of KV: was somebody able to fetch it? Also tries the address from here, which says
     where to look when nobody was."""
     names = sorted({owner for (owner, _), each in seen.items() if each.handle is not None})
-    return list(await asyncio.gather(*(_judge(board, seen, name) for name in names)))
+    return list(await asyncio.gather(*(_judge(check, seen, name) for name in names)))
 
 
-async def _judge(board: Board, seen: dict[tuple[str, str], PairSeen], name: str) -> Finding:
+async def _judge(check: CheckContext, seen: dict[tuple[str, str], PairResult], name: str) -> Finding:
     pairs = {taker: each for (owner, taker), each in seen.items() if owner == name and each.handle}
     params = next(each.handle for each in pairs.values() if each.handle is not None)
     host, port = str(params.get("remote_host")), params.get("remote_port")
@@ -40,7 +40,7 @@ async def _judge(board: Board, seen: dict[tuple[str, str], PairSeen], name: str)
         change = "let peers reach it, and open UCX's ports (UCX_NET_DEVICES, UCX_TLS) between the servers"
         return Finding("side channel", (name,), Verdict.RED, observed, change)
     observed = f"side channel blocked: neither peers nor we reach {address}"
-    if _is_local(host) and not _is_local(urlsplit(board.servers[name].url).hostname or ""):
+    if _is_local(host) and not _is_local(urlsplit(check.servers[name].url).hostname or ""):
         observed += ", which is the server's own machine only"
     return Finding("side channel", (name,), Verdict.RED, observed, SIDE_CHANNEL)
 

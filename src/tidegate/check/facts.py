@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tidegate.check.counters import Counters
-from tidegate.check.server import Server
+from tidegate.check.server import ProbedServer
 from tidegate.check.verdict import Finding, Json, Verdict, common_value
-from tidegate.core.errors import EngineFault
+from tidegate.core.errors import EngineFault, SetupError
 from tidegate.core.instance import Role
+from tidegate.engines.vllm.client import ServerFacts
 
 TRIED_VERSIONS = ("0.32.0",)
 """Versions of vLLM that the adapter was run against."""
@@ -24,68 +24,33 @@ SAMPLE_TEXTS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
-    """One server's own words. ``counters`` is None when it shows no metrics."""
+class SelfDescription:
+    """What one server says of itself, and its clock minus ours; None where it does not tell."""
 
-    models: tuple[str, ...]
-    max_model_len: int
+    facts: ServerFacts
     version: str
-    counters: Counters | None
-    skew_s: float | None
-
-    @property
-    def model(self) -> str:
-        """The name that requests use: the first one listed."""
-        return self.models[0]
-
-    @property
-    def block_tokens(self) -> int | None:
-        """Tokens of one KV block."""
-        return self.counters.block_tokens if self.counters else None
+    clock_skew_s: float | None
 
     def to_json(self) -> Json:
         """Return what a report says of the server."""
-        blocks = self.counters.kv_blocks if self.counters else None
         return {
-            "model": self.model,
-            "max_model_len": self.max_model_len,
+            "model": self.facts.model,
+            "max_model_len": self.facts.max_model_len,
             "version": self.version,
-            "block_tokens": self.block_tokens,
-            "kv_capacity_tokens": blocks * self.block_tokens if blocks and self.block_tokens else None,
+            "block_tokens": self.facts.metrics.block_tokens,
+            "kv_capacity_tokens": self.facts.metrics.kv_capacity_tokens,
         }
 
 
-async def look(server: Server) -> Facts:
+async def describe(server: ProbedServer) -> SelfDescription:
     """Ask a server what it is. Raises EngineError when it does not answer as a vLLM server does."""
-    health, models, version = await asyncio.gather(
-        server.ask("/health"), server.ask("/v1/models"), server.ask("/version")
-    )
+    try:
+        health, facts, version = await asyncio.gather(server.ask("/health"), server.facts(), server.version())
+    except SetupError as error:
+        raise EngineFault(error.message, instance=server.id) from None
     if health.status != 200:
         raise EngineFault(f"/health answers {health.error}", instance=server.id)
-    if models.status in (401, 403):
-        raise EngineFault("it wants an API key: give --api-key", instance=server.id)
-    try:
-        listed: list[dict[str, Any]] = models.body["data"]
-        names = tuple(str(model["id"]) for model in listed)
-        length = int(listed[0]["max_model_len"])
-    except (LookupError, TypeError, ValueError):
-        raise EngineFault("/v1/models is not what vLLM's own server answers", instance=server.id) from None
-    try:
-        counters = await server.counters()
-    except EngineFault:
-        counters = None
-    return Facts(names, length, str(version.body.get("version", "unknown")), counters, health.skew_s)
-
-
-async def tokens_of(server: Server, text: str) -> list[int]:
-    """Return the ids of ``text`` by the server's tokenizer. Raises EngineFault when it does not tell."""
-    reply = await server.ask(
-        "/tokenize", {"model": server.model, "prompt": text, "add_special_tokens": False}
-    )
-    ids = reply.body.get("tokens")
-    if reply.status != 200 or not isinstance(ids, list):
-        raise EngineFault(f"/tokenize answers {reply.error}", instance=server.id)
-    return ids
+    return SelfDescription(facts, version or "unknown", health.clock_skew_s)
 
 
 def compared(probe: str, values: Mapping[str, Any], say: Callable[[Any], str], change: str) -> list[Finding]:
@@ -100,21 +65,21 @@ def compared(probe: str, values: Mapping[str, Any], say: Callable[[Any], str], c
     ]
 
 
-def compare_facts(facts: Mapping[str, Facts]) -> list[Finding]:
+def compare_descriptions(told: Mapping[str, SelfDescription]) -> list[Finding]:
     """Compare models, versions and block sizes."""
     found = compared(
         "model",
-        {name: each.models for name, each in facts.items()},
+        {name: each.facts.models for name, each in told.items()},
         lambda names: f"serves {', '.join(names)}",
         "start it with the same model and --served-model-name as the others",
     )
     found += compared(
         "context length",
-        {name: each.max_model_len for name, each in facts.items()},
+        {name: each.facts.max_model_len for name, each in told.items()},
         lambda length: f"{length:,} tokens",
         "start all with the same --max-model-len: a request has to fit wherever it goes",
     )
-    versions = {name: each.version for name, each in facts.items()}
+    versions = {name: each.version for name, each in told.items()}
     found += compared(
         "version",
         versions,
@@ -129,11 +94,11 @@ def compare_facts(facts: Mapping[str, Facts]) -> list[Finding]:
             found[-1].observed,
             f"tidegate was run against {', '.join(TRIED_VERSIONS)}: trust what the other probes found",
         )
-    return found + _block_sizes(facts)
+    return found + _block_sizes(told)
 
 
-def _block_sizes(facts: Mapping[str, Facts]) -> list[Finding]:
-    sizes = {name: each.block_tokens for name, each in facts.items()}
+def _block_sizes(told: Mapping[str, SelfDescription]) -> list[Finding]:
+    sizes = {name: each.facts.metrics.block_tokens for name, each in told.items()}
     silent = [name for name, size in sizes.items() if size is None]
     found = [
         Finding(
@@ -145,31 +110,32 @@ def _block_sizes(facts: Mapping[str, Facts]) -> list[Finding]:
         )
         for name in silent
     ]
-    told = {name: size for name, size in sizes.items() if size is not None}
-    if told:
+    known = {name: size for name, size in sizes.items() if size is not None}
+    if known:
         found += compared(
             "block size",
-            told,
+            known,
             lambda size: f"{size} tokens",
             "start all with the same --block-size",
         )
     return found
 
 
-def compare_roles(facts: Mapping[str, Facts], kept: Mapping[str, Role]) -> list[Finding]:
+def compare_roles(told: Mapping[str, SelfDescription], kept: Mapping[str, Role]) -> list[Finding]:
     """Find members that were started for one role; those in ``kept`` are said to keep it.
 
-    A server started as ``kv_producer`` has KV counters, but none of its own loads. One started as
+    A server started as ``kv_producer`` has KV metrics, but none of its own loads. One started as
     ``kv_consumer`` shows the same metrics as ``kv_both``, and serves as such.
     """
     found = []
-    for name, each in facts.items():
-        if each.counters is None or each.counters.nixl_bytes is None:
+    for name, each in told.items():
+        metrics = each.facts.metrics
+        if metrics.nixl_bytes is None:
             continue
         if name in kept:
             observed = f"keeps its role: {kept[name].label}"
             found.append(Finding("role", (name,), Verdict.GREEN, observed))
-        elif each.counters.shows_kv_fetch:
+        elif metrics.counts_kv_fetches:
             found.append(Finding("role", (name,), Verdict.GREEN, "loads KV as well as giving it"))
         else:
             found.append(
@@ -184,13 +150,14 @@ def compare_roles(facts: Mapping[str, Facts], kept: Mapping[str, Role]) -> list[
     return found
 
 
-def judge_clocks(facts: Mapping[str, Facts]) -> list[Finding]:
+def judge_clocks(told: Mapping[str, SelfDescription]) -> list[Finding]:
     """Compare the servers' clocks with ours, by their Date headers."""
     found = []
-    for name, each in facts.items():
-        if each.skew_s is None:
+    for name, each in told.items():
+        skew_s = each.clock_skew_s
+        if skew_s is None:
             found.append(Finding("clock", (name,), Verdict.YELLOW, "answers without a Date header"))
-        elif abs(each.skew_s) <= LARGEST_SKEW_S:
+        elif abs(skew_s) <= LARGEST_SKEW_S:
             found.append(Finding("clock", (name,), Verdict.GREEN, "within a second or two of ours"))
         else:
             found.append(
@@ -198,7 +165,7 @@ def judge_clocks(facts: Mapping[str, Facts]) -> list[Finding]:
                     "clock",
                     (name,),
                     Verdict.YELLOW,
-                    f"{abs(each.skew_s):.0f} s {'ahead of' if each.skew_s > 0 else 'behind'} ours",
+                    f"{abs(skew_s):.0f} s {'ahead of' if skew_s > 0 else 'behind'} ours",
                     "run NTP: logs of the server and the gateway do not line up (leases are not affected)",
                 )
             )

@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from tidegate.check.board import Board
-from tidegate.check.server import Server
-from tidegate.check.transfer import LEASE_TOKENS, TAKE_TOKENS, Taken, produce, take
+from tidegate.check.context import CheckContext
+from tidegate.check.server import ProbedServer
+from tidegate.check.transfer import LEASE_TOKENS, TAKE_TOKENS, PullResult, produce, take
 from tidegate.check.verdict import Finding, Json, Verdict
 from tidegate.core.errors import EngineError
 
@@ -20,13 +20,13 @@ BIDIRECTIONAL = (
 
 
 @dataclass(frozen=True, slots=True)
-class PairSeen:
+class PairResult:
     """What one ordered pair showed. ``handle`` is the owner's; None when it pins nothing. ``read`` is
     None where reading back was not tried."""
 
     handle: Json | None = None
-    pull: Taken | None = None
-    read: Taken | None = None
+    pull: PullResult | None = None
+    read: PullResult | None = None
     failed: str = ""
     """Why the owner could not even prefill."""
     skipped: str = ""
@@ -49,30 +49,32 @@ def rounds(names: Sequence[str]) -> Iterator[list[tuple[str, str]]]:
         ring = [ring[0], ring[-1], *ring[1:-1]]
 
 
-async def probe_pairs(board: Board, advance: Callable[[float], None]) -> dict[tuple[str, str], PairSeen]:
+async def probe_pairs(
+    check: CheckContext, advance: Callable[[float], None]
+) -> dict[tuple[str, str], PairResult]:
     """Probe all ordered pairs of active servers: both directions of a match in turn, matches of a round at
     once. A server that stops answering is set aside, and its further matches are left out."""
-    seen: dict[tuple[str, str], PairSeen] = {}
+    seen: dict[tuple[str, str], PairResult] = {}
 
     async def match(a: str, b: str) -> None:
         for owner, taker in ((a, b), (b, a)):
-            if {a, b} & board.aside.keys() or not (board.gives(owner) and board.takes(taker)):
+            if {a, b} & check.aside.keys() or not (check.gives(owner) and check.takes(taker)):
                 continue
             hopeless = _hopeless(seen, owner, taker)
             seen[owner, taker] = (
-                PairSeen(skipped=hopeless)
+                PairResult(skipped=hopeless)
                 if hopeless
-                else await _probe_pair(board, board.servers[owner], board.servers[taker])
+                else await _probe_pair(check, check.servers[owner], check.servers[taker])
             )
 
-    planned = list(rounds([each.id for each in board.active]))
+    planned = list(rounds([each.id for each in check.active]))
     for n, matches in enumerate(planned):
         await asyncio.gather(*(match(a, b) for a, b in matches))
         advance((n + 1) / len(planned))
     return seen
 
 
-def _hopeless(seen: dict[tuple[str, str], PairSeen], owner: str, taker: str) -> str:
+def _hopeless(seen: dict[tuple[str, str], PairResult], owner: str, taker: str) -> str:
     """Say why nothing can be expected of a pair, after two others failed in the same way; else empty."""
     for name, side, what in ((owner, 0, "two others could not pull from"), (taker, 1, "two pulls failed on")):
         pulls = [each.pull for pair, each in seen.items() if pair[side] == name and each.pull]
@@ -81,66 +83,66 @@ def _hopeless(seen: dict[tuple[str, str], PairSeen], owner: str, taker: str) -> 
     return ""
 
 
-async def _probe_pair(board: Board, owner: Server, taker: Server) -> PairSeen:
+async def _probe_pair(check: CheckContext, owner: ProbedServer, taker: ProbedServer) -> PairResult:
     """Probe one pair; a pull that fails is tried once more, and the first failure told."""
     try:
-        found = await _pulled(board, owner, taker, "pull")
-        if found.pull is not None and not found.works and owner.id not in board.aside:
+        found = await _pulled(check, owner, taker, "pull")
+        if found.pull is not None and not found.works and owner.id not in check.aside:
             if found.pull.error:
-                await _still_serves(board, taker)
-            if taker.id in board.aside:
+                await _still_serves(check, taker)
+            if taker.id in check.aside:
                 return found
-            again = await _pulled(board, owner, taker, "again")
+            again = await _pulled(check, owner, taker, "again")
             if again.works:
-                found = replace(again, stumbled=found.pull.judge(len(board.prompt))[1])
+                found = replace(again, stumbled=found.pull.judge(len(check.prompt))[1])
         # Only now: a server without bidirectional reads would never answer what follows, and leak its blocks.
         if found.works and found.pull is not None and found.pull.params is not None:
-            found = replace(found, read=await _read(board, owner, taker))
+            found = replace(found, read=await _read(check, owner, taker))
         return found
     except EngineError as error:
-        return PairSeen(failed=f"{error.instance}: {error.message}")
+        return PairResult(failed=f"{error.instance}: {error.message}")
     finally:
-        await board.pins.release(board.servers, (owner.id, taker.id))
+        await check.pins.release(check.servers, (owner.id, taker.id))
 
 
-async def _pulled(board: Board, owner: Server, taker: Server, trial: str) -> PairSeen:
-    salt = board.salt(owner.id, taker.id, trial)
-    expected = board.expected(owner.id, taker.id)[:TAKE_TOKENS]
-    made = await produce(board, owner, board.prompt, 1, salt)
+async def _pulled(check: CheckContext, owner: ProbedServer, taker: ProbedServer, trial: str) -> PairResult:
+    salt = check.salt(owner.id, taker.id, trial)
+    expected = check.expected(owner.id, taker.id)[:TAKE_TOKENS]
+    made = await produce(check, owner, check.prompt, 1, salt)
     if made.handle is None:
-        return PairSeen(failed=f"{owner.id}: it gave no handle this time")
-    pull = await take(board, taker, made.handle, board.prompt, expected, pin=False, salt=salt)
-    return PairSeen(made.handle.params, pull)
+        return PairResult(failed=f"{owner.id}: it gave no handle this time")
+    pull = await take(check, taker, made.handle, check.prompt, expected, pin=False, salt=salt)
+    return PairResult(made.handle.params, pull)
 
 
-async def _read(board: Board, owner: Server, taker: Server) -> Taken | None:
-    salt = board.salt(owner.id, taker.id, "read")
-    made = await produce(board, owner, board.prompt, LEASE_TOKENS, salt)
+async def _read(check: CheckContext, owner: ProbedServer, taker: ProbedServer) -> PullResult | None:
+    salt = check.salt(owner.id, taker.id, "read")
+    made = await produce(check, owner, check.prompt, LEASE_TOKENS, salt)
     if made.handle is None:
         return None
-    rest = board.expected(owner.id, taker.id)[LEASE_TOKENS : LEASE_TOKENS + TAKE_TOKENS]
-    prompt = board.prompt + made.token_ids
-    read = await take(board, taker, made.handle, prompt, rest, pin=True, salt=salt)
+    rest = check.expected(owner.id, taker.id)[LEASE_TOKENS : LEASE_TOKENS + TAKE_TOKENS]
+    prompt = check.prompt + made.token_ids
+    read = await take(check, taker, made.handle, prompt, rest, pin=True, salt=salt)
     if read.error:
-        await _still_serves(board, taker)
+        await _still_serves(check, taker)
     return read
 
 
-async def _still_serves(board: Board, server: Server) -> None:
+async def _still_serves(check: CheckContext, server: ProbedServer) -> None:
     try:
-        await server.complete(board.fresh_prompt(8), 1)
+        (await server.complete(check.fresh_prompt(8), 1)).new_tokens()
     except EngineError as error:
-        board.set_aside(server.id, "it stopped answering")
+        check.set_aside(server.id, "it stopped answering")
         observed = f"stopped answering after a pull failed: {error.message}"
         change = "restart it; its log has the reason"
-        board.add([Finding("reachable", (server.id,), Verdict.RED, observed, change)])
+        check.add([Finding("reachable", (server.id,), Verdict.RED, observed, change)])
 
 
-def judge_pairs(board: Board, seen: dict[tuple[str, str], PairSeen]) -> list[Finding]:
+def judge_pairs(check: CheckContext, seen: dict[tuple[str, str], PairResult]) -> list[Finding]:
     """Return the findings of all pairs."""
     found: list[Finding] = []
     reads: list[Finding] = []
-    wanted = len(board.prompt)
+    wanted = len(check.prompt)
     for pair, each in seen.items():
         if each.pull is None:
             if each.skipped:
@@ -160,7 +162,7 @@ def judge_pairs(board: Board, seen: dict[tuple[str, str], PairSeen]) -> list[Fin
     return found + _flips(seen) + _readers(seen) + reads
 
 
-def _flips(seen: dict[tuple[str, str], PairSeen]) -> list[Finding]:
+def _flips(seen: dict[tuple[str, str], PairResult]) -> list[Finding]:
     found = []
     for (a, b), there in seen.items():
         back = seen.get((b, a))
@@ -176,7 +178,7 @@ def _flips(seen: dict[tuple[str, str], PairSeen]) -> list[Finding]:
     return found
 
 
-def _readers(seen: dict[tuple[str, str], PairSeen]) -> list[Finding]:
+def _readers(seen: dict[tuple[str, str], PairResult]) -> list[Finding]:
     """Tell who pins what it has decoded, which a server does only with bidirectional reads."""
     found = []
     for name in sorted({taker for _, taker in seen}):

@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Mapping
 
-from tidegate.check.server import Server
+from tidegate.check.server import ProbedServer
 from tidegate.check.verdict import Json
 from tidegate.core.errors import EngineError
-from tidegate.engines.vllm.connector import UNSERVABLE_TOKENS
 
 RELEASE_S = 3.0
 WAKE_S = 0.3
 WAKE_STEPS = 3
 
 
-class Pins:
+class PinnedHandles:
     """Handles that were given out and not yet taken or let go.
 
     vLLM frees pinned blocks when another server has pulled them, when another server refuses a request that
@@ -60,7 +59,7 @@ class Pins:
         """Return how many handles of ``owner`` are still out."""
         return sum(name == owner for name, _ in self._held.values())
 
-    async def release(self, servers: Mapping[str, Server], owners: Collection[str]) -> None:
+    async def release(self, servers: Mapping[str, ProbedServer], owners: Collection[str]) -> None:
         """Have what is held of ``owners`` freed by those who pulled from them, but for what is kept. Never
         raises for what servers do."""
         names = [
@@ -68,10 +67,10 @@ class Pins:
         ]
         await self._release(servers, names)
 
-    async def release_all(self, servers: Mapping[str, Server]) -> None:
+    async def release_all(self, servers: Mapping[str, ProbedServer]) -> None:
         """Have everything freed, as far as somebody can reach its owner. Never raises for what servers do."""
         await self._release(servers, list(self._held))
-        strangers: dict[str, Server] = {}
+        strangers: dict[str, ProbedServer] = {}
         for owner in {owner for owner, _ in self._held.values()} - self._unreachable:
             strangers.update((owner, servers[other]) for other in servers if other != owner)
         names = [name for name, (owner, _) in self._held.items() if owner in strangers]
@@ -83,7 +82,7 @@ class Pins:
                 owner, _ = self._held.pop(name)
                 await _wake(strangers[owner])
 
-    async def _release(self, servers: Mapping[str, Server], names: Collection[str]) -> None:
+    async def _release(self, servers: Mapping[str, ProbedServer], names: Collection[str]) -> None:
         wanted = [
             (name, servers[taker])
             for name in names
@@ -99,22 +98,21 @@ def _name(params: Json) -> str:
     return str(params.get("remote_request_id"))
 
 
-async def _wake(stranger: Server) -> None:
+async def _wake(stranger: ProbedServer) -> None:
     """Have a server that has never pulled from the owner pass the refusal on: its handshake takes a moment,
     and what waits for it goes out with a later step, which an idle server does not make."""
     for _ in range(WAKE_STEPS):
         await asyncio.sleep(WAKE_S)
         try:
-            await stranger.send([0], 1, deadline_s=RELEASE_S)
+            await stranger.complete([0], 1, deadline_s=RELEASE_S)
         except EngineError:
             return
 
 
-async def _refuse(taker: Server, params: Json) -> bool:
+async def _refuse(taker: ProbedServer, params: Json) -> bool:
     """Have ``taker`` refuse a request with the handle; tell whether it did."""
     kv = {**params, "do_remote_prefill": True, "do_remote_decode": False}
     try:
-        reply = await taker.send([0], UNSERVABLE_TOKENS, kv=kv, deadline_s=RELEASE_S)
+        return await taker.decline(kv, deadline_s=RELEASE_S)
     except EngineError:
         return False
-    return 400 <= reply.status < 500

@@ -5,9 +5,9 @@ from __future__ import annotations
 import secrets
 import time
 
-from tidegate.check.board import Board
-from tidegate.check.leases import Canary
-from tidegate.check.server import Server
+from tidegate.check.context import CheckContext
+from tidegate.check.leases import PinnedSample
+from tidegate.check.server import ProbedServer
 from tidegate.check.verdict import Finding, Verdict
 from tidegate.core.errors import EngineTimeout
 
@@ -20,25 +20,27 @@ SET_FAIL = (
 )
 
 
-async def probe_policy(board: Board, canaries: dict[str, Canary], server: Server) -> list[Finding]:
+async def probe_policy(
+    check: CheckContext, samples: dict[str, PinnedSample], server: ProbedServer
+) -> list[Finding]:
     """Send the server the handle of a peer that does not exist: it must fail the request, not hide that.
 
-    The handle is a canary's, under another name: as ``do_remote_prefill`` it ends under either policy.
+    The handle is a sample's, under another name: as ``do_remote_prefill`` it ends under either policy.
     """
-    if not board.takes(server.id):
+    if not check.takes(server.id):
         return []
-    template = canaries.get(server.id) or next(iter(canaries.values()), None)
+    template = samples.get(server.id) or next(iter(samples.values()), None)
     if template is None:
         observed = "not probed: no server gives a KV handle"
         return [Finding(PROBE, (server.id,), Verdict.SKIPPED, observed)]
     kv = {**template.params, **NOBODY, "do_remote_prefill": True, "do_remote_decode": False}
     for name in ("remote_engine_id", "remote_request_id"):
         kv[name] = f"tidegate-check-{secrets.token_hex(6)}"
-    deadline_s = server.deadlines.dead_peer_s
+    deadline_s = server.dead_peer_s
     began_s = time.monotonic()
     try:
-        reply = await server.send(
-            board.prompt, 2, kv=kv, salt=board.salt(server.id, "dead"), deadline_s=deadline_s
+        reply = await server.complete(
+            check.prompt, 2, kv=kv, salt=check.salt(server.id, "dead"), deadline_s=deadline_s
         )
     except EngineTimeout as error:
         observed = f"a dead peer hangs it: {error.message}"

@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tidegate.check.board import Board
-from tidegate.check.counters import COMPUTED, EXTERNAL, LOCAL_HIT, Counters
-from tidegate.check.server import Server
+from tidegate.check.context import CheckContext
+from tidegate.check.server import ProbedServer
 from tidegate.check.verdict import Json, Verdict
 from tidegate.core.errors import EngineError
 from tidegate.engines.seam import KvHandle
+from tidegate.engines.vllm.metrics import CACHED, COMPUTED, PULLED, VllmMetrics
 
 PULLED_ENOUGH = 0.95
 TAKE_TOKENS = 12
@@ -20,7 +20,7 @@ LEASE_TOKENS = 7
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class PullResult:
     """What happened when a server was sent somebody's handle.
 
     ``pulled``, ``hit`` and ``computed`` say where its prompt tokens came from; None when it does not tell.
@@ -68,7 +68,7 @@ class Taken:
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class PinnedPrefill:
     """What a leg that pins its KV answered. ``handle`` is None where ``params`` do not cover all of it."""
 
     token_ids: list[int]
@@ -76,64 +76,66 @@ class Made:
     handle: KvHandle | None
 
 
-async def produce(board: Board, owner: Server, prompt: list[int], tokens: int, salt: str) -> Made:
+async def produce(
+    check: CheckContext, owner: ProbedServer, prompt: list[int], tokens: int, salt: str
+) -> PinnedPrefill:
     """Have ``owner`` prefill ``prompt``, make ``tokens`` tokens and pin the KV."""
-    leg = await owner.complete(prompt, tokens, kv=board.nixl.export(""), salt=salt)
+    reply = await owner.complete(prompt, tokens, kv=check.nixl.export(""), salt=salt)
+    ids = reply.new_tokens()
     now = asyncio.get_running_loop().time()
-    handle = board.nixl.handle(leg.params, "", owner.id, len(prompt) + tokens - 1, now)
-    return Made(leg.token_ids, leg.params, handle)
+    handle = check.nixl.handle(reply.kv_params, "", owner.id, len(prompt) + tokens - 1, now)
+    return PinnedPrefill(ids, reply.kv_params, handle)
 
 
 async def take(
-    board: Board,
-    taker: Server,
+    check: CheckContext,
+    taker: ProbedServer,
     handle: KvHandle,
     prompt: list[int],
     expected: list[int],
     *,
     pin: bool,
     salt: str,
-) -> Taken:
+) -> PullResult:
     """Send ``taker`` a handle and compare what it makes of it with ``expected``."""
-    kv = board.nixl.load(handle, len(prompt), pin=pin)
-    before = await taker.counters()
+    kv = check.nixl.load(handle, len(prompt), pin=pin)
+    before = await taker.metrics()
     began_s = time.perf_counter()
     try:
-        reply = await taker.send(prompt, len(expected), kv=kv, salt=salt, deadline_s=taker.deadlines.leg_s)
+        reply = await taker.complete(prompt, len(expected), kv=kv, salt=salt)
     except EngineError as error:
-        board.pins.missed(handle.params)
-        return Taken(time.perf_counter() - began_s, error=error.message)
+        check.pins.missed(handle.params)
+        return PullResult(time.perf_counter() - began_s, error=error.message)
     if reply.status != 200:
-        board.pins.missed(handle.params)
-        return Taken(reply.seconds, error=reply.error)
+        check.pins.missed(handle.params)
+        return PullResult(reply.seconds, error=reply.error)
     at_s = time.perf_counter()
     try:
-        ids = list(reply.body["choices"][0]["token_ids"])
-    except (LookupError, TypeError):
-        return Taken(reply.seconds, error="it returns no token ids")
-    after = await taker.counters_once(_prompt_counted(before, len(prompt)))
-    params = reply.body.get("kv_transfer_params")
+        ids = reply.new_tokens()
+    except EngineError as error:
+        return PullResult(reply.seconds, error=error.message)
+    after = await taker.metrics_once(_prompt_counted(before, len(prompt)))
     wrong_at = next((n for n, want in enumerate(expected) if ids[n : n + 1] != [want]), None)
-    pulled = int(after.source(EXTERNAL) - before.source(EXTERNAL))
-    if pulled or after.by_source is None:
-        board.pins.taken(handle.params, taker.id)
-    return Taken(
+    pulled = after.source(PULLED) - before.source(PULLED)
+    if pulled or after.prompt_tokens_by_source is None:
+        check.pins.taken(handle.params, taker.id)
+    return PullResult(
         reply.seconds,
-        params if isinstance(params, dict) and params.get("remote_block_ids") else None,
+        reply.kv_params,
         at_s,
-        pulled=None if after.by_source is None else pulled,
-        hit=int(after.source(LOCAL_HIT) - before.source(LOCAL_HIT)),
-        computed=int(after.source(COMPUTED) - before.source(COMPUTED)),
-        nixl_bytes=int((after.nixl_bytes or 0.0) - (before.nixl_bytes or 0.0)),
+        pulled=None if after.prompt_tokens_by_source is None else pulled,
+        hit=after.source(CACHED) - before.source(CACHED),
+        computed=after.source(COMPUTED) - before.source(COMPUTED),
+        nixl_bytes=(after.nixl_bytes or 0) - (before.nixl_bytes or 0),
         wrong_at=wrong_at,
     )
 
 
-def _prompt_counted(before: Counters, tokens: int) -> Callable[[Counters], bool]:
-    def counted(now: Counters) -> bool:
-        new = sum(now.source(name) - before.source(name) for name in (EXTERNAL, LOCAL_HIT, COMPUTED))
-        moved = (now.nixl_bytes or 0.0) > (before.nixl_bytes or 0.0)
-        unmoved = now.source(EXTERNAL) == before.source(EXTERNAL)
-        return now.by_source is None or (new >= tokens and (moved or unmoved))
+def _prompt_counted(before: VllmMetrics, tokens: int) -> Callable[[VllmMetrics], bool]:
+    def counted(now: VllmMetrics) -> bool:
+        new = sum(now.source(name) - before.source(name) for name in (PULLED, CACHED, COMPUTED))
+        moved = (now.nixl_bytes or 0) > (before.nixl_bytes or 0)
+        unmoved = now.source(PULLED) == before.source(PULLED)
+        return now.prompt_tokens_by_source is None or (new >= tokens and (moved or unmoved))
 
     return counted

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tidegate.check.board import CheckSettings
+from tidegate.check.context import CheckSettings
 from tidegate.check.run import check_fleet
 from tidegate.check.verdict import CheckReport
 from tidegate.cli.check_table import show_report

@@ -118,7 +118,11 @@ class EngineError(TidegateError):
 
 
 class EngineUnreachable(EngineError):
-    """The connection to the engine failed or broke."""
+    """The connection to the engine failed or broke; ``refused`` says that none could be opened."""
+
+    def __init__(self, message: str, *, instance: str = "", stage: str = "", refused: bool = False) -> None:
+        super().__init__(message, instance=instance, stage=stage)
+        self.refused = refused
 
 
 class EngineTimeout(EngineError):

@@ -16,7 +16,8 @@ from tidegate.core.errors import (
     UnknownModel,
 )
 from tidegate.engines.seam import Json, KvHandle, Leg, LegEnd, LegTimes, Tokens, TokensSink
-from tidegate.engines.wire import Answer, Wire
+from tidegate.engines.wire import HttpAnswer, Wire
+from tidegate.protocol.errors import error_text
 from tidegate.protocol.sse import SseParser
 
 ONLY_CONTENT = {"content"}
@@ -145,7 +146,7 @@ class DialectEngine:
         """Return the handle in the answer of a leg that pins, which brought ``tokens``."""
         return KvHandle(params, self.engine_id, prompt_tokens) if params else None
 
-    def _check(self, answer: Answer, leg: Leg, stage: str) -> None:
+    def _check(self, answer: HttpAnswer, leg: Leg, stage: str) -> None:
         if answer.status == 200:
             return
         refusal = _refusal(answer, self.instance, stage)
@@ -228,9 +229,7 @@ class _Stream:
         """Read any event; None when it has nothing to deliver."""
         self._started = True
         if "error" in event:
-            error = event["error"]
-            message = error.get("message") if isinstance(error, dict) else error
-            raise EngineFault(str(message), instance=self._instance)
+            raise EngineFault(error_text(event), instance=self._instance)
         for name in ("metrics", "usage"):  # which may come in one event or in two
             if event.get(name):
                 self._told[name] = event[name]
@@ -297,14 +296,15 @@ def _times(event: Json) -> LegTimes:
     )
 
 
-def _refusal(answer: Answer, instance: str, stage: str) -> ClientError | EngineFault:
+def _refusal(answer: HttpAnswer, instance: str, stage: str) -> ClientError | EngineFault:
     """Turn an error answer into the client's error (the engine names a field) or the engine's own."""
-    error: Any = {}
     try:
-        error = orjson.loads(answer.body).get("error") or {}
-    except (orjson.JSONDecodeError, AttributeError):
-        pass
-    message = str(error.get("message") or f"HTTP {answer.status}") if isinstance(error, dict) else str(error)
+        body = orjson.loads(answer.body)
+    except orjson.JSONDecodeError:
+        body = None
+    body = body if isinstance(body, dict) else {}
+    message = error_text(body, f"HTTP {answer.status}")
+    error: Any = body.get("error")
     param = error.get("param") if isinstance(error, dict) else None
     if answer.status == 404:
         return UnknownModel(message, param=param)

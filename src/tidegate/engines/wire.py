@@ -26,7 +26,7 @@ WATCH_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class HttpAnswer:
     """A complete response. ``body`` is empty when a sink took it."""
 
     status: int
@@ -43,13 +43,13 @@ class _Connection(asyncio.Protocol):
         self.last_data_s = loop.time()
         self.answered = False
         self._parser = httptools.HttpResponseParser(self)
-        self._done: asyncio.Future[Answer] | None = None
+        self._done: asyncio.Future[HttpAnswer] | None = None
         self._sink: BodySink | None = None
         self._parts: list[bytes] = []
         self._status = 0
         self._complete = self._keep = False
 
-    def begin(self, head_and_body: bytes, sink: BodySink | None) -> asyncio.Future[Answer]:
+    def begin(self, head_and_body: bytes, sink: BodySink | None) -> asyncio.Future[HttpAnswer]:
         """Send a request; the future ends with the whole answer or an EngineUnreachable."""
         assert self.transport is not None and self._done is None
         self._done = self._loop.create_future()
@@ -128,7 +128,7 @@ class _Connection(asyncio.Protocol):
         if not self._keep:
             self.close()
         if done is not None and not done.done():
-            done.set_result(Answer(self._status, b"".join(self._parts)))
+            done.set_result(HttpAnswer(self._status, b"".join(self._parts)))
 
 
 class Wire:
@@ -160,7 +160,7 @@ class Wire:
         *,
         sink: BodySink | None = None,
         deadline_s: float,
-    ) -> Answer:
+    ) -> HttpAnswer:
         """Send one request and wait for the end of its answer.
 
         With a ``sink``, the body of a 200 answer goes there piece by piece. Cancelling drops the
@@ -193,7 +193,7 @@ class Wire:
             self._watch.cancel()
             self._watch = None
 
-    async def _send(self, request: bytes, sink: BodySink | None) -> Answer:
+    async def _send(self, request: bytes, sink: BodySink | None) -> HttpAnswer:
         while self._idle:
             connection = self._idle.pop()
             if not connection.reusable:
@@ -207,7 +207,7 @@ class Wire:
                     raise
         return await self._carry(await self._connect(), request, sink)
 
-    async def _carry(self, connection: _Connection, request: bytes, sink: BodySink | None) -> Answer:
+    async def _carry(self, connection: _Connection, request: bytes, sink: BodySink | None) -> HttpAnswer:
         self._busy.add(connection)
         if self._watch is None:
             self._watch = asyncio.get_running_loop().call_later(WATCH_S, self._look)
@@ -238,7 +238,9 @@ class Wire:
                 f"no connection to {self._host}:{self._port} in {self._connect_s:g} s"
             ) from None
         except OSError as error:
-            raise EngineUnreachable(f"no connection to {self._host}:{self._port}: {error}") from None
+            raise EngineUnreachable(
+                f"no connection to {self._host}:{self._port}: {error}", refused=True
+            ) from None
         return connection
 
     def _look(self) -> None:

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 
 import aiohttp
 
+from tidegate.core.errors import EngineError, EngineUnreachable
+from tidegate.engines.vllm.client import VllmClient
+
 SHORTEST_PAUSE_S = 0.1
 """Pause between checks while an instance is under suspicion, and after one that used up its period."""
 
 
-class Answer(enum.StrEnum):
+class Health(enum.StrEnum):
     """What one check found."""
 
     HEALTHY = "healthy"
@@ -29,26 +32,20 @@ class HealthPace:
     misses: int = 3
 
 
-async def check_health(session: aiohttp.ClientSession, url: str, deadline_s: float) -> Answer:
-    """Ask ``GET url/health`` once; never raises for what the other side does."""
+async def check_health(client: VllmClient) -> Health:
+    """Ask for the server's health once; never raises for what the other side does."""
     try:
-        async with session.get(f"{url}/health", timeout=aiohttp.ClientTimeout(total=deadline_s)) as response:
-            return Answer.HEALTHY if response.status == 200 else Answer.MISSED
-    except aiohttp.ClientConnectorError:
-        return Answer.REFUSED
-    except (aiohttp.ClientError, TimeoutError, OSError):
-        return Answer.MISSED
+        return Health.HEALTHY if await client.healthy() else Health.MISSED
+    except EngineError as error:
+        refused = isinstance(error, EngineUnreachable) and error.refused
+        return Health.REFUSED if refused else Health.MISSED
 
 
 async def until_unhealthy(
-    session: aiohttp.ClientSession,
-    url: str,
-    suspicion: asyncio.Event,
-    pace: HealthPace,
-    *,
-    refused_is_gone: bool,
+    client: VllmClient, suspicion: asyncio.Event, pace: HealthPace, *, refused_is_gone: bool
 ) -> str:
-    """Check at ``pace`` and return the reason once the instance counts as gone.
+    """Check at ``pace``, each time with the client's deadline, and return the reason once the instance
+    counts as gone.
 
     Setting ``suspicion`` brings the next check forward; while checks then miss, they follow each
     other without the usual pause. One refused connection is enough when ``refused_is_gone``, else it
@@ -63,12 +60,12 @@ async def until_unhealthy(
         if await _pause(max(SHORTEST_PAUSE_S, rest_s), suspicion):
             hurried = True
         began_s = clock()
-        answer = await check_health(session, url, pace.deadline_s)
-        if answer is Answer.HEALTHY:
+        answer = await check_health(client)
+        if answer is Health.HEALTHY:
             missed, hurried = 0, False
             continue
         missed += 1
-        if missed >= pace.misses or (refused_is_gone and answer is Answer.REFUSED):
+        if missed >= pace.misses or (refused_is_gone and answer is Health.REFUSED):
             return answer.value
 
 

@@ -12,15 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tidegate.core.errors import ConfigError, SetupError
+from tidegate.core.errors import EngineError, SetupError
 from tidegate.costs.profile import Profile
+from tidegate.engines.vllm.client import VllmClient
 from tidegate.fleet.child import EngineStartFailed
 from tidegate.fleet.gpus import VISIBLE, share_out, visible_gpus
 from tidegate.fleet.health import HealthPace
 from tidegate.fleet.member import FleetListener, Member
 from tidegate.fleet.supervision import HOST, FleetPace, ProcessFleet, Slot
 from tidegate.fleet.vllm_command import ServeArguments, free_ports
-from tidegate.fleet.vllm_facts import NotReady, ask_bootstrap, ask_server, vllm_member
+from tidegate.fleet.vllm_member import mooncake_engine_id, profiles_by_id, vllm_member
 
 PACE = FleetPace(
     health=HealthPace(deadline_s=5.0), ready_s=1800.0, grace_s=20.0, backoff_s=1.0, backoff_max_s=60.0
@@ -88,12 +89,7 @@ class LaunchedVllmFleet(ProcessFleet[int]):
     ) -> None:
         ids = tuple(f"i{index}" for index in range(launch.instances))
         super().__init__({instance_id: (instance_id,) for instance_id in ids}, pace or PACE)
-        if len(profiles) not in (0, 1, len(ids)):
-            raise ConfigError(
-                f"{len(profiles)} profiles for {len(ids)} servers: give one for all or for each"
-            )
-        each = list(profiles) * len(ids) if len(profiles) == 1 else profiles
-        self._profiles = dict(zip(ids, each, strict=False))
+        self._profiles = profiles_by_id(ids, profiles)
         self._api_key = launch.api_key or self._api_key
         self._launch = launch
         self._hardware = hardware(os.environ, launch.instances, launch.arguments.gpus)
@@ -150,10 +146,12 @@ class LaunchedVllmFleet(ProcessFleet[int]):
         kv = self._launch.arguments.kv_transfer
         kv_engine_id = ""
         try:
-            facts = await ask_server(self._session, start.url, self._api_key, FACTS_S)
+            server = VllmClient(self._session, start.url, api_key=self._api_key, deadline_s=FACTS_S)
+            facts = await server.facts()
             if kv.connector == "mooncake":
-                kv_engine_id = await ask_bootstrap(self._session, start.bootstrap_url, FACTS_S)
-        except (NotReady, SetupError) as error:
+                bootstrap = VllmClient(self._session, start.bootstrap_url, deadline_s=FACTS_S)
+                kv_engine_id = await mooncake_engine_id(bootstrap)
+        except (EngineError, SetupError) as error:
             raise EngineStartFailed(f"does not describe itself: {error}") from None
         return [
             vllm_member(

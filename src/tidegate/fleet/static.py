@@ -11,12 +11,13 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from tidegate.core.errors import ConfigError, SetupError
+from tidegate.core.errors import ConfigError, EngineError, SetupError
 from tidegate.core.instance import Role
 from tidegate.costs.profile import Profile
-from tidegate.fleet.health import Answer, HealthPace, check_health, end_watch, until_unhealthy
+from tidegate.engines.vllm.client import ServerFacts, VllmClient
+from tidegate.fleet.health import Health, HealthPace, check_health, end_watch, until_unhealthy
 from tidegate.fleet.member import LEASE_S, MOONCAKE_LEASE_S, FleetListener, Member
-from tidegate.fleet.vllm_facts import NotReady, ServerFacts, ask_bootstrap, ask_server, vllm_member
+from tidegate.fleet.vllm_member import mooncake_engine_id, profiles_by_id, vllm_member
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +53,13 @@ class StaticPace:
     retry_s: float = 1.0
 
 
-class _Server:
-    """One URL and what is known about it."""
+class _Followed:
+    """One server and what is known about it."""
 
-    def __init__(self, instance_id: str, url: str) -> None:
+    def __init__(self, instance_id: str, client: VllmClient) -> None:
         self.id = instance_id
-        self.url = url
+        self.url = client.url
+        self.client = client
         self.suspicion = asyncio.Event()
         self.settled = asyncio.Event()
         """Set once the server was up, or can never be."""
@@ -100,10 +102,7 @@ class StaticFleet:
         if twice:
             raise ConfigError(f"given more than once: {', '.join(twice)}")
         count = len(self._urls)
-        if len(profiles) not in (0, 1, count):
-            raise ConfigError(f"{len(profiles)} profiles for {count} servers: give one for all or for each")
-        each = list(profiles) * count if len(profiles) == 1 else profiles
-        self._profiles = dict(zip(self.ids, each, strict=False))
+        self._profiles = profiles_by_id(self.ids, profiles)
         self._api_key = api_key
         self._model = ""
         self._pace = pace or StaticPace()
@@ -112,7 +111,7 @@ class StaticFleet:
         if len(bootstraps) != count:
             raise ConfigError(f"{len(bootstraps)} bootstrap URLs for {count} servers: give one for each")
         self._bootstraps = dict(zip(self.ids, bootstraps, strict=True))
-        self._servers: dict[str, _Server] = {}
+        self._servers: dict[str, _Followed] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._session: aiohttp.ClientSession | None = None
 
@@ -122,7 +121,13 @@ class StaticFleet:
 
     async def start(self, listener: FleetListener) -> None:
         self._session = session = aiohttp.ClientSession()
-        self._servers = {name: _Server(name, url) for name, url in zip(self.ids, self._urls, strict=True)}
+        deadline_s = self._pace.health.deadline_s
+        self._servers = {
+            name: _Followed(
+                name, VllmClient(session, url, instance=name, api_key=self._api_key, deadline_s=deadline_s)
+            )
+            for name, url in zip(self.ids, self._urls, strict=True)
+        }
         self._tasks = [
             asyncio.create_task(self._follow(server, listener, session), name=f"fleet {server.id}")
             for server in self._servers.values()
@@ -156,7 +161,9 @@ class StaticFleet:
             lines = [f"  {server.id} {server.url}: {server.trouble}" for server in absent]
             raise SetupError("\n".join(["no server answers", *lines]))
 
-    async def _follow(self, server: _Server, listener: FleetListener, session: aiohttp.ClientSession) -> None:
+    async def _follow(
+        self, server: _Followed, listener: FleetListener, session: aiohttp.ClientSession
+    ) -> None:
         try:
             while True:
                 try:
@@ -173,7 +180,7 @@ class StaticFleet:
             server.settled.set()
 
     async def _one_life(
-        self, server: _Server, listener: FleetListener, session: aiohttp.ClientSession
+        self, server: _Followed, listener: FleetListener, session: aiohttp.ClientSession
     ) -> None:
         """Wait until the server is up, report it, watch it, and report it down."""
         member = await self._until_up(server, session)
@@ -183,7 +190,7 @@ class StaticFleet:
         server.settled.set()
         try:
             reason = await until_unhealthy(
-                session, server.url, server.suspicion, self._pace.health, refused_is_gone=True
+                server.client, server.suspicion, self._pace.health, refused_is_gone=True
             )
         except Exception:
             log.exception("checking %s failed", server.id)
@@ -191,22 +198,25 @@ class StaticFleet:
         log.warning("%s is down: it %s", server.id, reason)
         listener.member_down(server.id, reason)
 
-    async def _until_up(self, server: _Server, session: aiohttp.ClientSession) -> Member:
+    async def _until_up(self, server: _Followed, session: aiohttp.ClientSession) -> Member:
         """Ask until the server is healthy and describes itself. Raises SetupError when it never can."""
-        deadline_s = self._pace.health.deadline_s
         told = ""
         while True:
-            answer = await check_health(session, server.url, deadline_s)
+            answer = await check_health(server.client)
             server.trouble = answer.value
-            if answer is Answer.HEALTHY:
+            if answer is Health.HEALTHY:
                 try:
-                    facts = await ask_server(session, server.url, self._api_key, deadline_s)
-                    connector = facts.connector if self._kv.connector == AUTO else self._kv.connector
+                    facts = await server.client.facts()
+                    connector = self._kv.connector
+                    if connector == AUTO:
+                        connector = "nixl" if facts.metrics.shows_nixl else "none"
                     found = ""
                     if connector == "mooncake" and self._role(server) is not Role.DECODE:
-                        found = await ask_bootstrap(session, self._bootstraps[server.id], deadline_s)
-                except NotReady as error:
-                    server.trouble = str(error)
+                        url = self._bootstraps[server.id]
+                        deadline_s = self._pace.health.deadline_s
+                        found = await mooncake_engine_id(VllmClient(session, url, deadline_s=deadline_s))
+                except EngineError as error:
+                    server.trouble = error.message
                 else:
                     self._model = self._model or facts.model
                     server.other_model = facts.model != self._model
@@ -221,16 +231,16 @@ class StaticFleet:
             await asyncio.sleep(self._pace.retry_s)
         return self._member(server, facts, "" if connector == "none" else connector, found)
 
-    def _role(self, server: _Server) -> Role | None:
+    def _role(self, server: _Followed) -> Role | None:
         return self._roles[self.ids.index(server.id)]
 
-    def _member(self, server: _Server, facts: ServerFacts, connector: str, kv_engine_id: str) -> Member:
+    def _member(self, server: _Followed, facts: ServerFacts, connector: str, kv_engine_id: str) -> Member:
         default_s = MOONCAKE_LEASE_S if connector == "mooncake" else LEASE_S
         return vllm_member(
             server.id,
             server.url,
             facts,
-            engine_id=f"{server.id}-{facts.started or secrets.token_hex(4)}",
+            engine_id=f"{server.id}-{facts.metrics.started_s or secrets.token_hex(4)}",
             api_key=self._api_key,
             profile=self._profiles.get(server.id),
             connector=connector,

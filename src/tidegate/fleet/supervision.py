@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 import aiohttp
 
 from tidegate.core.errors import SetupError
+from tidegate.engines.vllm.client import VllmClient
 from tidegate.fleet.child import Child, EngineStartFailed
 from tidegate.fleet.health import HealthPace, end_watch, until_unhealthy
 from tidegate.fleet.member import FleetListener, Member
@@ -198,9 +199,9 @@ class ProcessFleet(ABC, Generic[Announced]):
         self, slot: Slot, child: Child[Announced], url: str, session: aiohttp.ClientSession
     ) -> str:
         """Return why the process is down, as soon as it is."""
-        hang = asyncio.create_task(
-            until_unhealthy(session, url, slot.suspicion, self._pace.health, refused_is_gone=False)
-        )
+        pace = self._pace.health
+        client = VllmClient(session, url, instance=slot.name, deadline_s=pace.deadline_s)
+        hang = asyncio.create_task(until_unhealthy(client, slot.suspicion, pace, refused_is_gone=False))
         try:
             await asyncio.wait({hang, child.exited}, return_when=asyncio.FIRST_COMPLETED)
             return child.exit_reason() if child.exited.done() else hang.result()

@@ -11,10 +11,12 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 
+import aiohttp
+
 from tidegate.core.clock import Clock
-from tidegate.core.errors import EngineError, EngineFault
-from tidegate.engines.vllm.load import Load, parse_load
-from tidegate.engines.wire import Wire
+from tidegate.core.errors import EngineError
+from tidegate.engines.vllm.client import VllmClient
+from tidegate.engines.vllm.metrics import CACHED, COMPUTED, PULLED, VllmMetrics
 from tidegate.fleet.member import Member
 from tidegate.fleet.vllm_command import STREAM_PIN_S
 from tidegate.gateway.journal import Journal
@@ -38,11 +40,7 @@ LOOP_SHARE = 0.03
 KEPT_S = 2.0 * STREAM_PIN_S
 """How long KV behind a stream is known: until a reading can show that it has gone (ours)."""
 
-PROMPT_SOURCES = {
-    "local_compute": "computed",
-    "local_cache_hit": "cached",
-    "external_kv_transfer": "pulled",
-}
+PROMPT_SOURCES = {COMPUTED: "computed", CACHED: "cached", PULLED: "pulled"}
 """vLLM's names for where a prompt's KV comes from, and ours."""
 
 
@@ -65,13 +63,13 @@ class Tally:
 class Watched:
     """One life of a member: how to ask it, and what it last said; ``load`` is None while that is unknown."""
 
-    def __init__(self, member: Member, wire: Wire) -> None:
+    def __init__(self, member: Member, client: VllmClient) -> None:
         instance = member.instance
         self.id = instance.id
         self.capacity_tokens = instance.kv_capacity_tokens
-        self.wire = wire
+        self.client = client
         self.reconciler = Reconciler(instance.kv_capacity_tokens, instance.block_tokens)
-        self.load: Load | None = None
+        self.load: VllmMetrics | None = None
         self.read_at_s = 0.0
         self.task: asyncio.Task[None] | None = None
         self._kept: deque[tuple[float, int]] = deque()
@@ -114,6 +112,7 @@ class LoadWatch:
         self._metrics = metrics
         self._suspect = suspect
         self._every_s = every_s
+        self._session: aiohttp.ClientSession | None = None
         self.watched: dict[str, Watched] = {}
         self.tallies: dict[str, Tally] = {}
         self.drifts: dict[str, Counter[Difference]] = {}
@@ -124,8 +123,16 @@ class LoadWatch:
         """Begin with a member that is up, if it tells its load."""
         if not member.capabilities.tells_load:
             return
-        wire = Wire(member.url, connect_s=DEADLINE_S, stall_s=DEADLINE_S, headers={})
-        watched = self.watched[member.instance.id] = Watched(member, wire)
+        if self._session is None:
+            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        client = VllmClient(
+            self._session,
+            member.url,
+            instance=member.instance.id,
+            api_key=member.api_key,
+            deadline_s=DEADLINE_S,
+        )
+        watched = self.watched[member.instance.id] = Watched(member, client)
         self.tallies.setdefault(watched.id, Tally())
         watched.task = asyncio.create_task(self._watch(watched), name=f"load {watched.id}")
 
@@ -135,7 +142,6 @@ class LoadWatch:
         if watched is not None:
             assert watched.task is not None
             watched.task.cancel()
-            watched.wire.drop("its load is not read any more")
             self._tell(watched, watched.reconciler.unheard())
 
     async def stop(self) -> None:
@@ -144,6 +150,8 @@ class LoadWatch:
         for name in list(self.watched):
             self.forget(name)
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._session is not None:
+            await self._session.close()
 
     def kept(self, instance_id: str, tokens: int) -> None:
         """Say that a stream which pulled KV ended on an instance: vLLM keeps its KV for a moment."""
@@ -159,7 +167,7 @@ class LoadWatch:
             try:
                 await self._read(watched)
                 failures = 0
-            except (EngineError, ValueError) as error:
+            except EngineError as error:
                 failures += 1
                 if failures == 1:
                     log.warning("the load of %s is unknown: %s", watched.id, error)
@@ -172,12 +180,9 @@ class LoadWatch:
             await asyncio.sleep(min(pause_s * 2**failures, max(pause_s, LONGEST_PAUSE_S)))
 
     async def _read(self, watched: Watched) -> None:
-        """Read once and reconcile. Raises EngineError or ValueError when nothing usable was said."""
+        """Read once and reconcile. Raises EngineError when nothing usable was said."""
         before = self._ledger.booked(watched.id)
-        answer = await watched.wire.exchange("GET", "/metrics", deadline_s=DEADLINE_S)
-        if answer.status != 200:
-            raise EngineFault(f"/metrics answers {answer.status}")
-        watched.load = load = parse_load(answer.body.decode())
+        watched.load = load = await watched.client.metrics()
         watched.read_at_s = now = self._clock.now()
         told = Told(
             load.requests,
@@ -187,7 +192,7 @@ class LoadWatch:
         self._tell(watched, watched.reconciler.compare(before, after, told, watched.kept_tokens(now)))
         self._correct(watched)
         tally = self.tallies[watched.id]
-        for source, tokens in (load.prompt_by_source or {}).items():
+        for source, tokens in (load.prompt_tokens_by_source or {}).items():
             tally.read(PROMPT_SOURCES.get(source, source), tokens)
 
     def _forget_reading(self, watched: Watched) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -29,3 +30,9 @@ def error_headers(error: TidegateError) -> dict[str, str]:
     if isinstance(error, WrongMethod):
         headers["Allow"] = ", ".join(error.allowed)
     return headers
+
+
+def error_text(answer: Mapping[str, Any], otherwise: str = "no message") -> str:
+    """Return the words of an error answer in OpenAI's form, or nearly so; ``otherwise`` when it has none."""
+    error = answer.get("error") or answer.get("message") or otherwise
+    return str((error.get("message") or otherwise) if isinstance(error, dict) else error)

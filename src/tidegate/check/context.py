@@ -1,4 +1,4 @@
-"""What the probes of one check share: servers, prompts, reference answers, pins, findings."""
+"""What the probes of one check share: servers, prompts, reference answers, handles, findings."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import secrets
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 
-from tidegate.check.facts import Facts
-from tidegate.check.pins import Pins
-from tidegate.check.server import Server
+from tidegate.check.facts import SelfDescription
+from tidegate.check.pins import PinnedHandles
+from tidegate.check.server import ProbedServer
 from tidegate.check.verdict import Finding, Verdict, shared_start
 from tidegate.core.errors import EngineError
 from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
+from tidegate.engines.vllm.client import BLOCK_TOKENS, ServerFacts
 from tidegate.engines.vllm.connector import Nixl
 from tidegate.fleet.member import LEASE_S
 
@@ -45,15 +46,17 @@ class CheckSettings:
 
 
 @dataclass(slots=True)
-class Board:
-    """``servers`` has all by id, in the order given; ``active`` those that can still be probed."""
+class CheckContext:
+    """The state of one check. ``servers`` has all by id, in the order given; ``active`` those that can still
+    be probed."""
 
     settings: CheckSettings
-    servers: dict[str, Server]
-    pins: Pins
+    servers: dict[str, ProbedServer]
+    pins: PinnedHandles
     roles: dict[str, Role] = field(default_factory=dict)
     """The servers that are to keep one role."""
-    facts: dict[str, Facts] = field(default_factory=dict)
+    described: dict[str, SelfDescription] = field(default_factory=dict)
+    """What servers said of themselves, as far as they did."""
     findings: list[Finding] = field(default_factory=list)
     aside: dict[str, str] = field(default_factory=dict)
     """Why a server is not probed any further, by id."""
@@ -65,14 +68,14 @@ class Board:
     _random: random.Random = field(default_factory=random.SystemRandom)
 
     @property
-    def active(self) -> list[Server]:
+    def active(self) -> list[ProbedServer]:
         """The servers that are not set aside."""
         return [server for name, server in self.servers.items() if name not in self.aside]
 
     @property
     def block_tokens(self) -> int:
         """The block size of the servers that are probed; they have one."""
-        return next((self.facts[each.id].block_tokens or 16 for each in self.active), 16)
+        return next((self.facts(each.id).block_tokens for each in self.active), BLOCK_TOKENS)
 
     @property
     def nixl(self) -> Nixl:
@@ -86,6 +89,10 @@ class Board:
     def set_aside(self, name: str, why: str) -> None:
         """Probe ``name`` no further; the first reason stays."""
         self.aside.setdefault(name, why)
+
+    def facts(self, name: str) -> ServerFacts:
+        """Return the facts of a server that was described."""
+        return self.described[name].facts
 
     def gives(self, name: str) -> bool:
         """Tell whether others are to pull KV from the server."""
@@ -111,11 +118,11 @@ class Board:
         """Choose the prompt of all KV probes: some whole blocks and a half."""
         block = self.block_tokens
         blocks = max(2, -(-SHORTEST_PULL // block))
-        room = min(self.facts[each.id].max_model_len for each in self.active) - 4 * REFERENCE_TOKENS
+        room = min(self.facts(each.id).max_model_len for each in self.active) - 4 * REFERENCE_TOKENS
         self.prompt = self.fresh_prompt(max(8, min(blocks * block + block // 2, room)))
 
     async def each(
-        self, probe: str, run: Callable[[Server], Awaitable[list[Finding]]], *, fatal: bool = False
+        self, probe: str, run: Callable[[ProbedServer], Awaitable[list[Finding]]], *, fatal: bool = False
     ) -> None:
         """Run ``run`` for all active servers at once; one that fails is a finding, and is set aside when its
         failure is ``fatal`` to what follows."""
