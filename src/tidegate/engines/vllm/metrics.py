@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -17,7 +18,6 @@ NAMES = {
     "waiting": ("vllm:num_requests_waiting",),
     "waiting_by_reason": ("vllm:num_requests_waiting_by_reason",),
     "kv_usage": ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"),
-    "cache_config": ("vllm:cache_config_info",),
     "started": ("process_start_time_seconds",),
     "preemptions": ("vllm:num_preemptions_total",),
     "prompt_tokens": ("vllm:prompt_tokens_total",),
@@ -32,6 +32,7 @@ NAMES = {
 }
 """The samples that are read; each quantity has its newest name first, then older ones."""
 WANTED = frozenset(name for names in NAMES.values() for name in names)
+CACHE_CONFIG = "vllm:cache_config_info"
 
 _Samples = list[tuple[Mapping[str, str], float]]
 
@@ -91,12 +92,15 @@ class VllmMetrics:
 
 def read_metrics(page: str) -> VllmMetrics:
     """Read a page of Prometheus text. Raises ValueError when it is malformed where it matters."""
-    samples: defaultdict[str, _Samples] = defaultdict(list)
     # The parser takes 9 ms for a whole page of 60 kB, nearly all of it histograms that nobody reads here.
-    lines = (line for line in page.split("\n") if _name(line) in WANTED)
-    for family in text_string_to_metric_families("\n".join(lines) + "\n"):
-        for sample in family.samples:
-            samples[sample.name].append((sample.labels, sample.value))
+    lines, config = [], []
+    for line in page.split("\n"):
+        name = _name(line)
+        if name in WANTED:
+            lines.append(line)
+        elif name == CACHE_CONFIG:
+            config.append(line)
+    samples = _parse(lines)
 
     def present(quantity: str) -> _Samples:
         """Return the samples under the first name that there is; none if one is not a number."""
@@ -109,17 +113,15 @@ def read_metrics(page: str) -> VllmMetrics:
 
     usages = [value for _, value in present("kv_usage")]
     starts = [value for _, value in present("started")]
-    configs = [labels for labels, _ in present("cache_config")]
-    blocks = [_whole(labels.get("num_gpu_blocks")) for labels in configs]
-    caching = {labels.get("enable_prefix_caching") for labels in configs}
+    kv_blocks, block_tokens, prefix_caching = _cache_config(tuple(config))
     return VllmMetrics(
         running=count("running"),
         waiting=count("waiting"),
         waiting_by_reason=_by_label(present("waiting_by_reason"), "reason"),
         kv_usage=sum(usages) / len(usages) if usages else None,  # the engines' caches have one size
-        kv_blocks=sum(blocks) or None if all(blocks) else None,
-        block_tokens=next((_whole(labels.get("block_size")) for labels in configs), 0) or None,
-        prefix_caching={"True": True, "False": False}.get(str(caching.pop())) if len(caching) == 1 else None,
+        kv_blocks=kv_blocks,
+        block_tokens=block_tokens,
+        prefix_caching=prefix_caching,
         started_s=starts[0] if starts else None,
         preemptions=count("preemptions"),
         prompt_tokens=count("prompt_tokens"),
@@ -132,6 +134,27 @@ def read_metrics(page: str) -> VllmMetrics:
         nixl_expired=count("nixl_expired"),
         counts_kv_fetches=bool(present("kv_fetches")),
         shows_nixl=page.startswith("vllm:nixl_") or "\nvllm:nixl_" in page,
+    )
+
+
+def _parse(lines: Sequence[str]) -> Mapping[str, _Samples]:
+    samples: defaultdict[str, _Samples] = defaultdict(list)
+    for family in text_string_to_metric_families("\n".join(lines) + "\n"):
+        for sample in family.samples:
+            samples[sample.name].append((sample.labels, sample.value))
+    return samples
+
+
+@lru_cache(maxsize=256)  # the lines stay the same in a server's life, and cost as much as all others
+def _cache_config(lines: tuple[str, ...]) -> tuple[int | None, int | None, bool | None]:
+    """Return the number of KV blocks, the tokens of each, and whether a prefix cache is on."""
+    engines = [labels for labels, _ in _parse(lines).get(CACHE_CONFIG, [])]
+    blocks = [_whole(labels.get("num_gpu_blocks")) for labels in engines]
+    caching = {labels.get("enable_prefix_caching") for labels in engines}
+    return (
+        sum(blocks) or None if all(blocks) else None,
+        next((_whole(labels.get("block_size")) for labels in engines), 0) or None,
+        {"True": True, "False": False}.get(str(caching.pop())) if len(caching) == 1 else None,
     )
 
 
