@@ -135,7 +135,7 @@ async def linked(source: Server, target: Server) -> AsyncIterator[tuple[LinkEnd,
             await runner.setup()
             await web.TCPSite(runner, "127.0.0.1", 0).start()
             url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-            ends.append(LinkEnd(VllmClient(session, url, model="m"), FACTS, (5, 500)))
+            ends.append(LinkEnd(VllmClient(session, url), FACTS, (5, 500)))
         try:
             yield ends[0], ends[1]
         finally:

@@ -59,7 +59,7 @@ def test_the_tiny_model_is_complete(tiny: Callable[..., Path], arch: str) -> Non
     folder = tiny(arch)
     driven = Driven(folder)
     info = driven.engine.info
-    assert (info.architecture, info.vocab_size, info.max_model_len) == (arch, 512, 8192)
+    assert (info.vocab_size, info.max_model_len) == (512, 8192)
     assert info.eos_ids == {1, 4}
     assert info.kv_bytes_per_token == 2 * 2 * 2 * 32 * 8
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
-from vllm_servers import ServerOptions, Start, VllmCluster, VllmServer
+from vllm_servers import ServerOptions, Start, VllmCluster, VllmServer, nixl_variant
 
 from tidegate.check.context import CheckSettings
 from tidegate.check.run import check_fleet
 from tidegate.check.verdict import CheckReport, Verdict
 from tidegate.core.slo import Slo
-from tidegate.fleet.vllm_command import nixl_config
 
 pytestmark = pytest.mark.parametrize("servers_of_arch", ["llama"], indirect=True)
 
@@ -35,10 +34,10 @@ FAULTS = {
     "wrong model": Planted(ServerOptions(arch="qwen3"), "same answers", "another model"),
     "other block size": Planted(ServerOptions(block_tokens=64), "block size", "64 tokens; the others: 32"),
     "recompute policy": Planted(
-        ServerOptions(kv=nixl_config(failure_policy="recompute")), "failure policy", "recompute"
+        ServerOptions(kv=nixl_variant(failure_policy="recompute")), "failure policy", "recompute"
     ),
     "no bidirectional reads": Planted(
-        ServerOptions(kv=nixl_config(bidirectional=False)),
+        ServerOptions(kv=nixl_variant(bidirectional_kv_xfer=False)),
         "bidirectional reads",
         "bidirectional reads are missing",
     ),
@@ -50,7 +49,7 @@ FAULTS = {
         also=("KV pull", "flip without restart"),
     ),
     "producer only": Planted(
-        ServerOptions(kv=nixl_config(role="kv_producer")), "role", "kv_producer", Verdict.YELLOW
+        ServerOptions(kv=nixl_variant(role="kv_producer")), "role", "kv_producer", Verdict.YELLOW
     ),
     "no prefix cache": Planted(
         ServerOptions(args=["--no-enable-prefix-caching"]), "prefix cache", "prefix cache off"

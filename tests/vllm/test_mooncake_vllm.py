@@ -16,7 +16,6 @@ from vllm_servers import BLOCK_TOKENS, SERVED_NAME, VLLM, ServerOptions, VllmClu
 from tidegate.engines.seam import Leg, LegEnd, Tokens
 from tidegate.engines.vllm.engine import VllmEngine
 from tidegate.fleet.static import KvSetup
-from tidegate.fleet.vllm_command import mooncake_config
 
 LEASE_S = 60
 """Longer than any test waits: what is freed within it was not freed by its end."""
@@ -24,7 +23,12 @@ ROUNDS = 8
 LENGTHS = [k * BLOCK_TOKENS + more for k in (1, 2, 9) for more in (-1, 0, 1)]
 """Around ends of blocks: there, a pull of another length than the handle's would need another block."""
 OPTIONS = ServerOptions(
-    kv=mooncake_config(protocol="tcp"),
+    kv={
+        "kv_connector": "MooncakeConnector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "fail",
+        "kv_connector_extra_config": {"mooncake_protocol": "tcp"},  # for machines without RDMA
+    },
     env={"VLLM_CPU_SHIM_ACCELERATOR": "1", "VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT": str(LEASE_S)},
 )
 

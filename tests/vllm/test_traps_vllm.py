@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from through_gateway import COMPLETIONS, Running, ask, client, record_legs, serving
-from vllm_servers import BLOCK_TOKENS, SERVED_NAME, ServerOptions, VllmCluster, VllmServer
+from vllm_servers import BLOCK_TOKENS, SERVED_NAME, ServerOptions, VllmCluster, VllmServer, nixl_variant
 
 from tidegate.engines.vllm.connector import MARGIN_S
 from tidegate.fleet.static import KvSetup
@@ -233,7 +233,7 @@ class TestRecompute:
 
     servers = (
         ServerOptions(),
-        ServerOptions(kv=nixl_config(failure_policy="recompute", recompute_threshold=64)),
+        ServerOptions(kv=nixl_variant(failure_policy="recompute", kv_recompute_threshold=64)),
     )
 
     def test_kv_below_the_threshold_is_recomputed(self, pair: VllmCluster) -> None:
@@ -257,7 +257,7 @@ class TestRecompute:
 class TestOneWay:
     """Servers without ``bidirectional_kv_xfer``."""
 
-    servers = (ServerOptions(kv=nixl_config(bidirectional=False)),) * 2
+    servers = (ServerOptions(kv=nixl_variant(bidirectional_kv_xfer=False)),) * 2
 
     async def test_the_gateway_moves_decodes_without_it(
         self, pair: VllmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -63,6 +63,13 @@ class ServerOptions:
         ]
 
 
+def nixl_variant(*, role: str = "kv_both", failure_policy: str = "fail", **extra: object) -> dict[str, Any]:
+    """Return the gateway's configuration of NixlConnector with something else in it."""
+    config = nixl_config() | {"kv_role": role, "kv_load_failure_policy": failure_policy}
+    config["kv_connector_extra_config"] |= extra
+    return config
+
+
 class VllmServer:
     """One server with ports of its own, which it keeps over restarts. All calls block."""
 

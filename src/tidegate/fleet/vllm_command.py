@@ -38,15 +38,7 @@ STREAM_PIN_S = 1
 and what a migration or a later round wants is pinned on demand."""
 
 
-def nixl_config(
-    *,
-    engine_id: str = "",
-    role: str = "kv_both",
-    failure_policy: str = "fail",
-    bidirectional: bool = True,
-    lease_s: int = 30,
-    recompute_threshold: int = 0,
-) -> dict[str, Any]:
+def nixl_config(lease_s: int = 30) -> dict[str, Any]:
     """Return vLLM's ``--kv-transfer-config`` for NixlConnector as the gateway wants it.
 
     ``kv_both``: which phase a server computes is a decision per request. ``fail``: a pull that cannot be made
@@ -55,31 +47,17 @@ def nixl_config(
     how long KV stays pinned for a pull. Behind a stream it stays for ``STREAM_PIN_S`` only. A recompute
     threshold of 0 leaves it to the gateway which KV is worth a pull.
     """
-    config: dict[str, Any] = {
+    return {
         "kv_connector": "NixlConnector",
-        "kv_role": role,
-        "kv_load_failure_policy": failure_policy,
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "fail",
         "kv_connector_extra_config": {
-            "bidirectional_kv_xfer": bidirectional,
-            "kv_recompute_threshold": recompute_threshold,
+            "bidirectional_kv_xfer": True,
+            "kv_recompute_threshold": 0,
             "kv_lease_duration": lease_s,
             "decoder_kv_blocks_ttl": STREAM_PIN_S,
         },
     }
-    return config | ({"engine_id": engine_id} if engine_id else {})
-
-
-def mooncake_config(*, engine_id: str = "", protocol: str = "") -> dict[str, Any]:
-    """Return vLLM's ``--kv-transfer-config`` for MooncakeConnector; ``protocol`` tcp is for machines
-    without RDMA."""
-    extra = {"kv_connector_extra_config": {"mooncake_protocol": protocol}} if protocol else {}
-    config = {
-        "kv_connector": "MooncakeConnector",
-        "kv_role": "kv_both",
-        "kv_load_failure_policy": "fail",
-        **extra,
-    }
-    return config | ({"engine_id": engine_id} if engine_id else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,22 +143,22 @@ def _without(words: Sequence[str], flag: str) -> tuple[list[str], str | None]:
     return rest, value
 
 
-def free_ports(taken: Sequence[int] = (), host: str = "127.0.0.1") -> int:
-    """Return the first of ``PORTS_PER_SERVER`` ports in a row that are free on ``host``, away from ``taken``,
-    which are first ports of other servers. Raises SetupError when there are none."""
+def free_ports(taken: Sequence[int] = ()) -> int:
+    """Return the first of ``PORTS_PER_SERVER`` ports in a row that are free on this machine, away from
+    ``taken``, which are first ports of other servers. Raises SetupError when there are none."""
     starts = range(FIRST_PORT, LAST_PORT, PORTS_PER_SERVER)
     for first in random.sample(starts, ATTEMPTS):
         row = range(first, first + PORTS_PER_SERVER)
-        if first not in taken and all(_is_free(host, port) for port in row):
+        if first not in taken and all(_is_free(port) for port in row):
             return first
     raise SetupError(f"no {PORTS_PER_SERVER} free ports in a row between {FIRST_PORT} and {LAST_PORT}")
 
 
-def _is_free(host: str, port: int) -> bool:
+def _is_free(port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, port))
+            probe.bind(("127.0.0.1", port))
         except OSError:
             return False
         return True

@@ -185,11 +185,6 @@ class Engine:
         with self._wake:
             return replace(self._stats, waiting=self._stats.waiting + self._unseen)
 
-    @property
-    def alive(self) -> bool:
-        """Whether the compute thread runs and takes requests."""
-        return self._thread is not None and self._thread.is_alive() and not self._stopping
-
     def pinned(self, request_id: str) -> PinnedKv | None:
         """Return the pinned KV, or None when it expired or never existed."""
         return self._pins.pinned(request_id)

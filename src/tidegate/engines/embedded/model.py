@@ -36,7 +36,6 @@ class ModelInfo:
     """What the rest of the engine needs to know of a model. ``max_model_len`` is in tokens."""
 
     folder: Path
-    architecture: str
     max_model_len: int
     vocab_size: int
     eos_ids: frozenset[int]
@@ -93,7 +92,6 @@ def _model_info(folder: Path, config: Any, dtype: torch.dtype) -> ModelInfo:
     heads = config.num_attention_heads
     return ModelInfo(
         folder=folder,
-        architecture=config.model_type,
         max_model_len=config.max_position_embeddings,
         vocab_size=config.vocab_size,
         eos_ids=_eos_ids(folder, config),

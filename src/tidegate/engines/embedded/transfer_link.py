@@ -70,11 +70,6 @@ class PeerLink:
             raise
         return cls(wire, facts, options)
 
-    @property
-    def shares_memory(self) -> bool:
-        """Whether blocks come through shared memory."""
-        return self._mapped is not None
-
     def ask(self, source: KvSource, count: int, store: KvStore) -> None:
         """Ask for the first ``count`` blocks of ``source``; with 0 release the pin and nothing else.
 

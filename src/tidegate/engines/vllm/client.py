@@ -102,7 +102,7 @@ class VllmClient:
 
     Calls raise EngineUnreachable, EngineTimeout or EngineFault, each naming ``instance``. ``deadline_s`` is
     for plain questions, ``completion_s`` for completions; ``headers`` are sent with each, beside the key.
-    ``model`` is what completions name.
+    ``model`` is what completions name, to be set before the first one.
     """
 
     def __init__(
@@ -112,14 +112,13 @@ class VllmClient:
         *,
         instance: str = "",
         api_key: str = "",
-        model: str = "",
         deadline_s: float = ASK_S,
         completion_s: float = COMPLETION_S,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         self.url = url
         self.instance = instance or url
-        self.model = model
+        self.model = ""
         self.deadline_s = deadline_s
         self.completion_s = completion_s
         self._session = session
