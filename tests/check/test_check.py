@@ -13,7 +13,7 @@ from fake_vllm import FakeVllm, Fault, StartFleet
 from tidegate.check.context import CheckSettings
 from tidegate.check.run import check_fleet
 from tidegate.check.server import Deadlines
-from tidegate.check.verdict import CheckReport, Verdict
+from tidegate.check.verdict import CheckReport, CheckVerdict
 from tidegate.cli.main import main
 from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
@@ -30,7 +30,7 @@ async def check(servers: list[FakeVllm], roles: tuple[Role | None, ...] = (), **
 
 
 def red(report: CheckReport) -> list[tuple[str, tuple[str, ...]]]:
-    return [(each.probe, each.where) for each in report.findings if each.verdict is Verdict.RED]
+    return [(each.probe, each.where) for each in report.findings if each.verdict is CheckVerdict.RED]
 
 
 def told(report: CheckReport, probe: str) -> str:
@@ -42,7 +42,7 @@ async def test_a_good_fleet_is_all_green_and_keeps_nothing_pinned(fleet: StartFl
     servers = await fleet(*(Fault(decoded_s=0.05) for _ in range(3)))
     report = await check(servers, slo=Slo(1.0, 0.5))
     assert report.ok
-    assert {each.verdict for each in report.findings} == {Verdict.GREEN}
+    assert {each.verdict for each in report.findings} == {CheckVerdict.GREEN}
     pulls = {each.where for each in report.findings if each.probe == "KV pull"}
     assert len(pulls) == 6
     assert not any(server.pinned for server in servers)

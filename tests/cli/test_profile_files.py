@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tidegate.bench.saved_profile import HeldOut, Link, LinkSample, SavedProfile, read_profile, save_profile
+from tidegate.bench.saved_profile import (
+    HeldOut,
+    LinkSample,
+    MeasuredLink,
+    SavedProfile,
+    read_profile,
+    save_profile,
+)
 from tidegate.cli.main import main
 from tidegate.cli.profiles import OLD_DAYS, load_profile, profile_warnings
 from tidegate.core.errors import ConfigError
@@ -33,7 +40,7 @@ SAVED = SavedProfile(
     notes=("a note",),
     samples={"step": [{"batch": 1, "context_tokens": 8, "seconds": 0.01}]},
     links=(
-        Link(
+        MeasuredLink(
             "http://h:1", "http://h:2", "by hand", 0.001, 1e9, 0.02, None, None, (LinkSample(65, 96, 0.002),)
         ),
     ),

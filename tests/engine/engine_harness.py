@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tidegate.engines.embedded.engine import Engine, EngineConfig
+from tidegate.engines.embedded.engine import EmbeddedEngine, EngineConfig
 from tidegate.engines.serving.types import GenerateRequest, KvSource, Output, SamplingParams
 
 
@@ -42,7 +42,7 @@ class Driven:
     def __init__(self, model: Path, clock: HandClock | None = None, **config: Any) -> None:
         self.clock = clock or HandClock()
         settings: dict[str, Any] = {"dtype": "float64", "total_blocks": 256, **config}
-        self.engine = Engine(EngineConfig(model, **settings), self.clock)
+        self.engine = EmbeddedEngine(EngineConfig(model, **settings), self.clock)
         self.legs: dict[str, Leg] = {}
 
     def submit(self, request: GenerateRequest) -> None:
@@ -83,7 +83,7 @@ class Driven:
 class HandPuller:
     """A KvPuller that copies between in-process engines when the test says so."""
 
-    def __init__(self, local: Engine, peers: dict[str, Engine]) -> None:
+    def __init__(self, local: EmbeddedEngine, peers: dict[str, EmbeddedEngine]) -> None:
         self._local = local
         self._peers = peers
         self.jobs: list[tuple[KvSource, list[int], Callable[[str | None, int], None]]] = []

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tidegate.core.errors import BadRequest, ConfigError, NoInstance, PromptTooLong
-from tidegate.engines.embedded.engine import Engine, EngineConfig
+from tidegate.engines.embedded.engine import EmbeddedEngine, EngineConfig
 from tidegate.engines.serving.types import Output, SamplingParams
 
 
@@ -124,7 +124,7 @@ def test_a_crashing_step_fails_its_requests_and_spares_the_rest(
 def test_a_broken_book_fails_everyone_and_takes_nothing_more(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Engine(EngineConfig(llama, dtype="float32", total_blocks=64))
+    engine = EmbeddedEngine(EngineConfig(llama, dtype="float32", total_blocks=64))
     monkeypatch.setattr(engine._scheduler, "schedule", lambda: 1 / 0)
     monkeypatch.setattr(engine._scheduler, "remove", lambda sequence: 1 / 0)
     sink = Collected()
@@ -399,7 +399,7 @@ class Collected:
 
 
 def test_the_running_loop_serves_threads_and_stops_cleanly(llama: Path) -> None:
-    engine = Engine(EngineConfig(llama, dtype="float32", total_blocks=64, lease_s=0.05))
+    engine = EmbeddedEngine(EngineConfig(llama, dtype="float32", total_blocks=64, lease_s=0.05))
     sink = Collected()
     engine.start(sink)
 
@@ -425,7 +425,7 @@ def test_the_running_loop_serves_threads_and_stops_cleanly(llama: Path) -> None:
 
 
 def test_a_failing_sink_does_not_end_the_loop(llama: Path) -> None:
-    engine = Engine(EngineConfig(llama, dtype="float32", total_blocks=64))
+    engine = EmbeddedEngine(EngineConfig(llama, dtype="float32", total_blocks=64))
     sink = Collected()
     calls = []
 

@@ -13,7 +13,7 @@ from engine_fakes import FACTS, until
 
 from tidegate.engines.dialect import DialectEngine
 from tidegate.engines.embedded.codec import TokenizerCodec
-from tidegate.engines.embedded.engine import Engine, EngineConfig
+from tidegate.engines.embedded.engine import EmbeddedEngine, EngineConfig
 from tidegate.engines.embedded.tiny_model import make_tiny_model
 from tidegate.engines.seam import Leg, Tokens
 from tidegate.engines.serving.delivery import OutputRouter
@@ -47,7 +47,7 @@ class Said:
 
 
 @asynccontextmanager
-async def serving(engine: Engine) -> AsyncIterator[tuple[DialectEngine, Callable[[], None]]]:
+async def serving(engine: EmbeddedEngine) -> AsyncIterator[tuple[DialectEngine, Callable[[], None]]]:
     """Serve an engine whose loop does not run; yield its client and what makes it take one step."""
     router = OutputRouter(asyncio.get_running_loop())
     parts = Parts(
@@ -80,7 +80,9 @@ async def test_a_short_request_that_can_be_in_time_overtakes_a_hopeless_long_one
 ) -> None:
     """All wait while the engine stands still, so that only its order decides. A leg that continues an answer
     goes first in any order."""
-    engine = Engine(EngineConfig(model, dtype="float64", total_blocks=64, max_num_seqs=1, order=order))
+    engine = EmbeddedEngine(
+        EngineConfig(model, dtype="float64", total_blocks=64, max_num_seqs=1, order=order)
+    )
     legs = [
         Leg("long", list(range(5, 55)), None, 1, {"temperature": 0}, ticket=HOPELESS),
         Leg("short", [5, 6, 7], None, 1, {"temperature": 0}, ticket=FEASIBLE),

@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 import pytest
 
-from tidegate.engines.dialect import _Stream
+from tidegate.engines.dialect import _StreamReader
 from tidegate.engines.seam import Leg, Tokens
 
 METRICS = {"kv_load_time_ms": 2.0, "kv_loaded_bytes": 4096, "cached_tokens": 8}
@@ -25,7 +25,7 @@ class Sink:
 )
 def test_usage_behind_the_times_does_not_hide_them(tail: list[dict[str, Any]]) -> None:
     last = {"text": "a", "token_ids": [5], "finish_reason": "length", "logprobs": None}
-    stream = _Stream(Leg("r", [1], None, 1, {}), Sink(), "i0")
+    stream = _StreamReader(Leg("r", [1], None, 1, {}), Sink(), "i0")
     for event in [{"choices": [last]}, *({"choices": []} | more for more in tail)]:
         stream.feed(b"data: " + orjson.dumps(event) + b"\n\n")
     times = stream.end().times

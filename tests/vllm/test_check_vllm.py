@@ -12,7 +12,7 @@ from vllm_servers import ServerOptions, Start, VllmCluster, VllmServer, nixl_var
 
 from tidegate.check.context import CheckSettings
 from tidegate.check.run import check_fleet
-from tidegate.check.verdict import CheckReport, Verdict
+from tidegate.check.verdict import CheckReport, CheckVerdict
 from tidegate.core.slo import Slo
 
 pytestmark = pytest.mark.parametrize("servers_of_arch", ["llama"], indirect=True)
@@ -25,7 +25,7 @@ class Planted:
     options: ServerOptions
     probe: str
     words: str
-    verdict: Verdict = Verdict.RED
+    verdict: CheckVerdict = CheckVerdict.RED
     also: tuple[str, ...] = ()
     """Probes that the fault makes fail as well."""
 
@@ -49,7 +49,7 @@ FAULTS = {
         also=("KV pull", "flip without restart"),
     ),
     "producer only": Planted(
-        ServerOptions(kv=nixl_variant(role="kv_producer")), "role", "kv_producer", Verdict.YELLOW
+        ServerOptions(kv=nixl_variant(role="kv_producer")), "role", "kv_producer", CheckVerdict.YELLOW
     ),
     "no prefix cache": Planted(
         ServerOptions(args=["--no-enable-prefix-caching"]), "prefix cache", "prefix cache off"
@@ -67,7 +67,7 @@ def check(servers: Sequence[VllmServer], *, thorough: bool = False) -> CheckRepo
 
 def not_green(report: CheckReport) -> str:
     """Return what a failed test shows of a report."""
-    lines = [each.to_json() for each in report.findings if each.verdict is not Verdict.GREEN]
+    lines = [each.to_json() for each in report.findings if each.verdict is not CheckVerdict.GREEN]
     return "\n".join(
         f"{each['probe']} {each['where']} {each['verdict']}: {each['observed']}" for each in lines
     )
@@ -75,7 +75,7 @@ def not_green(report: CheckReport) -> str:
 
 def reds(report: CheckReport) -> set[tuple[str, str]]:
     """Return the probes that failed, each with who is to blame: the last server where two are involved."""
-    return {(each.probe, max(each.where)) for each in report.findings if each.verdict is Verdict.RED}
+    return {(each.probe, max(each.where)) for each in report.findings if each.verdict is CheckVerdict.RED}
 
 
 def assert_nothing_is_left(servers: Sequence[VllmServer]) -> None:
@@ -86,7 +86,7 @@ def assert_nothing_is_left(servers: Sequence[VllmServer]) -> None:
 
 def test_a_good_fleet_is_green_and_left_as_it_was(cluster: VllmCluster) -> None:
     report = check(cluster.servers)
-    assert {each.verdict for each in report.findings} == {Verdict.GREEN}, not_green(report)
+    assert {each.verdict for each in report.findings} == {CheckVerdict.GREEN}, not_green(report)
     pulls = [each for each in report.findings if each.probe == "KV pull"]
     assert len(pulls) == 6 and all("112 tokens pulled" in each.observed for each in pulls)
     assert_nothing_is_left(cluster.servers)
@@ -102,9 +102,9 @@ def test_a_planted_fault_is_named(servers_of_arch: VllmCluster, start: Start, pl
     assert any(each.verdict is planted.verdict and planted.words in each.observed for each in found), (
         not_green(report)
     )
-    expected = {(planted.probe, "i2")} if planted.verdict is Verdict.RED else set()
+    expected = {(planted.probe, "i2")} if planted.verdict is CheckVerdict.RED else set()
     assert reds(report) == expected | {(probe, "i2") for probe in planted.also}, not_green(report)
-    assert report.ok is (planted.verdict is not Verdict.RED)
+    assert report.ok is (planted.verdict is not CheckVerdict.RED)
     assert_nothing_is_left(good)
     if planted.probe != "side channel":
         assert_nothing_is_left([faulty])

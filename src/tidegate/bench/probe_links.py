@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from tidegate.bench.probe_target import ProbeTarget
-from tidegate.bench.saved_profile import Link, LinkSample
+from tidegate.bench.saved_profile import LinkSample, MeasuredLink
 from tidegate.core.errors import ConfigError, EngineFault
 from tidegate.costs.fitting import TransferSample, fit_transfer
 from tidegate.costs.forms import TransferCost
@@ -154,7 +154,7 @@ def link_lengths(source: ServerFacts, target: ServerFacts) -> list[int]:
     return [tokens + 1 for tokens in sorted(whole) if tokens < room]
 
 
-def fit_link(source: str, target: str, samples: Sequence[LinkSample]) -> Link:
+def fit_link(source: str, target: str, samples: Sequence[LinkSample]) -> MeasuredLink:
     """Fit latency and bandwidth; the connector's own times bound both the times and the bandwidth.
 
     Raises ConfigError for fewer than two lengths.
@@ -172,7 +172,7 @@ def fit_link(source: str, target: str, samples: Sequence[LinkSample]) -> Link:
         bytes_per_s = min(float(cost.bytes_per_s), float(reads.bytes_per_s))
         latency_s = median(max(0.0, s.seconds - s.n_bytes / bytes_per_s) for s in seen)
         cost = TransferCost(latency_s, bytes_per_s)
-    return Link(
+    return MeasuredLink(
         source,
         target,
         by,

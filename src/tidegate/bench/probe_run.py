@@ -20,7 +20,7 @@ from tidegate.bench.probe_facts import busy_servers, engine_name, hardware_name,
 from tidegate.bench.probe_fit import Fitted, fit_timed
 from tidegate.bench.probe_links import LinkEnd, fit_link, time_link, told_link
 from tidegate.bench.probe_target import ProbeTarget
-from tidegate.bench.saved_profile import Link, LinkSample, SavedProfile
+from tidegate.bench.saved_profile import LinkSample, MeasuredLink, SavedProfile
 from tidegate.bench.settings import BenchSettings, PromptForm
 from tidegate.core.errors import ConfigError, EngineError
 from tidegate.costs.forms import TransferCost
@@ -167,7 +167,7 @@ class _Servers:
                 notes.append(f"{target.url} takes {ratio:.2f} times as long: measure it on its own")
         return notes
 
-    async def links(self, advance: Advance) -> tuple[list[Link], list[str]]:
+    async def links(self, advance: Advance) -> tuple[list[MeasuredLink], list[str]]:
         """Time KV moving over every ordered pair; notes for those where none moves."""
         if len(self.urls) < 2:
             return [], ["no second instance: the transfer's cost is assumed"]
@@ -220,7 +220,7 @@ async def _interference(client: VllmClient, before: int | None, sent_tokens: int
 
 
 def _saved(
-    servers: _Servers, prober: Prober, fitted: Fitted, links: Sequence[Link], notes: Sequence[str]
+    servers: _Servers, prober: Prober, fitted: Fitted, links: Sequence[MeasuredLink], notes: Sequence[str]
 ) -> SavedProfile:
     timed, facts = prober.timed, servers.facts[0]
     samples = [sample for link in links for sample in link.samples]

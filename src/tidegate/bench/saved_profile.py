@@ -36,7 +36,7 @@ class LinkSample:
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
+class MeasuredLink:
     """The way of KV from ``source`` to ``target``, two URLs.
 
     ``by`` says how ``latency_s`` and ``bytes_per_s`` were found, ``read_*`` are those of the connector's own
@@ -54,7 +54,7 @@ class Link:
     samples: tuple[LinkSample, ...]
 
     @classmethod
-    def from_json(cls, row: dict[str, Any]) -> Link:
+    def from_json(cls, row: dict[str, Any]) -> MeasuredLink:
         """Build it from the object that ``asdict`` made."""
         return cls(**row | {"samples": tuple(LinkSample(**sample) for sample in row["samples"])})
 
@@ -85,7 +85,7 @@ class SavedProfile:
     held_out: tuple[HeldOut, ...]
     notes: tuple[str, ...]
     samples: dict[str, list[dict[str, float]]]
-    links: tuple[Link, ...] = ()
+    links: tuple[MeasuredLink, ...] = ()
 
     def age_days(self, now: datetime) -> float:
         """Return the days since it was measured."""
@@ -127,7 +127,7 @@ class SavedProfile:
                 held_out=tuple(HeldOut(**row) for row in data["held_out"]),
                 notes=tuple(str(note) for note in data["notes"]),
                 samples=dict(data["samples"]),
-                links=tuple(Link.from_json(row) for row in data.get("links", ())),
+                links=tuple(MeasuredLink.from_json(row) for row in data.get("links", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"the profile is damaged: {error!r}") from None

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from tidegate.check.context import CheckContext
 from tidegate.check.pairs import PairResult
-from tidegate.check.verdict import Finding, Verdict
+from tidegate.check.verdict import CheckVerdict, Finding
 
 CONNECT_S = 2.0
 GREETING = b"\xff"
@@ -33,16 +33,16 @@ async def _judge(check: CheckContext, seen: dict[tuple[str, str], PairResult], n
     address = f"{host}:{port}"
     working = [taker for taker, each in pairs.items() if each.works]
     if working:
-        return Finding("side channel", (name,), Verdict.GREEN, f"{address} serves {', '.join(working)}")
+        return Finding("side channel", (name,), CheckVerdict.GREEN, f"{address} serves {', '.join(working)}")
     heard = await _greets(host, port)
     if heard:
         observed = f"{address} answers from here, but no peer could fetch KV from it"
         change = "let peers reach it, and open UCX's ports (UCX_NET_DEVICES, UCX_TLS) between the servers"
-        return Finding("side channel", (name,), Verdict.RED, observed, change)
+        return Finding("side channel", (name,), CheckVerdict.RED, observed, change)
     observed = f"side channel blocked: neither peers nor we reach {address}"
     if _is_local(host) and not _is_local(urlsplit(check.servers[name].url).hostname or ""):
         observed += ", which is the server's own machine only"
-    return Finding("side channel", (name,), Verdict.RED, observed, SIDE_CHANNEL)
+    return Finding("side channel", (name,), CheckVerdict.RED, observed, SIDE_CHANNEL)
 
 
 async def _greets(host: str, port: object) -> bool:

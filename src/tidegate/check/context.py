@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from tidegate.check.facts import SelfDescription
 from tidegate.check.pins import PinnedHandles
 from tidegate.check.server import ProbedServer
-from tidegate.check.verdict import Finding, Verdict, shared_start
+from tidegate.check.verdict import CheckVerdict, Finding, shared_start
 from tidegate.core.errors import EngineError
 from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
@@ -130,7 +130,7 @@ class CheckContext:
         for found in await asyncio.gather(*(self.one(probe, (each.id,), run(each)) for each in servers)):
             self.add(found)
             for each in found:
-                if fatal and each.verdict is Verdict.RED:
+                if fatal and each.verdict is CheckVerdict.RED:
                     self.set_aside(each.where[0], FATAL.get(probe, f"its {probe} failed"))
 
     async def one(self, probe: str, where: tuple[str, ...], run: Awaitable[list[Finding]]) -> list[Finding]:
@@ -139,4 +139,4 @@ class CheckContext:
             return await run
         except EngineError as error:
             who = f"{error.instance}: " if error.instance and (error.instance,) != where else ""
-            return [Finding(probe, where, Verdict.RED, f"{who}{error.message}", "see the server's log")]
+            return [Finding(probe, where, CheckVerdict.RED, f"{who}{error.message}", "see the server's log")]

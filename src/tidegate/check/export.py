@@ -6,7 +6,7 @@ from tidegate.check.context import CheckContext
 from tidegate.check.pairs import PairResult
 from tidegate.check.server import ProbedServer
 from tidegate.check.transfer import TAKE_TOKENS, produce, take
-from tidegate.check.verdict import Finding, Verdict
+from tidegate.check.verdict import CheckVerdict, Finding
 from tidegate.engines.vllm.metrics import CACHED, COMPUTED
 
 PROBE = "export on demand"
@@ -27,7 +27,7 @@ async def probe_exports(check: CheckContext, seen: dict[tuple[str, str], PairRes
             await check.pins.release(check.servers, (server.id, takers[0]))
         else:
             observed = "not probed: no server can pull from it"
-            check.add([Finding(PROBE, (server.id,), Verdict.SKIPPED, observed)])
+            check.add([Finding(PROBE, (server.id,), CheckVerdict.SKIPPED, observed)])
 
 
 async def _probe(check: CheckContext, source: ProbedServer, target: ProbedServer) -> list[Finding]:
@@ -41,7 +41,7 @@ async def _probe(check: CheckContext, source: ProbedServer, target: ProbedServer
     made = await produce(check, source, prompt, 1, salt)
     if made.handle is None:
         observed, change = "no handle for what it had streamed", "see its log"
-        return [Finding(PROBE, (source.id,), Verdict.RED, observed, change)]
+        return [Finding(PROBE, (source.id,), CheckVerdict.RED, observed, change)]
     after = await source.metrics_once(
         lambda now: (
             now.source(CACHED) + now.source(COMPUTED) - before.source(CACHED) - before.source(COMPUTED)
@@ -52,10 +52,10 @@ async def _probe(check: CheckContext, source: ProbedServer, target: ProbedServer
     taken = await take(check, target, made.handle, prompt, rest, pin=False, salt=salt)
     verdict, observed, change = taken.judge(len(prompt))
     hit = after.source(CACHED) - before.source(CACHED)
-    if verdict is not Verdict.GREEN:
+    if verdict is not CheckVerdict.GREEN:
         return [Finding(PROBE, (source.id,), verdict, observed, change)]
     observed = f"{hit} of {len(prompt)} tokens from its cache; {target.id} went on: {observed}"
     if after.prompt_tokens_by_source is not None and hit < len(prompt) - 2 * check.block_tokens:
-        verdict = Verdict.YELLOW
+        verdict = CheckVerdict.YELLOW
         change = "turn on --enable-prefix-caching: the source computes the whole prompt again for each move"
     return [Finding(PROBE, (source.id,), verdict, observed, change)]

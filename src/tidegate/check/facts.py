@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tidegate.check.server import ProbedServer
-from tidegate.check.verdict import Finding, Json, Verdict, common_value
+from tidegate.check.verdict import CheckVerdict, Finding, Json, common_value
 from tidegate.core.errors import EngineFault, SetupError
 from tidegate.core.instance import Role
 from tidegate.engines.vllm.client import ServerFacts
@@ -58,9 +58,9 @@ def compared(probe: str, values: Mapping[str, Any], say: Callable[[Any], str], c
     usual = common_value(values)
     differing = {name: value for name, value in values.items() if value != usual}
     if not differing:
-        return [Finding(probe, tuple(values) if len(values) == 1 else (), Verdict.GREEN, say(usual))]
+        return [Finding(probe, tuple(values) if len(values) == 1 else (), CheckVerdict.GREEN, say(usual))]
     return [
-        Finding(probe, (name,), Verdict.RED, f"{say(value)}; the others: {say(usual)}", change)
+        Finding(probe, (name,), CheckVerdict.RED, f"{say(value)}; the others: {say(usual)}", change)
         for name, value in differing.items()
     ]
 
@@ -90,7 +90,7 @@ def compare_descriptions(told: Mapping[str, SelfDescription]) -> list[Finding]:
         found[-1] = Finding(
             "version",
             (),
-            Verdict.YELLOW,
+            CheckVerdict.YELLOW,
             found[-1].observed,
             f"tidegate was run against {', '.join(TRIED_VERSIONS)}: trust what the other probes found",
         )
@@ -104,7 +104,7 @@ def _block_sizes(told: Mapping[str, SelfDescription]) -> list[Finding]:
         Finding(
             "block size",
             (name,),
-            Verdict.RED,
+            CheckVerdict.RED,
             "shows no vllm:cache_config_info in /metrics",
             "start it without --disable-log-stats: tidegate needs its metrics",
         )
@@ -134,15 +134,15 @@ def compare_roles(told: Mapping[str, SelfDescription], kept: Mapping[str, Role])
             continue
         if name in kept:
             observed = f"keeps its role: {kept[name].label}"
-            found.append(Finding("role", (name,), Verdict.GREEN, observed))
+            found.append(Finding("role", (name,), CheckVerdict.GREEN, observed))
         elif metrics.counts_kv_fetches:
-            found.append(Finding("role", (name,), Verdict.GREEN, "loads KV as well as giving it"))
+            found.append(Finding("role", (name,), CheckVerdict.GREEN, "loads KV as well as giving it"))
         else:
             found.append(
                 Finding(
                     "role",
                     (name,),
-                    Verdict.YELLOW,
+                    CheckVerdict.YELLOW,
                     "fixed role: started as kv_producer (it does not count loads of its own)",
                     "plan around it as prefill=URL, or start it with kv_role kv_both to let it flip",
                 )
@@ -156,15 +156,15 @@ def judge_clocks(told: Mapping[str, SelfDescription]) -> list[Finding]:
     for name, each in told.items():
         skew_s = each.clock_skew_s
         if skew_s is None:
-            found.append(Finding("clock", (name,), Verdict.YELLOW, "answers without a Date header"))
+            found.append(Finding("clock", (name,), CheckVerdict.YELLOW, "answers without a Date header"))
         elif abs(skew_s) <= LARGEST_SKEW_S:
-            found.append(Finding("clock", (name,), Verdict.GREEN, "within a second or two of ours"))
+            found.append(Finding("clock", (name,), CheckVerdict.GREEN, "within a second or two of ours"))
         else:
             found.append(
                 Finding(
                     "clock",
                     (name,),
-                    Verdict.YELLOW,
+                    CheckVerdict.YELLOW,
                     f"{abs(skew_s):.0f} s {'ahead of' if skew_s > 0 else 'behind'} ours",
                     "run NTP: logs of the server and the gateway do not line up (leases are not affected)",
                 )

@@ -11,7 +11,7 @@ from tidegate.check.context import CheckContext
 from tidegate.check.pins import PinnedHandles
 from tidegate.check.server import ProbedServer
 from tidegate.check.transfer import TAKE_TOKENS, PullResult, produce, take
-from tidegate.check.verdict import Finding, Json, Verdict
+from tidegate.check.verdict import CheckVerdict, Finding, Json
 
 PROBE_HANDLE, PROBE_LEASE, PROBE_READ_BACK = "KV handle", "lease", "read-back lease"
 LONGEST_WAIT_S = 90.0
@@ -74,15 +74,17 @@ async def pin_sample(
         given = check.pins.given_by(server.id)
         samples[server.id] = PinnedSample(made.handle.params, expired, given, time.monotonic())
         return [
-            Finding(PROBE_HANDLE, (server.id,), Verdict.GREEN, "pins the KV of a prefill, and tells where")
+            Finding(
+                PROBE_HANDLE, (server.id,), CheckVerdict.GREEN, "pins the KV of a prefill, and tells where"
+            )
         ]
     if made.params is None:
         observed = "no KV transfer: it gives no handle for the KV of a prefill"
-        return [Finding(PROBE_HANDLE, (server.id,), Verdict.RED, observed, NO_CONNECTOR)]
+        return [Finding(PROBE_HANDLE, (server.id,), CheckVerdict.RED, observed, NO_CONNECTOR)]
     covered = made.params.get("remote_num_tokens")
     observed = f"its handle covers {covered} tokens of {len(check.prompt)}, which vLLM does for hybrid models"
     change = "serve a model with plain attention, or serve without KV transfer"
-    return [Finding(PROBE_HANDLE, (server.id,), Verdict.RED, observed, change)]
+    return [Finding(PROBE_HANDLE, (server.id,), CheckVerdict.RED, observed, change)]
 
 
 async def watch_samples(check: CheckContext, samples: dict[str, PinnedSample]) -> None:
@@ -97,15 +99,17 @@ def judge_sample(check: CheckContext, sample: PinnedSample, name: str) -> list[F
     """Judge a lease by what was seen of it until now, without waiting for its end."""
     wanted_s = check.settings.lease_s
     if sample.expired is None or not (sample.kept_s or sample.ended_s):
-        return [Finding(PROBE_LEASE, (name,), Verdict.YELLOW, "the server does not show when leases end")]
+        return [
+            Finding(PROBE_LEASE, (name,), CheckVerdict.YELLOW, "the server does not show when leases end")
+        ]
     if sample.ended_s is None or sample.ended_s >= wanted_s - SLACK_S:
         observed = f"still pinned after {sample.kept_s:.1f} s (--thorough waits for the end)"
-        return [Finding(PROBE_LEASE, (name,), Verdict.GREEN, observed)]
+        return [Finding(PROBE_LEASE, (name,), CheckVerdict.GREEN, observed)]
     observed = f"a lease ended after {sample.ended_s:.1f} s at most"
     if _others_pinned(check, name):
         observed += ", but somebody else had KV pinned too"
-        return [Finding(PROBE_LEASE, (name,), Verdict.YELLOW, observed, "check an idle fleet")]
-    return [Finding(PROBE_LEASE, (name,), Verdict.RED, observed, _longer(PROBE_LEASE, check))]
+        return [Finding(PROBE_LEASE, (name,), CheckVerdict.YELLOW, observed, "check an idle fleet")]
+    return [Finding(PROBE_LEASE, (name,), CheckVerdict.RED, observed, _longer(PROBE_LEASE, check))]
 
 
 async def measure_lease(
@@ -121,16 +125,18 @@ async def measure_lease(
         await sample.watch(server, check.pins)
     if sample.ended_s is None:
         if not sample.kept_s:
-            return [Finding(probe, (server.id,), Verdict.YELLOW, "the server does not show when leases end")]
+            return [
+                Finding(probe, (server.id,), CheckVerdict.YELLOW, "the server does not show when leases end")
+            ]
         observed = f"more than {LONGEST_WAIT_S:.0f} s: KV that nobody fetches stays pinned as long"
         good_s = check.settings.lease_s if probe == PROBE_LEASE else 1.0
         change = f'set "{_setting(probe)}" to {good_s:.0f} in kv_connector_extra_config'
-        return [Finding(probe, (server.id,), Verdict.YELLOW, observed, change)]
+        return [Finding(probe, (server.id,), CheckVerdict.YELLOW, observed, change)]
     check.pins.forget(sample.params)
     observed = f"ended between {sample.kept_s:.1f} and {sample.ended_s:.1f} s"
     if probe == PROBE_LEASE and sample.ended_s < check.settings.lease_s - SLACK_S:
-        return [Finding(probe, (server.id,), Verdict.RED, observed, _longer(probe, check))]
-    return [Finding(probe, (server.id,), Verdict.GREEN, observed)]
+        return [Finding(probe, (server.id,), CheckVerdict.RED, observed, _longer(probe, check))]
+    return [Finding(probe, (server.id,), CheckVerdict.GREEN, observed)]
 
 
 async def pin_decoded(
@@ -166,8 +172,8 @@ def judge_read_back(server: ProbedServer, taken: PullResult) -> list[Finding]:
     observed = f"what it decoded stays pinned for {ttl_s:.0f} s"
     if ttl_s > LONG_TTL_S:
         change = 'set "decoder_kv_blocks_ttl" to 1: tidegate reads no KV there, and it leaves less room'
-        return [Finding(PROBE_READ_BACK, (server.id,), Verdict.YELLOW, observed, change)]
-    return [Finding(PROBE_READ_BACK, (server.id,), Verdict.GREEN, observed)]
+        return [Finding(PROBE_READ_BACK, (server.id,), CheckVerdict.YELLOW, observed, change)]
+    return [Finding(PROBE_READ_BACK, (server.id,), CheckVerdict.GREEN, observed)]
 
 
 def _others_pinned(check: CheckContext, name: str) -> bool:

@@ -6,7 +6,7 @@ import asyncio
 
 from tidegate.check.context import REFERENCE_TOKENS, CheckContext
 from tidegate.check.server import ProbedServer
-from tidegate.check.verdict import Finding, Verdict, common_value, shared_start
+from tidegate.check.verdict import CheckVerdict, Finding, common_value, shared_start
 from tidegate.core.errors import EngineError
 from tidegate.core.slo import Slo
 from tidegate.engines.vllm.metrics import CACHED
@@ -28,7 +28,9 @@ async def compare_answers(check: CheckContext) -> None:
     told = await asyncio.gather(*(_answer(check, each) for each in servers))
     for server, answer in zip(servers, told, strict=True):
         if isinstance(answer, EngineError):
-            check.add([Finding("same answers", (server.id,), Verdict.RED, answer.message, "see its log")])
+            check.add(
+                [Finding("same answers", (server.id,), CheckVerdict.RED, answer.message, "see its log")]
+            )
             check.set_aside(server.id, "it does not answer a plain request")
         else:
             check.answers[server.id] = answer
@@ -42,14 +44,14 @@ async def compare_answers(check: CheckContext) -> None:
             observed = f"another model: its greedy answer differs from token {same} on"
             check.set_aside(name, "it serves another model")
             change = "serve the same weights everywhere: compare --model and --revision"
-            check.add([Finding("same answers", (name,), Verdict.RED, observed, change)])
+            check.add([Finding("same answers", (name,), CheckVerdict.RED, observed, change)])
         else:
             observed = f"its greedy answer parts from the others' after {same} of {REFERENCE_TOKENS} tokens"
             change = "expect moved requests to go on in other words: kernels, GPU or dtype differ"
-            check.add([Finding("same answers", (name,), Verdict.YELLOW, observed, change)])
+            check.add([Finding("same answers", (name,), CheckVerdict.YELLOW, observed, change)])
     if not odd:
         observed = f"{REFERENCE_TOKENS} tokens after a prompt of {len(check.prompt)}, greedily"
-        check.add([Finding("same answers", (), Verdict.GREEN, observed)])
+        check.add([Finding("same answers", (), CheckVerdict.GREEN, observed)])
 
 
 async def _answer(check: CheckContext, server: ProbedServer) -> list[int] | EngineError:
@@ -69,18 +71,18 @@ async def probe_prefix_cache(check: CheckContext, server: ProbedServer) -> list[
     (await server.complete(prompt, 1)).new_tokens()
     if before.prompt_tokens_by_source is None:
         observed = "the server does not show where KV came from"
-        return [Finding("prefix cache", (server.id,), Verdict.YELLOW, observed)]
+        return [Finding("prefix cache", (server.id,), CheckVerdict.YELLOW, observed)]
     after = await server.metrics_once(lambda now: now.source(CACHED) - before.source(CACHED) >= whole)
     hit = after.source(CACHED) - before.source(CACHED)
     if hit >= whole:
         observed = f"{hit} of {len(prompt)} tokens found again"
-        return [Finding("prefix cache", (server.id,), Verdict.GREEN, observed)]
+        return [Finding("prefix cache", (server.id,), CheckVerdict.GREEN, observed)]
     off = " (enable_prefix_caching is off)" if before.prefix_caching is False else ""
     return [
         Finding(
             "prefix cache",
             (server.id,),
-            Verdict.RED,
+            CheckVerdict.RED,
             f"prefix cache off: {hit} of {len(prompt)} tokens found again{off}",
             "start it with --enable-prefix-caching: exports and later rounds compute everything again",
         )
@@ -98,12 +100,18 @@ async def probe_speed(check: CheckContext, server: ProbedServer) -> list[Finding
     observed = f"{1e3 * ttft_s:.0f} ms to the first token after {size:,}, then {1e3 * tpot_s:.1f} ms each"
     slo = check.settings.slo
     if slo is None:
-        return [Finding("speed", (server.id,), Verdict.GREEN, f"{observed} (no --slo to hold it against)")]
+        return [
+            Finding("speed", (server.id,), CheckVerdict.GREEN, f"{observed} (no --slo to hold it against)")
+        ]
     if slo.attained(ttft_s, tpot_s):
-        return [Finding("SLO", (server.id,), Verdict.GREEN, observed)]
+        return [Finding("SLO", (server.id,), CheckVerdict.GREEN, observed)]
     return [
         Finding(
-            "SLO", (server.id,), Verdict.RED, f"{slo} missed while idle: {observed}", _relief(slo, ttft_s)
+            "SLO",
+            (server.id,),
+            CheckVerdict.RED,
+            f"{slo} missed while idle: {observed}",
+            _relief(slo, ttft_s),
         )
     ]
 

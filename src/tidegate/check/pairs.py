@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from tidegate.check.context import CheckContext
 from tidegate.check.server import ProbedServer
 from tidegate.check.transfer import LEASE_TOKENS, TAKE_TOKENS, PullResult, produce, take
-from tidegate.check.verdict import Finding, Json, Verdict
+from tidegate.check.verdict import CheckVerdict, Finding, Json
 from tidegate.core.errors import EngineError
 
 PROBE_PULL, PROBE_READ, PROBE_FLIP = "KV pull", "bidirectional reads", "flip without restart"
@@ -36,7 +36,9 @@ class PairResult:
     @property
     def works(self) -> bool:
         """Whether the KV moved and was right."""
-        return self.pull is not None and self.pull.judge(0)[0] is not Verdict.RED and self.pull.pulled != 0
+        return (
+            self.pull is not None and self.pull.judge(0)[0] is not CheckVerdict.RED and self.pull.pulled != 0
+        )
 
 
 def rounds(names: Sequence[str]) -> Iterator[list[tuple[str, str]]]:
@@ -135,7 +137,7 @@ async def _still_serves(check: CheckContext, server: ProbedServer) -> None:
         check.set_aside(server.id, "it stopped answering")
         observed = f"stopped answering after a pull failed: {error.message}"
         change = "restart it; its log has the reason"
-        check.add([Finding("reachable", (server.id,), Verdict.RED, observed, change)])
+        check.add([Finding("reachable", (server.id,), CheckVerdict.RED, observed, change)])
 
 
 def judge_pairs(check: CheckContext, seen: dict[tuple[str, str], PairResult]) -> list[Finding]:
@@ -146,14 +148,14 @@ def judge_pairs(check: CheckContext, seen: dict[tuple[str, str], PairResult]) ->
     for pair, each in seen.items():
         if each.pull is None:
             if each.skipped:
-                found.append(Finding(PROBE_PULL, pair, Verdict.SKIPPED, each.skipped))
+                found.append(Finding(PROBE_PULL, pair, CheckVerdict.SKIPPED, each.skipped))
             if each.failed:
-                found.append(Finding(PROBE_PULL, pair, Verdict.RED, each.failed, "see the server's log"))
+                found.append(Finding(PROBE_PULL, pair, CheckVerdict.RED, each.failed, "see the server's log"))
             continue
         if each.stumbled:
             observed = f"the first of two pulls failed: {each.stumbled}"
             change = "check again; if it stays, the machines or their network are too busy for handshakes"
-            found.append(Finding(PROBE_PULL, pair, Verdict.YELLOW, observed, change))
+            found.append(Finding(PROBE_PULL, pair, CheckVerdict.YELLOW, observed, change))
         else:
             found.append(Finding(PROBE_PULL, pair, *each.pull.judge(wanted)))
         if each.read is not None:
@@ -170,11 +172,11 @@ def _flips(seen: dict[tuple[str, str], PairResult]) -> list[Finding]:
             continue
         if there.works and back.works:
             observed = "each gave KV to the other and took some, in one process"
-            found.append(Finding(PROBE_FLIP, (a, b), Verdict.GREEN, observed))
+            found.append(Finding(PROBE_FLIP, (a, b), CheckVerdict.GREEN, observed))
         elif there.works or back.works:
             good = f"{a} -> {b}" if there.works else f"{b} -> {a}"
             observed, change = f"KV moves one way only: {good}", "see the pull that failed"
-            found.append(Finding(PROBE_FLIP, (a, b), Verdict.RED, observed, change))
+            found.append(Finding(PROBE_FLIP, (a, b), CheckVerdict.RED, observed, change))
     return found
 
 
@@ -186,8 +188,8 @@ def _readers(seen: dict[tuple[str, str], PairResult]) -> list[Finding]:
         answered = [pull for pull in pulls if not pull.error]
         if answered and not any(pull.params for pull in answered):
             observed = "bidirectional reads are missing: it keeps no KV of what it decoded"
-            found.append(Finding(PROBE_READ, (name,), Verdict.RED, observed, BIDIRECTIONAL))
+            found.append(Finding(PROBE_READ, (name,), CheckVerdict.RED, observed, BIDIRECTIONAL))
         elif pulls and not answered:
             observed = "not probed: no pull worked"
-            found.append(Finding(PROBE_READ, (name,), Verdict.SKIPPED, observed))
+            found.append(Finding(PROBE_READ, (name,), CheckVerdict.SKIPPED, observed))
     return found

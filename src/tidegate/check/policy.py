@@ -8,7 +8,7 @@ import time
 from tidegate.check.context import CheckContext
 from tidegate.check.leases import PinnedSample
 from tidegate.check.server import ProbedServer
-from tidegate.check.verdict import Finding, Verdict
+from tidegate.check.verdict import CheckVerdict, Finding
 from tidegate.core.errors import EngineTimeout
 
 PROBE = "failure policy"
@@ -32,7 +32,7 @@ async def probe_policy(
     template = samples.get(server.id) or next(iter(samples.values()), None)
     if template is None:
         observed = "not probed: no server gives a KV handle"
-        return [Finding(PROBE, (server.id,), Verdict.SKIPPED, observed)]
+        return [Finding(PROBE, (server.id,), CheckVerdict.SKIPPED, observed)]
     kv = {**template.params, **NOBODY, "do_remote_prefill": True, "do_remote_decode": False}
     for name in ("remote_engine_id", "remote_request_id"):
         kv[name] = f"tidegate-check-{secrets.token_hex(6)}"
@@ -44,13 +44,13 @@ async def probe_policy(
         )
     except EngineTimeout as error:
         observed = f"a dead peer hangs it: {error.message}"
-        return [Finding(PROBE, (server.id,), Verdict.RED, observed, f"restart it, and {SET_FAIL}")]
+        return [Finding(PROBE, (server.id,), CheckVerdict.RED, observed, f"restart it, and {SET_FAIL}")]
     seconds = time.monotonic() - began_s
     if reply.status >= 500:
         observed = f"fail: a dead peer is an error after {seconds:.1f} s"
-        return [Finding(PROBE, (server.id,), Verdict.GREEN, observed)]
+        return [Finding(PROBE, (server.id,), CheckVerdict.GREEN, observed)]
     if reply.status == 200:
         observed = f"recompute: a dead peer is hidden, and answered for after {seconds:.1f} s"
-        return [Finding(PROBE, (server.id,), Verdict.RED, observed, SET_FAIL)]
+        return [Finding(PROBE, (server.id,), CheckVerdict.RED, observed, SET_FAIL)]
     observed = f"unexpected answer to a dead peer: {reply.error}"
-    return [Finding(PROBE, (server.id,), Verdict.RED, observed, "see its log")]
+    return [Finding(PROBE, (server.id,), CheckVerdict.RED, observed, "see its log")]

@@ -37,7 +37,7 @@ from tidegate.check.pins import PinnedHandles
 from tidegate.check.policy import PROBE as PROBE_POLICY
 from tidegate.check.policy import probe_policy
 from tidegate.check.server import Deadlines, ProbedServer
-from tidegate.check.verdict import CheckReport, Finding, Verdict
+from tidegate.check.verdict import CheckReport, CheckVerdict, Finding
 from tidegate.core.errors import EngineError
 
 CLEAN_S = 3.0
@@ -110,13 +110,13 @@ async def _probe(check: CheckContext, advance: Advance) -> None:
         advance(0.7, "moving a stream")
         await probe_exports(check, seen)
     elif len(check.servers) == 1:
-        check.add([Finding("KV pull", (), Verdict.YELLOW, "one server: there is nobody to hand KV to")])
+        check.add([Finding("KV pull", (), CheckVerdict.YELLOW, "one server: there is nobody to hand KV to")])
     advance(0.75, "pretending that a peer is dead")
     await watch_samples(check, samples)
     await check.each(PROBE_POLICY, lambda server: probe_policy(check, samples, server))
     await _leases(check, samples, seen, advance)
     check.add(
-        Finding("KV pull", (name,), Verdict.SKIPPED, f"not probed: {why}")
+        Finding("KV pull", (name,), CheckVerdict.SKIPPED, f"not probed: {why}")
         for name, why in check.aside.items()
     )
 
@@ -131,8 +131,8 @@ async def _look(check: CheckContext) -> None:
         if busy:
             observed = f"answers, and has {busy} requests of somebody else"
             change = "check an idle fleet: times, counts and blocks below include theirs"
-            return [Finding("reachable", (server.id,), Verdict.YELLOW, observed, change)]
-        return [Finding("reachable", (server.id,), Verdict.GREEN, "answers")]
+            return [Finding("reachable", (server.id,), CheckVerdict.YELLOW, observed, change)]
+        return [Finding("reachable", (server.id,), CheckVerdict.GREEN, "answers")]
 
     await check.each("reachable", ask, fatal=True)
     described = {name: check.described[name] for name in check.servers if name in check.described}
@@ -141,7 +141,7 @@ async def _look(check: CheckContext) -> None:
         return
     for found in compare_descriptions(described):
         check.add([found])
-        if found.verdict is Verdict.RED and found.probe in ("model", "block size"):
+        if found.verdict is CheckVerdict.RED and found.probe in ("model", "block size"):
             check.set_aside(found.where[0], f"its {found.probe} differs")
     check.add(compare_roles(described, check.roles))
     check.add(judge_clocks(described))
@@ -167,7 +167,7 @@ async def _tokenizers(check: CheckContext) -> None:
     )
     check.add(found)
     for each in found:
-        if each.verdict is Verdict.RED:
+        if each.verdict is CheckVerdict.RED:
             check.set_aside(each.where[0], "its tokenizer differs")
     check.vocabulary = sorted(
         {token for each in check.active for text in in_order[each.id] for token in text}
@@ -212,24 +212,30 @@ async def _left(check: CheckContext, server: ProbedServer) -> Finding:
     before = check.facts(server.id).metrics.kv_blocks_in_use
     try:
         if before is None:
-            return Finding("left behind", (server.id,), Verdict.YELLOW, "the server does not show its blocks")
+            return Finding(
+                "left behind", (server.id,), CheckVerdict.YELLOW, "the server does not show its blocks"
+            )
         limit = before + SPARE_BLOCKS
         after = (
             await server.metrics_once(lambda now: (now.kv_blocks_in_use or 0.0) <= limit, within_s=CLEAN_S)
         ).kv_blocks_in_use
     except EngineError as error:
-        return Finding("left behind", (server.id,), Verdict.RED, error.message, "see the server's log")
+        return Finding("left behind", (server.id,), CheckVerdict.RED, error.message, "see the server's log")
     if after is not None and after <= limit:
-        return Finding("left behind", (server.id,), Verdict.GREEN, "no block is pinned")
+        return Finding("left behind", (server.id,), CheckVerdict.GREEN, "no block is pinned")
     more = f"{(after or 0.0) - before:.0f} blocks more in use than before"
     if check.pins.held_by(server.id):
         return Finding(
             "left behind",
             (server.id,),
-            Verdict.YELLOW,
+            CheckVerdict.YELLOW,
             f"{more}: nobody can tell it to let go",
             "wait for its lease to end",
         )
     return Finding(
-        "left behind", (server.id,), Verdict.YELLOW, more, "somebody else uses it, or it leaks: see its log"
+        "left behind",
+        (server.id,),
+        CheckVerdict.YELLOW,
+        more,
+        "somebody else uses it, or it leaks: see its log",
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tidegate.check.context import CheckContext
 from tidegate.check.server import ProbedServer
-from tidegate.check.verdict import Json, Verdict
+from tidegate.check.verdict import CheckVerdict, Json
 from tidegate.core.errors import EngineError
 from tidegate.engines.seam import KvHandle
 from tidegate.engines.vllm.metrics import CACHED, COMPUTED, PULLED, VllmMetrics
@@ -38,30 +38,30 @@ class PullResult:
     nixl_bytes: int = 0
     wrong_at: int | None = None
 
-    def judge(self, wanted: int) -> tuple[Verdict, str, str]:
+    def judge(self, wanted: int) -> tuple[CheckVerdict, str, str]:
         """Return verdict, observation and what to change, where ``wanted`` tokens were there to pull."""
         if self.error:
             return (
-                Verdict.RED,
+                CheckVerdict.RED,
                 f"{self.error} after {self.seconds:.1f} s",
                 "open the side channel and UCX's ports between both; compare their --kv-transfer-config",
             )
         if self.wrong_at is not None:
             return (
-                Verdict.RED,
+                CheckVerdict.RED,
                 f"wrong tokens: differs from a local run at token {self.wrong_at}",
                 "do not serve with it: compare models, dtypes, --block-size and vLLM versions",
             )
         if self.pulled is None:
-            return Verdict.YELLOW, "right tokens; the server does not show where KV came from", ""
+            return CheckVerdict.YELLOW, "right tokens; the server does not show where KV came from", ""
         if self.pulled + self.hit < PULLED_ENOUGH * wanted:
             return (
-                Verdict.RED,
+                CheckVerdict.RED,
                 f"KV was recomputed: {self.pulled} of {wanted} tokens pulled, {self.computed} computed",
                 "its pulls fail and are hidden: set kv_load_failure_policy to fail and see its log",
             )
         return (
-            Verdict.GREEN,
+            CheckVerdict.GREEN,
             f"{self.pulled} tokens pulled, {self.nixl_bytes:,} B, {1e3 * self.seconds:.0f} ms",
             "",
         )

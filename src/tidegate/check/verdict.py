@@ -12,7 +12,7 @@ Json = dict[str, Any]
 T = TypeVar("T")
 
 
-class Verdict(enum.StrEnum):
+class CheckVerdict(enum.StrEnum):
     """What is RED has to be changed. YELLOW is served around, or could not be told apart from the outside.
     SKIPPED was not probed, because something else stands in the way."""
 
@@ -32,7 +32,7 @@ class Finding:
 
     probe: str
     where: tuple[str, ...]
-    verdict: Verdict
+    verdict: CheckVerdict
     observed: str
     change: str = ""
 
@@ -58,9 +58,9 @@ class CheckReport:
     @property
     def ok(self) -> bool:
         """Whether nothing that is required failed or could not be probed."""
-        return not any(found.verdict in (Verdict.RED, Verdict.SKIPPED) for found in self.findings)
+        return not any(found.verdict in (CheckVerdict.RED, CheckVerdict.SKIPPED) for found in self.findings)
 
-    def counts(self) -> Mapping[Verdict, int]:
+    def counts(self) -> Mapping[CheckVerdict, int]:
         """Return how many findings there are of each verdict."""
         return Counter(found.verdict for found in self.findings)
 

@@ -8,9 +8,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tidegate.check.verdict import CheckReport, Finding, Verdict
+from tidegate.check.verdict import CheckReport, CheckVerdict, Finding
 
-STYLE = {Verdict.GREEN: "green", Verdict.YELLOW: "yellow", Verdict.RED: "bold red", Verdict.SKIPPED: "dim"}
+STYLE = {
+    CheckVerdict.GREEN: "green",
+    CheckVerdict.YELLOW: "yellow",
+    CheckVerdict.RED: "bold red",
+    CheckVerdict.SKIPPED: "dim",
+}
 
 
 def show_report(report: CheckReport, console: Console) -> None:
@@ -41,7 +46,7 @@ def grouped(findings: Iterable[Finding]) -> list[list[Finding]]:
     """Put together what is one row: a probe's green findings, and others that say the same."""
     rows: dict[tuple[str, ...], list[Finding]] = {}
     for each in findings:
-        said = () if each.verdict is Verdict.GREEN else (each.observed, each.change)
+        said = () if each.verdict is CheckVerdict.GREEN else (each.observed, each.change)
         rows.setdefault((each.probe, each.verdict.value, *said), []).append(each)
     return list(rows.values())
 
@@ -81,10 +86,10 @@ def _sum(report: CheckReport) -> str:
     words = [
         f"{counts[verdict]} {name}"
         for verdict, name in (
-            (Verdict.RED, "to change"),
-            (Verdict.SKIPPED, "not probed"),
-            (Verdict.YELLOW, "to know of"),
-            (Verdict.GREEN, "green"),
+            (CheckVerdict.RED, "to change"),
+            (CheckVerdict.SKIPPED, "not probed"),
+            (CheckVerdict.YELLOW, "to know of"),
+            (CheckVerdict.GREEN, "green"),
         )
         if counts.get(verdict)
     ]

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from tidegate.bench.probe_run import ProbeSettings, measure_profile
-from tidegate.bench.saved_profile import Link, SavedProfile, save_profile
+from tidegate.bench.saved_profile import MeasuredLink, SavedProfile, save_profile
 from tidegate.cli.profile_list import show_profiles
 
 EPILOG = """
@@ -172,7 +172,7 @@ def _show(saved: SavedProfile, out: Path | None) -> None:
         console.print(f"saved to {out}; use it as --profile {out}")
 
 
-def _link_table(links: Sequence[Link]) -> Table:
+def _link_table(links: Sequence[MeasuredLink]) -> Table:
     """Return the links with what was seen from outside and what the engine says of its own reads."""
     table = Table("KV from", "to", "latency", "GB/s", "error p50", "engine's own", box=None, pad_edge=False)
     for link in links:

@@ -60,7 +60,7 @@ class DialectEngine:
                 answer = await self._wire.exchange("POST", path, body, deadline_s=deadline_s)
                 self._check(answer, leg, stage)
                 return self._whole_answer(answer.body, leg, sink)
-            stream = _Stream(leg, sink, self.instance)
+            stream = _StreamReader(leg, sink, self.instance)
             answer = await self._wire.exchange("POST", path, body, sink=stream.feed, deadline_s=deadline_s)
             self._check(answer, leg, stage)
             return stream.end()
@@ -175,7 +175,7 @@ class DialectEngine:
         return LegEnd(self._handle(params, leg, len(tokens.prompt_token_ids), tokens), times)
 
 
-class _Stream:
+class _StreamReader:
     """Reads a streamed answer."""
 
     __slots__ = (

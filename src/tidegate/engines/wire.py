@@ -33,7 +33,7 @@ class HttpAnswer:
     body: bytes
 
 
-class _Connection(asyncio.Protocol):
+class _RelayConnection(asyncio.Protocol):
     """One keep-alive connection, carrying one exchange at a time."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -147,8 +147,8 @@ class Wire:
         self._connect_s, self._stall_s = connect_s, stall_s
         extra = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         self._head = f" HTTP/1.1\r\nHost: {parts.netloc}\r\n{extra}".encode("latin-1")
-        self._idle: deque[_Connection] = deque()
-        self._busy: set[_Connection] = set()
+        self._idle: deque[_RelayConnection] = deque()
+        self._busy: set[_RelayConnection] = set()
         self._watch: asyncio.TimerHandle | None = None
         self._dropped: str | None = None
 
@@ -207,7 +207,7 @@ class Wire:
                     raise
         return await self._carry(await self._connect(), request, sink)
 
-    async def _carry(self, connection: _Connection, request: bytes, sink: BodySink | None) -> HttpAnswer:
+    async def _carry(self, connection: _RelayConnection, request: bytes, sink: BodySink | None) -> HttpAnswer:
         self._busy.add(connection)
         if self._watch is None:
             self._watch = asyncio.get_running_loop().call_later(WATCH_S, self._look)
@@ -224,14 +224,14 @@ class Wire:
             connection.close()
         return answer
 
-    async def _connect(self) -> _Connection:
+    async def _connect(self) -> _RelayConnection:
         if self._dropped is not None:
             raise EngineUnreachable(self._dropped)
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_s):
                 _, connection = await loop.create_connection(
-                    lambda: _Connection(loop), self._host, self._port
+                    lambda: _RelayConnection(loop), self._host, self._port
                 )
         except TimeoutError:
             raise EngineUnreachable(

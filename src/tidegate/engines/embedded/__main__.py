@@ -23,7 +23,7 @@ from tidegate.engines.serving.process import announce, bind, log_to_stderr, stop
 from tidegate.engines.serving.secret import LaunchSecret
 
 if TYPE_CHECKING:
-    from tidegate.engines.embedded.engine import Engine
+    from tidegate.engines.embedded.engine import EmbeddedEngine
 
 log = logging.getLogger("tidegate.engines.embedded")
 
@@ -51,17 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _load(options: Options) -> tuple[Engine, list[dict[str, Any]]]:
+def _load(options: Options) -> tuple[EmbeddedEngine, list[dict[str, Any]]]:
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     start_s = time.monotonic()
     # transformers imports scipy, where it finds it, for the losses of detection models: half a second
     # and 30 MB that serving has no use for.
     sys.modules["scipy"] = None  # type: ignore[assignment]
-    from tidegate.engines.embedded.engine import Engine, EngineConfig
+    from tidegate.engines.embedded.engine import EmbeddedEngine, EngineConfig
     from tidegate.engines.embedded.self_profile import self_profile
 
     imported_s = time.monotonic()
-    engine = Engine(
+    engine = EmbeddedEngine(
         EngineConfig(
             model=options.model,
             engine_id=options.engine_id,
@@ -89,7 +89,7 @@ def _load(options: Options) -> tuple[Engine, list[dict[str, Any]]]:
     return engine, samples
 
 
-def _check_length(options: Options, engine: Engine) -> None:
+def _check_length(options: Options, engine: EmbeddedEngine) -> None:
     asked = options.max_model_len
     if asked is None:
         return
@@ -106,14 +106,14 @@ def _check_length(options: Options, engine: Engine) -> None:
 
 def _serve(
     options: Options,
-    engine: Engine,
+    engine: EmbeddedEngine,
     samples: list[dict[str, Any]],
     secret: LaunchSecret,
     listener: socket.socket,
 ) -> int:
     import uvloop
 
-    from tidegate.engines.embedded.instance import Instance
+    from tidegate.engines.embedded.instance import EmbeddedInstance
 
     exit_when_a_thread_dies(COMPUTE_THREAD)
     # Only what serving allocates is left to the collector: a full pass over torch's modules takes
@@ -123,7 +123,7 @@ def _serve(
     sys.setswitchinterval(SWITCH_INTERVAL_S)
 
     async def run() -> None:
-        instance = Instance(options, engine, samples, secret)
+        instance = EmbeddedInstance(options, engine, samples, secret)
         stop = stop_signal()
         await instance.start(listener)
         announce(instance.announcement(listener), options.ready_fd)

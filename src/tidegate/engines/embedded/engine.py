@@ -26,8 +26,8 @@ from tidegate.engines.embedded.pins import Pins
 from tidegate.engines.embedded.progress import draw_for, take_token, times_of
 from tidegate.engines.embedded.runner import Batch, ModelRunner
 from tidegate.engines.embedded.sampling import sample
-from tidegate.engines.embedded.scheduler import Scheduler
-from tidegate.engines.embedded.sequence import Sequence
+from tidegate.engines.embedded.scheduler import BatchScheduler
+from tidegate.engines.embedded.sequence import TokenSequence
 from tidegate.engines.serving.types import (
     Counters,
     EngineStats,
@@ -86,7 +86,7 @@ class Step:
     outputs: list[Output]
 
 
-class Engine:
+class EmbeddedEngine:
     """Serves requests of one model on one device.
 
     Build it, optionally ``connect`` a puller and run ``step`` by hand (as the self-profile does), then
@@ -109,7 +109,7 @@ class Engine:
         self._runner = ModelRunner(model, self.store)
         self._runner.probe()
         self._pins = Pins(config.lease_s, self._clock, self._nudge)
-        self._scheduler = Scheduler(
+        self._scheduler = BatchScheduler(
             BlockPool(total_blocks, config.block_tokens),
             self._pins,
             self._clock,
@@ -119,7 +119,7 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             order=make_order(config.order),
         )
-        self._live: dict[str, Sequence] = {}
+        self._live: dict[str, TokenSequence] = {}
         self._known: set[str] = set()
         self._outbox: list[Output] = []
         self._wake = threading.Condition()
@@ -165,7 +165,7 @@ class Engine:
             request.prompt_token_ids, request.generated, params.stop, params.min_tokens
         )
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        sequence = Sequence(request, seed, text, self._clock.now())
+        sequence = TokenSequence(request, seed, text, self._clock.now())
         with self._wake:
             if self._stopping:
                 raise NoInstance("the engine is stopping")
@@ -333,7 +333,7 @@ class Engine:
                 self._finish(sequence, output, now)
             self._outbox.append(output)
 
-    def _finish(self, sequence: Sequence, output: Output, now_s: float) -> None:
+    def _finish(self, sequence: TokenSequence, output: Output, now_s: float) -> None:
         """Free or pin the sequence's blocks and complete its last output."""
         blocks = self._scheduler.remove(sequence)
         if sequence.request.pin_kv and output.finish_reason in ("stop", "length"):
@@ -344,7 +344,7 @@ class Engine:
         self._forget(sequence)
         output.times = times_of(sequence, now_s)
 
-    def _end(self, sequence: Sequence, reason: str, error: str | None = None) -> None:
+    def _end(self, sequence: TokenSequence, reason: str, error: str | None = None) -> None:
         """End a request early. Blocks that a transfer still writes to are freed when it is done."""
         output = Output(sequence.request.id, [], "", finish_reason=reason, error=error)
         output.times = times_of(sequence, self._clock.now())
@@ -353,17 +353,17 @@ class Engine:
         self._forget(sequence)
         self._outbox.append(output)
 
-    def _fail(self, sequences: list[Sequence], error: Exception) -> None:
+    def _fail(self, sequences: list[TokenSequence], error: Exception) -> None:
         for sequence in sequences:
             if self._live.get(sequence.request.id) is sequence:
                 self._end(sequence, "error", f"{type(error).__name__}: {error}")
 
-    def _forget(self, sequence: Sequence) -> None:
+    def _forget(self, sequence: TokenSequence) -> None:
         del self._live[sequence.request.id]
         with self._wake:
             self._known.discard(sequence.request.id)
 
-    def _count_prompt(self, sequence: Sequence) -> None:
+    def _count_prompt(self, sequence: TokenSequence) -> None:
         counters = self._scheduler.counters
         pulled, cached = sequence.loaded_tokens, sequence.cached_tokens
         counters.prompt_tokens += sequence.prompt_len
@@ -371,7 +371,7 @@ class Engine:
         counters.cached_prompt_tokens += cached
         counters.computed_prompt_tokens += sequence.prompt_len - pulled - cached
 
-    def _accept(self, sequence: Sequence) -> None:
+    def _accept(self, sequence: TokenSequence) -> None:
         self._live[sequence.request.id] = sequence
         self._scheduler.add(sequence)
 
@@ -380,10 +380,10 @@ class Engine:
         if sequence is not None:
             self._end(sequence, "abort")
 
-    def _on_load_done(self, sequence: Sequence, error: str | None, moved_bytes: int) -> None:
+    def _on_load_done(self, sequence: TokenSequence, error: str | None, moved_bytes: int) -> None:
         self._post(partial(self._loaded, sequence, error, moved_bytes))
 
-    def _loaded(self, sequence: Sequence, error: str | None, moved_bytes: int) -> None:
+    def _loaded(self, sequence: TokenSequence, error: str | None, moved_bytes: int) -> None:
         wanted = self._live.get(sequence.request.id) is sequence
         self._scheduler.finish_load(sequence, error, moved_bytes, wanted)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tidegate.engines.embedded.codec import TokenizerCodec
-from tidegate.engines.embedded.engine import Engine
+from tidegate.engines.embedded.engine import EmbeddedEngine
 from tidegate.engines.embedded.options import Options
 from tidegate.engines.embedded.transfer import KvExporter, PeerPuller, PullOptions
 from tidegate.engines.serving.delivery import OutputRouter
@@ -25,11 +25,11 @@ _PIECES = 1024
 """Of a weight file larger than all pieces together (64 MiB), this many are read for the fingerprint."""
 
 
-class Instance:
+class EmbeddedInstance:
     """One serving instance. Build it on the event loop with an engine whose loop is not running."""
 
     def __init__(
-        self, options: Options, engine: Engine, samples: list[dict[str, Any]], secret: LaunchSecret
+        self, options: Options, engine: EmbeddedEngine, samples: list[dict[str, Any]], secret: LaunchSecret
     ) -> None:
         """Bind the KV channel. Raises ConfigError for a remote ``kv_host`` without a secret."""
         weights = weights_id(options.model, str(engine.info.kv.dtype))

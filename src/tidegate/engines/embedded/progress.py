@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from tidegate.engines.embedded.detokenize import Detokenizer
 from tidegate.engines.embedded.sampling import Choice, Draw
-from tidegate.engines.embedded.sequence import Sequence
+from tidegate.engines.embedded.sequence import TokenSequence
 from tidegate.engines.serving.assembling import say_token
 from tidegate.engines.serving.types import Output, RequestTimes, TokenLogprob
 
 
-def draw_for(sequence: Sequence, eos_ids: frozenset[int]) -> Draw:
+def draw_for(sequence: TokenSequence, eos_ids: frozenset[int]) -> Draw:
     """Return how the sequence's next token is to be chosen."""
     params = sequence.request.sampling
     position = sequence.output_position
@@ -19,7 +19,7 @@ def draw_for(sequence: Sequence, eos_ids: frozenset[int]) -> Draw:
 
 
 def take_token(
-    sequence: Sequence, choice: Choice, eos_ids: frozenset[int], detokenizer: Detokenizer
+    sequence: TokenSequence, choice: Choice, eos_ids: frozenset[int], detokenizer: Detokenizer
 ) -> Output:
     """Append the token to the sequence and return what it shows; ``finish_reason`` is set when it ends."""
     sequence.tokens.append(choice.token_id)
@@ -29,7 +29,7 @@ def take_token(
     return output
 
 
-def times_of(sequence: Sequence, now_s: float) -> RequestTimes:
+def times_of(sequence: TokenSequence, now_s: float) -> RequestTimes:
     """Split the leg's time by stage. A leg that never got a token has no decode time."""
     admitted = now_s if sequence.admitted_s is None else sequence.admitted_s
     first = now_s if sequence.first_token_s is None else sequence.first_token_s

@@ -10,14 +10,14 @@ import torch
 from tidegate.engines.embedded.attention import PagedBatch, Scratch, Span, group_singles
 from tidegate.engines.embedded.kv_store import PagedKvStore
 from tidegate.engines.embedded.model import LoadedModel, OnlyFloat64
-from tidegate.engines.embedded.sequence import Sequence
+from tidegate.engines.embedded.sequence import TokenSequence
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """``count`` pending tokens of a sequence to compute in this step."""
 
-    sequence: Sequence
+    sequence: TokenSequence
     count: int
 
     @property
@@ -33,7 +33,7 @@ class Batch:
     ``fresh`` are blocks that will be read before they are full; their old content must go.
     """
 
-    singles: list[Sequence]
+    singles: list[TokenSequence]
     chunks: list[Chunk]
     fresh: list[int] = field(default_factory=list)
 
@@ -42,11 +42,11 @@ class Batch:
         """Tokens that the step computes."""
         return len(self.singles) + sum(chunk.count for chunk in self.chunks)
 
-    def sequences(self) -> list[Sequence]:
+    def sequences(self) -> list[TokenSequence]:
         """Return everything the step touches."""
         return [*self.singles, *(chunk.sequence for chunk in self.chunks)]
 
-    def sampling(self) -> list[Sequence]:
+    def sampling(self) -> list[TokenSequence]:
         """Return the sequences that get a token, in the order of the logits' rows."""
         return [*self.singles, *(chunk.sequence for chunk in self.chunks if chunk.samples)]
 
@@ -153,5 +153,5 @@ class ModelRunner:
         )
 
 
-def _computed(sequence: Sequence) -> int:
+def _computed(sequence: TokenSequence) -> int:
     return sequence.computed

@@ -17,7 +17,7 @@ from tidegate.core.slo import Slo
 from tidegate.engines.embedded.blocks import BlockPool, extend_keys
 from tidegate.engines.embedded.pins import Pins
 from tidegate.engines.embedded.runner import Batch, Chunk
-from tidegate.engines.embedded.sequence import Sequence
+from tidegate.engines.embedded.sequence import TokenSequence
 from tidegate.engines.serving.types import Counters, KvPuller, KvSource, PinnedKv
 from tidegate.policies.order import Order, Ticket, WaitingQueue
 
@@ -30,10 +30,10 @@ _UNKNOWN = Ticket(0.0, Slo().ttft_s, 0.0)
 """The ticket, from its submission on, of a request that came without one."""
 
 
-LoadDone = Callable[[Sequence, str | None, int], None]
+LoadDone = Callable[[TokenSequence, str | None, int], None]
 
 
-class Scheduler:
+class BatchScheduler:
     """Owns the queues and decides batches. Only the compute thread calls it.
 
     ``load_done`` is called on the transfer thread when a pull ends and must bring the sequence back
@@ -54,9 +54,9 @@ class Scheduler:
     ) -> None:
         self.pool = pool
         self.pins = pins
-        self.waiting: WaitingQueue[Sequence] = order.queue()
-        self.running: list[Sequence] = []
-        self.loading: list[Sequence] = []
+        self.waiting: WaitingQueue[TokenSequence] = order.queue()
+        self.running: list[TokenSequence] = []
+        self.loading: list[TokenSequence] = []
         self.counters = Counters()
         self.puller: KvPuller | None = None
         self._clock = clock
@@ -72,7 +72,7 @@ class Scheduler:
         """Nothing waits, runs or loads."""
         return not (len(self.waiting) or self.running or self.loading)
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: TokenSequence) -> None:
         """Queue a new request: one that continues an answer before those that have yet to begin theirs."""
         if sequence.request.generated:
             self.waiting.push_continued(sequence)
@@ -116,7 +116,7 @@ class Scheduler:
             chunk.sequence.computed += chunk.count
             self._publish(chunk.sequence)
 
-    def remove(self, sequence: Sequence) -> list[int]:
+    def remove(self, sequence: TokenSequence) -> list[int]:
         """Take a waiting or running sequence out and return its blocks, still held."""
         if sequence.blocks:
             self.running.remove(sequence)
@@ -125,7 +125,7 @@ class Scheduler:
             self.decline(sequence)
         return sequence.take_blocks()
 
-    def finish_load(self, sequence: Sequence, error: str | None, moved_bytes: int, wanted: bool) -> None:
+    def finish_load(self, sequence: TokenSequence, error: str | None, moved_bytes: int, wanted: bool) -> None:
         """Take note that a pull ended. A failed one is computed instead; an unwanted one is dropped."""
         self.loading.remove(sequence)
         sequence.loading = False
@@ -149,7 +149,7 @@ class Scheduler:
         for blocks in self.pins.collect():
             self.pool.release(blocks)
 
-    def place_computed(self, sequence: Sequence) -> bool:
+    def place_computed(self, sequence: TokenSequence) -> bool:
         """Run a waiting sequence as if all but its last token had KV; False when blocks are short."""
         if not self._allocate_for(sequence, []):
             return False
@@ -184,13 +184,13 @@ class Scheduler:
             else:
                 self._preempt(self.running.pop())
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: TokenSequence) -> None:
         self.pool.release(sequence.take_blocks())
         sequence.preemptions += 1
         self.counters.preemptions += 1
         self.waiting.push_front(sequence)
 
-    def _admit(self, sequence: Sequence) -> bool:
+    def _admit(self, sequence: TokenSequence) -> bool:
         """Give the head of the queue its blocks; False, with nothing changed, when there is no room."""
         if len(self.running) + len(self.loading) >= self._max_num_seqs:
             return False
@@ -218,7 +218,7 @@ class Scheduler:
             self._start(sequence, len(hits) * block_tokens)
         return True
 
-    def _allocate_for(self, sequence: Sequence, shared: list[int]) -> bool:
+    def _allocate_for(self, sequence: TokenSequence, shared: list[int]) -> bool:
         """Give the sequence ``shared`` blocks and fresh ones for its other tokens, if enough are free."""
         need = -(-len(sequence.tokens) // self.pool.block_tokens) - len(shared)
         self.pool.retain(shared)
@@ -233,7 +233,7 @@ class Scheduler:
         reserve = self._reserve if self.running or self.loading else 0
         return self.pool.free_blocks - count >= reserve
 
-    def _start(self, sequence: Sequence, cached: int) -> None:
+    def _start(self, sequence: TokenSequence, cached: int) -> None:
         """Move an admitted sequence, ``cached`` tokens of which have KV, to ``running``."""
         self._note_last_block(sequence, cached)
         self._note_admission(sequence, cached)
@@ -241,19 +241,19 @@ class Scheduler:
         sequence.published = cached // self.pool.block_tokens
         self.running.append(sequence)
 
-    def _note_last_block(self, sequence: Sequence, filled: int) -> None:
+    def _note_last_block(self, sequence: TokenSequence, filled: int) -> None:
         """Have the last block cleared unless it already holds some of the first ``filled`` tokens."""
         if (len(sequence.blocks) - 1) * self.pool.block_tokens >= filled:
             self._fresh.append(sequence.blocks[-1])
 
-    def _note_admission(self, sequence: Sequence, cached: int) -> None:
+    def _note_admission(self, sequence: TokenSequence, cached: int) -> None:
         self.counters.prefix_queries += len(sequence.tokens)
         self.counters.prefix_hits += cached
         if sequence.admitted_s is None:
             sequence.admitted_s = self._clock.now()
             sequence.cached_tokens = cached
 
-    def _adopt(self, sequence: Sequence, pin: PinnedKv, covered: int) -> bool:
+    def _adopt(self, sequence: TokenSequence, pin: PinnedKv, covered: int) -> bool:
         """Take over the blocks of this instance's own pin; False when the rest finds no room.
 
         The handle may cover fewer tokens than the pin: only ``covered`` ones are the prompt's.
@@ -279,7 +279,7 @@ class Scheduler:
         self._start(sequence, computed)
         return True
 
-    def _load(self, sequence: Sequence, source: KvSource, usable: int) -> None:
+    def _load(self, sequence: TokenSequence, source: KvSource, usable: int) -> None:
         """Have the first ``usable`` tokens' KV brought in by the puller."""
         self._note_admission(sequence, 0)
         self._note_last_block(sequence, usable)
@@ -298,7 +298,7 @@ class Scheduler:
             log.exception("submitting a pull from %s failed", source.engine_id)
             done(str(error), 0)
 
-    def decline(self, sequence: Sequence) -> None:
+    def decline(self, sequence: TokenSequence) -> None:
         """Tell the owner of KV that the sequence will not pull to release it, once."""
         source = sequence.request.source
         if source is None or not sequence.try_source:
@@ -309,7 +309,7 @@ class Scheduler:
         elif self.puller is not None:
             self.puller.submit(source, [], _ignore)
 
-    def _publish(self, sequence: Sequence) -> None:
+    def _publish(self, sequence: TokenSequence) -> None:
         """Make the sequence's newly completed blocks findable."""
         full = sequence.computed // self.pool.block_tokens
         if full > sequence.published:

@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any
 
 from tidegate.core.errors import SetupError
-from tidegate.engines.embedded.engine import Engine
+from tidegate.engines.embedded.engine import EmbeddedEngine
 from tidegate.engines.serving.types import GenerateRequest, SamplingParams
 
 _NEW_TOKENS = (16, 64, 256, 1024, 128, 512, 2048)
@@ -21,7 +21,7 @@ _POOL_SHARE = 0.5
 """Share of the pool that a decode measurement may fill, so that it leaves most memory untouched."""
 
 
-def self_profile(engine: Engine, budget_s: float = 1.0) -> list[dict[str, Any]]:
+def self_profile(engine: EmbeddedEngine, budget_s: float = 1.0) -> list[dict[str, Any]]:
     """Measure ``engine``, whose loop must not have been started, for about ``budget_s`` seconds.
 
     Returns raw samples, at least one of each kind if the pool allows:
@@ -52,14 +52,14 @@ def self_profile(engine: Engine, budget_s: float = 1.0) -> list[dict[str, Any]]:
     return samples
 
 
-def _prefill_points(engine: Engine) -> Iterator[tuple[int, int]]:
+def _prefill_points(engine: EmbeddedEngine) -> Iterator[tuple[int, int]]:
     small = [(new, 0) for new in _NEW_TOKENS[:4]]
     for new, cached in [*small, *_CACHED, *((new, 0) for new in _NEW_TOKENS[4:])]:
         if new + cached < engine.max_model_len:
             yield new, cached
 
 
-def _step_points(engine: Engine) -> Iterator[tuple[int, int]]:
+def _step_points(engine: EmbeddedEngine) -> Iterator[tuple[int, int]]:
     stats = engine.stats()
     room = int(stats.total_blocks * stats.block_tokens * _POOL_SHARE)
     most = engine.config.max_num_seqs
@@ -69,7 +69,7 @@ def _step_points(engine: Engine) -> Iterator[tuple[int, int]]:
             yield batch, context
 
 
-def _prefill(engine: Engine, rng: random.Random, new: int, cached: int) -> dict[str, Any]:
+def _prefill(engine: EmbeddedEngine, rng: random.Random, new: int, cached: int) -> dict[str, Any]:
     prefix = _prompt(engine, rng, cached)
     if cached:
         engine.submit(_request("profile-prefix", prefix, 1))
@@ -81,7 +81,7 @@ def _prefill(engine: Engine, rng: random.Random, new: int, cached: int) -> dict[
     return {"kind": "prefill", "new_tokens": new, "cached_tokens": cached, "seconds": seconds}
 
 
-def _steps(engine: Engine, rng: random.Random, batch: int, context: int) -> Iterator[dict[str, Any]]:
+def _steps(engine: EmbeddedEngine, rng: random.Random, batch: int, context: int) -> Iterator[dict[str, Any]]:
     """Time decode steps over KV that is allocated but never computed: its values do not change the time."""
     for index in range(batch):
         request = _request(f"profile-{index}", _prompt(engine, rng, context), _STEPS + 1)
@@ -97,12 +97,12 @@ def _steps(engine: Engine, rng: random.Random, batch: int, context: int) -> Iter
     engine.forget_prefixes()
 
 
-def _drain(engine: Engine) -> None:
+def _drain(engine: EmbeddedEngine) -> None:
     while _step(engine):
         pass
 
 
-def _step(engine: Engine) -> int:
+def _step(engine: EmbeddedEngine) -> int:
     """Take one step and return its tokens. A failed step only shows in the outputs it ends."""
     step = engine.step()
     for output in step.outputs:
@@ -111,7 +111,7 @@ def _step(engine: Engine) -> int:
     return step.tokens
 
 
-def _prompt(engine: Engine, rng: random.Random, tokens: int) -> tuple[int, ...]:
+def _prompt(engine: EmbeddedEngine, rng: random.Random, tokens: int) -> tuple[int, ...]:
     return tuple(rng.randrange(engine.info.vocab_size) for _ in range(tokens))
 
 

@@ -9,7 +9,7 @@ from tidegate.engines.serving.assembling import TextAssembler
 from tidegate.engines.serving.types import GenerateRequest
 
 
-class Sequence:
+class TokenSequence:
     """Mutable state of a request from submit to finish; only the compute thread touches it.
 
     ``tokens`` is the prompt followed by this leg's output; ``computed`` of them have KV in

@@ -19,9 +19,9 @@ from tidegate.core.errors import ConfigError
 from tidegate.engines.embedded.transfer_shm import describe_store
 from tidegate.engines.embedded.transfer_wire import (
     STREAM_CHUNK_BYTES,
+    KvSocket,
     TransferFailed,
     TransferLimits,
-    Wire,
     greet_puller,
 )
 from tidegate.engines.embedded.types import KvStore, PinBook
@@ -58,7 +58,7 @@ class KvExporter:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, port), family=family, backlog=128)
         self._lock = threading.Lock()
-        self._wires: set[Wire] = set()
+        self._wires: set[KvSocket] = set()
         self._closed = False
         self.host = host
         self.port: int = self._listener.getsockname()[1]
@@ -86,7 +86,7 @@ class KvExporter:
                     return
                 continue
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            wire = Wire(sock, self._limits.read_s)
+            wire = KvSocket(sock, self._limits.read_s)
             with self._lock:
                 welcome = not self._closed and len(self._wires) < MOST_CONNECTIONS
                 if welcome:
@@ -96,7 +96,7 @@ class KvExporter:
                 continue
             threading.Thread(target=self._serve, args=(wire,), name="kv-peer", daemon=True).start()
 
-    def _serve(self, wire: Wire) -> None:
+    def _serve(self, wire: KvSocket) -> None:
         try:
             wire.limit(self._limits.read_s)
             greet_puller(wire, self._secret, self._facts)
@@ -112,7 +112,7 @@ class KvExporter:
                 self._wires.discard(wire)
             wire.close()
 
-    def _answer(self, wire: Wire, message: dict[str, Any]) -> None:
+    def _answer(self, wire: KvSocket, message: dict[str, Any]) -> None:
         request_id = str(message.get("request_id"))
         match message.get("op"):
             case "pull":
@@ -122,7 +122,7 @@ class KvExporter:
             case op:
                 raise TransferFailed(f"unknown operation {op!r}")
 
-    def _send_blocks(self, wire: Wire, request_id: str, message: dict[str, Any]) -> None:
+    def _send_blocks(self, wire: KvSocket, request_id: str, message: dict[str, Any]) -> None:
         if message.get("engine_id") != self._facts.engine_id:
             wire.send({"error": f"this is engine {self._facts.engine_id}; the handle names another"})
             return
@@ -138,7 +138,7 @@ class KvExporter:
         if message.get("stream"):
             self._stream(wire, wanted)
 
-    def _stream(self, wire: Wire, block_ids: list[int]) -> None:
+    def _stream(self, wire: KvSocket, block_ids: list[int]) -> None:
         """Send the blocks' bytes in order, small blocks gathered so that a send is worth its call."""
         wire.limit(self._limits.pull_s)
         at_once = max(1, STREAM_CHUNK_BYTES // self._store.block_bytes)

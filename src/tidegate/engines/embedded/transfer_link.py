@@ -10,9 +10,9 @@ from tidegate.engines.embedded.transfer_shm import MappedStore, map_store
 from tidegate.engines.embedded.transfer_wire import (
     STREAM_CHUNK_BYTES,
     ExporterFacts,
+    KvSocket,
     TransferFailed,
     TransferLimits,
-    Wire,
     greet_exporter,
 )
 from tidegate.engines.embedded.types import KvStore
@@ -43,7 +43,7 @@ class PeerLink:
     after anything but PullRefused the link is of no further use.
     """
 
-    def __init__(self, wire: Wire, facts: ExporterFacts, options: PullOptions) -> None:
+    def __init__(self, wire: KvSocket, facts: ExporterFacts, options: PullOptions) -> None:
         self._wire = wire
         self._facts = facts
         self._options = options
@@ -61,7 +61,7 @@ class PeerLink:
             why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise TransferFailed(f"cannot connect: {why}") from None
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        wire = Wire(sock, limits.read_s)
+        wire = KvSocket(sock, limits.read_s)
         try:
             wire.limit(limits.read_s)
             facts = greet_exporter(wire, options.secret)

@@ -76,7 +76,7 @@ class ExporterFacts:
     inode: int = 0
 
 
-class Wire:
+class KvSocket:
     """One connection. Every operation raises TransferFailed at its deadline or when the peer is gone."""
 
     __slots__ = ("_end_s", "_read_s", "_sock")
@@ -145,7 +145,7 @@ class Wire:
         self._sock.settimeout(left)
 
 
-def greet_puller(wire: Wire, secret: LaunchSecret, facts: ExporterFacts) -> None:
+def greet_puller(wire: KvSocket, secret: LaunchSecret, facts: ExporterFacts) -> None:
     """Run the exporter's side of the handshake. Raises TransferFailed for a peer without the secret."""
     ours = secrets.token_hex(NONCE_BYTES)
     wire.send({"kv": VERSION, "nonce": ours})
@@ -157,7 +157,7 @@ def greet_puller(wire: Wire, secret: LaunchSecret, facts: ExporterFacts) -> None
     wire.send({"proof": secret.proof("exporter", theirs, ours.encode()), "facts": asdict(facts)})
 
 
-def greet_exporter(wire: Wire, secret: LaunchSecret) -> ExporterFacts:
+def greet_exporter(wire: KvSocket, secret: LaunchSecret) -> ExporterFacts:
     """Run the puller's side. Raises TransferFailed when refused or when the exporter lacks the secret."""
     hello = wire.receive(most=HANDSHAKE_FRAME_BYTES)
     if hello.get("kv") != VERSION:

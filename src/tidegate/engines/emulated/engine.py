@@ -7,14 +7,14 @@ from dataclasses import asdict
 
 from tidegate.core.errors import NoInstance
 from tidegate.dataplane.sequence import LOADING, NEW, WAITING
-from tidegate.engines.emulated.host import Host, Place
+from tidegate.engines.emulated.host import EmulatedInstance, Host
 from tidegate.engines.serving.types import EngineStats, GenerateRequest, KvSource
 
 
 class EmulatedEngine:
     """A ``ServedEngine``, and the ``KvPuller`` with which refused legs release their source."""
 
-    def __init__(self, host: Host, place: Place) -> None:
+    def __init__(self, host: Host, place: EmulatedInstance) -> None:
         self._host = host
         self._place = place
         self._stopping = False

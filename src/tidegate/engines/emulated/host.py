@@ -13,7 +13,7 @@ from tidegate.dataplane.cluster import Cluster
 from tidegate.dataplane.events import Event, EventQueue, Kind
 from tidegate.dataplane.replica import Replica
 from tidegate.dataplane.sequence import Pin, Sequence
-from tidegate.engines.emulated.leg import Leg, new_leg
+from tidegate.engines.emulated.leg import EmulatedLeg, new_leg
 from tidegate.engines.emulated.pump import Pump
 from tidegate.engines.serving.types import Counters, GenerateRequest, KvSource, Output, PinnedKv
 from tidegate.policies.order import Order
@@ -34,7 +34,7 @@ class Held:
 
 
 @dataclass(slots=True, eq=False)
-class Place:
+class EmulatedInstance:
     """One instance: ``legs`` and ``pins`` by the engine's ids, and the legs that get a token per step.
 
     ``sink`` takes its outputs, on the event loop.
@@ -46,8 +46,8 @@ class Place:
     batcher: Batcher
     sink: Callable[[list[Output]], None]
     counters: Counters = field(default_factory=Counters)
-    legs: dict[str, Leg] = field(default_factory=dict)
-    in_step: dict[Leg, None] = field(default_factory=dict)
+    legs: dict[str, EmulatedLeg] = field(default_factory=dict)
+    in_step: dict[EmulatedLeg, None] = field(default_factory=dict)
     pins: dict[str, Held] = field(default_factory=dict)
 
     def forget_old_pins(self) -> None:
@@ -75,21 +75,21 @@ class Host:
         self._events = EventQueue()
         self._cluster = Cluster(replicas, self._events, self, leap=False, order=order)
         self.places = [
-            Place(index, engine_id, replica, instance.batcher, _nobody)
+            EmulatedInstance(index, engine_id, replica, instance.batcher, _nobody)
             for index, (engine_id, replica, instance) in enumerate(
                 zip(engine_ids, replicas, self._cluster.instances, strict=True)
             )
         ]
         self._by_engine = {place.engine_id: place for place in self.places}
-        self._legs: dict[int, tuple[Place, Leg]] = {}
+        self._legs: dict[int, tuple[EmulatedInstance, EmulatedLeg]] = {}
         self._numbered = 0
-        self._touched: dict[Leg, Place] = {}
+        self._touched: dict[EmulatedLeg, EmulatedInstance] = {}
         self._front_s = front_s
         self.pump = Pump(self._events, self._handle, self._flush, clock)
 
     # what reaches an instance
 
-    def submit(self, place: Place, request: GenerateRequest) -> None:
+    def submit(self, place: EmulatedInstance, request: GenerateRequest) -> None:
         """Start a leg. Raises BadRequest for an id in use."""
         if request.id in place.legs:
             raise BadRequest(f"request id {request.id!r} is in use", param="request_id")
@@ -108,7 +108,7 @@ class Host:
             self._cluster.submit(place.index, leg.sequence, now)
         self.pump.arm()
 
-    def abort(self, place: Place, request_id: str) -> None:
+    def abort(self, place: EmulatedInstance, request_id: str) -> None:
         """End a leg early; its last output has ``finish_reason`` abort. An unknown id is ignored."""
         now = self.pump.catch_up()
         leg = place.legs.pop(request_id, None)
@@ -121,7 +121,7 @@ class Host:
             self._flush()
         self.pump.arm()
 
-    def release(self, place: Place, request_id: str) -> bool:
+    def release(self, place: EmulatedInstance, request_id: str) -> bool:
         """Free KV that a leg left; False when there is none that is free to go."""
         now = self.pump.catch_up()
         held = place.pins.get(request_id)
@@ -138,7 +138,9 @@ class Host:
         if place is not None:
             self.release(place, source.request_id)
 
-    def _claim(self, place: Place, request: GenerateRequest, source: KvSource, now: float) -> Held | None:
+    def _claim(
+        self, place: EmulatedInstance, request: GenerateRequest, source: KvSource, now: float
+    ) -> Held | None:
         """Return the KV behind a handle if it fits the leg; otherwise free it, and the leg recomputes."""
         owner = self._by_engine.get(source.engine_id)
         held = None if owner is None else owner.pins.get(source.request_id)
@@ -241,7 +243,7 @@ class Host:
         self._touched[leg] = place
 
 
-def _count_prompt(counters: Counters, leg: Leg) -> None:
+def _count_prompt(counters: Counters, leg: EmulatedLeg) -> None:
     prompt, cached = leg.sequence.prompt, leg.sequence.cached_tokens
     counters.prompt_tokens += prompt
     counters.prefix_queries += prompt

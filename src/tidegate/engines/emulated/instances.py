@@ -11,7 +11,7 @@ from typing import Any
 
 from tidegate.dataplane.replica import Replica
 from tidegate.engines.emulated.engine import EmulatedEngine, Releaser
-from tidegate.engines.emulated.host import Host, Place
+from tidegate.engines.emulated.host import EmulatedInstance, Host
 from tidegate.engines.emulated.vocabulary import VOCAB_SIZE, Codec
 from tidegate.engines.serving.delivery import OutputRouter
 from tidegate.engines.serving.generation import Parts
@@ -77,7 +77,7 @@ class EmulatedInstances:
         ]
         return {"event": "ready", "instances": ready}
 
-    def _serve(self, place: Place) -> tuple[EmulatedEngine, EngineServer]:
+    def _serve(self, place: EmulatedInstance) -> tuple[EmulatedEngine, EngineServer]:
         instance = place.replica.instance
         facts = ServingFacts(
             engine_id=place.engine_id,

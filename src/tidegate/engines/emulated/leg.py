@@ -15,7 +15,7 @@ _NO_EOS: frozenset[int] = frozenset()
 
 
 @dataclass(slots=True, eq=False)
-class Leg:
+class EmulatedLeg:
     """State of a leg. ``sequence`` is what the instance sees of it; times are those of its events.
 
     ``said`` collects what was not delivered yet, ``tokens`` are all that the leg is going to say, and
@@ -79,7 +79,9 @@ class Leg:
         )
 
 
-def new_leg(number: int, request: GenerateRequest, source: Pin | None, block_tokens: int, now: float) -> Leg:
+def new_leg(
+    number: int, request: GenerateRequest, source: Pin | None, block_tokens: int, now: float
+) -> EmulatedLeg:
     """Return the leg of ``request``, numbered ``number`` for its instance, submitted at ``now``.
 
     The answer is known beforehand, and so is where a stop ends it.
@@ -98,7 +100,7 @@ def new_leg(number: int, request: GenerateRequest, source: Pin | None, block_tok
         hash_block_tokens=block_tokens,
         ticket=None if request.ticket is None else request.ticket.on_clock(now),
     )
-    return Leg(request, sequence, tokens, _assembler(request), now, Output(request.id, [], ""))
+    return EmulatedLeg(request, sequence, tokens, _assembler(request), now, Output(request.id, [], ""))
 
 
 def _assembler(request: GenerateRequest) -> TextAssembler:
