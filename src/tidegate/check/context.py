@@ -25,7 +25,7 @@ FATAL = {
     "tokenizer": "its tokenizer cannot be compared",
     "KV handle": "it gives no KV handle",
 }
-"""What is said of a server that is set aside after the probe."""
+"""What is said of a server that is excluded after the probe."""
 SHORTEST_PULL = 96
 """Tokens: above vLLM's default ``kv_recompute_threshold`` of 64, under which KV is not read back."""
 
@@ -58,7 +58,7 @@ class CheckContext:
     described: dict[str, SelfDescription] = field(default_factory=dict)
     """What servers said of themselves, as far as they did."""
     findings: list[Finding] = field(default_factory=list)
-    aside: dict[str, str] = field(default_factory=dict)
+    excluded: dict[str, str] = field(default_factory=dict)
     """Why a server is not probed any further, by id."""
     vocabulary: list[int] = field(default_factory=list)
     prompt: list[int] = field(default_factory=list)
@@ -69,8 +69,8 @@ class CheckContext:
 
     @property
     def active(self) -> list[ProbedServer]:
-        """The servers that are not set aside."""
-        return [server for name, server in self.servers.items() if name not in self.aside]
+        """The servers that are not excluded."""
+        return [server for name, server in self.servers.items() if name not in self.excluded]
 
     @property
     def block_tokens(self) -> int:
@@ -86,19 +86,19 @@ class CheckContext:
         """Enter findings."""
         self.findings += findings
 
-    def set_aside(self, name: str, why: str) -> None:
+    def exclude(self, name: str, why: str) -> None:
         """Probe ``name`` no further; the first reason stays."""
-        self.aside.setdefault(name, why)
+        self.excluded.setdefault(name, why)
 
     def facts(self, name: str) -> ServerFacts:
         """Return the facts of a server that was described."""
         return self.described[name].facts
 
-    def gives(self, name: str) -> bool:
+    def produces_kv(self, name: str) -> bool:
         """Tell whether others are to pull KV from the server."""
         return self.roles.get(name) is not Role.DECODE
 
-    def takes(self, name: str) -> bool:
+    def consumes_kv(self, name: str) -> bool:
         """Tell whether the server is to pull KV of others."""
         return self.roles.get(name) is not Role.PREFILL
 
@@ -121,19 +121,23 @@ class CheckContext:
         room = min(self.facts(each.id).max_model_len for each in self.active) - 4 * REFERENCE_TOKENS
         self.prompt = self.fresh_prompt(max(8, min(blocks * block + block // 2, room)))
 
-    async def each(
+    async def run_on_each(
         self, probe: str, run: Callable[[ProbedServer], Awaitable[list[Finding]]], *, fatal: bool = False
     ) -> None:
-        """Run ``run`` for all active servers at once; one that fails is a finding, and is set aside when its
+        """Run ``run`` for all active servers at once; one that fails is a finding, and is excluded when its
         failure is ``fatal`` to what follows."""
         servers = self.active
-        for found in await asyncio.gather(*(self.one(probe, (each.id,), run(each)) for each in servers)):
+        for found in await asyncio.gather(
+            *(self.run_probe(probe, (each.id,), run(each)) for each in servers)
+        ):
             self.add(found)
             for each in found:
                 if fatal and each.verdict is CheckVerdict.RED:
-                    self.set_aside(each.where[0], FATAL.get(probe, f"its {probe} failed"))
+                    self.exclude(each.where[0], FATAL.get(probe, f"its {probe} failed"))
 
-    async def one(self, probe: str, where: tuple[str, ...], run: Awaitable[list[Finding]]) -> list[Finding]:
+    async def run_probe(
+        self, probe: str, where: tuple[str, ...], run: Awaitable[list[Finding]]
+    ) -> list[Finding]:
         """Await a probe's findings; an engine's error becomes one."""
         try:
             return await run

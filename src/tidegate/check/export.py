@@ -5,7 +5,7 @@ from __future__ import annotations
 from tidegate.check.context import CheckContext
 from tidegate.check.pairs import PairResult
 from tidegate.check.server import ProbedServer
-from tidegate.check.transfer import TAKE_TOKENS, produce, take
+from tidegate.check.transfer import TAKE_TOKENS, pin_prefill, pull_kv
 from tidegate.check.verdict import CheckVerdict, Finding
 from tidegate.engines.vllm.metrics import CACHED, COMPUTED
 
@@ -17,13 +17,13 @@ LONGEST_STREAM = 512
 async def probe_exports(check: CheckContext, seen: dict[tuple[str, str], PairResult]) -> None:
     """Move one stream away from every server that others pull from, towards one that can take it."""
     for server in check.active:
-        if not check.gives(server.id):
+        if not check.produces_kv(server.id):
             continue
         takers = [taker for (owner, taker), each in seen.items() if owner == server.id and each.works]
-        takers = [taker for taker in takers if taker not in check.aside]
+        takers = [taker for taker in takers if taker not in check.excluded]
         if takers:
             probe = _probe(check, server, check.servers[takers[0]])
-            check.add(await check.one(PROBE, (server.id,), probe))
+            check.add(await check.run_probe(PROBE, (server.id,), probe))
             await check.pins.release(check.servers, (server.id, takers[0]))
         else:
             observed = "not probed: no server can pull from it"
@@ -38,7 +38,7 @@ async def _probe(check: CheckContext, source: ProbedServer, target: ProbedServer
     ids = stream.token_ids[:STREAMED_TOKENS]
     prompt = check.prompt + ids
     before = await source.metrics()
-    made = await produce(check, source, prompt, 1, salt)
+    made = await pin_prefill(check, source, prompt, 1, salt)
     if made.handle is None:
         observed, change = "no handle for what it had streamed", "see its log"
         return [Finding(PROBE, (source.id,), CheckVerdict.RED, observed, change)]
@@ -49,7 +49,7 @@ async def _probe(check: CheckContext, source: ProbedServer, target: ProbedServer
         )
     )
     rest = expected[len(ids) : len(ids) + TAKE_TOKENS]
-    taken = await take(check, target, made.handle, prompt, rest, pin=False, salt=salt)
+    taken = await pull_kv(check, target, made.handle, prompt, rest, pin=False, salt=salt)
     verdict, observed, change = taken.judge(len(prompt))
     hit = after.source(CACHED) - before.source(CACHED)
     if verdict is not CheckVerdict.GREEN:

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from tidegate.check.context import CheckContext
 from tidegate.check.pins import PinnedHandles
 from tidegate.check.server import ProbedServer
-from tidegate.check.transfer import TAKE_TOKENS, PullResult, produce, take
+from tidegate.check.transfer import TAKE_TOKENS, PullResult, pin_prefill, pull_kv
 from tidegate.check.verdict import CheckVerdict, Finding, Json
 
 PROBE_HANDLE, PROBE_LEASE, PROBE_READ_BACK = "KV handle", "lease", "read-back lease"
@@ -65,10 +65,10 @@ async def pin_sample(
     check: CheckContext, samples: dict[str, PinnedSample], server: ProbedServer
 ) -> list[Finding]:
     """Pin a little KV on a server that others pull from, and keep it among ``samples``."""
-    if not check.gives(server.id):
+    if not check.produces_kv(server.id):
         return []
     expired = (await server.metrics()).nixl_expired
-    made = await produce(check, server, check.prompt, 1, check.salt(server.id, "lease"))
+    made = await pin_prefill(check, server, check.prompt, 1, check.salt(server.id, "lease"))
     if made.handle is not None:
         check.pins.keep(made.handle.params)
         given = check.pins.given_by(server.id)
@@ -144,12 +144,12 @@ async def pin_decoded(
 ) -> None:
     """Have ``taker`` decode from ``owner``'s KV and keep the result pinned, for ``samples``."""
     salt = check.salt(taker.id, "decoded")
-    made = await produce(check, owner, check.prompt, 1, salt)
+    made = await pin_prefill(check, owner, check.prompt, 1, salt)
     if made.handle is None:
         return
     expired = (await taker.metrics()).nixl_expired
     rest = check.expected(owner.id, taker.id)[:TAKE_TOKENS]
-    taken = await take(check, taker, made.handle, check.prompt, rest, pin=False, salt=salt)
+    taken = await pull_kv(check, taker, made.handle, check.prompt, rest, pin=False, salt=salt)
     if taken.params is not None:
         check.pins.keep(taken.params)
         since_s = time.perf_counter() - taken.at_s

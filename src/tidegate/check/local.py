@@ -21,7 +21,7 @@ PROFILE_STEPS = 32
 async def compare_answers(check: CheckContext) -> None:
     """Have every server answer one prompt by itself, and keep the answers as references.
 
-    A server that answers otherwise than most serves other weights, and is set aside; one that parts late
+    A server that answers otherwise than most serves other weights, and is excluded; one that parts late
     computes differently, which no transfer of KV can be held against.
     """
     servers = check.active
@@ -31,7 +31,7 @@ async def compare_answers(check: CheckContext) -> None:
             check.add(
                 [Finding("same answers", (server.id,), CheckVerdict.RED, answer.message, "see its log")]
             )
-            check.set_aside(server.id, "it does not answer a plain request")
+            check.exclude(server.id, "it does not answer a plain request")
         else:
             check.answers[server.id] = answer
     if not check.answers:
@@ -42,7 +42,7 @@ async def compare_answers(check: CheckContext) -> None:
         same = len(shared_start([answer, usual]))
         if same < SAME_MODEL_SHARE * REFERENCE_TOKENS:
             observed = f"another model: its greedy answer differs from token {same} on"
-            check.set_aside(name, "it serves another model")
+            check.exclude(name, "it serves another model")
             change = "serve the same weights everywhere: compare --model and --revision"
             check.add([Finding("same answers", (name,), CheckVerdict.RED, observed, change)])
         else:

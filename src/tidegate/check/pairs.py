@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from tidegate.check.context import CheckContext
 from tidegate.check.server import ProbedServer
-from tidegate.check.transfer import LEASE_TOKENS, TAKE_TOKENS, PullResult, produce, take
+from tidegate.check.transfer import LEASE_TOKENS, TAKE_TOKENS, PullResult, pin_prefill, pull_kv
 from tidegate.check.verdict import CheckVerdict, Finding, Json
 from tidegate.core.errors import EngineError
 
@@ -30,7 +30,7 @@ class PairResult:
     failed: str = ""
     """Why the owner could not even prefill."""
     skipped: str = ""
-    stumbled: str = ""
+    first_failure: str = ""
     """What went wrong with the first of two pulls."""
 
     @property
@@ -55,12 +55,12 @@ async def probe_pairs(
     check: CheckContext, advance: Callable[[float], None]
 ) -> dict[tuple[str, str], PairResult]:
     """Probe all ordered pairs of active servers: both directions of a match in turn, matches of a round at
-    once. A server that stops answering is set aside, and its further matches are left out."""
+    once. A server that stops answering is excluded, and its further matches are left out."""
     seen: dict[tuple[str, str], PairResult] = {}
 
     async def match(a: str, b: str) -> None:
         for owner, taker in ((a, b), (b, a)):
-            if {a, b} & check.aside.keys() or not (check.gives(owner) and check.takes(taker)):
+            if {a, b} & check.excluded.keys() or not (check.produces_kv(owner) and check.consumes_kv(taker)):
                 continue
             hopeless = _hopeless(seen, owner, taker)
             seen[owner, taker] = (
@@ -89,14 +89,14 @@ async def _probe_pair(check: CheckContext, owner: ProbedServer, taker: ProbedSer
     """Probe one pair; a pull that fails is tried once more, and the first failure told."""
     try:
         found = await _pulled(check, owner, taker, "pull")
-        if found.pull is not None and not found.works and owner.id not in check.aside:
+        if found.pull is not None and not found.works and owner.id not in check.excluded:
             if found.pull.error:
                 await _still_serves(check, taker)
-            if taker.id in check.aside:
+            if taker.id in check.excluded:
                 return found
             again = await _pulled(check, owner, taker, "again")
             if again.works:
-                found = replace(again, stumbled=found.pull.judge(len(check.prompt))[1])
+                found = replace(again, first_failure=found.pull.judge(len(check.prompt))[1])
         # Only now: a server without bidirectional reads would never answer what follows, and leak its blocks.
         if found.works and found.pull is not None and found.pull.params is not None:
             found = replace(found, read=await _read(check, owner, taker))
@@ -110,21 +110,21 @@ async def _probe_pair(check: CheckContext, owner: ProbedServer, taker: ProbedSer
 async def _pulled(check: CheckContext, owner: ProbedServer, taker: ProbedServer, trial: str) -> PairResult:
     salt = check.salt(owner.id, taker.id, trial)
     expected = check.expected(owner.id, taker.id)[:TAKE_TOKENS]
-    made = await produce(check, owner, check.prompt, 1, salt)
+    made = await pin_prefill(check, owner, check.prompt, 1, salt)
     if made.handle is None:
         return PairResult(failed=f"{owner.id}: it gave no handle this time")
-    pull = await take(check, taker, made.handle, check.prompt, expected, pin=False, salt=salt)
+    pull = await pull_kv(check, taker, made.handle, check.prompt, expected, pin=False, salt=salt)
     return PairResult(made.handle.params, pull)
 
 
 async def _read(check: CheckContext, owner: ProbedServer, taker: ProbedServer) -> PullResult | None:
     salt = check.salt(owner.id, taker.id, "read")
-    made = await produce(check, owner, check.prompt, LEASE_TOKENS, salt)
+    made = await pin_prefill(check, owner, check.prompt, LEASE_TOKENS, salt)
     if made.handle is None:
         return None
     rest = check.expected(owner.id, taker.id)[LEASE_TOKENS : LEASE_TOKENS + TAKE_TOKENS]
     prompt = check.prompt + made.token_ids
-    read = await take(check, taker, made.handle, prompt, rest, pin=True, salt=salt)
+    read = await pull_kv(check, taker, made.handle, prompt, rest, pin=True, salt=salt)
     if read.error:
         await _still_serves(check, taker)
     return read
@@ -134,7 +134,7 @@ async def _still_serves(check: CheckContext, server: ProbedServer) -> None:
     try:
         (await server.complete(check.fresh_prompt(8), 1)).new_tokens()
     except EngineError as error:
-        check.set_aside(server.id, "it stopped answering")
+        check.exclude(server.id, "it stopped answering")
         observed = f"stopped answering after a pull failed: {error.message}"
         change = "restart it; its log has the reason"
         check.add([Finding("reachable", (server.id,), CheckVerdict.RED, observed, change)])
@@ -152,8 +152,8 @@ def judge_pairs(check: CheckContext, seen: dict[tuple[str, str], PairResult]) ->
             if each.failed:
                 found.append(Finding(PROBE_PULL, pair, CheckVerdict.RED, each.failed, "see the server's log"))
             continue
-        if each.stumbled:
-            observed = f"the first of two pulls failed: {each.stumbled}"
+        if each.first_failure:
+            observed = f"the first of two pulls failed: {each.first_failure}"
             change = "check again; if it stays, the machines or their network are too busy for handshakes"
             found.append(Finding(PROBE_PULL, pair, CheckVerdict.YELLOW, observed, change))
         else:

@@ -27,7 +27,7 @@ async def probe_policy(
 
     The handle is a sample's, under another name: as ``do_remote_prefill`` it ends under either policy.
     """
-    if not check.takes(server.id):
+    if not check.consumes_kv(server.id):
         return []
     template = samples.get(server.id) or next(iter(samples.values()), None)
     if template is None:

@@ -96,12 +96,12 @@ async def _probe(check: CheckContext, advance: Advance) -> None:
     check.choose_prompt()
     advance(0.05, "comparing answers")
     await compare_answers(check)
-    await check.each("prefix cache", lambda server: probe_prefix_cache(check, server))
+    await check.run_on_each("prefix cache", lambda server: probe_prefix_cache(check, server))
     for n, server in enumerate(check.active):
         advance(0.1 + 0.1 * n / len(check.servers), f"timing {server.id}")
-        check.add(await check.one("speed", (server.id,), probe_speed(check, server)))
+        check.add(await check.run_probe("speed", (server.id,), probe_speed(check, server)))
     samples: dict[str, PinnedSample] = {}
-    await check.each(PROBE_HANDLE, lambda server: pin_sample(check, samples, server), fatal=True)
+    await check.run_on_each(PROBE_HANDLE, lambda server: pin_sample(check, samples, server), fatal=True)
     seen: dict[tuple[str, str], PairResult] = {}
     if len(check.active) > 1:
         seen = await probe_pairs(check, lambda share: advance(0.2 + 0.5 * share, "moving KV"))
@@ -113,16 +113,16 @@ async def _probe(check: CheckContext, advance: Advance) -> None:
         check.add([Finding("KV pull", (), CheckVerdict.YELLOW, "one server: there is nobody to hand KV to")])
     advance(0.75, "pretending that a peer is dead")
     await watch_samples(check, samples)
-    await check.each(PROBE_POLICY, lambda server: probe_policy(check, samples, server))
+    await check.run_on_each(PROBE_POLICY, lambda server: probe_policy(check, samples, server))
     await _leases(check, samples, seen, advance)
     check.add(
         Finding("KV pull", (name,), CheckVerdict.SKIPPED, f"not probed: {why}")
-        for name, why in check.aside.items()
+        for name, why in check.excluded.items()
     )
 
 
 async def _look(check: CheckContext) -> None:
-    """Learn the facts of all servers; the odd ones out are set aside."""
+    """Learn the facts of all servers; those that differ from most are excluded."""
 
     async def ask(server: ProbedServer) -> list[Finding]:
         told = check.described[server.id] = await describe(server)
@@ -134,7 +134,7 @@ async def _look(check: CheckContext) -> None:
             return [Finding("reachable", (server.id,), CheckVerdict.YELLOW, observed, change)]
         return [Finding("reachable", (server.id,), CheckVerdict.GREEN, "answers")]
 
-    await check.each("reachable", ask, fatal=True)
+    await check.run_on_each("reachable", ask, fatal=True)
     described = {name: check.described[name] for name in check.servers if name in check.described}
     check.described = described
     if not described:
@@ -142,7 +142,7 @@ async def _look(check: CheckContext) -> None:
     for found in compare_descriptions(described):
         check.add([found])
         if found.verdict is CheckVerdict.RED and found.probe in ("model", "block size"):
-            check.set_aside(found.where[0], f"its {found.probe} differs")
+            check.exclude(found.where[0], f"its {found.probe} differs")
     check.add(compare_roles(described, check.roles))
     check.add(judge_clocks(described))
 
@@ -155,7 +155,7 @@ async def _tokenizers(check: CheckContext) -> None:
         told[server.id] = [await server.tokenize(text) for text in SAMPLE_TEXTS]
         return []
 
-    await check.each("tokenizer", ask, fatal=True)
+    await check.run_on_each("tokenizer", ask, fatal=True)
     if not told:
         return
     in_order: dict[str, list[list[int]]] = {each.id: told[each.id] for each in check.active}
@@ -168,7 +168,7 @@ async def _tokenizers(check: CheckContext) -> None:
     check.add(found)
     for each in found:
         if each.verdict is CheckVerdict.RED:
-            check.set_aside(each.where[0], "its tokenizer differs")
+            check.exclude(each.where[0], "its tokenizer differs")
     check.vocabulary = sorted(
         {token for each in check.active for text in in_order[each.id] for token in text}
     )
@@ -191,14 +191,16 @@ async def _leases(
             check.add(judge_read_back(server, pull) if pull else [])
         return
     advance(0.8, "waiting for leases to end")
-    await check.each(PROBE_LEASE, lambda server: measure_lease(check, PROBE_LEASE, samples, server))
+    await check.run_on_each(PROBE_LEASE, lambda server: measure_lease(check, PROBE_LEASE, samples, server))
     decoded: dict[str, PinnedSample] = {}
     for server in check.active:
         owners = [owner for (owner, taker), each in seen.items() if taker == server.id and each.works]
-        if owners and owners[0] not in check.aside:
+        if owners and owners[0] not in check.excluded:
             await pin_decoded(check, decoded, check.servers[owners[0]], server)
     advance(0.9, "waiting for leases to end")
-    await check.each(PROBE_READ_BACK, lambda server: measure_lease(check, PROBE_READ_BACK, decoded, server))
+    await check.run_on_each(
+        PROBE_READ_BACK, lambda server: measure_lease(check, PROBE_READ_BACK, decoded, server)
+    )
 
 
 async def _left_behind(check: CheckContext) -> Sequence[Finding]:

@@ -76,7 +76,7 @@ class PinnedPrefill:
     handle: KvHandle | None
 
 
-async def produce(
+async def pin_prefill(
     check: CheckContext, owner: ProbedServer, prompt: list[int], tokens: int, salt: str
 ) -> PinnedPrefill:
     """Have ``owner`` prefill ``prompt``, make ``tokens`` tokens and pin the KV."""
@@ -87,7 +87,7 @@ async def produce(
     return PinnedPrefill(ids, reply.kv_params, handle)
 
 
-async def take(
+async def pull_kv(
     check: CheckContext,
     taker: ProbedServer,
     handle: KvHandle,
