@@ -17,7 +17,7 @@ from tidegate.costs.profile import Profile
 from tidegate.engines.vllm.client import ServerFacts, VllmClient
 from tidegate.fleet.health import Health, HealthPace, check_health, end_watch, until_unhealthy
 from tidegate.fleet.member import LEASE_S, MOONCAKE_LEASE_S, FleetListener, Member
-from tidegate.fleet.vllm_member import mooncake_engine_id, profiles_by_id, vllm_member
+from tidegate.fleet.vllm_member import KvTransfer, mooncake_engine_id, profiles_by_id, vllm_member
 
 log = logging.getLogger(__name__)
 
@@ -240,12 +240,10 @@ class StaticFleet:
             server.id,
             server.url,
             facts,
+            KvTransfer(connector, self._kv.lease_s or default_s, self._kv.bidirectional),
             engine_id=f"{server.id}-{facts.metrics.started_s or secrets.token_hex(4)}",
             api_key=self._api_key,
             profile=self._profiles.get(server.id),
-            connector=connector,
-            bidirectional=self._kv.bidirectional,
-            lease_s=self._kv.lease_s or default_s,
             bootstrap_url=self._bootstraps[server.id],
             kv_engine_id=kv_engine_id,
             fixed_role=self._role(server),

@@ -7,11 +7,11 @@ import math
 import random
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from tidegate.core.errors import ConfigError, SetupError
 from tidegate.fleet.member import LEASE_S
+from tidegate.fleet.vllm_member import KvTransfer
 
 FIRST_PORT, LAST_PORT = 20000, 32000
 """Below Linux's range for outgoing connections, which could take a port between its choice and its use."""
@@ -58,15 +58,6 @@ def nixl_config(lease_s: int = 30) -> dict[str, Any]:
             "decoder_kv_blocks_ttl": STREAM_PIN_S,
         },
     }
-
-
-@dataclass(frozen=True, slots=True)
-class KvTransfer:
-    """What a server's KV transfer configuration means to the gateway; ``connector`` "" is none it can use."""
-
-    connector: str
-    lease_s: float
-    bidirectional: bool
 
 
 class ServeArguments:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from tidegate.core.errors import ConfigError, EngineError, EngineFault, SetupError
 from tidegate.core.instance import Instance, Role
@@ -11,23 +12,32 @@ from tidegate.engines.vllm.client import ServerFacts, VllmClient
 from tidegate.fleet.member import Capabilities, Member
 
 
+@dataclass(frozen=True, slots=True)
+class KvTransfer:
+    """How a server moves KV: its connector, "" for none that the gateway can use; how long it pins KV for a
+    pull; and whether a prefill can begin with KV that another server's decode made."""
+
+    connector: str
+    lease_s: float
+    bidirectional: bool
+
+
 def vllm_member(
     name: str,
     url: str,
     facts: ServerFacts,
+    kv: KvTransfer,
     *,
     engine_id: str,
     api_key: str,
     profile: Profile | None,
-    connector: str,
-    bidirectional: bool,
-    lease_s: float,
     bootstrap_url: str,
     kv_engine_id: str,
     fixed_role: Role | None = None,
     pid: int | None = None,
 ) -> Member:
-    """Return the member that a server is; ``connector`` is "" for one that hands on no KV."""
+    """Return the member that a server is. ``bootstrap_url`` and ``kv_engine_id`` are for MooncakeConnector's
+    peers; one with a ``fixed_role`` does nothing else."""
     return Member(
         instance=Instance(
             name,
@@ -44,15 +54,15 @@ def vllm_member(
         kind="vllm",
         pid=pid,
         capabilities=Capabilities(
-            kv_transfer=bool(connector),
+            kv_transfer=bool(kv.connector),
             continues=False,
-            extends_kv=connector == "nixl" and bidirectional,
+            extends_kv=kv.connector == "nixl" and kv.bidirectional,
             orders=False,
             tells_load=True,
         ),
-        connector=connector,
-        lease_s=lease_s,
-        bootstrap_url=bootstrap_url if connector == "mooncake" else "",
+        connector=kv.connector,
+        lease_s=kv.lease_s,
+        bootstrap_url=bootstrap_url if kv.connector == "mooncake" else "",
         kv_engine_id=kv_engine_id,
         fixed_role=fixed_role,
     )

@@ -15,6 +15,15 @@ from tidegate.policies.order import ORDERS
 
 DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
 
+COUNTS = (
+    ("--kv-memory-mb", 64, "MB", "memory for KV"),
+    ("--block-tokens", 16, "TOKENS", "tokens of a KV block"),
+    ("--max-batch-tokens", 512, "TOKENS", "tokens of one step"),
+    ("--max-num-seqs", 256, "N", "requests of one step"),
+    ("--threads", 1, "N", "CPU threads of the model"),
+)
+"""Flags that take a whole number from 1 on: default, unit, meaning."""
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -107,46 +116,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TOKENS",
         help="default: the model's, if the KV memory holds it",
     )
-    add(
-        "--kv-memory-mb",
-        type=_positive,
-        default=64,
-        metavar="MB",
-        help="memory for KV (default: %(default)s)",
-    )
-    add(
-        "--block-tokens",
-        type=_positive,
-        default=16,
-        metavar="TOKENS",
-        help="tokens of a KV block (default: %(default)s)",
-    )
-    add(
-        "--max-batch-tokens",
-        type=_positive,
-        default=512,
-        metavar="TOKENS",
-        help="tokens of one step (default: %(default)s)",
-    )
-    add(
-        "--max-num-seqs",
-        type=_positive,
-        default=256,
-        metavar="N",
-        help="requests of one step (default: %(default)s)",
-    )
+    for flag, default, metavar, what in COUNTS:
+        add(flag, type=_positive, default=default, metavar=metavar, help=f"{what} (default: %(default)s)")
     add(
         "--order",
         choices=ORDERS.names(),
         default="fifo",
         help="who is admitted first among waiting requests (default: %(default)s)",
-    )
-    add(
-        "--threads",
-        type=_positive,
-        default=1,
-        metavar="N",
-        help="CPU threads of the model (default: %(default)s)",
     )
     add("--engine-id", default="", metavar="ID", help="name in KV handles; new for every start if not given")
     add("--served-model-name", default="", metavar="NAME", help="default: the folder's name")
