@@ -294,6 +294,8 @@ class VllmClient:
             raise EngineTimeout(
                 f"{path} has no answer after {deadline_s:g} s", instance=self.instance
             ) from None
+        except aiohttp.ClientSSLError as error:  # a connector's error, too, but not always with an OSError
+            raise EngineUnreachable(f"no TLS: {error}", instance=self.instance) from None
         except aiohttp.ClientConnectorError as error:
             reason = error.os_error.strerror or str(error)
             raise EngineUnreachable(
