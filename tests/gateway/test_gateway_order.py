@@ -11,7 +11,7 @@ from tidegate.core.request import Request
 from tidegate.core.slo import Slo
 from tidegate.fleet.member import Capabilities
 from tidegate.ledger.snapshot import Snapshot
-from tidegate.policies.seams import Signal
+from tidegate.policies.protocols import Signal
 from tidegate.systems import make_system
 
 BODY = {"prompt": [5, 9, 200, 41], "max_tokens": 4, "temperature": 0}

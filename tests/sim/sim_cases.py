@@ -15,7 +15,7 @@ from tidegate.core.slo import Slo
 from tidegate.costs.forms import MixedCost, PrefillCost, StepCost, TransferCost
 from tidegate.costs.profile import Profile
 from tidegate.ledger.snapshot import Snapshot
-from tidegate.policies.seams import Signal
+from tidegate.policies.protocols import Signal
 from tidegate.sim import EngineSettings, Replica, SimRun, SimSettings, simulate
 from tidegate.systems import System, make_system
 from tidegate.testing import instance

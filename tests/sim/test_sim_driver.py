@@ -16,7 +16,7 @@ from tidegate.core.slo import Slo
 from tidegate.ledger.snapshot import Snapshot
 from tidegate.measure import build_report, read_journal
 from tidegate.policies.least_loaded import LeastLoaded
-from tidegate.policies.seams import Signal
+from tidegate.policies.protocols import Signal
 from tidegate.sim import EngineSettings, Replica, SimRun, SimSettings, simulate
 from tidegate.systems import System, make_system
 from tidegate.testing import REFERENCE, instance

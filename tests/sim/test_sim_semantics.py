@@ -10,7 +10,7 @@ from sim_cases import ended
 from tidegate.core.decision import Control, Flip
 from tidegate.core.instance import Role
 from tidegate.ledger.snapshot import Snapshot
-from tidegate.policies.seams import Signal
+from tidegate.policies.protocols import Signal
 from tidegate.sim import EngineSettings, Replica, SimRun, simulate
 from tidegate.systems import make_system
 from tidegate.testing import instance, profile

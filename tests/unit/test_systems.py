@@ -10,7 +10,7 @@ from tidegate.core.slo import Slo
 from tidegate.policies.arrow import ArrowPlacement
 from tidegate.policies.arrow_monitor import ArrowMonitor
 from tidegate.policies.order import make_order
-from tidegate.policies.seams import Signal
+from tidegate.policies.protocols import Signal
 from tidegate.systems import SYSTEMS, check_signals, make_system
 
 NAMES = ("arrow", "arrow-v1", "colocated", "minimal-load", "round-robin", "static")

@@ -22,7 +22,7 @@ from vllm_servers import BLOCK_TOKENS, SERVED_NAME, ServerOptions, VllmCluster, 
 from tidegate.engines.vllm.connector import MARGIN_S
 from tidegate.fleet.static import KvSetup
 from tidegate.fleet.vllm_command import nixl_config
-from tidegate.policies.seams import Signal
+from tidegate.policies.protocols import Signal
 
 Json = dict[str, Any]
 EXPORT = {"do_remote_decode": True, "do_remote_prefill": False}

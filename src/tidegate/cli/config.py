@@ -22,7 +22,7 @@ from tidegate.dataplane.roster import parse_groups
 from tidegate.fleet.static import KvSetup, checked_url, server_of
 from tidegate.fleet.vllm_command import ServeArguments
 from tidegate.policies.order import Fifo
-from tidegate.policies.seams import Signal
+from tidegate.policies.protocols import Signal
 from tidegate.systems import SYSTEMS, make_system, named
 from tidegate.systems.system import System
 

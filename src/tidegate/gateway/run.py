@@ -17,7 +17,7 @@ from tidegate.gateway.front import Front
 from tidegate.gateway.journal import Journal
 from tidegate.gateway.scheduler import Scheduler
 from tidegate.gateway.settings import GatewaySettings
-from tidegate.policies.seams import Signal
+from tidegate.policies.protocols import Signal
 from tidegate.protocol.http_front import FrontRunner
 from tidegate.systems import check_signals
 from tidegate.systems.system import System

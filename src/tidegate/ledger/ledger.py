@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from tidegate.core.errors import InternalError, NoInstance
 from tidegate.core.instance import Instance, Role
@@ -12,8 +13,9 @@ from tidegate.ledger.among import Labels
 from tidegate.ledger.integrity import check_integrity
 from tidegate.ledger.records import Booked, Counts, Entry, Residents, Seat
 from tidegate.ledger.sheet import Sheet
-from tidegate.ledger.snapshot import Field, Snapshot
-from tidegate.ledger.windows import close_windows
+from tidegate.ledger.snapshot import Field, Snapshot, WindowAverages
+from tidegate.ledger.rows import RequestRows
+from tidegate.ledger.windows import NO_WINDOWS, LongWindows, close_windows
 
 GRID_S = 2.0**-30
 """Predicted prefill times are rounded to this step (about a nanosecond; ours), so that their sums are
@@ -35,8 +37,9 @@ class Ledger:
     False, because a driver learns of such ends late.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, window_s: float = 1.0, windows: Mapping[str, float] = NO_WINDOWS) -> None:
         self._sheet = Sheet()
+        self._windows = LongWindows(window_s, windows)
         self._seats: dict[str, Seat] = {}
         self._entries: dict[str, Entry] = {}
         self._ids: tuple[str, ...] = ()
@@ -66,6 +69,7 @@ class Ledger:
         cells[Field.FREE_TOKENS] = instance.kv_capacity_tokens or math.inf
         cells[Field.FLIPPED_AT_S] = -math.inf
         self._sheet.queue_since_s[column] = now
+        self._windows.add_column()
         self._membership_changed()
 
     def instance_down(self, instance_id: str, now: float) -> list[str]:
@@ -92,6 +96,7 @@ class Ledger:
                 self._lost += 1
         del self._seats[instance_id]
         self._sheet.remove_column(seat.column)
+        self._windows.remove_column(seat.column)
         for other in self._seats.values():
             if other.column > seat.column:
                 other.column -= 1
@@ -140,7 +145,7 @@ class Ledger:
         """
         seat = self._seat(on)
         self.aborted(request.id, now)
-        new = max(1, request.prompt_tokens - request.cached_tokens)
+        new = request.tokens_to_compute(on)
         seconds = seat.profile.prefill_s(new, request.prompt_tokens - new)
         seconds = round(seconds / GRID_S) * GRID_S
         entry = Entry(request, seat, seconds)
@@ -318,9 +323,9 @@ class Ledger:
     # Time
 
     def window_closed(self, now: float) -> None:
-        """Close the window of inter-token gaps and queue averages; called once per pool tick, before the
-        tick's snapshot."""
-        close_windows(self._sheet, self._seats.values(), self._window_start_s, now)
+        """Close the window of inter-token gaps and queue averages, and the longer ones that end with it."""
+        sums = close_windows(self._sheet, self._seats.values(), self._window_start_s, now)
+        self._windows.add(sums, now - self._window_start_s)
         self._window_start_s = now
 
     def snapshot(self, now: float) -> Snapshot:
@@ -339,7 +344,17 @@ class Ledger:
             self._placed_prefills,
             self._placed_decodes,
             self._last_flip_to_decode_s,
+            self,
         )
+
+    def request_rows(self) -> RequestRows:
+        """Return one row per live request, as arrays."""
+        return RequestRows.of(list(self._entries.values()))
+
+    @property
+    def windows(self) -> Mapping[str, WindowAverages]:
+        """The averages of the named windows that ended last."""
+        return self._windows.averages
 
     # Questions
 
@@ -356,6 +371,13 @@ class Ledger:
         """Return who is on an instance. Raises NoInstance when it is not up."""
         seat = self._seat(instance_id)
         return Residents(tuple(seat.prefills), tuple(seat.handoffs), tuple(seat.decodes))
+
+    def in_step(self, instance_id: str) -> list[str]:
+        """Return the decodes that ``stepped`` counts for on an instance; none where it is not up."""
+        seat = self._seats.get(instance_id)
+        if seat is None:
+            return []
+        return [name for name, entry in seat.decodes.items() if entry.joined_step is not None]
 
     def booked(self, instance_id: str) -> Booked:
         """Return what is the ledger's own on an instance. Raises NoInstance when it is not up."""

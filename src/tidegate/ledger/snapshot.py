@@ -6,7 +6,7 @@ It lives beside the ledger, not in ``core``, because it carries the instances' c
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Final
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from tidegate.core.instance import Role
 from tidegate.costs.forms import lesser
 from tidegate.costs.profile import ProfileTable
 from tidegate.ledger.among import Column, Labels, Mask
+from tidegate.ledger.rows import RequestRows
 
 __all__ = ["Column", "Field", "Mask", "Matrix", "Reading", "Snapshot"]
 
@@ -47,6 +48,27 @@ class Field:
     COUNT: Final = 17
 
 
+class WindowAverages(NamedTuple):
+    """What a named window measured, one value per instance: the mean inter-token gap in seconds (0 without
+    tokens) and the mean prefill queue in seconds."""
+
+    mean_gap_s: Column
+    prefill_queue_s: Column
+
+
+class Book(Protocol):
+    """What a snapshot reads in place, without a copy of the world: the ledger."""
+
+    def request_rows(self) -> RequestRows:
+        """Return one row per live request."""
+        ...
+
+    @property
+    def windows(self) -> Mapping[str, WindowAverages]:
+        """The averages of the named windows that ended last."""
+        ...
+
+
 class Snapshot:
     """The instances that are up, as arrays in one fixed order, at time ``at_s``.
 
@@ -71,6 +93,7 @@ class Snapshot:
     """
 
     __slots__ = (
+        "_book",
         "_data",
         "_state",
         "at_s",
@@ -95,6 +118,7 @@ class Snapshot:
         placed_prefills: int,
         placed_decodes: int,
         last_flip_to_decode_s: float,
+        book: Book | None = None,
     ) -> None:
         self.at_s: Final = at_s
         self.ids: Final = ids
@@ -107,6 +131,17 @@ class Snapshot:
         self.placed_prefills: Final = placed_prefills
         self.placed_decodes: Final = placed_decodes
         self.last_flip_to_decode_s: Final = last_flip_to_decode_s
+        self._book = book
+
+    @property
+    def requests(self) -> RequestRows:
+        """One row per live request, worked out when asked for: read it while deciding, not later."""
+        return self._book.request_rows() if self._book is not None else RequestRows.of(())
+
+    @property
+    def windows(self) -> Mapping[str, WindowAverages]:
+        """What the system's named windows (``System.windows``) measured, each when it ended last."""
+        return self._book.windows if self._book is not None else {}
 
     def __len__(self) -> int:
         return len(self.ids)

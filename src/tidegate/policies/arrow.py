@@ -15,7 +15,7 @@ from tidegate.policies.arrow_lending import Lending
 from tidegate.policies.arrow_loads import L_SHRINK, decode_pool_load
 from tidegate.policies.candidates import fitting, members, roomy
 from tidegate.policies.pricing import TokensOverLimit, Ttft
-from tidegate.policies.seams import Signal
+from tidegate.policies.protocols import Signal
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tidegate.core.decision import Control
+from tidegate.core.decision import ControlDecision
 from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
 from tidegate.ledger.snapshot import Snapshot
 from tidegate.policies.arrow_flip import COOLDOWN_S, flip, repair
 from tidegate.policies.arrow_lending import Lending, decode_fullness
 from tidegate.policies.arrow_loads import L_EXPAND, L_SHRINK, decode_pool_load, prefill_pool_load
-from tidegate.policies.seams import Signal
+from tidegate.policies.protocols import Signal
 
 SUSTAIN_TICKS = 3
 """Consecutive ticks before the monitor acts. Narwhal; the paper says "over a period" and names no count."""
@@ -32,28 +32,33 @@ class ArrowMonitor:
     shrink: float = L_SHRINK
     sustain: int = SUSTAIN_TICKS
     cooldown_s: float = COOLDOWN_S
-    tick_s: float = TICK_S
+    period_s: float = TICK_S
+    name: str = "monitor"
     lending: Lending | None = None
     needs: frozenset[Signal] = frozenset({Signal.PROFILE})
 
-    def step(self, snapshot: Snapshot, state: object) -> Control:
+    def initial(self) -> int:
+        """See ``Controller.initial``."""
+        return 0
+
+    def decide(self, snapshot: Snapshot, state: int) -> ControlDecision[int]:
         """Return at most one flip; an empty pool is refilled before loads are looked at."""
         if not snapshot.ids:
-            return Control(state=0, reason="no instance is up")
+            return ControlDecision(0, reason="no instance is up")
         healed = repair(snapshot)
         if healed is not None:
-            return Control((healed,), reason=f"a pool was empty: flipped {healed.instance}", state=0)
+            return ControlDecision(0, (healed,), f"a pool was empty: flipped {healed.instance}")
         prefill, decode = prefill_pool_load(snapshot, self.slo), decode_pool_load(snapshot, self.slo)
         loads = f"prefill load {prefill:.2f}, decode load {decode:.2f}"
         if not self._calls(snapshot, prefill, decode):
-            return Control(state=0, reason=loads)
-        count = (state if isinstance(state, int) else 0) + 1
+            return ControlDecision(0, reason=loads)
+        count = state + 1
         if count < self.sustain:
-            return Control(state=count, reason=f"{loads}, tick {count} of {self.sustain}")
+            return ControlDecision(count, reason=f"{loads}, tick {count} of {self.sustain}")
         moved = flip(snapshot, Role.DECODE, "monitor", cooldown_s=self.cooldown_s)
         if moved is None:
-            return Control(state=count, reason=f"{loads}, no flip is legal")
-        return Control((moved,), reason=f"{loads}: flipped {moved.instance}", state=0)
+            return ControlDecision(count, reason=f"{loads}, no flip is legal")
+        return ControlDecision(0, (moved,), f"{loads}: flipped {moved.instance}")
 
     def _calls(self, snapshot: Snapshot, prefill: float, decode: float) -> bool:
         """Tell whether the loads call for a flip to decode."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tidegate.core.decision import Alternatives, Control, Flip, Path, Place, Verdict
+from tidegate.core.decision import Alternatives, ControlDecision, Flip, Path, Place, Verdict
 from tidegate.core.instance import Role
 from tidegate.core.request import Request
 from tidegate.core.slo import Slo
@@ -16,7 +16,7 @@ from tidegate.policies.arrow_flip import repair
 from tidegate.policies.candidates import has_room, marked_members, members
 from tidegate.policies.pools import Pools
 from tidegate.policies.pricing import TokensOverLimit, Ttft
-from tidegate.policies.seams import Signal
+from tidegate.policies.protocols import Signal
 
 DECODE_FLOOR = 2
 """Decode instances below which none is taken for prefill: xLLM report."""
@@ -123,21 +123,26 @@ class ArrowV1Monitor:
 
     slo: Slo = field(default_factory=Slo)
     memory_shortage: float = MEMORY_SHORTAGE
-    tick_s: float = TICK_S
+    period_s: float = TICK_S
+    name: str = "monitor"
     needs: frozenset[Signal] = frozenset({Signal.PROFILE})
 
-    def step(self, snapshot: Snapshot, state: object) -> Control:
+    def initial(self) -> None:
+        """See ``Controller.initial``."""
+        return None
+
+    def decide(self, snapshot: Snapshot, state: None) -> ControlDecision[None]:
         """Return at most one flip. Keeps no state."""
         if not snapshot.ids:
-            return Control(reason="no instance is up")
+            return ControlDecision(None, reason="no instance is up")
         healed = repair(snapshot)
         if healed is not None:
-            return Control((healed,), reason=f"a pool was empty: flipped {healed.instance}")
+            return ControlDecision(None, (healed,), f"a pool was empty: flipped {healed.instance}")
         why = self._why(snapshot)
         moved = take_for_decode(snapshot, Pools.of(snapshot), "monitor") if why else None
         if moved is None:
-            return Control(reason=why or "no trigger")
-        return Control((moved,), reason=f"{why}: flipped {moved.instance}")
+            return ControlDecision(None, reason=why or "no trigger")
+        return ControlDecision(None, (moved,), f"{why}: flipped {moved.instance}")
 
     def _why(self, snapshot: Snapshot) -> str:
         decodes = marked_members(snapshot, Role.DECODE)

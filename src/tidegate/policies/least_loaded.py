@@ -10,7 +10,7 @@ from tidegate.core.request import Request
 from tidegate.ledger.among import best
 from tidegate.ledger.snapshot import Field, Reading, Snapshot
 from tidegate.policies.candidates import fitting, pool
-from tidegate.policies.seams import Signal
+from tidegate.policies.protocols import Signal
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from tidegate.ledger.among import best
 from tidegate.ledger.snapshot import Snapshot
 from tidegate.policies.candidates import fitting, pool
 from tidegate.policies.pricing import StepSeconds, Ttft
-from tidegate.policies.seams import Signal
+from tidegate.policies.protocols import Signal
 
 
 @dataclass(frozen=True, slots=True)

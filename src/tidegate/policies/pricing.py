@@ -18,7 +18,7 @@ from tidegate.ledger.snapshot import Field, Snapshot
 
 def prefill_seconds(costs: ProfileTable, request: Request) -> float | Column:
     """Return T(r, i), the request's own prefill time; a float where every instance has one profile."""
-    new = max(1, request.prompt_tokens - request.cached_tokens)
+    new = request.prompt_tokens
     return costs.prefill.seconds(new, attention_work(new, request.prompt_tokens - new))
 
 

@@ -9,7 +9,7 @@ from tidegate.core.instance import Role
 from tidegate.core.request import Request
 from tidegate.ledger.snapshot import Snapshot
 from tidegate.policies.candidates import pool
-from tidegate.policies.seams import Signal
+from tidegate.policies.protocols import Signal
 
 
 @dataclass(frozen=True, slots=True)

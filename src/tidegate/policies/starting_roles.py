@@ -10,7 +10,7 @@ import numpy as np
 from tidegate.core.errors import ConfigError
 from tidegate.core.instance import Role
 from tidegate.ledger.snapshot import Snapshot
-from tidegate.policies.seams import StartingRoles
+from tidegate.policies.protocols import StartingRoles
 
 
 def even_roles(instances: int) -> tuple[Role, ...]:
@@ -56,18 +56,22 @@ class SplitRoles:
         return (Role.PREFILL,) * self.prefill + (Role.DECODE,) * self.decode
 
 
-def joining_role(roles: StartingRoles, snapshot: Snapshot) -> Role:
+def joining_role(roles: StartingRoles, snapshot: Snapshot, fleet_size: int, last: Role | None = None) -> Role:
     """Return the label for an instance that joins the fleet in ``snapshot`` (a restart, a new replica).
 
-    It is the one that the start-up labelling of the grown fleet has most more of than there are; where
-    that labelling has no answer (a fixed split outgrown), the label with the fewest members.
+    It is the one that the start-up labelling of the grown fleet has most more of than there are. A split that
+    does not fit the grown fleet is taken for that of ``fleet_size`` instances, those that are down included;
+    where that has no answer either, the label with the fewest members is taken. At a tie ``last``, the label
+    that the instance had, wins.
     """
     present = {role: int(np.count_nonzero(snapshot.labelled(role))) for role in Role}
-    try:
-        wanted = Counter(roles(len(snapshot) + 1))
-    except ConfigError:
-        return min((Role.PREFILL, Role.DECODE), key=lambda role: present[role])
-    return max(wanted, key=lambda role: wanted[role] - present[role])
+    for size in (len(snapshot) + 1, fleet_size):
+        try:
+            wanted = Counter(roles(size))
+        except ConfigError:
+            continue
+        return max(wanted, key=lambda role: (wanted[role] - present[role], role is last))
+    return min((Role.PREFILL, Role.DECODE), key=lambda role: (present[role], role is not last))
 
 
 def _need(instances: int, at_least: int) -> None:

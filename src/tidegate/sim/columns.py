@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,8 +38,8 @@ class RequestColumns:
         self._buffer = bytearray()
         self._written = 0
 
-    def write(self, flight: Flight, outcome: str, end_s: float) -> None:
-        """Write down how a request ended."""
+    def write(self, flight: Flight, index: Mapping[str | None, int], outcome: str, end_s: float) -> None:
+        """Write down how a request ended; ``index`` numbers the instances by name, and None as -1."""
         code = self._codes.get(outcome)
         if code is None:
             code = self._codes[outcome] = len(self.outcomes)
@@ -67,8 +67,8 @@ class RequestColumns:
             flight.request.prompt_tokens,
             flight.generated,
             code,
-            flight.prefill_on,
-            flight.decode_on,
+            index[flight.prefill_on],
+            index[flight.decode_on],
             flight.cached_tokens,
             flight.preemptions,
             flight.migrations,

@@ -10,20 +10,17 @@ import tidegate
 from tidegate.core.errors import ConfigError
 from tidegate.dataplane.events import EventQueue, Kind
 from tidegate.dataplane.replica import Replica
-from tidegate.policies.seams import Signal
+from tidegate.journal.writer import JournalWriter
 from tidegate.sim.arrivals import Arrivals
 from tidegate.sim.checks import slo_warnings
-from tidegate.sim.journal import SimJournal
-from tidegate.sim.membership import Membership
+from tidegate.sim.membership import CONTROL, HEARTBEAT, MEMBERSHIP, Membership
 from tidegate.sim.results import InstanceUse, SimRun
 from tidegate.sim.serving import Serving
 from tidegate.sim.settings import SimSettings
-from tidegate.systems.registry import check_signals
+from tidegate.signals.prefix import PrefixIndex
+from tidegate.signals.producers import Producer, Profiles, check_signals
 from tidegate.systems.system import System
 from tidegate.workloads.trace import TraceRecord
-
-HEARTBEAT, CONTROL, MEMBERSHIP = 0, 1, 2
-"""Whose a TICK is, in the order in which they happen at one time; changes of membership count on."""
 
 GC_THRESHOLD = 100_000
 """Objects that a run may gain before the interpreter looks for cycles among them."""
@@ -43,7 +40,7 @@ def simulate(
     as a stream. Raises ConfigError for a fleet, system or settings that cannot serve, and for a trace that
     goes back in time, has empty requests or names an unknown SLO class.
     """
-    return _Simulation(trace, system, replicas, settings or SimSettings(), SimJournal(journal)).run()
+    return _Simulation(trace, system, replicas, settings or SimSettings(), JournalWriter(None if journal is None else journal.write)).run()
 
 
 class _Simulation:
@@ -55,9 +52,12 @@ class _Simulation:
         system: System,
         replicas: Sequence[Replica],
         settings: SimSettings,
-        journal: SimJournal,
+        journal: JournalWriter,
     ) -> None:
-        check_signals(system, frozenset({Signal.PROFILE}))
+        producers: list[Producer] = [Profiles()]
+        if settings.prefix_hits:
+            producers.append(PrefixIndex())
+        check_signals(system, producers)
         self._ids = [replica.instance.id for replica in replicas]
         if len(set(self._ids)) != len(replicas):
             raise ConfigError("two instances have one id")
@@ -68,18 +68,12 @@ class _Simulation:
         self._arrivals = Arrivals(trace, events, closed_loop=settings.closed_loop)
         ended = self._arrivals.ended if settings.closed_loop else None
         self._serving = Serving(system, replicas, settings, journal, events, self._membership, ended)
-        self._ticks = 0
         self._heartbeats = 0
-        self._tick_s = self._serving.control.tick_s or settings.window_s
         journal.header(
             version=tidegate.__version__,
             system=system.name,
             slo=settings.slo,
-            instances=[
-                {"id": name, "role": role.label}
-                for name, role in zip(self._ids, self._serving.control.first_roles, strict=True)
-                if role is not None
-            ],
+            roles=self._serving.plane.membership.labels.items(),
         )
 
     def run(self) -> SimRun:
@@ -94,11 +88,11 @@ class _Simulation:
 
     def _run(self) -> SimRun:
         handled, now = 0, 0.0
-        self._announce_tick()
         if self._settings.heartbeat_s > 0:
             self._announce_heartbeat()
         for number, change in enumerate(self._membership.changes):
             self._events.push(change.at_s, Kind.TICK, MEMBERSHIP + number)
+        self._serving.start()
         serving, arrivals, events = self._serving, self._arrivals, self._events
         cluster, flights = serving.cluster, serving.flights
         while flights or arrivals.left:
@@ -113,13 +107,12 @@ class _Simulation:
                 self._tick(whose, now)
             else:
                 cluster.handle(event)
-        serving.control.ledger.check_integrity()
+        serving.plane.ledger.check_integrity()
         return self._finished(now, handled)
 
     def _tick(self, whose: int, now: float) -> None:
         if whose == CONTROL:
             self._serving.tick(now)
-            self._announce_tick()
         elif whose == HEARTBEAT:
             self._serving.heartbeat(now)
             self._announce_heartbeat()
@@ -127,12 +120,8 @@ class _Simulation:
             change = self._membership.changes[whose - MEMBERSHIP]
             if change.up:
                 self._serving.instance_up(change.instance, now)
-            else:
+            elif self._membership.is_up(change.instance):
                 self._serving.instance_down(change.instance, now)
-
-    def _announce_tick(self) -> None:
-        self._ticks += 1
-        self._events.push(self._ticks * self._tick_s, Kind.TICK, CONTROL)
 
     def _announce_heartbeat(self) -> None:
         self._heartbeats += 1
@@ -140,14 +129,14 @@ class _Simulation:
 
     def _finished(self, now: float, handled: int) -> SimRun:
         serving = self._serving
-        timeline = serving.control.sampler.timeline()
+        timeline = serving.sampler.timeline()
         uses = self._uses(now)
         return SimRun(
             requests=serving.columns.table(self._ids, serving.arrived),
             instances=uses,
             timeline=timeline,
             flips=len(timeline.flips),
-            migrations=serving.migrator.done,
+            migrations=serving.migrations,
             preemptions=serving.preemptions,
             kv_transfer_bytes=serving.kv_transfer_bytes,
             instance_hours=sum(use.up_s for use in uses) / 3600.0,
@@ -158,7 +147,7 @@ class _Simulation:
 
     def _uses(self, now: float) -> list[InstanceUse]:
         serving = self._serving
-        labels = zip(serving.control.first_roles, serving.control.labels(), strict=True)
+        labels = zip(serving.first_roles, serving.labels(), strict=True)
         return [
             InstanceUse(
                 id=name,

@@ -3,36 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence as Fleet
-
+from tidegate.control.live_request import LiveRequest
+from tidegate.control.record import RequestEnding, RequestRecord
 from tidegate.core.errors import InternalError, TidegateError
 from tidegate.core.request import Request
 from tidegate.dataplane.sequence import Pin, Sequence
-from tidegate.measure.rows import Ending, Story
+from tidegate.signals.prefix import PromptBlocks
 
 UNREACHED = math.nan
 """A time that a request did not come to."""
 
 
-class Flight:
-    """State of a live request. Times are virtual, durations are those of its stages.
+class Flight(LiveRequest):
+    """A live request in the simulated cluster. Times are virtual, durations are those of its stages.
 
     ``number`` is its record's place in the trace, ``index`` its place in the order of arrival. ``leg`` is the
-    sequence on its way to, or inside, instance ``on``. ``decoding`` is set once a decode is in the ledger;
-    ``generated`` counts tokens as far as the control plane was told of them.
+    sequence on its way to, or inside, instance ``on``, and ``legs`` counts them. ``handing_over`` tells that
+    another leg is to continue the one that runs, from the KV that ``pin`` keeps.
     """
 
     __slots__ = (
-        "arrival_s", "block_ids", "block_tokens", "cached_tokens", "decode_on", "decode_queue_s",
-        "decode_s", "decoding", "first_step_s", "first_token_s", "generated", "handing_over", "index",
-        "kv_transfer_bytes", "last_token_s", "leg", "leg_first_s", "legs", "migrations", "number",
-        "observed_prefill_s", "on", "output_tokens", "pin", "placed_s", "predicted_prefill_s",
-        "preemptions", "prefill_on", "prefill_s", "queue_s", "replays", "request", "transfer_s",
+        "arrival_s", "block_ids", "block_tokens", "cached_tokens", "decode_queue_s", "decode_s",
+        "first_step_s", "first_token_s", "handing_over", "index", "kv_transfer_bytes", "last_token_s", "leg",
+        "leg_first_s", "legs", "number", "observed_prefill_s", "on", "output_tokens", "pin", "placed_s",
+        "preemptions", "prefill_s", "queue_s", "request", "transfer_s",
     )  # fmt: skip
 
     def __init__(
-        self, index: int, number: int, request: Request, block_ids: tuple[int, ...], block_tokens: int
+        self,
+        index: int,
+        number: int,
+        request: Request,
+        deadline_s: float,
+        blocks: PromptBlocks,
+        block_ids: tuple[int, ...],
+        block_tokens: int,
     ) -> None:
+        super().__init__(request.id, deadline_s, blocks)
         self.index = index
         self.number = number
         self.request = request
@@ -44,13 +51,9 @@ class Flight:
         self.on = -1
         self.legs = 0
         self.handing_over = False
-        self.decoding = False
-        self.generated = 0
         self.pin: Pin | None = None
         self.placed_s = 0.0
         self.leg_first_s = UNREACHED
-        self.prefill_on = -1
-        self.decode_on = -1
         self.first_token_s = UNREACHED
         self.last_token_s = UNREACHED
         self.queue_s = UNREACHED
@@ -59,16 +62,13 @@ class Flight:
         self.decode_queue_s = UNREACHED
         self.first_step_s = UNREACHED
         self.decode_s = UNREACHED
-        self.predicted_prefill_s = UNREACHED
         self.observed_prefill_s = UNREACHED
         self.cached_tokens = 0
         self.preemptions = 0
-        self.migrations = 0
         self.kv_transfer_bytes = 0
-        self.replays = 0
 
     def resident(self) -> Request:
-        """Return the request as a placement sees it: with what was generated as part of its prompt."""
+        """See ``LiveRequest.resident``."""
         request = self.request
         if not self.generated:
             return request
@@ -111,8 +111,8 @@ class Flight:
             self.first_step_s = first_s - self.placed_s - self.transfer_s - self.decode_queue_s
         self.decode_s = self.last_token_s - first_s
 
-    def story(self, instances: Fleet[str]) -> Story:
-        """Return what the journal says of the request; ``instances`` are the names by number."""
+    def record(self) -> RequestRecord:
+        """Return what the journal says of the request."""
         stages = {
             "queue": self.queue_s,
             "prefill": self.prefill_s,
@@ -121,13 +121,13 @@ class Flight:
             "first_step": self.first_step_s,
             "decode": self.decode_s,
         }
-        return Story(
+        return RequestRecord(
             self.arrival_s,
             _reached(self.first_token_s),
             _reached(self.last_token_s),
-            None if self.prefill_on < 0 else instances[self.prefill_on],
-            None if self.decode_on < 0 else instances[self.decode_on],
-            _reached(self.predicted_prefill_s),
+            self.prefill_on,
+            self.decode_on,
+            self.predicted_prefill_s,
             _reached(self.observed_prefill_s),
             self.cached_tokens,
             self.kv_transfer_bytes,
@@ -136,10 +136,10 @@ class Flight:
             {name: seconds for name, seconds in stages.items() if seconds == seconds},
         )
 
-    def ending(self, error: TidegateError | None, now: float) -> Ending:
+    def ending(self, error: TidegateError | None, now: float) -> RequestEnding:
         """Return how the request ended, for the journal."""
         request = self.request
-        return Ending(
+        return RequestEnding(
             request.id,
             request.slo,
             request.prompt_tokens,

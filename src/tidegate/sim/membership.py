@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Final, NamedTuple
 
 from tidegate.core.errors import ConfigError
+from tidegate.dataplane.events import EventQueue, Kind
 from tidegate.sim.settings import SimSettings
 
-ALWAYS = float("inf")
+HEARTBEAT: Final = 0
+CONTROL: Final = 1
+MEMBERSHIP: Final = 2
+"""What a TICK event is about, in the order in which those of one time are handled: a heartbeat, the control
+plane, or change number MEMBERSHIP + k of the membership."""
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(NamedTuple):
     """Instance number ``instance`` comes up or, with ``up`` false, dies."""
 
     at_s: float
@@ -21,33 +25,73 @@ class Change:
 
 
 class Membership:
-    """When every instance comes up and dies, from the settings.
+    """When every instance comes up and dies, from the settings and by what the control plane starts and stops.
 
-    Raises ConfigError for an unknown instance, a time that cannot be, and a death before the start.
+    ``planned`` is how many there are at the start, spares left out; ``starts_s`` is when each comes up, None
+    for a spare. Raises ConfigError for an unknown instance, a time that cannot be, a death before the start
+    and a fleet of nothing but spares.
     """
 
     def __init__(self, ids: Sequence[str], settings: SimSettings) -> None:
+        self.planned = len(ids) - settings.spares
+        if ids and self.planned < 1:
+            raise ConfigError(
+                f"{settings.spares} of {len(ids)} instances are spares: none is left to start with"
+            )
+        self._start_delay_s = settings.start_delay_s
         index = {name: i for i, name in enumerate(ids)}
         for name in [*settings.starts_s, *(name for _, name in settings.deaths)]:
             if name not in index:
                 raise ConfigError(
                     f"there is no instance {name!r} to start or die; there are {', '.join(ids)}"
                 )
-        self.starts_s = [settings.starts_s.get(name, 0.0) for name in ids]
-        self.deaths_s = [ALWAYS] * len(ids)
-        for at_s, name in settings.deaths:
-            i = index[name]
-            if self.deaths_s[i] != ALWAYS or not self.starts_s[i] < at_s < ALWAYS:
-                raise ConfigError(
-                    f"instance {name!r} can die once, after its start at {self.starts_s[i]} s; got {at_s} s"
-                )
-            self.deaths_s[i] = at_s
-        if not all(0 <= at_s < ALWAYS for at_s in self.starts_s):
+        self.starts_s = [
+            settings.starts_s.get(name, 0.0 if i < self.planned else None) for i, name in enumerate(ids)
+        ]
+        known = [at_s for at_s in self.starts_s if at_s is not None]
+        if not all(0 <= at_s < float("inf") for at_s in known):
             raise ConfigError("an instance starts at a finite time of at least 0 s")
-        late = [Change(at_s, i, True) for i, at_s in enumerate(self.starts_s) if at_s > 0]
-        dead = [Change(at_s, i, False) for i, at_s in enumerate(self.deaths_s) if at_s != ALWAYS]
-        self.changes = sorted([*late, *dead], key=lambda change: (change.at_s, change.instance))
+        self._spares = [i for i, at_s in enumerate(self.starts_s) if at_s is None]
+        self.changes = self._planned_changes(settings, index)
+        self._up_since_s: dict[int, float] = {}
+        self._up_s = [0.0] * len(ids)
+
+    def _planned_changes(self, settings: SimSettings, index: dict[str, int]) -> list[Change]:
+        changes = [Change(at_s, i, True) for i, at_s in enumerate(self.starts_s) if at_s]
+        dying: set[str] = set()
+        for at_s, name in settings.deaths:
+            start_s = self.starts_s[index[name]]
+            if name in dying or start_s is None or not start_s < at_s < float("inf"):
+                raise ConfigError(
+                    f"instance {name!r} can die once, after its start at {start_s} s; got {at_s} s"
+                )
+            dying.add(name)
+            changes.append(Change(at_s, index[name], False))
+        return sorted(changes, key=lambda change: (change.at_s, change.instance))
+
+    def start_spare(self, now: float, events: EventQueue) -> bool:
+        """Have a spare come up after the start delay; False when there is none."""
+        if not self._spares:
+            return False
+        self.changes.append(Change(now + self._start_delay_s, self._spares.pop(0), True))
+        events.push(self.changes[-1].at_s, Kind.TICK, MEMBERSHIP + len(self.changes) - 1)
+        return True
+
+    def is_up(self, instance: int) -> bool:
+        """Tell whether an instance is up."""
+        return instance in self._up_since_s
+
+    def came_up(self, instance: int, now: float) -> None:
+        """Take note that an instance is up."""
+        self._up_since_s[instance] = now
+
+    def went_down(self, instance: int, now: float, *, spare: bool) -> None:
+        """Take note that an instance is down; one that was stopped on purpose is a ``spare`` again."""
+        self._up_s[instance] += now - self._up_since_s.pop(instance)
+        if spare:
+            self._spares.append(instance)
 
     def up_s(self, instance: int, end_s: float) -> float:
         """Return for how long an instance was up by ``end_s``."""
-        return max(0.0, min(self.deaths_s[instance], end_s) - self.starts_s[instance])
+        since_s = self._up_since_s.get(instance)
+        return self._up_s[instance] + (0.0 if since_s is None else end_s - since_s)

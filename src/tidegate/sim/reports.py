@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tidegate.ledger.ledger import Ledger
+from tidegate.control.plane import ControlPlane
 
 
 class StepReports:
@@ -15,9 +15,9 @@ class StepReports:
     the same steps.
     """
 
-    def __init__(self, ledger: Ledger, ids: Sequence[str], heartbeat_s: float) -> None:
+    def __init__(self, plane: ControlPlane, ids: Sequence[str], heartbeat_s: float) -> None:
         self.counts = [0] * len(ids)
-        self._ledger = ledger
+        self._plane = plane
         self._ids = ids
         self._stale = heartbeat_s > 0
         self._untold: list[list[tuple[int, float]]] = [[] for _ in ids]
@@ -28,14 +28,14 @@ class StepReports:
         if self._stale:
             self._untold[instance].append((count, now))
         else:
-            self._ledger.stepped(self._ids[instance], count, now)
+            self._plane.stepped(self._ids[instance], count, now)
 
     def tell(self, instance: int) -> None:
         """Have the ledger know all steps of an instance so far: before who steps together there changes."""
         untold = self._untold[instance]
         if untold:
             for count, at_s in untold:
-                self._ledger.stepped(self._ids[instance], count, at_s)
+                self._plane.stepped(self._ids[instance], count, at_s)
             untold.clear()
 
     def heartbeat(self) -> None:

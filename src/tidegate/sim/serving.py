@@ -1,47 +1,52 @@
-"""What the gateway does for each request, with the same ledger calls in the same order."""
+"""Carries out the control plane's effects on the simulated cluster, and reports what came of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Fleet
 
-from tidegate.core.decision import Hold, Migrate, Path, Place, Reject
-from tidegate.core.errors import (
-    EngineUnreachable,
-    InternalError,
-    Overloaded,
-    PromptTooLong,
-    TidegateError,
-    status_of,
+from tidegate.control.effects import (
+    Effects,
+    Flipped,
+    GiveUp,
+    RunDecode,
+    RunPrefill,
+    StartInstance,
+    StartMigration,
+    StopInstance,
+    WakeAt,
 )
+from tidegate.control.live_request import LiveRequest, Stage
+from tidegate.control.plane import ControlPlane
+from tidegate.control.record import outcome_line
+from tidegate.control.settings import ControlSettings
+from tidegate.core.errors import EngineUnreachable, InternalError, PromptTooLong, TidegateError, status_of
+from tidegate.core.instance import Role
 from tidegate.core.request import Request
 from tidegate.dataplane.cluster import Cluster
 from tidegate.dataplane.events import EventQueue, Kind
 from tidegate.dataplane.replica import Replica
 from tidegate.dataplane.sequence import LOADING, Pin, Sequence
-from tidegate.measure.rows import outcome_row
-from tidegate.policies.order import Ticket, WaitingQueue, prefill_ticket
-from tidegate.policies.pricing import fastest_prefill_seconds
+from tidegate.journal.writer import JournalWriter
+from tidegate.measure.timeline import FlipEvent
+from tidegate.policies.order import Ticket
+from tidegate.signals.prefix import NO_BLOCKS, PrefixIndex, PromptBlocks
 from tidegate.sim.checks import Oversize
 from tidegate.sim.columns import RequestColumns
-from tidegate.sim.control import RETRY_AFTER_S, Control
 from tidegate.sim.flight import Flight
-from tidegate.sim.journal import SimJournal
-from tidegate.sim.membership import Membership
-from tidegate.sim.migrator import Migrator
+from tidegate.sim.membership import CONTROL, Membership
 from tidegate.sim.reports import StepReports
+from tidegate.sim.sampling import Sampler
 from tidegate.sim.settings import SimSettings
 from tidegate.systems.system import System
 from tidegate.workloads.trace import TraceRecord
 
-DEADLY = 3
-"""Instances that may die under a request before its first token (the gateway's)."""
-
 
 class Serving:
-    """Owns the live requests, the control plane and the cluster. The instances' ``Listener``.
+    """The virtual-time driver of one control plane, and the instances' ``Listener``.
 
-    ``arrived`` counts requests; ``ended`` is told of the end of each.
+    ``flights`` are the live requests by number in order of arrival; ``arrived`` counts all of them, and
+    ``ended`` is told of the end of each.
     """
 
     def __init__(
@@ -49,38 +54,51 @@ class Serving:
         system: System,
         replicas: Fleet[Replica],
         settings: SimSettings,
-        journal: SimJournal,
+        journal: JournalWriter,
         events: EventQueue,
         membership: Membership,
         ended: Callable[[int, float], None] | None,
     ) -> None:
-        ids = [replica.instance.id for replica in replicas]
+        self._ids = [replica.instance.id for replica in replicas]
         self.cluster = Cluster(replicas, events, self, leap=settings.leap, order=system.order)
-        up = [at_s == 0 for at_s in membership.starts_s]
-        self.control = Control(
-            system, replicas, journal, self.cluster.report, self._migrate, up, self.cluster.kv_tokens_in_use
+        self.plane = ControlPlane(
+            system,
+            self._ids[: membership.planned],
+            journal,
+            ControlSettings(replays=settings.replays),
+            PrefixIndex() if settings.prefix_hits else None,
         )
+        self.sampler = Sampler(self._ids, self.cluster.kv_tokens_in_use)
+        self.first_roles: list[Role | None] = [None] * len(replicas)
+        self.last_roles: list[Role | None] = [None] * len(replicas)
         self.flights: dict[int, Flight] = {}
         self.columns = RequestColumns()
-        self.reports = StepReports(self.control.ledger, ids, settings.heartbeat_s)
+        self.reports = StepReports(self.plane, self._ids, settings.heartbeat_s)
         self.arrived = 0
         self.preemptions = 0
+        self.migrations = 0
         self.kv_transfer_bytes = 0
-        self._ledger = self.control.ledger
+        self._replicas = replicas
         self._settings = settings
         self._journal = journal
         self._events = events
-        self._ids = ids
-        self._index = {name: index for index, name in enumerate(self._ids)}
+        self._membership = membership
+        self._index: dict[str | None, int] = {name: index for index, name in enumerate(self._ids)}
+        self._index[None] = -1
         self._contexts = [replica.instance.max_model_len for replica in replicas]
         self._context = max(self._contexts, default=0)
         self.oversize = Oversize(self._context)
-        self.migrator = Migrator(self.cluster, self._ledger, self.reports, self.flights, ids, journal)
         self._stale = settings.heartbeat_s > 0
         self._ended = ended
-        self._held: WaitingQueue[Flight] = system.order.queue()
 
-    # requests
+    def start(self) -> None:
+        """Have the instances that are up at the start join, and the periodic decisions begin."""
+        for number, at_s in enumerate(self._membership.starts_s):
+            if at_s == 0:
+                self.instance_up(number, 0.0)
+        self._do(self.plane.start(0.0), 0.0)
+
+    # what happens
 
     def arrive(self, number: int, record: TraceRecord, now: float) -> None:
         """Take record ``number`` of the trace, which asks for exactly ``output_tokens`` tokens."""
@@ -96,15 +114,19 @@ class Serving:
             record.session_id,
             record.turn,
         )
-        flight = Flight(index, number, request, record.hash_ids, record.block_tokens)
+        blocks = PromptBlocks(record.hash_ids, record.block_tokens) if record.hash_ids else NO_BLOCKS
+        deadline_s = now + self._settings.deadline_s
+        flight = Flight(index, number, request, deadline_s, blocks, record.hash_ids, record.block_tokens)
         self.flights[index] = flight
         if not self._refused(flight, self._context, now):
-            self._place_prefill(flight, now)
+            self.cluster.report(now)
+            self._do(self.plane.arrive(flight, now), now)
 
     def tick(self, now: float) -> None:
-        """Run the periodic decisions, and ask again for requests that were held."""
-        self.control.tick(now, idle=not self.flights, held=len(self._held))
-        self._retry(now)
+        """Have the plane do what is due."""
+        self.cluster.report(now)
+        self.sampler.tick(self.plane.snapshot(now), self.plane.held_count)
+        self._do(self.plane.tick(now), now)
 
     def heartbeat(self, now: float) -> None:
         """Have the control plane learn what every instance has done by now."""
@@ -112,18 +134,22 @@ class Serving:
         self.reports.heartbeat()
 
     def instance_up(self, instance: int, now: float) -> None:
-        """Have an instance join, and ask again for requests that were held."""
-        self.control.instance_up(instance, now)
-        self._retry(now)
+        """Have an instance join."""
+        replica = self._replicas[instance]
+        self.cluster.report(now)
+        self._membership.came_up(instance, now)
+        effects = self.plane.instance_up(replica.instance, replica.profile, now)
+        self.first_roles[instance] = self.plane.ledger.role_of(replica.instance.id)
+        self._do(effects, now)
 
-    def instance_down(self, instance: int, now: float) -> None:
-        """Have an instance die, with all that is on it; its requests are replayed as the gateway does.
+    def instance_down(self, instance: int, now: float, reason: str = "died") -> None:
+        """Have an instance die, or be stopped for another reason, with all that is on it.
 
         A decode that was to pull its KV from there computes it again where it is.
         """
         self.cluster.report(now)
         self.reports.tell(instance)
-        self.migrator.instance_down(instance, now)
+        self._cancel_migrations_to(instance, now)
         lost, robbed = [], []
         for flight in self.flights.values():
             if flight.leg is None:
@@ -132,57 +158,17 @@ class Serving:
                 lost.append(flight)
             elif flight.pin is not None and flight.pin.on == instance and flight.leg.source is flight.pin:
                 robbed.append(flight)
-        stages = [self._abort_leg(flight, now) for flight in lost]
+        errors = [self._abort_leg(flight, instance, now) for flight in lost]
         self.reports.tell(instance)
-        self.control.instance_down(instance, "died", now)
+        name = self._ids[instance]
+        self.last_roles[instance] = self.plane.ledger.role_of(name)
+        self._membership.went_down(instance, now, spare=reason != "died")
+        effects = self.plane.instance_down(name, reason, now)
         for flight in robbed:
             self._without_source(flight, now)
-        for flight, stage in zip(lost, stages, strict=True):
-            self._replay(flight, instance, stage, now)
-
-    def _abort_leg(self, flight: Flight, now: float) -> str:
-        """Take a leg off its instance, keeping count of its tokens; return its stage."""
-        leg = flight.leg
-        assert leg is not None
-        self.cluster.abort(leg, now)
-        self.migrator.aborted(flight)
-        flight.generated = max(flight.generated, leg.tokens - flight.request.prompt_tokens)
-        flight.leg, flight.on, flight.pin = None, -1, None
-        flight.legs += 1
-        return "decode" if flight.decoding else "prefill"
-
-    def _without_source(self, flight: Flight, now: float) -> None:
-        """Have a decode compute what it cannot pull any more."""
-        leg, pin = flight.leg, flight.pin
-        assert leg is not None and pin is not None
-        flight.pin = None
-        if leg.state == LOADING:
-            self.cluster.abort(leg, now)
-            self._dispatch(flight, flight.on, leg.prompt, leg.last_token - leg.prompt, None, now)
-        else:
-            self.cluster.drop(pin, now)
-
-    def _replay(self, flight: Flight, instance: int, stage: str, now: float) -> None:
-        """Serve what is left of a request from its prompt and the tokens it has."""
-        name = self._ids[instance]
-        error = EngineUnreachable(f"instance {name} died", instance=name, stage=stage)
-        self._ledger.aborted(flight.request.id, now)
-        if self._journal.enabled:
-            failure = {
-                "request": flight.request.id,
-                "instance": name,
-                "stage": stage,
-                "message": error.message,
-            }
-            row = {**failure, "reason": status_of(error).label, "generated": flight.generated}
-            self._journal.write("failure", now, row)
-        flight.decoding = flight.handing_over = False
-        poisonous = flight.replays + 1 >= DEADLY and not flight.generated
-        if flight.replays >= self._settings.replays or poisonous:
-            self._close(flight, error, now)
-        else:
-            flight.replays += 1
-            self._place_prefill(flight, now)
+        self._do(effects, now)
+        for flight, error in zip(lost, errors, strict=True):
+            self._do(self.plane.failed(flight, error, now), now)
 
     def submit(self, index: int, legs: int, now: float) -> None:
         """Have a leg reach its engine, unless its request has ended or is on another one by now."""
@@ -190,40 +176,57 @@ class Serving:
         if flight is not None and flight.legs == legs and flight.leg is not None:
             self.cluster.submit(flight.on, flight.leg, now)
 
-    def _place_prefill(self, flight: Flight, now: float) -> None:
+    def labels(self) -> list[Role | None]:
+        """Return the last label of every instance; None for one that never came up."""
+        ledger = self.plane.ledger
+        up = set(ledger.ids)
+        return [
+            ledger.role_of(name) if name in up else last
+            for name, last in zip(self._ids, self.last_roles, strict=True)
+        ]
+
+    # effects
+
+    def _do(self, effects: Effects, now: float) -> None:
+        for effect in effects:
+            match effect:
+                case RunPrefill():
+                    self._run_prefill(effect, now)
+                case RunDecode(live, on):
+                    self._run_decode(live, self._index[on], now)
+                case WakeAt(at_s):
+                    self._events.push(at_s, Kind.TICK, CONTROL)
+                case GiveUp(live, error):
+                    self._close(live, error, now)
+                case Flipped(instance, before, after, reason):
+                    self.sampler.flips.append(FlipEvent(now, instance, before, after, reason))
+                case StartMigration(live, migrate):
+                    self._migrate(live, self._index[migrate.src], self._index[migrate.dst], now)
+                case StartInstance(role):
+                    if not self._membership.start_spare(now, self._events):
+                        self.plane.start_failed(role)
+                case StopInstance(instance, reason):
+                    self.instance_down(self._index[instance], now, reason)
+                case _:
+                    pass  # a held request waits in the plane, and nothing else fails here than instances
+
+    def _run_prefill(self, effect: RunPrefill, now: float) -> None:
+        flight, place, ticket, _ = effect
+        assert isinstance(flight, Flight)
+        on = self._index[place.prefill_on]
         request = flight.resident()
-        decision = self.control.place_prefill(request, "replay" if flight.replays else "place_prefill", now)
-        if not isinstance(decision, Place):
-            self._not_placed(flight, decision, now)
-            return
-        work_s = self._ledger.prefill_dispatched(request, decision.prefill_on, now)
-        flight.predicted_prefill_s = work_s
-        flight.prefill_on = on = self._index[decision.prefill_on]
         if self._refused(flight, self._contexts[on], now):
             return
         tokens = request.max_tokens
-        colocated = decision.path is Path.COLOCATED
-        if colocated:
-            flight.decode_on = on
-        flight.handing_over = not colocated and tokens > 1
-        ticket = prefill_ticket(request, work_s)
+        flight.handing_over = flight.decode_on is None and tokens > 1
         self._dispatch(flight, on, request.prompt_tokens, 1 if flight.handing_over else tokens, ticket, now)
 
-    def _place_decode(self, flight: Flight, now: float) -> None:
+    def _run_decode(self, flight: LiveRequest, on: int, now: float) -> None:
+        assert isinstance(flight, Flight)
         request = flight.resident()
-        self._ledger.prefill_ended(request.id, now)
-        placed = self.control.place_decode(request, self._ids[flight.prefill_on], now)
-        if isinstance(placed, Reject):
-            self._close(flight, Overloaded(placed.reason, retry_after_s=placed.retry_after_s), now)
-            return
-        flight.decode_on = on = self._index[placed]
-        flight.decoding = True
         flight.handing_over = False
-        if self._refused(flight, self._contexts[on], now):
-            return
-        if on != flight.prefill_on:
-            self._ledger.transfer_started(request.id, now)
-        self._dispatch(flight, on, request.prompt_tokens, request.max_tokens, None, now)
+        if not self._refused(flight, self._contexts[on], now):
+            self._dispatch(flight, on, request.prompt_tokens, request.max_tokens, None, now)
 
     def _dispatch(
         self, flight: Flight, on: int, prompt: int, tokens: int, ticket: Ticket | None, now: float
@@ -244,23 +247,45 @@ class Serving:
         else:
             self.cluster.submit(on, sequence, now)
 
-    def _not_placed(self, flight: Flight, verdict: Hold | Reject, now: float) -> None:
-        """Reject the request, or keep it until the next change unless its deadline has passed."""
-        if isinstance(verdict, Reject):
-            self._close(flight, Overloaded(verdict.reason, retry_after_s=verdict.retry_after_s), now)
-        elif now >= flight.arrival_s + self._settings.deadline_s:
-            late = Overloaded(f"held until its deadline: {verdict.reason}", retry_after_s=RETRY_AFTER_S)
-            self._close(flight, late, now)
+    def _migrate(self, flight: LiveRequest, src: int, dst: int, now: float) -> None:
+        assert isinstance(flight, Flight)
+        if self.cluster.begin_migration(flight.index, src, dst, now):
+            self.plane.migration_begun(flight, now)
         else:
-            request = flight.resident()
-            work_s = fastest_prefill_seconds(self.control.snapshot(now), request)
-            self._held.push(flight, prefill_ticket(request, work_s))
+            why = "it is not in a batch there, or the destination has no room"
+            self.plane.migration_refused(flight, why, now)
 
-    def _retry(self, now: float) -> None:
-        """Ask again for the requests that are held, in the system's order."""
-        if len(self._held):
-            for flight in [self._held.pop(now) for _ in range(len(self._held))]:
-                self._place_prefill(flight, now)
+    def _cancel_migrations_to(self, instance: int, now: float) -> None:
+        name = self._ids[instance]
+        for flight in list(self.flights.values()):
+            if flight.migrate is not None and flight.migrate.dst == name:
+                self.cluster.cancel_migration(flight.index, now)
+
+    # failures and endings
+
+    def _abort_leg(self, flight: Flight, instance: int, now: float) -> EngineUnreachable:
+        """Take a leg off an instance that dies, keeping count of its tokens; return the error it fails with."""
+        leg = flight.leg
+        assert leg is not None
+        self.cluster.abort(leg, now)
+        flight.generated = max(flight.generated, leg.tokens - flight.request.prompt_tokens)
+        flight.leg, flight.on, flight.pin = None, -1, None
+        flight.legs += 1
+        flight.handing_over = False
+        stage = "decode" if flight.stage is Stage.DECODE else "prefill"
+        name = self._ids[instance]
+        return EngineUnreachable(f"instance {name} died", instance=name, stage=stage)
+
+    def _without_source(self, flight: Flight, now: float) -> None:
+        """Have a decode compute what it cannot pull any more."""
+        leg, pin = flight.leg, flight.pin
+        assert leg is not None and pin is not None
+        flight.pin = None
+        if leg.state == LOADING:
+            self.cluster.abort(leg, now)
+            self._dispatch(flight, flight.on, leg.prompt, leg.last_token - leg.prompt, None, now)
+        else:
+            self.cluster.drop(pin, now)
 
     def _refused(self, flight: Flight, context: int, now: float) -> bool:
         """End a request that does not fit a context; tell whether it does not."""
@@ -272,25 +297,25 @@ class Serving:
         self._close(flight, PromptTooLong(message), now)
         return True
 
-    def _close(self, flight: Flight, error: TidegateError | None, now: float) -> None:
-        """Take the request out of the ledger and write down how it ended."""
+    def _close(self, flight: LiveRequest, error: TidegateError | None, now: float) -> None:
+        """End a request and write down how it ended."""
+        assert isinstance(flight, Flight)
         if self._stale and flight.on >= 0:
             self.reports.tell(flight.on)
-        if error is None:
-            self._ledger.finished(flight.request.id, now)
-        else:
-            self._ledger.aborted(flight.request.id, now)
-            if flight.pin is not None:
-                self.cluster.drop(flight.pin, now)
+        if error is not None and flight.pin is not None:
+            self.cluster.drop(flight.pin, now)
         del self.flights[flight.index]
-        self.columns.write(flight, "ok" if error is None else status_of(error).label, now)
+        effects = self.plane.ended(flight, error, now)
+        self.columns.write(flight, self._index, "ok" if error is None else status_of(error).label, now)
         self.preemptions += flight.preemptions
+        self.migrations += flight.migrations
         self.kv_transfer_bytes += flight.kv_transfer_bytes
         if self._journal.enabled:
-            row = outcome_row(flight.story(self._ids), flight.ending(error, now), 0.0)
-            self._journal.write("outcome", now, row)
+            self._journal.write(outcome_line(flight.record(), flight.ending(error, now), 0.0))
         if self._ended is not None:
             self._ended(flight.number, now)
+        if effects:
+            self._do(effects, now)
 
     # what the instances tell
 
@@ -301,25 +326,24 @@ class Serving:
     def token(self, sequence: Sequence, now: float) -> None:
         """See ``Listener.token``: the first one of a leg tells that its prefill, or its pull, has ended."""
         flight = self.flights[sequence.request]
-        request_id = flight.request.id
+        plane = self.plane
         if self._stale:
             self.reports.tell(flight.on)
         if flight.leg_first_s != flight.leg_first_s:
             flight.leg_first_s = now
-            if flight.decoding:
-                self._ledger.transfer_ended(request_id, now)
+            if flight.stage == Stage.DECODE:
+                plane.transfer_ended(flight, now)
             elif not flight.handing_over:
-                self._ledger.prefill_ended(request_id, now)
-                self._ledger.decode_dispatched(request_id, self._ids[flight.on], sequence.prompt, now)
-                flight.decoding = True
+                plane.decode_began(flight, sequence.prompt, now)
             if flight.first_token_s != flight.first_token_s:
                 flight.note_first_token(sequence, now)
+                plane.prefill_reported(flight, sequence.cached_tokens)
         flight.generated += 1
         flight.last_token_s = now
-        if flight.decoding:
-            self._ledger.tokens(request_id, 1, now)
-            if not self._ledger.joined(request_id):
-                raise InternalError(f"{request_id} is out of step with its batch")
+        if flight.stage == Stage.DECODE:
+            plane.tokens(flight, 1, now)
+            if not plane.joined(flight):
+                raise InternalError(f"{flight.id} is out of step with its batch")
 
     def preempted(self, sequence: Sequence) -> None:
         """See ``Listener.preempted``."""
@@ -327,20 +351,27 @@ class Serving:
         flight.preemptions += 1
         if self._stale:
             self.reports.tell(flight.on)
-        self._ledger.left_step(flight.request.id)
+        self.plane.left_step(flight)
 
     def paused(self, sequence: Sequence, now: float) -> None:
         """See ``Listener.paused``."""
-        self.migrator.paused(sequence)
+        flight = self.flights[sequence.request]
+        self.reports.tell(flight.on)
+        self.plane.left_step(flight)
 
     def migrated(
         self, sequence: Sequence, src: int, dst: int, moved_bytes: int, committed: bool, now: float
     ) -> None:
         """See ``Listener.migrated``."""
-        self.migrator.migrated(sequence, src, dst, moved_bytes, committed, now)
-
-    def _migrate(self, migrate: Migrate, now: float) -> None:
-        self.migrator.begin(migrate, now)
+        flight = self.flights.get(sequence.request)
+        if flight is None:
+            return
+        flight.kv_transfer_bytes += moved_bytes
+        if committed:
+            flight.on = dst
+            self.plane.migration_done(flight, sequence.tokens, now, moved_bytes=moved_bytes, pulled=True)
+        else:
+            self.plane.migration_cancelled(flight, now, moved_bytes)
 
     def pull(self, sequence: Sequence, instance: int, now: float) -> None:
         """See ``Listener.pull``."""
@@ -354,10 +385,9 @@ class Serving:
         if pin is not None:
             flight.pin = pin
             self.cluster.begin_lease(pin, now)
-            self._place_decode(flight, now)
+            self.cluster.report(now)
+            self._do(self.plane.prefill_done(flight, now), now)
             return
         flight.generated = flight.output_tokens
         flight.note_end(sequence)
         self._close(flight, None, now)
-        if len(self._held):
-            self._retry(now)

@@ -26,12 +26,15 @@ class SimSettings:
     With ``heartbeat_s`` > 0 the control plane knows of steps only as of the last heartbeat (see
     ``StepReports``). An instance comes up at its time in ``starts_s``, at 0 without one, and dies at that in
     ``deaths``; a request is replayed elsewhere at most ``replays`` times (the gateway's default).
+
+    The last ``spares`` instances are not up at the start; a controller that adds instances has them join
+    ``start_delay_s`` later (the time that a server takes to load a model). With ``prefix_hits`` prefills are
+    priced with what each instance's prefix cache is expected to hold.
     """
 
     slo: Slo = field(default_factory=Slo)
     front_s: float = 0.0
     deadline_s: float = 600.0
-    window_s: float = 1.0
     leap: bool = True
     slo_classes: Mapping[str, Slo] = field(default_factory=dict)
     closed_loop: bool = False
@@ -39,16 +42,17 @@ class SimSettings:
     starts_s: Mapping[str, float] = field(default_factory=dict)
     deaths: Sequence[tuple[float, str]] = ()
     replays: int = 5
+    spares: int = 0
+    start_delay_s: float = 30.0
+    prefix_hits: bool = False
 
     def __post_init__(self) -> None:
-        if not (
-            0 <= self.front_s < float("inf")
-            and 0 < self.deadline_s < float("inf")
-            and 0 < self.window_s < float("inf")
-        ):
-            raise ConfigError("front-end time, deadline and window must be positive numbers of seconds")
-        if not 0 <= self.heartbeat_s < float("inf") or self.replays < 0:
-            raise ConfigError("the heartbeat must be a number of seconds, and replays a count, of at least 0")
+        if not (0 <= self.front_s < float("inf") and 0 < self.deadline_s < float("inf")):
+            raise ConfigError("front-end time and deadline must be positive numbers of seconds")
+        if not (0 <= self.heartbeat_s < float("inf") and 0 <= self.start_delay_s < float("inf")):
+            raise ConfigError("the heartbeat and the start delay must be numbers of seconds of at least 0")
+        if self.spares < 0:
+            raise ConfigError(f"spares must be a count of at least 0, got {self.spares}")
 
     def slo_of(self, record: TraceRecord, number: int) -> Slo:
         """Return the targets of request ``number``'s class. Raises ConfigError for an unknown class."""

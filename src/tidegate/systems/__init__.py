@@ -2,7 +2,7 @@
 
 from tidegate.systems import arrow as arrow
 from tidegate.systems import baselines as baselines
-from tidegate.systems.registry import SYSTEMS, SystemOptions, check_signals, make_system, named
+from tidegate.systems.registry import SYSTEMS, SystemOptions, make_system, named
 from tidegate.systems.system import System
 
-__all__ = ["SYSTEMS", "System", "SystemOptions", "check_signals", "make_system", "named"]
+__all__ = ["SYSTEMS", "System", "SystemOptions", "make_system", "named"]

@@ -26,11 +26,27 @@ def arrow_v2(options: SystemOptions) -> System:
 def arrow_v1(options: SystemOptions) -> System:
     """Arrow v1 (xLLM report, section 3.2): four elastic pools and a threshold monitor."""
     placement = ArrowV1Placement()
-    monitor = ArrowV1Monitor(slo=options.slo, tick_s=options.tick_s)
-    return System("arrow-v1", "four elastic pools", options.roles(), placement, placement, monitor)
+    monitor = ArrowV1Monitor(slo=options.slo, period_s=options.tick_s)
+    return System(
+        name="arrow-v1",
+        summary="four elastic pools",
+        roles=options.roles(),
+        prefill=placement,
+        decode=placement,
+        controllers=(monitor,),
+        window_s=options.tick_s,
+    )
 
 
 def _arrow(name: str, summary: str, options: SystemOptions, lending: Lending | None) -> System:
     placement = ArrowPlacement(slo=options.slo, lending=lending)
-    monitor = ArrowMonitor(slo=options.slo, tick_s=options.tick_s, lending=lending)
-    return System(name, summary, options.roles(), placement, placement, monitor)
+    monitor = ArrowMonitor(slo=options.slo, period_s=options.tick_s, lending=lending)
+    return System(
+        name=name,
+        summary=summary,
+        roles=options.roles(),
+        prefill=placement,
+        decode=placement,
+        controllers=(monitor,),
+        window_s=options.tick_s,
+    )

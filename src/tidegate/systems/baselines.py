@@ -16,21 +16,27 @@ from tidegate.systems.system import System
 def round_robin(options: SystemOptions) -> System:
     """A static split; each phase goes around its pool."""
     policy = RoundRobin()
-    return System("round-robin", "static split, each pool in turn", options.roles(), policy, policy)
+    return System(
+        name="round-robin", summary="static split, each pool in turn", roles=options.roles(), prefill=policy, decode=policy
+    )
 
 
 @SYSTEMS.register("static")
 def static(options: SystemOptions) -> System:
     """A static split; each phase goes to the member with the fewest tokens (DistServe)."""
     policy = LeastLoaded()
-    return System("static", "static split, fewest tokens first", options.roles(), policy, policy)
+    return System(
+        name="static", summary="static split, fewest tokens first", roles=options.roles(), prefill=policy, decode=policy
+    )
 
 
 @SYSTEMS.register("minimal-load")
 def minimal_load(options: SystemOptions) -> System:
     """A static split; each phase goes where it is predicted to be fastest (xLLM's baseline)."""
     policy = MinimalLoad()
-    return System("minimal-load", "static split, least predicted time first", options.roles(), policy, policy)
+    return System(
+        name="minimal-load", summary="static split, least predicted time first", roles=options.roles(), prefill=policy, decode=policy
+    )
 
 
 @SYSTEMS.register("colocated")
@@ -39,4 +45,6 @@ def colocated(options: SystemOptions) -> System:
     if options.split is not None:
         raise ConfigError("system 'colocated' has no split: every instance runs both phases")
     policy = Colocated()
-    return System("colocated", "both phases on one instance", mixed_roles, policy, policy)
+    return System(
+        name="colocated", summary="both phases on one instance", roles=mixed_roles, prefill=policy, decode=policy
+    )

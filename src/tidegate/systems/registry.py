@@ -9,7 +9,7 @@ from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
 from tidegate.policies.order import Order, make_order
 from tidegate.policies.registry import Registry
-from tidegate.policies.seams import Signal, StartingRoles
+from tidegate.policies.protocols import StartingRoles
 from tidegate.policies.starting_roles import SplitRoles, even_roles
 from tidegate.systems.system import System
 
@@ -58,13 +58,3 @@ def named(name: str) -> tuple[Factory, Order | None]:
     """Look up ``system`` or ``system+order``. Raises ConfigError for an unknown part, listing what exists."""
     base, plus, order = name.partition("+")
     return SYSTEMS.get(base), make_order(order) if plus else None
-
-
-def check_signals(system: System, available: frozenset[Signal]) -> None:
-    """Raise ConfigError when ``system`` needs a signal that this deployment does not have."""
-    missing = sorted(system.needs - available)
-    if missing:
-        have = ", ".join(sorted(available)) or "none"
-        raise ConfigError(
-            f"system {system.name!r} needs the signals {', '.join(missing)}; this deployment has: {have}"
-        )

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from tidegate.core.errors import ConfigError
 from tidegate.policies.order import Fifo, Order
-from tidegate.policies.seams import DecodePlacement, PoolControl, PrefillPlacement, Signal, StartingRoles
+from tidegate.policies.protocols import (
+    Controller,
+    DecodePlacement,
+    Observer,
+    PrefillPlacement,
+    Signal,
+    StartingRoles,
+)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class System:
-    """A declarative composition. Drivers (gateway, simulator) call its parts and act on the verdicts.
+    """A declarative composition, which the control plane runs.
 
-    ``pool`` is None where labels never change. ``order`` is that of waiting prefills, in every engine and in
-    what the driver itself holds back.
+    ``controllers`` decide in this order where their periods meet. ``order`` is that of waiting prefills, in
+    every engine and among the requests that the plane holds. ``observers`` hear tokens and endings.
+    ``signals`` are those that the composition uses beyond what its parts declare. ``window_s`` is the length
+    of the ledger's window; ``windows`` names longer ones, each a multiple of it (``Snapshot.windows``).
+    Raises ConfigError for a window or a period that cannot be, and for two controllers of one name.
     """
 
     name: str
@@ -21,11 +34,29 @@ class System:
     roles: StartingRoles
     prefill: PrefillPlacement
     decode: DecodePlacement
-    pool: PoolControl | None = None
+    controllers: tuple[Controller[Any], ...] = ()
     order: Order = field(default_factory=Fifo)
+    observers: tuple[Observer, ...] = ()
+    signals: frozenset[Signal] = frozenset()
+    window_s: float = 1.0
+    windows: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [controller.name for controller in self.controllers]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"system {self.name!r}: two controllers have one name: {', '.join(names)}")
+        for what, seconds in [
+            ("the window", self.window_s),
+            *((f"window {name!r}", length) for name, length in self.windows.items()),
+            *((f"controller {each.name!r}", each.period_s) for each in self.controllers),
+        ]:
+            if not 0 < seconds < float("inf"):
+                raise ConfigError(
+                    f"system {self.name!r}: {what} needs a positive number of seconds, not {seconds}"
+                )
 
     @property
     def needs(self) -> frozenset[Signal]:
-        """The union of its policies' needs."""
-        pool = self.pool.needs if self.pool else frozenset()
-        return self.prefill.needs | self.decode.needs | pool
+        """The union of its parts' needs, and its own."""
+        parts = (self.prefill, self.decode, *self.controllers)
+        return self.signals.union(*(part.needs for part in parts))

@@ -1,0 +1,1 @@
+"""The control plane, sans I/O: it observes, decides, acts and journals for the gateway and the simulator."""

@@ -1,0 +1,138 @@
+"""The one place that executes what controllers decide."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from tidegate.control.effects import Effects, Flipped, StartInstance, StartMigration, StopInstance
+from tidegate.control.live_request import LiveRequest, Stage
+from tidegate.control.membership import Membership
+from tidegate.core.decision import Action, AddInstance, Drain, Flip, Migrate, Place, Remove, SetTarget
+from tidegate.journal.writer import JournalWriter
+from tidegate.ledger.ledger import Ledger
+from tidegate.policies.protocols import DecodePlacement
+from tidegate.policies.target import steps_to_target
+
+
+class Actions:
+    """Executes actions on the ledger and the membership, journals them, and says what is left to drivers."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        membership: Membership,
+        requests: Mapping[str, LiveRequest],
+        decode: DecodePlacement,
+        journal: JournalWriter,
+    ) -> None:
+        self._ledger = ledger
+        self._membership = membership
+        self._requests = requests
+        self._decode = decode
+        self._journal = journal
+
+    def execute(self, actions: Iterable[Action], now: float) -> Effects:
+        """Carry out each action as far as it is legal; one that is not changes nothing."""
+        effects: Effects = []
+        for action in actions:
+            match action:
+                case Flip():
+                    self._flip(action, now, effects)
+                case Migrate():
+                    self._migrate(action, now, effects)
+                case SetTarget():
+                    steps = steps_to_target(
+                        self._membership.view(now)[0], action, self._membership.starting
+                    )
+                    effects += self.execute(steps, now)
+                case AddInstance(role, reason):
+                    self._membership.starting[role] += 1
+                    effects.append(StartInstance(role, reason))
+                case Drain():
+                    self._drain(action, now, effects)
+                case Remove(instance, reason):
+                    if instance in self._ledger.ids:
+                        self._stop(instance, reason, effects)
+        return effects
+
+    def drain_on(self, now: float) -> Effects:
+        """Go on with drains: move decodes that still run there, and stop what is empty and to be removed."""
+        effects: Effects = []
+        for instance, remove in list(self._membership.draining.items()):
+            if instance not in self._ledger.ids:
+                continue
+            residents = self._ledger.residents(instance)
+            if residents.prefills or residents.handoffs or residents.decodes:
+                self._move_away(instance, residents.decodes, now, effects)
+            elif remove and instance not in self._membership.stopping:
+                self._stop(instance, "drained", effects)
+        return effects
+
+    def apply_flips(self, flips: Iterable[Flip], now: float) -> Effects:
+        """Rewrite labels. A flip of an instance that is not up, not flippable or labelled so does nothing."""
+        effects: Effects = []
+        for flip in flips:
+            self._flip(flip, now, effects)
+        return effects
+
+    def note_migration(
+        self, migrate: Migrate, event: str, now: float, detail: str = "", moved_bytes: int = 0
+    ) -> None:
+        """Journal a migration that has begun, is done, cancelled or ignored."""
+        if self._journal.enabled:
+            self._journal.migration(now, migrate, event, detail, moved_bytes)
+
+    def _flip(self, flip: Flip, now: float, effects: Effects) -> None:
+        if flip.instance not in self._ledger.ids:
+            return
+        before = self._ledger.role_of(flip.instance)
+        if self._ledger.flip(flip.instance, flip.to, now):
+            self._membership.labels[flip.instance] = flip.to
+            if self._journal.enabled:
+                self._journal.flip(now, flip, before)
+            effects.append(Flipped(flip.instance, before, flip.to, flip.reason))
+
+    def _migrate(self, migrate: Migrate, now: float, effects: Effects) -> None:
+        live = self._requests.get(migrate.request)
+        why_not = self._why_not(live, migrate)
+        if live is None or why_not:
+            self.note_migration(migrate, "ignored", now, why_not)
+            return
+        live.migrate = migrate
+        effects.append(StartMigration(live, migrate))
+
+    def _why_not(self, live: LiveRequest | None, migrate: Migrate) -> str:
+        """Return why a decode cannot move, as far as the plane knows; "" when it can."""
+        if live is None:
+            return "it has ended"
+        ids = self._ledger.ids
+        if migrate.src == migrate.dst or migrate.dst not in ids:
+            return f"{migrate.dst} is no other instance that is up"
+        if live.migrate is not None:
+            return "it moves already"
+        if live.stage is not Stage.DECODE or live.decode_on != migrate.src or migrate.src not in ids:
+            return f"it does not decode on {migrate.src}"
+        return ""
+
+    def _drain(self, drain: Drain, now: float, effects: Effects) -> None:
+        if drain.instance not in self._ledger.ids:
+            return
+        self._membership.draining[drain.instance] = drain.remove
+        if self._journal.enabled:
+            self._journal.instance_draining(now, drain.instance, drain.reason)
+        effects += self.drain_on(now)
+
+    def _move_away(self, instance: str, decodes: Iterable[str], now: float, effects: Effects) -> None:
+        """Have the decodes of a draining instance move where the system would place them."""
+        view, _ = self._membership.view(now)
+        for request_id in decodes:
+            live = self._requests.get(request_id)
+            if live is None or not live.movable or live.migrate is not None or live.stage is not Stage.DECODE:
+                continue
+            decision = self._decode.place_decode(live.resident(), view, instance).decision
+            if isinstance(decision, Place) and decision.decode_on not in (None, instance):
+                self._migrate(Migrate(request_id, instance, str(decision.decode_on), "drain"), now, effects)
+
+    def _stop(self, instance: str, reason: str, effects: Effects) -> None:
+        self._membership.stopping.add(instance)
+        effects.append(StopInstance(instance, reason))

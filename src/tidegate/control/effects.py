@@ -1,0 +1,119 @@
+"""What the control plane has a driver do. Drivers match on the type, carry it out and report what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tidegate.control.live_request import LiveRequest
+from tidegate.core.decision import Migrate, Place
+from tidegate.core.errors import TidegateError
+from tidegate.core.instance import Role
+from tidegate.policies.order import Ticket
+
+
+class RunPrefill(NamedTuple):
+    """Run the request's prefill, and on a colocated path all of it. It is in the ledger already.
+
+    ``ticket`` is what the instance's queue orders by; ``alone`` tells that nothing else is there.
+    """
+
+    live: LiveRequest
+    place: Place
+    ticket: Ticket
+    alone: bool
+
+
+class RunDecode(NamedTuple):
+    """Run the request's decode on instance ``on``; its KV is on ``live.prefill_on``."""
+
+    live: LiveRequest
+    on: str
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The request waits; a later event brings ``RunPrefill`` or ``GiveUp`` for it."""
+
+    live: LiveRequest
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """End the request with ``error``."""
+
+    live: LiveRequest
+    error: TidegateError
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """A failed request is served again from what it has; ``label`` is the error's metric label."""
+
+    live: LiveRequest
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """Have the fleet look at an instance whose call failed."""
+
+    instance: str
+
+
+@dataclass(frozen=True, slots=True)
+class WakeAt:
+    """Call ``ControlPlane.tick`` at ``at_s``."""
+
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Flipped:
+    """An instance's label was rewritten. Nothing is to be done on the engine."""
+
+    instance: str
+    before: Role
+    after: Role
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StartMigration:
+    """Move a running decode. Report ``migration_begun``, then ``migration_done`` or ``migration_ended``."""
+
+    live: LiveRequest
+    migrate: Migrate
+
+
+@dataclass(frozen=True, slots=True)
+class StartInstance:
+    """Have the fleet start one more instance. ``role`` is its label once it reports ``instance_up``."""
+
+    role: Role
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopInstance:
+    """Have the fleet stop an instance for good; it reports ``instance_down``."""
+
+    instance: str
+    reason: str
+
+
+Effect = (
+    RunPrefill
+    | RunDecode
+    | Held
+    | GiveUp
+    | Replay
+    | Suspect
+    | WakeAt
+    | Flipped
+    | StartMigration
+    | StartInstance
+    | StopInstance
+)
+Effects = list[Effect]

@@ -1,0 +1,60 @@
+"""A request from its arrival to its end, as the control plane knows it."""
+
+from __future__ import annotations
+
+import enum
+
+from tidegate.core.decision import Migrate
+from tidegate.core.request import Request
+from tidegate.signals.prefix import NO_BLOCKS, PromptBlocks
+
+
+class Stage(enum.IntEnum):
+    """Where a request is on its way."""
+
+    WAITING = 0
+    """Not placed: it arrived just now, is held, or waits for the fleet's word on an instance that failed."""
+    PREFILL = 1
+    """Its prefill is queued or running on ``prefill_on``."""
+    DECODE = 2
+    """It decodes on ``decode_on``, or will once its KV is there."""
+    ENDED = 3
+
+
+class LiveRequest:
+    """What a driver hands to the plane with every event about a request; it derives its own class from this.
+
+    The driver keeps ``generated`` (tokens so far), ``blocks`` (the prompt's, where they are known) and
+    ``repeatable`` (False where a second run could say something else than what was delivered) right. All else
+    is the plane's: ``stage``; ``prefill_on`` and ``decode_on``, the last placements; ``predicted_prefill_s``
+    and ``predicted_cached_tokens`` of the last prefill; ``failures`` and the ``deaths`` of instances among
+    them; ``replays`` and ``migrations``; ``migrate``, the migration under way; and ``movable``, False once a driver
+    said that it cannot move.
+    """
+
+    __slots__ = (
+        "blocks", "deadline_s", "deaths", "decode_on", "failures", "generated", "id", "migrate", "migrations",
+        "movable", "predicted_cached_tokens", "predicted_prefill_s", "prefill_on", "repeatable", "replays", "stage",
+    )  # fmt: skip
+
+    def __init__(self, request_id: str, deadline_s: float, blocks: PromptBlocks = NO_BLOCKS) -> None:
+        self.id = request_id
+        self.deadline_s = deadline_s
+        self.blocks = blocks
+        self.generated = 0
+        self.repeatable = True
+        self.movable = True
+        self.stage = Stage.WAITING
+        self.prefill_on: str | None = None
+        self.decode_on: str | None = None
+        self.predicted_prefill_s: float | None = None
+        self.predicted_cached_tokens = 0
+        self.failures = 0
+        self.deaths = 0
+        self.replays = 0
+        self.migrations = 0
+        self.migrate: Migrate | None = None
+
+    def resident(self) -> Request:
+        """Return the request as placements see it: the tokens generated so far are part of its prompt."""
+        raise NotImplementedError

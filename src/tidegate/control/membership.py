@@ -1,0 +1,96 @@
+"""Which instances are up, under which label they join, and which of them placements may use."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from tidegate.core.decision import Flip
+from tidegate.core.instance import Role
+from tidegate.ledger.ledger import Ledger
+from tidegate.ledger.snapshot import Snapshot
+from tidegate.policies.protocols import StartingRoles
+from tidegate.policies.starting_roles import joining_role
+
+
+class Membership:
+    """The labels of instances that are or were up, and who is cordoned or avoided.
+
+    ``ids`` are the instances that the fleet starts with; the system's start-up labels go to them in order.
+    ``draining`` are those that get nothing new, with whether they are to be removed once empty; ``stopping``
+    those that the fleet was told to stop; ``starting`` counts the labels of those that it was told to start.
+    """
+
+    def __init__(self, ids: Sequence[str], roles: StartingRoles, ledger: Ledger) -> None:
+        self.labels: dict[str, Role] = dict(zip(ids, roles(len(ids)), strict=True))
+        self.draining: dict[str, bool] = {}
+        self.stopping: set[str] = set()
+        self.starting: Counter[Role] = Counter()
+        self._roles = roles
+        self._ledger = ledger
+        self._fixed: dict[str, Role] = {}
+        self._joined: set[str] = set()
+        self._avoided_until_s: dict[str, float] = {}
+
+    def joins(self, instance_id: str, fixed_role: Role | None, now: float) -> tuple[Role, tuple[Flip, ...]]:
+        """Return the label for an instance that comes up, and flips that keep the split.
+
+        The first time it is that of the start-up labelling. One that returns, or that was not there at the
+        start, gets the label that the fleet lacks most; at a tie the one it had. One with a fixed role keeps
+        that, and an instance that has it and is free takes the other's.
+        """
+        role = self._wanted(instance_id, now)
+        self._joined.add(instance_id)
+        self._avoided_until_s.pop(instance_id, None)
+        self.draining.pop(instance_id, None)
+        self.stopping.discard(instance_id)
+        if fixed_role is None or role in (fixed_role, Role.MIXED):
+            self.labels[instance_id] = role
+            return role, ()
+        self._fixed[instance_id] = fixed_role
+        self.labels[instance_id] = fixed_role
+        for other, label in self.labels.items():
+            if other != instance_id and label is fixed_role and other not in self._fixed:
+                self.labels[other] = role
+                return fixed_role, (Flip(other, role, "repair"),)
+        return fixed_role, ()
+
+    def _wanted(self, instance_id: str, now: float) -> Role:
+        if instance_id in self.labels and instance_id not in self._joined:
+            return self.labels[instance_id]
+        if instance_id not in self.labels and self.starting:
+            role = next(iter(self.starting))
+            self.start_ended(role)
+            return role
+        return joining_role(
+            self._roles, self._ledger.snapshot(now), len(self.labels), self.labels.get(instance_id)
+        )
+
+    def start_ended(self, role: Role) -> None:
+        """Say that an instance that was to start under ``role`` is up, or will not come."""
+        self.starting[role] -= 1
+        self.starting += Counter()  # drops what is 0
+
+    def leaves(self, instance_id: str) -> None:
+        """Say that an instance is down. One that was stopped on purpose is forgotten."""
+        self.draining.pop(instance_id, None)
+        if instance_id in self.stopping:
+            self.stopping.discard(instance_id)
+            self.labels.pop(instance_id, None)
+
+    def avoid(self, instance_id: str, until_s: float) -> None:
+        """Place nothing on an instance until then, while others are up."""
+        self._avoided_until_s[instance_id] = until_s
+
+    def view(self, now: float) -> tuple[Snapshot, bool]:
+        """Return the cluster as placements may use it, and whether flips may follow from it.
+
+        Without those that are drained and those that failed a moment ago, if others are up. Where an instance
+        is missing only for a moment no pool is really short, and no label changes.
+        """
+        snapshot = self._ledger.snapshot(now)
+        if not self._avoided_until_s and not self.draining:
+            return snapshot, True
+        avoided = {name for name, until_s in self._avoided_until_s.items() if until_s > now}
+        seen = snapshot.without(avoided | set(self.draining))
+        return seen, not avoided.intersection(snapshot.ids)

@@ -1,0 +1,74 @@
+"""When the ledger's window closes and when each controller decides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from tidegate.policies.protocols import Controller
+from tidegate.systems.system import System
+
+
+class _Period:
+    """Ends at whole multiples of its length after the start. Multiples, so that nothing adds up to a drift."""
+
+    __slots__ = ("_count", "_length_s", "_start_s", "next_s")
+
+    def __init__(self, length_s: float) -> None:
+        self._length_s = length_s
+        self._start_s = 0.0
+        self._count = 1
+        self.next_s = float("inf")
+
+    def start(self, now: float) -> None:
+        self._start_s = now
+        self._count = 1
+        self.next_s = now + self._length_s
+
+    def due(self, now: float) -> bool:
+        """Tell whether a period has ended by ``now``; all that have ended count as one."""
+        if now < self.next_s:
+            return False
+        passed = int((now - self._start_s) / self._length_s)
+        self._count = max(self._count + 1, passed)
+        while self._start_s + self._count * self._length_s <= now:
+            self._count += 1
+        self.next_s = self._start_s + self._count * self._length_s
+        return True
+
+
+class Periods:
+    """The clocks of one system: its window's, and one per controller with that controller's state."""
+
+    def __init__(self, system: System) -> None:
+        self._window = _Period(system.window_s)
+        self._controllers: list[tuple[Controller[Any], _Period]] = [
+            (controller, _Period(controller.period_s)) for controller in system.controllers
+        ]
+        self._states: dict[str, Any] = {each.name: each.initial() for each in system.controllers}
+
+    def start(self, now: float) -> float:
+        """Begin all periods; return when the first one ends."""
+        self._window.start(now)
+        for _, period in self._controllers:
+            period.start(now)
+        return self.next_s
+
+    @property
+    def next_s(self) -> float:
+        """When the next period ends."""
+        return min([self._window.next_s, *(period.next_s for _, period in self._controllers)])
+
+    def window_due(self, now: float) -> bool:
+        """Tell whether the window ends by ``now``, and begin the next one."""
+        return self._window.due(now)
+
+    def due(self, now: float) -> Iterator[tuple[Controller[Any], Any]]:
+        """Yield each controller that decides now, with its state, and begin its next period."""
+        for controller, period in self._controllers:
+            if period.due(now):
+                yield controller, self._states[controller.name]
+
+    def decided(self, controller: Controller[Any], state: Any) -> None:
+        """Keep a controller's state for its next decision."""
+        self._states[controller.name] = state

@@ -1,0 +1,412 @@
+"""The control plane: it observes, decides, acts and journals, for the gateway and the simulator alike.
+
+It has no clock, no sockets and no randomness of its own. A driver tells it what happened, with the time, and
+carries out the effects that it returns. Requests are in the ledger before the effect that runs them is out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tidegate.control.actions import Actions
+from tidegate.control.effects import (
+    Effects,
+    GiveUp,
+    Held,
+    Replay,
+    RunDecode,
+    RunPrefill,
+    Suspect,
+    WakeAt,
+)
+from tidegate.control.held import HeldRequests
+from tidegate.control.live_request import LiveRequest, Stage
+from tidegate.control.membership import Membership
+from tidegate.control.periods import Periods
+from tidegate.control.settings import ControlSettings
+from tidegate.core.decision import Action, ControlDecision, Flip, Path, Place, Reject, Verdict
+from tidegate.core.errors import (
+    EngineError,
+    EngineUnreachable,
+    KvLost,
+    NoInstance,
+    NotRepeated,
+    Overloaded,
+    TidegateError,
+    status_of,
+)
+from tidegate.core.instance import Instance, Role
+from tidegate.core.request import Request
+from tidegate.costs.profile import Profile
+from tidegate.journal.writer import JournalWriter
+from tidegate.ledger.ledger import Ledger
+from tidegate.ledger.snapshot import Field, Snapshot
+from tidegate.policies.order import prefill_ticket
+from tidegate.policies.pricing import fastest_prefill_seconds, predicted_on
+from tidegate.signals.prefix import PrefixIndex
+from tidegate.systems.system import System
+
+
+class ControlPlane:
+    """Runs one system over one fleet.
+
+    ``ids`` are the instances that the fleet starts with. ``prefixes``, where given, tells placements what
+    each instance's prefix cache holds. ``requests`` are those that have not ended, by id.
+
+    Times are a driver's seconds and never decrease. Every verb returns what is to be done, in this order.
+    """
+
+    def __init__(
+        self,
+        system: System,
+        ids: Sequence[str],
+        journal: JournalWriter,
+        settings: ControlSettings | None = None,
+        prefixes: PrefixIndex | None = None,
+    ) -> None:
+        self.system = system
+        self.settings = settings or ControlSettings()
+        self.ledger = Ledger(system.window_s, system.windows)
+        self.membership = Membership(ids, system.roles, self.ledger)
+        self.prefixes = prefixes
+        self.requests: dict[str, LiveRequest] = {}
+        self._journal = journal
+        self._held = HeldRequests(system.order)
+        self._actions = Actions(self.ledger, self.membership, self.requests, system.decode, journal)
+        self._periods = Periods(system)
+        self._audited = False
+        self._reasons: dict[str, str] = {}
+        self._observers = system.observers
+
+    # Time
+
+    def start(self, now: float) -> Effects:
+        """Begin the periodic decisions: their first periods end one period from ``now``."""
+        return [WakeAt(self._periods.start(now))]
+
+    def tick(self, now: float) -> Effects:
+        """Do what is due: close windows, let controllers decide, go on with drains, ask held requests again.
+
+        Called at every ``WakeAt``; a call at which nothing is due does nothing but ask again.
+        """
+        effects: Effects = []
+        before_s = self._periods.next_s
+        if self._periods.window_due(now):
+            self.ledger.window_closed(now)
+            self._audit()
+        if len(self.ledger.ids):
+            for controller, state in self._periods.due(now):
+                decision = controller.decide(self.ledger.snapshot(now), state)
+                self._periods.decided(controller, decision.state)
+                self._note_control(controller.name, decision, now)
+                effects += self._actions.execute(decision.actions, now)
+        if self.membership.draining:
+            effects += self._actions.drain_on(now)
+        effects += self._place_again(self._held.confirmed(now), now)
+        effects += self._retry(now)
+        if self._periods.next_s > before_s:
+            effects.append(WakeAt(self._periods.next_s))
+        return effects
+
+    # Instances
+
+    def instance_up(
+        self, instance: Instance, profile: Profile, now: float, *, fixed_role: Role | None = None
+    ) -> Effects:
+        """Add an instance, empty, under the label that ``Membership.joins`` gives it."""
+        role, flips = self.membership.joins(instance.id, fixed_role, now)
+        effects = self._actions.apply_flips(flips, now)
+        self.ledger.instance_up(instance, profile, role, now)
+        if self.prefixes is not None:
+            self.prefixes.instance_up(instance.id, instance.kv_capacity_tokens)
+        self._journal.instance_up(now, instance.id, role)
+        return effects + self._retry(now)
+
+    def instance_down(self, instance_id: str, reason: str, now: float) -> Effects:
+        """Drop an instance. The driver reports every leg that is lost with it as ``failed``."""
+        if instance_id not in self.ledger.ids:
+            return []
+        self.membership.labels[instance_id] = self.ledger.role_of(instance_id)
+        self.ledger.instance_down(instance_id, now)
+        self.membership.leaves(instance_id)
+        if self.prefixes is not None:
+            self.prefixes.instance_down(instance_id)
+        self._journal.instance_down(now, instance_id, reason)
+        return self._place_again(self._held.confirmed_down(instance_id), now) + self._retry(now)
+
+    def start_failed(self, role: Role) -> None:
+        """Say that an instance that ``StartInstance`` asked for will not come."""
+        self.membership.start_ended(role)
+
+    def act(self, actions: Sequence[Action], now: float) -> Effects:
+        """Execute what somebody beside the system's controllers decided: an operator, a test of statelessness."""
+        return self._actions.execute(actions, now) + self._retry(now)
+
+    # Requests
+
+    def arrive(self, live: LiveRequest, now: float) -> Effects:
+        """Take a new request and place its prefill."""
+        self.requests[live.id] = live
+        return self._place_prefill(live, "place_prefill", now)
+
+    def prefill_done(self, live: LiveRequest, now: float) -> Effects:
+        """Say that the prompt's KV is complete and the first token is out; place the decode."""
+        self.ledger.prefill_ended(live.id, now)
+        request = live.resident()
+        view, whole = self.membership.view(now)
+        if not len(view):
+            return [GiveUp(live, self._none_up())]
+        assert live.prefill_on is not None
+        verdict = self.system.decode.place_decode(request, view, live.prefill_on)
+        effects = self._actions.apply_flips(verdict.flips, now) if verdict.flips and whole else []
+        if self._journal.enabled:
+            self._note_decision(request, "place_decode", verdict, view)
+        decision = verdict.decision
+        if not isinstance(decision, Place) or decision.decode_on is None:
+            reason = "no instance takes the decode"
+            effects.append(GiveUp(live, Overloaded(reason, retry_after_s=self.settings.retry_after_s)))
+            return effects
+        on = decision.decode_on
+        self._decodes_on(live, on, request.prompt_tokens, now)
+        if on != live.prefill_on:
+            self.ledger.transfer_started(live.id, now)
+        effects.append(RunDecode(live, on))
+        return effects
+
+    def decode_began(self, live: LiveRequest, resident_tokens: int, now: float) -> None:
+        """Say that a colocated prefill became a decode where it is."""
+        assert live.prefill_on is not None
+        self.ledger.prefill_ended(live.id, now)
+        self.ledger.decode_dispatched(live.id, live.prefill_on, resident_tokens, now)
+        live.stage = Stage.DECODE
+
+    def transfer_ended(self, live: LiveRequest, now: float) -> None:
+        """Say that the decode instance has the KV."""
+        self.ledger.transfer_ended(live.id, now)
+
+    def tokens(self, live: LiveRequest, count: int, now: float) -> None:
+        """Count tokens of a decode. ``live.generated`` holds them already."""
+        self.ledger.tokens(live.id, count, now)
+        for observer in self._observers:
+            observer.tokens(live.resident(), live.generated, now)
+
+    def joined(self, live: LiveRequest) -> bool:
+        """Say that a decode steps together with others from its last ``tokens`` on (``Ledger.joined``)."""
+        return self.ledger.joined(live.id)
+
+    def left_step(self, live: LiveRequest) -> None:
+        """Say that a decode pauses (``Ledger.left_step``)."""
+        self.ledger.left_step(live.id)
+
+    def stepped(self, instance_id: str, count: int, now: float) -> None:
+        """Count ``count`` tokens of every decode in step on an instance (``Ledger.stepped``)."""
+        self.ledger.stepped(instance_id, count, now)
+        if self._observers:
+            for request_id in self.ledger.in_step(instance_id):
+                live = self.requests[request_id]
+                live.generated += count
+                for observer in self._observers:
+                    observer.tokens(live.resident(), live.generated, now)
+
+    def prefill_reported(self, live: LiveRequest, cached_tokens: int) -> None:
+        """Score the predicted prefix hits against what the engine says it had cached."""
+        if self.prefixes is not None:
+            self.prefixes.score(live.predicted_cached_tokens, cached_tokens)
+
+    def failed(self, live: LiveRequest, error: EngineError, now: float) -> Effects:
+        """Say that a leg failed. The request is placed again, waits for the fleet's word, or is given up."""
+        settings = self.settings
+        self.ledger.aborted(live.id, now)
+        self._migration_over(live, "cancelled", now)
+        live.stage = Stage.WAITING
+        live.failures += 1
+        live.deaths += isinstance(error, EngineUnreachable)
+        if self._journal.enabled:
+            self._journal.failure(now, live.id, error, live.generated)
+        poisonous = live.deaths >= settings.deadly and not live.generated
+        again = live.repeatable or not isinstance(error, NotRepeated)
+        if live.failures > settings.replays or now >= live.deadline_s or poisonous or not again:
+            return [GiveUp(live, error)]
+        live.replays += 1
+        effects: Effects = [Replay(live, status_of(error).label)]
+        if not error.instance or isinstance(error, KvLost) or error.instance not in self.ledger.ids:
+            return effects + self._place_prefill(live, "replay", now)
+        self.membership.avoid(error.instance, now + settings.avoid_s)
+        self._held.confirm(live, error.instance, now + settings.confirm_s)
+        reason = f"the fleet looks at {error.instance}"
+        return [*effects, Suspect(error.instance), Held(live, reason), WakeAt(now + settings.confirm_s)]
+
+    def ended(self, live: LiveRequest, error: TidegateError | None, now: float) -> Effects:
+        """Say that a request is over: answered in full, or for good with ``error``. Called once per request."""
+        if error is None:
+            self.ledger.finished(live.id, now)
+            for observer in self._observers:
+                observer.finished(live.resident(), live.generated, now)
+        else:
+            self.ledger.aborted(live.id, now)
+        self._migration_over(live, "cancelled", now)
+        self.requests.pop(live.id, None)
+        self._held.remove(live)
+        live.stage = Stage.ENDED
+        if self.membership.draining:
+            return self._actions.drain_on(now) + self._retry(now)
+        return self._retry(now) if self._held else []
+
+    # Migrations
+
+    def migration_begun(self, live: LiveRequest, now: float) -> None:
+        """Say that the migration of ``StartMigration`` is under way."""
+        assert live.migrate is not None
+        self._actions.note_migration(live.migrate, "begun", now)
+
+    def migration_refused(
+        self, live: LiveRequest, why: str, now: float, *, for_good: bool = False
+    ) -> None:
+        """Say that a migration did not begin; the decode runs on where it is, ``for_good`` if it never can."""
+        live.movable = not for_good
+        self._migration_over(live, "ignored", now, why)
+
+    def migration_cancelled(self, live: LiveRequest, now: float, moved_bytes: int = 0) -> None:
+        """Say that a migration ended before its commit; the decode runs on where it is."""
+        self._migration_over(live, "cancelled", now, moved_bytes=moved_bytes)
+
+    def migration_done(
+        self, live: LiveRequest, resident_tokens: int, now: float, *, moved_bytes: int = 0, pulled: bool
+    ) -> None:
+        """Say that a decode runs at its destination now; ``pulled`` tells that its KV is there already."""
+        assert live.migrate is not None
+        self._decodes_on(live, live.migrate.dst, resident_tokens, now)
+        if pulled:
+            self.ledger.transfer_ended(live.id, now)
+        else:
+            self.ledger.transfer_started(live.id, now)
+        live.migrations += 1
+        self._migration_over(live, "done", now, moved_bytes=moved_bytes)
+
+    # Questions
+
+    def snapshot(self, now: float) -> Snapshot:
+        """Return the cluster as it is, whoever placements may use."""
+        return self.ledger.snapshot(now)
+
+    @property
+    def held_count(self) -> int:
+        """How many requests wait to be placed."""
+        return len(self._held)
+
+    # Placing
+
+    def _place_prefill(self, live: LiveRequest, kind: str, now: float) -> Effects:
+        request = live.resident()
+        view, whole = self.membership.view(now)
+        if not len(view):
+            return self._without_instances(live, request, now)
+        if self.prefixes is not None and live.blocks.keys:
+            hits = self.prefixes.hits(live.blocks, request.prompt_tokens)
+            if hits:
+                request = request._replace(cached=hits)
+        verdict = self.system.prefill.place_prefill(request, view)
+        effects = self._actions.apply_flips(verdict.flips, now) if verdict.flips and whole else []
+        if self._journal.enabled:
+            self._note_decision(request, kind, verdict, view)
+        decision = verdict.decision
+        if isinstance(decision, Place):
+            effects.append(self._dispatch(live, request, decision, view, now))
+        elif isinstance(decision, Reject):
+            refused = Overloaded(decision.reason, retry_after_s=decision.retry_after_s)
+            effects.append(GiveUp(live, refused))
+        else:
+            effects += self._hold(live, request, decision.reason, now)
+        return effects
+
+    def _dispatch(
+        self, live: LiveRequest, request: Request, place: Place, view: Snapshot, now: float
+    ) -> RunPrefill:
+        on = place.prefill_on
+        seconds = self.ledger.prefill_dispatched(request, on, now)
+        live.stage = Stage.PREFILL
+        live.prefill_on = on
+        live.decode_on = on if place.path is Path.COLOCATED else None
+        live.predicted_prefill_s = seconds
+        live.predicted_cached_tokens = request.cached.get(on, 0)
+        if self.prefixes is not None:
+            self.prefixes.sent(live.blocks, on)
+        self._held.placed(live)
+        column = view.index[on]
+        cells = view.cells
+        alone = not (cells[Field.PREFILL_REQUESTS, column] or cells[Field.DECODE_REQUESTS, column])
+        return RunPrefill(live, place, prefill_ticket(request, seconds), alone)
+
+    def _decodes_on(self, live: LiveRequest, on: str, resident_tokens: int, now: float) -> None:
+        self.ledger.decode_dispatched(live.id, on, resident_tokens, now)
+        live.stage = Stage.DECODE
+        live.decode_on = on
+        if self.prefixes is not None:
+            self.prefixes.sent(live.blocks, on)
+
+    def _without_instances(self, live: LiveRequest, request: Request, now: float) -> Effects:
+        """Refuse a fresh request; have one whose answer has begun wait for an instance to return."""
+        recovered_s = self._held.none_up_since_s(live, now) + self.settings.recovery_s
+        until_s = min(recovered_s, live.deadline_s)
+        if not live.generated or now >= until_s:
+            return [GiveUp(live, self._none_up())]
+        self._held.hold(live, prefill_ticket(request, 0.0))
+        return [Held(live, "no instance is up"), WakeAt(until_s)]
+
+    def _hold(self, live: LiveRequest, request: Request, reason: str, now: float) -> Effects:
+        if now >= live.deadline_s:
+            late = Overloaded(
+                f"held until its deadline: {reason}", retry_after_s=self.settings.retry_after_s
+            )
+            return [GiveUp(live, late)]
+        work_s = fastest_prefill_seconds(self.membership.view(now)[0], request)
+        self._held.hold(live, prefill_ticket(request, work_s))
+        return [Held(live, reason)]
+
+    def _retry(self, now: float) -> Effects:
+        """Ask again for every held request, in the system's order."""
+        return self._place_again(self._held.take_all(now), now) if self._held else []
+
+    def _place_again(self, lives: Sequence[LiveRequest], now: float) -> Effects:
+        effects: Effects = []
+        for live in lives:
+            effects += self._place_prefill(live, "replay" if live.replays else "place_prefill", now)
+        return effects
+
+    def _none_up(self) -> NoInstance:
+        return NoInstance("no instance is up", retry_after_s=self.settings.retry_after_s)
+
+    # Parts of events
+
+    def _migration_over(
+        self, live: LiveRequest, event: str, now: float, why: str = "", moved_bytes: int = 0
+    ) -> None:
+        migrate, live.migrate = live.migrate, None
+        if migrate is not None:
+            self._actions.note_migration(migrate, event, now, why, moved_bytes)
+
+    def _note_decision(self, request: Request, kind: str, verdict: Verdict, view: Snapshot) -> None:
+        """Journal a verdict with its alternatives and what is predicted for the chosen instance."""
+        predicted: dict[str, float] | None = None
+        if isinstance(verdict.decision, Place):
+            decode = kind == "place_decode"
+            on = (verdict.decision.decode_on if decode else None) or verdict.decision.prefill_on
+            predicted = predicted_on(on, view, request, decode=decode)
+        self._journal.decision(view.at_s, request.id, kind, verdict, predicted)
+
+    def _note_control(self, name: str, decision: ControlDecision[Any], now: float) -> None:
+        """Journal what a controller says of its decision when that is not what it said last."""
+        if self._reasons.get(name) == decision.reason:
+            return
+        self._reasons[name] = decision.reason
+        if self._journal.enabled:
+            flips = sum(isinstance(action, Flip) for action in decision.actions)
+            self._journal.control(now, decision.reason, flips)
+
+    def _audit(self) -> None:
+        """Check the ledger's sums once it is idle."""
+        idle = not self.requests
+        if idle and not self._audited:
+            self.ledger.check_integrity()
+        self._audited = idle

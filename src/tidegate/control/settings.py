@@ -1,0 +1,33 @@
+"""The rules of the control plane in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tidegate.core.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class ControlSettings:
+    """How failures, waits and retries are handled; the same numbers live and simulated (all ours).
+
+    - ``replays``: how often a request is served again after a failed leg.
+    - ``deadly``: instances that may die under a request before its first token; then it is taken for the cause.
+    - ``recovery_s``: how long a request whose answer has begun waits while no instance is up. One whose answer
+      has not begun is refused at once, so that its client can go elsewhere.
+    - ``confirm_s``: how long a failed request waits for the fleet's word on the instance that failed it.
+    - ``avoid_s``: how long an instance that failed a leg gets no new one while others are up: one that fails
+      fast looks idle and would draw every request.
+    - ``retry_after_s``: what a client is told to wait when it is refused: about a local engine's restart.
+    """
+
+    replays: int = 5
+    deadly: int = 3
+    recovery_s: float = 15.0
+    confirm_s: float = 0.25
+    avoid_s: float = 5.0
+    retry_after_s: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.replays < 0:
+            raise ConfigError(f"replays must be a count of at least 0, got {self.replays}")

@@ -1,0 +1,100 @@
+"""The protocols of policies. A policy is pure: no I/O, no clock, no randomness of its own.
+
+Placements answer per request, controllers at a period of their own, observers hear what happened. The control
+plane calls all of them, for the gateway and the simulator alike.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Protocol, TypeVar
+
+from tidegate.core.decision import ControlDecision, Verdict
+from tidegate.core.instance import Role
+from tidegate.core.request import Request
+from tidegate.ledger.snapshot import Snapshot
+
+S = TypeVar("S")
+
+
+class Signal(enum.StrEnum):
+    """Inputs beyond the ledger's counts that a policy may need; each has a producer in ``tidegate.signals``."""
+
+    PROFILE = "profile"
+    LENGTHS = "lengths"
+    PREFIX_HITS = "prefix_hits"
+    FORECAST = "forecast"
+
+
+class Policy(Protocol):
+    """What every policy declares."""
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        """The signals without which it cannot decide."""
+        ...
+
+
+class PrefillPlacement(Policy, Protocol):
+    """Chooses where a request's prefill runs, when the request arrives."""
+
+    def place_prefill(self, request: Request, snapshot: Snapshot) -> Verdict:
+        """Return Place, Hold or Reject. Raises NoInstance when the snapshot is empty."""
+        ...
+
+
+class DecodePlacement(Policy, Protocol):
+    """Chooses where a request decodes, when its prefill ends."""
+
+    def place_decode(self, request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:
+        """Return a Place whose ``decode_on`` is set, or Reject. ``prefill_on`` may be gone from the snapshot.
+
+        ``request.prompt_tokens`` is the resident length: prompt plus generated.
+        """
+        ...
+
+
+class Controller(Policy, Protocol[S]):
+    """Acts on the fleet once per period: flips, migrations, targets, additions, drains.
+
+    A system may have several, each at a period of its own. At one time they decide in the order of the
+    composition, each on a snapshot that shows what those before it did.
+    """
+
+    @property
+    def name(self) -> str:
+        """The name in the journal; unique within a system."""
+        ...
+
+    @property
+    def period_s(self) -> float:
+        """Seconds between two decisions."""
+        ...
+
+    def initial(self) -> S:
+        """Return the state for the first decision."""
+        ...
+
+    def decide(self, snapshot: Snapshot, state: S) -> ControlDecision[S]:
+        """Return the actions of this period and the state for the next."""
+        ...
+
+
+class Observer(Protocol):
+    """Hears of tokens and endings: for statistics of lengths, for forecasts. Decides nothing."""
+
+    def tokens(self, request: Request, generated: int, now: float) -> None:
+        """``request`` has ``generated`` tokens by ``now``. Told per token, or for several at once."""
+        ...
+
+    def finished(self, request: Request, generated: int, now: float) -> None:
+        """``request`` was answered in full with ``generated`` tokens."""
+        ...
+
+
+class StartingRoles(Protocol):
+    """Labels a fleet at start-up."""
+
+    def __call__(self, instances: int) -> tuple[Role, ...]:
+        """Return one role per instance. Raises ConfigError when the fleet is too small."""
+        ...
