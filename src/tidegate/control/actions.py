@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from tidegate.control.effects import Effects, Flipped, StartInstance, StartMigration, StopInstance
@@ -15,7 +16,10 @@ from tidegate.policies.target import steps_to_target
 
 
 class Actions:
-    """Executes actions on the ledger and the membership, journals them, and says what is left to drivers."""
+    """Executes actions on the ledger and the membership, journals them, and says what is left to drivers.
+
+    ``migrations`` counts what became of migrations: begun, done, cancelled, ignored.
+    """
 
     def __init__(
         self,
@@ -30,6 +34,7 @@ class Actions:
         self._requests = requests
         self._decode = decode
         self._journal = journal
+        self.migrations: Counter[str] = Counter()
 
     def execute(self, actions: Iterable[Action], now: float) -> Effects:
         """Carry out each action as far as it is legal; one that is not changes nothing."""
@@ -41,9 +46,7 @@ class Actions:
                 case Migrate():
                     self._migrate(action, now, effects)
                 case SetTarget():
-                    steps = steps_to_target(
-                        self._membership.view(now)[0], action, self._membership.starting
-                    )
+                    steps = steps_to_target(self._membership.view(now)[0], action, self._membership.starting)
                     effects += self.execute(steps, now)
                 case AddInstance(role, reason):
                     self._membership.starting[role] += 1
@@ -78,7 +81,8 @@ class Actions:
     def note_migration(
         self, migrate: Migrate, event: str, now: float, detail: str = "", moved_bytes: int = 0
     ) -> None:
-        """Journal a migration that has begun, is done, cancelled or ignored."""
+        """Journal and count a migration that has begun, is done, cancelled or ignored."""
+        self.migrations[event] += 1
         if self._journal.enabled:
             self._journal.migration(now, migrate, event, detail, moved_bytes)
 

@@ -1,4 +1,4 @@
-"""What the control plane has a driver do. Drivers match on the type, carry it out and report what came of it."""
+"""What the control plane has a driver do: drivers match on the type, carry it out and report back."""
 
 from __future__ import annotations
 

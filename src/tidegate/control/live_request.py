@@ -28,13 +28,14 @@ class LiveRequest:
     ``repeatable`` (False where a second run could say something else than what was delivered) right. All else
     is the plane's: ``stage``; ``prefill_on`` and ``decode_on``, the last placements; ``predicted_prefill_s``
     and ``predicted_cached_tokens`` of the last prefill; ``failures`` and the ``deaths`` of instances among
-    them; ``replays`` and ``migrations``; ``migrate``, the migration under way; and ``movable``, False once a driver
-    said that it cannot move.
+    them; ``replays`` and ``migrations``; ``migrate``, the migration under way; and ``movable``, False once a
+    driver said that it cannot move.
     """
 
     __slots__ = (
         "blocks", "deadline_s", "deaths", "decode_on", "failures", "generated", "id", "migrate", "migrations",
-        "movable", "predicted_cached_tokens", "predicted_prefill_s", "prefill_on", "repeatable", "replays", "stage",
+        "movable", "predicted_cached_tokens", "predicted_prefill_s", "prefill_on", "repeatable", "replays",
+        "stage",
     )  # fmt: skip
 
     def __init__(self, request_id: str, deadline_s: float, blocks: PromptBlocks = NO_BLOCKS) -> None:

@@ -10,7 +10,7 @@ from tidegate.systems.system import System
 
 
 class _Period:
-    """Ends at whole multiples of its length after the start. Multiples, so that nothing adds up to a drift."""
+    """Ends at whole multiples of its length after the start, so that no error adds up."""
 
     __slots__ = ("_count", "_length_s", "_start_s", "next_s")
 
@@ -58,6 +58,11 @@ class Periods:
     def next_s(self) -> float:
         """When the next period ends."""
         return min([self._window.next_s, *(period.next_s for _, period in self._controllers)])
+
+    @property
+    def window_ends_s(self) -> float:
+        """When the window ends."""
+        return self._window.next_s
 
     def window_due(self, now: float) -> bool:
         """Tell whether the window ends by ``now``, and begin the next one."""

@@ -6,7 +6,7 @@ carries out the effects that it returns. Requests are in the ledger before the e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tidegate.control.actions import Actions
@@ -140,7 +140,7 @@ class ControlPlane:
         self.membership.start_ended(role)
 
     def act(self, actions: Sequence[Action], now: float) -> Effects:
-        """Execute what somebody beside the system's controllers decided: an operator, a test of statelessness."""
+        """Execute what an operator or a test decided, beside the system's controllers."""
         return self._actions.execute(actions, now) + self._retry(now)
 
     # Requests
@@ -238,7 +238,7 @@ class ControlPlane:
         return [*effects, Suspect(error.instance), Held(live, reason), WakeAt(now + settings.confirm_s)]
 
     def ended(self, live: LiveRequest, error: TidegateError | None, now: float) -> Effects:
-        """Say that a request is over: answered in full, or for good with ``error``. Called once per request."""
+        """Say that a request is over: answered in full, or failed with ``error``. Called once per request."""
         if error is None:
             self.ledger.finished(live.id, now)
             for observer in self._observers:
@@ -260,10 +260,8 @@ class ControlPlane:
         assert live.migrate is not None
         self._actions.note_migration(live.migrate, "begun", now)
 
-    def migration_refused(
-        self, live: LiveRequest, why: str, now: float, *, for_good: bool = False
-    ) -> None:
-        """Say that a migration did not begin; the decode runs on where it is, ``for_good`` if it never can."""
+    def migration_refused(self, live: LiveRequest, why: str, now: float, *, for_good: bool = False) -> None:
+        """Say that a migration did not begin; the decode stays, ``for_good`` if it can never move."""
         live.movable = not for_good
         self._migration_over(live, "ignored", now, why)
 
@@ -289,6 +287,16 @@ class ControlPlane:
     def snapshot(self, now: float) -> Snapshot:
         """Return the cluster as it is, whoever placements may use."""
         return self.ledger.snapshot(now)
+
+    @property
+    def window_ends_s(self) -> float:
+        """When the ledger's window closes next."""
+        return self._periods.window_ends_s
+
+    @property
+    def migrations(self) -> Mapping[str, int]:
+        """What became of migrations, counted: begun, done, cancelled, ignored."""
+        return self._actions.migrations
 
     @property
     def held_count(self) -> int:
@@ -356,9 +364,7 @@ class ControlPlane:
 
     def _hold(self, live: LiveRequest, request: Request, reason: str, now: float) -> Effects:
         if now >= live.deadline_s:
-            late = Overloaded(
-                f"held until its deadline: {reason}", retry_after_s=self.settings.retry_after_s
-            )
+            late = Overloaded(f"held until its deadline: {reason}", retry_after_s=self.settings.retry_after_s)
             return [GiveUp(live, late)]
         work_s = fastest_prefill_seconds(self.membership.view(now)[0], request)
         self._held.hold(live, prefill_ticket(request, work_s))

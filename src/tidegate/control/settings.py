@@ -12,9 +12,9 @@ class ControlSettings:
     """How failures, waits and retries are handled; the same numbers live and simulated (all ours).
 
     - ``replays``: how often a request is served again after a failed leg.
-    - ``deadly``: instances that may die under a request before its first token; then it is taken for the cause.
-    - ``recovery_s``: how long a request whose answer has begun waits while no instance is up. One whose answer
-      has not begun is refused at once, so that its client can go elsewhere.
+    - ``deadly``: instances that may die under a request before its first token; then it counts as the cause.
+    - ``recovery_s``: how long a request whose answer has begun waits while no instance is up. One whose
+      answer has not begun is refused at once, so that its client can go elsewhere.
     - ``confirm_s``: how long a failed request waits for the fleet's word on the instance that failed it.
     - ``avoid_s``: how long an instance that failed a leg gets no new one while others are up: one that fails
       fast looks idle and would draw every request.

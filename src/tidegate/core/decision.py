@@ -94,7 +94,7 @@ class AddInstance:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """Place nothing more on ``instance`` and move its decodes away; with ``remove`` stop it once it is empty."""
+    """Place nothing more on ``instance``, move its decodes away, and with ``remove`` stop it once empty."""
 
     instance: str
     remove: bool = False

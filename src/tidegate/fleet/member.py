@@ -89,8 +89,24 @@ class FleetListener(Protocol):
         ...
 
 
-class Fleet(Protocol):
-    """A source of instances. ``ids`` names all of them, up or not, in a fixed order."""
+class FleetControl(Protocol):
+    """What the control plane may ask of a fleet. No call waits; the listener hears what came of it."""
+
+    def suspect(self, instance_id: str) -> None:
+        """Say that calls to the instance fail: the fleet checks it at once and reports it down if it is."""
+        ...
+
+    def add(self) -> bool:
+        """Start one more instance, which reports ``member_up`` once it serves; False when that cannot be."""
+        ...
+
+    def remove(self, instance_id: str, reason: str) -> bool:
+        """Stop an instance for good, which reports ``member_down``; False when the fleet cannot stop it."""
+        ...
+
+
+class Fleet(FleetControl, Protocol):
+    """A source of instances. ``ids`` names those that it starts with, up or not, in a fixed order."""
 
     @property
     def ids(self) -> tuple[str, ...]: ...
@@ -100,10 +116,6 @@ class Fleet(Protocol):
 
         Raises SetupError when none can come up at all (with the last lines each one logged).
         """
-        ...
-
-    def suspect(self, instance_id: str) -> None:
-        """Say that calls to the instance fail: the fleet checks it at once and reports it down if it is."""
         ...
 
     async def stop(self) -> None:

@@ -21,8 +21,8 @@ from tidegate.core.errors import (
 from tidegate.gateway.answers import Collected, Streamed, usage_object
 from tidegate.gateway.call import Call, read_call
 from tidegate.gateway.client_stream import ClientStream
-from tidegate.gateway.flight import Flight
-from tidegate.gateway.scheduler import RETRY_AFTER_S, Scheduler
+from tidegate.gateway.dispatcher import RETRY_AFTER_S, Dispatcher
+from tidegate.gateway.served_request import ServedRequest
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.gateway.state import models_object, state_object
 from tidegate.gateway.token_estimate import TokenEstimate
@@ -47,9 +47,9 @@ CUT_OFF_S = 1.0
 class Front:
     """Handles every route of the gateway."""
 
-    def __init__(self, settings: GatewaySettings, scheduler: Scheduler) -> None:
+    def __init__(self, settings: GatewaySettings, dispatcher: Dispatcher) -> None:
         self._settings = settings
-        self._scheduler = scheduler
+        self._dispatcher = dispatcher
         self._estimate = TokenEstimate()
         self._flying: set[asyncio.Task[Any]] = set()
         self._flown: WeakSet[asyncio.Task[Any]] = WeakSet()
@@ -72,7 +72,7 @@ class Front:
 
     async def cut_off(self) -> None:
         """End the requests that still run, each with an error that tells why."""
-        self.draining = self._scheduler.stopping = True
+        self.draining = self._dispatcher.stopping = True
         running = set(self._flying)
         for task in running:
             task.cancel()
@@ -86,11 +86,11 @@ class Front:
         return await handler(request)
 
     def _count(self, request: web.Request, error: TidegateError) -> None:
-        """Count a request that was refused before it became a flight, which counts its own outcome."""
+        """Count a request that was refused before it became a served, which counts its own outcome."""
         # aiohttp handles each request in a task of its own, so the task stands for the request.
         flown = asyncio.current_task() in self._flown
         if request.method == "POST" and request.path.startswith("/v1/") and not flown:
-            self._scheduler.metrics.requests.labels(status_of(error).label).inc()
+            self._dispatcher.metrics.requests.labels(status_of(error).label).inc()
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/completions."""
@@ -101,7 +101,7 @@ class Front:
         return await self._serve(request, chat=True)
 
     async def _serve(self, request: web.Request, *, chat: bool) -> web.StreamResponse:
-        arrival_s = self._scheduler.clock.now()
+        arrival_s = self._dispatcher.clock.now()
         headers = header_texts(request, *CALL_HEADERS)
         call = read_call(await read_object(request), headers, chat=chat, slo=self._settings.slo)
         model = self._model(call)
@@ -110,16 +110,16 @@ class Front:
         if call.stream:
             return await self._stream(request, call, model, arrival_s)
         collected = Collected()
-        flight = Flight(call, self._scheduler, self._estimate, collected, arrival_s)
-        await self._fly(request, flight)
+        served = ServedRequest(call, self._dispatcher, self._estimate, collected, arrival_s)
+        await self._fly(request, served)
         body = collected.body(
             call,
             model,
-            finish_reason=flight.legs.finish_reason,
-            stop_reason=flight.legs.stop_reason,
-            usage=_usage(flight),
-            token_ids=flight.legs.out_ids,
-            prompt_ids=flight.legs.prompt_ids,
+            finish_reason=served.legs.finish_reason,
+            stop_reason=served.legs.stop_reason,
+            usage=_usage(served),
+            token_ids=served.legs.out_ids,
+            prompt_ids=served.legs.prompt_ids,
         )
         return web.Response(body=body, content_type=JSON, headers={"x-request-id": call.id})
 
@@ -128,9 +128,9 @@ class Front:
     ) -> web.StreamResponse:
         client = ClientStream(request, {"x-request-id": call.id})
         answer = Streamed(call, model, client)
-        flight = Flight(call, self._scheduler, self._estimate, answer, arrival_s)
+        served = ServedRequest(call, self._dispatcher, self._estimate, answer, arrival_s)
         try:
-            await self._fly(request, flight)
+            await self._fly(request, served)
         except TidegateError as error:
             if not client.started or isinstance(error, ClientGone):
                 raise
@@ -143,33 +143,33 @@ class Front:
         except BaseException:
             client.discard()
             raise
-        return await answer.finish(_usage(flight))
+        return await answer.finish(_usage(served))
 
-    async def _fly(self, request: web.Request, flight: Flight) -> None:
-        """Run a flight, which tells journal and metrics how it ended. Raises what it raises.
+    async def _fly(self, request: web.Request, served: ServedRequest) -> None:
+        """Run a served, which tells journal and metrics how it ended. Raises what it raises.
 
-        A flight that ``cut_off`` ended raises the error that it recorded.
+        A served that ``cut_off`` ended raises the error that it recorded.
         """
         task = asyncio.current_task()
         assert task is not None
         self._flying.add(task)
         self._flown.add(task)
         try:
-            await flight.run()
+            await served.run()
         except asyncio.CancelledError:
-            if not self._scheduler.stopping:
+            if not self._dispatcher.stopping:
                 raise
             task.uncancel()
-            raise self._scheduler.cut_off() from None
+            raise self._dispatcher.cut_off() from None
         finally:
             self._flying.discard(task)
 
     def _model(self, call: Call) -> str:
         """Return the name of the model that answers. Raises UnknownModel for one that is not served.
 
-        With no instance up any name passes: the flight finds that out, and records it.
+        With no instance up any name passes: the served finds that out, and records it.
         """
-        served = {u.member.model for u in self._scheduler.upstreams.values()}
+        served = {u.member.model for u in self._dispatcher.upstreams.values()}
         if not served or call.model in served:
             return call.model or ""
         if call.model is None:
@@ -180,7 +180,7 @@ class Front:
 
     async def models(self, request: web.Request) -> web.Response:
         """GET /v1/models."""
-        return json_answer(models_object(self._scheduler))
+        return json_answer(models_object(self._dispatcher))
 
     async def health(self, request: web.Request) -> web.Response:
         """GET /health: the gateway process answers."""
@@ -188,21 +188,21 @@ class Front:
 
     async def ready(self, request: web.Request) -> web.Response:
         """GET /ready: at least one instance is up and requests are taken."""
-        if self.draining or not self._scheduler.upstreams:
+        if self.draining or not self._dispatcher.upstreams:
             raise NoInstance("not ready", retry_after_s=RETRY_AFTER_S)
-        return json_answer({"status": "ready", "instances": len(self._scheduler.upstreams)})
+        return json_answer({"status": "ready", "instances": len(self._dispatcher.upstreams)})
 
     async def metrics(self, request: web.Request) -> web.Response:
         """GET /metrics: Prometheus text."""
         return web.Response(
-            body=self._scheduler.metrics.render(),
+            body=self._dispatcher.metrics.render(),
             headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
         )
 
     async def state(self, request: web.Request) -> web.Response:
-        """GET /tidegate/state: the cluster as the scheduler sees it."""
-        return json_answer(state_object(self._scheduler))
+        """GET /tidegate/state: the cluster as the control plane sees it."""
+        return json_answer(state_object(self._dispatcher))
 
 
-def _usage(flight: Flight) -> dict[str, Any]:
-    return usage_object(flight.legs.prompt_tokens, len(flight.legs.out_ids), flight.story.cached_tokens)
+def _usage(served: ServedRequest) -> dict[str, Any]:
+    return usage_object(served.legs.prompt_tokens, len(served.legs.out_ids), served.record.cached_tokens)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from tidegate.control.plane import ControlPlane
 from tidegate.core.stages import STAGES
-from tidegate.ledger.snapshot import Snapshot
 
 TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 TPOT_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
@@ -18,7 +18,7 @@ TPOT_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
 class Metrics:
     """Everything ``/metrics`` shows. Each request is observed once, at its end."""
 
-    def __init__(self, snapshot: Callable[[], Snapshot], in_flight: Callable[[], int]) -> None:
+    def __init__(self, plane: ControlPlane, now: Callable[[], float]) -> None:
         self.registry = CollectorRegistry()
         r = self.registry
         self.requests = Counter("tidegate_requests", "Requests by final outcome", ["outcome"], registry=r)
@@ -38,9 +38,6 @@ class Metrics:
         self.kv_transfer = Counter("tidegate_kv_transfer_bytes", "KV moved between instances", registry=r)
         self.flips = Counter("tidegate_flips", "Label rewrites", ["to", "reason"], registry=r)
         self.replays = Counter("tidegate_replays", "Legs run again after a failure", ["reason"], registry=r)
-        self.migrations = Counter(
-            "tidegate_migrations", "Migrations by how they ended", ["event"], registry=r
-        )
         self.handles_refused = Counter(
             "tidegate_kv_handles_refused", "KV handles that were not sent on", ["reason"], registry=r
         )
@@ -56,25 +53,45 @@ class Metrics:
             buckets=(0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0),
             registry=r,
         )
-        r.register(_ClusterGauges(snapshot, in_flight))
+        r.register(_PlaneMetrics(plane, now))
 
     def render(self) -> bytes:
         """Return the exposition text."""
         return generate_latest(self.registry)
 
 
-class _ClusterGauges(Collector):
-    """Reads the ledger when scraped, so that no gauge is kept twice."""
+class _PlaneMetrics(Collector):
+    """Reads the control plane when scraped, so that no number is kept twice."""
 
-    def __init__(self, snapshot: Callable[[], Snapshot], in_flight: Callable[[], int]) -> None:
-        self._snapshot = snapshot
-        self._in_flight = in_flight
+    def __init__(self, plane: ControlPlane, now: Callable[[], float]) -> None:
+        self._plane = plane
+        self._now = now
 
     def collect(self) -> Iterable[Metric]:
-        snapshot = self._snapshot()
-        gauge = GaugeMetricFamily("tidegate_requests_in_flight", "Requests being served")
-        gauge.add_metric([], float(self._in_flight()))
-        yield gauge
+        plane = self._plane
+        snapshot = plane.snapshot(self._now())
+        for name, text, value in (
+            ("tidegate_requests_in_flight", "Requests being served", len(plane.requests)),
+            ("tidegate_requests_held", "Requests that wait to be placed", plane.held_count),
+        ):
+            gauge = GaugeMetricFamily(name, text)
+            gauge.add_metric([], float(value))
+            yield gauge
+        migrations = CounterMetricFamily(
+            "tidegate_migrations", "Migrations by what became of them", labels=["event"]
+        )
+        for event, count in plane.migrations.items():
+            migrations.add_metric([event], float(count))
+        yield migrations
+        if plane.prefixes is not None:
+            hits = CounterMetricFamily(
+                "tidegate_prefix_hit_tokens",
+                "Prompt tokens expected in prefix caches, and reported by engines",
+                labels=["source"],
+            )
+            hits.add_metric(["predicted"], float(plane.prefixes.predicted_tokens))
+            hits.add_metric(["reported"], float(plane.prefixes.reported_tokens))
+            yield hits
         columns = {
             "tidegate_instance_role": ("0 prefill, 1 decode, 2 mixed", snapshot.role),
             "tidegate_instance_prefill_requests": ("In prefill", snapshot.prefill_requests),

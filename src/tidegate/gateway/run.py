@@ -13,13 +13,12 @@ from tidegate import __version__
 from tidegate.core.clock import Clock, WallClock
 from tidegate.core.errors import ConfigError
 from tidegate.fleet.member import Fleet
+from tidegate.gateway.dispatcher import Dispatcher
 from tidegate.gateway.front import Front
 from tidegate.gateway.journal import Journal
-from tidegate.gateway.scheduler import Scheduler
 from tidegate.gateway.settings import GatewaySettings
-from tidegate.policies.protocols import Signal
 from tidegate.protocol.http_front import FrontRunner
-from tidegate.systems import check_signals
+from tidegate.signals.producers import check_signals
 from tidegate.systems.system import System
 
 DRAIN_S = 30.0
@@ -38,8 +37,8 @@ class Gateway:
         self._settings = settings
         self._fleet = fleet
         self._journal = Journal(settings.journal, clock.now())
-        self.scheduler = Scheduler(system, settings, fleet.ids, clock, self._journal, fleet.suspect)
-        self._front = Front(settings, self.scheduler)
+        self.dispatcher = Dispatcher(system, settings, fleet.ids, clock, self._journal, fleet)
+        self._front = Front(settings, self.dispatcher)
         self._runner = FrontRunner(self._front.application(), shutdown_timeout_s=2.0)
         self._site: web.TCPSite | None = None
 
@@ -49,12 +48,14 @@ class Gateway:
         Raises SetupError when the port is taken, the journal cannot be written, the fleet cannot start
         or the system lacks a signal.
         """
-        settings, scheduler = self._settings, self.scheduler
+        settings, dispatcher = self._settings, self.dispatcher
         self._journal.header(
             version=__version__,
-            system=scheduler.system.name,
+            system=dispatcher.system.name,
             slo={"ttft_s": settings.slo.ttft_s, "tpot_s": settings.slo.tpot_s},
-            instances=[{"id": name, "role": role.label} for name, role in scheduler.labels.items()],
+            instances=[
+                {"id": name, "role": role.label} for name, role in dispatcher.plane.membership.labels.items()
+            ],
         )
         await self._runner.setup()
         self._site = web.TCPSite(self._runner, settings.host, settings.port, backlog=BACKLOG)
@@ -66,10 +67,9 @@ class Gateway:
             ) from None
         # Only now: a gateway that cannot have the port must not touch the journal of the one that has it.
         self._journal.open()
-        await self._fleet.start(scheduler)
-        measured = all(u.member.profile is not None for u in scheduler.upstreams.values())
-        check_signals(scheduler.system, frozenset({Signal.PROFILE}) if measured else frozenset())
-        scheduler.start()
+        await self._fleet.start(dispatcher)
+        check_signals(dispatcher.system, dispatcher.producers())
+        dispatcher.start()
         host, port = settings.host, self._runner.addresses[0][1]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
@@ -80,7 +80,7 @@ class Gateway:
             await self._site.stop()
         try:
             async with asyncio.timeout(DRAIN_S):
-                while self.scheduler.in_flight and not stop_early.done():
+                while self.dispatcher.in_flight and not stop_early.done():
                     await asyncio.wait({stop_early}, timeout=0.05)
         except TimeoutError:
             pass
@@ -89,7 +89,7 @@ class Gateway:
         """Stop everything; what still runs is cut off, with an error that says so."""
         await self._front.cut_off()
         await self._runner.cleanup()
-        await self.scheduler.stop()
+        await self.dispatcher.stop()
         await self._fleet.stop()
         self._journal.close()
 

@@ -14,9 +14,8 @@ class GatewaySettings:
     """Resolved settings of one gateway process.
 
     ``request_deadline_s`` bounds a whole request, ``stall_s`` the silence of an engine inside one
-    (2.5 times the longest step that a large prefill makes is a good value). ``flip_every_s`` forces
-    random label flips and ``migrate_every_s`` random migrations, for tests of statelessness; 0 is off.
-    ``load_every_s`` is the pause between readings of an engine's load. ``seed`` feeds the forced ones.
+    (2.5 times the longest step that a large prefill makes is a good value).
+    ``load_every_s`` is the pause between readings of an engine's load.
     """
 
     host: str = "127.0.0.1"
@@ -30,7 +29,4 @@ class GatewaySettings:
     connect_s: float = 2.0
     replays: int = 5
     recovery_s: float = 15.0
-    flip_every_s: float = 0.0
-    migrate_every_s: float = 0.0
     load_every_s: float = 1.0
-    seed: int = 0

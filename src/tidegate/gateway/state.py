@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from tidegate.core.instance import Role
+from tidegate.gateway.dispatcher import Dispatcher
 from tidegate.gateway.load_view import load_state, prompt_tokens
-from tidegate.gateway.scheduler import Scheduler
 from tidegate.policies.pools import Pools
 
 
-def models_object(scheduler: Scheduler) -> dict[str, Any]:
+def models_object(dispatcher: Dispatcher) -> dict[str, Any]:
     """Return the body of ``/v1/models``."""
     served: dict[str, int] = {}
-    for upstream in scheduler.upstreams.values():
+    for upstream in dispatcher.upstreams.values():
         member = upstream.member
         served[member.model] = max(served.get(member.model, 0), member.instance.max_model_len)
     return {
@@ -25,13 +25,13 @@ def models_object(scheduler: Scheduler) -> dict[str, Any]:
     }
 
 
-def state_object(scheduler: Scheduler) -> dict[str, Any]:
+def state_object(dispatcher: Dispatcher) -> dict[str, Any]:
     """Return the body of ``/tidegate/state``."""
-    snapshot = scheduler.snapshot()
+    snapshot = dispatcher.plane.snapshot(dispatcher.clock.now())
     pools = Pools.of(snapshot)
     instances = []
     for i, name in enumerate(snapshot.ids):
-        member = scheduler.upstreams[name].member
+        member = dispatcher.upstreams[name].member
         role = Role(int(snapshot.role[i]))
         flipped_at_s = float(snapshot.flipped_at_s[i])
         instances.append(
@@ -50,18 +50,19 @@ def state_object(scheduler: Scheduler) -> dict[str, Any]:
                 "handoff_tokens": int(snapshot.handoff_tokens[i]),
                 "kv_capacity_tokens": int(snapshot.kv_capacity_tokens[i]),
                 "mean_gap_s": round(float(snapshot.mean_gap_s[i]), 6),
-                "drift": scheduler.drift.ratios(name),
+                "draining": name in dispatcher.plane.membership.draining,
+                "drift": dispatcher.drift.ratios(name),
                 "flipped_ago_s": None if flipped_at_s < 0 else round(snapshot.at_s - flipped_at_s, 3),
-                **load_state(scheduler.loads, name, snapshot.at_s),
+                **load_state(dispatcher.loads, name, snapshot.at_s),
             }
         )
     return {
-        "system": scheduler.system.name,
-        "uptime_s": round(snapshot.at_s - scheduler.journal.started_s, 3),
-        "slo": {"ttft_s": scheduler.settings.slo.ttft_s, "tpot_s": scheduler.settings.slo.tpot_s},
+        "system": dispatcher.system.name,
+        "uptime_s": round(snapshot.at_s - dispatcher.journal.started_s, 3),
+        "slo": {"ttft_s": dispatcher.settings.slo.ttft_s, "tpot_s": dispatcher.settings.slo.tpot_s},
         "instances": instances,
-        "down": [name for name in scheduler.labels if name not in scheduler.upstreams],
-        "requests": {"in_flight": scheduler.in_flight},
-        "flips": scheduler.flips,
-        **({"prompt_tokens": tokens} if (tokens := prompt_tokens(scheduler.loads)) else {}),
+        "down": [name for name in dispatcher.plane.membership.labels if name not in dispatcher.upstreams],
+        "requests": {"in_flight": dispatcher.in_flight, "held": dispatcher.plane.held_count},
+        "flips": dispatcher.flips,
+        **({"prompt_tokens": tokens} if (tokens := prompt_tokens(dispatcher.loads)) else {}),
     }

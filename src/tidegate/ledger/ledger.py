@@ -12,9 +12,10 @@ from tidegate.costs.profile import Profile, ProfileTable
 from tidegate.ledger.among import Labels
 from tidegate.ledger.integrity import check_integrity
 from tidegate.ledger.records import Booked, Counts, Entry, Residents, Seat
+from tidegate.ledger.rows import RequestRows
+from tidegate.ledger.sessions import SessionBook, SessionRows
 from tidegate.ledger.sheet import Sheet
 from tidegate.ledger.snapshot import Field, Snapshot, WindowAverages
-from tidegate.ledger.rows import RequestRows
 from tidegate.ledger.windows import NO_WINDOWS, LongWindows, close_windows
 
 GRID_S = 2.0**-30
@@ -40,6 +41,7 @@ class Ledger:
     def __init__(self, window_s: float = 1.0, windows: Mapping[str, float] = NO_WINDOWS) -> None:
         self._sheet = Sheet()
         self._windows = LongWindows(window_s, windows)
+        self.sessions = SessionBook()
         self._seats: dict[str, Seat] = {}
         self._entries: dict[str, Entry] = {}
         self._ids: tuple[str, ...] = ()
@@ -94,6 +96,7 @@ class Ledger:
             else:
                 self._drop(entry, now)
                 self._lost += 1
+        self.sessions.instance_down(instance_id)
         del self._seats[instance_id]
         self._sheet.remove_column(seat.column)
         self._windows.remove_column(seat.column)
@@ -144,7 +147,8 @@ class Ledger:
         ``on`` is not up.
         """
         seat = self._seat(on)
-        self.aborted(request.id, now)
+        if not self.aborted(request.id, now) and request.session:
+            self.sessions.began(request, now)
         new = request.tokens_to_compute(on)
         seconds = seat.profile.prefill_s(new, request.prompt_tokens - new)
         seconds = round(seconds / GRID_S) * GRID_S
@@ -307,6 +311,10 @@ class Ledger:
         entry = self._entries.get(request_id)
         if entry is None:
             return False
+        request = entry.request
+        if request.session:
+            held_on = entry.owner.instance.id
+            self.sessions.ended(request, held_on, entry.tokens_now or request.prompt_tokens, now)
         self._drop(entry, now)
         self._finished += 1
         return True
@@ -316,6 +324,8 @@ class Ledger:
         entry = self._entries.get(request_id)
         if entry is None:
             return False
+        if entry.request.session:
+            self.sessions.ended(entry.request, "", 0, now)
         self._drop(entry, now)
         self._aborted += 1
         return True
@@ -350,6 +360,10 @@ class Ledger:
     def request_rows(self) -> RequestRows:
         """Return one row per live request, as arrays."""
         return RequestRows.of(list(self._entries.values()))
+
+    def session_rows(self) -> SessionRows:
+        """Return one row per session that is remembered, as arrays."""
+        return self.sessions.rows(self._index)
 
     @property
     def windows(self) -> Mapping[str, WindowAverages]:

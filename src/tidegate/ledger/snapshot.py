@@ -16,6 +16,7 @@ from tidegate.costs.forms import lesser
 from tidegate.costs.profile import ProfileTable
 from tidegate.ledger.among import Column, Labels, Mask
 from tidegate.ledger.rows import RequestRows
+from tidegate.ledger.sessions import SessionBook, SessionRows
 
 __all__ = ["Column", "Field", "Mask", "Matrix", "Reading", "Snapshot"]
 
@@ -61,6 +62,10 @@ class Book(Protocol):
 
     def request_rows(self) -> RequestRows:
         """Return one row per live request."""
+        ...
+
+    def session_rows(self) -> SessionRows:
+        """Return one row per session."""
         ...
 
     @property
@@ -137,6 +142,11 @@ class Snapshot:
     def requests(self) -> RequestRows:
         """One row per live request, worked out when asked for: read it while deciding, not later."""
         return self._book.request_rows() if self._book is not None else RequestRows.of(())
+
+    @property
+    def sessions(self) -> SessionRows:
+        """One row per session, worked out when asked for: read it while deciding, not later."""
+        return self._book.session_rows() if self._book is not None else SessionBook().rows({})
 
     @property
     def windows(self) -> Mapping[str, WindowAverages]:

@@ -129,7 +129,7 @@ class ArrowV1Monitor:
 
     def initial(self) -> None:
         """See ``Controller.initial``."""
-        return None
+        return
 
     def decide(self, snapshot: Snapshot, state: None) -> ControlDecision[None]:
         """Return at most one flip. Keeps no state."""

@@ -18,7 +18,7 @@ S = TypeVar("S")
 
 
 class Signal(enum.StrEnum):
-    """Inputs beyond the ledger's counts that a policy may need; each has a producer in ``tidegate.signals``."""
+    """Inputs beyond the ledger's counts that a policy may need. ``tidegate.signals`` has their producers."""
 
     PROFILE = "profile"
     LENGTHS = "lengths"

@@ -1,8 +1,7 @@
 """PREFIX_HITS: which instance's prefix cache holds how much of a prompt's beginning.
 
-An index of block hashes by instance, fed by the control plane from what it sent where. It mirrors what engines
-do: a block counts once all blocks before it are there, and the block that was used longest ago is evicted
-first.
+An index of block hashes by instance, fed by the control plane from what it sent where. It mirrors engines: a
+block counts once all blocks before it are there, and the block that was used longest ago is evicted first.
 """
 
 from __future__ import annotations
@@ -64,7 +63,9 @@ class PrefixIndex:
         if held is None or not blocks.keys:
             return
         room = self._room_tokens[instance_id]
-        for key in reversed(blocks.keys):  # the first blocks are used last, so that a prefix goes from its end
+        for key in reversed(
+            blocks.keys
+        ):  # first blocks last: a prefix is evicted from its end
             if key in held:
                 held.move_to_end(key)
             else:
@@ -106,7 +107,6 @@ class PrefixIndex:
         """Take note of what an engine reported as cached beside what was predicted for that prefill."""
         self.predicted_tokens += predicted_tokens
         self.reported_tokens += reported_tokens
-
 
     def _forget(self, key: int, instance_id: str) -> None:
         here = self._where.get(key)

@@ -11,14 +11,14 @@ from tidegate.core.errors import ConfigError
 from tidegate.dataplane.events import EventQueue, Kind
 from tidegate.dataplane.replica import Replica
 from tidegate.journal.writer import JournalWriter
+from tidegate.signals.prefix import PrefixIndex
+from tidegate.signals.producers import Producer, Profiles, check_signals
 from tidegate.sim.arrivals import Arrivals
 from tidegate.sim.checks import slo_warnings
 from tidegate.sim.membership import CONTROL, HEARTBEAT, MEMBERSHIP, Membership
 from tidegate.sim.results import InstanceUse, SimRun
 from tidegate.sim.serving import Serving
 from tidegate.sim.settings import SimSettings
-from tidegate.signals.prefix import PrefixIndex
-from tidegate.signals.producers import Producer, Profiles, check_signals
 from tidegate.systems.system import System
 from tidegate.workloads.trace import TraceRecord
 
@@ -40,7 +40,13 @@ def simulate(
     as a stream. Raises ConfigError for a fleet, system or settings that cannot serve, and for a trace that
     goes back in time, has empty requests or names an unknown SLO class.
     """
-    return _Simulation(trace, system, replicas, settings or SimSettings(), JournalWriter(None if journal is None else journal.write)).run()
+    return _Simulation(
+        trace,
+        system,
+        replicas,
+        settings or SimSettings(),
+        JournalWriter(None if journal is None else journal.write),
+    ).run()
 
 
 class _Simulation:

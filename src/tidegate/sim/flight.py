@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+
 from tidegate.control.live_request import LiveRequest
 from tidegate.control.record import RequestEnding, RequestRecord
 from tidegate.core.errors import InternalError, TidegateError

@@ -25,7 +25,7 @@ class Change(NamedTuple):
 
 
 class Membership:
-    """When every instance comes up and dies, from the settings and by what the control plane starts and stops.
+    """When instances come up and go, by the settings and by what the control plane starts and stops.
 
     ``planned`` is how many there are at the start, spares left out; ``starts_s`` is when each comes up, None
     for a spare. Raises ConfigError for an unknown instance, a time that cannot be, a death before the start

@@ -264,7 +264,7 @@ class Serving:
     # failures and endings
 
     def _abort_leg(self, flight: Flight, instance: int, now: float) -> EngineUnreachable:
-        """Take a leg off an instance that dies, keeping count of its tokens; return the error it fails with."""
+        """Take a leg off an instance that dies, and return the error with which it fails."""
         leg = flight.leg
         assert leg is not None
         self.cluster.abort(leg, now)

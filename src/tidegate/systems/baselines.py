@@ -17,7 +17,11 @@ def round_robin(options: SystemOptions) -> System:
     """A static split; each phase goes around its pool."""
     policy = RoundRobin()
     return System(
-        name="round-robin", summary="static split, each pool in turn", roles=options.roles(), prefill=policy, decode=policy
+        name="round-robin",
+        summary="static split, each pool in turn",
+        roles=options.roles(),
+        prefill=policy,
+        decode=policy,
     )
 
 
@@ -26,7 +30,11 @@ def static(options: SystemOptions) -> System:
     """A static split; each phase goes to the member with the fewest tokens (DistServe)."""
     policy = LeastLoaded()
     return System(
-        name="static", summary="static split, fewest tokens first", roles=options.roles(), prefill=policy, decode=policy
+        name="static",
+        summary="static split, fewest tokens first",
+        roles=options.roles(),
+        prefill=policy,
+        decode=policy,
     )
 
 
@@ -35,7 +43,11 @@ def minimal_load(options: SystemOptions) -> System:
     """A static split; each phase goes where it is predicted to be fastest (xLLM's baseline)."""
     policy = MinimalLoad()
     return System(
-        name="minimal-load", summary="static split, least predicted time first", roles=options.roles(), prefill=policy, decode=policy
+        name="minimal-load",
+        summary="static split, least predicted time first",
+        roles=options.roles(),
+        prefill=policy,
+        decode=policy,
     )
 
 
@@ -46,5 +58,9 @@ def colocated(options: SystemOptions) -> System:
         raise ConfigError("system 'colocated' has no split: every instance runs both phases")
     policy = Colocated()
     return System(
-        name="colocated", summary="both phases on one instance", roles=mixed_roles, prefill=policy, decode=policy
+        name="colocated",
+        summary="both phases on one instance",
+        roles=mixed_roles,
+        prefill=policy,
+        decode=policy,
     )

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
 from tidegate.policies.order import Order, make_order
-from tidegate.policies.registry import Registry
 from tidegate.policies.protocols import StartingRoles
+from tidegate.policies.registry import Registry
 from tidegate.policies.starting_roles import SplitRoles, even_roles
 from tidegate.systems.system import System
 

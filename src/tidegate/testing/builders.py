@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tidegate.core.instance import Instance, Role
-from tidegate.core.request import Request
+from tidegate.core.request import NOTHING_CACHED, Request
 from tidegate.core.slo import Slo
 from tidegate.costs.forms import MixedCost, PrefillCost, StepCost, TransferCost
 from tidegate.costs.profile import Profile
@@ -71,14 +71,13 @@ def request(
     *,
     max_tokens: int = 100,
     arrival_s: float = 0.0,
-    cached_tokens: int = 0,
+    cached: Mapping[str, int] = NOTHING_CACHED,
     ttft_s: float = 1.0,
     tpot_s: float = 0.05,
 ) -> Request:
     """Return a request of 100 prompt tokens with the default SLO."""
-    return Request(
-        request_id, prompt_tokens, max_tokens, arrival_s, Slo(ttft_s, tpot_s), cached_tokens=cached_tokens
-    )
+    slo = Slo(ttft_s, tpot_s)
+    return Request(request_id, prompt_tokens, max_tokens, arrival_s, slo, cached=cached)
 
 
 def cluster(

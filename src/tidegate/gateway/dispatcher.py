@@ -1,0 +1,245 @@
+"""Carries out the control plane's effects in wall time, and reports what came of them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Sequence
+from typing import Protocol
+
+from tidegate.control.effects import (
+    Effects,
+    Flipped,
+    GiveUp,
+    Held,
+    Replay,
+    RunDecode,
+    RunPrefill,
+    StartInstance,
+    StartMigration,
+    StopInstance,
+    Suspect,
+    WakeAt,
+)
+from tidegate.control.plane import ControlPlane
+from tidegate.control.settings import ControlSettings
+from tidegate.core.clock import Clock
+from tidegate.core.decision import Action
+from tidegate.core.errors import ClientGone, ShuttingDown, TidegateError
+from tidegate.costs.forms import MixedCost, PrefillCost, StepCost, TransferCost
+from tidegate.costs.profile import Profile
+from tidegate.fleet.member import FleetControl, Member
+from tidegate.gateway.drift import FleetDrift
+from tidegate.gateway.load_view import LoadGauges
+from tidegate.gateway.loads import LoadWatch
+from tidegate.gateway.metrics import Metrics
+from tidegate.gateway.sessions import Sessions
+from tidegate.gateway.settings import GatewaySettings
+from tidegate.gateway.upstream import Handles, Upstream, connect
+from tidegate.journal.writer import JournalWriter
+from tidegate.signals.prefix import PrefixIndex
+from tidegate.signals.producers import Producer, Profiles
+from tidegate.systems.system import System
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER_S = ControlSettings.retry_after_s
+
+UNMEASURED = Profile(
+    "unmeasured",
+    PrefillCost(0.01, 1e-4, 1e-9),
+    StepCost(0.01, 1e-5, 1e-8),
+    MixedCost(0.01, 1e-4, 1e-9, 2e-8),
+    TransferCost(0.001, 1e9),
+    source="placeholder for an instance nobody measured; systems that need profiles refuse it",
+)
+
+Command = RunPrefill | RunDecode | GiveUp | Held
+"""An effect that is about one request, for whoever serves it."""
+
+
+class Served(Protocol):
+    """A request that the gateway serves: what it is told to do next."""
+
+    def command(self, command: Command) -> None:
+        """Take what the control plane decided for this request."""
+        ...
+
+    def start_migration(self, effect: StartMigration) -> None:
+        """Have the running decode move, or refuse."""
+        ...
+
+
+class Dispatcher:
+    """The wall-time driver of one control plane. A ``FleetListener``.
+
+    ``upstreams`` are the instances that are up. ``flips`` counts labels that were rewritten.
+    """
+
+    def __init__(
+        self,
+        system: System,
+        settings: GatewaySettings,
+        ids: tuple[str, ...],
+        clock: Clock,
+        journal: JournalWriter,
+        fleet: FleetControl,
+    ) -> None:
+        self.system = system
+        self.settings = settings
+        self.clock = clock
+        self.journal = journal
+        self.prefixes = PrefixIndex()
+        control = ControlSettings(replays=settings.replays, recovery_s=settings.recovery_s)
+        self.plane = ControlPlane(system, ids, journal, control, self.prefixes)
+        self.stopping = False
+        self.flips = 0
+        self.upstreams: dict[str, Upstream] = {}
+        self.metrics = Metrics(self.plane, clock.now)
+        self.drift = FleetDrift()
+        self.metrics.registry.register(self.drift)
+        self.loads = LoadWatch(
+            self.plane.ledger, clock, journal, self.metrics, fleet.suspect, settings.load_every_s
+        )
+        self.metrics.registry.register(LoadGauges(self.loads))
+        self.handles = Handles(self.upstreams, self.metrics, self.background, fleet.suspect)
+        self.sessions = Sessions()
+        self._fleet = fleet
+        self._timers: set[asyncio.TimerHandle] = set()
+        self._background: set[asyncio.Task[None]] = set()
+        self._served: dict[str, Served] = {}
+
+    # what happens
+
+    def member_up(self, member: Member) -> None:
+        """See ``FleetListener.member_up``."""
+        instance = member.instance
+        self.upstreams[instance.id] = connect(member, self.settings)
+        self.drift.member_up(member)
+        self.loads.follow(member)
+        profile = member.profile or UNMEASURED
+        now = self.clock.now()
+        self.do(self.plane.instance_up(instance, profile, now, fixed_role=member.fixed_role))
+
+    def member_down(self, instance_id: str, reason: str) -> None:
+        """See ``FleetListener.member_down``: what runs there fails at once, and is replayed elsewhere."""
+        upstream = self.upstreams.pop(instance_id, None)
+        if upstream is None:
+            return
+        self.drift.member_down(instance_id)
+        self.loads.forget(instance_id)
+        effects = self.plane.instance_down(instance_id, reason, self.clock.now())
+        upstream.engine.close(f"instance {instance_id} is down: {reason}")
+        self.handles.owner_gone(upstream.member.engine_id)
+        self.sessions.forget_instance(instance_id)
+        self.do(effects)
+
+    def act(self, actions: Sequence[Action]) -> None:
+        """Execute actions that the system's controllers did not decide."""
+        self.do(self.plane.act(actions, self.clock.now()))
+
+    def serve(self, request_id: str, served: Served) -> None:
+        """Have commands for a request go to ``served`` until ``served_out``."""
+        self._served[request_id] = served
+
+    def served_out(self, request_id: str) -> None:
+        """End what ``serve`` began."""
+        self._served.pop(request_id, None)
+
+    # effects
+
+    def do(self, effects: Effects) -> None:
+        """Carry out effects, in order."""
+        for effect in effects:
+            match effect:
+                case RunPrefill() | RunDecode() | GiveUp() | Held():
+                    self._served[effect.live.id].command(effect)
+                case StartMigration():
+                    self._served[effect.live.id].start_migration(effect)
+                case WakeAt(at_s):
+                    self._wake_in(at_s - self.clock.now())
+                case Flipped(_, _, after, reason):
+                    self.flips += 1
+                    self.metrics.flips.labels(after.label, reason).inc()
+                case Replay(_, label):
+                    self.metrics.replays.labels(label).inc()
+                case Suspect(instance):
+                    self._fleet.suspect(instance)
+                case StartInstance(role, reason):
+                    if not self._fleet.add():
+                        log.warning("no instance can be started (%s)", reason)
+                        self.plane.start_failed(role)
+                case StopInstance(instance, reason):
+                    if not self._fleet.remove(instance, reason):
+                        log.warning("%s cannot be stopped from here; it stays cordoned", instance)
+
+    # clocks
+
+    def start(self) -> None:
+        """Start the periodic decisions."""
+        self.do(self.plane.start(self.clock.now()))
+
+    async def stop(self) -> None:
+        """Stop the periodic decisions and close every connection to the engines."""
+        for timer in self._timers:
+            timer.cancel()
+        self._timers.clear()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await self.loads.stop()
+        for upstream in self.upstreams.values():
+            upstream.engine.close("the gateway stops")
+
+    def _wake_in(self, seconds: float) -> None:
+        if self.stopping:
+            return
+        timer: asyncio.TimerHandle | None = None
+
+        def wake() -> None:
+            if timer is not None:
+                self._timers.discard(timer)
+            self._tick()
+
+        timer = asyncio.get_running_loop().call_later(max(0.0, seconds), wake)
+        self._timers.add(timer)
+
+    def _tick(self) -> None:
+        now = self.clock.now()
+        window_ended = self.plane.window_ends_s <= now
+        try:
+            self.do(self.plane.tick(now))
+            if window_ended:
+                self.drift.window(self.plane.snapshot(now))
+        except Exception:
+            log.exception("a periodic decision failed; the next one goes on")
+            self._wake_in(self.plane.window_ends_s - now)
+
+    # around requests
+
+    def background(self, work: Coroutine[None, None, None]) -> None:
+        """Run clean-up that no request waits for."""
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    def cut_off(self) -> TidegateError:
+        """Return why a request that is cancelled now ends."""
+        if self.stopping:
+            return ShuttingDown(
+                "the gateway stopped before the answer was complete", retry_after_s=RETRY_AFTER_S
+            )
+        return ClientGone("the client closed the connection")
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests are being served."""
+        return len(self.plane.requests)
+
+    @property
+    def max_model_len(self) -> int:
+        """The longest context an instance that is up offers; 0 with none up."""
+        return max((u.member.instance.max_model_len for u in self.upstreams.values()), default=0)
+
+    def producers(self) -> list[Producer]:
+        """Return who produces signals in this deployment, now that the fleet is up."""
+        measured = all(u.member.profile is not None for u in self.upstreams.values())
+        return [self.prefixes, Profiles()] if measured else [self.prefixes]

@@ -1,0 +1,296 @@
+"""One request on its way through the cluster, in wall time: the legs that the control plane has it run."""
+
+from __future__ import annotations
+
+import asyncio
+
+from tidegate.control.effects import GiveUp, Held, RunDecode, RunPrefill, StartMigration
+from tidegate.control.live_request import LiveRequest
+from tidegate.control.record import RequestEnding, RequestRecord
+from tidegate.core.decision import Path
+from tidegate.core.errors import EngineError, InternalError, TidegateError
+from tidegate.core.request import Request
+from tidegate.engines.seam import KvHandle, LegTimes
+from tidegate.gateway.answers import ClientAnswer
+from tidegate.gateway.call import Call
+from tidegate.gateway.dispatcher import Command, Dispatcher
+from tidegate.gateway.leg_runner import Completed, HandedOver, LegRunner, Migrating
+from tidegate.gateway.legs import Legs
+from tidegate.gateway.outcome import record
+from tidegate.gateway.prompt_blocks import prompt_blocks
+from tidegate.gateway.token_estimate import TokenEstimate
+from tidegate.gateway.upstream import Upstream
+from tidegate.policies.order import Ticket
+
+
+class ServedRequest(LiveRequest):
+    """Serves one call. ``run`` returns when the last token was delivered, or raises a TidegateError.
+
+    Whatever happens, the request leaves the control plane, engines abort what is no longer wanted, and
+    journal and metrics get one outcome. ``legs`` holds what the engines answered so far, ``story`` its times.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        dispatcher: Dispatcher,
+        estimate: TokenEstimate,
+        answer: ClientAnswer,
+        arrival_s: float,
+    ) -> None:
+        deadline_s = arrival_s + dispatcher.settings.request_deadline_s
+        super().__init__(call.id, deadline_s, prompt_blocks(call, estimate))
+        self.call = call
+        self.record = RequestRecord(arrival_s)
+        self.legs = Legs(call, self, dispatcher, estimate, answer)
+        self._runner = LegRunner(call, dispatcher, self.legs)
+        self._dispatcher = dispatcher
+        self._plane = dispatcher.plane
+        self._clock = dispatcher.clock
+        self._command: Command | None = None
+        self._told: asyncio.Future[None] | None = None
+
+    def resident(self) -> Request:
+        """See ``LiveRequest.resident``."""
+        return self.legs.request()
+
+    def command(self, command: Command) -> None:
+        """See ``Served.command``."""
+        self._command = command
+        if self._told is not None and not self._told.done() and not isinstance(command, Held):
+            self._told.set_result(None)
+
+    def start_migration(self, effect: StartMigration) -> None:
+        """See ``Served.start_migration``: the decode moves at its next token."""
+        why_not = self.legs.migrate(effect.migrate)
+        if why_not:
+            for_good = bool(self.record.unmovable)
+            self._plane.migration_refused(self, why_not, self._clock.now(), for_good=for_good)
+
+    async def run(self) -> None:
+        """Serve the request to its end."""
+        dispatcher = self._dispatcher
+        dispatcher.serve(self.id, self)
+        error: TidegateError | None = None
+        try:
+            await self._until_finished()
+        except TidegateError as failure:
+            error = failure
+            raise
+        except asyncio.CancelledError:
+            error = dispatcher.cut_off()
+            raise
+        except Exception as failure:
+            error = InternalError(f"{type(failure).__name__}: {failure}")
+            raise
+        finally:
+            dispatcher.served_out(self.id)
+            self._close(error)
+
+    async def _until_finished(self) -> None:
+        if self._nothing_left():
+            return
+        self._dispatcher.do(self._plane.arrive(self, self._clock.now()))
+        while True:
+            command = await self._next_command()
+            assert isinstance(command, RunPrefill), "a request that is not placed is prefilled first"
+            try:
+                await self._attempt(command)
+                return
+            except EngineError as error:
+                if self._nothing_left():
+                    return
+                self.repeatable = not self.call.state
+                self._dispatcher.do(self._plane.failed(self, error, self._clock.now()))
+
+    def _nothing_left(self) -> bool:
+        """End a request whose last token is out. Raises PromptTooLong for one that fits no instance."""
+        legs, context = self.legs, self._dispatcher.max_model_len
+        if legs.prompt_ids is not None and not legs.out_ids and context:
+            legs.limit.settle(len(legs.prompt_ids), context)
+        legs.limit.check()
+        if legs.remaining() != 0:
+            return False
+        legs.finish_at_limit()
+        return True
+
+    async def _next_command(self) -> RunPrefill | RunDecode:
+        """Return what the control plane wants next, waiting for it while the request is held.
+
+        Raises what it gives the request up with.
+        """
+        while self._command is None or isinstance(self._command, Held):
+            self._told = asyncio.get_running_loop().create_future()
+            await self._told
+            self._told = None
+        command, self._command = self._command, None
+        if isinstance(command, GiveUp):
+            raise command.error
+        return command
+
+    async def _attempt(self, command: RunPrefill) -> None:
+        """Run the request, or what is left of it, from one placement of its prefill."""
+        dispatcher, legs = self._dispatcher, self.legs
+        legs.decode_first_s = None
+        on = command.place.prefill_on
+        upstream = dispatcher.upstreams[on]
+        capabilities = upstream.member.capabilities
+        placed_s = self._clock.now()
+        anew = bool(self.call.state) and not capabilities.continues
+        if command.place.path is Path.COLOCATED or (anew and not capabilities.kv_transfer):
+            self.decode_on = on
+            end = await self._to_the_end(upstream, ticket=command.ticket)
+            self._note_prefill(end.times, placed_s)
+            self._note_decode(end.times, placed_s)
+            return
+        held = await self._read_back(upstream)
+        hand_over = legs.remaining() != 1
+        result = await self._runner.run(
+            upstream, hand_over=hand_over, most=1, ticket=command.ticket, extend=held
+        )
+        assert not isinstance(result, Migrating), "nothing moves before it decodes"
+        self._note_prefill(result.times, placed_s)
+        if held is None:
+            prompt_tokens = self.resident().prompt_tokens
+            observed_s = self.record.observed_prefill_s or 0.0
+            dispatcher.drift.prefill(on, prompt_tokens, result.times, observed_s, alone=command.alone)
+        if isinstance(result, HandedOver):
+            await self._decode(result.handle)
+
+    async def _decode(self, handle: KvHandle | None) -> None:
+        """Have the decode placed and run it, pulling the KV behind ``handle`` unless it is gone."""
+        dispatcher, now = self._dispatcher, self._clock.now()
+        try:
+            dispatcher.do(self._plane.prefill_done(self, now))
+            command = await self._next_command()
+            assert isinstance(command, RunDecode), "a prefill that ended is decoded"
+        except BaseException:
+            if handle is not None:
+                dispatcher.handles.release(handle)
+            raise
+        end = await self._to_the_end(dispatcher.upstreams[command.on], handle=handle)
+        self._note_decode(end.times, now)
+
+    async def _to_the_end(
+        self, upstream: Upstream, *, handle: KvHandle | None = None, ticket: Ticket | None = None
+    ) -> Completed:
+        """Run all that is left, on ``upstream`` first, then wherever migrations take it."""
+        while True:
+            result = await self._runner.run(upstream, handle=handle, ticket=ticket)
+            if isinstance(result, Migrating):
+                moved = await self._move(upstream, result.migrate.dst)
+                if isinstance(moved, Completed):
+                    return moved
+                (upstream, handle), ticket = moved, None
+                continue
+            assert isinstance(result, Completed), "only a leg that hands over ends before its request"
+            return result
+
+    async def _move(self, src: Upstream, dst_id: str) -> Completed | tuple[Upstream, KvHandle | None]:
+        """Have the source pin what the stream has so far, and return where to go on, with the handle; or the
+        end, should that have come.
+
+        The leg that does so brings one token, so the client waits for one step less of the destination. The
+        prefix cache of the source holds all but the last block of what the leg computes.
+        """
+        dispatcher, plane, legs = self._dispatcher, self._plane, self.legs
+        plane.migration_begun(self, self._clock.now())
+        try:
+            result = await self._runner.run(src, hand_over=True, most=1)
+            if isinstance(result, Completed):
+                return result
+            handle = result.handle if isinstance(result, HandedOver) else None
+            dst = dispatcher.upstreams.get(dst_id)
+            if dst is None or handle is None or self.migrate is None:
+                if handle is not None:
+                    dispatcher.handles.release(handle)
+                return src, None
+            resident = legs.prompt_tokens + len(legs.out_ids)
+            plane.migration_done(self, resident, self._clock.now(), pulled=False)
+            return dst, handle
+        finally:
+            if self.migrate is not None:
+                plane.migration_cancelled(self, self._clock.now())
+
+    # later rounds
+
+    async def _read_back(self, upstream: Upstream) -> KvHandle | None:
+        """Return a handle for what another instance holds of the conversation, if ``upstream`` should pull
+        it.
+
+        The holder's prefix cache has it; a leg over one token pins it. None whenever anything is in the way:
+        then the prompt is computed.
+        """
+        dispatcher, legs = self._dispatcher, self.legs
+        if legs.out_ids or not self.call.session or not upstream.member.capabilities.extends_kv:
+            return None
+        known = dispatcher.sessions.find(self.call)
+        holder = dispatcher.upstreams.get(known.on) if known is not None else None
+        if (
+            known is None
+            or holder is None
+            or holder is upstream
+            or holder.member.engine_id != known.engine_id
+        ):
+            return None
+        try:
+            if not await self._runner.tokenise(upstream) or legs.prompt_ids is None:
+                return None
+            tokens = known.worth_reading(legs.prompt_ids, upstream.member)
+            handle = await self._runner.export(holder, tokens) if tokens else None
+        except EngineError:
+            return None
+        if handle is not None:
+            self.record.read_back_tokens = handle.tokens
+        return handle
+
+    # the record
+
+    def _note_prefill(self, times: LegTimes, placed_s: float) -> None:
+        record = self.record
+        record.cached_tokens = times.cached_tokens
+        self._plane.prefill_reported(self, times.cached_tokens)
+        first_s = self.legs.first_s or self._clock.now()
+        queue_s = times.queue_s or 0.0
+        prefill_s = times.prefill_s if times.prefill_s is not None else first_s - placed_s - queue_s
+        record.observed_prefill_s = prefill_s
+        record.stages.setdefault("queue", placed_s - record.arrival_s + queue_s)
+        record.stages.setdefault("prefill", prefill_s)
+
+    def _note_decode(self, times: LegTimes, placed_s: float) -> None:
+        record = self.record
+        first_s, last_s = self.legs.decode_first_s, record.last_token_s
+        if first_s is None or last_s is None:
+            return
+        record.kv_transfer_bytes += times.kv_loaded_bytes
+        if self.legs.count > 1:
+            transfer_s, queue_s = times.kv_load_s or 0.0, times.queue_s or 0.0
+            record.stages["transfer"] = transfer_s
+            record.stages["decode_queue"] = queue_s
+            record.stages["first_step"] = max(0.0, first_s - placed_s - transfer_s - queue_s)
+        record.stages["decode"] = last_s - first_s
+
+    def _close(self, error: TidegateError | None) -> None:
+        """Take the request out of the plane and tell journal and metrics how it ended."""
+        dispatcher, call, legs, now = self._dispatcher, self.call, self.legs, self._clock.now()
+        effects = self._plane.ended(self, error, now)
+        if error is None and call.session and legs.upstream is not None and legs.prompt_ids is not None:
+            ids = legs.prompt_ids + legs.out_ids
+            dispatcher.sessions.note(call, legs.upstream.member, ids, self.prefill_on, len(legs.prompt_ids))
+        known = self.record
+        known.prefill_on, known.decode_on = self.prefill_on, self.decode_on
+        known.predicted_prefill_s = self.predicted_prefill_s
+        known.replays, known.migrations = self.replays, self.migrations
+        ending = RequestEnding(
+            self.id,
+            call.slo,
+            legs.prompt_tokens,
+            len(legs.out_ids),
+            legs.finish_reason,
+            error,
+            now,
+            session=call.session,
+            tenant=call.tenant,
+        )
+        record(known, ending, journal=dispatcher.journal, metrics=dispatcher.metrics)
+        dispatcher.do(effects)
