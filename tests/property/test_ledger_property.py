@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -42,7 +44,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.system: System = make_system(system)
         self.now = 0.0
         self.names = 0
-        self.state: object = None
+        self.states: dict[str, object] = {}
         for role, made_of in fleet:
             self._up(role, made_of)
 
@@ -51,7 +53,7 @@ class LedgerMachine(RuleBasedStateMachine):
         up = instance(f"i{self.names}", kv_capacity_tokens=5000, flippable=flippable)
         self.ledger.instance_up(up, made_of, role, self.now)  # type: ignore[arg-type]
 
-    def _apply(self, flips: tuple[Flip, ...]) -> None:
+    def _apply(self, flips: Sequence[Flip]) -> None:
         for flip in flips:
             before = self.ledger.snapshot(self.now)
             source = before.labelled(self.ledger.role_of(flip.instance))
@@ -69,7 +71,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if not self.ledger.ids:
             return multiple()
         name = f"r{self.ledger.counts().dispatched}"
-        asked = request(name, tokens, cached_tokens=min(cached, tokens), ttft_s=slack, tpot_s=slack / 20)
+        asked = request(name, tokens, cached=dict.fromkeys(self.ledger.ids, min)(cached, tokens), ttft_s=slack, tpot_s=slack / 20)
         verdict = self.system.prefill.place_prefill(asked, self.ledger.snapshot(self.now))
         again = self.system.prefill.place_prefill(asked, self.ledger.snapshot(self.now))
         assert (again.decision, again.flips) == (verdict.decision, verdict.flips), "a policy is a function"
@@ -177,13 +179,13 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule()
     def ticks(self) -> None:
         self.ledger.window_closed(self.now)
-        if self.system.pool is None:
-            return
-        snapshot = self.ledger.snapshot(self.now)
-        control = self.system.pool.step(snapshot, self.state)
-        assert control.flips == self.system.pool.step(snapshot, self.state).flips
-        self.state = control.state
-        self._apply(control.flips)
+        for controller in self.system.controllers:
+            snapshot = self.ledger.snapshot(self.now)
+            state = self.states.setdefault(controller.name, controller.initial())
+            decision = controller.decide(snapshot, state)
+            assert decision == controller.decide(snapshot, state)
+            self.states[controller.name] = decision.state
+            self._apply([action for action in decision.actions if isinstance(action, Flip)])
 
     @invariant()
     def the_books_are_right(self) -> None:

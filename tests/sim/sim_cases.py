@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from hypothesis import strategies as st
 
-from tidegate.core.decision import Control, Flip, Migrate
+from tidegate.core.decision import ControlDecision, Flip, Migrate
 from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
 from tidegate.costs.forms import MixedCost, PrefillCost, StepCost, TransferCost
@@ -102,18 +102,21 @@ BINARY = replace(
 class RestlessPool:
     """Flips an instance at every tick, in turn, never emptying a pool."""
 
-    tick_s: float = 0.0731
+    period_s: float = 0.0731
     needs: frozenset[Signal] = frozenset()
+    name: str = "restless"
 
-    def step(self, snapshot: Snapshot, state: object) -> Control:
-        turn = state if isinstance(state, int) else 0
+    def initial(self) -> int:
+        return 0
+
+    def decide(self, snapshot: Snapshot, turn: int) -> ControlDecision[int]:
         at = turn % len(snapshot)
         role = Role(int(snapshot.role[at]))
         flips: tuple[Flip, ...] = ()
         if role is not Role.MIXED and np.count_nonzero(snapshot.labelled(role)) > 1:
             to = Role.DECODE if role is Role.PREFILL else Role.PREFILL
             flips = (Flip(snapshot.ids[at], to, "forced"),)
-        return Control(flips, state=turn + 1)
+        return ControlDecision(turn + 1, flips)
 
 
 @dataclass(frozen=True)
@@ -121,11 +124,14 @@ class MovingPool:
     """Asks at every tick to move some requests, most of which are not where it says."""
 
     seed: int
-    tick_s: float = 0.0731
+    period_s: float = 0.0731
     needs: frozenset[Signal] = frozenset()
+    name: str = "restless"
 
-    def step(self, snapshot: Snapshot, state: object) -> Control:
-        turn = state if isinstance(state, int) else 0
+    def initial(self) -> int:
+        return 0
+
+    def decide(self, snapshot: Snapshot, turn: int) -> ControlDecision[int]:
         rng = np.random.default_rng((self.seed, turn))
         ids, requests = snapshot.ids, rng.integers(0, 40, 12).tolist()
         to = rng.integers(len(ids), size=(12, len(ids))).tolist()
@@ -134,7 +140,7 @@ class MovingPool:
             for request, row in zip(requests, to, strict=True)
             for src, dst in zip(ids, row, strict=True)
         )
-        return Control(migrations=moves, state=turn + 1)
+        return ControlDecision(turn + 1, moves)
 
 
 @dataclass(frozen=True)
@@ -211,7 +217,7 @@ class Case:
         tick_s = self._at(0.1037)
         system = make_system(f"{self.system}+{self.order}", slo=Slo(0.2, 0.02), tick_s=tick_s)
         pools = {"restless": RestlessPool(tick_s), "moving": MovingPool(self.seed, tick_s)}
-        return replace(system, pool=pools[self.pool]) if self.pool else system
+        return replace(system, controllers=(pools[self.pool],), window_s=tick_s) if self.pool else system
 
     def settings(self, *, leap: bool) -> SimSettings:
         troubled = self.troubled and self.instances > 2

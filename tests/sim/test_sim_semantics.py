@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 from sim_cases import ended
 
-from tidegate.core.decision import Control, Flip
+from tidegate.core.decision import ControlDecision, Flip
 from tidegate.core.instance import Role
 from tidegate.ledger.snapshot import Snapshot
 from tidegate.policies.protocols import Signal
@@ -56,18 +56,22 @@ def test_the_youngest_gives_its_kv_back_and_computes_it_again() -> None:
 class SwapOnce:
     """Exchanges the labels of two instances at the first tick."""
 
-    tick_s: float = 0.25
+    period_s: float = 0.25
     needs: frozenset[Signal] = frozenset()
+    name: str = "swap"
 
-    def step(self, snapshot: Snapshot, state: object) -> Control:
+    def initial(self) -> bool:
+        return False
+
+    def decide(self, snapshot: Snapshot, swapped: bool) -> ControlDecision[bool]:
         swap = (Flip("p", Role.DECODE, "swapped"), Flip("d", Role.PREFILL, "swapped"))
-        return Control(() if state else swap, state=True)
+        return ControlDecision(True, () if swapped else swap)
 
 
 def test_a_flip_drains_nothing() -> None:
     fleet = [Replica(instance(name, max_model_len=4096), ROUND) for name in ("p", "d")]
     records = [TraceRecord(0.0, 100, 101), TraceRecord(0.5, 100, 2)]
-    swapped = replace(make_system("static", split=(1, 1)), pool=SwapOnce())
+    swapped = replace(make_system("static", split=(1, 1)), controllers=(SwapOnce(),))
     alike = simulate(records[:1], make_system("static", split=(1, 1)), fleet)
     run = simulate(records, swapped, fleet)
     running, coming = ended(run)

@@ -165,10 +165,10 @@ def test_dispatching_to_an_instance_that_is_not_up_raises() -> None:
 
 def test_cached_tokens_shorten_the_prediction_not_the_residents() -> None:
     ledger = pair()
-    seconds = ledger.prefill_dispatched(request("r0", 100, cached_tokens=60), "i0", 0.0)
+    seconds = ledger.prefill_dispatched(request("r0", 100, cached={"i0": 60, "i1": 90}), "i0", 0.0)
     assert seconds == pytest.approx(0.04, abs=1e-9)
     assert column(ledger.snapshot(0.0), "prefill_tokens") == [100, 0]
-    assert ledger.prefill_dispatched(request("r1", 100, cached_tokens=100), "i0", 0.0) > 0
+    assert ledger.prefill_dispatched(request("r1", 100, cached={"i0": 100}), "i0", 0.0) > 0
 
 
 # Prefill queue

@@ -43,8 +43,22 @@ def test_a_fleet_needs_an_instance() -> None:
 
 
 def test_a_joiner_takes_the_label_that_is_missing_most() -> None:
-    assert joining_role(even_roles, cluster(1, roles=(P,)).snapshot(0.0)) == D
-    assert joining_role(even_roles, cluster(3, roles=(D, D, D)).snapshot(0.0)) == P
-    assert joining_role(SplitRoles(2, 1), cluster(2, roles=(P, D)).snapshot(0.0)) == P
-    assert joining_role(SplitRoles(2, 1), cluster(3, roles=(P, P, D)).snapshot(0.0)) == D
-    assert joining_role(mixed_roles, cluster(2, roles=(M, M)).snapshot(0.0)) == M
+    assert joining_role(even_roles, cluster(1, roles=(P,)).snapshot(0.0), 2) == D
+    assert joining_role(even_roles, cluster(3, roles=(D, D, D)).snapshot(0.0), 4) == P
+    assert joining_role(SplitRoles(2, 1), cluster(2, roles=(P, D)).snapshot(0.0), 3) == P
+    assert joining_role(mixed_roles, cluster(2, roles=(M, M)).snapshot(0.0), 3) == M
+
+
+def test_a_joiner_of_a_fixed_split_counts_those_that_are_down() -> None:
+    assert joining_role(SplitRoles(3, 1), cluster(2, roles=(P, P)).snapshot(0.0), 4) == D
+    assert joining_role(SplitRoles(1, 3), cluster(2, roles=(P, D)).snapshot(0.0), 4) == D
+
+
+def test_a_joiner_of_an_outgrown_split_takes_the_label_with_the_fewest_members() -> None:
+    assert joining_role(SplitRoles(2, 1), cluster(3, roles=(P, P, D)).snapshot(0.0), 3) == D
+
+
+def test_at_a_tie_a_joiner_keeps_the_label_that_it_had() -> None:
+    whole = cluster(2, roles=(P, D)).snapshot(0.0)
+    assert joining_role(SplitRoles(1, 1), whole, 2, last=P) == P
+    assert joining_role(SplitRoles(1, 1), whole, 2, last=D) == D

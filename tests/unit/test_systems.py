@@ -11,7 +11,9 @@ from tidegate.policies.arrow import ArrowPlacement
 from tidegate.policies.arrow_monitor import ArrowMonitor
 from tidegate.policies.order import make_order
 from tidegate.policies.protocols import Signal
-from tidegate.systems import SYSTEMS, check_signals, make_system
+from tidegate.signals.prefix import PrefixIndex
+from tidegate.signals.producers import Profiles, check_signals
+from tidegate.systems import SYSTEMS, make_system
 
 NAMES = ("arrow", "arrow-v1", "colocated", "minimal-load", "round-robin", "static")
 
@@ -49,9 +51,10 @@ def test_options_reach_the_policies() -> None:
     slo = Slo(2.0, 0.1)
     system = make_system("arrow", tick_s=0.25, slo=slo)
     assert isinstance(system.prefill, ArrowPlacement)
-    assert isinstance(system.pool, ArrowMonitor)
-    assert system.pool.tick_s == 0.25
-    assert system.pool.slo == system.prefill.slo == slo
+    (monitor,) = system.controllers
+    assert isinstance(monitor, ArrowMonitor)
+    assert monitor.period_s == system.window_s == 0.25
+    assert monitor.slo == system.prefill.slo == slo
 
 
 @pytest.mark.parametrize("tick_s", [0.0, -1.0, float("nan"), float("inf")])
@@ -61,10 +64,11 @@ def test_a_tick_is_positive(tick_s: float) -> None:
 
 
 def test_a_system_without_its_signals_is_refused() -> None:
-    check_signals(make_system("round-robin"), frozenset())
-    check_signals(make_system("arrow"), frozenset({Signal.PROFILE}))
-    with pytest.raises(ConfigError, match="'arrow' needs the signals profile; this deployment has: lengths"):
-        check_signals(make_system("arrow"), frozenset({Signal.LENGTHS}))
+    check_signals(make_system("round-robin"), [])
+    check_signals(make_system("arrow"), [PrefixIndex(), Profiles()])
+    expected = "'arrow' needs the signals profile; this deployment has: prefix_hits"
+    with pytest.raises(ConfigError, match=expected):
+        check_signals(make_system("arrow"), [PrefixIndex()])
 
 
 def test_a_system_takes_an_order() -> None:

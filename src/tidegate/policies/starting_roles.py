@@ -61,8 +61,8 @@ def joining_role(roles: StartingRoles, snapshot: Snapshot, fleet_size: int, last
 
     It is the one that the start-up labelling of the grown fleet has most more of than there are. A split that
     does not fit the grown fleet is taken for that of ``fleet_size`` instances, those that are down included;
-    where that has no answer either, the label with the fewest members is taken. At a tie ``last``, the label
-    that the instance had, wins.
+    where that has no answer either, the label with the fewest members is taken. At a tie a label that
+    nobody has wins, then ``last``, the one that the instance had.
     """
     present = {role: int(np.count_nonzero(snapshot.labelled(role))) for role in Role}
     for size in (len(snapshot) + 1, fleet_size):
@@ -70,7 +70,10 @@ def joining_role(roles: StartingRoles, snapshot: Snapshot, fleet_size: int, last
             wanted = Counter(roles(size))
         except ConfigError:
             continue
-        return max(wanted, key=lambda role: (wanted[role] - present[role], role is last))
+        lacking = {role: count - present[role] for role, count in wanted.items()}
+        most = max(lacking, key=lambda role: (lacking[role], not present[role], role is last))
+        if lacking[most] > 0:
+            return most
     return min((Role.PREFILL, Role.DECODE), key=lambda role: (present[role], role is not last))
 
 
