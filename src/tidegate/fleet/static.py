@@ -142,6 +142,14 @@ class StaticFleet:
             await self.stop()
             raise
 
+    def add(self) -> bool:
+        """See ``FleetControl.add``: a list of URLs cannot grow."""
+        return False
+
+    def remove(self, instance_id: str, reason: str) -> bool:
+        """See ``FleetControl.remove``: servers that something else started are not stopped from here."""
+        return False
+
     def suspect(self, instance_id: str) -> None:
         server = self._servers.get(instance_id)
         if server is not None:

@@ -64,4 +64,11 @@ class GivenFleet:
     def suspect(self, instance_id: str) -> None:
         self.suspected.append(instance_id)
 
+    def add(self) -> bool:
+        return False
+
+    def remove(self, instance_id: str, reason: str) -> bool:
+        self.down(instance_id)
+        return True
+
     async def stop(self) -> None: ...
