@@ -135,6 +135,10 @@ class ControlPlane:
         self._journal.instance_down(now, instance_id, reason)
         return self._place_again(self._held.confirmed_down(instance_id), now) + self._retry(now)
 
+    def foreign_load(self, instance_id: str, requests: int, tokens: int) -> None:
+        """Say what is on an instance beside the plane's requests (``Ledger.foreign_load``)."""
+        self.ledger.foreign_load(instance_id, requests, tokens)
+
     def start_failed(self, role: Role) -> None:
         """Say that an instance that ``StartInstance`` asked for will not come."""
         self.membership.start_ended(role)
