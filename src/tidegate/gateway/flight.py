@@ -14,10 +14,11 @@ from tidegate.core.errors import (
     TidegateError,
     status_of,
 )
-from tidegate.engines.seam import KvHandle, LegEnd
-from tidegate.gateway.answers import Answer
+from tidegate.engines.seam import KvHandle, LegTimes
+from tidegate.gateway.answers import ClientAnswer
 from tidegate.gateway.call import Call
-from tidegate.gateway.legs import Leave, Legs
+from tidegate.gateway.leg_runner import Completed, HandedOver, LegRunner, Migrating
+from tidegate.gateway.legs import Legs
 from tidegate.gateway.outcome import record
 from tidegate.gateway.scheduler import Scheduler
 from tidegate.gateway.token_estimate import TokenEstimate
@@ -37,11 +38,17 @@ class Flight:
     """
 
     def __init__(
-        self, call: Call, scheduler: Scheduler, estimate: TokenEstimate, answer: Answer, arrival_s: float
+        self,
+        call: Call,
+        scheduler: Scheduler,
+        estimate: TokenEstimate,
+        answer: ClientAnswer,
+        arrival_s: float,
     ) -> None:
         self.call = call
         self.story = Story(arrival_s)
         self.legs = Legs(call, scheduler, estimate, answer, self.story)
+        self._runner = LegRunner(call, scheduler, self.legs)
         self._scheduler = scheduler
         self._ledger = scheduler.ledger
         self._clock = scheduler.clock
@@ -73,8 +80,6 @@ class Flight:
                 await self._attempt()
                 return
             except EngineError as error:
-                if self.legs.finish_reason is not None:
-                    return
                 await self._prepare_replay(error)
 
     async def _prepare_replay(self, error: EngineError) -> None:
@@ -110,8 +115,8 @@ class Flight:
         scheduler, story, legs = self._scheduler, self.story, self.legs
         legs.decoding, legs.decode_first_s = False, None
         if legs.prompt_ids is not None and not legs.out_ids and scheduler.max_model_len:
-            legs.settle_limit(len(legs.prompt_ids), scheduler.max_model_len)
-        legs.raise_refusal()
+            legs.limit.settle(len(legs.prompt_ids), scheduler.max_model_len)
+        legs.limit.check()
         if legs.remaining() == 0:
             legs.finish_at_limit()
             return
@@ -131,26 +136,26 @@ class Flight:
         if place.path is Path.COLOCATED or (anew and not capabilities.kv_transfer):
             story.decode_on = place.prefill_on
             end = await self._to_the_end(upstream, ticket=dispatched.ticket)
-            self._note_prefill(end, placed_s)
-            self._note_decode(end, placed_s)
+            self._note_prefill(end.times, placed_s)
+            self._note_decode(end.times, placed_s)
             return
         held = await self._read_back(upstream)
         hand_over = legs.remaining() != 1
-        end = await legs.run(upstream, hand_over=hand_over, most=1, ticket=dispatched.ticket, extend=held)
-        self._note_prefill(end, placed_s)
+        result = await self._runner.run(
+            upstream, hand_over=hand_over, most=1, ticket=dispatched.ticket, extend=held
+        )
+        assert not isinstance(result, Migrating), "nothing moves before it decodes"
+        self._note_prefill(result.times, placed_s)
         if held is None:
             scheduler.drift.prefill(
                 place.prefill_on,
                 legs.request().prompt_tokens,
-                end.times,
+                result.times,
                 story.observed_prefill_s or 0.0,
                 alone=dispatched.alone,
             )
-        if legs.finish_reason is None and legs.refusal is None:
-            await self._decode(upstream, end.handle)
-        elif end.handle is not None:
-            scheduler.handles.release(end.handle)
-        legs.raise_refusal()
+        if isinstance(result, HandedOver):
+            await self._decode(upstream, result.handle)
 
     async def _decode(self, source: Upstream, handle: KvHandle | None) -> None:
         """Place the decode and run it, pulling the KV behind ``handle`` unless it is gone."""
@@ -167,27 +172,31 @@ class Flight:
         self.legs.decoding = True
         if name != source.member.instance.id:
             self._ledger.transfer_started(self.call.id, now)
-        self._note_decode(await self._to_the_end(scheduler.upstreams[name], handle=handle), now)
+        end = await self._to_the_end(scheduler.upstreams[name], handle=handle)
+        self._note_decode(end.times, now)
 
     async def _to_the_end(
         self, upstream: Upstream, *, handle: KvHandle | None = None, ticket: Ticket | None = None
-    ) -> LegEnd:
+    ) -> Completed:
         """Run all that is left, on ``upstream`` first, then wherever migrations take it."""
         while True:
-            try:
-                return await self.legs.run(upstream, handle=handle, ticket=ticket)
-            except Leave as leave:
-                upstream, handle = await self._move(upstream, leave.migrate)
-                ticket = None
-            if self.legs.finish_reason is not None:
-                return LegEnd()
+            result = await self._runner.run(upstream, handle=handle, ticket=ticket)
+            if isinstance(result, Migrating):
+                moved = await self._move(upstream, result.migrate)
+                if isinstance(moved, Completed):
+                    return moved
+                (upstream, handle), ticket = moved, None
+                continue
+            assert isinstance(result, Completed), "only a leg that hands over ends before its request"
+            return result
 
     def leave(self, migrate: Migrate) -> str:
         """See ``Movable.leave``."""
         return self.legs.leave(migrate)
 
-    async def _move(self, src: Upstream, migrate: Migrate) -> tuple[Upstream, KvHandle | None]:
-        """Have the source pin what the stream has so far, and return where to go on, with the handle.
+    async def _move(self, src: Upstream, migrate: Migrate) -> Completed | tuple[Upstream, KvHandle | None]:
+        """Have the source pin what the stream has so far, and return where to go on, with the handle; or the
+        end, should that have come.
 
         The leg that does so brings one token, so the client waits for one step less of the destination. The
         prefix cache of the source holds all but the last block of what the leg computes.
@@ -196,11 +205,14 @@ class Flight:
         scheduler.migrations.note(migrate, "begun")
         event = "cancelled"
         try:
-            end = await legs.run(src, hand_over=True, most=1)
+            result = await self._runner.run(src, hand_over=True, most=1)
+            if isinstance(result, Completed):
+                return result
+            handle = result.handle if isinstance(result, HandedOver) else None
             dst = scheduler.upstreams.get(migrate.dst)
-            if legs.finish_reason is not None or dst is None or end.handle is None:
-                if end.handle is not None:
-                    scheduler.handles.release(end.handle)
+            if dst is None or handle is None:
+                if handle is not None:
+                    scheduler.handles.release(handle)
                 return src, None
             now = self._clock.now()
             resident = legs.prompt_tokens + len(legs.out_ids)
@@ -209,7 +221,7 @@ class Flight:
             story.migrations += 1
             story.decode_on = migrate.dst
             event = "done"
-            return dst, end.handle
+            return dst, handle
         finally:
             scheduler.migrations.note(migrate, event)
 
@@ -235,10 +247,10 @@ class Flight:
         ):
             return None
         try:
-            if not await legs.tokenise(upstream) or legs.prompt_ids is None:
+            if not await self._runner.tokenise(upstream) or legs.prompt_ids is None:
                 return None
             tokens = known.worth_reading(legs.prompt_ids, upstream.member)
-            handle = await legs.export(holder, tokens) if tokens else None
+            handle = await self._runner.export(holder, tokens) if tokens else None
         except EngineError:
             return None
         if handle is not None:
@@ -247,8 +259,8 @@ class Flight:
 
     # the story
 
-    def _note_prefill(self, end: LegEnd, placed_s: float) -> None:
-        story, times = self.story, end.times
+    def _note_prefill(self, times: LegTimes, placed_s: float) -> None:
+        story = self.story
         story.cached_tokens = times.cached_tokens
         first_s = self.legs.first_s or self._clock.now()
         queue_s = times.queue_s or 0.0
@@ -257,8 +269,8 @@ class Flight:
         story.stages.setdefault("queue", placed_s - story.arrival_s + queue_s)
         story.stages.setdefault("prefill", prefill_s)
 
-    def _note_decode(self, end: LegEnd, placed_s: float) -> None:
-        story, times = self.story, end.times
+    def _note_decode(self, times: LegTimes, placed_s: float) -> None:
+        story = self.story
         first_s, last_s = self.legs.decode_first_s, story.last_token_s
         if first_s is None or last_s is None:
             return

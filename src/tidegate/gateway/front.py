@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from typing import Any
 from weakref import WeakSet
 
 from aiohttp import web
 
 from tidegate.core.errors import (
-    ClientGone,
-    InternalError,
     NoInstance,
     ShuttingDown,
     TidegateError,
     UnknownModel,
     status_of,
 )
-from tidegate.gateway.answers import Collected, Streamed, usage_object
+from tidegate.gateway.answers import StreamedAnswer
 from tidegate.gateway.call import Call, read_call
-from tidegate.gateway.client_stream import ClientStream
 from tidegate.gateway.flight import Flight
 from tidegate.gateway.scheduler import RETRY_AFTER_S, Scheduler
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.gateway.state import models_object, state_object
 from tidegate.gateway.token_estimate import TokenEstimate
+from tidegate.protocol.chunks import AnswerHead, ChunkWriter, WholeAnswer, usage_object
+from tidegate.protocol.client_stream import ClientStream
 from tidegate.protocol.http_front import (
     JSON,
     Handler,
@@ -35,8 +33,6 @@ from tidegate.protocol.http_front import (
     json_answer,
     read_object,
 )
-
-log = logging.getLogger(__name__)
 
 GUARDED = ("/v1/", "/tidegate/")
 CALL_HEADERS = ("x-tenant-id", "x-session-id", "x-slo-ttft-ms", "x-slo-tpot-ms")
@@ -107,45 +103,23 @@ class Front:
         model = self._model(call)
         if self.draining:
             raise ShuttingDown("the gateway is shutting down", retry_after_s=RETRY_AFTER_S)
+        head = AnswerHead(call.id, call.created, model, call.chat, call.return_token_ids, call.include_usage)
         if call.stream:
-            return await self._stream(request, call, model, arrival_s)
-        collected = Collected()
-        flight = Flight(call, self._scheduler, self._estimate, collected, arrival_s)
-        await self._fly(request, flight)
-        body = collected.body(
-            call,
-            model,
-            finish_reason=flight.legs.finish_reason,
-            stop_reason=flight.legs.stop_reason,
-            usage=_usage(flight),
-            token_ids=flight.legs.out_ids,
-            prompt_ids=flight.legs.prompt_ids,
-        )
+            client, writer = ClientStream(request, {"x-request-id": call.id}), ChunkWriter(head)
+            flight = Flight(call, self._scheduler, self._estimate, StreamedAnswer(writer, client), arrival_s)
+
+            async def streamed() -> bytes:
+                await self._fly(flight)
+                return writer.end(_usage(flight))
+
+            return await client.carry(streamed())
+        answer = WholeAnswer(head)
+        flight = Flight(call, self._scheduler, self._estimate, answer, arrival_s)
+        await self._fly(flight)
+        body = answer.body(_usage(flight), flight.legs.prompt_ids)
         return web.Response(body=body, content_type=JSON, headers={"x-request-id": call.id})
 
-    async def _stream(
-        self, request: web.Request, call: Call, model: str, arrival_s: float
-    ) -> web.StreamResponse:
-        client = ClientStream(request, {"x-request-id": call.id})
-        answer = Streamed(call, model, client)
-        flight = Flight(call, self._scheduler, self._estimate, answer, arrival_s)
-        try:
-            await self._fly(request, flight)
-        except TidegateError as error:
-            if not client.started or isinstance(error, ClientGone):
-                raise
-            return await client.fail(error)
-        except Exception:
-            if not client.started:
-                raise
-            log.exception("the stream %s failed inside the gateway", call.id)
-            return await client.fail(InternalError("internal error"))
-        except BaseException:
-            client.discard()
-            raise
-        return await answer.finish(_usage(flight))
-
-    async def _fly(self, request: web.Request, flight: Flight) -> None:
+    async def _fly(self, flight: Flight) -> None:
         """Run a flight, which tells journal and metrics how it ended. Raises what it raises.
 
         A flight that ``cut_off`` ended raises the error that it recorded.
