@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tidegate.bench.answer import BrokenAnswer, StreamedAnswer
+from tidegate.bench.answer import BrokenAnswer, TimedAnswer
 
 
 def completion(text: str, finish: str | None = None) -> dict[str, Any]:
@@ -18,8 +18,8 @@ def delta(finish: str | None = None, **content: Any) -> dict[str, Any]:
     return {"choices": [{"index": 0, "delta": content, "finish_reason": finish}]}
 
 
-def fold(*chunks: tuple[float, dict[str, Any]], chat: bool = False) -> StreamedAnswer:
-    answer = StreamedAnswer(chat=chat)
+def fold(*chunks: tuple[float, dict[str, Any]], chat: bool = False) -> TimedAnswer:
+    answer = TimedAnswer(chat=chat)
     for at_s, chunk in chunks:
         answer.take(json.dumps(chunk).encode(), at_s)
     answer.take(b"[DONE]", 99.0)
@@ -81,7 +81,7 @@ def test_reasoning_counts_as_output() -> None:
 )
 def test_errors_and_garbage_break_the_answer(payload: bytes, words: str) -> None:
     with pytest.raises(BrokenAnswer, match=words):
-        StreamedAnswer(chat=False).take(payload, 1.0)
+        TimedAnswer(chat=False).take(payload, 1.0)
 
 
 def test_an_answer_without_token_or_end_is_broken() -> None:

@@ -329,13 +329,14 @@ class Served:
             return answer.status, await answer.json()
 
     async def events(self, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return a stream's events; it must end with [DONE]."""
+        """Return a stream's events; it must end with [DONE] or with an error, not with both."""
         async with self.client.post(path, json={**body, "stream": True}) as answer:
             assert answer.status == 200
             assert answer.headers["Content-Type"].startswith("text/event-stream")
             payloads = SseParser().feed(await answer.read())
-        assert payloads[-1] == b"[DONE]"
-        return [orjson.loads(payload) for payload in payloads[:-1]]
+        events = [orjson.loads(payload) for payload in payloads if payload != b"[DONE]"]
+        assert (payloads[-1] == b"[DONE]") != ("error" in events[-1])
+        return events
 
 
 async def until(condition: Callable[[], bool], what: str = "condition", within_s: float = WAIT_S) -> None:

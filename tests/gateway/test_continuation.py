@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tidegate.core.errors import NotRepeated
-from tidegate.engines.seam import Tokens
-from tidegate.gateway.continuation import Continuation, StopStrings
+from tidegate.gateway.continuation import Continuation
+from tidegate.protocol.chunks import Tokens
+from tidegate.protocol.stop_strings import StopStrings
 
 BYTES = [b"a", b"b", b"ab", b"ba", b" ", b"\xe6", b"\xbc", b"\xa2", b"\xf0\x9f", b"\x8c\x8a", b"\xc3\xa9"]
 """Tokens by id: letters alone and together, pieces of two characters, and one character that is whole."""
@@ -113,13 +114,13 @@ def test_stop_strings_that_no_engine_is_given_are_found_as_vllm_finds_them(
     token_ids: list[int], strings: list[str], least: int, include: bool
 ) -> None:
     ends = Ends(tuple(dict.fromkeys(strings)), least)
-    stops = StopStrings(ends.stops, include=include, unaware=True, min_tokens=least)
+    stops = StopStrings(ends.stops, include=include)
     count, text, stop = stopped(token_ids, ends)
     if stop is not None and not include:
         text = text[: len(text) - len(stop)]
     answer, before = "", ""
     for tokens, after in enumerate(spoken(token_ids), 1):
-        answer += stops.feed(after[len(before) :], tokens)
+        answer += stops.feed(after[len(before) :], search=tokens > least)
         before = after
         if stops.found is not None:
             break
@@ -129,13 +130,13 @@ def test_stop_strings_that_no_engine_is_given_are_found_as_vllm_finds_them(
 
 def test_stop_strings_hold_back_no_more_than_may_begin_one() -> None:
     stops = StopStrings(("never", "end."))
-    assert [stops.feed(text, at) for at, text in enumerate(["the e", "nd o", "f n", "e"], 1)] == [
+    assert [stops.feed(text, search=True) for text in ["the e", "nd o", "f n", "e"]] == [
         "the ",
         "end o",
         "f ",
         "",
     ]
-    assert stops.half_said and stops.flush() == "ne"
+    assert stops.pending and stops.flush() == "ne"
 
 
 def said(token_ids: list[int], text: str) -> Continuation:

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 import pytest
 
-from tidegate.gateway.answers import Streamed
+from tidegate.gateway.answers import StreamedAnswer
 from tidegate.protocol import http_front
 
 GOOD = {"prompt": [1, 2, 3], "max_tokens": 2, "temperature": 0}
@@ -156,10 +156,10 @@ async def test_null_means_not_sent(start: Any) -> None:
 async def test_a_fault_of_ours_ends_a_stream_with_an_error_event(
     start: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    def broken(self: Streamed, text: str, token_ids: list[int]) -> None:
+    def broken(self: StreamedAnswer, text: str, token_ids: list[int]) -> None:
         raise RuntimeError("a detail nobody should see")
 
-    monkeypatch.setattr(Streamed, "plain", broken)
+    monkeypatch.setattr(StreamedAnswer, "plain", broken)
     cluster = await start("static", step_s=0.001)
     reader, writer = await asyncio.open_connection(*cluster.url.removeprefix("http://").split(":"))
     writer.write(post(orjson.dumps(GOOD | {"max_tokens": 20, "stream": True}), b"Connection: close"))

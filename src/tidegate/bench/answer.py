@@ -17,7 +17,7 @@ class BrokenAnswer(Exception):
     """The stream carried an error, was not what it should be, or ended before its end."""
 
 
-class StreamedAnswer:
+class TimedAnswer:
     """Reads the payloads of a completions or chat stream as they arrive.
 
     A chunk counts as tokens when it has text, reasoning, tool calls or token ids; in completions

@@ -13,7 +13,7 @@ import aiohttp
 import numpy as np
 import orjson
 
-from tidegate.bench.answer import BrokenAnswer, StreamedAnswer
+from tidegate.bench.answer import BrokenAnswer, TimedAnswer
 from tidegate.bench.endpoint import Endpoint
 from tidegate.bench.settings import BenchSettings
 from tidegate.core.clock import Clock, WallClock
@@ -137,7 +137,7 @@ class LoadClient:
 
     async def _exchange(self, item: _Prepared) -> tuple[RequestResult, array[float]]:
         sent_s = self._now_s()
-        answer = StreamedAnswer(chat=self._settings.chat)
+        answer = TimedAnswer(chat=self._settings.chat)
         status: Status = "ok"
         http_status, error = None, ""
         try:
@@ -158,7 +158,7 @@ class LoadClient:
             error = str(broken) or type(broken).__name__
         return self._result(item, sent_s, status, http_status, error, answer), answer.gaps_s
 
-    async def _stream(self, item: _Prepared, answer: StreamedAnswer) -> tuple[int, str]:
+    async def _stream(self, item: _Prepared, answer: TimedAnswer) -> tuple[int, str]:
         """Read one answer to its end; return the HTTP status and, unless it is 200, the error text."""
         url = self._settings.completion_url
         async with self._session.post(url, data=item.body, headers=item.headers) as response:
@@ -178,10 +178,10 @@ class LoadClient:
         status: Status,
         http_status: int | None = None,
         error: str = "",
-        answer: StreamedAnswer | None = None,
+        answer: TimedAnswer | None = None,
     ) -> RequestResult:
         record = item.record
-        seen = answer or StreamedAnswer(chat=self._settings.chat)
+        seen = answer or TimedAnswer(chat=self._settings.chat)
         gaps_s = np.array(seen.gaps_s)
         return RequestResult(
             index=item.index,

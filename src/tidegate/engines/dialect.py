@@ -15,8 +15,9 @@ from tidegate.core.errors import (
     PromptTooLong,
     UnknownModel,
 )
-from tidegate.engines.seam import Json, KvHandle, Leg, LegEnd, LegTimes, Tokens, TokensSink
+from tidegate.engines.seam import Json, KvHandle, Leg, LegEnd, LegTimes, TokensSink
 from tidegate.engines.wire import HttpAnswer, Wire
+from tidegate.protocol.chunks import Tokens
 from tidegate.protocol.errors import error_text
 from tidegate.protocol.sse import SseParser
 
@@ -183,9 +184,9 @@ class _StreamReader:
         "_finished",
         "_instance",
         "_parser",
-        "_prompt_tokens",
         "_sink",
         "_started",
+        "_stopped",
         "_told",
     )
 
@@ -194,11 +195,13 @@ class _StreamReader:
         self._sink = sink
         self._chat = leg.messages is not None
         self._instance = instance
-        self._started = self._finished = False
+        self._started = self._finished = self._stopped = False
         self._told: Json = {}
 
-    def feed(self, data: bytes) -> None:
-        """Deliver the tokens in ``data``. Raises EngineFault for an error event or a malformed one."""
+    def feed(self, data: bytes) -> bool:
+        """Deliver the tokens in ``data``; return whether the sink ends the leg.
+
+        Raises EngineFault for an error event or a malformed one."""
         for payload in self._parser.feed(data):
             if payload == b"[DONE]":
                 continue
@@ -221,9 +224,13 @@ class _StreamReader:
                     f"the engine sent a malformed event: {payload[:80]!r}", instance=self._instance
                 ) from None
             if token_ids:
-                self._sink.plain(text, token_ids)
-            elif tokens is not None:
-                self._sink.tokens(tokens)
+                stop = self._sink.plain(text, token_ids)
+            else:
+                stop = tokens is not None and self._sink.tokens(tokens)
+            if stop:
+                self._stopped = True
+                return True
+        return False
 
     def _read(self, event: Json, choice: Json) -> Tokens | None:
         """Read any event; None when it has nothing to deliver."""
@@ -247,8 +254,9 @@ class _StreamReader:
         return tokens if useful else None
 
     def end(self) -> LegEnd:
-        """Return the leg's end. Raises EngineUnreachable when the stream stopped without a finish reason."""
-        if not self._finished:
+        """Return the leg's end. Raises EngineUnreachable when the stream stopped by itself without a finish
+        reason."""
+        if not self._finished and not self._stopped:
             raise EngineUnreachable("the stream ended without a finish reason", instance=self._instance)
         return LegEnd(times=_times(self._told))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from tidegate.policies.order import Ticket
+from tidegate.protocol.chunks import Tokens as Tokens
 
 Json = dict[str, Any]
 
@@ -51,28 +52,18 @@ class Leg:
     ticket: Ticket | None = None
 
 
-@dataclass(slots=True)
-class Tokens:
-    """New tokens of a leg. The last piece has ``finish_reason``; ``logprobs`` is as the engine sent it."""
-
-    text: str
-    token_ids: list[int]
-    logprobs: Json | None = None
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-    prompt_token_ids: list[int] | None = None
-    delta: Json | None = None
-    """What a chat's message has beside its content: tool calls, reasoning."""
-
-
 class TokensSink(Protocol):
-    """Takes a leg's pieces on the event loop, in order."""
+    """Takes a leg's pieces on the event loop, in order.
 
-    def tokens(self, tokens: Tokens) -> None:
+    One that returns True has the leg end there: it gets nothing more, and ``Engine.run`` returns. What it
+    raises ends the leg, too, and is raised by ``Engine.run``.
+    """
+
+    def tokens(self, tokens: Tokens) -> bool | None:
         """Take any piece."""
         ...
 
-    def plain(self, text: str, token_ids: list[int]) -> None:
+    def plain(self, text: str, token_ids: list[int]) -> bool | None:
         """Take a piece that is only text and ids, as nearly all are: the short way through the relay."""
         ...
 
@@ -91,7 +82,7 @@ class LegTimes:
 
 @dataclass(frozen=True, slots=True)
 class LegEnd:
-    """How a leg ended, after its last Tokens were delivered."""
+    """How a leg ended, after its last Tokens were delivered, or its sink ended it."""
 
     handle: KvHandle | None = None
     times: LegTimes = field(default_factory=LegTimes)

@@ -18,8 +18,9 @@ import httptools
 
 from tidegate.core.errors import ConfigError, EngineTimeout, EngineUnreachable
 
-BodySink = Callable[[bytes], None]
-"""Called on the event loop with the body bytes of one socket read (of a 200 answer)."""
+BodySink = Callable[[bytes], bool | None]
+"""Called on the event loop with the body bytes of one socket read (of a 200 answer). Returns True to end the
+exchange."""
 
 WATCH_S = 0.5
 """How often silent streams are looked for; a stall is noticed at most this much late."""
@@ -103,9 +104,13 @@ class _RelayConnection(asyncio.Protocol):
             body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
             self._parts = []
             try:
-                self._sink(body)
+                ended = self._sink(body)
             except Exception as error:
                 self.fail(error)
+                return
+            if ended and not self._complete:
+                self._keep = False
+                self._finish()
                 return
         if self._complete:
             self._finish()
@@ -164,9 +169,9 @@ class Wire:
         """Send one request and wait for the end of its answer.
 
         With a ``sink``, the body of a 200 answer goes there piece by piece. Cancelling drops the
-        connection, which makes the engine abort the work. Raises EngineUnreachable when the
-        connection fails or breaks, EngineTimeout after ``deadline_s`` or a silence of ``stall_s``.
-        An exception of the sink ends the exchange and is raised here.
+        connection, which makes the engine abort the work, as does a sink that returns True. Raises
+        EngineUnreachable when the connection fails or breaks, EngineTimeout after ``deadline_s`` or a
+        silence of ``stall_s``. An exception of the sink ends the exchange and is raised here.
         """
         request = b"".join(
             (

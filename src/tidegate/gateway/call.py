@@ -11,12 +11,9 @@ from typing import Any
 
 from tidegate.core.errors import BadRequest, ConfigError
 from tidegate.core.slo import Slo
-from tidegate.protocol.bodies import ChatBody, CompletionBody, parse_body
+from tidegate.protocol.bodies import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, parse_body
 
 Json = dict[str, Any]
-
-DEFAULT_COMPLETION_TOKENS = 16
-"""``max_tokens`` of ``/v1/completions`` when absent (OpenAI)."""
 
 OWN_FIELDS = frozenset(
     {"model", "prompt", "messages", "max_tokens", "max_completion_tokens", "stream", "stream_options", "n"}
@@ -99,16 +96,11 @@ def read_call(value: Json, headers: Mapping[str, str], *, chat: bool, slo: Slo) 
     xargs = {k: v for k, v in (sampling.pop("vllm_xargs", None) or {}).items() if k not in OWN_XARGS}
     if xargs:
         sampling["vllm_xargs"] = xargs
-    if isinstance(body, ChatBody):
-        max_tokens = body.token_limit
-        if body.top_logprobs is not None and not body.logprobs:
-            raise BadRequest("top_logprobs: needs logprobs to be true", param="top_logprobs")
-        if body.logprobs:
-            sampling["top_logprobs"] = body.top_logprobs or 0
-        else:
-            sampling.pop("logprobs", None)
-    else:
-        max_tokens = body.max_tokens
+    max_tokens, logprobs = body.token_limit, body.wanted_logprobs
+    if chat and logprobs is not None:
+        sampling["top_logprobs"] = logprobs
+    elif chat:
+        sampling.pop("logprobs", None)
     if body.min_tokens and max_tokens is not None and body.min_tokens > max_tokens:
         raise BadRequest(
             f"min_tokens: {body.min_tokens} is more than max_tokens {max_tokens}", param="min_tokens"

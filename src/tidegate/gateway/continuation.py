@@ -8,18 +8,30 @@ begun, or earlier; what it then says again is checked and left out.
 from __future__ import annotations
 
 from tidegate.core.errors import NotRepeated
-from tidegate.engines.seam import Json, Tokens
+from tidegate.protocol.chunks import Json, Tokens
+from tidegate.protocol.stop_strings import StopStrings
 
 UNFINISHED = "\ufffd"
 """What stands for the bytes of a character that is not complete."""
 
 
 class Continuation:
-    """The seams of one request. ``out_ids`` is the flight's own list of the ids that were delivered."""
+    """How the legs of one request continue each other. ``out_ids`` is the request's own list of the ids that
+    were delivered.
 
-    __slots__ = ("_again_ids", "_again_text", "_ends", "_out_ids", "_told", "_whole", "clean", "stops")
+    Engines tell which of the ``stops`` ends the answer: only they know the text of every token. Where they
+    are not given them, ``search_after_tokens`` is the number of tokens behind which one is looked for.
+    """
 
-    def __init__(self, out_ids: list[int], stops: StopStrings | None) -> None:
+    __slots__ = (
+        *("_again_ids", "_again_text", "_ends", "_out_ids", "_search_after_tokens", "_told", "_whole"),
+        *("clean", "stops"),
+    )
+
+    def __init__(
+        self, out_ids: list[int], stops: StopStrings | None, *, search_after_tokens: int | None = None
+    ) -> None:
+        self._search_after_tokens = search_after_tokens
         self._out_ids = out_ids
         self._told: list[str] = []
         self._ends: list[int] = []
@@ -86,10 +98,12 @@ class Continuation:
 
     def until_stop(self, text: str, said: int | str | None) -> str:
         """Return what may be delivered of a piece whose ids the caller has appended; ``said`` is the engine's
-        stop reason. See ``StopStrings``."""
+        stop reason. See ``StopStrings.feed``."""
         assert self.stops is not None
-        text = self.stops.feed(text, len(self._out_ids), said if isinstance(said, str) else None)
-        if not self.stops.half_said:
+        after = self._search_after_tokens
+        search = after is not None and len(self._out_ids) > after
+        text = self.stops.feed(text, search=search, ended_with=said if isinstance(said, str) else None)
+        if not self.stops.pending:
             self.clean = self._whole
         return text
 
@@ -109,72 +123,6 @@ class Continuation:
             self._again_text = expected[len(text) :]
             return ""
         raise NotRepeated("the engine does not repeat the text that was delivered")
-
-
-class StopStrings:
-    """Keeps ``stops`` out of text that comes in pieces, or ends it with one if they are to be ``included``.
-
-    Text that may be the start of one is held back. Which one ends the answer is told by the engine, which
-    knows the text of every token. One that is not given them is ``unaware``: then the first is looked for, as
-    vLLM does: it counts when it ends behind the first ``min_tokens`` tokens.
-    """
-
-    __slots__ = ("_held", "_hold", "_include", "_min_tokens", "_stops", "_unaware", "found")
-
-    def __init__(
-        self, stops: tuple[str, ...], *, include: bool = False, unaware: bool = False, min_tokens: int = 0
-    ) -> None:
-        self._stops = stops
-        self._include = include
-        self._unaware = unaware
-        self._min_tokens = min_tokens
-        self._hold = max(map(len, stops)) - 1
-        self._held = ""
-        self.found: str | None = None
-
-    def feed(self, text: str, tokens: int, said: str | None = None) -> str:
-        """Take text with which ``tokens`` tokens are generated in all, and that the engine ``said`` to end
-        with a stop string; return what may be delivered.
-
-        ``found`` is the stop string once there is one, and nothing is delivered behind it.
-        """
-        old = len(self._held)
-        text = self._held + text
-        end = self._end(text, old, tokens, said)
-        if self.found is not None:
-            self._held = ""
-            return text[:end] if self._include else text[: end - len(self.found)]
-        cut = max(0, len(text) - self._hold)
-        while not any(stop.startswith(text[cut:]) for stop in self._stops):
-            cut += 1
-        self._held = text[cut:]
-        return text[:cut]
-
-    def _end(self, text: str, old: int, tokens: int, said: str | None) -> int:
-        """Note the stop string that ends the answer, and return where it ends in ``text``.
-
-        The first ``old`` characters were looked at before.
-        """
-        if said is not None and text.endswith(said):
-            self.found = said
-            return len(text)
-        best = len(text) + 1
-        if said is not None or (self._unaware and tokens > self._min_tokens):
-            for stop in self._stops:
-                end = text.find(stop, max(0, old + 1 - len(stop))) + len(stop)
-                if len(stop) <= end < best:
-                    best, self.found = end, stop
-        return best
-
-    @property
-    def half_said(self) -> bool:
-        """Whether the text so far ends with the start of a stop string."""
-        return bool(self._held)
-
-    def flush(self) -> str:
-        """Return what is held back: the answer ends without a stop string."""
-        text, self._held = self._held, ""
-        return text
 
 
 def _last_rows(logprobs: Json | None, new: int, of: int) -> Json | None:

@@ -99,7 +99,7 @@ class Dispatcher:
         self.drift = FleetDrift()
         self.metrics.registry.register(self.drift)
         self.loads = LoadWatch(
-            self.plane.ledger, clock, journal, self.metrics, fleet.suspect, settings.load_every_s
+            self.plane, clock, journal, self.metrics, fleet.suspect, settings.load_every_s
         )
         self.metrics.registry.register(LoadGauges(self.loads))
         self.handles = Handles(self.upstreams, self.metrics, self.background, fleet.suspect)

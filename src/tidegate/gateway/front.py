@@ -1,31 +1,29 @@
-"""The HTTP front: OpenAI routes in, flights out."""
+"""The HTTP front: OpenAI routes in, requests out."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 from typing import Any
 from weakref import WeakSet
 
 from aiohttp import web
 
 from tidegate.core.errors import (
-    ClientGone,
-    InternalError,
     NoInstance,
     ShuttingDown,
     TidegateError,
     UnknownModel,
     status_of,
 )
-from tidegate.gateway.answers import Collected, Streamed, usage_object
+from tidegate.gateway.answers import StreamedAnswer
 from tidegate.gateway.call import Call, read_call
-from tidegate.gateway.client_stream import ClientStream
-from tidegate.gateway.dispatcher import RETRY_AFTER_S, Dispatcher
 from tidegate.gateway.served_request import ServedRequest
+from tidegate.gateway.dispatcher import RETRY_AFTER_S, Dispatcher
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.gateway.state import models_object, state_object
 from tidegate.gateway.token_estimate import TokenEstimate
+from tidegate.protocol.chunks import AnswerHead, ChunkWriter, WholeAnswer, usage_object
+from tidegate.protocol.client_stream import ClientStream
 from tidegate.protocol.http_front import (
     JSON,
     Handler,
@@ -35,8 +33,6 @@ from tidegate.protocol.http_front import (
     json_answer,
     read_object,
 )
-
-log = logging.getLogger(__name__)
 
 GUARDED = ("/v1/", "/tidegate/")
 CALL_HEADERS = ("x-tenant-id", "x-session-id", "x-slo-ttft-ms", "x-slo-tpot-ms")
@@ -86,7 +82,7 @@ class Front:
         return await handler(request)
 
     def _count(self, request: web.Request, error: TidegateError) -> None:
-        """Count a request that was refused before it became a served, which counts its own outcome."""
+        """Count a request that was refused before it was served, which counts its own outcome."""
         # aiohttp handles each request in a task of its own, so the task stands for the request.
         flown = asyncio.current_task() in self._flown
         if request.method == "POST" and request.path.startswith("/v1/") and not flown:
@@ -107,48 +103,27 @@ class Front:
         model = self._model(call)
         if self.draining:
             raise ShuttingDown("the gateway is shutting down", retry_after_s=RETRY_AFTER_S)
+        head = AnswerHead(call.id, call.created, model, call.chat, call.return_token_ids, call.include_usage)
         if call.stream:
-            return await self._stream(request, call, model, arrival_s)
-        collected = Collected()
-        served = ServedRequest(call, self._dispatcher, self._estimate, collected, arrival_s)
-        await self._fly(request, served)
-        body = collected.body(
-            call,
-            model,
-            finish_reason=served.legs.finish_reason,
-            stop_reason=served.legs.stop_reason,
-            usage=_usage(served),
-            token_ids=served.legs.out_ids,
-            prompt_ids=served.legs.prompt_ids,
-        )
+            client, writer = ClientStream(request, {"x-request-id": call.id}), ChunkWriter(head)
+            answer = StreamedAnswer(writer, client)
+            served = ServedRequest(call, self._dispatcher, self._estimate, answer, arrival_s)
+
+            async def streamed() -> bytes:
+                await self._fly(served)
+                return writer.end(_usage(served))
+
+            return await client.carry(streamed())
+        answer = WholeAnswer(head)
+        served = ServedRequest(call, self._dispatcher, self._estimate, answer, arrival_s)
+        await self._fly(served)
+        body = answer.body(_usage(served), served.legs.prompt_ids)
         return web.Response(body=body, content_type=JSON, headers={"x-request-id": call.id})
 
-    async def _stream(
-        self, request: web.Request, call: Call, model: str, arrival_s: float
-    ) -> web.StreamResponse:
-        client = ClientStream(request, {"x-request-id": call.id})
-        answer = Streamed(call, model, client)
-        served = ServedRequest(call, self._dispatcher, self._estimate, answer, arrival_s)
-        try:
-            await self._fly(request, served)
-        except TidegateError as error:
-            if not client.started or isinstance(error, ClientGone):
-                raise
-            return await client.fail(error)
-        except Exception:
-            if not client.started:
-                raise
-            log.exception("the stream %s failed inside the gateway", call.id)
-            return await client.fail(InternalError("internal error"))
-        except BaseException:
-            client.discard()
-            raise
-        return await answer.finish(_usage(served))
+    async def _fly(self, served: ServedRequest) -> None:
+        """Serve a request, which tells journal and metrics how it ended. Raises what it raises.
 
-    async def _fly(self, request: web.Request, served: ServedRequest) -> None:
-        """Run a served, which tells journal and metrics how it ended. Raises what it raises.
-
-        A served that ``cut_off`` ended raises the error that it recorded.
+        A request that ``cut_off`` ended raises the error that it recorded.
         """
         task = asyncio.current_task()
         assert task is not None
@@ -167,15 +142,15 @@ class Front:
     def _model(self, call: Call) -> str:
         """Return the name of the model that answers. Raises UnknownModel for one that is not served.
 
-        With no instance up any name passes: the served finds that out, and records it.
+        With no instance up any name passes: the request finds that out, and records it.
         """
-        served = {u.member.model for u in self._dispatcher.upstreams.values()}
-        if not served or call.model in served:
+        models = {u.member.model for u in self._dispatcher.upstreams.values()}
+        if not models or call.model in models:
             return call.model or ""
         if call.model is None:
-            return min(served)
+            return min(models)
         raise UnknownModel(
-            f"model {call.model!r} is not served here; served: {', '.join(sorted(served))}", param="model"
+            f"model {call.model!r} is not served here; served: {', '.join(sorted(models))}", param="model"
         )
 
     async def models(self, request: web.Request) -> web.Response:

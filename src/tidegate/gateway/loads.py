@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 
 import aiohttp
 
+from tidegate.control.plane import ControlPlane
 from tidegate.core.clock import Clock
 from tidegate.core.errors import EngineError
 from tidegate.engines.vllm.client import VllmClient
@@ -21,7 +22,6 @@ from tidegate.fleet.member import Member
 from tidegate.fleet.vllm_command import STREAM_PIN_S
 from tidegate.gateway.journal import Journal
 from tidegate.gateway.metrics import Metrics
-from tidegate.ledger.ledger import Ledger
 from tidegate.ledger.reconcile import Difference, Drift, Reconciler, Told
 
 log = logging.getLogger(__name__)
@@ -99,14 +99,15 @@ class LoadWatch:
 
     def __init__(
         self,
-        ledger: Ledger,
+        plane: ControlPlane,
         clock: Clock,
         journal: Journal,
         metrics: Metrics,
         suspect: Callable[[str], None],
         every_s: float,
     ) -> None:
-        self._ledger = ledger
+        self._plane = plane
+        self._ledger = plane.ledger
         self._clock = clock
         self._journal = journal
         self._metrics = metrics
@@ -203,7 +204,7 @@ class LoadWatch:
 
     def _correct(self, watched: Watched) -> None:
         reconciler = watched.reconciler
-        self._ledger.foreign_load(watched.id, reconciler.foreign_requests, reconciler.foreign_tokens)
+        self._plane.foreign_load(watched.id, reconciler.foreign_requests, reconciler.foreign_tokens)
 
     def _tell(self, watched: Watched, news: Iterable[Drift]) -> None:
         now = self._clock.now()

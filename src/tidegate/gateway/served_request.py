@@ -42,8 +42,8 @@ class ServedRequest(LiveRequest):
         super().__init__(call.id, deadline_s, prompt_blocks(call, estimate))
         self.call = call
         self.record = RequestRecord(arrival_s)
-        self.legs = Legs(call, self, dispatcher, estimate, answer)
-        self._runner = LegRunner(call, dispatcher, self.legs)
+        self.legs = Legs(call, self, self.record, dispatcher, estimate, answer)
+        self._runner = LegRunner(call, dispatcher, self.legs, deadline_s)
         self._dispatcher = dispatcher
         self._plane = dispatcher.plane
         self._clock = dispatcher.clock
@@ -62,7 +62,7 @@ class ServedRequest(LiveRequest):
 
     def start_migration(self, effect: StartMigration) -> None:
         """See ``Served.start_migration``: the decode moves at its next token."""
-        why_not = self.legs.migrate(effect.migrate)
+        why_not = self.legs.why_not_movable(effect.migrate)
         if why_not:
             for_good = bool(self.record.unmovable)
             self._plane.migration_refused(self, why_not, self._clock.now(), for_good=for_good)

@@ -1,4 +1,5 @@
 """The OpenAI dialect, as vLLM speaks it: bodies in, chunks and errors out.
 
-``http_front`` is the HTTP front of its servers; the other modules do no I/O.
+``http_front`` is the HTTP front of its servers and ``client_stream`` their end of a stream; the other modules
+do no I/O.
 """

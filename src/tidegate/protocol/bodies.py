@@ -26,6 +26,9 @@ from tidegate.core.errors import BadRequest
 MOST_BODY_BYTES = 32 * 2**20
 """Default limit of an upload (ours): the longest contexts in use, as text, with room to spare."""
 
+DEFAULT_COMPLETION_TOKENS = 16
+"""``max_tokens`` of ``/v1/completions`` when absent (OpenAI)."""
+
 MOST_TOKENS = 2**21
 MOST_MESSAGES = 2**14
 """Longer lists are refused before their items are looked at: no served context holds them."""
@@ -128,6 +131,16 @@ class CompletionBody(_SamplingBody):
     echo: Literal[False] | None = None
     best_of: Annotated[StrictInt, Field(ge=1, le=1)] | None = None
 
+    @property
+    def token_limit(self) -> int | None:
+        """``max_tokens``."""
+        return self.max_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """How many alternatives to report beside each token; None for no logprobs."""
+        return self.logprobs
+
 
 class ChatMessage(BaseModel):
     """One message. ``content`` may be text or OpenAI content parts of type ``text``."""
@@ -151,6 +164,16 @@ class ChatBody(_SamplingBody):
     def token_limit(self) -> int | None:
         """``max_completion_tokens``, or its older name ``max_tokens``."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """How many alternatives to report beside each token; None for no logprobs. Raises BadRequest for
+        ``top_logprobs`` without ``logprobs``."""
+        if self.logprobs:
+            return self.top_logprobs or 0
+        if self.top_logprobs:
+            raise BadRequest("top_logprobs: needs logprobs to be true", param="top_logprobs")
+        return None
 
 
 Body = TypeVar("Body", bound=BaseModel)

@@ -1,4 +1,4 @@
-"""Server-sent events: framing out, and an incremental parser in."""
+"""Server-sent events: framing out, with the HTTP chunks around them, and an incremental parser in."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ DONE = b"data: [DONE]\n\n"
 def event(payload: bytes) -> bytes:
     """Frame one JSON payload as an event."""
     return b"data: " + payload + b"\n\n"
+
+
+def http_chunk(data: bytes) -> bytes:
+    """Frame bytes as a chunk of an HTTP/1.1 body with chunked encoding."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 class SseParser:

@@ -12,17 +12,19 @@ import asyncio
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import httptools
 import orjson
 
 from tidegate.core.errors import TidegateError
 from tidegate.protocol.bodies import parse_object
+from tidegate.protocol.chunks import AnswerHead, ChunkWriter, Json, Tokens, WholeAnswer, usage_object
+from tidegate.protocol.sse import http_chunk
 
-Json = dict[str, Any]
 VOCAB = 500
 MODEL = "fake"
+END_OF_BODY = b"0\r\n\r\n"
 
 
 def token_at(prompt: list[int], position: int) -> int:
@@ -36,15 +38,16 @@ def text_of(token: int) -> str:
 
 
 @dataclass(slots=True)
-class _Stream:
+class _FakeStream:
     transport: asyncio.Transport
+    writer: ChunkWriter
     prompt: list[int]
+    prompt_ids: list[int]
     position: int
     left: int
-    request_id: str
     chat: bool
     logprobs: bool
-    untold: list[int] | None
+    begun: bool = False
 
 
 class FakeEngine:
@@ -59,7 +62,7 @@ class FakeEngine:
         self.engine_id = engine_id
         self.step_s = step_s
         self.port = 0
-        self.streams: dict[asyncio.Transport, _Stream] = {}
+        self.streams: dict[asyncio.Transport, _FakeStream] = {}
         self.connections: set[asyncio.Transport] = set()
         self.pinned: set[str] = set()
         self.released: list[str] = []
@@ -102,20 +105,17 @@ class FakeEngine:
             token = token_at(stream.prompt, stream.position)
             stream.position += 1
             stream.left -= 1
-            last = stream.left <= 0
-            choice = _choice(
-                token, "delta" if stream.chat else None, "length" if last else None, stream.logprobs
-            )
-            if stream.untold is not None:
-                choice["prompt_token_ids"], stream.untold = stream.untold, None
-            _send_event(
-                stream.transport, {"id": stream.request_id, "object": "text_completion", "choices": [choice]}
-            )
-            if last:
+            if stream.begun and not stream.logprobs and stream.left > 0:
+                stream.transport.write(http_chunk(stream.writer.plain(text_of(token), [token])))
+                continue
+            stream.begun = True
+            piece = _piece(token, chat=stream.chat, logprobs=stream.logprobs, last=stream.left <= 0)
+            piece.prompt_token_ids = stream.prompt_ids
+            data = stream.writer.piece(piece)
+            if stream.left <= 0:
                 self.streams.pop(stream.transport, None)
-                usage = {"prompt_tokens": len(stream.prompt), "completion_tokens": stream.position}
-                _send_event(stream.transport, {"id": stream.request_id, "choices": [], "usage": usage})
-                stream.transport.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
+                data += stream.writer.end(usage_object(len(stream.prompt), stream.position, 0))
+            stream.transport.write(http_chunk(data) + (b"" if stream.left > 0 else END_OF_BODY))
         if self.streams:
             self.step_soon()
 
@@ -158,31 +158,25 @@ class FakeEngine:
         generated = kv.get("tidegate_generated", 0)
         origin = ids[: len(ids) - generated]
         request_id = str(body.get("request_id", "r"))
+        usage = bool((body.get("stream_options") or {}).get("include_usage"))
+        head = AnswerHead(request_id, 0, MODEL, chat, return_token_ids=True, include_usage=usage)
         if body.get("stream"):
             transport.write(
                 b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
             )
             left = int(body.get("max_tokens", 16))
-            self.streams[transport] = _Stream(
-                transport, origin, generated, left, request_id, chat, logprobs, ids
+            self.streams[transport] = _FakeStream(
+                transport, ChunkWriter(head), origin, ids, generated, left, chat, logprobs
             )
             self.step_soon()
             return
         if self.hold_prefill:
             self.held.append(transport)
             return
-        token = token_at(origin, generated)
-        choice = _choice(token, "message" if chat else None, "length", logprobs)
-        answer: Json = {
-            "id": request_id,
-            "object": "text_completion",
-            "choices": [choice],
-            "prompt_token_ids": ids,
-            "usage": {"prompt_tokens": len(ids), "completion_tokens": 1},
-        }
+        handle: Json = {}
         if kv.get("do_remote_decode"):
             self.pinned.add(request_id)
-            answer["kv_transfer_params"] = {
+            handle["kv_transfer_params"] = {
                 "do_remote_prefill": True,
                 "do_remote_decode": False,
                 "remote_engine_id": self.engine_id,
@@ -190,27 +184,21 @@ class FakeEngine:
                 "remote_block_ids": [[0]],
                 "remote_num_tokens": len(ids),
             }
-        _send_json(transport, answer)
+        whole = WholeAnswer(head)
+        whole.tokens(_piece(token_at(origin, generated), chat=chat, logprobs=logprobs, last=True))
+        _send(transport, whole.body(usage_object(len(ids), 1, 0), ids, handle))
 
 
-def _choice(token: int, chat_part: str | None, finish_reason: str | None, logprobs: bool) -> Json:
-    """Return a choice of one token, in chat form when ``chat_part`` names the part that holds the text."""
+def _piece(token: int, *, chat: bool, logprobs: bool, last: bool) -> Tokens:
+    """Return a token as a piece."""
     text = text_of(token)
     said: Json | None = None
-    if logprobs and chat_part is not None:
-        said = {
-            "content": [{"token": text, "logprob": -1.0, "bytes": list(text.encode()), "top_logprobs": []}]
-        }
+    if logprobs and chat:
+        row = {"token": text, "logprob": -1.0, "bytes": list(text.encode()), "top_logprobs": []}
+        said = {"content": [row]}
     elif logprobs:
-        said = {"tokens": [text], "token_logprobs": [-1.0], "top_logprobs": [{}], "text_offset": [0]}
-    return {
-        "index": 0,
-        **({"text": text} if chat_part is None else {chat_part: {"role": "assistant", "content": text}}),
-        "logprobs": said,
-        "finish_reason": finish_reason,
-        "stop_reason": None,
-        "token_ids": [token],
-    }
+        said = {"tokens": [text], "token_logprobs": [-1.0], "top_logprobs": [{}]}
+    return Tokens(text, [token], said, "length" if last else None)
 
 
 class _Serving(asyncio.Protocol):
@@ -249,16 +237,14 @@ class _Serving(asyncio.Protocol):
 
 
 def _send_json(transport: asyncio.Transport, value: Json, status: int = 200) -> None:
-    body = orjson.dumps(value)
+    _send(transport, orjson.dumps(value), status)
+
+
+def _send(transport: asyncio.Transport, body: bytes, status: int = 200) -> None:
     transport.write(
         b"HTTP/1.1 %d OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
         % (status, len(body), body)
     )
-
-
-def _send_event(transport: asyncio.Transport, value: Json) -> None:
-    data = b"data: " + orjson.dumps(value) + b"\n\n"
-    transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
 
 async def _serve(port: int, engine_id: str, step_s: float) -> None:

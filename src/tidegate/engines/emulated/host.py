@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Sequence as Fleet
 from dataclasses import dataclass, field
 
 from tidegate.core.clock import Clock
@@ -65,8 +64,8 @@ class Host:
 
     def __init__(
         self,
-        replicas: Fleet[Replica],
-        engine_ids: Fleet[str],
+        replicas: list[Replica],
+        engine_ids: list[str],
         *,
         order: Order | None = None,
         front_s: float = 0.0,

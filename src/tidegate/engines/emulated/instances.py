@@ -39,7 +39,7 @@ class EmulatedInstances:
         front_s: float = 0.0,
     ) -> None:
         ids = [f"{replica.instance.id}-{secrets.token_hex(4)}" for replica in replicas]
-        self.host = Host(replicas, ids, order=order, front_s=front_s)
+        self.host = Host(list(replicas), ids, order=order, front_s=front_s)
         self._model = model
         self._secret = secret
         self._api_key = api_key

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from tidegate.engines.serving.types import GenerateRequest, Output
+from tidegate.protocol.stop_strings import StopStrings
 
 
 class TextDecoder(Protocol):
@@ -43,14 +44,16 @@ class ByteDecoder:
 class TextAssembler:
     """The text of one request: decoding, stop strings and what is held back."""
 
-    __slots__ = ("_decoder", "_held", "_hold", "_stops", "stopped_by")
+    __slots__ = ("_decoder", "_stops")
 
     def __init__(self, decoder: TextDecoder, stops: tuple[str, ...]) -> None:
         self._decoder = decoder
-        self._stops = tuple(stop for stop in stops if stop)
-        self._hold = max((len(stop) for stop in self._stops), default=0) - 1
-        self._held = ""
-        self.stopped_by: str | None = None
+        self._stops = StopStrings(tuple(stop for stop in stops if stop))
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that ended the text."""
+        return self._stops.found
 
     def add(self, token_id: int, may_stop: bool = True) -> str:
         """Take one id and return the text that may be shown now.
@@ -59,9 +62,7 @@ class TextAssembler:
         ``may_stop`` false (below ``min_tokens``) stop strings are shown like any text.
         """
         text = self._decoder.add(token_id)
-        if self._hold < 0 or not text:
-            return text
-        return self._scan(self._held + text, may_stop)
+        return self._stops.feed(text, search=may_stop) if text else text
 
     def replay(self, token_ids: Sequence[int], min_tokens: int) -> None:
         """Take the output of earlier legs, whose text has been shown."""
@@ -70,28 +71,8 @@ class TextAssembler:
 
     def flush(self) -> str:
         """Return everything held back; the request ends here."""
-        text = self._held + self._decoder.flush()
-        self._held = ""
-        return text if self._hold < 0 else self._scan(text, True) + self._held
-
-    def _scan(self, text: str, may_stop: bool) -> str:
-        if may_stop:
-            found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
-            if found:
-                at, self.stopped_by = min(found, key=lambda hit: hit[0])
-                self._held = ""
-                return text[:at]
-        keep = self._possible_stop(text)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-    def _possible_stop(self, text: str) -> int:
-        """Return the length of the longest tail of ``text`` that begins a stop string."""
-        for length in range(min(self._hold, len(text)), 0, -1):
-            tail = text[len(text) - length :]
-            if any(stop.startswith(tail) for stop in self._stops):
-                return length
-        return 0
+        text = self._stops.feed(self._decoder.flush(), search=True)
+        return text + self._stops.flush()
 
 
 def say_token(

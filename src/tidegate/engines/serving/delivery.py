@@ -9,18 +9,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import orjson
-
-from tidegate.core.errors import InternalError
-from tidegate.engines.serving.answers import Answer, Collected
+from tidegate.core.errors import ClientGone, InternalError
+from tidegate.engines.serving.answers import EngineAnswer
 from tidegate.engines.serving.metrics import RequestMeter
 from tidegate.engines.serving.types import Output
-from tidegate.protocol.errors import error_object
-from tidegate.protocol.sse import DONE, event
+from tidegate.protocol.chunks import ChunkWriter, WholeAnswer
+from tidegate.protocol.client_stream import ClientStream
 
 log = logging.getLogger(__name__)
-
-MOST_UNREAD_BYTES = 4 << 20
 
 Receiver = Callable[[Output], None]
 
@@ -62,90 +58,74 @@ class OutputRouter:
             del self._receivers[request_id]
 
 
-class WholeAnswer:
-    """Collects a request's outputs. ``finished`` resolves to its last one."""
+class WholeDelivery:
+    """Collects a request's outputs. ``finished`` resolves to the body, or fails with the engine's error."""
 
-    def __init__(self, meter: RequestMeter) -> None:
-        self.said = Collected()
-        self.finished: asyncio.Future[Output] = _future()
+    def __init__(self, answer: EngineAnswer, meter: RequestMeter) -> None:
+        self.finished: asyncio.Future[bytes] = _future()
+        self._answer = answer
+        self._whole = WholeAnswer(answer.head)
         self._meter = meter
 
     def receive(self, output: Output) -> None:
+        """Take the next output."""
         self._meter.observe(output, time.monotonic())
-        self.said.add(output)
-        if output.finish_reason is None or self.finished.done():
+        if self.finished.done():
             return
         if output.finish_reason == "error":
-            self.finished.set_exception(InternalError(output.error or "the engine failed the request"))
-        else:
-            self.finished.set_result(output)
+            self.finished.set_exception(_failure(output))
+            return
+        answer, whole = self._answer, self._whole
+        whole.tokens(answer.tokens(output))
+        if output.finish_reason is not None:
+            usage = answer.usage(len(whole.token_ids), output)
+            self.finished.set_result(whole.body(usage, answer.prompt_ids, answer.ending(output)))
 
 
-class StreamedAnswer:
-    """Writes a request's outputs to its connection as they arrive, without waking a task per chunk.
+class StreamDelivery:
+    """Sends a request's outputs to its client as they arrive, without waking a task per chunk.
 
-    ``started`` resolves with the first output, before anything is sent, so that an early failure
-    can still be a plain error answer. From ``attach`` on every output goes straight to the
-    transport. ``finished`` resolves once the last event is written, or fails with
-    ConnectionResetError when the client is gone or does not read.
+    ``finished`` resolves to the last events, which are not sent here, or fails with the engine's error or
+    with ClientGone.
     """
 
-    def __init__(self, answer: Answer, meter: RequestMeter) -> None:
-        self.started: asyncio.Future[None] = _future()
-        self.finished: asyncio.Future[None] = _future()
+    def __init__(self, answer: EngineAnswer, meter: RequestMeter, client: ClientStream) -> None:
+        self.finished: asyncio.Future[bytes] = _future()
         self._answer = answer
+        self._writer = ChunkWriter(answer.head)
+        self._client = client
         self._meter = meter
-        self._early: list[Output] = []
-        self._transport: asyncio.WriteTransport | None = None
-        self._chunked = True
+        self._generated = 0
 
     def receive(self, output: Output) -> None:
+        """Take the next output."""
         self._meter.observe(output, time.monotonic())
-        if self._transport is not None:
-            self._send(output)
+        if self.finished.done():
             return
-        if output.finish_reason == "error" and not self._early:
-            if not self.started.done():
-                self.started.set_exception(InternalError(output.error or "the engine failed the request"))
-            return
-        self._early.append(output)
-        if not self.started.done():
-            self.started.set_result(None)
-
-    def attach(self, transport: asyncio.WriteTransport, *, chunked: bool) -> None:
-        """Send what has arrived and everything after it to ``transport``; the headers are sent."""
-        self._transport = transport
-        self._chunked = chunked
-        early, self._early = self._early, []
-        for output in early:
-            self._send(output)
-
-    def _send(self, output: Output) -> None:
-        if self.finished.done() or self._transport is None:
-            return
-        if self._transport.is_closing():
-            self.finished.set_exception(ConnectionResetError("the client is gone"))
-            return
-        data = self._encode(output)
-        if self._chunked:
-            data = b"%x\r\n%b\r\n" % (len(data), data)
-        self._transport.write(data)
-        if output.finish_reason is not None:
-            self.finished.set_result(None)
-        elif self._transport.get_write_buffer_size() > MOST_UNREAD_BYTES:
-            self.finished.set_exception(ConnectionResetError("the client does not read its stream"))
-
-    def _encode(self, output: Output) -> bytes:
-        if output.finish_reason is None:
-            return self._answer.chunk(output)
         if output.finish_reason == "error":
-            error = InternalError(output.error or "the engine failed the request")
-            return _error_event(error) + DONE
-        return self._answer.chunk(output) + self._answer.usage_chunk(output.times) + DONE
+            self.finished.set_exception(_failure(output))
+            return
+        begun = self._generated > 0
+        self._generated += len(output.token_ids)
+        if output.finish_reason is not None:
+            self.finished.set_result(self._last_events(output))
+            return
+        try:
+            if begun and output.logprobs is None:
+                self._client.send(self._writer.plain(output.text, output.token_ids))
+            else:
+                self._client.send(self._writer.piece(self._answer.tokens(output)))
+        except ClientGone as error:
+            self.finished.set_exception(error)
+
+    def _last_events(self, last: Output) -> bytes:
+        answer, writer = self._answer, self._writer
+        chunk = writer.piece(answer.tokens(last), answer.ending(last))
+        return chunk + writer.end(answer.usage(self._generated, last))
 
 
-def _error_event(error: InternalError) -> bytes:
-    return event(orjson.dumps(error_object(error)))
+def _failure(output: Output) -> InternalError:
+    return InternalError(output.error or "the engine failed the request")
 
 
 def _future() -> asyncio.Future[Any]:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from aiohttp import HttpVersion11, web
+from aiohttp import web
 
 from tidegate.core.errors import Forbidden, NoInstance, PromptTooLong
-from tidegate.engines.serving.answers import Answer
-from tidegate.engines.serving.delivery import OutputRouter, StreamedAnswer, WholeAnswer
+from tidegate.engines.serving.answers import EngineAnswer
+from tidegate.engines.serving.delivery import OutputRouter, StreamDelivery, WholeDelivery
 from tidegate.engines.serving.metrics import RequestMeter, ServerMetrics
 from tidegate.engines.serving.requests import (
-    Call,
+    ServedCall,
     build_call,
     check_model,
     kv_source,
@@ -27,14 +26,12 @@ from tidegate.engines.serving.secret import SECRET_HEADER, LaunchSecret
 from tidegate.engines.serving.served import PromptCodec, ServedEngine, ServingFacts
 from tidegate.engines.serving.types import KvPuller, KvSource
 from tidegate.protocol.bodies import ChatBody, CompletionBody, parse_body
+from tidegate.protocol.client_stream import ClientStream
 from tidegate.protocol.http_front import JSON, read_object
-
-log = logging.getLogger(__name__)
 
 LONG_TEXT_CHARS = 20_000
 MESSAGE_CHARS = 64
 """What a chat template adds around a message, roughly: many empty messages are long, too."""
-_STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +52,7 @@ class Generation:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._calls: dict[str, Call] = {}
+        self._calls: dict[str, ServedCall] = {}
         self.draining = False
         self._drained: asyncio.Event | None = None
 
@@ -109,47 +106,24 @@ class Generation:
             refuse_unsupported(body)
             prompt = await self._prompt_ids(body)
             call = build_call(body, prompt, self._parts.facts, source)
-        answer = Answer(call, self._parts.facts)
+        answer = EngineAnswer(call, self._parts.facts)
         meter = RequestMeter(self._parts.metrics, arrived_s)
         if call.stream:
-            return await self._stream(request, call, StreamedAnswer(answer, meter))
-        return await self._whole(call, answer, WholeAnswer(meter))
+            client = ClientStream(request, {})
+            return await client.carry(self._finished(call, StreamDelivery(answer, meter, client)))
+        whole = await self._finished(call, WholeDelivery(answer, meter))
+        return web.Response(body=whole, content_type=JSON)
 
-    async def _whole(self, call: Call, answer: Answer, collected: WholeAnswer) -> web.Response:
-        with self._running(call, collected):
-            last = await collected.finished
-        return web.Response(body=answer.body(collected.said, last), content_type=JSON)
-
-    async def _stream(self, request: web.Request, call: Call, streamed: StreamedAnswer) -> web.StreamResponse:
-        """Stream the answer. aiohttp ends the returned response, quietly if the client is gone by then."""
-        response = web.StreamResponse(headers=_STREAM_HEADERS)
-        try:
-            with self._running(call, streamed):
-                await streamed.started
-                await self._write_events(request, response, streamed)
-        except ConnectionError as error:
-            log.debug("stream %s ended early: %s", call.public_id, error)
-            if request.transport is not None:
-                request.transport.abort()
-        return response
-
-    async def _write_events(
-        self, request: web.Request, response: web.StreamResponse, streamed: StreamedAnswer
-    ) -> None:
-        chunked = request.version >= HttpVersion11
-        if chunked:
-            response.enable_chunked_encoding()
-        await response.prepare(request)
-        if request.transport is None:
-            raise ConnectionResetError("the client is gone")
-        streamed.attach(request.transport, chunked=chunked)
-        await streamed.finished
+    async def _finished(self, call: ServedCall, delivery: WholeDelivery | StreamDelivery) -> bytes:
+        """Run the call; return what is left to be sent. Raises the engine's error, or ClientGone."""
+        with self._running(call, delivery):
+            return await delivery.finished
 
     @contextlib.contextmanager
-    def _running(self, call: Call, receiver: WholeAnswer | StreamedAnswer) -> Iterator[None]:
+    def _running(self, call: ServedCall, delivery: WholeDelivery | StreamDelivery) -> Iterator[None]:
         """Submit the call; when the block ends before the engine does, abort it and free its KV."""
         engine, request_id = self._parts.engine, call.generate.id
-        with self._parts.router.receiving(request_id, receiver.receive):
+        with self._parts.router.receiving(request_id, delivery.receive):
             with self._releasing_if_refused(call.generate.source):
                 engine.submit(call.generate)
             self._calls[request_id] = call

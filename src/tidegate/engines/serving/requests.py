@@ -10,9 +10,14 @@ from tidegate.core.errors import BadRequest, PromptTooLong, UnknownModel
 from tidegate.engines.serving.served import ServingFacts
 from tidegate.engines.serving.types import GenerateRequest, KvSource, SamplingParams
 from tidegate.policies.order import Ticket
-from tidegate.protocol.bodies import ChatBody, CompletionBody, KvTransferParams, TicketParams
+from tidegate.protocol.bodies import (
+    DEFAULT_COMPLETION_TOKENS,
+    ChatBody,
+    CompletionBody,
+    KvTransferParams,
+    TicketParams,
+)
 
-DEFAULT_COMPLETION_TOKENS = 16
 MOST_ID_CHARS = 256
 MOST_STOP_CHARS = 1024
 
@@ -54,7 +59,7 @@ _HANDLE_FIELDS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class ServedCall:
     """One request to answer: what the engine gets, and how the client wants the answer.
 
     ``public_id`` is the id in answers; the engine's id adds a random part, so that clients may
@@ -100,7 +105,7 @@ def prompt_override(body: ChatBody) -> list[int] | None:
 
 def build_call(
     body: CompletionBody | ChatBody, prompt: list[int], facts: ServingFacts, source: KvSource | None
-) -> Call:
+) -> ServedCall:
     """Return the call for ``body`` whose prompt has these ids. Raises BadRequest or PromptTooLong."""
     chat = isinstance(body, ChatBody)
     field = "messages" if chat else "prompt"
@@ -132,7 +137,7 @@ def build_call(
         ticket=_ticket(kv.tidegate_ticket),
     )
     usage = body.stream_options is not None and body.stream_options.include_usage
-    return Call(public_id, generate, chat, body.stream, usage, body.return_token_ids, client_id)
+    return ServedCall(public_id, generate, chat, body.stream, usage, body.return_token_ids, client_id)
 
 
 def kv_source(params: KvTransferParams | None, facts: ServingFacts) -> KvSource | None:
@@ -200,7 +205,7 @@ def _sampling(
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=body.ignore_eos,
         min_tokens=min_tokens,
-        logprobs=_logprobs(body),
+        logprobs=body.wanted_logprobs,
         **given,
     )
 
@@ -215,7 +220,7 @@ def _max_tokens(body: CompletionBody | ChatBody, prompt_tokens: int, facts: Serv
             f"{facts.max_model_len} tokens",
             param=field,
         )
-    asked = body.token_limit if isinstance(body, ChatBody) else body.max_tokens
+    asked = body.token_limit
     if asked is None:
         return room if chat else min(DEFAULT_COMPLETION_TOKENS, room)
     if asked > room:
@@ -225,16 +230,6 @@ def _max_tokens(body: CompletionBody | ChatBody, prompt_tokens: int, facts: Serv
             param="max_tokens",
         )
     return asked
-
-
-def _logprobs(body: CompletionBody | ChatBody) -> int | None:
-    if isinstance(body, CompletionBody):
-        return body.logprobs
-    if body.logprobs:
-        return body.top_logprobs or 0
-    if body.top_logprobs:
-        raise BadRequest("top_logprobs: needs logprobs to be true", param="top_logprobs")
-    return None
 
 
 def _bad_handle(name: str, why: str) -> BadRequest:

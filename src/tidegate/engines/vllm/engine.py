@@ -142,17 +142,17 @@ class _FirstToken:
         self.owner = owner
         self.lease: asyncio.Timeout | None = None
 
-    def tokens(self, tokens: Tokens) -> None:
+    def tokens(self, tokens: Tokens) -> bool | None:
         """See ``TokensSink.tokens``."""
         if tokens.token_ids or tokens.finish_reason is not None:
             self._came()
-        self._sink.tokens(tokens)
+        return self._sink.tokens(tokens)
 
-    def plain(self, text: str, token_ids: list[int]) -> None:
+    def plain(self, text: str, token_ids: list[int]) -> bool | None:
         """See ``TokensSink.plain``."""
         if self.lease is not None:
             self._came()
-        self._sink.plain(text, token_ids)
+        return self._sink.plain(text, token_ids)
 
     def _came(self) -> None:
         if self.lease is not None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import Awaitable, Mapping
 
 from aiohttp import HttpVersion11, web
 
-from tidegate.core.errors import ClientGone, TidegateError
+from tidegate.core.errors import ClientGone, InternalError, TidegateError
 from tidegate.protocol.errors import error_body
-from tidegate.protocol.sse import event
+from tidegate.protocol.sse import event, http_chunk
 
-UNREAD_BYTES = 2 * 2**20
+log = logging.getLogger(__name__)
+
+UNREAD_BYTES = 4 * 2**20
 """A client that leaves this much unread is dropped: its backlog would grow without bound (ours)."""
 LEAVE_S = 30.0
 """How long a client may take to read what is left of a finished answer (ours)."""
@@ -22,25 +26,20 @@ HEADERS = {
 
 
 class ClientStream:
-    """Sends events to the client from inside the engine's read callback.
+    """Sends events to the client from inside the callback that brings them.
 
     The answer's head is sent with the first event, so that a failure before it still has its own
     HTTP status. After the head, events go straight to the connection's transport, each as one HTTP
     chunk (to an HTTP/1.0 client as they are, until the connection closes): no task switch per chunk.
     """
 
-    def __init__(self, request: web.Request, headers: dict[str, str]) -> None:
+    def __init__(self, request: web.Request, headers: Mapping[str, str]) -> None:
         self._request = request
         self.response = web.StreamResponse(headers={**HEADERS, **headers})
         self._chunked = request.version >= HttpVersion11
         self._transport: asyncio.WriteTransport | None = None
         self._pending: list[bytes] = []
         self._opening: asyncio.Task[None] | None = None
-
-    @property
-    def started(self) -> bool:
-        """Whether anything was or is being sent."""
-        return self._opening is not None
 
     def send(self, data: bytes) -> None:
         """Send events. Raises ClientGone when the client has left or reads too slowly."""
@@ -49,16 +48,40 @@ class ClientStream:
             self._pending.append(data)
             if self._opening is None:
                 self._opening = asyncio.create_task(self._open())
+                # Its failure may go unseen: a handler that is cancelled has nobody to tell.
+                self._opening.add_done_callback(lambda task: task.cancelled() or task.exception())
             return
-        transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        transport.write(http_chunk(data) if self._chunked else data)
         if transport.is_closing():
             raise ClientGone("the client closed the connection")
         if transport.get_write_buffer_size() > UNREAD_BYTES:
             transport.abort()
             raise ClientGone(f"the client left {UNREAD_BYTES} bytes unread")
 
-    async def finish(self, data: bytes) -> web.StreamResponse:
-        """Send the last events and end the answer."""
+    async def carry(self, work: Awaitable[bytes]) -> web.StreamResponse:
+        """Await ``work``, which sends events and returns the closing ones, and end the answer with them.
+
+        What it raises before the first event is raised here, and so is ClientGone. A later error ends the
+        answer with an error event and without ``[DONE]``: it is visibly incomplete.
+        """
+        try:
+            end = await work
+        except Exception as failure:
+            if self._opening is None or isinstance(failure, ClientGone):
+                raise
+            error = failure
+            if not isinstance(error, TidegateError):
+                log.exception("a stream failed inside the server")
+                error = InternalError("internal error")
+            end = event(error_body(error))
+        except BaseException:
+            if self._opening is not None:
+                self._opening.cancel()
+            raise
+        return await self._finish(end)
+
+    async def _finish(self, data: bytes) -> web.StreamResponse:
+        """Send the last events and end the answer. Raises ClientGone when they are not taken."""
         self.send(data)
         assert self._opening is not None
         try:
@@ -70,15 +93,6 @@ class ClientStream:
                 self._request.transport.abort()
             raise ClientGone(f"the client did not take the end of its answer within {LEAVE_S:g} s") from None
         return self.response
-
-    async def fail(self, error: TidegateError) -> web.StreamResponse:
-        """End a started answer with an error event and without ``[DONE]``: it is visibly incomplete."""
-        return await self.finish(event(error_body(error)))
-
-    def discard(self) -> None:
-        """Give up; nothing more is sent."""
-        if self._opening is not None:
-            self._opening.cancel()
 
     async def _open(self) -> None:
         """Send the head with all that came before it was out."""

@@ -1,0 +1,237 @@
+"""Answers of completions and chat: pieces, the chunks of a stream, and bodies that are sent whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import orjson
+
+from tidegate.protocol.sse import DONE
+
+Json = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Tokens:
+    """New tokens of an answer. The last piece has ``finish_reason``. ``logprobs`` are in the form of the
+    endpoint: OpenAI's for completions or for chat. ``prompt_token_ids`` is for the first piece."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: Json | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    prompt_token_ids: list[int] | None = None
+    delta: Json | None = None
+    """What a chat's message has beside its content: tool calls, reasoning."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerHead:
+    """What does not change in an answer, and what its client wants in it. ``created`` is in Unix seconds."""
+
+    id: str
+    created: int
+    model: str
+    chat: bool
+    return_token_ids: bool = False
+    include_usage: bool = False
+
+
+def usage_object(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Json:
+    """Return OpenAI ``usage``."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
+
+
+class ChunkWriter:
+    """Writes the events of one streamed answer.
+
+    The parts of an event that do not change are encoded once; a piece costs one string encoding. With
+    ``return_token_ids`` the prompt's ids come where vLLM has them: in a completion's first choice, beside the
+    choices of a chat's first chunk.
+    """
+
+    __slots__ = (
+        "_after_ids",
+        "_after_text",
+        "_before",
+        "_chars",
+        "_chat",
+        "_head",
+        "_ids",
+        "_opened",
+        "_tail",
+        "_usage",
+    )
+
+    def __init__(self, head: AnswerHead) -> None:
+        self._chat, self._ids, self._usage = head.chat, head.return_token_ids, head.include_usage
+        kind = "chat.completion.chunk" if head.chat else "text_completion"
+        fields = {"id": head.id, "object": kind, "created": head.created, "model": head.model}
+        self._head = b"data: " + orjson.dumps(fields)[:-1] + b',"choices":['
+        self._tail = (b',"usage":null' if head.include_usage else b"") + b"}\n\n"
+        text_of = b'"delta":{"content":' if head.chat else b'"text":'
+        self._before = self._head + b'{"index":0,' + text_of
+        self._after_ids = b',"logprobs":null,"finish_reason":null}]' + self._tail
+        self._after_text = b"}" if head.chat else b""
+        self._after_text += b',"token_ids":' if self._ids else self._after_ids
+        self._opened = False
+        self._chars = 0
+
+    def plain(self, text: str, token_ids: list[int]) -> bytes:
+        """Return the event of a piece that is only text and ids, and not the first one."""
+        data = self._before + orjson.dumps(text) + self._after_text
+        return data + orjson.dumps(token_ids) + self._after_ids if self._ids else data
+
+    def piece(self, tokens: Tokens, more: Json | None = None) -> bytes:
+        """Return the event of any piece, behind that of the role if it is a chat's first; ``more`` is put
+        beside its choices."""
+        opening, extras = b"", tokens.delta or {}
+        prompt_ids = None if self._opened or not self._ids else tokens.prompt_token_ids
+        if self._chat and not self._opened:
+            role = {"role": "assistant", "content": ""}
+            choice: Json = {"index": 0, "delta": role, "logprobs": None, "finish_reason": None}
+            opening = self._event(choice, None if prompt_ids is None else {"prompt_token_ids": prompt_ids})
+            prompt_ids = None
+        self._opened = True
+        if (
+            tokens.finish_reason is None
+            and tokens.logprobs is None
+            and more is None
+            and prompt_ids is None
+            and not extras
+        ):
+            return opening + self.plain(tokens.text, tokens.token_ids)
+        choice = {"index": 0}
+        if self._chat:
+            goes_on = tokens.finish_reason is None and not extras
+            delta = ({"content": tokens.text} if tokens.text or goes_on else {}) | extras
+            choice |= {"delta": delta, "logprobs": tokens.logprobs}
+        else:
+            choice |= {"text": tokens.text, "logprobs": self._placed(tokens.logprobs)}
+        choice["finish_reason"] = tokens.finish_reason
+        if tokens.finish_reason is not None:
+            choice["stop_reason"] = tokens.stop_reason
+        if self._ids:
+            choice["token_ids"] = tokens.token_ids
+        if prompt_ids is not None:
+            choice["prompt_token_ids"] = prompt_ids
+        return opening + self._event(choice, more)
+
+    def end(self, usage: Json) -> bytes:
+        """Return the closing events."""
+        if not self._usage:
+            return DONE
+        return self._head + b'],"usage":' + orjson.dumps(usage) + b"}\n\n" + DONE
+
+    def _placed(self, logprobs: Json | None) -> Json | None:
+        """Return a completion's logprobs with offsets, in characters, from the start of the answer."""
+        if logprobs is None:
+            return None
+        placed = _with_offsets(logprobs, self._chars)
+        self._chars += sum(map(len, logprobs.get("tokens") or []))
+        return placed
+
+    def _event(self, choice: Json, more: Json | None) -> bytes:
+        beside = b"" if more is None else b"," + orjson.dumps(more)[1:-1]
+        return self._head + orjson.dumps(choice) + b"]" + beside + self._tail
+
+
+class WholeAnswer:
+    """Gathers the pieces of an answer that is sent whole. ``token_ids`` are those that came so far."""
+
+    __slots__ = ("_extras", "_head", "_last", "_logprobs", "_texts", "token_ids")
+
+    def __init__(self, head: AnswerHead) -> None:
+        self.token_ids: list[int] = []
+        self._head = head
+        self._extras: Json = {}
+        self._texts: list[str] = []
+        self._logprobs: list[Json] = []
+        self._last = Tokens("", [])
+
+    def tokens(self, tokens: Tokens) -> None:
+        """Take any piece."""
+        self.plain(tokens.text, tokens.token_ids)
+        if tokens.logprobs:
+            self._logprobs.append(tokens.logprobs)
+        for name, value in (tokens.delta or {}).items():
+            self._extras[name] = _joined(self._extras.get(name), value)
+        self._last = tokens
+
+    def plain(self, text: str, token_ids: list[int]) -> None:
+        """Take a piece that is only text and ids."""
+        self._texts.append(text)
+        self.token_ids += token_ids
+
+    def body(self, usage: Json, prompt_ids: list[int] | None, more: Json | None = None) -> bytes:
+        """Encode the answer as it ended with the last piece; ``more`` is put beside its choices."""
+        head, text = self._head, "".join(self._texts)
+        choice: Json = {"index": 0}
+        if head.chat:
+            content = text if text or not self._extras else None
+            choice["message"] = {"role": "assistant", "content": content, **self._extras}
+        else:
+            choice["text"] = text
+        choice |= {
+            "logprobs": self._all_logprobs(),
+            "finish_reason": self._last.finish_reason,
+            "stop_reason": self._last.stop_reason,
+        }
+        answer: Json = {
+            "id": head.id,
+            "object": "chat.completion" if head.chat else "text_completion",
+            "created": head.created,
+            "model": head.model,
+            "choices": [choice],
+            "usage": usage,
+            **(more or {}),
+        }
+        if head.return_token_ids:
+            choice["token_ids"] = self.token_ids
+            (answer if head.chat else choice)["prompt_token_ids"] = prompt_ids
+        return orjson.dumps(answer)
+
+    def _all_logprobs(self) -> Json | None:
+        if not self._logprobs:
+            return None
+        names = ("content",) if self._head.chat else ("tokens", "token_logprobs", "top_logprobs")
+        rows: Json = {name: [r for part in self._logprobs for r in part.get(name) or []] for name in names}
+        return rows if self._head.chat else _with_offsets(rows, 0)
+
+
+def _with_offsets(logprobs: Json, start: int) -> Json:
+    """Return a completion's logprobs with where each token's text begins, the first one's at ``start``."""
+    lengths = list(map(len, logprobs.get("tokens") or []))
+    return logprobs | {"text_offset": list(accumulate(lengths[:-1], initial=start)) if lengths else []}
+
+
+def _joined(said: Any, more: Any) -> Any:
+    """Return what a streamed message says of a field, with another delta's part: text appended, tool calls
+    put together by their index. Anything else is replaced."""
+    if isinstance(said, str) and isinstance(more, str):
+        return said + more
+    if isinstance(more, list) and all(isinstance(item, dict) and "index" in item for item in more):
+        calls: list[Json] = list(said or [])
+        for item in more:
+            at = next((i for i, call in enumerate(calls) if call.get("index") == item["index"]), None)
+            if at is None:
+                calls.append(item)
+            else:
+                calls[at] = _joined(calls[at], item)
+        return calls
+    if isinstance(said, dict) and isinstance(more, dict):
+        kept = ("id", "type", "name", "index")
+        return said | {
+            name: value if name in kept else _joined(said.get(name), value)
+            for name, value in more.items()
+            if value is not None
+        }
+    return more
