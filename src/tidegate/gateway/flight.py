@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from tidegate.control.record import RequestEnding, RequestRecord
 from tidegate.core.decision import Migrate, Path
 from tidegate.core.errors import (
     EngineError,
@@ -22,7 +23,6 @@ from tidegate.gateway.outcome import record
 from tidegate.gateway.scheduler import Scheduler
 from tidegate.gateway.token_estimate import TokenEstimate
 from tidegate.gateway.upstream import Upstream
-from tidegate.measure.rows import Ending, Story
 from tidegate.policies.order import Ticket
 
 DEADLY = 3
@@ -40,7 +40,7 @@ class Flight:
         self, call: Call, scheduler: Scheduler, estimate: TokenEstimate, answer: Answer, arrival_s: float
     ) -> None:
         self.call = call
-        self.story = Story(arrival_s)
+        self.story = RequestRecord(arrival_s)
         self.legs = Legs(call, scheduler, estimate, answer, self.story)
         self._scheduler = scheduler
         self._ledger = scheduler.ledger
@@ -83,16 +83,8 @@ class Flight:
         self._ledger.aborted(self.call.id, now)
         self._failures += 1
         label = status_of(error).label
-        scheduler.journal.write(
-            "failure",
-            now,
-            request=self.call.id,
-            instance=error.instance,
-            stage=error.stage,
-            reason=label,
-            message=error.message,
-            generated=len(self.legs.out_ids),
-        )
+        if scheduler.journal.enabled:
+            scheduler.journal.failure(now, self.call.id, error, len(self.legs.out_ids))
         if isinstance(error, EngineUnreachable):
             self._deaths += 1
         poisonous = self._deaths >= DEADLY and not self.legs.out_ids
@@ -278,7 +270,7 @@ class Flight:
         else:
             self._ledger.aborted(self.call.id, now)
         self._scheduler.released()
-        ending = Ending(
+        ending = RequestEnding(
             self.call.id,
             self.call.slo,
             self.legs.prompt_tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tidegate.control.record import RequestRecord
 from tidegate.core.decision import Migrate
 from tidegate.core.errors import EngineFault, EngineTimeout, KvLost, PromptTooLong
 from tidegate.core.request import Request
@@ -12,7 +13,6 @@ from tidegate.gateway.continuation import Continuation, StopStrings
 from tidegate.gateway.scheduler import Scheduler
 from tidegate.gateway.token_estimate import TokenEstimate
 from tidegate.gateway.upstream import Upstream
-from tidegate.measure.rows import Story
 from tidegate.policies.order import Ticket
 
 EXPORT_S = 5.0
@@ -50,7 +50,7 @@ class Legs:
     """
 
     def __init__(
-        self, call: Call, scheduler: Scheduler, estimate: TokenEstimate, answer: Answer, story: Story
+        self, call: Call, scheduler: Scheduler, estimate: TokenEstimate, answer: Answer, story: RequestRecord
     ) -> None:
         self.prompt_ids: list[int] | None = call.prompt if isinstance(call.prompt, list) else None
         self.out_ids: list[int] = []

@@ -8,10 +8,9 @@ from typing import Protocol
 
 from tidegate.core.clock import Clock
 from tidegate.core.decision import Migrate
-from tidegate.gateway.journal import Journal
 from tidegate.gateway.metrics import Metrics
+from tidegate.journal.writer import JournalWriter
 from tidegate.ledger.ledger import Ledger
-from tidegate.measure.rows import migration_row
 
 
 class Movable(Protocol):
@@ -26,7 +25,12 @@ class Migrations:
     """Passes migrations on to the flights they are about."""
 
     def __init__(
-        self, flights: Mapping[str, Movable], ledger: Ledger, clock: Clock, journal: Journal, metrics: Metrics
+        self,
+        flights: Mapping[str, Movable],
+        ledger: Ledger,
+        clock: Clock,
+        journal: JournalWriter,
+        metrics: Metrics,
     ) -> None:
         self._flights = flights
         self._ledger = ledger
@@ -65,5 +69,4 @@ class Migrations:
         if event != "begun":
             self._metrics.migrations.labels(event).inc()
         if self._journal.enabled:
-            row = migration_row(migrate, event, detail, moved_bytes)
-            self._journal.write("migration", self._clock.now(), **row)
+            self._journal.migration(self._clock.now(), migrate, event, detail, moved_bytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
+import time
 from collections.abc import Callable
 
 from aiohttp import web
@@ -14,7 +15,7 @@ from tidegate.core.clock import Clock, WallClock
 from tidegate.core.errors import ConfigError
 from tidegate.fleet.member import Fleet
 from tidegate.gateway.front import Front
-from tidegate.gateway.journal import Journal
+from tidegate.gateway.journal import JournalFile
 from tidegate.gateway.scheduler import Scheduler
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.policies.seams import Signal
@@ -37,7 +38,7 @@ class Gateway:
         clock = clock or WallClock()
         self._settings = settings
         self._fleet = fleet
-        self._journal = Journal(settings.journal, clock.now())
+        self._journal = JournalFile(settings.journal, clock.now())
         self.scheduler = Scheduler(system, settings, fleet.ids, clock, self._journal, fleet.suspect)
         self._front = Front(settings, self.scheduler)
         self._runner = FrontRunner(self._front.application(), shutdown_timeout_s=2.0)
@@ -53,8 +54,9 @@ class Gateway:
         self._journal.header(
             version=__version__,
             system=scheduler.system.name,
-            slo={"ttft_s": settings.slo.ttft_s, "tpot_s": settings.slo.tpot_s},
-            instances=[{"id": name, "role": role.label} for name, role in scheduler.labels.items()],
+            slo=settings.slo,
+            roles=scheduler.labels.items(),
+            started_unix_s=time.time(),
         )
         await self._runner.setup()
         self._site = web.TCPSite(self._runner, settings.host, settings.port, backlog=BACKLOG)

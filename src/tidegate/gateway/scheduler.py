@@ -17,7 +17,6 @@ from tidegate.costs.forms import MixedCost, PrefillCost, StepCost, TransferCost
 from tidegate.costs.profile import Profile
 from tidegate.fleet.member import Member
 from tidegate.gateway.drift import FleetDrift
-from tidegate.gateway.journal import Journal
 from tidegate.gateway.load_view import LoadGauges
 from tidegate.gateway.loads import LoadWatch
 from tidegate.gateway.metrics import Metrics
@@ -25,9 +24,9 @@ from tidegate.gateway.migrations import Migrations, Movable
 from tidegate.gateway.sessions import Sessions
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.gateway.upstream import Handles, Upstream, connect
+from tidegate.journal.writer import JournalWriter
 from tidegate.ledger.ledger import Ledger
 from tidegate.ledger.snapshot import Field, Snapshot
-from tidegate.measure.rows import decision_row, flip_row
 from tidegate.policies.order import Ticket, WaitingQueue, prefill_ticket
 from tidegate.policies.pricing import fastest_prefill_seconds, predicted_on
 from tidegate.systems.system import System
@@ -74,7 +73,7 @@ class Scheduler:
         settings: GatewaySettings,
         ids: tuple[str, ...],
         clock: Clock,
-        journal: Journal,
+        journal: JournalWriter,
         suspect: Callable[[str], None],
     ) -> None:
         self.system = system
@@ -121,7 +120,8 @@ class Scheduler:
         role = self._label(member)
         self.ledger.instance_up(instance, member.profile or UNMEASURED, role, now)
         self.loads.follow(member)
-        self.journal.write("instance", now, instance=instance.id, event="up", role=role.label)
+        if self.journal.enabled:
+            self.journal.instance_up(now, instance.id, role)
         self._wake()
 
     def _label(self, member: Member) -> Role:
@@ -149,7 +149,8 @@ class Scheduler:
         self.drift.member_down(instance_id)
         self.loads.forget(instance_id)
         self.ledger.instance_down(instance_id, now)
-        self.journal.write("instance", now, instance=instance_id, event="down", reason=reason)
+        if self.journal.enabled:
+            self.journal.instance_down(now, instance_id, reason)
         upstream.engine.close(f"instance {instance_id} is down: {reason}")
         self.handles.owner_gone(upstream.member.engine_id)
         self.sessions.forget_instance(instance_id)
@@ -232,7 +233,8 @@ class Scheduler:
             self.labels[flip.instance] = flip.to
             self.flips += 1
             self.metrics.flips.labels(flip.to.label, flip.reason).inc()
-            self.journal.write("flip", now, **flip_row(flip, before))
+            if self.journal.enabled:
+                self.journal.flip(now, flip, before)
 
     def _note(self, kind: str, request: Request, verdict: Verdict, seen: Snapshot) -> None:
         """Journal a verdict with its alternatives and what is predicted for the chosen instance."""
@@ -245,7 +247,7 @@ class Scheduler:
             upstream = self.upstreams.get(on)
             if upstream is not None and upstream.member.profile is not None:
                 predicted = predicted_on(on, seen, request, decode=kind == "place_decode")
-        self.journal.write("decision", seen.at_s, **decision_row(request.id, kind, verdict, predicted))
+        self.journal.decision(seen.at_s, request.id, kind, verdict, predicted)
 
     # clocks
 
@@ -290,7 +292,8 @@ class Scheduler:
         self._pool_state = control.state
         if control.reason != self._control_reason:
             self._control_reason = control.reason
-            self.journal.write("control", now, reason=control.reason, flips=len(control.flips))
+            if self.journal.enabled:
+                self.journal.control(now, control.reason, len(control.flips))
         self._apply(control.flips)
         for migrate in control.migrations:
             self.migrations.begin(migrate)

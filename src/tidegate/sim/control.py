@@ -9,13 +9,12 @@ from tidegate.core.errors import NoInstance
 from tidegate.core.instance import Role
 from tidegate.core.request import Request
 from tidegate.dataplane.replica import Replica
+from tidegate.journal.writer import JournalWriter
 from tidegate.ledger.ledger import Ledger
 from tidegate.ledger.snapshot import Snapshot
-from tidegate.measure.rows import decision_row, flip_row
 from tidegate.measure.timeline import FlipEvent
 from tidegate.policies.pricing import predicted_on
 from tidegate.policies.starting_roles import joining_role
-from tidegate.sim.journal import SimJournal
 from tidegate.sim.sampling import Sampler
 from tidegate.systems.system import System
 
@@ -35,7 +34,7 @@ class Control:
         self,
         system: System,
         replicas: Sequence[Replica],
-        journal: SimJournal,
+        journal: JournalWriter,
         report: Callable[[float], None],
         migrate: Callable[[Migrate, float], None],
         up: Sequence[bool],
@@ -69,7 +68,7 @@ class Control:
         role = joining_role(self._system.roles, self.snapshot(now))
         self._up(number, role, now)
         if self._journal.enabled:
-            self._journal.write("instance", now, {**self._named(number), "event": "up", "role": role.label})
+            self._journal.instance_up(now, self._replicas[number].instance.id, role)
 
     def instance_down(self, number: int, reason: str, now: float) -> None:
         """Drop an instance."""
@@ -77,7 +76,7 @@ class Control:
         self.last_roles[number] = self.ledger.role_of(name)
         self.ledger.instance_down(name, now)
         if self._journal.enabled:
-            self._journal.write("instance", now, {**self._named(number), "event": "down", "reason": reason})
+            self._journal.instance_down(now, name, reason)
 
     def labels(self) -> list[Role | None]:
         """Return the last label of every instance; None for one that never came up."""
@@ -134,7 +133,7 @@ class Control:
         if control.reason != self._reason:
             self._reason = control.reason
             if self._journal.enabled:
-                self._journal.write("control", now, {"reason": control.reason, "flips": len(control.flips)})
+                self._journal.control(now, control.reason, len(control.flips))
         self._apply(control.flips, now)
         for migrate in control.migrations:
             self._migrate(migrate, now)
@@ -149,9 +148,6 @@ class Control:
         self.first_roles[number] = role
         self.ledger.instance_up(replica.instance, replica.profile, role, now)
 
-    def _named(self, number: int) -> dict[str, str]:
-        return {"instance": self._replicas[number].instance.id}
-
     def _seen(self, now: float) -> Snapshot:
         self._report(now)
         snapshot = self.ledger.snapshot(now)
@@ -165,7 +161,7 @@ class Control:
             if self.ledger.flip(flip.instance, flip.to, now):
                 self.sampler.flips.append(FlipEvent(now, flip.instance, before, flip.to, flip.reason))
                 if self._journal.enabled:
-                    self._journal.write("flip", now, flip_row(flip, Role(before)))
+                    self._journal.flip(now, flip, Role(before))
 
     def _note(self, kind: str, request: Request, verdict: Verdict, seen: Snapshot) -> None:
         predicted: dict[str, float] | None = None
@@ -173,4 +169,4 @@ class Control:
             decode = kind == "place_decode"
             on = (verdict.decision.decode_on if decode else None) or verdict.decision.prefill_on
             predicted = predicted_on(on, seen, request, decode=decode)
-        self._journal.write("decision", seen.at_s, decision_row(request.id, kind, verdict, predicted))
+        self._journal.decision(seen.at_s, request.id, kind, verdict, predicted)

@@ -10,10 +10,10 @@ import tidegate
 from tidegate.core.errors import ConfigError
 from tidegate.dataplane.events import EventQueue, Kind
 from tidegate.dataplane.replica import Replica
+from tidegate.journal.writer import JournalWriter
 from tidegate.policies.seams import Signal
 from tidegate.sim.arrivals import Arrivals
 from tidegate.sim.checks import slo_warnings
-from tidegate.sim.journal import SimJournal
 from tidegate.sim.membership import Membership
 from tidegate.sim.results import InstanceUse, SimRun
 from tidegate.sim.serving import Serving
@@ -43,7 +43,8 @@ def simulate(
     as a stream. Raises ConfigError for a fleet, system or settings that cannot serve, and for a trace that
     goes back in time, has empty requests or names an unknown SLO class.
     """
-    return _Simulation(trace, system, replicas, settings or SimSettings(), SimJournal(journal)).run()
+    writer = JournalWriter(None if journal is None else journal.write)
+    return _Simulation(trace, system, replicas, settings or SimSettings(), writer).run()
 
 
 class _Simulation:
@@ -55,7 +56,7 @@ class _Simulation:
         system: System,
         replicas: Sequence[Replica],
         settings: SimSettings,
-        journal: SimJournal,
+        journal: JournalWriter,
     ) -> None:
         check_signals(system, frozenset({Signal.PROFILE}))
         self._ids = [replica.instance.id for replica in replicas]
@@ -75,8 +76,8 @@ class _Simulation:
             version=tidegate.__version__,
             system=system.name,
             slo=settings.slo,
-            instances=[
-                {"id": name, "role": role.label}
+            roles=[
+                (name, role)
                 for name, role in zip(self._ids, self._serving.control.first_roles, strict=True)
                 if role is not None
             ],

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as Fleet
 
+from tidegate.control.record import RequestEnding, RequestRecord
 from tidegate.core.errors import InternalError, TidegateError
 from tidegate.core.request import Request
 from tidegate.dataplane.sequence import Pin, Sequence
-from tidegate.measure.rows import Ending, Story
 
 UNREACHED = math.nan
 """A time that a request did not come to."""
@@ -111,7 +111,7 @@ class Flight:
             self.first_step_s = first_s - self.placed_s - self.transfer_s - self.decode_queue_s
         self.decode_s = self.last_token_s - first_s
 
-    def story(self, instances: Fleet[str]) -> Story:
+    def story(self, instances: Fleet[str]) -> RequestRecord:
         """Return what the journal says of the request; ``instances`` are the names by number."""
         stages = {
             "queue": self.queue_s,
@@ -121,7 +121,7 @@ class Flight:
             "first_step": self.first_step_s,
             "decode": self.decode_s,
         }
-        return Story(
+        return RequestRecord(
             self.arrival_s,
             _reached(self.first_token_s),
             _reached(self.last_token_s),
@@ -136,10 +136,10 @@ class Flight:
             {name: seconds for name, seconds in stages.items() if seconds == seconds},
         )
 
-    def ending(self, error: TidegateError | None, now: float) -> Ending:
+    def ending(self, error: TidegateError | None, now: float) -> RequestEnding:
         """Return how the request ended, for the journal."""
         request = self.request
-        return Ending(
+        return RequestEnding(
             request.id,
             request.slo,
             request.prompt_tokens,

@@ -8,10 +8,9 @@ from collections.abc import Sequence as Fleet
 from tidegate.core.decision import Migrate
 from tidegate.dataplane.cluster import Cluster
 from tidegate.dataplane.sequence import Sequence
+from tidegate.journal.writer import JournalWriter
 from tidegate.ledger.ledger import Ledger
-from tidegate.measure.rows import migration_row
 from tidegate.sim.flight import Flight
-from tidegate.sim.journal import SimJournal
 from tidegate.sim.reports import StepReports
 
 
@@ -25,7 +24,7 @@ class Migrator:
         reports: StepReports,
         flights: Mapping[int, Flight],
         ids: Fleet[str],
-        journal: SimJournal,
+        journal: JournalWriter,
     ) -> None:
         self.done = 0
         self._cluster = cluster
@@ -104,4 +103,4 @@ class Migrator:
 
     def _note(self, migrate: Migrate, event: str, now: float, detail: str = "", moved_bytes: int = 0) -> None:
         if self._journal.enabled:
-            self._journal.write("migration", now, migration_row(migrate, event, detail, moved_bytes))
+            self._journal.migration(now, migrate, event, detail, moved_bytes)

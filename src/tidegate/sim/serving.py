@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Fleet
 
+from tidegate.control.record import outcome_line
 from tidegate.core.decision import Hold, Migrate, Path, Place, Reject
 from tidegate.core.errors import (
     EngineUnreachable,
@@ -19,14 +20,13 @@ from tidegate.dataplane.cluster import Cluster
 from tidegate.dataplane.events import EventQueue, Kind
 from tidegate.dataplane.replica import Replica
 from tidegate.dataplane.sequence import LOADING, Pin, Sequence
-from tidegate.measure.rows import outcome_row
+from tidegate.journal.writer import JournalWriter
 from tidegate.policies.order import Ticket, WaitingQueue, prefill_ticket
 from tidegate.policies.pricing import fastest_prefill_seconds
 from tidegate.sim.checks import Oversize
 from tidegate.sim.columns import RequestColumns
 from tidegate.sim.control import RETRY_AFTER_S, Control
 from tidegate.sim.flight import Flight
-from tidegate.sim.journal import SimJournal
 from tidegate.sim.membership import Membership
 from tidegate.sim.migrator import Migrator
 from tidegate.sim.reports import StepReports
@@ -49,7 +49,7 @@ class Serving:
         system: System,
         replicas: Fleet[Replica],
         settings: SimSettings,
-        journal: SimJournal,
+        journal: JournalWriter,
         events: EventQueue,
         membership: Membership,
         ended: Callable[[int, float], None] | None,
@@ -168,14 +168,7 @@ class Serving:
         error = EngineUnreachable(f"instance {name} died", instance=name, stage=stage)
         self._ledger.aborted(flight.request.id, now)
         if self._journal.enabled:
-            failure = {
-                "request": flight.request.id,
-                "instance": name,
-                "stage": stage,
-                "message": error.message,
-            }
-            row = {**failure, "reason": status_of(error).label, "generated": flight.generated}
-            self._journal.write("failure", now, row)
+            self._journal.failure(now, flight.request.id, error, flight.generated)
         flight.decoding = flight.handing_over = False
         poisonous = flight.replays + 1 >= DEADLY and not flight.generated
         if flight.replays >= self._settings.replays or poisonous:
@@ -287,8 +280,7 @@ class Serving:
         self.preemptions += flight.preemptions
         self.kv_transfer_bytes += flight.kv_transfer_bytes
         if self._journal.enabled:
-            row = outcome_row(flight.story(self._ids), flight.ending(error, now), 0.0)
-            self._journal.write("outcome", now, row)
+            self._journal.write(outcome_line(flight.story(self._ids), flight.ending(error, now), 0.0))
         if self._ended is not None:
             self._ended(flight.number, now)
 
