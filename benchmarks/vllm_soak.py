@@ -294,9 +294,10 @@ async def serve_gateway(args: argparse.Namespace) -> None:
     """The gateway, with forced flips and migrations."""
     from tidegate.core.slo import Slo
     from tidegate.fleet.static import KvSetup, StaticFleet
-    from tidegate.gateway.run import run_gateway
+    from tidegate.gateway.run import Gateway
     from tidegate.gateway.settings import GatewaySettings
     from tidegate.systems import make_system
+    from tidegate.testing.chaos import chaos
 
     def ready(url: str) -> None:
         print(json.dumps({"url": url}), flush=True)
@@ -304,12 +305,16 @@ async def serve_gateway(args: argparse.Namespace) -> None:
     settings = GatewaySettings(
         port=0,
         journal=args.journal,
-        flip_every_s=args.flip_every_s,
-        migrate_every_s=args.migrate_every_s,
-        seed=args.seed,
     )
     fleet = StaticFleet(args.url, profiles=[COSTS], kv=KvSetup(lease_s=LEASE_S, bidirectional=True))
-    await run_gateway(settings, fleet, make_system(args.system, slo=Slo()), on_ready=ready)
+    gateway = Gateway(settings, fleet, make_system(args.system, slo=Slo()))
+    stopped = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
+    ready(await gateway.start())
+    forced = {"flip_every_s": args.flip_every_s, "migrate_every_s": args.migrate_every_s, "seed": args.seed}
+    async with chaos(gateway.dispatcher, **forced):
+        await stopped.wait()
+    await gateway.stop()
 
 
 def main() -> None:

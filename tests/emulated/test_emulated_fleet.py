@@ -22,6 +22,7 @@ from tidegate.fleet.emulated import EmulatedFleet, EmulatedLaunch
 from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.systems import make_system
+from tidegate.testing.chaos import chaos, without_forced
 
 GROUP = "h100_sxm/llama-3.1-8b:3"
 
@@ -30,7 +31,8 @@ GROUP = "h100_sxm/llama-3.1-8b:3"
 async def gateway(system: str, **options: Any) -> AsyncIterator[tuple[Gateway, str, aiohttp.ClientSession]]:
     """Run a gateway over three emulated instances."""
     fleet = EmulatedFleet(EmulatedLaunch((GROUP,)))
-    running = Gateway(GatewaySettings(port=0, **options), fleet, make_system(system))
+    forced, others = without_forced(options)
+    running = Gateway(GatewaySettings(port=0, **others), fleet, make_system(system))
     try:
         url = await running.start()
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client:

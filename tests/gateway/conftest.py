@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from tidegate.core.instance import Role
 from tidegate.fleet.member import Capabilities
 from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
+from tidegate.testing.chaos import chaos, without_forced
 from tidegate.systems import System, make_system
 from tidegate.testing import profile
 from tidegate.testing.fake_engine import FakeEngine
@@ -58,7 +60,7 @@ class Cluster:
 
     def live(self) -> int:
         """How many requests the ledger holds."""
-        counts = self.gateway.scheduler.ledger.counts()
+        counts = self.gateway.dispatcher.plane.ledger.counts()
         return counts.prefills + counts.handoffs + counts.decodes
 
     async def until(self, condition: Callable[[], bool]) -> None:
@@ -75,6 +77,7 @@ Start = Callable[..., Any]
 async def start(tmp_path: Path) -> AsyncIterator[Start]:
     """Start clusters; all are stopped at the end of the test."""
     running: list[Cluster] = []
+    stack = AsyncExitStack()
 
     async def _start(
         system: str | System = "static",
@@ -93,15 +96,18 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
         )
         fleet.capabilities = capabilities
         fleet.fixed = fixed or {}
-        settings = GatewaySettings(port=0, journal=tmp_path / "journal.jsonl", **options)
+        forced, others = without_forced(options)
+        settings = GatewaySettings(port=0, journal=tmp_path / "journal.jsonl", **others)
         composed = make_system(system) if isinstance(system, str) else system
         gateway = Gateway(settings, fleet, composed)
         url = await gateway.start()
+        await stack.enter_async_context(chaos(gateway.dispatcher, **forced))
         client = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
         running.append(Cluster(gateway, fleet, engines, url, client))
         return running[-1]
 
-    yield _start
+    async with stack:
+        yield _start
     for cluster in running:
         await cluster.client.close()
         await cluster.gateway.stop()

@@ -56,7 +56,7 @@ WRONG: list[tuple[str, Any, int, str | None]] = [
 async def test_wrong_bodies(start: Any, case: tuple[str, Any, int, str | None]) -> None:
     path, body, status, param = case
     cluster = await start("static")
-    for upstream in cluster.gateway.scheduler.upstreams.values():
+    for upstream in cluster.gateway.dispatcher.upstreams.values():
         object.__setattr__(upstream.member.instance, "max_model_len", 100)
     got, answer, _ = await cluster.post(path, body)
     assert got == status, answer
@@ -69,7 +69,7 @@ async def test_wrong_bodies(start: Any, case: tuple[str, Any, int, str | None]) 
 
 async def test_a_text_prompt_that_turns_out_too_long_is_refused_and_its_kv_released(start: Any) -> None:
     cluster = await start("static")
-    for upstream in cluster.gateway.scheduler.upstreams.values():
+    for upstream in cluster.gateway.dispatcher.upstreams.values():
         object.__setattr__(upstream.member.instance, "max_model_len", 100)
     status, answer, _ = await cluster.post("/v1/completions", {"prompt": "x" * 95, "max_tokens": 20})
     assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
@@ -103,7 +103,7 @@ async def test_a_truncated_upload_leaves_nothing_behind(start: Any) -> None:
     answer = await reader.read()
     writer.close()
     assert answer == b"" or answer.startswith(b"HTTP/1.1 4")
-    assert cluster.gateway.scheduler.in_flight == 0
+    assert cluster.gateway.dispatcher.in_flight == 0
     assert all(not e.bodies for e in cluster.engines.values())
 
 
@@ -113,6 +113,6 @@ async def test_api_key(start: Any) -> None:
     assert (await cluster.post("/v1/completions", GOOD, Authorization="Bearer wrong"))[0] == 401
     assert (await cluster.post("/v1/completions", GOOD, Authorization="Bearer righ\xe9"))[0] == 401
     assert (await cluster.post("/v1/completions", GOOD, Authorization="Bearer right"))[0] == 200
-    assert "right" not in repr(cluster.gateway.scheduler.settings)
+    assert "right" not in repr(cluster.gateway.dispatcher.settings)
     async with cluster.client.get(cluster.url + "/health") as response:
         assert response.status == 200

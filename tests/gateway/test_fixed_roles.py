@@ -17,10 +17,10 @@ def test_a_role_stands_before_the_url() -> None:
 
 async def test_a_fixed_member_keeps_its_role_and_another_takes_the_one_it_had(start: Any) -> None:
     cluster = await start("arrow", instances=3, fixed={"i0": Role.DECODE})
-    scheduler = cluster.gateway.scheduler
-    roles = {name: scheduler.ledger.role_of(name) for name in scheduler.ledger.ids}
+    plane = cluster.gateway.dispatcher.plane
+    roles = {name: plane.ledger.role_of(name) for name in plane.ledger.ids}
     assert roles["i0"] is Role.DECODE and Role.PREFILL in roles.values()
-    assert roles == scheduler.labels
+    assert roles == plane.membership.labels
     for _ in range(4):
         status, answer, _ = await cluster.post("/v1/completions", BODY)
         assert (status, answer["usage"]["completion_tokens"]) == (200, 8)

@@ -37,7 +37,7 @@ def post(body: bytes, *headers: bytes) -> bytes:
 
 def counted(cluster: Any) -> dict[str, float]:
     """Requests by outcome."""
-    (family,) = cluster.gateway.scheduler.metrics.requests.collect()
+    (family,) = cluster.gateway.dispatcher.metrics.requests.collect()
     return {s.labels["outcome"]: s.value for s in family.samples if s.name.endswith("_total")}
 
 
@@ -80,7 +80,7 @@ async def test_a_wrong_method_is_told_the_right_one(start: Any) -> None:
 
 async def test_every_refusal_is_counted_once(start: Any) -> None:
     cluster = await start("static", max_body_bytes=1000)
-    for upstream in cluster.gateway.scheduler.upstreams.values():
+    for upstream in cluster.gateway.dispatcher.upstreams.values():
         object.__setattr__(upstream.member.instance, "max_model_len", 100)
     for body in (b"{", {"prompt": 7}, GOOD | {"model": "other"}, b" " * 2000, {"prompt": [1] * 200}, GOOD):
         await cluster.post("/v1/completions", body)

@@ -8,7 +8,6 @@ from typing import Any
 
 from tidegate.core.decision import Hold, Path, Place, Verdict
 from tidegate.core.request import Request
-from tidegate.core.slo import Slo
 from tidegate.fleet.member import Capabilities
 from tidegate.ledger.snapshot import Snapshot
 from tidegate.policies.protocols import Signal
@@ -41,14 +40,14 @@ async def test_an_engine_that_keeps_no_order_gets_no_ticket(start: Any) -> None:
 
 @dataclass
 class HeldUntilOpen:
-    """Holds everything until ``open``, and notes who asks."""
+    """Holds everything until ``open``, and notes the TTFT targets of those that ask."""
 
     open: bool = False
-    asked: list[str] = field(default_factory=list)
+    asked: list[float] = field(default_factory=list)
     needs: frozenset[Signal] = frozenset()
 
     def place_prefill(self, request: Request, snapshot: Snapshot) -> Verdict:
-        self.asked.append(request.id)
+        self.asked.append(request.slo.ttft_s)
         if not self.open:
             return Verdict(Hold("closed"))
         return Verdict(Place(snapshot.ids[0], None, Path.DISAGGREGATED))
@@ -57,16 +56,13 @@ class HeldUntilOpen:
 async def test_held_requests_are_asked_about_in_the_systems_order(start: Any) -> None:
     policy = HeldUntilOpen()
     cluster = await start(replace(make_system("static+edf"), prefill=policy))
-    scheduler = cluster.gateway.scheduler
-    now = scheduler.clock.now()
     tasks = []
-    for asked, (name, ttft_s) in enumerate((("patient", 60.0), ("urgent", 20.0), ("eager", 30.0)), start=1):
-        request = Request(name, 4, 4, now, Slo(ttft_s, 1.0))
-        placing = scheduler.place_prefill(request, kind="place_prefill", recovery_s=0.0, deadline_s=now + 60)
-        tasks.append(asyncio.create_task(placing))
+    for asked, ttft_s in enumerate((60.0, 20.0, 30.0), start=1):
+        headers = {"x-slo-ttft-ms": str(ttft_s * 1000)}
+        tasks.append(asyncio.create_task(cluster.post("/v1/completions", BODY, **headers)))
         await cluster.until(lambda asked=asked: len(policy.asked) == asked)
     policy.asked.clear()
     policy.open = True
-    scheduler.released()
+    cluster.gateway.dispatcher.act([])
     await asyncio.gather(*tasks)
-    assert policy.asked == ["urgent", "eager", "patient"]
+    assert policy.asked == [20.0, 30.0, 60.0]

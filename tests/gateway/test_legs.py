@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from tidegate.core.errors import EngineUnreachable
 from tidegate.engines.wire import Wire
 from tidegate.fleet.member import Capabilities
+from tidegate.systems import make_system
 from tidegate.testing import fake_engine
 from tidegate.testing.fake_engine import FakeEngine, text_of, token_at
 
@@ -233,7 +235,7 @@ async def test_a_fast_failing_instance_does_not_draw_every_request(start: Any) -
     for _ in range(6):
         assert (await cluster.post("/v1/completions", BODY))[0] == 200
     assert len(cluster.engines["i0"].bodies) == 1
-    assert cluster.gateway.scheduler.flips == 0, "avoiding an instance is no reason to flip another"
+    assert cluster.gateway.dispatcher.flips == 0, "avoiding an instance is no reason to flip another"
 
 
 async def test_with_nothing_up_a_request_without_a_token_gets_503_at_once(start: Any) -> None:
@@ -251,16 +253,13 @@ async def test_with_nothing_up_a_request_without_a_token_gets_503_at_once(start:
 
 
 async def test_a_policy_that_raises_is_our_fault_and_journalled_so(start: Any, tmp_path: Path) -> None:
-    cluster = await start("static")
-    scheduler = cluster.gateway.scheduler
-
     class Broken:
         needs: frozenset[Any] = frozenset()
 
         def place_decode(self, *_: Any) -> Any:
             raise ValueError("bad policy")
 
-    object.__setattr__(scheduler.system, "decode", Broken())
+    cluster = await start(replace(make_system("static"), decode=Broken()))
     status, answer, _ = await cluster.post("/v1/completions", BODY)
     assert (status, answer["error"]["code"]) == (500, "internal_error")
     await cluster.until(lambda: bool(cluster.engines["i0"].released))
@@ -270,22 +269,23 @@ async def test_a_policy_that_raises_is_our_fault_and_journalled_so(start: Any, t
 
 
 async def test_a_control_tick_that_fails_does_not_end_control(start: Any, caplog: Any) -> None:
-    cluster = await start("arrow", instances=3)
-    scheduler = cluster.gateway.scheduler
     ticks = 0
 
     class Broken:
-        tick_s = 0.001
+        period_s = 0.001
+        name = "broken"
         needs: frozenset[Any] = frozenset()
 
-        def step(self, *_: Any) -> Any:
+        def initial(self) -> None:
+            return None
+
+        def decide(self, *_: Any) -> Any:
             nonlocal ticks
             ticks += 1
             raise ValueError("bad control")
 
-    object.__setattr__(scheduler.system, "pool", Broken())
-    await scheduler.stop()
-    scheduler.start()
+    system = replace(make_system("arrow"), controllers=(Broken(),), window_s=0.001)
+    cluster = await start(system, instances=3)
     await cluster.until(lambda: ticks > 2)
     assert "bad control" in caplog.text
 

@@ -90,7 +90,7 @@ async def test_the_gateways_own_requests_are_no_drift(start: Any, tmp_path: Path
     cluster = await start("colocated", instances=1, capabilities=TELLING, load_every_s=0.005, step_s=0.002)
     engine = cluster.engines["i0"]
     engine.metrics = lambda: page(len(engine.streams))
-    watched = cluster.gateway.scheduler.loads.watched["i0"]
+    watched = cluster.gateway.dispatcher.loads.watched["i0"]
     seen = []
     own = [asyncio.create_task(cluster.stream(BODY | {"max_tokens": 60 + 20 * n})) for n in range(3)]
     while not all(task.done() for task in own):
@@ -156,4 +156,4 @@ def test_a_tally_counts_from_its_first_reading() -> None:
 async def test_members_that_tell_nothing_are_not_asked(start: Any) -> None:
     cluster = await start("static", instances=1, load_every_s=0.01)
     assert "load" not in (await state(cluster))["i0"]
-    assert cluster.gateway.scheduler.loads.watched == {}
+    assert cluster.gateway.dispatcher.loads.watched == {}

@@ -52,7 +52,7 @@ async def test_forced_migrations_change_no_token(
 
     await asyncio.gather(*(one(seed) for seed in range(40)))
     assert cluster.live() == 0
-    cluster.gateway.scheduler.ledger.check_integrity()
+    cluster.gateway.dispatcher.plane.ledger.check_integrity()
     await cluster.gateway.stop()
     done = [row for row in rows(tmp_path, "migration") if row["event"] == "done"]
     assert len(done) > 10
@@ -61,17 +61,16 @@ async def test_forced_migrations_change_no_token(
 
 async def test_a_migration_that_cannot_be_is_left_alone_and_says_why(start: Any, tmp_path: Path) -> None:
     cluster = await start("static", instances=3, step_s=0.002, capabilities=FORGETFUL)
-    migrations = cluster.gateway.scheduler.migrations
-    assert not migrations.begin(Migrate("nobody", "i0", "i1"))
+    dispatcher = cluster.gateway.dispatcher
+    dispatcher.act([Migrate("nobody", "i0", "i1")])
     seeded = asyncio.create_task(cluster.stream(body(3, 60) | {"temperature": 0.7, "seed": 5}))
     await cluster.until(
         lambda: any(s.position > 2 for e in cluster.engines.values() for s in e.streams.values())
     )
-    (request,) = cluster.gateway.scheduler.flights
+    (request,) = cluster.gateway.dispatcher.plane.requests
     on = next(name for name, engine in cluster.engines.items() if engine.streams)
     other = next(name for name in cluster.engines if name != on)
-    assert not migrations.begin(Migrate(request, on, other))
-    assert not migrations.begin(Migrate(request, on, "i9"))
+    dispatcher.act([Migrate(request, on, other), Migrate(request, on, "i9")])
     await seeded
     await cluster.gateway.stop()
     why = [row["detail"] for row in rows(tmp_path, "migration")]
@@ -85,11 +84,11 @@ async def test_a_stream_survives_the_death_of_its_source_in_the_middle_of_a_migr
     await cluster.until(
         lambda: any(s.position > 5 for e in cluster.engines.values() for s in e.streams.values())
     )
-    (request,) = cluster.gateway.scheduler.flights
+    (request,) = cluster.gateway.dispatcher.plane.requests
     on = next(name for name, engine in cluster.engines.items() if engine.streams)
     other = next(name for name in cluster.engines if name not in (on, "i0"))
     cluster.engines[on].hold_prefill = True
-    assert cluster.gateway.scheduler.migrations.begin(Migrate(request, on, other))
+    cluster.gateway.dispatcher.act([Migrate(request, on, other)])
     await cluster.until(lambda: bool(cluster.engines[on].held))
     await cluster.engines[on].stop()
     cluster.fleet.down(on)

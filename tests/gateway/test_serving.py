@@ -38,7 +38,7 @@ async def test_every_system_returns_the_same_tokens_streamed_and_whole(start: An
     assert [t for p in pieces for t in p["token_ids"]] == expected(7)
     assert [p["finish_reason"] for p in pieces] == [None] * (len(pieces) - 1) + ["length"]
     assert len({e["id"] for e in events}) == 1
-    cluster.gateway.scheduler.ledger.check_integrity()
+    cluster.gateway.dispatcher.plane.ledger.check_integrity()
     assert cluster.live() == 0
 
 
@@ -104,7 +104,7 @@ async def test_forced_flips_every_few_milliseconds_change_no_token(start: Any) -
         assert [t for e in events for t in e["choices"][0]["token_ids"]] == expected(20, prompt)
 
     await asyncio.gather(*(one(seed) for seed in range(60)))
-    assert cluster.gateway.scheduler.flips > 3
+    assert cluster.gateway.dispatcher.flips > 3
     assert cluster.live() == 0
 
 

@@ -21,6 +21,7 @@ from tidegate.fleet.processes import EngineLaunch, LocalFleet
 from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.systems import make_system
+from tidegate.testing.chaos import chaos, without_forced
 
 Json = dict[str, Any]
 
@@ -71,8 +72,8 @@ class Live:
 
     def kill_one(self, rng: random.Random) -> str:
         """SIGKILL a random instance that is up; returns its name."""
-        name = rng.choice(sorted(self.gateway.scheduler.upstreams))
-        pid = self.gateway.scheduler.upstreams[name].member.pid
+        name = rng.choice(sorted(self.gateway.dispatcher.upstreams))
+        pid = self.gateway.dispatcher.upstreams[name].member.pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
         return name
@@ -80,7 +81,7 @@ class Live:
     async def engine_stats(self) -> dict[str, Json]:
         """Return every instance's own statistics."""
         stats = {}
-        for name, upstream in self.gateway.scheduler.upstreams.items():
+        for name, upstream in self.gateway.dispatcher.upstreams.items():
             headers = {"x-tidegate-secret": upstream.member.secret}
             async with self.client.get(upstream.member.url + "/tidegate/stats", headers=headers) as response:
                 assert response.status == 200
@@ -109,7 +110,8 @@ async def cluster(
 ) -> AsyncIterator[Live]:
     """Run a gateway over ``instances`` embedded engines."""
     fleet = LocalFleet(EngineLaunch(model=model, instances=instances, dtype=dtype, kv_memory_mb=64))
-    gateway = Gateway(GatewaySettings(port=0, **options), fleet, make_system(system))
+    forced, others = without_forced(options)
+    gateway = Gateway(GatewaySettings(port=0, **others), fleet, make_system(system))
     try:
         url = await gateway.start()
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client:

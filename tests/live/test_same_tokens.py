@@ -66,8 +66,8 @@ async def test_200_prompts_get_identical_tokens_under_every_regime(model_dir: Pa
     forced = {"flip_every_s": 0.2, "migrate_every_s": 0.05}
     async with cluster(model_dir, "arrow", dtype="float64", **forced) as live:
         assert await run_all(live) == reference
-        assert live.gateway.scheduler.flips >= 3
-        assert b'tidegate_migrations_total{event="done"}' in live.gateway.scheduler.metrics.render()
+        assert live.gateway.dispatcher.flips >= 3
+        assert b'tidegate_migrations_total{event="done"}' in live.gateway.dispatcher.metrics.render()
         await live.until_drained()
 
     rng = random.Random(5)
@@ -77,7 +77,7 @@ async def test_200_prompts_get_identical_tokens_under_every_regime(model_dir: Pa
         due = [total // 10, total // 3, total + total // 10, total + total // 3]
 
         def kill_when_due() -> None:
-            alive = len(live.gateway.scheduler.upstreams)
+            alive = len(live.gateway.dispatcher.upstreams)
             if len(killed) < len(due) and live.tokens_seen >= due[len(killed)] and alive > 1:
                 killed.append(live.kill_one(rng))
 
@@ -85,6 +85,6 @@ async def test_200_prompts_get_identical_tokens_under_every_regime(model_dir: Pa
         for kills in (2, 4):
             assert await run_all(live) == reference
             assert len(killed) == kills
-            await live.until(lambda: len(live.gateway.scheduler.upstreams) == 3)
+            await live.until(lambda: len(live.gateway.dispatcher.upstreams) == 3)
         await live.until_drained()
-        assert live.gateway.scheduler.in_flight == 0
+        assert live.gateway.dispatcher.in_flight == 0

@@ -15,7 +15,7 @@ import aiohttp
 import orjson
 import pytest
 
-from tidegate.measure.journal import read_journal
+from tidegate.journal import read_journal
 
 
 class Served:

@@ -13,8 +13,9 @@ from tidegate.core.decision import Hold, Reject, Verdict
 from tidegate.core.errors import ConfigError
 from tidegate.core.request import Request
 from tidegate.core.slo import Slo
+from tidegate.journal import read_journal
 from tidegate.ledger.snapshot import Snapshot
-from tidegate.measure import build_report, read_journal
+from tidegate.measure import build_report
 from tidegate.policies.least_loaded import LeastLoaded
 from tidegate.policies.protocols import Signal
 from tidegate.sim import EngineSettings, Replica, SimRun, SimSettings, simulate

@@ -13,8 +13,8 @@ from sim_cases import MovingPool, ended
 
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
+from tidegate.journal import read_journal
 from tidegate.ledger.snapshot import Snapshot
-from tidegate.measure import read_journal
 from tidegate.sim import Replica, SimSettings, replay_journal, simulate, slo_warnings
 from tidegate.sim.sampling import Sampler
 from tidegate.systems import make_system

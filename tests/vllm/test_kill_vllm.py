@@ -51,7 +51,7 @@ async def test_a_killed_server_is_survived_and_comes_back(
         expected = await alone(session, cluster[0].url, requests)
         expected_later = await alone(session, cluster[0].url, later)
         async with serving(cluster.urls, tmp_path, migrate_every_s=0.05, flip_every_s=0.5) as running:
-            upstreams = running.gateway.scheduler.upstreams
+            upstreams = running.gateway.dispatcher.upstreams
             dead = upstreams[VICTIM].member.engine_id
             tasks = [asyncio.create_task(ask(session, running.url, *request)) for request in requests]
             await running.until(lambda: running_on(runs, VICTIM) > 2 and len(runs) > 4 * STREAMS, 120)

@@ -30,7 +30,7 @@ def request(seed: int, max_tokens: int, **more: Any) -> dict[str, Any]:
 
 def drifts(running: Running, instance: str) -> dict[str, int]:
     """Return how often the instance and the ledger came to differ, by kind."""
-    counts = running.gateway.scheduler.loads.drifts.get(instance, {})
+    counts = running.gateway.dispatcher.loads.drifts.get(instance, {})
     return {kind.value: count for kind, count in counts.items()}
 
 
@@ -46,7 +46,7 @@ async def test_load_past_the_gateway_is_seen_avoided_and_forgotten(
     cluster: VllmCluster, tmp_path: Path
 ) -> None:
     async with client() as session, serving(cluster.urls[:2], tmp_path, system="colocated") as running:
-        scheduler = running.gateway.scheduler
+        scheduler = running.gateway.dispatcher
         i0 = scheduler.loads.watched["i0"].reconciler
         async with AsyncExitStack() as others:
             for seed in range(OTHERS):
@@ -72,7 +72,7 @@ async def test_pinned_kv_takes_room_until_somebody_pulls_it(cluster: VllmCluster
     await until_unpinned(cluster)
     prompts = [request(100 + n, 1)["prompt"] for n in range(3)]
     async with serving(cluster.urls[:2], tmp_path, system="colocated") as running:
-        scheduler = running.gateway.scheduler
+        scheduler = running.gateway.dispatcher
         i0 = scheduler.loads.watched["i0"].reconciler
         pinned = [
             await asyncio.to_thread(cluster[0].complete, prompt, 1, kv_transfer_params=EXPORT)
@@ -97,7 +97,7 @@ async def test_the_gateways_own_handovers_are_no_drift_and_counted_as_pulled(
     await until_unpinned(cluster)
     asked = 8
     async with client() as session, serving(cluster.urls[:2], tmp_path, system="static") as running:
-        loads = running.gateway.scheduler.loads
+        loads = running.gateway.dispatcher.loads
         await running.until(lambda: all(tally.totals for tally in loads.tallies.values()))
         fresh = time.monotonic_ns()  # prompts that no prefix cache holds
         answers = [ask(session, running.url, COMPLETIONS, request(fresh + n, 400)) for n in range(asked)]

@@ -108,7 +108,7 @@ async def test_kv_stays_only_behind_a_leg_that_ended_by_length(pair: VllmCluster
 
 def engines(running: Running) -> list[VllmEngine]:
     """Return the gateway's engines, in the servers' order."""
-    found = [running.gateway.scheduler.upstreams[name].engine for name in ("i0", "i1")]
+    found = [running.gateway.dispatcher.upstreams[name].engine for name in ("i0", "i1")]
     return [engine for engine in found if isinstance(engine, VllmEngine)]
 
 

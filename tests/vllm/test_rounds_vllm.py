@@ -18,7 +18,7 @@ async def test_a_round_computes_only_its_new_tokens(cluster: VllmCluster, tmp_pa
     history = [chance.randrange(5, 512) for _ in range(FIRST)]
     new = [chance.randrange(5, 512) for _ in range(NEW)]
     async with client() as session, serving(cluster.urls, tmp_path, system="static", profiles=()) as running:
-        labels = running.gateway.scheduler.labels
+        labels = running.gateway.dispatcher.plane.membership.labels
         (prefills,) = (n for n, name in enumerate(labels) if labels[name].label == "prefill")
 
         async def round_of(prompt: list[int], tokens: int) -> tuple[list[int], list[Counters], Json]:

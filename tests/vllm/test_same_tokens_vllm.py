@@ -33,7 +33,7 @@ async def test_flips_and_migrations_change_no_answer(
             answers = await asyncio.gather(*(through(asked) for asked in wanted))
             spent = [server.counters() - then for server, then in zip(cluster, before, strict=True)]
             moved = running.metric("tidegate_migrations_total", event="done")
-            flips = running.gateway.scheduler.flips
+            flips = running.gateway.dispatcher.flips
             replays = running.metric("tidegate_replays_total")
             recomputed = most_recomputed(runs, running, spent)
 

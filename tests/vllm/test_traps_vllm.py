@@ -168,7 +168,7 @@ class TestLeases:
         kv = KvSetup(lease_s=SHORT_LEASE_S, bidirectional=True)
         prompt = prompt_ids(200)
         async with serving(pair.urls, tmp_path, system="static", kv=kv) as running:
-            scheduler = running.gateway.scheduler
+            scheduler = running.gateway.dispatcher
             assert Signal.PROFILE not in scheduler.system.needs
             async with client() as session:
                 stopped = pair[1]

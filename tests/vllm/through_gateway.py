@@ -23,6 +23,7 @@ from tidegate.fleet.health import HealthPace
 from tidegate.fleet.static import KvSetup, StaticFleet, StaticPace
 from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
+from tidegate.testing.chaos import chaos, without_forced
 from tidegate.systems import System, make_system
 from tidegate.testing import profile
 
@@ -187,7 +188,7 @@ class Running:
     def metric(self, name: str, **labels: str) -> float:
         """Return a counter of the gateway, summed over the labels that are not given."""
         total = 0.0
-        for family in self.gateway.scheduler.metrics.registry.collect():
+        for family in self.gateway.dispatcher.metrics.registry.collect():
             for sample in family.samples:
                 if sample.name == name and labels.items() <= sample.labels.items():
                     total += sample.value
@@ -195,7 +196,7 @@ class Running:
 
     def move(self, request: str) -> bool:
         """Have a decode move to another instance at its next token; False when it cannot now."""
-        scheduler = self.gateway.scheduler
+        scheduler = self.gateway.dispatcher
         src = scheduler.ledger.owner_of(request)
         others = [name for name in scheduler.ledger.ids if name != src]
         if src is None:
@@ -231,10 +232,12 @@ async def serving(
     journal = folder / f"journal-{time.monotonic_ns()}.jsonl"
     composed = make_system(system, slo=Slo()) if isinstance(system, str) else system
     # Generous: servers that share few cores are slow to accept.
-    resolved = GatewaySettings(port=0, journal=journal, **{"connect_s": 10.0} | settings)
+    forced, others = without_forced(settings)
+    resolved = GatewaySettings(port=0, journal=journal, **{"connect_s": 10.0} | others)
     gateway = Gateway(resolved, fleet, composed)
     url = await gateway.start()
     try:
-        yield Running(gateway, url, journal)
+        async with chaos(gateway.dispatcher, **forced):
+            yield Running(gateway, url, journal)
     finally:
         await gateway.stop()

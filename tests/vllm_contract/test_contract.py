@@ -20,6 +20,7 @@ from tidegate.fleet.health import HealthPace
 from tidegate.fleet.static import KvSetup, StaticFleet, StaticPace
 from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
+from tidegate.testing.chaos import chaos, without_forced
 from tidegate.systems import make_system
 from tidegate.testing import profile
 
@@ -55,7 +56,7 @@ class Bench:
         return ids, text, reason
 
     def metric(self, name: str, **labels: str) -> float:
-        value = self.gateway.scheduler.metrics.registry.get_sample_value(name, labels)
+        value = self.gateway.dispatcher.metrics.registry.get_sample_value(name, labels)
         return value or 0.0
 
     def breaches(self) -> list[str]:
@@ -86,10 +87,14 @@ async def bench(
         kv=KvSetup("nixl", lease_s=lease_s, bidirectional=bidirectional),
         pace=StaticPace(HealthPace(every_s=0.2), retry_s=0.05),
     )
-    gateway = Gateway(GatewaySettings(port=0, connect_s=10.0, **settings), fleet, make_system(system))
+    forced, others = without_forced(settings)
+    gateway = Gateway(GatewaySettings(port=0, connect_s=10.0, **others), fleet, make_system(system))
     url = await gateway.start()
     try:
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client:
+        async with (
+            aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client,
+            chaos(gateway.dispatcher, **forced),
+        ):
             yield Bench(gateway, servers, url, client)
     finally:
         await gateway.stop()
@@ -138,14 +143,15 @@ async def test_whatever_moves_the_answers_are_those_of_one_server_and_nothing_st
 async def test_decodes_move_at_every_position(tokens: int) -> None:
     body: Json = {"prompt": [n % 12 for n in range(tokens)], "max_tokens": 40, "stream": True}
     async with bench() as it:
-        scheduler = it.gateway.scheduler
+        dispatcher = it.gateway.dispatcher
+        ledger = dispatcher.plane.ledger
         task = asyncio.create_task(it.ask(body))
         while not task.done():
-            for request in list(scheduler.flights):
-                src = scheduler.ledger.owner_of(request)
-                dst = next(name for name in scheduler.ledger.ids if name != src)
+            for request in list(dispatcher.plane.requests):
+                src = ledger.owner_of(request)
+                dst = next(name for name in ledger.ids if name != src)
                 if src is not None:
-                    scheduler.migrations.begin(Migrate(request, src, dst, "told so"))
+                    dispatcher.act([Migrate(request, src, dst, "told so")])
             await asyncio.sleep(0)
         assert await task == alone(body)
         assert it.breaches() == []
@@ -169,19 +175,19 @@ async def test_a_handle_is_not_used_near_the_end_of_its_lease() -> None:
 async def test_a_pull_from_a_dead_engine_is_tried_again_without_it_and_the_engine_comes_back() -> None:
     body: Json = {"prompt": [2] * 100, "max_tokens": 20, "stream": True}
     async with bench() as it:
-        prefills = next(n for n, role in it.gateway.scheduler.labels.items() if role.label == "prefill")
+        prefills = next(n for n, role in it.gateway.dispatcher.plane.membership.labels.items() if role.label == "prefill")
         victim = it.servers[int(prefills[1:])]
         ended: list[asyncio.Task[None]] = []
         victim.on_pin = lambda: ended.append(asyncio.ensure_future(victim.stop()))
         assert await it.ask(body) == alone(body)
         victim.on_pin = None
-        await it.until(lambda: prefills not in it.gateway.scheduler.upstreams)
+        await it.until(lambda: prefills not in it.gateway.dispatcher.upstreams)
         dead = victim.engine_id
         await asyncio.gather(*ended)
         for server in it.servers:
             del server.bodies[:]
         await victim.start()
-        await it.until(lambda: prefills in it.gateway.scheduler.upstreams)
+        await it.until(lambda: prefills in it.gateway.dispatcher.upstreams)
         assert await asyncio.gather(*(it.ask(body) for _ in range(6))) == [alone(body)] * 6
         bodies = [orjson.dumps(sent).decode() for server in it.servers for sent in server.bodies]
         assert any(victim.engine_id in sent for sent in bodies), "its new handles are used"

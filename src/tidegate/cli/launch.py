@@ -130,6 +130,12 @@ class AnnouncedFleet:
     def suspect(self, instance_id: str) -> None:
         self._fleet.suspect(instance_id)
 
+    def add(self) -> bool:
+        return self._fleet.add()
+
+    def remove(self, instance_id: str, reason: str) -> bool:
+        return self._fleet.remove(instance_id, reason)
+
     async def stop(self) -> None:
         await self._fleet.stop()
 

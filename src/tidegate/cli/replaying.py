@@ -13,7 +13,7 @@ import typer
 from tidegate.cli.simulating import note, warn
 from tidegate.core.errors import ConfigError, TraceError
 from tidegate.experiments.setting import Fleet
-from tidegate.measure.journal import Journal, read_journal
+from tidegate.journal import Journal, read_journal
 from tidegate.sim import SimSettings
 from tidegate.sim.replay import Compared, Replay, replay_journal
 from tidegate.systems import make_system

@@ -13,10 +13,10 @@ from tidegate.cli.process import FAILURE
 from tidegate.cli.scoring import SCORING, Json, Level, RequireLevel
 from tidegate.core.errors import TraceError
 from tidegate.core.slo import Slo
+from tidegate.journal import read_journal
 from tidegate.measure import (
     build_bench_report,
     build_report,
-    read_journal,
     read_results,
     render_block,
     render_report,

@@ -125,6 +125,12 @@ class ProcessFleet(ABC, Generic[Announced]):
             if instance_id in slot.ids:
                 slot.suspicion.set()
 
+    def add(self) -> bool:
+        return False
+
+    def remove(self, instance_id: str, reason: str) -> bool:
+        return False
+
     async def stop(self) -> None:
         await end_watch(self._tasks, self._session)
 

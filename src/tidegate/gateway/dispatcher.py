@@ -43,7 +43,7 @@ from tidegate.systems.system import System
 
 log = logging.getLogger(__name__)
 
-RETRY_AFTER_S = ControlSettings.retry_after_s
+RETRY_AFTER_S = ControlSettings().retry_after_s
 
 UNMEASURED = Profile(
     "unmeasured",

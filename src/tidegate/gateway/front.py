@@ -106,8 +106,8 @@ class Front:
         head = AnswerHead(call.id, call.created, model, call.chat, call.return_token_ids, call.include_usage)
         if call.stream:
             client, writer = ClientStream(request, {"x-request-id": call.id}), ChunkWriter(head)
-            answer = StreamedAnswer(writer, client)
-            served = ServedRequest(call, self._dispatcher, self._estimate, answer, arrival_s)
+            streamed = StreamedAnswer(writer, client)
+            served = ServedRequest(call, self._dispatcher, self._estimate, streamed, arrival_s)
 
             async def streamed() -> bytes:
                 await self._fly(served)

@@ -1,16 +1,14 @@
-"""The journal's writing end: JSON lines, buffered, never in the way of a request."""
+"""The file of a gateway's journal: buffered, and never in the way of a request."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from io import BufferedWriter
 from pathlib import Path
-from typing import Any
 
 from tidegate.core.errors import ConfigError
-from tidegate.measure.rows import encode_row
+from tidegate.journal.writer import JournalWriter
 
 log = logging.getLogger(__name__)
 
@@ -18,18 +16,15 @@ FLUSH_S = 0.25
 """How much of the journal a killed gateway may lose."""
 
 
-class Journal:
-    """Appends one object per line. ``t`` is seconds since the journal began.
+class JournalFile(JournalWriter):
+    """Writes lines to a file, at most FLUSH_S after they were made.
 
-    Without a path every write is a no-op, so callers need not ask; ``enabled`` tells those that
-    would compute something for it. Lines written before ``open`` wait for it. When the file cannot be
-    written any more, that is logged once and the journal ends there. The line kinds are documented
-    with their reader, in ``tidegate.measure.journal``.
+    Without a path it is disabled. Lines written before ``open`` wait for it. When the file cannot be written
+    any more, that is logged once and the journal ends there.
     """
 
     def __init__(self, path: Path | None, now_s: float) -> None:
-        self.enabled = path is not None
-        self.started_s = now_s
+        super().__init__(None if path is None else self._take, now_s)
         self._path = path
         self._lines: list[bytes] = []
         self._file: BufferedWriter | None = None
@@ -52,18 +47,6 @@ class Journal:
             raise ConfigError(f"cannot write the journal {path}: {error.strerror}") from None
         self.flush()
 
-    def write(self, line: str, now_s: float, /, **row: Any) -> None:
-        """Append a line of type ``line``."""
-        if not self.enabled:
-            return
-        self._lines.append(encode_row(line, now_s - self.started_s, row))
-        if self._timer is None and self._file is not None:
-            self._timer = asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
-
-    def header(self, **row: Any) -> None:
-        """Write the first line."""
-        self.write("header", self.started_s, started_unix_s=time.time(), **row)
-
     def flush(self) -> None:
         """Hand what is buffered to the operating system."""
         if self._timer is not None:
@@ -72,7 +55,7 @@ class Journal:
         if self._file is None or not self._lines:
             return
         try:
-            self._file.write(b"\n".join(self._lines) + b"\n")
+            self._file.write(b"".join(self._lines))
             self._file.flush()
         except OSError as error:
             log.error("the journal %s ends here: %s", self._path, error.strerror)
@@ -83,6 +66,11 @@ class Journal:
         """Flush and close; later writes are dropped. Never raises."""
         self.flush()
         self._end()
+
+    def _take(self, line: bytes) -> None:
+        self._lines.append(line)
+        if self._timer is None and self._file is not None:
+            self._timer = asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
 
     def _end(self) -> None:
         file, self._file = self._file, None

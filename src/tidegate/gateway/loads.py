@@ -20,8 +20,9 @@ from tidegate.engines.vllm.client import VllmClient
 from tidegate.engines.vllm.metrics import CACHED, COMPUTED, PULLED, VllmMetrics
 from tidegate.fleet.member import Member
 from tidegate.fleet.vllm_command import STREAM_PIN_S
-from tidegate.gateway.journal import Journal
 from tidegate.gateway.metrics import Metrics
+from tidegate.journal.schema import LoadDriftLine
+from tidegate.journal.writer import JournalWriter
 from tidegate.ledger.reconcile import Difference, Drift, Reconciler, Told
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ class LoadWatch:
         self,
         plane: ControlPlane,
         clock: Clock,
-        journal: Journal,
+        journal: JournalWriter,
         metrics: Metrics,
         suspect: Callable[[str], None],
         every_s: float,
@@ -221,13 +222,15 @@ class LoadWatch:
                 )
                 if drift.kind is Difference.MISSING:
                     self._suspect(watched.id)
-            self._journal.write(
-                "load_drift",
-                now,
-                instance=watched.id,
-                kind=drift.kind.value,
-                event="begun" if drift.lasting else "ended",
-                ledger=drift.ledger,
-                engine=drift.engine,
-                lasting=drift.lasting,
-            )
+            if self._journal.enabled:
+                self._journal.write(
+                    LoadDriftLine(
+                        t_s=self._journal.elapsed_s(now),
+                        instance=watched.id,
+                        kind=drift.kind.value,
+                        event="begun" if drift.lasting else "ended",
+                        ledger=drift.ledger,
+                        engine=drift.engine,
+                        lasting=drift.lasting,
+                    )
+                )

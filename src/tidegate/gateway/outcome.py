@@ -1,20 +1,20 @@
-"""How a request ended: one journal row, one observation of each metric."""
+"""How a request ended: one journal line, one observation of each metric."""
 
 from __future__ import annotations
 
-from tidegate.gateway.journal import Journal
+from tidegate.control.record import RequestEnding, RequestRecord, outcome_line
 from tidegate.gateway.metrics import Metrics
-from tidegate.measure.rows import Ending, Story, outcome_row
+from tidegate.journal.writer import JournalWriter
 
 
-def record(story: Story, ending: Ending, *, journal: Journal, metrics: Metrics) -> None:
+def record(story: RequestRecord, ending: RequestEnding, *, journal: JournalWriter, metrics: Metrics) -> None:
     """Write a request's terminal state. Called exactly once per request."""
     _observe(metrics, story, ending)
     if journal.enabled:
-        journal.write("outcome", ending.end_s, **outcome_row(story, ending, journal.started_s))
+        journal.write(outcome_line(story, ending, journal.started_s))
 
 
-def _observe(metrics: Metrics, story: Story, ending: Ending) -> None:
+def _observe(metrics: Metrics, story: RequestRecord, ending: RequestEnding) -> None:
     metrics.requests.labels(ending.outcome).inc()
     if ending.attained(story):
         metrics.attained.inc()

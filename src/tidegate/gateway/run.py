@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
+import time
 from collections.abc import Callable
 
 from aiohttp import web
@@ -15,7 +16,7 @@ from tidegate.core.errors import ConfigError
 from tidegate.fleet.member import Fleet
 from tidegate.gateway.dispatcher import Dispatcher
 from tidegate.gateway.front import Front
-from tidegate.gateway.journal import Journal
+from tidegate.gateway.journal import JournalFile
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.protocol.http_front import FrontRunner
 from tidegate.signals.producers import check_signals
@@ -36,7 +37,7 @@ class Gateway:
         clock = clock or WallClock()
         self._settings = settings
         self._fleet = fleet
-        self._journal = Journal(settings.journal, clock.now())
+        self._journal = JournalFile(settings.journal, clock.now())
         self.dispatcher = Dispatcher(system, settings, fleet.ids, clock, self._journal, fleet)
         self._front = Front(settings, self.dispatcher)
         self._runner = FrontRunner(self._front.application(), shutdown_timeout_s=2.0)
@@ -52,10 +53,9 @@ class Gateway:
         self._journal.header(
             version=__version__,
             system=dispatcher.system.name,
-            slo={"ttft_s": settings.slo.ttft_s, "tpot_s": settings.slo.tpot_s},
-            instances=[
-                {"id": name, "role": role.label} for name, role in dispatcher.plane.membership.labels.items()
-            ],
+            slo=settings.slo,
+            roles=dispatcher.plane.membership.labels.items(),
+            started_unix_s=time.time(),
         )
         await self._runner.setup()
         self._site = web.TCPSite(self._runner, settings.host, settings.port, backlog=BACKLOG)

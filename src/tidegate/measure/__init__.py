@@ -1,8 +1,7 @@
-"""Measured runs: percentiles, SLO attainment, goodput, journals and reports."""
+"""Measured runs: percentiles, SLO attainment, goodput and reports."""
 
 from tidegate.measure.attainment import Attainment, Goodput, Observation, goodput, score
 from tidegate.measure.bench_report import BenchReport, build_bench_report, render_block
-from tidegate.measure.journal import Journal, Outcome, read_journal
 from tidegate.measure.percentiles import Summary, summarize
 from tidegate.measure.report import RunReport, build_report
 from tidegate.measure.results import RequestResult, read_results
@@ -12,16 +11,13 @@ __all__ = [
     "Attainment",
     "BenchReport",
     "Goodput",
-    "Journal",
     "Observation",
-    "Outcome",
     "RequestResult",
     "RunReport",
     "Summary",
     "build_bench_report",
     "build_report",
     "goodput",
-    "read_journal",
     "read_results",
     "render_block",
     "render_report",

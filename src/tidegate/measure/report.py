@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from msgspec import structs
 
 from tidegate.core.slo import Slo
 from tidegate.core.stages import LATER_STAGES, TTFT_STAGES
+from tidegate.journal.reader import Journal
+from tidegate.journal.schema import FlipLine, InstanceLine, OutcomeLine
 from tidegate.measure.attainment import DEFAULT_LEVEL, Attainment, Goodput, Observation, goodput, score
-from tidegate.measure.journal import FlipEvent, InstanceEvent, Journal, Outcome
 from tidegate.measure.percentiles import Summary, summarize
 
 
@@ -65,9 +67,9 @@ class RunReport:
     stages_of_ttft_s: dict[str, Summary]
     stages_after_first_token_s: dict[str, Summary]
     decisions: dict[str, int]
-    flips: tuple[FlipEvent, ...]
+    flips: tuple[FlipLine, ...]
     flip_counts: dict[str, int]
-    instance_events: tuple[InstanceEvent, ...]
+    instance_events: tuple[InstanceLine, ...]
     replays: int
     replayed_requests: int
     migrations: int
@@ -78,6 +80,8 @@ class RunReport:
     def to_json(self) -> dict[str, Any]:
         """Return the whole report as one JSON object."""
         value = asdict(self)
+        value["flips"] = [structs.asdict(flip) for flip in self.flips]
+        value["instance_events"] = [structs.asdict(event) for event in self.instance_events]
         value["attainment"] |= {
             "share": self.attainment.share,
             "ttft_share": self.attainment.ttft_share,
@@ -147,12 +151,12 @@ def _notes(journal: Journal, slo: Slo | None, own: set[Slo]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _stages(good: Sequence[Outcome], names: Sequence[str]) -> dict[str, Summary]:
+def _stages(good: Sequence[OutcomeLine], names: Sequence[str]) -> dict[str, Summary]:
     found = {stage: summarize(o.stages_s.get(stage) for o in good) for stage in names}
     return {stage: summary for stage, summary in found.items() if summary is not None}
 
 
-def _prediction(good: Sequence[Outcome]) -> PrefillPrediction | None:
+def _prediction(good: Sequence[OutcomeLine]) -> PrefillPrediction | None:
     errors = np.array(
         [
             (o.predicted_prefill_s - o.observed_prefill_s) / o.observed_prefill_s
@@ -171,7 +175,7 @@ def _instance_use(journal: Journal) -> tuple[InstanceUse, ...]:
     for event in journal.instance_events:
         roles.setdefault(event.instance, event.role)
     for outcome in journal.outcomes:
-        for name in (outcome.prefill_on, outcome.decode_on):
+        for name in (outcome.prefill_on, outcome.decoded_on):
             if name:
                 roles.setdefault(name, "")
     return tuple(_one_use(name, role, journal) for name, role in sorted(roles.items()))
@@ -179,7 +183,7 @@ def _instance_use(journal: Journal) -> tuple[InstanceUse, ...]:
 
 def _one_use(name: str, role: str, journal: Journal) -> InstanceUse:
     prefilled = [o for o in journal.outcomes if o.prefill_on == name]
-    decoded = [o for o in journal.outcomes if o.decode_on == name and o.output_tokens > 0]
+    decoded = [o for o in journal.outcomes if o.decoded_on == name and o.output_tokens > 0]
     intervals = [i for o in prefilled for i in _prefill_interval(o)]
     intervals += [i for o in decoded for i in _decode_interval(o)]
     busy_s = _union_s(intervals)
@@ -195,14 +199,14 @@ def _one_use(name: str, role: str, journal: Journal) -> InstanceUse:
     )
 
 
-def _prefill_interval(outcome: Outcome) -> list[tuple[float, float]]:
+def _prefill_interval(outcome: OutcomeLine) -> list[tuple[float, float]]:
     if outcome.e2e_s is None or "prefill" not in outcome.stages_s:
         return []
     start_s = outcome.end_s - outcome.e2e_s + outcome.stages_s.get("queue", 0.0)
     return [(start_s, start_s + outcome.stages_s["prefill"])]
 
 
-def _decode_interval(outcome: Outcome) -> list[tuple[float, float]]:
+def _decode_interval(outcome: OutcomeLine) -> list[tuple[float, float]]:
     if "decode" not in outcome.stages_s:
         return []
     length_s = outcome.stages_s["decode"] + outcome.stages_s.get("first_step", 0.0)

@@ -11,7 +11,8 @@ from tidegate.core.errors import ConfigError, TraceError
 from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
 from tidegate.dataplane.replica import Replica
-from tidegate.measure.journal import Journal, Outcome
+from tidegate.journal.reader import Journal
+from tidegate.journal.schema import OutcomeLine
 from tidegate.measure.request_table import Mask, Seconds
 from tidegate.sim.driver import simulate
 from tidegate.sim.results import SimRun
@@ -92,7 +93,7 @@ def replay_journal(
 
 
 def _as_trace(
-    outcomes: Sequence[Outcome], slo: Slo | None, settings: SimSettings
+    outcomes: Sequence[OutcomeLine], slo: Slo | None, settings: SimSettings
 ) -> tuple[SimSettings, list[TraceRecord]]:
     """Return the requests as an open-loop trace, with a class per SLO of their own."""
     default = slo or settings.slo
@@ -109,7 +110,7 @@ def _as_trace(
     return replace(settings, slo=default, slo_classes=classes, closed_loop=False), records
 
 
-def _compare(run: SimRun, outcomes: Sequence[Outcome], flips: int) -> Replay:
+def _compare(run: SimRun, outcomes: Sequence[OutcomeLine], flips: int) -> Replay:
     table = run.requests
     both = table.ok & np.array([o.ok for o in outcomes])
     return Replay(

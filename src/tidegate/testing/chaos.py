@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 from tidegate.control.live_request import Stage
 from tidegate.core.decision import Flip, Migrate
@@ -33,6 +34,16 @@ async def chaos(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+FORCED = ("flip_every_s", "migrate_every_s", "seed")
+"""The options of ``chaos``."""
+
+
+def without_forced(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split keyword options into those of ``chaos`` and the others."""
+    forced = {name: value for name, value in options.items() if name in FORCED}
+    return forced, {name: value for name, value in options.items() if name not in FORCED}
 
 
 def flip_one(dispatcher: Dispatcher, rng: random.Random) -> None:

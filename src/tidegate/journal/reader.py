@@ -1,0 +1,148 @@
+"""The reader of journals, whichever version wrote them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from tidegate.core.errors import ConfigError, TraceError
+from tidegate.core.slo import Slo
+from tidegate.journal.schema import (
+    LINES,
+    DecisionLine,
+    FlipLine,
+    HeaderLine,
+    InstanceLine,
+    JournalLine,
+    OutcomeLine,
+)
+from tidegate.workloads.jsonl_formats import parse_object
+from tidegate.workloads.source import read_lines
+
+_EXPECTED = {
+    "float": "a number",
+    "int": "an integer",
+    "str": "a string",
+    "object": "an object",
+    "array": "a list",
+}
+"""What a user is told in place of msgspec's names of types."""
+
+
+@dataclass(slots=True)
+class Journal:
+    """A journal read into memory, decisions reduced to counts.
+
+    ``roles`` are the labels by instance when the journal began. ``unfinished`` counts requests with a
+    decision but no outcome. ``truncated`` says that the last line is cut off.
+    """
+
+    system: str = ""
+    version: str = ""
+    slo: Slo | None = None
+    roles: dict[str, str] = field(default_factory=dict)
+    outcomes: list[OutcomeLine] = field(default_factory=list)
+    flips: list[FlipLine] = field(default_factory=list)
+    instance_events: list[InstanceLine] = field(default_factory=list)
+    decisions: Counter[str] = field(default_factory=Counter)
+    unfinished: int = 0
+    last_t_s: float = 0.0
+    truncated: bool = False
+
+
+class JournalLines:
+    """The lines of a journal in file order, those of an unknown type left out; iterate once.
+
+    Half a last line, as a killed writer leaves it, ends the iteration and sets ``truncated``. A line that is
+    broken anywhere else, or has a value of the wrong type, raises TraceError with its place.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = str(path)
+        self.truncated = False
+
+    def __iter__(self) -> Iterator[JournalLine]:
+        broken: TraceError | None = None
+        for number, text in read_lines(self.path):
+            if broken is not None:
+                raise broken
+            if not text.strip():
+                continue
+            try:
+                value = parse_object(self.path, number, text)
+            except TraceError as error:
+                broken = error
+                continue
+            line = decode_line(value, text, self.path, number)
+            if line is not None:
+                yield line
+        self.truncated = broken is not None
+
+
+def read_journal(path: str | Path) -> Journal:
+    """Read a journal. Raises TraceError for a broken or mistyped line, and for a file without a header."""
+    lines = JournalLines(path)
+    journal = Journal()
+    decided: set[str] = set()
+    ended: set[str] = set()
+    seen_header = False
+    for line in lines:
+        journal.last_t_s = max(journal.last_t_s, line.t_s)
+        match line:
+            case HeaderLine():
+                seen_header = True
+                journal.system, journal.version, journal.slo = line.system, line.version, line.slo
+                journal.roles.update((instance.id, instance.role) for instance in line.instances)
+            case OutcomeLine():
+                journal.outcomes.append(line)
+                ended.add(line.request)
+            case DecisionLine():
+                journal.decisions[line.label] += 1
+                decided.add(line.request)
+            case FlipLine():
+                journal.flips.append(line)
+            case InstanceLine():
+                journal.instance_events.append(line)
+    if not seen_header:
+        raise TraceError("this is not a journal: it has no 'header' line", file=str(path), line=1)
+    journal.unfinished = len(decided - ended)
+    journal.truncated = lines.truncated
+    return journal
+
+
+def decode_line(value: dict[str, Any], text: str, file: str, number: int) -> JournalLine | None:
+    """Return the line that a JSON object stands for, None for one of an unknown type.
+
+    Null is alike to absent, and unknown keys are ignored. ``text``, ``file`` and ``number`` are the object's
+    source, for the place of an error. Raises TraceError for a missing or mistyped value.
+    """
+    kind = value.get("type")
+    schema = LINES.get(kind) if isinstance(kind, str) else None
+    if schema is None:
+        return None
+    try:
+        return msgspec.convert({key: item for key, item in value.items() if item is not None}, schema)
+    except (msgspec.ValidationError, ConfigError) as error:
+        raise _placed(str(error), value, text, file, number) from None
+
+
+def _placed(message: str, value: dict[str, Any], text: str, file: str, number: int) -> TraceError:
+    """Return the error at the place of the value that msgspec's message is about."""
+    missing = re.search(r"missing required field `(\w+)`", message)
+    if missing:
+        return TraceError(f"the {value['type']!r} line lacks {missing[1]}", file=file, line=number)
+    key = "slo"  # the one value that checks more than its type
+    at = re.search(r" - at `\$\.(\w+)", message)
+    if at:
+        key = at[1]
+        wanted = re.search(r"Expected `(\w+)", message)
+        expected = _EXPECTED.get(wanted[1], wanted[1]) if wanted else message
+        message = f"{key} is {value[key]!r}, expected {expected}"
+    found = re.search(rf'"{re.escape(key)}"\s*:\s*', text)
+    return TraceError(message, file=file, line=number, column=found.end() + 1 if found else 0)

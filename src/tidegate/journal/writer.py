@@ -1,0 +1,173 @@
+"""The writer of journals, live or simulated: what happened becomes a line, and a line becomes bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+
+from tidegate.core.decision import Flip, Hold, Migrate, Place, Reject, Verdict
+from tidegate.core.errors import EngineError, status_of
+from tidegate.core.instance import Role
+from tidegate.core.slo import Slo
+from tidegate.journal.schema import (
+    Chosen,
+    ControlLine,
+    DecisionLine,
+    FailureLine,
+    FlipLine,
+    HeaderLine,
+    InstanceLabel,
+    InstanceLine,
+    JournalLine,
+    MigrationLine,
+)
+
+ALTERNATIVES = 8
+"""How many alternatives of a placement are written."""
+
+
+class JournalWriter:
+    """Appends a line per event, each ending in a newline, by calling ``append``.
+
+    ``now_s`` of every method is on the clock that showed ``started_s`` when the journal began. Without
+    ``append``, ``enabled`` is False and nothing is written; callers look at ``enabled`` before they compute
+    something for a line. Lines of equal content are equal bytes.
+    """
+
+    def __init__(self, append: Callable[[bytes], object] | None, started_s: float = 0.0) -> None:
+        self.enabled = append is not None
+        self.started_s = started_s
+        self._append = append
+
+    def elapsed_s(self, now_s: float) -> float:
+        """Return ``now_s`` as lines carry it: since the journal began, to the microsecond."""
+        return round(now_s - self.started_s, 6)
+
+    def write(self, line: JournalLine) -> None:
+        """Append a line; its ``t_s`` is counted since the journal began."""
+        if self.enabled and self._append is not None:
+            self._append(encode_line(line) + b"\n")
+
+    def header(
+        self,
+        *,
+        version: str,
+        system: str,
+        slo: Slo,
+        roles: Iterable[tuple[str, Role]],
+        started_unix_s: float = 0.0,
+    ) -> None:
+        """Write the first line; ``roles`` are the instances' ids and labels."""
+        instances = [InstanceLabel(name, role.label) for name, role in roles]
+        self.write(
+            HeaderLine(
+                version=version, system=system, started_unix_s=started_unix_s, slo=slo, instances=instances
+            )
+        )
+
+    def instance_up(self, now_s: float, instance: str, role: Role) -> None:
+        """Write that an instance came, with its label."""
+        self.write(InstanceLine(t_s=self.elapsed_s(now_s), instance=instance, event="up", role=role.label))
+
+    def instance_down(self, now_s: float, instance: str, reason: str) -> None:
+        """Write that an instance went, and why."""
+        self.write(InstanceLine(t_s=self.elapsed_s(now_s), instance=instance, event="down", reason=reason))
+
+    def instance_draining(self, now_s: float, instance: str, reason: str) -> None:
+        """Write that an instance gets nothing new, and why."""
+        self.write(
+            InstanceLine(t_s=self.elapsed_s(now_s), instance=instance, event="draining", reason=reason)
+        )
+
+    def decision(
+        self, now_s: float, request: str, kind: str, verdict: Verdict, predicted: dict[str, float] | None
+    ) -> None:
+        """Write a verdict, with its best alternatives and what is predicted for the chosen one.
+
+        ``kind`` is ``place_prefill``, ``place_decode`` or ``replay``.
+        """
+        match verdict.decision:
+            case Place() as place:
+                chosen = Chosen(prefill_on=place.prefill_on, decode_on=place.decode_on, path=place.path.value)
+            case Hold(reason):
+                chosen = Chosen(hold=reason)
+            case Reject(reason):
+                chosen = Chosen(reject=reason)
+        self.write(
+            DecisionLine(
+                t_s=self.elapsed_s(now_s),
+                request=request,
+                kind=kind,
+                chosen=chosen,
+                alternatives=verdict.alternatives.top(ALTERNATIVES) if verdict.alternatives else [],
+                predicted=predicted,
+                reason=verdict.reason,
+            )
+        )
+
+    def flip(self, now_s: float, flip: Flip, before: Role) -> None:
+        """Write that an instance's label was rewritten; ``before`` is the one it had."""
+        self.write(
+            FlipLine(
+                t_s=self.elapsed_s(now_s),
+                instance=flip.instance,
+                from_role=before.label,
+                to_role=flip.to.label,
+                reason=flip.reason,
+            )
+        )
+
+    def control(self, now_s: float, reason: str, flips: int) -> None:
+        """Write the reason of a periodic decision and how many flips it made."""
+        self.write(ControlLine(t_s=self.elapsed_s(now_s), reason=reason, flips=flips))
+
+    def migration(self, now_s: float, migrate: Migrate, event: str, detail: str, moved_bytes: int) -> None:
+        """Write that a migration has begun, is done, cancelled or, as ``detail`` says why, ignored."""
+        self.write(
+            MigrationLine(
+                t_s=self.elapsed_s(now_s),
+                request=migrate.request,
+                event=event,
+                src=migrate.src,
+                dst=migrate.dst,
+                reason=migrate.reason,
+                detail=detail,
+                moved_bytes=moved_bytes,
+            )
+        )
+
+    def failure(self, now_s: float, request: str, error: EngineError, generated: int) -> None:
+        """Write that an engine failed a request's leg, after ``generated`` tokens of the answer."""
+        self.write(
+            FailureLine(
+                t_s=self.elapsed_s(now_s),
+                request=request,
+                instance=error.instance,
+                stage=error.stage,
+                message=error.message,
+                reason=status_of(error).label,
+                generated=generated,
+            )
+        )
+
+
+_ENCODER = msgspec.json.Encoder()
+
+
+def encode_line(line: JournalLine) -> bytes:
+    """Return a line's JSON without its end.
+
+    What is not clean JSON (say, a peer's odd bytes in a header) loses those bytes, not the line.
+    """
+    try:
+        return _ENCODER.encode(line)
+    except (TypeError, UnicodeEncodeError):
+        plain: Any = msgspec.to_builtins(line, enc_hook=_plain)
+        return json.dumps(plain, ensure_ascii=False).encode("utf-8", "replace")
+
+
+def _plain(value: object) -> float | str:
+    return float(value) if isinstance(value, float) else str(value)
