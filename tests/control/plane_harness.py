@@ -9,7 +9,7 @@ from tidegate.control.effects import Effects, Flipped, GiveUp, Held, RunDecode, 
 from tidegate.control.live_request import LiveRequest
 from tidegate.control.plane import ControlPlane
 from tidegate.control.settings import ControlSettings
-from tidegate.core.decision import Action, ControlDecision, Hold, Path, Place, Reject, Verdict
+from tidegate.core.decision import Action, ControlDecision, Hold, Reject, Verdict
 from tidegate.core.request import Request
 from tidegate.core.slo import Slo
 from tidegate.journal.writer import JournalWriter
@@ -130,4 +130,14 @@ def decoding(plane: ControlPlane, live: PlainRequest, now: float = 0.0) -> RunDe
     return decode
 
 
-__all__ = ["Flipped", "GiveUp", "Held", "HoldWhile", "PlainRequest", "Scripted", "decoding", "make_plane", "only"]
+__all__ = [
+    "Flipped",
+    "GiveUp",
+    "Held",
+    "HoldWhile",
+    "PlainRequest",
+    "Scripted",
+    "decoding",
+    "make_plane",
+    "only",
+]

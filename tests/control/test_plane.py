@@ -55,7 +55,9 @@ def test_a_held_request_is_placed_by_a_tick_and_given_up_at_its_deadline() -> No
     plane.arrive(live, 0.0)
     assert only(plane.tick(1.0), Held)
     (given_up,) = only(plane.tick(2.0), GiveUp)
-    assert isinstance(given_up.error, Overloaded) and "held until its deadline: told to" in str(given_up.error)
+    assert isinstance(given_up.error, Overloaded) and "held until its deadline: told to" in str(
+        given_up.error
+    )
 
 
 def test_a_rejected_request_says_when_to_come_back() -> None:
@@ -147,7 +149,12 @@ def test_without_instances_a_fresh_request_is_refused_and_a_begun_one_waits() ->
 
 def test_a_returning_instance_takes_the_label_that_is_missing_most() -> None:
     plane = make_plane(4)
-    assert [plane.ledger.role_of(f"i{k}").label for k in range(4)] == ["prefill", "decode", "decode", "prefill"]
+    assert [plane.ledger.role_of(f"i{k}").label for k in range(4)] == [
+        "prefill",
+        "decode",
+        "decode",
+        "prefill",
+    ]
     plane.act([Flip("i1", Role.PREFILL, "forced")], 1.0)
     plane.instance_down("i0", "died", 2.0)
     plane.instance_up(instance("i0"), REFERENCE, 3.0)

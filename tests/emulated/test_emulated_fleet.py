@@ -35,7 +35,10 @@ async def gateway(system: str, **options: Any) -> AsyncIterator[tuple[Gateway, s
     running = Gateway(GatewaySettings(port=0, **others), fleet, make_system(system))
     try:
         url = await running.start()
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client:
+        async with (
+            aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client,
+            chaos(running.dispatcher, **forced),
+        ):
             yield running, url, client
     finally:
         await running.stop()

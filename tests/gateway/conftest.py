@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack
 from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from tidegate.core.instance import Role
 from tidegate.fleet.member import Capabilities
 from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
-from tidegate.testing.chaos import chaos, without_forced
 from tidegate.systems import System, make_system
 from tidegate.testing import profile
+from tidegate.testing.chaos import chaos, without_forced
 from tidegate.testing.fake_engine import FakeEngine
 from tidegate.testing.members import GivenFleet
 

@@ -114,7 +114,10 @@ async def cluster(
     gateway = Gateway(GatewaySettings(port=0, **others), fleet, make_system(system))
     try:
         url = await gateway.start()
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client:
+        async with (
+            aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client,
+            chaos(gateway.dispatcher, **forced),
+        ):
             yield Live(gateway, url, client)
     finally:
         await gateway.stop()

@@ -71,7 +71,13 @@ class LedgerMachine(RuleBasedStateMachine):
         if not self.ledger.ids:
             return multiple()
         name = f"r{self.ledger.counts().dispatched}"
-        asked = request(name, tokens, cached=dict.fromkeys(self.ledger.ids, min)(cached, tokens), ttft_s=slack, tpot_s=slack / 20)
+        asked = request(
+            name,
+            tokens,
+            cached=dict.fromkeys(self.ledger.ids, min)(cached, tokens),
+            ttft_s=slack,
+            tpot_s=slack / 20,
+        )
         verdict = self.system.prefill.place_prefill(asked, self.ledger.snapshot(self.now))
         again = self.system.prefill.place_prefill(asked, self.ledger.snapshot(self.now))
         assert (again.decision, again.flips) == (verdict.decision, verdict.flips), "a policy is a function"

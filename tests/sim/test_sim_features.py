@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import io
 from dataclasses import replace
 from pathlib import Path
@@ -200,7 +199,6 @@ def test_a_small_run_is_what_it_was() -> None:
     assert lines.decode().splitlines() == golden.read_text().splitlines(), (
         f"decisions changed; if that is meant, write the new journal's lines to {golden}"
     )
-
 
 
 def test_a_journal_of_the_simulator_is_predicted_exactly(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from tidegate.policies.candidates import fitting, pool
 from tidegate.policies.colocated import Colocated
 from tidegate.policies.least_loaded import LeastLoaded
 from tidegate.policies.minimal_load import MinimalLoad
-from tidegate.policies.round_robin import RoundRobin
 from tidegate.policies.protocols import DecodePlacement, PrefillPlacement
+from tidegate.policies.round_robin import RoundRobin
 from tidegate.testing import cluster, instance, profile, request
 
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED

@@ -10,7 +10,6 @@ from tidegate.core.slo import Slo
 from tidegate.policies.arrow import ArrowPlacement
 from tidegate.policies.arrow_monitor import ArrowMonitor
 from tidegate.policies.order import make_order
-from tidegate.policies.protocols import Signal
 from tidegate.signals.prefix import PrefixIndex
 from tidegate.signals.producers import Profiles, check_signals
 from tidegate.systems import SYSTEMS, make_system

@@ -23,9 +23,9 @@ from tidegate.fleet.health import HealthPace
 from tidegate.fleet.static import KvSetup, StaticFleet, StaticPace
 from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
-from tidegate.testing.chaos import chaos, without_forced
 from tidegate.systems import System, make_system
 from tidegate.testing import profile
+from tidegate.testing.chaos import chaos, without_forced
 
 Json = dict[str, Any]
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"

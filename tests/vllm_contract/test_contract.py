@@ -20,9 +20,9 @@ from tidegate.fleet.health import HealthPace
 from tidegate.fleet.static import KvSetup, StaticFleet, StaticPace
 from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
-from tidegate.testing.chaos import chaos, without_forced
 from tidegate.systems import make_system
 from tidegate.testing import profile
+from tidegate.testing.chaos import chaos, without_forced
 
 Json = dict[str, Any]
 Answer = tuple[list[int], str, str | None]
@@ -175,7 +175,9 @@ async def test_a_handle_is_not_used_near_the_end_of_its_lease() -> None:
 async def test_a_pull_from_a_dead_engine_is_tried_again_without_it_and_the_engine_comes_back() -> None:
     body: Json = {"prompt": [2] * 100, "max_tokens": 20, "stream": True}
     async with bench() as it:
-        prefills = next(n for n, role in it.gateway.dispatcher.plane.membership.labels.items() if role.label == "prefill")
+        prefills = next(
+            n for n, role in it.gateway.dispatcher.plane.membership.labels.items() if role.label == "prefill"
+        )
         victim = it.servers[int(prefills[1:])]
         ended: list[asyncio.Task[None]] = []
         victim.on_pin = lambda: ended.append(asyncio.ensure_future(victim.stop()))

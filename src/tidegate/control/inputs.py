@@ -88,9 +88,7 @@ class RecordingPlane(ControlPlane):
         self._input("migration_begun", now, live)
         super().migration_begun(live, now)
 
-    def migration_refused(
-        self, live: LiveRequest, why: str, now: float, *, for_good: bool = False
-    ) -> None:
+    def migration_refused(self, live: LiveRequest, why: str, now: float, *, for_good: bool = False) -> None:
         self._input("migration_refused", now, live, args={"why": why, "for_good": for_good})
         super().migration_refused(live, why, now, for_good=for_good)
 

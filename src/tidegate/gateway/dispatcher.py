@@ -98,9 +98,7 @@ class Dispatcher:
         self.metrics = Metrics(self.plane, clock.now)
         self.drift = FleetDrift()
         self.metrics.registry.register(self.drift)
-        self.loads = LoadWatch(
-            self.plane, clock, journal, self.metrics, fleet.suspect, settings.load_every_s
-        )
+        self.loads = LoadWatch(self.plane, clock, journal, self.metrics, fleet.suspect, settings.load_every_s)
         self.metrics.registry.register(LoadGauges(self.loads))
         self.handles = Handles(self.upstreams, self.metrics, self.background, fleet.suspect)
         self.sessions = Sessions()

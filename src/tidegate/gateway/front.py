@@ -17,8 +17,8 @@ from tidegate.core.errors import (
 )
 from tidegate.gateway.answers import StreamedAnswer
 from tidegate.gateway.call import Call, read_call
-from tidegate.gateway.served_request import ServedRequest
 from tidegate.gateway.dispatcher import RETRY_AFTER_S, Dispatcher
+from tidegate.gateway.served_request import ServedRequest
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.gateway.state import models_object, state_object
 from tidegate.gateway.token_estimate import TokenEstimate

@@ -9,8 +9,8 @@ from tidegate.core.errors import EngineError, EngineTimeout, KvLost
 from tidegate.engines.seam import KvHandle, Leg, LegEnd, LegTimes
 from tidegate.gateway import leg_sampling
 from tidegate.gateway.call import Call
-from tidegate.gateway.legs import Legs
 from tidegate.gateway.dispatcher import Dispatcher
+from tidegate.gateway.legs import Legs
 from tidegate.gateway.upstream import Upstream
 from tidegate.policies.order import Ticket
 from tidegate.protocol.chunks import Tokens

@@ -63,9 +63,7 @@ class PrefixIndex:
         if held is None or not blocks.keys:
             return
         room = self._room_tokens[instance_id]
-        for key in reversed(
-            blocks.keys
-        ):  # first blocks last: a prefix is evicted from its end
+        for key in reversed(blocks.keys):  # first blocks last: a prefix is evicted from its end
             if key in held:
                 held.move_to_end(key)
             else:
