@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tidegate.control.effects import Effects, Flipped, GiveUp, Held, RunDecode, RunPrefill
+from tidegate.control.effects import Effects, RunDecode, RunPrefill
 from tidegate.control.live_request import LiveRequest
 from tidegate.control.plane import ControlPlane
 from tidegate.control.settings import ControlSettings
@@ -128,16 +128,3 @@ def decoding(plane: ControlPlane, live: PlainRequest, now: float = 0.0) -> RunDe
     (decode,) = plane.prefill_done(live, now)
     assert isinstance(decode, RunDecode)
     return decode
-
-
-__all__ = [
-    "Flipped",
-    "GiveUp",
-    "Held",
-    "HoldWhile",
-    "PlainRequest",
-    "Scripted",
-    "decoding",
-    "make_plane",
-    "only",
-]

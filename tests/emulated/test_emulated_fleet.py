@@ -64,7 +64,7 @@ async def test_flips_and_hand_overs_change_no_token() -> None:
     async with gateway("arrow", flip_every_s=0.02) as (running, url, client):
         got = await asyncio.gather(*(stream(client, url, prompt, 40) for prompt in prompts))
         assert got == [answer(prompt, 0, 40) for prompt in prompts]
-        assert running.scheduler.flips > 0
+        assert running.dispatcher.flips > 0
 
 
 async def test_the_death_of_the_process_changes_no_token() -> None:
@@ -73,9 +73,11 @@ async def test_the_death_of_the_process_changes_no_token() -> None:
         streams = [asyncio.create_task(stream(client, url, prompt, 600)) for prompt in prompts]
         async with asyncio.timeout(30):
             # One that has no token yet is refused while nothing is up, and may be sent again.
-            while int(running.scheduler.snapshot().decode_requests.sum()) < len(prompts):
+            while int(
+                running.dispatcher.plane.snapshot(running.dispatcher.clock.now()).decode_requests.sum()
+            ) < len(prompts):
                 await asyncio.sleep(0.01)
-        pids = {upstream.member.pid for upstream in running.scheduler.upstreams.values()}
+        pids = {upstream.member.pid for upstream in running.dispatcher.upstreams.values()}
         assert len(pids) == 1
         os.kill(pids.pop() or 0, signal.SIGKILL)
         got = await asyncio.gather(*streams)

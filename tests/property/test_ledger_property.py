@@ -74,7 +74,7 @@ class LedgerMachine(RuleBasedStateMachine):
         asked = request(
             name,
             tokens,
-            cached=dict.fromkeys(self.ledger.ids, min)(cached, tokens),
+            cached=dict.fromkeys(self.ledger.ids, min(cached, tokens)),
             ttft_s=slack,
             tpot_s=slack / 20,
         )

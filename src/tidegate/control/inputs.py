@@ -1,6 +1,6 @@
-"""What a driver told the control plane, as journal lines: written by a recording plane, replayed by another one.
+"""What a driver told the control plane, as journal lines: one plane writes them, another one replays them.
 
-A plane decides by its inputs alone, so that the inputs of a live journal give its decisions again, to the bit.
+A plane decides by its inputs alone, so the inputs of a live journal give its decisions again, to the bit.
 """
 
 from __future__ import annotations
@@ -159,8 +159,8 @@ def replay_inputs(
 ) -> None:
     """Tell ``plane`` all that ``lines`` say, in order; ``profiles`` gives the profile of an instance.
 
-    The plane decides as the one that wrote them did, if it runs the same system with the same settings. Raises
-    InternalError for a line of a verb that does not exist.
+    The plane decides as the one that wrote them did, if it runs the same system with the same settings.
+    Raises InternalError for a line of a verb that does not exist.
     """
     _InputReplay(plane, profiles).run(lines)
 

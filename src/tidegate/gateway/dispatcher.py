@@ -25,7 +25,7 @@ from tidegate.control.plane import ControlPlane
 from tidegate.control.settings import ControlSettings
 from tidegate.core.clock import Clock
 from tidegate.core.decision import Action
-from tidegate.core.errors import ClientGone, ShuttingDown, TidegateError
+from tidegate.core.errors import ClientGone, EngineUnreachable, ShuttingDown, TidegateError
 from tidegate.costs.forms import MixedCost, PrefillCost, StepCost, TransferCost
 from tidegate.costs.profile import Profile
 from tidegate.fleet.member import FleetControl, Member
@@ -212,6 +212,14 @@ class Dispatcher:
             self._wake_in(self.plane.window_ends_s - now)
 
     # around requests
+
+    def upstream(self, instance_id: str, stage: str) -> Upstream:
+        """Return an instance that is up. Raises EngineUnreachable for one that went down since the placement."""
+        found = self.upstreams.get(instance_id)
+        if found is None:
+            message = f"instance {instance_id} went down"
+            raise EngineUnreachable(message, instance=instance_id, stage=stage)
+        return found
 
     def background(self, work: Coroutine[None, None, None]) -> None:
         """Run clean-up that no request waits for."""

@@ -133,7 +133,7 @@ class ServedRequest(LiveRequest):
         dispatcher, legs = self._dispatcher, self.legs
         legs.decode_first_s = None
         on = command.place.prefill_on
-        upstream = dispatcher.upstreams[on]
+        upstream = dispatcher.upstream(on, "prefill")
         capabilities = upstream.member.capabilities
         placed_s = self._clock.now()
         anew = bool(self.call.state) and not capabilities.continues
@@ -164,11 +164,12 @@ class ServedRequest(LiveRequest):
             dispatcher.do(self._plane.prefill_done(self, now))
             command = await self._next_command()
             assert isinstance(command, RunDecode), "a prefill that ended is decoded"
+            upstream = dispatcher.upstream(command.on, "decode")
         except BaseException:
             if handle is not None:
                 dispatcher.handles.release(handle)
             raise
-        end = await self._to_the_end(dispatcher.upstreams[command.on], handle=handle)
+        end = await self._to_the_end(upstream, handle=handle)
         self._note_decode(end.times, now)
 
     async def _to_the_end(
