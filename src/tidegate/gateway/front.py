@@ -106,18 +106,18 @@ class Front:
         head = AnswerHead(call.id, call.created, model, call.chat, call.return_token_ids, call.include_usage)
         if call.stream:
             client, writer = ClientStream(request, {"x-request-id": call.id}), ChunkWriter(head)
-            streamed = StreamedAnswer(writer, client)
-            served = ServedRequest(call, self._dispatcher, self._estimate, streamed, arrival_s)
+            answer = StreamedAnswer(writer, client)
+            served = ServedRequest(call, self._dispatcher, self._estimate, answer, arrival_s)
 
             async def streamed() -> bytes:
                 await self._fly(served)
                 return writer.end(_usage(served))
 
             return await client.carry(streamed())
-        answer = WholeAnswer(head)
-        served = ServedRequest(call, self._dispatcher, self._estimate, answer, arrival_s)
+        whole = WholeAnswer(head)
+        served = ServedRequest(call, self._dispatcher, self._estimate, whole, arrival_s)
         await self._fly(served)
-        body = answer.body(_usage(served), served.legs.prompt_ids)
+        body = whole.body(_usage(served), served.legs.prompt_ids)
         return web.Response(body=body, content_type=JSON, headers={"x-request-id": call.id})
 
     async def _fly(self, served: ServedRequest) -> None:
