@@ -12,7 +12,8 @@ from typing import Any
 from tidegate.bench.probe_target import Streams
 from tidegate.costs.forms import attention_work
 from tidegate.costs.profile import Profile
-from tidegate.engines.seam import LegEnd, Tokens
+from tidegate.engines.seam import LegEnd
+from tidegate.protocol.chunks import Tokens
 
 
 class _Skipping(selectors.SelectSelector):

@@ -15,13 +15,14 @@ from tidegate.engines.dialect import DialectEngine
 from tidegate.engines.embedded.codec import TokenizerCodec
 from tidegate.engines.embedded.engine import EmbeddedEngine, EngineConfig
 from tidegate.engines.embedded.tiny_model import make_tiny_model
-from tidegate.engines.seam import Leg, Tokens
+from tidegate.engines.seam import Leg
 from tidegate.engines.serving.delivery import OutputRouter
 from tidegate.engines.serving.generation import Parts
 from tidegate.engines.serving.metrics import ServerMetrics
 from tidegate.engines.serving.secret import LaunchSecret
 from tidegate.engines.serving.server import EngineServer
 from tidegate.policies.order import Ticket
+from tidegate.protocol.chunks import Tokens
 
 HOPELESS = Ticket(arrival_s=-1.0, deadline_s=-0.5, work_s=0.3)
 FEASIBLE = Ticket(arrival_s=-0.1, deadline_s=3600.0, work_s=0.01)

@@ -8,7 +8,8 @@ import orjson
 import pytest
 
 from tidegate.engines.dialect import _StreamReader
-from tidegate.engines.seam import Leg, Tokens
+from tidegate.engines.seam import Leg
+from tidegate.protocol.chunks import Tokens
 
 METRICS = {"kv_load_time_ms": 2.0, "kv_loaded_bytes": 4096, "cached_tokens": 8}
 USAGE = {"prompt_tokens": 64, "prompt_tokens_details": {"cached_tokens": 64}}

@@ -206,6 +206,40 @@ async def test_a_dropped_wire_sends_nothing_more() -> None:
     await engine.stop()
 
 
+async def test_a_sink_ends_an_exchange_and_the_engine_its_work() -> None:
+    engine = FakeEngine(step_s=0.001)
+    wire = Wire(await engine.start(), connect_s=1, stall_s=60, headers={})
+    body = orjson.dumps({"prompt": [1], "max_tokens": 100_000, "stream": True})
+    seen: list[bytes] = []
+
+    def three(data: bytes) -> bool:
+        seen.append(data)
+        return len(seen) == 3
+
+    answer = await wire.exchange("POST", "/v1/completions", body, sink=three, deadline_s=5)
+    assert (answer.status, len(seen)) == (200, 3)
+    async with asyncio.timeout(5):
+        while engine.streams:
+            await asyncio.sleep(0)
+    assert len(seen) == 3
+    await engine.stop()
+
+
+async def test_a_stop_string_that_the_gateway_finds_ends_the_leg(start: Any) -> None:
+    cluster = await start("static", step_s=0.001, capabilities=ALONE)
+    stop = text_of(token_at(PROMPT, 6))
+    body = BODY | {"max_tokens": 100_000, "stop": stop, "stop_token_ids": [499]}
+    told = "".join(text_of(token_at(PROMPT, p)) for p in range(6))
+    status, whole, _ = await cluster.post("/v1/completions", body)
+    assert status == 200
+    assert (whole["choices"][0]["text"], whole["choices"][0]["stop_reason"]) == (told, stop)
+    events = await cluster.stream(body)
+    assert "".join(e["choices"][0]["text"] for e in events) == told
+    assert events[-1]["choices"][0]["finish_reason"] == "stop"
+    await cluster.until(lambda: not cluster.streams())
+    assert cluster.live() == 0
+
+
 async def test_a_connection_that_is_cut_leaves_no_cycle_behind() -> None:
     engine = FakeEngine(step_s=0.001)
     wire = Wire(await engine.start(), connect_s=1, stall_s=60, headers={})

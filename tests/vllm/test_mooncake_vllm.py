@@ -13,9 +13,10 @@ import pytest
 from through_gateway import COMPLETIONS, Running, Said, ask, client, record_legs, serving
 from vllm_servers import BLOCK_TOKENS, SERVED_NAME, VLLM, ServerOptions, VllmCluster, VllmServer
 
-from tidegate.engines.seam import Leg, LegEnd, Tokens
+from tidegate.engines.seam import Leg, LegEnd
 from tidegate.engines.vllm.engine import VllmEngine
 from tidegate.fleet.static import KvSetup
+from tidegate.protocol.chunks import Tokens
 
 LEASE_S = 60
 """Longer than any test waits: what is freed within it was not freed by its end."""

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from tidegate.core.clock import Clock, WallClock
 from tidegate.core.errors import EngineError
 from tidegate.engines.dialect import DialectEngine
-from tidegate.engines.seam import KvHandle, Leg, LegEnd, Tokens
+from tidegate.engines.seam import KvHandle, Leg, LegEnd
+from tidegate.protocol.chunks import Tokens
 
 GREEDY: dict[str, object] = {"temperature": 0.0, "ignore_eos": True}
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from tidegate.policies.order import Ticket
-from tidegate.protocol.chunks import Tokens as Tokens
+from tidegate.protocol.chunks import Tokens
 
 Json = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""One answer over legs on engines that do not know of each other: no token twice, no text lost at a seam.
+"""One answer over legs on engines that do not know of each other: no token twice, no text lost in between.
 
 A leg that goes on from token ids begins as a new request: it knows neither the bytes of a character that is
 half said nor the start of a stop string. So a leg begins where text and ids agree and no stop string can have

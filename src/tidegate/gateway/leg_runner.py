@@ -110,6 +110,7 @@ class LegRunner:
             ticket=ticket.on_clock(-now) if ticket is not None and ordered else None,
         )
         try:
+            legs.limit.check()
             end = await upstream.engine.run(leg, legs, deadline_s=self._left_s(now))
         except BaseException as error:
             # The answer may have been lost on the way: the engine then holds a pin nobody knows of.

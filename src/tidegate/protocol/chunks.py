@@ -59,15 +59,7 @@ class ChunkWriter:
     """
 
     __slots__ = (
-        "_after_ids",
-        "_after_text",
-        "_before",
-        "_chars",
-        "_chat",
-        "_head",
-        "_ids",
-        "_opened",
-        "_tail",
+        *("_after_ids", "_after_text", "_before", "_chars", "_chat", "_head", "_ids", "_opened", "_tail"),
         "_usage",
     )
 

@@ -58,13 +58,13 @@ class OutputRouter:
             del self._receivers[request_id]
 
 
-class WholeDelivery:
-    """Collects a request's outputs. ``finished`` resolves to the body, or fails with the engine's error."""
+class Delivery:
+    """Takes the outputs for one call. ``finished`` resolves to what is left to be sent when the last one has
+    come, or fails with the engine's error or with ClientGone."""
 
     def __init__(self, answer: EngineAnswer, meter: RequestMeter) -> None:
         self.finished: asyncio.Future[bytes] = _future()
         self._answer = answer
-        self._whole = WholeAnswer(answer.head)
         self._meter = meter
 
     def receive(self, output: Output) -> None:
@@ -73,59 +73,59 @@ class WholeDelivery:
         if self.finished.done():
             return
         if output.finish_reason == "error":
-            self.finished.set_exception(_failure(output))
+            self.finished.set_exception(InternalError(output.error or "the engine failed the request"))
             return
+        try:
+            left = self._take(output)
+        except ClientGone as error:
+            self.finished.set_exception(error)
+            return
+        if output.finish_reason is not None:
+            self.finished.set_result(left)
+
+    def _take(self, output: Output) -> bytes:
+        """Handle an output; return what is left to be sent, should it be the last one."""
+        raise NotImplementedError
+
+
+class WholeDelivery(Delivery):
+    """Collects the outputs; what is left to be sent is the whole body."""
+
+    def __init__(self, answer: EngineAnswer, meter: RequestMeter) -> None:
+        super().__init__(answer, meter)
+        self._whole = WholeAnswer(answer.head)
+
+    def _take(self, output: Output) -> bytes:
         answer, whole = self._answer, self._whole
         whole.tokens(answer.tokens(output))
-        if output.finish_reason is not None:
-            usage = answer.usage(len(whole.token_ids), output)
-            self.finished.set_result(whole.body(usage, answer.prompt_ids, answer.ending(output)))
+        if output.finish_reason is None:
+            return b""
+        usage = answer.usage(len(whole.token_ids), output)
+        return whole.body(usage, answer.prompt_ids, answer.ending(output))
 
 
-class StreamDelivery:
-    """Sends a request's outputs to its client as they arrive, without waking a task per chunk.
-
-    ``finished`` resolves to the last events, which are not sent here, or fails with the engine's error or
-    with ClientGone.
-    """
+class StreamDelivery(Delivery):
+    """Sends the outputs to the client as they arrive, without waking a task per chunk; the last events are
+    left to be sent."""
 
     def __init__(self, answer: EngineAnswer, meter: RequestMeter, client: ClientStream) -> None:
-        self.finished: asyncio.Future[bytes] = _future()
-        self._answer = answer
+        super().__init__(answer, meter)
         self._writer = ChunkWriter(answer.head)
         self._client = client
-        self._meter = meter
         self._generated = 0
 
-    def receive(self, output: Output) -> None:
-        """Take the next output."""
-        self._meter.observe(output, time.monotonic())
-        if self.finished.done():
-            return
-        if output.finish_reason == "error":
-            self.finished.set_exception(_failure(output))
-            return
+    def _take(self, output: Output) -> bytes:
+        answer, writer = self._answer, self._writer
         begun = self._generated > 0
         self._generated += len(output.token_ids)
         if output.finish_reason is not None:
-            self.finished.set_result(self._last_events(output))
-            return
-        try:
-            if begun and output.logprobs is None:
-                self._client.send(self._writer.plain(output.text, output.token_ids))
-            else:
-                self._client.send(self._writer.piece(self._answer.tokens(output)))
-        except ClientGone as error:
-            self.finished.set_exception(error)
-
-    def _last_events(self, last: Output) -> bytes:
-        answer, writer = self._answer, self._writer
-        chunk = writer.piece(answer.tokens(last), answer.ending(last))
-        return chunk + writer.end(answer.usage(self._generated, last))
-
-
-def _failure(output: Output) -> InternalError:
-    return InternalError(output.error or "the engine failed the request")
+            chunk = writer.piece(answer.tokens(output), answer.ending(output))
+            return chunk + writer.end(answer.usage(self._generated, output))
+        if begun and output.logprobs is None:
+            self._client.send(writer.plain(output.text, output.token_ids))
+        else:
+            self._client.send(writer.piece(answer.tokens(output)))
+        return b""
 
 
 def _future() -> asyncio.Future[Any]:

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from tidegate.core.errors import Forbidden, NoInstance, PromptTooLong
 from tidegate.engines.serving.answers import EngineAnswer
-from tidegate.engines.serving.delivery import OutputRouter, StreamDelivery, WholeDelivery
+from tidegate.engines.serving.delivery import Delivery, OutputRouter, StreamDelivery, WholeDelivery
 from tidegate.engines.serving.metrics import RequestMeter, ServerMetrics
 from tidegate.engines.serving.requests import (
     ServedCall,
@@ -114,13 +114,13 @@ class Generation:
         whole = await self._finished(call, WholeDelivery(answer, meter))
         return web.Response(body=whole, content_type=JSON)
 
-    async def _finished(self, call: ServedCall, delivery: WholeDelivery | StreamDelivery) -> bytes:
+    async def _finished(self, call: ServedCall, delivery: Delivery) -> bytes:
         """Run the call; return what is left to be sent. Raises the engine's error, or ClientGone."""
         with self._running(call, delivery):
             return await delivery.finished
 
     @contextlib.contextmanager
-    def _running(self, call: ServedCall, delivery: WholeDelivery | StreamDelivery) -> Iterator[None]:
+    def _running(self, call: ServedCall, delivery: Delivery) -> Iterator[None]:
         """Submit the call; when the block ends before the engine does, abort it and free its KV."""
         engine, request_id = self._parts.engine, call.generate.id
         with self._parts.router.receiving(request_id, delivery.receive):

@@ -8,8 +8,9 @@ import orjson
 
 from tidegate.core.errors import EngineError, EngineFault, KvLost
 from tidegate.engines.dialect import DialectEngine
-from tidegate.engines.seam import Json, KvHandle, Leg, LegEnd, Tokens, TokensSink
+from tidegate.engines.seam import Json, KvHandle, Leg, LegEnd, TokensSink
 from tidegate.engines.vllm.connector import MARGIN_S, Connector, refusal, refused_request
+from tidegate.protocol.chunks import Tokens
 
 DECLINE_S = 5.0
 """How long an engine may take to pass on that a handle is not wanted (ours); it is told in the background."""
