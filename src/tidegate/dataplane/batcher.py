@@ -69,35 +69,41 @@ class Batcher:
         self._stuck = False
 
     @property
-    def waiting(self) -> list[Sequence]:
-        """The legs that were not admitted yet, in no particular order."""
-        return [*self._first, *self._queue]
+    def waiting(self) -> bool:
+        """Whether there are legs that were not admitted yet."""
+        return bool(self._first) or len(self._queue) > 0
 
     # plan
 
     def plan(self, now: float) -> None:
         """Choose the next step's tokens and take their blocks."""
+        decode = self.decode
         if self.pulls:
             self.pulls = []
         if self.preempted:
             self.preempted = []
-        self.newcomers, self._ready = self._ready, []
-        for sequence in self.newcomers:
-            sequence.state = DECODING
-            self.decode.join(sequence)
-        if self.decode.members:
-            needed = self.decode.blocks_for(1)
-            while needed > self.blocks.free:
-                self._preempt_youngest(taken=False)
-                needed = self.decode.blocks_for(1)
+        if self._ready:
+            self.newcomers, self._ready = self._ready, []
+            for sequence in self.newcomers:
+                sequence.state = DECODING
+                decode.join(sequence)
+        elif self.newcomers:
+            self.newcomers = []
+        if decode.members:
+            needed = decode.remainders[-decode.ticks % self.blocks.block_tokens]
             if needed:
+                while needed > self.blocks.free:
+                    self._preempt_youngest(taken=False)
+                    needed = decode.blocks_for(1)
                 self.blocks.take(needed)
-        budget = self._max_batch_tokens - len(self.decode.members)
-        self.chunks = []
-        at = 0
-        while at < len(self._chunking) and budget > 0:
-            budget = self._schedule(self._chunking[at], budget)
-            at += 1
+        budget = self._max_batch_tokens - len(decode.members)
+        if self.chunks:
+            self.chunks = []
+        if self._chunking:
+            at = 0
+            while at < len(self._chunking) and budget > 0:
+                budget = self._schedule(self._chunking[at], budget)
+                at += 1
         if not self._stuck and not self.preempted and budget > 0:
             self._admit_all(budget, now)
 
@@ -139,12 +145,12 @@ class Batcher:
                 return self.commit(1)
             self._take_for(steps - 1, after=1)
         self.decode.ticks += steps
-        complete = []
+        complete: list[Sequence] = []
         for sequence in self.chunks:
-            sequence.computed += steps * sequence.chunk
+            computed = sequence.computed = sequence.computed + steps * sequence.chunk
             if sequence.shared is not None:
-                self.blocks.cache.publish(sequence.shared, sequence.computed)
-            if sequence.pending == 0:
+                self.blocks.cache.publish(sequence.shared, computed)
+            if computed == sequence.tokens:
                 self._chunking.remove(sequence)
                 sequence.state = READY
                 sequence.tokens += 1
@@ -160,8 +166,10 @@ class Batcher:
 
     def queue(self, sequence: Sequence, now: float) -> None:
         """Add a leg to the queue."""
-        sequence.state, sequence.on = WAITING, self._index
-        self._know(sequence)
+        sequence.state = WAITING
+        sequence.on = self._index
+        if sequence.block_ids:
+            self._know(sequence)
         self._stuck = False
         if sequence.source is not None:
             self._first.append(sequence)
@@ -186,7 +194,7 @@ class Batcher:
     def ended(self) -> list[Sequence]:
         """Take the decodes that have their last token out of the batch; they still hold their blocks."""
         gone = self.decode.ended()
-        for sequence in gone:  # none, most often
+        for sequence in gone:
             sequence.state = READY
         return gone
 
@@ -195,13 +203,14 @@ class Batcher:
         del self.running[sequence]
         self._stuck = False
         sequence.state = ENDED
-        blocks, shared = self.blocks.for_tokens(sequence.computed), sequence.shared
+        computed, shared = sequence.computed, sequence.shared
+        blocks = -(-computed // self.blocks.block_tokens)
         if shared is not None:
-            self.blocks.cache.publish(shared, sequence.computed)
+            self.blocks.cache.publish(shared, computed)
             sequence.shared = None
         if pin:
-            sequence.pin = Pin(self._index, blocks, sequence.computed, shared)
-            return sequence.pin
+            pinned = sequence.pin = Pin(self._index, blocks, computed, shared)
+            return pinned
         self.blocks.release(blocks, shared)
         return None
 
@@ -284,7 +293,8 @@ class Batcher:
         """Let a decode go on whose KV came with it into the blocks and the place kept for it."""
         self._loading -= 1
         sequence.on = self._index
-        self._know(sequence)
+        if sequence.block_ids:
+            self._know(sequence)
         if sequence.shared is not None:
             self.blocks.cache.publish(sequence.shared, sequence.computed)
         self._seat_ready(sequence)
@@ -296,7 +306,7 @@ class Batcher:
 
     def _know(self, sequence: Sequence) -> None:
         """Note which of the sequence's tokens can be found again."""
-        if sequence.block_ids and self._prefix_cache:
+        if self._prefix_cache:
             ids, tokens = sequence.block_ids, sequence.hash_block_tokens
             sequence.shared = Shared(ids, tokens, self.blocks.block_tokens)
 
@@ -329,7 +339,8 @@ class Batcher:
             blocks = self.blocks.for_tokens(sequence.computed + (after + steps) * sequence.chunk)
             needed += blocks - sequence.blocks
             sequence.blocks = blocks
-        self.blocks.take(needed)
+        if needed:
+            self.blocks.take(needed)
 
     def _within_blocks(self, most: int) -> int:
         free, size = self.blocks.free, self.blocks.block_tokens
@@ -356,8 +367,10 @@ class Batcher:
 
     def _schedule(self, sequence: Sequence, budget: int) -> int:
         """Give a prompt what is left of the budget, at most what it needs; return what remains."""
-        count = min(sequence.pending, budget)
-        blocks = self.blocks.for_tokens(sequence.computed + count)
+        count = sequence.tokens - sequence.computed
+        if count > budget:
+            count = budget
+        blocks = -(-(sequence.computed + count) // self.blocks.block_tokens)
         while blocks - sequence.blocks > self.blocks.free:
             decoding = len(self.decode.members)
             if self._preempt_youngest(taken=True) is sequence:
@@ -385,16 +398,17 @@ class Batcher:
 
     def _admit_all(self, budget: int, now: float) -> None:
         """Admit from the queue while there is room."""
+        first, queue = self._first, self._queue
         while budget > 0:
-            first = bool(self._first)
-            sequence = self._first[0] if first else self._queue.head(now)
+            continued = bool(first)
+            sequence = first[0] if continued else queue.head(now) if len(queue) else None
             if sequence is None or not self._admit(sequence):
                 self._stuck = True
                 return
-            if first:
-                self._first.popleft()
+            if continued:
+                first.popleft()
             else:
-                self._queue.pop(now)
+                queue.pop(now)
             if sequence.admitted_s is None:
                 sequence.admitted_s = now
                 if sequence.shared is not None:
@@ -426,7 +440,7 @@ class Batcher:
 
     def _find_room(self, sequence: Sequence, tokens: int, findable: int, others_need: int) -> int:
         """Return how many units of the first ``findable`` tokens are here; -1 if ``tokens`` find no room."""
-        need, units, shared = self.blocks.for_tokens(tokens), 0, sequence.shared
+        need, units, shared = -(-tokens // self.blocks.block_tokens), 0, sequence.shared
         if shared is not None:
             units = self.blocks.cache.hits(shared, findable)
             need += self.blocks.cache.idle_among(shared, units) - units * shared.unit_blocks
@@ -450,7 +464,9 @@ class Batcher:
 
     def _load(self, sequence: Sequence, pin: Pin) -> bool:
         """Take the blocks of KV that is elsewhere, but for what the cache has of it."""
-        promised = sum(self.blocks.for_tokens(other.tokens) - other.blocks for other in self._chunking)
+        promised = 0
+        for other in self._chunking:
+            promised += self.blocks.for_tokens(other.tokens) - other.blocks
         units = self._find_room(sequence, pin.tokens, pin.tokens, promised)
         if units < 0:
             return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 from collections.abc import Sequence as Fleet
 
 from tidegate.core.errors import InternalError
@@ -10,7 +11,8 @@ from tidegate.dataplane.due import Due
 from tidegate.dataplane.events import Event, EventQueue, Kind
 from tidegate.dataplane.instance import Listener, SimInstance
 from tidegate.dataplane.migration import Migrations
-from tidegate.dataplane.network import Network, Transfer
+from tidegate.dataplane.links import Transfer
+from tidegate.dataplane.network import Network
 from tidegate.dataplane.replica import Replica
 from tidegate.dataplane.sequence import ENDED, LOADING, NEW, Pin, Sequence
 from tidegate.policies.order import Fifo, Order
@@ -37,14 +39,23 @@ class Cluster:
         self._events = events
         self._network = Network(replicas, events)
         self._migrations = Migrations(self.instances, self._network, listener)
+        self._kv_bytes_per_token = [replica.instance.kv_bytes_per_token for replica in replicas]
+        self._lease_s = [replica.engine.lease_s for replica in replicas]
+        self._handlers: dict[int, Callable[[int, int, float], None]] = {
+            Kind.STEP_END: self._step_end,
+            Kind.STEP_START: self._step_start,
+            Kind.LINK: self._arrive,
+            Kind.LEASE: self._end_leases,
+        }
         self._lease_ends: list[tuple[float, int, Pin]] = []
         self._lease_event_s: float | None = None
         self._leases = 0
 
     def report(self, now: float) -> None:
         """Have the instances that leap tell of the steps that ended by ``now``."""
-        for index in self._due.by(now):
-            self.instances[index].report(now)
+        due, instances = self._due, self.instances
+        for index in due.by(now):
+            due.set(index, instances[index].report(now))
 
     def kv_tokens_in_use(self, now: float) -> int:
         """Return the size of all blocks taken at ``now``; one that several sequences share counts once."""
@@ -76,19 +87,10 @@ class Cluster:
     def handle(self, event: Event) -> None:
         """Do what an event of the data plane announces. Raises InternalError for any other event."""
         now, kind, whose, version = event
-        # The frequent ones first.
-        if kind == Kind.STEP_END:
-            self._step_end(whose, version, now)
-        elif kind == Kind.STEP_START:
-            self._step_start(whose, now)
-        elif kind == Kind.LINK:
-            self._arrive(whose, version, now)
-        elif kind == Kind.LINK_ENTRY:
-            self._network.enter(version, now)
-        elif kind == Kind.LEASE:
-            self.end_leases(now)
-        else:
+        handler = self._handlers.get(kind)
+        if handler is None:
             raise InternalError(f"an event of kind {kind} is not the data plane's")
+        handler(whose, version, now)
 
     def pull(self, sequence: Sequence, to: int, now: float) -> int:
         """Bring the KV behind the sequence's source to instance ``to``; return how many bytes that are.
@@ -98,7 +100,7 @@ class Cluster:
         pin, shared = sequence.source, sequence.shared
         assert pin is not None
         cached = 0 if shared is None else len(shared.held) * shared.unit_tokens
-        n_bytes = (pin.tokens - cached) * self.instances[pin.on].replica.instance.kv_bytes_per_token
+        n_bytes = (pin.tokens - cached) * self._kv_bytes_per_token[pin.on]
         self._network.begin(Transfer(sequence, pin.on, to, n_bytes, pin), now)
         return n_bytes
 
@@ -115,13 +117,13 @@ class Cluster:
 
     def begin_lease(self, pin: Pin, now: float) -> None:
         """Keep KV for a decode, for as long as its instance's lease lasts."""
-        ends_s = now + self.instances[pin.on].replica.engine.lease_s
+        ends_s = now + self._lease_s[pin.on]
         self._leases += 1
         heapq.heappush(self._lease_ends, (ends_s, self._leases, pin))
         if self._lease_event_s is None or ends_s < self._lease_event_s:
             self._announce_lease()
 
-    def end_leases(self, now: float) -> None:
+    def _end_leases(self, whose: int, version: int, now: float) -> None:
         """Free the KV whose lease is over, and look ahead to the next lease that still counts."""
         self._lease_event_s = None
         while self._lease_ends and (self._lease_ends[0][0] <= now or self._lease_ends[0][2].taken):
@@ -142,7 +144,7 @@ class Cluster:
             if instance.left:
                 self._attend(instance, now)
 
-    def _step_start(self, index: int, now: float) -> None:
+    def _step_start(self, index: int, version: int, now: float) -> None:
         instance = self.instances[index]
         instance.start(now)
         if instance.left:

@@ -26,19 +26,16 @@ class Due:
             self._earliest_s[group] = at_s
 
     def by(self, now: float) -> list[int]:
-        """Return whose times are at most ``now``, ascending."""
+        """Return whose times are at most ``now``, ascending. Each of them is to be ``set`` anew."""
         found: list[int] = []
         for group, earliest_s in enumerate(self._earliest_s):
             if earliest_s <= now:
-                self._earliest_s[group] = self._look(group, now, found)
+                first = group * GROUP
+                earliest_s = NEVER
+                for index, at_s in enumerate(self._at_s[first : first + GROUP], first):
+                    if at_s <= now:
+                        found.append(index)
+                    elif at_s < earliest_s:
+                        earliest_s = at_s
+                self._earliest_s[group] = earliest_s
         return found
-
-    def _look(self, group: int, now: float, found: list[int]) -> float:
-        """Add to ``found`` those of a group whose times have come; return the earliest of the others."""
-        at_s, earliest_s = self._at_s, NEVER
-        for index in range(group * GROUP, min((group + 1) * GROUP, len(at_s))):
-            if at_s[index] <= now:
-                found.append(index)
-            elif at_s[index] < earliest_s:
-                earliest_s = at_s[index]
-        return earliest_s

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from heapq import heappush
+from typing import Final, Protocol
 
 from tidegate.dataplane.batcher import Batcher
 from tidegate.dataplane.due import NEVER, Due
@@ -65,6 +66,9 @@ class SimInstance:
     over: that step has been reported by then, and what comes finds the instance between two steps, the next
     of which is yet to be planned (``_between``). What frees or takes blocks books the steps before it first.
 
+    What a leg goes through on its way is written out, ``Stretch.end_s`` and the like: a simulation spends its
+    time here.
+
     ``left`` are the sequences that a migration copies and that went out of the batch, until somebody attends
     to them.
     """
@@ -87,6 +91,7 @@ class SimInstance:
         self._due = due
         self._prices = StepPrices(replica.profile, replica.engine.host_s)
         self._events = events
+        self._heap: Final = events.heap
         self._listener = listener
         self._leap = leap
         self._stretch = Stretch()
@@ -112,9 +117,12 @@ class SimInstance:
 
     def unpin(self, pin: Pin, now: float) -> None:
         """Free the blocks of a pin."""
-        self.settle(now)
+        stretch = self._stretch
+        if self._busy and stretch.planned > stretch.done + 1:
+            self.settle(now)
         self.batcher.unpin(pin)
-        self._changed(now)
+        if self._busy or self.batcher.waiting:  # else there is nothing to begin
+            self._changed(now)
 
     def abort(self, sequence: Sequence, now: float) -> None:
         """Take out a sequence, with its tokens reported; the step that runs still takes its time."""
@@ -123,12 +131,15 @@ class SimInstance:
         self.batcher.discard(sequence, in_step=self._busy)
         self._changed(now)
 
-    def report(self, now: float) -> None:
-        """Tell the listener of all steps that ended by ``now``."""
-        if self._busy:
-            done = self._stretch.done_by(now)
+    def report(self, now: float) -> float:
+        """Tell the listener of all steps that ended by ``now``; return when the next one does."""
+        if not self._busy:
+            return NEVER
+        stretch = self._stretch
+        done = stretch.done_by(now)
+        if done > self._reported:
             self._report_until(done)
-            self._due.set(self.index, self._stretch.end_s(done + 1))
+        return stretch.start_s + (done + 1) * (stretch.first_s + stretch.half_s * done)
 
     def blocks_held(self, now: float) -> int:
         """Return how many KV blocks are taken at ``now``, those of steps that are leapt over with them."""
@@ -192,30 +203,36 @@ class SimInstance:
         """Begin the next step, if there is anything to do."""
         self._starting = False
         self._events.last_start = now, self.index
-        batcher = self.batcher
+        batcher, stretch = self.batcher, self._stretch
         batcher.plan(now)
-        for sequence in batcher.preempted:
-            self._listener.preempted(sequence)
-            if sequence.moving:
-                self.left.append(sequence)
-        for sequence in batcher.pulls:
-            self._listener.pull(sequence, self.index, now)
+        if batcher.preempted:
+            for sequence in batcher.preempted:
+                self._listener.preempted(sequence)
+                if sequence.moving:
+                    self.left.append(sequence)
+        if batcher.pulls:
+            for sequence in batcher.pulls:
+                self._listener.pull(sequence, self.index, now)
         if not batcher.chunks and not batcher.decode.members:
             return
         self._busy = True
-        stretch = self._stretch
         self._prices.price(batcher, stretch, now)
-        stretch.planned = stretch.done + (batcher.most_steps() if self._leap else 1)
-        self._reported = stretch.done
-        self._due.set(self.index, stretch.end_s(stretch.done + 1))
-        self._announce()
+        done = self._reported = stretch.done
+        steps = stretch.planned = done + (batcher.most_steps() if self._leap else 1)
+        start_s, first_s, half_s = stretch.start_s, stretch.first_s, stretch.half_s
+        self._due.set(self.index, start_s + (done + 1) * (first_s + half_s * done))
+        self.version += 1
+        end_s = start_s + steps * (first_s + half_s * (steps - 1))
+        heappush(self._heap, (end_s, Kind.STEP_END, self.index, self.version))
 
     def end(self, now: float) -> None:
         """Finish the planned steps: tokens, ends, and the start of what follows."""
         complete = self._finish(self._stretch.planned)
-        for sequence in self.batcher.ended():
-            if sequence.state == READY:  # not aborted meanwhile
-                self._end_leg(sequence, now)
+        decode = self.batcher.decode
+        if decode.ends and decode.ends[0][0] <= decode.ticks:
+            for sequence in self.batcher.ended():
+                if sequence.state == READY:  # not aborted meanwhile
+                    self._end_leg(sequence, now)
         for sequence in complete:
             if sequence.state == READY:
                 self._listener.token(sequence, now)
@@ -227,10 +244,11 @@ class SimInstance:
                 self.batcher.join(sequence)
         if self._leaving:
             self._let_leave(now)
-        if self._events.none_at(now) and not self.left:
-            self.start(now)  # its event would be the next one
+        heap = self._heap
+        if not (self.left or self._events.starting or (heap and heap[0][0] <= now)):
+            self.start(now)  # it is its turn
         else:
-            self._events.push(now, Kind.STEP_START, self.index)
+            self._events.start(self.index, now)
 
     def _finish(self, steps: int) -> list[Sequence]:
         """Be between two steps, the first ``steps`` being over; return whose prompt is complete.
@@ -239,7 +257,8 @@ class SimInstance:
         """
         stretch = self._stretch
         complete = self.batcher.commit(steps - stretch.done)
-        self._report_until(steps)
+        if steps > self._reported:
+            self._report_until(steps)
         stretch.done = stretch.planned = steps
         self._busy = False
         self._starting = True
@@ -252,7 +271,7 @@ class SimInstance:
             return False
         self._finish(done)
         self.version += 1
-        self._events.push(now, Kind.STEP_START, self.index)
+        self._events.start(self.index, now)
         return True
 
     def _is_between(self, done: int, now: float) -> bool:
@@ -280,18 +299,19 @@ class SimInstance:
                 self.left.append(sequence)
 
     def _report_until(self, done: int) -> None:
-        """Report what was not yet, the first tokens of newcomers apart."""
-        stretch = self._stretch
-        if self.batcher.newcomers and done > self._reported:
-            self._reported += 1
-            first_s = stretch.end_s(self._reported)
+        """Report the steps up to ``done`` that were not yet, the first tokens of newcomers apart."""
+        stretch, reported = self._stretch, self._reported
+        if self.batcher.newcomers:
+            reported += 1
+            first_s = stretch.end_s(reported)
             self._listener.stepped(self.index, 1, first_s)
             newcomers, self.batcher.newcomers = self.batcher.newcomers, []
             for sequence in newcomers:
                 self._listener.token(sequence, first_s)
-        if done > self._reported:
-            self._listener.stepped(self.index, done - self._reported, stretch.end_s(done))
-            self._reported = done
+        if done > reported:
+            end_s = stretch.start_s + done * (stretch.first_s + stretch.half_s * (done - 1))
+            self._listener.stepped(self.index, done - reported, end_s)
+        self._reported = done
 
     def settle(self, now: float) -> None:
         """Book the steps that are over, so that nothing is planned beyond the step that runs."""
@@ -303,7 +323,8 @@ class SimInstance:
             return
         done = min(done, stretch.planned - 1)
         if done > stretch.done:
-            self._report_until(done)
+            if done > self._reported:
+                self._report_until(done)
             self.batcher.commit(done - stretch.done)
             self.batcher.take_for_step()
             stretch.done = done
@@ -323,8 +344,9 @@ class SimInstance:
                     self._announce()
         elif not self._starting:
             self._starting = True
-            self._events.push(now, Kind.STEP_START, self.index)
+            self._events.start(self.index, now)
 
     def _announce(self) -> None:
         self.version += 1
-        self._events.push(self._stretch.end_s(self._stretch.planned), Kind.STEP_END, self.index, self.version)
+        end_s = self._stretch.end_s(self._stretch.planned)
+        heappush(self._heap, (end_s, Kind.STEP_END, self.index, self.version))

@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence as Fleet
 
 from tidegate.dataplane.instance import Listener, SimInstance
-from tidegate.dataplane.network import Network, Transfer
+from tidegate.dataplane.links import Transfer
+from tidegate.dataplane.network import Network
 from tidegate.dataplane.sequence import PAUSED, Sequence
 
 LAST_STAGE_TOKENS = 256
