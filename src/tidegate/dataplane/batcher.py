@@ -43,7 +43,8 @@ from tidegate.policies.order import Ticket, WaitingQueue
 class Batcher:
     """Owns the queues of one instance, and the plan of the step, or equal steps, that it runs.
 
-    ``running``, by age, holds ``decode`` and the prompts that have begun. Of the plan: ``chunks`` are the
+    ``running``, by age, holds ``decode`` and the prompts that have begun. ``stuck``: nobody waits that could
+    be admitted, as far as is known. Of the plan: ``chunks`` are the
     sequences that compute ``chunk`` tokens; ``newcomers`` the decodes whose first step in the batch it is;
     ``pulls`` were admitted and wait for their KV; ``preempted`` lost theirs.
     """
@@ -65,13 +66,14 @@ class Batcher:
         self._first: deque[Sequence] = deque()
         self._chunking: list[Sequence] = []
         self._ready: list[Sequence] = []
+        self._queued = 0
         self._loading = 0
-        self._stuck = False
+        self.stuck = False
 
     @property
     def waiting(self) -> bool:
         """Whether there are legs that were not admitted yet."""
-        return bool(self._first) or len(self._queue) > 0
+        return bool(self._first) or self._queued > 0
 
     # plan
 
@@ -104,22 +106,32 @@ class Batcher:
             while at < len(self._chunking) and budget > 0:
                 budget = self._schedule(self._chunking[at], budget)
                 at += 1
-        if not self._stuck and not self.preempted and budget > 0:
-            self._admit_all(budget, now)
+        if not self.stuck and not self.preempted and budget > 0:
+            if self._first or self._queued:
+                self._admit_all(budget, now)
+            else:
+                self.stuck = True
 
     def most_steps(self) -> int:
         """Return how many steps from this one on have the same composition and find their blocks."""
-        chunks = self.chunks
+        chunks, decode, blocks = self.chunks, self.decode, self.blocks
         if self.preempted:
             return 1  # the next step admits again
-        if not chunks:
-            return self._within_blocks(self.decode.steps_to_end())
-        sequence = chunks[0]
-        if len(chunks) > 1 or sequence.chunk == sequence.pending:
-            return 1
-        most = (sequence.pending - 1) // sequence.chunk
-        if self.decode.members:
-            most = min(most, self.decode.steps_to_end())
+        if chunks:
+            sequence = chunks[0]
+            pending = sequence.tokens - sequence.computed
+            if len(chunks) > 1 or sequence.chunk == pending:
+                return 1
+            most = (pending - 1) // sequence.chunk
+            if decode.members:
+                most = min(most, decode.steps_to_end())
+        else:
+            end_tick, _, sequence = decode.ends[0]
+            if sequence.end_tick != end_tick or sequence not in decode.members:
+                end_tick = decode.ticks + decode.steps_to_end()
+            most = end_tick - decode.ticks
+            if len(decode.members) * (1 + most // blocks.block_tokens) <= blocks.free:
+                return most
         return self._within_blocks(most)
 
     def blocks_held(self, steps: int, *, running: bool) -> int:
@@ -143,7 +155,10 @@ class Batcher:
                     self.commit(1)
                     self.take_for_step()
                 return self.commit(1)
-            self._take_for(steps - 1, after=1)
+            if self.chunks:
+                self._take_for(steps - 1, after=1)
+            elif needed := self.decode.blocks_for(steps - 1, after=1):
+                self.blocks.take(needed)
         self.decode.ticks += steps
         complete: list[Sequence] = []
         for sequence in self.chunks:
@@ -155,7 +170,7 @@ class Batcher:
                 sequence.state = READY
                 sequence.tokens += 1
                 complete.append(sequence)
-                self._stuck = False
+                self.stuck = False
         return complete
 
     def take_for_step(self) -> None:
@@ -170,10 +185,11 @@ class Batcher:
         sequence.on = self._index
         if sequence.block_ids:
             self._know(sequence)
-        self._stuck = False
+        self.stuck = False
         if sequence.source is not None:
             self._first.append(sequence)
         else:
+            self._queued += 1
             self._queue.push(sequence, sequence.ticket or Ticket(now, now, 0.0))
 
     def join(self, sequence: Sequence) -> None:
@@ -184,7 +200,7 @@ class Batcher:
     def loaded(self, sequence: Sequence, tokens: int) -> None:
         """Take note that ``tokens`` tokens' KV is here."""
         self._loading -= 1
-        self._stuck = False
+        self.stuck = False
         sequence.source = None
         sequence.computed = tokens
         if sequence.shared is not None:
@@ -201,7 +217,7 @@ class Batcher:
     def release(self, sequence: Sequence, *, pin: bool) -> Pin | None:
         """Take out a running sequence that ended; with ``pin`` its blocks stay taken, for a decode."""
         del self.running[sequence]
-        self._stuck = False
+        self.stuck = False
         sequence.state = ENDED
         computed, shared = sequence.computed, sequence.shared
         blocks = -(-computed // self.blocks.block_tokens)
@@ -216,17 +232,18 @@ class Batcher:
 
     def unpin(self, pin: Pin) -> None:
         """Free the blocks of a pin."""
-        self._stuck = False
+        self.stuck = False
         self.blocks.release(pin.blocks, pin.shared)
 
     def discard(self, sequence: Sequence, *, in_step: bool) -> None:
         """Free all that a sequence holds; ``in_step``: blocks were taken for the step that runs."""
         state, sequence.state = sequence.state, ENDED
-        self._stuck = False
+        self.stuck = False
         if state == WAITING:
             if sequence in self._first:
                 self._first.remove(sequence)
             else:
+                self._queued -= 1
                 self._queue.remove(sequence)
             return
         if state == LOADING:
@@ -256,7 +273,7 @@ class Batcher:
     def unseat(self, blocks: int) -> None:
         """Give up such a place and the blocks reserved with it."""
         self._loading -= 1
-        self._stuck = False
+        self.stuck = False
         self.blocks.give_back(blocks)
 
     def reserve(self, count: int) -> bool:
@@ -283,7 +300,7 @@ class Batcher:
     def give_up(self, sequence: Sequence) -> None:
         """Free what a paused decode held: it went elsewhere."""
         self._loading -= 1
-        self._stuck = False
+        self.stuck = False
         if sequence.shared is not None:
             self.blocks.cache.publish(sequence.shared, sequence.computed)
         self.blocks.release(self.blocks.for_tokens(sequence.computed), sequence.shared)
@@ -393,22 +410,23 @@ class Batcher:
         youngest.preemptions += 1
         self._first.appendleft(youngest)
         self.preempted.append(youngest)
-        self._stuck = False
+        self.stuck = False
         return youngest
 
     def _admit_all(self, budget: int, now: float) -> None:
         """Admit from the queue while there is room."""
-        first, queue = self._first, self._queue
+        first = self._first
         while budget > 0:
             continued = bool(first)
-            sequence = first[0] if continued else queue.head(now) if len(queue) else None
+            sequence = first[0] if continued else self._queue.head(now) if self._queued else None
             if sequence is None or not self._admit(sequence):
-                self._stuck = True
+                self.stuck = True
                 return
             if continued:
                 first.popleft()
             else:
-                queue.pop(now)
+                self._queued -= 1
+                self._queue.pop(now)
             if sequence.admitted_s is None:
                 sequence.admitted_s = now
                 if sequence.shared is not None:
@@ -444,8 +462,8 @@ class Batcher:
         if shared is not None:
             units = self.blocks.cache.hits(shared, findable)
             need += self.blocks.cache.idle_among(shared, units) - units * shared.unit_blocks
-        others = bool(self.running) or self._loading > 0
-        return units if self.blocks.room_for(need + others_need, others=others) else -1
+        free = self.blocks.free - need - others_need
+        return units if free >= (self.blocks.reserve if self.running or self._loading else 0) else -1
 
     def _adopt(self, sequence: Sequence, pin: Pin) -> bool:
         """Take over the blocks of this instance's own pin; the next token may need one more."""
@@ -464,13 +482,13 @@ class Batcher:
 
     def _load(self, sequence: Sequence, pin: Pin) -> bool:
         """Take the blocks of KV that is elsewhere, but for what the cache has of it."""
-        promised = 0
+        tokens, promised = pin.tokens, 0
         for other in self._chunking:
             promised += self.blocks.for_tokens(other.tokens) - other.blocks
-        units = self._find_room(sequence, pin.tokens, pin.tokens, promised)
+        units = self._find_room(sequence, tokens, tokens, promised)
         if units < 0:
             return False
-        count, shared = self.blocks.for_tokens(pin.tokens), sequence.shared
+        count, shared = -(-tokens // self.blocks.block_tokens), sequence.shared
         if shared is not None:
             self.blocks.hold_prefix(shared, units)
             count -= units * shared.unit_blocks

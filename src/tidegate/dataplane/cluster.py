@@ -7,15 +7,18 @@ from collections.abc import Callable
 from collections.abc import Sequence as Fleet
 
 from tidegate.core.errors import InternalError
-from tidegate.dataplane.due import Due
 from tidegate.dataplane.events import Event, EventQueue, Kind
-from tidegate.dataplane.instance import Listener, SimInstance
+from tidegate.dataplane.instance import NEVER, Listener, SimInstance
 from tidegate.dataplane.migration import Migrations
 from tidegate.dataplane.links import Transfer
 from tidegate.dataplane.network import Network
 from tidegate.dataplane.replica import Replica
 from tidegate.dataplane.sequence import ENDED, LOADING, NEW, Pin, Sequence
 from tidegate.policies.order import Fifo, Order
+
+REPORT_GROUP = 64
+"""Instances whose next reports are looked at together: a list's least entry costs less than a heap, which has
+to learn of every stretch, and little beside the reports themselves."""
 
 
 class Cluster:
@@ -31,9 +34,21 @@ class Cluster:
         order: Order | None = None,
     ) -> None:
         order = order or Fifo()
-        self._due = Due(len(replicas))
+        self._next_reports_s = [
+            [NEVER] * min(REPORT_GROUP, len(replicas) - first)
+            for first in range(0, len(replicas), REPORT_GROUP)
+        ]
         self.instances = [
-            SimInstance(index, replica, order.queue(), events, listener, self._due, leap=leap)
+            SimInstance(
+                index,
+                replica,
+                order.queue(),
+                events,
+                listener,
+                self._next_reports_s[index // REPORT_GROUP],
+                index % REPORT_GROUP,
+                leap=leap,
+            )
             for index, replica in enumerate(replicas)
         ]
         self._events = events
@@ -41,7 +56,7 @@ class Cluster:
         self._migrations = Migrations(self.instances, self._network, listener)
         self._kv_bytes_per_token = [replica.instance.kv_bytes_per_token for replica in replicas]
         self._lease_s = [replica.engine.lease_s for replica in replicas]
-        self._handlers: dict[int, Callable[[int, int, float], None]] = {
+        self.handlers: dict[int, Callable[[int, int, float], None]] = {
             Kind.STEP_END: self._step_end,
             Kind.STEP_START: self._step_start,
             Kind.LINK: self._arrive,
@@ -53,9 +68,12 @@ class Cluster:
 
     def report(self, now: float) -> None:
         """Have the instances that leap tell of the steps that ended by ``now``."""
-        due, instances = self._due, self.instances
-        for index in due.by(now):
-            due.set(index, instances[index].report(now))
+        first = 0
+        for next_s in self._next_reports_s:
+            while (earliest_s := min(next_s)) <= now:
+                slot = next_s.index(earliest_s)
+                next_s[slot] = self.instances[first + slot].report(now)
+            first += REPORT_GROUP
 
     def kv_tokens_in_use(self, now: float) -> int:
         """Return the size of all blocks taken at ``now``; one that several sequences share counts once."""
@@ -87,7 +105,7 @@ class Cluster:
     def handle(self, event: Event) -> None:
         """Do what an event of the data plane announces. Raises InternalError for any other event."""
         now, kind, whose, version = event
-        handler = self._handlers.get(kind)
+        handler = self.handlers.get(kind)
         if handler is None:
             raise InternalError(f"an event of kind {kind} is not the data plane's")
         handler(whose, version, now)

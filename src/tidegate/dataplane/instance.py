@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from heapq import heappush
 from typing import Final, Protocol
 
 from tidegate.dataplane.batcher import Batcher
-from tidegate.dataplane.due import NEVER, Due
 from tidegate.dataplane.events import EventQueue, Kind
 from tidegate.dataplane.pricing import StepPrices
 from tidegate.dataplane.replica import Replica
 from tidegate.dataplane.sequence import DECODING, PAUSED, READY, WAITING, Pin, Sequence
 from tidegate.dataplane.stretch import Stretch
 from tidegate.policies.order import WaitingQueue
+
+
+NEVER: Final = math.inf
+_STEP_END: Final = Kind.STEP_END
 
 
 class Listener(Protocol):
@@ -70,7 +74,7 @@ class SimInstance:
     time here.
 
     ``left`` are the sequences that a migration copies and that went out of the batch, until somebody attends
-    to them.
+    to them. In ``next_report_s[slot]`` the instance says when it has steps to report.
     """
 
     def __init__(
@@ -80,7 +84,8 @@ class SimInstance:
         queue: WaitingQueue[Sequence],
         events: EventQueue,
         listener: Listener,
-        due: Due,
+        next_report_s: list[float],
+        slot: int,
         *,
         leap: bool,
     ) -> None:
@@ -88,7 +93,8 @@ class SimInstance:
         self.replica = replica
         self.batcher = Batcher(index, replica, queue)
         self.version = 0
-        self._due = due
+        self._next_report_s = next_report_s
+        self._slot = slot
         self._prices = StepPrices(replica.profile, replica.engine.host_s)
         self._events = events
         self._heap: Final = events.heap
@@ -106,7 +112,11 @@ class SimInstance:
     def submit(self, sequence: Sequence, now: float) -> None:
         """Queue a leg."""
         self.batcher.queue(sequence, now)
-        self._changed(now)
+        if self._busy:
+            self._changed(now)
+        elif not self._starting:
+            self._starting = True
+            self._events.start(self.index, now)
 
     def loaded(self, sequence: Sequence, tokens: int, now: float) -> None:
         """Run a leg whose KV has arrived."""
@@ -138,7 +148,12 @@ class SimInstance:
         stretch = self._stretch
         done = stretch.done_by(now)
         if done > self._reported:
-            self._report_until(done)
+            if self.batcher.newcomers:
+                self._report_until(done)
+            else:
+                end_s = stretch.start_s + done * (stretch.first_s + stretch.half_s * (done - 1))
+                self._listener.stepped(self.index, done - self._reported, end_s)
+                self._reported = done
         return stretch.start_s + (done + 1) * (stretch.first_s + stretch.half_s * done)
 
     def blocks_held(self, now: float) -> int:
@@ -220,17 +235,25 @@ class SimInstance:
         done = self._reported = stretch.done
         steps = stretch.planned = done + (batcher.most_steps() if self._leap else 1)
         start_s, first_s, half_s = stretch.start_s, stretch.first_s, stretch.half_s
-        self._due.set(self.index, start_s + (done + 1) * (first_s + half_s * done))
+        self._next_report_s[self._slot] = start_s + (done + 1) * (first_s + half_s * done)
         self.version += 1
         end_s = start_s + steps * (first_s + half_s * (steps - 1))
-        heappush(self._heap, (end_s, Kind.STEP_END, self.index, self.version))
+        heappush(self._heap, (end_s, _STEP_END, self.index, self.version))
 
     def end(self, now: float) -> None:
         """Finish the planned steps: tokens, ends, and the start of what follows."""
-        complete = self._finish(self._stretch.planned)
-        decode = self.batcher.decode
+        stretch, batcher = self._stretch, self.batcher
+        steps = stretch.planned
+        complete = batcher.commit(steps - stretch.done)
+        if steps > self._reported:
+            self._report_until(steps)
+        stretch.done = steps
+        self._busy = False
+        self._starting = True
+        self._next_report_s[self._slot] = NEVER
+        decode = batcher.decode
         if decode.ends and decode.ends[0][0] <= decode.ticks:
-            for sequence in self.batcher.ended():
+            for sequence in batcher.ended():
                 if sequence.state == READY:  # not aborted meanwhile
                     self._end_leg(sequence, now)
         for sequence in complete:
@@ -241,7 +264,7 @@ class SimInstance:
             if sequence.tokens == sequence.last_token:
                 self._end_leg(sequence, now)
             else:
-                self.batcher.join(sequence)
+                batcher.join(sequence)
         if self._leaving:
             self._let_leave(now)
         heap = self._heap
@@ -250,26 +273,22 @@ class SimInstance:
         else:
             self._events.start(self.index, now)
 
-    def _finish(self, steps: int) -> list[Sequence]:
-        """Be between two steps, the first ``steps`` being over; return whose prompt is complete.
-
-        The next one is to be started once all that has been said that happens at this time.
-        """
-        stretch = self._stretch
-        complete = self.batcher.commit(steps - stretch.done)
-        if steps > self._reported:
-            self._report_until(steps)
-        stretch.done = stretch.planned = steps
-        self._busy = False
-        self._starting = True
-        self._due.set(self.index, NEVER)
-        return complete
-
     def _between(self, done: int, now: float) -> bool:
-        """Stop between two steps if ``now``, by which ``done`` are over, is such a time."""
+        """Stop between two steps if ``now``, by which ``done`` are over, is such a time.
+
+        The next one starts once all has been said that happens at this time. No prompt is complete: the step
+        that completes one is the last of its stretch.
+        """
         if not self._is_between(done, now):
             return False
-        self._finish(done)
+        stretch = self._stretch
+        self.batcher.commit(done - stretch.done)
+        if done > self._reported:
+            self._report_until(done)
+        stretch.done = stretch.planned = done
+        self._busy = False
+        self._starting = True
+        self._next_report_s[self._slot] = NEVER
         self.version += 1
         self._events.start(self.index, now)
         return True
@@ -330,8 +349,9 @@ class SimInstance:
             stretch.done = done
         if stretch.planned > done + 1:
             stretch.planned = done + 1
-            self._announce()
-        self._due.set(self.index, stretch.end_s(done + 1))
+            self.version += 1
+            heappush(self._heap, (stretch.end_s(done + 1), _STEP_END, self.index, self.version))
+        self._next_report_s[self._slot] = stretch.end_s(done + 1)
 
     def _changed(self, now: float) -> None:
         """Plan anew as soon as the step that runs is over."""
@@ -339,14 +359,14 @@ class SimInstance:
             stretch = self._stretch
             if stretch.planned > stretch.done + 1:
                 done = stretch.done_by(now)
-                if not self._between(done, now) and done + 1 < stretch.planned:
-                    stretch.planned = done + 1
-                    self._announce()
+                if done > stretch.done and self._between(done, now):
+                    return
+                steps = done + 1
+                if steps < stretch.planned:
+                    stretch.planned = steps
+                    self.version += 1
+                    end_s = stretch.start_s + steps * (stretch.first_s + stretch.half_s * done)
+                    heappush(self._heap, (end_s, _STEP_END, self.index, self.version))
         elif not self._starting:
             self._starting = True
             self._events.start(self.index, now)
-
-    def _announce(self) -> None:
-        self.version += 1
-        end_s = self._stretch.end_s(self._stretch.planned)
-        heappush(self._heap, (end_s, Kind.STEP_END, self.index, self.version))

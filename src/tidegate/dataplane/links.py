@@ -59,20 +59,26 @@ class Link:
         However short the latency is, time passes: what a step's start sends off is over in a moment after it.
         """
         entry_s = now + self.latency_s
-        transfer.entry_s = entry_s if entry_s > now else math.nextafter(now, math.inf)
+        if entry_s <= now:
+            entry_s = math.nextafter(now, math.inf)
+        transfer.entry_s = entry_s
         self._entering.append(transfer)
-        if transfer.entry_s >= self.end_s:
+        if entry_s >= self.end_s:
             return False
         self._look_ahead()
         return True
 
     def leave(self, now: float) -> Transfer:
         """Take out the transfer that ends at ``now``, which is ``end_s``."""
-        for _ in range(self._looked):  # those that enter before
-            self._enter()
-        self._advance(now)
-        level, _, transfer = heappop(self._ends)
-        self._level = level if self._ends else 0.0
+        if self._looked == 1 and not self._ends:  # it had the link to itself
+            transfer = self._entering.popleft()
+            self._at_s, self._level = now, 0.0
+        else:
+            for _ in range(self._looked):  # those that enter before
+                self._enter()
+            self._advance(now)
+            level, _, transfer = heappop(self._ends)
+            self._level = level if self._ends else 0.0
         self._look_again()
         return transfer
 
@@ -116,14 +122,16 @@ class Link:
         at_s, level, count, least = self._ahead
         bytes_per_s = self._bytes_per_s
         end_s = at_s + max(0.0, least - level) * count / bytes_per_s if count else math.inf
-        for transfer in islice(self._entering, self._looked, None):
+        entering = self._entering
+        for transfer in islice(entering, self._looked, None) if self._looked else entering:
             if transfer.entry_s >= end_s:
                 break
             if count:
                 level += (transfer.entry_s - at_s) * bytes_per_s / count
             at_s = transfer.entry_s
             count += 1
-            least = min(least, level + transfer.n_bytes)
+            if level + transfer.n_bytes < least:
+                least = level + transfer.n_bytes
             end_s = at_s + max(0.0, least - level) * count / bytes_per_s
             self._looked += 1
         self._ahead = at_s, level, count, least

@@ -47,14 +47,17 @@ class Network:
         if version != link.version:
             return None
         transfer = link.leave(now)
-        self._announce(at)
+        if link.end_s < math.inf:
+            heappush(self._heap, (link.end_s, Kind.LINK, at, link.version))
         return transfer
 
     def cancel(self, transfer: Transfer, now: float) -> None:
         """Take back a transfer that has not ended."""
         at = self._link_between[transfer.src, transfer.dst]
-        self._links[at].cancel(transfer, now)
-        self._announce(at)
+        link = self._links[at]
+        link.cancel(transfer, now)
+        if link.end_s < math.inf:
+            heappush(self._heap, (link.end_s, Kind.LINK, at, link.version))
 
     def pull_of(self, sequence: Sequence) -> Transfer:
         """Return the pull that a loading sequence waits for. Raises InternalError when there is none."""
@@ -73,8 +76,3 @@ class Network:
         if link == len(self._links):
             self._links.append(Link(cost))
         return link
-
-    def _announce(self, at: int) -> None:
-        link = self._links[at]
-        if link.end_s < math.inf:
-            heappush(self._heap, (link.end_s, Kind.LINK, at, link.version))
