@@ -22,7 +22,10 @@ to learn of every stretch, and little beside the reports themselves."""
 
 
 class Cluster:
-    """Runs legs and moves KV. Every instance has a queue of ``order``, first come first served by default."""
+    """Runs legs and moves KV. Every instance has a queue of ``order``, first come first served by default.
+
+    ``handlers`` does what an event announces, by its kind: called with whose it is, its version and its time.
+    """
 
     def __init__(
         self,
@@ -103,7 +106,10 @@ class Cluster:
             self.instances[sequence.on].abort(sequence, now)
 
     def handle(self, event: Event) -> None:
-        """Do what an event of the data plane announces. Raises InternalError for any other event."""
+        """Do what an event of the data plane announces. Raises InternalError for any other event.
+
+        A driver may call the one of ``handlers`` for the event's kind itself.
+        """
         now, kind, whose, version = event
         handler = self.handlers.get(kind)
         if handler is None:

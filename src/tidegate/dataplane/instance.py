@@ -158,9 +158,9 @@ class SimInstance:
 
     def blocks_held(self, now: float) -> int:
         """Return how many KV blocks are taken at ``now``, those of steps that are leapt over with them."""
-        if not self._busy:
-            return self.batcher.blocks_held(0, running=False)
-        stretch = self._stretch
+        stretch, blocks = self._stretch, self.batcher.blocks
+        if not self._busy or stretch.planned == stretch.done + 1:
+            return blocks.total - blocks.free
         done = stretch.done_by(now)
         if self._is_between(done, now):
             return self.batcher.blocks_held(done - stretch.done, running=False)
