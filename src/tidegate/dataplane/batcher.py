@@ -43,10 +43,12 @@ from tidegate.policies.order import Ticket, WaitingQueue
 class Batcher:
     """Owns the queues of one instance, and the plan of the step, or equal steps, that it runs.
 
-    ``running``, by age, holds ``decode`` and the prompts that have begun. ``stuck``: nobody waits that could
-    be admitted, as far as is known. Of the plan: ``chunks`` are the
-    sequences that compute ``chunk`` tokens; ``newcomers`` the decodes whose first step in the batch it is;
-    ``pulls`` were admitted and wait for their KV; ``preempted`` lost theirs.
+    ``running``, by age, holds ``decode`` and the prompts that have begun. ``readied`` join the next step.
+    ``loading`` counts who has a place and is not in the batch: its KV is on the way, or moves away. ``stuck``:
+    nobody waits who could be admitted, as far as is known.
+
+    Of the plan: ``chunks`` are the sequences that compute ``chunk`` tokens; ``newcomers`` the decodes whose
+    first step in the batch it is; ``pulls`` were admitted and wait for their KV; ``preempted`` lost theirs.
     """
 
     def __init__(self, index: int, replica: Replica, queue: WaitingQueue[Sequence]) -> None:
@@ -58,16 +60,16 @@ class Batcher:
         self.newcomers: list[Sequence] = []
         self.pulls: list[Sequence] = []
         self.preempted: list[Sequence] = []
-        self._index = index
+        self.index = index
         self._max_batch_tokens = engine.max_batch_tokens
-        self._max_num_seqs = engine.max_num_seqs
+        self.max_num_seqs = engine.max_num_seqs
         self._prefix_cache = engine.prefix_cache
         self._queue = queue
         self._first: deque[Sequence] = deque()
         self._chunking: list[Sequence] = []
-        self._ready: list[Sequence] = []
+        self.readied: list[Sequence] = []
         self._queued = 0
-        self._loading = 0
+        self.loading = 0
         self.stuck = False
 
     @property
@@ -84,8 +86,8 @@ class Batcher:
             self.pulls = []
         if self.preempted:
             self.preempted = []
-        if self._ready:
-            self.newcomers, self._ready = self._ready, []
+        if self.readied:
+            self.newcomers, self.readied = self.readied, []
             for sequence in self.newcomers:
                 sequence.state = DECODING
                 decode.join(sequence)
@@ -153,10 +155,10 @@ class Batcher:
                 # What a step evicts decides what it may enter: one by one.
                 for _ in range(steps - 1):
                     self.commit(1)
-                    self.take_for_step()
+                    self.take_for(1, after=0)
                 return self.commit(1)
             if self.chunks:
-                self._take_for(steps - 1, after=1)
+                self.take_for(steps - 1, after=1)
             elif needed := self.decode.blocks_for(steps - 1, after=1):
                 self.blocks.take(needed)
         self.decode.ticks += steps
@@ -173,18 +175,14 @@ class Batcher:
                 self.stuck = False
         return complete
 
-    def take_for_step(self) -> None:
-        """Take the blocks of one more step."""
-        self._take_for(1, after=0)
-
     # what comes and goes
 
     def queue(self, sequence: Sequence, now: float) -> None:
         """Add a leg to the queue."""
         sequence.state = WAITING
-        sequence.on = self._index
+        sequence.on = self.index
         if sequence.block_ids:
-            self._know(sequence)
+            self.know(sequence)
         self.stuck = False
         if sequence.source is not None:
             self._first.append(sequence)
@@ -199,13 +197,13 @@ class Batcher:
 
     def loaded(self, sequence: Sequence, tokens: int) -> None:
         """Take note that ``tokens`` tokens' KV is here."""
-        self._loading -= 1
+        self.loading -= 1
         self.stuck = False
         sequence.source = None
         sequence.computed = tokens
         if sequence.shared is not None:
             self.blocks.cache.publish(sequence.shared, tokens)
-        self._seat_ready(sequence)
+        self.ready(sequence)
 
     def ended(self) -> list[Sequence]:
         """Take the decodes that have their last token out of the batch; they still hold their blocks."""
@@ -225,7 +223,7 @@ class Batcher:
             self.blocks.cache.publish(shared, computed)
             sequence.shared = None
         if pin:
-            pinned = sequence.pin = Pin(self._index, blocks, computed, shared)
+            pinned = sequence.pin = Pin(self.index, blocks, computed, shared)
             return pinned
         self.blocks.release(blocks, shared)
         return None
@@ -248,7 +246,7 @@ class Batcher:
             return
         if state == LOADING:
             assert sequence.source is not None
-            self._loading -= 1
+            self.loading -= 1
             self.blocks.release(self.blocks.for_tokens(sequence.source.tokens), sequence.shared)
             return
         if state == PAUSED:
@@ -257,73 +255,24 @@ class Batcher:
         del self.running[sequence]
         self._take_out(sequence, state, in_step)
 
-    # migration
-
-    def decoding(self, request: int) -> Sequence | None:
-        """Return the decode of a request; None when it is not in the batch."""
-        return next((member for member in self.decode.members if member.request == request), None)
-
-    def seat(self) -> bool:
-        """Keep a place for a decode that is to come; False when all are taken."""
-        if len(self.running) + self._loading >= self._max_num_seqs:
-            return False
-        self._loading += 1
-        return True
-
-    def unseat(self, blocks: int) -> None:
-        """Give up such a place and the blocks reserved with it."""
-        self._loading -= 1
-        self.stuck = False
-        self.blocks.give_back(blocks)
-
-    def reserve(self, count: int) -> bool:
-        """Take blocks for a decode that is to come; False when there is no room."""
-        if not self.blocks.room_for(count, others=bool(self.running) or self._loading > 1):
-            return False
-        self.blocks.take(count)
-        return True
-
-    def pause(self, sequence: Sequence) -> None:
-        """Take a decode out of the batch, with its blocks and its place."""
-        self.decode.leave(sequence)
-        del self.running[sequence]
-        if sequence in self.newcomers:
-            self.newcomers.remove(sequence)
-        sequence.state = PAUSED
-        self._loading += 1
-
-    def resume(self, sequence: Sequence) -> None:
-        """Let a paused decode go on, as the youngest."""
-        self._loading -= 1
-        self._seat_ready(sequence)
-
     def give_up(self, sequence: Sequence) -> None:
         """Free what a paused decode held: it went elsewhere."""
-        self._loading -= 1
+        self.loading -= 1
         self.stuck = False
         if sequence.shared is not None:
             self.blocks.cache.publish(sequence.shared, sequence.computed)
         self.blocks.release(self.blocks.for_tokens(sequence.computed), sequence.shared)
         sequence.shared = None
 
-    def arrive(self, sequence: Sequence) -> None:
-        """Let a decode go on whose KV came with it into the blocks and the place kept for it."""
-        self._loading -= 1
-        sequence.on = self._index
-        if sequence.block_ids:
-            self._know(sequence)
-        if sequence.shared is not None:
-            self.blocks.cache.publish(sequence.shared, sequence.computed)
-        self._seat_ready(sequence)
-
-    def _seat_ready(self, sequence: Sequence) -> None:
+    def ready(self, sequence: Sequence) -> None:
+        """Have a sequence whose KV is here join the next step."""
         sequence.state = READY
         self.running[sequence] = None
-        self._ready.append(sequence)
+        self.readied.append(sequence)
 
-    def _know(self, sequence: Sequence) -> None:
+    def know(self, sequence: Sequence) -> None:
         """Note which of the sequence's tokens can be found again."""
-        if self._prefix_cache:
+        if sequence.block_ids and self._prefix_cache:
             ids, tokens = sequence.block_ids, sequence.hash_block_tokens
             sequence.shared = Shared(ids, tokens, self.blocks.block_tokens)
 
@@ -342,14 +291,14 @@ class Batcher:
             if sequence in self.newcomers:
                 self.newcomers.remove(sequence)
         else:
-            if sequence in self._ready:
-                self._ready.remove(sequence)
+            if sequence in self.readied:
+                self.readied.remove(sequence)
             held = self.blocks.for_tokens(sequence.computed)
         if sequence.shared is not None:
             self.blocks.cache.publish(sequence.shared, sequence.computed)
         self.blocks.release(held, sequence.shared)
 
-    def _take_for(self, steps: int, after: int) -> None:
+    def take_for(self, steps: int, after: int) -> None:
         """Take the blocks of the ``steps`` steps of the plan that follow its next ``after`` ones."""
         needed = self.decode.blocks_for(steps, after) if self.decode.members else 0
         for sequence in self.chunks:
@@ -438,11 +387,11 @@ class Batcher:
 
     def _admit(self, sequence: Sequence) -> bool:
         """Let the head of the queue begin; False, with nothing changed, when there is no room."""
-        if len(self.running) + self._loading >= self._max_num_seqs:
+        if len(self.running) + self.loading >= self.max_num_seqs:
             return False
         pin = sequence.source
         if pin is not None and not pin.gone:
-            return self._adopt(sequence, pin) if pin.on == self._index else self._load(sequence, pin)
+            return self._adopt(sequence, pin) if pin.on == self.index else self._load(sequence, pin)
         units = self._find_room(sequence, sequence.tokens, sequence.tokens - 1, 0)
         if units < 0:
             return False
@@ -463,12 +412,12 @@ class Batcher:
             units = self.blocks.cache.hits(shared, findable)
             need += self.blocks.cache.idle_among(shared, units) - units * shared.unit_blocks
         free = self.blocks.free - need - others_need
-        return units if free >= (self.blocks.reserve if self.running or self._loading else 0) else -1
+        return units if free >= (self.blocks.reserve if self.running or self.loading else 0) else -1
 
     def _adopt(self, sequence: Sequence, pin: Pin) -> bool:
         """Take over the blocks of this instance's own pin; the next token may need one more."""
         count = self.blocks.for_tokens(pin.tokens + 1) - pin.blocks
-        if not self.blocks.room_for(count, others=bool(self.running) or self._loading > 0):
+        if not self.blocks.room_for(count, others=bool(self.running) or self.loading > 0):
             return False
         self.blocks.take(count)
         pin.taken = True
@@ -495,6 +444,6 @@ class Batcher:
         self.blocks.take(count)
         pin.taken = True
         sequence.state = LOADING
-        self._loading += 1
+        self.loading += 1
         self.pulls.append(sequence)
         return True

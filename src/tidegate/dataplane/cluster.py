@@ -9,8 +9,8 @@ from collections.abc import Sequence as Fleet
 from tidegate.core.errors import InternalError
 from tidegate.dataplane.events import Event, EventQueue, Kind
 from tidegate.dataplane.instance import NEVER, Listener, SimInstance
-from tidegate.dataplane.migration import Migrations
 from tidegate.dataplane.links import Transfer
+from tidegate.dataplane.migration import Migrations
 from tidegate.dataplane.network import Network
 from tidegate.dataplane.replica import Replica
 from tidegate.dataplane.sequence import ENDED, LOADING, NEW, Pin, Sequence

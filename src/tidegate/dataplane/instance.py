@@ -8,12 +8,12 @@ from typing import Final, Protocol
 
 from tidegate.dataplane.batcher import Batcher
 from tidegate.dataplane.events import EventQueue, Kind
+from tidegate.dataplane.moving import MovingDecodes
 from tidegate.dataplane.pricing import StepPrices
 from tidegate.dataplane.replica import Replica
 from tidegate.dataplane.sequence import DECODING, PAUSED, READY, WAITING, Pin, Sequence
 from tidegate.dataplane.stretch import Stretch
 from tidegate.policies.order import WaitingQueue
-
 
 NEVER: Final = math.inf
 _STEP_END: Final = Kind.STEP_END
@@ -92,6 +92,7 @@ class SimInstance:
         self.index = index
         self.replica = replica
         self.batcher = Batcher(index, replica, queue)
+        self.moving = MovingDecodes(self.batcher)
         self.version = 0
         self._next_report_s = next_report_s
         self._slot = slot
@@ -168,20 +169,20 @@ class SimInstance:
 
     # migration
 
-    def seat(self, now: float) -> bool:
+    def keep_place(self, now: float) -> bool:
         """Keep a place for a decode that is to come; False when all are taken."""
         self.settle(now)
-        return self.batcher.seat()
+        return self.moving.keep_place()
 
     def reserve(self, count: int, now: float) -> bool:
         """Take blocks for a decode that is to come; False when there is no room."""
         self.settle(now)
-        return self.batcher.reserve(count)
+        return self.moving.reserve(count)
 
-    def unseat(self, blocks: int, now: float) -> None:
+    def free_place(self, blocks: int, now: float) -> None:
         """Give up such a place and its blocks."""
         self.settle(now)
-        self.batcher.unseat(blocks)
+        self.moving.free_place(blocks)
         self._changed(now)
 
     def pause(self, sequence: Sequence, now: float) -> None:
@@ -195,7 +196,7 @@ class SimInstance:
     def stay(self, sequence: Sequence, now: float) -> None:
         """Let a decode that is paused, or was about to be, go on here."""
         if sequence.state == PAUSED:
-            self.batcher.resume(sequence)
+            self.moving.resume(sequence)
             self._changed(now)
         elif sequence in self._leaving:
             self._leaving.remove(sequence)
@@ -209,7 +210,7 @@ class SimInstance:
     def arrive(self, sequence: Sequence, now: float) -> None:
         """Let a decode go on that came from elsewhere."""
         self.settle(now)
-        self.batcher.arrive(sequence)
+        self.moving.arrive(sequence)
         self._changed(now)
 
     # steps
@@ -313,7 +314,7 @@ class SimInstance:
         leaving, self._leaving = self._leaving, []
         for sequence in leaving:
             if sequence.moving and sequence.state == DECODING:
-                self.batcher.pause(sequence)
+                self.moving.pause(sequence)
                 self._listener.paused(sequence, now)
                 self.left.append(sequence)
 
@@ -345,7 +346,7 @@ class SimInstance:
             if done > self._reported:
                 self._report_until(done)
             self.batcher.commit(done - stretch.done)
-            self.batcher.take_for_step()
+            self.batcher.take_for(1, after=0)
             stretch.done = done
         if stretch.planned > done + 1:
             stretch.planned = done + 1
