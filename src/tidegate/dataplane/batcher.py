@@ -44,8 +44,8 @@ class Batcher:
     """Owns the queues of one instance, and the plan of the step, or equal steps, that it runs.
 
     ``running``, by age, holds ``decode`` and the prompts that have begun. ``readied`` join the next step.
-    ``loading`` counts who has a place and is not in the batch: its KV is on the way, or moves away. ``stuck``:
-    nobody waits who could be admitted, as far as is known.
+    ``loading`` counts who has a place and is not in the batch: its KV is on the way, or moves away.
+    ``stuck``: nobody waits who could be admitted, as far as is known.
 
     Of the plan: ``chunks`` are the sequences that compute ``chunk`` tokens; ``newcomers`` the decodes whose
     first step in the batch it is; ``pulls`` were admitted and wait for their KV; ``preempted`` lost theirs.

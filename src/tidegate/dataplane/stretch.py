@@ -17,8 +17,8 @@ class Stretch:
     """Steps from ``start_s`` on, of which step i (from 0) takes ``first_s + i * growth_s``.
 
     A batch whose composition stays grows by the same number of tokens per step, and costs are linear in
-    tokens; so the end of step k is quadratic in k (``half_s`` is half of ``growth_s``). The first ``done`` steps
-    are over and booked, those up to ``planned`` have been announced; both count from ``start_s``.
+    tokens; so the end of step k is quadratic in k (``half_s`` is half of ``growth_s``). The first ``done``
+    steps are over and booked, those up to ``planned`` have been announced; both count from ``start_s``.
     """
 
     __slots__ = ("done", "first_s", "half_s", "planned", "start_s")
