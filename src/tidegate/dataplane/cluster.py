@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import heapq
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Fleet
 
@@ -19,6 +19,14 @@ from tidegate.policies.order import Fifo, Order
 REPORT_GROUP = 64
 """Instances whose next reports are looked at together: a list's least entry costs less than a heap, which has
 to learn of every stretch, and little beside the reports themselves."""
+
+
+class Leases:
+    """The leases of one length, in the order in which they end. The first one's end is announced."""
+
+    def __init__(self, length_s: float) -> None:
+        self.length_s = length_s
+        self.ends: deque[tuple[float, Pin]] = deque()
 
 
 class Cluster:
@@ -58,16 +66,15 @@ class Cluster:
         self._network = Network(replicas, events)
         self._migrations = Migrations(self.instances, self._network, listener)
         self._kv_bytes_per_token = [replica.instance.kv_bytes_per_token for replica in replicas]
-        self._lease_s = [replica.engine.lease_s for replica in replicas]
         self.handlers: dict[int, Callable[[int, int, float], None]] = {
             Kind.STEP_END: self._step_end,
             Kind.STEP_START: self._step_start,
             Kind.LINK: self._arrive,
             Kind.LEASE: self._end_leases,
         }
-        self._lease_ends: list[tuple[float, int, Pin]] = []
-        self._lease_event_s: float | None = None
-        self._leases = 0
+        lengths_s = sorted({replica.engine.lease_s for replica in replicas})
+        self._leases = [Leases(length_s) for length_s in lengths_s]
+        self._leases_of = [lengths_s.index(replica.engine.lease_s) for replica in replicas]
 
     def report(self, now: float) -> None:
         """Have the instances that leap tell of the steps that ended by ``now``."""
@@ -141,24 +148,26 @@ class Cluster:
 
     def begin_lease(self, pin: Pin, now: float) -> None:
         """Keep KV for a decode, for as long as its instance's lease lasts."""
-        ends_s = now + self._lease_s[pin.on]
-        self._leases += 1
-        heapq.heappush(self._lease_ends, (ends_s, self._leases, pin))
-        if self._lease_event_s is None or ends_s < self._lease_event_s:
-            self._announce_lease()
-
-    def _end_leases(self, whose: int, version: int, now: float) -> None:
-        """Free the KV whose lease is over, and look ahead to the next lease that still counts."""
-        self._lease_event_s = None
-        while self._lease_ends and (self._lease_ends[0][0] <= now or self._lease_ends[0][2].taken):
-            self.drop(heapq.heappop(self._lease_ends)[2], now)
-        self._announce_lease()
+        which = self._leases_of[pin.on]
+        leases = self._leases[which]
+        ends_s = now + leases.length_s
+        leases.ends.append((ends_s, pin))
+        if len(leases.ends) == 1:
+            self._events.push(ends_s, Kind.LEASE, which)
 
     def drop(self, pin: Pin, now: float) -> None:
         """Free KV that no decode has come for."""
         if not pin.taken and not pin.gone:
             pin.gone = True
             self.instances[pin.on].unpin(pin, now)
+
+    def _end_leases(self, which: int, version: int, now: float) -> None:
+        """Free the KV whose lease is over, and look ahead to the next lease that still counts."""
+        ends = self._leases[which].ends
+        while ends and (ends[0][0] <= now or ends[0][1].taken):
+            self.drop(ends.popleft()[1], now)
+        if ends:
+            self._events.push(ends[0][0], Kind.LEASE, which)
 
     def _step_end(self, index: int, version: int, now: float) -> None:
         """Finish an instance's stretch, unless it was cut short since."""
@@ -201,8 +210,3 @@ class Cluster:
         self._network.cancel(transfer, now)
         transfer.pin.gone = True
         self.instances[transfer.src].unpin(transfer.pin, now)
-
-    def _announce_lease(self) -> None:
-        if self._lease_ends:
-            self._lease_event_s = self._lease_ends[0][0]
-            self._events.push(self._lease_event_s, Kind.LEASE, 0)
