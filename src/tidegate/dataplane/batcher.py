@@ -21,6 +21,7 @@ The embedded engine differs in one rule: it takes the blocks of a whole prompt a
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence as Fleet
 
 from tidegate.dataplane.blocks import Blocks
 from tidegate.dataplane.decode_batch import DecodeBatch
@@ -128,10 +129,7 @@ class Batcher:
             if decode.members:
                 most = min(most, decode.steps_to_end())
         else:
-            end_tick, _, sequence = decode.ends[0]
-            if sequence.end_tick != end_tick or sequence not in decode.members:
-                end_tick = decode.ticks + decode.steps_to_end()
-            most = end_tick - decode.ticks
+            most = decode.steps_to_end()
             if len(decode.members) * (1 + most // blocks.block_tokens) <= blocks.free:
                 return most
         return self._within_blocks(most)
@@ -144,7 +142,7 @@ class Batcher:
         held = self.blocks.total - self.blocks.free + (self._needed_by(steps + running) if steps else 0)
         return min(held, self.blocks.total)
 
-    def commit(self, steps: int) -> list[Sequence]:
+    def commit(self, steps: int) -> Fleet[Sequence]:
         """Record that ``steps`` steps of the plan are done; return the sequences whose prompt is complete.
 
         Takes the blocks of all but the first step, which ``plan`` took. The decodes that ended and the
@@ -162,6 +160,8 @@ class Batcher:
             elif needed := self.decode.blocks_for(steps - 1, after=1):
                 self.blocks.take(needed)
         self.decode.ticks += steps
+        if not self.chunks:
+            return ()
         complete: list[Sequence] = []
         for sequence in self.chunks:
             computed = sequence.computed = sequence.computed + steps * sequence.chunk
@@ -431,9 +431,8 @@ class Batcher:
 
     def _load(self, sequence: Sequence, pin: Pin) -> bool:
         """Take the blocks of KV that is elsewhere, but for what the cache has of it."""
-        tokens, promised = pin.tokens, 0
-        for other in self._chunking:
-            promised += self.blocks.for_tokens(other.tokens) - other.blocks
+        tokens = pin.tokens
+        promised = sum(self.blocks.for_tokens(other.tokens) - other.blocks for other in self._chunking)
         units = self._find_room(sequence, tokens, tokens, promised)
         if units < 0:
             return False

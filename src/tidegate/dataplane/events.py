@@ -34,15 +34,16 @@ class EventQueue:
     """The events to come.
 
     ``heap`` holds all but the starts of steps. Those are of the present only: ``starting`` is a heap of the
-    instances that start a step at ``starting_s``, once nothing else is left at that time. ``last_start`` is
-    when, and of which instance, a step was started last.
+    instances that start a step at ``starting_s``, once nothing else is left at that time. A step was started
+    last at ``last_start_s``, of instance ``last_started``.
     """
 
     def __init__(self) -> None:
         self.heap: list[Event] = []
         self.starting: list[int] = []
         self.starting_s = -math.inf
-        self.last_start = (-math.inf, -1)
+        self.last_start_s = -math.inf
+        self.last_started = -1
 
     def next_s(self) -> float | None:
         """Return when the next event is due; None when none is to come."""

@@ -147,7 +147,7 @@ class SimInstance:
         if not self._busy:
             return NEVER
         stretch = self._stretch
-        done = stretch.done_by(now)
+        done = stretch.done_by(now, self._reported)
         if done > self._reported:
             if self.batcher.newcomers:
                 self._report_until(done)
@@ -162,7 +162,7 @@ class SimInstance:
         stretch, blocks = self._stretch, self.batcher.blocks
         if not self._busy or stretch.planned == stretch.done + 1:
             return blocks.total - blocks.free
-        done = stretch.done_by(now)
+        done = stretch.done_by(now, self._reported)
         if self._is_between(done, now):
             return self.batcher.blocks_held(done - stretch.done, running=False)
         return self.batcher.blocks_held(min(done, stretch.planned - 1) - stretch.done, running=True)
@@ -218,8 +218,9 @@ class SimInstance:
     def start(self, now: float) -> None:
         """Begin the next step, if there is anything to do."""
         self._starting = False
-        self._events.last_start = now, self.index
-        batcher, stretch = self.batcher, self._stretch
+        events, batcher, stretch = self._events, self.batcher, self._stretch
+        events.last_start_s = now
+        events.last_started = self.index
         batcher.plan(now)
         if batcher.preempted:
             for sequence in batcher.preempted:
@@ -244,15 +245,18 @@ class SimInstance:
     def end(self, now: float) -> None:
         """Finish the planned steps: tokens, ends, and the start of what follows."""
         stretch, batcher = self._stretch, self.batcher
-        steps = stretch.planned
-        complete = batcher.commit(steps - stretch.done)
+        decode, steps = batcher.decode, stretch.planned
+        if batcher.chunks or steps > stretch.done + 1:
+            complete = batcher.commit(steps - stretch.done)
+        else:
+            decode.ticks += 1  # all that ``commit`` would do
+            complete = ()
         if steps > self._reported:
             self._report_until(steps)
         stretch.done = steps
         self._busy = False
         self._starting = True
         self._next_report_s[self._slot] = NEVER
-        decode = batcher.decode
         if decode.ends and decode.ends[0][0] <= decode.ticks:
             for sequence in batcher.ended():
                 if sequence.state == READY:  # not aborted meanwhile
@@ -302,8 +306,8 @@ class SimInstance:
         stretch = self._stretch
         if not stretch.done < done < stretch.planned or stretch.end_s(done) != now:
             return False
-        at_s, started = self._events.last_start
-        return at_s != now or started <= self.index
+        events = self._events
+        return events.last_start_s != now or events.last_started <= self.index
 
     def _end_leg(self, sequence: Sequence, now: float) -> None:
         if sequence.moving:
@@ -338,7 +342,7 @@ class SimInstance:
         stretch = self._stretch
         if not self._busy or stretch.planned == stretch.done + 1:
             return
-        done = stretch.done_by(now)
+        done = stretch.done_by(now, self._reported)
         if self._between(done, now):
             return
         done = min(done, stretch.planned - 1)
@@ -359,7 +363,7 @@ class SimInstance:
         if self._busy:
             stretch = self._stretch
             if stretch.planned > stretch.done + 1:
-                done = stretch.done_by(now)
+                done = stretch.done_by(now, self._reported)
                 if done > stretch.done and self._between(done, now):
                     return
                 steps = done + 1

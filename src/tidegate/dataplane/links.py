@@ -63,6 +63,12 @@ class Link:
             entry_s = math.nextafter(now, math.inf)
         transfer.entry_s = entry_s
         self._entering.append(transfer)
+        if self.end_s == math.inf:  # it has the link to itself, as yet
+            self._ahead = entry_s, 0.0, 1, float(transfer.n_bytes)
+            self._looked = 1
+            self.end_s = entry_s + transfer.n_bytes / self._bytes_per_s
+            self.version += 1
+            return True
         if entry_s >= self.end_s:
             return False
         self._look_ahead()
@@ -73,6 +79,10 @@ class Link:
         if self._looked == 1 and not self._ends:  # it had the link to itself
             transfer = self._entering.popleft()
             self._at_s, self._level = now, 0.0
+            if not self._entering:
+                self.end_s = math.inf
+                self.version += 1
+                return transfer
         else:
             for _ in range(self._looked):  # those that enter before
                 self._enter()

@@ -38,20 +38,24 @@ class Stretch:
         """Return when the first ``steps`` steps are over."""
         return self.start_s + steps * (self.first_s + self.half_s * (steps - 1))
 
-    def done_by(self, now: float) -> int:
-        """Return how many of the planned steps are over at ``now``; never fewer than ``done``."""
-        done, planned = self.done, self.planned
+    def done_by(self, now: float, known: int) -> int:
+        """Return how many of the planned steps are over at ``now``; ``known`` of them are known to be."""
+        planned = self.planned
         # ``end_s`` written out: this is asked for each instance before each decision.
         start_s, first_s, half_s = self.start_s, self.first_s, self.half_s
-        if now < start_s + (done + 1) * (first_s + half_s * done):
-            return done
-        if planned == done + 1 or now >= start_s + planned * (first_s + half_s * (planned - 1)):
+        if now < start_s + (known + 1) * (first_s + half_s * known):
+            return known
+        known += 1
+        if planned <= known or now < start_s + (known + 1) * (first_s + half_s * known):
+            return min(known, planned)
+        if now >= start_s + planned * (first_s + half_s * (planned - 1)):
             return planned
         # The quadratic solved, in the form that does not cancel; off by one at most, for rounding.
         linear, spent_s = first_s - half_s, now - start_s
         root = math.sqrt(max(0.0, linear * linear + 4.0 * half_s * spent_s))
-        if linear + root > 0:  # a step takes time
-            done = min(planned, int(2.0 * spent_s / (linear + root)))
+        done = int(2.0 * spent_s / (linear + root)) if linear + root > 0 else known  # a step takes time
+        if done > planned:
+            done = planned
         while start_s + (done + 1) * (first_s + half_s * done) <= now:
             done += 1
         while start_s + done * (first_s + half_s * (done - 1)) > now:

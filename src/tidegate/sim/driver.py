@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Sequence
+from heapq import heappop
 from typing import IO
 
 import tidegate
@@ -107,10 +108,14 @@ class _Simulation:
             Kind.TICK: self._tick,
         }
         handle = [handlers[kind] for kind in range(len(handlers))]
-        pop = self._events.pop
+        events = self._events
+        heap, starting, start = events.heap, events.starting, handlers[Kind.STEP_START]
         while flights or coming:
-            now, kind, whose, version = pop()
-            handle[kind](whose, version, now)
+            if starting and not (heap and heap[0][0] <= now):
+                start(heappop(starting), 0, now)
+            else:
+                now, kind, whose, version = heappop(heap)
+                handle[kind](whose, version, now)
             handled += 1
         serving.plane.ledger.check_integrity()
         return self._finished(now, handled)
