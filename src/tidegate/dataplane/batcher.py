@@ -21,6 +21,7 @@ The embedded engine differs in one rule: it takes the blocks of a whole prompt a
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence as Fleet
 
 from tidegate.dataplane.blocks import Blocks
 from tidegate.dataplane.decode_batch import DecodeBatch
@@ -43,9 +44,12 @@ from tidegate.policies.order import Ticket, WaitingQueue
 class Batcher:
     """Owns the queues of one instance, and the plan of the step, or equal steps, that it runs.
 
-    ``running``, by age, holds ``decode`` and the prompts that have begun. Of the plan: ``chunks`` are the
-    sequences that compute ``chunk`` tokens; ``newcomers`` the decodes whose first step in the batch it is;
-    ``pulls`` were admitted and wait for their KV; ``preempted`` lost theirs.
+    ``running``, by age, holds ``decode`` and the prompts that have begun. ``readied`` join the next step.
+    ``loading`` counts who has a place and is not in the batch: its KV is on the way, or moves away.
+    ``stuck``: nobody waits who could be admitted, as far as is known.
+
+    Of the plan: ``chunks`` are the sequences that compute ``chunk`` tokens; ``newcomers`` the decodes whose
+    first step in the batch it is; ``pulls`` were admitted and wait for their KV; ``preempted`` lost theirs.
     """
 
     def __init__(self, index: int, replica: Replica, queue: WaitingQueue[Sequence]) -> None:
@@ -57,63 +61,77 @@ class Batcher:
         self.newcomers: list[Sequence] = []
         self.pulls: list[Sequence] = []
         self.preempted: list[Sequence] = []
-        self._index = index
+        self.index = index
         self._max_batch_tokens = engine.max_batch_tokens
-        self._max_num_seqs = engine.max_num_seqs
+        self.max_num_seqs = engine.max_num_seqs
         self._prefix_cache = engine.prefix_cache
         self._queue = queue
         self._first: deque[Sequence] = deque()
         self._chunking: list[Sequence] = []
-        self._ready: list[Sequence] = []
-        self._loading = 0
-        self._stuck = False
+        self.readied: list[Sequence] = []
+        self._queued = 0
+        self.loading = 0
+        self.stuck = False
 
     @property
-    def waiting(self) -> list[Sequence]:
-        """The legs that were not admitted yet, in no particular order."""
-        return [*self._first, *self._queue]
+    def waiting(self) -> bool:
+        """Whether there are legs that were not admitted yet."""
+        return bool(self._first) or self._queued > 0
 
     # plan
 
     def plan(self, now: float) -> None:
         """Choose the next step's tokens and take their blocks."""
+        decode = self.decode
         if self.pulls:
             self.pulls = []
         if self.preempted:
             self.preempted = []
-        self.newcomers, self._ready = self._ready, []
-        for sequence in self.newcomers:
-            sequence.state = DECODING
-            self.decode.join(sequence)
-        if self.decode.members:
-            needed = self.decode.blocks_for(1)
-            while needed > self.blocks.free:
-                self._preempt_youngest(taken=False)
-                needed = self.decode.blocks_for(1)
+        if self.readied:
+            self.newcomers, self.readied = self.readied, []
+            for sequence in self.newcomers:
+                sequence.state = DECODING
+                decode.join(sequence)
+        elif self.newcomers:
+            self.newcomers = []
+        if decode.members:
+            needed = decode.remainders[-decode.ticks % self.blocks.block_tokens]
             if needed:
+                while needed > self.blocks.free:
+                    self._preempt_youngest(taken=False)
+                    needed = decode.blocks_for(1)
                 self.blocks.take(needed)
-        budget = self._max_batch_tokens - len(self.decode.members)
-        self.chunks = []
-        at = 0
-        while at < len(self._chunking) and budget > 0:
-            budget = self._schedule(self._chunking[at], budget)
-            at += 1
-        if not self._stuck and not self.preempted and budget > 0:
-            self._admit_all(budget, now)
+        budget = self._max_batch_tokens - len(decode.members)
+        if self.chunks:
+            self.chunks = []
+        if self._chunking:
+            at = 0
+            while at < len(self._chunking) and budget > 0:
+                budget = self._schedule(self._chunking[at], budget)
+                at += 1
+        if not self.stuck and not self.preempted and budget > 0:
+            if self._first or self._queued:
+                self._admit_all(budget, now)
+            else:
+                self.stuck = True
 
     def most_steps(self) -> int:
         """Return how many steps from this one on have the same composition and find their blocks."""
-        chunks = self.chunks
+        chunks, decode, blocks = self.chunks, self.decode, self.blocks
         if self.preempted:
             return 1  # the next step admits again
-        if not chunks:
-            return self._within_blocks(self.decode.steps_to_end())
-        sequence = chunks[0]
-        if len(chunks) > 1 or sequence.chunk == sequence.pending:
-            return 1
-        most = (sequence.pending - 1) // sequence.chunk
-        if self.decode.members:
-            most = min(most, self.decode.steps_to_end())
+        if chunks:
+            sequence = chunks[0]
+            pending = sequence.tokens - sequence.computed
+            if len(chunks) > 1 or sequence.chunk == pending:
+                return 1
+            most = (pending - 1) // sequence.chunk
+            if decode.members:
+                most = min(most, decode.steps_to_end())
+        else:
+            most = decode.steps_to_end()
+            if len(decode.members) * (1 + most // blocks.block_tokens) <= blocks.free:
+                return most
         return self._within_blocks(most)
 
     def blocks_held(self, steps: int, *, running: bool) -> int:
@@ -124,7 +142,7 @@ class Batcher:
         held = self.blocks.total - self.blocks.free + (self._needed_by(steps + running) if steps else 0)
         return min(held, self.blocks.total)
 
-    def commit(self, steps: int) -> list[Sequence]:
+    def commit(self, steps: int) -> Fleet[Sequence]:
         """Record that ``steps`` steps of the plan are done; return the sequences whose prompt is complete.
 
         Takes the blocks of all but the first step, which ``plan`` took. The decodes that ended and the
@@ -135,37 +153,41 @@ class Batcher:
                 # What a step evicts decides what it may enter: one by one.
                 for _ in range(steps - 1):
                     self.commit(1)
-                    self.take_for_step()
+                    self.take_for(1, after=0)
                 return self.commit(1)
-            self._take_for(steps - 1, after=1)
+            if self.chunks:
+                self.take_for(steps - 1, after=1)
+            elif needed := self.decode.blocks_for(steps - 1, after=1):
+                self.blocks.take(needed)
         self.decode.ticks += steps
-        complete = []
+        if not self.chunks:
+            return ()
+        complete: list[Sequence] = []
         for sequence in self.chunks:
-            sequence.computed += steps * sequence.chunk
+            computed = sequence.computed = sequence.computed + steps * sequence.chunk
             if sequence.shared is not None:
-                self.blocks.cache.publish(sequence.shared, sequence.computed)
-            if sequence.pending == 0:
+                self.blocks.cache.publish(sequence.shared, computed)
+            if computed == sequence.tokens:
                 self._chunking.remove(sequence)
                 sequence.state = READY
                 sequence.tokens += 1
                 complete.append(sequence)
-                self._stuck = False
+                self.stuck = False
         return complete
-
-    def take_for_step(self) -> None:
-        """Take the blocks of one more step."""
-        self._take_for(1, after=0)
 
     # what comes and goes
 
     def queue(self, sequence: Sequence, now: float) -> None:
         """Add a leg to the queue."""
-        sequence.state, sequence.on = WAITING, self._index
-        self._know(sequence)
-        self._stuck = False
+        sequence.state = WAITING
+        sequence.on = self.index
+        if sequence.block_ids:
+            self.know(sequence)
+        self.stuck = False
         if sequence.source is not None:
             self._first.append(sequence)
         else:
+            self._queued += 1
             self._queue.push(sequence, sequence.ticket or Ticket(now, now, 0.0))
 
     def join(self, sequence: Sequence) -> None:
@@ -175,54 +197,56 @@ class Batcher:
 
     def loaded(self, sequence: Sequence, tokens: int) -> None:
         """Take note that ``tokens`` tokens' KV is here."""
-        self._loading -= 1
-        self._stuck = False
+        self.loading -= 1
+        self.stuck = False
         sequence.source = None
         sequence.computed = tokens
         if sequence.shared is not None:
             self.blocks.cache.publish(sequence.shared, tokens)
-        self._seat_ready(sequence)
+        self.ready(sequence)
 
     def ended(self) -> list[Sequence]:
         """Take the decodes that have their last token out of the batch; they still hold their blocks."""
         gone = self.decode.ended()
-        for sequence in gone:  # none, most often
+        for sequence in gone:
             sequence.state = READY
         return gone
 
     def release(self, sequence: Sequence, *, pin: bool) -> Pin | None:
         """Take out a running sequence that ended; with ``pin`` its blocks stay taken, for a decode."""
         del self.running[sequence]
-        self._stuck = False
+        self.stuck = False
         sequence.state = ENDED
-        blocks, shared = self.blocks.for_tokens(sequence.computed), sequence.shared
+        computed, shared = sequence.computed, sequence.shared
+        blocks = -(-computed // self.blocks.block_tokens)
         if shared is not None:
-            self.blocks.cache.publish(shared, sequence.computed)
+            self.blocks.cache.publish(shared, computed)
             sequence.shared = None
         if pin:
-            sequence.pin = Pin(self._index, blocks, sequence.computed, shared)
-            return sequence.pin
+            pinned = sequence.pin = Pin(self.index, blocks, computed, shared)
+            return pinned
         self.blocks.release(blocks, shared)
         return None
 
     def unpin(self, pin: Pin) -> None:
         """Free the blocks of a pin."""
-        self._stuck = False
+        self.stuck = False
         self.blocks.release(pin.blocks, pin.shared)
 
     def discard(self, sequence: Sequence, *, in_step: bool) -> None:
         """Free all that a sequence holds; ``in_step``: blocks were taken for the step that runs."""
         state, sequence.state = sequence.state, ENDED
-        self._stuck = False
+        self.stuck = False
         if state == WAITING:
             if sequence in self._first:
                 self._first.remove(sequence)
             else:
+                self._queued -= 1
                 self._queue.remove(sequence)
             return
         if state == LOADING:
             assert sequence.source is not None
-            self._loading -= 1
+            self.loading -= 1
             self.blocks.release(self.blocks.for_tokens(sequence.source.tokens), sequence.shared)
             return
         if state == PAUSED:
@@ -231,70 +255,22 @@ class Batcher:
         del self.running[sequence]
         self._take_out(sequence, state, in_step)
 
-    # migration
-
-    def decoding(self, request: int) -> Sequence | None:
-        """Return the decode of a request; None when it is not in the batch."""
-        return next((member for member in self.decode.members if member.request == request), None)
-
-    def seat(self) -> bool:
-        """Keep a place for a decode that is to come; False when all are taken."""
-        if len(self.running) + self._loading >= self._max_num_seqs:
-            return False
-        self._loading += 1
-        return True
-
-    def unseat(self, blocks: int) -> None:
-        """Give up such a place and the blocks reserved with it."""
-        self._loading -= 1
-        self._stuck = False
-        self.blocks.give_back(blocks)
-
-    def reserve(self, count: int) -> bool:
-        """Take blocks for a decode that is to come; False when there is no room."""
-        if not self.blocks.room_for(count, others=bool(self.running) or self._loading > 1):
-            return False
-        self.blocks.take(count)
-        return True
-
-    def pause(self, sequence: Sequence) -> None:
-        """Take a decode out of the batch, with its blocks and its place."""
-        self.decode.leave(sequence)
-        del self.running[sequence]
-        if sequence in self.newcomers:
-            self.newcomers.remove(sequence)
-        sequence.state = PAUSED
-        self._loading += 1
-
-    def resume(self, sequence: Sequence) -> None:
-        """Let a paused decode go on, as the youngest."""
-        self._loading -= 1
-        self._seat_ready(sequence)
-
     def give_up(self, sequence: Sequence) -> None:
         """Free what a paused decode held: it went elsewhere."""
-        self._loading -= 1
-        self._stuck = False
+        self.loading -= 1
+        self.stuck = False
         if sequence.shared is not None:
             self.blocks.cache.publish(sequence.shared, sequence.computed)
         self.blocks.release(self.blocks.for_tokens(sequence.computed), sequence.shared)
         sequence.shared = None
 
-    def arrive(self, sequence: Sequence) -> None:
-        """Let a decode go on whose KV came with it into the blocks and the place kept for it."""
-        self._loading -= 1
-        sequence.on = self._index
-        self._know(sequence)
-        if sequence.shared is not None:
-            self.blocks.cache.publish(sequence.shared, sequence.computed)
-        self._seat_ready(sequence)
-
-    def _seat_ready(self, sequence: Sequence) -> None:
+    def ready(self, sequence: Sequence) -> None:
+        """Have a sequence whose KV is here join the next step."""
         sequence.state = READY
         self.running[sequence] = None
-        self._ready.append(sequence)
+        self.readied.append(sequence)
 
-    def _know(self, sequence: Sequence) -> None:
+    def know(self, sequence: Sequence) -> None:
         """Note which of the sequence's tokens can be found again."""
         if sequence.block_ids and self._prefix_cache:
             ids, tokens = sequence.block_ids, sequence.hash_block_tokens
@@ -315,21 +291,22 @@ class Batcher:
             if sequence in self.newcomers:
                 self.newcomers.remove(sequence)
         else:
-            if sequence in self._ready:
-                self._ready.remove(sequence)
+            if sequence in self.readied:
+                self.readied.remove(sequence)
             held = self.blocks.for_tokens(sequence.computed)
         if sequence.shared is not None:
             self.blocks.cache.publish(sequence.shared, sequence.computed)
         self.blocks.release(held, sequence.shared)
 
-    def _take_for(self, steps: int, after: int) -> None:
+    def take_for(self, steps: int, after: int) -> None:
         """Take the blocks of the ``steps`` steps of the plan that follow its next ``after`` ones."""
         needed = self.decode.blocks_for(steps, after) if self.decode.members else 0
         for sequence in self.chunks:
             blocks = self.blocks.for_tokens(sequence.computed + (after + steps) * sequence.chunk)
             needed += blocks - sequence.blocks
             sequence.blocks = blocks
-        self.blocks.take(needed)
+        if needed:
+            self.blocks.take(needed)
 
     def _within_blocks(self, most: int) -> int:
         free, size = self.blocks.free, self.blocks.block_tokens
@@ -356,8 +333,10 @@ class Batcher:
 
     def _schedule(self, sequence: Sequence, budget: int) -> int:
         """Give a prompt what is left of the budget, at most what it needs; return what remains."""
-        count = min(sequence.pending, budget)
-        blocks = self.blocks.for_tokens(sequence.computed + count)
+        count = sequence.tokens - sequence.computed
+        if count > budget:
+            count = budget
+        blocks = -(-(sequence.computed + count) // self.blocks.block_tokens)
         while blocks - sequence.blocks > self.blocks.free:
             decoding = len(self.decode.members)
             if self._preempt_youngest(taken=True) is sequence:
@@ -380,20 +359,22 @@ class Batcher:
         youngest.preemptions += 1
         self._first.appendleft(youngest)
         self.preempted.append(youngest)
-        self._stuck = False
+        self.stuck = False
         return youngest
 
     def _admit_all(self, budget: int, now: float) -> None:
         """Admit from the queue while there is room."""
+        first = self._first
         while budget > 0:
-            first = bool(self._first)
-            sequence = self._first[0] if first else self._queue.head(now)
+            continued = bool(first)
+            sequence = first[0] if continued else self._queue.head(now) if self._queued else None
             if sequence is None or not self._admit(sequence):
-                self._stuck = True
+                self.stuck = True
                 return
-            if first:
-                self._first.popleft()
+            if continued:
+                first.popleft()
             else:
+                self._queued -= 1
                 self._queue.pop(now)
             if sequence.admitted_s is None:
                 sequence.admitted_s = now
@@ -406,11 +387,11 @@ class Batcher:
 
     def _admit(self, sequence: Sequence) -> bool:
         """Let the head of the queue begin; False, with nothing changed, when there is no room."""
-        if len(self.running) + self._loading >= self._max_num_seqs:
+        if len(self.running) + self.loading >= self.max_num_seqs:
             return False
         pin = sequence.source
         if pin is not None and not pin.gone:
-            return self._adopt(sequence, pin) if pin.on == self._index else self._load(sequence, pin)
+            return self._adopt(sequence, pin) if pin.on == self.index else self._load(sequence, pin)
         units = self._find_room(sequence, sequence.tokens, sequence.tokens - 1, 0)
         if units < 0:
             return False
@@ -426,17 +407,17 @@ class Batcher:
 
     def _find_room(self, sequence: Sequence, tokens: int, findable: int, others_need: int) -> int:
         """Return how many units of the first ``findable`` tokens are here; -1 if ``tokens`` find no room."""
-        need, units, shared = self.blocks.for_tokens(tokens), 0, sequence.shared
+        need, units, shared = -(-tokens // self.blocks.block_tokens), 0, sequence.shared
         if shared is not None:
             units = self.blocks.cache.hits(shared, findable)
             need += self.blocks.cache.idle_among(shared, units) - units * shared.unit_blocks
-        others = bool(self.running) or self._loading > 0
-        return units if self.blocks.room_for(need + others_need, others=others) else -1
+        free = self.blocks.free - need - others_need
+        return units if free >= (self.blocks.reserve if self.running or self.loading else 0) else -1
 
     def _adopt(self, sequence: Sequence, pin: Pin) -> bool:
         """Take over the blocks of this instance's own pin; the next token may need one more."""
         count = self.blocks.for_tokens(pin.tokens + 1) - pin.blocks
-        if not self.blocks.room_for(count, others=bool(self.running) or self._loading > 0):
+        if not self.blocks.room_for(count, others=bool(self.running) or self.loading > 0):
             return False
         self.blocks.take(count)
         pin.taken = True
@@ -450,17 +431,18 @@ class Batcher:
 
     def _load(self, sequence: Sequence, pin: Pin) -> bool:
         """Take the blocks of KV that is elsewhere, but for what the cache has of it."""
+        tokens = pin.tokens
         promised = sum(self.blocks.for_tokens(other.tokens) - other.blocks for other in self._chunking)
-        units = self._find_room(sequence, pin.tokens, pin.tokens, promised)
+        units = self._find_room(sequence, tokens, tokens, promised)
         if units < 0:
             return False
-        count, shared = self.blocks.for_tokens(pin.tokens), sequence.shared
+        count, shared = -(-tokens // self.blocks.block_tokens), sequence.shared
         if shared is not None:
             self.blocks.hold_prefix(shared, units)
             count -= units * shared.unit_blocks
         self.blocks.take(count)
         pin.taken = True
         sequence.state = LOADING
-        self._loading += 1
+        self.loading += 1
         self.pulls.append(sequence)
         return True

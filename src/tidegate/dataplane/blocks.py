@@ -19,7 +19,7 @@ class Blocks:
         self.most_used = 0
         self.cache = PrefixCache()
         self._least_free = self.total
-        self._reserve = int(reserve * self.total)
+        self.reserve = int(reserve * self.total)
 
     def for_tokens(self, tokens: int) -> int:
         """Return how many blocks hold ``tokens``."""
@@ -27,7 +27,7 @@ class Blocks:
 
     def room_for(self, count: int, *, others: bool) -> bool:
         """Tell whether a newcomer may take ``count`` blocks; ``others`` run beside it."""
-        return self.free - count >= (self._reserve if others else 0)
+        return self.free - count >= (self.reserve if others else 0)
 
     def take(self, count: int) -> None:
         """Hold ``count`` free blocks. Raises InternalError when there are not as many."""

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-import heapq
+from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Fleet
 
 from tidegate.core.errors import InternalError
-from tidegate.dataplane.due import Due
 from tidegate.dataplane.events import Event, EventQueue, Kind
-from tidegate.dataplane.instance import Listener, SimInstance
+from tidegate.dataplane.instance import NEVER, Listener, SimInstance
+from tidegate.dataplane.links import Transfer
 from tidegate.dataplane.migration import Migrations
-from tidegate.dataplane.network import Network, Transfer
+from tidegate.dataplane.network import Network
 from tidegate.dataplane.replica import Replica
 from tidegate.dataplane.sequence import ENDED, LOADING, NEW, Pin, Sequence
 from tidegate.policies.order import Fifo, Order
 
+REPORT_GROUP = 64
+"""Instances whose next reports are looked at together: a list's least entry costs less than a heap, which has
+to learn of every stretch, and little beside the reports themselves."""
+
+
+class Leases:
+    """The leases of one length, in the order in which they end. The first one's end is announced."""
+
+    def __init__(self, length_s: float) -> None:
+        self.length_s = length_s
+        self.ends: deque[tuple[float, Pin]] = deque()
+
 
 class Cluster:
-    """Runs legs and moves KV. Every instance has a queue of ``order``, first come first served by default."""
+    """Runs legs and moves KV. Every instance has a queue of ``order``, first come first served by default.
+
+    ``handlers`` does what an event announces, by its kind: called with whose it is, its version and its time.
+    """
 
     def __init__(
         self,
@@ -29,22 +45,45 @@ class Cluster:
         order: Order | None = None,
     ) -> None:
         order = order or Fifo()
-        self._due = Due(len(replicas))
+        self._next_reports_s = [
+            [NEVER] * min(REPORT_GROUP, len(replicas) - first)
+            for first in range(0, len(replicas), REPORT_GROUP)
+        ]
         self.instances = [
-            SimInstance(index, replica, order.queue(), events, listener, self._due, leap=leap)
+            SimInstance(
+                index,
+                replica,
+                order.queue(),
+                events,
+                listener,
+                self._next_reports_s[index // REPORT_GROUP],
+                index % REPORT_GROUP,
+                leap=leap,
+            )
             for index, replica in enumerate(replicas)
         ]
         self._events = events
         self._network = Network(replicas, events)
         self._migrations = Migrations(self.instances, self._network, listener)
-        self._lease_ends: list[tuple[float, int, Pin]] = []
-        self._lease_event_s: float | None = None
-        self._leases = 0
+        self._kv_bytes_per_token = [replica.instance.kv_bytes_per_token for replica in replicas]
+        self.handlers: dict[int, Callable[[int, int, float], None]] = {
+            Kind.STEP_END: self._step_end,
+            Kind.STEP_START: self._step_start,
+            Kind.LINK: self._arrive,
+            Kind.LEASE: self._end_leases,
+        }
+        lengths_s = sorted({replica.engine.lease_s for replica in replicas})
+        self._leases = [Leases(length_s) for length_s in lengths_s]
+        self._leases_of = [lengths_s.index(replica.engine.lease_s) for replica in replicas]
 
     def report(self, now: float) -> None:
         """Have the instances that leap tell of the steps that ended by ``now``."""
-        for index in self._due.by(now):
-            self.instances[index].report(now)
+        first = 0
+        for next_s in self._next_reports_s:
+            while (earliest_s := min(next_s)) <= now:
+                slot = next_s.index(earliest_s)
+                next_s[slot] = self.instances[first + slot].report(now)
+            first += REPORT_GROUP
 
     def kv_tokens_in_use(self, now: float) -> int:
         """Return the size of all blocks taken at ``now``; one that several sequences share counts once."""
@@ -74,21 +113,15 @@ class Cluster:
             self.instances[sequence.on].abort(sequence, now)
 
     def handle(self, event: Event) -> None:
-        """Do what an event of the data plane announces. Raises InternalError for any other event."""
+        """Do what an event of the data plane announces. Raises InternalError for any other event.
+
+        A driver may call the one of ``handlers`` for the event's kind itself.
+        """
         now, kind, whose, version = event
-        # The frequent ones first.
-        if kind == Kind.STEP_END:
-            self._step_end(whose, version, now)
-        elif kind == Kind.STEP_START:
-            self._step_start(whose, now)
-        elif kind == Kind.LINK:
-            self._arrive(whose, version, now)
-        elif kind == Kind.LINK_ENTRY:
-            self._network.enter(version, now)
-        elif kind == Kind.LEASE:
-            self.end_leases(now)
-        else:
+        handler = self.handlers.get(kind)
+        if handler is None:
             raise InternalError(f"an event of kind {kind} is not the data plane's")
+        handler(whose, version, now)
 
     def pull(self, sequence: Sequence, to: int, now: float) -> int:
         """Bring the KV behind the sequence's source to instance ``to``; return how many bytes that are.
@@ -98,7 +131,7 @@ class Cluster:
         pin, shared = sequence.source, sequence.shared
         assert pin is not None
         cached = 0 if shared is None else len(shared.held) * shared.unit_tokens
-        n_bytes = (pin.tokens - cached) * self.instances[pin.on].replica.instance.kv_bytes_per_token
+        n_bytes = (pin.tokens - cached) * self._kv_bytes_per_token[pin.on]
         self._network.begin(Transfer(sequence, pin.on, to, n_bytes, pin), now)
         return n_bytes
 
@@ -115,24 +148,26 @@ class Cluster:
 
     def begin_lease(self, pin: Pin, now: float) -> None:
         """Keep KV for a decode, for as long as its instance's lease lasts."""
-        ends_s = now + self.instances[pin.on].replica.engine.lease_s
-        self._leases += 1
-        heapq.heappush(self._lease_ends, (ends_s, self._leases, pin))
-        if self._lease_event_s is None or ends_s < self._lease_event_s:
-            self._announce_lease()
-
-    def end_leases(self, now: float) -> None:
-        """Free the KV whose lease is over, and look ahead to the next lease that still counts."""
-        self._lease_event_s = None
-        while self._lease_ends and (self._lease_ends[0][0] <= now or self._lease_ends[0][2].taken):
-            self.drop(heapq.heappop(self._lease_ends)[2], now)
-        self._announce_lease()
+        which = self._leases_of[pin.on]
+        leases = self._leases[which]
+        ends_s = now + leases.length_s
+        leases.ends.append((ends_s, pin))
+        if len(leases.ends) == 1:
+            self._events.push(ends_s, Kind.LEASE, which)
 
     def drop(self, pin: Pin, now: float) -> None:
         """Free KV that no decode has come for."""
         if not pin.taken and not pin.gone:
             pin.gone = True
             self.instances[pin.on].unpin(pin, now)
+
+    def _end_leases(self, which: int, version: int, now: float) -> None:
+        """Free the KV whose lease is over, and look ahead to the next lease that still counts."""
+        ends = self._leases[which].ends
+        while ends and (ends[0][0] <= now or ends[0][1].taken):
+            self.drop(ends.popleft()[1], now)
+        if ends:
+            self._events.push(ends[0][0], Kind.LEASE, which)
 
     def _step_end(self, index: int, version: int, now: float) -> None:
         """Finish an instance's stretch, unless it was cut short since."""
@@ -142,7 +177,7 @@ class Cluster:
             if instance.left:
                 self._attend(instance, now)
 
-    def _step_start(self, index: int, now: float) -> None:
+    def _step_start(self, index: int, version: int, now: float) -> None:
         instance = self.instances[index]
         instance.start(now)
         if instance.left:
@@ -175,8 +210,3 @@ class Cluster:
         self._network.cancel(transfer, now)
         transfer.pin.gone = True
         self.instances[transfer.src].unpin(transfer.pin, now)
-
-    def _announce_lease(self) -> None:
-        if self._lease_ends:
-            self._lease_event_s = self._lease_ends[0][0]
-            self._events.push(self._lease_event_s, Kind.LEASE, 0)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import heapq
 import math
+from heapq import heappop, heappush
 from typing import Final
 
 
@@ -17,12 +17,11 @@ class Kind:
 
     STEP_END: Final = 0
     LINK: Final = 1
-    LINK_ENTRY: Final = 2
-    LEASE: Final = 3
-    ARRIVAL: Final = 4
-    LEG: Final = 5
-    TICK: Final = 6
-    STEP_START: Final = 7
+    LEASE: Final = 2
+    ARRIVAL: Final = 3
+    LEG: Final = 4
+    TICK: Final = 5
+    STEP_START: Final = 6
 
 
 Event = tuple[float, int, int, int]
@@ -32,24 +31,38 @@ an event that still counts from one that was called off."""
 
 
 class EventQueue:
-    """The events to come. ``last_start`` is when, and of which instance, a step was started last."""
+    """The events to come.
+
+    ``heap`` holds all but the starts of steps. Those are of the present only: ``starting`` is a heap of the
+    instances that start a step at ``starting_s``, once nothing else is left at that time. A step was started
+    last at ``last_start_s``, of instance ``last_started``.
+    """
 
     def __init__(self) -> None:
-        self.last_start = (-math.inf, -1)
-        self._heap: list[Event] = []
-
-    def none_at(self, now: float) -> bool:
-        """Tell whether nothing more is to happen at ``now``."""
-        return not self._heap or self._heap[0][0] > now
+        self.heap: list[Event] = []
+        self.starting: list[int] = []
+        self.starting_s = -math.inf
+        self.last_start_s = -math.inf
+        self.last_started = -1
 
     def next_s(self) -> float | None:
         """Return when the next event is due; None when none is to come."""
-        return self._heap[0][0] if self._heap else None
+        if self.starting:
+            return self.starting_s
+        return self.heap[0][0] if self.heap else None
 
     def push(self, at_s: float, kind: int, whose: int, version: int = 0) -> None:
-        """Announce an event."""
-        heapq.heappush(self._heap, (at_s, kind, whose, version))
+        """Announce an event that is no start of a step."""
+        heappush(self.heap, (at_s, kind, whose, version))
+
+    def start(self, instance: int, now: float) -> None:
+        """Have an instance start a step after all else that happens at ``now``."""
+        heappush(self.starting, instance)
+        self.starting_s = now
 
     def pop(self) -> Event:
         """Take the next event."""
-        return heapq.heappop(self._heap)
+        heap = self.heap
+        if self.starting and not (heap and heap[0][0] <= self.starting_s):
+            return self.starting_s, Kind.STEP_START, heappop(self.starting), 0
+        return heappop(heap)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import math
+from heapq import heappush
+from typing import Final, Protocol
 
 from tidegate.dataplane.batcher import Batcher
-from tidegate.dataplane.due import NEVER, Due
 from tidegate.dataplane.events import EventQueue, Kind
+from tidegate.dataplane.moving import MovingDecodes
 from tidegate.dataplane.pricing import StepPrices
 from tidegate.dataplane.replica import Replica
 from tidegate.dataplane.sequence import DECODING, PAUSED, READY, WAITING, Pin, Sequence
 from tidegate.dataplane.stretch import Stretch
 from tidegate.policies.order import WaitingQueue
+
+NEVER: Final = math.inf
+_STEP_END: Final = Kind.STEP_END
 
 
 class Listener(Protocol):
@@ -65,8 +70,11 @@ class SimInstance:
     over: that step has been reported by then, and what comes finds the instance between two steps, the next
     of which is yet to be planned (``_between``). What frees or takes blocks books the steps before it first.
 
+    What a leg goes through on its way is written out, ``Stretch.end_s`` and the like: a simulation spends its
+    time here.
+
     ``left`` are the sequences that a migration copies and that went out of the batch, until somebody attends
-    to them.
+    to them. In ``next_report_s[slot]`` the instance says when it has steps to report.
     """
 
     def __init__(
@@ -76,17 +84,21 @@ class SimInstance:
         queue: WaitingQueue[Sequence],
         events: EventQueue,
         listener: Listener,
-        due: Due,
+        next_report_s: list[float],
+        slot: int,
         *,
         leap: bool,
     ) -> None:
         self.index = index
         self.replica = replica
         self.batcher = Batcher(index, replica, queue)
+        self.moving = MovingDecodes(self.batcher)
         self.version = 0
-        self._due = due
+        self._next_report_s = next_report_s
+        self._slot = slot
         self._prices = StepPrices(replica.profile, replica.engine.host_s)
         self._events = events
+        self._heap: Final = events.heap
         self._listener = listener
         self._leap = leap
         self._stretch = Stretch()
@@ -101,7 +113,11 @@ class SimInstance:
     def submit(self, sequence: Sequence, now: float) -> None:
         """Queue a leg."""
         self.batcher.queue(sequence, now)
-        self._changed(now)
+        if self._busy:
+            self._changed(now)
+        elif not self._starting:
+            self._starting = True
+            self._events.start(self.index, now)
 
     def loaded(self, sequence: Sequence, tokens: int, now: float) -> None:
         """Run a leg whose KV has arrived."""
@@ -112,9 +128,12 @@ class SimInstance:
 
     def unpin(self, pin: Pin, now: float) -> None:
         """Free the blocks of a pin."""
-        self.settle(now)
+        stretch = self._stretch
+        if self._busy and stretch.planned > stretch.done + 1:
+            self.settle(now)
         self.batcher.unpin(pin)
-        self._changed(now)
+        if self._busy or self.batcher.waiting:  # else there is nothing to begin
+            self._changed(now)
 
     def abort(self, sequence: Sequence, now: float) -> None:
         """Take out a sequence, with its tokens reported; the step that runs still takes its time."""
@@ -123,39 +142,47 @@ class SimInstance:
         self.batcher.discard(sequence, in_step=self._busy)
         self._changed(now)
 
-    def report(self, now: float) -> None:
-        """Tell the listener of all steps that ended by ``now``."""
-        if self._busy:
-            done = self._stretch.done_by(now)
-            self._report_until(done)
-            self._due.set(self.index, self._stretch.end_s(done + 1))
+    def report(self, now: float) -> float:
+        """Tell the listener of all steps that ended by ``now``; return when the next one does."""
+        if not self._busy:
+            return NEVER
+        stretch = self._stretch
+        done = stretch.done_by(now, self._reported)
+        if done > self._reported:
+            if self.batcher.newcomers:
+                self._report_until(done)
+            else:
+                end_s = stretch.start_s + done * (stretch.first_s + stretch.half_s * (done - 1))
+                self._listener.stepped(self.index, done - self._reported, end_s)
+                self._reported = done
+        return stretch.start_s + (done + 1) * (stretch.first_s + stretch.half_s * done)
 
     def blocks_held(self, now: float) -> int:
         """Return how many KV blocks are taken at ``now``, those of steps that are leapt over with them."""
-        if not self._busy:
-            return self.batcher.blocks_held(0, running=False)
-        stretch = self._stretch
-        done = stretch.done_by(now)
+        stretch, blocks = self._stretch, self.batcher.blocks
+        if not self._busy or stretch.planned == stretch.done + 1:
+            return blocks.total - blocks.free
+        done = stretch.done_by(now, self._reported)
         if self._is_between(done, now):
             return self.batcher.blocks_held(done - stretch.done, running=False)
         return self.batcher.blocks_held(min(done, stretch.planned - 1) - stretch.done, running=True)
 
     # migration
 
-    def seat(self, now: float) -> bool:
+    def keep_place(self, now: float) -> bool:
         """Keep a place for a decode that is to come; False when all are taken."""
         self.settle(now)
-        return self.batcher.seat()
+        return self.moving.keep_place()
 
     def reserve(self, count: int, now: float) -> bool:
         """Take blocks for a decode that is to come; False when there is no room."""
         self.settle(now)
-        return self.batcher.reserve(count)
+        return self.moving.reserve(count)
 
-    def unseat(self, blocks: int, now: float) -> None:
+    def free_place(self, blocks: int, now: float) -> None:
         """Give up such a place and its blocks."""
         self.settle(now)
-        self.batcher.unseat(blocks)
+        self.moving.free_place(blocks)
         self._changed(now)
 
     def pause(self, sequence: Sequence, now: float) -> None:
@@ -169,7 +196,7 @@ class SimInstance:
     def stay(self, sequence: Sequence, now: float) -> None:
         """Let a decode that is paused, or was about to be, go on here."""
         if sequence.state == PAUSED:
-            self.batcher.resume(sequence)
+            self.moving.resume(sequence)
             self._changed(now)
         elif sequence in self._leaving:
             self._leaving.remove(sequence)
@@ -183,7 +210,7 @@ class SimInstance:
     def arrive(self, sequence: Sequence, now: float) -> None:
         """Let a decode go on that came from elsewhere."""
         self.settle(now)
-        self.batcher.arrive(sequence)
+        self.moving.arrive(sequence)
         self._changed(now)
 
     # steps
@@ -191,31 +218,49 @@ class SimInstance:
     def start(self, now: float) -> None:
         """Begin the next step, if there is anything to do."""
         self._starting = False
-        self._events.last_start = now, self.index
-        batcher = self.batcher
+        events, batcher, stretch = self._events, self.batcher, self._stretch
+        events.last_start_s = now
+        events.last_started = self.index
         batcher.plan(now)
-        for sequence in batcher.preempted:
-            self._listener.preempted(sequence)
-            if sequence.moving:
-                self.left.append(sequence)
-        for sequence in batcher.pulls:
-            self._listener.pull(sequence, self.index, now)
+        if batcher.preempted:
+            for sequence in batcher.preempted:
+                self._listener.preempted(sequence)
+                if sequence.moving:
+                    self.left.append(sequence)
+        if batcher.pulls:
+            for sequence in batcher.pulls:
+                self._listener.pull(sequence, self.index, now)
         if not batcher.chunks and not batcher.decode.members:
             return
         self._busy = True
-        stretch = self._stretch
         self._prices.price(batcher, stretch, now)
-        stretch.planned = stretch.done + (batcher.most_steps() if self._leap else 1)
-        self._reported = stretch.done
-        self._due.set(self.index, stretch.end_s(stretch.done + 1))
-        self._announce()
+        done = self._reported = stretch.done
+        steps = stretch.planned = done + (batcher.most_steps() if self._leap else 1)
+        start_s, first_s, half_s = stretch.start_s, stretch.first_s, stretch.half_s
+        self._next_report_s[self._slot] = start_s + (done + 1) * (first_s + half_s * done)
+        self.version += 1
+        end_s = start_s + steps * (first_s + half_s * (steps - 1))
+        heappush(self._heap, (end_s, _STEP_END, self.index, self.version))
 
     def end(self, now: float) -> None:
         """Finish the planned steps: tokens, ends, and the start of what follows."""
-        complete = self._finish(self._stretch.planned)
-        for sequence in self.batcher.ended():
-            if sequence.state == READY:  # not aborted meanwhile
-                self._end_leg(sequence, now)
+        stretch, batcher = self._stretch, self.batcher
+        decode, steps = batcher.decode, stretch.planned
+        if batcher.chunks or steps > stretch.done + 1:
+            complete = batcher.commit(steps - stretch.done)
+        else:
+            decode.ticks += 1  # all that ``commit`` would do
+            complete = ()
+        if steps > self._reported:
+            self._report_until(steps)
+        stretch.done = steps
+        self._busy = False
+        self._starting = True
+        self._next_report_s[self._slot] = NEVER
+        if decode.ends and decode.ends[0][0] <= decode.ticks:
+            for sequence in batcher.ended():
+                if sequence.state == READY:  # not aborted meanwhile
+                    self._end_leg(sequence, now)
         for sequence in complete:
             if sequence.state == READY:
                 self._listener.token(sequence, now)
@@ -224,35 +269,33 @@ class SimInstance:
             if sequence.tokens == sequence.last_token:
                 self._end_leg(sequence, now)
             else:
-                self.batcher.join(sequence)
+                batcher.join(sequence)
         if self._leaving:
             self._let_leave(now)
-        if self._events.none_at(now) and not self.left:
-            self.start(now)  # its event would be the next one
+        heap = self._heap
+        if not (self.left or self._events.starting or (heap and heap[0][0] <= now)):
+            self.start(now)  # it is its turn
         else:
-            self._events.push(now, Kind.STEP_START, self.index)
-
-    def _finish(self, steps: int) -> list[Sequence]:
-        """Be between two steps, the first ``steps`` being over; return whose prompt is complete.
-
-        The next one is to be started once all that has been said that happens at this time.
-        """
-        stretch = self._stretch
-        complete = self.batcher.commit(steps - stretch.done)
-        self._report_until(steps)
-        stretch.done = stretch.planned = steps
-        self._busy = False
-        self._starting = True
-        self._due.set(self.index, NEVER)
-        return complete
+            self._events.start(self.index, now)
 
     def _between(self, done: int, now: float) -> bool:
-        """Stop between two steps if ``now``, by which ``done`` are over, is such a time."""
+        """Stop between two steps if ``now``, by which ``done`` are over, is such a time.
+
+        The next one starts once all has been said that happens at this time. No prompt is complete: the step
+        that completes one is the last of its stretch.
+        """
         if not self._is_between(done, now):
             return False
-        self._finish(done)
+        stretch = self._stretch
+        self.batcher.commit(done - stretch.done)
+        if done > self._reported:
+            self._report_until(done)
+        stretch.done = stretch.planned = done
+        self._busy = False
+        self._starting = True
+        self._next_report_s[self._slot] = NEVER
         self.version += 1
-        self._events.push(now, Kind.STEP_START, self.index)
+        self._events.start(self.index, now)
         return True
 
     def _is_between(self, done: int, now: float) -> bool:
@@ -263,8 +306,8 @@ class SimInstance:
         stretch = self._stretch
         if not stretch.done < done < stretch.planned or stretch.end_s(done) != now:
             return False
-        at_s, started = self._events.last_start
-        return at_s != now or started <= self.index
+        events = self._events
+        return events.last_start_s != now or events.last_started <= self.index
 
     def _end_leg(self, sequence: Sequence, now: float) -> None:
         if sequence.moving:
@@ -275,56 +318,60 @@ class SimInstance:
         leaving, self._leaving = self._leaving, []
         for sequence in leaving:
             if sequence.moving and sequence.state == DECODING:
-                self.batcher.pause(sequence)
+                self.moving.pause(sequence)
                 self._listener.paused(sequence, now)
                 self.left.append(sequence)
 
     def _report_until(self, done: int) -> None:
-        """Report what was not yet, the first tokens of newcomers apart."""
-        stretch = self._stretch
-        if self.batcher.newcomers and done > self._reported:
-            self._reported += 1
-            first_s = stretch.end_s(self._reported)
+        """Report the steps up to ``done`` that were not yet, the first tokens of newcomers apart."""
+        stretch, reported = self._stretch, self._reported
+        if self.batcher.newcomers:
+            reported += 1
+            first_s = stretch.end_s(reported)
             self._listener.stepped(self.index, 1, first_s)
             newcomers, self.batcher.newcomers = self.batcher.newcomers, []
             for sequence in newcomers:
                 self._listener.token(sequence, first_s)
-        if done > self._reported:
-            self._listener.stepped(self.index, done - self._reported, stretch.end_s(done))
-            self._reported = done
+        if done > reported:
+            end_s = stretch.start_s + done * (stretch.first_s + stretch.half_s * (done - 1))
+            self._listener.stepped(self.index, done - reported, end_s)
+        self._reported = done
 
     def settle(self, now: float) -> None:
         """Book the steps that are over, so that nothing is planned beyond the step that runs."""
         stretch = self._stretch
         if not self._busy or stretch.planned == stretch.done + 1:
             return
-        done = stretch.done_by(now)
+        done = stretch.done_by(now, self._reported)
         if self._between(done, now):
             return
         done = min(done, stretch.planned - 1)
         if done > stretch.done:
-            self._report_until(done)
+            if done > self._reported:
+                self._report_until(done)
             self.batcher.commit(done - stretch.done)
-            self.batcher.take_for_step()
+            self.batcher.take_for(1, after=0)
             stretch.done = done
         if stretch.planned > done + 1:
             stretch.planned = done + 1
-            self._announce()
-        self._due.set(self.index, stretch.end_s(done + 1))
+            self.version += 1
+            heappush(self._heap, (stretch.end_s(done + 1), _STEP_END, self.index, self.version))
+        self._next_report_s[self._slot] = stretch.end_s(done + 1)
 
     def _changed(self, now: float) -> None:
         """Plan anew as soon as the step that runs is over."""
         if self._busy:
             stretch = self._stretch
             if stretch.planned > stretch.done + 1:
-                done = stretch.done_by(now)
-                if not self._between(done, now) and done + 1 < stretch.planned:
-                    stretch.planned = done + 1
-                    self._announce()
+                done = stretch.done_by(now, self._reported)
+                if done > stretch.done and self._between(done, now):
+                    return
+                steps = done + 1
+                if steps < stretch.planned:
+                    stretch.planned = steps
+                    self.version += 1
+                    end_s = stretch.start_s + steps * (stretch.first_s + stretch.half_s * done)
+                    heappush(self._heap, (end_s, _STEP_END, self.index, self.version))
         elif not self._starting:
             self._starting = True
-            self._events.push(now, Kind.STEP_START, self.index)
-
-    def _announce(self) -> None:
-        self.version += 1
-        self._events.push(self._stretch.end_s(self._stretch.planned), Kind.STEP_END, self.index, self.version)
+            self._events.start(self.index, now)

@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence as Fleet
 
 from tidegate.dataplane.instance import Listener, SimInstance
-from tidegate.dataplane.network import Network, Transfer
+from tidegate.dataplane.links import Transfer
+from tidegate.dataplane.network import Network
 from tidegate.dataplane.sequence import PAUSED, Sequence
 
 LAST_STAGE_TOKENS = 256
@@ -52,18 +53,18 @@ class Migrations:
         """Start to move a request's decode; False, with nothing changed, when it cannot be moved.
 
         It must be in the batch of ``src`` and not be moving; ``dst`` must be another instance, take a
-        sequence of its length, and have a seat and blocks.
+        sequence of its length, and have a place and blocks.
         """
         source, target = self._instances[src], self._instances[dst]
-        sequence = source.batcher.decoding(request)
+        sequence = source.moving.decoding(request)
         if sequence is None or request in self._under_way or src == dst:
             return False
         source.settle(now)
-        if sequence.last_token > target.replica.instance.max_model_len or not target.seat(now):
+        if sequence.last_token > target.replica.instance.max_model_len or not target.keep_place(now):
             return False
         migration = Migration(sequence, src, dst)
         if not self._reserve(migration, now):
-            target.unseat(0, now)
+            target.free_place(0, now)
             return False
         sequence.moving = True
         self._under_way[request] = migration
@@ -148,7 +149,7 @@ class Migrations:
         sequence.moving = False
         if migration.transfer is not None:
             self._network.cancel(migration.transfer, now)
-        self._instances[migration.dst].unseat(migration.blocks, now)
+        self._instances[migration.dst].free_place(migration.blocks, now)
         self._instances[migration.src].stay(sequence, now)
 
     def _tell(self, migration: Migration, *, committed: bool, now: float) -> None:

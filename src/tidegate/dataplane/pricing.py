@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Fleet
+
 from tidegate.costs.forms import attention_work
 from tidegate.costs.profile import Profile
 from tidegate.dataplane.batcher import Batcher
@@ -32,12 +34,19 @@ class StepPrices:
         same prompt, of the same size. Every form is linear in resident tokens and in attention work, so a
         further step costs more by the coefficient times what these grow by.
         """
-        if self._goes_on(batcher, stretch):
-            return
-        batch = len(batcher.decode.members)
+        decode = batcher.decode
+        batch = len(decode.members)
         if not batcher.chunks:
-            first_s = self._without_context(batch) + self._step_c_s * batcher.decode.context
-            stretch.begin(now, first_s, self._step_c_s * batch)
+            if self._changes != decode.changes or self._prompt is not None:
+                self._changes, self._prompt = decode.changes, None
+                known = self._of_batch
+                without_context = known[batch] if batch < len(known) else self._without_context(batch)
+                stretch.start_s = now
+                stretch.first_s = without_context + self._step_c_s * decode.context
+                stretch.half_s = 0.5 * (self._step_c_s * batch)
+                stretch.done = 0
+            return
+        if self._goes_on(batcher.chunks, decode.changes, stretch):
             return
         tokens, attention = 0, 0.0
         for sequence in batcher.chunks:
@@ -45,21 +54,16 @@ class StepPrices:
             attention += attention_work(sequence.chunk, sequence.computed)
         squared = float(batcher.chunks[0].chunk) ** 2
         if batch:
-            first_s = float(self._profile.mixed.seconds(tokens + batch, attention, batcher.decode.context))
+            first_s = float(self._profile.mixed.seconds(tokens + batch, attention, decode.context))
             growth_s = self._mixed_c_s * squared + self._mixed_d_s * batch
         else:
             first_s = float(self._profile.prefill.seconds(tokens, attention))
             growth_s = self._prefill_c_s * squared
         stretch.begin(now, self._host_s + first_s, growth_s)
 
-    def _goes_on(self, batcher: Batcher, stretch: Stretch) -> bool:
-        """Tell whether the plan continues that of the last call; keep in mind what the next may continue."""
-        chunks, changes = batcher.chunks, batcher.decode.changes
-        if not chunks:
-            if self._changes == changes and self._prompt is None:
-                return True
-            self._changes, self._prompt = changes, None
-        elif len(chunks) > 1:
+    def _goes_on(self, chunks: Fleet[Sequence], changes: int, stretch: Stretch) -> bool:
+        """Tell whether chunks continue those of the last call; keep in mind what the next may continue."""
+        if len(chunks) > 1:
             self._changes = -1
         else:
             prompt = chunks[0]

@@ -18,12 +18,14 @@ class Arrivals:
     ``delay_s`` arrives that long after the end of its session's previous record, however that ended, and its
     own ``arrival_s`` is ignored; a record without a previous one keeps it. A later turn may arrive earlier
     than its ``arrival_s``, so the trace is then read whole, and waits in memory.
+
+    ``coming`` holds the records that are announced; others may follow the end of one that is served.
     """
 
     def __init__(self, trace: Iterable[TraceRecord], events: EventQueue, *, closed_loop: bool) -> None:
         self._events = events
         self._announced = -1
-        self._coming: dict[int, TraceRecord] = {}
+        self.coming: dict[int, TraceRecord] = {}
         self._after: dict[int, tuple[int, TraceRecord]] = {}
         self._last_s = 0.0
         numbered = enumerate(trace)
@@ -32,14 +34,9 @@ class Arrivals:
         )
         self._announce()
 
-    @property
-    def left(self) -> bool:
-        """Tell whether a request is announced. Others may follow the end of one that is served."""
-        return bool(self._coming)
-
     def take(self, number: int) -> TraceRecord:
         """Return the record that an event announced. Raises ConfigError for a next one that cannot be."""
-        record = self._coming.pop(number)
+        record = self.coming.pop(number)
         if number == self._announced:
             self._announce()
         return record
@@ -50,7 +47,7 @@ class Arrivals:
         if following is not None:
             later, record = following
             assert record.delay_s is not None
-            self._coming[later] = record
+            self.coming[later] = record
             self._events.push(now + record.delay_s, Kind.ARRIVAL, later)
 
     def _announce(self) -> None:
@@ -67,7 +64,7 @@ class Arrivals:
         _check_tokens(number, record)
         self._last_s = record.arrival_s
         self._announced = number
-        self._coming[number] = record
+        self.coming[number] = record
         self._events.push(record.arrival_s, Kind.ARRIVAL, number)
 
     def _chained(self, numbered: Iterable[tuple[int, TraceRecord]]) -> list[tuple[int, TraceRecord]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Sequence
+from heapq import heappop
 from typing import IO
 
 import tidegate
@@ -93,30 +94,36 @@ class _Simulation:
             gc.set_threshold(*thresholds)
 
     def _run(self) -> SimRun:
-        handled, now = 0, 0.0
+        now = 0.0
         if self._settings.heartbeat_s > 0:
             self._announce_heartbeat()
         for number, change in enumerate(self._membership.changes):
             self._events.push(change.at_s, Kind.TICK, MEMBERSHIP + number)
         self._serving.start()
-        serving, arrivals, events = self._serving, self._arrivals, self._events
-        cluster, flights = serving.cluster, serving.flights
-        while flights or arrivals.left:
-            event = events.pop()
-            now, kind, whose, version = event
-            handled += 1
-            if kind == Kind.ARRIVAL:
-                serving.arrive(whose, arrivals.take(whose), now)
-            elif kind == Kind.LEG:
-                serving.submit(whose, version, now)
-            elif kind == Kind.TICK:
-                self._tick(whose, now)
+        serving, arrivals = self._serving, self._arrivals
+        flights, coming, handled = serving.flights, arrivals.coming, 0
+        handlers = serving.cluster.handlers | {
+            Kind.ARRIVAL: self._arrive,
+            Kind.LEG: serving.submit,
+            Kind.TICK: self._tick,
+        }
+        handle = [handlers[kind] for kind in range(len(handlers))]
+        events = self._events
+        heap, starting, start = events.heap, events.starting, handlers[Kind.STEP_START]
+        while flights or coming:
+            if starting and not (heap and heap[0][0] <= now):
+                start(heappop(starting), 0, now)
             else:
-                cluster.handle(event)
+                now, kind, whose, version = heappop(heap)
+                handle[kind](whose, version, now)
+            handled += 1
         serving.plane.ledger.check_integrity()
         return self._finished(now, handled)
 
-    def _tick(self, whose: int, now: float) -> None:
+    def _arrive(self, whose: int, version: int, now: float) -> None:
+        self._serving.arrive(whose, self._arrivals.take(whose), now)
+
+    def _tick(self, whose: int, version: int, now: float) -> None:
         if whose == CONTROL:
             self._serving.tick(now)
         elif whose == HEARTBEAT:

@@ -6,11 +6,19 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tidegate.ledger.snapshot import Column, Snapshot
+from tidegate.ledger.among import Labels
+from tidegate.ledger.snapshot import Column, Field, Snapshot
 from tidegate.measure.timeline import FlipEvent, Timeline
 
 MOST_SAMPLES = 2000
 """More than a plot has columns of pixels."""
+SUMMED = [
+    Field.PREFILL_REQUESTS,
+    Field.PREFILL_QUEUE_S,
+    Field.DECODE_REQUESTS,
+    Field.KV_CAPACITY_TOKENS,
+]
+"""What a sample sums over the instances."""
 
 
 class Sampler:
@@ -26,37 +34,42 @@ class Sampler:
         self._kv_in_use = kv_in_use
         self._every = 1
         self._ticks = 0
+        self._at_s: list[float] = []
         self._sums: list[tuple[float, ...]] = []
         self._roles: list[Column] = []
+        self._labels: Labels | None = None
+        self._idle = False
 
-    def tick(self, snapshot: Snapshot, held: int) -> None:
-        """Take note of the cluster, if it is time to."""
+    def tick(self, snapshot: Snapshot, held: int, *, idle: bool) -> None:
+        """Take note of the cluster, if it is time to; ``idle``: no request is live.
+
+        What has not changed since the last sample is not looked at again.
+        """
         self._ticks += 1
         if self._ticks % self._every:
             return
-        self._roles.append(self._roles_of(snapshot))
-        self._sums.append(
-            (
-                snapshot.at_s,
-                float(snapshot.prefill_requests.sum()),
-                float(snapshot.prefill_queue_s.sum()),
-                float(snapshot.decode_requests.sum()),
-                float(self._kv_in_use(snapshot.at_s)),
-                float(snapshot.kv_capacity_tokens.sum()),
-                float(held),
-            )
-        )
+        relabelled = snapshot.labels is not self._labels
+        if relabelled:
+            self._labels = snapshot.labels
+        self._roles.append(self._roles_of(snapshot) if relabelled else self._roles[-1])
+        if relabelled or not (idle and self._idle):
+            sums = snapshot.state[SUMMED].sum(axis=1).tolist()
+            self._sums.append((*sums, float(self._kv_in_use(snapshot.at_s)), float(held)))
+        else:
+            self._sums.append(self._sums[-1])
+        self._at_s.append(snapshot.at_s)
+        self._idle = idle
         if len(self._sums) > MOST_SAMPLES:
             # Those that stay are the ticks that the doubled interval would have taken.
-            del self._sums[::2], self._roles[::2]
+            del self._at_s[::2], self._sums[::2], self._roles[::2]
             self._every *= 2
 
     def timeline(self) -> Timeline:
         """Return what was sampled."""
-        at_s, prefills, queue_s, decodes, kv, capacity, held = np.array(self._sums).reshape(-1, 7).T
+        prefills, queue_s, decodes, capacity, kv, held = np.array(self._sums).reshape(-1, 6).T
         return Timeline(
             instances=self._instances,
-            at_s=at_s,
+            at_s=np.array(self._at_s),
             roles=np.array(self._roles).reshape(-1, len(self._instances)),
             prefill_requests=prefills,
             prefill_queue_s=queue_s,

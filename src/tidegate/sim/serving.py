@@ -74,6 +74,7 @@ class Serving:
         self.flights: dict[int, Flight] = {}
         self.columns = RequestColumns()
         self.reports = StepReports(self.plane, self._ids, settings.heartbeat_s)
+        self.stepped = self.reports.stepped  # see ``Listener.stepped``
         self.arrived = 0
         self.preemptions = 0
         self.migrations = 0
@@ -125,7 +126,7 @@ class Serving:
     def tick(self, now: float) -> None:
         """Have the plane do what is due."""
         self.cluster.report(now)
-        self.sampler.tick(self.plane.snapshot(now), self.plane.held_count)
+        self.sampler.tick(self.plane.snapshot(now), self.plane.held_count, idle=not self.flights)
         self._do(self.plane.tick(now), now)
 
     def heartbeat(self, now: float) -> None:
@@ -318,10 +319,6 @@ class Serving:
             self._do(effects, now)
 
     # what the instances tell
-
-    def stepped(self, instance: int, count: int, now: float) -> None:
-        """See ``Listener.stepped``."""
-        self.reports.stepped(instance, count, now)
 
     def token(self, sequence: Sequence, now: float) -> None:
         """See ``Listener.token``: the first one of a leg tells that its prefill, or its pull, has ended."""
