@@ -1,0 +1,138 @@
+"""One script of arrivals, deaths, returns, holds and rounds through both drivers: every decision is the same."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+from virtual_gateway import Asked, Change, VirtualGateway
+
+from tidegate.core.decision import Hold, Verdict
+from tidegate.core.request import Request
+from tidegate.core.slo import Slo
+from tidegate.costs.library import packaged_profile
+from tidegate.dataplane.replica import replicas_of
+from tidegate.ledger.snapshot import Snapshot
+from tidegate.policies.protocols import PrefillPlacement, Signal
+from tidegate.sim import SimSettings, simulate
+from tidegate.systems import make_system
+from tidegate.systems.system import System
+from tidegate.workloads import TraceRecord
+
+SLO = Slo(0.3, 0.02)
+BLOCK_TOKENS = 64
+INSTANCES = 4
+
+
+@dataclass(frozen=True)
+class HoldWhenBusy:
+    """Holds a prefill while more than ``most`` wait or run; else places as ``inner`` does."""
+
+    inner: PrefillPlacement
+    most: int
+    needs: frozenset[Signal] = frozenset({Signal.PROFILE})
+
+    def place_prefill(self, request: Request, snapshot: Snapshot) -> Verdict:
+        if len(snapshot) and snapshot.prefill_requests.sum() > self.most:
+            return Verdict(Hold("busy"), reason="busy")
+        return self.inner.place_prefill(request, snapshot)
+
+
+def script(seed: int, requests: int) -> list[Asked]:
+    """Bursts of prompts, a third of which begin with what their session's earlier ones began with."""
+    rng = np.random.default_rng(seed)
+    at_s, asked = 0.0, []
+    for _ in range(requests):
+        at_s += float(rng.exponential(0.002 if rng.random() < 0.8 else 0.3)) + 1e-6
+        length = BLOCK_TOKENS * int(rng.integers(4, 60))
+        session = int(rng.integers(0, 8)) if rng.random() < 0.3 else None
+        shared = [] if session is None else [1000 + session] * (BLOCK_TOKENS * 3)
+        own = rng.integers(0, 900, length).tolist()
+        asked.append(
+            Asked(at_s, shared + own, int(rng.integers(1, 120)), "" if session is None else f"s{session}")
+        )
+    return asked
+
+
+def records_of(asked: list[Asked]) -> list[TraceRecord]:
+    """The same requests as a trace; a block's id stands for all tokens up to its end."""
+    ids: dict[tuple[int, ...], int] = {}
+    records = []
+    for one in asked:
+        blocks = tuple(
+            ids.setdefault(tuple(one.prompt[:end]), len(ids))
+            for end in range(BLOCK_TOKENS, len(one.prompt) + 1, BLOCK_TOKENS)
+        )
+        records.append(
+            TraceRecord(
+                one.at_s,
+                len(one.prompt),
+                one.max_tokens,
+                hash_ids=blocks,
+                block_tokens=BLOCK_TOKENS,
+                session_id=one.session,
+            )
+        )
+    return records
+
+
+def decisions(lines: list[bytes]) -> list[tuple[Any, ...]]:
+    """What was decided, when (to the microsecond's tenfold), and of which request."""
+    kept = []
+    for line in lines:
+        row = orjson.loads(line)
+        if row["type"] == "decision":
+            kept.append((row["request"], row["kind"], tuple(sorted(row["chosen"].items(), key=str)), row["t"]))
+        elif row["type"] == "flip":
+            kept.append((row["instance"], "flip", row["to"], row["reason"], row["t"]))
+        elif row["type"] == "control":
+            kept.append(("control", row["reason"], row["t"]))
+        elif row["type"] == "failure":
+            kept.append((row["request"], "failure", row["reason"], row["generated"], row["t"]))
+        elif row["type"] == "instance":
+            kept.append((row["instance"], row["event"], row.get("role"), row["t"]))
+    return kept
+
+
+CHANGES = [Change(1.5003, 0, False), Change(2.2507, 0, True), Change(3.1009, 2, False)]
+
+
+def both(system: System, asked: list[Asked], changes: list[Change], patch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    replicas = replicas_of(packaged_profile("h100_sxm/llama-3.1-8b"), INSTANCES)
+    live: list[bytes] = []
+    gateway = VirtualGateway(system, replicas, system.order, live, SLO, patch)
+    gateway.play(asked, changes)
+    out = io.BytesIO()
+    settings = SimSettings(
+        slo=SLO,
+        deaths=[(change.at_s, f"i{change.instance}") for change in changes if not change.up],
+        returns=[(change.at_s, f"i{change.instance}") for change in changes if change.up],
+    )
+    simulate(records_of(asked), system, replicas, settings, journal=out)
+    return decisions(live), decisions(out.getvalue().splitlines()[1:])
+
+
+@pytest.mark.parametrize("name", ["arrow", "arrow-v1", "static", "minimal-load", "colocated", "static+sjf"])
+@pytest.mark.parametrize("changes", [[], CHANGES], ids=["steady", "deaths"])
+def test_both_drivers_decide_alike(name: str, changes: list[Change], monkeypatch: pytest.MonkeyPatch) -> None:
+    live, simulated = both(make_system(name, slo=SLO, tick_s=0.25), script(7, 160), changes, monkeypatch)
+    assert_alike(live, simulated)
+
+
+def test_held_requests_are_placed_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    system = make_system("arrow+edf", slo=SLO, tick_s=0.25)
+    held = replace(system, prefill=HoldWhenBusy(system.prefill, 3))
+    live, simulated = both(held, script(11, 120), CHANGES, monkeypatch)
+    assert any(("hold", "busy") in row[2] for row in live if row[1] == "place_prefill")
+    assert_alike(live, simulated)
+
+
+def assert_alike(live: list[tuple[Any, ...]], simulated: list[tuple[Any, ...]]) -> None:
+    for ours, theirs in zip(live, simulated, strict=False):
+        assert ours[:-1] == theirs[:-1]
+        assert ours[-1] == pytest.approx(theirs[-1], abs=2e-6)
+    assert len(live) == len(simulated)
