@@ -108,6 +108,7 @@ def both(system: System, asked: list[Asked], changes: list[Change], patch: pytes
     gateway.play(asked, changes)
     out = io.BytesIO()
     settings = SimSettings(
+        prefix_hits=True,
         slo=SLO,
         deaths=[(change.at_s, f"i{change.instance}") for change in changes if not change.up],
         returns=[(change.at_s, f"i{change.instance}") for change in changes if change.up],

@@ -40,7 +40,7 @@ class Membership:
             )
         self._start_delay_s = settings.start_delay_s
         index = {name: i for i, name in enumerate(ids)}
-        for name in [*settings.starts_s, *(name for _, name in settings.deaths)]:
+        for name in [*settings.starts_s, *(name for _, name in [*settings.deaths, *settings.returns])]:
             if name not in index:
                 raise ConfigError(
                     f"there is no instance {name!r} to start or die; there are {', '.join(ids)}"
@@ -58,16 +58,17 @@ class Membership:
 
     def _planned_changes(self, settings: SimSettings, index: dict[str, int]) -> list[Change]:
         changes = [Change(at_s, i, True) for i, at_s in enumerate(self.starts_s) if at_s]
-        dying: set[str] = set()
-        for at_s, name in settings.deaths:
-            start_s = self.starts_s[index[name]]
-            if name in dying or start_s is None or not start_s < at_s < float("inf"):
-                raise ConfigError(
-                    f"instance {name!r} can die once, after its start at {start_s} s; got {at_s} s"
-                )
-            dying.add(name)
-            changes.append(Change(at_s, index[name], False))
-        return sorted(changes, key=lambda change: (change.at_s, change.instance))
+        changes += [Change(at_s, index[name], False) for at_s, name in settings.deaths]
+        changes += [Change(at_s, index[name], True) for at_s, name in settings.returns]
+        changes.sort(key=lambda change: (change.at_s, change.instance))
+        up = [at_s == 0.0 for at_s in self.starts_s]
+        for at_s, instance, comes_up in changes:
+            if not 0 < at_s < float("inf") or up[instance] == comes_up:
+                name = next(name for name, number in index.items() if number == instance)
+                verb, state = ("return", "up") if comes_up else ("die", "down")
+                raise ConfigError(f"instance {name!r} cannot {verb} at {at_s} s: it is {state} then")
+            up[instance] = comes_up
+        return changes
 
     def start_spare(self, now: float, events: EventQueue) -> bool:
         """Have a spare come up after the start delay; False when there is none."""

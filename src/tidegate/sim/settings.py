@@ -24,8 +24,8 @@ class SimSettings:
     ``closed_loop`` a turn waits for its session's previous answer (see ``Arrivals``).
 
     With ``heartbeat_s`` > 0 the control plane knows of steps only as of the last heartbeat (see
-    ``StepReports``). An instance comes up at its time in ``starts_s``, at 0 without one, and dies at that in
-    ``deaths``; a request is replayed elsewhere at most ``replays`` times (the gateway's default).
+    ``StepReports``). An instance comes up at its time in ``starts_s``, at 0 without one, dies at those in
+    ``deaths`` and returns, empty, at those in ``returns``; a request is replayed elsewhere at most ``replays`` times (the gateway's default).
 
     The last ``spares`` instances are not up at the start; a controller that adds instances has them join
     ``start_delay_s`` later (the time that a server takes to load a model). With ``prefix_hits`` prefills are
@@ -41,6 +41,7 @@ class SimSettings:
     heartbeat_s: float = 0.0
     starts_s: Mapping[str, float] = field(default_factory=dict)
     deaths: Sequence[tuple[float, str]] = ()
+    returns: Sequence[tuple[float, str]] = ()
     replays: int = 5
     spares: int = 0
     start_delay_s: float = 30.0
