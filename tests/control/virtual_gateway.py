@@ -1,7 +1,7 @@
 """The gateway's driver in virtual time: the real dispatcher and served requests over in-process instances.
 
-The event loop's clock jumps to the next timer. The instances are those of ``tidegate.engines.emulated``, called
-directly instead of over HTTP, so that nothing takes time but what the profiles say.
+The event loop's clock jumps to the next timer. The instances are those of ``tidegate.engines.emulated``,
+called directly instead of over HTTP, so that nothing takes time but what the profiles say.
 """
 
 from __future__ import annotations
@@ -136,7 +136,9 @@ class HostEngine:
                 ended.set_result(output)
 
     def close(self, reason: str) -> None:
-        for _, ended in list(self._running.values()):
+        running, self._running = self._running, {}
+        # Connections of a dead instance break in any order; the simulator takes them in that of arrival.
+        for _, (_, ended) in sorted(running.items(), key=lambda item: int(item[0][1:].split("-")[0])):
             if not ended.done():
                 name = self._place.replica.instance.id
                 ended.set_exception(EngineUnreachable(reason, instance=name, stage="leg"))
@@ -200,7 +202,10 @@ class VirtualGateway:
         order: Order,
         lines: list[bytes],
         slo: Slo,
+        front_s: float,
         patch: pytest.MonkeyPatch,
+        *,
+        journal_inputs: bool = False,
     ) -> None:
         patch.setattr(pump, "_TICK_S", 1e-9)  # else events are told to the millisecond
         patch.setattr(dispatcher_module, "connect", lambda member, _: Upstream(member, self._engine(member)))
@@ -209,6 +214,8 @@ class VirtualGateway:
         self._lines = lines
         self._system = system
         self._slo = slo
+        self._front_s = front_s
+        self._journal_inputs = journal_inputs
         self._lives = [0] * len(replicas)
         self.outcomes: dict[str, str] = {}
 
@@ -219,9 +226,9 @@ class VirtualGateway:
         loop = asyncio.get_running_loop()
         clock = _LoopClock(loop)
         ids = [replica.instance.id for replica in self._replicas]
-        self.host = Host(self._replicas, ids, order=self._order, clock=clock)
+        self.host = Host(self._replicas, ids, order=self._order, front_s=self._front_s, clock=clock)
         journal = JournalWriter(self._lines.append)
-        settings = GatewaySettings(slo=self._slo, load_every_s=0)
+        settings = GatewaySettings(slo=self._slo, load_every_s=0, journal_inputs=self._journal_inputs)
         self.dispatcher = Dispatcher(self._system, settings, tuple(ids), clock, journal, _NoFleet())
         for number in range(len(self._replicas)):
             self.dispatcher.member_up(self._member(number))

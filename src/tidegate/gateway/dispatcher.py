@@ -21,6 +21,7 @@ from tidegate.control.effects import (
     Suspect,
     WakeAt,
 )
+from tidegate.control.inputs import RecordingPlane
 from tidegate.control.plane import ControlPlane
 from tidegate.control.settings import ControlSettings
 from tidegate.core.clock import Clock
@@ -91,7 +92,8 @@ class Dispatcher:
         self.journal = journal
         self.prefixes = PrefixIndex()
         control = ControlSettings(replays=settings.replays, recovery_s=settings.recovery_s)
-        self.plane = ControlPlane(system, ids, journal, control, self.prefixes)
+        plane = RecordingPlane if settings.journal_inputs else ControlPlane
+        self.plane: ControlPlane = plane(system, ids, journal, control, self.prefixes)
         self.stopping = False
         self.flips = 0
         self.upstreams: dict[str, Upstream] = {}
@@ -214,7 +216,7 @@ class Dispatcher:
     # around requests
 
     def upstream(self, instance_id: str, stage: str) -> Upstream:
-        """Return an instance that is up. Raises EngineUnreachable for one that went down since the placement."""
+        """Return an instance that is up. Raises EngineUnreachable for one that went down meanwhile."""
         found = self.upstreams.get(instance_id)
         if found is None:
             message = f"instance {instance_id} went down"

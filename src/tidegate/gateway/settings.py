@@ -15,7 +15,8 @@ class GatewaySettings:
 
     ``request_deadline_s`` bounds a whole request, ``stall_s`` the silence of an engine inside one
     (2.5 times the longest step that a large prefill makes is a good value).
-    ``load_every_s`` is the pause between readings of an engine's load.
+    ``load_every_s`` is the pause between readings of an engine's load. With ``journal_inputs`` the journal
+    also has all that the control plane was told, from which its decisions can be replayed.
     """
 
     host: str = "127.0.0.1"
@@ -30,3 +31,4 @@ class GatewaySettings:
     replays: int = 5
     recovery_s: float = 15.0
     load_every_s: float = 1.0
+    journal_inputs: bool = False

@@ -212,7 +212,7 @@ class Serving:
                     pass  # a held request waits in the plane, and nothing else fails here than instances
 
     def _run_prefill(self, effect: RunPrefill, now: float) -> None:
-        flight, place, ticket, _ = effect
+        flight, place = effect.live, effect.place
         assert isinstance(flight, Flight)
         on = self._index[place.prefill_on]
         request = flight.resident()
@@ -220,6 +220,8 @@ class Serving:
             return
         tokens = request.max_tokens
         flight.handing_over = flight.decode_on is None and tokens > 1
+        # One whose answer has begun has no TTFT left to meet, and goes first.
+        ticket = None if flight.generated else effect.ticket
         self._dispatch(flight, on, request.prompt_tokens, 1 if flight.handing_over else tokens, ticket, now)
 
     def _run_decode(self, flight: LiveRequest, on: int, now: float) -> None:
