@@ -14,7 +14,8 @@ from tidegate.cli import bench as bench_command
 from tidegate.cli import report as report_command
 from tidegate.core.errors import ConfigError, TraceError
 from tidegate.core.slo import Slo
-from tidegate.measure import RequestResult, build_bench_report
+from tidegate.measure.results import RequestResult
+from tidegate.reports.bench_report import build_bench_report
 
 app = typer.Typer()
 bench_command.register(app)

@@ -17,7 +17,8 @@ from tidegate.bench.endpoint import Endpoint
 from tidegate.bench.recorder import Recorder
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
-from tidegate.measure import RequestResult, build_bench_report, read_results
+from tidegate.measure.results import RequestResult, read_results
+from tidegate.reports.bench_report import build_bench_report
 from tidegate.workloads import TokenPrompts, TraceRecord, read_trace
 
 

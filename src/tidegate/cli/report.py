@@ -14,19 +14,13 @@ from tidegate.cli.scoring import SCORING, Json, Level, RequireLevel
 from tidegate.core.errors import TraceError
 from tidegate.core.slo import Slo
 from tidegate.journal import read_journal
-from tidegate.measure import (
-    build_bench_report,
-    build_report,
-    read_results,
-    render_block,
-    render_report,
-)
 from tidegate.measure.attainment import DEFAULT_LEVEL
-from tidegate.measure.bench_report import BenchReport
 from tidegate.measure.lines import TypedLines
 from tidegate.measure.percentiles import Summary
-from tidegate.measure.report import RunReport
-from tidegate.measure.results import ResultFile
+from tidegate.measure.results import ResultFile, read_results
+from tidegate.reports.bench_report import BenchReport, build_bench_report, render_block
+from tidegate.reports.journal_report import RunReport, build_report
+from tidegate.reports.journal_tables import render_report
 
 EPILOG = """
 [bold]Examples[/bold]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+from tidegate.experiments.goodput_search import GoodputSearch, Probed, SearchSettings
 from tidegate.experiments.jobs import Job, Workers
 from tidegate.experiments.run import probe
 from tidegate.experiments.setting import Setting
 from tidegate.experiments.workload import own_rate_rps, requests_of
-from tidegate.measure.comparison import LevelGoodput, RunAt
-from tidegate.measure.goodput_search import GoodputSearch, Probed, SearchSettings
+from tidegate.reports.comparison import LevelGoodput, RunAt
 
 GUESS_FROM, GUESS_TO = 0.2, 0.8
 """Shares of the limit between which a search begins to look."""

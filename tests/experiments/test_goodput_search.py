@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidegate.core.errors import ConfigError
-from tidegate.measure.goodput_search import (
+from tidegate.experiments.goodput_search import (
     GoodputSearch,
     Probed,
     SearchSettings,
