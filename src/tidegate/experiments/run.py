@@ -9,8 +9,8 @@ from typing import IO, Any
 
 from tidegate.experiments.setting import Setting
 from tidegate.experiments.workload import at_rate, requests_of
+from tidegate.measure.run_view import view_of
 from tidegate.measure.summary import RunFacts, summarize_run
-from tidegate.reports.run_view import view_of
 from tidegate.sim import SimRun, simulate
 from tidegate.workloads.trace import TraceRecord
 

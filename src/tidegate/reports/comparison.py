@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tidegate.measure.run_view import RunView
 from tidegate.measure.summary import share_of
-from tidegate.reports.run_view import RunView
 
 
 @dataclass(frozen=True, slots=True)

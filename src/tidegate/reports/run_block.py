@@ -9,8 +9,8 @@ import numpy as np
 
 from tidegate.measure.attainment import score_table
 from tidegate.measure.percentiles import PERCENTILES
+from tidegate.measure.run_view import view_of
 from tidegate.measure.summary import Run
-from tidegate.reports.run_view import view_of
 
 WIDTH = 58
 
