@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from tidegate.experiments.goodput_search import GoodputSearch, Probed, SearchSettings
+from tidegate.experiments.goodput_search import GoodputSearch, SearchSettings
 from tidegate.experiments.jobs import Job, Workers
 from tidegate.experiments.run import probe
 from tidegate.experiments.setting import Setting
@@ -50,15 +50,7 @@ async def find_goodput(
         runs = await asyncio.gather(
             *(workers.do(probe_job(setting, each.rate_rps, each.seed)) for each in probes)
         )
-        search.tell(Probed(each, run["attainment"]) for each, run in zip(probes, runs, strict=True))
-    found = search.result()
-    return LevelGoodput(
-        level=level,
-        chosen="",
-        goodput_rps=found.goodput_rps,
-        low_rps=found.low_rps,
-        high_rps=found.high_rps,
-        limit_rps=limit_rps,
-        probes=tuple(RunAt(each.probe.rate_rps, each.probe.seed, each.attainment) for each in found.probes),
-        reason=found.reason,
-    )
+        search.tell(
+            RunAt(each.rate_rps, each.seed, run["attainment"]) for each, run in zip(probes, runs, strict=True)
+        )
+    return search.result(limit_rps)
