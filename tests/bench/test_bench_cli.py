@@ -25,11 +25,13 @@ SLO = Slo(0.5, 0.05)
 
 def results(failures: int) -> list[RequestResult]:
     good = [
-        RequestResult(i, i * 0.5, i * 0.5, 10, 5, "ok", 200, ttft_s=0.1 + i * 0.01, tpot_s=0.02, e2e_s=0.2,
+        RequestResult(i, i * 500.0, 10, 5, "ok", i * 0.5, 200, ttft_s=0.1 + i * 0.01, tpot_s=0.02, e2e_s=0.2,
                       prompt_tokens=10, output_tokens=5, finish_reason="length")
         for i in range(10 - failures)
     ]  # fmt: skip
-    bad = [RequestResult(10 - i, (10 - i) * 0.5, (10 - i) * 0.5, 10, 5, "http", 429) for i in range(failures)]
+    bad = [
+        RequestResult(10 - i, (10 - i) * 500.0, 10, 5, "http", (10 - i) * 0.5, 429) for i in range(failures)
+    ]
     return good + bad
 
 

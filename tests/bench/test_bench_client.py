@@ -84,7 +84,7 @@ def test_a_killed_client_leaves_what_had_finished(tmp_path: Path) -> None:
     out = tmp_path / "run.jsonl"
     with Recorder(Slo(), out.open("w")) as recorder:
         recorder.header({"model": "fake"})
-        recorder.add(RequestResult(0, 0.0, 0.0, 5, 3, "ok", 200, ttft_s=0.1), array("d"))
+        recorder.add(RequestResult(0, 0.0, 5, 3, "ok", 0.0, 200, ttft_s=0.1), array("d"))
         on_disk = read_results(out)
     assert [r.ttft_s for r in on_disk.results] == [0.1]
     assert on_disk.summary is None
