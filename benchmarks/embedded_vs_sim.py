@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tidegate.bench import BenchSettings, bench
-from tidegate.bench.saved_profile import read_profile
-from tidegate.cli.profiles import load_profile
+from tidegate.costs.named_profile import load_profile
+from tidegate.costs.saved_profile import read_profile
 from tidegate.dataplane.replica import EngineSettings, replicas_of
 from tidegate.measure.results import RequestResult, read_results
 from tidegate.sim import SimSettings, simulate

@@ -14,7 +14,8 @@ from tidegate.cli import bench as bench_command
 from tidegate.cli import report as report_command
 from tidegate.core.errors import ConfigError, TraceError
 from tidegate.core.slo import Slo
-from tidegate.measure import RequestResult, build_bench_report
+from tidegate.measure.results import RequestResult
+from tidegate.reports.bench_report import build_bench_report
 
 app = typer.Typer()
 bench_command.register(app)
@@ -24,11 +25,13 @@ SLO = Slo(0.5, 0.05)
 
 def results(failures: int) -> list[RequestResult]:
     good = [
-        RequestResult(i, i * 0.5, i * 0.5, 10, 5, "ok", 200, ttft_s=0.1 + i * 0.01, tpot_s=0.02, e2e_s=0.2,
+        RequestResult(i, i * 500.0, 10, 5, "ok", i * 0.5, 200, ttft_s=0.1 + i * 0.01, tpot_s=0.02, e2e_s=0.2,
                       prompt_tokens=10, output_tokens=5, finish_reason="length")
         for i in range(10 - failures)
     ]  # fmt: skip
-    bad = [RequestResult(10 - i, (10 - i) * 0.5, (10 - i) * 0.5, 10, 5, "http", 429) for i in range(failures)]
+    bad = [
+        RequestResult(10 - i, (10 - i) * 500.0, 10, 5, "http", (10 - i) * 0.5, 429) for i in range(failures)
+    ]
     return good + bad
 
 

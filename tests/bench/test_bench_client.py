@@ -17,7 +17,8 @@ from tidegate.bench.endpoint import Endpoint
 from tidegate.bench.recorder import Recorder
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
-from tidegate.measure import RequestResult, build_bench_report, read_results
+from tidegate.measure.results import RequestResult, read_results
+from tidegate.reports.bench_report import build_bench_report
 from tidegate.workloads import TokenPrompts, TraceRecord, read_trace
 
 
@@ -83,7 +84,7 @@ def test_a_killed_client_leaves_what_had_finished(tmp_path: Path) -> None:
     out = tmp_path / "run.jsonl"
     with Recorder(Slo(), out.open("w")) as recorder:
         recorder.header({"model": "fake"})
-        recorder.add(RequestResult(0, 0.0, 0.0, 5, 3, "ok", 200, ttft_s=0.1), array("d"))
+        recorder.add(RequestResult(0, 0.0, 5, 3, "ok", 0.0, 200, ttft_s=0.1), array("d"))
         on_disk = read_results(out)
     assert [r.ttft_s for r in on_disk.results] == [0.1]
     assert on_disk.summary is None

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tidegate.cli.profiles import load_profile
 from tidegate.core.errors import ConfigError
 from tidegate.costs import hardware
 from tidegate.costs.library import packaged_profile
+from tidegate.costs.named_profile import load_profile
 from tidegate.costs.roofline import Shape, roofline_profile
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tidegate.bench.saved_profile import (
+from tidegate.cli.main import main
+from tidegate.core.errors import ConfigError
+from tidegate.costs.library import packaged_profile
+from tidegate.costs.named_profile import OLD_DAYS, load_profile, profile_warnings
+from tidegate.costs.profile import Profile
+from tidegate.costs.saved_profile import (
     HeldOut,
     LinkSample,
     MeasuredLink,
@@ -17,11 +22,6 @@ from tidegate.bench.saved_profile import (
     read_profile,
     save_profile,
 )
-from tidegate.cli.main import main
-from tidegate.cli.profiles import OLD_DAYS, load_profile, profile_warnings
-from tidegate.core.errors import ConfigError
-from tidegate.costs.library import packaged_profile
-from tidegate.costs.profile import Profile
 
 SAVED = SavedProfile(
     profile=replace(packaged_profile("h100_sxm/llama-3.1-8b").profile, front_s=0.004),

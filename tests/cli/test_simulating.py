@@ -17,8 +17,8 @@ import pytest
 from tidegate.cli import comparison_output, single_run
 from tidegate.cli import main as command_line
 from tidegate.costs.library import profile_names
-from tidegate.measure.plot_style import NoPlots
 from tidegate.measure.summary import KEYS
+from tidegate.reports.plot_style import NoPlots
 
 SMALL = ("--requests", "300", "--slo", "ttft:500,tpot:50")
 COMPARE = (

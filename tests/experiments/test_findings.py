@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from tidegate.experiments.compare import common_rate
 from tidegate.experiments.findings import findings
-from tidegate.measure.comparison import Comparison, Entry, LevelGoodput, TraceComparison
+from tidegate.reports.comparison import Comparison, Entry, LevelGoodput, TraceComparison
 
 
 def entry(system: str, goodput_rps: float, *, chosen: str = "", flips: int = 0) -> Entry:

@@ -71,7 +71,7 @@ def lines_of(line: type[JournalLine]) -> st.SearchStrategy[JournalLine]:
 
 
 def decode(text: str) -> JournalLine | None:
-    return decode_line(json.loads(text), text, "j.jsonl", 1)
+    return decode_line(json.loads(text), text, "j.jsonl", 1, LINES)
 
 
 @given(st.one_of(*(lines_of(line) for line in LINES.values())))

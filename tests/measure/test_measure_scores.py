@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
-from tidegate.measure import Observation, goodput, score, summarize
+from tidegate.measure.attainment import Observation, goodput, score
+from tidegate.measure.percentiles import summarize
 
 SLO = Slo(ttft_s=0.5, tpot_s=0.05)
 

@@ -15,9 +15,9 @@ from tidegate.core.request import Request
 from tidegate.core.slo import Slo
 from tidegate.journal import read_journal
 from tidegate.ledger.snapshot import Snapshot
-from tidegate.measure import build_report
 from tidegate.policies.least_loaded import LeastLoaded
 from tidegate.policies.protocols import Signal
+from tidegate.reports.journal_report import build_report
 from tidegate.sim import EngineSettings, Replica, SimRun, SimSettings, simulate
 from tidegate.systems import System, make_system
 from tidegate.testing import REFERENCE, instance

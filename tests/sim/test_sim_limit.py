@@ -10,13 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tidegate.bound.limit import FluidLimit, fluid_limit
 from tidegate.core.instance import Instance
 from tidegate.core.slo import Slo
 from tidegate.costs.forms import MixedCost, PrefillCost, StepCost, TransferCost
 from tidegate.costs.library import packaged_profile
 from tidegate.costs.profile import Profile
 from tidegate.dataplane.replica import EngineSettings, Replica, replicas_of
-from tidegate.measure.limit import FluidLimit, fluid_limit
 from tidegate.sim import SimSettings, simulate
 from tidegate.systems import make_system
 from tidegate.workloads import TraceRecord, scale_rate

@@ -12,14 +12,14 @@ import aiohttp
 import pytest
 from vllm_servers import SERVED_NAME, Counters, VllmCluster, VllmServer
 
-from tidegate.bench.probe_links import BY_BOTH, BY_ENGINE
-from tidegate.bench.probe_run import ProbeSettings, measure
-from tidegate.bench.saved_profile import read_profile, save_profile
 from tidegate.cli import launch
 from tidegate.cli.sources import resolve
+from tidegate.costs.saved_profile import read_profile, save_profile
 from tidegate.fleet.member import LEASE_S
 from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
+from tidegate.profiling.links import BY_BOTH, BY_ENGINE
+from tidegate.profiling.run import ProbeSettings, measure
 
 KV_BYTES_PER_TOKEN = 2 * 2 * 4 * 32 * 4
 """Of the tiny Llama: keys and values, layers, KV heads, head size, bytes of a float32."""

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tidegate.bound.phase_load import phase_load
 from tidegate.core.errors import ConfigError, SetupError
 from tidegate.costs.library import packaged_profile
-from tidegate.measure.phase_load import phase_load
 from tidegate.workloads import (
     Gamma,
     RateCurve,

@@ -185,7 +185,7 @@ class LoadClient:
         gaps_s = np.array(seen.gaps_s)
         return RequestResult(
             index=item.index,
-            arrival_s=record.arrival_s,
+            scheduled_ms=round(record.arrival_s * 1000.0, 3),
             sent_s=sent_s,
             input_tokens=record.input_tokens,
             max_tokens=record.output_tokens,

@@ -23,8 +23,8 @@ from tidegate.bench.recorder import Recorder
 from tidegate.bench.settings import BenchSettings
 from tidegate.core.errors import ConfigError
 from tidegate.measure.attainment import DEFAULT_LEVEL
-from tidegate.measure.bench_report import BenchReport, build_bench_report
 from tidegate.measure.percentiles import summarize
+from tidegate.reports.bench_report import BenchReport, build_bench_report
 from tidegate.workloads.trace import TraceRecord
 
 # Below the 5 s after which uvicorn (vLLM's server) closes an idle connection: reusing one that the

@@ -13,8 +13,8 @@ from tidegate.bench import BenchRun, BenchSettings, PromptForm, bench
 from tidegate.cli.process import FAILURE, INTERRUPTED
 from tidegate.cli.scoring import SCORING, Json, Level, RequireLevel
 from tidegate.core.slo import Slo
-from tidegate.measure import render_block
 from tidegate.measure.attainment import DEFAULT_LEVEL
+from tidegate.reports.bench_report import render_block
 from tidegate.workloads import WorkloadChoice, load_workload
 
 EPILOG = """

@@ -54,7 +54,7 @@ from tidegate.experiments.setting import Setting
 from tidegate.experiments.store import Store
 from tidegate.experiments.systems import SUITES, contenders
 from tidegate.experiments.systems import suite as suite_of
-from tidegate.measure.comparison import Comparison
+from tidegate.reports.comparison import Comparison
 from tidegate.sim import SimSettings
 from tidegate.workloads.choice import WorkloadChoice
 

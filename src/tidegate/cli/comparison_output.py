@@ -18,10 +18,10 @@ import tidegate
 from tidegate.cli.simulating import note
 from tidegate.core.errors import ConfigError
 from tidegate.experiments.setting import Fleet
-from tidegate.measure.comparison import Comparison, Entry, TraceComparison, write_tables
-from tidegate.measure.figures import draw_figures, write_pngs
-from tidegate.measure.html_report import render_page
-from tidegate.measure.plot_style import NoPlots
+from tidegate.reports.comparison import Comparison, Entry, TraceComparison, write_tables
+from tidegate.reports.figures import draw_figures, write_pngs
+from tidegate.reports.page import render_page
+from tidegate.reports.plot_style import NoPlots
 from tidegate.workloads.choice import WorkloadChoice
 
 REPORT = "report.html"

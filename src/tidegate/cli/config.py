@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from tidegate.cli.profiles import load_profile
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
+from tidegate.costs.named_profile import load_profile
 from tidegate.dataplane.replica import EngineSettings
 from tidegate.dataplane.roster import parse_groups
 from tidegate.fleet.static import KvSetup, checked_url, server_of

@@ -18,8 +18,8 @@ from tidegate import __version__
 from tidegate.cli.config import Config
 from tidegate.cli.launching_vllm import launched_vllm
 from tidegate.cli.process import debugging
-from tidegate.cli.profiles import load_profile, measured_profile, profile_line, profile_warnings
 from tidegate.cli.tiny import ARCH, require_embedded, tiny_model
+from tidegate.costs.named_profile import load_profile, measured_profile, profile_line, profile_warnings
 from tidegate.fleet.emulated import EmulatedFleet, EmulatedLaunch
 from tidegate.fleet.member import Fleet, FleetListener, Member
 from tidegate.fleet.processes import EngineLaunch, LocalFleet

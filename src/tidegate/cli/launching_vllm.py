@@ -11,8 +11,8 @@ from pathlib import Path
 import typer
 
 from tidegate.cli.config import FleetSection
-from tidegate.cli.profiles import load_profile
 from tidegate.core.errors import SetupError
+from tidegate.costs.named_profile import load_profile
 from tidegate.fleet.launched_vllm import LaunchedVllmFleet, VllmLaunch
 from tidegate.fleet.vllm_command import ServeArguments
 

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tidegate.bench.probe_run import ProbeSettings, measure_profile
-from tidegate.bench.saved_profile import MeasuredLink, SavedProfile, save_profile
 from tidegate.cli.profile_list import show_profiles
+from tidegate.costs.saved_profile import MeasuredLink, SavedProfile, save_profile
+from tidegate.profiling.run import ProbeSettings, measure_profile
 
 EPILOG = """
 [bold]Examples[/bold]

@@ -11,10 +11,10 @@ from typing import Any
 
 import typer
 
-from tidegate.bench.saved_profile import SavedProfile, is_profile, read_profile
-from tidegate.cli.profiles import OLD_DAYS, profile_line
 from tidegate.core.errors import ConfigError
 from tidegate.costs.library import packaged_profile, profile_names
+from tidegate.costs.named_profile import OLD_DAYS, profile_line
+from tidegate.costs.saved_profile import SavedProfile, is_profile, read_profile
 
 
 def show_profiles(paths: Sequence[Path], as_json: bool) -> None:

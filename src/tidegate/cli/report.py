@@ -13,20 +13,13 @@ from tidegate.cli.process import FAILURE
 from tidegate.cli.scoring import SCORING, Json, Level, RequireLevel
 from tidegate.core.errors import TraceError
 from tidegate.core.slo import Slo
-from tidegate.journal import read_journal
-from tidegate.measure import (
-    build_bench_report,
-    build_report,
-    read_results,
-    render_block,
-    render_report,
-)
+from tidegate.journal.reader import read_journal, recorded_kind
 from tidegate.measure.attainment import DEFAULT_LEVEL
-from tidegate.measure.bench_report import BenchReport
-from tidegate.measure.lines import TypedLines
 from tidegate.measure.percentiles import Summary
-from tidegate.measure.report import RunReport
-from tidegate.measure.results import ResultFile
+from tidegate.measure.results import ResultFile, read_results
+from tidegate.reports.bench_report import BenchReport, build_bench_report, render_block
+from tidegate.reports.journal_report import RunReport, build_report
+from tidegate.reports.journal_tables import render_report
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -89,13 +82,7 @@ def run(
 
 
 def _kind(recording: Path) -> str:
-    try:
-        first = next(iter(TypedLines(recording)), None)
-    except TraceError as error:
-        if error.line == 0:
-            raise
-        first = None
-    kind = "" if first is None else first.kind
+    kind = recorded_kind(recording)
     if kind not in ("header", "bench"):
         raise TraceError(
             "this is neither a journal (first line of type 'header') nor a bench result (type 'bench')",

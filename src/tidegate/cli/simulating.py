@@ -12,9 +12,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tidegate.cli.profiles import load_profile
 from tidegate.core.errors import ConfigError
 from tidegate.costs.library import PackagedProfile, packaged_profile
+from tidegate.costs.named_profile import load_profile
 from tidegate.dataplane.replica import BLOCK_TOKENS, EngineSettings
 from tidegate.experiments.setting import Fleet
 

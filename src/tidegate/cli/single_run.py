@@ -23,9 +23,9 @@ from tidegate.experiments.search import find_goodput
 from tidegate.experiments.setting import Setting
 from tidegate.experiments.store import Store
 from tidegate.experiments.workload import own_rate_rps, requests_of
-from tidegate.measure.comparison import Comparison, Entry, LevelGoodput, TraceComparison
-from tidegate.measure.run_block import render_run
 from tidegate.measure.run_view import view_of
+from tidegate.reports.comparison import Comparison, Entry, LevelGoodput, TraceComparison
+from tidegate.reports.run_block import render_run
 
 SEARCH_SEEDS = 3
 TOLERANCE = 0.02

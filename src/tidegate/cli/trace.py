@@ -9,14 +9,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from tidegate.bound.phase_load import phase_load
 from tidegate.cli import trace_make
-from tidegate.cli.profiles import load_profile
 from tidegate.cli.trace_files import Loaded, load, load_timed, save
 from tidegate.cli.trace_plot import check_plot, plot_traces
 from tidegate.cli.trace_show import Described, show
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
-from tidegate.measure.phase_load import phase_load
+from tidegate.costs.named_profile import load_profile
 from tidegate.workloads import WriteFormat, statistics
 from tidegate.workloads.trace_statistics import WINDOW_S
 

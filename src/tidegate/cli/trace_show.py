@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tidegate.measure.phase_load import PhaseLoad
+from tidegate.bound.phase_load import PhaseLoad
 from tidegate.workloads import Statistics
 from tidegate.workloads.trace_statistics import Arrivals, Spread
 

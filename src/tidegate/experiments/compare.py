@@ -15,8 +15,8 @@ from tidegate.experiments.search import find_goodput
 from tidegate.experiments.setting import Setting
 from tidegate.experiments.systems import Candidate, Contender
 from tidegate.experiments.workload import own_rate_rps, requests_of
-from tidegate.measure.comparison import Comparison, Entry, LevelGoodput, TraceComparison
 from tidegate.measure.run_view import RunView
+from tidegate.reports.comparison import Comparison, Entry, LevelGoodput, TraceComparison
 from tidegate.workloads.choice import WorkloadChoice
 
 FINALISTS = 2

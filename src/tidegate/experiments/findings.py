@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tidegate.measure.comparison import Comparison, Entry, TraceComparison
+from tidegate.reports.comparison import Comparison, Entry, TraceComparison
 
 EQUAL_WITHIN = 0.02
 """Goodputs closer than this are called equal: about what a search resolves."""

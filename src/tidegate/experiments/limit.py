@@ -36,7 +36,7 @@ def limit_job(setting: Setting, level: float, max_batch_tokens: int) -> Job:
 
 def find_limit(setting: Setting, level: float, max_batch_tokens: int) -> dict[str, Any]:
     """Return ``Limit``'s fields."""
-    from tidegate.measure.limit import fluid_limit  # brings a solver along: half a second
+    from tidegate.bound.limit import fluid_limit  # brings a solver along: half a second
 
     replicas = setting.fleet.replicas()
     found = fluid_limit(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+from tidegate.experiments.goodput_search import GoodputSearch, SearchSettings
 from tidegate.experiments.jobs import Job, Workers
 from tidegate.experiments.run import probe
 from tidegate.experiments.setting import Setting
 from tidegate.experiments.workload import own_rate_rps, requests_of
-from tidegate.measure.comparison import LevelGoodput, RunAt
-from tidegate.measure.goodput_search import GoodputSearch, Probed, SearchSettings
+from tidegate.reports.comparison import LevelGoodput, RunAt
 
 GUESS_FROM, GUESS_TO = 0.2, 0.8
 """Shares of the limit between which a search begins to look."""
@@ -50,15 +50,7 @@ async def find_goodput(
         runs = await asyncio.gather(
             *(workers.do(probe_job(setting, each.rate_rps, each.seed)) for each in probes)
         )
-        search.tell(Probed(each, run["attainment"]) for each, run in zip(probes, runs, strict=True))
-    found = search.result()
-    return LevelGoodput(
-        level=level,
-        chosen="",
-        goodput_rps=found.goodput_rps,
-        low_rps=found.low_rps,
-        high_rps=found.high_rps,
-        limit_rps=limit_rps,
-        probes=tuple(RunAt(each.probe.rate_rps, each.probe.seed, each.attainment) for each in found.probes),
-        reason=found.reason,
-    )
+        search.tell(
+            RunAt(each.rate_rps, each.seed, run["attainment"]) for each, run in zip(probes, runs, strict=True)
+        )
+    return search.result(limit_rps)

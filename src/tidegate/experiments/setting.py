@@ -24,12 +24,15 @@ from tidegate.workloads.source import SAMPLE_PREFIX
 DECIDING_ROOMS = (
     "core",
     "costs",
+    "journal",
     "ledger",
     "policies",
     "systems",
+    "control",
     "dataplane",
     "sim",
     "measure",
+    "bound",
     "workloads",
 )
 """Rooms whose code a run's result depends on."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
 import msgspec
 
@@ -24,6 +24,8 @@ from tidegate.journal.schema import (
 )
 from tidegate.workloads.jsonl_formats import parse_object
 from tidegate.workloads.source import read_lines
+
+Line = TypeVar("Line")
 
 _EXPECTED = {
     "float": "a number",
@@ -56,18 +58,21 @@ class Journal:
     truncated: bool = False
 
 
-class JournalLines:
-    """The lines of a journal in file order, those of an unknown type left out; iterate once.
+class RecordedLines(Generic[Line]):
+    """The lines of a JSONL recording in file order, each as ``schemas`` has it by its ``type``; iterate once.
+
+    Lines of an unknown type are left out.
 
     Half a last line, as a killed writer leaves it, ends the iteration and sets ``truncated``. A line that is
     broken anywhere else, or has a value of the wrong type, raises TraceError with its place.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, schemas: Mapping[str, type[Line]]) -> None:
         self.path = str(path)
         self.truncated = False
+        self._schemas = schemas
 
-    def __iter__(self) -> Iterator[JournalLine]:
+    def __iter__(self) -> Iterator[Line]:
         broken: TraceError | None = None
         for number, text in read_lines(self.path):
             if broken is not None:
@@ -79,10 +84,27 @@ class JournalLines:
             except TraceError as error:
                 broken = error
                 continue
-            line = decode_line(value, text, self.path, number)
+            line = decode_line(value, text, self.path, number, self._schemas)
             if line is not None:
                 yield line
         self.truncated = broken is not None
+
+
+class JournalLines(RecordedLines[JournalLine]):
+    """The lines of a journal."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path, LINES)
+
+
+def recorded_kind(path: str | Path) -> str:
+    """Return the ``type`` of a recording's first line, "" where there is none; TraceError for no file."""
+    first = next((text for _, text in read_lines(str(path)) if text.strip()), "")
+    try:
+        kind = parse_object(str(path), 1, first).get("type")
+    except TraceError:
+        return ""
+    return kind if isinstance(kind, str) else ""
 
 
 def read_journal(path: str | Path) -> Journal:
@@ -116,23 +138,27 @@ def read_journal(path: str | Path) -> Journal:
     return journal
 
 
-def decode_line(value: dict[str, Any], text: str, file: str, number: int) -> JournalLine | None:
-    """Return the line that a JSON object stands for, None for one of an unknown type.
+def decode_line(
+    value: dict[str, Any], text: str, file: str, number: int, schemas: Mapping[str, type[Line]]
+) -> Line | None:
+    """Return the line that a JSON object stands for, None for one of a type that ``schemas`` does not have.
 
     Null is alike to absent, and unknown keys are ignored. ``text``, ``file`` and ``number`` are the object's
     source, for the place of an error. Raises TraceError for a missing or mistyped value.
     """
     kind = value.get("type")
-    schema = LINES.get(kind) if isinstance(kind, str) else None
+    schema = schemas.get(kind) if isinstance(kind, str) else None
     if schema is None:
         return None
     try:
         return msgspec.convert({key: item for key, item in value.items() if item is not None}, schema)
     except (msgspec.ValidationError, ConfigError) as error:
-        raise _placed(str(error), value, text, file, number) from None
+        raise _placed(str(error), schema, value, text, file, number) from None
 
 
-def _placed(message: str, value: dict[str, Any], text: str, file: str, number: int) -> TraceError:
+def _placed(
+    message: str, schema: type[Any], value: dict[str, Any], text: str, file: str, number: int
+) -> TraceError:
     """Return the error at the place of the value that msgspec's message is about."""
     missing = re.search(r"missing required field `(\w+)`", message)
     if missing:
@@ -142,7 +168,10 @@ def _placed(message: str, value: dict[str, Any], text: str, file: str, number: i
     if at:
         key = at[1]
         wanted = re.search(r"Expected `(\w+)", message)
-        expected = _EXPECTED.get(wanted[1], wanted[1]) if wanted else message
+        if wanted:
+            expected = _EXPECTED.get(wanted[1], wanted[1])
+        else:
+            expected = f"one of {', '.join(get_args(get_type_hints(schema)[key]))}"
         message = f"{key} is {value[key]!r}, expected {expected}"
     found = re.search(rf'"{re.escape(key)}"\s*:\s*', text)
     return TraceError(message, file=file, line=number, column=found.end() + 1 if found else 0)

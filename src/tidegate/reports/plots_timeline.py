@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from tidegate.measure.comparison import Entry
-from tidegate.measure.plot_style import ROLE_COLOURS, Look
 from tidegate.measure.run_view import RunView
+from tidegate.reports.comparison import Entry
+from tidegate.reports.plot_style import ROLE_COLOURS, Look
 
 SMOOTH_WINDOWS = 5
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tidegate.measure.comparison import Entry, TraceComparison
-from tidegate.measure.plot_style import STAGE_COLOURS, Look
+from tidegate.reports.comparison import Entry, TraceComparison
+from tidegate.reports.plot_style import STAGE_COLOURS, Look
 
 FAR = 1.3
 """Times the highest rate that was tried: a limit beyond would squeeze the curves."""

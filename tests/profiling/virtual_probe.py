@@ -9,10 +9,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from tidegate.bench.probe_target import Streams
 from tidegate.costs.forms import attention_work
 from tidegate.costs.profile import Profile
 from tidegate.engines.seam import LegEnd
+from tidegate.profiling.target import Streams
 from tidegate.protocol.chunks import Tokens
 
 

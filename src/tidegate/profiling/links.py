@@ -15,16 +15,16 @@ import time
 from collections.abc import Sequence
 from statistics import median
 
-from tidegate.bench.probe_target import ProbeTarget
-from tidegate.bench.saved_profile import LinkSample, MeasuredLink
 from tidegate.core.errors import ConfigError, EngineFault
 from tidegate.costs.fitting import TransferSample, fit_transfer
 from tidegate.costs.forms import TransferCost
+from tidegate.costs.saved_profile import LinkSample, MeasuredLink
 from tidegate.engines.seam import Json, KvHandle
 from tidegate.engines.vllm.client import Reply, ServerFacts, VllmClient
 from tidegate.engines.vllm.connector import Nixl
 from tidegate.engines.vllm.metrics import PULLED, VllmMetrics
 from tidegate.fleet.member import LEASE_S
+from tidegate.profiling.target import ProbeTarget
 
 LENGTHS = (64, 256, 1024, 4096)
 REPEATS = 5

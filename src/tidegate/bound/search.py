@@ -7,10 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tidegate.core.slo import Slo
-from tidegate.costs.forms import Values
-from tidegate.measure.limit_demand import Batching, Demand, Kind
-from tidegate.measure.limit_prices import (
+from tidegate.bound.demand import Batching, Demand, Kind
+from tidegate.bound.prices import (
     Prices,
     Reach,
     Steps,
@@ -19,7 +17,9 @@ from tidegate.measure.limit_prices import (
     prompt_worth,
     steps_of,
 )
-from tidegate.measure.limit_weights import Windows, Worth, attainable, windows_of, worst_weights
+from tidegate.bound.weights import Windows, Worth, attainable, windows_of, worst_weights
+from tidegate.core.slo import Slo
+from tidegate.costs.forms import Values
 
 WINDOWS = 40
 """Windows that the trace is cut into."""

@@ -59,13 +59,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from tidegate.bound.demand import Batching, Demand, Kind, demand_of, hopeless, kinds_of
+from tidegate.bound.prices import answer_worth, prompt_worth
+from tidegate.bound.search import Excluded, Market, Search
 from tidegate.core.errors import ConfigError
 from tidegate.core.instance import Instance
 from tidegate.core.slo import Slo
 from tidegate.costs.profile import Profile
-from tidegate.measure.limit_demand import Batching, Demand, Kind, demand_of, hopeless, kinds_of
-from tidegate.measure.limit_prices import answer_worth, prompt_worth
-from tidegate.measure.limit_search import Excluded, Market, Search
 from tidegate.workloads.trace import TraceRecord
 
 _ONE_PHASE = 0.9

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from run_cases import made_run
 
-from tidegate.measure.run_block import render_run
 from tidegate.measure.run_view import RunView, view_of
 from tidegate.measure.summary import KEYS, RunFacts, summarize_run
+from tidegate.reports.run_block import render_run
 
 FACTS = RunFacts("arrow", "t.csv", seed=0, wall_s=1.0, cpu_s=0.5)
 

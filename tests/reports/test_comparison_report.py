@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from comparison_cases import made_comparison, made_entry
 
-from tidegate.measure.comparison import write_tables
-from tidegate.measure.figures import draw_figures, write_pngs
-from tidegate.measure.html_report import render_page
-from tidegate.measure.plot_style import NoPlots, looks
+from tidegate.reports.comparison import write_tables
+from tidegate.reports.figures import draw_figures, write_pngs
+from tidegate.reports.page import render_page
+from tidegate.reports.plot_style import NoPlots, looks
 
 COMPARISON = made_comparison(
     made_entry("arrow", 8.0),

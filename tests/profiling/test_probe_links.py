@@ -11,7 +11,10 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from tidegate.bench.probe_links import (
+from tidegate.core.errors import ConfigError, EngineFault
+from tidegate.engines.vllm.client import ServerFacts, VllmClient
+from tidegate.engines.vllm.metrics import VllmMetrics
+from tidegate.profiling.links import (
     BY_BOTH,
     BY_ENGINE,
     BY_OUTSIDE,
@@ -22,9 +25,6 @@ from tidegate.bench.probe_links import (
     link_lengths,
     time_link,
 )
-from tidegate.core.errors import ConfigError, EngineFault
-from tidegate.engines.vllm.client import ServerFacts, VllmClient
-from tidegate.engines.vllm.metrics import VllmMetrics
 
 FACTS = ServerFacts(("m",), 1000, VllmMetrics(block_tokens=32, kv_blocks=500))
 BYTES_PER_TOKEN = 2048

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 
+from tidegate.bound.limit import FluidLimit, fluid_limit
 from tidegate.core.errors import ConfigError
 from tidegate.core.instance import Instance
 from tidegate.core.slo import Slo
 from tidegate.costs.forms import MixedCost, PrefillCost, StepCost
 from tidegate.costs.library import packaged_profile
 from tidegate.costs.profile import Profile
-from tidegate.measure.limit import FluidLimit, fluid_limit
 from tidegate.workloads import TraceRecord
 
 H100 = packaged_profile("h100_sxm/llama-3.1-8b").profile

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog
 from scipy.sparse import csr_array
 
+from tidegate.bound.demand import Batching, Demand, Kind
 from tidegate.costs.forms import Values
-from tidegate.measure.limit_demand import Batching, Demand, Kind
 
 PREFILL, DECODE, MIXED = 0, 1, 2
 """What a step holds: chunks only, decodes only, both."""

@@ -13,7 +13,7 @@ from tidegate.costs.library import PackagedProfile, packaged_profile
 from tidegate.costs.roofline import Shape, roofline_profile
 
 if TYPE_CHECKING:
-    from tidegate.bench.saved_profile import SavedProfile
+    from tidegate.costs.saved_profile import SavedProfile
 
 
 OLD_DAYS = 30.0
@@ -39,7 +39,7 @@ def measured_profile(name_or_file: str) -> SavedProfile | None:
     """Return the measured profile that a user named; None for one of another kind. Raises ConfigError."""
     if not name_or_file.endswith(".json") or name_or_file.partition(":")[0] in DERIVED:
         return None
-    from tidegate.bench.saved_profile import read_profile
+    from tidegate.costs.saved_profile import read_profile
 
     return read_profile(Path(name_or_file))
 

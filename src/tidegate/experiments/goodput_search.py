@@ -11,19 +11,19 @@ policies can make attainment fall and rise again. The lower end is therefore the
 rate up to which an operator may load the system; the last crossing would be the luckiest one.
 
 Over seeds, goodput is the mean of the seeds' lower ends, with Student's t interval on them: the seeds are
-independent draws of the same workload. Two systems searched with the same seeds are compared by the
-differences of ``by_seed`` (``t_interval`` of those), which cancels what the seeds share.
+independent draws of the same workload.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from tidegate.core.errors import ConfigError
+from tidegate.reports.comparison import LevelGoodput, RunAt
 
 CONFIDENCE = 0.95
 """Of the interval over seeds."""
@@ -41,19 +41,12 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True)
-class Probed:
-    """A run that was made, and the share of its offered requests that attained."""
-
-    probe: Probe
-    attainment: float
-
-
-@dataclass(frozen=True, slots=True)
 class SearchSettings:
     """What to look for, and where.
 
     ``low_rps`` to ``high_rps`` is the first guess at where goodput lies, not a bound on it: the bracket grows
-    beyond either end, down to ``floor_rps`` and up to ``ceiling_rps``, by default a factor of 1000 each way.
+    beyond either end, up to a thousand times ``high_rps`` and down to ``floor_rps``, by default a thousandth
+    of ``low_rps``.
     """
 
     level: float = 0.90
@@ -62,7 +55,6 @@ class SearchSettings:
     tolerance: float = 0.02
     seeds: tuple[int, ...] = (0,)
     floor_rps: float | None = None
-    ceiling_rps: float | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -78,10 +70,8 @@ class SearchSettings:
             problems.append(f"a search needs seeds, each once, got {self.seeds}")
         if problems:
             raise ConfigError(problems)
-        if not 0 < self.floor <= self.low_rps or not self.high_rps <= self.ceiling < math.inf:
-            raise ConfigError(
-                f"{self.low_rps} to {self.high_rps} must lie within {self.floor} to {self.ceiling}"
-            )
+        if not 0 < self.floor <= self.low_rps:
+            raise ConfigError(f"the floor must be positive and at most {self.low_rps}, got {self.floor}")
 
     @property
     def floor(self) -> float:
@@ -91,26 +81,7 @@ class SearchSettings:
     @property
     def ceiling(self) -> float:
         """The highest rate that is tried."""
-        return self.high_rps * 1000.0 if self.ceiling_rps is None else self.ceiling_rps
-
-
-@dataclass(frozen=True, slots=True)
-class GoodputFound:
-    """Goodput in requests per second, and every run behind it.
-
-    ``low_rps`` and ``high_rps`` are the confidence interval over seeds, both ``goodput_rps`` for a single
-    seed, which says nothing about the spread. ``by_seed`` has the seeds in the order of the settings.
-    ``reason`` is empty, or says why the figure is only a bound: nothing met down to the floor (0), or all
-    up to the top.
-    """
-
-    level: float
-    goodput_rps: float
-    low_rps: float
-    high_rps: float
-    by_seed: tuple[float, ...]
-    probes: tuple[Probed, ...]
-    reason: str = ""
+        return self.high_rps * 1000.0
 
 
 @dataclass(slots=True)
@@ -158,42 +129,36 @@ class GoodputSearch:
     def __init__(self, settings: SearchSettings) -> None:
         self.settings = settings
         self._brackets = {seed: _Bracket(settings) for seed in settings.seeds}
-        self._told: list[Probed] = []
+        self._told: list[RunAt] = []
 
     def next_probes(self) -> tuple[Probe, ...]:
         """Return the runs that are wanted now, at most one per seed; the same ones until they are told."""
         wanted = ((seed, bracket.next_rate()) for seed, bracket in self._brackets.items())
         return tuple(Probe(seed, rate) for seed, rate in wanted if rate is not None)
 
-    def tell(self, answers: Iterable[Probed]) -> None:
+    def tell(self, answers: Iterable[RunAt]) -> None:
         """Take note of finished runs. Raises ConfigError for a seed or an attainment that cannot be."""
-        for answer in answers:
-            probe = answer.probe
-            if probe.seed not in self._brackets:
-                raise ConfigError(
-                    f"this search has no seed {probe.seed}; its seeds are {self.settings.seeds}"
-                )
-            if not 0 <= answer.attainment <= 1 or not 0 < probe.rate_rps < math.inf:
-                raise ConfigError(
-                    f"attainment {answer.attainment} at {probe.rate_rps} requests/s is not a result"
-                )
-            if probe.rate_rps not in self._brackets[probe.seed].seen:
-                self._told.append(answer)
-            self._brackets[probe.seed].seen[probe.rate_rps] = answer.attainment
+        for run in answers:
+            if run.seed not in self._brackets:
+                raise ConfigError(f"this search has no seed {run.seed}; its seeds are {self.settings.seeds}")
+            if not 0 <= run.attainment <= 1 or not 0 < run.rate_rps < math.inf:
+                raise ConfigError(f"attainment {run.attainment} at {run.rate_rps} requests/s is not a result")
+            if run.rate_rps not in self._brackets[run.seed].seen:
+                self._told.append(run)
+            self._brackets[run.seed].seen[run.rate_rps] = run.attainment
 
-    @property
-    def done(self) -> bool:
-        """Tell whether nothing more is wanted."""
-        return not self.next_probes()
+    def result(self, limit_rps: float | None = None) -> LevelGoodput:
+        """Return what is known, with the limit that belongs to it; before the end, what is known so far.
 
-    def result(self) -> GoodputFound:
-        """Return what is known; before ``done``, what the brackets' lower ends say so far."""
+        The goodput has its confidence interval over seeds, equal to it for a single seed, which says nothing
+        about the spread. ``reason`` is empty, or says why the goodput is only a bound: nothing met down to
+        the floor (0), or all up to the top.
+        """
         brackets = list(self._brackets.values())
-        by_seed = tuple(bracket.met_rps or 0.0 for bracket in brackets)
-        mean, low, high = t_interval(by_seed)
-        return GoodputFound(
-            self.settings.level, mean, max(0.0, low), high, by_seed, tuple(self._told), self._reason(brackets)
-        )
+        mean, low, high = t_interval([bracket.met_rps or 0.0 for bracket in brackets])
+        reason = self._reason(brackets)
+        runs = tuple(self._told)
+        return LevelGoodput(self.settings.level, "", mean, max(0.0, low), high, limit_rps, runs, reason)
 
     def _reason(self, brackets: Sequence[_Bracket]) -> str:
         settings = self.settings
@@ -215,33 +180,13 @@ class GoodputSearch:
         return "; ".join(reasons)
 
 
-def search_goodput(
-    measure: Callable[[float, int], float],
-    *,
-    level: float = 0.90,
-    low_rps: float,
-    high_rps: float,
-    tolerance: float = 0.02,
-    seeds: Sequence[int] = (0,),
-) -> GoodputFound:
-    """Search by calling ``measure(rate_rps, seed)``, which returns the attainment of one run.
-
-    Raises ConfigError as ``SearchSettings`` and ``GoodputSearch.tell`` do.
-    """
-    settings = SearchSettings(level, low_rps, high_rps, tolerance, tuple(seeds))
-    search = GoodputSearch(settings)
-    while probes := search.next_probes():
-        search.tell(Probed(probe, measure(probe.rate_rps, probe.seed)) for probe in probes)
-    return search.result()
-
-
-def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:
+def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Return the mean of ``values`` and the ends of Student's interval for it, equal for one value."""
     mean = float(np.mean(values))
     if len(values) < 2:
         return mean, mean, mean
     from scipy.special import stdtrit  # slow to import, and few runs need it
 
-    half = float(stdtrit(len(values) - 1, 0.5 + 0.5 * confidence) * np.std(values, ddof=1))
+    half = float(stdtrit(len(values) - 1, 0.5 + 0.5 * CONFIDENCE) * np.std(values, ddof=1))
     half /= math.sqrt(len(values))
     return mean, mean - half, mean + half

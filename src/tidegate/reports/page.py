@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from tidegate.measure.comparison import Comparison, Entry, TraceComparison, cost_per_million
-from tidegate.measure.figures import Figure
-from tidegate.measure.plot_style import looks
+from tidegate.reports.comparison import Comparison, Entry, TraceComparison, cost_per_million
+from tidegate.reports.figures import Figure
+from tidegate.reports.plot_style import looks
 
 STYLE = """
 :root { color-scheme: light; }

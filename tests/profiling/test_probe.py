@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from virtual_probe import VirtualLoop, VirtualTarget
 
-from tidegate.bench.probe import Limits, Prober
-from tidegate.bench.probe_fit import Fitted, fit_timed
-from tidegate.bench.probe_gaps import chunks_between, gap_of_chunk, step_seconds, token_budget
-from tidegate.bench.probe_target import ProbeTarget
 from tidegate.costs.library import packaged_profile
+from tidegate.profiling.fit import Fitted, fit_timed
+from tidegate.profiling.gaps import chunks_between, gap_of_chunk, step_seconds, token_budget
+from tidegate.profiling.prober import Limits, Prober
+from tidegate.profiling.target import ProbeTarget
 
 FRONT_S = 0.007
 

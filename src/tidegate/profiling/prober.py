@@ -12,8 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
-from tidegate.bench.probe_fit import Timed
-from tidegate.bench.probe_gaps import (
+from tidegate.core.errors import EngineTimeout
+from tidegate.costs.fitting import MixedSample, StepSample
+from tidegate.profiling.fit import Timed
+from tidegate.profiling.gaps import (
     BEFORE,
     REMAINDER_SAFE,
     chunks_between,
@@ -21,9 +23,7 @@ from tidegate.bench.probe_gaps import (
     step_seconds,
     token_budget,
 )
-from tidegate.bench.probe_target import ProbeTarget, Streams
-from tidegate.core.errors import EngineTimeout
-from tidegate.costs.fitting import MixedSample, StepSample
+from tidegate.profiling.target import ProbeTarget, Streams
 
 LENGTHS = (16, 64, 256, 1024, 32, 128, 512, 2048, 4096, 8192, 192, 384, 768, 1536, 3072, 6144)
 CACHED = ((64, 512), (64, 2048), (256, 2048), (64, 8192), (256, 8192))

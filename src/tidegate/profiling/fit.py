@@ -9,7 +9,6 @@ from typing import TypeVar
 
 import numpy as np
 
-from tidegate.bench.saved_profile import HeldOut
 from tidegate.core.errors import ConfigError
 from tidegate.costs.fitting import (
     MixedSample,
@@ -22,6 +21,7 @@ from tidegate.costs.fitting import (
 from tidegate.costs.forms import MixedCost, TransferCost, attention_work
 from tidegate.costs.library import INTRA_NODE_LATENCY_S, LINK_EFFICIENCY, PORT_BYTES_PER_S
 from tidegate.costs.profile import Profile
+from tidegate.costs.saved_profile import HeldOut
 
 Sample = TypeVar("Sample", PrefillSample, StepSample, MixedSample)
 

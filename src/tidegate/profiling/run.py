@@ -15,18 +15,18 @@ import uvloop
 
 from tidegate import __version__
 from tidegate.bench.endpoint import Endpoint, probe_endpoint
-from tidegate.bench.probe import Limits, Prober
-from tidegate.bench.probe_facts import busy_servers, engine_name, hardware_name, prompt_tokens_served
-from tidegate.bench.probe_fit import Fitted, fit_timed
-from tidegate.bench.probe_links import LinkEnd, fit_link, time_link, told_link
-from tidegate.bench.probe_target import ProbeTarget
-from tidegate.bench.saved_profile import LinkSample, MeasuredLink, SavedProfile
 from tidegate.bench.settings import BenchSettings, PromptForm
 from tidegate.core.errors import ConfigError, EngineError
 from tidegate.costs.forms import TransferCost
 from tidegate.costs.profile import Profile
+from tidegate.costs.saved_profile import LinkSample, MeasuredLink, SavedProfile
 from tidegate.engines.vllm.client import ServerFacts, VllmClient
 from tidegate.fleet.static import checked_url
+from tidegate.profiling.facts import busy_servers, engine_name, hardware_name, prompt_tokens_served
+from tidegate.profiling.fit import Fitted, fit_timed
+from tidegate.profiling.links import LinkEnd, fit_link, time_link, told_link
+from tidegate.profiling.prober import Limits, Prober
+from tidegate.profiling.target import ProbeTarget
 from tidegate.workloads.prompts import TokenPrompts
 
 MOST_SERVERS = 16

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tidegate.measure.percentiles import Summary
-from tidegate.measure.report import RunReport
+from tidegate.reports.journal_report import RunReport
 
 TIMELINE_ROWS = 20
 

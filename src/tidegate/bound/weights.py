@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog
 from scipy.sparse import coo_array, csr_array
 
+from tidegate.bound.demand import ROUNDING, Demand
 from tidegate.core.slo import Slo
 from tidegate.costs.forms import Values
-from tidegate.measure.limit_demand import ROUNDING, Demand
 
 Indices = NDArray[np.int64]
 _BUCKETS = np.array([0.5, 0.7, 0.8, 0.85, 0.9, 0.95])

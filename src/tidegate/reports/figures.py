@@ -10,10 +10,10 @@ from typing import Any
 
 from tidegate.core.slo import Slo
 from tidegate.core.stages import LATER_STAGES, TTFT_STAGES
-from tidegate.measure.comparison import Comparison, Entry, TraceComparison
-from tidegate.measure.plot_style import Look, as_png, as_svg, looks, styled
-from tidegate.measure.plots import draw_attainment, draw_cdf, draw_goodput, draw_stages
-from tidegate.measure.plots_timeline import draw_over_time, draw_rate, draw_roles
+from tidegate.reports.comparison import Comparison, Entry, TraceComparison
+from tidegate.reports.plot_style import Look, as_png, as_svg, looks, styled
+from tidegate.reports.plots import draw_attainment, draw_cdf, draw_goodput, draw_stages
+from tidegate.reports.plots_timeline import draw_over_time, draw_rate, draw_roles
 
 WIDTH_IN = 9.6
 LEGEND = {"loc": "outside lower center", "ncols": 3}

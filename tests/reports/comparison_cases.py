@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from run_cases import made_run
 
-from tidegate.measure.comparison import Comparison, Entry, LevelGoodput, RunAt, TraceComparison
 from tidegate.measure.run_view import view_of
 from tidegate.measure.summary import RunFacts, summarize_run
+from tidegate.reports.comparison import Comparison, Entry, LevelGoodput, RunAt, TraceComparison
 
 
 def made_entry(

@@ -1,0 +1,1 @@
+"""Runs, comparisons and recordings as text, tables, charts and pages."""
