@@ -18,7 +18,9 @@ from tidegate.bench.recorder import Recorder
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
 from tidegate.measure import RequestResult, build_bench_report, read_results
-from tidegate.workloads import TokenPrompts, TraceRecord, read_trace
+from tidegate.workloads.prompts import TokenPrompts
+from tidegate.workloads.readers import read_trace
+from tidegate.workloads.trace import TraceRecord
 
 
 def requests(count: int, *, every_s: float = 0.002, tokens: int = 3) -> list[TraceRecord]:

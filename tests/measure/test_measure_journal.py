@@ -13,7 +13,7 @@ from rich.console import Console
 from tidegate.core.slo import Slo
 from tidegate.journal import read_journal
 from tidegate.measure import build_report, render_report
-from tidegate.workloads import read_trace
+from tidegate.workloads.readers import read_trace
 
 HEADER = {
     "type": "header", "version": "0.1.0", "system": "arrow", "started_unix_s": 1.0,
