@@ -25,7 +25,8 @@ from tidegate.core.slo import Slo
 from tidegate.dataplane.roster import parse_groups, replicas_in
 from tidegate.sim import SimSettings, simulate
 from tidegate.systems import make_system
-from tidegate.workloads import WorkloadChoice, load_workload
+from tidegate.workloads.choice import WorkloadChoice, load_workload
+from tidegate.workloads.trace import Workload
 
 TIDEGATE = (sys.executable, "-m", "tidegate")
 FIGURES = ("ttft p50", "ttft p99", "tpot p50", "tpot p99", "attainment", "flips")
@@ -98,7 +99,7 @@ def simulated(system: str, args: argparse.Namespace, front_s: float) -> Run:
     return Run(table.ttft_s, table.tpot_s, float(np.mean(table.attained)), run.flips)
 
 
-def load(args: argparse.Namespace) -> list[Any]:
+def load(args: argparse.Namespace) -> Workload:
     """Return the requests that both worlds serve."""
     choice = WorkloadChoice(
         trace=args.trace, scale_rate=args.scale_rate, start_s=args.start, duration_s=args.duration

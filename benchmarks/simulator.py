@@ -11,7 +11,6 @@ import argparse
 import multiprocessing
 import resource
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -20,7 +19,10 @@ from tidegate.costs.library import packaged_profile
 from tidegate.dataplane.replica import replicas_of
 from tidegate.sim import SimSettings, simulate
 from tidegate.systems import make_system
-from tidegate.workloads import Poisson, TraceRecord, read_trace, resample
+from tidegate.workloads.arrivals import Poisson
+from tidegate.workloads.generate import arrival_times_s, resample
+from tidegate.workloads.readers import read_trace
+from tidegate.workloads.trace import Workload
 
 SLO = Slo(0.5, 0.05)
 PROFILE = "h100_sxm/llama-3.1-8b"
@@ -29,8 +31,6 @@ PER_INSTANCE_RPS = 17.5
 """Near goodput of 2P2D on the lengths of Azure's conversations of 2023."""
 LEAST_PER_INSTANCE = 100
 """Requests per instance, so that a large fleet fills up, too."""
-FROM_A_STREAM = 500_000
-"""So many requests are drawn while the clock runs, about 20 microseconds each, to spare memory."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class Case:
     lengths: str = SAMPLE
     rps: float = PER_INSTANCE_RPS
 
-    def records(self) -> Iterable[TraceRecord]:
+    def workload(self) -> Workload:
         if self.trace:
             return read_trace(self.trace)
         rate_rps = self.rps * (self.prefill + self.decode)
-        lengths = list(read_trace(self.lengths))
         requests = max(self.requests, LEAST_PER_INSTANCE * (self.prefill + self.decode))
-        return islice(resample(Poisson(rate_rps), lengths, seed=1), requests)
+        times_s = islice(arrival_times_s(Poisson(rate_rps), seed=1), requests)
+        return resample(times_s, read_trace(self.lengths), seed=1)
 
 
 def measure(case: Case) -> str:
@@ -60,9 +60,9 @@ def measure(case: Case) -> str:
     instances = case.prefill + case.decode
     fleet = replicas_of(packaged_profile(PROFILE), instances)
     system = make_system(case.system, slo=SLO, split=(case.prefill, case.decode))
-    records = case.records() if case.requests >= FROM_A_STREAM else list(case.records())
+    workload = case.workload()
     start_s = time.process_time()
-    run = simulate(records, system, fleet, SimSettings(slo=SLO, leap=case.leap))
+    run = simulate(workload, system, fleet, SimSettings(slo=SLO, leap=case.leap))
     cpu_s = time.process_time() - start_s
     count = len(run.requests)
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -11,7 +11,7 @@ import pytest
 from fake_openai import FakeOpenAI, Offer, serving
 
 from tidegate.bench import BenchRun, BenchSettings, run_bench
-from tidegate.workloads import TraceRecord
+from tidegate.workloads.trace import TraceRecord
 
 
 @pytest.fixture

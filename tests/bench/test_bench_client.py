@@ -19,7 +19,9 @@ from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
 from tidegate.measure.results import RequestResult, read_results
 from tidegate.reports.bench_report import build_bench_report
-from tidegate.workloads import TokenPrompts, TraceRecord, read_trace
+from tidegate.workloads.prompts import TokenPrompts
+from tidegate.workloads.readers import read_trace
+from tidegate.workloads.trace import TraceRecord
 
 
 def requests(count: int, *, every_s: float = 0.002, tokens: int = 3) -> list[TraceRecord]:

@@ -8,7 +8,7 @@ import pytest
 
 from tidegate.bench import BenchSettings
 from tidegate.core.errors import ConfigError
-from tidegate.workloads import WorkloadChoice, load_workload
+from tidegate.workloads.choice import WorkloadChoice, load_workload
 
 
 @pytest.fixture

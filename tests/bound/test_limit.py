@@ -13,7 +13,7 @@ from tidegate.core.slo import Slo
 from tidegate.costs.forms import MixedCost, PrefillCost, StepCost
 from tidegate.costs.library import packaged_profile
 from tidegate.costs.profile import Profile
-from tidegate.workloads import TraceRecord
+from tidegate.workloads.trace import TraceRecord
 
 H100 = packaged_profile("h100_sxm/llama-3.1-8b").profile
 L40S = packaged_profile("l40s/llama-3.1-8b").profile
@@ -114,7 +114,7 @@ def test_a_burst_binds_where_most_of_the_requests_are() -> None:
 
 def test_shared_prefixes_cost_their_prefill_once() -> None:
     alone = limit(even(4000, 1024, 1), [H100], Slo(0.5, 0.05))
-    shared = [replace(r, hash_ids=(7, 10 + i)) for i, r in enumerate(even(4000, 1024, 1))]
+    shared = [r._replace(hash_ids=(7, 10 + i)) for i, r in enumerate(even(4000, 1024, 1))]
     found = limit(shared, [H100], Slo(0.5, 0.05))
     assert found.limit_rps is not None and alone.limit_rps is not None
     assert 1.8 * alone.limit_rps < found.limit_rps < 2.2 * alone.limit_rps
@@ -122,7 +122,7 @@ def test_shared_prefixes_cost_their_prefill_once() -> None:
 
 def test_requests_that_miss_even_alone_leave_no_limit() -> None:
     records = even(100, 500, 10)
-    records[::5] = [replace(r, input_tokens=60_000) for r in records[::5]]
+    records[::5] = [r._replace(input_tokens=60_000) for r in records[::5]]
     found = limit(records, [H100], Slo(0.5, 0.05))
     assert (found.limit_rps, found.hopeless) == (0.0, 20)
     assert "20.0% of the requests miss the SLO ttft:500,tpot:50 even alone" in found.binding

@@ -5,13 +5,12 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tidegate.cli.main import main
-from tidegate.workloads import read_trace
+from tidegate.workloads.readers import read_trace
 
 SESSIONS = "session_id,round,input_tokens,output_tokens,prefix_hit_tokens\n" + "".join(
     f"{s},{k},{100 * (k + 1)},20,{100 * k}\n" for s in range(8) for k in range(3)
@@ -126,8 +125,8 @@ def test_make_starts_sessions_and_keeps_them_whole(run: Run) -> None:
 
 def test_make_starts_the_sessions_of_a_timed_trace_anew(run: Run) -> None:
     assert run("make", "a.jsonl", "--base", "sample:tau-airline", "--sessions-per-s", "1")[0] == 0
-    made = {(r.session_id, r.turn): replace(r, arrival_s=0.0) for r in read_trace("a.jsonl")}
-    base = {(r.session_id, r.turn): replace(r, arrival_s=0.0) for r in read_trace("sample:tau-airline")}
+    made = {(r.session_id, r.turn): r._replace(arrival_s=0.0) for r in read_trace("a.jsonl")}
+    base = {(r.session_id, r.turn): r._replace(arrival_s=0.0) for r in read_trace("sample:tau-airline")}
     assert made == base
 
 

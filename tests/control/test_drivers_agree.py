@@ -19,7 +19,7 @@ from tidegate.core.slo import Slo
 from tidegate.costs.library import packaged_profile
 from tidegate.dataplane.replica import replicas_of
 from tidegate.journal.reader import decode_line
-from tidegate.journal.schema import InputLine, JournalLine
+from tidegate.journal.schema import LINES, InputLine, JournalLine
 from tidegate.journal.writer import JournalWriter
 from tidegate.ledger.snapshot import Snapshot
 from tidegate.policies.protocols import PrefillPlacement, Signal
@@ -27,7 +27,7 @@ from tidegate.signals.prefix import PrefixIndex
 from tidegate.sim import SimSettings, simulate
 from tidegate.systems import make_system
 from tidegate.systems.system import System
-from tidegate.workloads import TraceRecord
+from tidegate.workloads.trace import TraceRecord
 
 SLO = Slo(0.3, 0.02)
 BLOCK_TOKENS = 64
@@ -172,4 +172,4 @@ def test_a_live_journals_inputs_give_its_decisions_again(monkeypatch: pytest.Mon
 
 
 def parsed(line: bytes) -> JournalLine | None:
-    return decode_line(orjson.loads(line), line.decode(), "live", 1)
+    return decode_line(orjson.loads(line), line.decode(), "live", 1, LINES)

@@ -14,7 +14,7 @@ from tidegate.core.slo import Slo
 from tidegate.journal import read_journal
 from tidegate.reports.journal_report import build_report
 from tidegate.reports.journal_tables import render_report
-from tidegate.workloads import read_trace
+from tidegate.workloads.readers import read_trace
 
 HEADER = {
     "type": "header", "version": "0.1.0", "system": "arrow", "started_unix_s": 1.0,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from tidegate.costs.forms import attention_work
 from tidegate.sim import Replica
-from tidegate.workloads import TraceRecord
+from tidegate.workloads.trace import TraceRecord
 
 
 @dataclass(eq=False)

@@ -20,7 +20,7 @@ from tidegate.sim import EngineSettings, Replica, SimRun, SimSettings, simulate
 from tidegate.systems import System, make_system
 from tidegate.testing import instance
 from tidegate.testing.builders import REFERENCE
-from tidegate.workloads import TraceRecord
+from tidegate.workloads.trace import TraceRecord
 
 SYSTEMS = ["arrow", "arrow-v1", "static", "minimal-load", "colocated", "round-robin"]
 ORDERS = ["fifo", "edf", "sjf", "feasible-first"]

@@ -21,7 +21,8 @@ from tidegate.reports.journal_report import build_report
 from tidegate.sim import EngineSettings, Replica, SimRun, SimSettings, simulate
 from tidegate.systems import System, make_system
 from tidegate.testing import REFERENCE, instance
-from tidegate.workloads import TraceRecord, read_trace
+from tidegate.workloads.readers import read_trace
+from tidegate.workloads.trace import TraceRecord
 
 SLO = Slo(0.5, 0.05)
 

@@ -19,7 +19,8 @@ from tidegate.costs.profile import Profile
 from tidegate.dataplane.replica import EngineSettings, Replica, replicas_of
 from tidegate.sim import SimSettings, simulate
 from tidegate.systems import make_system
-from tidegate.workloads import TraceRecord, scale_rate
+from tidegate.workloads.trace import TraceRecord, Workload
+from tidegate.workloads.transform import scale_rate
 
 SYSTEMS = ("colocated", "minimal-load", "arrow", "static")
 QUICK = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -149,7 +150,9 @@ def bound_holds(case: Case) -> None:
     slo = Slo(prefill_s * rng.uniform(2, 12), step_s * rng.uniform(1.2, 4))
     guess = limit_of(records, replicas, slo, 0.9).scale
     scale = case.load * (guess or 10 ** rng.uniform(0, 4))
-    attained = share_attained(scale_rate(records, scale), replicas, f"{case.system}+{case.order}", slo)
+    attained = share_attained(
+        scale_rate(Workload.of(records), scale), replicas, f"{case.system}+{case.order}", slo
+    )
     if attained > 0:
         # What a system attained at this rate, the bound at that very level must allow.
         bound = limit_of(records, replicas, slo, attained)
@@ -163,5 +166,11 @@ def test_a_plain_system_comes_within_a_tenth() -> None:
     slo = Slo(0.5, 0.05)
     found = limit_of(records, replicas, slo, 0.99)
     assert found.scale is not None
-    assert share_attained(scale_rate(records, 0.9 * found.scale), replicas, "colocated", slo) >= 0.99
-    assert share_attained(scale_rate(records, 1.01 * found.scale), replicas, "colocated", slo) < 0.99
+    assert (
+        share_attained(scale_rate(Workload.of(records), 0.9 * found.scale), replicas, "colocated", slo)
+        >= 0.99
+    )
+    assert (
+        share_attained(scale_rate(Workload.of(records), 1.01 * found.scale), replicas, "colocated", slo)
+        < 0.99
+    )

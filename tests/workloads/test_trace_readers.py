@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidegate.core.errors import TraceError
-from tidegate.workloads import TraceRecord, read_trace, read_untimed
+from tidegate.workloads.readers import read_trace, read_untimed
+from tidegate.workloads.trace import TraceRecord
 
 ids = st.integers(0, 2**40)
 names = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=8)
@@ -157,6 +158,10 @@ MOON = '{"timestamp": 0, "input_length": 5, "output_length": 1}\n'
         (MOON + '{"timestamp": -1, "input_length": 5, "output_length": 1}\n', 2, 15, "timestamp is -1"),
         (MOON.replace("0", "7") + MOON, 2, 15, "timestamp is 0, earlier than the line before"),
         (MOON.replace("}", ', "color": 1}'), 1, 66, "unknown key 'color'"),
+        # The first line that is wrong, whichever of its columns it is.
+        (OWN + "0.0,10,x\n1.0,ten,5\n0.5,1,1\n", 2, 8, "output_tokens is 'x'"),
+        (OWN + "0.0,10,5\n1.0,10,0.5\n1.0,10\n", 3, 8, "output_tokens is '0.5'"),
+        (MOON + '{"timestamp": 9, "input_length": 5, "output_length": -1}\n{"timestamp": -1\n', 2, 54, "-1"),
         ("", 0, 0, "the file is empty"),
         (OWN.encode() + b"0.0,\xff,5\n", 1, 0, "not UTF-8"),
     ],

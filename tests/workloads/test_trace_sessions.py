@@ -5,13 +5,16 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tidegate.core.errors import TraceError
-from tidegate.workloads import TraceRecord, by_session, read_trace, read_untimed, schedule_sessions, window
-from tidegate.workloads.sessions import SessionTurn, fitting_block, with_prefixes
+from tidegate.workloads.readers import read_trace, read_untimed
+from tidegate.workloads.sessions import fitting_block, with_prefixes
+from tidegate.workloads.trace import TraceRecord, Workload
+from tidegate.workloads.transform import by_session, schedule_sessions, window
 
 AGENTIC = (
     "session_id,agent,round,session_t_s,input_tokens,output_tokens,"
@@ -25,27 +28,29 @@ def shared(one: TraceRecord, other: TraceRecord) -> int:
 
 
 @st.composite
-def conversations(draw: st.DrawFn) -> list[SessionTurn]:
-    """Sessions whose every turn shares up to all of the turn before it, answer included."""
-    turns: list[SessionTurn] = []
+def conversations(draw: st.DrawFn) -> list[tuple[TraceRecord, int]]:
+    """Sessions whose every turn shares so many tokens, up to all, of the turn before it, answer included."""
+    turns: list[tuple[TraceRecord, int]] = []
     for session in range(draw(st.integers(1, 3))):
         held = 0
         for turn in range(draw(st.integers(1, 5))):
             hit = draw(st.integers(0, held))
             inputs = hit + draw(st.integers(1, 700))
             outputs = draw(st.integers(1, 300))
-            record = TraceRecord(0.0, inputs, outputs, session_id=f"s{session}", turn=turn)
-            turns.append(SessionTurn(record, hit))
+            turns.append((TraceRecord(0.0, inputs, outputs, session_id=f"s{session}", turn=turn), hit))
             held = inputs + outputs
     return turns
 
 
 @given(conversations(), st.sampled_from((16, 64, 512)))
-def test_consecutive_turns_share_exactly_the_published_prefix(turns: list[SessionTurn], block: int) -> None:
-    records = list(with_prefixes(turns, block))
-    for before, after, turn in zip(records, records[1:], turns[1:], strict=False):
+def test_consecutive_turns_share_exactly_the_published_prefix(
+    turns: list[tuple[TraceRecord, int]], block: int
+) -> None:
+    bare, hits = zip(*turns, strict=True)
+    records = list(with_prefixes(Workload.of(bare), np.array(hits), block))
+    for before, after, hit in zip(records, records[1:], hits[1:], strict=False):
         if before.session_id == after.session_id:
-            assert shared(before, after) == turn.hit_tokens // block
+            assert shared(before, after) == hit // block
         else:
             assert not set(before.hash_ids) & set(after.hash_ids)
     for record in records:
@@ -53,8 +58,7 @@ def test_consecutive_turns_share_exactly_the_published_prefix(turns: list[Sessio
 
 
 def test_the_block_is_as_fine_as_the_budget_allows() -> None:
-    turns = [SessionTurn(TraceRecord(0.0, 990, 10), 0)] * 64
-    assert [fitting_block(turns, budget) for budget in (4000, 3999, 130, 1)] == [16, 32, 512, 512]
+    assert [fitting_block(64_000, budget) for budget in (4000, 3999, 130, 1)] == [16, 32, 512, 512]
 
 
 def test_a_sub_agent_shares_with_its_like_and_a_missing_pause_is_told_from_the_times(tmp_path: Path) -> None:
@@ -82,7 +86,7 @@ def test_a_prefix_longer_than_its_prompt_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_gap_is_the_pause_of_a_closed_loop_too() -> None:
-    turns = [TraceRecord(0.0, 5, 1, session_id="a", turn=k) for k in range(3)]
+    turns = Workload.of(TraceRecord(0.0, 5, 1, session_id="a", turn=k) for k in range(3))
     made = list(schedule_sessions(turns, iter([1.0]), 2.0))
     assert [(r.arrival_s, r.delay_s) for r in made] == [(1.0, None), (3.0, 2.0), (5.0, 2.0)]
 
@@ -90,7 +94,7 @@ def test_the_gap_is_the_pause_of_a_closed_loop_too() -> None:
 def test_a_timed_trace_comes_apart_into_sessions_and_back() -> None:
     times = [("a/main", 5.0), ("b", 6.0), ("a/x", 7.0), ("b", 9.0), ("", 9.5)]
     trace = [TraceRecord(at, k + 1, 1, session_id=name) for k, (name, at) in enumerate(times)]
-    apart = list(by_session(trace))
+    apart = by_session(Workload.of(trace))
     assert [(r.session_id, r.arrival_s) for r in apart] == [
         ("a/main", 0.0), ("a/x", 2.0), ("b", 0.0), ("b", 3.0), ("", 0.0),
     ]  # fmt: skip
@@ -98,7 +102,7 @@ def test_a_timed_trace_comes_apart_into_sessions_and_back() -> None:
 
 
 def test_a_turn_whose_earlier_turns_are_cut_off_waits_for_nobody() -> None:
-    trace = [TraceRecord(float(k), 5, 1, session_id="a", turn=k, delay_s=1.0) for k in range(4)]
+    trace = Workload.of(TraceRecord(float(k), 5, 1, session_id="a", turn=k, delay_s=1.0) for k in range(4))
     assert [(r.turn, r.delay_s) for r in window(trace, 2.0)] == [(2, None), (3, 1.0)]
 
 

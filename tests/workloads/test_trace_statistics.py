@@ -13,24 +13,19 @@ import pytest
 from tidegate.bound.phase_load import phase_load
 from tidegate.core.errors import ConfigError, SetupError
 from tidegate.costs.library import packaged_profile
-from tidegate.workloads import (
-    Gamma,
-    RateCurve,
-    TraceRecord,
-    cached_tokens,
-    generate,
-    parse_token_counts,
-    preset,
-    preset_names,
-    read_rate_curve,
-    read_trace,
-    statistics,
-)
+from tidegate.workloads.arrivals import Gamma
+from tidegate.workloads.generate import arrival_times_s, generate
+from tidegate.workloads.presets import preset, preset_names
+from tidegate.workloads.rate_curve import RateCurve, read_rate_curve
+from tidegate.workloads.readers import read_trace
+from tidegate.workloads.token_counts import parse_token_counts
+from tidegate.workloads.trace import TraceRecord, Workload
+from tidegate.workloads.trace_statistics import cached_tokens, statistics
 
 
 def test_the_chat_sample_has_its_published_character() -> None:
     """The figures were computed once with other code from the published file."""
-    about = statistics(list(read_trace("sample:azure-conv")), timed=True)
+    about = statistics(read_trace("sample:azure-conv"), timed=True)
     assert about.arrivals is not None
     assert about.requests == 2867
     assert about.arrivals.rate_rps == pytest.approx(4.78, abs=0.01)
@@ -45,7 +40,7 @@ def test_the_chat_sample_has_its_published_character() -> None:
 def test_burstiness_of_renewal_arrivals(cv: float, idc: float) -> None:
     # The index of dispersion of a renewal process tends to the squared CV of its gaps.
     lengths = parse_token_counts("100")
-    trace = list(islice(generate(Gamma(10.0, cv), lengths, lengths, seed=1), 200_000))
+    trace = generate(islice(arrival_times_s(Gamma(10.0, cv), seed=1), 200_000), lengths, lengths, seed=1)
     arrivals = statistics(trace, timed=True).arrivals
     assert arrivals is not None
     assert arrivals.cv == pytest.approx(cv, rel=0.03)
@@ -55,18 +50,20 @@ def test_burstiness_of_renewal_arrivals(cv: float, idc: float) -> None:
 def test_drift_comes_by_window_and_thin_windows_say_nothing() -> None:
     trace = [TraceRecord(t * 10.0, 300 if t < 30 else 900, 100) for t in range(60)]
     trace.append(TraceRecord(650.0, 9, 900))
-    about = statistics(trace, timed=True)
+    about = statistics(Workload.of(trace), timed=True)
     assert [w.ratio for w in about.windows] == [3.0, 9.0, None]
     assert about.ratio_range == (3.0, 9.0)
     assert about.windows[-1].length_s == 50.0
 
 
 def test_reuse_counts_leading_blocks_and_answers() -> None:
-    trace = [
-        TraceRecord(0.0, 1000, 500, (1, 2, 3), block_tokens=512),
-        TraceRecord(1.0, 1600, 5, (1, 2, 3, 4), block_tokens=512),
-        TraceRecord(2.0, 1024, 5, (9, 2), block_tokens=512),
-    ]
+    trace = Workload.of(
+        [
+            TraceRecord(0.0, 1000, 500, (1, 2, 3), block_tokens=512),
+            TraceRecord(1.0, 1600, 5, (1, 2, 3, 4), block_tokens=512),
+            TraceRecord(2.0, 1024, 5, (9, 2), block_tokens=512),
+        ]
+    )
     assert cached_tokens(trace) == [0, 1536, 0]
     reuse = statistics(trace, timed=True).reuse
     assert reuse is not None
@@ -76,14 +73,14 @@ def test_reuse_counts_leading_blocks_and_answers() -> None:
 @pytest.mark.parametrize("trace", [[TraceRecord(3.0, 5, 5)], [TraceRecord(3.0, 5, 5)] * 3])
 def test_degenerate_traces_give_no_nan(trace: list[TraceRecord]) -> None:
     for timed in (True, False):
-        json.dumps(statistics(trace, timed=timed).to_json(), allow_nan=False)
+        json.dumps(statistics(Workload.of(trace), timed=timed).to_json(), allow_nan=False)
     with pytest.raises(ConfigError, match="no requests"):
-        statistics([], timed=True)
+        statistics(Workload.of([]), timed=True)
 
 
 def test_phase_load_of_a_workload_computed_by_hand() -> None:
     packaged = packaged_profile("h100_sxm/llama-3.1-8b")
-    trace = [TraceRecord(t * 1.0, 2000, 201) for t in range(101)]
+    trace = Workload.of(TraceRecord(t * 1.0, 2000, 201) for t in range(101))
     (load,) = phase_load(
         trace, packaged.profile, tpot_s=0.05, kv_tokens=packaged.kv_capacity_tokens, window_s=200.0
     )
@@ -98,7 +95,7 @@ def test_phase_load_of_a_workload_computed_by_hand() -> None:
 
 def test_a_tpot_that_no_batch_keeps_has_no_decode_load() -> None:
     packaged = packaged_profile("h100_sxm/llama-3.1-8b")
-    trace = [TraceRecord(0.0, 20, 20)]
+    trace = Workload.of([TraceRecord(0.0, 20, 20)])
     (load,) = phase_load(trace, packaged.profile, tpot_s=1e-6, kv_tokens=10_000, window_s=60.0)
     assert (load.decode, load.prefill_share) == (None, None)
 

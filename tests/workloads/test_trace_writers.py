@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidegate.core.errors import ConfigError
-from tidegate.workloads import TraceRecord, WriteFormat, lost_in, read_trace, write_trace
+from tidegate.workloads.readers import read_trace
+from tidegate.workloads.trace import TraceRecord, Workload
+from tidegate.workloads.writers import WriteFormat, lost_in, write_trace
 
 names = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S")), max_size=8)
 records = st.builds(
@@ -33,7 +34,7 @@ traces = st.lists(records, min_size=1, max_size=8).map(lambda rs: sorted(rs, key
 def there_and_back(trace: list[TraceRecord], name: str, form: WriteFormat | None = None) -> list[TraceRecord]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
-        assert write_trace(path, iter(trace), form) == len(trace)
+        write_trace(path, Workload.of(trace), form)
         return list(read_trace(path))
 
 
@@ -59,14 +60,15 @@ def test_azure_and_burstgpt_keep_times_and_lengths(trace: list[TraceRecord]) -> 
 
 
 def test_what_a_format_cannot_hold_is_named() -> None:
-    trace = [TraceRecord(0, 5, 5, session_id="a"), TraceRecord(1, 5, 5, session_id="a", turn=1, delay_s=2.0)]
+    first = TraceRecord(0, 5, 5, session_id="a")
+    trace = Workload.of([first, first._replace(arrival_s=1, turn=1, delay_s=2.0)])
     assert lost_in(WriteFormat.AZURE, trace) == ["session_id", "turn", "delay_s"]
     assert lost_in(WriteFormat.BURSTGPT, trace) == ["turn", "delay_s"]
     assert lost_in(WriteFormat.MOONCAKE, trace) == lost_in(WriteFormat.CSV, trace) == []
 
 
 def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
-    trace = [TraceRecord(0.5, 5, 5, (1, 2))]
+    trace = Workload.of([TraceRecord(0.5, 5, 5, (1, 2))])
     for name in ("a.jsonl.gz", "b.jsonl.gz"):
         write_trace(tmp_path / name, trace)
     assert (tmp_path / "a.jsonl.gz").read_bytes() == (tmp_path / "b.jsonl.gz").read_bytes()
@@ -74,25 +76,19 @@ def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
-    write_trace(path, [TraceRecord(0.0, 5, 5)])
+    write_trace(path, Workload.of([TraceRecord(0.0, 5, 5)]))
     before = path.read_bytes()
-
-    def failing() -> Iterator[TraceRecord]:
-        yield TraceRecord(0.0, 6, 6)
-        raise RuntimeError("the source broke")
-
+    broken = Workload.of([TraceRecord(0.0, 6, 6), TraceRecord(0.0, 5, 5, session_id="a\nb")])
     with pytest.raises(ConfigError, match="--force"):
-        write_trace(path, [])
-    with pytest.raises(RuntimeError):
-        write_trace(path, failing(), force=True)
+        write_trace(path, Workload.of([]))
     with pytest.raises(ConfigError, match="line break"):
-        write_trace(path, [TraceRecord(0.0, 5, 5, session_id="a\nb")], force=True)
+        write_trace(path, broken, force=True)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["t.csv"]
 
 
 def test_an_unknown_suffix_or_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"\.jsonl, \.csv"):
-        write_trace(tmp_path / "t.parquet", [])
+        write_trace(tmp_path / "t.parquet", Workload.of([]))
     with pytest.raises(ConfigError, match="cannot write there"):
-        write_trace(tmp_path / "absent" / "t.csv", [])
+        write_trace(tmp_path / "absent" / "t.csv", Workload.of([]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from tidegate.core.slo import Slo
 from tidegate.costs.forms import Values
 from tidegate.costs.profile import Profile
 from tidegate.measure.request_table import Mask
-from tidegate.workloads.trace import TraceRecord
+from tidegate.workloads.trace import TraceRecord, Workload
 
 ROUNDING = 1e-9
 """Relative room for the simulator's rounding wherever the bound excludes something."""
@@ -94,25 +94,28 @@ def kinds_of(profiles: Sequence[Profile], instances: Sequence[Instance]) -> list
     ]
 
 
-def demand_of(records: Sequence[TraceRecord]) -> Demand:
+def demand_of(records: Iterable[TraceRecord]) -> Demand:
     """Measure a trace.
 
     A block's prefill is counted where its id first appears, as if one cache without bounds served the whole
     cluster; ids that go on into an answer count as seen from then on.
     """
-    ordered = sorted(records, key=lambda record: record.arrival_s)
-    named = Counter(block for record in ordered for block in set(record.hash_ids))
-    seen: set[int] = set()
-    reuse = np.array([_reuse(record, seen, named) for record in ordered], dtype=np.float64).reshape(-1, 3)
-    prompt = np.array([record.input_tokens for record in ordered], dtype=np.float64)
-    answer = np.array([record.output_tokens for record in ordered], dtype=np.float64)
+    workload = Workload.of(records)
+    ordered = workload[workload.arrival_s.argsort(kind="stable")]
+    prompt = ordered.input_tokens.astype(np.float64)
+    nothing = np.zeros_like(prompt)
+    cached, new, shared = nothing, prompt, nothing
+    if ordered.hash_ids is not None:
+        named = Counter(block for ids in ordered.hash_ids for block in set(ids))
+        seen: set[int] = set()
+        cached, new, shared = np.array([_reuse(record, seen, named) for record in ordered], np.float64).T
     return Demand(
-        arrival_s=np.array([record.arrival_s for record in ordered], dtype=np.float64),
+        arrival_s=ordered.arrival_s,
         prompt_tokens=prompt,
-        cached_tokens=reuse[:, 0],
-        new_tokens=reuse[:, 1],
-        decodes=np.maximum(answer - 1.0, 0.0),
-        shared_tokens=reuse[:, 2],
+        cached_tokens=cached,
+        new_tokens=new,
+        decodes=np.maximum(ordered.output_tokens - 1.0, 0.0),
+        shared_tokens=shared,
     )
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tidegate.core.errors import ConfigError
 from tidegate.costs.profile import Profile
-from tidegate.workloads import TraceRecord, cached_tokens
+from tidegate.workloads.trace import TraceRecord, Workload
+from tidegate.workloads.trace_statistics import cached_tokens
 
 MAX_NUM_SEQS = 1024
 """Requests that an instance decodes at once, at most: vLLM's default on a large GPU."""
@@ -36,7 +36,7 @@ class PhaseLoad:
 
 
 def phase_load(
-    records: Sequence[TraceRecord],
+    workload: Workload,
     profile: Profile,
     *,
     tpot_s: float,
@@ -51,14 +51,14 @@ def phase_load(
     ``kv_tokens``. Both count at arrival; queues, transfers and interference are left out. Raises ConfigError
     for an empty trace or sizes that are not positive.
     """
-    if not records:
+    if not workload:
         raise ConfigError("the trace holds no requests")
     if not (tpot_s > 0 and kv_tokens > 0 and window_s > 0 and max_num_seqs > 0):
         raise ConfigError("TPOT, KV capacity, window and batch must be positive")
-    origin_s = records[0].arrival_s
-    duration_s = records[-1].arrival_s - origin_s
+    origin_s = float(workload.arrival_s[0])
+    duration_s = float(workload.arrival_s[-1]) - origin_s
     windows: dict[int, list[tuple[TraceRecord, int]]] = {}
-    for record, cached in zip(records, cached_tokens(records), strict=True):
+    for record, cached in zip(workload, cached_tokens(workload), strict=True):
         windows.setdefault(int((record.arrival_s - origin_s) / window_s), []).append((record, cached))
     loads = []
     for index in range(max(windows) + 1):

@@ -15,7 +15,7 @@ from tidegate.cli.scoring import SCORING, Json, Level, RequireLevel
 from tidegate.core.slo import Slo
 from tidegate.measure.attainment import DEFAULT_LEVEL
 from tidegate.reports.bench_report import render_block
-from tidegate.workloads import WorkloadChoice, load_workload
+from tidegate.workloads.choice import WorkloadChoice, load_workload
 
 EPILOG = """
 [bold]Examples[/bold]

@@ -17,8 +17,8 @@ from tidegate.cli.trace_show import Described, show
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
 from tidegate.costs.named_profile import load_profile
-from tidegate.workloads import WriteFormat, statistics
-from tidegate.workloads.trace_statistics import WINDOW_S
+from tidegate.workloads.trace_statistics import WINDOW_S, statistics
+from tidegate.workloads.writers import WriteFormat
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -103,12 +103,12 @@ def info(
 
 
 def _describe(one: Loaded, window_s: float, profile: str, slo: Slo) -> Described:
-    about = statistics(one.records, timed=one.timed, window_s=window_s)
+    about = statistics(one.workload, timed=one.timed, window_s=window_s)
     if not profile or not one.timed:
         return Described(one.name, about)
     packaged = load_profile(profile)
     load_by_window = phase_load(
-        one.records,
+        one.workload,
         packaged.profile,
         tpot_s=slo.tpot_s,
         kv_tokens=packaged.kv_capacity_tokens,
@@ -135,6 +135,6 @@ def convert(
     included; Azure's form holds times and lengths, BurstGPT's the session, too.
     An answer of 0 tokens is written as 1.
     """
-    records = load_timed(source)
-    save(target, records, form, force=force, lossy=lossy)
-    typer.echo(f"wrote {len(records):,} requests to {target}")
+    workload = load_timed(source)
+    save(target, workload, form, force=force, lossy=lossy)
+    typer.echo(f"wrote {len(workload):,} requests to {target}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +11,9 @@ import typer
 from rich.console import Console
 
 from tidegate.core.errors import ConfigError
-from tidegate.workloads import TraceRecord, WriteFormat, lost_in, open_trace, write_trace
-from tidegate.workloads.writers import format_of
-
-REPORT_EVERY = 5000
+from tidegate.workloads.readers import open_trace
+from tidegate.workloads.trace import Workload
+from tidegate.workloads.writers import WriteFormat, format_of, lost_in, write_trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,19 +22,19 @@ class Loaded:
 
     name: str
     timed: bool
-    records: list[TraceRecord]
+    workload: Workload
 
 
 def load(source: str) -> Loaded:
     """Read a trace whole; raises TraceError, and ConfigError when it holds nothing."""
-    timed, records = open_trace(source)
-    loaded = Loaded(source, timed, list(counted(f"reading {source}", records)))
-    if not loaded.records:
+    with shown(f"reading {source}"):
+        loaded = Loaded(source, *open_trace(source))
+    if not loaded.workload:
         raise ConfigError(f"{source}: the trace holds no requests")
     return loaded
 
 
-def load_timed(source: str) -> list[TraceRecord]:
+def load_timed(source: str) -> Workload:
     """Read a trace that has arrival times; raises ConfigError saying how to make them otherwise."""
     loaded = load(source)
     if not loaded.timed:
@@ -42,28 +42,21 @@ def load_timed(source: str) -> list[TraceRecord]:
             f"{source} has no arrival times; make them first: tidegate trace make OUT --base {source} "
             "--sessions-per-s X (or --poisson RPS for bare lengths)"
         )
-    return loaded.records
+    return loaded.workload
 
 
-def counted(what: str, records: Iterable[TraceRecord]) -> Iterator[TraceRecord]:
-    """Pass records through; on a terminal, show on stderr how many there were so far."""
+@contextmanager
+def shown(what: str) -> Iterator[None]:
+    """Say on stderr what takes its time, where that is a terminal."""
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield from records
-        return
-    with console.status(what) as status:
-        for number, record in enumerate(records, start=1):
-            if number % REPORT_EVERY == 0:
-                status.update(f"{what}: {number:,} requests")
-            yield record
+    with console.status(what) if console.is_terminal else nullcontext():
+        yield
 
 
-def save(
-    path: Path, records: Sequence[TraceRecord], form: WriteFormat | None, *, force: bool, lossy: bool
-) -> None:
+def save(path: Path, workload: Workload, form: WriteFormat | None, *, force: bool, lossy: bool) -> None:
     """Write a trace; what the format cannot hold is an error, or with ``lossy`` a warning on stderr."""
     chosen = form or format_of(path)
-    lost = lost_in(chosen, records)
+    lost = lost_in(chosen, workload)
     if lost and not lossy:
         raise ConfigError(
             f"{path}: the {chosen} format cannot hold {', '.join(lost)}; write .jsonl or .csv, "
@@ -71,9 +64,10 @@ def save(
         )
     if lost:
         warn(f"{path}: left out {', '.join(lost)}, which the {chosen} format cannot hold")
-    if chosen is WriteFormat.AZURE and records and records[0].arrival_s > 0:
-        warn(f"{path}: readers count from the first request, {records[0].arrival_s:g} s into this trace")
-    write_trace(path, counted(f"writing {path}", records), chosen, force=force)
+    if chosen is WriteFormat.AZURE and workload and workload.arrival_s[0] > 0:
+        warn(f"{path}: readers count from the first request, {workload.arrival_s[0]:g} s into this trace")
+    with shown(f"writing {path}"):
+        write_trace(path, workload, chosen, force=force)
 
 
 def warn(text: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -12,27 +11,18 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from tidegate.cli.trace_files import counted, load_timed, save
+from tidegate.cli.trace_files import load_timed, save, shown
 from tidegate.cli.trace_show import Described, show
 from tidegate.core.errors import ConfigError
-from tidegate.workloads import (
-    Spike,
-    TraceRecord,
-    WorkloadChoice,
-    WriteFormat,
-    concatenate,
-    drift_mix,
-    load_workload,
-    parse_drift,
-    preset,
-    preset_names,
-    replicate,
-    reseeded,
-    spikes,
-    statistics,
-    superpose,
-)
-from tidegate.workloads.reshape import DEFAULT_JITTER_S
+from tidegate.workloads.choice import WorkloadChoice, load_workload
+from tidegate.workloads.combine import concatenate, superpose
+from tidegate.workloads.mix import drift_mix, parse_drift
+from tidegate.workloads.presets import preset, preset_names
+from tidegate.workloads.reseed import reseeded
+from tidegate.workloads.reshape import DEFAULT_JITTER_S, Spike, replicate, spikes
+from tidegate.workloads.trace import Workload
+from tidegate.workloads.trace_statistics import statistics
+from tidegate.workloads.writers import WriteFormat
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -79,22 +69,20 @@ class Changes:
     reseed: int = 0
     seed: int = 0
 
-    def apply(self, base: list[TraceRecord]) -> list[TraceRecord]:
+    def apply(self, base: Workload) -> Workload:
         """Return the changed trace; raises ConfigError or TraceError."""
         # Every random step gets a seed of its own: copies of copies must not share names.
         seeds = count(self.seed * 1000 + 1)
-        records: Iterable[TraceRecord] = base
-        if self.add:
-            records = superpose(records, *map(load_timed, self.add))
+        workload = superpose(base, *map(load_timed, self.add)) if self.add else base
         if self.then:
-            records = concatenate(records, *map(load_timed, self.then))
+            workload = concatenate(workload, *map(load_timed, self.then))
         if self.rate_factor != 1.0:
-            records = replicate(records, self.rate_factor, seed=next(seeds), jitter_s=self.jitter_s)
+            workload = replicate(workload, self.rate_factor, seed=next(seeds), jitter_s=self.jitter_s)
         for spike in self.spikes:
-            records = spikes(records, spike, seed=next(seeds), jitter_s=self.jitter_s)
+            workload = spikes(workload, spike, seed=next(seeds), jitter_s=self.jitter_s)
         if self.drift:
-            records = drift_mix(records, parse_drift(self.drift))
-        return reseeded(counted("making the trace", records), self.reseed)
+            workload = drift_mix(workload, parse_drift(self.drift))
+        return reseeded(workload, self.reseed)
 
 
 def _list_presets(wanted: bool) -> None:
@@ -277,11 +265,12 @@ def make(
         reseed=reseed,
         seed=seed,
     )
-    records = changes.apply(load_workload(choice, trace_flag="--base"))
-    if not records:
+    with shown("making the trace"):
+        workload = changes.apply(load_workload(choice, trace_flag="--base"))
+    if not workload:
         raise ConfigError("no request is left; look at --rate-factor, --spike and --duration")
-    save(target, records, form, force=force, lossy=lossy)
-    made = Described(str(target), statistics(records, timed=True))
+    save(target, workload, form, force=force, lossy=lossy)
+    made = Described(str(target), statistics(workload, timed=True))
     if as_json:
         typer.echo(json.dumps(made.to_json(), indent=2, allow_nan=False))
     else:

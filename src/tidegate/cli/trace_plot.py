@@ -32,7 +32,8 @@ class Curve:
 
     @property
     def duration_s(self) -> float:
-        return self.one.records[-1].arrival_s - self.one.records[0].arrival_s
+        times_s = self.one.workload.arrival_s
+        return float(times_s[-1] - times_s[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +106,7 @@ def _over_time(figure: Any, places: list[Any], timed: list[Curve], with_load: li
 
 def _rates(axes: Any, timed: list[Curve], clock: Clock, bin_s: float) -> None:
     for curve in timed:
-        times_s = np.array([r.arrival_s for r in curve.one.records])
-        times_s -= times_s[0]
+        times_s = curve.one.workload.arrival_s - curve.one.workload.arrival_s[0]
         # The last bin is cut short by the trace's end and would show a dip.
         bins = max(1, int(times_s[-1] // bin_s))
         counts, edges = np.histogram(times_s, bins=bins, range=(0.0, bins * bin_s))
@@ -146,7 +146,7 @@ def _loads(axes: Any, curves: list[Curve], clock: Clock) -> None:
 
 def _lengths(axes: Any, curves: list[Curve], what: str) -> None:
     for curve in curves:
-        tokens = np.sort([getattr(r, f"{what}_tokens") for r in curve.one.records])
+        tokens = np.sort(curve.one.workload.column(f"{what}_tokens"))
         share = np.arange(1, len(tokens) + 1) / len(tokens)
         axes.step(tokens, share, where="post", color=curve.colour, label=curve.name)
     axes.set_xscale("log")

@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tidegate.bound.phase_load import PhaseLoad
-from tidegate.workloads import Statistics
-from tidegate.workloads.trace_statistics import Arrivals, Spread
+from tidegate.workloads.trace_statistics import Arrivals, Spread, Statistics
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import IO, Any
 
@@ -12,9 +12,6 @@ from tidegate.experiments.workload import at_rate, requests_of
 from tidegate.measure.run_view import view_of
 from tidegate.measure.summary import RunFacts, summarize_run
 from tidegate.sim import SimRun, simulate
-from tidegate.workloads.trace import TraceRecord
-
-WATCH_EVERY = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +43,10 @@ def run_once(
     requests = at_rate(requests_of(setting.workload), rate_rps, seed)
     system, replicas = setting.make_system(), setting.fleet.replicas()
     wall_s, cpu_s = time.perf_counter(), time.process_time()
-    arriving = requests if watch is None else _watched(requests, watch)
-    run = simulate(arriving, system, replicas, setting.settings, journal=journal)
+    run = simulate(requests, system, replicas, setting.settings, journal=journal, watch=watch)
     wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
     trace = setting.workload.trace or setting.workload.describe()
     return Finished(run, RunFacts(system.name, trace, seed, wall_s, cpu_s))
-
-
-def _watched(requests: Sequence[TraceRecord], watch: Callable[[int], None]) -> Iterator[TraceRecord]:
-    for index, request in enumerate(requests):
-        if index % WATCH_EVERY == 0:
-            watch(index)
-        yield request
 
 
 def probe(setting: Setting, rate_rps: float, seed: int) -> dict[str, Any]:

@@ -1,41 +1,57 @@
-"""When each request of a trace arrives."""
+"""When each request of a workload arrives."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
+
+import numpy as np
 
 from tidegate.core.errors import ConfigError
 from tidegate.dataplane.events import EventQueue, Kind
-from tidegate.workloads.trace import TraceRecord
+from tidegate.workloads.trace import Integers, TraceRecord, Workload
 
 INFINITE = float("inf")
+RECORDS_AT_ONCE = 500
+"""Requests between two calls of ``watch``, and records made at once."""
 
 
 class Arrivals:
-    """Announces the records of a trace, by their place in it, as ARRIVAL events; each exactly once.
+    """Announces the requests of a workload, by their row, as ARRIVAL events; each exactly once.
 
-    An open loop reads the trace as its time comes. In a closed loop a record with a turn above 0 and a
-    ``delay_s`` arrives that long after the end of its session's previous record, however that ended, and its
-    own ``arrival_s`` is ignored; a record without a previous one keeps it. A later turn may arrive earlier
-    than its ``arrival_s``, so the trace is then read whole, and waits in memory.
+    In an open loop records are made as their time comes. In a closed loop a request with a turn above 0 and
+    a ``delay_s`` arrives that long after the end of its session's previous request, however that ended, and
+    its own ``arrival_s`` is ignored; one without a previous request keeps it. ``watch`` is told now and then
+    how many requests have been announced. Raises ConfigError for a workload that cannot be.
 
     ``coming`` holds the records that are announced; others may follow the end of one that is served.
     """
 
-    def __init__(self, trace: Iterable[TraceRecord], events: EventQueue, *, closed_loop: bool) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        events: EventQueue,
+        *,
+        closed_loop: bool,
+        watch: Callable[[int], None] | None = None,
+    ) -> None:
         self._events = events
         self._announced = -1
         self.coming: dict[int, TraceRecord] = {}
         self._after: dict[int, tuple[int, TraceRecord]] = {}
-        self._last_s = 0.0
-        numbered = enumerate(trace)
-        self._source: Iterator[tuple[int, TraceRecord]] = (
-            iter(self._chained(numbered)) if closed_loop else numbered
-        )
+        self._watch = watch
+        follows = _followed(workload) if closed_loop else {}
+        rows = np.setdiff1d(np.arange(len(workload)), list(follows.values()), assume_unique=True)
+        _check(workload, rows)
+        for before, row in follows.items():
+            record = workload[row]
+            if record.delay_s is None or not 0 <= record.delay_s < INFINITE:
+                raise ConfigError(f"request {row}: its delay is {record.delay_s} s; give one of 0 or more")
+            self._after[before] = (row, record)
+        self._source = self._records(workload, rows)
         self._announce()
 
     def take(self, number: int) -> TraceRecord:
-        """Return the record that an event announced. Raises ConfigError for a next one that cannot be."""
+        """Return the record that an event announced."""
         record = self.coming.pop(number)
         if number == self._announced:
             self._announce()
@@ -51,46 +67,48 @@ class Arrivals:
             self._events.push(now + record.delay_s, Kind.ARRIVAL, later)
 
     def _announce(self) -> None:
-        following = next(self._source, None)
-        if following is None:
-            self._announced = -1
-            return
-        number, record = following
-        if not self._last_s <= record.arrival_s < INFINITE:
-            raise ConfigError(
-                f"request {number}: it arrives at {record.arrival_s} s, after one at {self._last_s} s; "
-                "sort the trace by arrival"
-            )
-        _check_tokens(number, record)
-        self._last_s = record.arrival_s
-        self._announced = number
-        self.coming[number] = record
-        self._events.push(record.arrival_s, Kind.ARRIVAL, number)
+        self._announced, record = next(self._source, (-1, None))
+        if record is not None:
+            self.coming[self._announced] = record
+            self._events.push(record.arrival_s, Kind.ARRIVAL, self._announced)
 
-    def _chained(self, numbered: Iterable[tuple[int, TraceRecord]]) -> list[tuple[int, TraceRecord]]:
-        """Take out the records that follow another one; return the rest."""
-        independent = []
-        last_of: dict[str, int] = {}
-        for number, record in numbered:
-            session = record.session_id
-            before = last_of.get(session) if session and record.turn > 0 else None
-            if before is None or record.delay_s is None:
-                independent.append((number, record))
-            else:
-                if not 0 <= record.delay_s < INFINITE:
-                    raise ConfigError(
-                        f"request {number}: its delay is {record.delay_s} s; give one of 0 or more"
-                    )
-                _check_tokens(number, record)
-                self._after[before] = (number, record)
-            if session:
-                last_of[session] = number
-        return independent
+    def _records(self, workload: Workload, rows: Integers) -> Iterator[tuple[int, TraceRecord]]:
+        for start in range(0, len(rows), RECORDS_AT_ONCE):
+            if self._watch is not None:
+                self._watch(start)
+            chosen = rows[start : start + RECORDS_AT_ONCE]
+            yield from zip(chosen.tolist(), workload[chosen], strict=True)
 
 
-def _check_tokens(number: int, record: TraceRecord) -> None:
-    if not (1 <= record.input_tokens < INFINITE and 1 <= record.output_tokens < INFINITE):
+def _followed(workload: Workload) -> dict[int, int]:
+    """Return which row follows the end of which, by the row that goes before."""
+    if workload.session_id is None or workload.delay_s is None:
+        return {}
+    follows: dict[int, int] = {}
+    last_of: dict[str, int] = {}
+    later = (workload.column("turn") > 0) & ~np.isnan(workload.delay_s)
+    for row, (session, waits) in enumerate(zip(workload.session_id, later.tolist(), strict=True)):
+        if not session:
+            continue
+        if waits and session in last_of:
+            follows[last_of[session]] = row
+        last_of[session] = row
+    return follows
+
+
+def _check(workload: Workload, rows: Integers) -> None:
+    """Raise ConfigError for empty requests and for ``rows`` out of order."""
+    arrival_s = workload.arrival_s[rows]
+    last_s = np.concatenate(([0.0], arrival_s[:-1]))
+    wrong = np.flatnonzero(~((last_s <= arrival_s) & (arrival_s < INFINITE)))
+    if len(wrong):
+        at = int(wrong[0])
         raise ConfigError(
-            f"request {number}: {record.input_tokens} input and {record.output_tokens} output tokens; "
-            "each must be at least 1"
+            f"request {rows[at]}: it arrives at {arrival_s[at]} s, after one at {last_s[at]} s; "
+            "sort the trace by arrival"
+        )
+    for row in np.flatnonzero(np.minimum(workload.input_tokens, workload.output_tokens) < 1)[:1]:
+        raise ConfigError(
+            f"request {row}: {workload.input_tokens[row]} input and {workload.output_tokens[row]} output "
+            "tokens; each must be at least 1"
         )

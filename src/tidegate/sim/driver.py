@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from heapq import heappop
 from typing import IO
 
@@ -21,7 +21,7 @@ from tidegate.sim.results import InstanceUse, SimRun
 from tidegate.sim.serving import Serving
 from tidegate.sim.settings import SimSettings
 from tidegate.systems.system import System
-from tidegate.workloads.trace import TraceRecord
+from tidegate.workloads.trace import TraceRecord, Workload
 
 GC_THRESHOLD = 100_000
 """Objects that a run may gain before the interpreter looks for cycles among them."""
@@ -34,12 +34,13 @@ def simulate(
     settings: SimSettings | None = None,
     *,
     journal: IO[bytes] | None = None,
+    watch: Callable[[int], None] | None = None,
 ) -> SimRun:
     """Serve ``trace`` with ``system`` on ``replicas`` to the last request.
 
-    The same arguments give the same result and the same journal, byte for byte. An open loop reads the trace
-    as a stream. Raises ConfigError for a fleet, system or settings that cannot serve, and for a trace that
-    goes back in time, has empty requests or names an unknown SLO class.
+    The same arguments give the same result and the same journal, byte for byte. ``watch`` is told now and
+    then how many requests have arrived. Raises ConfigError for a fleet, system or settings that cannot
+    serve, and for a trace that goes back in time, has empty requests or names an unknown SLO class.
     """
     return _Simulation(
         trace,
@@ -47,6 +48,7 @@ def simulate(
         replicas,
         settings or SimSettings(),
         JournalWriter(None if journal is None else journal.write),
+        watch,
     ).run()
 
 
@@ -60,6 +62,7 @@ class _Simulation:
         replicas: Sequence[Replica],
         settings: SimSettings,
         journal: JournalWriter,
+        watch: Callable[[int], None] | None,
     ) -> None:
         producers: list[Producer] = [Profiles()]
         if settings.prefix_hits:
@@ -72,7 +75,7 @@ class _Simulation:
         self._settings = settings
         self._membership = Membership(self._ids, settings)
         self._events = events = EventQueue()
-        self._arrivals = Arrivals(trace, events, closed_loop=settings.closed_loop)
+        self._arrivals = Arrivals(Workload.of(trace), events, closed_loop=settings.closed_loop, watch=watch)
         ended = self._arrivals.ended if settings.closed_loop else None
         self._serving = Serving(system, replicas, settings, journal, events, self._membership, ended)
         self._heartbeats = 0

@@ -25,8 +25,8 @@ class SimSettings:
 
     With ``heartbeat_s`` > 0 the control plane knows of steps only as of the last heartbeat (see
     ``StepReports``). An instance comes up at its time in ``starts_s``, at 0 without one, dies at those in
-    ``deaths`` and returns, empty, at those in ``returns``; a request is replayed elsewhere at most ``replays``
-    times (the gateway's default).
+    ``deaths`` and returns, empty, at those in ``returns``; a request is replayed elsewhere at most
+    ``replays`` times (the gateway's default).
 
     The last ``spares`` instances are not up at the start; a controller that adds instances has them join
     ``start_delay_s`` later (the time that a server takes to load a model). With ``prefix_hits`` prefills are

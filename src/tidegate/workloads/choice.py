@@ -1,4 +1,4 @@
-"""From command-line choices to the list of requests to send."""
+"""From command-line choices to a workload."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tidegate.workloads.presets import preset
 from tidegate.workloads.rate_curve import read_rate_curve
 from tidegate.workloads.readers import is_timed, read_trace, read_untimed
 from tidegate.workloads.token_counts import parse_token_counts
-from tidegate.workloads.trace import TraceRecord
+from tidegate.workloads.trace import Workload
 from tidegate.workloads.transform import (
     by_session,
     limit,
@@ -65,7 +65,7 @@ class WorkloadChoice:
         return " ".join(f"{name}={value}" for name, value in chosen if value != getattr(defaults, name))
 
 
-def load_workload(choice: WorkloadChoice, *, trace_flag: str = "--trace") -> list[TraceRecord]:
+def load_workload(choice: WorkloadChoice, *, trace_flag: str = "--trace") -> Workload:
     """Return the requests in order of arrival, the first at 0 when they come from a timed trace.
 
     ``trace_flag`` is how the caller's user spells ``choice.trace``, for messages.
@@ -77,14 +77,15 @@ def load_workload(choice: WorkloadChoice, *, trace_flag: str = "--trace") -> lis
     problems = _problems(choice, trace_flag)
     if problems:
         raise ConfigError(problems)
-    records = scale_tokens(scale_rate(_records(choice), choice.scale_rate), choice.scale_tokens)
-    cut = window(records, choice.start_s, float("inf") if choice.duration_s is None else choice.duration_s)
-    chosen = list(cut if choice.limit is None else limit(cut, choice.limit))
+    process = _process(choice)
+    made = read_trace(choice.trace) if process is None else _timed_by(process, choice)
+    scaled = scale_tokens(scale_rate(made, choice.scale_rate), choice.scale_tokens)
+    cut = window(scaled, choice.start_s, float("inf") if choice.duration_s is None else choice.duration_s)
+    chosen = cut if choice.limit is None else limit(cut, choice.limit)
     if not chosen:
         raise ConfigError("the workload is empty; look at --start, --duration and the trace")
-    if choice.trace and _process(choice) is None:
-        origin_s = chosen[0].arrival_s
-        chosen = [replace(r, arrival_s=r.arrival_s - origin_s) for r in chosen]
+    if choice.trace and process is None:
+        chosen = replace(chosen, arrival_s=chosen.arrival_s - chosen.arrival_s[0])
     return chosen
 
 
@@ -127,31 +128,42 @@ def _problems(choice: WorkloadChoice, trace_flag: str) -> list[str]:
         problems.append("an arrival process has no end: give --limit N or --duration S")
     if choice.turn_gap_s is not None and not (choice.trace and processes):
         problems.append("--turn-gap goes with a session trace and an arrival process")
+    if not choice.scale_rate > 0:
+        problems.append(f"the rate factor must be positive, got {choice.scale_rate}")
     if choice.turn_gap_s is not None and not 0 <= choice.turn_gap_s < float("inf"):
         problems.append(f"--turn-gap must be 0 s or more, got {choice.turn_gap_s}")
     return problems
 
 
-def _records(choice: WorkloadChoice) -> Iterator[TraceRecord]:
-    process = _process(choice)
-    if process is None:
-        return read_trace(choice.trace)
+def _timed_by(process: ArrivalProcess, choice: WorkloadChoice) -> Workload:
+    times_s = arrival_times_s(process, seed=choice.seed)
     if choice.trace:
-        times_s = arrival_times_s(process, seed=choice.seed)
-        records = read_untimed(choice.trace)
+        workload = read_untimed(choice.trace)
         if is_timed(choice.trace):
             if choice.sessions_per_s is None:
-                return retime(records, times_s)
-            records = by_session(records)
-        return schedule_sessions(records, times_s, choice.turn_gap_s)
+                return retime(workload, times_s)
+            workload = by_session(workload)
+        return schedule_sessions(workload, times_s, choice.turn_gap_s)
+    times_s = _wanted(times_s, choice)
     if choice.lengths_from:
-        return resample(process, list(read_untimed(choice.lengths_from)), seed=choice.seed)
+        return resample(times_s, read_untimed(choice.lengths_from), seed=choice.seed)
     if choice.preset:
         lengths = preset(choice.preset)
-        return generate(process, lengths.inputs, lengths.outputs, seed=choice.seed)
+        return generate(times_s, lengths.inputs, lengths.outputs, seed=choice.seed)
     inputs = parse_token_counts(choice.input_tokens or DEFAULT_INPUT)
     outputs = parse_token_counts(choice.output_tokens or DEFAULT_OUTPUT)
-    return generate(process, inputs, outputs, seed=choice.seed)
+    return generate(times_s, inputs, outputs, seed=choice.seed)
+
+
+def _wanted(times_s: Iterator[float], choice: WorkloadChoice) -> Iterator[float]:
+    """Yield an endless process's times up to the last one that the window and the limit leave."""
+    end_s = choice.start_s + (float("inf") if choice.duration_s is None else choice.duration_s)
+    left = float("inf") if choice.limit is None else choice.limit
+    for time_s in times_s:
+        if left <= 0 or time_s / choice.scale_rate >= end_s:
+            return
+        yield time_s
+        left -= time_s / choice.scale_rate >= choice.start_s
 
 
 def _process(choice: WorkloadChoice) -> ArrivalProcess | None:

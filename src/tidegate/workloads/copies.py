@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from hashlib import blake2b
 
-from tidegate.workloads.trace import TraceRecord
+from tidegate.workloads.trace import Workload, optional
 
 
-class Renaming:
-    """Gives records new session and client names and block ids; equal names and ids stay equal.
+def renamed(workload: Workload, label: str) -> Workload:
+    """Give the requests new session and client names and block ids; equal names and ids stay equal.
 
     ``label`` marks the copy, as in ``a~label/agent_1``; two labels never give one id.
     """
-
-    def __init__(self, label: str) -> None:
-        self._suffix = f"~{label}"
-        self._ids = _Ids(label)
-
-    def __call__(self, record: TraceRecord) -> TraceRecord:
-        session, slash, agent = record.session_id.partition("/")
-        return replace(
-            record,
-            session_id=f"{session}{self._suffix}{slash}{agent}" if session else "",
-            client_id=record.client_id and record.client_id + self._suffix,
-            hash_ids=tuple([self._ids[i] for i in record.hash_ids]),
-        )
+    suffix = f"~{label}"
+    ids = _Ids(label)
+    sessions, clients, blocks = workload.session_id, workload.client_id, workload.hash_ids
+    if sessions is not None:
+        parts = (name.partition("/") for name in sessions)
+        sessions = optional("session_id", [a and f"{a}{suffix}{slash}{b}" for a, slash, b in parts])
+    if clients is not None:
+        clients = optional("client_id", [name and name + suffix for name in clients])
+    if blocks is not None:
+        blocks = optional("hash_ids", [tuple([ids[i] for i in row]) for row in blocks])
+    return replace(workload, session_id=sessions, client_id=clients, hash_ids=blocks)
 
 
 class _Ids(dict[int, int]):
-    """New ids by old one, made on first use and kept, so that records share the number objects."""
+    """New ids by old one, made on first use and kept, so that rows share the number objects."""
 
     def __init__(self, label: str) -> None:
         super().__init__()
@@ -43,9 +41,9 @@ class _Ids(dict[int, int]):
         return new
 
 
-def apart(traces: Iterable[Iterable[TraceRecord]]) -> list[Iterator[TraceRecord]]:
-    """Return the traces such that none shares a session, client or block with another.
+def apart(workloads: Iterable[Workload]) -> list[Workload]:
+    """Return the workloads such that none shares a session, client or block with another.
 
     The first keeps its names; the others are renamed by their position.
     """
-    return [iter(t) if k == 0 else map(Renaming(f"t{k}"), t) for k, t in enumerate(traces)]
+    return [renamed(one, f"t{k}") if k else one for k, one in enumerate(workloads)]

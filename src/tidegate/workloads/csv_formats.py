@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Callable
 from datetime import datetime
 from itertools import accumulate
+from typing import TypeVar
+
+import numpy as np
 
 from tidegate.core.errors import TraceError
-from tidegate.workloads.sessions import SessionTurn, with_prefixes
-from tidegate.workloads.trace import TraceRecord
+from tidegate.workloads.sessions import with_pauses, with_prefixes
+from tidegate.workloads.trace import MOONCAKE_BLOCK_TOKENS, Floats, Integers, Workload, optional
 
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 BURSTGPT = ("Timestamp", "Model", "Request tokens", "Response tokens", "Total tokens", "Log Type")
@@ -27,103 +30,198 @@ OURS_OPTIONAL = (
     "ttft_s", "model", "next",
 )  # fmt: skip
 KNOWN_COLUMNS = frozenset((*AZURE, *BURSTGPT, *BURSTGPT_OPTIONAL, *OURS, *OURS_OPTIONAL))
+TIMES = ("TIMESTAMP", "Timestamp", "arrival_s")
+
+T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One data line: fields by column name, and the means to say where a bad one stands."""
+class CsvTable:
+    """The rows of a CSV by column name, and the means to say where a bad value stands.
 
-    file: str
-    line: int
-    text: str
-    columns: dict[str, int]
-    fields: list[str]
-
-    def get(self, column: str) -> str:
-        """Return the text of a column, or the empty string where the file has no such column."""
-        index = self.columns.get(column)
-        return "" if index is None else self.fields[index].strip()
-
-    def error(self, column: str, message: str) -> TraceError:
-        """Return a TraceError at the first character of the column's value."""
-        at = _column_starts(self.text, self.fields)[self.columns[column]]
-        return TraceError(message, file=self.file, line=self.line, column=at)
-
-    def integer(self, column: str, minimum: int = 0) -> int:
-        """Read an integer of at least ``minimum``; raises TraceError."""
-        value = self.get(column)
-        try:
-            number = int(value)
-        except ValueError:
-            raise self.error(column, f"{column} is {value!r}, expected an integer >= {minimum}") from None
-        if number < minimum:
-            raise self.error(column, f"{column} is {number}, expected an integer >= {minimum}")
-        return number
-
-    def seconds(self, column: str) -> float:
-        """Read a finite number of seconds, not negative; raises TraceError."""
-        value = self.get(column)
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not (math.isfinite(number) and number >= 0):
-            raise self.error(column, f"{column} is {value!r}, expected a number of seconds >= 0")
-        return number
-
-
-def parse_csv(file: str, lines: Iterator[tuple[int, str]]) -> tuple[bool, Iterator[TraceRecord]]:
-    """Recognise a CSV by its header; return ``(timed, records)``.
-
-    Untimed records (session files, bare lengths) carry the time since their session's start as
-    ``arrival_s``, or 0. A file with ``prefix_hit_tokens`` gets ids that share as much
-    (``sessions.with_prefixes``). Raises TraceError for an empty file, an unknown or missing column, and,
-    while iterating, for a malformed row.
+    ``lines`` are the rows as they stand in the file, with their numbers there.
     """
-    number, header = next(lines, (1, ""))
-    names = [name.strip() for name in _split(header)]
-    columns = _check_header(file, number, header, names)
-    rows = _rows(file, lines, columns, len(names))
-    has_prefixes = {"session_id", "prefix_hit_tokens"} <= columns.keys() and "hash_ids" not in columns
-    if set(AZURE) <= columns.keys():
-        return True, _bare(_in_order(rows, "TIMESTAMP", _azure_clock(), AZURE[1:]))
-    if "Request tokens" in columns:
-        clock = _seconds_of("Timestamp")
-        return True, _bare(_in_order(rows, "Timestamp", clock, BURSTGPT[2:4], skip_failed=True))
-    if "arrival_s" in columns:
-        ordered = _in_order(rows, "arrival_s", _seconds_of("arrival_s"), OURS)
-        return True, _session_file(ordered) if has_prefixes else _bare(ordered)
-    untimed = ((row, _record(row, _session_time(row), OURS)) for row in rows)
-    return False, _session_file(untimed) if has_prefixes else _bare(untimed)
+
+    def __init__(self, file: str, columns: dict[str, int], lines: list[tuple[int, str]]) -> None:
+        self.file, self.columns, self.lines = file, columns, lines
+        self.rows = [_split(text) for _, text in lines]
+        for row, fields in enumerate(self.rows):
+            if len(fields) != len(columns):
+                raise self.wrong_width(row)
+
+    def wrong_width(self, row: int) -> TraceError:
+        """Return a TraceError where a row has a field too many or ends too early."""
+        number, text = self.lines[row]
+        fields, width = self.rows[row], len(self.columns)
+        at = _column_starts(text, fields)[width] if len(fields) > width else len(text) + 1
+        message = f"{len(fields)} fields, expected {width} as in the header"
+        return TraceError(message, file=self.file, line=number, column=at)
+
+    def error(self, row: int, column: str, message: str) -> TraceError:
+        """Return a TraceError at the first character of a value."""
+        number, text = self.lines[row]
+        at = _column_starts(text, self.rows[row])[self.columns[column]]
+        return TraceError(message, file=self.file, line=number, column=at)
+
+    def texts(self, column: str) -> list[str]:
+        """Return a column's values; empty strings where the file has no such column."""
+        index = self.columns.get(column)
+        if index is None:
+            return [""] * len(self.rows)
+        return [fields[index].strip() for fields in self.rows]
+
+    def given(self, *names: str) -> list[str]:
+        """Return the column of the first name that the file has; empty strings where it has none."""
+        return self.texts(next((name for name in names if name in self.columns), names[0]))
+
+    def values(self, column: str, parse: Callable[[str], T], expected: str) -> list[T]:
+        """Parse a column; raises TraceError for the first value that ``parse`` refuses by ValueError."""
+        texts = self.texts(column)
+        try:
+            return list(map(parse, texts))
+        except (ValueError, TypeError):
+            for row, text in enumerate(texts):
+                try:
+                    parse(text)
+                except (ValueError, TypeError):
+                    raise self.error(row, column, f"{column} is {text[:40]!r}, expected {expected}") from None
+            raise
+
+    def integers(self, column: str, minimum: int = 0, empty: int | None = None) -> Integers:
+        """Return integers of at least ``minimum``, with ``empty``, if given, for no text."""
+        expected = f"an integer >= {minimum}"
+        if empty is None:
+            parsed = self.values(column, int, expected)
+        else:
+            parsed = self.values(column, lambda text: int(text) if text else empty, expected)
+        try:
+            numbers = np.array(parsed, np.int64)
+        except OverflowError:
+            row = next(row for row, number in enumerate(parsed) if abs(number) >= 2**63)
+            raise self.error(row, column, f"{column} is {parsed[row]}, too large a number") from None
+        low = np.flatnonzero(numbers < minimum)
+        if len(low):
+            row = int(low[0])
+            raise self.error(row, column, f"{column} is {numbers[row]}, expected {expected}")
+        return numbers
+
+    def seconds(self, column: str, empty: float | None = None) -> Floats:
+        """Return finite numbers of seconds, not negative, with ``empty``, if given, for no text."""
+
+        def parse(text: str) -> float:
+            if not text and empty is not None:
+                return empty
+            number = float(text)
+            if 0 <= number < math.inf:
+                return number
+            raise ValueError
+
+        return np.array(self.values(column, parse, "a number of seconds >= 0"), np.float64)
 
 
-def _bare(pairs: Iterable[tuple[Row, TraceRecord]]) -> Iterator[TraceRecord]:
-    return (record for _, record in pairs)
+def parse_csv(file: str, lines: list[tuple[int, str]]) -> tuple[bool, Workload]:
+    """Recognise a CSV by its header; return whether it has arrival times, and its requests.
+
+    Untimed requests (session files, bare lengths) carry the time since their session's start as
+    ``arrival_s``, or 0. A file with ``prefix_hit_tokens`` gets ids that share as much
+    (``sessions.with_prefixes``). Raises TraceError for an unknown or missing column and for the first
+    malformed row.
+    """
+    columns = check_header(file, *lines[0])
+    rows = [line for line in lines[1:] if line[1].strip()]
+    return has_times(columns), _parsed(file, columns, rows)
 
 
-def _session_file(pairs: Iterable[tuple[Row, TraceRecord]]) -> Iterator[TraceRecord]:
-    """Yield records with prefixes. The whole file is read first, for its size decides the block."""
-    yield from with_prefixes(list(map(_turn, pairs)))
+def has_times(columns: dict[str, int]) -> bool:
+    """Tell whether a file with these columns has arrival times across sessions."""
+    return any(name in columns for name in TIMES)
 
 
-def _turn(pair: tuple[Row, TraceRecord]) -> SessionTurn:
-    row, record = pair
-    hit = row.integer("prefix_hit_tokens") if row.get("prefix_hit_tokens") else 0
-    if hit > record.input_tokens:
-        message = f"prefix_hit_tokens is {hit}, more than the {record.input_tokens} input_tokens"
-        raise row.error("prefix_hit_tokens", message)
-    return SessionTurn(
-        record,
-        hit,
-        busy_s=row.seconds("api_time_s") if row.get("api_time_s") else 0.0,
-        session_t_s=_session_time(row) if row.get("session_t_s") else None,
+def _parsed(file: str, columns: dict[str, int], lines: list[tuple[int, str]]) -> Workload:
+    try:
+        return _workload(CsvTable(file, columns, lines))
+    except TraceError as error:
+        # Columns are read one after the other: an earlier row may be wrong in a later column.
+        _parsed(file, columns, lines[: bisect_left(lines, error.line, key=lambda line: line[0])])
+        raise
+
+
+def _workload(table: CsvTable) -> Workload:
+    names = table.columns
+    lengths = AZURE[1:] if AZURE[1] in names else BURSTGPT[2:4] if BURSTGPT[2] in names else OURS
+    if lengths[0] == BURSTGPT[2]:
+        # BurstGPT publishes failed requests as rows of 0 tokens.
+        answered = table.integers(lengths[0]) > 0
+        table = CsvTable(
+            table.file, names, [line for line, ok in zip(table.lines, answered, strict=True) if ok]
+        )
+    arrival_s = _arrivals(table)
+    session = [
+        f"{name}/{agent}" if agent else name
+        for name, agent in zip(table.given("session_id", "Session ID"), table.texts("agent"), strict=True)
+    ]
+    workload = Workload(
+        arrival_s,
+        table.integers(lengths[0], 1),
+        np.maximum(1, table.integers(lengths[1])),
+        optional("hash_ids", table.values("hash_ids", _ids, "integers joined by '|'")),
+        table.integers("block_tokens", 1, MOONCAKE_BLOCK_TOKENS) if "block_tokens" in names else None,
+        optional("session_id", session),
+        next((table.integers(name, empty=0) for name in ("turn", "round") if name in names), None),
+        _delays(table),
+        optional("slo_class", table.texts("slo_class")),
+        optional("client_id", table.texts("client_id")),
     )
+    if {"session_id", "prefix_hit_tokens"} <= names.keys() and "hash_ids" not in names:
+        return _session_file(table, workload)
+    return workload
 
 
-def _check_header(file: str, line: int, text: str, names: list[str]) -> dict[str, int]:
+def _arrivals(table: CsvTable) -> Floats:
+    column = next((name for name in TIMES if name in table.columns), None)
+    if column is None:
+        return table.seconds("session_t_s", None if "session_t_s" in table.columns else 0.0)
+    arrival_s = _azure_times(table) if column == AZURE[0] else table.seconds(column)
+    late = np.flatnonzero(np.diff(arrival_s) < 0)
+    if len(late):
+        row = int(late[0]) + 1
+        message = f"{column} is {table.texts(column)[row]!r}, earlier than the row before; sort by arrival"
+        raise table.error(row, column, message)
+    return arrival_s
+
+
+def _azure_times(table: CsvTable) -> Floats:
+    """Return seconds from the first row."""
+    expected = "a date and time like '2023-11-16 18:15:46.680590'"
+    origin = table.values(AZURE[0], datetime.fromisoformat, expected)[:1]
+    seconds = table.values(
+        AZURE[0], lambda text: (datetime.fromisoformat(text) - origin[0]).total_seconds(), expected
+    )
+    return np.array(seconds, np.float64)
+
+
+def _delays(table: CsvTable) -> Floats | None:
+    given = [table.seconds(name, math.nan) for name in ("delay_s", "think_time_s") if name in table.columns]
+    if len(given) == 2:
+        return np.where(np.isnan(given[0]), given[1], given[0])
+    return given[0] if given else None
+
+
+def _session_file(table: CsvTable, workload: Workload) -> Workload:
+    hits = table.integers("prefix_hit_tokens", empty=0)
+    longer = np.flatnonzero(hits > workload.input_tokens)
+    if len(longer):
+        row = int(longer[0])
+        message = f"prefix_hit_tokens is {hits[row]}, more than the {workload.input_tokens[row]} input_tokens"
+        raise table.error(row, "prefix_hit_tokens", message)
+    busy_s, since_s = table.seconds("api_time_s", 0.0), table.seconds("session_t_s", math.nan)
+    return with_pauses(with_prefixes(workload, hits), since_s, busy_s)
+
+
+def check_header(file: str, line: int, text: str) -> dict[str, int]:
+    """Return the place of each column; raises TraceError for an unknown, repeated or missing one."""
     columns: dict[str, int] = {}
     starts = _column_starts(text, _split(text))
-    for index, name in enumerate(names):
+    for index, name in enumerate(map(str.strip, _split(text))):
         if name not in KNOWN_COLUMNS:
             raise TraceError(
                 f"unknown column {name!r}; expected a header of Azure ({','.join(AZURE)}), BurstGPT "
@@ -145,98 +243,8 @@ def _check_header(file: str, line: int, text: str, names: list[str]) -> dict[str
     raise TraceError(f"the header lacks {', '.join(map(repr, OURS))}", file=file, line=line)
 
 
-def _rows(file: str, lines: Iterable[tuple[int, str]], columns: dict[str, int], width: int) -> Iterator[Row]:
-    for number, text in lines:
-        if not text.strip():
-            continue
-        fields = _split(text)
-        if len(fields) != width:
-            starts = _column_starts(text, fields)
-            at = starts[width] if len(fields) > width else len(text) + 1
-            message = f"{len(fields)} fields, expected {width} as in the header"
-            raise TraceError(message, file=file, line=number, column=at)
-        yield Row(file, number, text, columns, fields)
-
-
-def _in_order(
-    rows: Iterator[Row],
-    time_column: str,
-    clock: Callable[[Row], float],
-    lengths: tuple[str, ...],
-    *,
-    skip_failed: bool = False,
-) -> Iterator[tuple[Row, TraceRecord]]:
-    """Yield timed records with their rows.
-
-    BurstGPT publishes failed requests as rows of 0 tokens: those are skipped.
-    """
-    last_s = -math.inf
-    for row in rows:
-        if skip_failed and row.integer(lengths[0]) == 0:
-            continue
-        arrival_s = clock(row)
-        if arrival_s < last_s:
-            message = (
-                f"{time_column} is {row.get(time_column)!r}, earlier than the row before; sort by arrival"
-            )
-            raise row.error(time_column, message)
-        last_s = arrival_s
-        yield row, _record(row, arrival_s, lengths)
-
-
-def _record(row: Row, arrival_s: float, lengths: tuple[str, ...]) -> TraceRecord:
-    round_column = "turn" if "turn" in row.columns else "round"
-    delay_column = "delay_s" if row.get("delay_s") else "think_time_s"
-    session = row.get("session_id") or row.get("Session ID")
-    agent = row.get("agent")
-    return TraceRecord(
-        arrival_s=arrival_s,
-        input_tokens=row.integer(lengths[0], 1),
-        output_tokens=max(1, row.integer(lengths[1])),
-        hash_ids=_hash_ids(row),
-        block_tokens=row.integer("block_tokens", 1) if row.get("block_tokens") else 512,
-        session_id=f"{session}/{agent}" if agent else session,
-        turn=row.integer(round_column) if row.get(round_column) else 0,
-        delay_s=row.seconds(delay_column) if row.get(delay_column) else None,
-        slo_class=row.get("slo_class"),
-        client_id=row.get("client_id"),
-    )
-
-
-def _hash_ids(row: Row) -> tuple[int, ...]:
-    text = row.get("hash_ids")
-    if not text:
-        return ()
-    try:
-        return tuple(map(int, text.split("|")))
-    except ValueError:
-        raise row.error("hash_ids", f"hash_ids is {text[:40]!r}, expected integers joined by '|'") from None
-
-
-def _session_time(row: Row) -> float:
-    return row.seconds("session_t_s") if "session_t_s" in row.columns else 0.0
-
-
-def _seconds_of(column: str) -> Callable[[Row], float]:
-    return lambda row: row.seconds(column)
-
-
-def _azure_clock() -> Callable[[Row], float]:
-    """Return a clock that counts seconds from the first row it is shown."""
-    origin: datetime | None = None
-
-    def clock(row: Row) -> float:
-        nonlocal origin
-        text = row.get("TIMESTAMP")
-        try:
-            at = datetime.fromisoformat(text)
-            origin = origin or at
-            return (at - origin).total_seconds()
-        except (ValueError, TypeError):
-            message = f"TIMESTAMP is {text!r}, expected a date and time like '2023-11-16 18:15:46.680590'"
-            raise row.error("TIMESTAMP", message) from None
-
-    return clock
+def _ids(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split("|"))) if text else ()
 
 
 def _split(text: str) -> list[str]:

@@ -1,8 +1,8 @@
-"""Synthetic workloads: an arrival process with lengths drawn for each request."""
+"""Workloads from arrival times and length distributions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -10,37 +10,40 @@ import numpy as np
 from tidegate.core.errors import ConfigError
 from tidegate.workloads.arrivals import ArrivalProcess
 from tidegate.workloads.token_counts import TokenCounts
-from tidegate.workloads.trace import TraceRecord
+from tidegate.workloads.trace import Workload
 
 
-def generate(
-    arrivals: ArrivalProcess, inputs: TokenCounts, outputs: TokenCounts, *, seed: int
-) -> Iterator[TraceRecord]:
-    """Yield requests without end, input and output lengths independent; same seed, same requests.
+def generate(times_s: Iterable[float], inputs: TokenCounts, outputs: TokenCounts, *, seed: int) -> Workload:
+    """Return a request for each arrival time, its input and output lengths independent.
 
-    Arrivals and lengths draw from separate streams of the seed, so changing one leaves the other.
+    Same seed, same lengths. They draw from another stream of the seed than ``arrival_times_s`` does, so
+    changing one leaves the other.
     """
-    arrival_rng, length_rng = _streams(seed)
-    for arrival_s in arrivals.times_s(arrival_rng):
-        yield TraceRecord(arrival_s, inputs.draw(length_rng), outputs.draw(length_rng))
+    arrival_s = np.fromiter(times_s, np.float64)
+    rng = _streams(seed)[1]
+    lengths = np.array(
+        [(inputs.draw(rng), outputs.draw(rng)) for _ in range(len(arrival_s))], np.int64
+    ).reshape(-1, 2)
+    return Workload(arrival_s, lengths[:, 0], lengths[:, 1])
 
 
-def resample(arrivals: ArrivalProcess, pool: Sequence[TraceRecord], *, seed: int) -> Iterator[TraceRecord]:
-    """Yield requests without end whose (input, output) pairs are drawn from ``pool`` with replacement.
+def resample(times_s: Iterable[float], pool: Workload, *, seed: int) -> Workload:
+    """Return a request for each arrival time, its (input, output) pair drawn from ``pool`` with replacement.
 
     Pairs stay together; prefixes and sessions are dropped, for they mean nothing out of order.
     Raises ConfigError for an empty pool.
     """
     if not pool:
         raise ConfigError("there are no requests to draw lengths from")
-    arrival_rng, length_rng = _streams(seed)
-    bare = [replace(r, hash_ids=(), session_id="", turn=0, delay_s=None, client_id="") for r in pool]
-    for arrival_s in arrivals.times_s(arrival_rng):
-        yield replace(bare[int(length_rng.integers(len(bare)))], arrival_s=arrival_s)
+    arrival_s = np.fromiter(times_s, np.float64)
+    drawn = pool[_streams(seed)[1].integers(len(pool), size=len(arrival_s))]
+    return replace(
+        drawn, arrival_s=arrival_s, hash_ids=None, session_id=None, turn=None, delay_s=None, client_id=None
+    )
 
 
 def arrival_times_s(arrivals: ArrivalProcess, *, seed: int) -> Iterator[float]:
-    """Yield the arrival times that ``generate`` would use with the same seed."""
+    """Yield the arrival times of a process without end; same seed, same times."""
     return arrivals.times_s(_streams(seed)[0])
 
 

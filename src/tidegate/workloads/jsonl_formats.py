@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
-from itertools import chain
-from typing import Any
+from types import NoneType
+from typing import Any, NamedTuple
 
+import numpy as np
 import orjson
 
 from tidegate.core.errors import TraceError
-from tidegate.workloads.trace import MOONCAKE_BLOCK_TOKENS, TraceRecord
+from tidegate.workloads.trace import MOONCAKE_BLOCK_TOKENS, Floats, Integers, Workload, optional
 
 MOONCAKE_KEYS = frozenset((
     "timestamp", "input_length", "output_length", "hash_ids", "block_tokens",
@@ -47,127 +47,150 @@ def parse_object(file: str, number: int, text: str) -> dict[str, Any]:
     return value
 
 
-def parse_jsonl(file: str, lines: Iterator[tuple[int, str]]) -> Iterator[TraceRecord]:
-    """Yield the records of a JSONL trace; a line with a ``type`` key first makes it a recording.
+def parse_jsonl(file: str, lines: list[tuple[int, str]]) -> Workload:
+    """Return the requests of a JSONL trace; a line with a ``type`` key first makes it a recording.
 
-    A recording (gateway journal or bench result) is read whole and sorted by ``timestamp``, because
-    its lines stand in order of completion. Raises TraceError while iterating.
+    A recording (gateway journal or bench result) is sorted by ``timestamp``, because its lines stand in
+    order of completion. Raises TraceError for the first malformed line.
     """
-    first = next(lines, None)
-    if first is None:
-        raise TraceError("the file is empty", file=file)
-    number, text = first
-    lines = chain([first], lines)
-    if "type" in parse_object(file, number, text):
-        return iter(_recording(file, lines))
-    return _mooncake(file, lines)
-
-
-def _mooncake(file: str, lines: Iterator[tuple[int, str]]) -> Iterator[TraceRecord]:
-    last_s = -math.inf
-    for number, text in lines:
-        if not text.strip():
-            continue
-        line = _Line(file, number, text)
-        unknown = line.value.keys() - MOONCAKE_KEYS
-        if unknown:
-            key = min(unknown)
-            raise line.error(key, f"unknown key {key!r}; known are {', '.join(sorted(MOONCAKE_KEYS))}")
-        record = line.record()
-        if record.arrival_s < last_s:
-            message = f"timestamp is {line.value['timestamp']}, earlier than the line before; sort by arrival"
-            raise line.error("timestamp", message)
-        last_s = record.arrival_s
-        yield record
-
-
-def _recording(file: str, lines: Iterator[tuple[int, str]]) -> list[TraceRecord]:
-    records: list[TraceRecord] = []
+    recorded = "type" in parse_object(file, *lines[0])
+    objects: list[JsonLine] = []
     broken: TraceError | None = None
     for number, text in lines:
-        if not text.strip():
-            continue
-        if broken is not None:
-            raise broken
-        try:
-            line = _Line(file, number, text)
-        except TraceError as error:
-            broken = error  # a killed writer leaves half a last line; anywhere else it is damage
-            continue
-        if line.value.get("type") in REQUEST_KINDS and line.offers_work():
-            records.append(line.record())
-    if not records:
+        if text.strip():
+            if broken is not None:
+                break
+            try:
+                objects.append(JsonLine(number, text, parse_object(file, number, text)))
+            except TraceError as error:
+                broken = error
+    else:
+        if recorded:
+            broken = None  # a killed writer leaves half a last line; anywhere else it is damage
+    if recorded:
+        objects = [line for line in objects if _is_request(line.value)]
+    workload = _workload(_JsonTable(file, objects), recorded)
+    if broken is not None:
+        raise broken
+    if not recorded:
+        return workload
+    if not workload:
         raise TraceError("the recording holds no request outcomes to replay", file=file)
-    return sorted(records, key=lambda record: record.arrival_s)
+    return workload[workload.arrival_s.argsort(kind="stable")]
 
 
-class _Line:
-    """One JSON object with typed access to its keys; every method raises TraceError at the key's value."""
+class JsonLine(NamedTuple):
+    """An object with the place and the text that it was read from."""
 
-    def __init__(self, file: str, number: int, text: str) -> None:
-        self.file, self.number, self.text = file, number, text
-        self.value = parse_object(file, number, text)
+    number: int
+    text: str
+    value: dict[str, Any]
 
-    def error(self, key: str, message: str) -> TraceError:
-        found = re.search(rf"{re.escape(json.dumps(key))}\s*:\s*", self.text)
-        column = found.end() + 1 if found else 0
-        return TraceError(message, file=self.file, line=self.number, column=column)
 
-    def wrong(self, key: str, expected: str) -> TraceError:
-        if key not in self.value:
-            return self.error(key, f"the line lacks {key}, {expected}")
-        return self.error(key, f"{key} is {self.value[key]!r}, expected {expected}")
+def _is_request(value: dict[str, Any]) -> bool:
+    """Tell whether a recorded line can be replayed: a request of known length that was not malformed."""
+    status = value.get("status")
+    refused = isinstance(status, int) and 400 <= status < 429
+    return value.get("type") in REQUEST_KINDS and bool(value.get("input_length")) and not refused
 
-    def offers_work(self) -> bool:
-        """Tell whether a recorded request can be replayed: its length is known and it was not malformed."""
-        status = self.value.get("status")
-        refused = isinstance(status, int) and 400 <= status < 429
-        return bool(self.value.get("input_length")) and not refused
 
-    def record(self) -> TraceRecord:
-        value = self.value
-        # A recorded request that was rejected has no answer, and perhaps a null length.
-        recorded = "type" in value
-        delay_ms = None if value.get("delay_ms") is None else self.milliseconds("delay_ms")
-        return TraceRecord(
-            arrival_s=self.milliseconds("timestamp") / 1000.0,
-            input_tokens=self.integer("input_length", 1),
-            output_tokens=max(1, self.integer("output_length", 0, default=1 if recorded else None)),
-            hash_ids=self.hash_ids(),
-            block_tokens=self.integer("block_tokens", 1, default=MOONCAKE_BLOCK_TOKENS),
-            session_id=self.label("session_id"),
-            turn=self.integer("turn", 0, default=0),
-            delay_s=None if delay_ms is None else delay_ms / 1000.0,
-            slo_class=self.label("slo_class"),
-            client_id=self.label("client_id"),
+def _workload(table: _JsonTable, recorded: bool) -> Workload:
+    try:
+        return table.workload(recorded)
+    except TraceError as error:
+        # Keys are read one after the other: an earlier line may be wrong in a later key.
+        earlier = [line for line in table.lines if line.number < error.line]
+        _workload(_JsonTable(table.file, earlier), recorded)
+        raise
+
+
+class _JsonTable:
+    """Objects by key; every method raises TraceError at the first value that is not as it should be."""
+
+    def __init__(self, file: str, lines: list[JsonLine]) -> None:
+        self.file, self.lines = file, lines
+
+    def workload(self, recorded: bool) -> Workload:
+        """Return the objects as requests, in their order."""
+        if not recorded:
+            self._check_keys()
+        delay_s = self.seconds("delay_ms", math.nan) if self.has("delay_ms") else None
+        arrival_s = self.seconds("timestamp")
+        workload = Workload(
+            arrival_s,
+            self.integers("input_length", 1),
+            # A recorded request that was rejected has no answer, and perhaps a null length.
+            np.maximum(1, self.integers("output_length", 0, 1 if recorded else None)),
+            optional("hash_ids", self.ids()),
+            self.integers("block_tokens", 1, MOONCAKE_BLOCK_TOKENS) if self.has("block_tokens") else None,
+            optional("session_id", self.labels("session_id")),
+            self.integers("turn", 0, 0) if self.has("turn") else None,
+            delay_s,
+            optional("slo_class", self.labels("slo_class")),
+            optional("client_id", self.labels("client_id")),
         )
+        late = np.flatnonzero(np.diff(arrival_s) < 0)
+        if len(late) and not recorded:
+            row = int(late[0]) + 1
+            at = self.lines[row].value["timestamp"]
+            message = f"timestamp is {at}, earlier than the line before; sort by arrival"
+            raise self.error(row, "timestamp", message)
+        return workload
 
-    def integer(self, key: str, minimum: int, default: int | None = None) -> int:
-        value = self.value.get(key)
-        if value is None and default is not None:
-            return default
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise self.wrong(key, f"an integer >= {minimum}")
-        return value
+    def _check_keys(self) -> None:
+        for row, line in enumerate(self.lines):
+            if not line.value.keys() <= MOONCAKE_KEYS:
+                key = min(line.value.keys() - MOONCAKE_KEYS)
+                known = ", ".join(sorted(MOONCAKE_KEYS))
+                raise self.error(row, key, f"unknown key {key!r}; known are {known}")
 
-    def milliseconds(self, key: str) -> float:
-        value = self.value.get(key)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
-            raise self.wrong(key, "a number of milliseconds >= 0")
-        return float(value)
+    def has(self, key: str) -> bool:
+        return any(key in line.value for line in self.lines)
 
-    def label(self, key: str) -> str:
-        value = self.value.get(key)
-        if value is None:
-            return ""
-        if type(value) not in (str, int):
-            raise self.wrong(key, "a string")
-        return str(value)
+    def numbers(self, key: str, kinds: set[type], expected: str, minimum: float, empty: Any) -> list[Any]:
+        """Return numbers of the given kinds of at least ``minimum``, with ``empty``, if given, for null."""
+        values = [line.value.get(key) for line in self.lines]
+        for row, value in enumerate(values):
+            if value is None and empty is not None:
+                values[row] = empty
+            elif value is None or type(value) not in kinds or value < minimum:
+                raise self.wrong(row, key, expected)
+        return values
 
-    def hash_ids(self) -> tuple[int, ...]:
-        ids = self.value.get("hash_ids")
-        if ids is None:
-            return ()
-        if not isinstance(ids, list) or any(type(i) is not int for i in ids):
-            raise self.error("hash_ids", "hash_ids holds something else than integers")
-        return tuple(ids)
+    def integers(self, key: str, minimum: int, empty: int | None = None) -> Integers:
+        return np.array(self.numbers(key, {int}, f"an integer >= {minimum}", minimum, empty), np.int64)
+
+    def seconds(self, key: str, empty: float | None = None) -> Floats:
+        """Return milliseconds in seconds."""
+        values = self.numbers(key, {int, float}, "a number of milliseconds >= 0", 0, empty)
+        return np.array(list(map(float, values)), np.float64) / 1000.0
+
+    def labels(self, key: str) -> list[str]:
+        values = [line.value.get(key) for line in self.lines]
+        for row, value in enumerate(values):
+            if type(value) not in (str, int, NoneType):
+                raise self.wrong(row, key, "a string")
+        return ["" if value is None else str(value) for value in values]
+
+    def ids(self) -> list[tuple[int, ...]]:
+        columns = []
+        for row, line in enumerate(self.lines):
+            ids = line.value.get("hash_ids")
+            if ids is None:
+                ids = []
+            elif not isinstance(ids, list) or not set(map(type, ids)) <= {int}:
+                raise self.error(row, "hash_ids", "hash_ids holds something else than integers")
+            columns.append(tuple(ids))
+        return columns
+
+    def error(self, row: int, key: str, message: str) -> TraceError:
+        """Return a TraceError at a key's value."""
+        number, text, _ = self.lines[row]
+        found = re.search(rf"{re.escape(json.dumps(key))}\s*:\s*", text)
+        return TraceError(message, file=self.file, line=number, column=found.end() + 1 if found else 0)
+
+    def wrong(self, row: int, key: str, expected: str) -> TraceError:
+        value = self.lines[row].value
+        if key not in value:
+            return self.error(row, key, f"the line lacks {key}, {expected}")
+        return self.error(row, key, f"{key} is {value[key]!r}, expected {expected}")

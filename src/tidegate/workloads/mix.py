@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
+
 from tidegate.core.errors import ConfigError
-from tidegate.workloads.trace import TraceRecord
+from tidegate.workloads.trace import Workload, optional
 
 FORMS = "linear:FROM:TO:OVER_S or sine:FACTOR:PERIOD_S"
 
@@ -66,25 +67,22 @@ def parse_drift(text: str) -> Drift:
     raise ConfigError(f"drift {text!r}: expected {FORMS}")
 
 
-def drift_mix(records: Iterable[TraceRecord], drift: Drift) -> Iterator[TraceRecord]:
+def drift_mix(workload: Workload, drift: Drift) -> Workload:
     """Multiply each request's input:output ratio by ``drift.factor(arrival)``, rounded to whole tokens.
 
     Arrivals stay, and so does ``input + output`` of every request, hence the rate of tokens. Both parts
     keep at least one token. Prefix ids are kept as far as the old and the new prompt have whole blocks.
     """
-    return (_shifted(record, drift.factor(record.arrival_s)) for record in records)
-
-
-def _shifted(record: TraceRecord, factor: float) -> TraceRecord:
-    if factor == 1.0:
-        return record
-    total = record.input_tokens + record.output_tokens
-    weighted = record.input_tokens * factor
-    inputs = min(total - 1, max(1, round(total * weighted / (weighted + record.output_tokens))))
-    whole_blocks = min(inputs, record.input_tokens) // record.block_tokens
-    return replace(
-        record,
-        input_tokens=inputs,
-        output_tokens=total - inputs,
-        hash_ids=record.hash_ids[:whole_blocks],
-    )
+    factor = np.array([drift.factor(at_s) for at_s in workload.arrival_s.tolist()])
+    moved = factor != 1.0
+    old = workload.input_tokens
+    total = old + workload.output_tokens
+    weighted = old * factor
+    ideal = np.rint(total * weighted / (weighted + workload.output_tokens)).astype(np.int64)
+    inputs = np.where(moved, np.minimum(total - 1, np.maximum(1, ideal)), old)
+    blocks = workload.hash_ids
+    if blocks is not None:
+        kept = np.minimum(inputs, old) // workload.column("block_tokens")
+        rows = zip(blocks, moved.tolist(), kept.tolist(), strict=True)
+        blocks = optional("hash_ids", [ids[:whole] if cut else ids for ids, cut, whole in rows])
+    return replace(workload, input_tokens=inputs, output_tokens=total - inputs, hash_ids=blocks)

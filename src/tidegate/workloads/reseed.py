@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
 
 from tidegate.core.errors import ConfigError
-from tidegate.workloads.trace import TraceRecord, session_of
+from tidegate.workloads.trace import Floats, Workload
 
 PERMUTED_WITHIN_S = 60.0
 
 
-def reseeded(records: Iterable[TraceRecord], seed: int) -> list[TraceRecord]:
+def reseeded(workload: Workload, seed: int) -> Workload:
     """Return the trace as another day might have had it: who asks what is permuted within each minute.
 
     Seed 0 is the trace itself. Another seed permutes the requests among the arrival times of their
@@ -23,25 +22,18 @@ def reseeded(records: Iterable[TraceRecord], seed: int) -> list[TraceRecord]:
     """
     if seed < 0:
         raise ConfigError(f"a seed must be 0 or more, got {seed}")
-    trace = list(records)
     if seed == 0:
-        return trace
-    units: dict[str | int, list[TraceRecord]] = {}
-    for index, record in enumerate(trace):
-        units.setdefault(session_of(record) or index, []).append(record)
-    sessions = list(units.values())
-    starts_s = np.array([turns[0].arrival_s for turns in sessions])
-    moved = [
-        replace(record, arrival_s=start_s + (record.arrival_s - turns[0].arrival_s))
-        for turns, start_s in zip(sessions, _permuted(starts_s, seed).tolist(), strict=True)
-        for record in turns
-    ]
-    return sorted(moved, key=lambda record: record.arrival_s)
+        return workload
+    units = workload.units()
+    first = np.unique(units, return_index=True)[1]
+    starts_s = workload.arrival_s[first]
+    arrival_s = _permuted(starts_s, seed)[units] + (workload.arrival_s - starts_s[units])
+    # At one instant, earlier sessions come first.
+    order = np.lexsort((units, arrival_s))
+    return replace(workload, arrival_s=arrival_s)[order]
 
 
-def _permuted(
-    starts_s: np.ndarray[tuple[int], np.dtype[np.float64]], seed: int
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def _permuted(starts_s: Floats, seed: int) -> Floats:
     """Return the starts with those of one minute permuted among each other."""
     rng = np.random.default_rng(seed)
     minutes = np.floor(starts_s / PERMUTED_WITHIN_S)

@@ -7,15 +7,14 @@ request without one is its own): every turn of a session is kept, copied or drop
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from heapq import heappop, heappush
 
 import numpy as np
 
 from tidegate.core.errors import ConfigError
-from tidegate.workloads.copies import Renaming
-from tidegate.workloads.trace import TraceRecord, session_of
+from tidegate.workloads.copies import renamed
+from tidegate.workloads.trace import Workload
 
 DEFAULT_JITTER_S = 2.0
 """Longest delay of a copy: short beside a minute's rate, long beside the gaps inside a burst."""
@@ -62,19 +61,19 @@ class Spike:
         return at_s + self.duration_s - begun_s if begun_s < self.duration_s else None
 
 
-def thin(records: Iterable[TraceRecord], share: float, *, seed: int) -> Iterator[TraceRecord]:
+def thin(workload: Workload, share: float, *, seed: int) -> Workload:
     """Keep each session with probability ``share``, independently; raises ConfigError outside (0, 1].
 
     For any one seed, a larger share keeps everything that a smaller one keeps.
     """
     if not 0 < share <= 1:
         raise ConfigError(f"the share to keep must be above 0 and at most 1, got {share}")
-    return _multiplied(records, lambda _: (share, math.inf), 0.0, seed)
+    return _multiplied(workload, lambda _: (share, math.inf), 0.0, seed)
 
 
 def replicate(
-    records: Iterable[TraceRecord], factor: float, *, seed: int, jitter_s: float = DEFAULT_JITTER_S
-) -> Iterator[TraceRecord]:
+    workload: Workload, factor: float, *, seed: int, jitter_s: float = DEFAULT_JITTER_S
+) -> Workload:
     """Multiply the rate by ``factor`` on the same clock.
 
     Below 1 this is ``thin``. Above, every session stays, and ``factor - 1`` copies of it on average come
@@ -85,12 +84,10 @@ def replicate(
     if not 0 < factor < math.inf:
         raise ConfigError(f"the rate factor must be positive, got {factor}")
     _check_jitter(jitter_s)
-    return _multiplied(records, lambda _: (factor, math.inf), jitter_s, seed)
+    return _multiplied(workload, lambda _: (factor, math.inf), jitter_s, seed)
 
 
-def spikes(
-    records: Iterable[TraceRecord], spike: Spike, *, seed: int, jitter_s: float = DEFAULT_JITTER_S
-) -> Iterator[TraceRecord]:
+def spikes(workload: Workload, spike: Spike, *, seed: int, jitter_s: float = DEFAULT_JITTER_S) -> Workload:
     """Multiply the rate of sessions that start within the spike, as ``replicate`` does; leave the rest.
 
     A copy starts before its spike ends; its later turns may come after.
@@ -101,43 +98,36 @@ def spikes(
         end_s = spike.end_s(at_s)
         return (1.0, math.inf) if end_s is None else (spike.factor, end_s)
 
-    return _multiplied(records, rate, jitter_s, seed)
+    return _multiplied(workload, rate, jitter_s, seed)
 
 
 def _multiplied(
-    records: Iterable[TraceRecord],
-    rate: Callable[[float], tuple[float, float]],
-    jitter_s: float,
-    seed: int,
-) -> Iterator[TraceRecord]:
-    """Emit each session as often as ``rate(start) -> (factor, copies start before)`` says on average."""
+    workload: Workload, rate: Callable[[float], tuple[float, float]], jitter_s: float, seed: int
+) -> Workload:
+    """Repeat each session as often as ``rate(start) -> (factor, copies start before)`` says on average."""
     rng = np.random.default_rng(seed)
-    shifts_of: dict[str, list[float]] = {}
-    renamings: list[Renaming] = []
-    waiting: list[tuple[float, int, TraceRecord]] = []
-    serial = 0
-    for record in records:
-        session = session_of(record)
-        shifts = shifts_of.get(session) if session else None
-        if shifts is None:
-            factor, before_s = rate(record.arrival_s)
-            shifts = _shifts(rng, factor, min(jitter_s, before_s - record.arrival_s))
-            if session:
-                shifts_of[session] = shifts
-        while waiting and waiting[0][0] <= record.arrival_s:
-            yield heappop(waiting)[2]
-        for copy, shift_s in enumerate(shifts):
-            serial += 1
-            if copy > len(renamings):
-                renamings.append(Renaming(f"{seed}.{copy}"))
-            named = renamings[copy - 1](record) if copy else record
-            at_s = record.arrival_s + shift_s
-            heappush(waiting, (at_s, serial, replace(named, arrival_s=at_s) if shift_s else named))
-    while waiting:
-        yield heappop(waiting)[2]
+    units = workload.units()
+    delays_s: list[list[float]] = []
+    for start_s in workload.arrival_s[np.unique(units, return_index=True)[1]].tolist():
+        factor, before_s = rate(start_s)
+        delays_s.append(_delays_s(rng, factor, min(jitter_s, before_s - start_s)))
+    times = np.fromiter(map(len, delays_s), np.int64, len(delays_s))
+    parts, rows = [], []
+    for copy in range(times.max(initial=0)):
+        chosen = np.flatnonzero(times[units] > copy)
+        delay_s = np.array([unit[copy] if len(unit) > copy else 0.0 for unit in delays_s])
+        part = workload[chosen]
+        part = replace(part, arrival_s=part.arrival_s + delay_s[units[chosen]])
+        parts.append(renamed(part, f"{seed}.{copy}") if copy else part)
+        rows.append(chosen)
+    if not parts:
+        return workload[:0]
+    together = Workload.joined(parts)
+    # At one instant in the order of the input, copies after their original.
+    return together[np.lexsort((np.concatenate(rows), together.arrival_s))]
 
 
-def _shifts(rng: np.random.Generator, factor: float, jitter_s: float) -> list[float]:
+def _delays_s(rng: np.random.Generator, factor: float, jitter_s: float) -> list[float]:
     """Return a delay for each appearance of a session; the original is undelayed."""
     count = int(factor) + (1 if rng.random() < factor % 1.0 else 0)
     return [0.0, *rng.uniform(0.0, jitter_s, max(0, count - 1)).tolist()][:count]

@@ -33,24 +33,39 @@ def read_lines(source: str | Path) -> Iterator[tuple[int, str]]:
     Gzip is recognised by its first bytes, whatever the file is called. Raises TraceError when the
     file is missing or unreadable, is not UTF-8, or is a truncated or damaged gzip.
     """
-    name = str(source)
+    with _opened(str(source)) as raw:
+        yield from _lines(str(source), raw)
+
+
+def all_lines(source: str | Path) -> list[tuple[int, str]]:
+    """Return what ``read_lines`` yields, much faster."""
+    with _opened(str(source)) as raw:
+        data = raw.read()
+    try:
+        text = (gzip.decompress(data) if data.startswith(_GZIP_MAGIC) else data).decode("utf-8-sig")
+    except (EOFError, OSError, zlib.error, UnicodeDecodeError):
+        # The slow way knows in which line.
+        return list(_lines(str(source), io.BufferedReader(io.BytesIO(data))))
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return list(enumerate(text.removesuffix("\n").split("\n"), 1)) if text else []
+
+
+def _lines(name: str, raw: io.BufferedReader) -> Iterator[tuple[int, str]]:
     number = 0
-    with _opened(name) as raw:
-        compressed = raw.peek(2)[:2] == _GZIP_MAGIC
-        binary = cast(IO[bytes], gzip.GzipFile(fileobj=raw) if compressed else raw)
-        try:
-            with io.TextIOWrapper(binary, encoding="utf-8-sig") as text:
-                for number, line in enumerate(text, start=1):
-                    yield number, line.rstrip("\r\n")
-        except EOFError:
-            raise TraceError(
-                "the gzip file ends early; it is truncated", file=name, line=number + 1
-            ) from None
-        except (gzip.BadGzipFile, zlib.error) as error:
-            raise TraceError(f"damaged gzip data ({error})", file=name, line=number + 1) from None
-        except UnicodeDecodeError as error:
-            message = f"not UTF-8 text ({error.reason}); a trace is CSV or JSONL, plain or gzipped"
-            raise TraceError(message, file=name, line=number + 1) from None
+    compressed = raw.peek(2)[:2] == _GZIP_MAGIC
+    binary = cast(IO[bytes], gzip.GzipFile(fileobj=raw) if compressed else raw)
+    try:
+        with io.TextIOWrapper(binary, encoding="utf-8-sig") as text:
+            for number, line in enumerate(text, start=1):
+                yield number, line.rstrip("\r\n")
+    except EOFError:
+        raise TraceError("the gzip file ends early; it is truncated", file=name, line=number + 1) from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise TraceError(f"damaged gzip data ({error})", file=name, line=number + 1) from None
+    except UnicodeDecodeError as error:
+        message = f"not UTF-8 text ({error.reason}); a trace is CSV or JSONL, plain or gzipped"
+        raise TraceError(message, file=name, line=number + 1) from None
 
 
 @contextmanager

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,15 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tidegate.core.errors import ConfigError
-from tidegate.workloads.trace import TraceRecord, session_of
+from tidegate.workloads.trace import Floats, Integers, Workload
 
 MINUTE_S = 60.0
 WINDOW_S = 300.0
 MOST_WINDOWS = 5_000_000
 FEWEST_IN_WINDOW = 20
 """Windows with fewer requests say nothing of a ratio and are left out of its range."""
-
-Numbers = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +29,9 @@ class Spread:
     max: float
 
     @classmethod
-    def of(cls, values: Iterable[float]) -> Spread:
+    def of(cls, values: NDArray[Any]) -> Spread:
         """Summarise at least one value."""
-        numbers = np.fromiter(values, dtype=np.float64)
+        numbers = values.astype(np.float64)
         p50, p90, p99 = np.quantile(numbers, (0.5, 0.9, 0.99), method="inverted_cdf").tolist()
         return cls(float(numbers.mean()), p50, p90, p99, float(numbers.max()))
 
@@ -104,18 +100,18 @@ class Statistics:
         return asdict(self)
 
 
-def statistics(records: Sequence[TraceRecord], *, timed: bool, window_s: float = WINDOW_S) -> Statistics:
+def statistics(workload: Workload, *, timed: bool, window_s: float = WINDOW_S) -> Statistics:
     """Describe a trace; ``timed`` says whether ``arrival_s`` is the time of the trace.
 
     Raises ConfigError for an empty trace or a window that is not positive.
     """
-    if not records:
+    if not workload:
         raise ConfigError("the trace holds no requests")
     if not 0 < window_s < float("inf"):
         raise ConfigError(f"the window must be a positive number of seconds, got {window_s}")
-    inputs = np.array([r.input_tokens for r in records], dtype=np.float64)
-    outputs = np.array([r.output_tokens for r in records], dtype=np.float64)
-    times_s = np.array([r.arrival_s for r in records], dtype=np.float64)
+    inputs = workload.input_tokens.astype(np.float64)
+    outputs = workload.output_tokens.astype(np.float64)
+    times_s = workload.arrival_s
     if timed and (times_s[-1] - times_s[0]) / min(window_s, MINUTE_S) > MOST_WINDOWS:
         raise ConfigError(
             f"the trace lasts {times_s[-1] - times_s[0]:g} s: more than {MOST_WINDOWS:,} windows; are its "
@@ -124,54 +120,52 @@ def statistics(records: Sequence[TraceRecord], *, timed: bool, window_s: float =
     windows = _windows(times_s, inputs, outputs, window_s) if timed else ()
     ratios = [w.ratio for w in windows if w.ratio is not None]
     return Statistics(
-        requests=len(records),
+        requests=len(workload),
         arrivals=_arrivals(times_s) if timed else None,
         input_tokens=Spread.of(inputs),
         output_tokens=Spread.of(outputs),
         ratio=float(inputs.sum() / outputs.sum()),
         ratio_range=(min(ratios), max(ratios)) if ratios else None,
         windows=windows,
-        sessions=_sessions(records),
-        reuse=_reuse(records),
+        sessions=_sessions(workload),
+        reuse=_reuse(workload),
     )
 
 
-def cached_tokens(records: Iterable[TraceRecord]) -> list[int]:
+def cached_tokens(workload: Workload) -> list[int]:
     """Return for each prompt how many leading tokens an unbounded cache holds when it comes.
 
     A block is cached once a request before it in the trace had it, answer included; what is still being
     computed counts as there.
     """
+    known, _ = _known(workload)
+    tokens: list[int] = np.minimum(workload.input_tokens, known * workload.column("block_tokens")).tolist()
+    return tokens
+
+
+def _known(workload: Workload) -> tuple[Integers, Integers]:
+    """Return for each prompt its leading blocks that requests before it had, and all its blocks."""
+    blocks = -(-workload.input_tokens // workload.column("block_tokens"))
+    known = np.zeros_like(blocks)
+    if workload.hash_ids is None:
+        return known, known
     seen: set[int] = set()
-    return [min(r.input_tokens, _known(r, seen) * r.block_tokens) for r in records]
+    blocks = np.minimum(blocks, np.fromiter(map(len, workload.hash_ids), np.int64, len(workload)))
+    for row, (ids, count) in enumerate(zip(workload.hash_ids, blocks.tolist(), strict=True)):
+        known[row] = next((k for k in range(count) if ids[k] not in seen), count)
+        seen.update(ids)
+    return known, blocks
 
 
-def _known(record: TraceRecord, seen: set[int]) -> int:
-    """Return the leading prompt blocks among ``seen``, then add all of the record's."""
-    known = 0
-    for block in record.hash_ids[: _prompt_blocks(record)]:
-        if block not in seen:
-            break
-        known += 1
-    seen.update(record.hash_ids)
-    return known
-
-
-def _prompt_blocks(record: TraceRecord) -> int:
-    return min(len(record.hash_ids), -(-record.input_tokens // record.block_tokens))
-
-
-def _reuse(records: Sequence[TraceRecord]) -> Reuse | None:
-    blocks = sum(map(_prompt_blocks, records))
-    if not blocks:
+def _reuse(workload: Workload) -> Reuse | None:
+    known, blocks = _known(workload)
+    if not blocks.any():
         return None
-    seen: set[int] = set()
-    known = [_known(r, seen) for r in records]
-    tokens = sum(min(r.input_tokens, n * r.block_tokens) for r, n in zip(records, known, strict=True))
-    return Reuse(tokens / sum(r.input_tokens for r in records), sum(known) / blocks)
+    tokens = np.minimum(workload.input_tokens, known * workload.column("block_tokens"))
+    return Reuse(float(tokens.sum() / workload.input_tokens.sum()), float(known.sum() / blocks.sum()))
 
 
-def _arrivals(times_s: Numbers) -> Arrivals:
+def _arrivals(times_s: Floats) -> Arrivals:
     since_s = times_s - times_s[0]
     duration_s = float(since_s[-1])
     gaps_s = np.diff(times_s)
@@ -189,7 +183,7 @@ def _arrivals(times_s: Numbers) -> Arrivals:
     )
 
 
-def _windows(times_s: Numbers, inputs: Numbers, outputs: Numbers, window_s: float) -> tuple[Window, ...]:
+def _windows(times_s: Floats, inputs: Floats, outputs: Floats, window_s: float) -> tuple[Window, ...]:
     since_s = times_s - times_s[0]
     index = (since_s // window_s).astype(np.int64)
     counts = np.bincount(index).tolist()
@@ -208,14 +202,16 @@ def _windows(times_s: Numbers, inputs: Numbers, outputs: Numbers, window_s: floa
     )
 
 
-def _sessions(records: Sequence[TraceRecord]) -> Sessions | None:
-    rounds = Counter(session_of(r) for r in records if r.session_id)
-    if not rounds:
+def _sessions(workload: Workload) -> Sessions | None:
+    if workload.session_id is None:
         return None
-    pauses_s = [r.delay_s for r in records if r.turn > 0 and r.delay_s is not None]
+    named = workload[workload.session_id != ""]
+    rounds = np.bincount(named.units())
+    pauses_s = workload.column("delay_s")[workload.column("turn") > 0]
+    pauses_s = pauses_s[~np.isnan(pauses_s)]
     return Sessions(
         count=len(rounds),
-        agents=len({r.session_id for r in records if r.session_id}),
-        rounds=Spread.of(rounds.values()),
-        think_s=Spread.of(pauses_s) if pauses_s else None,
+        agents=len(set(named.column("session_id"))),
+        rounds=Spread.of(rounds),
+        think_s=Spread.of(pauses_s) if len(pauses_s) else None,
     )

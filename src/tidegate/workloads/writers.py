@@ -18,7 +18,7 @@ import orjson
 
 from tidegate.core.errors import ConfigError
 from tidegate.workloads.csv_formats import AZURE, BURSTGPT
-from tidegate.workloads.trace import MOONCAKE_BLOCK_TOKENS, TraceRecord
+from tidegate.workloads.trace import MOONCAKE_BLOCK_TOKENS, TraceRecord, Workload
 
 
 class WriteFormat(StrEnum):
@@ -55,23 +55,17 @@ def format_of(path: Path) -> WriteFormat:
     return WriteFormat.MOONCAKE if suffix == ".jsonl" else WriteFormat.CSV
 
 
-def lost_in(form: WriteFormat, records: Iterable[TraceRecord]) -> list[str]:
-    """Return the fields that some record has and the format cannot hold, in a fixed order."""
-    candidates = [name for name in _EXTRAS if name not in HOLDS[form]]
-    if not candidates:
-        return []
-    lost: set[str] = set()
-    for record in records:
-        lost.update(name for name in candidates if getattr(record, name) not in ("", None, 0, ()))
-    return [name for name in candidates if name in lost]
+def lost_in(form: WriteFormat, workload: Workload) -> list[str]:
+    """Return the fields that some request has and the format cannot hold, in a fixed order."""
+    return [name for name in _EXTRAS if name not in HOLDS[form] and workload.has(name)]
 
 
 def write_trace(
-    path: Path, records: Iterable[TraceRecord], form: WriteFormat | None = None, *, force: bool = False
-) -> int:
-    """Write the records, gzipped when the name ends in ``.gz``; return how many there were.
+    path: Path, workload: Workload, form: WriteFormat | None = None, *, force: bool = False
+) -> None:
+    """Write the requests, gzipped when the name ends in ``.gz``.
 
-    The file appears whole or not at all. Reading it back gives the same records as far as the format
+    The file appears whole or not at all. Reading it back gives the same requests as far as the format
     goes (``lost_in``), times to the microsecond. Raises ConfigError when the file exists without
     ``force``, when the format is neither given nor told by the name, when the folder cannot be written,
     or when a name cannot stand in a CSV.
@@ -79,17 +73,8 @@ def write_trace(
     lines = _WRITERS[form or format_of(path)]
     if path.exists() and not force:
         raise ConfigError(f"{path} exists; choose another name or add --force")
-    written = 0
-
-    def counted() -> Iterator[TraceRecord]:
-        nonlocal written
-        for record in records:
-            written += 1
-            yield record
-
     with _replacing(path) as binary, _text(binary, compressed=path.name.endswith(".gz")) as text:
-        text.writelines(lines(counted()))
-    return written
+        text.writelines(lines(workload))
 
 
 @contextmanager
@@ -125,8 +110,8 @@ def _text(binary: IO[bytes], *, compressed: bool) -> Iterator[IO[str]]:
         yield text
 
 
-def _mooncake(records: Iterable[TraceRecord]) -> Iterator[str]:
-    for record in records:
+def _mooncake(workload: Workload) -> Iterator[str]:
+    for record in workload:
         line: dict[str, Any] = {
             "timestamp": _milliseconds(record.arrival_s),
             "input_length": record.input_tokens,
@@ -147,43 +132,33 @@ def _mooncake(records: Iterable[TraceRecord]) -> Iterator[str]:
         yield orjson.dumps(line).decode() + "\n"
 
 
-def _own(records: Iterable[TraceRecord]) -> Iterator[str]:
-    trace = list(records)
-    columns: list[tuple[str, Callable[[TraceRecord], object]]] = [
-        ("arrival_s", lambda r: _plain(r.arrival_s)),
-        ("input_tokens", lambda r: r.input_tokens),
-        ("output_tokens", lambda r: r.output_tokens),
-    ]
-    if any(r.hash_ids for r in trace):
-        columns.append(("hash_ids", lambda r: "|".join(map(str, r.hash_ids))))
-    if any(r.hash_ids and r.block_tokens != MOONCAKE_BLOCK_TOKENS for r in trace):
-        columns.append(("block_tokens", lambda r: r.block_tokens))
-    if any(r.session_id for r in trace):
-        columns += [("session_id", lambda r: r.session_id), ("turn", lambda r: r.turn)]
-    if any(r.delay_s is not None for r in trace):
-        columns.append(("delay_s", lambda r: "" if r.delay_s is None else _plain(r.delay_s)))
-    if any(r.slo_class for r in trace):
-        columns.append(("slo_class", lambda r: r.slo_class))
-    if any(r.client_id for r in trace):
-        columns.append(("client_id", lambda r: r.client_id))
-    yield _csv_line(name for name, _ in columns)
-    for record in trace:
-        yield _csv_line(value(record) for _, value in columns)
+def _own(workload: Workload) -> Iterator[str]:
+    wanted = {"arrival_s", "input_tokens", "output_tokens", *filter(workload.has, _EXTRAS)}
+    if "hash_ids" in wanted and workload.has("block_tokens"):
+        wanted.add("block_tokens")
+    if "session_id" in wanted:
+        wanted.add("turn")
+    else:
+        wanted.discard("turn")
+    names = [name for name in TraceRecord._fields if name in wanted]
+    yield _csv_line(names)
+    columns = [map(_WRITTEN.get(name, str), workload.column(name).tolist()) for name in names]
+    yield from map(_csv_line, zip(*columns, strict=True))
 
 
-def _azure(records: Iterable[TraceRecord]) -> Iterator[str]:
+def _azure(workload: Workload) -> Iterator[str]:
     yield _csv_line(AZURE)
-    for record in records:
+    for record in workload:
         at = AZURE_EPOCH + timedelta(seconds=record.arrival_s)
         yield _csv_line(
             (at.isoformat(sep=" ", timespec="microseconds"), record.input_tokens, record.output_tokens)
         )
 
 
-def _burstgpt(records: Iterable[TraceRecord]) -> Iterator[str]:
+def _burstgpt(workload: Workload) -> Iterator[str]:
     head, *rest = BURSTGPT
     yield _csv_line((head, "Session ID", *rest))
-    for r in records:
+    for r in workload:
         total = r.input_tokens + r.output_tokens
         kind = "Conversation log" if r.session_id else "API log"
         yield _csv_line(
@@ -191,7 +166,7 @@ def _burstgpt(records: Iterable[TraceRecord]) -> Iterator[str]:
         )
 
 
-_WRITERS: dict[WriteFormat, Callable[[Iterable[TraceRecord]], Iterator[str]]] = {
+_WRITERS: dict[WriteFormat, Callable[[Workload], Iterator[str]]] = {
     WriteFormat.MOONCAKE: _mooncake,
     WriteFormat.CSV: _own,
     WriteFormat.AZURE: _azure,
@@ -216,3 +191,11 @@ def _plain(seconds: float) -> str:
 def _milliseconds(seconds: float) -> float | int:
     value = round(seconds * 1000.0, 6)
     return int(value) if value.is_integer() else value
+
+
+_WRITTEN: dict[str, Callable[[Any], str]] = {
+    "arrival_s": _plain,
+    "delay_s": lambda seconds: "" if seconds != seconds else _plain(seconds),
+    "hash_ids": lambda ids: "|".join(map(str, ids)),
+}
+"""How a column stands in this project's CSV, where that is not its text."""
