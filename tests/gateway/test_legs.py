@@ -228,7 +228,7 @@ async def test_a_connection_that_is_cut_leaves_no_cycle_behind() -> None:
 
 
 async def test_a_fast_failing_instance_does_not_draw_every_request(start: Any) -> None:
-    cluster = await start("arrow", instances=4)
+    cluster = await start("arrow-lending", instances=4)
     cluster.engines["i0"].fail_with = (500, "boom")
     for _ in range(6):
         assert (await cluster.post("/v1/completions", BODY))[0] == 200
@@ -270,7 +270,7 @@ async def test_a_policy_that_raises_is_our_fault_and_journalled_so(start: Any, t
 
 
 async def test_a_control_tick_that_fails_does_not_end_control(start: Any, caplog: Any) -> None:
-    cluster = await start("arrow", instances=3)
+    cluster = await start("arrow-lending", instances=3)
     scheduler = cluster.gateway.scheduler
     ticks = 0
 

@@ -1,4 +1,4 @@
-"""Arrow v2 (arXiv 2505.11916v2), clause by clause: loads, Algorithms 2 and 3, and repair.
+"""Arrow v2 (arXiv 2505.11916v2), clause by clause: loads, Algorithms 2 and 3.
 
 A quotation names the section; "Narwhal" marks what an independent implementation of the paper adds.
 """
@@ -13,9 +13,6 @@ from arrow_fleet import (
     decode,
     fleet,
     pace,
-    place_decode,
-    place_prefill,
-    prefill_on,
     queue,
 )
 
@@ -23,9 +20,16 @@ from tidegate.core.decision import Control, Flip
 from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
 from tidegate.ledger.ledger import Ledger
-from tidegate.policies.arrow_flip import COOLDOWN_S, flip
-from tidegate.policies.arrow_loads import L_EXPAND, L_SHRINK, decode_pool_load, prefill_pool_load
-from tidegate.policies.arrow_monitor import SUSTAIN_TICKS, ArrowMonitor
+from tidegate.policies.arrow.published import (
+    COOLDOWN_S,
+    L_EXPAND,
+    L_SHRINK,
+    SUSTAIN_TICKS,
+    ArrowMonitor,
+    decode_pool_load,
+    flip,
+    prefill_pool_load,
+)
 from tidegate.testing import instance, profile
 
 
@@ -237,37 +241,3 @@ class TestAlgorithm3:
         ledger.instance_down("i0", 0.0)
         ledger.instance_up(instance("pinned2", flippable=False), profile(), P, 0.0)
         assert flip(ledger.snapshot(0.0), D, "inline") is None
-
-
-class TestRepair:
-    """Ours: the paper has no failures. A pool whose only member died is refilled."""
-
-    def test_the_next_placement_refills_an_empty_pool(self) -> None:
-        ledger = fleet(P, D, D)
-        decode(ledger, "i1", 100)
-        ledger.instance_down("i0", 1.0)
-        verdict = place_prefill(ledger, now=1.0)
-        assert verdict.flips == (Flip("i2", P, "repair"),)
-        assert prefill_on(verdict) == "i2"
-
-    def test_the_next_tick_does_too_and_the_cooldown_does_not_matter(self) -> None:
-        ledger = fleet(P, P, D)
-        ledger.flip("i0", D, 0.9)
-        ledger.flip("i0", P, 0.95)
-        ledger.instance_down("i2", 1.0)
-        assert ArrowMonitor().step(ledger.snapshot(1.0), None).flips == (Flip("i0", D, "repair"),)
-        assert place_decode(ledger, "i0", now=1.0).flips == (Flip("i0", D, "repair"),)
-
-    def test_one_survivor_serves_both_phases_unflipped(self) -> None:
-        ledger = fleet(P, D)
-        ledger.instance_down("i0", 1.0)
-        verdict = place_prefill(ledger)
-        assert (prefill_on(verdict), verdict.flips) == ("i1", ())
-        assert ArrowMonitor().step(ledger.snapshot(1.0), None).flips == ()
-
-    def test_a_mixed_instance_keeps_both_pools_alive(self) -> None:
-        assert ArrowMonitor().step(fleet(M, D, D).snapshot(0.0), None).flips == ()
-        assert ArrowMonitor().step(fleet(M, P, P).snapshot(0.0), None).flips == ()
-
-    def test_an_empty_cluster_has_nothing_to_repair(self) -> None:
-        assert ArrowMonitor().step(Ledger().snapshot(0.0), 2).flips == ()

@@ -11,7 +11,7 @@ import pytest
 from tidegate.core.decision import Flip, Path, Place, Verdict
 from tidegate.core.instance import Role
 from tidegate.ledger.ledger import Ledger
-from tidegate.policies.arrow_v1 import (
+from tidegate.policies.arrow.pools_v1 import (
     DECODE_FLOOR,
     MEMORY_SHORTAGE,
     ArrowV1Monitor,
@@ -209,10 +209,3 @@ class TestMonitor:
 
     def test_no_trigger_no_flip(self) -> None:
         assert ArrowV1Monitor().step(self.busy().snapshot(0.0), None).flips == ()
-
-    def test_an_empty_pool_is_repaired(self) -> None:
-        ledger = fleet(P, P)
-        assert ArrowV1Monitor().step(ledger.snapshot(0.0), None).flips == (Flip("i0", D, "repair"),)
-        assert place_decode(ledger).flips == (Flip("i0", D, "repair"),)
-        assert place_prefill(fleet(D, D)).flips == (Flip("i0", P, "repair"),)
-        assert ArrowV1Monitor().step(Ledger().snapshot(0.0), None).flips == ()
