@@ -101,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--systems", default="colocated,static,arrow")
+    parser.add_argument("--systems", default="colocated,static,arrow-lending")
     parser.add_argument("--scale-rate", type=float, default=3.0)
     parser.add_argument("--scale-tokens", type=float, default=0.2)
     parser.add_argument("--slo", default="ttft:500,tpot:50")

@@ -106,7 +106,7 @@ def _mean_us(event: Callable[[Request], object], requests: list[Request]) -> flo
 
 def main() -> int:
     """Print the tables; return the exit status."""
-    system = make_system("arrow")
+    system = make_system("arrow-lending")
     medians: dict[tuple[str, int], float] = {}
     problems = []
     print(f"{'decision':<16}{'instances':>10}{'median us':>11}{'p99 us':>9}{'limit us':>10}")

@@ -53,7 +53,7 @@ def live(system: str, args: argparse.Namespace) -> Run:
     journal.unlink(missing_ok=True)  # serve does not overwrite an earlier run's
     serve = [*TIDEGATE, "serve", "--emulate", args.emulate, "--system", system, "--slo", args.slo]
     serve += ["--port", "0", "--journal", str(journal)]
-    if system != "arrow" and args.split:
+    if system != "arrow-lending" and args.split:
         serve += ["--split", args.split]
     server = subprocess.Popen(serve, stdout=subprocess.PIPE, text=True)
     try:
@@ -88,7 +88,7 @@ def of_journal(path: Path, offered: int) -> Run:
 def simulated(system: str, args: argparse.Namespace, front_s: float) -> Run:
     """Simulate the same arrivals."""
     slo = Slo.parse(args.slo)
-    split = tuple(map(int, args.split.split(":"))) if args.split and system != "arrow" else None
+    split = tuple(map(int, args.split.split(":"))) if args.split and system != "arrow-lending" else None
     run = simulate(
         load(args),
         make_system(system, split=split, slo=slo),  # type: ignore[arg-type]  # two numbers
@@ -112,8 +112,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--emulate", default="h100_sxm/llama-3.1-8b:4")
-    parser.add_argument("--systems", default="arrow,static")
-    parser.add_argument("--split", default="2:2", help="of the systems other than arrow")
+    parser.add_argument("--systems", default="arrow-lending,static")
+    parser.add_argument("--split", default="2:2", help="of the systems other than arrow-lending")
     parser.add_argument("--trace", default="sample:azure-conv")
     parser.add_argument("--scale-rate", type=float, default=3.0)
     parser.add_argument("--start", type=float, default=0.0)

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SYSTEMS = ("arrow", "arrow-v2", "static:even", "static:best", "colocated:tuned")
+SYSTEMS = ("arrow-lending", "arrow", "static:even", "static:best", "colocated:tuned")
 ORDERED = (
     "static:best",
     "static:best+feasible-first",
     "static:best+sjf",
-    "arrow",
-    "arrow+feasible-first",
-    "arrow+sjf",
+    "arrow-lending",
+    "arrow-lending+feasible-first",
+    "arrow-lending+sjf",
 )
 BOTH = (0.9, 0.99)
 """At 0.99 only where a fleet is small enough that every split can be searched once more."""

@@ -40,7 +40,7 @@ class Case:
     prefill: int
     decode: int
     requests: int
-    system: str = "arrow"
+    system: str = "arrow-lending"
     leap: bool = True
     trace: str = ""
     lengths: str = SAMPLE
@@ -77,7 +77,7 @@ def main() -> None:
     """Print a line per case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--requests", type=int, default=20_000, help="requests per case")
-    parser.add_argument("--system", default="arrow", help="system to simulate")
+    parser.add_argument("--system", default="arrow-lending", help="system to simulate")
     parser.add_argument("--step", action="store_true", help="every step an event")
     parser.add_argument("--curve", action="store_true", help="10^4 to 10^6 requests, 8 to 1,000 instances")
     parser.add_argument("--day", metavar="FILE", help="a trace to serve as it is on 4P12D")

@@ -325,7 +325,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--at-once", type=int, default=6, help="open conversations")
     parser.add_argument("--requests", type=int, default=120, help="different conversations")
-    parser.add_argument("--system", default="arrow")
+    parser.add_argument("--system", default="arrow-lending")
     parser.add_argument("--flip-every-s", type=float, default=0.5)
     parser.add_argument("--migrate-every-s", type=float, default=0.1)
     parser.add_argument("--kill-every-s", type=float, default=0.0, help="0: kill none")

@@ -67,7 +67,7 @@ def test_every_problem_of_every_source_is_reported_at_once(tmp_path: Path) -> No
     assert "fleet.instances = 0: should be greater than or equal to 1" in text
     assert "engine.dtype = int4: should be 'auto', 'float32'" in text
     assert "TIDEGATE_SLO fast:" in text
-    assert "--system nope: unknown system 'nope'; there are: arrow" in text
+    assert "--system nope: unknown system 'nope'; there are: arrow, arrow-lending" in text
     assert "--split 1-2: expected P:D" in text
 
 
@@ -154,14 +154,14 @@ def test_emulated_instances_take_settings_that_nothing_else_takes(monkeypatch: p
 
 
 def test_a_system_that_needs_profiles_is_refused_for_servers_that_bring_none() -> None:
-    (found,) = problems(vllm=["http://a", "http://b"], system="arrow")
-    assert "'arrow' needs a measured profile" in found and "round-robin, static" in found
+    (found,) = problems(vllm=["http://a", "http://b"], system="arrow-lending")
+    assert "'arrow-lending' needs a measured profile" in found and "round-robin, static" in found
 
 
 def test_a_profile_lets_any_system_run_in_front_of_servers(tmp_path: Path) -> None:
     name = "h100_sxm/llama-3.1-8b"
     done = settle(vllm=["http://a", "http://b"], profile=[name])
-    assert (done.config.scheduling.system, done.origins["system"]) == ("arrow", "default")
+    assert (done.config.scheduling.system, done.origins["system"]) == ("arrow-lending", "default")
     assert settle(as_toml(done), folder=tmp_path).config == done.config
     assert settle(environment={"TIDEGATE_PROFILE": name}, vllm=["http://a", "http://b"], system="arrow-v1")
     (found,) = problems(vllm=["http://a", "http://b"], profile=["no/such.json"])
@@ -176,10 +176,10 @@ def test_a_profile_lets_any_system_run_in_front_of_servers(tmp_path: Path) -> No
 def test_an_order_needs_engines_that_keep_one() -> None:
     (found,) = problems(vllm=["http://a", "http://b"], system="static+edf")
     assert "by edf, which vLLM servers do not offer" in found and "take 'static'" in found
-    (found,) = problems(system="arrow+lifo")
+    (found,) = problems(system="arrow-lending+lifo")
     assert "unknown order 'lifo'; there are: edf, feasible-first, fifo, sjf" in found
-    config = settle(system="arrow+feasible-first").config
-    assert config.scheduling.make_system().name == "arrow+feasible-first"
+    config = settle(system="arrow-lending+feasible-first").config
+    assert config.scheduling.make_system().name == "arrow-lending+feasible-first"
 
 
 def test_servers_alone_are_enough() -> None:

@@ -12,7 +12,7 @@ import pytest
 from tidegate.cli.main import main
 
 STATE = {
-    "system": "arrow",
+    "system": "arrow-lending",
     "uptime_s": 12.5,
     "slo": {"ttft_s": 1.0, "tpot_s": 0.05},
     "instances": [
@@ -84,7 +84,7 @@ def test_what_engines_tell_has_a_table_of_its_own(
     told = {"load": load, "foreign_requests": 3, "foreign_tokens": 45_678, "drifts": {"requests": 1, "kv": 1}}
     tokens = {"computed": 1_000_000, "pulled": 2_345_678}
     rows = [{"id": "i0", "pool": "mixed", **told, "prompt_tokens": tokens}, {"id": "i1", "load": None}]
-    gateway.body = {"system": "arrow", "instances": rows, "prompt_tokens": tokens}
+    gateway.body = {"system": "arrow-lending", "instances": rows, "prompt_tokens": tokens}
     assert state(gateway) == 0
     shown = capsys.readouterr().out
     last = shown.splitlines()[-1].split()
@@ -99,7 +99,7 @@ def test_json_is_what_the_gateway_sent(gateway: Gateway, capsys: pytest.CaptureF
 
 
 def test_no_instances_is_said(gateway: Gateway, capsys: pytest.CaptureFixture[str]) -> None:
-    gateway.body = {"system": "arrow", "instances": []}
+    gateway.body = {"system": "arrow-lending", "instances": []}
     assert state(gateway) == 0
     assert "no instance is up" in capsys.readouterr().out
 

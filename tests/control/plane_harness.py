@@ -14,7 +14,7 @@ from tidegate.core.request import Request
 from tidegate.core.slo import Slo
 from tidegate.journal.writer import JournalWriter
 from tidegate.ledger.snapshot import Snapshot
-from tidegate.policies.least_loaded import LeastLoaded
+from tidegate.policies.baselines.least_loaded import LeastLoaded
 from tidegate.policies.protocols import Controller, Signal, StartingRoles
 from tidegate.policies.starting_roles import even_roles
 from tidegate.signals.prefix import NO_BLOCKS, PrefixIndex, PromptBlocks

@@ -61,7 +61,7 @@ async def stream(client: aiohttp.ClientSession, url: str, prompt: list[int], cou
 
 async def test_flips_and_hand_overs_change_no_token() -> None:
     prompts = [list(range(start, start + 50 + 7 * start)) for start in range(24)]
-    async with gateway("arrow", flip_every_s=0.02) as (running, url, client):
+    async with gateway("arrow-lending", flip_every_s=0.02) as (running, url, client):
         got = await asyncio.gather(*(stream(client, url, prompt, 40) for prompt in prompts))
         assert got == [answer(prompt, 0, 40) for prompt in prompts]
         assert running.dispatcher.flips > 0

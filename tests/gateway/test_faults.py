@@ -24,7 +24,7 @@ def outcomes(path: Path) -> list[dict[str, Any]]:
     return [r for r in rows if r["type"] == "outcome"]
 
 
-@pytest.mark.parametrize("system", ["static", "arrow", "colocated"])
+@pytest.mark.parametrize("system", ["static", "arrow-lending", "colocated"])
 async def test_a_stream_survives_the_death_of_its_instance(start: Any, system: str, tmp_path: Path) -> None:
     cluster = await start(system, instances=4, step_s=0.001)
     tasks = [asyncio.create_task(cluster.stream(BODY)) for _ in range(8)]
@@ -55,7 +55,7 @@ async def test_a_death_nobody_reported_is_reported_to_the_fleet(start: Any) -> N
 
 
 async def test_with_every_instance_gone_requests_get_503_and_recovery_needs_no_restart(start: Any) -> None:
-    cluster = await start("arrow", instances=2, recovery_s=3600.0)
+    cluster = await start("arrow-lending", instances=2, recovery_s=3600.0)
     for name, engine in cluster.engines.items():
         await engine.stop()
         cluster.fleet.down(name)

@@ -16,7 +16,7 @@ def test_a_role_stands_before_the_url() -> None:
 
 
 async def test_a_fixed_member_keeps_its_role_and_another_takes_the_one_it_had(start: Any) -> None:
-    cluster = await start("arrow", instances=3, fixed={"i0": Role.DECODE})
+    cluster = await start("arrow-lending", instances=3, fixed={"i0": Role.DECODE})
     plane = cluster.gateway.dispatcher.plane
     roles = {name: plane.ledger.role_of(name) for name in plane.ledger.ids}
     assert roles["i0"] is Role.DECODE and Role.PREFILL in roles.values()

@@ -264,7 +264,7 @@ async def test_a_connection_that_is_cut_leaves_no_cycle_behind() -> None:
 
 
 async def test_a_fast_failing_instance_does_not_draw_every_request(start: Any) -> None:
-    cluster = await start("arrow", instances=4)
+    cluster = await start("arrow-lending", instances=4)
     cluster.engines["i0"].fail_with = (500, "boom")
     for _ in range(6):
         assert (await cluster.post("/v1/completions", BODY))[0] == 200

@@ -37,7 +37,7 @@ async def test_forced_migrations_change_no_token(
     start: Any, tmp_path: Path, capabilities: Capabilities
 ) -> None:
     cluster = await start(
-        "arrow",
+        "arrow-lending",
         instances=4,
         step_s=0.001,
         migrate_every_s=0.001,

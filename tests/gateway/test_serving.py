@@ -19,7 +19,7 @@ def expected(count: int, prompt: list[int] = PROMPT) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "system", ["static", "colocated", "arrow", "arrow-v1", "round-robin", "minimal-load"]
+    "system", ["static", "colocated", "arrow-lending", "arrow-v1", "round-robin", "minimal-load"]
 )
 async def test_every_system_returns_the_same_tokens_streamed_and_whole(start: Any, system: str) -> None:
     cluster = await start(system, instances=3)
@@ -94,7 +94,7 @@ async def test_tenants_get_their_own_salt(start: Any) -> None:
 
 
 async def test_forced_flips_every_few_milliseconds_change_no_token(start: Any) -> None:
-    cluster = await start("arrow", instances=4, step_s=0.001, flip_every_s=0.002)
+    cluster = await start("arrow-lending", instances=4, step_s=0.001, flip_every_s=0.002)
 
     async def one(seed: int) -> None:
         prompt = [seed, seed * 3 % 500, 7]
@@ -109,7 +109,7 @@ async def test_forced_flips_every_few_milliseconds_change_no_token(start: Any) -
 
 
 async def test_the_journal_tells_the_whole_story(start: Any, tmp_path: Path) -> None:
-    cluster = await start("arrow", instances=3)
+    cluster = await start("arrow-lending", instances=3)
     await cluster.stream({"prompt": PROMPT, "max_tokens": 5, "temperature": 0})
     await cluster.gateway.stop()
     rows = [orjson.loads(line) for line in (tmp_path / "journal.jsonl").read_bytes().splitlines()]
@@ -127,7 +127,7 @@ async def test_the_journal_tells_the_whole_story(start: Any, tmp_path: Path) -> 
 
 
 async def test_state_models_metrics_and_health(start: Any) -> None:
-    cluster = await start("arrow", instances=3)
+    cluster = await start("arrow-lending", instances=3)
     await cluster.post("/v1/completions", {"prompt": PROMPT, "max_tokens": 3})
     async with cluster.client.get(cluster.url + "/tidegate/state") as response:
         state = await response.json()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from tidegate.core.decision import Place, Verdict
 from tidegate.core.instance import Role
 from tidegate.ledger.ledger import Ledger
-from tidegate.policies.arrow import ArrowPlacement
+from tidegate.policies.arrow.published import ArrowPlacement
 from tidegate.testing import cluster, profile, request
 
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED

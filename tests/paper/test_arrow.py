@@ -24,11 +24,10 @@ from arrow_fleet import (
 )
 
 from tidegate.core.decision import Flip, Path, Place
-from tidegate.ledger.ledger import Ledger
-from tidegate.policies.arrow_flip import COOLDOWN_S, flip
-from tidegate.policies.arrow_loads import L_SHRINK
-from tidegate.policies.pricing import TokensOverLimit, Ttft
-from tidegate.testing import cluster, instance, profile, request
+from tidegate.policies.arrow.published import COOLDOWN_S, L_SHRINK, ArrowPlacement, flip
+from tidegate.policies.candidates import price_at
+from tidegate.policies.pricing import tokens_over_limit, ttft_s
+from tidegate.testing import instance, profile, request
 
 
 class TestCostModels:
@@ -54,13 +53,15 @@ class TestCostModels:
         """Section 4.2: TTFT = q1 + p1; KV transfer is not in it."""
         ledger = fleet(P, D)
         queue(ledger, "i0", 300)
-        assert Ttft(ledger.snapshot(0.0), request("new", 100)).at(0) == pytest.approx(0.4)
+        snapshot = ledger.snapshot(0.0)
+        assert price_at(snapshot, ttft_s(snapshot, request("new", 100)), 0) == pytest.approx(0.4)
 
     def test_time_already_spent_on_the_running_prefill_does_not_count(self) -> None:
         """Departure: the queue is what is left of it, where the paper sums whole prefills."""
         ledger = fleet(P, D)
         queue(ledger, "i0", 300)
-        assert Ttft(ledger.snapshot(0.2), request("new", 100)).at(0) == pytest.approx(0.2)
+        snapshot = ledger.snapshot(0.2)
+        assert price_at(snapshot, ttft_s(snapshot, request("new", 100)), 0) == pytest.approx(0.2)
 
 
 class TestCostPairs:
@@ -116,7 +117,7 @@ class TestCostPairs:
         decode(ledger, "i2", 3901)
         assert decode_on(place_decode(ledger, "i0")) == "i1"
         snapshot = fleet(P, D).snapshot(0.0)
-        assert TokensOverLimit(snapshot, request("new", 4000)).at(1) == pytest.approx(0.0)
+        assert price_at(snapshot, tokens_over_limit(request("new", 4000)), 1) == pytest.approx(0.0)
 
     def test_a_request_is_held_against_its_own_slo(self) -> None:
         ledger = fleet(P, P, D)
@@ -163,6 +164,14 @@ class TestAlgorithm1:
         queue(ledger, "i0", 500)
         assert prefill_on(place_prefill(ledger)) == "i0"
         assert decode_on(place_decode(ledger, "i0")) in ("i1", "i2")
+
+    def test_line_2_candidates_may_be_every_instance(self) -> None:
+        """C = [(cost(r, i), i) for i in instances]: the paper's own rule; the other label only costs more."""
+        every = ArrowPlacement(candidates=lambda snapshot, role, tokens, held_on: snapshot.labels.everyone)
+        ledger = fleet(P, D, D)
+        queue(ledger, "i0", 950)
+        decode(ledger, "i1", 10)
+        assert prefill_on(every.place_prefill(request("new", 100), ledger.snapshot(0.0))) == "i2"
 
     def test_mixed_instances_belong_to_both_pools(self) -> None:
         ledger = fleet(P, M, D)
@@ -231,26 +240,6 @@ class TestAlgorithm1:
         assert decode_on(place_decode(ledger, "i0")) == "i0"
         ledger = fleet(D)
         assert prefill_on(place_prefill(ledger)) == "i0"
-
-    def test_kv_memory_is_a_filter_while_some_instance_fits(self) -> None:
-        """Ours: a decode is not sent where its KV cannot lie."""
-        ledger = cluster(3, roles=(P, D, D), profile=profile(), kv_capacity_tokens=1000)
-        queue(ledger, "i2", 500)
-        decode(ledger, "i1", 950)
-        assert decode_on(place_decode(ledger, "i0")) == "i2"
-        ledger = cluster(2, roles=(P, D), profile=profile(), kv_capacity_tokens=1000)
-        decode(ledger, "i1", 950)
-        assert decode_on(place_decode(ledger, "i0")) == "i1"
-
-    def test_kv_that_lies_there_already_needs_no_second_room(self) -> None:
-        """Ours: in the fallback the prefill instance competes, and holds the request's KV."""
-        ledger = Ledger()
-        for name in ("i0", "i1"):
-            pinned = instance(name, kv_capacity_tokens=1000, flippable=False)
-            ledger.instance_up(pinned, profile(), P, 0.0)
-        ledger.prefill_ended(queue(ledger, "i0", 800), 0.0)
-        queue(ledger, "i1", 50)
-        assert decode_on(place_decode(ledger, "i0", tokens=800)) == "i0"
 
 
 class TestStatelessInstances:

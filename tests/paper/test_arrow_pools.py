@@ -1,4 +1,4 @@
-"""Arrow v2 (arXiv 2505.11916v2), clause by clause: loads, Algorithms 2 and 3, and repair.
+"""Arrow v2 (arXiv 2505.11916v2), clause by clause: loads, Algorithms 2 and 3.
 
 A quotation names the section; "Narwhal" marks what an independent implementation of the paper adds.
 """
@@ -13,19 +13,23 @@ from arrow_fleet import (
     decode,
     fleet,
     pace,
-    place_decode,
-    place_prefill,
-    prefill_on,
     queue,
 )
 
-from tidegate.core.decision import Control, Flip
+from tidegate.core.decision import ControlDecision, Flip
 from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
 from tidegate.ledger.ledger import Ledger
-from tidegate.policies.arrow_flip import COOLDOWN_S, flip
-from tidegate.policies.arrow_loads import L_EXPAND, L_SHRINK, decode_pool_load, prefill_pool_load
-from tidegate.policies.arrow_monitor import SUSTAIN_TICKS, ArrowMonitor
+from tidegate.policies.arrow.published import (
+    COOLDOWN_S,
+    L_EXPAND,
+    L_SHRINK,
+    SUSTAIN_TICKS,
+    ArrowMonitor,
+    decode_pool_load,
+    flip,
+    prefill_pool_load,
+)
 from tidegate.testing import instance, profile
 
 
@@ -108,19 +112,22 @@ class TestAlgorithm2:
                 queue(ledger, at, prefill_tokens, now)
         return ledger
 
-    def ticks(self, ledger: Ledger, count: int, monitor: ArrowMonitor | None = None) -> list[Control]:
-        controls: list[Control] = []
+    def ticks(
+        self, ledger: Ledger, count: int, monitor: ArrowMonitor | None = None
+    ) -> list[ControlDecision[int]]:
+        controls: list[ControlDecision[int]] = []
         for n in range(count):
-            state = controls[-1].state if controls else None
-            controls.append((monitor or ArrowMonitor()).step(ledger.snapshot(10.0 + n), state))
+            state = controls[-1].state if controls else 0
+            controls.append((monitor or ArrowMonitor()).decide(ledger.snapshot(10.0 + n), state))
         return controls
 
     def test_decode_at_or_above_expand_for_the_sustained_ticks_flips_one(self) -> None:
         """LD >= L_EXPAND over a period: flip(P->D), and the count starts over."""
         controls = self.ticks(self.loaded(0.06, prefill_tokens=900), SUSTAIN_TICKS)
-        assert [len(c.flips) for c in controls] == [0] * (SUSTAIN_TICKS - 1) + [1]
-        assert controls[-1].flips[0].to == D
-        assert controls[-1].flips[0].reason == "monitor"
+        assert [len(c.actions) for c in controls] == [0] * (SUSTAIN_TICKS - 1) + [1]
+        (flipped,) = controls[-1].actions
+        assert isinstance(flipped, Flip)
+        assert (flipped.to, flipped.reason) == (D, "monitor")
         assert controls[-1].state == 0
 
     def test_idle_prefill_is_lent_while_decode_is_not_idle(self) -> None:
@@ -128,23 +135,23 @@ class TestAlgorithm2:
         ledger = self.loaded(0.04)
         load = decode_pool_load(ledger.snapshot(1.0), Slo())
         assert L_SHRINK <= load < L_EXPAND
-        assert len(self.ticks(ledger, SUSTAIN_TICKS)[-1].flips) == 1
+        assert len(self.ticks(ledger, SUSTAIN_TICKS)[-1].actions) == 1
 
     def test_busy_prefill_is_not_lent_below_expand(self) -> None:
         ledger = self.loaded(0.04, prefill_tokens=900)
-        assert all(not c.flips for c in self.ticks(ledger, 3 * SUSTAIN_TICKS))
+        assert all(not c.actions for c in self.ticks(ledger, 3 * SUSTAIN_TICKS))
 
     def test_idle_prefill_stays_while_decode_idles_too(self) -> None:
-        assert all(not c.flips for c in self.ticks(self.loaded(0.011), 3 * SUSTAIN_TICKS))
+        assert all(not c.actions for c in self.ticks(self.loaded(0.011), 3 * SUSTAIN_TICKS))
 
     def test_one_quiet_tick_starts_the_count_over(self) -> None:
         """cnt = 0 when neither clause holds."""
         busy, quiet = self.loaded(0.06).snapshot(10.0), self.loaded(0.011).snapshot(10.0)
-        state: object = None
+        state = ArrowMonitor().initial()
         for snapshot in (busy, busy, quiet, busy, busy):
-            control = ArrowMonitor().step(snapshot, state)
+            control = ArrowMonitor().decide(snapshot, state)
             state = control.state
-            assert control.flips == ()
+            assert control.actions == ()
         assert state == 2
 
     def test_a_refused_flip_keeps_the_count(self) -> None:
@@ -153,23 +160,20 @@ class TestAlgorithm2:
         ledger.flip("i0", D, 9.5)
         ledger.flip("i0", P, 9.6)
         controls = self.ticks(ledger, 11)
-        assert [bool(c.flips) for c in controls] == [False] * 10 + [True]
+        assert [bool(c.actions) for c in controls] == [False] * 10 + [True]
 
     def test_it_never_moves_a_decode_instance(self) -> None:
         """P->D only; D->P is Algorithm 1's."""
         ledger = fleet(P, D, D, D)
         queue(ledger, "i0", 100_000)
-        assert all(not c.flips for c in self.ticks(ledger, 9))
+        assert all(not c.actions for c in self.ticks(ledger, 9))
 
     def test_it_keeps_the_last_prefill_instance(self) -> None:
         ledger = fleet(P, D)
         name = decode(ledger, "i1", 100)
         ledger.tokens(name, 1, 0.0)
         ledger.window_closed(5.0)
-        assert all(not c.flips for c in self.ticks(ledger, 9))
-
-    def test_a_foreign_state_counts_as_none(self) -> None:
-        assert ArrowMonitor().step(self.loaded(0.06).snapshot(10.0), "what").state == 1
+        assert all(not c.actions for c in self.ticks(ledger, 9))
 
 
 class TestAlgorithm3:
@@ -237,37 +241,3 @@ class TestAlgorithm3:
         ledger.instance_down("i0", 0.0)
         ledger.instance_up(instance("pinned2", flippable=False), profile(), P, 0.0)
         assert flip(ledger.snapshot(0.0), D, "inline") is None
-
-
-class TestRepair:
-    """Ours: the paper has no failures. A pool whose only member died is refilled."""
-
-    def test_the_next_placement_refills_an_empty_pool(self) -> None:
-        ledger = fleet(P, D, D)
-        decode(ledger, "i1", 100)
-        ledger.instance_down("i0", 1.0)
-        verdict = place_prefill(ledger, now=1.0)
-        assert verdict.flips == (Flip("i2", P, "repair"),)
-        assert prefill_on(verdict) == "i2"
-
-    def test_the_next_tick_does_too_and_the_cooldown_does_not_matter(self) -> None:
-        ledger = fleet(P, P, D)
-        ledger.flip("i0", D, 0.9)
-        ledger.flip("i0", P, 0.95)
-        ledger.instance_down("i2", 1.0)
-        assert ArrowMonitor().step(ledger.snapshot(1.0), None).flips == (Flip("i0", D, "repair"),)
-        assert place_decode(ledger, "i0", now=1.0).flips == (Flip("i0", D, "repair"),)
-
-    def test_one_survivor_serves_both_phases_unflipped(self) -> None:
-        ledger = fleet(P, D)
-        ledger.instance_down("i0", 1.0)
-        verdict = place_prefill(ledger)
-        assert (prefill_on(verdict), verdict.flips) == ("i1", ())
-        assert ArrowMonitor().step(ledger.snapshot(1.0), None).flips == ()
-
-    def test_a_mixed_instance_keeps_both_pools_alive(self) -> None:
-        assert ArrowMonitor().step(fleet(M, D, D).snapshot(0.0), None).flips == ()
-        assert ArrowMonitor().step(fleet(M, P, P).snapshot(0.0), None).flips == ()
-
-    def test_an_empty_cluster_has_nothing_to_repair(self) -> None:
-        assert ArrowMonitor().step(Ledger().snapshot(0.0), 2).flips == ()

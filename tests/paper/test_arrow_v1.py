@@ -11,7 +11,7 @@ import pytest
 from tidegate.core.decision import Flip, Path, Place, Verdict
 from tidegate.core.instance import Role
 from tidegate.ledger.ledger import Ledger
-from tidegate.policies.arrow_v1 import (
+from tidegate.policies.arrow.pools_v1 import (
     DECODE_FLOOR,
     MEMORY_SHORTAGE,
     ArrowV1Monitor,
@@ -187,8 +187,8 @@ class TestMonitor:
     def test_memory_shortage(self) -> None:
         ledger = self.busy(capacity=1000)
         decode(ledger, "i2", int(1000 * MEMORY_SHORTAGE))
-        control = ArrowV1Monitor().step(ledger.snapshot(0.0), None)
-        assert control.flips == (Flip("i1", D, "monitor"),)
+        control = ArrowV1Monitor().decide(ledger.snapshot(0.0), None)
+        assert control.actions == (Flip("i1", D, "monitor"),)
         assert "memory" in control.reason
 
     def test_mean_token_interval_above_the_target(self) -> None:
@@ -197,22 +197,15 @@ class TestMonitor:
         ledger.tokens(name, 1, 0.0)
         ledger.tokens(name, 10, 0.6)
         ledger.window_closed(0.6)
-        control = ArrowV1Monitor().step(ledger.snapshot(0.6), None)
-        assert len(control.flips) == 1
+        control = ArrowV1Monitor().decide(ledger.snapshot(0.6), None)
+        assert len(control.actions) == 1
         assert "interval" in control.reason
 
     def test_an_idle_prefill_instance(self) -> None:
         ledger = fleet(P, P, D)
         queue(ledger, "i0", 100)
-        control = ArrowV1Monitor().step(ledger.snapshot(0.0), None)
-        assert control.flips == (Flip("i1", D, "monitor"),)
+        control = ArrowV1Monitor().decide(ledger.snapshot(0.0), None)
+        assert control.actions == (Flip("i1", D, "monitor"),)
 
     def test_no_trigger_no_flip(self) -> None:
-        assert ArrowV1Monitor().step(self.busy().snapshot(0.0), None).flips == ()
-
-    def test_an_empty_pool_is_repaired(self) -> None:
-        ledger = fleet(P, P)
-        assert ArrowV1Monitor().step(ledger.snapshot(0.0), None).flips == (Flip("i0", D, "repair"),)
-        assert place_decode(ledger).flips == (Flip("i0", D, "repair"),)
-        assert place_prefill(fleet(D, D)).flips == (Flip("i0", P, "repair"),)
-        assert ArrowV1Monitor().step(Ledger().snapshot(0.0), None).flips == ()
+        assert ArrowV1Monitor().decide(self.busy().snapshot(0.0), None).actions == ()

@@ -10,9 +10,7 @@ from hypothesis import strategies as st
 from tidegate.core.decision import Flip, Place
 from tidegate.core.instance import Role
 from tidegate.ledger.ledger import Ledger
-from tidegate.policies.arrow import ArrowPlacement
-from tidegate.policies.arrow_flip import COOLDOWN_S
-from tidegate.policies.arrow_loads import L_SHRINK
+from tidegate.policies.arrow.published import COOLDOWN_S, L_SHRINK, ArrowPlacement
 from tidegate.testing import instance, profile, request
 
 P, D = Role.PREFILL, Role.DECODE

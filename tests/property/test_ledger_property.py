@@ -36,7 +36,9 @@ class LedgerMachine(RuleBasedStateMachine):
     requests = Bundle("requests")
 
     @initialize(
-        system=st.sampled_from(["arrow", "arrow-v1", "static", "minimal-load", "colocated", "round-robin"]),
+        system=st.sampled_from(
+            ["arrow-lending", "arrow-v1", "static", "minimal-load", "colocated", "round-robin"]
+        ),
         fleet=st.lists(st.tuples(ROLES, PROFILES), min_size=1, max_size=5),
     )
     def start(self, system: str, fleet: list[tuple[Role, object]]) -> None:

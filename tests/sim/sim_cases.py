@@ -22,7 +22,7 @@ from tidegate.testing import instance
 from tidegate.testing.builders import REFERENCE
 from tidegate.workloads.trace import TraceRecord
 
-SYSTEMS = ["arrow", "arrow-v1", "static", "minimal-load", "colocated", "round-robin"]
+SYSTEMS = ["arrow-lending", "arrow-v1", "static", "minimal-load", "colocated", "round-robin"]
 ORDERS = ["fifo", "edf", "sjf", "feasible-first"]
 
 

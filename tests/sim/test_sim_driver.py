@@ -15,7 +15,7 @@ from tidegate.core.request import Request
 from tidegate.core.slo import Slo
 from tidegate.journal import read_journal
 from tidegate.ledger.snapshot import Snapshot
-from tidegate.policies.least_loaded import LeastLoaded
+from tidegate.policies.baselines.least_loaded import LeastLoaded
 from tidegate.policies.protocols import Signal
 from tidegate.reports.journal_report import build_report
 from tidegate.sim import EngineSettings, Replica, SimRun, SimSettings, simulate
@@ -33,7 +33,7 @@ def fleet(count: int = 2, **kwargs: int) -> list[Replica]:
 
 
 def run(*records: TraceRecord, system: System | None = None, settings: SimSettings | None = None) -> SimRun:
-    return simulate(records, system or make_system("arrow"), fleet(), settings)
+    return simulate(records, system or make_system("arrow-lending"), fleet(), settings)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def test_a_batch_without_room() -> None:
 
 def test_an_instance_named_twice() -> None:
     with pytest.raises(ConfigError, match="two instances"):
-        simulate([], make_system("arrow"), [*fleet(1), *fleet(1)])
+        simulate([], make_system("arrow-lending"), [*fleet(1), *fleet(1)])
 
 
 def test_a_request_larger_than_a_context_is_refused() -> None:
@@ -118,11 +118,13 @@ def test_a_held_request_ends_at_its_deadline() -> None:
 def test_the_journal_is_one_that_report_and_traces_read(tmp_path: Path) -> None:
     records = [TraceRecord(0.01 * i, 50 + i, 5 + i % 7) for i in range(60)]
     out = io.BytesIO()
-    done = simulate(records, make_system("arrow", slo=SLO), fleet(4), SimSettings(slo=SLO), journal=out)
+    done = simulate(
+        records, make_system("arrow-lending", slo=SLO), fleet(4), SimSettings(slo=SLO), journal=out
+    )
     path = tmp_path / "sim.jsonl"
     path.write_bytes(out.getvalue())
     journal = read_journal(path)
-    assert (journal.system, journal.slo, journal.unfinished) == ("arrow", SLO, 0)
+    assert (journal.system, journal.slo, journal.unfinished) == ("arrow-lending", SLO, 0)
     assert journal.decisions == {"place_prefill": 60, "place_decode": 60}
     assert len(journal.flips) == done.flips
     assert build_report(journal).attainment.attained == done.attained

@@ -43,7 +43,7 @@ def turn(
 def test_a_turn_arrives_after_the_answer_before_it_and_the_pause() -> None:
     records = [turn(0.0, 0, None), turn(0.0, 0, None, session="t"), turn(0.0, 1, 2.5), turn(90.0, 2, 0.25)]
     first, other, second, third = ended(
-        simulate(records, make_system("arrow"), fleet(), SimSettings(closed_loop=True))
+        simulate(records, make_system("arrow-lending"), fleet(), SimSettings(closed_loop=True))
     )
     assert (first.arrival_s, other.arrival_s) == (0.0, 0.0)
     assert second.arrival_s == pytest.approx(first.end_s + 2.5)
@@ -52,20 +52,23 @@ def test_a_turn_arrives_after_the_answer_before_it_and_the_pause() -> None:
 
 def test_a_turn_that_fails_is_followed_too() -> None:
     records = [turn(0.0, 0, None, tokens=5000), turn(0.0, 1, 1.0, tokens=6000), turn(0.0, 2, 1.0)]
-    done = ended(simulate(records, make_system("arrow"), fleet(), SimSettings(closed_loop=True)))
+    done = ended(simulate(records, make_system("arrow-lending"), fleet(), SimSettings(closed_loop=True)))
     assert [r.outcome for r in done] == ["prompt_too_long", "prompt_too_long", "ok"]
     assert [r.arrival_s for r in done] == [0.0, 1.0, 2.0]
 
 
 def test_an_open_loop_keeps_the_recorded_arrivals() -> None:
     records = [turn(0.0, 0, None), turn(0.001, 1, 5.0)]
-    assert simulate(records, make_system("arrow"), fleet()).requests.arrival_s.tolist() == [0.0, 0.001]
+    assert simulate(records, make_system("arrow-lending"), fleet()).requests.arrival_s.tolist() == [
+        0.0,
+        0.001,
+    ]
 
 
 def test_a_delay_that_cannot_be() -> None:
     with pytest.raises(ConfigError, match=r"request 1: its delay is -1\.0 s"):
         records = [turn(0.0, 0, None), turn(0.0, 1, -1.0)]
-        simulate(records, make_system("arrow"), fleet(), SimSettings(closed_loop=True))
+        simulate(records, make_system("arrow-lending"), fleet(), SimSettings(closed_loop=True))
 
 
 # SLO classes and warnings
@@ -74,26 +77,28 @@ def test_a_delay_that_cannot_be() -> None:
 def test_a_class_has_targets_of_its_own() -> None:
     settings = SimSettings(slo_classes={"batch": Slo(30.0, 1.0)})
     records = [TraceRecord(0.0, 10, 10, slo_class="batch"), TraceRecord(0.0, 10, 10)]
-    table = simulate(records, make_system("arrow"), fleet(), settings).requests
+    table = simulate(records, make_system("arrow-lending"), fleet(), settings).requests
     assert table.ttft_target_s.tolist() == [30.0, 1.0]
 
 
 def test_an_unknown_class_names_the_known_ones() -> None:
     settings = SimSettings(slo_classes={"batch": Slo(), "chat": Slo()})
     with pytest.raises(ConfigError, match=r"request 0: .*'fast'; known classes: batch, chat"):
-        simulate([TraceRecord(0.0, 1, 1, slo_class="fast")], make_system("arrow"), fleet(), settings)
+        simulate([TraceRecord(0.0, 1, 1, slo_class="fast")], make_system("arrow-lending"), fleet(), settings)
 
 
 def test_targets_that_nobody_can_meet_are_named() -> None:
     assert slo_warnings(fleet(), SLO) == []
     ttft, tpot = slo_warnings(fleet(), Slo(1e-6, 1e-6))
     assert "TTFT target of 0.001 ms" in ttft and "TPOT target" in tpot
-    assert simulate([], make_system("arrow"), fleet(), SimSettings(slo=Slo(1e-6, 1.0))).warnings == [ttft]
+    assert simulate([], make_system("arrow-lending"), fleet(), SimSettings(slo=Slo(1e-6, 1.0))).warnings == [
+        ttft
+    ]
 
 
 def test_requests_that_nobody_can_hold_are_counted() -> None:
     records = [TraceRecord(0.0, 5000, 1), TraceRecord(0.0, 10, 9000), TraceRecord(0.0, 10, 10)]
-    (warning,) = simulate(records, make_system("arrow"), fleet()).warnings
+    (warning,) = simulate(records, make_system("arrow-lending"), fleet()).warnings
     assert "2 requests were refused" in warning and "4096; the largest is request 1 with 9010" in warning
 
 
@@ -133,7 +138,7 @@ def test_leaping_shows_the_kv_in_use_that_stepping_shows() -> None:
 def test_requests_before_the_first_instance_are_refused_and_later_ones_served() -> None:
     run = simulate(
         [TraceRecord(0.0, 10, 10), TraceRecord(3.5, 10, 10)],
-        make_system("arrow"),
+        make_system("arrow-lending"),
         fleet(),
         SimSettings(starts_s={"i0": 3.3, "i1": 4.4}),
     )
@@ -147,7 +152,7 @@ def test_requests_before_the_first_instance_are_refused_and_later_ones_served() 
 def test_a_dead_instance_loses_no_token() -> None:
     records, out = many(40, 0.03), io.BytesIO()
     settings = SimSettings(slo=SLO, deaths=[(0.21, "i0"), (0.73, "i2")])
-    run = simulate(records, make_system("arrow"), fleet(4), settings, journal=out)
+    run = simulate(records, make_system("arrow-lending"), fleet(4), settings, journal=out)
     assert run.outcomes == {"ok": 40}
     assert run.requests.output_tokens.tolist() == [record.output_tokens for record in records]
     assert out.getvalue().count(b'"type":"failure"') > 0
@@ -161,7 +166,7 @@ def test_a_dead_instance_loses_no_token() -> None:
 )
 def test_a_fleet_that_cannot_be(settings: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
-        simulate([], make_system("arrow"), fleet(), SimSettings(**settings))  # type: ignore[arg-type]
+        simulate([], make_system("arrow-lending"), fleet(), SimSettings(**settings))  # type: ignore[arg-type]
 
 
 def test_moves_are_counted_and_ignored_ones_say_why() -> None:
@@ -193,7 +198,7 @@ def test_samples_stay_few() -> None:
 
 def test_a_small_run_is_what_it_was() -> None:
     out = io.BytesIO()
-    simulate(many(20), make_system("arrow", slo=SLO), fleet(4), SimSettings(slo=SLO), journal=out)
+    simulate(many(20), make_system("arrow-lending", slo=SLO), fleet(4), SimSettings(slo=SLO), journal=out)
     lines = out.getvalue().split(b"\n", 1)[1]  # the header names the version
     golden = Path(__file__).parent / "golden_small_run.jsonl"
     assert lines.decode().splitlines() == golden.read_text().splitlines(), (
@@ -203,7 +208,7 @@ def test_a_small_run_is_what_it_was() -> None:
 
 def test_a_journal_of_the_simulator_is_predicted_exactly(tmp_path: Path) -> None:
     out = io.BytesIO()
-    system = make_system("arrow", slo=SLO)
+    system = make_system("arrow-lending", slo=SLO)
     run = simulate(many(60), system, fleet(4), SimSettings(slo=SLO), journal=out)
     path = tmp_path / "live.jsonl"
     path.write_bytes(out.getvalue())
@@ -219,8 +224,8 @@ def test_a_journal_of_the_simulator_is_predicted_exactly(tmp_path: Path) -> None
 
 def test_a_journal_of_another_fleet(tmp_path: Path) -> None:
     out = io.BytesIO()
-    simulate(many(3), make_system("arrow"), fleet(4), journal=out)
+    simulate(many(3), make_system("arrow-lending"), fleet(4), journal=out)
     path = tmp_path / "live.jsonl"
     path.write_bytes(out.getvalue())
     with pytest.raises(ConfigError, match="had 4 instances, this one has 2"):
-        replay_journal(read_journal(path), make_system("arrow"), fleet(2))
+        replay_journal(read_journal(path), make_system("arrow-lending"), fleet(2))

@@ -22,7 +22,7 @@ from tidegate.systems import make_system
 from tidegate.workloads.trace import TraceRecord, Workload
 from tidegate.workloads.transform import scale_rate
 
-SYSTEMS = ("colocated", "minimal-load", "arrow", "static")
+SYSTEMS = ("colocated", "minimal-load", "arrow-lending", "static")
 QUICK = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 ORDERS = ("fifo", "sjf", "edf", "feasible-first")
 

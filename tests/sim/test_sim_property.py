@@ -62,7 +62,7 @@ def requests_end_once_and_kv_fits(case: Case) -> None:
 
 
 A_TICK_AT_A_STEP_END = Case(
-    system="arrow",
+    system="arrow-lending",
     order="fifo",
     tied=True,
     instances=2,

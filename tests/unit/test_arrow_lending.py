@@ -13,15 +13,19 @@ from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
 from tidegate.ledger.ledger import Ledger
 from tidegate.ledger.windows import DEMAND_S
-from tidegate.policies.arrow import ArrowPlacement
-from tidegate.policies.arrow_lending import Lending, decode_fullness, prefill_wait_s
-from tidegate.policies.arrow_monitor import ArrowMonitor
+from tidegate.policies.arrow.lending import (
+    LendingMonitor,
+    LendingPlacement,
+    decode_fullness,
+    expected_wait_s,
+)
+from tidegate.policies.arrow.published import ArrowMonitor
 from tidegate.testing import instance, profile, request
 
 P, D = Role.PREFILL, Role.DECODE
 SLO = Slo(1.0, 0.05)
-ARROW = ArrowPlacement(slo=SLO, lending=Lending())
-MONITOR = ArrowMonitor(slo=SLO, sustain=1, lending=Lending())
+LENDING = LendingPlacement(slo=SLO)
+MONITOR = LendingMonitor(ArrowMonitor(slo=SLO, sustain=1))
 
 
 def fleet(*roles: Role, kv_tokens: int = 100_000) -> Ledger:
@@ -60,11 +64,11 @@ def came(ledger: Ledger, on: str, tokens: int, each_s: float, until_s: float) ->
 
 
 def prefill(ledger: Ledger, tokens: int = 100, now: float = 0.0) -> Verdict:
-    return ARROW.place_prefill(request("new", tokens), ledger.snapshot(now))
+    return LENDING.place_prefill(request("new", tokens), ledger.snapshot(now))
 
 
 def place_decode(ledger: Ledger, ran_on: str, tokens: int = 100, now: float = 0.0) -> Verdict:
-    return ARROW.place_decode(request("new", tokens), ledger.snapshot(now), ran_on)
+    return LENDING.place_decode(request("new", tokens), ledger.snapshot(now), ran_on)
 
 
 def flips(verdict: Verdict) -> list[Flip]:
@@ -128,13 +132,13 @@ class TestLendingToDecode:
         now = came(ledger, "i0", 500, 0.55, 60.0)
         verdict = place_decode(ledger, "i0", now=now)
         assert not flips(verdict)
-        assert not MONITOR.step(ledger.snapshot(now), None).flips
+        assert not MONITOR.decide(ledger.snapshot(now), MONITOR.initial()).actions
 
     def test_an_idle_one_lends(self) -> None:
         ledger = fleet(P, P, D)
         decode(ledger, "i2", 3_990)
         now = came(ledger, "i0", 100, 2.0, 60.0)
-        assert [flip.to for flip in MONITOR.step(ledger.snapshot(now), None).flips] == [D]
+        assert [flip.to for flip in MONITOR.decide(ledger.snapshot(now), MONITOR.initial()).actions] == [D]
         assert [flip.to for flip in flips(place_decode(ledger, "i0", now=now))] == [D]
 
     def test_a_decode_stays_beside_prefills_when_the_pool_is_full(self) -> None:
@@ -181,11 +185,11 @@ class TestMeasures:
         now = came(ledger, "i0", 300, 0.5, 200.0)
         snapshot = ledger.snapshot(now)
         use = float(snapshot.prefill_demand.sum())
-        assert prefill_wait_s(snapshot) == pytest.approx(use / (1 - use) * 0.15, rel=0.01)
+        assert expected_wait_s(snapshot) == pytest.approx(use / (1 - use) * 0.15, rel=0.01)
 
     @given(pool=st.integers(1, 12), each_s=st.floats(0.11, 2.0))
     def test_a_smaller_pool_waits_longer(self, pool: int, each_s: float) -> None:
         ledger = fleet(*[P] * (pool + 1), D)
         snapshot = ledger.snapshot(came(ledger, "i0", 100, each_s, 20.0))
-        assert prefill_wait_s(snapshot, fewer=1) >= prefill_wait_s(snapshot) >= 0.0
-        assert prefill_wait_s(snapshot, fewer=pool + 1) == math.inf
+        assert expected_wait_s(snapshot, fewer=1) >= expected_wait_s(snapshot) >= 0.0
+        assert expected_wait_s(snapshot, fewer=pool + 1) == math.inf

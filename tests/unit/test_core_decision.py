@@ -14,7 +14,7 @@ from tidegate.testing import VirtualClock
 def test_top_orders_by_the_terms_in_turn() -> None:
     alternatives = Alternatives(
         ("a", "b", "c"),
-        {"resident_tokens": np.array([5.0, 0.0, 0.0]), "ttft_s": np.array([0.1, 0.9, 0.2])},
+        lambda: {"resident_tokens": np.array([5.0, 0.0, 0.0]), "ttft_s": np.array([0.1, 0.9, 0.2])},
     )
     assert alternatives.top(2) == [
         {"instance": "c", "resident_tokens": 0.0, "ttft_s": 0.2},
@@ -24,12 +24,12 @@ def test_top_orders_by_the_terms_in_turn() -> None:
 
 def test_top_shows_candidates_only() -> None:
     cost = np.array([1.0, 3.0, 2.0])
-    alternatives = Alternatives(("a", "b", "c"), {"cost_s": cost}, (1, 2))
+    alternatives = Alternatives(("a", "b", "c"), lambda: {"cost_s": cost}, (1, 2))
     assert [row["instance"] for row in alternatives.top(5)] == ["c", "b"]
 
 
 def test_top_without_terms_keeps_the_order() -> None:
-    assert Alternatives(("a", "b"), {}).top(1) == [{"instance": "a"}]
+    assert Alternatives(("a", "b"), dict).top(1) == [{"instance": "a"}]
 
 
 def test_roles_have_lower_case_labels() -> None:

@@ -8,12 +8,12 @@ from tidegate.core.decision import Path, Place, Verdict
 from tidegate.core.errors import NoInstance
 from tidegate.core.instance import Role
 from tidegate.ledger.ledger import Ledger
-from tidegate.policies.candidates import fitting, pool
-from tidegate.policies.colocated import Colocated
-from tidegate.policies.least_loaded import LeastLoaded
-from tidegate.policies.minimal_load import MinimalLoad
+from tidegate.policies.baselines.colocated import Colocated
+from tidegate.policies.baselines.least_loaded import LeastLoaded
+from tidegate.policies.baselines.minimal_load import MinimalLoad
+from tidegate.policies.baselines.round_robin import RoundRobin
+from tidegate.policies.candidates import pool_with_room, with_room
 from tidegate.policies.protocols import DecodePlacement, PrefillPlacement
-from tidegate.policies.round_robin import RoundRobin
 from tidegate.testing import cluster, instance, profile, request
 
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
@@ -146,9 +146,9 @@ def test_instances_without_room_are_skipped_while_one_has_room() -> None:
     decode(ledger, "a", "i1", 500)
     decode(ledger, "b", "i2", 600)
     snapshot = ledger.snapshot(0.0)
-    candidates = pool(snapshot, D)
-    assert list(fitting(snapshot, candidates, 450)) == [1]
-    assert list(fitting(snapshot, candidates, 900)) == [1, 2], "none fits: no filter"
+    assert list(pool_with_room(snapshot, D, 450)) == [1]
+    assert list(pool_with_room(snapshot, D, 900)) == [1, 2], "none has room: no filter"
+    assert list(with_room(snapshot, snapshot.labels.decoding, 900)) == []
 
 
 def test_kv_already_held_is_not_counted_twice_and_unknown_capacity_has_room() -> None:
@@ -158,5 +158,8 @@ def test_kv_already_held_is_not_counted_twice_and_unknown_capacity_has_room() ->
     ledger.prefill_ended("r", 0.0)
     snapshot = ledger.snapshot(0.0)
     everyone = snapshot.labels.everyone
-    assert list(fitting(snapshot, everyone, 800)) == [1]
-    assert list(fitting(snapshot, everyone, 800, held_on="i0")) == [0, 1]
+    assert list(with_room(snapshot, everyone, 800)) == [1]
+    assert list(with_room(snapshot, everyone, 800, held_on="i0")) == [0, 1]
+    assert list(with_room(snapshot, everyone, 800, held_on="i0", reserve=0.3)) == [1], (
+        "no part of the reserve"
+    )

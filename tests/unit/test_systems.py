@@ -7,14 +7,16 @@ import pytest
 from tidegate.core.errors import ConfigError
 from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
-from tidegate.policies.arrow import ArrowPlacement
-from tidegate.policies.arrow_monitor import ArrowMonitor
+from tidegate.policies.arrow.lending import LendingMonitor, LendingPlacement
+from tidegate.policies.arrow.published import ArrowMonitor, ArrowPlacement
+from tidegate.policies.arrow.repair import RepairingMonitor, RepairingPlacement
+from tidegate.policies.candidates import pool_with_room
 from tidegate.policies.order import make_order
 from tidegate.signals.prefix import PrefixIndex
 from tidegate.signals.producers import Profiles, check_signals
 from tidegate.systems import SYSTEMS, make_system
 
-NAMES = ("arrow", "arrow-v1", "colocated", "minimal-load", "round-robin", "static")
+NAMES = ("arrow", "arrow-lending", "arrow-v1", "colocated", "minimal-load", "round-robin", "static")
 
 
 def test_every_system_exists_under_its_own_name() -> None:
@@ -27,7 +29,9 @@ def test_every_system_exists_under_its_own_name() -> None:
 
 
 def test_an_unknown_system_lists_what_exists() -> None:
-    with pytest.raises(ConfigError, match="unknown system 'fastest'; there are: arrow, arrow-v1, arrow-v2"):
+    with pytest.raises(
+        ConfigError, match="unknown system 'fastest'; there are: arrow, arrow-lending, arrow-v1"
+    ):
         make_system("fastest")
 
 
@@ -48,12 +52,23 @@ def test_colocated_has_no_split() -> None:
 
 def test_options_reach_the_policies() -> None:
     slo = Slo(2.0, 0.1)
-    system = make_system("arrow", tick_s=0.25, slo=slo)
-    assert isinstance(system.prefill, ArrowPlacement)
-    (monitor,) = system.controllers
-    assert isinstance(monitor, ArrowMonitor)
-    assert monitor.period_s == system.window_s == 0.25
-    assert monitor.slo == system.prefill.slo == slo
+    published, lending = (make_system(name, tick_s=0.25, slo=slo) for name in ("arrow", "arrow-lending"))
+    for system in (published, lending):
+        assert isinstance(system.prefill, RepairingPlacement)
+        assert system.decode is system.prefill
+        (controller,) = system.controllers
+        assert isinstance(controller, RepairingMonitor)
+        assert controller.period_s == system.window_s == 0.25
+    assert published.prefill == RepairingPlacement(ArrowPlacement(slo=slo, candidates=pool_with_room))
+    assert lending.prefill == RepairingPlacement(LendingPlacement(slo=slo))
+    monitor = ArrowMonitor(slo=slo, period_s=0.25)
+    assert published.controllers == (RepairingMonitor(monitor),)
+    assert lending.controllers == (RepairingMonitor(LendingMonitor(monitor)),)
+
+
+def test_a_name_that_a_system_had_says_which_it_has() -> None:
+    with pytest.raises(ConfigError, match="system 'arrow-v2' is now called 'arrow'"):
+        make_system("arrow-v2+edf")
 
 
 @pytest.mark.parametrize("tick_s", [0.0, -1.0, float("nan"), float("inf")])

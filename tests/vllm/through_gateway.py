@@ -217,7 +217,7 @@ async def serving(
     urls: Sequence[str],
     folder: Path,
     *,
-    system: str | System = "arrow",
+    system: str | System = "arrow-lending",
     kv: KvSetup | None = None,
     profiles: Sequence[Profile] = (PROFILE,),
     **settings: Any,

@@ -129,7 +129,7 @@ def mixed(chance: random.Random) -> Json:
 async def test_whatever_moves_the_answers_are_those_of_one_server_and_nothing_stays_pinned() -> None:
     chance = random.Random(7)
     bodies = [mixed(chance) for _ in range(80)]
-    async with bench("arrow", migrate_every_s=0.003, flip_every_s=0.05) as it:
+    async with bench("arrow-lending", migrate_every_s=0.003, flip_every_s=0.05) as it:
         answers = await asyncio.gather(*(it.ask(body) for body in bodies))
         for body, said in zip(bodies, answers, strict=True):
             assert said == alone(body), body

@@ -68,7 +68,7 @@ EPILOG = """
 
 Every static split beside the adaptive system, on two traces:
 
-    tidegate compare --traces a.jsonl,b.csv.gz --systems arrow,static:all --out cmp
+    tidegate compare --traces a.jsonl,b.csv.gz --systems arrow-lending,static:all --out cmp
 
 Results are kept as they come: the same command goes on where it was stopped.
 

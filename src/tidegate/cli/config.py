@@ -178,7 +178,7 @@ class GatewaySection(Section):
 class SchedulingSection(Section):
     """Who decides, and for which targets."""
 
-    system: Annotated[str, AfterValidator(_known_system)] = "arrow"
+    system: Annotated[str, AfterValidator(_known_system)] = "arrow-lending"
     slo: Annotated[Slo, BeforeValidator(_slo)] = Slo()
     split: Annotated[tuple[int, int], BeforeValidator(_split)] | None = None
 

@@ -29,7 +29,7 @@ SPIKE = Spike(2.0, 390.0, 60.0)
 twice the requests."""
 INSTANCES = 4
 SLO = Slo(0.5, 0.05)
-SYSTEMS = ("arrow", "arrow+feasible-first", "static:even", "static:best", "colocated")
+SYSTEMS = ("arrow-lending", "arrow-lending+feasible-first", "static:even", "static:best", "colocated")
 LEVEL = 0.9
 TOLERANCE = 0.04
 

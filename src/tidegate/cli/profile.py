@@ -22,7 +22,7 @@ EPILOG = """
 Measure a vLLM server for a minute, and simulate eight like it:
 
     tidegate profile --vllm http://gpu1:8000 --out gpu1.json
-    tidegate sim --profile gpu1.json --instances 8 --trace T --system arrow
+    tidegate sim --profile gpu1.json --instances 8 --trace T --system arrow-lending
 
 With the cost of moving KV, for every ordered pair, and a gateway that goes by it:
 

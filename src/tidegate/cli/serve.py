@@ -15,12 +15,12 @@ _FLEET, _ENGINES, _EMULATED = "Instances", "Embedded engines", "Emulated instanc
 _LAUNCHED = "Launched vLLM servers"
 # Written out, so that the help does not import the policies.
 _SYSTEMS = (
-    "arrow (SLO-aware placement with role flips), arrow-v1 (four elastic pools), arrow-v2 (Arrow as "
-    "published, version 2), colocated (both phases on one instance), minimal-load (static split, least "
+    "arrow (Arrow as published, version 2), arrow-lending (SLO-aware placement with role flips), arrow-v1 "
+    "(four elastic pools), colocated (both phases on one instance), minimal-load (static split, least "
     "predicted time first), round-robin (static split, each pool in turn) or static (static split, fewest "
     "tokens first); with embedded engines any of them as NAME+ORDER, where waiting prefills are served by "
     "fifo, edf (earliest deadline), sjf (shortest) or feasible-first (earliest deadline that can still be "
-    "met), as in arrow+feasible-first"
+    "met), as in arrow-lending+feasible-first"
 )
 
 EPILOG = """
@@ -107,7 +107,7 @@ def serve(
             metavar="NAME",
             help=f"The composition of policies that decides: {_SYSTEMS}. In front of vLLM servers the "
             "default is static unless there is a --profile of them, which the others but round-robin need.",
-            show_default="arrow",
+            show_default="arrow-lending",
             rich_help_panel=_DECISIONS,
         ),
     ] = None,

@@ -47,7 +47,7 @@ from tidegate.measure.attainment import DEFAULT_LEVEL
 from tidegate.sim import SimSettings
 from tidegate.workloads.choice import WorkloadChoice
 
-DEFAULT_SYSTEM = "arrow"
+DEFAULT_SYSTEM = "arrow-lending"
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -58,7 +58,7 @@ What four H100s would do with ten minutes of production chat traffic at 40 reque
 
 The highest rate at which 90 % of requests attain, as a share of what is possible:
 
-    tidegate sim --system arrow+feasible-first --slo ttft:500,tpot:50 --goodput --limit
+    tidegate sim --system arrow-lending+feasible-first --slo ttft:500,tpot:50 --goodput --limit
 
 A trace of your own on eight instances, as one JSON object:
 

@@ -6,9 +6,9 @@ Those that every placement makes are named tuples, which take a third of the tim
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Generic, NamedTuple, Protocol, TypeVar
+from typing import Final, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,38 +115,30 @@ Action = Flip | Migrate | SetTarget | AddInstance | Drain | Remove
 Placement = Place | Hold | Reject
 
 
-class Term(Protocol):
-    """A quantity of every instance that is computed when asked for."""
-
-    def column(self) -> NDArray[np.float64]:
-        """Return one value per instance."""
-        ...
-
-
 class Alternatives:
     """The instances a placement compared, with the named terms of each one's cost.
 
-    ``terms`` maps a term's name (unit in the name) to one value per entry of ``ids``; ``among`` holds the
-    positions of the candidates (None: all of them). What a term is worth everywhere is only worked out when
-    a journal asks.
+    ``terms`` returns, by name (unit in the name), one value per entry of ``ids``; it is only called when a
+    journal asks. ``candidates`` holds the positions of the instances that were compared (None: all of them).
     """
 
-    __slots__ = ("among", "ids", "terms")
+    __slots__ = ("candidates", "ids", "terms")
 
     def __init__(
         self,
         ids: Sequence[str],
-        terms: Mapping[str, NDArray[np.float64] | Term],
-        among: Sequence[int] | NDArray[np.intp] | None = None,
+        terms: Callable[[], Mapping[str, NDArray[np.float64]]],
+        candidates: Sequence[int] | NDArray[np.intp] | None = None,
     ) -> None:
         self.ids: Final = ids
         self.terms: Final = terms
-        self.among: Final = among
+        self.candidates: Final = candidates
 
     def top(self, limit: int) -> list[dict[str, float | str]]:
         """Return the ``limit`` best candidates, ordered by the terms in turn, as plain rows."""
-        chosen = np.arange(len(self.ids)) if self.among is None else np.array(self.among, dtype=np.intp)
-        terms = {n: v if isinstance(v, np.ndarray) else v.column() for n, v in self.terms.items()}
+        everyone = self.candidates is None
+        chosen = np.arange(len(self.ids)) if everyone else np.array(self.candidates, dtype=np.intp)
+        terms = self.terms()
         keys = [values[chosen] for values in terms.values()]
         order = chosen[np.lexsort(keys[::-1])] if keys else chosen
         return [

@@ -9,13 +9,11 @@ error, decode 1-3 % on dense models, mixture-of-experts 2-4 %).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Values = NDArray[np.float64]
-Num = TypeVar("Num", float, Values)
 
 
 def attention_work(new_tokens: float, cached_tokens: float) -> float:
@@ -30,11 +28,18 @@ def positive_part(value: float | Values) -> float | Values:
     return value if value > 0 else 0.0
 
 
-def lesser(one: Num, other: Num) -> Num:
-    """Return the smaller of two values, for floats or entry by entry."""
+def lesser(one: float | Values, other: float | Values) -> float | Values:
+    """Return the smaller of two values: two floats, or entry by entry where ``one`` is an array."""
     if isinstance(one, float):
         return one if one < other else other
     return np.minimum(one, other)
+
+
+def greater(one: float | Values, other: float | Values) -> float | Values:
+    """Return the larger of two values: two floats, or entry by entry where ``one`` is an array."""
+    if isinstance(one, float):
+        return one if one > other else other
+    return np.maximum(one, other)
 
 
 def experts_touched(

@@ -14,11 +14,11 @@ from tidegate.systems import make_system
 CHUNKS_TOKENS = (512, 1024, 2048, 4096, 8192)
 """Token budgets of a step that ``NAME:tuned`` chooses from."""
 SUITES = {
-    "default": "arrow,arrow+feasible-first,static:best,static:even,colocated:tuned",
-    "ordered": "arrow,arrow+feasible-first,static:best,static:best+feasible-first,"
+    "default": "arrow-lending,arrow-lending+feasible-first,static:best,static:even,colocated:tuned",
+    "ordered": "arrow-lending,arrow-lending+feasible-first,static:best,static:best+feasible-first,"
     "colocated:tuned,colocated:tuned+feasible-first",
-    "orders": "arrow,arrow+edf,arrow+sjf,arrow+feasible-first",
-    "splits": "arrow,static:all",
+    "orders": "arrow-lending,arrow-lending+edf,arrow-lending+sjf,arrow-lending+feasible-first",
+    "splits": "arrow-lending,static:all",
 }
 """Named sets of systems."""
 FORMS = "NAME[+ORDER], NAME:even, NAME:P:D, NAME:best, NAME:all, NAME:tuned, NAME:CHUNK"
@@ -110,7 +110,7 @@ def splits(instances: int) -> list[tuple[int, int]]:
     if instances < 2:
         raise ConfigError(
             "a static split takes at least two instances; with one, name systems without, as in "
-            "--systems arrow,colocated:tuned"
+            "--systems arrow-lending,colocated:tuned"
         )
     return [(prefill, instances - prefill) for prefill in range(1, instances)]
 

@@ -7,7 +7,7 @@ from typing import Any
 from tidegate.core.instance import Role
 from tidegate.gateway.dispatcher import Dispatcher
 from tidegate.gateway.load_view import load_state, prompt_tokens
-from tidegate.policies.pools import Pools
+from tidegate.policies.arrow.pools_v1 import Pools
 
 
 def models_object(dispatcher: Dispatcher) -> dict[str, Any]:

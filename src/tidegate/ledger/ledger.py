@@ -9,8 +9,8 @@ from tidegate.core.errors import InternalError, NoInstance
 from tidegate.core.instance import Instance, Role
 from tidegate.core.request import Request
 from tidegate.costs.profile import Profile, ProfileTable
-from tidegate.ledger.among import Labels
 from tidegate.ledger.integrity import check_integrity
+from tidegate.ledger.labels import Labels
 from tidegate.ledger.records import Booked, Counts, Entry, Residents, Seat
 from tidegate.ledger.rows import RequestRows
 from tidegate.ledger.sessions import SessionBook, SessionRows

@@ -6,7 +6,7 @@ It lives beside the ledger, not in ``core``, because it carries the instances' c
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +14,24 @@ from numpy.typing import NDArray
 from tidegate.core.instance import Role
 from tidegate.costs.forms import lesser
 from tidegate.costs.profile import ProfileTable
-from tidegate.ledger.among import Column, Labels, Mask
+from tidegate.ledger.labels import Column, Labels, Mask
 from tidegate.ledger.rows import RequestRows
 from tidegate.ledger.sessions import SessionBook, SessionRows
 
-__all__ = ["Column", "Field", "Mask", "Matrix", "Reading", "Snapshot"]
+__all__ = ["EVERYONE", "At", "Cells", "Column", "Field", "Mask", "Matrix", "Snapshot", "prefill_wait_s"]
 
 Matrix = NDArray[np.float64]
+At = int | slice
+"""Which instances: the column of one, or all (``EVERYONE``)."""
+EVERYONE: Final = slice(None)
+
+
+class Cells(Protocol):
+    """The ledger's numbers: ``Snapshot.cells`` to read one instance, ``Snapshot.state`` to read all."""
+
+    def __getitem__(self, key: tuple[int, Any], /) -> float | Column:
+        """Return the field of one instance as a float, or of all as an array."""
+        ...
 
 
 class Field:
@@ -218,14 +229,7 @@ class Snapshot:
     @property
     def prefill_wait_s(self) -> Column:
         """Predicted seconds until a prefill that joins the queue now would start."""
-        head, since = self._row(Field.HEAD_S), self._row(Field.HEAD_STARTED_S)
-        return self._row(Field.PREFILL_QUEUE_S) - lesser(self.at_s - since, head)
-
-    def prefill_wait_at(self, column: int) -> float:
-        """Return ``prefill_wait_s`` of one instance."""
-        cells = self.cells
-        head, since = cells[Field.HEAD_S, column], cells[Field.HEAD_STARTED_S, column]
-        return cells[Field.PREFILL_QUEUE_S, column] - lesser(self.at_s - since, head)
+        return cast(Column, prefill_wait_s(self.state, EVERYONE, self.at_s))
 
     @property
     def free_tokens(self) -> Column:
@@ -280,33 +284,7 @@ def _cells(data: bytes, instances: int) -> memoryview[float]:
     return cells.cast("d", (Field.COUNT, instances)) if instances else cells.cast("d")
 
 
-class PrefillWait:
-    """``prefill_wait_s`` as a ``Cost``."""
-
-    __slots__ = ("_snapshot",)
-
-    def __init__(self, snapshot: Snapshot) -> None:
-        self._snapshot = snapshot
-
-    def at(self, column: int) -> float:
-        return self._snapshot.prefill_wait_at(column)
-
-    def column(self) -> Column:
-        return self._snapshot.prefill_wait_s
-
-
-class Reading:
-    """One field of a snapshot as a ``Cost``."""
-
-    __slots__ = ("_field", "_snapshot")
-
-    def __init__(self, snapshot: Snapshot, field: int) -> None:
-        self._snapshot = snapshot
-        self._field = field
-
-    def at(self, column: int) -> float:
-        return self._snapshot.cells[self._field, column]
-
-    def column(self) -> Column:
-        row: Column = self._snapshot.state[self._field]
-        return row
+def prefill_wait_s(cells: Cells, at: At, now_s: float) -> float | Column:
+    """Return the queue less what the running prefill has already spent at ``now_s``."""
+    spent_s = lesser(now_s - cells[Field.HEAD_STARTED_S, at], cells[Field.HEAD_S, at])
+    return cells[Field.PREFILL_QUEUE_S, at] - spent_s

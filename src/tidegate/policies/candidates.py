@@ -1,74 +1,170 @@
-"""Which instances a placement may choose from."""
+"""Which instances a placement may choose from, and which of them is best.
+
+Only this file decides whether instances are priced one by one or all at once (see ``FEW``).
+"""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable
+from functools import cache
+from typing import cast
 
-from tidegate.core.errors import NoInstance
+import numpy as np
+from numpy.typing import NDArray
+
+from tidegate.core.decision import Alternatives
+from tidegate.core.errors import InternalError, NoInstance
 from tidegate.core.instance import Role
-from tidegate.ledger.among import FEW, Among
-from tidegate.ledger.snapshot import Field, Mask, Snapshot
+from tidegate.costs.profile import ProfileTable
+from tidegate.ledger.labels import Candidates, Column, Mask, candidates_of
+from tidegate.ledger.snapshot import EVERYONE, At, Cells, Field, Snapshot
 
 PREFILL = Role.PREFILL
 
+Price = Callable[[Cells, At, ProfileTable], float | Column]
+"""A quantity that each instance has, in the unit that its name ends in.
 
-def members(snapshot: Snapshot, role: Role) -> Among:
-    """Return the instances that do the work of ``role`` (PREFILL or DECODE): its own label, or MIXED.
-
-    Raises NoInstance when nothing is up.
-    """
-    if not snapshot.ids:
-        raise NoInstance("no instance is up")
-    return snapshot.labels.prefilling if role is PREFILL else snapshot.labels.decoding
+It reads the cells of one instance or of all, and their cost coefficients: it is a float or an array.
+"""
 
 
-def marked_members(snapshot: Snapshot, role: Role) -> Mask:
-    """Mark the members of ``role``. The mask is read-only."""
+def cell(field: int) -> Price:
+    """Return the price that is one field of the ledger."""
+    return lambda cells, at, costs: cells[field, at]
+
+
+FREE_TOKENS = cell(Field.FREE_TOKENS)
+
+
+def member_mask(snapshot: Snapshot, role: Role) -> Mask:
+    """Return which instances do the work of ``role``: its own label, or MIXED. The mask is read-only."""
     labels = snapshot.labels
     return labels.prefilling_mask if role is PREFILL else labels.decoding_mask
 
 
-def pool(snapshot: Snapshot, role: Role) -> Among:
-    """Return the members; when there are none, every instance: an engine can always run either phase."""
-    found = members(snapshot, role)
-    return found if len(found) else snapshot.labels.everyone
+def pool(snapshot: Snapshot, role: Role) -> Candidates:
+    """Return the instances that do the work of ``role`` (PREFILL or DECODE): its own label, or MIXED.
 
-
-def has_room(snapshot: Snapshot, tokens: int, held_on: str | None = None, reserve: float = 0.0) -> Mask:
-    """Mark the instances whose KV caches hold ``tokens`` more beside their decodes and handoffs.
-
-    ``held_on`` names the instance that already holds the request's KV as handoff: it needs no more there.
-    ``reserve`` is the share of each cache that has to stay free.
+    When there are none, every instance: an engine can always run either phase. Raises NoInstance when nothing
+    is up.
     """
-    free = snapshot.free_tokens
-    if reserve:
-        free = free - reserve * snapshot.kv_capacity_tokens
-    fits: Mask = free >= tokens
-    if held_on is not None and (held := snapshot.index.get(held_on)) is not None:
-        fits[held] = free[held] >= 0
-    return fits
+    labels = snapshot.labels
+    found = labels.prefilling if role is PREFILL else labels.decoding
+    if len(found):
+        return found
+    if not snapshot.ids:
+        raise NoInstance("no instance is up")
+    return labels.everyone
 
 
-def roomy(
-    snapshot: Snapshot, candidates: Among, tokens: int, held_on: str | None = None, reserve: float = 0.0
-) -> Among:
-    """Narrow ``candidates`` to those that have room (see ``has_room``), perhaps to none."""
-    if isinstance(candidates, np.ndarray):
-        fits = has_room(snapshot, tokens, held_on, reserve)[candidates].nonzero()[0]
-        if len(fits) == len(candidates):
-            return candidates
-        found = candidates[fits]
-        return found if len(found) > FEW else tuple(found.tolist())
-    held = None if held_on is None else snapshot.index.get(held_on)
-    cells, free, capacity = snapshot.cells, Field.FREE_TOKENS, Field.KV_CAPACITY_TOKENS
-    return [
-        column
-        for column in candidates
-        if cells[free, column] - reserve * cells[capacity, column] >= (0 if column == held else tokens)
-    ]
+def pool_with_room(snapshot: Snapshot, role: Role, tokens: int, held_on: str | None = None) -> Candidates:
+    """Return those of the pool that have room for ``tokens`` (see ``with_room``); all of it when none has.
 
-
-def fitting(snapshot: Snapshot, candidates: Among, tokens: int, held_on: str | None = None) -> Among:
-    """Narrow ``candidates`` to those that have room; all of them when none has."""
-    found = roomy(snapshot, candidates, tokens, held_on)
+    Raises NoInstance when nothing is up.
+    """
+    candidates = pool(snapshot, role)
+    found = with_room(snapshot, candidates, tokens, held_on)
     return found if len(found) else candidates
+
+
+def with_room(
+    snapshot: Snapshot, candidates: Candidates, tokens: int, held_on: str | None = None, reserve: float = 0.0
+) -> Candidates:
+    """Narrow ``candidates``, perhaps to none, to those whose KV caches hold ``tokens`` more.
+
+    Decodes and handoffs take room. ``held_on`` names the instance that holds the request's KV as handoff: it
+    needs no more there. ``reserve`` is the share of each cache that has to stay free.
+    """
+    spare_tokens = _free_beyond(reserve) if reserve else FREE_TOKENS
+    found = at_least(snapshot, candidates, spare_tokens, tokens)
+    held = None if held_on is None else snapshot.index.get(held_on)
+    if held is None:
+        return found
+    if not 0.0 <= spare_tokens(snapshot.cells, held, snapshot.costs) < tokens or held not in candidates:
+        return found
+    return candidates_of(np.array(sorted([*found, held]), dtype=np.intp))
+
+
+def price_at(snapshot: Snapshot, price: Price, column: int) -> float:
+    """Return the price of one instance."""
+    return cast(float, price(snapshot.cells, column, snapshot.costs.at(column)))
+
+
+def at_least(snapshot: Snapshot, candidates: Candidates, price: Price, least: float) -> Candidates:
+    """Narrow ``candidates``, perhaps to none, to those whose ``price`` is at least ``least``."""
+    if isinstance(candidates, np.ndarray):
+        kept = (_column(snapshot, price) >= least)[candidates].nonzero()[0]
+        return candidates if len(kept) == len(candidates) else candidates_of(candidates[kept])
+    cells, costs, rows = snapshot.cells, snapshot.costs, snapshot.costs.rows
+    return [at for at in candidates if price(cells, at, rows[at] if rows else costs) >= least]
+
+
+def at_most(snapshot: Snapshot, candidates: Candidates, price: Price, most: float) -> Candidates:
+    """Narrow ``candidates``, perhaps to none, to those whose ``price`` is at most ``most``."""
+    return at_least(snapshot, candidates, lambda cells, at, costs: -price(cells, at, costs), -most)
+
+
+def best(snapshot: Snapshot, candidates: Candidates, price: Price, *, lead: Price | None = None) -> int:
+    """Return the column of least ``price``, or of the least pair (``lead``, ``price``) in that order.
+
+    The first one wins a tie. Raises InternalError when there are no candidates.
+    """
+    chosen = best_within(snapshot, candidates, price, np.inf, lead=lead)
+    if chosen is None:
+        raise InternalError("nothing to choose from")
+    return chosen
+
+
+def best_within(
+    snapshot: Snapshot, candidates: Candidates, price: Price, most: float, *, lead: Price | None = None
+) -> int | None:
+    """Like ``best`` of those whose ``price`` is at most ``most``; None when there is none."""
+    if isinstance(candidates, np.ndarray):
+        return _best_of_many(snapshot, candidates, price, most, lead)
+    cells, costs, rows = snapshot.cells, snapshot.costs, snapshot.costs.rows
+    chosen, least_lead, least = None, 0.0, 0.0
+    for at in candidates:
+        if rows:
+            costs = rows[at]
+        value = cast(float, price(cells, at, costs))
+        if value > most:
+            continue
+        leading = 0.0 if lead is None else cast(float, lead(cells, at, costs))
+        if chosen is None or leading < least_lead or (leading == least_lead and value < least):
+            chosen, least_lead, least = at, leading, value
+    return chosen
+
+
+def compared(snapshot: Snapshot, candidates: Candidates, prices: dict[str, Price]) -> Alternatives:
+    """Return ``candidates`` with the named prices they were compared by, in that order, for the journal."""
+    return Alternatives(
+        snapshot.ids, lambda: {name: _column(snapshot, price) for name, price in prices.items()}, candidates
+    )
+
+
+@cache
+def _free_beyond(reserve: float) -> Price:
+    return lambda cells, at, costs: (
+        cells[Field.FREE_TOKENS, at] - reserve * cells[Field.KV_CAPACITY_TOKENS, at]
+    )
+
+
+def _best_of_many(
+    snapshot: Snapshot, candidates: NDArray[np.intp], price: Price, most: float, lead: Price | None
+) -> int | None:
+    values = _column(snapshot, price)[candidates]
+    if most < np.inf:
+        within = (values <= most).nonzero()[0]
+        if len(within) < len(candidates):
+            candidates, values = candidates[within], values[within]
+    if not len(candidates):
+        return None
+    if lead is not None:
+        leads = _column(snapshot, lead)[candidates]
+        ties = (leads == leads[leads.argmin()]).nonzero()[0]
+        candidates, values = candidates[ties], values[ties]
+    return int(candidates[values.argmin()])
+
+
+def _column(snapshot: Snapshot, price: Price) -> Column:
+    return cast(Column, price(snapshot.state, EVERYONE, snapshot.costs))

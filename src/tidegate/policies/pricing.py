@@ -1,118 +1,82 @@
-"""What a request would cost on each instance, in predicted seconds or tokens.
-
-A price is worked out for single instances or for all at once, by the same formula.
-"""
+"""What a request would cost on an instance, in predicted seconds or tokens (see ``Price``)."""
 
 from __future__ import annotations
-
-from typing import cast
 
 import numpy as np
 
 from tidegate.core.request import Request
 from tidegate.costs.forms import attention_work
 from tidegate.costs.profile import ProfileTable
-from tidegate.ledger.among import Column, Cost
-from tidegate.ledger.snapshot import Field, Snapshot
+from tidegate.ledger.labels import Column
+from tidegate.ledger.snapshot import EVERYONE, At, Cells, Field, Snapshot, prefill_wait_s
+from tidegate.policies.candidates import Price, cell, price_at
+
+QUEUED_TOKENS = cell(Field.PREFILL_TOKENS)
+"""Prompt tokens that are queued or running in prefill."""
+RESIDENT_TOKENS = cell(Field.DECODE_TOKENS)
+"""Tokens of the running decodes, prompt and generated."""
 
 
-def prefill_seconds(costs: ProfileTable, request: Request) -> float | Column:
-    """Return T(r, i), the request's own prefill time; a float where every instance has one profile."""
+def own_prefill_s(request: Request, snapshot: Snapshot) -> Price:
+    """Return T(r, i), the request's own prefill time: of the tokens that the instance has to compute.
+
+    Where all instances have the same profile and none has a part of the prompt, it is worked out once.
+    """
+    if request.cached:
+        return _prefill_beside_hits(request, snapshot)
     new = request.prompt_tokens
-    return costs.prefill.seconds(new, attention_work(new, request.prompt_tokens - new))
+    work = attention_work(new, 0)
+    if snapshot.costs.rows:
+        return lambda cells, at, costs: costs.prefill.seconds(new, work)
+    same_s = snapshot.costs.prefill.seconds(new, work)
+    return lambda cells, at, costs: same_s
+
+
+def _prefill_beside_hits(request: Request, snapshot: Snapshot) -> Price:
+    new = [float(request.tokens_to_compute(name)) for name in snapshot.ids]
+    work = [attention_work(tokens, request.prompt_tokens - tokens) for tokens in new]
+
+    def price(cells: Cells, at: At, costs: ProfileTable) -> float | Column:
+        if isinstance(at, int):
+            return costs.prefill.seconds(new[at], work[at])
+        return costs.prefill.seconds(np.array(new)[at], np.array(work)[at])
+
+    return price
 
 
 def fastest_prefill_seconds(snapshot: Snapshot, request: Request) -> float:
     """Return the least T(r, i) over the instances; 0 when none is up."""
-    return float(np.min(prefill_seconds(snapshot.costs, request))) if len(snapshot) else 0.0
+    if not len(snapshot):
+        return 0.0
+    return float(np.min(own_prefill_s(request, snapshot)(snapshot.state, EVERYONE, snapshot.costs)))
 
 
-class Ttft:
-    """The predicted queue wait plus T(r, i): Arrow's q1 + p1 (v2, section 4). A ``Cost``."""
-
-    __slots__ = ("_request", "_same_s", "_snapshot")
-
-    def __init__(self, snapshot: Snapshot, request: Request) -> None:
-        self._snapshot = snapshot
-        self._request = request
-        costs = snapshot.costs
-        self._same_s: float | None = None if costs.rows else prefill_seconds(costs, request)  # type: ignore[assignment]
-
-    def at(self, column: int) -> float:
-        return self._snapshot.prefill_wait_at(column) + self._own_s(column)
-
-    def column(self) -> Column:
-        own_s = prefill_seconds(self._snapshot.costs, self._request) if self._same_s is None else self._same_s
-        return self._snapshot.prefill_wait_s + own_s
-
-    def _own_s(self, column: int) -> float:
-        if self._same_s is not None:
-            return self._same_s
-        return prefill_seconds(self._snapshot.costs.rows[column], self._request)  # type: ignore[return-value]
+def ttft_s(snapshot: Snapshot, request: Request) -> Price:
+    """Return the predicted queue wait plus T(r, i): Arrow's q1 + p1 (v2, section 4)."""
+    now_s, own_s = snapshot.at_s, own_prefill_s(request, snapshot)
+    return lambda cells, at, costs: prefill_wait_s(cells, at, now_s) + own_s(cells, at, costs)
 
 
-class StepSeconds:
-    """The predicted decode step once the request has joined, times ``scale``. A ``Cost``."""
+def step_s(request: Request, scale: float = 1.0) -> Price:
+    """Return the predicted decode step once the request has joined, times ``scale``."""
+    joining_tokens = float(request.prompt_tokens)
 
-    __slots__ = ("_request", "_scale", "_snapshot")
+    def price(cells: Cells, at: At, costs: ProfileTable) -> float | Column:
+        tokens = cells[Field.DECODE_TOKENS, at] + joining_tokens
+        return scale * costs.step.seconds(cells[Field.DECODE_REQUESTS, at] + 1.0, tokens)
 
-    def __init__(self, snapshot: Snapshot, request: Request, scale: float = 1.0) -> None:
-        self._snapshot = snapshot
-        self._request = request
-        self._scale = scale
-
-    def at(self, column: int) -> float:
-        cells = self._snapshot.cells
-        requests, tokens = cells[Field.DECODE_REQUESTS, column], cells[Field.DECODE_TOKENS, column]
-        costs = self._snapshot.costs.at(column)
-        return self._price(costs, requests, tokens)  # type: ignore[return-value]  # floats in, a float out
-
-    def column(self) -> Column:
-        snapshot = self._snapshot
-        return cast(Column, self._price(snapshot.costs, snapshot.decode_requests, snapshot.decode_tokens))
-
-    def _price(self, costs: ProfileTable, requests: float | Column, tokens: float | Column) -> float | Column:
-        return self._scale * costs.step.seconds(requests + 1.0, tokens + float(self._request.prompt_tokens))
+    return price
 
 
-class TokensOverLimit:
-    """Resident tokens with the request, less MT(i, tpot): above 0 the step misses the target. A ``Cost``."""
+def tokens_over_limit(request: Request) -> Price:
+    """Return resident tokens with the request, less MT(i, tpot): above 0 the step misses the target."""
+    joining_tokens, tpot_s = float(request.prompt_tokens), request.slo.tpot_s
 
-    __slots__ = ("_request", "_snapshot")
+    def price(cells: Cells, at: At, costs: ProfileTable) -> float | Column:
+        limit = costs.step.max_context_tokens(tpot_s, cells[Field.DECODE_REQUESTS, at] + 1.0)
+        return cells[Field.DECODE_TOKENS, at] + joining_tokens - limit
 
-    def __init__(self, snapshot: Snapshot, request: Request) -> None:
-        self._snapshot = snapshot
-        self._request = request
-
-    def at(self, column: int) -> float:
-        cells = self._snapshot.cells
-        requests, tokens = cells[Field.DECODE_REQUESTS, column], cells[Field.DECODE_TOKENS, column]
-        costs = self._snapshot.costs.at(column)
-        return self._price(costs, requests, tokens)  # type: ignore[return-value]  # floats in, a float out
-
-    def column(self) -> Column:
-        snapshot = self._snapshot
-        return cast(Column, self._price(snapshot.costs, snapshot.decode_requests, snapshot.decode_tokens))
-
-    def _price(self, costs: ProfileTable, requests: float | Column, tokens: float | Column) -> float | Column:
-        limit = costs.step.max_context_tokens(self._request.slo.tpot_s, requests + 1.0)
-        return tokens + float(self._request.prompt_tokens) - limit
-
-
-class Sum:
-    """Two costs added. A ``Cost``."""
-
-    __slots__ = ("_one", "_other")
-
-    def __init__(self, one: Cost, other: Cost) -> None:
-        self._one = one
-        self._other = other
-
-    def at(self, column: int) -> float:
-        return self._one.at(column) + self._other.at(column)
-
-    def column(self) -> Column:
-        return self._one.column() + self._other.column()
+    return price
 
 
 def predicted_on(
@@ -126,9 +90,7 @@ def predicted_on(
     if at is None:
         return None
     if decode:
-        return {"step_s": round(StepSeconds(snapshot, request).at(at), 6)}
-    wait_s = snapshot.prefill_wait_at(at)
-    return {
-        "wait_s": round(wait_s, 6),
-        "prefill_s": round(Ttft(snapshot, request).at(at) - wait_s, 6),
-    }
+        return {"step_s": round(price_at(snapshot, step_s(request), at), 6)}
+    wait_s = float(prefill_wait_s(snapshot.cells, at, snapshot.at_s))
+    own_s = price_at(snapshot, own_prefill_s(request, snapshot), at)
+    return {"wait_s": round(wait_s, 6), "prefill_s": round(own_s, 6)}

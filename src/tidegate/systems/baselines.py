@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from tidegate.core.errors import ConfigError
-from tidegate.policies.colocated import Colocated
-from tidegate.policies.least_loaded import LeastLoaded
-from tidegate.policies.minimal_load import MinimalLoad
-from tidegate.policies.round_robin import RoundRobin
+from tidegate.policies.baselines.colocated import Colocated
+from tidegate.policies.baselines.least_loaded import LeastLoaded
+from tidegate.policies.baselines.minimal_load import MinimalLoad
+from tidegate.policies.baselines.round_robin import RoundRobin
 from tidegate.policies.starting_roles import mixed_roles
 from tidegate.systems.registry import SYSTEMS, SystemOptions
 from tidegate.systems.system import System

@@ -41,6 +41,9 @@ Factory = Callable[[SystemOptions], System]
 SYSTEMS: Registry[Factory] = Registry("system", group="tidegate.systems")
 """Factories of systems. A third party names a factory under the entry point group ``tidegate.systems``."""
 
+RENAMED = {"arrow-v2": "arrow"}
+"""Names that systems had, and those they have."""
+
 
 def make_system(
     name: str, *, split: tuple[int, int] | None = None, tick_s: float = 1.0, slo: Slo | None = None
@@ -57,4 +60,6 @@ def make_system(
 def named(name: str) -> tuple[Factory, Order | None]:
     """Look up ``system`` or ``system+order``. Raises ConfigError for an unknown part, listing what exists."""
     base, plus, order = name.partition("+")
+    if base in RENAMED and base not in SYSTEMS.names():
+        raise ConfigError(f"system {base!r} is now called {RENAMED[base]!r}")
     return SYSTEMS.get(base), make_order(order) if plus else None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tidegate.core.decision import Alternatives, Path, Place, Term, Verdict
+from tidegate.core.decision import Path, Place, Verdict
 from tidegate.core.instance import Role
 from tidegate.core.request import Request
-from tidegate.ledger.among import Column, best
-from tidegate.ledger.snapshot import Snapshot
-from tidegate.policies.candidates import fitting, pool
-from tidegate.policies.pricing import StepSeconds, Sum, Ttft
+from tidegate.costs.profile import ProfileTable
+from tidegate.ledger.snapshot import At, Cells, Column, Snapshot
+from tidegate.policies.candidates import best, compared, pool_with_room
+from tidegate.policies.pricing import step_s, ttft_s
 from tidegate.policies.protocols import Signal
 
 
@@ -26,15 +26,19 @@ class Colocated:
 
     def place_prefill(self, request: Request, snapshot: Snapshot) -> Verdict:
         """Place both phases where the load is least."""
-        candidates = fitting(snapshot, pool(snapshot, Role.PREFILL), request.prompt_tokens)
-        ttft = Ttft(snapshot, request)
-        step = StepSeconds(snapshot, request, scale=request.slo.ttft_s / request.slo.tpot_s)
-        load = Sum(ttft, step)
-        chosen = snapshot.ids[best(load, candidates)]
-        terms: dict[str, Term | Column] = {"load_s": load, "ttft_s": ttft, "step_as_ttft_s": step}
+        candidates = pool_with_room(snapshot, Role.PREFILL, request.prompt_tokens)
+        ttft = ttft_s(snapshot, request)
+        step = step_s(request, scale=request.slo.ttft_s / request.slo.tpot_s)
+
+        def load(cells: Cells, at: At, costs: ProfileTable) -> float | Column:
+            return ttft(cells, at, costs) + step(cells, at, costs)
+
+        chosen = snapshot.ids[best(snapshot, candidates, load)]
         return Verdict(
             Place(chosen, chosen, Path.COLOCATED),
-            alternatives=Alternatives(snapshot.ids, terms, candidates),
+            alternatives=compared(
+                snapshot, candidates, {"load_s": load, "ttft_s": ttft, "step_as_ttft_s": step}
+            ),
             reason="least predicted load",
         )
 

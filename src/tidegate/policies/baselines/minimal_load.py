@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tidegate.core.decision import Alternatives, Path, Place, Verdict
+from tidegate.core.decision import Path, Place, Verdict
 from tidegate.core.instance import Role
 from tidegate.core.request import Request
-from tidegate.ledger.among import best
 from tidegate.ledger.snapshot import Snapshot
-from tidegate.policies.candidates import fitting, pool
-from tidegate.policies.pricing import StepSeconds, Ttft
+from tidegate.policies.candidates import best, compared, pool_with_room
+from tidegate.policies.pricing import step_s, ttft_s
 from tidegate.policies.protocols import Signal
 
 
@@ -22,22 +21,22 @@ class MinimalLoad:
 
     def place_prefill(self, request: Request, snapshot: Snapshot) -> Verdict:
         """Place the prefill where queue wait plus its own time is least."""
-        candidates = fitting(snapshot, pool(snapshot, Role.PREFILL), request.prompt_tokens)
-        ttft = Ttft(snapshot, request)
-        chosen = snapshot.ids[best(ttft, candidates)]
+        candidates = pool_with_room(snapshot, Role.PREFILL, request.prompt_tokens)
+        ttft = ttft_s(snapshot, request)
+        chosen = snapshot.ids[best(snapshot, candidates, ttft)]
         return Verdict(
             Place(chosen, None, Path.DISAGGREGATED),
-            alternatives=Alternatives(snapshot.ids, {"ttft_s": ttft}, candidates),
+            alternatives=compared(snapshot, candidates, {"ttft_s": ttft}),
             reason="least predicted time to first token",
         )
 
     def place_decode(self, request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:
         """Place the decode where the step that includes it is shortest."""
-        candidates = fitting(snapshot, pool(snapshot, Role.DECODE), request.prompt_tokens, prefill_on)
-        step = StepSeconds(snapshot, request)
-        chosen = snapshot.ids[best(step, candidates)]
+        candidates = pool_with_room(snapshot, Role.DECODE, request.prompt_tokens, prefill_on)
+        step = step_s(request)
+        chosen = snapshot.ids[best(snapshot, candidates, step)]
         return Verdict(
             Place(prefill_on, chosen, Path.DISAGGREGATED),
-            alternatives=Alternatives(snapshot.ids, {"step_s": step}, candidates),
+            alternatives=compared(snapshot, candidates, {"step_s": step}),
             reason="shortest predicted step",
         )

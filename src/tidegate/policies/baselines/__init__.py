@@ -1,0 +1,1 @@
+"""Placements without flips: what the adaptive policies are compared with."""
