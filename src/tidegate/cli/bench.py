@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from tidegate.bench import BenchRun, BenchSettings, bench
-from tidegate.cli.options import Flag, OptionGroup, expanded
+from tidegate.cli.options import Flag, OptionGroup
 from tidegate.cli.process import FAILURE, INTERRUPTED
 from tidegate.cli.scoring import SCORING, Scoring
 from tidegate.cli.workload_flags import (
@@ -81,11 +81,8 @@ CLIENT = OptionGroup(
 )
 
 
-def register(app: typer.Typer) -> None:
-    """Add the ``bench`` command."""
-    # Extra arguments are the second word of --goodput; _slo refuses any other.
-    extra = {"allow_extra_args": True}
-    app.command("bench", epilog=EPILOG, rich_help_panel="Measure", context_settings=extra)(expanded(run))
+CONTEXT = {"allow_extra_args": True}
+"""Extra arguments are the second word of --goodput; ``_slo`` refuses any other."""
 
 
 def run(

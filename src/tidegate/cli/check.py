@@ -12,7 +12,7 @@ from rich.console import Console
 
 from tidegate.check.context import CheckSettings
 from tidegate.check.run import check_fleet
-from tidegate.cli.options import Flag, OptionGroup, expanded
+from tidegate.cli.options import Flag, OptionGroup
 from tidegate.cli.process import FAILURE
 from tidegate.cli.tables import show_check
 from tidegate.cli.terminal import share_bar
@@ -39,11 +39,6 @@ What has to be changed, by server:
 """
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb to ``app``."""
-    app.command("check", epilog=EPILOG, rich_help_panel="Serve")(expanded(check))
-
-
 CHECKED = OptionGroup(
     CheckSettings,
     {
@@ -57,7 +52,7 @@ CHECKED = OptionGroup(
 )
 
 
-def check(
+def run(
     settings: Annotated[partial[CheckSettings], CHECKED],
     vllm: Annotated[
         list[str] | None,

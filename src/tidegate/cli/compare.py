@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from tidegate.cli.options import Flag, OptionGroup, Rule, expanded
+from tidegate.cli.options import Flag, OptionGroup, Rule
 from tidegate.cli.report_folder import command_line, set_up, tell_where, titled, write_folder
 from tidegate.cli.scoring import SCORING
 from tidegate.cli.simulating import (
@@ -99,11 +99,6 @@ class Searched:
             rule=Rule(lambda width: 0 < width < 1, "a share between 0 and 1, as in 0.02"),
         ),
     ] = 0.02
-
-
-def register(app: typer.Typer) -> None:
-    """Add the ``compare`` command."""
-    app.command("compare", epilog=EPILOG, rich_help_panel="Simulate")(expanded(run))
 
 
 def run(

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from tidegate.cli.compare import carry_out, show
-from tidegate.cli.options import Flag, expanded
+from tidegate.cli.options import Flag
 from tidegate.cli.report_folder import command_line, set_up
 from tidegate.cli.scoring import SCORING
 from tidegate.cli.simulating import JOBS, FleetOptions, processes
@@ -47,11 +45,6 @@ EPILOG = """
 
 0 compared; 1 failed; 2 wrong usage; 130 interrupted (the same command goes on).
 """
-
-
-def register(app: typer.Typer) -> None:
-    """Add the ``demo`` command."""
-    app.command("demo", epilog=EPILOG, rich_help_panel="Simulate")(expanded(run))
 
 
 def run(

@@ -30,13 +30,6 @@ EPILOG = """
 """
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verbs of this module to ``app``."""
-    verbs = typer.Typer(no_args_is_help=True, help="Make models to try things with.")
-    verbs.command("make", epilog=EPILOG)(expanded(make))
-    app.add_typer(verbs, name="model", rich_help_panel="Serve")
-
-
 def make(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write; created if missing.")],
     arch: Annotated[Arch, Flag("Architecture.")] = Arch.LLAMA,
@@ -59,3 +52,7 @@ def make(
 
     made = make_tiny_model(folder, arch.value, seed=seed)
     typer.echo(f"made {made}; serve it with: tidegate serve --model {made}")
+
+
+verbs = typer.Typer(no_args_is_help=True)
+verbs.command("make", epilog=EPILOG)(expanded(make))

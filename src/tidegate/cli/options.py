@@ -183,10 +183,10 @@ def given_type(hint: Any) -> Any:
 def expanded(command: Callable[..., Any]) -> Callable[..., Any]:
     """Return a command for typer, which gives ``command`` objects of settings in place of options.
 
-    A parameter is an object if it is annotated with ``OptionGroup``, or if its type is a dataclass with flags;
-    ``partial[KIND]`` in place of ``KIND`` gives a call that makes it of what is not an option. Others are an
-    option each if they are annotated with a ``Flag``, and otherwise typer's. The command raises ConfigError
-    with the problems of all options at once.
+    A parameter is an object if it is annotated with an ``OptionGroup``, or if its type is a dataclass with
+    flags; ``partial[KIND]`` in place of ``KIND`` gives a call that makes it of what is not an option. Others
+    are an option each if they are annotated with a ``Flag``, and otherwise typer's. The command raises
+    ConfigError with the problems of all options at once.
     """
     hints = get_type_hints(command, include_extras=True)
     makers: dict[str, Callable[[dict[str, Any]], Any]] = {}

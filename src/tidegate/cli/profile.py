@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tidegate.cli.options import Flag, OptionGroup, expanded
+from tidegate.cli.options import Flag, OptionGroup
 from tidegate.cli.tables import show_profile
 from tidegate.cli.terminal import share_bar
 from tidegate.core.errors import ConfigError
@@ -43,11 +43,6 @@ What there is without measuring, and how old one's own are:
 
 0 measured; 1 the instance failed; 2 wrong usage, or an instance that cannot be measured.
 """
-
-
-def register(app: typer.Typer) -> None:
-    """Add the ``profile`` command."""
-    app.command("profile", epilog=EPILOG, rich_help_panel="Measure")(expanded(run))
 
 
 PROBE = OptionGroup(

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from tidegate.cli.options import Flag, expanded
+from tidegate.cli.options import Flag
 from tidegate.cli.process import FAILURE
 from tidegate.cli.scoring import SCORING, Scoring
 from tidegate.core.errors import TraceError
@@ -36,11 +36,6 @@ Score the same run by tighter targets, and fail a script below 99 %:
 
 0 reported; 1 --require-level was missed; 2 wrong usage or unreadable file.
 """
-
-
-def register(app: typer.Typer) -> None:
-    """Add the ``report`` command."""
-    app.command("report", epilog=EPILOG, rich_help_panel="Measure")(expanded(run))
 
 
 def run(

@@ -1,4 +1,4 @@
-"""OptionGroup that several verbs share: how a run is scored, and what is printed."""
+"""Options that several verbs share: how a run is scored, and what is printed."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tidegate.cli.config import GivenSettings
-from tidegate.cli.options import Flag, expanded
+from tidegate.cli.options import Flag
 from tidegate.cli.process import INTERRUPTED
 
 EPILOG = """
@@ -29,12 +29,7 @@ EPILOG = """
 """
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb to ``app``."""
-    app.command("serve", epilog=EPILOG, rich_help_panel="Serve")(expanded(serve))
-
-
-def serve(
+def run(
     given: Annotated[dict[str, Any], GivenSettings()],
     config: Annotated[
         Path | None,

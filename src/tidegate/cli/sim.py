@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from tidegate.cli.options import Flag, OptionGroup, expanded, given
+from tidegate.cli.options import Flag, OptionGroup, given
 from tidegate.cli.process import FAILURE
 from tidegate.cli.replaying import replay as replay_file
 from tidegate.cli.report_folder import make_folder
@@ -69,11 +69,6 @@ SIMULATED_TRACE = OptionGroup(
     },
     WORKLOAD,
 )
-
-
-def register(app: typer.Typer) -> None:
-    """Add the ``sim`` command."""
-    app.command("sim", epilog=EPILOG, rich_help_panel="Simulate")(expanded(run))
 
 
 def run(

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tidegate.cli.options import Flag, expanded
+from tidegate.cli.options import Flag
 from tidegate.core.errors import SetupError, TidegateError
 
 TIMEOUT_S = 5.0
@@ -23,12 +23,7 @@ EPILOG = """
 """
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb to ``app``."""
-    app.command("state", epilog=EPILOG, rich_help_panel="Serve")(expanded(state))
-
-
-def state(
+def run(
     url: Annotated[str, Flag("The gateway.")] = "http://127.0.0.1:8000",
     api_key: Annotated[
         str, Flag("Its API key.", "KEY", shown=False, more={"envvar": "TIDEGATE_API_KEY"})

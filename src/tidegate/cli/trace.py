@@ -51,17 +51,6 @@ CONVERT_EPILOG = """
 SOURCES = f"{FORMATS}."
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verbs of this module to ``app``."""
-    verbs = typer.Typer(
-        no_args_is_help=True, help="Look at request traces, make them, convert them.", epilog=EPILOG
-    )
-    verbs.command("info", epilog=INFO_EPILOG)(expanded(info))
-    verbs.command("make", epilog=trace_make.EPILOG)(expanded(trace_make.make))
-    verbs.command("convert", epilog=CONVERT_EPILOG)(expanded(convert))
-    app.add_typer(verbs, name="trace", rich_help_panel="Measure")
-
-
 def info(
     traces: Annotated[list[str], typer.Argument(metavar="FILE...", help=SOURCES)],
     window: Annotated[
@@ -124,3 +113,9 @@ def convert(
     workload = load_timed(source)
     saved.save(target, workload)
     typer.echo(f"wrote {len(workload):,} requests to {target}")
+
+
+verbs = typer.Typer(no_args_is_help=True, epilog=EPILOG)
+verbs.command("info", epilog=INFO_EPILOG)(expanded(info))
+verbs.command("make", epilog=trace_make.EPILOG)(expanded(trace_make.make))
+verbs.command("convert", epilog=CONVERT_EPILOG)(expanded(convert))
