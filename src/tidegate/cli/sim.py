@@ -11,8 +11,6 @@ import typer
 
 from tidegate.cli.options import Flag, OptionGroup, given
 from tidegate.cli.process import FAILURE
-from tidegate.cli.replaying import replay as replay_file
-from tidegate.cli.report_folder import make_folder
 from tidegate.cli.scoring import SCORING, Scoring
 from tidegate.cli.simulating import (
     BATCHING,
@@ -99,6 +97,8 @@ def run(
     """
     _check_rates(wanted, workload)
     if replay is not None:
+        from tidegate.cli.replaying import replay as replay_file
+
         if wanted.goes_beyond_a_run or split:
             raise ConfigError("--replay goes with the options of fleet and engine, --system and --json only")
 
@@ -117,6 +117,8 @@ def run(
     setting.make_system()
     _tell_assumptions(setting, given(context), wanted.rate_rps)
     if wanted.out is not None:
+        from tidegate.cli.report_folder import make_folder
+
         make_folder(wanted.out)
     summary = simulate_and_show(setting, wanted, scoring)
     if scoring.require_level and summary["attainment"] < scoring.level:

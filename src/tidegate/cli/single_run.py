@@ -1,34 +1,33 @@
-"""One simulation as the command runs it: search, run, journal, block, report."""
+"""One simulation as the command runs it: search, run, journal, block, report.
+
+What only a search or a report needs is imported there: it takes longer than a short simulation.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import tidegate
 from tidegate.cli.options import Flag, Rule
-from tidegate.cli.report_folder import command_line, set_up, tell_where, titled, write_folder
 from tidegate.cli.scoring import SCORING, Scoring
 from tidegate.cli.simulating import JOBS, WORKLOAD, processes
 from tidegate.cli.terminal import note, progress_bar, warn
 from tidegate.core.errors import ConfigError
-from tidegate.experiments.jobs import Workers
-from tidegate.experiments.limit import limit_job
 from tidegate.experiments.run import Finished, run_once
-from tidegate.experiments.search import find_goodput
 from tidegate.experiments.setting import Setting
-from tidegate.experiments.store import Store
 from tidegate.experiments.workload import own_rate_rps, requests_of
 from tidegate.measure.run_view import view_of
-from tidegate.reports.comparison import Comparison, Entry, LevelGoodput, TraceComparison
 from tidegate.reports.run_block import render_run
+
+if TYPE_CHECKING:
+    from tidegate.reports.comparison import LevelGoodput
 
 SEARCH_SEEDS = 3
 TOLERANCE = 0.02
@@ -103,6 +102,13 @@ def simulate_and_show(setting: Setting, wanted: Wanted, scoring: Scoring) -> dic
 
 def _search(setting: Setting, wanted: Wanted, level: float) -> LevelGoodput:
     """Return the goodput, 0 and without probes where only the limit was asked for."""
+    import asyncio
+
+    from tidegate.experiments.jobs import Workers
+    from tidegate.experiments.limit import limit_job
+    from tidegate.experiments.search import find_goodput
+    from tidegate.experiments.store import Store
+    from tidegate.reports.comparison import LevelGoodput
 
     async def search() -> LevelGoodput:
         with progress_bar("runs", None) as show:
@@ -157,6 +163,9 @@ def _write_report(
     setting: Setting,
     found: LevelGoodput | None,
 ) -> None:
+    from tidegate.cli.report_folder import command_line, set_up, tell_where, titled, write_folder
+    from tidegate.reports.comparison import Comparison, Entry, TraceComparison
+
     title = next(iter(titled([setting.workload.trace], setting.workload)))
     searched = (found,) if found is not None and found.probes else ()
     entry = Entry(finished.facts.system, searched, {}, summary, summary, view_of(finished.run))
