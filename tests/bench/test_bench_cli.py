@@ -11,15 +11,15 @@ from typer.testing import CliRunner
 
 from tidegate.bench import BenchRun
 from tidegate.cli import bench as bench_command
-from tidegate.cli import report as report_command
+from tidegate.cli.main import add_verb
 from tidegate.core.errors import ConfigError, TraceError
 from tidegate.core.slo import Slo
 from tidegate.measure.results import RequestResult
 from tidegate.reports.bench_report import build_bench_report
 
 app = typer.Typer()
-bench_command.register(app)
-report_command.register(app)
+add_verb(app, "bench")
+add_verb(app, "report")
 SLO = Slo(0.5, 0.05)
 
 

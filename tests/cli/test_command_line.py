@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
 
@@ -47,7 +46,7 @@ def test_the_overview_says_what_the_verb_says(name: str) -> None:
     verb = command_line.VERBS[name]
     app = typer.Typer()
     app.callback()(lambda: None)
-    importlib.import_module(verb.module).register(app)
+    command_line.add_verb(app, name)
     command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
     assert command.get_short_help_str(200).rstrip(".") == verb.summary.rstrip(".")
     assert command.rich_help_panel == verb.panel

@@ -58,7 +58,7 @@ def test_launching_vllm_takes_the_command_on_path_or_says_what_to_do(
 
 def test_timeouts_reach_the_gateway() -> None:
     given = {"TIDEGATE_STALL_TIMEOUT": "7.5", "TIDEGATE_REQUEST_TIMEOUT": "90"}
-    settings = launch._gateway_settings(resolve(None, given, {}, warn=lambda _: None).config)
+    settings = resolve(None, given, {}, warn=lambda _: None).config.gateway_settings()
     assert (settings.stall_s, settings.request_deadline_s) == (7.5, 90.0)
 
 

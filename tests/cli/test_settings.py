@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import runpy
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import typer
 
 from tidegate.cli import launch
-from tidegate.cli.config import SECTIONS, SETTINGS, EngineSection, plain
-from tidegate.cli.resolved_toml import as_toml
-from tidegate.cli.sources import Resolved, resolve
+from tidegate.cli.config import FLAGS, SECTIONS, SETTINGS, EngineSection
+from tidegate.cli.main import build_app
+from tidegate.cli.sources import Resolved, as_toml, resolve
 from tidegate.core.errors import ConfigError
+from tidegate.core.slo import Slo
+from tidegate.dataplane.replica import EngineSettings
 from tidegate.engines.embedded.options import DTYPES
 from tidegate.fleet.emulated import EmulatedLaunch
 from tidegate.fleet.static import KvSetup
+from tidegate.gateway.settings import GatewaySettings
 from tidegate.systems import SYSTEMS, make_system
+
+ROOT = Path(__file__).parents[2]
 
 
 def settle(
@@ -265,21 +272,26 @@ def test_the_printed_configuration_reads_back_as_the_same(tmp_path: Path) -> Non
     assert settle(as_toml(urls), folder=tmp_path).config == urls.config
 
 
-def test_setting_names_are_unique_and_their_defaults_are_what_the_help_says() -> None:
+def test_setting_names_are_unique_and_the_help_says_what_systems_and_defaults_there_are() -> None:
     assert len(SETTINGS) == sum(len(kind.model_fields) for kind in SECTIONS.values())
-    import typer
-
-    from tidegate.cli.main import build_app
-
+    assert set(SETTINGS) - set(FLAGS) == {"vllm_api_key"}, "a key on the command line is visible to others"
     serve = typer.main.get_command(build_app(["serve"])).commands["serve"]  # type: ignore[attr-defined]
     told = {option.name: option for option in serve.params}
-    config = settle().config
-    for name, section in SETTINGS.items():
-        if name == "vllm_api_key":
-            assert name not in told, "a key on the command line is visible to other users"
-            continue
-        value = plain(getattr(getattr(config, section), name))
-        if value is not None:
-            assert told[name].show_default == str(value), name
+    assert told["port"].show_default == "8000" and told["kv_read_back"].show_default == "False"
     for system in SYSTEMS.names():
         assert f"{system} ({make_system(system).summary})" in told["system"].help
+    assert SECTIONS["emulated"]().chunk_tokens == EngineSettings().max_batch_tokens  # type: ignore[attr-defined]
+
+
+def test_the_page_of_settings_is_that_of_this_version() -> None:
+    written = runpy.run_path(str(ROOT / "scripts" / "settings_page.py"))
+    assert written["page"]() == (ROOT / "docs" / "settings.md").read_text(), "run scripts/settings_page.py"
+
+
+def test_the_gateway_gets_every_setting_of_its_section() -> None:
+    given = {"host": "h", "port": 9, "api_key": "k", "journal": Path("j"), "request_timeout": 3.0}
+    made = settle(**given, stall_timeout=2.0, slo="ttft:5,tpot:7").config.gateway_settings()
+    assert made == GatewaySettings(
+        "h", 9, "k", Slo(0.005, 0.007), Path("j"), request_deadline_s=3.0, stall_s=2.0
+    )
+    assert settle().config.gateway_settings() == GatewaySettings()

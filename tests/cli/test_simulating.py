@@ -14,8 +14,8 @@ from typing import IO, NoReturn
 
 import pytest
 
-from tidegate.cli import comparison_output, single_run
 from tidegate.cli import main as command_line
+from tidegate.cli import report_folder, single_run
 from tidegate.costs.library import profile_names
 from tidegate.measure.summary import KEYS
 from tidegate.reports.plot_style import NoPlots
@@ -143,7 +143,7 @@ def test_a_killed_comparison_goes_on_where_it_was(
     keys = keys_in(out / "probes.jsonl")
     assert len(set(keys)) == len(keys) and keys[: len(kept)] == kept
     # The same in one go, in this process, and without the charts, which take most of the time.
-    monkeypatch.setattr(comparison_output, "draw_figures", without_matplotlib)
+    monkeypatch.setattr(report_folder, "draw_figures", without_matplotlib)
     with pytest.raises(SystemExit) as caught:
         command_line.main(
             [*COMPARE, "--tolerance", "0.2", "--out", str(tmp_path / "fresh"), "--jobs", "1", "--json"]

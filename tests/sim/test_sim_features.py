@@ -14,7 +14,8 @@ from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
 from tidegate.journal import read_journal
 from tidegate.ledger.snapshot import Snapshot
-from tidegate.sim import Replica, SimSettings, replay_journal, simulate, slo_warnings
+from tidegate.sim import Replica, SimSettings, simulate, slo_warnings
+from tidegate.sim.replay import replay_journal
 from tidegate.sim.sampling import Sampler
 from tidegate.systems import make_system
 from tidegate.testing import REFERENCE, instance

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+from functools import partial
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tidegate.check.context import CheckSettings
 from tidegate.check.run import check_fleet
-from tidegate.check.verdict import CheckReport
-from tidegate.cli.check_table import show_report
+from tidegate.cli.options import Flag, OptionGroup
 from tidegate.cli.process import FAILURE
+from tidegate.cli.tables import show_check
+from tidegate.cli.terminal import share_bar
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
-from tidegate.fleet.member import LEASE_S
 from tidegate.fleet.static import server_of
 
 EPILOG = """
@@ -39,40 +39,27 @@ What has to be changed, by server:
 """
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb to ``app``."""
-    app.command("check", epilog=EPILOG, rich_help_panel="Serve")(check)
+CHECKED = OptionGroup(
+    CheckSettings,
+    {
+        "slo": Flag("Targets that an idle server has to meet.", "ttft:MS,tpot:MS", read=Slo.parse),
+        "thorough": Flag("Wait until pinned KV is given up (a minute)."),
+        "lease_s": Flag("How long pinned KV has to stay.", "S", "--lease", more={"min": 1.0}),
+        "api_key": Flag(
+            "The servers' API key.", "KEY", shown=False, more={"envvar": "TIDEGATE_VLLM_API_KEY"}
+        ),
+    },
+)
 
 
-def check(
+def run(
+    settings: Annotated[partial[CheckSettings], CHECKED],
     vllm: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="URL",
-            help="A vLLM server; prefill=URL or decode=URL if it keeps a role.",
-            show_default=False,
-        ),
+        Flag("A vLLM server; prefill=URL or decode=URL if it keeps a role.", "URL", shown=False),
     ] = None,
-    url: Annotated[
-        list[str] | None, typer.Option(metavar="URL", help="The same.", show_default=False)
-    ] = None,
-    slo: Annotated[
-        str,
-        typer.Option(metavar="ttft:MS,tpot:MS", help="Targets that an idle server has to meet."),
-    ] = "",
-    thorough: Annotated[
-        bool, typer.Option("--thorough", help="Wait until pinned KV is given up (a minute).")
-    ] = False,
-    lease: Annotated[
-        float, typer.Option(metavar="S", min=1.0, help="How long pinned KV has to stay.")
-    ] = LEASE_S,
-    api_key: Annotated[
-        str,
-        typer.Option(
-            metavar="KEY", envvar="TIDEGATE_VLLM_API_KEY", help="The servers' API key.", show_default=False
-        ),
-    ] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print all findings as JSON.")] = False,
+    url: Annotated[list[str] | None, Flag("The same.", "URL", shown=False)] = None,
+    as_json: Annotated[bool, Flag("Print all findings as JSON.", name="--json")] = False,
 ) -> None:
     """Prove what a fleet of vLLM servers can do, before traffic does.
 
@@ -88,25 +75,10 @@ def check(
     twice = sorted({each for each in urls if urls.count(each) > 1})
     if twice:
         raise ConfigError(f"given more than once: {', '.join(twice)}")
-    settings = CheckSettings(
-        tuple(servers), api_key, Slo.parse(slo) if slo else None, thorough=thorough, lease_s=lease
-    )
-    report = _checked(settings)
+    with share_bar() as advance:
+        report = asyncio.run(check_fleet(settings(tuple(servers)), advance))
     if as_json:
         typer.echo(json.dumps(report.to_json(), indent=2))
     else:
-        show_report(report, Console(highlight=False))
+        show_check(report, Console(highlight=False))
     raise typer.Exit(0 if report.ok else FAILURE)
-
-
-def _checked(settings: CheckSettings) -> CheckReport:
-    """Check, with a progress bar on a terminal."""
-    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=1.0)
-
-        def advance(share: float, what: str) -> None:
-            progress.update(task, completed=share, description=what)
-
-        return asyncio.run(check_fleet(settings, advance))

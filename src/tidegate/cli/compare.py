@@ -4,49 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tidegate.cli.comparison_output import (
-    command_line,
-    print_tables,
-    set_up,
-    tell_where,
-    titled,
-    write_folder,
-)
-from tidegate.cli.scoring import Json
+from tidegate.cli.options import Flag, OptionGroup, Rule
+from tidegate.cli.report_folder import command_line, set_up, tell_where, titled, write_folder
+from tidegate.cli.scoring import SCORING
 from tidegate.cli.simulating import (
+    BATCHING,
+    CUT,
     DEFAULT_TRACE,
-    SCORING,
+    JOBS,
+    SIMULATED,
     WORKLOAD,
-    ChunkTokens,
-    ClosedLoop,
-    Duration,
-    FrontMs,
-    HeartbeatMs,
-    HostMs,
-    Instances,
-    Jobs,
-    KvTokens,
-    MaxNumSeqs,
-    MixedContextRatio,
-    MostRequests,
-    Profiles,
-    Start,
-    TurnGap,
-    front_s,
-    heartbeat_s,
-    make_fleet,
-    note,
+    FleetOptions,
     processes,
-    progress_bar,
-    warn,
 )
+from tidegate.cli.tables import show_comparison
+from tidegate.cli.terminal import note, progress_bar, warn
 from tidegate.core.errors import ConfigError
-from tidegate.core.slo import Slo
+from tidegate.dataplane.replica import EngineSettings
 from tidegate.experiments.compare import Plan, compare
 from tidegate.experiments.findings import findings
 from tidegate.experiments.jobs import Workers
@@ -84,56 +64,56 @@ best of several budgets.
 """
 
 
-def register(app: typer.Typer) -> None:
-    """Add the ``compare`` command."""
-    app.command("compare", epilog=EPILOG, rich_help_panel="Simulate")(run)
+def _system_names(systems: str, suite: str) -> list[str]:
+    names = [name for name in systems.split(",") if name.strip()]
+    if suite or not names:
+        names += suite_of(suite or "default")
+    return names
+
+
+def _levels(text: str) -> tuple[float, ...]:
+    try:
+        levels = tuple(float(word) for word in text.split(",") if word.strip())
+    except ValueError:
+        levels = ()
+    if not levels or not all(0 < level <= 1 for level in levels) or len(set(levels)) < len(levels):
+        raise ConfigError(f"--levels are different shares between 0 and 1, as in 0.9,0.99; got {text!r}")
+    return levels
+
+
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """How closely goodput is searched."""
+
+    levels: Annotated[
+        tuple[float, ...],
+        Flag("Attainments that count as met.", "X,..", panel=SCORING, shown=DEFAULT_LEVELS, read=_levels),
+    ] = _levels(DEFAULT_LEVELS)
+    seeds: Annotated[int, Flag("Draws of each trace.", "N", panel=SCORING, more={"min": 1})] = 3
+    tolerance: Annotated[
+        float,
+        Flag(
+            "Relative width at which a search ends.",
+            "X",
+            panel=SCORING,
+            rule=Rule(lambda width: 0 < width < 1, "a share between 0 and 1, as in 0.02"),
+        ),
+    ] = 0.02
 
 
 def run(
-    out: Annotated[
-        Path,
-        typer.Option(metavar="DIR", help="Folder of the report and of all results.", rich_help_panel=SCORING),
-    ],
-    traces: Annotated[
-        str,
-        typer.Option(
-            metavar="FILE,..", help=f"Traces ({DEFAULT_TRACE}).", rich_help_panel=WORKLOAD, show_default=False
-        ),
-    ] = "",
-    systems: Annotated[str, typer.Option(metavar="NAME,..", help="Systems; see below.")] = "",
-    suite: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME", help=f"A named set of systems: {', '.join(SUITES)}.", show_default=False
-        ),
-    ] = "",
-    slo: Annotated[str, typer.Option(metavar="ttft:MS,tpot:MS", help="Latency targets.")] = str(Slo()),
-    levels: Annotated[
-        str, typer.Option(metavar="X,..", help="Attainments that count as met.", rich_help_panel=SCORING)
-    ] = DEFAULT_LEVELS,
-    seeds: Annotated[
-        int, typer.Option(metavar="N", help="Draws of each trace.", rich_help_panel=SCORING, min=1)
-    ] = 3,
-    tolerance: Annotated[
-        float,
-        typer.Option(metavar="X", help="Relative width at which a search ends.", rich_help_panel=SCORING),
-    ] = 0.02,
-    requests: MostRequests = None,
-    start: Start = 0.0,
-    duration: Duration = None,
-    closed_loop: ClosedLoop = False,
-    turn_gap: TurnGap = None,
-    profile: Profiles = None,
-    instances: Instances = None,
-    kv_tokens: KvTokens = None,
-    mixed_context_ratio: MixedContextRatio = None,
-    chunk_tokens: ChunkTokens = None,
-    max_num_seqs: MaxNumSeqs = None,
-    host_ms: HostMs = 0.0,
-    front_ms: FrontMs = 0.0,
-    heartbeat_ms: HeartbeatMs = 0.0,
-    jobs: Jobs = None,
-    as_json: Json = False,
+    *,
+    traces: Annotated[str, Flag("Traces.", "FILE,..", panel=WORKLOAD, shown=DEFAULT_TRACE)] = DEFAULT_TRACE,
+    systems: Annotated[str, Flag("Systems; see below.", "NAME,..")] = "",
+    suite: Annotated[str, Flag(f"A named set of systems: {', '.join(SUITES)}.", "NAME")] = "",
+    cut: Annotated[WorkloadChoice, OptionGroup(WorkloadChoice, CUT, WORKLOAD)],
+    fleet: FleetOptions,
+    settings: Annotated[SimSettings, SIMULATED],
+    engine: Annotated[EngineSettings, BATCHING],
+    out: Annotated[Path, Flag("Folder of the report and of all results.", "DIR", panel=SCORING)],
+    search: Searched,
+    jobs: Annotated[int | None, JOBS] = None,
+    as_json: Annotated[bool, Flag("Print the report as JSON.", name="--json", panel=SCORING)] = False,
 ) -> None:
     """Find the goodput of every system on every trace, and write one report.
 
@@ -141,34 +121,17 @@ def run(
     --levels of the offered requests attain their SLO. Each is also shown as a
     share of the fluid limit, which no schedule on these instances can exceed.
     """
-    fleet = make_fleet(
-        profile,
-        instances,
-        kv_tokens=kv_tokens,
-        mixed_context_ratio=mixed_context_ratio,
-        chunk_tokens=chunk_tokens,
-        max_num_seqs=max_num_seqs,
-        host_ms=host_ms,
-    )
-    settings = SimSettings(
-        slo=Slo.parse(slo),
-        front_s=front_s(front_ms),
-        heartbeat_s=heartbeat_s(heartbeat_ms),
-        closed_loop=closed_loop,
-    )
-    if not 0 < tolerance < 1:
-        raise ConfigError(f"--tolerance is a share between 0 and 1, as in 0.02; got {tolerance}")
+    compared = fleet.make(engine)
     files = [name.strip() for name in (traces or DEFAULT_TRACE).split(",") if name.strip()]
-    cut = WorkloadChoice(limit=requests, start_s=start, duration_s=duration, turn_gap_s=turn_gap)
     plan = Plan(
-        setting=Setting(cut, fleet, "", None, settings),
+        setting=Setting(cut, compared, "", None, settings),
         workloads=titled(files, cut),
-        contenders=contenders(_system_names(systems, suite), fleet.size),
-        levels=_levels(levels),
-        seeds=seeds,
-        tolerance=tolerance,
+        contenders=contenders(_system_names(systems, suite), compared.size),
+        levels=search.levels,
+        seeds=search.seeds,
+        tolerance=search.tolerance,
         command=command_line(),
-        facts=set_up(fleet),
+        facts=set_up(compared),
     )
     show(carry_out(plan, out, processes(jobs)), out, as_json)
 
@@ -200,22 +163,5 @@ def show(comparison: Comparison, out: Path, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(comparison.to_json(), indent=2, allow_nan=False))
     else:
-        print_tables(comparison, said)
+        show_comparison(comparison, said)
     tell_where(out, missing)
-
-
-def _system_names(systems: str, suite: str) -> list[str]:
-    names = [name for name in systems.split(",") if name.strip()]
-    if suite or not names:
-        names += suite_of(suite or "default")
-    return names
-
-
-def _levels(text: str) -> tuple[float, ...]:
-    try:
-        levels = tuple(float(word) for word in text.split(",") if word.strip())
-    except ValueError:
-        levels = ()
-    if not levels or not all(0 < level <= 1 for level in levels) or len(set(levels)) < len(levels):
-        raise ConfigError(f"--levels are different shares between 0 and 1, as in 0.9,0.99; got {text!r}")
-    return levels

@@ -1,218 +1,247 @@
-"""The settings of ``tidegate serve``: what exists, what is allowed, what the defaults are.
+"""The settings of ``tidegate serve``: what exists, what is allowed, what the defaults are, how it is told.
 
 A setting is a field of a section. ``[gateway] port`` in the file is ``--port`` on the command line and
-``TIDEGATE_PORT`` in the environment: field names are unique over all sections. Defaults that are
-measured or derived elsewhere are None here.
+``TIDEGATE_PORT`` in the environment: field names are unique over all sections. A field without a ``Flag``
+has no option on the command line. Defaults that are measured or derived elsewhere are None here.
 """
 
 from __future__ import annotations
 
-import re
-import shlex
+from collections.abc import Iterator
+from functools import partial
+from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_type_hints
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from tidegate.core.errors import ConfigError
+from tidegate.cli.options import Flag, OptionGroup, flags_of, given_type
+from tidegate.cli.setting_types import (
+    Bootstraps,
+    Count,
+    FilePath,
+    Groups,
+    Key,
+    Milliseconds,
+    ModelFolder,
+    Profiles,
+    Seconds,
+    ServeWords,
+    Split,
+    SystemName,
+    Targets,
+    Tokens,
+    Urls,
+    Whole,
+    with_value_errors,
+)
 from tidegate.core.slo import Slo
-from tidegate.costs.named_profile import load_profile
-from tidegate.dataplane.replica import EngineSettings
-from tidegate.dataplane.roster import parse_groups
-from tidegate.fleet.static import KvSetup, checked_url, server_of
-from tidegate.fleet.vllm_command import ServeArguments
-from tidegate.policies.order import Fifo
-from tidegate.policies.protocols import Signal
-from tidegate.systems import SYSTEMS, make_system, named
-from tidegate.systems.system import System
+from tidegate.gateway.settings import GatewaySettings
 
+if TYPE_CHECKING:
+    from tidegate.fleet.static import KvSetup
+    from tidegate.systems.system import System
 
-def _whole(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError("expected a whole number")
-    try:
-        return int(value)
-    except ValueError:
-        raise ValueError("expected a whole number") from None
-
-
-def _seconds(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError("expected a number of seconds")
-    try:
-        return float(value)
-    except ValueError:
-        raise ValueError("expected a number of seconds") from None
-
-
-def _milliseconds(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError("expected a number of milliseconds")
-    try:
-        return float(value)
-    except ValueError:
-        raise ValueError("expected a number of milliseconds") from None
-
-
-def _known_system(name: str) -> str:
-    try:
-        named(name)
-    except ConfigError as error:
-        raise ValueError(error.message) from None
-    return name
-
-
-def _slo(value: object) -> Slo:
-    if isinstance(value, Slo):
-        return value
-    try:
-        return Slo.parse(str(value))
-    except ConfigError as error:
-        raise ValueError(error.message) from None
-
-
-def _split(value: object) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+):(\d+)", str(value))
-    if not found or "0" in found.groups():
-        raise ValueError("expected P:D, prefill and decode instances, each at least 1, as in 1:2")
-    return int(found[1]), int(found[2])
-
-
-def _words(value: object, what: str) -> list[str]:
-    """Return a list of words; as text they stand apart by blanks or commas."""
-    words = value.replace(",", " ").split() if isinstance(value, str) else value
-    if not isinstance(words, list | tuple) or not words or not all(isinstance(word, str) for word in words):
-        raise ValueError(f"expected a list of {what}")
-    return list(words)
-
-
-def _urls(value: object) -> list[str]:
-    words = _words(value, "URLs")
-    try:
-        servers = [server_of(word) for word in words]
-    except ConfigError as error:
-        raise ValueError(error.message) from None
-    if len({url for url, _ in servers}) < len(servers):
-        raise ValueError("a URL is given more than once")
-    return [url if role is None else f"{role.label}={url}" for url, role in servers]
-
-
-def _bootstraps(value: object) -> list[str]:
-    try:
-        return [checked_url(word) for word in _words(value, "URLs")]
-    except ConfigError as error:
-        raise ValueError(error.message) from None
-
-
-def _groups(value: object) -> list[str]:
-    words = _words(value, "PROFILE:N")
-    try:
-        parse_groups(words)
-    except ConfigError as error:
-        raise ValueError(error.message) from None
-    return words
-
-
-def _profiles(value: object) -> list[str]:
-    """Check that each names a profile; a file's path is made absolute, as the model's folder is."""
-    words = [str(Path(word).resolve()) if _is_file(word) else word for word in _words(value, "profiles")]
-    for word in words:
-        try:
-            load_profile(word)
-        except ConfigError as error:
-            raise ValueError(error.message) from None
-    return words
-
-
-def _is_file(profile: str) -> bool:
-    return profile.endswith(".json") and ":" not in profile
-
-
-def _serve_arguments(value: str) -> str:
-    try:
-        ServeArguments(shlex.split(value))
-    except ConfigError as error:
-        raise ValueError(error.message) from None
-    return value
-
-
-def _sendable(value: str) -> str:
-    if not value or not value.isascii() or not value.isprintable() or " " in value:
-        raise ValueError("an API key is one word of printable ASCII, as an HTTP header carries it")
-    return value
-
-
-def _model_folder(value: Path) -> Path:
-    if not (value / "config.json").is_file():
-        raise ValueError("no such model: expected a folder in the Hugging Face layout, with a config.json")
-    return value.resolve()
-
-
-def _file_path(value: Path) -> Path:
-    if value.is_dir():
-        raise ValueError("is a folder; expected a file")
-    return value
-
-
-Whole = Annotated[int, BeforeValidator(_whole)]
-Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)]
-Key = Annotated[str, AfterValidator(_sendable)]
+GATEWAY = GatewaySettings()
+"""The gateway's own defaults."""
+SYSTEMS_HELP = (
+    "The composition of policies that decides: arrow (Arrow as published, version 2), arrow-lending (SLO-aware "
+    "placement with role flips), arrow-v1 (four elastic pools), colocated (both phases on one instance), "
+    "minimal-load (static split, least predicted time first), round-robin (static split, each pool in turn) "
+    "or static (static split, fewest tokens first); with embedded engines any of them as NAME+ORDER, where "
+    "waiting prefills are served by fifo, edf (earliest deadline), sjf (shortest) or feasible-first "
+    "(earliest deadline that can still be met), as in arrow-lending+feasible-first. In front of vLLM servers the "
+    "default is static unless there is a --profile of them, which the others but round-robin need."
+)
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
+    panel: ClassVar[str] = ""
+    """Where the help shows the section's flags."""
+
 
 class GatewaySection(Section):
     """Where clients connect."""
 
-    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
-    port: Annotated[Whole, Field(ge=0, le=65535)] = 8000
-    api_key: Key | None = Field(default=None, repr=False)
-    api_key_file: Path | None = None
-    journal: Annotated[Path, AfterValidator(_file_path)] | None = None
-    request_timeout: Seconds = 600.0
-    stall_timeout: Seconds = 60.0
+    panel = "Clients"
+
+    host: Annotated[str, Field(min_length=1), Flag("Address to listen on.")] = GATEWAY.host
+    port: Annotated[Whole, Field(ge=0, le=65535), Flag("Port to listen on; 0 takes a free one.")] = (
+        GATEWAY.port
+    )
+    api_key: Annotated[
+        Key | None,
+        Flag(
+            "Key that clients must send. Other users of this machine can see it here: TIDEGATE_API_KEY or "
+            "--api-key-file hide it.",
+            "KEY",
+        ),
+    ] = Field(default=None, repr=False)
+    api_key_file: Annotated[Path | None, Flag("File that holds the key.", "FILE")] = None
+    journal: Annotated[
+        FilePath | None,
+        Flag("Write every decision and outcome there, as JSON lines.", "FILE"),
+    ] = None
+    request_timeout: Annotated[Seconds, Flag("Longest that a request may take.", "S")] = (
+        GATEWAY.request_deadline_s
+    )
+    stall_timeout: Annotated[
+        Seconds,
+        Flag(
+            "Silence of an engine after which its requests go elsewhere; above the time of the longest "
+            "prefill.",
+            "S",
+        ),
+    ] = GATEWAY.stall_s
 
 
 class SchedulingSection(Section):
     """Who decides, and for which targets."""
 
-    system: Annotated[str, AfterValidator(_known_system)] = "arrow-lending"
-    slo: Annotated[Slo, BeforeValidator(_slo)] = Slo()
-    split: Annotated[tuple[int, int], BeforeValidator(_split)] | None = None
+    panel = "Scheduling"
+
+    system: Annotated[SystemName, Flag(SYSTEMS_HELP, "NAME")] = "arrow-lending"
+    slo: Annotated[Targets, Flag("Latency targets of requests that bring none.", "ttft:MS,tpot:MS")] = (
+        GATEWAY.slo
+    )
+    split: Annotated[
+        Split | None,
+        Flag("Prefill and decode instances at start-up.", "P:D", shown="even"),
+    ] = None
 
     @model_validator(mode="after")
+    @with_value_errors
     def _takes_options(self) -> SchedulingSection:
-        try:
-            self.make_system()
-        except ConfigError as error:
-            raise ValueError(error.message) from None
+        self.make_system()
         return self
 
     def make_system(self) -> System:
         """Build the composition. Raises ConfigError for an option it cannot take."""
+        from tidegate.systems import make_system
+
         return make_system(self.system, split=self.split, slo=self.slo)
+
+
+launched_flag = partial(Flag, panel="Launched vLLM servers", needs=("launch",))
+running_flag = partial(Flag, needs=("vllm",))
+emulated_flag = partial(Flag, needs=("emulate",))
 
 
 class FleetSection(Section):
     """Where instances come from: ``model`` starts them here, as vLLM servers with ``launch``, ``emulate``
     starts pretended ones, ``vllm`` uses running ones."""
 
-    model: Annotated[Path, AfterValidator(_model_folder)] | None = None
-    instances: Annotated[Whole, Field(ge=1, le=256)] = 3
-    launch: Literal["vllm"] | None = None
-    vllm_args: Annotated[str, AfterValidator(_serve_arguments)] | None = None
-    vllm_bin: Path | None = None
-    vllm_logs: Path | None = None
-    emulate: Annotated[list[str], BeforeValidator(_groups)] | None = None
-    vllm: Annotated[list[str], BeforeValidator(_urls)] | None = None
-    vllm_api_key: Key | None = Field(default=None, repr=False)
-    kv_connector: Literal["auto", "nixl", "mooncake", "none"] = "auto"
-    kv_lease_s: Seconds | None = None
-    kv_bootstrap: Annotated[list[str], BeforeValidator(_bootstraps)] | None = None
-    kv_read_back: bool = False
-    profile: Annotated[list[str], BeforeValidator(_profiles)] | None = None
+    panel = "Instances"
+
+    model: Annotated[
+        ModelFolder | None,
+        Flag(
+            "Model for embedded engines or launched servers, in the Hugging Face layout.",
+            "DIR",
+            shown="a tiny random one",
+        ),
+    ] = None
+    instances: Annotated[
+        Whole, Field(ge=1, le=256), Flag("Number of embedded engines or launched servers.")
+    ] = 3
+    launch: Annotated[
+        Literal["vllm"] | None,
+        Flag(
+            "Start stock `vllm serve` processes, in place of embedded engines, and keep them alive: one per "
+            "GPU where there are any. They hand KV to each other.",
+            "vllm",
+        ),
+    ] = None
+    vllm_args: Annotated[
+        ServeWords | None,
+        launched_flag(
+            "Further arguments of `vllm serve`, in quotes: '--tensor-parallel-size 2' gives each server two "
+            "GPUs.",
+            "'WORDS'",
+        ),
+    ] = None
+    vllm_bin: Annotated[
+        Path | None,
+        launched_flag(
+            "vLLM's command, in whatever environment it is installed.", "FILE", shown="vllm on PATH"
+        ),
+    ] = None
+    vllm_logs: Annotated[
+        Path | None,
+        launched_flag(
+            "Where the servers' output goes, a file for each instance.",
+            "DIR",
+            shown="a new folder in ~/.local/state/tidegate",
+        ),
+    ] = None
+    emulate: Annotated[
+        Groups | None,
+        Flag(
+            "N emulated instances of a packaged profile (`profile --list` shows them), in place of embedded "
+            "engines: real HTTP and made-up tokens, at the pace of that GPU. Repeat for a mixed fleet of one "
+            "model.",
+            "GPU/MODEL:N",
+        ),
+    ] = None
+    vllm: Annotated[
+        Urls | None,
+        Flag(
+            "A running vLLM server, in place of embedded engines; repeat for each. KV moves between those "
+            "that have NixlConnector ('tidegate check' proves it), or another --kv-connector; prefill=URL "
+            "and decode=URL are servers that may do only that.",
+            "URL",
+        ),
+    ] = None
+    vllm_api_key: Key | None = Field(
+        default=None,
+        repr=False,
+        description="Key that the vLLM servers want: no flag, which others could see.",
+    )
+    kv_connector: Annotated[
+        Literal["auto", "nixl", "mooncake", "none"],
+        running_flag(
+            "How running vLLM servers hand on KV: nixl, mooncake, none, or auto for what their metrics show, "
+            "which is NIXL only.",
+            "NAME",
+        ),
+    ] = "auto"
+    kv_lease_s: Annotated[
+        Seconds | None,
+        running_flag(
+            "How long running vLLM servers keep KV for a pull: NixlConnector's kv_lease_duration, or "
+            "Mooncake's VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT.",
+            "S",
+            shown="vLLM's: 30 with nixl, 480 with mooncake",
+        ),
+    ] = None
+    kv_bootstrap: Annotated[
+        Bootstraps | None,
+        running_flag(
+            "Where MooncakeConnector's bootstrap server of each vLLM server is, in their order; other "
+            "servers reach it there, too.",
+            "URL",
+            shown="port 8998 of each server",
+        ),
+    ] = None
+    kv_read_back: Annotated[
+        bool,
+        running_flag(
+            "Let a prefill on a running vLLM server begin with KV that earlier rounds left on another. Only "
+            "for servers that have bidirectional_kv_xfer ('tidegate check' proves it): others hang.",
+            name="--kv-read-back/--no-kv-read-back",
+        ),
+    ] = False
+    profile: Annotated[
+        Profiles | None,
+        Flag(
+            "What the vLLM servers' steps cost: a file of `tidegate profile --vllm URL --out FILE`, or a "
+            "packaged profile (`profile --list` shows them). One for all, or one for each in their order.",
+            "FILE|NAME",
+            needs=("vllm", "launch"),
+        ),
+    ] = None
 
     @model_validator(mode="after")
     def _names_a_model(self) -> FleetSection:
@@ -232,6 +261,8 @@ class FleetSection(Section):
     @property
     def kv(self) -> KvSetup:
         """How the KV of running vLLM servers moves."""
+        from tidegate.fleet.static import KvSetup
+
         return KvSetup(self.kv_connector, self.kv_lease_s, self.kv_read_back, self.kv_bootstrap or ())
 
     @property
@@ -243,6 +274,8 @@ class FleetSection(Section):
     def size(self) -> int:
         """The number of instances of the whole fleet."""
         if self.emulate:
+            from tidegate.dataplane.roster import parse_groups
+
             return sum(group.count for group in parse_groups(self.emulate))
         return len(self.vllm) if self.vllm else self.instances
 
@@ -250,19 +283,34 @@ class FleetSection(Section):
 class EngineSection(Section):
     """What the embedded engines are started with."""
 
-    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
-    dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto"
-    max_model_len: Annotated[Whole, Field(ge=16)] | None = None
-    kv_memory_mb: Annotated[Whole, Field(ge=1)] = 256
-    max_batch_tokens: Annotated[Whole, Field(ge=16)] = 512
+    panel = "Embedded engines"
+
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$"), Flag("cpu, cuda or cuda:N.")] = "cpu"
+    dtype: Annotated[
+        Literal["auto", "float32", "float64", "bfloat16", "float16"],
+        Flag(
+            "auto, float32, float64, bfloat16 or float16. float64 makes tokens independent of scheduling, at "
+            "about twice the time."
+        ),
+    ] = "auto"
+    max_model_len: Annotated[
+        Tokens | None, Flag("Longest prompt plus answer.", "TOKENS", shown="the model's")
+    ] = None
+    kv_memory_mb: Annotated[Count, Flag("KV cache of each engine.", "MB")] = 256
+    max_batch_tokens: Annotated[Tokens, Flag("Tokens that one engine step may process.", "TOKENS")] = 512
 
 
 class EmulatedSection(Section):
     """What emulated instances are: the settings of ``tidegate sim`` of the same names."""
 
-    chunk_tokens: Annotated[Whole, Field(ge=1)] = EngineSettings().max_batch_tokens
-    host_ms: Annotated[float, BeforeValidator(_milliseconds), Field(ge=0, allow_inf_nan=False)] = 0.0
-    front_ms: Annotated[float, BeforeValidator(_milliseconds), Field(ge=0, allow_inf_nan=False)] = 0.0
+    panel = "Emulated instances"
+
+    chunk_tokens: Annotated[Count, emulated_flag("Token budget of a step.", "N")] = 8192
+    host_ms: Annotated[Milliseconds, emulated_flag("Host time added to every step.", "MS")] = 0.0
+    front_ms: Annotated[
+        Milliseconds,
+        emulated_flag("From dispatch to the engine's queue, per leg, beside what HTTP takes here.", "MS"),
+    ] = 0.0
 
 
 class Config(Section):
@@ -275,16 +323,18 @@ class Config(Section):
     emulated: EmulatedSection
 
     @model_validator(mode="after")
+    @with_value_errors
     def _system_fits_the_fleet(self) -> Config:
+        from tidegate.policies.order import Fifo
+        from tidegate.policies.protocols import Signal
+        from tidegate.systems import SYSTEMS, make_system
+
         size = self.fleet.size
         split = self.scheduling.split
         if split is not None and sum(split) != size:
             raise ValueError(f"split {split[0]}:{split[1]} adds up to {sum(split)}, the fleet has {size}")
-        try:
-            system = self.scheduling.make_system()
-            system.roles(size)
-        except ConfigError as error:
-            raise ValueError(error.message) from None
+        system = self.scheduling.make_system()
+        system.roles(size)
         profiles = self.fleet.profile or []
         if self.fleet.on_vllm and len(profiles) not in (0, 1, size):
             raise ValueError(f"{len(profiles)} profiles for {size} servers: give one for all or for each")
@@ -302,19 +352,44 @@ class Config(Section):
             )
         return self
 
+    def gateway_settings(self) -> GatewaySettings:
+        """Return what the gateway is started with: its section, and the targets."""
+        front = self.gateway
+        given = {GATEWAY_NAMES.get(name, name): value for name, value in front if value is not None}
+        given.pop("api_key_file", None)
+        return GatewaySettings(slo=self.scheduling.slo, **given)
 
+
+GATEWAY_NAMES = {"request_timeout": "request_deadline_s", "stall_timeout": "stall_s"}
+"""Fields of ``GatewaySettings`` by their names in [gateway], where the two differ."""
 SECTIONS: dict[str, type[Section]] = {
-    "gateway": GatewaySection,
-    "scheduling": SchedulingSection,
-    "fleet": FleetSection,
-    "engine": EngineSection,
-    "emulated": EmulatedSection,
+    name: kind for name, kind in get_type_hints(Config).items() if name in Config.model_fields
 }
 SETTINGS: dict[str, str] = {name: section for section, kind in SECTIONS.items() for name in kind.model_fields}
 """The section of every setting, by the setting's name."""
+FLAGS: dict[str, Flag] = {name: flag for kind in SECTIONS.values() for name, flag in flags_of(kind).items()}
+"""The settings that have an option on the command line."""
 SYSTEM_WITH_VLLM = "static"
 """The default system in front of vLLM servers while no profile of theirs is given."""
 SECRETS = frozenset({"api_key", "vllm_api_key"})
+
+
+class GivenSettings(OptionGroup):
+    """The options of all settings, which make a dict of those that are given: values as they are written."""
+
+    def __init__(self) -> None:
+        super().__init__(dict, FLAGS)
+
+    def parameters(self) -> Iterator[Parameter]:
+        for section in SECTIONS.values():
+            hints = get_type_hints(section)
+            for name in flags_of(section):
+                default = plain(section.model_fields[name].default)
+                yield (
+                    FLAGS[name]
+                    .placed(section.panel, default)
+                    .parameter(name, given_type(hints[name]) | None, None)
+                )
 
 
 def plain(value: Any) -> Any:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from tidegate.cli.compare import carry_out, show
-from tidegate.cli.comparison_output import command_line, set_up
-from tidegate.cli.scoring import Json
-from tidegate.cli.simulating import SCORING, Jobs, make_fleet, note, processes
+from tidegate.cli.options import Flag
+from tidegate.cli.report_folder import command_line, set_up
+from tidegate.cli.scoring import SCORING
+from tidegate.cli.simulating import JOBS, FleetOptions, processes
+from tidegate.cli.terminal import note
 from tidegate.core.slo import Slo
+from tidegate.dataplane.replica import EngineSettings
 from tidegate.experiments.compare import Plan
 from tidegate.experiments.setting import Setting
 from tidegate.experiments.systems import contenders
@@ -46,17 +47,10 @@ EPILOG = """
 """
 
 
-def register(app: typer.Typer) -> None:
-    """Add the ``demo`` command."""
-    app.command("demo", epilog=EPILOG, rich_help_panel="Simulate")(run)
-
-
 def run(
-    out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder of the report.", rich_help_panel=SCORING)
-    ] = Path("tidegate-demo"),
-    jobs: Jobs = None,
-    as_json: Json = False,
+    out: Annotated[Path, Flag("Folder of the report.", "DIR", panel=SCORING)] = Path("tidegate-demo"),
+    jobs: Annotated[int | None, JOBS] = None,
+    as_json: Annotated[bool, Flag("Print the report as JSON.", name="--json", panel=SCORING)] = False,
 ) -> None:
     """Compare scheduling systems on moving traffic, simulated, in under a minute.
 
@@ -68,7 +62,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     if not traffic.exists():
         write_trace(traffic, spikes(drift_mix(read_trace(SOURCE), DRIFT), SPIKE, seed=0))
-    fleet = make_fleet(None, INSTANCES)
+    fleet = FleetOptions(instances=INSTANCES).make(EngineSettings())
     plan = Plan(
         setting=Setting(WorkloadChoice(), fleet, "", None, SimSettings(slo=SLO)),
         workloads={"moving": WorkloadChoice(trace=str(traffic))},

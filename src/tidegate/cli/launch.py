@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shlex
+import shutil
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from datetime import UTC, datetime
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 
 import orjson
 import typer
 
 from tidegate import __version__
-from tidegate.cli.config import Config
-from tidegate.cli.launching_vllm import launched_vllm
+from tidegate.cli.config import Config, FleetSection
 from tidegate.cli.process import debugging
 from tidegate.cli.tiny import ARCH, require_embedded, tiny_model
+from tidegate.core.errors import SetupError
 from tidegate.costs.named_profile import load_profile, measured_profile, profile_line, profile_warnings
 from tidegate.fleet.emulated import EmulatedFleet, EmulatedLaunch
+from tidegate.fleet.launched_vllm import LaunchedVllmFleet, VllmLaunch
 from tidegate.fleet.member import Fleet, FleetListener, Member
 from tidegate.fleet.processes import EngineLaunch, LocalFleet
 from tidegate.fleet.static import StaticFleet
+from tidegate.fleet.vllm_command import ServeArguments
 from tidegate.gateway.run import run_gateway
-from tidegate.gateway.settings import GatewaySettings
 
 Say = Callable[[str], None]
 
@@ -37,7 +41,7 @@ def launch(config: Config) -> bool:
     """
     _log_to_stderr()
     system = config.scheduling.make_system()
-    settings = _gateway_settings(config)
+    settings = config.gateway_settings()
     typer.echo(
         f"tidegate {__version__}: system {system.name} ({system.summary}), SLO {settings.slo}, "
         f"instances {config.fleet.size}"
@@ -104,6 +108,41 @@ def make_fleet(config: Config) -> Fleet:
             log_level=log_level,
         )
     )
+
+
+def launched_vllm(source: FleetSection) -> LaunchedVllmFleet:
+    """Return the fleet, not yet started, and say where its logs are. Raises SetupError without vLLM."""
+    assert source.model is not None
+    launch = VllmLaunch(
+        model=source.model,
+        program=vllm_program(source.vllm_bin),
+        logs=source.vllm_logs.resolve() if source.vllm_logs else new_log_folder(),
+        instances=source.instances,
+        arguments=ServeArguments(shlex.split(source.vllm_args or "")),
+        api_key=source.vllm_api_key or "",
+    )
+    profiles = [load_profile(name).profile for name in source.profile or ()]
+    fleet = LaunchedVllmFleet(launch, profiles=profiles)
+    typer.echo(f"  vLLM: {launch.program}, logs in {launch.logs}")
+    return fleet
+
+
+def vllm_program(given: Path | None) -> Path:
+    """Return vLLM's command: the one given, or the one on PATH. Raises SetupError when it cannot be run."""
+    found = shutil.which(str(given) if given else "vllm")
+    if found:
+        return Path(found).absolute()
+    reason = f"{given} is no program that can be run" if given else "there is no vllm on PATH"
+    raise SetupError(
+        f"{reason}: install vLLM in an environment of its own and name its command with --vllm-bin, as in "
+        "--vllm-bin /opt/vllm/bin/vllm"
+    )
+
+
+def new_log_folder() -> Path:
+    """Return a folder for the logs of this launch, which does not exist yet."""
+    state = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(state) / "tidegate" / "vllm" / f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
 
 
 class AnnouncedFleet:
@@ -174,19 +213,6 @@ def how_to_call(base_url: str, model: str, *, keyed: bool) -> str:
     return (
         f"serving on {base_url}/v1 (Ctrl-C drains and stops); try:\n\n"
         f"  curl {base_url}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}\n"
-    )
-
-
-def _gateway_settings(config: Config) -> GatewaySettings:
-    front = config.gateway
-    return GatewaySettings(
-        host=front.host,
-        port=front.port,
-        api_key=front.api_key or "",
-        slo=config.scheduling.slo,
-        journal=front.journal,
-        request_deadline_s=front.request_timeout,
-        stall_s=front.stall_timeout,
     )
 
 

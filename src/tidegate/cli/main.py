@@ -15,7 +15,7 @@ from tidegate.core.errors import ConfigError, SetupError, TidegateError
 
 
 class Verb(NamedTuple):
-    """A verb's module, which has ``register(app)``, and what the overview shows of it."""
+    """The module of a verb, with ``run`` or the Typer app ``verbs``, and what the overview shows of it."""
 
     module: str
     summary: str
@@ -95,10 +95,24 @@ def build_app(words: Sequence[str]) -> typer.Typer:
     wanted = next((word for word in words if not word.startswith("-")), "")
     for name, verb in VERBS.items():
         if name == wanted:
-            import_module(verb.module).register(app)
+            add_verb(app, name)
         else:
             app.command(name, help=verb.summary, rich_help_panel=verb.panel)(_not_loaded)
     return app
+
+
+def add_verb(app: typer.Typer, name: str) -> None:
+    """Import what carries a verb out, and add it to ``app``."""
+    from tidegate.cli.options import expanded
+
+    verb = VERBS[name]
+    module = import_module(verb.module)
+    if hasattr(module, "verbs"):
+        app.add_typer(module.verbs, name=name, help=verb.summary, rich_help_panel=verb.panel)
+        return
+    settings = getattr(module, "CONTEXT", None)
+    command = app.command(name, epilog=module.EPILOG, rich_help_panel=verb.panel, context_settings=settings)
+    command(expanded(module.run))
 
 
 def _not_loaded() -> NoReturn:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from tidegate.cli.options import Flag, expanded
 from tidegate.core.errors import SetupError
 
 
@@ -29,18 +30,11 @@ EPILOG = """
 """
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verbs of this module to ``app``."""
-    verbs = typer.Typer(no_args_is_help=True, help="Make models to try things with.")
-    verbs.command("make", epilog=EPILOG)(make)
-    app.add_typer(verbs, name="model", rich_help_panel="Serve")
-
-
 def make(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write; created if missing.")],
-    arch: Annotated[Arch, typer.Option(help="Architecture.")] = Arch.LLAMA,
-    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
+    arch: Annotated[Arch, Flag("Architecture.")] = Arch.LLAMA,
+    seed: Annotated[int, Flag("Seed of the random weights.")] = 0,
+    force: Annotated[bool, Flag("Write into a folder that is not empty.")] = False,
 ) -> None:
     """Make a tiny model with random weights and a real tokenizer.
 
@@ -58,3 +52,7 @@ def make(
 
     made = make_tiny_model(folder, arch.value, seed=seed)
     typer.echo(f"made {made}; serve it with: tidegate serve --model {made}")
+
+
+verbs = typer.Typer(no_args_is_help=True)
+verbs.command("make", epilog=EPILOG)(expanded(make))

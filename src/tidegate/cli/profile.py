@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from tidegate.cli.profile_list import show_profiles
-from tidegate.costs.saved_profile import MeasuredLink, SavedProfile, save_profile
+from tidegate.cli.options import Flag, OptionGroup
+from tidegate.cli.tables import show_profile
+from tidegate.cli.terminal import share_bar
+from tidegate.core.errors import ConfigError
+from tidegate.costs.library import packaged_profile, profile_names
+from tidegate.costs.named_profile import OLD_DAYS, profile_line
+from tidegate.costs.saved_profile import SavedProfile, is_profile, read_profile, save_profile
 from tidegate.profiling.run import ProbeSettings, measure_profile
 
 EPILOG = """
@@ -40,12 +45,25 @@ What there is without measuring, and how old one's own are:
 """
 
 
-def register(app: typer.Typer) -> None:
-    """Add the ``profile`` command."""
-    app.command("profile", epilog=EPILOG, rich_help_panel="Measure")(run)
+PROBE = OptionGroup(
+    ProbeSettings,
+    {
+        "name": Flag("Its name; default: engine/model."),
+        "budget_s": Flag("Seconds to measure for.", "S", "--budget"),
+        "max_batch_tokens": Flag("Tokens of one step at most; default: found out.", "N"),
+        "busy": Flag("Measure instances that serve other requests, too."),
+        "hardware": Flag("GPU or CPU to note; default: found out on this machine."),
+        "kv_bytes_per_token": Flag("For engines that do not count what they move.", "N", shown=False),
+        "api_key": Flag("Bearer token.", more={"envvar": ["TIDEGATE_VLLM_API_KEY", "TIDEGATE_API_KEY"]}),
+        "secret": Flag(
+            "What embedded engines were launched with.", "S", more={"envvar": "TIDEGATE_LAUNCH_SECRET"}
+        ),
+    },
+)
 
 
 def run(
+    probe: Annotated[partial[ProbeSettings], PROBE],
     paths: Annotated[
         list[Path] | None,
         typer.Argument(
@@ -55,41 +73,13 @@ def run(
         ),
     ] = None,
     url: Annotated[
-        list[str] | None,
-        typer.Option(metavar="URL", help="The instance; others to time transfers between all of them."),
+        list[str] | None, Flag("The instance; others to time transfers between all of them.", "URL")
     ] = None,
-    vllm: Annotated[
-        list[str] | None, typer.Option(metavar="URL", help="The same: a vLLM server.", show_default=False)
-    ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Where to save it.")] = None,
-    name: Annotated[str, typer.Option(help="Its name; default: engine/model.")] = "",
-    budget: Annotated[float, typer.Option(metavar="S", help="Seconds to measure for.")] = 60.0,
-    max_batch_tokens: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Tokens of one step at most; default: found out."),
-    ] = None,
-    busy: Annotated[
-        bool, typer.Option("--busy", help="Measure instances that serve other requests, too.")
-    ] = False,
-    hardware: Annotated[
-        str, typer.Option(help="GPU or CPU to note; default: found out on this machine.", show_default=False)
-    ] = "",
-    kv_bytes_per_token: Annotated[
-        int,
-        typer.Option(metavar="N", help="For engines that do not count what they move.", show_default=False),
-    ] = 0,
-    api_key: Annotated[
-        str, typer.Option(envvar=["TIDEGATE_VLLM_API_KEY", "TIDEGATE_API_KEY"], help="Bearer token.")
-    ] = "",
-    secret: Annotated[
-        str,
-        typer.Option(
-            metavar="S", envvar="TIDEGATE_LAUNCH_SECRET", help="What embedded engines were launched with."
-        ),
-    ] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print what --out saves.")] = False,
+    vllm: Annotated[list[str] | None, Flag("The same: a vLLM server.", "URL")] = None,
+    out: Annotated[Path | None, Flag("Where to save it.", "FILE.json")] = None,
+    as_json: Annotated[bool, Flag("Print what --out saves.", name="--json")] = False,
     show_list: Annotated[
-        bool, typer.Option("--list", help="Show what profiles there are, and measure nothing.")
+        bool, Flag("Show what profiles there are, and measure nothing.", name="--list")
     ] = False,
 ) -> None:
     """Measure a live, idle instance and fit the latency models that policies and simulator use.
@@ -108,78 +98,99 @@ def run(
         raise typer.BadParameter(f"{paths[0]}: paths are for --list; an instance is given as --url or --vllm")
     if not urls:
         raise typer.BadParameter("give the instance's --url (or --vllm), or --list")
-    settings = ProbeSettings(
-        urls,
-        budget_s=budget,
-        name=name,
-        api_key=api_key,
-        secret=secret,
-        max_batch_tokens=max_batch_tokens,
-        busy=busy,
-        hardware=hardware,
-        kv_bytes_per_token=kv_bytes_per_token,
-    )
     if out is not None and not out.parent.is_dir():
         raise typer.BadParameter(f"no such folder: {out.parent}")
-    saved = _measured(settings)
+    with share_bar("warming up") as advance:
+        saved = measure_profile(probe(urls), advance)
     if out is not None:
         save_profile(out, saved)
     if as_json:
         typer.echo(json.dumps(saved.to_json(), indent=1, allow_nan=False))
     else:
-        _show(saved, out)
+        show_profile(saved, out)
 
 
-def _measured(settings: ProbeSettings) -> SavedProfile:
-    """Measure, with a progress bar on a terminal."""
-    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("warming up", total=1.0)
+def show_profiles(paths: Sequence[Path], as_json: bool) -> None:
+    """Print the packaged profiles and the measured ones at ``paths``, files or folders of some.
 
-        def advance(share: float, what: str) -> None:
-            progress.update(task, completed=share, description=what)
-
-        return measure_profile(settings, advance)
-
-
-def _show(saved: SavedProfile, out: Path | None) -> None:
-    profile = saved.profile
-    console = Console(highlight=False)
-    where = f" on {saved.hardware}" if saved.hardware else ""
-    console.print(
-        f"[bold]{profile.name}[/]  {saved.engine}{where}, {saved.max_model_len:,} tokens of context"
+    Raises ConfigError for a path that does not exist, or a file that is no profile.
+    """
+    measured = _measured_at(paths)
+    now = datetime.now(UTC)
+    if as_json:
+        rows = [*_packaged_rows(), *(_measured_row(path, saved, now) for path, saved in measured)]
+        typer.echo(json.dumps(rows, indent=1, allow_nan=False))
+        return
+    _show_packaged()
+    if measured:
+        typer.echo()
+        _show_measured(measured, now)
+    typer.echo(
+        "\nOr a file of `tidegate profile --out`, hardware:GPU/MODEL[/tpN], roofline:GPU/CONFIG.json[/tpN]."
     )
-    held = {row.form: row for row in saved.held_out}
-    table = Table("form", "samples", "fit p50", "p95", "held out p50", "p95", box=None, pad_edge=False)
-    for form, p50, p95 in profile.errors:
-        unseen = held.get(form)
-        rest = (f"{unseen.p50:.1%}", f"{unseen.p95:.1%}") if unseen else ("-", "-")
-        table.add_row(form, str(len(saved.samples[form])), f"{p50:.1%}", f"{p95:.1%}", *rest)
-    console.print(table)
-    for n in (512, 2048, 8192):
-        if n <= (saved.max_batch_tokens or saved.max_model_len):
-            console.print(f"prefill of {n:,} tokens: {1e3 * profile.prefill_s(n):.1f} ms", end="  ")
-    console.print(f"step of 1 x 1,024: {1e3 * float(profile.step.seconds(1, 1024)):.1f} ms")
-    budget = f"{saved.max_batch_tokens:,}" if saved.max_batch_tokens else "not reached"
-    console.print(f"front end: {1e3 * profile.front_s:.1f} ms per request  tokens of one step: {budget}")
-    if saved.links:
-        console.print(_link_table(saved.links))
-        console.print(f"KV: {saved.kv_bytes_per_token:,} bytes per token")
-    for note in saved.notes:
-        console.print(f"[yellow]note[/] {note}")
-    if out is not None:
-        console.print(f"saved to {out}; use it as --profile {out}")
 
 
-def _link_table(links: Sequence[MeasuredLink]) -> Table:
-    """Return the links with what was seen from outside and what the engine says of its own reads."""
-    table = Table("KV from", "to", "latency", "GB/s", "error p50", "engine's own", box=None, pad_edge=False)
-    for link in links:
-        told = "-"
-        if link.read_bytes_per_s is not None and link.read_latency_s is not None:
-            told = f"{1e3 * link.read_latency_s:.1f} ms, {link.read_bytes_per_s / 1e9:.1f} GB/s"
-        seen = (f"{1e3 * link.latency_s:.1f} ms", f"{link.bytes_per_s / 1e9:.1f}", f"{link.error_p50:.0%}")
-        table.add_row(*(url.removeprefix("http://") for url in (link.source, link.target)), *seen, told)
-    table.caption = "; ".join(sorted({f"links are fitted {link.by}" for link in links}))
-    return table
+def _measured_at(paths: Sequence[Path]) -> list[tuple[Path, SavedProfile]]:
+    found = []
+    for path in paths:
+        if path.is_dir():
+            # Whatever else lies in a folder is no profile, and a broken one is told when it is named.
+            files = [file for file in sorted(path.glob("*.json")) if is_profile(file)]
+        elif path.exists():
+            files = [path]
+        else:
+            raise ConfigError(f"no such file or folder: {path}")
+        found += [(file, read_profile(file)) for file in files]
+    return found
+
+
+def _packaged_rows() -> list[dict[str, Any]]:
+    found = [packaged_profile(name) for name in profile_names()]
+    return [
+        {
+            "name": each.name,
+            "prefill_2048_s": float(each.profile.prefill_s(2048)),
+            "step_32x2048_s": float(each.profile.step.seconds(32, 32 * 2048)),
+            "kv_capacity_tokens": each.kv_capacity_tokens,
+            "mixed_measured": each.mixed_measured,
+            "note": each.note,
+        }
+        for each in found
+    ]
+
+
+def _measured_row(path: Path, saved: SavedProfile, now: datetime) -> dict[str, Any]:
+    return {
+        "file": str(path),
+        "name": saved.profile.name,
+        "model": saved.model,
+        "engine": saved.engine,
+        "hardware": saved.hardware,
+        "tidegate": saved.tidegate,
+        "created": saved.created,
+        "age_days": round(saved.age_days(now), 2),
+        "prefill_2048_s": float(saved.profile.prefill_s(2048)),
+        "step_32x2048_s": float(saved.profile.step.seconds(32, 32 * 2048)),
+        "kv_capacity_tokens": saved.kv_capacity_tokens,
+        "links": [
+            {key: value for key, value in asdict(link).items() if key != "samples"} for link in saved.links
+        ],
+        "notes": list(saved.notes),
+    }
+
+
+def _show_packaged() -> None:
+    rows = _packaged_rows()
+    width = max(len(row["name"]) for row in rows)
+    typer.echo(f"{'name':<{width}}  {'prefill 2,048':>13}  {'step 32x2,048':>13}  {'KV tokens':>9}")
+    for row in rows:
+        times = f"{1000 * row['prefill_2048_s']:>10.1f} ms  {1000 * row['step_32x2048_s']:>10.1f} ms"
+        typer.echo(f"{row['name']:<{width}}  {times}  {row['kv_capacity_tokens']:>9,}")
+
+
+def _show_measured(measured: Sequence[tuple[Path, SavedProfile]], now: datetime) -> None:
+    width = max(len(str(path)) for path, _ in measured)
+    typer.echo("measured")
+    for path, saved in measured:
+        old = " (old: measure it again)" if saved.age_days(now) > OLD_DAYS else ""
+        typer.echo(f"{path!s:<{width}}  {profile_line(saved, now)}{old}")

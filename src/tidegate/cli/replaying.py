@@ -10,7 +10,8 @@ from typing import Any
 
 import typer
 
-from tidegate.cli.simulating import note, warn
+from tidegate.cli.tables import replay_block
+from tidegate.cli.terminal import note, warn
 from tidegate.core.errors import ConfigError, TraceError
 from tidegate.experiments.setting import Fleet
 from tidegate.journal import Journal, read_journal
@@ -18,8 +19,6 @@ from tidegate.sim import SimSettings
 from tidegate.sim.replay import Compared, Replay, replay_journal
 from tidegate.systems import make_system
 from tidegate.workloads.choice import WorkloadChoice
-
-WIDTH = 74
 
 
 def replay(
@@ -54,7 +53,7 @@ def replay(
         typer.echo(json.dumps(_as_json(compared, name, journal), indent=2, allow_nan=False))
         return
     note(f"simulated with system {name} on {fleet.size} instances of {fleet.title}")
-    typer.echo(_block(compared, path, name))
+    typer.echo(replay_block(compared, path, name))
 
 
 def _as_json(compared: Replay, system: str, journal: Journal) -> dict[str, Any]:
@@ -72,31 +71,3 @@ def _as_json(compared: Replay, system: str, journal: Journal) -> dict[str, Any]:
         "observed_flips": compared.observed_flips,
         "version": journal.version,
     }
-
-
-def _block(compared: Replay, path: Path, system: str) -> str:
-    lines = [f"{f' {path.name}: {system}, predicted and observed ':=^{WIDTH}}"]
-    left_out = f", {compared.left_out:,} not answered in both" if compared.left_out else ""
-    lines.append(f"{'Requests compared:':<24}{compared.requests:,}{left_out}")
-    lines.append(f"{'Flips:':<24}{compared.predicted_flips} predicted, {compared.observed_flips} observed")
-    lines.append(f"{' Latency (ms) ':-^{WIDTH}}")
-    lines.append(f"{'':<20}{'predicted':>14}{'observed':>14}{'error':>12}")
-    for title, value in (("TTFT", compared.ttft), ("TPOT", compared.tpot), ("end to end", compared.e2e)):
-        lines += _rows(title, value)
-    lines.append("=" * WIDTH)
-    return "\n".join(lines)
-
-
-def _rows(title: str, value: Compared | None) -> list[str]:
-    if value is None:
-        return [f"{title:<20}{'n/a':>14}{'n/a':>14}{'n/a':>12}"]
-    figures = (
-        ("mean", value.predicted.mean_s, value.observed.mean_s, value.mean_error),
-        ("p50", value.predicted.p50_s, value.observed.p50_s, value.p50_error),
-        ("p99", value.predicted.p99_s, value.observed.p99_s, value.p99_error),
-    )
-    rows = [
-        f"{f'{title} {name}':<20}{1000 * ours:>14,.1f}{1000 * theirs:>14,.1f}{100 * error:>+10.1f} %"
-        for name, ours, theirs, error in figures
-    ]
-    return [*rows, f"{'  of one request':<48}{100 * value.request_error:>10.1f} %  (median, either way)"]

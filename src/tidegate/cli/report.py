@@ -9,12 +9,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from tidegate.cli.options import Flag
 from tidegate.cli.process import FAILURE
-from tidegate.cli.scoring import SCORING, Json, Level, RequireLevel
+from tidegate.cli.scoring import SCORING, Scoring
 from tidegate.core.errors import TraceError
 from tidegate.core.slo import Slo
 from tidegate.journal.reader import read_journal, recorded_kind
-from tidegate.measure.attainment import DEFAULT_LEVEL
 from tidegate.measure.percentiles import Summary
 from tidegate.measure.results import ResultFile, read_results
 from tidegate.reports.bench_report import BenchReport, build_bench_report, render_block
@@ -38,26 +38,21 @@ Score the same run by tighter targets, and fail a script below 99 %:
 """
 
 
-def register(app: typer.Typer) -> None:
-    """Add the ``report`` command."""
-    app.command("report", epilog=EPILOG, rich_help_panel="Measure")(run)
-
-
 def run(
     recording: Annotated[
         Path, typer.Argument(metavar="RUN", help="A gateway or simulation journal, or a bench result.")
     ],
     slo: Annotated[
-        str,
-        typer.Option(
-            metavar="ttft:MS,tpot:MS",
-            help="Score by these targets instead of the recorded ones.",
-            rich_help_panel=SCORING,
+        Slo | None,
+        Flag(
+            "Score by these targets instead of the recorded ones.",
+            "ttft:MS,tpot:MS",
+            panel=SCORING,
+            read=Slo.parse,
         ),
-    ] = "",
-    level: Level = DEFAULT_LEVEL,
-    require_level: RequireLevel = False,
-    as_json: Json = False,
+    ] = None,
+    *,
+    scoring: Scoring,
 ) -> None:
     """Report on a recorded run: outcomes, SLO attainment, times by stage, decisions.
 
@@ -65,19 +60,18 @@ def run(
     Goodput of one run is the attained part of its offered rate; whether the
     run met --level tells if the highest rate at that level lies above or below.
     """
-    targets = Slo.parse(slo) if slo else None
     report: RunReport | BenchReport
     if _kind(recording) == "bench":
-        report = _bench_report(read_results(recording), targets, level)
+        report = _bench_report(read_results(recording), slo, scoring.level)
     else:
-        report = build_report(read_journal(recording), slo=targets, level=level)
-    if as_json:
+        report = build_report(read_journal(recording), slo=slo, level=scoring.level)
+    if scoring.as_json:
         typer.echo(json.dumps(report.to_json(), indent=2))
     elif isinstance(report, BenchReport):
         typer.echo(render_block(report))
     else:
         Console().print(render_report(report))
-    if require_level and not report.goodput.level_met:
+    if scoring.require_level and not report.goodput.level_met:
         raise typer.Exit(FAILURE)
 
 

@@ -1,27 +1,21 @@
-"""The options of the verbs that score a run, ``bench`` and ``report``."""
+"""Options that several verbs share: how a run is scored, and what is printed."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
-import typer
-
-from tidegate.core.errors import ConfigError
+from tidegate.cli.options import SHARE, Flag
+from tidegate.measure.attainment import DEFAULT_LEVEL
 
 SCORING = "Scoring and output"
 """The panel of the help that these options stand in."""
 
 
-def _share(level: float) -> float:
-    if not 0 < level <= 1:
-        raise ConfigError(f"--level is a share between 0 and 1, got {level}")
-    return level
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How a run is scored: ``level`` is the share of requests that have to attain their targets."""
 
-
-Level = Annotated[
-    float, typer.Option(help="Attainment that counts as met.", callback=_share, rich_help_panel=SCORING)
-]
-RequireLevel = Annotated[
-    bool, typer.Option("--require-level", help="Exit 1 when missed.", rich_help_panel=SCORING)
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.", rich_help_panel=SCORING)]
+    level: Annotated[float, Flag("Attainment that counts as met.", panel=SCORING, rule=SHARE)] = DEFAULT_LEVEL
+    require_level: Annotated[bool, Flag("Exit 1 when missed.", panel=SCORING)] = False
+    as_json: Annotated[bool, Flag("Print the report as JSON.", name="--json", panel=SCORING)] = False

@@ -1,22 +1,22 @@
-"""The options of the verbs that simulate, ``sim`` and ``compare``, and the objects they describe."""
+"""The options of the verbs that simulate, ``sim`` and ``compare``, and the fleet that they describe."""
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Annotated
 
-import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
+from tidegate.cli.options import MILLISECONDS, Flag, OptionGroup, Rule, at_least
+from tidegate.cli.scoring import SCORING
+from tidegate.cli.workload_flags import TURN_GAP, WINDOW
 from tidegate.core.errors import ConfigError
+from tidegate.core.notation import parse_counted
+from tidegate.core.slo import Slo
 from tidegate.costs.library import PackagedProfile, packaged_profile
 from tidegate.costs.named_profile import load_profile
 from tidegate.dataplane.replica import BLOCK_TOKENS, EngineSettings
 from tidegate.experiments.setting import Fleet
+from tidegate.sim import SimSettings
 
 DEFAULT_PROFILE = "h100_sxm/llama-3.1-8b"
 DEFAULT_INSTANCES = 4
@@ -27,175 +27,130 @@ LEAST_HEARTBEAT_MS = 1.0
 WORKLOAD = "Workload"
 FLEET = "Simulated fleet"
 ENGINE = "Engine and gateway"
-SCORING = "Scoring and output"
 
-Profiles = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="GPU/MODEL[:N]",
-        help=f"What an instance is: one that `tidegate profile --list` shows, or a file that `tidegate "
-        f"profile` wrote ({DEFAULT_PROFILE}). Repeat with counts for a mixed fleet.",
-        rich_help_panel=FLEET,
-        show_default=False,
-    ),
-]
-Instances = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N", help=f"Number of instances ({DEFAULT_INSTANCES}).", rich_help_panel=FLEET,
-        show_default=False,
-    ),
-]  # fmt: skip
-KvTokens = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N", help="KV capacity of an instance; default: the profile's.", rich_help_panel=FLEET
-    ),
-]
-MixedContextRatio = Annotated[
-    float | None,
-    typer.Option(
-        metavar="X",
-        help="Cost of a decode's context beside a prefill chunk, over its cost in a pure decode step.",
-        rich_help_panel=FLEET,
-    ),
-]
-ChunkTokens = Annotated[
-    int | None,
-    typer.Option(metavar="N", help="Token budget of a step (8192).", rich_help_panel=ENGINE),
-]
-MaxNumSeqs = Annotated[
-    int | None,
-    typer.Option(metavar="N", help="Requests in a batch at most (1024).", rich_help_panel=ENGINE),
-]
-HostMs = Annotated[
-    float, typer.Option(metavar="MS", help="Host time added to every step.", rich_help_panel=ENGINE)
-]
-FrontMs = Annotated[
-    float,
-    typer.Option(metavar="MS", help="From dispatch to the engine's queue, per leg.", rich_help_panel=ENGINE),
-]
-HeartbeatMs = Annotated[
-    float,
-    typer.Option(
-        metavar="MS",
-        help="How often engines report (1 or more); 0: the scheduler sees all at once.",
-        rich_help_panel=ENGINE,
-    ),
-]
-MostRequests = Annotated[
-    int | None, typer.Option("--requests", metavar="N", help="The first N only.", rich_help_panel=WORKLOAD)
-]
-Duration = Annotated[
-    float | None,
-    typer.Option(metavar="S", help="Arrivals of the first S seconds only.", rich_help_panel=WORKLOAD),
-]
-Start = Annotated[
-    float, typer.Option(metavar="S", help="Skip the first S seconds.", rich_help_panel=WORKLOAD)
-]
-ClosedLoop = Annotated[
-    bool,
-    typer.Option(
-        "--closed-loop",
-        help="A session's turn comes after the answer before it plus the client's pause.",
-        rich_help_panel=WORKLOAD,
-    ),
-]
-TurnGap = Annotated[
-    float | None,
-    typer.Option(
-        metavar="S",
-        help="Seconds between a session's turns, for traces that have none.",
-        rich_help_panel=WORKLOAD,
-    ),
-]
-Jobs = Annotated[
-    int | None,
-    typer.Option(metavar="N", help="Processes; default: one per core.", rich_help_panel=SCORING, min=1),
-]
+CUT = {**WINDOW, "limit": replace(WINDOW["limit"], name="--requests"), **TURN_GAP}
+"""The flags of the part of a trace that is simulated."""
+JOBS = Flag("Processes; default: one per core.", "N", panel=SCORING, more={"min": 1})
 
 
-def make_fleet(
-    profiles: Sequence[str] | None,
-    instances: int | None,
-    *,
-    kv_tokens: int | None = None,
-    mixed_context_ratio: float | None = None,
-    chunk_tokens: int | None = None,
-    max_num_seqs: int | None = None,
-    host_ms: float = 0.0,
-) -> Fleet:
-    """Return the fleet that the options describe. Raises ConfigError, with all problems at once."""
-    default = EngineSettings()
-    named = [_name_and_count(text) for text in profiles or [DEFAULT_PROFILE]]
-    problems = [
-        f"{flag} is at least {least}, got {value}"
-        for flag, value, least in (
-            ("--instances", instances, 1),
-            ("--kv-tokens", kv_tokens, BLOCK_TOKENS),
-            ("--chunk-tokens", chunk_tokens, 1),
-            ("--max-num-seqs", max_num_seqs, 1),
-        )
-        if value is not None and value < least
-    ]
-    problems += [f"--profile {name}:0 has no instances" for name, count in named if count == 0]
-    if problems:
-        raise ConfigError(problems)
-    if len(named) == 1 and named[0][1] is None:
-        named = [(named[0][0], DEFAULT_INSTANCES if instances is None else instances)]
-    elif any(count is None for _, count in named):
-        problems.append("with several --profile, give each a count, as in --profile h100_sxm/llama-3.1-8b:4")
-    elif instances is not None and instances != sum(count or 0 for _, count in named):
-        problems.append(f"--instances {instances} is not the sum of the counts of --profile; drop it")
-    groups: list[tuple[PackagedProfile, int]] = []
-    for name, count in named:
-        try:
-            groups.append((_profile(name, mixed_context_ratio), count or 0))
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-    engine = EngineSettings(
-        max_batch_tokens=default.max_batch_tokens if chunk_tokens is None else chunk_tokens,
-        max_num_seqs=default.max_num_seqs if max_num_seqs is None else max_num_seqs,
-        host_s=_milliseconds("--host-ms", host_ms),
-    )
-    return Fleet(tuple(groups), engine, kv_tokens)
+def _seconds(milliseconds: float) -> float:
+    return milliseconds / 1000.0
 
 
-def _profile(name: str, mixed_context_ratio: float | None) -> PackagedProfile:
-    if mixed_context_ratio is None:
-        return load_profile(name)
-    if name.endswith(".json"):
-        raise ConfigError(f"--mixed-context-ratio is for packaged profiles; {name} was measured")
-    return packaged_profile(name, mixed_context_ratio=mixed_context_ratio)
+def _milliseconds(text: str, name: str, rule: Rule = MILLISECONDS) -> Flag:
+    """Return the flag of a setting in seconds that is given in milliseconds, 0 by default."""
+    return Flag(text, "MS", name, shown="0", given=float, rule=rule, read=_seconds)
 
 
-def _name_and_count(text: str) -> tuple[str, int | None]:
-    found = re.fullmatch(r"(.+):(\d+)", text)
-    return (found[1], int(found[2])) if found else (text, None)
+SIMULATED = OptionGroup(
+    SimSettings,
+    {
+        "slo": Flag("Latency targets.", "ttft:MS,tpot:MS", shown=str(Slo()), read=Slo.parse),
+        "closed_loop": Flag(
+            "A session's turn comes after the answer before it plus the client's pause.", panel=WORKLOAD
+        ),
+        "front_s": replace(
+            _milliseconds("From dispatch to the engine's queue, per leg.", "--front-ms"), panel=ENGINE
+        ),
+        "heartbeat_s": replace(
+            _milliseconds(
+                "How often engines report (1 or more); 0: the scheduler sees all at once.",
+                "--heartbeat-ms",
+                Rule(
+                    lambda ms: ms == 0 or LEAST_HEARTBEAT_MS <= ms < float("inf"),
+                    f"0, where the scheduler sees all at once, or at least {LEAST_HEARTBEAT_MS:g}",
+                ),
+            ),
+            panel=ENGINE,
+        ),
+    },
+)
+STEPPED = OptionGroup(
+    SimSettings,
+    {
+        **SIMULATED.flags,
+        "leap": Flag(
+            "Simulate every step instead of jumping over them; slow.",
+            name="--step",
+            given=bool,
+            read=lambda step: not step,
+        ),
+    },
+)
+BATCHING = OptionGroup(
+    EngineSettings,
+    {
+        "max_batch_tokens": Flag("Token budget of a step.", "N", "--chunk-tokens", rule=at_least(1)),
+        "max_num_seqs": Flag("Requests in a batch at most.", "N", rule=at_least(1)),
+        "host_s": _milliseconds("Host time added to every step.", "--host-ms"),
+    },
+    ENGINE,
+)
 
 
-def _milliseconds(flag: str, value: float) -> float:
-    """Return seconds. Raises ConfigError for a negative or infinite time."""
-    if not 0 <= value < float("inf"):
-        raise ConfigError(f"{flag} is a time of 0 ms or more, got {value}")
-    return value / 1000.0
+@dataclass(frozen=True, slots=True)
+class FleetOptions:
+    """Which instances are simulated."""
 
+    profile: Annotated[
+        list[str] | None,
+        Flag(
+            "What an instance is: one that `tidegate profile --list` shows, or a file that `tidegate "
+            f"profile` wrote ({DEFAULT_PROFILE}). Repeat with counts for a mixed fleet.",
+            "GPU/MODEL[:N]",
+            panel=FLEET,
+        ),
+    ] = None
+    instances: Annotated[
+        int | None,
+        Flag(f"Number of instances ({DEFAULT_INSTANCES}).", "N", panel=FLEET, rule=at_least(1)),
+    ] = None
+    kv_tokens: Annotated[
+        int | None,
+        Flag(
+            "KV capacity of an instance; default: the profile's.",
+            "N",
+            panel=FLEET,
+            rule=at_least(BLOCK_TOKENS),
+        ),
+    ] = None
+    mixed_context_ratio: Annotated[
+        float | None,
+        Flag(
+            "Cost of a decode's context beside a prefill chunk, over its cost in a pure decode step.",
+            "X",
+            panel=FLEET,
+        ),
+    ] = None
 
-def front_s(front_ms: float) -> float:
-    """Return ``--front-ms`` in seconds."""
-    return _milliseconds("--front-ms", front_ms)
+    def make(self, engine: EngineSettings) -> Fleet:
+        """Return the fleet. Raises ConfigError, with all problems at once."""
+        named = [parse_counted(text) for text in self.profile or [DEFAULT_PROFILE]]
+        problems = [f"--profile {name}:0 has no instances" for name, count in named if count == 0]
+        if len(named) == 1 and named[0][1] is None:
+            named = [(named[0][0], self.instances or DEFAULT_INSTANCES)]
+        elif any(count is None for _, count in named):
+            problems.append(f"with several --profile, give each a count, as in --profile {DEFAULT_PROFILE}:4")
+        elif self.instances is not None and self.instances != sum(count or 0 for _, count in named):
+            problems.append(
+                f"--instances {self.instances} is not the sum of the counts of --profile; drop it"
+            )
+        groups: list[tuple[PackagedProfile, int]] = []
+        for name, count in named:
+            try:
+                groups.append((self._profile(name), count or 0))
+            except ConfigError as error:
+                problems += error.problems
+        if problems:
+            raise ConfigError(problems)
+        return Fleet(tuple(groups), engine, self.kv_tokens)
 
-
-def heartbeat_s(heartbeat_ms: float) -> float:
-    """Return ``--heartbeat-ms`` in seconds."""
-    if 0 < heartbeat_ms < LEAST_HEARTBEAT_MS:
-        raise ConfigError(
-            f"--heartbeat-ms is 0, where the scheduler sees all at once, or at least {LEAST_HEARTBEAT_MS:g}; "
-            f"got {heartbeat_ms}"
-        )
-    return _milliseconds("--heartbeat-ms", heartbeat_ms)
+    def _profile(self, name: str) -> PackagedProfile:
+        if self.mixed_context_ratio is None:
+            return load_profile(name)
+        if name.endswith(".json"):
+            raise ConfigError(f"--mixed-context-ratio is for packaged profiles; {name} was measured")
+        return packaged_profile(name, mixed_context_ratio=self.mixed_context_ratio)
 
 
 def processes(jobs: int | None) -> int:
@@ -203,29 +158,3 @@ def processes(jobs: int | None) -> int:
     if jobs is not None:
         return jobs
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def warn(text: str) -> None:
-    """Tell of what is suspicious, beside the result."""
-    typer.echo(f"tidegate: warning: {text}", err=True)
-
-
-def note(text: str) -> None:
-    """Tell of what is good to know, beside the result."""
-    typer.echo(f"tidegate: {text}", err=True)
-
-
-@contextmanager
-def progress_bar(what: str, total: int | None) -> Iterator[Callable[[int, int | None, str], None]]:
-    """Give ``show(done, total, text)``, which redraws a bar on stderr where that is a terminal."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda done, total, text: None
-        return
-    columns = (
-        TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda done, total, text: progress.update(task, completed=done, total=total, description=text)

@@ -1,31 +1,33 @@
-"""One simulation as the command runs it: search, run, journal, block, report."""
+"""One simulation as the command runs it: search, run, journal, block, report.
+
+What only a search or a report needs is imported there: it takes longer than a short simulation.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import tidegate
-from tidegate.cli.comparison_output import command_line, set_up, tell_where, titled, write_folder
-from tidegate.cli.simulating import note, progress_bar, warn
+from tidegate.cli.options import Flag, Rule
+from tidegate.cli.scoring import SCORING, Scoring
+from tidegate.cli.simulating import JOBS, WORKLOAD, processes
+from tidegate.cli.terminal import note, progress_bar, warn
 from tidegate.core.errors import ConfigError
-from tidegate.experiments.jobs import Workers
-from tidegate.experiments.limit import limit_job
 from tidegate.experiments.run import Finished, run_once
-from tidegate.experiments.search import find_goodput
 from tidegate.experiments.setting import Setting
-from tidegate.experiments.store import Store
 from tidegate.experiments.workload import own_rate_rps, requests_of
 from tidegate.measure.run_view import view_of
-from tidegate.reports.comparison import Comparison, Entry, LevelGoodput, TraceComparison
 from tidegate.reports.run_block import render_run
+
+if TYPE_CHECKING:
+    from tidegate.reports.comparison import LevelGoodput
 
 SEARCH_SEEDS = 3
 TOLERANCE = 0.02
@@ -36,19 +38,39 @@ TOLERANCE = 0.02
 class Wanted:
     """What to do with a setting. ``rate_rps`` None is the trace's own; a goodput search replaces it."""
 
-    level: float
-    seed: int
-    rate_rps: float | None
-    goodput: bool
-    limit: bool
-    journal: Path | None
-    out: Path | None
-    processes: int
+    rate_rps: Annotated[
+        float | None,
+        Flag(
+            "Scale the trace's time to this rate.",
+            "RPS",
+            "--rate",
+            WORKLOAD,
+            rule=Rule(lambda rps: 0 < rps < float("inf"), "a positive number of requests per second"),
+        ),
+    ] = None
+    seed: Annotated[
+        int,
+        Flag(
+            "0 is the trace itself; another permutes requests within each minute.",
+            panel=WORKLOAD,
+            rule=Rule(lambda seed: seed >= 0, "0 or more"),
+        ),
+    ] = 0
+    goodput: Annotated[bool, Flag("Search the highest rate that meets --level.", panel=SCORING)] = False
+    limit: Annotated[bool, Flag("Compute the fluid limit of this hardware.", panel=SCORING)] = False
+    journal: Annotated[Path | None, Flag("Write every decision and outcome.", "FILE", panel=SCORING)] = None
+    out: Annotated[Path | None, Flag("Write report.html, CSV and PNG files.", "DIR", panel=SCORING)] = None
+    jobs: Annotated[int | None, JOBS] = None
+
+    @property
+    def goes_beyond_a_run(self) -> bool:
+        """Whether anything is asked for that a replay of a journal has no use for."""
+        return self.rate_rps is not None or bool(self.goodput or self.limit or self.journal or self.out)
 
 
-def simulate_and_show(setting: Setting, wanted: Wanted, *, as_json: bool) -> dict[str, Any]:
+def simulate_and_show(setting: Setting, wanted: Wanted, scoring: Scoring) -> dict[str, Any]:
     """Do what is wanted, print it, and return the run's object of the ``--json`` contract."""
-    found = _search(setting, wanted) if wanted.goodput or wanted.limit else None
+    found = _search(setting, wanted, scoring.level) if wanted.goodput or wanted.limit else None
     rate_rps = wanted.rate_rps
     if found is not None and wanted.goodput:
         rate_rps = found.goodput_rps or rate_rps
@@ -69,7 +91,7 @@ def simulate_and_show(setting: Setting, wanted: Wanted, *, as_json: bool) -> dic
         note("no rate is the fluid limit here: the workload is too short, or comes at once")
     if found is not None and found.reason:
         warn(found.reason)
-    if as_json:
+    if scoring.as_json:
         typer.echo(json.dumps(summary, indent=2, allow_nan=False))
     else:
         typer.echo(render_run(finished.run, summary, slo=str(setting.settings.slo)))
@@ -78,13 +100,19 @@ def simulate_and_show(setting: Setting, wanted: Wanted, *, as_json: bool) -> dic
     return summary
 
 
-def _search(setting: Setting, wanted: Wanted) -> LevelGoodput:
+def _search(setting: Setting, wanted: Wanted, level: float) -> LevelGoodput:
     """Return the goodput, 0 and without probes where only the limit was asked for."""
-    level = wanted.level
+    import asyncio
+
+    from tidegate.experiments.jobs import Workers
+    from tidegate.experiments.limit import limit_job
+    from tidegate.experiments.search import find_goodput
+    from tidegate.experiments.store import Store
+    from tidegate.reports.comparison import LevelGoodput
 
     async def search() -> LevelGoodput:
         with progress_bar("runs", None) as show:
-            async with Workers(wanted.processes, Store(None), show) as workers:
+            async with Workers(processes(wanted.jobs), Store(None), show) as workers:
                 bound: float | None = None
                 if wanted.limit:
                     job = limit_job(setting, level, setting.fleet.engine.max_batch_tokens)
@@ -135,6 +163,9 @@ def _write_report(
     setting: Setting,
     found: LevelGoodput | None,
 ) -> None:
+    from tidegate.cli.report_folder import command_line, set_up, tell_where, titled, write_folder
+    from tidegate.reports.comparison import Comparison, Entry, TraceComparison
+
     title = next(iter(titled([setting.workload.trace], setting.workload)))
     searched = (found,) if found is not None and found.probes else ()
     entry = Entry(finished.facts.system, searched, {}, summary, summary, view_of(finished.run))

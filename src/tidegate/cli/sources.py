@@ -1,7 +1,11 @@
-"""Where settings come from, and which one wins: flag, then environment, then file, then default."""
+"""Where settings come from, and which one wins: flag, then environment, then file, then default.
+
+What came of it can be written as TOML, which reads back as the same settings.
+"""
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from tidegate.cli.config import SECRETS, SECTIONS, SETTINGS, SYSTEM_WITH_VLLM, Config
+from tidegate.cli.config import FLAGS, SECRETS, SECTIONS, SETTINGS, SYSTEM_WITH_VLLM, Config, plain
 from tidegate.core.errors import ConfigError
 
 PREFIX = "TIDEGATE_"
@@ -32,14 +36,6 @@ OWN_ENGINES_ONLY = tuple(SECTIONS["engine"].model_fields)
 """Settings without a meaning for vLLM servers and for emulated instances."""
 STARTED_ONLY = ("instances",)
 """Settings without a meaning for servers that something else started, and for emulated instances."""
-EMULATED_ONLY = tuple(SECTIONS["emulated"].model_fields)
-"""Settings without a meaning but for emulated instances."""
-VLLM_ONLY = ("profile",)
-"""Settings without a meaning for instances that bring their own."""
-RUNNING_ONLY = ("kv_connector", "kv_lease_s", "kv_bootstrap", "kv_read_back")
-"""Settings without a meaning but for vLLM servers that run already."""
-LAUNCH_ONLY = ("vllm_args", "vllm_bin", "vllm_logs")
-"""Settings without a meaning but for vLLM servers that tidegate starts."""
 ELSEWHERE = {
     "vllm": (*OWN_ENGINES_ONLY, *STARTED_ONLY),
     "emulate": (*OWN_ENGINES_ONLY, *STARTED_ONLY),
@@ -88,18 +84,10 @@ def resolve(
     for source in ELSEWHERE:
         if source in merged:
             _drop_engine_settings(source, merged, levels, problems)
-    for needed, settings in (
-        (("emulate",), EMULATED_ONLY),
-        (("vllm", "launch"), VLLM_ONLY),
-        (("vllm",), RUNNING_ONLY),
-        (("launch",), LAUNCH_ONLY),
-    ):
-        if not any(source in merged for source in needed):
-            problems += [
-                f"{merged[name].origin}: has no effect without {' or '.join(map(_flag, needed))}"
-                for name in settings
-                if name in levels[-1]
-            ]
+    for name, flag in FLAGS.items():
+        if name in levels[-1] and flag.needs and not any(source in merged for source in flag.needs):
+            needed = " or ".join(map(_flag, flag.needs))
+            problems.append(f"{merged[name].origin}: has no effect without {needed}")
     if ("vllm" in merged or "launch" in merged) and "profile" not in merged:
         merged.setdefault("system", Given(SYSTEM_WITH_VLLM, DEFAULT))
     sections: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
@@ -235,3 +223,45 @@ def _shown(value: Any) -> str:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def as_toml(resolved: Resolved) -> str:
+    """Return every setting with its origin as a comment.
+
+    Secrets are masked and, like settings without a value or an effect, commented out: the text is valid
+    configuration and holds no key.
+    """
+    lines: list[str] = []
+    for section, kind in SECTIONS.items():
+        lines.append(f"[{section}]")
+        values = getattr(resolved.config, section)
+        for name in kind.model_fields:
+            fleet = resolved.config.fleet
+            beside = [
+                source for source, ended in ELSEWHERE.items() if getattr(fleet, source) and name in ended
+            ]
+            if beside:
+                lines.append(f"# {name} has no effect beside {beside[0]}")
+            else:
+                lines.append(_line(name, plain(getattr(values, name)), resolved.origins[name]))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _line(name: str, value: Any, origin: str) -> str:
+    source = origin if origin == DEFAULT else f"from {origin}"
+    if value is None:
+        return f"# {name} is not set"
+    if name in SECRETS:
+        return f'# {name} = "********"  # {source}'
+    return f"{name} = {_toml(value)}  # {source}"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return str(value)

@@ -5,47 +5,14 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
+from tidegate.cli.options import Flag
 from tidegate.core.errors import SetupError, TidegateError
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
 TIMEOUT_S = 5.0
-COLUMNS = {
-    "id": "id",
-    "pool": "pool",
-    "prefill_requests": "prefill",
-    "prefill_wait_s": "wait",
-    "decode_requests": "decode",
-    "decode_tokens": "tokens",
-    "kv_capacity_tokens": "KV",
-    "mean_gap_s": "gap",
-    "drift": "drift",
-    "flipped_ago_s": "flip",
-}
-"""The columns of the table, in order, narrow enough for 80 characters. --json shows everything.
-
-``drift`` is the farthest of the ratios of observed to predicted seconds.
-"""
-
-LOAD_COLUMNS = {
-    "id": "id",
-    "running": "running",
-    "waiting": "waiting",
-    "kv_share": "KV",
-    "foreign_requests": "foreign",
-    "foreign_tokens": "tokens",
-    "drifts": "drifts",
-    "computed": "computed",
-    "cached": "cached",
-    "pulled": "pulled",
-}
-"""The second table, of instances that tell their load: what they say, what of it is not the gateway's, how
-often that came to differ, and where the KV of their prompts came from."""
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -56,26 +23,21 @@ EPILOG = """
 """
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb to ``app``."""
-    app.command("state", epilog=EPILOG, rich_help_panel="Serve")(state)
-
-
-def state(
-    url: Annotated[str, typer.Option(help="The gateway.")] = "http://127.0.0.1:8000",
+def run(
+    url: Annotated[str, Flag("The gateway.")] = "http://127.0.0.1:8000",
     api_key: Annotated[
-        str, typer.Option(metavar="KEY", envvar="TIDEGATE_API_KEY", help="Its API key.", show_default=False)
+        str, Flag("Its API key.", "KEY", shown=False, more={"envvar": "TIDEGATE_API_KEY"})
     ] = "",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print what the gateway answered, as JSON.")
-    ] = False,
+    as_json: Annotated[bool, Flag("Print what the gateway answered, as JSON.", name="--json")] = False,
 ) -> None:
     """Show the instances of a running gateway: their roles, their work and their last flips."""
     answer = _ask(url.rstrip("/").removesuffix("/v1"), api_key)
     if as_json:
         typer.echo(json.dumps(answer, indent=2))
     else:
-        _show(answer)
+        from tidegate.cli.tables import show_state
+
+        show_state(answer)
 
 
 def _ask(base_url: str, api_key: str) -> dict[str, Any]:
@@ -102,74 +64,3 @@ def _ask(base_url: str, api_key: str) -> dict[str, Any]:
     if not isinstance(answer, dict):
         raise SetupError(f"{base_url} is not a tidegate gateway")
     return answer
-
-
-def _show(answer: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    facts = {name: value for name, value in answer.items() if name != "instances"}
-    console.print("[dim] · [/]".join(_fact(name, value) for name, value in facts.items()))
-    rows = [row for row in answer.get("instances", []) if isinstance(row, dict)]
-    rows.sort(key=lambda row: str(row.get("id")))
-    if not any(name in row for row in rows for name in COLUMNS):
-        console.print("no instance is up")
-        return
-    console.print(_table(rows, COLUMNS))
-    loads = [_load_row(row) for row in rows if isinstance(row.get("load"), dict)]
-    if loads:
-        console.print("\n[dim]what the engines say[/]")
-        console.print(_table(loads, LOAD_COLUMNS))
-
-
-def _load_row(row: dict[str, Any]) -> dict[str, Any]:
-    """Return what an instance says of its load as one flat row."""
-    return {**row, **row["load"], **row.get("prompt_tokens", {})}
-
-
-def _table(rows: list[dict[str, Any]], titles: dict[str, str]) -> Table:
-    """Return a table of the columns that any of ``rows`` has."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    columns = [name for name in titles if any(name in row for row in rows)]
-    for name in columns:
-        justify: Literal["left", "right"] = "left" if name in ("id", "pool") else "right"
-        table.add_column(titles[name], justify=justify, no_wrap=True)
-    for row in rows:
-        table.add_row(*(_cell(name, row.get(name)) for name in columns))
-    return table
-
-
-def _fact(name: str, value: object) -> str:
-    title = name.removesuffix("_s").replace("_", " ")
-    if isinstance(value, dict):
-        inner = ", ".join(_fact(key, each) for key, each in value.items())
-        return inner if name == "requests" else f"{title} {inner}"
-    return f"{title} [bold]{_cell(name, value)}[/]"
-
-
-def _cell(name: str, value: object) -> str:
-    """Return a value as a person reads it; the name's suffix says the unit."""
-    match value:
-        case None | []:
-            return "-"
-        case dict() if name == "drift":
-            farthest = max(value.values(), key=lambda ratio: max(ratio, 1 / ratio), default=None)
-            return "-" if farthest is None else f"x{farthest:.2f}"
-        case dict() if name == "drifts":
-            return str(sum(value.values()))
-        case list():
-            return ", ".join(_cell(name, each) for each in value)
-        case float() if name.endswith("_share"):
-            return f"{value:.0%}"
-        case float() if name.endswith("_s") and value >= 10:
-            return f"{value:.0f} s"
-        case float() if name.endswith("_s"):
-            return f"{value * 1000:.0f} ms"
-        case float():
-            return f"{value:g}"
-        case int() if not isinstance(value, bool):
-            return f"{value:,}"
-        case _:
-            return str(value).replace("[", "\\[")

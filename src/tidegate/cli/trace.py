@@ -11,14 +11,15 @@ from rich.console import Console
 
 from tidegate.bound.phase_load import phase_load
 from tidegate.cli import trace_make
-from tidegate.cli.trace_files import Loaded, load, load_timed, save
+from tidegate.cli.options import Flag, expanded
+from tidegate.cli.tables import show_traces
+from tidegate.cli.trace_files import Described, Loaded, Saved, load, load_timed
 from tidegate.cli.trace_plot import check_plot, plot_traces
-from tidegate.cli.trace_show import Described, show
+from tidegate.cli.workload_flags import FORMATS
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
 from tidegate.costs.named_profile import load_profile
 from tidegate.workloads.trace_statistics import WINDOW_S, statistics
-from tidegate.workloads.writers import WriteFormat
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -47,38 +48,20 @@ CONVERT_EPILOG = """
 
     tidegate trace convert chat.jsonl chat.csv --format azure --lossy
 """
-SOURCES = (
-    "Mooncake JSONL, Azure, BurstGPT or tidegate CSV, a gateway journal or a bench result, plain or gzipped; "
-    "or sample:NAME."
-)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the verbs of this module to ``app``."""
-    verbs = typer.Typer(
-        no_args_is_help=True, help="Look at request traces, make them, convert them.", epilog=EPILOG
-    )
-    verbs.command("info", epilog=INFO_EPILOG)(info)
-    verbs.command("make", epilog=trace_make.EPILOG)(trace_make.make)
-    verbs.command("convert", epilog=CONVERT_EPILOG)(convert)
-    app.add_typer(verbs, name="trace", rich_help_panel="Measure")
+SOURCES = f"{FORMATS}."
 
 
 def info(
     traces: Annotated[list[str], typer.Argument(metavar="FILE...", help=SOURCES)],
     window: Annotated[
-        float, typer.Option(metavar="S", help="Window for the drift of the input:output ratio and the load.")
+        float, Flag("Window for the drift of the input:output ratio and the load.", "S")
     ] = WINDOW_S,
-    profile: Annotated[
-        str, typer.Option(metavar="GPU/MODEL", help="Estimate each phase's load on this profile.")
-    ] = "",
+    profile: Annotated[str, Flag("Estimate each phase's load on this profile.", "GPU/MODEL")] = "",
     slo: Annotated[
-        str, typer.Option(metavar="ttft:MS,tpot:MS", help="TPOT target of that estimate (50 ms).")
-    ] = "",
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png|svg", help="Draw rate, mix and lengths (extra: plots).")
+        Slo | None, Flag("TPOT target of that estimate (50 ms).", "ttft:MS,tpot:MS", read=Slo.parse)
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plot: Annotated[Path | None, Flag("Draw rate, mix and lengths (extra: plots).", "FILE.png|svg")] = None,
+    as_json: Annotated[bool, Flag("Print JSON.", name="--json")] = False,
 ) -> None:
     """Say what traces look like: rates, burstiness, lengths, drift, sessions, reuse.
 
@@ -90,13 +73,12 @@ def info(
         check_plot(plot)
     if slo and not profile:
         raise ConfigError("--slo goes with --profile")
-    target = Slo.parse(slo) if slo else Slo()
     loaded = [load(source) for source in traces]
-    described = [_describe(one, window, profile, target) for one in loaded]
+    described = [_describe(one, window, profile, slo or Slo()) for one in loaded]
     if as_json:
         typer.echo(json.dumps({"traces": [one.to_json() for one in described]}, indent=2, allow_nan=False))
     else:
-        show(described, Console())
+        show_traces(described, Console())
     if plot is not None:
         plot_traces(plot, loaded, described)
         typer.echo(f"wrote {plot}", err=True)
@@ -120,14 +102,7 @@ def _describe(one: Loaded, window_s: float, profile: str, slo: Slo) -> Described
 def convert(
     source: Annotated[str, typer.Argument(metavar="IN", help=SOURCES)],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="FILE.jsonl or FILE.csv, plain or .gz.")],
-    form: Annotated[
-        WriteFormat | None,
-        typer.Option("--format", help="Default by suffix: .jsonl is mooncake, .csv is tidegate's own."),
-    ] = None,
-    lossy: Annotated[
-        bool, typer.Option("--lossy", help="Leave out what the format cannot hold, with a warning.")
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
+    saved: Saved,
 ) -> None:
     """Change a trace's format.
 
@@ -136,5 +111,11 @@ def convert(
     An answer of 0 tokens is written as 1.
     """
     workload = load_timed(source)
-    save(target, workload, form, force=force, lossy=lossy)
+    saved.save(target, workload)
     typer.echo(f"wrote {len(workload):,} requests to {target}")
+
+
+verbs = typer.Typer(no_args_is_help=True, epilog=EPILOG)
+verbs.command("info", epilog=INFO_EPILOG)(expanded(info))
+verbs.command("make", epilog=trace_make.EPILOG)(expanded(trace_make.make))
+verbs.command("convert", epilog=CONVERT_EPILOG)(expanded(convert))

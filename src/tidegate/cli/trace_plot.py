@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tidegate.cli.trace_files import Loaded
-from tidegate.cli.trace_show import Described
+from tidegate.cli.trace_files import Described, Loaded
 from tidegate.core.errors import ConfigError
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -37,14 +36,14 @@ class Curve:
 
 
 @dataclass(frozen=True, slots=True)
-class Clock:
+class TimeUnit:
     """The unit of a time axis."""
 
     unit_s: float
     unit: str
 
     @classmethod
-    def over(cls, duration_s: float) -> Clock:
+    def over(cls, duration_s: float) -> TimeUnit:
         """Choose the unit for a length of time."""
         if duration_s > 4 * 3600:
             return cls(3600.0, "hours")
@@ -90,7 +89,7 @@ def plot_traces(path: Path, loaded: Sequence[Loaded], described: Sequence[Descri
 
 def _over_time(figure: Any, places: list[Any], timed: list[Curve], with_load: list[Curve]) -> None:
     longest_s = max(curve.duration_s for curve in timed)
-    clock = Clock.over(longest_s)
+    clock = TimeUnit.over(longest_s)
     rate = figure.add_subplot(places[0])
     ratio = figure.add_subplot(places[1], sharex=rate)
     _rates(rate, timed, clock, _bin(longest_s))
@@ -104,7 +103,7 @@ def _over_time(figure: Any, places: list[Any], timed: list[Curve], with_load: li
     last.set(xlabel=f"time ({clock.unit})", xlim=(0.0, (longest_s or 1.0) / clock.unit_s))
 
 
-def _rates(axes: Any, timed: list[Curve], clock: Clock, bin_s: float) -> None:
+def _rates(axes: Any, timed: list[Curve], clock: TimeUnit, bin_s: float) -> None:
     for curve in timed:
         times_s = curve.one.workload.arrival_s - curve.one.workload.arrival_s[0]
         # The last bin is cut short by the trace's end and would show a dip.
@@ -115,7 +114,7 @@ def _rates(axes: Any, timed: list[Curve], clock: Clock, bin_s: float) -> None:
     _finish(axes, legend=len(timed) > 1)
 
 
-def _ratios(axes: Any, timed: list[Curve], clock: Clock) -> None:
+def _ratios(axes: Any, timed: list[Curve], clock: TimeUnit) -> None:
     for curve in timed:
         about = curve.about.statistics
         middles_s = np.array([w.start_s + w.length_s / 2 for w in about.windows])
@@ -129,7 +128,7 @@ def _ratios(axes: Any, timed: list[Curve], clock: Clock) -> None:
     _finish(axes, legend=False)
 
 
-def _loads(axes: Any, curves: list[Curve], clock: Clock) -> None:
+def _loads(axes: Any, curves: list[Curve], clock: TimeUnit) -> None:
     alone = len(curves) == 1
     for curve in curves:
         name = "" if alone else f"{curve.name}: "

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tidegate.core.errors import ConfigError
+from tidegate.core.notation import parse_counted
 from tidegate.costs.library import PackagedProfile, packaged_profile
 from tidegate.dataplane.replica import EngineSettings, Replica, replicas_of
 
@@ -25,15 +26,13 @@ class Group:
 
         Raises ConfigError for an unknown profile, naming near ones, and for a count that is none.
         """
-        name, colon, number = text.strip().rpartition(":")
-        if not colon:
-            name, number = number, "1"
-        if not number.isascii() or not number.isdigit() or not 0 < int(number) <= MOST_INSTANCES:
+        name, count = parse_counted(text)
+        if ":" in name or not 0 < (1 if count is None else count) <= MOST_INSTANCES:
             raise ConfigError(
                 f"{text!r}: expected PROFILE:N with 1 to {MOST_INSTANCES} instances, "
                 "as in h100_sxm/llama-3.1-8b:8"
             )
-        return cls(packaged_profile(name), int(number))
+        return cls(packaged_profile(name), count or 1)
 
 
 def parse_groups(texts: Sequence[str]) -> list[Group]:

@@ -94,16 +94,6 @@ class Setting:
         return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def parse_split(text: str) -> tuple[int, int]:
-    """Read ``P:D``. Raises ConfigError."""
-    left, colon, right = text.partition(":")
-    if colon and left.isdecimal() and right.isdecimal() and int(left) and int(right):
-        return int(left), int(right)
-    raise ConfigError(
-        f"split {text!r}: expected P:D, prefill and decode instances, each at least 1, as in 1:3"
-    )
-
-
 def _content(name: str) -> str:
     """Return a digest of a trace file's content, the name itself for a packaged sample."""
     if name.startswith(SAMPLE_PREFIX):

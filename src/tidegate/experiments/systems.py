@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from tidegate.core.errors import ConfigError
 from tidegate.core.instance import Role
-from tidegate.experiments.setting import Setting, parse_split
+from tidegate.core.notation import parse_split
+from tidegate.experiments.setting import Setting
 from tidegate.policies.starting_roles import even_roles
 from tidegate.systems import make_system
 
@@ -100,7 +101,7 @@ def _expand(name: str, instances: int) -> list[Contender]:
     else:
         try:
             made = [Candidate(full, parse_split(choice))]
-        except ConfigError:
+        except ValueError:
             raise ConfigError(f"system {name!r}: unknown choice {choice!r}; there is {FORMS}") from None
     return [Contender(name, tuple(_checked(each, instances) for each in made))]
 

@@ -1,0 +1,36 @@
+"""The flags of a ``WorkloadChoice``, by field: verbs that take a workload choose among them."""
+
+from __future__ import annotations
+
+from tidegate.cli.options import Flag
+from tidegate.workloads.choice import DEFAULT_INPUT, DEFAULT_OUTPUT
+
+FORMATS = (
+    "Mooncake JSONL, Azure, BurstGPT or tidegate CSV, a gateway journal or a bench result, plain or gzipped; "
+    "or sample:NAME"
+)
+"""The traces that tidegate reads."""
+
+ARRIVALS = {
+    "poisson": Flag("Poisson arrivals.", "RPS"),
+    "gamma": Flag("Gamma-distributed gaps; see --cv.", "RPS"),
+    "cv": Flag("Coefficient of variation of --gamma (1).", "X"),
+    "bursts": Flag("Phases of Poisson traffic in a cycle.", "RPS:S,.."),
+}
+LENGTHS = {
+    "input_tokens": Flag(
+        f"Prompt length: N, uniform:LOW:HIGH or lognormal:MEAN:CV ({DEFAULT_INPUT}).", "N|DIST"
+    ),
+    "output_tokens": Flag(f"Answer length, likewise ({DEFAULT_OUTPUT}).", "N|DIST"),
+    "lengths_from": Flag("Draw pairs of lengths from this trace instead.", "FILE"),
+}
+TURN_GAP = {
+    "turn_gap_s": Flag("Pause between turns of a session, for traces that have none.", "S", "--turn-gap")
+}
+SCALE_RATE = {"scale_rate": Flag("Divide times by X: bursts get denser, too.", "X")}
+SCALE_TOKENS = {"scale_tokens": Flag("Multiply lengths by X.", "X")}
+WINDOW = {
+    "start_s": Flag("Skip the first S seconds.", "S", "--start"),
+    "duration_s": Flag("Only the arrivals of S seconds.", "S", "--duration"),
+    "limit": Flag("Only the first N requests.", "N"),
+}

@@ -1,0 +1,19 @@
+"""The short notations of settings and options: ``PROFILE:N`` and ``P:D``."""
+
+from __future__ import annotations
+
+import re
+
+
+def parse_split(text: str) -> tuple[int, int]:
+    """Read ``P:D``, the numbers of prefill and decode instances. Raises ValueError."""
+    found = re.fullmatch(r"([0-9]+):([0-9]+)", text)
+    if not found or not int(found[1]) or not int(found[2]):
+        raise ValueError("expected P:D, prefill and decode instances, each at least 1, as in 1:3")
+    return int(found[1]), int(found[2])
+
+
+def parse_counted(text: str) -> tuple[str, int | None]:
+    """Read ``PROFILE:N`` or ``PROFILE``, whose count is None; a profile's name may hold colons."""
+    found = re.fullmatch(r"(.+):([0-9]+)", text.strip())
+    return (found[1], int(found[2])) if found else (text.strip(), None)
