@@ -46,21 +46,20 @@ async def test_load_past_the_gateway_is_seen_avoided_and_forgotten(
     cluster: VllmCluster, tmp_path: Path
 ) -> None:
     async with client() as session, serving(cluster.urls[:2], tmp_path, system="colocated") as running:
-        scheduler = running.gateway.dispatcher
-        i0 = scheduler.loads.watched["i0"].reconciler
+        i0 = running.gateway.dispatcher.loads.watched["i0"].reconciler
         async with AsyncExitStack() as others:
             for seed in range(OTHERS):
                 body = orjson.dumps(request(seed, 3000, stream=True))
                 await others.enter_async_context(session.post(f"{cluster[0].url}{COMPLETIONS}", data=body))
             await running.until(lambda: i0.foreign_requests == OTHERS and i0.foreign_tokens > 0)
-            seen = scheduler.snapshot()
+            seen = running.snapshot()
             assert seen.decode_requests[seen.index["i0"]] == OTHERS == seen.decode_requests.sum()
             for seed in range(3):
                 said = await ask(session, running.url, COMPLETIONS, request(9 + seed, 8))
                 assert said.status == 200, said.error
             assert {row["decode_on"] for row in running.outcomes().values()} == {"i1"}
         await running.until(lambda: i0.foreign_requests == i0.foreign_tokens == 0, UNPINNED_S)
-        assert not scheduler.snapshot().decode_requests.any()
+        assert not running.snapshot().decode_requests.any()
         assert drifts(running, "i0")["requests"] == 1
         assert "requests" not in drifts(running, "i1"), "the gateway's own requests are explained"
         rows = [orjson.loads(line) for line in running.journal.read_bytes().splitlines()]
@@ -72,14 +71,13 @@ async def test_pinned_kv_takes_room_until_somebody_pulls_it(cluster: VllmCluster
     await until_unpinned(cluster)
     prompts = [request(100 + n, 1)["prompt"] for n in range(3)]
     async with serving(cluster.urls[:2], tmp_path, system="colocated") as running:
-        scheduler = running.gateway.dispatcher
-        i0 = scheduler.loads.watched["i0"].reconciler
+        i0 = running.gateway.dispatcher.loads.watched["i0"].reconciler
         pinned = [
             await asyncio.to_thread(cluster[0].complete, prompt, 1, kv_transfer_params=EXPORT)
             for prompt in prompts
         ]
         await running.until(lambda: i0.foreign_tokens >= 3 * 500)
-        seen = scheduler.snapshot()
+        seen = running.snapshot()
         column = seen.index["i0"]
         assert seen.handoff_tokens[column] == i0.foreign_tokens
         assert seen.free_tokens[column] == seen.kv_capacity_tokens[column] - i0.foreign_tokens

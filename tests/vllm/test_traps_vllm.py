@@ -168,8 +168,7 @@ class TestLeases:
         kv = KvSetup(lease_s=SHORT_LEASE_S, bidirectional=True)
         prompt = prompt_ids(200)
         async with serving(pair.urls, tmp_path, system="static", kv=kv) as running:
-            scheduler = running.gateway.dispatcher
-            assert Signal.PROFILE not in scheduler.system.needs
+            assert Signal.PROFILE not in running.gateway.dispatcher.system.needs
             async with client() as session:
                 stopped = pair[1]
                 await in_thread(stop_process, stopped, signal.SIGSTOP)

@@ -23,6 +23,7 @@ from tidegate.fleet.health import HealthPace
 from tidegate.fleet.static import KvSetup, StaticFleet, StaticPace
 from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
+from tidegate.ledger.snapshot import Snapshot
 from tidegate.systems import System, make_system
 from tidegate.testing import profile
 from tidegate.testing.chaos import chaos, without_forced
@@ -185,6 +186,11 @@ class Running:
         rows = [orjson.loads(line) for line in self.journal.read_bytes().splitlines()]
         return {row["request"]: row for row in rows if row["type"] == "outcome"}
 
+    def snapshot(self) -> Snapshot:
+        """Return the cluster as the control plane sees it."""
+        dispatcher = self.gateway.dispatcher
+        return dispatcher.plane.snapshot(dispatcher.clock.now())
+
     def metric(self, name: str, **labels: str) -> float:
         """Return a counter of the gateway, summed over the labels that are not given."""
         total = 0.0
@@ -196,14 +202,14 @@ class Running:
 
     def move(self, request: str) -> bool:
         """Have a decode move to another instance at its next token; False when it cannot now."""
-        scheduler = self.gateway.dispatcher
-        src = scheduler.ledger.owner_of(request)
-        others = [name for name in scheduler.ledger.ids if name != src]
-        if src is None:
+        plane = self.gateway.dispatcher.plane
+        live = plane.requests.get(request)
+        src = plane.ledger.owner_of(request)
+        if live is None or src is None:
             return False
-        return scheduler.migrations.begin(
-            Migrate(request, src, others[len(request) % len(others)], "told so")
-        )
+        others = [name for name in plane.ledger.ids if name != src]
+        self.gateway.dispatcher.act([Migrate(request, src, others[len(request) % len(others)], "forced")])
+        return live.migrate is not None
 
     async def until(self, condition: Callable[[], bool], deadline_s: float = 30.0) -> None:
         """Let the gateway run until ``condition`` holds."""

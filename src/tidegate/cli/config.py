@@ -45,13 +45,14 @@ if TYPE_CHECKING:
 GATEWAY = GatewaySettings()
 """The gateway's own defaults."""
 SYSTEMS_HELP = (
-    "The composition of policies that decides: arrow (Arrow as published, version 2), arrow-lending (SLO-aware "
-    "placement with role flips), arrow-v1 (four elastic pools), colocated (both phases on one instance), "
-    "minimal-load (static split, least predicted time first), round-robin (static split, each pool in turn) "
-    "or static (static split, fewest tokens first); with embedded engines any of them as NAME+ORDER, where "
-    "waiting prefills are served by fifo, edf (earliest deadline), sjf (shortest) or feasible-first "
-    "(earliest deadline that can still be met), as in arrow-lending+feasible-first. In front of vLLM servers the "
-    "default is static unless there is a --profile of them, which the others but round-robin need."
+    "The composition of policies that decides: arrow (Arrow as published, version 2), arrow-lending "
+    "(SLO-aware placement with role flips), arrow-v1 (four elastic pools), colocated (both phases on "
+    "one instance), minimal-load (static split, least predicted time first), round-robin (static split,"
+    " each pool in turn) or static (static split, fewest tokens first); with embedded engines any of "
+    "them as NAME+ORDER, where waiting prefills are served by fifo, edf (earliest deadline), sjf "
+    "(shortest) or feasible-first (earliest deadline that can still be met), as in arrow-"
+    "lending+feasible-first. In front of vLLM servers the default is static unless there is a --profile"
+    " of them, which the others but round-robin need."
 )
 
 
