@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_type_hi
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from tidegate.api import DEFAULT_SYSTEM
 from tidegate.cli.options import Flag, OptionGroup, flags_of, given_type
 from tidegate.cli.setting_types import (
     Bootstraps,
@@ -103,7 +104,7 @@ class SchedulingSection(Section):
 
     panel = "Scheduling"
 
-    system: Annotated[SystemName, Flag(SYSTEMS_HELP, "NAME")] = "arrow-lending"
+    system: Annotated[SystemName, Flag(SYSTEMS_HELP, "NAME")] = DEFAULT_SYSTEM
     slo: Annotated[Targets, Flag("Latency targets of requests that bring none.", "ttft:MS,tpot:MS")] = (
         GATEWAY.slo
     )

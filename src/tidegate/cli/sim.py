@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from tidegate.api import DEFAULT_SYSTEM
 from tidegate.cli.options import Flag, OptionGroup, given
 from tidegate.cli.process import FAILURE
 from tidegate.cli.scoring import SCORING, Scoring
@@ -30,8 +31,6 @@ from tidegate.experiments.setting import Fleet, Setting
 from tidegate.experiments.workload import own_rate_rps, requests_of, starts_sessions
 from tidegate.sim import SimSettings
 from tidegate.workloads.choice import WorkloadChoice
-
-DEFAULT_SYSTEM = "arrow-lending"
 
 EPILOG = """
 [bold]Examples[/bold]

@@ -1,0 +1,235 @@
+"""The Python API: load a trace, simulate systems on it, compare them.
+
+What is here is re-exported by ``tidegate`` itself. Nothing heavy is imported before it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tidegate.sim import SimRun
+    from tidegate.workloads.trace import Workload
+
+DEFAULT_SYSTEM = "arrow-lending"
+DEFAULT_PROFILE = "h100_sxm/llama-3.1-8b"
+DEFAULT_SLO = "ttft:1000,tpot:50"
+PERCENTILES = (50, 90, 99)
+
+
+def load_trace(
+    source: str | Path, *, requests: int | None = None, duration_s: float | None = None
+) -> Workload:
+    """Read a trace of any format that ``tidegate trace info`` reads, or a packaged ``sample:NAME``.
+
+    ``requests`` keeps the first N, ``duration_s`` those of the first seconds. Raises TraceError, with file,
+    line and column, for a malformed one.
+    """
+    from tidegate.workloads.choice import WorkloadChoice, load_workload
+
+    return load_workload(WorkloadChoice(trace=str(source), limit=requests, duration_s=duration_s))
+
+
+def list_systems() -> dict[str, str]:
+    """Return every system by name with a line about it, installed third-party ones included."""
+    from tidegate.systems import SYSTEMS, make_system
+
+    return {name: make_system(name).summary for name in SYSTEMS.names()}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SimulationResult:
+    """One simulated run. ``run`` has everything: requests as columns, timeline, instances, flips."""
+
+    system: str
+    rate_rps: float
+    run: SimRun
+
+    @property
+    def attainment(self) -> float:
+        """The share of offered requests that met both latency targets."""
+        return self.run.attained / max(1, len(self.run.requests))
+
+    def ttft_s(self, percentile: float = 50) -> float:
+        """Return a percentile of TTFT in seconds over the answered requests."""
+        return _percentile(self.run.requests.ttft_s, percentile)
+
+    def tpot_s(self, percentile: float = 50) -> float:
+        """Return a percentile of TPOT in seconds over the answered requests of two tokens or more."""
+        return _percentile(self.run.requests.tpot_s, percentile)
+
+    def row(self) -> dict[str, Any]:
+        """Return the run in one row: what ``ComparisonResult.rows`` holds of it."""
+        latencies = {f"ttft_p{p}_s": self.ttft_s(p) for p in PERCENTILES}
+        latencies |= {f"tpot_p{p}_s": self.tpot_s(p) for p in PERCENTILES}
+        return {
+            "system": self.system,
+            "rate_rps": self.rate_rps,
+            "requests": len(self.run.requests),
+            "attainment": self.attainment,
+            **latencies,
+            "flips": self.run.flips,
+            "migrations": self.run.migrations,
+            "preemptions": self.run.preemptions,
+        }
+
+    def to_pandas(self) -> Any:
+        """Return one row per request as a pandas DataFrame. Raises ImportError without pandas."""
+        import pandas as pd
+
+        table = self.run.requests
+        names = [*table.instances, None]
+        columns = {
+            "arrival_s": table.arrival_s,
+            "input_tokens": table.input_tokens,
+            "output_tokens": table.output_tokens,
+            "outcome": [table.outcomes[code] for code in table.outcome],
+            "ttft_s": table.ttft_s,
+            "tpot_s": table.tpot_s,
+            "attained": table.attained,
+            "prefill_on": [names[at] for at in table.prefill_on],
+            "decode_on": [names[at] for at in table.decode_on],
+            "cached_tokens": table.cached_tokens,
+            "preemptions": table.preemptions,
+            "migrations": table.migrations,
+        }
+        return pd.DataFrame(columns | {f"{stage}_s": seconds for stage, seconds in table.stages_s.items()})
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw the shares of requests within a TTFT and within a TPOT. Returns the matplotlib figure.
+
+        ``path`` saves it, too. Raises ImportError without matplotlib.
+        """
+        return _plot_cdfs([self], path)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ComparisonResult:
+    """Systems on one workload at one or more rates: ``results`` in the order in which they were asked for."""
+
+    results: tuple[SimulationResult, ...]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """One plain row per run."""
+        return [result.row() for result in self.results]
+
+    def to_pandas(self) -> Any:
+        """Return one row per run as a pandas DataFrame. Raises ImportError without pandas."""
+        import pandas as pd
+
+        return pd.DataFrame(self.rows)
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw SLO attainment over the rate, or latency distributions where there is one rate.
+
+        Returns the matplotlib figure; ``path`` saves it, too. Raises ImportError without matplotlib.
+        """
+        if len({result.rate_rps for result in self.results}) == 1:
+            return _plot_cdfs(self.results, path)
+        figure, axis = _figure(1)
+        for system in dict.fromkeys(result.system for result in self.results):
+            points = sorted((r.rate_rps, r.attainment) for r in self.results if r.system == system)
+            axis[0].plot(*zip(*points, strict=True), marker="o", label=system)
+        axis[0].set(xlabel="requests/s", ylabel="SLO attainment", ylim=(0, 1.02))
+        axis[0].axhline(0.9, color="grey", linewidth=0.8, linestyle="--")
+        return _finished(figure, axis, path)
+
+
+def simulate(
+    trace: Workload | str | Path,
+    system: str = DEFAULT_SYSTEM,
+    *,
+    instances: int = 4,
+    profile: str = DEFAULT_PROFILE,
+    split: str | None = None,
+    slo: str = DEFAULT_SLO,
+    rate_rps: float | None = None,
+    seed: int = 0,
+    journal: IO[bytes] | None = None,
+) -> SimulationResult:
+    """Serve a trace with a system on simulated instances, in virtual time.
+
+    ``system`` is a name of ``list_systems``, with an order as in ``arrow+edf``; ``split`` is ``P:D`` at the
+    start; ``rate_rps`` scales the trace's time to that mean rate; another ``seed`` than 0 permutes requests
+    within each minute; ``journal`` gets every decision and outcome as JSON lines. The same arguments give the
+    same result.
+    Raises ConfigError for an unknown name or an impossible fleet, TraceError for a malformed trace.
+    """
+    from tidegate.core.notation import parse_split
+    from tidegate.core.slo import Slo
+    from tidegate.costs.library import packaged_profile
+    from tidegate.dataplane.replica import replicas_of
+    from tidegate.experiments.workload import at_rate, own_rate_rps
+    from tidegate.sim import SimSettings
+    from tidegate.sim import simulate as run_simulation
+    from tidegate.systems import make_system
+
+    workload = load_trace(trace) if isinstance(trace, str | Path) else trace
+    targets = Slo.parse(slo)
+    composed = make_system(system, split=None if split is None else parse_split(split), slo=targets)
+    replicas = replicas_of(packaged_profile(profile), instances)
+    drawn = at_rate(workload, rate_rps, seed)
+    run = run_simulation(drawn, composed, replicas, SimSettings(slo=targets), journal=journal)
+    return SimulationResult(composed.name, own_rate_rps(drawn) if rate_rps is None else rate_rps, run)
+
+
+def compare(
+    trace: Workload | str | Path,
+    systems: Iterable[str],
+    *,
+    rates_rps: Sequence[float | None] = (None,),
+    **options: Any,
+) -> ComparisonResult:
+    """Simulate several systems on one trace, at each of ``rates_rps``; None is the trace's own rate.
+
+    ``options`` are those of ``simulate``. To search goodputs over seeds, with limits and a report, use
+    ``tidegate compare``.
+    """
+    workload = load_trace(trace) if isinstance(trace, str | Path) else trace
+    asked = [(system, rate) for system in systems for rate in rates_rps]
+    return ComparisonResult(
+        tuple(simulate(workload, system, rate_rps=rate, **options) for system, rate in asked)
+    )
+
+
+def _percentile(values: Any, percentile: float) -> float:
+    import numpy as np
+
+    known = values[np.isfinite(values)]
+    return float(np.percentile(known, percentile)) if len(known) else float("nan")
+
+
+def _figure(panels: int) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(1, panels, figsize=(6 * panels, 4), squeeze=False)
+    return figure, axis[0]
+
+
+def _plot_cdfs(results: Sequence[SimulationResult], path: str | Path | None) -> Any:
+    import numpy as np
+
+    figure, axes = _figure(2)
+    for axis, name in zip(axes, ("ttft_s", "tpot_s"), strict=True):
+        for result in results:
+            values = getattr(result.run.requests, name)
+            known = np.sort(values[np.isfinite(values)]) * 1e3
+            axis.plot(known, np.arange(1, len(known) + 1) / max(1, len(known)), label=result.system)
+        axis.set(xlabel=f"{name[:4].upper()} [ms]", ylabel="share of requests", xscale="log")
+    return _finished(figure, axes, path)
+
+
+def _finished(figure: Any, axes: Any, path: str | Path | None) -> Any:
+    for axis in axes:
+        axis.legend()
+    figure.tight_layout()
+    if path is not None:
+        figure.savefig(path)
+    return figure
