@@ -46,15 +46,11 @@ class CsvTable:
         self.rows = [_split(text) for _, text in lines]
         for row, fields in enumerate(self.rows):
             if len(fields) != len(columns):
-                raise self.wrong_width(row)
-
-    def wrong_width(self, row: int) -> TraceError:
-        """Return a TraceError where a row has a field too many or ends too early."""
-        number, text = self.lines[row]
-        fields, width = self.rows[row], len(self.columns)
-        at = _column_starts(text, fields)[width] if len(fields) > width else len(text) + 1
-        message = f"{len(fields)} fields, expected {width} as in the header"
-        return TraceError(message, file=self.file, line=number, column=at)
+                number, text = lines[row]
+                longer = len(fields) > len(columns)
+                at = _column_starts(text, fields)[len(columns)] if longer else len(text) + 1
+                message = f"{len(fields)} fields, expected {len(columns)} as in the header"
+                raise TraceError(message, file=file, line=number, column=at)
 
     def error(self, row: int, column: str, message: str) -> TraceError:
         """Return a TraceError at the first character of a value."""
@@ -63,15 +59,11 @@ class CsvTable:
         return TraceError(message, file=self.file, line=number, column=at)
 
     def texts(self, column: str) -> list[str]:
-        """Return a column's values; empty strings where the file has no such column."""
+        """Return a column's values; none where the file has no such column."""
         index = self.columns.get(column)
         if index is None:
-            return [""] * len(self.rows)
+            return []
         return [fields[index].strip() for fields in self.rows]
-
-    def given(self, *names: str) -> list[str]:
-        """Return the column of the first name that the file has; empty strings where it has none."""
-        return self.texts(next((name for name in names if name in self.columns), names[0]))
 
     def values(self, column: str, parse: Callable[[str], T], expected: str) -> list[T]:
         """Parse a column; raises TraceError for the first value that ``parse`` refuses by ValueError."""
@@ -115,6 +107,8 @@ class CsvTable:
                 return number
             raise ValueError
 
+        if column not in self.columns and empty is not None:
+            return np.full(len(self.rows), empty)
         return np.array(self.values(column, parse, "a number of seconds >= 0"), np.float64)
 
 
@@ -155,10 +149,9 @@ def _workload(table: CsvTable) -> Workload:
             table.file, names, [line for line, ok in zip(table.lines, answered, strict=True) if ok]
         )
     arrival_s = _arrivals(table)
-    session = [
-        f"{name}/{agent}" if agent else name
-        for name, agent in zip(table.given("session_id", "Session ID"), table.texts("agent"), strict=True)
-    ]
+    session = table.texts("session_id") or table.texts("Session ID")
+    agents = zip(session, table.texts("agent"), strict=False)
+    session = [f"{name}/{agent}" if agent else name for name, agent in agents] or session
     workload = Workload(
         arrival_s,
         table.integers(lengths[0], 1),

@@ -45,17 +45,9 @@ class TraceRecord(NamedTuple):
 
 
 DEFAULTS = TraceRecord(0.0, 0, 0)
-DTYPES: dict[str, type] = {
-    "arrival_s": np.float64,
-    "input_tokens": np.int64,
-    "output_tokens": np.int64,
-    "hash_ids": np.object_,
-    "block_tokens": np.int64,
-    "session_id": np.object_,
-    "turn": np.int64,
-    "delay_s": np.float64,
-    "slo_class": np.object_,
-    "client_id": np.object_,
+DTYPES = {
+    name: np.int64 if isinstance(value, int) else np.object_ if isinstance(value, str | tuple) else np.float64
+    for name, value in DEFAULTS._asdict().items()
 }
 """The type of each column; tuples and strings are objects, so that rows share them."""
 
