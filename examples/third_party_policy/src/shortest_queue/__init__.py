@@ -1,4 +1,4 @@
-"""Prefills to the shortest queue, decodes to the most free KV, one decode a second off the fullest instance."""
+"""Prefills to the shortest queue, decodes to the most free KV, one decode a second off the fullest one."""
 
 from __future__ import annotations
 
