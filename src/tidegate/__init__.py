@@ -5,6 +5,7 @@ The Python API (``docs/api.md``) is imported when it is first used, so that ``im
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,7 +25,5 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from tidegate import api
-
-        return getattr(api, name)
+        return getattr(import_module("tidegate.api"), name)
     raise AttributeError(f"module 'tidegate' has no attribute {name!r}")
