@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from tidegate.core.instance import Instance
 from tidegate.costs.forms import MixedCost, PrefillCost, StepCost, TransferCost
 from tidegate.dataplane.cluster import Cluster
-from tidegate.dataplane.events import EventQueue, Kind
+from tidegate.dataplane.events import EventKind, EventQueue
 from tidegate.dataplane.instance import SimInstance
 from tidegate.dataplane.replica import EngineSettings, Replica
-from tidegate.dataplane.sequence import CHUNKING, DECODING, ENDED, LOADING, PAUSED, READY, Pin, Sequence
+from tidegate.dataplane.sequence import CHUNKING, DECODING, ENDED, LOADING, PAUSED, READY, Pin, SimSequence
 from tidegate.policies.order import Ticket, make_order
 from tidegate.testing.builders import REFERENCE
 
@@ -115,13 +115,13 @@ class PlaneRun:
         self.events = EventQueue()
         fleet = case.fleet()
         self.cluster = Cluster(fleet, self.events, self, leap=leap, order=make_order(case.order))
-        self.sequences: list[Sequence] = []
+        self.sequences: list[SimSequence] = []
         self.told: list[Told] = []
-        self.in_step: list[set[Sequence]] = [set() for _ in fleet]
+        self.in_step: list[set[SimSequence]] = [set() for _ in fleet]
         self.steps = [0] * len(fleet)
         self.migrations: list[bool] = []
         self._pins: list[Pin] = []
-        self._arrivals: list[Sequence] = []
+        self._arrivals: list[SimSequence] = []
         self._plan_arrivals()
 
     def _plan_arrivals(self) -> None:
@@ -144,18 +144,18 @@ class PlaneRun:
             last = prompt + (1 if hand_over else answer)
             self.choices.append((decode_on, prompt + answer, answer))
             ticket = Ticket(now, now + rng.uniform(0.0, 0.5), rng.uniform(0.0, 0.1))
-            leg = Sequence(number, prompt, last, hand_over, None, ids, case.hash_block_tokens, ticket)
+            leg = SimSequence(number, prompt, last, hand_over, None, ids, case.hash_block_tokens, ticket)
             leg.on = on
             self._arrivals.append(leg)
             self.sequences.append(leg)
             self.told.append(Told())
-            self.events.push(self._at(now), Kind.ARRIVAL, number)
+            self.events.push(self._at(now), EventKind.ARRIVAL, number)
         self.disturbances = [
             (rng.randrange(case.legs), rng.choice(["abort", "migrate", "migrate", "cancel"]), rng.random())
             for _ in range(case.disturbances)
         ]
         for number in range(case.disturbances):
-            self.events.push(self._at(rng.uniform(0.0, 2.0 * now + 1.0)), Kind.TICK, number)
+            self.events.push(self._at(rng.uniform(0.0, 2.0 * now + 1.0)), EventKind.TICK, number)
 
     def _at(self, at_s: float) -> float:
         return round(at_s * 256) / 256 if self.case.tied else at_s
@@ -165,11 +165,11 @@ class PlaneRun:
         while self.events.next_s() is not None:
             event = self.events.pop()
             now, kind, whose, _ = event
-            if kind is Kind.ARRIVAL:
+            if kind is EventKind.ARRIVAL:
                 leg = self._arrivals[whose]
                 if leg.state != ENDED:
                     self.cluster.submit(leg.on, leg, now)
-            elif kind is Kind.TICK:
+            elif kind is EventKind.TICK:
                 self._disturb(whose, now)
             else:
                 self.cluster.handle(event)
@@ -252,32 +252,32 @@ class PlaneRun:
         for leg in self.in_step[instance]:
             self.told[leg.request].tokens_s.extend([now] * count)
 
-    def token(self, sequence: Sequence, now: float) -> None:
+    def token(self, sequence: SimSequence, now: float) -> None:
         told = self.told[sequence.request]
         assert told.end_s is None and not told.aborted
         told.tokens_s.append(now)
         if sequence.tokens < sequence.last_token or sequence.state == DECODING:
             self.in_step[sequence.on].add(sequence)
 
-    def preempted(self, sequence: Sequence) -> None:
+    def preempted(self, sequence: SimSequence) -> None:
         self.in_step[sequence.on].discard(sequence)
         self.told[sequence.request].story.append(("preempted",))
 
-    def paused(self, sequence: Sequence, now: float) -> None:
+    def paused(self, sequence: SimSequence, now: float) -> None:
         self.in_step[sequence.on].discard(sequence)
 
     def migrated(
-        self, sequence: Sequence, src: int, dst: int, moved_bytes: int, committed: bool, now: float
+        self, sequence: SimSequence, src: int, dst: int, moved_bytes: int, committed: bool, now: float
     ) -> None:
         assert sequence.on == (dst if committed else src)
         self.migrations.append(committed)
         self.told[sequence.request].story.append(("migrated", src, dst, moved_bytes, committed))
 
-    def pull(self, sequence: Sequence, instance: int, now: float) -> None:
+    def pull(self, sequence: SimSequence, instance: int, now: float) -> None:
         moved = self.cluster.pull(sequence, instance, now)
         self.told[sequence.request].story.append(("pull", instance, moved))
 
-    def ended(self, sequence: Sequence, pin: Pin | None, now: float) -> None:
+    def ended(self, sequence: SimSequence, pin: Pin | None, now: float) -> None:
         told = self.told[sequence.request]
         assert not told.aborted and told.end_s is None and sequence.state == ENDED
         self.in_step[sequence.on].discard(sequence)
@@ -288,7 +288,7 @@ class PlaneRun:
         self._pins.append(pin)
         self.cluster.begin_lease(pin, now)
         decode_on, last, _ = self.choices[sequence.request]
-        leg = Sequence(
+        leg = SimSequence(
             sequence.request,
             sequence.tokens,
             last,

@@ -11,7 +11,7 @@ from tidegate.costs.library import packaged_profile
 from tidegate.dataplane.cluster import Cluster
 from tidegate.dataplane.events import EventQueue
 from tidegate.dataplane.replica import EngineSettings, Replica, replicas_of
-from tidegate.dataplane.sequence import ENDED, Pin, Sequence
+from tidegate.dataplane.sequence import ENDED, Pin, SimSequence
 from tidegate.testing import profile
 
 ROUND = profile(prefill=(0.0, 1e-3, 0.0), step=(1e-2, 0.0, 0.0), transfer=(0.5, 1000.0))
@@ -49,22 +49,22 @@ class Plane:
 
     def stepped(self, instance: int, count: int, now: float) -> None: ...
 
-    def preempted(self, sequence: Sequence) -> None: ...
+    def preempted(self, sequence: SimSequence) -> None: ...
 
-    def paused(self, sequence: Sequence, now: float) -> None: ...
+    def paused(self, sequence: SimSequence, now: float) -> None: ...
 
-    def token(self, sequence: Sequence, now: float) -> None:
+    def token(self, sequence: SimSequence, now: float) -> None:
         self.tokens_s.append((sequence.request, now))
 
-    def pull(self, sequence: Sequence, instance: int, now: float) -> None:
+    def pull(self, sequence: SimSequence, instance: int, now: float) -> None:
         self.cluster.pull(sequence, instance, now)
 
     def migrated(
-        self, sequence: Sequence, src: int, dst: int, moved_bytes: int, committed: bool, now: float
+        self, sequence: SimSequence, src: int, dst: int, moved_bytes: int, committed: bool, now: float
     ) -> None:
         self.migrated_s.append((committed, moved_bytes, now))
 
-    def ended(self, sequence: Sequence, pin: Pin | None, now: float) -> None:
+    def ended(self, sequence: SimSequence, pin: Pin | None, now: float) -> None:
         self.ends_s[sequence.request] = now
         if pin is not None:
             self.pins[sequence.request] = pin
@@ -73,9 +73,9 @@ class Plane:
 @pytest.mark.parametrize(("decode_on", "transfer_s"), [(1, 0.5 + 0.2), (2, 1.0 + 2.0)])
 def test_a_pull_costs_what_the_way_costs(decode_on: int, transfer_s: float) -> None:
     plane = Plane()
-    plane.cluster.submit(0, Sequence(0, 200, 201, True), 0.0)
+    plane.cluster.submit(0, SimSequence(0, 200, 201, True), 0.0)
     plane.run()
-    plane.cluster.submit(decode_on, Sequence(0, 201, 203, False, plane.pins[0]), 0.2)
+    plane.cluster.submit(decode_on, SimSequence(0, 201, 203, False, plane.pins[0]), 0.2)
     plane.run()
     assert plane.ends_s[0] == pytest.approx(0.2 + transfer_s + 2 * 0.01)
     assert plane.free(0) and plane.free(decode_on)
@@ -84,7 +84,7 @@ def test_a_pull_costs_what_the_way_costs(decode_on: int, transfer_s: float) -> N
 def test_a_known_prefix_is_not_computed_again() -> None:
     plane = Plane()
     for number, at_s in ((0, 0.0), (1, 1.0)):
-        plane.cluster.submit(0, Sequence(number, 200, 201, False, None, (7, 8, 9), 64), at_s)
+        plane.cluster.submit(0, SimSequence(number, 200, 201, False, None, (7, 8, 9), 64), at_s)
         plane.run()
     # 3 blocks of 64 are known; 8 tokens are left to compute.
     assert plane.ends_s == pytest.approx({0: 0.2, 1: 1.008})
@@ -93,7 +93,7 @@ def test_a_known_prefix_is_not_computed_again() -> None:
 def test_a_prefix_goes_when_its_blocks_are_needed() -> None:
     plane = Plane(kv_tokens=256)
     for number, at_s, ids in ((0, 0.0, (7, 8, 9)), (1, 1.0, ()), (2, 2.0, (7, 8, 9))):
-        plane.cluster.submit(0, Sequence(number, 200, 201, False, None, ids, 64), at_s)
+        plane.cluster.submit(0, SimSequence(number, 200, 201, False, None, ids, 64), at_s)
         plane.run()
     # The second takes 13 of 16 blocks; the 3 left hold no whole unit of 4.
     assert plane.ends_s == pytest.approx({0: 0.2, 1: 1.2, 2: 2.2})
@@ -101,7 +101,7 @@ def test_a_prefix_goes_when_its_blocks_are_needed() -> None:
 
 def test_a_migration_pauses_for_its_last_stage_only() -> None:
     plane = Plane()
-    plane.cluster.submit(0, Sequence(0, 200, 400, False), 0.0)
+    plane.cluster.submit(0, SimSequence(0, 200, 400, False), 0.0)
     plane.run(until_s=0.2)
     plane.run(until_s=0.205)
     assert plane.cluster.begin_migration(0, 0, 1, 0.205)
@@ -115,9 +115,9 @@ def test_a_migration_pauses_for_its_last_stage_only() -> None:
 
 def test_an_abort_in_mid_pull_frees_both_ends() -> None:
     plane = Plane()
-    plane.cluster.submit(0, Sequence(0, 200, 201, True), 0.0)
+    plane.cluster.submit(0, SimSequence(0, 200, 201, True), 0.0)
     plane.run()
-    leg = Sequence(0, 201, 203, False, plane.pins[0])
+    leg = SimSequence(0, 201, 203, False, plane.pins[0])
     plane.cluster.submit(1, leg, 0.2)
     plane.run(until_s=0.6)
     plane.cluster.abort(leg, 0.6)
@@ -150,7 +150,7 @@ class Watched(Plane):
     def stepped(self, instance: int, count: int, now: float) -> None:
         self.steps += count if instance == 1 else 0
 
-    def ended(self, sequence: Sequence, pin: Pin | None, now: float) -> None:
+    def ended(self, sequence: SimSequence, pin: Pin | None, now: float) -> None:
         super().ended(sequence, pin, now)
         self.cluster.report(now)
         self.known.append(self.steps)
@@ -159,7 +159,7 @@ class Watched(Plane):
 @pytest.mark.parametrize("leap", [True, False])
 def test_a_step_that_ends_at_this_very_time_is_known(leap: bool) -> None:
     plane = Watched(leap=leap)
-    plane.cluster.submit(0, Sequence(0, 200, 204, False), 0.0)
-    plane.cluster.submit(1, Sequence(1, 200, 260, False), 0.0)
+    plane.cluster.submit(0, SimSequence(0, 200, 204, False), 0.0)
+    plane.cluster.submit(1, SimSequence(1, 200, 260, False), 0.0)
     plane.run()
     assert plane.known == [4, 60]

@@ -6,15 +6,15 @@ from dataclasses import replace
 
 from tidegate.experiments.compare import common_rate
 from tidegate.experiments.findings import findings
-from tidegate.reports.comparison import Comparison, Entry, LevelGoodput, TraceComparison
+from tidegate.reports.comparison import ComparedSystem, Comparison, LevelGoodput, TraceComparison
 
 
-def entry(system: str, goodput_rps: float, *, chosen: str = "", flips: int = 0) -> Entry:
+def entry(system: str, goodput_rps: float, *, chosen: str = "", flips: int = 0) -> ComparedSystem:
     level = LevelGoodput(0.9, chosen, goodput_rps, goodput_rps, goodput_rps, 10.0, ())
-    return Entry(system, (level,), {}, at_goodput={"flips": flips})
+    return ComparedSystem(system, (level,), {}, at_goodput={"flips": flips})
 
 
-def said(*entries: Entry) -> str:
+def said(*entries: ComparedSystem) -> str:
     trace = TraceComparison("t", "t", entries, 4.0, "", "")
     return " ".join(findings(Comparison((trace,), (0.9,), 1, 4, "ttft:1,tpot:1", "p", "0", "", {})))
 
@@ -33,7 +33,7 @@ def test_a_difference_within_the_search_is_called_equal() -> None:
 
 def test_nobody_leads_where_nobody_serves() -> None:
     unable = replace(entry("arrow", 0.0).levels[0], reason="the SLO is out of reach")
-    assert said(Entry("arrow", (unable,))) == (
+    assert said(ComparedSystem("arrow", (unable,))) == (
         "No system reaches 90 % attainment at any rate: the SLO is out of reach."
     )
 

@@ -175,7 +175,7 @@ def written(verdict: Verdict) -> dict[str, Any]:
 
 
 def test_a_decision_says_what_was_chosen_and_among_what() -> None:
-    alternatives = Alternatives([f"i{k}" for k in range(12)], {})
+    alternatives = Alternatives([f"i{k}" for k in range(12)], dict)
     place = written(Verdict(Place("i0", None, RequestPath.DISAGGREGATED), (), alternatives, "it is idle"))
     assert place["t"] == 2.0
     assert place["chosen"] == {"prefill_on": "i0", "decode_on": None, "path": "disaggregated"}

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tidegate.core.instance import Role
 from tidegate.ledger.ledger import Ledger
-from tidegate.ledger.reconcile import KV_SHARE, READINGS, REQUESTS_SHARE, Reconciler, Told
+from tidegate.ledger.reconcile import KV_SHARE, READINGS, REQUESTS_SHARE, EngineLoad, Reconciler
 from tidegate.ledger.snapshot import Field
 from tidegate.testing import instance, profile, request
 
@@ -43,9 +43,9 @@ class Reconciling(RuleBasedStateMachine):
         self.least_others: list[int] = []
         self.most_unknown: list[int] = []
 
-    def _told(self) -> Told:
+    def _told(self) -> EngineLoad:
         kv = [*self.running.values(), *self.leaving.values(), *self.others]
-        return Told(len(kv), sum(blocks(tokens) for tokens in kv))
+        return EngineLoad(len(kv), sum(blocks(tokens) for tokens in kv))
 
     @rule()
     def own_request_comes(self) -> None:

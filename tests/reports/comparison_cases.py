@@ -6,12 +6,12 @@ from run_cases import made_run
 
 from tidegate.measure.run_view import view_of
 from tidegate.measure.summary import RunFacts, summarize_run
-from tidegate.reports.comparison import Comparison, Entry, LevelGoodput, RunAt, TraceComparison
+from tidegate.reports.comparison import ComparedSystem, Comparison, LevelGoodput, RunAt, TraceComparison
 
 
 def made_entry(
     system: str, goodput_rps: float, *, chosen: str = "", slow: float = 1.0, reason: str = ""
-) -> Entry:
+) -> ComparedSystem:
     """Return a system with searches at two levels, and with runs unless its goodput is 0."""
     probes = tuple(
         RunAt(goodput_rps * factor, seed, attainment - 0.01 * seed)
@@ -25,10 +25,10 @@ def made_entry(
     )
     run = made_run(200, slow=slow, failed=5 if slow > 1 else 0)
     shown = summarize_run(run, RunFacts(system, "t.csv", 0, 1.0, 0.5, goodput_rps, 16.0))
-    return Entry(system, levels, {}, shown if goodput_rps else None, shown, view_of(run))
+    return ComparedSystem(system, levels, {}, shown if goodput_rps else None, shown, view_of(run))
 
 
-def made_comparison(*entries: Entry) -> Comparison:
+def made_comparison(*entries: ComparedSystem) -> Comparison:
     """Return a comparison of ``entries`` on one trace."""
     trace = TraceComparison("t.csv", "t", entries, 6.0, "the goodput of static:best", "prefill", ("<odd>",))
     facts = {"Python": "3"}

@@ -1,4 +1,4 @@
-"""Drift follows an instance that changed, and nothing else."""
+"""ProfileDrift follows an instance that changed, and nothing else."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 
 import pytest
 
-from tidegate.costs.drift import FEWEST, HALF_LIFE, Drift
+from tidegate.costs.drift import FEWEST, HALF_LIFE, ProfileDrift
 
 
 def test_says_nothing_from_too_little() -> None:
-    drift = Drift()
+    drift = ProfileDrift()
     for _ in range(FEWEST - 1):
         drift.observe(0.01, 0.1)
     assert drift.ratio is None and not drift.drifted
@@ -19,7 +19,7 @@ def test_says_nothing_from_too_little() -> None:
 
 
 def test_symmetric_noise_and_single_stalls_are_no_drift() -> None:
-    drift = Drift()
+    drift = ProfileDrift()
     for i in range(200):
         drift.observe(0.01, 0.01 * (2.0 if i % 2 else 0.5))
     assert drift.ratio == pytest.approx(1.0, abs=0.03)
@@ -28,7 +28,7 @@ def test_symmetric_noise_and_single_stalls_are_no_drift() -> None:
 
 
 def test_follows_an_instance_that_became_slower() -> None:
-    drift = Drift()
+    drift = ProfileDrift()
     for _ in range(1000):
         drift.observe(0.02, 0.02)
     for _ in range(HALF_LIFE):
@@ -41,6 +41,6 @@ def test_follows_an_instance_that_became_slower() -> None:
 
 @pytest.mark.parametrize("pair", [(0.0, 1.0), (1.0, 0.0), (-1.0, 1.0), (math.inf, 1.0), (1.0, math.nan)])
 def test_leaves_out_what_is_no_time(pair: tuple[float, float]) -> None:
-    drift = Drift()
+    drift = ProfileDrift()
     drift.observe(*pair)
     assert drift.observations == 0

@@ -8,7 +8,7 @@ from tidegate.core.slo import Slo
 from tidegate.fleet.member import Member
 from tidegate.gateway import sessions
 from tidegate.gateway.call import Call, read_call
-from tidegate.gateway.sessions import ENTRY_TOKENS, Sessions
+from tidegate.gateway.sessions import ENTRY_TOKENS, Conversations
 from tidegate.testing import instance
 
 
@@ -19,7 +19,7 @@ def call(session: str) -> Call:
 @pytest.mark.parametrize("tokens", [1, 1000])
 def test_the_longest_unused_conversations_are_forgotten(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     monkeypatch.setattr(sessions, "MOST_TOKENS", 10 * (tokens + ENTRY_TOKENS))
-    known, member = Sessions(), Member(instance("i0"), "http://x", "fake", engine_id="e")
+    known, member = Conversations(), Member(instance("i0"), "http://x", "fake", engine_id="e")
     for number in range(25):
         known.note(call(f"s{number}"), member, [7] * tokens, "i0", 1)
         known.note(call("kept"), member, [7] * tokens, "i0", 1)

@@ -21,7 +21,7 @@ ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class DemandKind:
     """``count`` instances with equal costs and equal room for KV."""
 
     profile: Profile
@@ -70,7 +70,7 @@ class Demand:
         )
 
 
-def kinds_of(profiles: Sequence[Profile], instances: Sequence[Instance]) -> list[Kind]:
+def kinds_of(profiles: Sequence[Profile], instances: Sequence[Instance]) -> list[DemandKind]:
     """Group a fleet. Raises ConfigError when it is empty or a profile is missing."""
     if not instances or len(profiles) != len(instances):
         raise ConfigError(
@@ -89,7 +89,7 @@ def kinds_of(profiles: Sequence[Profile], instances: Sequence[Instance]) -> list
         first.setdefault(key, (profile, instance))
         counts[key] += 1
     return [
-        Kind(profile, instance.kv_capacity_tokens, instance.max_model_len, counts[key])
+        DemandKind(profile, instance.kv_capacity_tokens, instance.max_model_len, counts[key])
         for key, (profile, instance) in first.items()
     ]
 
@@ -137,7 +137,7 @@ def _reuse(record: TraceRecord, seen: set[int], named: Counter[int]) -> tuple[in
     return first_new, new, shared
 
 
-def hopeless(demand: Demand, kinds: Sequence[Kind], slo: Slo, batching: Batching) -> Mask:
+def hopeless(demand: Demand, kinds: Sequence[DemandKind], slo: Slo, batching: Batching) -> Mask:
     """Tell which requests miss even alone: their prefill, their steps or their size rule every instance out.
 
     Each kind is taken at its best: whichever of its step forms is cheaper, term by term.
@@ -151,7 +151,7 @@ def hopeless(demand: Demand, kinds: Sequence[Kind], slo: Slo, batching: Batching
     return ~possible
 
 
-def _prefill_alone_s(demand: Demand, kind: Kind, batching: Batching) -> Values:
+def _prefill_alone_s(demand: Demand, kind: DemandKind, batching: Batching) -> Values:
     """Return the least time for the new tokens of a prompt, in the best number of chunks."""
     pure, mixed = kind.profile.prefill, kind.profile.mixed
     step_s = float(min(pure.a_s, mixed.a_s)) + batching.host_s
@@ -169,7 +169,7 @@ def _prefill_alone_s(demand: Demand, kind: Kind, batching: Batching) -> Values:
     return alone_s
 
 
-def _steps_alone_s(demand: Demand, kind: Kind, batching: Batching) -> Values:
+def _steps_alone_s(demand: Demand, kind: DemandKind, batching: Batching) -> Values:
     """Return the least time of all decodes of a request, alone in its steps or beside one chunk token."""
     step, mixed = kind.profile.step, kind.profile.mixed
     alone_s = float(min(step.seconds(1.0, 0.0), mixed.seconds(2.0, 0.0, 0.0))) + batching.host_s

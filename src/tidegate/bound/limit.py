@@ -59,7 +59,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tidegate.bound.demand import Batching, Demand, Kind, demand_of, hopeless, kinds_of
+from tidegate.bound.demand import Batching, Demand, DemandKind, demand_of, hopeless, kinds_of
 from tidegate.bound.prices import answer_worth, prompt_worth
 from tidegate.bound.search import Excluded, Market, Search
 from tidegate.core.errors import ConfigError
@@ -162,7 +162,7 @@ def _binding(market: Market, batching: Batching, found: Excluded, level: float) 
 def _held_back(market: Market, batching: Batching, work: Demand) -> str:
     """Name the constraint whose doubling makes ``work`` cheaper by most, if any does by enough."""
 
-    def cost(kinds: Sequence[Kind], slo: Slo, batching: Batching) -> float:
+    def cost(kinds: Sequence[DemandKind], slo: Slo, batching: Batching) -> float:
         changed = Market.of(work, kinds, batching, slo)
         prices = changed.prices(work)
         if prices is None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog
 from scipy.sparse import csr_array
 
-from tidegate.bound.demand import Batching, Demand, Kind
+from tidegate.bound.demand import Batching, Demand, DemandKind
 from tidegate.costs.forms import Values
 
 PREFILL, DECODE, MIXED = 0, 1, 2
@@ -32,8 +32,8 @@ _GRID = 48
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Steps:
-    """Steps that a fair price list must withstand, one entry each; every other step lies between some.
+class StepCosts:
+    """StepCosts that a fair price list must withstand, one entry each; every other step lies between some.
 
     A step of ``kind`` computes ``new`` prompt tokens with ``pairs`` of attention beside ``batch`` decodes.
     Those hold ``context`` tokens, ``private`` of which no other request shares. It takes ``seconds`` at
@@ -89,7 +89,9 @@ class Reach:
         )
 
 
-def steps_of(kinds: Sequence[Kind], batching: Batching, reach: Reach, *, every_batch: bool) -> Steps:
+def steps_of(
+    kinds: Sequence[DemandKind], batching: Batching, reach: Reach, *, every_batch: bool
+) -> StepCosts:
     """Return the extreme steps of a fleet, for every batch size or for a grid of them.
 
     For a given batch, what a step earns less what it costs is linear in attention and piecewise linear in
@@ -109,11 +111,11 @@ def steps_of(kinds: Sequence[Kind], batching: Batching, reach: Reach, *, every_b
     columns = [np.concatenate([part[i] for part in parts]) for i in range(8)]
     earning = (columns[2] > 0.0) | (columns[4] > 0.0)
     columns = [column[earning] for column in columns]
-    return Steps(columns[0].astype(np.int64), columns[1].astype(np.int64), *columns[2:])
+    return StepCosts(columns[0].astype(np.int64), columns[1].astype(np.int64), *columns[2:])
 
 
 def best_prices(
-    work: Demand, steps: Steps, exact: Steps, kinds: Sequence[Kind], tpot_s: float
+    work: Demand, steps: StepCosts, exact: StepCosts, kinds: Sequence[DemandKind], tpot_s: float
 ) -> Prices | None:
     """Return the fair price list under which ``work`` is worth most; None when the program has no answer.
 
@@ -146,7 +148,7 @@ def best_prices(
     return _fair(np.maximum(solved.x[:columns] * scale, 0.0), total, exact)
 
 
-def _step_rows(steps: Steps, columns: int) -> Values:
+def _step_rows(steps: StepCosts, columns: int) -> Values:
     """Return what every step earns per second, less what its second costs.
 
     Columns: token, position, decode, context, private, each pure and mixed; gap; an instance of each kind.
@@ -168,7 +170,7 @@ def _worth_rows(features: Values, weight: Values) -> Values:
     return rows
 
 
-def _fair(found: Values, total: float, exact: Steps) -> Prices:
+def _fair(found: Values, total: float, exact: StepCosts) -> Prices:
     """Lower what the solver found until every step of ``exact`` earns at most its cost."""
     prices = found / total
     pure, mixed = prices[0:10:2], prices[1:10:2]
@@ -228,7 +230,7 @@ def _rows(index: int, form: int, *columns: Values | float) -> tuple[Values, ...]
     return (*head, *(np.asarray(column, dtype=np.float64).ravel() for column in flat))
 
 
-def _prefill_steps(index: int, kind: Kind, batching: Batching, reach: Reach) -> tuple[Values, ...]:
+def _prefill_steps(index: int, kind: DemandKind, batching: Batching, reach: Reach) -> tuple[Values, ...]:
     form = kind.profile.prefill
     room = _room(float(form.a_s), float(form.b_s), float(form.n0), batching, reach)
     most = min(float(batching.max_batch_tokens), room)
@@ -239,7 +241,7 @@ def _prefill_steps(index: int, kind: Kind, batching: Batching, reach: Reach) -> 
 
 
 def _decode_steps(
-    index: int, kind: Kind, batching: Batching, reach: Reach, sizes: Values
+    index: int, kind: DemandKind, batching: Batching, reach: Reach, sizes: Values
 ) -> tuple[Values, ...]:
     batch = sizes[:, None]
     context, private = _contexts(kind, reach, batch)
@@ -248,7 +250,7 @@ def _decode_steps(
 
 
 def _mixed_steps(
-    index: int, kind: Kind, batching: Batching, reach: Reach, sizes: Values
+    index: int, kind: DemandKind, batching: Batching, reach: Reach, sizes: Values
 ) -> tuple[Values, ...]:
     """Batch and new tokens count what attains; one more of each that does not may make the step mixed."""
     form = kind.profile.mixed
@@ -272,7 +274,7 @@ def _room(fixed_s: float, token_s: float, hidden: float, batching: Batching, rea
     return hidden + left_s / token_s if token_s > 0.0 else np.inf
 
 
-def _contexts(kind: Kind, reach: Reach, batch: Values) -> tuple[Values, Values]:
+def _contexts(kind: DemandKind, reach: Reach, batch: Values) -> tuple[Values, Values]:
     """Return the extreme contexts of a batch along the last axis, and how much of each is private at most."""
     low, high = batch * reach.shortest_context, batch * reach.longest_context
     full = np.clip(float(kind.kv_tokens), low, high)

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tidegate.bound.demand import Batching, Demand, Kind
+from tidegate.bound.demand import Batching, Demand, DemandKind
 from tidegate.bound.prices import (
     Prices,
     Reach,
-    Steps,
+    StepCosts,
     answer_worth,
     best_prices,
     prompt_worth,
@@ -40,13 +40,13 @@ class Market:
     """What price lists are made from: a fleet and the requests that can attain."""
 
     demand: Demand
-    kinds: Sequence[Kind]
+    kinds: Sequence[DemandKind]
     slo: Slo
-    grid: Steps
-    exact: Steps
+    grid: StepCosts
+    exact: StepCosts
 
     @classmethod
-    def of(cls, demand: Demand, kinds: Sequence[Kind], batching: Batching, slo: Slo) -> Market:
+    def of(cls, demand: Demand, kinds: Sequence[DemandKind], batching: Batching, slo: Slo) -> Market:
         """Price every step that requests of ``demand`` could make up."""
         reach = Reach.of(demand, slo.ttft_s)
         grid = steps_of(kinds, batching, reach, every_batch=False)

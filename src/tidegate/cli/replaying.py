@@ -13,10 +13,10 @@ import typer
 from tidegate.cli.tables import replay_block
 from tidegate.cli.terminal import note, warn
 from tidegate.core.errors import ConfigError, TraceError
-from tidegate.experiments.setting import Fleet
+from tidegate.experiments.setting import SimulatedFleet
 from tidegate.journal import Journal, read_journal
 from tidegate.sim import SimSettings
-from tidegate.sim.replay import Compared, Replay, replay_journal
+from tidegate.sim.replay import Compared, JournalReplay, replay_journal
 from tidegate.systems import make_system
 from tidegate.workloads.choice import WorkloadChoice
 
@@ -24,7 +24,7 @@ from tidegate.workloads.choice import WorkloadChoice
 def replay(
     path: Path,
     workload: WorkloadChoice,
-    fleet_of: Callable[[int | None], Fleet],
+    fleet_of: Callable[[int | None], SimulatedFleet],
     system: str,
     settings: SimSettings,
     *,
@@ -56,7 +56,7 @@ def replay(
     typer.echo(replay_block(compared, path, name))
 
 
-def _as_json(compared: Replay, system: str, journal: Journal) -> dict[str, Any]:
+def _as_json(compared: JournalReplay, system: str, journal: Journal) -> dict[str, Any]:
     def latency(value: Compared | None) -> dict[str, Any] | None:
         return None if value is None else asdict(value)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import tidegate
 from tidegate.cli.terminal import note
 from tidegate.core.errors import ConfigError
-from tidegate.experiments.setting import Fleet
+from tidegate.experiments.setting import SimulatedFleet
 from tidegate.reports.comparison import Comparison, write_tables
 from tidegate.reports.figures import draw_figures, write_pngs
 from tidegate.reports.page import render_page
@@ -72,7 +72,7 @@ def titled(files: Sequence[str], cut: WorkloadChoice) -> dict[str, WorkloadChoic
     return {title: replace(cut, trace=file) for title, file in zip(titles, files, strict=True)}
 
 
-def set_up(fleet: Fleet) -> dict[str, str]:
+def set_up(fleet: SimulatedFleet) -> dict[str, str]:
     """Return what a reader has to know to judge or repeat a comparison, beside its command."""
     facts = {
         "tidegate": tidegate.__version__,

@@ -27,7 +27,7 @@ from tidegate.cli.workload_flags import SCALE_RATE
 from tidegate.core.errors import ConfigError
 from tidegate.core.notation import parse_split
 from tidegate.dataplane.replica import EngineSettings
-from tidegate.experiments.setting import Fleet, Setting
+from tidegate.experiments.setting import Setting, SimulatedFleet
 from tidegate.experiments.workload import own_rate_rps, requests_of, starts_sessions
 from tidegate.sim import SimSettings
 from tidegate.workloads.choice import WorkloadChoice
@@ -101,7 +101,7 @@ def run(
         if wanted.goes_beyond_a_run or split:
             raise ConfigError("--replay goes with the options of fleet and engine, --system and --json only")
 
-        def fleet_of(size: int | None) -> Fleet:
+        def fleet_of(size: int | None) -> SimulatedFleet:
             return replace(fleet, instances=fleet.instances or size).make(engine)
 
         replay_file(replay, workload, fleet_of, system, settings, as_json=scoring.as_json)

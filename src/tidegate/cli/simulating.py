@@ -15,7 +15,7 @@ from tidegate.core.slo import Slo
 from tidegate.costs.library import PackagedProfile, packaged_profile
 from tidegate.costs.named_profile import load_profile
 from tidegate.dataplane.replica import BLOCK_TOKENS, EngineSettings
-from tidegate.experiments.setting import Fleet
+from tidegate.experiments.setting import SimulatedFleet
 from tidegate.sim import SimSettings
 
 DEFAULT_PROFILE = "h100_sxm/llama-3.1-8b"
@@ -123,7 +123,7 @@ class FleetOptions:
         ),
     ] = None
 
-    def make(self, engine: EngineSettings) -> Fleet:
+    def make(self, engine: EngineSettings) -> SimulatedFleet:
         """Return the fleet. Raises ConfigError, with all problems at once."""
         named = [parse_counted(text) for text in self.profile or [DEFAULT_PROFILE]]
         problems = [f"--profile {name}:0 has no instances" for name, count in named if count == 0]
@@ -143,7 +143,7 @@ class FleetOptions:
                 problems += error.problems
         if problems:
             raise ConfigError(problems)
-        return Fleet(tuple(groups), engine, self.kv_tokens)
+        return SimulatedFleet(tuple(groups), engine, self.kv_tokens)
 
     def _profile(self, name: str) -> PackagedProfile:
         if self.mixed_context_ratio is None:

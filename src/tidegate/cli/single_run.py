@@ -164,11 +164,11 @@ def _write_report(
     found: LevelGoodput | None,
 ) -> None:
     from tidegate.cli.report_folder import command_line, set_up, tell_where, titled, write_folder
-    from tidegate.reports.comparison import Comparison, Entry, TraceComparison
+    from tidegate.reports.comparison import Comparison, ComparedSystem, TraceComparison
 
     title = next(iter(titled([setting.workload.trace], setting.workload)))
     searched = (found,) if found is not None and found.probes else ()
-    entry = Entry(finished.facts.system, searched, {}, summary, summary, view_of(finished.run))
+    entry = ComparedSystem(finished.facts.system, searched, {}, summary, summary, view_of(finished.run))
     shown = TraceComparison(
         setting.workload.trace,
         title,

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from tidegate.check.verdict import CheckReport, Finding
     from tidegate.cli.trace_files import Described
     from tidegate.costs.saved_profile import MeasuredLink, SavedProfile
-    from tidegate.reports.comparison import Comparison, Entry, TraceComparison
-    from tidegate.sim.replay import Compared, Replay
-    from tidegate.workloads.trace_statistics import Arrivals, Spread, Statistics
+    from tidegate.reports.comparison import ComparedSystem, Comparison, TraceComparison
+    from tidegate.sim.replay import Compared, JournalReplay
+    from tidegate.workloads.trace_statistics import ArrivalStatistics, Spread, Statistics
 
 REPLAY_WIDTH = 74
 VERDICT_STYLES = {
@@ -186,7 +186,7 @@ def _goodputs(comparison: Comparison, trace: TraceComparison, *, intervals: bool
     return table
 
 
-def _goodput_cells(entry: Entry, interval: bool) -> list[str]:
+def _goodput_cells(entry: ComparedSystem, interval: bool) -> list[str]:
     cells = [escape(entry.title)]
     for found in entry.levels:
         share = found.share_of_limit
@@ -321,7 +321,7 @@ def _cell(name: str, value: object) -> str:
             return str(value).replace("[", "\\[")
 
 
-def replay_block(compared: Replay, path: Path, system: str) -> str:
+def replay_block(compared: JournalReplay, path: Path, system: str) -> str:
     """Return what was predicted beside what a journal observed."""
     lines = [f"{f' {path.name}: {system}, predicted and observed ':=^{REPLAY_WIDTH}}"]
     left_out = f", {compared.left_out:,} not answered in both" if compared.left_out else ""
@@ -395,7 +395,7 @@ def _trace_lines(one: Described) -> list[tuple[str, str]]:
     return lines
 
 
-def _arrival_rate(a: Arrivals) -> str:
+def _arrival_rate(a: ArrivalStatistics) -> str:
     return f"{a.rate_rps:.3g}/s, busiest minute {a.busiest_minute_rps:.3g}/s ({a.peak_to_mean:.2f}x)"
 
 

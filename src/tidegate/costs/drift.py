@@ -14,7 +14,7 @@ DRIFTED = 1.5
 """A profile that is off by more than this factor, either way, should be measured again (ours)."""
 
 
-class Drift:
+class ProfileDrift:
     """Observed over predicted seconds, as a geometric mean that fades: twice as slow and as fast cancel."""
 
     __slots__ = ("_logs", "_weight", "observations")

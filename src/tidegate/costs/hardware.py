@@ -41,7 +41,7 @@ MOST_RESIDENT = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Steps:
+class MeasuredSteps:
     """An instance in the package's tables: seconds of a prefill (new, cached) and a step (batch, context)."""
 
     version: str
@@ -99,7 +99,7 @@ def hardware_profile(gpu: str, model: str, tp: int = 1) -> PackagedProfile:
     )
 
 
-def _samples(steps: Steps) -> tuple[list[PrefillSample], list[StepSample]]:
+def _samples(steps: MeasuredSteps) -> tuple[list[PrefillSample], list[StepSample]]:
     prefill = [
         PrefillSample(new, cached, steps.prefill_s(new, cached))
         for cached in CACHED_TOKENS
@@ -121,7 +121,7 @@ def _kv_tokens(shape: Shape, memory_bytes: float, model: str) -> int:
     return tokens
 
 
-def _steps(gpu: str, model: str, tp: int, shape: Shape) -> Steps:
+def _steps(gpu: str, model: str, tp: int, shape: Shape) -> MeasuredSteps:
     """Ask the package. Its API is not typed for us; this is the one place that calls it."""
     from aiconfigurator_core.sdk import config, models, perf_database
     from aiconfigurator_core.sdk.backends.factory import get_backend
@@ -151,7 +151,7 @@ def _steps(gpu: str, model: str, tp: int, shape: Shape) -> Steps:
             raise ConfigError(f"{PACKAGE} has no data for {model} on {tp} x {gpu}: {error}") from None
 
     node, memory = database.system_spec["node"], database.system_spec["gpu"]["mem_capacity"]
-    return Steps(
+    return MeasuredSteps(
         str(version),
         lambda new, cached: latency_s("static_ctx", batch_size=1, isl=new + cached, prefix=cached, osl=1),
         lambda batch, context: latency_s("static_gen", batch_size=batch, isl=context, osl=2),

@@ -21,7 +21,7 @@ The embedded engine differs in one rule: it takes the blocks of a whole prompt a
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence as Fleet
+from collections.abc import Sequence
 
 from tidegate.dataplane.blocks import Blocks
 from tidegate.dataplane.decode_batch import DecodeBatch
@@ -36,7 +36,7 @@ from tidegate.dataplane.sequence import (
     READY,
     WAITING,
     Pin,
-    Sequence,
+    SimSequence,
 )
 from tidegate.policies.order import Ticket, WaitingQueue
 
@@ -52,23 +52,23 @@ class Batcher:
     first step in the batch it is; ``pulls`` were admitted and wait for their KV; ``preempted`` lost theirs.
     """
 
-    def __init__(self, index: int, replica: Replica, queue: WaitingQueue[Sequence]) -> None:
+    def __init__(self, index: int, replica: Replica, queue: WaitingQueue[SimSequence]) -> None:
         engine, instance = replica.engine, replica.instance
         self.blocks = Blocks(instance.kv_capacity_tokens, instance.block_tokens, engine.reserve)
         self.decode = DecodeBatch(instance.block_tokens)
-        self.running: dict[Sequence, None] = {}
-        self.chunks: list[Sequence] = []
-        self.newcomers: list[Sequence] = []
-        self.pulls: list[Sequence] = []
-        self.preempted: list[Sequence] = []
+        self.running: dict[SimSequence, None] = {}
+        self.chunks: list[SimSequence] = []
+        self.newcomers: list[SimSequence] = []
+        self.pulls: list[SimSequence] = []
+        self.preempted: list[SimSequence] = []
         self.index = index
         self._max_batch_tokens = engine.max_batch_tokens
         self.max_num_seqs = engine.max_num_seqs
         self._prefix_cache = engine.prefix_cache
         self._queue = queue
-        self._first: deque[Sequence] = deque()
-        self._chunking: list[Sequence] = []
-        self.readied: list[Sequence] = []
+        self._first: deque[SimSequence] = deque()
+        self._chunking: list[SimSequence] = []
+        self.readied: list[SimSequence] = []
         self._queued = 0
         self.loading = 0
         self.stuck = False
@@ -142,7 +142,7 @@ class Batcher:
         held = self.blocks.total - self.blocks.free + (self._needed_by(steps + running) if steps else 0)
         return min(held, self.blocks.total)
 
-    def commit(self, steps: int) -> Fleet[Sequence]:
+    def commit(self, steps: int) -> Sequence[SimSequence]:
         """Record that ``steps`` steps of the plan are done; return the sequences whose prompt is complete.
 
         Takes the blocks of all but the first step, which ``plan`` took. The decodes that ended and the
@@ -162,7 +162,7 @@ class Batcher:
         self.decode.ticks += steps
         if not self.chunks:
             return ()
-        complete: list[Sequence] = []
+        complete: list[SimSequence] = []
         for sequence in self.chunks:
             computed = sequence.computed = sequence.computed + steps * sequence.chunk
             if sequence.shared is not None:
@@ -177,7 +177,7 @@ class Batcher:
 
     # what comes and goes
 
-    def queue(self, sequence: Sequence, now: float) -> None:
+    def queue(self, sequence: SimSequence, now: float) -> None:
         """Add a leg to the queue."""
         sequence.state = WAITING
         sequence.on = self.index
@@ -190,12 +190,12 @@ class Batcher:
             self._queued += 1
             self._queue.push(sequence, sequence.ticket or Ticket(now, now, 0.0))
 
-    def join(self, sequence: Sequence) -> None:
+    def join(self, sequence: SimSequence) -> None:
         """Have a sequence with one pending token take part from the next step on."""
         sequence.state = DECODING
         self.decode.join(sequence)
 
-    def loaded(self, sequence: Sequence, tokens: int) -> None:
+    def loaded(self, sequence: SimSequence, tokens: int) -> None:
         """Take note that ``tokens`` tokens' KV is here."""
         self.loading -= 1
         self.stuck = False
@@ -205,14 +205,14 @@ class Batcher:
             self.blocks.cache.publish(sequence.shared, tokens)
         self.ready(sequence)
 
-    def ended(self) -> list[Sequence]:
+    def ended(self) -> list[SimSequence]:
         """Take the decodes that have their last token out of the batch; they still hold their blocks."""
         gone = self.decode.ended()
         for sequence in gone:
             sequence.state = READY
         return gone
 
-    def release(self, sequence: Sequence, *, pin: bool) -> Pin | None:
+    def release(self, sequence: SimSequence, *, pin: bool) -> Pin | None:
         """Take out a running sequence that ended; with ``pin`` its blocks stay taken, for a decode."""
         del self.running[sequence]
         self.stuck = False
@@ -233,7 +233,7 @@ class Batcher:
         self.stuck = False
         self.blocks.release(pin.blocks, pin.shared)
 
-    def discard(self, sequence: Sequence, *, in_step: bool) -> None:
+    def discard(self, sequence: SimSequence, *, in_step: bool) -> None:
         """Free all that a sequence holds; ``in_step``: blocks were taken for the step that runs."""
         state, sequence.state = sequence.state, ENDED
         self.stuck = False
@@ -255,7 +255,7 @@ class Batcher:
         del self.running[sequence]
         self._take_out(sequence, state, in_step)
 
-    def give_up(self, sequence: Sequence) -> None:
+    def give_up(self, sequence: SimSequence) -> None:
         """Free what a paused decode held: it went elsewhere."""
         self.loading -= 1
         self.stuck = False
@@ -264,13 +264,13 @@ class Batcher:
         self.blocks.release(self.blocks.for_tokens(sequence.computed), sequence.shared)
         sequence.shared = None
 
-    def ready(self, sequence: Sequence) -> None:
+    def ready(self, sequence: SimSequence) -> None:
         """Have a sequence whose KV is here join the next step."""
         sequence.state = READY
         self.running[sequence] = None
         self.readied.append(sequence)
 
-    def know(self, sequence: Sequence) -> None:
+    def know(self, sequence: SimSequence) -> None:
         """Note which of the sequence's tokens can be found again."""
         if sequence.block_ids and self._prefix_cache:
             ids, tokens = sequence.block_ids, sequence.hash_block_tokens
@@ -278,7 +278,7 @@ class Batcher:
 
     # blocks and admission
 
-    def _take_out(self, sequence: Sequence, state: int, in_step: bool) -> None:
+    def _take_out(self, sequence: SimSequence, state: int, in_step: bool) -> None:
         """Free the blocks of a sequence that ran in ``state``, but keep what is whole findable."""
         if state == CHUNKING:
             self._chunking.remove(sequence)
@@ -331,7 +331,7 @@ class Batcher:
             needed += self.blocks.for_tokens(sequence.computed + steps * sequence.chunk) - sequence.blocks
         return needed
 
-    def _schedule(self, sequence: Sequence, budget: int) -> int:
+    def _schedule(self, sequence: SimSequence, budget: int) -> int:
         """Give a prompt what is left of the budget, at most what it needs; return what remains."""
         count = sequence.tokens - sequence.computed
         if count > budget:
@@ -348,7 +348,7 @@ class Batcher:
         self.chunks.append(sequence)
         return budget - count
 
-    def _preempt_youngest(self, *, taken: bool) -> Sequence:
+    def _preempt_youngest(self, *, taken: bool) -> SimSequence:
         """Free the blocks of the youngest; ``taken``: the decodes have those of the coming step."""
         youngest = next(reversed(self.running))
         del self.running[youngest]
@@ -385,7 +385,7 @@ class Batcher:
             elif sequence.state == DECODING:
                 budget -= 1
 
-    def _admit(self, sequence: Sequence) -> bool:
+    def _admit(self, sequence: SimSequence) -> bool:
         """Let the head of the queue begin; False, with nothing changed, when there is no room."""
         if len(self.running) + self.loading >= self.max_num_seqs:
             return False
@@ -405,7 +405,7 @@ class Batcher:
         self.running[sequence] = None
         return True
 
-    def _find_room(self, sequence: Sequence, tokens: int, findable: int, others_need: int) -> int:
+    def _find_room(self, sequence: SimSequence, tokens: int, findable: int, others_need: int) -> int:
         """Return how many units of the first ``findable`` tokens are here; -1 if ``tokens`` find no room."""
         need, units, shared = -(-tokens // self.blocks.block_tokens), 0, sequence.shared
         if shared is not None:
@@ -414,7 +414,7 @@ class Batcher:
         free = self.blocks.free - need - others_need
         return units if free >= (self.blocks.reserve if self.running or self.loading else 0) else -1
 
-    def _adopt(self, sequence: Sequence, pin: Pin) -> bool:
+    def _adopt(self, sequence: SimSequence, pin: Pin) -> bool:
         """Take over the blocks of this instance's own pin; the next token may need one more."""
         count = self.blocks.for_tokens(pin.tokens + 1) - pin.blocks
         if not self.blocks.room_for(count, others=bool(self.running) or self.loading > 0):
@@ -429,7 +429,7 @@ class Batcher:
         self.newcomers.append(sequence)
         return True
 
-    def _load(self, sequence: Sequence, pin: Pin) -> bool:
+    def _load(self, sequence: SimSequence, pin: Pin) -> bool:
         """Take the blocks of KV that is elsewhere, but for what the cache has of it."""
         tokens = pin.tokens
         promised = sum(self.blocks.for_tokens(other.tokens) - other.blocks for other in self._chunking)

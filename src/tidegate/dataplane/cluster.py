@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from collections.abc import Sequence as Fleet
+from collections.abc import Callable, Sequence
 
 from tidegate.core.errors import InternalError
-from tidegate.dataplane.events import Event, EventQueue, Kind
+from tidegate.dataplane.events import Event, EventKind, EventQueue
 from tidegate.dataplane.instance import NEVER, Listener, SimInstance
 from tidegate.dataplane.links import Transfer
 from tidegate.dataplane.migration import Migrations
 from tidegate.dataplane.network import Network
 from tidegate.dataplane.replica import Replica
-from tidegate.dataplane.sequence import ENDED, LOADING, NEW, Pin, Sequence
+from tidegate.dataplane.sequence import ENDED, LOADING, NEW, Pin, SimSequence
 from tidegate.policies.order import Fifo, Order
 
 REPORT_GROUP = 64
@@ -37,7 +36,7 @@ class Cluster:
 
     def __init__(
         self,
-        replicas: Fleet[Replica],
+        replicas: Sequence[Replica],
         events: EventQueue,
         listener: Listener,
         *,
@@ -67,10 +66,10 @@ class Cluster:
         self._migrations = Migrations(self.instances, self._network, listener)
         self._kv_bytes_per_token = [replica.instance.kv_bytes_per_token for replica in replicas]
         self.handlers: dict[int, Callable[[int, int, float], None]] = {
-            Kind.STEP_END: self._step_end,
-            Kind.STEP_START: self._step_start,
-            Kind.LINK: self._arrive,
-            Kind.LEASE: self._end_leases,
+            EventKind.STEP_END: self._step_end,
+            EventKind.STEP_START: self._step_start,
+            EventKind.LINK: self._arrive,
+            EventKind.LEASE: self._end_leases,
         }
         lengths_s = sorted({replica.engine.lease_s for replica in replicas})
         self._leases = [Leases(length_s) for length_s in lengths_s]
@@ -89,11 +88,11 @@ class Cluster:
         """Return the size of all blocks taken at ``now``; one that several sequences share counts once."""
         return sum(each.blocks_held(now) * each.batcher.blocks.block_tokens for each in self.instances)
 
-    def submit(self, instance: int, sequence: Sequence, now: float) -> None:
+    def submit(self, instance: int, sequence: SimSequence, now: float) -> None:
         """Queue a leg at an instance."""
         self.instances[instance].submit(sequence, now)
 
-    def abort(self, sequence: Sequence, now: float) -> None:
+    def abort(self, sequence: SimSequence, now: float) -> None:
         """Free at once all that a leg holds anywhere: in its instance, on a link, behind its pins.
 
         Nothing more is told of it, but for the steps that ended by ``now``. A leg that has ended only gives
@@ -123,7 +122,7 @@ class Cluster:
             raise InternalError(f"an event of kind {kind} is not the data plane's")
         handler(whose, version, now)
 
-    def pull(self, sequence: Sequence, to: int, now: float) -> int:
+    def pull(self, sequence: SimSequence, to: int, now: float) -> int:
         """Bring the KV behind the sequence's source to instance ``to``; return how many bytes that are.
 
         What the prefix cache there has stays where it is.
@@ -153,7 +152,7 @@ class Cluster:
         ends_s = now + leases.length_s
         leases.ends.append((ends_s, pin))
         if len(leases.ends) == 1:
-            self._events.push(ends_s, Kind.LEASE, which)
+            self._events.push(ends_s, EventKind.LEASE, which)
 
     def drop(self, pin: Pin, now: float) -> None:
         """Free KV that no decode has come for."""
@@ -167,7 +166,7 @@ class Cluster:
         while ends and (ends[0][0] <= now or ends[0][1].taken):
             self.drop(ends.popleft()[1], now)
         if ends:
-            self._events.push(ends[0][0], Kind.LEASE, which)
+            self._events.push(ends[0][0], EventKind.LEASE, which)
 
     def _step_end(self, index: int, version: int, now: float) -> None:
         """Finish an instance's stretch, unless it was cut short since."""
@@ -204,7 +203,7 @@ class Cluster:
         self.instances[pin.on].unpin(pin, now)
         self.instances[transfer.dst].loaded(sequence, pin.tokens, now)
 
-    def _cancel_pull(self, sequence: Sequence, now: float) -> None:
+    def _cancel_pull(self, sequence: SimSequence, now: float) -> None:
         transfer = self._network.pull_of(sequence)
         assert transfer.pin is not None
         self._network.cancel(transfer, now)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from heapq import heappop, heappush
 
-from tidegate.dataplane.sequence import Sequence
+from tidegate.dataplane.sequence import SimSequence
 
 
 class DecodeBatch:
@@ -18,11 +18,11 @@ class DecodeBatch:
 
     def __init__(self, block_tokens: int) -> None:
         self.ticks = 0
-        self.members: dict[Sequence, None] = {}
+        self.members: dict[SimSequence, None] = {}
         self._block_tokens = block_tokens
         self._base_sum = 0
         self.remainders = [0] * block_tokens
-        self.ends: list[tuple[int, int, Sequence]] = []
+        self.ends: list[tuple[int, int, SimSequence]] = []
         self.changes = 0
 
     @property
@@ -30,7 +30,7 @@ class DecodeBatch:
         """Resident tokens of the next step."""
         return self._base_sum + (self.ticks + 1) * len(self.members)
 
-    def join(self, sequence: Sequence) -> None:
+    def join(self, sequence: SimSequence) -> None:
         """Add a sequence with one pending token."""
         base = sequence.base = sequence.computed - self.ticks
         end_tick = sequence.end_tick = sequence.last_token - 1 - base
@@ -40,7 +40,7 @@ class DecodeBatch:
         self.changes += 1
         heappush(self.ends, (end_tick, self.changes, sequence))
 
-    def leave(self, sequence: Sequence) -> None:
+    def leave(self, sequence: SimSequence) -> None:
         """Take a member out; its lengths and blocks become its own again."""
         base = sequence.base
         del self.members[sequence]
@@ -73,9 +73,9 @@ class DecodeBatch:
                 return end_tick - self.ticks
             heappop(ends)  # it left, and may have joined again
 
-    def ended(self) -> list[Sequence]:
+    def ended(self) -> list[SimSequence]:
         """Take out the members that have their last token, in the order in which they joined."""
-        gone: list[Sequence] = []
+        gone: list[SimSequence] = []
         while self.members and self.steps_to_end() == 0:
             gone.append(heappop(self.ends)[2])
             self.leave(gone[-1])

@@ -7,7 +7,7 @@ from heapq import heappop, heappush
 from typing import Final
 
 
-class Kind:
+class EventKind:
     """What an event is about. Of several at one time the lower kind comes first.
 
     STEP_END precedes whatever its end may cause, and STEP_START follows everything, so that a step sees
@@ -64,5 +64,5 @@ class EventQueue:
         """Take the next event."""
         heap = self.heap
         if self.starting and not (heap and heap[0][0] <= self.starting_s):
-            return self.starting_s, Kind.STEP_START, heappop(self.starting), 0
+            return self.starting_s, EventKind.STEP_START, heappop(self.starting), 0
         return heappop(heap)

@@ -7,16 +7,16 @@ from heapq import heappush
 from typing import Final, Protocol
 
 from tidegate.dataplane.batcher import Batcher
-from tidegate.dataplane.events import EventQueue, Kind
+from tidegate.dataplane.events import EventKind, EventQueue
 from tidegate.dataplane.moving import MovingDecodes
 from tidegate.dataplane.pricing import StepPrices
 from tidegate.dataplane.replica import Replica
-from tidegate.dataplane.sequence import DECODING, PAUSED, READY, WAITING, Pin, Sequence
+from tidegate.dataplane.sequence import DECODING, PAUSED, READY, WAITING, Pin, SimSequence
 from tidegate.dataplane.stretch import Stretch
 from tidegate.policies.order import WaitingQueue
 
 NEVER: Final = math.inf
-_STEP_END: Final = Kind.STEP_END
+_STEP_END: Final = EventKind.STEP_END
 
 
 class Listener(Protocol):
@@ -30,27 +30,27 @@ class Listener(Protocol):
         """Every decode in step got ``count`` tokens, the last one at ``now``."""
         ...
 
-    def token(self, sequence: Sequence, now: float) -> None:
+    def token(self, sequence: SimSequence, now: float) -> None:
         """The sequence got a token on its own: the first of its leg, or the first after it left the batch.
 
         From then on it is in step, until it is preempted, paused, ended or aborted.
         """
         ...
 
-    def preempted(self, sequence: Sequence) -> None:
+    def preempted(self, sequence: SimSequence) -> None:
         """The sequence lost its KV and waits to compute it again."""
         ...
 
-    def pull(self, sequence: Sequence, instance: int, now: float) -> None:
+    def pull(self, sequence: SimSequence, instance: int, now: float) -> None:
         """The sequence was admitted and its KV is to be brought here."""
         ...
 
-    def paused(self, sequence: Sequence, now: float) -> None:
+    def paused(self, sequence: SimSequence, now: float) -> None:
         """The decode is out of its batch for the last stage of a migration; ``token`` tells of its return."""
         ...
 
     def migrated(
-        self, sequence: Sequence, src: int, dst: int, moved_bytes: int, committed: bool, now: float
+        self, sequence: SimSequence, src: int, dst: int, moved_bytes: int, committed: bool, now: float
     ) -> None:
         """A migration is over: the decode goes on at ``dst`` if ``committed``, else stays as it is.
 
@@ -58,7 +58,7 @@ class Listener(Protocol):
         """
         ...
 
-    def ended(self, sequence: Sequence, pin: Pin | None, now: float) -> None:
+    def ended(self, sequence: SimSequence, pin: Pin | None, now: float) -> None:
         """The leg has its last token."""
         ...
 
@@ -81,7 +81,7 @@ class SimInstance:
         self,
         index: int,
         replica: Replica,
-        queue: WaitingQueue[Sequence],
+        queue: WaitingQueue[SimSequence],
         events: EventQueue,
         listener: Listener,
         next_report_s: list[float],
@@ -105,12 +105,12 @@ class SimInstance:
         self._busy = False
         self._reported = 0
         self._starting = False
-        self._leaving: list[Sequence] = []
-        self.left: list[Sequence] = []
+        self._leaving: list[SimSequence] = []
+        self.left: list[SimSequence] = []
 
     # what reaches the instance
 
-    def submit(self, sequence: Sequence, now: float) -> None:
+    def submit(self, sequence: SimSequence, now: float) -> None:
         """Queue a leg."""
         self.batcher.queue(sequence, now)
         if self._busy:
@@ -119,7 +119,7 @@ class SimInstance:
             self._starting = True
             self._events.start(self.index, now)
 
-    def loaded(self, sequence: Sequence, tokens: int, now: float) -> None:
+    def loaded(self, sequence: SimSequence, tokens: int, now: float) -> None:
         """Run a leg whose KV has arrived."""
         if sequence.shared is not None:
             self.settle(now)
@@ -135,7 +135,7 @@ class SimInstance:
         if self._busy or self.batcher.waiting:  # else there is nothing to begin
             self._changed(now)
 
-    def abort(self, sequence: Sequence, now: float) -> None:
+    def abort(self, sequence: SimSequence, now: float) -> None:
         """Take out a sequence, with its tokens reported; the step that runs still takes its time."""
         if sequence.state != WAITING:
             self.settle(now)
@@ -185,7 +185,7 @@ class SimInstance:
         self.moving.free_place(blocks)
         self._changed(now)
 
-    def pause(self, sequence: Sequence, now: float) -> None:
+    def pause(self, sequence: SimSequence, now: float) -> None:
         """Take a decode out of the batch once the step that runs is over."""
         self._leaving.append(sequence)
         if self._busy:
@@ -193,7 +193,7 @@ class SimInstance:
         else:
             self._let_leave(now)
 
-    def stay(self, sequence: Sequence, now: float) -> None:
+    def stay(self, sequence: SimSequence, now: float) -> None:
         """Let a decode that is paused, or was about to be, go on here."""
         if sequence.state == PAUSED:
             self.moving.resume(sequence)
@@ -201,13 +201,13 @@ class SimInstance:
         elif sequence in self._leaving:
             self._leaving.remove(sequence)
 
-    def give_up(self, sequence: Sequence, now: float) -> None:
+    def give_up(self, sequence: SimSequence, now: float) -> None:
         """Free what a paused decode held: it went elsewhere."""
         self.settle(now)
         self.batcher.give_up(sequence)
         self._changed(now)
 
-    def arrive(self, sequence: Sequence, now: float) -> None:
+    def arrive(self, sequence: SimSequence, now: float) -> None:
         """Let a decode go on that came from elsewhere."""
         self.settle(now)
         self.moving.arrive(sequence)
@@ -309,7 +309,7 @@ class SimInstance:
         events = self._events
         return events.last_start_s != now or events.last_started <= self.index
 
-    def _end_leg(self, sequence: Sequence, now: float) -> None:
+    def _end_leg(self, sequence: SimSequence, now: float) -> None:
         if sequence.moving:
             self.left.append(sequence)
         self._listener.ended(sequence, self.batcher.release(sequence, pin=sequence.hand_over), now)

@@ -8,7 +8,7 @@ from heapq import heapify, heappop, heappush
 from itertools import islice
 
 from tidegate.costs.forms import TransferCost
-from tidegate.dataplane.sequence import Pin, Sequence
+from tidegate.dataplane.sequence import Pin, SimSequence
 
 
 class Transfer:
@@ -19,7 +19,9 @@ class Transfer:
 
     __slots__ = ("dst", "entry_s", "n_bytes", "number", "pin", "sequence", "src")
 
-    def __init__(self, sequence: Sequence, src: int, dst: int, n_bytes: int, pin: Pin | None = None) -> None:
+    def __init__(
+        self, sequence: SimSequence, src: int, dst: int, n_bytes: int, pin: Pin | None = None
+    ) -> None:
         self.sequence = sequence
         self.src = src
         self.dst = dst
@@ -106,7 +108,7 @@ class Link:
             self._level = 0.0
         self._look_again()
 
-    def pull_of(self, sequence: Sequence) -> Transfer | None:
+    def pull_of(self, sequence: SimSequence) -> Transfer | None:
         """Return the pull that a loading sequence waits for; None when it is not on this link."""
         under_way = [*self._entering, *(end[2] for end in self._ends)]
         return next((t for t in under_way if t.sequence is sequence and t.pin is not None), None)

@@ -10,12 +10,12 @@ ends its migration, too. Ours: what the destination's prefix cache has is copied
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Fleet
+from collections.abc import Sequence
 
 from tidegate.dataplane.instance import Listener, SimInstance
 from tidegate.dataplane.links import Transfer
 from tidegate.dataplane.network import Network
-from tidegate.dataplane.sequence import PAUSED, Sequence
+from tidegate.dataplane.sequence import PAUSED, SimSequence
 
 LAST_STAGE_TOKENS = 256
 """With at most so many tokens left to copy the decode pauses: 16 blocks of 16, which a link of 40 GB/s moves
@@ -29,7 +29,7 @@ class Migration:
 
     __slots__ = ("blocks", "copied", "dst", "moved_bytes", "sequence", "src", "stages", "transfer")
 
-    def __init__(self, sequence: Sequence, src: int, dst: int) -> None:
+    def __init__(self, sequence: SimSequence, src: int, dst: int) -> None:
         self.sequence = sequence
         self.src = src
         self.dst = dst
@@ -43,7 +43,7 @@ class Migration:
 class Migrations:
     """The migrations under way, at most one per sequence."""
 
-    def __init__(self, instances: Fleet[SimInstance], network: Network, listener: Listener) -> None:
+    def __init__(self, instances: Sequence[SimInstance], network: Network, listener: Listener) -> None:
         self._instances = instances
         self._network = network
         self._listener = listener
@@ -78,11 +78,11 @@ class Migrations:
             self._end(migration, now)
             self._tell(migration, committed=False, now=now)
 
-    def forget(self, sequence: Sequence, now: float) -> None:
+    def forget(self, sequence: SimSequence, now: float) -> None:
         """End the migration of a sequence that is being aborted, and tell nobody."""
         self._end(self._under_way[sequence.request], now)
 
-    def left(self, sequence: Sequence, now: float) -> None:
+    def left(self, sequence: SimSequence, now: float) -> None:
         """Take note that a moving sequence is out of its batch: paused, preempted or at its end."""
         migration = self._under_way.get(sequence.request)
         if migration is None or migration.sequence is not sequence:

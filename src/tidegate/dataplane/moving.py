@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tidegate.dataplane.batcher import Batcher
-from tidegate.dataplane.sequence import PAUSED, Sequence
+from tidegate.dataplane.sequence import PAUSED, SimSequence
 
 
 class MovingDecodes:
@@ -12,7 +12,7 @@ class MovingDecodes:
     def __init__(self, batcher: Batcher) -> None:
         self._batcher = batcher
 
-    def decoding(self, request: int) -> Sequence | None:
+    def decoding(self, request: int) -> SimSequence | None:
         """Return the decode of a request; None when it is not in the batch."""
         return next((each for each in self._batcher.decode.members if each.request == request), None)
 
@@ -38,7 +38,7 @@ class MovingDecodes:
         batcher.blocks.take(count)
         return True
 
-    def pause(self, sequence: Sequence) -> None:
+    def pause(self, sequence: SimSequence) -> None:
         """Take a decode out of the batch, with its blocks and its place."""
         batcher = self._batcher
         batcher.decode.leave(sequence)
@@ -48,12 +48,12 @@ class MovingDecodes:
         sequence.state = PAUSED
         batcher.loading += 1
 
-    def resume(self, sequence: Sequence) -> None:
+    def resume(self, sequence: SimSequence) -> None:
         """Let a paused decode go on, as the youngest."""
         self._batcher.loading -= 1
         self._batcher.ready(sequence)
 
-    def arrive(self, sequence: Sequence) -> None:
+    def arrive(self, sequence: SimSequence) -> None:
         """Let a decode go on whose KV came with it into the blocks and the place kept for it."""
         batcher = self._batcher
         batcher.loading -= 1

@@ -8,20 +8,20 @@ pull, so transfers meet at the receiver.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence as Fleet
+from collections.abc import Sequence
 from heapq import heappush
 
 from tidegate.core.errors import InternalError
-from tidegate.dataplane.events import EventQueue, Kind
+from tidegate.dataplane.events import EventKind, EventQueue
 from tidegate.dataplane.links import Link, Transfer
 from tidegate.dataplane.replica import Replica
-from tidegate.dataplane.sequence import Sequence
+from tidegate.dataplane.sequence import SimSequence
 
 
 class Network:
     """The links among ``replicas``. Of every link the next end of a transfer is announced, and no more."""
 
-    def __init__(self, replicas: Fleet[Replica], events: EventQueue) -> None:
+    def __init__(self, replicas: Sequence[Replica], events: EventQueue) -> None:
         self._replicas = replicas
         self._heap = events.heap
         self._links: list[Link] = []
@@ -39,7 +39,7 @@ class Network:
             at = self._link_between[between] = self._find_link(transfer.src, transfer.dst)
         link = self._links[at]
         if link.begin(transfer, now):
-            heappush(self._heap, (link.end_s, Kind.LINK, at, link.version))
+            heappush(self._heap, (link.end_s, EventKind.LINK, at, link.version))
 
     def leave(self, at: int, version: int, now: float) -> Transfer | None:
         """Return the transfer that has ended on link ``at``; None when the event was called off."""
@@ -48,7 +48,7 @@ class Network:
             return None
         transfer = link.leave(now)
         if link.end_s < math.inf:
-            heappush(self._heap, (link.end_s, Kind.LINK, at, link.version))
+            heappush(self._heap, (link.end_s, EventKind.LINK, at, link.version))
         return transfer
 
     def cancel(self, transfer: Transfer, now: float) -> None:
@@ -57,9 +57,9 @@ class Network:
         link = self._links[at]
         link.cancel(transfer, now)
         if link.end_s < math.inf:
-            heappush(self._heap, (link.end_s, Kind.LINK, at, link.version))
+            heappush(self._heap, (link.end_s, EventKind.LINK, at, link.version))
 
-    def pull_of(self, sequence: Sequence) -> Transfer:
+    def pull_of(self, sequence: SimSequence) -> Transfer:
         """Return the pull that a loading sequence waits for. Raises InternalError when there is none."""
         for link in self._links:
             transfer = link.pull_of(sequence)

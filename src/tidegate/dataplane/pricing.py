@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Fleet
+from collections.abc import Sequence
 
 from tidegate.costs.forms import attention_work
 from tidegate.costs.profile import Profile
 from tidegate.dataplane.batcher import Batcher
-from tidegate.dataplane.sequence import Sequence
+from tidegate.dataplane.sequence import SimSequence
 from tidegate.dataplane.stretch import Stretch
 
 
@@ -23,7 +23,7 @@ class StepPrices:
         self._mixed_d_s = float(profile.mixed.d_s)
         self._of_batch: list[float] = []
         self._changes = -1
-        self._prompt: Sequence | None = None
+        self._prompt: SimSequence | None = None
         self._chunk = 0
         self._computed = 0
 
@@ -61,7 +61,7 @@ class StepPrices:
             growth_s = self._prefill_c_s * squared
         stretch.begin(now, self._host_s + first_s, growth_s)
 
-    def _goes_on(self, chunks: Fleet[Sequence], changes: int, stretch: Stretch) -> bool:
+    def _goes_on(self, chunks: Sequence[SimSequence], changes: int, stretch: Stretch) -> bool:
         """Tell whether chunks continue those of the last call; keep in mind what the next may continue."""
         if len(chunks) > 1:
             self._changes = -1

@@ -46,7 +46,7 @@ class Pin:
         self.gone = False
 
 
-class Sequence:
+class SimSequence:
     """State of a leg from its submission to its end.
 
     ``tokens`` is the prompt plus what was generated; ``computed`` of them have KV. While a sequence is in a

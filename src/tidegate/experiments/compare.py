@@ -16,7 +16,7 @@ from tidegate.experiments.setting import Setting
 from tidegate.experiments.systems import Candidate, Contender
 from tidegate.experiments.workload import own_rate_rps, requests_of
 from tidegate.measure.run_view import RunView
-from tidegate.reports.comparison import Comparison, Entry, LevelGoodput, TraceComparison
+from tidegate.reports.comparison import ComparedSystem, Comparison, LevelGoodput, TraceComparison
 from tidegate.workloads.choice import WorkloadChoice
 
 FINALISTS = 2
@@ -90,7 +90,7 @@ async def _compare_on(plan: Plan, title: str, workload: WorkloadChoice, workers:
 
 async def _entry(
     plan: Plan, setting: Setting, contender: Contender, limits: Mapping[float, Limit], workers: Workers
-) -> tuple[Entry, Candidate]:
+) -> tuple[ComparedSystem, Candidate]:
     """Return a contender's goodputs and the candidate that is best at the first level."""
     levels: list[LevelGoodput] = []
     others: dict[str, float] = {}
@@ -106,7 +106,7 @@ async def _entry(
             if len(found) > 1:
                 others = {candidate.label: each.goodput_rps for candidate, each in found}
     assert best_of_all is not None
-    return Entry(contender.name, tuple(levels), others), best_of_all
+    return ComparedSystem(contender.name, tuple(levels), others), best_of_all
 
 
 async def _candidates(
@@ -135,7 +135,7 @@ async def _candidates(
     return list((first | dict(zip(finalists, await all_of(finalists, plan.seeds), strict=True))).items())
 
 
-def common_rate(entries: Sequence[Entry]) -> tuple[float | None, str]:
+def common_rate(entries: Sequence[ComparedSystem]) -> tuple[float | None, str]:
     """Return the rate at which to show all systems, and what it is.
 
     It is the goodput, at the first level, of the first of ``REFERENCES`` that is there, else of the system in
@@ -153,8 +153,8 @@ def common_rate(entries: Sequence[Entry]) -> tuple[float | None, str]:
 
 
 async def _looked_at(
-    setting: Setting, entry: Entry, candidate: Candidate, common_rps: float | None, workers: Workers
-) -> tuple[Entry, list[str]]:
+    setting: Setting, entry: ComparedSystem, candidate: Candidate, common_rps: float | None, workers: Workers
+) -> tuple[ComparedSystem, list[str]]:
     """Add the runs at the system's goodput and at the common rate; return the runs' warnings, too."""
     applied = candidate.applied(setting)
     first = entry.levels[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tidegate.reports.comparison import Comparison, Entry, TraceComparison
+from tidegate.reports.comparison import ComparedSystem, Comparison, TraceComparison
 
 EQUAL_WITHIN = 0.02
 """Goodputs closer than this are called equal: about what a search resolves."""
@@ -38,11 +38,11 @@ def _of_trace(trace: TraceComparison, level: float) -> Iterator[str]:
     yield from _misses(trace)
 
 
-def _goodput(entry: Entry) -> float:
+def _goodput(entry: ComparedSystem) -> float:
     return entry.levels[0].goodput_rps
 
 
-def _against(best: Entry, others: list[Entry]) -> Iterator[str]:
+def _against(best: ComparedSystem, others: list[ComparedSystem]) -> Iterator[str]:
     """Compare the best with every other system, in one sentence."""
     parts = []
     for entry in others:
@@ -56,7 +56,7 @@ def _against(best: Entry, others: list[Entry]) -> Iterator[str]:
         yield f"That is {', '.join(parts)}."
 
 
-def _equal(one: Entry, other: Entry) -> bool:
+def _equal(one: ComparedSystem, other: ComparedSystem) -> bool:
     return abs(_goodput(one) / _goodput(other) - 1) <= EQUAL_WITHIN
 
 

@@ -39,7 +39,7 @@ DECIDING_ROOMS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Fleet:
+class SimulatedFleet:
     """Groups of equal instances, one after the other. ``kv_tokens`` replaces every profile's KV capacity."""
 
     groups: tuple[tuple[PackagedProfile, int], ...]
@@ -71,7 +71,7 @@ class Setting:
     """
 
     workload: WorkloadChoice
-    fleet: Fleet
+    fleet: SimulatedFleet
     system: str
     split: tuple[int, int] | None = None
     settings: SimSettings = field(default_factory=SimSettings)

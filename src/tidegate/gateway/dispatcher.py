@@ -34,7 +34,7 @@ from tidegate.gateway.drift import FleetDrift
 from tidegate.gateway.load_view import LoadGauges
 from tidegate.gateway.loads import LoadWatch
 from tidegate.gateway.metrics import Metrics
-from tidegate.gateway.sessions import Sessions
+from tidegate.gateway.sessions import Conversations
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.gateway.upstream import Handles, Upstream, connect
 from tidegate.journal.writer import JournalWriter
@@ -103,7 +103,7 @@ class Dispatcher:
         self.loads = LoadWatch(self.plane, clock, journal, self.metrics, fleet.suspect, settings.load_every_s)
         self.metrics.registry.register(LoadGauges(self.loads))
         self.handles = Handles(self.upstreams, self.metrics, self.background, fleet.suspect)
-        self.sessions = Sessions()
+        self.sessions = Conversations()
         self._fleet = fleet
         self._timers: set[asyncio.TimerHandle] = set()
         self._background: set[asyncio.Task[None]] = set()

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from tidegate.costs.drift import Drift
+from tidegate.costs.drift import ProfileDrift
 from tidegate.costs.profile import Profile
 from tidegate.engines.seam import LegTimes
 from tidegate.fleet.member import Member
@@ -33,7 +33,7 @@ class FleetDrift(Collector):
 
     def __init__(self) -> None:
         self._profiles: dict[str, Profile] = {}
-        self._drifts: dict[str, dict[str, Drift]] = {}
+        self._drifts: dict[str, dict[str, ProfileDrift]] = {}
         self._told: set[tuple[str, str]] = set()
         self._before: Snapshot | None = None
 
@@ -42,7 +42,7 @@ class FleetDrift(Collector):
         self.member_down(member.instance.id)
         if member.profile is not None:
             self._profiles[member.instance.id] = member.profile
-            self._drifts[member.instance.id] = {form: Drift() for form in FORMS}
+            self._drifts[member.instance.id] = {form: ProfileDrift() for form in FORMS}
 
     def member_down(self, instance_id: str) -> None:
         """Forget an instance."""

@@ -23,7 +23,7 @@ from tidegate.fleet.vllm_command import STREAM_PIN_S
 from tidegate.gateway.metrics import Metrics
 from tidegate.journal.schema import LoadDriftLine
 from tidegate.journal.writer import JournalWriter
-from tidegate.ledger.reconcile import Difference, Drift, Reconciler, Told
+from tidegate.ledger.reconcile import Difference, EngineLoad, LoadDrift, Reconciler
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ class LoadWatch:
         before = self._ledger.booked(watched.id)
         watched.load = load = await watched.client.metrics()
         watched.read_at_s = now = self._clock.now()
-        told = Told(
+        told = EngineLoad(
             load.requests,
             None if load.kv_usage is None else round(load.kv_usage * watched.capacity_tokens),
         )
@@ -207,7 +207,7 @@ class LoadWatch:
         reconciler = watched.reconciler
         self._plane.foreign_load(watched.id, reconciler.foreign_requests, reconciler.foreign_tokens)
 
-    def _tell(self, watched: Watched, news: Iterable[Drift]) -> None:
+    def _tell(self, watched: Watched, news: Iterable[LoadDrift]) -> None:
         now = self._clock.now()
         for drift in news:
             if drift.lasting:

@@ -44,7 +44,7 @@ class Conversation:
         return held if worth else 0
 
 
-class Sessions:
+class Conversations:
     """Conversations by tenant, salt and session."""
 
     def __init__(self) -> None:

@@ -6,12 +6,14 @@ import math
 from collections.abc import Mapping
 
 from tidegate.core.errors import InternalError
-from tidegate.ledger.records import Entry, Seat
-from tidegate.ledger.sheet import Sheet
+from tidegate.ledger.records import InstanceEntry, RequestEntry
+from tidegate.ledger.sheet import LedgerMatrix
 from tidegate.ledger.snapshot import Field
 
 
-def check_integrity(sheet: Sheet, seats: Mapping[str, Seat], entries: Mapping[str, Entry]) -> None:
+def check_integrity(
+    sheet: LedgerMatrix, seats: Mapping[str, InstanceEntry], entries: Mapping[str, RequestEntry]
+) -> None:
     """Raise InternalError listing every sum, place or owner that contradicts the records."""
     problems = [problem for name, seat in seats.items() for problem in _seat_problems(sheet, name, seat)]
     for column, seat in enumerate(seats.values()):
@@ -31,7 +33,7 @@ def check_integrity(sheet: Sheet, seats: Mapping[str, Seat], entries: Mapping[st
         raise InternalError("the ledger contradicts itself: " + "; ".join(problems))
 
 
-def _seat_problems(sheet: Sheet, name: str, seat: Seat) -> list[str]:
+def _seat_problems(sheet: LedgerMatrix, name: str, seat: InstanceEntry) -> list[str]:
     prefills, decodes, handoffs = seat.prefills.values(), seat.decodes.values(), seat.handoffs.values()
     resident = sum(e.tokens_now for e in decodes) + seat.foreign_resident_tokens
     held = sum(e.held_tokens for e in handoffs) + seat.foreign_held_tokens
@@ -60,7 +62,7 @@ def _seat_problems(sheet: Sheet, name: str, seat: Seat) -> list[str]:
     return problems
 
 
-def _entry_problems(request_id: str, entry: Entry, seats: Mapping[str, Seat]) -> list[str]:
+def _entry_problems(request_id: str, entry: RequestEntry, seats: Mapping[str, InstanceEntry]) -> list[str]:
     problems = []
     if entry.request.id != request_id:
         problems.append(f"request {entry.request.id} is filed under {request_id}")

@@ -11,10 +11,10 @@ from tidegate.core.request import Request
 from tidegate.costs.profile import Profile, ProfileTable
 from tidegate.ledger.integrity import check_integrity
 from tidegate.ledger.labels import Labels
-from tidegate.ledger.records import Booked, Counts, Entry, Residents, Seat
+from tidegate.ledger.records import Booked, Counts, InstanceEntry, RequestEntry, Residents
 from tidegate.ledger.rows import RequestRows
 from tidegate.ledger.sessions import SessionBook, SessionRows
-from tidegate.ledger.sheet import Sheet
+from tidegate.ledger.sheet import LedgerMatrix
 from tidegate.ledger.snapshot import Field, Snapshot, WindowAverages
 from tidegate.ledger.windows import NO_WINDOWS, LongWindows, close_windows
 
@@ -39,11 +39,11 @@ class Ledger:
     """
 
     def __init__(self, window_s: float = 1.0, windows: Mapping[str, float] = NO_WINDOWS) -> None:
-        self._sheet = Sheet()
+        self._sheet = LedgerMatrix()
         self._windows = LongWindows(window_s, windows)
         self.sessions = SessionBook()
-        self._seats: dict[str, Seat] = {}
-        self._entries: dict[str, Entry] = {}
+        self._seats: dict[str, InstanceEntry] = {}
+        self._entries: dict[str, RequestEntry] = {}
         self._ids: tuple[str, ...] = ()
         self._index: dict[str, int] = {}
         self._costs: ProfileTable | None = None
@@ -63,7 +63,7 @@ class Ledger:
         if instance.id in self._seats:
             raise InternalError(f"instance {instance.id!r} came up twice without going down")
         column = self._sheet.add_column()
-        self._seats[instance.id] = Seat(instance, profile, column)
+        self._seats[instance.id] = InstanceEntry(instance, profile, column)
         cells = self._sheet.matrix[:, column]
         cells[Field.ROLE] = role
         cells[Field.FLIPPABLE] = instance.flippable
@@ -152,7 +152,7 @@ class Ledger:
         new = request.tokens_to_compute(on)
         seconds = seat.profile.prefill_s(new, request.prompt_tokens - new)
         seconds = round(seconds / GRID_S) * GRID_S
-        entry = Entry(request, seat, seconds)
+        entry = RequestEntry(request, seat, seconds)
         self._entries[request.id] = entry
         self._placed_prefills += 1
         seat.prefills[request.id] = entry
@@ -430,7 +430,7 @@ class Ledger:
 
     # Parts of events
 
-    def _seat(self, instance_id: str) -> Seat:
+    def _seat(self, instance_id: str) -> InstanceEntry:
         seat = self._seats.get(instance_id)
         if seat is None:
             raise NoInstance(f"instance {instance_id!r} is not up")
@@ -448,13 +448,13 @@ class Ledger:
         sheet.queue_since_s[column] = now
         sheet.prefill_queue_s[column] += seconds
 
-    def _set_head(self, seat: Seat, entry: Entry | None, now: float, *, seen: bool) -> None:
+    def _set_head(self, seat: InstanceEntry, entry: RequestEntry | None, now: float, *, seen: bool) -> None:
         seat.head = entry
         seat.head_seen = seen
         self._sheet.head_s[seat.column] = entry.seconds if entry is not None else 0.0
         self._sheet.head_started_s[seat.column] = now
 
-    def _leave_prefill(self, entry: Entry, now: float) -> None:
+    def _leave_prefill(self, entry: RequestEntry, now: float) -> None:
         seat = entry.prefill
         assert seat is not None
         entry.prefill = None
@@ -465,14 +465,14 @@ class Ledger:
         if seat.head is entry:
             self._set_head(seat, next(iter(seat.prefills.values()), None), now, seen=False)
 
-    def _hold(self, entry: Entry, seat: Seat, tokens: int) -> None:
+    def _hold(self, entry: RequestEntry, seat: InstanceEntry, tokens: int) -> None:
         entry.source = seat
         entry.held_tokens = tokens
         seat.handoffs[entry.request.id] = entry
         self._sheet.handoff_tokens[seat.column] += tokens
         self._sheet.free_tokens[seat.column] -= tokens
 
-    def _release_source(self, entry: Entry) -> None:
+    def _release_source(self, entry: RequestEntry) -> None:
         seat = entry.source
         assert seat is not None
         entry.source = None
@@ -480,14 +480,14 @@ class Ledger:
         self._sheet.handoff_tokens[seat.column] -= entry.held_tokens
         self._sheet.free_tokens[seat.column] += entry.held_tokens
 
-    def _fall_out(self, entry: Entry) -> None:
+    def _fall_out(self, entry: RequestEntry) -> None:
         seat = entry.decode
         assert seat is not None
         entry.resident_tokens, entry.last_at_s = entry.tokens_now, entry.token_at_s
         entry.joined_step = None
         seat.in_step -= 1
 
-    def _leave_decode(self, entry: Entry) -> None:
+    def _leave_decode(self, entry: RequestEntry) -> None:
         seat = entry.decode
         assert seat is not None
         if entry.joined_step is not None:
@@ -498,7 +498,7 @@ class Ledger:
         self._sheet.decode_tokens[seat.column] -= entry.resident_tokens
         self._sheet.free_tokens[seat.column] += entry.resident_tokens
 
-    def _drop(self, entry: Entry, now: float) -> None:
+    def _drop(self, entry: RequestEntry, now: float) -> None:
         if entry.prefill is not None:
             self._leave_prefill(entry, now)
         if entry.source is not None:

@@ -40,7 +40,7 @@ class Difference(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class EngineLoad:
     """An engine's own numbers at one reading; None for what it does not tell."""
 
     requests: int | None
@@ -48,7 +48,7 @@ class Told:
 
 
 @dataclass(frozen=True, slots=True)
-class Drift:
+class LoadDrift:
     """A difference that began to last, or, with ``lasting`` 0, that is over. In requests or tokens of KV."""
 
     kind: Difference
@@ -106,7 +106,9 @@ class Reconciler:
         """KV in use beyond the ledger's; that which ended requests keep takes room, though it is no drift."""
         return self._kv_in_use.level
 
-    def compare(self, before: Booked, after: Booked, told: Told, kept_tokens: int = 0) -> list[Drift]:
+    def compare(
+        self, before: Booked, after: Booked, told: EngineLoad, kept_tokens: int = 0
+    ) -> list[LoadDrift]:
         """Take a reading; return the drifts that began or ended with it.
 
         ``before`` and ``after`` are the ledger's words around the reading, ``kept_tokens`` the KV that
@@ -124,7 +126,7 @@ class Reconciler:
         self._kv_in_use.see(in_use, self._kv_tolerance)
         return [drift for drift in news if drift is not None]
 
-    def unheard(self) -> list[Drift]:
+    def unheard(self) -> list[LoadDrift]:
         """Forget what readings showed: nobody can confirm it any more. Returns the drifts that ended."""
         self._kv_in_use.see(None, 0)
         ended = [self._see(kind, None, None, 1, 0) for kind in Difference]
@@ -132,14 +134,14 @@ class Reconciler:
 
     def _see(
         self, kind: Difference, ledger: int | None, engine: int | None, sign: int, tolerance: int
-    ) -> Drift | None:
+    ) -> LoadDrift | None:
         lasting = self._drifts[kind]
         was = lasting.level
         surplus = None if ledger is None or engine is None else max(0, sign * (engine - ledger))
         lasting.see(surplus, tolerance)
         if (lasting.level > 0) == (was > 0):
             return None
-        return Drift(kind, ledger, engine, lasting.level)
+        return LoadDrift(kind, ledger, engine, lasting.level)
 
     def _most_kv(self, booked: Booked) -> int:
         """Return the most KV that the ledger's own requests may have in use, in tokens of whole blocks."""

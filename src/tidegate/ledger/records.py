@@ -10,7 +10,7 @@ from tidegate.costs.profile import Profile
 
 
 @dataclass(slots=True, eq=False)
-class Seat:
+class InstanceEntry:
     """An instance that is up: its column and who is on it, each kind in order of arrival.
 
     ``head`` is the prefill taken to be running; ``head_seen`` tells whether the driver reported its
@@ -22,10 +22,10 @@ class Seat:
     instance: Instance
     profile: Profile
     column: int
-    prefills: dict[str, Entry] = field(default_factory=dict)
-    decodes: dict[str, Entry] = field(default_factory=dict)
-    handoffs: dict[str, Entry] = field(default_factory=dict)
-    head: Entry | None = None
+    prefills: dict[str, RequestEntry] = field(default_factory=dict)
+    decodes: dict[str, RequestEntry] = field(default_factory=dict)
+    handoffs: dict[str, RequestEntry] = field(default_factory=dict)
+    head: RequestEntry | None = None
     head_seen: bool = False
     steps: int = 0
     in_step: int = 0
@@ -35,7 +35,7 @@ class Seat:
     foreign_held_tokens: int = 0
 
 
-class Entry:
+class RequestEntry:
     """A live request. Its stage is told by which seats are set.
 
     ============  ======  ========  ============================================
@@ -56,12 +56,12 @@ class Entry:
         "resident_tokens", "seconds", "source",
     )  # fmt: skip
 
-    def __init__(self, request: Request, prefill: Seat | None, seconds: float) -> None:
+    def __init__(self, request: Request, prefill: InstanceEntry | None, seconds: float) -> None:
         self.request = request
         self.prefill = prefill
         self.seconds = seconds
-        self.source: Seat | None = None
-        self.decode: Seat | None = None
+        self.source: InstanceEntry | None = None
+        self.decode: InstanceEntry | None = None
         self.held_tokens = 0
         self.resident_tokens = 0
         self.last_at_s = 0.0
@@ -81,7 +81,7 @@ class Entry:
         return self.last_at_s if self.joined_step is None or self.decode is None else self.decode.stepped_at_s
 
     @property
-    def owner(self) -> Seat:
+    def owner(self) -> InstanceEntry:
         """The one seat whose loss loses the KV."""
         seat = self.prefill or self.source or self.decode
         assert seat is not None, "a live request sits somewhere"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tidegate.ledger.records import Entry, Seat
+from tidegate.ledger.records import InstanceEntry, RequestEntry
 
 NOWHERE = -1
 """The column of a request that is not in that stage."""
@@ -38,7 +38,7 @@ class RequestRows:
     tpot_s: NDArray[np.float64]
 
     @classmethod
-    def of(cls, entries: Sequence[Entry]) -> RequestRows:
+    def of(cls, entries: Sequence[RequestEntry]) -> RequestRows:
         """Read the rows from the ledger's records, in well under a microsecond each."""
         requests = [entry.request for entry in entries]
         decodes = [entry.decode for entry in entries]
@@ -66,5 +66,5 @@ class RequestRows:
         )
 
 
-def _columns(seats: Sequence[Seat | None]) -> NDArray[np.int64]:
+def _columns(seats: Sequence[InstanceEntry | None]) -> NDArray[np.int64]:
     return np.array([NOWHERE if seat is None else seat.column for seat in seats], np.int64)

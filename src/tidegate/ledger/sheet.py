@@ -10,7 +10,7 @@ import numpy as np
 from tidegate.ledger.snapshot import Field, Matrix
 
 
-class Window(enum.IntEnum):
+class WindowRow(enum.IntEnum):
     """Rows behind the public ones: what the open window has gathered so far."""
 
     QUEUE_SINCE_S = Field.COUNT
@@ -21,14 +21,14 @@ class Window(enum.IntEnum):
     PREFILL_WORK_S2 = enum.auto()
 
 
-SINCE_ROW = int(Window.QUEUE_SINCE_S)
+SINCE_ROW = int(WindowRow.QUEUE_SINCE_S)
 """When the window opened; the rows behind this one are sums over the window."""
 
 
-ROWS = Field.COUNT + len(Window)
+ROWS = Field.COUNT + len(WindowRow)
 
 
-class Sheet:
+class LedgerMatrix:
     """The matrix, and a writable view of each row that events touch.
 
     A cell is read or written through a memoryview in about 50 ns, a third of what numpy needs for a
@@ -85,12 +85,12 @@ class Sheet:
         self.handoff_tokens = self._row(Field.HANDOFF_TOKENS)
         self.free_tokens = self._row(Field.FREE_TOKENS)
         self.flipped_at_s = self._row(Field.FLIPPED_AT_S)
-        self.queue_integral = self._row(Window.QUEUE_INTEGRAL)
-        self.queue_since_s = self._row(Window.QUEUE_SINCE_S)
-        self.gap_sum_s = self._row(Window.GAP_SUM_S)
-        self.gap_tokens = self._row(Window.GAP_TOKENS)
-        self.prefill_work_s = self._row(Window.PREFILL_WORK_S)
-        self.prefill_work_s2 = self._row(Window.PREFILL_WORK_S2)
+        self.queue_integral = self._row(WindowRow.QUEUE_INTEGRAL)
+        self.queue_since_s = self._row(WindowRow.QUEUE_SINCE_S)
+        self.gap_sum_s = self._row(WindowRow.GAP_SUM_S)
+        self.gap_tokens = self._row(WindowRow.GAP_TOKENS)
+        self.prefill_work_s = self._row(WindowRow.PREFILL_WORK_S)
+        self.prefill_work_s2 = self._row(WindowRow.PREFILL_WORK_S2)
 
     def _row(self, row: int) -> memoryview[float]:
         return cast("memoryview[float]", memoryview(self.matrix[row]))

@@ -10,8 +10,8 @@ from typing import Final
 import numpy as np
 
 from tidegate.core.errors import ConfigError
-from tidegate.ledger.records import Seat
-from tidegate.ledger.sheet import SINCE_ROW, Sheet, Window
+from tidegate.ledger.records import InstanceEntry
+from tidegate.ledger.sheet import SINCE_ROW, LedgerMatrix, WindowRow
 from tidegate.ledger.snapshot import Field, Matrix, WindowAverages
 
 NO_WINDOWS: Final[Mapping[str, float]] = MappingProxyType({})
@@ -20,7 +20,7 @@ DEMAND_S = 10.0
 """Time constant of the smoothed prefill demand (ours): longer than a burst, shorter than a change of load."""
 
 
-def close_windows(sheet: Sheet, seats: Iterable[Seat], since: float, now: float) -> Matrix:
+def close_windows(sheet: LedgerMatrix, seats: Iterable[InstanceEntry], since: float, now: float) -> Matrix:
     """Publish the window [``since``, ``now``] in the rows that average over one, and open the next.
 
     An instance that decodes but produced nothing has an empty average, which would make stalling look
@@ -29,8 +29,8 @@ def close_windows(sheet: Sheet, seats: Iterable[Seat], since: float, now: float)
     time.
     """
     matrix = sheet.matrix
-    produced = matrix[Window.GAP_TOKENS]
-    gaps = matrix[Window.GAP_SUM_S] / np.maximum(produced, 1.0)
+    produced = matrix[WindowRow.GAP_TOKENS]
+    gaps = matrix[WindowRow.GAP_SUM_S] / np.maximum(produced, 1.0)
     stalled = (produced == 0) & (matrix[Field.DECODE_REQUESTS] > 0)
     if stalled.any():
         for seat in seats:
@@ -40,14 +40,16 @@ def close_windows(sheet: Sheet, seats: Iterable[Seat], since: float, now: float)
 
     queue = matrix[Field.PREFILL_QUEUE_S]
     span = now - since
-    sums = matrix[[Window.GAP_SUM_S, Window.GAP_TOKENS, Window.QUEUE_INTEGRAL]]
+    sums = matrix[[WindowRow.GAP_SUM_S, WindowRow.GAP_TOKENS, WindowRow.QUEUE_INTEGRAL]]
     if 0 < span < math.inf:
-        integral = matrix[Window.QUEUE_INTEGRAL] + queue * (now - matrix[Window.QUEUE_SINCE_S])
+        integral = matrix[WindowRow.QUEUE_INTEGRAL] + queue * (now - matrix[WindowRow.QUEUE_SINCE_S])
         sums[2] = integral
         matrix[Field.PREFILL_QUEUE_AVG_S] = integral / span
         weight = -math.expm1(-span / DEMAND_S)
         smoothed = matrix[Field.PREFILL_DEMAND : Field.PREFILL_SQUARES_S + 1]
-        smoothed += weight * (matrix[Window.PREFILL_WORK_S : Window.PREFILL_WORK_S2 + 1] / span - smoothed)
+        smoothed += weight * (
+            matrix[WindowRow.PREFILL_WORK_S : WindowRow.PREFILL_WORK_S2 + 1] / span - smoothed
+        )
     else:
         matrix[Field.PREFILL_QUEUE_AVG_S] = queue
     matrix[SINCE_ROW] = now
@@ -105,7 +107,7 @@ class LongWindows:
             self.averages[name] = WindowAverages(*change(np.array(self.averages[name])))
 
 
-def longest_open_gap(seat: Seat, now: float) -> float:
+def longest_open_gap(seat: InstanceEntry, now: float) -> float:
     """Return how long the instance's most neglected decode has waited for its next token.
 
     A decode whose KV is still being pulled waits for the link, not for this instance.

@@ -44,7 +44,7 @@ class LevelGoodput:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ComparedSystem:
     """One system on one trace, as the candidate that did best at the first level.
 
     ``others`` are the goodputs of all candidates at that level, where there was a choice. ``at_goodput`` and
@@ -76,7 +76,7 @@ class TraceComparison:
 
     trace: str
     title: str
-    entries: tuple[Entry, ...]
+    entries: tuple[ComparedSystem, ...]
     common_rate_rps: float | None
     common_rate_is: str
     limit_binding: str
@@ -130,11 +130,11 @@ class Comparison:
                     yield _row(trace, entry, found)
 
 
-def _shown(entry: Entry) -> Mapping[str, Any] | None:
+def _shown(entry: ComparedSystem) -> Mapping[str, Any] | None:
     return entry.at_goodput or entry.at_common
 
 
-def _row(trace: TraceComparison, entry: Entry, found: LevelGoodput) -> dict[str, Any]:
+def _row(trace: TraceComparison, entry: ComparedSystem, found: LevelGoodput) -> dict[str, Any]:
     common = entry.at_common or {}
     view = entry.view
     return {
@@ -235,5 +235,5 @@ def _timeline_rows(comparison: Comparison) -> Iterator[Sequence[Any]]:
             yield trace.title, entry.system, *values
 
 
-def _entries(comparison: Comparison) -> Iterator[tuple[TraceComparison, Entry]]:
+def _entries(comparison: Comparison) -> Iterator[tuple[TraceComparison, ComparedSystem]]:
     return ((trace, entry) for trace in comparison.traces for entry in trace.entries)

@@ -10,7 +10,7 @@ from typing import Any
 
 from tidegate.core.slo import Slo
 from tidegate.core.stages import LATER_STAGES, TTFT_STAGES
-from tidegate.reports.comparison import Comparison, Entry, TraceComparison
+from tidegate.reports.comparison import ComparedSystem, Comparison, TraceComparison
 from tidegate.reports.plot_style import Look, as_png, as_svg, looks, styled
 from tidegate.reports.plots import draw_attainment, draw_cdf, draw_goodput, draw_stages
 from tidegate.reports.plots_timeline import draw_over_time, draw_rate, draw_roles
@@ -105,7 +105,7 @@ def _stages(trace: TraceComparison) -> Figure:
         return _finish(figure, trace, "stages", "Time by stage", caption)
 
 
-def _roles(trace: TraceComparison, shown: list[Entry]) -> Figure:
+def _roles(trace: TraceComparison, shown: list[ComparedSystem]) -> Figure:
     flipping = [entry for entry in shown if (entry.at_common or {}).get("flips")]
     moving = (flipping or shown[:1])[:MOST_ROLE_ROWS]
     rest = len(shown) - len(moving)
@@ -134,7 +134,7 @@ def _roles(trace: TraceComparison, shown: list[Entry]) -> Figure:
         return _finish(figure, trace, "roles", "Roles over time", caption)
 
 
-def _over_time(trace: TraceComparison, shown: list[Entry], look: dict[str, Look]) -> Figure:
+def _over_time(trace: TraceComparison, shown: list[ComparedSystem], look: dict[str, Look]) -> Figure:
     with styled(WIDTH_IN, 8.4, 4, sharex=True) as (figure, axes):
         column = axes[:, 0]
         draw_over_time(column[0], shown, "attained", "Attained, by arrival", "requests (%)", look, 100.0)

@@ -19,7 +19,7 @@ from tidegate.measure.percentiles import Summary, summarize
 
 
 @dataclass(frozen=True, slots=True)
-class InstanceUse:
+class InstanceWork:
     """What one instance did.
 
     ``busy_share`` is the share of the run in which at least one request prefilled or decoded on it,
@@ -73,7 +73,7 @@ class RunReport:
     replays: int
     replayed_requests: int
     migrations: int
-    instances: tuple[InstanceUse, ...]
+    instances: tuple[InstanceWork, ...]
     prediction: PrefillPrediction | None
     notes: tuple[str, ...]
 
@@ -170,7 +170,7 @@ def _prediction(good: Sequence[OutcomeLine]) -> PrefillPrediction | None:
     return PrefillPrediction(errors.size, median, p90, float(np.median(errors)))
 
 
-def _instance_use(journal: Journal) -> tuple[InstanceUse, ...]:
+def _instance_use(journal: Journal) -> tuple[InstanceWork, ...]:
     roles = dict(journal.roles)
     for event in journal.instance_events:
         roles.setdefault(event.instance, event.role)
@@ -181,13 +181,13 @@ def _instance_use(journal: Journal) -> tuple[InstanceUse, ...]:
     return tuple(_one_use(name, role, journal) for name, role in sorted(roles.items()))
 
 
-def _one_use(name: str, role: str, journal: Journal) -> InstanceUse:
+def _one_use(name: str, role: str, journal: Journal) -> InstanceWork:
     prefilled = [o for o in journal.outcomes if o.prefill_on == name]
     decoded = [o for o in journal.outcomes if o.decoded_on == name and o.output_tokens > 0]
     intervals = [i for o in prefilled for i in _prefill_interval(o)]
     intervals += [i for o in decoded for i in _decode_interval(o)]
     busy_s = _union_s(intervals)
-    return InstanceUse(
+    return InstanceWork(
         instance=name,
         first_role=role,
         prefills=len(prefilled),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from tidegate.reports.comparison import Comparison, Entry, TraceComparison, cost_per_million
+from tidegate.reports.comparison import ComparedSystem, Comparison, TraceComparison, cost_per_million
 from tidegate.reports.figures import Figure
 from tidegate.reports.plot_style import looks
 
@@ -176,7 +176,7 @@ def _definitions() -> str:
     return f'<h3>Words</h3><p class="note">{WORDS}</p>'
 
 
-def _named(comparison: Comparison, entry: Entry) -> str:
+def _named(comparison: Comparison, entry: ComparedSystem) -> str:
     colour = looks(comparison.systems)[entry.system].colour
     return f'<span class="dot" style="background:{colour}"></span>{escape(entry.system)}'
 

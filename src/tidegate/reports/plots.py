@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tidegate.reports.comparison import Entry, TraceComparison
+from tidegate.reports.comparison import ComparedSystem, TraceComparison
 from tidegate.reports.plot_style import STAGE_COLOURS, Look
 
 FAR = 1.3
@@ -64,7 +64,7 @@ def draw_attainment(
     axis.set_xlim(left=0)
 
 
-def _by_rate(entry: Entry) -> dict[float, list[float]]:
+def _by_rate(entry: ComparedSystem) -> dict[float, list[float]]:
     """Return attainments by rate over the seeds of the search at the first level, and of all at that rate."""
     found: dict[float, dict[int, float]] = {}
     for level in entry.levels:
@@ -104,7 +104,7 @@ def draw_goodput(axis: Any, trace: TraceComparison, level: float, look: Mapping[
     )
 
 
-def _with_choice(entry: Entry, chosen: str) -> str:
+def _with_choice(entry: ComparedSystem, chosen: str) -> str:
     return f"{entry.system}\n({chosen})" if chosen else entry.system
 
 

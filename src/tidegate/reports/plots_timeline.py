@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from tidegate.measure.run_view import RunView
-from tidegate.reports.comparison import Entry
+from tidegate.reports.comparison import ComparedSystem
 from tidegate.reports.plot_style import ROLE_COLOURS, Look
 
 SMOOTH_WINDOWS = 5
 
 
-def draw_rate(axis: Any, entry: Entry) -> None:
+def draw_rate(axis: Any, entry: ComparedSystem) -> None:
     """The offered rate, as arrivals per window and smoothed."""
     view = _view(entry)
     at_s = _middles(view)
@@ -23,7 +23,7 @@ def draw_rate(axis: Any, entry: Entry) -> None:
     axis.set(title="Offered rate", ylabel="requests/s", ylim=(0, None))
 
 
-def draw_roles(axis: Any, entry: Entry) -> None:
+def draw_roles(axis: Any, entry: ComparedSystem) -> None:
     """How many instances carry which label, stacked."""
     view = _view(entry)
     columns = {
@@ -48,7 +48,7 @@ def draw_roles(axis: Any, entry: Entry) -> None:
 
 def draw_over_time(
     axis: Any,
-    entries: Sequence[Entry],
+    entries: Sequence[ComparedSystem],
     name: str,
     title: str,
     unit: str,
@@ -72,7 +72,7 @@ def draw_over_time(
     axis.set_ylim(bottom=0)
 
 
-def _view(entry: Entry) -> RunView:
+def _view(entry: ComparedSystem) -> RunView:
     assert entry.view is not None
     return entry.view
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from tidegate.core.errors import ConfigError
-from tidegate.dataplane.events import EventQueue, Kind
+from tidegate.dataplane.events import EventKind, EventQueue
 from tidegate.workloads.trace import Integers, TraceRecord, Workload
 
 INFINITE = float("inf")
@@ -15,7 +15,7 @@ RECORDS_AT_ONCE = 500
 """Requests between two calls of ``watch``, and records made at once."""
 
 
-class Arrivals:
+class TraceArrivals:
     """Announces the requests of a workload, by their row, as ARRIVAL events; each exactly once.
 
     In an open loop records are made as their time comes. In a closed loop a request with a turn above 0 and
@@ -64,13 +64,13 @@ class Arrivals:
             later, record = following
             assert record.delay_s is not None
             self.coming[later] = record
-            self._events.push(now + record.delay_s, Kind.ARRIVAL, later)
+            self._events.push(now + record.delay_s, EventKind.ARRIVAL, later)
 
     def _announce(self) -> None:
         self._announced, record = next(self._source, (-1, None))
         if record is not None:
             self.coming[self._announced] = record
-            self._events.push(record.arrival_s, Kind.ARRIVAL, self._announced)
+            self._events.push(record.arrival_s, EventKind.ARRIVAL, self._announced)
 
     def _records(self, workload: Workload, rows: Integers) -> Iterator[tuple[int, TraceRecord]]:
         for start in range(0, len(rows), RECORDS_AT_ONCE):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tidegate.core.errors import InternalError
 from tidegate.core.stages import STAGES
 from tidegate.measure.request_table import RequestTable
-from tidegate.sim.flight import Flight
+from tidegate.sim.flight import SimulatedRequest
 
 _TIMES = ("arrival_s", "first_token_s", "last_token_s", "end_s", "ttft_target_s", "tpot_target_s")
 _COUNTS = (
@@ -38,7 +38,9 @@ class RequestColumns:
         self._buffer = bytearray()
         self._written = 0
 
-    def write(self, flight: Flight, index: Mapping[str | None, int], outcome: str, end_s: float) -> None:
+    def write(
+        self, flight: SimulatedRequest, index: Mapping[str | None, int], outcome: str, end_s: float
+    ) -> None:
         """Write down how a request ended; ``index`` numbers the instances by name, and None as -1."""
         code = self._codes.get(outcome)
         if code is None:

@@ -9,14 +9,14 @@ from typing import IO
 
 import tidegate
 from tidegate.core.errors import ConfigError
-from tidegate.dataplane.events import EventQueue, Kind
+from tidegate.dataplane.events import EventKind, EventQueue
 from tidegate.dataplane.replica import Replica
 from tidegate.journal.writer import JournalWriter
 from tidegate.signals.prefix import PrefixIndex
 from tidegate.signals.producers import Producer, Profiles, check_signals
-from tidegate.sim.arrivals import Arrivals
+from tidegate.sim.arrivals import TraceArrivals
 from tidegate.sim.checks import slo_warnings
-from tidegate.sim.membership import CONTROL, HEARTBEAT, MEMBERSHIP, Membership
+from tidegate.sim.membership import CONTROL, HEARTBEAT, MEMBERSHIP, FleetSchedule
 from tidegate.sim.results import InstanceUse, SimRun
 from tidegate.sim.serving import Serving
 from tidegate.sim.settings import SimSettings
@@ -73,9 +73,11 @@ class _Simulation:
             raise ConfigError("two instances have one id")
         self._replicas = replicas
         self._settings = settings
-        self._membership = Membership(self._ids, settings)
+        self._membership = FleetSchedule(self._ids, settings)
         self._events = events = EventQueue()
-        self._arrivals = Arrivals(Workload.of(trace), events, closed_loop=settings.closed_loop, watch=watch)
+        self._arrivals = TraceArrivals(
+            Workload.of(trace), events, closed_loop=settings.closed_loop, watch=watch
+        )
         ended = self._arrivals.ended if settings.closed_loop else None
         self._serving = Serving(system, replicas, settings, journal, events, self._membership, ended)
         self._heartbeats = 0
@@ -101,18 +103,18 @@ class _Simulation:
         if self._settings.heartbeat_s > 0:
             self._announce_heartbeat()
         for number, change in enumerate(self._membership.changes):
-            self._events.push(change.at_s, Kind.TICK, MEMBERSHIP + number)
+            self._events.push(change.at_s, EventKind.TICK, MEMBERSHIP + number)
         self._serving.start()
         serving, arrivals = self._serving, self._arrivals
         flights, coming, handled = serving.flights, arrivals.coming, 0
         handlers = serving.cluster.handlers | {
-            Kind.ARRIVAL: self._arrive,
-            Kind.LEG: serving.submit,
-            Kind.TICK: self._tick,
+            EventKind.ARRIVAL: self._arrive,
+            EventKind.LEG: serving.submit,
+            EventKind.TICK: self._tick,
         }
         handle = [handlers[kind] for kind in range(len(handlers))]
         events = self._events
-        heap, starting, start = events.heap, events.starting, handlers[Kind.STEP_START]
+        heap, starting, start = events.heap, events.starting, handlers[EventKind.STEP_START]
         while flights or coming:
             if starting and not (heap and heap[0][0] <= now):
                 start(heappop(starting), 0, now)
@@ -141,7 +143,7 @@ class _Simulation:
 
     def _announce_heartbeat(self) -> None:
         self._heartbeats += 1
-        self._events.push(self._heartbeats * self._settings.heartbeat_s, Kind.TICK, HEARTBEAT)
+        self._events.push(self._heartbeats * self._settings.heartbeat_s, EventKind.TICK, HEARTBEAT)
 
     def _finished(self, now: float, handled: int) -> SimRun:
         serving = self._serving

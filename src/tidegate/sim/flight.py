@@ -8,14 +8,14 @@ from tidegate.control.live_request import LiveRequest
 from tidegate.control.record import RequestEnding, RequestRecord
 from tidegate.core.errors import InternalError, TidegateError
 from tidegate.core.request import Request
-from tidegate.dataplane.sequence import Pin, Sequence
+from tidegate.dataplane.sequence import Pin, SimSequence
 from tidegate.signals.prefix import PromptBlocks
 
 UNREACHED = math.nan
 """A time that a request did not come to."""
 
 
-class Flight(LiveRequest):
+class SimulatedRequest(LiveRequest):
     """A live request in the simulated cluster. Times are virtual, durations are those of its stages.
 
     ``number`` is its record's place in the trace, ``index`` its place in the order of arrival. ``leg`` is the
@@ -48,7 +48,7 @@ class Flight(LiveRequest):
         self.block_ids = block_ids
         self.block_tokens = block_tokens
         self.arrival_s = request.arrival_s
-        self.leg: Sequence | None = None
+        self.leg: SimSequence | None = None
         self.on = -1
         self.legs = 0
         self.handing_over = False
@@ -84,7 +84,7 @@ class Flight(LiveRequest):
             request.turn,
         )
 
-    def begin_leg(self, on: int, sequence: Sequence, now: float) -> None:
+    def begin_leg(self, on: int, sequence: SimSequence, now: float) -> None:
         """Note that a leg is dispatched to instance ``on``."""
         self.leg = sequence
         self.on = on
@@ -92,7 +92,7 @@ class Flight(LiveRequest):
         self.leg_first_s = UNREACHED
         self.legs += 1
 
-    def note_first_token(self, sequence: Sequence, now: float) -> None:
+    def note_first_token(self, sequence: SimSequence, now: float) -> None:
         """Fill in the stages up to the request's first token."""
         admitted_s = sequence.admitted_s
         assert admitted_s is not None
@@ -101,7 +101,7 @@ class Flight(LiveRequest):
         self.queue_s = admitted_s - self.arrival_s
         self.cached_tokens = sequence.cached_tokens
 
-    def note_end(self, sequence: Sequence) -> None:
+    def note_end(self, sequence: SimSequence) -> None:
         """Fill in the stages after the first token."""
         admitted_s, first_s = sequence.admitted_s, self.leg_first_s
         if admitted_s is None:

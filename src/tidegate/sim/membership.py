@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from tidegate.core.errors import ConfigError
-from tidegate.dataplane.events import EventQueue, Kind
+from tidegate.dataplane.events import EventKind, EventQueue
 from tidegate.sim.settings import SimSettings
 
 HEARTBEAT: Final = 0
@@ -24,7 +24,7 @@ class Change(NamedTuple):
     up: bool
 
 
-class Membership:
+class FleetSchedule:
     """When instances come up and go, by the settings and by what the control plane starts and stops.
 
     ``planned`` is how many there are at the start, spares left out; ``starts_s`` is when each comes up, None
@@ -75,7 +75,7 @@ class Membership:
         if not self._spares:
             return False
         self.changes.append(Change(now + self._start_delay_s, self._spares.pop(0), True))
-        events.push(self.changes[-1].at_s, Kind.TICK, MEMBERSHIP + len(self.changes) - 1)
+        events.push(self.changes[-1].at_s, EventKind.TICK, MEMBERSHIP + len(self.changes) - 1)
         return True
 
     def is_up(self, instance: int) -> bool:

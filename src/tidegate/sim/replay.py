@@ -22,7 +22,7 @@ from tidegate.workloads.trace import TraceRecord
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
+class LatencySpread:
     """Mean, median and 99th percentile over requests, in seconds."""
 
     mean_s: float
@@ -39,8 +39,8 @@ class Compared:
     """
 
     requests: int
-    predicted: Spread
-    observed: Spread
+    predicted: LatencySpread
+    observed: LatencySpread
     mean_error: float
     p50_error: float
     p99_error: float
@@ -48,7 +48,7 @@ class Compared:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Replay:
+class JournalReplay:
     """What the simulator says of a journal's requests, beside what the journal says.
 
     A latency is None where no request has it in both. Only requests that were answered in both are compared;
@@ -67,7 +67,7 @@ class Replay:
 
 def replay_journal(
     journal: Journal, system: System, replicas: Sequence[Replica], settings: SimSettings | None = None
-) -> Replay:
+) -> JournalReplay:
     """Serve the journal's requests with ``system`` on ``replicas``, labelled as the journal's cluster was.
 
     Arrivals, lengths and targets are the journal's; an answer's length is what was delivered. Requests that
@@ -110,10 +110,10 @@ def _as_trace(
     return replace(settings, slo=default, slo_classes=classes, closed_loop=False), records
 
 
-def _compare(run: SimRun, outcomes: Sequence[OutcomeLine], flips: int) -> Replay:
+def _compare(run: SimRun, outcomes: Sequence[OutcomeLine], flips: int) -> JournalReplay:
     table = run.requests
     both = table.ok & np.array([o.ok for o in outcomes])
-    return Replay(
+    return JournalReplay(
         run=run,
         requests=int(np.count_nonzero(both)),
         left_out=int(np.count_nonzero(~both)),
@@ -143,6 +143,6 @@ def _compared(predicted: Seconds, seen: Sequence[float | None], both: Mask) -> C
     )
 
 
-def _spread(values: Seconds) -> Spread:
+def _spread(values: Seconds) -> LatencySpread:
     p50, p99 = np.percentile(values, (50, 99)).tolist()
-    return Spread(float(values.mean()), p50, p99)
+    return LatencySpread(float(values.mean()), p50, p99)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Fleet
+from collections.abc import Callable, Sequence
 
 from tidegate.control.effects import (
     Effects,
@@ -24,17 +23,17 @@ from tidegate.core.errors import EngineUnreachable, InternalError, PromptTooLong
 from tidegate.core.instance import Role
 from tidegate.core.request import Request
 from tidegate.dataplane.cluster import Cluster
-from tidegate.dataplane.events import EventQueue, Kind
+from tidegate.dataplane.events import EventKind, EventQueue
 from tidegate.dataplane.replica import Replica
-from tidegate.dataplane.sequence import LOADING, Pin, Sequence
+from tidegate.dataplane.sequence import LOADING, Pin, SimSequence
 from tidegate.journal.writer import JournalWriter
 from tidegate.measure.timeline import FlipEvent
 from tidegate.policies.order import Ticket
 from tidegate.signals.prefix import NO_BLOCKS, PrefixIndex, PromptBlocks
 from tidegate.sim.checks import Oversize
 from tidegate.sim.columns import RequestColumns
-from tidegate.sim.flight import Flight
-from tidegate.sim.membership import CONTROL, Membership
+from tidegate.sim.flight import SimulatedRequest
+from tidegate.sim.membership import CONTROL, FleetSchedule
 from tidegate.sim.reports import StepReports
 from tidegate.sim.sampling import Sampler
 from tidegate.sim.settings import SimSettings
@@ -52,11 +51,11 @@ class Serving:
     def __init__(
         self,
         system: System,
-        replicas: Fleet[Replica],
+        replicas: Sequence[Replica],
         settings: SimSettings,
         journal: JournalWriter,
         events: EventQueue,
-        membership: Membership,
+        membership: FleetSchedule,
         ended: Callable[[int, float], None] | None,
     ) -> None:
         self._ids = [replica.instance.id for replica in replicas]
@@ -71,7 +70,7 @@ class Serving:
         self.sampler = Sampler(self._ids, self.cluster.kv_tokens_in_use)
         self.first_roles: list[Role | None] = [None] * len(replicas)
         self.last_roles: list[Role | None] = [None] * len(replicas)
-        self.flights: dict[int, Flight] = {}
+        self.flights: dict[int, SimulatedRequest] = {}
         self.columns = RequestColumns()
         self.reports = StepReports(self.plane, self._ids, settings.heartbeat_s)
         self.stepped = self.reports.stepped  # see ``Listener.stepped``
@@ -117,7 +116,9 @@ class Serving:
         )
         blocks = PromptBlocks(record.hash_ids, record.block_tokens) if record.hash_ids else NO_BLOCKS
         deadline_s = now + self._settings.deadline_s
-        flight = Flight(index, number, request, deadline_s, blocks, record.hash_ids, record.block_tokens)
+        flight = SimulatedRequest(
+            index, number, request, deadline_s, blocks, record.hash_ids, record.block_tokens
+        )
         self.flights[index] = flight
         if not self._refused(flight, self._context, now):
             self.cluster.report(now)
@@ -196,7 +197,7 @@ class Serving:
                 case RunDecode(live, on):
                     self._run_decode(live, self._index[on], now)
                 case WakeAt(at_s):
-                    self._events.push(at_s, Kind.TICK, CONTROL)
+                    self._events.push(at_s, EventKind.TICK, CONTROL)
                 case GiveUp(live, error):
                     self._close(live, error, now)
                 case Flipped(instance, before, after, reason):
@@ -213,7 +214,7 @@ class Serving:
 
     def _run_prefill(self, effect: RunPrefill, now: float) -> None:
         flight, place = effect.live, effect.place
-        assert isinstance(flight, Flight)
+        assert isinstance(flight, SimulatedRequest)
         on = self._index[place.prefill_on]
         request = flight.resident()
         if self._refused(flight, self._contexts[on], now):
@@ -225,16 +226,16 @@ class Serving:
         self._dispatch(flight, on, request.prompt_tokens, 1 if flight.handing_over else tokens, ticket, now)
 
     def _run_decode(self, flight: LiveRequest, on: int, now: float) -> None:
-        assert isinstance(flight, Flight)
+        assert isinstance(flight, SimulatedRequest)
         request = flight.resident()
         flight.handing_over = False
         if not self._refused(flight, self._contexts[on], now):
             self._dispatch(flight, on, request.prompt_tokens, request.max_tokens, None, now)
 
     def _dispatch(
-        self, flight: Flight, on: int, prompt: int, tokens: int, ticket: Ticket | None, now: float
+        self, flight: SimulatedRequest, on: int, prompt: int, tokens: int, ticket: Ticket | None, now: float
     ) -> None:
-        sequence = Sequence(
+        sequence = SimSequence(
             flight.index,
             prompt,
             prompt + tokens,
@@ -246,12 +247,12 @@ class Serving:
         )
         flight.begin_leg(on, sequence, now)
         if self._settings.front_s > 0:
-            self._events.push(now + self._settings.front_s, Kind.LEG, flight.index, flight.legs)
+            self._events.push(now + self._settings.front_s, EventKind.LEG, flight.index, flight.legs)
         else:
             self.cluster.submit(on, sequence, now)
 
     def _migrate(self, flight: LiveRequest, src: int, dst: int, now: float) -> None:
-        assert isinstance(flight, Flight)
+        assert isinstance(flight, SimulatedRequest)
         if self.cluster.begin_migration(flight.index, src, dst, now):
             self.plane.migration_begun(flight, now)
         else:
@@ -266,7 +267,7 @@ class Serving:
 
     # failures and endings
 
-    def _abort_leg(self, flight: Flight, instance: int, now: float) -> EngineUnreachable:
+    def _abort_leg(self, flight: SimulatedRequest, instance: int, now: float) -> EngineUnreachable:
         """Take a leg off an instance that dies, and return the error with which it fails."""
         leg = flight.leg
         assert leg is not None
@@ -279,7 +280,7 @@ class Serving:
         name = self._ids[instance]
         return EngineUnreachable(f"instance {name} died", instance=name, stage=stage)
 
-    def _without_source(self, flight: Flight, now: float) -> None:
+    def _without_source(self, flight: SimulatedRequest, now: float) -> None:
         """Have a decode compute what it cannot pull any more."""
         leg, pin = flight.leg, flight.pin
         assert leg is not None and pin is not None
@@ -290,7 +291,7 @@ class Serving:
         else:
             self.cluster.drop(pin, now)
 
-    def _refused(self, flight: Flight, context: int, now: float) -> bool:
+    def _refused(self, flight: SimulatedRequest, context: int, now: float) -> bool:
         """End a request that does not fit a context; tell whether it does not."""
         prompt, tokens = flight.request.prompt_tokens, flight.output_tokens
         if prompt + tokens <= context:
@@ -302,7 +303,7 @@ class Serving:
 
     def _close(self, flight: LiveRequest, error: TidegateError | None, now: float) -> None:
         """End a request and write down how it ended."""
-        assert isinstance(flight, Flight)
+        assert isinstance(flight, SimulatedRequest)
         if self._stale and flight.on >= 0:
             self.reports.tell(flight.on)
         if error is not None and flight.pin is not None:
@@ -322,7 +323,7 @@ class Serving:
 
     # what the instances tell
 
-    def token(self, sequence: Sequence, now: float) -> None:
+    def token(self, sequence: SimSequence, now: float) -> None:
         """See ``Listener.token``: the first one of a leg tells that its prefill, or its pull, has ended."""
         flight = self.flights[sequence.request]
         plane = self.plane
@@ -344,7 +345,7 @@ class Serving:
             if not plane.joined(flight):
                 raise InternalError(f"{flight.id} is out of step with its batch")
 
-    def preempted(self, sequence: Sequence) -> None:
+    def preempted(self, sequence: SimSequence) -> None:
         """See ``Listener.preempted``."""
         flight = self.flights[sequence.request]
         flight.preemptions += 1
@@ -352,14 +353,14 @@ class Serving:
             self.reports.tell(flight.on)
         self.plane.left_step(flight)
 
-    def paused(self, sequence: Sequence, now: float) -> None:
+    def paused(self, sequence: SimSequence, now: float) -> None:
         """See ``Listener.paused``."""
         flight = self.flights[sequence.request]
         self.reports.tell(flight.on)
         self.plane.left_step(flight)
 
     def migrated(
-        self, sequence: Sequence, src: int, dst: int, moved_bytes: int, committed: bool, now: float
+        self, sequence: SimSequence, src: int, dst: int, moved_bytes: int, committed: bool, now: float
     ) -> None:
         """See ``Listener.migrated``."""
         flight = self.flights.get(sequence.request)
@@ -372,12 +373,12 @@ class Serving:
         else:
             self.plane.migration_cancelled(flight, now, moved_bytes)
 
-    def pull(self, sequence: Sequence, instance: int, now: float) -> None:
+    def pull(self, sequence: SimSequence, instance: int, now: float) -> None:
         """See ``Listener.pull``."""
         moved = self.cluster.pull(sequence, instance, now)
         self.flights[sequence.request].kv_transfer_bytes += moved
 
-    def ended(self, sequence: Sequence, pin: Pin | None, now: float) -> None:
+    def ended(self, sequence: SimSequence, pin: Pin | None, now: float) -> None:
         """See ``Listener.ended``: hand the request over, or finish it."""
         flight = self.flights[sequence.request]
         flight.last_token_s = now

@@ -1,4 +1,4 @@
-"""Drift of the phase mix: the input:output ratio moves while the rate and each request's tokens stay."""
+"""MixDrift of the phase mix: the input:output ratio moves while the rate and each request's tokens stay."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tidegate.workloads.trace import Workload, optional
 FORMS = "linear:FROM:TO:OVER_S or sine:FACTOR:PERIOD_S"
 
 
-class Drift(Protocol):
+class MixDrift(Protocol):
     """What the input:output ratio is multiplied by, over time."""
 
     def factor(self, at_s: float) -> float:
@@ -53,7 +53,7 @@ class SineDrift:
         return float(self.swing ** math.sin(2.0 * math.pi * at_s / self.period_s))
 
 
-def parse_drift(text: str) -> Drift:
+def parse_drift(text: str) -> MixDrift:
     """Read ``linear:0.5:2:3600`` or ``sine:2:1800``; raises ConfigError."""
     kind, *numbers = text.split(":")
     try:
@@ -67,7 +67,7 @@ def parse_drift(text: str) -> Drift:
     raise ConfigError(f"drift {text!r}: expected {FORMS}")
 
 
-def drift_mix(workload: Workload, drift: Drift) -> Workload:
+def drift_mix(workload: Workload, drift: MixDrift) -> Workload:
     """Multiply each request's input:output ratio by ``drift.factor(arrival)``, rounded to whole tokens.
 
     Arrivals stay, and so does ``input + output`` of every request, hence the rate of tokens. Both parts

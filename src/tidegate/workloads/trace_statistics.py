@@ -37,7 +37,7 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True)
-class Arrivals:
+class ArrivalStatistics:
     """Of a timed trace. ``cv`` is the coefficient of variation of the gaps between arrivals.
 
     ``idc60`` is variance over mean of the requests per minute, 1 for Poisson arrivals; None below two
@@ -64,7 +64,7 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
-class Sessions:
+class SessionStatistics:
     """Conversations: their number, agents and rounds, and the clients' pauses in seconds."""
 
     count: int
@@ -86,13 +86,13 @@ class Statistics:
     """All of it; what does not apply to a trace is None."""
 
     requests: int
-    arrivals: Arrivals | None
+    arrivals: ArrivalStatistics | None
     input_tokens: Spread
     output_tokens: Spread
     ratio: float
     ratio_range: tuple[float, float] | None
     windows: tuple[Window, ...]
-    sessions: Sessions | None
+    sessions: SessionStatistics | None
     reuse: Reuse | None
 
     def to_json(self) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def _reuse(workload: Workload) -> Reuse | None:
     return Reuse(float(tokens.sum() / workload.input_tokens.sum()), float(known.sum() / blocks.sum()))
 
 
-def _arrivals(times_s: Floats) -> Arrivals:
+def _arrivals(times_s: Floats) -> ArrivalStatistics:
     since_s = times_s - times_s[0]
     duration_s = float(since_s[-1])
     gaps_s = np.diff(times_s)
@@ -173,7 +173,7 @@ def _arrivals(times_s: Floats) -> Arrivals:
     whole = minutes[: int(duration_s // MINUTE_S)]
     busiest = float(minutes.max()) / min(MINUTE_S, duration_s or MINUTE_S)
     rate_rps = len(times_s) / duration_s if duration_s > 0 else busiest
-    return Arrivals(
+    return ArrivalStatistics(
         duration_s=duration_s,
         rate_rps=rate_rps,
         busiest_minute_rps=busiest,
@@ -202,14 +202,14 @@ def _windows(times_s: Floats, inputs: Floats, outputs: Floats, window_s: float) 
     )
 
 
-def _sessions(workload: Workload) -> Sessions | None:
+def _sessions(workload: Workload) -> SessionStatistics | None:
     if workload.session_id is None:
         return None
     named = workload[workload.session_id != ""]
     rounds = np.bincount(named.units())
     pauses_s = workload.column("delay_s")[workload.column("turn") > 0]
     pauses_s = pauses_s[~np.isnan(pauses_s)]
-    return Sessions(
+    return SessionStatistics(
         count=len(rounds),
         agents=len(set(named.column("session_id"))),
         rounds=Spread.of(rounds),

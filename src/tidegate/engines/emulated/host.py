@@ -9,9 +9,9 @@ from tidegate.core.clock import Clock
 from tidegate.core.errors import BadRequest
 from tidegate.dataplane.batcher import Batcher
 from tidegate.dataplane.cluster import Cluster
-from tidegate.dataplane.events import Event, EventQueue, Kind
+from tidegate.dataplane.events import Event, EventKind, EventQueue
 from tidegate.dataplane.replica import Replica
-from tidegate.dataplane.sequence import Pin, Sequence
+from tidegate.dataplane.sequence import Pin, SimSequence
 from tidegate.engines.emulated.leg import EmulatedLeg, new_leg
 from tidegate.engines.emulated.pump import Pump
 from tidegate.engines.serving.types import Counters, GenerateRequest, KvSource, Output, PinnedKv
@@ -19,11 +19,11 @@ from tidegate.policies.order import Order
 
 
 @dataclass(slots=True)
-class Held:
+class HeldPin:
     """KV that a finished leg left, and the leg that claimed it."""
 
     pin: Pin
-    claimed_by: Sequence | None = None
+    claimed_by: SimSequence | None = None
 
     @property
     def over(self) -> bool:
@@ -47,7 +47,7 @@ class EmulatedInstance:
     counters: Counters = field(default_factory=Counters)
     legs: dict[str, EmulatedLeg] = field(default_factory=dict)
     in_step: dict[EmulatedLeg, None] = field(default_factory=dict)
-    pins: dict[str, Held] = field(default_factory=dict)
+    pins: dict[str, HeldPin] = field(default_factory=dict)
 
     def forget_old_pins(self) -> None:
         """Drop what is over, from the oldest on: leases are equally long."""
@@ -102,7 +102,7 @@ class Host:
         place.legs[request.id] = leg
         self._legs[self._numbered] = place, leg
         if self._front_s > 0:
-            self._events.push(now + self._front_s, Kind.LEG, self._numbered)
+            self._events.push(now + self._front_s, EventKind.LEG, self._numbered)
         else:
             self._cluster.submit(place.index, leg.sequence, now)
         self.pump.arm()
@@ -139,7 +139,7 @@ class Host:
 
     def _claim(
         self, place: EmulatedInstance, request: GenerateRequest, source: KvSource, now: float
-    ) -> Held | None:
+    ) -> HeldPin | None:
         """Return the KV behind a handle if it fits the leg; otherwise free it, and the leg recomputes."""
         owner = self._by_engine.get(source.engine_id)
         held = None if owner is None else owner.pins.get(source.request_id)
@@ -158,7 +158,7 @@ class Host:
 
     def _handle(self, event: Event) -> None:
         now, kind, whose, _ = event
-        if kind == Kind.LEG:
+        if kind == EventKind.LEG:
             if whose in self._legs:
                 place, leg = self._legs[whose]
                 self._cluster.submit(place.index, leg.sequence, now)
@@ -185,7 +185,7 @@ class Host:
             leg.advance(count, now)
             self._touched[leg] = place
 
-    def token(self, sequence: Sequence, now: float) -> None:
+    def token(self, sequence: SimSequence, now: float) -> None:
         """See ``Listener.token``."""
         place, leg = self._legs[sequence.request]
         counters = place.counters
@@ -196,13 +196,13 @@ class Host:
         place.in_step[leg] = None
         self._touched[leg] = place
 
-    def preempted(self, sequence: Sequence) -> None:
+    def preempted(self, sequence: SimSequence) -> None:
         """See ``Listener.preempted``."""
         place, leg = self._legs[sequence.request]
         place.counters.preemptions += 1
         place.in_step.pop(leg, None)
 
-    def pull(self, sequence: Sequence, instance: int, now: float) -> None:
+    def pull(self, sequence: SimSequence, instance: int, now: float) -> None:
         """See ``Listener.pull``."""
         place, leg = self._legs[sequence.request]
         source = sequence.source
@@ -212,17 +212,17 @@ class Host:
         leg.loaded_tokens = moved // token_bytes if token_bytes else source.tokens
         place.counters.pulled_bytes += moved
 
-    def paused(self, sequence: Sequence, now: float) -> None:
+    def paused(self, sequence: SimSequence, now: float) -> None:
         """See ``Listener.paused``."""
         place, leg = self._legs[sequence.request]
         place.in_step.pop(leg, None)
 
     def migrated(
-        self, sequence: Sequence, src: int, dst: int, moved_bytes: int, committed: bool, now: float
+        self, sequence: SimSequence, src: int, dst: int, moved_bytes: int, committed: bool, now: float
     ) -> None:
         """See ``Listener.migrated``; nobody asks an emulated instance for one."""
 
-    def ended(self, sequence: Sequence, pin: Pin | None, now: float) -> None:
+    def ended(self, sequence: SimSequence, pin: Pin | None, now: float) -> None:
         """See ``Listener.ended``."""
         place, leg = self._legs.pop(sequence.request)
         request = leg.request
@@ -235,7 +235,7 @@ class Host:
             older = place.pins.pop(request.id, None)
             if older is not None and older.claimed_by is None:
                 self._cluster.drop(older.pin, now)
-            place.pins[request.id] = Held(pin)
+            place.pins[request.id] = HeldPin(pin)
             ends_s = now + place.replica.engine.lease_s
             pinned = PinnedKv(request.id, tuple(range(pin.blocks)), pin.tokens, ends_s)
         leg.finish(now, pinned)

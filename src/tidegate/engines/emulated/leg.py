@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tidegate.dataplane.sequence import Pin, Sequence
+from tidegate.dataplane.sequence import Pin, SimSequence
 from tidegate.engines.emulated.made_up import answer, block_ids
 from tidegate.engines.emulated.vocabulary import pieces
 from tidegate.engines.serving.assembling import ByteDecoder, TextAssembler, say_token
@@ -23,7 +23,7 @@ class EmulatedLeg:
     """
 
     request: GenerateRequest
-    sequence: Sequence
+    sequence: SimSequence
     tokens: list[int]
     text: TextAssembler
     submitted_s: float
@@ -90,7 +90,7 @@ def new_leg(
     asked = len(prompt) - request.generated
     tokens = answer(prompt[:asked], request.generated, params.max_tokens)
     tokens = tokens[: _length(request, tokens)]
-    sequence = Sequence(
+    sequence = SimSequence(
         number,
         len(prompt),
         len(prompt) + len(tokens),
