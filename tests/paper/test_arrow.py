@@ -266,7 +266,7 @@ class TestStatelessInstances:
         chosen = place_decode(ledger, "i0", now=0.1)
         assert decode_on(chosen) == "i0"
         ledger.decode_dispatched("r", "i0", 101, 0.1)
-        assert not ledger.transfer_started("r", 0.1)
+        assert not ledger.transfer_ended("r", 0.1), "nothing moved"
 
     def test_the_first_flip_to_decode_owes_no_cooldown(self) -> None:
         """Ours: Narwhal starts the cooldown with the process; here none has happened."""

@@ -118,7 +118,6 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(name=requests)
     def transfer_ends(self, name: str) -> None:
-        self.ledger.transfer_started(name, self.now)
         self.ledger.transfer_ended(name, self.now)
 
     @rule(name=requests, count=st.integers(1, 20))

@@ -48,7 +48,6 @@ def test_a_disaggregated_request_from_dispatch_to_finish() -> None:
     assert column(waiting, "handoff_tokens") == [100, 0]
 
     assert ledger.decode_dispatched("r0", "i1", 101, 0.1)
-    assert ledger.transfer_started("r0", 0.1)
     pulling = ledger.snapshot(0.1)
     assert column(pulling, "handoff_tokens") == [100, 0]
     assert column(pulling, "decode_tokens") == [0, 101]
@@ -75,7 +74,6 @@ def test_decoding_where_the_prefill_ran_holds_the_kv_once() -> None:
     after = ledger.snapshot(0.1)
     assert column(after, "handoff_tokens") == [0, 0]
     assert column(after, "decode_tokens") == [101, 0]
-    assert not ledger.transfer_started("r0", 0.1)
     assert not ledger.transfer_ended("r0", 0.1)
 
 
@@ -106,7 +104,6 @@ def test_late_and_unknown_events_change_nothing() -> None:
         assert not ledger.prefill_started(request_id, 3.0)
         assert not ledger.prefill_ended(request_id, 3.0)
         assert not ledger.decode_dispatched(request_id, "i1", 5, 3.0)
-        assert not ledger.transfer_started(request_id, 3.0)
         assert not ledger.transfer_ended(request_id, 3.0)
         assert not ledger.tokens(request_id, 1, 3.0)
         assert not ledger.finished(request_id, 3.0)

@@ -164,7 +164,7 @@ def _write_report(
     found: LevelGoodput | None,
 ) -> None:
     from tidegate.cli.report_folder import command_line, set_up, tell_where, titled, write_folder
-    from tidegate.reports.comparison import Comparison, ComparedSystem, TraceComparison
+    from tidegate.reports.comparison import ComparedSystem, Comparison, TraceComparison
 
     title = next(iter(titled([setting.workload.trace], setting.workload)))
     searched = (found,) if found is not None and found.probes else ()

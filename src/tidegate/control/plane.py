@@ -173,8 +173,6 @@ class ControlPlane:
             return effects
         on = decision.decode_on
         self._decodes_on(live, on, request.prompt_tokens, now)
-        if on != live.prefill_on:
-            self.ledger.transfer_started(live.id, now)
         effects.append(RunDecode(live, on))
         return effects
 
@@ -281,8 +279,6 @@ class ControlPlane:
         self._decodes_on(live, live.migrate.dst, resident_tokens, now)
         if pulled:
             self.ledger.transfer_ended(live.id, now)
-        else:
-            self.ledger.transfer_started(live.id, now)
         live.migrations += 1
         self._migration_over(live, "done", now, moved_bytes=moved_bytes)
 

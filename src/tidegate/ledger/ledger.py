@@ -16,6 +16,7 @@ from tidegate.ledger.rows import RequestRows
 from tidegate.ledger.sessions import SessionBook, SessionRows
 from tidegate.ledger.sheet import LedgerMatrix
 from tidegate.ledger.snapshot import Field, Snapshot, WindowAverages
+from tidegate.ledger.stage_sums import StageSums
 from tidegate.ledger.windows import NO_WINDOWS, LongWindows, close_windows
 
 GRID_S = 2.0**-30
@@ -40,6 +41,7 @@ class Ledger:
 
     def __init__(self, window_s: float = 1.0, windows: Mapping[str, float] = NO_WINDOWS) -> None:
         self._sheet = LedgerMatrix()
+        self._stages = StageSums(self._sheet)
         self._windows = LongWindows(window_s, windows)
         self.sessions = SessionBook()
         self._seats: dict[str, InstanceEntry] = {}
@@ -89,10 +91,10 @@ class Ledger:
         affected = [*seat.prefills.values(), *seat.decodes.values(), *seat.handoffs.values()]
         for entry in affected:
             if entry.source is seat and entry.decode is not None:
-                self._release_source(entry)
+                self._stages.release_source(entry)
                 entry.last_at_s = now
             elif entry.decode is seat and entry.source is not None:
-                self._leave_decode(entry)
+                self._stages.leave_decode(entry)
             else:
                 self._drop(entry, now)
                 self._lost += 1
@@ -161,9 +163,9 @@ class Ledger:
         self._sheet.prefill_tokens[column] += request.prompt_tokens
         self._sheet.prefill_work_s[column] += seconds
         self._sheet.prefill_work_s2[column] += seconds * seconds
-        self._change_queue(column, seconds, now)
+        self._stages.change_queue(column, seconds, now)
         if seat.head is None:
-            self._set_head(seat, entry, now, seen=False)
+            self._stages.set_head(seat, entry, now, seen=False)
         return seconds
 
     def prefill_started(self, request_id: str, now: float) -> bool:
@@ -177,7 +179,7 @@ class Ledger:
         if entry is None or entry.prefill is None:
             return False
         if not entry.prefill.head_seen:
-            self._set_head(entry.prefill, entry, now, seen=True)
+            self._stages.set_head(entry.prefill, entry, now, seen=True)
         return True
 
     def prefill_ended(self, request_id: str, now: float) -> bool:
@@ -186,8 +188,8 @@ class Ledger:
         if entry is None or entry.prefill is None:
             return False
         seat = entry.prefill
-        self._leave_prefill(entry, now)
-        self._hold(entry, seat, entry.request.prompt_tokens)
+        self._stages.leave_prefill(entry, now)
+        self._stages.hold(entry, seat, entry.request.prompt_tokens)
         return True
 
     def decode_dispatched(self, request_id: str, on: str, resident_tokens: int, now: float) -> bool:
@@ -206,11 +208,11 @@ class Ledger:
         previous = entry.decode
         if previous is not None:
             held = entry.tokens_now
-            self._leave_decode(entry)
+            self._stages.leave_decode(entry)
             if entry.source is None:
-                self._hold(entry, previous, held)
+                self._stages.hold(entry, previous, held)
         if entry.source is seat:
-            self._release_source(entry)
+            self._stages.release_source(entry)
         entry.decode = seat
         entry.resident_tokens = resident_tokens
         entry.last_at_s = now
@@ -222,17 +224,12 @@ class Ledger:
         self._placed_decodes += 1
         return True
 
-    def transfer_started(self, request_id: str, now: float) -> bool:
-        """Say that the decode instance began to pull the KV. No sum changes; False if nothing is to move."""
-        entry = self._entries.get(request_id)
-        return entry is not None and entry.decode is not None and entry.source is not None
-
     def transfer_ended(self, request_id: str, now: float) -> bool:
         """Say that the pull ended: the KV leaves the source, and from now on the decode can stall."""
         entry = self._entries.get(request_id)
         if entry is None or entry.decode is None or entry.source is None:
             return False
-        self._release_source(entry)
+        self._stages.release_source(entry)
         entry.last_at_s = now
         return True
 
@@ -246,7 +243,7 @@ class Ledger:
         if entry is None or entry.decode is None:
             return False
         if entry.joined_step is not None:
-            self._fall_out(entry)
+            self._stages.fall_out(entry)
         now = int(now / GRID_S) * GRID_S
         sheet = self._sheet
         column = entry.decode.column
@@ -259,7 +256,7 @@ class Ledger:
         else:
             entry.generating = True
             if entry.source is not None:
-                self._release_source(entry)
+                self._stages.release_source(entry)
         entry.last_at_s = now
         return True
 
@@ -303,7 +300,7 @@ class Ledger:
         entry = self._entries.get(request_id)
         if entry is None or entry.joined_step is None:
             return False
-        self._fall_out(entry)
+        self._stages.fall_out(entry)
         return True
 
     def finished(self, request_id: str, now: float) -> bool:
@@ -442,67 +439,11 @@ class Ledger:
         self._costs = None
         self._labels = None
 
-    def _change_queue(self, column: int, seconds: float, now: float) -> None:
-        sheet = self._sheet
-        sheet.queue_integral[column] += sheet.prefill_queue_s[column] * (now - sheet.queue_since_s[column])
-        sheet.queue_since_s[column] = now
-        sheet.prefill_queue_s[column] += seconds
-
-    def _set_head(self, seat: InstanceEntry, entry: RequestEntry | None, now: float, *, seen: bool) -> None:
-        seat.head = entry
-        seat.head_seen = seen
-        self._sheet.head_s[seat.column] = entry.seconds if entry is not None else 0.0
-        self._sheet.head_started_s[seat.column] = now
-
-    def _leave_prefill(self, entry: RequestEntry, now: float) -> None:
-        seat = entry.prefill
-        assert seat is not None
-        entry.prefill = None
-        del seat.prefills[entry.request.id]
-        self._sheet.prefill_requests[seat.column] -= 1
-        self._sheet.prefill_tokens[seat.column] -= entry.request.prompt_tokens
-        self._change_queue(seat.column, -entry.seconds, now)
-        if seat.head is entry:
-            self._set_head(seat, next(iter(seat.prefills.values()), None), now, seen=False)
-
-    def _hold(self, entry: RequestEntry, seat: InstanceEntry, tokens: int) -> None:
-        entry.source = seat
-        entry.held_tokens = tokens
-        seat.handoffs[entry.request.id] = entry
-        self._sheet.handoff_tokens[seat.column] += tokens
-        self._sheet.free_tokens[seat.column] -= tokens
-
-    def _release_source(self, entry: RequestEntry) -> None:
-        seat = entry.source
-        assert seat is not None
-        entry.source = None
-        del seat.handoffs[entry.request.id]
-        self._sheet.handoff_tokens[seat.column] -= entry.held_tokens
-        self._sheet.free_tokens[seat.column] += entry.held_tokens
-
-    def _fall_out(self, entry: RequestEntry) -> None:
-        seat = entry.decode
-        assert seat is not None
-        entry.resident_tokens, entry.last_at_s = entry.tokens_now, entry.token_at_s
-        entry.joined_step = None
-        seat.in_step -= 1
-
-    def _leave_decode(self, entry: RequestEntry) -> None:
-        seat = entry.decode
-        assert seat is not None
-        if entry.joined_step is not None:
-            self._fall_out(entry)
-        entry.decode = None
-        del seat.decodes[entry.request.id]
-        self._sheet.decode_requests[seat.column] -= 1
-        self._sheet.decode_tokens[seat.column] -= entry.resident_tokens
-        self._sheet.free_tokens[seat.column] += entry.resident_tokens
-
     def _drop(self, entry: RequestEntry, now: float) -> None:
         if entry.prefill is not None:
-            self._leave_prefill(entry, now)
+            self._stages.leave_prefill(entry, now)
         if entry.source is not None:
-            self._release_source(entry)
+            self._stages.release_source(entry)
         if entry.decode is not None:
-            self._leave_decode(entry)
+            self._stages.leave_decode(entry)
         del self._entries[entry.request.id]
