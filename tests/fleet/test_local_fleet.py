@@ -178,6 +178,36 @@ def test_backoff_doubles_to_its_limit_and_starts_over_after_a_long_life() -> Non
     assert backoff.after(0.0) == 0.4
 
 
+async def test_an_added_engine_serves_and_a_removed_one_is_gone_for_good(make: Make) -> None:
+    fleet, seen = make(1), Recorder()
+    assert not fleet.add(), "not before it has started"
+    await fleet.start(seen)
+    assert fleet.add()
+    await until(lambda: "i1" in seen.up)
+    added = seen.up["i1"]
+    assert added.pid is not None and alive(added.pid)
+    assert added.profile == seen.up["i0"].profile
+    assert fleet.remove("i1", "drained") and not fleet.remove("i7", "unknown")
+    await until(lambda: ("down", "i1") in seen.reports)
+    await until(lambda: not alive(added.pid or 0))
+    assert fleet.add()
+    await until(lambda: "i2" in seen.up), "a name is used once"
+    assert fleet.ids == ("i0",)
+
+
+async def test_an_added_engine_is_restarted_and_one_removed_while_it_starts_ends(make: Make) -> None:
+    fleet, seen = make(1), Recorder()
+    await fleet.start(seen)
+    fleet.add()
+    fleet.add()
+    fleet.remove("i2", "not needed")
+    await until(lambda: "i1" in seen.up)
+    first = seen.up["i1"]
+    os.kill(first.pid or 0, signal.SIGKILL)
+    await until(lambda: "i1" in seen.up and seen.up["i1"].engine_id != first.engine_id)
+    await until(lambda: "i2" not in seen.up)
+
+
 @pytest.mark.parametrize("mode", ["serve", "stubborn"])
 async def test_stop_leaves_no_process(make: Make, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     monkeypatch.setenv("FAKE_ENGINE", mode)

@@ -61,6 +61,10 @@ class EmulatedFleet(ProcessFleet[AllReady]):
         super().__init__({"emulated": tuple(replica.instance.id for replica in replicas)}, pace)
         self._launch = launch
 
+    def may_grow(self) -> bool:
+        """See ``ProcessFleet.may_grow``: links are simulated in the one process of all instances."""
+        return False
+
     def argv(self, slot: Slot) -> list[str]:
         """See ``ProcessFleet.argv``."""
         return self._launch.argv()

@@ -90,6 +90,7 @@ class LaunchedVllmFleet(ProcessFleet[int]):
         ids = tuple(f"i{index}" for index in range(launch.instances))
         super().__init__({instance_id: (instance_id,) for instance_id in ids}, pace or PACE)
         self._profiles = profiles_by_id(ids, profiles)
+        self._shared_profile = profiles[0] if len(profiles) == 1 else None
         self._api_key = launch.api_key or self._api_key
         self._launch = launch
         self._hardware = hardware(os.environ, launch.instances, launch.arguments.gpus)
@@ -102,6 +103,10 @@ class LaunchedVllmFleet(ProcessFleet[int]):
         except OSError as error:
             raise SetupError(f"cannot write logs to {self._launch.logs}: {error.strerror}") from None
         await super().start(listener)
+
+    def may_grow(self) -> bool:
+        """See ``ProcessFleet.may_grow``: on the cores that all servers share, not on GPUs that each has."""
+        return VISIBLE not in self._hardware[0]
 
     def argv(self, slot: Slot) -> list[str]:
         """See ``ProcessFleet.argv``. Every start has other ports: the last ones may still be in use."""
@@ -123,7 +128,7 @@ class LaunchedVllmFleet(ProcessFleet[int]):
         """See ``ProcessFleet.environment``."""
         start = self._starts[slot.name]
         return {
-            **self._hardware[int(slot.name.removeprefix("i"))],
+            **self._hardware[int(slot.name.removeprefix("i")) % len(self._hardware)],
             "VLLM_API_KEY": self._api_key,
             "VLLM_HOST_IP": HOST,
             "VLLM_NIXL_SIDE_CHANNEL_HOST": HOST,
@@ -161,7 +166,7 @@ class LaunchedVllmFleet(ProcessFleet[int]):
                 kv,
                 engine_id=start.engine_id,
                 api_key=self._api_key,
-                profile=self._profiles.get(slot.name),
+                profile=self._profiles.get(slot.name) or self._shared_profile,
                 bootstrap_url=start.bootstrap_url,
                 kv_engine_id=kv_engine_id,
                 pid=announced,

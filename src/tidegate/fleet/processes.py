@@ -81,8 +81,9 @@ class LocalFleet(ProcessFleet[Ready]):
         """See ``ProcessFleet.argv``."""
         return self._launch.argv(
             engine_id=f"{slot.name}-{secrets.token_hex(4)}",
-            # What it measures is used only once, but an engine that failed at it has to try again.
-            self_profile=self._first_starts.get(slot.name) is None,
+            # What it measures is used only once, but an engine that failed at it has to try again. One that
+            # was added takes the launch's profile.
+            self_profile=slot.name in self.ids and self._first_starts.get(slot.name) is None,
         )
 
     def parse(self, line: str) -> Ready | None:
@@ -113,7 +114,8 @@ class LocalFleet(ProcessFleet[Ready]):
 
     def _note_first_start(self, slot: Slot, ready: Ready | None) -> None:
         """Fit the launch's profile once every instance has started or failed to (``ready`` None)."""
-        self._first_starts.setdefault(slot.name, ready)
+        if slot.name in self.ids:
+            self._first_starts.setdefault(slot.name, ready)
         assert self._profile is not None
         if len(self._first_starts) == len(self.ids) and not self._profile.done():
             started = [r for r in self._first_starts.values() if r is not None]

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import aiohttp
 
@@ -73,6 +73,8 @@ class Slot:
         self.backoff = Backoff(pace)
         self.first: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """The outcome of the first start: empty, or why it failed."""
+        self.removed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        """Done, with the reason, once the place is to be empty for good."""
 
     def report_first(self, outcome: str) -> None:
         if not self.first.done():
@@ -100,18 +102,17 @@ class ProcessFleet(ABC, Generic[Announced]):
         self._slots: dict[str, Slot] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._session: aiohttp.ClientSession | None = None
+        self._listener: FleetListener | None = None
+        self._named = len(self.ids)
 
     @property
     def ids(self) -> tuple[str, ...]:
         return tuple(instance_id for ids in self._places.values() for instance_id in ids)
 
     async def start(self, listener: FleetListener) -> None:
-        self._session = session = aiohttp.ClientSession()
+        self._session, self._listener = aiohttp.ClientSession(), listener
         for name, ids in self._places.items():
-            slot = self._slots[name] = Slot(name, ids, self._pace)
-            task = asyncio.create_task(self._supervise(slot, listener, session), name=f"fleet {name}")
-            task.add_done_callback(partial(_on_supervisor_end, slot))
-            self._tasks.append(task)
+            self._begin(name, ids)
         try:
             outcomes = await asyncio.gather(*(slot.first for slot in self._slots.values()))
             if all(outcomes):
@@ -126,10 +127,31 @@ class ProcessFleet(ABC, Generic[Announced]):
                 slot.suspicion.set()
 
     def add(self) -> bool:
-        return False
+        """See ``FleetControl.add``: one more process, with an instance whose name was never used."""
+        if self._session is None or not self.may_grow():
+            return False
+        name = f"i{self._named}"
+        self._named += 1
+        self._begin(name, (name,))
+        return True
 
     def remove(self, instance_id: str, reason: str) -> bool:
-        return False
+        """See ``FleetControl.remove``. An instance that shares its process with others stays."""
+        slot = next((slot for slot in self._slots.values() if slot.ids == (instance_id,)), None)
+        if slot is None:
+            return False
+        if not slot.removed.done():
+            slot.removed.set_result(reason)
+        return True
+
+    def _begin(self, name: str, ids: tuple[str, ...]) -> None:
+        """Supervise one more place."""
+        assert self._listener is not None and self._session is not None
+        slot = self._slots[name] = Slot(name, ids, self._pace)
+        work = self._supervise(slot, self._listener, self._session)
+        task = asyncio.create_task(work, name=f"fleet {name}")
+        task.add_done_callback(partial(_on_supervisor_end, slot))
+        self._tasks.append(task)
 
     async def stop(self) -> None:
         await end_watch(self._tasks, self._session)
@@ -151,6 +173,10 @@ class ProcessFleet(ABC, Generic[Announced]):
     async def members(self, slot: Slot, announced: Announced, pid: int) -> list[Member]:
         """Return what has come up, one member for each of the slot's ``ids``."""
 
+    def may_grow(self) -> bool:
+        """Tell whether one more process has a place on this machine."""
+        return True
+
     def not_started(self, slot: Slot) -> None:
         """Take note that the slot's process did not become ready."""
 
@@ -169,9 +195,14 @@ class ProcessFleet(ABC, Generic[Announced]):
                 slot.report_first(error.message)
                 self.not_started(slot)
                 lived_s = 0.0
-            wait_s = slot.backoff.after(lived_s)
-            log.debug("%s restarts in %.1f s", slot.name, wait_s)
-            await asyncio.sleep(wait_s)
+            if not slot.removed.done():
+                wait_s = slot.backoff.after(lived_s)
+                log.debug("%s restarts in %.1f s", slot.name, wait_s)
+                await asyncio.wait({slot.removed}, timeout=wait_s)
+            if slot.removed.done():
+                slot.report_first(slot.removed.result())
+                del self._slots[slot.name]
+                return
 
     async def _one_life(self, slot: Slot, listener: FleetListener, session: aiohttp.ClientSession) -> float:
         """Run one process from start to end and return the seconds it was up; it is reaped in any case."""
@@ -186,8 +217,11 @@ class ProcessFleet(ABC, Generic[Announced]):
                 listener.member_up(member)
             slot.report_first("")
             reason = await self._watch(slot, child, members[0].url, session)
-            child.kill()
-            log.warning("%s is down: it %s", slot.name, reason)
+            if slot.removed.done():
+                log.info("%s is stopped: %s", slot.name, reason)
+            else:
+                child.kill()
+                log.warning("%s is down: it %s", slot.name, reason)
             for instance_id in slot.ids:
                 listener.member_down(instance_id, reason)
             return clock() - up_at
@@ -209,18 +243,23 @@ class ProcessFleet(ABC, Generic[Announced]):
         client = VllmClient(session, url, instance=slot.name, deadline_s=pace.deadline_s)
         hang = asyncio.create_task(until_unhealthy(client, slot.suspicion, pace, refused_is_gone=False))
         try:
-            await asyncio.wait({hang, child.exited}, return_when=asyncio.FIRST_COMPLETED)
+            watched: set[asyncio.Future[Any]] = {hang, child.exited, slot.removed}
+            await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+            if slot.removed.done():
+                return slot.removed.result()
             return child.exit_reason() if child.exited.done() else hang.result()
         finally:
             hang.cancel()
 
 
 def _on_supervisor_end(slot: Slot, task: asyncio.Task[None]) -> None:
-    """A supervisor only ends by cancellation; anything else is a fault that must not pass in silence."""
+    """A supervisor ends by cancellation or removal; anything else must not pass in silence."""
     if task.cancelled():
         slot.report_first("the fleet was stopped")
         return
     error = task.exception()
+    if error is None and slot.removed.done():
+        return
     log.error("the supervisor of %s failed", slot.name, exc_info=error)
     if error is not None and not slot.first.done():
         slot.first.set_exception(error)
