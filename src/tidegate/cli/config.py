@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from functools import partial
 from inspect import Parameter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tidegate.api import DEFAULT_SYSTEM
-from tidegate.cli.options import Flag, OptionGroup, flags_of, given_type
+from tidegate.cli.options import Flag, OptionGroup, given_type
 from tidegate.cli.setting_types import (
     Bootstraps,
     Count,
@@ -365,11 +365,19 @@ class Config(Section):
 GATEWAY_NAMES = {"request_timeout": "request_deadline_s", "stall_timeout": "stall_s"}
 """Fields of ``GatewaySettings`` by their names in [gateway], where the two differ."""
 SECTIONS: dict[str, type[Section]] = {
-    name: kind for name, kind in get_type_hints(Config).items() if name in Config.model_fields
+    name: kind
+    for name, field in Config.model_fields.items()
+    if isinstance(kind := field.annotation, type) and issubclass(kind, Section)
 }
 SETTINGS: dict[str, str] = {name: section for section, kind in SECTIONS.items() for name in kind.model_fields}
 """The section of every setting, by the setting's name."""
-FLAGS: dict[str, Flag] = {name: flag for kind in SECTIONS.values() for name, flag in flags_of(kind).items()}
+FLAGS: dict[str, Flag] = {
+    name: flag
+    for kind in SECTIONS.values()
+    for name, field in kind.model_fields.items()
+    for flag in field.metadata
+    if isinstance(flag, Flag)
+}
 """The settings that have an option on the command line."""
 SYSTEM_WITH_VLLM = "static"
 """The default system in front of vLLM servers while no profile of theirs is given."""
@@ -383,15 +391,11 @@ class GivenSettings(OptionGroup):
         super().__init__(dict, FLAGS)
 
     def parameters(self) -> Iterator[Parameter]:
-        for section in SECTIONS.values():
-            hints = get_type_hints(section)
-            for name in flags_of(section):
-                default = plain(section.model_fields[name].default)
-                yield (
-                    FLAGS[name]
-                    .placed(section.panel, default)
-                    .parameter(name, given_type(hints[name]) | None, None)
-                )
+        for name, flag in FLAGS.items():
+            section = SECTIONS[SETTINGS[name]]
+            field = section.model_fields[name]
+            placed = flag.placed(section.panel, plain(field.default))
+            yield placed.parameter(name, given_type(field.annotation) | None, None)
 
 
 def plain(value: Any) -> Any:

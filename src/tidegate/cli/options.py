@@ -172,6 +172,8 @@ def flags_of(kind: Any) -> dict[str, Flag]:
 
 def given_type(hint: Any) -> Any:
     """Return the type of what is written for a setting of type ``hint``: text where typer has no other."""
+    if get_origin(hint) is Annotated:
+        return given_type(get_args(hint)[0])
     if get_origin(hint) in (Union, UnionType):
         return given_type(next(each for each in get_args(hint) if each is not NoneType))
     if get_origin(hint) is list:

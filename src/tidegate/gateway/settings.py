@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tidegate.core.slo import Slo
-from tidegate.protocol.bodies import MOST_BODY_BYTES
+from tidegate.protocol import MOST_BODY_BYTES
 
 
 @dataclass(frozen=True, slots=True)

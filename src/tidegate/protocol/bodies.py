@@ -23,9 +23,6 @@ from pydantic import (
 
 from tidegate.core.errors import BadRequest
 
-MOST_BODY_BYTES = 32 * 2**20
-"""Default limit of an upload (ours): the longest contexts in use, as text, with room to spare."""
-
 DEFAULT_COMPLETION_TOKENS = 16
 """``max_tokens`` of ``/v1/completions`` when absent (OpenAI)."""
 

@@ -19,7 +19,8 @@ from tidegate.engines.serving.generation import Generation, Parts
 from tidegate.engines.serving.internal import PREFIX, InternalRoutes
 from tidegate.engines.serving.requests import check_model
 from tidegate.engines.serving.secret import SECRET_HEADER
-from tidegate.protocol.bodies import MOST_BODY_BYTES, ChatMessage, RequestBody, TokenIds, parse_body
+from tidegate.protocol import MOST_BODY_BYTES
+from tidegate.protocol.bodies import ChatMessage, RequestBody, TokenIds, parse_body
 from tidegate.protocol.http_front import (
     FrontRunner,
     Handler,
