@@ -9,7 +9,8 @@ from typing import Any
 import orjson
 import pytest
 
-from tidegate.core.decision import Migrate
+from tidegate.core.decision import AddInstance, Drain, Migrate
+from tidegate.core.instance import Role
 from tidegate.fleet.member import Capabilities
 from tidegate.testing.fake_engine import token_at
 
@@ -95,3 +96,26 @@ async def test_a_stream_survives_the_death_of_its_source_in_the_middle_of_a_migr
     cluster.fleet.down(on)
     told = [t for e in await task for t in e["choices"][0]["token_ids"]]
     assert told == [token_at([4, 12, 7], p) for p in range(50)]
+
+
+async def test_a_drained_instance_is_stopped_once_its_decodes_have_moved(start: Any) -> None:
+    cluster = await start("static", instances=3, step_s=0.002)
+    dispatcher = cluster.gateway.dispatcher
+    tasks = [asyncio.create_task(cluster.stream(body(seed, 200))) for seed in range(6)]
+    await cluster.until(lambda: dispatcher.plane.ledger.counts().decodes == 6)
+    on = next(iter(dispatcher.plane.requests.values())).decode_on
+    assert on is not None
+    dispatcher.act([Drain(on, remove=True, reason="scale-in")])
+    await cluster.until(lambda: on not in dispatcher.upstreams)
+    for seed, task in enumerate(tasks):
+        told = [t for e in await task for t in e["choices"][0]["token_ids"]]
+        assert told == [token_at([seed, seed * 3 % 500, 7], p) for p in range(200)]
+    assert on not in dispatcher.plane.membership.labels
+    assert cluster.live() == 0
+
+
+async def test_a_fleet_that_cannot_grow_says_so(start: Any, caplog: Any) -> None:
+    cluster = await start("static", instances=2)
+    cluster.gateway.dispatcher.act([AddInstance(Role.DECODE, "peak")])
+    assert "no instance can be started (peak)" in caplog.text
+    assert not cluster.gateway.dispatcher.plane.membership.starting
