@@ -9,6 +9,7 @@ error, decode 1-3 % on dense models, mixture-of-experts 2-4 %).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,11 @@ from numpy.typing import NDArray
 Values = NDArray[np.float64]
 
 
-def attention_work(new_tokens: float, cached_tokens: float) -> float:
+@overload
+def attention_work(new_tokens: float, cached_tokens: float) -> float: ...
+@overload
+def attention_work(new_tokens: float | Values, cached_tokens: float | Values) -> float | Values: ...
+def attention_work(new_tokens: float | Values, cached_tokens: float | Values) -> float | Values:
     """Return n*n/2 + n*cached: query-key pairs of ``new_tokens`` appended to ``cached_tokens``."""
     return new_tokens * (0.5 * new_tokens + cached_tokens)
 

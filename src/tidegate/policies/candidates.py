@@ -87,7 +87,7 @@ def with_room(
 
 def price_at(snapshot: Snapshot, price: Price, column: int) -> float:
     """Return the price of one instance."""
-    return cast(float, price(snapshot.cells, column, snapshot.costs.at(column)))
+    return float(price(snapshot.cells, column, snapshot.costs.at(column)))
 
 
 def at_least(snapshot: Snapshot, candidates: Candidates, price: Price, least: float) -> Candidates:

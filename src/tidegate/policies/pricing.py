@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tidegate.core.request import Request
-from tidegate.costs.forms import attention_work
+from tidegate.costs.forms import attention_work, greater
 from tidegate.costs.profile import ProfileTable
 from tidegate.ledger.labels import Column
 from tidegate.ledger.snapshot import EVERYONE, At, Cells, Field, Snapshot, prefill_wait_s
@@ -33,13 +33,16 @@ def own_prefill_s(request: Request, snapshot: Snapshot) -> Price:
 
 
 def _prefill_beside_hits(request: Request, snapshot: Snapshot) -> Price:
-    new = [float(request.tokens_to_compute(name)) for name in snapshot.ids]
-    work = [attention_work(tokens, request.prompt_tokens - tokens) for tokens in new]
+    prompt_tokens = float(request.prompt_tokens)
+    cached_tokens = np.zeros(len(snapshot))
+    for name, tokens in request.cached.items():
+        column = snapshot.index.get(name)
+        if column is not None:
+            cached_tokens[column] = tokens
 
     def price(cells: Cells, at: At, costs: ProfileTable) -> float | Column:
-        if isinstance(at, int):
-            return costs.prefill.seconds(new[at], work[at])
-        return costs.prefill.seconds(np.array(new)[at], np.array(work)[at])
+        new = greater(prompt_tokens - cached_tokens[at], 1.0)
+        return costs.prefill.seconds(new, attention_work(new, prompt_tokens - new))
 
     return price
 
