@@ -26,6 +26,7 @@ DECIDING_ROOMS = (
     "costs",
     "journal",
     "ledger",
+    "signals",
     "policies",
     "systems",
     "control",

@@ -28,7 +28,6 @@ STAGE_COLOURS = {
     "decode": "#0072B2",
 }
 INK = "#222222"
-GRID = "#DDDDDD"
 SETTINGS = {
     "figure.dpi": 100,
     "savefig.dpi": 160,
@@ -43,7 +42,7 @@ SETTINGS = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": GRID,
+    "grid.color": "#DDDDDD",
     "grid.linewidth": 0.6,
     "legend.frameon": False,
     "legend.fontsize": 9,
@@ -68,6 +67,10 @@ class Look:
     marker: str
     dash: str
     width: float
+
+    def line(self, axis: Any, xs: Any, ys: Any, label: str, width: float = 1.0, **more: Any) -> None:
+        """Draw a curve of this system, ``width`` times as wide as usual."""
+        axis.plot(xs, ys, color=self.colour, ls=self.dash, lw=width * self.width, label=label, **more)
 
 
 def looks(systems: Sequence[str]) -> dict[str, Look]:
@@ -107,6 +110,34 @@ def styled(width_in: float, height_in: float, rows: int = 1, columns: int = 1, *
             yield figure, axes
         finally:
             pyplot.close(figure)
+
+
+def note_at(axis: Any, text: str, at: tuple[float, float], offset: tuple[float, float], **more: Any) -> None:
+    """Write small text ``offset`` points from ``at``; keywords are those of ``annotate``."""
+    axis.annotate(text, at, xytext=offset, textcoords="offset points", **({"fontsize": 8} | more))
+
+
+def note_along(axis: Any, x: float, text: str) -> None:
+    """Write small text along a vertical line at ``x``, above the axis."""
+    along = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "right", "va": "bottom"}
+    note_at(axis, text, (x, 0), (-3, 4), **along)
+
+
+def name_bars(axis: Any, labels: Sequence[str]) -> None:
+    """Name the horizontal bars at 0, 1, ..., the first on top."""
+    axis.set_yticks(range(len(labels)), labels)
+    axis.invert_yaxis()
+    axis.grid(axis="y", visible=False)
+
+
+def plain_log_ticks(axis: Any) -> None:
+    """Label a logarithmic x axis with numbers that a reader knows."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axis.get_xlim()
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 10**2.5 else (1,), numticks=20))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def as_png(figure: Any) -> bytes:
