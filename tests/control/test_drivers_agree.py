@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from virtual_gateway import Asked, Change, VirtualGateway
 
+from tests.control.virtual_gateway import Asked, Change, VirtualGateway
 from tidegate.control.inputs import replay_inputs
 from tidegate.control.plane import ControlPlane
 from tidegate.core.decision import Hold, Verdict

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from plane_harness import HoldWhile, PlainRequest, Scripted, decoding, make_plane, only
 
+from tests.control.plane_harness import HoldWhile, PlainRequest, Scripted, decoding, make_plane, only
 from tidegate.control.effects import (
     Flipped,
     GiveUp,

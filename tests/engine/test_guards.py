@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_harness import Driven, HandPuller, prompt_of, request, source_of
 
+from tests.engine.engine_harness import Driven, HandPuller, prompt_of, request, source_of
 from tidegate.core.errors import ConfigError
 from tidegate.engines.embedded.attention import paged_attention
 from tidegate.engines.embedded.instance import weights_id

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from engine_harness import Driven, prompt_of, request
 from transformers import AutoModelForCausalLM
 
+from tests.engine.engine_harness import Driven, prompt_of, request
 from tidegate.core.errors import ConfigError
 from tidegate.engines.embedded.model import OnlyFloat64, load_model
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_harness import Driven, HandPuller, prompt_of, request, source_of
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.engine.engine_harness import Driven, HandPuller, prompt_of, request, source_of
 from tidegate.engines.embedded.sampling import Draw, sample, uniform
 from tidegate.engines.serving.types import SamplingParams
 

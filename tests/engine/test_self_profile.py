@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_harness import Driven, prompt_of, request
 from transformers import AutoTokenizer
 
+from tests.engine.engine_harness import Driven, prompt_of, request
 from tidegate.core.errors import ConfigError, SetupError
 from tidegate.engines.embedded.self_profile import self_profile
 from tidegate.engines.embedded.tiny_model import make_tiny_model

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_harness import Driven, prompt_of, request
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from tests.engine.engine_harness import Driven, prompt_of, request
 from tidegate.core.errors import ConfigError
 from tidegate.engines.embedded import engine as core
 from tidegate.engines.embedded.detokenize import Detokenizer, load_tokenizer

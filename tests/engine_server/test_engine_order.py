@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from engine_fakes import FACTS, until
 
+from tests.engine_server.engine_fakes import FACTS, until
 from tidegate.engines.dialect import DialectEngine
 from tidegate.engines.embedded.codec import TokenizerCodec
 from tidegate.engines.embedded.engine import EmbeddedEngine, EngineConfig

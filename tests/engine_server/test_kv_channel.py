@@ -14,8 +14,8 @@ from pathlib import Path
 
 import orjson
 import pytest
-from engine_fakes import MemoryStore, Pins, PullResult, source_for, wait_until
 
+from tests.engine_server.engine_fakes import MemoryStore, Pins, PullResult, source_for, wait_until
 from tidegate.core.errors import ConfigError
 from tidegate.engines.embedded.transfer import KvExporter, PeerPuller, PullOptions, TransferLimits
 from tidegate.engines.embedded.transfer_link import PeerLink
@@ -281,7 +281,7 @@ def test_a_peer_killed_in_mid_pull_is_an_error(tmp_path: Path) -> None:
         textwrap.dedent(
             """
             import sys, threading
-            from engine_fakes import MemoryStore, Pins
+            from tests.engine_server.engine_fakes import MemoryStore, Pins
             from tidegate.engines.serving.secret import LaunchSecret
             from tidegate.engines.embedded.transfer import KvExporter
             store, pins = MemoryStore(shared=False).fill(1), Pins()

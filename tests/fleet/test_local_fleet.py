@@ -11,8 +11,8 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from fleet_observing import Recorder, alive, until
 
+from tests.fleet.fleet_observing import Recorder, alive, until
 from tidegate.core.errors import SetupError
 from tidegate.fleet.health import HealthPace
 from tidegate.fleet.processes import EngineLaunch, LocalFleet

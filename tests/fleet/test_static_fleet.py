@@ -9,8 +9,8 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
-from fleet_observing import Recorder, until
 
+from tests.fleet.fleet_observing import Recorder, until
 from tidegate.core.errors import ConfigError, SetupError
 from tidegate.costs.library import packaged_profile
 from tidegate.engines.vllm.client import VllmClient

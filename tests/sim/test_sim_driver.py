@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from sim_cases import ended
 
+from tests.sim.sim_cases import ended
 from tidegate.core.decision import Hold, Reject, Verdict
 from tidegate.core.errors import ConfigError
 from tidegate.core.request import Request

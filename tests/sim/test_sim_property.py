@@ -8,8 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
-from sim_cases import BINARY, CASES, Case, ended
 
+from tests.sim.sim_cases import BINARY, CASES, Case, ended
 from tidegate.sim import SimRun
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import orjson
 import pytest
-from through_gateway import CHAT, COMPLETIONS, Json, ask, client, record_legs, serving
-from vllm_servers import SERVED_NAME, VllmCluster
+
+from tests.vllm.through_gateway import CHAT, COMPLETIONS, Json, ask, client, record_legs, serving
+from tests.vllm.vllm_servers import SERVED_NAME, VllmCluster
 
 EXPORT = {"do_remote_decode": True, "do_remote_prefill": False}
 OTHERS = list(range(5, 205))

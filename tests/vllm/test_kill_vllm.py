@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from through_gateway import CHAT, COMPLETIONS, LegRun, Said, ask, client, record_legs, serving
-from vllm_servers import SERVED_NAME, VllmCluster
+
+from tests.vllm.through_gateway import CHAT, COMPLETIONS, LegRun, Said, ask, client, record_legs, serving
+from tests.vllm.vllm_servers import SERVED_NAME, VllmCluster
 
 Json = dict[str, Any]
 STREAMS = 24

@@ -11,8 +11,9 @@ from typing import Any
 
 import orjson
 import pytest
-from through_gateway import COMPLETIONS, Running, ask, client, serving
-from vllm_servers import SERVED_NAME, VllmCluster
+
+from tests.vllm.through_gateway import COMPLETIONS, Running, ask, client, serving
+from tests.vllm.vllm_servers import SERVED_NAME, VllmCluster
 
 OTHERS = 4
 GREEDY = {"temperature": 0, "ignore_eos": True}

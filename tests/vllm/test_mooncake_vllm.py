@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from through_gateway import COMPLETIONS, Running, Said, ask, client, record_legs, serving
-from vllm_servers import BLOCK_TOKENS, SERVED_NAME, VLLM, ServerOptions, VllmCluster, VllmServer
 
+from tests.vllm.through_gateway import COMPLETIONS, Running, Said, ask, client, record_legs, serving
+from tests.vllm.vllm_servers import BLOCK_TOKENS, SERVED_NAME, VLLM, ServerOptions, VllmCluster, VllmServer
 from tidegate.engines.seam import Leg, LegEnd
 from tidegate.engines.vllm.engine import VllmEngine
 from tidegate.fleet.static import KvSetup

@@ -6,8 +6,9 @@ import random
 from pathlib import Path
 
 import pytest
-from through_gateway import COMPLETIONS, Json, ask, client, serving
-from vllm_servers import BLOCK_TOKENS, SERVED_NAME, Counters, VllmCluster
+
+from tests.vllm.through_gateway import COMPLETIONS, Json, ask, client, serving
+from tests.vllm.vllm_servers import BLOCK_TOKENS, SERVED_NAME, Counters, VllmCluster
 
 FIRST, SAID, NEW = 300, 120, 50
 OUTPUT = 30

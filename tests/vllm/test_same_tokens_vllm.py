@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from mixed_requests import Asked, mixed_requests
-from through_gateway import LegRun, Running, Said, ask, client, record_legs, serving
-from vllm_servers import BLOCK_TOKENS, MODELS, Counters, VllmCluster
+
+from tests.vllm.mixed_requests import Asked, mixed_requests
+from tests.vllm.through_gateway import LegRun, Running, Said, ask, client, record_legs, serving
+from tests.vllm.vllm_servers import BLOCK_TOKENS, MODELS, Counters, VllmCluster
 
 REQUESTS = 500
 IN_FLIGHT = 12

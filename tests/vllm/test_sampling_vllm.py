@@ -6,8 +6,9 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from through_gateway import CHAT, COMPLETIONS, Json, ask, client, serving
-from vllm_servers import SERVED_NAME, VllmCluster
+
+from tests.vllm.through_gateway import CHAT, COMPLETIONS, Json, ask, client, serving
+from tests.vllm.vllm_servers import SERVED_NAME, VllmCluster
 
 BASE: Json = {"model": SERVED_NAME, "ignore_eos": True, "max_tokens": 80, "return_token_ids": True}
 ROUTES: list[tuple[str, Json]] = [

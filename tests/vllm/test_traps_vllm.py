@@ -16,9 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from through_gateway import COMPLETIONS, Running, ask, client, record_legs, serving
-from vllm_servers import BLOCK_TOKENS, SERVED_NAME, ServerOptions, VllmCluster, VllmServer, nixl_variant
 
+from tests.vllm.through_gateway import COMPLETIONS, Running, ask, client, record_legs, serving
+from tests.vllm.vllm_servers import (
+    BLOCK_TOKENS,
+    SERVED_NAME,
+    ServerOptions,
+    VllmCluster,
+    VllmServer,
+    nixl_variant,
+)
 from tidegate.engines.vllm.connector import MARGIN_S
 from tidegate.fleet.static import KvSetup
 from tidegate.fleet.vllm_command import nixl_config

@@ -12,8 +12,8 @@ from typing import Any
 import aiohttp
 import orjson
 import pytest
-from strict_vllm import BLOCK, MODEL, Network, StrictVllm, generate, prompt_of
 
+from tests.vllm_contract.strict_vllm import BLOCK, MODEL, Network, StrictVllm, generate, prompt_of
 from tidegate.core.decision import Migrate
 from tidegate.engines.vllm.connector import MARGIN_S
 from tidegate.fleet.health import HealthPace
