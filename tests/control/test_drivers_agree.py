@@ -90,7 +90,7 @@ def records_of(asked: list[Asked]) -> list[TraceRecord]:
 
 def decisions(lines: list[bytes]) -> list[tuple[Any, ...]]:
     """What was decided, when (to the microsecond's tenfold), and of which request."""
-    kept = []
+    kept: list[tuple[Any, ...]] = []
     for line in lines:
         row = orjson.loads(line)
         if row["type"] == "decision":

@@ -25,8 +25,8 @@ def test_an_attention_that_asks_for_more_is_refused_not_ignored() -> None:
             tensor,
             tensor,
             None,
-            paged=None,
-            s_aux=tensor,  # type: ignore[arg-type]
+            paged=None,  # type: ignore[arg-type]  # refused before it is read
+            s_aux=tensor,
         )
 
 

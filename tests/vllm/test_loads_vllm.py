@@ -31,8 +31,8 @@ def request(seed: int, max_tokens: int, **more: Any) -> dict[str, Any]:
 
 def drifts(running: Running, instance: str) -> dict[str, int]:
     """Return how often the instance and the ledger came to differ, by kind."""
-    counts = running.gateway.dispatcher.loads.drifts.get(instance, {})
-    return {kind.value: count for kind, count in counts.items()}
+    counts = running.gateway.dispatcher.loads.drifts.get(instance)
+    return {kind.value: count for kind, count in counts.items()} if counts else {}
 
 
 async def until_unpinned(cluster: VllmCluster) -> None:
