@@ -191,7 +191,7 @@ async def test_an_added_engine_serves_and_a_removed_one_is_gone_for_good(make: M
     await until(lambda: ("down", "i1") in seen.reports)
     await until(lambda: not alive(added.pid or 0))
     assert fleet.add()
-    await until(lambda: "i2" in seen.up), "a name is used once"
+    await until(lambda: "i2" in seen.up)  # A name is used once.
     assert fleet.ids == ("i0",)
 
 
