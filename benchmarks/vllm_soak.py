@@ -297,7 +297,7 @@ async def serve_gateway(args: argparse.Namespace) -> None:
     from tidegate.gateway.run import Gateway
     from tidegate.gateway.settings import GatewaySettings
     from tidegate.systems import make_system
-    from tidegate.testing.chaos import chaos
+    from tidegate.testing.chaos import Forced, chaos
 
     def ready(url: str) -> None:
         print(json.dumps({"url": url}), flush=True)
@@ -311,8 +311,7 @@ async def serve_gateway(args: argparse.Namespace) -> None:
     stopped = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
     ready(await gateway.start())
-    forced = {"flip_every_s": args.flip_every_s, "migrate_every_s": args.migrate_every_s, "seed": args.seed}
-    async with chaos(gateway.dispatcher, **forced):
+    async with chaos(gateway.dispatcher, Forced(args.flip_every_s, args.migrate_every_s, args.seed)):
         await stopped.wait()
     await gateway.stop()
 

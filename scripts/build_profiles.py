@@ -22,17 +22,17 @@ A100_VERSION = "vLLM 0.14"
 
 
 class AllReduce(NamedTuple):
-    """What a step spends on adding up the shares of tensor-parallel GPUs, ``count`` times."""
+    """What a step spends on adding up the shares of tensor-parallel GPUs, ``times`` times."""
 
-    count: int
+    times: int
     bytes_per_token: int
     latency_ms: float
     bytes_per_ms: float
 
     def added_to(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return ``row`` with the time in all its forms: it grows with every token, also below the hinge."""
-        fixed = self.count * self.latency_ms
-        per_token = self.count * self.bytes_per_token / self.bytes_per_ms
+        fixed = self.times * self.latency_ms
+        per_token = self.times * self.bytes_per_token / self.bytes_per_ms
 
         def form(fit: dict[str, Any]) -> dict[str, Any]:
             return fit | {"a": fit["a"] + fixed + per_token * fit.get("N0", 0), "b": fit["b"] + per_token}

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_openai import FakeOpenAI, Offer, serving
 
+from tests.bench.fake_openai import FakeOpenAI, Offer, serving
 from tidegate.bench import BenchRun, BenchSettings, run_bench
 from tidegate.workloads.trace import TraceRecord
 

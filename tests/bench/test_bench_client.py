@@ -9,8 +9,8 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from fake_openai import FakeOpenAI, Offer, serving
 
+from tests.bench.fake_openai import FakeOpenAI, Offer, serving
 from tidegate.bench import BenchSettings
 from tidegate.bench.client import LoadClient
 from tidegate.bench.endpoint import Endpoint

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest
-from fake_vllm import FakeVllm, Fault, Network, StartFleet
+
+from tests.check.fake_vllm import FakeVllm, Fault, Network, StartFleet
 
 
 @pytest.fixture

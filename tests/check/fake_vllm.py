@@ -113,7 +113,7 @@ class FakeVllm:
     def _models(self) -> Json:
         return {"data": [{"id": self.fault.model, "max_model_len": 4096}]}
 
-    def _told(self, body: Json) -> Any:
+    def _told(self, body: Json) -> Callable[[web.Request], Awaitable[web.Response]]:
         async def answer(request: web.Request) -> web.Response:
             await self._perhaps_hang(request.path)
             return web.json_response(body)

@@ -8,8 +8,8 @@ import time
 from typing import Any
 
 import pytest
-from fake_vllm import FakeVllm, Fault, StartFleet
 
+from tests.check.fake_vllm import FakeVllm, Fault, StartFleet
 from tidegate.check.context import CheckSettings
 from tidegate.check.run import check_fleet
 from tidegate.check.server import Deadlines

@@ -148,6 +148,12 @@ async def test_the_announced_fleet_says_who_comes_up() -> None:
         def suspect(self, instance_id: str) -> None:
             self.suspected = instance_id
 
+        def add(self) -> bool:
+            return False
+
+        def remove(self, instance_id: str, reason: str) -> bool:
+            return False
+
         async def stop(self) -> None:
             pass
 

@@ -289,7 +289,13 @@ def test_the_page_of_settings_is_that_of_this_version() -> None:
 
 
 def test_the_gateway_gets_every_setting_of_its_section() -> None:
-    given = {"host": "h", "port": 9, "api_key": "k", "journal": Path("j"), "request_timeout": 3.0}
+    given: dict[str, Any] = {
+        "host": "h",
+        "port": 9,
+        "api_key": "k",
+        "journal": Path("j"),
+        "request_timeout": 3.0,
+    }
     made = settle(**given, stall_timeout=2.0, slo="ttft:5,tpot:7").config.gateway_settings()
     assert made == GatewaySettings(
         "h", 9, "k", Slo(0.005, 0.007), Path("j"), request_deadline_s=3.0, stall_s=2.0

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from virtual_gateway import Asked, Change, VirtualGateway
 
+from tests.control.virtual_gateway import Asked, Change, VirtualGateway
 from tidegate.control.inputs import replay_inputs
 from tidegate.control.plane import ControlPlane
 from tidegate.core.decision import Hold, Verdict
@@ -90,7 +90,7 @@ def records_of(asked: list[Asked]) -> list[TraceRecord]:
 
 def decisions(lines: list[bytes]) -> list[tuple[Any, ...]]:
     """What was decided, when (to the microsecond's tenfold), and of which request."""
-    kept = []
+    kept: list[tuple[Any, ...]] = []
     for line in lines:
         row = orjson.loads(line)
         if row["type"] == "decision":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import HealthCheck, given, settings
-from plane_cases import CASES, PlaneCase, PlaneRun
+
+from tests.dataplane.plane_cases import CASES, PlaneCase, PlaneRun
 
 QUICK = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 MANY = settings(QUICK, max_examples=2000)

@@ -10,7 +10,6 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import orjson
@@ -22,22 +21,23 @@ from tidegate.fleet.emulated import EmulatedFleet, EmulatedLaunch
 from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.systems import make_system
-from tidegate.testing.chaos import chaos, without_forced
+from tidegate.testing.chaos import NOT_FORCED, Forced, chaos
 
 GROUP = "h100_sxm/llama-3.1-8b:3"
 
 
 @asynccontextmanager
-async def gateway(system: str, **options: Any) -> AsyncIterator[tuple[Gateway, str, aiohttp.ClientSession]]:
+async def gateway(
+    system: str, forced: Forced = NOT_FORCED
+) -> AsyncIterator[tuple[Gateway, str, aiohttp.ClientSession]]:
     """Run a gateway over three emulated instances."""
     fleet = EmulatedFleet(EmulatedLaunch((GROUP,)))
-    forced, others = without_forced(options)
-    running = Gateway(GatewaySettings(port=0, **others), fleet, make_system(system))
+    running = Gateway(GatewaySettings(port=0), fleet, make_system(system))
     try:
         url = await running.start()
         async with (
             aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client,
-            chaos(running.dispatcher, **forced),
+            chaos(running.dispatcher, forced),
         ):
             yield running, url, client
     finally:
@@ -61,7 +61,7 @@ async def stream(client: aiohttp.ClientSession, url: str, prompt: list[int], cou
 
 async def test_flips_and_hand_overs_change_no_token() -> None:
     prompts = [list(range(start, start + 50 + 7 * start)) for start in range(24)]
-    async with gateway("arrow-lending", flip_every_s=0.02) as (running, url, client):
+    async with gateway("arrow-lending", forced=Forced(flip_every_s=0.02)) as (running, url, client):
         got = await asyncio.gather(*(stream(client, url, prompt, 40) for prompt in prompts))
         assert got == [answer(prompt, 0, 40) for prompt in prompts]
         assert running.dispatcher.flips > 0

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import orjson
 import pytest
 
+from tests.emulated.emulated_pair import OfTwo
 from tidegate.core.errors import BadRequest
 from tidegate.engines.emulated.made_up import answer
 from tidegate.engines.emulated.vocabulary import VOCAB_SIZE, Codec
@@ -16,7 +16,7 @@ from tidegate.protocol.sse import SseParser
 PIN = {"do_remote_decode": True, "do_remote_prefill": False}
 
 
-async def test_instances_give_one_answer_whole_streamed_and_in_legs(two: Any) -> None:
+async def test_instances_give_one_answer_whole_streamed_and_in_legs(two: OfTwo) -> None:
     prompt = list(range(40, 900))
     async with two() as pair:
         whole = await pair.complete(0, prompt, 30)
@@ -47,7 +47,7 @@ async def test_instances_give_one_answer_whole_streamed_and_in_legs(two: Any) ->
             assert stats["idle"] and stats["consistent"], stats
 
 
-async def test_a_client_that_leaves_frees_its_kv(two: Any) -> None:
+async def test_a_client_that_leaves_frees_its_kv(two: OfTwo) -> None:
     async with two() as pair:
         body = {"prompt": list(range(300)), "max_tokens": 100_000, "stream": True}
         async with pair.client.post(pair.urls[0] + "/v1/completions", json=body) as streamed:
@@ -59,7 +59,7 @@ async def test_a_client_that_leaves_frees_its_kv(two: Any) -> None:
         assert stats["consistent"], stats
 
 
-async def test_the_rest_of_the_dialect(two: Any) -> None:
+async def test_the_rest_of_the_dialect(two: OfTwo) -> None:
     async with two() as pair:
         url = pair.urls[1]
         async with pair.client.get(url + "/v1/models") as got:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from engine_harness import Driven, HandPuller, Leg, prompt_of, request, source_of
+
+from tests.engine.engine_harness import Driven, HandPuller, Leg, prompt_of, request, source_of
 
 PROMPT = prompt_of(75, seed=1)
 NEW = 40

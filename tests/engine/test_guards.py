@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_harness import Driven, HandPuller, prompt_of, request, source_of
 
+from tests.engine.engine_harness import Driven, HandPuller, prompt_of, request, source_of
 from tidegate.core.errors import ConfigError
 from tidegate.engines.embedded.attention import paged_attention
 from tidegate.engines.embedded.instance import weights_id
@@ -25,8 +25,8 @@ def test_an_attention_that_asks_for_more_is_refused_not_ignored() -> None:
             tensor,
             tensor,
             None,
-            paged=None,
-            s_aux=tensor,  # type: ignore[arg-type]
+            paged=None,  # type: ignore[arg-type]  # refused before it is read
+            s_aux=tensor,
         )
 
 

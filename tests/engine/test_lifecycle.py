@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from engine_harness import Driven, HandPuller, prompt_of, request, source_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.engine.engine_harness import Driven, HandPuller, prompt_of, request, source_of
 from tidegate.core.errors import BadRequest, ConfigError, NoInstance, PromptTooLong
 from tidegate.engines.embedded.engine import EmbeddedEngine, EngineConfig
 from tidegate.engines.serving.types import Output, SamplingParams

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from engine_harness import Driven, prompt_of, request
 from transformers import AutoModelForCausalLM
 
+from tests.engine.engine_harness import Driven, prompt_of, request
 from tidegate.core.errors import ConfigError
 from tidegate.engines.embedded.model import OnlyFloat64, load_model
 
@@ -94,7 +94,7 @@ def test_float64_prefill_and_decode_agree_to_rounding(tiny: Callable[..., Path],
 
 
 def test_float64_mode_notices_a_narrow_computation() -> None:
-    with pytest.raises(ConfigError, match="float32"), OnlyFloat64():
+    with pytest.raises(ConfigError, match="float32"), OnlyFloat64():  # type: ignore[no-untyped-call]
         torch.ones(2, dtype=torch.float64).float()
 
 

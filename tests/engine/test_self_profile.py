@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_harness import Driven, prompt_of, request
 from transformers import AutoTokenizer
 
+from tests.engine.engine_harness import Driven, prompt_of, request
 from tidegate.core.errors import ConfigError, SetupError
 from tidegate.engines.embedded.self_profile import self_profile
 from tidegate.engines.embedded.tiny_model import make_tiny_model
@@ -71,7 +71,7 @@ def test_the_tiny_model_is_complete(tiny: Callable[..., Path], arch: str) -> Non
     )
     assert chat == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     leg = driven.run(request("a", tokenizer.encode("The tide"), 60))[0]
-    shown = [tokenizer.decode([token], skip_special_tokens=True) for token in leg.token_ids]
+    shown = [str(tokenizer.decode([token], skip_special_tokens=True)) for token in leg.token_ids]
     assert all(text == "\n" or text.isprintable() for text in shown if text)
     assert len(set(leg.token_ids)) > 10, "greedy output is stuck"
 

@@ -58,8 +58,8 @@ class MemoryStore:
         os.ftruncate(self._fd, total_blocks * block_bytes)
         self._map = mmap.mmap(self._fd, total_blocks * block_bytes)
         self.data = memoryview(self._map)
-        self.on_read: Callable[[int], None] = lambda block_id: None
-        self.on_write: Callable[[int], None] = lambda block_id: None
+        self.on_read: Callable[[int], object] = lambda block_id: None
+        self.on_write: Callable[[int], object] = lambda block_id: None
 
     def close(self) -> None:
         self.data.release()

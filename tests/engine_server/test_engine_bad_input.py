@@ -7,8 +7,8 @@ from typing import Any
 
 import orjson
 import pytest
-from engine_fakes import Served
 
+from tests.engine_server.engine_fakes import Served
 from tidegate.protocol import http_front
 
 HANDLE: dict[str, Any] = {

@@ -8,7 +8,8 @@ from typing import Any
 
 import aiohttp
 import pytest
-from engine_fakes import FACTS, Served, until
+
+from tests.engine_server.engine_fakes import FACTS, Served, until
 
 HANDLE = {
     "do_remote_prefill": True,

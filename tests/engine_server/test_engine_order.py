@@ -6,16 +6,17 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
-from engine_fakes import FACTS, until
 
+from tests.engine_server.engine_fakes import FACTS, until
 from tidegate.engines.dialect import DialectEngine
 from tidegate.engines.embedded.codec import TokenizerCodec
 from tidegate.engines.embedded.engine import EmbeddedEngine, EngineConfig
 from tidegate.engines.embedded.tiny_model import make_tiny_model
-from tidegate.engines.seam import Leg
+from tidegate.engines.seam import Leg, LegEnd
 from tidegate.engines.serving.delivery import OutputRouter
 from tidegate.engines.serving.generation import Parts
 from tidegate.engines.serving.metrics import ServerMetrics
@@ -31,6 +32,10 @@ FEASIBLE = Ticket(arrival_s=-0.1, deadline_s=3600.0, work_s=0.01)
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def is_reached(spoke: list[str], count: int) -> bool:
+    return len(spoke) == count
 
 
 class Said:
@@ -91,13 +96,13 @@ async def test_a_short_request_that_can_be_in_time_overtakes_a_hopeless_long_one
     ]
     spoke: list[str] = []
     async with serving(engine) as (client, step):
-        answers = []
-        for waiting, leg in enumerate(legs, start=1):
+        answers: list[asyncio.Task[LegEnd]] = []
+        for leg in legs:
             sink = Said(leg.request_id, spoke)
             answers.append(asyncio.create_task(client.run(leg, sink, deadline_s=60.0)))
-            await until(lambda waiting=waiting: engine.stats().waiting == waiting)
-        for served in range(1, 4):
+            await until(lambda: engine.stats().waiting == len(answers))
+        for served in (1, 2, 3):
             step()
-            await until(lambda served=served: len(spoke) == served)
+            await until(partial(is_reached, spoke, served))
         await asyncio.gather(*answers)
     assert spoke == first

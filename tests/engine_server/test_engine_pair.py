@@ -16,9 +16,9 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from engine_fakes import wait_until
-from engine_processes import EXIT_S, Client, EngineProcess, completion, said, swapped
 
+from tests.engine_server.engine_fakes import wait_until
+from tests.engine_server.engine_processes import EXIT_S, Client, EngineProcess, completion, said, swapped
 from tidegate.core.errors import ConfigError
 from tidegate.engines.embedded.__main__ import _check_length
 from tidegate.engines.embedded.options import parse_options

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import orjson
 import pytest
-from engine_fakes import MemoryStore, Pins, PullResult, source_for, wait_until
 
+from tests.engine_server.engine_fakes import MemoryStore, Pins, PullResult, source_for, wait_until
 from tidegate.core.errors import ConfigError
 from tidegate.engines.embedded.transfer import KvExporter, PeerPuller, PullOptions, TransferLimits
 from tidegate.engines.embedded.transfer_link import PeerLink
@@ -163,7 +163,7 @@ def test_the_secret_never_crosses_the_wire_and_an_impostor_is_unmasked() -> None
 @pytest.mark.parametrize("shared", [True, False], ids=["shared-memory", "tcp"])
 def test_a_pin_that_ends_during_the_copy_fails_the_pull(pairs: list[Pair], shared: bool) -> None:
     pairs.append(pair := Pair(shared=shared))
-    pair.target.on_write = lambda block_id: pair.pins.release("r1") and None
+    pair.target.on_write = lambda block_id: pair.pins.release("r1")
     result = pair.pull([0, 1, 2]).wait()
     assert "pin ended" in str(result.error)
     assert result.moved == 0
@@ -263,7 +263,7 @@ def test_a_silent_peer_is_an_error_in_time() -> None:
 def test_a_peer_stuck_in_mid_stream_is_an_error_in_time(pairs: list[Pair]) -> None:
     stuck = threading.Event()
     pairs.append(pair := Pair(shared=False, limits=SHORT))
-    pair.source.on_read = lambda block_id: stuck.wait(5.0) and None
+    pair.source.on_read = lambda block_id: stuck.wait(5.0)
     result = pair.pull([0, 1]).wait()
     stuck.set()
     assert "in time" in str(result.error)
@@ -281,7 +281,7 @@ def test_a_peer_killed_in_mid_pull_is_an_error(tmp_path: Path) -> None:
         textwrap.dedent(
             """
             import sys, threading
-            from engine_fakes import MemoryStore, Pins
+            from tests.engine_server.engine_fakes import MemoryStore, Pins
             from tidegate.engines.serving.secret import LaunchSecret
             from tidegate.engines.embedded.transfer import KvExporter
             store, pins = MemoryStore(shared=False).fill(1), Pins()
@@ -297,7 +297,7 @@ def test_a_peer_killed_in_mid_pull_is_an_error(tmp_path: Path) -> None:
             """
         )
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment
     ) as peer:

@@ -17,8 +17,8 @@ from typing import Any
 
 import aiohttp
 import pytest
-from fleet_observing import Recorder, alive, until
 
+from tests.fleet.fleet_observing import Recorder, alive, until
 from tidegate.core.errors import ConfigError, SetupError
 from tidegate.fleet.gpus import share_out, visible_gpus
 from tidegate.fleet.health import HealthPace

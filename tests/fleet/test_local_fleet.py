@@ -11,8 +11,8 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from fleet_observing import Recorder, alive, until
 
+from tests.fleet.fleet_observing import Recorder, alive, until
 from tidegate.core.errors import SetupError
 from tidegate.fleet.health import HealthPace
 from tidegate.fleet.processes import EngineLaunch, LocalFleet
@@ -191,7 +191,7 @@ async def test_an_added_engine_serves_and_a_removed_one_is_gone_for_good(make: M
     await until(lambda: ("down", "i1") in seen.reports)
     await until(lambda: not alive(added.pid or 0))
     assert fleet.add()
-    await until(lambda: "i2" in seen.up), "a name is used once"
+    await until(lambda: "i2" in seen.up)  # A name is used once.
     assert fleet.ids == ("i0",)
 
 

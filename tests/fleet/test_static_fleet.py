@@ -9,13 +9,12 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
-from fleet_observing import Recorder, until
 
+from tests.fleet.fleet_observing import Recorder, until
 from tidegate.core.errors import ConfigError, SetupError
 from tidegate.costs.library import packaged_profile
 from tidegate.engines.vllm.client import VllmClient
-from tidegate.fleet import static
-from tidegate.fleet.health import HealthPace
+from tidegate.fleet.health import HealthPace, until_unhealthy
 from tidegate.fleet.static import KvSetup, StaticFleet, StaticPace, checked_url
 
 QUICK = StaticPace(health=HealthPace(every_s=0.05, deadline_s=0.3), start_s=10.0, retry_s=0.05)
@@ -291,7 +290,7 @@ async def test_following_a_server_survives_what_nobody_expected(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(VllmClient, "facts", fails_once(VllmClient.facts))
-    monkeypatch.setattr(static, "until_unhealthy", fails_once(static.until_unhealthy))
+    monkeypatch.setattr("tidegate.fleet.static.until_unhealthy", fails_once(until_unhealthy))
     seen = Recorder()
     fleet = StaticFleet([server.url], pace=QUICK)
     await fleet.start(seen)

@@ -2,75 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import aiohttp
-import orjson
 import pytest
 
+from tests.gateway.gateway_cluster import ABLE, DEFAULTS, Cluster, Start
 from tidegate.core.instance import Role
 from tidegate.fleet.member import Capabilities
 from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.systems import System, make_system
 from tidegate.testing import profile
-from tidegate.testing.chaos import chaos, without_forced
+from tidegate.testing.chaos import NOT_FORCED, Forced, chaos
 from tidegate.testing.fake_engine import FakeEngine
 from tidegate.testing.members import GivenFleet
-
-Json = dict[str, Any]
-ABLE = Capabilities()
-
-
-@dataclass
-class Cluster:
-    """What a test holds on to."""
-
-    gateway: Gateway
-    fleet: GivenFleet
-    engines: dict[str, FakeEngine]
-    url: str
-    client: aiohttp.ClientSession
-
-    async def post(self, path: str, body: Json | bytes, **headers: str) -> tuple[int, Any, Any]:
-        """POST and return (status, decoded body, headers)."""
-        data = body if isinstance(body, bytes) else orjson.dumps(body)
-        async with self.client.post(self.url + path, data=data, headers=headers) as response:
-            return response.status, orjson.loads(await response.read()), response.headers
-
-    async def stream(self, body: Json, path: str = "/v1/completions") -> list[Json]:
-        """POST a streamed request and return its events; the last must be [DONE] unless one is an error."""
-        events: list[Json] = []
-        async with self.client.post(self.url + path, data=orjson.dumps(body | {"stream": True})) as response:
-            assert response.status == 200, await response.text()
-            raw = await response.read()
-        payloads = [line[6:] for line in raw.split(b"\n") if line.startswith(b"data: ")]
-        events = [orjson.loads(p) for p in payloads if p != b"[DONE]"]
-        assert (payloads[-1] == b"[DONE]") != any("error" in e for e in events)
-        return events
-
-    def streams(self) -> int:
-        """How many streams the engines are serving now."""
-        return sum(len(e.streams) for e in self.engines.values())
-
-    def live(self) -> int:
-        """How many requests the ledger holds."""
-        counts = self.gateway.dispatcher.plane.ledger.counts()
-        return counts.prefills + counts.handoffs + counts.decodes
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        """Let the loop run until ``condition`` holds; fails after 10 s."""
-        async with asyncio.timeout(10):
-            while not condition():
-                await asyncio.sleep(0)
-
-
-Start = Callable[..., Any]
 
 
 @pytest.fixture
@@ -86,7 +35,8 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
         context: int = 1 << 20,
         capabilities: Capabilities = ABLE,
         fixed: dict[str, Role] | None = None,
-        **options: Any,
+        settings: GatewaySettings = DEFAULTS,
+        forced: Forced = NOT_FORCED,
     ) -> Cluster:
         engines = {f"i{n}": FakeEngine(f"i{n}", step_s) for n in range(instances)}
         for engine in engines.values():
@@ -96,12 +46,11 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
         )
         fleet.capabilities = capabilities
         fleet.fixed = fixed or {}
-        forced, others = without_forced(options)
-        settings = GatewaySettings(port=0, journal=tmp_path / "journal.jsonl", **others)
+        settings = replace(settings, port=0, journal=tmp_path / "journal.jsonl")
         composed = make_system(system) if isinstance(system, str) else system
         gateway = Gateway(settings, fleet, composed)
         url = await gateway.start()
-        await stack.enter_async_context(chaos(gateway.dispatcher, **forced))
+        await stack.enter_async_context(chaos(gateway.dispatcher, forced))
         client = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
         running.append(Cluster(gateway, fleet, engines, url, client))
         return running[-1]

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from tests.gateway.gateway_cluster import Start
+from tidegate.gateway.settings import GatewaySettings
+
 GOOD = {"prompt": [1, 2, 3], "max_tokens": 2}
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 
@@ -53,11 +56,9 @@ WRONG: list[tuple[str, Any, int, str | None]] = [
 
 
 @pytest.mark.parametrize("case", WRONG, ids=lambda c: f"{c[0].rsplit('/', 1)[1]}-{str(c[1])[:40]}")
-async def test_wrong_bodies(start: Any, case: tuple[str, Any, int, str | None]) -> None:
+async def test_wrong_bodies(start: Start, case: tuple[str, Any, int, str | None]) -> None:
     path, body, status, param = case
-    cluster = await start("static")
-    for upstream in cluster.gateway.dispatcher.upstreams.values():
-        object.__setattr__(upstream.member.instance, "max_model_len", 100)
+    cluster = await start("static", context=100)
     got, answer, _ = await cluster.post(path, body)
     assert got == status, answer
     assert set(answer["error"]) == {"message", "type", "param", "code"}
@@ -67,24 +68,22 @@ async def test_wrong_bodies(start: Any, case: tuple[str, Any, int, str | None]) 
     assert cluster.live() == 0
 
 
-async def test_a_text_prompt_that_turns_out_too_long_is_refused_and_its_kv_released(start: Any) -> None:
-    cluster = await start("static")
-    for upstream in cluster.gateway.dispatcher.upstreams.values():
-        object.__setattr__(upstream.member.instance, "max_model_len", 100)
+async def test_a_text_prompt_that_turns_out_too_long_is_refused_and_its_kv_released(start: Start) -> None:
+    cluster = await start("static", context=100)
     status, answer, _ = await cluster.post("/v1/completions", {"prompt": "x" * 95, "max_tokens": 20})
     assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
     await cluster.until(lambda: not cluster.engines["i0"].pinned)
     assert cluster.engines["i0"].released
 
 
-async def test_headers_that_are_not_numbers(start: Any) -> None:
+async def test_headers_that_are_not_numbers(start: Start) -> None:
     cluster = await start("static")
     for value in ("fast", "-3", "nan"):
         status, answer, _ = await cluster.post("/v1/completions", GOOD, **{"x-slo-ttft-ms": value})
         assert (status, answer["error"]["param"]) == (400, "x-slo-ttft-ms")
 
 
-async def test_a_body_of_50_mb_is_refused_before_it_is_read(start: Any) -> None:
+async def test_a_body_of_50_mb_is_refused_before_it_is_read(start: Start) -> None:
     cluster = await start("static")
     async with cluster.client.post(
         cluster.url + "/v1/completions", data=io.BytesIO(b" " * (50 * 2**20))
@@ -93,7 +92,7 @@ async def test_a_body_of_50_mb_is_refused_before_it_is_read(start: Any) -> None:
         assert (await response.json())["error"]["code"] == "body_too_large"
 
 
-async def test_a_truncated_upload_leaves_nothing_behind(start: Any) -> None:
+async def test_a_truncated_upload_leaves_nothing_behind(start: Start) -> None:
     cluster = await start("static")
     reader, writer = await asyncio.open_connection(*cluster.url.removeprefix("http://").split(":"))
     writer.write(
@@ -107,8 +106,8 @@ async def test_a_truncated_upload_leaves_nothing_behind(start: Any) -> None:
     assert all(not e.bodies for e in cluster.engines.values())
 
 
-async def test_api_key(start: Any) -> None:
-    cluster = await start("static", api_key="right")
+async def test_api_key(start: Start) -> None:
+    cluster = await start("static", settings=GatewaySettings(api_key="right"))
     assert (await cluster.post("/v1/completions", GOOD))[0] == 401
     assert (await cluster.post("/v1/completions", GOOD, Authorization="Bearer wrong"))[0] == 401
     assert (await cluster.post("/v1/completions", GOOD, Authorization="Bearer righ\xe9"))[0] == 401

@@ -9,6 +9,8 @@ from typing import Any
 import orjson
 import pytest
 
+from tests.gateway.gateway_cluster import Start
+from tidegate.gateway.settings import GatewaySettings
 from tidegate.testing.fake_engine import token_at
 
 PROMPT = [3, 1, 4, 1, 5]
@@ -25,7 +27,7 @@ def outcomes(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("system", ["static", "arrow-lending", "colocated"])
-async def test_a_stream_survives_the_death_of_its_instance(start: Any, system: str, tmp_path: Path) -> None:
+async def test_a_stream_survives_the_death_of_its_instance(start: Start, system: str, tmp_path: Path) -> None:
     cluster = await start(system, instances=4, step_s=0.001)
     tasks = [asyncio.create_task(cluster.stream(BODY)) for _ in range(8)]
     await cluster.until(
@@ -43,7 +45,7 @@ async def test_a_stream_survives_the_death_of_its_instance(start: Any, system: s
     assert all(r["outcome"] == "ok" for r in outcomes(tmp_path))
 
 
-async def test_a_death_nobody_reported_is_reported_to_the_fleet(start: Any) -> None:
+async def test_a_death_nobody_reported_is_reported_to_the_fleet(start: Start) -> None:
     cluster = await start("static", instances=4, step_s=0.001)
     task = asyncio.create_task(cluster.stream(BODY))
     await cluster.until(lambda: cluster.streams() == 1)
@@ -54,8 +56,8 @@ async def test_a_death_nobody_reported_is_reported_to_the_fleet(start: Any) -> N
     assert ids(await task) == [token_at(PROMPT, p) for p in range(40)]
 
 
-async def test_with_every_instance_gone_requests_get_503_and_recovery_needs_no_restart(start: Any) -> None:
-    cluster = await start("arrow-lending", instances=2, recovery_s=3600.0)
+async def test_with_every_instance_gone_requests_get_503_and_recovery_needs_no_restart(start: Start) -> None:
+    cluster = await start("arrow-lending", instances=2, settings=GatewaySettings(recovery_s=3600.0))
     for name, engine in cluster.engines.items():
         await engine.stop()
         cluster.fleet.down(name)
@@ -69,8 +71,8 @@ async def test_with_every_instance_gone_requests_get_503_and_recovery_needs_no_r
     assert (await cluster.post("/v1/completions", BODY))[0] == 200
 
 
-async def test_a_stream_cut_off_for_good_ends_with_a_true_error(start: Any) -> None:
-    cluster = await start("static", instances=2, step_s=0.001, recovery_s=0.05)
+async def test_a_stream_cut_off_for_good_ends_with_a_true_error(start: Start) -> None:
+    cluster = await start("static", instances=2, step_s=0.001, settings=GatewaySettings(recovery_s=0.05))
     task = asyncio.create_task(cluster.stream(BODY))
     await cluster.until(
         lambda: any(s.position > 3 for e in cluster.engines.values() for s in e.streams.values())
@@ -85,8 +87,8 @@ async def test_a_stream_cut_off_for_good_ends_with_a_true_error(start: Any) -> N
     assert cluster.live() == 0
 
 
-async def test_a_silent_engine_is_left_for_another(start: Any) -> None:
-    cluster = await start("static", instances=4, step_s=0.001, stall_s=0.3)
+async def test_a_silent_engine_is_left_for_another(start: Start) -> None:
+    cluster = await start("static", instances=4, step_s=0.001, settings=GatewaySettings(stall_s=0.3))
     stuck = cluster.engines["i2"]
     stuck.step_s = 3600.0
     results = await asyncio.gather(*(cluster.stream(BODY) for _ in range(4)))
@@ -94,7 +96,7 @@ async def test_a_silent_engine_is_left_for_another(start: Any) -> None:
         assert ids(events) == [token_at(PROMPT, p) for p in range(40)]
 
 
-async def test_a_client_that_leaves_frees_the_engine_and_the_ledger(start: Any, tmp_path: Path) -> None:
+async def test_a_client_that_leaves_frees_the_engine_and_the_ledger(start: Start, tmp_path: Path) -> None:
     cluster = await start("static", step_s=0.001)
     for stream in (True, False):
         request = cluster.client.post(
@@ -114,7 +116,7 @@ async def test_a_client_that_leaves_frees_the_engine_and_the_ledger(start: Any, 
     assert [r["outcome"] for r in outcomes(tmp_path)] == ["client_gone", "client_gone"]
 
 
-async def test_a_client_that_leaves_during_prefill_releases_the_pin(start: Any) -> None:
+async def test_a_client_that_leaves_during_prefill_releases_the_pin(start: Start) -> None:
     cluster = await start("static")
     cluster.engines["i0"].hold_prefill = True
     task = asyncio.create_task(cluster.post("/v1/completions", BODY))
@@ -125,7 +127,7 @@ async def test_a_client_that_leaves_during_prefill_releases_the_pin(start: Any) 
     assert cluster.engines["i0"].released == [cluster.engines["i0"].bodies[0]["request_id"]]
 
 
-async def test_an_engine_fault_is_tried_elsewhere_and_a_refusal_is_not(start: Any) -> None:
+async def test_an_engine_fault_is_tried_elsewhere_and_a_refusal_is_not(start: Start) -> None:
     cluster = await start("static", instances=4)
     cluster.engines["i0"].fail_with = (500, "boom")
     status, answer, _ = await cluster.post("/v1/completions", BODY)
@@ -139,8 +141,8 @@ async def test_an_engine_fault_is_tried_elsewhere_and_a_refusal_is_not(start: An
     assert sum(len(e.bodies) for e in cluster.engines.values()) == 1
 
 
-async def test_a_deadline_bounds_the_whole_request(start: Any) -> None:
-    cluster = await start("static", step_s=3600.0, request_deadline_s=0.2)
+async def test_a_deadline_bounds_the_whole_request(start: Start) -> None:
+    cluster = await start("static", step_s=3600.0, settings=GatewaySettings(request_deadline_s=0.2))
     status, answer, _ = await cluster.post("/v1/completions", BODY)
     assert (status, answer["error"]["code"]) == (504, "engine_timeout")
     assert cluster.live() == 0

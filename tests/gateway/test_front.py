@@ -11,14 +11,16 @@ from typing import Any
 import orjson
 import pytest
 
+from tests.gateway.gateway_cluster import Cluster, Start
 from tidegate.gateway.answers import StreamedAnswer
+from tidegate.gateway.settings import GatewaySettings
 from tidegate.protocol import http_front
 
 GOOD = {"prompt": [1, 2, 3], "max_tokens": 2, "temperature": 0}
 LONG = {"prompt": [1, 2, 3], "max_tokens": 100_000, "temperature": 0}
 
 
-async def raw(cluster: Any, *pieces: bytes) -> tuple[int, dict[str, Any]]:
+async def raw(cluster: Cluster, *pieces: bytes) -> tuple[int, dict[str, Any]]:
     """Send bytes as they are and return the status and the decoded body of the answer."""
     reader, writer = await asyncio.open_connection(*cluster.url.removeprefix("http://").split(":"))
     for piece in pieces:
@@ -35,7 +37,7 @@ def post(body: bytes, *headers: bytes) -> bytes:
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 
-def counted(cluster: Any) -> dict[str, float]:
+def counted(cluster: Cluster) -> dict[str, float]:
     """Requests by outcome."""
     (family,) = cluster.gateway.dispatcher.metrics.requests.collect()
     return {s.labels["outcome"]: s.value for s in family.samples if s.name.endswith("_total")}
@@ -56,32 +58,30 @@ def quiet(caplog: pytest.LogCaptureFixture) -> Any:
 @pytest.mark.parametrize(
     "header", [b"x-tenant-id", b"x-session-id", b"x-slo-ttft-ms", b"x-slo-tpot-ms"], ids=bytes.decode
 )
-async def test_a_header_that_is_not_text_is_named(start: Any, quiet: None, header: bytes) -> None:
+async def test_a_header_that_is_not_text_is_named(start: Start, quiet: None, header: bytes) -> None:
     cluster = await start("static")
     status, answer = await raw(cluster, post(orjson.dumps(GOOD), header + b": 1\xff\xfe"))
     assert (status, answer["error"]["param"]) == (400, header.decode())
     assert counted(cluster) == {"bad_request": 1.0}
 
 
-async def test_a_key_that_is_not_text_is_a_wrong_key(start: Any, quiet: None) -> None:
-    cluster = await start("static", api_key="right")
+async def test_a_key_that_is_not_text_is_a_wrong_key(start: Start, quiet: None) -> None:
+    cluster = await start("static", settings=GatewaySettings(api_key="right"))
     for value in (b"Bearer \xff", b"\xff\xfe", b"Bearer", b"Basic right"):
         status, answer = await raw(cluster, post(orjson.dumps(GOOD), b"Authorization: " + value))
         assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
     assert counted(cluster) == {"unauthorized": 4.0}
 
 
-async def test_a_wrong_method_is_told_the_right_one(start: Any) -> None:
+async def test_a_wrong_method_is_told_the_right_one(start: Start) -> None:
     cluster = await start("static")
     async with cluster.client.put(cluster.url + "/v1/completions") as response:
         assert (response.status, response.headers["Allow"]) == (405, "POST")
         assert (await response.json())["error"]["code"] == "method_not_allowed"
 
 
-async def test_every_refusal_is_counted_once(start: Any) -> None:
-    cluster = await start("static", max_body_bytes=1000)
-    for upstream in cluster.gateway.dispatcher.upstreams.values():
-        object.__setattr__(upstream.member.instance, "max_model_len", 100)
+async def test_every_refusal_is_counted_once(start: Start) -> None:
+    cluster = await start("static", context=100, settings=GatewaySettings(max_body_bytes=1000))
     for body in (b"{", {"prompt": 7}, GOOD | {"model": "other"}, b" " * 2000, {"prompt": [1] * 200}, GOOD):
         await cluster.post("/v1/completions", body)
     assert counted(cluster) == {
@@ -93,7 +93,7 @@ async def test_every_refusal_is_counted_once(start: Any) -> None:
     }
 
 
-async def test_with_nothing_up_a_request_is_refused_and_recorded(start: Any, tmp_path: Path) -> None:
+async def test_with_nothing_up_a_request_is_refused_and_recorded(start: Start, tmp_path: Path) -> None:
     cluster = await start("static")
     for name in cluster.engines:
         cluster.fleet.down(name)
@@ -118,21 +118,21 @@ async def test_with_nothing_up_a_request_is_refused_and_recorded(start: Any, tmp
     ],
     ids=["request-line", "length", "chunk-size", "header-size", "gzip", "encoding"],
 )
-async def test_malformed_http_is_a_bad_request(start: Any, quiet: None, pieces: tuple[bytes, ...]) -> None:
+async def test_malformed_http_is_a_bad_request(start: Start, quiet: None, pieces: tuple[bytes, ...]) -> None:
     cluster = await start("static")
     status, answer = await raw(cluster, *pieces)
     assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
     assert "\n" not in answer["error"]["message"]
 
 
-async def test_a_compressed_body_is_read_and_its_true_size_limited(start: Any) -> None:
-    cluster = await start("static", max_body_bytes=1000)
+async def test_a_compressed_body_is_read_and_its_true_size_limited(start: Start) -> None:
+    cluster = await start("static", settings=GatewaySettings(max_body_bytes=1000))
     small, large = (gzip.compress(orjson.dumps(GOOD | {"pad": "x" * n})) for n in (10, 100_000))
     assert (await raw(cluster, post(small, b"Content-Encoding: gzip")))[0] == 200
     assert (await raw(cluster, post(large, b"Content-Encoding: gzip")))[0] == 413
 
 
-async def test_an_upload_that_stalls_has_a_deadline(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_upload_that_stalls_has_a_deadline(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_front, "UPLOAD_S", 0.05)
     cluster = await start("static")
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n"
@@ -141,7 +141,7 @@ async def test_an_upload_that_stalls_has_a_deadline(start: Any, monkeypatch: pyt
     assert "did not arrive" in answer["error"]["message"]
 
 
-async def test_null_means_not_sent(start: Any) -> None:
+async def test_null_means_not_sent(start: Start) -> None:
     cluster = await start("static")
     names = ("stream", "ignore_eos", "return_token_ids", "max_tokens", "echo", "stop", "seed", "logprobs")
     nulls = dict.fromkeys((*names, "n", "stream_options", "user", "best_of", "kv_transfer_params"))
@@ -154,7 +154,7 @@ async def test_null_means_not_sent(start: Any) -> None:
 
 
 async def test_a_fault_of_ours_ends_a_stream_with_an_error_event(
-    start: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     def broken(self: StreamedAnswer, text: str, token_ids: list[int]) -> None:
         raise RuntimeError("a detail nobody should see")
@@ -175,7 +175,7 @@ async def test_a_fault_of_ours_ends_a_stream_with_an_error_event(
     assert [r["outcome"] for r in outcomes(tmp_path)] == ["internal"]
 
 
-async def test_a_stop_tells_those_it_cuts_off(start: Any, tmp_path: Path, quiet: None) -> None:
+async def test_a_stop_tells_those_it_cuts_off(start: Start, tmp_path: Path, quiet: None) -> None:
     cluster = await start("static", step_s=0.001)
     stream = asyncio.create_task(cluster.stream(LONG))
     whole = asyncio.create_task(cluster.post("/v1/completions", LONG))
@@ -190,7 +190,7 @@ async def test_a_stop_tells_those_it_cuts_off(start: Any, tmp_path: Path, quiet:
     assert counted(cluster) == {"shutting_down": 2.0}
 
 
-async def test_a_draining_gateway_takes_nothing_new(start: Any) -> None:
+async def test_a_draining_gateway_takes_nothing_new(start: Start) -> None:
     cluster = await start("static")
     cluster.gateway._front.draining = True
     status, answer, headers = await cluster.post("/v1/completions", GOOD)

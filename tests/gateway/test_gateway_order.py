@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field, replace
-from typing import Any
 
+from tests.gateway.gateway_cluster import Start
 from tidegate.core.decision import Hold, Path, Place, Verdict
 from tidegate.core.request import Request
 from tidegate.fleet.member import Capabilities
@@ -16,7 +16,7 @@ from tidegate.systems import make_system
 BODY = {"prompt": [5, 9, 200, 41], "max_tokens": 4, "temperature": 0}
 
 
-async def test_a_prefill_leg_carries_its_ticket_and_a_decode_leg_none(start: Any) -> None:
+async def test_a_prefill_leg_carries_its_ticket_and_a_decode_leg_none(start: Start) -> None:
     cluster = await start("static+edf")
     forged = {"tidegate_ticket": {"arrival_s": -9.0, "deadline_s": -8.0, "work_s": 0.0}}
     await cluster.post("/v1/completions", BODY | {"kv_transfer_params": forged}, **{"x-slo-ttft-ms": "5000"})
@@ -28,7 +28,7 @@ async def test_a_prefill_leg_carries_its_ticket_and_a_decode_leg_none(start: Any
     assert "tidegate_ticket" not in decode
 
 
-async def test_an_engine_that_keeps_no_order_gets_no_ticket(start: Any) -> None:
+async def test_an_engine_that_keeps_no_order_gets_no_ticket(start: Start) -> None:
     cluster = await start("static", capabilities=Capabilities(orders=False))
     await cluster.post("/v1/completions", BODY)
     assert all(
@@ -53,14 +53,14 @@ class HeldUntilOpen:
         return Verdict(Place(snapshot.ids[0], None, Path.DISAGGREGATED))
 
 
-async def test_held_requests_are_asked_about_in_the_systems_order(start: Any) -> None:
+async def test_held_requests_are_asked_about_in_the_systems_order(start: Start) -> None:
     policy = HeldUntilOpen()
     cluster = await start(replace(make_system("static+edf"), prefill=policy))
-    tasks = []
-    for asked, ttft_s in enumerate((60.0, 20.0, 30.0), start=1):
+    tasks: list[asyncio.Task[object]] = []
+    for ttft_s in (60.0, 20.0, 30.0):
         headers = {"x-slo-ttft-ms": str(ttft_s * 1000)}
         tasks.append(asyncio.create_task(cluster.post("/v1/completions", BODY, **headers)))
-        await cluster.until(lambda asked=asked: len(policy.asked) == asked)
+        await cluster.until(lambda: len(policy.asked) == len(tasks))
     policy.asked.clear()
     policy.open = True
     cluster.gateway.dispatcher.act([])

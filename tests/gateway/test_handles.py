@@ -6,13 +6,15 @@ from collections.abc import Coroutine
 
 import pytest
 
+from tidegate.control.plane import ControlPlane
 from tidegate.engines.seam import KvHandle
 from tidegate.engines.vllm.engine import VllmEngine
 from tidegate.fleet.member import Member
 from tidegate.gateway.metrics import Metrics
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.gateway.upstream import Handles, connect
-from tidegate.ledger.ledger import Ledger
+from tidegate.journal.writer import JournalWriter
+from tidegate.systems import make_system
 from tidegate.testing.builders import instance
 
 
@@ -40,7 +42,7 @@ async def test_a_peer_declines_what_was_not_pulled_but_never_asks_mooncake_twice
 
     monkeypatch.setattr(VllmEngine, "decline", decline)
     upstreams = {member.instance.id: connect(member, GatewaySettings()) for member in members}
-    metrics = Metrics(lambda: Ledger().snapshot(0.0), lambda: 0)
+    metrics = Metrics(ControlPlane(make_system("static"), list(upstreams), JournalWriter(None)), lambda: 0.0)
     handles = Handles(upstreams, metrics, running.append, lambda _: None)
     handles.release(KvHandle({}, "i0-1", 64), sent=sent)
     for work in running:

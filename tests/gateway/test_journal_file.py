@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 import pytest
 
+from tests.gateway.gateway_cluster import Start
 from tidegate.core.decision import Flip
 from tidegate.core.errors import ConfigError
 from tidegate.core.instance import Role
@@ -78,7 +79,7 @@ async def test_a_full_disk_ends_the_journal_and_is_told_once(caplog: pytest.LogC
     assert "No space left" in caplog.text
 
 
-async def test_a_gateway_without_its_port_leaves_the_journal_alone(start: Any, tmp_path: Path) -> None:
+async def test_a_gateway_without_its_port_leaves_the_journal_alone(start: Start, tmp_path: Path) -> None:
     cluster = await start("static")
     port = int(cluster.url.rpartition(":")[2])
     settings = GatewaySettings(port=port, journal=tmp_path / "journal.jsonl")

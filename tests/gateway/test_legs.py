@@ -12,9 +12,11 @@ from typing import Any
 import orjson
 import pytest
 
+from tests.gateway.gateway_cluster import Cluster, Start
 from tidegate.core.errors import EngineUnreachable
 from tidegate.engines.wire import Wire
 from tidegate.fleet.member import Capabilities
+from tidegate.gateway.settings import GatewaySettings
 from tidegate.systems import make_system
 from tidegate.testing import fake_engine
 from tidegate.testing.fake_engine import FakeEngine, text_of, token_at
@@ -28,7 +30,7 @@ def journal(folder: Path) -> list[dict[str, Any]]:
     return [orjson.loads(line) for line in (folder / "journal.jsonl").read_bytes().splitlines()]
 
 
-async def test_a_chat_is_a_chat_on_both_legs(start: Any) -> None:
+async def test_a_chat_is_a_chat_on_both_legs(start: Start) -> None:
     cluster = await start("static")
     status, whole, _ = await cluster.post(
         "/v1/chat/completions", CHAT | {"logprobs": True, "top_logprobs": 0}
@@ -50,7 +52,7 @@ async def test_a_chat_is_a_chat_on_both_legs(start: Any) -> None:
     assert "".join(d.get("content", "") for d in deltas) == said
 
 
-async def test_logprob_offsets_run_through_both_legs(start: Any) -> None:
+async def test_logprob_offsets_run_through_both_legs(start: Start) -> None:
     cluster = await start("static")
     _, whole, _ = await cluster.post("/v1/completions", BODY | {"logprobs": 1})
     logprobs = whole["choices"][0]["logprobs"]
@@ -60,7 +62,7 @@ async def test_logprob_offsets_run_through_both_legs(start: Any) -> None:
     assert [e["choices"][0]["logprobs"]["text_offset"][0] for e in events] == logprobs["text_offset"]
 
 
-async def test_min_tokens_asks_no_leg_for_more_than_it_generates(start: Any) -> None:
+async def test_min_tokens_asks_no_leg_for_more_than_it_generates(start: Start) -> None:
     cluster = await start("static")
     status, _, _ = await cluster.post("/v1/completions", BODY | {"min_tokens": 9})
     assert status == 200
@@ -68,7 +70,7 @@ async def test_min_tokens_asks_no_leg_for_more_than_it_generates(start: Any) -> 
     assert cluster.engines["i1"].bodies[0]["min_tokens"] == 9
 
 
-async def test_a_streamed_text_prompt_that_is_too_long_is_a_400_not_a_stream(start: Any) -> None:
+async def test_a_streamed_text_prompt_that_is_too_long_is_a_400_not_a_stream(start: Start) -> None:
     cluster = await start("static", context=100)
     status, answer, _ = await cluster.post(
         "/v1/completions", {"prompt": "x" * 95, "max_tokens": 20, "stream": True, "temperature": 0}
@@ -77,13 +79,13 @@ async def test_a_streamed_text_prompt_that_is_too_long_is_a_400_not_a_stream(sta
     await cluster.until(lambda: bool(cluster.engines["i0"].released))
 
 
-async def test_without_max_tokens_a_completion_takes_what_room_there_is(start: Any) -> None:
+async def test_without_max_tokens_a_completion_takes_what_room_there_is(start: Start) -> None:
     cluster = await start("static", context=100)
     status, answer, _ = await cluster.post("/v1/completions", {"prompt": [1] * 95, "temperature": 0})
     assert (status, answer["usage"]["completion_tokens"]) == (200, 5)
 
 
-async def test_a_chat_without_max_tokens_keeps_its_limit_when_its_instance_dies(start: Any) -> None:
+async def test_a_chat_without_max_tokens_keeps_its_limit_when_its_instance_dies(start: Start) -> None:
     cluster = await start("colocated", instances=2, step_s=0.001, context=60)
     task = asyncio.create_task(cluster.stream(CHAT | {"max_tokens": None}, path="/v1/chat/completions"))
     await cluster.until(
@@ -97,7 +99,7 @@ async def test_a_chat_without_max_tokens_keeps_its_limit_when_its_instance_dies(
     assert said == "".join(text_of(token_at(list(b"tide"), p)) for p in range(56))
 
 
-async def test_engines_that_cannot_move_kv_or_resume_sampling_are_not_asked_to(start: Any) -> None:
+async def test_engines_that_cannot_move_kv_or_resume_sampling_are_not_asked_to(start: Start) -> None:
     cluster = await start("static", capabilities=Capabilities(kv_transfer=False, continues=False))
     status, answer, _ = await cluster.post("/v1/completions", BODY)
     assert (status, answer["choices"][0]["token_ids"]) == (200, [token_at(PROMPT, p) for p in range(12)])
@@ -115,7 +117,7 @@ ALONE = Capabilities(kv_transfer=False, continues=False)
 """What an engine can that knows nothing of a request's earlier legs."""
 
 
-async def stream_over_a_death(cluster: Any, body: dict[str, Any], before_it: Any = None) -> list[Any]:
+async def stream_over_a_death(cluster: Cluster, body: dict[str, Any], before_it: Any = None) -> list[Any]:
     """Stream while the instance that decodes dies; return the events."""
     task = asyncio.create_task(cluster.stream(body))
     await cluster.until(
@@ -130,7 +132,7 @@ async def stream_over_a_death(cluster: Any, body: dict[str, Any], before_it: Any
     return events
 
 
-async def test_a_sampled_stream_goes_on_elsewhere_behind_its_tokens(start: Any) -> None:
+async def test_a_sampled_stream_goes_on_elsewhere_behind_its_tokens(start: Start) -> None:
     cluster = await start("static", instances=3, step_s=0.001, capabilities=ALONE)
     events = await stream_over_a_death(cluster, BODY | {"max_tokens": 40, "temperature": 0.8})
     told = [t for e in events for t in e["choices"][0]["token_ids"]]
@@ -142,7 +144,7 @@ async def test_a_sampled_stream_goes_on_elsewhere_behind_its_tokens(start: Any) 
     assert len({body["seed"] for body in bodies}) > 1, "no leg draws another one's random numbers"
 
 
-async def test_a_seeded_stream_begins_anew_and_repeats_itself(start: Any, tmp_path: Path) -> None:
+async def test_a_seeded_stream_begins_anew_and_repeats_itself(start: Start, tmp_path: Path) -> None:
     cluster = await start("static", instances=3, step_s=0.001, capabilities=ALONE)
     events = await stream_over_a_death(cluster, BODY | {"max_tokens": 40, "temperature": 0.8, "seed": 4})
     told = [t for e in events for t in e["choices"][0]["token_ids"]]
@@ -155,7 +157,7 @@ async def test_a_seeded_stream_begins_anew_and_repeats_itself(start: Any, tmp_pa
 
 
 async def test_a_seeded_stream_that_no_engine_repeats_ends_with_a_true_error(
-    start: Any, monkeypatch: pytest.MonkeyPatch
+    start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster = await start("static", instances=3, step_s=0.001, capabilities=ALONE)
 
@@ -168,15 +170,15 @@ async def test_a_seeded_stream_that_no_engine_repeats_ends_with_a_true_error(
     assert "does not repeat" in events[-1]["error"]["message"]
 
 
-async def test_a_prefill_that_queues_longer_than_the_stall_limit_is_not_run_twice(start: Any) -> None:
-    cluster = await start("static", stall_s=0.1, request_deadline_s=1.5)
+async def test_a_prefill_that_queues_longer_than_the_stall_limit_is_not_run_twice(start: Start) -> None:
+    cluster = await start("static", settings=GatewaySettings(stall_s=0.1, request_deadline_s=1.5))
     cluster.engines["i0"].hold_prefill = True
     status, answer, _ = await cluster.post("/v1/completions", BODY)
     assert (status, answer["error"]["code"]) == (504, "engine_timeout")
     assert len(cluster.engines["i0"].bodies) == 1
 
 
-async def test_the_last_instance_that_is_up_pins_nothing(start: Any) -> None:
+async def test_the_last_instance_that_is_up_pins_nothing(start: Start) -> None:
     cluster = await start("static", capabilities=Capabilities(continues=False))
     for others, pinned in ((1, True), (0, False)):
         if not others:
@@ -225,7 +227,7 @@ async def test_a_sink_ends_an_exchange_and_the_engine_its_work() -> None:
     await engine.stop()
 
 
-async def test_a_stop_string_that_the_gateway_finds_ends_the_leg(start: Any) -> None:
+async def test_a_stop_string_that_the_gateway_finds_ends_the_leg(start: Start) -> None:
     cluster = await start("static", step_s=0.001, capabilities=ALONE)
     stop = text_of(token_at(PROMPT, 6))
     body = BODY | {"max_tokens": 100_000, "stop": stop, "stop_token_ids": [499]}
@@ -263,7 +265,7 @@ async def test_a_connection_that_is_cut_leaves_no_cycle_behind() -> None:
         await engine.stop()
 
 
-async def test_a_fast_failing_instance_does_not_draw_every_request(start: Any) -> None:
+async def test_a_fast_failing_instance_does_not_draw_every_request(start: Start) -> None:
     cluster = await start("arrow-lending", instances=4)
     cluster.engines["i0"].fail_with = (500, "boom")
     for _ in range(6):
@@ -272,8 +274,8 @@ async def test_a_fast_failing_instance_does_not_draw_every_request(start: Any) -
     assert cluster.gateway.dispatcher.flips == 0, "avoiding an instance is no reason to flip another"
 
 
-async def test_with_nothing_up_a_request_without_a_token_gets_503_at_once(start: Any) -> None:
-    cluster = await start("static", recovery_s=3600.0)
+async def test_with_nothing_up_a_request_without_a_token_gets_503_at_once(start: Start) -> None:
+    cluster = await start("static", settings=GatewaySettings(recovery_s=3600.0))
     for engine in cluster.engines.values():
         engine.hold_prefill = True
     task = asyncio.create_task(cluster.post("/v1/completions", BODY))
@@ -286,7 +288,7 @@ async def test_with_nothing_up_a_request_without_a_token_gets_503_at_once(start:
     assert headers["Retry-After"]
 
 
-async def test_a_policy_that_raises_is_our_fault_and_journalled_so(start: Any, tmp_path: Path) -> None:
+async def test_a_policy_that_raises_is_our_fault_and_journalled_so(start: Start, tmp_path: Path) -> None:
     class Broken:
         needs: frozenset[Any] = frozenset()
 
@@ -302,7 +304,7 @@ async def test_a_policy_that_raises_is_our_fault_and_journalled_so(start: Any, t
     assert (outcome["outcome"], outcome["status"]) == ("internal", 500)
 
 
-async def test_a_control_tick_that_fails_does_not_end_control(start: Any, caplog: Any) -> None:
+async def test_a_control_tick_that_fails_does_not_end_control(start: Start, caplog: Any) -> None:
     ticks = 0
 
     class Broken:
@@ -324,7 +326,7 @@ async def test_a_control_tick_that_fails_does_not_end_control(start: Any, caplog
     assert "bad control" in caplog.text
 
 
-async def test_an_http_1_0_client_gets_its_stream(start: Any) -> None:
+async def test_an_http_1_0_client_gets_its_stream(start: Start) -> None:
     cluster = await start("static")
     host, port = cluster.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, port)

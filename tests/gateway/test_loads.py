@@ -10,8 +10,10 @@ from typing import Any
 import orjson
 import pytest
 
+from tests.gateway.gateway_cluster import Cluster, Start
 from tidegate.fleet.member import Capabilities
 from tidegate.gateway.loads import Tally
+from tidegate.gateway.settings import GatewaySettings
 
 TELLING = Capabilities(tells_load=True)
 BODY = {"prompt": [3, 1, 4, 1, 5], "max_tokens": 4, "temperature": 0}
@@ -38,14 +40,14 @@ def saying(text: str) -> Callable[[], str]:
     return lambda: text
 
 
-async def state(cluster: Any) -> dict[str, Any]:
+async def state(cluster: Cluster) -> dict[str, Any]:
     """Return the instances' state by id."""
     async with cluster.client.get(cluster.url + "/tidegate/state") as response:
         answer = await response.json()
     return {row["id"]: row for row in answer["instances"]}
 
 
-async def until(cluster: Any, condition: Any) -> dict[str, Any]:
+async def until(cluster: Cluster, condition: Any) -> dict[str, Any]:
     """Ask for the state until ``condition`` of it holds, and return it; fails after 10 s."""
     async with asyncio.timeout(10):
         while not condition(found := await state(cluster)):
@@ -58,8 +60,10 @@ def drifts(path: Path, instance: str) -> list[tuple[str, str]]:
     return [(r["kind"], r["event"]) for r in rows if r["type"] == "load_drift" and r["instance"] == instance]
 
 
-async def test_foreign_load_turns_placements_away_until_it_has_gone(start: Any, tmp_path: Path) -> None:
-    cluster = await start("colocated", instances=2, capabilities=TELLING, load_every_s=0.01)
+async def test_foreign_load_turns_placements_away_until_it_has_gone(start: Start, tmp_path: Path) -> None:
+    cluster = await start(
+        "colocated", instances=2, capabilities=TELLING, settings=GatewaySettings(load_every_s=0.01)
+    )
     used, free = cluster.engines["i0"], cluster.engines["i1"]
     free.metrics = saying(page(0))
     used.metrics = saying(page(running=5, waiting=2, kv_usage=0.25))
@@ -86,8 +90,14 @@ async def test_foreign_load_turns_placements_away_until_it_has_gone(start: Any, 
     assert drifts(tmp_path, "i1") == []
 
 
-async def test_the_gateways_own_requests_are_no_drift(start: Any, tmp_path: Path) -> None:
-    cluster = await start("colocated", instances=1, capabilities=TELLING, load_every_s=0.005, step_s=0.002)
+async def test_the_gateways_own_requests_are_no_drift(start: Start, tmp_path: Path) -> None:
+    cluster = await start(
+        "colocated",
+        instances=1,
+        capabilities=TELLING,
+        step_s=0.002,
+        settings=GatewaySettings(load_every_s=0.005),
+    )
     engine = cluster.engines["i0"]
     engine.metrics = lambda: page(len(engine.streams))
     watched = cluster.gateway.dispatcher.loads.watched["i0"]
@@ -102,9 +112,11 @@ async def test_the_gateways_own_requests_are_no_drift(start: Any, tmp_path: Path
 
 
 async def test_a_correction_ends_with_the_instance_and_is_not_renewed_by_a_page_that_says_nothing(
-    start: Any,
+    start: Start,
 ) -> None:
-    cluster = await start("static", instances=2, capabilities=TELLING, load_every_s=0.01)
+    cluster = await start(
+        "static", instances=2, capabilities=TELLING, settings=GatewaySettings(load_every_s=0.01)
+    )
     for engine in cluster.engines.values():
         engine.metrics = saying(page(running=3))
     await until(cluster, lambda s: all(row.get("foreign_requests") == 3 for row in s.values()))
@@ -118,10 +130,12 @@ async def test_a_correction_ends_with_the_instance_and_is_not_renewed_by_a_page_
 
 
 async def test_an_engine_whose_load_cannot_be_read_serves_on_and_loses_its_correction(
-    start: Any, monkeypatch: pytest.MonkeyPatch
+    start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tidegate.gateway.loads.STALE_S", 0.05)
-    cluster = await start("static", instances=1, capabilities=TELLING, load_every_s=0.01)
+    cluster = await start(
+        "static", instances=1, capabilities=TELLING, settings=GatewaySettings(load_every_s=0.01)
+    )
     engine = cluster.engines["i0"]
     engine.metrics = saying(page(running=3))
     await until(cluster, lambda s: s["i0"].get("foreign_requests") == 3)
@@ -131,8 +145,10 @@ async def test_an_engine_whose_load_cannot_be_read_serves_on_and_loses_its_corre
     assert (await cluster.post("/v1/completions", BODY))[0] == 200
 
 
-async def test_where_the_kv_of_prompts_came_from_is_counted_over_restarts(start: Any) -> None:
-    cluster = await start("static", instances=2, capabilities=TELLING, load_every_s=0.01)
+async def test_where_the_kv_of_prompts_came_from_is_counted_over_restarts(start: Start) -> None:
+    cluster = await start(
+        "static", instances=2, capabilities=TELLING, settings=GatewaySettings(load_every_s=0.01)
+    )
     one, other = cluster.engines.values()
     one.metrics = other.metrics = saying(page(0, computed=1000, pulled=500))
     await until(cluster, lambda s: all(row.get("prompt_tokens") for row in s.values()))
@@ -153,7 +169,7 @@ def test_a_tally_counts_from_its_first_reading() -> None:
     assert tally.totals == {"pulled": 20 + 5 + 1}
 
 
-async def test_members_that_tell_nothing_are_not_asked(start: Any) -> None:
-    cluster = await start("static", instances=1, load_every_s=0.01)
+async def test_members_that_tell_nothing_are_not_asked(start: Start) -> None:
+    cluster = await start("static", instances=1, settings=GatewaySettings(load_every_s=0.01))
     assert "load" not in (await state(cluster))["i0"]
     assert cluster.gateway.dispatcher.loads.watched == {}

@@ -9,9 +9,11 @@ from typing import Any
 import orjson
 import pytest
 
+from tests.gateway.gateway_cluster import Start
 from tidegate.core.decision import AddInstance, Drain, Migrate
 from tidegate.core.instance import Role
 from tidegate.fleet.member import Capabilities
+from tidegate.testing.chaos import Forced
 from tidegate.testing.fake_engine import token_at
 
 ABLE = Capabilities()
@@ -35,15 +37,14 @@ def rows(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("capabilities", [ABLE, FORGETFUL], ids=["continues", "forgets"])
 async def test_forced_migrations_change_no_token(
-    start: Any, tmp_path: Path, capabilities: Capabilities
+    start: Start, tmp_path: Path, capabilities: Capabilities
 ) -> None:
     cluster = await start(
         "arrow-lending",
         instances=4,
         step_s=0.001,
-        migrate_every_s=0.001,
-        flip_every_s=0.01,
         capabilities=capabilities,
+        forced=Forced(migrate_every_s=0.001, flip_every_s=0.01),
     )
 
     async def one(seed: int) -> None:
@@ -60,7 +61,7 @@ async def test_forced_migrations_change_no_token(
     assert sum(row["migrations"] for row in rows(tmp_path, "outcome")) == len(done)
 
 
-async def test_a_migration_that_cannot_be_is_left_alone_and_says_why(start: Any, tmp_path: Path) -> None:
+async def test_a_migration_that_cannot_be_is_left_alone_and_says_why(start: Start, tmp_path: Path) -> None:
     cluster = await start("static", instances=3, step_s=0.002, capabilities=FORGETFUL)
     dispatcher = cluster.gateway.dispatcher
     dispatcher.act([Migrate("nobody", "i0", "i1")])
@@ -80,7 +81,7 @@ async def test_a_migration_that_cannot_be_is_left_alone_and_says_why(start: Any,
     assert rows(tmp_path, "outcome")[0]["unmovable"] == "seed"
 
 
-async def test_a_stream_survives_the_death_of_its_source_in_the_middle_of_a_migration(start: Any) -> None:
+async def test_a_stream_survives_the_death_of_its_source_in_the_middle_of_a_migration(start: Start) -> None:
     cluster = await start("static", instances=3, step_s=0.002, capabilities=FORGETFUL)
     task = asyncio.create_task(cluster.stream(body(4, 50)))
     await cluster.until(
@@ -98,7 +99,7 @@ async def test_a_stream_survives_the_death_of_its_source_in_the_middle_of_a_migr
     assert told == [token_at([4, 12, 7], p) for p in range(50)]
 
 
-async def test_a_drained_instance_is_stopped_once_its_decodes_have_moved(start: Any) -> None:
+async def test_a_drained_instance_is_stopped_once_its_decodes_have_moved(start: Start) -> None:
     cluster = await start("static", instances=3, step_s=0.002)
     dispatcher = cluster.gateway.dispatcher
     tasks = [asyncio.create_task(cluster.stream(body(seed, 200))) for seed in range(6)]
@@ -114,7 +115,7 @@ async def test_a_drained_instance_is_stopped_once_its_decodes_have_moved(start: 
     assert cluster.live() == 0
 
 
-async def test_a_fleet_that_cannot_grow_says_so(start: Any, caplog: Any) -> None:
+async def test_a_fleet_that_cannot_grow_says_so(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     cluster = await start("static", instances=2)
     cluster.gateway.dispatcher.act([AddInstance(Role.DECODE, "peak")])
     assert "no instance can be started (peak)" in caplog.text

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
 
 import orjson
 import pytest
 
+from tests.gateway.gateway_cluster import Start
+from tidegate.testing.chaos import Forced
 from tidegate.testing.fake_engine import text_of, token_at
 
 PROMPT = [5, 9, 200, 41]
@@ -21,7 +22,7 @@ def expected(count: int, prompt: list[int] = PROMPT) -> list[int]:
 @pytest.mark.parametrize(
     "system", ["static", "colocated", "arrow-lending", "arrow-v1", "round-robin", "minimal-load"]
 )
-async def test_every_system_returns_the_same_tokens_streamed_and_whole(start: Any, system: str) -> None:
+async def test_every_system_returns_the_same_tokens_streamed_and_whole(start: Start, system: str) -> None:
     cluster = await start(system, instances=3)
     body = {"prompt": PROMPT, "max_tokens": 7, "temperature": 0, "return_token_ids": True}
     status, whole, _ = await cluster.post("/v1/completions", body)
@@ -42,7 +43,7 @@ async def test_every_system_returns_the_same_tokens_streamed_and_whole(start: An
     assert cluster.live() == 0
 
 
-async def test_both_legs_carry_the_same_ids_and_the_same_seed(start: Any) -> None:
+async def test_both_legs_carry_the_same_ids_and_the_same_seed(start: Start) -> None:
     cluster = await start("static")
     await cluster.stream({"prompt": "a text prompt", "max_tokens": 4, "temperature": 0.7, "top_p": 0.9})
     first, second = cluster.engines["i0"].bodies[0], cluster.engines["i1"].bodies[0]
@@ -56,7 +57,7 @@ async def test_both_legs_carry_the_same_ids_and_the_same_seed(start: Any) -> Non
     assert second["kv_transfer_params"]["tidegate_generated"] == 1
 
 
-async def test_a_clients_kv_handle_salt_and_ids_go_no_further(start: Any) -> None:
+async def test_a_clients_kv_handle_salt_and_ids_go_no_further(start: Start) -> None:
     cluster = await start("static")
     stolen = {"do_remote_prefill": True, "remote_engine_id": "i1", "remote_request_id": "someone-elses"}
     await cluster.post(
@@ -76,7 +77,7 @@ async def test_a_clients_kv_handle_salt_and_ids_go_no_further(start: Any) -> Non
             assert "priority" not in body
 
 
-async def test_a_one_token_request_has_one_leg_and_pins_nothing(start: Any) -> None:
+async def test_a_one_token_request_has_one_leg_and_pins_nothing(start: Start) -> None:
     cluster = await start("static")
     events = await cluster.stream({"prompt": PROMPT, "max_tokens": 1, "temperature": 0})
     assert len(events) == 1
@@ -84,7 +85,7 @@ async def test_a_one_token_request_has_one_leg_and_pins_nothing(start: Any) -> N
     assert "do_remote_decode" not in cluster.engines["i0"].bodies[0].get("kv_transfer_params", {})
 
 
-async def test_tenants_get_their_own_salt(start: Any) -> None:
+async def test_tenants_get_their_own_salt(start: Start) -> None:
     cluster = await start("static")
     for tenant in ("red", "blue"):
         await cluster.post("/v1/completions", {"prompt": PROMPT, "max_tokens": 2}, **{"x-tenant-id": tenant})
@@ -93,8 +94,8 @@ async def test_tenants_get_their_own_salt(start: Any) -> None:
     assert all(salt.isalnum() and len(salt) <= 128 for salt in salts), "what vLLM takes"
 
 
-async def test_forced_flips_every_few_milliseconds_change_no_token(start: Any) -> None:
-    cluster = await start("arrow-lending", instances=4, step_s=0.001, flip_every_s=0.002)
+async def test_forced_flips_every_few_milliseconds_change_no_token(start: Start) -> None:
+    cluster = await start("arrow-lending", instances=4, step_s=0.001, forced=Forced(flip_every_s=0.002))
 
     async def one(seed: int) -> None:
         prompt = [seed, seed * 3 % 500, 7]
@@ -108,7 +109,7 @@ async def test_forced_flips_every_few_milliseconds_change_no_token(start: Any) -
     assert cluster.live() == 0
 
 
-async def test_the_journal_tells_the_whole_story(start: Any, tmp_path: Path) -> None:
+async def test_the_journal_tells_the_whole_story(start: Start, tmp_path: Path) -> None:
     cluster = await start("arrow-lending", instances=3)
     await cluster.stream({"prompt": PROMPT, "max_tokens": 5, "temperature": 0})
     await cluster.gateway.stop()
@@ -126,7 +127,7 @@ async def test_the_journal_tells_the_whole_story(start: Any, tmp_path: Path) -> 
     assert set(outcome["stages"]) >= {"queue", "prefill", "transfer", "decode_queue", "first_step", "decode"}
 
 
-async def test_state_models_metrics_and_health(start: Any) -> None:
+async def test_state_models_metrics_and_health(start: Start) -> None:
     cluster = await start("arrow-lending", instances=3)
     await cluster.post("/v1/completions", {"prompt": PROMPT, "max_tokens": 3})
     async with cluster.client.get(cluster.url + "/tidegate/state") as response:

@@ -11,7 +11,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-from tests.live.conftest import Live, cluster
+from tests.live.live_cluster import Live, cluster
+from tidegate.gateway.settings import GatewaySettings
+from tidegate.testing.chaos import Forced
 
 GREEDY, SAMPLED, CHATS = 200, 40, 20
 OPEN = 24
@@ -63,15 +65,17 @@ async def test_200_prompts_get_identical_tokens_under_every_regime(model_dir: Pa
         assert sum(s["pulled_prompt_tokens"] for s in stats.values()) > 0, "KV moved between processes"
         await live.until_drained()
 
-    forced = {"flip_every_s": 0.2, "migrate_every_s": 0.05}
-    async with cluster(model_dir, "arrow-lending", dtype="float64", **forced) as live:
+    forced = Forced(flip_every_s=0.2, migrate_every_s=0.05)
+    async with cluster(model_dir, "arrow-lending", dtype="float64", forced=forced) as live:
         assert await run_all(live) == reference
         assert live.gateway.dispatcher.flips >= 3
         assert b'tidegate_migrations_total{event="done"}' in live.gateway.dispatcher.metrics.render()
         await live.until_drained()
 
     rng = random.Random(5)
-    async with cluster(model_dir, "arrow-lending", dtype="float64", replays=20) as live:
+    async with cluster(
+        model_dir, "arrow-lending", dtype="float64", settings=GatewaySettings(replays=20)
+    ) as live:
         killed: list[str] = []
         total = sum(len(ids) for ids, _ in reference)
         due = [total // 10, total // 3, total + total // 10, total + total // 3]

@@ -28,7 +28,8 @@ class Served:
 
     async def state(self) -> dict[str, Any]:
         async with self.client.get(self.url + "/tidegate/state") as response:
-            return orjson.loads(await response.read())
+            answer: dict[str, Any] = orjson.loads(await response.read())
+            return answer
 
     async def stream(self, body: dict[str, Any], leave_after: int | None = None) -> int:
         """Stream a completion and return its token count; with ``leave_after``, hang up after that many."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 
 import pytest
-from arrow_fleet import (
+
+from tests.paper.arrow_fleet import (
     ARROW,
     D,
     M,
@@ -22,7 +23,6 @@ from arrow_fleet import (
     prefill_on,
     queue,
 )
-
 from tidegate.core.decision import Flip, Path, Place
 from tidegate.policies.arrow.published import COOLDOWN_S, L_SHRINK, ArrowPlacement, flip
 from tidegate.policies.candidates import price_at

@@ -6,7 +6,8 @@ A quotation names the section; "Narwhal" marks what an independent implementatio
 from __future__ import annotations
 
 import pytest
-from arrow_fleet import (
+
+from tests.paper.arrow_fleet import (
     D,
     M,
     P,
@@ -15,7 +16,6 @@ from arrow_fleet import (
     pace,
     queue,
 )
-
 from tidegate.core.decision import ControlDecision, Flip
 from tidegate.core.instance import Role
 from tidegate.core.slo import Slo

@@ -8,8 +8,8 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from virtual_probe import VirtualLoop, VirtualTarget
 
+from tests.profiling.virtual_probe import VirtualLoop, VirtualTarget
 from tidegate.costs.library import packaged_profile
 from tidegate.profiling.fit import Fitted, fit_timed
 from tidegate.profiling.gaps import chunks_between, gap_of_chunk, step_seconds, token_budget

@@ -12,6 +12,7 @@ import pytest
 from aiohttp import web
 
 from tidegate.core.errors import ConfigError, EngineFault
+from tidegate.costs.saved_profile import LinkSample
 from tidegate.engines.vllm.client import ServerFacts, VllmClient
 from tidegate.engines.vllm.metrics import VllmMetrics
 from tidegate.profiling.links import (
@@ -20,7 +21,6 @@ from tidegate.profiling.links import (
     BY_OUTSIDE,
     REPEATS,
     LinkEnd,
-    LinkSample,
     fit_link,
     link_lengths,
     time_link,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from run_cases import made_run
-
+from tests.reports.run_cases import made_run
 from tidegate.measure.run_view import view_of
 from tidegate.measure.summary import RunFacts, summarize_run
 from tidegate.reports.comparison import ComparedSystem, Comparison, LevelGoodput, RunAt, TraceComparison

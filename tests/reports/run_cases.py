@@ -33,7 +33,7 @@ def made_run(
     """Return ``requests`` at 2 per second whose latencies grow with ``slow``; the last ``failed`` fail."""
     rng = np.random.default_rng(seed)
     names = [f"i{index}" for index in range(instances)]
-    arrival_s = np.arange(requests) * 0.5
+    arrival_s = np.arange(requests, dtype=np.float64) * 0.5
     outputs = rng.integers(2, 300, requests)
     queue_s = rng.exponential(0.15 * slow, requests)
     prefill_s = rng.uniform(0.02, 0.1, requests)

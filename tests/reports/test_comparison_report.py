@@ -10,8 +10,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from comparison_cases import made_comparison, made_entry
 
+from tests.reports.comparison_cases import made_comparison, made_entry
 from tidegate.reports.comparison import write_tables
 from tidegate.reports.figures import draw_figures, write_pngs
 from tidegate.reports.page import render_page

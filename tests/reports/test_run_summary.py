@@ -7,8 +7,8 @@ import math
 
 import numpy as np
 import pytest
-from run_cases import made_run
 
+from tests.reports.run_cases import made_run
 from tidegate.measure.run_view import RunView, view_of
 from tidegate.measure.summary import KEYS, RunFacts, summarize_run
 from tidegate.reports.run_block import render_run

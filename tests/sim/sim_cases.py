@@ -15,7 +15,7 @@ from tidegate.core.slo import Slo
 from tidegate.costs.forms import MixedCost, PrefillCost, StepCost, TransferCost
 from tidegate.costs.profile import Profile
 from tidegate.ledger.snapshot import Snapshot
-from tidegate.policies.protocols import Signal
+from tidegate.policies.protocols import Controller, Signal
 from tidegate.sim import EngineSettings, Replica, SimRun, SimSettings, simulate
 from tidegate.systems import System, make_system
 from tidegate.testing import instance
@@ -216,8 +216,12 @@ class Case:
     def made_system(self) -> System:
         tick_s = self._at(0.1037)
         system = make_system(f"{self.system}+{self.order}", slo=Slo(0.2, 0.02), tick_s=tick_s)
-        pools = {"restless": RestlessPool(tick_s), "moving": MovingPool(self.seed, tick_s)}
-        return replace(system, controllers=(pools[self.pool],), window_s=tick_s) if self.pool else system
+        if not self.pool:
+            return system
+        pool: Controller[int] = (
+            RestlessPool(tick_s) if self.pool == "restless" else MovingPool(self.seed, tick_s)
+        )
+        return replace(system, controllers=(pool,), window_s=tick_s)
 
     def settings(self, *, leap: bool) -> SimSettings:
         troubled = self.troubled and self.instances > 2

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from sim_cases import ended
 
+from tests.sim.sim_cases import ended
 from tidegate.core.decision import Hold, Reject, Verdict
 from tidegate.core.errors import ConfigError
 from tidegate.core.request import Request
@@ -27,9 +27,9 @@ from tidegate.workloads.trace import TraceRecord
 SLO = Slo(0.5, 0.05)
 
 
-def fleet(count: int = 2, **kwargs: int) -> list[Replica]:
-    shape = {"kv_capacity_tokens": 8192, "max_model_len": 4096} | kwargs
-    return [Replica(instance(f"i{i}", **shape), REFERENCE) for i in range(count)]
+def fleet(count: int = 2, kv_capacity_tokens: int = 8192, max_model_len: int = 4096) -> list[Replica]:
+    shape = instance(kv_capacity_tokens=kv_capacity_tokens, max_model_len=max_model_len)
+    return [Replica(replace(shape, id=f"i{i}"), REFERENCE) for i in range(count)]
 
 
 def run(*records: TraceRecord, system: System | None = None, settings: SimSettings | None = None) -> SimRun:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sim_cases import MovingPool, ended
 
+from tests.sim.sim_cases import MovingPool, ended
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
 from tidegate.journal import read_journal

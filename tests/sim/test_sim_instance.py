@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
-from naive_engine import NaiveEngine
-from sim_cases import CASES, Case, ended
-from test_sim_property import QUICK
 
+from tests.sim.naive_engine import NaiveEngine
+from tests.sim.sim_cases import CASES, Case, ended
+from tests.sim.test_sim_property import QUICK
 from tidegate.sim import EngineSettings, Replica, SimRun, SimSettings, simulate
 from tidegate.systems import make_system
 from tidegate.testing import instance, profile

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import fields
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
-from sim_cases import BINARY, CASES, Case, ended
 
+from tests.sim.sim_cases import BINARY, CASES, Case, ended
 from tidegate.sim import SimRun
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -29,11 +30,13 @@ def leap_is_step(case: Case) -> None:
 
 def columns(leap: SimRun, step: SimRun) -> list[tuple[str, object, object]]:
     """Return what both runs have per request and over time."""
-    pairs = [(leap.requests, step.requests), (leap.timeline, step.timeline)]
+    pairs = [
+        *((field.name, leap.requests, step.requests) for field in fields(leap.requests)),
+        *((field.name, leap.timeline, step.timeline) for field in fields(leap.timeline)),
+    ]
     both = [
         (name, getattr(one, name), getattr(other, name))
-        for one, other in pairs
-        for name in type(one).__dataclass_fields__
+        for name, one, other in pairs
         if isinstance(getattr(one, name), np.ndarray)
     ]
     stages = leap.requests.stages_s

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import pytest
-from sim_cases import ended
 
+from tests.sim.sim_cases import ended
 from tidegate.core.decision import ControlDecision, Flip
 from tidegate.core.instance import Role
 from tidegate.ledger.snapshot import Snapshot

@@ -18,7 +18,7 @@ def test_a_recorded_page_is_summed_over_its_engines() -> None:
         running=3,
         waiting=0,
         waiting_by_reason={"capacity": 0, "deferred": 0},
-        kv_usage=pytest.approx((0.02935420743639927 + 0.03718199608610573) / 2),
+        kv_usage=(0.02935420743639927 + 0.03718199608610573) / 2,
         kv_blocks=2048,
         block_tokens=32,
         prefix_caching=True,

@@ -8,7 +8,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from vllm_servers import MODELS, VLLM, ServerOptions, Start, VllmCluster
+
+from tests.vllm.vllm_servers import MODELS, VLLM, ServerOptions, Start, VllmCluster
 
 FLEET_SIZE = 3
 HERE = Path(__file__).parent

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
-from through_gateway import CHAT, COMPLETIONS, Said, ask
-from vllm_servers import SERVED_NAME, VllmServer
+
+from tests.vllm.through_gateway import CHAT, COMPLETIONS, Said, ask
+from tests.vllm.vllm_servers import SERVED_NAME, VllmServer
 
 Json = dict[str, Any]
 LETTERS = "abcdefghij klmnop qrst. éüßñ 漢字かな Жд 😀🌊"

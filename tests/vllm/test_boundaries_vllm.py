@@ -7,8 +7,9 @@ import random
 from pathlib import Path
 
 import pytest
-from through_gateway import COMPLETIONS, Json, Said, ask, client, record_legs, serving
-from vllm_servers import BLOCK_TOKENS, SERVED_NAME, VllmCluster
+
+from tests.vllm.through_gateway import COMPLETIONS, Json, Said, ask, client, record_legs, serving
+from tests.vllm.vllm_servers import BLOCK_TOKENS, SERVED_NAME, VllmCluster
 
 PROMPTS = (31, 32, 33, 63, 64, 65)
 OUTPUT = 40

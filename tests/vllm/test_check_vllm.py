@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
-from vllm_servers import ServerOptions, Start, VllmCluster, VllmServer, nixl_variant
 
+from tests.vllm.vllm_servers import ServerOptions, Start, VllmCluster, VllmServer, nixl_variant
 from tidegate.check.context import CheckSettings
 from tidegate.check.run import check_fleet
 from tidegate.check.verdict import CheckReport, CheckVerdict

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import orjson
 import pytest
-from through_gateway import CHAT, COMPLETIONS, Json, ask, client, record_legs, serving
-from vllm_servers import SERVED_NAME, VllmCluster
+
+from tests.vllm.through_gateway import CHAT, COMPLETIONS, Json, ask, client, record_legs, serving
+from tests.vllm.vllm_servers import SERVED_NAME, VllmCluster
+from tidegate.testing.chaos import Forced
 
 EXPORT = {"do_remote_decode": True, "do_remote_prefill": False}
 OTHERS = list(range(5, 205))
@@ -53,7 +55,10 @@ async def test_clients_cannot_reach_the_connector(
     body: Json = {"model": SERVED_NAME, "temperature": 0, "ignore_eos": True, "max_tokens": 12}
     body |= {"return_token_ids": True, **asks}
     alone = {"cache_salt": "alone"}
-    async with client() as session, serving(cluster.urls, tmp_path, migrate_every_s=0.05) as running:
+    async with (
+        client() as session,
+        serving(cluster.urls, tmp_path, forced=Forced(migrate_every_s=0.05)) as running,
+    ):
         expected = await ask(session, cluster[2].url, path, body | alone)
         handle = await in_thread(lambda: cluster[0].complete(OTHERS, 1, kv_transfer_params=EXPORT))
         handle = handle["kv_transfer_params"]

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from through_gateway import CHAT, COMPLETIONS, LegRun, Said, ask, client, record_legs, serving
-from vllm_servers import SERVED_NAME, VllmCluster
+
+from tests.vllm.through_gateway import CHAT, COMPLETIONS, LegRun, Said, ask, client, record_legs, serving
+from tests.vllm.vllm_servers import SERVED_NAME, VllmCluster
+from tidegate.testing.chaos import Forced
 
 Json = dict[str, Any]
 STREAMS = 24
@@ -50,7 +52,9 @@ async def test_a_killed_server_is_survived_and_comes_back(
     async with client() as session:
         expected = await alone(session, cluster[0].url, requests)
         expected_later = await alone(session, cluster[0].url, later)
-        async with serving(cluster.urls, tmp_path, migrate_every_s=0.05, flip_every_s=0.5) as running:
+        async with serving(
+            cluster.urls, tmp_path, forced=Forced(migrate_every_s=0.05, flip_every_s=0.5)
+        ) as running:
             upstreams = running.gateway.dispatcher.upstreams
             dead = upstreams[VICTIM].member.engine_id
             tasks = [asyncio.create_task(ask(session, running.url, *request)) for request in requests]

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from vllm_servers import MODELS, ROOT, RUNTIME, START_S, VLLM
 
+from tests.vllm.vllm_servers import MODELS, ROOT, RUNTIME, START_S, VLLM
 from tidegate.fleet.keeper import descendants
 
 SERVER_ARGS = (

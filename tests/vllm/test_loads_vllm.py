@@ -11,8 +11,9 @@ from typing import Any
 
 import orjson
 import pytest
-from through_gateway import COMPLETIONS, Running, ask, client, serving
-from vllm_servers import SERVED_NAME, VllmCluster
+
+from tests.vllm.through_gateway import COMPLETIONS, Running, ask, client, serving
+from tests.vllm.vllm_servers import SERVED_NAME, VllmCluster
 
 OTHERS = 4
 GREEDY = {"temperature": 0, "ignore_eos": True}
@@ -30,8 +31,8 @@ def request(seed: int, max_tokens: int, **more: Any) -> dict[str, Any]:
 
 def drifts(running: Running, instance: str) -> dict[str, int]:
     """Return how often the instance and the ledger came to differ, by kind."""
-    counts = running.gateway.dispatcher.loads.drifts.get(instance, {})
-    return {kind.value: count for kind, count in counts.items()}
+    counts = running.gateway.dispatcher.loads.drifts.get(instance)
+    return {kind.value: count for kind, count in counts.items()} if counts else {}
 
 
 async def until_unpinned(cluster: VllmCluster) -> None:

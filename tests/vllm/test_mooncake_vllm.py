@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from through_gateway import COMPLETIONS, Running, Said, ask, client, record_legs, serving
-from vllm_servers import BLOCK_TOKENS, SERVED_NAME, VLLM, ServerOptions, VllmCluster, VllmServer
 
+from tests.vllm.through_gateway import COMPLETIONS, Running, Said, ask, client, record_legs, serving
+from tests.vllm.vllm_servers import BLOCK_TOKENS, SERVED_NAME, VLLM, ServerOptions, VllmCluster, VllmServer
 from tidegate.engines.seam import Leg, LegEnd
 from tidegate.engines.vllm.engine import VllmEngine
 from tidegate.fleet.static import KvSetup
 from tidegate.protocol.chunks import Tokens
+from tidegate.testing.chaos import Forced
 
 LEASE_S = 60
 """Longer than any test waits: what is freed within it was not freed by its end."""
@@ -65,10 +66,10 @@ async def test_no_token_changes_whatever_the_length(
     free = asyncio.Semaphore(6)
     before = [server.counters() for server in servers]
     urls = [server.url for server in servers]
-    forced = {"migrate_every_s": 0.05, "seed": 3}
+    forced = Forced(migrate_every_s=0.05, seed=3)
     async with (
         client() as session,
-        serving(urls, tmp_path, system="static", kv=kv_setup(servers), **forced) as running,
+        serving(urls, tmp_path, system="static", kv=kv_setup(servers), forced=forced) as running,
     ):
 
         async def through(prompt: list[int]) -> Said:

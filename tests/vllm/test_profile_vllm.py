@@ -10,8 +10,8 @@ from typing import Any
 
 import aiohttp
 import pytest
-from vllm_servers import SERVED_NAME, Counters, VllmCluster, VllmServer
 
+from tests.vllm.vllm_servers import SERVED_NAME, Counters, VllmCluster, VllmServer
 from tidegate.cli import launch
 from tidegate.cli.sources import resolve
 from tidegate.costs.saved_profile import read_profile, save_profile

@@ -6,8 +6,9 @@ import random
 from pathlib import Path
 
 import pytest
-from through_gateway import COMPLETIONS, Json, ask, client, serving
-from vllm_servers import BLOCK_TOKENS, SERVED_NAME, Counters, VllmCluster
+
+from tests.vllm.through_gateway import COMPLETIONS, Json, ask, client, serving
+from tests.vllm.vllm_servers import BLOCK_TOKENS, SERVED_NAME, Counters, VllmCluster
 
 FIRST, SAID, NEW = 300, 120, 50
 OUTPUT = 30
@@ -26,7 +27,7 @@ async def test_a_round_computes_only_its_new_tokens(cluster: VllmCluster, tmp_pa
             body |= {"prompt": prompt, "return_token_ids": True}
             alone = await ask(session, cluster[prefills].url, COMPLETIONS, body | {"cache_salt": "alone"})
             before = [server.counters() for server in cluster]
-            said = await ask(session, running.url, COMPLETIONS, body, **{"x-session-id": "talk"})
+            said = await ask(session, running.url, COMPLETIONS, body, headers={"x-session-id": "talk"})
             assert said.told() == alone.told()
             spent = [server.counters() - then for server, then in zip(cluster, before, strict=True)]
             return said.ids, spent, running.outcomes()[said.id]

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from mixed_requests import Asked, mixed_requests
-from through_gateway import LegRun, Running, Said, ask, client, record_legs, serving
-from vllm_servers import BLOCK_TOKENS, MODELS, Counters, VllmCluster
+
+from tests.vllm.mixed_requests import Asked, mixed_requests
+from tests.vllm.through_gateway import LegRun, Running, Said, ask, client, record_legs, serving
+from tests.vllm.vllm_servers import BLOCK_TOKENS, MODELS, Counters, VllmCluster
+from tidegate.testing.chaos import Forced
 
 REQUESTS = 500
 IN_FLIGHT = 12
@@ -24,7 +26,9 @@ async def test_flips_and_migrations_change_no_answer(
     async with client() as session:
         wanted = await mixed_requests(session, cluster[0], REQUESTS, seed=11)
         before = [server.counters() for server in cluster]
-        async with serving(cluster.urls, tmp_path, flip_every_s=0.2, migrate_every_s=0.02, seed=5) as running:
+        async with serving(
+            cluster.urls, tmp_path, forced=Forced(flip_every_s=0.2, migrate_every_s=0.02, seed=5)
+        ) as running:
 
             async def through(asked: Asked) -> Said:
                 async with free:

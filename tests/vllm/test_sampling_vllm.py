@@ -6,8 +6,10 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from through_gateway import CHAT, COMPLETIONS, Json, ask, client, serving
-from vllm_servers import SERVED_NAME, VllmCluster
+
+from tests.vllm.through_gateway import CHAT, COMPLETIONS, Json, ask, client, serving
+from tests.vllm.vllm_servers import SERVED_NAME, VllmCluster
+from tidegate.testing.chaos import Forced
 
 BASE: Json = {"model": SERVED_NAME, "ignore_eos": True, "max_tokens": 80, "return_token_ids": True}
 ROUTES: list[tuple[str, Json]] = [
@@ -29,7 +31,10 @@ llama_only = pytest.mark.parametrize("servers_of_arch", ["llama"], indirect=True
 async def test_state_does_not_move_and_is_kept(
     cluster: VllmCluster, tmp_path: Path, state: str, fields: Json
 ) -> None:
-    async with client() as session, serving(cluster.urls, tmp_path, migrate_every_s=0.01) as running:
+    async with (
+        client() as session,
+        serving(cluster.urls, tmp_path, forced=Forced(migrate_every_s=0.01)) as running,
+    ):
         for path, body in ROUTES:
             asked = body | fields
             expected = await ask(session, cluster[0].url, path, asked | {"cache_salt": "alone"})
@@ -43,7 +48,10 @@ async def test_state_does_not_move_and_is_kept(
 @llama_only
 async def test_a_sampled_answer_without_a_seed_moves(cluster: VllmCluster, tmp_path: Path) -> None:
     sampled = {"temperature": 1.0, "stream": True}
-    async with client() as session, serving(cluster.urls, tmp_path, migrate_every_s=0.01) as running:
+    async with (
+        client() as session,
+        serving(cluster.urls, tmp_path, forced=Forced(migrate_every_s=0.01)) as running,
+    ):
         answers = await asyncio.gather(
             *(ask(session, running.url, path, body | sampled) for path, body in ROUTES for _ in range(4))
         )

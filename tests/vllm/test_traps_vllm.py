@@ -16,13 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from through_gateway import COMPLETIONS, Running, ask, client, record_legs, serving
-from vllm_servers import BLOCK_TOKENS, SERVED_NAME, ServerOptions, VllmCluster, VllmServer, nixl_variant
 
+from tests.vllm.through_gateway import COMPLETIONS, Running, ask, client, record_legs, serving
+from tests.vllm.vllm_servers import (
+    BLOCK_TOKENS,
+    SERVED_NAME,
+    ServerOptions,
+    VllmCluster,
+    VllmServer,
+    nixl_variant,
+)
 from tidegate.engines.vllm.connector import MARGIN_S
 from tidegate.fleet.static import KvSetup
 from tidegate.fleet.vllm_command import nixl_config
 from tidegate.policies.protocols import Signal
+from tidegate.testing.chaos import Forced
 
 Json = dict[str, Any]
 EXPORT = {"do_remote_decode": True, "do_remote_prefill": False}
@@ -117,7 +125,9 @@ class TestOnSharedServers:
         self, cluster: VllmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         runs = record_legs(monkeypatch)
-        async with serving(cluster.urls, tmp_path, migrate_every_s=0.02, flip_every_s=0.1) as running:
+        async with serving(
+            cluster.urls, tmp_path, forced=Forced(migrate_every_s=0.02, flip_every_s=0.1)
+        ) as running:
             prompts = [prompt_ids(random.Random(n).randrange(1, 300)) for n in range(40)]
             await served_right(running, cluster[2], prompts)
         pulls = [run for run in runs if run.handle is not None]
@@ -264,7 +274,7 @@ class TestOneWay:
         runs = record_legs(monkeypatch)
         before = [server.counters() for server in pair]
         async with serving(
-            pair.urls, tmp_path, kv=KvSetup(), migrate_every_s=0.05, flip_every_s=0.2
+            pair.urls, tmp_path, kv=KvSetup(), forced=Forced(migrate_every_s=0.05, flip_every_s=0.2)
         ) as running:
             await served_right(running, pair[0], [prompt_ids(100 + n) for n in range(12)])
         assert sum((s.counters() - b).pulled_tokens for s, b in zip(pair, before, strict=True)) > 1200

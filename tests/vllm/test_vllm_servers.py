@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from vllm_servers import VllmCluster, VllmServer
+from tests.vllm.vllm_servers import VllmCluster, VllmServer
 
 EXPORT = {"do_remote_decode": True, "do_remote_prefill": False}
 

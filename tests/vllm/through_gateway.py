@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ from tidegate.gateway.settings import GatewaySettings
 from tidegate.ledger.snapshot import Snapshot
 from tidegate.systems import System, make_system
 from tidegate.testing import profile
-from tidegate.testing.chaos import chaos, without_forced
+from tidegate.testing.chaos import NOT_FORCED, Forced, chaos
 
 Json = dict[str, Any]
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -90,7 +90,7 @@ async def ask(
     path: str,
     body: Json,
     each: Callable[[Said], None] | None = None,
-    **headers: str,
+    headers: Mapping[str, str] | None = None,
 ) -> Said:
     """POST ``body`` and read the answer to its end, each event as it comes when ``body`` asks for them.
 
@@ -226,7 +226,7 @@ async def serving(
     system: str | System = "arrow-lending",
     kv: KvSetup | None = None,
     profiles: Sequence[Profile] = (PROFILE,),
-    **settings: Any,
+    forced: Forced = NOT_FORCED,
 ) -> AsyncIterator[Running]:
     """A gateway over the servers at ``urls``, which are the instances i0, i1, ... in that order."""
     fleet = StaticFleet(
@@ -238,12 +238,11 @@ async def serving(
     journal = folder / f"journal-{time.monotonic_ns()}.jsonl"
     composed = make_system(system, slo=Slo()) if isinstance(system, str) else system
     # Generous: servers that share few cores are slow to accept.
-    forced, others = without_forced(settings)
-    resolved = GatewaySettings(port=0, journal=journal, **{"connect_s": 10.0} | others)
+    resolved = GatewaySettings(port=0, journal=journal, connect_s=10.0)
     gateway = Gateway(resolved, fleet, composed)
     url = await gateway.start()
     try:
-        async with chaos(gateway.dispatcher, **forced):
+        async with chaos(gateway.dispatcher, forced):
             yield Running(gateway, url, journal)
     finally:
         await gateway.stop()

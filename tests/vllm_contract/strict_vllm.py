@@ -100,7 +100,7 @@ class StrictVllm:
         self.network.engines.pop(self.engine_id, None)
         runner, self._runner = self._runner, None
         if runner is not None and runner.server is not None:
-            for connection in list(runner.server.connections):  # type: ignore[attr-defined]
+            for connection in list(runner.server.connections):
                 if connection.transport is not None:
                     connection.transport.abort()
             await runner.cleanup()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +12,8 @@ from typing import Any
 import aiohttp
 import orjson
 import pytest
-from strict_vllm import BLOCK, MODEL, Network, StrictVllm, generate, prompt_of
 
+from tests.vllm_contract.strict_vllm import BLOCK, MODEL, Network, StrictVllm, generate, prompt_of
 from tidegate.core.decision import Migrate
 from tidegate.engines.vllm.connector import MARGIN_S
 from tidegate.fleet.health import HealthPace
@@ -22,7 +22,7 @@ from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.systems import make_system
 from tidegate.testing import profile
-from tidegate.testing.chaos import chaos, without_forced
+from tidegate.testing.chaos import NOT_FORCED, Forced, chaos
 
 Json = dict[str, Any]
 Answer = tuple[list[int], str, str | None]
@@ -37,7 +37,12 @@ class Bench:
     url: str
     client: aiohttp.ClientSession
 
-    async def ask(self, body: Json, each: Callable[[str, int], None] | None = None, **headers: str) -> Answer:
+    async def ask(
+        self,
+        body: Json,
+        each: Callable[[str, int], None] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Answer:
         """Return ids, text and finish reason; ``each`` is told the request and how many tokens came."""
         ids: list[int] = []
         text, reason = "", None
@@ -70,12 +75,11 @@ class Bench:
 
 @asynccontextmanager
 async def bench(
-    count: int = 3,
-    *,
     system: str = "static",
+    *,
     lease_s: float = 30.0,
     bidirectional: bool = True,
-    **settings: Any,
+    forced: Forced = NOT_FORCED,
 ) -> AsyncIterator[Bench]:
     network = Network()
     servers = [StrictVllm(network, lease_s=lease_s, bidirectional=bidirectional) for _ in range(3)]
@@ -87,13 +91,12 @@ async def bench(
         kv=KvSetup("nixl", lease_s=lease_s, bidirectional=bidirectional),
         pace=StaticPace(HealthPace(every_s=0.2), retry_s=0.05),
     )
-    forced, others = without_forced(settings)
-    gateway = Gateway(GatewaySettings(port=0, connect_s=10.0, **others), fleet, make_system(system))
+    gateway = Gateway(GatewaySettings(port=0, connect_s=10.0), fleet, make_system(system))
     url = await gateway.start()
     try:
         async with (
             aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client,
-            chaos(gateway.dispatcher, **forced),
+            chaos(gateway.dispatcher, forced),
         ):
             yield Bench(gateway, servers, url, client)
     finally:
@@ -129,7 +132,7 @@ def mixed(chance: random.Random) -> Json:
 async def test_whatever_moves_the_answers_are_those_of_one_server_and_nothing_stays_pinned() -> None:
     chance = random.Random(7)
     bodies = [mixed(chance) for _ in range(80)]
-    async with bench("arrow-lending", migrate_every_s=0.003, flip_every_s=0.05) as it:
+    async with bench("arrow-lending", forced=Forced(migrate_every_s=0.003, flip_every_s=0.05)) as it:
         answers = await asyncio.gather(*(it.ask(body) for body in bodies))
         for body, said in zip(bodies, answers, strict=True):
             assert said == alone(body), body
@@ -204,7 +207,7 @@ async def test_a_later_round_reads_kv_back_only_from_servers_that_can(bidirectio
     async with bench(bidirectional=bidirectional) as it:
         for _ in range(3):
             body: Json = {"prompt": history, "max_tokens": 70}
-            said = await it.ask(body, **{"x-session-id": "s"})
+            said = await it.ask(body, headers={"x-session-id": "s"})
             assert said == alone(body)
             history = [*history, *said[0], *(chance.randrange(12) for _ in range(40))]
         read = [
@@ -220,7 +223,7 @@ async def test_a_later_round_reads_kv_back_only_from_servers_that_can(bidirectio
 
 async def test_nothing_of_what_a_client_says_of_kv_reaches_a_server() -> None:
     stolen = {"do_remote_prefill": True, "remote_engine_id": "theirs", "remote_request_id": "theirs"}
-    fields = {"vllm_xargs": {"kv_transfer_params": "theirs"}, "ec_transfer_params": {"a": "theirs"}}
+    fields: Json = {"vllm_xargs": {"kv_transfer_params": "theirs"}, "ec_transfer_params": {"a": "theirs"}}
     fields |= {"request_id": "theirs", "priority": -9, "session_id": "theirs", "kv_transfer_params": stolen}
     prompts: list[Json] = [{"prompt": [3] * 40}, {"messages": [{"role": "user", "content": "tide"}]}]
     async with bench() as it:

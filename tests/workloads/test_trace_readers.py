@@ -17,7 +17,7 @@ from tidegate.workloads.readers import read_trace, read_untimed
 from tidegate.workloads.trace import TraceRecord
 
 ids = st.integers(0, 2**40)
-names = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=8)
+names = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=8)
 records = st.builds(
     TraceRecord,
     arrival_s=st.integers(0, 10**9).map(lambda us: us / 1e6),

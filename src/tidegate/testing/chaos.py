@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from dataclasses import dataclass
 
 from tidegate.control.live_request import Stage
 from tidegate.core.decision import Flip, Migrate
@@ -14,18 +14,25 @@ from tidegate.core.instance import Role
 from tidegate.gateway.dispatcher import Dispatcher
 
 
-@asynccontextmanager
-async def chaos(
-    dispatcher: Dispatcher, *, flip_every_s: float = 0.0, migrate_every_s: float = 0.0, seed: int = 0
-) -> AsyncIterator[None]:
-    """Flip a random instance and move a random decode again and again, each at its period; 0 leaves it out.
+@dataclass(frozen=True, slots=True)
+class Forced:
+    """How often a random instance flips and a random decode moves (0: never), drawn from ``seed``."""
 
-    No pool is emptied.
-    """
-    rng = random.Random(seed)
+    flip_every_s: float = 0.0
+    migrate_every_s: float = 0.0
+    seed: int = 0
+
+
+NOT_FORCED = Forced()
+
+
+@asynccontextmanager
+async def chaos(dispatcher: Dispatcher, forced: Forced) -> AsyncIterator[None]:
+    """Flip a random instance and move a random decode again and again. No pool is emptied."""
+    rng = random.Random(forced.seed)
     tasks = [
         asyncio.create_task(_every(period_s, act, dispatcher, rng))
-        for period_s, act in ((flip_every_s, flip_one), (migrate_every_s, migrate_one))
+        for period_s, act in ((forced.flip_every_s, flip_one), (forced.migrate_every_s, migrate_one))
         if period_s > 0
     ]
     try:
@@ -34,16 +41,6 @@ async def chaos(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-FORCED = ("flip_every_s", "migrate_every_s", "seed")
-"""The options of ``chaos``."""
-
-
-def without_forced(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split keyword options into those of ``chaos`` and the others."""
-    forced = {name: value for name, value in options.items() if name in FORCED}
-    return forced, {name: value for name, value in options.items() if name not in FORCED}
 
 
 def flip_one(dispatcher: Dispatcher, rng: random.Random) -> None:
