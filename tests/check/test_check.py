@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from typing import Any
 
 import pytest
 
@@ -19,14 +18,19 @@ from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
 
 QUICK = Deadlines(ask_s=2.0, leg_s=3.0, dead_peer_s=2.0)
+HANGING = Deadlines(ask_s=1.0, leg_s=1.0, dead_peer_s=0.8)
+"""For fleets in which a server hangs, so that every one of these is waited for in full."""
 
 
-async def check(servers: list[FakeVllm], roles: tuple[Role | None, ...] = (), **more: Any) -> CheckReport:
+async def check(
+    servers: list[FakeVllm],
+    roles: tuple[Role | None, ...] = (),
+    slo: Slo | None = None,
+    deadlines: Deadlines = QUICK,
+) -> CheckReport:
     roles = roles or (None,) * len(servers)
-    settings = CheckSettings(
-        tuple((each.url, role) for each, role in zip(servers, roles, strict=True)), **more
-    )
-    return await check_fleet(settings, lambda share, what: None, deadlines=QUICK)
+    asked = tuple((each.url, role) for each, role in zip(servers, roles, strict=True))
+    return await check_fleet(CheckSettings(asked, slo=slo), lambda share, what: None, deadlines=deadlines)
 
 
 def red(report: CheckReport) -> list[tuple[str, tuple[str, ...]]]:
@@ -105,7 +109,7 @@ async def test_a_member_that_keeps_its_role_is_only_asked_for_that(fleet: StartF
 async def test_a_server_that_hangs_is_named_and_the_rest_is_checked(fleet: StartFleet, path: str) -> None:
     servers = await fleet(Fault(), Fault(), Fault(hangs=frozenset({path})))
     began_s = time.monotonic()
-    report = await check(servers)
+    report = await check(servers, deadlines=HANGING)
     assert time.monotonic() - began_s < 20
     assert red(report) and {where for _, where in red(report)} == {("i2",)}
     assert {each.where for each in report.findings if each.probe == "flip without restart"} == {("i0", "i1")}
@@ -113,7 +117,7 @@ async def test_a_server_that_hangs_is_named_and_the_rest_is_checked(fleet: Start
 
 async def test_pulls_that_hang_end_by_their_deadline(fleet: StartFleet) -> None:
     servers = await fleet(Fault(), Fault(), Fault(hangs_on_pull=True))
-    report = await check(servers)
+    report = await check(servers, deadlines=HANGING)
     assert ("KV pull", ("i0", "i2")) in red(report)
     assert ("failure policy", ("i2",)) in red(report)
     assert not any(server.pinned for server in servers)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NoReturn
 
@@ -40,22 +41,37 @@ def command(*words: str) -> list[str]:
     return [sys.executable, "-m", "tidegate.cli.main", *words]
 
 
-def run(*words: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*words),
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=folder,
-        env={**os.environ, "NO_COLOR": "1", "COLUMNS": "100"},
-    )
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended, and what it printed."""
+
+    returncode: object
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in this process."""
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def call(*words: str) -> Ended:
+        with pytest.raises(SystemExit) as caught:
+            command_line.main(words)
+        return Ended(caught.value.code, *capsys.readouterr())
+
+    return call
 
 
 def keys_in(path: Path) -> list[str]:
     return [json.loads(line)["key"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def test_sim_prints_the_documented_object_and_says_what_it_assumed() -> None:
+def test_sim_prints_the_documented_object_and_says_what_it_assumed(run: Run) -> None:
     done = run("sim", *SMALL, "--rate", "20", "--json")
     found = json.loads(done.stdout)
     assert tuple(found) == KEYS
@@ -64,7 +80,7 @@ def test_sim_prints_the_documented_object_and_says_what_it_assumed() -> None:
     assert "--trace sample:azure-conv" in done.stderr
 
 
-def test_a_journal_is_reported_replayed_and_never_overwritten(tmp_path: Path) -> None:
+def test_a_journal_is_reported_replayed_and_never_overwritten(run: Run, tmp_path: Path) -> None:
     journal = str(tmp_path / "j.jsonl")
     assert run("sim", *SMALL, "--journal", journal).returncode == 0
     assert json.loads(run("report", journal, "--json").stdout)["attainment"]["offered"] == 300
@@ -89,7 +105,10 @@ def test_a_run_that_fails_leaves_no_half_journal(
     capsys.readouterr()
 
 
-def test_shared_prefixes_never_show_more_kv_in_use_than_there_is(tmp_path: Path) -> None:
+def test_shared_prefixes_never_show_more_kv_in_use_than_there_is(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_folder, "draw_figures", without_matplotlib)
     ids = "|".join(map(str, range(20)))
     trace = tmp_path / "t.csv"
     rows = [f"{0.01 * k},10240,400,{ids},512" for k in range(40)]
@@ -125,8 +144,9 @@ def without_matplotlib(_: object) -> NoReturn:
     raise NoPlots("charts need matplotlib")
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_goes_on_where_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     words = (*COMPARE, "--tolerance", "0.2", "--out", str(out), "--jobs", "1", "--json")
@@ -142,16 +162,12 @@ def test_a_killed_comparison_goes_on_where_it_was(
     assert "not run again" in resumed.stderr
     keys = keys_in(out / "probes.jsonl")
     assert len(set(keys)) == len(keys) and keys[: len(kept)] == kept
-    # The same in one go, in this process, and without the charts, which take most of the time.
+    # The same in one go, and without the charts, which take most of the time.
     monkeypatch.setattr(report_folder, "draw_figures", without_matplotlib)
-    with pytest.raises(SystemExit) as caught:
-        command_line.main(
-            [*COMPARE, "--tolerance", "0.2", "--out", str(tmp_path / "fresh"), "--jobs", "1", "--json"]
-        )
-    assert caught.value.code == 0
-    fresh = capsys.readouterr()
-    assert json.loads(fresh.out)["goodputs"] == json.loads(resumed.stdout)["goodputs"]
-    assert "no charts: charts need matplotlib" in fresh.err
+    fresh = run(*COMPARE, "--tolerance", "0.2", "--out", str(tmp_path / "fresh"), "--jobs", "1", "--json")
+    assert fresh.returncode == 0
+    assert json.loads(fresh.stdout)["goodputs"] == json.loads(resumed.stdout)["goodputs"]
+    assert "no charts: charts need matplotlib" in fresh.stderr
     names = {path.name for path in out.iterdir()}
     assert {"report.html", "goodput.csv", "timeline.csv"} <= names
     assert any(name.endswith("-attainment.png") for name in names)
@@ -205,7 +221,7 @@ def test_bad_input_is_told_and_exits_2(
     assert text in told.err and not told.out
 
 
-def test_an_slo_out_of_reach_and_a_request_too_large_are_named_warnings(tmp_path: Path) -> None:
+def test_an_slo_out_of_reach_and_a_request_too_large_are_named_warnings(run: Run, tmp_path: Path) -> None:
     trace = tmp_path / "t.csv"
     trace.write_text("arrival_s,input_tokens,output_tokens\n0,900000,10\n1,10,10\n2,10,10\n")
     done = run("sim", "--trace", str(trace), "--slo", "ttft:1,tpot:1", "--goodput", "--limit", "--json")
