@@ -34,7 +34,12 @@ class Scripted:
 
 
 def test_a_spare_joins_after_its_start_delay_and_a_drained_instance_leaves_empty() -> None:
-    script = [(AddInstance(Role.DECODE, "peak"),), (), (), (Drain("i1", remove=True, reason="quiet"),)]
+    script: list[tuple[Action, ...]] = [
+        (AddInstance(Role.DECODE, "peak"),),
+        (),
+        (),
+        (Drain("i1", remove=True, reason="quiet"),),
+    ]
     system = replace(make_system("static"), controllers=(Scripted(script),), window_s=0.2)
     records = many(80, 0.03)
     run = simulate(records, system, fleet(4), SimSettings(spares=1, start_delay_s=0.3))
