@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tidegate.bound.limit import FluidLimit, fluid_limit
@@ -125,7 +125,25 @@ CASES = st.builds(
 )
 
 
+ANSWERS_WORTH_LESS_THAN_THEIR_TIME = Case(
+    seed=0,
+    system="colocated",
+    order="fifo",
+    instances=2,
+    equal=True,
+    requests=60,
+    longest_prompt=300,
+    longest_answer=40,
+    bursts=False,
+    shared=True,
+    kv_tokens=4000,
+    engine=EngineSettings(max_batch_tokens=512),
+    load=1.0,
+)
+
+
 @QUICK
+@example(ANSWERS_WORTH_LESS_THAN_THEIR_TIME)
 @given(case=CASES)
 def test_no_system_exceeds_the_bound(case: Case) -> None:
     bound_holds(case)

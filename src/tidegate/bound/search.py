@@ -79,12 +79,12 @@ def price_lists(market: Market, keep: float) -> list[Prices]:
     works = [demand]
     whole = market.prices(demand)
     if whole is not None:
-        total = prompt_worth(whole, demand) + answer_worth(whole, demand, market.slo.tpot_s)
+        worth = market.worth([whole])
+        prefill, total = worth.prefill[:, 0], worth.prefill[:, 0] + worth.answer[:, 0]
         works.append(demand.only(total <= np.quantile(total, keep)))
-        share = prompt_worth(whole, demand) / np.maximum(total, 1e-300)
         part = np.arange(len(demand)) * _PARTS // len(demand)
-        mean = np.bincount(part, share * total, _PARTS) / np.maximum(np.bincount(part, total, _PARTS), 1e-300)
-        rank = np.argsort(np.argsort(mean))[part]
+        share = np.bincount(part, prefill, _PARTS) / np.maximum(np.bincount(part, total, _PARTS), 1e-300)
+        rank = np.argsort(np.argsort(share))[part]
         works += [demand.only(rank < _EXTREME_PARTS), demand.only(rank >= _PARTS - _EXTREME_PARTS)]
     nothing = np.zeros(len(demand))
     works += [replace(demand, decodes=nothing), replace(demand, new_tokens=nothing)]
