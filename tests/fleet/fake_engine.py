@@ -2,7 +2,7 @@
 
 FAKE_ENGINE selects what it does: ``serve`` (the default), ``crash`` (writes to stderr and exits 3),
 ``mute`` (never announces), ``garbled`` (announces half a line), ``stubborn`` (ignores SIGTERM),
-``once:PATH`` (serves only if it can create PATH, else crashes).
+``once:PATH`` (serves only if it can create PATH, else crashes), ``slow:PATH`` (the same, else is mute).
 ``GET /hang`` makes every later /health wait for ever; ``GET /secret`` returns the launch secret.
 """
 
@@ -79,11 +79,11 @@ def main() -> None:
     parser.add_argument("--served-model-name", required=True)
     flags, _ = parser.parse_known_args()
     mode, _, path = os.environ.get("FAKE_ENGINE", "serve").partition(":")
-    if mode == "once":
+    if mode in ("once", "slow"):
         try:
             Path(path).touch(exist_ok=False)
         except FileExistsError:
-            mode = "crash"
+            mode = {"once": "crash", "slow": "mute"}[mode]
     if mode == "crash":
         print("loading weights", file=sys.stderr)
         print("RuntimeError: no such weights", file=sys.stderr)

@@ -29,6 +29,10 @@ class Recorder:
         self.reports.append(("down", instance_id))
         del self.up[instance_id]
 
+    def start_failed(self, instance_id: str, reason: str) -> None:
+        assert reason and instance_id not in self.up
+        self.reports.append(("failed", instance_id))
+
 
 async def until(condition: Callable[[], bool], deadline_s: float = 15.0) -> None:
     """Return once ``condition`` holds; fail the test when it does not within ``deadline_s``."""

@@ -106,6 +106,48 @@ async def test_a_killed_server_leaves_no_process_and_comes_back_as_another_engin
     assert recorder.up["i0"].url != first.url
 
 
+async def test_an_added_server_is_like_the_others_and_a_removed_one_leaves_no_process(
+    make: Make, launch: VllmLaunch
+) -> None:
+    recorder = Recorder()
+    fleet = make(instances=1, arguments=ServeArguments(["--max-num-seqs", "8"]))
+    await fleet.start(recorder)
+    assert fleet.add()
+    await until(lambda: "i1" in recorder.up)
+    first, added = [await seen_by(recorder.up[name]) for name in ("i0", "i1")]
+    assert added["argv"][-2:] == ["--max-num-seqs", "8"]
+    memory = [one["argv"][one["argv"].index("--kv-cache-memory-bytes") + 1] for one in (first, added)]
+    assert memory[0] == memory[1]
+    assert recorder.up["i1"].api_key == recorder.up["i0"].api_key
+    assert (launch.logs / "i1.log").exists()
+    assert fleet.remove("i0", "drained")
+    await until(lambda: recorder.reports[2:] == [("down", "i0")])
+    await until(lambda: not alive(first["child"]))
+    assert alive(added["child"])
+
+
+async def test_an_added_server_takes_gpus_that_nobody_has(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
+    recorder = Recorder()
+    fleet = make(instances=1, arguments=ServeArguments(["-tp", "2"]))
+    await fleet.start(recorder)
+    assert fleet.add()
+    assert not fleet.add(), "one GPU is left, and a server takes two"
+    await until(lambda: "i1" in recorder.up)
+    gpus = [
+        (await seen_by(recorder.up[name]))["environment"]["CUDA_VISIBLE_DEVICES"] for name in ("i0", "i1")
+    ]
+    assert gpus == ["0,1", "2,3"]
+    assert fleet.remove("i0", "drained")
+    assert not fleet.add(), "its GPUs are taken until its process has ended"
+    await until(fleet.add)
+    await until(lambda: len(recorder.up) == 2)
+    (name,) = set(recorder.up) - {"i1"}
+    assert (await seen_by(recorder.up[name]))["environment"]["CUDA_VISIBLE_DEVICES"] == "0,1"
+
+
 @pytest.mark.parametrize("mode", ["serve", "stubborn"])
 async def test_stopping_the_fleet_stops_all_processes(
     make: Make, monkeypatch: pytest.MonkeyPatch, mode: str

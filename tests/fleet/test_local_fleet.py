@@ -186,7 +186,8 @@ async def test_an_added_engine_serves_and_a_removed_one_is_gone_for_good(make: M
     await until(lambda: "i1" in seen.up)
     added = seen.up["i1"]
     assert added.pid is not None and alive(added.pid)
-    assert added.profile == seen.up["i0"].profile
+    assert added.profile is not None and added.profile == seen.up["i0"].profile
+    assert b"--no-self-profile" in Path(f"/proc/{added.pid}/cmdline").read_bytes()
     assert fleet.remove("i1", "drained") and not fleet.remove("i7", "unknown")
     await until(lambda: ("down", "i1") in seen.reports)
     await until(lambda: not alive(added.pid or 0))
@@ -195,17 +196,96 @@ async def test_an_added_engine_serves_and_a_removed_one_is_gone_for_good(make: M
     assert fleet.ids == ("i0",)
 
 
-async def test_an_added_engine_is_restarted_and_one_removed_while_it_starts_ends(make: Make) -> None:
+async def test_an_added_engine_is_restarted(make: Make) -> None:
     fleet, seen = make(1), Recorder()
     await fleet.start(seen)
-    fleet.add()
-    fleet.add()
-    fleet.remove("i2", "not needed")
+    assert fleet.add()
     await until(lambda: "i1" in seen.up)
-    first = seen.up["i1"]
-    os.kill(first.pid or 0, signal.SIGKILL)
-    await until(lambda: "i1" in seen.up and seen.up["i1"].engine_id != first.engine_id)
-    await until(lambda: "i2" not in seen.up)
+    os.kill(seen.up["i1"].pid or 0, signal.SIGKILL)
+    await until(lambda: seen.reports[1:] == [("up", "i1"), ("down", "i1"), ("up", "i1")])
+
+
+async def test_an_engine_removed_while_it_starts_never_comes_up(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet, seen = make(1), Recorder()
+    await fleet.start(seen)
+    monkeypatch.setenv("FAKE_ENGINE", "mute")
+    assert fleet.add() and fleet.add()
+    assert fleet.remove("i1", "not needed"), "before its process has been started"
+    await until(lambda: seen.reports[1:] == [("failed", "i1")])
+    pid = await child_of_this_process(seen)
+    assert fleet.remove("i2", "not needed") and fleet.remove("i2", "said twice")
+    await until(lambda: seen.reports[2:] == [("failed", "i2")])
+    await until(lambda: not alive(pid))
+    assert not fleet.remove("i2", "it is gone")
+
+
+async def child_of_this_process(seen: Recorder) -> int:
+    """Return the one child that is not up, once there is one."""
+    known = {member.pid for member in seen.ups}
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
+
+    def others() -> list[int]:
+        return [pid for pid in map(int, children.read_text().split()) if pid not in known and alive(pid)]
+
+    await until(lambda: len(others()) == 1)
+    return others()[0]
+
+
+async def test_an_added_engine_whose_first_start_fails_is_given_up(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet, seen = make(1), Recorder()
+    await fleet.start(seen)
+    monkeypatch.setenv("FAKE_ENGINE", "crash")
+    assert fleet.add()
+    await until(lambda: seen.reports[1:] == [("failed", "i1")])
+    assert not fleet.remove("i1", "it is gone")
+    monkeypatch.setenv("FAKE_ENGINE", "serve")
+    assert fleet.add()
+    await until(lambda: seen.reports[2:] == [("up", "i2")])
+
+
+async def test_one_removed_before_the_fleet_is_up_keeps_nobody_waiting(
+    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FAKE_ENGINE", f"slow:{tmp_path / 'taken'}")
+    fleet, seen = make(2), Recorder()
+    starting = asyncio.create_task(fleet.start(seen))
+    await until(lambda: len(fleet._first_starts) == 1)
+    (mute,) = {"i0", "i1"} - set(fleet._first_starts)
+    assert fleet.remove(mute, "not needed")
+    await starting
+    (member,) = seen.up.values()
+    assert member.profile is not None and member.instance.id != mute
+
+
+async def test_a_removed_engine_is_down_at_once_and_gets_its_grace(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet, seen = make(1, FleetPace(grace_s=600.0)), Recorder()
+    await fleet.start(seen)
+    monkeypatch.setenv("FAKE_ENGINE", "stubborn")
+    assert fleet.add()
+    await until(lambda: "i1" in seen.up)
+    pid = seen.up["i1"].pid or 0
+    assert fleet.remove("i1", "drained")
+    await until(lambda: seen.reports[2:] == [("down", "i1")])
+    assert alive(pid)
+    await fleet.stop()
+    assert not alive(pid), "the fleet's end does not wait for the rest of the grace"
+    assert not fleet.add(), "not after its end"
+
+
+async def test_stop_stops_added_engines(make: Make) -> None:
+    fleet, seen = make(1), Recorder()
+    await fleet.start(seen)
+    assert fleet.add()
+    await until(lambda: len(seen.up) == 2)
+    await fleet.stop()
+    assert not any(alive(member.pid or 0) for member in seen.ups)
+    assert seen.reports == [("up", "i0"), ("up", "i1")]
 
 
 @pytest.mark.parametrize("mode", ["serve", "stubborn"])

@@ -193,6 +193,10 @@ class AnnouncedFleet:
         if self._listener is not None:
             self._listener.member_down(instance_id, reason)
 
+    def start_failed(self, instance_id: str, reason: str) -> None:
+        if self._listener is not None:
+            self._listener.start_failed(instance_id, reason)
+
 
 def _tell_profiles(names: Sequence[str], model: str) -> None:
     """Say what the measured ones among the profiles are, how old, and what speaks against them."""

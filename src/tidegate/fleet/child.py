@@ -112,16 +112,16 @@ class Child(Generic[Announced]):
             self._send(signal.SIGKILL)
 
     async def stop(self, grace_s: float) -> None:
-        """SIGTERM, after ``grace_s`` SIGKILL; returns when the process is reaped. Idempotent."""
+        """SIGTERM, after ``grace_s`` or a cancellation SIGKILL; returns when the process is reaped. Idempotent."""
         try:
             if not self.exited.done():
                 self._send(signal.SIGTERM)
                 await asyncio.wait({self.exited}, timeout=grace_s)
         finally:
             self.kill()
-        await asyncio.wait({self.exited})
-        await self._drain()
-        self._close()
+            await asyncio.wait({self.exited})
+            await self._drain()
+            self._close()
 
     async def _drain(self) -> None:
         await asyncio.wait(self._pumps, timeout=DRAIN_S)

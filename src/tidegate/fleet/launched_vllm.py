@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import secrets
@@ -22,6 +23,8 @@ from tidegate.fleet.member import FleetListener, Member
 from tidegate.fleet.supervision import HOST, FleetPace, ProcessFleet, Slot
 from tidegate.fleet.vllm_command import ServeArguments, free_ports
 from tidegate.fleet.vllm_member import mooncake_engine_id, profiles_by_id, vllm_member
+
+log = logging.getLogger(__name__)
 
 PACE = FleetPace(
     health=HealthPace(deadline_s=5.0), ready_s=1800.0, grace_s=20.0, backoff_s=1.0, backoff_max_s=60.0
@@ -78,8 +81,9 @@ class LaunchedVllmFleet(ProcessFleet[int]):
     """``launch.instances`` vLLM servers named i0, i1, ..., which hand KV to each other.
 
     Each has ports of its own that were free at its start, and its own GPUs where the machine has any: the
-    first one the first, and as many as its parallel sizes multiply to. ``profiles`` holds one for all or one
-    for each. Raises SetupError when there are fewer GPUs than that.
+    first one the first, and as many as its parallel sizes multiply to. An added one takes GPUs that no other
+    has; without GPUs it gets what each of the first ones got. ``profiles`` holds one for all or one for each,
+    and an added one has the last. Raises SetupError when there are fewer GPUs than that.
     """
 
     through_keepers = True
@@ -90,11 +94,13 @@ class LaunchedVllmFleet(ProcessFleet[int]):
         ids = tuple(f"i{index}" for index in range(launch.instances))
         super().__init__({instance_id: (instance_id,) for instance_id in ids}, pace or PACE)
         self._profiles = profiles_by_id(ids, profiles)
-        self._shared_profile = profiles[0] if len(profiles) == 1 else None
+        self._added_profile = profiles[-1] if profiles else None
         self._api_key = launch.api_key or self._api_key
         self._launch = launch
-        self._hardware = hardware(os.environ, launch.instances, launch.arguments.gpus)
-        self._memory = [] if VISIBLE in self._hardware[0] else cpu_memory(launch.instances)
+        self._shares = hardware(os.environ, launch.instances, launch.arguments.gpus)
+        self._hardware = dict(zip(ids, self._shares, strict=False))
+        self._on_gpus = VISIBLE in self._shares[0]
+        self._memory = [] if self._on_gpus else cpu_memory(launch.instances)
         self._starts: dict[str, _Start] = {}
 
     async def start(self, listener: FleetListener) -> None:
@@ -104,13 +110,19 @@ class LaunchedVllmFleet(ProcessFleet[int]):
             raise SetupError(f"cannot write logs to {self._launch.logs}: {error.strerror}") from None
         await super().start(listener)
 
-    def may_grow(self) -> bool:
-        """See ``ProcessFleet.may_grow``: on the cores that all servers share, not on GPUs that each has."""
-        return VISIBLE not in self._hardware[0]
+    def reserve(self, name: str) -> bool:
+        """See ``ProcessFleet.reserve``: GPUs that no server has, or a share of the cores, which all share."""
+        taken = [self._hardware[other] for other in self._slots] if self._on_gpus else []
+        spare = next((share for share in self._shares if share not in taken), None)
+        if spare is None:
+            log.warning("no GPUs are left for one more server")
+            return False
+        self._hardware[name] = spare
+        return True
 
     def argv(self, slot: Slot) -> list[str]:
         """See ``ProcessFleet.argv``. Every start has other ports: the last ones may still be in use."""
-        others = [start.first_port for start in self._starts.values()]
+        others = [start.first_port for name, start in self._starts.items() if name in self._slots]
         start = _Start(f"{slot.name}-{secrets.token_hex(4)}", free_ports(others))
         self._starts[slot.name] = start
         launch = self._launch
@@ -128,7 +140,7 @@ class LaunchedVllmFleet(ProcessFleet[int]):
         """See ``ProcessFleet.environment``."""
         start = self._starts[slot.name]
         return {
-            **self._hardware[int(slot.name.removeprefix("i")) % len(self._hardware)],
+            **self._hardware[slot.name],
             "VLLM_API_KEY": self._api_key,
             "VLLM_HOST_IP": HOST,
             "VLLM_NIXL_SIDE_CHANNEL_HOST": HOST,
@@ -166,7 +178,7 @@ class LaunchedVllmFleet(ProcessFleet[int]):
                 kv,
                 engine_id=start.engine_id,
                 api_key=self._api_key,
-                profile=self._profiles.get(slot.name) or self._shared_profile,
+                profile=self._profiles.get(slot.name, self._added_profile),
                 bootstrap_url=start.bootstrap_url,
                 kv_engine_id=kv_engine_id,
                 pid=announced,
@@ -182,14 +194,15 @@ def cpu_memory(instances: int) -> list[str]:
 
 
 def hardware(environment: Mapping[str, str], instances: int, gpus_each: int) -> list[dict[str, str]]:
-    """Return the variables that give each instance its share of the machine.
+    """Return the variables that give each instance its share of the machine; with GPUs also what would be
+    the shares of further ones.
 
     Without GPUs all servers share the cores, and none is bound to those of another. What the environment
     sets already stays. Raises SetupError when there are GPUs, but too few.
     """
     gpus = visible_gpus(environment)
     if gpus:
-        return [{VISIBLE: own} for own in share_out(gpus, instances, gpus_each)]
+        return [{VISIBLE: own} for own in share_out(gpus, max(instances, len(gpus) // gpus_each), gpus_each)]
     threads = max(1, len(os.sched_getaffinity(0)) // instances)
     shared: dict[str, Any] = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
     return [{name: value for name, value in shared.items() if name not in environment}] * instances

@@ -88,6 +88,10 @@ class FleetListener(Protocol):
         """The instance is gone or no longer healthy; its KV is lost."""
         ...
 
+    def start_failed(self, instance_id: str, reason: str) -> None:
+        """An instance that ``FleetControl.add`` was to start will not come. Its name is not used again."""
+        ...
+
 
 class FleetControl(Protocol):
     """What the control plane may ask of a fleet. No call waits; the listener hears what came of it."""
@@ -97,7 +101,8 @@ class FleetControl(Protocol):
         ...
 
     def add(self) -> bool:
-        """Start one more instance, which reports ``member_up`` once it serves; False when that cannot be."""
+        """Start one more instance, which reports ``member_up`` once it serves, or ``start_failed``; False,
+        with neither to come, when no more can be started."""
         ...
 
     def remove(self, instance_id: str, reason: str) -> bool:

@@ -83,7 +83,7 @@ class LocalFleet(ProcessFleet[Ready]):
             engine_id=f"{slot.name}-{secrets.token_hex(4)}",
             # What it measures is used only once, but an engine that failed at it has to try again. One that
             # was added takes the launch's profile.
-            self_profile=slot.name in self.ids and self._first_starts.get(slot.name) is None,
+            self_profile=not slot.added and self._first_starts.get(slot.name) is None,
         )
 
     def parse(self, line: str) -> Ready | None:
@@ -114,7 +114,7 @@ class LocalFleet(ProcessFleet[Ready]):
 
     def _note_first_start(self, slot: Slot, ready: Ready | None) -> None:
         """Fit the launch's profile once every instance has started or failed to (``ready`` None)."""
-        if slot.name in self.ids:
+        if not slot.added:
             self._first_starts.setdefault(slot.name, ready)
         assert self._profile is not None
         if len(self._first_starts) == len(self.ids) and not self._profile.done():

@@ -64,11 +64,16 @@ class Backoff:
 
 
 class Slot:
-    """One place in the fleet, which successive processes fill: the instances ``ids`` live in each of them."""
+    """One place in the fleet, which successive processes fill: the instances ``ids`` live in each of them.
 
-    def __init__(self, name: str, ids: tuple[str, ...], pace: FleetPace) -> None:
+    ``added`` tells that it was not there at the fleet's start, ``up`` that its process serves.
+    """
+
+    def __init__(self, name: str, ids: tuple[str, ...], pace: FleetPace, *, added: bool = False) -> None:
         self.name = name
         self.ids = ids
+        self.added = added
+        self.up = False
         self.suspicion = asyncio.Event()
         self.backoff = Backoff(pace)
         self.first: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -88,7 +93,8 @@ class ProcessFleet(ABC, Generic[Announced]):
     An exit is noticed at once, a hang by health checks and answered with SIGKILL. A restarted
     instance keeps its name and has a new ``engine_id``. Each fleet draws one secret for its
     engines and passes it in their environment, with a key without which they serve no completion:
-    the gateway's own key cannot be gone round by asking an engine. ``stop`` reports no ``member_down``.
+    the gateway's own key cannot be gone round by asking an engine. An added instance whose first start
+    fails is given up. ``stop`` reports no ``member_down``.
     """
 
     through_keepers = False
@@ -111,12 +117,11 @@ class ProcessFleet(ABC, Generic[Announced]):
 
     async def start(self, listener: FleetListener) -> None:
         self._session, self._listener = aiohttp.ClientSession(), listener
-        for name, ids in self._places.items():
-            self._begin(name, ids)
+        slots = [self._begin(name, ids) for name, ids in self._places.items()]
         try:
-            outcomes = await asyncio.gather(*(slot.first for slot in self._slots.values()))
+            outcomes = await asyncio.gather(*(slot.first for slot in slots))
             if all(outcomes):
-                raise SetupError(_no_instance(dict(zip(self._slots, outcomes, strict=True))))
+                raise SetupError(_no_instance(dict(zip(self._places, outcomes, strict=True))))
         except BaseException:
             await self.stop()
             raise
@@ -128,15 +133,19 @@ class ProcessFleet(ABC, Generic[Announced]):
 
     def add(self) -> bool:
         """See ``FleetControl.add``: one more process, with an instance whose name was never used."""
-        if self._session is None or not self.may_grow():
+        if self._listener is None:
             return False
-        name = f"i{self._named}"
-        self._named += 1
-        self._begin(name, (name,))
+        name = self.fresh_name()
+        if not self.reserve(name):
+            return False
+        self._begin(name, (name,), added=True)
         return True
 
     def remove(self, instance_id: str, reason: str) -> bool:
-        """See ``FleetControl.remove``. An instance that shares its process with others stays."""
+        """See ``FleetControl.remove``: its process gets ``grace_s`` to end, and its place stays empty.
+
+        An instance that shares its process with others stays.
+        """
         slot = next((slot for slot in self._slots.values() if slot.ids == (instance_id,)), None)
         if slot is None:
             return False
@@ -144,16 +153,23 @@ class ProcessFleet(ABC, Generic[Announced]):
             slot.removed.set_result(reason)
         return True
 
-    def _begin(self, name: str, ids: tuple[str, ...]) -> None:
+    def fresh_name(self) -> str:
+        """Return a name that no instance of this fleet had."""
+        self._named += 1
+        return f"i{self._named - 1}"
+
+    def _begin(self, name: str, ids: tuple[str, ...], *, added: bool = False) -> Slot:
         """Supervise one more place."""
         assert self._listener is not None and self._session is not None
-        slot = self._slots[name] = Slot(name, ids, self._pace)
+        slot = self._slots[name] = Slot(name, ids, self._pace, added=added)
         work = self._supervise(slot, self._listener, self._session)
         task = asyncio.create_task(work, name=f"fleet {name}")
-        task.add_done_callback(partial(_on_supervisor_end, slot))
+        task.add_done_callback(partial(self._supervisor_ended, slot, self._listener))
         self._tasks.append(task)
+        return slot
 
     async def stop(self) -> None:
+        self._listener = None
         await end_watch(self._tasks, self._session)
 
     # what runs in the processes
@@ -173,9 +189,13 @@ class ProcessFleet(ABC, Generic[Announced]):
     async def members(self, slot: Slot, announced: Announced, pid: int) -> list[Member]:
         """Return what has come up, one member for each of the slot's ``ids``."""
 
-    def may_grow(self) -> bool:
-        """Tell whether one more process has a place on this machine."""
+    def reserve(self, name: str) -> bool:
+        """Reserve what an added process needs of this machine; False when there is no more of it."""
         return True
+
+    def health_url(self, slot: Slot, members: list[Member]) -> str:
+        """Return the base URL whose ``/health`` tells how the slot's process is."""
+        return members[0].url
 
     def not_started(self, slot: Slot) -> None:
         """Take note that the slot's process did not become ready."""
@@ -187,46 +207,87 @@ class ProcessFleet(ABC, Generic[Announced]):
     # supervision
 
     async def _supervise(self, slot: Slot, listener: FleetListener, session: aiohttp.ClientSession) -> None:
-        while True:
+        while not slot.removed.done():
             try:
                 lived_s = await self._one_life(slot, listener, session)
             except EngineStartFailed as error:
-                log.error("%s did not start: it %s", slot.name, error.message.splitlines()[0])
+                if not slot.removed.done():
+                    log.error("%s did not start: it %s", slot.name, error.message.splitlines()[0])
                 slot.report_first(error.message)
                 self.not_started(slot)
+                if slot.added and slot.first.result():
+                    return
                 lived_s = 0.0
             if not slot.removed.done():
                 wait_s = slot.backoff.after(lived_s)
                 log.debug("%s restarts in %.1f s", slot.name, wait_s)
                 await asyncio.wait({slot.removed}, timeout=wait_s)
-            if slot.removed.done():
-                slot.report_first(slot.removed.result())
-                del self._slots[slot.name]
-                return
 
     async def _one_life(self, slot: Slot, listener: FleetListener, session: aiohttp.ClientSession) -> float:
         """Run one process from start to end and return the seconds it was up; it is reaped in any case."""
         clock = asyncio.get_running_loop().time
         child = await self._spawn(slot)
         try:
-            ready = await child.ready(self._pace.ready_s)
-            members = await self.members(slot, ready, child.pid)
+            members = await self._until_ready(slot, child)
             up_at = clock()
             slot.suspicion.clear()
+            slot.up = True
             for member in members:
                 listener.member_up(member)
             slot.report_first("")
-            reason = await self._watch(slot, child, members[0].url, session)
+            reason = await self._watch(slot, child, self.health_url(slot, members), session)
             if slot.removed.done():
                 log.info("%s is stopped: %s", slot.name, reason)
             else:
                 child.kill()
                 log.warning("%s is down: it %s", slot.name, reason)
-            for instance_id in slot.ids:
-                listener.member_down(instance_id, reason)
+            self._down(slot, listener, reason)
             return clock() - up_at
         finally:
             await child.stop(self._pace.grace_s)
+
+    async def _until_ready(self, slot: Slot, child: Child[Announced]) -> list[Member]:
+        """Return what has come up. Raises EngineStartFailed also when the place is removed meanwhile."""
+
+        async def start() -> list[Member]:
+            return await self.members(slot, await child.ready(self._pace.ready_s), child.pid)
+
+        starting = asyncio.create_task(start())
+        try:
+            either: set[asyncio.Future[Any]] = {starting, slot.removed}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                raise EngineStartFailed(f"was removed: {slot.removed.result()}")
+            return starting.result()
+        finally:
+            starting.cancel()
+
+    def _down(self, slot: Slot, listener: FleetListener, reason: str) -> None:
+        if slot.up:
+            slot.up = False
+            for instance_id in slot.ids:
+                listener.member_down(instance_id, reason)
+
+    def _supervisor_ended(self, slot: Slot, listener: FleetListener, task: asyncio.Task[None]) -> None:
+        """Empty a place: the fleet stops, its instance was removed or given up, or its supervisor has a fault,
+        which must not pass in silence."""
+        self._slots.pop(slot.name, None)
+        if task.cancelled():
+            slot.report_first("the fleet was stopped")
+            return
+        error = task.exception()
+        if error is not None:
+            log.error("the supervisor of %s failed", slot.name, exc_info=error)
+            self._down(slot, listener, f"its supervisor failed: {error}")
+        if not slot.first.done():
+            self.not_started(slot)
+            if error is not None and not slot.added:
+                slot.first.set_exception(error)
+                return
+            slot.first.set_result(slot.removed.result() if error is None else str(error))
+        if slot.added and slot.first.result():
+            for instance_id in slot.ids:
+                listener.start_failed(instance_id, slot.first.result())
 
     async def _spawn(self, slot: Slot) -> Child[Announced]:
         env = {name: value for name, value in os.environ.items() if name not in WITHHELD}
@@ -250,19 +311,6 @@ class ProcessFleet(ABC, Generic[Announced]):
             return child.exit_reason() if child.exited.done() else hang.result()
         finally:
             hang.cancel()
-
-
-def _on_supervisor_end(slot: Slot, task: asyncio.Task[None]) -> None:
-    """A supervisor ends by cancellation or removal; anything else must not pass in silence."""
-    if task.cancelled():
-        slot.report_first("the fleet was stopped")
-        return
-    error = task.exception()
-    if error is None and slot.removed.done():
-        return
-    log.error("the supervisor of %s failed", slot.name, exc_info=error)
-    if error is not None and not slot.first.done():
-        slot.first.set_exception(error)
 
 
 def _no_instance(failures: dict[str, str]) -> str:

@@ -134,6 +134,12 @@ class Dispatcher:
         self.sessions.forget_instance(instance_id)
         self.do(effects)
 
+    def start_failed(self, instance_id: str, reason: str) -> None:
+        """See ``FleetListener.start_failed``. The fleet gives no roles: the oldest that is waited for ends."""
+        role = next(iter(self.plane.membership.starting), None)
+        if role is not None:
+            self.plane.start_failed(role)
+
     def act(self, actions: Sequence[Action]) -> None:
         """Execute actions that the system's controllers did not decide."""
         self.do(self.plane.act(actions, self.clock.now()))
