@@ -166,6 +166,9 @@ async def test_the_announced_fleet_says_who_comes_up() -> None:
         def member_down(self, instance_id: str, reason: str) -> None:
             self.heard += (instance_id, reason)
 
+        def start_failed(self, instance_id: str, reason: str) -> None:
+            self.heard += (instance_id, reason)
+
     said: list[str] = []
     scripted, gateway = Scripted(), Gateway()
     announced = launch.AnnouncedFleet(scripted, said.append)

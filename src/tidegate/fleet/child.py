@@ -112,7 +112,7 @@ class Child(Generic[Announced]):
             self._send(signal.SIGKILL)
 
     async def stop(self, grace_s: float) -> None:
-        """SIGTERM, after ``grace_s`` or a cancellation SIGKILL; returns when the process is reaped. Idempotent."""
+        """SIGTERM, after ``grace_s`` or a cancellation SIGKILL; returns once it is reaped. Idempotent."""
         try:
             if not self.exited.done():
                 self._send(signal.SIGTERM)

@@ -269,7 +269,7 @@ class ProcessFleet(ABC, Generic[Announced]):
                 listener.member_down(instance_id, reason)
 
     def _supervisor_ended(self, slot: Slot, listener: FleetListener, task: asyncio.Task[None]) -> None:
-        """Empty a place: the fleet stops, its instance was removed or given up, or its supervisor has a fault,
+        """Empty a place: the fleet stops, its instance was removed or given up, or its supervisor failed,
         which must not pass in silence."""
         self._slots.pop(slot.name, None)
         if task.cancelled():

@@ -135,7 +135,7 @@ class Dispatcher:
         self.do(effects)
 
     def start_failed(self, instance_id: str, reason: str) -> None:
-        """See ``FleetListener.start_failed``. The fleet gives no roles: the oldest that is waited for ends."""
+        """See ``FleetListener.start_failed``. Fleets know no roles: the oldest awaited one ends."""
         role = next(iter(self.plane.membership.starting), None)
         if role is not None:
             self.plane.start_failed(role)
