@@ -46,11 +46,14 @@ class MoveOne:
         return 0
 
     def decide(self, snapshot: Snapshot, moved: int) -> ControlDecision[int]:
-        decoding = np.where(snapshot.labelled(Role.DECODE), snapshot.decode_tokens, np.nan)
-        src, dst = int(np.nanargmax(decoding)), int(np.nanargmin(decoding))
+        decoding = np.flatnonzero(snapshot.labelled(Role.DECODE))
+        if len(decoding) < 2:
+            return ControlDecision(moved, reason="nowhere to move to")
+        tokens = snapshot.decode_tokens[decoding]
+        src, dst = int(decoding[tokens.argmax()]), int(decoding[tokens.argmin()])
         rows = snapshot.requests
         there = np.flatnonzero((rows.decode_on == src) & (rows.source_on < 0))
-        if decoding[src] - decoding[dst] < self.tokens or not len(there):
+        if tokens.max() - tokens.min() < self.tokens or not len(there):
             return ControlDecision(moved)
         longest = there[rows.context_tokens[there].argmax()]
         move = Migrate(rows.ids[longest], snapshot.ids[src], snapshot.ids[dst], "balance")
