@@ -5,12 +5,16 @@ What is here is re-exported by ``tidegate`` itself. Nothing heavy is imported be
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from tidegate.core.errors import ConfigError
+
 if TYPE_CHECKING:
+    from tidegate.measure.request_table import Seconds
     from tidegate.sim import SimRun
     from tidegate.workloads.trace import Workload
 
@@ -21,16 +25,23 @@ PERCENTILES = (50, 90, 99)
 
 
 def load_trace(
-    source: str | Path, *, requests: int | None = None, duration_s: float | None = None
+    source: str | Path,
+    *,
+    requests: int | None = None,
+    duration_s: float | None = None,
+    turn_gap_s: float | None = None,
 ) -> Workload:
     """Read a trace of any format that ``tidegate trace info`` reads, or a packaged ``sample:NAME``.
 
-    ``requests`` keeps the first N, ``duration_s`` those of the first seconds. Raises TraceError, with file,
-    line and column, for a malformed one.
+    ``requests`` keeps the first N, ``duration_s`` those of the first seconds. A session file without arrival
+    times starts one session per second, as in ``tidegate sim``; ``turn_gap_s`` parts its turns where the file
+    does not. Raises TraceError, with file, line and column, for a malformed one.
     """
+    from tidegate.experiments.workload import starts_sessions
     from tidegate.workloads.choice import WorkloadChoice, load_workload
 
-    return load_workload(WorkloadChoice(trace=str(source), limit=requests, duration_s=duration_s))
+    choice = WorkloadChoice(trace=str(source), limit=requests, duration_s=duration_s, turn_gap_s=turn_gap_s)
+    return load_workload(replace(choice, sessions_per_s=1.0) if starts_sessions(choice) else choice)
 
 
 def list_systems() -> dict[str, str]:
@@ -42,10 +53,13 @@ def list_systems() -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SimulationResult:
-    """One simulated run. ``run`` has everything: requests as columns, timeline, instances, flips."""
+    """One simulated run. ``run`` has everything: requests as columns, timeline, instances, flips.
+
+    ``rate_rps`` is the mean arrival rate; None when all requests come at one instant.
+    """
 
     system: str
-    rate_rps: float
+    rate_rps: float | None
     run: SimRun
 
     @property
@@ -55,11 +69,11 @@ class SimulationResult:
 
     def ttft_s(self, percentile: float = 50) -> float:
         """Return a percentile of TTFT in seconds over the answered requests."""
-        return _percentile(self.run.requests.ttft_s, percentile)
+        return _percentile(self._answered("ttft_s"), percentile)
 
     def tpot_s(self, percentile: float = 50) -> float:
         """Return a percentile of TPOT in seconds over the answered requests of two tokens or more."""
-        return _percentile(self.run.requests.tpot_s, percentile)
+        return _percentile(self._answered("tpot_s"), percentile)
 
     def row(self) -> dict[str, Any]:
         """Return the run in one row: what ``ComparisonResult.rows`` holds of it."""
@@ -99,11 +113,18 @@ class SimulationResult:
         return pd.DataFrame(columns | {f"{stage}_s": seconds for stage, seconds in table.stages_s.items()})
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """Draw the shares of requests within a TTFT and within a TPOT. Returns the matplotlib figure.
+        """Draw the shares of answered requests within a TTFT and within a TPOT.
 
-        ``path`` saves it, too. Raises ImportError without matplotlib.
+        Returns the matplotlib figure; ``path`` saves it, too. Raises ImportError without matplotlib.
         """
         return _plot_cdfs([self], path)
+
+    def _answered(self, name: str) -> Seconds:
+        """Return the known values of ``ttft_s`` or ``tpot_s`` among the requests answered in full."""
+        import numpy as np
+
+        values: Seconds = getattr(self.run.requests, name)
+        return values[self.run.requests.ok & np.isfinite(values)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -153,63 +174,88 @@ def simulate(
 ) -> SimulationResult:
     """Serve a trace with a system on simulated instances, in virtual time.
 
-    ``system`` is a name of ``list_systems``, with an order as in ``arrow+edf``; ``split`` is ``P:D`` at the
-    start; ``rate_rps`` scales the trace's time to that mean rate; another ``seed`` than 0 permutes requests
-    within each minute; ``journal`` gets every decision and outcome as JSON lines. The same arguments give the
-    same result.
-    Raises ConfigError for an unknown name or an impossible fleet, TraceError for a malformed trace.
+    ``system`` is a name of ``list_systems``, with an order as in ``arrow+edf``; ``profile`` is anything that
+    ``tidegate sim --profile`` takes; ``split`` is ``P:D`` at the start; ``rate_rps`` scales the trace's time
+    to that mean rate; another ``seed`` than 0 permutes requests within each minute; ``journal`` gets every
+    decision and outcome as JSON lines. The same arguments give the same result.
+    Raises ConfigError, with all problems of the options at once, and TraceError for a malformed trace.
     """
     from tidegate.core.notation import parse_split
     from tidegate.core.slo import Slo
-    from tidegate.costs.library import packaged_profile
+    from tidegate.costs.named_profile import load_profile
     from tidegate.dataplane.replica import replicas_of
     from tidegate.experiments.workload import at_rate, own_rate_rps
     from tidegate.sim import SimSettings
     from tidegate.sim import simulate as run_simulation
     from tidegate.systems import make_system
 
+    problems: list[str] = []
+    targets, sides = Slo(), None
+    with _noting(problems, ""):
+        targets = Slo.parse(slo)
+    with _noting(problems, f"split {split!r}: "):
+        sides = None if split is None else parse_split(split)
+    with _noting(problems, ""):
+        composed = make_system(system, split=sides, slo=targets)
+    with _noting(problems, ""):
+        chosen = load_profile(profile)
+    if instances < 1:
+        problems.append(f"instances is at least 1, got {instances}")
+    if rate_rps is not None and not 0 < rate_rps < float("inf"):
+        problems.append(f"rate_rps is a positive number of requests per second, got {rate_rps}")
+    if problems:
+        raise ConfigError(problems)
     workload = load_trace(trace) if isinstance(trace, str | Path) else trace
-    targets = Slo.parse(slo)
-    composed = make_system(system, split=None if split is None else parse_split(split), slo=targets)
-    replicas = replicas_of(packaged_profile(profile), instances)
     drawn = at_rate(workload, rate_rps, seed)
+    replicas = replicas_of(chosen, instances)
     run = run_simulation(drawn, composed, replicas, SimSettings(slo=targets), journal=journal)
-    return SimulationResult(composed.name, own_rate_rps(drawn) if rate_rps is None else rate_rps, run)
+    if rate_rps is None and len(drawn) > 1 and drawn.arrival_s[-1] > drawn.arrival_s[0]:
+        rate_rps = own_rate_rps(drawn)
+    return SimulationResult(composed.name, rate_rps, run)
 
 
 def compare(
     trace: Workload | str | Path,
-    systems: Iterable[str],
+    systems: str | Iterable[str],
     *,
     rates_rps: Sequence[float | None] = (None,),
     **options: Any,
 ) -> ComparisonResult:
-    """Simulate several systems on one trace, at each of ``rates_rps``; None is the trace's own rate.
+    """Simulate one or several systems on one trace, at each of ``rates_rps``; None is the trace's own rate.
 
     ``options`` are those of ``simulate``. To search goodputs over seeds, with limits and a report, use
     ``tidegate compare``.
     """
     workload = load_trace(trace) if isinstance(trace, str | Path) else trace
-    asked = [(system, rate) for system in systems for rate in rates_rps]
+    names = [systems] if isinstance(systems, str) else systems
+    asked = [(system, rate) for system in names for rate in rates_rps]
     return ComparisonResult(
         tuple(simulate(workload, system, rate_rps=rate, **options) for system, rate in asked)
     )
 
 
-def _percentile(values: Any, percentile: float) -> float:
+@contextmanager
+def _noting(problems: list[str], about: str) -> Iterator[None]:
+    """Add what is wrong to ``problems`` instead of raising it."""
+    try:
+        yield
+    except ConfigError as error:
+        problems += error.problems
+    except ValueError as error:
+        problems.append(f"{about}{error}")
+
+
+def _percentile(known: Seconds, percentile: float) -> float:
     import numpy as np
 
-    known = values[np.isfinite(values)]
     return float(np.percentile(known, percentile)) if len(known) else float("nan")
 
 
 def _figure(panels: int) -> tuple[Any, Any]:
-    import matplotlib
+    from matplotlib import pyplot
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(1, panels, figsize=(6 * panels, 4), squeeze=False)
+    figure, axis = pyplot.subplots(1, panels, figsize=(6 * panels, 4), squeeze=False)
+    pyplot.close(figure)  # the caller has it: pyplot would keep it for good, and a notebook show it twice
     return figure, axis[0]
 
 
@@ -219,10 +265,9 @@ def _plot_cdfs(results: Sequence[SimulationResult], path: str | Path | None) -> 
     figure, axes = _figure(2)
     for axis, name in zip(axes, ("ttft_s", "tpot_s"), strict=True):
         for result in results:
-            values = getattr(result.run.requests, name)
-            known = np.sort(values[np.isfinite(values)]) * 1e3
+            known = np.sort(result._answered(name)) * 1e3
             axis.plot(known, np.arange(1, len(known) + 1) / max(1, len(known)), label=result.system)
-        axis.set(xlabel=f"{name[:4].upper()} [ms]", ylabel="share of requests", xscale="log")
+        axis.set(xlabel=f"{name[:4].upper()} [ms]", ylabel="share of answered requests", xscale="log")
     return _finished(figure, axes, path)
 
 
