@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -106,6 +107,8 @@ def add_verb(app: typer.Typer, name: str) -> None:
     from tidegate.cli.options import expanded
 
     verb = VERBS[name]
+    if verb.panel == "Simulate":  # has no use for the threads that numpy would start, which spin at first
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     module = import_module(verb.module)
     if hasattr(module, "verbs"):
         app.add_typer(module.verbs, name=name, help=verb.summary, rich_help_panel=verb.panel)

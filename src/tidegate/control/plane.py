@@ -159,7 +159,7 @@ class ControlPlane:
         self.ledger.prefill_ended(live.id, now)
         request = live.resident()
         view, whole = self.membership.view(now)
-        if not len(view):
+        if not view.ids:
             return [GiveUp(live, self._none_up())]
         assert live.prefill_on is not None
         verdict = self.system.decode.place_decode(request, view, live.prefill_on)
@@ -249,7 +249,8 @@ class ControlPlane:
             self.ledger.aborted(live.id, now)
         self._migration_over(live, "cancelled", now)
         self.requests.pop(live.id, None)
-        self._held.remove(live)
+        if live.stage is Stage.WAITING:
+            self._held.remove(live)
         live.stage = Stage.ENDED
         if self.membership.draining:
             return self._actions.drain_on(now) + self._retry(now)
@@ -308,7 +309,7 @@ class ControlPlane:
     def _place_prefill(self, live: LiveRequest, kind: str, now: float) -> Effects:
         request = live.resident()
         view, whole = self.membership.view(now)
-        if not len(view):
+        if not view.ids:
             return self._without_instances(live, request, now)
         if self.prefixes is not None and live.blocks.keys:
             hits = self.prefixes.hits(live.blocks, request.prompt_tokens)
@@ -338,7 +339,7 @@ class ControlPlane:
         live.decode_on = on if place.path is Path.COLOCATED else None
         live.predicted_prefill_s = seconds
         live.predicted_cached_tokens = request.cached.get(on, 0)
-        if self.prefixes is not None:
+        if self.prefixes is not None and live.blocks.keys:
             self.prefixes.sent(live.blocks, on)
         self._held.placed(live)
         column = view.index[on]
@@ -350,7 +351,7 @@ class ControlPlane:
         self.ledger.decode_dispatched(live.id, on, resident_tokens, now)
         live.stage = Stage.DECODE
         live.decode_on = on
-        if self.prefixes is not None:
+        if self.prefixes is not None and live.blocks.keys:
             self.prefixes.sent(live.blocks, on)
 
     def _without_instances(self, live: LiveRequest, request: Request, now: float) -> Effects:

@@ -149,7 +149,7 @@ class Ledger:
         ``on`` is not up.
         """
         seat = self._seat(on)
-        if not self.aborted(request.id, now) and request.session:
+        if not (request.id in self._entries and self.aborted(request.id, now)) and request.session:
             self.sessions.began(request, now)
         new = request.tokens_to_compute(on)
         seconds = seat.profile.prefill_s(new, request.prompt_tokens - new)

@@ -142,7 +142,8 @@ class Snapshot:
         self.costs: Final = costs
         self._data: Final = data
         self._state: Matrix | None = None
-        self.cells: Final = _cells(data, len(ids))
+        cells = memoryview(data)
+        self.cells: Final = cells.cast("d", (Field.COUNT, len(ids))) if ids else cells.cast("d")
         self.labels: Final = labels
         self.placed_prefills: Final = placed_prefills
         self.placed_decodes: Final = placed_decodes
@@ -277,11 +278,6 @@ class Snapshot:
     def _row(self, field: int) -> Column:
         row: Column = self.state[field]
         return row
-
-
-def _cells(data: bytes, instances: int) -> memoryview[float]:
-    cells = memoryview(data)
-    return cells.cast("d", (Field.COUNT, instances)) if instances else cells.cast("d")
 
 
 def prefill_wait_s(cells: Cells, at: At, now_s: float) -> float | Column:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +21,10 @@ from tidegate.ledger.snapshot import EVERYONE, At, Cells, Field, Snapshot
 
 PREFILL = Role.PREFILL
 
-Price = Callable[[Cells, At, ProfileTable], float | Column]
+Price = Callable[[Cells, At, ProfileTable], Any]
 """A quantity that each instance has, in the unit that its name ends in.
 
-It reads the cells of one instance or of all, and their cost coefficients: it is a float or an array.
+It reads the cells of one instance or of all, and their cost coefficients: it is a float or a ``Column``.
 """
 
 
@@ -76,7 +76,11 @@ def with_room(
     needs no more there. ``reserve`` is the share of each cache that has to stay free.
     """
     spare_tokens = _free_beyond(reserve) if reserve else FREE_TOKENS
-    found = at_least(snapshot, candidates, spare_tokens, tokens)
+    cells = snapshot.cells
+    if reserve or isinstance(candidates, np.ndarray):
+        found = at_least(snapshot, candidates, spare_tokens, tokens)
+    else:  # the same, without a call per instance
+        found = [at for at in candidates if cells[Field.FREE_TOKENS, at] >= tokens]
     held = None if held_on is None else snapshot.index.get(held_on)
     if held is None:
         return found
@@ -126,10 +130,10 @@ def best_within(
     for at in candidates:
         if rows:
             costs = rows[at]
-        value = cast(float, price(cells, at, costs))
+        value: float = price(cells, at, costs)
         if value > most:
             continue
-        leading = 0.0 if lead is None else cast(float, lead(cells, at, costs))
+        leading: float = 0.0 if lead is None else lead(cells, at, costs)
         if chosen is None or leading < least_lead or (leading == least_lead and value < least):
             chosen, least_lead, least = at, leading, value
     return chosen
@@ -167,4 +171,5 @@ def _best_of_many(
 
 
 def _column(snapshot: Snapshot, price: Price) -> Column:
-    return cast(Column, price(snapshot.state, EVERYONE, snapshot.costs))
+    column: Column = price(snapshot.state, EVERYONE, snapshot.costs)
+    return column

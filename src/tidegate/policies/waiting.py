@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heappush
 from typing import Final, Generic, Protocol, TypeVar
@@ -130,21 +130,15 @@ class _LazyHeap(Generic[T]):
 
 
 class FifoQueue(Generic[T]):
-    """First come, first served, whatever the tickets say: see ``WaitingQueue``. The other queues differ in
-    who is next among those with a ticket."""
+    """First come, first served, whatever the tickets say: see ``WaitingQueue``."""
 
     def __init__(self) -> None:
         self._front: OrderedDict[T, None] = OrderedDict()
-        self._entries: dict[T, _Entry[T]] = {}
-        self._line: deque[_Entry[T]] = deque()
-        self._turn = 0
+        self._line: OrderedDict[T, Ticket] = OrderedDict()
 
     def push(self, item: T, ticket: Ticket) -> None:
         self._refuse_twice(item)
-        entry = _Entry(item, ticket, self._turn)
-        self._turn += 1
-        self._entries[item] = entry
-        self._enter(entry)
+        self._line[item] = ticket
 
     def push_front(self, item: T) -> None:
         self.push_continued(item)
@@ -155,53 +149,30 @@ class FifoQueue(Generic[T]):
         self._front[item] = None
 
     def head(self, now: float) -> T | None:
-        if self._front:
-            return next(iter(self._front))
-        entry = self._next(now)
-        return None if entry is None else entry.item
+        return next(iter(self._front or self._line), None)
 
     def pop(self, now: float) -> T:
-        if self._front:
-            return self._front.popitem(last=False)[0]
-        entry = self._next(now)
-        if entry is None:
+        first = self._front or self._line
+        if not first:
             raise InternalError("nothing waits in this queue")
-        entry.waits = False
-        del self._entries[entry.item]
-        return entry.item
+        return first.popitem(last=False)[0]
 
     def remove(self, item: T) -> bool:
-        entry = self._entries.pop(item, None)
-        if entry is not None:
-            entry.waits = False
-            return True
-        if item in self._front:
-            del self._front[item]
-            return True
+        for waiting in (self._line, self._front):
+            if item in waiting:
+                del waiting[item]
+                return True
         return False
 
     def __len__(self) -> int:
-        return len(self._front) + len(self._entries)
+        return len(self._front) + len(self._line)
 
     def __iter__(self) -> Iterator[T]:
         yield from self._front
-        yield from self._entries
-
-    def _enter(self, entry: _Entry[T]) -> None:
-        """Take note of a new entry."""
-        if len(self._line) > 64 + 2 * len(self._entries):  # those taken out behind a head that waits on
-            self._line = deque([other for other in self._line if other.waits])
-        self._line.append(entry)
-
-    def _next(self, now: float) -> _Entry[T] | None:
-        """Return who is next among the entries, or None without any."""
-        line = self._line
-        while line and not line[0].waits:
-            line.popleft()
-        return line[0] if line else None
+        yield from self._line
 
     def _refuse_twice(self, item: T) -> None:
-        if item in self._entries or item in self._front:
+        if item in self._line or item in self._front:
             raise InternalError("this item waits in the queue already")
 
 
@@ -216,14 +187,43 @@ class RankedQueue(FifoQueue[T]):
         super().__init__()
         self._rank = rank
         self._bound = bound
+        self._turn = 0
+        self._entries: dict[T, _Entry[T]] = {}
         self._ranked: _LazyHeap[T] = _LazyHeap()
         self._starving: _LazyHeap[T] = _LazyHeap()
 
+    def push(self, item: T, ticket: Ticket) -> None:
+        super().push(item, ticket)
+        entry = self._entries[item] = _Entry(item, ticket, self._turn)
+        self._turn += 1
+        self._enter(entry)
+
+    def head(self, now: float) -> T | None:
+        if self._front:
+            return super().head(now)
+        entry = self._next(now)
+        return None if entry is None else entry.item
+
+    def pop(self, now: float) -> T:
+        entry = None if self._front else self._next(now)
+        if entry is None:
+            return super().pop(now)
+        self.remove(entry.item)
+        return entry.item
+
+    def remove(self, item: T) -> bool:
+        entry = self._entries.pop(item, None)
+        if entry is not None:
+            entry.waits = False
+        return super().remove(item)
+
     def _enter(self, entry: _Entry[T]) -> None:
+        """Take note of a new entry."""
         self._ranked.push(self._rank(entry.ticket), entry)
         self._starving.push(entry.ticket.starved_at_s(self._bound), entry)
 
     def _next(self, now: float) -> _Entry[T] | None:
+        """Return who is next among the entries, or None without any."""
         return self._starved(now) or self._ranked.top()
 
     def _starved(self, now: float) -> _Entry[T] | None:

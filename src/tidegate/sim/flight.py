@@ -20,14 +20,15 @@ class SimulatedRequest(LiveRequest):
 
     ``number`` is its record's place in the trace, ``index`` its place in the order of arrival. ``leg`` is the
     sequence on its way to, or inside, instance ``on``, and ``legs`` counts them. ``handing_over`` tells that
-    another leg is to continue the one that runs, from the KV that ``pin`` keeps.
+    another leg is to continue the one that runs, from the KV that ``pin`` keeps. ``most_tokens`` are those
+    of the prompt and the whole answer.
     """
 
     __slots__ = (
         "arrival_s", "block_ids", "block_tokens", "cached_tokens", "decode_queue_s", "decode_s",
         "first_step_s", "first_token_s", "handing_over", "index", "kv_transfer_bytes", "last_token_s", "leg",
-        "leg_first_s", "legs", "number", "observed_prefill_s", "on", "output_tokens", "pin", "placed_s",
-        "preemptions", "prefill_s", "queue_s", "request", "transfer_s",
+        "leg_first_s", "legs", "most_tokens", "number", "observed_prefill_s", "on", "output_tokens", "pin",
+        "placed_s", "preemptions", "prefill_s", "queue_s", "request", "transfer_s",
     )  # fmt: skip
 
     def __init__(
@@ -45,6 +46,7 @@ class SimulatedRequest(LiveRequest):
         self.number = number
         self.request = request
         self.output_tokens = request.max_tokens
+        self.most_tokens = request.prompt_tokens + request.max_tokens
         self.block_ids = block_ids
         self.block_tokens = block_tokens
         self.arrival_s = request.arrival_s

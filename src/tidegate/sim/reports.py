@@ -17,7 +17,8 @@ class StepReports:
 
     def __init__(self, plane: ControlPlane, ids: Sequence[str], heartbeat_s: float) -> None:
         self.counts = [0] * len(ids)
-        self._plane = plane
+        # Where nobody listens to tokens the ledger is all that the plane would tell.
+        self._step = plane.stepped if plane.system.observers else plane.ledger.stepped
         self._ids = ids
         self._stale = heartbeat_s > 0
         self._untold: list[list[tuple[int, float]]] = [[] for _ in ids]
@@ -28,14 +29,14 @@ class StepReports:
         if self._stale:
             self._untold[instance].append((count, now))
         else:
-            self._plane.stepped(self._ids[instance], count, now)
+            self._step(self._ids[instance], count, now)
 
     def tell(self, instance: int) -> None:
         """Have the ledger know all steps of an instance so far: before who steps together there changes."""
         untold = self._untold[instance]
         if untold:
             for count, at_s in untold:
-                self._plane.stepped(self._ids[instance], count, at_s)
+                self._step(self._ids[instance], count, at_s)
             untold.clear()
 
     def heartbeat(self) -> None:

@@ -120,7 +120,9 @@ class Serving:
             index, number, request, deadline_s, blocks, record.hash_ids, record.block_tokens
         )
         self.flights[index] = flight
-        if not self._refused(flight, self._context, now):
+        if flight.most_tokens > self._context:
+            self._refuse(flight, self._context, now)
+        else:
             self.cluster.report(now)
             self._do(self.plane.arrive(flight, now), now)
 
@@ -216,25 +218,28 @@ class Serving:
         flight, place = effect.live, effect.place
         assert isinstance(flight, SimulatedRequest)
         on = self._index[place.prefill_on]
-        request = flight.resident()
-        if self._refused(flight, self._contexts[on], now):
+        if flight.most_tokens > self._contexts[on]:
+            self._refuse(flight, self._contexts[on], now)
             return
-        tokens = request.max_tokens
+        tokens = flight.output_tokens - flight.generated
         flight.handing_over = flight.decode_on is None and tokens > 1
         # One whose answer has begun has no TTFT left to meet, and goes first.
         ticket = None if flight.generated else effect.ticket
-        self._dispatch(flight, on, request.prompt_tokens, 1 if flight.handing_over else tokens, ticket, now)
+        self._dispatch(flight, on, 1 if flight.handing_over else tokens, ticket, now)
 
     def _run_decode(self, flight: LiveRequest, on: int, now: float) -> None:
         assert isinstance(flight, SimulatedRequest)
-        request = flight.resident()
         flight.handing_over = False
-        if not self._refused(flight, self._contexts[on], now):
-            self._dispatch(flight, on, request.prompt_tokens, request.max_tokens, None, now)
+        if flight.most_tokens > self._contexts[on]:
+            self._refuse(flight, self._contexts[on], now)
+        else:
+            self._dispatch(flight, on, flight.output_tokens - flight.generated, None, now)
 
     def _dispatch(
-        self, flight: SimulatedRequest, on: int, prompt: int, tokens: int, ticket: Ticket | None, now: float
+        self, flight: SimulatedRequest, on: int, tokens: int, ticket: Ticket | None, now: float
     ) -> None:
+        """Send off a leg that generates ``tokens`` more."""
+        prompt = flight.request.prompt_tokens + flight.generated
         sequence = SimSequence(
             flight.index,
             prompt,
@@ -287,19 +292,16 @@ class Serving:
         flight.pin = None
         if leg.state == LOADING:
             self.cluster.abort(leg, now)
-            self._dispatch(flight, flight.on, leg.prompt, leg.last_token - leg.prompt, None, now)
+            self._dispatch(flight, flight.on, leg.last_token - leg.prompt, None, now)
         else:
             self.cluster.drop(pin, now)
 
-    def _refused(self, flight: SimulatedRequest, context: int, now: float) -> bool:
-        """End a request that does not fit a context; tell whether it does not."""
+    def _refuse(self, flight: SimulatedRequest, context: int, now: float) -> None:
+        """End a request that does not fit a context."""
         prompt, tokens = flight.request.prompt_tokens, flight.output_tokens
-        if prompt + tokens <= context:
-            return False
-        self.oversize.note(flight.number, prompt + tokens)
+        self.oversize.note(flight.number, flight.most_tokens)
         message = f"the context is {context} tokens; the prompt has {prompt} and max_tokens is {tokens}"
         self._close(flight, PromptTooLong(message), now)
-        return True
 
     def _close(self, flight: LiveRequest, error: TidegateError | None, now: float) -> None:
         """End a request and write down how it ended."""
@@ -331,7 +333,7 @@ class Serving:
             self.reports.tell(flight.on)
         if flight.leg_first_s != flight.leg_first_s:
             flight.leg_first_s = now
-            if flight.stage == Stage.DECODE:
+            if flight.stage is Stage.DECODE:
                 plane.transfer_ended(flight, now)
             elif not flight.handing_over:
                 plane.decode_began(flight, sequence.prompt, now)
@@ -340,7 +342,7 @@ class Serving:
                 plane.prefill_reported(flight, sequence.cached_tokens)
         flight.generated += 1
         flight.last_token_s = now
-        if flight.stage == Stage.DECODE:
+        if flight.stage is Stage.DECODE:
             plane.tokens(flight, 1, now)
             if not plane.joined(flight):
                 raise InternalError(f"{flight.id} is out of step with its batch")

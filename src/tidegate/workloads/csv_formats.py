@@ -185,11 +185,15 @@ def _arrivals(table: CsvTable) -> Floats:
 def _azure_times(table: CsvTable) -> Floats:
     """Return seconds from the first row."""
     expected = "a date and time like '2023-11-16 18:15:46.680590'"
-    origin = table.values(AZURE[0], datetime.fromisoformat, expected)[:1]
-    seconds = table.values(
-        AZURE[0], lambda text: (datetime.fromisoformat(text) - origin[0]).total_seconds(), expected
-    )
-    return np.array(seconds, np.float64)
+    first: list[datetime] = []
+
+    def seconds(text: str) -> float:
+        at = datetime.fromisoformat(text)
+        if not first:
+            first.append(at)
+        return (at - first[0]).total_seconds()
+
+    return np.array(table.values(AZURE[0], seconds, expected), np.float64)
 
 
 def _delays(table: CsvTable) -> Floats | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -182,7 +183,7 @@ def prefill_beside_decodes(request: Request, snapshot: Snapshot) -> int | None:
     """
     own_s, step_share = own_prefill_s(request, snapshot), step_s(request, 1.0 / request.slo.tpot_s)
 
-    def busy_share(cells: Cells, at: At, costs: ProfileTable) -> float | Column:
+    def busy_share(cells: Cells, at: At, costs: ProfileTable) -> Any:
         queue_s = cells[Field.PREFILL_QUEUE_S, at] + own_s(cells, at, costs)
         return cells[Field.PREFILL_DEMAND, at] + queue_s / HORIZON_S + step_share(cells, at, costs)
 

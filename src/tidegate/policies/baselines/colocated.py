@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from tidegate.core.decision import Path, Place, Verdict
 from tidegate.core.instance import Role
 from tidegate.core.request import Request
 from tidegate.costs.profile import ProfileTable
-from tidegate.ledger.snapshot import At, Cells, Column, Snapshot
+from tidegate.ledger.snapshot import At, Cells, Snapshot
 from tidegate.policies.candidates import best, compared, pool_with_room
 from tidegate.policies.pricing import step_s, ttft_s
 from tidegate.policies.protocols import Signal
@@ -30,7 +31,7 @@ class Colocated:
         ttft = ttft_s(snapshot, request)
         step = step_s(request, scale=request.slo.ttft_s / request.slo.tpot_s)
 
-        def load(cells: Cells, at: At, costs: ProfileTable) -> float | Column:
+        def load(cells: Cells, at: At, costs: ProfileTable) -> Any:
             return ttft(cells, at, costs) + step(cells, at, costs)
 
         chosen = snapshot.ids[best(snapshot, candidates, load)]
