@@ -155,7 +155,7 @@ def test_emulated_instances_take_settings_that_nothing_else_takes(monkeypatch: p
     begun: list[EmulatedLaunch] = []
     monkeypatch.setattr(launch, "EmulatedFleet", begun.append)
     launch.make_fleet(taken)
-    launched = begun[0].argv()
+    launched = begun[0].argv(begun[0].groups)
     assert launched[launched.index("--max-batch-tokens") + 1] == "512"
     assert launched[launched.index("--host-s") + 1] == "0.002"
 

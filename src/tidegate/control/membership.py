@@ -62,9 +62,11 @@ class Membership:
             role = next(iter(self.starting))
             self.start_ended(role)
             return role
-        return joining_role(
-            self._roles, self._ledger.snapshot(now), len(self.labels), self.labels.get(instance_id)
-        )
+        return self.lacking(now, self.labels.get(instance_id))
+
+    def lacking(self, now: float, last: Role | None = None) -> Role:
+        """Return the label for one more instance: what the fleet lacks most (see ``joining_role``)."""
+        return joining_role(self._roles, self._ledger.snapshot(now), len(self.labels), last)
 
     def start_ended(self, role: Role) -> None:
         """Say that an instance that was to start under ``role`` is up, or will not come."""

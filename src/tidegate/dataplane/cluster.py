@@ -43,37 +43,54 @@ class Cluster:
         leap: bool,
         order: Order | None = None,
     ) -> None:
-        order = order or Fifo()
-        self._next_reports_s = [
-            [NEVER] * min(REPORT_GROUP, len(replicas) - first)
-            for first in range(0, len(replicas), REPORT_GROUP)
-        ]
-        self.instances = [
-            SimInstance(
-                index,
-                replica,
-                order.queue(),
-                events,
-                listener,
-                self._next_reports_s[index // REPORT_GROUP],
-                index % REPORT_GROUP,
-                leap=leap,
-            )
-            for index, replica in enumerate(replicas)
-        ]
+        self.instances: list[SimInstance] = []
         self._events = events
-        self._network = Network(replicas, events)
+        self._listener = listener
+        self._leap = leap
+        self._order = order or Fifo()
+        self._replicas: list[Replica] = []
+        self._next_reports_s: list[list[float]] = []
+        self._kv_bytes_per_token: list[int] = []
+        self._leases: list[Leases] = []
+        self._leases_of: list[int] = []
+        self._network = Network(self._replicas, events)
         self._migrations = Migrations(self.instances, self._network, listener)
-        self._kv_bytes_per_token = [replica.instance.kv_bytes_per_token for replica in replicas]
         self.handlers: dict[int, Callable[[int, int, float], None]] = {
             EventKind.STEP_END: self._step_end,
             EventKind.STEP_START: self._step_start,
             EventKind.LINK: self._arrive,
             EventKind.LEASE: self._end_leases,
         }
-        lengths_s = sorted({replica.engine.lease_s for replica in replicas})
-        self._leases = [Leases(length_s) for length_s in lengths_s]
-        self._leases_of = [lengths_s.index(replica.engine.lease_s) for replica in replicas]
+        for replica in replicas:
+            self.add(replica)
+
+    def add(self, replica: Replica) -> SimInstance:
+        """Add an instance, empty. Its index is the next one; none is ever used again."""
+        index = len(self.instances)
+        if index % REPORT_GROUP == 0:
+            self._next_reports_s.append([])
+        next_reports_s = self._next_reports_s[-1]
+        slot = len(next_reports_s)
+        next_reports_s.append(NEVER)
+        self._replicas.append(replica)
+        self._kv_bytes_per_token.append(replica.instance.kv_bytes_per_token)
+        lengths_s = [leases.length_s for leases in self._leases]
+        if replica.engine.lease_s not in lengths_s:
+            self._leases.append(Leases(replica.engine.lease_s))
+            lengths_s.append(replica.engine.lease_s)
+        self._leases_of.append(lengths_s.index(replica.engine.lease_s))
+        instance = SimInstance(
+            index,
+            replica,
+            self._order.queue(),
+            self._events,
+            self._listener,
+            next_reports_s,
+            slot,
+            leap=self._leap,
+        )
+        self.instances.append(instance)
+        return instance
 
     def report(self, now: float) -> None:
         """Have the instances that leap tell of the steps that ended by ``now``."""

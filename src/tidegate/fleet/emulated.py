@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
-from tidegate.core.errors import ConfigError
-from tidegate.costs.profile import Profile
+from tidegate.core.errors import ConfigError, EngineError, EngineFault
 from tidegate.dataplane.replica import EngineSettings
-from tidegate.dataplane.roster import parse_groups, replicas_in
+from tidegate.dataplane.roster import parse_groups
+from tidegate.engines.serving.secret import SECRET_HEADER
+from tidegate.engines.vllm.client import VllmClient
 from tidegate.fleet.child import EngineStartFailed
-from tidegate.fleet.member import Member
+from tidegate.fleet.member import FleetListener, Member
 from tidegate.fleet.ready import Ready, faults_in
 from tidegate.fleet.supervision import HOST, FleetPace, ProcessFleet, Slot
+
+log = logging.getLogger(__name__)
+
+PLACE = "emulated"
+"""The name of the one process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,42 +41,113 @@ class EmulatedLaunch:
     log_level: str = "warning"
     command: tuple[str, ...] = (sys.executable, "-m", "tidegate.engines.emulated")
 
-    def argv(self) -> list[str]:
-        """Return the command line of the process."""
+    def argv(self, groups: Sequence[str]) -> list[str]:
+        """Return the command line of a process that runs ``groups``."""
         flags = (
             *("--order", self.order, "--max-batch-tokens", str(self.max_batch_tokens)),
             *("--host-s", str(self.host_s), "--front-s", str(self.front_s), "--log-level", self.log_level),
         )
-        return [*self.command, *self.groups, *flags, "--host", HOST, "--exit-with-parent"]
+        return [*self.command, *groups, *flags, "--host", HOST, "--exit-with-parent"]
 
 
 class AllReady(BaseModel):
-    """The announcement of a process that runs several instances."""
+    """The announcement of a process that runs several instances; ``port`` is where it takes more."""
 
     event: Literal["ready"]
+    port: int = Field(gt=0, le=65535)
     instances: list[Ready]
 
 
 class EmulatedFleet(ProcessFleet[AllReady]):
     """Instances i0, i1, ... through all groups. They come and go together, for they are one process.
 
-    Their profiles are the packaged ones, which is what they go by: nothing is measured. Raises ConfigError
-    for an unknown profile, or profiles of several models.
+    Their profiles are the packaged ones, which is what they go by: nothing is measured. The process is asked
+    to serve one more replica of the last group, or to drop one; what it served when it ended, it serves again
+    when it is back. Raises ConfigError for an unknown profile, or profiles of several models.
     """
 
     def __init__(self, launch: EmulatedLaunch, *, pace: FleetPace | None = None) -> None:
-        replicas = replicas_in(parse_groups(launch.groups))
-        self._profiles: Sequence[Profile] = [replica.profile for replica in replicas]
-        super().__init__({"emulated": tuple(replica.instance.id for replica in replicas)}, pace)
+        groups = parse_groups(launch.groups)
+        self._packaged = [group.packaged for group in groups]
+        numbers = [number for number, group in enumerate(groups) for _ in range(group.count)]
+        self._group_of = {f"i{index}": number for index, number in enumerate(numbers)}
+        super().__init__({PLACE: tuple(self._group_of)}, pace)
         self._launch = launch
+        self._engine_ids: dict[str, str] = {}
+        self._process: VllmClient | None = None
+        self._changes: set[asyncio.Task[None]] = set()
 
-    def may_grow(self) -> bool:
-        """See ``ProcessFleet.may_grow``: links are simulated in the one process of all instances."""
-        return False
+    def add(self) -> bool:
+        """See ``FleetControl.add``. Not while the process starts."""
+        slot = self._slots.get(PLACE)
+        if self._listener is None or (slot is not None and not slot.up):
+            return False
+        name = self.fresh_name()
+        self._group_of[name] = len(self._packaged) - 1
+        if slot is None:
+            self._begin(PLACE, (name,), added=True)
+        else:
+            self._change(self._open(slot, name, self._listener))
+        return True
+
+    def remove(self, instance_id: str, reason: str) -> bool:
+        """See ``FleetControl.remove``. Not while the process starts; it ends with its last instance."""
+        slot = self._slots.get(PLACE)
+        if self._listener is None or slot is None or not slot.up or instance_id not in slot.ids:
+            return False
+        if len(slot.ids) == 1:
+            return super().remove(instance_id, reason)
+        slot.ids = tuple(other for other in slot.ids if other != instance_id)
+        self._change(self._close(instance_id, reason, self._listener))
+        return True
+
+    async def stop(self) -> None:
+        for change in self._changes:
+            change.cancel()
+        await asyncio.gather(*self._changes, return_exceptions=True)
+        await super().stop()
+
+    def _change(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+
+    async def _open(self, slot: Slot, name: str, listener: FleetListener) -> None:
+        process = self._process
+        assert process is not None
+        try:
+            reply = await process.ask("/tidegate/instances", {})
+            if reply.status != 200:
+                raise EngineFault(reply.error)
+            ready = Ready.model_validate(reply.body)
+            if not slot.up or process is not self._process:
+                raise EngineFault("the process has ended")
+        except (EngineError, ValidationError) as error:
+            log.error("%s did not start: %s", name, error)
+            listener.start_failed(name, str(error))
+            return
+        slot.ids += (name,)
+        listener.member_up(self._member(name, ready))
+
+    async def _close(self, instance_id: str, reason: str, listener: FleetListener) -> None:
+        process = self._process
+        assert process is not None
+        log.info("%s is stopped: %s", instance_id, reason)
+        listener.member_down(instance_id, reason)
+        try:
+            await process.ask("/tidegate/instances/remove", {"engine_id": self._engine_ids.pop(instance_id)})
+        except EngineError as error:
+            log.debug("the process of %s has ended: %s", instance_id, error)
 
     def argv(self, slot: Slot) -> list[str]:
         """See ``ProcessFleet.argv``."""
-        return self._launch.argv()
+        groups = groupby(self._group_of[instance_id] for instance_id in slot.ids)
+        return self._launch.argv([f"{self._packaged[number].name}:{len(list(of))}" for number, of in groups])
+
+    def health_url(self, slot: Slot, members: list[Member]) -> str:
+        """See ``ProcessFleet.health_url``: any instance may go."""
+        assert self._process is not None
+        return self._process.url
 
     def parse(self, line: str) -> AllReady | None:
         """See ``ProcessFleet.parse``."""
@@ -84,17 +164,24 @@ class EmulatedFleet(ProcessFleet[AllReady]):
             raise EngineStartFailed(
                 f"announced {len(announced.instances)} instances, {len(slot.ids)} were to start"
             )
+        assert self._session is not None
+        url, headers = f"http://{HOST}:{announced.port}", {SECRET_HEADER: self._secret}
+        self._process = VllmClient(self._session, url, instance=slot.name, headers=headers)
         return [
-            Member(
-                instance=ready.instance(instance_id),
-                url=f"http://{HOST}:{ready.port}",
-                model=ready.model,
-                engine_id=ready.engine_id,
-                profile=profile,
-                secret=self._secret,
-                api_key=self._api_key,
-                kind="emulated",
-                pid=pid,
-            )
-            for instance_id, ready, profile in zip(slot.ids, announced.instances, self._profiles, strict=True)
+            self._member(instance_id, ready)
+            for instance_id, ready in zip(slot.ids, announced.instances, strict=True)
         ]
+
+    def _member(self, instance_id: str, ready: Ready) -> Member:
+        self._engine_ids[instance_id] = ready.engine_id
+        return Member(
+            instance=ready.instance(instance_id),
+            url=f"http://{HOST}:{ready.port}",
+            model=ready.model,
+            engine_id=ready.engine_id,
+            profile=self._packaged[self._group_of[instance_id]].profile,
+            secret=self._secret,
+            api_key=self._api_key,
+            kind="emulated",
+            pid=ready.pid,
+        )

@@ -18,6 +18,7 @@ from tidegate.core.errors import (
 from tidegate.gateway.answers import StreamedAnswer
 from tidegate.gateway.call import Call, read_call
 from tidegate.gateway.dispatcher import RETRY_AFTER_S, Dispatcher
+from tidegate.gateway.operations import add_instance, drain_instance
 from tidegate.gateway.served_request import ServedRequest
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.gateway.state import models_object, state_object
@@ -64,6 +65,8 @@ class Front:
         app.router.add_get("/ready", self.ready)
         app.router.add_get("/metrics", self.metrics)
         app.router.add_get("/tidegate/state", self.state)
+        app.router.add_post("/tidegate/instances", self.add_instance)
+        app.router.add_post("/tidegate/instances/{id}/drain", self.drain_instance)
         return app
 
     async def cut_off(self) -> None:
@@ -177,6 +180,19 @@ class Front:
     async def state(self, request: web.Request) -> web.Response:
         """GET /tidegate/state: the cluster as the control plane sees it."""
         return json_answer(state_object(self._dispatcher))
+
+    async def add_instance(self, request: web.Request) -> web.Response:
+        """POST /tidegate/instances: start one more instance."""
+        return json_answer(add_instance(self._dispatcher, await _optional_object(request)))
+
+    async def drain_instance(self, request: web.Request) -> web.Response:
+        """POST /tidegate/instances/{id}/drain: give an instance nothing more to do."""
+        body = await _optional_object(request)
+        return json_answer(drain_instance(self._dispatcher, request.match_info["id"], body))
+
+
+async def _optional_object(request: web.Request) -> dict[str, Any]:
+    return await read_object(request) if request.can_read_body else {}
 
 
 def _usage(served: ServedRequest) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """``python -m tidegate.engines.emulated``: several emulated instances as one process.
 
-Binds a port for each, and says so with one JSON line. SIGTERM lets running requests finish for a while; a
-second one ends at once.
+Binds a port for each, and one at which instances are added and removed, and says so with one JSON line.
+SIGTERM lets running requests finish for a while; a second one ends at once.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 import uvloop
 
 from tidegate.core.errors import SetupError
-from tidegate.dataplane.replica import EngineSettings
+from tidegate.dataplane.replica import EngineSettings, Replica
 from tidegate.dataplane.roster import parse_groups, replicas_in
+from tidegate.engines.emulated.growth import GrowthServer
 from tidegate.engines.emulated.instances import EmulatedInstances
 from tidegate.engines.serving.lifetime import exit_with_parent
 from tidegate.engines.serving.process import announce, bind, log_to_stderr, stop_signal
@@ -69,9 +72,16 @@ async def _serve(options: argparse.Namespace, secret: LaunchSecret, api_key: str
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
     await instances.start([bind(options.host, 0) for _ in replicas])
-    announce(instances.announcement())
+
+    def one_more() -> Replica:
+        groups[-1] = replace(groups[-1], count=groups[-1].count + 1)
+        return replicas_in(groups, engine=engine)[-1]
+
+    growth = GrowthServer(instances, secret, one_more, partial(bind, options.host, 0))
+    announce(instances.announcement() | {"port": await growth.start()})
     await stop
     log.info("stopping")
+    await growth.stop()
     await instances.stop(GRACE_S)
 
 

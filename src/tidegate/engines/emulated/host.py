@@ -72,19 +72,35 @@ class Host:
         clock: Clock | None = None,
     ) -> None:
         self._events = EventQueue()
-        self._cluster = Cluster(replicas, self._events, self, leap=False, order=order)
-        self.places = [
-            EmulatedInstance(index, engine_id, replica, instance.batcher, _nobody)
-            for index, (engine_id, replica, instance) in enumerate(
-                zip(engine_ids, replicas, self._cluster.instances, strict=True)
-            )
-        ]
-        self._by_engine = {place.engine_id: place for place in self.places}
+        self._cluster = Cluster((), self._events, self, leap=False, order=order)
+        self.places: list[EmulatedInstance] = []
+        self._by_engine: dict[str, EmulatedInstance] = {}
         self._legs: dict[int, tuple[EmulatedInstance, EmulatedLeg]] = {}
         self._numbered = 0
         self._touched: dict[EmulatedLeg, EmulatedInstance] = {}
         self._front_s = front_s
         self.pump = Pump(self._events, self._handle, self._flush, clock)
+        for replica, engine_id in zip(replicas, engine_ids, strict=True):
+            self.add(replica, engine_id)
+
+    def add(self, replica: Replica, engine_id: str) -> EmulatedInstance:
+        """Add an instance, empty."""
+        instance = self._cluster.add(replica)
+        place = EmulatedInstance(instance.index, engine_id, replica, instance.batcher, _nobody)
+        self.places.append(place)
+        self._by_engine[engine_id] = place
+        return place
+
+    def remove(self, place: EmulatedInstance) -> None:
+        """Abort all legs of an instance, and free the KV that others have not begun to pull.
+
+        Its place in ``places`` stays, for simulated instances are numbered.
+        """
+        for request_id in list(place.legs):
+            self.abort(place, request_id)
+        for request_id in list(place.pins):
+            self.release(place, request_id)
+        del self._by_engine[place.engine_id]
 
     # what reaches an instance
 

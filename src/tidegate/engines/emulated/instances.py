@@ -7,6 +7,7 @@ import os
 import secrets
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tidegate.dataplane.replica import Replica
@@ -25,6 +26,16 @@ _CLIENT_PORT = 1
 """Stands in handles where other engines name their KV port; emulated KV goes through no socket."""
 
 
+@dataclass(frozen=True, slots=True)
+class ServedInstance:
+    """An instance behind its HTTP server."""
+
+    place: EmulatedInstance
+    engine: EmulatedEngine
+    server: EngineServer
+    port: int
+
+
 class EmulatedInstances:
     """Serves ``replicas`` under ``model``. Build it on the event loop."""
 
@@ -38,44 +49,61 @@ class EmulatedInstances:
         order: Order | None = None,
         front_s: float = 0.0,
     ) -> None:
-        ids = [f"{replica.instance.id}-{secrets.token_hex(4)}" for replica in replicas]
-        self.host = Host(list(replicas), ids, order=order, front_s=front_s)
+        self.host = Host([], [], order=order, front_s=front_s)
+        self._replicas = replicas
         self._model = model
         self._secret = secret
         self._api_key = api_key
-        self._ports: list[int] = []
-        self._served = [self._serve(place) for place in self.host.places]
+        self._served: dict[str, ServedInstance] = {}
 
     async def start(self, listeners: Sequence[socket.socket]) -> None:
         """Serve each instance on its own bound socket."""
-        for (_, server), listener in zip(self._served, listeners, strict=True):
-            await server.start(listener)
-            self._ports.append(listener.getsockname()[1])
+        for replica, listener in zip(self._replicas, listeners, strict=True):
+            await self.add(replica, listener)
+
+    async def add(self, replica: Replica, listener: socket.socket) -> dict[str, Any]:
+        """Serve one more instance on a bound socket; return what the announcement says of it."""
+        place = self.host.add(replica, f"{replica.instance.id}-{secrets.token_hex(4)}")
+        engine, server = self._serve(place)
+        await server.start(listener)
+        served = ServedInstance(place, engine, server, listener.getsockname()[1])
+        self._served[place.engine_id] = served
+        return self._ready(served)
+
+    async def remove(self, engine_id: str) -> bool:
+        """Abort what runs on an instance and close its port; False when there is none of that id."""
+        served = self._served.pop(engine_id, None)
+        if served is None:
+            return False
+        served.engine.stop()
+        self.host.remove(served.place)
+        await served.server.stop(0.0)
+        return True
 
     async def stop(self, within_s: float) -> None:
         """Finish running requests for at most ``within_s``, then stop everything."""
-        await asyncio.gather(*(server.stop(within_s) for _, server in self._served))
-        for engine, _ in self._served:
-            engine.stop()
+        await asyncio.gather(*(served.server.stop(within_s) for served in self._served.values()))
+        for served in self._served.values():
+            served.engine.stop()
         self.host.pump.stop()
 
     def announcement(self) -> dict[str, Any]:
         """Return the ready line's content."""
-        ready = [
-            {
-                "event": "ready",
-                "port": port,
-                "engine_id": place.engine_id,
-                "pid": os.getpid(),
-                "model": self._model,
-                "max_model_len": place.replica.instance.max_model_len,
-                "kv_capacity_tokens": place.replica.instance.kv_capacity_tokens,
-                "block_tokens": place.replica.instance.block_tokens,
-                "kv_bytes_per_token": place.replica.instance.kv_bytes_per_token,
-            }
-            for place, port in zip(self.host.places, self._ports, strict=True)
-        ]
-        return {"event": "ready", "instances": ready}
+        return {"event": "ready", "instances": [self._ready(served) for served in self._served.values()]}
+
+    def _ready(self, served: ServedInstance) -> dict[str, Any]:
+        instance = served.place.replica.instance
+        return {
+            "event": "ready",
+            "port": served.port,
+            "engine_id": served.place.engine_id,
+            "pid": os.getpid(),
+            "model": self._model,
+            "max_model_len": instance.max_model_len,
+            "kv_capacity_tokens": instance.kv_capacity_tokens,
+            "block_tokens": instance.block_tokens,
+            "kv_bytes_per_token": instance.kv_bytes_per_token,
+        }
 
     def _serve(self, place: EmulatedInstance) -> tuple[EmulatedEngine, EngineServer]:
         instance = place.replica.instance
