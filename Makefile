@@ -65,10 +65,11 @@ test: $(STAMP) ## Run the tests (no GPU, no network)
 test-slow: $(STAMP) ## Run the tests that take minutes
 	@$(BIN)/python -m pytest -m "slow and not vllm" $(PARALLEL) --dist load $(ARGS)
 
-# Apart from `make test`: it takes two and a half times the CPU time.
+# Apart from `make test`: it takes two and a half times the CPU time. Without the tests of tests/live, which
+# run for minutes under it and reach no line that others do not.
 coverage: $(STAMP) ## Run the tests again and print which lines none of them runs (ARGS="tests/sim" for a part)
 	@rm -rf .cache/coverage && mkdir -p .cache/coverage
-	@$(COVERAGE) run -m pytest -m "not slow and not vllm" $(PARALLEL) $(ARGS)
+	@$(COVERAGE) run -m pytest --ignore tests/live -m "not slow and not vllm" $(PARALLEL) $(ARGS)
 	@$(COVERAGE) combine --quiet
 	@$(COVERAGE) report
 

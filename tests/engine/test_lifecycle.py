@@ -23,7 +23,7 @@ def small(llama: Path) -> Driven:
     return Driven(llama, total_blocks=24, dtype="float32", max_batch_tokens=48, max_num_seqs=12)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     script=st.lists(
         st.tuples(

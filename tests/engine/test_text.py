@@ -72,14 +72,14 @@ def in_legs(
 tokens = st.integers(0, 511)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(ids=st.lists(tokens, max_size=40))
 def test_byte_level_text_is_the_tokenizers_own(byte_level: Detokenizer, ids: list[int]) -> None:
     expected = byte_level.tokenizer.decode(ids, skip_special_tokens=True)
     assert whole(byte_level, ids)[0] == expected
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(text=st.text(max_size=30), data=st.data())
 def test_legs_concatenate(byte_level: Detokenizer, text: str, data: st.DataObject) -> None:
     assume(not any(token in text for token in byte_level.tokenizer.all_special_tokens))
@@ -99,14 +99,14 @@ def test_legs_concatenate(byte_level: Detokenizer, text: str, data: st.DataObjec
         assert text.startswith(expected[0] + expected[1])
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(ids=st.lists(st.integers(1, 264), max_size=25), data=st.data())
 def test_window_decoder_legs_concatenate(metaspace: Detokenizer, ids: list[int], data: st.DataObject) -> None:
     cuts = data.draw(st.lists(st.integers(0, len(ids)), max_size=3))
     assert in_legs(metaspace, ids, cuts, ()) == whole(metaspace, ids)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @example(words=["▁the", "▁日", "é", "▁tide", "<0xF0>", "<0x9F>", "<0x8C>", "<0x8A>", "s"])
 @given(words=st.lists(st.sampled_from(["▁the", "▁tide", "▁", "gate", "s", "é", "▁日", "."]), max_size=20))
 def test_window_decoder_text_is_the_tokenizers_own(metaspace: Detokenizer, words: list[str]) -> None:
