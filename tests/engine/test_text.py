@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from tests.engine.engine_harness import Driven, prompt_of, request
+from tests.engine.engine_harness import Driven, MakeModel, prompt_of, request
 from tidegate.core.errors import ConfigError
 from tidegate.engines.embedded.detokenize import Detokenizer, load_tokenizer
 from tidegate.engines.embedded.progress import take_token
@@ -226,7 +225,7 @@ def test_a_stop_token_ends_without_showing_its_text(scripted: Scripted) -> None:
     assert scripted.legs(ids, [], stop_token_ids=(stop,)) == ("xy", "stop", stop)
 
 
-def test_a_folder_without_a_tokenizer_is_a_config_error(tmp_path: Path, tiny: Callable[..., Path]) -> None:
+def test_a_folder_without_a_tokenizer_is_a_config_error(tmp_path: Path, tiny: MakeModel) -> None:
     (tmp_path / "config.json").write_text((tiny("llama") / "config.json").read_text())
     with pytest.raises(ConfigError, match="tokenizer"):
         load_tokenizer(tmp_path)
