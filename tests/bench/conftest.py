@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.bench.fake_openai import FakeOpenAI, Offer, serving
+from tests.bench.fake_openai import DEFAULTS, FakeOpenAI, Offer, serving
 from tidegate.bench import BenchRun, BenchSettings, run_bench
 from tidegate.workloads.trace import TraceRecord
 
@@ -24,7 +24,7 @@ def offer() -> Offer:
         *,
         stop_at: int | None = None,
         out: Path | None = None,
-        **settings: Any,
+        settings: BenchSettings = DEFAULTS,
     ) -> BenchRun:
         stop = asyncio.Event()
 
@@ -36,7 +36,7 @@ def offer() -> Offer:
         # The bound only turns a hang into a failure.
         async with asyncio.timeout(60), serving(fake) as url:
             watch = asyncio.create_task(stopper())
-            done = await run_bench(BenchSettings(url, **settings), records, stop=stop, out=out)
+            done = await run_bench(replace(settings, url=url), records, stop=stop, out=out)
             watch.cancel()
             return done
 

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from tidegate.bench import BenchRun
+from tidegate.bench import BenchRun, BenchSettings
+from tidegate.workloads.trace import TraceRecord
 
 Plan = Callable[[int], str]
 """From the prompt length of a streamed request to what to do with it; see ``FakeOpenAI``."""
-
-Offer = Callable[..., Awaitable[BenchRun]]
-"""The ``offer`` fixture: run a bench against a fake."""
 
 
 @dataclass
@@ -118,3 +117,20 @@ def _choice(text: str, finish: str | None, *, chat: bool) -> dict[str, Any]:
 
 def _event(value: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(value).encode() + b"\n\n"
+
+
+DEFAULTS = BenchSettings("http://127.0.0.1")
+
+
+class Offer(Protocol):
+    """Runs a bench with ``settings`` against a fake; ``stop_at`` interrupts it after so many requests."""
+
+    async def __call__(
+        self,
+        fake: FakeOpenAI,
+        records: Sequence[TraceRecord],
+        *,
+        stop_at: int | None = None,
+        out: Path | None = None,
+        settings: BenchSettings = DEFAULTS,
+    ) -> BenchRun: ...

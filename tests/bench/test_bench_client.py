@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 from array import array
+from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
 import pytest
 
-from tests.bench.fake_openai import FakeOpenAI, Offer, serving
+from tests.bench.fake_openai import DEFAULTS, FakeOpenAI, Offer, serving
 from tidegate.bench import BenchSettings
 from tidegate.bench.client import LoadClient
 from tidegate.bench.endpoint import Endpoint
 from tidegate.bench.recorder import Recorder
+from tidegate.bench.settings import PromptForm
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
 from tidegate.measure.results import RequestResult, read_results
@@ -68,7 +70,10 @@ async def test_every_end_is_recorded_once_and_misses_count(offer: Offer, tmp_pat
     plans = ["ok", "reject", "error", "cut", "unfinished", "ok"]
     out = tmp_path / "run.jsonl"
     done = await offer(
-        FakeOpenAI(plan=lambda size: plans[size - 20]), requests(6, every_s=0.05), out=out, slo=Slo(60, 60)
+        FakeOpenAI(plan=lambda size: plans[size - 20]),
+        requests(6, every_s=0.05),
+        out=out,
+        settings=replace(DEFAULTS, slo=Slo(60, 60)),
     )
     recorded = read_results(out)
     assert [r.index for r in recorded.results] == [0, 1, 2, 3, 4, 5]
@@ -100,7 +105,9 @@ async def test_a_result_file_is_a_trace_of_what_was_offered(offer: Offer, tmp_pa
 
 
 async def test_a_request_past_its_deadline_is_a_timeout(offer: Offer) -> None:
-    done = await offer(FakeOpenAI(plan=lambda size: "stall"), requests(2), timeout_s=0.5)
+    done = await offer(
+        FakeOpenAI(plan=lambda size: "stall"), requests(2), settings=replace(DEFAULTS, timeout_s=0.5)
+    )
     assert done.report.outcomes == {"timeout": 2}
     assert not done.interrupted
 
@@ -117,7 +124,11 @@ async def test_stopping_reports_what_finished(offer: Offer) -> None:
 
 async def test_bodies_ask_for_exact_lengths_as_token_ids(offer: Offer) -> None:
     fake = FakeOpenAI(vocab=3000)
-    await offer(fake, [TraceRecord(0, 30, 7, (1,), session_id="s9")], slo_headers=True, slo=Slo(0.5, 0.05))
+    await offer(
+        fake,
+        [TraceRecord(0, 30, 7, (1,), session_id="s9")],
+        settings=replace(DEFAULTS, slo_headers=True, slo=Slo(0.5, 0.05)),
+    )
     body, headers = fake.bodies[0], fake.headers[0]
     assert len(body["prompt"]) == 30
     assert all(250 <= token < 2000 for token in body["prompt"])  # the largest vocabulary it took
@@ -130,14 +141,14 @@ async def test_bodies_ask_for_exact_lengths_as_token_ids(offer: Offer) -> None:
 
 async def test_ignore_eos_can_be_left_out_for_endpoints_that_refuse_it(offer: Offer) -> None:
     fake = FakeOpenAI()
-    await offer(fake, requests(1), ignore_eos=False)
+    await offer(fake, requests(1), settings=replace(DEFAULTS, ignore_eos=False))
     assert "ignore_eos" not in fake.bodies[0]
 
 
 @pytest.mark.parametrize("chat", [False, True])
 async def test_text_prompts_are_calibrated(offer: Offer, chat: bool) -> None:
     fake = FakeOpenAI(vocab=0, tokens_per_word=3, overhead=9)
-    done = await offer(fake, [TraceRecord(0, 309, 2)], chat=chat)
+    done = await offer(fake, [TraceRecord(0, 309, 2)], settings=replace(DEFAULTS, chat=chat))
     prompt = fake.bodies[0]["messages"][0]["content"] if chat else fake.bodies[0]["prompt"]
     assert len(prompt.split()) == 100
     assert done.prompt_form == "text"
@@ -154,8 +165,12 @@ async def test_an_endpoint_that_cannot_serve_the_run_is_refused_before_load(offe
     with pytest.raises(ConfigError, match="TIDEGATE_API_KEY"):
         await offer(FakeOpenAI(api_key="secret"), requests(1))
     with pytest.raises(ConfigError, match="does not take token-id prompts"):
-        await offer(FakeOpenAI(vocab=0), requests(1), prompt_form="tokens")
-    done = await offer(FakeOpenAI(api_key="secret"), requests(1), api_key="secret")
+        await offer(
+            FakeOpenAI(vocab=0), requests(1), settings=replace(DEFAULTS, prompt_form=PromptForm.TOKENS)
+        )
+    done = await offer(
+        FakeOpenAI(api_key="secret"), requests(1), settings=replace(DEFAULTS, api_key="secret")
+    )
     assert done.report.successful == 1
 
 
@@ -166,7 +181,7 @@ async def test_an_unwritable_result_file_is_refused(offer: Offer, tmp_path: Path
 
 async def test_the_result_file_tells_how_the_run_was_made(offer: Offer, tmp_path: Path) -> None:
     out = tmp_path / "run.jsonl"
-    await offer(FakeOpenAI(), requests(2), out=out, seed=5, slo=Slo(0.3, 0.02))
+    await offer(FakeOpenAI(), requests(2), out=out, settings=replace(DEFAULTS, seed=5, slo=Slo(0.3, 0.02)))
     kinds = [json.loads(line)["type"] for line in out.read_text().splitlines()]
     assert kinds == ["bench", "request", "request", "summary"]
     header = read_results(out).header

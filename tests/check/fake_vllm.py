@@ -11,7 +11,7 @@ import itertools
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 from aiohttp import web
@@ -274,5 +274,10 @@ class FakeVllm:
         }
 
 
-StartFleet = Callable[..., Awaitable[list[FakeVllm]]]
+class StartFleet(Protocol):
+    """Starts servers with the given faults, i0 first."""
+
+    async def __call__(self, *faults: Fault) -> list[FakeVllm]: ...
+
+
 """What the fixture ``fleet`` gives: starts servers with the given faults."""

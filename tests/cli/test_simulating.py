@@ -8,10 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, NoReturn, Protocol
 
 import pytest
 
@@ -50,7 +49,10 @@ class Ended:
     stderr: str
 
 
-Run = Callable[..., Ended]
+class Run(Protocol):
+    """Runs a command in this process."""
+
+    def __call__(self, *words: str) -> Ended: ...
 
 
 @pytest.fixture

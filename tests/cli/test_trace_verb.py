@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
@@ -15,7 +15,12 @@ from tidegate.workloads.readers import read_trace
 SESSIONS = "session_id,round,input_tokens,output_tokens,prefix_hit_tokens\n" + "".join(
     f"{s},{k},{100 * (k + 1)},20,{100 * k}\n" for s in range(8) for k in range(3)
 )
-Run = Callable[..., tuple[int, str, str]]
+
+
+class Run(Protocol):
+    """Runs a command in this process."""
+
+    def __call__(self, *words: str) -> tuple[int, str, str]: ...
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 
 from tests.dataplane.plane_cases import CASES, PlaneCase, PlaneRun
 
-QUICK = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 MANY = settings(QUICK, max_examples=2000)
 
 

@@ -172,7 +172,7 @@ operations = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(operations=operations)
 def test_whatever_happens_to_legs_no_block_and_no_token_is_lost(operations: list[tuple[object, ...]]) -> None:
     asyncio.run(_random_life(operations))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.engine.engine_harness import MakeModel
 from tidegate.engines.embedded.tiny_model import Arch, make_tiny_model
 
 
@@ -17,7 +17,7 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
     made: dict[tuple[str, int | None], Path] = {}
 
     def make(arch: Arch = "llama", sliding_window: int | None = None) -> Path:
@@ -33,5 +33,5 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def llama(tiny: Callable[..., Path]) -> Path:
+def llama(tiny: MakeModel) -> Path:
     return tiny("llama")

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from tidegate.engines.embedded.engine import EmbeddedEngine, EngineConfig
+from tidegate.engines.embedded.tiny_model import Arch
 from tidegate.engines.serving.types import GenerateRequest, KvSource, Output, SamplingParams
+
+
+class MakeModel(Protocol):
+    """Makes a tiny model, once per architecture and window, and returns its folder."""
+
+    def __call__(self, arch: Arch = "llama", sliding_window: int | None = None) -> Path: ...
 
 
 class HandClock:

@@ -71,7 +71,7 @@ class Book(RuleBasedStateMachine):
 
 
 TestBook = Book.TestCase
-TestBook.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestBook.settings = settings(max_examples=60, stateful_step_count=30)
 
 
 def keys_of(tokens: list[int], salt: str = "") -> list[bytes]:

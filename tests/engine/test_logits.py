@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.engine.engine_harness import Driven, prompt_of, request
+from tests.engine.engine_harness import Driven, MakeModel, prompt_of, request
 from tidegate.core.errors import ConfigError
 from tidegate.engines.embedded.model import OnlyFloat64, load_model
+from tidegate.engines.embedded.tiny_model import Arch
 
 NEW = 12
 
@@ -52,9 +52,7 @@ def reference(folder: Path, prompt: list[int], attention: str) -> tuple[list[int
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "mistral"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_logits_agree_with_transformers_generate(
-    tiny: Callable[..., Path], arch: str, attention: str
-) -> None:
+def test_logits_agree_with_transformers_generate(tiny: MakeModel, arch: Arch, attention: str) -> None:
     prompt = prompt_of(150, seed=3)
     ids, logits = reference(tiny(arch), prompt, attention)
     driven = Driven(tiny(arch), dtype="float32", max_batch_tokens=47, max_num_seqs=8)
@@ -68,7 +66,7 @@ def test_logits_agree_with_transformers_generate(
         assert (torch.stack(run) - logits).abs().max() < 1e-4
 
 
-def test_a_sliding_window_is_honoured(tiny: Callable[..., Path]) -> None:
+def test_a_sliding_window_is_honoured(tiny: MakeModel) -> None:
     folder = tiny("mistral", sliding_window=40)
     prompt = prompt_of(130, seed=4)
     ids, logits = reference(folder, prompt, "eager")
@@ -81,7 +79,7 @@ def test_a_sliding_window_is_honoured(tiny: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "mistral"])
-def test_float64_prefill_and_decode_agree_to_rounding(tiny: Callable[..., Path], arch: str) -> None:
+def test_float64_prefill_and_decode_agree_to_rounding(tiny: MakeModel, arch: Arch) -> None:
     driven = Driven(tiny(arch), max_batch_tokens=64, max_num_seqs=16)
     rows = record_logits(driven)
     prompt = prompt_of(90, seed=5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from tests.engine.engine_harness import Driven, prompt_of, request
+from tests.engine.engine_harness import Driven, MakeModel, prompt_of, request
 from tidegate.core.errors import ConfigError, SetupError
 from tidegate.engines.embedded.self_profile import self_profile
-from tidegate.engines.embedded.tiny_model import make_tiny_model
+from tidegate.engines.embedded.tiny_model import Arch, make_tiny_model
 
 
 def test_the_profile_has_both_kinds_and_leaves_the_engine_as_it_was(llama: Path) -> None:
@@ -55,7 +54,7 @@ def test_a_failing_step_fails_the_profile(llama: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "mistral"])
-def test_the_tiny_model_is_complete(tiny: Callable[..., Path], arch: str) -> None:
+def test_the_tiny_model_is_complete(tiny: MakeModel, arch: Arch) -> None:
     folder = tiny(arch)
     driven = Driven(folder)
     info = driven.engine.info

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from tests.engine.engine_harness import Driven, prompt_of, request
+from tests.engine.engine_harness import Driven, MakeModel, prompt_of, request
 from tidegate.core.errors import ConfigError
 from tidegate.engines.embedded.detokenize import Detokenizer, load_tokenizer
 from tidegate.engines.embedded.progress import take_token
@@ -72,14 +71,14 @@ def in_legs(
 tokens = st.integers(0, 511)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(ids=st.lists(tokens, max_size=40))
 def test_byte_level_text_is_the_tokenizers_own(byte_level: Detokenizer, ids: list[int]) -> None:
     expected = byte_level.tokenizer.decode(ids, skip_special_tokens=True)
     assert whole(byte_level, ids)[0] == expected
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(text=st.text(max_size=30), data=st.data())
 def test_legs_concatenate(byte_level: Detokenizer, text: str, data: st.DataObject) -> None:
     assume(not any(token in text for token in byte_level.tokenizer.all_special_tokens))
@@ -99,14 +98,14 @@ def test_legs_concatenate(byte_level: Detokenizer, text: str, data: st.DataObjec
         assert text.startswith(expected[0] + expected[1])
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(ids=st.lists(st.integers(1, 264), max_size=25), data=st.data())
 def test_window_decoder_legs_concatenate(metaspace: Detokenizer, ids: list[int], data: st.DataObject) -> None:
     cuts = data.draw(st.lists(st.integers(0, len(ids)), max_size=3))
     assert in_legs(metaspace, ids, cuts, ()) == whole(metaspace, ids)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @example(words=["▁the", "▁日", "é", "▁tide", "<0xF0>", "<0x9F>", "<0x8C>", "<0x8A>", "s"])
 @given(words=st.lists(st.sampled_from(["▁the", "▁tide", "▁", "gate", "s", "é", "▁日", "."]), max_size=20))
 def test_window_decoder_text_is_the_tokenizers_own(metaspace: Detokenizer, words: list[str]) -> None:
@@ -226,7 +225,7 @@ def test_a_stop_token_ends_without_showing_its_text(scripted: Scripted) -> None:
     assert scripted.legs(ids, [], stop_token_ids=(stop,)) == ("xy", "stop", stop)
 
 
-def test_a_folder_without_a_tokenizer_is_a_config_error(tmp_path: Path, tiny: Callable[..., Path]) -> None:
+def test_a_folder_without_a_tokenizer_is_a_config_error(tmp_path: Path, tiny: MakeModel) -> None:
     (tmp_path / "config.json").write_text((tiny("llama") / "config.json").read_text())
     with pytest.raises(ConfigError, match="tokenizer"):
         load_tokenizer(tmp_path)

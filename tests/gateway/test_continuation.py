@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tidegate.core.errors import NotRepeated
@@ -94,7 +94,6 @@ def through_legs(
     return out, answer + (stops.flush() if stops is not None else ""), None
 
 
-@settings(deadline=None)
 @given(ids, stop_lists, st.integers(0, 6), st.booleans(), st.lists(st.integers(0, 9), max_size=6), st.data())
 def test_an_answer_cut_anywhere_is_that_of_one_leg(
     token_ids: list[int], stops: list[str], least: int, include: bool, cuts: list[int], data: st.DataObject
@@ -108,7 +107,6 @@ def test_an_answer_cut_anywhere_is_that_of_one_leg(
     assert answer == (token_ids[:count], text, stop)
 
 
-@settings(deadline=None)
 @given(ids, stop_lists.filter(bool), st.integers(0, 6), st.booleans())
 def test_stop_strings_that_no_engine_is_given_are_found_as_vllm_finds_them(
     token_ids: list[int], strings: list[str], least: int, include: bool

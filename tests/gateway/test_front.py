@@ -192,8 +192,12 @@ async def test_a_stop_tells_those_it_cuts_off(start: Start, tmp_path: Path, quie
 
 async def test_a_draining_gateway_takes_nothing_new(start: Start) -> None:
     cluster = await start("static")
-    cluster.gateway._front.draining = True
+    assert (await cluster.post("/v1/completions", GOOD))[0] == 200
+    never: asyncio.Task[int] = asyncio.create_task(asyncio.sleep(3600.0, 0))
+    await cluster.gateway.drain(never)
+    never.cancel()
+    # It comes over the connection that is open since before.
     status, answer, headers = await cluster.post("/v1/completions", GOOD)
     assert (status, answer["error"]["code"]) == (503, "shutting_down")
     assert int(headers["Retry-After"]) >= 1
-    assert counted(cluster) == {"shutting_down": 1.0}
+    assert counted(cluster) == {"ok": 1.0, "shutting_down": 1.0}

@@ -11,6 +11,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.live.live_cluster import Live, cluster
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.testing.chaos import Forced
@@ -54,6 +56,7 @@ async def run_all(live: Live) -> list[tuple[list[int], str]]:
     return await asyncio.gather(*(one(body) for body in bodies()))
 
 
+@pytest.mark.slow
 async def test_200_prompts_get_identical_tokens_under_every_regime(model_dir: Path) -> None:
     async with cluster(model_dir, "colocated", dtype="float64") as live:
         reference = await run_all(live)

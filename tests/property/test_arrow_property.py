@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tidegate.core.decision import Flip, Place
@@ -95,7 +95,6 @@ def chosen(place: object) -> Place:
     return place
 
 
-@settings(deadline=None)
 @given(fleets, st.sampled_from([40, 260, 650]), st.sampled_from([0.5, 1.0, 2.0]))
 def test_prefill_placement(fleet: list[One], tokens: int, ttft_s: float) -> None:
     pool = [i for i, one in enumerate(fleet) if one.role == P]
@@ -117,7 +116,6 @@ def test_prefill_placement(fleet: list[One], tokens: int, ttft_s: float) -> None
     assert on == expected or cost[on] == cost[expected]
 
 
-@settings(deadline=None)
 @given(fleets, st.sampled_from([40, 1003]), st.booleans())
 def test_decode_placement(fleet: list[One], tokens: int, cooling: bool) -> None:
     ledger = build(fleet)

@@ -209,5 +209,5 @@ class LedgerMachine(RuleBasedStateMachine):
         assert counts.dispatched == live + counts.finished + counts.aborted + counts.lost
 
 
-LedgerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+LedgerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestLedger = LedgerMachine.TestCase

@@ -135,5 +135,5 @@ class Reconciling(RuleBasedStateMachine):
         self.ledger.check_integrity()
 
 
-Reconciling.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+Reconciling.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
 TestReconciling = Reconciling.TestCase

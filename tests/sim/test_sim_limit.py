@@ -23,7 +23,7 @@ from tidegate.workloads.trace import TraceRecord, Workload
 from tidegate.workloads.transform import scale_rate
 
 SYSTEMS = ("colocated", "minimal-load", "arrow-lending", "static")
-QUICK = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 ORDERS = ("fifo", "sjf", "edf", "feasible-first")
 
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from tests.sim.sim_cases import BINARY, CASES, Case, ended
 from tidegate.sim import SimRun
 
-QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 MANY = settings(QUICK, max_examples=1000)
 
 

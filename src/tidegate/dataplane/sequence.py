@@ -100,8 +100,3 @@ class SimSequence:
         self.moving = False
         self.admitted_s: float | None = None
         self.loaded_s: float | None = None
-
-    @property
-    def pending(self) -> int:
-        """Tokens without KV."""
-        return self.tokens - self.computed

@@ -1,0 +1,9 @@
+"""What holds for every test."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+
+# How long an example takes depends on the machine and on what else it runs: no test fails for that.
+settings.register_profile("tidegate", deadline=None)
+settings.load_profile("tidegate")
