@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 
-from tests.sim.sim_cases import BINARY, CASES, Case, ended
+from tests.sim.sim_cases import BINARY, CASES, EXPERTS, Case, ended
 from tidegate.sim import SimRun
 
 QUICK = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
@@ -91,8 +91,36 @@ A_TICK_AT_A_STEP_END = Case(
 """The timeline is sampled at the very end of a step that is leapt over."""
 
 
+TWO_THAT_END_TOGETHER = Case(
+    system="arrow-v1",
+    order="fifo",
+    tied=False,
+    instances=2,
+    requests=11,
+    seed=3686,
+    rate_rps=20.0,
+    longest_prompt=40,
+    longest_answer=30,
+    kv_tokens=1600,
+    block_tokens=1,
+    max_batch_tokens=64,
+    max_num_seqs=4,
+    pool="moving",
+    front_s=0.0,
+    host_s=0.0007,
+    shared_link=False,
+    lease_s=30.0,
+    heartbeat_s=0.0,
+    sessions=3,
+    troubled=False,
+    profile=EXPERTS,
+)
+"""One of two decodes that end in one step left the batch for a migration, and joined again behind the other."""
+
+
 @QUICK
 @example(A_TICK_AT_A_STEP_END)
+@example(TWO_THAT_END_TOGETHER)
 @given(case=CASES)
 def test_leap_equals_step(case: Case) -> None:
     leap_is_step(case)

@@ -13,7 +13,8 @@ class DecodeBatch:
     A member's KV length is its ``base`` plus ``ticks``. Before a step that starts with a full last block it
     needs one more: ``blocks_for`` counts those by the ``remainders`` of the bases. ``context`` is the sum of
     the members' lengths with the token that the next step writes. ``changes`` counts who came and went.
-    ``ends`` is a heap of (tick, turn, member) by the ticks at which members end; who left may still be there.
+    ``ends`` is a heap of (tick, turn, member) by the ticks at which members end, of those of one tick in the order
+    in which they joined; who left may still be there.
     """
 
     def __init__(self, block_tokens: int) -> None:
@@ -33,11 +34,12 @@ class DecodeBatch:
     def join(self, sequence: SimSequence) -> None:
         """Add a sequence with one pending token."""
         base = sequence.base = sequence.computed - self.ticks
-        end_tick = sequence.end_tick = sequence.last_token - 1 - base
+        end_tick = sequence.last_token - 1 - base
         self.members[sequence] = None
         self._base_sum += base
         self.remainders[base % self._block_tokens] += 1
         self.changes += 1
+        sequence.turn = self.changes
         heappush(self.ends, (end_tick, self.changes, sequence))
 
     def leave(self, sequence: SimSequence) -> None:
@@ -68,10 +70,10 @@ class DecodeBatch:
         """Return after how many steps the first of the members, of which there are some, ends."""
         ends, members = self.ends, self.members
         while True:
-            end_tick, _, sequence = ends[0]
-            if sequence.end_tick == end_tick and sequence in members:
+            end_tick, turn, sequence = ends[0]
+            if sequence.turn == turn and sequence in members:
                 return end_tick - self.ticks
-            heappop(ends)  # it left, and may have joined again
+            heappop(ends)  # it left, and may have joined again, perhaps to end at the same tick
 
     def ended(self) -> list[SimSequence]:
         """Take out the members that have their last token, in the order in which they joined."""

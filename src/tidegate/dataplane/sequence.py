@@ -50,8 +50,8 @@ class SimSequence:
     """State of a leg from its submission to its end.
 
     ``tokens`` is the prompt plus what was generated; ``computed`` of them have KV. While a sequence is in a
-    ``DecodeBatch`` they grow there, and ``base`` is ``computed`` less the batch's ticks. ``last_token`` is
-    the length at which the leg ends; with ``hand_over`` its KV is then ``pin``. ``source`` is the KV that
+    ``DecodeBatch`` they grow there, ``base`` is ``computed`` less the batch's ticks, and ``turn`` tells when it
+    joined. ``last_token`` is the length at which the leg ends; with ``hand_over`` its KV is then ``pin``. ``source`` is the KV that
     the leg starts from. ``block_ids`` name its tokens, and all before them, in blocks of
     ``hash_block_tokens``, as far as they can be found again; ``ticket`` is what its queue's order knows.
 
@@ -61,9 +61,29 @@ class SimSequence:
     """
 
     __slots__ = (
-        "admitted_s", "base", "block_ids", "blocks", "cached_tokens", "chunk", "computed", "end_tick",
-        "hand_over", "hash_block_tokens", "last_token", "loaded_s", "moving", "on", "pin", "preemptions",
-        "prompt", "request", "shared", "source", "state", "ticket", "tokens",
+        "admitted_s",
+        "base",
+        "block_ids",
+        "blocks",
+        "cached_tokens",
+        "chunk",
+        "computed",
+        "hand_over",
+        "hash_block_tokens",
+        "last_token",
+        "loaded_s",
+        "moving",
+        "on",
+        "pin",
+        "preemptions",
+        "prompt",
+        "request",
+        "shared",
+        "source",
+        "state",
+        "ticket",
+        "tokens",
+        "turn",
     )  # fmt: skip
 
     def __init__(
@@ -94,7 +114,7 @@ class SimSequence:
         self.blocks = 0
         self.chunk = 0
         self.base = 0
-        self.end_tick = 0
+        self.turn = 0
         self.preemptions = 0
         self.cached_tokens = 0
         self.moving = False
