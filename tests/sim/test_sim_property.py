@@ -115,7 +115,7 @@ TWO_THAT_END_TOGETHER = Case(
     troubled=False,
     profile=EXPERTS,
 )
-"""One of two decodes that end in one step left the batch for a migration, and joined again behind the other."""
+"""One of two decodes that end in one step left for a migration, and joined again behind the other."""
 
 
 @QUICK

@@ -13,8 +13,8 @@ class DecodeBatch:
     A member's KV length is its ``base`` plus ``ticks``. Before a step that starts with a full last block it
     needs one more: ``blocks_for`` counts those by the ``remainders`` of the bases. ``context`` is the sum of
     the members' lengths with the token that the next step writes. ``changes`` counts who came and went.
-    ``ends`` is a heap of (tick, turn, member) by the ticks at which members end, of those of one tick in the order
-    in which they joined; who left may still be there.
+    ``ends`` is a heap of (tick, turn, member) by the ticks at which members end, those of one tick in the
+    order in which they joined; who left may still be there.
     """
 
     def __init__(self, block_tokens: int) -> None:
