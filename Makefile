@@ -59,19 +59,19 @@ lint: $(STAMP) ## Check style, formatting and the direction of imports
 types: $(STAMP) ## Check the types of the code, its tests, benchmarks and scripts
 	@$(BIN)/mypy
 
-test: $(STAMP) ## Run the tests (no GPU, no network)
-	@$(BIN)/python -m pytest -m "not slow and not vllm" $(PARALLEL) $(ARGS)
+test: $(STAMP) ## Run the tests (no GPU, no network; COVERED=1 measures them and prints which lines none runs)
+	@$(if $(COVERED),$(MAKE) --no-print-directory coverage,$(BIN)/python -m pytest -m "not slow and not vllm" $(PARALLEL) $(ARGS))
 
-test-slow: $(STAMP) ## Run the tests that take minutes
-	@$(BIN)/python -m pytest -m "slow and not vllm" $(PARALLEL) --dist load $(ARGS)
-
-# Apart from `make test`: it takes two and a half times the CPU time. Without the tests of tests/live, which
-# run for minutes under it and reach no line that others do not.
-coverage: $(STAMP) ## Run the tests again and print which lines none of them runs (ARGS="tests/sim" for a part)
+# Without the tests of tests/live, which run for minutes under it and reach no line that others do not.
+coverage: $(STAMP)
 	@rm -rf .cache/coverage && mkdir -p .cache/coverage
 	@$(COVERAGE) run -m pytest --ignore tests/live -m "not slow and not vllm" $(PARALLEL) $(ARGS)
+	@$(BIN)/python -m pytest tests/live -m "not slow and not vllm"
 	@$(COVERAGE) combine --quiet
 	@$(COVERAGE) report
+
+test-slow: $(STAMP) ## Run the tests that take minutes (SLOW_SHARE=0.2 draws a fifth of their random cases)
+	@$(BIN)/python -m pytest -m "slow and not vllm" $(PARALLEL) --dist load $(ARGS)
 
 test-vllm: $(STAMP) $(VLLM_STAMP) $(TINY_MODELS) ## Run the tests that start real vLLM servers on the CPU (5 GB of memory, minutes)
 	@$(BIN)/python -m pytest -m vllm $(ARGS)

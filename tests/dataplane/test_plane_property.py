@@ -6,9 +6,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from tests.dataplane.plane_cases import CASES, PlaneCase, PlaneRun
+from tests.slow import examples
 
 QUICK = settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
-MANY = settings(QUICK, max_examples=2000)
+MANY = settings(QUICK, max_examples=examples(2000))
 
 
 def leap_is_step(case: PlaneCase) -> None:

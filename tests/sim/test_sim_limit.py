@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from tests.slow import examples
 from tidegate.bound.limit import FluidLimit, fluid_limit
 from tidegate.core.instance import Instance
 from tidegate.core.slo import Slo
@@ -150,7 +151,7 @@ def test_no_system_exceeds_the_bound(case: Case) -> None:
 
 
 @pytest.mark.slow
-@settings(QUICK, max_examples=200)
+@settings(QUICK, max_examples=examples(200))
 @given(case=CASES)
 def test_no_system_exceeds_the_bound_many_times(case: Case) -> None:
     bound_holds(case)

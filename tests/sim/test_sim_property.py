@@ -11,10 +11,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 
 from tests.sim.sim_cases import BINARY, CASES, EXPERTS, Case, ended
+from tests.slow import examples
 from tidegate.sim import SimRun
 
 QUICK = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
-MANY = settings(QUICK, max_examples=1000)
+MANY = settings(QUICK, max_examples=examples(1000))
 
 
 def leap_is_step(case: Case) -> None:
