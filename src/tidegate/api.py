@@ -45,10 +45,19 @@ def load_trace(
 
 
 def list_systems() -> dict[str, str]:
-    """Return every system by name with a line about it, installed third-party ones included."""
+    """Return every system by name with a line about it, installed third-party ones included.
+
+    The line of one that does not load says why.
+    """
     from tidegate.systems import SYSTEMS, make_system
 
-    return {name: make_system(name).summary for name in SYSTEMS.names()}
+    summaries = {}
+    for name in SYSTEMS.names():
+        try:
+            summaries[name] = make_system(name).summary
+        except Exception as error:
+            summaries[name] = f"does not load: {type(error).__name__}: {error}"
+    return summaries
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -184,7 +184,7 @@ def test_an_order_needs_engines_that_keep_one() -> None:
     (found,) = problems(vllm=["http://a", "http://b"], system="static+edf")
     assert "by edf, which vLLM servers do not offer" in found and "take 'static'" in found
     (found,) = problems(system="arrow-lending+lifo")
-    assert "unknown order 'lifo'; there are: edf, feasible-first, fifo, sjf" in found
+    assert "unknown order 'lifo'; did you mean 'fifo'? There are: edf, feasible-first, fifo, sjf" in found
     config = settle(system="arrow-lending+feasible-first").config
     assert config.scheduling.make_system().name == "arrow-lending+feasible-first"
 

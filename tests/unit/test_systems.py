@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tidegate.core.errors import ConfigError
 from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
+from tidegate.experiments.systems import contenders
 from tidegate.policies.arrow.lending import LendingMonitor, LendingPlacement
 from tidegate.policies.arrow.published import ArrowMonitor, ArrowPlacement
 from tidegate.policies.arrow.repair import RepairingMonitor, RepairingPlacement
@@ -33,6 +36,47 @@ def test_an_unknown_system_lists_what_exists() -> None:
         ConfigError, match="unknown system 'fastest'; there are: arrow, arrow-lending, arrow-v1"
     ):
         make_system("fastest")
+
+
+def test_a_misspelt_system_is_told_the_nearest_name() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'colocated'"):
+        make_system("collocated")
+
+
+def test_a_system_comes_from_a_file(tmp_path: Path) -> None:
+    """The file of the example package, named by its path."""
+    example = Path(__file__).parents[2] / "examples/third_party_policy/src/shortest_queue/__init__.py"
+    file = tmp_path / "my+policies.py"
+    file.write_text(example.read_text())
+    system = make_system(f"{file}:shortest_queue+edf", split=(1, 1))
+    assert system.name == "shortest-queue+edf" and system.order.name == "edf"
+    (contender,) = contenders([f"{file}:shortest_queue:even+edf"], 4)
+    assert contender.candidates[0].system == f"{file}:shortest_queue+edf"
+    assert contender.candidates[0].split == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "problem"),
+    [
+        ("import nothing_of_this_name", "mine", r"mine.py, line 1: ModuleNotFoundError"),
+        ("x = 1\ndef mine(:\n", "mine", r"mine.py, line 2: SyntaxError"),
+        ("def ours(options): ...", "mine", r"mine.py has no function 'mine'; it has: ours"),
+        (None, "mine", r"mine.py: No such file"),
+    ],
+)
+def test_a_file_without_the_system_is_refused(
+    tmp_path: Path, text: str | None, name: str, problem: str
+) -> None:
+    file = tmp_path / "mine.py"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=problem):
+        make_system(f"{file}:{name}")
+
+
+def test_a_choice_in_hindsight_outside_of_compare_is_explained() -> None:
+    with pytest.raises(ConfigError, match=r"only `tidegate compare` takes ':best'.*--split"):
+        make_system("static:best")
 
 
 def test_a_split_that_does_not_match_the_fleet_is_refused() -> None:
@@ -91,7 +135,10 @@ def test_a_system_takes_an_order() -> None:
     assert ordered.name == "arrow+feasible-first"
     assert ordered.order.name == "feasible-first"
     assert ordered.roles(4).count(Role.PREFILL) == 3
-    with pytest.raises(ConfigError, match="unknown order 'lifo'; there are: edf, feasible-first, fifo, sjf"):
+    with pytest.raises(
+        ConfigError,
+        match="unknown order 'lifo'; did you mean 'fifo'",
+    ):
         make_system("arrow+lifo")
     with pytest.raises(ConfigError, match="at least 1 TTFT target"):
         make_order("edf", starvation_bound=0.5)

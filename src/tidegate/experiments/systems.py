@@ -80,8 +80,10 @@ def contenders(names: Iterable[str], instances: int) -> list[Contender]:
 
 
 def _expand(name: str, instances: int) -> list[Contender]:
-    base, plus, order = name.partition("+")
+    file, suffix, rest = name.rpartition(".py:")
+    base, plus, order = rest.partition("+")
     system, colon, choice = base.partition(":")
+    system = file + suffix + system
     full = system + plus + order
     if not colon:
         return [Contender(name, (_checked(Candidate(full), instances),))]

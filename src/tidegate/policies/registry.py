@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from difflib import get_close_matches
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
@@ -45,7 +46,9 @@ class Registry(Generic[T]):
             for point in entry_points(group=self._group, name=name):
                 entry: T = point.load()
                 return entry
-        raise ConfigError(f"unknown {self._kind} {name!r}; there are: {', '.join(self.names())}")
+        near = get_close_matches(name, self.names(), n=1)
+        hint = f"did you mean {near[0]!r}? There are" if near else "there are"
+        raise ConfigError(f"unknown {self._kind} {name!r}; {hint}: {', '.join(self.names())}")
 
     def names(self) -> tuple[str, ...]:
         """Return every name, sorted."""

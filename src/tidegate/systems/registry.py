@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from importlib.util import module_from_spec, spec_from_file_location
+from inspect import isfunction
+from pathlib import Path
+from types import ModuleType
 
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
@@ -58,8 +64,54 @@ def make_system(
 
 
 def named(name: str) -> tuple[Factory, Order | None]:
-    """Look up ``system`` or ``system+order``. Raises ConfigError for an unknown part, listing what exists."""
-    base, plus, order = name.partition("+")
-    if base in RENAMED and base not in SYSTEMS.names():
+    """Look up ``system`` or ``system+order``; ``FILE.py:NAME`` is the factory NAME of a Python file.
+
+    The file runs. Raises ConfigError for an unknown part, listing what exists, and for a file that does not
+    load.
+    """
+    file, suffix, rest = name.rpartition(".py:")
+    base, plus, order = rest.partition("+")
+    if suffix:
+        factory = _from_file(Path(file + ".py"), base)
+    elif base in RENAMED and base not in SYSTEMS.names():
         raise ConfigError(f"system {base!r} is now called {RENAMED[base]!r}")
-    return SYSTEMS.get(base), make_order(order) if plus else None
+    elif ":" in base:
+        system, _, choice = base.partition(":")
+        raise ConfigError(
+            f"{name!r}: only `tidegate compare` takes {':' + choice!r}, a choice among several runs; give "
+            f"{system!r}, with --split P:D for another split than even"
+        )
+    else:
+        factory = SYSTEMS.get(base)
+    return factory, make_order(order) if plus else None
+
+
+def _from_file(path: Path, name: str) -> Factory:
+    module = _module_of(path)
+    factory: Factory | None = vars(module).get(name)
+    if not callable(factory):
+        functions = sorted(name for name, each in vars(module).items() if isfunction(each))
+        raise ConfigError(f"{path} has no function {name!r}; it has: {', '.join(functions) or 'none'}")
+    return factory
+
+
+def _module_of(path: Path) -> ModuleType:
+    """Run the file as a module of its own name, once as long as it does not change."""
+    try:
+        name = f"{path.resolve()}@{path.stat().st_mtime_ns}"
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, "a .py file has a loader"
+    # dataclasses look their module up while it runs.
+    module = sys.modules[name] = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        frames = [each for each in traceback.extract_tb(error.__traceback__) if Path(each.filename) == path]
+        line = frames[-1].lineno if frames else getattr(error, "lineno", None)
+        raise ConfigError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
+    return module
