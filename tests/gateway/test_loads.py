@@ -76,8 +76,8 @@ async def test_foreign_load_turns_placements_away_until_it_has_gone(start: Start
     assert len(free.bodies) == 4 and not used.bodies, "the engine that others use was placed on"
     async with cluster.client.get(cluster.url + "/metrics") as response:
         shown = await response.text()
-    assert 'tidegate_load_drift_total{instance="i0",kind="requests"} 1.0' in shown
-    assert 'tidegate_foreign_requests{instance="i0"} 7.0' in shown
+    assert 'tidegate_load_drift_total{kind="requests",member="i0"} 1.0' in shown
+    assert 'tidegate_foreign_requests{member="i0"} 7.0' in shown
 
     used.metrics = saying(page(0))
     seen = await until(cluster, lambda s: s["i0"]["foreign_requests"] == 0)

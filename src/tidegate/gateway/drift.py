@@ -99,7 +99,7 @@ class FleetDrift(Collector):
         family = GaugeMetricFamily(
             "tidegate_profile_drift_ratio",
             "Observed over predicted seconds, where the profile's prediction applies",
-            labels=["instance", "form"],
+            labels=["member", "form"],
         )
         for instance_id in self._drifts:
             for form, ratio in (self.ratios(instance_id) or {}).items():

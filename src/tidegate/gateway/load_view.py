@@ -84,7 +84,7 @@ class LoadGauges(Collector):
 
     def collect(self) -> Iterable[Metric]:
         for name, (text, read) in GAUGES.items():
-            gauge = GaugeMetricFamily(name, text, labels=["instance"])
+            gauge = GaugeMetricFamily(name, text, labels=["member"])
             for watched in self._watch.watched.values():
                 value = read(watched)
                 if value is not None:
@@ -93,7 +93,7 @@ class LoadGauges(Collector):
         prompts = CounterMetricFamily(
             "tidegate_engine_prompt_tokens",
             "Prompt tokens by where their KV came from",
-            labels=["instance", "source"],
+            labels=["member", "source"],
         )
         for instance_id, tally in self._watch.tallies.items():
             for source, tokens in tally.totals.items():

@@ -44,7 +44,7 @@ class Metrics:
         self.load_drift = Counter(
             "tidegate_load_drift",
             "Times an engine and the ledger came to differ",
-            ["instance", "kind"],
+            ["member", "kind"],
             registry=r,
         )
         self.prediction_error = Histogram(
@@ -100,7 +100,7 @@ class _PlaneMetrics(Collector):
             "tidegate_instance_decode_tokens": ("Resident decode tokens", snapshot.decode_tokens),
         }
         for name, (text, values) in columns.items():
-            family = GaugeMetricFamily(name, text, labels=["instance"])
+            family = GaugeMetricFamily(name, text, labels=["member"])
             for i, instance in enumerate(snapshot.ids):
                 family.add_metric([instance], float(values[i]))
             yield family
