@@ -80,8 +80,8 @@ class _PlaneMetrics(Collector):
         migrations = CounterMetricFamily(
             "tidegate_migrations", "Migrations by what became of them", labels=["event"]
         )
-        for event, count in plane.migrations.items():
-            migrations.add_metric([event], float(count))
+        for event in ("begun", "done", "cancelled", "ignored"):
+            migrations.add_metric([event], float(plane.migrations.get(event, 0)))
         yield migrations
         if plane.prefixes is not None:
             hits = CounterMetricFamily(
