@@ -89,8 +89,8 @@ bench-bursts: $(STAMP) ## Alternate ten seconds of bursts with thirty quiet ones
 bench-steady: $(STAMP) ## Offer two requests per second for a minute to URL
 	@$(BIN)/tidegate bench --url $(URL) --poisson 2 --duration 60 $(ARGS)
 
-bench-relay: $(STAMP) ## Print what the gateway costs per chunk and per request, beside the bare engine
-	@$(BIN)/python benchmarks/relay.py
+bench-relay: $(STAMP) ## Print what the gateway costs per chunk and per request, beside the bare engine (ARGS="--router BIN": and vllm-router)
+	@$(BIN)/python benchmarks/relay.py $(ARGS)
 
 bench-decisions: $(STAMP) ## Print what a decision costs among 8, 64 and 1,000 instances
 	@$(BIN)/python benchmarks/decisions.py

@@ -1,17 +1,23 @@
 """What the gateway costs: CPU per relayed chunk and per two-leg request, added TTFT, requests/s.
 
 A fake engine streams over real HTTP; the same load goes to the engine directly and through the
-gateway, in one run. Run: ``python benchmarks/relay.py`` (Linux: CPU time is read from /proc).
+gateway, in one run, and through vLLM's router (Rust) where ``vllm-router`` is on the PATH or named by
+``--router``. Run: ``python benchmarks/relay.py`` (Linux: CPU time is read from /proc).
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
+import shutil
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import orjson
 import uvloop
@@ -92,70 +98,122 @@ def quantile(ordered: list[float], q: float) -> float:
     return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
 
 
-async def measure() -> None:
-    paced, fast = (
-        start("-m", "tidegate.testing.fake_engine", "--step-ms", str(STEP_MS)),
-        start("-m", "tidegate.testing.fake_engine"),
+class Server(NamedTuple):
+    """A process that listens on ``port``, and what it costs while it is loaded."""
+
+    process: subprocess.Popen[str]
+    port: int
+
+    def cpu_s(self) -> float:
+        """CPU seconds it has used."""
+        return cpu_s(self.process.pid)
+
+
+def start_router(binary: str, prefill: Server, decode: Server) -> Server:
+    """Start vLLM's router over two servers; it takes no server for both."""
+    ports = []
+    for _ in range(2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(free.getsockname()[1])
+    urls = [f"http://127.0.0.1:{engine.port}" for engine in (prefill, decode)]
+    command = [binary, "--host", "127.0.0.1", "--port", str(ports[0]), "--prometheus-port", str(ports[1])]
+    command += [
+        "--vllm-pd-disaggregation",
+        "--prefill",
+        urls[0],
+        "--decode",
+        urls[1],
+        "--kv-connector",
+        "nixl",
+    ]
+    command += ["--policy", "round_robin", "--log-level", "error"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True)
+    return Server(process, ports[0])
+
+
+async def measure(router: str | None) -> None:
+    paced, fast, prefill = (
+        Server(*start("-m", "tidegate.testing.fake_engine", *options))
+        for options in (("--step-ms", str(STEP_MS)), (), ())
     )
-    behind = [start(__file__, "gateway", f"http://127.0.0.1:{engine[1]}") for engine in (paced, fast)]
+    fronts: dict[str, list[Server]] = {
+        "gateway": [Server(*start(__file__, "gateway", f"http://127.0.0.1:{e.port}")) for e in (paced, fast)]
+    }
     try:
-        await report_chunks(paced, behind[0])
-        await report_requests(fast, behind[1])
+        if router is not None:
+            fronts["vllm-router"] = [start_router(router, prefill, engine) for engine in (paced, fast)]
+            for server in fronts["vllm-router"]:
+                await listening(server.port)
+        await report_chunks(paced, {name: pair[0] for name, pair in fronts.items()})
+        await report_requests(fast, {name: pair[1] for name, pair in fronts.items()})
     finally:
-        for process, _ in (paced, fast, *behind):
-            process.kill()
+        for server in (paced, fast, prefill, *(each for pair in fronts.values() for each in pair)):
+            server.process.kill()
 
 
-Server = tuple[subprocess.Popen[str], int]
+async def listening(port: int) -> None:
+    """Return once something listens there; raise TimeoutError after 30 s."""
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+            except OSError:
+                await asyncio.sleep(0.1)
+                continue
+            writer.close()
+            return
 
 
-async def report_chunks(engine: Server, gateway: Server) -> None:
-    """CPU per chunk: what long streams cost beyond short ones, for the gateway and for the engine itself."""
-    through = Load(gateway[1])
-    await through.many(200, 32, SHORT)
-    spent = {}
-    for tokens in (SHORT, LONG):
-        before = [cpu_s(process.pid) for process, _ in (gateway, engine)]
-        await through.many(STREAMS * 4, STREAMS, tokens)
-        after = [cpu_s(process.pid) for process, _ in (gateway, engine)]
-        spent[tokens] = [end - begin for begin, end in zip(before, after, strict=True)]
+def line(what: str, unit: str, by_name: Mapping[str, float], digits: int = 2) -> None:
+    """Print a figure of each front beside the bare engine's, and the gateway's share of the router's."""
+    figures = "   ".join(f"{name} {value:.{digits}f}" for name, value in by_name.items())
+    ratios = [f"x{by_name['gateway'] / by_name['bare']:.2f} of bare"]
+    if "vllm-router" in by_name:
+        ratios.append(f"x{by_name['gateway'] / by_name['vllm-router']:.2f} of vllm-router")
+    print(f"{what:36} {unit:5} {figures}   ({', '.join(ratios)})")
+
+
+async def report_chunks(engine: Server, fronts: Mapping[str, Server]) -> None:
+    """CPU per chunk: what long streams cost beyond short ones, for each front and for the engine itself."""
     chunks = STREAMS * 4 * (LONG - SHORT)
-    gateway_us, engine_us = (
-        (long_s - short_s) / chunks * 1e6 for short_s, long_s in zip(spent[SHORT], spent[LONG], strict=True)
-    )
-    print(
-        f"gateway CPU per 100,000 relayed chunks   {gateway_us / 10:8.2f} s    ({gateway_us:.1f} us each)   "
-        f"bare engine {engine_us / 10:.2f} s, x{gateway_us / engine_us:.2f}"
-    )
+    chunk_us = {}
+    for name, front in fronts.items():
+        through = Load(front.port)
+        await through.many(200, 32, SHORT)
+        spent = {}
+        for tokens in (SHORT, LONG):
+            before = [server.cpu_s() for server in (front, engine)]
+            await through.many(STREAMS * 4, STREAMS, tokens)
+            spent[tokens] = [
+                server.cpu_s() - began for server, began in zip((front, engine), before, strict=True)
+            ]
+        front_us, bare_us = (
+            (long_s - short_s) / chunks * 1e6
+            for short_s, long_s in zip(spent[SHORT], spent[LONG], strict=True)
+        )
+        chunk_us[name] = front_us
+        chunk_us.setdefault("bare", bare_us)
+    line("CPU of a relayed chunk", "us", chunk_us)
 
 
-async def report_requests(engine: Server, gateway: Server) -> None:
-    """CPU per request, added TTFT with one request at a time, requests/s with 64 open."""
-    loads = {"bare": Load(engine[1]), "gateway": Load(gateway[1])}
-    low, rps, cpu_ms = {}, {}, {}
-    for name, load in loads.items():
+async def report_requests(engine: Server, fronts: Mapping[str, Server]) -> None:
+    """CPU per request, TTFT with one at a time, requests/s with 64 open. The bare engine runs one leg."""
+    loads = {name: (server, Load(server.port)) for name, server in {"bare": engine, **fronts}.items()}
+    low: dict[str, list[float]] = {}
+    rps, cpu_ms = {}, {}
+    for name, (_, load) in loads.items():
         await load.many(400, 32, SHORT)
         low[name] = sorted([await load.one(SHORT, i) for i in range(LOW_LOAD_REQUESTS)])
-    for name, load in loads.items():
-        process = gateway[0] if name == "gateway" else engine[0]
-        before = cpu_s(process.pid)
+    for name, (server, load) in loads.items():
+        before = server.cpu_s()
         rps[name] = SATURATION_REQUESTS / await load.many(SATURATION_REQUESTS, 64, SHORT)
-        cpu_ms[name] = (cpu_s(process.pid) - before) / SATURATION_REQUESTS * 1e3
-    print(
-        f"gateway CPU per 1,000 two-leg requests   {cpu_ms['gateway']:8.2f} s    "
-        f"({cpu_ms['gateway']:.3f} ms each)  bare engine, one leg {cpu_ms['bare']:.2f} s, "
-        f"x{cpu_ms['gateway'] / cpu_ms['bare']:.2f}"
-    )
+        cpu_ms[name] = (server.cpu_s() - before) / SATURATION_REQUESTS * 1e3
+    line("CPU of a two-leg request", "ms", cpu_ms, 3)
     for name, q in QUANTILES.items():
-        with_ms, bare_ms = quantile(low["gateway"], q) * 1e3, quantile(low["bare"], q) * 1e3
-        print(
-            f"TTFT {name}, one request at a time        {with_ms:8.3f} ms   "
-            f"(added {with_ms - bare_ms:.3f} ms)   bare {bare_ms:.3f} ms, x{with_ms / bare_ms:.2f}"
-        )
-    print(
-        f"requests/s, 64 open, two tokens each     {rps['gateway']:8.0f}                    "
-        f"bare, one leg {rps['bare']:.0f}, x{rps['gateway'] / rps['bare']:.2f}"
-    )
+        ttft_ms = {front: quantile(each, q) * 1e3 for front, each in low.items()}
+        line(f"TTFT {name}, one request at a time", "ms", ttft_ms, 3)
+    line("requests/s, 64 open, two tokens each", "1/s", rps, 0)
 
 
 async def serve_gateway(url: str) -> None:
@@ -177,4 +235,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["gateway"]:
         uvloop.run(serve_gateway(sys.argv[2]))
     else:
-        uvloop.run(measure())
+        parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+        parser.add_argument("--router", default=shutil.which("vllm-router"), help="vLLM's router (a program)")
+        uvloop.run(measure(parser.parse_args().router))
