@@ -17,7 +17,7 @@ import pytest
 from tidegate.core.errors import EngineUnreachable, TidegateError
 from tidegate.core.slo import Slo
 from tidegate.dataplane.replica import Replica
-from tidegate.engines.emulated import pump
+from tidegate.engines.emulated import event_timer
 from tidegate.engines.emulated.host import EmulatedInstance, Host
 from tidegate.engines.seam import KvHandle, Leg, LegEnd, LegTimes, TokensSink
 from tidegate.engines.serving.types import GenerateRequest, KvSource, Output, SamplingParams
@@ -207,7 +207,7 @@ class VirtualGateway:
         *,
         journal_inputs: bool = False,
     ) -> None:
-        patch.setattr(pump, "_TICK_S", 1e-9)  # else events are told to the millisecond
+        patch.setattr(event_timer, "_TICK_S", 1e-9)  # else events are told to the millisecond
         patch.setattr(dispatcher_module, "connect", lambda member, _: Upstream(member, self._engine(member)))
         self._replicas = replicas
         self._order = order
@@ -237,7 +237,7 @@ class VirtualGateway:
         for change in changes:
             loop.call_at(change.at_s, self._change, change)
         await asyncio.gather(*tasks)
-        self.host.pump.stop()
+        self.host.timer.stop()
         self.dispatcher.stopping = True
         await self.dispatcher.stop()
 
@@ -257,11 +257,11 @@ class VirtualGateway:
             self.outcomes[call.id] = "ok"
 
     def _change(self, change: Change) -> None:
-        place = self.host.places[change.instance]
+        place = self.host.instances[change.instance]
         if change.up:
             self.dispatcher.member_up(self._member(change.instance))
             return
-        self.host.pump.catch_up()
+        self.host.timer.catch_up()
         self.dispatcher.member_down(place.replica.instance.id, "died")
         for request_id in list(place.legs):
             self.host.abort(place, request_id)
@@ -274,7 +274,7 @@ class VirtualGateway:
         return Member(replica.instance, "", "model", name, replica.profile, kind="emulated")
 
     def _engine(self, member: Member) -> HostEngine:
-        place = next(p for p in self.host.places if p.replica.instance.id == member.instance.id)
+        place = next(p for p in self.host.instances if p.replica.instance.id == member.instance.id)
         return HostEngine(self.host, place)
 
 

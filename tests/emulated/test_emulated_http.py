@@ -9,8 +9,7 @@ import pytest
 
 from tests.emulated.emulated_pair import OfTwo
 from tidegate.core.errors import BadRequest
-from tidegate.engines.emulated.made_up import answer
-from tidegate.engines.emulated.vocabulary import VOCAB_SIZE, Codec
+from tidegate.engines.emulated.vocabulary import VOCAB_SIZE, Codec, answer
 from tidegate.protocol.sse import SseParser
 
 PIN = {"do_remote_decode": True, "do_remote_prefill": False}

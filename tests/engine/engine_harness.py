@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tidegate.engines.embedded.engine import EmbeddedEngine, EngineConfig
+from tidegate.engines.embedded.engine import EmbeddedEngine
+from tidegate.engines.embedded.options import EngineConfig
 from tidegate.engines.embedded.tiny_model import Arch
 from tidegate.engines.serving.types import GenerateRequest, KvSource, Output, SamplingParams
 
@@ -81,7 +82,7 @@ class Driven:
 
     def assert_clean(self) -> None:
         """Nothing runs and every block is free."""
-        self.engine.check_integrity()
+        self.engine.scheduler.check_integrity()
         stats = self.engine.stats()
         assert (stats.running, stats.waiting, stats.loading, stats.pinned) == (0, 0, 0, 0)
         assert stats.free_blocks == stats.total_blocks
@@ -97,6 +98,9 @@ class HandPuller:
 
     def submit(self, source: KvSource, block_ids: list[int], done: Callable[[str | None, int], None]) -> None:
         self.jobs.append((source, block_ids, done))
+
+    def release(self, source: KvSource) -> None:
+        self.submit(source, [], lambda error, moved: None)
 
     def deliver(self, error: str | None = None) -> int:
         """Finish every submitted pull, all with ``error`` if given; return how many there were."""

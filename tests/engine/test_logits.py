@@ -85,7 +85,7 @@ def test_float64_prefill_and_decode_agree_to_rounding(tiny: MakeModel, arch: Arc
     prompt = prompt_of(90, seed=5)
     decoded = driven.run(request("decode", prompt, NEW))[0]
     by_decode = rows[NEW - 1]
-    driven.engine.forget_prefixes()
+    driven.engine.scheduler.pool.forget()
     driven.run(request("prefill", prompt + decoded.token_ids[:-1], 1))
     assert by_decode.dtype == torch.float64
     assert (rows[NEW] - by_decode).abs().max() < 1e-12

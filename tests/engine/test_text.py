@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tests.engine.engine_harness import Driven, MakeModel, prompt_of, request
 from tidegate.core.errors import ConfigError
-from tidegate.engines.embedded.detokenize import Detokenizer, load_tokenizer
-from tidegate.engines.embedded.progress import take_token
+from tidegate.engines.embedded.sequence import take_token
+from tidegate.engines.embedded.tokenizer import Detokenizer, load_tokenizer
 from tidegate.engines.serving.assembling import TextAssembler
 
 

@@ -20,7 +20,6 @@ from tidegate.engines.serving.delivery import OutputRouter
 from tidegate.engines.serving.generation import Parts
 from tidegate.engines.serving.metrics import ServerMetrics
 from tidegate.engines.serving.secret import LaunchSecret
-from tidegate.engines.serving.served import ServingFacts
 from tidegate.engines.serving.server import EngineServer
 from tidegate.engines.serving.types import (
     EngineStats,
@@ -29,6 +28,7 @@ from tidegate.engines.serving.types import (
     Output,
     PinnedKv,
     RequestTimes,
+    ServingFacts,
     TokenLogprob,
 )
 from tidegate.protocol.sse import SseParser
@@ -262,18 +262,6 @@ class CharCodec:
         return "".join(chr(token_id) for token_id in token_ids)
 
 
-class RecordingPuller:
-    """A KvPuller that only records what it was asked for."""
-
-    def __init__(self) -> None:
-        self.released: list[KvSource] = []
-
-    def submit(self, source: KvSource, block_ids: list[int], done: Callable[[str | None, int], None]) -> None:
-        assert block_ids == []
-        self.released.append(source)
-        done(None, 0)
-
-
 FACTS = ServingFacts(
     engine_id="engine-a",
     model="tiny",
@@ -292,7 +280,7 @@ class Served:
 
     def __init__(self, secret: str = "", api_key: str = "") -> None:
         self.engine = FakeEngine()
-        self.puller = RecordingPuller()
+        self.released: list[KvSource] = []
         router = OutputRouter(asyncio.get_running_loop())
         self.engine.sink = router.sink
         self.parts = Parts(
@@ -302,7 +290,7 @@ class Served:
             secret=LaunchSecret(secret),
             metrics=ServerMetrics(FACTS, self.engine.stats),
             router=router,
-            puller=self.puller,
+            release_source=self.released.append,
         )
         samples = [{"kind": "step", "batch": 1, "context_tokens": 16, "seconds": 0.001}]
         self.server = EngineServer(self.parts, api_key=api_key, profile_samples=samples)

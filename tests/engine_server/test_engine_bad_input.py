@@ -220,7 +220,7 @@ async def test_internal_use_needs_the_secret() -> None:
             async with served.client.get("/tidegate/stats", headers=headers) as response:
                 assert response.status == 403
         assert served.engine.requests == []
-        assert served.puller.released == []
+        assert served.released == []
         member = {"x-tidegate-secret": "s3cret"}
         assert (await served.post("/v1/completions", kv_ask, member))[0] == 200
         assert (await served.post("/tidegate/release", {"request_id": "x"}, member))[0] == 200

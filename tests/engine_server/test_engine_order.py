@@ -13,9 +13,10 @@ import pytest
 
 from tests.engine_server.engine_fakes import FACTS, until
 from tidegate.engines.dialect import DialectEngine
-from tidegate.engines.embedded.codec import TokenizerCodec
-from tidegate.engines.embedded.engine import EmbeddedEngine, EngineConfig
+from tidegate.engines.embedded.engine import EmbeddedEngine
+from tidegate.engines.embedded.options import EngineConfig
 from tidegate.engines.embedded.tiny_model import make_tiny_model
+from tidegate.engines.embedded.tokenizer import TokenizerCodec
 from tidegate.engines.seam import Leg, LegEnd
 from tidegate.engines.serving.delivery import OutputRouter
 from tidegate.engines.serving.generation import Parts
@@ -63,7 +64,7 @@ async def serving(engine: EmbeddedEngine) -> AsyncIterator[tuple[DialectEngine, 
         secret=LaunchSecret("s3"),
         metrics=ServerMetrics(FACTS, engine.stats),
         router=router,
-        puller=None,
+        release_source=lambda source: None,
     )
     server = EngineServer(parts, profile_samples=[])
     listener = socket.create_server(("127.0.0.1", 0))

@@ -17,8 +17,9 @@ import pytest
 
 from tests.engine_server.engine_fakes import MemoryStore, Pins, PullResult, source_for, wait_until
 from tidegate.core.errors import ConfigError
-from tidegate.engines.embedded.transfer import KvExporter, PeerPuller, PullOptions, TransferLimits
-from tidegate.engines.embedded.transfer_link import PeerLink
+from tidegate.engines.embedded.transfer import PeerLink, PeerPuller, PullOptions
+from tidegate.engines.embedded.transfer_export import KvExporter
+from tidegate.engines.embedded.transfer_wire import TransferLimits
 from tidegate.engines.serving.secret import LaunchSecret
 
 SECRET = LaunchSecret("launch-secret")
@@ -283,7 +284,7 @@ def test_a_peer_killed_in_mid_pull_is_an_error(tmp_path: Path) -> None:
             import sys, threading
             from tests.engine_server.engine_fakes import MemoryStore, Pins
             from tidegate.engines.serving.secret import LaunchSecret
-            from tidegate.engines.embedded.transfer import KvExporter
+            from tidegate.engines.embedded.transfer_export import KvExporter
             store, pins = MemoryStore(shared=False).fill(1), Pins()
             pins.pin("r1", (0, 1), 32)
             def reading(block_id):

@@ -1,4 +1,4 @@
-"""The seam between the gateway and any engine: legs in, tokens out."""
+"""The interface between the gateway and any engine: legs in, tokens out."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ Json = dict[str, Any]
 class KvHandle:
     """KV pinned on an instance after a leg, as the engine described it in ``params``.
 
-    ``owner`` is the ``Member.engine_id`` of the process that holds it: the handle is dead once that process
-    is gone. ``tokens`` says exactly how many tokens' KV it covers, from the start of the leg's prompt on.
-    ``expires_s`` is when its lease ends, in the event loop's time; inf where the owner itself refuses late
-    pulls.
+    ``owner`` is the ``Member.engine_id`` of the process that holds it, with which it ends. It covers exactly
+    the first ``tokens`` of the leg's prompt. Its lease ends at ``expires_s`` of the event loop's time; inf
+    where the owner itself refuses late pulls.
     """
 
     params: Json
@@ -94,9 +93,8 @@ class Engine(Protocol):
     async def run(self, leg: Leg, sink: TokensSink, *, deadline_s: float) -> LegEnd:
         """Run a leg to its end. Cancelling aborts it on the engine.
 
-        Raises a ClientError when the engine refuses the request itself, EngineUnreachable,
-        EngineTimeout or EngineFault when the leg failed and another instance may try, KvLost when it may be
-        tried without its handle.
+        Raises a ClientError when the engine refuses the request itself; EngineUnreachable, EngineTimeout or
+        EngineFault when another instance may try; KvLost when it may be tried without its handle.
         """
         ...
 

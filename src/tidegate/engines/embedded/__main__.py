@@ -16,10 +16,15 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tidegate.core.errors import ConfigError, SetupError
-from tidegate.engines.embedded.options import Options, check_setup, parse_options
-from tidegate.engines.serving.lifetime import exit_when_a_thread_dies, exit_with_parent
-from tidegate.engines.serving.process import announce, bind, log_to_stderr, stop_signal
+from tidegate.core.errors import ConfigError
+from tidegate.engines.embedded.options import EngineConfig, Options, check_setup, parse_options
+from tidegate.engines.serving.process import (
+    announce,
+    bind,
+    exit_when_a_thread_dies,
+    run_process,
+    stop_signal,
+)
 from tidegate.engines.serving.secret import LaunchSecret
 
 if TYPE_CHECKING:
@@ -35,49 +40,30 @@ SWITCH_INTERVAL_S = 0.001
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one instance; return the exit status: 0 after SIGTERM, 2 for a wrong setup."""
     options = parse_options(argv)
-    log_to_stderr(options.log_level, options.engine_id)
-    if options.exit_with_parent:
-        exit_with_parent()
-    try:
+
+    def run() -> None:
         secret = LaunchSecret.from_environment(os.environ, options.secret_file)
         check_setup(options, secret)
         listener = bind(options.host, options.port)
         engine, samples = _load(options)
-        return _serve(options, engine, samples, secret, listener)
-    except SetupError as error:
-        log.error("%s", error.message)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+        _serve(options, engine, samples, secret, listener)
+
+    name = options.engine.engine_id
+    return run_process(run, options.log_level, name, with_parent=options.exit_with_parent)
 
 
 def _load(options: Options) -> tuple[EmbeddedEngine, list[dict[str, Any]]]:
-    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    os.environ["OMP_NUM_THREADS"] = str(options.engine.threads)
     start_s = time.monotonic()
     # transformers imports scipy, where it finds it, for the losses of detection models: half a second
     # and 30 MB that serving has no use for.
     sys.modules["scipy"] = None  # type: ignore[assignment]
-    from tidegate.engines.embedded.engine import EmbeddedEngine, EngineConfig
+    from tidegate.engines.embedded.engine import EmbeddedEngine
     from tidegate.engines.embedded.self_profile import self_profile
 
     imported_s = time.monotonic()
-    engine = EmbeddedEngine(
-        EngineConfig(
-            model=options.model,
-            engine_id=options.engine_id,
-            dtype=options.dtype,  # type: ignore[arg-type]  # argparse has checked it
-            device=options.device,
-            block_tokens=options.block_tokens,
-            kv_cache_bytes=options.kv_memory_mb << 20,
-            max_model_len=options.max_model_len,
-            max_batch_tokens=options.max_batch_tokens,
-            max_num_seqs=options.max_num_seqs,
-            order=options.order,
-            lease_s=options.lease_s,
-            torch_threads=options.threads,
-        )
-    )
-    _check_length(options, engine)
+    engine = EmbeddedEngine(options.engine)
+    _check_length(options.engine, engine)
     loaded_s = time.monotonic()
     samples = self_profile(engine) if options.self_profile else []
     log.info(
@@ -89,8 +75,8 @@ def _load(options: Options) -> tuple[EmbeddedEngine, list[dict[str, Any]]]:
     return engine, samples
 
 
-def _check_length(options: Options, engine: EmbeddedEngine) -> None:
-    asked = options.max_model_len
+def _check_length(config: EngineConfig, engine: EmbeddedEngine) -> None:
+    asked = config.max_model_len
     if asked is None:
         return
     if asked > engine.info.max_model_len:
@@ -99,7 +85,7 @@ def _check_length(options: Options, engine: EmbeddedEngine) -> None:
         )
     if asked > engine.max_model_len:
         raise ConfigError(
-            f"--kv-memory-mb {options.kv_memory_mb} holds {engine.max_model_len} tokens of KV; "
+            f"--kv-memory-mb {config.kv_memory_mb} holds {engine.max_model_len} tokens of KV; "
             f"--max-model-len {asked} needs more"
         )
 
@@ -110,7 +96,7 @@ def _serve(
     samples: list[dict[str, Any]],
     secret: LaunchSecret,
     listener: socket.socket,
-) -> int:
+) -> None:
     import uvloop
 
     from tidegate.engines.embedded.instance import EmbeddedInstance
@@ -133,7 +119,6 @@ def _serve(
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run())
-    return 0
 
 
 if __name__ == "__main__":

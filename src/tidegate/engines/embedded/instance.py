@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 import socket
 from pathlib import Path
 from typing import Any
 
-from tidegate.engines.embedded.codec import TokenizerCodec
 from tidegate.engines.embedded.engine import EmbeddedEngine
 from tidegate.engines.embedded.options import Options
-from tidegate.engines.embedded.transfer import KvExporter, PeerPuller, PullOptions
+from tidegate.engines.embedded.tokenizer import TokenizerCodec
+from tidegate.engines.embedded.transfer import PeerPuller, PullOptions
+from tidegate.engines.embedded.transfer_export import KvExporter
 from tidegate.engines.serving.delivery import OutputRouter
 from tidegate.engines.serving.generation import Parts
 from tidegate.engines.serving.metrics import ServerMetrics
 from tidegate.engines.serving.secret import LaunchSecret
-from tidegate.engines.serving.served import ServingFacts
 from tidegate.engines.serving.server import EngineServer
+from tidegate.engines.serving.types import ServingFacts
 
 _PIECE_BYTES = 64 << 10
 _PIECES = 1024
@@ -32,17 +32,18 @@ class EmbeddedInstance:
         self, options: Options, engine: EmbeddedEngine, samples: list[dict[str, Any]], secret: LaunchSecret
     ) -> None:
         """Bind the KV channel. Raises ConfigError for a remote ``kv_host`` without a secret."""
-        weights = weights_id(options.model, str(engine.info.kv.dtype))
+        config = options.engine
+        weights = weights_id(config.model, str(engine.info.kv.dtype))
         self._samples = samples
         self._engine = engine
         self._exporter = KvExporter(
-            engine, engine.store, secret, engine_id=options.engine_id, model=weights, host=options.kv_host
+            engine.pins, engine.store, secret, engine_id=config.engine_id, model=weights, host=options.kv_host
         )
         self._puller = PeerPuller(
             engine.store, PullOptions(secret, weights, shared_memory=options.shared_memory)
         )
         self._facts = ServingFacts(
-            engine_id=options.engine_id,
+            engine_id=config.engine_id,
             model=options.served_model_name,
             max_model_len=engine.max_model_len,
             vocab_size=engine.info.vocab_size,
@@ -60,13 +61,13 @@ class EmbeddedInstance:
             secret=secret,
             metrics=ServerMetrics(self._facts, engine.stats),
             router=self._router,
-            puller=self._puller,
+            release_source=self._puller.release,
         )
         self._server = EngineServer(parts, api_key=options.api_key, profile_samples=samples)
 
     async def start(self, listener: socket.socket) -> None:
         """Compute, export and serve."""
-        self._engine.connect(self._puller)
+        self._engine.scheduler.puller = self._puller
         self._engine.start(self._router.sink)
         self._exporter.start()
         await self._server.start(listener)
@@ -80,20 +81,8 @@ class EmbeddedInstance:
 
     def announcement(self, listener: socket.socket) -> dict[str, Any]:
         """Return the ready line's content."""
-        facts = self._facts
-        return {
-            "event": "ready",
-            "port": listener.getsockname()[1],
-            "kv_port": facts.kv_port,
-            "engine_id": facts.engine_id,
-            "pid": os.getpid(),
-            "model": facts.model,
-            "max_model_len": facts.max_model_len,
-            "kv_capacity_tokens": facts.kv_capacity_tokens,
-            "block_tokens": facts.block_tokens,
-            "kv_bytes_per_token": facts.kv_bytes_per_token,
-            "profile_samples": self._samples,
-        }
+        line = self._facts.announcement(listener.getsockname()[1])
+        return line | {"profile_samples": self._samples}
 
 
 def weights_id(folder: Path, kv_dtype: str) -> str:

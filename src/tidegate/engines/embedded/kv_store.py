@@ -32,7 +32,7 @@ class KvShape:
 
 
 class PagedKvStore:
-    """The KvStore of ``types``: ``total_blocks`` blocks of ``block_tokens`` tokens of every layer."""
+    """A KvStore of ``total_blocks`` blocks of ``block_tokens`` tokens of every layer."""
 
     def __init__(self, shape: KvShape, total_blocks: int, block_tokens: int, device: torch.device) -> None:
         if total_blocks < 1 or block_tokens < 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,15 +20,7 @@ from transformers.utils import logging as hf_logging
 from tidegate.core.errors import ConfigError
 from tidegate.engines.embedded import attention
 from tidegate.engines.embedded.kv_store import KvShape
-
-DtypeName = Literal["auto", "float32", "float64", "bfloat16", "float16"]
-
-_DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+from tidegate.engines.embedded.options import DTYPES
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +48,7 @@ class LoadedModel:
     device: torch.device
 
 
-def load_model(folder: str | Path, dtype: DtypeName = "auto", device: str = "cpu") -> LoadedModel:
+def load_model(folder: str | Path, dtype: str = "auto", device: str = "cpu") -> LoadedModel:
     """Load weights and configuration from ``folder``; nothing is fetched from a network.
 
     Raises ``ConfigError`` when the folder, the dtype, the device or the architecture does not fit.
@@ -64,8 +56,8 @@ def load_model(folder: str | Path, dtype: DtypeName = "auto", device: str = "cpu
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} is not a model folder: it has no config.json")
-    if dtype != "auto" and dtype not in _DTYPES:
-        raise ConfigError(f"unknown dtype {dtype!r}; known: auto, {', '.join(_DTYPES)}")
+    if dtype not in DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device {device!r} is asked for, but torch sees no CUDA device")
     attention.register()
@@ -75,7 +67,7 @@ def load_model(folder: str | Path, dtype: DtypeName = "auto", device: str = "cpu
     module: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
-        dtype="auto" if dtype == "auto" else _DTYPES[dtype],
+        dtype="auto" if dtype == "auto" else getattr(torch, dtype),
         attn_implementation=attention.IMPLEMENTATION,
         local_files_only=True,
     )

@@ -10,7 +10,7 @@ from tidegate.engines.serving.types import PinnedKv
 
 
 class Pins:
-    """The PinBook of ``types``. Any thread may ask and release; only the compute thread pins and collects.
+    """The pins of an instance. Any thread may ask and release; only the compute thread pins and collects.
 
     A released or expired pin's blocks stay untouched until the compute thread collects them, so a
     ``release`` that answers True vouches for everything read before it.

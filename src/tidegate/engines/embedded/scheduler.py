@@ -15,11 +15,12 @@ from functools import partial
 from tidegate.core.clock import Clock
 from tidegate.core.slo import Slo
 from tidegate.engines.embedded.blocks import BlockPool, extend_keys
+from tidegate.engines.embedded.options import EngineConfig
 from tidegate.engines.embedded.pins import Pins
 from tidegate.engines.embedded.runner import Batch, Chunk
 from tidegate.engines.embedded.sequence import TokenSequence
 from tidegate.engines.serving.types import Counters, KvPuller, KvSource, PinnedKv
-from tidegate.policies.order import Order, Ticket, WaitingQueue
+from tidegate.policies.order import Ticket, WaitingQueue, make_order
 
 log = logging.getLogger(__name__)
 
@@ -46,24 +47,18 @@ class BatchScheduler:
         pins: Pins,
         clock: Clock,
         load_done: LoadDone,
-        *,
-        engine_id: str,
-        max_batch_tokens: int,
-        max_num_seqs: int,
-        order: Order,
+        config: EngineConfig,
     ) -> None:
         self.pool = pool
         self.pins = pins
-        self.waiting: WaitingQueue[TokenSequence] = order.queue()
+        self.waiting: WaitingQueue[TokenSequence] = make_order(config.order).queue()
         self.running: list[TokenSequence] = []
         self.loading: list[TokenSequence] = []
         self.counters = Counters()
         self.puller: KvPuller | None = None
         self._clock = clock
         self._load_done = load_done
-        self._engine_id = engine_id
-        self._max_batch_tokens = max_batch_tokens
-        self._max_num_seqs = max_num_seqs
+        self._config = config
         self._fresh: list[int] = []
         self._reserve = int(_RESERVE * pool.total_blocks)
 
@@ -85,7 +80,7 @@ class BatchScheduler:
         self._fresh = []
         self._make_room()
         singles = [sequence for sequence in self.running if sequence.pending == 1]
-        budget = self._max_batch_tokens - len(singles)
+        budget = self._config.max_batch_tokens - len(singles)
         chunks = []
         for begun in self.running:
             if begun.pending > 1 and budget > 0:
@@ -192,14 +187,14 @@ class BatchScheduler:
 
     def _admit(self, sequence: TokenSequence) -> bool:
         """Give the head of the queue its blocks; False, with nothing changed, when there is no room."""
-        if len(self.running) + len(self.loading) >= self._max_num_seqs:
+        if len(self.running) + len(self.loading) >= self._config.max_num_seqs:
             return False
         block_tokens = self.pool.block_tokens
         most = len(sequence.tokens) - 1
         extend_keys(sequence.keys, sequence.root, sequence.tokens, block_tokens, most)
         hits = self.pool.lookup(sequence.keys[: most // block_tokens])
         source = sequence.request.source if sequence.try_source else None
-        if source is not None and source.engine_id == self._engine_id:
+        if source is not None and source.engine_id == self._config.engine_id:
             pin = self.pins.pinned(source.request_id)
             if pin is not None and source.block_ids == pin.block_ids[: len(source.block_ids)]:
                 return self._adopt(sequence, pin, source.num_tokens)
@@ -304,10 +299,10 @@ class BatchScheduler:
         if source is None or not sequence.try_source:
             return
         sequence.try_source = False
-        if source.engine_id == self._engine_id:
+        if source.engine_id == self._config.engine_id:
             self.pins.release(source.request_id)
         elif self.puller is not None:
-            self.puller.submit(source, [], _ignore)
+            self.puller.release(source)
 
     def _publish(self, sequence: TokenSequence) -> None:
         """Make the sequence's newly completed blocks findable."""
@@ -319,7 +314,3 @@ class BatchScheduler:
             for index in range(sequence.published, full):
                 self.pool.publish(sequence.blocks[index], sequence.keys[index])
             sequence.published = full
-
-
-def _ignore(error: str | None, moved_bytes: int) -> None:
-    """Take no notice of how releasing a peer's pin went: its lease ends it anyway."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -31,7 +32,7 @@ def self_profile(engine: EmbeddedEngine, budget_s: float = 1.0) -> list[dict[str
     counters are afterwards as before. Raises SetupError when a step fails: an engine that cannot
     compute its model must not announce itself.
     """
-    before = engine.counters()
+    before = replace(engine.scheduler.counters)
     rng = random.Random(0)
     _prefill(engine, rng, 16, 0)
     samples: list[dict[str, Any]] = []
@@ -46,9 +47,10 @@ def self_profile(engine: EmbeddedEngine, budget_s: float = 1.0) -> list[dict[str
         if measured and time.perf_counter() - start > budget_s / 2:
             break
         samples.extend(_steps(engine, rng, batch, context))
-    engine.forget_prefixes()
-    engine.check_integrity()
-    engine.reset_counters(before)
+    engine.scheduler.pool.forget()
+    engine.scheduler.check_integrity()
+    engine.scheduler.counters = before
+    engine.step()  # its statistics show the counters
     return samples
 
 
@@ -94,7 +96,7 @@ def _steps(engine: EmbeddedEngine, rng: random.Random, batch: int, context: int)
         yield {"kind": "step", "batch": batch, "context_tokens": context + 1 + step, "seconds": seconds}
     _drain(engine)
     # The prefix cache would otherwise vouch for KV that nobody computed.
-    engine.forget_prefixes()
+    engine.scheduler.pool.forget()
 
 
 def _drain(engine: EmbeddedEngine) -> None:

@@ -8,22 +8,167 @@ held throughout makes the copy valid.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
+import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from tidegate.engines.embedded.transfer_export import KvExporter
-from tidegate.engines.embedded.transfer_link import Address, PeerLink, PullOptions, PullRefused
-from tidegate.engines.embedded.transfer_wire import TransferFailed, TransferLimits, TransferTimedOut
-from tidegate.engines.embedded.types import KvStore
+from tidegate.engines.embedded.transfer_wire import (
+    STREAM_CHUNK_BYTES,
+    ExporterFacts,
+    KvSocket,
+    KvStore,
+    MappedStore,
+    TransferFailed,
+    TransferLimits,
+    TransferTimedOut,
+    greet_exporter,
+    map_store,
+)
+from tidegate.engines.serving.secret import LaunchSecret, is_loopback
 from tidegate.engines.serving.types import KvSource
 
-__all__ = ["KvExporter", "PeerPuller", "PullOptions", "TransferFailed", "TransferLimits"]
-
 log = logging.getLogger(__name__)
+
+Address = tuple[str, int]
+
+
+class PullRefused(TransferFailed):
+    """The peer, or the comparison with the peer's layout, says no; the connection itself is fine."""
+
+
+@dataclass(frozen=True, slots=True)
+class PullOptions:
+    """What all pulls of an instance share. ``model`` must equal the exporter's."""
+
+    secret: LaunchSecret
+    model: str = ""
+    limits: TransferLimits = field(default_factory=TransferLimits)
+    shared_memory: bool = True
+
+
+class PeerLink:
+    """One connection past the handshake, with the peer's mapped store if there is one.
+
+    A pull is ``ask``, ``copy``, ``release`` in this order. Every method raises TransferFailed;
+    after anything but PullRefused the link is of no further use.
+    """
+
+    def __init__(self, wire: KvSocket, facts: ExporterFacts, options: PullOptions) -> None:
+        self._wire = wire
+        self._facts = facts
+        self._options = options
+        self._mapped: MappedStore | None = map_store(facts) if options.shared_memory else None
+
+    @classmethod
+    def open(cls, address: Address, options: PullOptions) -> PeerLink:
+        """Connect and shake hands."""
+        if not options.secret and not is_loopback(address[0]):
+            raise TransferFailed("without a launch secret KV is pulled from loopback only")
+        limits = options.limits
+        try:
+            sock = socket.create_connection(address, limits.connect_s)
+        except (OSError, OverflowError, UnicodeError) as error:
+            why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise TransferFailed(f"cannot connect: {why}") from None
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        wire = KvSocket(sock, limits.read_s)
+        try:
+            wire.limit(limits.read_s)
+            facts = greet_exporter(wire, options.secret)
+        except TransferFailed:
+            wire.close()
+            raise
+        return cls(wire, facts, options)
+
+    def ask(self, source: KvSource, count: int, store: KvStore) -> None:
+        """Ask for the first ``count`` blocks of ``source``; with 0 release the pin and nothing else.
+
+        Starts the pull's deadline. A pull that cannot fit ``store`` releases the pin and is refused.
+        """
+        self._wire.limit(self._options.limits.pull_s)
+        if count == 0:
+            self.release(source.request_id)
+            return
+        misfit = self._misfit(source, count, store)
+        if misfit:
+            self.release(source.request_id)
+            raise PullRefused(misfit)
+        self._wire.send(
+            {
+                "op": "pull",
+                "request_id": source.request_id,
+                "engine_id": source.engine_id,
+                "block_ids": list(source.block_ids[:count]),
+                "stream": self._mapped is None,
+            }
+        )
+        answer = self._wire.receive()
+        if answer.get("ok") is not True:
+            raise PullRefused(str(answer.get("error")))
+
+    def copy(self, source: KvSource, ours: list[int], store: KvStore) -> int:
+        """Copy the blocks that ``ask`` asked for into ``ours``; return the bytes moved."""
+        if self._mapped is None:
+            self._copy_stream(ours, store)
+        else:
+            self._copy_mapped(self._mapped, source, ours, store)
+        return len(ours) * store.block_bytes
+
+    def release(self, request_id: str) -> bool:
+        """Have the peer unpin; True when the pin held until now."""
+        self._wire.send({"op": "release", "request_id": request_id})
+        return self._wire.receive().get("valid") is True
+
+    def interrupt(self) -> None:
+        """Break the connection, from any thread."""
+        self._wire.close()
+
+    def close(self) -> None:
+        """Close the connection and the mapping; only the thread that copies may."""
+        self._wire.close()
+        if self._mapped is not None:
+            self._mapped.close()
+            self._mapped = None
+
+    def _copy_mapped(self, mapped: MappedStore, source: KvSource, ours: list[int], store: KvStore) -> None:
+        try:
+            for theirs, target in zip(source.block_ids, ours, strict=False):
+                with mapped.read_block(theirs) as view:
+                    store.write_block(target, view)
+        except Exception:
+            with contextlib.suppress(TransferFailed):
+                self.release(source.request_id)
+            raise
+
+    def _copy_stream(self, ours: list[int], store: KvStore) -> None:
+        size = store.block_bytes
+        at_once = max(1, STREAM_CHUNK_BYTES // size)
+        buffer = memoryview(bytearray(min(at_once, len(ours)) * size))
+        for start in range(0, len(ours), at_once):
+            targets = ours[start : start + at_once]
+            self._wire.receive_into(buffer[: len(targets) * size])
+            for index, target in enumerate(targets):
+                store.write_block(target, buffer[index * size : (index + 1) * size])
+
+    def _misfit(self, source: KvSource, count: int, store: KvStore) -> str | None:
+        """Say why the peer's blocks cannot be used here, or return None."""
+        facts = self._facts
+        if (facts.block_bytes, facts.block_tokens) != (store.block_bytes, store.block_tokens):
+            return (
+                f"the peer's blocks are {facts.block_bytes} bytes for {facts.block_tokens} tokens, "
+                f"ours {store.block_bytes} for {store.block_tokens}"
+            )
+        if facts.model != self._options.model:
+            return "the peer serves another model or KV layout"
+        if len(source.block_ids) < count:
+            return f"the handle has {len(source.block_ids)} blocks; {count} are needed"
+        return None
+
 
 Done = Callable[[str | None, int], None]
 
@@ -37,22 +182,20 @@ class _Job:
 
 
 class PeerPuller:
-    """A KvPuller over the KV channel. ``submit`` never blocks; ``done`` is never called twice at once.
+    """A KvPuller over the KV channel. ``submit`` never blocks.
 
-    A pull always ends by releasing the peer's pin if the peer can be reached, also when the copy
-    failed or when nobody wants the blocks any more. Without blocks ``submit`` only releases.
+    A pull always ends by releasing the peer's pin if the peer can be reached, also when the copy failed.
     """
 
     def __init__(self, store: KvStore, options: PullOptions) -> None:
         self._store = store
         self._options = options
         self._lock = threading.Lock()
-        self._done_lock = threading.Lock()
         self._workers: dict[Address, _PeerWorker] = {}
         self._closed = False
 
     def submit(self, source: KvSource, block_ids: list[int], done: Done) -> None:
-        job = _Job(source, block_ids, self._serialised(done), time.monotonic())
+        job = _Job(source, block_ids, done, time.monotonic())
         address = (source.host, source.port)
         with self._lock:
             worker = self._workers.get(address)
@@ -63,7 +206,10 @@ class PeerPuller:
                     worker.offer(job)
                     worker.start()
                 return
-        job.done("the instance is shutting down", 0)
+        done("the instance is shutting down", 0)
+
+    def release(self, source: KvSource) -> None:
+        self.submit(source, [], lambda error, moved: None)
 
     def close(self, wait_s: float = 2.0) -> None:
         """Finish what is queued, for at most ``wait_s``, then drop the connections."""
@@ -78,18 +224,12 @@ class PeerPuller:
         for worker in workers:
             worker.drop()
 
-    def _serialised(self, done: Done) -> Done:
-        def call(error: str | None, moved: int) -> None:
-            with self._done_lock:
-                done(error, moved)
 
-        return call
-
-
-class _PeerWorker:
-    """The transfer thread of one peer. Retires itself, with its connection, after an idle spell."""
+class _PeerWorker(threading.Thread):
+    """The transfer thread of one peer. Ends, with its connection, after ``idle_s`` without a job."""
 
     def __init__(self, address: Address, store: KvStore, options: PullOptions) -> None:
+        super().__init__(name=f"kv-pull-{address[0]}:{address[1]}", daemon=True)
         self._address = address
         self._store = store
         self._options = options
@@ -98,12 +238,6 @@ class _PeerWorker:
         self._retired = False
         self._link: PeerLink | None = None
         self._unreachable: tuple[float, str] = (float("-inf"), "")
-        self._thread = threading.Thread(
-            target=self._run, name=f"kv-pull-{address[0]}:{address[1]}", daemon=True
-        )
-
-    def start(self) -> None:
-        self._thread.start()
 
     def offer(self, job: _Job) -> bool:
         """Queue a job; False when the worker has retired."""
@@ -119,16 +253,13 @@ class _PeerWorker:
                 self._retired = True
                 self._jobs.put(None)
 
-    def join(self, timeout_s: float) -> None:
-        self._thread.join(timeout_s)
-
     def drop(self) -> None:
         """Break the connection; a pull under way fails."""
         link = self._link
         if link is not None:
             link.interrupt()
 
-    def _run(self) -> None:
+    def run(self) -> None:
         while (job := self._next()) is not None:
             error, moved = self._attempt(job)
             if error is not None:
@@ -154,18 +285,20 @@ class _PeerWorker:
         where = f"{self._address[0]}:{self._address[1]}"
         try:
             return None, self._pull(job)
+        except PullRefused as failure:
+            why = failure.message
         except TransferFailed as failure:
-            if not isinstance(failure, PullRefused):
-                self._forget_link()
-            return f"pulling KV from {job.source.engine_id} at {where}: {failure.message}", 0
+            self._forget_link()
+            why = failure.message
         except Exception as error:
             log.exception("pulling KV from %s failed", where)
             self._forget_link()
-            return f"pulling KV from {job.source.engine_id} at {where}: {error!r}", 0
+            why = repr(error)
+        return f"pulling KV from {job.source.engine_id} at {where}: {why}", 0
 
     def _pull(self, job: _Job) -> int:
-        source, count = job.source, len(job.block_ids)
-        link = self._asked(source, count)
+        source = job.source
+        link = self._asked(source, len(job.block_ids))
         if not job.block_ids:
             return 0
         moved = link.copy(source, job.block_ids, self._store)

@@ -1,4 +1,4 @@
-"""The KV channel's wire: frames, deadlines and the mutual handshake.
+"""The KV channel between two instances: frames, deadlines, the mutual handshake, shared memory.
 
     exporter -> puller   {"kv": 1, "nonce": S}
     puller -> exporter   {"nonce": P, "proof": MAC("puller", S, P)}
@@ -12,12 +12,15 @@ encrypt: the channel is meant for loopback and private networks.
 from __future__ import annotations
 
 import contextlib
+import mmap
+import os
 import secrets
 import socket
 import struct
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import orjson
 
@@ -29,13 +32,35 @@ FRAME_BYTES = 16 << 20
 STREAM_CHUNK_BYTES = 1 << 20
 NONCE_BYTES = 32
 _LENGTH = struct.Struct("!I")
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class KvStore(Protocol):
+    """The paged KV memory of an instance, as the transfer sees it.
+
+    A block is one contiguous run of ``block_bytes`` bytes: ``block_tokens`` tokens of every layer.
+    """
+
+    block_tokens: int
+    block_bytes: int
+    total_blocks: int
+
+    @property
+    def memory_fd(self) -> int | None:
+        """A file descriptor whose mapping is the whole store (blocks in order), or None (CUDA)."""
+        ...
+
+    def read_block(self, block_id: int) -> memoryview:
+        """Return the bytes of one block (a view on CPU, a staged copy on CUDA)."""
+        ...
+
+    def write_block(self, block_id: int, data: memoryview) -> None:
+        """Overwrite one block."""
+        ...
 
 
 class TransferFailed(Exception):
-    """A pull failed; its blocks must not be used.
-
-    Outside the one error tree: it stays inside the KV channel, whose callers get ``message``.
-    """
+    """A pull failed; its blocks must not be used. Callers of the KV channel get ``message``."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -60,8 +85,8 @@ class TransferLimits:
 class ExporterFacts:
     """What an exporter says about itself after the handshake.
 
-    ``model`` identifies weights and KV layout; ``fd`` (with ``pid``, ``boot_id``, ``device`` and
-    ``inode``) identifies the memory to map, or is None when there is none.
+    ``model`` identifies weights and KV layout; ``fd``, with what follows ``total_blocks``, the memory to
+    map, or None when there is none.
     """
 
     engine_id: str
@@ -187,3 +212,73 @@ def _broken(error: OSError) -> TransferFailed:
     if isinstance(error, TimeoutError):
         return TransferTimedOut("the peer did not answer in time")
     return TransferFailed(f"the connection broke: {error.strerror or type(error).__name__}")
+
+
+def describe_store(store: KvStore, *, engine_id: str, model: str) -> ExporterFacts:
+    """Return the facts of an exporter of ``store``, with the identity of its memory if it has an fd."""
+    fd = store.memory_fd
+    stat = None if fd is None else os.fstat(fd)
+    return ExporterFacts(
+        engine_id=engine_id,
+        model=model,
+        block_bytes=store.block_bytes,
+        block_tokens=store.block_tokens,
+        total_blocks=store.total_blocks,
+        pid=os.getpid(),
+        boot_id=_boot_id(),
+        fd=fd,
+        device=0 if stat is None else stat.st_dev,
+        inode=0 if stat is None else stat.st_ino,
+    )
+
+
+class MappedStore:
+    """A peer's store, mapped read-only. The mapping outlives the peer, so contents may be stale:
+    the peer's answer to RELEASE says whether what was read is valid."""
+
+    __slots__ = ("_block_bytes", "_map", "_view")
+
+    def __init__(self, mapping: mmap.mmap, block_bytes: int) -> None:
+        self._map = mapping
+        self._view = memoryview(mapping)
+        self._block_bytes = block_bytes
+
+    def read_block(self, block_id: int) -> memoryview:
+        """Return the bytes of one block of the peer; release the view before ``close``."""
+        start = block_id * self._block_bytes
+        return self._view[start : start + self._block_bytes]
+
+    def close(self) -> None:
+        self._view.release()
+        self._map.close()
+
+
+def map_store(facts: ExporterFacts) -> MappedStore | None:
+    """Map the exporter's store, or return None when it is not reachable as shared memory.
+
+    Process ids mean something only inside one kernel and one pid namespace, so the opened file
+    counts only if boot id, device, inode and size are those the exporter names.
+    """
+    if facts.fd is None or not facts.boot_id or facts.boot_id != _boot_id():
+        return None
+    size = facts.total_blocks * facts.block_bytes
+    try:
+        fd = os.open(f"/proc/{facts.pid}/fd/{facts.fd}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        stat = os.fstat(fd)
+        if (stat.st_dev, stat.st_ino) != (facts.device, facts.inode) or stat.st_size < size:
+            return None
+        return MappedStore(mmap.mmap(fd, size, prot=mmap.PROT_READ), facts.block_bytes)
+    except (OSError, ValueError):
+        return None
+    finally:
+        os.close(fd)
+
+
+def _boot_id() -> str:
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return ""

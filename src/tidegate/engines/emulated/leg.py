@@ -1,12 +1,11 @@
-"""One leg of a request inside an emulated instance: which tokens it says, and when it got them."""
+"""One leg of a request inside an emulated instance: its tokens, and when it got them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from tidegate.dataplane.sequence import Pin, SimSequence
-from tidegate.engines.emulated.made_up import answer, block_ids
-from tidegate.engines.emulated.vocabulary import pieces
+from tidegate.engines.emulated.vocabulary import answer, block_ids, pieces
 from tidegate.engines.serving.assembling import ByteDecoder, TextAssembler, say_token
 from tidegate.engines.serving.types import GenerateRequest, Output, PinnedKv, RequestTimes, TokenLogprob
 
@@ -18,7 +17,7 @@ _NO_EOS: frozenset[int] = frozenset()
 class EmulatedLeg:
     """State of a leg. ``sequence`` is what the instance sees of it; times are those of its events.
 
-    ``said`` collects what was not delivered yet, ``tokens`` are all that the leg is going to say, and
+    ``pending`` collects what was not delivered yet, ``tokens`` are all that the leg generates, and
     ``loaded_tokens`` come with a pull.
     """
 
@@ -27,41 +26,37 @@ class EmulatedLeg:
     tokens: list[int]
     text: TextAssembler
     submitted_s: float
-    said: Output
+    pending: Output
     new_tokens: int = 0
     first_token_s: float | None = None
     loaded_tokens: int = 0
 
     def advance(self, count: int, now: float) -> None:
-        """Say the next ``count`` tokens."""
+        """Generate the next ``count`` tokens."""
         if self.first_token_s is None:
             self.first_token_s = now
-        said = self.said
+        pending = self.pending
         for _ in range(count):
             token = self.tokens[self.new_tokens]
             self.new_tokens += 1
             output = say_token(self.request, token, self.new_tokens, self.text, _NO_EOS)
-            said.token_ids.append(token)
-            said.text += output.text
-            said.finish_reason, said.stop_reason = output.finish_reason, output.stop_reason
+            pending.token_ids.append(token)
+            pending.text += output.text
+            pending.finish_reason, pending.stop_reason = output.finish_reason, output.stop_reason
             if self.request.sampling.logprobs is not None:
                 piece = pieces()[token].decode("utf-8", "replace")
-                said.logprobs = [*(said.logprobs or []), TokenLogprob(token, piece, 0.0)]
+                pending.logprobs = [*(pending.logprobs or []), TokenLogprob(token, piece, 0.0)]
 
-    def finish(self, now: float, pinned: PinnedKv | None) -> None:
-        """Complete the last output."""
-        self.said.pinned = pinned
-        self.said.times = self._times(now)
-
-    def abort(self, now: float) -> None:
-        """End early."""
-        self.said.finish_reason = "abort"
-        self.said.times = self._times(now)
+    def finish(self, now: float, pinned: PinnedKv | None = None, reason: str | None = None) -> None:
+        """Complete the last output; ``reason`` is why the leg ends before its last token."""
+        self.pending.pinned = pinned
+        self.pending.finish_reason = reason or self.pending.finish_reason
+        self.pending.times = self._times(now)
 
     def take(self) -> Output:
-        """Return what was said since the last call."""
-        said, self.said = self.said, Output(self.request.id, [], "")
-        return said
+        """Return the output since the last call."""
+        output, self.pending = self.pending, Output(self.request.id, [], "")
+        return output
 
     def _times(self, now: float) -> RequestTimes:
         sequence = self.sequence
@@ -111,7 +106,7 @@ def _assembler(request: GenerateRequest) -> TextAssembler:
 
 
 def _length(request: GenerateRequest, tokens: list[int]) -> int:
-    """Return how many of ``tokens`` are said before one of the client's stops, or all."""
+    """Return how many of ``tokens`` come before one of the client's stops, or all."""
     params = request.sampling
     if params.stop or params.stop_token_ids:
         text = _assembler(request)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from aiohttp import web
 
 from tidegate.core.errors import Forbidden, NoInstance, PromptTooLong
-from tidegate.engines.serving.answers import EngineAnswer
-from tidegate.engines.serving.delivery import Delivery, OutputRouter, StreamDelivery, WholeDelivery
-from tidegate.engines.serving.metrics import RequestMeter, ServerMetrics
+from tidegate.engines.serving.delivery import Delivery, OutputRouter
+from tidegate.engines.serving.metrics import ServerMetrics
 from tidegate.engines.serving.requests import (
     ServedCall,
     build_call,
@@ -23,8 +22,7 @@ from tidegate.engines.serving.requests import (
     refuse_unsupported,
 )
 from tidegate.engines.serving.secret import SECRET_HEADER, LaunchSecret
-from tidegate.engines.serving.served import PromptCodec, ServedEngine, ServingFacts
-from tidegate.engines.serving.types import KvPuller, KvSource
+from tidegate.engines.serving.types import KvSource, PromptCodec, ServedEngine, ServingFacts
 from tidegate.protocol.bodies import ChatBody, CompletionBody, parse_body
 from tidegate.protocol.client_stream import ClientStream
 from tidegate.protocol.http_front import JSON, read_object
@@ -36,7 +34,7 @@ MESSAGE_CHARS = 64
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What the server is made of. ``puller`` None serves without KV transfer."""
+    """What the server is made of. ``release_source`` tells the owner of KV that nobody will pull it."""
 
     engine: ServedEngine
     codec: PromptCodec
@@ -44,7 +42,7 @@ class Parts:
     secret: LaunchSecret
     metrics: ServerMetrics
     router: OutputRouter
-    puller: KvPuller | None = None
+    release_source: Callable[[KvSource], None]
 
 
 class Generation:
@@ -72,63 +70,58 @@ class Generation:
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/completions"""
-        arrived_s = time.monotonic()
-        body = parse_body(await read_object(request), CompletionBody)
-        return await self._generate(request, body, arrived_s)
+        return await self._generate(request, CompletionBody)
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/chat/completions"""
-        arrived_s = time.monotonic()
-        body = parse_body(await read_object(request), ChatBody)
-        return await self._generate(request, body, arrived_s)
+        return await self._generate(request, ChatBody)
 
     def abort(self, ids: Iterable[str]) -> list[str]:
         """End the requests known by these ids (the engine's, the answer's or the client's); return which."""
         wanted = set(ids)
         ended = []
         for engine_id, call in list(self._calls.items()):
-            if not wanted.isdisjoint((engine_id, call.public_id, call.client_id)):
+            if not wanted.isdisjoint((engine_id, call.head.id, call.client_id)):
                 self._parts.engine.abort(engine_id)
                 ended.append(engine_id)
         return ended
 
     async def _generate(
-        self, request: web.Request, body: CompletionBody | ChatBody, arrived_s: float
+        self, request: web.Request, kind: type[CompletionBody] | type[ChatBody]
     ) -> web.StreamResponse:
+        arrived_s = time.monotonic()
+        body: CompletionBody | ChatBody = parse_body(await read_object(request), kind)
         if self.draining:
             raise NoInstance("the instance is shutting down", retry_after_s=1.0)
         self._check_member(request, body)
         if body.request_id is None:
             body.request_id = request.headers.get("x-request-id")
-        source = kv_source(body.kv_transfer_params, self._parts.facts)
+        facts, metrics = self._parts.facts, self._parts.metrics
+        source = kv_source(body.kv_transfer_params, facts)
         with self._releasing_if_refused(source):
-            check_model(body.model, self._parts.facts)
+            check_model(body.model, facts)
             refuse_unsupported(body)
             prompt = await self._prompt_ids(body)
-            call = build_call(body, prompt, self._parts.facts, source)
-        answer = EngineAnswer(call, self._parts.facts)
-        meter = RequestMeter(self._parts.metrics, arrived_s)
+            call = build_call(body, prompt, facts, source)
         if call.stream:
             client = ClientStream(request, {})
-            return await client.carry(self._finished(call, StreamDelivery(answer, meter, client)))
-        whole = await self._finished(call, WholeDelivery(answer, meter))
+            delivery = Delivery(call, facts, metrics, arrived_s, client)
+            return await client.carry(self._finished(call, delivery))
+        whole = await self._finished(call, Delivery(call, facts, metrics, arrived_s))
         return web.Response(body=whole, content_type=JSON)
 
     async def _finished(self, call: ServedCall, delivery: Delivery) -> bytes:
-        """Run the call; return what is left to be sent. Raises the engine's error, or ClientGone."""
-        with self._running(call, delivery):
-            return await delivery.finished
+        """Run the call; return what is left to be sent. Raises the engine's error, or ClientGone.
 
-    @contextlib.contextmanager
-    def _running(self, call: ServedCall, delivery: Delivery) -> Iterator[None]:
-        """Submit the call; when the block ends before the engine does, abort it and free its KV."""
+        When the client leaves before the engine ends, the call is aborted and its KV freed.
+        """
         engine, request_id = self._parts.engine, call.generate.id
         with self._parts.router.receiving(request_id, delivery.receive):
             with self._releasing_if_refused(call.generate.source):
                 engine.submit(call.generate)
             self._calls[request_id] = call
             try:
-                yield
+                return await delivery.finished
             except BaseException:
                 engine.abort(request_id)
                 if call.generate.pin_kv:
@@ -141,22 +134,22 @@ class Generation:
 
     async def _prompt_ids(self, body: CompletionBody | ChatBody) -> list[int]:
         codec = self._parts.codec
-        if isinstance(body, ChatBody):
-            override = prompt_override(body)
-            if override is not None:
-                return override
-            messages = [message.model_dump(exclude_none=True) for message in body.messages]
-            chars = sum(len(str(message.get("content", ""))) for message in messages)
-            self._check_text(chars, "messages")
-            if chars + MESSAGE_CHARS * len(messages) > LONG_TEXT_CHARS:
-                return await asyncio.to_thread(codec.encode_chat, messages)
-            return codec.encode_chat(messages)
-        if not isinstance(body.prompt, str):
-            return body.prompt
-        self._check_text(len(body.prompt), "prompt")
-        if len(body.prompt) > LONG_TEXT_CHARS:
-            return await asyncio.to_thread(codec.encode, body.prompt)
-        return codec.encode(body.prompt)
+        if isinstance(body, CompletionBody):
+            if not isinstance(body.prompt, str):
+                return body.prompt
+            self._check_text(len(body.prompt), "prompt")
+            if len(body.prompt) > LONG_TEXT_CHARS:
+                return await asyncio.to_thread(codec.encode, body.prompt)
+            return codec.encode(body.prompt)
+        override = prompt_override(body)
+        if override is not None:
+            return override
+        messages = [message.model_dump(exclude_none=True) for message in body.messages]
+        chars = sum(len(str(message.get("content", ""))) for message in messages)
+        self._check_text(chars, "messages")
+        if chars + MESSAGE_CHARS * len(messages) > LONG_TEXT_CHARS:
+            return await asyncio.to_thread(codec.encode_chat, messages)
+        return codec.encode_chat(messages)
 
     def _check_text(self, chars: int, field: str) -> None:
         """Refuse a text that cannot fit even if all its tokens were the longest, before it is tokenised."""
@@ -183,10 +176,6 @@ class Generation:
         try:
             yield
         except BaseException:
-            if source is not None and self._parts.puller is not None:
-                self._parts.puller.submit(source, [], _ignore)
+            if source is not None:
+                self._parts.release_source(source)
             raise
-
-
-def _ignore(error: str | None, moved: int) -> None:
-    """A release that fails leaves the pin to its lease."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from aiohttp import web
@@ -16,7 +17,6 @@ from pydantic import Field, StrictBool, StrictStr
 
 from tidegate.core.errors import BadRequest, Forbidden, NoInstance
 from tidegate.engines.serving.generation import Generation, Parts
-from tidegate.engines.serving.internal import PREFIX, InternalRoutes
 from tidegate.engines.serving.requests import check_model
 from tidegate.engines.serving.secret import SECRET_HEADER
 from tidegate.protocol import MOST_BODY_BYTES
@@ -31,6 +31,8 @@ from tidegate.protocol.http_front import (
 )
 
 BACKLOG = 2048
+MEMBERS_PREFIX = "/tidegate/"
+"""Of the routes that members of a launch use among themselves."""
 
 
 class TokenizeBody(RequestBody):
@@ -50,6 +52,18 @@ class DetokenizeBody(RequestBody):
     tokens: TokenIds
 
 
+class ReleaseBody(RequestBody):
+    """Body of ``/tidegate/release``."""
+
+    request_id: StrictStr
+
+
+class AbortBody(RequestBody):
+    """Body of ``/tidegate/abort``."""
+
+    request_ids: Annotated[list[StrictStr], Field(max_length=100_000)]
+
+
 class EngineServer:
     """Routes, access rules and the life of the listening socket."""
 
@@ -57,7 +71,7 @@ class EngineServer:
         self._parts = parts
         self._api_key = api_key
         self._generation = Generation(parts)
-        self._internal = InternalRoutes(parts, self._generation, profile_samples or [])
+        self._profile_samples = profile_samples or []
         self._created = int(time.time())
         self._runner: web.AppRunner | None = None
         self._site: web.SockSite | None = None
@@ -77,7 +91,10 @@ class EngineServer:
                 web.get("/metrics", self.metrics),
                 web.post("/tokenize", self.tokenize),
                 web.post("/detokenize", self.detokenize),
-                *self._internal.routes(),
+                web.post("/tidegate/release", self.release),
+                web.post("/tidegate/abort", self.abort),
+                web.get("/tidegate/profile", self.profile),
+                web.get("/tidegate/stats", self.stats),
             ]
         )
         return app
@@ -152,9 +169,39 @@ class EngineServer:
             raise BadRequest(f"tokens: an id is not in the vocabulary (0 to {most})", param="tokens")
         return json_answer({"prompt": self._parts.codec.decode(body.tokens)})
 
+    async def release(self, request: web.Request) -> web.Response:
+        """POST /tidegate/release: drop the pin of a finished request before its lease ends."""
+        body = parse_body(await read_object(request), ReleaseBody)
+        return json_answer({"released": self._parts.engine.release(body.request_id)})
+
+    async def abort(self, request: web.Request) -> web.Response:
+        """POST /tidegate/abort: end requests; they answer with what they have and ``finish_reason`` abort."""
+        body = parse_body(await read_object(request), AbortBody)
+        return json_answer({"aborted": self._generation.abort(body.request_ids)})
+
+    async def profile(self, request: web.Request) -> web.Response:
+        """GET /tidegate/profile: the samples of the self-profile at start-up."""
+        facts = self._parts.facts
+        return json_answer(
+            {"engine_id": facts.engine_id, "model": facts.model, "samples": self._profile_samples}
+        )
+
+    async def stats(self, request: web.Request) -> web.Response:
+        """GET /tidegate/stats: ``idle`` says that nothing is held, ``consistent`` that all is free then."""
+        now = self._parts.engine.stats()
+        idle = not (now.running or now.waiting or now.loading or now.pinned)
+        return json_answer(
+            {
+                **asdict(now),
+                "active_requests": self._generation.active,
+                "idle": idle,
+                "consistent": not idle or now.free_blocks == now.total_blocks,
+            }
+        )
+
     @web.middleware
     async def _check_access(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path.startswith(PREFIX):
+        if request.path.startswith(MEMBERS_PREFIX):
             if not self._parts.secret.admits(request.headers.get(SECRET_HEADER), request.remote):
                 raise Forbidden(f"{request.path}: reserved to members of the launch ({SECRET_HEADER} header)")
         elif self._api_key and request.path.startswith("/v1/"):
