@@ -58,8 +58,6 @@ class Pair:
     def close(self) -> None:
         self.puller.close()
         self.exporter.close()
-        self.source.close()
-        self.target.close()
 
 
 @pytest.fixture
@@ -73,7 +71,7 @@ def pairs() -> Iterator[list[Pair]]:
 @pytest.mark.parametrize("shared", [True, False], ids=["shared-memory", "tcp"])
 def test_both_ways_move_the_same_bytes_and_release(pairs: list[Pair], shared: bool) -> None:
     pairs.append(pair := Pair(shared=shared))
-    link = PeerLink.open(("127.0.0.1", pair.exporter.port), pair.options)
+    link = PeerLink.open(("127.0.0.1", pair.exporter.port), pair.options, pair.target)
     assert (link._mapped is not None) is shared
     link.close()
     untouched = pair.target.block(0)
@@ -105,8 +103,6 @@ def test_streams_larger_than_one_chunk_arrive_whole() -> None:
     assert all(target.block(39 - b) == source.block(b) for b in range(40))
     puller.close()
     exporter.close()
-    source.close()
-    target.close()
 
 
 def test_a_connection_serves_many_pulls_and_survives_a_refusal(pairs: list[Pair]) -> None:
@@ -125,9 +121,9 @@ def test_a_connection_serves_many_pulls_and_survives_a_refusal(pairs: list[Pair]
 def test_without_the_secret_nothing_is_served(pairs: list[Pair]) -> None:
     for wrong in (LaunchSecret("other"), LaunchSecret("")):
         pairs.append(pair := Pair(puller_secret=wrong))
-        before = bytes(pair.target.data)
+        before = bytes(pair.target.buffer.numpy())
         assert "refused" in str(pair.pull([0]).wait().error)
-        assert bytes(pair.target.data) == before
+        assert bytes(pair.target.buffer.numpy()) == before
         assert len(pair.pins) == 1
 
 
@@ -158,7 +154,6 @@ def test_the_secret_never_crosses_the_wire_and_an_impostor_is_unmasked() -> None
     assert b"launch-secret" not in seen
     puller.close()
     listener.close()
-    target.close()
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared-memory", "tcp"])
@@ -258,7 +253,6 @@ def test_a_silent_peer_is_an_error_in_time() -> None:
     assert silent.calls == dead.calls == 1
     puller.close()
     listener.close()
-    target.close()
 
 
 def test_a_peer_stuck_in_mid_stream_is_an_error_in_time(pairs: list[Pair]) -> None:
@@ -312,7 +306,6 @@ def test_a_peer_killed_in_mid_pull_is_an_error(tmp_path: Path) -> None:
         peer.send_signal(signal.SIGKILL)
         assert result.wait().error is not None
         puller.close()
-        target.close()
 
 
 def test_without_a_secret_only_loopback_takes_part() -> None:
@@ -325,7 +318,6 @@ def test_without_a_secret_only_loopback_takes_part() -> None:
     puller.submit(source_for(9, pin, host="192.0.2.1"), [0], result)
     assert "loopback only" in str(result.wait().error)
     puller.close()
-    store.close()
 
 
 def test_the_secret_comes_from_the_environment_once(tmp_path: Path) -> None:

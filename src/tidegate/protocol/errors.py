@@ -11,15 +11,11 @@ import orjson
 from tidegate.core.errors import TidegateError, WrongMethod, status_of
 
 
-def error_object(error: TidegateError) -> dict[str, Any]:
-    """Return ``{"error": {message, type, param, code}}`` for ``error``."""
-    row = status_of(error)
-    return {"error": {"message": error.message, "type": row.type, "param": error.param, "code": row.code}}
-
-
 def error_body(error: TidegateError) -> bytes:
-    """Encode ``error_object``."""
-    return orjson.dumps(error_object(error))
+    """Encode ``{"error": {message, type, param, code}}`` for ``error``."""
+    row = status_of(error)
+    fields = {"message": error.message, "type": row.type, "param": error.param, "code": row.code}
+    return orjson.dumps({"error": fields})
 
 
 def error_headers(error: TidegateError) -> dict[str, str]:

@@ -14,10 +14,9 @@ from tidegate.engines.embedded.tokenizer import TokenizerCodec
 from tidegate.engines.embedded.transfer import PeerPuller, PullOptions
 from tidegate.engines.embedded.transfer_export import KvExporter
 from tidegate.engines.serving.delivery import OutputRouter
-from tidegate.engines.serving.generation import Parts
 from tidegate.engines.serving.metrics import ServerMetrics
 from tidegate.engines.serving.secret import LaunchSecret
-from tidegate.engines.serving.server import EngineServer
+from tidegate.engines.serving.server import EngineServer, Parts
 from tidegate.engines.serving.types import ServingFacts
 
 _PIECE_BYTES = 64 << 10
@@ -63,7 +62,7 @@ class EmbeddedInstance:
             router=self._router,
             release_source=self._puller.release,
         )
-        self._server = EngineServer(parts, api_key=options.api_key, profile_samples=samples)
+        self._server = EngineServer(parts, api_key=options.api_key)
 
     async def start(self, listener: socket.socket) -> None:
         """Compute, export and serve."""
@@ -82,7 +81,7 @@ class EmbeddedInstance:
     def announcement(self, listener: socket.socket) -> dict[str, Any]:
         """Return the ready line's content."""
         line = self._facts.announcement(listener.getsockname()[1])
-        return line | {"profile_samples": self._samples}
+        return line | {"kv_port": self._facts.kv_port, "profile_samples": self._samples}
 
 
 def weights_id(folder: Path, kv_dtype: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tidegate.core.clock import Clock
 from tidegate.engines.serving.types import PinnedKv
@@ -27,7 +27,7 @@ class Pins:
     def __len__(self) -> int:
         return len(self._pins)
 
-    def pin(self, request_id: str, block_ids: list[int], num_tokens: int) -> PinnedKv:
+    def pin(self, request_id: str, block_ids: Sequence[int], num_tokens: int) -> PinnedKv:
         """Take over the caller's hold on the blocks for one lease; an older pin of the id ends."""
         pin = PinnedKv(request_id, tuple(block_ids), num_tokens, self._clock.now() + self._lease_s)
         with self._lock:

@@ -17,11 +17,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from tidegate.engines.embedded.kv_store import PagedKvStore
 from tidegate.engines.embedded.transfer_wire import (
     STREAM_CHUNK_BYTES,
     ExporterFacts,
     KvSocket,
-    KvStore,
     MappedStore,
     TransferFailed,
     TransferLimits,
@@ -58,14 +58,17 @@ class PeerLink:
     after anything but PullRefused the link is of no further use.
     """
 
-    def __init__(self, wire: KvSocket, facts: ExporterFacts, options: PullOptions) -> None:
+    def __init__(
+        self, wire: KvSocket, facts: ExporterFacts, options: PullOptions, store: PagedKvStore
+    ) -> None:
+        self._store = store
         self._wire = wire
         self._facts = facts
         self._options = options
         self._mapped: MappedStore | None = map_store(facts) if options.shared_memory else None
 
     @classmethod
-    def open(cls, address: Address, options: PullOptions) -> PeerLink:
+    def open(cls, address: Address, options: PullOptions, store: PagedKvStore) -> PeerLink:
         """Connect and shake hands."""
         if not options.secret and not is_loopback(address[0]):
             raise TransferFailed("without a launch secret KV is pulled from loopback only")
@@ -83,18 +86,18 @@ class PeerLink:
         except TransferFailed:
             wire.close()
             raise
-        return cls(wire, facts, options)
+        return cls(wire, facts, options, store)
 
-    def ask(self, source: KvSource, count: int, store: KvStore) -> None:
+    def ask(self, source: KvSource, count: int) -> None:
         """Ask for the first ``count`` blocks of ``source``; with 0 release the pin and nothing else.
 
-        Starts the pull's deadline. A pull that cannot fit ``store`` releases the pin and is refused.
+        Starts the pull's deadline. A pull that cannot fit the store releases the pin and is refused.
         """
         self._wire.limit(self._options.limits.pull_s)
         if count == 0:
             self.release(source.request_id)
             return
-        misfit = self._misfit(source, count, store)
+        misfit = self._misfit(source, count)
         if misfit:
             self.release(source.request_id)
             raise PullRefused(misfit)
@@ -111,13 +114,13 @@ class PeerLink:
         if answer.get("ok") is not True:
             raise PullRefused(str(answer.get("error")))
 
-    def copy(self, source: KvSource, ours: list[int], store: KvStore) -> int:
+    def copy(self, source: KvSource, ours: list[int]) -> int:
         """Copy the blocks that ``ask`` asked for into ``ours``; return the bytes moved."""
         if self._mapped is None:
-            self._copy_stream(ours, store)
+            self._copy_stream(ours)
         else:
-            self._copy_mapped(self._mapped, source, ours, store)
-        return len(ours) * store.block_bytes
+            self._copy_mapped(self._mapped, source, ours)
+        return len(ours) * self._store.block_bytes
 
     def release(self, request_id: str) -> bool:
         """Have the peer unpin; True when the pin held until now."""
@@ -135,29 +138,29 @@ class PeerLink:
             self._mapped.close()
             self._mapped = None
 
-    def _copy_mapped(self, mapped: MappedStore, source: KvSource, ours: list[int], store: KvStore) -> None:
+    def _copy_mapped(self, mapped: MappedStore, source: KvSource, ours: list[int]) -> None:
         try:
             for theirs, target in zip(source.block_ids, ours, strict=False):
                 with mapped.read_block(theirs) as view:
-                    store.write_block(target, view)
+                    self._store.write_block(target, view)
         except Exception:
             with contextlib.suppress(TransferFailed):
                 self.release(source.request_id)
             raise
 
-    def _copy_stream(self, ours: list[int], store: KvStore) -> None:
-        size = store.block_bytes
+    def _copy_stream(self, ours: list[int]) -> None:
+        size = self._store.block_bytes
         at_once = max(1, STREAM_CHUNK_BYTES // size)
         buffer = memoryview(bytearray(min(at_once, len(ours)) * size))
         for start in range(0, len(ours), at_once):
             targets = ours[start : start + at_once]
             self._wire.receive_into(buffer[: len(targets) * size])
             for index, target in enumerate(targets):
-                store.write_block(target, buffer[index * size : (index + 1) * size])
+                self._store.write_block(target, buffer[index * size : (index + 1) * size])
 
-    def _misfit(self, source: KvSource, count: int, store: KvStore) -> str | None:
+    def _misfit(self, source: KvSource, count: int) -> str | None:
         """Say why the peer's blocks cannot be used here, or return None."""
-        facts = self._facts
+        facts, store = self._facts, self._store
         if (facts.block_bytes, facts.block_tokens) != (store.block_bytes, store.block_tokens):
             return (
                 f"the peer's blocks are {facts.block_bytes} bytes for {facts.block_tokens} tokens, "
@@ -187,7 +190,7 @@ class PeerPuller:
     A pull always ends by releasing the peer's pin if the peer can be reached, also when the copy failed.
     """
 
-    def __init__(self, store: KvStore, options: PullOptions) -> None:
+    def __init__(self, store: PagedKvStore, options: PullOptions) -> None:
         self._store = store
         self._options = options
         self._lock = threading.Lock()
@@ -228,7 +231,7 @@ class PeerPuller:
 class _PeerWorker(threading.Thread):
     """The transfer thread of one peer. Ends, with its connection, after ``idle_s`` without a job."""
 
-    def __init__(self, address: Address, store: KvStore, options: PullOptions) -> None:
+    def __init__(self, address: Address, store: PagedKvStore, options: PullOptions) -> None:
         super().__init__(name=f"kv-pull-{address[0]}:{address[1]}", daemon=True)
         self._address = address
         self._store = store
@@ -301,7 +304,7 @@ class _PeerWorker(threading.Thread):
         link = self._asked(source, len(job.block_ids))
         if not job.block_ids:
             return 0
-        moved = link.copy(source, job.block_ids, self._store)
+        moved = link.copy(source, job.block_ids)
         if not link.release(source.request_id):
             raise TransferFailed("the peer's pin ended during the copy")
         return moved
@@ -310,7 +313,7 @@ class _PeerWorker(threading.Thread):
         """Return a link on which the peer has agreed to the pull."""
         link, kept = self._connected()
         try:
-            link.ask(source, count, self._store)
+            link.ask(source, count)
             return link
         except (PullRefused, TransferTimedOut):
             raise
@@ -320,14 +323,14 @@ class _PeerWorker(threading.Thread):
         # The peer may have closed the kept connection since; nothing was copied yet.
         self._forget_link()
         link, _ = self._connected()
-        link.ask(source, count, self._store)
+        link.ask(source, count)
         return link
 
     def _connected(self) -> tuple[PeerLink, bool]:
         if self._link is not None:
             return self._link, True
         try:
-            self._link = PeerLink.open(self._address, self._options)
+            self._link = PeerLink.open(self._address, self._options, self._store)
         except TransferFailed as failure:
             self._unreachable = (time.monotonic(), failure.message)
             raise

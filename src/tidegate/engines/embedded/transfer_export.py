@@ -13,36 +13,24 @@ import contextlib
 import logging
 import socket
 import threading
-from typing import Any, Protocol
+from typing import Any
 
 from tidegate.core.errors import ConfigError
+from tidegate.engines.embedded.kv_store import PagedKvStore
+from tidegate.engines.embedded.pins import Pins
 from tidegate.engines.embedded.transfer_wire import (
     STREAM_CHUNK_BYTES,
     KvSocket,
-    KvStore,
     TransferFailed,
     TransferLimits,
     describe_store,
     greet_puller,
 )
 from tidegate.engines.serving.secret import LaunchSecret, is_loopback
-from tidegate.engines.serving.types import PinnedKv
 
 log = logging.getLogger(__name__)
 
 MOST_CONNECTIONS = 256
-
-
-class PinBook(Protocol):
-    """The pins of an instance, for any thread."""
-
-    def pinned(self, request_id: str) -> PinnedKv | None:
-        """Return the pinned KV, or None when it expired or never existed."""
-        ...
-
-    def release(self, request_id: str) -> bool:
-        """Unpin; True when the KV was still pinned, so that everything read before is valid."""
-        ...
 
 
 class KvExporter:
@@ -50,8 +38,8 @@ class KvExporter:
 
     def __init__(
         self,
-        pins: PinBook,
-        store: KvStore,
+        pins: Pins,
+        store: PagedKvStore,
         secret: LaunchSecret,
         *,
         engine_id: str,

@@ -20,10 +20,11 @@ import struct
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import orjson
 
+from tidegate.engines.embedded.kv_store import PagedKvStore
 from tidegate.engines.serving.secret import LaunchSecret
 
 VERSION = 1
@@ -33,30 +34,6 @@ STREAM_CHUNK_BYTES = 1 << 20
 NONCE_BYTES = 32
 _LENGTH = struct.Struct("!I")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-
-
-class KvStore(Protocol):
-    """The paged KV memory of an instance, as the transfer sees it.
-
-    A block is one contiguous run of ``block_bytes`` bytes: ``block_tokens`` tokens of every layer.
-    """
-
-    block_tokens: int
-    block_bytes: int
-    total_blocks: int
-
-    @property
-    def memory_fd(self) -> int | None:
-        """A file descriptor whose mapping is the whole store (blocks in order), or None (CUDA)."""
-        ...
-
-    def read_block(self, block_id: int) -> memoryview:
-        """Return the bytes of one block (a view on CPU, a staged copy on CUDA)."""
-        ...
-
-    def write_block(self, block_id: int, data: memoryview) -> None:
-        """Overwrite one block."""
-        ...
 
 
 class TransferFailed(Exception):
@@ -214,7 +191,7 @@ def _broken(error: OSError) -> TransferFailed:
     return TransferFailed(f"the connection broke: {error.strerror or type(error).__name__}")
 
 
-def describe_store(store: KvStore, *, engine_id: str, model: str) -> ExporterFacts:
+def describe_store(store: PagedKvStore, *, engine_id: str, model: str) -> ExporterFacts:
     """Return the facts of an exporter of ``store``, with the identity of its memory if it has an fd."""
     fd = store.memory_fd
     stat = None if fd is None else os.fstat(fd)

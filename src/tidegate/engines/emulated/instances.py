@@ -17,10 +17,9 @@ from tidegate.dataplane.replica import Replica
 from tidegate.engines.emulated.host import EmulatedInstance, Host
 from tidegate.engines.emulated.vocabulary import VOCAB_SIZE, Codec
 from tidegate.engines.serving.delivery import OutputRouter
-from tidegate.engines.serving.generation import Parts
 from tidegate.engines.serving.metrics import ServerMetrics
 from tidegate.engines.serving.secret import SECRET_HEADER, LaunchSecret
-from tidegate.engines.serving.server import EngineServer
+from tidegate.engines.serving.server import EngineServer, Parts
 from tidegate.engines.serving.types import ServingFacts
 from tidegate.policies.order import Order
 from tidegate.protocol.bodies import RequestBody, parse_body

@@ -6,8 +6,6 @@ lease, makes wrong tokens without any error, or ends the engine.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from tidegate.core.errors import InternalError
 from tidegate.engines.dialect import WANT_HANDLE
 from tidegate.engines.seam import Json, KvHandle
@@ -18,32 +16,6 @@ behind the end reads blocks that may be somebody else's."""
 
 UNSERVABLE_TOKENS = 1 << 30
 """More output than any context holds: a request for it is refused before any work."""
-
-
-class Connector(Protocol):
-    """One of vLLM's ways to move KV between engines."""
-
-    def export(self, request_id: str) -> Json:
-        """Return what makes a leg pin its KV for others. Such a leg has to end by length."""
-        ...
-
-    def handle(
-        self, answer: Json | None, request_id: str, owner: str, tokens: int, now: float, capped: bool = True
-    ) -> KvHandle | None:
-        """Return the handle of such a leg, whose prompt had ``tokens``; None when it pinned nothing.
-
-        ``answer`` is its ``kv_transfer_params``, ``now`` the event loop's time; the engine ended it by length
-        if ``capped``.
-        """
-        ...
-
-    def load(self, handle: KvHandle, prompt_tokens: int, *, pin: bool) -> Json:
-        """Return what makes a leg over ``prompt_tokens`` begin with the handle's KV.
-
-        A leg that does not ``pin`` takes exactly the handle's tokens. One that does extends it, or takes a
-        part, cut to whole blocks, where members ``extends_kv``. Raises InternalError for another length.
-        """
-        ...
 
 
 def refusal(handle: KvHandle, engine_id: str, now: float) -> str | None:
@@ -78,17 +50,27 @@ class Nixl:
         self._lease_s = lease_s
 
     def export(self, request_id: str) -> Json:
+        """Return what makes a leg pin its KV for others. Such a leg has to end by length."""
         return dict(WANT_HANDLE)
 
     def handle(
         self, answer: Json | None, request_id: str, owner: str, tokens: int, now: float, capped: bool = True
     ) -> KvHandle | None:
-        """None also for an answer that covers something else than the prompt."""
+        """Return the handle of such a leg, whose prompt had ``tokens``; None when it pinned anything else.
+
+        ``answer`` is its ``kv_transfer_params``, ``now`` the event loop's time; the engine ended it by length
+        if ``capped``.
+        """
         if not answer or not answer.get("remote_block_ids") or answer.get("remote_num_tokens") != tokens:
             return None
         return KvHandle(answer, owner, tokens, now + self._lease_s)
 
     def load(self, handle: KvHandle, prompt_tokens: int, *, pin: bool) -> Json:
+        """Return what makes a leg over ``prompt_tokens`` begin with the handle's KV.
+
+        A leg that does not ``pin`` takes exactly the handle's tokens. One that does extends it, or takes a
+        part, cut to whole blocks, where members ``extends_kv``. Raises InternalError for another length.
+        """
         if not pin:
             if prompt_tokens != handle.tokens:
                 raise InternalError(f"a handle of {handle.tokens} tokens for a prompt of {prompt_tokens}")
@@ -109,8 +91,8 @@ def cut(handle: KvHandle, blocks: int, block_tokens: int) -> KvHandle:
 
 
 class Mooncake:
-    """MooncakeConnector with ``kv_load_failure_policy: fail``: a ``Connector`` of the server ``engine_id``,
-    which peers find through the bootstrap server at ``bootstrap_url``.
+    """MooncakeConnector with ``kv_load_failure_policy: fail``, with the methods of ``Nixl``. Peers find the
+    server ``engine_id`` through the bootstrap server at ``bootstrap_url``.
 
     The transfer id is the id of the leg that pins, so that nothing has to come back in its answer. A pull
     names it, and the owner writes its last blocks into as many as the other end lacks. It compares no
@@ -153,3 +135,7 @@ class Mooncake:
             what = "a leg that pins" if pin else f"a prompt of {prompt_tokens}"
             raise InternalError(f"a handle of {handle.tokens} tokens for {what}")
         return {**handle.params, "do_remote_prefill": True, "do_remote_decode": False}
+
+
+Connector = Nixl | Mooncake
+"""One of vLLM's ways to move KV between engines."""
