@@ -77,8 +77,7 @@ def run_virtual(work: Coroutine[Any, Any, None]) -> None:
 class HostEngine:
     """One emulated instance as an ``Engine``."""
 
-    def __init__(self, host: Host, place: EmulatedInstance) -> None:
-        self._host = host
+    def __init__(self, place: EmulatedInstance) -> None:
         self._place = place
         self._running: dict[str, tuple[TokensSink, asyncio.Future[Output]]] = {}
         place.sink = self._take
@@ -99,11 +98,11 @@ class HostEngine:
         ended: asyncio.Future[Output] = asyncio.get_running_loop().create_future()
         self._running[leg.request_id] = sink, ended
         try:
-            self._host.submit(self._place, request)
+            self._place.submit(request)
             last = await ended
         finally:
             self._running.pop(leg.request_id, None)
-            self._host.abort(self._place, leg.request_id)
+            self._place.abort(leg.request_id)
         times = last.times
         assert times is not None
         handle = None
@@ -152,12 +151,12 @@ class HostEngine:
         return None
 
     async def release(self, handle: KvHandle) -> None:
-        self._host.release(self._place, handle.params["source"].request_id)
+        self._place.release(handle.params["source"].request_id)
 
     async def decline(self, handle: KvHandle) -> None: ...
 
     async def release_request(self, request_id: str) -> None:
-        self._host.release(self._place, request_id)
+        self._place.release(request_id)
 
 
 @dataclass
@@ -226,7 +225,9 @@ class VirtualGateway:
         loop = asyncio.get_running_loop()
         clock = _LoopClock(loop)
         ids = [replica.instance.id for replica in self._replicas]
-        self.host = Host(self._replicas, ids, order=self._order, front_s=self._front_s, clock=clock)
+        self.host = Host(order=self._order, front_s=self._front_s, clock=clock)
+        for replica, engine_id in zip(self._replicas, ids, strict=True):
+            self.host.add(replica, engine_id)
         journal = JournalWriter(self._lines.append)
         settings = GatewaySettings(slo=self._slo, load_every_s=0, journal_inputs=self._journal_inputs)
         self.dispatcher = Dispatcher(self._system, settings, tuple(ids), clock, journal, _NoFleet())
@@ -264,9 +265,9 @@ class VirtualGateway:
         self.host.timer.catch_up()
         self.dispatcher.member_down(place.replica.instance.id, "died")
         for request_id in list(place.legs):
-            self.host.abort(place, request_id)
+            place.abort(request_id)
         for request_id in list(place.pins):
-            self.host.release(place, request_id)
+            place.release(request_id)
 
     def _member(self, number: int) -> Member:
         replica = self._replicas[number]
@@ -275,7 +276,7 @@ class VirtualGateway:
 
     def _engine(self, member: Member) -> HostEngine:
         place = next(p for p in self.host.instances if p.replica.instance.id == member.instance.id)
-        return HostEngine(self.host, place)
+        return HostEngine(place)
 
 
 class _LoopClock:

@@ -36,7 +36,9 @@ class Emulated:
                 for one in replicas
             ]
         self.clock = VirtualClock(7.0)
-        self.host = Host(replicas, ["a", "b"], clock=self.clock)
+        self.host = Host(clock=self.clock)
+        for replica, engine_id in zip(replicas, ["a", "b"], strict=True):
+            self.host.add(replica, engine_id)
         self.engines = self.host.instances
         self.said: dict[str, list[Output]] = {}
         for engine in self.engines:

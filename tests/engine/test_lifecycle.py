@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.engine.block_checks import check_blocks
 from tests.engine.engine_harness import Driven, HandPuller, prompt_of, request, source_of
 from tidegate.core.errors import BadRequest, ConfigError, NoInstance
 from tidegate.engines.embedded.engine import EmbeddedEngine
@@ -49,7 +50,7 @@ def test_no_storm_leaks_blocks(small: Driven, script: list[tuple[str, int, bool]
         elif what == "expire":
             small.clock.at_s += 31 * flag
         small.step()
-        small.engine.scheduler.check_integrity()
+        check_blocks(small.engine.scheduler)
     # Pins may hold every block, so that the last requests wait for leases to end.
     for _ in range(20):
         small.drain()
@@ -136,7 +137,7 @@ def test_narrow_dtypes_serve(llama: Path, dtype: str) -> None:
     driven = Driven(llama, dtype=dtype)
     legs = driven.run(*(request(f"r{n}", prompt_of(30 + n, seed=n), 12) for n in range(3)))
     assert [len(leg.token_ids) for leg in legs] == [12, 12, 12]
-    assert driven.engine.info.kv_bytes_per_token == 2 * 2 * 2 * 32 * 2
+    assert driven.engine.model.kv.bytes_per_token == 2 * 2 * 2 * 32 * 2
     driven.assert_clean()
 
 
@@ -404,7 +405,7 @@ def test_the_running_loop_serves_threads_and_stops_cleanly(llama: Path) -> None:
     engine.submit(request("endless", prompt_of(10), 900))
     engine.stop()
     assert sink.finished["endless"] == "abort"
-    engine.scheduler.check_integrity()
+    check_blocks(engine.scheduler)
     with pytest.raises(NoInstance, match="stopping"):
         engine.submit(request("late", prompt_of(5), 1))
 

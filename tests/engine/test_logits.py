@@ -117,7 +117,7 @@ def test_a_wrong_folder_dtype_or_device_is_a_config_error(llama: Path, tmp_path:
     with pytest.raises(ConfigError, match=r"no config\.json"):
         load_model(tmp_path)
     with pytest.raises(ConfigError, match="unknown dtype"):
-        load_model(llama, "int3")  # type: ignore[arg-type]
+        load_model(llama, "int3")
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="no CUDA device"):
             load_model(llama, device="cuda")

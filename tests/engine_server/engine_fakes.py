@@ -16,7 +16,7 @@ import torch
 
 from tidegate.core.clock import WallClock
 from tidegate.core.errors import BadRequest
-from tidegate.engines.embedded import pins
+from tidegate.engines.embedded import blocks
 from tidegate.engines.embedded.kv_store import KvShape, PagedKvStore
 from tidegate.engines.serving.delivery import OutputRouter
 from tidegate.engines.serving.metrics import ServerMetrics
@@ -32,7 +32,7 @@ from tidegate.engines.serving.types import (
     ServingFacts,
     TokenLogprob,
 )
-from tidegate.protocol.sse import SseParser
+from tidegate.protocol.chunks import SseParser
 
 WAIT_S = 10.0
 
@@ -79,7 +79,7 @@ class MemoryStore(PagedKvStore):
         super().write_block(block_id, data)
 
 
-class Pins(pins.Pins):
+class Pins(blocks.Pins):
     """Pins that end when told, or after half a minute."""
 
     def __init__(self) -> None:

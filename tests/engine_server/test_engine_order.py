@@ -16,7 +16,6 @@ from tidegate.engines.dialect import DialectEngine
 from tidegate.engines.embedded.engine import EmbeddedEngine
 from tidegate.engines.embedded.options import EngineConfig
 from tidegate.engines.embedded.tiny_model import make_tiny_model
-from tidegate.engines.embedded.tokenizer import TokenizerCodec
 from tidegate.engines.seam import Leg, LegEnd
 from tidegate.engines.serving.delivery import OutputRouter
 from tidegate.engines.serving.metrics import ServerMetrics
@@ -58,7 +57,7 @@ async def serving(engine: EmbeddedEngine) -> AsyncIterator[tuple[DialectEngine, 
     router = OutputRouter(asyncio.get_running_loop())
     parts = Parts(
         engine=engine,
-        codec=TokenizerCodec(engine.detokenizer.tokenizer),
+        codec=engine.tokenizer,
         facts=FACTS,
         secret=LaunchSecret("s3"),
         metrics=ServerMetrics(FACTS, engine.stats),

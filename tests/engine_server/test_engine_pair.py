@@ -296,7 +296,7 @@ def test_a_dead_compute_thread_ends_the_process() -> None:
 def test_a_context_that_cannot_be_served_is_refused(model: Path) -> None:
     class Loaded:
         max_model_len = 512
-        info = SimpleNamespace(max_model_len=2048)
+        model = SimpleNamespace(max_model_len=2048)
 
     def check(asked: str) -> None:
         options = parse_options(["--model", str(model), "--max-model-len", asked])

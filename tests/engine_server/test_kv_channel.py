@@ -17,9 +17,8 @@ import pytest
 
 from tests.engine_server.engine_fakes import MemoryStore, Pins, PullResult, source_for, wait_until
 from tidegate.core.errors import ConfigError
-from tidegate.engines.embedded.transfer import PeerLink, PeerPuller, PullOptions
-from tidegate.engines.embedded.transfer_export import KvExporter
-from tidegate.engines.embedded.transfer_wire import TransferLimits
+from tidegate.engines.embedded.kv_channel import KvExporter, TransferLimits
+from tidegate.engines.embedded.kv_pull import PeerLink, PeerPuller, PullOptions
 from tidegate.engines.serving.secret import LaunchSecret
 
 SECRET = LaunchSecret("launch-secret")
@@ -71,7 +70,7 @@ def pairs() -> Iterator[list[Pair]]:
 @pytest.mark.parametrize("shared", [True, False], ids=["shared-memory", "tcp"])
 def test_both_ways_move_the_same_bytes_and_release(pairs: list[Pair], shared: bool) -> None:
     pairs.append(pair := Pair(shared=shared))
-    link = PeerLink.open(("127.0.0.1", pair.exporter.port), pair.options, pair.target)
+    link = PeerLink(("127.0.0.1", pair.exporter.port), pair.options, pair.target)
     assert (link._mapped is not None) is shared
     link.close()
     untouched = pair.target.block(0)
@@ -278,7 +277,7 @@ def test_a_peer_killed_in_mid_pull_is_an_error(tmp_path: Path) -> None:
             import sys, threading
             from tests.engine_server.engine_fakes import MemoryStore, Pins
             from tidegate.engines.serving.secret import LaunchSecret
-            from tidegate.engines.embedded.transfer_export import KvExporter
+            from tidegate.engines.embedded.kv_channel import KvExporter
             store, pins = MemoryStore(shared=False).fill(1), Pins()
             pins.pin("r1", (0, 1), 32)
             def reading(block_id):

@@ -17,9 +17,7 @@ from tidegate.core.errors import (
 )
 from tidegate.engines.seam import Json, KvHandle, Leg, LegEnd, LegTimes, TokensSink
 from tidegate.engines.wire import HttpAnswer, Wire
-from tidegate.protocol.chunks import Tokens
-from tidegate.protocol.errors import error_text
-from tidegate.protocol.sse import SseParser
+from tidegate.protocol.chunks import SseParser, Tokens, error_text
 
 ONLY_CONTENT = {"content"}
 WANT_HANDLE: Json = {"do_remote_decode": True, "do_remote_prefill": False}
@@ -185,9 +183,8 @@ class _StreamReader:
         self._facts: Json = {}
 
     def feed(self, data: bytes) -> bool:
-        """Deliver the tokens in ``data``; return whether the sink ends the leg.
-
-        Raises EngineFault for an error event or a malformed one."""
+        """Deliver the tokens in ``data``; return whether the sink ends the leg. Raises EngineFault for an
+        error event or a malformed one."""
         for payload in self._parser.feed(data):
             if payload == b"[DONE]":
                 continue

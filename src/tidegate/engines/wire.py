@@ -1,7 +1,6 @@
 """The HTTP/1.1 client of the relay path: pooled connections, bytes handed on as they arrive.
 
-It is our own because it is the relay path: a response's bytes reach their consumer in the callback
-that read them, without a task switch per chunk. Parsing is ``httptools`` (llhttp).
+A response's bytes reach their consumer in the callback that read them, without a task switch per chunk.
 """
 
 from __future__ import annotations
@@ -137,10 +136,10 @@ class _RelayConnection(asyncio.Protocol):
 
 
 class Wire:
-    """The connections to one engine. No ceiling on their number: one per exchange in progress.
+    """The connections to one engine: one per exchange in progress, without a ceiling.
 
     A silence of ``stall_s`` fails an exchange once its answer has begun. Before that an engine may be
-    queueing it: then only the exchange's deadline and the word of whoever watches the engine count.
+    queueing it: only the exchange's deadline counts.
     """
 
     def __init__(self, url: str, *, connect_s: float, stall_s: float, headers: dict[str, str]) -> None:
@@ -158,20 +157,14 @@ class Wire:
         self._dropped: str | None = None
 
     async def exchange(
-        self,
-        method: str,
-        path: str,
-        body: bytes = b"",
-        *,
-        sink: BodySink | None = None,
-        deadline_s: float,
+        self, method: str, path: str, body: bytes = b"", *, sink: BodySink | None = None, deadline_s: float
     ) -> HttpAnswer:
         """Send one request and wait for the end of its answer.
 
-        With a ``sink``, the body of a 200 answer goes there piece by piece. Cancelling drops the
-        connection, which makes the engine abort the work, as does a sink that returns True. Raises
-        EngineUnreachable when the connection fails or breaks, EngineTimeout after ``deadline_s`` or a
-        silence of ``stall_s``. An exception of the sink ends the exchange and is raised here.
+        With a ``sink``, the body of a 200 answer goes there piece by piece. Cancelling drops the connection,
+        which makes the engine abort the work, as does a sink that returns True. Raises what the sink raises,
+        EngineUnreachable when the connection fails or breaks, and EngineTimeout after ``deadline_s`` or a
+        silence of ``stall_s``.
         """
         request = b"".join(
             (

@@ -1,16 +1,19 @@
-"""Answers of completions and chat: pieces, the chunks of a stream, and bodies that are sent whole."""
+"""Answers of completions and chat: pieces, the chunks of a stream, bodies that are sent whole, errors."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import orjson
 
-from tidegate.protocol.sse import DONE
+from tidegate.core.errors import TidegateError, status_of
 
 Json = dict[str, Any]
+
+DONE = b"data: [DONE]\n\n"
 
 
 @dataclass(slots=True)
@@ -51,11 +54,10 @@ def usage_object(prompt_tokens: int, completion_tokens: int, cached_tokens: int)
 
 
 class ChunkWriter:
-    """Writes the events of one streamed answer.
+    """Writes the events of one streamed answer; what does not change in them is encoded once.
 
-    The parts of an event that do not change are encoded once; a piece costs one string encoding. With
-    ``return_token_ids`` the prompt's ids come where vLLM has them: in a completion's first choice, beside the
-    choices of a chat's first chunk.
+    With ``return_token_ids`` the prompt's ids come where vLLM has them: in a completion's first choice,
+    beside the choices of a chat's first chunk.
     """
 
     __slots__ = (
@@ -227,3 +229,52 @@ def _joined(said: Any, more: Any) -> Any:
             if value is not None
         }
     return more
+
+
+def error_body(error: TidegateError) -> bytes:
+    """Encode ``{"error": {message, type, param, code}}`` for ``error``."""
+    row = status_of(error)
+    fields = {"message": error.message, "type": row.type, "param": error.param, "code": row.code}
+    return orjson.dumps({"error": fields})
+
+
+def error_text(answer: Mapping[str, Any], otherwise: str = "no message") -> str:
+    """Return the words of an error answer in OpenAI's form, or nearly so; ``otherwise`` when it has none."""
+    error = answer.get("error") or answer.get("message") or otherwise
+    return str((error.get("message") or otherwise) if isinstance(error, dict) else error)
+
+
+def event(payload: bytes) -> bytes:
+    """Frame one JSON payload as an event."""
+    return b"data: " + payload + b"\n\n"
+
+
+def http_chunk(data: bytes) -> bytes:
+    """Frame bytes as a chunk of an HTTP/1.1 body with chunked encoding."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+class SseParser:
+    """Cuts a byte stream into the payloads of its ``data:`` lines. Accepts LF and CRLF line ends and ignores
+    comments and other fields. One data line per event, as every OpenAI-style server sends. ``feed`` keeps an
+    incomplete last line for the next call."""
+
+    __slots__ = ("_rest",)
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Return the payloads completed by ``data``, in order; ``b"[DONE]"`` is returned as such."""
+        if self._rest:
+            data = self._rest + data
+        elif data.startswith(b"data: ") and data.find(b"\n") == len(data) - 2:
+            # One whole event and nothing else: nearly every read of a token stream.
+            return [data[6:-2]]
+        lines = data.split(b"\n")
+        self._rest = lines.pop()
+        found: list[bytes] = []
+        for line in lines:
+            if line.startswith(b"data:"):
+                found.append(line[5:].strip())
+        return found

@@ -10,21 +10,15 @@ import asyncio
 import gc
 import logging
 import os
-import socket
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tidegate.core.errors import ConfigError
-from tidegate.engines.embedded.options import EngineConfig, Options, check_setup, parse_options
-from tidegate.engines.serving.process import (
-    announce,
-    bind,
-    exit_when_a_thread_dies,
-    run_process,
-    stop_signal,
-)
+from tidegate.engines.embedded.options import EngineConfig, Options, parse_options
+from tidegate.engines.serving.process import bind, exit_when_a_thread_dies, run_process
 from tidegate.engines.serving.secret import LaunchSecret
 
 if TYPE_CHECKING:
@@ -33,23 +27,32 @@ if TYPE_CHECKING:
 log = logging.getLogger("tidegate.engines.embedded")
 
 COMPUTE_THREAD = "tidegate-compute"
-GRACE_S = 5.0
 SWITCH_INTERVAL_S = 0.001
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one instance; return the exit status: 0 after SIGTERM, 2 for a wrong setup."""
     options = parse_options(argv)
-
-    def run() -> None:
-        secret = LaunchSecret.from_environment(os.environ, options.secret_file)
-        check_setup(options, secret)
-        listener = bind(options.host, options.port)
-        engine, samples = _load(options)
-        _serve(options, engine, samples, secret, listener)
-
     name = options.engine.engine_id
-    return run_process(run, options.log_level, name, with_parent=options.exit_with_parent)
+    return run_process(partial(_run, options), options.log_level, name, with_parent=options.exit_with_parent)
+
+
+def _run(options: Options) -> None:
+    secret = LaunchSecret.from_environment(os.environ, options.secret_file)
+    listener = bind(options.host, options.port)
+    engine, samples = _load(options)
+    import uvloop
+
+    from tidegate.engines.embedded.instance import serve_instance
+
+    exit_when_a_thread_dies(COMPUTE_THREAD)
+    # Only what serving allocates is left to the collector: a full pass over torch's modules takes
+    # longer than a step.
+    gc.collect()
+    gc.freeze()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve_instance(options, engine, samples, secret, listener))
 
 
 def _load(options: Options) -> tuple[EmbeddedEngine, list[dict[str, Any]]]:
@@ -79,46 +82,15 @@ def _check_length(config: EngineConfig, engine: EmbeddedEngine) -> None:
     asked = config.max_model_len
     if asked is None:
         return
-    if asked > engine.info.max_model_len:
+    if asked > engine.model.max_model_len:
         raise ConfigError(
-            f"--max-model-len {asked} exceeds the model's context of {engine.info.max_model_len}"
+            f"--max-model-len {asked} exceeds the model's context of {engine.model.max_model_len}"
         )
     if asked > engine.max_model_len:
         raise ConfigError(
             f"--kv-memory-mb {config.kv_memory_mb} holds {engine.max_model_len} tokens of KV; "
             f"--max-model-len {asked} needs more"
         )
-
-
-def _serve(
-    options: Options,
-    engine: EmbeddedEngine,
-    samples: list[dict[str, Any]],
-    secret: LaunchSecret,
-    listener: socket.socket,
-) -> None:
-    import uvloop
-
-    from tidegate.engines.embedded.instance import EmbeddedInstance
-
-    exit_when_a_thread_dies(COMPUTE_THREAD)
-    # Only what serving allocates is left to the collector: a full pass over torch's modules takes
-    # longer than a step.
-    gc.collect()
-    gc.freeze()
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
-
-    async def run() -> None:
-        instance = EmbeddedInstance(options, engine, samples, secret)
-        stop = stop_signal()
-        await instance.start(listener)
-        announce(instance.announcement(listener), options.ready_fd)
-        await stop
-        log.info("stopping")
-        await instance.stop(GRACE_S)
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(run())
 
 
 if __name__ == "__main__":

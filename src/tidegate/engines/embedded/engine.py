@@ -16,17 +16,15 @@ from functools import partial
 import torch
 
 from tidegate.core.clock import Clock, WallClock
-from tidegate.core.errors import BadRequest, NoInstance, Overloaded
-from tidegate.engines.embedded.blocks import BlockPool
+from tidegate.core.errors import BadRequest, NoInstance
+from tidegate.engines.embedded.blocks import BlockPool, Pins
 from tidegate.engines.embedded.kv_store import PagedKvStore
-from tidegate.engines.embedded.model import load_model
+from tidegate.engines.embedded.model import Batch, ModelRunner, load_model
 from tidegate.engines.embedded.options import EngineConfig
-from tidegate.engines.embedded.pins import Pins
-from tidegate.engines.embedded.runner import Batch, ModelRunner
 from tidegate.engines.embedded.sampling import sample
 from tidegate.engines.embedded.scheduler import BatchScheduler
 from tidegate.engines.embedded.sequence import TokenSequence, draw_for, take_token, times_of
-from tidegate.engines.embedded.tokenizer import Detokenizer, load_tokenizer
+from tidegate.engines.embedded.tokenizer import ModelTokenizer, load_tokenizer
 from tidegate.engines.serving.types import EngineStats, GenerateRequest, Output, OutputSink
 
 log = logging.getLogger(__name__)
@@ -55,14 +53,13 @@ class EmbeddedEngine:
         self.config = config
         if config.device == "cpu":
             torch.set_num_threads(config.threads)
-        model = load_model(config.model, config.dtype, config.device)
-        self.info = model.info
-        self.detokenizer = Detokenizer(load_tokenizer(config.model), model.info.vocab_size)
-        block_bytes = model.info.kv_bytes_per_token * config.block_tokens
+        self.model = model = load_model(config.model, config.dtype, config.device)
+        self.tokenizer = ModelTokenizer(load_tokenizer(config.model), model.vocab_size)
+        block_bytes = model.kv.bytes_per_token * config.block_tokens
         total_blocks = config.total_blocks or max(1, (config.kv_memory_mb << 20) // block_bytes)
-        self.store = PagedKvStore(model.info.kv, total_blocks, config.block_tokens, model.device)
+        self.store = PagedKvStore(model.kv, total_blocks, config.block_tokens, model.device)
         capacity = total_blocks * config.block_tokens
-        self.max_model_len = min(config.max_model_len or model.info.max_model_len, capacity)
+        self.max_model_len = min(config.max_model_len or model.max_model_len, capacity)
         self._clock = clock or WallClock()
         self._runner = ModelRunner(model, self.store)
         self._runner.probe()
@@ -85,15 +82,13 @@ class EmbeddedEngine:
     # Any thread
 
     def submit(self, request: GenerateRequest) -> None:
-        """Queue a request that fits ``max_model_len``; its outputs go to the sink.
-
-        Raises ``BadRequest`` for an id in use or a stop token outside the vocabulary, and ``NoInstance`` when
-        the engine is stopping.
-        """
+        """Queue a request that fits ``max_model_len``; its outputs go to the sink. Raises ``BadRequest`` for
+        an id in use or a stop token outside the vocabulary, and ``NoInstance`` when the engine is
+        stopping."""
         params = request.sampling
-        if any(not 0 <= token < self.info.vocab_size for token in params.stop_token_ids):
+        if any(not 0 <= token < self.model.vocab_size for token in params.stop_token_ids):
             raise BadRequest("a stop token id is outside the vocabulary", param="stop_token_ids")
-        text = self.detokenizer.assembler(
+        text = self.tokenizer.assembler(
             request.prompt_token_ids, request.generated, params.stop, params.min_tokens
         )
         seed = secrets.randbits(63) if params.seed is None else params.seed
@@ -146,16 +141,17 @@ class EmbeddedEngine:
         self._take_inbox()
         batch = Batch([], [])
         try:
-            self.scheduler.collect_pins()
             batch = self.scheduler.schedule()
             # A pull may fill a block only in part; what stood there before must not outlive this step.
-            self._runner.clear(batch)
+            if batch.fresh:
+                self.store.clear_blocks(batch.fresh)
             if batch.tokens:
                 self._compute(batch)
             self._failed_steps = 0
         except Exception as error:
             log.exception("a step of %d tokens failed", batch.tokens)
-            self._fail(batch.sequences() or list(self._live.values()), error)
+            touched = [*batch.singles, *(chunk.sequence for chunk in batch.chunks)]
+            self._fail(touched or list(self._live.values()), error)
             self._failed_steps += 1
             if self._failed_steps >= _HOPELESS_STEPS:
                 raise
@@ -165,31 +161,19 @@ class EmbeddedEngine:
         return Step(batch.tokens, self._take_outbox())
 
     def place_computed(self, request: GenerateRequest) -> None:
-        """Run ``request`` as if all but its last prompt token had KV, whatever its blocks hold.
-
-        For measurements, while the loop is not running. Raises what ``submit`` raises, and
-        ``Overloaded`` when blocks are short.
-        """
+        """Run ``request``, for which there must be blocks, as if all but its last prompt token had KV. For
+        measurements, while the loop is not running."""
         self.submit(request)
         self._take_inbox()
-        sequence = self._live[request.id]
-        if not self.scheduler.place_computed(sequence):
-            self._abort(request.id)
-            raise Overloaded(f"no blocks for {len(request.prompt_token_ids)} tokens")
+        self.scheduler.place_computed(self._live[request.id])
 
     def _loop(self) -> None:
-        idle = False
         try:
             while not self._stopping:
                 step = self.step()
                 self._deliver(step.outputs)
-                if step.tokens:
-                    idle = False
-                    continue
-                if not idle and self.scheduler.idle:
-                    idle = True
-                    self._check_idle()
-                self._sleep()
+                if not step.tokens:
+                    self._sleep()
         except Exception as error:
             log.error("the compute thread ends")
             self._fail_all(error)
@@ -204,12 +188,6 @@ class EmbeddedEngine:
         live, self._live = self._live, {}
         self._deliver([Output(request_id, [], "", finish_reason="error", error=why) for request_id in live])
 
-    def _check_idle(self) -> None:
-        try:
-            self.scheduler.check_integrity()
-        except AssertionError:
-            log.exception("the idle engine's blocks do not add up")
-
     def _sleep(self) -> None:
         """Wait for a call from another thread, or for the next lease to end."""
         deadline = self.pins.next_deadline_s()
@@ -221,17 +199,19 @@ class EmbeddedEngine:
     def _compute(self, batch: Batch) -> None:
         logits = self._runner.run(batch)
         sampling = batch.sampling()
-        eos = self.info.eos_ids
+        eos = self.model.eos_ids
         choices = sample(logits, [draw_for(sequence, eos) for sequence in sampling])
         self.scheduler.commit(batch)
-        self.scheduler.counters.steps += 1
-        self.scheduler.counters.generation_tokens += len(sampling)
+        counters = self.scheduler.counters
+        counters.steps += 1
+        counters.generation_tokens += len(sampling)
         now = self._clock.now()
         for sequence, choice in zip(sampling, choices, strict=True):
             if sequence.first_token_s is None:
                 sequence.first_token_s = now
-                self._count_prompt(sequence)
-            output = take_token(sequence, choice, eos, self.detokenizer)
+                prompt = len(sequence.request.prompt_token_ids)
+                counters.count_prompt(prompt, sequence.cached_tokens, sequence.loaded_tokens)
+            output = take_token(sequence, choice, eos, self.tokenizer)
             if output.finish_reason is not None:
                 self._finish(sequence, output, now)
             self._outbox.append(output)
@@ -266,15 +246,6 @@ class EmbeddedEngine:
         with self._wake:
             self._known.discard(sequence.request.id)
 
-    def _count_prompt(self, sequence: TokenSequence) -> None:
-        counters = self.scheduler.counters
-        pulled, cached = sequence.loaded_tokens, sequence.cached_tokens
-        prompt = len(sequence.request.prompt_token_ids)
-        counters.prompt_tokens += prompt
-        counters.pulled_prompt_tokens += pulled
-        counters.cached_prompt_tokens += cached
-        counters.computed_prompt_tokens += prompt - pulled - cached
-
     def _accept(self, sequence: TokenSequence) -> None:
         self._live[sequence.request.id] = sequence
         self.scheduler.add(sequence)
@@ -285,11 +256,11 @@ class EmbeddedEngine:
             self._end(sequence, "abort")
 
     def _on_load_done(self, sequence: TokenSequence, error: str | None, moved_bytes: int) -> None:
-        self._post(partial(self._loaded, sequence, error, moved_bytes))
+        def finish() -> None:
+            wanted = self._live.get(sequence.request.id) is sequence
+            self.scheduler.finish_load(sequence, error, moved_bytes, wanted)
 
-    def _loaded(self, sequence: TokenSequence, error: str | None, moved_bytes: int) -> None:
-        wanted = self._live.get(sequence.request.id) is sequence
-        self.scheduler.finish_load(sequence, error, moved_bytes, wanted)
+        self._post(finish)
 
     def _wake_up(self) -> None:
         """Have the compute thread take a step, which collects the pins that ended."""

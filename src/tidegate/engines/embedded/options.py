@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tidegate.core.errors import ConfigError
 from tidegate.engines.serving.process import instance_parser
-from tidegate.engines.serving.secret import API_KEY_ENV, LaunchSecret, is_loopback
+from tidegate.engines.serving.secret import API_KEY_ENV
 
 DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
 
@@ -78,6 +78,8 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     """Parse the command line; prints usage and exits with status 2 when it is wrong."""
     parser = _parser()
     values = vars(parser.parse_args(argv))
+    if values["kv_host"] in ("", "0.0.0.0", "::"):
+        parser.error(f"--kv-host {values['kv_host']!r} names no address that a peer could connect to")
     values["served_model_name"] = values["served_model_name"] or values["model"].name
     values["engine_id"] = values["engine_id"] or f"embedded-{uuid.uuid4().hex[:12]}"
     key = os.environ.pop(API_KEY_ENV, "")
@@ -87,16 +89,6 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         return Options(EngineConfig(**of_engine), **values)
     except ConfigError as error:
         parser.error(error.message)
-
-
-def check_setup(options: Options, secret: LaunchSecret) -> None:
-    """Raise ConfigError for what can be seen to be wrong before anything is loaded."""
-    if not (options.engine.model / "config.json").is_file():
-        raise ConfigError(f"{options.engine.model} is not a model folder: it has no config.json")
-    if options.kv_host in ("", "0.0.0.0", "::"):
-        raise ConfigError(f"--kv-host {options.kv_host!r} names no address that a peer could connect to")
-    if not secret and not is_loopback(options.kv_host):
-        raise ConfigError(f"--kv-host {options.kv_host} serves only loopback without a launch secret")
 
 
 def _positive(text: str) -> int:

@@ -8,19 +8,16 @@ import numpy as np
 
 from tidegate.engines.embedded.blocks import root_key
 from tidegate.engines.embedded.sampling import Choice, Draw
-from tidegate.engines.embedded.tokenizer import Detokenizer
-from tidegate.engines.serving.assembling import TextAssembler, say_token
+from tidegate.engines.embedded.tokenizer import ModelTokenizer
+from tidegate.engines.serving.assembling import TextAssembler, token_output
 from tidegate.engines.serving.types import GenerateRequest, Output, RequestTimes, TokenLogprob
 
 
 @dataclass(slots=True, eq=False)
 class TokenSequence:
-    """State of a request from submit to finish; only the compute thread touches it.
-
-    ``tokens`` is the prompt followed by this leg's output; ``computed`` of them have KV in ``blocks``
-    (as an array: ``table``). ``keys`` are the prefix-cache keys of the first full blocks, ``published``
-    of which the pool knows.
-    """
+    """State of a request from submit to finish; only the compute thread touches it. ``tokens`` is the prompt
+    followed by this leg's output; ``computed`` of them have KV in ``blocks`` (as an array: ``table``).
+    ``keys`` are the prefix-cache keys of the first full blocks, ``published`` of which the pool knows."""
 
     request: GenerateRequest
     seed: int
@@ -90,14 +87,14 @@ def draw_for(sequence: TokenSequence, eos_ids: frozenset[int]) -> Draw:
 
 
 def take_token(
-    sequence: TokenSequence, choice: Choice, eos_ids: frozenset[int], detokenizer: Detokenizer
+    sequence: TokenSequence, choice: Choice, eos_ids: frozenset[int], tokenizer: ModelTokenizer
 ) -> Output:
     """Append the token to the sequence and return what it shows; ``finish_reason`` is set when it ends."""
     sequence.tokens.append(choice.token_id)
-    output = say_token(sequence.request, choice.token_id, sequence.new_tokens, sequence.text, eos_ids)
+    output = token_output(sequence.request, choice.token_id, sequence.new_tokens, sequence.text, eos_ids)
     if choice.logprob is not None:
-        top = tuple((token, detokenizer.piece(token), value) for token, value in choice.alternatives)
-        piece = detokenizer.piece(choice.token_id)
+        top = tuple((token, tokenizer.piece(token), value) for token, value in choice.alternatives)
+        piece = tokenizer.piece(choice.token_id)
         output.logprobs = [TokenLogprob(choice.token_id, piece, choice.logprob, top)]
     return output
 

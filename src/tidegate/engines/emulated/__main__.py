@@ -50,7 +50,6 @@ async def _serve(options: argparse.Namespace, secret: LaunchSecret, api_key: str
     )
     replicas = replicas_in(groups, engine=engine)
     instances = EmulatedInstances(
-        replicas,
         groups[0].packaged.model,
         secret,
         api_key=api_key,
@@ -62,7 +61,8 @@ async def _serve(options: argparse.Namespace, secret: LaunchSecret, api_key: str
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
-    await instances.start([bind(options.host, 0) for _ in replicas])
+    for replica in replicas:
+        await instances.add(replica, bind(options.host, 0))
 
     def one_more() -> Replica:
         groups[-1] = replace(groups[-1], count=groups[-1].count + 1)

@@ -53,11 +53,8 @@ class Lag:
 
 
 class EventTimer:
-    """Hands due events to ``handle``, in order. Time begins at 0 when it is made.
-
-    An event keeps its own time however late it is handled, so that lateness does not add up. After every
-    turn ``flush`` is called.
-    """
+    """Hands due events to ``handle``, in order. Time begins at 0 when it is made. An event keeps its own time
+    however late it is handled, so that lateness does not add up. After every turn ``flush`` is called."""
 
     def __init__(
         self,

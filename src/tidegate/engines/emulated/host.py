@@ -13,9 +13,120 @@ from tidegate.dataplane.events import Event, EventKind, EventQueue
 from tidegate.dataplane.replica import Replica
 from tidegate.dataplane.sequence import LOADING, NEW, WAITING, Pin, SimSequence
 from tidegate.engines.emulated.event_timer import EventTimer
-from tidegate.engines.emulated.leg import EmulatedLeg, new_leg
-from tidegate.engines.serving.types import Counters, EngineStats, GenerateRequest, KvSource, Output, PinnedKv
+from tidegate.engines.emulated.vocabulary import answer, block_ids, pieces
+from tidegate.engines.serving.assembling import ByteDecoder, TextAssembler, token_output
+from tidegate.engines.serving.types import (
+    Counters,
+    EngineStats,
+    GenerateRequest,
+    KvSource,
+    Output,
+    PinnedKv,
+    RequestTimes,
+    TokenLogprob,
+)
 from tidegate.policies.order import Order
+
+_NO_EOS: frozenset[int] = frozenset()
+"""Nothing ends an answer but its limit and the client's stops."""
+
+
+@dataclass(slots=True, eq=False)
+class EmulatedLeg:
+    """State of a leg. ``sequence`` is what the instance sees of it; times are those of its events.
+    ``pending`` collects what was not delivered yet, ``tokens`` are all that the leg generates, and
+    ``loaded_tokens`` come with a pull."""
+
+    request: GenerateRequest
+    sequence: SimSequence
+    tokens: list[int]
+    text: TextAssembler
+    submitted_s: float
+    pending: Output
+    new_tokens: int = 0
+    first_token_s: float | None = None
+    loaded_tokens: int = 0
+
+    def advance(self, count: int, now: float) -> None:
+        """Generate the next ``count`` tokens."""
+        if self.first_token_s is None:
+            self.first_token_s = now
+        pending = self.pending
+        for _ in range(count):
+            token = self.tokens[self.new_tokens]
+            self.new_tokens += 1
+            output = token_output(self.request, token, self.new_tokens, self.text, _NO_EOS)
+            pending.token_ids.append(token)
+            pending.text += output.text
+            pending.finish_reason, pending.stop_reason = output.finish_reason, output.stop_reason
+            if self.request.sampling.logprobs is not None:
+                piece = pieces()[token].decode("utf-8", "replace")
+                pending.logprobs = [*(pending.logprobs or []), TokenLogprob(token, piece, 0.0)]
+
+    def finish(self, now: float, pinned: PinnedKv | None = None, reason: str | None = None) -> None:
+        """Complete the last output; ``reason`` is why the leg ends before its last token."""
+        self.pending.pinned = pinned
+        self.pending.finish_reason = reason or self.pending.finish_reason
+        self.pending.times = self._times(now)
+
+    def take(self) -> Output:
+        """Return the output since the last call."""
+        output, self.pending = self.pending, Output(self.request.id, [], "")
+        return output
+
+    def _times(self, now: float) -> RequestTimes:
+        sequence = self.sequence
+        admitted_s = now if sequence.admitted_s is None else sequence.admitted_s
+        first_s = now if self.first_token_s is None else self.first_token_s
+        load_s = 0.0 if sequence.loaded_s is None else sequence.loaded_s - admitted_s
+        return RequestTimes(
+            queue_s=admitted_s - self.submitted_s,
+            kv_load_s=load_s,
+            prefill_s=first_s - admitted_s - load_s,
+            decode_s=now - first_s,
+            kv_loaded_tokens=self.loaded_tokens if sequence.loaded_s is not None else 0,
+            cached_tokens=sequence.cached_tokens,
+            preemptions=sequence.preemptions,
+        )
+
+
+def new_leg(
+    number: int, request: GenerateRequest, source: Pin | None, block_tokens: int, now: float
+) -> EmulatedLeg:
+    """Return the leg of ``request``, numbered ``number`` for its instance, submitted at ``now``. The answer
+    is known beforehand, and so is where a stop ends it."""
+    prompt, params = list(request.prompt_token_ids), request.sampling
+    asked = len(prompt) - request.generated
+    tokens = answer(prompt[:asked], request.generated, params.max_tokens)
+    tokens = tokens[: _length(request, tokens)]
+    sequence = SimSequence(
+        number,
+        len(prompt),
+        len(prompt) + len(tokens),
+        hand_over=request.pin_kv,
+        source=source,
+        block_ids=block_ids([*prompt, *tokens], block_tokens, request.salt),
+        hash_block_tokens=block_tokens,
+        ticket=None if request.ticket is None else request.ticket.on_clock(now),
+    )
+    return EmulatedLeg(request, sequence, tokens, _assembler(request), now, Output(request.id, [], ""))
+
+
+def _assembler(request: GenerateRequest) -> TextAssembler:
+    params, asked = request.sampling, len(request.prompt_token_ids) - request.generated
+    replayed = request.prompt_token_ids[asked:]
+    return TextAssembler(ByteDecoder(pieces()), params.stop, replayed, params.min_tokens)
+
+
+def _length(request: GenerateRequest, tokens: list[int]) -> int:
+    """Return how many of ``tokens`` come before one of the client's stops, or all."""
+    params = request.sampling
+    if params.stop or params.stop_token_ids:
+        text = _assembler(request)
+        for count, token in enumerate(tokens, start=1):
+            if token_output(request, token, count, text, _NO_EOS).finish_reason is not None:
+                return count
+    return len(tokens)
 
 
 @dataclass(slots=True)
@@ -40,9 +151,7 @@ class HeldPin:
 @dataclass(slots=True, eq=False)
 class EmulatedInstance:
     """One instance, a ``ServedEngine`` for the event loop: ``legs`` and ``pins`` by the engine's ids.
-
-    ``in_step`` are the legs that get a token per step; ``sink`` takes the outputs, on the event loop.
-    """
+    ``in_step`` are the legs that get a token per step; ``sink`` takes the outputs, on the event loop."""
 
     host: Host
     index: int
@@ -66,11 +175,23 @@ class EmulatedInstance:
 
     def abort(self, request_id: str) -> None:
         """End a leg early; its last output has ``finish_reason`` abort. An unknown id is ignored."""
-        self.host.abort(self, request_id)
+        now = self.host.timer.catch_up()
+        leg = self.legs.pop(request_id, None)
+        if leg is not None:
+            self.in_step.pop(leg, None)
+            self.host.abort(self, leg, now)
+        self.host.timer.arm()
 
     def release(self, request_id: str) -> bool:
         """Free KV that a leg left; False when there is none that is free to go."""
-        return self.host.release(self, request_id)
+        now = self.host.timer.catch_up()
+        held = self.pins.get(request_id)
+        if held is None or not held.available:
+            return False
+        del self.pins[request_id]
+        self.host.cluster.drop(held.pin, now)
+        self.host.timer.arm()
+        return True
 
     def stop(self) -> None:
         """Take nothing more and abort what runs."""
@@ -104,35 +225,18 @@ class EmulatedInstance:
         while self.pins and (oldest := next(iter(self.pins))) and self.pins[oldest].over:
             del self.pins[oldest]
 
-    def count_prompt(self, leg: EmulatedLeg) -> None:
-        """Count the prompt of a leg that gets its first token."""
-        counters, prompt, cached = self.counters, leg.sequence.prompt, leg.sequence.cached_tokens
-        counters.prompt_tokens += prompt
-        counters.prefix_queries += prompt
-        counters.prefix_hits += cached
-        counters.cached_prompt_tokens += cached
-        counters.pulled_prompt_tokens += leg.loaded_tokens
-        counters.computed_prompt_tokens += prompt - cached - leg.loaded_tokens
-
 
 class Host:
-    """Runs legs on the wall clock, for the instances of ``replicas``. The data plane's ``Listener``.
+    """Runs legs on the wall clock, for the instances added. The data plane's ``Listener``.
 
     ``front_s`` passes between a leg's submission and its arrival in the instance's queue, beside what HTTP
-    takes in reality. All calls come on one event loop.
-    """
+    takes in reality. All calls come on one event loop."""
 
     def __init__(
-        self,
-        replicas: list[Replica],
-        engine_ids: list[str],
-        *,
-        order: Order | None = None,
-        front_s: float = 0.0,
-        clock: Clock | None = None,
+        self, *, order: Order | None = None, front_s: float = 0.0, clock: Clock | None = None
     ) -> None:
         self._events = EventQueue()
-        self._cluster = Cluster((), self._events, self, leap=False, order=order)
+        self.cluster = Cluster((), self._events, self, leap=False, order=order)
         self.instances: list[EmulatedInstance] = []
         self._by_engine: dict[str, EmulatedInstance] = {}
         self._legs: dict[int, tuple[EmulatedInstance, EmulatedLeg]] = {}
@@ -140,29 +244,25 @@ class Host:
         self._touched: dict[EmulatedLeg, EmulatedInstance] = {}
         self._front_s = front_s
         self.timer = EventTimer(self._events, self._handle, self._flush, clock)
-        for replica, engine_id in zip(replicas, engine_ids, strict=True):
-            self.add(replica, engine_id)
 
     def add(self, replica: Replica, engine_id: str) -> EmulatedInstance:
         """Add an instance, empty."""
-        simulated = self._cluster.add(replica)
+        simulated = self.cluster.add(replica)
         instance = EmulatedInstance(self, simulated.index, engine_id, replica, simulated.batcher)
         self.instances.append(instance)
         self._by_engine[engine_id] = instance
         return instance
 
     def remove(self, instance: EmulatedInstance) -> None:
-        """Abort all legs of an instance, and free the KV that others have not begun to pull.
-
-        It stays in ``instances``, for simulated instances are numbered.
-        """
+        """Abort all legs of an instance, and free the KV that others have not begun to pull. It stays in
+        ``instances``, for simulated instances are numbered."""
         instance.stop()
         for request_id in list(instance.pins):
-            self.release(instance, request_id)
+            instance.release(request_id)
         del self._by_engine[instance.engine_id]
 
     def submit(self, instance: EmulatedInstance, request: GenerateRequest) -> None:
-        """See ``EmulatedInstance.submit``."""
+        """Start a leg of an instance."""
         now = self.timer.catch_up()
         held = None if request.source is None else self._claim(instance, request, request.source, now)
         self._numbered += 1
@@ -175,38 +275,22 @@ class Host:
         if self._front_s > 0:
             self._events.push(now + self._front_s, EventKind.LEG, self._numbered)
         else:
-            self._cluster.submit(instance.index, leg.sequence, now)
+            self.cluster.submit(instance.index, leg.sequence, now)
         self.timer.arm()
 
-    def abort(self, instance: EmulatedInstance, request_id: str) -> None:
-        """See ``EmulatedInstance.abort``."""
-        now = self.timer.catch_up()
-        leg = instance.legs.pop(request_id, None)
-        if leg is not None:
-            del self._legs[leg.sequence.request]
-            instance.in_step.pop(leg, None)
-            self._cluster.abort(leg.sequence, now)
-            leg.finish(now, reason="abort")
-            self._touched[leg] = instance
-            self._flush()
-        self.timer.arm()
-
-    def release(self, instance: EmulatedInstance, request_id: str) -> bool:
-        """See ``EmulatedInstance.release``."""
-        now = self.timer.catch_up()
-        held = instance.pins.get(request_id)
-        if held is None or not held.available:
-            return False
-        del instance.pins[request_id]
-        self._cluster.drop(held.pin, now)
-        self.timer.arm()
-        return True
+    def abort(self, instance: EmulatedInstance, leg: EmulatedLeg, now: float) -> None:
+        """End a leg that its instance has dropped."""
+        del self._legs[leg.sequence.request]
+        self.cluster.abort(leg.sequence, now)
+        leg.finish(now, reason="abort")
+        self._touched[leg] = instance
+        self._flush()
 
     def release_source(self, source: KvSource) -> None:
         """Free the KV behind a handle that nobody is going to pull."""
         owner = self._by_engine.get(source.engine_id)
         if owner is not None:
-            self.release(owner, source.request_id)
+            owner.release(source.request_id)
 
     def _claim(
         self, instance: EmulatedInstance, request: GenerateRequest, source: KvSource, now: float
@@ -221,17 +305,17 @@ class Host:
             # Only whole prompts are handed over; the data plane has no leg that pulls a part and computes
             # the rest.
             instance.counters.pull_failures += 1
-            self._cluster.drop(held.pin, now)
+            self.cluster.drop(held.pin, now)
             return None
         return held
 
     def _handle(self, event: Event) -> None:
         now, kind, number, _ = event
         if kind != EventKind.LEG:
-            self._cluster.handle(event)
+            self.cluster.handle(event)
         elif number in self._legs:
             instance, leg = self._legs[number]
-            self._cluster.submit(instance.index, leg.sequence, now)
+            self.cluster.submit(instance.index, leg.sequence, now)
 
     def _flush(self) -> None:
         """Hand on the legs' new tokens, all of a leg's tokens in one output."""
@@ -254,9 +338,12 @@ class Host:
 
     def token(self, sequence: SimSequence, now: float) -> None:
         instance, leg = self._legs[sequence.request]
+        counters = instance.counters
         if leg.first_token_s is None:
-            instance.count_prompt(leg)
-        instance.counters.generation_tokens += 1
+            counters.count_prompt(sequence.prompt, sequence.cached_tokens, leg.loaded_tokens)
+            counters.prefix_queries += sequence.prompt
+            counters.prefix_hits += sequence.cached_tokens
+        counters.generation_tokens += 1
         leg.advance(1, now)
         instance.in_step[leg] = None
         self._touched[leg] = instance
@@ -270,7 +357,7 @@ class Host:
         puller, leg = self._legs[sequence.request]
         source = sequence.source
         assert source is not None
-        moved = self._cluster.pull(sequence, instance, now)
+        moved = self.cluster.pull(sequence, instance, now)
         token_bytes = self.instances[source.on].replica.instance.kv_bytes_per_token
         leg.loaded_tokens = moved // token_bytes if token_bytes else source.tokens
         puller.counters.pulled_bytes += moved
@@ -291,11 +378,11 @@ class Host:
         instance.in_step.pop(leg, None)
         pinned = None
         if pin is not None:
-            self._cluster.begin_lease(pin, now)
+            self.cluster.begin_lease(pin, now)
             instance.forget_old_pins()
             older = instance.pins.pop(request.id, None)
             if older is not None and older.claimed_by is None:
-                self._cluster.drop(older.pin, now)
+                self.cluster.drop(older.pin, now)
             instance.pins[request.id] = HeldPin(pin)
             ends_s = now + instance.replica.engine.lease_s
             pinned = PinnedKv(request.id, tuple(range(pin.blocks)), pin.tokens, ends_s)

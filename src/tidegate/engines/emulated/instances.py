@@ -5,20 +5,19 @@ from __future__ import annotations
 import asyncio
 import secrets
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
 from pydantic import StrictStr
 
-from tidegate.core.errors import Forbidden
 from tidegate.dataplane.replica import Replica
 from tidegate.engines.emulated.host import EmulatedInstance, Host
 from tidegate.engines.emulated.vocabulary import VOCAB_SIZE, Codec
 from tidegate.engines.serving.delivery import OutputRouter
 from tidegate.engines.serving.metrics import ServerMetrics
-from tidegate.engines.serving.secret import SECRET_HEADER, LaunchSecret
+from tidegate.engines.serving.secret import LaunchSecret
 from tidegate.engines.serving.server import EngineServer, Parts
 from tidegate.engines.serving.types import ServingFacts
 from tidegate.policies.order import Order
@@ -40,11 +39,10 @@ class ServedInstance:
 
 
 class EmulatedInstances:
-    """Serves ``replicas`` under ``model``. Build it on the event loop."""
+    """Serves instances under ``model``. Build it on the event loop."""
 
     def __init__(
         self,
-        replicas: Sequence[Replica],
         model: str,
         secret: LaunchSecret,
         *,
@@ -52,22 +50,26 @@ class EmulatedInstances:
         order: Order | None = None,
         front_s: float = 0.0,
     ) -> None:
-        self.host = Host([], [], order=order, front_s=front_s)
-        self._replicas = replicas
+        self.host = Host(order=order, front_s=front_s)
         self._model = model
         self._secret = secret
         self._api_key = api_key
         self._served: dict[str, ServedInstance] = {}
 
-    async def start(self, listeners: Sequence[socket.socket]) -> None:
-        """Serve each instance on its own bound socket."""
-        for replica, listener in zip(self._replicas, listeners, strict=True):
-            await self.add(replica, listener)
-
     async def add(self, replica: Replica, listener: socket.socket) -> dict[str, Any]:
         """Serve one more instance on a bound socket; return its announcement."""
         instance = self.host.add(replica, f"{replica.instance.id}-{secrets.token_hex(4)}")
-        facts = self._facts(instance)
+        facts = ServingFacts(
+            engine_id=instance.engine_id,
+            model=self._model,
+            max_model_len=replica.instance.max_model_len,
+            vocab_size=VOCAB_SIZE,
+            block_tokens=replica.instance.block_tokens,
+            kv_capacity_tokens=replica.instance.kv_capacity_tokens,
+            kv_bytes_per_token=replica.instance.kv_bytes_per_token,
+            kv_host="127.0.0.1",
+            kv_port=_CLIENT_PORT,
+        )
         router = OutputRouter(asyncio.get_running_loop())
         instance.sink = router.deliver
         metrics = ServerMetrics(facts, instance.stats)
@@ -104,33 +106,15 @@ class EmulatedInstances:
         """Return the ready line's content."""
         return {"event": "ready", "instances": [served.ready for served in self._served.values()]}
 
-    def _facts(self, instance: EmulatedInstance) -> ServingFacts:
-        replica = instance.replica.instance
-        return ServingFacts(
-            engine_id=instance.engine_id,
-            model=self._model,
-            max_model_len=replica.max_model_len,
-            vocab_size=VOCAB_SIZE,
-            block_tokens=replica.block_tokens,
-            kv_capacity_tokens=replica.kv_capacity_tokens,
-            kv_bytes_per_token=replica.kv_bytes_per_token,
-            kv_host="127.0.0.1",
-            kv_port=_CLIENT_PORT,
-        )
-
 
 class RemoveBody(RequestBody):
-    """Body of ``/tidegate/instances/remove``."""
-
     engine_id: StrictStr
 
 
 class FleetServer:
     """The port of the process itself, where the fleet adds and removes instances. For members of the launch
-    only, but for ``/health``.
-
-    ``one_more`` makes the replica of an added instance, ``bind`` a socket for it.
-    """
+    only, but for ``/health``. ``one_more`` makes the replica of an added instance, ``bind`` a socket for
+    it."""
 
     def __init__(
         self,
@@ -157,15 +141,12 @@ class FleetServer:
         listener = self._bind()
         await self._runner.setup()
         await web.SockSite(self._runner, listener).start()
-        port: int = listener.getsockname()[1]
-        return port
+        return int(listener.getsockname()[1])
 
     async def stop(self) -> None:
-        """Close the port."""
         await self._runner.cleanup()
 
     async def health(self, request: web.Request) -> web.Response:
-        """GET /health: the process answers."""
         return web.Response()
 
     async def add(self, request: web.Request) -> web.Response:
@@ -179,7 +160,6 @@ class FleetServer:
 
     @web.middleware
     async def _check_secret(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        admitted = self._secret.admits(request.headers.get(SECRET_HEADER), request.remote)
-        if request.path != "/health" and not admitted:
-            raise Forbidden(f"{request.path}: reserved to members of the launch ({SECRET_HEADER} header)")
+        if request.path != "/health":
+            self._secret.require(request, request.path)
         return await handler(request)

@@ -17,15 +17,13 @@ from tidegate.protocol.client_stream import ClientStream
 
 log = logging.getLogger(__name__)
 
-Receiver = Callable[[Output], None]
-
 
 class OutputRouter:
     """Hands each output to its request's receiver. One loop callback per engine step."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._receivers: dict[str, Receiver] = {}
+        self._receivers: dict[str, Callable[[Output], None]] = {}
 
     def __len__(self) -> int:
         return len(self._receivers)
@@ -48,7 +46,7 @@ class OutputRouter:
                 log.exception("delivering an output of %s failed", output.request_id)
 
     @contextlib.contextmanager
-    def receiving(self, request_id: str, receiver: Receiver) -> Iterator[None]:
+    def receiving(self, request_id: str, receiver: Callable[[Output], None]) -> Iterator[None]:
         """Deliver the request's outputs to ``receiver`` inside the block; later ones are dropped."""
         self._receivers[request_id] = receiver
         try:
@@ -59,10 +57,8 @@ class OutputRouter:
 
 class Delivery:
     """Takes the outputs of one call: sends them to ``client`` as they arrive, or collects a whole answer.
-
-    ``finished`` resolves with the last output to the bytes that are still to be sent (the last events, or
-    the whole body), or fails with the engine's error or with ClientGone.
-    """
+    ``finished`` resolves with the last output to the bytes that are still to be sent (the last events, or the
+    whole body), or fails with the engine's error or with ClientGone."""
 
     def __init__(
         self,

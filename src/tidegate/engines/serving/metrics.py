@@ -87,9 +87,6 @@ class _StatsCollector(Collector):
         self._labels = labels
         self._stats = stats
 
-    def describe(self) -> list[Metric]:
-        return []
-
     def collect(self) -> Iterator[Metric]:
         now = self._stats()
         for name, text, value in (

@@ -54,10 +54,8 @@ def instance_parser(engine: str, description: str) -> argparse.ArgumentParser:
 
 
 def run_process(serve: Callable[[], None], log_level: str, name: str, *, with_parent: bool) -> int:
-    """Run ``serve`` and return the exit status: 0 at its end, 2 for a wrong setup.
-
-    Every line of the log has ``name``; ``with_parent`` ends the process when its parent does.
-    """
+    """Run ``serve`` and return the exit status: 0 at its end, 2 for a wrong setup. Every line of the log has
+    ``name``; ``with_parent`` ends the process when its parent does."""
     logging.basicConfig(
         level=log_level.upper(), stream=sys.stderr, format=f"%(asctime)s %(levelname)s {name} %(message)s"
     )
@@ -113,11 +111,9 @@ def announce(announcement: dict[str, Any], ready_fd: int | None = None) -> None:
 
 
 def exit_with_parent() -> None:
-    """End the process when its parent does.
-
-    On Linux the kernel kills it when the thread that started it ends. Anywhere, a stdin that is a
-    pipe or socket ends it at end of file, which also covers a parent that died before this call.
-    """
+    """End the process when its parent does. On Linux the kernel kills it when the thread that started it
+    ends. Anywhere, a stdin that is a pipe or socket ends it at end of file, which also covers a parent that
+    died before this call."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
@@ -129,10 +125,8 @@ def exit_with_parent() -> None:
 
 
 def exit_when_a_thread_dies(name: str) -> None:
-    """End the process when an exception escapes the thread called ``name``; others are logged.
-
-    A server whose compute thread is gone would accept requests and never answer.
-    """
+    """End the process when an exception escapes the thread called ``name``; others are logged. A server whose
+    compute thread is gone would accept requests and never answer."""
 
     def hook(args: threading.ExceptHookArgs) -> None:
         thread = args.thread.name if args.thread else "?"

@@ -12,58 +12,39 @@ from tidegate.policies.order import Ticket
 from tidegate.protocol.bodies import (
     DEFAULT_COMPLETION_TOKENS,
     ChatBody,
+    ChatMessage,
     CompletionBody,
     KvTransferParams,
     TicketParams,
 )
-from tidegate.protocol.chunks import AnswerHead
+from tidegate.protocol.chunks import AnswerHead, Json
 
 MOST_ID_CHARS = 256
 MOST_STOP_CHARS = 1024
 
-# Fields that change what is generated and that this engine does not have, with the values that ask
-# for nothing. null always does.
-_UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "length_penalty": (1,),
-    "min_p": (0,),
-    "logit_bias": ({},),
-    "use_beam_search": (False,),
-    "suffix": ("",),
-    "prompt_logprobs": (),
-    "prompt_embeds": (),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "functions": ([],),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
-    "truncate_prompt_tokens": (),
+# Fields that change what is generated and that this engine does not have, with the value that asks for
+# nothing. null always does.
+_UNSUPPORTED: dict[str, object] = {
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_p"), 0),
+    **dict.fromkeys(("repetition_penalty", "length_penalty"), 1),
+    **dict.fromkeys(("use_beam_search", "include_stop_str_in_output"), False),
+    **dict.fromkeys(("prompt_logprobs", "prompt_embeds", "allowed_token_ids", "truncate_prompt_tokens")),
+    **dict.fromkeys(("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")),
+    "bad_words": [],
+    "tools": [],
+    "functions": [],
+    "logit_bias": {},
+    "suffix": "",
+    "skip_special_tokens": True,
+    "response_format": {"type": "text"},
 }
-_HANDLE_FIELDS = (
-    "remote_engine_id",
-    "remote_request_id",
-    "remote_host",
-    "remote_port",
-    "remote_block_ids",
-    "remote_num_tokens",
-)
+_HANDLE_FIELDS = [name for name in KvTransferParams.model_fields if name.startswith("remote_")]
 
 
 @dataclass(frozen=True, slots=True)
 class ServedCall:
-    """One request to answer: what the engine gets, and how the client wants the answer.
-
-    ``head.id`` is the id in answers; the engine's id adds a random part, so that clients may repeat theirs.
-    """
+    """One request to answer: what the engine gets, and how the client wants the answer. ``head.id`` is the id
+    in answers; the engine's id adds a random part, so that clients may repeat theirs."""
 
     head: AnswerHead
     generate: GenerateRequest
@@ -83,19 +64,21 @@ def refuse_unsupported(body: CompletionBody | ChatBody) -> None:
     """Raise BadRequest naming the first field that asks for what this engine cannot do."""
     for name, neutral in _UNSUPPORTED.items():
         value = getattr(body, name, None)
-        if value is not None and value not in neutral:
+        if value not in (None, neutral):
             raise BadRequest(f"{name}: not supported by this engine", param=name)
 
 
-def prompt_override(body: ChatBody) -> list[int] | None:
-    """Return ``kv_transfer_params.prompt_token_ids`` of a chat that continues from known ids."""
-    kv = body.kv_transfer_params
-    ids = None if kv is None else (kv.model_extra or {}).get("prompt_token_ids")
-    if ids is None:
-        return None
-    if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
-        raise _bad_kv("prompt_token_ids", "expected a non-empty list of non-negative token ids")
-    return ids
+def flat_messages(messages: list[ChatMessage]) -> list[Json]:
+    """Return the messages with text parts joined, as templates for text models expect. Raises BadRequest for
+    other parts."""
+    flat = [message.model_dump(exclude_none=True) for message in messages]
+    for message in flat:
+        parts = message.get("content")
+        if isinstance(parts, list):
+            if not all(part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts):
+                raise BadRequest("messages: only content parts of type text are supported", param="messages")
+            message["content"] = "\n".join(part["text"] for part in parts)
+    return flat
 
 
 def build_call(
@@ -146,8 +129,6 @@ def kv_source(params: KvTransferParams | None, facts: ServingFacts) -> KvSource 
         if name not in given:
             raise _bad_kv(name, "missing; a KV handle has all remote_* fields or none")
     assert params.remote_port is not None and params.remote_num_tokens is not None
-    if not 0 < params.remote_port < 65536:
-        raise _bad_kv("remote_port", "not a port number")
     if (params.model_extra or {}).get("tp_size") not in (None, 1):
         raise _bad_kv("tp_size", "this engine takes KV from instances with tp_size 1")
     groups = params.remote_block_ids or []

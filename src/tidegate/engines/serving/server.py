@@ -17,18 +17,18 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import Field, StrictBool, StrictStr
 
-from tidegate.core.errors import BadRequest, Forbidden, NoInstance, PromptTooLong
+from tidegate.core.errors import BadRequest, NoInstance, PromptTooLong
 from tidegate.engines.serving.delivery import Delivery, OutputRouter
 from tidegate.engines.serving.metrics import ServerMetrics
 from tidegate.engines.serving.requests import (
     ServedCall,
     build_call,
     check_model,
+    flat_messages,
     kv_source,
-    prompt_override,
     refuse_unsupported,
 )
-from tidegate.engines.serving.secret import SECRET_HEADER, LaunchSecret
+from tidegate.engines.serving.secret import LaunchSecret
 from tidegate.engines.serving.types import KvSource, PromptCodec, ServedEngine, ServingFacts
 from tidegate.protocol import MOST_BODY_BYTES
 from tidegate.protocol.bodies import ChatBody, ChatMessage, CompletionBody, RequestBody, TokenIds, parse_body
@@ -88,11 +88,9 @@ class Generation:
                     await self._drained.wait()
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
-        """POST /v1/completions"""
         return await self._generate(request, CompletionBody)
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
-        """POST /v1/chat/completions"""
         return await self._generate(request, ChatBody)
 
     def abort(self, ids: Iterable[str]) -> list[str]:
@@ -112,11 +110,13 @@ class Generation:
         body: CompletionBody | ChatBody = parse_body(await read_object(request), kind)
         if self.draining:
             raise NoInstance("the instance is shutting down", retry_after_s=1.0)
-        self._check_member(request, body)
+        params = body.kv_transfer_params
+        if params is not None and (params.model_fields_set or params.model_extra):
+            self._parts.secret.require(request, "kv_transfer_params", "kv_transfer_params")
         if body.request_id is None:
             body.request_id = request.headers.get("x-request-id")
         facts, metrics = self._parts.facts, self._parts.metrics
-        source = kv_source(body.kv_transfer_params, facts)
+        source = kv_source(params, facts)
         with self._releasing_if_refused(source):
             check_model(body.model, facts)
             refuse_unsupported(body)
@@ -130,10 +130,8 @@ class Generation:
         return web.Response(body=whole, content_type=JSON)
 
     async def _finished(self, call: ServedCall, delivery: Delivery) -> bytes:
-        """Run the call; return what is left to be sent. Raises the engine's error, or ClientGone.
-
-        When the client leaves before the engine ends, the call is aborted and its KV freed.
-        """
+        """Run the call; return what is left to be sent. Raises the engine's error, or ClientGone. When the
+        client leaves before the engine ends, the call is aborted and its KV freed."""
         engine, request_id = self._parts.engine, call.generate.id
         with self._parts.router.receiving(request_id, delivery.receive):
             with self._releasing_if_refused(call.generate.source):
@@ -160,11 +158,10 @@ class Generation:
             if len(body.prompt) > LONG_TEXT_CHARS:
                 return await asyncio.to_thread(codec.encode, body.prompt)
             return codec.encode(body.prompt)
-        override = prompt_override(body)
-        if override is not None:
-            return override
-        messages = [message.model_dump(exclude_none=True) for message in body.messages]
-        chars = sum(len(str(message.get("content", ""))) for message in messages)
+        if body.kv_transfer_params is not None and body.kv_transfer_params.prompt_token_ids is not None:
+            return body.kv_transfer_params.prompt_token_ids
+        messages = flat_messages(body.messages)
+        chars = sum(len(message.get("content", "")) for message in messages)
         self._check_text(chars, "messages")
         if chars + MESSAGE_CHARS * len(messages) > LONG_TEXT_CHARS:
             return await asyncio.to_thread(codec.encode_chat, messages)
@@ -179,16 +176,6 @@ class Generation:
                 param=field,
             )
 
-    def _check_member(self, request: web.Request, body: CompletionBody | ChatBody) -> None:
-        params = body.kv_transfer_params
-        if params is None or not (params.model_fields_set or params.model_extra):
-            return
-        if not self._parts.secret.admits(request.headers.get(SECRET_HEADER), request.remote):
-            raise Forbidden(
-                f"kv_transfer_params: reserved to members of the launch ({SECRET_HEADER} header)",
-                param="kv_transfer_params",
-            )
-
     @contextlib.contextmanager
     def _releasing_if_refused(self, source: KvSource | None) -> Iterator[None]:
         """Tell the owner of ``source`` to unpin when the request is refused: nobody will pull it."""
@@ -201,8 +188,6 @@ class Generation:
 
 
 class TokenizeBody(RequestBody):
-    """Body of ``/tokenize``: text or messages."""
-
     model: StrictStr | None = None
     prompt: StrictStr | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
@@ -211,21 +196,15 @@ class TokenizeBody(RequestBody):
 
 
 class DetokenizeBody(RequestBody):
-    """Body of ``/detokenize``."""
-
     model: StrictStr | None = None
     tokens: TokenIds
 
 
 class ReleaseBody(RequestBody):
-    """Body of ``/tidegate/release``."""
-
     request_id: StrictStr
 
 
 class AbortBody(RequestBody):
-    """Body of ``/tidegate/abort``."""
-
     request_ids: Annotated[list[StrictStr], Field(max_length=100_000)]
 
 
@@ -237,11 +216,6 @@ class EngineServer:
         self._api_key = api_key
         self._generation = Generation(parts)
         self._created = int(time.time())
-        self._runner: web.AppRunner | None = None
-        self._site: web.SockSite | None = None
-
-    def app(self) -> web.Application:
-        """Build the aiohttp application."""
         app = web.Application(
             middlewares=[answering_errors(MOST_BODY_BYTES), self._check_access],
             client_max_size=MOST_BODY_BYTES,
@@ -260,27 +234,21 @@ class EngineServer:
                 web.get("/tidegate/stats", self.stats),
             ]
         )
-        return app
+        self._runner = FrontRunner(app, shutdown_timeout_s=0.5)
 
     async def start(self, listener: socket.socket) -> None:
         """Serve on a bound socket."""
-        self._runner = FrontRunner(self.app(), shutdown_timeout_s=0.5)
         await self._runner.setup()
-        self._site = web.SockSite(self._runner, listener, backlog=BACKLOG)
-        await self._site.start()
+        await web.SockSite(self._runner, listener, backlog=BACKLOG).start()
 
     async def stop(self, within_s: float) -> None:
         """Refuse new requests, let running ones finish for at most ``within_s``, then close. Idempotent."""
-        site, self._site = self._site, None
-        if site is not None:
+        for site in list(self._runner.sites):
             await site.stop()
         await self._generation.drain(within_s)
-        runner, self._runner = self._runner, None
-        if runner is not None:
-            await runner.cleanup()
+        await self._runner.cleanup()
 
     async def models(self, request: web.Request) -> web.Response:
-        """GET /v1/models"""
         facts = self._parts.facts
         card = {
             "id": facts.model,
@@ -300,13 +268,11 @@ class EngineServer:
         return web.Response()
 
     async def metrics(self, request: web.Request) -> web.Response:
-        """GET /metrics"""
         return web.Response(
             body=self._parts.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST}
         )
 
     async def tokenize(self, request: web.Request) -> web.Response:
-        """POST /tokenize"""
         body = parse_body(await read_object(request), TokenizeBody)
         check_model(body.model, self._parts.facts)
         codec = self._parts.codec
@@ -317,14 +283,13 @@ class EngineServer:
                 codec.encode, body.prompt, add_special_tokens=body.add_special_tokens
             )
         else:
-            messages = [message.model_dump(exclude_none=True) for message in body.messages or []]
+            messages = flat_messages(body.messages or [])
             ids = codec.encode_chat(messages, add_generation_prompt=body.add_generation_prompt)
         return json_answer(
             {"count": len(ids), "max_model_len": self._parts.facts.max_model_len, "tokens": ids}
         )
 
     async def detokenize(self, request: web.Request) -> web.Response:
-        """POST /detokenize"""
         body = parse_body(await read_object(request), DetokenizeBody)
         check_model(body.model, self._parts.facts)
         most = self._parts.facts.vocab_size - 1
@@ -358,8 +323,7 @@ class EngineServer:
     @web.middleware
     async def _check_access(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.path.startswith(MEMBERS_PREFIX):
-            if not self._parts.secret.admits(request.headers.get(SECRET_HEADER), request.remote):
-                raise Forbidden(f"{request.path}: reserved to members of the launch ({SECRET_HEADER} header)")
+            self._parts.secret.require(request, request.path)
         elif self._api_key and request.path.startswith("/v1/"):
             check_bearer(request, self._api_key)
         return await handler(request)

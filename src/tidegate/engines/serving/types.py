@@ -13,10 +13,8 @@ from tidegate.policies.order import Ticket
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are chosen. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep every token.
-
-    ``seed`` None draws a fresh seed. ``logprobs`` is the number of alternatives to report per token
-    (0: only the chosen token), None for no logprobs.
-    """
+    ``seed`` None draws a fresh seed. ``logprobs`` is the number of alternatives to report per token (0: only
+    the chosen token), None for no logprobs."""
 
     max_tokens: int = 16
     temperature: float = 1.0
@@ -32,10 +30,8 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class KvSource:
-    """Another instance's pinned blocks ``block_ids``, behind the KV channel at ``host``:``port``.
-
-    In order, they hold the KV of the prompt's first ``num_tokens`` tokens.
-    """
+    """Another instance's pinned blocks ``block_ids``, behind the KV channel at ``host``:``port``. In order,
+    they hold the KV of the prompt's first ``num_tokens`` tokens."""
 
     engine_id: str
     request_id: str
@@ -50,10 +46,10 @@ class GenerateRequest:
     """One leg of a request.
 
     The last ``generated`` ids of ``prompt_token_ids`` are output of earlier legs: not emitted again, but
-    counted for text assembly, stop strings, ``min_tokens`` and seeded sampling, so that the legs' texts
-    concatenate to that of one unbroken leg. ``sampling.max_tokens`` counts this leg's new tokens only.
-    ``salt`` separates tenants' prefix caches. With ``pin_kv`` the KV stays pinned for a peer to pull.
-    ``ticket`` is on a clock that shows 0 at submission; None stands for the default SLO, and no work.
+    counted for text, stop strings, ``min_tokens`` and seeded sampling, so that the legs' texts concatenate to
+    that of one unbroken leg. ``sampling.max_tokens`` counts new tokens only. ``salt`` separates tenants'
+    prefix caches. With ``pin_kv`` the KV stays pinned for a peer to pull. ``ticket`` is on a clock that shows
+    0 at submission; None stands for the default SLO, and no work.
     """
 
     id: str
@@ -101,11 +97,9 @@ class RequestTimes:
 
 @dataclass(slots=True)
 class Output:
-    """New tokens of one request from one engine step. The last one carries ``finish_reason``.
-
-    ``text`` may be empty while bytes of a character or a possible stop string are held back.
-    ``finish_reason`` is ``stop``, ``length``, ``abort`` or ``error`` (then ``error`` says why).
-    """
+    """New tokens of one request from one engine step. The last one carries ``finish_reason``. ``text`` may be
+    empty while bytes of a character or a possible stop string are held back. ``finish_reason`` is ``stop``,
+    ``length``, ``abort`` or ``error`` (then ``error`` says why)."""
 
     request_id: str
     token_ids: list[int]
@@ -134,6 +128,13 @@ class Counters:
     pull_failures: int = 0
     steps: int = 0
 
+    def count_prompt(self, tokens: int, cached: int, pulled: int) -> None:
+        """Count a prompt of ``tokens`` when its first token comes; the rest of it was computed."""
+        self.prompt_tokens += tokens
+        self.cached_prompt_tokens += cached
+        self.pulled_prompt_tokens += pulled
+        self.computed_prompt_tokens += tokens - cached - pulled
+
 
 @dataclass(slots=True, kw_only=True)
 class EngineStats(Counters):
@@ -153,44 +154,22 @@ OutputSink = Callable[[list[Output]], None]
 """Called on the compute thread after each step with everything the step produced; must return quickly."""
 
 
-class KvPuller(Protocol):
-    """Copies a peer's blocks into the local store in the background, beside the compute thread."""
-
-    def submit(self, source: KvSource, block_ids: list[int], done: Callable[[str | None, int], None]) -> None:
-        """Copy ``source``'s first ``len(block_ids)`` blocks into the local ``block_ids``.
-
-        ``done(error, bytes_moved)`` is called once, on the transfer thread: ``error`` None means
-        that all blocks are valid and the peer has been told to release its pin.
-        """
-        ...
-
-    def release(self, source: KvSource) -> None:
-        """Have the peer unpin what nobody is going to pull; failure is silent (the lease ends it)."""
-        ...
-
-
 class ServedEngine(Protocol):
-    """A running engine. Every method may be called from any thread and returns at once.
-
-    Each submitted request ends with exactly one output that has a ``finish_reason``, delivered to the
-    engine's output sink; aborted ones end with ``abort``.
-    """
+    """A running engine. Every method may be called from any thread and returns at once. Each submitted
+    request ends with exactly one output that has a ``finish_reason``, delivered to the engine's output sink;
+    aborted ones end with ``abort``."""
 
     def submit(self, request: GenerateRequest) -> None:
         """Queue a request. Raises a TidegateError when it can never be served or the engine stops."""
-        ...
 
     def abort(self, request_id: str) -> None:
         """End a request early; an unknown or finished id is ignored."""
-        ...
 
     def release(self, request_id: str) -> bool:
         """Drop a pin; False when there was none."""
-        ...
 
     def stats(self) -> EngineStats:
         """Return the latest statistics."""
-        ...
 
 
 class PromptCodec(Protocol):
@@ -200,15 +179,12 @@ class PromptCodec(Protocol):
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of ``text``."""
-        ...
 
     def encode_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
-        """Return the ids of a rendered conversation. Raises BadRequest when the template refuses it."""
-        ...
+        """Return the ids of a conversation of texts. Raises BadRequest when the template refuses it."""
 
     def decode(self, token_ids: list[int]) -> str:
         """Return the text of ids, special tokens included."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

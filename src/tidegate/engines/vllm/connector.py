@@ -19,10 +19,8 @@ UNSERVABLE_TOKENS = 1 << 30
 
 
 def refusal(handle: KvHandle, engine_id: str, now: float) -> str | None:
-    """Say why the engine ``engine_id`` must not be sent the handle; None when it may.
-
-    Its own one ends the request with an error there (an assertion in vLLM); late ones load other KV.
-    """
+    """Say why the engine ``engine_id`` must not be sent the handle; None when it may. Its own one ends the
+    request with an error there (an assertion in vLLM); late ones load other KV."""
     if handle.owner == engine_id:
         return "own"
     if now >= handle.expires_s - MARGIN_S:
@@ -40,9 +38,8 @@ class Nixl:
     """NixlConnector in pull mode, with ``bidirectional_kv_xfer`` and ``kv_load_failure_policy: fail``.
 
     A stream is given its KV as ``do_remote_prefill``, which claims that the handle covers the whole prompt:
-    with more, vLLM takes KV that does not exist for computed, or dies at a block's boundary; with less, it
-    takes other positions. A leg that pins extends KV as ``do_remote_decode`` with ``remote_*``, which
-    computes what the handle lacks.
+    with another length, vLLM takes wrong KV for computed, or dies at a block's boundary. A leg that pins
+    extends KV as ``do_remote_decode`` with ``remote_*``, which computes what the handle lacks.
     """
 
     def __init__(self, block_tokens: int, lease_s: float) -> None:
@@ -57,20 +54,16 @@ class Nixl:
         self, answer: Json | None, request_id: str, owner: str, tokens: int, now: float, capped: bool = True
     ) -> KvHandle | None:
         """Return the handle of such a leg, whose prompt had ``tokens``; None when it pinned anything else.
-
         ``answer`` is its ``kv_transfer_params``, ``now`` the event loop's time; the engine ended it by length
-        if ``capped``.
-        """
+        if ``capped``."""
         if not answer or not answer.get("remote_block_ids") or answer.get("remote_num_tokens") != tokens:
             return None
         return KvHandle(answer, owner, tokens, now + self._lease_s)
 
     def load(self, handle: KvHandle, prompt_tokens: int, *, pin: bool) -> Json:
-        """Return what makes a leg over ``prompt_tokens`` begin with the handle's KV.
-
-        A leg that does not ``pin`` takes exactly the handle's tokens. One that does extends it, or takes a
-        part, cut to whole blocks, where members ``extends_kv``. Raises InternalError for another length.
-        """
+        """Return what makes a leg over ``prompt_tokens`` begin with the handle's KV. A leg that does not
+        ``pin`` takes exactly the handle's tokens. One that does extends it, or takes a part, cut to whole
+        blocks, where members ``extends_kv``. Raises InternalError for another length."""
         if not pin:
             if prompt_tokens != handle.tokens:
                 raise InternalError(f"a handle of {handle.tokens} tokens for a prompt of {prompt_tokens}")

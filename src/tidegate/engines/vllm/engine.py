@@ -19,11 +19,9 @@ RENDER_S = 2.0
 
 
 class VllmEngine(DialectEngine):
-    """Calls one vLLM server. ``connector`` is the way its KV moves; None when it does not.
-
-    vLLM knows nothing of a request's earlier legs: a stream with a handle begins with exactly the tokens that
-    the handle covers (see ``Nixl``), and the caller leaves out what it says again.
-    """
+    """Calls one vLLM server. ``connector`` is the way its KV moves; None when it does not. vLLM knows nothing
+    of a request's earlier legs: a stream with a handle begins with exactly the tokens that the handle covers
+    (see ``Nixl``), and the caller leaves out what it says again."""
 
     def __init__(
         self,
@@ -37,8 +35,9 @@ class VllmEngine(DialectEngine):
         connector: Connector | None,
         api_key: str = "",
     ) -> None:
-        timeouts = {"connect_s": connect_s, "stall_s": stall_s}
-        super().__init__(instance, url, model, **timeouts, api_key=api_key, engine_id=engine_id)
+        super().__init__(
+            instance, url, model, connect_s=connect_s, stall_s=stall_s, api_key=api_key, engine_id=engine_id
+        )
         self._connector = connector
         self._pulling: set[_FirstToken] = set()
 

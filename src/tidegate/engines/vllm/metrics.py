@@ -46,13 +46,11 @@ _Samples = list[tuple[Mapping[str, str], float]]
 class VllmMetrics:
     """One reading of a server, summed over its data-parallel engines; None for what it does not tell.
 
-    ``running`` and ``waiting`` are requests now; ``kv_usage`` is the share of the ``kv_blocks`` in use,
-    pinned ones included, 0 to 1. ``prompt_tokens`` and ``prompt_tokens_by_source`` (``COMPUTED``, ``CACHED``,
-    ``PULLED``), preemptions and what begins with ``nixl_`` count since the server started, at ``started_s``
-    of its Unix clock: NixlConnector's reads of others' KV, their bytes and seconds, transfers and
-    notifications that failed, leases that ended. ``counts_kv_fetches`` tells whether the server counts KV
-    loads of its own, which one started as ``kv_producer`` does not; ``shows_nixl`` whether it has any metric
-    of NixlConnector.
+    ``running`` and ``waiting`` are requests now; ``kv_usage`` is the share of ``kv_blocks`` in use, pinned
+    ones included. ``prompt_tokens``, those by source (``COMPUTED``, ``CACHED``, ``PULLED``), preemptions and
+    what begins with ``nixl_`` count since the server started, at ``started_s`` of its Unix clock.
+    ``nixl_expired`` are leases that ended. ``counts_kv_fetches`` tells whether the server counts KV loads of
+    its own, which a ``kv_producer`` does not; ``shows_nixl`` whether it has any metric of NixlConnector.
     """
 
     running: int | None = None

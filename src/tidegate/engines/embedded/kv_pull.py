@@ -1,15 +1,14 @@
 """The pulling side: a peer's KV blocks copied into the local store beside the compute thread.
 
-Each peer has its own transfer thread and one kept connection, so that a dead peer delays nobody
-else. Blocks come through shared memory where the exporter's store can be mapped, else as bytes on
-the connection. After the copy the peer is told to release its pin; only its answer that the pin
-held throughout makes the copy valid.
+Each peer has its own transfer thread and one kept connection, so that a dead peer delays nobody else. After
+the copy the peer is told to release its pin; only its answer that the pin held makes the copy valid.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import mmap
 import queue
 import socket
 import threading
@@ -17,18 +16,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tidegate.engines.embedded.kv_store import PagedKvStore
-from tidegate.engines.embedded.transfer_wire import (
+from tidegate.engines.embedded.kv_channel import (
     STREAM_CHUNK_BYTES,
-    ExporterFacts,
     KvSocket,
-    MappedStore,
     TransferFailed,
     TransferLimits,
     TransferTimedOut,
     greet_exporter,
     map_store,
 )
+from tidegate.engines.embedded.kv_store import PagedKvStore
 from tidegate.engines.serving.secret import LaunchSecret, is_loopback
 from tidegate.engines.serving.types import KvSource
 
@@ -52,24 +49,14 @@ class PullOptions:
 
 
 class PeerLink:
-    """One connection past the handshake, with the peer's mapped store if there is one.
+    """One connection past the handshake, with the peer's mapped store if there is one. A pull is ``ask``,
+    ``copy``, ``release`` in this order. Every method raises TransferFailed; after anything but PullRefused
+    the link is of no further use."""
 
-    A pull is ``ask``, ``copy``, ``release`` in this order. Every method raises TransferFailed;
-    after anything but PullRefused the link is of no further use.
-    """
-
-    def __init__(
-        self, wire: KvSocket, facts: ExporterFacts, options: PullOptions, store: PagedKvStore
-    ) -> None:
-        self._store = store
-        self._wire = wire
-        self._facts = facts
-        self._options = options
-        self._mapped: MappedStore | None = map_store(facts) if options.shared_memory else None
-
-    @classmethod
-    def open(cls, address: Address, options: PullOptions, store: PagedKvStore) -> PeerLink:
+    def __init__(self, address: Address, options: PullOptions, store: PagedKvStore) -> None:
         """Connect and shake hands."""
+        self._options = options
+        self._store = store
         if not options.secret and not is_loopback(address[0]):
             raise TransferFailed("without a launch secret KV is pulled from loopback only")
         limits = options.limits
@@ -79,20 +66,18 @@ class PeerLink:
             why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise TransferFailed(f"cannot connect: {why}") from None
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        wire = KvSocket(sock, limits.read_s)
+        self._wire = KvSocket(sock, limits.read_s)
         try:
-            wire.limit(limits.read_s)
-            facts = greet_exporter(wire, options.secret)
+            self._wire.limit(limits.read_s)
+            self._facts = greet_exporter(self._wire, options.secret)
         except TransferFailed:
-            wire.close()
+            self._wire.close()
             raise
-        return cls(wire, facts, options, store)
+        self._mapped = map_store(self._facts) if options.shared_memory else None
 
     def ask(self, source: KvSource, count: int) -> None:
-        """Ask for the first ``count`` blocks of ``source``; with 0 release the pin and nothing else.
-
-        Starts the pull's deadline. A pull that cannot fit the store releases the pin and is refused.
-        """
+        """Ask for the first ``count`` blocks of ``source``; with 0 release the pin and nothing else. Starts
+        the pull's deadline. A pull that cannot fit the store releases the pin and is refused."""
         self._wire.limit(self._options.limits.pull_s)
         if count == 0:
             self.release(source.request_id)
@@ -138,11 +123,13 @@ class PeerLink:
             self._mapped.close()
             self._mapped = None
 
-    def _copy_mapped(self, mapped: MappedStore, source: KvSource, ours: list[int]) -> None:
+    def _copy_mapped(self, mapped: mmap.mmap, source: KvSource, ours: list[int]) -> None:
+        size = self._store.block_bytes
         try:
-            for theirs, target in zip(source.block_ids, ours, strict=False):
-                with mapped.read_block(theirs) as view:
-                    self._store.write_block(target, view)
+            with memoryview(mapped) as whole:
+                for theirs, target in zip(source.block_ids, ours, strict=False):
+                    with whole[theirs * size : (theirs + 1) * size] as block:
+                        self._store.write_block(target, block)
         except Exception:
             with contextlib.suppress(TransferFailed):
                 self.release(source.request_id)
@@ -185,10 +172,7 @@ class _Job:
 
 
 class PeerPuller:
-    """A KvPuller over the KV channel. ``submit`` never blocks.
-
-    A pull always ends by releasing the peer's pin if the peer can be reached, also when the copy failed.
-    """
+    """Copies peers' blocks into the local store in the background, beside the compute thread."""
 
     def __init__(self, store: PagedKvStore, options: PullOptions) -> None:
         self._store = store
@@ -198,20 +182,24 @@ class PeerPuller:
         self._closed = False
 
     def submit(self, source: KvSource, block_ids: list[int], done: Done) -> None:
-        job = _Job(source, block_ids, done, time.monotonic())
+        """Copy ``source``'s first ``len(block_ids)`` blocks into the local ``block_ids``; never blocks.
+
+        ``done(error, bytes_moved)`` is called once, on a transfer thread: ``error`` None means that the
+        blocks are valid. A peer that can be reached is told to release its pin, also when the copy failed.
+        """
         address = (source.host, source.port)
         with self._lock:
-            worker = self._workers.get(address)
             if not self._closed:
-                if worker is None or not worker.offer(job):
-                    worker = _PeerWorker(address, self._store, self._options)
-                    self._workers[address] = worker
-                    worker.offer(job)
+                worker = self._workers.get(address)
+                if worker is None:
+                    worker = self._workers[address] = _PeerWorker(address, self._store, self._options)
                     worker.start()
+                worker.jobs.put(_Job(source, block_ids, done, time.monotonic()))
                 return
         done("the instance is shutting down", 0)
 
     def release(self, source: KvSource) -> None:
+        """Have the peer unpin what nobody is going to pull; failure is silent (the lease ends it)."""
         self.submit(source, [], lambda error, moved: None)
 
     def close(self, wait_s: float = 2.0) -> None:
@@ -220,7 +208,7 @@ class PeerPuller:
             self._closed = True
             workers = list(self._workers.values())
         for worker in workers:
-            worker.retire()
+            worker.jobs.put(None)
         end_s = time.monotonic() + wait_s
         for worker in workers:
             worker.join(max(0.0, end_s - time.monotonic()))
@@ -229,32 +217,17 @@ class PeerPuller:
 
 
 class _PeerWorker(threading.Thread):
-    """The transfer thread of one peer. Ends, with its connection, after ``idle_s`` without a job."""
+    """The transfer thread of one peer, until it takes None. Closes its connection after ``idle_s`` without a
+    job."""
 
     def __init__(self, address: Address, store: PagedKvStore, options: PullOptions) -> None:
         super().__init__(name=f"kv-pull-{address[0]}:{address[1]}", daemon=True)
+        self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._address = address
         self._store = store
         self._options = options
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._retired = False
         self._link: PeerLink | None = None
         self._unreachable: tuple[float, str] = (float("-inf"), "")
-
-    def offer(self, job: _Job) -> bool:
-        """Queue a job; False when the worker has retired."""
-        with self._lock:
-            if not self._retired:
-                self._jobs.put(job)
-            return not self._retired
-
-    def retire(self) -> None:
-        """Take no further jobs; the thread ends after those queued."""
-        with self._lock:
-            if not self._retired:
-                self._retired = True
-                self._jobs.put(None)
 
     def drop(self) -> None:
         """Break the connection; a pull under way fails."""
@@ -275,10 +248,10 @@ class _PeerWorker(threading.Thread):
 
     def _next(self) -> _Job | None:
         try:
-            return self._jobs.get(timeout=self._options.limits.idle_s)
+            return self.jobs.get(timeout=self._options.limits.idle_s)
         except queue.Empty:
-            self.retire()
-            return self._jobs.get()
+            self._forget_link()
+            return self.jobs.get()
 
     def _attempt(self, job: _Job) -> tuple[str | None, int]:
         failed_s, why = self._unreachable
@@ -311,7 +284,8 @@ class _PeerWorker(threading.Thread):
 
     def _asked(self, source: KvSource, count: int) -> PeerLink:
         """Return a link on which the peer has agreed to the pull."""
-        link, kept = self._connected()
+        kept = self._link is not None
+        link = self._connected()
         try:
             link.ask(source, count)
             return link
@@ -320,21 +294,18 @@ class _PeerWorker(threading.Thread):
         except TransferFailed:
             if not kept:
                 raise
-        # The peer may have closed the kept connection since; nothing was copied yet.
-        self._forget_link()
-        link, _ = self._connected()
-        link.ask(source, count)
-        return link
+            # The peer may have closed the kept connection since; nothing was copied yet.
+            self._forget_link()
+            return self._asked(source, count)
 
-    def _connected(self) -> tuple[PeerLink, bool]:
-        if self._link is not None:
-            return self._link, True
-        try:
-            self._link = PeerLink.open(self._address, self._options, self._store)
-        except TransferFailed as failure:
-            self._unreachable = (time.monotonic(), failure.message)
-            raise
-        return self._link, False
+    def _connected(self) -> PeerLink:
+        if self._link is None:
+            try:
+                self._link = PeerLink(self._address, self._options, self._store)
+            except TransferFailed as failure:
+                self._unreachable = (time.monotonic(), failure.message)
+                raise
+        return self._link
 
     def _forget_link(self) -> None:
         link, self._link = self._link, None

@@ -1,8 +1,14 @@
-"""The KV channel between two instances: frames, deadlines, the mutual handshake, shared memory.
+"""The KV channel, on which an instance exports pinned KV blocks to peers, over TCP or shared memory.
 
     exporter -> puller   {"kv": 1, "nonce": S}
     puller -> exporter   {"nonce": P, "proof": MAC("puller", S, P)}
     exporter -> puller   {"proof": MAC("exporter", P, S), "facts": {...}}   or {"error": why}
+
+and then, one at a time, from the puller:
+
+    {"op": "pull", "request_id", "engine_id", "block_ids", "stream"} -> {"ok": true} (+ block bytes if
+        "stream") or {"error": why}; without "stream" the puller reads the blocks from mapped memory
+    {"op": "release", "request_id"} -> {"valid": whether the pin held until now}
 
 A frame is a big-endian 32-bit length and that many bytes of JSON; raw block bytes follow some
 answers. The handshake proves membership on both sides without sending the secret. It does not
@@ -12,11 +18,13 @@ encrypt: the channel is meant for loopback and private networks.
 from __future__ import annotations
 
 import contextlib
+import logging
 import mmap
 import os
 import secrets
 import socket
 import struct
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,10 +32,15 @@ from typing import Any
 
 import orjson
 
+from tidegate.core.errors import ConfigError
+from tidegate.engines.embedded.blocks import Pins
 from tidegate.engines.embedded.kv_store import PagedKvStore
-from tidegate.engines.serving.secret import LaunchSecret
+from tidegate.engines.serving.secret import LaunchSecret, is_loopback
+
+log = logging.getLogger(__name__)
 
 VERSION = 1
+MOST_CONNECTIONS = 256
 HANDSHAKE_FRAME_BYTES = 4096
 FRAME_BYTES = 16 << 20
 STREAM_CHUNK_BYTES = 1 << 20
@@ -60,11 +73,8 @@ class TransferLimits:
 
 @dataclass(frozen=True, slots=True)
 class ExporterFacts:
-    """What an exporter says about itself after the handshake.
-
-    ``model`` identifies weights and KV layout; ``fd``, with what follows ``total_blocks``, the memory to
-    map, or None when there is none.
-    """
+    """What an exporter says about itself after the handshake. ``model`` identifies weights and KV layout;
+    ``fd``, with what follows ``total_blocks``, the memory to map, or None when there is none."""
 
     engine_id: str
     model: str
@@ -80,8 +90,6 @@ class ExporterFacts:
 
 class KvSocket:
     """One connection. Every operation raises TransferFailed at its deadline or when the peer is gone."""
-
-    __slots__ = ("_end_s", "_read_s", "_sock")
 
     def __init__(self, sock: socket.socket, read_s: float) -> None:
         self._sock = sock
@@ -191,50 +199,12 @@ def _broken(error: OSError) -> TransferFailed:
     return TransferFailed(f"the connection broke: {error.strerror or type(error).__name__}")
 
 
-def describe_store(store: PagedKvStore, *, engine_id: str, model: str) -> ExporterFacts:
-    """Return the facts of an exporter of ``store``, with the identity of its memory if it has an fd."""
-    fd = store.memory_fd
-    stat = None if fd is None else os.fstat(fd)
-    return ExporterFacts(
-        engine_id=engine_id,
-        model=model,
-        block_bytes=store.block_bytes,
-        block_tokens=store.block_tokens,
-        total_blocks=store.total_blocks,
-        pid=os.getpid(),
-        boot_id=_boot_id(),
-        fd=fd,
-        device=0 if stat is None else stat.st_dev,
-        inode=0 if stat is None else stat.st_ino,
-    )
-
-
-class MappedStore:
-    """A peer's store, mapped read-only. The mapping outlives the peer, so contents may be stale:
-    the peer's answer to RELEASE says whether what was read is valid."""
-
-    __slots__ = ("_block_bytes", "_map", "_view")
-
-    def __init__(self, mapping: mmap.mmap, block_bytes: int) -> None:
-        self._map = mapping
-        self._view = memoryview(mapping)
-        self._block_bytes = block_bytes
-
-    def read_block(self, block_id: int) -> memoryview:
-        """Return the bytes of one block of the peer; release the view before ``close``."""
-        start = block_id * self._block_bytes
-        return self._view[start : start + self._block_bytes]
-
-    def close(self) -> None:
-        self._view.release()
-        self._map.close()
-
-
-def map_store(facts: ExporterFacts) -> MappedStore | None:
-    """Map the exporter's store, or return None when it is not reachable as shared memory.
+def map_store(facts: ExporterFacts) -> mmap.mmap | None:
+    """Map the exporter's store read-only, or return None when it is not reachable as shared memory.
 
     Process ids mean something only inside one kernel and one pid namespace, so the opened file
-    counts only if boot id, device, inode and size are those the exporter names.
+    counts only if boot id, device, inode and size are those the exporter names. The mapping outlives the
+    exporter: only its answer to a release says whether what was read is valid.
     """
     if facts.fd is None or not facts.boot_id or facts.boot_id != _boot_id():
         return None
@@ -247,7 +217,7 @@ def map_store(facts: ExporterFacts) -> MappedStore | None:
         stat = os.fstat(fd)
         if (stat.st_dev, stat.st_ino) != (facts.device, facts.inode) or stat.st_size < size:
             return None
-        return MappedStore(mmap.mmap(fd, size, prot=mmap.PROT_READ), facts.block_bytes)
+        return mmap.mmap(fd, size, prot=mmap.PROT_READ)
     except (OSError, ValueError):
         return None
     finally:
@@ -259,3 +229,130 @@ def _boot_id() -> str:
         return _BOOT_ID.read_text().strip()
     except OSError:
         return ""
+
+
+class KvExporter:
+    """Listens from construction on; serves after ``start``, one thread per connected peer."""
+
+    def __init__(
+        self,
+        pins: Pins,
+        store: PagedKvStore,
+        secret: LaunchSecret,
+        *,
+        engine_id: str,
+        model: str = "",
+        host: str = "127.0.0.1",
+        limits: TransferLimits | None = None,
+    ) -> None:
+        """Bind to a free port. Raises ConfigError for a non-loopback ``host`` without a secret."""
+        if not secret and not is_loopback(host):
+            raise ConfigError(f"the KV channel serves only loopback without a launch secret, not {host}")
+        self._pins = pins
+        self._store = store
+        self._secret = secret
+        fd = store.memory_fd
+        memory = None if fd is None else os.fstat(fd)
+        self._facts = ExporterFacts(
+            engine_id=engine_id,
+            model=model,
+            block_bytes=store.block_bytes,
+            block_tokens=store.block_tokens,
+            total_blocks=store.total_blocks,
+            pid=os.getpid(),
+            boot_id=_boot_id(),
+            fd=fd,
+            device=0 if memory is None else memory.st_dev,
+            inode=0 if memory is None else memory.st_ino,
+        )
+        self._limits = limits or TransferLimits()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, 0), family=family, backlog=128)
+        self._lock = threading.Lock()
+        self._wires: set[KvSocket] = set()
+        self._closed = False
+        self.port: int = self._listener.getsockname()[1]
+
+    def start(self) -> None:
+        threading.Thread(target=self._accept, name="kv-export", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop listening and drop every connection; a pull under way fails on the puller's side."""
+        with self._lock:
+            self._closed = True
+            wires = list(self._wires)
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for wire in wires:
+            wire.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                if self._closed:
+                    return
+                continue
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            wire = KvSocket(sock, self._limits.read_s)
+            with self._lock:
+                welcome = not self._closed and len(self._wires) < MOST_CONNECTIONS
+                if welcome:
+                    self._wires.add(wire)
+            if not welcome:
+                wire.close()
+                continue
+            threading.Thread(target=self._serve, args=(wire,), name="kv-peer", daemon=True).start()
+
+    def _serve(self, wire: KvSocket) -> None:
+        try:
+            wire.limit(self._limits.read_s)
+            greet_puller(wire, self._secret, self._facts)
+            wire.limit(None)
+            while True:
+                self._answer(wire, wire.receive(wait_s=2 * self._limits.idle_s))
+        except TransferFailed as failure:
+            log.debug("KV peer left: %s", failure.message)
+        except Exception:
+            log.exception("serving a KV peer failed")
+        finally:
+            with self._lock:
+                self._wires.discard(wire)
+            wire.close()
+
+    def _answer(self, wire: KvSocket, message: dict[str, Any]) -> None:
+        request_id = str(message.get("request_id"))
+        match message.get("op"):
+            case "pull":
+                self._send_blocks(wire, request_id, message)
+            case "release":
+                wire.send({"valid": self._pins.release(request_id)})
+            case op:
+                raise TransferFailed(f"unknown operation {op!r}")
+
+    def _send_blocks(self, wire: KvSocket, request_id: str, message: dict[str, Any]) -> None:
+        if message.get("engine_id") != self._facts.engine_id:
+            wire.send({"error": f"this is engine {self._facts.engine_id}; the handle names another"})
+            return
+        pinned = self._pins.pinned(request_id)
+        if pinned is None:
+            wire.send({"error": "the KV is not pinned: released, expired or never existed"})
+            return
+        wanted = message.get("block_ids")
+        if not isinstance(wanted, list) or tuple(wanted) != pinned.block_ids[: len(wanted)]:
+            wire.send({"error": "the handle's blocks are not those pinned for this request"})
+            return
+        wire.send({"ok": True})
+        if message.get("stream"):
+            self._stream(wire, wanted)
+
+    def _stream(self, wire: KvSocket, block_ids: list[int]) -> None:
+        """Send the blocks' bytes in order, small blocks gathered so that a send is worth its call."""
+        wire.limit(self._limits.pull_s)
+        at_once = max(1, STREAM_CHUNK_BYTES // self._store.block_bytes)
+        for start in range(0, len(block_ids), at_once):
+            views = [self._store.read_block(b) for b in block_ids[start : start + at_once]]
+            wire.send_raw(views[0] if len(views) == 1 else b"".join(views))
+        wire.limit(None)
