@@ -197,18 +197,18 @@ class Wire:
             if not connection.reusable:
                 continue
             try:
-                return await self._carry(connection, request, sink)
+                return await self._run(connection, request, sink)
             except EngineUnreachable:
                 # A server may close an idle connection just as it is reused: nothing was answered,
                 # so the request is sent again on a fresh one.
                 if connection.answered or self._dropped is not None:
                     raise
-        return await self._carry(await self._connect(), request, sink)
+        return await self._run(await self._connect(), request, sink)
 
-    async def _carry(self, connection: _RelayConnection, request: bytes, sink: BodySink | None) -> HttpAnswer:
+    async def _run(self, connection: _RelayConnection, request: bytes, sink: BodySink | None) -> HttpAnswer:
         self._busy.add(connection)
         if self._watch is None:
-            self._watch = asyncio.get_running_loop().call_later(WATCH_S, self._look)
+            self._watch = asyncio.get_running_loop().call_later(WATCH_S, self._fail_silent)
         try:
             answer = await connection.begin(request, sink)
         except BaseException:
@@ -241,7 +241,7 @@ class Wire:
             ) from None
         return connection
 
-    def _look(self) -> None:
+    def _fail_silent(self) -> None:
         """Fail exchanges that have been silent for too long, and look again while any is open."""
         loop = asyncio.get_running_loop()
         oldest = loop.time() - self._stall_s
@@ -249,4 +249,4 @@ class Wire:
             if connection.answered and connection.last_data_s < oldest:
                 with contextlib.suppress(asyncio.InvalidStateError):
                     connection.fail(EngineTimeout(f"the engine was silent for {self._stall_s:g} s"))
-        self._watch = loop.call_later(WATCH_S, self._look) if self._busy else None
+        self._watch = loop.call_later(WATCH_S, self._fail_silent) if self._busy else None

@@ -207,13 +207,13 @@ def _with_offsets(logprobs: Json, start: int) -> Json:
     return logprobs | {"text_offset": list(accumulate(lengths[:-1], initial=start)) if lengths else []}
 
 
-def _joined(said: Any, more: Any) -> Any:
-    """Return what a streamed message says of a field, with another delta's part: text appended, tool calls
-    put together by their index. Anything else is replaced."""
-    if isinstance(said, str) and isinstance(more, str):
-        return said + more
+def _joined(so_far: Any, more: Any) -> Any:
+    """Return a streamed message's field with the part of another delta: text is appended, tool calls are put
+    together by their index, anything else is replaced."""
+    if isinstance(so_far, str) and isinstance(more, str):
+        return so_far + more
     if isinstance(more, list) and all(isinstance(item, dict) and "index" in item for item in more):
-        calls: list[Json] = list(said or [])
+        calls: list[Json] = list(so_far or [])
         for item in more:
             at = next((i for i, call in enumerate(calls) if call.get("index") == item["index"]), None)
             if at is None:
@@ -221,10 +221,10 @@ def _joined(said: Any, more: Any) -> Any:
             else:
                 calls[at] = _joined(calls[at], item)
         return calls
-    if isinstance(said, dict) and isinstance(more, dict):
+    if isinstance(so_far, dict) and isinstance(more, dict):
         kept = ("id", "type", "name", "index")
-        return said | {
-            name: value if name in kept else _joined(said.get(name), value)
+        return so_far | {
+            name: value if name in kept else _joined(so_far.get(name), value)
             for name, value in more.items()
             if value is not None
         }

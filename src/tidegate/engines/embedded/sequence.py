@@ -1,4 +1,4 @@
-"""One request inside the engine: its tokens, its blocks, how far its KV reaches, and what it has said."""
+"""One request inside the engine: its tokens, its blocks, how far its KV reaches, and its output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The launch secret: what tells the members of one launch from everybody else."""
+"""The launch secret: what distinguishes the members of one launch from everybody else."""
 
 from __future__ import annotations
 

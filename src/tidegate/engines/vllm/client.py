@@ -158,8 +158,8 @@ class VllmClient:
     async def version(self) -> str:
         """Return vLLM's version; empty when the server does not tell."""
         reply = await self.ask("/version")
-        told = reply.body.get("version") if reply.status == 200 else None
-        return told if isinstance(told, str) else ""
+        version = reply.body.get("version") if reply.status == 200 else None
+        return version if isinstance(version, str) else ""
 
     async def facts(self) -> ServerFacts:
         """Ask ``/v1/models`` and ``/metrics``. Raises SetupError when the server can never be described, an

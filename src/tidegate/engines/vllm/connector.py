@@ -19,8 +19,8 @@ UNSERVABLE_TOKENS = 1 << 30
 
 
 def refusal(handle: KvHandle, engine_id: str, now: float) -> str | None:
-    """Say why the engine ``engine_id`` must not be sent the handle; None when it may. Its own one ends the
-    request with an error there (an assertion in vLLM); late ones load other KV."""
+    """Say why the engine ``engine_id`` must not be sent the handle; None when it may. With its own handle an
+    assertion fails there, and the request with it; with a late one it loads other KV."""
     if handle.owner == engine_id:
         return "own"
     if now >= handle.expires_s - MARGIN_S:
@@ -30,7 +30,7 @@ def refusal(handle: KvHandle, engine_id: str, now: float) -> str | None:
 
 def refused_request(kv_params: Json) -> Json:
     """Return the body of a request that vLLM refuses: it then has the owner of the KV that ``kv_params`` load
-    free it. To be sent to another engine than the owner."""
+    free it. Send it to another engine than the owner."""
     return {"prompt": [0], "max_tokens": UNSERVABLE_TOKENS, "kv_transfer_params": kv_params}
 
 

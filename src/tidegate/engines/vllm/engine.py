@@ -13,7 +13,7 @@ from tidegate.engines.vllm.connector import MARGIN_S, Connector, refusal, refuse
 from tidegate.protocol.chunks import Tokens
 
 DECLINE_S = 5.0
-"""How long an engine may take to pass on that a handle is not wanted (ours); it is told in the background."""
+"""How long an engine may take to pass on that a handle is not wanted (ours); this runs in the background."""
 RENDER_S = 2.0
 """How long a server may take to tokenise a prompt (ours)."""
 
@@ -123,7 +123,7 @@ class VllmEngine(DialectEngine):
 
 
 class _FirstToken:
-    """Passes everything on, and ends a wait once something came."""
+    """Passes everything on, and lifts the lease's deadline with the first token."""
 
     __slots__ = ("_sink", "lease", "owner")
 
@@ -134,15 +134,15 @@ class _FirstToken:
 
     def tokens(self, tokens: Tokens) -> bool | None:
         if tokens.token_ids or tokens.finish_reason is not None:
-            self._came()
+            self._end_wait()
         return self._sink.tokens(tokens)
 
     def plain(self, text: str, token_ids: list[int]) -> bool | None:
         if self.lease is not None:
-            self._came()
+            self._end_wait()
         return self._sink.plain(text, token_ids)
 
-    def _came(self) -> None:
+    def _end_wait(self) -> None:
         if self.lease is not None:
             self.lease.reschedule(None)
             self.lease = None
