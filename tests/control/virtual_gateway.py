@@ -17,7 +17,7 @@ import pytest
 from tidegate.core.errors import EngineUnreachable, TidegateError
 from tidegate.core.slo import Slo
 from tidegate.dataplane.replica import Replica
-from tidegate.engines.emulated import pump
+from tidegate.engines.emulated import event_timer
 from tidegate.engines.emulated.host import EmulatedInstance, Host
 from tidegate.engines.seam import KvHandle, Leg, LegEnd, LegTimes, TokensSink
 from tidegate.engines.serving.types import GenerateRequest, KvSource, Output, SamplingParams
@@ -77,8 +77,7 @@ def run_virtual(work: Coroutine[Any, Any, None]) -> None:
 class HostEngine:
     """One emulated instance as an ``Engine``."""
 
-    def __init__(self, host: Host, place: EmulatedInstance) -> None:
-        self._host = host
+    def __init__(self, place: EmulatedInstance) -> None:
         self._place = place
         self._running: dict[str, tuple[TokensSink, asyncio.Future[Output]]] = {}
         place.sink = self._take
@@ -99,11 +98,11 @@ class HostEngine:
         ended: asyncio.Future[Output] = asyncio.get_running_loop().create_future()
         self._running[leg.request_id] = sink, ended
         try:
-            self._host.submit(self._place, request)
+            self._place.submit(request)
             last = await ended
         finally:
             self._running.pop(leg.request_id, None)
-            self._host.abort(self._place, leg.request_id)
+            self._place.abort(leg.request_id)
         times = last.times
         assert times is not None
         handle = None
@@ -152,12 +151,12 @@ class HostEngine:
         return None
 
     async def release(self, handle: KvHandle) -> None:
-        self._host.release(self._place, handle.params["source"].request_id)
+        self._place.release(handle.params["source"].request_id)
 
     async def decline(self, handle: KvHandle) -> None: ...
 
     async def release_request(self, request_id: str) -> None:
-        self._host.release(self._place, request_id)
+        self._place.release(request_id)
 
 
 @dataclass
@@ -207,7 +206,7 @@ class VirtualGateway:
         *,
         journal_inputs: bool = False,
     ) -> None:
-        patch.setattr(pump, "_TICK_S", 1e-9)  # else events are told to the millisecond
+        patch.setattr(event_timer, "_TICK_S", 1e-9)  # else events are told to the millisecond
         patch.setattr(dispatcher_module, "connect", lambda member, _: Upstream(member, self._engine(member)))
         self._replicas = replicas
         self._order = order
@@ -226,7 +225,9 @@ class VirtualGateway:
         loop = asyncio.get_running_loop()
         clock = _LoopClock(loop)
         ids = [replica.instance.id for replica in self._replicas]
-        self.host = Host(self._replicas, ids, order=self._order, front_s=self._front_s, clock=clock)
+        self.host = Host(order=self._order, front_s=self._front_s, clock=clock)
+        for replica, engine_id in zip(self._replicas, ids, strict=True):
+            self.host.add(replica, engine_id)
         journal = JournalWriter(self._lines.append)
         settings = GatewaySettings(slo=self._slo, load_every_s=0, journal_inputs=self._journal_inputs)
         self.dispatcher = Dispatcher(self._system, settings, tuple(ids), clock, journal, _NoFleet())
@@ -237,7 +238,7 @@ class VirtualGateway:
         for change in changes:
             loop.call_at(change.at_s, self._change, change)
         await asyncio.gather(*tasks)
-        self.host.pump.stop()
+        self.host.timer.stop()
         self.dispatcher.stopping = True
         await self.dispatcher.stop()
 
@@ -257,16 +258,16 @@ class VirtualGateway:
             self.outcomes[call.id] = "ok"
 
     def _change(self, change: Change) -> None:
-        place = self.host.places[change.instance]
+        place = self.host.instances[change.instance]
         if change.up:
             self.dispatcher.member_up(self._member(change.instance))
             return
-        self.host.pump.catch_up()
+        self.host.timer.catch_up()
         self.dispatcher.member_down(place.replica.instance.id, "died")
         for request_id in list(place.legs):
-            self.host.abort(place, request_id)
+            place.abort(request_id)
         for request_id in list(place.pins):
-            self.host.release(place, request_id)
+            place.release(request_id)
 
     def _member(self, number: int) -> Member:
         replica = self._replicas[number]
@@ -274,8 +275,8 @@ class VirtualGateway:
         return Member(replica.instance, "", "model", name, replica.profile, kind="emulated")
 
     def _engine(self, member: Member) -> HostEngine:
-        place = next(p for p in self.host.places if p.replica.instance.id == member.instance.id)
-        return HostEngine(self.host, place)
+        place = next(p for p in self.host.instances if p.replica.instance.id == member.instance.id)
+        return HostEngine(place)
 
 
 class _LoopClock:

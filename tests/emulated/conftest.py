@@ -22,8 +22,9 @@ def two() -> OfTwo:
     @asynccontextmanager
     async def serve() -> AsyncIterator[Two]:
         groups = parse_groups([f"{PROFILE}:2"])
-        instances = EmulatedInstances(replicas_in(groups), groups[0].packaged.model, LaunchSecret())
-        await instances.start([socket.create_server(("127.0.0.1", 0)) for _ in range(2)])
+        instances = EmulatedInstances(groups[0].packaged.model, LaunchSecret())
+        for replica in replicas_in(groups):
+            await instances.add(replica, socket.create_server(("127.0.0.1", 0)))
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client:
             yield Two(client, instances)
         await instances.stop(0.0)

@@ -13,7 +13,7 @@ import pytest
 
 from tests.emulated.emulated_gateway import gateway, stream
 from tidegate.core.errors import ConfigError
-from tidegate.engines.emulated.made_up import answer
+from tidegate.engines.emulated.vocabulary import answer
 from tidegate.fleet.emulated import EmulatedFleet, EmulatedLaunch
 from tidegate.testing.chaos import Forced
 

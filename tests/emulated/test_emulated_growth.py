@@ -14,7 +14,7 @@ import pytest
 from tests.emulated.emulated_gateway import gateway, stream
 from tests.emulated.emulated_pair import OfTwo
 from tidegate.dataplane.roster import parse_groups, replicas_in
-from tidegate.engines.emulated.made_up import answer
+from tidegate.engines.emulated.vocabulary import answer
 from tidegate.engines.serving.process import bind
 from tidegate.fleet.emulated import EmulatedFleet
 from tidegate.gateway.run import Gateway
@@ -123,8 +123,8 @@ async def test_what_is_on_a_removed_instance_is_dropped(two: OfTwo) -> None:
         cut = asyncio.create_task(served.complete(1, ANY, 300))
         pinned = await served.complete(1, ANY[:20], 1, kv_transfer_params=PIN)
         handle = {**pinned["kv_transfer_params"], "tidegate_generated": 1}
-        await until(lambda: all(place.in_step for place in host.places))
-        first, second = host.places
+        await until(lambda: all(place.in_step for place in host.instances))
+        first, second = host.instances
         assert second.pins and await served.instances.remove(second.engine_id)
         assert not await served.instances.remove(second.engine_id)
         blocks = second.batcher.blocks

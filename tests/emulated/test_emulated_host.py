@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from tidegate.costs.library import packaged_profile
 from tidegate.dataplane.replica import EngineSettings
 from tidegate.dataplane.roster import parse_groups, replicas_in
-from tidegate.engines.emulated.engine import EmulatedEngine
 from tidegate.engines.emulated.host import Host
-from tidegate.engines.emulated.made_up import answer
+from tidegate.engines.emulated.vocabulary import answer
 from tidegate.engines.serving.types import GenerateRequest, KvSource, Output, PinnedKv, SamplingParams
 from tidegate.testing.clock import VirtualClock
 
@@ -37,11 +36,13 @@ class Emulated:
                 for one in replicas
             ]
         self.clock = VirtualClock(7.0)
-        self.host = Host(replicas, ["a", "b"], clock=self.clock)
-        self.engines = [EmulatedEngine(self.host, place) for place in self.host.places]
+        self.host = Host(clock=self.clock)
+        for replica, engine_id in zip(replicas, ["a", "b"], strict=True):
+            self.host.add(replica, engine_id)
+        self.engines = self.host.instances
         self.said: dict[str, list[Output]] = {}
-        for place in self.host.places:
-            place.sink = self._take
+        for engine in self.engines:
+            engine.sink = self._take
 
     def _take(self, outputs: list[Output]) -> None:
         for output in outputs:
@@ -49,7 +50,7 @@ class Emulated:
 
     def run(self, seconds: float) -> None:
         self.clock.advance(seconds)
-        self.host.pump.catch_up()
+        self.host.timer.catch_up()
 
     def tokens(self, request_id: str) -> list[int]:
         return [token for output in self.said.get(request_id, []) for token in output.token_ids]

@@ -9,9 +9,10 @@ import pytest
 
 from tests.emulated.emulated_pair import OfTwo
 from tidegate.core.errors import BadRequest
-from tidegate.engines.emulated.made_up import answer
-from tidegate.engines.emulated.vocabulary import VOCAB_SIZE, Codec
-from tidegate.protocol.sse import SseParser
+from tidegate.engines.emulated.vocabulary import VOCAB_SIZE, Codec, answer
+from tidegate.engines.serving.requests import flat_messages
+from tidegate.protocol.bodies import ChatMessage
+from tidegate.protocol.chunks import SseParser
 
 PIN = {"do_remote_decode": True, "do_remote_prefill": False}
 
@@ -97,4 +98,4 @@ def test_text_survives_its_token_ids(text: str) -> None:
 
 def test_pictures_are_refused() -> None:
     with pytest.raises(BadRequest, match="text"):
-        Codec().encode_chat([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}])
+        flat_messages([ChatMessage(role="user", content=[{"type": "image_url", "image_url": {}}])])

@@ -9,7 +9,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tidegate.engines.embedded.engine import EmbeddedEngine, EngineConfig
+from tests.engine.block_checks import check_blocks
+from tidegate.engines.embedded.engine import EmbeddedEngine
+from tidegate.engines.embedded.kv_pull import PeerPuller
+from tidegate.engines.embedded.options import EngineConfig
 from tidegate.engines.embedded.tiny_model import Arch
 from tidegate.engines.serving.types import GenerateRequest, KvSource, Output, SamplingParams
 
@@ -81,14 +84,14 @@ class Driven:
 
     def assert_clean(self) -> None:
         """Nothing runs and every block is free."""
-        self.engine.check_integrity()
+        check_blocks(self.engine.scheduler)
         stats = self.engine.stats()
         assert (stats.running, stats.waiting, stats.loading, stats.pinned) == (0, 0, 0, 0)
         assert stats.free_blocks == stats.total_blocks
 
 
-class HandPuller:
-    """A KvPuller that copies between in-process engines when the test says so."""
+class HandPuller(PeerPuller):
+    """A puller that copies between in-process engines when the test says so."""
 
     def __init__(self, local: EmbeddedEngine, peers: dict[str, EmbeddedEngine]) -> None:
         self._local = local
@@ -97,6 +100,9 @@ class HandPuller:
 
     def submit(self, source: KvSource, block_ids: list[int], done: Callable[[str | None, int], None]) -> None:
         self.jobs.append((source, block_ids, done))
+
+    def release(self, source: KvSource) -> None:
+        self.submit(source, [], lambda error, moved: None)
 
     def deliver(self, error: str | None = None) -> int:
         """Finish every submitted pull, all with ``error`` if given; return how many there were."""

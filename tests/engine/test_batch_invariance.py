@@ -62,7 +62,7 @@ def test_after_preemption(llama: Path, alone: Leg) -> None:
 def test_in_two_legs_on_two_engines(llama: Path, alone: Leg, first: int) -> None:
     there, here = Driven(llama, engine_id="there"), Driven(llama, engine_id="here")
     puller = HandPuller(here.engine, {"there": there.engine})
-    here.engine.connect(puller)
+    here.engine.scheduler.puller = puller
     head = there.run(request("leg-1", PROMPT, first, pin_kv=True))[0]
 
     here.submit(
@@ -100,7 +100,7 @@ def test_in_many_legs_back_and_forth(llama: Path, alone: Leg) -> None:
         for name, one in pair.items()
     }
     for name, one in pair.items():
-        one.engine.connect(pullers[name])
+        one.engine.scheduler.puller = pullers[name]
     ids: list[int] = []
     text = ""
     source = None

@@ -7,6 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from tests.engine.block_checks import check_pool
 from tidegate.engines.embedded.blocks import BlockPool, extend_keys, root_key
 
 TOTAL = 12
@@ -64,10 +65,10 @@ class Book(RuleBasedStateMachine):
     @invariant()
     def adds_up(self) -> None:
         held = {block for holder in self.holders for block in holder}
-        self.pool.check_integrity(len(held))
+        check_pool(self.pool, len(held))
         assert self.pool.free_blocks == TOTAL - len(held)
         for block in range(TOTAL):
-            assert self.pool.references(block) == sum(holder.count(block) for holder in self.holders)
+            assert self.pool._refs[block] == sum(holder.count(block) for holder in self.holders)
 
 
 TestBook = Book.TestCase

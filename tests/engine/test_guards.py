@@ -51,7 +51,7 @@ def test_stale_memory_never_reaches_a_request_after_a_pull(llama: Path) -> None:
     expected = Driven(llama).run(request("x", prompt + first, 6))[0].token_ids
     here.engine.store.buffer.fill_(float("nan"))
     puller = HandPuller(here.engine, {"there": there.engine})
-    here.engine.connect(puller)
+    here.engine.scheduler.puller = puller
     here.submit(request("b", prompt + first, 6, source=source_of(there, "a")))
     assert here.step() == 0, "only a pull was admitted"
     here.step()

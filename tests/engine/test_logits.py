@@ -85,7 +85,7 @@ def test_float64_prefill_and_decode_agree_to_rounding(tiny: MakeModel, arch: Arc
     prompt = prompt_of(90, seed=5)
     decoded = driven.run(request("decode", prompt, NEW))[0]
     by_decode = rows[NEW - 1]
-    driven.engine.forget_prefixes()
+    driven.engine.scheduler.pool.forget()
     driven.run(request("prefill", prompt + decoded.token_ids[:-1], 1))
     assert by_decode.dtype == torch.float64
     assert (rows[NEW] - by_decode).abs().max() < 1e-12
@@ -117,7 +117,7 @@ def test_a_wrong_folder_dtype_or_device_is_a_config_error(llama: Path, tmp_path:
     with pytest.raises(ConfigError, match=r"no config\.json"):
         load_model(tmp_path)
     with pytest.raises(ConfigError, match="unknown dtype"):
-        load_model(llama, "int3")  # type: ignore[arg-type]
+        load_model(llama, "int3")
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="no CUDA device"):
             load_model(llama, device="cuda")

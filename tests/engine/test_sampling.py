@@ -99,11 +99,11 @@ def test_logprobs_are_of_the_unfiltered_model() -> None:
 def test_a_seeded_request_continues_elsewhere_as_if_unbroken(llama: Path) -> None:
     there, here = Driven(llama, engine_id="there"), Driven(llama, engine_id="here")
     puller = HandPuller(here.engine, {"there": there.engine})
-    here.engine.connect(puller)
+    here.engine.scheduler.puller = puller
     params: dict[str, Any] = {"temperature": 1.0, "seed": 42, "top_p": 0.95, "top_k": 100, "min_tokens": 20}
     prompt = prompt_of(40)
     whole = there.run(request("whole", prompt, 30, ignore_eos=False, **params))[0]
-    there.engine.forget_prefixes()
+    there.engine.scheduler.pool.forget()
     head = there.run(request("head", prompt, 11, pin_kv=True, ignore_eos=False, **params))[0]
     tail = request(
         "tail",

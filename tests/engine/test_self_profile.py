@@ -57,10 +57,10 @@ def test_a_failing_step_fails_the_profile(llama: Path, monkeypatch: pytest.Monke
 def test_the_tiny_model_is_complete(tiny: MakeModel, arch: Arch) -> None:
     folder = tiny(arch)
     driven = Driven(folder)
-    info = driven.engine.info
+    info = driven.engine.model
     assert (info.vocab_size, info.max_model_len) == (512, 8192)
     assert info.eos_ids == {1, 4}
-    assert info.kv_bytes_per_token == 2 * 2 * 2 * 32 * 8
+    assert info.kv.bytes_per_token == 2 * 2 * 2 * 32 * 8
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert len(tokenizer) == 512
     text = "Grüße, 世界 🌊\n"

@@ -12,14 +12,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tests.engine.engine_harness import Driven, MakeModel, prompt_of, request
 from tidegate.core.errors import ConfigError
-from tidegate.engines.embedded.detokenize import Detokenizer, load_tokenizer
-from tidegate.engines.embedded.progress import take_token
+from tidegate.engines.embedded.sequence import take_token
+from tidegate.engines.embedded.tokenizer import ModelTokenizer, load_tokenizer
 from tidegate.engines.serving.assembling import TextAssembler
 
 
 @pytest.fixture(scope="module")
-def byte_level(llama: Path) -> Detokenizer:
-    return Detokenizer(load_tokenizer(llama), 512)
+def byte_level(llama: Path) -> ModelTokenizer:
+    return ModelTokenizer(load_tokenizer(llama), 512)
 
 
 class Backed:
@@ -30,7 +30,7 @@ class Backed:
 
 
 @pytest.fixture(scope="module")
-def metaspace() -> Detokenizer:
+def metaspace() -> ModelTokenizer:
     """A sentencepiece-like tokenizer with byte fallback, which needs the window decoder."""
     words = ["<unk>", "▁the", "▁tide", "▁", "gate", "s", "é", "▁日", "."]
     vocab = {word: index for index, word in enumerate([*words, *(f"<0x{byte:02X}>" for byte in range(256))])}
@@ -39,10 +39,10 @@ def metaspace() -> Detokenizer:
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    return Detokenizer(Backed(backend), len(vocab))
+    return ModelTokenizer(Backed(backend), len(vocab))
 
 
-def whole(detokenizer: Detokenizer, ids: list[int], stops: tuple[str, ...] = ()) -> tuple[str, str | None]:
+def whole(detokenizer: ModelTokenizer, ids: list[int], stops: tuple[str, ...] = ()) -> tuple[str, str | None]:
     """Feed ids one by one and flush; return the text and the stop string that ended it."""
     text = detokenizer.assembler((), 0, stops, 0)
     said = ""
@@ -54,7 +54,7 @@ def whole(detokenizer: Detokenizer, ids: list[int], stops: tuple[str, ...] = ())
 
 
 def in_legs(
-    detokenizer: Detokenizer, ids: list[int], cuts: list[int], stops: tuple[str, ...]
+    detokenizer: ModelTokenizer, ids: list[int], cuts: list[int], stops: tuple[str, ...]
 ) -> tuple[str, str | None]:
     """The same in legs that end at ``cuts``, none but the last flushed."""
     said, start = "", 0
@@ -73,16 +73,16 @@ tokens = st.integers(0, 511)
 
 @settings(max_examples=200)
 @given(ids=st.lists(tokens, max_size=40))
-def test_byte_level_text_is_the_tokenizers_own(byte_level: Detokenizer, ids: list[int]) -> None:
-    expected = byte_level.tokenizer.decode(ids, skip_special_tokens=True)
+def test_byte_level_text_is_the_tokenizers_own(byte_level: ModelTokenizer, ids: list[int]) -> None:
+    expected = byte_level.pretrained.decode(ids, skip_special_tokens=True)
     assert whole(byte_level, ids)[0] == expected
 
 
 @settings(max_examples=200)
 @given(text=st.text(max_size=30), data=st.data())
-def test_legs_concatenate(byte_level: Detokenizer, text: str, data: st.DataObject) -> None:
-    assume(not any(token in text for token in byte_level.tokenizer.all_special_tokens))
-    ids = byte_level.tokenizer.encode(text, add_special_tokens=False)
+def test_legs_concatenate(byte_level: ModelTokenizer, text: str, data: st.DataObject) -> None:
+    assume(not any(token in text for token in byte_level.pretrained.all_special_tokens))
+    ids = byte_level.encode(text, add_special_tokens=False)
     cuts = data.draw(st.lists(st.integers(0, len(ids)), max_size=4))
     pieces = st.text(min_size=1, max_size=4)
     if text:
@@ -100,7 +100,9 @@ def test_legs_concatenate(byte_level: Detokenizer, text: str, data: st.DataObjec
 
 @settings(max_examples=150)
 @given(ids=st.lists(st.integers(1, 264), max_size=25), data=st.data())
-def test_window_decoder_legs_concatenate(metaspace: Detokenizer, ids: list[int], data: st.DataObject) -> None:
+def test_window_decoder_legs_concatenate(
+    metaspace: ModelTokenizer, ids: list[int], data: st.DataObject
+) -> None:
     cuts = data.draw(st.lists(st.integers(0, len(ids)), max_size=3))
     assert in_legs(metaspace, ids, cuts, ()) == whole(metaspace, ids)
 
@@ -108,7 +110,7 @@ def test_window_decoder_legs_concatenate(metaspace: Detokenizer, ids: list[int],
 @settings(max_examples=150)
 @example(words=["▁the", "▁日", "é", "▁tide", "<0xF0>", "<0x9F>", "<0x8C>", "<0x8A>", "s"])
 @given(words=st.lists(st.sampled_from(["▁the", "▁tide", "▁", "gate", "s", "é", "▁日", "."]), max_size=20))
-def test_window_decoder_text_is_the_tokenizers_own(metaspace: Detokenizer, words: list[str]) -> None:
+def test_window_decoder_text_is_the_tokenizers_own(metaspace: ModelTokenizer, words: list[str]) -> None:
     backend = metaspace._backend
     known = [backend.token_to_id(word) for word in words]
     ids = [token for token in known if token is not None]
@@ -117,14 +119,14 @@ def test_window_decoder_text_is_the_tokenizers_own(metaspace: Detokenizer, words
 
 
 def test_ids_that_only_the_model_knows_show_nothing(llama: Path) -> None:
-    padded = Detokenizer(load_tokenizer(llama), 600)
-    a = padded.tokenizer.encode("a", add_special_tokens=False)[0]
+    padded = ModelTokenizer(load_tokenizer(llama), 600)
+    a = padded.encode("a", add_special_tokens=False)[0]
     assert whole(padded, [a, 599, a]) == ("aa", None)
     assert padded.piece(599) == ""
 
 
-def test_half_a_character_is_held_back_and_flushed_as_replacement(byte_level: Detokenizer) -> None:
-    wave = byte_level.tokenizer.encode("\N{BROKEN HEART}", add_special_tokens=False)
+def test_half_a_character_is_held_back_and_flushed_as_replacement(byte_level: ModelTokenizer) -> None:
+    wave = byte_level.encode("\N{BROKEN HEART}", add_special_tokens=False)
     assert len(wave) > 1
     text = byte_level.assembler((), 0, (), 0)
     assert [text.add(token) for token in wave[:-1]] == [""] * (len(wave) - 1)
@@ -133,21 +135,21 @@ def test_half_a_character_is_held_back_and_flushed_as_replacement(byte_level: De
     assert text.add(wave[-1]) == "\N{BROKEN HEART}"
 
 
-def test_a_possible_stop_is_held_back_no_longer_than_needed(byte_level: Detokenizer) -> None:
+def test_a_possible_stop_is_held_back_no_longer_than_needed(byte_level: ModelTokenizer) -> None:
     text = byte_level.assembler((), 0, ("abcd",), 0)
-    ids = [byte_level.tokenizer.encode(char, add_special_tokens=False)[0] for char in "xabcabe"]
+    ids = [byte_level.encode(char, add_special_tokens=False)[0] for char in "xabcabe"]
     assert [text.add(token) for token in ids] == ["x", "", "", "", "abc", "", "abe"]
 
 
-def test_stop_strings_count_only_beyond_min_tokens(byte_level: Detokenizer) -> None:
-    a = byte_level.tokenizer.encode("a", add_special_tokens=False)[0]
+def test_stop_strings_count_only_beyond_min_tokens(byte_level: ModelTokenizer) -> None:
+    a = byte_level.encode("a", add_special_tokens=False)[0]
     text: TextAssembler = byte_level.assembler((), 0, ("a",), 0)
     assert (text.add(a, may_stop=False), text.stopped_by) == ("a", None)
     assert (text.add(a, may_stop=True), text.stopped_by) == ("", "a")
 
 
-def test_replayed_stop_strings_below_min_tokens_stay_shown(byte_level: Detokenizer) -> None:
-    a = byte_level.tokenizer.encode("a", add_special_tokens=False)[0]
+def test_replayed_stop_strings_below_min_tokens_stay_shown(byte_level: ModelTokenizer) -> None:
+    a = byte_level.encode("a", add_special_tokens=False)[0]
     text = byte_level.assembler((a, a), 2, ("a",), 3)
     assert text.stopped_by is None
     assert (text.add(a, may_stop=False), text.add(a), text.stopped_by) == ("a", "", "a")
@@ -197,8 +199,7 @@ def scripted(llama: Path, monkeypatch: pytest.MonkeyPatch) -> Scripted:
 
 
 def encode(driven: Driven, text: str) -> list[int]:
-    ids: list[int] = driven.engine.detokenizer.tokenizer.encode(text, add_special_tokens=False)
-    return ids
+    return driven.engine.tokenizer.encode(text, add_special_tokens=False)
 
 
 def test_engine_legs_split_a_character_and_a_stop_string(scripted: Scripted) -> None:

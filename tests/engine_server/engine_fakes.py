@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import mmap
-import os
 import socket
 import threading
 import time
@@ -14,14 +12,16 @@ from typing import Any
 
 import aiohttp
 import orjson
+import torch
 
+from tidegate.core.clock import WallClock
 from tidegate.core.errors import BadRequest
+from tidegate.engines.embedded import blocks
+from tidegate.engines.embedded.kv_store import KvShape, PagedKvStore
 from tidegate.engines.serving.delivery import OutputRouter
-from tidegate.engines.serving.generation import Parts
 from tidegate.engines.serving.metrics import ServerMetrics
 from tidegate.engines.serving.secret import LaunchSecret
-from tidegate.engines.serving.served import ServingFacts
-from tidegate.engines.serving.server import EngineServer
+from tidegate.engines.serving.server import EngineServer, Parts
 from tidegate.engines.serving.types import (
     EngineStats,
     GenerateRequest,
@@ -29,9 +29,10 @@ from tidegate.engines.serving.types import (
     Output,
     PinnedKv,
     RequestTimes,
+    ServingFacts,
     TokenLogprob,
 )
-from tidegate.protocol.sse import SseParser
+from tidegate.protocol.chunks import SseParser
 
 WAIT_S = 10.0
 
@@ -44,72 +45,45 @@ def wait_until(condition: Callable[[], bool], what: str = "condition", within_s:
         threading.Event().wait(0.002)
 
 
-class MemoryStore:
-    """A KvStore over a memfd; ``shared`` False hides the descriptor, as a GPU store does."""
+class MemoryStore(PagedKvStore):
+    """A store that tells of reads and writes; ``shared`` False hides the descriptor, as a GPU store does."""
 
     def __init__(
         self, total_blocks: int = 16, block_bytes: int = 4096, block_tokens: int = 16, shared: bool = True
     ) -> None:
-        self.total_blocks = total_blocks
-        self.block_bytes = block_bytes
-        self.block_tokens = block_tokens
+        shape = KvShape(1, 1, block_bytes // (2 * block_tokens), torch.uint8)
+        super().__init__(shape, total_blocks, block_tokens, torch.device("cpu"))
         self._shared = shared
-        self._fd = os.memfd_create("test-kv", os.MFD_CLOEXEC)
-        os.ftruncate(self._fd, total_blocks * block_bytes)
-        self._map = mmap.mmap(self._fd, total_blocks * block_bytes)
-        self.data = memoryview(self._map)
         self.on_read: Callable[[int], object] = lambda block_id: None
         self.on_write: Callable[[int], object] = lambda block_id: None
-
-    def close(self) -> None:
-        self.data.release()
-        self._map.close()
-        os.close(self._fd)
 
     def fill(self, seed: int) -> MemoryStore:
         for block in range(self.total_blocks):
             pattern = bytes((seed * 31 + block * 7 + i) % 251 for i in range(self.block_bytes))
-            self.data[block * self.block_bytes : (block + 1) * self.block_bytes] = pattern
+            super().write_block(block, memoryview(pattern))
         return self
 
     def block(self, block_id: int) -> bytes:
-        return bytes(self.data[block_id * self.block_bytes : (block_id + 1) * self.block_bytes])
+        return bytes(super().read_block(block_id))
 
     @property
     def memory_fd(self) -> int | None:
-        return self._fd if self._shared else None
+        return super().memory_fd if self._shared else None
 
     def read_block(self, block_id: int) -> memoryview:
         self.on_read(block_id)
-        return self.data[block_id * self.block_bytes : (block_id + 1) * self.block_bytes]
+        return super().read_block(block_id)
 
     def write_block(self, block_id: int, data: memoryview) -> None:
         self.on_write(block_id)
-        self.data[block_id * self.block_bytes : (block_id + 1) * self.block_bytes] = data
+        super().write_block(block_id, data)
 
 
-class Pins:
-    """A PinBook whose pins end only when told."""
+class Pins(blocks.Pins):
+    """Pins that end when told, or after half a minute."""
 
     def __init__(self) -> None:
-        self._pins: dict[str, PinnedKv] = {}
-        self._lock = threading.Lock()
-
-    def pin(self, request_id: str, block_ids: tuple[int, ...], num_tokens: int) -> PinnedKv:
-        pinned = PinnedKv(request_id, block_ids, num_tokens, time.monotonic() + 30.0)
-        with self._lock:
-            self._pins[request_id] = pinned
-        return pinned
-
-    def __len__(self) -> int:
-        return len(self._pins)
-
-    def pinned(self, request_id: str) -> PinnedKv | None:
-        return self._pins.get(request_id)
-
-    def release(self, request_id: str) -> bool:
-        with self._lock:
-            return self._pins.pop(request_id, None) is not None
+        super().__init__(30.0, WallClock(), lambda: None)
 
 
 class PullResult:
@@ -262,18 +236,6 @@ class CharCodec:
         return "".join(chr(token_id) for token_id in token_ids)
 
 
-class RecordingPuller:
-    """A KvPuller that only records what it was asked for."""
-
-    def __init__(self) -> None:
-        self.released: list[KvSource] = []
-
-    def submit(self, source: KvSource, block_ids: list[int], done: Callable[[str | None, int], None]) -> None:
-        assert block_ids == []
-        self.released.append(source)
-        done(None, 0)
-
-
 FACTS = ServingFacts(
     engine_id="engine-a",
     model="tiny",
@@ -292,7 +254,7 @@ class Served:
 
     def __init__(self, secret: str = "", api_key: str = "") -> None:
         self.engine = FakeEngine()
-        self.puller = RecordingPuller()
+        self.released: list[KvSource] = []
         router = OutputRouter(asyncio.get_running_loop())
         self.engine.sink = router.sink
         self.parts = Parts(
@@ -302,10 +264,9 @@ class Served:
             secret=LaunchSecret(secret),
             metrics=ServerMetrics(FACTS, self.engine.stats),
             router=router,
-            puller=self.puller,
+            release_source=self.released.append,
         )
-        samples = [{"kind": "step", "batch": 1, "context_tokens": 16, "seconds": 0.001}]
-        self.server = EngineServer(self.parts, api_key=api_key, profile_samples=samples)
+        self.server = EngineServer(self.parts, api_key=api_key)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address: tuple[str, int] = self._listener.getsockname()
         self.url = f"http://127.0.0.1:{self.address[1]}"

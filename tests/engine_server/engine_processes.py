@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 import orjson
 
-from tidegate.protocol.sse import SseParser
+from tidegate.protocol.chunks import SseParser
 
 SECRET = "launch-secret"
 START_S = 60.0

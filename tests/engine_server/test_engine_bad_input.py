@@ -55,7 +55,7 @@ COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "a", "model": "gpt-9"}, "model", "does not exist"),
     ({"prompt": "a", KV: {"do_remote_prefill": True}}, f"{KV}.remote_engine_id", "missing"),
     ({"prompt": "a", KV: {**HANDLE, "remote_host": None}}, f"{KV}.remote_host", "missing"),
-    ({"prompt": "a", KV: {**HANDLE, "remote_port": 0}}, f"{KV}.remote_port", "not a port"),
+    ({"prompt": "a", KV: {**HANDLE, "remote_port": 0}}, f"{KV}.remote_port", "greater than 0"),
     ({"prompt": "a", KV: {**HANDLE, "remote_num_tokens": 40}}, f"{KV}.remote_block_ids", "do not hold"),
     ({"prompt": "a", KV: {**HANDLE, "remote_block_ids": [[1], [2]]}}, f"{KV}.remote_block_ids", "one group"),
     ({"prompt": "a", KV: {**HANDLE, "remote_block_ids": [[-1]]}}, f"{KV}.remote_block_ids", "one group"),
@@ -73,7 +73,7 @@ CHATS: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": SAY, "max_completion_tokens": 0}, "max_completion_tokens", "greater than or equal to 1"),
     ({"messages": SAY, "max_completion_tokens": 61}, "max_tokens", "exceeds"),
     ({"messages": [{"role": "user", "content": "x" * 70}]}, "messages", "leave no room"),
-    ({"messages": SAY, KV: {"prompt_token_ids": ["a"]}}, f"{KV}.prompt_token_ids", "token ids"),
+    ({"messages": SAY, KV: {"prompt_token_ids": ["a"]}}, f"{KV}.prompt_token_ids.0", "integer"),
 ]
 
 
@@ -220,7 +220,7 @@ async def test_internal_use_needs_the_secret() -> None:
             async with served.client.get("/tidegate/stats", headers=headers) as response:
                 assert response.status == 403
         assert served.engine.requests == []
-        assert served.puller.released == []
+        assert served.released == []
         member = {"x-tidegate-secret": "s3cret"}
         assert (await served.post("/v1/completions", kv_ask, member))[0] == 200
         assert (await served.post("/tidegate/release", {"request_id": "x"}, member))[0] == 200

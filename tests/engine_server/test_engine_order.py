@@ -13,15 +13,14 @@ import pytest
 
 from tests.engine_server.engine_fakes import FACTS, until
 from tidegate.engines.dialect import DialectEngine
-from tidegate.engines.embedded.codec import TokenizerCodec
-from tidegate.engines.embedded.engine import EmbeddedEngine, EngineConfig
+from tidegate.engines.embedded.engine import EmbeddedEngine
+from tidegate.engines.embedded.options import EngineConfig
 from tidegate.engines.embedded.tiny_model import make_tiny_model
 from tidegate.engines.seam import Leg, LegEnd
 from tidegate.engines.serving.delivery import OutputRouter
-from tidegate.engines.serving.generation import Parts
 from tidegate.engines.serving.metrics import ServerMetrics
 from tidegate.engines.serving.secret import LaunchSecret
-from tidegate.engines.serving.server import EngineServer
+from tidegate.engines.serving.server import EngineServer, Parts
 from tidegate.policies.order import Ticket
 from tidegate.protocol.chunks import Tokens
 
@@ -58,14 +57,14 @@ async def serving(engine: EmbeddedEngine) -> AsyncIterator[tuple[DialectEngine, 
     router = OutputRouter(asyncio.get_running_loop())
     parts = Parts(
         engine=engine,
-        codec=TokenizerCodec(engine.detokenizer.tokenizer),
+        codec=engine.tokenizer,
         facts=FACTS,
         secret=LaunchSecret("s3"),
         metrics=ServerMetrics(FACTS, engine.stats),
         router=router,
-        puller=None,
+        release_source=lambda source: None,
     )
-    server = EngineServer(parts, profile_samples=[])
+    server = EngineServer(parts)
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     client = DialectEngine("i0", url, "tiny", connect_s=2.0, stall_s=60.0, secret="s3")

@@ -282,7 +282,7 @@ def test_the_ready_line_can_go_to_a_descriptor() -> None:
 def test_a_dead_compute_thread_ends_the_process() -> None:
     script = (
         "import threading\n"
-        "from tidegate.engines.serving.lifetime import exit_when_a_thread_dies\n"
+        "from tidegate.engines.serving.process import exit_when_a_thread_dies\n"
         "exit_when_a_thread_dies('compute')\n"
         "for name in ('other', 'compute'):\n"
         "    threading.Thread(target=lambda: 1 / 0, name=name).start()\n"
@@ -296,11 +296,11 @@ def test_a_dead_compute_thread_ends_the_process() -> None:
 def test_a_context_that_cannot_be_served_is_refused(model: Path) -> None:
     class Loaded:
         max_model_len = 512
-        info = SimpleNamespace(max_model_len=2048)
+        model = SimpleNamespace(max_model_len=2048)
 
     def check(asked: str) -> None:
         options = parse_options(["--model", str(model), "--max-model-len", asked])
-        _check_length(options, cast(Any, Loaded()))
+        _check_length(options.engine, cast(Any, Loaded()))
 
     check("512")
     with pytest.raises(ConfigError, match="exceeds the model's context of 2048"):

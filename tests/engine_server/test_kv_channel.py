@@ -17,8 +17,8 @@ import pytest
 
 from tests.engine_server.engine_fakes import MemoryStore, Pins, PullResult, source_for, wait_until
 from tidegate.core.errors import ConfigError
-from tidegate.engines.embedded.transfer import KvExporter, PeerPuller, PullOptions, TransferLimits
-from tidegate.engines.embedded.transfer_link import PeerLink
+from tidegate.engines.embedded.kv_channel import KvExporter, TransferLimits
+from tidegate.engines.embedded.kv_pull import PeerLink, PeerPuller, PullOptions
 from tidegate.engines.serving.secret import LaunchSecret
 
 SECRET = LaunchSecret("launch-secret")
@@ -57,8 +57,6 @@ class Pair:
     def close(self) -> None:
         self.puller.close()
         self.exporter.close()
-        self.source.close()
-        self.target.close()
 
 
 @pytest.fixture
@@ -72,7 +70,7 @@ def pairs() -> Iterator[list[Pair]]:
 @pytest.mark.parametrize("shared", [True, False], ids=["shared-memory", "tcp"])
 def test_both_ways_move_the_same_bytes_and_release(pairs: list[Pair], shared: bool) -> None:
     pairs.append(pair := Pair(shared=shared))
-    link = PeerLink.open(("127.0.0.1", pair.exporter.port), pair.options)
+    link = PeerLink(("127.0.0.1", pair.exporter.port), pair.options, pair.target)
     assert (link._mapped is not None) is shared
     link.close()
     untouched = pair.target.block(0)
@@ -104,8 +102,6 @@ def test_streams_larger_than_one_chunk_arrive_whole() -> None:
     assert all(target.block(39 - b) == source.block(b) for b in range(40))
     puller.close()
     exporter.close()
-    source.close()
-    target.close()
 
 
 def test_a_connection_serves_many_pulls_and_survives_a_refusal(pairs: list[Pair]) -> None:
@@ -124,9 +120,9 @@ def test_a_connection_serves_many_pulls_and_survives_a_refusal(pairs: list[Pair]
 def test_without_the_secret_nothing_is_served(pairs: list[Pair]) -> None:
     for wrong in (LaunchSecret("other"), LaunchSecret("")):
         pairs.append(pair := Pair(puller_secret=wrong))
-        before = bytes(pair.target.data)
+        before = bytes(pair.target.buffer.numpy())
         assert "refused" in str(pair.pull([0]).wait().error)
-        assert bytes(pair.target.data) == before
+        assert bytes(pair.target.buffer.numpy()) == before
         assert len(pair.pins) == 1
 
 
@@ -157,7 +153,6 @@ def test_the_secret_never_crosses_the_wire_and_an_impostor_is_unmasked() -> None
     assert b"launch-secret" not in seen
     puller.close()
     listener.close()
-    target.close()
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared-memory", "tcp"])
@@ -257,7 +252,6 @@ def test_a_silent_peer_is_an_error_in_time() -> None:
     assert silent.calls == dead.calls == 1
     puller.close()
     listener.close()
-    target.close()
 
 
 def test_a_peer_stuck_in_mid_stream_is_an_error_in_time(pairs: list[Pair]) -> None:
@@ -283,7 +277,7 @@ def test_a_peer_killed_in_mid_pull_is_an_error(tmp_path: Path) -> None:
             import sys, threading
             from tests.engine_server.engine_fakes import MemoryStore, Pins
             from tidegate.engines.serving.secret import LaunchSecret
-            from tidegate.engines.embedded.transfer import KvExporter
+            from tidegate.engines.embedded.kv_channel import KvExporter
             store, pins = MemoryStore(shared=False).fill(1), Pins()
             pins.pin("r1", (0, 1), 32)
             def reading(block_id):
@@ -311,7 +305,6 @@ def test_a_peer_killed_in_mid_pull_is_an_error(tmp_path: Path) -> None:
         peer.send_signal(signal.SIGKILL)
         assert result.wait().error is not None
         puller.close()
-        target.close()
 
 
 def test_without_a_secret_only_loopback_takes_part() -> None:
@@ -324,7 +317,6 @@ def test_without_a_secret_only_loopback_takes_part() -> None:
     puller.submit(source_for(9, pin, host="192.0.2.1"), [0], result)
     assert "loopback only" in str(result.wait().error)
     puller.close()
-    store.close()
 
 
 def test_the_secret_comes_from_the_environment_once(tmp_path: Path) -> None:

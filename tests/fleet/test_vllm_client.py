@@ -11,7 +11,7 @@ from aiohttp import web
 
 from tidegate.core.errors import EngineFault, EngineTimeout, EngineUnreachable, SetupError
 from tidegate.engines.vllm.client import ServerFacts, VllmClient
-from tidegate.protocol.errors import error_text
+from tidegate.protocol.chunks import error_text
 
 MODELS = {"data": [{"id": "m", "max_model_len": 1024}, {"id": "adapter"}]}
 

@@ -7,8 +7,7 @@ from typing import Any
 import orjson
 import pytest
 
-from tidegate.protocol.chunks import AnswerHead, ChunkWriter, Tokens, WholeAnswer, usage_object
-from tidegate.protocol.sse import SseParser
+from tidegate.protocol.chunks import AnswerHead, ChunkWriter, SseParser, Tokens, WholeAnswer, usage_object
 
 PROMPT = [1, 2, 3]
 USAGE = usage_object(3, 4, 2)

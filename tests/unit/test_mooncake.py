@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tidegate.core.errors import InternalError
-from tidegate.engines.vllm.mooncake import Mooncake
+from tidegate.engines.vllm.connector import Mooncake
 
 mooncake = Mooncake("eng-0", "http://10.0.0.5:8998", lease_s=30.0)
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import orjson
 
-from tidegate.protocol.errors import error_text
-from tidegate.protocol.sse import DONE
+from tidegate.protocol.chunks import DONE, error_text
 
 _DONE = DONE.removeprefix(b"data:").strip()
 

@@ -18,7 +18,7 @@ from tidegate.bench.endpoint import Endpoint
 from tidegate.bench.settings import BenchSettings
 from tidegate.core.clock import Clock, WallClock
 from tidegate.measure.results import RequestResult, Status
-from tidegate.protocol.sse import SseParser
+from tidegate.protocol.chunks import SseParser
 from tidegate.workloads.trace import TraceRecord
 
 PREPARED_AHEAD = 64

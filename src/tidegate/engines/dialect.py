@@ -17,9 +17,7 @@ from tidegate.core.errors import (
 )
 from tidegate.engines.seam import Json, KvHandle, Leg, LegEnd, LegTimes, TokensSink
 from tidegate.engines.wire import HttpAnswer, Wire
-from tidegate.protocol.chunks import Tokens
-from tidegate.protocol.errors import error_text
-from tidegate.protocol.sse import SseParser
+from tidegate.protocol.chunks import SseParser, Tokens, error_text
 
 ONLY_CONTENT = {"content"}
 WANT_HANDLE: Json = {"do_remote_decode": True, "do_remote_prefill": False}
@@ -52,7 +50,7 @@ class DialectEngine:
         self._wire = Wire(url, connect_s=connect_s, stall_s=stall_s, headers=headers)
 
     async def run(self, leg: Leg, sink: TokensSink, *, deadline_s: float) -> LegEnd:
-        """See ``Engine.run``. A leg that pins is answered in one piece, any other is streamed."""
+        """A leg that pins is answered in one piece, any other is streamed."""
         path = "/v1/completions" if leg.messages is None else "/v1/chat/completions"
         body = orjson.dumps(self._body(leg))
         stage = "prefill" if leg.pin else "decode"
@@ -73,25 +71,22 @@ class DialectEngine:
     async def tokenise(
         self, prompt: list[int] | str | None, messages: list[Json] | None, sampling: Json
     ) -> list[int] | None:
-        """See ``Engine.tokenise``."""
         return None
 
     def refuses(self, handle: KvHandle) -> str | None:
-        """See ``Engine.refuses``: engines of one launch check every handle themselves."""
+        """Engines of one launch check every handle themselves."""
         return None
 
     def owner_gone(self, owner: str) -> None:
-        """See ``Engine.owner_gone``: their pulls notice at once."""
+        """Pulls of engines of one launch notice at once."""
 
     async def decline(self, handle: KvHandle) -> None:
-        """See ``Engine.decline``: engines of one launch are asked themselves."""
+        """Engines of one launch are asked themselves, by ``release``."""
 
     async def release(self, handle: KvHandle) -> None:
-        """See ``Engine.release``."""
         await self.release_request(str(handle.params.get("remote_request_id")))
 
     async def release_request(self, request_id: str) -> None:
-        """See ``Engine.release_request``."""
         if not self._internal:
             return
         body = orjson.dumps({"request_id": request_id})
@@ -101,7 +96,6 @@ class DialectEngine:
             return
 
     def close(self, reason: str) -> None:
-        """See ``Engine.close``."""
         self._wire.drop(reason)
 
     def _body(self, leg: Leg) -> Json:
@@ -130,7 +124,6 @@ class DialectEngine:
         return body
 
     def _kv_params(self, leg: Leg) -> Json:
-        """Return the leg's ``kv_transfer_params``."""
         kv: Json = {}
         if leg.handle is not None:
             kv.update(leg.handle.params)
@@ -179,16 +172,7 @@ class DialectEngine:
 class _StreamReader:
     """Reads a streamed answer."""
 
-    __slots__ = (
-        "_chat",
-        "_finished",
-        "_instance",
-        "_parser",
-        "_sink",
-        "_started",
-        "_stopped",
-        "_told",
-    )
+    __slots__ = ("_chat", "_facts", "_finished", "_instance", "_parser", "_sink", "_started", "_stopped")
 
     def __init__(self, leg: Leg, sink: TokensSink, instance: str) -> None:
         self._parser = SseParser()
@@ -196,12 +180,11 @@ class _StreamReader:
         self._chat = leg.messages is not None
         self._instance = instance
         self._started = self._finished = self._stopped = False
-        self._told: Json = {}
+        self._facts: Json = {}
 
     def feed(self, data: bytes) -> bool:
-        """Deliver the tokens in ``data``; return whether the sink ends the leg.
-
-        Raises EngineFault for an error event or a malformed one."""
+        """Deliver the tokens in ``data``; return whether the sink ends the leg. Raises EngineFault for an
+        error event or a malformed one."""
         for payload in self._parser.feed(data):
             if payload == b"[DONE]":
                 continue
@@ -239,7 +222,7 @@ class _StreamReader:
             raise EngineFault(error_text(event), instance=self._instance)
         for name in ("metrics", "usage"):  # which may come in one event or in two
             if event.get(name):
-                self._told[name] = event[name]
+                self._facts[name] = event[name]
         if not choice:
             return None
         tokens = _tokens(choice, self._chat)
@@ -254,31 +237,26 @@ class _StreamReader:
         return tokens if useful else None
 
     def end(self) -> LegEnd:
-        """Return the leg's end. Raises EngineUnreachable when the stream stopped by itself without a finish
-        reason."""
+        """Return the leg's end. Raises EngineUnreachable when the stream broke off by itself."""
         if not self._finished and not self._stopped:
             raise EngineUnreachable("the stream ended without a finish reason", instance=self._instance)
-        return LegEnd(times=_times(self._told))
+        return LegEnd(times=_times(self._facts))
 
 
 def _tokens(choice: Json, chat: bool) -> Tokens:
-    delta = None
+    text, delta = choice.get("text"), None
     if chat:
         part = choice.get("delta") or choice.get("message") or {}
-        text = part.get("content") or ""
-        delta = {
-            name: value for name, value in part.items() if value and name not in ("role", "content")
-        } or None
-    else:
-        text = choice.get("text") or ""
+        text = part.get("content")
+        delta = {name: value for name, value in part.items() if value and name not in ("role", "content")}
     return Tokens(
-        text,
+        text or "",
         choice.get("token_ids") or [],
         choice.get("logprobs"),
         choice.get("finish_reason"),
         choice.get("stop_reason"),
         choice.get("prompt_token_ids"),
-        delta,
+        delta or None,
     )
 
 

@@ -1,4 +1,4 @@
-"""The seam between the gateway and any engine: legs in, tokens out."""
+"""The interface between the gateway and any engine: legs in, tokens out."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ Json = dict[str, Any]
 class KvHandle:
     """KV pinned on an instance after a leg, as the engine described it in ``params``.
 
-    ``owner`` is the ``Member.engine_id`` of the process that holds it: the handle is dead once that process
-    is gone. ``tokens`` says exactly how many tokens' KV it covers, from the start of the leg's prompt on.
-    ``expires_s`` is when its lease ends, in the event loop's time; inf where the owner itself refuses late
-    pulls.
+    ``owner`` is the ``Member.engine_id`` of the process that holds it, with which it ends. It covers exactly
+    the first ``tokens`` of the leg's prompt. Its lease ends at ``expires_s`` of the event loop's time; inf
+    where the owner itself refuses late pulls.
     """
 
     params: Json
@@ -32,12 +31,11 @@ class KvHandle:
 class Leg:
     """One call to one engine: a part of a request.
 
-    ``prompt`` is what to send: token ids, or the text of a client while no engine has tokenised it.
-    A chat has ``messages``, and token ids in ``prompt`` once they are known. ``generated`` counts the
-    ids at the end of ``prompt`` that are earlier output. ``pin`` asks for a handle at the end; such a
-    leg is answered in one piece. ``sampling`` holds the body fields that all legs share (temperature,
-    stop, seed, extensions ...). ``ticket`` tells an engine with the capability ``orders`` when the request
-    arrived and is due, on a clock that shows 0 when the leg is sent.
+    ``prompt`` is token ids, or the text of a client while no engine has tokenised it. A chat has
+    ``messages``, and token ids in ``prompt`` once they are known; the last ``generated`` ids are earlier
+    output. ``pin`` asks for a handle at the end; such a leg is answered in one piece. ``sampling`` are the
+    body fields that all legs share. ``ticket``, for an engine with the capability ``orders``, is on a clock
+    that shows 0 when the leg is sent.
     """
 
     request_id: str
@@ -53,19 +51,15 @@ class Leg:
 
 
 class TokensSink(Protocol):
-    """Takes a leg's pieces on the event loop, in order.
-
-    One that returns True has the leg end there: it gets nothing more, and ``Engine.run`` returns. What it
-    raises ends the leg, too, and is raised by ``Engine.run``.
-    """
+    """Takes a leg's pieces on the event loop, in order. One that returns True has the leg end there: it gets
+    nothing more, and ``Engine.run`` returns. What it raises ends the leg, too, and is raised by
+    ``Engine.run``."""
 
     def tokens(self, tokens: Tokens) -> bool | None:
         """Take any piece."""
-        ...
 
     def plain(self, text: str, token_ids: list[int]) -> bool | None:
         """Take a piece that is only text and ids, as nearly all are: the short way through the relay."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,42 +86,30 @@ class Engine(Protocol):
     """One engine instance, called over the network."""
 
     async def run(self, leg: Leg, sink: TokensSink, *, deadline_s: float) -> LegEnd:
-        """Run a leg to its end. Cancelling aborts it on the engine.
-
-        Raises a ClientError when the engine refuses the request itself, EngineUnreachable,
-        EngineTimeout or EngineFault when the leg failed and another instance may try, KvLost when it may be
-        tried without its handle.
-        """
-        ...
+        """Run a leg to its end. Cancelling aborts it on the engine. Raises a ClientError when the engine
+        refuses the request itself; EngineUnreachable, EngineTimeout or EngineFault when another instance may
+        try; KvLost when it may be tried without its handle."""
 
     async def tokenise(
         self, prompt: list[int] | str | None, messages: list[Json] | None, sampling: Json
     ) -> list[int] | None:
         """Return the ids of a prompt or a chat, as a leg would take them; None where engines are not asked
-        that. Raises EngineError.
-        """
-        ...
+        that. Raises EngineError."""
 
     def refuses(self, handle: KvHandle) -> str | None:
         """Say why this engine must not be sent ``handle``; None when it may. No I/O."""
-        ...
 
     def owner_gone(self, owner: str) -> None:
         """Give up the legs that still wait for KV of the engine ``owner``; they fail with KvLost."""
-        ...
 
     async def release(self, handle: KvHandle) -> None:
         """Free the KV of a handle of this engine now; failure is silent (the lease ends it)."""
-        ...
 
     async def decline(self, handle: KvHandle) -> None:
         """Have the owner of another engine's handle free its KV, where the owner itself cannot be asked."""
-        ...
 
     async def release_request(self, request_id: str) -> None:
         """Like ``release``, for a leg whose answer never arrived; unknown ids are ignored."""
-        ...
 
     def close(self, reason: str) -> None:
         """Fail what is running with EngineUnreachable and close all connections."""
-        ...

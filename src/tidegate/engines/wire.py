@@ -1,7 +1,6 @@
 """The HTTP/1.1 client of the relay path: pooled connections, bytes handed on as they arrive.
 
-It is our own because it is the relay path: a response's bytes reach their consumer in the callback
-that read them, without a task switch per chunk. Parsing is ``httptools`` (llhttp).
+A response's bytes reach their consumer in the callback that read them, without a task switch per chunk.
 """
 
 from __future__ import annotations
@@ -137,10 +136,10 @@ class _RelayConnection(asyncio.Protocol):
 
 
 class Wire:
-    """The connections to one engine. No ceiling on their number: one per exchange in progress.
+    """The connections to one engine: one per exchange in progress, without a ceiling.
 
     A silence of ``stall_s`` fails an exchange once its answer has begun. Before that an engine may be
-    queueing it: then only the exchange's deadline and the word of whoever watches the engine count.
+    queueing it: only the exchange's deadline counts.
     """
 
     def __init__(self, url: str, *, connect_s: float, stall_s: float, headers: dict[str, str]) -> None:
@@ -158,20 +157,14 @@ class Wire:
         self._dropped: str | None = None
 
     async def exchange(
-        self,
-        method: str,
-        path: str,
-        body: bytes = b"",
-        *,
-        sink: BodySink | None = None,
-        deadline_s: float,
+        self, method: str, path: str, body: bytes = b"", *, sink: BodySink | None = None, deadline_s: float
     ) -> HttpAnswer:
         """Send one request and wait for the end of its answer.
 
-        With a ``sink``, the body of a 200 answer goes there piece by piece. Cancelling drops the
-        connection, which makes the engine abort the work, as does a sink that returns True. Raises
-        EngineUnreachable when the connection fails or breaks, EngineTimeout after ``deadline_s`` or a
-        silence of ``stall_s``. An exception of the sink ends the exchange and is raised here.
+        With a ``sink``, the body of a 200 answer goes there piece by piece. Cancelling drops the connection,
+        which makes the engine abort the work, as does a sink that returns True. Raises what the sink raises,
+        EngineUnreachable when the connection fails or breaks, and EngineTimeout after ``deadline_s`` or a
+        silence of ``stall_s``.
         """
         request = b"".join(
             (
@@ -204,18 +197,18 @@ class Wire:
             if not connection.reusable:
                 continue
             try:
-                return await self._carry(connection, request, sink)
+                return await self._run(connection, request, sink)
             except EngineUnreachable:
                 # A server may close an idle connection just as it is reused: nothing was answered,
                 # so the request is sent again on a fresh one.
                 if connection.answered or self._dropped is not None:
                     raise
-        return await self._carry(await self._connect(), request, sink)
+        return await self._run(await self._connect(), request, sink)
 
-    async def _carry(self, connection: _RelayConnection, request: bytes, sink: BodySink | None) -> HttpAnswer:
+    async def _run(self, connection: _RelayConnection, request: bytes, sink: BodySink | None) -> HttpAnswer:
         self._busy.add(connection)
         if self._watch is None:
-            self._watch = asyncio.get_running_loop().call_later(WATCH_S, self._look)
+            self._watch = asyncio.get_running_loop().call_later(WATCH_S, self._fail_silent)
         try:
             answer = await connection.begin(request, sink)
         except BaseException:
@@ -248,7 +241,7 @@ class Wire:
             ) from None
         return connection
 
-    def _look(self) -> None:
+    def _fail_silent(self) -> None:
         """Fail exchanges that have been silent for too long, and look again while any is open."""
         loop = asyncio.get_running_loop()
         oldest = loop.time() - self._stall_s
@@ -256,4 +249,4 @@ class Wire:
             if connection.answered and connection.last_data_s < oldest:
                 with contextlib.suppress(asyncio.InvalidStateError):
                     connection.fail(EngineTimeout(f"the engine was silent for {self._stall_s:g} s"))
-        self._watch = loop.call_later(WATCH_S, self._look) if self._busy else None
+        self._watch = loop.call_later(WATCH_S, self._fail_silent) if self._busy else None

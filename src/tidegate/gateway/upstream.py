@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from tidegate.engines.dialect import DialectEngine
 from tidegate.engines.seam import Engine, KvHandle
-from tidegate.engines.vllm.connector import Connector, Nixl
+from tidegate.engines.vllm.connector import Connector, Mooncake, Nixl
 from tidegate.engines.vllm.engine import VllmEngine
-from tidegate.engines.vllm.mooncake import Mooncake
 from tidegate.fleet.member import Member
 from tidegate.gateway.metrics import Metrics
 from tidegate.gateway.settings import GatewaySettings

@@ -1,8 +1,7 @@
 """Request bodies of ``/v1/completions`` and ``/v1/chat/completions``.
 
-Unknown fields are kept (``model_extra``): clients send engine extensions, and the gateway passes on
-what it does not interpret. Known fields are checked strictly: a wrong type is the client's error,
-never a silent conversion.
+Unknown fields are kept (``model_extra``): the gateway passes on what it does not interpret. Known fields are
+checked strictly: a wrong type is the client's error, never a silent conversion.
 """
 
 from __future__ import annotations
@@ -64,11 +63,10 @@ class TicketParams(RequestBody):
 class KvTransferParams(RequestBody):
     """vLLM's ``kv_transfer_params``: a KV handle, or the wish for one.
 
-    ``do_remote_decode`` asks the engine to pin the finished request's KV and return a handle;
-    the ``remote_*`` fields of a handle say where existing KV can be pulled from.
-    ``tidegate_generated`` is our extension: how many of the prompt's last tokens are output of
-    earlier legs (text assembly, stop strings and seeded sampling continue from them).
-    ``tidegate_ticket``, ours too, is what the engine's order goes by.
+    ``do_remote_decode`` asks the engine to pin the KV and return a handle, whose ``remote_*`` fields say
+    where KV can be pulled from. Ours: ``prompt_token_ids`` of a chat that continues from known ids,
+    ``tidegate_generated``, how many of the prompt's last tokens are output of earlier legs, and
+    ``tidegate_ticket``, what the engine's order goes by.
     """
 
     do_remote_decode: StrictBool = False
@@ -76,9 +74,10 @@ class KvTransferParams(RequestBody):
     remote_engine_id: StrictStr | None = None
     remote_request_id: StrictStr | None = None
     remote_host: StrictStr | None = None
-    remote_port: StrictInt | None = None
+    remote_port: Annotated[StrictInt, Field(gt=0, lt=65536)] | None = None
     remote_block_ids: list[list[StrictInt]] | None = None
     remote_num_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
+    prompt_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
     tidegate_generated: Annotated[StrictInt, Field(ge=0)] = 0
     tidegate_ticket: TicketParams | None = None
 
@@ -130,12 +129,10 @@ class CompletionBody(_SamplingBody):
 
     @property
     def token_limit(self) -> int | None:
-        """``max_tokens``."""
         return self.max_tokens
 
     @property
     def wanted_logprobs(self) -> int | None:
-        """How many alternatives to report beside each token; None for no logprobs."""
         return self.logprobs
 
 

@@ -1,16 +1,19 @@
-"""Answers of completions and chat: pieces, the chunks of a stream, and bodies that are sent whole."""
+"""Answers of completions and chat: pieces, the chunks of a stream, bodies that are sent whole, errors."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import orjson
 
-from tidegate.protocol.sse import DONE
+from tidegate.core.errors import TidegateError, status_of
 
 Json = dict[str, Any]
+
+DONE = b"data: [DONE]\n\n"
 
 
 @dataclass(slots=True)
@@ -51,11 +54,10 @@ def usage_object(prompt_tokens: int, completion_tokens: int, cached_tokens: int)
 
 
 class ChunkWriter:
-    """Writes the events of one streamed answer.
+    """Writes the events of one streamed answer; what does not change in them is encoded once.
 
-    The parts of an event that do not change are encoded once; a piece costs one string encoding. With
-    ``return_token_ids`` the prompt's ids come where vLLM has them: in a completion's first choice, beside the
-    choices of a chat's first chunk.
+    With ``return_token_ids`` the prompt's ids come where vLLM has them: in a completion's first choice,
+    beside the choices of a chat's first chunk.
     """
 
     __slots__ = (
@@ -205,13 +207,13 @@ def _with_offsets(logprobs: Json, start: int) -> Json:
     return logprobs | {"text_offset": list(accumulate(lengths[:-1], initial=start)) if lengths else []}
 
 
-def _joined(said: Any, more: Any) -> Any:
-    """Return what a streamed message says of a field, with another delta's part: text appended, tool calls
-    put together by their index. Anything else is replaced."""
-    if isinstance(said, str) and isinstance(more, str):
-        return said + more
+def _joined(so_far: Any, more: Any) -> Any:
+    """Return a streamed message's field with the part of another delta: text is appended, tool calls are put
+    together by their index, anything else is replaced."""
+    if isinstance(so_far, str) and isinstance(more, str):
+        return so_far + more
     if isinstance(more, list) and all(isinstance(item, dict) and "index" in item for item in more):
-        calls: list[Json] = list(said or [])
+        calls: list[Json] = list(so_far or [])
         for item in more:
             at = next((i for i, call in enumerate(calls) if call.get("index") == item["index"]), None)
             if at is None:
@@ -219,11 +221,60 @@ def _joined(said: Any, more: Any) -> Any:
             else:
                 calls[at] = _joined(calls[at], item)
         return calls
-    if isinstance(said, dict) and isinstance(more, dict):
+    if isinstance(so_far, dict) and isinstance(more, dict):
         kept = ("id", "type", "name", "index")
-        return said | {
-            name: value if name in kept else _joined(said.get(name), value)
+        return so_far | {
+            name: value if name in kept else _joined(so_far.get(name), value)
             for name, value in more.items()
             if value is not None
         }
     return more
+
+
+def error_body(error: TidegateError) -> bytes:
+    """Encode ``{"error": {message, type, param, code}}`` for ``error``."""
+    row = status_of(error)
+    fields = {"message": error.message, "type": row.type, "param": error.param, "code": row.code}
+    return orjson.dumps({"error": fields})
+
+
+def error_text(answer: Mapping[str, Any], otherwise: str = "no message") -> str:
+    """Return the words of an error answer in OpenAI's form, or nearly so; ``otherwise`` when it has none."""
+    error = answer.get("error") or answer.get("message") or otherwise
+    return str((error.get("message") or otherwise) if isinstance(error, dict) else error)
+
+
+def event(payload: bytes) -> bytes:
+    """Frame one JSON payload as an event."""
+    return b"data: " + payload + b"\n\n"
+
+
+def http_chunk(data: bytes) -> bytes:
+    """Frame bytes as a chunk of an HTTP/1.1 body with chunked encoding."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+class SseParser:
+    """Cuts a byte stream into the payloads of its ``data:`` lines. Accepts LF and CRLF line ends and ignores
+    comments and other fields. One data line per event, as every OpenAI-style server sends. ``feed`` keeps an
+    incomplete last line for the next call."""
+
+    __slots__ = ("_rest",)
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Return the payloads completed by ``data``, in order; ``b"[DONE]"`` is returned as such."""
+        if self._rest:
+            data = self._rest + data
+        elif data.startswith(b"data: ") and data.find(b"\n") == len(data) - 2:
+            # One whole event and nothing else: nearly every read of a token stream.
+            return [data[6:-2]]
+        lines = data.split(b"\n")
+        self._rest = lines.pop()
+        found: list[bytes] = []
+        for line in lines:
+            if line.startswith(b"data:"):
+                found.append(line[5:].strip())
+        return found

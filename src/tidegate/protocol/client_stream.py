@@ -9,8 +9,7 @@ from collections.abc import Awaitable, Mapping
 from aiohttp import HttpVersion11, web
 
 from tidegate.core.errors import ClientGone, InternalError, TidegateError
-from tidegate.protocol.errors import error_body
-from tidegate.protocol.sse import event, http_chunk
+from tidegate.protocol.chunks import error_body, event, http_chunk
 
 log = logging.getLogger(__name__)
 
@@ -26,11 +25,11 @@ HEADERS = {
 
 
 class ClientStream:
-    """Sends events to the client from inside the callback that brings them.
+    """Sends events to the client from inside the callback that brings them, without a task switch per chunk.
 
-    The answer's head is sent with the first event, so that a failure before it still has its own
-    HTTP status. After the head, events go straight to the connection's transport, each as one HTTP
-    chunk (to an HTTP/1.0 client as they are, until the connection closes): no task switch per chunk.
+    The answer's head is sent with the first event, so that a failure before it still has its own HTTP status.
+    Then events go straight to the connection's transport, each as one HTTP chunk (to an HTTP/1.0 client as
+    they are, until the connection closes).
     """
 
     def __init__(self, request: web.Request, headers: Mapping[str, str]) -> None:
@@ -59,11 +58,9 @@ class ClientStream:
             raise ClientGone(f"the client left {UNREAD_BYTES} bytes unread")
 
     async def carry(self, work: Awaitable[bytes]) -> web.StreamResponse:
-        """Await ``work``, which sends events and returns the closing ones, and end the answer with them.
-
-        What it raises before the first event is raised here, and so is ClientGone. A later error ends the
-        answer with an error event and without ``[DONE]``: it is visibly incomplete.
-        """
+        """Await ``work``, which sends events and returns the closing ones, and end the answer with them. What
+        it raises before the first event is raised here, and so is ClientGone. A later error ends the answer
+        with an error event and without ``[DONE]``: it is visibly incomplete."""
         try:
             end = await work
         except Exception as failure:

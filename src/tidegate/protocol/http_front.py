@@ -1,7 +1,6 @@
 """The HTTP front that every server of the dialect shares: uploads in, JSON and errors out.
 
-Nothing a client sends, malformed HTTP included, ends in a traceback or in an answer outside the
-OpenAI error schema.
+Nothing a client sends, malformed HTTP included, ends in a traceback or outside the OpenAI error schema.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -29,7 +29,7 @@ from tidegate.core.errors import (
     status_of,
 )
 from tidegate.protocol.bodies import parse_object
-from tidegate.protocol.errors import error_body, error_headers
+from tidegate.protocol.chunks import error_body
 
 log = logging.getLogger(__name__)
 
@@ -61,12 +61,14 @@ def json_answer(value: Any) -> web.Response:
 
 
 def error_answer(error: TidegateError) -> web.Response:
-    """Return ``error`` in OpenAI's schema."""
+    """Return ``error`` in OpenAI's schema, with Retry-After in whole seconds and Allow where they apply."""
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if isinstance(error, WrongMethod):
+        headers["Allow"] = ", ".join(error.allowed)
     return web.Response(
-        body=error_body(error),
-        status=status_of(error).http,
-        headers=error_headers(error),
-        content_type=JSON,
+        body=error_body(error), status=status_of(error).http, headers=headers, content_type=JSON
     )
 
 
@@ -94,11 +96,9 @@ def check_bearer(request: web.Request, key: str) -> None:
 
 
 def answering_errors(most_body_bytes: int, on_error: OnError | None = None) -> Middleware:
-    """Return the middleware that turns whatever a handler raises into an error answer.
-
-    ``on_error`` hears of every error before it is answered. An error the tree does not know is logged
-    and shows nothing. Once an answer's head is out, an error can only cut the connection.
-    """
+    """Return the middleware that turns whatever a handler raises into an error answer. ``on_error`` hears of
+    every error before it is answered. An error the tree does not know is logged and shows nothing. Once an
+    answer's head is out, an error can only cut the connection."""
 
     @web.middleware
     async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -147,11 +147,7 @@ class FrontRunner(web.AppRunner):
     async def _make_server(self) -> web.Server:
         # aiohttp has no public hook for requests its parser refuses; this and _Connection are the seam.
         made = await super()._make_server()
-        return _Server(
-            made.request_handler,
-            request_factory=made.request_factory,
-            handler_cancellation=True,
-        )
+        return _Server(made.request_handler, request_factory=made.request_factory, handler_cancellation=True)
 
 
 class _Server(web.Server):

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 class StopStrings:
     """Keeps ``stops`` out of a text that comes in pieces, or ends it with one if they are to be ``included``.
-
-    Text that may be the start of one is held back. ``found`` is the stop string that ended the text.
-    """
+    Text that may be the start of one is held back. ``found`` is the stop string that ended the text."""
 
     __slots__ = ("_held", "_hold", "_include", "_stops", "found")
 
@@ -19,11 +17,9 @@ class StopStrings:
         self.found: str | None = None
 
     def feed(self, text: str, *, search: bool, ended_with: str | None = None) -> str:
-        """Take a piece and return what may be delivered; nothing may follow once there is a stop string.
-
-        With ``search`` a stop string counts that ends inside this piece: the first to end, and of several
-        the first in ``stops`` (as vLLM does). Without it only one that the engine ``ended_with`` counts.
-        """
+        """Take a piece and return what may be delivered; nothing may follow once there is a stop string. With
+        ``search`` a stop string counts that ends inside this piece: the first to end, and of several the
+        first in ``stops`` (as vLLM does). Without it only one that the engine ``ended_with`` counts."""
         if not self._stops:
             return text
         old = len(self._held)

@@ -19,8 +19,15 @@ import orjson
 
 from tidegate.core.errors import TidegateError
 from tidegate.protocol.bodies import parse_object
-from tidegate.protocol.chunks import AnswerHead, ChunkWriter, Json, Tokens, WholeAnswer, usage_object
-from tidegate.protocol.sse import http_chunk
+from tidegate.protocol.chunks import (
+    AnswerHead,
+    ChunkWriter,
+    Json,
+    Tokens,
+    WholeAnswer,
+    http_chunk,
+    usage_object,
+)
 
 VOCAB = 500
 MODEL = "fake"

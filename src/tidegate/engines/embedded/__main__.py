@@ -10,16 +10,15 @@ import asyncio
 import gc
 import logging
 import os
-import socket
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tidegate.core.errors import ConfigError, SetupError
-from tidegate.engines.embedded.options import Options, check_setup, parse_options
-from tidegate.engines.serving.lifetime import exit_when_a_thread_dies, exit_with_parent
-from tidegate.engines.serving.process import announce, bind, log_to_stderr, stop_signal
+from tidegate.core.errors import ConfigError
+from tidegate.engines.embedded.options import EngineConfig, Options, parse_options
+from tidegate.engines.serving.process import bind, exit_when_a_thread_dies, run_process
 from tidegate.engines.serving.secret import LaunchSecret
 
 if TYPE_CHECKING:
@@ -28,56 +27,46 @@ if TYPE_CHECKING:
 log = logging.getLogger("tidegate.engines.embedded")
 
 COMPUTE_THREAD = "tidegate-compute"
-GRACE_S = 5.0
 SWITCH_INTERVAL_S = 0.001
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one instance; return the exit status: 0 after SIGTERM, 2 for a wrong setup."""
     options = parse_options(argv)
-    log_to_stderr(options.log_level, options.engine_id)
-    if options.exit_with_parent:
-        exit_with_parent()
-    try:
-        secret = LaunchSecret.from_environment(os.environ, options.secret_file)
-        check_setup(options, secret)
-        listener = bind(options.host, options.port)
-        engine, samples = _load(options)
-        return _serve(options, engine, samples, secret, listener)
-    except SetupError as error:
-        log.error("%s", error.message)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    name = options.engine.engine_id
+    return run_process(partial(_run, options), options.log_level, name, with_parent=options.exit_with_parent)
+
+
+def _run(options: Options) -> None:
+    secret = LaunchSecret.from_environment(os.environ, options.secret_file)
+    listener = bind(options.host, options.port)
+    engine, samples = _load(options)
+    import uvloop
+
+    from tidegate.engines.embedded.instance import serve_instance
+
+    exit_when_a_thread_dies(COMPUTE_THREAD)
+    # Only what serving allocates is left to the collector: a full pass over torch's modules takes
+    # longer than a step.
+    gc.collect()
+    gc.freeze()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve_instance(options, engine, samples, secret, listener))
 
 
 def _load(options: Options) -> tuple[EmbeddedEngine, list[dict[str, Any]]]:
-    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    os.environ["OMP_NUM_THREADS"] = str(options.engine.threads)
     start_s = time.monotonic()
     # transformers imports scipy, where it finds it, for the losses of detection models: half a second
     # and 30 MB that serving has no use for.
     sys.modules["scipy"] = None  # type: ignore[assignment]
-    from tidegate.engines.embedded.engine import EmbeddedEngine, EngineConfig
+    from tidegate.engines.embedded.engine import EmbeddedEngine
     from tidegate.engines.embedded.self_profile import self_profile
 
     imported_s = time.monotonic()
-    engine = EmbeddedEngine(
-        EngineConfig(
-            model=options.model,
-            engine_id=options.engine_id,
-            dtype=options.dtype,  # type: ignore[arg-type]  # argparse has checked it
-            device=options.device,
-            block_tokens=options.block_tokens,
-            kv_cache_bytes=options.kv_memory_mb << 20,
-            max_model_len=options.max_model_len,
-            max_batch_tokens=options.max_batch_tokens,
-            max_num_seqs=options.max_num_seqs,
-            order=options.order,
-            lease_s=options.lease_s,
-            torch_threads=options.threads,
-        )
-    )
-    _check_length(options, engine)
+    engine = EmbeddedEngine(options.engine)
+    _check_length(options.engine, engine)
     loaded_s = time.monotonic()
     samples = self_profile(engine) if options.self_profile else []
     log.info(
@@ -89,51 +78,19 @@ def _load(options: Options) -> tuple[EmbeddedEngine, list[dict[str, Any]]]:
     return engine, samples
 
 
-def _check_length(options: Options, engine: EmbeddedEngine) -> None:
-    asked = options.max_model_len
+def _check_length(config: EngineConfig, engine: EmbeddedEngine) -> None:
+    asked = config.max_model_len
     if asked is None:
         return
-    if asked > engine.info.max_model_len:
+    if asked > engine.model.max_model_len:
         raise ConfigError(
-            f"--max-model-len {asked} exceeds the model's context of {engine.info.max_model_len}"
+            f"--max-model-len {asked} exceeds the model's context of {engine.model.max_model_len}"
         )
     if asked > engine.max_model_len:
         raise ConfigError(
-            f"--kv-memory-mb {options.kv_memory_mb} holds {engine.max_model_len} tokens of KV; "
+            f"--kv-memory-mb {config.kv_memory_mb} holds {engine.max_model_len} tokens of KV; "
             f"--max-model-len {asked} needs more"
         )
-
-
-def _serve(
-    options: Options,
-    engine: EmbeddedEngine,
-    samples: list[dict[str, Any]],
-    secret: LaunchSecret,
-    listener: socket.socket,
-) -> int:
-    import uvloop
-
-    from tidegate.engines.embedded.instance import EmbeddedInstance
-
-    exit_when_a_thread_dies(COMPUTE_THREAD)
-    # Only what serving allocates is left to the collector: a full pass over torch's modules takes
-    # longer than a step.
-    gc.collect()
-    gc.freeze()
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
-
-    async def run() -> None:
-        instance = EmbeddedInstance(options, engine, samples, secret)
-        stop = stop_signal()
-        await instance.start(listener)
-        announce(instance.announcement(listener), options.ready_fd)
-        await stop
-        log.info("stopping")
-        await instance.stop(GRACE_S)
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(run())
-    return 0
 
 
 if __name__ == "__main__":

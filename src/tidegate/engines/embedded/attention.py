@@ -1,9 +1,8 @@
 """Attention over the paged KV store, plugged into transformers as an attention implementation.
 
-A forward pass is one flat row of tokens: first the *singles* (sequences that compute one token:
-decodes and the last token of a fully cached prompt), longest first, then the *spans* (chunks of prompts).
-Singles of similar length are gathered from their blocks and attended in one padded call; a span
-attends on its own, causally from its offset.
+A forward pass is one flat row of tokens: first the *singles* (sequences that compute one token), longest
+first, then the *spans* (chunks of prompts). Singles of similar length are gathered from their blocks and
+attended in one padded call; a span attends on its own, causally from its offset.
 """
 
 from __future__ import annotations
@@ -14,12 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
 
 from tidegate.core.errors import ConfigError
 from tidegate.engines.embedded.kv_store import PagedKvStore
-
-IMPLEMENTATION = "tidegate_paged"
 
 _CPU_GROUP_ELEMENTS = 512 * 1024
 """Elements of gathered K per group of singles: K then stays in a core's cache until it is read."""
@@ -74,9 +70,7 @@ class Scratch:
 
     def gather(self, plane_rows: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return K and V of the blocks at ``plane_rows`` as ``(rows, block_tokens * kv_heads * head_dim)``.
-
-        The result is valid until the next call.
-        """
+        The result is valid until the next call."""
         rows, width = plane_rows.shape[0], self._store.block_rows.shape[1]
         if self._planes[0].numel() < rows * width:
             self._planes = [self._store.block_rows.new_empty(rows * width) for _ in range(2)]
@@ -87,10 +81,8 @@ class Scratch:
 
 
 def group_singles(tables: list[np.ndarray], kv_lens: list[int], store: PagedKvStore) -> list[Singles]:
-    """Split the singles, given longest first, into groups that are padded to their first member.
-
-    ``tables`` are block tables, each at least as long as its sequence needs.
-    """
+    """Split the singles, given longest first, into groups that are padded to their first member. ``tables``
+    are block tables, each at least as long as its sequence needs."""
     limit = _CPU_GROUP_ELEMENTS if store.device.type == "cpu" else _CUDA_GROUP_ELEMENTS
     groups = []
     first = 0
@@ -127,7 +119,6 @@ def paged_attention(
     paged: PagedBatch,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    softcap: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Store the new K and V of one layer, then attend.
@@ -138,9 +129,8 @@ def paged_attention(
     attention sinks and the like would otherwise be left out in silence.
     """
     unknown = sorted(name for name, value in others.items() if value is not None and name not in _HARMLESS)
-    if softcap is not None or unknown:
-        wanted = ", ".join(["softcap"] * (softcap is not None) + unknown)
-        raise ConfigError(f"this model's attention is not supported: it asks for {wanted}")
+    if unknown:
+        raise ConfigError(f"this model's attention is not supported: it asks for {', '.join(unknown)}")
     layer: int = module.layer_idx  # type: ignore[assignment]
     store = paged.store
     heads, tokens, head_dim = query.shape[1:]
@@ -241,8 +231,3 @@ def _span_mask(span: Span, window: int | None, query: torch.Tensor) -> torch.Ten
             mask.masked_fill_(hidden, float("-inf"))
         span.masks[window] = mask
     return span.masks[window]
-
-
-def register() -> None:
-    """Make ``IMPLEMENTATION`` known to transformers. No mask function goes with it, so none is built."""
-    AttentionInterface.register(IMPLEMENTATION, paged_attention)

@@ -1,4 +1,4 @@
-"""The book of KV blocks: who holds which, and which full blocks can be found again by their tokens.
+"""KV blocks: who holds which, which full ones are found again by their tokens, which are pinned for peers.
 
 A block is *held* (reference count above 0), *cached* (free, but its content is known by a key and can
 be reused until evicted, oldest first) or *blank*. Cached and blank blocks are both free.
@@ -6,10 +6,14 @@ be reused until evicted, oldest first) or *blank*. Cached and blank blocks are b
 
 from __future__ import annotations
 
+import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
+
+from tidegate.core.clock import Clock
+from tidegate.engines.serving.types import PinnedKv
 
 KEY_BYTES = 16
 
@@ -30,10 +34,8 @@ def extend_keys(
 
 
 class BlockPool:
-    """Allocates blocks with reference counts and remembers the content of full ones.
-
-    Not thread-safe: only the compute thread touches it.
-    """
+    """Allocates blocks with reference counts and remembers the content of full ones. Not thread-safe: only
+    the compute thread touches it."""
 
     def __init__(self, total_blocks: int, block_tokens: int) -> None:
         self.total_blocks = total_blocks
@@ -49,19 +51,13 @@ class BlockPool:
         """Blocks that an allocation can have; cached ones count."""
         return len(self._blank) + len(self._cached)
 
-    def references(self, block_id: int) -> int:
-        """Return how many holders the block has."""
-        return self._refs[block_id]
-
-    def is_published(self, block_id: int) -> bool:
-        """Tell whether later requests can find the block by its content."""
-        return block_id in self._key_of
+    def is_shared(self, block_id: int) -> bool:
+        """Tell whether another holder has the block, or later requests can find it by its content."""
+        return self._refs[block_id] > 1 or block_id in self._key_of
 
     def allocate(self, count: int) -> list[int] | None:
         """Hold ``count`` blocks and return them, or change nothing and return None when too few are free.
-
-        Blank blocks go first, then the cached ones that were released longest ago.
-        """
+        Blank blocks go first, then the cached ones that were released longest ago."""
         if count > self.free_blocks:
             return None
         taken = []
@@ -118,22 +114,64 @@ class BlockPool:
         self._key_of.clear()
         self._block_of.clear()
 
-    def check_integrity(self, held: int | None = None) -> None:
-        """Raise AssertionError unless every block is in exactly one state and the key maps agree.
 
-        ``held``, when given, is the number of blocks that must have a holder.
-        """
-        blank, cached = set(self._blank), set(self._cached)
-        with_holder = {block for block, refs in enumerate(self._refs) if refs > 0}
-        if len(blank) != len(self._blank) or blank & cached or (blank | cached) & with_holder:
-            raise AssertionError("a block is in two states at once")
-        if len(blank) + len(cached) + len(with_holder) != self.total_blocks:
-            raise AssertionError("a block is in no state")
-        if any(refs < 0 for refs in self._refs):
-            raise AssertionError("a reference count is negative")
-        if {key: block for block, key in self._key_of.items()} != self._block_of:
-            raise AssertionError("the key maps disagree")
-        if not cached <= self._key_of.keys() or blank & self._key_of.keys():
-            raise AssertionError("a cached block has no key or a blank one has")
-        if held is not None and len(with_holder) != held:
-            raise AssertionError(f"{len(with_holder)} blocks have a holder, expected {held}")
+class Pins:
+    """The pins of an instance. Any thread may ask and release; only the compute thread pins and collects. A
+    released or expired pin's blocks stay untouched until the compute thread collects them, so a ``release``
+    that answers True vouches for everything read before it."""
+
+    def __init__(self, lease_s: float, clock: Clock, wake: Callable[[], None]) -> None:
+        self._lease_s = lease_s
+        self._clock = clock
+        self._wake = wake
+        self._lock = threading.Lock()
+        self._pins: dict[str, PinnedKv] = {}
+        self._returned: list[tuple[int, ...]] = []
+
+    def __len__(self) -> int:
+        return len(self._pins)
+
+    def pin(self, request_id: str, block_ids: Sequence[int], num_tokens: int) -> PinnedKv:
+        """Take over the caller's hold on the blocks for one lease; an older pin of the id ends."""
+        pin = PinnedKv(request_id, tuple(block_ids), num_tokens, self._clock.now() + self._lease_s)
+        with self._lock:
+            older = self._pins.pop(request_id, None)
+            if older is not None:
+                self._returned.append(older.block_ids)
+            self._pins[request_id] = pin
+        return pin
+
+    def pinned(self, request_id: str) -> PinnedKv | None:
+        """Return the pin while its lease runs."""
+        with self._lock:
+            pin = self._pins.get(request_id)
+        return pin if pin is not None and pin.deadline_s > self._clock.now() else None
+
+    def release(self, request_id: str) -> bool:
+        """End the pin; True when its blocks were untouched until now."""
+        with self._lock:
+            pin = self._pins.pop(request_id, None)
+            if pin is not None:
+                self._returned.append(pin.block_ids)
+        if pin is not None:
+            self._wake()
+        return pin is not None
+
+    def take(self, request_id: str) -> PinnedKv | None:
+        """End the pin and hand its hold on the blocks to the caller."""
+        with self._lock:
+            return self._pins.pop(request_id, None)
+
+    def collect(self) -> list[tuple[int, ...]]:
+        """Return the blocks of pins that were released or have expired; the caller drops their hold."""
+        now = self._clock.now()
+        with self._lock:
+            for request_id in [key for key, pin in self._pins.items() if pin.deadline_s <= now]:
+                self._returned.append(self._pins.pop(request_id).block_ids)
+            returned, self._returned = self._returned, []
+        return returned
+
+    def next_deadline_s(self) -> float | None:
+        """Return when the next lease ends, on the clock; None without pins."""
+        with self._lock:
+            return min((pin.deadline_s for pin in self._pins.values()), default=None)

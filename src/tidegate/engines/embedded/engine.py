@@ -1,7 +1,7 @@
 """The engine core: one compute thread around schedule, run, postprocess.
 
 Other threads talk to it by ``submit``, ``abort``, the pins and the puller's ``done``; all of these
-put a note in the inbox, which the compute thread empties between two steps.
+put a call in the inbox, which the compute thread empties between two steps.
 """
 
 from __future__ import annotations
@@ -12,70 +12,25 @@ import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from tidegate.core.clock import Clock, WallClock
-from tidegate.core.errors import BadRequest, ConfigError, NoInstance, Overloaded, PromptTooLong
-from tidegate.engines.embedded.blocks import BlockPool
-from tidegate.engines.embedded.detokenize import Detokenizer, load_tokenizer
+from tidegate.core.errors import BadRequest, NoInstance
+from tidegate.engines.embedded.blocks import BlockPool, Pins
 from tidegate.engines.embedded.kv_store import PagedKvStore
-from tidegate.engines.embedded.model import DtypeName, load_model
-from tidegate.engines.embedded.pins import Pins
-from tidegate.engines.embedded.progress import draw_for, take_token, times_of
-from tidegate.engines.embedded.runner import Batch, ModelRunner
+from tidegate.engines.embedded.model import Batch, ModelRunner, load_model
+from tidegate.engines.embedded.options import EngineConfig
 from tidegate.engines.embedded.sampling import sample
 from tidegate.engines.embedded.scheduler import BatchScheduler
-from tidegate.engines.embedded.sequence import TokenSequence
-from tidegate.engines.serving.types import (
-    Counters,
-    EngineStats,
-    GenerateRequest,
-    KvPuller,
-    Output,
-    OutputSink,
-    PinnedKv,
-)
-from tidegate.policies.order import make_order
+from tidegate.engines.embedded.sequence import TokenSequence, draw_for, take_token, times_of
+from tidegate.engines.embedded.tokenizer import ModelTokenizer, load_tokenizer
+from tidegate.engines.serving.types import EngineStats, GenerateRequest, Output, OutputSink
 
 log = logging.getLogger(__name__)
 
-
 _HOPELESS_STEPS = 8
 """Failed steps in a row after which the engine gives up: its process ends and is started anew (ours)."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """How an engine is built.
-
-    ``total_blocks`` None derives the pool from ``kv_cache_bytes``. ``max_model_len`` None takes the
-    model's own, and never exceeds what the pool holds. ``max_batch_tokens`` bounds the tokens of
-    one step and must reach ``max_num_seqs``, so that prompts progress beside decodes.
-    ``order`` is that in which waiting requests are admitted. ``torch_threads`` applies to the whole process.
-    """
-
-    model: Path
-    engine_id: str = "embedded"
-    dtype: DtypeName = "auto"
-    device: str = "cpu"
-    block_tokens: int = 16
-    total_blocks: int | None = None
-    kv_cache_bytes: int = 256 * 1024 * 1024
-    max_model_len: int | None = None
-    max_batch_tokens: int = 512
-    max_num_seqs: int = 256
-    order: str = "fifo"
-    lease_s: float = 30.0
-    torch_threads: int = 1
-
-    def __post_init__(self) -> None:
-        if self.max_batch_tokens < self.max_num_seqs:
-            raise ConfigError(
-                f"max_batch_tokens {self.max_batch_tokens} is below max_num_seqs {self.max_num_seqs}: "
-                "a full batch of decodes would not fit one step"
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,35 +44,28 @@ class Step:
 class EmbeddedEngine:
     """Serves requests of one model on one device.
 
-    Build it, optionally ``connect`` a puller and run ``step`` by hand (as the self-profile does), then
-    ``start``. ``submit``, ``abort``, ``stats``, ``pinned`` and ``release`` are safe from any thread.
+    Build it, optionally give its ``scheduler`` a puller and run ``step`` by hand (as the self-profile does),
+    then ``start``. ``submit``, ``abort``, ``stats``, ``pins`` and ``release`` are safe from any thread; the
+    ``scheduler`` belongs to the compute thread, or to the caller while that is not running.
     """
 
     def __init__(self, config: EngineConfig, clock: Clock | None = None) -> None:
         self.config = config
         if config.device == "cpu":
-            torch.set_num_threads(config.torch_threads)
-        model = load_model(config.model, config.dtype, config.device)
-        self.info = model.info
-        self.detokenizer = Detokenizer(load_tokenizer(config.model), model.info.vocab_size)
-        block_bytes = model.info.kv_bytes_per_token * config.block_tokens
-        total_blocks = config.total_blocks or max(1, config.kv_cache_bytes // block_bytes)
-        self.store = PagedKvStore(model.info.kv, total_blocks, config.block_tokens, model.device)
+            torch.set_num_threads(config.threads)
+        self.model = model = load_model(config.model, config.dtype, config.device)
+        self.tokenizer = ModelTokenizer(load_tokenizer(config.model), model.vocab_size)
+        block_bytes = model.kv.bytes_per_token * config.block_tokens
+        total_blocks = config.total_blocks or max(1, (config.kv_memory_mb << 20) // block_bytes)
+        self.store = PagedKvStore(model.kv, total_blocks, config.block_tokens, model.device)
         capacity = total_blocks * config.block_tokens
-        self.max_model_len = min(config.max_model_len or model.info.max_model_len, capacity)
+        self.max_model_len = min(config.max_model_len or model.max_model_len, capacity)
         self._clock = clock or WallClock()
         self._runner = ModelRunner(model, self.store)
         self._runner.probe()
-        self._pins = Pins(config.lease_s, self._clock, self._nudge)
-        self._scheduler = BatchScheduler(
-            BlockPool(total_blocks, config.block_tokens),
-            self._pins,
-            self._clock,
-            self._on_load_done,
-            engine_id=config.engine_id,
-            max_batch_tokens=config.max_batch_tokens,
-            max_num_seqs=config.max_num_seqs,
-            order=make_order(config.order),
+        self.pins = Pins(config.lease_s, self._clock, self._wake_up)
+        self.scheduler = BatchScheduler(
+            BlockPool(total_blocks, config.block_tokens), self.pins, self._clock, self._on_load_done, config
         )
         self._live: dict[str, TokenSequence] = {}
         self._known: set[str] = set()
@@ -125,43 +73,22 @@ class EmbeddedEngine:
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
         self._unseen = 0
-        self._nudged = False
         self._stopping = False
         self._failed_steps = 0
         self._thread: threading.Thread | None = None
-        self._sink: OutputSink = _discard
+        self._sink: OutputSink = lambda outputs: None
         self._stats = self._read_stats()
 
     # Any thread
 
-    def check_fits(self, request: GenerateRequest) -> None:
-        """Raise ``PromptTooLong`` or ``BadRequest`` when the request can never be served here."""
-        prompt, params = request.prompt_token_ids, request.sampling
-        if not prompt:
-            raise BadRequest("the prompt is empty", param="prompt")
-        if min(prompt) < 0 or max(prompt) >= self.info.vocab_size:
-            raise BadRequest(f"a token id is outside 0..{self.info.vocab_size - 1}", param="prompt")
-        if params.max_tokens < 1:
-            raise BadRequest(f"max_tokens is {params.max_tokens}, must be at least 1", param="max_tokens")
-        if any(not 0 <= token < self.info.vocab_size for token in params.stop_token_ids):
-            raise BadRequest("a stop token id is outside the vocabulary", param="stop_token_ids")
-        if not 0 <= request.generated <= len(prompt):
-            raise BadRequest(f"generated {request.generated} is not within the prompt", param="generated")
-        if len(prompt) + params.max_tokens > self.max_model_len:
-            raise PromptTooLong(
-                f"{len(prompt)} prompt tokens and {params.max_tokens} output tokens exceed the limit of "
-                f"{self.max_model_len} tokens",
-                param="max_tokens" if len(prompt) < self.max_model_len else "prompt",
-            )
-
     def submit(self, request: GenerateRequest) -> None:
-        """Queue a request; its outputs go to the sink. Raises what ``check_fits`` raises.
-
-        Also raises ``BadRequest`` for an id in use and ``NoInstance`` when the engine is stopping.
-        """
-        self.check_fits(request)
+        """Queue a request that fits ``max_model_len``; its outputs go to the sink. Raises ``BadRequest`` for
+        an id in use or a stop token outside the vocabulary, and ``NoInstance`` when the engine is
+        stopping."""
         params = request.sampling
-        text = self.detokenizer.assembler(
+        if any(not 0 <= token < self.model.vocab_size for token in params.stop_token_ids):
+            raise BadRequest("a stop token id is outside the vocabulary", param="stop_token_ids")
+        text = self.tokenizer.assembler(
             request.prompt_token_ids, request.generated, params.stop, params.min_tokens
         )
         seed = secrets.randbits(63) if params.seed is None else params.seed
@@ -181,21 +108,13 @@ class EmbeddedEngine:
         self._post(partial(self._abort, request_id))
 
     def stats(self) -> EngineStats:
-        """Return the reading taken after the last step, plus what was submitted since."""
+        """Return the statistics after the last step, plus what was submitted since."""
         with self._wake:
             return replace(self._stats, waiting=self._stats.waiting + self._unseen)
 
-    def pinned(self, request_id: str) -> PinnedKv | None:
-        """Return the pinned KV, or None when it expired or never existed."""
-        return self._pins.pinned(request_id)
-
     def release(self, request_id: str) -> bool:
-        """Unpin; True when the KV was still pinned, so that everything read before is valid."""
-        return self._pins.release(request_id)
-
-    def connect(self, puller: KvPuller) -> None:
-        """Use ``puller`` for requests with a source. Call before ``start``."""
-        self._scheduler.puller = puller
+        """Drop a pin; False when there was none."""
+        return self.pins.release(request_id)
 
     def start(self, sink: OutputSink) -> None:
         """Start the compute thread; ``sink`` gets every output, on that thread."""
@@ -222,16 +141,17 @@ class EmbeddedEngine:
         self._take_inbox()
         batch = Batch([], [])
         try:
-            self._scheduler.collect_pins()
-            batch = self._scheduler.schedule()
+            batch = self.scheduler.schedule()
             # A pull may fill a block only in part; what stood there before must not outlive this step.
-            self._runner.clear(batch)
+            if batch.fresh:
+                self.store.clear_blocks(batch.fresh)
             if batch.tokens:
                 self._compute(batch)
             self._failed_steps = 0
         except Exception as error:
             log.exception("a step of %d tokens failed", batch.tokens)
-            self._fail(batch.sequences() or list(self._live.values()), error)
+            touched = [*batch.singles, *(chunk.sequence for chunk in batch.chunks)]
+            self._fail(touched or list(self._live.values()), error)
             self._failed_steps += 1
             if self._failed_steps >= _HOPELESS_STEPS:
                 raise
@@ -240,46 +160,27 @@ class EmbeddedEngine:
             self._stats = stats
         return Step(batch.tokens, self._take_outbox())
 
-    def check_integrity(self) -> None:
-        """Raise AssertionError when a block leaked. For the compute thread, or while it is not running."""
-        self._scheduler.check_integrity()
-
-    def forget_prefixes(self) -> None:
-        """Empty the prefix cache. For the compute thread, or while it is not running."""
-        self._scheduler.pool.forget()
-
     def place_computed(self, request: GenerateRequest) -> None:
-        """Run ``request`` as if all but its last prompt token had KV, whatever its blocks hold.
-
-        For measurements, while the loop is not running. Raises what ``submit`` raises, and
-        ``Overloaded`` when blocks are short.
-        """
+        """Run ``request``, for which there must be blocks, as if all but its last prompt token had KV. For
+        measurements, while the loop is not running."""
         self.submit(request)
         self._take_inbox()
-        sequence = self._live[request.id]
-        if not self._scheduler.place_computed(sequence):
-            self._abort(request.id)
-            raise Overloaded(f"no blocks for {len(request.prompt_token_ids)} tokens")
-
-    def counters(self) -> Counters:
-        """Return a copy of the totals since start."""
-        return replace(self._scheduler.counters)
-
-    def reset_counters(self, counters: Counters) -> None:
-        """Set the totals, while the loop is not running."""
-        self._scheduler.counters = replace(counters)
-        self._stats = self._read_stats()
+        self.scheduler.place_computed(self._live[request.id])
 
     def _loop(self) -> None:
         try:
-            self._serve()
+            while not self._stopping:
+                step = self.step()
+                self._deliver(step.outputs)
+                if not step.tokens:
+                    self._sleep()
         except Exception as error:
             log.error("the compute thread ends")
-            self._collapse(error)
+            self._fail_all(error)
             raise
 
-    def _collapse(self, error: Exception) -> None:
-        """Take nothing more and fail every request: the books can no longer be trusted."""
+    def _fail_all(self, error: Exception) -> None:
+        """Take nothing more and fail every request: the scheduler's state can no longer be trusted."""
         with self._wake:
             self._stopping = True
         self._take_inbox()
@@ -287,60 +188,42 @@ class EmbeddedEngine:
         live, self._live = self._live, {}
         self._deliver([Output(request_id, [], "", finish_reason="error", error=why) for request_id in live])
 
-    def _serve(self) -> None:
-        idle = False
-        while not self._stopping:
-            step = self.step()
-            self._deliver(step.outputs)
-            if step.tokens:
-                idle = False
-                continue
-            if not idle and self._scheduler.idle:
-                idle = True
-                self._audit()
-            self._sleep()
-
-    def _audit(self) -> None:
-        try:
-            self.check_integrity()
-        except AssertionError:
-            log.exception("the idle engine's block book does not add up")
-
     def _sleep(self) -> None:
-        """Wait for a note, or for the next lease to end."""
-        deadline = self._pins.next_deadline_s()
+        """Wait for a call from another thread, or for the next lease to end."""
+        deadline = self.pins.next_deadline_s()
         timeout = None if deadline is None else max(0.0, deadline - self._clock.now())
         with self._wake:
-            if not (self._inbox or self._nudged or self._stopping):
+            if not (self._inbox or self._stopping):
                 self._wake.wait(timeout)
-            self._nudged = False
 
     def _compute(self, batch: Batch) -> None:
         logits = self._runner.run(batch)
         sampling = batch.sampling()
-        eos = self.info.eos_ids
+        eos = self.model.eos_ids
         choices = sample(logits, [draw_for(sequence, eos) for sequence in sampling])
-        self._scheduler.commit(batch)
-        self._scheduler.counters.steps += 1
-        self._scheduler.counters.generation_tokens += len(sampling)
+        self.scheduler.commit(batch)
+        counters = self.scheduler.counters
+        counters.steps += 1
+        counters.generation_tokens += len(sampling)
         now = self._clock.now()
         for sequence, choice in zip(sampling, choices, strict=True):
             if sequence.first_token_s is None:
                 sequence.first_token_s = now
-                self._count_prompt(sequence)
-            output = take_token(sequence, choice, eos, self.detokenizer)
+                prompt = len(sequence.request.prompt_token_ids)
+                counters.count_prompt(prompt, sequence.cached_tokens, sequence.loaded_tokens)
+            output = take_token(sequence, choice, eos, self.tokenizer)
             if output.finish_reason is not None:
                 self._finish(sequence, output, now)
             self._outbox.append(output)
 
     def _finish(self, sequence: TokenSequence, output: Output, now_s: float) -> None:
         """Free or pin the sequence's blocks and complete its last output."""
-        blocks = self._scheduler.remove(sequence)
+        blocks = self.scheduler.remove(sequence)
         if sequence.request.pin_kv and output.finish_reason in ("stop", "length"):
             # The last sampled token was never computed, so it has no KV.
-            output.pinned = self._pins.pin(sequence.request.id, blocks, len(sequence.tokens) - 1)
+            output.pinned = self.pins.pin(sequence.request.id, blocks, len(sequence.tokens) - 1)
         else:
-            self._scheduler.pool.release(blocks)
+            self.scheduler.pool.release(blocks)
         self._forget(sequence)
         output.times = times_of(sequence, now_s)
 
@@ -349,7 +232,7 @@ class EmbeddedEngine:
         output = Output(sequence.request.id, [], "", finish_reason=reason, error=error)
         output.times = times_of(sequence, self._clock.now())
         if not sequence.loading:
-            self._scheduler.pool.release(self._scheduler.remove(sequence))
+            self.scheduler.pool.release(self.scheduler.remove(sequence))
         self._forget(sequence)
         self._outbox.append(output)
 
@@ -363,17 +246,9 @@ class EmbeddedEngine:
         with self._wake:
             self._known.discard(sequence.request.id)
 
-    def _count_prompt(self, sequence: TokenSequence) -> None:
-        counters = self._scheduler.counters
-        pulled, cached = sequence.loaded_tokens, sequence.cached_tokens
-        counters.prompt_tokens += sequence.prompt_len
-        counters.pulled_prompt_tokens += pulled
-        counters.cached_prompt_tokens += cached
-        counters.computed_prompt_tokens += sequence.prompt_len - pulled - cached
-
     def _accept(self, sequence: TokenSequence) -> None:
         self._live[sequence.request.id] = sequence
-        self._scheduler.add(sequence)
+        self.scheduler.add(sequence)
 
     def _abort(self, request_id: str) -> None:
         sequence = self._live.get(request_id)
@@ -381,28 +256,27 @@ class EmbeddedEngine:
             self._end(sequence, "abort")
 
     def _on_load_done(self, sequence: TokenSequence, error: str | None, moved_bytes: int) -> None:
-        self._post(partial(self._loaded, sequence, error, moved_bytes))
+        def finish() -> None:
+            wanted = self._live.get(sequence.request.id) is sequence
+            self.scheduler.finish_load(sequence, error, moved_bytes, wanted)
 
-    def _loaded(self, sequence: TokenSequence, error: str | None, moved_bytes: int) -> None:
-        wanted = self._live.get(sequence.request.id) is sequence
-        self._scheduler.finish_load(sequence, error, moved_bytes, wanted)
+        self._post(finish)
 
-    def _post(self, note: Callable[[], None]) -> None:
+    def _wake_up(self) -> None:
+        """Have the compute thread take a step, which collects the pins that ended."""
+        self._post(lambda: None)
+
+    def _post(self, call: Callable[[], None]) -> None:
         with self._wake:
-            self._inbox.append(note)
-            self._wake.notify()
-
-    def _nudge(self) -> None:
-        with self._wake:
-            self._nudged = True
+            self._inbox.append(call)
             self._wake.notify()
 
     def _take_inbox(self) -> None:
         with self._wake:
-            notes, self._inbox = self._inbox, []
+            calls, self._inbox = self._inbox, []
             self._unseen = 0
-        for note in notes:
-            note()
+        for call in calls:
+            call()
 
     def _take_outbox(self) -> list[Output]:
         outputs, self._outbox = self._outbox, []
@@ -417,20 +291,16 @@ class EmbeddedEngine:
             log.exception("the output sink failed")
 
     def _read_stats(self) -> EngineStats:
-        scheduler = self._scheduler
+        scheduler = self.scheduler
         pool = scheduler.pool
         return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             loading=len(scheduler.loading),
-            pinned=len(self._pins),
+            pinned=len(self.pins),
             free_blocks=pool.free_blocks,
             total_blocks=pool.total_blocks,
             block_tokens=pool.block_tokens,
             kv_usage=1 - pool.free_blocks / pool.total_blocks,
             **asdict(scheduler.counters),
         )
-
-
-def _discard(outputs: list[Output]) -> None:
-    """Drop outputs of an engine that was never started."""

@@ -1,9 +1,8 @@
 """The paged KV memory of one instance: a single buffer that the model computes in and a peer can map.
 
 Layout: ``(blocks, layers, 2, block_tokens, kv_heads, head_dim)``; index 0 of the third axis is K, 1 is V.
-A block is contiguous, so it moves with one copy. On CPU the memory is an anonymous file
-(``memfd``): a peer process maps it through ``/proc/PID/fd/FD``, and it vanishes with the processes
-that hold it.
+A block is contiguous, so it moves with one copy. On CPU the memory is an anonymous file (``memfd``), which a
+peer process maps through ``/proc/PID/fd/FD``.
 """
 
 from __future__ import annotations
@@ -32,16 +31,16 @@ class KvShape:
 
 
 class PagedKvStore:
-    """The KvStore of ``types``: ``total_blocks`` blocks of ``block_tokens`` tokens of every layer."""
+    """A KvStore of ``total_blocks`` blocks of ``block_tokens`` tokens of every layer."""
 
     def __init__(self, shape: KvShape, total_blocks: int, block_tokens: int, device: torch.device) -> None:
-        if total_blocks < 1 or block_tokens < 1:
-            raise ValueError(f"a KV store of {total_blocks} blocks of {block_tokens} tokens is empty")
         self.shape = shape
         self.total_blocks = total_blocks
         self.block_tokens = block_tokens
         self.block_bytes = shape.bytes_per_token * block_tokens
         self.device = device
+        self.planes = shape.layers * 2
+        """Rows of ``block_rows`` per block: K and V of every layer."""
         self._fd: int | None = None
         dims = (total_blocks, shape.layers, 2, block_tokens, shape.kv_heads, shape.head_dim)
         if device.type == "cpu":
@@ -65,18 +64,12 @@ class PagedKvStore:
             os.close(fd)
 
     @property
-    def planes(self) -> int:
-        """Rows of ``block_rows`` per block: K and V of every layer."""
-        return self.shape.layers * 2
-
-    @property
     def memory_fd(self) -> int | None:
         """Descriptor of the anonymous file that holds the store; None when the KV is on a GPU."""
         return self._fd
 
     def read_block(self, block_id: int) -> memoryview:
         """Return the bytes of one block: a live view on CPU, a staged copy on CUDA."""
-        self._check(block_id)
         if self._fd is not None:
             return self._bytes[block_id * self.block_bytes : (block_id + 1) * self.block_bytes]
         staged = self.buffer[block_id].contiguous().view(torch.uint8).cpu()
@@ -85,9 +78,6 @@ class PagedKvStore:
 
     def write_block(self, block_id: int, data: memoryview) -> None:
         """Overwrite one block. Raises ValueError unless ``data`` is exactly one block of bytes."""
-        self._check(block_id)
-        if data.nbytes != self.block_bytes:
-            raise ValueError(f"a block is {self.block_bytes} bytes, got {data.nbytes}")
         if self._fd is not None:
             self._bytes[block_id * self.block_bytes : (block_id + 1) * self.block_bytes] = data.cast("B")
             return
@@ -97,7 +87,3 @@ class PagedKvStore:
     def clear_blocks(self, block_ids: list[int]) -> None:
         """Zero blocks: attention reads the unused tail of a block and hides it, which a NaN would survive."""
         self.buffer.index_fill_(0, torch.tensor(block_ids, device=self.device), 0)
-
-    def _check(self, block_id: int) -> None:
-        if not 0 <= block_id < self.total_blocks:
-            raise IndexError(f"block {block_id} of a store of {self.total_blocks}")

@@ -1,4 +1,4 @@
-"""The command line of one instance."""
+"""The configuration of an engine and the command line of its process."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import argparse
 import os
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from tidegate.core.errors import ConfigError
-from tidegate.engines.serving.secret import API_KEY_ENV, LaunchSecret, is_loopback
-from tidegate.policies.order import ORDERS
+from tidegate.engines.serving.process import instance_parser
+from tidegate.engines.serving.secret import API_KEY_ENV
 
 DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
 
@@ -26,25 +26,45 @@ COUNTS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """The flags, checked; defaults suit the tiny model."""
+class EngineConfig:
+    """How an engine is built.
+
+    ``total_blocks`` None derives the pool from ``kv_memory_mb``. ``max_model_len`` None takes the model's
+    own, and never exceeds what the pool holds. ``max_batch_tokens`` bounds the tokens of one step.
+    ``order`` is that in which waiting requests are admitted. ``threads`` applies to the whole process.
+    """
 
     model: Path
+    engine_id: str = "embedded"
+    dtype: str = "auto"
+    device: str = "cpu"
+    block_tokens: int = 16
+    total_blocks: int | None = None
+    kv_memory_mb: int = 256
+    max_model_len: int | None = None
+    max_batch_tokens: int = 512
+    max_num_seqs: int = 256
+    order: str = "fifo"
+    lease_s: float = 30.0
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.max_batch_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_batch_tokens {self.max_batch_tokens} is below max_num_seqs {self.max_num_seqs}: "
+                "a full batch of decodes would not fit one step"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The flags of an instance, checked; defaults suit the tiny model."""
+
+    engine: EngineConfig
     host: str
     port: int
     kv_host: str
-    device: str
-    dtype: str
-    max_model_len: int | None
-    kv_memory_mb: int
-    block_tokens: int
-    max_batch_tokens: int
-    max_num_seqs: int
-    order: str
-    threads: int
-    engine_id: str
     served_model_name: str
-    lease_s: float
     self_profile: bool
     shared_memory: bool
     ready_fd: int | None
@@ -56,23 +76,19 @@ class Options:
 
 def parse_options(argv: Sequence[str] | None = None) -> Options:
     """Parse the command line; prints usage and exits with status 2 when it is wrong."""
-    values = vars(_parser().parse_args(argv))
-    model: Path = values["model"]
-    values["served_model_name"] = values["served_model_name"] or model.name
+    parser = _parser()
+    values = vars(parser.parse_args(argv))
+    if values["kv_host"] in ("", "0.0.0.0", "::"):
+        parser.error(f"--kv-host {values['kv_host']!r} names no address that a peer could connect to")
+    values["served_model_name"] = values["served_model_name"] or values["model"].name
     values["engine_id"] = values["engine_id"] or f"embedded-{uuid.uuid4().hex[:12]}"
     key = os.environ.pop(API_KEY_ENV, "")
     values["api_key"] = values["api_key"] or key
-    return Options(**values)
-
-
-def check_setup(options: Options, secret: LaunchSecret) -> None:
-    """Raise ConfigError for what can be seen to be wrong before anything is loaded."""
-    if not (options.model / "config.json").is_file():
-        raise ConfigError(f"{options.model} is not a model folder: it has no config.json")
-    if options.kv_host in ("", "0.0.0.0", "::"):
-        raise ConfigError(f"--kv-host {options.kv_host!r} names no address that a peer could connect to")
-    if not secret and not is_loopback(options.kv_host):
-        raise ConfigError(f"--kv-host {options.kv_host} serves only loopback without a launch secret")
+    of_engine = {part.name: values.pop(part.name) for part in fields(EngineConfig) if part.name in values}
+    try:
+        return Options(EngineConfig(**of_engine), **values)
+    except ConfigError as error:
+        parser.error(error.message)
 
 
 def _positive(text: str) -> int:
@@ -97,15 +113,9 @@ def _seconds(text: str) -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tidegate.engines.embedded",
-        description="Serve one model on one device in vLLM's HTTP dialect.",
-        epilog="When ready, one JSON line is written to stdout. The launch secret comes from "
-        "TIDEGATE_LAUNCH_SECRET or a file.",
-    )
+    parser = instance_parser("embedded", "Serve one model on one device in vLLM's HTTP dialect.")
     add = parser.add_argument
     add("--model", type=Path, required=True, help="model folder in the Hugging Face layout")
-    add("--host", default="127.0.0.1", help="address of the HTTP server (default: %(default)s)")
     add("--port", type=_port, default=0, help="port of the HTTP server; 0 takes a free one")
     add("--kv-host", default="127.0.0.1", help="address where peers pull KV (default: %(default)s)")
     add("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
@@ -118,12 +128,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     for flag, default, metavar, what in COUNTS:
         add(flag, type=_positive, default=default, metavar=metavar, help=f"{what} (default: %(default)s)")
-    add(
-        "--order",
-        choices=ORDERS.names(),
-        default="fifo",
-        help="who is admitted first among waiting requests (default: %(default)s)",
-    )
     add("--engine-id", default="", metavar="ID", help="name in KV handles; new for every start if not given")
     add("--served-model-name", default="", metavar="NAME", help="default: the folder's name")
     add(
@@ -147,12 +151,5 @@ def _parser() -> argparse.ArgumentParser:
         default="",
         metavar="KEY",
         help=f"required of /v1 requests; better passed as {API_KEY_ENV}",
-    )
-    add("--exit-with-parent", action="store_true", help="end when the parent process does")
-    add(
-        "--log-level",
-        choices=("debug", "info", "warning", "error"),
-        default="info",
-        help="default: %(default)s",
     )
     return parser

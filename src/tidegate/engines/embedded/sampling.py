@@ -43,11 +43,8 @@ _LEAST_TEMPERATURE = 1e-5
 
 
 def sample(logits: torch.Tensor, draws: list[Draw]) -> list[Choice]:
-    """Choose a token for each row of ``logits`` (rows, vocab).
-
-    Greedy rows take the lowest id among equals. Logprobs are of the model's own distribution,
-    before temperature and filters.
-    """
+    """Choose a token for each row of ``logits`` (rows, vocab). Greedy rows take the lowest id among equals.
+    Logprobs are of the model's own distribution, before temperature and filters."""
     random_rows = [row for row, draw in enumerate(draws) if draw.params.temperature >= _LEAST_TEMPERATURE]
     raw = logits
     banned = [(row, token_id) for row, draw in enumerate(draws) for token_id in draw.banned]

@@ -1,9 +1,9 @@
 """Which tokens the next step computes.
 
-State is three collections: ``waiting`` (in the engine's order), ``running`` (oldest first, blocks
-allocated) and ``loading`` (blocks allocated, KV on its way from a peer). A step takes every
-running sequence with one pending token, then fills the token budget with chunks of prompts. When
-blocks run out, the youngest running sequence gives its own back and computes them again later.
+State is three collections: ``waiting`` (in the engine's order), ``running`` (oldest first, with blocks) and
+``loading`` (with blocks, KV on its way from a peer). A step takes every running sequence with one pending
+token, then fills the token budget with chunks of prompts. When blocks run out, the youngest running sequence
+gives its own back and computes them again later.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from functools import partial
 
 from tidegate.core.clock import Clock
 from tidegate.core.slo import Slo
-from tidegate.engines.embedded.blocks import BlockPool, extend_keys
-from tidegate.engines.embedded.pins import Pins
-from tidegate.engines.embedded.runner import Batch, Chunk
+from tidegate.engines.embedded.blocks import BlockPool, Pins, extend_keys
+from tidegate.engines.embedded.kv_pull import PeerPuller
+from tidegate.engines.embedded.model import Batch, Chunk
+from tidegate.engines.embedded.options import EngineConfig
 from tidegate.engines.embedded.sequence import TokenSequence
-from tidegate.engines.serving.types import Counters, KvPuller, KvSource, PinnedKv
-from tidegate.policies.order import Order, Ticket, WaitingQueue
+from tidegate.engines.serving.types import Counters, KvSource, PinnedKv
+from tidegate.policies.order import Ticket, WaitingQueue, make_order
 
 log = logging.getLogger(__name__)
 
@@ -34,43 +35,25 @@ LoadDone = Callable[[TokenSequence, str | None, int], None]
 
 
 class BatchScheduler:
-    """Owns the queues and decides batches. Only the compute thread calls it.
-
-    ``load_done`` is called on the transfer thread when a pull ends and must bring the sequence back
-    to ``finish_load`` on the compute thread.
-    """
+    """Owns the queues and decides batches. Only the compute thread calls it. ``load_done`` is called on the
+    transfer thread when a pull ends and must bring the sequence back to ``finish_load`` on the compute
+    thread."""
 
     def __init__(
-        self,
-        pool: BlockPool,
-        pins: Pins,
-        clock: Clock,
-        load_done: LoadDone,
-        *,
-        engine_id: str,
-        max_batch_tokens: int,
-        max_num_seqs: int,
-        order: Order,
+        self, pool: BlockPool, pins: Pins, clock: Clock, load_done: LoadDone, config: EngineConfig
     ) -> None:
         self.pool = pool
         self.pins = pins
-        self.waiting: WaitingQueue[TokenSequence] = order.queue()
+        self.waiting: WaitingQueue[TokenSequence] = make_order(config.order).queue()
         self.running: list[TokenSequence] = []
         self.loading: list[TokenSequence] = []
         self.counters = Counters()
-        self.puller: KvPuller | None = None
+        self.puller: PeerPuller | None = None
         self._clock = clock
         self._load_done = load_done
-        self._engine_id = engine_id
-        self._max_batch_tokens = max_batch_tokens
-        self._max_num_seqs = max_num_seqs
+        self._config = config
         self._fresh: list[int] = []
         self._reserve = int(_RESERVE * pool.total_blocks)
-
-    @property
-    def idle(self) -> bool:
-        """Nothing waits, runs or loads."""
-        return not (len(self.waiting) or self.running or self.loading)
 
     def add(self, sequence: TokenSequence) -> None:
         """Queue a new request: one that continues an answer before those that have yet to begin theirs."""
@@ -82,10 +65,12 @@ class BatchScheduler:
 
     def schedule(self) -> Batch:
         """Choose the next step's tokens and allocate their blocks. The batch may be empty."""
+        for blocks in self.pins.collect():
+            self.pool.release(blocks)
         self._fresh = []
         self._make_room()
         singles = [sequence for sequence in self.running if sequence.pending == 1]
-        budget = self._max_batch_tokens - len(singles)
+        budget = self._config.max_batch_tokens - len(singles)
         chunks = []
         for begun in self.running:
             if begun.pending > 1 and budget > 0:
@@ -144,29 +129,13 @@ class BatchScheduler:
         if wanted:
             self.waiting.push_front(sequence)
 
-    def collect_pins(self) -> None:
-        """Free the blocks of pins that ended."""
-        for blocks in self.pins.collect():
-            self.pool.release(blocks)
-
-    def place_computed(self, sequence: TokenSequence) -> bool:
-        """Run a waiting sequence as if all but its last token had KV; False when blocks are short."""
-        if not self._allocate_for(sequence, []):
-            return False
+    def place_computed(self, sequence: TokenSequence) -> None:
+        """Run a waiting sequence, for which there must be blocks, as if all but its last token had KV."""
+        self._allocate_for(sequence, [])
         self.waiting.remove(sequence)
         self._start(sequence, 0)
         sequence.computed = len(sequence.tokens) - 1
         sequence.published = len(sequence.blocks)
-        return True
-
-    def check_integrity(self) -> None:
-        """Raise AssertionError unless exactly the blocks of sequences and pins are held."""
-        held = set(self.pins.held_blocks())
-        for sequence in [*self.running, *self.loading]:
-            held.update(sequence.blocks)
-        self.pool.check_integrity(len(held))
-        if self.idle and not held and self.pool.free_blocks != self.pool.total_blocks:
-            raise AssertionError("an idle engine without pins has blocks in use")
 
     def _make_room(self) -> None:
         """Give every decoding sequence the block of its next token, preempting from the young end."""
@@ -192,14 +161,14 @@ class BatchScheduler:
 
     def _admit(self, sequence: TokenSequence) -> bool:
         """Give the head of the queue its blocks; False, with nothing changed, when there is no room."""
-        if len(self.running) + len(self.loading) >= self._max_num_seqs:
+        if len(self.running) + len(self.loading) >= self._config.max_num_seqs:
             return False
         block_tokens = self.pool.block_tokens
         most = len(sequence.tokens) - 1
         extend_keys(sequence.keys, sequence.root, sequence.tokens, block_tokens, most)
         hits = self.pool.lookup(sequence.keys[: most // block_tokens])
         source = sequence.request.source if sequence.try_source else None
-        if source is not None and source.engine_id == self._engine_id:
+        if source is not None and source.engine_id == self._config.engine_id:
             pin = self.pins.pinned(source.request_id)
             if pin is not None and source.block_ids == pin.block_ids[: len(source.block_ids)]:
                 return self._adopt(sequence, pin, source.num_tokens)
@@ -235,18 +204,16 @@ class BatchScheduler:
 
     def _start(self, sequence: TokenSequence, cached: int) -> None:
         """Move an admitted sequence, ``cached`` tokens of which have KV, to ``running``."""
-        self._note_last_block(sequence, cached)
-        self._note_admission(sequence, cached)
+        self._note_admission(sequence, cached, cached)
         sequence.computed = cached
         sequence.published = cached // self.pool.block_tokens
         self.running.append(sequence)
 
-    def _note_last_block(self, sequence: TokenSequence, filled: int) -> None:
-        """Have the last block cleared unless it already holds some of the first ``filled`` tokens."""
+    def _note_admission(self, sequence: TokenSequence, cached: int, filled: int) -> None:
+        """Count an admission with ``cached`` tokens from the prefix cache. Have the last block cleared unless
+        it already holds some of the first ``filled`` tokens."""
         if (len(sequence.blocks) - 1) * self.pool.block_tokens >= filled:
             self._fresh.append(sequence.blocks[-1])
-
-    def _note_admission(self, sequence: TokenSequence, cached: int) -> None:
         self.counters.prefix_queries += len(sequence.tokens)
         self.counters.prefix_hits += cached
         if sequence.admitted_s is None:
@@ -254,14 +221,12 @@ class BatchScheduler:
             sequence.cached_tokens = cached
 
     def _adopt(self, sequence: TokenSequence, pin: PinnedKv, covered: int) -> bool:
-        """Take over the blocks of this instance's own pin; False when the rest finds no room.
-
-        The handle may cover fewer tokens than the pin: only ``covered`` ones are the prompt's.
-        """
+        """Take over the blocks of this instance's own pin; False when the rest finds no room. The handle may
+        cover fewer tokens than the pin: only ``covered`` ones are the prompt's."""
         block_tokens = self.pool.block_tokens
         computed = min(pin.num_tokens, covered, len(sequence.tokens) - 1)
         written = pin.block_ids[computed // block_tokens : computed // block_tokens + 1]
-        if any(self.pool.references(block) > 1 or self.pool.is_published(block) for block in written):
+        if any(self.pool.is_shared(block) for block in written):
             # The block that is written next has or may find another reader, so it is computed afresh.
             computed -= computed % block_tokens
         keep = -(-computed // block_tokens)
@@ -281,8 +246,7 @@ class BatchScheduler:
 
     def _load(self, sequence: TokenSequence, source: KvSource, usable: int) -> None:
         """Have the first ``usable`` tokens' KV brought in by the puller."""
-        self._note_admission(sequence, 0)
-        self._note_last_block(sequence, usable)
+        self._note_admission(sequence, 0, usable)
         sequence.try_source = False
         sequence.loading = True
         sequence.loaded_tokens = min(usable, len(sequence.tokens) - 1)
@@ -304,10 +268,10 @@ class BatchScheduler:
         if source is None or not sequence.try_source:
             return
         sequence.try_source = False
-        if source.engine_id == self._engine_id:
+        if source.engine_id == self._config.engine_id:
             self.pins.release(source.request_id)
         elif self.puller is not None:
-            self.puller.submit(source, [], _ignore)
+            self.puller.release(source)
 
     def _publish(self, sequence: TokenSequence) -> None:
         """Make the sequence's newly completed blocks findable."""
@@ -319,7 +283,3 @@ class BatchScheduler:
             for index in range(sequence.published, full):
                 self.pool.publish(sequence.blocks[index], sequence.keys[index])
             sequence.published = full
-
-
-def _ignore(error: str | None, moved_bytes: int) -> None:
-    """Take no notice of how releasing a peer's pin went: its lease ends it anyway."""

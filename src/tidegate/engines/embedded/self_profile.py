@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -12,8 +13,11 @@ from tidegate.core.errors import SetupError
 from tidegate.engines.embedded.engine import EmbeddedEngine
 from tidegate.engines.serving.types import GenerateRequest, SamplingParams
 
-_NEW_TOKENS = (16, 64, 256, 1024, 128, 512, 2048)
-_CACHED = ((64, 512), (256, 512), (64, 2048))
+_PREFILLS = (
+    *((16, 0), (64, 0), (256, 0), (1024, 0), (64, 512), (256, 512), (64, 2048)),
+    *((128, 0), (512, 0), (2048, 0)),
+)
+"""New and cached tokens of each, what is needed most first."""
 _BATCHES = (1, 16, 4, 64, 8, 32)
 _CONTEXTS = (64, 512, 2048)
 _STEPS = 3
@@ -24,19 +28,19 @@ _POOL_SHARE = 0.5
 def self_profile(engine: EmbeddedEngine, budget_s: float = 1.0) -> list[dict[str, Any]]:
     """Measure ``engine``, whose loop must not have been started, for about ``budget_s`` seconds.
 
-    Returns raw samples, at least one of each kind if the pool allows:
-    ``{"kind": "prefill", "new_tokens", "cached_tokens", "seconds"}`` for one prompt from
-    submit to first token, and ``{"kind": "step", "batch", "context_tokens", "seconds"}`` for one
-    decode step of ``batch`` requests of ``context_tokens`` each. The pool, the prefix cache and the
-    counters are afterwards as before. Raises SetupError when a step fails: an engine that cannot
-    compute its model must not announce itself.
+    Returns raw samples, at least one of each kind if the pool allows: ``{"kind": "prefill", "new_tokens",
+    "cached_tokens", "seconds"}`` for one prompt from submit to first token, and ``{"kind": "step", "batch",
+    "context_tokens", "seconds"}`` for one decode step of ``batch`` requests. The pool, the prefix cache and
+    the counters are afterwards as before. Raises SetupError when a step fails.
     """
-    before = engine.counters()
+    before = replace(engine.scheduler.counters)
     rng = random.Random(0)
     _prefill(engine, rng, 16, 0)
     samples: list[dict[str, Any]] = []
     start = time.perf_counter()
-    for new, cached in _prefill_points(engine):
+    for new, cached in _PREFILLS:
+        if new + cached >= engine.max_model_len:
+            continue
         if samples and time.perf_counter() - start > budget_s / 2:
             break
         samples.append(_prefill(engine, rng, new, cached))
@@ -46,17 +50,10 @@ def self_profile(engine: EmbeddedEngine, budget_s: float = 1.0) -> list[dict[str
         if measured and time.perf_counter() - start > budget_s / 2:
             break
         samples.extend(_steps(engine, rng, batch, context))
-    engine.forget_prefixes()
-    engine.check_integrity()
-    engine.reset_counters(before)
+    engine.scheduler.pool.forget()
+    engine.scheduler.counters = before
+    engine.step()  # its statistics show the counters
     return samples
-
-
-def _prefill_points(engine: EmbeddedEngine) -> Iterator[tuple[int, int]]:
-    small = [(new, 0) for new in _NEW_TOKENS[:4]]
-    for new, cached in [*small, *_CACHED, *((new, 0) for new in _NEW_TOKENS[4:])]:
-        if new + cached < engine.max_model_len:
-            yield new, cached
 
 
 def _step_points(engine: EmbeddedEngine) -> Iterator[tuple[int, int]]:
@@ -94,7 +91,7 @@ def _steps(engine: EmbeddedEngine, rng: random.Random, batch: int, context: int)
         yield {"kind": "step", "batch": batch, "context_tokens": context + 1 + step, "seconds": seconds}
     _drain(engine)
     # The prefix cache would otherwise vouch for KV that nobody computed.
-    engine.forget_prefixes()
+    engine.scheduler.pool.forget()
 
 
 def _drain(engine: EmbeddedEngine) -> None:
@@ -112,7 +109,7 @@ def _step(engine: EmbeddedEngine) -> int:
 
 
 def _prompt(engine: EmbeddedEngine, rng: random.Random, tokens: int) -> tuple[int, ...]:
-    return tuple(rng.randrange(engine.info.vocab_size) for _ in range(tokens))
+    return tuple(rng.randrange(engine.model.vocab_size) for _ in range(tokens))
 
 
 def _request(request_id: str, prompt: tuple[int, ...], max_tokens: int) -> GenerateRequest:

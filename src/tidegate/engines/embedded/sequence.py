@@ -1,76 +1,58 @@
-"""One request inside the engine: its tokens, its blocks and how far its KV reaches."""
+"""One request inside the engine: its tokens, its blocks, how far its KV reaches, and its output."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from tidegate.engines.embedded.blocks import root_key
-from tidegate.engines.serving.assembling import TextAssembler
-from tidegate.engines.serving.types import GenerateRequest
+from tidegate.engines.embedded.sampling import Choice, Draw
+from tidegate.engines.embedded.tokenizer import ModelTokenizer
+from tidegate.engines.serving.assembling import TextAssembler, token_output
+from tidegate.engines.serving.types import GenerateRequest, Output, RequestTimes, TokenLogprob
 
 
+@dataclass(slots=True, eq=False)
 class TokenSequence:
-    """Mutable state of a request from submit to finish; only the compute thread touches it.
+    """State of a request from submit to finish; only the compute thread touches it. ``tokens`` is the prompt
+    followed by this leg's output; ``computed`` of them have KV in ``blocks`` (as an array: ``table``).
+    ``keys`` are the prefix-cache keys of the first full blocks, ``published`` of which the pool knows."""
 
-    ``tokens`` is the prompt followed by this leg's output; ``computed`` of them have KV in
-    ``blocks``. ``keys`` are the prefix-cache keys of the first full blocks, ``published`` of which
-    the pool knows.
-    """
+    request: GenerateRequest
+    seed: int
+    text: TextAssembler
+    submitted_s: float
+    tokens: list[int] = field(init=False)
+    root: bytes = field(init=False)
+    try_source: bool = field(init=False)
+    blocks: list[int] = field(default_factory=list)
+    table: np.ndarray = field(default_factory=lambda: np.zeros(16, dtype=np.int64))
+    keys: list[bytes] = field(default_factory=list)
+    computed: int = 0
+    published: int = 0
+    loading: bool = False
+    admitted_s: float | None = None
+    first_token_s: float | None = None
+    kv_load_s: float = 0.0
+    loaded_tokens: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
 
-    __slots__ = (
-        "admitted_s",
-        "blocks",
-        "cached_tokens",
-        "computed",
-        "first_token_s",
-        "keys",
-        "kv_load_s",
-        "loaded_tokens",
-        "loading",
-        "preemptions",
-        "prompt_len",
-        "published",
-        "request",
-        "root",
-        "seed",
-        "submitted_s",
-        "table",
-        "text",
-        "tokens",
-        "try_source",
-    )
-
-    def __init__(self, request: GenerateRequest, seed: int, text: TextAssembler, now_s: float) -> None:
-        self.request = request
-        self.tokens = list(request.prompt_token_ids)
-        self.prompt_len = len(self.tokens)
-        self.seed = seed
-        self.text = text
-        self.blocks: list[int] = []
-        self.table = np.zeros(16, dtype=np.int64)
-        self.computed = 0
-        self.keys: list[bytes] = []
-        self.root = root_key(request.salt)
-        self.published = 0
-        self.try_source = request.source is not None
-        self.loading = False
-        self.submitted_s = now_s
-        self.admitted_s: float | None = None
-        self.first_token_s: float | None = None
-        self.kv_load_s = 0.0
-        self.loaded_tokens = 0
-        self.cached_tokens = 0
-        self.preemptions = 0
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt_token_ids)
+        self.root = root_key(self.request.salt)
+        self.try_source = self.request.source is not None
 
     @property
     def new_tokens(self) -> int:
         """Tokens generated in this leg."""
-        return len(self.tokens) - self.prompt_len
+        return len(self.tokens) - len(self.request.prompt_token_ids)
 
     @property
     def output_position(self) -> int:
         """Output tokens of all legs so far: the position the next sampled token takes."""
-        return len(self.tokens) - self.prompt_len + self.request.generated
+        return self.new_tokens + self.request.generated
 
     @property
     def pending(self) -> int:
@@ -93,3 +75,40 @@ class TokenSequence:
         self.computed = 0
         self.published = 0
         return blocks
+
+
+def draw_for(sequence: TokenSequence, eos_ids: frozenset[int]) -> Draw:
+    """Return how the sequence's next token is to be chosen."""
+    params = sequence.request.sampling
+    position = sequence.output_position
+    if position < params.min_tokens:
+        return Draw(params, position, sequence.seed, (*eos_ids, *params.stop_token_ids))
+    return Draw(params, position, sequence.seed)
+
+
+def take_token(
+    sequence: TokenSequence, choice: Choice, eos_ids: frozenset[int], tokenizer: ModelTokenizer
+) -> Output:
+    """Append the token to the sequence and return what it shows; ``finish_reason`` is set when it ends."""
+    sequence.tokens.append(choice.token_id)
+    output = token_output(sequence.request, choice.token_id, sequence.new_tokens, sequence.text, eos_ids)
+    if choice.logprob is not None:
+        top = tuple((token, tokenizer.piece(token), value) for token, value in choice.alternatives)
+        piece = tokenizer.piece(choice.token_id)
+        output.logprobs = [TokenLogprob(choice.token_id, piece, choice.logprob, top)]
+    return output
+
+
+def times_of(sequence: TokenSequence, now_s: float) -> RequestTimes:
+    """Split the leg's time by stage. A leg that never got a token has no decode time."""
+    admitted = now_s if sequence.admitted_s is None else sequence.admitted_s
+    first = now_s if sequence.first_token_s is None else sequence.first_token_s
+    return RequestTimes(
+        queue_s=admitted - sequence.submitted_s,
+        kv_load_s=sequence.kv_load_s,
+        prefill_s=first - admitted - sequence.kv_load_s,
+        decode_s=now_s - first,
+        kv_loaded_tokens=sequence.loaded_tokens,
+        cached_tokens=sequence.cached_tokens,
+        preemptions=sequence.preemptions,
+    )

@@ -71,9 +71,8 @@ def make_tiny_model(
 ) -> Path:
     """Write weights, config, tokenizer and chat template to ``folder`` and return it.
 
-    The same arguments give the same bytes of weights. ``init_std`` is larger than a trained
-    model's so that greedy output varies with the prompt. ``sliding_window`` (tokens) applies to
-    mistral only. Raises ``ConfigError`` for an unknown ``arch``.
+    The same arguments give the same weights. ``init_std`` is larger than a trained model's so that greedy
+    output varies with the prompt. ``sliding_window`` (tokens) applies to mistral only. Raises ConfigError.
     """
     if arch not in _CONFIGS:
         raise ConfigError(f"unknown tiny-model arch {arch!r}; known: {', '.join(get_args(Arch))}")
@@ -100,7 +99,9 @@ def make_tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _auto.from_config(config, dtype=torch.float32)
-    _mute(model.lm_head.weight, _invisible_ids(tokenizer, vocab))
+    with torch.no_grad():
+        # A logit of 0 is below the best of many random ones.
+        model.lm_head.weight[_invisible_ids(tokenizer, vocab)] = 0.0
     model.generation_config = _generation(bos_token_id=_BOS, eos_token_id=[_EOS, _IM_END], pad_token_id=_PAD)
     hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model.save_pretrained(folder)
@@ -136,9 +137,3 @@ def _invisible_ids(tokenizer: Any, vocab: int) -> list[int]:
     texts = {token: tokenizer.decode([token], skip_special_tokens=True) for token in range(vocab)}
     hidden = [token for token, text in texts.items() if not text or (text != "\n" and not text.isprintable())]
     return [token for token in hidden if token != _EOS]
-
-
-def _mute(rows: torch.Tensor, ids: list[int]) -> None:
-    """Zero the output rows of ``ids``: their logit is 0, below the best of many random ones."""
-    with torch.no_grad():
-        rows[ids] = 0.0

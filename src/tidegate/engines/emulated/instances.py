@@ -3,45 +3,46 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from aiohttp import web
+from pydantic import StrictStr
+
 from tidegate.dataplane.replica import Replica
-from tidegate.engines.emulated.engine import EmulatedEngine, Releaser
 from tidegate.engines.emulated.host import EmulatedInstance, Host
 from tidegate.engines.emulated.vocabulary import VOCAB_SIZE, Codec
 from tidegate.engines.serving.delivery import OutputRouter
-from tidegate.engines.serving.generation import Parts
 from tidegate.engines.serving.metrics import ServerMetrics
 from tidegate.engines.serving.secret import LaunchSecret
-from tidegate.engines.serving.served import ServingFacts
-from tidegate.engines.serving.server import EngineServer
+from tidegate.engines.serving.server import EngineServer, Parts
+from tidegate.engines.serving.types import ServingFacts
 from tidegate.policies.order import Order
+from tidegate.protocol.bodies import RequestBody, parse_body
+from tidegate.protocol.http_front import FrontRunner, Handler, answering_errors, json_answer, read_object
 
+MOST_BODY_BYTES = 4096
 _CLIENT_PORT = 1
 """Stands in handles where other engines name their KV port; emulated KV goes through no socket."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServedInstance:
-    """An instance behind its HTTP server."""
+    """An instance behind its HTTP server; ``ready`` is its announcement."""
 
-    place: EmulatedInstance
-    engine: EmulatedEngine
+    instance: EmulatedInstance
     server: EngineServer
-    port: int
+    ready: dict[str, Any]
 
 
 class EmulatedInstances:
-    """Serves ``replicas`` under ``model``. Build it on the event loop."""
+    """Serves instances under ``model``. Build it on the event loop."""
 
     def __init__(
         self,
-        replicas: Sequence[Replica],
         model: str,
         secret: LaunchSecret,
         *,
@@ -49,34 +50,48 @@ class EmulatedInstances:
         order: Order | None = None,
         front_s: float = 0.0,
     ) -> None:
-        self.host = Host([], [], order=order, front_s=front_s)
-        self._replicas = replicas
+        self.host = Host(order=order, front_s=front_s)
         self._model = model
         self._secret = secret
         self._api_key = api_key
         self._served: dict[str, ServedInstance] = {}
 
-    async def start(self, listeners: Sequence[socket.socket]) -> None:
-        """Serve each instance on its own bound socket."""
-        for replica, listener in zip(self._replicas, listeners, strict=True):
-            await self.add(replica, listener)
-
     async def add(self, replica: Replica, listener: socket.socket) -> dict[str, Any]:
-        """Serve one more instance on a bound socket; return what the announcement says of it."""
-        place = self.host.add(replica, f"{replica.instance.id}-{secrets.token_hex(4)}")
-        engine, server = self._serve(place)
+        """Serve one more instance on a bound socket; return its announcement."""
+        instance = self.host.add(replica, f"{replica.instance.id}-{secrets.token_hex(4)}")
+        facts = ServingFacts(
+            engine_id=instance.engine_id,
+            model=self._model,
+            max_model_len=replica.instance.max_model_len,
+            vocab_size=VOCAB_SIZE,
+            block_tokens=replica.instance.block_tokens,
+            kv_capacity_tokens=replica.instance.kv_capacity_tokens,
+            kv_bytes_per_token=replica.instance.kv_bytes_per_token,
+            kv_host="127.0.0.1",
+            kv_port=_CLIENT_PORT,
+        )
+        router = OutputRouter(asyncio.get_running_loop())
+        instance.sink = router.deliver
+        metrics = ServerMetrics(facts, instance.stats)
+        timer = self.host.timer
+        metrics.add_gauge(
+            "tidegate:emulation_lag_seconds",
+            "The latest that simulated events were handled of late; one that lags shows wrong figures",
+            lambda: timer.lag.worst_s(timer.now()),
+        )
+        parts = Parts(instance, Codec(), facts, self._secret, metrics, router, self.host.release_source)
+        server = EngineServer(parts, api_key=self._api_key)
         await server.start(listener)
-        served = ServedInstance(place, engine, server, listener.getsockname()[1])
-        self._served[place.engine_id] = served
-        return self._ready(served)
+        ready = facts.announcement(listener.getsockname()[1])
+        self._served[instance.engine_id] = ServedInstance(instance, server, ready)
+        return ready
 
     async def remove(self, engine_id: str) -> bool:
         """Abort what runs on an instance and close its port; False when there is none of that id."""
         served = self._served.pop(engine_id, None)
         if served is None:
             return False
-        served.engine.stop()
-        self.host.remove(served.place)
+        self.host.remove(served.instance)
         await served.server.stop(0.0)
         return True
 
@@ -84,49 +99,67 @@ class EmulatedInstances:
         """Finish running requests for at most ``within_s``, then stop everything."""
         await asyncio.gather(*(served.server.stop(within_s) for served in self._served.values()))
         for served in self._served.values():
-            served.engine.stop()
-        self.host.pump.stop()
+            served.instance.stop()
+        self.host.timer.stop()
 
     def announcement(self) -> dict[str, Any]:
         """Return the ready line's content."""
-        return {"event": "ready", "instances": [self._ready(served) for served in self._served.values()]}
+        return {"event": "ready", "instances": [served.ready for served in self._served.values()]}
 
-    def _ready(self, served: ServedInstance) -> dict[str, Any]:
-        instance = served.place.replica.instance
-        return {
-            "event": "ready",
-            "port": served.port,
-            "engine_id": served.place.engine_id,
-            "pid": os.getpid(),
-            "model": self._model,
-            "max_model_len": instance.max_model_len,
-            "kv_capacity_tokens": instance.kv_capacity_tokens,
-            "block_tokens": instance.block_tokens,
-            "kv_bytes_per_token": instance.kv_bytes_per_token,
-        }
 
-    def _serve(self, place: EmulatedInstance) -> tuple[EmulatedEngine, EngineServer]:
-        instance = place.replica.instance
-        facts = ServingFacts(
-            engine_id=place.engine_id,
-            model=self._model,
-            max_model_len=instance.max_model_len,
-            vocab_size=VOCAB_SIZE,
-            block_tokens=instance.block_tokens,
-            kv_capacity_tokens=instance.kv_capacity_tokens,
-            kv_bytes_per_token=instance.kv_bytes_per_token,
-            kv_host="127.0.0.1",
-            kv_port=_CLIENT_PORT,
+class RemoveBody(RequestBody):
+    engine_id: StrictStr
+
+
+class FleetServer:
+    """The port of the process itself, where the fleet adds and removes instances. For members of the launch
+    only, but for ``/health``. ``one_more`` makes the replica of an added instance, ``bind`` a socket for
+    it."""
+
+    def __init__(
+        self,
+        instances: EmulatedInstances,
+        secret: LaunchSecret,
+        one_more: Callable[[], Replica],
+        bind: Callable[[], socket.socket],
+    ) -> None:
+        self._instances = instances
+        self._secret = secret
+        self._one_more = one_more
+        self._bind = bind
+        app = web.Application(
+            middlewares=[answering_errors(MOST_BODY_BYTES), self._check_secret],
+            client_max_size=MOST_BODY_BYTES,
         )
-        engine = EmulatedEngine(self.host, place)
-        router = OutputRouter(asyncio.get_running_loop())
-        place.sink = router.deliver
-        metrics = ServerMetrics(facts, engine.stats)
-        pump = self.host.pump
-        metrics.add_gauge(
-            "tidegate:emulation_lag_seconds",
-            "The latest that simulated events were handled of late; one that lags shows wrong figures",
-            lambda: pump.lag.worst_s(pump.now()),
-        )
-        parts = Parts(engine, Codec(), facts, self._secret, metrics, router, Releaser(self.host))
-        return engine, EngineServer(parts, api_key=self._api_key)
+        app.router.add_get("/health", self.health)
+        app.router.add_post("/tidegate/instances", self.add)
+        app.router.add_post("/tidegate/instances/remove", self.remove)
+        self._runner = FrontRunner(app, shutdown_timeout_s=0.5)
+
+    async def start(self) -> int:
+        """Serve; return the port."""
+        listener = self._bind()
+        await self._runner.setup()
+        await web.SockSite(self._runner, listener).start()
+        return int(listener.getsockname()[1])
+
+    async def stop(self) -> None:
+        await self._runner.cleanup()
+
+    async def health(self, request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def add(self, request: web.Request) -> web.Response:
+        """Serve one more instance; the answer is its announcement."""
+        return json_answer(await self._instances.add(self._one_more(), self._bind()))
+
+    async def remove(self, request: web.Request) -> web.Response:
+        """Drop an instance with all that is on it."""
+        body = parse_body(await read_object(request), RemoveBody)
+        return json_answer({"removed": await self._instances.remove(body.engine_id)})
+
+    @web.middleware
+    async def _check_secret(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path != "/health":
+            self._secret.require(request, request.path)
+        return await handler(request)

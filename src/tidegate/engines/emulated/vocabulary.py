@@ -1,17 +1,21 @@
-"""The token ids of an emulated model: bytes, pairs of bytes, and the words of which answers are made.
+"""The token ids of an emulated model (bytes, pairs of bytes, words) and the answers it makes of them.
 
-Encoding is exact: decoding gives the same bytes again. Ids that name nothing decode to no text, so that
-prompts of random ids, as load clients send them, are accepted in the usual range.
+Equal prompts have equal answers, wherever and in however many legs. Decoding what was encoded gives the same
+bytes again. Ids that name nothing decode to no text, so that prompts of random ids, as load clients send
+them, are accepted in the usual range.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import cache
+from hashlib import blake2b
 from typing import Any
 
-from tidegate.core.errors import BadRequest
-from tidegate.workloads.prompts import WORDS
+import numpy as np
+
+from tidegate.workloads.prompts import WORDS, scrambled
 
 VOCAB_SIZE = 128_256
 """That of Llama 3, the smallest vocabulary among the packaged models."""
@@ -40,7 +44,7 @@ class Codec:
 
     def encode_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
         """Return the ids of the messages, each after its role, and of the role that is to answer."""
-        lines = [f"{message['role']}: {_text(message.get('content'))}\n" for message in messages]
+        lines = [f"{message['role']}: {message.get('content', '')}\n" for message in messages]
         return self.encode("".join([*lines, *(["assistant:"] if add_generation_prompt else [])]))
 
     def decode(self, token_ids: list[int]) -> str:
@@ -55,10 +59,21 @@ def _id_of(piece: bytes) -> int:
     return piece[0] if len(piece) == 1 else FIRST_PAIR + piece[0] * 256 + piece[1]
 
 
-def _text(content: Any) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    texts = [part.get("text") if part.get("type") == "text" else None for part in content]
-    if not all(isinstance(text, str) for text in texts):
-        raise BadRequest("messages: only content parts of type text are supported", param="messages")
-    return "\n".join(map(str, texts))
+def answer(prompt: Sequence[int], start: int, count: int) -> list[int]:
+    """Return tokens ``start`` to ``start + count`` of the endless answer to ``prompt``."""
+    digest = blake2b(np.asarray(prompt, dtype=np.uint32).tobytes(), digest_size=8).digest()
+    draws = scrambled(int.from_bytes(digest, "little"), start, count)
+    ids: list[int] = (draws % np.uint64(len(WORDS)) + np.uint64(FIRST_WORD)).tolist()
+    return ids
+
+
+def block_ids(tokens: Sequence[int], block_tokens: int, salt: str) -> tuple[int, ...]:
+    """Return an id for every whole block of ``tokens``, which also stands for all tokens before it. Ids are
+    comparable within a process only. Different salts share none."""
+    raw = np.asarray(tokens, dtype=np.uint32).tobytes()
+    size = 4 * block_tokens
+    ids, known = [], hash(salt)
+    for start in range(0, len(raw) - size + 1, size):
+        known = hash((known, raw[start : start + size]))
+        ids.append(known)
+    return tuple(ids)

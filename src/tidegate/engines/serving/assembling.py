@@ -1,8 +1,7 @@
 """The text of an answer, one token at a time, at constant cost per token.
 
-Text is held back while it ends in half a character or in what may become a stop string. Assembling
-is a function of the output ids alone, so a leg that replays the ids of earlier legs stands exactly
-where the unbroken leg would.
+Text is held back while it ends in half a character or in what may become a stop string. It depends on the
+output ids alone, so a leg that replays the ids of earlier legs stands where the unbroken leg would.
 """
 
 from __future__ import annotations
@@ -20,11 +19,9 @@ class TextDecoder(Protocol):
 
     def add(self, token_id: int) -> str:
         """Return the text that this id completes; may be empty."""
-        ...
 
     def flush(self) -> str:
         """Return what is still undecided, U+FFFD for a broken character."""
-        ...
 
 
 class ByteDecoder:
@@ -42,13 +39,20 @@ class ByteDecoder:
 
 
 class TextAssembler:
-    """The text of one request: decoding, stop strings and what is held back."""
+    """The text of one request: decoding, stop strings and what is held back.
+
+    ``replayed`` are the ids of earlier legs, whose text has been shown.
+    """
 
     __slots__ = ("_decoder", "_stops")
 
-    def __init__(self, decoder: TextDecoder, stops: tuple[str, ...]) -> None:
+    def __init__(
+        self, decoder: TextDecoder, stops: tuple[str, ...], replayed: Sequence[int] = (), min_tokens: int = 0
+    ) -> None:
         self._decoder = decoder
         self._stops = StopStrings(tuple(stop for stop in stops if stop))
+        for count, token_id in enumerate(replayed, start=1):
+            self.add(token_id, may_stop=count > min_tokens)
 
     @property
     def stopped_by(self) -> str | None:
@@ -56,18 +60,11 @@ class TextAssembler:
         return self._stops.found
 
     def add(self, token_id: int, may_stop: bool = True) -> str:
-        """Take one id and return the text that may be shown now.
-
-        When a stop string completes, ``stopped_by`` is set and the text before it returned. With
-        ``may_stop`` false (below ``min_tokens``) stop strings are shown like any text.
-        """
+        """Take one id and return the text that may be shown now. When a stop string completes, ``stopped_by``
+        is set and the text before it returned. With ``may_stop`` false (below ``min_tokens``) stop strings
+        are shown like any text."""
         text = self._decoder.add(token_id)
         return self._stops.feed(text, search=may_stop) if text else text
-
-    def replay(self, token_ids: Sequence[int], min_tokens: int) -> None:
-        """Take the output of earlier legs, whose text has been shown."""
-        for position, token_id in enumerate(token_ids):
-            self.add(token_id, may_stop=position + 1 > min_tokens)
 
     def flush(self) -> str:
         """Return everything held back; the request ends here."""
@@ -75,14 +72,12 @@ class TextAssembler:
         return text + self._stops.flush()
 
 
-def say_token(
+def token_output(
     request: GenerateRequest, token_id: int, new_tokens: int, text: TextAssembler, eos_ids: frozenset[int]
 ) -> Output:
     """Return what a leg's ``new_tokens``-th token shows; ``finish_reason`` is set when the leg ends with it.
-
-    A leg that ends by length and keeps its KV is going to be continued: what its text holds back is
-    left for the continuation, which replays the ids and emits it.
-    """
+    A leg that ends by length and keeps its KV is going to be continued: what its text holds back is left for
+    the continuation, which replays the ids and emits it."""
     params = request.sampling
     output = Output(request.id, [token_id], "")
     if token_id in params.stop_token_ids or (token_id in eos_ids and not params.ignore_eos):

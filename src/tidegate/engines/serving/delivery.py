@@ -1,4 +1,4 @@
-"""Engine outputs on their way from the compute thread to the requests that wait on the event loop."""
+"""Engine outputs on their way from the compute thread to the clients that wait on the event loop."""
 
 from __future__ import annotations
 
@@ -7,18 +7,15 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from tidegate.core.errors import ClientGone, InternalError
-from tidegate.engines.serving.answers import EngineAnswer
-from tidegate.engines.serving.metrics import RequestMeter
-from tidegate.engines.serving.types import Output
-from tidegate.protocol.chunks import ChunkWriter, WholeAnswer
+from tidegate.engines.serving.metrics import ServerMetrics
+from tidegate.engines.serving.requests import ServedCall
+from tidegate.engines.serving.types import Output, ServingFacts, TokenLogprob
+from tidegate.protocol.chunks import ChunkWriter, Json, Tokens, WholeAnswer, usage_object
 from tidegate.protocol.client_stream import ClientStream
 
 log = logging.getLogger(__name__)
-
-Receiver = Callable[[Output], None]
 
 
 class OutputRouter:
@@ -26,7 +23,7 @@ class OutputRouter:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._receivers: dict[str, Receiver] = {}
+        self._receivers: dict[str, Callable[[Output], None]] = {}
 
     def __len__(self) -> int:
         return len(self._receivers)
@@ -49,7 +46,7 @@ class OutputRouter:
                 log.exception("delivering an output of %s failed", output.request_id)
 
     @contextlib.contextmanager
-    def receiving(self, request_id: str, receiver: Receiver) -> Iterator[None]:
+    def receiving(self, request_id: str, receiver: Callable[[Output], None]) -> Iterator[None]:
         """Deliver the request's outputs to ``receiver`` inside the block; later ones are dropped."""
         self._receivers[request_id] = receiver
         try:
@@ -59,77 +56,156 @@ class OutputRouter:
 
 
 class Delivery:
-    """Takes the outputs for one call. ``finished`` resolves to what is left to be sent when the last one has
-    come, or fails with the engine's error or with ClientGone."""
+    """Takes the outputs of one call: sends them to ``client`` as they arrive, or collects a whole answer.
+    ``finished`` resolves with the last output to the bytes that are still to be sent (the last events, or the
+    whole body), or fails with the engine's error or with ClientGone."""
 
-    def __init__(self, answer: EngineAnswer, meter: RequestMeter) -> None:
-        self.finished: asyncio.Future[bytes] = _future()
-        self._answer = answer
-        self._meter = meter
+    def __init__(
+        self,
+        call: ServedCall,
+        facts: ServingFacts,
+        metrics: ServerMetrics,
+        arrived_s: float,
+        client: ClientStream | None = None,
+    ) -> None:
+        self.finished: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        # A cancelled handler never asks for the exception.
+        self.finished.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._chat = call.head.chat
+        self._client = client
+        self._writer = ChunkWriter(call.head)
+        self._whole = WholeAnswer(call.head)
+        self._generated = 0
+        self._prompt_ids = list(call.generate.prompt_token_ids)
+        self._facts = facts
+        self._metrics = metrics
+        self._arrived_s = arrived_s
+        self._last_token_s: float | None = None
 
     def receive(self, output: Output) -> None:
         """Take the next output."""
-        self._meter.observe(output, time.monotonic())
+        self._measure(output, time.monotonic())
         if self.finished.done():
             return
         if output.finish_reason == "error":
             self.finished.set_exception(InternalError(output.error or "the engine failed the request"))
             return
         try:
-            left = self._take(output)
+            left = self._collect(output) if self._client is None else self._stream(output, self._client)
         except ClientGone as error:
             self.finished.set_exception(error)
             return
         if output.finish_reason is not None:
             self.finished.set_result(left)
 
-    def _take(self, output: Output) -> bytes:
-        """Handle an output; return what is left to be sent, should it be the last one."""
-        raise NotImplementedError
-
-
-class WholeDelivery(Delivery):
-    """Collects the outputs; what is left to be sent is the whole body."""
-
-    def __init__(self, answer: EngineAnswer, meter: RequestMeter) -> None:
-        super().__init__(answer, meter)
-        self._whole = WholeAnswer(answer.head)
-
-    def _take(self, output: Output) -> bytes:
-        answer, whole = self._answer, self._whole
-        whole.tokens(answer.tokens(output))
+    def _collect(self, output: Output) -> bytes:
+        """Keep an output; return the whole body after the last one."""
+        whole = self._whole
+        whole.tokens(self._tokens(output))
         if output.finish_reason is None:
             return b""
-        usage = answer.usage(len(whole.token_ids), output)
-        return whole.body(usage, answer.prompt_ids, answer.ending(output))
+        usage = self._usage(len(whole.token_ids), output)
+        return whole.body(usage, self._prompt_ids, self._beside_choices(output))
 
-
-class StreamDelivery(Delivery):
-    """Sends the outputs to the client as they arrive, without waking a task per chunk; the last events are
-    left to be sent."""
-
-    def __init__(self, answer: EngineAnswer, meter: RequestMeter, client: ClientStream) -> None:
-        super().__init__(answer, meter)
-        self._writer = ChunkWriter(answer.head)
-        self._client = client
-        self._generated = 0
-
-    def _take(self, output: Output) -> bytes:
-        answer, writer = self._answer, self._writer
+    def _stream(self, output: Output, client: ClientStream) -> bytes:
+        """Send an output; return the last events instead of sending them."""
+        writer = self._writer
         begun = self._generated > 0
         self._generated += len(output.token_ids)
         if output.finish_reason is not None:
-            chunk = writer.piece(answer.tokens(output), answer.ending(output))
-            return chunk + writer.end(answer.usage(self._generated, output))
+            chunk = writer.piece(self._tokens(output), self._beside_choices(output))
+            return chunk + writer.end(self._usage(self._generated, output))
         if begun and output.logprobs is None:
-            self._client.send(writer.plain(output.text, output.token_ids))
+            client.send(writer.plain(output.text, output.token_ids))
         else:
-            self._client.send(writer.piece(answer.tokens(output)))
+            client.send(writer.piece(self._tokens(output)))
         return b""
 
+    def _measure(self, output: Output, now_s: float) -> None:
+        metrics = self._metrics
+        if output.token_ids:
+            if self._last_token_s is None:
+                metrics.first_token.observe(now_s - self._arrived_s)
+            else:
+                metrics.next_token.observe(now_s - self._last_token_s)
+            self._last_token_s = now_s
+        if output.finish_reason is not None:
+            metrics.request.observe(now_s - self._arrived_s)
+            metrics.finished(output.finish_reason, output.times)
 
-def _future() -> asyncio.Future[Any]:
-    """Return a future whose exception may go unseen: a cancelled handler has nobody to tell."""
-    future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-    future.add_done_callback(lambda done: done.cancelled() or done.exception())
-    return future
+    def _tokens(self, output: Output) -> Tokens:
+        logprobs = None
+        if output.logprobs is not None:
+            logprobs = (_chat_logprobs if self._chat else _text_logprobs)(output.logprobs)
+        return Tokens(
+            output.text,
+            output.token_ids,
+            logprobs,
+            output.finish_reason,
+            output.stop_reason,
+            self._prompt_ids,
+        )
+
+    def _usage(self, generated: int, last: Output) -> Json:
+        """Return the usage of an answer of ``generated`` tokens; pulled tokens count as cached ones."""
+        times = last.times
+        cached = 0 if times is None else times.cached_tokens + times.kv_loaded_tokens
+        return usage_object(len(self._prompt_ids), generated, cached)
+
+    def _beside_choices(self, last: Output) -> Json:
+        """Return what the end of an answer has beside its choices: the KV handle and where the time went."""
+        facts, pinned, times = self._facts, last.pinned, last.times
+        return {
+            "kv_transfer_params": pinned
+            and {
+                "do_remote_prefill": True,
+                "do_remote_decode": False,
+                "remote_engine_id": facts.engine_id,
+                "remote_request_id": pinned.request_id,
+                "remote_host": facts.kv_host,
+                "remote_port": facts.kv_port,
+                "remote_block_ids": [list(pinned.block_ids)],
+                "remote_num_tokens": pinned.num_tokens,
+                "tp_size": 1,
+                "transfer_mode": "pull",
+            },
+            "metrics": times
+            and {
+                "queue_time_ms": times.queue_s * 1e3,
+                "kv_load_time_ms": times.kv_load_s * 1e3,
+                "prefill_time_ms": times.prefill_s * 1e3,
+                "decode_time_ms": times.decode_s * 1e3,
+                "kv_loaded_tokens": times.kv_loaded_tokens,
+                "kv_loaded_bytes": times.kv_loaded_tokens * facts.kv_bytes_per_token,
+                "cached_tokens": times.cached_tokens,
+                "preemptions": times.preemptions,
+            },
+        }
+
+
+def _text_logprobs(entries: list[TokenLogprob]) -> Json:
+    """Return the completions form, without offsets."""
+    return {
+        "tokens": [entry.text for entry in entries],
+        "token_logprobs": [entry.logprob for entry in entries],
+        "top_logprobs": [
+            {entry.text: entry.logprob, **{text: logprob for _, text, logprob in entry.top}}
+            for entry in entries
+        ],
+    }
+
+
+def _chat_logprobs(entries: list[TokenLogprob]) -> Json:
+    return {
+        "content": [
+            {
+                **_token_logprob(entry.text, entry.logprob),
+                "top_logprobs": [_token_logprob(text, logprob) for _, text, logprob in entry.top],
+            }
+            for entry in entries
+        ]
+    }
+
+
+def _token_logprob(text: str, logprob: float) -> Json:
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}

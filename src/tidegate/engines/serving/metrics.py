@@ -9,8 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from tidegate.engines.serving.served import ServingFacts
-from tidegate.engines.serving.types import EngineStats, Output, RequestTimes
+from tidegate.engines.serving.types import EngineStats, RequestTimes, ServingFacts
 
 _LABELS = ("engine", "model_name")
 # vLLM's buckets, with finer ones below its first where a small model needs them.
@@ -81,38 +80,12 @@ class ServerMetrics:
         return made.labels(*self._labels)
 
 
-class RequestMeter:
-    """Times one request as the server sees it."""
-
-    __slots__ = ("_arrived_s", "_last_s", "_metrics")
-
-    def __init__(self, metrics: ServerMetrics, arrived_s: float) -> None:
-        self._metrics = metrics
-        self._arrived_s = arrived_s
-        self._last_s: float | None = None
-
-    def observe(self, output: Output, now_s: float) -> None:
-        """Take note of an output that arrived at ``now_s``."""
-        if output.token_ids:
-            if self._last_s is None:
-                self._metrics.first_token.observe(now_s - self._arrived_s)
-            else:
-                self._metrics.next_token.observe(now_s - self._last_s)
-            self._last_s = now_s
-        if output.finish_reason is not None:
-            self._metrics.request.observe(now_s - self._arrived_s)
-            self._metrics.finished(output.finish_reason, output.times)
-
-
 class _StatsCollector(Collector):
     """Reads the engine's stats once per scrape."""
 
     def __init__(self, labels: tuple[str, str], stats: Callable[[], EngineStats]) -> None:
         self._labels = labels
         self._stats = stats
-
-    def describe(self) -> list[Metric]:
-        return []
 
     def collect(self) -> Iterator[Metric]:
         now = self._stats()

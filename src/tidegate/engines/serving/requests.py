@@ -2,76 +2,53 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from dataclasses import dataclass
-from typing import Any
 
 from tidegate.core.errors import BadRequest, PromptTooLong, UnknownModel
-from tidegate.engines.serving.served import ServingFacts
-from tidegate.engines.serving.types import GenerateRequest, KvSource, SamplingParams
+from tidegate.engines.serving.types import GenerateRequest, KvSource, SamplingParams, ServingFacts
 from tidegate.policies.order import Ticket
 from tidegate.protocol.bodies import (
     DEFAULT_COMPLETION_TOKENS,
     ChatBody,
+    ChatMessage,
     CompletionBody,
     KvTransferParams,
     TicketParams,
 )
+from tidegate.protocol.chunks import AnswerHead, Json
 
 MOST_ID_CHARS = 256
 MOST_STOP_CHARS = 1024
 
-# Fields that change what is generated and that this engine does not have, with the values that ask
-# for nothing. null always does.
-_UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "length_penalty": (1,),
-    "min_p": (0,),
-    "logit_bias": ({},),
-    "use_beam_search": (False,),
-    "suffix": ("",),
-    "prompt_logprobs": (),
-    "prompt_embeds": (),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "functions": ([],),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
-    "truncate_prompt_tokens": (),
+# Fields that change what is generated and that this engine does not have, with the value that asks for
+# nothing. null always does.
+_UNSUPPORTED: dict[str, object] = {
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_p"), 0),
+    **dict.fromkeys(("repetition_penalty", "length_penalty"), 1),
+    **dict.fromkeys(("use_beam_search", "include_stop_str_in_output"), False),
+    **dict.fromkeys(("prompt_logprobs", "prompt_embeds", "allowed_token_ids", "truncate_prompt_tokens")),
+    **dict.fromkeys(("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")),
+    "bad_words": [],
+    "tools": [],
+    "functions": [],
+    "logit_bias": {},
+    "suffix": "",
+    "skip_special_tokens": True,
+    "response_format": {"type": "text"},
 }
-_HANDLE_FIELDS = (
-    "remote_engine_id",
-    "remote_request_id",
-    "remote_host",
-    "remote_port",
-    "remote_block_ids",
-    "remote_num_tokens",
-)
+_HANDLE_FIELDS = [name for name in KvTransferParams.model_fields if name.startswith("remote_")]
 
 
 @dataclass(frozen=True, slots=True)
 class ServedCall:
-    """One request to answer: what the engine gets, and how the client wants the answer.
+    """One request to answer: what the engine gets, and how the client wants the answer. ``head.id`` is the id
+    in answers; the engine's id adds a random part, so that clients may repeat theirs."""
 
-    ``public_id`` is the id in answers; the engine's id adds a random part, so that clients may
-    repeat theirs.
-    """
-
-    public_id: str
+    head: AnswerHead
     generate: GenerateRequest
-    chat: bool
     stream: bool
-    include_usage: bool
-    return_token_ids: bool
     client_id: str
 
 
@@ -87,20 +64,21 @@ def refuse_unsupported(body: CompletionBody | ChatBody) -> None:
     """Raise BadRequest naming the first field that asks for what this engine cannot do."""
     for name, neutral in _UNSUPPORTED.items():
         value = getattr(body, name, None)
-        if value is not None and not any(value == n and type(value) is not type(None) for n in neutral):
+        if value not in (None, neutral):
             raise BadRequest(f"{name}: not supported by this engine", param=name)
 
 
-def prompt_override(body: ChatBody) -> list[int] | None:
-    """Return ``kv_transfer_params.prompt_token_ids`` of a chat that continues from known ids."""
-    kv = body.kv_transfer_params
-    ids = None if kv is None else (kv.model_extra or {}).get("prompt_token_ids")
-    if ids is None:
-        return None
-    field = "kv_transfer_params.prompt_token_ids"
-    if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
-        raise BadRequest(f"{field}: expected a non-empty list of non-negative token ids", param=field)
-    return ids
+def flat_messages(messages: list[ChatMessage]) -> list[Json]:
+    """Return the messages with text parts joined, as templates for text models expect. Raises BadRequest for
+    other parts."""
+    flat = [message.model_dump(exclude_none=True) for message in messages]
+    for message in flat:
+        parts = message.get("content")
+        if isinstance(parts, list):
+            if not all(part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts):
+                raise BadRequest("messages: only content parts of type text are supported", param="messages")
+            message["content"] = "\n".join(part["text"] for part in parts)
+    return flat
 
 
 def build_call(
@@ -118,8 +96,7 @@ def build_call(
         )
     kv = body.kv_transfer_params or KvTransferParams()
     if kv.tidegate_generated > len(prompt):
-        name = "kv_transfer_params.tidegate_generated"
-        raise BadRequest(f"{name}: larger than the prompt", param=name)
+        raise _bad_kv("tidegate_generated", "larger than the prompt")
     client_id = body.request_id or uuid.uuid4().hex
     if len(client_id) > MOST_ID_CHARS or not client_id.isprintable():
         raise BadRequest(f"request_id: at most {MOST_ID_CHARS} characters, all printable", param="request_id")
@@ -137,7 +114,8 @@ def build_call(
         ticket=_ticket(kv.tidegate_ticket),
     )
     usage = body.stream_options is not None and body.stream_options.include_usage
-    return ServedCall(public_id, generate, chat, body.stream, usage, body.return_token_ids, client_id)
+    head = AnswerHead(public_id, int(time.time()), facts.model, chat, body.return_token_ids, usage)
+    return ServedCall(head, generate, body.stream, client_id)
 
 
 def kv_source(params: KvTransferParams | None, facts: ServingFacts) -> KvSource | None:
@@ -149,18 +127,16 @@ def kv_source(params: KvTransferParams | None, facts: ServingFacts) -> KvSource 
         return None
     for name in _HANDLE_FIELDS:
         if name not in given:
-            raise _bad_handle(name, "missing; a KV handle has all remote_* fields or none")
+            raise _bad_kv(name, "missing; a KV handle has all remote_* fields or none")
     assert params.remote_port is not None and params.remote_num_tokens is not None
-    if not 0 < params.remote_port < 65536:
-        raise _bad_handle("remote_port", "not a port number")
     if (params.model_extra or {}).get("tp_size") not in (None, 1):
-        raise _bad_handle("tp_size", "this engine takes KV from instances with tp_size 1")
+        raise _bad_kv("tp_size", "this engine takes KV from instances with tp_size 1")
     groups = params.remote_block_ids or []
     blocks = groups[0] if len(groups) == 1 else []
     if len(groups) > 1 or min(blocks, default=0) < 0:
-        raise _bad_handle("remote_block_ids", "expected one group of block ids")
+        raise _bad_kv("remote_block_ids", "expected one group of block ids")
     if len(blocks) != -(-params.remote_num_tokens // facts.block_tokens):
-        raise _bad_handle(
+        raise _bad_kv(
             "remote_block_ids",
             f"{len(blocks)} blocks of {facts.block_tokens} tokens do not hold "
             f"exactly {params.remote_num_tokens} tokens",
@@ -179,8 +155,7 @@ def _ticket(params: TicketParams | None) -> Ticket | None:
     if params is None:
         return None
     if params.deadline_s < params.arrival_s:
-        name = "kv_transfer_params.tidegate_ticket.deadline_s"
-        raise BadRequest(f"{name}: before the arrival", param=name)
+        raise _bad_kv("tidegate_ticket.deadline_s", "before the arrival")
     return Ticket(params.arrival_s, params.deadline_s, params.work_s)
 
 
@@ -193,20 +168,17 @@ def _sampling(
         raise BadRequest(f"min_tokens: {min_tokens} is more than max_tokens {max_tokens}", param="min_tokens")
     if any(len(stop) > MOST_STOP_CHARS for stop in body.stops):
         raise BadRequest(f"stop: a string is longer than {MOST_STOP_CHARS} characters", param="stop")
-    given: dict[str, Any] = {
-        name: getattr(body, name)
-        for name in ("temperature", "top_p", "seed")
-        if getattr(body, name) is not None
-    }
     return SamplingParams(
         max_tokens=max_tokens,
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
         top_k=max(0, body.top_k or 0),
+        seed=body.seed,
         stop=body.stops,
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=body.ignore_eos,
         min_tokens=min_tokens,
         logprobs=body.wanted_logprobs,
-        **given,
     )
 
 
@@ -232,6 +204,6 @@ def _max_tokens(body: CompletionBody | ChatBody, prompt_tokens: int, facts: Serv
     return asked
 
 
-def _bad_handle(name: str, why: str) -> BadRequest:
+def _bad_kv(name: str, why: str) -> BadRequest:
     field = f"kv_transfer_params.{name}"
     return BadRequest(f"{field}: {why}", param=field)

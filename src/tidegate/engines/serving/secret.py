@@ -1,4 +1,4 @@
-"""The launch secret: what tells the members of one launch from everybody else."""
+"""The launch secret: what distinguishes the members of one launch from everybody else."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import ipaddress
 from collections.abc import MutableMapping
 from pathlib import Path
 
-from tidegate.core.errors import ConfigError
+from aiohttp import web
+
+from tidegate.core.errors import ConfigError, Forbidden
 from tidegate.protocol.http_front import header_bytes
 
 SECRET_ENV = "TIDEGATE_LAUNCH_SECRET"
@@ -19,12 +21,8 @@ API_KEY_ENV = "TIDEGATE_ENGINE_API_KEY"
 
 
 class LaunchSecret:
-    """A shared secret, or its absence. Without one, only loopback peers count as members.
-
-    All comparisons take constant time. ``repr`` never shows the value.
-    """
-
-    __slots__ = ("_key",)
+    """A shared secret, or its absence. Without one, only loopback peers count as members. All comparisons
+    take constant time. ``repr`` never shows the value."""
 
     def __init__(self, value: str = "") -> None:
         self._key = value.encode()
@@ -37,11 +35,9 @@ class LaunchSecret:
 
     @classmethod
     def from_environment(cls, environ: MutableMapping[str, str], file: Path | None = None) -> LaunchSecret:
-        """Take the secret from ``file``, the environment, or the file it names, in this order.
-
-        The variables are removed from ``environ`` so that child processes do not inherit them.
-        Raises ConfigError when a named file is unreadable or empty.
-        """
+        """Take the secret from ``file``, the environment, or the file it names, in this order. The variables
+        are removed from ``environ`` so that child processes do not inherit them. Raises ConfigError when a
+        named file is unreadable or empty."""
         value = environ.pop(SECRET_ENV, "")
         named = environ.pop(SECRET_FILE_ENV, "")
         path = file or (Path(named) if named and not value else None)
@@ -60,6 +56,12 @@ class LaunchSecret:
         if self._key:
             return hmac.compare_digest(header_bytes(header), self._key)
         return remote is not None and is_loopback(remote)
+
+    def require(self, request: web.Request, what: str, param: str | None = None) -> None:
+        """Raise Forbidden unless the request comes from a member; ``what`` is reserved to them."""
+        if not self.admits(request.headers.get(SECRET_HEADER), request.remote):
+            message = f"{what}: reserved to members of the launch ({SECRET_HEADER} header)"
+            raise Forbidden(message, param=param)
 
     def proof(self, role: str, *nonces: bytes) -> str:
         """Return the MAC by which the ``role`` side of a handshake proves that it knows the secret."""

@@ -6,22 +6,35 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import time
-from typing import Annotated, Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Annotated
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import Field, StrictBool, StrictStr
 
-from tidegate.core.errors import BadRequest, Forbidden, NoInstance
-from tidegate.engines.serving.generation import Generation, Parts
-from tidegate.engines.serving.internal import PREFIX, InternalRoutes
-from tidegate.engines.serving.requests import check_model
-from tidegate.engines.serving.secret import SECRET_HEADER
+from tidegate.core.errors import BadRequest, NoInstance, PromptTooLong
+from tidegate.engines.serving.delivery import Delivery, OutputRouter
+from tidegate.engines.serving.metrics import ServerMetrics
+from tidegate.engines.serving.requests import (
+    ServedCall,
+    build_call,
+    check_model,
+    flat_messages,
+    kv_source,
+    refuse_unsupported,
+)
+from tidegate.engines.serving.secret import LaunchSecret
+from tidegate.engines.serving.types import KvSource, PromptCodec, ServedEngine, ServingFacts
 from tidegate.protocol import MOST_BODY_BYTES
-from tidegate.protocol.bodies import ChatMessage, RequestBody, TokenIds, parse_body
+from tidegate.protocol.bodies import ChatBody, ChatMessage, CompletionBody, RequestBody, TokenIds, parse_body
+from tidegate.protocol.client_stream import ClientStream
 from tidegate.protocol.http_front import (
+    JSON,
     FrontRunner,
     Handler,
     answering_errors,
@@ -31,11 +44,150 @@ from tidegate.protocol.http_front import (
 )
 
 BACKLOG = 2048
+MEMBERS_PREFIX = "/tidegate/"
+"""Of the routes that members of a launch use among themselves."""
+LONG_TEXT_CHARS = 20_000
+MESSAGE_CHARS = 64
+"""What a chat template adds around a message, roughly: many empty messages are long, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the server is made of. ``release_source`` tells the owner of KV that nobody will pull it."""
+
+    engine: ServedEngine
+    codec: PromptCodec
+    facts: ServingFacts
+    secret: LaunchSecret
+    metrics: ServerMetrics
+    router: OutputRouter
+    release_source: Callable[[KvSource], None]
+
+
+class Generation:
+    """Answers generation requests. A request whose client leaves is aborted."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._calls: dict[str, ServedCall] = {}
+        self.draining = False
+        self._drained: asyncio.Event | None = None
+
+    @property
+    def active(self) -> int:
+        """Requests being answered."""
+        return len(self._calls)
+
+    async def drain(self, within_s: float) -> None:
+        """Refuse new requests and wait for the running ones, at most ``within_s``."""
+        self.draining = True
+        if self._calls:
+            self._drained = asyncio.Event()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(within_s):
+                    await self._drained.wait()
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(request, CompletionBody)
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(request, ChatBody)
+
+    def abort(self, ids: Iterable[str]) -> list[str]:
+        """End the requests known by these ids (the engine's, the answer's or the client's); return which."""
+        wanted = set(ids)
+        ended = []
+        for engine_id, call in list(self._calls.items()):
+            if not wanted.isdisjoint((engine_id, call.head.id, call.client_id)):
+                self._parts.engine.abort(engine_id)
+                ended.append(engine_id)
+        return ended
+
+    async def _generate(
+        self, request: web.Request, kind: type[CompletionBody] | type[ChatBody]
+    ) -> web.StreamResponse:
+        arrived_s = time.monotonic()
+        body: CompletionBody | ChatBody = parse_body(await read_object(request), kind)
+        if self.draining:
+            raise NoInstance("the instance is shutting down", retry_after_s=1.0)
+        params = body.kv_transfer_params
+        if params is not None and (params.model_fields_set or params.model_extra):
+            self._parts.secret.require(request, "kv_transfer_params", "kv_transfer_params")
+        if body.request_id is None:
+            body.request_id = request.headers.get("x-request-id")
+        facts, metrics = self._parts.facts, self._parts.metrics
+        source = kv_source(params, facts)
+        with self._releasing_if_refused(source):
+            check_model(body.model, facts)
+            refuse_unsupported(body)
+            prompt = await self._prompt_ids(body)
+            call = build_call(body, prompt, facts, source)
+        if call.stream:
+            client = ClientStream(request, {})
+            delivery = Delivery(call, facts, metrics, arrived_s, client)
+            return await client.carry(self._finished(call, delivery))
+        whole = await self._finished(call, Delivery(call, facts, metrics, arrived_s))
+        return web.Response(body=whole, content_type=JSON)
+
+    async def _finished(self, call: ServedCall, delivery: Delivery) -> bytes:
+        """Run the call; return what is left to be sent. Raises the engine's error, or ClientGone. When the
+        client leaves before the engine ends, the call is aborted and its KV freed."""
+        engine, request_id = self._parts.engine, call.generate.id
+        with self._parts.router.receiving(request_id, delivery.receive):
+            with self._releasing_if_refused(call.generate.source):
+                engine.submit(call.generate)
+            self._calls[request_id] = call
+            try:
+                return await delivery.finished
+            except BaseException:
+                engine.abort(request_id)
+                if call.generate.pin_kv:
+                    engine.release(request_id)
+                raise
+            finally:
+                del self._calls[request_id]
+                if self._drained is not None and not self._calls:
+                    self._drained.set()
+
+    async def _prompt_ids(self, body: CompletionBody | ChatBody) -> list[int]:
+        codec = self._parts.codec
+        if isinstance(body, CompletionBody):
+            if not isinstance(body.prompt, str):
+                return body.prompt
+            self._check_text(len(body.prompt), "prompt")
+            if len(body.prompt) > LONG_TEXT_CHARS:
+                return await asyncio.to_thread(codec.encode, body.prompt)
+            return codec.encode(body.prompt)
+        if body.kv_transfer_params is not None and body.kv_transfer_params.prompt_token_ids is not None:
+            return body.kv_transfer_params.prompt_token_ids
+        messages = flat_messages(body.messages)
+        chars = sum(len(message.get("content", "")) for message in messages)
+        self._check_text(chars, "messages")
+        if chars + MESSAGE_CHARS * len(messages) > LONG_TEXT_CHARS:
+            return await asyncio.to_thread(codec.encode_chat, messages)
+        return codec.encode_chat(messages)
+
+    def _check_text(self, chars: int, field: str) -> None:
+        """Refuse a text that cannot fit even if all its tokens were the longest, before it is tokenised."""
+        context, longest = self._parts.facts.max_model_len, self._parts.codec.longest_token_chars
+        if chars > context * longest:
+            raise PromptTooLong(
+                f"{field}: {chars} characters leave no room in the model's context of {context} tokens",
+                param=field,
+            )
+
+    @contextlib.contextmanager
+    def _releasing_if_refused(self, source: KvSource | None) -> Iterator[None]:
+        """Tell the owner of ``source`` to unpin when the request is refused: nobody will pull it."""
+        try:
+            yield
+        except BaseException:
+            if source is not None:
+                self._parts.release_source(source)
+            raise
 
 
 class TokenizeBody(RequestBody):
-    """Body of ``/tokenize``: text or messages."""
-
     model: StrictStr | None = None
     prompt: StrictStr | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
@@ -44,26 +196,26 @@ class TokenizeBody(RequestBody):
 
 
 class DetokenizeBody(RequestBody):
-    """Body of ``/detokenize``."""
-
     model: StrictStr | None = None
     tokens: TokenIds
+
+
+class ReleaseBody(RequestBody):
+    request_id: StrictStr
+
+
+class AbortBody(RequestBody):
+    request_ids: Annotated[list[StrictStr], Field(max_length=100_000)]
 
 
 class EngineServer:
     """Routes, access rules and the life of the listening socket."""
 
-    def __init__(self, parts: Parts, *, api_key: str = "", profile_samples: list[Any] | None = None) -> None:
+    def __init__(self, parts: Parts, *, api_key: str = "") -> None:
         self._parts = parts
         self._api_key = api_key
         self._generation = Generation(parts)
-        self._internal = InternalRoutes(parts, self._generation, profile_samples or [])
         self._created = int(time.time())
-        self._runner: web.AppRunner | None = None
-        self._site: web.SockSite | None = None
-
-    def app(self) -> web.Application:
-        """Build the aiohttp application."""
         app = web.Application(
             middlewares=[answering_errors(MOST_BODY_BYTES), self._check_access],
             client_max_size=MOST_BODY_BYTES,
@@ -77,30 +229,26 @@ class EngineServer:
                 web.get("/metrics", self.metrics),
                 web.post("/tokenize", self.tokenize),
                 web.post("/detokenize", self.detokenize),
-                *self._internal.routes(),
+                web.post("/tidegate/release", self.release),
+                web.post("/tidegate/abort", self.abort),
+                web.get("/tidegate/stats", self.stats),
             ]
         )
-        return app
+        self._runner = FrontRunner(app, shutdown_timeout_s=0.5)
 
     async def start(self, listener: socket.socket) -> None:
         """Serve on a bound socket."""
-        self._runner = FrontRunner(self.app(), shutdown_timeout_s=0.5)
         await self._runner.setup()
-        self._site = web.SockSite(self._runner, listener, backlog=BACKLOG)
-        await self._site.start()
+        await web.SockSite(self._runner, listener, backlog=BACKLOG).start()
 
     async def stop(self, within_s: float) -> None:
         """Refuse new requests, let running ones finish for at most ``within_s``, then close. Idempotent."""
-        site, self._site = self._site, None
-        if site is not None:
+        for site in list(self._runner.sites):
             await site.stop()
         await self._generation.drain(within_s)
-        runner, self._runner = self._runner, None
-        if runner is not None:
-            await runner.cleanup()
+        await self._runner.cleanup()
 
     async def models(self, request: web.Request) -> web.Response:
-        """GET /v1/models"""
         facts = self._parts.facts
         card = {
             "id": facts.model,
@@ -120,13 +268,11 @@ class EngineServer:
         return web.Response()
 
     async def metrics(self, request: web.Request) -> web.Response:
-        """GET /metrics"""
         return web.Response(
             body=self._parts.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST}
         )
 
     async def tokenize(self, request: web.Request) -> web.Response:
-        """POST /tokenize"""
         body = parse_body(await read_object(request), TokenizeBody)
         check_model(body.model, self._parts.facts)
         codec = self._parts.codec
@@ -137,14 +283,13 @@ class EngineServer:
                 codec.encode, body.prompt, add_special_tokens=body.add_special_tokens
             )
         else:
-            messages = [message.model_dump(exclude_none=True) for message in body.messages or []]
+            messages = flat_messages(body.messages or [])
             ids = codec.encode_chat(messages, add_generation_prompt=body.add_generation_prompt)
         return json_answer(
             {"count": len(ids), "max_model_len": self._parts.facts.max_model_len, "tokens": ids}
         )
 
     async def detokenize(self, request: web.Request) -> web.Response:
-        """POST /detokenize"""
         body = parse_body(await read_object(request), DetokenizeBody)
         check_model(body.model, self._parts.facts)
         most = self._parts.facts.vocab_size - 1
@@ -152,11 +297,33 @@ class EngineServer:
             raise BadRequest(f"tokens: an id is not in the vocabulary (0 to {most})", param="tokens")
         return json_answer({"prompt": self._parts.codec.decode(body.tokens)})
 
+    async def release(self, request: web.Request) -> web.Response:
+        """POST /tidegate/release: drop the pin of a finished request before its lease ends."""
+        body = parse_body(await read_object(request), ReleaseBody)
+        return json_answer({"released": self._parts.engine.release(body.request_id)})
+
+    async def abort(self, request: web.Request) -> web.Response:
+        """POST /tidegate/abort: end requests; they answer with what they have and ``finish_reason`` abort."""
+        body = parse_body(await read_object(request), AbortBody)
+        return json_answer({"aborted": self._generation.abort(body.request_ids)})
+
+    async def stats(self, request: web.Request) -> web.Response:
+        """GET /tidegate/stats: ``idle`` says that nothing is held, ``consistent`` that all is free then."""
+        now = self._parts.engine.stats()
+        idle = not (now.running or now.waiting or now.loading or now.pinned)
+        return json_answer(
+            {
+                **asdict(now),
+                "active_requests": self._generation.active,
+                "idle": idle,
+                "consistent": not idle or now.free_blocks == now.total_blocks,
+            }
+        )
+
     @web.middleware
     async def _check_access(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path.startswith(PREFIX):
-            if not self._parts.secret.admits(request.headers.get(SECRET_HEADER), request.remote):
-                raise Forbidden(f"{request.path}: reserved to members of the launch ({SECRET_HEADER} header)")
+        if request.path.startswith(MEMBERS_PREFIX):
+            self._parts.secret.require(request, request.path)
         elif self._api_key and request.path.startswith("/v1/"):
             check_bearer(request, self._api_key)
         return await handler(request)

@@ -1,14 +1,11 @@
-"""What crosses the seams inside the embedded engine: requests in, outputs out, KV handles.
-
-The HTTP server (event-loop thread), the engine core (one compute thread) and the KV puller (one
-transfer thread) exchange only these values.
-"""
+"""What the HTTP server, an engine and its KV puller exchange: requests, outputs, KV sources, statistics."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from tidegate.policies.order import Ticket
 
@@ -16,11 +13,8 @@ from tidegate.policies.order import Ticket
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are chosen. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep every token.
-
-    ``seed`` None draws a fresh seed. The random number of output position p depends on (seed, p)
-    alone, so a continued request samples as the unbroken one would. ``logprobs`` is the number of
-    alternatives to report per token (0: only the chosen token), None for no logprobs.
-    """
+    ``seed`` None draws a fresh seed. ``logprobs`` is the number of alternatives to report per token (0: only
+    the chosen token), None for no logprobs."""
 
     max_tokens: int = 16
     temperature: float = 1.0
@@ -36,11 +30,8 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class KvSource:
-    """Where a request's KV can be pulled from: another instance's pinned blocks.
-
-    ``host``/``port`` is the owner's KV channel. ``block_ids`` are the owner's blocks in order;
-    they hold the KV of the first ``num_tokens`` tokens of the prompt.
-    """
+    """Another instance's pinned blocks ``block_ids``, behind the KV channel at ``host``:``port``. In order,
+    they hold the KV of the prompt's first ``num_tokens`` tokens."""
 
     engine_id: str
     request_id: str
@@ -54,12 +45,11 @@ class KvSource:
 class GenerateRequest:
     """One leg of a request.
 
-    The last ``generated`` ids of ``prompt_token_ids`` are output of earlier legs: they are not
-    emitted again, but they count for text assembly (a character split over two legs), stop
-    strings, ``min_tokens`` and seeded sampling, so that the legs' texts concatenate to what one unbroken leg
-    says. ``sampling.max_tokens`` counts this leg's new tokens only. ``salt`` separates tenants'
-    prefix caches. With ``pin_kv`` the finished request's KV stays pinned for a peer to pull. ``ticket`` is
-    on a clock that shows 0 when the request is submitted; None stands for the default SLO, and no work.
+    The last ``generated`` ids of ``prompt_token_ids`` are output of earlier legs: not emitted again, but
+    counted for text, stop strings, ``min_tokens`` and seeded sampling, so that the legs' texts concatenate to
+    that of one unbroken leg. ``sampling.max_tokens`` counts new tokens only. ``salt`` separates tenants'
+    prefix caches. With ``pin_kv`` the KV stays pinned for a peer to pull. ``ticket`` is on a clock that shows
+    0 at submission; None stands for the default SLO, and no work.
     """
 
     id: str
@@ -107,11 +97,9 @@ class RequestTimes:
 
 @dataclass(slots=True)
 class Output:
-    """New tokens of one request from one engine step. The last one carries ``finish_reason``.
-
-    ``text`` may be empty while bytes of a character or a possible stop string are held back.
-    ``finish_reason`` is ``stop``, ``length``, ``abort`` or ``error`` (then ``error`` says why).
-    """
+    """New tokens of one request from one engine step. The last one carries ``finish_reason``. ``text`` may be
+    empty while bytes of a character or a possible stop string are held back. ``finish_reason`` is ``stop``,
+    ``length``, ``abort`` or ``error`` (then ``error`` says why)."""
 
     request_id: str
     token_ids: list[int]
@@ -122,31 +110,6 @@ class Output:
     pinned: PinnedKv | None = None
     times: RequestTimes | None = None
     error: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """A consistent reading of the engine between two steps."""
-
-    running: int
-    waiting: int
-    loading: int
-    pinned: int
-    free_blocks: int
-    total_blocks: int
-    block_tokens: int
-    kv_usage: float
-    preemptions: int
-    prompt_tokens: int
-    generation_tokens: int
-    prefix_queries: int
-    prefix_hits: int
-    computed_prompt_tokens: int
-    cached_prompt_tokens: int
-    pulled_prompt_tokens: int
-    pulled_bytes: int
-    pull_failures: int
-    steps: int
 
 
 @dataclass(slots=True)
@@ -165,23 +128,89 @@ class Counters:
     pull_failures: int = 0
     steps: int = 0
 
+    def count_prompt(self, tokens: int, cached: int, pulled: int) -> None:
+        """Count a prompt of ``tokens`` when its first token comes; the rest of it was computed."""
+        self.prompt_tokens += tokens
+        self.cached_prompt_tokens += cached
+        self.pulled_prompt_tokens += pulled
+        self.computed_prompt_tokens += tokens - cached - pulled
+
+
+@dataclass(slots=True, kw_only=True)
+class EngineStats(Counters):
+    """The state of the engine between two steps, beside the totals."""
+
+    running: int
+    waiting: int
+    loading: int
+    pinned: int
+    free_blocks: int
+    total_blocks: int
+    block_tokens: int
+    kv_usage: float
+
 
 OutputSink = Callable[[list[Output]], None]
 """Called on the compute thread after each step with everything the step produced; must return quickly."""
 
 
-class KvPuller(Protocol):
-    """Moves a peer's blocks into the local store in the background, beside the compute thread."""
+class ServedEngine(Protocol):
+    """A running engine. Every method may be called from any thread and returns at once. Each submitted
+    request ends with exactly one output that has a ``finish_reason``, delivered to the engine's output sink;
+    aborted ones end with ``abort``."""
 
-    def submit(
-        self,
-        source: KvSource,
-        block_ids: list[int],
-        done: Callable[[str | None, int], None],
-    ) -> None:
-        """Copy ``source``'s first ``len(block_ids)`` blocks into the local ``block_ids``.
+    def submit(self, request: GenerateRequest) -> None:
+        """Queue a request. Raises a TidegateError when it can never be served or the engine stops."""
 
-        ``done(error, bytes_moved)`` is called once, on the transfer thread: ``error`` None means
-        that all blocks are valid and the peer has been told to release its pin.
-        """
-        ...
+    def abort(self, request_id: str) -> None:
+        """End a request early; an unknown or finished id is ignored."""
+
+    def release(self, request_id: str) -> bool:
+        """Drop a pin; False when there was none."""
+
+    def stats(self) -> EngineStats:
+        """Return the latest statistics."""
+
+
+class PromptCodec(Protocol):
+    """The model's tokenizer. No text has fewer tokens than its characters / ``longest_token_chars``."""
+
+    longest_token_chars: int
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return the ids of ``text``."""
+
+    def encode_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
+        """Return the ids of a conversation of texts. Raises BadRequest when the template refuses it."""
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Return the text of ids, special tokens included."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServingFacts:
+    """What an instance is. ``kv_host`` and ``kv_port`` are where peers pull its KV."""
+
+    engine_id: str
+    model: str
+    max_model_len: int
+    vocab_size: int
+    block_tokens: int
+    kv_capacity_tokens: int
+    kv_bytes_per_token: int
+    kv_host: str
+    kv_port: int
+
+    def announcement(self, port: int) -> dict[str, Any]:
+        """Return the ready line of an instance that serves HTTP at ``port``."""
+        return {
+            "event": "ready",
+            "port": port,
+            "engine_id": self.engine_id,
+            "pid": os.getpid(),
+            "model": self.model,
+            "max_model_len": self.max_model_len,
+            "kv_capacity_tokens": self.kv_capacity_tokens,
+            "block_tokens": self.block_tokens,
+            "kv_bytes_per_token": self.kv_bytes_per_token,
+        }

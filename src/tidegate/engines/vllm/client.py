@@ -1,7 +1,5 @@
-"""The client for all that is asked of a vLLM server beside the legs of requests.
-
-Legs go through ``engines/dialect.py``, whose bytes are relayed as they come. What a server is, how it is,
-what it counts, and short probes are asked here.
+"""The client for all that is asked of a vLLM server beside the legs of requests (``engines/dialect.py``):
+what it is, how it is, what it counts, and short probes.
 """
 
 from __future__ import annotations
@@ -20,8 +18,7 @@ from tidegate.core.errors import EngineFault, EngineTimeout, EngineUnreachable, 
 from tidegate.engines.seam import Json
 from tidegate.engines.vllm.connector import refused_request
 from tidegate.engines.vllm.metrics import VllmMetrics, read_metrics
-from tidegate.protocol.errors import error_text
-from tidegate.protocol.sse import SseParser
+from tidegate.protocol.chunks import SseParser, error_text
 
 ASK_S = 5.0
 """How long a plain question may take unless the caller says otherwise (ours)."""
@@ -101,8 +98,8 @@ class VllmClient:
     """Asks one server that speaks vLLM's HTTP dialect. Every call ends by its deadline.
 
     Calls raise EngineUnreachable, EngineTimeout or EngineFault, each naming ``instance``. ``deadline_s`` is
-    for plain questions, ``completion_s`` for completions; ``headers`` are sent with each, beside the key.
-    ``model`` is what completions name, to be set before the first one.
+    for plain questions, ``completion_s`` for completions; ``headers`` are sent with each. ``model`` is what
+    completions name, to be set before the first one.
     """
 
     def __init__(
@@ -161,8 +158,8 @@ class VllmClient:
     async def version(self) -> str:
         """Return vLLM's version; empty when the server does not tell."""
         reply = await self.ask("/version")
-        told = reply.body.get("version") if reply.status == 200 else None
-        return told if isinstance(told, str) else ""
+        version = reply.body.get("version") if reply.status == 200 else None
+        return version if isinstance(version, str) else ""
 
     async def facts(self) -> ServerFacts:
         """Ask ``/v1/models`` and ``/metrics``. Raises SetupError when the server can never be described, an

@@ -13,17 +13,15 @@ from tidegate.engines.vllm.connector import MARGIN_S, Connector, refusal, refuse
 from tidegate.protocol.chunks import Tokens
 
 DECLINE_S = 5.0
-"""How long an engine may take to pass on that a handle is not wanted (ours); it is told in the background."""
+"""How long an engine may take to pass on that a handle is not wanted (ours); this runs in the background."""
 RENDER_S = 2.0
 """How long a server may take to tokenise a prompt (ours)."""
 
 
 class VllmEngine(DialectEngine):
-    """Calls one vLLM server. ``connector`` is the way its KV moves; None when it does not.
-
-    vLLM knows nothing of a request's earlier legs: a stream with a handle begins with exactly the tokens that
-    the handle covers (see ``Nixl``), and the caller leaves out what it says again.
-    """
+    """Calls one vLLM server. ``connector`` is the way its KV moves; None when it does not. vLLM knows nothing
+    of a request's earlier legs: a stream with a handle begins with exactly the tokens that the handle covers
+    (see ``Nixl``), and the caller leaves out what it says again."""
 
     def __init__(
         self,
@@ -38,19 +36,13 @@ class VllmEngine(DialectEngine):
         api_key: str = "",
     ) -> None:
         super().__init__(
-            instance,
-            url,
-            model,
-            connect_s=connect_s,
-            stall_s=stall_s,
-            api_key=api_key,
-            engine_id=engine_id,
+            instance, url, model, connect_s=connect_s, stall_s=stall_s, api_key=api_key, engine_id=engine_id
         )
         self._connector = connector
         self._pulling: set[_FirstToken] = set()
 
     async def run(self, leg: Leg, sink: TokensSink, *, deadline_s: float) -> LegEnd:
-        """See ``Engine.run``. Raises KvLost when the KV of the leg's handle could not be had, or not in time:
+        """Raises KvLost, too, when the KV of the leg's handle could not be had, or not in time:
         a pull that waits in the engine's queue until after the lease would load other KV."""
         if leg.handle is None:
             return await super().run(leg, sink, deadline_s=deadline_s)
@@ -72,7 +64,7 @@ class VllmEngine(DialectEngine):
     async def tokenise(
         self, prompt: list[int] | str | None, messages: list[Json] | None, sampling: Json
     ) -> list[int] | None:
-        """See ``Engine.tokenise``: vLLM renders a request without running it."""
+        """vLLM renders a request without running it."""
         body: Json = {**sampling, "model": self.model}
         body |= {"prompt": prompt} if messages is None else {"messages": messages}
         path = "/v1/completions/render" if messages is None else "/v1/chat/completions/render"
@@ -87,24 +79,23 @@ class VllmEngine(DialectEngine):
         return ids
 
     def owner_gone(self, owner: str) -> None:
-        """See ``Engine.owner_gone``: vLLM itself notices only after seconds."""
+        """vLLM itself notices only after seconds."""
         now = asyncio.get_running_loop().time()
         for watched in self._pulling:
             if watched.owner == owner and watched.lease is not None:
                 watched.lease.reschedule(now)
 
     def refuses(self, handle: KvHandle) -> str | None:
-        """See ``Engine.refuses``."""
         return refusal(handle, self.engine_id, asyncio.get_running_loop().time())
 
     async def release(self, handle: KvHandle) -> None:
-        """See ``Engine.release``: vLLM has no way to be asked; another engine declines the handle."""
+        """vLLM has no way to be asked; another engine declines the handle."""
 
     async def release_request(self, request_id: str) -> None:
-        """See ``Engine.release_request``: the lease ends it."""
+        """The lease ends it."""
 
     async def decline(self, handle: KvHandle) -> None:
-        """See ``Engine.decline``: a request that cannot be served makes vLLM notify the handle's owner."""
+        """A request that cannot be served makes vLLM notify the handle's owner."""
         if self._connector is None or self.refuses(handle):
             return
         params = self._connector.load(handle, handle.tokens, pin=False)
@@ -128,13 +119,11 @@ class VllmEngine(DialectEngine):
         # A stop string is found behind the engine, which has ended by length: such a leg brings one token.
         capped = tokens.finish_reason == "length" or isinstance(tokens.stop_reason, str)
         now = asyncio.get_running_loop().time()
-        return self._connector.handle(
-            params, leg.request_id, self.engine_id, prompt_tokens, now, capped=capped
-        )
+        return self._connector.handle(params, leg.request_id, self.engine_id, prompt_tokens, now, capped)
 
 
 class _FirstToken:
-    """Passes everything on, and ends a wait once something came."""
+    """Passes everything on, and lifts the lease's deadline with the first token."""
 
     __slots__ = ("_sink", "lease", "owner")
 
@@ -144,18 +133,16 @@ class _FirstToken:
         self.lease: asyncio.Timeout | None = None
 
     def tokens(self, tokens: Tokens) -> bool | None:
-        """See ``TokensSink.tokens``."""
         if tokens.token_ids or tokens.finish_reason is not None:
-            self._came()
+            self._end_wait()
         return self._sink.tokens(tokens)
 
     def plain(self, text: str, token_ids: list[int]) -> bool | None:
-        """See ``TokensSink.plain``."""
         if self.lease is not None:
-            self._came()
+            self._end_wait()
         return self._sink.plain(text, token_ids)
 
-    def _came(self) -> None:
+    def _end_wait(self) -> None:
         if self.lease is not None:
             self.lease.reschedule(None)
             self.lease = None

@@ -31,6 +31,11 @@ NAMES = {
     "nixl_expired": ("vllm:nixl_num_kv_expired_reqs_total",),
 }
 """The samples that are read; each quantity has its newest name first, then older ones."""
+COUNTS = (
+    *("running", "waiting", "preemptions", "prompt_tokens", "nixl_reads", "nixl_bytes"),
+    *("nixl_failed_transfers", "nixl_failed_notifications", "nixl_expired"),
+)
+"""Quantities that are whole numbers, summed over the engines."""
 WANTED = frozenset(name for names in NAMES.values() for name in names)
 CACHE_CONFIG = "vllm:cache_config_info"
 
@@ -41,13 +46,11 @@ _Samples = list[tuple[Mapping[str, str], float]]
 class VllmMetrics:
     """One reading of a server, summed over its data-parallel engines; None for what it does not tell.
 
-    ``running`` and ``waiting`` are requests now; ``kv_usage`` is the share of the ``kv_blocks`` in use,
-    pinned ones included, 0 to 1. ``prompt_tokens`` and ``prompt_tokens_by_source`` (``COMPUTED``, ``CACHED``,
-    ``PULLED``), preemptions and what begins with ``nixl_`` count since the server started, at ``started_s``
-    of its Unix clock: NixlConnector's reads of others' KV, their bytes and seconds, transfers and
-    notifications that failed, leases that ended. ``counts_kv_fetches`` tells whether the server counts KV
-    loads of its own, which one started as ``kv_producer`` does not; ``shows_nixl`` whether it has any metric
-    of NixlConnector.
+    ``running`` and ``waiting`` are requests now; ``kv_usage`` is the share of ``kv_blocks`` in use, pinned
+    ones included. ``prompt_tokens``, those by source (``COMPUTED``, ``CACHED``, ``PULLED``), preemptions and
+    what begins with ``nixl_`` count since the server started, at ``started_s`` of its Unix clock.
+    ``nixl_expired`` are leases that ended. ``counts_kv_fetches`` tells whether the server counts KV loads of
+    its own, which a ``kv_producer`` does not; ``shows_nixl`` whether it has any metric of NixlConnector.
     """
 
     running: int | None = None
@@ -113,27 +116,20 @@ def read_metrics(page: str) -> VllmMetrics:
 
     usages = [value for _, value in present("kv_usage")]
     starts = [value for _, value in present("started")]
+    reads = present("nixl_read_s")
     kv_blocks, block_tokens, prefix_caching = _cache_config(tuple(config))
     return VllmMetrics(
-        running=count("running"),
-        waiting=count("waiting"),
         waiting_by_reason=_by_label(present("waiting_by_reason"), "reason"),
         kv_usage=sum(usages) / len(usages) if usages else None,  # the engines' caches have one size
         kv_blocks=kv_blocks,
         block_tokens=block_tokens,
         prefix_caching=prefix_caching,
         started_s=starts[0] if starts else None,
-        preemptions=count("preemptions"),
-        prompt_tokens=count("prompt_tokens"),
         prompt_tokens_by_source=_by_label(present("prompt_tokens_by_source"), "source"),
-        nixl_reads=count("nixl_reads"),
-        nixl_read_s=sum(value for _, value in present("nixl_read_s")) if present("nixl_read_s") else None,
-        nixl_bytes=count("nixl_bytes"),
-        nixl_failed_transfers=count("nixl_failed_transfers"),
-        nixl_failed_notifications=count("nixl_failed_notifications"),
-        nixl_expired=count("nixl_expired"),
+        nixl_read_s=sum(value for _, value in reads) if reads else None,
         counts_kv_fetches=bool(present("kv_fetches")),
         shows_nixl=page.startswith("vllm:nixl_") or "\nvllm:nixl_" in page,
+        **{quantity: count(quantity) for quantity in COUNTS},
     )
 
 

@@ -52,12 +52,9 @@ class Lag:
             self._turned_s = now
 
 
-class Pump:
-    """Hands due events to ``handle``, in order. Time begins at 0 when it is made.
-
-    An event keeps its own time however late it is handled, so that lateness does not add up. After every
-    turn ``flush`` is called.
-    """
+class EventTimer:
+    """Hands due events to ``handle``, in order. Time begins at 0 when it is made. An event keeps its own time
+    however late it is handled, so that lateness does not add up. After every turn ``flush`` is called."""
 
     def __init__(
         self,
@@ -92,7 +89,7 @@ class Pump:
         return now
 
     def arm(self) -> None:
-        """Have the next event handled in time. To be called after whatever may have brought one forward."""
+        """Have the next event handled in time. Call it after whatever may have brought one forward."""
         due_s = self._events.next_s()
         if due_s is None or due_s >= self._timer_s:
             return

@@ -1,4 +1,4 @@
-"""Token ids to text with a model's own tokenizer."""
+"""Text to token ids and back with a model's own tokenizer."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from tidegate.core.errors import ConfigError
+from tidegate.core.errors import BadRequest, ConfigError
 from tidegate.engines.serving.assembling import ByteDecoder, TextAssembler, TextDecoder
 
 _CONTEXT_TOKENS = 6
@@ -46,14 +47,35 @@ class WindowDecoder:
         return after[len(before) :]
 
 
-class Detokenizer:
-    """Makes text assemblers for one model folder's tokenizer."""
+class ModelTokenizer:
+    """The PromptCodec over a fast tokenizer of transformers, and the maker of text assemblers."""
 
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
         """``vocab_size`` is the model's: ids that the tokenizer lacks show nothing."""
-        self.tokenizer: Any = tokenizer
+        self.pretrained = tokenizer
         self._backend: Tokenizer = tokenizer.backend_tokenizer
         self._pieces = _byte_pieces(self._backend, vocab_size)
+        self.longest_token_chars = max(map(len, self._backend.get_vocab()), default=1)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        # The batch call releases the interpreter lock; the plain one holds it, seconds for a long text.
+        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        return ids
+
+    def encode_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
+        if self.pretrained.chat_template is None:
+            raise BadRequest("this model has no chat template; use /v1/completions", param="messages")
+        try:
+            text: str = self.pretrained.apply_chat_template(
+                messages, add_generation_prompt=add_generation_prompt, tokenize=False
+            )
+        except Exception as error:
+            # Templates are programs of the model's author and raise whatever they like.
+            raise BadRequest(f"messages: the chat template refuses them: {error}", param="messages") from None
+        return self.encode(text, add_special_tokens=False)
+
+    def decode(self, token_ids: list[int]) -> str:
+        return str(self._backend.decode(token_ids, skip_special_tokens=False))
 
     def assembler(
         self, prompt_token_ids: tuple[int, ...], generated: int, stops: tuple[str, ...], min_tokens: int
@@ -65,13 +87,11 @@ class Detokenizer:
         else:
             context = prompt_token_ids[max(0, split - _CONTEXT_TOKENS) : split]
             decoder = WindowDecoder(self._backend, list(context))
-        text = TextAssembler(decoder, stops)
-        text.replay(prompt_token_ids[split:], min_tokens)
-        return text
+        return TextAssembler(decoder, stops, prompt_token_ids[split:], min_tokens)
 
     def piece(self, token_id: int) -> str:
         """Return the text of one id by itself, special tokens included."""
-        return str(self._backend.decode([token_id], skip_special_tokens=False))
+        return self.decode([token_id])
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -91,7 +111,7 @@ def _byte_pieces(backend: Tokenizer, vocab_size: int) -> list[bytes] | None:
     """Return each id's bytes for a byte-level tokenizer (special tokens are empty), else None."""
     if type(backend.decoder).__name__ != "ByteLevel":
         return None
-    byte_of = _byte_alphabet()
+    byte_of = {char: byte for byte, char in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
     special = {token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special}
     vocab = backend.get_vocab(with_added_tokens=True)
     pieces = [b""] * max(max(vocab.values()) + 1, vocab_size)
@@ -103,12 +123,3 @@ def _byte_pieces(backend: Tokenizer, vocab_size: int) -> list[bytes] | None:
         else:
             pieces[token_id] = token.encode()
     return pieces
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Return the character that byte-level BPE writes for each byte, inverted (GPT-2's table)."""
-    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    byte_of = {chr(byte): byte for byte in shown}
-    rest = [byte for byte in range(256) if byte not in set(shown)]
-    byte_of.update({chr(256 + index): byte for index, byte in enumerate(rest)})
-    return byte_of
