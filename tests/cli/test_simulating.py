@@ -15,7 +15,7 @@ from typing import IO, NoReturn, Protocol
 import pytest
 
 from tidegate.cli import main as command_line
-from tidegate.cli import report_folder, single_run
+from tidegate.cli import report_folder, sim
 from tidegate.costs.library import profile_names
 from tidegate.measure.summary import KEYS
 from tidegate.reports.plot_style import NoPlots
@@ -100,7 +100,7 @@ def test_a_run_that_fails_leaves_no_half_journal(
         journal.write(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(single_run, "run_once", interrupted)
+    monkeypatch.setattr(sim, "run_once", interrupted)
     with pytest.raises(SystemExit) as caught:
         command_line.main(["sim", *SMALL, "--journal", str(tmp_path / "j.jsonl")])
     assert caught.value.code == 130 and not list(tmp_path.iterdir())

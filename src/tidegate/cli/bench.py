@@ -11,18 +11,19 @@ import typer
 from rich.console import Console
 
 from tidegate.bench import BenchRun, BenchSettings, bench
-from tidegate.cli.options import Flag, OptionGroup
-from tidegate.cli.process import FAILURE, INTERRUPTED
-from tidegate.cli.scoring import SCORING, Scoring
-from tidegate.cli.workload_flags import (
+from tidegate.cli.common_flags import (
     ARRIVALS,
     FORMATS,
     LENGTHS,
     SCALE_RATE,
     SCALE_TOKENS,
+    SCORING,
     TURN_GAP,
     WINDOW,
+    Scoring,
 )
+from tidegate.cli.options import Flag, OptionGroup
+from tidegate.cli.terminal import FAILURE, INTERRUPTED
 from tidegate.core.slo import Slo
 from tidegate.reports.bench_report import render_block
 from tidegate.workloads.choice import WorkloadChoice, load_workload

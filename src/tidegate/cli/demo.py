@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+from tidegate.cli.common_flags import AS_JSON, JOBS, SCORING
 from tidegate.cli.compare import carry_out, show
 from tidegate.cli.options import Flag
 from tidegate.cli.report_folder import command_line, set_up
-from tidegate.cli.scoring import SCORING
-from tidegate.cli.simulating import JOBS, FleetOptions, processes
+from tidegate.cli.simulating import FleetOptions, processes
 from tidegate.cli.terminal import note
 from tidegate.core.slo import Slo
 from tidegate.dataplane.replica import EngineSettings
@@ -50,7 +50,7 @@ EPILOG = """
 def run(
     out: Annotated[Path, Flag("Folder of the report.", "DIR", panel=SCORING)] = Path("tidegate-demo"),
     jobs: Annotated[int | None, JOBS] = None,
-    as_json: Annotated[bool, Flag("Print the report as JSON.", name="--json", panel=SCORING)] = False,
+    as_json: Annotated[bool, AS_JSON] = False,
 ) -> None:
     """Compare scheduling systems on moving traffic, simulated, in under a minute.
 

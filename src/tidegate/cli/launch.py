@@ -19,7 +19,7 @@ import typer
 
 from tidegate import __version__
 from tidegate.cli.config import Config, FleetSection
-from tidegate.cli.process import debugging
+from tidegate.cli.terminal import debugging, warn
 from tidegate.cli.tiny import ARCH, require_embedded, tiny_model
 from tidegate.core.errors import SetupError
 from tidegate.costs.named_profile import load_profile, measured_profile, profile_line, profile_warnings
@@ -47,9 +47,7 @@ def launch(config: Config) -> bool:
         f"instances {config.fleet.size}"
     )
     if not settings.api_key and not _is_loopback(settings.host):
-        typer.echo(
-            f"tidegate: warning: {settings.host} is open to the network and no API key is set", err=True
-        )
+        warn(f"{settings.host} is open to the network and no API key is set")
     announced = AnnouncedFleet(make_fleet(config), typer.echo)
 
     served = False
@@ -207,7 +205,7 @@ def _tell_profiles(names: Sequence[str], model: str) -> None:
             continue
         typer.echo(f"  profile {name}: {profile_line(saved, now)}")
         for warning in profile_warnings(saved, model, now):
-            typer.echo(f"tidegate: warning: {name}: {warning}", err=True)
+            warn(f"{name}: {warning}")
 
 
 def how_to_call(base_url: str, model: str, *, keyed: bool) -> str:

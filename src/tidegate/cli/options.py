@@ -102,12 +102,13 @@ class Flag:
 
 class OptionGroup:
     """The options that make one object of settings: a dataclass whose fields are annotated with flags, or
-    any dataclass with ``flags`` by field. Flags without a panel are shown in ``panel``."""
+    any dataclass with ``flags`` by field. Flags without a panel are shown in ``panel``, by default the
+    class's own."""
 
     def __init__(self, kind: Any, flags: Mapping[str, Flag] | None = None, panel: str | None = None) -> None:
         self.kind = kind
         self._flags = flags
-        self._panel = panel
+        self._panel = panel or getattr(kind, "panel", None)
 
     @cached_property
     def flags(self) -> dict[str, Flag]:

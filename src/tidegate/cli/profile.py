@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 from tidegate.cli.options import Flag, OptionGroup
-from tidegate.cli.tables import show_profile
 from tidegate.cli.terminal import share_bar
 from tidegate.core.errors import ConfigError
 from tidegate.costs.library import packaged_profile, profile_names
 from tidegate.costs.named_profile import OLD_DAYS, profile_line
-from tidegate.costs.saved_profile import SavedProfile, is_profile, read_profile, save_profile
+from tidegate.costs.saved_profile import MeasuredLink, SavedProfile, is_profile, read_profile, save_profile
 from tidegate.profiling.run import ProbeSettings, measure_profile
 
 EPILOG = """
@@ -194,3 +195,46 @@ def _show_measured(measured: Sequence[tuple[Path, SavedProfile]], now: datetime)
     for path, saved in measured:
         old = " (old: measure it again)" if saved.age_days(now) > OLD_DAYS else ""
         typer.echo(f"{path!s:<{width}}  {profile_line(saved, now)}{old}")
+
+
+def show_profile(saved: SavedProfile, out: Path | None) -> None:
+    """Print what was measured, how well it is fitted, and where it was saved."""
+    profile = saved.profile
+    console = Console(highlight=False)
+    where = f" on {saved.hardware}" if saved.hardware else ""
+    console.print(
+        f"[bold]{profile.name}[/]  {saved.engine}{where}, {saved.max_model_len:,} tokens of context"
+    )
+    held = {row.form: row for row in saved.held_out}
+    table = Table("form", "samples", "fit p50", "p95", "held out p50", "p95", box=None, pad_edge=False)
+    for form, p50, p95 in profile.errors:
+        unseen = held.get(form)
+        rest = (f"{unseen.p50:.1%}", f"{unseen.p95:.1%}") if unseen else ("-", "-")
+        table.add_row(form, str(len(saved.samples[form])), f"{p50:.1%}", f"{p95:.1%}", *rest)
+    console.print(table)
+    for n in (512, 2048, 8192):
+        if n <= (saved.max_batch_tokens or saved.max_model_len):
+            console.print(f"prefill of {n:,} tokens: {1e3 * profile.prefill_s(n):.1f} ms", end="  ")
+    console.print(f"step of 1 x 1,024: {1e3 * float(profile.step.seconds(1, 1024)):.1f} ms")
+    budget = f"{saved.max_batch_tokens:,}" if saved.max_batch_tokens else "not reached"
+    console.print(f"front end: {1e3 * profile.front_s:.1f} ms per request  tokens of one step: {budget}")
+    if saved.links:
+        console.print(_link_table(saved.links))
+        console.print(f"KV: {saved.kv_bytes_per_token:,} bytes per token")
+    for note in saved.notes:
+        console.print(f"[yellow]note[/] {note}")
+    if out is not None:
+        console.print(f"saved to {out}; use it as --profile {out}")
+
+
+def _link_table(links: Sequence[MeasuredLink]) -> Table:
+    """Return the links with what was seen from outside and what the engine says of its own reads."""
+    table = Table("KV from", "to", "latency", "GB/s", "error p50", "engine's own", box=None, pad_edge=False)
+    for link in links:
+        told = "-"
+        if link.read_bytes_per_s is not None and link.read_latency_s is not None:
+            told = f"{1e3 * link.read_latency_s:.1f} ms, {link.read_bytes_per_s / 1e9:.1f} GB/s"
+        seen = (f"{1e3 * link.latency_s:.1f} ms", f"{link.bytes_per_s / 1e9:.1f}", f"{link.error_p50:.0%}")
+        table.add_row(*(url.removeprefix("http://") for url in (link.source, link.target)), *seen, told)
+    table.caption = "; ".join(sorted({f"links are fitted {link.by}" for link in links}))
+    return table

@@ -10,7 +10,6 @@ from typing import Any
 
 import typer
 
-from tidegate.cli.tables import replay_block
 from tidegate.cli.terminal import note, warn
 from tidegate.core.errors import ConfigError, TraceError
 from tidegate.experiments.setting import SimulatedFleet
@@ -19,6 +18,8 @@ from tidegate.sim import SimSettings
 from tidegate.sim.replay import Compared, JournalReplay, replay_journal
 from tidegate.systems import make_system
 from tidegate.workloads.choice import WorkloadChoice
+
+REPLAY_WIDTH = 74
 
 
 def replay(
@@ -71,3 +72,32 @@ def _as_json(compared: JournalReplay, system: str, journal: Journal) -> dict[str
         "observed_flips": compared.observed_flips,
         "version": journal.version,
     }
+
+
+def replay_block(compared: JournalReplay, path: Path, system: str) -> str:
+    """Return what was predicted beside what a journal observed."""
+    lines = [f"{f' {path.name}: {system}, predicted and observed ':=^{REPLAY_WIDTH}}"]
+    left_out = f", {compared.left_out:,} not answered in both" if compared.left_out else ""
+    lines.append(f"{'Requests compared:':<24}{compared.requests:,}{left_out}")
+    lines.append(f"{'Flips:':<24}{compared.predicted_flips} predicted, {compared.observed_flips} observed")
+    lines.append(f"{' Latency (ms) ':-^{REPLAY_WIDTH}}")
+    lines.append(f"{'':<20}{'predicted':>14}{'observed':>14}{'error':>12}")
+    for title, value in (("TTFT", compared.ttft), ("TPOT", compared.tpot), ("end to end", compared.e2e)):
+        lines += _latency_rows(title, value)
+    lines.append("=" * REPLAY_WIDTH)
+    return "\n".join(lines)
+
+
+def _latency_rows(title: str, value: Compared | None) -> list[str]:
+    if value is None:
+        return [f"{title:<20}{'n/a':>14}{'n/a':>14}{'n/a':>12}"]
+    figures = (
+        ("mean", value.predicted.mean_s, value.observed.mean_s, value.mean_error),
+        ("p50", value.predicted.p50_s, value.observed.p50_s, value.p50_error),
+        ("p99", value.predicted.p99_s, value.observed.p99_s, value.p99_error),
+    )
+    rows = [
+        f"{f'{title} {name}':<20}{1000 * ours:>14,.1f}{1000 * theirs:>14,.1f}{100 * error:>+10.1f} %"
+        for name, ours, theirs, error in figures
+    ]
+    return [*rows, f"{'  of one request':<48}{100 * value.request_error:>10.1f} %  (median, either way)"]

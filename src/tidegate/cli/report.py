@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from tidegate.cli.common_flags import SCORING, Scoring
 from tidegate.cli.options import Flag
-from tidegate.cli.process import FAILURE
-from tidegate.cli.scoring import SCORING, Scoring
+from tidegate.cli.terminal import FAILURE
 from tidegate.core.errors import TraceError
 from tidegate.core.slo import Slo
 from tidegate.journal.reader import read_journal, recorded_kind

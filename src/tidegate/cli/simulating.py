@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
+from tidegate.api import DEFAULT_PROFILE
+from tidegate.cli.common_flags import TURN_GAP, WINDOW
 from tidegate.cli.options import MILLISECONDS, Flag, OptionGroup, Rule, at_least
-from tidegate.cli.scoring import SCORING
-from tidegate.cli.workload_flags import TURN_GAP, WINDOW
 from tidegate.core.errors import ConfigError
 from tidegate.core.notation import parse_counted
 from tidegate.core.slo import Slo
@@ -16,9 +16,7 @@ from tidegate.costs.library import PackagedProfile, packaged_profile
 from tidegate.costs.named_profile import load_profile
 from tidegate.dataplane.replica import BLOCK_TOKENS, EngineSettings
 from tidegate.experiments.setting import SimulatedFleet
-from tidegate.sim import SimSettings
 
-DEFAULT_PROFILE = "h100_sxm/llama-3.1-8b"
 DEFAULT_INSTANCES = 4
 DEFAULT_TRACE = "sample:azure-conv"
 LEAST_HEARTBEAT_MS = 1.0
@@ -30,53 +28,29 @@ ENGINE = "Engine and gateway"
 
 CUT = {**WINDOW, "limit": replace(WINDOW["limit"], name="--requests"), **TURN_GAP}
 """The flags of the part of a trace that is simulated."""
-JOBS = Flag("Processes; default: one per core.", "N", panel=SCORING, more={"min": 1})
-
-
-def _seconds(milliseconds: float) -> float:
-    return milliseconds / 1000.0
 
 
 def _milliseconds(text: str, name: str, rule: Rule = MILLISECONDS) -> Flag:
     """Return the flag of a setting in seconds that is given in milliseconds, 0 by default."""
-    return Flag(text, "MS", name, shown="0", given=float, rule=rule, read=_seconds)
+    return Flag(text, "MS", name, ENGINE, "0", given=float, rule=rule, read=lambda ms: ms / 1000.0)
 
 
-SIMULATED = OptionGroup(
-    SimSettings,
-    {
-        "slo": Flag("Latency targets.", "ttft:MS,tpot:MS", shown=str(Slo()), read=Slo.parse),
-        "closed_loop": Flag(
-            "A session's turn comes after the answer before it plus the client's pause.", panel=WORKLOAD
-        ),
-        "front_s": replace(
-            _milliseconds("From dispatch to the engine's queue, per leg.", "--front-ms"), panel=ENGINE
-        ),
-        "heartbeat_s": replace(
-            _milliseconds(
-                "How often engines report (1 or more); 0: the scheduler sees all at once.",
-                "--heartbeat-ms",
-                Rule(
-                    lambda ms: ms == 0 or LEAST_HEARTBEAT_MS <= ms < float("inf"),
-                    f"0, where the scheduler sees all at once, or at least {LEAST_HEARTBEAT_MS:g}",
-                ),
-            ),
-            panel=ENGINE,
-        ),
-    },
+HEARTBEAT = Rule(
+    lambda ms: ms == 0 or LEAST_HEARTBEAT_MS <= ms < float("inf"),
+    f"0, where the scheduler sees all at once, or at least {LEAST_HEARTBEAT_MS:g}",
 )
-STEPPED = OptionGroup(
-    SimSettings,
-    {
-        **SIMULATED.flags,
-        "leap": Flag(
-            "Simulate every step instead of jumping over them; slow.",
-            name="--step",
-            given=bool,
-            read=lambda step: not step,
-        ),
-    },
-)
+SIMULATED = {
+    "slo": Flag("Latency targets.", "ttft:MS,tpot:MS", shown=str(Slo()), read=Slo.parse),
+    "closed_loop": Flag(
+        "A session's turn comes after the answer before it plus the client's pause.", panel=WORKLOAD
+    ),
+    "front_s": _milliseconds("From dispatch to the engine's queue, per leg.", "--front-ms"),
+    "heartbeat_s": _milliseconds(
+        "How often engines report (1 or more); 0: the scheduler sees all at once.",
+        "--heartbeat-ms",
+        HEARTBEAT,
+    ),
+}
 BATCHING = OptionGroup(
     EngineSettings,
     {
@@ -92,35 +66,26 @@ BATCHING = OptionGroup(
 class FleetOptions:
     """Which instances are simulated."""
 
+    panel: ClassVar[str] = FLEET
+
     profile: Annotated[
         list[str] | None,
         Flag(
             "What an instance is: one that `tidegate profile --list` shows, or a file that `tidegate "
             f"profile` wrote ({DEFAULT_PROFILE}). Repeat with counts for a mixed fleet.",
             "GPU/MODEL[:N]",
-            panel=FLEET,
         ),
     ] = None
     instances: Annotated[
-        int | None,
-        Flag(f"Number of instances ({DEFAULT_INSTANCES}).", "N", panel=FLEET, rule=at_least(1)),
+        int | None, Flag(f"Number of instances ({DEFAULT_INSTANCES}).", "N", rule=at_least(1))
     ] = None
     kv_tokens: Annotated[
         int | None,
-        Flag(
-            "KV capacity of an instance; default: the profile's.",
-            "N",
-            panel=FLEET,
-            rule=at_least(BLOCK_TOKENS),
-        ),
+        Flag("KV capacity of an instance; default: the profile's.", "N", rule=at_least(BLOCK_TOKENS)),
     ] = None
     mixed_context_ratio: Annotated[
         float | None,
-        Flag(
-            "Cost of a decode's context beside a prefill chunk, over its cost in a pure decode step.",
-            "X",
-            panel=FLEET,
-        ),
+        Flag("Cost of a decode's context beside a prefill chunk, over its cost in a pure decode step.", "X"),
     ] = None
 
     def make(self, engine: EngineSettings) -> SimulatedFleet:

@@ -11,11 +11,10 @@ from rich.console import Console
 
 from tidegate.bound.phase_load import phase_load
 from tidegate.cli import trace_make
+from tidegate.cli.common_flags import FORMATS
 from tidegate.cli.options import Flag, expanded
-from tidegate.cli.tables import show_traces
-from tidegate.cli.trace_files import Described, Loaded, Saved, load, load_timed
+from tidegate.cli.trace_files import Described, Loaded, Saved, load, load_timed, show_traces
 from tidegate.cli.trace_plot import check_plot, plot_traces
-from tidegate.cli.workload_flags import FORMATS
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
 from tidegate.costs.named_profile import load_profile

@@ -12,17 +12,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from tidegate.cli.common_flags import ARRIVALS, LENGTHS, SCALE_RATE, SCALE_TOKENS, TURN_GAP, WINDOW
 from tidegate.cli.options import Flag, OptionGroup
-from tidegate.cli.tables import show_traces
-from tidegate.cli.trace_files import Described, Saved, load_timed, shown
-from tidegate.cli.workload_flags import (
-    ARRIVALS,
-    LENGTHS,
-    SCALE_RATE,
-    SCALE_TOKENS,
-    TURN_GAP,
-    WINDOW,
-)
+from tidegate.cli.trace_files import Described, Saved, load_timed, show_traces, shown
 from tidegate.core.errors import ConfigError
 from tidegate.workloads.choice import WorkloadChoice, load_workload
 from tidegate.workloads.combine import concatenate, superpose
