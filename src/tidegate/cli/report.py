@@ -18,8 +18,7 @@ from tidegate.journal.reader import read_journal, recorded_kind
 from tidegate.measure.percentiles import Summary
 from tidegate.measure.results import ResultFile, read_results
 from tidegate.reports.bench_report import BenchReport, build_bench_report, render_block
-from tidegate.reports.journal_report import RunReport, build_report
-from tidegate.reports.journal_tables import render_report
+from tidegate.reports.journal_report import RunReport, build_report, render_report
 
 EPILOG = """
 [bold]Examples[/bold]
