@@ -63,17 +63,18 @@ def setting(
     metavar: str | None = None,
     *,
     name: str = "",
+    panel: str | None = None,
     shown: bool | str = True,
     needs: tuple[str, ...] = (),
     **checks: Any,
 ) -> Any:
     """Return the field of a setting that has a flag; ``checks`` are those of pydantic's ``Field``."""
     field = Field(default, **checks)
-    field.metadata.append(Flag(text, metavar, name, shown=shown, needs=needs))
+    field.metadata.append(Flag(text, metavar, name, panel, shown, needs=needs))
     return field
 
 
-launched = partial(setting, needs=("launch",))
+launched = partial(setting, panel="Launched vLLM servers", needs=("launch",))
 running = partial(setting, needs=("vllm",))
 emulated = partial(setting, needs=("emulate",))
 

@@ -120,7 +120,7 @@ def plain_log_ticks(axis: Any) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axis.get_view_interval()
-    subs = (1.0,) if high / low > 200 else (1.0, 2.0, 5.0) if high / low > 3 else tuple(range(1, 10))
+    subs = (1.0,) if high / low > 316 else (1.0, 2.0, 5.0) if high / low > 3 else tuple(range(1, 10))
     axis.set_major_locator(LogLocator(subs=subs, numticks=20))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axis.set_minor_formatter(NullFormatter())
