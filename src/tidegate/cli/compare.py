@@ -16,7 +16,6 @@ from rich.table import Table
 
 from tidegate.cli.common_flags import AS_JSON, JOBS, SCORING
 from tidegate.cli.options import Flag, OptionGroup, Rule
-from tidegate.cli.report_folder import command_line, set_up, tell_where, titled, write_folder
 from tidegate.cli.simulating import (
     BATCHING,
     CUT,
@@ -24,7 +23,11 @@ from tidegate.cli.simulating import (
     SIMULATED,
     WORKLOAD,
     FleetOptions,
+    command_line,
     processes,
+    set_up,
+    titled,
+    write_folder,
 )
 from tidegate.cli.terminal import note, plain_table, progress_bar, warn
 from tidegate.core.errors import ConfigError
@@ -138,41 +141,36 @@ def run(
         command=command_line(),
         facts=set_up(compared),
     )
-    show(carry_out(plan, out, processes(jobs)), out, as_json)
+    compare_and_show(plan, out, jobs, as_json)
 
 
-def carry_out(plan: Plan, out: Path, jobs: int) -> Comparison:
-    """Compare with results kept in ``out``, a progress bar on a terminal."""
+def compare_and_show(plan: Plan, out: Path, jobs: int | None, as_json: bool) -> None:
+    """Compare, print tables or JSON, and write the report. Results are kept in ``out``."""
     store = Store(out / PROBES)
     if len(store):
         note(f"{out / PROBES} has {len(store)} results of earlier runs; what they answer is not run again")
 
     async def everything() -> Comparison:
         with progress_bar("runs", None) as show:
-            async with Workers(jobs, store, show) as workers:
+            async with Workers(processes(jobs), store, show) as workers:
                 return await compare(plan, workers)
 
     try:
-        return asyncio.run(everything())
+        comparison = asyncio.run(everything())
     finally:
         store.close()
-
-
-def show(comparison: Comparison, out: Path, as_json: bool) -> None:
-    """Write the folder, and print tables or JSON."""
-    said = findings(comparison)
-    missing = write_folder(out, comparison, said)
     for trace in comparison.traces:
         for text in trace.warnings:
             warn(f"{trace.title}: {text}")
+    sentences = findings(comparison)
     if as_json:
         typer.echo(json.dumps(comparison.to_json(), indent=2, allow_nan=False))
     else:
-        show_comparison(comparison, said)
-    tell_where(out, missing)
+        _show_comparison(comparison, sentences)
+    write_folder(out, comparison, sentences)
 
 
-def show_comparison(comparison: Comparison, findings: Sequence[str]) -> None:
+def _show_comparison(comparison: Comparison, findings: Sequence[str]) -> None:
     """Print a table per trace, then the findings. What is no terminal has lines of any length."""
     console = Console()
     if not console.is_terminal:

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 from tidegate.cli.common_flags import AS_JSON, JOBS, SCORING
-from tidegate.cli.compare import carry_out, show
+from tidegate.cli.compare import compare_and_show
 from tidegate.cli.options import Flag
-from tidegate.cli.report_folder import command_line, set_up
-from tidegate.cli.simulating import FleetOptions, processes
+from tidegate.cli.simulating import FleetOptions, command_line, set_up
 from tidegate.cli.terminal import note
 from tidegate.core.slo import Slo
 from tidegate.dataplane.replica import EngineSettings
@@ -74,4 +73,4 @@ def run(
         facts=set_up(fleet),
     )
     note(f"simulating {INSTANCES} instances of {fleet.title}; traffic: {traffic}")
-    show(carry_out(plan, out, processes(jobs)), out, as_json)
+    compare_and_show(plan, out, jobs, as_json)

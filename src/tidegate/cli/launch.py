@@ -19,8 +19,8 @@ import typer
 
 from tidegate import __version__
 from tidegate.cli.config import Config, FleetSection
+from tidegate.cli.model import ARCH, require_embedded, tiny_model
 from tidegate.cli.terminal import debugging, warn
-from tidegate.cli.tiny import ARCH, require_embedded, tiny_model
 from tidegate.core.errors import SetupError
 from tidegate.costs.named_profile import load_profile, measured_profile, profile_line, profile_warnings
 from tidegate.fleet.emulated import EmulatedFleet, EmulatedLaunch

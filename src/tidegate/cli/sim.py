@@ -1,6 +1,6 @@
 """``tidegate sim``: what a cluster would do with a workload.
 
-What only a search or a report needs is imported there: it takes longer than a short simulation.
+What only a search needs is imported there: it takes longer than a short simulation.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any
+from typing import IO, Annotated, Any
 
 import typer
 
@@ -25,7 +25,12 @@ from tidegate.cli.simulating import (
     SIMULATED,
     WORKLOAD,
     FleetOptions,
+    command_line,
+    make_folder,
     processes,
+    set_up,
+    titled,
+    write_folder,
 )
 from tidegate.cli.terminal import FAILURE, note, progress_bar, warn
 from tidegate.core.errors import ConfigError
@@ -35,12 +40,10 @@ from tidegate.experiments.run import Finished, run_once
 from tidegate.experiments.setting import Setting, SimulatedFleet
 from tidegate.experiments.workload import own_rate_rps, requests_of, starts_sessions
 from tidegate.measure.run_view import view_of
+from tidegate.reports.comparison import ComparedSystem, Comparison, LevelGoodput, TraceComparison
 from tidegate.reports.run_block import render_run
 from tidegate.sim import SimSettings
 from tidegate.workloads.choice import WorkloadChoice
-
-if TYPE_CHECKING:
-    from tidegate.reports.comparison import LevelGoodput
 
 SEARCH_SEEDS = 3
 TOLERANCE = 0.02
@@ -165,8 +168,6 @@ def run(
     setting.make_system()
     _note_assumptions(setting, given(context), options.rate_rps)
     if options.out is not None:
-        from tidegate.cli.report_folder import make_folder
-
         make_folder(options.out)
     summary = _simulate_and_show(setting, options, scoring)
     if scoring.require_level and summary["attainment"] < scoring.level:
@@ -248,7 +249,6 @@ def _search(setting: Setting, options: RunOptions, level: float) -> LevelGoodput
     from tidegate.experiments.limit import limit_job
     from tidegate.experiments.search import find_goodput
     from tidegate.experiments.store import Store
-    from tidegate.reports.comparison import LevelGoodput
 
     async def search() -> LevelGoodput:
         with progress_bar("runs", None) as show:
@@ -303,9 +303,6 @@ def _write_report(
     setting: Setting,
     found: LevelGoodput | None,
 ) -> None:
-    from tidegate.cli.report_folder import command_line, set_up, tell_where, titled, write_folder
-    from tidegate.reports.comparison import ComparedSystem, Comparison, TraceComparison
-
     title = next(iter(titled([setting.workload.trace], setting.workload)))
     searched = (found,) if found is not None and found.probes else ()
     entry = ComparedSystem(finished.facts.system, searched, {}, summary, summary, view_of(finished.run))
@@ -329,4 +326,4 @@ def _write_report(
         command=command_line(),
         facts=set_up(setting.fleet),
     )
-    tell_where(folder, write_folder(folder, comparison, []))
+    write_folder(folder, comparison, [])

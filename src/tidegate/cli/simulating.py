@@ -1,14 +1,21 @@
-"""The options of the verbs that simulate, ``sim`` and ``compare``, and the fleet that they describe."""
+"""What the verbs that simulate share: options, the fleet that they describe, and the folder of a report."""
 
 from __future__ import annotations
 
 import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, ClassVar
 
+import tidegate
 from tidegate.api import DEFAULT_PROFILE
 from tidegate.cli.common_flags import TURN_GAP, WINDOW
 from tidegate.cli.options import MILLISECONDS, Flag, OptionGroup, Rule, at_least
+from tidegate.cli.terminal import note
 from tidegate.core.errors import ConfigError
 from tidegate.core.notation import parse_counted
 from tidegate.core.slo import Slo
@@ -16,7 +23,13 @@ from tidegate.costs.library import PackagedProfile, packaged_profile
 from tidegate.costs.named_profile import load_profile
 from tidegate.dataplane.replica import BLOCK_TOKENS, EngineSettings
 from tidegate.experiments.setting import SimulatedFleet
+from tidegate.reports.comparison import Comparison, write_tables
+from tidegate.reports.figures import draw_figures, write_pngs
+from tidegate.reports.page import render_page
+from tidegate.reports.plot_style import NoPlots
+from tidegate.workloads.choice import WorkloadChoice
 
+REPORT = "report.html"
 DEFAULT_INSTANCES = 4
 DEFAULT_TRACE = "sample:azure-conv"
 LEAST_HEARTBEAT_MS = 1.0
@@ -123,3 +136,63 @@ def processes(jobs: int | None) -> int:
     if jobs is not None:
         return jobs
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def make_folder(folder: Path) -> None:
+    """Have the folder of a report. Raises ConfigError where none can be written: better before a run."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {folder}: no such folder can be made: {error.strerror or error}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {folder}: no permission to write there")
+
+
+def write_folder(folder: Path, comparison: Comparison, findings: Sequence[str]) -> None:
+    """Write ``report.html``, the CSV tables and the PNGs, and note where the page is."""
+    make_folder(folder)
+    write_tables(folder, comparison)
+    missing = ""
+    try:
+        figures = draw_figures(comparison)
+    except NoPlots as error:
+        figures, missing = [], error.message
+        note(f"no charts: {missing}")
+    write_pngs(folder, figures)
+    page = render_page(
+        comparison, figures, findings, f"This page has no charts: {missing}." if missing else ""
+    )
+    (folder / REPORT).write_text(page, encoding="utf-8")
+    note(f"report: {folder / REPORT}")
+
+
+def command_line() -> str:
+    """Return this process's command as a shell takes it."""
+    return shlex.join(["tidegate", *sys.argv[1:]])
+
+
+def titled(files: Sequence[str], cut: WorkloadChoice) -> dict[str, WorkloadChoice]:
+    """Return the workloads by a short title each. Raises ConfigError unless files are named once each."""
+    if not files or len(set(files)) < len(files):
+        raise ConfigError("--traces names each trace once, at least one")
+    short = [Path(name.rpartition(":")[2]).name.removesuffix(".gz") for name in files]
+    short = [name.rpartition(".")[0] or name for name in short]
+    titles = short if len(set(short)) == len(short) else list(files)
+    return {title: replace(cut, trace=file) for title, file in zip(titles, files, strict=True)}
+
+
+def set_up(fleet: SimulatedFleet) -> dict[str, str]:
+    """Return what a reader has to know to judge or repeat a comparison, beside its command."""
+    facts = {
+        "tidegate": tidegate.__version__,
+        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "engine": f"{fleet.engine.max_batch_tokens} tokens, {fleet.engine.max_num_seqs} requests per step, "
+        f"host time {1000 * fleet.engine.host_s:g} ms",
+    }
+    for profile, count in fleet.groups:
+        capacity = profile.kv_capacity_tokens if fleet.kv_tokens is None else fleet.kv_tokens
+        facts[f"profile {profile.name}"] = (
+            f"{count} instances, KV for {capacity:,} tokens each; {profile.profile.source}"
+            + (f"; {profile.note}" if profile.note else "")
+        )
+    return facts
