@@ -11,17 +11,8 @@ import typer
 from rich.console import Console
 
 from tidegate.bench import BenchRun, BenchSettings, bench
-from tidegate.cli.common_flags import (
-    ARRIVALS,
-    FORMATS,
-    LENGTHS,
-    SCALE_RATE,
-    SCALE_TOKENS,
-    SCORING,
-    TURN_GAP,
-    WINDOW,
-    Scoring,
-)
+from tidegate.cli import common_flags as common
+from tidegate.cli.common_flags import SCORING, Scoring
 from tidegate.cli.options import Flag, OptionGroup
 from tidegate.cli.terminal import FAILURE, INTERRUPTED
 from tidegate.core.slo import Slo
@@ -54,13 +45,13 @@ SERVER = "Where and how"
 SENT = OptionGroup(
     WorkloadChoice,
     {
-        "trace": Flag(f"Trace to replay: {FORMATS}.", "FILE"),
-        **ARRIVALS,
-        **LENGTHS,
-        **TURN_GAP,
-        **SCALE_RATE,
-        **SCALE_TOKENS,
-        **WINDOW,
+        "trace": Flag(f"Trace to replay: {common.FORMATS}.", "FILE"),
+        **common.ARRIVALS,
+        **common.LENGTHS,
+        **common.TURN_GAP,
+        **common.SCALE_RATE,
+        **common.SCALE_TOKENS,
+        **common.WINDOW,
         "seed": Flag("Of arrivals, lengths, prompts."),
     },
     WORKLOAD,

@@ -17,7 +17,7 @@ from tidegate.cli.terminal import warn
 from tidegate.core.errors import ConfigError
 from tidegate.workloads.readers import open_trace
 from tidegate.workloads.trace import Workload
-from tidegate.workloads.trace_statistics import ArrivalStatistics, Spread, Statistics
+from tidegate.workloads.trace_statistics import Spread, Statistics
 from tidegate.workloads.writers import WriteFormat, format_of, lost_in, write_trace
 
 
@@ -106,20 +106,17 @@ class Saved:
             write_trace(path, workload, chosen, force=self.force)
 
 
-def show_traces(described: Sequence[Described], console: Console) -> None:
+def show_traces(described: Sequence[Described]) -> None:
     """Print each trace as a block of lines."""
+    console = Console()
     for number, one in enumerate(described):
         if number:
             console.print()
-        _show_trace(one, console)
-
-
-def _show_trace(one: Described, console: Console) -> None:
-    table = Table.grid(padding=(0, 2))
-    for label, text in _trace_lines(one):
-        table.add_row(label, text)
-    console.print(one.name, style="bold", highlight=False, soft_wrap=True)
-    console.print(table, highlight=False)
+        table = Table.grid(padding=(0, 2))
+        for label, text in _trace_lines(one):
+            table.add_row(label, text)
+        console.print(one.name, style="bold", highlight=False, soft_wrap=True)
+        console.print(table, highlight=False)
 
 
 def _trace_lines(one: Described) -> list[tuple[str, str]]:
@@ -131,7 +128,10 @@ def _trace_lines(one: Described) -> list[tuple[str, str]]:
         a = s.arrivals
         lines += [
             ("duration", _duration(a.duration_s)),
-            ("rate", _arrival_rate(a)),
+            (
+                "rate",
+                f"{a.rate_rps:.3g}/s, busiest minute {a.busiest_minute_rps:.3g}/s ({a.peak_to_mean:.2f}x)",
+            ),
             ("burstiness", f"CV {_number(a.cv)} of gaps, IDC60 {_number(a.idc60)} (Poisson: 1, 1)"),
         ]
     lines += [
@@ -149,10 +149,6 @@ def _trace_lines(one: Described) -> list[tuple[str, str]]:
     if one.load:
         lines.append(("estimated load", f"{one.profile}\n{_load(one.load)}"))
     return lines
-
-
-def _arrival_rate(a: ArrivalStatistics) -> str:
-    return f"{a.rate_rps:.3g}/s, busiest minute {a.busiest_minute_rps:.3g}/s ({a.peak_to_mean:.2f}x)"
 
 
 def _ratio(s: Statistics) -> str:
