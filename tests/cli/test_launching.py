@@ -134,7 +134,7 @@ def test_two_makers_at_once_agree(cache: Path, monkeypatch: pytest.MonkeyPatch) 
     assert list(cache.iterdir()) == [folder]
 
 
-async def test_the_announced_fleet_says_who_comes_up() -> None:
+async def test_the_announced_fleet_says_who_comes_up(capsys: pytest.CaptureFixture[str]) -> None:
     member = Member(Instance("i0", 64, 32), "http://a", "m", "i0-1")
 
     class Scripted:
@@ -169,13 +169,12 @@ async def test_the_announced_fleet_says_who_comes_up() -> None:
         def start_failed(self, instance_id: str, reason: str) -> None:
             self.heard += (instance_id, reason)
 
-    said: list[str] = []
     scripted, gateway = Scripted(), Gateway()
-    announced = launch.AnnouncedFleet(scripted, said.append)
+    announced = launch.AnnouncedFleet(scripted)
     await announced.start(gateway)
     announced.suspect("i0")
     await announced.stop()
     assert gateway.heard == ("i0-1", "i0", "was killed by SIGKILL")
     assert announced.model == "m" and announced.ids == ("i0",) and scripted.suspected == "i0"
-    (line,) = said
+    (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("  i0 up after 0.0 s: m at http://a")

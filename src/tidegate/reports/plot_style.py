@@ -25,7 +25,7 @@ STAGE_COLOURS = {
     "decode": "#0072B2",
 }
 INK = "#222222"
-SETTINGS = {
+SETTINGS: Any = {
     "figure.dpi": 100,
     "savefig.dpi": 160,
     "font.size": 10,
