@@ -101,18 +101,10 @@ def show_check(report: CheckReport, console: Console) -> None:
     table.add_column("where")
     table.add_column("observed, and [bold]what to change[/]")
     for found in grouped(report.findings):
-        first = found[0]
-        style = VERDICT_STYLES[first.verdict]
-        table.add_row(
-            f"[{style}]{first.verdict.value}[/]",
-            first.probe,
-            _places(found, len(report.servers)),
-            _observed(found),
-        )
-    console.print()
-    console.print(table)
-    console.print()
-    console.print(_check_outcome(report))
+        verdict, style = found[0].verdict, VERDICT_STYLES[found[0].verdict]
+        where = _places(found, len(report.servers))
+        table.add_row(f"[{style}]{verdict.value}[/]", found[0].probe, where, _observed(found))
+    console.print("", table, "", _outcome(report), sep="\n")
 
 
 def grouped(findings: Iterable[Finding]) -> list[list[Finding]]:
@@ -154,17 +146,14 @@ def _observed(found: Sequence[Finding]) -> str:
     return f"{text}\n[bold]{escape(first.change)}[/]" if first.change else text
 
 
-def _check_outcome(report: CheckReport) -> str:
+def _outcome(report: CheckReport) -> str:
     counts = report.counts()
-    words = [
-        f"{counts[verdict]} {name}"
-        for verdict, name in (
-            (CheckVerdict.RED, "to change"),
-            (CheckVerdict.SKIPPED, "not probed"),
-            (CheckVerdict.YELLOW, "to know of"),
-            (CheckVerdict.GREEN, "green"),
-        )
-        if counts.get(verdict)
-    ]
+    names = {
+        CheckVerdict.RED: "to change",
+        CheckVerdict.SKIPPED: "not probed",
+        CheckVerdict.YELLOW: "to know of",
+        CheckVerdict.GREEN: "green",
+    }
+    words = [f"{counts[verdict]} {name}" for verdict, name in names.items() if counts.get(verdict)]
     outcome = "[green]ready to serve[/]" if report.ok else "[bold red]not ready[/]"
     return f"{outcome}: {', '.join(words)}, in {report.seconds:.1f} s"

@@ -82,14 +82,14 @@ def _ask(base_url: str, api_key: str) -> dict[str, Any]:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
             answer = json.load(response)
     except urllib.error.HTTPError as error:
-        with error:
-            if error.code == 401:
-                raise SetupError(f"{base_url} wants an API key: --api-key or TIDEGATE_API_KEY") from None
-            if error.code == 404:
-                raise SetupError(f"{base_url} is not a tidegate gateway") from None
+        error.close()
+        if error.code == 401:
+            raise SetupError(f"{base_url} wants an API key: --api-key or TIDEGATE_API_KEY") from None
+        if error.code != 404:
             raise TidegateError(f"{base_url} answered {error.code} {error.reason}") from None
+        answer = None
     except json.JSONDecodeError:
-        raise SetupError(f"{base_url} is not a tidegate gateway") from None
+        answer = None
     except ValueError as error:
         raise SetupError(f"{base_url!r} is not a URL: {error}") from None
     except OSError as error:
@@ -105,21 +105,15 @@ def show_state(answer: Mapping[str, Any]) -> None:
     console = Console(highlight=False)
     facts = {name: value for name, value in answer.items() if name != "instances"}
     console.print("[dim] · [/]".join(_fact(name, value) for name, value in facts.items()))
-    rows = [row for row in answer.get("instances", []) if isinstance(row, dict)]
-    rows.sort(key=lambda row: str(row.get("id")))
+    rows = sorted(answer.get("instances", []), key=lambda row: str(row.get("id")))
     if not any(name in row for row in rows for name in STATE_COLUMNS):
         console.print("no instance is up")
         return
     console.print(_rows_table(rows, STATE_COLUMNS))
-    loads = [_load_row(row) for row in rows if isinstance(row.get("load"), dict)]
+    loads = [{**row, **row["load"], **row.get("prompt_tokens", {})} for row in rows if row.get("load")]
     if loads:
         console.print("\n[dim]what the engines say[/]")
         console.print(_rows_table(loads, LOAD_COLUMNS))
-
-
-def _load_row(row: dict[str, Any]) -> dict[str, Any]:
-    """Return what an instance says of its load as one flat row."""
-    return {**row, **row["load"], **row.get("prompt_tokens", {})}
 
 
 def _rows_table(rows: list[dict[str, Any]], titles: dict[str, str]) -> Table:
