@@ -19,9 +19,7 @@ from tidegate.core.slo import Slo
 from tidegate.reports.bench_report import render_block
 from tidegate.workloads.choice import WorkloadChoice, load_workload
 
-EPILOG = """
-[bold]Examples[/bold]
-
+EXAMPLES = """
 Replay ten minutes of production chat traffic at twice its rate:
 
     tidegate bench --url U --trace sample:azure-conv --scale-rate 2

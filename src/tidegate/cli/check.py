@@ -21,9 +21,7 @@ from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
 from tidegate.fleet.static import server_of
 
-EPILOG = """
-[bold]Examples[/bold]
-
+EXAMPLES = """
     tidegate check --vllm http://gpu1:8000 --vllm http://gpu2:8000
 
 Hold their speed against targets, and wait until leases end:

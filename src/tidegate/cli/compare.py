@@ -49,9 +49,7 @@ NARROW = 100
 """Columns of a terminal below which a table leaves the intervals to the report."""
 
 
-EPILOG = """
-[bold]Examples[/bold]
-
+EXAMPLES = """
     tidegate compare --instances 4 --slo ttft:500,tpot:50 --out chat
 
 Every static split beside the adaptive system, on two traces:

@@ -33,9 +33,7 @@ SYSTEMS = ("arrow-lending", "arrow-lending+feasible-first", "static:even", "stat
 LEVEL = 0.9
 TOLERANCE = 0.04
 
-EPILOG = """
-[bold]Examples[/bold]
-
+EXAMPLES = """
     tidegate demo
 
     tidegate demo --out /tmp/demo --json | jq '.goodputs\\[] | {system, goodput_rps}'

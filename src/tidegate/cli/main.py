@@ -72,7 +72,7 @@ def build_app(words: Sequence[str]) -> typer.Typer:
 
 def add_verb(app: typer.Typer, name: str) -> None:
     """Import what carries a verb out, and add it to ``app``."""
-    from tidegate.cli.options import expanded
+    from tidegate.cli.options import epilog, expanded
 
     verb = VERBS[name]
     if verb.panel == "Simulate":  # has no use for the threads that numpy would start, which spin at first
@@ -82,7 +82,9 @@ def add_verb(app: typer.Typer, name: str) -> None:
         app.add_typer(module.verbs, name=name, help=verb.summary, rich_help_panel=verb.panel)
         return
     settings = getattr(module, "CONTEXT", None)
-    command = app.command(name, epilog=module.EPILOG, rich_help_panel=verb.panel, context_settings=settings)
+    command = app.command(
+        name, epilog=epilog(module.EXAMPLES), rich_help_panel=verb.panel, context_settings=settings
+    )
     command(expanded(module.run))
 
 
@@ -110,7 +112,9 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         build_app(words)(args=list(words), prog_name="tidegate")
     except SetupError as error:
-        _fail(error, _listed(error), WRONG_INPUT)
+        problems = error.problems if isinstance(error, ConfigError) else []
+        listed = "\n".join([f"{len(problems)} problems:", *(f"  - {problem}" for problem in problems)])
+        _fail(error, listed if len(problems) > 1 else error.message, WRONG_INPUT)
     except TidegateError as error:
         _fail(error, error.message, FAILURE)
     except KeyboardInterrupt:
@@ -125,13 +129,6 @@ def _fail(error: Exception, text: str, status: int) -> NoReturn:
         raise error
     note(text)
     sys.exit(status)
-
-
-def _listed(error: SetupError) -> str:
-    problems = error.problems if isinstance(error, ConfigError) else []
-    if len(problems) < 2:
-        return error.message
-    return "\n".join([f"{len(problems)} problems:", *(f"  - {problem}" for problem in problems)])
 
 
 if __name__ == "__main__":

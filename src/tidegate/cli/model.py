@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from tidegate import __version__
-from tidegate.cli.options import Flag, expanded
+from tidegate.cli.options import Flag, epilog, expanded
 from tidegate.core.errors import SetupError
 
 
@@ -31,9 +31,7 @@ class Arch(StrEnum):
 ARCH = Arch.LLAMA.value
 NEEDS = ("torch", "transformers", "jinja2")
 
-EPILOG = """
-[bold]Examples[/bold]
-
+EXAMPLES = """
     tidegate model make models/tiny
 
     tidegate model make models/tiny-qwen3 --arch qwen3 --seed 7
@@ -113,4 +111,4 @@ def _make_in_a_process(folder: Path) -> None:
 
 
 verbs = typer.Typer(no_args_is_help=True)
-verbs.command("make", epilog=EPILOG)(expanded(make))
+verbs.command("make", epilog=epilog(EXAMPLES))(expanded(make))

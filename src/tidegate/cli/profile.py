@@ -22,9 +22,7 @@ from tidegate.costs.named_profile import OLD_DAYS, profile_line
 from tidegate.costs.saved_profile import MeasuredLink, SavedProfile, is_profile, read_profile, save_profile
 from tidegate.profiling.run import ProbeSettings, measure_profile
 
-EPILOG = """
-[bold]Examples[/bold]
-
+EXAMPLES = """
 Measure a vLLM server for a minute, and simulate eight like it:
 
     tidegate profile --vllm http://gpu1:8000 --out gpu1.json

@@ -20,9 +20,7 @@ from tidegate.measure.results import read_results
 from tidegate.reports.bench_report import BenchReport, build_bench_report, render_block
 from tidegate.reports.journal_report import RunReport, build_report, render_report
 
-EPILOG = """
-[bold]Examples[/bold]
-
+EXAMPLES = """
     tidegate report journal.jsonl
 
     tidegate report run.jsonl --json | jq .attainment.share

@@ -12,9 +12,7 @@ from tidegate.cli.config import GivenSettings
 from tidegate.cli.options import Flag
 from tidegate.cli.terminal import INTERRUPTED, warn
 
-EPILOG = """
-[bold]Examples[/bold]
-
+EXAMPLES = """
     tidegate serve
 
     tidegate serve --model models/qwen3-0.6b --instances 4 --slo ttft:500,tpot:50

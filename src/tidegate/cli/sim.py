@@ -49,9 +49,7 @@ SEARCH_SEEDS = 3
 TOLERANCE = 0.02
 """Draws and relative width of a goodput search."""
 
-EPILOG = """
-[bold]Examples[/bold]
-
+EXAMPLES = """
 What four H100s would do with ten minutes of production chat traffic at 40 requests/s:
 
     tidegate sim --rate 40

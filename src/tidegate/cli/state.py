@@ -50,9 +50,7 @@ LOAD_COLUMNS = {
 often that came to differ, and where the KV of their prompts came from."""
 
 
-EPILOG = """
-[bold]Examples[/bold]
-
+EXAMPLES = """
     tidegate state
 
     tidegate state --url http://10.0.0.5:8000 --json | jq '.instances\\[].role'

@@ -13,7 +13,7 @@ import typer
 
 from tidegate.bound.phase_load import phase_load
 from tidegate.cli import common_flags as common
-from tidegate.cli.options import Flag, OptionGroup, expanded
+from tidegate.cli.options import Flag, OptionGroup, epilog, expanded
 from tidegate.cli.trace_files import Described, Loaded, Saved, load, load_timed, show_traces, shown
 from tidegate.cli.trace_plot import check_plot, plot_traces
 from tidegate.core.errors import ConfigError
@@ -28,36 +28,28 @@ from tidegate.workloads.reshape import DEFAULT_JITTER_S, Spike, replicate, spike
 from tidegate.workloads.trace import Workload
 from tidegate.workloads.trace_statistics import WINDOW_S, statistics
 
-EPILOG = """
-[bold]Examples[/bold]
-
+EXAMPLES = """
     tidegate trace info sample:azure-conv
 
     tidegate trace make hard.jsonl --base sample:azure-conv --spike 4:300:60
 
     tidegate trace convert azure.csv azure.jsonl.gz
 """
-INFO_EPILOG = """
-[bold]Examples[/bold]
-
+INFO_EXAMPLES = """
     tidegate trace info sample:azure-conv
 
     tidegate trace info day.csv.gz --profile h100_sxm/llama-3.1-8b --plot day.png
 
     tidegate trace info a.jsonl b.csv.gz --json | jq '.traces[].ratio'
 """
-CONVERT_EPILOG = """
-[bold]Examples[/bold]
-
+CONVERT_EXAMPLES = """
     tidegate trace convert azure.csv azure.jsonl.gz
 
     tidegate trace convert journal.jsonl replay.csv
 
     tidegate trace convert chat.jsonl chat.csv --format azure --lossy
 """
-MAKE_EPILOG = """
-[bold]Examples[/bold]
-
+MAKE_EXAMPLES = """
 An hour of generated chat with the lengths of a published trace:
 
     tidegate trace make chat.jsonl --poisson 5 --preset azure-conv --duration 3600
@@ -271,7 +263,7 @@ def make(
         show_traces([made])
 
 
-verbs = typer.Typer(no_args_is_help=True, epilog=EPILOG)
-verbs.command("info", epilog=INFO_EPILOG)(expanded(info))
-verbs.command("make", epilog=MAKE_EPILOG)(expanded(make))
-verbs.command("convert", epilog=CONVERT_EPILOG)(expanded(convert))
+verbs = typer.Typer(no_args_is_help=True, epilog=epilog(EXAMPLES))
+verbs.command("info", epilog=epilog(INFO_EXAMPLES))(expanded(info))
+verbs.command("make", epilog=epilog(MAKE_EXAMPLES))(expanded(make))
+verbs.command("convert", epilog=epilog(CONVERT_EXAMPLES))(expanded(convert))

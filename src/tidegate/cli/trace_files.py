@@ -72,7 +72,7 @@ def load_timed(source: str) -> Workload:
 
 @contextmanager
 def shown(what: str) -> Iterator[None]:
-    """Say on stderr what takes its time, where that is a terminal."""
+    """Show on stderr what takes its time, where that is a terminal."""
     console = Console(stderr=True)
     with console.status(what) if console.is_terminal else nullcontext():
         yield
@@ -126,12 +126,10 @@ def _trace_lines(one: Described) -> list[tuple[str, str]]:
         lines.append(("arrivals", "none in the file: choose a process with trace make"))
     else:
         a = s.arrivals
+        busiest = f"{a.busiest_minute_rps:.3g}/s ({a.peak_to_mean:.2f}x)"
         lines += [
             ("duration", _duration(a.duration_s)),
-            (
-                "rate",
-                f"{a.rate_rps:.3g}/s, busiest minute {a.busiest_minute_rps:.3g}/s ({a.peak_to_mean:.2f}x)",
-            ),
+            ("rate", f"{a.rate_rps:.3g}/s, busiest minute {busiest}"),
             ("burstiness", f"CV {_number(a.cv)} of gaps, IDC60 {_number(a.idc60)} (Poisson: 1, 1)"),
         ]
     lines += [
