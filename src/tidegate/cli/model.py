@@ -70,19 +70,14 @@ def require_embedded() -> None:
         )
 
 
-def cache_folder() -> Path:
-    """Return tidegate's folder in the user's cache directory."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "tidegate"
-
-
 def tiny_model() -> Path:
     """Return the folder of the tiny model, making it first if it is not in the cache.
 
-    The folder appears in one step, so that it is complete whenever it exists, also when two
-    processes make it at once. Raises SetupError when it cannot be made.
+    The folder appears in one step, also when two processes make it at once. Raises SetupError when it cannot
+    be made.
     """
-    folder = cache_folder() / f"tiny-{ARCH}-{__version__}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "tidegate" / f"tiny-{ARCH}-{__version__}"
     if folder.is_dir():
         return folder
     try:

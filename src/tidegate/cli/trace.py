@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -14,7 +14,7 @@ import typer
 from tidegate.bound.phase_load import phase_load
 from tidegate.cli import common_flags as common
 from tidegate.cli.options import Flag, OptionGroup, epilog, expanded
-from tidegate.cli.trace_files import Described, Loaded, Saved, load, load_timed, show_traces, shown
+from tidegate.cli.trace_files import Described, Saved, load, load_timed, show_traces, shown
 from tidegate.cli.trace_plot import check_plot, plot_traces
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
@@ -103,30 +103,27 @@ def info(
         check_plot(plot)
     if slo and not profile:
         raise ConfigError("--slo goes with --profile")
-    loaded = [load(source) for source in traces]
-    described = [_describe(one, window, profile, slo or Slo()) for one in loaded]
+    described = [_describe(source, window, profile, slo or Slo()) for source in traces]
     if as_json:
         typer.echo(json.dumps({"traces": [one.to_json() for one in described]}, indent=2, allow_nan=False))
     else:
         show_traces(described)
     if plot is not None:
-        plot_traces(plot, loaded, described)
+        plot_traces(plot, described)
         typer.echo(f"wrote {plot}", err=True)
 
 
-def _describe(one: Loaded, window_s: float, profile: str, slo: Slo) -> Described:
-    about = statistics(one.workload, timed=one.timed, window_s=window_s)
-    if not profile or not one.timed:
-        return Described(one.name, about)
+def _describe(source: str, window_s: float, profile: str, slo: Slo) -> Described:
+    timed, workload = load(source)
+    described = Described(source, workload, timed, statistics(workload, timed=timed, window_s=window_s))
+    if not profile or not timed:
+        return described
     packaged = load_profile(profile)
+    capacity = packaged.kv_capacity_tokens
     load_by_window = phase_load(
-        one.workload,
-        packaged.profile,
-        tpot_s=slo.tpot_s,
-        kv_tokens=packaged.kv_capacity_tokens,
-        window_s=window_s,
+        workload, packaged.profile, tpot_s=slo.tpot_s, kv_tokens=capacity, window_s=window_s
     )
-    return Described(one.name, about, packaged.name, tuple(load_by_window))
+    return replace(described, profile=packaged.name, load=tuple(load_by_window))
 
 
 def convert(
@@ -256,7 +253,7 @@ def make(
     if not workload:
         raise ConfigError("no request is left; look at --rate-factor, --spike and --duration")
     saved.save(target, workload)
-    made = Described(str(target), statistics(workload, timed=True))
+    made = Described(str(target), workload, True, statistics(workload, timed=True))
     if as_json:
         typer.echo(json.dumps(made.to_json(), indent=2, allow_nan=False))
     else:

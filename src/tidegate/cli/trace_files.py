@@ -22,19 +22,13 @@ from tidegate.workloads.writers import WriteFormat, format_of, lost_in, write_tr
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
-    """A whole trace; ``timed`` says whether it has arrival times across sessions."""
-
-    name: str
-    timed: bool
-    workload: Workload
-
-
-@dataclass(frozen=True, slots=True)
 class Described:
-    """A trace's name, its statistics and, on a profile, its load by phase."""
+    """A trace with its statistics and, on a profile, its load by phase; ``timed`` says whether it has arrival
+    times across sessions."""
 
     name: str
+    workload: Workload
+    timed: bool
     statistics: Statistics
     profile: str = ""
     load: tuple[PhaseLoad, ...] = ()
@@ -50,24 +44,24 @@ class Described:
         }
 
 
-def load(source: str) -> Loaded:
-    """Read a trace whole; raises TraceError, and ConfigError when it holds nothing."""
+def load(source: str) -> tuple[bool, Workload]:
+    """Read a trace whole, and whether it is timed; raises TraceError, and ConfigError when it is empty."""
     with shown(f"reading {source}"):
-        loaded = Loaded(source, *open_trace(source))
-    if not loaded.workload:
+        timed, workload = open_trace(source)
+    if not workload:
         raise ConfigError(f"{source}: the trace holds no requests")
-    return loaded
+    return timed, workload
 
 
 def load_timed(source: str) -> Workload:
     """Read a trace that has arrival times; raises ConfigError saying how to make them otherwise."""
-    loaded = load(source)
-    if not loaded.timed:
+    timed, workload = load(source)
+    if not timed:
         raise ConfigError(
             f"{source} has no arrival times; make them first: tidegate trace make OUT --base {source} "
             "--sessions-per-s X (or --poisson RPS for bare lengths)"
         )
-    return loaded.workload
+    return workload
 
 
 @contextmanager
