@@ -105,7 +105,10 @@ def run(
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
     _show(done, scoring.as_json)
-    raise typer.Exit(_exit_code(done, scoring.require_level))
+    if done.interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if done.report.failed or (scoring.require_level and not done.report.goodput.level_met):
+        raise typer.Exit(FAILURE)
 
 
 def _slo(slo: str, goodput: str, more: list[str]) -> Slo:
@@ -126,10 +129,3 @@ def _show(done: BenchRun, as_json: bool) -> None:
     typer.echo(render_block(done.report))
     if done.interrupted:
         typer.echo("Interrupted: the report covers the requests that ended before.", err=True)
-
-
-def _exit_code(done: BenchRun, require_level: bool) -> int:
-    if done.interrupted:
-        return INTERRUPTED
-    missed = require_level and not done.report.goodput.level_met
-    return FAILURE if done.report.failed or missed else 0

@@ -70,13 +70,6 @@ best of several budgets.
 """
 
 
-def _system_names(systems: str, suite: str) -> list[str]:
-    names = [name for name in systems.split(",") if name.strip()]
-    if suite or not names:
-        names += suite_of(suite or "default")
-    return names
-
-
 def _levels(text: str) -> tuple[float, ...]:
     try:
         levels = tuple(float(word) for word in text.split(",") if word.strip())
@@ -129,10 +122,13 @@ def run(
     """
     compared = fleet.make(engine)
     files = [name.strip() for name in (traces or DEFAULT_TRACE).split(",") if name.strip()]
+    names = [name for name in systems.split(",") if name.strip()]
+    if suite or not names:
+        names += suite_of(suite or "default")
     plan = Plan(
         setting=Setting(cut, compared, "", None, settings),
         workloads=titled(files, cut),
-        contenders=contenders(_system_names(systems, suite), compared.size),
+        contenders=contenders(names, compared.size),
         levels=search.levels,
         seeds=search.seeds,
         tolerance=search.tolerance,

@@ -218,13 +218,9 @@ class FleetSection(Section):
     )
 
     @model_validator(mode="after")
-    def _names_a_model(self) -> FleetSection:
+    def _is_complete(self) -> FleetSection:
         if self.launch and self.model is None:
             raise ValueError(f"--launch {self.launch} needs a --model DIR, which every server loads")
-        return self
-
-    @model_validator(mode="after")
-    def _finds_the_kv(self) -> FleetSection:
         given, servers = len(self.kv_bootstrap or ()), len(self.vllm or ())
         if given and self.kv_connector != "mooncake":
             raise ValueError("--kv-bootstrap is only for --kv-connector mooncake")
@@ -331,11 +327,7 @@ class Config(Section):
 
 GATEWAY_NAMES = {"request_timeout": "request_deadline_s", "stall_timeout": "stall_s"}
 """Fields of ``GatewaySettings`` by their names in [gateway], where the two differ."""
-SECTIONS: dict[str, type[Section]] = {
-    name: kind
-    for name, field in Config.model_fields.items()
-    if isinstance(kind := field.annotation, type) and issubclass(kind, Section)
-}
+SECTIONS: dict[str, Any] = {name: field.annotation for name, field in Config.model_fields.items()}
 SETTINGS: dict[str, str] = {name: section for section, kind in SECTIONS.items() for name in kind.model_fields}
 """The section of every setting, by the setting's name."""
 FLAGS: dict[str, Flag] = {

@@ -24,7 +24,7 @@ from tidegate.costs.named_profile import load_profile
 from tidegate.dataplane.replica import BLOCK_TOKENS, EngineSettings
 from tidegate.experiments.setting import SimulatedFleet
 from tidegate.reports.comparison import Comparison, write_tables
-from tidegate.reports.figures import draw_figures, write_pngs
+from tidegate.reports.figures import draw_figures
 from tidegate.reports.page import render_page
 from tidegate.reports.plot_style import NoPlots
 from tidegate.workloads.choice import WorkloadChoice
@@ -139,7 +139,7 @@ def processes(jobs: int | None) -> int:
 
 
 def make_folder(folder: Path) -> None:
-    """Have the folder of a report. Raises ConfigError where none can be written: better before a run."""
+    """Make the folder of a report. Raises ConfigError where none can be written: better before a run."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -156,13 +156,11 @@ def write_folder(folder: Path, comparison: Comparison, findings: Sequence[str]) 
     try:
         figures = draw_figures(comparison)
     except NoPlots as error:
-        figures, missing = [], error.message
-        note(f"no charts: {missing}")
-    write_pngs(folder, figures)
-    page = render_page(
-        comparison, figures, findings, f"This page has no charts: {missing}." if missing else ""
-    )
-    (folder / REPORT).write_text(page, encoding="utf-8")
+        figures, missing = [], f"This page has no charts: {error.message}."
+        note(f"no charts: {error.message}")
+    for figure in figures:
+        (folder / f"{figure.name}.png").write_bytes(figure.png)
+    (folder / REPORT).write_text(render_page(comparison, figures, findings, missing), encoding="utf-8")
     note(f"report: {folder / REPORT}")
 
 

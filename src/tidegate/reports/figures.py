@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,13 +67,6 @@ def draw_figures(comparison: Comparison) -> list[Figure]:
     """Draw every figure of the report. Raises NoPlots without matplotlib."""
     look = looks(comparison.systems)
     return [figure for trace in comparison.traces for figure in _of_trace(comparison, trace, look)]
-
-
-def write_pngs(folder: Path, figures: list[Figure]) -> list[Path]:
-    """Write the PNG of every figure; return the paths."""
-    for figure in figures:
-        (folder / f"{figure.name}.png").write_bytes(figure.png)
-    return [folder / f"{figure.name}.png" for figure in figures]
 
 
 def _of_trace(comparison: Comparison, trace: TraceComparison, look: dict[str, Look]) -> Iterator[Figure]:
