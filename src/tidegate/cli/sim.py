@@ -173,12 +173,12 @@ def run(
 
 
 def _check_rates(options: RunOptions, workload: WorkloadChoice) -> None:
-    problems = []
-    if options.rate_rps is not None and workload.scale_rate != 1.0:
-        problems.append("--rate and --scale-rate both set the rate; give one")
-    if options.rate_rps is not None and options.goodput:
-        problems.append("--goodput searches the rate; drop --rate")
-    if problems:
+    rivals = {
+        "--rate and --scale-rate both set the rate; give one": workload.scale_rate != 1.0,
+        "--goodput searches the rate; drop --rate": options.goodput,
+    }
+    problems = [text for text, given in rivals.items() if given]
+    if options.rate_rps is not None and problems:
         raise ConfigError(problems)
 
 
@@ -194,11 +194,8 @@ def _note_assumptions(setting: Setting, given: Container[str], rate_rps: float |
     }
     assumed = [f"--{name} {value}" for name, value in values.items() if name not in given]
     if rate_rps is None and len(records) > 1 and records[-1].arrival_s > records[0].arrival_s:
-        whose = (
-            "one session a second, for the trace has no times"
-            if starts_sessions(setting.workload)
-            else ("the trace's own")
-        )
+        untimed = starts_sessions(setting.workload)
+        whose = "one session a second, for the trace has no times" if untimed else "the trace's own"
         assumed.append(f"--rate {own_rate_rps(records):.2f} ({whose})")
     if assumed:
         note(f"assumed {', '.join(assumed)}")
@@ -209,14 +206,13 @@ def _note_assumptions(setting: Setting, given: Container[str], rate_rps: float |
 
 def _simulate_and_show(setting: Setting, options: RunOptions, scoring: Scoring) -> dict[str, Any]:
     """Do what ``options`` ask, print it, and return the run's object of the ``--json`` contract."""
-    found = _search(setting, options, scoring.level) if options.goodput or options.limit else None
-    rate_rps = options.rate_rps
-    if found is not None and options.goodput:
-        rate_rps = found.goodput_rps or rate_rps
+    found = LevelGoodput(scoring.level, "", 0.0, 0.0, 0.0, None, ())
+    if options.goodput or options.limit:
+        found = _search(setting, options, scoring.level)
+    rate_rps = found.goodput_rps or options.rate_rps
     finished = _simulate(setting, rate_rps, options.seed, options.journal)
     summary = finished.summary(
-        goodput_rps=found.goodput_rps if found and options.goodput else None,
-        limit_rps=found.limit_rps if found else None,
+        goodput_rps=found.goodput_rps if options.goodput else None, limit_rps=found.limit_rps
     )
     for text in finished.run.warnings:
         warn(text)
@@ -226,9 +222,9 @@ def _simulate_and_show(setting: Setting, options: RunOptions, scoring: Scoring) 
             f"closed loop: turns wait for answers, so {summary['rate_rps']:.2f} requests/s came where the "
             f"workload's times say {nominal_rps:.2f}"
         )
-    if found is not None and options.limit and found.limit_rps is None:
+    if options.limit and found.limit_rps is None:
         note("no rate is the fluid limit here: the workload is too short, or comes at once")
-    if found is not None and found.reason:
+    if found.reason:
         warn(found.reason)
     if scoring.as_json:
         typer.echo(json.dumps(summary, indent=2, allow_nan=False))
@@ -299,20 +295,14 @@ def _write_report(
     finished: Finished,
     summary: dict[str, Any],
     setting: Setting,
-    found: LevelGoodput | None,
+    found: LevelGoodput,
 ) -> None:
-    title = next(iter(titled([setting.workload.trace], setting.workload)))
-    searched = (found,) if found is not None and found.probes else ()
+    trace = setting.workload.trace
+    title = next(iter(titled([trace], setting.workload)))
+    searched = (found,) if found.probes else ()
     entry = ComparedSystem(finished.facts.system, searched, {}, summary, summary, view_of(finished.run))
-    shown = TraceComparison(
-        setting.workload.trace,
-        title,
-        (entry,),
-        summary["rate_rps"],
-        "the rate of this run",
-        "",
-        tuple(finished.run.warnings),
-    )
+    warnings = tuple(finished.run.warnings)
+    shown = TraceComparison(trace, title, (entry,), summary["rate_rps"], "the rate of this run", "", warnings)
     comparison = Comparison(
         traces=(shown,),
         levels=tuple(each.level for each in searched),

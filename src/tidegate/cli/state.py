@@ -6,7 +6,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -119,8 +119,7 @@ def _rows_table(rows: list[dict[str, Any]], titles: dict[str, str]) -> Table:
     table = plain_table()
     columns = [name for name in titles if any(name in row for row in rows)]
     for name in columns:
-        justify: Literal["left", "right"] = "left" if name in ("id", "pool") else "right"
-        table.add_column(titles[name], justify=justify, no_wrap=True)
+        table.add_column(titles[name], justify="left" if name in ("id", "pool") else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(_cell(name, row.get(name)) for name in columns))
     return table

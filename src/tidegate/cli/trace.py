@@ -142,10 +142,6 @@ def convert(
     typer.echo(f"wrote {len(workload):,} requests to {target}")
 
 
-def _spikes(texts: list[str]) -> tuple[Spike, ...]:
-    return tuple(map(Spike.parse, texts))
-
-
 @dataclass(frozen=True, slots=True)
 class Changes:
     """What is done to the base trace, in this order."""
@@ -163,7 +159,7 @@ class Changes:
             "X:START:S[:PERIOD]",
             "--spike",
             given=list[str],
-            read=_spikes,
+            read=lambda texts: tuple(map(Spike.parse, texts)),
         ),
     ] = ()
     drift: Annotated[
