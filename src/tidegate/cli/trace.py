@@ -142,6 +142,10 @@ def convert(
     typer.echo(f"wrote {len(workload):,} requests to {target}")
 
 
+def _spikes(texts: list[str]) -> tuple[Spike, ...]:
+    return tuple(map(Spike.parse, texts))
+
+
 @dataclass(frozen=True, slots=True)
 class Changes:
     """What is done to the base trace, in this order."""
@@ -159,7 +163,7 @@ class Changes:
             "X:START:S[:PERIOD]",
             "--spike",
             given=list[str],
-            read=lambda texts: tuple(map(Spike.parse, texts)),
+            read=_spikes,
         ),
     ] = ()
     drift: Annotated[
