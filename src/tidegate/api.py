@@ -34,8 +34,8 @@ def load_trace(
     """Read a trace of any format that ``tidegate trace info`` reads, or a packaged ``sample:NAME``.
 
     ``requests`` keeps the first N, ``duration_s`` those of the first seconds. A session file without arrival
-    times starts one session per second, as in ``tidegate sim``; ``turn_gap_s`` parts its turns where the file
-    does not. Raises TraceError, with file, line and column, for a malformed one.
+    times starts one session per second; ``turn_gap_s`` parts its turns where the file does not. Raises
+    TraceError, with file, line and column, for a malformed one.
     """
     from tidegate.experiments.workload import starts_sessions
     from tidegate.workloads.choice import WorkloadChoice, load_workload
@@ -78,25 +78,22 @@ class SimulationResult:
 
     def ttft_s(self, percentile: float = 50) -> float:
         """Return a percentile of TTFT in seconds over the answered requests."""
-        return _percentile(self._answered("ttft_s"), percentile)
+        return self._percentile("ttft_s", percentile)
 
     def tpot_s(self, percentile: float = 50) -> float:
         """Return a percentile of TPOT in seconds over the answered requests of two tokens or more."""
-        return _percentile(self._answered("tpot_s"), percentile)
+        return self._percentile("tpot_s", percentile)
 
     def row(self) -> dict[str, Any]:
         """Return the run in one row: what ``ComparisonResult.rows`` holds of it."""
-        latencies = {f"ttft_p{p}_s": self.ttft_s(p) for p in PERCENTILES}
-        latencies |= {f"tpot_p{p}_s": self.tpot_s(p) for p in PERCENTILES}
         return {
             "system": self.system,
             "rate_rps": self.rate_rps,
             "requests": len(self.run.requests),
             "attainment": self.attainment,
-            **latencies,
-            "flips": self.run.flips,
-            "migrations": self.run.migrations,
-            "preemptions": self.run.preemptions,
+            **{f"ttft_p{p}_s": self.ttft_s(p) for p in PERCENTILES},
+            **{f"tpot_p{p}_s": self.tpot_s(p) for p in PERCENTILES},
+            **{name: getattr(self.run, name) for name in ("flips", "migrations", "preemptions")},
         }
 
     def to_pandas(self) -> Any:
@@ -134,6 +131,12 @@ class SimulationResult:
 
         values: Seconds = getattr(self.run.requests, name)
         return values[self.run.requests.ok & np.isfinite(values)]
+
+    def _percentile(self, name: str, percentile: float) -> float:
+        import numpy as np
+
+        known = self._answered(name)
+        return float(np.percentile(known, percentile)) if len(known) else float("nan")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -183,9 +186,9 @@ def simulate(
 ) -> SimulationResult:
     """Serve a trace with a system on simulated instances, in virtual time.
 
-    ``system`` is a name of ``list_systems``, with an order as in ``arrow+edf``; ``profile`` is anything that
+    ``system`` is a name of ``list_systems``, with an order as in ``arrow+edf``; ``profile`` is one that
     ``tidegate sim --profile`` takes; ``split`` is ``P:D`` at the start; ``rate_rps`` scales the trace's time
-    to that mean rate; another ``seed`` than 0 permutes requests within each minute; ``journal`` gets every
+    to that mean rate; a ``seed`` other than 0 permutes requests within each minute; ``journal`` gets every
     decision and outcome as JSON lines. The same arguments give the same result.
     Raises ConfigError, with all problems of the options at once, and TraceError for a malformed trace.
     """
@@ -216,8 +219,8 @@ def simulate(
         raise ConfigError(problems)
     workload = load_trace(trace) if isinstance(trace, str | Path) else trace
     drawn = at_rate(workload, rate_rps, seed)
-    replicas = replicas_of(chosen, instances)
-    run = run_simulation(drawn, composed, replicas, SimSettings(slo=targets), journal=journal)
+    settings = SimSettings(slo=targets)
+    run = run_simulation(drawn, composed, replicas_of(chosen, instances), settings, journal=journal)
     if rate_rps is None and len(drawn) > 1 and drawn.arrival_s[-1] > drawn.arrival_s[0]:
         rate_rps = own_rate_rps(drawn)
     return SimulationResult(composed.name, rate_rps, run)
@@ -252,12 +255,6 @@ def _noting(problems: list[str], about: str) -> Iterator[None]:
         problems += error.problems
     except ValueError as error:
         problems.append(f"{about}{error}")
-
-
-def _percentile(known: Seconds, percentile: float) -> float:
-    import numpy as np
-
-    return float(np.percentile(known, percentile)) if len(known) else float("nan")
 
 
 def _figure(panels: int) -> tuple[Any, Any]:

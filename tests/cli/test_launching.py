@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tidegate.cli import launch, tiny
+from tidegate.cli import launch, model
 from tidegate.cli.sources import resolve
 from tidegate.core.errors import SetupError
 from tidegate.core.instance import Instance
@@ -86,9 +86,9 @@ def test_a_stop_that_was_not_graceful_is_told(
 def test_missing_packages_are_named_with_the_command_that_brings_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tiny, "find_spec", lambda name: None if name == "torch" else object())
+    monkeypatch.setattr(model, "find_spec", lambda name: None if name == "torch" else object())
     with pytest.raises(SetupError, match=r"needs torch: pip install 'tidegate\[embedded\]'"):
-        tiny.require_embedded()
+        model.require_embedded()
 
 
 @pytest.fixture
@@ -104,9 +104,9 @@ def test_the_tiny_model_is_made_once(cache: Path, monkeypatch: pytest.MonkeyPatc
         made.append(folder)
         (folder / "config.json").touch()
 
-    monkeypatch.setattr(tiny, "_make_in_a_process", make)
-    folder = tiny.tiny_model()
-    assert tiny.tiny_model() == folder
+    monkeypatch.setattr(model, "_make_in_a_process", make)
+    folder = model.tiny_model()
+    assert model.tiny_model() == folder
     assert len(made) == 1 and (folder / "config.json").is_file()
     assert list(cache.iterdir()) == [folder]
 
@@ -116,9 +116,9 @@ def test_a_failed_making_leaves_nothing_behind(cache: Path, monkeypatch: pytest.
         (folder / "half").touch()
         raise SetupError("no space")
 
-    monkeypatch.setattr(tiny, "_make_in_a_process", fail)
+    monkeypatch.setattr(model, "_make_in_a_process", fail)
     with pytest.raises(SetupError, match="no space"):
-        tiny.tiny_model()
+        model.tiny_model()
     assert list(cache.iterdir()) == []
 
 
@@ -129,12 +129,12 @@ def test_two_makers_at_once_agree(cache: Path, monkeypatch: pytest.MonkeyPatch) 
         other.mkdir()
         (other / "config.json").touch()
 
-    monkeypatch.setattr(tiny, "_make_in_a_process", make_while_another_finishes)
-    folder = tiny.tiny_model()
+    monkeypatch.setattr(model, "_make_in_a_process", make_while_another_finishes)
+    folder = model.tiny_model()
     assert list(cache.iterdir()) == [folder]
 
 
-async def test_the_announced_fleet_says_who_comes_up() -> None:
+async def test_the_announced_fleet_says_who_comes_up(capsys: pytest.CaptureFixture[str]) -> None:
     member = Member(Instance("i0", 64, 32), "http://a", "m", "i0-1")
 
     class Scripted:
@@ -169,13 +169,12 @@ async def test_the_announced_fleet_says_who_comes_up() -> None:
         def start_failed(self, instance_id: str, reason: str) -> None:
             self.heard += (instance_id, reason)
 
-    said: list[str] = []
     scripted, gateway = Scripted(), Gateway()
-    announced = launch.AnnouncedFleet(scripted, said.append)
+    announced = launch.AnnouncedFleet(scripted)
     await announced.start(gateway)
     announced.suspect("i0")
     await announced.stop()
     assert gateway.heard == ("i0-1", "i0", "was killed by SIGKILL")
     assert announced.model == "m" and announced.ids == ("i0",) and scripted.suspected == "i0"
-    (line,) = said
+    (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("  i0 up after 0.0 s: m at http://a")

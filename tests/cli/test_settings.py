@@ -280,7 +280,7 @@ def test_setting_names_are_unique_and_the_help_says_what_systems_and_defaults_th
     assert told["port"].show_default == "8000" and told["kv_read_back"].show_default == "False"
     for system in SYSTEMS.names():
         assert f"{system} ({make_system(system).summary})" in told["system"].help
-    assert SECTIONS["emulated"]().chunk_tokens == EngineSettings().max_batch_tokens  # type: ignore[attr-defined]
+    assert SECTIONS["emulated"]().chunk_tokens == EngineSettings().max_batch_tokens
 
 
 def test_the_page_of_settings_is_that_of_this_version() -> None:

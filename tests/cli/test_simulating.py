@@ -15,7 +15,7 @@ from typing import IO, NoReturn, Protocol
 import pytest
 
 from tidegate.cli import main as command_line
-from tidegate.cli import report_folder, single_run
+from tidegate.cli import sim, simulating
 from tidegate.costs.library import profile_names
 from tidegate.measure.summary import KEYS
 from tidegate.reports.plot_style import NoPlots
@@ -100,7 +100,7 @@ def test_a_run_that_fails_leaves_no_half_journal(
         journal.write(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(single_run, "run_once", interrupted)
+    monkeypatch.setattr(sim, "run_once", interrupted)
     with pytest.raises(SystemExit) as caught:
         command_line.main(["sim", *SMALL, "--journal", str(tmp_path / "j.jsonl")])
     assert caught.value.code == 130 and not list(tmp_path.iterdir())
@@ -110,7 +110,7 @@ def test_a_run_that_fails_leaves_no_half_journal(
 def test_shared_prefixes_never_show_more_kv_in_use_than_there_is(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report_folder, "draw_figures", without_matplotlib)
+    monkeypatch.setattr(simulating, "draw_figures", without_matplotlib)
     ids = "|".join(map(str, range(20)))
     trace = tmp_path / "t.csv"
     rows = [f"{0.01 * k},10240,400,{ids},512" for k in range(40)]
@@ -165,7 +165,7 @@ def test_a_killed_comparison_goes_on_where_it_was(
     keys = keys_in(out / "probes.jsonl")
     assert len(set(keys)) == len(keys) and keys[: len(kept)] == kept
     # The same in one go, and without the charts, which take most of the time.
-    monkeypatch.setattr(report_folder, "draw_figures", without_matplotlib)
+    monkeypatch.setattr(simulating, "draw_figures", without_matplotlib)
     fresh = run(*COMPARE, "--tolerance", "0.2", "--out", str(tmp_path / "fresh"), "--jobs", "1", "--json")
     assert fresh.returncode == 0
     assert json.loads(fresh.stdout)["goodputs"] == json.loads(resumed.stdout)["goodputs"]

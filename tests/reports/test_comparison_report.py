@@ -13,7 +13,7 @@ import pytest
 
 from tests.reports.comparison_cases import made_comparison, made_entry
 from tidegate.reports.comparison import write_tables
-from tidegate.reports.figures import draw_figures, write_pngs
+from tidegate.reports.figures import draw_figures
 from tidegate.reports.page import render_page
 from tidegate.reports.plot_style import NoPlots, looks
 
@@ -42,7 +42,7 @@ class Page(HTMLParser):
                 self.ids.append(value)
 
 
-def test_the_page_needs_nothing_beside_it(tmp_path: Path) -> None:
+def test_the_page_needs_nothing_beside_it() -> None:
     figures = draw_figures(COMPARISON)
     text = render_page(COMPARISON, figures, ["arrow leads"])
     page = Page()
@@ -55,7 +55,7 @@ def test_the_page_needs_nothing_beside_it(tmp_path: Path) -> None:
     assert not re.search(r"\bnan\b|\binf\b|\bNone\b", re.sub(r"<[^>]*>", " ", text), re.IGNORECASE)
     assert "&lt;odd&gt;" in text and "<odd>" not in text
     assert len(figures) == 6
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in write_pngs(tmp_path, figures))
+    assert all(figure.png.startswith(b"\x89PNG") for figure in figures)
 
 
 def test_without_matplotlib_tables_still_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

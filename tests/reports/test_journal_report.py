@@ -12,8 +12,7 @@ from rich.console import Console
 
 from tidegate.core.slo import Slo
 from tidegate.journal import read_journal
-from tidegate.reports.journal_report import build_report
-from tidegate.reports.journal_tables import render_report
+from tidegate.reports.journal_report import build_report, render_report
 from tidegate.workloads.readers import read_trace
 
 HEADER = {

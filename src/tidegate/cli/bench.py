@@ -11,25 +11,15 @@ import typer
 from rich.console import Console
 
 from tidegate.bench import BenchRun, BenchSettings, bench
+from tidegate.cli import common_flags as common
+from tidegate.cli.common_flags import SCORING, Scoring
 from tidegate.cli.options import Flag, OptionGroup
-from tidegate.cli.process import FAILURE, INTERRUPTED
-from tidegate.cli.scoring import SCORING, Scoring
-from tidegate.cli.workload_flags import (
-    ARRIVALS,
-    FORMATS,
-    LENGTHS,
-    SCALE_RATE,
-    SCALE_TOKENS,
-    TURN_GAP,
-    WINDOW,
-)
+from tidegate.cli.terminal import FAILURE, INTERRUPTED
 from tidegate.core.slo import Slo
 from tidegate.reports.bench_report import render_block
 from tidegate.workloads.choice import WorkloadChoice, load_workload
 
-EPILOG = """
-[bold]Examples[/bold]
-
+EXAMPLES = """
 Replay ten minutes of production chat traffic at twice its rate:
 
     tidegate bench --url U --trace sample:azure-conv --scale-rate 2
@@ -53,13 +43,13 @@ SERVER = "Where and how"
 SENT = OptionGroup(
     WorkloadChoice,
     {
-        "trace": Flag(f"Trace to replay: {FORMATS}.", "FILE"),
-        **ARRIVALS,
-        **LENGTHS,
-        **TURN_GAP,
-        **SCALE_RATE,
-        **SCALE_TOKENS,
-        **WINDOW,
+        "trace": Flag(f"Trace to replay: {common.FORMATS}.", "FILE"),
+        **common.ARRIVALS,
+        **common.LENGTHS,
+        **common.TURN_GAP,
+        **common.SCALE_RATE,
+        **common.SCALE_TOKENS,
+        **common.WINDOW,
         "seed": Flag("Of arrivals, lengths, prompts."),
     },
     WORKLOAD,
@@ -115,7 +105,10 @@ def run(
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
     _show(done, scoring.as_json)
-    raise typer.Exit(_exit_code(done, scoring.require_level))
+    if done.interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if done.report.failed or (scoring.require_level and not done.report.goodput.level_met):
+        raise typer.Exit(FAILURE)
 
 
 def _slo(slo: str, goodput: str, more: list[str]) -> Slo:
@@ -136,10 +129,3 @@ def _show(done: BenchRun, as_json: bool) -> None:
     typer.echo(render_block(done.report))
     if done.interrupted:
         typer.echo("Interrupted: the report covers the requests that ended before.", err=True)
-
-
-def _exit_code(done: BenchRun, require_level: bool) -> int:
-    if done.interrupted:
-        return INTERRUPTED
-    missed = require_level and not done.report.goodput.level_met
-    return FAILURE if done.report.failed or missed else 0

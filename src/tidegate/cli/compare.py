@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
+from tidegate.cli.common_flags import AS_JSON, JOBS, SCORING
 from tidegate.cli.options import Flag, OptionGroup, Rule
-from tidegate.cli.report_folder import command_line, set_up, tell_where, titled, write_folder
-from tidegate.cli.scoring import SCORING
 from tidegate.cli.simulating import (
     BATCHING,
     CUT,
     DEFAULT_TRACE,
-    JOBS,
     SIMULATED,
     WORKLOAD,
     FleetOptions,
+    command_line,
     processes,
+    set_up,
+    titled,
+    write_folder,
 )
-from tidegate.cli.tables import show_comparison
-from tidegate.cli.terminal import note, progress_bar, warn
+from tidegate.cli.terminal import note, plain_table, progress_bar, warn
 from tidegate.core.errors import ConfigError
 from tidegate.dataplane.replica import EngineSettings
 from tidegate.experiments.compare import Plan, compare
@@ -34,16 +39,17 @@ from tidegate.experiments.setting import Setting
 from tidegate.experiments.store import Store
 from tidegate.experiments.systems import SUITES, contenders
 from tidegate.experiments.systems import suite as suite_of
-from tidegate.reports.comparison import Comparison
+from tidegate.reports.comparison import ComparedSystem, Comparison, TraceComparison
 from tidegate.sim import SimSettings
 from tidegate.workloads.choice import WorkloadChoice
 
 DEFAULT_LEVELS = "0.9,0.99"
 PROBES = "probes.jsonl"
+NARROW = 100
+"""Columns of a terminal below which a table leaves the intervals to the report."""
 
-EPILOG = """
-[bold]Examples[/bold]
 
+EXAMPLES = """
     tidegate compare --instances 4 --slo ttft:500,tpot:50 --out chat
 
 Every static split beside the adaptive system, on two traces:
@@ -62,13 +68,6 @@ best of several budgets.
 
 0 compared; 1 failed; 2 wrong usage or input; 130 interrupted.
 """
-
-
-def _system_names(systems: str, suite: str) -> list[str]:
-    names = [name for name in systems.split(",") if name.strip()]
-    if suite or not names:
-        names += suite_of(suite or "default")
-    return names
 
 
 def _levels(text: str) -> tuple[float, ...]:
@@ -108,12 +107,12 @@ def run(
     suite: Annotated[str, Flag(f"A named set of systems: {', '.join(SUITES)}.", "NAME")] = "",
     cut: Annotated[WorkloadChoice, OptionGroup(WorkloadChoice, CUT, WORKLOAD)],
     fleet: FleetOptions,
-    settings: Annotated[SimSettings, SIMULATED],
+    settings: Annotated[SimSettings, OptionGroup(SimSettings, SIMULATED)],
     engine: Annotated[EngineSettings, BATCHING],
     out: Annotated[Path, Flag("Folder of the report and of all results.", "DIR", panel=SCORING)],
     search: Searched,
     jobs: Annotated[int | None, JOBS] = None,
-    as_json: Annotated[bool, Flag("Print the report as JSON.", name="--json", panel=SCORING)] = False,
+    as_json: Annotated[bool, AS_JSON] = False,
 ) -> None:
     """Find the goodput of every system on every trace, and write one report.
 
@@ -123,45 +122,105 @@ def run(
     """
     compared = fleet.make(engine)
     files = [name.strip() for name in (traces or DEFAULT_TRACE).split(",") if name.strip()]
+    names = [name for name in systems.split(",") if name.strip()]
+    if suite or not names:
+        names += suite_of(suite or "default")
     plan = Plan(
         setting=Setting(cut, compared, "", None, settings),
         workloads=titled(files, cut),
-        contenders=contenders(_system_names(systems, suite), compared.size),
+        contenders=contenders(names, compared.size),
         levels=search.levels,
         seeds=search.seeds,
         tolerance=search.tolerance,
         command=command_line(),
         facts=set_up(compared),
     )
-    show(carry_out(plan, out, processes(jobs)), out, as_json)
+    compare_and_show(plan, out, jobs, as_json)
 
 
-def carry_out(plan: Plan, out: Path, jobs: int) -> Comparison:
-    """Compare with results kept in ``out``, a progress bar on a terminal."""
+def compare_and_show(plan: Plan, out: Path, jobs: int | None, as_json: bool) -> None:
+    """Compare, print tables or JSON, and write the report. Results are kept in ``out``."""
     store = Store(out / PROBES)
     if len(store):
         note(f"{out / PROBES} has {len(store)} results of earlier runs; what they answer is not run again")
 
     async def everything() -> Comparison:
         with progress_bar("runs", None) as show:
-            async with Workers(jobs, store, show) as workers:
+            async with Workers(processes(jobs), store, show) as workers:
                 return await compare(plan, workers)
 
     try:
-        return asyncio.run(everything())
+        comparison = asyncio.run(everything())
     finally:
         store.close()
-
-
-def show(comparison: Comparison, out: Path, as_json: bool) -> None:
-    """Write the folder, and print tables or JSON."""
-    said = findings(comparison)
-    missing = write_folder(out, comparison, said)
     for trace in comparison.traces:
         for text in trace.warnings:
             warn(f"{trace.title}: {text}")
+    sentences = findings(comparison)
     if as_json:
         typer.echo(json.dumps(comparison.to_json(), indent=2, allow_nan=False))
     else:
-        show_comparison(comparison, said)
-    tell_where(out, missing)
+        _show_comparison(comparison, sentences)
+    write_folder(out, comparison, sentences)
+
+
+def _show_comparison(comparison: Comparison, findings: Sequence[str]) -> None:
+    """Print a table per trace, then the findings. What is no terminal has lines of any length."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    for trace in comparison.traces:
+        console.print(
+            _goodputs(comparison, trace, intervals=comparison.seeds > 1 and console.width >= NARROW)
+        )
+        notes = {f.reason for entry in trace.entries for f in entry.levels if f.reason}
+        for text in sorted(notes):
+            console.print(f"* {escape(text)}", style="dim")
+        console.print()
+    for sentence in findings:
+        console.print(escape(sentence), highlight=False, soft_wrap=not console.is_terminal)
+
+
+def _goodputs(comparison: Comparison, trace: TraceComparison, *, intervals: bool) -> Table:
+    table = plain_table(
+        title=f"{escape(trace.title)}: goodput (requests/s) at {escape(comparison.slo)}",
+        title_justify="left",
+        title_style="bold",
+    )
+    table.add_column("system", overflow="fold", min_width=16)
+    for level in comparison.levels:
+        table.add_column(f"at {100 * level:g} %", justify="right", no_wrap=True)
+        if intervals:
+            table.add_column("interval", justify="right", style="dim", no_wrap=True)
+        table.add_column("of limit", justify="right")
+    rate = "" if trace.common_rate_rps is None else f" at {_rate(trace.common_rate_rps)}"
+    table.add_column(f"flips{rate}", justify="right", max_width=9)
+    table.add_column("p99 TTFT of misses", justify="right", max_width=9)
+    table.add_column("p99 TPOT of misses", justify="right", max_width=9)
+    for entry in trace.entries:
+        table.add_row(*_goodput_cells(entry, intervals))
+    return table
+
+
+def _goodput_cells(entry: ComparedSystem, interval: bool) -> list[str]:
+    cells = [escape(entry.title)]
+    for found in entry.levels:
+        share = found.share_of_limit
+        cells.append(f"[bold]{_rate(found.goodput_rps)}[/]{'*' if found.reason else ''}")
+        if interval:
+            cells.append(f"{_rate(found.low_rps)}-{_rate(found.high_rps)}")
+        cells.append("-" if share is None else f"{100 * share:.0f} %")
+    flips, view = (entry.at_common or {}).get("flips"), entry.view
+    cells.append("-" if flips is None else str(flips))
+    misses = (None, None) if view is None else (view.missed_ttft_p99_s, view.missed_tpot_p99_s)
+    return cells + [_time(each) for each in misses]
+
+
+def _rate(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f}"
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"

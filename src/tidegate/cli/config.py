@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 from inspect import Parameter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -57,6 +57,28 @@ SYSTEMS_HELP = (
 )
 
 
+def setting(
+    default: Any,
+    text: str,
+    metavar: str | None = None,
+    *,
+    name: str = "",
+    panel: str | None = None,
+    shown: bool | str = True,
+    needs: tuple[str, ...] = (),
+    **checks: Any,
+) -> Any:
+    """Return the field of a setting that has a flag; ``checks`` are those of pydantic's ``Field``."""
+    field = Field(default, **checks)
+    field.metadata.append(Flag(text, metavar, name, panel, shown, needs=needs))
+    return field
+
+
+launched = partial(setting, panel="Launched vLLM servers", needs=("launch",))
+running = partial(setting, needs=("vllm",))
+emulated = partial(setting, needs=("emulate",))
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
@@ -69,34 +91,23 @@ class GatewaySection(Section):
 
     panel = "Clients"
 
-    host: Annotated[str, Field(min_length=1), Flag("Address to listen on.")] = GATEWAY.host
-    port: Annotated[Whole, Field(ge=0, le=65535), Flag("Port to listen on; 0 takes a free one.")] = (
-        GATEWAY.port
+    host: str = setting(GATEWAY.host, "Address to listen on.", min_length=1)
+    port: Whole = setting(GATEWAY.port, "Port to listen on; 0 takes a free one.", ge=0, le=65535)
+    api_key: Key | None = setting(
+        None,
+        "Key that clients must send. Other users of this machine can see it here: TIDEGATE_API_KEY or "
+        "--api-key-file hide it.",
+        "KEY",
+        repr=False,
     )
-    api_key: Annotated[
-        Key | None,
-        Flag(
-            "Key that clients must send. Other users of this machine can see it here: TIDEGATE_API_KEY or "
-            "--api-key-file hide it.",
-            "KEY",
-        ),
-    ] = Field(default=None, repr=False)
-    api_key_file: Annotated[Path | None, Flag("File that holds the key.", "FILE")] = None
-    journal: Annotated[
-        FilePath | None,
-        Flag("Write every decision and outcome there, as JSON lines.", "FILE"),
-    ] = None
-    request_timeout: Annotated[Seconds, Flag("Longest that a request may take.", "S")] = (
-        GATEWAY.request_deadline_s
+    api_key_file: Path | None = setting(None, "File that holds the key.", "FILE")
+    journal: FilePath | None = setting(None, "Write every decision and outcome there, as JSON lines.", "FILE")
+    request_timeout: Seconds = setting(GATEWAY.request_deadline_s, "Longest that a request may take.", "S")
+    stall_timeout: Seconds = setting(
+        GATEWAY.stall_s,
+        "Silence of an engine after which its requests go elsewhere; above the time of the longest prefill.",
+        "S",
     )
-    stall_timeout: Annotated[
-        Seconds,
-        Flag(
-            "Silence of an engine after which its requests go elsewhere; above the time of the longest "
-            "prefill.",
-            "S",
-        ),
-    ] = GATEWAY.stall_s
 
 
 class SchedulingSection(Section):
@@ -104,14 +115,9 @@ class SchedulingSection(Section):
 
     panel = "Scheduling"
 
-    system: Annotated[SystemName, Flag(SYSTEMS_HELP, "NAME")] = DEFAULT_SYSTEM
-    slo: Annotated[Targets, Flag("Latency targets of requests that bring none.", "ttft:MS,tpot:MS")] = (
-        GATEWAY.slo
-    )
-    split: Annotated[
-        Split | None,
-        Flag("Prefill and decode instances at start-up.", "P:D", shown="even"),
-    ] = None
+    system: SystemName = setting(DEFAULT_SYSTEM, SYSTEMS_HELP, "NAME")
+    slo: Targets = setting(GATEWAY.slo, "Latency targets of requests that bring none.", "ttft:MS,tpot:MS")
+    split: Split | None = setting(None, "Prefill and decode instances at start-up.", "P:D", shown="even")
 
     @model_validator(mode="after")
     @with_value_errors
@@ -126,133 +132,95 @@ class SchedulingSection(Section):
         return make_system(self.system, split=self.split, slo=self.slo)
 
 
-launched_flag = partial(Flag, panel="Launched vLLM servers", needs=("launch",))
-running_flag = partial(Flag, needs=("vllm",))
-emulated_flag = partial(Flag, needs=("emulate",))
-
-
 class FleetSection(Section):
     """Where instances come from: ``model`` starts them here, as vLLM servers with ``launch``, ``emulate``
-    starts pretended ones, ``vllm`` uses running ones."""
+    starts emulated ones, ``vllm`` uses running ones."""
 
     panel = "Instances"
 
-    model: Annotated[
-        ModelFolder | None,
-        Flag(
-            "Model for embedded engines or launched servers, in the Hugging Face layout.",
-            "DIR",
-            shown="a tiny random one",
-        ),
-    ] = None
-    instances: Annotated[
-        Whole, Field(ge=1, le=256), Flag("Number of embedded engines or launched servers.")
-    ] = 3
-    launch: Annotated[
-        Literal["vllm"] | None,
-        Flag(
-            "Start stock `vllm serve` processes, in place of embedded engines, and keep them alive: one per "
-            "GPU where there are any. They hand KV to each other.",
-            "vllm",
-        ),
-    ] = None
-    vllm_args: Annotated[
-        ServeWords | None,
-        launched_flag(
-            "Further arguments of `vllm serve`, in quotes: '--tensor-parallel-size 2' gives each server two "
-            "GPUs.",
-            "'WORDS'",
-        ),
-    ] = None
-    vllm_bin: Annotated[
-        Path | None,
-        launched_flag(
-            "vLLM's command, in whatever environment it is installed.", "FILE", shown="vllm on PATH"
-        ),
-    ] = None
-    vllm_logs: Annotated[
-        Path | None,
-        launched_flag(
-            "Where the servers' output goes, a file for each instance.",
-            "DIR",
-            shown="a new folder in ~/.local/state/tidegate",
-        ),
-    ] = None
-    emulate: Annotated[
-        Groups | None,
-        Flag(
-            "N emulated instances of a packaged profile (`profile --list` shows them), in place of embedded "
-            "engines: real HTTP and made-up tokens, at the pace of that GPU. Repeat for a mixed fleet of one "
-            "model.",
-            "GPU/MODEL:N",
-        ),
-    ] = None
-    vllm: Annotated[
-        Urls | None,
-        Flag(
-            "A running vLLM server, in place of embedded engines; repeat for each. KV moves between those "
-            "that have NixlConnector ('tidegate check' proves it), or another --kv-connector; prefill=URL "
-            "and decode=URL are servers that may do only that.",
-            "URL",
-        ),
-    ] = None
-    vllm_api_key: Key | None = Field(
-        default=None,
-        repr=False,
-        description="Key that the vLLM servers want: no flag, which others could see.",
+    model: ModelFolder | None = setting(
+        None,
+        "Model for embedded engines or launched servers, in the Hugging Face layout.",
+        "DIR",
+        shown="a tiny random one",
     )
-    kv_connector: Annotated[
-        Literal["auto", "nixl", "mooncake", "none"],
-        running_flag(
-            "How running vLLM servers hand on KV: nixl, mooncake, none, or auto for what their metrics show, "
-            "which is NIXL only.",
-            "NAME",
-        ),
-    ] = "auto"
-    kv_lease_s: Annotated[
-        Seconds | None,
-        running_flag(
-            "How long running vLLM servers keep KV for a pull: NixlConnector's kv_lease_duration, or "
-            "Mooncake's VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT.",
-            "S",
-            shown="vLLM's: 30 with nixl, 480 with mooncake",
-        ),
-    ] = None
-    kv_bootstrap: Annotated[
-        Bootstraps | None,
-        running_flag(
-            "Where MooncakeConnector's bootstrap server of each vLLM server is, in their order; other "
-            "servers reach it there, too.",
-            "URL",
-            shown="port 8998 of each server",
-        ),
-    ] = None
-    kv_read_back: Annotated[
-        bool,
-        running_flag(
-            "Let a prefill on a running vLLM server begin with KV that earlier rounds left on another. Only "
-            "for servers that have bidirectional_kv_xfer ('tidegate check' proves it): others hang.",
-            name="--kv-read-back/--no-kv-read-back",
-        ),
-    ] = False
-    profile: Annotated[
-        Profiles | None,
-        Flag(
-            "What the vLLM servers' steps cost: a file of `tidegate profile --vllm URL --out FILE`, or a "
-            "packaged profile (`profile --list` shows them). One for all, or one for each in their order.",
-            "FILE|NAME",
-            needs=("vllm", "launch"),
-        ),
-    ] = None
+    instances: Whole = setting(3, "Number of embedded engines or launched servers.", ge=1, le=256)
+    launch: Literal["vllm"] | None = setting(
+        None,
+        "Start stock `vllm serve` processes, in place of embedded engines, and keep them alive: one per "
+        "GPU where there are any. They hand KV to each other.",
+        "vllm",
+    )
+    vllm_args: ServeWords | None = launched(
+        None,
+        "Further arguments of `vllm serve`, in quotes: '--tensor-parallel-size 2' gives each server two "
+        "GPUs.",
+        "'WORDS'",
+    )
+    vllm_bin: Path | None = launched(
+        None, "vLLM's command, in whatever environment it is installed.", "FILE", shown="vllm on PATH"
+    )
+    vllm_logs: Path | None = launched(
+        None,
+        "Where the servers' output goes, a file for each instance.",
+        "DIR",
+        shown="a new folder in ~/.local/state/tidegate",
+    )
+    emulate: Groups | None = setting(
+        None,
+        "N emulated instances of a packaged profile (`profile --list` shows them), in place of embedded "
+        "engines: real HTTP and made-up tokens, at the pace of that GPU. Repeat for a mixed fleet of one "
+        "model.",
+        "GPU/MODEL:N",
+    )
+    vllm: Urls | None = setting(
+        None,
+        "A running vLLM server, in place of embedded engines; repeat for each. KV moves between those "
+        "that have NixlConnector ('tidegate check' proves it), or another --kv-connector; prefill=URL "
+        "and decode=URL are servers that may do only that.",
+        "URL",
+    )
+    vllm_api_key: Key | None = Field(
+        None, repr=False, description="Key that the vLLM servers want: no flag, which others could see."
+    )
+    kv_connector: Literal["auto", "nixl", "mooncake", "none"] = running(
+        "auto",
+        "How running vLLM servers hand on KV: nixl, mooncake, none, or auto for what their metrics show, "
+        "which is NIXL only.",
+        "NAME",
+    )
+    kv_lease_s: Seconds | None = running(
+        None,
+        "How long running vLLM servers keep KV for a pull: NixlConnector's kv_lease_duration, or "
+        "Mooncake's VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT.",
+        "S",
+        shown="vLLM's: 30 with nixl, 480 with mooncake",
+    )
+    kv_bootstrap: Bootstraps | None = running(
+        None,
+        "Where MooncakeConnector's bootstrap server of each vLLM server is, in their order; other "
+        "servers reach it there, too.",
+        "URL",
+        shown="port 8998 of each server",
+    )
+    kv_read_back: bool = running(
+        False,
+        "Let a prefill on a running vLLM server begin with KV that earlier rounds left on another. Only "
+        "for servers that have bidirectional_kv_xfer ('tidegate check' proves it): others hang.",
+        name="--kv-read-back/--no-kv-read-back",
+    )
+    profile: Profiles | None = setting(
+        None,
+        "What the vLLM servers' steps cost: a file of `tidegate profile --vllm URL --out FILE`, or a "
+        "packaged profile (`profile --list` shows them). One for all, or one for each in their order.",
+        "FILE|NAME",
+        needs=("vllm", "launch"),
+    )
 
     @model_validator(mode="after")
-    def _names_a_model(self) -> FleetSection:
+    def _is_complete(self) -> FleetSection:
         if self.launch and self.model is None:
             raise ValueError(f"--launch {self.launch} needs a --model DIR, which every server loads")
-        return self
-
-    @model_validator(mode="after")
-    def _finds_the_kv(self) -> FleetSection:
         given, servers = len(self.kv_bootstrap or ()), len(self.vllm or ())
         if given and self.kv_connector != "mooncake":
             raise ValueError("--kv-bootstrap is only for --kv-connector mooncake")
@@ -287,19 +255,15 @@ class EngineSection(Section):
 
     panel = "Embedded engines"
 
-    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$"), Flag("cpu, cuda or cuda:N.")] = "cpu"
-    dtype: Annotated[
-        Literal["auto", "float32", "float64", "bfloat16", "float16"],
-        Flag(
-            "auto, float32, float64, bfloat16 or float16. float64 makes tokens independent of scheduling, at "
-            "about twice the time."
-        ),
-    ] = "auto"
-    max_model_len: Annotated[
-        Tokens | None, Flag("Longest prompt plus answer.", "TOKENS", shown="the model's")
-    ] = None
-    kv_memory_mb: Annotated[Count, Flag("KV cache of each engine.", "MB")] = 256
-    max_batch_tokens: Annotated[Tokens, Flag("Tokens that one engine step may process.", "TOKENS")] = 512
+    device: str = setting("cpu", "cpu, cuda or cuda:N.", pattern=r"^(cpu|cuda(:\d+)?)$")
+    dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = setting(
+        "auto",
+        "auto, float32, float64, bfloat16 or float16. float64 makes tokens independent of scheduling, at "
+        "about twice the time.",
+    )
+    max_model_len: Tokens | None = setting(None, "Longest prompt plus answer.", "TOKENS", shown="the model's")
+    kv_memory_mb: Count = setting(256, "KV cache of each engine.", "MB")
+    max_batch_tokens: Tokens = setting(512, "Tokens that one engine step may process.", "TOKENS")
 
 
 class EmulatedSection(Section):
@@ -307,12 +271,11 @@ class EmulatedSection(Section):
 
     panel = "Emulated instances"
 
-    chunk_tokens: Annotated[Count, emulated_flag("Token budget of a step.", "N")] = 8192
-    host_ms: Annotated[Milliseconds, emulated_flag("Host time added to every step.", "MS")] = 0.0
-    front_ms: Annotated[
-        Milliseconds,
-        emulated_flag("From dispatch to the engine's queue, per leg, beside what HTTP takes here.", "MS"),
-    ] = 0.0
+    chunk_tokens: Count = emulated(8192, "Token budget of a step.", "N")
+    host_ms: Milliseconds = emulated(0.0, "Host time added to every step.", "MS")
+    front_ms: Milliseconds = emulated(
+        0.0, "From dispatch to the engine's queue, per leg, beside what HTTP takes here.", "MS"
+    )
 
 
 class Config(Section):
@@ -364,11 +327,7 @@ class Config(Section):
 
 GATEWAY_NAMES = {"request_timeout": "request_deadline_s", "stall_timeout": "stall_s"}
 """Fields of ``GatewaySettings`` by their names in [gateway], where the two differ."""
-SECTIONS: dict[str, type[Section]] = {
-    name: kind
-    for name, field in Config.model_fields.items()
-    if isinstance(kind := field.annotation, type) and issubclass(kind, Section)
-}
+SECTIONS: dict[str, Any] = {name: field.annotation for name, field in Config.model_fields.items()}
 SETTINGS: dict[str, str] = {name: section for section, kind in SECTIONS.items() for name in kind.model_fields}
 """The section of every setting, by the setting's name."""
 FLAGS: dict[str, Flag] = {

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from tidegate.cli.compare import carry_out, show
+from tidegate.cli.common_flags import AS_JSON, JOBS, SCORING
+from tidegate.cli.compare import compare_and_show
 from tidegate.cli.options import Flag
-from tidegate.cli.report_folder import command_line, set_up
-from tidegate.cli.scoring import SCORING
-from tidegate.cli.simulating import JOBS, FleetOptions, processes
+from tidegate.cli.simulating import FleetOptions, command_line, set_up
 from tidegate.cli.terminal import note
 from tidegate.core.slo import Slo
 from tidegate.dataplane.replica import EngineSettings
@@ -34,9 +33,7 @@ SYSTEMS = ("arrow-lending", "arrow-lending+feasible-first", "static:even", "stat
 LEVEL = 0.9
 TOLERANCE = 0.04
 
-EPILOG = """
-[bold]Examples[/bold]
-
+EXAMPLES = """
     tidegate demo
 
     tidegate demo --out /tmp/demo --json | jq '.goodputs\\[] | {system, goodput_rps}'
@@ -50,7 +47,7 @@ EPILOG = """
 def run(
     out: Annotated[Path, Flag("Folder of the report.", "DIR", panel=SCORING)] = Path("tidegate-demo"),
     jobs: Annotated[int | None, JOBS] = None,
-    as_json: Annotated[bool, Flag("Print the report as JSON.", name="--json", panel=SCORING)] = False,
+    as_json: Annotated[bool, AS_JSON] = False,
 ) -> None:
     """Compare scheduling systems on moving traffic, simulated, in under a minute.
 
@@ -74,4 +71,4 @@ def run(
         facts=set_up(fleet),
     )
     note(f"simulating {INSTANCES} instances of {fleet.title}; traffic: {traffic}")
-    show(carry_out(plan, out, processes(jobs)), out, as_json)
+    compare_and_show(plan, out, jobs, as_json)

@@ -19,10 +19,11 @@ import typer
 
 from tidegate import __version__
 from tidegate.cli.config import Config, FleetSection
-from tidegate.cli.process import debugging
-from tidegate.cli.tiny import ARCH, require_embedded, tiny_model
+from tidegate.cli.model import ARCH, require_embedded, tiny_model
+from tidegate.cli.terminal import debugging, warn
 from tidegate.core.errors import SetupError
 from tidegate.costs.named_profile import load_profile, measured_profile, profile_line, profile_warnings
+from tidegate.costs.profile import Profile
 from tidegate.fleet.emulated import EmulatedFleet, EmulatedLaunch
 from tidegate.fleet.launched_vllm import LaunchedVllmFleet, VllmLaunch
 from tidegate.fleet.member import Fleet, FleetListener, Member
@@ -31,11 +32,9 @@ from tidegate.fleet.static import StaticFleet
 from tidegate.fleet.vllm_command import ServeArguments
 from tidegate.gateway.run import run_gateway
 
-Say = Callable[[str], None]
-
 
 def launch(config: Config) -> bool:
-    """Serve until told to stop; False when stopped before it served or in the middle of requests.
+    """Serve until stopped; return False when that was before it served or in the middle of requests.
 
     Raises SetupError.
     """
@@ -47,17 +46,14 @@ def launch(config: Config) -> bool:
         f"instances {config.fleet.size}"
     )
     if not settings.api_key and not _is_loopback(settings.host):
-        typer.echo(
-            f"tidegate: warning: {settings.host} is open to the network and no API key is set", err=True
-        )
-    announced = AnnouncedFleet(make_fleet(config), typer.echo)
-
+        warn(f"{settings.host} is open to the network and no API key is set")
+    announced = AnnouncedFleet(make_fleet(config))
     served = False
 
     def on_ready(base_url: str) -> None:
         nonlocal served
         served = True
-        _tell_profiles(config.fleet.profile or (), announced.model)
+        _show_profiles(config.fleet.profile or (), announced.model)
         typer.echo(how_to_call(base_url, announced.model, keyed=bool(settings.api_key)))
 
     serving: Coroutine[Any, Any, object] = run_gateway(settings, announced, system, on_ready=on_ready)
@@ -74,8 +70,8 @@ def make_fleet(config: Config) -> Fleet:
     """Return the fleet that the settings describe, not yet started; makes the tiny model if needed."""
     source, engine = config.fleet, config.engine
     if source.vllm:
-        profiles = [load_profile(name).profile for name in source.profile or ()]
-        return StaticFleet(source.vllm, api_key=source.vllm_api_key or "", profiles=profiles, kv=source.kv)
+        key = source.vllm_api_key or ""
+        return StaticFleet(source.vllm, api_key=key, profiles=_profiles(source), kv=source.kv)
     if source.launch == "vllm":
         return launched_vllm(source)
     order = config.scheduling.make_system().order.name
@@ -111,7 +107,7 @@ def make_fleet(config: Config) -> Fleet:
 
 
 def launched_vllm(source: FleetSection) -> LaunchedVllmFleet:
-    """Return the fleet, not yet started, and say where its logs are. Raises SetupError without vLLM."""
+    """Return the fleet, not yet started, and print where its logs are. Raises SetupError without vLLM."""
     assert source.model is not None
     launch = VllmLaunch(
         model=source.model,
@@ -121,10 +117,13 @@ def launched_vllm(source: FleetSection) -> LaunchedVllmFleet:
         arguments=ServeArguments(shlex.split(source.vllm_args or "")),
         api_key=source.vllm_api_key or "",
     )
-    profiles = [load_profile(name).profile for name in source.profile or ()]
-    fleet = LaunchedVllmFleet(launch, profiles=profiles)
+    fleet = LaunchedVllmFleet(launch, profiles=_profiles(source))
     typer.echo(f"  vLLM: {launch.program}, logs in {launch.logs}")
     return fleet
+
+
+def _profiles(source: FleetSection) -> list[Profile]:
+    return [load_profile(name).profile for name in source.profile or ()]
 
 
 def vllm_program(given: Path | None) -> Path:
@@ -146,68 +145,39 @@ def new_log_folder() -> Path:
 
 
 class AnnouncedFleet:
-    """A fleet that says who comes up, with the seconds since the start, and passes everything on (the
-    fleet itself logs who goes down)."""
+    """A fleet that prints which instances come up and when, and passes everything else on."""
 
-    def __init__(self, fleet: Fleet, say: Say) -> None:
+    def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
-        self._say = say
-        self._listener: FleetListener | None = None
-        self._began_s = 0.0
+        self.ids = fleet.ids
+        self.suspect, self.add, self.remove, self.stop = fleet.suspect, fleet.add, fleet.remove, fleet.stop
         self.model = ""
         """The model of the first member that came up."""
 
-    @property
-    def ids(self) -> tuple[str, ...]:
-        return self._fleet.ids
-
     async def start(self, listener: FleetListener) -> None:
-        self._listener = listener
         self._began_s = time.monotonic()
+        self._member_up = listener.member_up
+        self.member_down, self.start_failed = listener.member_down, listener.start_failed
         await self._fleet.start(self)
-
-    def suspect(self, instance_id: str) -> None:
-        self._fleet.suspect(instance_id)
-
-    def add(self) -> bool:
-        return self._fleet.add()
-
-    def remove(self, instance_id: str, reason: str) -> bool:
-        return self._fleet.remove(instance_id, reason)
-
-    async def stop(self) -> None:
-        await self._fleet.stop()
 
     def member_up(self, member: Member) -> None:
         self.model = self.model or member.model
-        after_s = time.monotonic() - self._began_s
-        capacity = member.instance.kv_capacity_tokens
-        self._say(
-            f"  {member.instance.id} up after {after_s:.1f} s: {member.model} at {member.url}, "
-            f"KV for {capacity} tokens"
+        typer.echo(
+            f"  {member.instance.id} up after {time.monotonic() - self._began_s:.1f} s: {member.model} at "
+            f"{member.url}, KV for {member.instance.kv_capacity_tokens} tokens"
         )
-        if self._listener is not None:
-            self._listener.member_up(member)
-
-    def member_down(self, instance_id: str, reason: str) -> None:
-        if self._listener is not None:
-            self._listener.member_down(instance_id, reason)
-
-    def start_failed(self, instance_id: str, reason: str) -> None:
-        if self._listener is not None:
-            self._listener.start_failed(instance_id, reason)
+        self._member_up(member)
 
 
-def _tell_profiles(names: Sequence[str], model: str) -> None:
-    """Say what the measured ones among the profiles are, how old, and what speaks against them."""
+def _show_profiles(names: Sequence[str], model: str) -> None:
+    """Print what the measured ones among the profiles are, how old, and what speaks against them."""
     now = datetime.now(UTC)
     for name in names:
         saved = measured_profile(name)
-        if saved is None:
-            continue
-        typer.echo(f"  profile {name}: {profile_line(saved, now)}")
-        for warning in profile_warnings(saved, model, now):
-            typer.echo(f"tidegate: warning: {name}: {warning}", err=True)
+        if saved is not None:
+            typer.echo(f"  profile {name}: {profile_line(saved, now)}")
+            for warning in profile_warnings(saved, model, now):
+                warn(f"{name}: {warning}")
 
 
 def how_to_call(base_url: str, model: str, *, keyed: bool) -> str:

@@ -11,71 +11,39 @@ from typing import Annotated, NamedTuple, NoReturn
 import typer
 
 from tidegate import __version__
-from tidegate.cli.process import FAILURE, INTERRUPTED, WRONG_INPUT, debugging
+from tidegate.cli.terminal import FAILURE, INTERRUPTED, WRONG_INPUT, debugging, note
 from tidegate.core.errors import ConfigError, SetupError, TidegateError
 
 
 class Verb(NamedTuple):
-    """The module of a verb, with ``run`` or the Typer app ``verbs``, and what the overview shows of it."""
+    """What the overview shows of a verb. Its module here has ``run``, or the Typer app ``verbs``."""
 
-    module: str
     summary: str
     panel: str
 
 
-VERBS = {
-    "serve": Verb(
-        "tidegate.cli.serve",
-        "Serve a model over several instances, behind one OpenAI-compatible endpoint.",
-        "Serve",
-    ),
-    "state": Verb(
-        "tidegate.cli.state",
-        "Show the instances of a running gateway: their roles, their work and their last flips.",
-        "Serve",
-    ),
-    "check": Verb(
-        "tidegate.cli.check",
-        "Prove what a fleet of vLLM servers can do, before traffic does.",
-        "Serve",
-    ),
-    "model": Verb("tidegate.cli.model", "Make models to try things with.", "Serve"),
-    "demo": Verb(
-        "tidegate.cli.demo",
-        "Compare scheduling systems on moving traffic, simulated, in under a minute.",
-        "Simulate",
-    ),
-    "sim": Verb(
-        "tidegate.cli.sim",
-        "Simulate a cluster under a workload, with the policies that the gateway runs.",
-        "Simulate",
-    ),
-    "compare": Verb(
-        "tidegate.cli.compare",
-        "Find the goodput of every system on every trace, and write one report.",
-        "Simulate",
-    ),
-    "bench": Verb(
-        "tidegate.cli.bench",
-        "Offer load to an OpenAI-compatible endpoint and score every answer.",
-        "Measure",
-    ),
-    "profile": Verb(
-        "tidegate.cli.profile",
-        "Measure a live, idle instance and fit the latency models that policies and simulator use.",
-        "Measure",
-    ),
-    "trace": Verb(
-        "tidegate.cli.trace",
-        "Look at request traces, make them, convert them.",
-        "Measure",
-    ),
-    "report": Verb(
-        "tidegate.cli.report",
-        "Report on a recorded run: outcomes, SLO attainment, times by stage, decisions.",
-        "Measure",
-    ),
+PANELS = {
+    "Serve": {
+        "serve": "Serve a model over several instances, behind one OpenAI-compatible endpoint.",
+        "state": "Show the instances of a running gateway: their roles, their work and their last flips.",
+        "check": "Prove what a fleet of vLLM servers can do, before traffic does.",
+        "model": "Make models to try things with.",
+    },
+    "Simulate": {
+        "demo": "Compare scheduling systems on moving traffic, simulated, in under a minute.",
+        "sim": "Simulate a cluster under a workload, with the policies that the gateway runs.",
+        "compare": "Find the goodput of every system on every trace, and write one report.",
+    },
+    "Measure": {
+        "bench": "Offer load to an OpenAI-compatible endpoint and score every answer.",
+        "profile": (
+            "Measure a live, idle instance and fit the latency models that policies and simulator use."
+        ),
+        "trace": "Look at request traces, make them, convert them.",
+        "report": "Report on a recorded run: outcomes, SLO attainment, times by stage, decisions.",
+    },
 }
+VERBS = {name: Verb(text, panel) for panel, verbs in PANELS.items() for name, text in verbs.items()}
 
 
 def build_app(words: Sequence[str]) -> typer.Typer:
@@ -104,17 +72,19 @@ def build_app(words: Sequence[str]) -> typer.Typer:
 
 def add_verb(app: typer.Typer, name: str) -> None:
     """Import what carries a verb out, and add it to ``app``."""
-    from tidegate.cli.options import expanded
+    from tidegate.cli.options import epilog, expanded
 
     verb = VERBS[name]
     if verb.panel == "Simulate":  # has no use for the threads that numpy would start, which spin at first
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    module = import_module(verb.module)
+    module = import_module(f"tidegate.cli.{name}")
     if hasattr(module, "verbs"):
         app.add_typer(module.verbs, name=name, help=verb.summary, rich_help_panel=verb.panel)
         return
     settings = getattr(module, "CONTEXT", None)
-    command = app.command(name, epilog=module.EPILOG, rich_help_panel=verb.panel, context_settings=settings)
+    command = app.command(
+        name, epilog=epilog(module.EXAMPLES), rich_help_panel=verb.panel, context_settings=settings
+    )
     command(expanded(module.run))
 
 
@@ -142,7 +112,9 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         build_app(words)(args=list(words), prog_name="tidegate")
     except SetupError as error:
-        _fail(error, _tell(error), WRONG_INPUT)
+        problems = error.problems if isinstance(error, ConfigError) else []
+        listed = "\n".join([f"{len(problems)} problems:", *(f"  - {problem}" for problem in problems)])
+        _fail(error, listed if len(problems) > 1 else error.message, WRONG_INPUT)
     except TidegateError as error:
         _fail(error, error.message, FAILURE)
     except KeyboardInterrupt:
@@ -155,15 +127,8 @@ def main(words: Sequence[str] | None = None) -> None:
 def _fail(error: Exception, text: str, status: int) -> NoReturn:
     if debugging():
         raise error
-    typer.echo(f"tidegate: {text}", err=True)
+    note(text)
     sys.exit(status)
-
-
-def _tell(error: SetupError) -> str:
-    problems = error.problems if isinstance(error, ConfigError) else []
-    if len(problems) < 2:
-        return error.message
-    return "\n".join([f"{len(problems)} problems:", *(f"  - {problem}" for problem in problems)])
 
 
 if __name__ == "__main__":

@@ -1,14 +1,21 @@
-"""``tidegate model``: models to try things with."""
+"""``tidegate model``: models to try things with, and the one that ``serve`` runs when it is given none."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tidegate.cli.options import Flag, expanded
+from tidegate import __version__
+from tidegate.cli.options import Flag, epilog, expanded
 from tidegate.core.errors import SetupError
 
 
@@ -21,9 +28,10 @@ class Arch(StrEnum):
     MISTRAL = "mistral"
 
 
-EPILOG = """
-[bold]Examples[/bold]
+ARCH = Arch.LLAMA.value
+NEEDS = ("torch", "transformers", "jinja2")
 
+EXAMPLES = """
     tidegate model make models/tiny
 
     tidegate model make models/tiny-qwen3 --arch qwen3 --seed 7
@@ -45,8 +53,6 @@ def make(
         raise SetupError(f"{folder} exists and is not a folder")
     if folder.is_dir() and any(folder.iterdir()) and not force:
         raise SetupError(f"{folder} is not empty; choose another folder or add --force")
-    from tidegate.cli.tiny import require_embedded
-
     require_embedded()
     from tidegate.engines.embedded.tiny_model import make_tiny_model
 
@@ -54,5 +60,50 @@ def make(
     typer.echo(f"made {made}; serve it with: tidegate serve --model {made}")
 
 
+def require_embedded() -> None:
+    """Raise SetupError when the packages of the embedded engine are not installed."""
+    missing = [name for name in NEEDS if find_spec(name) is None]
+    if missing:
+        raise SetupError(
+            f"the embedded engine needs {', '.join(missing)}: pip install 'tidegate[embedded]'\n"
+            "(or serve running vLLM servers: tidegate serve --vllm http://HOST:PORT)"
+        )
+
+
+def tiny_model() -> Path:
+    """Return the folder of the tiny model, making it first if it is not in the cache.
+
+    The folder appears in one step, also when two processes make it at once. Raises SetupError when it cannot
+    be made.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "tidegate" / f"tiny-{ARCH}-{__version__}"
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise SetupError(f"cannot write the model cache {folder.parent}: {error.strerror}") from None
+    try:
+        _make_in_a_process(scratch)
+        try:
+            scratch.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _make_in_a_process(folder: Path) -> None:
+    """Make the model outside this process, which would otherwise hold torch for as long as it serves."""
+    words = ("-m", "tidegate.cli.main", "model", "make", str(folder), "--arch", ARCH, "--force")
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SetupError(f"making the tiny model failed:\n{done.stderr.strip()}")
+
+
 verbs = typer.Typer(no_args_is_help=True)
-verbs.command("make", epilog=EPILOG)(expanded(make))
+verbs.command("make", epilog=epilog(EXAMPLES))(expanded(make))

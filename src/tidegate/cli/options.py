@@ -1,8 +1,7 @@
 """Command-line options made from the settings that they set.
 
-A command takes whole objects of settings: ``def sim(settings: Annotated[SimSettings, SIMULATED])``. A
-``Flag`` says of a setting how it is written; its type and its default are those of the class. ``expanded``
-turns the command into what typer takes, with an option for each flag; the command gets the objects.
+A command takes whole objects of settings. A ``Flag`` says how a setting is written; its type and its default
+are those of the class. ``expanded`` turns the command into what typer takes, with an option for each flag.
 """
 
 from __future__ import annotations
@@ -44,12 +43,11 @@ MILLISECONDS = Rule(lambda value: 0 <= value < float("inf"), "a time of 0 ms or 
 class Flag:
     """How a setting is written on the command line.
 
-    ``name`` is the setting's own, with dashes, unless given: ``--on/--off`` for a bool of two flags.
-    ``shown`` is the default as the help shows it: True for the setting's own, False for none. ``rule`` is
-    checked before ``read`` turns what was given into the setting's value; that raises ValueError or
-    ConfigError. An option that is not given leaves the setting its default. ``given`` is the type on the
-    command line, where it is not the setting's. ``needs`` has the settings without one of which this one
-    has no effect. ``more`` is what else typer knows of options.
+    ``name`` is by default the setting's, with dashes. ``shown`` is the default that the help shows: True for
+    the setting's own, False for none. ``given`` is the type on the command line, where it is not the
+    setting's. ``rule`` is checked before ``read`` turns what was given into the setting's value; that may
+    raise ValueError or ConfigError. The setting has no effect without one of ``needs``. ``more`` are further
+    arguments of ``typer.Option``.
     """
 
     help: str
@@ -97,22 +95,32 @@ class Flag:
             show_default=self.shown,
             **(self.more or {}),
         )
-        return _keyword(self.key(name), Annotated[kind, option], default)
+        return inspect.Parameter(
+            self.key(name),
+            inspect.Parameter.KEYWORD_ONLY,
+            default=default,
+            annotation=Annotated[kind, option],
+        )
 
 
 class OptionGroup:
-    """The options that make one object of settings: a dataclass whose fields are annotated with flags, or
-    any dataclass with ``flags`` by field. Flags without a panel are shown in ``panel``."""
+    """The options that make one object of a dataclass. ``flags`` are by field; by default they are those that
+    the fields are annotated with. ``panel``, by default the class's, is for flags without one."""
 
     def __init__(self, kind: Any, flags: Mapping[str, Flag] | None = None, panel: str | None = None) -> None:
         self.kind = kind
         self._flags = flags
-        self._panel = panel
+        self._panel = panel or getattr(kind, "panel", None)
 
     @cached_property
     def flags(self) -> dict[str, Flag]:
         """The flags by setting, in the order of the help."""
-        flags = flags_of(self.kind) if self._flags is None else self._flags
+        flags = self._flags or {
+            name: flag
+            for name, hint in get_type_hints(self.kind, include_extras=True).items()
+            for flag in getattr(hint, "__metadata__", ())
+            if isinstance(flag, Flag)
+        }
         return {name: flag.placed(self._panel) for name, flag in flags.items()}
 
     def parameters(self) -> Iterator[inspect.Parameter]:
@@ -122,11 +130,10 @@ class OptionGroup:
         for name, flag in self.flags.items():
             default, kind = known[name].default, flag.given or given_type(hints[name])
             if default is MISSING and known[name].default_factory is MISSING:
-                yield flag.parameter(name, kind, inspect.Parameter.empty)
+                default = inspect.Parameter.empty
             elif default is None or default is MISSING or flag.read or flag.given:
-                yield flag.parameter(name, kind | None, None)
-            else:
-                yield flag.parameter(name, kind, default)
+                default, kind = None, kind | None
+            yield flag.parameter(name, kind, default)
 
     def make(self, given: dict[str, Any], part: bool) -> Any:
         """Take the options out of ``given`` and return the object, or with ``part`` a call that makes it.
@@ -154,20 +161,15 @@ def collected(calls: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
     return results
 
 
+def epilog(examples: str) -> str:
+    """Return what the help shows below the options."""
+    return "\n[bold]Examples[/bold]\n\n" + examples.removeprefix("\n")
+
+
 def given(context: typer.Context) -> set[str]:
     """Return the names of the options that were given, in one way or another."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return {name for name, source in sources.items() if source and source.name != "DEFAULT"}
-
-
-def flags_of(kind: Any) -> dict[str, Flag]:
-    """Return the flags that a class's fields are annotated with."""
-    return {
-        name: flag
-        for name, hint in get_type_hints(kind, include_extras=True).items()
-        for flag in getattr(hint, "__metadata__", ())
-        if isinstance(flag, Flag)
-    }
 
 
 def given_type(hint: Any) -> Any:
@@ -185,10 +187,9 @@ def given_type(hint: Any) -> Any:
 def expanded(command: Callable[..., Any]) -> Callable[..., Any]:
     """Return a command for typer, which gives ``command`` objects of settings in place of options.
 
-    A parameter is an object if it is annotated with an ``OptionGroup``, or if its type is a dataclass with
-    flags; ``partial[KIND]`` in place of ``KIND`` gives a call that makes it of what is not an option. Others
-    are an option each if they are annotated with a ``Flag``, and otherwise typer's. The command raises
-    ConfigError with the problems of all options at once.
+    A parameter is an object if it is annotated with an ``OptionGroup``, or if its type is a dataclass;
+    ``partial[KIND]`` in place of ``KIND`` gives a call that makes it. One with a ``Flag`` is an option, and
+    others are typer's. The command raises ConfigError with the problems of all options at once.
     """
     hints = get_type_hints(command, include_extras=True)
     makers: dict[str, Callable[[dict[str, Any]], Any]] = {}
@@ -208,7 +209,7 @@ def expanded(command: Callable[..., Any]) -> Callable[..., Any]:
             written = written | None if parameter.default is None else written
             parameters.append(flag.parameter(name, written, parameter.default))
         else:
-            parameters.append(_keyword(name, hints[name], parameter.default))
+            parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hints[name]))
 
     @wraps(command)
     def run(**given: Any) -> Any:
@@ -222,7 +223,3 @@ def expanded(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _take(name: str, flag: Flag, given: dict[str, Any]) -> Any:
     return flag.value(name, given.pop(flag.key(name)))
-
-
-def _keyword(name: str, kind: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)

@@ -11,19 +11,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 from tidegate.cli.options import Flag, OptionGroup
-from tidegate.cli.tables import show_profile
 from tidegate.cli.terminal import share_bar
 from tidegate.core.errors import ConfigError
-from tidegate.costs.library import packaged_profile, profile_names
+from tidegate.costs.library import PackagedProfile, packaged_profile, profile_names
 from tidegate.costs.named_profile import OLD_DAYS, profile_line
-from tidegate.costs.saved_profile import SavedProfile, is_profile, read_profile, save_profile
+from tidegate.costs.saved_profile import MeasuredLink, SavedProfile, is_profile, read_profile, save_profile
 from tidegate.profiling.run import ProbeSettings, measure_profile
 
-EPILOG = """
-[bold]Examples[/bold]
-
+EXAMPLES = """
 Measure a vLLM server for a minute, and simulate eight like it:
 
     tidegate profile --vllm http://gpu1:8000 --out gpu1.json
@@ -115,82 +114,110 @@ def show_profiles(paths: Sequence[Path], as_json: bool) -> None:
 
     Raises ConfigError for a path that does not exist, or a file that is no profile.
     """
-    measured = _measured_at(paths)
-    now = datetime.now(UTC)
+    packaged, measured, now = _packaged_rows(), _measured_at(paths), datetime.now(UTC)
     if as_json:
-        rows = [*_packaged_rows(), *(_measured_row(path, saved, now) for path, saved in measured)]
+        rows = [*packaged, *(_measured_row(path, saved, now) for path, saved in measured)]
         typer.echo(json.dumps(rows, indent=1, allow_nan=False))
         return
-    _show_packaged()
+    width = max(len(row["name"]) for row in packaged)
+    typer.echo(f"{'name':<{width}}  {'prefill 2,048':>13}  {'step 32x2,048':>13}  {'KV tokens':>9}")
+    for row in packaged:
+        times = f"{1000 * row['prefill_2048_s']:>10.1f} ms  {1000 * row['step_32x2048_s']:>10.1f} ms"
+        typer.echo(f"{row['name']:<{width}}  {times}  {row['kv_capacity_tokens']:>9,}")
     if measured:
-        typer.echo()
-        _show_measured(measured, now)
+        typer.echo("\nmeasured")
+    width = max((len(str(path)) for path, _ in measured), default=0)
+    for path, saved in measured:
+        old = " (old: measure it again)" if saved.age_days(now) > OLD_DAYS else ""
+        typer.echo(f"{path!s:<{width}}  {profile_line(saved, now)}{old}")
     typer.echo(
         "\nOr a file of `tidegate profile --out`, hardware:GPU/MODEL[/tpN], roofline:GPU/CONFIG.json[/tpN]."
     )
 
 
 def _measured_at(paths: Sequence[Path]) -> list[tuple[Path, SavedProfile]]:
-    found = []
+    files: list[Path] = []
     for path in paths:
-        if path.is_dir():
-            # Whatever else lies in a folder is no profile, and a broken one is told when it is named.
-            files = [file for file in sorted(path.glob("*.json")) if is_profile(file)]
-        elif path.exists():
-            files = [path]
-        else:
+        if not path.exists():
             raise ConfigError(f"no such file or folder: {path}")
-        found += [(file, read_profile(file)) for file in files]
-    return found
+        # Other files in a folder are passed over; a broken profile is refused when it is named.
+        files += (
+            [file for file in sorted(path.glob("*.json")) if is_profile(file)] if path.is_dir() else [path]
+        )
+    return [(file, read_profile(file)) for file in files]
 
 
 def _packaged_rows() -> list[dict[str, Any]]:
-    found = [packaged_profile(name) for name in profile_names()]
     return [
         {
             "name": each.name,
-            "prefill_2048_s": float(each.profile.prefill_s(2048)),
-            "step_32x2048_s": float(each.profile.step.seconds(32, 32 * 2048)),
-            "kv_capacity_tokens": each.kv_capacity_tokens,
+            **_costs(each),
             "mixed_measured": each.mixed_measured,
             "note": each.note,
         }
-        for each in found
+        for each in map(packaged_profile, profile_names())
     ]
 
 
-def _measured_row(path: Path, saved: SavedProfile, now: datetime) -> dict[str, Any]:
+def _costs(each: PackagedProfile | SavedProfile) -> dict[str, Any]:
     return {
-        "file": str(path),
-        "name": saved.profile.name,
-        "model": saved.model,
-        "engine": saved.engine,
-        "hardware": saved.hardware,
-        "tidegate": saved.tidegate,
-        "created": saved.created,
-        "age_days": round(saved.age_days(now), 2),
-        "prefill_2048_s": float(saved.profile.prefill_s(2048)),
-        "step_32x2048_s": float(saved.profile.step.seconds(32, 32 * 2048)),
-        "kv_capacity_tokens": saved.kv_capacity_tokens,
-        "links": [
-            {key: value for key, value in asdict(link).items() if key != "samples"} for link in saved.links
-        ],
-        "notes": list(saved.notes),
+        "prefill_2048_s": float(each.profile.prefill_s(2048)),
+        "step_32x2048_s": float(each.profile.step.seconds(32, 32 * 2048)),
+        "kv_capacity_tokens": each.kv_capacity_tokens,
     }
 
 
-def _show_packaged() -> None:
-    rows = _packaged_rows()
-    width = max(len(row["name"]) for row in rows)
-    typer.echo(f"{'name':<{width}}  {'prefill 2,048':>13}  {'step 32x2,048':>13}  {'KV tokens':>9}")
-    for row in rows:
-        times = f"{1000 * row['prefill_2048_s']:>10.1f} ms  {1000 * row['step_32x2048_s']:>10.1f} ms"
-        typer.echo(f"{row['name']:<{width}}  {times}  {row['kv_capacity_tokens']:>9,}")
+def _measured_row(path: Path, saved: SavedProfile, now: datetime) -> dict[str, Any]:
+    links = [{key: value for key, value in asdict(link).items() if key != "samples"} for link in saved.links]
+    return {
+        "file": str(path),
+        "name": saved.profile.name,
+        **{name: getattr(saved, name) for name in ("model", "engine", "hardware", "tidegate", "created")},
+        "age_days": round(saved.age_days(now), 2),
+        **_costs(saved),
+        "links": links,
+        "notes": saved.notes,
+    }
 
 
-def _show_measured(measured: Sequence[tuple[Path, SavedProfile]], now: datetime) -> None:
-    width = max(len(str(path)) for path, _ in measured)
-    typer.echo("measured")
-    for path, saved in measured:
-        old = " (old: measure it again)" if saved.age_days(now) > OLD_DAYS else ""
-        typer.echo(f"{path!s:<{width}}  {profile_line(saved, now)}{old}")
+def show_profile(saved: SavedProfile, out: Path | None) -> None:
+    """Print what was measured, how well it is fitted, and where it was saved."""
+    profile = saved.profile
+    console = Console(highlight=False)
+    where = f" on {saved.hardware}" if saved.hardware else ""
+    console.print(
+        f"[bold]{profile.name}[/]  {saved.engine}{where}, {saved.max_model_len:,} tokens of context"
+    )
+    held = {row.form: row for row in saved.held_out}
+    table = Table("form", "samples", "fit p50", "p95", "held out p50", "p95", box=None, pad_edge=False)
+    for form, p50, p95 in profile.errors:
+        unseen = held.get(form)
+        rest = (f"{unseen.p50:.1%}", f"{unseen.p95:.1%}") if unseen else ("-", "-")
+        table.add_row(form, str(len(saved.samples[form])), f"{p50:.1%}", f"{p95:.1%}", *rest)
+    console.print(table)
+    for n in (512, 2048, 8192):
+        if n <= (saved.max_batch_tokens or saved.max_model_len):
+            console.print(f"prefill of {n:,} tokens: {1e3 * profile.prefill_s(n):.1f} ms", end="  ")
+    console.print(f"step of 1 x 1,024: {1e3 * float(profile.step.seconds(1, 1024)):.1f} ms")
+    budget = f"{saved.max_batch_tokens:,}" if saved.max_batch_tokens else "not reached"
+    console.print(f"front end: {1e3 * profile.front_s:.1f} ms per request  tokens of one step: {budget}")
+    if saved.links:
+        console.print(_link_table(saved.links))
+        console.print(f"KV: {saved.kv_bytes_per_token:,} bytes per token")
+    for note in saved.notes:
+        console.print(f"[yellow]note[/] {note}")
+    if out is not None:
+        console.print(f"saved to {out}; use it as --profile {out}")
+
+
+def _link_table(links: Sequence[MeasuredLink]) -> Table:
+    """Return the links with what was seen from outside and what the engine says of its own reads."""
+    table = Table("KV from", "to", "latency", "GB/s", "error p50", "engine's own", box=None, pad_edge=False)
+    for link in links:
+        told = "-"
+        if link.read_bytes_per_s is not None and link.read_latency_s is not None:
+            told = f"{1e3 * link.read_latency_s:.1f} ms, {link.read_bytes_per_s / 1e9:.1f} GB/s"
+        seen = (f"{1e3 * link.latency_s:.1f} ms", f"{link.bytes_per_s / 1e9:.1f}", f"{link.error_p50:.0%}")
+        table.add_row(*(url.removeprefix("http://") for url in (link.source, link.target)), *seen, told)
+    table.caption = "; ".join(sorted({f"links are fitted {link.by}" for link in links}))
+    return table

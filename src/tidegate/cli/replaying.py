@@ -10,7 +10,6 @@ from typing import Any
 
 import typer
 
-from tidegate.cli.tables import replay_block
 from tidegate.cli.terminal import note, warn
 from tidegate.core.errors import ConfigError, TraceError
 from tidegate.experiments.setting import SimulatedFleet
@@ -19,6 +18,8 @@ from tidegate.sim import SimSettings
 from tidegate.sim.replay import Compared, JournalReplay, replay_journal
 from tidegate.systems import make_system
 from tidegate.workloads.choice import WorkloadChoice
+
+WIDTH = 74
 
 
 def replay(
@@ -57,17 +58,43 @@ def replay(
 
 
 def _as_json(compared: JournalReplay, system: str, journal: Journal) -> dict[str, Any]:
-    def latency(value: Compared | None) -> dict[str, Any] | None:
-        return None if value is None else asdict(value)
-
+    latencies = {name: getattr(compared, name) for name in ("ttft", "tpot", "e2e")}
     return {
         "system": system,
         "requests": compared.requests,
         "left_out": compared.left_out,
-        "ttft": latency(compared.ttft),
-        "tpot": latency(compared.tpot),
-        "e2e": latency(compared.e2e),
+        **{name: None if value is None else asdict(value) for name, value in latencies.items()},
         "predicted_flips": compared.predicted_flips,
         "observed_flips": compared.observed_flips,
         "version": journal.version,
     }
+
+
+def replay_block(compared: JournalReplay, path: Path, system: str) -> str:
+    """Return what was predicted beside what a journal observed."""
+    left_out = f", {compared.left_out:,} not answered in both" if compared.left_out else ""
+    lines = [
+        f"{f' {path.name}: {system}, predicted and observed ':=^{WIDTH}}",
+        f"{'Requests compared:':<24}{compared.requests:,}{left_out}",
+        f"{'Flips:':<24}{compared.predicted_flips} predicted, {compared.observed_flips} observed",
+        f"{' Latency (ms) ':-^{WIDTH}}",
+        f"{'':<20}{'predicted':>14}{'observed':>14}{'error':>12}",
+        *_latency_rows("TTFT", compared.ttft),
+        *_latency_rows("TPOT", compared.tpot),
+        *_latency_rows("end to end", compared.e2e),
+        "=" * WIDTH,
+    ]
+    return "\n".join(lines)
+
+
+def _latency_rows(title: str, value: Compared | None) -> list[str]:
+    if value is None:
+        return [f"{title:<20}{'n/a':>14}{'n/a':>14}{'n/a':>12}"]
+    rows = []
+    for name in ("mean", "p50", "p99"):
+        ours, theirs = getattr(value.predicted, f"{name}_s"), getattr(value.observed, f"{name}_s")
+        error = getattr(value, f"{name}_error")
+        rows.append(
+            f"{f'{title} {name}':<20}{1000 * ours:>14,.1f}{1000 * theirs:>14,.1f}{100 * error:>+10.1f} %"
+        )
+    return [*rows, f"{'  of one request':<48}{100 * value.request_error:>10.1f} %  (median, either way)"]

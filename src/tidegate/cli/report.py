@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from tidegate.cli.common_flags import SCORING, Scoring
 from tidegate.cli.options import Flag
-from tidegate.cli.process import FAILURE
-from tidegate.cli.scoring import SCORING, Scoring
+from tidegate.cli.terminal import FAILURE
 from tidegate.core.errors import TraceError
 from tidegate.core.slo import Slo
 from tidegate.journal.reader import read_journal, recorded_kind
 from tidegate.measure.percentiles import Summary
-from tidegate.measure.results import ResultFile, read_results
+from tidegate.measure.results import read_results
 from tidegate.reports.bench_report import BenchReport, build_bench_report, render_block
-from tidegate.reports.journal_report import RunReport, build_report
-from tidegate.reports.journal_tables import render_report
+from tidegate.reports.journal_report import RunReport, build_report, render_report
 
-EPILOG = """
-[bold]Examples[/bold]
-
+EXAMPLES = """
     tidegate report journal.jsonl
 
     tidegate report run.jsonl --json | jq .attainment.share
@@ -61,10 +58,14 @@ def run(
     run met --level tells if the highest rate at that level lies above or below.
     """
     report: RunReport | BenchReport
-    if _kind(recording) == "bench":
-        report = _bench_report(read_results(recording), slo, scoring.level)
-    else:
+    kind = recorded_kind(recording)
+    if kind == "bench":
+        report = _bench_report(recording, slo, scoring.level)
+    elif kind == "header":
         report = build_report(read_journal(recording), slo=slo, level=scoring.level)
+    else:
+        problem = "this is neither a journal (first line of type 'header') nor a bench result (type 'bench')"
+        raise TraceError(problem, file=str(recording), line=1)
     if scoring.as_json:
         typer.echo(json.dumps(report.to_json(), indent=2))
     elif isinstance(report, BenchReport):
@@ -75,18 +76,8 @@ def run(
         raise typer.Exit(FAILURE)
 
 
-def _kind(recording: Path) -> str:
-    kind = recorded_kind(recording)
-    if kind not in ("header", "bench"):
-        raise TraceError(
-            "this is neither a journal (first line of type 'header') nor a bench result (type 'bench')",
-            file=str(recording),
-            line=1,
-        )
-    return kind
-
-
-def _bench_report(recorded: ResultFile, targets: Slo | None, level: float) -> BenchReport:
+def _bench_report(path: Path, targets: Slo | None, level: float) -> BenchReport:
+    recorded = read_results(path)
     notes = []
     if recorded.truncated:
         notes.append("the last line is cut off: the client was stopped in the middle of it")
@@ -94,11 +85,6 @@ def _bench_report(recorded: ResultFile, targets: Slo | None, level: float) -> Be
         notes.append("the file has no summary line: the client was killed before its end")
     own = recorded.header.get("slo")
     slo = targets or (Slo(own["ttft_s"], own["tpot_s"]) if isinstance(own, dict) else Slo())
-    return build_bench_report(
-        recorded.results, slo, level=level, itl_s=_recorded_gaps(recorded.summary), notes=notes
-    )
-
-
-def _recorded_gaps(summary: dict[str, Any] | None) -> Summary | None:
-    gaps = (summary or {}).get("itl_s")
-    return Summary(**gaps) if isinstance(gaps, dict) else None
+    gaps = (recorded.summary or {}).get("itl_s")
+    itl_s = Summary(**gaps) if isinstance(gaps, dict) else None
+    return build_bench_report(recorded.results, slo, level=level, itl_s=itl_s, notes=notes)

@@ -10,11 +10,9 @@ import typer
 
 from tidegate.cli.config import GivenSettings
 from tidegate.cli.options import Flag
-from tidegate.cli.process import INTERRUPTED
+from tidegate.cli.terminal import INTERRUPTED, warn
 
-EPILOG = """
-[bold]Examples[/bold]
-
+EXAMPLES = """
     tidegate serve
 
     tidegate serve --model models/qwen3-0.6b --instances 4 --slo ttft:500,tpot:50
@@ -51,9 +49,7 @@ def run(
     from tidegate.cli.launch import launch as serve_until_stopped
     from tidegate.cli.sources import as_toml, resolve
 
-    resolved = resolve(
-        config, os.environ, given, warn=lambda text: typer.echo(f"tidegate: warning: {text}", err=True)
-    )
+    resolved = resolve(config, os.environ, given, warn=warn)
     if print_config:
         typer.echo(as_toml(resolved), nl=False)
     elif not serve_until_stopped(resolved.config):

@@ -36,11 +36,10 @@ def with_value_errors(read: Callable[..., R]) -> Callable[..., R]:
 
 def _number(kind: type[int | float], what: str) -> BeforeValidator:
     """Return the check that a value is a number, or is written as one; true and false are none."""
-    kinds = (str, int, kind)
 
     def read(value: object) -> float:
         try:
-            if isinstance(value, kinds) and not isinstance(value, bool):
+            if isinstance(value, str | int | kind) and not isinstance(value, bool):
                 return kind(value)
         except ValueError:
             pass
@@ -49,21 +48,11 @@ def _number(kind: type[int | float], what: str) -> BeforeValidator:
     return BeforeValidator(read)
 
 
-@with_value_errors
 def _known_system(name: str) -> str:
     from tidegate.systems import named
 
     named(name)
     return name
-
-
-@with_value_errors
-def _slo(value: object) -> Slo:
-    return value if isinstance(value, Slo) else Slo.parse(str(value))
-
-
-def _split(value: object) -> tuple[int, int]:
-    return parse_split(str(value))
 
 
 def _words(value: object, what: str) -> list[str]:
@@ -74,7 +63,6 @@ def _words(value: object, what: str) -> list[str]:
     return list(words)
 
 
-@with_value_errors
 def _urls(value: object) -> list[str]:
     from tidegate.fleet.static import server_of
 
@@ -84,14 +72,12 @@ def _urls(value: object) -> list[str]:
     return [url if role is None else f"{role.label}={url}" for url, role in servers]
 
 
-@with_value_errors
 def _bootstraps(value: object) -> list[str]:
     from tidegate.fleet.static import checked_url
 
     return [checked_url(word) for word in _words(value, "URLs")]
 
 
-@with_value_errors
 def _groups(value: object) -> list[str]:
     from tidegate.dataplane.roster import parse_groups
 
@@ -100,22 +86,18 @@ def _groups(value: object) -> list[str]:
     return words
 
 
-@with_value_errors
 def _profiles(value: object) -> list[str]:
     """Check that each names a profile; a file's path is made absolute, as the model's folder is."""
     from tidegate.costs.named_profile import load_profile
 
-    words = [str(Path(word).resolve()) if _is_file(word) else word for word in _words(value, "profiles")]
+    words = _words(value, "profiles")
     for word in words:
         load_profile(word)
-    return words
+    return [
+        str(Path(word).resolve()) if word.endswith(".json") and ":" not in word else word for word in words
+    ]
 
 
-def _is_file(profile: str) -> bool:
-    return profile.endswith(".json") and ":" not in profile
-
-
-@with_value_errors
 def _serve_arguments(value: str) -> str:
     from tidegate.fleet.vllm_command import ServeArguments
 
@@ -141,19 +123,27 @@ def _file_path(value: Path) -> Path:
     return value
 
 
+def _before(read: Callable[[Any], object]) -> BeforeValidator:
+    return BeforeValidator(with_value_errors(read))
+
+
+def _after(check: Callable[[Any], object]) -> AfterValidator:
+    return AfterValidator(with_value_errors(check))
+
+
 Whole = Annotated[int, _number(int, "whole number")]
 Count = Annotated[Whole, Field(ge=1)]
 Tokens = Annotated[Whole, Field(ge=16)]
 Seconds = Annotated[float, _number(float, "number of seconds"), Field(gt=0, allow_inf_nan=False)]
 Milliseconds = Annotated[float, _number(float, "number of milliseconds"), Field(ge=0, allow_inf_nan=False)]
-Key = Annotated[str, AfterValidator(_sendable)]
-SystemName = Annotated[str, AfterValidator(_known_system)]
-Targets = Annotated[Slo, BeforeValidator(_slo)]
-Split = Annotated[tuple[int, int], BeforeValidator(_split)]
-FilePath = Annotated[Path, AfterValidator(_file_path)]
-ModelFolder = Annotated[Path, AfterValidator(_model_folder)]
-ServeWords = Annotated[str, AfterValidator(_serve_arguments)]
-Groups = Annotated[list[str], BeforeValidator(_groups)]
-Bootstraps = Annotated[list[str], BeforeValidator(_bootstraps)]
-Profiles = Annotated[list[str], BeforeValidator(_profiles)]
-Urls = Annotated[list[str], BeforeValidator(_urls)]
+Key = Annotated[str, _after(_sendable)]
+SystemName = Annotated[str, _after(_known_system)]
+Targets = Annotated[Slo, _before(lambda value: value if isinstance(value, Slo) else Slo.parse(str(value)))]
+Split = Annotated[tuple[int, int], _before(lambda value: parse_split(str(value)))]
+FilePath = Annotated[Path, _after(_file_path)]
+ModelFolder = Annotated[Path, _after(_model_folder)]
+ServeWords = Annotated[str, _after(_serve_arguments)]
+Groups = Annotated[list[str], _before(_groups)]
+Bootstraps = Annotated[list[str], _before(_bootstraps)]
+Profiles = Annotated[list[str], _before(_profiles)]
+Urls = Annotated[list[str], _before(_urls)]

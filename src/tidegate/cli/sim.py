@@ -1,40 +1,55 @@
-"""``tidegate sim``: what a cluster would do with a workload."""
+"""``tidegate sim``: what a cluster would do with a workload.
+
+What only a search needs is imported there: it takes longer than a short simulation.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Container
-from dataclasses import replace
+import json
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import IO, Annotated, Any
 
 import typer
 
+import tidegate
 from tidegate.api import DEFAULT_SYSTEM
-from tidegate.cli.options import Flag, OptionGroup, given
-from tidegate.cli.process import FAILURE
-from tidegate.cli.scoring import SCORING, Scoring
+from tidegate.cli.common_flags import JOBS, SCALE_RATE, SCORING, Scoring
+from tidegate.cli.options import Flag, OptionGroup, Rule, given
 from tidegate.cli.simulating import (
     BATCHING,
     CUT,
     DEFAULT_TRACE,
-    STEPPED,
+    SIMULATED,
     WORKLOAD,
     FleetOptions,
+    command_line,
+    make_folder,
+    processes,
+    set_up,
+    titled,
+    write_folder,
 )
-from tidegate.cli.single_run import Wanted, simulate_and_show
-from tidegate.cli.terminal import note
-from tidegate.cli.workload_flags import SCALE_RATE
+from tidegate.cli.terminal import FAILURE, note, progress_bar, warn
 from tidegate.core.errors import ConfigError
 from tidegate.core.notation import parse_split
 from tidegate.dataplane.replica import EngineSettings
+from tidegate.experiments.run import Finished, run_once
 from tidegate.experiments.setting import Setting, SimulatedFleet
 from tidegate.experiments.workload import own_rate_rps, requests_of, starts_sessions
+from tidegate.measure.run_view import view_of
+from tidegate.reports.comparison import ComparedSystem, Comparison, LevelGoodput, TraceComparison
+from tidegate.reports.run_block import render_run
 from tidegate.sim import SimSettings
 from tidegate.workloads.choice import WorkloadChoice
 
-EPILOG = """
-[bold]Examples[/bold]
+SEARCH_SEEDS = 3
+TOLERANCE = 0.02
+"""Draws and relative width of a goodput search."""
 
+EXAMPLES = """
 What four H100s would do with ten minutes of production chat traffic at 40 requests/s:
 
     tidegate sim --rate 40
@@ -66,6 +81,41 @@ SIMULATED_TRACE = OptionGroup(
     },
     WORKLOAD,
 )
+STEP = Flag(
+    "Simulate every step instead of jumping over them; slow.",
+    name="--step",
+    given=bool,
+    read=lambda step: not step,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """What to do with a setting. ``rate_rps`` None is the trace's own; a goodput search replaces it."""
+
+    rate_rps: Annotated[
+        float | None,
+        Flag(
+            "Scale the trace's time to this rate.",
+            "RPS",
+            "--rate",
+            WORKLOAD,
+            rule=Rule(lambda rps: 0 < rps < float("inf"), "a positive number of requests per second"),
+        ),
+    ] = None
+    seed: Annotated[
+        int,
+        Flag(
+            "0 is the trace itself; another permutes requests within each minute.",
+            panel=WORKLOAD,
+            rule=Rule(lambda seed: seed >= 0, "0 or more"),
+        ),
+    ] = 0
+    goodput: Annotated[bool, Flag("Search the highest rate that meets --level.", panel=SCORING)] = False
+    limit: Annotated[bool, Flag("Compute the fluid limit of this hardware.", panel=SCORING)] = False
+    journal: Annotated[Path | None, Flag("Write every decision and outcome.", "FILE", panel=SCORING)] = None
+    out: Annotated[Path | None, Flag("Write report.html, CSV and PNG files.", "DIR", panel=SCORING)] = None
+    jobs: Annotated[int | None, JOBS] = None
 
 
 def run(
@@ -81,9 +131,9 @@ def run(
         Flag("Prefill and decode instances at the start; default: even.", "P:D", read=parse_split),
     ] = None,
     fleet: FleetOptions,
-    settings: Annotated[SimSettings, STEPPED],
+    settings: Annotated[SimSettings, OptionGroup(SimSettings, {**SIMULATED, "leap": STEP})],
     engine: Annotated[EngineSettings, BATCHING],
-    wanted: Wanted,
+    options: RunOptions,
     scoring: Scoring,
     replay: Annotated[
         Path | None, Flag("Compare a journal with its simulation.", "JOURNAL", panel=SCORING)
@@ -94,11 +144,11 @@ def run(
     Without options: the packaged sample of production chat traffic, at its own
     rate, on four simulated H100s. Times are virtual; hours take seconds.
     """
-    _check_rates(wanted, workload)
+    _check_rates(options, workload)
     if replay is not None:
         from tidegate.cli.replaying import replay as replay_file
 
-        if wanted.goes_beyond_a_run or split:
+        if split or any((options.rate_rps, options.goodput, options.limit, options.journal, options.out)):
             raise ConfigError("--replay goes with the options of fleet and engine, --system and --json only")
 
         def fleet_of(size: int | None) -> SimulatedFleet:
@@ -114,28 +164,26 @@ def run(
         settings,
     )
     setting.make_system()
-    _tell_assumptions(setting, given(context), wanted.rate_rps)
-    if wanted.out is not None:
-        from tidegate.cli.report_folder import make_folder
-
-        make_folder(wanted.out)
-    summary = simulate_and_show(setting, wanted, scoring)
+    _note_assumptions(setting, given(context), options.rate_rps)
+    if options.out is not None:
+        make_folder(options.out)
+    summary = _simulate_and_show(setting, options, scoring)
     if scoring.require_level and summary["attainment"] < scoring.level:
         raise typer.Exit(FAILURE)
 
 
-def _check_rates(wanted: Wanted, workload: WorkloadChoice) -> None:
-    problems = []
-    if wanted.rate_rps is not None and workload.scale_rate != 1.0:
-        problems.append("--rate and --scale-rate both set the rate; give one")
-    if wanted.rate_rps is not None and wanted.goodput:
-        problems.append("--goodput searches the rate; drop --rate")
-    if problems:
+def _check_rates(options: RunOptions, workload: WorkloadChoice) -> None:
+    rivals = {
+        "--rate and --scale-rate both set the rate; give one": workload.scale_rate != 1.0,
+        "--goodput searches the rate; drop --rate": options.goodput,
+    }
+    problems = [text for text, given in rivals.items() if given]
+    if options.rate_rps is not None and problems:
         raise ConfigError(problems)
 
 
-def _tell_assumptions(setting: Setting, given: Container[str], rate_rps: float | None) -> None:
-    """Say what stands in for options that were not ``given``, and load the workload."""
+def _note_assumptions(setting: Setting, given: Container[str], rate_rps: float | None) -> None:
+    """Print what stands in for options that were not ``given``, and load the workload."""
     records = requests_of(setting.workload)
     values = {
         "trace": DEFAULT_TRACE,
@@ -146,14 +194,124 @@ def _tell_assumptions(setting: Setting, given: Container[str], rate_rps: float |
     }
     assumed = [f"--{name} {value}" for name, value in values.items() if name not in given]
     if rate_rps is None and len(records) > 1 and records[-1].arrival_s > records[0].arrival_s:
-        whose = (
-            "one session a second, for the trace has no times"
-            if starts_sessions(setting.workload)
-            else ("the trace's own")
-        )
+        untimed = starts_sessions(setting.workload)
+        whose = "one session a second, for the trace has no times" if untimed else "the trace's own"
         assumed.append(f"--rate {own_rate_rps(records):.2f} ({whose})")
     if assumed:
         note(f"assumed {', '.join(assumed)}")
     for packaged, _ in setting.fleet.groups:
         if packaged.note:
             note(f"profile {packaged.name}: {packaged.note}")
+
+
+def _simulate_and_show(setting: Setting, options: RunOptions, scoring: Scoring) -> dict[str, Any]:
+    """Do what ``options`` ask, print it, and return the run's object of the ``--json`` contract."""
+    found = LevelGoodput(scoring.level, "", 0.0, 0.0, 0.0, None, ())
+    if options.goodput or options.limit:
+        found = _search(setting, options, scoring.level)
+    rate_rps = found.goodput_rps or options.rate_rps
+    finished = _simulate(setting, rate_rps, options.seed, options.journal)
+    summary = finished.summary(
+        goodput_rps=found.goodput_rps if options.goodput else None, limit_rps=found.limit_rps
+    )
+    for text in finished.run.warnings:
+        warn(text)
+    if setting.settings.closed_loop and summary["rate_rps"] is not None:
+        nominal_rps = own_rate_rps(requests_of(setting.workload)) if rate_rps is None else rate_rps
+        note(
+            f"closed loop: turns wait for answers, so {summary['rate_rps']:.2f} requests/s came where the "
+            f"workload's times say {nominal_rps:.2f}"
+        )
+    if options.limit and found.limit_rps is None:
+        note("no rate is the fluid limit here: the workload is too short, or comes at once")
+    if found.reason:
+        warn(found.reason)
+    if scoring.as_json:
+        typer.echo(json.dumps(summary, indent=2, allow_nan=False))
+    else:
+        typer.echo(render_run(finished.run, summary, slo=str(setting.settings.slo)))
+    if options.out is not None:
+        _write_report(options.out, finished, summary, setting, found)
+    return summary
+
+
+def _search(setting: Setting, options: RunOptions, level: float) -> LevelGoodput:
+    """Return the goodput, 0 and without probes where only the limit was asked for."""
+    import asyncio
+
+    from tidegate.experiments.jobs import Workers
+    from tidegate.experiments.limit import limit_job
+    from tidegate.experiments.search import find_goodput
+    from tidegate.experiments.store import Store
+
+    async def search() -> LevelGoodput:
+        with progress_bar("runs", None) as show:
+            async with Workers(processes(options.jobs), Store(None), show) as workers:
+                bound: float | None = None
+                if options.limit:
+                    job = limit_job(setting, level, setting.fleet.engine.max_batch_tokens)
+                    bound = (await workers.do(job))["limit_rps"]
+                if not options.goodput:
+                    return LevelGoodput(level, "", 0.0, 0.0, 0.0, bound, ())
+                seeds = range(options.seed, options.seed + SEARCH_SEEDS)
+                return await find_goodput(setting, level, seeds, TOLERANCE, bound, workers)
+
+    return asyncio.run(search())
+
+
+def _simulate(setting: Setting, rate_rps: float | None, seed: int, journal: Path | None) -> Finished:
+    total = len(requests_of(setting.workload))
+    with _writing(journal) as file, progress_bar("requests", total) as show:
+
+        def watch(arrived: int) -> None:
+            show(arrived, total, "")
+
+        return run_once(setting, rate_rps=rate_rps, seed=seed, journal=file, watch=watch)
+
+
+@contextmanager
+def _writing(path: Path | None) -> Iterator[IO[bytes] | None]:
+    """Open a journal that is not there yet; it has its name once it is whole. Raises ConfigError."""
+    if path is None:
+        yield None
+        return
+    if path.exists():
+        raise ConfigError(f"--journal {path} exists; a run is never written over another")
+    part = path.with_name(f"{path.name}.part")
+    try:
+        file = part.open("wb")
+    except OSError as error:
+        raise ConfigError(f"--journal {path}: cannot be written: {error.strerror or error}") from None
+    try:
+        with file:
+            yield file
+        part.rename(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _write_report(
+    folder: Path,
+    finished: Finished,
+    summary: dict[str, Any],
+    setting: Setting,
+    found: LevelGoodput,
+) -> None:
+    trace = setting.workload.trace
+    title = next(iter(titled([trace], setting.workload)))
+    searched = (found,) if found.probes else ()
+    entry = ComparedSystem(finished.facts.system, searched, {}, summary, summary, view_of(finished.run))
+    warnings = tuple(finished.run.warnings)
+    shown = TraceComparison(trace, title, (entry,), summary["rate_rps"], "the rate of this run", "", warnings)
+    comparison = Comparison(
+        traces=(shown,),
+        levels=tuple(each.level for each in searched),
+        seeds=SEARCH_SEEDS if searched else 1,
+        instances=setting.fleet.size,
+        slo=str(setting.settings.slo),
+        profile=setting.fleet.title,
+        version=tidegate.__version__,
+        command=command_line(),
+        facts=set_up(setting.fleet),
+    )
+    write_folder(folder, comparison, [])

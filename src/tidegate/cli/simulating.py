@@ -1,14 +1,21 @@
-"""The options of the verbs that simulate, ``sim`` and ``compare``, and the fleet that they describe."""
+"""What the verbs that simulate share: options, the fleet that they describe, and the folder of a report."""
 
 from __future__ import annotations
 
 import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, ClassVar
 
+import tidegate
+from tidegate.api import DEFAULT_PROFILE
+from tidegate.cli.common_flags import TURN_GAP, WINDOW
 from tidegate.cli.options import MILLISECONDS, Flag, OptionGroup, Rule, at_least
-from tidegate.cli.scoring import SCORING
-from tidegate.cli.workload_flags import TURN_GAP, WINDOW
+from tidegate.cli.terminal import note
 from tidegate.core.errors import ConfigError
 from tidegate.core.notation import parse_counted
 from tidegate.core.slo import Slo
@@ -16,9 +23,13 @@ from tidegate.costs.library import PackagedProfile, packaged_profile
 from tidegate.costs.named_profile import load_profile
 from tidegate.dataplane.replica import BLOCK_TOKENS, EngineSettings
 from tidegate.experiments.setting import SimulatedFleet
-from tidegate.sim import SimSettings
+from tidegate.reports.comparison import Comparison, write_tables
+from tidegate.reports.figures import draw_figures
+from tidegate.reports.page import render_page
+from tidegate.reports.plot_style import NoPlots
+from tidegate.workloads.choice import WorkloadChoice
 
-DEFAULT_PROFILE = "h100_sxm/llama-3.1-8b"
+REPORT = "report.html"
 DEFAULT_INSTANCES = 4
 DEFAULT_TRACE = "sample:azure-conv"
 LEAST_HEARTBEAT_MS = 1.0
@@ -30,53 +41,29 @@ ENGINE = "Engine and gateway"
 
 CUT = {**WINDOW, "limit": replace(WINDOW["limit"], name="--requests"), **TURN_GAP}
 """The flags of the part of a trace that is simulated."""
-JOBS = Flag("Processes; default: one per core.", "N", panel=SCORING, more={"min": 1})
-
-
-def _seconds(milliseconds: float) -> float:
-    return milliseconds / 1000.0
 
 
 def _milliseconds(text: str, name: str, rule: Rule = MILLISECONDS) -> Flag:
     """Return the flag of a setting in seconds that is given in milliseconds, 0 by default."""
-    return Flag(text, "MS", name, shown="0", given=float, rule=rule, read=_seconds)
+    return Flag(text, "MS", name, ENGINE, "0", given=float, rule=rule, read=lambda ms: ms / 1000.0)
 
 
-SIMULATED = OptionGroup(
-    SimSettings,
-    {
-        "slo": Flag("Latency targets.", "ttft:MS,tpot:MS", shown=str(Slo()), read=Slo.parse),
-        "closed_loop": Flag(
-            "A session's turn comes after the answer before it plus the client's pause.", panel=WORKLOAD
-        ),
-        "front_s": replace(
-            _milliseconds("From dispatch to the engine's queue, per leg.", "--front-ms"), panel=ENGINE
-        ),
-        "heartbeat_s": replace(
-            _milliseconds(
-                "How often engines report (1 or more); 0: the scheduler sees all at once.",
-                "--heartbeat-ms",
-                Rule(
-                    lambda ms: ms == 0 or LEAST_HEARTBEAT_MS <= ms < float("inf"),
-                    f"0, where the scheduler sees all at once, or at least {LEAST_HEARTBEAT_MS:g}",
-                ),
-            ),
-            panel=ENGINE,
-        ),
-    },
+HEARTBEAT = Rule(
+    lambda ms: ms == 0 or LEAST_HEARTBEAT_MS <= ms < float("inf"),
+    f"0, where the scheduler sees all at once, or at least {LEAST_HEARTBEAT_MS:g}",
 )
-STEPPED = OptionGroup(
-    SimSettings,
-    {
-        **SIMULATED.flags,
-        "leap": Flag(
-            "Simulate every step instead of jumping over them; slow.",
-            name="--step",
-            given=bool,
-            read=lambda step: not step,
-        ),
-    },
-)
+SIMULATED = {
+    "slo": Flag("Latency targets.", "ttft:MS,tpot:MS", shown=str(Slo()), read=Slo.parse),
+    "closed_loop": Flag(
+        "A session's turn comes after the answer before it plus the client's pause.", panel=WORKLOAD
+    ),
+    "front_s": _milliseconds("From dispatch to the engine's queue, per leg.", "--front-ms"),
+    "heartbeat_s": _milliseconds(
+        "How often engines report (1 or more); 0: the scheduler sees all at once.",
+        "--heartbeat-ms",
+        HEARTBEAT,
+    ),
+}
 BATCHING = OptionGroup(
     EngineSettings,
     {
@@ -92,35 +79,26 @@ BATCHING = OptionGroup(
 class FleetOptions:
     """Which instances are simulated."""
 
+    panel: ClassVar[str] = FLEET
+
     profile: Annotated[
         list[str] | None,
         Flag(
             "What an instance is: one that `tidegate profile --list` shows, or a file that `tidegate "
             f"profile` wrote ({DEFAULT_PROFILE}). Repeat with counts for a mixed fleet.",
             "GPU/MODEL[:N]",
-            panel=FLEET,
         ),
     ] = None
     instances: Annotated[
-        int | None,
-        Flag(f"Number of instances ({DEFAULT_INSTANCES}).", "N", panel=FLEET, rule=at_least(1)),
+        int | None, Flag(f"Number of instances ({DEFAULT_INSTANCES}).", "N", rule=at_least(1))
     ] = None
     kv_tokens: Annotated[
         int | None,
-        Flag(
-            "KV capacity of an instance; default: the profile's.",
-            "N",
-            panel=FLEET,
-            rule=at_least(BLOCK_TOKENS),
-        ),
+        Flag("KV capacity of an instance; default: the profile's.", "N", rule=at_least(BLOCK_TOKENS)),
     ] = None
     mixed_context_ratio: Annotated[
         float | None,
-        Flag(
-            "Cost of a decode's context beside a prefill chunk, over its cost in a pure decode step.",
-            "X",
-            panel=FLEET,
-        ),
+        Flag("Cost of a decode's context beside a prefill chunk, over its cost in a pure decode step.", "X"),
     ] = None
 
     def make(self, engine: EngineSettings) -> SimulatedFleet:
@@ -158,3 +136,61 @@ def processes(jobs: int | None) -> int:
     if jobs is not None:
         return jobs
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of a report. Raises ConfigError where none can be written: better before a run."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {folder}: no such folder can be made: {error.strerror or error}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {folder}: no permission to write there")
+
+
+def write_folder(folder: Path, comparison: Comparison, findings: Sequence[str]) -> None:
+    """Write ``report.html``, the CSV tables and the PNGs, and note where the page is."""
+    make_folder(folder)
+    write_tables(folder, comparison)
+    missing = ""
+    try:
+        figures = draw_figures(comparison)
+    except NoPlots as error:
+        figures, missing = [], f"This page has no charts: {error.message}."
+        note(f"no charts: {error.message}")
+    for figure in figures:
+        (folder / f"{figure.name}.png").write_bytes(figure.png)
+    (folder / REPORT).write_text(render_page(comparison, figures, findings, missing), encoding="utf-8")
+    note(f"report: {folder / REPORT}")
+
+
+def command_line() -> str:
+    """Return this process's command as a shell takes it."""
+    return shlex.join(["tidegate", *sys.argv[1:]])
+
+
+def titled(files: Sequence[str], cut: WorkloadChoice) -> dict[str, WorkloadChoice]:
+    """Return the workloads by a short title each. Raises ConfigError unless files are named once each."""
+    if not files or len(set(files)) < len(files):
+        raise ConfigError("--traces names each trace once, at least one")
+    short = [Path(name.rpartition(":")[2]).name.removesuffix(".gz") for name in files]
+    short = [name.rpartition(".")[0] or name for name in short]
+    titles = short if len(set(short)) == len(short) else list(files)
+    return {title: replace(cut, trace=file) for title, file in zip(titles, files, strict=True)}
+
+
+def set_up(fleet: SimulatedFleet) -> dict[str, str]:
+    """Return what a reader has to know to judge or repeat a comparison, beside its command."""
+    facts = {
+        "tidegate": tidegate.__version__,
+        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "engine": f"{fleet.engine.max_batch_tokens} tokens, {fleet.engine.max_num_seqs} requests per step, "
+        f"host time {1000 * fleet.engine.host_s:g} ms",
+    }
+    for profile, count in fleet.groups:
+        capacity = profile.kv_capacity_tokens if fleet.kv_tokens is None else fleet.kv_tokens
+        facts[f"profile {profile.name}"] = (
+            f"{count} instances, KV for {capacity:,} tokens each; {profile.profile.source}"
+            + (f"; {profile.note}" if profile.note else "")
+        )
+    return facts

@@ -32,16 +32,13 @@ RIVALS = (
     ("launch", "emulate"),
 )
 """Settings that exclude each other: one source may give one of them, and a higher source replaces both."""
-OWN_ENGINES_ONLY = tuple(SECTIONS["engine"].model_fields)
-"""Settings without a meaning for vLLM servers and for emulated instances."""
-STARTED_ONLY = ("instances",)
-"""Settings without a meaning for servers that something else started, and for emulated instances."""
+ENGINE_SETTINGS = tuple(SECTIONS["engine"].model_fields)
 ELSEWHERE = {
-    "vllm": (*OWN_ENGINES_ONLY, *STARTED_ONLY),
-    "emulate": (*OWN_ENGINES_ONLY, *STARTED_ONLY),
-    "launch": OWN_ENGINES_ONLY,
+    "vllm": (*ENGINE_SETTINGS, "instances"),
+    "emulate": (*ENGINE_SETTINGS, "instances"),
+    "launch": ENGINE_SETTINGS,
 }
-"""Settings that put other instances in the place of embedded engines, and which settings end with those."""
+"""Settings that replace the embedded engines, with those that then have no effect."""
 DEFAULT = "default"
 
 
@@ -55,7 +52,7 @@ class Given:
 
 @dataclass(slots=True)
 class Resolved:
-    """The settings in force and where each came from (``DEFAULT`` when from nowhere)."""
+    """The settings in force and the origin of each (``DEFAULT`` where no source gave it)."""
 
     config: Config
     origins: dict[str, str]
@@ -83,7 +80,7 @@ def resolve(
         _read_key_file(merged, problems)
     for source in ELSEWHERE:
         if source in merged:
-            _drop_engine_settings(source, merged, levels, problems)
+            _drop_ineffective(source, merged, levels, problems)
     for name, flag in FLAGS.items():
         if name in levels[-1] and flag.needs and not any(source in merged for source in flag.needs):
             needed = " or ".join(map(_flag, flag.needs))
@@ -177,15 +174,15 @@ def _merge(levels: list[dict[str, Given]], problems: list[str]) -> dict[str, Giv
     return merged
 
 
-def _drop_engine_settings(
+def _drop_ineffective(
     source: str, merged: dict[str, Given], levels: list[dict[str, Given]], problems: list[str]
 ) -> None:
     """Refuse what has no effect beside ``source``, unless a weaker source gave it for other runs."""
     chosen = max(rank for rank, level in enumerate(levels) if source in level)
     for name in ELSEWHERE[source]:
-        if any(name in level for level in levels[chosen:]):
-            problems.append(f"{merged[name].origin}: has no effect together with {merged[source].origin}")
-        merged.pop(name, None)
+        given = merged.pop(name, None)
+        if given is not None and any(name in level for level in levels[chosen:]):
+            problems.append(f"{given.origin}: has no effect together with {merged[source].origin}")
 
 
 def _read_key_file(merged: dict[str, Given], problems: list[str]) -> None:
@@ -212,13 +209,9 @@ def _explain(fault: ErrorDetails, merged: Mapping[str, Given]) -> str:
     if names[0] in SECRETS:
         return f"{given.origin}: {text}"
     separator = " =" if ": " in given.origin else ""
-    return f"{given.origin}{separator} {_shown(given.value)}: {text}"
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return ",".join(map(_shown, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    values = given.value if isinstance(given.value, list | tuple) else [given.value]
+    shown = ",".join(str(value).lower() if isinstance(value, bool) else str(value) for value in values)
+    return f"{given.origin}{separator} {shown}: {text}"
 
 
 def _flag(name: str) -> str:
@@ -232,36 +225,29 @@ def as_toml(resolved: Resolved) -> str:
     configuration and holds no key.
     """
     lines: list[str] = []
-    for section, kind in SECTIONS.items():
+    fleet = resolved.config.fleet
+    replaced = [(source, names) for source, names in ELSEWHERE.items() if getattr(fleet, source)]
+    for section, values in resolved.config:
         lines.append(f"[{section}]")
-        values = getattr(resolved.config, section)
-        for name in kind.model_fields:
-            fleet = resolved.config.fleet
-            beside = [
-                source for source, ended in ELSEWHERE.items() if getattr(fleet, source) and name in ended
-            ]
+        for name, value in values:
+            beside = next((source for source, names in replaced if name in names), None)
+            origin = resolved.origins[name]
+            source = origin if origin == DEFAULT else f"from {origin}"
             if beside:
-                lines.append(f"# {name} has no effect beside {beside[0]}")
+                lines.append(f"# {name} has no effect beside {beside}")
+            elif value is None:
+                lines.append(f"# {name} is not set")
+            elif name in SECRETS:
+                lines.append(f'# {name} = "********"  # {source}')
             else:
-                lines.append(_line(name, plain(getattr(values, name)), resolved.origins[name]))
+                lines.append(f"{name} = {_toml(plain(value))}  # {source}")
         lines.append("")
     return "\n".join(lines)
-
-
-def _line(name: str, value: Any, origin: str) -> str:
-    source = origin if origin == DEFAULT else f"from {origin}"
-    if value is None:
-        return f"# {name} is not set"
-    if name in SECRETS:
-        return f'# {name} = "********"  # {source}'
-    return f"{name} = {_toml(value)}  # {source}"
 
 
 def _toml(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_toml, value))}]"
-    if isinstance(value, bool):
-        return "true" if value else "false"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return str(value)
+    return str(value).lower()

@@ -5,18 +5,52 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 from tidegate.cli.options import Flag
+from tidegate.cli.terminal import plain_table
 from tidegate.core.errors import SetupError, TidegateError
 
 TIMEOUT_S = 5.0
+STATE_COLUMNS = {
+    "id": "id",
+    "pool": "pool",
+    "prefill_requests": "prefill",
+    "prefill_wait_s": "wait",
+    "decode_requests": "decode",
+    "decode_tokens": "tokens",
+    "kv_capacity_tokens": "KV",
+    "mean_gap_s": "gap",
+    "drift": "drift",
+    "flipped_ago_s": "flip",
+}
+"""The columns of the table, in order, narrow enough for 80 characters. --json shows everything.
 
-EPILOG = """
-[bold]Examples[/bold]
+``drift`` is the farthest of the ratios of observed to predicted seconds.
+"""
 
+LOAD_COLUMNS = {
+    "id": "id",
+    "running": "running",
+    "waiting": "waiting",
+    "kv_share": "KV",
+    "foreign_requests": "foreign",
+    "foreign_tokens": "tokens",
+    "drifts": "drifts",
+    "computed": "computed",
+    "cached": "cached",
+    "pulled": "pulled",
+}
+"""The second table, of instances that tell their load: what they say, what of it is not the gateway's, how
+often that came to differ, and where the KV of their prompts came from."""
+
+
+EXAMPLES = """
     tidegate state
 
     tidegate state --url http://10.0.0.5:8000 --json | jq '.instances\\[].role'
@@ -35,8 +69,6 @@ def run(
     if as_json:
         typer.echo(json.dumps(answer, indent=2))
     else:
-        from tidegate.cli.tables import show_state
-
         show_state(answer)
 
 
@@ -48,14 +80,14 @@ def _ask(base_url: str, api_key: str) -> dict[str, Any]:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
             answer = json.load(response)
     except urllib.error.HTTPError as error:
-        with error:
-            if error.code == 401:
-                raise SetupError(f"{base_url} wants an API key: --api-key or TIDEGATE_API_KEY") from None
-            if error.code == 404:
-                raise SetupError(f"{base_url} is not a tidegate gateway") from None
+        error.close()
+        if error.code == 401:
+            raise SetupError(f"{base_url} wants an API key: --api-key or TIDEGATE_API_KEY") from None
+        if error.code != 404:
             raise TidegateError(f"{base_url} answered {error.code} {error.reason}") from None
+        answer = None
     except json.JSONDecodeError:
-        raise SetupError(f"{base_url} is not a tidegate gateway") from None
+        answer = None
     except ValueError as error:
         raise SetupError(f"{base_url!r} is not a URL: {error}") from None
     except OSError as error:
@@ -64,3 +96,64 @@ def _ask(base_url: str, api_key: str) -> dict[str, Any]:
     if not isinstance(answer, dict):
         raise SetupError(f"{base_url} is not a tidegate gateway")
     return answer
+
+
+def show_state(answer: Mapping[str, Any]) -> None:
+    """Print what a gateway answered: facts in a line, then its instances."""
+    console = Console(highlight=False)
+    facts = {name: value for name, value in answer.items() if name != "instances"}
+    console.print("[dim] · [/]".join(_fact(name, value) for name, value in facts.items()))
+    rows = sorted(answer.get("instances", []), key=lambda row: str(row.get("id")))
+    if not any(name in row for row in rows for name in STATE_COLUMNS):
+        console.print("no instance is up")
+        return
+    console.print(_rows_table(rows, STATE_COLUMNS))
+    loads = [{**row, **row["load"], **row.get("prompt_tokens", {})} for row in rows if row.get("load")]
+    if loads:
+        console.print("\n[dim]what the engines say[/]")
+        console.print(_rows_table(loads, LOAD_COLUMNS))
+
+
+def _rows_table(rows: list[dict[str, Any]], titles: dict[str, str]) -> Table:
+    """Return a table of the columns that any of ``rows`` has."""
+    table = plain_table()
+    columns = [name for name in titles if any(name in row for row in rows)]
+    for name in columns:
+        table.add_column(titles[name], justify="left" if name in ("id", "pool") else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(_cell(name, row.get(name)) for name in columns))
+    return table
+
+
+def _fact(name: str, value: object) -> str:
+    title = name.removesuffix("_s").replace("_", " ")
+    if isinstance(value, dict):
+        inner = ", ".join(_fact(key, each) for key, each in value.items())
+        return inner if name == "requests" else f"{title} {inner}"
+    return f"{title} [bold]{_cell(name, value)}[/]"
+
+
+def _cell(name: str, value: object) -> str:
+    """Return a value as a person reads it; the name's suffix says the unit."""
+    match value:
+        case None | []:
+            return "-"
+        case dict() if name == "drift":
+            farthest = max(value.values(), key=lambda ratio: max(ratio, 1 / ratio), default=None)
+            return "-" if farthest is None else f"x{farthest:.2f}"
+        case dict() if name == "drifts":
+            return str(sum(value.values()))
+        case list():
+            return ", ".join(_cell(name, each) for each in value)
+        case float() if name.endswith("_share"):
+            return f"{value:.0%}"
+        case float() if name.endswith("_s") and value >= 10:
+            return f"{value:.0f} s"
+        case float() if name.endswith("_s"):
+            return f"{value * 1000:.0f} ms"
+        case float():
+            return f"{value:g}"
+        case int() if not isinstance(value, bool):
+            return f"{value:,}"
+        case _:
+            return str(value).replace("[", "\\[")

@@ -1,25 +1,48 @@
-"""What verbs write beside their result: remarks, and bars while they work.
+"""What all verbs share: exit statuses, remarks on stderr, and bars while they work.
 
-Bars are imported where they are drawn: they take longer to import than a short command to run.
+Tables and bars are imported where they are drawn: they take longer to import than a short command to run.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from rich.table import Table
 
-def warn(text: str) -> None:
-    """Tell of what is suspicious."""
-    typer.echo(f"tidegate: warning: {text}", err=True)
+FAILURE = 1
+"""The work was done badly: requests failed, a level was missed, an engine broke."""
+WRONG_INPUT = 2
+"""The user has to correct something first."""
+INTERRUPTED = 130
+
+
+def debugging() -> bool:
+    """Tell whether TIDEGATE_DEBUG asks for tracebacks and debug logs."""
+    return os.environ.get("TIDEGATE_DEBUG", "") not in ("", "0")
 
 
 def note(text: str) -> None:
-    """Tell of what is good to know."""
+    """Print a remark."""
     typer.echo(f"tidegate: {text}", err=True)
+
+
+def warn(text: str) -> None:
+    """Print what is suspicious."""
+    note(f"warning: {text}")
+
+
+def plain_table(**options: Any) -> Table:
+    """Return a table without lines around it."""
+    from rich.table import Table
+
+    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), **options)
 
 
 @contextmanager

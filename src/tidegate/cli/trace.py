@@ -1,54 +1,84 @@
-"""``tidegate trace``: look at traces, make them, and change their format."""
+"""``tidegate trace``: look at traces, make them from generators or other traces, and change their format."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
-from rich.console import Console
 
 from tidegate.bound.phase_load import phase_load
-from tidegate.cli import trace_make
-from tidegate.cli.options import Flag, expanded
-from tidegate.cli.tables import show_traces
-from tidegate.cli.trace_files import Described, Loaded, Saved, load, load_timed
+from tidegate.cli import common_flags as common
+from tidegate.cli.options import Flag, OptionGroup, epilog, expanded
+from tidegate.cli.trace_files import Described, Saved, load, load_timed, show_traces, shown
 from tidegate.cli.trace_plot import check_plot, plot_traces
-from tidegate.cli.workload_flags import FORMATS
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
 from tidegate.costs.named_profile import load_profile
+from tidegate.workloads.choice import WorkloadChoice, load_workload
+from tidegate.workloads.combine import concatenate, superpose
+from tidegate.workloads.mix import drift_mix, parse_drift
+from tidegate.workloads.presets import preset, preset_names
+from tidegate.workloads.reseed import reseeded
+from tidegate.workloads.reshape import DEFAULT_JITTER_S, Spike, replicate, spikes
+from tidegate.workloads.trace import Workload
 from tidegate.workloads.trace_statistics import WINDOW_S, statistics
 
-EPILOG = """
-[bold]Examples[/bold]
-
+EXAMPLES = """
     tidegate trace info sample:azure-conv
 
     tidegate trace make hard.jsonl --base sample:azure-conv --spike 4:300:60
 
     tidegate trace convert azure.csv azure.jsonl.gz
 """
-INFO_EPILOG = """
-[bold]Examples[/bold]
-
+INFO_EXAMPLES = """
     tidegate trace info sample:azure-conv
 
     tidegate trace info day.csv.gz --profile h100_sxm/llama-3.1-8b --plot day.png
 
     tidegate trace info a.jsonl b.csv.gz --json | jq '.traces[].ratio'
 """
-CONVERT_EPILOG = """
-[bold]Examples[/bold]
-
+CONVERT_EXAMPLES = """
     tidegate trace convert azure.csv azure.jsonl.gz
 
     tidegate trace convert journal.jsonl replay.csv
 
     tidegate trace convert chat.jsonl chat.csv --format azure --lossy
 """
-SOURCES = f"{FORMATS}."
+MAKE_EXAMPLES = """
+An hour of generated chat with the lengths of a published trace:
+
+    tidegate trace make chat.jsonl --poisson 5 --preset azure-conv --duration 3600
+
+A day that follows a published rate curve, ten times smaller:
+
+    tidegate trace make day.jsonl.gz --rate-curve curves.csv.gz:m-large --rps 2
+      --preset chat-mlarge --duration 86400
+
+Production traffic with a spike of four times the rate and a moving mix:
+
+    tidegate trace make hard.csv --base sample:azure-conv --spike 4:300:60
+      --drift linear:0.5:2:600
+
+Agents' sessions, one start every five seconds:
+
+    tidegate trace make agents.jsonl.gz --base sessions.csv.gz --sessions-per-s .2
+
+Two services on one cluster:
+
+    tidegate trace make mix.jsonl --base a.jsonl --add b.jsonl --seed 7
+"""
+
+ARRIVALS_PANEL = "Arrivals"
+LENGTHS_PANEL = "Lengths"
+CHANGES = "Changes, applied in this order"
+OUTPUT = "Output"
+SOURCES = f"{common.FORMATS}."
+TARGET = typer.Argument(metavar="OUT", help="FILE.jsonl or FILE.csv, plain or .gz.")
 
 
 def info(
@@ -73,35 +103,32 @@ def info(
         check_plot(plot)
     if slo and not profile:
         raise ConfigError("--slo goes with --profile")
-    loaded = [load(source) for source in traces]
-    described = [_describe(one, window, profile, slo or Slo()) for one in loaded]
+    described = [_describe(source, window, profile, slo or Slo()) for source in traces]
     if as_json:
         typer.echo(json.dumps({"traces": [one.to_json() for one in described]}, indent=2, allow_nan=False))
     else:
-        show_traces(described, Console())
+        show_traces(described)
     if plot is not None:
-        plot_traces(plot, loaded, described)
+        plot_traces(plot, described)
         typer.echo(f"wrote {plot}", err=True)
 
 
-def _describe(one: Loaded, window_s: float, profile: str, slo: Slo) -> Described:
-    about = statistics(one.workload, timed=one.timed, window_s=window_s)
-    if not profile or not one.timed:
-        return Described(one.name, about)
+def _describe(source: str, window_s: float, profile: str, slo: Slo) -> Described:
+    timed, workload = load(source)
+    described = Described(source, workload, timed, statistics(workload, timed=timed, window_s=window_s))
+    if not profile or not timed:
+        return described
     packaged = load_profile(profile)
+    capacity = packaged.kv_capacity_tokens
     load_by_window = phase_load(
-        one.workload,
-        packaged.profile,
-        tpot_s=slo.tpot_s,
-        kv_tokens=packaged.kv_capacity_tokens,
-        window_s=window_s,
+        workload, packaged.profile, tpot_s=slo.tpot_s, kv_tokens=capacity, window_s=window_s
     )
-    return Described(one.name, about, packaged.name, tuple(load_by_window))
+    return replace(described, profile=packaged.name, load=tuple(load_by_window))
 
 
 def convert(
     source: Annotated[str, typer.Argument(metavar="IN", help=SOURCES)],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="FILE.jsonl or FILE.csv, plain or .gz.")],
+    target: Annotated[Path, TARGET],
     saved: Saved,
 ) -> None:
     """Change a trace's format.
@@ -115,7 +142,125 @@ def convert(
     typer.echo(f"wrote {len(workload):,} requests to {target}")
 
 
-verbs = typer.Typer(no_args_is_help=True, epilog=EPILOG)
-verbs.command("info", epilog=INFO_EPILOG)(expanded(info))
-verbs.command("make", epilog=trace_make.EPILOG)(expanded(trace_make.make))
-verbs.command("convert", epilog=CONVERT_EPILOG)(expanded(convert))
+def _spikes(texts: list[str]) -> tuple[Spike, ...]:
+    return tuple(map(Spike.parse, texts))
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What is done to the base trace, in this order."""
+
+    panel: ClassVar[str] = CHANGES
+
+    add: Annotated[list[str] | None, Flag("Superpose a trace; repeatable.", "FILE")] = None
+    then: Annotated[list[str] | None, Flag("Append a trace; repeatable.", "FILE")] = None
+    rate_factor: Annotated[float, Flag("Thin or copy on the same clock, by coin flips.", "X")] = 1.0
+    jitter_s: Annotated[float, Flag("Longest delay of a copy.", "S", "--jitter")] = DEFAULT_JITTER_S
+    spikes: Annotated[
+        tuple[Spike, ...],
+        Flag(
+            "Rate times X for S seconds; repeatable.",
+            "X:START:S[:PERIOD]",
+            "--spike",
+            given=list[str],
+            read=_spikes,
+        ),
+    ] = ()
+    drift: Annotated[
+        str,
+        Flag(
+            "Move the input:output ratio: linear:FROM:TO:S or sine:FACTOR:PERIOD; rate and tokens stay.",
+            "DRIFT",
+            panel=CHANGES,
+        ),
+    ] = ""
+    reseed: Annotated[int, Flag("Permute requests within minutes; 0 does not.", "N")] = 0
+
+    def apply(self, base: Workload, seed: int) -> Workload:
+        """Return the changed trace, random with ``seed``. Raises ConfigError or TraceError."""
+        # Every random step gets a seed of its own: copies of copies must not share names.
+        seeds = count(seed * 1000 + 1)
+        workload = superpose(base, *map(load_timed, self.add)) if self.add else base
+        if self.then:
+            workload = concatenate(workload, *map(load_timed, self.then))
+        if self.rate_factor != 1.0:
+            workload = replicate(workload, self.rate_factor, seed=next(seeds), jitter_s=self.jitter_s)
+        for spike in self.spikes:
+            workload = spikes(workload, spike, seed=next(seeds), jitter_s=self.jitter_s)
+        if self.drift:
+            workload = drift_mix(workload, parse_drift(self.drift))
+        return reseeded(workload, self.reseed)
+
+
+def _list_presets(wanted: bool) -> None:
+    if wanted:
+        for name in preset_names():
+            typer.echo(preset(name).describe())
+        raise typer.Exit
+
+
+def _on(panel: str, flags: Mapping[str, Flag]) -> dict[str, Flag]:
+    return {name: flag.placed(panel) for name, flag in flags.items()}
+
+
+MADE = OptionGroup(
+    WorkloadChoice,
+    {
+        **_on(
+            ARRIVALS_PANEL,
+            {
+                "trace": Flag("Trace to start from; see trace info.", "FILE", "--base"),
+                **common.ARRIVALS,
+                "cv": Flag("Coefficient of variation of --gamma or --rate-curve (1).", "X"),
+                "rate_curve": Flag(
+                    "Rates over time: t_s and a column NAME, or rows of workload NAME.", "FILE:NAME"
+                ),
+                "rate_rps": Flag("Mean over the curve.", "RPS", "--rps"),
+                "sessions_per_s": Flag("Poisson starts of --base's sessions.", "X"),
+                **common.TURN_GAP,
+            },
+        ),
+        **_on(LENGTHS_PANEL, {"preset": Flag("Lengths of a published trace.", "NAME"), **common.LENGTHS}),
+        **_on(CHANGES, {**common.SCALE_RATE, **common.SCALE_TOKENS, **common.WINDOW}),
+        "seed": Flag("Of all else that is random.", panel=OUTPUT, more={"min": 0}),
+    },
+)
+
+
+def make(
+    target: Annotated[Path, TARGET],
+    choice: Annotated[WorkloadChoice, MADE],
+    changes: Changes,
+    saved: Annotated[Saved, OptionGroup(Saved, panel=OUTPUT)],
+    presets: Annotated[
+        bool,
+        Flag(
+            "List the presets with their sources.",
+            panel=LENGTHS_PANEL,
+            more={"callback": _list_presets, "is_eager": True},
+        ),
+    ] = False,
+    as_json: Annotated[bool, Flag("Print the summary as JSON.", name="--json", panel=OUTPUT)] = False,
+) -> None:
+    """Make a trace from a generator, or from traces and changes to them.
+
+    The same options and seed make the same file, byte for byte.
+    """
+    if target.exists() and not saved.force:
+        raise ConfigError(f"{target} exists; choose another name or add --force")
+    with shown("making the trace"):
+        workload = changes.apply(load_workload(choice, trace_flag="--base"), choice.seed)
+    if not workload:
+        raise ConfigError("no request is left; look at --rate-factor, --spike and --duration")
+    saved.save(target, workload)
+    made = Described(str(target), workload, True, statistics(workload, timed=True))
+    if as_json:
+        typer.echo(json.dumps(made.to_json(), indent=2, allow_nan=False))
+    else:
+        show_traces([made])
+
+
+verbs = typer.Typer(no_args_is_help=True, epilog=epilog(EXAMPLES))
+verbs.command("info", epilog=epilog(INFO_EXAMPLES))(expanded(info))
+verbs.command("make", epilog=epilog(MAKE_EXAMPLES))(expanded(make))
+verbs.command("convert", epilog=epilog(CONVERT_EXAMPLES))(expanded(convert))

@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.console import Console
+from rich.table import Table
 
 from tidegate.bound.phase_load import PhaseLoad
 from tidegate.cli.options import Flag
+from tidegate.cli.terminal import warn
 from tidegate.core.errors import ConfigError
 from tidegate.workloads.readers import open_trace
 from tidegate.workloads.trace import Workload
-from tidegate.workloads.trace_statistics import Statistics
+from tidegate.workloads.trace_statistics import Spread, Statistics
 from tidegate.workloads.writers import WriteFormat, format_of, lost_in, write_trace
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
-    """A whole trace; ``timed`` says whether it has arrival times across sessions."""
-
-    name: str
-    timed: bool
-    workload: Workload
-
-
-@dataclass(frozen=True, slots=True)
 class Described:
-    """A trace's name, its statistics and, on a profile, its load by phase."""
+    """A trace with its statistics and, on a profile, its load by phase; ``timed`` says whether it has arrival
+    times across sessions."""
 
     name: str
+    workload: Workload
+    timed: bool
     statistics: Statistics
     profile: str = ""
     load: tuple[PhaseLoad, ...] = ()
@@ -49,29 +44,29 @@ class Described:
         }
 
 
-def load(source: str) -> Loaded:
-    """Read a trace whole; raises TraceError, and ConfigError when it holds nothing."""
+def load(source: str) -> tuple[bool, Workload]:
+    """Read a trace whole, and whether it is timed; raises TraceError, and ConfigError when it is empty."""
     with shown(f"reading {source}"):
-        loaded = Loaded(source, *open_trace(source))
-    if not loaded.workload:
+        timed, workload = open_trace(source)
+    if not workload:
         raise ConfigError(f"{source}: the trace holds no requests")
-    return loaded
+    return timed, workload
 
 
 def load_timed(source: str) -> Workload:
     """Read a trace that has arrival times; raises ConfigError saying how to make them otherwise."""
-    loaded = load(source)
-    if not loaded.timed:
+    timed, workload = load(source)
+    if not timed:
         raise ConfigError(
             f"{source} has no arrival times; make them first: tidegate trace make OUT --base {source} "
             "--sessions-per-s X (or --poisson RPS for bare lengths)"
         )
-    return loaded.workload
+    return workload
 
 
 @contextmanager
 def shown(what: str) -> Iterator[None]:
-    """Say on stderr what takes its time, where that is a terminal."""
+    """Show on stderr what takes its time, where that is a terminal."""
     console = Console(stderr=True)
     with console.status(what) if console.is_terminal else nullcontext():
         yield
@@ -105,6 +100,87 @@ class Saved:
             write_trace(path, workload, chosen, force=self.force)
 
 
-def warn(text: str) -> None:
-    """Tell the user of something that they may not expect."""
-    typer.echo(f"warning: {text}", err=True)
+def show_traces(described: Sequence[Described]) -> None:
+    """Print each trace as a block of lines."""
+    console = Console()
+    for number, one in enumerate(described):
+        if number:
+            console.print()
+        table = Table.grid(padding=(0, 2))
+        for label, text in _trace_lines(one):
+            table.add_row(label, text)
+        console.print(one.name, style="bold", highlight=False, soft_wrap=True)
+        console.print(table, highlight=False)
+
+
+def _trace_lines(one: Described) -> list[tuple[str, str]]:
+    s = one.statistics
+    lines = [("requests", f"{s.requests:,}")]
+    if s.arrivals is None:
+        lines.append(("arrivals", "none in the file: choose a process with trace make"))
+    else:
+        a = s.arrivals
+        busiest = f"{a.busiest_minute_rps:.3g}/s ({a.peak_to_mean:.2f}x)"
+        lines += [
+            ("duration", _duration(a.duration_s)),
+            ("rate", f"{a.rate_rps:.3g}/s, busiest minute {busiest}"),
+            ("burstiness", f"CV {_number(a.cv)} of gaps, IDC60 {_number(a.idc60)} (Poisson: 1, 1)"),
+        ]
+    lines += [
+        ("input tokens", _spread(s.input_tokens)),
+        ("output tokens", _spread(s.output_tokens)),
+        ("input:output", _ratio(s)),
+    ]
+    if s.sessions is not None:
+        agents = f", {s.sessions.agents} agents" if s.sessions.agents != s.sessions.count else ""
+        lines.append(("sessions", f"{s.sessions.count:,}{agents}; rounds {_spread(s.sessions.rounds)}"))
+        think = s.sessions.think_s
+        lines.append(("think time", "not in the file" if think is None else f"{_spread(think)} s"))
+    if s.reuse is not None:
+        lines.append(("prefix reuse", f"{s.reuse.tokens:.1%} of prompt tokens, unbounded cache"))
+    if one.load:
+        lines.append(("estimated load", f"{one.profile}\n{_load(one.load)}"))
+    return lines
+
+
+def _ratio(s: Statistics) -> str:
+    if s.ratio_range is None:
+        return f"{s.ratio:.3g}"
+    minutes = s.windows[0].length_s / 60 if len(s.windows) > 1 else 0
+    by = f"by {minutes:g} min" if minutes else "in one window"
+    return f"{s.ratio:.3g}, {by} {s.ratio_range[0]:.3g} to {s.ratio_range[1]:.3g}"
+
+
+def _load(load: Sequence[PhaseLoad]) -> str:
+    whole = [w for w in load if w.decode is not None]
+    if len(whole) < len(load):
+        return f"in {len(load) - len(whole)} of {len(load)} windows no batch keeps the TPOT: relax --slo"
+    prefill = [w.prefill for w in load]
+    decode = [w.decode or 0.0 for w in load]
+    shares = [w.prefill_share for w in load if w.prefill_share is not None]
+    mean_prefill, mean_decode = sum(prefill) / len(load), sum(decode) / len(load)
+    return (
+        f"prefill {mean_prefill:.3g} instances, peak {max(prefill):.3g}\n"
+        f"decode {mean_decode:.3g} instances, peak {max(decode):.3g}\n"
+        f"P:D {_pair(mean_prefill / ((mean_prefill + mean_decode) or 1.0))} on average, "
+        f"{_pair(min(shares, default=0.0))} to {_pair(max(shares, default=0.0))} over time"
+    )
+
+
+def _pair(share: float) -> str:
+    return f"{100 * share:.0f}:{100 * (1 - share):.0f}"
+
+
+def _spread(s: Spread) -> str:
+    mean = f"{s.mean:.0f}" if s.mean >= 1000 else f"{s.mean:.4g}"
+    return f"mean {mean}  p50 {s.p50:g}  p90 {s.p90:g}  p99 {s.p99:g}  max {s.max:g}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from tidegate.core.slo import Slo
 from tidegate.measure.attainment import DEFAULT_LEVEL, Attainment, Goodput, Observation, goodput, score
 from tidegate.measure.percentiles import Summary, summarize
 from tidegate.measure.results import RequestResult
+from tidegate.reports.journal_report import attainment_shares
 
 WIDTH = 50
 LATE_S = 0.010
@@ -53,18 +54,17 @@ class BenchReport:
     def to_json(self) -> dict[str, Any]:
         """Return the whole report as one JSON object; keys carry units."""
         value = asdict(self)
-        value["attainment"] |= {
-            "share": self.attainment.share,
-            "ttft_share": self.attainment.ttft_share,
-            "tpot_share": self.attainment.tpot_share,
-        }
+        value["attainment"] |= attainment_shares(self.attainment)
         value |= {"successful": self.successful, "failed": self.failed}
         value["throughput"] = {
-            "requests_rps": self.successful / self.duration_s if self.duration_s > 0 else None,
-            "output_tokens_per_s": self.output_tokens / self.duration_s if self.duration_s > 0 else None,
+            "requests_rps": self.per_second(self.successful),
+            "output_tokens_per_s": self.per_second(self.output_tokens),
         }
-        value["notes"] = list(self.notes)
         return value
+
+    def per_second(self, count: int) -> float | None:
+        """Return a count per second of the whole run; None for a run without a length."""
+        return count / self.duration_s if self.duration_s > 0 else None
 
 
 def build_bench_report(
@@ -136,66 +136,59 @@ def render_block(report: BenchReport) -> str:
     Throughputs and "Request goodput" are per second of the whole run, as vLLM defines them, so the
     wait for the last answers lowers them; the rates under the SLO are per second of arrivals.
     """
-    seen, rates = report.attainment, report.goodput
-    lines = [_rule(" Serving Benchmark Result ", "=")]
-    lines += [_row("Offered requests:", seen.offered), _row("Successful requests:", report.successful)]
-    lines.append(_row("Failed requests:", report.failed))
-    lines += [_row(f"  {label}:", n) for label, n in report.outcomes.items() if label != "ok"]
-    if report.interrupted:
-        lines.append(_row("Interrupted (not scored):", report.interrupted))
-    lines += [_row("Late sends:", report.late_sends)]
-    lines += [
-        _row("Benchmark duration (s):", report.duration_s),
-        _row("Total input tokens:", report.input_tokens),
-        _row("Total generated tokens:", report.output_tokens),
-        _row("Request throughput (req/s):", _per_second(report.successful, report.duration_s)),
-        _row("Request goodput (req/s):", _per_second(seen.attained, report.duration_s)),
-        _row("Output token throughput (tok/s):", _per_second(report.output_tokens, report.duration_s)),
-        _row(
-            "Total token throughput (tok/s):",
-            _per_second(report.input_tokens + report.output_tokens, report.duration_s),
-        ),
-        _rule(f" SLO {report.slo} ", "-"),
-        _row("Attained (% of offered):", 100 * seen.share),
-        _row("TTFT attained (%):", 100 * seen.ttft_share),
-        _row("TPOT attained (%):", 100 * seen.tpot_share),
-        _row("Offered rate (req/s):", rates.offered_rps),
-        _row("Attained part of it (req/s):", rates.attained_rps),
-        _row(f"At least {100 * rates.level:g} % attained:", "yes" if rates.level_met else "no"),
+    seen, rates, per_second = report.attainment, report.goodput, report.per_second
+    tokens = report.input_tokens + report.output_tokens
+    failures = {f"  {label}:": n for label, n in report.outcomes.items() if label != "ok"}
+    interrupted = {"Interrupted (not scored):": report.interrupted} if report.interrupted else {}
+    run = {
+        "Offered requests:": seen.offered,
+        "Successful requests:": report.successful,
+        "Failed requests:": report.failed,
+        **failures,
+        **interrupted,
+        "Late sends:": report.late_sends,
+        "Benchmark duration (s):": report.duration_s,
+        "Total input tokens:": report.input_tokens,
+        "Total generated tokens:": report.output_tokens,
+        "Request throughput (req/s):": per_second(report.successful),
+        "Request goodput (req/s):": per_second(seen.attained),
+        "Output token throughput (tok/s):": per_second(report.output_tokens),
+        "Total token throughput (tok/s):": per_second(tokens),
+    }
+    scored = {
+        "Attained (% of offered):": 100 * seen.share,
+        "TTFT attained (%):": 100 * seen.ttft_share,
+        "TPOT attained (%):": 100 * seen.tpot_share,
+        "Offered rate (req/s):": rates.offered_rps,
+        "Attained part of it (req/s):": rates.attained_rps,
+        f"At least {100 * rates.level:g} % attained:": "yes" if rates.level_met else "no",
+    }
+    gaps = ("Inter-token Latency", report.itl_s)
+    if report.itl_s is None:
+        gaps = ("Inter-token Latency, p99 of each request", report.itl_p99_s)
+    lines = [
+        *_section(" Serving Benchmark Result ", run, "="),
+        *_section(f" SLO {report.slo} ", scored),
+        *_latency("Time to First Token", "TTFT", report.ttft_s),
+        *_latency("Time per Output Token (excl. 1st token)", "TPOT", report.tpot_s),
+        *_latency(gaps[0], "ITL", gaps[1]),
+        *_latency("End-to-end Latency", "E2EL", report.e2e_s),
+        "=" * WIDTH,
     ]
-    lines += _latency("Time to First Token", "TTFT", report.ttft_s)
-    lines += _latency("Time per Output Token (excl. 1st token)", "TPOT", report.tpot_s)
-    if report.itl_s is not None:
-        lines += _latency("Inter-token Latency", "ITL", report.itl_s)
-    else:
-        lines += _latency("Inter-token Latency, p99 of each request", "ITL", report.itl_p99_s)
-    lines += _latency("End-to-end Latency", "E2EL", report.e2e_s)
-    lines.append("=" * WIDTH)
-    lines += [f"Note: {note}." for note in report.notes]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"Note: {note}." for note in report.notes)])
 
 
 def _latency(title: str, name: str, seconds: Summary | None) -> list[str]:
     if seconds is None:
-        return [_rule(f" {title} ", "-"), _row(f"{name} (ms):", None)]
-    rows = {
-        "Mean": seconds.mean,
-        "Median": seconds.p50,
-        "P90": seconds.p90,
-        "P99": seconds.p99,
-        "Max": seconds.max,
-    }
-    return [_rule(title, "-"), *(_row(f"{stat} {name} (ms):", value * 1000) for stat, value in rows.items())]
+        return _section(f" {title} ", {f"{name} (ms):": None})
+    names = {"mean": "Mean", "p50": "Median", "p90": "P90", "p99": "P99", "max": "Max"}
+    values = {f"{shown} {name} (ms):": getattr(seconds, stat) * 1000 for stat, shown in names.items()}
+    return _section(title, values)
 
 
-def _row(label: str, value: float | str | None) -> str:
-    shown = "n/a" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
-    return f"{label:<40} {shown:<10}".rstrip()
+def _section(title: str, rows: Mapping[str, float | str | None], fill: str = "-") -> list[str]:
+    return [f"{title:{fill}^{WIDTH}}", *(f"{label:<40} {_shown(value)}" for label, value in rows.items())]
 
 
-def _rule(title: str, fill: str) -> str:
-    return f"{title:{fill}^{WIDTH}}"
-
-
-def _per_second(count: int, seconds: float) -> float | None:
-    return count / seconds if seconds > 0 else None
+def _shown(value: float | str | None) -> str:
+    return "n/a" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)

@@ -11,6 +11,12 @@ from typing import Any
 from tidegate.measure.run_view import RunView
 from tidegate.measure.summary import share_of
 
+SET_UP = ("version", "command", "profile", "instances", "slo", "seeds")
+TIMELINE_COLUMNS = (
+    "at_s", "rate_rps", "attained", "prefill_instances", "decode_instances", "mixed_instances",
+    "prefill_requests", "prefill_queue_s", "decode_requests", "kv_share",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class RunAt:
@@ -47,9 +53,8 @@ class LevelGoodput:
 class ComparedSystem:
     """One system on one trace, as the candidate that did best at the first level.
 
-    ``others`` are the goodputs of all candidates at that level, where there was a choice. ``at_goodput`` and
-    ``at_common`` are summaries of runs at the system's own goodput and at the trace's common rate, ``view``
-    is of the latter.
+    ``others`` are the goodputs of all candidates at that level. ``at_goodput`` and ``at_common`` are the
+    summaries of the runs at the system's goodput and at the trace's common rate, ``view`` shows the latter.
     """
 
     system: str
@@ -100,7 +105,7 @@ class Comparison:
     @property
     def systems(self) -> list[str]:
         """Every system's name once, in the order given."""
-        return list(dict.fromkeys(entry.system for trace in self.traces for entry in trace.entries))
+        return list(dict.fromkeys(entry.system for _, entry in self.entries))
 
     def to_json(self) -> dict[str, Any]:
         """Return one object: the set-up, and ``runs``, with an object per trace and system as of one run.
@@ -109,34 +114,34 @@ class Comparison:
         ``goodputs`` has a row per trace, system and level.
         """
         return {
-            "version": self.version,
-            "command": self.command,
-            "profile": self.profile,
-            "instances": self.instances,
-            "slo": self.slo,
-            "seeds": self.seeds,
+            **{name: getattr(self, name) for name in SET_UP},
             "levels": list(self.levels),
             "facts": dict(self.facts),
             "warnings": [f"{trace.title}: {text}" for trace in self.traces for text in trace.warnings],
             "goodputs": list(self.rows()),
-            "runs": [dict(run) for trace in self.traces for entry in trace.entries if (run := _shown(entry))],
+            "runs": [dict(run) for _, entry in self.entries if (run := entry.at_goodput or entry.at_common)],
         }
+
+    @property
+    def entries(self) -> list[tuple[TraceComparison, ComparedSystem]]:
+        """Every system on every trace, with the trace."""
+        return [(trace, entry) for trace in self.traces for entry in trace.entries]
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield a flat row per trace, system and level."""
-        for trace in self.traces:
-            for entry in trace.entries:
-                for found in entry.levels:
-                    yield _row(trace, entry, found)
-
-
-def _shown(entry: ComparedSystem) -> Mapping[str, Any] | None:
-    return entry.at_goodput or entry.at_common
+        for trace, entry in self.entries:
+            for found in entry.levels:
+                yield _row(trace, entry, found)
 
 
 def _row(trace: TraceComparison, entry: ComparedSystem, found: LevelGoodput) -> dict[str, Any]:
     common = entry.at_common or {}
     view = entry.view
+    latencies = {
+        f"{name}_{p}_s": (common.get(f"{name}_s") or {}).get(p)
+        for name in ("ttft", "tpot")
+        for p in ("p50", "p99")
+    }
     return {
         "trace": trace.title,
         "system": entry.system,
@@ -150,16 +155,10 @@ def _row(trace: TraceComparison, entry: ComparedSystem, found: LevelGoodput) -> 
         "reason": found.reason,
         "common_rate_rps": trace.common_rate_rps,
         "attainment_at_common": common.get("attainment"),
-        "ttft_p50_s": (common.get("ttft_s") or {}).get("p50"),
-        "ttft_p99_s": (common.get("ttft_s") or {}).get("p99"),
-        "tpot_p50_s": (common.get("tpot_s") or {}).get("p50"),
-        "tpot_p99_s": (common.get("tpot_s") or {}).get("p99"),
+        **latencies,
         "missed_ttft_p99_s": view.missed_ttft_p99_s if view else None,
         "missed_tpot_p99_s": view.missed_tpot_p99_s if view else None,
-        "flips": common.get("flips"),
-        "migrations": common.get("migrations"),
-        "preemptions": common.get("preemptions"),
-        "kv_transfer_bytes": common.get("kv_transfer_bytes"),
+        **{name: common.get(name) for name in ("flips", "migrations", "preemptions", "kv_transfer_bytes")},
         "instance_hours_per_million_attained": cost_per_million(entry.at_goodput),
     }
 
@@ -171,69 +170,42 @@ def cost_per_million(run: Mapping[str, Any] | None) -> float | None:
     return float(run["instance_hours"] / run["attained"] * 1e6)
 
 
-PROBE_COLUMNS = ("trace", "system", "chosen", "rate_rps", "seed", "attainment")
-CANDIDATE_COLUMNS = ("trace", "system", "candidate", "goodput_rps")
-CDF_COLUMNS = ("trace", "system", "quantity", "quantile", "seconds")
-TIMELINE_COLUMNS = (
-    "at_s", "rate_rps", "attained", "prefill_instances", "decode_instances", "mixed_instances",
-    "prefill_requests", "prefill_queue_s", "decode_requests", "kv_share",
-)  # fmt: skip
+def write_tables(folder: Path, comparison: Comparison) -> list[Path]:
+    """Write ``goodput.csv``, ``probes.csv``, ``candidates.csv``, ``cdf.csv`` and ``timeline.csv``; return
+    their paths."""
+    goodputs = list(comparison.rows())
+    probes: list[Sequence[Any]] = []
+    candidates: list[Sequence[Any]] = []
+    cdf: list[Sequence[Any]] = []
+    timeline: list[Sequence[Any]] = []
+    for trace, entry in comparison.entries:
+        of = (trace.title, entry.system)
+        seen = {(p.rate_rps, p.seed): p.attainment for found in entry.levels for p in found.probes}
+        probes += [(*of, entry.chosen, *run, attainment) for run, attainment in sorted(seen.items())]
+        candidates += [(*of, candidate, goodput_rps) for candidate, goodput_rps in entry.others.items()]
+        if entry.view is None:
+            continue
+        for name in ("ttft", "tpot"):
+            values = getattr(entry.view, f"{name}_quantiles_s")
+            cdf += [(*of, f"{name}_s", k / (len(values) - 1), seconds) for k, seconds in enumerate(values)]
+        series = (getattr(entry.view, name) for name in TIMELINE_COLUMNS)
+        timeline += [(*of, *values) for values in zip(*series, strict=True)]
+    of_columns = ("trace", "system")
+    return [
+        _write_csv(
+            folder / "goodput.csv", list(goodputs[0]) if goodputs else (), [row.values() for row in goodputs]
+        ),
+        _write_csv(folder / "probes.csv", (*of_columns, "chosen", "rate_rps", "seed", "attainment"), probes),
+        _write_csv(folder / "candidates.csv", (*of_columns, "candidate", "goodput_rps"), candidates),
+        _write_csv(folder / "cdf.csv", (*of_columns, "quantity", "quantile", "seconds"), cdf),
+        _write_csv(folder / "timeline.csv", (*of_columns, *TIMELINE_COLUMNS), timeline),
+    ]
 
 
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> Path:
     """Write a header, also above no rows at all, and ``rows``; None becomes an empty cell."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(rows)
-
-
-def write_tables(folder: Path, comparison: Comparison) -> list[Path]:
-    """Write ``goodput.csv``, ``probes.csv``, ``candidates.csv``, ``cdf.csv`` and ``timeline.csv``; return
-    their paths."""
-    goodputs = list(comparison.rows())
-    tables: dict[str, tuple[Sequence[str], Iterable[Sequence[Any]]]] = {
-        "goodput.csv": (list(goodputs[0]) if goodputs else (), (list(row.values()) for row in goodputs)),
-        "probes.csv": (PROBE_COLUMNS, _probe_rows(comparison)),
-        "candidates.csv": (CANDIDATE_COLUMNS, _candidate_rows(comparison)),
-        "cdf.csv": (CDF_COLUMNS, _cdf_rows(comparison)),
-        "timeline.csv": (("trace", "system", *TIMELINE_COLUMNS), _timeline_rows(comparison)),
-    }
-    for name, (columns, rows) in tables.items():
-        write_csv(folder / name, columns, rows)
-    return [folder / name for name in tables]
-
-
-def _probe_rows(comparison: Comparison) -> Iterator[Sequence[Any]]:
-    for trace, entry in _entries(comparison):
-        seen = {(p.rate_rps, p.seed): p.attainment for found in entry.levels for p in found.probes}
-        for (rate_rps, seed), attainment in sorted(seen.items()):
-            yield trace.title, entry.system, entry.chosen, rate_rps, seed, attainment
-
-
-def _candidate_rows(comparison: Comparison) -> Iterator[Sequence[Any]]:
-    for trace, entry in _entries(comparison):
-        for candidate, goodput_rps in entry.others.items():
-            yield trace.title, entry.system, candidate, goodput_rps
-
-
-def _cdf_rows(comparison: Comparison) -> Iterator[Sequence[Any]]:
-    for trace, entry in _entries(comparison):
-        view = entry.view
-        if view is None:
-            continue
-        for quantity, values in (("ttft_s", view.ttft_quantiles_s), ("tpot_s", view.tpot_quantiles_s)):
-            for index, seconds in enumerate(values):
-                yield trace.title, entry.system, quantity, index / (len(values) - 1), seconds
-
-
-def _timeline_rows(comparison: Comparison) -> Iterator[Sequence[Any]]:
-    for trace, entry in _entries(comparison):
-        if entry.view is None:
-            continue
-        for values in zip(*(getattr(entry.view, name) for name in TIMELINE_COLUMNS), strict=True):
-            yield trace.title, entry.system, *values
-
-
-def _entries(comparison: Comparison) -> Iterator[tuple[TraceComparison, ComparedSystem]]:
-    return ((trace, entry) for trace in comparison.traces for entry in trace.entries)
+    return path

@@ -1,14 +1,18 @@
-"""The report of a journal: what the run delivered, where the time went, and what was decided."""
+"""The report of a journal: outcomes, latencies by stage, and decisions, as data and as Rich tables."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from msgspec import structs
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
 
 from tidegate.core.slo import Slo
 from tidegate.core.stages import LATER_STAGES, TTFT_STAGES
@@ -17,14 +21,14 @@ from tidegate.journal.schema import FlipLine, InstanceLine, OutcomeLine
 from tidegate.measure.attainment import DEFAULT_LEVEL, Attainment, Goodput, Observation, goodput, score
 from tidegate.measure.percentiles import Summary, summarize
 
+MOST_FLIPS = 20
+"""Rows of the table of flips."""
+
 
 @dataclass(frozen=True, slots=True)
 class InstanceWork:
-    """What one instance did.
-
-    ``busy_share`` is the share of the run in which at least one request prefilled or decoded on it,
-    by the outcomes' stages; None when the journal has no stage times for it.
-    """
+    """What one instance did. ``busy_share`` is the share of the run in which requests prefilled or decoded on
+    it, by the outcomes' stages; None without stage times."""
 
     instance: str
     first_role: str
@@ -38,10 +42,8 @@ class InstanceWork:
 
 @dataclass(frozen=True, slots=True)
 class PrefillPrediction:
-    """Relative error of the predicted prefill time, (predicted - observed)/observed.
-
-    ``bias`` is the median signed error: positive when predictions are too long.
-    """
+    """Relative error of the predicted prefill time, (predicted - observed)/observed; ``bias`` is its median,
+    positive when predictions are too long."""
 
     count: int
     median_abs_error: float
@@ -82,12 +84,13 @@ class RunReport:
         value = asdict(self)
         value["flips"] = [structs.asdict(flip) for flip in self.flips]
         value["instance_events"] = [structs.asdict(event) for event in self.instance_events]
-        value["attainment"] |= {
-            "share": self.attainment.share,
-            "ttft_share": self.attainment.ttft_share,
-            "tpot_share": self.attainment.tpot_share,
-        }
+        value["attainment"] |= attainment_shares(self.attainment)
         return value
+
+
+def attainment_shares(attainment: Attainment) -> dict[str, float]:
+    """Return the shares that a report's JSON has beside the counts."""
+    return {name: getattr(attainment, name) for name in ("share", "ttft_share", "tpot_share")}
 
 
 def build_report(journal: Journal, *, slo: Slo | None = None, level: float = DEFAULT_LEVEL) -> RunReport:
@@ -97,6 +100,7 @@ def build_report(journal: Journal, *, slo: Slo | None = None, level: float = DEF
     those of requests that were wrong in themselves (``REFUSALS``); a client that left counts as a miss.
     """
     outcomes = sorted((o for o in journal.outcomes if not o.refused), key=lambda o: o.arrival_s)
+    flip_kinds = Counter(f"{f.from_role} to {f.to_role}, {f.reason or 'no reason'}" for f in journal.flips)
     good = [o for o in outcomes if o.ok]
     fallback = slo or journal.slo or Slo()
     attainment = score(
@@ -119,11 +123,7 @@ def build_report(journal: Journal, *, slo: Slo | None = None, level: float = DEF
         stages_after_first_token_s=_stages(good, LATER_STAGES),
         decisions=dict(journal.decisions.most_common()),
         flips=tuple(journal.flips),
-        flip_counts=dict(
-            Counter(
-                f"{f.from_role} to {f.to_role}, {f.reason or 'no reason'}" for f in journal.flips
-            ).most_common()
-        ),
+        flip_counts=dict(flip_kinds.most_common()),
         instance_events=tuple(journal.instance_events),
         replays=sum(o.replays for o in outcomes),
         replayed_requests=sum(o.replays > 0 for o in outcomes),
@@ -178,15 +178,13 @@ def _instance_use(journal: Journal) -> tuple[InstanceWork, ...]:
         for name in (outcome.prefill_on, outcome.decoded_on):
             if name:
                 roles.setdefault(name, "")
-    return tuple(_one_use(name, role, journal) for name, role in sorted(roles.items()))
+    return tuple(_work_of(name, role, journal) for name, role in sorted(roles.items()))
 
 
-def _one_use(name: str, role: str, journal: Journal) -> InstanceWork:
+def _work_of(name: str, role: str, journal: Journal) -> InstanceWork:
     prefilled = [o for o in journal.outcomes if o.prefill_on == name]
     decoded = [o for o in journal.outcomes if o.decoded_on == name and o.output_tokens > 0]
-    intervals = [i for o in prefilled for i in _prefill_interval(o)]
-    intervals += [i for o in decoded for i in _decode_interval(o)]
-    busy_s = _union_s(intervals)
+    intervals = [*_prefill_intervals(prefilled), *_decode_intervals(decoded)]
     return InstanceWork(
         instance=name,
         first_role=role,
@@ -195,22 +193,22 @@ def _one_use(name: str, role: str, journal: Journal) -> InstanceWork:
         prompt_tokens=sum(o.input_tokens for o in prefilled),
         cached_tokens=sum(o.cached_tokens for o in prefilled),
         generated_tokens=sum(o.output_tokens for o in decoded),
-        busy_share=busy_s / journal.last_t_s if intervals and journal.last_t_s > 0 else None,
+        busy_share=_union_s(intervals) / journal.last_t_s if intervals and journal.last_t_s > 0 else None,
     )
 
 
-def _prefill_interval(outcome: OutcomeLine) -> list[tuple[float, float]]:
-    if outcome.e2e_s is None or "prefill" not in outcome.stages_s:
-        return []
-    start_s = outcome.end_s - outcome.e2e_s + outcome.stages_s.get("queue", 0.0)
-    return [(start_s, start_s + outcome.stages_s["prefill"])]
+def _prefill_intervals(outcomes: Iterable[OutcomeLine]) -> Iterator[tuple[float, float]]:
+    for outcome in outcomes:
+        if outcome.e2e_s is not None and "prefill" in outcome.stages_s:
+            start_s = outcome.end_s - outcome.e2e_s + outcome.stages_s.get("queue", 0.0)
+            yield start_s, start_s + outcome.stages_s["prefill"]
 
 
-def _decode_interval(outcome: OutcomeLine) -> list[tuple[float, float]]:
-    if "decode" not in outcome.stages_s:
-        return []
-    length_s = outcome.stages_s["decode"] + outcome.stages_s.get("first_step", 0.0)
-    return [(outcome.end_s - length_s, outcome.end_s)]
+def _decode_intervals(outcomes: Iterable[OutcomeLine]) -> Iterator[tuple[float, float]]:
+    for outcome in outcomes:
+        if "decode" in outcome.stages_s:
+            length_s = outcome.stages_s["decode"] + outcome.stages_s.get("first_step", 0.0)
+            yield outcome.end_s - length_s, outcome.end_s
 
 
 def _union_s(intervals: Iterable[tuple[float, float]]) -> float:
@@ -220,3 +218,124 @@ def _union_s(intervals: Iterable[tuple[float, float]]) -> float:
         total_s += max(0.0, end_s - max(start_s, reach_s))
         reach_s = max(reach_s, end_s)
     return total_s
+
+
+def render_report(report: RunReport) -> Group:
+    """Return the report for a terminal; latencies in milliseconds."""
+    spaced = [part for table in _parts(report) for part in (table, Text())]
+    return Group(*spaced[:-1])
+
+
+def _parts(report: RunReport) -> Iterator[RenderableType]:
+    offered = report.attainment.offered
+    title = f"{report.system or 'unnamed system'}, {offered} requests in {report.duration_s:.1f} s"
+    yield Text(title, style="bold")
+    if report.notes:
+        yield Text("\n".join(f"Note: {note}." for note in report.notes), style="yellow")
+    if offered == 0:
+        yield Text("No request has ended, so there is nothing to score.")
+        return
+    slo = "each request's own" if report.slo is None else str(report.slo)
+    yield _table(f"SLO attainment ({slo})", ("", "share", "requests"), _service_rows(report))
+    ended = sum(report.outcomes.values())
+    outcomes = (
+        (escape(label), str(count), _percent(count / ended, 2)) for label, count in report.outcomes.items()
+    )
+    yield _table("Requests by final outcome", ("outcome", "requests", "share"), outcomes)
+    yield _latencies(report)
+    if report.instances:
+        columns = ("first role", "prefills", "decodes", "prompt tok", "cached tok", "generated tok", "busy")
+        yield _table("Instances", ("instance", *columns), map(_instance_row, report.instances))
+    yield _table("Decisions", ("", "count"), _decision_rows(report))
+    if report.flips:
+        yield _flips(report.flips)
+    if report.prediction is not None:
+        rows = (
+            ("median", _percent(report.prediction.median_abs_error)),
+            ("p90", _percent(report.prediction.p90_abs_error)),
+            ("bias (median, + is too long)", f"{100 * report.prediction.bias:+.1f} %"),
+            ("requests", str(report.prediction.count)),
+        )
+        yield _table("Predicted against observed prefill time", ("", "relative error"), rows)
+
+
+def _service_rows(report: RunReport) -> Iterator[tuple[str, ...]]:
+    seen, rates = report.attainment, report.goodput
+    for name, share, count in (
+        ("attained", seen.share, seen.attained),
+        ("TTFT attained", seen.ttft_share, seen.ttft_attained),
+        ("TPOT attained", seen.tpot_share, seen.tpot_attained),
+    ):
+        yield name, _percent(share, 2), f"{count} of {seen.offered}"
+    if rates.offered_rps is not None and rates.attained_rps is not None:
+        yield "offered rate", f"{rates.offered_rps:.3f} req/s", ""
+        yield "goodput (attained rate)", f"{rates.attained_rps:.3f} req/s", ""
+    verdict = "[green]met[/]" if rates.level_met else "[red]missed[/]"
+    yield f"level {100 * rates.level:g} %", verdict, ""
+
+
+def _latencies(report: RunReport) -> Table:
+    columns = ("", "mean", "p50", "p90", "p99", "max")
+    table = _table("Latency of successful requests (ms)", columns, _latency_rows({"TTFT": report.ttft_s}))
+    for title, stages_s in (
+        ("of TTFT", report.stages_of_ttft_s),
+        ("after the first token", report.stages_after_first_token_s),
+    ):
+        if stages_s:
+            table.add_row(f"  {title}", style="dim")
+        named = {f"    {stage.replace('_', ' ')}": seconds for stage, seconds in stages_s.items()}
+        for row in _latency_rows(named):
+            table.add_row(*row)
+    for row in _latency_rows({"TPOT": report.tpot_s, "end to end": report.e2e_s}):
+        table.add_row(*row)
+    return table
+
+
+def _latency_rows(named: Mapping[str, Summary | None]) -> Iterator[tuple[str, ...]]:
+    for name, seconds in named.items():
+        if seconds is not None:
+            values = (seconds.mean, seconds.p50, seconds.p90, seconds.p99, seconds.max)
+            yield name, *(f"{value * 1000:.1f}" for value in values)
+
+
+def _instance_row(work: InstanceWork) -> tuple[str, ...]:
+    counts = (work.prefills, work.decodes, work.prompt_tokens, work.cached_tokens, work.generated_tokens)
+    busy = "n/a" if work.busy_share is None else _percent(work.busy_share)
+    return escape(work.instance), work.first_role or "?", *map(str, counts), busy
+
+
+def _decision_rows(report: RunReport) -> Iterator[tuple[str, str]]:
+    for label, count in report.decisions.items():
+        yield escape(label.replace("_", " ")), str(count)
+    yield "flips", str(len(report.flips))
+    for label, count in report.flip_counts.items():
+        yield f"  {escape(label)}", str(count)
+    yield "replays", f"{report.replays} (in {report.replayed_requests} requests)"
+    yield "migrations", str(report.migrations)
+    for event in report.instance_events:
+        if event.event != "up":
+            yield f"{escape(event.instance)} {escape(event.event)}", f"at {event.t_s:.1f} s"
+
+
+def _flips(flips: Sequence[FlipLine]) -> Table:
+    rows = (
+        (f"{flip.t_s:.2f}", escape(flip.instance), f"{flip.from_role} to {flip.to_role}", escape(flip.reason))
+        for flip in flips[:MOST_FLIPS]
+    )
+    table = _table("Flips over time", ("t (s)", "instance", "flip", "reason"), rows)
+    if len(flips) > MOST_FLIPS:
+        table.caption = f"and {len(flips) - MOST_FLIPS} more; --json lists all"
+    return table
+
+
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f} %"

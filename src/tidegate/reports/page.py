@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from tidegate.reports.comparison import ComparedSystem, Comparison, TraceComparison, cost_per_million
+from tidegate.reports.comparison import Comparison, TraceComparison, cost_per_million
 from tidegate.reports.figures import Figure
 from tidegate.reports.plot_style import looks
 
@@ -42,21 +42,27 @@ def render_page(
     comparison: Comparison, figures: Sequence[Figure], findings: Sequence[str], note: str = ""
 ) -> str:
     """Return the page. ``findings`` are sentences for its top; ``note`` explains what is missing."""
+    systems, seeds = comparison.systems, comparison.seeds
+    found = "".join(f"<li>{escape(sentence)}</li>" for sentence in findings)
     parts = [
-        f"<h1>{escape(', '.join(comparison.systems[:3]))}"
-        f"{' and more' if len(comparison.systems) > 3 else ''}: "
-        f"{'a comparison' if len(comparison.systems) > 1 else 'a simulation'}</h1>",
+        f"<h1>{escape(', '.join(systems[:3]))}{' and more' if len(systems) > 3 else ''}: "
+        f"{'a comparison' if len(systems) > 1 else 'a simulation'}</h1>",
         f'<p class="lead">{comparison.instances} instances of {escape(comparison.profile)}, '
-        f"SLO {escape(comparison.slo)}, {comparison.seeds} seed{'s' if comparison.seeds > 1 else ''}, "
+        f"SLO {escape(comparison.slo)}, {seeds} seed{'s' if seeds > 1 else ''}, "
         f"tidegate {escape(comparison.version)}</p>",
-        _list(findings),
+        f'<ul class="found">{found}</ul>' if findings else "",
         f'<p class="warning">{escape(note)}</p>' if note else "",
     ]
     for trace in comparison.traces:
         parts += _section(comparison, trace, [each for each in figures if each.trace == trace.title])
-    parts += ["<h2>How this was made</h2>", "<h3>Command</h3>", f"<pre>{escape(comparison.command)}</pre>"]
-    rows = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in comparison.facts.items())
-    parts += [f"<dl>{rows}</dl>", _definitions()]
+    facts = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in comparison.facts.items())
+    parts += [
+        "<h2>How this was made</h2>",
+        "<h3>Command</h3>",
+        f"<pre>{escape(comparison.command)}</pre>",
+        f"<dl>{facts}</dl>",
+        f'<h3>Words</h3><p class="note">{WORDS}</p>',
+    ]
     body = "\n".join(part for part in parts if part)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -67,20 +73,27 @@ def render_page(
 
 
 def _section(comparison: Comparison, trace: TraceComparison, figures: Sequence[Figure]) -> list[str]:
-    parts = [f"<h2>{escape(trace.title)}</h2>"]
-    parts += [f'<p class="warning">{escape(text)}</p>' for text in trace.warnings]
-    parts += ["<h3>Goodput and its share of the limit</h3>", _goodput_table(comparison, trace)]
-    if trace.limit_binding:
-        parts.append(f'<p class="note">The limit is set by: {escape(trace.limit_binding)}.</p>')
-    parts += [_figure(each) for each in figures if not each.name.endswith(("roles", "over-time", "stages"))]
-    parts += ["<h3>Latency, misses and work at one rate</h3>", _latency_table(trace)]
-    parts += [_figure(each) for each in figures if each.name.endswith(("roles", "over-time", "stages"))]
-    parts += ["<h3>What it costs</h3>", _cost_table(trace)]
-    parts.append(
-        '<p class="note">Each system at its own goodput: instance-hours per million requests answered '
-        "within their SLO.</p>"
-    )
-    return parts
+    late = ("roles", "over-time", "stages")
+    return [
+        f"<h2>{escape(trace.title)}</h2>",
+        *(f'<p class="warning">{escape(text)}</p>' for text in trace.warnings),
+        "<h3>Goodput and its share of the limit</h3>",
+        _goodput_table(comparison, trace),
+        _note(f"The limit is set by: {escape(trace.limit_binding)}.") if trace.limit_binding else "",
+        *(_figure(each) for each in figures if not each.name.endswith(late)),
+        "<h3>Latency, misses and work at one rate</h3>",
+        _latency_table(trace),
+        *(_figure(each) for each in figures if each.name.endswith(late)),
+        "<h3>What it costs</h3>",
+        _cost_table(trace),
+        _note(
+            "Each system at its own goodput: instance-hours per million requests answered within their SLO."
+        ),
+    ]
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{text}</p>'
 
 
 def _figure(figure: Figure) -> str:
@@ -91,33 +104,33 @@ def _figure(figure: Figure) -> str:
 
 
 def _goodput_table(comparison: Comparison, trace: TraceComparison) -> str:
+    several = comparison.seeds > 1
     head = ["system"]
     for level in comparison.levels:
-        head.append(f"goodput at {100 * level:g} % (requests/s)")
-        head += ["interval"] if comparison.seeds > 1 else []
-        head += ["of limit", "chosen"]
+        interval = ["interval"] if several else []
+        head += [f"goodput at {100 * level:g} % (requests/s)", *interval, "of limit", "chosen"]
+    every = [found for entry in trace.entries for found in entry.levels]
     best = {
-        level: max((f.goodput_rps for e in trace.entries for f in e.levels if f.level == level), default=0)
+        level: max((f.goodput_rps for f in every if f.level == level), default=0)
         for level in comparison.levels
     }
+    look = looks(comparison.systems)
     rows = []
     for entry in trace.entries:
-        cells = [_named(comparison, entry)]
+        colour = look[entry.system].colour
+        cells = [f'<span class="dot" style="background:{colour}"></span>{escape(entry.system)}']
         for found in entry.levels:
             value = _number(found.goodput_rps, 2)
-            leads = found.goodput_rps == best[found.level] > 0
+            if found.goodput_rps == best[found.level] > 0:
+                value = f"<b>{value}</b>"
             reason = f' title="{escape(found.reason, quote=True)}"' if found.reason else ""
-            cells.append(
-                f"<span{reason}>{f'<b>{value}</b>' if leads else value}{'*' if found.reason else ''}</span>"
-            )
-            if comparison.seeds > 1:
+            cells.append(f"<span{reason}>{value}{'*' if found.reason else ''}</span>")
+            if several:
                 cells.append(f"{_number(found.low_rps, 2)} to {_number(found.high_rps, 2)}")
-            cells.append(_percent(found.share_of_limit))
-            cells.append(escape(found.chosen) or "")
+            cells += [_percent(found.share_of_limit), escape(found.chosen)]
         rows.append(cells)
-    reasons = {f.reason for e in trace.entries for f in e.levels if f.reason}
-    notes = "".join(f'<p class="note">* {escape(reason)}</p>' for reason in sorted(reasons))
-    return _table(head, rows) + notes
+    reasons = sorted({found.reason for found in every if found.reason})
+    return _table(head, rows) + "".join(_note(f"* {escape(reason)}") for reason in reasons)
 
 
 def _latency_table(trace: TraceComparison) -> str:
@@ -126,26 +139,20 @@ def _latency_table(trace: TraceComparison) -> str:
         f"system{rate}", "attained", "TTFT p50", "p90", "p99", "TPOT p50", "p90", "p99", "missed: TTFT p99",
         "missed: TPOT p99", "flips", "migrations", "preemptions", "KV moved",
     ]  # fmt: skip
-    rows = []
-    for entry in trace.entries:
-        run, view = entry.at_common, entry.view
-        if run is None or view is None:
-            continue
-        rows.append(
-            [
-                escape(entry.title),
-                _percent(run["attainment"], 1),
-                *(_milliseconds(run["ttft_s"][p]) for p in ("p50", "p90", "p99")),
-                *(_milliseconds(run["tpot_s"][p]) for p in ("p50", "p90", "p99")),
-                _milliseconds(view.missed_ttft_p99_s),
-                _milliseconds(view.missed_tpot_p99_s),
-                str(run["flips"]),
-                str(run["migrations"]),
-                str(run["preemptions"]),
-                f"{run['kv_transfer_bytes'] / 1e9:.1f} GB",
-            ]
-        )
-    note = '<p class="note">TTFT and TPOT in ms. "missed" is over the requests that missed their SLO.</p>'
+    rows = [
+        [
+            escape(entry.title),
+            _percent(run["attainment"], 1),
+            *(_milliseconds(run[name][p]) for name in ("ttft_s", "tpot_s") for p in ("p50", "p90", "p99")),
+            _milliseconds(view.missed_ttft_p99_s),
+            _milliseconds(view.missed_tpot_p99_s),
+            *(str(run[name]) for name in ("flips", "migrations", "preemptions")),
+            f"{run['kv_transfer_bytes'] / 1e9:.1f} GB",
+        ]
+        for entry in trace.entries
+        if (run := entry.at_common) is not None and (view := entry.view) is not None
+    ]
+    note = _note('TTFT and TPOT in ms. "missed" is over the requests that missed their SLO.')
     return _table(head, rows) + note if rows else "<p>No system was run at a common rate.</p>"
 
 
@@ -157,38 +164,18 @@ def _cost_table(trace: TraceComparison) -> str:
     rows = []
     for entry in trace.entries:
         run = entry.at_goodput
-        if run is None:
-            rows.append([escape(entry.title), "0", "-", "-", "no rate meets the level"])
-            continue
-        rows.append(
-            [
-                escape(entry.title),
-                _number(run["rate_rps"], 2),
-                f"{run['attained']:,}",
-                _number(run["instance_hours"], 3),
-                _number(cost_per_million(run), 1),
-            ]
-        )
+        cells = ["0", "-", "-", "no rate meets the level"]
+        if run is not None:
+            hours, cost = _number(run["instance_hours"], 3), _number(cost_per_million(run), 1)
+            cells = [_number(run["rate_rps"], 2), f"{run['attained']:,}", hours, cost]
+        rows.append([escape(entry.title), *cells])
     return _table(head, rows)
-
-
-def _definitions() -> str:
-    return f'<h3>Words</h3><p class="note">{WORDS}</p>'
-
-
-def _named(comparison: Comparison, entry: ComparedSystem) -> str:
-    colour = looks(comparison.systems)[entry.system].colour
-    return f'<span class="dot" style="background:{colour}"></span>{escape(entry.system)}'
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     cells = "".join(f"<th>{escape(title)}</th>" for title in head)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _list(items: Sequence[str]) -> str:
-    return f'<ul class="found">{"".join(f"<li>{escape(item)}</li>" for item in items)}</ul>' if items else ""
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -1,7 +1,4 @@
-"""How charts look: one style per system throughout a report, safe for colour-blind readers.
-
-matplotlib is optional: ``import_pyplot`` says what to install when it is missing.
-"""
+"""How charts look: one style per system throughout a report, safe for colour-blind readers."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ STAGE_COLOURS = {
     "decode": "#0072B2",
 }
 INK = "#222222"
-SETTINGS = {
+SETTINGS: Any = {
     "figure.dpi": 100,
     "savefig.dpi": 160,
     "font.size": 10,
@@ -86,30 +83,18 @@ def looks(systems: Sequence[str]) -> dict[str, Look]:
     }
 
 
-def import_pyplot() -> Any:
-    """Return ``matplotlib.pyplot`` drawing to files only. Raises NoPlots when it is not installed."""
+@contextmanager
+def styled(width_in: float, height_in: float, rows: int = 1, columns: int = 1, **more: Any) -> Iterator[Any]:
+    """Give ``(figure, axes grid)`` in the house style. Raises NoPlots when matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
         raise NoPlots("charts need matplotlib: pip install 'tidegate[plots]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
-    return pyplot
-
-
-@contextmanager
-def styled(width_in: float, height_in: float, rows: int = 1, columns: int = 1, **more: Any) -> Iterator[Any]:
-    """Give ``(figure, axes grid)`` in the house style, and forget the figure afterwards."""
-    pyplot = import_pyplot()
-    with pyplot.rc_context(SETTINGS):
-        figure, axes = pyplot.subplots(
-            rows, columns, figsize=(width_in, height_in), squeeze=False, layout="constrained", **more
-        )
-        try:
-            yield figure, axes
-        finally:
-            pyplot.close(figure)
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(figsize=(width_in, height_in), layout="constrained")
+        yield figure, figure.subplots(rows, columns, squeeze=False, **more)
 
 
 def note_at(axis: Any, text: str, at: tuple[float, float], offset: tuple[float, float], **more: Any) -> None:
@@ -131,13 +116,14 @@ def name_bars(axis: Any, labels: Sequence[str]) -> None:
 
 
 def plain_log_ticks(axis: Any) -> None:
-    """Label a logarithmic x axis with numbers that a reader knows."""
+    """Label a logarithmic axis with numbers that a reader knows, and enough of them."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    low, high = axis.get_xlim()
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 10**2.5 else (1,), numticks=20))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    low, high = axis.get_view_interval()
+    subs = (1.0,) if high / low > 316 else (1.0, 2.0, 5.0) if high / low > 3 else tuple(range(1, 10))
+    axis.set_major_locator(LogLocator(subs=subs, numticks=20))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def as_png(figure: Any) -> bytes:

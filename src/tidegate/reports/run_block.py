@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from tidegate.measure.attainment import score_table
 from tidegate.measure.percentiles import PERCENTILES
-from tidegate.measure.run_view import view_of
+from tidegate.measure.run_view import RunView, view_of
 from tidegate.measure.summary import Run
 
 WIDTH = 58
 
 
-def render_run(run: Run, summary: Mapping[str, Any], *, slo: str, notes: Sequence[str] = ()) -> str:
+def render_run(run: Run, summary: Mapping[str, Any], *, slo: str) -> str:
     """Return the block of a run. ``summary`` is its object of the ``--json`` contract; latencies in ms."""
-    lines = [_rule(f" {summary['system']} on {_instances(summary['instances'])} ", "=")]
-    lines += _service(run, summary, slo)
-    lines += _latency(summary)
-    lines += _cluster(run, summary)
-    lines.append("=" * WIDTH)
-    lines += [f"Note: {text}." for text in notes]
-    return "\n".join(lines)
+    count = summary["instances"]
+    return "\n".join(
+        [
+            _rule(f" {summary['system']} on {count} instance{'' if count == 1 else 's'} ", "="),
+            *_service(run, summary, slo),
+            *_latency(summary),
+            *_cluster(view_of(run), summary),
+            "=" * WIDTH,
+        ]
+    )
 
 
 def _service(run: Run, summary: Mapping[str, Any], slo: str) -> Iterator[str]:
@@ -32,7 +35,7 @@ def _service(run: Run, summary: Mapping[str, Any], slo: str) -> Iterator[str]:
     yield _row("Trace", summary["trace"])
     yield _row("Requests", f"{seen.offered:,}" + (f", {failed:,} not answered" if failed else ""))
     yield _row("Offered rate", _rate(summary["rate_rps"]))
-    yield _rule(f" SLO {slo} ", "-")
+    yield _rule(f" SLO {slo} ")
     yield _row("Attained", _percent(seen.share) if seen.offered else "n/a")
     if seen.offered:
         yield _row("  TTFT attained", _percent(seen.ttft_share))
@@ -48,28 +51,25 @@ def _service(run: Run, summary: Mapping[str, Any], slo: str) -> Iterator[str]:
 
 
 def _latency(summary: Mapping[str, Any]) -> Iterator[str]:
-    yield _rule(" Latency of answered requests (ms) ", "-")
+    stages = {f"  {stage.replace('_', ' ')}": found for stage, found in summary["stages"].items()}
+    used = {label: found for label, found in stages.items() if any(found.values())}
+    yield _rule(" Latency of answered requests (ms) ")
     yield f"{'':<16}" + "".join(f"{f'p{p}':>10}" for p in PERCENTILES)
-    yield _percentiles("TTFT", summary["ttft_s"])
-    for stage, found in summary["stages"].items():
-        if any(found.values()):
-            yield _percentiles(f"  {stage.replace('_', ' ')}", found)
-    yield _percentiles("TPOT", summary["tpot_s"])
+    for label, found in {"TTFT": summary["ttft_s"], **used, "TPOT": summary["tpot_s"]}.items():
+        cells = "".join(f"{'n/a' if v is None else format(1000 * v, ',.1f'):>10}" for v in found.values())
+        yield f"{label:<16}{cells}"
 
 
-def _cluster(run: Run, summary: Mapping[str, Any]) -> Iterator[str]:
-    view = view_of(run)
-    yield _rule(" Cluster ", "-")
+def _cluster(view: RunView, summary: Mapping[str, Any]) -> Iterator[str]:
+    yield _rule(" Cluster ")
     if view.missed_ttft_p99_s is not None:
         yield _row("p99 TTFT of misses", _seconds(view.missed_ttft_p99_s))
     if view.missed_tpot_p99_s is not None:
         yield _row("p99 TPOT of misses", _seconds(view.missed_tpot_p99_s))
-    yield _row("Flips", summary["flips"])
-    yield _row("Migrations", summary["migrations"])
-    yield _row("Preemptions", summary["preemptions"])
-    yield _row(
-        "KV in use, mean and peak", f"{_percent(np.mean(view.kv_share))}, {_percent(max(view.kv_share))}"
-    )
+    for name in ("flips", "migrations", "preemptions"):
+        yield _row(name.capitalize(), summary[name])
+    used = f"{_percent(float(np.mean(view.kv_share)))}, {_percent(max(view.kv_share))}"
+    yield _row("KV in use, mean and peak", used)
     yield _row("KV moved between instances", f"{summary['kv_transfer_bytes'] / 1e9:,.2f} GB")
     yield _row("Instance-hours", f"{summary['instance_hours']:,.3f}")
     speed = summary["requests_per_cpu_s"]
@@ -77,20 +77,11 @@ def _cluster(run: Run, summary: Mapping[str, Any]) -> Iterator[str]:
     yield _row("Simulated in", f"{summary['wall_s']:.2f} s{per_s}")
 
 
-def _percentiles(label: str, found: Mapping[str, float | None]) -> str:
-    cells = "".join(f"{'n/a' if v is None else format(1000 * v, ',.1f'):>10}" for v in found.values())
-    return f"{label:<16}{cells}"
-
-
 def _row(label: str, value: object) -> str:
     return f"{label + ':':<30}{value}"
 
 
-def _instances(count: int) -> str:
-    return f"{count} instance" if count == 1 else f"{count} instances"
-
-
-def _rule(title: str, fill: str) -> str:
+def _rule(title: str, fill: str = "-") -> str:
     return f"{title:{fill}^{WIDTH}}"
 
 
@@ -98,7 +89,7 @@ def _rate(value: float | None) -> str:
     return "n/a" if value is None else f"{value:,.2f} requests/s"
 
 
-def _percent(share: float | np.floating[Any]) -> str:
+def _percent(share: float) -> str:
     return f"{100 * share:.2f} %"
 
 

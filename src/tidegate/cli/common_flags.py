@@ -1,8 +1,12 @@
-"""The flags of a ``WorkloadChoice``, by field: verbs that take a workload choose among them."""
+"""Flags that several verbs have: of a ``WorkloadChoice``, by field, and of scoring and output."""
 
 from __future__ import annotations
 
-from tidegate.cli.options import Flag
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from tidegate.cli.options import SHARE, Flag
+from tidegate.measure.attainment import DEFAULT_LEVEL
 from tidegate.workloads.choice import DEFAULT_INPUT, DEFAULT_OUTPUT
 
 FORMATS = (
@@ -34,3 +38,19 @@ WINDOW = {
     "duration_s": Flag("Only the arrivals of S seconds.", "S", "--duration"),
     "limit": Flag("Only the first N requests.", "N"),
 }
+
+SCORING = "Scoring and output"
+"""The panel of the help that these options stand in."""
+JOBS = Flag("Processes; default: one per core.", "N", panel=SCORING, more={"min": 1})
+AS_JSON = Flag("Print the report as JSON.", name="--json", panel=SCORING)
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How a run is scored: ``level`` is the share of requests that have to attain their targets."""
+
+    panel: ClassVar[str] = SCORING
+
+    level: Annotated[float, Flag("Attainment that counts as met.", rule=SHARE)] = DEFAULT_LEVEL
+    require_level: Annotated[bool, Flag("Exit 1 when missed.")] = False
+    as_json: Annotated[bool, AS_JSON] = False
