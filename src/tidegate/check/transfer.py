@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from tidegate.check.context import CheckContext
 from tidegate.check.server import ProbedServer
-from tidegate.check.verdict import CheckVerdict, Json
+from tidegate.check.verdict import GREEN, RED, YELLOW, CheckVerdict
 from tidegate.core.errors import EngineError
-from tidegate.engines.seam import KvHandle
+from tidegate.engines.seam import Json, KvHandle
 from tidegate.engines.vllm.metrics import CACHED, COMPUTED, PULLED, VllmMetrics
 
 PULLED_ENOUGH = 0.95
@@ -42,26 +42,26 @@ class PullResult:
         """Return verdict, observation and what to change, where ``wanted`` tokens were there to pull."""
         if self.error:
             return (
-                CheckVerdict.RED,
+                RED,
                 f"{self.error} after {self.seconds:.1f} s",
                 "open the side channel and UCX's ports between both; compare their --kv-transfer-config",
             )
         if self.wrong_at is not None:
             return (
-                CheckVerdict.RED,
+                RED,
                 f"wrong tokens: differs from a local run at token {self.wrong_at}",
                 "do not serve with it: compare models, dtypes, --block-size and vLLM versions",
             )
         if self.pulled is None:
-            return CheckVerdict.YELLOW, "right tokens; the server does not show where KV came from", ""
+            return YELLOW, "right tokens; the server does not show where KV came from", ""
         if self.pulled + self.hit < PULLED_ENOUGH * wanted:
             return (
-                CheckVerdict.RED,
+                RED,
                 f"KV was recomputed: {self.pulled} of {wanted} tokens pulled, {self.computed} computed",
                 "its pulls fail and are hidden: set kv_load_failure_policy to fail and see its log",
             )
         return (
-            CheckVerdict.GREEN,
+            GREEN,
             f"{self.pulled} tokens pulled, {self.nixl_bytes:,} B, {1e3 * self.seconds:.0f} ms",
             "",
         )
