@@ -27,8 +27,8 @@ from tests.vllm.vllm_servers import (
     nixl_variant,
 )
 from tidegate.engines.vllm.connector import MARGIN_S
-from tidegate.fleet.static import KvSetup
 from tidegate.fleet.vllm_command import nixl_config
+from tidegate.fleet.vllm_member import KvSetup
 from tidegate.policies.protocols import Signal
 from tidegate.testing.chaos import Forced
 

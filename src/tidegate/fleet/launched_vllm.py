@@ -6,23 +6,23 @@ import json
 import logging
 import math
 import os
+import re
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tidegate.core.errors import EngineError, SetupError
 from tidegate.costs.profile import Profile
 from tidegate.engines.vllm.client import VllmClient
 from tidegate.fleet.child import EngineStartFailed
-from tidegate.fleet.gpus import VISIBLE, share_out, visible_gpus
 from tidegate.fleet.health import HealthPace
-from tidegate.fleet.member import FleetListener, Member
+from tidegate.fleet.member import LEASE_S, FleetListener, Member
 from tidegate.fleet.supervision import HOST, FleetPace, ProcessFleet, Slot
 from tidegate.fleet.vllm_command import ServeArguments, free_ports
-from tidegate.fleet.vllm_member import mooncake_engine_id, profiles_by_id, vllm_member
+from tidegate.fleet.vllm_member import describe_member, profiles_by_id
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ PACE = FleetPace(
 FACTS_S = 10.0
 CPU_KV_SHARE, CPU_KV_BYTES = 0.2, 4 << 30
 """Without GPUs, all KV caches together take this share of the memory, and one of them at most so much."""
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 KEEPER = (sys.executable, "-m", "tidegate.fleet.keeper")
 
 
@@ -53,28 +54,13 @@ class VllmLaunch:
     api_key: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Start:
+class _Start(NamedTuple):
     """Where one process of a slot is found, and what it calls itself to its peers."""
 
     engine_id: str
     first_port: int
-
-    @property
-    def url(self) -> str:
-        return f"http://{HOST}:{self.first_port}"
-
-    @property
-    def bootstrap_port(self) -> int:
-        return self.first_port + 1
-
-    @property
-    def bootstrap_url(self) -> str:
-        return f"http://{HOST}:{self.bootstrap_port}"
-
-    @property
-    def side_channel_port(self) -> int:
-        return self.first_port + 2
+    bootstrap_port: int
+    side_channel_port: int
 
 
 class LaunchedVllmFleet(ProcessFleet[int]):
@@ -123,15 +109,16 @@ class LaunchedVllmFleet(ProcessFleet[int]):
     def argv(self, slot: Slot) -> list[str]:
         """See ``ProcessFleet.argv``. Every start has other ports: the last ones may still be in use."""
         others = [start.first_port for name, start in self._starts.items() if name in self._slots]
-        start = _Start(f"{slot.name}-{secrets.token_hex(4)}", free_ports(others))
+        port = free_ports(others)
+        start = _Start(f"{slot.name}-{secrets.token_hex(4)}", port, port + 1, port + 2)
         self._starts[slot.name] = start
         launch = self._launch
         return [
             *KEEPER,
-            *("--health", f"{start.url}/health", "--log", str(launch.logs / f"{slot.name}.log")),
+            *("--health", f"http://{HOST}:{port}/health", "--log", str(launch.logs / f"{slot.name}.log")),
             *("--scratch", "VLLM_RPC_BASE_PATH", "--"),
             *(str(launch.program), "serve", str(launch.model), "--served-model-name", launch.model.name),
-            *("--host", HOST, "--port", str(start.first_port)),
+            *("--host", HOST, "--port", str(port)),
             *self._memory,
             *launch.arguments.command_line(start.engine_id),
         ]
@@ -139,6 +126,7 @@ class LaunchedVllmFleet(ProcessFleet[int]):
     def environment(self, slot: Slot) -> dict[str, str]:
         """See ``ProcessFleet.environment``."""
         start = self._starts[slot.name]
+        lease_s = self._launch.arguments.kv_transfer.lease_s or LEASE_S
         return {
             **self._hardware[slot.name],
             "VLLM_API_KEY": self._api_key,
@@ -146,7 +134,7 @@ class LaunchedVllmFleet(ProcessFleet[int]):
             "VLLM_NIXL_SIDE_CHANNEL_HOST": HOST,
             "VLLM_NIXL_SIDE_CHANNEL_PORT": str(start.side_channel_port),
             "VLLM_MOONCAKE_BOOTSTRAP_PORT": str(start.bootstrap_port),
-            "VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT": str(math.ceil(self._launch.arguments.kv_transfer.lease_s)),
+            "VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT": str(math.ceil(lease_s)),
         }
 
     def parse(self, line: str) -> int | None:
@@ -160,30 +148,20 @@ class LaunchedVllmFleet(ProcessFleet[int]):
         """See ``ProcessFleet.members``."""
         start = self._starts[slot.name]
         assert self._session is not None
-        kv = self._launch.arguments.kv_transfer
-        kv_engine_id = ""
+        url, bootstrap_url = (f"http://{HOST}:{port}" for port in (start.first_port, start.bootstrap_port))
         try:
-            server = VllmClient(self._session, start.url, api_key=self._api_key, deadline_s=FACTS_S)
-            facts = await server.facts()
-            if kv.connector == "mooncake":
-                bootstrap = VllmClient(self._session, start.bootstrap_url, deadline_s=FACTS_S)
-                kv_engine_id = await mooncake_engine_id(bootstrap)
-        except (EngineError, SetupError) as error:
-            raise EngineStartFailed(f"does not describe itself: {error}") from None
-        return [
-            vllm_member(
-                slot.name,
-                start.url,
-                facts,
-                kv,
-                engine_id=start.engine_id,
+            member = await describe_member(
+                VllmClient(self._session, url, instance=slot.name, api_key=self._api_key, deadline_s=FACTS_S),
+                self._launch.arguments.kv_transfer,
+                bootstrap=VllmClient(self._session, bootstrap_url, deadline_s=FACTS_S),
                 api_key=self._api_key,
                 profile=self._profiles.get(slot.name, self._added_profile),
-                bootstrap_url=start.bootstrap_url,
-                kv_engine_id=kv_engine_id,
+                engine_id=start.engine_id,
                 pid=announced,
             )
-        ]
+        except (EngineError, SetupError) as error:
+            raise EngineStartFailed(f"does not describe itself: {error}") from None
+        return [member]
 
 
 def cpu_memory(instances: int) -> list[str]:
@@ -206,3 +184,28 @@ def hardware(environment: Mapping[str, str], instances: int, gpus_each: int) -> 
     threads = max(1, len(os.sched_getaffinity(0)) // instances)
     shared: dict[str, Any] = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
     return [{name: value for name, value in shared.items() if name not in environment}] * instances
+
+
+def visible_gpus(environment: Mapping[str, str], devices: Path = Path("/dev")) -> list[str]:
+    """Return the NVIDIA GPUs, in words for CUDA_VISIBLE_DEVICES: those it names, else all there are."""
+    named = environment.get(VISIBLE)
+    if named is not None:
+        return [word for word in named.replace(" ", "").split(",") if word not in ("", "-1")]
+    if not devices.is_dir():
+        return []
+    count = sum(bool(re.fullmatch(r"nvidia\d+", entry.name)) for entry in devices.iterdir())
+    return [str(index) for index in range(count)]
+
+
+def share_out(gpus: list[str], instances: int, each: int) -> list[str]:
+    """Return a value of CUDA_VISIBLE_DEVICES for each instance: ``each`` GPUs, none of them twice.
+
+    Raises SetupError when there are not enough.
+    """
+    if len(gpus) < instances * each:
+        raise SetupError(
+            f"{instances} instances with {each} GPU{'s' * (each > 1)} each need {instances * each}, and "
+            f"{len(gpus)} can be seen; take fewer --instances ({VISIBLE}= in the environment starts them "
+            "without any)"
+        )
+    return [",".join(gpus[first : first + each]) for first in range(0, instances * each, each)]

@@ -11,7 +11,7 @@ from typing import Any
 
 from tidegate.core.errors import ConfigError, SetupError
 from tidegate.fleet.member import LEASE_S
-from tidegate.fleet.vllm_member import KvTransfer
+from tidegate.fleet.vllm_member import KvSetup
 
 FIRST_PORT, LAST_PORT = 20000, 32000
 """Below Linux's range for outgoing connections, which could take a port between its choice and its use."""
@@ -75,17 +75,13 @@ class ServeArguments:
                 raise ConfigError(f"{flag} is tidegate's to choose; leave it out of the vLLM arguments")
         self.gpus = math.prod(_size(words, long, short) for long, short in PARALLEL_SIZES)
         """GPUs of one server."""
-
-    @property
-    def kv_transfer(self) -> KvTransfer:
-        """How KV moves between servers started like this."""
         extra = self._config.get("kv_connector_extra_config", {})
-        connector = CONNECTORS.get(self._config["kv_connector"], "")
-        return KvTransfer(
-            connector,
+        self.kv_transfer = KvSetup(
+            CONNECTORS.get(self._config["kv_connector"], "none"),
             float(extra.get("kv_lease_duration", LEASE_S)),
-            connector == "nixl" and bool(extra.get("bidirectional_kv_xfer", False)),
+            bool(extra.get("bidirectional_kv_xfer", False)),
         )
+        """How KV moves between servers started like this."""
 
     def command_line(self, engine_id: str) -> list[str]:
         """Return the words for one server; the user's come last, and win."""
