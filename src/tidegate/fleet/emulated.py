@@ -12,14 +12,14 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from tidegate.core.errors import ConfigError, EngineError, EngineFault
+from tidegate.core.errors import EngineError, EngineFault
 from tidegate.dataplane.replica import EngineSettings
 from tidegate.dataplane.roster import parse_groups
 from tidegate.engines.serving.secret import SECRET_HEADER
 from tidegate.engines.vllm.client import VllmClient
 from tidegate.fleet.child import EngineStartFailed
 from tidegate.fleet.member import FleetListener, Member
-from tidegate.fleet.ready import Ready, faults_in
+from tidegate.fleet.processes import Ready, parse_ready
 from tidegate.fleet.supervision import HOST, FleetPace, ProcessFleet, Slot
 
 log = logging.getLogger(__name__)
@@ -151,14 +151,9 @@ class EmulatedFleet(ProcessFleet[AllReady]):
 
     def parse(self, line: str) -> AllReady | None:
         """See ``ProcessFleet.parse``."""
-        if not line.startswith("{") or '"ready"' not in line:
-            return None
-        try:
-            return AllReady.model_validate_json(line)
-        except ValidationError as error:
-            raise ConfigError(f"the instances' ready line is malformed: {faults_in(error)}") from None
+        return parse_ready(line, AllReady)
 
-    async def members(self, slot: Slot, announced: AllReady, pid: int) -> list[Member]:
+    async def members(self, slot: Slot, announced: AllReady) -> list[Member]:
         """See ``ProcessFleet.members``."""
         if len(announced.instances) != len(slot.ids):
             raise EngineStartFailed(
@@ -174,14 +169,5 @@ class EmulatedFleet(ProcessFleet[AllReady]):
 
     def _member(self, instance_id: str, ready: Ready) -> Member:
         self._engine_ids[instance_id] = ready.engine_id
-        return Member(
-            instance=ready.instance(instance_id),
-            url=f"http://{HOST}:{ready.port}",
-            model=ready.model,
-            engine_id=ready.engine_id,
-            profile=self._packaged[self._group_of[instance_id]].profile,
-            secret=self._secret,
-            api_key=self._api_key,
-            kind="emulated",
-            pid=ready.pid,
-        )
+        profile = self._packaged[self._group_of[instance_id]].profile
+        return ready.member(instance_id, "emulated", profile, secret=self._secret, api_key=self._api_key)

@@ -144,7 +144,7 @@ class LaunchedVllmFleet(ProcessFleet[int]):
         pid: int = json.loads(line)["pid"]
         return pid
 
-    async def members(self, slot: Slot, announced: int, pid: int) -> list[Member]:
+    async def members(self, slot: Slot, announced: int) -> list[Member]:
         """See ``ProcessFleet.members``."""
         start = self._starts[slot.name]
         assert self._session is not None

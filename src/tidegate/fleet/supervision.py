@@ -47,39 +47,22 @@ class FleetPace:
     settled_s: float = 60.0
 
 
-class Backoff:
-    """The wait before the next restart of one instance."""
-
-    def __init__(self, pace: FleetPace) -> None:
-        self._pace = pace
-        self._next_s = pace.backoff_s
-
-    def after(self, lived_s: float) -> float:
-        """Return the wait after a life of ``lived_s`` and double the one that follows it."""
-        if lived_s >= self._pace.settled_s:
-            self._next_s = self._pace.backoff_s
-        wait_s = self._next_s
-        self._next_s = min(2 * wait_s, self._pace.backoff_max_s)
-        return wait_s
-
-
 class Slot:
-    """One place in the fleet, which successive processes fill: the instances ``ids`` live in each of them.
+    """A place for one process after another, with the instances ``ids`` in each of them.
 
     ``added`` tells that it was not there at the fleet's start, ``up`` that its process serves.
     """
 
-    def __init__(self, name: str, ids: tuple[str, ...], pace: FleetPace, *, added: bool = False) -> None:
+    def __init__(self, name: str, ids: tuple[str, ...], *, added: bool) -> None:
         self.name = name
         self.ids = ids
         self.added = added
         self.up = False
         self.suspicion = asyncio.Event()
-        self.backoff = Backoff(pace)
         self.first: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """The outcome of the first start: empty, or why it failed."""
         self.removed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        """Done, with the reason, once the place is to be empty for good."""
+        """Done, with the reason, once no process may run here any more."""
 
     def report_first(self, outcome: str) -> None:
         if not self.first.done():
@@ -87,14 +70,13 @@ class Slot:
 
 
 class ProcessFleet(ABC, Generic[Announced]):
-    """Starts one process per entry of ``places``, which names the instances in it, and restarts the ones
+    """Starts one process per entry of ``places``, which names the instances in it, and restarts processes
     that end or hang.
 
-    An exit is noticed at once, a hang by health checks and answered with SIGKILL. A restarted
-    instance keeps its name and has a new ``engine_id``. Each fleet draws one secret for its
-    engines and passes it in their environment, with a key without which they serve no completion:
-    the gateway's own key cannot be gone round by asking an engine. An added instance whose first start
-    fails is given up. ``stop`` reports no ``member_down``.
+    A hang shows in health checks, and its process is killed. A restarted instance keeps its name and has a
+    new ``engine_id``. Each fleet draws one secret for its engines and passes it in their environment, with a
+    key without which they serve no completion: nobody gets round the gateway's own key by asking an engine.
+    An added instance whose first start fails is given up. ``stop`` reports no ``member_down``.
     """
 
     through_keepers = False
@@ -161,7 +143,7 @@ class ProcessFleet(ABC, Generic[Announced]):
     def _begin(self, name: str, ids: tuple[str, ...], *, added: bool = False) -> Slot:
         """Supervise one more place."""
         assert self._listener is not None and self._session is not None
-        slot = self._slots[name] = Slot(name, ids, self._pace, added=added)
+        slot = self._slots[name] = Slot(name, ids, added=added)
         work = self._supervise(slot, self._listener, self._session)
         task = asyncio.create_task(work, name=f"fleet {name}")
         task.add_done_callback(partial(self._supervisor_ended, slot, self._listener))
@@ -186,7 +168,7 @@ class ProcessFleet(ABC, Generic[Announced]):
         """
 
     @abstractmethod
-    async def members(self, slot: Slot, announced: Announced, pid: int) -> list[Member]:
+    async def members(self, slot: Slot, announced: Announced) -> list[Member]:
         """Return what has come up, one member for each of the slot's ``ids``."""
 
     def reserve(self, name: str) -> bool:
@@ -207,6 +189,8 @@ class ProcessFleet(ABC, Generic[Announced]):
     # supervision
 
     async def _supervise(self, slot: Slot, listener: FleetListener, session: aiohttp.ClientSession) -> None:
+        pace = self._pace
+        wait_s = pace.backoff_s
         while not slot.removed.done():
             try:
                 lived_s = await self._one_life(slot, listener, session)
@@ -218,15 +202,21 @@ class ProcessFleet(ABC, Generic[Announced]):
                 if slot.added and slot.first.result():
                     return
                 lived_s = 0.0
+            if lived_s >= pace.settled_s:
+                wait_s = pace.backoff_s
             if not slot.removed.done():
-                wait_s = slot.backoff.after(lived_s)
                 log.debug("%s restarts in %.1f s", slot.name, wait_s)
                 await asyncio.wait({slot.removed}, timeout=wait_s)
+                wait_s = min(2 * wait_s, pace.backoff_max_s)
 
     async def _one_life(self, slot: Slot, listener: FleetListener, session: aiohttp.ClientSession) -> float:
         """Run one process from start to end and return the seconds it was up; it is reaped in any case."""
         clock = asyncio.get_running_loop().time
-        child = await self._spawn(slot)
+        env = {name: value for name, value in os.environ.items() if name not in WITHHELD}
+        argv = self.argv(slot)
+        child = await Child.spawn(
+            slot.name, argv, env | self.environment(slot), self.parse, keeper=self.through_keepers
+        )
         try:
             members = await self._until_ready(slot, child)
             up_at = clock()
@@ -250,7 +240,7 @@ class ProcessFleet(ABC, Generic[Announced]):
         """Return what has come up. Raises EngineStartFailed also when the place is removed meanwhile."""
 
         async def start() -> list[Member]:
-            return await self.members(slot, await child.ready(self._pace.ready_s), child.pid)
+            return await self.members(slot, await child.ready(self._pace.ready_s))
 
         starting = asyncio.create_task(start())
         try:
@@ -269,8 +259,7 @@ class ProcessFleet(ABC, Generic[Announced]):
                 listener.member_down(instance_id, reason)
 
     def _supervisor_ended(self, slot: Slot, listener: FleetListener, task: asyncio.Task[None]) -> None:
-        """Empty a place: the fleet stops, its instance was removed or given up, or its supervisor failed,
-        which must not pass in silence."""
+        """Drop a slot: the fleet stops, its instance was removed or given up, or its supervisor failed."""
         self._slots.pop(slot.name, None)
         if task.cancelled():
             slot.report_first("the fleet was stopped")
@@ -288,13 +277,6 @@ class ProcessFleet(ABC, Generic[Announced]):
         if slot.added and slot.first.result():
             for instance_id in slot.ids:
                 listener.start_failed(instance_id, slot.first.result())
-
-    async def _spawn(self, slot: Slot) -> Child[Announced]:
-        env = {name: value for name, value in os.environ.items() if name not in WITHHELD}
-        argv = self.argv(slot)
-        return await Child.spawn(
-            slot.name, argv, env | self.environment(slot), self.parse, keeper=self.through_keepers
-        )
 
     async def _watch(
         self, slot: Slot, child: Child[Announced], url: str, session: aiohttp.ClientSession
