@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import median
 from typing import TypeVar
 
@@ -42,7 +43,7 @@ FRONT_TOKENS = 64
 
 @dataclass(slots=True)
 class Timed:
-    """What was timed, in seconds. ``ttft`` is by (new tokens, cached tokens), with all repeats."""
+    """What was timed, in seconds. ``ttft`` has all repeats by (new tokens, cached tokens)."""
 
     ttft: dict[tuple[int, int], list[float]] = field(default_factory=dict)
     step: list[StepSample] = field(default_factory=list)
@@ -94,21 +95,19 @@ def fit_timed(name: str, timed: Timed, *, source: str) -> Fitted:
     experts, active = likely_experts(step)
 
     def fit(p: Sequence[PrefillSample], s: Sequence[StepSample], m: Sequence[MixedSample]) -> Profile:
-        fitted = fit_profile(
-            name, p, s, ASSUMED_TRANSFER, source=source, mixed=m, experts=experts, active_experts=active
-        )
-        for _ in range(TRIMS):
-            p, s, m = _near(fitted, p, 3), _near(fitted, s, 4), _near(fitted, m, 4)
+        for _ in range(TRIMS + 1):
             fitted = fit_profile(
                 name, p, s, ASSUMED_TRANSFER, source=source, mixed=m, experts=experts, active_experts=active
             )
+            predict = partial(predicted_s, fitted)
+            p, s, m = _near(p, predict, 4), _near(s, predict, 5), _near(m, predict, FEWEST_MIXED)
         return fitted
 
     shown = fit(_kept(prefill), _kept(step), _kept(mixed))
     held_out = [
-        _errors(shown, "prefill", _held(prefill)),
-        _errors(shown, "step", _held(step)),
-        _errors(shown, "mixed", _held(mixed)),
+        _held_out(shown, "prefill", _held(prefill)),
+        _held_out(shown, "step", _held(step)),
+        _held_out(shown, "mixed", _held(mixed)),
     ]
     profile = replace(fit(prefill, step, mixed), front_s=front_s)
     return Fitted(profile, tuple(h for h in held_out if h is not None), prefill)
@@ -138,22 +137,22 @@ def predicted_s(profile: Profile, sample: PrefillSample | StepSample | MixedSamp
     return _mixed_s(profile.mixed, sample)
 
 
-def _near(profile: Profile, samples: Sequence[Sample], coefficients: int) -> list[Sample]:
+def _errors(samples: Sequence[Sample], predict: Callable[[Sample], float]) -> list[float]:
+    return [abs(predict(sample) / sample.seconds - 1.0) for sample in samples]
+
+
+def _near(samples: Sequence[Sample], predict: Callable[[Sample], float], fewest: int) -> Sequence[Sample]:
     """Drop what the fit is far from: times that something else on the machine made, long or short."""
-    off = [abs(predicted_s(profile, sample) / sample.seconds - 1.0) for sample in samples]
-    most = max(TRIM_FLOOR, TRIM * median(off)) if off else 0.0
-    near = [sample for sample, error in zip(samples, off, strict=True) if error <= most]
-    return near if len(near) > coefficients else list(samples)
+    errors = _errors(samples, predict)
+    most = max(TRIM_FLOOR, TRIM * median(errors)) if errors else 0.0
+    near = [sample for sample, error in zip(samples, errors, strict=True) if error <= most]
+    return near if len(near) >= fewest else samples
 
 
 def _steady_mixed(samples: Sequence[MixedSample]) -> MixedCost:
     """Fit the mixed form alone, dropping what it is far from."""
     for _ in range(TRIMS):
-        cost, _fit = fit_mixed(samples)
-        off = [abs(_mixed_s(cost, s) / s.seconds - 1.0) for s in samples]
-        most = max(TRIM_FLOOR, TRIM * median(off))
-        near = [s for s, error in zip(samples, off, strict=True) if error <= most]
-        samples = near if len(near) >= FEWEST_MIXED else samples
+        samples = _near(samples, partial(_mixed_s, fit_mixed(samples)[0]), FEWEST_MIXED)
     return fit_mixed(samples)[0]
 
 
@@ -174,8 +173,8 @@ def _held(samples: Sequence[Sample]) -> list[Sample]:
     return list(samples[2 : len(samples) - 1 : HELD_OUT_EVERY])
 
 
-def _errors(profile: Profile, form: str, held: Sequence[Sample]) -> HeldOut | None:
+def _held_out(profile: Profile, form: str, held: Sequence[Sample]) -> HeldOut | None:
     if not held:
         return None
-    errors = [abs(predicted_s(profile, sample) / sample.seconds - 1.0) for sample in held]
+    errors = _errors(held, partial(predicted_s, profile))
     return HeldOut(form, float(np.percentile(errors, 50)), float(np.percentile(errors, 95)), len(held))

@@ -39,41 +39,26 @@ BY_ENGINE = "by the engine's own times"
 
 
 class LinkEnd:
-    """One server as a link's end. All its calls are whole answers of one token."""
+    """One server as a link's end."""
 
     def __init__(self, client: VllmClient, facts: ServerFacts, vocab: tuple[int, int]) -> None:
         self.client = client
         self.facts = facts
         self._vocab = vocab
-        self._connector = Nixl(facts.block_tokens, LEASE_S)
+        self.connector = Nixl(facts.block_tokens, LEASE_S)
         self._random = random.Random(time.time_ns())
 
     def prompt(self, tokens: int) -> list[int]:
         """Return a prompt that no prefix cache knows."""
         return self._random.choices(range(*self._vocab), k=tokens)
 
-    async def export(self, prompt: list[int]) -> KvHandle | None:
-        """Compute a prompt and pin its KV; None when the server pins none."""
-        return self._owned(await self._answer(prompt, self._connector.export("")), prompt)
-
-    async def pull(self, prompt: list[int], handle: KvHandle) -> tuple[float, KvHandle | None]:
-        """Answer a prompt from another's KV: the seconds, and the handle of what is pinned here since."""
-        reply = await self._answer(prompt, self._connector.load(handle, len(prompt), pin=False))
-        return reply.seconds, self._owned(reply, prompt)
-
-    async def again(self, prompt: list[int]) -> float:
-        """Answer a prompt whose KV is here: the seconds."""
-        return (await self._answer(prompt, None)).seconds
-
-    async def decline(self, handle: KvHandle) -> None:
-        """Have the owner of ``handle``, another server, free its KV."""
-        await self.client.decline(self._connector.load(handle, handle.tokens, pin=False))
-
-    def _owned(self, reply: Reply, prompt: list[int]) -> KvHandle | None:
+    def handle(self, reply: Reply, prompt: list[int]) -> KvHandle | None:
+        """Return the handle of what an answer pinned; None when it pinned nothing."""
         now = asyncio.get_running_loop().time()
-        return self._connector.handle(reply.kv_params, "", self.client.url, len(prompt), now)
+        return self.connector.handle(reply.kv_params, "", self.client.url, len(prompt), now)
 
-    async def _answer(self, prompt: list[int], kv: Json | None) -> Reply:
+    async def answer(self, prompt: list[int], kv: Json | None = None) -> Reply:
+        """Have the server answer a prompt for one token. Raises EngineFault when it refuses."""
         reply = await self.client.complete(prompt, 1, kv=kv)
         if reply.status != 200:
             raise EngineFault(reply.error, instance=self.client.instance)
@@ -133,13 +118,14 @@ async def told_link(source: ProbeTarget, target: ProbeTarget, facts: ServerFacts
 async def _pull_once(source: LinkEnd, target: LinkEnd, tokens: int) -> tuple[float, float] | None:
     """Answer a prompt from the source's KV, then from the target's own: both seconds; None if none moves."""
     prompt = source.prompt(tokens)
-    handle = await source.export(prompt)
+    handle = source.handle(await source.answer(prompt, source.connector.export("")), prompt)
     if handle is None:
         return None
-    pulled_s, pinned = await target.pull(prompt, handle)
+    pulled = await target.answer(prompt, target.connector.load(handle, tokens, pin=False))
+    pinned = target.handle(pulled, prompt)
     if pinned is not None:
-        await source.decline(pinned)
-    return pulled_s, await target.again(prompt)
+        await source.client.decline(source.connector.load(pinned, tokens, pin=False))
+    return pulled.seconds, (await target.answer(prompt)).seconds
 
 
 def link_lengths(source: ServerFacts, target: ServerFacts) -> list[int]:

@@ -97,7 +97,7 @@ class ProbeTarget:
         self._engine = DialectEngine(
             url, url, model, connect_s=5.0, stall_s=60.0, secret=secret, api_key=api_key
         )
-        self._vocab = vocab
+        self.vocab = vocab
         self._random = random.Random(seed)
         self._sent = 0
         self.sent_tokens = 0
@@ -108,15 +108,15 @@ class ProbeTarget:
 
     def prompt(self, tokens: int) -> list[int]:
         """Return a prompt that no prefix cache knows."""
-        low, high = self._vocab
+        low, high = self.vocab
         return self._random.choices(range(low, high), k=tokens)
 
-    async def first_token(self, prompt: list[int], within_s: float) -> tuple[float, float, LegEnd]:
-        """Send a prompt for one token: when it left, when the token came, and how the leg ended."""
+    async def first_token(self, prompt: list[int], within_s: float) -> tuple[float, float]:
+        """Send a prompt for one token; return when it left and when the token came."""
         seen = TokenTimes(clock=self.clock)
         sent_s = self.clock.now()
-        end = await self._engine.run(self._leg(prompt, 1), seen, deadline_s=within_s)
-        return sent_s, seen.at[0], end
+        await self._engine.run(self._leg(prompt, 1), seen, deadline_s=within_s)
+        return sent_s, seen.at[0]
 
     @asynccontextmanager
     async def streams(self, prompts: Sequence[list[int]], most: int) -> AsyncIterator[Streams]:
