@@ -81,16 +81,16 @@ async def pin_sample(check: CheckContext, samples: Samples, server: ProbedServer
     if not check.produces_kv(server.id):
         return None
     expired = (await server.metrics()).nixl_expired
-    made = await pin_prefill(check, server, check.prompt, 1, check.salt(server.id, "lease"))
-    if made.handle is not None:
-        check.pins.keep(made.handle.params)
+    reply, handle = await pin_prefill(check, server, check.prompt, 1, check.salt(server.id, "lease"))
+    if handle is not None:
+        check.pins.keep(handle.params)
         given = check.pins.given_by(server.id)
-        samples[server.id] = PinnedSample(made.handle.params, expired, given, time.monotonic())
+        samples[server.id] = PinnedSample(handle.params, expired, given, time.monotonic())
         return Finding(PROBE_HANDLE, (server.id,), GREEN, "pins the KV of a prefill, and tells where")
-    if made.params is None:
+    if reply.kv_params is None:
         observed = "no KV transfer: it gives no handle for the KV of a prefill"
         return Finding(PROBE_HANDLE, (server.id,), RED, observed, NO_CONNECTOR)
-    covered = made.params.get("remote_num_tokens")
+    covered = reply.kv_params.get("remote_num_tokens")
     observed = f"its handle covers {covered} tokens of {len(check.prompt)}, which vLLM does for hybrid models"
     change = "serve a model with plain attention, or serve without KV transfer"
     return Finding(PROBE_HANDLE, (server.id,), RED, observed, change)
@@ -148,12 +148,12 @@ async def pin_decoded(
 ) -> None:
     """Have ``taker`` decode from ``owner``'s KV and keep the result pinned, for ``samples``."""
     salt = check.salt(taker.id, "decoded")
-    made = await pin_prefill(check, owner, check.prompt, 1, salt)
-    if made.handle is None:
+    _, handle = await pin_prefill(check, owner, check.prompt, 1, salt)
+    if handle is None:
         return
     expired = (await taker.metrics()).nixl_expired
     rest = check.expected(owner.id, taker.id)[:TAKE_TOKENS]
-    taken = await pull_kv(check, taker, made.handle, check.prompt, rest, pin=False, salt=salt)
+    taken = await pull_kv(check, taker, handle, check.prompt, rest, pin=False, salt=salt)
     if taken.params is not None:
         check.pins.keep(taken.params)
         since_s = time.perf_counter() - taken.at_s

@@ -124,21 +124,21 @@ async def _probe_pair(check: CheckContext, owner: ProbedServer, taker: ProbedSer
 async def _pulled(check: CheckContext, owner: ProbedServer, taker: ProbedServer, trial: str) -> PairResult:
     salt = check.salt(owner.id, taker.id, trial)
     expected = check.expected(owner.id, taker.id)[:TAKE_TOKENS]
-    made = await pin_prefill(check, owner, check.prompt, 1, salt)
-    if made.handle is None:
+    _, handle = await pin_prefill(check, owner, check.prompt, 1, salt)
+    if handle is None:
         return PairResult(failed=f"{owner.id}: it gave no handle this time")
-    pull = await pull_kv(check, taker, made.handle, check.prompt, expected, pin=False, salt=salt)
-    return PairResult(made.handle.params, pull)
+    pull = await pull_kv(check, taker, handle, check.prompt, expected, pin=False, salt=salt)
+    return PairResult(handle.params, pull)
 
 
 async def _read(check: CheckContext, owner: ProbedServer, taker: ProbedServer) -> PullResult | None:
     salt = check.salt(owner.id, taker.id, "read")
-    made = await pin_prefill(check, owner, check.prompt, LEASE_TOKENS, salt)
-    if made.handle is None:
+    reply, handle = await pin_prefill(check, owner, check.prompt, LEASE_TOKENS, salt)
+    if handle is None:
         return None
     rest = check.expected(owner.id, taker.id)[LEASE_TOKENS : LEASE_TOKENS + TAKE_TOKENS]
-    prompt = check.prompt + made.token_ids
-    read = await pull_kv(check, taker, made.handle, prompt, rest, pin=True, salt=salt)
+    prompt = check.prompt + reply.new_tokens()
+    read = await pull_kv(check, taker, handle, prompt, rest, pin=True, salt=salt)
     if read.error:
         await _still_serves(check, taker)
     return read
@@ -275,13 +275,13 @@ async def _probe_export(check: CheckContext, source: ProbedServer, target: Probe
     stream = await source.stream(check.prompt, length, stop_after=STREAMED_TOKENS, salt=salt)
     prompt = check.prompt + stream.token_ids[:STREAMED_TOKENS]
     before = await source.metrics()
-    made = await pin_prefill(check, source, prompt, 1, salt)
-    if made.handle is None:
+    _, handle = await pin_prefill(check, source, prompt, 1, salt)
+    if handle is None:
         return Finding(PROBE_EXPORT, (source.id,), RED, "no handle for what it had streamed", "see its log")
     served = before.source(CACHED) + before.source(COMPUTED) + len(prompt)
     after = await source.metrics_once(lambda now: now.source(CACHED) + now.source(COMPUTED) >= served)
     rest = check.expected(source.id, target.id)[STREAMED_TOKENS : STREAMED_TOKENS + TAKE_TOKENS]
-    taken = await pull_kv(check, target, made.handle, prompt, rest, pin=False, salt=salt)
+    taken = await pull_kv(check, target, handle, prompt, rest, pin=False, salt=salt)
     verdict, observed, change = taken.judge(len(prompt))
     if verdict is not GREEN:
         return Finding(PROBE_EXPORT, (source.id,), verdict, observed, change)

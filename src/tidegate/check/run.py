@@ -9,36 +9,8 @@ from functools import partial
 
 import aiohttp
 
+from tidegate.check import leases, local, pairs
 from tidegate.check.context import CheckContext, CheckSettings
-from tidegate.check.leases import (
-    PROBE_HANDLE,
-    PROBE_LEASE,
-    PROBE_POLICY,
-    PROBE_READ_BACK,
-    Samples,
-    judge_read_back,
-    judge_sample,
-    measure_lease,
-    pin_decoded,
-    pin_sample,
-    probe_policy,
-    watch_samples,
-)
-from tidegate.check.local import (
-    compare_answers,
-    compare_descriptions,
-    compare_tokenizers,
-    probe_prefix_cache,
-    probe_speed,
-)
-from tidegate.check.pairs import (
-    PROBE_PULL,
-    PairResults,
-    judge_channels,
-    judge_pairs,
-    probe_exports,
-    probe_pairs,
-)
 from tidegate.check.server import Deadlines, PinnedHandles, ProbedServer
 from tidegate.check.verdict import GREEN, RED, SKIPPED, YELLOW, CheckReport, Finding
 from tidegate.core.errors import EngineError
@@ -65,16 +37,10 @@ async def check_fleet(
         pins = PinnedHandles()
         servers, roles = {}, {}
         for n, (url, role) in enumerate(settings.servers):
-            servers[f"i{n}"] = ProbedServer(
-                f"i{n}",
-                url,
-                session,
-                deadlines=deadlines or Deadlines(),
-                api_key=settings.api_key,
-                pins=pins,
-            )
+            name = f"i{n}"
+            servers[name] = ProbedServer(name, url, session, pins, deadlines or Deadlines(), settings.api_key)
             if role is not None:
-                roles[f"i{n}"] = role
+                roles[name] = role
         check = CheckContext(settings, servers, pins, roles)
         try:
             await _probe(check, advance)
@@ -92,63 +58,69 @@ async def check_fleet(
 
 async def _probe(check: CheckContext, advance: Advance) -> None:
     advance(0.0, "asking the servers what they are")
-    await compare_descriptions(check)
-    await compare_tokenizers(check)
+    await local.compare_descriptions(check)
+    await local.compare_tokenizers(check)
     if not check.active:
         return
     check.choose_prompt()
     advance(0.05, "comparing answers")
-    await compare_answers(check)
-    await check.run_on_each("prefix cache", partial(probe_prefix_cache, check))
+    await local.compare_answers(check)
+    await check.run_on_each("prefix cache", partial(local.probe_prefix_cache, check))
     for n, server in enumerate(check.active):
         advance(0.1 + 0.1 * n / len(check.servers), f"timing {server.id}")
-        check.add(await check.run_probe("speed", server.id, probe_speed(check, server)))
-    samples: Samples = {}
-    await check.run_on_each(PROBE_HANDLE, partial(pin_sample, check, samples), fatal="it gives no KV handle")
-    results: PairResults = {}
+        check.add(await check.run_probe("speed", server.id, local.probe_speed(check, server)))
+    samples: leases.Samples = {}
+    await check.run_on_each(
+        leases.PROBE_HANDLE, partial(leases.pin_sample, check, samples), fatal="it gives no KV handle"
+    )
+    results: pairs.PairResults = {}
     if len(check.active) > 1:
-        results = await probe_pairs(check, lambda share: advance(0.2 + 0.5 * share, "moving KV"))
-        check.add(*judge_pairs(check, results), *await judge_channels(check, results))
+        results = await pairs.probe_pairs(check, lambda share: advance(0.2 + 0.5 * share, "moving KV"))
+        check.add(*pairs.judge_pairs(check, results), *await pairs.judge_channels(check, results))
         advance(0.7, "moving a stream")
-        await probe_exports(check, results)
+        await pairs.probe_exports(check, results)
     elif len(check.servers) == 1:
-        check.add(Finding(PROBE_PULL, (), YELLOW, "one server: there is nobody to hand KV to"))
+        check.add(Finding(pairs.PROBE_PULL, (), YELLOW, "one server: there is nobody to hand KV to"))
     advance(0.75, "pretending that a peer is dead")
-    await watch_samples(check, samples)
-    await check.run_on_each(PROBE_POLICY, partial(probe_policy, check, samples))
+    await leases.watch_samples(check, samples)
+    await check.run_on_each(leases.PROBE_POLICY, partial(leases.probe_policy, check, samples))
     if check.settings.thorough:
         await _wait_for_leases(check, samples, results, advance)
     else:
         await _judge_leases(check, samples, results)
     for name, why in check.excluded.items():
-        check.add(Finding(PROBE_PULL, (name,), SKIPPED, f"not probed: {why}"))
+        check.add(Finding(pairs.PROBE_PULL, (name,), SKIPPED, f"not probed: {why}"))
 
 
-async def _judge_leases(check: CheckContext, samples: Samples, results: PairResults) -> None:
+async def _judge_leases(check: CheckContext, samples: leases.Samples, results: pairs.PairResults) -> None:
     """Judge leases by what was seen of them until now."""
-    await watch_samples(check, samples)
+    await leases.watch_samples(check, samples)
     for server in check.active:
         if server.id in samples:
-            check.add(judge_sample(check, samples[server.id], server.id))
-        pulls = [each.pull for (_, taker), each in results.items() if taker == server.id]
-        pull = next((each for each in pulls if each is not None and each.params), None)
+            check.add(leases.judge_sample(check, samples[server.id], server.id))
+        taken = [each.pull for (_, taker), each in results.items() if taker == server.id]
+        pull = next((each for each in taken if each is not None and each.params), None)
         if pull is not None:
-            check.add(judge_read_back(server, pull))
+            check.add(leases.judge_read_back(server, pull))
 
 
 async def _wait_for_leases(
-    check: CheckContext, samples: Samples, results: PairResults, advance: Advance
+    check: CheckContext, samples: leases.Samples, results: pairs.PairResults, advance: Advance
 ) -> None:
     """Judge leases by waiting for their ends."""
     advance(0.8, "waiting for leases to end")
-    await check.run_on_each(PROBE_LEASE, partial(measure_lease, check, PROBE_LEASE, samples))
-    decoded: Samples = {}
+    await check.run_on_each(
+        leases.PROBE_LEASE, partial(leases.measure_lease, check, leases.PROBE_LEASE, samples)
+    )
+    decoded: leases.Samples = {}
     for server in check.active:
         owners = [owner for (owner, taker), each in results.items() if taker == server.id and each.works]
         if owners and owners[0] not in check.excluded:
-            await pin_decoded(check, decoded, check.servers[owners[0]], server)
+            await leases.pin_decoded(check, decoded, check.servers[owners[0]], server)
     advance(0.9, "waiting for leases to end")
-    await check.run_on_each(PROBE_READ_BACK, partial(measure_lease, check, PROBE_READ_BACK, decoded))
+    await check.run_on_each(
+        leases.PROBE_READ_BACK, partial(leases.measure_lease, check, leases.PROBE_READ_BACK, decoded)
+    )
 
 
 async def _left_behind(check: CheckContext, server: ProbedServer) -> Finding:

@@ -58,19 +58,12 @@ class ProbedServer(VllmClient):
         name: str,
         url: str,
         session: aiohttp.ClientSession,
-        *,
+        pins: PinnedHandles,
         deadlines: Deadlines,
         api_key: str,
-        pins: PinnedHandles,
     ) -> None:
-        super().__init__(
-            session,
-            url,
-            instance=name,
-            api_key=api_key,
-            deadline_s=deadlines.ask_s,
-            completion_s=deadlines.leg_s,
-        )
+        ask_s, leg_s = deadlines.ask_s, deadlines.leg_s
+        super().__init__(session, url, instance=name, api_key=api_key, deadline_s=ask_s, completion_s=leg_s)
         self.id = name
         self.dead_peer_s = deadlines.dead_peer_s
         self._pins = pins
@@ -85,17 +78,9 @@ class ProbedServer(VllmClient):
             raise EngineFault(f"/health answers {health.error}", instance=self.id)
         return SelfDescription(facts, version or "unknown", health.clock_skew_s)
 
-    async def complete(
-        self,
-        prompt: list[int],
-        max_tokens: int,
-        *,
-        kv: Json | None = None,
-        salt: str = "",
-        deadline_s: float | None = None,
-    ) -> Reply:
-        """See ``VllmClient.complete``."""
-        reply = await super().complete(prompt, max_tokens, kv=kv, salt=salt, deadline_s=deadline_s)
+    async def ask(self, path: str, body: Json | None = None, *, deadline_s: float | None = None) -> Reply:
+        """See ``VllmClient.ask``."""
+        reply = await super().ask(path, body, deadline_s=deadline_s)
         if reply.kv_params is not None:
             self._pins.add(self.id, reply.kv_params)
         return reply

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from tidegate.check.context import CheckContext
@@ -12,6 +11,7 @@ from tidegate.check.server import ProbedServer
 from tidegate.check.verdict import GREEN, RED, YELLOW, CheckVerdict
 from tidegate.core.errors import EngineError
 from tidegate.engines.seam import Json, KvHandle
+from tidegate.engines.vllm.client import Reply
 from tidegate.engines.vllm.metrics import CACHED, COMPUTED, PULLED, VllmMetrics
 
 PULLED_ENOUGH = 0.95
@@ -41,50 +41,31 @@ class PullResult:
     def judge(self, wanted: int) -> tuple[CheckVerdict, str, str]:
         """Return verdict, observation and what to change, where ``wanted`` tokens were there to pull."""
         if self.error:
-            return (
-                RED,
-                f"{self.error} after {self.seconds:.1f} s",
-                "open the side channel and UCX's ports between both; compare their --kv-transfer-config",
-            )
+            observed = f"{self.error} after {self.seconds:.1f} s"
+            change = "open the side channel and UCX's ports between both; compare their --kv-transfer-config"
+            return RED, observed, change
         if self.wrong_at is not None:
-            return (
-                RED,
-                f"wrong tokens: differs from a local run at token {self.wrong_at}",
-                "do not serve with it: compare models, dtypes, --block-size and vLLM versions",
-            )
+            observed = f"wrong tokens: differs from a local run at token {self.wrong_at}"
+            change = "do not serve with it: compare models, dtypes, --block-size and vLLM versions"
+            return RED, observed, change
         if self.pulled is None:
             return YELLOW, "right tokens; the server does not show where KV came from", ""
         if self.pulled + self.hit < PULLED_ENOUGH * wanted:
-            return (
-                RED,
-                f"KV was recomputed: {self.pulled} of {wanted} tokens pulled, {self.computed} computed",
-                "its pulls fail and are hidden: set kv_load_failure_policy to fail and see its log",
-            )
-        return (
-            GREEN,
-            f"{self.pulled} tokens pulled, {self.nixl_bytes:,} B, {1e3 * self.seconds:.0f} ms",
-            "",
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class PinnedPrefill:
-    """What a leg that pins its KV answered. ``handle`` is None where ``params`` do not cover all of it."""
-
-    token_ids: list[int]
-    params: Json | None
-    handle: KvHandle | None
+            observed = f"KV was recomputed: {self.pulled} of {wanted} tokens pulled, {self.computed} computed"
+            change = "its pulls fail and are hidden: set kv_load_failure_policy to fail and see its log"
+            return RED, observed, change
+        return GREEN, f"{self.pulled} tokens pulled, {self.nixl_bytes:,} B, {1e3 * self.seconds:.0f} ms", ""
 
 
 async def pin_prefill(
     check: CheckContext, owner: ProbedServer, prompt: list[int], tokens: int, salt: str
-) -> PinnedPrefill:
-    """Have ``owner`` prefill ``prompt``, make ``tokens`` tokens and pin the KV."""
+) -> tuple[Reply, KvHandle | None]:
+    """Have ``owner`` prefill ``prompt``, make ``tokens`` tokens and pin the KV; None for a handle that does
+    not cover all of it. Raises EngineError."""
     reply = await owner.complete(prompt, tokens, kv=check.nixl.export(""), salt=salt)
-    ids = reply.new_tokens()
+    reply.new_tokens()
     now = asyncio.get_running_loop().time()
-    handle = check.nixl.handle(reply.kv_params, "", owner.id, len(prompt) + tokens - 1, now)
-    return PinnedPrefill(ids, reply.kv_params, handle)
+    return reply, check.nixl.handle(reply.kv_params, "", owner.id, len(prompt) + tokens - 1, now)
 
 
 async def pull_kv(
@@ -103,18 +84,19 @@ async def pull_kv(
     began_s = time.perf_counter()
     try:
         reply = await taker.complete(prompt, len(expected), kv=kv, salt=salt)
+        at_s = time.perf_counter()
+        ids = reply.new_tokens()
     except EngineError as error:
         check.pins.missed(handle.params)
         return PullResult(time.perf_counter() - began_s, error=error.message)
-    if reply.status != 200:
-        check.pins.missed(handle.params)
-        return PullResult(reply.seconds, error=reply.error)
-    at_s = time.perf_counter()
-    try:
-        ids = reply.new_tokens()
-    except EngineError as error:
-        return PullResult(reply.seconds, error=error.message)
-    after = await taker.metrics_once(_prompt_counted(before, len(prompt)))
+
+    def counted(now: VllmMetrics) -> bool:
+        new = sum(now.source(name) - before.source(name) for name in (PULLED, CACHED, COMPUTED))
+        moved = (now.nixl_bytes or 0) > (before.nixl_bytes or 0)
+        unmoved = now.source(PULLED) == before.source(PULLED)
+        return now.prompt_tokens_by_source is None or (new >= len(prompt) and (moved or unmoved))
+
+    after = await taker.metrics_once(counted)
     wrong_at = next((n for n, want in enumerate(expected) if ids[n : n + 1] != [want]), None)
     pulled = after.source(PULLED) - before.source(PULLED)
     if pulled or after.prompt_tokens_by_source is None:
@@ -129,13 +111,3 @@ async def pull_kv(
         nixl_bytes=(after.nixl_bytes or 0) - (before.nixl_bytes or 0),
         wrong_at=wrong_at,
     )
-
-
-def _prompt_counted(before: VllmMetrics, tokens: int) -> Callable[[VllmMetrics], bool]:
-    def counted(now: VllmMetrics) -> bool:
-        new = sum(now.source(name) - before.source(name) for name in (PULLED, CACHED, COMPUTED))
-        moved = (now.nixl_bytes or 0) > (before.nixl_bytes or 0)
-        unmoved = now.source(PULLED) == before.source(PULLED)
-        return now.prompt_tokens_by_source is None or (new >= tokens and (moved or unmoved))
-
-    return counted

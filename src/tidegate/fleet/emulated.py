@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import sys
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
@@ -75,7 +74,6 @@ class EmulatedFleet(ProcessFleet[AllReady]):
         self._launch = launch
         self._engine_ids: dict[str, str] = {}
         self._process: VllmClient | None = None
-        self._changes: set[asyncio.Task[None]] = set()
 
     def add(self) -> bool:
         """See ``FleetControl.add``. Not while the process starts."""
@@ -87,7 +85,7 @@ class EmulatedFleet(ProcessFleet[AllReady]):
         if slot is None:
             self._begin(PLACE, (name,), added=True)
         else:
-            self._change(self._open(slot, name, self._listener))
+            self._create_task(self._open(slot, name, self._listener), f"start {name}")
         return True
 
     def remove(self, instance_id: str, reason: str) -> bool:
@@ -98,19 +96,8 @@ class EmulatedFleet(ProcessFleet[AllReady]):
         if len(slot.ids) == 1:
             return super().remove(instance_id, reason)
         slot.ids = tuple(other for other in slot.ids if other != instance_id)
-        self._change(self._close(instance_id, reason, self._listener))
+        self._create_task(self._close(instance_id, reason, self._listener), f"stop {instance_id}")
         return True
-
-    async def stop(self) -> None:
-        for change in self._changes:
-            change.cancel()
-        await asyncio.gather(*self._changes, return_exceptions=True)
-        await super().stop()
-
-    def _change(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
-        self._changes.add(task)
-        task.add_done_callback(self._changes.discard)
 
     async def _open(self, slot: Slot, name: str, listener: FleetListener) -> None:
         process = self._process

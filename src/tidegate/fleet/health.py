@@ -65,11 +65,10 @@ async def until_unhealthy(
             return trouble
 
 
-async def end_watch(tasks: list[asyncio.Task[None]], session: aiohttp.ClientSession | None) -> None:
-    """Cancel and empty a fleet's ``tasks``, wait until they have ended, close its session; idempotent."""
+async def end_watch(tasks: set[asyncio.Task[None]], session: aiohttp.ClientSession | None) -> None:
+    """Cancel a fleet's ``tasks``, wait until they have ended, close its session; idempotent."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    tasks.clear()
     if session is not None:
         await session.close()

@@ -115,8 +115,7 @@ class LaunchedVllmFleet(ProcessFleet[int]):
         launch = self._launch
         return [
             *KEEPER,
-            *("--health", f"http://{HOST}:{port}/health", "--log", str(launch.logs / f"{slot.name}.log")),
-            *("--scratch", "VLLM_RPC_BASE_PATH", "--"),
+            *(f"http://{HOST}:{port}/health", str(launch.logs / f"{slot.name}.log")),
             *(str(launch.program), "serve", str(launch.model), "--served-model-name", launch.model.name),
             *("--host", HOST, "--port", str(port)),
             *self._memory,

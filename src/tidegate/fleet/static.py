@@ -94,7 +94,7 @@ class StaticFleet:
         self._model = ""
         self._pace = pace or StaticPace()
         self._servers: dict[str, _Server] = {}
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
         self._session: aiohttp.ClientSession | None = None
 
     @property
@@ -110,10 +110,10 @@ class StaticFleet:
                 role,
                 VllmClient(session, bootstrap, deadline_s=deadline_s),
             )
-        self._tasks = [
+        self._tasks = {
             asyncio.create_task(self._follow(server, listener), name=f"fleet {server.id}")
             for server in self._servers.values()
-        ]
+        }
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._pace.start_s):

@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -88,7 +88,7 @@ class ProcessFleet(ABC, Generic[Announced]):
         self._secret = secrets.token_hex(32)
         self._api_key = secrets.token_hex(32)
         self._slots: dict[str, Slot] = {}
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
         self._session: aiohttp.ClientSession | None = None
         self._listener: FleetListener | None = None
         self._named = len(self.ids)
@@ -144,11 +144,16 @@ class ProcessFleet(ABC, Generic[Announced]):
         """Supervise one more place."""
         assert self._listener is not None and self._session is not None
         slot = self._slots[name] = Slot(name, ids, added=added)
-        work = self._supervise(slot, self._listener, self._session)
-        task = asyncio.create_task(work, name=f"fleet {name}")
+        task = self._create_task(self._supervise(slot, self._listener, self._session), f"fleet {name}")
         task.add_done_callback(partial(self._supervisor_ended, slot, self._listener))
-        self._tasks.append(task)
         return slot
+
+    def _create_task(self, work: Coroutine[None, None, None], name: str) -> asyncio.Task[None]:
+        """Start a task that ends with the fleet."""
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     async def stop(self) -> None:
         self._listener = None
