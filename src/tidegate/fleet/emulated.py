@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Literal
 
@@ -70,7 +71,7 @@ class EmulatedFleet(ProcessFleet[AllReady]):
         self._packaged = [group.packaged for group in groups]
         numbers = [number for number, group in enumerate(groups) for _ in range(group.count)]
         self._group_of = {f"i{index}": number for index, number in enumerate(numbers)}
-        super().__init__({PLACE: tuple(self._group_of)}, pace)
+        super().__init__({PLACE: tuple(self._group_of)}, pace, partial(parse_ready, AllReady))
         self._launch = launch
         self._engine_ids: dict[str, str] = {}
         self._process: VllmClient | None = None
@@ -136,10 +137,6 @@ class EmulatedFleet(ProcessFleet[AllReady]):
         assert self._process is not None
         return self._process.url
 
-    def parse(self, line: str) -> AllReady | None:
-        """See ``ProcessFleet.parse``."""
-        return parse_ready(line, AllReady)
-
     async def members(self, slot: Slot, announced: AllReady) -> list[Member]:
         """See ``ProcessFleet.members``."""
         if len(announced.instances) != len(slot.ids):
@@ -149,10 +146,7 @@ class EmulatedFleet(ProcessFleet[AllReady]):
         assert self._session is not None
         url, headers = f"http://{HOST}:{announced.port}", {SECRET_HEADER: self._secret}
         self._process = VllmClient(self._session, url, instance=slot.name, headers=headers)
-        return [
-            self._member(instance_id, ready)
-            for instance_id, ready in zip(slot.ids, announced.instances, strict=True)
-        ]
+        return [self._member(*each) for each in zip(slot.ids, announced.instances, strict=True)]
 
     def _member(self, instance_id: str, ready: Ready) -> Member:
         self._engine_ids[instance_id] = ready.engine_id

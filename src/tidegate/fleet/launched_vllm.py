@@ -72,13 +72,11 @@ class LaunchedVllmFleet(ProcessFleet[int]):
     and an added one has the last. Raises SetupError when there are fewer GPUs than that.
     """
 
-    through_keepers = True
-
     def __init__(
         self, launch: VllmLaunch, *, profiles: Sequence[Profile] = (), pace: FleetPace | None = None
     ) -> None:
         ids = tuple(f"i{index}" for index in range(launch.instances))
-        super().__init__({instance_id: (instance_id,) for instance_id in ids}, pace or PACE)
+        super().__init__({name: (name,) for name in ids}, pace or PACE, kept_process, keepers=True)
         self._profiles = profiles_by_id(ids, profiles)
         self._added_profile = profiles[-1] if profiles else None
         self._api_key = launch.api_key or self._api_key
@@ -136,13 +134,6 @@ class LaunchedVllmFleet(ProcessFleet[int]):
             "VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT": str(math.ceil(lease_s)),
         }
 
-    def parse(self, line: str) -> int | None:
-        """See ``ProcessFleet.parse``: the server's process id, as its keeper announces it."""
-        if not line.startswith('{"event": "ready"'):
-            return None
-        pid: int = json.loads(line)["pid"]
-        return pid
-
     async def members(self, slot: Slot, announced: int) -> list[Member]:
         """See ``ProcessFleet.members``."""
         start = self._starts[slot.name]
@@ -161,6 +152,14 @@ class LaunchedVllmFleet(ProcessFleet[int]):
         except (EngineError, SetupError) as error:
             raise EngineStartFailed(f"does not describe itself: {error}") from None
         return [member]
+
+
+def kept_process(line: str) -> int | None:
+    """Return the server's process id from its keeper's announcement; None for any other line."""
+    if not line.startswith('{"event": "ready"'):
+        return None
+    pid: int = json.loads(line)["pid"]
+    return pid
 
 
 def cpu_memory(instances: int) -> list[str]:

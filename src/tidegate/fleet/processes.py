@@ -8,6 +8,7 @@ import secrets
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Literal, TypeVar
@@ -73,7 +74,7 @@ class Ready(BaseModel):
 Announcement = TypeVar("Announcement", bound=BaseModel)
 
 
-def parse_ready(line: str, announcement: type[Announcement]) -> Announcement | None:
+def parse_ready(announcement: type[Announcement], line: str) -> Announcement | None:
     """Read one line of an engine's output; None when it is not an announcement.
 
     Raises ConfigError when it is one that lacks a field or has a wrong value.
@@ -138,7 +139,7 @@ class LocalFleet(ProcessFleet[Ready]):
 
     def __init__(self, launch: EngineLaunch, *, pace: FleetPace | None = None) -> None:
         ids = tuple(f"i{index}" for index in range(launch.instances))
-        super().__init__({instance_id: (instance_id,) for instance_id in ids}, pace)
+        super().__init__({name: (name,) for name in ids}, pace, partial(parse_ready, Ready))
         self._launch = launch
         self._first_starts: dict[str, Ready | None] = {}
         self._profile: asyncio.Future[Profile | None] | None = None
@@ -155,10 +156,6 @@ class LocalFleet(ProcessFleet[Ready]):
             # was added takes the launch's profile.
             self_profile=not slot.added and self._first_starts.get(slot.name) is None,
         )
-
-    def parse(self, line: str) -> Ready | None:
-        """See ``ProcessFleet.parse``."""
-        return parse_ready(line, Ready)
 
     async def members(self, slot: Slot, announced: Ready) -> list[Member]:
         """See ``ProcessFleet.members``. Waits until all instances have been measured."""

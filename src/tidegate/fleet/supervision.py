@@ -16,7 +16,7 @@ import aiohttp
 
 from tidegate.core.errors import SetupError
 from tidegate.engines.vllm.client import VllmClient
-from tidegate.fleet.child import Child, EngineStartFailed
+from tidegate.fleet.child import Child, EngineStartFailed, Parse
 from tidegate.fleet.health import HealthPace, end_watch, until_unhealthy
 from tidegate.fleet.member import FleetListener, Member
 
@@ -79,12 +79,19 @@ class ProcessFleet(ABC, Generic[Announced]):
     An added instance whose first start fails is given up. ``stop`` reports no ``member_down``.
     """
 
-    through_keepers = False
-    """Whether the processes are keepers of others (``fleet.keeper``)."""
-
-    def __init__(self, places: Mapping[str, tuple[str, ...]], pace: FleetPace | None) -> None:
+    def __init__(
+        self,
+        places: Mapping[str, tuple[str, ...]],
+        pace: FleetPace | None,
+        parse: Parse[Announced],
+        *,
+        keepers: bool = False,
+    ) -> None:
+        """``parse`` reads announcements; ``keepers``: the processes keep others (``fleet.keeper``)."""
         self._places = places
         self._pace = pace or FleetPace()
+        self._parse = parse
+        self._keepers = keepers
         self._secret = secrets.token_hex(32)
         self._api_key = secrets.token_hex(32)
         self._slots: dict[str, Slot] = {}
@@ -166,13 +173,6 @@ class ProcessFleet(ABC, Generic[Announced]):
         """Return the command line of the slot's next process. It never holds a secret."""
 
     @abstractmethod
-    def parse(self, line: str) -> Announced | None:
-        """Read one line of output; None when it is not the announcement.
-
-        Raises ConfigError when it is a malformed one.
-        """
-
-    @abstractmethod
     async def members(self, slot: Slot, announced: Announced) -> list[Member]:
         """Return what has come up, one member for each of the slot's ``ids``."""
 
@@ -185,10 +185,10 @@ class ProcessFleet(ABC, Generic[Announced]):
         return members[0].url
 
     def not_started(self, slot: Slot) -> None:
-        """Take note that the slot's process did not become ready."""
+        """Do what follows when the slot's process did not become ready."""
 
     def environment(self, slot: Slot) -> dict[str, str]:
-        """Return what the slot's next process finds in its environment beside the gateway's own."""
+        """Return the variables that the slot's next process gets beside the gateway's own."""
         return {SECRET_VARIABLE: self._secret, KEY_VARIABLE: self._api_key}
 
     # supervision
@@ -219,9 +219,8 @@ class ProcessFleet(ABC, Generic[Announced]):
         clock = asyncio.get_running_loop().time
         env = {name: value for name, value in os.environ.items() if name not in WITHHELD}
         argv = self.argv(slot)
-        child = await Child.spawn(
-            slot.name, argv, env | self.environment(slot), self.parse, keeper=self.through_keepers
-        )
+        env |= self.environment(slot)
+        child = await Child.spawn(slot.name, argv, env, self._parse, keeper=self._keepers)
         try:
             members = await self._until_ready(slot, child)
             up_at = clock()

@@ -7,6 +7,7 @@ import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from tidegate.core.clock import Clock, WallClock
 from tidegate.core.errors import EngineError
@@ -148,16 +149,8 @@ class ProbeTarget:
         leg = self._leg(prompt, 1, handle=handle, generated=1)
         return await self._engine.run(leg, TokenTimes(), deadline_s=within_s)
 
-    def _leg(
-        self,
-        prompt: list[int],
-        most: int,
-        *,
-        pin: bool = False,
-        handle: KvHandle | None = None,
-        generated: int = 0,
-    ) -> Leg:
+    def _leg(self, prompt: list[int], most: int, **options: Any) -> Leg:
         self._sent += 1
         self.sent_tokens += len(prompt)
         name = f"probe-{self._random.getrandbits(48):x}-{self._sent}"
-        return Leg(name, prompt, None, most, dict(GREEDY), generated=generated, pin=pin, handle=handle)
+        return Leg(name, prompt, None, most, dict(GREEDY), **options)
