@@ -30,7 +30,7 @@ from tidegate.fleet.launched_vllm import (
 )
 from tidegate.fleet.member import Member
 from tidegate.fleet.supervision import FleetPace
-from tidegate.fleet.vllm_command import ServeArguments
+from tidegate.fleet.vllm import ServeArguments
 
 QUICK = FleetPace(health=HealthPace(every_s=600.0), ready_s=20.0, grace_s=1.0, backoff_s=0.05)
 Make = Callable[..., LaunchedVllmFleet]

@@ -13,8 +13,14 @@ from tests.profiling.virtual_probe import VirtualLoop, VirtualTarget
 from tidegate.costs.library import packaged_profile
 from tidegate.engines.vllm.client import ServerFacts
 from tidegate.engines.vllm.metrics import VllmMetrics
-from tidegate.profiling.fit import Fitted, fit_timed
-from tidegate.profiling.gaps import chunks_between, gap_of_chunk, step_seconds, token_budget
+from tidegate.profiling.fit import (
+    Fitted,
+    chunks_between,
+    fit_timed,
+    gap_of_chunk,
+    step_seconds,
+    token_budget,
+)
 from tidegate.profiling.prober import Prober
 from tidegate.profiling.target import ProbeTarget
 

@@ -21,7 +21,7 @@ from tidegate.engines.seam import KvHandle, Leg, LegEnd, TokensSink
 from tidegate.engines.vllm.engine import VllmEngine
 from tidegate.fleet.health import HealthPace
 from tidegate.fleet.static import StaticFleet, StaticPace
-from tidegate.fleet.vllm_member import KvSetup
+from tidegate.fleet.vllm import KvSetup
 from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.ledger.snapshot import Snapshot

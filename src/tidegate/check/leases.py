@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from tidegate.check.context import CheckContext
+from tidegate.check.pairs import TAKE_TOKENS, PullResult, pin_prefill, pull_kv
 from tidegate.check.server import PinnedHandles, ProbedServer
-from tidegate.check.transfer import TAKE_TOKENS, PullResult, pin_prefill, pull_kv
 from tidegate.check.verdict import GREEN, RED, SKIPPED, YELLOW, Finding
 from tidegate.core.errors import EngineTimeout
 from tidegate.engines.seam import Json

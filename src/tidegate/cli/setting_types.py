@@ -117,7 +117,7 @@ def _is_file(profile: str) -> bool:
 
 @with_value_errors
 def _serve_arguments(value: str) -> str:
-    from tidegate.fleet.vllm_command import ServeArguments
+    from tidegate.fleet.vllm import ServeArguments
 
     ServeArguments(shlex.split(value))
     return value

@@ -21,8 +21,7 @@ from tidegate.fleet.child import EngineStartFailed
 from tidegate.fleet.health import HealthPace
 from tidegate.fleet.member import LEASE_S, FleetListener, Member
 from tidegate.fleet.supervision import HOST, FleetPace, ProcessFleet, Slot
-from tidegate.fleet.vllm_command import ServeArguments, free_ports
-from tidegate.fleet.vllm_member import describe_member, profiles_by_id
+from tidegate.fleet.vllm import ServeArguments, describe_member, free_ports, profiles_by_id
 
 log = logging.getLogger(__name__)
 

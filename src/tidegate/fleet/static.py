@@ -17,7 +17,7 @@ from tidegate.costs.profile import Profile
 from tidegate.engines.vllm.client import VllmClient
 from tidegate.fleet.health import HealthPace, end_watch, health_trouble, until_unhealthy
 from tidegate.fleet.member import FleetListener, Member
-from tidegate.fleet.vllm_member import KvSetup, describe_member, profiles_by_id
+from tidegate.fleet.vllm import KvSetup, describe_member, profiles_by_id
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class StaticPace:
     retry_s: float = 1.0
 
 
-class _Server:
+class _ListedServer:
     """One server of the list, and how it is."""
 
     def __init__(self, client: VllmClient, role: Role | None, bootstrap: VllmClient) -> None:
@@ -93,7 +93,7 @@ class StaticFleet:
         self._api_key = api_key
         self._model = ""
         self._pace = pace or StaticPace()
-        self._servers: dict[str, _Server] = {}
+        self._servers: dict[str, _ListedServer] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._session: aiohttp.ClientSession | None = None
 
@@ -105,7 +105,7 @@ class StaticFleet:
         self._session = session = aiohttp.ClientSession()
         deadline_s = self._pace.health.deadline_s
         for name, (url, role), bootstrap in zip(self.ids, self._given, self._bootstraps, strict=True):
-            self._servers[name] = _Server(
+            self._servers[name] = _ListedServer(
                 VllmClient(session, url, instance=name, api_key=self._api_key, deadline_s=deadline_s),
                 role,
                 VllmClient(session, bootstrap, deadline_s=deadline_s),
@@ -149,7 +149,7 @@ class StaticFleet:
             reason = "the servers do not serve one model" if refused else "no server answers"
             raise SetupError("\n".join([reason, *(f"  {server}" for server in refused or absent)]))
 
-    async def _follow(self, server: _Server, listener: FleetListener) -> None:
+    async def _follow(self, server: _ListedServer, listener: FleetListener) -> None:
         try:
             while True:
                 try:
@@ -165,7 +165,7 @@ class StaticFleet:
         finally:
             server.settled.set()
 
-    async def _one_life(self, server: _Server, listener: FleetListener) -> None:
+    async def _one_life(self, server: _ListedServer, listener: FleetListener) -> None:
         """Wait until the server is up, report it, watch it, and report it down."""
         member = await self._until_up(server)
         server.suspicion.clear()
@@ -182,7 +182,7 @@ class StaticFleet:
         log.warning("%s is down: it %s", server.id, reason)
         listener.member_down(server.id, reason)
 
-    async def _until_up(self, server: _Server) -> Member:
+    async def _until_up(self, server: _ListedServer) -> Member:
         """Ask until the server is healthy and describes itself. Raises SetupError when it never can."""
         logged = ""
         while (member := await self._member(server)) is None:
@@ -193,7 +193,7 @@ class StaticFleet:
             await asyncio.sleep(self._pace.retry_s)
         return member
 
-    async def _member(self, server: _Server) -> Member | None:
+    async def _member(self, server: _ListedServer) -> Member | None:
         """Ask the server once; None while it cannot be a member, which its ``trouble`` explains."""
         trouble = await health_trouble(server.client)
         if trouble:

@@ -10,9 +10,7 @@ a read, and show less of the machine's jitter: they bound what is seen from outs
 from __future__ import annotations
 
 import asyncio
-import random
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 
 from tidegate.core.errors import ConfigError, EngineFault
@@ -39,18 +37,13 @@ BY_ENGINE = "by the engine's own times"
 
 
 class LinkEnd:
-    """One server as a link's end."""
+    """One server as a link's end. ``prompt`` returns prompts of so many tokens that no prefix cache knows."""
 
-    def __init__(self, client: VllmClient, facts: ServerFacts, vocab: tuple[int, int]) -> None:
+    def __init__(self, client: VllmClient, facts: ServerFacts, prompt: Callable[[int], list[int]]) -> None:
         self.client = client
         self.facts = facts
-        self._vocab = vocab
+        self.prompt = prompt
         self.connector = Nixl(facts.block_tokens, LEASE_S)
-        self._random = random.Random(time.time_ns())
-
-    def prompt(self, tokens: int) -> list[int]:
-        """Return a prompt that no prefix cache knows."""
-        return self._random.choices(range(*self._vocab), k=tokens)
 
     def handle(self, reply: Reply, prompt: list[int]) -> KvHandle | None:
         """Return the handle of what an answer pinned; None when it pinned nothing."""

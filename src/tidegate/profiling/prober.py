@@ -14,8 +14,7 @@ from statistics import median
 from tidegate.core.errors import EngineTimeout
 from tidegate.costs.fitting import MixedSample, StepSample
 from tidegate.engines.vllm.client import ServerFacts
-from tidegate.profiling import gaps
-from tidegate.profiling.fit import Timed
+from tidegate.profiling import fit
 from tidegate.profiling.target import ProbeTarget, Streams
 
 LENGTHS = (16, 64, 256, 1024, 32, 128, 512, 2048, 4096, 8192, 192, 384, 768, 1536, 3072, 6144)
@@ -49,7 +48,7 @@ class Prober:
         budget_s: float,
         advance: Callable[[float, str], None],
     ) -> None:
-        self.timed = Timed()
+        self.timed = fit.Timed()
         self.notes: list[str] = []
         self.max_batch_tokens = max_batch_tokens
         self._target, self._facts, self._budget_s, self._advance = target, facts, budget_s, advance
@@ -120,8 +119,8 @@ class Prober:
         """Learn how many tokens a step takes at most: count the steps of a long prompt beside a decode."""
         most = min(self._facts.max_model_len - 2, int(KV_SHARE * self._facts.kv_capacity_tokens) - ROOM)
         affordable = self._budget_s * BUDGET_SHARE / max(self._token_s, 1e-9)
-        power = int(math.log2(max(64.0, min(most, affordable, 16384.0) / gaps.REMAINDER_SAFE)))
-        tokens = min(most, int(gaps.REMAINDER_SAFE * 2**power))
+        power = int(math.log2(max(64.0, min(most, affordable, 16384.0) / fit.REMAINDER_SAFE)))
+        tokens = min(most, int(fit.REMAINDER_SAFE * 2**power))
         self._show(f"the token budget, by a prompt of {tokens}")
         counts = []
         async with self._target.streams([self._target.prompt(16)], self._room(16)) as streams:
@@ -135,9 +134,9 @@ class Prober:
                     self._target.prompt(tokens), self._wait_s(tokens)
                 )
                 await streams.more(1, LEAST_WAIT_S)
-                counts.append(gaps.chunks_between(streams.times[0].at, sent_s, first_s, step_s))
+                counts.append(fit.chunks_between(streams.times[0].at, sent_s, first_s, step_s))
         if counts:
-            self.max_batch_tokens = gaps.token_budget(tokens, min(counts))  # what is held up adds to a count
+            self.max_batch_tokens = fit.token_budget(tokens, min(counts))  # what is held up adds to a count
 
     def _longest(self) -> int:
         """Return the longest prompt that is sure to be computed in one step."""
@@ -198,9 +197,9 @@ class Prober:
         except EngineTimeout:
             self._most_streams = min(self._most_streams, len(streams.times))
             return None
-        if not await streams.more(gaps.BEFORE + 2, LEAST_WAIT_S):
+        if not await streams.more(fit.BEFORE + 2, LEAST_WAIT_S):
             return None
-        return gaps.gap_of_chunk([t.at for t in streams.times], first_s)
+        return fit.gap_of_chunk([t.at for t in streams.times], first_s)
 
     def _chunks(self, index: int, batch: int) -> list[int]:
         """Return the prompts to put beside ``batch`` decodes: others in each session, each within a step."""
@@ -221,7 +220,7 @@ class Prober:
         if not await streams.more(STEPS, LEAST_WAIT_S):
             return None
         until = [len(t.at) - 1 for t in streams.times]
-        return gaps.step_seconds([t.at for t in streams.times], since, until) or None
+        return fit.step_seconds([t.at for t in streams.times], since, until) or None
 
     @staticmethod
     def _held(streams: Streams, context: int) -> int:

@@ -193,8 +193,8 @@ async def _links(
             if kv_bytes_per_token is None:
                 samples = await told_link(source.target, target.target, target.facts)
             else:
-                ends = (LinkEnd(each.client, each.facts, each.target.vocab) for each in (source, target))
-                samples = await time_link(*ends, kv_bytes_per_token)
+                near, far = (LinkEnd(x.client, x.facts, x.target.prompt) for x in (source, target))
+                samples = await time_link(near, far, kv_bytes_per_token)
             if samples:
                 links.append(fit_link(a, b, samples))
             else:

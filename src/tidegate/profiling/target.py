@@ -98,7 +98,7 @@ class ProbeTarget:
         self._engine = DialectEngine(
             url, url, model, connect_s=5.0, stall_s=60.0, secret=secret, api_key=api_key
         )
-        self.vocab = vocab
+        self._vocab = vocab
         self._random = random.Random(seed)
         self._sent = 0
         self.sent_tokens = 0
@@ -109,7 +109,7 @@ class ProbeTarget:
 
     def prompt(self, tokens: int) -> list[int]:
         """Return a prompt that no prefix cache knows."""
-        low, high = self.vocab
+        low, high = self._vocab
         return self._random.choices(range(low, high), k=tokens)
 
     async def first_token(self, prompt: list[int], within_s: float) -> tuple[float, float]:
