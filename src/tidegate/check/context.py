@@ -13,7 +13,7 @@ from tidegate.check.verdict import RED, Finding, shared_start
 from tidegate.core.errors import EngineError
 from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
-from tidegate.engines.vllm.client import BLOCK_TOKENS, ServerFacts
+from tidegate.engines.vllm.client import BLOCK_TOKENS
 from tidegate.engines.vllm.connector import Nixl
 from tidegate.fleet.member import LEASE_S
 
@@ -24,11 +24,8 @@ SHORTEST_PULL = 96
 
 @dataclass(frozen=True, slots=True)
 class CheckSettings:
-    """What to check: each server's URL, and its role if it keeps one.
-
-    With ``slo`` the servers' speed is judged; ``thorough`` waits for leases to end, which have to last
-    ``lease_s``.
-    """
+    """What to check: each server's URL, and its role if it keeps one. With ``slo`` the servers' speed is
+    judged; ``thorough`` waits for leases to end, which have to last ``lease_s``."""
 
     servers: tuple[tuple[str, Role | None], ...]
     api_key: str = field(default="", repr=False)
@@ -66,7 +63,7 @@ class CheckContext:
     @property
     def block_tokens(self) -> int:
         """The block size that all active servers have."""
-        return next((self.facts(each.id).block_tokens for each in self.active), BLOCK_TOKENS)
+        return next((self.described[each.id].facts.block_tokens for each in self.active), BLOCK_TOKENS)
 
     @property
     def nixl(self) -> Nixl:
@@ -80,10 +77,6 @@ class CheckContext:
     def exclude(self, name: str, why: str) -> None:
         """Probe ``name`` no further; the first reason stays."""
         self.excluded.setdefault(name, why)
-
-    def facts(self, name: str) -> ServerFacts:
-        """Return the facts of a server that was described."""
-        return self.described[name].facts
 
     def produces_kv(self, name: str) -> bool:
         """Tell whether others are to pull KV from the server."""
@@ -109,7 +102,7 @@ class CheckContext:
         """Choose the prompt of all KV probes: some whole blocks and a half."""
         block = self.block_tokens
         blocks = max(2, -(-SHORTEST_PULL // block))
-        room = min(self.facts(each.id).max_model_len for each in self.active) - 4 * REFERENCE_TOKENS
+        room = min(self.described[each.id].facts.max_model_len for each in self.active) - 4 * REFERENCE_TOKENS
         self.prompt = self.fresh_prompt(max(8, min(blocks * block + block // 2, room)))
 
     async def run_on_each(

@@ -55,10 +55,8 @@ class PinnedSample:
     ended_s: float | None = None
 
     async def watch(self, server: ProbedServer, pins: PinnedHandles) -> None:
-        """Look whether the server still keeps it. Raises EngineError.
-
-        A lease that ended may be another handle's, given since: then there are blocks left for the sample.
-        """
+        """Look whether the server still keeps it. A lease that ended may be another handle's, given since:
+        then there are blocks left for the sample. Raises EngineError."""
         metrics = await server.metrics()
         age_s = time.monotonic() - self.at_s
         if self.expired is None or metrics.nixl_expired is None or self.ended_s is not None:
@@ -112,7 +110,7 @@ def judge_sample(check: CheckContext, sample: PinnedSample, name: str) -> Findin
         observed = f"still pinned after {sample.kept_s:.1f} s (--thorough waits for the end)"
         return Finding(PROBE_LEASE, (name,), GREEN, observed)
     observed = f"a lease ended after {sample.ended_s:.1f} s at most"
-    if (check.facts(name).metrics.kv_blocks_in_use or 0.0) >= 1.0:
+    if (check.described[name].facts.metrics.kv_blocks_in_use or 0.0) >= 1.0:
         observed += ", but somebody else had KV pinned too"
         return Finding(PROBE_LEASE, (name,), YELLOW, observed, "check an idle fleet")
     return Finding(PROBE_LEASE, (name,), RED, observed, _longer(check))
@@ -162,11 +160,8 @@ async def pin_decoded(
 
 
 def judge_read_back(server: ProbedServer, taken: PullResult) -> Finding | None:
-    """Judge how long a server keeps what it decoded, by the handle that it gave.
-
-    The handle's expiry is a reading of the server's own clock since boot, which is ours only on the same
-    machine; no finding elsewhere.
-    """
+    """Judge how long a server on this machine keeps what it decoded: the handle that it gave has its expiry,
+    by the clock since boot."""
     expiry_s = (taken.params or {}).get("remote_blocks_expiry_time")
     if not isinstance(expiry_s, float | int) or urlsplit(server.url).hostname not in LOCAL_HOSTS:
         return None
@@ -188,10 +183,8 @@ def _longer(check: CheckContext) -> str:
 
 
 async def probe_policy(check: CheckContext, samples: Samples, server: ProbedServer) -> Finding | None:
-    """Send the server the handle of a peer that does not exist: it must fail the request, not hide that.
-
-    The handle is a sample's, under another name: as ``do_remote_prefill`` it ends under either policy.
-    """
+    """Send the server the handle of a peer that does not exist: it must fail the request, not hide that. The
+    handle is a sample's, under another name: as ``do_remote_prefill`` it ends under either policy."""
     where = (server.id,)
     if not check.consumes_kv(server.id):
         return None

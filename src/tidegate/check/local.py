@@ -108,11 +108,8 @@ def _compare_block_sizes(described: Mapping[str, SelfDescription]) -> list[Findi
 
 
 def _judge_role(name: str, described: SelfDescription, kept: Role | None) -> Finding | None:
-    """Find out whether a server was started for one role; ``kept`` is the role that it is said to keep.
-
-    A server started as ``kv_producer`` has KV metrics, but does not count loads of its own. One started as
-    ``kv_consumer`` shows the same metrics as ``kv_both``, and serves as such.
-    """
+    """Find out whether a server was started for one role; ``kept`` is the role that it is said to keep. A
+    ``kv_producer`` does not count loads of its own; a ``kv_consumer`` looks and serves like ``kv_both``."""
     metrics = described.facts.metrics
     if metrics.nixl_bytes is None:
         return None
@@ -159,11 +156,8 @@ async def compare_tokenizers(check: CheckContext) -> None:
 
 
 async def compare_answers(check: CheckContext) -> None:
-    """Have every server answer one prompt by itself, and keep the answers as references.
-
-    A server that answers otherwise than most serves other weights, and is excluded; one that parts late
-    computes differently, which no transfer of KV can be held against.
-    """
+    """Have every server answer one prompt by itself, and keep the answers as references. A server that parts
+    early from most serves other weights, and is excluded; one that parts late has other kernels."""
 
     answers: dict[str, list[int]] = {}
 
@@ -216,7 +210,7 @@ async def probe_prefix_cache(check: CheckContext, server: ProbedServer) -> Findi
 async def probe_speed(check: CheckContext, server: ProbedServer) -> Finding:
     """Time a prefill and some decode steps on the server while nothing else runs there, and hold them
     against the SLO if there is one: what an idle server misses, a busy one misses too."""
-    facts = check.facts(server.id)
+    facts = check.described[server.id].facts
     size = min(PROFILE_PROMPT_TOKENS, facts.max_model_len // 2)
     ttft_s = min([(await server.stream(check.fresh_prompt(size), 2, stop_after=1)).first_s for _ in range(2)])
     steps = await server.stream(check.fresh_prompt(16), PROFILE_STEPS, stop_after=PROFILE_STEPS)

@@ -369,7 +369,7 @@ async def probe_exports(check: CheckContext, results: PairResults) -> None:
 async def _probe_export(check: CheckContext, source: ProbedServer, target: ProbedServer) -> Finding:
     """Stop a stream, pin its KV after the fact, and continue it on ``target``."""
     salt = check.salt(source.id, "export")
-    length = min(LONGEST_STREAM, check.facts(source.id).max_model_len - len(check.prompt))
+    length = min(LONGEST_STREAM, check.described[source.id].facts.max_model_len - len(check.prompt))
     stream = await source.stream(check.prompt, length, stop_after=STREAMED_TOKENS, salt=salt)
     prompt = check.prompt + stream.token_ids[:STREAMED_TOKENS]
     before = await source.metrics()

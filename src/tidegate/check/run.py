@@ -126,7 +126,7 @@ async def _wait_for_leases(
 async def _left_behind(check: CheckContext, server: ProbedServer) -> Finding:
     """Compare the blocks in use with those before the check."""
     where = (server.id,)
-    before = check.facts(server.id).metrics.kv_blocks_in_use
+    before = check.described[server.id].facts.metrics.kv_blocks_in_use
     if before is None:
         return Finding(PROBE_LEFT, where, YELLOW, "the server does not show its blocks")
     limit = before + SPARE_BLOCKS

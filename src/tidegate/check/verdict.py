@@ -40,10 +40,6 @@ class Finding:
     observed: str
     change: str = ""
 
-    def to_json(self) -> Json:
-        """Return the finding as ``--json`` prints it."""
-        return asdict(self)
-
 
 @dataclass(slots=True)
 class CheckReport:
@@ -68,7 +64,7 @@ class CheckReport:
             "ok": self.ok,
             "seconds": round(self.seconds, 3),
             "servers": self.servers,
-            "findings": [found.to_json() for found in self.findings],
+            "findings": [asdict(found) for found in self.findings],
         }
 
 

@@ -65,9 +65,7 @@ class Child(Generic[Announced]):
         keeper: bool = False,
     ) -> Child[Announced]:
         """Start ``argv`` in a session of its own, so that the terminal's Ctrl-C reaches only the parent.
-
-        Raises EngineStartFailed when the program cannot be executed.
-        """
+        Raises EngineStartFailed when the program cannot be executed."""
         try:
             process = await asyncio.create_subprocess_exec(
                 *argv, env=dict(env), stdin=PIPE, stdout=PIPE, stderr=PIPE, start_new_session=True

@@ -126,11 +126,8 @@ def _end_with_keeper() -> None:
 
 
 def kill_descendants() -> None:
-    """Kill what this process and its children have started, and wait until it is gone.
-
-    Python's resource trackers stay: they hold neither ports nor GPUs, free the shared memory of those that
-    were killed, and then end by themselves.
-    """
+    """Kill what this process and its children have started, and wait until it is gone. Python's resource
+    trackers stay: they free the shared memory of those that were killed, and then end by themselves."""
     while processes := [pid for pid in descendants(os.getpid()) if not _is_tracker(pid)]:
         for pid in processes:
             with suppress(ProcessLookupError):

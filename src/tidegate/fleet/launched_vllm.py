@@ -41,8 +41,7 @@ class VllmLaunch:
     """What every server of the fleet is started with.
 
     ``program`` is vLLM's command and ``arguments`` what the user adds to ``vllm serve``. The output of
-    instance i0 goes to ``i0.log`` in ``logs``. ``api_key`` is the key the servers want; drawn at random
-    when empty.
+    instance i0 goes to ``i0.log`` in ``logs``. An empty ``api_key`` is replaced by a random one.
     """
 
     model: Path
@@ -65,10 +64,10 @@ class _Start(NamedTuple):
 class LaunchedVllmFleet(ProcessFleet[int]):
     """``launch.instances`` vLLM servers named i0, i1, ..., which hand KV to each other.
 
-    Each has ports of its own that were free at its start, and its own GPUs where the machine has any: the
-    first one the first, and as many as its parallel sizes multiply to. An added one takes GPUs that no other
-    has; without GPUs it gets what each of the first ones got. ``profiles`` holds one for all or one for each,
-    and an added one has the last. Raises SetupError when there are fewer GPUs than that.
+    Each has free ports of its own, and where the machine has GPUs as many as its parallel sizes multiply to,
+    in order. An added one takes GPUs that no other has; without GPUs it gets what each of the first ones got.
+    ``profiles`` holds one for all or one for each, and an added one has the last. Raises SetupError when
+    there are too few GPUs.
     """
 
     def __init__(
@@ -195,10 +194,8 @@ def visible_gpus(environment: Mapping[str, str], devices: Path = Path("/dev")) -
 
 
 def share_out(gpus: list[str], instances: int, each: int) -> list[str]:
-    """Return a value of CUDA_VISIBLE_DEVICES for each instance: ``each`` GPUs, none of them twice.
-
-    Raises SetupError when there are not enough.
-    """
+    """Return a value of CUDA_VISIBLE_DEVICES for each instance: ``each`` GPUs, none of them twice. Raises
+    SetupError when there are not enough."""
     if len(gpus) < instances * each:
         raise SetupError(
             f"{instances} instances with {each} GPU{'s' * (each > 1)} each need {instances * each}, and "

@@ -19,14 +19,13 @@ class Capabilities:
     """What an instance can do beyond plain serving; the gateway asks for nothing else.
 
     ``kv_transfer``: other members can pull its KV by handle, and it can pull theirs. Without it a
-    decode leg recomputes the prompt or finds it in its prefix cache. ``continues``: told how many of a
-    prompt's tokens are earlier output, it goes on exactly: characters and stop strings across the seam,
+    decode leg recomputes the prompt or finds it in its prefix cache. ``continues``: given the number of a
+    prompt's tokens that are earlier output, it goes on exactly: characters and stop strings across the seam,
     seeded sampling, penalties, guided decoding. Without it the gateway keeps text whole itself, and a request
     whose state ids do not hold can only begin anew. ``extends_kv``: a prefill can begin with KV of another
-    member that covers a part of its prompt. ``orders``: it serves waiting prefills in the order it
-    was started with, by the tickets that come with them; without it only ``fifo`` systems may use it.
-    ``tells_load``: its ``/metrics`` say what is on it, in vLLM's names; the gateway knows all that is on the
-    others.
+    member that covers a part of its prompt. ``orders``: it serves waiting prefills by their tickets, in the
+    order it was started with; without it only ``fifo`` systems may use it. ``tells_load``: its ``/metrics``
+    show its load in vLLM's names; the gateway knows the load of the others.
     """
 
     kv_transfer: bool = True
@@ -117,10 +116,8 @@ class Fleet(FleetControl, Protocol):
     def ids(self) -> tuple[str, ...]: ...
 
     async def start(self, listener: FleetListener) -> None:
-        """Begin; returns once every instance that should come up is up or has failed its first start.
-
-        Raises SetupError when none can come up at all (with the last lines each one logged).
-        """
+        """Begin; return once every instance is up or has failed its first start. Raises SetupError when none
+        can come up at all, with the last lines each one logged."""
         ...
 
     async def stop(self) -> None:

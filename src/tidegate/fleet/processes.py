@@ -20,7 +20,7 @@ from tidegate.core.instance import Instance
 from tidegate.costs.fitting import PrefillSample, StepSample, fit_profile
 from tidegate.costs.forms import TransferCost
 from tidegate.costs.profile import Profile
-from tidegate.fleet.member import FleetListener, Member
+from tidegate.fleet.member import Member
 from tidegate.fleet.supervision import HOST, FleetPace, ProcessFleet, Slot
 
 log = logging.getLogger(__name__)
@@ -75,10 +75,8 @@ Announcement = TypeVar("Announcement", bound=BaseModel)
 
 
 def parse_ready(announcement: type[Announcement], line: str) -> Announcement | None:
-    """Read one line of an engine's output; None when it is not an announcement.
-
-    Raises ConfigError when it is one that lacks a field or has a wrong value.
-    """
+    """Read one line of an engine's output; None when it is not an announcement. Raises ConfigError when it is
+    one that lacks a field or has a wrong value."""
     if not line.startswith("{") or '"ready"' not in line:
         return None
     try:
@@ -90,11 +88,8 @@ def parse_ready(announcement: type[Announcement], line: str) -> Announcement | N
 
 @dataclass(frozen=True, slots=True)
 class EngineLaunch:
-    """What every engine of a local fleet is started with.
-
-    ``max_model_len`` None leaves it to the model's configuration. ``command`` is the program before
-    the flags; tests put their own there.
-    """
+    """What every engine of a local fleet is started with. ``max_model_len`` None leaves it to the model's
+    configuration; ``command`` is the program before the flags."""
 
     model: Path
     instances: int = 3
@@ -142,11 +137,8 @@ class LocalFleet(ProcessFleet[Ready]):
         super().__init__({name: (name,) for name in ids}, pace, partial(parse_ready, Ready))
         self._launch = launch
         self._first_starts: dict[str, Ready | None] = {}
-        self._profile: asyncio.Future[Profile | None] | None = None
-
-    async def start(self, listener: FleetListener) -> None:
-        self._profile = asyncio.get_running_loop().create_future()
-        await super().start(listener)
+        self._measured = asyncio.Event()
+        self._profile: Profile | None = None
 
     def argv(self, slot: Slot) -> list[str]:
         """See ``ProcessFleet.argv``."""
@@ -160,9 +152,10 @@ class LocalFleet(ProcessFleet[Ready]):
     async def members(self, slot: Slot, announced: Ready) -> list[Member]:
         """See ``ProcessFleet.members``. Waits until all instances have been measured."""
         self._note_first_start(slot, announced)
-        assert self._profile is not None
-        profile = await asyncio.shield(self._profile)
-        return [announced.member(slot.name, "embedded", profile, secret=self._secret, api_key=self._api_key)]
+        await self._measured.wait()
+        return [
+            announced.member(slot.name, "embedded", self._profile, secret=self._secret, api_key=self._api_key)
+        ]
 
     def not_started(self, slot: Slot) -> None:
         """See ``ProcessFleet.not_started``."""
@@ -172,20 +165,19 @@ class LocalFleet(ProcessFleet[Ready]):
         """Fit the launch's profile once every instance has started or failed to (``ready`` None)."""
         if not slot.added:
             self._first_starts.setdefault(slot.name, ready)
-        assert self._profile is not None
-        if len(self._first_starts) == len(self.ids) and not self._profile.done():
+        if len(self._first_starts) == len(self.ids) and not self._measured.is_set():
             started = [r for r in self._first_starts.values() if r is not None]
             name = f"{self._launch.device}/{started[0].model}" if started else self._launch.device
             samples = [sample for ready in started for sample in ready.profile_samples]
-            self._profile.set_result(pooled_profile(name, samples))
+            self._profile = pooled_profile(name, samples)
+            self._measured.set()
 
 
 def pooled_profile(name: str, samples: Iterable[PrefillSample | StepSample]) -> Profile | None:
     """Fit one profile to the samples of engines that are alike; None, with a warning, when it cannot be.
 
-    Every point is measured once per engine, all of them at the same time on one machine: the median
-    over the engines keeps a neighbour's noise out of the fit, and equal engines get equal profiles,
-    so that no policy prefers one of them for an accident of its start.
+    All engines measure every point at the same time on one machine: the median over them keeps a neighbour's
+    noise out of the fit, and equal profiles keep policies from preferring one engine by accident.
     """
     points: dict[PrefillSample | StepSample, list[float]] = {}
     for sample in samples:

@@ -235,10 +235,8 @@ def _bootstrap_beside(url: str) -> str:
 
 
 def checked_url(url: str) -> str:
-    """Return ``url`` as a base without trailing slash or ``/v1``.
-
-    Raises ConfigError when it is no server's URL, or one for https, which the relay does not speak.
-    """
+    """Return ``url`` as a base without trailing slash or ``/v1``. Raises ConfigError when it is no server's
+    URL, or one for https, which the relay does not speak."""
     parts = urlsplit(url)
     try:
         parts.port  # noqa: B018 - reading it is what checks it

@@ -33,11 +33,8 @@ Announced = TypeVar("Announced")
 
 @dataclass(frozen=True, slots=True)
 class FleetPace:
-    """The clocks of supervision, in seconds.
-
-    ``ready_s`` bounds a start, ``grace_s`` a polite stop. Restarts wait ``backoff_s``, doubling up to
-    ``backoff_max_s``; an instance that lived ``settled_s`` starts over at ``backoff_s``.
-    """
+    """``ready_s`` bounds a start, ``grace_s`` a polite stop. Restarts wait ``backoff_s``, doubling up to
+    ``backoff_max_s``; after a life of ``settled_s`` the wait is ``backoff_s`` again."""
 
     health: HealthPace = field(default_factory=HealthPace)
     ready_s: float = 600.0
@@ -48,10 +45,8 @@ class FleetPace:
 
 
 class Slot:
-    """A place for one process after another, with the instances ``ids`` in each of them.
-
-    ``added`` tells that it was not there at the fleet's start, ``up`` that its process serves.
-    """
+    """A place for one process after another, with the instances ``ids`` in each of them. ``added``: it was
+    not there at the fleet's start; ``up``: its process serves."""
 
     def __init__(self, name: str, ids: tuple[str, ...], *, added: bool) -> None:
         self.name = name
@@ -131,10 +126,7 @@ class ProcessFleet(ABC, Generic[Announced]):
         return True
 
     def remove(self, instance_id: str, reason: str) -> bool:
-        """See ``FleetControl.remove``: its process gets ``grace_s`` to end, and its place stays empty.
-
-        An instance that shares its process with others stays.
-        """
+        """See ``FleetControl.remove``. Its process gets ``grace_s`` to end, unless others are in it."""
         slot = next((slot for slot in self._slots.values() if slot.ids == (instance_id,)), None)
         if slot is None:
             return False

@@ -112,10 +112,8 @@ async def describe_member(
 
 
 def profiles_by_id(ids: Sequence[str], profiles: Sequence[Profile]) -> dict[str, Profile]:
-    """Return each server's profile: ``profiles`` holds none at all, one for all, or one for each.
-
-    Raises ConfigError for another number.
-    """
+    """Return each server's profile: ``profiles`` holds none at all, one for all, or one for each. Raises
+    ConfigError for another number."""
     if len(profiles) not in (0, 1, len(ids)):
         raise ConfigError(f"{len(profiles)} profiles for {len(ids)} servers: give one for all or for each")
     each = list(profiles) * len(ids) if len(profiles) == 1 else profiles
@@ -123,11 +121,8 @@ def profiles_by_id(ids: Sequence[str], profiles: Sequence[Profile]) -> dict[str,
 
 
 async def _mooncake_engine_id(bootstrap: VllmClient) -> str:
-    """Return the engine id under which MooncakeConnector's peers pull from a server.
-
-    Raises EngineError when its bootstrap server does not answer properly yet, SetupError when there are
-    several engines behind it: nobody could tell which of them holds a request's KV.
-    """
+    """Return the engine id under which peers pull from a server. Raises EngineError when its bootstrap server
+    does not answer properly yet, SetupError when it names several engines."""
     where = f"its Mooncake bootstrap server {bootstrap.url}"
     try:
         reply = await bootstrap.ask("/query")
@@ -173,11 +168,8 @@ def nixl_config(lease_s: int = 30) -> dict[str, Any]:
 
 
 class ServeArguments:
-    """What a user adds to ``vllm serve``, and what tidegate gives it beside that.
-
-    Raises ConfigError for words that are tidegate's to choose, and for a configuration of KV transfer that
-    cannot be read or that tidegate cannot work with.
-    """
+    """What a user adds to ``vllm serve``, and what tidegate adds. Raises ConfigError for words that are
+    tidegate's to choose, and for a configuration of KV transfer that it cannot read or work with."""
 
     def __init__(self, words: Sequence[str]) -> None:
         self._words, given = _without(words, "--kv-transfer-config")
@@ -226,10 +218,8 @@ def _size(words: Sequence[str], long: str, short: str) -> int:
 
 
 def _without(words: Sequence[str], flag: str) -> tuple[list[str], str | None]:
-    """Return ``words`` without ``flag`` and its value, and the value; None when it does not occur.
-
-    vLLM takes ``--flag value``, ``--flag=value`` and underscores for hyphens; the last one counts.
-    """
+    """Return ``words`` without ``flag`` and its value, and the value, None without any. vLLM takes
+    ``--flag value``, ``--flag=value`` and underscores for hyphens; the last one counts."""
     rest: list[str] = []
     value = None
     each = iter(words)

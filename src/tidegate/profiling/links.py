@@ -134,10 +134,8 @@ def link_lengths(source: ServerFacts, target: ServerFacts) -> list[int]:
 
 
 def fit_link(source: str, target: str, samples: Sequence[LinkSample]) -> MeasuredLink:
-    """Fit latency and bandwidth; the connector's own times bound both the times and the bandwidth.
-
-    Raises ConfigError for fewer than two lengths.
-    """
+    """Fit latency and bandwidth; the connector's own times bound both the times and the bandwidth. Raises
+    ConfigError for fewer than two lengths."""
     if len({sample.tokens for sample in samples}) < 2:
         raise ConfigError(f"too few transfers from {source} to {target} were timed; give longer contexts")
     told = [TransferSample(s.tokens, s.n_bytes, s.read_s) for s in samples if s.read_s]

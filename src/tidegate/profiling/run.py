@@ -178,10 +178,8 @@ async def _unlike(others: Sequence[_Instance], profile: Profile) -> list[str]:
 async def _links(
     instances: Sequence[_Instance], kv_bytes_per_token: int | None, advance: Advance
 ) -> tuple[list[MeasuredLink], list[str]]:
-    """Time KV moving over every ordered pair, with notes for those where none moves.
-
-    ``kv_bytes_per_token`` is None for engines that are no vLLM.
-    """
+    """Time KV moving over every ordered pair, with notes for pairs where none moves. ``kv_bytes_per_token``
+    is None for engines that are not vLLM."""
     if len(instances) < 2:
         return [], ["no second instance: the transfer's cost is assumed"]
     links, notes = [], []

@@ -56,10 +56,8 @@ class Streams:
         self._changed.set()
 
     async def have(self, tokens: Sequence[int], within_s: float) -> bool:
-        """Wait until stream i has ``tokens[i]`` tokens; False when they do not come in time.
-
-        Raises the EngineError of a stream that broke.
-        """
+        """Wait until stream i has ``tokens[i]`` tokens; False when they do not come in time. Raises the
+        EngineError of a stream that broke."""
         with suppress(TimeoutError):
             async with asyncio.timeout(within_s):
                 while any(len(t.at) < n for t, n in zip(self.times, tokens, strict=True)):
