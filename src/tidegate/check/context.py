@@ -47,7 +47,7 @@ class CheckContext:
     """What servers say of themselves; a server that does not answer is missing."""
     findings: list[Finding] = field(default_factory=list)
     excluded: dict[str, str] = field(default_factory=dict)
-    """Why a server is not probed any further, by id."""
+    """Why a server is not probed any further, by id; the first reason stays."""
     vocabulary: list[int] = field(default_factory=list)
     prompt: list[int] = field(default_factory=list)
     answers: dict[str, list[int]] = field(default_factory=dict)
@@ -73,10 +73,6 @@ class CheckContext:
     def add(self, *findings: Finding | None) -> None:
         """Enter findings; None is none."""
         self.findings += [each for each in findings if each is not None]
-
-    def exclude(self, name: str, why: str) -> None:
-        """Probe ``name`` no further; the first reason stays."""
-        self.excluded.setdefault(name, why)
 
     def produces_kv(self, name: str) -> bool:
         """Tell whether others are to pull KV from the server."""
@@ -106,11 +102,7 @@ class CheckContext:
         self.prompt = self.fresh_prompt(max(8, min(blocks * block + block // 2, room)))
 
     async def run_on_each(
-        self,
-        probe: str,
-        run: Callable[[ProbedServer], Awaitable[Finding | None]],
-        *,
-        fatal: str = "",
+        self, probe: str, run: Callable[[ProbedServer], Awaitable[Finding | None]], *, fatal: str = ""
     ) -> None:
         """Run ``run`` for all active servers at once; an engine's error is a finding. A server whose finding
         is RED is excluded when ``fatal`` says why."""
@@ -118,7 +110,7 @@ class CheckContext:
         for found in await asyncio.gather(*runs):
             self.add(found)
             if fatal and found is not None and found.verdict is RED:
-                self.exclude(found.where[0], fatal)
+                self.excluded.setdefault(found.where[0], fatal)
 
     async def run_probe(self, probe: str, name: str, run: Awaitable[Finding | None]) -> Finding | None:
         """Await a probe's finding; an engine's error becomes one."""

@@ -43,8 +43,7 @@ class PinnedSample:
     """KV that was pinned at ``at_s`` to see how long it stays, as ``params`` describe it.
 
     ``expired`` counts the leases that the server had ended before, ``given`` the handles it had given up to
-    this one; ``kept_s`` is how long the sample is known to have stayed, ``ended_s`` how long it was there at
-    most once it is gone.
+    this one. The sample stayed for ``kept_s`` at least and, once it is gone, ``ended_s`` at most.
     """
 
     params: Json

@@ -47,7 +47,7 @@ async def compare_descriptions(check: CheckContext) -> None:
     for found in [*_compare_facts(described), *_compare_block_sizes(described)]:
         check.add(found)
         if found.verdict is RED and found.probe in ("model", "block size"):
-            check.exclude(found.where[0], f"its {found.probe} differs")
+            check.excluded.setdefault(found.where[0], f"its {found.probe} differs")
     check.add(*(_judge_role(name, each, check.roles.get(name)) for name, each in described.items()))
     check.add(*(_judge_clock(name, each.clock_skew_s) for name, each in described.items()))
 
@@ -151,7 +151,7 @@ async def compare_tokenizers(check: CheckContext) -> None:
     check.add(*found)
     for each in found:
         if each.verdict is RED:
-            check.exclude(each.where[0], "its tokenizer differs")
+            check.excluded.setdefault(each.where[0], "its tokenizer differs")
     check.vocabulary = sorted({token for each in check.active for text in ids[each.id] for token in text})
 
 
@@ -174,7 +174,7 @@ async def compare_answers(check: CheckContext) -> None:
     for name, tokens in odd.items():
         same = len(shared_start([tokens, usual]))
         if same < SAME_MODEL_SHARE * REFERENCE_TOKENS:
-            check.exclude(name, "it serves another model")
+            check.excluded.setdefault(name, "it serves another model")
             observed = f"another model: its greedy answer differs from token {same} on"
             change = "serve the same weights everywhere: compare --model and --revision"
             check.add(Finding("same answers", (name,), RED, observed, change))

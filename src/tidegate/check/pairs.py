@@ -41,7 +41,7 @@ LEASE_TOKENS = 7
 class PullResult:
     """What happened when a server was sent somebody's handle.
 
-    ``pulled``, ``hit`` and ``computed`` say where its prompt tokens came from; None when it does not tell.
+    ``pulled`` (None if unknown), ``hit`` and ``computed`` count its prompt tokens by source.
     ``error`` is empty when it answered; ``wrong_at`` is the first token that differs from a local run.
     ``params`` is the handle of what it pinned itself, given at ``at_s`` of our performance counter.
     """
@@ -246,7 +246,7 @@ async def _still_serves(check: CheckContext, server: ProbedServer) -> None:
     try:
         (await server.complete(check.fresh_prompt(8), 1)).new_tokens()
     except EngineError as error:
-        check.exclude(server.id, "it stopped answering")
+        check.excluded.setdefault(server.id, "it stopped answering")
         observed = f"stopped answering after a pull failed: {error.message}"
         check.add(Finding("reachable", (server.id,), RED, observed, "restart it; its log has the reason"))
 

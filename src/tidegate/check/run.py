@@ -14,6 +14,7 @@ from tidegate.check.context import CheckContext, CheckSettings
 from tidegate.check.server import Deadlines, PinnedHandles, ProbedServer
 from tidegate.check.verdict import GREEN, RED, SKIPPED, YELLOW, CheckReport, Finding
 from tidegate.core.errors import EngineError
+from tidegate.engines.seam import Json
 
 PROBE_LEFT = "left behind"
 CLEAN_S = 3.0
@@ -26,11 +27,9 @@ Advance = Callable[[float, str], None]
 async def check_fleet(
     settings: CheckSettings, advance: Advance, *, deadlines: Deadlines | None = None
 ) -> CheckReport:
-    """Probe ``settings.servers``, named i0, i1, ... in that order.
-
-    ``advance`` receives the share done and what is being looked at. Never raises for what servers do, and
-    ends even when they hang: every call has its deadline. Pinned KV is released, also on cancellation.
-    """
+    """Probe ``settings.servers``, named i0, i1, ... in that order. ``advance`` receives the share done and
+    what is probed. Never raises for what servers do, and ends even when they hang: every call has its
+    deadline. Pinned KV is released, also on cancellation."""
     began_s = time.monotonic()
     # A connection for each call: servers close idle ones at moments of their own, which fails a POST.
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
@@ -49,10 +48,15 @@ async def check_fleet(
         advance(1.0, "looking at what is left")
         described = [server for server in check.active if server.id in check.described]
         check.add(*await asyncio.gather(*(_left_behind(check, server) for server in described)))
-    reported = {
-        name: {"url": server.url, **(check.described[name].to_json() if name in check.described else {})}
-        for name, server in servers.items()
-    }
+    reported: dict[str, Json] = {name: {"url": server.url} for name, server in servers.items()}
+    for name, said in check.described.items():
+        reported[name] |= {
+            "model": said.facts.model,
+            "max_model_len": said.facts.max_model_len,
+            "version": said.version,
+            "block_tokens": said.facts.metrics.block_tokens,
+            "kv_capacity_tokens": said.facts.metrics.kv_capacity_tokens,
+        }
     return CheckReport(reported, check.findings, time.monotonic() - began_s)
 
 

@@ -39,16 +39,6 @@ class SelfDescription:
     version: str
     clock_skew_s: float | None
 
-    def to_json(self) -> Json:
-        """Return what a report says of the server."""
-        return {
-            "model": self.facts.model,
-            "max_model_len": self.facts.max_model_len,
-            "version": self.version,
-            "block_tokens": self.facts.metrics.block_tokens,
-            "kv_capacity_tokens": self.facts.metrics.kv_capacity_tokens,
-        }
-
 
 class ProbedServer(VllmClient):
     """A client of the server with the id ``name``, which enters every handle of an answer in ``pins``."""

@@ -56,13 +56,7 @@ class Child(Generic[Announced]):
 
     @classmethod
     async def spawn(
-        cls,
-        name: str,
-        argv: Sequence[str],
-        env: Mapping[str, str],
-        parse: Parse[Announced],
-        *,
-        keeper: bool = False,
+        cls, name: str, argv: Sequence[str], env: Mapping[str, str], parse: Parse[Announced], *, keeper: bool
     ) -> Child[Announced]:
         """Start ``argv`` in a session of its own, so that the terminal's Ctrl-C reaches only the parent.
         Raises EngineStartFailed when the program cannot be executed."""
@@ -95,10 +89,8 @@ class Child(Generic[Announced]):
         status = self.exited.result()
         if status >= 0:
             return f"exited with status {status}"
-        try:
-            return f"was killed by {signal.Signals(-status).name}"
-        except ValueError:
-            return f"was killed by signal {-status}"
+        names = {each.value: each.name for each in signal.Signals}
+        return f"was killed by {names.get(-status, f'signal {-status}')}"
 
     def kill(self) -> None:
         """Kill the process if it still runs; a keeper kills what it keeps once its stdin is closed."""

@@ -25,7 +25,6 @@ from tidegate.fleet.supervision import HOST, FleetPace, ProcessFleet, Slot
 log = logging.getLogger(__name__)
 
 PLACE = "emulated"
-"""The name of the one process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +58,10 @@ class AllReady(BaseModel):
 
 
 class EmulatedFleet(ProcessFleet[AllReady]):
-    """Instances i0, i1, ... through all groups. They come and go together, for they are one process.
+    """Instances i0, i1, ... through all groups, in one process, which goes by their packaged profiles.
 
-    Their profiles are the packaged ones, which is what they go by: nothing is measured. The process is asked
-    to serve one more replica of the last group, or to drop one; what it served when it ended, it serves again
-    when it is back. Raises ConfigError for an unknown profile, or profiles of several models.
+    On request the process serves one more replica of the last group, or drops one. After a restart it serves
+    what it served before. Raises ConfigError for an unknown profile, or profiles of several models.
     """
 
     def __init__(self, launch: EmulatedLaunch, *, pace: FleetPace | None = None) -> None:
@@ -128,7 +126,6 @@ class EmulatedFleet(ProcessFleet[AllReady]):
             log.debug("the process of %s has ended: %s", instance_id, error)
 
     def argv(self, slot: Slot) -> list[str]:
-        """See ``ProcessFleet.argv``."""
         groups = groupby(self._group_of[instance_id] for instance_id in slot.ids)
         return self._launch.argv([f"{self._packaged[number].name}:{len(list(of))}" for number, of in groups])
 
@@ -138,7 +135,6 @@ class EmulatedFleet(ProcessFleet[AllReady]):
         return self._process.url
 
     async def members(self, slot: Slot, announced: AllReady) -> list[Member]:
-        """See ``ProcessFleet.members``."""
         if len(announced.instances) != len(slot.ids):
             raise EngineStartFailed(
                 f"announced {len(announced.instances)} instances, {len(slot.ids)} were to start"
@@ -151,4 +147,4 @@ class EmulatedFleet(ProcessFleet[AllReady]):
     def _member(self, instance_id: str, ready: Ready) -> Member:
         self._engine_ids[instance_id] = ready.engine_id
         profile = self._packaged[self._group_of[instance_id]].profile
-        return ready.member(instance_id, "emulated", profile, secret=self._secret, api_key=self._api_key)
+        return ready.member(instance_id, "emulated", profile, self._secret, self._api_key)

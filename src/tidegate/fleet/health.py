@@ -38,9 +38,8 @@ async def until_unhealthy(
 ) -> str:
     """Check at ``pace``, and return the reason once the instance counts as gone.
 
-    Setting ``suspicion`` brings the next check forward; while checks then miss, they follow each
-    other without the usual pause. One refused connection is enough when ``refused_is_gone``, else it
-    counts as a miss.
+    Setting ``suspicion`` brings the next check forward; while checks then miss, they follow at once. One
+    refused connection is enough when ``refused_is_gone``, else it counts as a miss.
     """
     clock = asyncio.get_running_loop().time
     missed = 0

@@ -4,11 +4,8 @@
 
 The output of PROGRAM goes to LOG_FILE. While it starts, its last line is shown from time to time; once
 HEALTH_URL answers 200, a line of JSON announces it. SIGTERM is passed on, and what still runs ``GRACE_S``
-later is killed; the end of stdin means that the parent is gone or impatient, and kills at once. When the
-keeper has ended, so has every process that PROGRAM started and that holds a port or a GPU. Its status is
-PROGRAM's.
-
-Linux only, and the standard library only: every server has one.
+later is killed; the end of stdin kills at once. The keeper ends with PROGRAM's status, after every process
+that PROGRAM started and that holds a port or a GPU. Linux and the standard library only.
 """
 
 from __future__ import annotations
@@ -164,9 +161,8 @@ def end_of(log: Path, began_at: int) -> list[str]:
     ``began_at`` on, and the last lines."""
     with log.open("rb") as text:
         text.seek(max(began_at, log.stat().st_size - TAIL_BYTES))
-        lines = [
-            line.rstrip() for line in text.read().decode("utf-8", "replace").splitlines() if line.strip()
-        ]
+        written = text.read().decode("utf-8", "replace")
+    lines = [line.rstrip() for line in written.splitlines() if line.strip()]
     last = lines[-SHOWN_LINES:]
     cause = next((line for line in lines if _CAUSE.search(line)), None)
     return last if cause is None or cause in last else [cause, *last[1:]]

@@ -38,11 +38,8 @@ KEEPER = (sys.executable, "-m", "tidegate.fleet.keeper")
 
 @dataclass(frozen=True, slots=True)
 class VllmLaunch:
-    """What every server of the fleet is started with.
-
-    ``program`` is vLLM's command and ``arguments`` what the user adds to ``vllm serve``. The output of
-    instance i0 goes to ``i0.log`` in ``logs``. An empty ``api_key`` is replaced by a random one.
-    """
+    """What every server is started with: ``program`` is vLLM's command, ``arguments`` what the user adds to
+    ``vllm serve``. Instance i0 logs to ``i0.log`` in ``logs``. An empty ``api_key`` means a random one."""
 
     model: Path
     program: Path
@@ -119,7 +116,6 @@ class LaunchedVllmFleet(ProcessFleet[int]):
         ]
 
     def environment(self, slot: Slot) -> dict[str, str]:
-        """See ``ProcessFleet.environment``."""
         start = self._starts[slot.name]
         lease_s = self._launch.arguments.kv_transfer.lease_s or LEASE_S
         return {
@@ -133,7 +129,6 @@ class LaunchedVllmFleet(ProcessFleet[int]):
         }
 
     async def members(self, slot: Slot, announced: int) -> list[Member]:
-        """See ``ProcessFleet.members``."""
         start = self._starts[slot.name]
         assert self._session is not None
         url, bootstrap_url = (f"http://{HOST}:{port}" for port in (start.first_port, start.bootstrap_port))

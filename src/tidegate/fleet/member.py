@@ -42,11 +42,10 @@ class Member:
     ``url`` is its HTTP base without a trailing slash. ``engine_id`` changes when the process restarts (KV
     handles of an older engine id are dead). ``secret`` authorises KV and internal calls inside one launch,
     ``api_key`` the engine's ``/v1`` routes; both are empty when not needed and never logged. ``kind`` is
-    ``embedded``, ``emulated`` or ``vllm``; what may be asked of it is in ``capabilities``. ``connector``
-    names the KV connector of a vLLM server that has ``kv_transfer``, which pins KV for ``lease_s``;
-    ``bootstrap_url`` is where MooncakeConnector's peers find it, under the name ``kv_engine_id``.
-    ``fixed_role`` is that of a server that may do no other: it keeps its label, and only hands KV on
-    (PREFILL) or only takes it (DECODE).
+    ``embedded``, ``emulated`` or ``vllm``. ``connector`` names the KV connector of a vLLM server that has
+    ``kv_transfer``, which pins KV for ``lease_s``; MooncakeConnector's peers find it at ``bootstrap_url`` as
+    ``kv_engine_id``. A server with a ``fixed_role`` keeps its label, and only hands KV on (PREFILL) or only
+    takes it (DECODE).
     """
 
     instance: Instance

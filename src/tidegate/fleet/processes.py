@@ -49,7 +49,7 @@ class Ready(BaseModel):
     profile_samples: list[PrefillSample | StepSample] = []
 
     def member(
-        self, instance_id: str, kind: str, profile: Profile | None, *, secret: str, api_key: str
+        self, instance_id: str, kind: str, profile: Profile | None, secret: str, api_key: str
     ) -> Member:
         """Return the engine as the fleet's member ``instance_id``."""
         return Member(
@@ -141,7 +141,6 @@ class LocalFleet(ProcessFleet[Ready]):
         self._profile: Profile | None = None
 
     def argv(self, slot: Slot) -> list[str]:
-        """See ``ProcessFleet.argv``."""
         return self._launch.argv(
             engine_id=f"{slot.name}-{secrets.token_hex(4)}",
             # What it measures is used only once, but an engine that failed at it has to try again. One that
@@ -153,12 +152,9 @@ class LocalFleet(ProcessFleet[Ready]):
         """See ``ProcessFleet.members``. Waits until all instances have been measured."""
         self._note_first_start(slot, announced)
         await self._measured.wait()
-        return [
-            announced.member(slot.name, "embedded", self._profile, secret=self._secret, api_key=self._api_key)
-        ]
+        return [announced.member(slot.name, "embedded", self._profile, self._secret, self._api_key)]
 
     def not_started(self, slot: Slot) -> None:
-        """See ``ProcessFleet.not_started``."""
         self._note_first_start(slot, None)
 
     def _note_first_start(self, slot: Slot, ready: Ready | None) -> None:

@@ -58,10 +58,9 @@ class StaticFleet:
     """Watches vLLM servers at ``urls``, named i0, i1, ... in that order; ``prefill=URL`` and ``decode=URL``
     are servers that do only that.
 
-    A refused connection means down at once, otherwise three missed checks do. A server that comes
-    back has a new ``engine_id``; a restart quicker than one check interval goes unseen unless a
-    failing call makes the gateway ``suspect`` it. ``profiles`` holds one for all members or one for
-    each; without any, members have no profile. ``kv`` says how their KV moves.
+    A refused connection means down at once, otherwise three missed checks do. A server that comes back has a
+    new ``engine_id``; a restart between two checks goes unseen unless the gateway ``suspect``s the server.
+    ``profiles`` holds none, one for all members, or one for each. ``kv`` says how their KV moves.
 
     All serve one model, that of the first one up. A server with another model fails ``start``; later it
     is refused with an error in the log, and asked again in case it comes back with the right one.
@@ -166,8 +165,15 @@ class StaticFleet:
             server.settled.set()
 
     async def _one_life(self, server: _ListedServer, listener: FleetListener) -> None:
-        """Wait until the server is up, report it, watch it, and report it down."""
-        member = await self._until_up(server)
+        """Wait until the server is up, report it, watch it, and report it down. Raises SetupError when it can
+        never be a member."""
+        logged = ""
+        while (member := await self._member(server)) is None:
+            if server.trouble != logged:
+                logged = server.trouble
+                say = log.error if server.other_model else log.info
+                say("waiting for %s (%s): %s", server.id, server.client.url, logged)
+            await asyncio.sleep(self._pace.retry_s)
         server.suspicion.clear()
         listener.member_up(member)
         server.was_up = True
@@ -181,17 +187,6 @@ class StaticFleet:
             reason = "could not be checked"
         log.warning("%s is down: it %s", server.id, reason)
         listener.member_down(server.id, reason)
-
-    async def _until_up(self, server: _ListedServer) -> Member:
-        """Ask until the server is healthy and describes itself. Raises SetupError when it never can."""
-        logged = ""
-        while (member := await self._member(server)) is None:
-            if server.trouble != logged:
-                logged = server.trouble
-                say = log.error if server.other_model else log.info
-                say("waiting for %s (%s): %s", server.id, server.client.url, logged)
-            await asyncio.sleep(self._pace.retry_s)
-        return member
 
     async def _member(self, server: _ListedServer) -> Member | None:
         """Ask the server once; None while it cannot be a member, which its ``trouble`` explains."""

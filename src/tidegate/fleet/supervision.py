@@ -23,8 +23,6 @@ from tidegate.fleet.member import FleetListener, Member
 log = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
-SECRET_VARIABLE = "TIDEGATE_LAUNCH_SECRET"
-KEY_VARIABLE = "TIDEGATE_ENGINE_API_KEY"
 WITHHELD = ("TIDEGATE_API_KEY", "TIDEGATE_VLLM_API_KEY", "TIDEGATE_LAUNCH_SECRET_FILE")
 """Variables of the gateway that an engine has no use for and must not see."""
 
@@ -158,8 +156,6 @@ class ProcessFleet(ABC, Generic[Announced]):
         self._listener = None
         await end_watch(self._tasks, self._session)
 
-    # what runs in the processes
-
     @abstractmethod
     def argv(self, slot: Slot) -> list[str]:
         """Return the command line of the slot's next process. It never holds a secret."""
@@ -181,9 +177,7 @@ class ProcessFleet(ABC, Generic[Announced]):
 
     def environment(self, slot: Slot) -> dict[str, str]:
         """Return the variables that the slot's next process gets beside the gateway's own."""
-        return {SECRET_VARIABLE: self._secret, KEY_VARIABLE: self._api_key}
-
-    # supervision
+        return {"TIDEGATE_LAUNCH_SECRET": self._secret, "TIDEGATE_ENGINE_API_KEY": self._api_key}
 
     async def _supervise(self, slot: Slot, listener: FleetListener, session: aiohttp.ClientSession) -> None:
         pace = self._pace

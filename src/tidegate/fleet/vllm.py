@@ -43,12 +43,11 @@ and what a migration or a later round wants is pinned on demand."""
 @dataclass(frozen=True, slots=True)
 class KvSetup:
     """How servers were started to hand KV on: ``nixl``, ``mooncake``, ``none``, or ``auto`` to look at their
-    metrics, which show NIXL only.
+    metrics, which show NIXL only. They pin KV for ``lease_s``, None for vLLM's default.
 
-    They pin KV for ``lease_s``, None for vLLM's default. ``bidirectional`` says that they have
-    NixlConnector's ``bidirectional_kv_xfer``: without it, which nothing shows, a prefill that reads KV hangs.
-    ``bootstraps`` are the URLs of MooncakeConnector's bootstrap servers, one for each server in their order;
-    by default they are at the servers' hosts, on vLLM's port for them.
+    ``bidirectional``: they have NixlConnector's ``bidirectional_kv_xfer``, which nothing shows, and without
+    which a prefill that reads KV hangs. ``bootstraps`` are the URLs of MooncakeConnector's bootstrap servers
+    in the servers' order; by default they are at the servers' hosts, on vLLM's port for them.
     """
 
     connector: str = "auto"
@@ -148,11 +147,10 @@ async def _mooncake_engine_id(bootstrap: VllmClient) -> str:
 def nixl_config(lease_s: int = 30) -> dict[str, Any]:
     """Return vLLM's ``--kv-transfer-config`` for NixlConnector as the gateway wants it.
 
-    ``kv_both``: which phase a server computes is a decision per request. ``fail``: a pull that cannot be made
-    fails its request at once, which the gateway repeats; ``recompute`` can hang. ``bidirectional_kv_xfer``: a
-    prefill begins with KV that another server's decode made, and an answer brings its handle. ``lease_s``:
-    how long KV stays pinned for a pull. Behind a stream it stays for ``STREAM_PIN_S`` only. A recompute
-    threshold of 0 leaves it to the gateway which KV is worth a pull.
+    ``fail``: a pull that cannot be made fails its request at once, which the gateway repeats; ``recompute``
+    can hang. ``bidirectional_kv_xfer``: a prefill begins with KV that another server's decode made, and an
+    answer brings its handle. ``lease_s``: how long KV stays pinned for a pull; behind a stream it stays for
+    ``STREAM_PIN_S``. A recompute threshold of 0 leaves it to the gateway which KV is worth a pull.
     """
     return {
         "kv_connector": "NixlConnector",
@@ -195,7 +193,7 @@ class ServeArguments:
 
 def _checked_config(given: str) -> dict[str, Any]:
     try:
-        config = json.loads(given)
+        config: dict[str, Any] = json.loads(given)
         connector, policy = config["kv_connector"], config.get("kv_load_failure_policy", "fail")
     except (ValueError, LookupError, TypeError, AttributeError):
         raise ConfigError(
@@ -206,8 +204,7 @@ def _checked_config(given: str) -> dict[str, Any]:
             f"--kv-transfer-config: kv_load_failure_policy {policy!r} can hang a request whose KV is lost; "
             "tidegate needs 'fail', and repeats such a request itself"
         )
-    checked: dict[str, Any] = config
-    return checked
+    return config
 
 
 def _size(words: Sequence[str], long: str, short: str) -> int:
@@ -244,10 +241,8 @@ def free_ports(taken: Sequence[int] = ()) -> int:
 
 
 def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True

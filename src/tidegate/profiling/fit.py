@@ -56,9 +56,8 @@ REMAINDER_SAFE = 1.343
 def step_seconds(times: Sequence[Sequence[float]], since: Sequence[int], until: Sequence[int]) -> float:
     """Return the time of a pure decode step from tokens ``since[i]`` to ``until[i]`` of each stream.
 
-    The mean over the streams takes out the jitter of delivery, and so does looking at WINDOW steps at once,
-    which an engine that falls behind delivers together; the median takes out whatever else the machine
-    did in between.
+    The mean over the streams and WINDOW steps at once take out the jitter of delivery, the median takes out
+    what else the machine did.
     """
     steps = min(b - a for a, b in zip(since, until, strict=True))
     window = min(WINDOW, steps)
@@ -69,9 +68,9 @@ def step_seconds(times: Sequence[Sequence[float]], since: Sequence[int], until: 
 def gap_of_chunk(times: Sequence[Sequence[float]], first_token_s: float) -> float:
     """Return the time of the step that computed a prompt whose first token came at ``first_token_s``.
 
-    In each stream, the token that came nearest to the prompt's ended the same step, or the next one if the
-    prompt's was held up on its way; and the token before may have come late. So two steps are taken together,
-    less a pure one as long as the BEFORE ones that precede them; the median over the streams is the answer.
+    In each stream, the token nearest to the prompt's ended the same step, or the next one if the prompt's was
+    late; the token before may be late, too. So two steps are taken together, less a pure one as long as the
+    BEFORE ones that precede them. The median over the streams is the answer.
     """
     seconds = []
     for stream in times:
@@ -88,8 +87,7 @@ def chunks_between(stream: Sequence[float], sent_s: float, first_token_s: float,
     """Return how many steps beside one decode a prompt took, counting gaps between that decode's tokens.
 
     All chunks but the last take about as long as the longest. The last one ends with the prompt's first token
-    and, at REMAINDER_SAFE's length, takes no less than LAST_CHUNK of that. What else is held up, as a server
-    is that reads a long prompt, is neither.
+    and, at REMAINDER_SAFE's length, takes at least LAST_CHUNK of that. Other gaps are no chunks.
     """
     at = np.asarray(stream)
     ends, gaps = at[1:], np.diff(at)
@@ -104,11 +102,9 @@ def chunks_between(stream: Sequence[float], sent_s: float, first_token_s: float,
 
 
 def token_budget(prompt_tokens: int, chunks: int) -> int | None:
-    """Return the tokens of a step at most, when a prompt beside one decode took ``chunks`` steps.
-
-    The power of two that comes nearest to as many, if any comes near, else what the steps hold at least; None
-    for one chunk, which shows no bound.
-    """
+    """Return the most tokens of a step, when a prompt beside one decode took ``chunks`` steps: a power of two
+    that would take about as many, else what the steps hold at least; None for one chunk, which shows no
+    bound."""
     if chunks < 2:
         return None
     off = {power: abs(math.ceil(prompt_tokens / (power - 1)) - chunks) for power in POWERS}
@@ -141,10 +137,9 @@ class Fitted:
 def front_seconds(timed: Timed) -> float:
     """Return the time a request spends outside the engine's steps.
 
-    A short prompt's time to first token on the idle instance, less the time of the step that computes such a
-    prompt beside decodes: those steps are seen from outside as gaps between the decodes' tokens. The mixed
-    form takes the decodes' own share out. Where an engine computes a prompt alone in other time than beside a
-    decode, the difference is counted to the front end. Raises ConfigError when too little was timed.
+    It is a short prompt's TTFT on the idle instance, less the time of a step that computes such a prompt
+    beside decodes, less the decodes' share of that by the mixed form. Raises ConfigError when too little was
+    timed.
     """
     if len(timed.mixed) < FEWEST_MIXED:
         raise ConfigError("too few prompts were timed beside decodes; give a larger --budget")
@@ -189,11 +184,8 @@ def fit_timed(name: str, timed: Timed, *, source: str) -> Fitted:
 
 
 def likely_experts(step: Sequence[StepSample]) -> tuple[int, int]:
-    """Return the experts, and how many a token reads, that explain the steps; (1, 0) for a dense model.
-
-    The linear form fits dense models to a few per cent. Where it does not, the layout in EXPERTS that fits
-    best is taken, if it halves the error.
-    """
+    """Return the experts, and how many a token reads, that explain the steps; (1, 0) for a dense model, which
+    the linear form fits to a few per cent. A layout in EXPERTS has to halve the error."""
     if len(step) < FEWEST_TO_HOLD_OUT:
         return 1, 0
     dense = fit_step(step)[1]

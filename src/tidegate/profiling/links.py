@@ -1,10 +1,9 @@
 """What it costs to move KV from one vLLM server to another, seen from outside and by the connector itself.
 
-One server computes a prompt and pins it. Another answers the same prompt for one token from the pinned KV,
-and then again from its own prefix cache: what the first answer took longer is the transfer, and the front
-end's time is in both. Prompts hold one token more than whole blocks, so that both answers compute one token.
-NixlConnector also times its reads and counts their bytes. Its times leave out what a request waits for around
-a read, and show less of the machine's jitter: they bound what is seen from outside.
+One server computes a prompt and pins its KV. Another answers the same prompt for one token from the pinned
+KV, and then again from its own prefix cache: the difference is the transfer. Prompts hold one token more than
+whole blocks, so that both answers compute one token. NixlConnector also times its reads and counts their
+bytes. Its times leave out the waits around a read, and show less jitter: they bound those seen from outside.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from tidegate.costs.saved_profile import LinkSample, MeasuredLink
 from tidegate.engines.seam import Json, KvHandle
 from tidegate.engines.vllm.client import Reply, ServerFacts, VllmClient
 from tidegate.engines.vllm.connector import Nixl
-from tidegate.engines.vllm.metrics import PULLED, VllmMetrics
+from tidegate.engines.vllm.metrics import PULLED
 from tidegate.fleet.member import LEASE_S
 from tidegate.profiling.target import ProbeTarget
 
@@ -59,11 +58,9 @@ class LinkEnd:
 
 
 async def time_link(source: LinkEnd, target: LinkEnd, kv_bytes_per_token: int = 0) -> list[LinkSample]:
-    """Time prompts of several lengths; none at all where no KV moves or nobody knows how many bytes.
-
-    ``kv_bytes_per_token`` is for servers that do not count them. The first pull of all is left out: the
-    servers make their acquaintance in it. Raises EngineFault when a server refuses.
-    """
+    """Time prompts of several lengths; none at all where no KV moves or nobody knows how many bytes, which
+    ``kv_bytes_per_token`` tells. The first pull, with its handshake, does not count. Raises EngineFault when
+    a server refuses."""
     samples = []
     for number, tokens in enumerate(link_lengths(source.facts, target.facts)):
         if not number and await _pull_once(source, target, tokens) is None:
@@ -79,14 +76,10 @@ async def time_link(source: LinkEnd, target: LinkEnd, kv_bytes_per_token: int = 
         n_bytes = round(read_bytes / len(timed)) or kv_bytes_per_token * tokens
         if not n_bytes:
             return []
-        samples.append(LinkSample(tokens, n_bytes, seconds, _read_s(before, after)))
+        reads = (after.nixl_reads or 0) - (before.nixl_reads or 0)
+        spent_s = (after.nixl_read_s or 0.0) - (before.nixl_read_s or 0.0)
+        samples.append(LinkSample(tokens, n_bytes, seconds, spent_s / reads if reads else None))
     return samples
-
-
-def _read_s(before: VllmMetrics, after: VllmMetrics) -> float | None:
-    """Return the mean seconds of NixlConnector's reads between two readings; None without any."""
-    count = (after.nixl_reads or 0) - (before.nixl_reads or 0)
-    return ((after.nixl_read_s or 0.0) - (before.nixl_read_s or 0.0)) / count if count else None
 
 
 async def told_link(source: ProbeTarget, target: ProbeTarget, facts: ServerFacts) -> list[LinkSample]:

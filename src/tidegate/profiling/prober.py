@@ -1,8 +1,8 @@
 """Measure a live, idle instance over HTTP with few requests: the plan and its budget.
 
-Time to first token of unlike prompts gives prefill, with a cached prefix the slope of attention; gaps
-between the tokens of streams that decode side by side give decode steps; one more prompt beside them gives
-mixed steps. Points go from cheap to dear, so that whatever budget there is covers the widest range it can.
+The TTFT of unlike prompts gives prefill, with a cached prefix the slope of attention; gaps between the tokens
+of streams that decode side by side give decode steps, and with one more prompt mixed steps. Cheap points come
+first, so that any budget covers the widest range it can.
 """
 
 from __future__ import annotations
@@ -71,8 +71,6 @@ class Prober:
         for tokens in (16, 16, min(512, self._longest())):
             sent_s, first_s = await self._target.first_token(self._target.prompt(tokens), 120.0)
             self._token_s = (first_s - sent_s) / tokens
-
-    # prefill
 
     async def _prefills(self) -> None:
         lengths = [n for n in LENGTHS if n <= self._longest()]
@@ -143,8 +141,6 @@ class Prober:
         one_step = self.max_batch_tokens or 8192
         in_cache = int(KV_SHARE * self._facts.kv_capacity_tokens)
         return max(16, min(one_step, in_cache, self._facts.max_model_len - 2))
-
-    # decode and mixed steps
 
     async def _sessions(self) -> None:
         points = [(b, c) for b in BATCHES for c in CONTEXTS if self._fits(b, c)]
@@ -228,8 +224,6 @@ class Prober:
 
     def _room(self, context: int) -> int:
         return min(self._facts.max_model_len - context - 1, 16 * ROOM)
-
-    # time
 
     def _wait_s(self, tokens: int) -> float:
         return LEAST_WAIT_S + 5 * tokens * self._token_s

@@ -54,11 +54,9 @@ Advance = Callable[[float, str], None]
 
 @dataclass(frozen=True, slots=True)
 class ProbeSettings:
-    """What to measure. ``urls`` has the instance, and others between which KV is moved.
-
-    ``busy`` allows instances that serve other requests. ``hardware`` is what they run on, found out where it
-    is empty and they run here; ``kv_bytes_per_token`` is for engines that do not count what they move.
-    """
+    """What to measure. ``urls`` has the instance, and others between which KV is moved. ``busy`` allows other
+    requests. ``hardware`` is found out where it is empty and the instances run here;
+    ``kv_bytes_per_token`` is for engines that do not count what they move."""
 
     urls: Sequence[str]
     budget_s: float = 60.0
@@ -251,17 +249,13 @@ async def _metrics(client: VllmClient) -> VllmMetrics:
 
 async def _busy_servers(clients: Sequence[VllmClient]) -> list[str]:
     """Return the URLs of servers that stay busy; what was aborted a moment ago takes a while to end."""
-    return [client.url for client in clients if await _stays_busy(client)]
-
-
-async def _stays_busy(client: VllmClient) -> bool:
+    busy = list(clients)
     for check in range(BUSY_CHECKS):
-        if check:
+        if check and busy:
             await asyncio.sleep(BUSY_PAUSE_S)
-        metrics = await _metrics(client)
-        if not (metrics.running or metrics.waiting):
-            return False
-    return True
+        metrics = [await _metrics(client) for client in busy]
+        busy = [client for client, seen in zip(busy, metrics, strict=True) if seen.running or seen.waiting]
+    return [client.url for client in busy]
 
 
 async def _interference(client: VllmClient, before: int | None, sent_tokens: int) -> list[str]:
@@ -270,11 +264,10 @@ async def _interference(client: VllmClient, before: int | None, sent_tokens: int
     if before is None or after is None:
         return []
     others = after - before - sent_tokens
-    if others <= OTHERS * sent_tokens:
-        return []
-    return [
+    note = (
         f"{client.url} answered {others:,} prompt tokens of others meanwhile: measure again when it is idle"
-    ]
+    )
+    return [note] if others > OTHERS * sent_tokens else []
 
 
 async def _engine_name(client: VllmClient) -> str:

@@ -28,11 +28,9 @@ class TokenTimes:
     clock: Clock = field(default_factory=WallClock)
 
     def tokens(self, tokens: Tokens) -> None:
-        """See ``TokensSink.tokens``."""
         self._came(tokens.token_ids)
 
     def plain(self, text: str, token_ids: list[int]) -> None:
-        """See ``TokensSink.plain``."""
         self._came(token_ids)
 
     def _came(self, ids: list[int]) -> None:
@@ -69,16 +67,13 @@ class Streams:
         return False
 
     async def more(self, count: int, within_s: float) -> bool:
-        """Wait until every stream has ``count`` tokens more than now."""
+        """Wait until every stream has ``count`` tokens more than now; see ``have``."""
         return await self.have([len(t.at) + count for t in self.times], within_s)
 
 
 class ProbeTarget:
-    """Sends prompts of random token ids, each one unlike any before, to one instance.
-
-    ``seed`` must be another one in every measurement, or the instance's prefix cache knows the prompts.
-    ``sent_tokens`` counts the tokens of all prompts.
-    """
+    """Sends prompts of random token ids, each one unlike any before, to one instance. Every measurement needs
+    another ``seed``, or the prefix cache knows the prompts. ``sent_tokens`` counts the prompts' tokens."""
 
     def __init__(
         self,
