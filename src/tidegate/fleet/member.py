@@ -1,4 +1,4 @@
-"""What a fleet tells the gateway: which instances are up, and when that changes."""
+"""The contract of fleets: which instances are up, and who learns when that changes."""
 
 from __future__ import annotations
 

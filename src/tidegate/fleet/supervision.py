@@ -169,7 +169,7 @@ class ProcessFleet(ABC, Generic[Announced]):
         return True
 
     def health_url(self, slot: Slot, members: list[Member]) -> str:
-        """Return the base URL whose ``/health`` tells how the slot's process is."""
+        """Return the base URL whose ``/health`` checks the slot's process."""
         return members[0].url
 
     def not_started(self, slot: Slot) -> None:

@@ -58,9 +58,9 @@ class LinkEnd:
 
 
 async def time_link(source: LinkEnd, target: LinkEnd, kv_bytes_per_token: int = 0) -> list[LinkSample]:
-    """Time prompts of several lengths; none at all where no KV moves or nobody knows how many bytes, which
-    ``kv_bytes_per_token`` tells. The first pull, with its handshake, does not count. Raises EngineFault when
-    a server refuses."""
+    """Time prompts of several lengths; none at all where no KV moves or its bytes are unknown.
+    ``kv_bytes_per_token`` is for servers that do not count them. The first pull, with its handshake, is left
+    out. Raises EngineFault when a server refuses."""
     samples = []
     for number, tokens in enumerate(link_lengths(source.facts, target.facts)):
         if not number and await _pull_once(source, target, tokens) is None:
@@ -82,7 +82,9 @@ async def time_link(source: LinkEnd, target: LinkEnd, kv_bytes_per_token: int = 
     return samples
 
 
-async def told_link(source: ProbeTarget, target: ProbeTarget, facts: ServerFacts) -> list[LinkSample]:
+async def time_reported_link(
+    source: ProbeTarget, target: ProbeTarget, facts: ServerFacts
+) -> list[LinkSample]:
     """Time transfers between engines that say what each took; none at all where no KV moves."""
     samples = []
     for tokens in (n for n in LENGTHS if n + 2 <= facts.max_model_len):
@@ -131,8 +133,8 @@ def fit_link(source: str, target: str, samples: Sequence[LinkSample]) -> Measure
     ConfigError for fewer than two lengths."""
     if len({sample.tokens for sample in samples}) < 2:
         raise ConfigError(f"too few transfers from {source} to {target} were timed; give longer contexts")
-    told = [TransferSample(s.tokens, s.n_bytes, s.read_s) for s in samples if s.read_s]
-    reads = fit_transfer(told)[0] if len(told) == len(samples) else None
+    reported = [TransferSample(s.tokens, s.n_bytes, s.read_s) for s in samples if s.read_s]
+    reads = fit_transfer(reported)[0] if len(reported) == len(samples) else None
     seen = [TransferSample(s.tokens, s.n_bytes, max(s.seconds, s.read_s or SHORTEST_S)) for s in samples]
     cost = fit_transfer(seen)[0]
     by = BY_OUTSIDE

@@ -35,7 +35,7 @@ from tidegate.engines.vllm.client import ASK_S, ServerFacts, VllmClient
 from tidegate.engines.vllm.metrics import VllmMetrics
 from tidegate.fleet.static import checked_url
 from tidegate.profiling.fit import Fitted, fit_timed
-from tidegate.profiling.links import LinkEnd, fit_link, time_link, told_link
+from tidegate.profiling.links import LinkEnd, fit_link, time_link, time_reported_link
 from tidegate.profiling.prober import Prober
 from tidegate.profiling.target import ProbeTarget
 from tidegate.workloads.prompts import TokenPrompts
@@ -44,7 +44,7 @@ MOST_SERVERS = 16
 BUSY_CHECKS, BUSY_PAUSE_S = 5, 0.3
 LONGEST_NAME = 40
 OTHERS = 0.02
-"""Share of the prompt tokens that a server may have answered to others, above which the user is told."""
+"""Share of the prompt tokens that a server may have answered to others, above which there is a note."""
 ALIKE = 1.3
 """Servers whose prefills differ by more than this factor should have profiles of their own (ours)."""
 ALIKE_TOKENS, ALIKE_REPEATS = (64, 512, 2048), 3
@@ -187,7 +187,7 @@ async def _links(
         advance(number / len(pairs), f"KV from {a} to {b}")
         try:
             if kv_bytes_per_token is None:
-                samples = await told_link(source.target, target.target, target.facts)
+                samples = await time_reported_link(source.target, target.target, target.facts)
             else:
                 near, far = (LinkEnd(x.client, x.facts, x.target.prompt) for x in (source, target))
                 samples = await time_link(near, far, kv_bytes_per_token)
@@ -271,7 +271,7 @@ async def _interference(client: VllmClient, before: int | None, sent_tokens: int
 
 
 async def _engine_name(client: VllmClient) -> str:
-    """Return name and version as far as the server tells them: vLLM answers ``/version``."""
+    """Return name and version as far as the server shows them: vLLM answers ``/version``."""
     try:
         version = await client.version()
         if version:
