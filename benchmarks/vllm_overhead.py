@@ -250,7 +250,8 @@ async def serve_gateway(system: str, urls: Sequence[str]) -> None:
     so that it sees load which is not its own."""
     import logging
 
-    from tidegate.fleet.static import KvSetup, StaticFleet
+    from tidegate.fleet.static import StaticFleet
+    from tidegate.fleet.vllm import KvSetup
     from tidegate.gateway.run import run_gateway
     from tidegate.gateway.settings import GatewaySettings
     from tidegate.systems import make_system

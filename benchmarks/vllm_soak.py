@@ -293,7 +293,8 @@ def growth(samples: Sequence[Sample]) -> float:
 async def serve_gateway(args: argparse.Namespace) -> None:
     """The gateway, with forced flips and migrations."""
     from tidegate.core.slo import Slo
-    from tidegate.fleet.static import KvSetup, StaticFleet
+    from tidegate.fleet.static import StaticFleet
+    from tidegate.fleet.vllm import KvSetup
     from tidegate.gateway.run import Gateway
     from tidegate.gateway.settings import GatewaySettings
     from tidegate.systems import make_system

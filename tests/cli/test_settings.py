@@ -20,7 +20,7 @@ from tidegate.core.slo import Slo
 from tidegate.dataplane.replica import EngineSettings
 from tidegate.engines.embedded.options import DTYPES
 from tidegate.fleet.emulated import EmulatedLaunch
-from tidegate.fleet.static import KvSetup
+from tidegate.fleet.vllm import KvSetup
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.systems import SYSTEMS, make_system
 

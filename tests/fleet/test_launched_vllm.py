@@ -20,12 +20,17 @@ import pytest
 
 from tests.fleet.fleet_observing import Recorder, alive, until
 from tidegate.core.errors import ConfigError, SetupError
-from tidegate.fleet.gpus import share_out, visible_gpus
 from tidegate.fleet.health import HealthPace
-from tidegate.fleet.launched_vllm import LaunchedVllmFleet, VllmLaunch, hardware
+from tidegate.fleet.launched_vllm import (
+    LaunchedVllmFleet,
+    VllmLaunch,
+    hardware,
+    share_out,
+    visible_gpus,
+)
 from tidegate.fleet.member import Member
 from tidegate.fleet.supervision import FleetPace
-from tidegate.fleet.vllm_command import ServeArguments
+from tidegate.fleet.vllm import ServeArguments
 
 QUICK = FleetPace(health=HealthPace(every_s=600.0), ready_s=20.0, grace_s=1.0, backoff_s=0.05)
 Make = Callable[..., LaunchedVllmFleet]
@@ -247,7 +252,7 @@ def test_arguments_tell_how_many_gpus_and_how_kv_moves() -> None:
     assert line.count("--kv-transfer-config") == 1
     assert json.loads(line[line.index("--kv-transfer-config") + 1]) == {**config, "engine_id": "i0-1"}
     unknown = ServeArguments(["--kv-transfer-config", '{"kv_connector": "LMCacheConnectorV1"}'])
-    assert unknown.kv_transfer.connector == ""
+    assert unknown.kv_transfer.connector == "none"
     for words in (["--kv-transfer-config", "nixl"], ["-tp", "two"], ["--port=1"]):
         with pytest.raises(ConfigError):
             ServeArguments(words)

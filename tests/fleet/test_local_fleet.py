@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
@@ -16,7 +18,7 @@ from tests.fleet.fleet_observing import Recorder, alive, until
 from tidegate.core.errors import SetupError
 from tidegate.fleet.health import HealthPace
 from tidegate.fleet.processes import EngineLaunch, LocalFleet
-from tidegate.fleet.supervision import Backoff, FleetPace
+from tidegate.fleet.supervision import FleetPace
 
 FAKE = (sys.executable, str(Path(__file__).parent / "fake_engine.py"))
 QUICK = FleetPace(
@@ -157,9 +159,9 @@ async def test_one_engine_is_enough_to_start(
 async def test_a_crash_loop_is_retried_with_growing_waits(
     make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", logger="tidegate.fleet")
+    caplog.set_level("DEBUG", logger="tidegate.fleet")
     seen = Recorder()
-    await make().start(seen)
+    await make(1, replace(QUICK, backoff_s=0.1, backoff_max_s=0.4, settled_s=0.5)).start(seen)
     monkeypatch.setenv("FAKE_ENGINE", "crash")
     pid = seen.up["i0"].pid
     assert pid is not None
@@ -169,13 +171,11 @@ async def test_a_crash_loop_is_retried_with_growing_waits(
     await until(lambda: "i0" in seen.up)
     assert seen.reports == [("up", "i0"), ("down", "i0"), ("up", "i0")]
     assert "i0 | RuntimeError: no such weights" in caplog.text
-
-
-def test_backoff_doubles_to_its_limit_and_starts_over_after_a_long_life() -> None:
-    backoff = Backoff(FleetPace())
-    assert [round(backoff.after(1.0), 1) for _ in range(8)] == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0, 10.0]
-    assert backoff.after(60.0) == 0.2
-    assert backoff.after(0.0) == 0.4
+    assert re.findall(r"i0 restarts in (.*) s", caplog.text)[:4] == ["0.1", "0.2", "0.4", "0.4"]
+    await asyncio.sleep(0.6)
+    caplog.clear()
+    os.kill(seen.up["i0"].pid or 0, signal.SIGKILL)
+    await until(lambda: "i0 restarts in 0.1 s" in caplog.text)
 
 
 async def test_an_added_engine_serves_and_a_removed_one_is_gone_for_good(make: Make) -> None:
@@ -322,6 +322,7 @@ async def test_cancelling_the_start_leaves_no_process(make: Make, monkeypatch: p
 
 OWNER = """
 import asyncio, sys
+from dataclasses import replace
 from pathlib import Path
 from tidegate.fleet.processes import EngineLaunch, LocalFleet
 

@@ -16,7 +16,8 @@ from tidegate.core.errors import ConfigError, SetupError
 from tidegate.costs.library import packaged_profile
 from tidegate.engines.vllm.client import VllmClient
 from tidegate.fleet.health import HealthPace, until_unhealthy
-from tidegate.fleet.static import KvSetup, StaticFleet, StaticPace, checked_url
+from tidegate.fleet.static import StaticFleet, StaticPace, checked_url
+from tidegate.fleet.vllm import KvSetup
 
 QUICK = StaticPace(health=HealthPace(every_s=0.05, deadline_s=0.3), start_s=10.0, retry_s=0.05)
 CACHE = 'vllm:cache_config_info{block_size="32",cache_dtype="auto",engine="0",num_gpu_blocks="100"} 1.0\n'

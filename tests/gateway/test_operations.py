@@ -58,6 +58,15 @@ async def test_an_added_instance_has_the_role_asked_for_or_the_one_that_lacks(
     assert not dispatcher.plane.membership.starting
 
 
+async def test_instances_that_are_added_in_quick_succession_share_the_roles(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = await start("static", instances=2)
+    monkeypatch.setattr(cluster.fleet, "add", lambda: True)
+    said = [(await cluster.post(ADD, {}))[1]["role"] for _ in range(4)]
+    assert sorted(said) == ["decode", "decode", "prefill", "prefill"]
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [(ADD, {"role": "chief"}, "role"), (ADD, {"count": 2}, "count"), (DRAIN, {"remove": "yes"}, "remove")],

@@ -11,17 +11,30 @@ import pytest
 
 from tests.profiling.virtual_probe import VirtualLoop, VirtualTarget
 from tidegate.costs.library import packaged_profile
-from tidegate.profiling.fit import Fitted, fit_timed
-from tidegate.profiling.gaps import chunks_between, gap_of_chunk, step_seconds, token_budget
-from tidegate.profiling.prober import Limits, Prober
+from tidegate.engines.vllm.client import ServerFacts
+from tidegate.engines.vllm.metrics import VllmMetrics
+from tidegate.profiling.fit import (
+    Fitted,
+    chunks_between,
+    fit_timed,
+    gap_of_chunk,
+    step_seconds,
+    token_budget,
+)
+from tidegate.profiling.prober import Prober
 from tidegate.profiling.target import ProbeTarget
 
 FRONT_S = 0.007
 
 
-def probed(name: str, budget_s: float, limits: Limits, **engine: Any) -> tuple[Prober, Fitted]:
+def facts_of(max_model_len: int) -> ServerFacts:
+    """Return the facts of a server with 400,000 tokens of KV."""
+    return ServerFacts(("m",), max_model_len, VllmMetrics(block_tokens=16, kv_blocks=25_000))
+
+
+def probed(name: str, budget_s: float, facts: ServerFacts, **engine: Any) -> tuple[Prober, Fitted]:
     target = VirtualTarget(packaged_profile(name).profile, front_s=FRONT_S, **engine)
-    prober = Prober(cast(ProbeTarget, target), limits, budget_s, lambda share, what: None)
+    prober = Prober(cast(ProbeTarget, target), facts, None, budget_s, lambda share, what: None)
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         runner.run(prober.run())
     return prober, fit_timed(name, prober.timed, source="a test")
@@ -31,9 +44,7 @@ def probed(name: str, budget_s: float, limits: Limits, **engine: Any) -> tuple[P
     ("name", "max_batch_tokens"), [("rtx_4090/llama-3.1-8b", 2048), ("h100_sxm/llama-3.1-8b", 8192)]
 )
 def test_recovers_an_engines_costs(name: str, max_batch_tokens: int) -> None:
-    prober, fitted = probed(
-        name, 120.0, Limits(32768, 400_000, 16), max_batch_tokens=max_batch_tokens, max_num_seqs=200
-    )
+    prober, fitted = probed(name, 120.0, facts_of(32768), max_batch_tokens=max_batch_tokens, max_num_seqs=200)
     true, found = packaged_profile(name).profile, fitted.profile
     assert prober.max_batch_tokens == max_batch_tokens
     assert fitted.profile.front_s == pytest.approx(FRONT_S, rel=0.1)
@@ -46,7 +57,7 @@ def test_recovers_an_engines_costs(name: str, max_batch_tokens: int) -> None:
 
 def test_finds_a_mixture_of_experts_and_less_room_than_streams() -> None:
     name = "h200_sxm/qwen3-235b-a22b/tp8"
-    prober, fitted = probed(name, 60.0, Limits(32768, 400_000, 16), max_batch_tokens=8192, max_num_seqs=100)
+    prober, fitted = probed(name, 60.0, facts_of(32768), max_batch_tokens=8192, max_num_seqs=100)
     true, found = packaged_profile(name).profile.step, fitted.profile.step
     assert (found.experts, found.active_experts) == (true.experts, true.active_experts)
     assert found.e_s == pytest.approx(true.e_s, rel=0.05)
@@ -54,8 +65,8 @@ def test_finds_a_mixture_of_experts_and_less_room_than_streams() -> None:
 
 
 def test_says_so_when_nothing_is_cached() -> None:
-    limits = Limits(16384, 400_000, 16)
-    prober, _ = probed("h100_sxm/llama-3.1-8b", 60.0, limits, max_batch_tokens=8192, prefix_cache=False)
+    facts = facts_of(16384)
+    prober, _ = probed("h100_sxm/llama-3.1-8b", 60.0, facts, max_batch_tokens=8192, prefix_cache=False)
     assert any("no prefix cache" in note for note in prober.notes)
     assert all(cached == 0 for _, cached in prober.timed.ttft)
 

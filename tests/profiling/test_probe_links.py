@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -119,6 +120,10 @@ class Server:
         return web.Response(text="\n".join(lines) + "\n")
 
 
+def random_prompt(tokens: int) -> list[int]:
+    return random.choices(range(5, 500), k=tokens)
+
+
 @asynccontextmanager
 async def linked(source: Server, target: Server) -> AsyncIterator[tuple[LinkEnd, LinkEnd]]:
     source.others = target.others = {server.name: server for server in (source, target)}
@@ -135,7 +140,7 @@ async def linked(source: Server, target: Server) -> AsyncIterator[tuple[LinkEnd,
             await runner.setup()
             await web.TCPSite(runner, "127.0.0.1", 0).start()
             url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-            ends.append(LinkEnd(VllmClient(session, url), FACTS, (5, 500)))
+            ends.append(LinkEnd(VllmClient(session, url), FACTS, random_prompt))
         try:
             yield ends[0], ends[1]
         finally:

@@ -10,9 +10,8 @@ from aiohttp import web
 
 from tidegate.core.errors import ConfigError
 from tidegate.engines.vllm.client import VllmClient
-from tidegate.profiling import facts
-from tidegate.profiling.facts import hardware_name
-from tidegate.profiling.run import ProbeSettings, _interference, measure
+from tidegate.profiling import run
+from tidegate.profiling.run import ProbeSettings, _interference, hardware_name, measure
 
 
 class Server:
@@ -38,7 +37,7 @@ class Server:
 
 @pytest.fixture
 async def servers(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[list[Server]]:
-    monkeypatch.setattr(facts, "BUSY_PAUSE_S", 0.0)
+    monkeypatch.setattr(run, "BUSY_PAUSE_S", 0.0)
     servers, runners = [Server(), Server()], []
     for server in servers:
         app = web.Application()
@@ -85,8 +84,8 @@ async def test_prompts_of_others_are_told(servers: list[Server]) -> None:
 
 
 def test_hardware_is_known_only_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facts, "_gpu", lambda: "NVIDIA H100")
+    monkeypatch.setattr(run, "_gpu", lambda: "NVIDIA H100")
     assert hardware_name("http://localhost:1") == hardware_name("http://127.0.0.1:1") == "NVIDIA H100"
     assert hardware_name("http://gpu1:8000") == ""
-    monkeypatch.setattr(facts, "_gpu", str)
-    assert hardware_name("http://[::1]:1") == facts._cpu()
+    monkeypatch.setattr(run, "_gpu", str)
+    assert hardware_name("http://[::1]:1") == run._cpu()

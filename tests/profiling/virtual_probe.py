@@ -11,7 +11,6 @@ from typing import Any
 
 from tidegate.costs.forms import attention_work
 from tidegate.costs.profile import Profile
-from tidegate.engines.seam import LegEnd
 from tidegate.profiling.target import Streams
 from tidegate.protocol.chunks import Tokens
 
@@ -87,12 +86,12 @@ class VirtualTarget:
         self._next += 1
         return [self._next] * tokens
 
-    async def first_token(self, prompt: list[int], within_s: float) -> tuple[float, float, LegEnd]:
+    async def first_token(self, prompt: list[int], within_s: float) -> tuple[float, float]:
         streams = Streams(1, self.clock)
         sent_s = self.clock.now()
         async with asyncio.timeout(within_s):
             await self._serve(prompt, 1, streams.times[0])
-        return sent_s, streams.times[0].at[0], LegEnd()
+        return sent_s, streams.times[0].at[0]
 
     @asynccontextmanager
     async def streams(self, prompts: Sequence[list[int]], most: int) -> AsyncIterator[Streams]:

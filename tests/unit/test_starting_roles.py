@@ -49,6 +49,13 @@ def test_a_joiner_takes_the_label_that_is_missing_most() -> None:
     assert joining_role(mixed_roles, cluster(2, roles=(M, M)).snapshot(0.0), 3) == M
 
 
+def test_those_that_start_count_as_members() -> None:
+    pair = cluster(2, roles=(P, D)).snapshot(0.0)
+    assert joining_role(even_roles, pair, 2) == D
+    assert joining_role(even_roles, pair, 2, starting=[D]) == P
+    assert joining_role(SplitRoles(1, 1), pair, 2, starting=[P]) == D
+
+
 def test_a_joiner_of_a_fixed_split_counts_those_that_are_down() -> None:
     assert joining_role(SplitRoles(3, 1), cluster(2, roles=(P, P)).snapshot(0.0), 4) == D
     assert joining_role(SplitRoles(1, 3), cluster(2, roles=(P, D)).snapshot(0.0), 4) == D

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import pytest
 
@@ -67,7 +67,7 @@ def check(servers: Sequence[VllmServer], *, thorough: bool = False) -> CheckRepo
 
 def not_green(report: CheckReport) -> str:
     """Return what a failed test shows of a report."""
-    lines = [each.to_json() for each in report.findings if each.verdict is not CheckVerdict.GREEN]
+    lines = [asdict(each) for each in report.findings if each.verdict is not CheckVerdict.GREEN]
     return "\n".join(
         f"{each['probe']} {each['where']} {each['verdict']}: {each['observed']}" for each in lines
     )

@@ -15,7 +15,7 @@ from tests.vllm.through_gateway import COMPLETIONS, Running, Said, ask, client, 
 from tests.vllm.vllm_servers import BLOCK_TOKENS, SERVED_NAME, VLLM, ServerOptions, VllmCluster, VllmServer
 from tidegate.engines.seam import Leg, LegEnd
 from tidegate.engines.vllm.engine import VllmEngine
-from tidegate.fleet.static import KvSetup
+from tidegate.fleet.vllm import KvSetup
 from tidegate.protocol.chunks import Tokens
 from tidegate.testing.chaos import Forced
 

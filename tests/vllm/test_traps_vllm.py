@@ -27,8 +27,7 @@ from tests.vllm.vllm_servers import (
     nixl_variant,
 )
 from tidegate.engines.vllm.connector import MARGIN_S
-from tidegate.fleet.static import KvSetup
-from tidegate.fleet.vllm_command import nixl_config
+from tidegate.fleet.vllm import KvSetup, nixl_config
 from tidegate.policies.protocols import Signal
 from tidegate.testing.chaos import Forced
 

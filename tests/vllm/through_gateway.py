@@ -20,7 +20,8 @@ from tidegate.costs.profile import Profile
 from tidegate.engines.seam import KvHandle, Leg, LegEnd, TokensSink
 from tidegate.engines.vllm.engine import VllmEngine
 from tidegate.fleet.health import HealthPace
-from tidegate.fleet.static import KvSetup, StaticFleet, StaticPace
+from tidegate.fleet.static import StaticFleet, StaticPace
+from tidegate.fleet.vllm import KvSetup
 from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.ledger.snapshot import Snapshot

@@ -15,7 +15,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from tidegate.fleet.vllm_command import free_ports, nixl_config
+from tidegate.fleet.vllm import free_ports, nixl_config
 
 ROOT = Path(__file__).parents[2]
 VLLM = Path(os.environ.get("VLLM_BIN", ROOT / ".venv-vllm" / "bin" / "vllm"))

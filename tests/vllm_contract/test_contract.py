@@ -17,7 +17,8 @@ from tests.vllm_contract.strict_vllm import BLOCK, MODEL, Network, StrictVllm, g
 from tidegate.core.decision import Migrate
 from tidegate.engines.vllm.connector import MARGIN_S
 from tidegate.fleet.health import HealthPace
-from tidegate.fleet.static import KvSetup, StaticFleet, StaticPace
+from tidegate.fleet.static import StaticFleet, StaticPace
+from tidegate.fleet.vllm import KvSetup
 from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.systems import make_system

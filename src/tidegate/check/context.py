@@ -5,38 +5,27 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from tidegate.check.facts import SelfDescription
-from tidegate.check.pins import PinnedHandles
-from tidegate.check.server import ProbedServer
-from tidegate.check.verdict import CheckVerdict, Finding, shared_start
+from tidegate.check.server import PinnedHandles, ProbedServer, SelfDescription
+from tidegate.check.verdict import RED, Finding, shared_start
 from tidegate.core.errors import EngineError
 from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
-from tidegate.engines.vllm.client import BLOCK_TOKENS, ServerFacts
+from tidegate.engines.vllm.client import BLOCK_TOKENS
 from tidegate.engines.vllm.connector import Nixl
 from tidegate.fleet.member import LEASE_S
 
 REFERENCE_TOKENS = 24
-FATAL = {
-    "reachable": "it is not reachable",
-    "tokenizer": "its tokenizer cannot be compared",
-    "KV handle": "it gives no KV handle",
-}
-"""What is said of a server that is excluded after the probe."""
 SHORTEST_PULL = 96
 """Tokens: above vLLM's default ``kv_recompute_threshold`` of 64, under which KV is not read back."""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckSettings:
-    """What to check: each server's URL, and its role if it keeps one.
-
-    With ``slo`` the servers' speed is judged; ``thorough`` waits for leases to end, which have to last
-    ``lease_s``.
-    """
+    """What to check: each server's URL, and its role if it keeps one. With ``slo`` the servers' speed is
+    judged; ``thorough`` waits for leases to end, which have to last ``lease_s``."""
 
     servers: tuple[tuple[str, Role | None], ...]
     api_key: str = field(default="", repr=False)
@@ -47,19 +36,18 @@ class CheckSettings:
 
 @dataclass(slots=True)
 class CheckContext:
-    """The state of one check. ``servers`` has all by id, in the order given; ``active`` those that can still
-    be probed."""
+    """The state of one check. ``servers`` has all by id, in the order given."""
 
     settings: CheckSettings
     servers: dict[str, ProbedServer]
     pins: PinnedHandles
-    roles: dict[str, Role] = field(default_factory=dict)
-    """The servers that are to keep one role."""
+    roles: dict[str, Role]
+    """The roles of servers that keep one."""
     described: dict[str, SelfDescription] = field(default_factory=dict)
-    """What servers said of themselves, as far as they did."""
+    """What servers say of themselves; a server that does not answer is missing."""
     findings: list[Finding] = field(default_factory=list)
     excluded: dict[str, str] = field(default_factory=dict)
-    """Why a server is not probed any further, by id."""
+    """Why a server is not probed any further, by id; the first reason stays."""
     vocabulary: list[int] = field(default_factory=list)
     prompt: list[int] = field(default_factory=list)
     answers: dict[str, list[int]] = field(default_factory=dict)
@@ -74,25 +62,17 @@ class CheckContext:
 
     @property
     def block_tokens(self) -> int:
-        """The block size of the servers that are probed; they have one."""
-        return next((self.facts(each.id).block_tokens for each in self.active), BLOCK_TOKENS)
+        """The block size that all active servers have."""
+        return next((self.described[each.id].facts.block_tokens for each in self.active), BLOCK_TOKENS)
 
     @property
     def nixl(self) -> Nixl:
-        """How the servers' KV is asked for and handed on."""
+        """The connector's parameters for the servers' KV."""
         return Nixl(self.block_tokens, self.settings.lease_s)
 
-    def add(self, findings: Iterable[Finding]) -> None:
-        """Enter findings."""
-        self.findings += findings
-
-    def exclude(self, name: str, why: str) -> None:
-        """Probe ``name`` no further; the first reason stays."""
-        self.excluded.setdefault(name, why)
-
-    def facts(self, name: str) -> ServerFacts:
-        """Return the facts of a server that was described."""
-        return self.described[name].facts
+    def add(self, *findings: Finding | None) -> None:
+        """Enter findings; None is none."""
+        self.findings += [each for each in findings if each is not None]
 
     def produces_kv(self, name: str) -> bool:
         """Tell whether others are to pull KV from the server."""
@@ -118,29 +98,24 @@ class CheckContext:
         """Choose the prompt of all KV probes: some whole blocks and a half."""
         block = self.block_tokens
         blocks = max(2, -(-SHORTEST_PULL // block))
-        room = min(self.facts(each.id).max_model_len for each in self.active) - 4 * REFERENCE_TOKENS
+        room = min(self.described[each.id].facts.max_model_len for each in self.active) - 4 * REFERENCE_TOKENS
         self.prompt = self.fresh_prompt(max(8, min(blocks * block + block // 2, room)))
 
     async def run_on_each(
-        self, probe: str, run: Callable[[ProbedServer], Awaitable[list[Finding]]], *, fatal: bool = False
+        self, probe: str, run: Callable[[ProbedServer], Awaitable[Finding | None]], *, fatal: str = ""
     ) -> None:
-        """Run ``run`` for all active servers at once; one that fails is a finding, and is excluded when its
-        failure is ``fatal`` to what follows."""
-        servers = self.active
-        for found in await asyncio.gather(
-            *(self.run_probe(probe, (each.id,), run(each)) for each in servers)
-        ):
+        """Run ``run`` for all active servers at once; an engine's error is a finding. A server whose finding
+        is RED is excluded when ``fatal`` says why."""
+        runs = (self.run_probe(probe, each.id, run(each)) for each in self.active)
+        for found in await asyncio.gather(*runs):
             self.add(found)
-            for each in found:
-                if fatal and each.verdict is CheckVerdict.RED:
-                    self.exclude(each.where[0], FATAL.get(probe, f"its {probe} failed"))
+            if fatal and found is not None and found.verdict is RED:
+                self.excluded.setdefault(found.where[0], fatal)
 
-    async def run_probe(
-        self, probe: str, where: tuple[str, ...], run: Awaitable[list[Finding]]
-    ) -> list[Finding]:
-        """Await a probe's findings; an engine's error becomes one."""
+    async def run_probe(self, probe: str, name: str, run: Awaitable[Finding | None]) -> Finding | None:
+        """Await a probe's finding; an engine's error becomes one."""
         try:
             return await run
         except EngineError as error:
-            who = f"{error.instance}: " if error.instance and (error.instance,) != where else ""
-            return [Finding(probe, where, CheckVerdict.RED, f"{who}{error.message}", "see the server's log")]
+            who = f"{error.instance}: " if error.instance not in ("", name) else ""
+            return Finding(probe, (name,), RED, f"{who}{error.message}", "see the server's log")

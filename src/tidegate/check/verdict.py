@@ -1,25 +1,29 @@
-"""What a probe found out, and the whole check as a report."""
+"""What a probe found, and the report of a whole check."""
 
 from __future__ import annotations
 
 import enum
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass, field
+from typing import TypeVar
 
-Json = dict[str, Any]
+from tidegate.engines.seam import Json
+
 T = TypeVar("T")
 
 
 class CheckVerdict(enum.StrEnum):
-    """What is RED has to be changed. YELLOW is served around, or could not be told apart from the outside.
-    SKIPPED was not probed, because something else stands in the way."""
+    """RED has to be changed. The gateway works around YELLOW, or nothing shows it to outsiders. SKIPPED was
+    not probed, because something else failed first."""
 
     GREEN = "green"
     YELLOW = "yellow"
     RED = "red"
     SKIPPED = "skipped"
+
+
+GREEN, YELLOW, RED, SKIPPED = CheckVerdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,20 +40,10 @@ class Finding:
     observed: str
     change: str = ""
 
-    def to_json(self) -> Json:
-        """Return the finding as ``--json`` prints it."""
-        return {
-            "probe": self.probe,
-            "where": list(self.where),
-            "verdict": self.verdict.value,
-            "observed": self.observed,
-            "change": self.change,
-        }
-
 
 @dataclass(slots=True)
 class CheckReport:
-    """All findings, in the order in which probes ran. ``servers`` names what was checked, by id."""
+    """All findings, in the order in which probes ran. ``servers`` describes the checked servers by id."""
 
     servers: dict[str, Json]
     findings: list[Finding] = field(default_factory=list)
@@ -58,7 +52,7 @@ class CheckReport:
     @property
     def ok(self) -> bool:
         """Whether nothing that is required failed or could not be probed."""
-        return not any(found.verdict in (CheckVerdict.RED, CheckVerdict.SKIPPED) for found in self.findings)
+        return not any(found.verdict in (RED, SKIPPED) for found in self.findings)
 
     def counts(self) -> Mapping[CheckVerdict, int]:
         """Return how many findings there are of each verdict."""
@@ -70,7 +64,7 @@ class CheckReport:
             "ok": self.ok,
             "seconds": round(self.seconds, 3),
             "servers": self.servers,
-            "findings": [found.to_json() for found in self.findings],
+            "findings": [asdict(found) for found in self.findings],
         }
 
 
@@ -85,14 +79,6 @@ def shared_start(answers: Sequence[list[int]]) -> list[int]:
 
 
 def common_value(values: Mapping[str, T]) -> T:
-    """Return the value that most servers have; of several, the first server's. ``values`` is not empty."""
-    seen: list[tuple[T, int]] = []
-    for value in values.values():
-        for n, (known, count) in enumerate(seen):
-            if known == value:
-                seen[n] = (known, count + 1)
-                break
-        else:
-            seen.append((value, 1))
-    most = max(count for _, count in seen)
-    return next(value for value, count in seen if count == most)
+    """Return the value that most servers have; at a tie the first server's. ``values`` is not empty."""
+    each = list(values.values())
+    return max(each, key=each.count)

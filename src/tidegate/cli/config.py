@@ -40,7 +40,7 @@ from tidegate.core.slo import Slo
 from tidegate.gateway.settings import GatewaySettings
 
 if TYPE_CHECKING:
-    from tidegate.fleet.static import KvSetup
+    from tidegate.fleet.vllm import KvSetup
     from tidegate.systems.system import System
 
 GATEWAY = GatewaySettings()
@@ -231,7 +231,7 @@ class FleetSection(Section):
     @property
     def kv(self) -> KvSetup:
         """How the KV of running vLLM servers moves."""
-        from tidegate.fleet.static import KvSetup
+        from tidegate.fleet.vllm import KvSetup
 
         return KvSetup(self.kv_connector, self.kv_lease_s, self.kv_read_back, self.kv_bootstrap or ())
 

@@ -29,7 +29,7 @@ from tidegate.fleet.launched_vllm import LaunchedVllmFleet, VllmLaunch
 from tidegate.fleet.member import Fleet, FleetListener, Member
 from tidegate.fleet.processes import EngineLaunch, LocalFleet
 from tidegate.fleet.static import StaticFleet
-from tidegate.fleet.vllm_command import ServeArguments
+from tidegate.fleet.vllm import ServeArguments
 from tidegate.gateway.run import run_gateway
 
 

@@ -99,7 +99,7 @@ def _profiles(value: object) -> list[str]:
 
 
 def _serve_arguments(value: str) -> str:
-    from tidegate.fleet.vllm_command import ServeArguments
+    from tidegate.fleet.vllm import ServeArguments
 
     ServeArguments(shlex.split(value))
     return value

@@ -65,8 +65,10 @@ class Membership:
         return self.lacking(now, self.labels.get(instance_id))
 
     def lacking(self, now: float, last: Role | None = None) -> Role:
-        """Return the label for one more instance: what the fleet lacks most (see ``joining_role``)."""
-        return joining_role(self._roles, self._ledger.snapshot(now), len(self.labels), last)
+        """Return the label for one more instance: what the fleet, with those that start, lacks most (see
+        ``joining_role``)."""
+        snapshot = self._ledger.snapshot(now)
+        return joining_role(self._roles, snapshot, len(self.labels), last, self.starting.elements())
 
     def start_ended(self, role: Role) -> None:
         """Say that an instance that was to start under ``role`` is up, or will not come."""

@@ -8,6 +8,7 @@ import signal
 from asyncio.subprocess import PIPE, Process
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from tidegate.core.errors import ConfigError, SetupError
@@ -41,12 +42,13 @@ class Child(Generic[Announced]):
     def __init__(self, name: str, process: Process, parse: Parse[Announced], *, keeper: bool) -> None:
         self.name = name
         self._keeper = keeper
-        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self._tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._process = process
         self._parse = parse
         self._ready: asyncio.Future[Announced] = asyncio.get_running_loop().create_future()
         self.exited = asyncio.create_task(process.wait(), name=f"{name}: exit")
-        assert process.stdout is not None and process.stderr is not None
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        self._stdin = process.stdin
         self._pumps = [
             asyncio.create_task(_pump(process.stdout, self._on_stdout), name=f"{name}: stdout"),
             asyncio.create_task(_pump(process.stderr, self._on_stderr), name=f"{name}: stderr"),
@@ -54,18 +56,10 @@ class Child(Generic[Announced]):
 
     @classmethod
     async def spawn(
-        cls,
-        name: str,
-        argv: Sequence[str],
-        env: Mapping[str, str],
-        parse: Parse[Announced],
-        *,
-        keeper: bool = False,
+        cls, name: str, argv: Sequence[str], env: Mapping[str, str], parse: Parse[Announced], *, keeper: bool
     ) -> Child[Announced]:
         """Start ``argv`` in a session of its own, so that the terminal's Ctrl-C reaches only the parent.
-
-        Raises EngineStartFailed when the program cannot be executed.
-        """
+        Raises EngineStartFailed when the program cannot be executed."""
         try:
             process = await asyncio.create_subprocess_exec(
                 *argv, env=dict(env), stdin=PIPE, stdout=PIPE, stderr=PIPE, start_new_session=True
@@ -73,10 +67,6 @@ class Child(Generic[Announced]):
         except OSError as error:
             raise EngineStartFailed(f"cannot execute {argv[0]}: {error.strerror}") from None
         return cls(name, process, parse, keeper=keeper)
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
 
     async def ready(self, deadline_s: float) -> Announced:
         """Wait for the announcement. Raises EngineStartFailed on exit, nonsense or a passed deadline."""
@@ -86,64 +76,48 @@ class Child(Generic[Announced]):
             try:
                 return self._ready.result()
             except ConfigError as error:
-                raise EngineStartFailed(self._with_tail(error.message)) from None
-        if self.exited.done():
-            await self._drain()
-            raise EngineStartFailed(self._with_tail(self.exit_reason()))
-        raise EngineStartFailed(self._with_tail(f"was not ready within {deadline_s:g} s"))
+                reason = error.message
+        elif self.exited.done():
+            await asyncio.wait(self._pumps, timeout=DRAIN_S)
+            reason = self.exit_reason()
+        else:
+            reason = f"was not ready within {deadline_s:g} s"
+        raise EngineStartFailed("\n".join([reason, *(f"    {line}" for line in self._tail)]))
 
     def exit_reason(self) -> str:
         """Say how the process ended. Only after ``exited``."""
         status = self.exited.result()
         if status >= 0:
             return f"exited with status {status}"
-        try:
-            return f"was killed by {signal.Signals(-status).name}"
-        except ValueError:
-            return f"was killed by signal {-status}"
+        names = {each.value: each.name for each in signal.Signals}
+        return f"was killed by {names.get(-status, f'signal {-status}')}"
 
     def kill(self) -> None:
-        """Send SIGKILL if the process still runs; a keeper is told to send it to what it keeps."""
-        if self.exited.done():
-            return
+        """Kill the process if it still runs; a keeper kills what it keeps once its stdin is closed."""
         if self._keeper:
-            self._close_stdin()
+            self._stdin.close()
         else:
             self._send(signal.SIGKILL)
 
     async def stop(self, grace_s: float) -> None:
         """SIGTERM, after ``grace_s`` or a cancellation SIGKILL; returns once it is reaped. Idempotent."""
         try:
-            if not self.exited.done():
-                self._send(signal.SIGTERM)
-                await asyncio.wait({self.exited}, timeout=grace_s)
+            self._send(signal.SIGTERM)
+            await asyncio.wait({self.exited}, timeout=grace_s)
         finally:
             self.kill()
             await asyncio.wait({self.exited})
-            await self._drain()
-            self._close()
-
-    async def _drain(self) -> None:
-        await asyncio.wait(self._pumps, timeout=DRAIN_S)
-
-    def _close(self) -> None:
-        for pump in self._pumps:
-            pump.cancel()
-        self._close_stdin()
-        if not self._ready.done():
-            self._ready.cancel()
-        elif not self._ready.cancelled():
-            self._ready.exception()  # mark it as seen: nobody may have waited for it
-
-    def _close_stdin(self) -> None:
-        if self._process.stdin is not None:
-            self._process.stdin.close()
+            await asyncio.wait(self._pumps, timeout=DRAIN_S)
+            for pump in self._pumps:
+                pump.cancel()
+            self._stdin.close()
+            if not self._ready.cancel() and not self._ready.cancelled():
+                self._ready.exception()  # mark it as seen: nobody may have waited for it
 
     def _send(self, number: signal.Signals) -> None:
-        try:
-            self._process.send_signal(number)
-        except ProcessLookupError:
-            pass  # it ended between the check and the signal
+        if not self.exited.done():
+            with suppress(ProcessLookupError):  # it ended between the check and the signal
+                self._process.send_signal(number)
 
     def _on_stdout(self, line: str) -> None:
         if not self._ready.done():
@@ -158,26 +132,21 @@ class Child(Generic[Announced]):
         log.info("%s | %s", self.name, line)
 
     def _on_stderr(self, line: str) -> None:
-        self.tail.append(line)
+        self._tail.append(line)
         log.warning("%s | %s", self.name, line)
-
-    def _with_tail(self, reason: str) -> str:
-        return "\n".join([reason, *(f"    {line}" for line in self.tail)])
 
 
 async def _pump(stream: asyncio.StreamReader, on_line: Callable[[str], None]) -> None:
     """Hand every non-empty line of ``stream`` to ``on_line`` until it ends."""
     rest = b""
-    while chunk := await stream.read(READ_BYTES):
+    ended = False
+    while not ended:
+        chunk = await stream.read(READ_BYTES)
+        ended = not chunk
         *lines, rest = (rest + chunk).split(b"\n")
-        if len(rest) >= LINE_BYTES:
+        if ended or len(rest) >= LINE_BYTES:
             lines, rest = [*lines, rest], b""
         for line in lines:
-            _hand_on(line, on_line)
-    _hand_on(rest, on_line)
-
-
-def _hand_on(line: bytes, on_line: Callable[[str], None]) -> None:
-    text = line.decode("utf-8", "replace").rstrip()
-    if text:
-        on_line(text)
+            text = line.decode("utf-8", "replace").rstrip()
+            if text:
+                on_line(text)

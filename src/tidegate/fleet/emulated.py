@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import sys
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from tidegate.core.errors import ConfigError, EngineError, EngineFault
+from tidegate.core.errors import EngineError, EngineFault
 from tidegate.dataplane.replica import EngineSettings
 from tidegate.dataplane.roster import parse_groups
 from tidegate.engines.serving.secret import SECRET_HEADER
 from tidegate.engines.vllm.client import VllmClient
 from tidegate.fleet.child import EngineStartFailed
 from tidegate.fleet.member import FleetListener, Member
-from tidegate.fleet.ready import Ready, faults_in
+from tidegate.fleet.processes import Ready, parse_ready
 from tidegate.fleet.supervision import HOST, FleetPace, ProcessFleet, Slot
 
 log = logging.getLogger(__name__)
 
 PLACE = "emulated"
-"""The name of the one process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +58,10 @@ class AllReady(BaseModel):
 
 
 class EmulatedFleet(ProcessFleet[AllReady]):
-    """Instances i0, i1, ... through all groups. They come and go together, for they are one process.
+    """Instances i0, i1, ... through all groups, in one process, which goes by their packaged profiles.
 
-    Their profiles are the packaged ones, which is what they go by: nothing is measured. The process is asked
-    to serve one more replica of the last group, or to drop one; what it served when it ended, it serves again
-    when it is back. Raises ConfigError for an unknown profile, or profiles of several models.
+    On request the process serves one more replica of the last group, or drops one. After a restart it serves
+    what it served before. Raises ConfigError for an unknown profile, or profiles of several models.
     """
 
     def __init__(self, launch: EmulatedLaunch, *, pace: FleetPace | None = None) -> None:
@@ -71,11 +69,10 @@ class EmulatedFleet(ProcessFleet[AllReady]):
         self._packaged = [group.packaged for group in groups]
         numbers = [number for number, group in enumerate(groups) for _ in range(group.count)]
         self._group_of = {f"i{index}": number for index, number in enumerate(numbers)}
-        super().__init__({PLACE: tuple(self._group_of)}, pace)
+        super().__init__({PLACE: tuple(self._group_of)}, pace, partial(parse_ready, AllReady))
         self._launch = launch
         self._engine_ids: dict[str, str] = {}
         self._process: VllmClient | None = None
-        self._changes: set[asyncio.Task[None]] = set()
 
     def add(self) -> bool:
         """See ``FleetControl.add``. Not while the process starts."""
@@ -87,7 +84,7 @@ class EmulatedFleet(ProcessFleet[AllReady]):
         if slot is None:
             self._begin(PLACE, (name,), added=True)
         else:
-            self._change(self._open(slot, name, self._listener))
+            self._create_task(self._open(slot, name, self._listener), f"start {name}")
         return True
 
     def remove(self, instance_id: str, reason: str) -> bool:
@@ -98,19 +95,8 @@ class EmulatedFleet(ProcessFleet[AllReady]):
         if len(slot.ids) == 1:
             return super().remove(instance_id, reason)
         slot.ids = tuple(other for other in slot.ids if other != instance_id)
-        self._change(self._close(instance_id, reason, self._listener))
+        self._create_task(self._close(instance_id, reason, self._listener), f"stop {instance_id}")
         return True
-
-    async def stop(self) -> None:
-        for change in self._changes:
-            change.cancel()
-        await asyncio.gather(*self._changes, return_exceptions=True)
-        await super().stop()
-
-    def _change(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
-        self._changes.add(task)
-        task.add_done_callback(self._changes.discard)
 
     async def _open(self, slot: Slot, name: str, listener: FleetListener) -> None:
         process = self._process
@@ -140,7 +126,6 @@ class EmulatedFleet(ProcessFleet[AllReady]):
             log.debug("the process of %s has ended: %s", instance_id, error)
 
     def argv(self, slot: Slot) -> list[str]:
-        """See ``ProcessFleet.argv``."""
         groups = groupby(self._group_of[instance_id] for instance_id in slot.ids)
         return self._launch.argv([f"{self._packaged[number].name}:{len(list(of))}" for number, of in groups])
 
@@ -149,17 +134,7 @@ class EmulatedFleet(ProcessFleet[AllReady]):
         assert self._process is not None
         return self._process.url
 
-    def parse(self, line: str) -> AllReady | None:
-        """See ``ProcessFleet.parse``."""
-        if not line.startswith("{") or '"ready"' not in line:
-            return None
-        try:
-            return AllReady.model_validate_json(line)
-        except ValidationError as error:
-            raise ConfigError(f"the instances' ready line is malformed: {faults_in(error)}") from None
-
-    async def members(self, slot: Slot, announced: AllReady, pid: int) -> list[Member]:
-        """See ``ProcessFleet.members``."""
+    async def members(self, slot: Slot, announced: AllReady) -> list[Member]:
         if len(announced.instances) != len(slot.ids):
             raise EngineStartFailed(
                 f"announced {len(announced.instances)} instances, {len(slot.ids)} were to start"
@@ -167,21 +142,9 @@ class EmulatedFleet(ProcessFleet[AllReady]):
         assert self._session is not None
         url, headers = f"http://{HOST}:{announced.port}", {SECRET_HEADER: self._secret}
         self._process = VllmClient(self._session, url, instance=slot.name, headers=headers)
-        return [
-            self._member(instance_id, ready)
-            for instance_id, ready in zip(slot.ids, announced.instances, strict=True)
-        ]
+        return [self._member(*each) for each in zip(slot.ids, announced.instances, strict=True)]
 
     def _member(self, instance_id: str, ready: Ready) -> Member:
         self._engine_ids[instance_id] = ready.engine_id
-        return Member(
-            instance=ready.instance(instance_id),
-            url=f"http://{HOST}:{ready.port}",
-            model=ready.model,
-            engine_id=ready.engine_id,
-            profile=self._packaged[self._group_of[instance_id]].profile,
-            secret=self._secret,
-            api_key=self._api_key,
-            kind="emulated",
-            pid=ready.pid,
-        )
+        profile = self._packaged[self._group_of[instance_id]].profile
+        return ready.member(instance_id, "emulated", profile, self._secret, self._api_key)

@@ -1,9 +1,8 @@
-"""Health checks: one question over HTTP, and the wait until the answers say an instance is gone."""
+"""Health checks over HTTP, and the wait until they show that an instance is gone."""
 
 from __future__ import annotations
 
 import asyncio
-import enum
 from dataclasses import dataclass
 
 import aiohttp
@@ -13,14 +12,8 @@ from tidegate.engines.vllm.client import VllmClient
 
 SHORTEST_PAUSE_S = 0.1
 """Pause between checks while an instance is under suspicion, and after one that used up its period."""
-
-
-class Health(enum.StrEnum):
-    """What one check found."""
-
-    HEALTHY = "healthy"
-    REFUSED = "refuses connections"
-    MISSED = "does not answer health checks"
+REFUSED = "refuses connections"
+MISSED = "does not answer health checks"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,24 +25,21 @@ class HealthPace:
     misses: int = 3
 
 
-async def check_health(client: VllmClient) -> Health:
-    """Ask for the server's health once; never raises for what the other side does."""
+async def health_trouble(client: VllmClient) -> str:
+    """Check the server's health once; return REFUSED, MISSED, or nothing for a healthy one."""
     try:
-        return Health.HEALTHY if await client.healthy() else Health.MISSED
+        return "" if await client.healthy() else MISSED
     except EngineError as error:
-        refused = isinstance(error, EngineUnreachable) and error.refused
-        return Health.REFUSED if refused else Health.MISSED
+        return REFUSED if isinstance(error, EngineUnreachable) and error.refused else MISSED
 
 
 async def until_unhealthy(
     client: VllmClient, suspicion: asyncio.Event, pace: HealthPace, *, refused_is_gone: bool
 ) -> str:
-    """Check at ``pace``, each time with the client's deadline, and return the reason once the instance
-    counts as gone.
+    """Check at ``pace``, and return the reason once the instance counts as gone.
 
-    Setting ``suspicion`` brings the next check forward; while checks then miss, they follow each
-    other without the usual pause. One refused connection is enough when ``refused_is_gone``, else it
-    counts as a miss.
+    Setting ``suspicion`` brings the next check forward; while checks then miss, they follow at once. One
+    refused connection is enough when ``refused_is_gone``, else it counts as a miss.
     """
     clock = asyncio.get_running_loop().time
     missed = 0
@@ -57,37 +47,27 @@ async def until_unhealthy(
     began_s = clock()
     while True:
         rest_s = 0.0 if hurried and missed else began_s + pace.every_s - clock()
-        if await _pause(max(SHORTEST_PAUSE_S, rest_s), suspicion):
+        try:
+            async with asyncio.timeout(max(SHORTEST_PAUSE_S, rest_s)):
+                await suspicion.wait()
+            suspicion.clear()
             hurried = True
+        except TimeoutError:
+            pass
         began_s = clock()
-        answer = await check_health(client)
-        if answer is Health.HEALTHY:
+        trouble = await health_trouble(client)
+        if not trouble:
             missed, hurried = 0, False
             continue
         missed += 1
-        if missed >= pace.misses or (refused_is_gone and answer is Health.REFUSED):
-            return answer.value
+        if missed >= pace.misses or (refused_is_gone and trouble == REFUSED):
+            return trouble
 
 
-async def _pause(seconds: float, suspicion: asyncio.Event) -> bool:
-    """Wait, but no longer than until ``suspicion`` is set; clear it and tell whether it was."""
-    try:
-        async with asyncio.timeout(seconds):
-            await suspicion.wait()
-    except TimeoutError:
-        return False
-    suspicion.clear()
-    return True
-
-
-async def end_watch(tasks: list[asyncio.Task[None]], session: aiohttp.ClientSession | None) -> None:
-    """Cancel a fleet's tasks, wait until they have ended and close its session; idempotent.
-
-    ``tasks`` is emptied.
-    """
+async def end_watch(tasks: set[asyncio.Task[None]], session: aiohttp.ClientSession | None) -> None:
+    """Cancel a fleet's ``tasks``, wait until they have ended, close its session; idempotent."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    tasks.clear()
     if session is not None:
         await session.close()

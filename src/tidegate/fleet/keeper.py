@@ -1,18 +1,15 @@
-"""Runs a server that knows nothing of tidegate like an engine of ours: announced, and gone with its parent.
+"""Runs a vLLM server like an engine of ours: announced, and gone with its parent.
 
-    python -m tidegate.fleet.keeper --health URL --log FILE -- PROGRAM ARGUMENTS...
+    python -m tidegate.fleet.keeper HEALTH_URL LOG_FILE PROGRAM ARGUMENTS...
 
-The output of PROGRAM goes to FILE. While it starts, its last line is told from time to time; once URL answers
-200, a line of JSON announces it. SIGTERM is passed on, and what still runs ``GRACE_S`` later is killed; the
-end of stdin means that the parent is gone or impatient, and kills at once. When the keeper has ended, so has
-every process that PROGRAM started and that holds a port or a GPU. Its status is PROGRAM's.
-
-Linux only, and the standard library only: there is one of it for every server.
+The output of PROGRAM goes to LOG_FILE. While it starts, its last line is shown from time to time; once
+HEALTH_URL answers 200, a line of JSON announces it. SIGTERM is passed on, and what still runs ``GRACE_S``
+later is killed; the end of stdin kills at once. The keeper ends with PROGRAM's status, after every process
+that PROGRAM started and that holds a port or a GPU. Linux and the standard library only.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import http.client
 import json
@@ -34,8 +31,10 @@ POLL_S = 0.25
 ANSWER_S = 2.0
 PROGRESS_S = 15.0
 GRACE_S = 12.0
-TOLD_LINES = 8
+SHOWN_LINES = 8
 TAIL_BYTES = 256 * 1024
+SCRATCH = "VLLM_RPC_BASE_PATH"
+"""Names a folder for vLLM's sockets, which the keeper removes."""
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 _CAUSE = re.compile(r"(^|\s)[\w.]*(Error|Exception): ")
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -65,7 +64,7 @@ class Keeper:
         """Return how the program ended, as subprocess gives it; nothing that it started runs any more."""
         end = self._until_ready()
         if end is None:
-            _tell(json.dumps({"event": "ready", "pid": self._process.pid}), sys.stdout)
+            _print(json.dumps({"event": "ready", "pid": self._process.pid}), sys.stdout)
             end = self._wait(None)
         if end == self._woken:
             self._process.terminate()
@@ -74,25 +73,25 @@ class Keeper:
         if end != self._exit:
             self._process.kill()
         status = self._process.wait()
-        # Read before the rest is killed, whose complaints would stand in front of the reason.
+        # Read before the rest is killed: what those write would stand in front of the reason.
         reason = end_of(self._log, self._log_began_at)
         kill_descendants()
         if end == self._exit:
             for line in [*reason, f"(all of it: {self._log})"]:
-                _tell(line, sys.stderr)
+                _print(line, sys.stderr)
         return status
 
     def _until_ready(self) -> int | None:
-        """Tell how the start goes; None once the server is healthy, or what came before that."""
-        began_s = told_s = time.monotonic()
+        """Print how the start goes; None once the server is healthy, or what came before that."""
+        began_s = shown_s = time.monotonic()
         while not self._is_healthy():
             if (end := self._wait(POLL_S)) is not None:
                 return end
             now_s = time.monotonic()
-            if now_s - told_s >= PROGRESS_S:
-                told_s = now_s
+            if now_s - shown_s >= PROGRESS_S:
+                shown_s = now_s
                 last = (end_of(self._log, self._log_began_at) or ["no output yet"])[-1]
-                _tell(f"starting for {now_s - began_s:.0f} s: {last}", sys.stdout)
+                _print(f"starting for {now_s - began_s:.0f} s: {last}", sys.stdout)
         return None
 
     def _wait(self, timeout_s: float | None) -> int | None:
@@ -112,8 +111,8 @@ class Keeper:
             connection.close()
 
 
-def _tell(line: str, stream: TextIO) -> None:
-    with suppress(OSError):  # nobody listens to an orphan, which has more to do than to tell
+def _print(line: str, stream: TextIO) -> None:
+    with suppress(OSError):  # nobody reads an orphan's output
         stream.write(f"{line}\n")
         stream.flush()
 
@@ -124,11 +123,8 @@ def _end_with_keeper() -> None:
 
 
 def kill_descendants() -> None:
-    """Kill what this process and its children have started, and wait until it is gone.
-
-    Python's resource trackers stay: they hold neither ports nor GPUs, free the shared memory of those that
-    were killed, and then end by themselves.
-    """
+    """Kill what this process and its children have started, and wait until it is gone. Python's resource
+    trackers stay: they free the shared memory of those that were killed, and then end by themselves."""
     while processes := [pid for pid in descendants(os.getpid()) if not _is_tracker(pid)]:
         for pid in processes:
             with suppress(ProcessLookupError):
@@ -165,33 +161,24 @@ def end_of(log: Path, began_at: int) -> list[str]:
     ``began_at`` on, and the last lines."""
     with log.open("rb") as text:
         text.seek(max(began_at, log.stat().st_size - TAIL_BYTES))
-        lines = [
-            line.rstrip() for line in text.read().decode("utf-8", "replace").splitlines() if line.strip()
-        ]
-    last = lines[-TOLD_LINES:]
+        written = text.read().decode("utf-8", "replace")
+    lines = [line.rstrip() for line in written.splitlines() if line.strip()]
+    last = lines[-SHOWN_LINES:]
     cause = next((line for line in lines if _CAUSE.search(line)), None)
     return last if cause is None or cause in last else [cause, *last[1:]]
 
 
 def main() -> None:
     """Keep the program on the command line, and end as it does."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--health", required=True, metavar="URL", help="answers 200 when the server is ready")
-    parser.add_argument("--log", required=True, type=Path, metavar="FILE")
-    parser.add_argument(
-        "--scratch", metavar="VARIABLE", help="tells PROGRAM the name of a folder that is removed at its end"
-    )
-    parser.add_argument("program", nargs="+", metavar="PROGRAM")
-    flags = parser.parse_args()
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
+    health_url, log, *program = sys.argv[1:]
     with tempfile.TemporaryDirectory(prefix="tidegate-") as scratch:
-        if flags.scratch:
-            os.environ[flags.scratch] = scratch
+        os.environ[SCRATCH] = scratch
         try:
-            status = Keeper(flags.program, flags.health, flags.log).run()
+            status = Keeper(program, health_url, Path(log)).run()
         except OSError as error:
-            sys.exit(f"cannot execute {flags.program[0]}: {error.strerror}")
+            sys.exit(f"cannot execute {program[0]}: {error.strerror}")
     if status < 0:
         if -status in (signal.SIGTERM, signal.SIGINT):
             signal.signal(-status, signal.SIG_DFL)

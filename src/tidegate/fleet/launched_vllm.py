@@ -6,23 +6,22 @@ import json
 import logging
 import math
 import os
+import re
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tidegate.core.errors import EngineError, SetupError
 from tidegate.costs.profile import Profile
 from tidegate.engines.vllm.client import VllmClient
 from tidegate.fleet.child import EngineStartFailed
-from tidegate.fleet.gpus import VISIBLE, share_out, visible_gpus
 from tidegate.fleet.health import HealthPace
-from tidegate.fleet.member import FleetListener, Member
+from tidegate.fleet.member import LEASE_S, FleetListener, Member
 from tidegate.fleet.supervision import HOST, FleetPace, ProcessFleet, Slot
-from tidegate.fleet.vllm_command import ServeArguments, free_ports
-from tidegate.fleet.vllm_member import mooncake_engine_id, profiles_by_id, vllm_member
+from tidegate.fleet.vllm import ServeArguments, describe_member, free_ports, profiles_by_id
 
 log = logging.getLogger(__name__)
 
@@ -33,17 +32,14 @@ PACE = FleetPace(
 FACTS_S = 10.0
 CPU_KV_SHARE, CPU_KV_BYTES = 0.2, 4 << 30
 """Without GPUs, all KV caches together take this share of the memory, and one of them at most so much."""
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 KEEPER = (sys.executable, "-m", "tidegate.fleet.keeper")
 
 
 @dataclass(frozen=True, slots=True)
 class VllmLaunch:
-    """What every server of the fleet is started with.
-
-    ``program`` is vLLM's command and ``arguments`` what the user adds to ``vllm serve``. The output of
-    instance i0 goes to ``i0.log`` in ``logs``. ``api_key`` is the key the servers want; drawn at random
-    when empty.
-    """
+    """What every server is started with: ``program`` is vLLM's command, ``arguments`` what the user adds to
+    ``vllm serve``. Instance i0 logs to ``i0.log`` in ``logs``. An empty ``api_key`` means a random one."""
 
     model: Path
     program: Path
@@ -53,46 +49,29 @@ class VllmLaunch:
     api_key: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Start:
+class _Start(NamedTuple):
     """Where one process of a slot is found, and what it calls itself to its peers."""
 
     engine_id: str
     first_port: int
-
-    @property
-    def url(self) -> str:
-        return f"http://{HOST}:{self.first_port}"
-
-    @property
-    def bootstrap_port(self) -> int:
-        return self.first_port + 1
-
-    @property
-    def bootstrap_url(self) -> str:
-        return f"http://{HOST}:{self.bootstrap_port}"
-
-    @property
-    def side_channel_port(self) -> int:
-        return self.first_port + 2
+    bootstrap_port: int
+    side_channel_port: int
 
 
 class LaunchedVllmFleet(ProcessFleet[int]):
     """``launch.instances`` vLLM servers named i0, i1, ..., which hand KV to each other.
 
-    Each has ports of its own that were free at its start, and its own GPUs where the machine has any: the
-    first one the first, and as many as its parallel sizes multiply to. An added one takes GPUs that no other
-    has; without GPUs it gets what each of the first ones got. ``profiles`` holds one for all or one for each,
-    and an added one has the last. Raises SetupError when there are fewer GPUs than that.
+    Each has free ports of its own, and where the machine has GPUs as many as its parallel sizes multiply to,
+    in order. An added one takes GPUs that no other has; without GPUs it gets what each of the first ones got.
+    ``profiles`` holds one for all or one for each, and an added one has the last. Raises SetupError when
+    there are too few GPUs.
     """
-
-    through_keepers = True
 
     def __init__(
         self, launch: VllmLaunch, *, profiles: Sequence[Profile] = (), pace: FleetPace | None = None
     ) -> None:
         ids = tuple(f"i{index}" for index in range(launch.instances))
-        super().__init__({instance_id: (instance_id,) for instance_id in ids}, pace or PACE)
+        super().__init__({name: (name,) for name in ids}, pace or PACE, kept_process, keepers=True)
         self._profiles = profiles_by_id(ids, profiles)
         self._added_profile = profiles[-1] if profiles else None
         self._api_key = launch.api_key or self._api_key
@@ -123,22 +102,22 @@ class LaunchedVllmFleet(ProcessFleet[int]):
     def argv(self, slot: Slot) -> list[str]:
         """See ``ProcessFleet.argv``. Every start has other ports: the last ones may still be in use."""
         others = [start.first_port for name, start in self._starts.items() if name in self._slots]
-        start = _Start(f"{slot.name}-{secrets.token_hex(4)}", free_ports(others))
+        port = free_ports(others)
+        start = _Start(f"{slot.name}-{secrets.token_hex(4)}", port, port + 1, port + 2)
         self._starts[slot.name] = start
         launch = self._launch
         return [
             *KEEPER,
-            *("--health", f"{start.url}/health", "--log", str(launch.logs / f"{slot.name}.log")),
-            *("--scratch", "VLLM_RPC_BASE_PATH", "--"),
+            *(f"http://{HOST}:{port}/health", str(launch.logs / f"{slot.name}.log")),
             *(str(launch.program), "serve", str(launch.model), "--served-model-name", launch.model.name),
-            *("--host", HOST, "--port", str(start.first_port)),
+            *("--host", HOST, "--port", str(port)),
             *self._memory,
             *launch.arguments.command_line(start.engine_id),
         ]
 
     def environment(self, slot: Slot) -> dict[str, str]:
-        """See ``ProcessFleet.environment``."""
         start = self._starts[slot.name]
+        lease_s = self._launch.arguments.kv_transfer.lease_s or LEASE_S
         return {
             **self._hardware[slot.name],
             "VLLM_API_KEY": self._api_key,
@@ -146,44 +125,34 @@ class LaunchedVllmFleet(ProcessFleet[int]):
             "VLLM_NIXL_SIDE_CHANNEL_HOST": HOST,
             "VLLM_NIXL_SIDE_CHANNEL_PORT": str(start.side_channel_port),
             "VLLM_MOONCAKE_BOOTSTRAP_PORT": str(start.bootstrap_port),
-            "VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT": str(math.ceil(self._launch.arguments.kv_transfer.lease_s)),
+            "VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT": str(math.ceil(lease_s)),
         }
 
-    def parse(self, line: str) -> int | None:
-        """See ``ProcessFleet.parse``: the server's process id, as its keeper announces it."""
-        if not line.startswith('{"event": "ready"'):
-            return None
-        pid: int = json.loads(line)["pid"]
-        return pid
-
-    async def members(self, slot: Slot, announced: int, pid: int) -> list[Member]:
-        """See ``ProcessFleet.members``."""
+    async def members(self, slot: Slot, announced: int) -> list[Member]:
         start = self._starts[slot.name]
         assert self._session is not None
-        kv = self._launch.arguments.kv_transfer
-        kv_engine_id = ""
+        url, bootstrap_url = (f"http://{HOST}:{port}" for port in (start.first_port, start.bootstrap_port))
         try:
-            server = VllmClient(self._session, start.url, api_key=self._api_key, deadline_s=FACTS_S)
-            facts = await server.facts()
-            if kv.connector == "mooncake":
-                bootstrap = VllmClient(self._session, start.bootstrap_url, deadline_s=FACTS_S)
-                kv_engine_id = await mooncake_engine_id(bootstrap)
-        except (EngineError, SetupError) as error:
-            raise EngineStartFailed(f"does not describe itself: {error}") from None
-        return [
-            vllm_member(
-                slot.name,
-                start.url,
-                facts,
-                kv,
-                engine_id=start.engine_id,
+            member = await describe_member(
+                VllmClient(self._session, url, instance=slot.name, api_key=self._api_key, deadline_s=FACTS_S),
+                self._launch.arguments.kv_transfer,
+                bootstrap=VllmClient(self._session, bootstrap_url, deadline_s=FACTS_S),
                 api_key=self._api_key,
                 profile=self._profiles.get(slot.name, self._added_profile),
-                bootstrap_url=start.bootstrap_url,
-                kv_engine_id=kv_engine_id,
+                engine_id=start.engine_id,
                 pid=announced,
             )
-        ]
+        except (EngineError, SetupError) as error:
+            raise EngineStartFailed(f"does not describe itself: {error}") from None
+        return [member]
+
+
+def kept_process(line: str) -> int | None:
+    """Return the server's process id from its keeper's announcement; None for any other line."""
+    if not line.startswith('{"event": "ready"'):
+        return None
+    pid: int = json.loads(line)["pid"]
+    return pid
 
 
 def cpu_memory(instances: int) -> list[str]:
@@ -206,3 +175,26 @@ def hardware(environment: Mapping[str, str], instances: int, gpus_each: int) -> 
     threads = max(1, len(os.sched_getaffinity(0)) // instances)
     shared: dict[str, Any] = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
     return [{name: value for name, value in shared.items() if name not in environment}] * instances
+
+
+def visible_gpus(environment: Mapping[str, str], devices: Path = Path("/dev")) -> list[str]:
+    """Return the NVIDIA GPUs, in words for CUDA_VISIBLE_DEVICES: those it names, else all there are."""
+    named = environment.get(VISIBLE)
+    if named is not None:
+        return [word for word in named.replace(" ", "").split(",") if word not in ("", "-1")]
+    if not devices.is_dir():
+        return []
+    count = sum(bool(re.fullmatch(r"nvidia\d+", entry.name)) for entry in devices.iterdir())
+    return [str(index) for index in range(count)]
+
+
+def share_out(gpus: list[str], instances: int, each: int) -> list[str]:
+    """Return a value of CUDA_VISIBLE_DEVICES for each instance: ``each`` GPUs, none of them twice. Raises
+    SetupError when there are not enough."""
+    if len(gpus) < instances * each:
+        raise SetupError(
+            f"{instances} instances with {each} GPU{'s' * (each > 1)} each need {instances * each}, and "
+            f"{len(gpus)} can be seen; take fewer --instances ({VISIBLE}= in the environment starts them "
+            "without any)"
+        )
+    return [",".join(gpus[first : first + each]) for first in range(0, instances * each, each)]

@@ -1,4 +1,4 @@
-"""What a fleet tells the gateway: which instances are up, and when that changes."""
+"""The contract of fleets: which instances are up, and who learns when that changes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ class Capabilities:
     """What an instance can do beyond plain serving; the gateway asks for nothing else.
 
     ``kv_transfer``: other members can pull its KV by handle, and it can pull theirs. Without it a
-    decode leg recomputes the prompt or finds it in its prefix cache. ``continues``: told how many of a
-    prompt's tokens are earlier output, it goes on exactly: characters and stop strings across the seam,
+    decode leg recomputes the prompt or finds it in its prefix cache. ``continues``: given the number of a
+    prompt's tokens that are earlier output, it goes on exactly: characters and stop strings across the seam,
     seeded sampling, penalties, guided decoding. Without it the gateway keeps text whole itself, and a request
     whose state ids do not hold can only begin anew. ``extends_kv``: a prefill can begin with KV of another
-    member that covers a part of its prompt. ``orders``: it serves waiting prefills in the order it
-    was started with, by the tickets that come with them; without it only ``fifo`` systems may use it.
-    ``tells_load``: its ``/metrics`` say what is on it, in vLLM's names; the gateway knows all that is on the
-    others.
+    member that covers a part of its prompt. ``orders``: it serves waiting prefills by their tickets, in the
+    order it was started with; without it only ``fifo`` systems may use it. ``tells_load``: its ``/metrics``
+    show its load in vLLM's names; the gateway knows the load of the others.
     """
 
     kv_transfer: bool = True
@@ -43,11 +42,10 @@ class Member:
     ``url`` is its HTTP base without a trailing slash. ``engine_id`` changes when the process restarts (KV
     handles of an older engine id are dead). ``secret`` authorises KV and internal calls inside one launch,
     ``api_key`` the engine's ``/v1`` routes; both are empty when not needed and never logged. ``kind`` is
-    ``embedded``, ``emulated`` or ``vllm``; what may be asked of it is in ``capabilities``. ``connector``
-    names the KV connector of a vLLM server that has ``kv_transfer``, which pins KV for ``lease_s``;
-    ``bootstrap_url`` is where MooncakeConnector's peers find it, under the name ``kv_engine_id``.
-    ``fixed_role`` is that of a server that may do no other: it keeps its label, and only hands KV on
-    (PREFILL) or only takes it (DECODE).
+    ``embedded``, ``emulated`` or ``vllm``. ``connector`` names the KV connector of a vLLM server that has
+    ``kv_transfer``, which pins KV for ``lease_s``; MooncakeConnector's peers find it at ``bootstrap_url`` as
+    ``kv_engine_id``. A server with a ``fixed_role`` keeps its label, and only hands KV on (PREFILL) or only
+    takes it (DECODE).
     """
 
     instance: Instance
@@ -117,10 +115,8 @@ class Fleet(FleetControl, Protocol):
     def ids(self) -> tuple[str, ...]: ...
 
     async def start(self, listener: FleetListener) -> None:
-        """Begin; returns once every instance that should come up is up or has failed its first start.
-
-        Raises SetupError when none can come up at all (with the last lines each one logged).
-        """
+        """Begin; return once every instance is up or has failed its first start. Raises SetupError when none
+        can come up at all, with the last lines each one logged."""
         ...
 
     async def stop(self) -> None:

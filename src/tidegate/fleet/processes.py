@@ -1,29 +1,95 @@
-"""A fleet of engine processes on this machine, started and kept alive by the gateway."""
+"""A fleet of embedded engines on this machine, and the ready line of our engines."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from statistics import median
+from typing import Literal, TypeVar
 
+from pydantic import BaseModel, Field, ValidationError
+
+from tidegate.core.errors import ConfigError
+from tidegate.core.instance import Instance
+from tidegate.costs.fitting import PrefillSample, StepSample, fit_profile
+from tidegate.costs.forms import TransferCost
 from tidegate.costs.profile import Profile
-from tidegate.fleet.member import FleetListener, Member
-from tidegate.fleet.ready import Ready, pooled_profile
+from tidegate.fleet.member import Member
 from tidegate.fleet.supervision import HOST, FleetPace, ProcessFleet, Slot
+
+log = logging.getLogger(__name__)
 
 MAX_NUM_SEQS = 256
 """Requests of one engine step; fewer where a step has not a token for each of them."""
+SAME_HOST = TransferCost(latency_s=0.001, bytes_per_s=1e9)
+"""KV transfer between processes of one machine, which read each other's memory.
+
+Measured: a pull of 1 MiB takes about 2 ms. How that divides into latency and bandwidth is assumed.
+"""
+
+
+class Ready(BaseModel):
+    """An engine's announcement. Fields it has beyond these are ignored."""
+
+    event: Literal["ready"]
+    port: int = Field(gt=0, le=65535)
+    engine_id: str
+    pid: int
+    model: str
+    max_model_len: int = Field(gt=0)
+    kv_capacity_tokens: int = Field(gt=0)
+    block_tokens: int = Field(gt=0)
+    kv_bytes_per_token: int = Field(ge=0)
+    profile_samples: list[PrefillSample | StepSample] = []
+
+    def member(
+        self, instance_id: str, kind: str, profile: Profile | None, secret: str, api_key: str
+    ) -> Member:
+        """Return the engine as the fleet's member ``instance_id``."""
+        return Member(
+            instance=Instance(
+                id=instance_id,
+                kv_capacity_tokens=self.kv_capacity_tokens,
+                max_model_len=self.max_model_len,
+                block_tokens=self.block_tokens,
+                kv_bytes_per_token=self.kv_bytes_per_token,
+            ),
+            url=f"http://{HOST}:{self.port}",
+            model=self.model,
+            engine_id=self.engine_id,
+            profile=profile,
+            secret=secret,
+            api_key=api_key,
+            kind=kind,
+            pid=self.pid,
+        )
+
+
+Announcement = TypeVar("Announcement", bound=BaseModel)
+
+
+def parse_ready(announcement: type[Announcement], line: str) -> Announcement | None:
+    """Read one line of an engine's output; None when it is not an announcement. Raises ConfigError when it is
+    one that lacks a field or has a wrong value."""
+    if not line.startswith("{") or '"ready"' not in line:
+        return None
+    try:
+        return announcement.model_validate_json(line)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"the engine's ready line is malformed: {faults}") from None
 
 
 @dataclass(frozen=True, slots=True)
 class EngineLaunch:
-    """What every engine of a local fleet is started with.
-
-    ``max_model_len`` None leaves it to the model's configuration. ``command`` is the program before
-    the flags; tests put their own there.
-    """
+    """What every engine of a local fleet is started with. ``max_model_len`` None leaves it to the model's
+    configuration; ``command`` is the program before the flags."""
 
     model: Path
     instances: int = 3
@@ -68,17 +134,13 @@ class LocalFleet(ProcessFleet[Ready]):
 
     def __init__(self, launch: EngineLaunch, *, pace: FleetPace | None = None) -> None:
         ids = tuple(f"i{index}" for index in range(launch.instances))
-        super().__init__({instance_id: (instance_id,) for instance_id in ids}, pace)
+        super().__init__({name: (name,) for name in ids}, pace, partial(parse_ready, Ready))
         self._launch = launch
         self._first_starts: dict[str, Ready | None] = {}
-        self._profile: asyncio.Future[Profile | None] | None = None
-
-    async def start(self, listener: FleetListener) -> None:
-        self._profile = asyncio.get_running_loop().create_future()
-        await super().start(listener)
+        self._measured = asyncio.Event()
+        self._profile: Profile | None = None
 
     def argv(self, slot: Slot) -> list[str]:
-        """See ``ProcessFleet.argv``."""
         return self._launch.argv(
             engine_id=f"{slot.name}-{secrets.token_hex(4)}",
             # What it measures is used only once, but an engine that failed at it has to try again. One that
@@ -86,37 +148,45 @@ class LocalFleet(ProcessFleet[Ready]):
             self_profile=not slot.added and self._first_starts.get(slot.name) is None,
         )
 
-    def parse(self, line: str) -> Ready | None:
-        """See ``ProcessFleet.parse``."""
-        return Ready.parse(line)
-
-    async def members(self, slot: Slot, announced: Ready, pid: int) -> list[Member]:
+    async def members(self, slot: Slot, announced: Ready) -> list[Member]:
         """See ``ProcessFleet.members``. Waits until all instances have been measured."""
         self._note_first_start(slot, announced)
-        assert self._profile is not None
-        profile = await asyncio.shield(self._profile)
-        return [
-            Member(
-                instance=announced.instance(slot.name),
-                url=f"http://{HOST}:{announced.port}",
-                model=announced.model,
-                engine_id=announced.engine_id,
-                profile=profile,
-                secret=self._secret,
-                api_key=self._api_key,
-                pid=pid,
-            )
-        ]
+        await self._measured.wait()
+        return [announced.member(slot.name, "embedded", self._profile, self._secret, self._api_key)]
 
     def not_started(self, slot: Slot) -> None:
-        """See ``ProcessFleet.not_started``."""
         self._note_first_start(slot, None)
 
     def _note_first_start(self, slot: Slot, ready: Ready | None) -> None:
         """Fit the launch's profile once every instance has started or failed to (``ready`` None)."""
         if not slot.added:
             self._first_starts.setdefault(slot.name, ready)
-        assert self._profile is not None
-        if len(self._first_starts) == len(self.ids) and not self._profile.done():
+        if len(self._first_starts) == len(self.ids) and not self._measured.is_set():
             started = [r for r in self._first_starts.values() if r is not None]
-            self._profile.set_result(pooled_profile(started, self._launch.device))
+            name = f"{self._launch.device}/{started[0].model}" if started else self._launch.device
+            samples = [sample for ready in started for sample in ready.profile_samples]
+            self._profile = pooled_profile(name, samples)
+            self._measured.set()
+
+
+def pooled_profile(name: str, samples: Iterable[PrefillSample | StepSample]) -> Profile | None:
+    """Fit one profile to the samples of engines that are alike; None, with a warning, when it cannot be.
+
+    All engines measure every point at the same time on one machine: the median over them keeps a neighbour's
+    noise out of the fit, and equal profiles keep policies from preferring one engine by accident.
+    """
+    points: dict[PrefillSample | StepSample, list[float]] = {}
+    for sample in samples:
+        points.setdefault(replace(sample, seconds=0.0), []).append(sample.seconds)
+    medians = [replace(point, seconds=median(seconds)) for point, seconds in points.items()]
+    try:
+        return fit_profile(
+            name,
+            [sample for sample in medians if isinstance(sample, PrefillSample)],
+            [sample for sample in medians if isinstance(sample, StepSample)],
+            SAME_HOST,
+            source="measured by the engines at start",
+        )
+    except ConfigError as error:
+        log.warning("the instances have no measured profile: %s", error)
+        return None

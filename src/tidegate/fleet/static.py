@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -14,34 +14,15 @@ import aiohttp
 from tidegate.core.errors import ConfigError, EngineError, SetupError
 from tidegate.core.instance import Role
 from tidegate.costs.profile import Profile
-from tidegate.engines.vllm.client import ServerFacts, VllmClient
-from tidegate.fleet.health import Health, HealthPace, check_health, end_watch, until_unhealthy
-from tidegate.fleet.member import LEASE_S, MOONCAKE_LEASE_S, FleetListener, Member
-from tidegate.fleet.vllm_member import KvTransfer, mooncake_engine_id, profiles_by_id, vllm_member
+from tidegate.engines.vllm.client import VllmClient
+from tidegate.fleet.health import HealthPace, end_watch, health_trouble, until_unhealthy
+from tidegate.fleet.member import FleetListener, Member
+from tidegate.fleet.vllm import KvSetup, describe_member, profiles_by_id
 
 log = logging.getLogger(__name__)
 
-AUTO = "auto"
-"""Find out which KV connector a server has."""
 BOOTSTRAP_PORT = 8998
 """That of MooncakeConnector's bootstrap server unless VLLM_MOONCAKE_BOOTSTRAP_PORT says otherwise."""
-
-
-@dataclass(frozen=True, slots=True)
-class KvSetup:
-    """How servers were started to hand KV on: ``nixl``, ``mooncake``, ``none``, or ``auto`` to look at their
-    metrics, which show NIXL only.
-
-    They pin KV for ``lease_s``, None for what vLLM does by itself. ``bidirectional`` says that they have
-    NixlConnector's ``bidirectional_kv_xfer``, which nothing shows: a prefill that reads KV hangs without it.
-    ``bootstraps`` are the URLs of MooncakeConnector's bootstrap servers, one for each server in their order;
-    without any they are on vLLM's port for them, where the servers are.
-    """
-
-    connector: str = AUTO
-    lease_s: float | None = None
-    bidirectional: bool = False
-    bootstraps: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,30 +34,33 @@ class StaticPace:
     retry_s: float = 1.0
 
 
-class _Followed:
-    """One server and what is known about it."""
+class _ListedServer:
+    """One server of the list, and how it is."""
 
-    def __init__(self, instance_id: str, client: VllmClient) -> None:
-        self.id = instance_id
-        self.url = client.url
+    def __init__(self, client: VllmClient, role: Role | None, bootstrap: VllmClient) -> None:
+        self.id = client.instance
         self.client = client
+        self.role = role
+        self.bootstrap = bootstrap
         self.suspicion = asyncio.Event()
         self.settled = asyncio.Event()
         """Set once the server was up, or can never be."""
         self.was_up = False
         self.other_model = False
-        """Whether it was refused for its model when last asked."""
+        """Whether it served another model than the fleet when last asked."""
         self.trouble = "no answer yet"
+
+    def __str__(self) -> str:
+        return f"{self.id} {self.client.url}: {self.trouble}"
 
 
 class StaticFleet:
     """Watches vLLM servers at ``urls``, named i0, i1, ... in that order; ``prefill=URL`` and ``decode=URL``
     are servers that do only that.
 
-    A refused connection means down at once, otherwise three missed checks do. A server that comes
-    back has a new ``engine_id``; a restart quicker than one check interval goes unseen unless a
-    failing call makes the gateway ``suspect`` it. ``profiles`` holds one for all members or one for
-    each; without any, members have no profile. ``kv`` says how their KV moves.
+    A refused connection means down at once, otherwise three missed checks do. A server that comes back has a
+    new ``engine_id``; a restart between two checks goes unseen unless the gateway ``suspect``s the server.
+    ``profiles`` holds none, one for all members, or one for each. ``kv`` says how their KV moves.
 
     All serve one model, that of the first one up. A server with another model fails ``start``; later it
     is refused with an error in the log, and asked again in case it comes back with the right one.
@@ -91,52 +75,49 @@ class StaticFleet:
         pace: StaticPace | None = None,
         kv: KvSetup | None = None,
     ) -> None:
-        self._urls, self._roles = [], []
-        for word in urls:
-            url, role = server_of(word)
-            self._urls.append(url)
-            self._roles.append(role)
-        if not self._urls:
+        self._given = [server_of(word) for word in urls]
+        bases = [url for url, _ in self._given]
+        if not bases:
             raise ConfigError("a static fleet needs at least one URL")
-        twice = sorted({url for url in self._urls if self._urls.count(url) > 1})
+        twice = sorted({url for url in bases if bases.count(url) > 1})
         if twice:
             raise ConfigError(f"given more than once: {', '.join(twice)}")
-        count = len(self._urls)
+        self._kv = kv or KvSetup()
+        self._bootstraps = self._kv.bootstraps or [_bootstrap_beside(url) for url in bases]
+        if len(self._bootstraps) != len(bases):
+            raise ConfigError(
+                f"{len(self._bootstraps)} bootstrap URLs for {len(bases)} servers: give one for each"
+            )
         self._profiles = profiles_by_id(self.ids, profiles)
         self._api_key = api_key
         self._model = ""
         self._pace = pace or StaticPace()
-        self._kv = kv or KvSetup()
-        bootstraps = self._kv.bootstraps or [_bootstrap_beside(url) for url in self._urls]
-        if len(bootstraps) != count:
-            raise ConfigError(f"{len(bootstraps)} bootstrap URLs for {count} servers: give one for each")
-        self._bootstraps = dict(zip(self.ids, bootstraps, strict=True))
-        self._servers: dict[str, _Followed] = {}
-        self._tasks: list[asyncio.Task[None]] = []
+        self._servers: dict[str, _ListedServer] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
         self._session: aiohttp.ClientSession | None = None
 
     @property
     def ids(self) -> tuple[str, ...]:
-        return tuple(f"i{n}" for n in range(len(self._urls)))
+        return tuple(f"i{n}" for n in range(len(self._given)))
 
     async def start(self, listener: FleetListener) -> None:
         self._session = session = aiohttp.ClientSession()
         deadline_s = self._pace.health.deadline_s
-        self._servers = {
-            name: _Followed(
-                name, VllmClient(session, url, instance=name, api_key=self._api_key, deadline_s=deadline_s)
+        for name, (url, role), bootstrap in zip(self.ids, self._given, self._bootstraps, strict=True):
+            self._servers[name] = _ListedServer(
+                VllmClient(session, url, instance=name, api_key=self._api_key, deadline_s=deadline_s),
+                role,
+                VllmClient(session, bootstrap, deadline_s=deadline_s),
             )
-            for name, url in zip(self.ids, self._urls, strict=True)
-        }
-        self._tasks = [
-            asyncio.create_task(self._follow(server, listener, session), name=f"fleet {server.id}")
+        self._tasks = {
+            asyncio.create_task(self._follow(server, listener), name=f"fleet {server.id}")
             for server in self._servers.values()
-        ]
+        }
         try:
-            settled = [asyncio.create_task(server.settled.wait()) for server in self._servers.values()]
-            await asyncio.wait(settled, timeout=self._pace.start_s)
-            for task in settled:
-                task.cancel()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._pace.start_s):
+                    for server in self._servers.values():
+                        await server.settled.wait()
             self._report_start()
         except BaseException:
             await self.stop()
@@ -161,21 +142,17 @@ class StaticFleet:
     def _report_start(self) -> None:
         absent = [server for server in self._servers.values() if not server.was_up]
         for server in absent:
-            log.warning("%s (%s) is not up: %s", server.id, server.url, server.trouble)
-        refused = [f"  {server.id} {server.url}: {server.trouble}" for server in absent if server.other_model]
-        if refused:
-            raise SetupError("\n".join(["the servers do not serve one model", *refused]))
-        if len(absent) == len(self._servers):
-            lines = [f"  {server.id} {server.url}: {server.trouble}" for server in absent]
-            raise SetupError("\n".join(["no server answers", *lines]))
+            log.warning("%s (%s) is not up: %s", server.id, server.client.url, server.trouble)
+        refused = [server for server in absent if server.other_model]
+        if refused or len(absent) == len(self._servers):
+            reason = "the servers do not serve one model" if refused else "no server answers"
+            raise SetupError("\n".join([reason, *(f"  {server}" for server in refused or absent)]))
 
-    async def _follow(
-        self, server: _Followed, listener: FleetListener, session: aiohttp.ClientSession
-    ) -> None:
+    async def _follow(self, server: _ListedServer, listener: FleetListener) -> None:
         try:
             while True:
                 try:
-                    await self._one_life(server, listener, session)
+                    await self._one_life(server, listener)
                 except SetupError as error:
                     server.trouble = error.message
                     log.error("%s is given up: %s", server.id, error.message)
@@ -187,11 +164,16 @@ class StaticFleet:
         finally:
             server.settled.set()
 
-    async def _one_life(
-        self, server: _Followed, listener: FleetListener, session: aiohttp.ClientSession
-    ) -> None:
-        """Wait until the server is up, report it, watch it, and report it down."""
-        member = await self._until_up(server, session)
+    async def _one_life(self, server: _ListedServer, listener: FleetListener) -> None:
+        """Wait until the server is up, report it, watch it, and report it down. Raises SetupError when it can
+        never be a member."""
+        logged = ""
+        while (member := await self._member(server)) is None:
+            if server.trouble != logged:
+                logged = server.trouble
+                say = log.error if server.other_model else log.info
+                say("waiting for %s (%s): %s", server.id, server.client.url, logged)
+            await asyncio.sleep(self._pace.retry_s)
         server.suspicion.clear()
         listener.member_up(member)
         server.was_up = True
@@ -206,56 +188,31 @@ class StaticFleet:
         log.warning("%s is down: it %s", server.id, reason)
         listener.member_down(server.id, reason)
 
-    async def _until_up(self, server: _Followed, session: aiohttp.ClientSession) -> Member:
-        """Ask until the server is healthy and describes itself. Raises SetupError when it never can."""
-        told = ""
-        while True:
-            answer = await check_health(server.client)
-            server.trouble = answer.value
-            if answer is Health.HEALTHY:
-                try:
-                    facts = await server.client.facts()
-                    connector = self._kv.connector
-                    if connector == AUTO:
-                        connector = "nixl" if facts.metrics.shows_nixl else "none"
-                    found = ""
-                    if connector == "mooncake" and self._role(server) is not Role.DECODE:
-                        url = self._bootstraps[server.id]
-                        deadline_s = self._pace.health.deadline_s
-                        found = await mooncake_engine_id(VllmClient(session, url, deadline_s=deadline_s))
-                except EngineError as error:
-                    server.trouble = error.message
-                else:
-                    self._model = self._model or facts.model
-                    server.other_model = facts.model != self._model
-                    if not server.other_model:
-                        break
-                    server.trouble = f"it serves {facts.model!r}, the fleet {self._model!r}"
-                    server.settled.set()
-            if server.trouble != told:
-                told = server.trouble
-                say = log.error if server.other_model else log.info
-                say("waiting for %s (%s): %s", server.id, server.url, told)
-            await asyncio.sleep(self._pace.retry_s)
-        return self._member(server, facts, "" if connector == "none" else connector, found)
-
-    def _role(self, server: _Followed) -> Role | None:
-        return self._roles[self.ids.index(server.id)]
-
-    def _member(self, server: _Followed, facts: ServerFacts, connector: str, kv_engine_id: str) -> Member:
-        default_s = MOONCAKE_LEASE_S if connector == "mooncake" else LEASE_S
-        return vllm_member(
-            server.id,
-            server.url,
-            facts,
-            KvTransfer(connector, self._kv.lease_s or default_s, self._kv.bidirectional),
-            engine_id=f"{server.id}-{facts.metrics.started_s or secrets.token_hex(4)}",
-            api_key=self._api_key,
-            profile=self._profiles.get(server.id),
-            bootstrap_url=self._bootstraps[server.id],
-            kv_engine_id=kv_engine_id,
-            fixed_role=self._role(server),
-        )
+    async def _member(self, server: _ListedServer) -> Member | None:
+        """Ask the server once; None while it cannot be a member, which its ``trouble`` explains."""
+        trouble = await health_trouble(server.client)
+        if trouble:
+            server.trouble = trouble
+            return None
+        try:
+            member = await describe_member(
+                server.client,
+                self._kv,
+                bootstrap=server.bootstrap,
+                api_key=self._api_key,
+                profile=self._profiles.get(server.id),
+                fixed_role=server.role,
+            )
+        except EngineError as error:
+            server.trouble = error.message
+            return None
+        self._model = self._model or member.model
+        server.other_model = member.model != self._model
+        if server.other_model:
+            server.trouble = f"it serves {member.model!r}, the fleet {self._model!r}"
+            server.settled.set()
+            return None
+        return member
 
 
 def server_of(word: str) -> tuple[str, Role | None]:
@@ -273,10 +230,8 @@ def _bootstrap_beside(url: str) -> str:
 
 
 def checked_url(url: str) -> str:
-    """Return ``url`` as a base without trailing slash or ``/v1``.
-
-    Raises ConfigError when it is no server's URL, or one for https, which the relay does not speak.
-    """
+    """Return ``url`` as a base without trailing slash or ``/v1``. Raises ConfigError when it is no server's
+    URL, or one for https, which the relay does not speak."""
     parts = urlsplit(url)
     try:
         parts.port  # noqa: B018 - reading it is what checks it

@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -16,15 +16,13 @@ import aiohttp
 
 from tidegate.core.errors import SetupError
 from tidegate.engines.vllm.client import VllmClient
-from tidegate.fleet.child import Child, EngineStartFailed
+from tidegate.fleet.child import Child, EngineStartFailed, Parse
 from tidegate.fleet.health import HealthPace, end_watch, until_unhealthy
 from tidegate.fleet.member import FleetListener, Member
 
 log = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
-SECRET_VARIABLE = "TIDEGATE_LAUNCH_SECRET"
-KEY_VARIABLE = "TIDEGATE_ENGINE_API_KEY"
 WITHHELD = ("TIDEGATE_API_KEY", "TIDEGATE_VLLM_API_KEY", "TIDEGATE_LAUNCH_SECRET_FILE")
 """Variables of the gateway that an engine has no use for and must not see."""
 
@@ -33,11 +31,8 @@ Announced = TypeVar("Announced")
 
 @dataclass(frozen=True, slots=True)
 class FleetPace:
-    """The clocks of supervision, in seconds.
-
-    ``ready_s`` bounds a start, ``grace_s`` a polite stop. Restarts wait ``backoff_s``, doubling up to
-    ``backoff_max_s``; an instance that lived ``settled_s`` starts over at ``backoff_s``.
-    """
+    """``ready_s`` bounds a start, ``grace_s`` a polite stop. Restarts wait ``backoff_s``, doubling up to
+    ``backoff_max_s``; after a life of ``settled_s`` the wait is ``backoff_s`` again."""
 
     health: HealthPace = field(default_factory=HealthPace)
     ready_s: float = 600.0
@@ -47,39 +42,20 @@ class FleetPace:
     settled_s: float = 60.0
 
 
-class Backoff:
-    """The wait before the next restart of one instance."""
-
-    def __init__(self, pace: FleetPace) -> None:
-        self._pace = pace
-        self._next_s = pace.backoff_s
-
-    def after(self, lived_s: float) -> float:
-        """Return the wait after a life of ``lived_s`` and double the one that follows it."""
-        if lived_s >= self._pace.settled_s:
-            self._next_s = self._pace.backoff_s
-        wait_s = self._next_s
-        self._next_s = min(2 * wait_s, self._pace.backoff_max_s)
-        return wait_s
-
-
 class Slot:
-    """One place in the fleet, which successive processes fill: the instances ``ids`` live in each of them.
+    """A place for one process after another, with the instances ``ids`` in each of them. ``added``: it was
+    not there at the fleet's start; ``up``: its process serves."""
 
-    ``added`` tells that it was not there at the fleet's start, ``up`` that its process serves.
-    """
-
-    def __init__(self, name: str, ids: tuple[str, ...], pace: FleetPace, *, added: bool = False) -> None:
+    def __init__(self, name: str, ids: tuple[str, ...], *, added: bool) -> None:
         self.name = name
         self.ids = ids
         self.added = added
         self.up = False
         self.suspicion = asyncio.Event()
-        self.backoff = Backoff(pace)
         self.first: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """The outcome of the first start: empty, or why it failed."""
         self.removed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        """Done, with the reason, once the place is to be empty for good."""
+        """Done, with the reason, once no process may run here any more."""
 
     def report_first(self, outcome: str) -> None:
         if not self.first.done():
@@ -87,26 +63,32 @@ class Slot:
 
 
 class ProcessFleet(ABC, Generic[Announced]):
-    """Starts one process per entry of ``places``, which names the instances in it, and restarts the ones
+    """Starts one process per entry of ``places``, which names the instances in it, and restarts processes
     that end or hang.
 
-    An exit is noticed at once, a hang by health checks and answered with SIGKILL. A restarted
-    instance keeps its name and has a new ``engine_id``. Each fleet draws one secret for its
-    engines and passes it in their environment, with a key without which they serve no completion:
-    the gateway's own key cannot be gone round by asking an engine. An added instance whose first start
-    fails is given up. ``stop`` reports no ``member_down``.
+    A hang shows in health checks, and its process is killed. A restarted instance keeps its name and has a
+    new ``engine_id``. Each fleet draws one secret for its engines and passes it in their environment, with a
+    key without which they serve no completion: nobody gets round the gateway's own key by asking an engine.
+    An added instance whose first start fails is given up. ``stop`` reports no ``member_down``.
     """
 
-    through_keepers = False
-    """Whether the processes are keepers of others (``fleet.keeper``)."""
-
-    def __init__(self, places: Mapping[str, tuple[str, ...]], pace: FleetPace | None) -> None:
+    def __init__(
+        self,
+        places: Mapping[str, tuple[str, ...]],
+        pace: FleetPace | None,
+        parse: Parse[Announced],
+        *,
+        keepers: bool = False,
+    ) -> None:
+        """``parse`` reads announcements; ``keepers``: the processes keep others (``fleet.keeper``)."""
         self._places = places
         self._pace = pace or FleetPace()
+        self._parse = parse
+        self._keepers = keepers
         self._secret = secrets.token_hex(32)
         self._api_key = secrets.token_hex(32)
         self._slots: dict[str, Slot] = {}
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
         self._session: aiohttp.ClientSession | None = None
         self._listener: FleetListener | None = None
         self._named = len(self.ids)
@@ -142,10 +124,7 @@ class ProcessFleet(ABC, Generic[Announced]):
         return True
 
     def remove(self, instance_id: str, reason: str) -> bool:
-        """See ``FleetControl.remove``: its process gets ``grace_s`` to end, and its place stays empty.
-
-        An instance that shares its process with others stays.
-        """
+        """See ``FleetControl.remove``. Its process gets ``grace_s`` to end, unless others are in it."""
         slot = next((slot for slot in self._slots.values() if slot.ids == (instance_id,)), None)
         if slot is None:
             return False
@@ -161,32 +140,28 @@ class ProcessFleet(ABC, Generic[Announced]):
     def _begin(self, name: str, ids: tuple[str, ...], *, added: bool = False) -> Slot:
         """Supervise one more place."""
         assert self._listener is not None and self._session is not None
-        slot = self._slots[name] = Slot(name, ids, self._pace, added=added)
-        work = self._supervise(slot, self._listener, self._session)
-        task = asyncio.create_task(work, name=f"fleet {name}")
+        slot = self._slots[name] = Slot(name, ids, added=added)
+        task = self._create_task(self._supervise(slot, self._listener, self._session), f"fleet {name}")
         task.add_done_callback(partial(self._supervisor_ended, slot, self._listener))
-        self._tasks.append(task)
         return slot
+
+    def _create_task(self, work: Coroutine[None, None, None], name: str) -> asyncio.Task[None]:
+        """Start a task that ends with the fleet."""
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     async def stop(self) -> None:
         self._listener = None
         await end_watch(self._tasks, self._session)
-
-    # what runs in the processes
 
     @abstractmethod
     def argv(self, slot: Slot) -> list[str]:
         """Return the command line of the slot's next process. It never holds a secret."""
 
     @abstractmethod
-    def parse(self, line: str) -> Announced | None:
-        """Read one line of output; None when it is not the announcement.
-
-        Raises ConfigError when it is a malformed one.
-        """
-
-    @abstractmethod
-    async def members(self, slot: Slot, announced: Announced, pid: int) -> list[Member]:
+    async def members(self, slot: Slot, announced: Announced) -> list[Member]:
         """Return what has come up, one member for each of the slot's ``ids``."""
 
     def reserve(self, name: str) -> bool:
@@ -194,19 +169,19 @@ class ProcessFleet(ABC, Generic[Announced]):
         return True
 
     def health_url(self, slot: Slot, members: list[Member]) -> str:
-        """Return the base URL whose ``/health`` tells how the slot's process is."""
+        """Return the base URL whose ``/health`` checks the slot's process."""
         return members[0].url
 
     def not_started(self, slot: Slot) -> None:
-        """Take note that the slot's process did not become ready."""
+        """Do what follows when the slot's process did not become ready."""
 
     def environment(self, slot: Slot) -> dict[str, str]:
-        """Return what the slot's next process finds in its environment beside the gateway's own."""
-        return {SECRET_VARIABLE: self._secret, KEY_VARIABLE: self._api_key}
-
-    # supervision
+        """Return the variables that the slot's next process gets beside the gateway's own."""
+        return {"TIDEGATE_LAUNCH_SECRET": self._secret, "TIDEGATE_ENGINE_API_KEY": self._api_key}
 
     async def _supervise(self, slot: Slot, listener: FleetListener, session: aiohttp.ClientSession) -> None:
+        pace = self._pace
+        wait_s = pace.backoff_s
         while not slot.removed.done():
             try:
                 lived_s = await self._one_life(slot, listener, session)
@@ -218,15 +193,20 @@ class ProcessFleet(ABC, Generic[Announced]):
                 if slot.added and slot.first.result():
                     return
                 lived_s = 0.0
+            if lived_s >= pace.settled_s:
+                wait_s = pace.backoff_s
             if not slot.removed.done():
-                wait_s = slot.backoff.after(lived_s)
                 log.debug("%s restarts in %.1f s", slot.name, wait_s)
                 await asyncio.wait({slot.removed}, timeout=wait_s)
+                wait_s = min(2 * wait_s, pace.backoff_max_s)
 
     async def _one_life(self, slot: Slot, listener: FleetListener, session: aiohttp.ClientSession) -> float:
         """Run one process from start to end and return the seconds it was up; it is reaped in any case."""
         clock = asyncio.get_running_loop().time
-        child = await self._spawn(slot)
+        env = {name: value for name, value in os.environ.items() if name not in WITHHELD}
+        argv = self.argv(slot)
+        env |= self.environment(slot)
+        child = await Child.spawn(slot.name, argv, env, self._parse, keeper=self._keepers)
         try:
             members = await self._until_ready(slot, child)
             up_at = clock()
@@ -250,7 +230,7 @@ class ProcessFleet(ABC, Generic[Announced]):
         """Return what has come up. Raises EngineStartFailed also when the place is removed meanwhile."""
 
         async def start() -> list[Member]:
-            return await self.members(slot, await child.ready(self._pace.ready_s), child.pid)
+            return await self.members(slot, await child.ready(self._pace.ready_s))
 
         starting = asyncio.create_task(start())
         try:
@@ -269,8 +249,7 @@ class ProcessFleet(ABC, Generic[Announced]):
                 listener.member_down(instance_id, reason)
 
     def _supervisor_ended(self, slot: Slot, listener: FleetListener, task: asyncio.Task[None]) -> None:
-        """Empty a place: the fleet stops, its instance was removed or given up, or its supervisor failed,
-        which must not pass in silence."""
+        """Drop a slot: the fleet stops, its instance was removed or given up, or its supervisor failed."""
         self._slots.pop(slot.name, None)
         if task.cancelled():
             slot.report_first("the fleet was stopped")
@@ -288,13 +267,6 @@ class ProcessFleet(ABC, Generic[Announced]):
         if slot.added and slot.first.result():
             for instance_id in slot.ids:
                 listener.start_failed(instance_id, slot.first.result())
-
-    async def _spawn(self, slot: Slot) -> Child[Announced]:
-        env = {name: value for name, value in os.environ.items() if name not in WITHHELD}
-        argv = self.argv(slot)
-        return await Child.spawn(
-            slot.name, argv, env | self.environment(slot), self.parse, keeper=self.through_keepers
-        )
 
     async def _watch(
         self, slot: Slot, child: Child[Announced], url: str, session: aiohttp.ClientSession

@@ -19,7 +19,7 @@ from tidegate.core.errors import EngineError
 from tidegate.engines.vllm.client import VllmClient
 from tidegate.engines.vllm.metrics import CACHED, COMPUTED, PULLED, VllmMetrics
 from tidegate.fleet.member import Member
-from tidegate.fleet.vllm_command import STREAM_PIN_S
+from tidegate.fleet.vllm import STREAM_PIN_S
 from tidegate.gateway.metrics import Metrics
 from tidegate.journal.schema import LoadDriftLine
 from tidegate.journal.writer import JournalWriter

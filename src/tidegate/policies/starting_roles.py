@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,16 +57,25 @@ class SplitRoles:
         return (Role.PREFILL,) * self.prefill + (Role.DECODE,) * self.decode
 
 
-def joining_role(roles: StartingRoles, snapshot: Snapshot, fleet_size: int, last: Role | None = None) -> Role:
+def joining_role(
+    roles: StartingRoles,
+    snapshot: Snapshot,
+    fleet_size: int,
+    last: Role | None = None,
+    starting: Iterable[Role] = (),
+) -> Role:
     """Return the label for an instance that joins the fleet in ``snapshot`` (a restart, a new replica).
 
-    It is the one that the start-up labelling of the grown fleet has most more of than there are. A split that
-    does not fit the grown fleet is taken for that of ``fleet_size`` instances, those that are down included;
-    where that has no answer either, the label with the fewest members is taken. At a tie a label that
-    nobody has wins, then ``last``, the one that the instance had.
+    It is the one that the start-up labelling of the grown fleet has most more of than there are. ``starting``
+    are the labels of instances that will join before this one, and count as members. A split that does not
+    fit the grown fleet is taken for that of ``fleet_size`` instances, those that are down included; where
+    that has no answer either, the label with the fewest members is taken. At a tie a label that nobody has
+    wins, then ``last``, the one that the instance had.
     """
-    present = {role: int(np.count_nonzero(snapshot.labelled(role))) for role in Role}
-    for size in (len(snapshot) + 1, fleet_size):
+    present = Counter(starting)
+    for role in Role:
+        present[role] += int(np.count_nonzero(snapshot.labelled(role)))
+    for size in (present.total() + 1, fleet_size):
         try:
             wanted = Counter(roles(size))
         except ConfigError:

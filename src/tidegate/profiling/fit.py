@@ -1,9 +1,14 @@
-"""From what a prober timed to a profile: the front end's share, the fits, and errors on held-out points."""
+"""From the times of tokens to a profile: steps, the front end's share, fits, errors on held-out points.
+
+Pure functions. Times are seconds of one clock.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import median
 from typing import TypeVar
 
@@ -38,11 +43,78 @@ EXPERTS = ((8, 2), (16, 2), (32, 4), (64, 6), (64, 8), (128, 4), (128, 8), (256,
 DENSE_ERROR = 0.05
 FRONT_TOKENS = 64
 """Prompts up to this long tell the front end's time: reading the weights hides their own."""
+POWERS = tuple(2**k for k in range(6, 18))
+"""What token budgets are in practice."""
+WINDOW = 4
+BEFORE = 4
+FULL_CHUNK, LAST_CHUNK = 0.6, 0.2
+MISCOUNT = 0.2
+REMAINDER_SAFE = 1.343
+"""A prompt of this times a power of two leaves a last chunk of a third of any smaller budget or more."""
+
+
+def step_seconds(times: Sequence[Sequence[float]], since: Sequence[int], until: Sequence[int]) -> float:
+    """Return the time of a pure decode step from tokens ``since[i]`` to ``until[i]`` of each stream.
+
+    The mean over the streams and WINDOW steps at once take out the jitter of delivery, the median takes out
+    what else the machine did.
+    """
+    steps = min(b - a for a, b in zip(since, until, strict=True))
+    window = min(WINDOW, steps)
+    ends = [np.asarray(t[b - steps : b + 1])[::window] for t, b in zip(times, until, strict=True)]
+    return float(np.median(np.mean(np.diff(ends, axis=1), axis=0))) / window
+
+
+def gap_of_chunk(times: Sequence[Sequence[float]], first_token_s: float) -> float:
+    """Return the time of the step that computed a prompt whose first token came at ``first_token_s``.
+
+    In each stream, the token nearest to the prompt's ended the same step, or the next one if the prompt's was
+    late; the token before may be late, too. So two steps are taken together, less a pure one as long as the
+    BEFORE ones that precede them. The median over the streams is the answer.
+    """
+    seconds = []
+    for stream in times:
+        at = np.asarray(stream)
+        nearest = max(1, int(np.argmin(np.abs(at - first_token_s))))
+        low = max(0, nearest - 2)
+        pure = np.diff(at[max(0, low - BEFORE) : low + 1])
+        step_s = float(np.mean(pure)) if len(pure) else 0.0
+        seconds.append(at[nearest] - at[low] - (nearest - low - 1) * step_s)
+    return float(np.median(seconds))
+
+
+def chunks_between(stream: Sequence[float], sent_s: float, first_token_s: float, step_s: float) -> int:
+    """Return how many steps beside one decode a prompt took, counting gaps between that decode's tokens.
+
+    All chunks but the last take about as long as the longest. The last one ends with the prompt's first token
+    and, at REMAINDER_SAFE's length, takes at least LAST_CHUNK of that. Other gaps are no chunks.
+    """
+    at = np.asarray(stream)
+    ends, gaps = at[1:], np.diff(at)
+    inside = (ends > sent_s) & (ends < first_token_s + 0.5 * step_s) & (gaps > 1.5 * step_s)
+    if not inside.any():
+        return 1
+    longest = float(np.max(gaps[inside]))
+    full = inside & (gaps > FULL_CHUNK * longest)
+    last = int(np.argmin(np.abs(ends - first_token_s)))
+    rest = not full[last] and inside[last] and gaps[last] > LAST_CHUNK * longest
+    return int(np.sum(full)) + int(rest)
+
+
+def token_budget(prompt_tokens: int, chunks: int) -> int | None:
+    """Return the most tokens of a step, when a prompt beside one decode took ``chunks`` steps: a power of two
+    that would take about as many, else what the steps hold at least; None for one chunk, which shows no
+    bound."""
+    if chunks < 2:
+        return None
+    off = {power: abs(math.ceil(prompt_tokens / (power - 1)) - chunks) for power in POWERS}
+    nearest = min(off, key=lambda power: off[power])
+    return nearest if off[nearest] <= MISCOUNT * chunks else math.ceil(prompt_tokens / chunks) + 1
 
 
 @dataclass(slots=True)
 class Timed:
-    """What was timed, in seconds. ``ttft`` is by (new tokens, cached tokens), with all repeats."""
+    """What was timed, in seconds. ``ttft`` has all repeats by (new tokens, cached tokens)."""
 
     ttft: dict[tuple[int, int], list[float]] = field(default_factory=dict)
     step: list[StepSample] = field(default_factory=list)
@@ -65,10 +137,9 @@ class Fitted:
 def front_seconds(timed: Timed) -> float:
     """Return the time a request spends outside the engine's steps.
 
-    A short prompt's time to first token on the idle instance, less the time of the step that computes such a
-    prompt beside decodes: those steps are seen from outside as gaps between the decodes' tokens. The mixed
-    form takes the decodes' own share out. Where an engine computes a prompt alone in other time than beside a
-    decode, the difference is counted to the front end. Raises ConfigError when too little was timed.
+    It is a short prompt's TTFT on the idle instance, less the time of a step that computes such a prompt
+    beside decodes, less the decodes' share of that by the mixed form. Raises ConfigError when too little was
+    timed.
     """
     if len(timed.mixed) < FEWEST_MIXED:
         raise ConfigError("too few prompts were timed beside decodes; give a larger --budget")
@@ -94,32 +165,27 @@ def fit_timed(name: str, timed: Timed, *, source: str) -> Fitted:
     experts, active = likely_experts(step)
 
     def fit(p: Sequence[PrefillSample], s: Sequence[StepSample], m: Sequence[MixedSample]) -> Profile:
-        fitted = fit_profile(
-            name, p, s, ASSUMED_TRANSFER, source=source, mixed=m, experts=experts, active_experts=active
-        )
-        for _ in range(TRIMS):
-            p, s, m = _near(fitted, p, 3), _near(fitted, s, 4), _near(fitted, m, 4)
+        for _ in range(TRIMS + 1):
             fitted = fit_profile(
                 name, p, s, ASSUMED_TRANSFER, source=source, mixed=m, experts=experts, active_experts=active
             )
+            predict = partial(predicted_s, fitted)
+            p, s, m = _near(p, predict, 4), _near(s, predict, 5), _near(m, predict, FEWEST_MIXED)
         return fitted
 
     shown = fit(_kept(prefill), _kept(step), _kept(mixed))
     held_out = [
-        _errors(shown, "prefill", _held(prefill)),
-        _errors(shown, "step", _held(step)),
-        _errors(shown, "mixed", _held(mixed)),
+        _held_out(shown, "prefill", _held(prefill)),
+        _held_out(shown, "step", _held(step)),
+        _held_out(shown, "mixed", _held(mixed)),
     ]
     profile = replace(fit(prefill, step, mixed), front_s=front_s)
     return Fitted(profile, tuple(h for h in held_out if h is not None), prefill)
 
 
 def likely_experts(step: Sequence[StepSample]) -> tuple[int, int]:
-    """Return the experts, and how many a token reads, that explain the steps; (1, 0) for a dense model.
-
-    The linear form fits dense models to a few per cent. Where it does not, the layout in EXPERTS that fits
-    best is taken, if it halves the error.
-    """
+    """Return the experts, and how many a token reads, that explain the steps; (1, 0) for a dense model, which
+    the linear form fits to a few per cent. A layout in EXPERTS has to halve the error."""
     if len(step) < FEWEST_TO_HOLD_OUT:
         return 1, 0
     dense = fit_step(step)[1]
@@ -138,22 +204,22 @@ def predicted_s(profile: Profile, sample: PrefillSample | StepSample | MixedSamp
     return _mixed_s(profile.mixed, sample)
 
 
-def _near(profile: Profile, samples: Sequence[Sample], coefficients: int) -> list[Sample]:
+def _errors(samples: Sequence[Sample], predict: Callable[[Sample], float]) -> list[float]:
+    return [abs(predict(sample) / sample.seconds - 1.0) for sample in samples]
+
+
+def _near(samples: Sequence[Sample], predict: Callable[[Sample], float], fewest: int) -> Sequence[Sample]:
     """Drop what the fit is far from: times that something else on the machine made, long or short."""
-    off = [abs(predicted_s(profile, sample) / sample.seconds - 1.0) for sample in samples]
-    most = max(TRIM_FLOOR, TRIM * median(off)) if off else 0.0
-    near = [sample for sample, error in zip(samples, off, strict=True) if error <= most]
-    return near if len(near) > coefficients else list(samples)
+    errors = _errors(samples, predict)
+    most = max(TRIM_FLOOR, TRIM * median(errors)) if errors else 0.0
+    near = [sample for sample, error in zip(samples, errors, strict=True) if error <= most]
+    return near if len(near) >= fewest else samples
 
 
 def _steady_mixed(samples: Sequence[MixedSample]) -> MixedCost:
     """Fit the mixed form alone, dropping what it is far from."""
     for _ in range(TRIMS):
-        cost, _fit = fit_mixed(samples)
-        off = [abs(_mixed_s(cost, s) / s.seconds - 1.0) for s in samples]
-        most = max(TRIM_FLOOR, TRIM * median(off))
-        near = [s for s, error in zip(samples, off, strict=True) if error <= most]
-        samples = near if len(near) >= FEWEST_MIXED else samples
+        samples = _near(samples, partial(_mixed_s, fit_mixed(samples)[0]), FEWEST_MIXED)
     return fit_mixed(samples)[0]
 
 
@@ -174,8 +240,8 @@ def _held(samples: Sequence[Sample]) -> list[Sample]:
     return list(samples[2 : len(samples) - 1 : HELD_OUT_EVERY])
 
 
-def _errors(profile: Profile, form: str, held: Sequence[Sample]) -> HeldOut | None:
+def _held_out(profile: Profile, form: str, held: Sequence[Sample]) -> HeldOut | None:
     if not held:
         return None
-    errors = [abs(predicted_s(profile, sample) / sample.seconds - 1.0) for sample in held]
+    errors = _errors(held, partial(predicted_s, profile))
     return HeldOut(form, float(np.percentile(errors, 50)), float(np.percentile(errors, 95)), len(held))

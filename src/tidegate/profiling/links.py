@@ -1,18 +1,15 @@
 """What it costs to move KV from one vLLM server to another, seen from outside and by the connector itself.
 
-One server computes a prompt and pins it. Another answers the same prompt for one token from the pinned KV,
-and then again from its own prefix cache: what the first answer took longer is the transfer, and the front
-end's time is in both. Prompts hold one token more than whole blocks, so that both answers compute one token.
-NixlConnector also times its reads and counts their bytes. Its times leave out what a request waits for around
-a read, and show less of the machine's jitter: they bound what is seen from outside.
+One server computes a prompt and pins its KV. Another answers the same prompt for one token from the pinned
+KV, and then again from its own prefix cache: the difference is the transfer. Prompts hold one token more than
+whole blocks, so that both answers compute one token. NixlConnector also times its reads and counts their
+bytes. Its times leave out the waits around a read, and show less jitter: they bound those seen from outside.
 """
 
 from __future__ import annotations
 
 import asyncio
-import random
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 
 from tidegate.core.errors import ConfigError, EngineFault
@@ -22,7 +19,7 @@ from tidegate.costs.saved_profile import LinkSample, MeasuredLink
 from tidegate.engines.seam import Json, KvHandle
 from tidegate.engines.vllm.client import Reply, ServerFacts, VllmClient
 from tidegate.engines.vllm.connector import Nixl
-from tidegate.engines.vllm.metrics import PULLED, VllmMetrics
+from tidegate.engines.vllm.metrics import PULLED
 from tidegate.fleet.member import LEASE_S
 from tidegate.profiling.target import ProbeTarget
 
@@ -39,41 +36,21 @@ BY_ENGINE = "by the engine's own times"
 
 
 class LinkEnd:
-    """One server as a link's end. All its calls are whole answers of one token."""
+    """One server as a link's end. ``prompt`` returns prompts of so many tokens that no prefix cache knows."""
 
-    def __init__(self, client: VllmClient, facts: ServerFacts, vocab: tuple[int, int]) -> None:
+    def __init__(self, client: VllmClient, facts: ServerFacts, prompt: Callable[[int], list[int]]) -> None:
         self.client = client
         self.facts = facts
-        self._vocab = vocab
-        self._connector = Nixl(facts.block_tokens, LEASE_S)
-        self._random = random.Random(time.time_ns())
+        self.prompt = prompt
+        self.connector = Nixl(facts.block_tokens, LEASE_S)
 
-    def prompt(self, tokens: int) -> list[int]:
-        """Return a prompt that no prefix cache knows."""
-        return self._random.choices(range(*self._vocab), k=tokens)
-
-    async def export(self, prompt: list[int]) -> KvHandle | None:
-        """Compute a prompt and pin its KV; None when the server pins none."""
-        return self._owned(await self._answer(prompt, self._connector.export("")), prompt)
-
-    async def pull(self, prompt: list[int], handle: KvHandle) -> tuple[float, KvHandle | None]:
-        """Answer a prompt from another's KV: the seconds, and the handle of what is pinned here since."""
-        reply = await self._answer(prompt, self._connector.load(handle, len(prompt), pin=False))
-        return reply.seconds, self._owned(reply, prompt)
-
-    async def again(self, prompt: list[int]) -> float:
-        """Answer a prompt whose KV is here: the seconds."""
-        return (await self._answer(prompt, None)).seconds
-
-    async def decline(self, handle: KvHandle) -> None:
-        """Have the owner of ``handle``, another server, free its KV."""
-        await self.client.decline(self._connector.load(handle, handle.tokens, pin=False))
-
-    def _owned(self, reply: Reply, prompt: list[int]) -> KvHandle | None:
+    def handle(self, reply: Reply, prompt: list[int]) -> KvHandle | None:
+        """Return the handle of what an answer pinned; None when it pinned nothing."""
         now = asyncio.get_running_loop().time()
-        return self._connector.handle(reply.kv_params, "", self.client.url, len(prompt), now)
+        return self.connector.handle(reply.kv_params, "", self.client.url, len(prompt), now)
 
-    async def _answer(self, prompt: list[int], kv: Json | None) -> Reply:
+    async def answer(self, prompt: list[int], kv: Json | None = None) -> Reply:
+        """Have the server answer a prompt for one token. Raises EngineFault when it refuses."""
         reply = await self.client.complete(prompt, 1, kv=kv)
         if reply.status != 200:
             raise EngineFault(reply.error, instance=self.client.instance)
@@ -81,11 +58,9 @@ class LinkEnd:
 
 
 async def time_link(source: LinkEnd, target: LinkEnd, kv_bytes_per_token: int = 0) -> list[LinkSample]:
-    """Time prompts of several lengths; none at all where no KV moves or nobody knows how many bytes.
-
-    ``kv_bytes_per_token`` is for servers that do not count them. The first pull of all is left out: the
-    servers make their acquaintance in it. Raises EngineFault when a server refuses.
-    """
+    """Time prompts of several lengths; none at all where no KV moves or its bytes are unknown.
+    ``kv_bytes_per_token`` is for servers that do not count them. The first pull, with its handshake, is left
+    out. Raises EngineFault when a server refuses."""
     samples = []
     for number, tokens in enumerate(link_lengths(source.facts, target.facts)):
         if not number and await _pull_once(source, target, tokens) is None:
@@ -101,17 +76,15 @@ async def time_link(source: LinkEnd, target: LinkEnd, kv_bytes_per_token: int = 
         n_bytes = round(read_bytes / len(timed)) or kv_bytes_per_token * tokens
         if not n_bytes:
             return []
-        samples.append(LinkSample(tokens, n_bytes, seconds, _read_s(before, after)))
+        reads = (after.nixl_reads or 0) - (before.nixl_reads or 0)
+        spent_s = (after.nixl_read_s or 0.0) - (before.nixl_read_s or 0.0)
+        samples.append(LinkSample(tokens, n_bytes, seconds, spent_s / reads if reads else None))
     return samples
 
 
-def _read_s(before: VllmMetrics, after: VllmMetrics) -> float | None:
-    """Return the mean seconds of NixlConnector's reads between two readings; None without any."""
-    count = (after.nixl_reads or 0) - (before.nixl_reads or 0)
-    return ((after.nixl_read_s or 0.0) - (before.nixl_read_s or 0.0)) / count if count else None
-
-
-async def told_link(source: ProbeTarget, target: ProbeTarget, facts: ServerFacts) -> list[LinkSample]:
+async def time_reported_link(
+    source: ProbeTarget, target: ProbeTarget, facts: ServerFacts
+) -> list[LinkSample]:
     """Time transfers between engines that say what each took; none at all where no KV moves."""
     samples = []
     for tokens in (n for n in LENGTHS if n + 2 <= facts.max_model_len):
@@ -133,13 +106,14 @@ async def told_link(source: ProbeTarget, target: ProbeTarget, facts: ServerFacts
 async def _pull_once(source: LinkEnd, target: LinkEnd, tokens: int) -> tuple[float, float] | None:
     """Answer a prompt from the source's KV, then from the target's own: both seconds; None if none moves."""
     prompt = source.prompt(tokens)
-    handle = await source.export(prompt)
+    handle = source.handle(await source.answer(prompt, source.connector.export("")), prompt)
     if handle is None:
         return None
-    pulled_s, pinned = await target.pull(prompt, handle)
+    pulled = await target.answer(prompt, target.connector.load(handle, tokens, pin=False))
+    pinned = target.handle(pulled, prompt)
     if pinned is not None:
-        await source.decline(pinned)
-    return pulled_s, await target.again(prompt)
+        await source.client.decline(source.connector.load(pinned, tokens, pin=False))
+    return pulled.seconds, (await target.answer(prompt)).seconds
 
 
 def link_lengths(source: ServerFacts, target: ServerFacts) -> list[int]:
@@ -155,14 +129,12 @@ def link_lengths(source: ServerFacts, target: ServerFacts) -> list[int]:
 
 
 def fit_link(source: str, target: str, samples: Sequence[LinkSample]) -> MeasuredLink:
-    """Fit latency and bandwidth; the connector's own times bound both the times and the bandwidth.
-
-    Raises ConfigError for fewer than two lengths.
-    """
+    """Fit latency and bandwidth; the connector's own times bound both the times and the bandwidth. Raises
+    ConfigError for fewer than two lengths."""
     if len({sample.tokens for sample in samples}) < 2:
         raise ConfigError(f"too few transfers from {source} to {target} were timed; give longer contexts")
-    told = [TransferSample(s.tokens, s.n_bytes, s.read_s) for s in samples if s.read_s]
-    reads = fit_transfer(told)[0] if len(told) == len(samples) else None
+    reported = [TransferSample(s.tokens, s.n_bytes, s.read_s) for s in samples if s.read_s]
+    reads = fit_transfer(reported)[0] if len(reported) == len(samples) else None
     seen = [TransferSample(s.tokens, s.n_bytes, max(s.seconds, s.read_s or SHORTEST_S)) for s in samples]
     cost = fit_transfer(seen)[0]
     by = BY_OUTSIDE

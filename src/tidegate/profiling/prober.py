@@ -1,28 +1,20 @@
 """Measure a live, idle instance over HTTP with few requests: the plan and its budget.
 
-Time to first token of unlike prompts gives prefill, with a cached prefix the slope of attention; gaps
-between the tokens of streams that decode side by side give decode steps; one more prompt beside them gives
-mixed steps. Points go from cheap to dear, so that whatever budget there is covers the widest range it can.
+The TTFT of unlike prompts gives prefill, with a cached prefix the slope of attention; gaps between the tokens
+of streams that decode side by side give decode steps, and with one more prompt mixed steps. Cheap points come
+first, so that any budget covers the widest range it can.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from statistics import median
 
 from tidegate.core.errors import EngineTimeout
 from tidegate.costs.fitting import MixedSample, StepSample
-from tidegate.profiling.fit import Timed
-from tidegate.profiling.gaps import (
-    BEFORE,
-    REMAINDER_SAFE,
-    chunks_between,
-    gap_of_chunk,
-    step_seconds,
-    token_budget,
-)
+from tidegate.engines.vllm.client import ServerFacts
+from tidegate.profiling import fit
 from tidegate.profiling.target import ProbeTarget, Streams
 
 LENGTHS = (16, 64, 256, 1024, 32, 128, 512, 2048, 4096, 8192, 192, 384, 768, 1536, 3072, 6144)
@@ -44,26 +36,22 @@ ALONE_WAIT_S = 60.0
 """For a prompt that nothing is beside: it comes, unless the instance is broken."""
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the instance can hold. ``max_batch_tokens`` is None where it is to be found out."""
-
-    max_model_len: int
-    kv_capacity_tokens: int
-    block_tokens: int
-    max_batch_tokens: int | None = None
-
-
 class Prober:
-    """Times one instance. ``notes`` is for the user; ``advance`` is told the share of the budget spent."""
+    """Times one instance. ``max_batch_tokens`` is measured where it is None. ``notes`` is for the user;
+    ``advance`` receives the share of the budget spent and what is timed."""
 
     def __init__(
-        self, target: ProbeTarget, limits: Limits, budget_s: float, advance: Callable[[float, str], None]
+        self,
+        target: ProbeTarget,
+        facts: ServerFacts,
+        max_batch_tokens: int | None,
+        budget_s: float,
+        advance: Callable[[float, str], None],
     ) -> None:
-        self.timed = Timed()
+        self.timed = fit.Timed()
         self.notes: list[str] = []
-        self.max_batch_tokens = limits.max_batch_tokens
-        self._target, self._limits, self._budget_s, self._advance = target, limits, budget_s, advance
+        self.max_batch_tokens = max_batch_tokens
+        self._target, self._facts, self._budget_s, self._advance = target, facts, budget_s, advance
         self._start_s = 0.0
         self._token_s = 0.0
         self._most_streams = max(BATCHES)
@@ -81,10 +69,8 @@ class Prober:
     async def _warm_up(self) -> None:
         """Have everything computed once that is compiled, captured or connected at first use."""
         for tokens in (16, 16, min(512, self._longest())):
-            sent_s, first_s, _ = await self._target.first_token(self._target.prompt(tokens), 120.0)
+            sent_s, first_s = await self._target.first_token(self._target.prompt(tokens), 120.0)
             self._token_s = (first_s - sent_s) / tokens
-
-    # prefill
 
     async def _prefills(self) -> None:
         lengths = [n for n in LENGTHS if n <= self._longest()]
@@ -100,9 +86,9 @@ class Prober:
 
     async def _cached_prefills(self) -> None:
         """Time prompts whose beginning was just computed; an instance without a prefix cache shows none."""
-        block = self._limits.block_tokens
+        block = self._facts.block_tokens
         for new, cached in CACHED:
-            if new + cached + 1 > self._limits.max_model_len or (new, 0) not in self.timed.ttft:
+            if new + cached + 1 > self._facts.max_model_len or (new, 0) not in self.timed.ttft:
                 continue
             if self._left(PREFILL_SHARE + BUDGET_SHARE) < 2 * self._token_s * cached:
                 return
@@ -120,7 +106,7 @@ class Prober:
             self.timed.ttft[new, len(prefix)] = seconds
 
     async def _time_prefill(self, prompt: list[int], point: tuple[int, int] | None) -> float:
-        sent_s, first_s, _ = await self._target.first_token(prompt, ALONE_WAIT_S + self._wait_s(len(prompt)))
+        sent_s, first_s = await self._target.first_token(prompt, ALONE_WAIT_S + self._wait_s(len(prompt)))
         seconds = first_s - sent_s
         if point is not None:
             self.timed.ttft.setdefault(point, []).append(seconds)
@@ -129,10 +115,10 @@ class Prober:
 
     async def _find_budget(self) -> None:
         """Learn how many tokens a step takes at most: count the steps of a long prompt beside a decode."""
-        most = min(self._limits.max_model_len - 2, int(KV_SHARE * self._limits.kv_capacity_tokens) - ROOM)
+        most = min(self._facts.max_model_len - 2, int(KV_SHARE * self._facts.kv_capacity_tokens) - ROOM)
         affordable = self._budget_s * BUDGET_SHARE / max(self._token_s, 1e-9)
-        power = int(math.log2(max(64.0, min(most, affordable, 16384.0) / REMAINDER_SAFE)))
-        tokens = min(most, int(REMAINDER_SAFE * 2**power))
+        power = int(math.log2(max(64.0, min(most, affordable, 16384.0) / fit.REMAINDER_SAFE)))
+        tokens = min(most, int(fit.REMAINDER_SAFE * 2**power))
         self._show(f"the token budget, by a prompt of {tokens}")
         counts = []
         async with self._target.streams([self._target.prompt(16)], self._room(16)) as streams:
@@ -142,21 +128,19 @@ class Prober:
                 step_s = await self._watch(streams)
                 if step_s is None:
                     break
-                sent_s, first_s, _ = await self._target.first_token(
+                sent_s, first_s = await self._target.first_token(
                     self._target.prompt(tokens), self._wait_s(tokens)
                 )
                 await streams.more(1, LEAST_WAIT_S)
-                counts.append(chunks_between(streams.times[0].at, sent_s, first_s, step_s))
+                counts.append(fit.chunks_between(streams.times[0].at, sent_s, first_s, step_s))
         if counts:
-            self.max_batch_tokens = token_budget(tokens, min(counts))  # what is held up adds to a count
+            self.max_batch_tokens = fit.token_budget(tokens, min(counts))  # what is held up adds to a count
 
     def _longest(self) -> int:
         """Return the longest prompt that is sure to be computed in one step."""
         one_step = self.max_batch_tokens or 8192
-        in_cache = int(KV_SHARE * self._limits.kv_capacity_tokens)
-        return max(16, min(one_step, in_cache, self._limits.max_model_len - 2))
-
-    # decode and mixed steps
+        in_cache = int(KV_SHARE * self._facts.kv_capacity_tokens)
+        return max(16, min(one_step, in_cache, self._facts.max_model_len - 2))
 
     async def _sessions(self) -> None:
         points = [(b, c) for b in BATCHES for c in CONTEXTS if self._fits(b, c)]
@@ -171,8 +155,8 @@ class Prober:
     def _fits(self, batch: int, context: int) -> bool:
         held = batch * (context + ROOM) + self._longest()
         return (
-            context + ROOM <= self._limits.max_model_len
-            and held <= KV_SHARE * self._limits.kv_capacity_tokens
+            context + ROOM <= self._facts.max_model_len
+            and held <= KV_SHARE * self._facts.kv_capacity_tokens
             and batch + 16 <= (self.max_batch_tokens or 8192)
         )
 
@@ -194,24 +178,24 @@ class Prober:
                 if len(self.timed.mixed) > len(CONTEXTS) and self._left(1.0) < tokens * self._token_s:
                     return
                 held = self._held(streams, context)
-                gaps = [await self._beside(streams, tokens) for _ in range(REPEATS - 2)]
+                seconds = [await self._beside(streams, tokens) for _ in range(REPEATS - 2)]
                 held = (held + self._held(streams, context)) // 2
-                timed = [gap for gap in gaps if gap is not None and gap > LEAST_OF_STEP * step_s]
+                timed = [each for each in seconds if each is not None and each > LEAST_OF_STEP * step_s]
                 if len(timed) >= 2:
                     self.timed.mixed.append(MixedSample(tokens, 0, batch, held, median(timed)))
-                if None in gaps:
+                if None in seconds:
                     return
 
     async def _beside(self, streams: Streams, tokens: int) -> float | None:
         """Return the time of the step that computes a prompt beside the streams; None at their end."""
         try:
-            _, first_s, _ = await self._target.first_token(self._target.prompt(tokens), self._wait_s(tokens))
+            _, first_s = await self._target.first_token(self._target.prompt(tokens), self._wait_s(tokens))
         except EngineTimeout:
             self._most_streams = min(self._most_streams, len(streams.times))
             return None
-        if not await streams.more(BEFORE + 2, LEAST_WAIT_S):
+        if not await streams.more(fit.BEFORE + 2, LEAST_WAIT_S):
             return None
-        return gap_of_chunk([t.at for t in streams.times], first_s)
+        return fit.gap_of_chunk([t.at for t in streams.times], first_s)
 
     def _chunks(self, index: int, batch: int) -> list[int]:
         """Return the prompts to put beside ``batch`` decodes: others in each session, each within a step."""
@@ -232,16 +216,14 @@ class Prober:
         if not await streams.more(STEPS, LEAST_WAIT_S):
             return None
         until = [len(t.at) - 1 for t in streams.times]
-        return step_seconds([t.at for t in streams.times], since, until) or None
+        return fit.step_seconds([t.at for t in streams.times], since, until) or None
 
     @staticmethod
     def _held(streams: Streams, context: int) -> int:
         return sum(context + len(t.at) for t in streams.times)
 
     def _room(self, context: int) -> int:
-        return min(self._limits.max_model_len - context - 1, 16 * ROOM)
-
-    # time
+        return min(self._facts.max_model_len - context - 1, 16 * ROOM)
 
     def _wait_s(self, tokens: int) -> float:
         return LEAST_WAIT_S + 5 * tokens * self._token_s

@@ -1,37 +1,50 @@
-"""One measurement from start to end: who the instances are, whether they are idle, what the fits say."""
+"""One measurement from start to end: what the instances are, whether they are idle, what the fits say.
+
+A server need not tell anything beyond ``/v1/models``: what it does not tell is left out.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import platform
+import re
+import shutil
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from ipaddress import ip_address
+from itertools import permutations
+from pathlib import Path
 from statistics import median
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import uvloop
 
 from tidegate import __version__
-from tidegate.bench.endpoint import Endpoint, probe_endpoint
+from tidegate.bench.endpoint import probe_endpoint
 from tidegate.bench.settings import BenchSettings, PromptForm
 from tidegate.core.errors import ConfigError, EngineError
 from tidegate.costs.forms import TransferCost
 from tidegate.costs.profile import Profile
-from tidegate.costs.saved_profile import LinkSample, MeasuredLink, SavedProfile
-from tidegate.engines.vllm.client import ServerFacts, VllmClient
+from tidegate.costs.saved_profile import MeasuredLink, SavedProfile
+from tidegate.engines.vllm.client import ASK_S, ServerFacts, VllmClient
+from tidegate.engines.vllm.metrics import VllmMetrics
 from tidegate.fleet.static import checked_url
-from tidegate.profiling.facts import busy_servers, engine_name, hardware_name, prompt_tokens_served
 from tidegate.profiling.fit import Fitted, fit_timed
-from tidegate.profiling.links import LinkEnd, fit_link, time_link, told_link
-from tidegate.profiling.prober import Limits, Prober
+from tidegate.profiling.links import LinkEnd, fit_link, time_link, time_reported_link
+from tidegate.profiling.prober import Prober
 from tidegate.profiling.target import ProbeTarget
 from tidegate.workloads.prompts import TokenPrompts
 
 MOST_SERVERS = 16
+BUSY_CHECKS, BUSY_PAUSE_S = 5, 0.3
+LONGEST_NAME = 40
 OTHERS = 0.02
-"""Share of the prompt tokens that a server may have answered to others, above which the user is told."""
+"""Share of the prompt tokens that a server may have answered to others, above which there is a note."""
 ALIKE = 1.3
 """Servers whose prefills differ by more than this factor should have profiles of their own (ours)."""
 ALIKE_TOKENS, ALIKE_REPEATS = (64, 512, 2048), 3
@@ -41,11 +54,9 @@ Advance = Callable[[float, str], None]
 
 @dataclass(frozen=True, slots=True)
 class ProbeSettings:
-    """What to measure. ``urls`` has the instance, and others between which KV is moved.
-
-    ``busy`` allows instances that serve other requests. ``hardware`` is what they run on, found out where it
-    is empty and they run here; ``kv_bytes_per_token`` is for engines that do not count what they move.
-    """
+    """What to measure. ``urls`` has the instance, and others between which KV is moved. ``busy`` allows other
+    requests. ``hardware`` is found out where it is empty and the instances run here;
+    ``kv_bytes_per_token`` is for engines that do not count what they move."""
 
     urls: Sequence[str]
     budget_s: float = 60.0
@@ -64,6 +75,15 @@ class ProbeSettings:
             raise ConfigError(f"the budget is a positive number of seconds, not {self.budget_s}")
 
 
+@dataclass(frozen=True, slots=True)
+class _Instance:
+    """One instance: asked through ``client``, timed through ``target``."""
+
+    client: VllmClient
+    facts: ServerFacts
+    target: ProbeTarget
+
+
 def measure_profile(settings: ProbeSettings, advance: Advance) -> SavedProfile:
     """Measure and fit. Raises ConfigError when an instance cannot be measured, EngineError when it breaks."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -72,175 +92,145 @@ def measure_profile(settings: ProbeSettings, advance: Advance) -> SavedProfile:
 
 async def measure(settings: ProbeSettings, advance: Advance) -> SavedProfile:
     """Do the work of ``measure_profile`` inside a running loop."""
+    async with aiohttp.ClientSession() as session:
+        instances = await _connect(session, settings)
+        first = instances[0]
+        engine = await _engine_name(first.client)
+        served = (await _metrics(first.client)).prompt_tokens
+        prober = Prober(first.target, first.facts, settings.max_batch_tokens, settings.budget_s, advance)
+        try:
+            await prober.run()
+            notes = prober.notes + await _interference(first.client, served, first.target.sent_tokens)
+            fitted = fit_timed(
+                settings.name or f"{engine.split(' ')[0]}/{first.client.model}",
+                prober.timed,
+                source=f"measured over HTTP on {engine}, host time included",
+            )
+            notes += await _unlike(instances[1:], fitted.profile)
+            on_vllm = engine.startswith("vllm")
+            links, missing = await _links(
+                instances, settings.kv_bytes_per_token if on_vllm else None, advance
+            )
+        finally:
+            for each in instances:
+                each.target.close()
+        busy = await _busy_servers([each.client for each in instances])
+        notes += [f"{url} serves other requests: the times are those of a busy instance" for url in busy]
+    return _saved(settings, first, engine, prober, fitted, links, notes + missing)
+
+
+async def _connect(session: aiohttp.ClientSession, settings: ProbeSettings) -> list[_Instance]:
+    """Learn what the instances are. Raises ConfigError for one that cannot be measured, or is not idle."""
     urls = [checked_url(url) for url in settings.urls]
     if len(set(urls)) < len(urls):
         raise ConfigError("a URL is given more than once")
-    async with aiohttp.ClientSession() as session:
-        servers = _Servers(session, settings, urls)
-        await servers.ask()
-        served = await prompt_tokens_served(servers.clients[0])
-        target = servers.targets[0]
-        facts = servers.facts[0]
-        limits = Limits(
-            facts.max_model_len, facts.kv_capacity_tokens, facts.block_tokens, settings.max_batch_tokens
-        )
-        prober = Prober(target, limits, settings.budget_s, advance)
+    clients = [VllmClient(session, url, api_key=settings.api_key) for url in urls]
+    facts = []
+    for client in clients:
         try:
-            await prober.run()
-            notes = await _interference(servers.clients[0], served, target.sent_tokens)
-            fitted = fit_timed(
-                settings.name or f"{servers.engine.split(' ')[0]}/{servers.endpoint.model}",
-                prober.timed,
-                source=f"measured over HTTP on {servers.engine}, host time included",
-            )
-            notes += await servers.unlike(fitted.profile)
-            links, missing = await servers.links(advance)
-        finally:
-            servers.close()
-        busy = await busy_servers(servers.clients)
-        notes += [f"{url} serves other requests: the times are those of a busy instance" for url in busy]
-    return _saved(servers, prober, fitted, links, [*prober.notes, *notes, *missing])
-
-
-class _Servers:
-    """The instances of one measurement: one whose steps are timed, and the others."""
-
-    endpoint: Endpoint
-    engine: str
-    facts: list[ServerFacts]
-    targets: list[ProbeTarget]
-
-    def __init__(self, session: aiohttp.ClientSession, settings: ProbeSettings, urls: list[str]) -> None:
-        self.urls = urls
-        self.settings = settings
-        self._session = session
-        self.clients = [VllmClient(session, url, api_key=settings.api_key) for url in urls]
-
-    async def ask(self) -> None:
-        """Find out who they are. Raises ConfigError for one that cannot be measured, or is not idle."""
-        settings = self.settings
-        self.facts = [await _facts(client) for client in self.clients]
-        models = sorted({facts.model for facts in self.facts})
-        if len(models) > 1:
-            raise ConfigError(
-                f"KV moves only between instances of one model; these serve {', '.join(models)}"
-            )
-        busy = [] if settings.busy else await busy_servers(self.clients)
-        if busy:
-            raise ConfigError(f"not idle: {', '.join(busy)}; wait, or measure busy instances with --busy")
-        self.endpoint = await probe_endpoint(
-            self._session,
-            BenchSettings(self.urls[0], api_key=settings.api_key, prompt_form=PromptForm.TOKENS),
+            facts.append(await client.facts())
+        except EngineError as error:
+            raise ConfigError(f"{client.url} is not ready: {error.message}") from None
+    models = sorted({each.model for each in facts})
+    if len(models) > 1:
+        raise ConfigError(f"KV moves only between instances of one model; these serve {', '.join(models)}")
+    busy = [] if settings.busy else await _busy_servers(clients)
+    if busy:
+        raise ConfigError(f"not idle: {', '.join(busy)}; wait, or measure busy instances with --busy")
+    endpoint = await probe_endpoint(
+        session, BenchSettings(urls[0], api_key=settings.api_key, prompt_form=PromptForm.TOKENS)
+    )
+    prompts = endpoint.prompts
+    assert isinstance(prompts, TokenPrompts), "the endpoint was asked to take token ids"
+    for client in clients:
+        client.model = endpoint.model
+    targets = [
+        ProbeTarget(
+            url,
+            endpoint.model,
+            (prompts.low, prompts.vocab),
+            seed=time.time_ns(),
+            api_key=settings.api_key,
+            secret=settings.secret,
         )
-        self.engine = await engine_name(self.clients[0])
-        for client in self.clients:
-            client.model = self.endpoint.model
-        self.targets = [
-            ProbeTarget(
-                url,
-                self.endpoint.model,
-                self._vocab,
-                seed=time.time_ns(),
-                api_key=settings.api_key,
-                secret=settings.secret,
-            )
-            for url in self.urls
-        ]
-
-    def close(self) -> None:
-        """Close all connections."""
-        for target in self.targets:
-            target.close()
-
-    async def unlike(self, profile: Profile) -> list[str]:
-        """Return a note for each other instance whose prefills do not take what the profile says."""
-        notes = []
-        for target, facts in zip(self.targets[1:], self.facts[1:], strict=True):
-            lengths = [n for n in ALIKE_TOKENS if n + 2 <= facts.max_model_len]
-            ratios = []
-            for tokens in lengths:
-                times = [await target.first_token(target.prompt(tokens), 120.0) for _ in range(ALIKE_REPEATS)]
-                seen_s = median(first_s - sent_s for sent_s, first_s, _ in times)
-                ratios.append(seen_s / (profile.prefill_s(tokens) + profile.front_s))
-            ratio = median(ratios)
-            if not 1 / ALIKE <= ratio <= ALIKE:
-                notes.append(f"{target.url} takes {ratio:.2f} times as long: measure it on its own")
-        return notes
-
-    async def links(self, advance: Advance) -> tuple[list[MeasuredLink], list[str]]:
-        """Time KV moving over every ordered pair; notes for those where none moves."""
-        if len(self.urls) < 2:
-            return [], ["no second instance: the transfer's cost is assumed"]
-        links, notes = [], []
-        pairs = [(a, b) for a in range(len(self.urls)) for b in range(len(self.urls)) if a != b]
-        for number, (a, b) in enumerate(pairs):
-            source, target = self.urls[a], self.urls[b]
-            advance(number / len(pairs), f"KV from {source} to {target}")
-            try:
-                samples = await self._samples(a, b)
-                if samples:
-                    links.append(fit_link(source, target, samples))
-                else:
-                    notes.append(f"{source} hands no KV to {target}: the transfer's cost is assumed")
-            except (EngineError, ConfigError) as error:
-                notes.append(f"KV from {source} to {target} could not be timed: {error.message}")
-        return links, notes
-
-    async def _samples(self, a: int, b: int) -> list[LinkSample]:
-        if not self.engine.startswith("vllm"):
-            return await told_link(self.targets[a], self.targets[b], self.facts[b])
-        source, target = (LinkEnd(self.clients[n], self.facts[n], self._vocab) for n in (a, b))
-        return await time_link(source, target, self.settings.kv_bytes_per_token)
-
-    @property
-    def _vocab(self) -> tuple[int, int]:
-        prompts = self.endpoint.prompts
-        assert isinstance(prompts, TokenPrompts), "the endpoint was asked to take token ids"
-        return prompts.low, prompts.vocab
-
-
-async def _facts(client: VllmClient) -> ServerFacts:
-    try:
-        return await client.facts()
-    except EngineError as error:
-        raise ConfigError(f"{client.url} is not ready: {error.message}") from None
-
-
-async def _interference(client: VllmClient, before: int | None, sent_tokens: int) -> list[str]:
-    """Return a note when the server answered more prompt tokens than it was sent from here."""
-    after = await prompt_tokens_served(client)
-    if before is None or after is None:
-        return []
-    others = after - before - sent_tokens
-    if others <= OTHERS * sent_tokens:
-        return []
-    return [
-        f"{client.url} answered {others:,} prompt tokens of others meanwhile: measure again when it is idle"
+        for url in urls
     ]
+    return [_Instance(*each) for each in zip(clients, facts, targets, strict=True)]
+
+
+async def _unlike(others: Sequence[_Instance], profile: Profile) -> list[str]:
+    """Return a note for each instance whose prefills do not take what the profile says."""
+    notes = []
+    for each in others:
+        target, ratios = each.target, []
+        for tokens in (n for n in ALIKE_TOKENS if n + 2 <= each.facts.max_model_len):
+            times = [await target.first_token(target.prompt(tokens), 120.0) for _ in range(ALIKE_REPEATS)]
+            seen_s = median(first_s - sent_s for sent_s, first_s in times)
+            ratios.append(seen_s / (profile.prefill_s(tokens) + profile.front_s))
+        ratio = median(ratios)
+        if not 1 / ALIKE <= ratio <= ALIKE:
+            notes.append(f"{target.url} takes {ratio:.2f} times as long: measure it on its own")
+    return notes
+
+
+async def _links(
+    instances: Sequence[_Instance], kv_bytes_per_token: int | None, advance: Advance
+) -> tuple[list[MeasuredLink], list[str]]:
+    """Time KV moving over every ordered pair, with notes for pairs where none moves. ``kv_bytes_per_token``
+    is None for engines that are not vLLM."""
+    if len(instances) < 2:
+        return [], ["no second instance: the transfer's cost is assumed"]
+    links, notes = [], []
+    pairs = list(permutations(instances, 2))
+    for number, (source, target) in enumerate(pairs):
+        a, b = source.client.url, target.client.url
+        advance(number / len(pairs), f"KV from {a} to {b}")
+        try:
+            if kv_bytes_per_token is None:
+                samples = await time_reported_link(source.target, target.target, target.facts)
+            else:
+                near, far = (LinkEnd(x.client, x.facts, x.target.prompt) for x in (source, target))
+                samples = await time_link(near, far, kv_bytes_per_token)
+            if samples:
+                links.append(fit_link(a, b, samples))
+            else:
+                notes.append(f"{a} hands no KV to {b}: the transfer's cost is assumed")
+        except (EngineError, ConfigError) as error:
+            notes.append(f"KV from {a} to {b} could not be timed: {error.message}")
+    return links, notes
 
 
 def _saved(
-    servers: _Servers, prober: Prober, fitted: Fitted, links: Sequence[MeasuredLink], notes: Sequence[str]
+    settings: ProbeSettings,
+    first: _Instance,
+    engine: str,
+    prober: Prober,
+    fitted: Fitted,
+    links: Sequence[MeasuredLink],
+    notes: Sequence[str],
 ) -> SavedProfile:
-    timed, facts = prober.timed, servers.facts[0]
-    samples = [sample for link in links for sample in link.samples]
+    timed, facts, url = prober.timed, first.facts, first.client.url
+    moved = [sample for link in links for sample in link.samples]
     profile = fitted.profile
-    if samples:
-        pooled = fit_link("any", "any", samples)
+    kv_bytes = 0
+    if moved:
+        pooled = fit_link("any", "any", moved)
         profile = replace(profile, transfer=TransferCost(pooled.latency_s, pooled.bytes_per_s))
+        block = facts.block_tokens
+        kv_bytes = round(median(s.n_bytes / (-(-s.tokens // block) * block) for s in moved))
     rows: dict[str, Sequence[Any]] = {"prefill": fitted.prefill, "step": timed.step, "mixed": timed.mixed}
     return SavedProfile(
         profile=profile,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         tidegate=__version__,
-        url=servers.urls[0],
-        model=servers.endpoint.model,
-        engine=servers.engine,
-        hardware=servers.settings.hardware or hardware_name(servers.urls[0]),
+        url=url,
+        model=first.client.model,
+        engine=engine,
+        hardware=settings.hardware or hardware_name(url),
         max_model_len=facts.max_model_len,
         block_tokens=facts.block_tokens,
         kv_capacity_tokens=facts.kv_capacity_tokens,
-        kv_bytes_per_token=_bytes_per_token(samples, facts.block_tokens),
+        kv_bytes_per_token=kv_bytes,
         max_batch_tokens=prober.max_batch_tokens,
         held_out=fitted.held_out,
         notes=tuple(notes),
@@ -249,7 +239,77 @@ def _saved(
     )
 
 
-def _bytes_per_token(samples: Sequence[LinkSample], block_tokens: int) -> int:
-    """Return the KV of one token, of which blocks move as a whole; 0 while none moved."""
-    per_token = [s.n_bytes / (-(-s.tokens // block_tokens) * block_tokens) for s in samples]
-    return round(median(per_token)) if per_token else 0
+async def _metrics(client: VllmClient) -> VllmMetrics:
+    """Return what the server shows; nothing when that fails."""
+    try:
+        return await client.metrics()
+    except EngineError:
+        return VllmMetrics()
+
+
+async def _busy_servers(clients: Sequence[VllmClient]) -> list[str]:
+    """Return the URLs of servers that stay busy; what was aborted a moment ago takes a while to end."""
+    busy = list(clients)
+    for check in range(BUSY_CHECKS):
+        if check and busy:
+            await asyncio.sleep(BUSY_PAUSE_S)
+        metrics = [await _metrics(client) for client in busy]
+        busy = [client for client, seen in zip(busy, metrics, strict=True) if seen.running or seen.waiting]
+    return [client.url for client in busy]
+
+
+async def _interference(client: VllmClient, before: int | None, sent_tokens: int) -> list[str]:
+    """Return a note when the server answered more prompt tokens than it was sent from here."""
+    after = (await _metrics(client)).prompt_tokens
+    if before is None or after is None:
+        return []
+    others = after - before - sent_tokens
+    note = (
+        f"{client.url} answered {others:,} prompt tokens of others meanwhile: measure again when it is idle"
+    )
+    return [note] if others > OTHERS * sent_tokens else []
+
+
+async def _engine_name(client: VllmClient) -> str:
+    """Return name and version as far as the server shows them: vLLM answers ``/version``."""
+    try:
+        version = await client.version()
+        if version:
+            return f"vllm {version[:LONGEST_NAME]}"
+        owner = (await client.ask("/v1/models")).body["data"][0]["owned_by"]
+    except (EngineError, LookupError, TypeError):
+        return "engine"
+    return str(owner)[:LONGEST_NAME] or "engine"
+
+
+def hardware_name(url: str) -> str:
+    """Return this machine's GPU, or its CPU where there is none, for a server on it; "" for any other."""
+    host = urlsplit(url).hostname or ""
+    try:
+        local = ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost"
+    return (_gpu() or _cpu()) if local else ""
+
+
+def _gpu() -> str:
+    """Return the name of this machine's GPUs, where they are all alike."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return ""
+    query = [command, "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        output = subprocess.run(query, capture_output=True, text=True, timeout=ASK_S, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    names = {line.strip() for line in output.splitlines() if line.strip()}
+    return names.pop() if len(names) == 1 else ""
+
+
+def _cpu() -> str:
+    try:
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        info = ""
+    found = re.search(r"^model name\s*: (.+)$", info, re.MULTILINE)
+    return found[1].strip() if found else platform.processor()

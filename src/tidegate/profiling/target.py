@@ -7,6 +7,7 @@ import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from tidegate.core.clock import Clock, WallClock
 from tidegate.core.errors import EngineError
@@ -27,11 +28,9 @@ class TokenTimes:
     clock: Clock = field(default_factory=WallClock)
 
     def tokens(self, tokens: Tokens) -> None:
-        """See ``TokensSink.tokens``."""
         self._came(tokens.token_ids)
 
     def plain(self, text: str, token_ids: list[int]) -> None:
-        """See ``TokensSink.plain``."""
         self._came(token_ids)
 
     def _came(self, ids: list[int]) -> None:
@@ -55,10 +54,8 @@ class Streams:
         self._changed.set()
 
     async def have(self, tokens: Sequence[int], within_s: float) -> bool:
-        """Wait until stream i has ``tokens[i]`` tokens; False when they do not come in time.
-
-        Raises the EngineError of a stream that broke.
-        """
+        """Wait until stream i has ``tokens[i]`` tokens; False when they do not come in time. Raises the
+        EngineError of a stream that broke."""
         with suppress(TimeoutError):
             async with asyncio.timeout(within_s):
                 while any(len(t.at) < n for t, n in zip(self.times, tokens, strict=True)):
@@ -70,16 +67,13 @@ class Streams:
         return False
 
     async def more(self, count: int, within_s: float) -> bool:
-        """Wait until every stream has ``count`` tokens more than now."""
+        """Wait until every stream has ``count`` tokens more than now; see ``have``."""
         return await self.have([len(t.at) + count for t in self.times], within_s)
 
 
 class ProbeTarget:
-    """Sends prompts of random token ids, each one unlike any before, to one instance.
-
-    ``seed`` must be another one in every measurement, or the instance's prefix cache knows the prompts.
-    ``sent_tokens`` counts the tokens of all prompts.
-    """
+    """Sends prompts of random token ids, each one unlike any before, to one instance. Every measurement needs
+    another ``seed``, or the prefix cache knows the prompts. ``sent_tokens`` counts the prompts' tokens."""
 
     def __init__(
         self,
@@ -111,12 +105,12 @@ class ProbeTarget:
         low, high = self._vocab
         return self._random.choices(range(low, high), k=tokens)
 
-    async def first_token(self, prompt: list[int], within_s: float) -> tuple[float, float, LegEnd]:
-        """Send a prompt for one token: when it left, when the token came, and how the leg ended."""
+    async def first_token(self, prompt: list[int], within_s: float) -> tuple[float, float]:
+        """Send a prompt for one token; return when it left and when the token came."""
         seen = TokenTimes(clock=self.clock)
         sent_s = self.clock.now()
-        end = await self._engine.run(self._leg(prompt, 1), seen, deadline_s=within_s)
-        return sent_s, seen.at[0], end
+        await self._engine.run(self._leg(prompt, 1), seen, deadline_s=within_s)
+        return sent_s, seen.at[0]
 
     @asynccontextmanager
     async def streams(self, prompts: Sequence[list[int]], most: int) -> AsyncIterator[Streams]:
@@ -148,16 +142,8 @@ class ProbeTarget:
         leg = self._leg(prompt, 1, handle=handle, generated=1)
         return await self._engine.run(leg, TokenTimes(), deadline_s=within_s)
 
-    def _leg(
-        self,
-        prompt: list[int],
-        most: int,
-        *,
-        pin: bool = False,
-        handle: KvHandle | None = None,
-        generated: int = 0,
-    ) -> Leg:
+    def _leg(self, prompt: list[int], most: int, **options: Any) -> Leg:
         self._sent += 1
         self.sent_tokens += len(prompt)
         name = f"probe-{self._random.getrandbits(48):x}-{self._sent}"
-        return Leg(name, prompt, None, most, dict(GREEDY), generated=generated, pin=pin, handle=handle)
+        return Leg(name, prompt, None, most, dict(GREEDY), **options)
