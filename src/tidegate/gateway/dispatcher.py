@@ -74,7 +74,8 @@ class Served(Protocol):
 class Dispatcher:
     """The wall-time driver of one control plane. A ``FleetListener``.
 
-    ``upstreams`` are the instances that are up. ``flips`` counts labels that were rewritten.
+    ``upstreams`` are the instances that are up, ``models`` what they serve, and ``max_model_len`` is the
+    longest context that one of them offers (0 with none up). ``flips`` counts labels that were rewritten.
     """
 
     def __init__(
@@ -97,6 +98,8 @@ class Dispatcher:
         self.stopping = False
         self.flips = 0
         self.upstreams: dict[str, Upstream] = {}
+        self.models: set[str] = set()
+        self.max_model_len = 0
         self.metrics = Metrics(self.plane, clock.now)
         self.drift = FleetDrift()
         self.metrics.registry.register(self.drift)
@@ -115,6 +118,7 @@ class Dispatcher:
         """See ``FleetListener.member_up``."""
         instance = member.instance
         self.upstreams[instance.id] = connect(member, self.settings)
+        self._served_changed()
         self.drift.member_up(member)
         self.loads.follow(member)
         profile = member.profile or UNMEASURED
@@ -126,6 +130,7 @@ class Dispatcher:
         upstream = self.upstreams.pop(instance_id, None)
         if upstream is None:
             return
+        self._served_changed()
         self.drift.member_down(instance_id)
         self.loads.forget(instance_id)
         effects = self.plane.instance_down(instance_id, reason, self.clock.now())
@@ -248,10 +253,10 @@ class Dispatcher:
         """How many requests are being served."""
         return len(self.plane.requests)
 
-    @property
-    def max_model_len(self) -> int:
-        """The longest context an instance that is up offers; 0 with none up."""
-        return max((u.member.instance.max_model_len for u in self.upstreams.values()), default=0)
+    def _served_changed(self) -> None:
+        members = [upstream.member for upstream in self.upstreams.values()]
+        self.models = {member.model for member in members}
+        self.max_model_len = max((member.instance.max_model_len for member in members), default=0)
 
     def producers(self) -> list[Producer]:
         """Return who produces signals in this deployment, now that the fleet is up."""

@@ -147,7 +147,7 @@ class Front:
 
         With no instance up any name passes: the request finds that out, and records it.
         """
-        models = {u.member.model for u in self._dispatcher.upstreams.values()}
+        models = self._dispatcher.models
         if not models or call.model in models:
             return call.model or ""
         if call.model is None:

@@ -19,6 +19,9 @@ from tidegate.gateway.upstream import Upstream
 from tidegate.protocol.chunks import Tokens
 from tidegate.protocol.stop_strings import StopStrings
 
+DECODE = Stage.DECODE
+"""Read with every token, and reading a member of an enum class is slow."""
+
 
 class Legs:
     """Takes the tokens of one request's legs, and hands them on to its answer. A ``TokensSink``.
@@ -227,14 +230,14 @@ class Legs:
             story.first_token_s = now
         story.last_token_s = now
         self._live.generated = len(self.out_ids)
-        if self._live.stage is Stage.DECODE:
+        if self._live.stage is DECODE:
             self._plane.tokens(self._live, len(token_ids), now)
 
     def _leg_began(self, now: float) -> None:
         """The leg's first token: a pull it waited for has ended, a colocated prefill has become a decode."""
         if not self._handing_over and self.decode_first_s is None:
             self.decode_first_s = now
-        if self._live.stage is Stage.DECODE:
+        if self._live.stage is DECODE:
             self._plane.transfer_ended(self._live, now)
         elif not self._handing_over:
             self._plane.decode_began(self._live, self.prompt_tokens + len(self.out_ids), now)

@@ -151,7 +151,7 @@ class ServedRequest(LiveRequest):
         assert not isinstance(result, Migrating), "nothing moves before it decodes"
         self._note_prefill(result.times, placed_s)
         if held is None:
-            prompt_tokens = self.resident().prompt_tokens
+            prompt_tokens = legs.prompt_tokens + len(legs.out_ids)
             observed_s = self.record.observed_prefill_s or 0.0
             dispatcher.drift.prefill(on, prompt_tokens, result.times, observed_s, alone=command.alone)
         if isinstance(result, HandedOver):
