@@ -75,7 +75,8 @@ class Dispatcher:
     """The wall-time driver of one control plane. A ``FleetListener``.
 
     ``upstreams`` are the instances that are up, ``models`` what they serve, and ``max_model_len`` is the
-    longest context that one of them offers (0 with none up). ``flips`` counts labels that were rewritten.
+    longest context that one of them offers (0 with none up). ``served`` are the requests by id, which take
+    their commands. ``flips`` counts labels that were rewritten.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class Dispatcher:
         self._fleet = fleet
         self._timers: set[asyncio.TimerHandle] = set()
         self._background: set[asyncio.Task[None]] = set()
-        self._served: dict[str, Served] = {}
+        self.served: dict[str, Served] = {}
 
     # what happens
 
@@ -149,14 +150,6 @@ class Dispatcher:
         """Execute actions that the system's controllers did not decide."""
         self.do(self.plane.act(actions, self.clock.now()))
 
-    def serve(self, request_id: str, served: Served) -> None:
-        """Have commands for a request go to ``served`` until ``served_out``."""
-        self._served[request_id] = served
-
-    def served_out(self, request_id: str) -> None:
-        """End what ``serve`` began."""
-        self._served.pop(request_id, None)
-
     # effects
 
     def do(self, effects: Effects) -> None:
@@ -164,9 +157,9 @@ class Dispatcher:
         for effect in effects:
             match effect:
                 case RunPrefill() | RunDecode() | GiveUp() | Held():
-                    self._served[effect.live.id].command(effect)
+                    self.served[effect.live.id].command(effect)
                 case StartMigration():
-                    self._served[effect.live.id].start_migration(effect)
+                    self.served[effect.live.id].start_migration(effect)
                 case WakeAt(at_s):
                     self._wake_in(at_s - self.clock.now())
                 case Flipped(_, _, after, reason):

@@ -15,15 +15,13 @@ from tidegate.core.errors import (
     UnknownModel,
     status_of,
 )
-from tidegate.gateway.answers import StreamedAnswer
-from tidegate.gateway.call import Call, read_call
+from tidegate.gateway.call import Call, TokenEstimate, read_call
 from tidegate.gateway.dispatcher import RETRY_AFTER_S, Dispatcher
 from tidegate.gateway.operations import add_instance, drain_instance
 from tidegate.gateway.served_request import ServedRequest
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.gateway.state import models_object, state_object
-from tidegate.gateway.token_estimate import TokenEstimate
-from tidegate.protocol.chunks import AnswerHead, ChunkWriter, WholeAnswer, usage_object
+from tidegate.protocol.chunks import AnswerHead, ChunkWriter, Tokens, WholeAnswer, usage_object
 from tidegate.protocol.client_stream import ClientStream
 from tidegate.protocol.http_front import (
     JSON,
@@ -39,6 +37,24 @@ GUARDED = ("/v1/", "/tidegate/")
 CALL_HEADERS = ("x-tenant-id", "x-session-id", "x-slo-ttft-ms", "x-slo-tpot-ms")
 CUT_OFF_S = 1.0
 """How long cut-off requests have to tell their clients (ours)."""
+
+
+class StreamedAnswer:
+    """Sends each piece of an answer to the client as it comes. Raises ClientGone."""
+
+    __slots__ = ("_client", "_writer")
+
+    def __init__(self, writer: ChunkWriter, client: ClientStream) -> None:
+        self._writer = writer
+        self._client = client
+
+    def tokens(self, tokens: Tokens) -> None:
+        """Send any piece; the first one is sent with this."""
+        self._client.send(self._writer.piece(tokens))
+
+    def plain(self, text: str, token_ids: list[int]) -> None:
+        """Send a piece that is only text and ids."""
+        self._client.send(self._writer.plain(text, token_ids))
 
 
 class Front:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from tidegate.core.decision import Migrate
 from tidegate.core.errors import EngineError, EngineTimeout, KvLost
-from tidegate.engines.seam import KvHandle, Leg, LegEnd, LegTimes
-from tidegate.gateway import leg_sampling
+from tidegate.engines.seam import KvHandle, Leg, LegEnd
+from tidegate.gateway import continuation
 from tidegate.gateway.call import Call
 from tidegate.gateway.dispatcher import Dispatcher
 from tidegate.gateway.legs import Legs
@@ -17,31 +14,6 @@ from tidegate.protocol.chunks import Tokens
 
 EXPORT_S = 5.0
 """How long a prefill waits for another instance to pin what it would read (ours); then it computes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Completed:
-    """The answer is complete."""
-
-    times: LegTimes
-
-
-@dataclass(frozen=True, slots=True)
-class HandedOver:
-    """The leg ended as far as it was to go; the KV behind ``handle`` (None: none) continues it."""
-
-    times: LegTimes
-    handle: KvHandle | None
-
-
-@dataclass(frozen=True, slots=True)
-class Migrating:
-    """The leg was ended so that the decode moves."""
-
-    migrate: Migrate
-
-
-LegResult = Completed | HandedOver | Migrating
 
 
 class _Ignored:
@@ -58,10 +30,9 @@ class LegRunner:
     """Builds the legs of one request, runs them and sees to the KV that they leave. ``legs`` takes the
     tokens."""
 
-    def __init__(self, call: Call, dispatcher: Dispatcher, legs: Legs, deadline_s: float) -> None:
+    def __init__(self, call: Call, dispatcher: Dispatcher, legs: Legs) -> None:
         self._call = call
         self._dispatcher = dispatcher
-        self._deadline_s = deadline_s
         self._legs = legs
 
     async def run(
@@ -73,13 +44,13 @@ class LegRunner:
         handle: KvHandle | None = None,
         extend: KvHandle | None = None,
         ticket: Ticket | None = None,
-    ) -> LegResult:
-        """Run one leg over at most ``most`` tokens and return what happened.
+    ) -> LegEnd:
+        """Run one leg over at most ``most`` tokens.
 
-        With ``hand_over`` another leg continues it, pulling its KV where instances can; only such a leg ends
-        ``HandedOver``. Only another one ends ``Migrating``. A ``handle`` that cannot be used, or was not, is
-        released. ``extend`` is one that covers the beginning of the prompt of a leg that hands over. The
-        ticket goes to an engine that orders by it, unless the answer has begun already.
+        With ``hand_over`` another leg continues it, with the KV behind its handle where instances can pull.
+        Without, it ends the answer, unless it was stopped so that the decode migrates. A ``handle`` that
+        cannot be used, or was not, is released. ``extend`` is one that covers the beginning of the prompt of
+        a leg that hands over. The ticket goes to an engine that orders by it, unless the answer has begun.
 
         Raises what ``Engine.run`` raises unless the answer is complete by then, PromptTooLong when the prompt
         turns out not to fit, and ClientGone.
@@ -95,8 +66,8 @@ class LegRunner:
         ordered = capabilities.orders and not legs.out_ids
         begun = legs.begin(upstream, hand_over=hand_over, handle=None if hand_over else loaded)
         if most is None:
-            most = legs.limit.remaining(begun)
-        sampling = leg_sampling.continuing if capabilities.continues else leg_sampling.beginning
+            most = legs.remaining_after(begun)
+        sampling = continuation.continuing if capabilities.continues else continuation.beginning
         leg = Leg(
             request_id=f"{call.id}-{legs.count}",
             prompt=call.prompt if legs.prompt_ids is None else [*legs.prompt_ids, *legs.out_ids[:begun]],
@@ -110,7 +81,7 @@ class LegRunner:
             ticket=ticket.on_clock(-now) if ticket is not None and ordered else None,
         )
         try:
-            legs.limit.check()
+            legs.check_limit()
             end = await upstream.engine.run(leg, legs, deadline_s=self._left_s(now))
         except BaseException as error:
             # The answer may have been lost on the way: the engine then holds a pin nobody knows of.
@@ -119,24 +90,19 @@ class LegRunner:
             if isinstance(error, KvLost) and held is not None:
                 dispatcher.handles.suspect_owner(held)
             if isinstance(error, EngineError) and legs.finish_reason is not None:
-                return Completed(LegTimes())
+                return LegEnd()
             raise
         finally:
             if held is not None and (loaded is None or legs.first_s is None):
                 dispatcher.handles.release(held, sent=loaded is not None)
         if loaded is not None and not pin and not legs.stopped:
             dispatcher.loads.kept(upstream.member.instance.id, legs.prompt_tokens + len(legs.out_ids))
-        return self._result(end)
-
-    def _result(self, end: LegEnd) -> LegResult:
-        legs = self._legs
-        if legs.finish_reason is None and legs.limit.refusal is None:
-            migrate = legs.migration_begun()
-            return HandedOver(end.times, end.handle) if migrate is None else Migrating(migrate)
+        if legs.finish_reason is None and legs.refusal is None:
+            return end
         if end.handle is not None:
-            self._dispatcher.handles.release(end.handle)
-        legs.limit.check()
-        return Completed(end.times)
+            dispatcher.handles.release(end.handle)
+        legs.check_limit()
+        return LegEnd(times=end.times)
 
     async def tokenise(self, upstream: Upstream) -> bool:
         """Have an engine tokenise the prompt ahead of its first leg; False when it cannot. Raises
@@ -171,7 +137,7 @@ class LegRunner:
 
     def _left_s(self, now: float) -> float:
         """Return the seconds until the request's deadline. Raises EngineTimeout when it has passed."""
-        left_s = self._deadline_s - now
+        left_s = self._legs.deadline_s - now
         if left_s <= 0:
             deadline_s = self._dispatcher.settings.request_deadline_s
             raise EngineTimeout(f"the request's deadline of {deadline_s:g} s has passed")

@@ -1,20 +1,16 @@
-"""What the legs of a request have brought so far: its tokens, and where it stands."""
+"""One request: what its legs have brought so far, and where it stands."""
 
 from __future__ import annotations
 
 from tidegate.control.live_request import LiveRequest, Stage
 from tidegate.control.record import RequestRecord
 from tidegate.core.decision import Migrate
-from tidegate.core.errors import EngineFault
+from tidegate.core.errors import EngineFault, PromptTooLong
 from tidegate.core.request import Request
-from tidegate.engines.seam import KvHandle
-from tidegate.gateway import leg_sampling
-from tidegate.gateway.answers import ClientAnswer
-from tidegate.gateway.call import Call
-from tidegate.gateway.continuation import Continuation
+from tidegate.engines.seam import KvHandle, TokensSink
+from tidegate.gateway.call import Call, TokenEstimate, prompt_blocks
+from tidegate.gateway.continuation import Continuation, continuation
 from tidegate.gateway.dispatcher import Dispatcher
-from tidegate.gateway.token_estimate import TokenEstimate
-from tidegate.gateway.token_limit import TokenLimit
 from tidegate.gateway.upstream import Upstream
 from tidegate.protocol.chunks import Tokens
 from tidegate.protocol.stop_strings import StopStrings
@@ -23,41 +19,44 @@ DECODE = Stage.DECODE
 """Read with every token, and reading a member of an enum class is slow."""
 
 
-class Legs:
-    """Takes the tokens of one request's legs, and hands them on to its answer. A ``TokensSink``.
+class Legs(LiveRequest):
+    """A request as the control plane knows it. A ``TokensSink`` that takes the tokens of its legs.
+
+    ``answer`` gets them next: the finish reason with the last ones, the prompt's ids with all but plain ones.
 
     ``out_ids`` are the tokens delivered so far, and ``prompt_ids`` the client's prompt, None until an engine
-    has tokenised it. ``count`` legs were begun. ``upstream`` and ``first_s`` are of the leg that runs or ran
-    last, and so is ``stopped``: whether it was ended from here. ``decode_first_s`` is when the first
-    decode leg began to answer.
+    has tokenised it. ``refusal`` is set when prompt and answer do not fit the context. ``count`` legs were
+    begun. ``upstream`` and ``first_s`` are of the leg that runs or ran last, and so is ``stopped``: whether
+    it was ended from here. ``decode_first_s`` is when the first decode leg began to answer.
     """
 
     def __init__(
         self,
         call: Call,
-        live: LiveRequest,
         record: RequestRecord,
         dispatcher: Dispatcher,
         estimate: TokenEstimate,
-        answer: ClientAnswer,
+        answer: TokensSink,
     ) -> None:
+        deadline_s = record.arrival_s + dispatcher.settings.request_deadline_s
+        super().__init__(call.id, deadline_s, prompt_blocks(call, estimate))
         self.prompt_ids: list[int] | None = call.prompt if isinstance(call.prompt, list) else None
         self.out_ids: list[int] = []
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
-        self.limit = TokenLimit(call)
+        self.refusal: PromptTooLong | None = None
         self.stopped = False
         self.count = 0
         self.upstream: Upstream | None = None
         self.first_s: float | None = None
         self.decode_first_s: float | None = None
         self._call = call
-        self._live = live
         self._record = record
         self._plane = dispatcher.plane
         self._clock = dispatcher.clock
         self._estimate = estimate
         self._answer = answer
+        self._limit = call.max_tokens
         self._handing_over = False
         self._continuation: Continuation | None = None
 
@@ -68,9 +67,33 @@ class Legs:
             return len(self.prompt_ids)
         return self._estimate.tokens(self._call.prompt_chars)
 
+    # the limit of tokens
+
+    def settle_limit(self, prompt_tokens: int, context_tokens: int) -> None:
+        """Fix how many tokens to generate behind a prompt of that length, or refuse it for its context."""
+        self._limit = limit = self._call.tokens_within(context_tokens - prompt_tokens)
+        if limit < 1 or prompt_tokens + limit > context_tokens:
+            field = "messages" if self._call.chat else "prompt"
+            self.refusal = PromptTooLong(
+                f"the context is {context_tokens} tokens; the prompt has {prompt_tokens} and max_tokens is "
+                f"{max(1, limit)}",
+                param="max_tokens" if prompt_tokens < context_tokens else field,
+            )
+
+    def check_limit(self) -> None:
+        """Raise the refusal, if there is one."""
+        if self.refusal is not None:
+            raise self.refusal
+
+    def remaining_after(self, generated: int) -> int | None:
+        """Return how many tokens may follow ``generated`` ones; None while the prompt's length is open."""
+        return None if self._limit is None else self._limit - generated
+
     def remaining(self) -> int | None:
         """Return how many tokens are left to generate; None while the prompt's length leaves it open."""
-        return self.limit.remaining(len(self.out_ids))
+        return self.remaining_after(len(self.out_ids))
+
+    # legs
 
     def begin(self, upstream: Upstream, *, hand_over: bool, handle: KvHandle | None) -> int:
         """Begin the next leg; return how many delivered tokens its prompt holds. It says the others again.
@@ -84,7 +107,7 @@ class Legs:
             self._continuation = None
             return len(self.out_ids)
         if self._continuation is None:
-            self._continuation = leg_sampling.continuation(self._call, self.out_ids)
+            self._continuation = continuation(self._call, self.out_ids)
             self._record.unmovable = self._call.state
         if handle is not None and self.prompt_ids is not None:
             begun = handle.tokens - len(self.prompt_ids)
@@ -102,9 +125,10 @@ class Legs:
         """Take the prompt as ``upstream`` tokenised it, and settle the limit."""
         self.prompt_ids = ids
         self._estimate.observe(self._call.prompt_chars, len(ids))
-        self.limit.settle(len(ids), upstream.member.instance.max_model_len)
+        self.settle_limit(len(ids), upstream.member.instance.max_model_len)
 
-    def request(self) -> Request:
+    def resident(self) -> Request:
+        """See ``LiveRequest.resident``."""
         call = self._call
         return Request(
             id=call.id,
@@ -129,14 +153,10 @@ class Legs:
             return f"the KV of {migrate.src} cannot be moved"
         return ""
 
-    def migration_begun(self) -> Migrate | None:
-        """Return the migration for which the last leg was ended, if that was why."""
-        return self._live.migrate if self.stopped else None
-
     def _may_migrate(self) -> bool:
         """Tell whether the answer is to move and may be cut: its text is whole, and something is left to
         generate."""
-        if self._live.migrate is None or self._handing_over or self.finish_reason is not None:
+        if self.migrate is None or self._handing_over or self.finish_reason is not None:
             return False
         left = self.remaining()
         whole = self._continuation is None or self._continuation.clean == len(self.out_ids)
@@ -148,7 +168,7 @@ class Legs:
         """See ``TokensSink.tokens``. Raises NotRepeated, ClientGone, EngineFault without the prompt's ids."""
         if tokens.prompt_token_ids is not None and self.prompt_ids is None and self.upstream is not None:
             self.learn_prompt(tokens.prompt_token_ids, self.upstream)
-        if self.limit.refusal is not None:
+        if self.refusal is not None:
             return self._stop()
         engine_ended = tokens.finish_reason is not None
         if tokens.token_ids:
@@ -198,7 +218,7 @@ class Legs:
                 self._answer.tokens(last)
                 return self._stop()
         self._answer.plain(text, token_ids)
-        return self._stop() if self._live.migrate is not None and self._may_migrate() else False
+        return self._stop() if self.migrate is not None and self._may_migrate() else False
 
     def _stop(self) -> bool:
         """Note that the leg is ended from here."""
@@ -222,22 +242,22 @@ class Legs:
             self._leg_began(self.first_s)
 
     def _count(self, token_ids: list[int]) -> None:
-        """Enter new tokens in the books."""
+        """Count new tokens, here and in the control plane."""
         now = self._clock.now()
         self.out_ids += token_ids
-        story = self._record
-        if story.first_token_s is None:
-            story.first_token_s = now
-        story.last_token_s = now
-        self._live.generated = len(self.out_ids)
-        if self._live.stage is DECODE:
-            self._plane.tokens(self._live, len(token_ids), now)
+        record = self._record
+        if record.first_token_s is None:
+            record.first_token_s = now
+        record.last_token_s = now
+        self.generated = len(self.out_ids)
+        if self.stage is DECODE:
+            self._plane.tokens(self, len(token_ids), now)
 
     def _leg_began(self, now: float) -> None:
         """The leg's first token: a pull it waited for has ended, a colocated prefill has become a decode."""
         if not self._handing_over and self.decode_first_s is None:
             self.decode_first_s = now
-        if self._live.stage is DECODE:
-            self._plane.transfer_ended(self._live, now)
+        if self.stage is DECODE:
+            self._plane.transfer_ended(self, now)
         elif not self._handing_over:
-            self._plane.decode_began(self._live, self.prompt_tokens + len(self.out_ids), now)
+            self._plane.decode_began(self, self.prompt_tokens + len(self.out_ids), now)

@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from tidegate.control.plane import ControlPlane
+from tidegate.control.record import RequestEnding, RequestRecord
 from tidegate.core.stages import STAGES
 
 TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -16,7 +17,7 @@ TPOT_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
 
 
 class Metrics:
-    """Everything ``/metrics`` shows. Each request is observed once, at its end."""
+    """Everything ``/metrics`` shows."""
 
     def __init__(self, plane: ControlPlane, now: Callable[[], float]) -> None:
         self.registry = CollectorRegistry()
@@ -54,6 +55,27 @@ class Metrics:
             registry=r,
         )
         r.register(_PlaneMetrics(plane, now))
+
+    def observe(self, record: RequestRecord, ending: RequestEnding) -> None:
+        """Take in a request. Called exactly once for each, at its end."""
+        self.requests.labels(ending.outcome).inc()
+        if ending.attained(record):
+            self.attained.inc()
+        ttft_s, tpot_s = record.ttft_s, record.tpot_s(ending.output_tokens)
+        if ttft_s is None:
+            return
+        self.ttft.observe(ttft_s)
+        if tpot_s is not None:
+            self.tpot.observe(tpot_s)
+        for name, value in record.stages.items():
+            self.stages[name].observe(value)
+        self.prompt_tokens.inc(ending.prompt_tokens)
+        self.output_tokens.inc(ending.output_tokens)
+        if record.kv_transfer_bytes:
+            self.kv_transfer.inc(record.kv_transfer_bytes)
+        observed_s = record.observed_prefill_s
+        if observed_s and record.predicted_prefill_s is not None:
+            self.prediction_error.observe(abs(record.predicted_prefill_s - observed_s) / observed_s)
 
     def render(self) -> bytes:
         """Return the exposition text."""
