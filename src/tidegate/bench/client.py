@@ -7,7 +7,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 
 import aiohttp
 import numpy as np
@@ -83,13 +83,13 @@ class LoadClient:
             raise ended[0]
 
     async def _drive(self, records: Sequence[TraceRecord]) -> None:
-        await self._send_all(iter(enumerate(records)))
+        await self._send_all(map(self._prepare, count(), records))
         while self._tasks and self._fault is None:
             self._idle.clear()
             await self._idle.wait()
 
-    async def _send_all(self, source: Iterator[tuple[int, TraceRecord]]) -> None:
-        ready = deque(self._prepare(*pair) for pair in islice(source, PREPARED_AHEAD))
+    async def _send_all(self, source: Iterator[_Prepared]) -> None:
+        ready = deque(islice(source, PREPARED_AHEAD))
         self._start_s = self._clock.now()
         while ready and self._fault is None:
             due_s = self._start_s + ready[0].record.arrival_s
@@ -97,15 +97,12 @@ class LoadClient:
                 following = next(source, None)
                 if following is None:
                     break
-                ready.append(self._prepare(*following))
+                ready.append(following)
                 await asyncio.sleep(0)
             # Sleeping for 0 in a burst lets answers be read between two sends.
             await asyncio.sleep(max(0.0, due_s - self._clock.now()))
             self._send(ready.popleft())
-            if not ready:
-                following = next(source, None)
-                if following is not None:
-                    ready.append(self._prepare(*following))
+            ready.extend(islice(source, 0 if ready else 1))
 
     def _prepare(self, index: int, record: TraceRecord) -> _Prepared:
         prompt = self._endpoint.prompts.prompt(record, index)

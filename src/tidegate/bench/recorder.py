@@ -32,10 +32,6 @@ class Recorder:
         if self._out is not None:
             self._out.close()
 
-    def header(self, fields: dict[str, Any]) -> None:
-        """Write the ``bench`` line."""
-        self._write({"type": "bench", **fields})
-
     def add(self, result: RequestResult, gaps_s: array[float]) -> None:
         """Record one finished request."""
         self.results.append(result)
@@ -44,13 +40,10 @@ class Recorder:
             self.attained += result.ttft_s is not None and self.slo.attained(result.ttft_s, result.tpot_s)
         elif result.status != "interrupted":
             self.failed += 1
-        self._write(result.to_json())
+        self.write(result.to_json())
 
-    def summary(self, fields: dict[str, Any]) -> None:
-        """Write the ``summary`` line."""
-        self._write({"type": "summary", **fields})
-
-    def _write(self, line: dict[str, Any]) -> None:
+    def write(self, line: dict[str, Any]) -> None:
+        """Write a line of the file."""
         if self._out is not None:
             self._out.write(orjson.dumps(line).decode() + "\n")
             self._out.flush()

@@ -14,11 +14,11 @@ from pathlib import Path
 import aiohttp
 import uvloop
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tidegate import __version__
 from tidegate.bench.client import LoadClient
 from tidegate.bench.endpoint import Endpoint, probe_endpoint
-from tidegate.bench.progress import show_progress
 from tidegate.bench.recorder import Recorder
 from tidegate.bench.settings import BenchSettings
 from tidegate.core.errors import ConfigError
@@ -30,6 +30,7 @@ from tidegate.workloads.trace import TraceRecord
 # Below the 5 s after which uvicorn (vLLM's server) closes an idle connection: reusing one that the
 # server is closing would count as a failed request.
 KEEPALIVE_S = 4.0
+REFRESH_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +98,14 @@ async def run_bench(
         connector=connector, timeout=aiohttp.ClientTimeout(total=None, sock_connect=None)
     ) as session:
         endpoint = await _probe(session, settings, stop)
-        with _recorder(settings, out) as recorder:
-            recorder.header(
+        try:
+            file = None if out is None else out.open("w", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot write {out}: {error.strerror or error}") from None
+        with Recorder(settings.slo, file) as recorder:
+            recorder.write(
                 {
+                    "type": "bench",
                     "version": __version__,
                     "started_unix_s": time.time(),
                     "url": settings.base,
@@ -121,7 +127,7 @@ async def run_bench(
                 itl_s=summarize(recorder.gaps_s),
                 notes=endpoint.notes,
             )
-            recorder.summary(report.to_json())
+            recorder.write({"type": "summary", **report.to_json()})
     return BenchRun(report, endpoint.model, endpoint.prompt_form.value, stop.is_set())
 
 
@@ -134,7 +140,7 @@ async def _run_with_progress(
 ) -> None:
     shown = None
     if console is not None and console.is_terminal:
-        shown = asyncio.create_task(show_progress(console, client, recorder, len(records)))
+        shown = asyncio.create_task(_show_progress(console, client, recorder, len(records)))
     try:
         await client.run(records, stop)
     finally:
@@ -144,11 +150,18 @@ async def _run_with_progress(
                 await shown
 
 
-def _recorder(settings: BenchSettings, out: Path | None) -> Recorder:
-    try:
-        return Recorder(settings.slo, None if out is None else out.open("w", encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot write {out}: {error.strerror or error}") from None
+async def _show_progress(console: Console, client: LoadClient, recorder: Recorder, total: int) -> None:
+    """Redraw until cancelled: requests ended of all, in flight, failed, attained so far."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
+        task = progress.add_task("starting", total=total)
+        while True:
+            ended = len(recorder.results)
+            share = f", {100 * recorder.attained / ended:.1f} % attained" if ended else ""
+            text = f"{client.sent} sent, {client.in_flight} in flight, {recorder.failed} failed{share}"
+            progress.update(task, completed=ended, description=text)
+            progress.refresh()
+            await asyncio.sleep(REFRESH_S)
 
 
 def _raise_open_file_limit() -> None:

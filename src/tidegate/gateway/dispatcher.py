@@ -31,7 +31,6 @@ from tidegate.costs.forms import MixedCost, PrefillCost, StepCost, TransferCost
 from tidegate.costs.profile import Profile
 from tidegate.fleet.member import FleetControl, Member
 from tidegate.gateway.drift import FleetDrift
-from tidegate.gateway.load_view import LoadGauges
 from tidegate.gateway.loads import LoadWatch
 from tidegate.gateway.metrics import Metrics
 from tidegate.gateway.sessions import Conversations
@@ -105,7 +104,6 @@ class Dispatcher:
         self.drift = FleetDrift()
         self.metrics.registry.register(self.drift)
         self.loads = LoadWatch(self.plane, clock, journal, self.metrics, fleet.suspect, settings.load_every_s)
-        self.metrics.registry.register(LoadGauges(self.loads))
         self.handles = Handles(self.upstreams, self.metrics, self.background, fleet.suspect)
         self.sessions = Conversations()
         self._fleet = fleet

@@ -6,7 +6,6 @@ from typing import Any
 
 from tidegate.core.instance import Role
 from tidegate.gateway.dispatcher import Dispatcher
-from tidegate.gateway.load_view import load_state, prompt_tokens
 from tidegate.policies.arrow.pools_v1 import Pools
 
 
@@ -53,7 +52,7 @@ def state_object(dispatcher: Dispatcher) -> dict[str, Any]:
                 "draining": name in dispatcher.plane.membership.draining,
                 "drift": dispatcher.drift.ratios(name),
                 "flipped_ago_s": None if flipped_at_s < 0 else round(snapshot.at_s - flipped_at_s, 3),
-                **load_state(dispatcher.loads, name, snapshot.at_s),
+                **dispatcher.loads.state(name, snapshot.at_s),
             }
         )
     return {
@@ -64,5 +63,5 @@ def state_object(dispatcher: Dispatcher) -> dict[str, Any]:
         "down": [name for name in dispatcher.plane.membership.labels if name not in dispatcher.upstreams],
         "requests": {"in_flight": dispatcher.in_flight, "held": dispatcher.plane.held_count},
         "flips": dispatcher.flips,
-        **({"prompt_tokens": tokens} if (tokens := prompt_tokens(dispatcher.loads)) else {}),
+        **({"prompt_tokens": tokens} if (tokens := dispatcher.loads.prompt_tokens()) else {}),
     }
