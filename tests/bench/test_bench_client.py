@@ -90,7 +90,7 @@ async def test_every_end_is_recorded_once_and_misses_count(offer: Offer, tmp_pat
 def test_a_killed_client_leaves_what_had_finished(tmp_path: Path) -> None:
     out = tmp_path / "run.jsonl"
     with Recorder(Slo(), out.open("w")) as recorder:
-        recorder.header({"model": "fake"})
+        recorder.write({"type": "bench", "model": "fake"})
         recorder.add(RequestResult(0, 0.0, 5, 3, "ok", 0.0, 200, ttft_s=0.1), array("d"))
         on_disk = read_results(out)
     assert [r.ttft_s for r in on_disk.results] == [0.1]

@@ -107,7 +107,6 @@ class Dispatcher:
         self.handles = Handles(self.upstreams, self.metrics, self.background, fleet.suspect)
         self.sessions = Conversations()
         self._fleet = fleet
-        self._timers: set[asyncio.TimerHandle] = set()
         self._background: set[asyncio.Task[None]] = set()
         self.served: dict[str, Served] = {}
 
@@ -183,28 +182,18 @@ class Dispatcher:
 
     async def stop(self) -> None:
         """Stop the periodic decisions and close every connection to the engines."""
-        for timer in self._timers:
-            timer.cancel()
-        self._timers.clear()
+        self.stopping = True
         await asyncio.gather(*self._background, return_exceptions=True)
         await self.loads.stop()
         for upstream in self.upstreams.values():
             upstream.engine.close("the gateway stops")
 
     def _wake_in(self, seconds: float) -> None:
-        if self.stopping:
-            return
-        timer: asyncio.TimerHandle | None = None
-
-        def wake() -> None:
-            if timer is not None:
-                self._timers.discard(timer)
-            self._tick()
-
-        timer = asyncio.get_running_loop().call_later(max(0.0, seconds), wake)
-        self._timers.add(timer)
+        asyncio.get_running_loop().call_later(max(0.0, seconds), self._tick)
 
     def _tick(self) -> None:
+        if self.stopping:
+            return
         now = self.clock.now()
         window_ended = self.plane.window_ends_s <= now
         try:
@@ -238,11 +227,6 @@ class Dispatcher:
                 "the gateway stopped before the answer was complete", retry_after_s=RETRY_AFTER_S
             )
         return ClientGone("the client closed the connection")
-
-    @property
-    def in_flight(self) -> int:
-        """How many requests are being served."""
-        return len(self.plane.requests)
 
     def _served_changed(self) -> None:
         members = [upstream.member for upstream in self.upstreams.values()]

@@ -236,10 +236,17 @@ class Legs(LiveRequest):
         return text
 
     def _arrived(self) -> None:
-        """Note the leg's first token, be it new or said again."""
-        if self.first_s is None:
-            self.first_s = self._clock.now()
-            self._leg_began(self.first_s)
+        """Note the leg's first token, new or said again: a pull that it waited for has ended, a colocated
+        prefill has become a decode."""
+        if self.first_s is not None:
+            return
+        self.first_s = now = self._clock.now()
+        if not self._handing_over and self.decode_first_s is None:
+            self.decode_first_s = now
+        if self.stage is DECODE:
+            self._plane.transfer_ended(self, now)
+        elif not self._handing_over:
+            self._plane.decode_began(self, self.prompt_tokens + len(self.out_ids), now)
 
     def _count(self, token_ids: list[int]) -> None:
         """Count new tokens, here and in the control plane."""
@@ -252,12 +259,3 @@ class Legs(LiveRequest):
         self.generated = len(self.out_ids)
         if self.stage is DECODE:
             self._plane.tokens(self, len(token_ids), now)
-
-    def _leg_began(self, now: float) -> None:
-        """The leg's first token: a pull it waited for has ended, a colocated prefill has become a decode."""
-        if not self._handing_over and self.decode_first_s is None:
-            self.decode_first_s = now
-        if self.stage is DECODE:
-            self._plane.transfer_ended(self, now)
-        elif not self._handing_over:
-            self._plane.decode_began(self, self.prompt_tokens + len(self.out_ids), now)

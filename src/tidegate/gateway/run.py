@@ -80,7 +80,7 @@ class Gateway:
             await self._site.stop()
         try:
             async with asyncio.timeout(DRAIN_S):
-                while self.dispatcher.in_flight and not stop_early.done():
+                while self.dispatcher.plane.requests and not stop_early.done():
                     await asyncio.wait({stop_early}, timeout=0.05)
         except TimeoutError:
             pass

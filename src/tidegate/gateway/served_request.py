@@ -212,13 +212,10 @@ class ServedRequest:
         if legs.out_ids or not self.call.session or not upstream.member.capabilities.extends_kv:
             return None
         known = dispatcher.sessions.find(self.call)
-        holder = dispatcher.upstreams.get(known.on) if known is not None else None
-        if (
-            known is None
-            or holder is None
-            or holder is upstream
-            or holder.member.engine_id != known.engine_id
-        ):
+        if known is None:
+            return None
+        holder = dispatcher.upstreams.get(known.on)
+        if holder is None or holder is upstream or holder.member.engine_id != known.engine_id:
             return None
         try:
             if not await self._runner.tokenise(upstream) or legs.prompt_ids is None:

@@ -61,7 +61,7 @@ def state_object(dispatcher: Dispatcher) -> dict[str, Any]:
         "slo": {"ttft_s": dispatcher.settings.slo.ttft_s, "tpot_s": dispatcher.settings.slo.tpot_s},
         "instances": instances,
         "down": [name for name in dispatcher.plane.membership.labels if name not in dispatcher.upstreams],
-        "requests": {"in_flight": dispatcher.in_flight, "held": dispatcher.plane.held_count},
+        "requests": {"in_flight": len(dispatcher.plane.requests), "held": dispatcher.plane.held_count},
         "flips": dispatcher.flips,
         **({"prompt_tokens": tokens} if (tokens := dispatcher.loads.prompt_tokens()) else {}),
     }
