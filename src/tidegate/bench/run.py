@@ -119,35 +119,21 @@ async def run_bench(
                 }
             )
             client = LoadClient(session, settings, endpoint, recorder.add)
-            await _run_with_progress(client, recorder, records, stop, console)
+            shown = None
+            if console is not None and console.is_terminal:
+                shown = asyncio.create_task(_show_progress(console, client, recorder, len(records)))
+            try:
+                await client.run(records, stop)
+            finally:
+                if shown is not None:
+                    shown.cancel()
+                    await asyncio.wait([shown])
+            gaps_s = summarize(recorder.gaps_s)
             report = build_bench_report(
-                recorder.results,
-                settings.slo,
-                level=level,
-                itl_s=summarize(recorder.gaps_s),
-                notes=endpoint.notes,
+                recorder.results, settings.slo, level=level, itl_s=gaps_s, notes=endpoint.notes
             )
             recorder.write({"type": "summary", **report.to_json()})
     return BenchRun(report, endpoint.model, endpoint.prompt_form.value, stop.is_set())
-
-
-async def _run_with_progress(
-    client: LoadClient,
-    recorder: Recorder,
-    records: Sequence[TraceRecord],
-    stop: asyncio.Event,
-    console: Console | None,
-) -> None:
-    shown = None
-    if console is not None and console.is_terminal:
-        shown = asyncio.create_task(_show_progress(console, client, recorder, len(records)))
-    try:
-        await client.run(records, stop)
-    finally:
-        if shown is not None:
-            shown.cancel()
-            with suppress(asyncio.CancelledError):
-                await shown
 
 
 async def _show_progress(console: Console, client: LoadClient, recorder: Recorder, total: int) -> None:

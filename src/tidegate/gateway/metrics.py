@@ -39,15 +39,10 @@ class Metrics:
         self.kv_transfer = Counter("tidegate_kv_transfer_bytes", "KV moved between instances", registry=r)
         self.flips = Counter("tidegate_flips", "Label rewrites", ["to", "reason"], registry=r)
         self.replays = Counter("tidegate_replays", "Legs run again after a failure", ["reason"], registry=r)
-        self.handles_refused = Counter(
-            "tidegate_kv_handles_refused", "KV handles that were not sent on", ["reason"], registry=r
-        )
-        self.load_drift = Counter(
-            "tidegate_load_drift",
-            "Times an engine and the ledger came to differ",
-            ["instance", "kind"],
-            registry=r,
-        )
+        text = "KV handles that were not sent on"
+        self.handles_refused = Counter("tidegate_kv_handles_refused", text, ["reason"], registry=r)
+        text = "Times an engine and the ledger came to differ"
+        self.load_drift = Counter("tidegate_load_drift", text, ["instance", "kind"], registry=r)
         self.prediction_error = Histogram(
             "tidegate_prefill_prediction_error_ratio",
             "abs(predicted - observed) / observed prefill time",
@@ -92,13 +87,9 @@ class _PlaneMetrics(Collector):
     def collect(self) -> Iterable[Metric]:
         plane = self._plane
         snapshot = plane.snapshot(self._now())
-        for name, text, value in (
-            ("tidegate_requests_in_flight", "Requests being served", len(plane.requests)),
-            ("tidegate_requests_held", "Requests that wait to be placed", plane.held_count),
-        ):
-            gauge = GaugeMetricFamily(name, text)
-            gauge.add_metric([], float(value))
-            yield gauge
+        in_flight, held = float(len(plane.requests)), float(plane.held_count)
+        yield GaugeMetricFamily("tidegate_requests_in_flight", "Requests being served", in_flight)
+        yield GaugeMetricFamily("tidegate_requests_held", "Requests that wait to be placed", held)
         migrations = CounterMetricFamily(
             "tidegate_migrations", "Migrations by what became of them", labels=["event"]
         )
