@@ -5,22 +5,36 @@ from __future__ import annotations
 from tidegate.control.live_request import LiveRequest, Stage
 from tidegate.control.record import RequestRecord
 from tidegate.core.decision import Migrate
-from tidegate.core.errors import EngineFault, PromptTooLong
+from tidegate.core.errors import EngineError, EngineFault, EngineTimeout, KvLost, PromptTooLong
 from tidegate.core.request import Request
-from tidegate.engines.seam import KvHandle, TokensSink
+from tidegate.engines.seam import KvHandle, Leg, LegEnd, TokensSink
 from tidegate.gateway.call import Call, TokenEstimate, prompt_blocks
-from tidegate.gateway.continuation import Continuation, continuation
+from tidegate.gateway.continuation import Continuation, beginning, continuation, continuing
 from tidegate.gateway.dispatcher import Dispatcher
 from tidegate.gateway.upstream import Upstream
+from tidegate.policies.order import Ticket
 from tidegate.protocol.chunks import Tokens
 from tidegate.protocol.stop_strings import StopStrings
 
+EXPORT_S = 5.0
+"""How long a prefill waits for another instance to pin what it would read (ours); then it computes."""
 DECODE = Stage.DECODE
 """Read with every token, and reading a member of an enum class is slow."""
 
 
+class _Ignored:
+    """Takes tokens that nobody asked for."""
+
+    def tokens(self, tokens: Tokens) -> None:
+        """See ``TokensSink.tokens``."""
+
+    def plain(self, text: str, token_ids: list[int]) -> None:
+        """See ``TokensSink.plain``."""
+
+
 class Legs(LiveRequest):
-    """A request as the control plane knows it. A ``TokensSink`` that takes the tokens of its legs.
+    """A request as the control plane knows it: runs its legs one after the other, and takes their tokens (a
+    ``TokensSink``).
 
     ``answer`` gets them next: the finish reason with the last ones, the prompt's ids with all but plain ones.
 
@@ -51,6 +65,7 @@ class Legs(LiveRequest):
         self.first_s: float | None = None
         self.decode_first_s: float | None = None
         self._call = call
+        self._dispatcher = dispatcher
         self._record = record
         self._plane = dispatcher.plane
         self._clock = dispatcher.clock
@@ -95,7 +110,114 @@ class Legs(LiveRequest):
 
     # legs
 
-    def begin(self, upstream: Upstream, *, hand_over: bool, handle: KvHandle | None) -> int:
+    async def run(
+        self,
+        upstream: Upstream,
+        *,
+        hand_over: bool = False,
+        most: int | None = None,
+        handle: KvHandle | None = None,
+        extend: KvHandle | None = None,
+        ticket: Ticket | None = None,
+    ) -> LegEnd:
+        """Run one leg over at most ``most`` tokens.
+
+        With ``hand_over`` another leg continues it, with the KV behind its handle where instances can pull.
+        Without, it ends the answer, unless it was stopped so that the decode migrates. A ``handle`` that
+        cannot be used, or was not, is released. ``extend`` is one that covers the beginning of the prompt of
+        a leg that hands over. The ticket goes to an engine that orders by it, unless the answer has begun.
+
+        Raises what ``Engine.run`` raises unless the answer is complete by then, PromptTooLong when the prompt
+        turns out not to fit, and ClientGone.
+        """
+        call, dispatcher = self._call, self._dispatcher
+        now = dispatcher.clock.now()
+        capabilities = upstream.member.capabilities
+        # With nobody to pull or decline it, what vLLM pins is held until its lease ends: it fills the cache.
+        wanted = capabilities.continues or len(dispatcher.upstreams) > 1
+        pin = hand_over and wanted and upstream.member.produces_kv
+        held = extend if handle is None else handle
+        loaded = held if held is not None and dispatcher.handles.usable(held, upstream) else None
+        ordered = capabilities.orders and not self.out_ids
+        begun = self._begin(upstream, hand_over=hand_over, handle=None if hand_over else loaded)
+        if most is None:
+            most = self.remaining_after(begun)
+        sampling = continuing if capabilities.continues else beginning
+        leg = Leg(
+            request_id=f"{call.id}-{self.count}",
+            prompt=call.prompt if self.prompt_ids is None else [*self.prompt_ids, *self.out_ids[:begun]],
+            messages=call.messages,
+            max_tokens=most,
+            sampling=sampling(call, begun, most),
+            generated=begun,
+            pin=pin,
+            handle=loaded,
+            salt=call.salt,
+            ticket=ticket.on_clock(-now) if ticket is not None and ordered else None,
+        )
+        try:
+            self.check_limit()
+            end = await upstream.engine.run(leg, self, deadline_s=self._left_s(now))
+        except BaseException as error:
+            # The answer may have been lost on the way: the engine then holds a pin nobody knows of.
+            if pin:
+                dispatcher.background(upstream.engine.release_request(leg.request_id))
+            if isinstance(error, KvLost) and held is not None:
+                dispatcher.handles.suspect_owner(held)
+            if isinstance(error, EngineError) and self.finish_reason is not None:
+                return LegEnd()
+            raise
+        finally:
+            if held is not None and (loaded is None or self.first_s is None):
+                dispatcher.handles.release(held, sent=loaded is not None)
+        if loaded is not None and not pin and not self.stopped:
+            dispatcher.loads.kept(upstream.member.instance.id, self.prompt_tokens + len(self.out_ids))
+        if self.finish_reason is None and self.refusal is None:
+            return end
+        if end.handle is not None:
+            dispatcher.handles.release(end.handle)
+        self.check_limit()
+        return LegEnd(times=end.times)
+
+    async def tokenise(self, upstream: Upstream) -> bool:
+        """Have an engine tokenise the prompt ahead of its first leg; False when it cannot. Raises
+        EngineError."""
+        if self.prompt_ids is None:
+            call = self._call
+            ids = await upstream.engine.tokenise(call.prompt, call.messages, call.sampling)
+            if ids is None:
+                return False
+            self._learn_prompt(ids, upstream)
+        return True
+
+    async def export(self, holder: Upstream, tokens: int) -> KvHandle | None:
+        """Have an instance whose prefix cache holds the first ``tokens`` of the prompt pin them.
+
+        The one token that this makes is nobody's. Raises EngineError.
+        """
+        assert self.prompt_ids is not None
+        self.count += 1
+        leg = Leg(
+            request_id=f"{self._call.id}-{self.count}",
+            prompt=self.prompt_ids[:tokens],
+            messages=None,
+            max_tokens=1,
+            sampling={"temperature": 0},
+            pin=True,
+            salt=self._call.salt,
+        )
+        left_s = self._left_s(self._dispatcher.clock.now())
+        return (await holder.engine.run(leg, _Ignored(), deadline_s=min(EXPORT_S, left_s))).handle
+
+    def _left_s(self, now: float) -> float:
+        """Return the seconds until the request's deadline. Raises EngineTimeout when it has passed."""
+        left_s = self.deadline_s - now
+        if left_s <= 0:
+            deadline_s = self._dispatcher.settings.request_deadline_s
+            raise EngineTimeout(f"the request's deadline of {deadline_s:g} s has passed")
+        return left_s
+
+    def _begin(self, upstream: Upstream, *, hand_over: bool, handle: KvHandle | None) -> int:
         """Begin the next leg; return how many delivered tokens its prompt holds. It says the others again.
 
         All of them for an engine that continues. Another begins with exactly what ``handle`` covers, without
@@ -121,7 +243,7 @@ class Legs(LiveRequest):
         self.finish_reason = "length"
         self._answer.tokens(Tokens("", [], None, "length", None, self.prompt_ids))
 
-    def learn_prompt(self, ids: list[int], upstream: Upstream) -> None:
+    def _learn_prompt(self, ids: list[int], upstream: Upstream) -> None:
         """Take the prompt as ``upstream`` tokenised it, and settle the limit."""
         self.prompt_ids = ids
         self._estimate.observe(self._call.prompt_chars, len(ids))
@@ -167,7 +289,7 @@ class Legs(LiveRequest):
     def tokens(self, tokens: Tokens) -> bool:
         """See ``TokensSink.tokens``. Raises NotRepeated, ClientGone, EngineFault without the prompt's ids."""
         if tokens.prompt_token_ids is not None and self.prompt_ids is None and self.upstream is not None:
-            self.learn_prompt(tokens.prompt_token_ids, self.upstream)
+            self._learn_prompt(tokens.prompt_token_ids, self.upstream)
         if self.refusal is not None:
             return self._stop()
         engine_ended = tokens.finish_reason is not None

@@ -11,7 +11,6 @@ from tidegate.core.errors import EngineError, InternalError, TidegateError
 from tidegate.engines.seam import KvHandle, LegEnd, LegTimes, TokensSink
 from tidegate.gateway.call import Call, TokenEstimate
 from tidegate.gateway.dispatcher import Command, Dispatcher
-from tidegate.gateway.leg_runner import LegRunner
 from tidegate.gateway.legs import Legs
 from tidegate.gateway.upstream import Upstream
 from tidegate.policies.order import Ticket
@@ -36,7 +35,6 @@ class ServedRequest:
         self.record = RequestRecord(arrival_s)
         # What a request holds must not refer back to it: only a collection would free it then.
         self.legs = Legs(call, self.record, dispatcher, estimate, answer)
-        self._runner = LegRunner(call, dispatcher, self.legs)
         self._dispatcher = dispatcher
         self._plane = dispatcher.plane
         self._clock = dispatcher.clock
@@ -135,9 +133,7 @@ class ServedRequest:
             return
         held = await self._read_back(upstream)
         hand_over = legs.remaining() != 1
-        end = await self._runner.run(
-            upstream, hand_over=hand_over, most=1, ticket=command.ticket, extend=held
-        )
+        end = await legs.run(upstream, hand_over=hand_over, most=1, ticket=command.ticket, extend=held)
         self._note_prefill(end.times, placed_s)
         if held is None:
             prompt_tokens = legs.prompt_tokens + len(legs.out_ids)
@@ -167,7 +163,7 @@ class ServedRequest:
         """Run all that is left, on ``upstream`` first, then wherever migrations take it."""
         legs = self.legs
         while True:
-            end = await self._runner.run(upstream, handle=handle, ticket=ticket)
+            end = await legs.run(upstream, handle=handle, ticket=ticket)
             if legs.finish_reason is not None:
                 return end
             assert legs.migrate is not None, "a leg that does not hand over ends early only to migrate"
@@ -185,7 +181,7 @@ class ServedRequest:
         dispatcher, plane, legs = self._dispatcher, self._plane, self.legs
         plane.migration_begun(legs, self._clock.now())
         try:
-            end = await self._runner.run(src, hand_over=True, most=1)
+            end = await legs.run(src, hand_over=True, most=1)
             if end.handle is None:
                 return src, end
             dst = dispatcher.upstreams.get(dst_id)
@@ -218,10 +214,10 @@ class ServedRequest:
         if holder is None or holder is upstream or holder.member.engine_id != known.engine_id:
             return None
         try:
-            if not await self._runner.tokenise(upstream) or legs.prompt_ids is None:
+            if not await legs.tokenise(upstream) or legs.prompt_ids is None:
                 return None
             tokens = known.worth_reading(legs.prompt_ids, upstream.member)
-            handle = await self._runner.export(holder, tokens) if tokens else None
+            handle = await legs.export(holder, tokens) if tokens else None
         except EngineError:
             return None
         if handle is not None:
