@@ -6,12 +6,15 @@ import asyncio
 import resource
 import signal
 import time
+from array import array
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TextIO
 
 import aiohttp
+import orjson
 import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -19,11 +22,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tidegate import __version__
 from tidegate.bench.client import LoadClient
 from tidegate.bench.endpoint import Endpoint, probe_endpoint
-from tidegate.bench.recorder import Recorder
 from tidegate.bench.settings import BenchSettings
 from tidegate.core.errors import ConfigError
+from tidegate.core.slo import Slo
 from tidegate.measure.attainment import DEFAULT_LEVEL
 from tidegate.measure.percentiles import summarize
+from tidegate.measure.results import RequestResult
 from tidegate.reports.bench_report import BenchReport, build_bench_report
 from tidegate.workloads.trace import TraceRecord
 
@@ -31,6 +35,39 @@ from tidegate.workloads.trace import TraceRecord
 # server is closing would count as a failed request.
 KEEPALIVE_S = 4.0
 REFRESH_S = 0.25
+
+
+class Recorder:
+    """Collects results and token gaps; with a file, every result is on disk when ``add`` returns."""
+
+    def __init__(self, slo: Slo, out: TextIO | None = None) -> None:
+        self.slo = slo
+        self.results: list[RequestResult] = []
+        self.gaps_s = array("d")
+        self.failed = 0
+        self.attained = 0
+        self._out = out
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._out is not None:
+            self._out.close()
+
+    def add(self, result: RequestResult, gaps_s: array[float]) -> None:
+        """Record one finished request."""
+        self.results.append(result)
+        if result.ok:
+            self.gaps_s.extend(gaps_s)
+            self.attained += result.ttft_s is not None and self.slo.attained(result.ttft_s, result.tpot_s)
+        elif result.status != "interrupted":
+            self.failed += 1
+        self.write(result.to_json())
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Write a line of the file."""
+        if self._out is not None:
+            self._out.write(orjson.dumps(line).decode() + "\n")
+            self._out.flush()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +139,7 @@ async def run_bench(
             file = None if out is None else out.open("w", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"cannot write {out}: {error.strerror or error}") from None
-        with Recorder(settings.slo, file) as recorder:
+        with closing(Recorder(settings.slo, file)) as recorder:
             recorder.write(
                 {
                     "type": "bench",

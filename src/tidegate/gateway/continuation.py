@@ -25,7 +25,7 @@ class Continuation:
     """
 
     __slots__ = (
-        *("_again_ids", "_again_text", "_ends", "_out_ids", "_search_after_tokens", "_told", "_whole"),
+        *("_again_ids", "_again_text", "_ends", "_out_ids", "_search_after_tokens", "_delivered", "_whole"),
         *("clean", "stops"),
     )
 
@@ -34,7 +34,7 @@ class Continuation:
     ) -> None:
         self._search_after_tokens = search_after_tokens
         self._out_ids = out_ids
-        self._told: list[str] = []
+        self._delivered: list[str] = []
         self._ends: list[int] = []
         self._again_ids: list[int] = []
         self._again_text = ""
@@ -46,19 +46,14 @@ class Continuation:
 
     def begin(self, base: int) -> None:
         """Expect a leg that goes on behind the first ``base`` ids, and so says those behind them again."""
-        told = "".join(self._told)
-        self._told = [told]
+        delivered = "".join(self._delivered)
+        self._delivered = [delivered]
         self._again_ids = self._out_ids[base:]
-        self._again_text = told[self._ends[base - 1] if base else 0 :]
-
-    @property
-    def again(self) -> bool:
-        """Whether the leg still repeats what an earlier one said."""
-        return bool(self._again_ids or self._again_text)
+        self._again_text = delivered[self._ends[base - 1] if base else 0 :]
 
     def plain(self, text: str, token_ids: list[int]) -> tuple[str, list[int]]:
         """Return what is new in a piece. Raises NotRepeated when the leg says something else than before."""
-        if self.again:
+        if self._again_ids or self._again_text:
             token_ids = self._new_ids(token_ids)
             text = self._new_text(text)
         self._note(text, token_ids)
@@ -69,7 +64,7 @@ class Continuation:
         next leg, as is what a parser made of it."""
         text, ids, logprobs = tokens.text, tokens.token_ids, tokens.logprobs
         delta = tokens.delta
-        if self.again:
+        if self._again_ids or self._again_text:
             ids = self._new_ids(ids)
             logprobs = _last_rows(logprobs, len(ids), len(tokens.token_ids))
             text = self._new_text(text)
@@ -86,7 +81,7 @@ class Continuation:
         """Remember what is delivered; the caller appends the ids to its list right after."""
         end = (self._ends[-1] if self._ends else 0) + len(text)
         if text:
-            self._told.append(text)
+            self._delivered.append(text)
         if token_ids:
             self._ends += [end] * len(token_ids)
         elif self._ends:

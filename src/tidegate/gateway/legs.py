@@ -100,13 +100,11 @@ class Legs(LiveRequest):
         if self.refusal is not None:
             raise self.refusal
 
-    def remaining_after(self, generated: int) -> int | None:
-        """Return how many tokens may follow ``generated`` ones; None while the prompt's length is open."""
+    def remaining(self, generated: int | None = None) -> int | None:
+        """Return how many tokens may follow ``generated`` ones, or all that are out; None while the prompt's
+        length leaves it open."""
+        generated = len(self.out_ids) if generated is None else generated
         return None if self._limit is None else self._limit - generated
-
-    def remaining(self) -> int | None:
-        """Return how many tokens are left to generate; None while the prompt's length leaves it open."""
-        return self.remaining_after(len(self.out_ids))
 
     # legs
 
@@ -141,7 +139,7 @@ class Legs(LiveRequest):
         ordered = capabilities.orders and not self.out_ids
         begun = self._begin(upstream, hand_over=hand_over, handle=None if hand_over else loaded)
         if most is None:
-            most = self.remaining_after(begun)
+            most = self.remaining(begun)
         sampling = continuing if capabilities.continues else beginning
         leg = Leg(
             request_id=f"{call.id}-{self.count}",
@@ -180,15 +178,13 @@ class Legs(LiveRequest):
         return LegEnd(times=end.times)
 
     async def tokenise(self, upstream: Upstream) -> bool:
-        """Have an engine tokenise the prompt ahead of its first leg; False when it cannot. Raises
-        EngineError."""
+        """Have an engine tokenise the prompt before its first leg; False if it cannot. Raises EngineError."""
         if self.prompt_ids is None:
             call = self._call
             ids = await upstream.engine.tokenise(call.prompt, call.messages, call.sampling)
-            if ids is None:
-                return False
-            self._learn_prompt(ids, upstream)
-        return True
+            if ids is not None:
+                self._learn_prompt(ids, upstream)
+        return self.prompt_ids is not None
 
     async def export(self, holder: Upstream, tokens: int) -> KvHandle | None:
         """Have an instance whose prefix cache holds the first ``tokens`` of the prompt pin them.

@@ -235,8 +235,10 @@ class LoadWatch(Collector):
                 failures += 1
                 if failures == 1:
                     log.warning("the load of %s is unknown: %s", watched.id, error)
-                if self._clock.now() - watched.read_at_s > STALE_S:
-                    self._forget_reading(watched)
+                if watched.load is not None and self._clock.now() - watched.read_at_s > STALE_S:
+                    watched.load = None
+                    self._report(watched, watched.reconciler.unheard())
+                    self._correct_ledger(watched)
             except Exception:
                 failures += 1
                 log.exception("reading the load of %s failed; it goes on", watched.id)
@@ -253,18 +255,12 @@ class LoadWatch(Collector):
         after = self._ledger.booked(watched.id)
         drifts = watched.reconciler.compare(before, after, reported, watched.kept_tokens(now))
         self._report(watched, drifts)
-        self._correct(watched)
+        self._correct_ledger(watched)
         tally = self.tallies[watched.id]
         for source, tokens in (load.prompt_tokens_by_source or {}).items():
             tally.read(PROMPT_SOURCES.get(source, source), tokens)
 
-    def _forget_reading(self, watched: Watched) -> None:
-        if watched.load is not None:
-            watched.load = None
-            self._report(watched, watched.reconciler.unheard())
-            self._correct(watched)
-
-    def _correct(self, watched: Watched) -> None:
+    def _correct_ledger(self, watched: Watched) -> None:
         reconciler = watched.reconciler
         self._plane.foreign_load(watched.id, reconciler.foreign_requests, reconciler.foreign_tokens)
 

@@ -16,8 +16,8 @@ TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 3
 TPOT_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
 
 
-class Metrics:
-    """Everything ``/metrics`` shows."""
+class Metrics(Collector):
+    """Everything ``/metrics`` shows. The control plane is read when scraped: no number is kept twice."""
 
     def __init__(self, plane: ControlPlane, now: Callable[[], float]) -> None:
         self.registry = CollectorRegistry()
@@ -49,7 +49,9 @@ class Metrics:
             buckets=(0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0),
             registry=r,
         )
-        r.register(_PlaneMetrics(plane, now))
+        self._plane = plane
+        self._now = now
+        r.register(self)
 
     def observe(self, record: RequestRecord, ending: RequestEnding) -> None:
         """Take in a request. Called exactly once for each, at its end."""
@@ -76,15 +78,8 @@ class Metrics:
         """Return the exposition text."""
         return generate_latest(self.registry)
 
-
-class _PlaneMetrics(Collector):
-    """Reads the control plane when scraped, so that no number is kept twice."""
-
-    def __init__(self, plane: ControlPlane, now: Callable[[], float]) -> None:
-        self._plane = plane
-        self._now = now
-
     def collect(self) -> Iterable[Metric]:
+        """See ``Collector.collect``."""
         plane = self._plane
         snapshot = plane.snapshot(self._now())
         in_flight, held = float(len(plane.requests)), float(plane.held_count)

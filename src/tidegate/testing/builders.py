@@ -57,11 +57,7 @@ def instance(
 ) -> Instance:
     """Return an instance of the size of an H100 with an 8B model."""
     return Instance(
-        instance_id,
-        kv_capacity_tokens,
-        max_model_len,
-        kv_bytes_per_token=131_072,
-        flippable=flippable,
+        instance_id, kv_capacity_tokens, max_model_len, kv_bytes_per_token=131_072, flippable=flippable
     )
 
 

@@ -147,7 +147,7 @@ class FakeEngine:
             _send(transport, {"error": {"message": message, "param": None}}, status=status)
             return
         kv = body.get("kv_transfer_params") or {}
-        prompt = body.get("prompt")
+        prompt: list[int] | str = body.get("prompt", "")
         if chat:
             prompt = kv.get("prompt_token_ids", "".join(m["content"] for m in body["messages"]))
         ids = prompt if isinstance(prompt, list) else list(prompt.encode())
