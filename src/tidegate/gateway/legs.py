@@ -129,7 +129,6 @@ class Legs(LiveRequest):
         turns out not to fit, and ClientGone.
         """
         call, dispatcher = self._call, self._dispatcher
-        now = dispatcher.clock.now()
         capabilities = upstream.member.capabilities
         # With nobody to pull or decline it, what vLLM pins is held until its lease ends: it fills the cache.
         wanted = capabilities.continues or len(dispatcher.upstreams) > 1
@@ -151,11 +150,11 @@ class Legs(LiveRequest):
             pin=pin,
             handle=loaded,
             salt=call.salt,
-            ticket=ticket.on_clock(-now) if ticket is not None and ordered else None,
+            ticket=ticket.on_clock(-self._clock.now()) if ticket is not None and ordered else None,
         )
         try:
             self.check_limit()
-            end = await upstream.engine.run(leg, self, deadline_s=self._left_s(now))
+            end = await upstream.engine.run(leg, self, deadline_s=self._left_s())
         except BaseException as error:
             # The answer may have been lost on the way: the engine then holds a pin nobody knows of.
             if pin:
@@ -202,12 +201,12 @@ class Legs(LiveRequest):
             pin=True,
             salt=self._call.salt,
         )
-        left_s = self._left_s(self._dispatcher.clock.now())
-        return (await holder.engine.run(leg, _Ignored(), deadline_s=min(EXPORT_S, left_s))).handle
+        end = await holder.engine.run(leg, _Ignored(), deadline_s=min(EXPORT_S, self._left_s()))
+        return end.handle
 
-    def _left_s(self, now: float) -> float:
+    def _left_s(self) -> float:
         """Return the seconds until the request's deadline. Raises EngineTimeout when it has passed."""
-        left_s = self.deadline_s - now
+        left_s = self.deadline_s - self._clock.now()
         if left_s <= 0:
             deadline_s = self._dispatcher.settings.request_deadline_s
             raise EngineTimeout(f"the request's deadline of {deadline_s:g} s has passed")
@@ -286,8 +285,9 @@ class Legs(LiveRequest):
         """See ``TokensSink.tokens``. Raises NotRepeated, ClientGone, EngineFault without the prompt's ids."""
         if tokens.prompt_token_ids is not None and self.prompt_ids is None and self.upstream is not None:
             self._learn_prompt(tokens.prompt_token_ids, self.upstream)
-        if self.refusal is not None:
-            return self._stop()
+        self.stopped = self.refusal is not None
+        if self.stopped:
+            return True
         engine_ended = tokens.finish_reason is not None
         if tokens.token_ids:
             if self.prompt_ids is None:
@@ -316,8 +316,8 @@ class Legs(LiveRequest):
             self._answer.tokens(tokens)
         if engine_ended or self._handing_over:
             return False
-        found = stops is not None and stops.found is not None
-        return self._stop() if found or self._may_migrate() else False
+        self.stopped = (stops is not None and stops.found is not None) or self._may_migrate()
+        return self.stopped
 
     def plain(self, text: str, token_ids: list[int]) -> bool:
         """See ``TokensSink.plain``. Raises NotRepeated and ClientGone."""
@@ -334,14 +334,12 @@ class Legs(LiveRequest):
             if self.finish_reason is not None:
                 last = Tokens(text, token_ids, None, self.finish_reason, self.stop_reason, self.prompt_ids)
                 self._answer.tokens(last)
-                return self._stop()
+                self.stopped = True
+                return True
         self._answer.plain(text, token_ids)
-        return self._stop() if self.migrate is not None and self._may_migrate() else False
-
-    def _stop(self) -> bool:
-        """Note that the leg is ended from here."""
-        self.stopped = True
-        return True
+        if self.migrate is not None:
+            self.stopped = self._may_migrate()
+        return self.stopped
 
     def _until_stop(self, joint: Continuation, stops: StopStrings, text: str) -> str:
         """Return the text up to a stop string, which ends the request; all that is left when it has ended."""

@@ -88,19 +88,14 @@ class Watched:
         self.load: VllmMetrics | None = None
         self.read_at_s = 0.0
         self.task: asyncio.Task[None] | None = None
-        self._kept: deque[tuple[float, int]] = deque()
-        self._kept_tokens = 0
-
-    def keep(self, tokens: int, until_s: float) -> None:
-        """Take note of KV that may stay pinned until then."""
-        self._kept.append((until_s, tokens))
-        self._kept_tokens += tokens
+        self.kept: deque[tuple[float, int]] = deque()
+        """Until when KV of ended requests may stay pinned, and its tokens."""
 
     def kept_tokens(self, now: float) -> int:
         """Return the KV that ended requests may still pin."""
-        while self._kept and self._kept[0][0] <= now:
-            self._kept_tokens -= self._kept.popleft()[1]
-        return self._kept_tokens
+        while self.kept and self.kept[0][0] <= now:
+            self.kept.popleft()
+        return sum(tokens for _, tokens in self.kept)
 
 
 class LoadWatch(Collector):
@@ -170,7 +165,7 @@ class LoadWatch(Collector):
         """Say that a stream which pulled KV ended on an instance: vLLM keeps its KV for a moment."""
         watched = self.watched.get(instance_id)
         if watched is not None:
-            watched.keep(tokens, self._clock.now() + KEPT_S)
+            watched.kept.append((self._clock.now() + KEPT_S, tokens))
 
     # what it holds
 

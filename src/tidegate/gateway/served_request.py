@@ -162,15 +162,13 @@ class ServedRequest:
     ) -> LegEnd:
         """Run all that is left, on ``upstream`` first, then wherever migrations take it."""
         legs = self.legs
-        while True:
-            end = await legs.run(upstream, handle=handle, ticket=ticket)
-            if legs.finish_reason is not None:
-                return end
+        end = await legs.run(upstream, handle=handle, ticket=ticket)
+        while legs.finish_reason is None:
             assert legs.migrate is not None, "a leg that does not hand over ends early only to migrate"
             upstream, end = await self._move(upstream, legs.migrate.dst)
-            if legs.finish_reason is not None:
-                return end
-            handle, ticket = end.handle, None
+            if legs.finish_reason is None:
+                end = await legs.run(upstream, handle=end.handle)
+        return end
 
     async def _move(self, src: Upstream, dst_id: str) -> tuple[Upstream, LegEnd]:
         """Have the source pin what the stream has so far; return where to go on, and the end of that leg.

@@ -7,7 +7,6 @@ of it measures what stands in between.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import sys
 from collections.abc import Callable
@@ -16,6 +15,8 @@ from typing import cast
 
 import httptools
 import orjson
+import typer
+import uvloop
 
 from tidegate.core.errors import TidegateError
 from tidegate.protocol.bodies import parse_object
@@ -246,17 +247,10 @@ async def _serve(port: int, engine_id: str, step_s: float) -> None:
     await asyncio.Event().wait()
 
 
-def main() -> None:
+def main(port: int = 0, engine_id: str = "fake", step_ms: float = 0.0) -> None:
     """Run one fake engine until killed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--port", type=int, default=0)
-    parser.add_argument("--engine-id", default="fake")
-    parser.add_argument("--step-ms", type=float, default=0.0)
-    args = parser.parse_args()
-    import uvloop
-
-    uvloop.run(_serve(args.port, args.engine_id, args.step_ms / 1000.0))
+    uvloop.run(_serve(port, engine_id, step_ms / 1000.0))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -39,22 +39,18 @@ class GivenFleet:
         """Report an instance up, under a new URL if given."""
         self.urls[name] = url or self.urls[name]
         role = self.fixed.get(name)
-        instance = Instance(
-            name, kv_capacity_tokens=1 << 30, max_model_len=self._context, flippable=role is None
+        member = Member(
+            Instance(name, 1 << 30, self._context, flippable=role is None),
+            self.urls[name],
+            self._model,
+            engine_id=name,
+            profile=self._profile,
+            secret="s3",
+            capabilities=self.capabilities,
+            fixed_role=role,
         )
         assert self.listener is not None
-        self.listener.member_up(
-            Member(
-                instance,
-                self.urls[name],
-                self._model,
-                engine_id=name,
-                profile=self._profile,
-                secret="s3",
-                capabilities=self.capabilities,
-                fixed_role=role,
-            )
-        )
+        self.listener.member_up(member)
 
     def down(self, name: str) -> None:
         """Report an instance down."""
