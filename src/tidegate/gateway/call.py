@@ -1,4 +1,4 @@
-"""A client's request, understood once: what it asks for, and what both legs must be told."""
+"""A client's request, understood once: what it asks for, and what all its legs carry."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STATEFUL = (
 """Fields that look at what was generated, which for a leg that goes on is a part of its prompt."""
 
 CHARS_PER_TOKEN = 4.0
-"""First guess for text prompts, until engines have told lengths (a common rule of thumb)."""
+"""First guess for text prompts, until engines have reported lengths (a common rule of thumb)."""
 BLOCK_TOKENS = 64
 """Tokens of a block where the prompt comes as ids (ours): four of vLLM's, so that long prompts stay cheap."""
 BLOCK_CHARS = 256

@@ -59,7 +59,7 @@ Command = RunPrefill | RunDecode | GiveUp | Held
 
 
 class Served(Protocol):
-    """A request that the gateway serves: what it is told to do next."""
+    """A request that the gateway serves, which takes the effects about it."""
 
     def command(self, command: Command) -> None:
         """Take what the control plane decided for this request."""

@@ -266,7 +266,7 @@ class LoadWatch(Collector):
                 self.drifts.setdefault(watched.id, Counter())[drift.kind] += 1
                 self._metrics.load_drift.labels(watched.id, kind).inc()
                 log.warning(
-                    "%s differs from the ledger in %s: %s told, %s known",
+                    "%s differs from the ledger in %s: the engine says %s, the ledger %s",
                     *(watched.id, kind, drift.engine, drift.ledger),
                 )
                 if drift.kind is Difference.MISSING:

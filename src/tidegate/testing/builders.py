@@ -92,7 +92,7 @@ def cluster(
 
 
 class VirtualClock:
-    """A Clock that stands still until told to move."""
+    """A Clock that stands still until a test moves it."""
 
     def __init__(self, now: float = 0.0) -> None:
         self._now = now

@@ -1,4 +1,4 @@
-"""A fleet for tests: members that go up and down when told."""
+"""A fleet for tests: members that a test takes up and down."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class GivenFleet:
     def down(self, name: str) -> None:
         """Report an instance down."""
         assert self.listener is not None
-        self.listener.member_down(name, "told so")
+        self.listener.member_down(name, "taken down")
 
     def suspect(self, instance_id: str) -> None:
         self.suspected.append(instance_id)
