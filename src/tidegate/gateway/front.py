@@ -95,9 +95,10 @@ class Front:
     def application(self) -> web.Application:
         """Return the aiohttp application."""
         limit = self._settings.max_body_bytes
-        app = web.Application(
-            client_max_size=limit, middlewares=[answering_errors(limit, self._count), self._check_key]
-        )
+        middlewares = [answering_errors(limit, self._count)]
+        if self._settings.api_key:
+            middlewares.append(self._check_key)
+        app = web.Application(client_max_size=limit, middlewares=middlewares)
         app.router.add_post("/v1/completions", partial(self.completions, chat=False))
         app.router.add_post("/v1/chat/completions", partial(self.completions, chat=True))
         app.router.add_get("/v1/models", self.models)
@@ -120,7 +121,7 @@ class Front:
 
     @web.middleware
     async def _check_key(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if self._settings.api_key and request.path.startswith(GUARDED):
+        if request.path.startswith(GUARDED):
             check_bearer(request, self._settings.api_key)
         return await handler(request)
 
