@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from array import array
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tests.bench.fake_openai import DEFAULTS, FakeOpenAI, Offer, serving
 from tidegate.bench import BenchSettings
 from tidegate.bench.client import LoadClient
 from tidegate.bench.endpoint import Endpoint
-from tidegate.bench.recorder import Recorder
+from tidegate.bench.run import Recorder
 from tidegate.bench.settings import PromptForm
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
@@ -89,8 +90,8 @@ async def test_every_end_is_recorded_once_and_misses_count(offer: Offer, tmp_pat
 
 def test_a_killed_client_leaves_what_had_finished(tmp_path: Path) -> None:
     out = tmp_path / "run.jsonl"
-    with Recorder(Slo(), out.open("w")) as recorder:
-        recorder.header({"model": "fake"})
+    with closing(Recorder(Slo(), out.open("w"))) as recorder:
+        recorder.write({"type": "bench", "model": "fake"})
         recorder.add(RequestResult(0, 0.0, 5, 3, "ok", 0.0, 200, ttft_s=0.1), array("d"))
         on_disk = read_results(out)
     assert [r.ttft_s for r in on_disk.results] == [0.1]

@@ -23,11 +23,10 @@ from tidegate.engines.seam import KvHandle, Leg, LegEnd, LegTimes, TokensSink
 from tidegate.engines.serving.types import GenerateRequest, KvSource, Output, SamplingParams
 from tidegate.fleet.member import Member
 from tidegate.gateway import dispatcher as dispatcher_module
-from tidegate.gateway.call import read_call
+from tidegate.gateway.call import TokenEstimate, read_call
 from tidegate.gateway.dispatcher import Dispatcher
 from tidegate.gateway.served_request import ServedRequest
 from tidegate.gateway.settings import GatewaySettings
-from tidegate.gateway.token_estimate import TokenEstimate
 from tidegate.gateway.upstream import Upstream
 from tidegate.journal.writer import JournalWriter
 from tidegate.policies.order import Order

@@ -15,7 +15,7 @@ from tidegate.dataplane.roster import parse_groups, replicas_in
 from tidegate.engines.emulated.host import Host
 from tidegate.engines.emulated.vocabulary import answer
 from tidegate.engines.serving.types import GenerateRequest, KvSource, Output, PinnedKv, SamplingParams
-from tidegate.testing.clock import VirtualClock
+from tidegate.testing import VirtualClock
 
 NAME = "h100_sxm/llama-3.1-8b"
 PACKAGED = packaged_profile(NAME)

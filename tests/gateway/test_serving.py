@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from pathlib import Path
 
 import orjson
 import pytest
 
 from tests.gateway.gateway_cluster import Start
+from tidegate.gateway.legs import Legs
+from tidegate.gateway.served_request import ServedRequest
 from tidegate.testing.chaos import Forced
 from tidegate.testing.fake_engine import text_of, token_at
 
@@ -41,6 +44,25 @@ async def test_every_system_returns_the_same_tokens_streamed_and_whole(start: St
     assert len({e["id"] for e in events}) == 1
     cluster.gateway.dispatcher.plane.ledger.check_integrity()
     assert cluster.live() == 0
+
+
+async def test_a_request_that_ended_holds_nothing_that_only_a_collection_would_free(start: Start) -> None:
+    cluster = await start("static")
+    body = {"prompt": PROMPT, "max_tokens": 3, "temperature": 0}
+    await cluster.stream(body)  # what is made once
+
+    def kept() -> int:
+        return sum(isinstance(each, ServedRequest | Legs) for each in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = kept()
+        for _ in range(10):
+            await cluster.stream(body)
+        await cluster.until(lambda: kept() <= before)
+    finally:
+        gc.enable()
 
 
 async def test_both_legs_carry_the_same_ids_and_the_same_seed(start: Start) -> None:

@@ -5,27 +5,126 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
+from typing import Any
 
 import aiohttp
 import numpy as np
 import orjson
 
-from tidegate.bench.answer import BrokenAnswer, TimedAnswer
 from tidegate.bench.endpoint import Endpoint
 from tidegate.bench.settings import BenchSettings
 from tidegate.core.clock import Clock, WallClock
 from tidegate.measure.results import RequestResult, Status
-from tidegate.protocol.chunks import SseParser
+from tidegate.protocol.chunks import DONE, SseParser, error_text
 from tidegate.workloads.trace import TraceRecord
 
 PREPARED_AHEAD = 64
 SLACK_S = 0.005
 """Prompts are made ahead only while the next send is at least this far away."""
 
+_DONE = DONE.removeprefix(b"data:").strip()
+
 OnResult = Callable[[RequestResult, "array[float]"], None]
+
+
+class BrokenAnswer(Exception):
+    """The stream carried an error, was not what it should be, or ended before its end."""
+
+
+class TimedAnswer:
+    """Reads the payloads of a completions or chat stream as they arrive.
+
+    A chunk counts as tokens when it has text, reasoning, tool calls or token ids; in completions
+    also when it is empty but not the last (a token that does not complete a character). Times are
+    whatever clock the caller passes to ``take``.
+    """
+
+    __slots__ = (
+        "chat", "chunks", "completion_tokens", "finish_reason", "finish_s", "first_s", "gaps_s", "last_s",
+        "prompt_tokens",
+    )  # fmt: skip
+
+    def __init__(self, *, chat: bool) -> None:
+        self.chat = chat
+        self.first_s: float | None = None
+        self.last_s = 0.0
+        self.gaps_s = array("d")
+        self.chunks = 0
+        self.finish_reason: str | None = None
+        self.finish_s = 0.0
+        self.prompt_tokens: int | None = None
+        self.completion_tokens: int | None = None
+
+    def take(self, payload: bytes, at_s: float) -> None:
+        """Account for one payload received at ``at_s``; raises BrokenAnswer."""
+        if payload == _DONE:
+            return
+        try:
+            chunk = orjson.loads(payload)
+            self._take_chunk(chunk, at_s)
+        except (orjson.JSONDecodeError, AttributeError, KeyError, IndexError, TypeError):
+            raise BrokenAnswer(f"not a completion chunk: {payload[:120].decode(errors='replace')}") from None
+
+    def _take_chunk(self, chunk: dict[str, Any], at_s: float) -> None:
+        error = chunk.get("error")
+        if error:
+            raise BrokenAnswer(error_text(chunk)[:300])
+        usage = chunk.get("usage")
+        if usage:
+            self.prompt_tokens = usage.get("prompt_tokens")
+            self.completion_tokens = usage.get("completion_tokens")
+        choices = chunk.get("choices")
+        if not choices:
+            return
+        choice = choices[0]
+        finish_reason = choice.get("finish_reason")
+        if self._has_token(choice, finish_reason):
+            self._token(at_s)
+        if finish_reason:
+            self.finish_reason, self.finish_s = finish_reason, at_s
+
+    def _has_token(self, choice: dict[str, Any], finish_reason: str | None) -> bool:
+        if choice.get("token_ids"):
+            return True
+        if not self.chat:
+            return bool(choice.get("text")) or finish_reason is None
+        delta = choice.get("delta") or {}
+        return any(delta.get(k) for k in ("content", "reasoning_content", "reasoning", "tool_calls"))
+
+    def _token(self, at_s: float) -> None:
+        if self.first_s is None:
+            self.first_s = at_s
+        else:
+            self.gaps_s.append(at_s - self.last_s)
+        self.last_s = at_s
+        self.chunks += 1
+
+    def close(self) -> None:
+        """Check that the answer is complete, once the stream has ended; raises BrokenAnswer.
+
+        An empty closing chunk stands for a token (the end-of-sequence one) when the server counts
+        more tokens than it sent chunks.
+        """
+        if self.finish_reason is None:
+            raise BrokenAnswer("the stream ended without a finish_reason")
+        if self.finish_s > self.last_s and (self.completion_tokens or 0) > self.chunks:
+            self._token(self.finish_s)
+        if self.first_s is None:
+            raise BrokenAnswer("the answer holds no token")
+
+    @property
+    def output_tokens(self) -> int:
+        """Return the server's count of tokens, else the number of chunks that carried some."""
+        return self.chunks if self.completion_tokens is None else self.completion_tokens
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Return (last - first)/(tokens - 1), None for one token or none."""
+        tokens = self.output_tokens
+        return None if self.first_s is None or tokens < 2 else (self.last_s - self.first_s) / (tokens - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +182,9 @@ class LoadClient:
             raise ended[0]
 
     async def _drive(self, records: Sequence[TraceRecord]) -> None:
-        await self._send_all(iter(enumerate(records)))
-        while self._tasks and self._fault is None:
-            self._idle.clear()
-            await self._idle.wait()
-
-    async def _send_all(self, source: Iterator[tuple[int, TraceRecord]]) -> None:
-        ready = deque(self._prepare(*pair) for pair in islice(source, PREPARED_AHEAD))
+        """Send every record at its time, then wait for the answers."""
+        source = map(self._prepare, count(), records)
+        ready = deque(islice(source, PREPARED_AHEAD))
         self._start_s = self._clock.now()
         while ready and self._fault is None:
             due_s = self._start_s + ready[0].record.arrival_s
@@ -97,15 +192,15 @@ class LoadClient:
                 following = next(source, None)
                 if following is None:
                     break
-                ready.append(self._prepare(*following))
+                ready.append(following)
                 await asyncio.sleep(0)
             # Sleeping for 0 in a burst lets answers be read between two sends.
             await asyncio.sleep(max(0.0, due_s - self._clock.now()))
             self._send(ready.popleft())
-            if not ready:
-                following = next(source, None)
-                if following is not None:
-                    ready.append(self._prepare(*following))
+            ready.extend(islice(source, 0 if ready else 1))
+        while self._tasks and self._fault is None:
+            self._idle.clear()
+            await self._idle.wait()
 
     def _prepare(self, index: int, record: TraceRecord) -> _Prepared:
         prompt = self._endpoint.prompts.prompt(record, index)
@@ -126,7 +221,9 @@ class LoadClient:
         try:
             if task.cancelled():
                 # Cancelled before its first step: it never left.
-                self._on_result(self._result(item, self._now_s(), "interrupted"), array("d"))
+                answer = TimedAnswer(chat=self._settings.chat)
+                result = self._result(item, self._now_s(), "interrupted", None, "", answer)
+                self._on_result(result, answer.gaps_s)
             else:
                 self._on_result(*task.result())
         except Exception as fault:
@@ -176,13 +273,12 @@ class LoadClient:
         item: _Prepared,
         sent_s: float,
         status: Status,
-        http_status: int | None = None,
-        error: str = "",
-        answer: TimedAnswer | None = None,
+        http_status: int | None,
+        error: str,
+        answer: TimedAnswer,
     ) -> RequestResult:
         record = item.record
-        seen = answer or TimedAnswer(chat=self._settings.chat)
-        gaps_s = np.array(seen.gaps_s)
+        gaps_s = np.array(answer.gaps_s)
         return RequestResult(
             index=item.index,
             scheduled_ms=round(record.arrival_s * 1000.0, 3),
@@ -192,14 +288,14 @@ class LoadClient:
             status=status,
             http_status=http_status,
             error=error,
-            ttft_s=None if seen.first_s is None else seen.first_s - record.arrival_s,
-            tpot_s=seen.tpot_s,
-            e2e_s=(seen.last_s if status == "ok" else self._now_s()) - record.arrival_s,
+            ttft_s=None if answer.first_s is None else answer.first_s - record.arrival_s,
+            tpot_s=answer.tpot_s,
+            e2e_s=(answer.last_s if status == "ok" else self._now_s()) - record.arrival_s,
             itl_p99_s=float(np.percentile(gaps_s, 99)) if gaps_s.size else None,
             itl_max_s=float(gaps_s.max()) if gaps_s.size else None,
-            prompt_tokens=seen.prompt_tokens,
-            output_tokens=seen.output_tokens,
-            finish_reason=seen.finish_reason,
+            prompt_tokens=answer.prompt_tokens,
+            output_tokens=answer.output_tokens,
+            finish_reason=answer.finish_reason,
             session_id=record.session_id,
             turn=record.turn,
         )

@@ -38,13 +38,13 @@ async def probe_endpoint(session: aiohttp.ClientSession, settings: BenchSettings
     and none was named, or does not accept the prompt form that was asked for.
     """
     client = VllmClient(session, settings.base, deadline_s=PROBE_TIMEOUT_S, headers=settings.headers())
-    model = settings.model or await _only_model(client)
+    model, path = settings.model or await _only_model(client), settings.completion_path
     if not settings.chat and settings.prompt_form != PromptForm.TEXT:
         refusal = ""
         for vocab in VOCABULARIES:
             prompts = TokenPrompts(vocab, low=min(1000, vocab // 8), seed=settings.seed)
             ids = [prompts.low, *range(vocab - 7, vocab)]
-            reply = await _complete(client, settings, model, list(ids))
+            reply = await _ask(client, path, settings.body(model, ids, 1, stream=False))
             if reply.status == 200 and _prompt_tokens(reply) == len(ids):
                 return Endpoint(model, prompts)
             refusal = refusal or reply.error
@@ -56,9 +56,9 @@ async def probe_endpoint(session: aiohttp.ClientSession, settings: BenchSettings
 
 
 async def _calibrated_text(client: VllmClient, settings: BenchSettings, model: str) -> Endpoint:
-    counted = []
+    path, counted = settings.completion_path, []
     for count in PROBE_WORDS:
-        reply = await _complete(client, settings, model, words(count))
+        reply = await _ask(client, path, settings.body(model, words(count), 1, stream=False))
         if reply.status != 200:
             raise ConfigError(f"{settings.completion_url} refused a probe: {reply.error}")
         counted.append(_prompt_tokens(reply))
@@ -87,13 +87,6 @@ async def _only_model(client: VllmClient) -> str:
             f"{url} lists several models; choose one with --model: {', '.join(map(str, names))}"
         )
     return str(names[0])
-
-
-async def _complete(
-    client: VllmClient, settings: BenchSettings, model: str, prompt: str | list[int]
-) -> Reply:
-    path = settings.completion_url.removeprefix(settings.base)
-    return await _ask(client, path, settings.body(model, prompt, 1, stream=False))
 
 
 async def _ask(client: VllmClient, path: str, body: dict[str, Any] | None = None) -> Reply:

@@ -6,30 +6,68 @@ import asyncio
 import resource
 import signal
 import time
+from array import array
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TextIO
 
 import aiohttp
+import orjson
 import uvloop
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tidegate import __version__
 from tidegate.bench.client import LoadClient
 from tidegate.bench.endpoint import Endpoint, probe_endpoint
-from tidegate.bench.progress import show_progress
-from tidegate.bench.recorder import Recorder
 from tidegate.bench.settings import BenchSettings
 from tidegate.core.errors import ConfigError
+from tidegate.core.slo import Slo
 from tidegate.measure.attainment import DEFAULT_LEVEL
 from tidegate.measure.percentiles import summarize
+from tidegate.measure.results import RequestResult
 from tidegate.reports.bench_report import BenchReport, build_bench_report
 from tidegate.workloads.trace import TraceRecord
 
 # Below the 5 s after which uvicorn (vLLM's server) closes an idle connection: reusing one that the
 # server is closing would count as a failed request.
 KEEPALIVE_S = 4.0
+REFRESH_S = 0.25
+
+
+class Recorder:
+    """Collects results and token gaps; with a file, every result is on disk when ``add`` returns."""
+
+    def __init__(self, slo: Slo, out: TextIO | None = None) -> None:
+        self.slo = slo
+        self.results: list[RequestResult] = []
+        self.gaps_s = array("d")
+        self.failed = 0
+        self.attained = 0
+        self._out = out
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._out is not None:
+            self._out.close()
+
+    def add(self, result: RequestResult, gaps_s: array[float]) -> None:
+        """Record one finished request."""
+        self.results.append(result)
+        if result.ok:
+            self.gaps_s.extend(gaps_s)
+            self.attained += result.ttft_s is not None and self.slo.attained(result.ttft_s, result.tpot_s)
+        elif result.status != "interrupted":
+            self.failed += 1
+        self.write(result.to_json())
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Write a line of the file."""
+        if self._out is not None:
+            self._out.write(orjson.dumps(line).decode() + "\n")
+            self._out.flush()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +135,14 @@ async def run_bench(
         connector=connector, timeout=aiohttp.ClientTimeout(total=None, sock_connect=None)
     ) as session:
         endpoint = await _probe(session, settings, stop)
-        with _recorder(settings, out) as recorder:
-            recorder.header(
+        try:
+            file = None if out is None else out.open("w", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot write {out}: {error.strerror or error}") from None
+        with closing(Recorder(settings.slo, file)) as recorder:
+            recorder.write(
                 {
+                    "type": "bench",
                     "version": __version__,
                     "started_unix_s": time.time(),
                     "url": settings.base,
@@ -113,42 +156,35 @@ async def run_bench(
                 }
             )
             client = LoadClient(session, settings, endpoint, recorder.add)
-            await _run_with_progress(client, recorder, records, stop, console)
+            shown = None
+            if console is not None and console.is_terminal:
+                shown = asyncio.create_task(_show_progress(console, client, recorder, len(records)))
+            try:
+                await client.run(records, stop)
+            finally:
+                if shown is not None:
+                    shown.cancel()
+                    await asyncio.wait([shown])
+            gaps_s = summarize(recorder.gaps_s)
             report = build_bench_report(
-                recorder.results,
-                settings.slo,
-                level=level,
-                itl_s=summarize(recorder.gaps_s),
-                notes=endpoint.notes,
+                recorder.results, settings.slo, level=level, itl_s=gaps_s, notes=endpoint.notes
             )
-            recorder.summary(report.to_json())
+            recorder.write({"type": "summary", **report.to_json()})
     return BenchRun(report, endpoint.model, endpoint.prompt_form.value, stop.is_set())
 
 
-async def _run_with_progress(
-    client: LoadClient,
-    recorder: Recorder,
-    records: Sequence[TraceRecord],
-    stop: asyncio.Event,
-    console: Console | None,
-) -> None:
-    shown = None
-    if console is not None and console.is_terminal:
-        shown = asyncio.create_task(show_progress(console, client, recorder, len(records)))
-    try:
-        await client.run(records, stop)
-    finally:
-        if shown is not None:
-            shown.cancel()
-            with suppress(asyncio.CancelledError):
-                await shown
-
-
-def _recorder(settings: BenchSettings, out: Path | None) -> Recorder:
-    try:
-        return Recorder(settings.slo, None if out is None else out.open("w", encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot write {out}: {error.strerror or error}") from None
+async def _show_progress(console: Console, client: LoadClient, recorder: Recorder, total: int) -> None:
+    """Redraw until cancelled: requests ended of all, in flight, failed, attained so far."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
+        task = progress.add_task("starting", total=total)
+        while True:
+            ended = len(recorder.results)
+            share = f", {100 * recorder.attained / ended:.1f} % attained" if ended else ""
+            text = f"{client.sent} sent, {client.in_flight} in flight, {recorder.failed} failed{share}"
+            progress.update(task, completed=ended, description=text)
+            progress.refresh()
+            await asyncio.sleep(REFRESH_S)
 
 
 def _raise_open_file_limit() -> None:

@@ -55,8 +55,12 @@ class BenchSettings:
         return self.url.rstrip("/").removesuffix("/v1")
 
     @property
+    def completion_path(self) -> str:
+        return f"/v1/{'chat/completions' if self.chat else 'completions'}"
+
+    @property
     def completion_url(self) -> str:
-        return f"{self.base}/v1/{'chat/completions' if self.chat else 'completions'}"
+        return self.base + self.completion_path
 
     def headers(self) -> dict[str, str]:
         """Return the headers of every request; compression is declined, for it would delay tokens."""

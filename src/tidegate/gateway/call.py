@@ -1,17 +1,18 @@
-"""A client's request, understood once: what it asks for, and what both legs must be told."""
+"""A client's request, understood once: what it asks for, and what all its legs carry."""
 
 from __future__ import annotations
 
 import hashlib
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tidegate.core.errors import BadRequest, ConfigError
 from tidegate.core.slo import Slo
 from tidegate.protocol.bodies import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, parse_body
+from tidegate.signals.prefix import PromptBlocks
 
 Json = dict[str, Any]
 
@@ -31,6 +32,15 @@ STATEFUL = (
     *("repetition_detection", "thinking_token_budget", "vllm_xargs"),
 )
 """Fields that look at what was generated, which for a leg that goes on is a part of its prompt."""
+
+CHARS_PER_TOKEN = 4.0
+"""First guess for text prompts, until engines have reported lengths (a common rule of thumb)."""
+BLOCK_TOKENS = 64
+"""Tokens of a block where the prompt comes as ids (ours): four of vLLM's, so that long prompts stay cheap."""
+BLOCK_CHARS = 256
+"""Characters of a block where it comes as text (ours): about as long."""
+MOST_BLOCKS = 4096
+"""Blocks of a prompt that are looked at (ours): hashing a huge body whole would hold up every stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,3 +159,36 @@ def _slo(headers: Mapping[str, str], default: Slo) -> Slo:
         except (ValueError, ConfigError):
             raise BadRequest(f"header {header}: {text!r} is not a positive number", param=header) from None
     return slo
+
+
+class TokenEstimate:
+    """Guesses a text prompt's token count from the prompts seen so far."""
+
+    def __init__(self) -> None:
+        self._chars_per_token = CHARS_PER_TOKEN
+
+    def tokens(self, chars: int) -> int:
+        """Return the expected length, at least 1."""
+        return max(1, round(chars / self._chars_per_token))
+
+    def observe(self, chars: int, tokens: int) -> None:
+        """Learn from a prompt whose length became known."""
+        if chars and tokens:
+            self._chars_per_token += 0.2 * (chars / tokens - self._chars_per_token)
+
+
+def prompt_blocks(call: Call, estimate: TokenEstimate) -> PromptBlocks:
+    """Return the prompt's whole blocks. Prompts of different tenants or salts share none."""
+    key = hash((call.tenant, call.salt, call.model, call.chat))
+    if isinstance(call.prompt, list):
+        return PromptBlocks(tuple(_chain(key, call.prompt, BLOCK_TOKENS)), BLOCK_TOKENS)
+    text = call.prompt or "" if call.messages is None else repr(call.messages)
+    tokens = float(estimate.tokens(BLOCK_CHARS))
+    return PromptBlocks(tuple(_chain(key, text, BLOCK_CHARS)), tokens)
+
+
+def _chain(key: int, prompt: list[int] | str, length: int) -> Iterator[int]:
+    for start in range(0, min(len(prompt) - length + 1, MOST_BLOCKS * length), length):
+        block = prompt[start : start + length]
+        key = hash((key, block if isinstance(block, str) else tuple(block)))
+        yield key

@@ -8,6 +8,7 @@ begun, or earlier; what it then says again is checked and left out.
 from __future__ import annotations
 
 from tidegate.core.errors import NotRepeated
+from tidegate.gateway.call import Call
 from tidegate.protocol.chunks import Json, Tokens
 from tidegate.protocol.stop_strings import StopStrings
 
@@ -24,7 +25,7 @@ class Continuation:
     """
 
     __slots__ = (
-        *("_again_ids", "_again_text", "_ends", "_out_ids", "_search_after_tokens", "_told", "_whole"),
+        *("_again_ids", "_again_text", "_ends", "_out_ids", "_search_after_tokens", "_delivered", "_whole"),
         *("clean", "stops"),
     )
 
@@ -33,7 +34,7 @@ class Continuation:
     ) -> None:
         self._search_after_tokens = search_after_tokens
         self._out_ids = out_ids
-        self._told: list[str] = []
+        self._delivered: list[str] = []
         self._ends: list[int] = []
         self._again_ids: list[int] = []
         self._again_text = ""
@@ -45,19 +46,14 @@ class Continuation:
 
     def begin(self, base: int) -> None:
         """Expect a leg that goes on behind the first ``base`` ids, and so says those behind them again."""
-        told = "".join(self._told)
-        self._told = [told]
+        delivered = "".join(self._delivered)
+        self._delivered = [delivered]
         self._again_ids = self._out_ids[base:]
-        self._again_text = told[self._ends[base - 1] if base else 0 :]
-
-    @property
-    def again(self) -> bool:
-        """Whether the leg still repeats what an earlier one said."""
-        return bool(self._again_ids or self._again_text)
+        self._again_text = delivered[self._ends[base - 1] if base else 0 :]
 
     def plain(self, text: str, token_ids: list[int]) -> tuple[str, list[int]]:
         """Return what is new in a piece. Raises NotRepeated when the leg says something else than before."""
-        if self.again:
+        if self._again_ids or self._again_text:
             token_ids = self._new_ids(token_ids)
             text = self._new_text(text)
         self._note(text, token_ids)
@@ -68,7 +64,7 @@ class Continuation:
         next leg, as is what a parser made of it."""
         text, ids, logprobs = tokens.text, tokens.token_ids, tokens.logprobs
         delta = tokens.delta
-        if self.again:
+        if self._again_ids or self._again_text:
             ids = self._new_ids(ids)
             logprobs = _last_rows(logprobs, len(ids), len(tokens.token_ids))
             text = self._new_text(text)
@@ -85,7 +81,7 @@ class Continuation:
         """Remember what is delivered; the caller appends the ids to its list right after."""
         end = (self._ends[-1] if self._ends else 0) + len(text)
         if text:
-            self._told.append(text)
+            self._delivered.append(text)
         if token_ids:
             self._ends += [end] * len(token_ids)
         elif self._ends:
@@ -130,3 +126,56 @@ def _last_rows(logprobs: Json | None, new: int, of: int) -> Json | None:
     if logprobs is None or new == of:
         return logprobs
     return {key: rows[of - new :] if isinstance(rows, list) else rows for key, rows in logprobs.items()}
+
+
+# the sampling fields of a leg: the client's, changed so that all legs together sample as one would
+
+
+def continuing(call: Call, generated: int, most: int | None) -> Json:
+    """Return the fields of a leg of at most ``most`` tokens on an engine that continues earlier legs, behind
+    ``generated`` tokens: ``min_tokens`` asks no more of it than it may generate."""
+    wanted = call.sampling.get("min_tokens")
+    if wanted and most is not None:
+        return call.sampling | {"min_tokens": min(wanted, generated + most)}
+    return call.sampling
+
+
+def beginning(call: Call, generated: int, most: int | None) -> Json:
+    """Return the fields of a leg on an engine that takes the first ``generated`` tokens for its prompt's.
+
+    Its ``min_tokens`` counts from the leg's start. It says stop strings, which the gateway leaves out. A seed
+    of ours differs from leg to leg, so that random numbers do not repeat.
+    """
+    sampling, changed = call.sampling, Json()
+    if wanted := sampling.get("min_tokens"):
+        left = wanted - generated
+        changed["min_tokens"] = max(0, left if most is None else min(left, most))
+    if "seed" in sampling and not call.seeded:
+        changed["seed"] = sampling["seed"] + generated
+    if not call.stops:
+        return sampling | changed
+    if engines_stop(call):
+        return sampling | changed | {"include_stop_str_in_output": True}
+    dropped = ("stop", "include_stop_str_in_output")
+    return {name: value for name, value in (sampling | changed).items() if name not in dropped}
+
+
+def engines_stop(call: Call) -> bool:
+    """Tell whether engines are given the stop strings, to say them.
+
+    An engine that is busy sends several tokens in a piece, and only it knows which of them is the last one.
+    But it would say the text of a stop token, too, and nobody could tell that from the answer's.
+    """
+    sampling = call.sampling
+    if sampling.get("include_stop_str_in_output"):
+        return True
+    return not sampling.get("stop_token_ids") and sampling.get("skip_special_tokens") is not False
+
+
+def continuation(call: Call, out_ids: list[int]) -> Continuation:
+    """Return what puts the call's legs together on engines that know nothing of earlier ones."""
+    if not call.stops:
+        return Continuation(out_ids, None)
+    stops = StopStrings(call.stops, include=bool(call.sampling.get("include_stop_str_in_output")))
+    least = call.sampling.get("min_tokens") or 0
+    return Continuation(out_ids, stops, search_after_tokens=None if engines_stop(call) else least)

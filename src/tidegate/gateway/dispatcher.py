@@ -31,7 +31,6 @@ from tidegate.costs.forms import MixedCost, PrefillCost, StepCost, TransferCost
 from tidegate.costs.profile import Profile
 from tidegate.fleet.member import FleetControl, Member
 from tidegate.gateway.drift import FleetDrift
-from tidegate.gateway.load_view import LoadGauges
 from tidegate.gateway.loads import LoadWatch
 from tidegate.gateway.metrics import Metrics
 from tidegate.gateway.sessions import Conversations
@@ -60,7 +59,7 @@ Command = RunPrefill | RunDecode | GiveUp | Held
 
 
 class Served(Protocol):
-    """A request that the gateway serves: what it is told to do next."""
+    """A request that the gateway serves, which takes the effects about it."""
 
     def command(self, command: Command) -> None:
         """Take what the control plane decided for this request."""
@@ -74,7 +73,9 @@ class Served(Protocol):
 class Dispatcher:
     """The wall-time driver of one control plane. A ``FleetListener``.
 
-    ``upstreams`` are the instances that are up. ``flips`` counts labels that were rewritten.
+    ``upstreams`` are the instances that are up, ``models`` what they serve, and ``max_model_len`` is the
+    longest context that one of them offers (0 with none up). ``served`` are the requests by id, which take
+    their commands. ``flips`` counts labels that were rewritten.
     """
 
     def __init__(
@@ -97,17 +98,17 @@ class Dispatcher:
         self.stopping = False
         self.flips = 0
         self.upstreams: dict[str, Upstream] = {}
+        self.models: set[str] = set()
+        self.max_model_len = 0
         self.metrics = Metrics(self.plane, clock.now)
         self.drift = FleetDrift()
         self.metrics.registry.register(self.drift)
         self.loads = LoadWatch(self.plane, clock, journal, self.metrics, fleet.suspect, settings.load_every_s)
-        self.metrics.registry.register(LoadGauges(self.loads))
         self.handles = Handles(self.upstreams, self.metrics, self.background, fleet.suspect)
         self.sessions = Conversations()
         self._fleet = fleet
-        self._timers: set[asyncio.TimerHandle] = set()
         self._background: set[asyncio.Task[None]] = set()
-        self._served: dict[str, Served] = {}
+        self.served: dict[str, Served] = {}
 
     # what happens
 
@@ -115,6 +116,7 @@ class Dispatcher:
         """See ``FleetListener.member_up``."""
         instance = member.instance
         self.upstreams[instance.id] = connect(member, self.settings)
+        self._served_changed()
         self.drift.member_up(member)
         self.loads.follow(member)
         profile = member.profile or UNMEASURED
@@ -126,6 +128,7 @@ class Dispatcher:
         upstream = self.upstreams.pop(instance_id, None)
         if upstream is None:
             return
+        self._served_changed()
         self.drift.member_down(instance_id)
         self.loads.forget(instance_id)
         effects = self.plane.instance_down(instance_id, reason, self.clock.now())
@@ -144,14 +147,6 @@ class Dispatcher:
         """Execute actions that the system's controllers did not decide."""
         self.do(self.plane.act(actions, self.clock.now()))
 
-    def serve(self, request_id: str, served: Served) -> None:
-        """Have commands for a request go to ``served`` until ``served_out``."""
-        self._served[request_id] = served
-
-    def served_out(self, request_id: str) -> None:
-        """End what ``serve`` began."""
-        self._served.pop(request_id, None)
-
     # effects
 
     def do(self, effects: Effects) -> None:
@@ -159,9 +154,9 @@ class Dispatcher:
         for effect in effects:
             match effect:
                 case RunPrefill() | RunDecode() | GiveUp() | Held():
-                    self._served[effect.live.id].command(effect)
+                    self.served[effect.live.id].command(effect)
                 case StartMigration():
-                    self._served[effect.live.id].start_migration(effect)
+                    self.served[effect.live.id].start_migration(effect)
                 case WakeAt(at_s):
                     self._wake_in(at_s - self.clock.now())
                 case Flipped(_, _, after, reason):
@@ -187,28 +182,18 @@ class Dispatcher:
 
     async def stop(self) -> None:
         """Stop the periodic decisions and close every connection to the engines."""
-        for timer in self._timers:
-            timer.cancel()
-        self._timers.clear()
+        self.stopping = True
         await asyncio.gather(*self._background, return_exceptions=True)
         await self.loads.stop()
         for upstream in self.upstreams.values():
             upstream.engine.close("the gateway stops")
 
     def _wake_in(self, seconds: float) -> None:
-        if self.stopping:
-            return
-        timer: asyncio.TimerHandle | None = None
-
-        def wake() -> None:
-            if timer is not None:
-                self._timers.discard(timer)
-            self._tick()
-
-        timer = asyncio.get_running_loop().call_later(max(0.0, seconds), wake)
-        self._timers.add(timer)
+        asyncio.get_running_loop().call_later(max(0.0, seconds), self._tick)
 
     def _tick(self) -> None:
+        if self.stopping:
+            return
         now = self.clock.now()
         window_ended = self.plane.window_ends_s <= now
         try:
@@ -243,15 +228,10 @@ class Dispatcher:
             )
         return ClientGone("the client closed the connection")
 
-    @property
-    def in_flight(self) -> int:
-        """How many requests are being served."""
-        return len(self.plane.requests)
-
-    @property
-    def max_model_len(self) -> int:
-        """The longest context an instance that is up offers; 0 with none up."""
-        return max((u.member.instance.max_model_len for u in self.upstreams.values()), default=0)
+    def _served_changed(self) -> None:
+        members = [upstream.member for upstream in self.upstreams.values()]
+        self.models = {member.model for member in members}
+        self.max_model_len = max((member.instance.max_model_len for member in members), default=0)
 
     def producers(self) -> list[Producer]:
         """Return who produces signals in this deployment, now that the fleet is up."""

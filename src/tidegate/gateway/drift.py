@@ -34,7 +34,7 @@ class FleetDrift(Collector):
     def __init__(self) -> None:
         self._profiles: dict[str, Profile] = {}
         self._drifts: dict[str, dict[str, ProfileDrift]] = {}
-        self._told: set[tuple[str, str]] = set()
+        self._logged: set[tuple[str, str]] = set()
         self._before: Snapshot | None = None
 
     def member_up(self, member: Member) -> None:
@@ -48,7 +48,7 @@ class FleetDrift(Collector):
         """Forget an instance."""
         self._profiles.pop(instance_id, None)
         self._drifts.pop(instance_id, None)
-        self._told -= {(instance_id, form) for form in FORMS}
+        self._logged -= {(instance_id, form) for form in FORMS}
 
     def prefill(
         self, instance_id: str, prompt_tokens: int, times: LegTimes, observed_s: float, *, alone: bool
@@ -109,8 +109,8 @@ class FleetDrift(Collector):
     def _observe(self, instance_id: str, form: str, predicted_s: float, observed_s: float) -> None:
         drift = self._drifts[instance_id][form]
         drift.observe(predicted_s, observed_s)
-        if drift.drifted and (instance_id, form) not in self._told:
-            self._told.add((instance_id, form))
+        if drift.drifted and (instance_id, form) not in self._logged:
+            self._logged.add((instance_id, form))
             log.warning(
                 "%s: a %s takes %.2f times what its profile %s predicts; measure it with `tidegate profile`",
                 *(instance_id, form, drift.ratio, self._profiles[instance_id].name),

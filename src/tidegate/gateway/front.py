@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 from weakref import WeakSet
 
 from aiohttp import web
+from pydantic import BaseModel, ConfigDict, StrictBool
 
+from tidegate.core.decision import AddInstance, Drain
 from tidegate.core.errors import (
+    BadRequest,
     NoInstance,
     ShuttingDown,
     TidegateError,
     UnknownModel,
+    UnknownRoute,
     status_of,
 )
-from tidegate.gateway.answers import StreamedAnswer
-from tidegate.gateway.call import Call, read_call
+from tidegate.core.instance import Role
+from tidegate.gateway.call import Call, TokenEstimate, read_call
 from tidegate.gateway.dispatcher import RETRY_AFTER_S, Dispatcher
-from tidegate.gateway.operations import add_instance, drain_instance
 from tidegate.gateway.served_request import ServedRequest
 from tidegate.gateway.settings import GatewaySettings
-from tidegate.gateway.state import models_object, state_object
-from tidegate.gateway.token_estimate import TokenEstimate
-from tidegate.protocol.chunks import AnswerHead, ChunkWriter, WholeAnswer, usage_object
+from tidegate.policies.arrow.pools_v1 import Pools
+from tidegate.protocol.bodies import Body, parse_body
+from tidegate.protocol.chunks import AnswerHead, ChunkWriter, Tokens, WholeAnswer, usage_object
 from tidegate.protocol.client_stream import ClientStream
 from tidegate.protocol.http_front import (
     JSON,
@@ -37,8 +41,44 @@ from tidegate.protocol.http_front import (
 
 GUARDED = ("/v1/", "/tidegate/")
 CALL_HEADERS = ("x-tenant-id", "x-session-id", "x-slo-ttft-ms", "x-slo-tpot-ms")
+OPERATOR = "operator"
+"""The reason that the journal gives for what an operator asks."""
 CUT_OFF_S = 1.0
 """How long cut-off requests have to tell their clients (ours)."""
+
+
+class AddBody(BaseModel):
+    """Body of ``POST /tidegate/instances``; without a role it is the one that the fleet lacks most."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["prefill", "decode", "mixed"] | None = None
+
+
+class DrainBody(BaseModel):
+    """Body of ``POST /tidegate/instances/{id}/drain``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    remove: StrictBool = False
+
+
+class StreamedAnswer:
+    """Sends each piece of an answer to the client as it comes. Raises ClientGone."""
+
+    __slots__ = ("_client", "_writer")
+
+    def __init__(self, writer: ChunkWriter, client: ClientStream) -> None:
+        self._writer = writer
+        self._client = client
+
+    def tokens(self, tokens: Tokens) -> None:
+        """Send any piece; the first one is sent with this."""
+        self._client.send(self._writer.piece(tokens))
+
+    def plain(self, text: str, token_ids: list[int]) -> None:
+        """Send a piece that is only text and ids."""
+        self._client.send(self._writer.plain(text, token_ids))
 
 
 class Front:
@@ -48,18 +88,19 @@ class Front:
         self._settings = settings
         self._dispatcher = dispatcher
         self._estimate = TokenEstimate()
-        self._flying: set[asyncio.Task[Any]] = set()
-        self._flown: WeakSet[asyncio.Task[Any]] = WeakSet()
+        self._running: set[asyncio.Task[Any]] = set()
+        self._served: WeakSet[asyncio.Task[Any]] = WeakSet()
         self.draining = False
 
     def application(self) -> web.Application:
         """Return the aiohttp application."""
         limit = self._settings.max_body_bytes
-        app = web.Application(
-            client_max_size=limit, middlewares=[answering_errors(limit, self._count), self._check_key]
-        )
-        app.router.add_post("/v1/completions", self.completions)
-        app.router.add_post("/v1/chat/completions", self.chat_completions)
+        middlewares = [answering_errors(limit, self._count)]
+        if self._settings.api_key:
+            middlewares.append(self._check_key)
+        app = web.Application(client_max_size=limit, middlewares=middlewares)
+        app.router.add_post("/v1/completions", partial(self.completions, chat=False))
+        app.router.add_post("/v1/chat/completions", partial(self.completions, chat=True))
         app.router.add_get("/v1/models", self.models)
         app.router.add_get("/health", self.health)
         app.router.add_get("/ready", self.ready)
@@ -72,7 +113,7 @@ class Front:
     async def cut_off(self) -> None:
         """End the requests that still run, each with an error that tells why."""
         self.draining = self._dispatcher.stopping = True
-        running = set(self._flying)
+        running = set(self._running)
         for task in running:
             task.cancel()
         if running:
@@ -80,26 +121,19 @@ class Front:
 
     @web.middleware
     async def _check_key(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if self._settings.api_key and request.path.startswith(GUARDED):
+        if request.path.startswith(GUARDED):
             check_bearer(request, self._settings.api_key)
         return await handler(request)
 
     def _count(self, request: web.Request, error: TidegateError) -> None:
         """Count a request that was refused before it was served, which counts its own outcome."""
         # aiohttp handles each request in a task of its own, so the task stands for the request.
-        flown = asyncio.current_task() in self._flown
-        if request.method == "POST" and request.path.startswith("/v1/") and not flown:
+        served = asyncio.current_task() in self._served
+        if request.method == "POST" and request.path.startswith("/v1/") and not served:
             self._dispatcher.metrics.requests.labels(status_of(error).label).inc()
 
-    async def completions(self, request: web.Request) -> web.StreamResponse:
-        """POST /v1/completions."""
-        return await self._serve(request, chat=False)
-
-    async def chat_completions(self, request: web.Request) -> web.StreamResponse:
-        """POST /v1/chat/completions."""
-        return await self._serve(request, chat=True)
-
-    async def _serve(self, request: web.Request, *, chat: bool) -> web.StreamResponse:
+    async def completions(self, request: web.Request, *, chat: bool) -> web.StreamResponse:
+        """POST /v1/completions and, with ``chat``, /v1/chat/completions."""
         arrival_s = self._dispatcher.clock.now()
         headers = header_texts(request, *CALL_HEADERS)
         call = read_call(await read_object(request), headers, chat=chat, slo=self._settings.slo)
@@ -113,25 +147,25 @@ class Front:
             served = ServedRequest(call, self._dispatcher, self._estimate, answer, arrival_s)
 
             async def streamed() -> bytes:
-                await self._fly(served)
+                await self._run(served)
                 return writer.end(_usage(served))
 
             return await client.carry(streamed())
         whole = WholeAnswer(head)
         served = ServedRequest(call, self._dispatcher, self._estimate, whole, arrival_s)
-        await self._fly(served)
+        await self._run(served)
         body = whole.body(_usage(served), served.legs.prompt_ids)
         return web.Response(body=body, content_type=JSON, headers={"x-request-id": call.id})
 
-    async def _fly(self, served: ServedRequest) -> None:
+    async def _run(self, served: ServedRequest) -> None:
         """Serve a request, which tells journal and metrics how it ended. Raises what it raises.
 
         A request that ``cut_off`` ended raises the error that it recorded.
         """
         task = asyncio.current_task()
         assert task is not None
-        self._flying.add(task)
-        self._flown.add(task)
+        self._running.add(task)
+        self._served.add(task)
         try:
             await served.run()
         except asyncio.CancelledError:
@@ -140,14 +174,14 @@ class Front:
             task.uncancel()
             raise self._dispatcher.cut_off() from None
         finally:
-            self._flying.discard(task)
+            self._running.discard(task)
 
     def _model(self, call: Call) -> str:
         """Return the name of the model that answers. Raises UnknownModel for one that is not served.
 
         With no instance up any name passes: the request finds that out, and records it.
         """
-        models = {u.member.model for u in self._dispatcher.upstreams.values()}
+        models = self._dispatcher.models
         if not models or call.model in models:
             return call.model or ""
         if call.model is None:
@@ -158,7 +192,18 @@ class Front:
 
     async def models(self, request: web.Request) -> web.Response:
         """GET /v1/models."""
-        return json_answer(models_object(self._dispatcher))
+        served: dict[str, int] = {}
+        for upstream in self._dispatcher.upstreams.values():
+            member = upstream.member
+            served[member.model] = max(served.get(member.model, 0), member.instance.max_model_len)
+        answer = {
+            "object": "list",
+            "data": [
+                {"id": name, "object": "model", "created": 0, "owned_by": "tidegate", "max_model_len": length}
+                for name, length in sorted(served.items())
+            ],
+        }
+        return json_answer(answer)
 
     async def health(self, request: web.Request) -> web.Response:
         """GET /health: the gateway process answers."""
@@ -172,27 +217,77 @@ class Front:
 
     async def metrics(self, request: web.Request) -> web.Response:
         """GET /metrics: Prometheus text."""
-        return web.Response(
-            body=self._dispatcher.metrics.render(),
-            headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
-        )
+        headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+        return web.Response(body=self._dispatcher.metrics.render(), headers=headers)
 
     async def state(self, request: web.Request) -> web.Response:
         """GET /tidegate/state: the cluster as the control plane sees it."""
-        return json_answer(state_object(self._dispatcher))
+        dispatcher = self._dispatcher
+        snapshot = dispatcher.plane.snapshot(dispatcher.clock.now())
+        pools = Pools.of(snapshot)
+        instances = []
+        for i, name in enumerate(snapshot.ids):
+            member = dispatcher.upstreams[name].member
+            role = Role(int(snapshot.role[i]))
+            flipped_at_s = float(snapshot.flipped_at_s[i])
+            instances.append(
+                {
+                    "id": name,
+                    "role": role.label,
+                    "pool": pools.name_of(i),
+                    "url": member.url,
+                    "kind": member.kind,
+                    "pid": member.pid,
+                    "engine_id": member.engine_id,
+                    "prefill_requests": int(snapshot.prefill_requests[i]),
+                    "prefill_wait_s": round(float(snapshot.prefill_wait_s[i]), 6),
+                    "decode_requests": int(snapshot.decode_requests[i]),
+                    "decode_tokens": int(snapshot.decode_tokens[i]),
+                    "handoff_tokens": int(snapshot.handoff_tokens[i]),
+                    "kv_capacity_tokens": int(snapshot.kv_capacity_tokens[i]),
+                    "mean_gap_s": round(float(snapshot.mean_gap_s[i]), 6),
+                    "draining": name in dispatcher.plane.membership.draining,
+                    "drift": dispatcher.drift.ratios(name),
+                    "flipped_ago_s": None if flipped_at_s < 0 else round(snapshot.at_s - flipped_at_s, 3),
+                    **dispatcher.loads.state(name, snapshot.at_s),
+                }
+            )
+        answer = {
+            "system": dispatcher.system.name,
+            "uptime_s": round(snapshot.at_s - dispatcher.journal.started_s, 3),
+            "slo": {"ttft_s": dispatcher.settings.slo.ttft_s, "tpot_s": dispatcher.settings.slo.tpot_s},
+            "instances": instances,
+            "down": [name for name in dispatcher.plane.membership.labels if name not in dispatcher.upstreams],
+            "requests": {"in_flight": len(dispatcher.plane.requests), "held": dispatcher.plane.held_count},
+            "flips": dispatcher.flips,
+            **({"prompt_tokens": tokens} if (tokens := dispatcher.loads.prompt_tokens()) else {}),
+        }
+        return json_answer(answer)
 
     async def add_instance(self, request: web.Request) -> web.Response:
-        """POST /tidegate/instances: start one more instance."""
-        return json_answer(add_instance(self._dispatcher, await _optional_object(request)))
+        """POST /tidegate/instances: have the fleet start one more instance."""
+        dispatcher = self._dispatcher
+        wanted = (await _read_optional(request, AddBody)).role
+        membership = dispatcher.plane.membership
+        role = membership.lacking(dispatcher.clock.now()) if wanted is None else Role[wanted.upper()]
+        before = membership.starting.total()
+        dispatcher.act([AddInstance(role, OPERATOR)])
+        if membership.starting.total() == before:
+            raise BadRequest("this fleet cannot start another instance now")
+        return json_answer({"status": "starting", "role": role.label})
 
     async def drain_instance(self, request: web.Request) -> web.Response:
-        """POST /tidegate/instances/{id}/drain: give an instance nothing more to do."""
-        body = await _optional_object(request)
-        return json_answer(drain_instance(self._dispatcher, request.match_info["id"], body))
+        """POST /tidegate/instances/{id}/drain: give an instance nothing new and have its decodes move away,
+        and with ``remove`` stop it once it is empty."""
+        name, remove = request.match_info["id"], (await _read_optional(request, DrainBody)).remove
+        if name not in self._dispatcher.upstreams:
+            raise UnknownRoute(f"no instance {name!r} is up")
+        self._dispatcher.act([Drain(name, remove, OPERATOR)])
+        return json_answer({"status": "draining", "id": name, "remove": remove})
 
 
-async def _optional_object(request: web.Request) -> dict[str, Any]:
-    return await read_object(request) if request.can_read_body else {}
+async def _read_optional(request: web.Request, kind: type[Body]) -> Body:
+    return parse_body(await read_object(request) if request.can_read_body else {}, kind)
 
 
 def _usage(served: ServedRequest) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from io import BufferedWriter
 from pathlib import Path
 
@@ -76,7 +77,5 @@ class JournalFile(JournalWriter):
         file, self._file = self._file, None
         self.enabled = False
         if file is not None:
-            try:
+            with suppress(OSError):  # which a flush has logged
                 file.close()
-            except OSError:
-                pass  # a flush has told of it

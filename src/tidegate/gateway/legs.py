@@ -1,60 +1,77 @@
-"""What the legs of a request have brought so far: its tokens, and where it stands."""
+"""One request: what its legs have brought so far, and where it stands."""
 
 from __future__ import annotations
 
 from tidegate.control.live_request import LiveRequest, Stage
 from tidegate.control.record import RequestRecord
 from tidegate.core.decision import Migrate
-from tidegate.core.errors import EngineFault
+from tidegate.core.errors import EngineError, EngineFault, EngineTimeout, KvLost, PromptTooLong
 from tidegate.core.request import Request
-from tidegate.engines.seam import KvHandle
-from tidegate.gateway import leg_sampling
-from tidegate.gateway.answers import ClientAnswer
-from tidegate.gateway.call import Call
-from tidegate.gateway.continuation import Continuation
+from tidegate.engines.seam import KvHandle, Leg, LegEnd, TokensSink
+from tidegate.gateway.call import Call, TokenEstimate, prompt_blocks
+from tidegate.gateway.continuation import Continuation, beginning, continuation, continuing
 from tidegate.gateway.dispatcher import Dispatcher
-from tidegate.gateway.token_estimate import TokenEstimate
-from tidegate.gateway.token_limit import TokenLimit
 from tidegate.gateway.upstream import Upstream
+from tidegate.policies.order import Ticket
 from tidegate.protocol.chunks import Tokens
 from tidegate.protocol.stop_strings import StopStrings
 
+EXPORT_S = 5.0
+"""How long a prefill waits for another instance to pin what it would read (ours); then it computes."""
+DECODE = Stage.DECODE
+"""Read with every token, and reading a member of an enum class is slow."""
 
-class Legs:
-    """Takes the tokens of one request's legs, and hands them on to its answer. A ``TokensSink``.
+
+class _Ignored:
+    """Takes tokens that nobody asked for."""
+
+    def tokens(self, tokens: Tokens) -> None:
+        """See ``TokensSink.tokens``."""
+
+    def plain(self, text: str, token_ids: list[int]) -> None:
+        """See ``TokensSink.plain``."""
+
+
+class Legs(LiveRequest):
+    """A request as the control plane knows it: runs its legs one after the other, and takes their tokens (a
+    ``TokensSink``).
+
+    ``answer`` gets them next: the finish reason with the last ones, the prompt's ids with all but plain ones.
 
     ``out_ids`` are the tokens delivered so far, and ``prompt_ids`` the client's prompt, None until an engine
-    has tokenised it. ``count`` legs were begun. ``upstream`` and ``first_s`` are of the leg that runs or ran
-    last, and so is ``stopped``: whether it was ended from here. ``decode_first_s`` is when the first
-    decode leg began to answer.
+    has tokenised it. ``refusal`` is set when prompt and answer do not fit the context. ``count`` legs were
+    begun. ``upstream`` and ``first_s`` are of the leg that runs or ran last, and so is ``stopped``: whether
+    it was ended from here. ``decode_first_s`` is when the first decode leg began to answer.
     """
 
     def __init__(
         self,
         call: Call,
-        live: LiveRequest,
         record: RequestRecord,
         dispatcher: Dispatcher,
         estimate: TokenEstimate,
-        answer: ClientAnswer,
+        answer: TokensSink,
     ) -> None:
+        deadline_s = record.arrival_s + dispatcher.settings.request_deadline_s
+        super().__init__(call.id, deadline_s, prompt_blocks(call, estimate))
         self.prompt_ids: list[int] | None = call.prompt if isinstance(call.prompt, list) else None
         self.out_ids: list[int] = []
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
-        self.limit = TokenLimit(call)
+        self.refusal: PromptTooLong | None = None
         self.stopped = False
         self.count = 0
         self.upstream: Upstream | None = None
         self.first_s: float | None = None
         self.decode_first_s: float | None = None
         self._call = call
-        self._live = live
+        self._dispatcher = dispatcher
         self._record = record
         self._plane = dispatcher.plane
         self._clock = dispatcher.clock
         self._estimate = estimate
         self._answer = answer
+        self._limit = call.max_tokens
         self._handing_over = False
         self._continuation: Continuation | None = None
 
@@ -65,11 +82,137 @@ class Legs:
             return len(self.prompt_ids)
         return self._estimate.tokens(self._call.prompt_chars)
 
-    def remaining(self) -> int | None:
-        """Return how many tokens are left to generate; None while the prompt's length leaves it open."""
-        return self.limit.remaining(len(self.out_ids))
+    # the limit of tokens
 
-    def begin(self, upstream: Upstream, *, hand_over: bool, handle: KvHandle | None) -> int:
+    def settle_limit(self, prompt_tokens: int, context_tokens: int) -> None:
+        """Fix how many tokens to generate behind a prompt of that length, or refuse it for its context."""
+        self._limit = limit = self._call.tokens_within(context_tokens - prompt_tokens)
+        if limit < 1 or prompt_tokens + limit > context_tokens:
+            field = "messages" if self._call.chat else "prompt"
+            self.refusal = PromptTooLong(
+                f"the context is {context_tokens} tokens; the prompt has {prompt_tokens} and max_tokens is "
+                f"{max(1, limit)}",
+                param="max_tokens" if prompt_tokens < context_tokens else field,
+            )
+
+    def check_limit(self) -> None:
+        """Raise the refusal, if there is one."""
+        if self.refusal is not None:
+            raise self.refusal
+
+    def remaining(self, generated: int | None = None) -> int | None:
+        """Return how many tokens may follow ``generated`` ones, or all that are out; None while the prompt's
+        length leaves it open."""
+        generated = len(self.out_ids) if generated is None else generated
+        return None if self._limit is None else self._limit - generated
+
+    # legs
+
+    async def run(
+        self,
+        upstream: Upstream,
+        *,
+        hand_over: bool = False,
+        most: int | None = None,
+        handle: KvHandle | None = None,
+        extend: KvHandle | None = None,
+        ticket: Ticket | None = None,
+    ) -> LegEnd:
+        """Run one leg over at most ``most`` tokens.
+
+        With ``hand_over`` another leg continues it, with the KV behind its handle where instances can pull.
+        Without, it ends the answer, unless it was stopped so that the decode migrates. A ``handle`` that
+        cannot be used, or was not, is released. ``extend`` is one that covers the beginning of the prompt of
+        a leg that hands over. The ticket goes to an engine that orders by it, unless the answer has begun.
+
+        Raises what ``Engine.run`` raises unless the answer is complete by then, PromptTooLong when the prompt
+        turns out not to fit, and ClientGone.
+        """
+        call, dispatcher = self._call, self._dispatcher
+        capabilities = upstream.member.capabilities
+        # With nobody to pull or decline it, what vLLM pins is held until its lease ends: it fills the cache.
+        wanted = capabilities.continues or len(dispatcher.upstreams) > 1
+        pin = hand_over and wanted and upstream.member.produces_kv
+        held = extend if handle is None else handle
+        loaded = held if held is not None and dispatcher.handles.usable(held, upstream) else None
+        ordered = capabilities.orders and not self.out_ids
+        begun = self._begin(upstream, hand_over=hand_over, handle=None if hand_over else loaded)
+        if most is None:
+            most = self.remaining(begun)
+        sampling = continuing if capabilities.continues else beginning
+        leg = Leg(
+            request_id=f"{call.id}-{self.count}",
+            prompt=call.prompt if self.prompt_ids is None else [*self.prompt_ids, *self.out_ids[:begun]],
+            messages=call.messages,
+            max_tokens=most,
+            sampling=sampling(call, begun, most),
+            generated=begun,
+            pin=pin,
+            handle=loaded,
+            salt=call.salt,
+            ticket=ticket.on_clock(-self._clock.now()) if ticket is not None and ordered else None,
+        )
+        try:
+            self.check_limit()
+            end = await upstream.engine.run(leg, self, deadline_s=self._left_s())
+        except BaseException as error:
+            # The answer may have been lost on the way: the engine then holds a pin nobody knows of.
+            if pin:
+                dispatcher.background(upstream.engine.release_request(leg.request_id))
+            if isinstance(error, KvLost) and held is not None:
+                dispatcher.handles.suspect_owner(held)
+            if isinstance(error, EngineError) and self.finish_reason is not None:
+                return LegEnd()
+            raise
+        finally:
+            if held is not None and (loaded is None or self.first_s is None):
+                dispatcher.handles.release(held, sent=loaded is not None)
+        if loaded is not None and not pin and not self.stopped:
+            dispatcher.loads.kept(upstream.member.instance.id, self.prompt_tokens + len(self.out_ids))
+        if self.finish_reason is None and self.refusal is None:
+            return end
+        if end.handle is not None:
+            dispatcher.handles.release(end.handle)
+        self.check_limit()
+        return LegEnd(times=end.times)
+
+    async def tokenise(self, upstream: Upstream) -> bool:
+        """Have an engine tokenise the prompt before its first leg; False if it cannot. Raises EngineError."""
+        if self.prompt_ids is None:
+            call = self._call
+            ids = await upstream.engine.tokenise(call.prompt, call.messages, call.sampling)
+            if ids is not None:
+                self._learn_prompt(ids, upstream)
+        return self.prompt_ids is not None
+
+    async def export(self, holder: Upstream, tokens: int) -> KvHandle | None:
+        """Have an instance whose prefix cache holds the first ``tokens`` of the prompt pin them.
+
+        The one token that this makes is nobody's. Raises EngineError.
+        """
+        assert self.prompt_ids is not None
+        self.count += 1
+        leg = Leg(
+            request_id=f"{self._call.id}-{self.count}",
+            prompt=self.prompt_ids[:tokens],
+            messages=None,
+            max_tokens=1,
+            sampling={"temperature": 0},
+            pin=True,
+            salt=self._call.salt,
+        )
+        end = await holder.engine.run(leg, _Ignored(), deadline_s=min(EXPORT_S, self._left_s()))
+        return end.handle
+
+    def _left_s(self) -> float:
+        """Return the seconds until the request's deadline. Raises EngineTimeout when it has passed."""
+        left_s = self.deadline_s - self._clock.now()
+        if left_s <= 0:
+            deadline_s = self._dispatcher.settings.request_deadline_s
+            raise EngineTimeout(f"the request's deadline of {deadline_s:g} s has passed")
+        return left_s
+
+    def _begin(self, upstream: Upstream, *, hand_over: bool, handle: KvHandle | None) -> int:
         """Begin the next leg; return how many delivered tokens its prompt holds. It says the others again.
 
         All of them for an engine that continues. Another begins with exactly what ``handle`` covers, without
@@ -81,7 +224,7 @@ class Legs:
             self._continuation = None
             return len(self.out_ids)
         if self._continuation is None:
-            self._continuation = leg_sampling.continuation(self._call, self.out_ids)
+            self._continuation = continuation(self._call, self.out_ids)
             self._record.unmovable = self._call.state
         if handle is not None and self.prompt_ids is not None:
             begun = handle.tokens - len(self.prompt_ids)
@@ -95,13 +238,14 @@ class Legs:
         self.finish_reason = "length"
         self._answer.tokens(Tokens("", [], None, "length", None, self.prompt_ids))
 
-    def learn_prompt(self, ids: list[int], upstream: Upstream) -> None:
+    def _learn_prompt(self, ids: list[int], upstream: Upstream) -> None:
         """Take the prompt as ``upstream`` tokenised it, and settle the limit."""
         self.prompt_ids = ids
         self._estimate.observe(self._call.prompt_chars, len(ids))
-        self.limit.settle(len(ids), upstream.member.instance.max_model_len)
+        self.settle_limit(len(ids), upstream.member.instance.max_model_len)
 
-    def request(self) -> Request:
+    def resident(self) -> Request:
+        """See ``LiveRequest.resident``."""
         call = self._call
         return Request(
             id=call.id,
@@ -126,14 +270,10 @@ class Legs:
             return f"the KV of {migrate.src} cannot be moved"
         return ""
 
-    def migration_begun(self) -> Migrate | None:
-        """Return the migration for which the last leg was ended, if that was why."""
-        return self._live.migrate if self.stopped else None
-
     def _may_migrate(self) -> bool:
         """Tell whether the answer is to move and may be cut: its text is whole, and something is left to
         generate."""
-        if self._live.migrate is None or self._handing_over or self.finish_reason is not None:
+        if self.migrate is None or self._handing_over or self.finish_reason is not None:
             return False
         left = self.remaining()
         whole = self._continuation is None or self._continuation.clean == len(self.out_ids)
@@ -144,9 +284,10 @@ class Legs:
     def tokens(self, tokens: Tokens) -> bool:
         """See ``TokensSink.tokens``. Raises NotRepeated, ClientGone, EngineFault without the prompt's ids."""
         if tokens.prompt_token_ids is not None and self.prompt_ids is None and self.upstream is not None:
-            self.learn_prompt(tokens.prompt_token_ids, self.upstream)
-        if self.limit.refusal is not None:
-            return self._stop()
+            self._learn_prompt(tokens.prompt_token_ids, self.upstream)
+        self.stopped = self.refusal is not None
+        if self.stopped:
+            return True
         engine_ended = tokens.finish_reason is not None
         if tokens.token_ids:
             if self.prompt_ids is None:
@@ -175,8 +316,8 @@ class Legs:
             self._answer.tokens(tokens)
         if engine_ended or self._handing_over:
             return False
-        found = stops is not None and stops.found is not None
-        return self._stop() if found or self._may_migrate() else False
+        self.stopped = (stops is not None and stops.found is not None) or self._may_migrate()
+        return self.stopped
 
     def plain(self, text: str, token_ids: list[int]) -> bool:
         """See ``TokensSink.plain``. Raises NotRepeated and ClientGone."""
@@ -193,14 +334,12 @@ class Legs:
             if self.finish_reason is not None:
                 last = Tokens(text, token_ids, None, self.finish_reason, self.stop_reason, self.prompt_ids)
                 self._answer.tokens(last)
-                return self._stop()
+                self.stopped = True
+                return True
         self._answer.plain(text, token_ids)
-        return self._stop() if self._live.migrate is not None and self._may_migrate() else False
-
-    def _stop(self) -> bool:
-        """Note that the leg is ended from here."""
-        self.stopped = True
-        return True
+        if self.migrate is not None:
+            self.stopped = self._may_migrate()
+        return self.stopped
 
     def _until_stop(self, joint: Continuation, stops: StopStrings, text: str) -> str:
         """Return the text up to a stop string, which ends the request; all that is left when it has ended."""
@@ -213,28 +352,26 @@ class Legs:
         return text
 
     def _arrived(self) -> None:
-        """Note the leg's first token, be it new or said again."""
-        if self.first_s is None:
-            self.first_s = self._clock.now()
-            self._leg_began(self.first_s)
-
-    def _count(self, token_ids: list[int]) -> None:
-        """Enter new tokens in the books."""
-        now = self._clock.now()
-        self.out_ids += token_ids
-        story = self._record
-        if story.first_token_s is None:
-            story.first_token_s = now
-        story.last_token_s = now
-        self._live.generated = len(self.out_ids)
-        if self._live.stage is Stage.DECODE:
-            self._plane.tokens(self._live, len(token_ids), now)
-
-    def _leg_began(self, now: float) -> None:
-        """The leg's first token: a pull it waited for has ended, a colocated prefill has become a decode."""
+        """Note the leg's first token, new or said again: a pull that it waited for has ended, a colocated
+        prefill has become a decode."""
+        if self.first_s is not None:
+            return
+        self.first_s = now = self._clock.now()
         if not self._handing_over and self.decode_first_s is None:
             self.decode_first_s = now
-        if self._live.stage is Stage.DECODE:
-            self._plane.transfer_ended(self._live, now)
+        if self.stage is DECODE:
+            self._plane.transfer_ended(self, now)
         elif not self._handing_over:
-            self._plane.decode_began(self._live, self.prompt_tokens + len(self.out_ids), now)
+            self._plane.decode_began(self, self.prompt_tokens + len(self.out_ids), now)
+
+    def _count(self, token_ids: list[int]) -> None:
+        """Count new tokens, here and in the control plane."""
+        now = self._clock.now()
+        self.out_ids += token_ids
+        record = self._record
+        if record.first_token_s is None:
+            record.first_token_s = now
+        record.last_token_s = now
+        self.generated = len(self.out_ids)
+        if self.stage is DECODE:
+            self._plane.tokens(self, len(token_ids), now)

@@ -10,8 +10,11 @@ import asyncio
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import aiohttp
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from tidegate.control.plane import ControlPlane
 from tidegate.core.clock import Clock
@@ -44,6 +47,18 @@ KEPT_S = 2.0 * STREAM_PIN_S
 PROMPT_SOURCES = {COMPUTED: "computed", CACHED: "cached", PULLED: "pulled"}
 """vLLM's names for where a prompt's KV comes from, and ours."""
 
+GAUGES = {
+    "tidegate_engine_running_requests": "Running, as the engine says",
+    "tidegate_engine_waiting_requests": "Waiting, as the engine says",
+    "tidegate_engine_kv_usage_ratio": "KV in use, as the engine says",
+    "tidegate_foreign_requests": "On the engine beyond the ledger's requests",
+    "tidegate_foreign_tokens": "KV in use on the engine beyond the ledger's",
+}
+LOAD_FIELDS = (
+    *("running", "waiting", "waiting_by_reason", "preemptions"),
+    *("nixl_bytes", "nixl_failed_transfers", "nixl_failed_notifications", "nixl_expired"),
+)
+
 
 class Tally:
     """Counters of an engine since its first reading, over restarts, which begin at 0 again."""
@@ -73,27 +88,22 @@ class Watched:
         self.load: VllmMetrics | None = None
         self.read_at_s = 0.0
         self.task: asyncio.Task[None] | None = None
-        self._kept: deque[tuple[float, int]] = deque()
-        self._kept_tokens = 0
-
-    def keep(self, tokens: int, until_s: float) -> None:
-        """Take note of KV that may stay pinned until then."""
-        self._kept.append((until_s, tokens))
-        self._kept_tokens += tokens
+        self.kept: deque[tuple[float, int]] = deque()
+        """Until when KV of ended requests may stay pinned, and its tokens."""
 
     def kept_tokens(self, now: float) -> int:
         """Return the KV that ended requests may still pin."""
-        while self._kept and self._kept[0][0] <= now:
-            self._kept_tokens -= self._kept.popleft()[1]
-        return self._kept_tokens
+        while self.kept and self.kept[0][0] <= now:
+            self.kept.popleft()
+        return sum(tokens for _, tokens in self.kept)
 
 
-class LoadWatch:
+class LoadWatch(Collector):
     """Reads the load of every member that tells it, and keeps the ledger right about what is foreign.
 
     It never stands in the way of a request: readings have a deadline and connections of their own, and take
     ``LOOP_SHARE`` of the loop at most. Who does not answer is asked less and less often, and what it said is
-    forgotten after ``STALE_S``.
+    forgotten after ``STALE_S``. When scraped it shows what it holds; nothing for what is unknown.
 
     ``watched`` holds the members by id, ``tallies`` and ``drifts`` what was counted of each, over its lives.
     """
@@ -118,6 +128,7 @@ class LoadWatch:
         self.watched: dict[str, Watched] = {}
         self.tallies: dict[str, Tally] = {}
         self.drifts: dict[str, Counter[Difference]] = {}
+        metrics.registry.register(self)
 
     # membership
 
@@ -127,14 +138,9 @@ class LoadWatch:
             return
         if self._session is None:
             self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
-        client = VllmClient(
-            self._session,
-            member.url,
-            instance=member.instance.id,
-            api_key=member.api_key,
-            deadline_s=DEADLINE_S,
-        )
-        watched = self.watched[member.instance.id] = Watched(member, client)
+        name, api_key = member.instance.id, member.api_key
+        client = VllmClient(self._session, member.url, instance=name, api_key=api_key, deadline_s=DEADLINE_S)
+        watched = self.watched[name] = Watched(member, client)
         self.tallies.setdefault(watched.id, Tally())
         watched.task = asyncio.create_task(self._watch(watched), name=f"load {watched.id}")
 
@@ -144,7 +150,7 @@ class LoadWatch:
         if watched is not None:
             assert watched.task is not None
             watched.task.cancel()
-            self._tell(watched, watched.reconciler.unheard())
+            self._report(watched, watched.reconciler.unheard())
 
     async def stop(self) -> None:
         """End with all members."""
@@ -159,7 +165,58 @@ class LoadWatch:
         """Say that a stream which pulled KV ended on an instance: vLLM keeps its KV for a moment."""
         watched = self.watched.get(instance_id)
         if watched is not None:
-            watched.keep(tokens, self._clock.now() + KEPT_S)
+            watched.kept.append((self._clock.now() + KEPT_S, tokens))
+
+    # what it holds
+
+    def state(self, instance_id: str, now: float) -> dict[str, Any]:
+        """Return what the state says of an instance's load; nothing for one that does not tell it.
+
+        ``load`` is the engine's own word, ``foreign_*`` what the ledger was corrected by, ``drifts`` counts
+        differences by kind, ``prompt_tokens`` tells where the KV of prompts came from.
+        """
+        watched = self.watched.get(instance_id)
+        if watched is None:
+            return {}
+        load, state = watched.load, None
+        if load is not None:
+            state = {name: getattr(load, name) for name in LOAD_FIELDS}
+            state["kv_share"] = None if load.kv_usage is None else round(load.kv_usage, 4)
+            state["read_ago_s"] = round(now - watched.read_at_s, 3)
+        return {
+            "load": state,
+            "foreign_requests": watched.reconciler.foreign_requests,
+            "foreign_tokens": watched.reconciler.foreign_tokens,
+            "drifts": {kind.value: count for kind, count in self.drifts.get(instance_id, Counter()).items()},
+            "prompt_tokens": dict(self.tallies[instance_id].totals),
+        }
+
+    def prompt_tokens(self) -> dict[str, int]:
+        """Return all prompt tokens by where their KV came from, since each instance was first read."""
+        total: Counter[str] = Counter()
+        for tally in self.tallies.values():
+            total.update(tally.totals)
+        return dict(total)
+
+    def collect(self) -> Iterable[Metric]:
+        """See ``Collector.collect``."""
+        gauges = [GaugeMetricFamily(name, text, labels=["member"]) for name, text in GAUGES.items()]
+        for watched in self.watched.values():
+            load, reconciler = watched.load, watched.reconciler
+            reading = (None, None, None) if load is None else (load.running, load.waiting, load.kv_usage)
+            foreign = (reconciler.foreign_requests, reconciler.foreign_tokens)
+            for gauge, value in zip(gauges, (*reading, *foreign), strict=True):
+                if value is not None:
+                    gauge.add_metric([watched.id], float(value))
+        prompts = CounterMetricFamily(
+            "tidegate_engine_prompt_tokens",
+            "Prompt tokens by where their KV came from",
+            labels=["member", "source"],
+        )
+        for instance_id, tally in self.tallies.items():
+            for source, tokens in tally.totals.items():
+                prompts.add_metric([instance_id, source], float(tokens))
+        return [*gauges, prompts]
 
     # readings
 
@@ -173,8 +230,10 @@ class LoadWatch:
                 failures += 1
                 if failures == 1:
                     log.warning("the load of %s is unknown: %s", watched.id, error)
-                if self._clock.now() - watched.read_at_s > STALE_S:
-                    self._forget_reading(watched)
+                if watched.load is not None and self._clock.now() - watched.read_at_s > STALE_S:
+                    watched.load = None
+                    self._report(watched, watched.reconciler.unheard())
+                    self._correct_ledger(watched)
             except Exception:
                 failures += 1
                 log.exception("reading the load of %s failed; it goes on", watched.id)
@@ -186,51 +245,40 @@ class LoadWatch:
         before = self._ledger.booked(watched.id)
         watched.load = load = await watched.client.metrics()
         watched.read_at_s = now = self._clock.now()
-        told = EngineLoad(
-            load.requests,
-            None if load.kv_usage is None else round(load.kv_usage * watched.capacity_tokens),
-        )
+        kv_tokens = None if load.kv_usage is None else round(load.kv_usage * watched.capacity_tokens)
+        reported = EngineLoad(load.requests, kv_tokens)
         after = self._ledger.booked(watched.id)
-        self._tell(watched, watched.reconciler.compare(before, after, told, watched.kept_tokens(now)))
-        self._correct(watched)
+        drifts = watched.reconciler.compare(before, after, reported, watched.kept_tokens(now))
+        self._report(watched, drifts)
+        self._correct_ledger(watched)
         tally = self.tallies[watched.id]
         for source, tokens in (load.prompt_tokens_by_source or {}).items():
             tally.read(PROMPT_SOURCES.get(source, source), tokens)
 
-    def _forget_reading(self, watched: Watched) -> None:
-        if watched.load is not None:
-            watched.load = None
-            self._tell(watched, watched.reconciler.unheard())
-            self._correct(watched)
-
-    def _correct(self, watched: Watched) -> None:
+    def _correct_ledger(self, watched: Watched) -> None:
         reconciler = watched.reconciler
         self._plane.foreign_load(watched.id, reconciler.foreign_requests, reconciler.foreign_tokens)
 
-    def _tell(self, watched: Watched, news: Iterable[LoadDrift]) -> None:
-        now = self._clock.now()
-        for drift in news:
+    def _report(self, watched: Watched, drifts: Iterable[LoadDrift]) -> None:
+        for drift in drifts:
+            kind = drift.kind.value
             if drift.lasting:
                 self.drifts.setdefault(watched.id, Counter())[drift.kind] += 1
-                self._metrics.load_drift.labels(watched.id, drift.kind.value).inc()
+                self._metrics.load_drift.labels(watched.id, kind).inc()
                 log.warning(
-                    "%s differs from the ledger in %s: %s told, %s known",
-                    watched.id,
-                    drift.kind.value,
-                    drift.engine,
-                    drift.ledger,
+                    "%s differs from the ledger in %s: the engine says %s, the ledger %s",
+                    *(watched.id, kind, drift.engine, drift.ledger),
                 )
                 if drift.kind is Difference.MISSING:
                     self._suspect(watched.id)
             if self._journal.enabled:
-                self._journal.write(
-                    LoadDriftLine(
-                        t_s=self._journal.elapsed_s(now),
-                        instance=watched.id,
-                        kind=drift.kind.value,
-                        event="begun" if drift.lasting else "ended",
-                        ledger=drift.ledger,
-                        engine=drift.engine,
-                        lasting=drift.lasting,
-                    )
+                line = LoadDriftLine(
+                    t_s=self._journal.elapsed_s(self._clock.now()),
+                    instance=watched.id,
+                    kind=kind,
+                    event="begun" if drift.lasting else "ended",
+                    ledger=drift.ledger,
+                    engine=drift.engine,
+                    lasting=drift.lasting,
                 )
+                self._journal.write(line)

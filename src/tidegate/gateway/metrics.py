@@ -9,14 +9,15 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from tidegate.control.plane import ControlPlane
+from tidegate.control.record import RequestEnding, RequestRecord
 from tidegate.core.stages import STAGES
 
 TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 TPOT_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
 
 
-class Metrics:
-    """Everything ``/metrics`` shows. Each request is observed once, at its end."""
+class Metrics(Collector):
+    """Everything ``/metrics`` shows. The control plane is read when scraped: no number is kept twice."""
 
     def __init__(self, plane: ControlPlane, now: Callable[[], float]) -> None:
         self.registry = CollectorRegistry()
@@ -38,45 +39,52 @@ class Metrics:
         self.kv_transfer = Counter("tidegate_kv_transfer_bytes", "KV moved between instances", registry=r)
         self.flips = Counter("tidegate_flips", "Label rewrites", ["to", "reason"], registry=r)
         self.replays = Counter("tidegate_replays", "Legs run again after a failure", ["reason"], registry=r)
-        self.handles_refused = Counter(
-            "tidegate_kv_handles_refused", "KV handles that were not sent on", ["reason"], registry=r
-        )
-        self.load_drift = Counter(
-            "tidegate_load_drift",
-            "Times an engine and the ledger came to differ",
-            ["member", "kind"],
-            registry=r,
-        )
+        text = "KV handles that were not sent on"
+        self.handles_refused = Counter("tidegate_kv_handles_refused", text, ["reason"], registry=r)
+        text = "Times an engine and the ledger came to differ"
+        self.load_drift = Counter("tidegate_load_drift", text, ["member", "kind"], registry=r)
         self.prediction_error = Histogram(
             "tidegate_prefill_prediction_error_ratio",
             "abs(predicted - observed) / observed prefill time",
             buckets=(0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0),
             registry=r,
         )
-        r.register(_PlaneMetrics(plane, now))
+        self._plane = plane
+        self._now = now
+        r.register(self)
+
+    def observe(self, record: RequestRecord, ending: RequestEnding) -> None:
+        """Take in a request. Called exactly once for each, at its end."""
+        self.requests.labels(ending.outcome).inc()
+        if ending.attained(record):
+            self.attained.inc()
+        ttft_s, tpot_s = record.ttft_s, record.tpot_s(ending.output_tokens)
+        if ttft_s is None:
+            return
+        self.ttft.observe(ttft_s)
+        if tpot_s is not None:
+            self.tpot.observe(tpot_s)
+        for name, value in record.stages.items():
+            self.stages[name].observe(value)
+        self.prompt_tokens.inc(ending.prompt_tokens)
+        self.output_tokens.inc(ending.output_tokens)
+        if record.kv_transfer_bytes:
+            self.kv_transfer.inc(record.kv_transfer_bytes)
+        observed_s = record.observed_prefill_s
+        if observed_s and record.predicted_prefill_s is not None:
+            self.prediction_error.observe(abs(record.predicted_prefill_s - observed_s) / observed_s)
 
     def render(self) -> bytes:
         """Return the exposition text."""
         return generate_latest(self.registry)
 
-
-class _PlaneMetrics(Collector):
-    """Reads the control plane when scraped, so that no number is kept twice."""
-
-    def __init__(self, plane: ControlPlane, now: Callable[[], float]) -> None:
-        self._plane = plane
-        self._now = now
-
     def collect(self) -> Iterable[Metric]:
+        """See ``Collector.collect``."""
         plane = self._plane
         snapshot = plane.snapshot(self._now())
-        for name, text, value in (
-            ("tidegate_requests_in_flight", "Requests being served", len(plane.requests)),
-            ("tidegate_requests_held", "Requests that wait to be placed", plane.held_count),
-        ):
-            gauge = GaugeMetricFamily(name, text)
-            gauge.add_metric([], float(value))
-            yield gauge
+        in_flight, held = float(len(plane.requests)), float(plane.held_count)
+        yield GaugeMetricFamily("tidegate_requests_in_flight", "Requests being served", in_flight)
+        yield GaugeMetricFamily("tidegate_requests_held", "Requests that wait to be placed", held)
         migrations = CounterMetricFamily(
             "tidegate_migrations", "Migrations by what became of them", labels=["event"]
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from aiohttp import web
 
 from tidegate import __version__
-from tidegate.core.clock import Clock, WallClock
+from tidegate.core.clock import WallClock
 from tidegate.core.errors import ConfigError
 from tidegate.fleet.member import Fleet
 from tidegate.gateway.dispatcher import Dispatcher
@@ -31,10 +31,8 @@ BACKLOG = 4096
 class Gateway:
     """One gateway over one fleet."""
 
-    def __init__(
-        self, settings: GatewaySettings, fleet: Fleet, system: System, clock: Clock | None = None
-    ) -> None:
-        clock = clock or WallClock()
+    def __init__(self, settings: GatewaySettings, fleet: Fleet, system: System) -> None:
+        clock = WallClock()
         self._settings = settings
         self._fleet = fleet
         self._journal = JournalFile(settings.journal, clock.now())
@@ -80,7 +78,7 @@ class Gateway:
             await self._site.stop()
         try:
             async with asyncio.timeout(DRAIN_S):
-                while self.dispatcher.in_flight and not stop_early.done():
+                while self.dispatcher.plane.requests and not stop_early.done():
                     await asyncio.wait({stop_early}, timeout=0.05)
         except TimeoutError:
             pass

@@ -5,29 +5,22 @@ from __future__ import annotations
 import asyncio
 
 from tidegate.control.effects import GiveUp, Held, RunDecode, RunPrefill, StartMigration
-from tidegate.control.live_request import LiveRequest
-from tidegate.control.record import RequestEnding, RequestRecord
+from tidegate.control.record import RequestEnding, RequestRecord, outcome_line
 from tidegate.core.decision import Path
 from tidegate.core.errors import EngineError, InternalError, TidegateError
-from tidegate.core.request import Request
-from tidegate.engines.seam import KvHandle, LegTimes
-from tidegate.gateway.answers import ClientAnswer
-from tidegate.gateway.call import Call
+from tidegate.engines.seam import KvHandle, LegEnd, LegTimes, TokensSink
+from tidegate.gateway.call import Call, TokenEstimate
 from tidegate.gateway.dispatcher import Command, Dispatcher
-from tidegate.gateway.leg_runner import Completed, HandedOver, LegRunner, Migrating
 from tidegate.gateway.legs import Legs
-from tidegate.gateway.outcome import record
-from tidegate.gateway.prompt_blocks import prompt_blocks
-from tidegate.gateway.token_estimate import TokenEstimate
 from tidegate.gateway.upstream import Upstream
 from tidegate.policies.order import Ticket
 
 
-class ServedRequest(LiveRequest):
+class ServedRequest:
     """Serves one call. ``run`` returns when the last token was delivered, or raises a TidegateError.
 
     Whatever happens, the request leaves the control plane, engines abort what is no longer wanted, and
-    journal and metrics get one outcome. ``legs`` holds what the engines answered so far, ``story`` its times.
+    journal and metrics get one outcome. ``legs`` holds what engines answered so far, ``record`` its times.
     """
 
     def __init__(
@@ -35,42 +28,36 @@ class ServedRequest(LiveRequest):
         call: Call,
         dispatcher: Dispatcher,
         estimate: TokenEstimate,
-        answer: ClientAnswer,
+        answer: TokensSink,
         arrival_s: float,
     ) -> None:
-        deadline_s = arrival_s + dispatcher.settings.request_deadline_s
-        super().__init__(call.id, deadline_s, prompt_blocks(call, estimate))
         self.call = call
         self.record = RequestRecord(arrival_s)
-        self.legs = Legs(call, self, self.record, dispatcher, estimate, answer)
-        self._runner = LegRunner(call, dispatcher, self.legs, deadline_s)
+        # What a request holds must not refer back to it: only a collection would free it then.
+        self.legs = Legs(call, self.record, dispatcher, estimate, answer)
         self._dispatcher = dispatcher
         self._plane = dispatcher.plane
         self._clock = dispatcher.clock
         self._command: Command | None = None
-        self._told: asyncio.Future[None] | None = None
-
-    def resident(self) -> Request:
-        """See ``LiveRequest.resident``."""
-        return self.legs.request()
+        self._commanded: asyncio.Future[None] | None = None
 
     def command(self, command: Command) -> None:
         """See ``Served.command``."""
         self._command = command
-        if self._told is not None and not self._told.done() and not isinstance(command, Held):
-            self._told.set_result(None)
+        if self._commanded is not None and not self._commanded.done() and not isinstance(command, Held):
+            self._commanded.set_result(None)
 
     def start_migration(self, effect: StartMigration) -> None:
         """See ``Served.start_migration``: the decode moves at its next token."""
         why_not = self.legs.why_not_movable(effect.migrate)
         if why_not:
             for_good = bool(self.record.unmovable)
-            self._plane.migration_refused(self, why_not, self._clock.now(), for_good=for_good)
+            self._plane.migration_refused(self.legs, why_not, self._clock.now(), for_good=for_good)
 
     async def run(self) -> None:
         """Serve the request to its end."""
         dispatcher = self._dispatcher
-        dispatcher.serve(self.id, self)
+        dispatcher.served[self.call.id] = self
         error: TidegateError | None = None
         try:
             await self._until_finished()
@@ -84,13 +71,14 @@ class ServedRequest(LiveRequest):
             error = InternalError(f"{type(failure).__name__}: {failure}")
             raise
         finally:
-            dispatcher.served_out(self.id)
+            del dispatcher.served[self.call.id]
             self._close(error)
 
     async def _until_finished(self) -> None:
         if self._nothing_left():
             return
-        self._dispatcher.do(self._plane.arrive(self, self._clock.now()))
+        legs = self.legs
+        self._dispatcher.do(self._plane.arrive(legs, self._clock.now()))
         while True:
             command = await self._next_command()
             assert isinstance(command, RunPrefill), "a request that is not placed is prefilled first"
@@ -100,15 +88,15 @@ class ServedRequest(LiveRequest):
             except EngineError as error:
                 if self._nothing_left():
                     return
-                self.repeatable = not self.call.state
-                self._dispatcher.do(self._plane.failed(self, error, self._clock.now()))
+                legs.repeatable = not self.call.state
+                self._dispatcher.do(self._plane.failed(legs, error, self._clock.now()))
 
     def _nothing_left(self) -> bool:
         """End a request whose last token is out. Raises PromptTooLong for one that fits no instance."""
         legs, context = self.legs, self._dispatcher.max_model_len
         if legs.prompt_ids is not None and not legs.out_ids and context:
-            legs.limit.settle(len(legs.prompt_ids), context)
-        legs.limit.check()
+            legs.settle_limit(len(legs.prompt_ids), context)
+        legs.check_limit()
         if legs.remaining() != 0:
             return False
         legs.finish_at_limit()
@@ -120,9 +108,9 @@ class ServedRequest(LiveRequest):
         Raises what it gives the request up with.
         """
         while self._command is None or isinstance(self._command, Held):
-            self._told = asyncio.get_running_loop().create_future()
-            await self._told
-            self._told = None
+            self._commanded = asyncio.get_running_loop().create_future()
+            await self._commanded
+            self._commanded = None
         command, self._command = self._command, None
         if isinstance(command, GiveUp):
             raise command.error
@@ -138,30 +126,27 @@ class ServedRequest(LiveRequest):
         placed_s = self._clock.now()
         anew = bool(self.call.state) and not capabilities.continues
         if command.place.path is Path.COLOCATED or (anew and not capabilities.kv_transfer):
-            self.decode_on = on
+            legs.decode_on = on
             end = await self._to_the_end(upstream, ticket=command.ticket)
             self._note_prefill(end.times, placed_s)
             self._note_decode(end.times, placed_s)
             return
         held = await self._read_back(upstream)
         hand_over = legs.remaining() != 1
-        result = await self._runner.run(
-            upstream, hand_over=hand_over, most=1, ticket=command.ticket, extend=held
-        )
-        assert not isinstance(result, Migrating), "nothing moves before it decodes"
-        self._note_prefill(result.times, placed_s)
+        end = await legs.run(upstream, hand_over=hand_over, most=1, ticket=command.ticket, extend=held)
+        self._note_prefill(end.times, placed_s)
         if held is None:
-            prompt_tokens = self.resident().prompt_tokens
+            prompt_tokens = legs.prompt_tokens + len(legs.out_ids)
             observed_s = self.record.observed_prefill_s or 0.0
-            dispatcher.drift.prefill(on, prompt_tokens, result.times, observed_s, alone=command.alone)
-        if isinstance(result, HandedOver):
-            await self._decode(result.handle)
+            dispatcher.drift.prefill(on, prompt_tokens, end.times, observed_s, alone=command.alone)
+        if legs.finish_reason is None:
+            await self._decode(end.handle)
 
     async def _decode(self, handle: KvHandle | None) -> None:
         """Have the decode placed and run it, pulling the KV behind ``handle`` unless it is gone."""
         dispatcher, now = self._dispatcher, self._clock.now()
         try:
-            dispatcher.do(self._plane.prefill_done(self, now))
+            dispatcher.do(self._plane.prefill_done(self.legs, now))
             command = await self._next_command()
             assert isinstance(command, RunDecode), "a prefill that ended is decoded"
             upstream = dispatcher.upstream(command.on, "decode")
@@ -174,44 +159,39 @@ class ServedRequest(LiveRequest):
 
     async def _to_the_end(
         self, upstream: Upstream, *, handle: KvHandle | None = None, ticket: Ticket | None = None
-    ) -> Completed:
+    ) -> LegEnd:
         """Run all that is left, on ``upstream`` first, then wherever migrations take it."""
-        while True:
-            result = await self._runner.run(upstream, handle=handle, ticket=ticket)
-            if isinstance(result, Migrating):
-                moved = await self._move(upstream, result.migrate.dst)
-                if isinstance(moved, Completed):
-                    return moved
-                (upstream, handle), ticket = moved, None
-                continue
-            assert isinstance(result, Completed), "only a leg that hands over ends before its request"
-            return result
+        legs = self.legs
+        end = await legs.run(upstream, handle=handle, ticket=ticket)
+        while legs.finish_reason is None:
+            assert legs.migrate is not None, "a leg that does not hand over ends early only to migrate"
+            upstream, end = await self._move(upstream, legs.migrate.dst)
+            if legs.finish_reason is None:
+                end = await legs.run(upstream, handle=end.handle)
+        return end
 
-    async def _move(self, src: Upstream, dst_id: str) -> Completed | tuple[Upstream, KvHandle | None]:
-        """Have the source pin what the stream has so far, and return where to go on, with the handle; or the
-        end, should that have come.
+    async def _move(self, src: Upstream, dst_id: str) -> tuple[Upstream, LegEnd]:
+        """Have the source pin what the stream has so far; return where to go on, and the end of that leg.
 
         The leg that does so brings one token, so the client waits for one step less of the destination. The
         prefix cache of the source holds all but the last block of what the leg computes.
         """
         dispatcher, plane, legs = self._dispatcher, self._plane, self.legs
-        plane.migration_begun(self, self._clock.now())
+        plane.migration_begun(legs, self._clock.now())
         try:
-            result = await self._runner.run(src, hand_over=True, most=1)
-            if isinstance(result, Completed):
-                return result
-            handle = result.handle if isinstance(result, HandedOver) else None
+            end = await legs.run(src, hand_over=True, most=1)
+            if end.handle is None:
+                return src, end
             dst = dispatcher.upstreams.get(dst_id)
-            if dst is None or handle is None or self.migrate is None:
-                if handle is not None:
-                    dispatcher.handles.release(handle)
-                return src, None
+            if dst is None or legs.migrate is None:
+                dispatcher.handles.release(end.handle)
+                return src, LegEnd()
             resident = legs.prompt_tokens + len(legs.out_ids)
-            plane.migration_done(self, resident, self._clock.now(), pulled=False)
-            return dst, handle
+            plane.migration_done(legs, resident, self._clock.now(), pulled=False)
+            return dst, end
         finally:
-            if self.migrate is not None:
-                plane.migration_cancelled(self, self._clock.now())
+            if legs.migrate is not None:
+                plane.migration_cancelled(legs, self._clock.now())
 
     # later rounds
 
@@ -226,19 +206,16 @@ class ServedRequest(LiveRequest):
         if legs.out_ids or not self.call.session or not upstream.member.capabilities.extends_kv:
             return None
         known = dispatcher.sessions.find(self.call)
-        holder = dispatcher.upstreams.get(known.on) if known is not None else None
-        if (
-            known is None
-            or holder is None
-            or holder is upstream
-            or holder.member.engine_id != known.engine_id
-        ):
+        if known is None:
+            return None
+        holder = dispatcher.upstreams.get(known.on)
+        if holder is None or holder is upstream or holder.member.engine_id != known.engine_id:
             return None
         try:
-            if not await self._runner.tokenise(upstream) or legs.prompt_ids is None:
+            if not await legs.tokenise(upstream) or legs.prompt_ids is None:
                 return None
             tokens = known.worth_reading(legs.prompt_ids, upstream.member)
-            handle = await self._runner.export(holder, tokens) if tokens else None
+            handle = await legs.export(holder, tokens) if tokens else None
         except EngineError:
             return None
         if handle is not None:
@@ -250,7 +227,7 @@ class ServedRequest(LiveRequest):
     def _note_prefill(self, times: LegTimes, placed_s: float) -> None:
         record = self.record
         record.cached_tokens = times.cached_tokens
-        self._plane.prefill_reported(self, times.cached_tokens)
+        self._plane.prefill_reported(self.legs, times.cached_tokens)
         first_s = self.legs.first_s or self._clock.now()
         queue_s = times.queue_s or 0.0
         prefill_s = times.prefill_s if times.prefill_s is not None else first_s - placed_s - queue_s
@@ -274,16 +251,16 @@ class ServedRequest(LiveRequest):
     def _close(self, error: TidegateError | None) -> None:
         """Take the request out of the plane and tell journal and metrics how it ended."""
         dispatcher, call, legs, now = self._dispatcher, self.call, self.legs, self._clock.now()
-        effects = self._plane.ended(self, error, now)
+        effects = self._plane.ended(legs, error, now)
         if error is None and call.session and legs.upstream is not None and legs.prompt_ids is not None:
             ids = legs.prompt_ids + legs.out_ids
-            dispatcher.sessions.note(call, legs.upstream.member, ids, self.prefill_on, len(legs.prompt_ids))
-        known = self.record
-        known.prefill_on, known.decode_on = self.prefill_on, self.decode_on
-        known.predicted_prefill_s = self.predicted_prefill_s
-        known.replays, known.migrations = self.replays, self.migrations
+            dispatcher.sessions.note(call, legs.upstream.member, ids, legs.prefill_on, len(legs.prompt_ids))
+        record, journal = self.record, dispatcher.journal
+        record.prefill_on, record.decode_on = legs.prefill_on, legs.decode_on
+        record.predicted_prefill_s = legs.predicted_prefill_s
+        record.replays, record.migrations = legs.replays, legs.migrations
         ending = RequestEnding(
-            self.id,
+            call.id,
             call.slo,
             legs.prompt_tokens,
             len(legs.out_ids),
@@ -293,5 +270,7 @@ class ServedRequest(LiveRequest):
             session=call.session,
             tenant=call.tenant,
         )
-        record(known, ending, journal=dispatcher.journal, metrics=dispatcher.metrics)
+        dispatcher.metrics.observe(record, ending)
+        if journal.enabled:
+            journal.write(outcome_line(record, ending, journal.started_s))
         dispatcher.do(effects)

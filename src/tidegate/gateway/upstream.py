@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tidegate.engines.dialect import DialectEngine
 from tidegate.engines.seam import Engine, KvHandle
@@ -26,30 +27,16 @@ class Upstream:
 
 def connect(member: Member, settings: GatewaySettings) -> Upstream:
     """Return the upstream of a member; no connection is opened yet."""
-    engine: Engine
+    where = member.instance.id, member.url, member.model
+    common: dict[str, Any] = {
+        "connect_s": settings.connect_s,
+        "stall_s": settings.stall_s,
+        "engine_id": member.engine_id,
+        "api_key": member.api_key,
+    }
     if member.kind == "vllm":
-        engine = VllmEngine(
-            member.instance.id,
-            member.url,
-            member.model,
-            connect_s=settings.connect_s,
-            stall_s=settings.stall_s,
-            engine_id=member.engine_id,
-            connector=_connector(member),
-            api_key=member.api_key,
-        )
-    else:
-        engine = DialectEngine(
-            member.instance.id,
-            member.url,
-            member.model,
-            connect_s=settings.connect_s,
-            stall_s=settings.stall_s,
-            engine_id=member.engine_id,
-            secret=member.secret,
-            api_key=member.api_key,
-        )
-    return Upstream(member, engine)
+        return Upstream(member, VllmEngine(*where, connector=_connector(member), **common))
+    return Upstream(member, DialectEngine(*where, secret=member.secret, **common))
 
 
 def _connector(member: Member) -> Connector | None:

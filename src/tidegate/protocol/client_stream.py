@@ -7,9 +7,10 @@ import logging
 from collections.abc import Awaitable, Mapping
 
 from aiohttp import HttpVersion11, web
+from aiohttp.http import StreamWriter
 
 from tidegate.core.errors import ClientGone, InternalError, TidegateError
-from tidegate.protocol.chunks import error_body, event, http_chunk
+from tidegate.protocol.chunks import error_body, event
 
 log = logging.getLogger(__name__)
 
@@ -34,23 +35,17 @@ class ClientStream:
 
     def __init__(self, request: web.Request, headers: Mapping[str, str]) -> None:
         self._request = request
-        self.response = web.StreamResponse(headers={**HEADERS, **headers})
+        self._response = web.StreamResponse(headers={**HEADERS, **headers})
         self._chunked = request.version >= HttpVersion11
         self._transport: asyncio.WriteTransport | None = None
-        self._pending: list[bytes] = []
-        self._opening: asyncio.Task[None] | None = None
 
     def send(self, data: bytes) -> None:
         """Send events. Raises ClientGone when the client has left or reads too slowly."""
         transport = self._transport
         if transport is None:
-            self._pending.append(data)
-            if self._opening is None:
-                self._opening = asyncio.create_task(self._open())
-                # Its failure may go unseen: a handler that is cancelled has nobody to tell.
-                self._opening.add_done_callback(lambda task: task.cancelled() or task.exception())
+            self._open(data)
             return
-        transport.write(http_chunk(data) if self._chunked else data)
+        transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
         if transport.is_closing():
             raise ClientGone("the client closed the connection")
         if transport.get_write_buffer_size() > UNREAD_BYTES:
@@ -64,46 +59,48 @@ class ClientStream:
         try:
             end = await work
         except Exception as failure:
-            if self._opening is None or isinstance(failure, ClientGone):
+            if self._transport is None or isinstance(failure, ClientGone):
                 raise
             error = failure
             if not isinstance(error, TidegateError):
                 log.exception("a stream failed inside the server")
                 error = InternalError("internal error")
             end = event(error_body(error))
-        except BaseException:
-            if self._opening is not None:
-                self._opening.cancel()
-            raise
         return await self._finish(end)
 
     async def _finish(self, data: bytes) -> web.StreamResponse:
         """Send the last events and end the answer. Raises ClientGone when they are not taken."""
-        self.send(data)
-        assert self._opening is not None
+        if self._transport is None:
+            self._open(b"")
         try:
             async with asyncio.timeout(LEAVE_S):
-                await self._opening
-                await self.response.write_eof()
+                await self._response.write_eof(data)
         except TimeoutError:
             if self._request.transport is not None:
                 self._request.transport.abort()
             raise ClientGone(f"the client did not take the end of its answer within {LEAVE_S:g} s") from None
-        return self.response
+        except ConnectionError:
+            raise ClientGone("the client closed the connection") from None
+        return self._response
 
-    async def _open(self) -> None:
-        """Send the head with all that came before it was out."""
+    def _open(self, data: bytes) -> None:
+        """Send the head with the first events, here: a task would wait for all that is due before it."""
+        opening = self._send_head(data)
+        try:
+            opening.send(None)
+        except StopIteration:
+            self._transport = self._request.transport
+        except ConnectionError:
+            raise ClientGone("the client closed the connection") from None
+        else:
+            opening.close()
+            raise InternalError("the head of an answer could not be sent at once")
+
+    async def _send_head(self, data: bytes) -> None:
+        """Write to the transport; aiohttp's coroutines for that wait for nothing."""
         if self._chunked:
-            self.response.enable_chunked_encoding()
-        await self.response.prepare(self._request)
-        data = b"".join(self._pending)
-        self._pending.clear()
-        await self.response.write(data)
-        transport = self._request.transport
-        if transport is None:
-            raise ConnectionResetError("the client closed the connection")
-        # What arrived while the head was being sent goes out before the direct path opens.
-        self._transport = transport
-        if self._pending:
-            self.send(b"".join(self._pending))
-            self._pending.clear()
+            self._response.enable_chunked_encoding()
+        writer = await self._response.prepare(self._request)
+        assert isinstance(writer, StreamWriter)
+        if data:
+            await writer.write(data, drain=False)

@@ -1,4 +1,4 @@
-"""Nouns with defaults, so that a test names only what it is about."""
+"""What tests are made of, with defaults, so that a test names only what it is about."""
 
 from __future__ import annotations
 
@@ -57,11 +57,7 @@ def instance(
 ) -> Instance:
     """Return an instance of the size of an H100 with an 8B model."""
     return Instance(
-        instance_id,
-        kv_capacity_tokens,
-        max_model_len,
-        kv_bytes_per_token=131_072,
-        flippable=flippable,
+        instance_id, kv_capacity_tokens, max_model_len, kv_bytes_per_token=131_072, flippable=flippable
     )
 
 
@@ -93,3 +89,25 @@ def cluster(
     for index, role in enumerate(even_roles(instances) if roles is None else roles):
         ledger.instance_up(instance(f"i{index}", kv_capacity_tokens=kv_capacity_tokens), profile, role, now)
     return ledger
+
+
+class VirtualClock:
+    """A Clock that stands still until a test moves it."""
+
+    def __init__(self, now: float = 0.0) -> None:
+        self._now = now
+
+    def now(self) -> float:
+        """Return the time last set."""
+        return self._now
+
+    def set(self, now: float) -> None:
+        """Move to ``now``. Raises ValueError when that lies in the past."""
+        if now < self._now:
+            raise ValueError(f"a clock cannot go back from {self._now} to {now}")
+        self._now = now
+
+    def advance(self, seconds: float) -> float:
+        """Move forward by ``seconds`` and return the new time."""
+        self.set(self._now + seconds)
+        return self._now

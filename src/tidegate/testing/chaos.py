@@ -30,11 +30,14 @@ NOT_FORCED = Forced()
 async def chaos(dispatcher: Dispatcher, forced: Forced) -> AsyncIterator[None]:
     """Flip a random instance and move a random decode again and again. No pool is emptied."""
     rng = random.Random(forced.seed)
-    tasks = [
-        asyncio.create_task(_every(period_s, act, dispatcher, rng))
-        for period_s, act in ((forced.flip_every_s, flip_one), (forced.migrate_every_s, migrate_one))
-        if period_s > 0
-    ]
+
+    async def repeat(act: Callable[[Dispatcher, random.Random], None], period_s: float) -> None:
+        while True:
+            await asyncio.sleep(period_s)
+            act(dispatcher, rng)
+
+    periods = {flip_one: forced.flip_every_s, migrate_one: forced.migrate_every_s}
+    tasks = [asyncio.create_task(repeat(act, period_s)) for act, period_s in periods.items() if period_s > 0]
     try:
         yield
     finally:
@@ -66,14 +69,3 @@ def migrate_one(dispatcher: Dispatcher, rng: random.Random) -> None:
         dispatcher.act([Migrate(request_id, live.decode_on, rng.choice(others), "forced")])
         if plane.requests[request_id].migrate is not None:
             return
-
-
-async def _every(
-    period_s: float,
-    act: Callable[[Dispatcher, random.Random], None],
-    dispatcher: Dispatcher,
-    rng: random.Random,
-) -> None:
-    while True:
-        await asyncio.sleep(period_s)
-        act(dispatcher, rng)

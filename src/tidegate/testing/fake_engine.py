@@ -7,7 +7,6 @@ of it measures what stands in between.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import sys
 from collections.abc import Callable
@@ -16,6 +15,8 @@ from typing import cast
 
 import httptools
 import orjson
+import typer
+import uvloop
 
 from tidegate.core.errors import TidegateError
 from tidegate.protocol.bodies import parse_object
@@ -130,36 +131,33 @@ class FakeEngine:
         """Answer one request."""
         if path == "/v1/models":
             model = {"id": MODEL, "object": "model", "max_model_len": 1 << 20}
-            _send_json(transport, {"object": "list", "data": [model]})
+            _send(transport, {"object": "list", "data": [model]})
         elif path == "/tidegate/release":
             request_id = str(orjson.loads(raw)["request_id"])
             self.pinned.discard(request_id)
             self.released.append(request_id)
-            _send_json(transport, {"released": True})
+            _send(transport, {"released": True})
         elif path in ("/v1/completions", "/v1/chat/completions"):
             try:
                 self._complete(transport, parse_object(raw), chat="chat" in path)
             except TidegateError as error:
-                _send_json(transport, {"error": {"message": error.message, "param": error.param}}, status=400)
+                _send(transport, {"error": {"message": error.message, "param": error.param}}, status=400)
         elif path == "/metrics":
-            page = self.metrics().encode()
-            transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(page), page))
+            _send(transport, self.metrics().encode())
         else:
-            _send_json(transport, {"status": "ok"})
+            _send(transport, {"status": "ok"})
 
     def _complete(self, transport: asyncio.Transport, body: Json, *, chat: bool) -> None:
         if self.keep_bodies:
             self.bodies.append(body)
         if self.fail_with is not None:
             status, message = self.fail_with
-            _send_json(transport, {"error": {"message": message, "param": None}}, status=status)
+            _send(transport, {"error": {"message": message, "param": None}}, status=status)
             return
         kv = body.get("kv_transfer_params") or {}
+        prompt: list[int] | str = body.get("prompt", "")
         if chat:
-            text = "".join(m["content"] for m in body["messages"])
-            prompt = kv.get("prompt_token_ids", text)
-        else:
-            prompt = body["prompt"]
+            prompt = kv.get("prompt_token_ids", "".join(m["content"] for m in body["messages"]))
         ids = prompt if isinstance(prompt, list) else list(prompt.encode())
         logprobs = body.get("logprobs") not in (None, False)
         generated = kv.get("tidegate_generated", 0)
@@ -243,15 +241,9 @@ class _Serving(asyncio.Protocol):
         self._engine.answer(self._transport, self._path, raw)
 
 
-def _send_json(transport: asyncio.Transport, value: Json, status: int = 200) -> None:
-    _send(transport, orjson.dumps(value), status)
-
-
-def _send(transport: asyncio.Transport, body: bytes, status: int = 200) -> None:
-    transport.write(
-        b"HTTP/1.1 %d OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
-        % (status, len(body), body)
-    )
+def _send(transport: asyncio.Transport, answer: Json | bytes, status: int = 200) -> None:
+    body = answer if isinstance(answer, bytes) else orjson.dumps(answer)
+    transport.write(b"HTTP/1.1 %d OK\r\nContent-Length: %d\r\n\r\n%b" % (status, len(body), body))
 
 
 async def _serve(port: int, engine_id: str, step_s: float) -> None:
@@ -262,17 +254,10 @@ async def _serve(port: int, engine_id: str, step_s: float) -> None:
     await asyncio.Event().wait()
 
 
-def main() -> None:
+def main(port: int = 0, engine_id: str = "fake", step_ms: float = 0.0) -> None:
     """Run one fake engine until killed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--port", type=int, default=0)
-    parser.add_argument("--engine-id", default="fake")
-    parser.add_argument("--step-ms", type=float, default=0.0)
-    args = parser.parse_args()
-    import uvloop
-
-    uvloop.run(_serve(args.port, args.engine_id, args.step_ms / 1000.0))
+    uvloop.run(_serve(port, engine_id, step_ms / 1000.0))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

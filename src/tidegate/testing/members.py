@@ -1,4 +1,4 @@
-"""A fleet for tests: members that go up and down when told."""
+"""A fleet for tests: members that a test takes up and down."""
 
 from __future__ import annotations
 
@@ -39,27 +39,23 @@ class GivenFleet:
         """Report an instance up, under a new URL if given."""
         self.urls[name] = url or self.urls[name]
         role = self.fixed.get(name)
-        instance = Instance(
-            name, kv_capacity_tokens=1 << 30, max_model_len=self._context, flippable=role is None
+        member = Member(
+            Instance(name, 1 << 30, self._context, flippable=role is None),
+            self.urls[name],
+            self._model,
+            engine_id=name,
+            profile=self._profile,
+            secret="s3",
+            capabilities=self.capabilities,
+            fixed_role=role,
         )
         assert self.listener is not None
-        self.listener.member_up(
-            Member(
-                instance,
-                self.urls[name],
-                self._model,
-                engine_id=name,
-                profile=self._profile,
-                secret="s3",
-                capabilities=self.capabilities,
-                fixed_role=role,
-            )
-        )
+        self.listener.member_up(member)
 
     def down(self, name: str) -> None:
         """Report an instance down."""
         assert self.listener is not None
-        self.listener.member_down(name, "told so")
+        self.listener.member_down(name, "taken down")
 
     def suspect(self, instance_id: str) -> None:
         self.suspected.append(instance_id)
