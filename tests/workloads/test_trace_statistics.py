@@ -13,10 +13,9 @@ import pytest
 from tidegate.bound.phase_load import phase_load
 from tidegate.core.errors import ConfigError, SetupError
 from tidegate.costs.library import packaged_profile
-from tidegate.workloads.arrivals import Gamma
+from tidegate.workloads.arrivals import Gamma, RateCurve, read_rate_curve
 from tidegate.workloads.generate import arrival_times_s, generate
 from tidegate.workloads.presets import preset, preset_names
-from tidegate.workloads.rate_curve import RateCurve, read_rate_curve
 from tidegate.workloads.readers import read_trace
 from tidegate.workloads.token_counts import parse_token_counts
 from tidegate.workloads.trace import TraceRecord, Workload
@@ -125,7 +124,7 @@ def test_rate_curves_are_read_from_both_layouts(tmp_path: Path) -> None:
         ("t_s,a,b\n0,1,2\n600,1,2\n", "", "has several curves"),
         ("time,a\n0,1\n", "a", "not a rate curve: expected a CSV with t_s"),
         ("t_s,a\n0,1\n600,x\n", "a", ":3:5: a is 'x', expected a number >= 0"),
-        ("t_s,a\n0,1\n600\n", "a", ":3: 1 fields, expected 2"),
+        ("t_s,a\n0,1\n600\n", "a", ":3:4: 1 fields, expected 2"),
         ("t_s,a\n0,1\n0,2\n", "a", "must increase"),
         ("t_s,a\n0,1\n", "a", "at least two rows"),
         ("t_s,a\n0,0\n600,0\n", "a", "a rate above 0"),

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from tidegate.core.errors import ConfigError
 from tidegate.workloads.choice import WorkloadChoice, load_workload
-from tidegate.workloads.readers import is_timed
+from tidegate.workloads.readers import has_arrivals
 from tidegate.workloads.reseed import reseeded
 from tidegate.workloads.trace import Workload
 from tidegate.workloads.transform import scale_rate
@@ -32,7 +32,7 @@ def starts_sessions(choice: WorkloadChoice) -> bool:
         choice.trace
         and choice.sessions_per_s is None
         and choice.poisson is None
-        and not is_timed(choice.trace)
+        and not has_arrivals(choice.trace)
     )
 
 

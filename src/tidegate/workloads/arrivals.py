@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from tidegate.core.errors import ConfigError
+from tidegate.core.errors import ConfigError, TraceError
+from tidegate.workloads.readers import csv_table, split
+from tidegate.workloads.source import read_lines
+from tidegate.workloads.trace_table import AtLeastZero, TraceTable
 
 _CHUNK = 1024
 
@@ -32,7 +38,7 @@ class Gamma:
     cv: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (0 < self.rate_rps < float("inf") and 0 < self.cv < float("inf")):
+        if not (0 < self.rate_rps < math.inf and 0 < self.cv < math.inf):
             raise ConfigError(
                 f"arrivals need a positive rate and CV, got {self.rate_rps} requests/s, CV {self.cv}"
             )
@@ -58,7 +64,7 @@ class Bursts:
     phases: tuple[tuple[float, float], ...]
 
     def __post_init__(self) -> None:
-        rates_ok = all(0 <= rate < float("inf") and 0 < s < float("inf") for rate, s in self.phases)
+        rates_ok = all(0 <= rate < math.inf and 0 < s < math.inf for rate, s in self.phases)
         if not rates_ok or not any(rate > 0 for rate, _ in self.phases):
             raise ConfigError(
                 f"bursts need phases of positive length and one rate above 0, got {self.phases}"
@@ -82,3 +88,100 @@ class Bursts:
                 count = int(rng.poisson(rate_rps * length_s))
                 yield from (start_s + np.sort(rng.uniform(0.0, length_s, count))).tolist()
                 start_s += length_s
+
+
+@dataclass(frozen=True, slots=True)
+class RateCurve:
+    """Requests whose rate is a step function of time: ``rates_rps[k]`` for ``step_s`` seconds, in a cycle.
+
+    Arrivals are a renewal process of unit mean and coefficient of variation ``cv`` read on the clock of the
+    curve's integral (time rescaling): with ``cv`` 1 exactly the non-homogeneous Poisson process, above 1
+    burstier on the same curve. Raises ConfigError for a curve without a positive rate.
+    """
+
+    step_s: float
+    rates_rps: tuple[float, ...]
+    cv: float = 1.0
+
+    def __post_init__(self) -> None:
+        rates_ok = all(0 <= rate < math.inf for rate in self.rates_rps) and any(self.rates_rps)
+        if not (rates_ok and 0 < self.step_s < math.inf):
+            raise ConfigError("a rate curve needs steps of positive length and a rate above 0")
+
+    def with_mean(self, rate_rps: float) -> RateCurve:
+        """Return the curve scaled to a mean rate; raises ConfigError unless that is positive."""
+        if not 0 < rate_rps < math.inf:
+            raise ConfigError(f"the mean rate must be positive, got {rate_rps}")
+        factor = rate_rps / (sum(self.rates_rps) / len(self.rates_rps))
+        return replace(self, rates_rps=tuple(rate * factor for rate in self.rates_rps))
+
+    def times_s(self, rng: np.random.Generator) -> Iterator[float]:
+        work = Gamma(1.0, self.cv).times_s(rng)
+        due = next(work)
+        done, start_s = 0.0, 0.0
+        while True:
+            for rate_rps in self.rates_rps:
+                end = done + rate_rps * self.step_s
+                while due < end:
+                    yield start_s + (due - done) / rate_rps
+                    due = next(work)
+                done = end
+                start_s += self.step_s
+
+
+def read_rate_curve(text: str, cv: float = 1.0) -> RateCurve:
+    """Read ``FILE:NAME``: a CSV with ``t_s`` and either a column NAME or ``workload`` and ``rate_rps``.
+
+    In the second form NAME selects the rows; rows are a fixed step apart, and a missing step has the rate
+    of the one before. Raises TraceError for a file that is not such a curve, and ConfigError when NAME is
+    missing or unknown, listing those there are.
+    """
+    file, _, name = text.rpartition(":")
+    if not file or (not Path(file).exists() and Path(text).exists()):
+        file, name = text, ""
+    table = _rate_table(file)
+    if "workload" in table.columns and "rate_rps" in table.columns:
+        workloads = table.columns["workload"]
+        names = list(dict.fromkeys(workloads))
+        table = table.rows([row for row, workload in enumerate(workloads) if workload == name])
+        column = "rate_rps"
+    else:
+        names = [column for column in table.columns if column != "t_s"]
+        column = name
+    if name not in names:
+        problem = f"has no curve {name!r}" if name else "has several curves"
+        raise ConfigError(f"rate curve {file} {problem}; write {file}:NAME with one of {', '.join(names)}")
+    return _curve(table, column, cv)
+
+
+def _rate_table(file: str) -> TraceTable:
+    lines = list(read_lines(file))
+    if not lines:
+        raise TraceError("the file is empty", file=file)
+    header = [name.strip() for name in split(lines[0][1])]
+    if "t_s" not in header or len(header) < 2:
+        raise TraceError(
+            "not a rate curve: expected a CSV with t_s and columns of requests per second", file=file, line=1
+        )
+    table, broken = csv_table(file, header, [line for line in lines[1:] if line[1]], {})
+    if broken is not None:
+        raise broken
+    return table
+
+
+def _curve(table: TraceTable, column: str, cv: float) -> RateCurve:
+    times_s, rates_rps = (table.values(name, AtLeastZero, "a number >= 0") for name in ("t_s", column))
+    first = table.lines[0][0]
+    if len(times_s) < 2:
+        raise TraceError("a rate curve needs at least two rows", file=table.file, line=first)
+    step_s = min(later - earlier for earlier, later in pairwise(times_s))
+    if not step_s > 0:
+        raise TraceError("the times of a rate curve must increase", file=table.file, line=first)
+    rates: list[float] = []
+    for row, (t_s, rate_rps) in enumerate(zip(times_s, rates_rps, strict=True)):
+        steps = (t_s - times_s[0]) / step_s
+        if abs(steps - round(steps)) > 1e-6:
+            raise table.error(row, "t_s", f"is {t_s:g}, not a multiple of the step of {step_s:g} s")
+        rates += [rates[-1]] * (round(steps) - len(rates)) if rates else []
+        rates.append(rate_rps)
+    return RateCurve(step_s, tuple(rates), cv)

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from tidegate.core.errors import ConfigError
-from tidegate.workloads.arrivals import ArrivalProcess, Bursts, Gamma, Poisson
+from tidegate.workloads.arrivals import ArrivalProcess, Bursts, Gamma, Poisson, read_rate_curve
 from tidegate.workloads.generate import arrival_times_s, generate, resample
 from tidegate.workloads.presets import preset
-from tidegate.workloads.rate_curve import read_rate_curve
-from tidegate.workloads.readers import is_timed, read_trace, read_untimed
+from tidegate.workloads.readers import has_arrivals, read_trace, read_untimed
 from tidegate.workloads.token_counts import parse_token_counts
 from tidegate.workloads.trace import Workload
 from tidegate.workloads.transform import (
@@ -139,7 +138,7 @@ def _timed_by(process: ArrivalProcess, choice: WorkloadChoice) -> Workload:
     times_s = arrival_times_s(process, seed=choice.seed)
     if choice.trace:
         workload = read_untimed(choice.trace)
-        if is_timed(choice.trace):
+        if has_arrivals(choice.trace):
             if choice.sessions_per_s is None:
                 return retime(workload, times_s)
             workload = by_session(workload)
