@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -14,10 +13,15 @@ from tidegate.bound.phase_load import phase_load
 from tidegate.core.errors import ConfigError, SetupError
 from tidegate.costs.library import packaged_profile
 from tidegate.workloads.arrivals import Gamma, RateCurve, read_rate_curve
-from tidegate.workloads.generate import arrival_times_s, generate
-from tidegate.workloads.presets import preset, preset_names
+from tidegate.workloads.generate import (
+    TokenCounts,
+    arrival_times_s,
+    generate,
+    parse_token_counts,
+    preset,
+    preset_names,
+)
 from tidegate.workloads.readers import read_trace
-from tidegate.workloads.token_counts import parse_token_counts
 from tidegate.workloads.trace import TraceRecord, Workload
 from tidegate.workloads.trace_statistics import cached_tokens, statistics
 
@@ -63,7 +67,7 @@ def test_reuse_counts_leading_blocks_and_answers() -> None:
             TraceRecord(2.0, 1024, 5, (9, 2), block_tokens=512),
         ]
     )
-    assert cached_tokens(trace) == [0, 1536, 0]
+    assert cached_tokens(trace).tolist() == [0, 1536, 0]
     reuse = statistics(trace, timed=True).reuse
     assert reuse is not None
     assert (reuse.tokens, reuse.blocks) == (pytest.approx(1536 / 3624), pytest.approx(3 / 8))
@@ -142,13 +146,13 @@ def test_bad_rate_curves_are_told(tmp_path: Path, content: str, name: str, words
 def test_presets_have_their_sources_means(name: str) -> None:
     lengths = preset(name)
     rng = np.random.default_rng(0)
-    draws: list[tuple[Callable[[np.random.Generator], int], float]] = [
-        (lengths.inputs.draw, lengths.input_mean),
-        (lengths.outputs.draw, lengths.output_mean),
+    draws: list[tuple[TokenCounts, float]] = [
+        (lengths.inputs, lengths.input_mean),
+        (lengths.outputs, lengths.output_mean),
     ]
     for draw, mean in draws:
         assert np.mean([draw(rng) for _ in range(30_000)]) == pytest.approx(mean, rel=0.06)
-    assert "requests of" in lengths.describe()
+    assert "requests of" in lengths.description
 
 
 def test_an_unknown_preset_lists_the_known() -> None:

@@ -8,7 +8,7 @@ from functools import lru_cache
 from tidegate.core.errors import ConfigError
 from tidegate.workloads.choice import WorkloadChoice, load_workload
 from tidegate.workloads.readers import has_arrivals
-from tidegate.workloads.reseed import reseeded
+from tidegate.workloads.reshape import reseeded
 from tidegate.workloads.trace import Workload
 from tidegate.workloads.transform import scale_rate
 
