@@ -57,15 +57,13 @@ def phase_load(
     # The last token of a prompt is always computed.
     cached = np.minimum(cached_tokens(workload), workload.input_tokens - 1)
     new = workload.input_tokens - cached
-    prefill_s = np.bincount(window, profile.prefill.seconds(new, attention_work(new, cached))).tolist()
+    prefill_s = np.bincount(window, profile.prefill.seconds(new, attention_work(new, cached)))
     # The first token is prefill's; the others see a context that grows from prompt to answer.
     steps = workload.output_tokens - 1
     context = steps * (workload.input_tokens + 0.5 * workload.output_tokens)
-    sums = zip(
-        prefill_s, np.bincount(window, steps).tolist(), np.bincount(window, context).tolist(), strict=True
-    )
+    sums = np.column_stack([prefill_s, np.bincount(window, steps), np.bincount(window, context)])
     loads = []
-    for index, (prefill, tokens, total_context) in enumerate(sums):
+    for index, (prefill, tokens, total_context) in enumerate(sums.tolist()):
         start_s = index * window_s
         # The last window ends with the trace.
         length_s = min(window_s, float(since_s[-1]) - start_s) or window_s

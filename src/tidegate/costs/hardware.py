@@ -19,15 +19,8 @@ from typing import Any
 
 from tidegate.core.errors import ConfigError
 from tidegate.costs.fitting import PrefillSample, StepSample, fit_profile
-from tidegate.costs.forms import TransferCost
-from tidegate.costs.library import (
-    INTER_NODE_LATENCY_S,
-    INTRA_NODE_LATENCY_S,
-    LINK_EFFICIENCY,
-    MIXED_CONTEXT_RATIO,
-    PackagedProfile,
-)
-from tidegate.costs.roofline import RESERVED_SHARE, Shape
+from tidegate.costs.library import MIXED_CONTEXT_RATIO, PackagedProfile, assumed_links
+from tidegate.costs.roofline import Shape
 
 PACKAGE = "aiconfigurator_core"
 SYSTEMS = {"rtx_pro_6000": "rtx_pro_6000_server"}
@@ -59,15 +52,26 @@ def hardware_profile(gpu: str, model: str, tp: int = 1) -> PackagedProfile:
     the pair.
     """
     full = _known_model(model)
-    config = _config(full)
-    shape = Shape.from_config(config)
+    shape = Shape.from_config(_config(full))
     with _quiet():
         steps = _steps(gpu, full, tp, shape)
-        prefill, step = _samples(steps)
-    name = f"hardware:{gpu}/{full}" + (f"/tp{tp}" if tp > 1 else "")
-    inside = TransferCost(INTRA_NODE_LATENCY_S, LINK_EFFICIENCY * tp * steps.intra_bytes_per_s)
+        prefill = [
+            PrefillSample(new, cached, steps.prefill_s(new, cached))
+            for cached in CACHED_TOKENS
+            for new in NEW_TOKENS
+        ]
+        step = [
+            StepSample(batch, batch * context, steps.step_s(batch, context))
+            for context in CONTEXTS
+            for batch in BATCHES
+            if batch * context <= MOST_RESIDENT
+        ]
+    kv_tokens = shape.kv_tokens(tp * steps.memory_bytes)
+    if kv_tokens < 1:
+        raise ConfigError(f"{full} does not fit the memory of these GPUs; raise /tpN")
+    inside, between = assumed_links(steps.intra_bytes_per_s, tp, steps.inter_bytes_per_s)
     profile = fit_profile(
-        name,
+        f"hardware:{gpu}/{full}" + (f"/tp{tp}" if tp > 1 else ""),
         prefill,
         step,
         inside,
@@ -78,47 +82,8 @@ def hardware_profile(gpu: str, model: str, tp: int = 1) -> PackagedProfile:
         experts=max(1, shape.experts),
         active_experts=shape.active_experts,
     )
-    return PackagedProfile(
-        name=name,
-        profile=profile,
-        gpu=gpu,
-        model=full,
-        tp=tp,
-        engine=BACKEND,
-        kv_bytes_per_token=shape.kv_bytes_per_token,
-        kv_capacity_tokens=_kv_tokens(shape, tp * steps.memory_bytes, full),
-        weight_gb=shape.stored_bytes / 1e9,
-        intra_node=inside,
-        inter_node=TransferCost(
-            INTER_NODE_LATENCY_S,
-            LINK_EFFICIENCY * tp * min(steps.intra_bytes_per_s, steps.inter_bytes_per_s),
-        ),
-        mixed_measured=False,
-        max_errors=(),
-        note="KV capacity is an estimate from the GPU's memory",
-    )
-
-
-def _samples(steps: MeasuredSteps) -> tuple[list[PrefillSample], list[StepSample]]:
-    prefill = [
-        PrefillSample(new, cached, steps.prefill_s(new, cached))
-        for cached in CACHED_TOKENS
-        for new in NEW_TOKENS
-    ]
-    step = [
-        StepSample(batch, batch * context, steps.step_s(batch, context))
-        for context in CONTEXTS
-        for batch in BATCHES
-        if batch * context <= MOST_RESIDENT
-    ]
-    return prefill, step
-
-
-def _kv_tokens(shape: Shape, memory_bytes: float, model: str) -> int:
-    tokens = int((memory_bytes * (1 - RESERVED_SHARE) - shape.stored_bytes) / shape.kv_bytes_per_token)
-    if tokens < 1:
-        raise ConfigError(f"{model} does not fit the memory of these GPUs; raise /tpN")
-    return tokens
+    note = "KV capacity is an estimate from the GPU's memory"
+    return PackagedProfile(profile, full, shape.kv_bytes_per_token, kv_tokens, between, note)
 
 
 def _steps(gpu: str, model: str, tp: int, shape: Shape) -> MeasuredSteps:

@@ -48,27 +48,26 @@ INTER_NODE_LATENCY_S = 0.001
 class PackagedProfile:
     """A profile with what else is known of its (GPU, model, parallelism, engine).
 
-    ``profile`` carries ``source`` and the fit's median and 95th percentile errors; ``max_errors`` has its
-    largest error per form, where published. ``profile.transfer`` is ``intra_node``; both links are assumed.
-    ``mixed_measured`` is false when a coefficient of the mixed form is derived; then ``profile.errors`` has
-    no entry for that form. ``kv_capacity_tokens`` is rough. ``weight_gb`` is None when unknown. ``note`` is
-    the publisher's caveat, empty if none: show it to whoever picks the profile.
+    ``profile.transfer`` is the link inside a node; both links are assumed unless measured.
+    ``kv_capacity_tokens`` is rough. ``note`` is the publisher's caveat, empty if none: show it to whoever
+    picks the profile.
     """
 
-    name: str
     profile: Profile
-    gpu: str
     model: str
-    tp: int
-    engine: str
     kv_bytes_per_token: int
     kv_capacity_tokens: int
-    weight_gb: float | None
-    intra_node: TransferCost
     inter_node: TransferCost
-    mixed_measured: bool
-    max_errors: tuple[tuple[str, float], ...]
-    note: str
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.profile.name
+
+    @property
+    def mixed_measured(self) -> bool:
+        """Whether every coefficient of the mixed form was measured; else one is derived."""
+        return any(form == "mixed" for form, _, _ in self.profile.errors)
 
 
 def profile_names() -> tuple[str, ...]:
@@ -89,8 +88,13 @@ def packaged_profile(name: str, *, mixed_context_ratio: float | None = None) -> 
     if mixed_context_ratio is not None and not 0 < mixed_context_ratio < math.inf:
         raise ConfigError(f"mixed_context_ratio must be a positive number, not {mixed_context_ratio}")
     entry = entries[name]
-    intra_node, inter_node = _links(entry["gpu"], entry["tp"])
-    mixed, how, errors = _mixed(entry, mixed_context_ratio)
+    intra_node, inter_node = assumed_links(PORT_BYTES_PER_S[entry["gpu"]], entry["tp"])
+    mixed, how, errors = entry["mixed"], "measured", entry["errors"]
+    if mixed is None or mixed_context_ratio is not None:
+        ratio = MIXED_CONTEXT_RATIO if mixed_context_ratio is None else mixed_context_ratio
+        mixed = {**(mixed or entry["prefill"]), "d_s": entry["step"]["c_s"] * ratio}
+        how = f"derived with context ratio {ratio:g}"
+        errors = [row for row in errors if row[0] != "mixed"]
     profile = Profile.from_json(
         {
             "name": name,
@@ -102,42 +106,17 @@ def packaged_profile(name: str, *, mixed_context_ratio: float | None = None) -> 
             "errors": errors,
         }
     )
-    return PackagedProfile(
-        name=name,
-        profile=profile,
-        gpu=entry["gpu"],
-        model=entry["model"],
-        tp=entry["tp"],
-        engine=entry["engine"],
-        kv_bytes_per_token=entry["kv_bytes_per_token"],
-        kv_capacity_tokens=entry["kv_capacity_tokens"],
-        weight_gb=entry["weight_gb"],
-        intra_node=intra_node,
-        inter_node=inter_node,
-        mixed_measured=how == "measured",
-        max_errors=tuple(sorted(entry["max_errors"].items())),
-        note=entry["note"],
-    )
+    facts = (entry[key] for key in ("model", "kv_bytes_per_token", "kv_capacity_tokens"))
+    return PackagedProfile(profile, *facts, inter_node, entry["note"])
 
 
-def _mixed(entry: dict[str, Any], ratio: float | None) -> tuple[dict[str, float], str, list[list[Any]]]:
-    """Return the mixed coefficients, how they came to be, and the errors that hold with them."""
-    measured: dict[str, float] | None = entry["mixed"]
-    errors: list[list[Any]] = entry["errors"]
-    if measured is not None and ratio is None:
-        return measured, "measured", errors
-    used = MIXED_CONTEXT_RATIO if ratio is None else ratio
-    chunks: dict[str, float] = measured or entry["prefill"]
-    mixed = {**chunks, "d_s": entry["step"]["c_s"] * used}
-    return mixed, f"derived with context ratio {used:g}", [row for row in errors if row[0] != "mixed"]
-
-
-def _links(gpu: str, tp: int) -> tuple[TransferCost, TransferCost]:
+def assumed_links(
+    port_bytes_per_s: float, tp: int, network_bytes_per_s: float = NETWORK_BYTES_PER_S
+) -> tuple[TransferCost, TransferCost]:
     """Return the links inside and between nodes; each of ``tp`` GPUs moves its share through its own port."""
-    port = PORT_BYTES_PER_S[gpu]
     share = LINK_EFFICIENCY * tp
-    inside = TransferCost(INTRA_NODE_LATENCY_S, share * port)
-    return inside, TransferCost(INTER_NODE_LATENCY_S, share * min(port, NETWORK_BYTES_PER_S))
+    inside = TransferCost(INTRA_NODE_LATENCY_S, share * port_bytes_per_s)
+    return inside, TransferCost(INTER_NODE_LATENCY_S, share * min(port_bytes_per_s, network_bytes_per_s))
 
 
 def _entries() -> dict[str, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Generated workloads: arrival times with lengths drawn from a distribution, a published trace or a pool.
 
 ``presets.json`` holds quantiles of the prompt and answer lengths of published traces, with each source's
-name, commit and licence, the number of requests behind them, and the rank correlation between the two lengths.
+name, commit and licence, the number of requests behind them, and the two lengths' rank correlation.
 Generated lengths are independent; in all these sources the correlation is below 0.2.
 """
 
