@@ -55,7 +55,7 @@ def phase_load(
     since_s = workload.arrival_s - workload.arrival_s[0]
     window = (since_s / window_s).astype(np.int64)
     # The last token of a prompt is always computed.
-    cached = np.minimum(cached_tokens(workload), workload.input_tokens - 1)
+    cached = np.minimum(cached_tokens(workload), workload.input_tokens - 1.0)
     new = workload.input_tokens - cached
     prefill_s = np.bincount(window, profile.prefill.seconds(new, attention_work(new, cached)))
     # The first token is prefill's; the others see a context that grows from prompt to answer.
@@ -69,7 +69,7 @@ def phase_load(
         length_s = min(window_s, float(since_s[-1]) - start_s) or window_s
         mean_context = total_context / tokens if tokens else 0.0
         most = min(MAX_NUM_SEQS, int(kv_tokens // max(1.0, mean_context)))
-        batches = np.arange(1, most + 1)
+        batches = np.arange(1.0, most + 1)
         steps_s = np.asarray(profile.step.seconds(batches, batches * mean_context))
         batch = int(np.searchsorted(steps_s, tpot_s, side="right"))
         decode = 0.0 if not tokens else None

@@ -104,10 +104,9 @@ def _search(setting: Setting, wanted: Wanted, level: float) -> LevelGoodput:
     """Return the goodput, 0 and without probes where only the limit was asked for."""
     import asyncio
 
-    from tidegate.experiments.jobs import Workers
-    from tidegate.experiments.limit import limit_job
+    from tidegate.experiments.jobs import Store, Workers
+    from tidegate.experiments.run import limit_job
     from tidegate.experiments.search import find_goodput
-    from tidegate.experiments.store import Store
     from tidegate.reports.comparison import LevelGoodput
 
     async def search() -> LevelGoodput:

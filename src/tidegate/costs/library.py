@@ -106,8 +106,8 @@ def packaged_profile(name: str, *, mixed_context_ratio: float | None = None) -> 
             "errors": errors,
         }
     )
-    facts = (entry[key] for key in ("model", "kv_bytes_per_token", "kv_capacity_tokens"))
-    return PackagedProfile(profile, *facts, inter_node, entry["note"])
+    known = {key: entry[key] for key in ("model", "kv_bytes_per_token", "kv_capacity_tokens", "note")}
+    return PackagedProfile(profile=profile, inter_node=inter_node, **known)
 
 
 def assumed_links(

@@ -105,11 +105,15 @@ def _presets() -> dict[str, Preset]:
     data = json.loads(file.read_text(encoding="utf-8"))
     found = {}
     for name, entry in data["presets"].items():
-        means = [entry[part]["mean"] for part in ("input", "output")]
-        lengths = [_quantiles(data["shares"], entry[part]["quantiles"]) for part in ("input", "output")]
-        text = f"{name}: input mean {means[0]:g}, output mean {means[1]:g}; "
-        text += f"quantiles of {entry['requests']} requests of {entry['source']}"
-        found[name] = Preset(*means, *lengths, text)
+        inputs, outputs = entry["input"], entry["output"]
+        text = f"{name}: input mean {inputs['mean']:g}, output mean {outputs['mean']:g}; "
+        found[name] = Preset(
+            inputs["mean"],
+            outputs["mean"],
+            _quantiles(data["shares"], inputs["quantiles"]),
+            _quantiles(data["shares"], outputs["quantiles"]),
+            text + f"quantiles of {entry['requests']} requests of {entry['source']}",
+        )
     return found
 
 

@@ -138,7 +138,8 @@ def cached_tokens(workload: Workload) -> Integers:
     A block is cached once a request before it in the trace had it, answer included; what is still being
     computed counts as there.
     """
-    return np.minimum(workload.input_tokens, _blocks(workload)[0] * workload.column("block_tokens"))
+    known: Integers = _blocks(workload)[0] * workload.column("block_tokens")
+    return np.minimum(workload.input_tokens, known)
 
 
 def _blocks(workload: Workload) -> tuple[Integers, Integers]:
