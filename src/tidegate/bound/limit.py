@@ -1,8 +1,8 @@
 """The clairvoyant fluid bound: a rate that no schedule on given hardware can serve within an SLO.
 
 Every second of an instance has a price and every piece of work a worth, such that no admissible step is
-worth more than its time costs; weights over time find where a trace cannot be served. A solver proposes prices
-and weights; both are checked, so a bad proposal loosens the bound and cannot break it.
+worth more than its time costs; weights over time find where a trace cannot be served. A solver proposes
+prices and weights; both are checked, so a bad proposal loosens the bound and cannot break it.
 ``docs/fluid-limit.md`` has the argument for each part.
 """
 

@@ -165,7 +165,7 @@ class Search:
         return found
 
     def _at(self, scale: float, worth: Worth, weights: Values | None = None) -> Excluded | None:
-        """Return ``scale`` as excluded by weights, those of the program if not given; None where it is not."""
+        """Return ``scale`` as excluded by weights, by default the program's; None where it is not."""
         windows = windows_of(self._market.demand, scale, self._market.slo, WINDOWS)
         if weights is None:
             weights = worst_weights(worth, windows)

@@ -165,6 +165,6 @@ async def _looked_at(
         entry,
         at_goodput=None if own is None else own["summary"] | facts,
         at_common=None if common is None else common["summary"] | facts,
-        view=None if common is None else RunView.from_json(common["view"]),
+        view=None if common is None else RunView(**common["view"]),
     )
     return shown, [text for each in seen.values() for text in each["warnings"]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import IO, Any
 
@@ -61,7 +61,7 @@ def look(setting: Setting, rate_rps: float, seed: int) -> dict[str, Any]:
     finished = run_once(setting, rate_rps=rate_rps, seed=seed)
     return {
         "summary": finished.summary(),
-        "view": view_of(finished.run).to_json(),
+        "view": asdict(view_of(finished.run)),
         "warnings": list(finished.run.warnings),
     }
 

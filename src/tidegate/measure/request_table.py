@@ -47,7 +47,8 @@ class RequestTable:
     @property
     def ok(self) -> Mask:
         """Tell which requests were answered in full."""
-        return self.outcome == 0
+        answered: Mask = self.outcome == 0
+        return answered
 
     @property
     def ttft_s(self) -> Seconds:
