@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidegate.core.errors import ConfigError
-from tidegate.workloads.arrivals import Poisson
-from tidegate.workloads.generate import arrival_times_s, generate, parse_token_counts
+from tidegate.workloads.generate import Poisson, arrival_times_s, generate, parse_token_counts
 from tidegate.workloads.reshape import (
     Spike,
     concatenate,

@@ -12,14 +12,16 @@ import pytest
 from tidegate.bound.phase_load import phase_load
 from tidegate.core.errors import ConfigError, SetupError
 from tidegate.costs.library import packaged_profile
-from tidegate.workloads.arrivals import Gamma, RateCurve, read_rate_curve
 from tidegate.workloads.generate import (
+    Gamma,
+    RateCurve,
     TokenCounts,
     arrival_times_s,
     generate,
     parse_token_counts,
     preset,
     preset_names,
+    read_rate_curve,
 )
 from tidegate.workloads.readers import read_trace
 from tidegate.workloads.trace import TraceRecord, Workload

@@ -10,8 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidegate.core.errors import ConfigError
-from tidegate.workloads.arrivals import ArrivalProcess, Bursts, Gamma, Poisson
-from tidegate.workloads.generate import arrival_times_s, generate, parse_token_counts, resample
+from tidegate.workloads.generate import (
+    ArrivalProcess,
+    Bursts,
+    Gamma,
+    Poisson,
+    arrival_times_s,
+    generate,
+    parse_token_counts,
+    resample,
+)
 from tidegate.workloads.prompts import TokenPrompts, WordPrompts
 from tidegate.workloads.trace import TraceRecord, Workload
 from tidegate.workloads.transform import limit, retime, scale_rate, scale_tokens, schedule_sessions, window

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import resources
 from typing import Any
@@ -33,18 +32,6 @@ CONTEXTS = (512, 1024, 2048, 4096, 8192)
 MOST_RESIDENT = 1_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class MeasuredSteps:
-    """An instance in the package's tables: seconds of a prefill (new, cached) and a step (batch, context)."""
-
-    version: str
-    prefill_s: Callable[[int, int], float]
-    step_s: Callable[[int, int], float]
-    memory_bytes: float
-    intra_bytes_per_s: float
-    inter_bytes_per_s: float
-
-
 def hardware_profile(gpu: str, model: str, tp: int = 1) -> PackagedProfile:
     """Fit a profile to the package's steps for ``model`` on ``tp`` GPUs.
 
@@ -54,30 +41,34 @@ def hardware_profile(gpu: str, model: str, tp: int = 1) -> PackagedProfile:
     full = _known_model(model)
     shape = Shape.from_config(_config(full))
     with _quiet():
-        steps = _steps(gpu, full, tp, shape)
+        version, system, latency_s = _tables(gpu, full, tp, shape)
         prefill = [
-            PrefillSample(new, cached, steps.prefill_s(new, cached))
+            PrefillSample(
+                new,
+                cached,
+                latency_s("static_ctx", batch_size=1, isl=new + cached, prefix=cached, osl=1),
+            )
             for cached in CACHED_TOKENS
             for new in NEW_TOKENS
         ]
         step = [
-            StepSample(batch, batch * context, steps.step_s(batch, context))
+            StepSample(batch, batch * context, latency_s("static_gen", batch_size=batch, isl=context, osl=2))
             for context in CONTEXTS
             for batch in BATCHES
             if batch * context <= MOST_RESIDENT
         ]
-    kv_tokens = shape.kv_tokens(tp * steps.memory_bytes)
+    kv_tokens = shape.kv_tokens(tp * float(system["gpu"]["mem_capacity"]))
     if kv_tokens < 1:
         raise ConfigError(f"{full} does not fit the memory of these GPUs; raise /tpN")
-    inside, between = assumed_links(steps.intra_bytes_per_s, tp, steps.inter_bytes_per_s)
+    port, network = (float(system["node"][name]) for name in ("intra_node_bw", "inter_node_bw"))
+    inside, between = assumed_links(port, tp, network)
     profile = fit_profile(
         f"hardware:{gpu}/{full}" + (f"/tp{tp}" if tp > 1 else ""),
         prefill,
         step,
         inside,
         source=f"fitted to steps that {PACKAGE} sums from operations measured with {BACKEND} "
-        f"{steps.version}; "
-        f"mixed steps derived with context ratio {MIXED_CONTEXT_RATIO:g}; transfers assumed",
+        f"{version}; mixed steps derived with context ratio {MIXED_CONTEXT_RATIO:g}; transfers assumed",
         mixed_context_ratio=MIXED_CONTEXT_RATIO,
         experts=max(1, shape.experts),
         active_experts=shape.active_experts,
@@ -86,8 +77,13 @@ def hardware_profile(gpu: str, model: str, tp: int = 1) -> PackagedProfile:
     return PackagedProfile(profile, full, shape.kv_bytes_per_token, kv_tokens, between, note)
 
 
-def _steps(gpu: str, model: str, tp: int, shape: Shape) -> MeasuredSteps:
-    """Ask the package. Its API is not typed for us; this is the one place that calls it."""
+def _tables(
+    gpu: str, model: str, tp: int, shape: Shape
+) -> tuple[str, Mapping[str, Any], Callable[..., float]]:
+    """Return the tables' version, the GPU's system and ``latency_s(mode, **point)``.
+
+    The package's API is not typed for us; this is the one place that calls it.
+    """
     from aiconfigurator_core.sdk import config, models, perf_database
     from aiconfigurator_core.sdk.backends.factory import get_backend
 
@@ -115,15 +111,7 @@ def _steps(gpu: str, model: str, tp: int, shape: Shape) -> MeasuredSteps:
         except Exception as error:
             raise ConfigError(f"{PACKAGE} has no data for {model} on {tp} x {gpu}: {error}") from None
 
-    node, memory = database.system_spec["node"], database.system_spec["gpu"]["mem_capacity"]
-    return MeasuredSteps(
-        str(version),
-        lambda new, cached: latency_s("static_ctx", batch_size=1, isl=new + cached, prefix=cached, osl=1),
-        lambda batch, context: latency_s("static_gen", batch_size=batch, isl=context, osl=2),
-        float(memory),
-        float(node["intra_node_bw"]),
-        float(node["inter_node_bw"]),
-    )
+    return str(version), database.system_spec, latency_s
 
 
 def _known_model(model: str) -> str:

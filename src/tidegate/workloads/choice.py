@@ -6,8 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from tidegate.core.errors import ConfigError
-from tidegate.workloads.arrivals import ArrivalProcess, Bursts, Gamma, Poisson, read_rate_curve
-from tidegate.workloads.generate import arrival_times_s, generate, parse_token_counts, preset, resample
+from tidegate.workloads.generate import (
+    ArrivalProcess,
+    Bursts,
+    Gamma,
+    Poisson,
+    arrival_times_s,
+    generate,
+    parse_token_counts,
+    preset,
+    read_rate_curve,
+    resample,
+)
 from tidegate.workloads.readers import has_arrivals, read_trace, read_untimed
 from tidegate.workloads.trace import Workload
 from tidegate.workloads.transform import (
