@@ -60,7 +60,9 @@ def test_half_a_line_of_a_killed_writer_costs_that_line_only(tmp_path: Path) -> 
     assert (store.get("a"), store.get("b"), len(store)) == ({"x": 1.5}, None, 1)
     store.put("b", 2)
     store.close()
-    assert Store(path).get("b") == 2
+    store = Store(path)
+    assert store.get("b") == 2
+    store.close()
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:

@@ -17,40 +17,14 @@ from typing import Any
 from tidegate.core.errors import ConfigError
 from tidegate.costs.forms import MixedCost, PrefillCost, StepCost, TransferCost
 from tidegate.costs.library import (
+    GPUS,
     LINK_EFFICIENCY,
     MIXED_CONTEXT_RATIO,
+    Gpu,
     PackagedProfile,
     assumed_links,
 )
 from tidegate.costs.profile import Profile
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """Nominal figures: dense FLOP/s, bytes/s of memory and of one direction of the port, bytes of memory."""
-
-    bf16_flops: float
-    fp8_flops: float
-    memory_bytes_per_s: float
-    memory_bytes: float
-    port_bytes_per_s: float
-
-
-GPUS = {
-    "a100_sxm": Gpu(312e12, 312e12, 2.039e12, 80e9, 300e9),
-    "b200_sxm": Gpu(2250e12, 4500e12, 8.0e12, 180e9, 900e9),
-    "h100_pcie": Gpu(756e12, 1513e12, 2.0e12, 80e9, 64e9),
-    "h100_sxm": Gpu(989e12, 1979e12, 3.35e12, 80e9, 450e9),
-    "h200_sxm": Gpu(989e12, 1979e12, 4.8e12, 141e9, 450e9),
-    "l4": Gpu(121e12, 242e12, 0.3e12, 24e9, 32e9),
-    "l40s": Gpu(362e12, 733e12, 0.864e12, 48e9, 32e9),
-    "rtx_4090": Gpu(165e12, 330e12, 1.008e12, 24e9, 32e9),
-    "rtx_pro_6000": Gpu(468e12, 936e12, 1.597e12, 96e9, 64e9),
-}
-"""Nominal figures as publicly stated, without sparsity; not verified against data sheets. The A100 is that of
-80 GB, the B200 that of an HGX; the RTX 4090's bf16 is with fp32 accumulation, the RTX PRO 6000 is the Server
-Edition, scaled to 2,430 MHz. fp8 on A100 is bf16. Ports: NVLink of SXM parts, else PCIe x16."""
-
 
 MATMUL, ATTENTION, WEIGHTS, KV = 0.68, 0.79, 0.85, 0.95
 """Shares of the nominal rates that kernels reach: of arithmetic, and of reading memory."""

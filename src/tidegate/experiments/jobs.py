@@ -13,9 +13,10 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tidegate.core.errors import ConfigError
 
@@ -35,26 +36,21 @@ class Store:
     def __init__(self, path: Path | None) -> None:
         """Read what ``path`` holds; None keeps results in memory. Raises ConfigError for an unusable file."""
         self._results: dict[str, Any] = {}
-        self._file: int | None = None
+        self._file: IO[bytes] | None = None
         if path is None:
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists():
-                self._read(path)
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-                os.write(self._file, b"\n")  # half a line of a killed writer
+            self._file = path.open("ab", buffering=0)
+            kept = path.read_bytes()
+            if kept and not kept.endswith(b"\n"):
+                self._file.write(b"\n")  # half a line of a killed writer
         except OSError as error:
             raise ConfigError(f"cannot keep results in {path}: {error.strerror or error}") from None
-
-    def _read(self, path: Path) -> None:
-        for line in path.read_bytes().splitlines():
-            try:
+        for line in kept.splitlines():
+            with suppress(ValueError, KeyError, TypeError):
                 entry = json.loads(line)
                 self._results[entry["key"]] = entry["value"]
-            except (ValueError, KeyError, TypeError):
-                continue
 
     def __len__(self) -> int:
         return len(self._results)
@@ -67,12 +63,12 @@ class Store:
         """Keep a result; it is in the file when this returns."""
         self._results[key] = value
         if self._file is not None:
-            os.write(self._file, json.dumps({"key": key, "value": value}, allow_nan=False).encode() + b"\n")
+            line = json.dumps({"key": key, "value": value}, allow_nan=False)
+            self._file.write(line.encode() + b"\n")
 
     def close(self) -> None:
         if self._file is not None:
-            os.close(self._file)
-            self._file = None
+            self._file.close()
 
 
 class Workers:
