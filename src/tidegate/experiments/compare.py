@@ -10,7 +10,7 @@ from typing import Any
 
 import tidegate
 from tidegate.experiments.jobs import Workers
-from tidegate.experiments.run import job_of, limit_job, look
+from tidegate.experiments.run import job_of, limit_job, run_with_view
 from tidegate.experiments.search import find_goodput
 from tidegate.experiments.setting import Setting
 from tidegate.experiments.systems import Candidate, Contender
@@ -82,7 +82,7 @@ async def _compare_on(plan: Plan, title: str, workload: WorkloadChoice, workers:
     found = await asyncio.gather(*(_entry(plan, contender, search) for contender in plan.contenders))
     rate_rps, rate_is = common_rate([entry for entry, _ in found])
     entries = await asyncio.gather(
-        *(_looked_at(candidate.applied(setting), entry, rate_rps, workers) for entry, candidate in found)
+        *(_with_runs(candidate.applied(setting), entry, rate_rps, workers) for entry, candidate in found)
     )
     return TraceComparison(
         trace=workload.trace,
@@ -145,7 +145,7 @@ def common_rate(entries: Sequence[ComparedSystem]) -> tuple[float | None, str]:
     return value, f"the goodput of {system}"
 
 
-async def _looked_at(
+async def _with_runs(
     setting: Setting, entry: ComparedSystem, common_rps: float | None, workers: Workers
 ) -> tuple[ComparedSystem, list[str]]:
     """Add the runs at the system's goodput and at the common rate; return the runs' warnings, too."""
@@ -159,7 +159,7 @@ async def _looked_at(
     seen: dict[float, Any] = {}
     for rate_rps in {first.goodput_rps, common_rps or 0.0} - {0.0}:
         title = f"{entry.system} at {rate_rps:.2f} requests/s"
-        seen[rate_rps] = await workers.do(job_of(look, setting, title, rate_rps=rate_rps, seed=0))
+        seen[rate_rps] = await workers.do(job_of(run_with_view, setting, title, rate_rps=rate_rps, seed=0))
     own, common = seen.get(first.goodput_rps), seen.get(common_rps or 0.0)
     shown = replace(
         entry,

@@ -56,7 +56,7 @@ def probe(setting: Setting, rate_rps: float, seed: int) -> dict[str, Any]:
     return run_once(setting, rate_rps=rate_rps, seed=seed).summary()
 
 
-def look(setting: Setting, rate_rps: float, seed: int) -> dict[str, Any]:
+def run_with_view(setting: Setting, rate_rps: float, seed: int) -> dict[str, Any]:
     """Return ``{"summary", "view", "warnings"}`` of a run, for tables and charts."""
     finished = run_once(setting, rate_rps=rate_rps, seed=seed)
     return {
