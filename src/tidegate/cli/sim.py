@@ -28,9 +28,8 @@ from tidegate.core.errors import ConfigError
 from tidegate.core.notation import parse_split
 from tidegate.dataplane.replica import EngineSettings
 from tidegate.experiments.setting import Setting, SimulatedFleet
-from tidegate.experiments.workload import own_rate_rps, requests_of, starts_sessions
 from tidegate.sim import SimSettings
-from tidegate.workloads.choice import WorkloadChoice
+from tidegate.workloads.choice import WorkloadChoice, own_rate_rps, requests_of, starts_sessions
 
 EPILOG = """
 [bold]Examples[/bold]

@@ -22,9 +22,9 @@ from tidegate.cli.terminal import note, progress_bar, warn
 from tidegate.core.errors import ConfigError
 from tidegate.experiments.run import Finished, run_once
 from tidegate.experiments.setting import Setting
-from tidegate.experiments.workload import own_rate_rps, requests_of
 from tidegate.measure.run_view import view_of
 from tidegate.reports.run_block import render_run
+from tidegate.workloads.choice import own_rate_rps, requests_of
 
 if TYPE_CHECKING:
     from tidegate.reports.comparison import LevelGoodput

@@ -14,10 +14,9 @@ from tidegate.experiments.run import job_of, limit_job, run_with_view
 from tidegate.experiments.search import find_goodput
 from tidegate.experiments.setting import Setting
 from tidegate.experiments.systems import Candidate, Contender
-from tidegate.experiments.workload import own_rate_rps, requests_of
 from tidegate.measure.run_view import RunView
 from tidegate.reports.comparison import ComparedSystem, Comparison, LevelGoodput, TraceComparison
-from tidegate.workloads.choice import WorkloadChoice
+from tidegate.workloads.choice import WorkloadChoice, own_rate_rps, requests_of
 
 FINALISTS = 2
 """Of several candidates, those that are searched with every seed; the others with the first only."""

@@ -10,10 +10,10 @@ from typing import IO, Any
 
 from tidegate.experiments.jobs import Job
 from tidegate.experiments.setting import Setting
-from tidegate.experiments.workload import at_rate, requests_of
 from tidegate.measure.run_view import view_of
 from tidegate.measure.summary import RunFacts, summarize_run
 from tidegate.sim import SimRun, simulate
+from tidegate.workloads.choice import at_rate, requests_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,8 @@ import numpy as np
 from tidegate.experiments.jobs import Workers
 from tidegate.experiments.run import job_of, probe
 from tidegate.experiments.setting import Setting
-from tidegate.experiments.workload import own_rate_rps, requests_of
 from tidegate.reports.comparison import LevelGoodput, RunAt
+from tidegate.workloads.choice import own_rate_rps, requests_of
 
 GUESS_FROM, GUESS_TO = 0.2, 0.8
 """Shares of the limit between which a search begins to look."""
