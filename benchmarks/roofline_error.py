@@ -38,8 +38,9 @@ def factors() -> dict[str, list[float]]:
     found = {}
     for name in profile_names():
         packaged = packaged_profile(name)
-        shape = SHAPES[name.split("@")[0].split("/")[1]]
-        derived = roofline_profile(f"roofline:{name}", packaged.gpu, shape, model=name, tp=packaged.tp)
+        gpu, model, *parallel = name.split("@")[0].split("/")
+        tp = int(parallel[0].removeprefix("tp")) if parallel else 1
+        derived = roofline_profile(f"roofline:{name}", gpu, SHAPES[model], model=model, tp=tp)
         pairs = zip(seconds(derived.profile), seconds(packaged.profile), strict=True)
         found[name] = [mine / theirs for mine, theirs in pairs]
     return found

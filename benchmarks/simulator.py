@@ -19,8 +19,7 @@ from tidegate.costs.library import packaged_profile
 from tidegate.dataplane.replica import replicas_of
 from tidegate.sim import SimSettings, simulate
 from tidegate.systems import make_system
-from tidegate.workloads.arrivals import Poisson
-from tidegate.workloads.generate import arrival_times_s, resample
+from tidegate.workloads.generate import Poisson, arrival_times_s, resample
 from tidegate.workloads.readers import read_trace
 from tidegate.workloads.trace import Workload
 

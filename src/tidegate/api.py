@@ -37,8 +37,7 @@ def load_trace(
     times starts one session per second; ``turn_gap_s`` parts its turns where the file does not. Raises
     TraceError, with file, line and column, for a malformed one.
     """
-    from tidegate.experiments.workload import starts_sessions
-    from tidegate.workloads.choice import WorkloadChoice, load_workload
+    from tidegate.workloads.choice import WorkloadChoice, load_workload, starts_sessions
 
     choice = WorkloadChoice(trace=str(source), limit=requests, duration_s=duration_s, turn_gap_s=turn_gap_s)
     return load_workload(replace(choice, sessions_per_s=1.0) if starts_sessions(choice) else choice)
@@ -196,10 +195,10 @@ def simulate(
     from tidegate.core.slo import Slo
     from tidegate.costs.named_profile import load_profile
     from tidegate.dataplane.replica import replicas_of
-    from tidegate.experiments.workload import at_rate, own_rate_rps
     from tidegate.sim import SimSettings
     from tidegate.sim import simulate as run_simulation
     from tidegate.systems import make_system
+    from tidegate.workloads.choice import at_rate, own_rate_rps
 
     problems: list[str] = []
     targets, sides = Slo(), None

@@ -49,7 +49,6 @@ def test_a_name_with_a_models_folder_or_config_is_a_roofline(folder: Path) -> No
     assert found.kv_capacity_tokens == pytest.approx(measured.kv_capacity_tokens, rel=0.2)
     assert "not measured" in found.profile.source and "not measured" in found.note
     two = load_profile(f"roofline:h100_sxm/{folder}/config.json/tp2")
-    assert two.tp == 2
     assert two.profile.prefill_s(8192) < found.profile.prefill_s(8192)
 
 

@@ -110,7 +110,7 @@ async def test_a_hand_over_takes_the_links_time_and_goes_on_with_the_same_answer
     times = emulated.last("second").times
     assert times is not None
     moved = 3000 * PACKAGED.kv_bytes_per_token
-    assert times.kv_load_s == pytest.approx(float(PACKAGED.intra_node.seconds(moved)), rel=1e-9)
+    assert times.kv_load_s == pytest.approx(float(PACKAGED.profile.transfer.seconds(moved)), rel=1e-9)
     assert times.kv_loaded_tokens == 3000
     assert first + emulated.tokens("second") == answer(prompt, 0, 41)
     assert emulated.engines[1].stats().pulled_bytes == moved

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tidegate.core.errors import ConfigError
-from tidegate.experiments.jobs import Job, Workers
-from tidegate.experiments.store import Store
+from tidegate.experiments.jobs import Job, Store, Workers
 
 
 def count_up(folder: str, value: int) -> int:
@@ -34,7 +34,7 @@ def do_all(jobs: list[Job], store: Store, processes: int) -> list[int]:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_job_is_done_once(tmp_path: Path, processes: int) -> None:
-    jobs = [Job(f"k{value}", count_up, (str(tmp_path), value)) for value in (1, 2, 1, 2, 1)]
+    jobs = [Job(f"k{value}", partial(count_up, str(tmp_path), value)) for value in (1, 2, 1, 2, 1)]
     for _ in range(2):
         store = Store(tmp_path / "results.jsonl")
         assert do_all(jobs, store, processes) == [1, 2, 1, 2, 1]
@@ -44,7 +44,7 @@ def test_a_job_is_done_once(tmp_path: Path, processes: int) -> None:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_what_a_job_raises_reaches_the_caller(processes: int) -> None:
-    jobs = [Job("bad", fail, ("no such trace",)), Job("slow", os.path.exists, ("/",))]
+    jobs = [Job("bad", partial(fail, "no such trace")), Job("slow", partial(os.path.exists, "/"))]
     with pytest.raises(ConfigError, match="no such trace"):
         do_all(jobs, Store(None), processes)
 
@@ -60,7 +60,9 @@ def test_half_a_line_of_a_killed_writer_costs_that_line_only(tmp_path: Path) -> 
     assert (store.get("a"), store.get("b"), len(store)) == ({"x": 1.5}, None, 1)
     store.put("b", 2)
     store.close()
-    assert Store(path).get("b") == 2
+    store = Store(path)
+    assert store.get("b") == 2
+    store.close()
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:

@@ -12,13 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidegate.core.errors import ConfigError
-from tidegate.workloads.arrivals import Poisson
-from tidegate.workloads.combine import concatenate, superpose
-from tidegate.workloads.generate import arrival_times_s, generate
-from tidegate.workloads.mix import LinearDrift, SineDrift, drift_mix, parse_drift
-from tidegate.workloads.reseed import reseeded
-from tidegate.workloads.reshape import Spike, replicate, spikes, thin
-from tidegate.workloads.token_counts import parse_token_counts
+from tidegate.workloads.generate import Poisson, arrival_times_s, generate, parse_token_counts
+from tidegate.workloads.reshape import (
+    Spike,
+    concatenate,
+    drift_mix,
+    linear_drift,
+    parse_drift,
+    replicate,
+    reseeded,
+    sine_drift,
+    spikes,
+    superpose,
+)
 from tidegate.workloads.trace import TraceRecord, Workload
 
 seeds = st.integers(0, 2**32 - 1)
@@ -57,11 +63,11 @@ def payload(record: TraceRecord) -> tuple[object, ...]:
 
 Change = Callable[[Workload, int], Workload]
 CHANGES: dict[str, Change] = {
-    "thin": lambda rs, seed: thin(rs, 0.5, seed=seed),
+    "thin": lambda rs, seed: replicate(rs, 0.5, seed=seed),
     "replicate": lambda rs, seed: replicate(rs, 2.5, seed=seed),
     "spikes": lambda rs, seed: spikes(rs, Spike(3.3, 50.0, 20.0, 100.0), seed=seed),
     "dip": lambda rs, seed: spikes(rs, Spike(0.2, 50.0, 200.0), seed=seed),
-    "drift": lambda rs, seed: drift_mix(rs, SineDrift(3.0, 100.0)),
+    "drift": lambda rs, seed: drift_mix(rs, sine_drift(3.0, 100.0)),
     "superpose": lambda rs, seed: superpose(rs, rs[:0]),
     "reseeded": reseeded,
 }
@@ -100,9 +106,9 @@ def test_copies_share_prefixes_among_themselves_only(trace: Workload, seed: int)
 
 @given(traces(), seeds)
 def test_a_smaller_share_is_part_of_a_larger_one(trace: Workload, seed: int) -> None:
-    small, large = (Counter(thin(trace, share, seed=seed)) for share in (0.3, 0.7))
+    small, large = (Counter(replicate(trace, share, seed=seed)) for share in (0.3, 0.7))
     assert small <= large
-    assert list(thin(trace, 1.0, seed=seed)) == list(trace)
+    assert list(replicate(trace, 1.0, seed=seed)) == list(trace)
 
 
 @pytest.mark.parametrize("factor", [0.25, 1.0, 2.5])
@@ -136,7 +142,7 @@ def test_bad_spikes_are_refused(text: str) -> None:
 
 @given(traces(), st.floats(0.1, 10.0), st.floats(0.1, 10.0))
 def test_drift_keeps_every_requests_tokens_and_arrival(trace: Workload, start: float, end: float) -> None:
-    made = list(drift_mix(trace, LinearDrift(start, end, 300.0)))
+    made = list(drift_mix(trace, linear_drift(start, end, 300.0)))
     for old, new in zip(trace, made, strict=True):
         assert new.arrival_s == old.arrival_s
         assert new.input_tokens + new.output_tokens == old.input_tokens + old.output_tokens
@@ -206,6 +212,5 @@ def test_seed_zero_is_the_trace_and_others_are_other_draws() -> None:
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
 def test_bad_factors_are_refused(bad: float) -> None:
-    for change in (thin, replicate):
-        with pytest.raises(ConfigError):
-            change(Workload.of([]), bad, seed=0)
+    with pytest.raises(ConfigError):
+        replicate(Workload.of([]), bad, seed=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -13,12 +12,18 @@ import pytest
 from tidegate.bound.phase_load import phase_load
 from tidegate.core.errors import ConfigError, SetupError
 from tidegate.costs.library import packaged_profile
-from tidegate.workloads.arrivals import Gamma
-from tidegate.workloads.generate import arrival_times_s, generate
-from tidegate.workloads.presets import preset, preset_names
-from tidegate.workloads.rate_curve import RateCurve, read_rate_curve
+from tidegate.workloads.generate import (
+    Gamma,
+    RateCurve,
+    TokenCounts,
+    arrival_times_s,
+    generate,
+    parse_token_counts,
+    preset,
+    preset_names,
+    read_rate_curve,
+)
 from tidegate.workloads.readers import read_trace
-from tidegate.workloads.token_counts import parse_token_counts
 from tidegate.workloads.trace import TraceRecord, Workload
 from tidegate.workloads.trace_statistics import cached_tokens, statistics
 
@@ -64,7 +69,7 @@ def test_reuse_counts_leading_blocks_and_answers() -> None:
             TraceRecord(2.0, 1024, 5, (9, 2), block_tokens=512),
         ]
     )
-    assert cached_tokens(trace) == [0, 1536, 0]
+    assert cached_tokens(trace).tolist() == [0, 1536, 0]
     reuse = statistics(trace, timed=True).reuse
     assert reuse is not None
     assert (reuse.tokens, reuse.blocks) == (pytest.approx(1536 / 3624), pytest.approx(3 / 8))
@@ -125,7 +130,7 @@ def test_rate_curves_are_read_from_both_layouts(tmp_path: Path) -> None:
         ("t_s,a,b\n0,1,2\n600,1,2\n", "", "has several curves"),
         ("time,a\n0,1\n", "a", "not a rate curve: expected a CSV with t_s"),
         ("t_s,a\n0,1\n600,x\n", "a", ":3:5: a is 'x', expected a number >= 0"),
-        ("t_s,a\n0,1\n600\n", "a", ":3: 1 fields, expected 2"),
+        ("t_s,a\n0,1\n600\n", "a", ":3:4: 1 fields, expected 2"),
         ("t_s,a\n0,1\n0,2\n", "a", "must increase"),
         ("t_s,a\n0,1\n", "a", "at least two rows"),
         ("t_s,a\n0,0\n600,0\n", "a", "a rate above 0"),
@@ -143,13 +148,13 @@ def test_bad_rate_curves_are_told(tmp_path: Path, content: str, name: str, words
 def test_presets_have_their_sources_means(name: str) -> None:
     lengths = preset(name)
     rng = np.random.default_rng(0)
-    draws: list[tuple[Callable[[np.random.Generator], int], float]] = [
-        (lengths.inputs.draw, lengths.input_mean),
-        (lengths.outputs.draw, lengths.output_mean),
+    draws: list[tuple[TokenCounts, float]] = [
+        (lengths.inputs, lengths.input_mean),
+        (lengths.outputs, lengths.output_mean),
     ]
     for draw, mean in draws:
         assert np.mean([draw(rng) for _ in range(30_000)]) == pytest.approx(mean, rel=0.06)
-    assert "requests of" in lengths.describe()
+    assert "requests of" in lengths.description
 
 
 def test_an_unknown_preset_lists_the_known() -> None:

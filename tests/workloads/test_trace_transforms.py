@@ -10,10 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidegate.core.errors import ConfigError
-from tidegate.workloads.arrivals import ArrivalProcess, Bursts, Gamma, Poisson
-from tidegate.workloads.generate import arrival_times_s, generate, resample
+from tidegate.workloads.generate import (
+    ArrivalProcess,
+    Bursts,
+    Gamma,
+    Poisson,
+    arrival_times_s,
+    generate,
+    parse_token_counts,
+    resample,
+)
 from tidegate.workloads.prompts import TokenPrompts, WordPrompts
-from tidegate.workloads.token_counts import Lognormal, Uniform, parse_token_counts
 from tidegate.workloads.trace import TraceRecord, Workload
 from tidegate.workloads.transform import limit, retime, scale_rate, scale_tokens, schedule_sessions, window
 
@@ -99,14 +106,16 @@ def test_bad_bursts_are_refused(text: str) -> None:
 
 def test_lognormal_counts_have_the_asked_mean_and_variation() -> None:
     generator = rng()
-    drawn = np.array([Lognormal(1000, 1.2).draw(generator) for _ in range(40_000)])
+    draw = parse_token_counts("lognormal:1000:1.2")
+    drawn = np.array([draw(generator) for _ in range(40_000)])
     assert drawn.mean() == pytest.approx(1000, rel=0.03)
     assert drawn.std() / drawn.mean() == pytest.approx(1.2, rel=0.08)
 
 
 def test_uniform_counts_reach_both_ends() -> None:
     generator = rng()
-    assert {Uniform(3, 5).draw(generator) for _ in range(200)} == {3, 4, 5}
+    draw = parse_token_counts("uniform:3:5")
+    assert {draw(generator) for _ in range(200)} == {3, 4, 5}
 
 
 @pytest.mark.parametrize(

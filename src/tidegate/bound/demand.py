@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from tidegate.core.errors import ConfigError
 from tidegate.core.instance import Instance
 from tidegate.core.slo import Slo
-from tidegate.costs.forms import Values
+from tidegate.costs.forms import MixedCost, PrefillCost, StepCost, Values
 from tidegate.costs.profile import Profile
 from tidegate.measure.request_table import Mask
 from tidegate.workloads.trace import TraceRecord, Workload
@@ -24,7 +24,9 @@ ROUNDING = 1e-9
 class DemandKind:
     """``count`` instances with equal costs and equal room for KV."""
 
-    profile: Profile
+    prefill: PrefillCost
+    step: StepCost
+    mixed: MixedCost
     kv_tokens: int
     max_model_len: int
     count: int
@@ -60,14 +62,7 @@ class Demand:
 
     def only(self, keep: Mask) -> Demand:
         """Return the requests where ``keep`` is true."""
-        return Demand(
-            self.arrival_s[keep],
-            self.prompt_tokens[keep],
-            self.cached_tokens[keep],
-            self.new_tokens[keep],
-            self.decodes[keep],
-            self.shared_tokens[keep],
-        )
+        return Demand(*(getattr(self, each.name)[keep] for each in fields(self)))
 
 
 def kinds_of(profiles: Sequence[Profile], instances: Sequence[Instance]) -> list[DemandKind]:
@@ -76,22 +71,11 @@ def kinds_of(profiles: Sequence[Profile], instances: Sequence[Instance]) -> list
         raise ConfigError(
             f"{len(instances)} instances need as many profiles, at least one; got {len(profiles)}"
         )
-    first: dict[Hashable, tuple[Profile, Instance]] = {}
-    counts: Counter[Hashable] = Counter()
-    for profile, instance in zip(profiles, instances, strict=True):
-        key = (
-            profile.prefill,
-            profile.step,
-            profile.mixed,
-            instance.kv_capacity_tokens,
-            instance.max_model_len,
-        )
-        first.setdefault(key, (profile, instance))
-        counts[key] += 1
-    return [
-        DemandKind(profile, instance.kv_capacity_tokens, instance.max_model_len, counts[key])
-        for key, (profile, instance) in first.items()
-    ]
+    counts = Counter(
+        (profile.prefill, profile.step, profile.mixed, instance.kv_capacity_tokens, instance.max_model_len)
+        for profile, instance in zip(profiles, instances, strict=True)
+    )
+    return [DemandKind(*key, count) for key, count in counts.items()]
 
 
 def demand_of(records: Iterable[TraceRecord]) -> Demand:
@@ -153,7 +137,7 @@ def hopeless(demand: Demand, kinds: Sequence[DemandKind], slo: Slo, batching: Ba
 
 def _prefill_alone_s(demand: Demand, kind: DemandKind, batching: Batching) -> Values:
     """Return the least time for the new tokens of a prompt, in the best number of chunks."""
-    pure, mixed = kind.profile.prefill, kind.profile.mixed
+    pure, mixed = kind.prefill, kind.mixed
     step_s = float(min(pure.a_s, mixed.a_s)) + batching.host_s
     token_s, pair_s = float(min(pure.b_s, mixed.b_s)), float(min(pure.c_s, mixed.c_s))
     hidden = float(max(pure.n0, mixed.n0))
@@ -161,17 +145,16 @@ def _prefill_alone_s(demand: Demand, kind: DemandKind, batching: Batching) -> Va
     fewest = np.ceil(new / batching.max_batch_tokens)
     # The time is linear in the number of chunks until the weight reads hide every token.
     most = np.maximum(fewest, np.ceil(new / hidden)) if hidden > 0 else fewest
-    chunks_s = np.minimum(
-        *(count * step_s + token_s * np.maximum(new - count * hidden, 0.0) for count in (fewest, most))
+    few_s, many_s = (
+        count * step_s + token_s * np.maximum(new - count * hidden, 0.0) for count in (fewest, most)
     )
-    chunks_s += pair_s * new * (0.5 * new + demand.cached_tokens)
-    alone_s: Values = chunks_s
+    alone_s: Values = np.minimum(few_s, many_s) + pair_s * new * (0.5 * new + demand.cached_tokens)
     return alone_s
 
 
 def _steps_alone_s(demand: Demand, kind: DemandKind, batching: Batching) -> Values:
     """Return the least time of all decodes of a request, alone in its steps or beside one chunk token."""
-    step, mixed = kind.profile.step, kind.profile.mixed
+    step, mixed = kind.step, kind.mixed
     alone_s = float(min(step.seconds(1.0, 0.0), mixed.seconds(2.0, 0.0, 0.0))) + batching.host_s
     mean_context = demand.prompt_tokens + 0.5 * (demand.decodes + 1.0)
     steps_s: Values = demand.decodes * (alone_s + float(min(step.c_s, mixed.d_s)) * mean_context)

@@ -1,55 +1,9 @@
 """The clairvoyant fluid bound: a rate that no schedule on given hardware can serve within an SLO.
 
-**The question.** Play a trace ``s`` times as fast. Which share of its requests could attain their SLO if
-the scheduler knew the future, composed every step at will (chunks, decodes or both), and flipped roles and
-moved KV for nothing? The bound answers with a share that is never too small. The limit is the smallest
-``s`` at which that share is below ``level``, to half a percent; every larger ``s`` is excluded with it.
-
-**Prices** (``limit_prices``). This is the dual of the linear program over step compositions, in plain
-words. Give a second of each kind of instance a price, and every piece of work a worth: a prompt token at
-its position, a decode at its context. A price list is fair if no admissible step is worth more than its
-time costs. Then all work that any schedule does in some time is worth at most that time's price. Fairness
-is checked, not assumed: for every batch size, with the new tokens and the contexts at the ends and kinks
-between which worth less cost is linear. Which list is used is free, and a solver only proposes it; a bad
-one loosens the bound and cannot break it. What makes each part valid:
-
-- *Steps.* Time is the profile's: chunks only, decodes only and mixed steps each by their own form, plus the
-  host's time. Counting only the attaining members of a step leaves its form as it is and lowers its size;
-  each form grows in all of its arguments, so the step takes at least the counted members' time.
-- *Prompts.* However a prompt is cut, its attention is the integral of the position over its tokens. Each
-  token is worth the lesser of its worths in pure and in mixed steps, since the schedule chooses. A step
-  that holds a chunk of an attaining prompt ends within the TTFT target, which bounds its size.
-- *Decodes.* A token after the first is one decode, at a context that is known; again the lesser worth
-  counts.
-- *TPOT.* The steps of an attaining answer last ``tpot * (tokens - 1)`` in all, at most. A price on a
-  decode's time in a step enters the step's cost, and the allowance is given back per answer: a multiplier
-  on this inequality.
-- *Memory.* Resident tokens of a step's decodes fit the KV; those in blocks that another request names, too,
-  are left out, for they may be held once. Queued, pinned and moving KV is left out, too.
-- *Prefix reuse.* A block's prefill counts only where its id first appears, as with one unbounded cache for
-  the whole cluster. Whoever computes it does so after that arrival, and before that request's first token.
-- *Alone.* Requests that miss even alone on the best idle instance (``limit_demand.hopeless``) never count
-  as attained.
-
-**Time** (``limit_weights``). An attaining request's prefill lies between its arrival and ``ttft`` later,
-its decodes between its arrival and ``ttft + tpot * (tokens - 1)`` later. Give time a weight that varies; a
-request's work counts with the least weight in its interval. A step lies inside the intervals of all members
-it counts, so their weights are at most the step's own, and worth times weight stays below price times
-weight. So the worth of what attains is at most the weighted price of all time. Misses cost nothing and are
-the dearest ones: sort by worth, and count what fits. Time after the last arrival is priced like any other,
-so short traces are exact about their edges. Only the weights, like the prices, come from a solver.
-
-**Monotone.** Weights are a sum of intervals. Played faster, the same requests fit into a shorter interval
-that begins with the first of their arrivals and ends with the last of their deadlines: as much worth in
-less time.
-
-**What makes it loose.** Work flows: instances are not whole, a request may be in two places, steps need not
-line up. TPOT and memory hold on average over what a step mix does. A burst shorter than a window (1/40 of
-the trace) is seen only in part. Decodes may run right after the arrival or all at the end of their
-interval. Answers of long reasoning make those intervals long. Few price lists are used.
-
-**What it does not cover.** Arrivals that depend on the system (a closed loop). A token that a preempted
-request gets from recomputing its KV is not a decode step; it is assumed to cost at least as much.
+Every second of an instance has a price and every piece of work a worth, such that no admissible step is
+worth more than its time costs; weights over time find where a trace cannot be served. A solver proposes
+prices and weights; both are checked, so a bad proposal loosens the bound and cannot break it.
+``docs/fluid-limit.md`` has the argument for each part.
 """
 
 from __future__ import annotations
@@ -103,7 +57,7 @@ def fluid_limit(
     max_num_seqs: int,
     host_s: float = 0.0,
 ) -> FluidLimit:
-    """Bound the goodput of any system on ``instances``, entry by entry with ``profiles``; see the module.
+    """Bound the goodput of any system on ``instances``, entry by entry with ``profiles``.
 
     ``max_batch_tokens``, ``max_num_seqs`` and ``host_s`` are the engine's; where instances differ, the
     largest, largest and smallest. Takes a few seconds of CPU. Raises ConfigError for an empty fleet or

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from tidegate.core.errors import ConfigError
+from tidegate.costs.forms import attention_work
 from tidegate.costs.profile import Profile
-from tidegate.workloads.trace import TraceRecord, Workload
+from tidegate.workloads.trace import Workload
 from tidegate.workloads.trace_statistics import cached_tokens
 
 MAX_NUM_SEQS = 1024
@@ -36,13 +39,7 @@ class PhaseLoad:
 
 
 def phase_load(
-    workload: Workload,
-    profile: Profile,
-    *,
-    tpot_s: float,
-    kv_tokens: int,
-    window_s: float,
-    max_num_seqs: int = MAX_NUM_SEQS,
+    workload: Workload, profile: Profile, *, tpot_s: float, kv_tokens: int, window_s: float
 ) -> list[PhaseLoad]:
     """Estimate the load of every window of ``window_s``, in order of time.
 
@@ -53,60 +50,30 @@ def phase_load(
     """
     if not workload:
         raise ConfigError("the trace holds no requests")
-    if not (tpot_s > 0 and kv_tokens > 0 and window_s > 0 and max_num_seqs > 0):
-        raise ConfigError("TPOT, KV capacity, window and batch must be positive")
-    origin_s = float(workload.arrival_s[0])
-    duration_s = float(workload.arrival_s[-1]) - origin_s
-    windows: dict[int, list[tuple[TraceRecord, int]]] = {}
-    for record, cached in zip(workload, cached_tokens(workload), strict=True):
-        windows.setdefault(int((record.arrival_s - origin_s) / window_s), []).append((record, cached))
+    if not (tpot_s > 0 and kv_tokens > 0 and window_s > 0):
+        raise ConfigError("TPOT, KV capacity and window must be positive")
+    since_s = workload.arrival_s - workload.arrival_s[0]
+    window = (since_s / window_s).astype(np.int64)
+    # The last token of a prompt is always computed.
+    cached = np.minimum(cached_tokens(workload), workload.input_tokens - 1.0)
+    new = workload.input_tokens - cached
+    prefill_s = np.bincount(window, profile.prefill.seconds(new, attention_work(new, cached)))
+    # The first token is prefill's; the others see a context that grows from prompt to answer.
+    steps = workload.output_tokens - 1
+    context = steps * (workload.input_tokens + 0.5 * workload.output_tokens)
+    sums = np.column_stack([prefill_s, np.bincount(window, steps), np.bincount(window, context)])
     loads = []
-    for index in range(max(windows) + 1):
+    for index, (prefill, tokens, total_context) in enumerate(sums.tolist()):
         start_s = index * window_s
-        requests = windows.get(index, [])
         # The last window ends with the trace.
-        length_s = min(window_s, duration_s - start_s) or window_s
-        loads.append(_window(start_s, length_s, requests, profile, tpot_s, kv_tokens, max_num_seqs))
+        length_s = min(window_s, float(since_s[-1]) - start_s) or window_s
+        mean_context = total_context / tokens if tokens else 0.0
+        most = min(MAX_NUM_SEQS, int(kv_tokens // max(1.0, mean_context)))
+        batches = np.arange(1.0, most + 1)
+        steps_s = np.asarray(profile.step.seconds(batches, batches * mean_context))
+        batch = int(np.searchsorted(steps_s, tpot_s, side="right"))
+        decode = 0.0 if not tokens else None
+        if tokens and batch:
+            decode = tokens * float(steps_s[batch - 1]) / batch / length_s
+        loads.append(PhaseLoad(start_s, length_s, prefill / length_s, decode, batch))
     return loads
-
-
-def _window(
-    start_s: float,
-    length_s: float,
-    requests: list[tuple[TraceRecord, int]],
-    profile: Profile,
-    tpot_s: float,
-    kv_tokens: int,
-    max_num_seqs: int,
-) -> PhaseLoad:
-    prefill_s = 0.0
-    tokens = context = 0.0
-    for record, cached in requests:
-        cached = min(cached, record.input_tokens - 1)  # the last token is always computed
-        prefill_s += profile.prefill_s(record.input_tokens - cached, cached)
-        # The first token is prefill's; the others see a context that grows from prompt to answer.
-        steps = record.output_tokens - 1
-        tokens += steps
-        context += steps * (record.input_tokens + 0.5 * record.output_tokens)
-    mean_context = context / tokens if tokens else 0.0
-    batch = _largest_batch(
-        profile, tpot_s, mean_context, min(max_num_seqs, int(kv_tokens // max(1.0, mean_context)))
-    )
-    if not tokens:
-        return PhaseLoad(start_s, length_s, prefill_s / length_s, 0.0, batch)
-    if not batch:
-        return PhaseLoad(start_s, length_s, prefill_s / length_s, None, 0)
-    step_s = float(profile.step.seconds(batch, batch * mean_context))
-    return PhaseLoad(start_s, length_s, prefill_s / length_s, tokens * step_s / batch / length_s, batch)
-
-
-def _largest_batch(profile: Profile, tpot_s: float, context_tokens: float, most: int) -> int:
-    """Return the largest batch up to ``most`` whose step takes at most ``tpot_s``; 0 when none does."""
-    fits, exceeds = 0, most + 1
-    while exceeds - fits > 1:
-        batch = (fits + exceeds) // 2
-        if profile.step.seconds(batch, batch * context_tokens) <= tpot_s:
-            fits = batch
-        else:
-            exceeds = batch
-    return fits

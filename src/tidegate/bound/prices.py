@@ -17,10 +17,8 @@ from scipy.optimize import linprog
 from scipy.sparse import csr_array
 
 from tidegate.bound.demand import Batching, Demand, DemandKind
-from tidegate.costs.forms import Values
+from tidegate.costs.forms import MixedCost, PrefillCost, Values
 
-PREFILL, DECODE, MIXED = 0, 1, 2
-"""What a step holds: chunks only, decodes only, both."""
 _POINTS = 12
 """Positions in prompts, and lengths of contexts, at which the program values a token."""
 _SAMPLED = 4000
@@ -33,15 +31,15 @@ _GRID = 48
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepCosts:
-    """StepCosts that a fair price list must withstand, one entry each; every other step lies between some.
+    """Steps that a fair price list must withstand, one entry each; every other step lies between some.
 
-    A step of ``kind`` computes ``new`` prompt tokens with ``pairs`` of attention beside ``batch`` decodes.
-    Those hold ``context`` tokens, ``private`` of which no other request shares. It takes ``seconds`` at
-    least.
+    A step of ``kind``, priced by the mixed form where ``mixed`` is 1, computes ``new`` prompt tokens with
+    ``pairs`` of attention beside ``batch`` decodes. Those hold ``context`` tokens, ``private`` of which no
+    other request shares. It takes ``seconds`` at least.
     """
 
     kind: NDArray[np.int64]
-    form: NDArray[np.int64]
+    mixed: NDArray[np.int64]
     new: Values
     pairs: Values
     batch: Values
@@ -81,12 +79,10 @@ class Reach:
     @classmethod
     def of(cls, demand: Demand, ttft_s: float) -> Reach:
         """Measure the requests of ``demand``, of which there is at least one."""
-        context = demand.prompt_tokens + 1.0
-        longest = float(np.max(demand.prompt_tokens))
-        longest_context = float(np.max(demand.prompt_tokens + demand.decodes))
-        return cls(
-            float(np.min(context)), longest_context, longest, ttft_s, bool(np.any(demand.shared_tokens))
-        )
+        prompt = demand.prompt_tokens
+        longest_context = float(np.max(prompt + demand.decodes))
+        shared = bool(np.any(demand.shared_tokens))
+        return cls(float(np.min(prompt)) + 1.0, longest_context, float(np.max(prompt)), ttft_s, shared)
 
 
 def steps_of(
@@ -154,9 +150,9 @@ def _step_rows(steps: StepCosts, columns: int) -> Values:
     Columns: token, position, decode, context, private, each pure and mixed; gap; an instance of each kind.
     """
     rows = np.zeros((len(steps.seconds), columns))
-    row, mixed = np.arange(len(rows)), (steps.form == MIXED).astype(np.int64)
+    row = np.arange(len(rows))
     for column, amount in enumerate((steps.new, steps.pairs, steps.batch, steps.context, steps.private)):
-        rows[row, 2 * column + mixed] = amount / np.maximum(steps.seconds, 1e-12)
+        rows[row, 2 * column + steps.mixed] = amount / np.maximum(steps.seconds, 1e-12)
     rows[:, 10] = -steps.batch
     rows[row, 11 + steps.kind] = -1.0
     return rows
@@ -175,9 +171,8 @@ def _fair(found: Values, total: float, exact: StepCosts) -> Prices:
     prices = found / total
     pure, mixed = prices[0:10:2], prices[1:10:2]
     gap, instance = float(prices[10]), prices[11:]
-    is_mixed = exact.form == MIXED
     amounts = np.column_stack([exact.new, exact.pairs, exact.batch, exact.context, exact.private])
-    earned = np.where(is_mixed, amounts @ mixed, amounts @ pure)
+    earned = np.where(exact.mixed, amounts @ mixed, amounts @ pure)
     cost = (instance[exact.kind] + gap * exact.batch) * exact.seconds
     with np.errstate(divide="ignore", invalid="ignore"):
         excess = float(np.max(np.where(earned > 0, earned / cost, 0.0)))
@@ -223,21 +218,18 @@ def _grid(most: int) -> Values:
     return np.unique(np.round(np.geomspace(1.0, max(most, 1), _GRID)))
 
 
-def _rows(index: int, form: int, *columns: Values | float) -> tuple[Values, ...]:
-    flat = np.broadcast_arrays(*columns)
-    size = flat[0].size
-    head = (np.full(size, float(index)), np.full(size, float(form)))
-    return (*head, *(np.asarray(column, dtype=np.float64).ravel() for column in flat))
+def _rows(kind: int, mixed: bool, *columns: Values | float) -> tuple[Values, ...]:
+    flat = np.broadcast_arrays(float(kind), float(mixed), *columns)
+    return tuple(np.asarray(column, dtype=np.float64).ravel() for column in flat)
 
 
 def _prefill_steps(index: int, kind: DemandKind, batching: Batching, reach: Reach) -> tuple[Values, ...]:
-    form = kind.profile.prefill
-    room = _room(float(form.a_s), float(form.b_s), float(form.n0), batching, reach)
-    most = min(float(batching.max_batch_tokens), room)
+    form = kind.prefill
+    most = min(float(batching.max_batch_tokens), _room(form, batching, reach))
     new = np.array([min(float(form.n0), most), most])[:, None]
     pairs = new * np.array([0.0, reach.longest_prompt])
     seconds = np.asarray(form.seconds(new, pairs)) + batching.host_s
-    return _rows(index, PREFILL, new, pairs, 0.0, 0.0, 0.0, seconds)
+    return _rows(index, False, new, pairs, 0.0, 0.0, 0.0, seconds)
 
 
 def _decode_steps(
@@ -245,33 +237,33 @@ def _decode_steps(
 ) -> tuple[Values, ...]:
     batch = sizes[:, None]
     context, private = _contexts(kind, reach, batch)
-    seconds = np.asarray(kind.profile.step.seconds(batch, context)) + batching.host_s
-    return _rows(index, DECODE, 0.0, 0.0, batch, context, private, seconds)
+    seconds = np.asarray(kind.step.seconds(batch, context)) + batching.host_s
+    return _rows(index, False, 0.0, 0.0, batch, context, private, seconds)
 
 
 def _mixed_steps(
     index: int, kind: DemandKind, batching: Batching, reach: Reach, sizes: Values
 ) -> tuple[Values, ...]:
     """Batch and new tokens count what attains; one more of each that does not may make the step mixed."""
-    form = kind.profile.mixed
+    form = kind.mixed
     batch = sizes[sizes < batching.max_batch_tokens][:, None, None, None]
-    room = _room(float(form.a_s), float(form.b_s), float(form.n0), batching, reach)
-    most = np.clip(np.minimum(batching.max_batch_tokens, room) - batch, 0.0, None)
+    most = np.clip(min(batching.max_batch_tokens, _room(form, batching, reach)) - batch, 0.0, None)
     hinge = np.clip(float(form.n0) - batch, 0.0, most)
     new = np.concatenate([np.zeros_like(most), hinge, most], axis=1)
     pairs = new * np.array([0.0, reach.longest_prompt])[None, None, :, None]
     context, private = _contexts(kind, reach, batch)
     tokens = np.maximum(new, 1.0) + np.maximum(batch, 1.0)
     seconds = np.asarray(form.seconds(tokens, pairs, context)) + batching.host_s
-    return _rows(index, MIXED, new, pairs, batch, context, private, seconds)
+    return _rows(index, True, new, pairs, batch, context, private, seconds)
 
 
-def _room(fixed_s: float, token_s: float, hidden: float, batching: Batching, reach: Reach) -> float:
+def _room(form: PrefillCost | MixedCost, batching: Batching, reach: Reach) -> float:
     """Return how many tokens a step may hold that ends within the TTFT target."""
-    left_s = reach.ttft_s - fixed_s - batching.host_s
+    left_s = reach.ttft_s - float(form.a_s) - batching.host_s
     if left_s < 0.0:
         return 0.0
-    return hidden + left_s / token_s if token_s > 0.0 else np.inf
+    token_s = float(form.b_s)
+    return float(form.n0) + left_s / token_s if token_s > 0.0 else np.inf
 
 
 def _contexts(kind: DemandKind, reach: Reach, batch: Values) -> tuple[Values, Values]:

@@ -95,20 +95,14 @@ def price_lists(market: Market, keep: float) -> list[Prices]:
 def undominated(market: Market, lists: Sequence[Prices]) -> list[Prices]:
     """Leave out the lists under which no request is worth clearly more than under another."""
     kept: list[Prices] = []
-    worths: list[tuple[Values, Values]] = []
+    worths: list[Values] = []
     for prices in lists:
-        worth = market.worth([prices])
-        if any(_below(worth, other) for other in worths):
-            continue
-        kept.append(prices)
-        worths.append((worth.prefill[:, 0], worth.answer[:, 0]))
+        found = market.worth([prices])
+        worth = np.column_stack([found.prefill, found.answer])
+        if not any(np.all(worth <= other * _SAME + 1e-15) for other in worths):
+            kept.append(prices)
+            worths.append(worth)
     return kept
-
-
-def _below(worth: Worth, other: tuple[Values, Values]) -> bool:
-    prefill, answer = other
-    less = np.all(worth.prefill[:, 0] <= prefill * _SAME + 1e-15)
-    return bool(less and np.all(worth.answer[:, 0] <= answer * _SAME + 1e-15))
 
 
 class Search:
@@ -170,23 +164,21 @@ class Search:
             found = self._slower(better, 0.0)
         return found
 
-    def _at(self, scale: float, worth: Worth) -> Excluded | None:
-        """Look for weights that exclude ``scale``."""
+    def _at(self, scale: float, worth: Worth, weights: Values | None = None) -> Excluded | None:
+        """Return ``scale`` as excluded by weights, by default the program's; None where it is not."""
         windows = windows_of(self._market.demand, scale, self._market.slo, WINDOWS)
-        weights = worst_weights(worth, windows)
-        return None if weights is None else self._excluded(scale, worth, weights, windows)
-
-    def _excluded(self, scale: float, worth: Worth, weights: Values, windows: Windows) -> Excluded | None:
-        share = attainable(worth, windows, weights, self._hopeless)
-        return Excluded(scale, windows, weights, worth) if share < self._level else None
+        if weights is None:
+            weights = worst_weights(worth, windows)
+        if weights is None or attainable(worth, windows, weights, self._hopeless) >= self._level:
+            return None
+        return Excluded(scale, windows, weights, worth)
 
     def _slower(self, found: Excluded, low: float) -> Excluded:
         """Slow the arrivals down for as long as the same weights exclude them."""
         low = max(low, 0.5 * found.scale)
         while found.scale > low * (1.0 + 0.5 * PRECISION):
             middle = float(np.sqrt(low * found.scale))
-            windows = windows_of(self._market.demand, middle, self._market.slo, WINDOWS)
-            better = self._excluded(middle, found.worth, found.weights, windows)
+            better = self._at(middle, found.worth, found.weights)
             if better is None:
                 low = middle
             else:

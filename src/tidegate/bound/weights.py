@@ -27,14 +27,9 @@ _TAIL = np.cumsum(1.3 ** np.arange(16))
 """Ends of the windows after the last arrival, up to a factor."""
 
 
-def _span_lengths() -> tuple[int, ...]:
-    spans = [1]
-    while spans[-1] < 2 * len(_TAIL) + 256:
-        spans.append(max(spans[-1] + 1, round(1.1 * spans[-1])))
-    return tuple(spans)
-
-
-_SPANS = _span_lengths()
+_SPANS = [1]
+while _SPANS[-1] < 2 * len(_TAIL) + 256:
+    _SPANS.append(max(_SPANS[-1] + 1, round(1.1 * _SPANS[-1])))
 """Numbers of windows over which the program knows the least weight; each is at most twice the one before."""
 
 

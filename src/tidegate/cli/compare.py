@@ -34,9 +34,8 @@ from tidegate.core.errors import ConfigError
 from tidegate.dataplane.replica import EngineSettings
 from tidegate.experiments.compare import Plan, compare
 from tidegate.experiments.findings import findings
-from tidegate.experiments.jobs import Workers
+from tidegate.experiments.jobs import Store, Workers
 from tidegate.experiments.setting import Setting
-from tidegate.experiments.store import Store
 from tidegate.experiments.systems import SUITES, contenders
 from tidegate.experiments.systems import suite as suite_of
 from tidegate.reports.comparison import ComparedSystem, Comparison, TraceComparison

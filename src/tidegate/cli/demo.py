@@ -17,13 +17,12 @@ from tidegate.experiments.setting import Setting
 from tidegate.experiments.systems import contenders
 from tidegate.sim import SimSettings
 from tidegate.workloads.choice import WorkloadChoice
-from tidegate.workloads.mix import SineDrift, drift_mix
 from tidegate.workloads.readers import read_trace
-from tidegate.workloads.reshape import Spike, spikes
+from tidegate.workloads.reshape import Spike, drift_mix, sine_drift, spikes
 from tidegate.workloads.writers import write_trace
 
 SOURCE = "sample:azure-conv"
-DRIFT = SineDrift(3.0, 300.0)
+DRIFT = sine_drift(3.0, 300.0)
 SPIKE = Spike(2.0, 390.0, 60.0)
 """The sample's ten minutes, with the input:output ratio swinging by 3 either way twice, and one minute of
 twice the requests."""

@@ -38,12 +38,11 @@ from tidegate.core.notation import parse_split
 from tidegate.dataplane.replica import EngineSettings
 from tidegate.experiments.run import Finished, run_once
 from tidegate.experiments.setting import Setting, SimulatedFleet
-from tidegate.experiments.workload import own_rate_rps, requests_of, starts_sessions
 from tidegate.measure.run_view import view_of
 from tidegate.reports.comparison import ComparedSystem, Comparison, LevelGoodput, TraceComparison
 from tidegate.reports.run_block import render_run
 from tidegate.sim import SimSettings
-from tidegate.workloads.choice import WorkloadChoice
+from tidegate.workloads.choice import WorkloadChoice, own_rate_rps, requests_of, starts_sessions
 
 SEARCH_SEEDS = 3
 TOLERANCE = 0.02
@@ -239,10 +238,9 @@ def _search(setting: Setting, options: RunOptions, level: float) -> LevelGoodput
     """Return the goodput, 0 and without probes where only the limit was asked for."""
     import asyncio
 
-    from tidegate.experiments.jobs import Workers
-    from tidegate.experiments.limit import limit_job
+    from tidegate.experiments.jobs import Store, Workers
+    from tidegate.experiments.run import limit_job
     from tidegate.experiments.search import find_goodput
-    from tidegate.experiments.store import Store
 
     async def search() -> LevelGoodput:
         with progress_bar("runs", None) as show:

@@ -20,11 +20,18 @@ from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
 from tidegate.costs.named_profile import load_profile
 from tidegate.workloads.choice import WorkloadChoice, load_workload
-from tidegate.workloads.combine import concatenate, superpose
-from tidegate.workloads.mix import drift_mix, parse_drift
-from tidegate.workloads.presets import preset, preset_names
-from tidegate.workloads.reseed import reseeded
-from tidegate.workloads.reshape import DEFAULT_JITTER_S, Spike, replicate, spikes
+from tidegate.workloads.generate import preset, preset_names
+from tidegate.workloads.reshape import (
+    DEFAULT_JITTER_S,
+    Spike,
+    concatenate,
+    drift_mix,
+    parse_drift,
+    replicate,
+    reseeded,
+    spikes,
+    superpose,
+)
 from tidegate.workloads.trace import Workload
 from tidegate.workloads.trace_statistics import WINDOW_S, statistics
 
@@ -195,7 +202,7 @@ class Changes:
 def _list_presets(wanted: bool) -> None:
     if wanted:
         for name in preset_names():
-            typer.echo(preset(name).describe())
+            typer.echo(preset(name).description)
         raise typer.Exit
 
 

@@ -10,24 +10,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import resources
 from typing import Any
 
 from tidegate.core.errors import ConfigError
 from tidegate.costs.fitting import PrefillSample, StepSample, fit_profile
-from tidegate.costs.forms import TransferCost
-from tidegate.costs.library import (
-    INTER_NODE_LATENCY_S,
-    INTRA_NODE_LATENCY_S,
-    LINK_EFFICIENCY,
-    MIXED_CONTEXT_RATIO,
-    PackagedProfile,
-)
-from tidegate.costs.roofline import RESERVED_SHARE, Shape
+from tidegate.costs.library import MIXED_CONTEXT_RATIO, PackagedProfile, assumed_links
+from tidegate.costs.roofline import Shape
 
 PACKAGE = "aiconfigurator_core"
 SYSTEMS = {"rtx_pro_6000": "rtx_pro_6000_server"}
@@ -40,18 +32,6 @@ CONTEXTS = (512, 1024, 2048, 4096, 8192)
 MOST_RESIDENT = 1_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class MeasuredSteps:
-    """An instance in the package's tables: seconds of a prefill (new, cached) and a step (batch, context)."""
-
-    version: str
-    prefill_s: Callable[[int, int], float]
-    step_s: Callable[[int, int], float]
-    memory_bytes: float
-    intra_bytes_per_s: float
-    inter_bytes_per_s: float
-
-
 def hardware_profile(gpu: str, model: str, tp: int = 1) -> PackagedProfile:
     """Fit a profile to the package's steps for ``model`` on ``tp`` GPUs.
 
@@ -59,70 +39,51 @@ def hardware_profile(gpu: str, model: str, tp: int = 1) -> PackagedProfile:
     the pair.
     """
     full = _known_model(model)
-    config = _config(full)
-    shape = Shape.from_config(config)
+    shape = Shape.from_config(_config(full))
     with _quiet():
-        steps = _steps(gpu, full, tp, shape)
-        prefill, step = _samples(steps)
-    name = f"hardware:{gpu}/{full}" + (f"/tp{tp}" if tp > 1 else "")
-    inside = TransferCost(INTRA_NODE_LATENCY_S, LINK_EFFICIENCY * tp * steps.intra_bytes_per_s)
+        version, system, latency_s = _tables(gpu, full, tp, shape)
+        prefill = [
+            PrefillSample(
+                new,
+                cached,
+                latency_s("static_ctx", batch_size=1, isl=new + cached, prefix=cached, osl=1),
+            )
+            for cached in CACHED_TOKENS
+            for new in NEW_TOKENS
+        ]
+        step = [
+            StepSample(batch, batch * context, latency_s("static_gen", batch_size=batch, isl=context, osl=2))
+            for context in CONTEXTS
+            for batch in BATCHES
+            if batch * context <= MOST_RESIDENT
+        ]
+    kv_tokens = shape.kv_tokens(tp * float(system["gpu"]["mem_capacity"]))
+    if kv_tokens < 1:
+        raise ConfigError(f"{full} does not fit the memory of these GPUs; raise /tpN")
+    port, network = (float(system["node"][name]) for name in ("intra_node_bw", "inter_node_bw"))
+    inside, between = assumed_links(port, tp, network)
     profile = fit_profile(
-        name,
+        f"hardware:{gpu}/{full}" + (f"/tp{tp}" if tp > 1 else ""),
         prefill,
         step,
         inside,
         source=f"fitted to steps that {PACKAGE} sums from operations measured with {BACKEND} "
-        f"{steps.version}; "
-        f"mixed steps derived with context ratio {MIXED_CONTEXT_RATIO:g}; transfers assumed",
+        f"{version}; mixed steps derived with context ratio {MIXED_CONTEXT_RATIO:g}; transfers assumed",
         mixed_context_ratio=MIXED_CONTEXT_RATIO,
         experts=max(1, shape.experts),
         active_experts=shape.active_experts,
     )
-    return PackagedProfile(
-        name=name,
-        profile=profile,
-        gpu=gpu,
-        model=full,
-        tp=tp,
-        engine=BACKEND,
-        kv_bytes_per_token=shape.kv_bytes_per_token,
-        kv_capacity_tokens=_kv_tokens(shape, tp * steps.memory_bytes, full),
-        weight_gb=shape.stored_bytes / 1e9,
-        intra_node=inside,
-        inter_node=TransferCost(
-            INTER_NODE_LATENCY_S,
-            LINK_EFFICIENCY * tp * min(steps.intra_bytes_per_s, steps.inter_bytes_per_s),
-        ),
-        mixed_measured=False,
-        max_errors=(),
-        note="KV capacity is an estimate from the GPU's memory",
-    )
+    note = "KV capacity is an estimate from the GPU's memory"
+    return PackagedProfile(profile, full, shape.kv_bytes_per_token, kv_tokens, between, note)
 
 
-def _samples(steps: MeasuredSteps) -> tuple[list[PrefillSample], list[StepSample]]:
-    prefill = [
-        PrefillSample(new, cached, steps.prefill_s(new, cached))
-        for cached in CACHED_TOKENS
-        for new in NEW_TOKENS
-    ]
-    step = [
-        StepSample(batch, batch * context, steps.step_s(batch, context))
-        for context in CONTEXTS
-        for batch in BATCHES
-        if batch * context <= MOST_RESIDENT
-    ]
-    return prefill, step
+def _tables(
+    gpu: str, model: str, tp: int, shape: Shape
+) -> tuple[str, Mapping[str, Any], Callable[..., float]]:
+    """Return the tables' version, the GPU's system and ``latency_s(mode, **point)``.
 
-
-def _kv_tokens(shape: Shape, memory_bytes: float, model: str) -> int:
-    tokens = int((memory_bytes * (1 - RESERVED_SHARE) - shape.stored_bytes) / shape.kv_bytes_per_token)
-    if tokens < 1:
-        raise ConfigError(f"{model} does not fit the memory of these GPUs; raise /tpN")
-    return tokens
-
-
-def _steps(gpu: str, model: str, tp: int, shape: Shape) -> MeasuredSteps:
-    """Ask the package. Its API is not typed for us; this is the one place that calls it."""
+    The package's API is not typed for us; this is the one place that calls it.
+    """
     from aiconfigurator_core.sdk import config, models, perf_database
     from aiconfigurator_core.sdk.backends.factory import get_backend
 
@@ -150,15 +111,7 @@ def _steps(gpu: str, model: str, tp: int, shape: Shape) -> MeasuredSteps:
         except Exception as error:
             raise ConfigError(f"{PACKAGE} has no data for {model} on {tp} x {gpu}: {error}") from None
 
-    node, memory = database.system_spec["node"], database.system_spec["gpu"]["mem_capacity"]
-    return MeasuredSteps(
-        str(version),
-        lambda new, cached: latency_s("static_ctx", batch_size=1, isl=new + cached, prefix=cached, osl=1),
-        lambda batch, context: latency_s("static_gen", batch_size=batch, isl=context, osl=2),
-        float(memory),
-        float(node["intra_node_bw"]),
-        float(node["inter_node_bw"]),
-    )
+    return str(version), database.system_spec, latency_s
 
 
 def _known_model(model: str) -> str:

@@ -3,7 +3,7 @@
 A name is ``gpu/model[/tpN][@engine]``: ``h100_sxm/llama-3.1-8b``, ``h100_sxm/llama-3.1-70b/tp4``,
 ``h100_sxm/llama-3.1-8b@sglang``. One GPU and vLLM go without saying. The coefficients are fits to published
 measurements (``profiles/README.md`` has their origin and licences); transfers are assumed, see
-``PORT_BYTES_PER_S``. This is the one module of the room that reads a file: its own packaged data.
+``assumed_links``. This is the one module of the room that reads a file: its own packaged data.
 """
 
 from __future__ import annotations
@@ -25,16 +25,6 @@ MIXED_CONTEXT_RATIO = 2.0
 Measured steps of vLLM show 1.9 to 3.4; aiconfigurator prices both equally. The default leans to the measured
 engines' low end.
 """
-PORT_BYTES_PER_S = {
-    "a100_sxm": 300e9,
-    "b200_sxm": 900e9,
-    "h100_sxm": 450e9,
-    "h200_sxm": 450e9,
-    "l40s": 32e9,
-    "rtx_4090": 32e9,
-    "rtx_pro_6000": 64e9,
-}
-"""Nominal bytes/s, one direction, of a GPU's port inside its node: NVLink (SXM parts), else PCIe x16."""
 NETWORK_BYTES_PER_S = 50e9
 """Nominal bytes/s, one direction, of a GPU's port between nodes: one 400 Gbit/s network port per GPU."""
 LINK_EFFICIENCY = 0.8
@@ -45,30 +35,56 @@ INTER_NODE_LATENCY_S = 0.001
 
 
 @dataclass(frozen=True, slots=True)
+class Gpu:
+    """Nominal figures: dense FLOP/s, bytes/s of memory and of one direction of the port, bytes of memory."""
+
+    bf16_flops: float
+    fp8_flops: float
+    memory_bytes_per_s: float
+    memory_bytes: float
+    port_bytes_per_s: float
+
+
+GPUS = {
+    "a100_sxm": Gpu(312e12, 312e12, 2.039e12, 80e9, 300e9),
+    "b200_sxm": Gpu(2250e12, 4500e12, 8.0e12, 180e9, 900e9),
+    "h100_pcie": Gpu(756e12, 1513e12, 2.0e12, 80e9, 64e9),
+    "h100_sxm": Gpu(989e12, 1979e12, 3.35e12, 80e9, 450e9),
+    "h200_sxm": Gpu(989e12, 1979e12, 4.8e12, 141e9, 450e9),
+    "l4": Gpu(121e12, 242e12, 0.3e12, 24e9, 32e9),
+    "l40s": Gpu(362e12, 733e12, 0.864e12, 48e9, 32e9),
+    "rtx_4090": Gpu(165e12, 330e12, 1.008e12, 24e9, 32e9),
+    "rtx_pro_6000": Gpu(468e12, 936e12, 1.597e12, 96e9, 64e9),
+}
+"""Nominal figures as publicly stated, without sparsity; not verified against data sheets. The A100 is that of
+80 GB, the B200 that of an HGX; the RTX 4090's bf16 is with fp32 accumulation, the RTX PRO 6000 is the Server
+Edition, scaled to 2,430 MHz. fp8 on A100 is bf16. Ports: NVLink of SXM parts, else PCIe x16."""
+
+
+@dataclass(frozen=True, slots=True)
 class PackagedProfile:
     """A profile with what else is known of its (GPU, model, parallelism, engine).
 
-    ``profile`` carries ``source`` and the fit's median and 95th percentile errors; ``max_errors`` has its
-    largest error per form, where published. ``profile.transfer`` is ``intra_node``; both links are assumed.
-    ``mixed_measured`` is false when a coefficient of the mixed form is derived; then ``profile.errors`` has
-    no entry for that form. ``kv_capacity_tokens`` is rough. ``weight_gb`` is None when unknown. ``note`` is
-    the publisher's caveat, empty if none: show it to whoever picks the profile.
+    ``profile.transfer`` is the link inside a node; both links are assumed unless measured.
+    ``kv_capacity_tokens`` is rough. ``note`` is the publisher's caveat, empty if none: show it to whoever
+    picks the profile.
     """
 
-    name: str
     profile: Profile
-    gpu: str
     model: str
-    tp: int
-    engine: str
     kv_bytes_per_token: int
     kv_capacity_tokens: int
-    weight_gb: float | None
-    intra_node: TransferCost
     inter_node: TransferCost
-    mixed_measured: bool
-    max_errors: tuple[tuple[str, float], ...]
-    note: str
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.profile.name
+
+    @property
+    def mixed_measured(self) -> bool:
+        """Whether every coefficient of the mixed form was measured; else one is derived."""
+        return any(form == "mixed" for form, _, _ in self.profile.errors)
 
 
 def profile_names() -> tuple[str, ...]:
@@ -89,8 +105,13 @@ def packaged_profile(name: str, *, mixed_context_ratio: float | None = None) -> 
     if mixed_context_ratio is not None and not 0 < mixed_context_ratio < math.inf:
         raise ConfigError(f"mixed_context_ratio must be a positive number, not {mixed_context_ratio}")
     entry = entries[name]
-    intra_node, inter_node = _links(entry["gpu"], entry["tp"])
-    mixed, how, errors = _mixed(entry, mixed_context_ratio)
+    intra_node, inter_node = assumed_links(GPUS[entry["gpu"]].port_bytes_per_s, entry["tp"])
+    mixed, how, errors = entry["mixed"], "measured", entry["errors"]
+    if mixed is None or mixed_context_ratio is not None:
+        ratio = MIXED_CONTEXT_RATIO if mixed_context_ratio is None else mixed_context_ratio
+        mixed = {**(mixed or entry["prefill"]), "d_s": entry["step"]["c_s"] * ratio}
+        how = f"derived with context ratio {ratio:g}"
+        errors = [row for row in errors if row[0] != "mixed"]
     profile = Profile.from_json(
         {
             "name": name,
@@ -102,42 +123,17 @@ def packaged_profile(name: str, *, mixed_context_ratio: float | None = None) -> 
             "errors": errors,
         }
     )
-    return PackagedProfile(
-        name=name,
-        profile=profile,
-        gpu=entry["gpu"],
-        model=entry["model"],
-        tp=entry["tp"],
-        engine=entry["engine"],
-        kv_bytes_per_token=entry["kv_bytes_per_token"],
-        kv_capacity_tokens=entry["kv_capacity_tokens"],
-        weight_gb=entry["weight_gb"],
-        intra_node=intra_node,
-        inter_node=inter_node,
-        mixed_measured=how == "measured",
-        max_errors=tuple(sorted(entry["max_errors"].items())),
-        note=entry["note"],
-    )
+    known = {key: entry[key] for key in ("model", "kv_bytes_per_token", "kv_capacity_tokens", "note")}
+    return PackagedProfile(profile=profile, inter_node=inter_node, **known)
 
 
-def _mixed(entry: dict[str, Any], ratio: float | None) -> tuple[dict[str, float], str, list[list[Any]]]:
-    """Return the mixed coefficients, how they came to be, and the errors that hold with them."""
-    measured: dict[str, float] | None = entry["mixed"]
-    errors: list[list[Any]] = entry["errors"]
-    if measured is not None and ratio is None:
-        return measured, "measured", errors
-    used = MIXED_CONTEXT_RATIO if ratio is None else ratio
-    chunks: dict[str, float] = measured or entry["prefill"]
-    mixed = {**chunks, "d_s": entry["step"]["c_s"] * used}
-    return mixed, f"derived with context ratio {used:g}", [row for row in errors if row[0] != "mixed"]
-
-
-def _links(gpu: str, tp: int) -> tuple[TransferCost, TransferCost]:
+def assumed_links(
+    port_bytes_per_s: float, tp: int, network_bytes_per_s: float = NETWORK_BYTES_PER_S
+) -> tuple[TransferCost, TransferCost]:
     """Return the links inside and between nodes; each of ``tp`` GPUs moves its share through its own port."""
-    port = PORT_BYTES_PER_S[gpu]
     share = LINK_EFFICIENCY * tp
-    inside = TransferCost(INTRA_NODE_LATENCY_S, share * port)
-    return inside, TransferCost(INTER_NODE_LATENCY_S, share * min(port, NETWORK_BYTES_PER_S))
+    inside = TransferCost(INTRA_NODE_LATENCY_S, share * port_bytes_per_s)
+    return inside, TransferCost(INTER_NODE_LATENCY_S, share * min(port_bytes_per_s, network_bytes_per_s))
 
 
 def _entries() -> dict[str, dict[str, Any]]:

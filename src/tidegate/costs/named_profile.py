@@ -101,18 +101,10 @@ def as_packaged(saved: SavedProfile) -> PackagedProfile:
     if not saved.kv_bytes_per_token:
         notes.append("KV bytes per token are unknown: transfers cost their latency only")
     return PackagedProfile(
-        name=profile.name,
-        profile=profile,
-        gpu="",
-        model=saved.model,
-        tp=1,
-        engine=saved.engine,
-        kv_bytes_per_token=saved.kv_bytes_per_token,
-        kv_capacity_tokens=saved.kv_capacity_tokens,
-        weight_gb=None,
-        intra_node=profile.transfer,
-        inter_node=profile.transfer,
-        mixed_measured=any(form == "mixed" for form, _, _ in profile.errors),
-        max_errors=(),
-        note="; ".join(notes),
+        profile,
+        saved.model,
+        saved.kv_bytes_per_token,
+        saved.kv_capacity_tokens,
+        profile.transfer,
+        "; ".join(notes),
     )

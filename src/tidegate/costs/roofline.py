@@ -3,7 +3,7 @@
 The last resort, and labelled so. A prefill step takes the time of its arithmetic once that exceeds the time
 to read the weights; a decode step reads the weights and the KV of its requests; attention is arithmetic in
 prefill and reading in decode (Williams et al., Roofline, CACM 2009). What real kernels reach of the nominal
-rates is in ``EFFICIENCY``, calibrated once against all packaged profiles: they are met within 8 % in the
+rates is in the constants below, calibrated once against all packaged profiles: they are met within 8 % in the
 median, and within a factor of 1.5 in 95 of 100 cases, of which they are the calibration itself
 (``benchmarks/roofline_error.py``). The worst are small prefills of mixtures of experts.
 """
@@ -17,61 +17,21 @@ from typing import Any
 from tidegate.core.errors import ConfigError
 from tidegate.costs.forms import MixedCost, PrefillCost, StepCost, TransferCost
 from tidegate.costs.library import (
-    INTER_NODE_LATENCY_S,
-    INTRA_NODE_LATENCY_S,
+    GPUS,
     LINK_EFFICIENCY,
     MIXED_CONTEXT_RATIO,
-    NETWORK_BYTES_PER_S,
+    Gpu,
     PackagedProfile,
+    assumed_links,
 )
 from tidegate.costs.profile import Profile
 
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """Nominal figures: dense FLOP/s, bytes/s of memory and of one direction of the port, bytes of memory."""
-
-    bf16_flops: float
-    fp8_flops: float
-    memory_bytes_per_s: float
-    memory_bytes: float
-    port_bytes_per_s: float
-
-
-GPUS = {
-    "a100_sxm": Gpu(312e12, 312e12, 2.039e12, 80e9, 300e9),
-    "b200_sxm": Gpu(2250e12, 4500e12, 8.0e12, 180e9, 900e9),
-    "h100_pcie": Gpu(756e12, 1513e12, 2.0e12, 80e9, 64e9),
-    "h100_sxm": Gpu(989e12, 1979e12, 3.35e12, 80e9, 450e9),
-    "h200_sxm": Gpu(989e12, 1979e12, 4.8e12, 141e9, 450e9),
-    "l4": Gpu(121e12, 242e12, 0.3e12, 24e9, 32e9),
-    "l40s": Gpu(362e12, 733e12, 0.864e12, 48e9, 32e9),
-    "rtx_4090": Gpu(165e12, 330e12, 1.008e12, 24e9, 32e9),
-    "rtx_pro_6000": Gpu(468e12, 936e12, 1.597e12, 96e9, 64e9),
-}
-"""Nominal figures as publicly stated, without sparsity; not verified against data sheets. The A100 is that of
-80 GB, the B200 that of an HGX; the RTX 4090's bf16 is with fp32 accumulation, the RTX PRO 6000 is the Server
-Edition, scaled to 2,430 MHz. fp8 on A100 is bf16. Ports: NVLink of SXM parts, else PCIe x16."""
-
-
-@dataclass(frozen=True, slots=True)
-class Efficiency:
-    """Shares of the nominal rates that kernels reach, and what a layer costs besides.
-
-    ``step_batch`` is the part of a token's arithmetic that shows in a decode step beside reading weights;
-    ``layer_s`` is per layer and step; an all-reduce takes ``reduce_s`` and its bytes at LINK_EFFICIENCY.
-    """
-
-    matmul: float
-    attention: float
-    weights: float
-    kv: float
-    step_batch: float
-    layer_s: float
-    reduce_s: float
-
-
-EFFICIENCY = Efficiency(0.68, 0.79, 0.85, 0.95, 0.92, 37e-6, 11e-6)
+MATMUL, ATTENTION, WEIGHTS, KV = 0.68, 0.79, 0.85, 0.95
+"""Shares of the nominal rates that kernels reach: of arithmetic, and of reading memory."""
+STEP_BATCH = 0.92
+"""Part of a token's arithmetic that shows in a decode step beside reading weights."""
+LAYER_S, REDUCE_S = 37e-6, 11e-6
+"""Per layer and step; per all-reduce, whose bytes move at LINK_EFFICIENCY."""
 RESERVED_SHARE = 0.12
 """Share of memory that is neither weights nor KV: vLLM leaves 8-10 %, activations take the rest."""
 BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
@@ -148,6 +108,11 @@ class Shape:
         experts = max(1, self.experts) * self.expert_weights
         return (self.attention_weights + self.hidden * self.vocab + experts) * self.weight_bytes
 
+    def kv_tokens(self, memory_bytes: float, copies: float = 1.0) -> int:
+        """Return how many tokens of KV, each stored ``copies`` times, fit beside the weights."""
+        room = memory_bytes * (1 - RESERVED_SHARE) - self.stored_bytes
+        return int(room / (self.kv_bytes_per_token * copies))
+
 
 def roofline_profile(name: str, gpu_name: str, shape: Shape, *, model: str, tp: int = 1) -> PackagedProfile:
     """Derive a profile. Raises ConfigError for an unknown GPU or a model that its memory cannot hold."""
@@ -156,64 +121,50 @@ def roofline_profile(name: str, gpu_name: str, shape: Shape, *, model: str, tp: 
         raise ConfigError(f"no nominal figures for GPU {gpu_name!r}; there are: {', '.join(GPUS)}")
     if tp < 1 or shape.heads % tp:
         raise ConfigError(f"{shape.heads} attention heads cannot be divided among {tp} GPUs")
-    stored = shape.stored_bytes
-    room = tp * gpu.memory_bytes * (1 - RESERVED_SHARE) - stored
-    kv_tokens = int(room / (shape.kv_bytes_per_token * _kv_copies(shape, tp)))
+    kv_tokens = shape.kv_tokens(tp * gpu.memory_bytes, _kv_copies(shape, tp))
     if kv_tokens < 1:
         raise ConfigError(
-            f"{model} has {stored / 1e9:.0f} GB of weights: too much for {tp} x {gpu_name}; raise /tpN"
+            f"{model} has {shape.stored_bytes / 1e9:.0f} GB of weights: too much for {tp} x {gpu_name}; "
+            "raise /tpN"
         )
-    inside = TransferCost(INTRA_NODE_LATENCY_S, LINK_EFFICIENCY * tp * gpu.port_bytes_per_s)
-    network = LINK_EFFICIENCY * tp * min(gpu.port_bytes_per_s, NETWORK_BYTES_PER_S)
+    inside, between = assumed_links(gpu.port_bytes_per_s, tp)
     return PackagedProfile(
-        name=name,
-        profile=_profile(name, gpu, gpu_name, shape, tp, inside),
-        gpu=gpu_name,
-        model=model,
-        tp=tp,
-        engine="roofline",
-        kv_bytes_per_token=shape.kv_bytes_per_token,
-        kv_capacity_tokens=kv_tokens,
-        weight_gb=stored / 1e9,
-        intra_node=inside,
-        inter_node=TransferCost(INTER_NODE_LATENCY_S, network),
-        mixed_measured=False,
-        max_errors=(),
-        note="a roofline estimate, not measured: expect factors of up to 1.5",
+        _profile(name, gpu, gpu_name, shape, tp, inside),
+        model,
+        shape.kv_bytes_per_token,
+        kv_tokens,
+        between,
+        "a roofline estimate, not measured: expect factors of up to 1.5",
     )
 
 
 def _profile(name: str, gpu: Gpu, gpu_name: str, shape: Shape, tp: int, link: TransferCost) -> Profile:
-    share = EFFICIENCY
     flops = gpu.fp8_flops if shape.weight_bytes <= 1.0 else gpu.bf16_flops
-    per_byte = 1.0 / (tp * gpu.memory_bytes_per_s * share.weights)
-    read = max(1, shape.active_experts) * shape.expert_weights if shape.experts else shape.expert_weights
-    active = shape.attention_weights + read
-    reduces = 2 * shape.layers if tp > 1 else 0
-    reduced = 2.0 * shape.hidden * 2 * (tp - 1) / tp / (LINK_EFFICIENCY * gpu.port_bytes_per_s)
-    fixed_s = shape.layers * share.layer_s + reduces * share.reduce_s
-    token_s = 2.0 * active / (tp * flops * share.matmul) + reduces * reduced
-    all_weights = shape.attention_weights + max(1, shape.experts) * shape.expert_weights
-    weights_s = all_weights * shape.weight_bytes * per_byte
-    pair_s = 4.0 * shape.layers * shape.heads * shape.head_dim / (tp * gpu.bf16_flops * share.attention)
-    kv_s = shape.kv_bytes_per_token * _kv_copies(shape, tp) / (tp * gpu.memory_bytes_per_s * share.kv)
-    hidden_tokens = float(round(weights_s / token_s))
+    per_byte = 1.0 / (tp * gpu.memory_bytes_per_s * WEIGHTS)
+
+    def read_s(weights: int) -> float:
+        return weights * shape.weight_bytes * per_byte
+
     every_step = shape.attention_weights + (0 if shape.experts else shape.expert_weights)
-    return Profile(
-        name=name,
-        prefill=PrefillCost(fixed_s + weights_s, token_s, pair_s, hidden_tokens),
-        step=StepCost(
-            fixed_s + every_step * shape.weight_bytes * per_byte,
-            share.step_batch * token_s,
-            kv_s,
-            shape.expert_weights * shape.weight_bytes * per_byte if shape.experts else 0.0,
-            float(max(1, shape.experts)),
-            float(shape.active_experts),
-        ),
-        mixed=MixedCost(fixed_s + weights_s, token_s, pair_s, MIXED_CONTEXT_RATIO * kv_s, hidden_tokens),
-        transfer=link,
-        source=f"roofline of {gpu_name}'s nominal figures, not measured",
+    active = shape.attention_weights + max(1, shape.active_experts) * shape.expert_weights
+    weights_s = read_s(shape.attention_weights + max(1, shape.experts) * shape.expert_weights)
+    reduces = 2 * shape.layers if tp > 1 else 0
+    reduced_s = 2.0 * shape.hidden * 2 * (tp - 1) / tp / (LINK_EFFICIENCY * gpu.port_bytes_per_s)
+    fixed_s = shape.layers * LAYER_S + reduces * REDUCE_S
+    token_s = 2.0 * active / (tp * flops * MATMUL) + reduces * reduced_s
+    pair_s = 4.0 * shape.layers * shape.heads * shape.head_dim / (tp * gpu.bf16_flops * ATTENTION)
+    kv_s = shape.kv_bytes_per_token * _kv_copies(shape, tp) / (tp * gpu.memory_bytes_per_s * KV)
+    step = StepCost(
+        fixed_s + read_s(every_step),
+        STEP_BATCH * token_s,
+        kv_s,
+        read_s(shape.expert_weights) if shape.experts else 0.0,
+        float(max(1, shape.experts)),
+        float(shape.active_experts),
     )
+    chunk = PrefillCost(fixed_s + weights_s, token_s, pair_s, float(round(weights_s / token_s)))
+    mixed = MixedCost(chunk.a_s, token_s, pair_s, MIXED_CONTEXT_RATIO * kv_s, chunk.n0)
+    return Profile(name, chunk, step, mixed, link, f"roofline of {gpu_name}'s nominal figures, not measured")
 
 
 def _kv_copies(shape: Shape, tp: int) -> float:

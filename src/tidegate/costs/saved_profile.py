@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+from msgspec import convert
 
 from tidegate.core.errors import ConfigError
 from tidegate.costs.profile import Profile
@@ -52,11 +54,6 @@ class MeasuredLink:
     read_latency_s: float | None
     read_bytes_per_s: float | None
     samples: tuple[LinkSample, ...]
-
-    @classmethod
-    def from_json(cls, row: dict[str, Any]) -> MeasuredLink:
-        """Build it from the object that ``asdict`` made."""
-        return cls(**row | {"samples": tuple(LinkSample(**sample) for sample in row["samples"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,27 +107,17 @@ class SavedProfile:
                 f"the profile has format version {data.get('version')}, this tidegate reads up to {VERSION}; "
                 "measure it again with `tidegate profile`"
             )
+        kinds = get_type_hints(cls) | {"profile": Any}
+        values = {"tidegate": "", "hardware": "", **data, "profile": None}
         try:
-            return cls(
+            saved = cls(**{name: convert(values[name], kinds[name]) for name in kinds if name in values})
+            return replace(
+                saved,
                 profile=Profile.from_json(data),
-                created=datetime.fromisoformat(data["created"]).isoformat(),
-                tidegate=str(data.get("tidegate", "")),
-                url=str(data["url"]),
-                model=str(data["model"]),
-                engine=str(data["engine"]),
-                hardware=str(data.get("hardware", "")),
-                max_model_len=int(data["max_model_len"]),
-                block_tokens=int(data["block_tokens"]),
-                kv_capacity_tokens=int(data["kv_capacity_tokens"]),
-                kv_bytes_per_token=int(data["kv_bytes_per_token"]),
-                max_batch_tokens=None if data["max_batch_tokens"] is None else int(data["max_batch_tokens"]),
-                held_out=tuple(HeldOut(**row) for row in data["held_out"]),
-                notes=tuple(str(note) for note in data["notes"]),
-                samples=dict(data["samples"]),
-                links=tuple(MeasuredLink.from_json(row) for row in data.get("links", ())),
+                created=datetime.fromisoformat(saved.created).isoformat(),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"the profile is damaged: {error!r}") from None
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"the profile is damaged: {error}") from None
 
 
 def save_profile(path: Path, saved: SavedProfile) -> None:
@@ -144,14 +131,21 @@ def save_profile(path: Path, saved: SavedProfile) -> None:
 def is_profile(path: Path) -> bool:
     """Tell whether a file carries the mark of a measured profile, of whatever version."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return _read_object(path).get("format") == FORMAT
+    except ConfigError:
         return False
-    return isinstance(data, dict) and data.get("format") == FORMAT
 
 
 def read_profile(path: Path) -> SavedProfile:
     """Read the file. Raises ConfigError, naming it, when it is not there or not what it should be."""
+    data = _read_object(path)
+    try:
+        return SavedProfile.from_json(data)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.message}") from None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -160,7 +154,4 @@ def read_profile(path: Path) -> SavedProfile:
         raise ConfigError(f"{path} is not JSON") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} is not a profile: it holds no JSON object")
-    try:
-        return SavedProfile.from_json(data)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error.message}") from None
+    return data

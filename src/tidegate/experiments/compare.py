@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import tidegate
-from tidegate.experiments.jobs import Job, Workers
-from tidegate.experiments.limit import Limit, limit_job
-from tidegate.experiments.run import look
+from tidegate.experiments.jobs import Workers
+from tidegate.experiments.run import job_of, limit_job, run_with_view
 from tidegate.experiments.search import find_goodput
 from tidegate.experiments.setting import Setting
 from tidegate.experiments.systems import Candidate, Contender
-from tidegate.experiments.workload import own_rate_rps, requests_of
 from tidegate.measure.run_view import RunView
 from tidegate.reports.comparison import ComparedSystem, Comparison, LevelGoodput, TraceComparison
-from tidegate.workloads.choice import WorkloadChoice
+from tidegate.workloads.choice import WorkloadChoice, own_rate_rps, requests_of
 
 FINALISTS = 2
 """Of several candidates, those that are searched with every seed; the others with the first only."""
 REFERENCES = ("static:best", "static:even", "static")
 """Systems whose goodput is the common rate, the first that is compared."""
+
+Search = Callable[[float, Candidate, int], Awaitable[LevelGoodput]]
+"""Finds the goodput at a level of a candidate, over a number of seeds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +69,19 @@ async def _compare_on(plan: Plan, title: str, workload: WorkloadChoice, workers:
         for contender in plan.contenders
         for each in contender.candidates
     )
-    limits = {
-        level: Limit(**await workers.do(limit_job(setting, level, most_chunk))) for level in plan.levels
-    }
-    found = await asyncio.gather(
-        *(_entry(plan, setting, contender, limits, workers) for contender in plan.contenders)
-    )
+    limits = {level: await workers.do(limit_job(setting, level, most_chunk)) for level in plan.levels}
+
+    async def search(level: float, candidate: Candidate, seeds: int) -> LevelGoodput:
+        limit_rps = limits[level]["limit_rps"]
+        found = await find_goodput(
+            candidate.applied(setting), level, range(seeds), plan.tolerance, limit_rps, workers
+        )
+        return replace(found, chosen=candidate.label)
+
+    found = await asyncio.gather(*(_entry(plan, contender, search) for contender in plan.contenders))
     rate_rps, rate_is = common_rate([entry for entry, _ in found])
     entries = await asyncio.gather(
-        *(_looked_at(setting, entry, candidate, rate_rps, workers) for entry, candidate in found)
+        *(_with_runs(candidate.applied(setting), entry, rate_rps, workers) for entry, candidate in found)
     )
     return TraceComparison(
         trace=workload.trace,
@@ -83,56 +89,42 @@ async def _compare_on(plan: Plan, title: str, workload: WorkloadChoice, workers:
         entries=tuple(entry for entry, _ in entries),
         common_rate_rps=rate_rps,
         common_rate_is=rate_is,
-        limit_binding=limits[plan.levels[0]].binding,
+        limit_binding=limits[plan.levels[0]]["binding"],
         warnings=tuple(dict.fromkeys(text for _, texts in entries for text in texts)),
     )
 
 
-async def _entry(
-    plan: Plan, setting: Setting, contender: Contender, limits: Mapping[float, Limit], workers: Workers
-) -> tuple[ComparedSystem, Candidate]:
+async def _entry(plan: Plan, contender: Contender, search: Search) -> tuple[ComparedSystem, Candidate]:
     """Return a contender's goodputs and the candidate that is best at the first level."""
-    levels: list[LevelGoodput] = []
-    others: dict[str, float] = {}
-    best_of_all: Candidate | None = None
-    for level in plan.levels:
-        found = await _candidates(plan, setting, contender.candidates, level, limits[level], workers)
-        best, goodput = max(
-            found, key=lambda pair: (len({p.seed for p in pair[1].probes}), pair[1].goodput_rps)
-        )
-        levels.append(goodput)
-        if best_of_all is None:
-            best_of_all = best
-            if len(found) > 1:
-                others = {candidate.label: each.goodput_rps for candidate, each in found}
-    assert best_of_all is not None
-    return ComparedSystem(contender.name, tuple(levels), others), best_of_all
+    found = [
+        await _candidates(contender.candidates, plan.seeds, partial(search, level)) for level in plan.levels
+    ]
+    levels = tuple(each[_best(each)] for each in found)
+    several = len(contender.candidates) > 1
+    others = {candidate.label: each.goodput_rps for candidate, each in found[0].items()} if several else {}
+    return ComparedSystem(contender.name, levels, others), _best(found[0])
 
 
 async def _candidates(
-    plan: Plan,
-    setting: Setting,
-    candidates: Sequence[Candidate],
-    level: float,
-    limit: Limit,
-    workers: Workers,
-) -> list[tuple[Candidate, LevelGoodput]]:
+    candidates: Sequence[Candidate], seeds: int, search: Callable[[Candidate, int], Awaitable[LevelGoodput]]
+) -> dict[Candidate, LevelGoodput]:
     """Search every candidate: all with the first seed, then the best few with every seed."""
 
-    async def search(candidate: Candidate, seeds: int) -> LevelGoodput:
-        found = await find_goodput(
-            candidate.applied(setting), level, range(seeds), plan.tolerance, limit.limit_rps, workers
-        )
-        return replace(found, chosen=candidate.label)
+    async def all_of(chosen: Sequence[Candidate], seeds: int) -> dict[Candidate, LevelGoodput]:
+        return dict(zip(chosen, await asyncio.gather(*(search(each, seeds) for each in chosen)), strict=True))
 
-    async def all_of(chosen: Sequence[Candidate], seeds: int) -> list[LevelGoodput]:
-        return list(await asyncio.gather(*(search(each, seeds) for each in chosen)))
-
-    if len(candidates) <= FINALISTS or plan.seeds == 1:
-        return list(zip(candidates, await all_of(candidates, plan.seeds), strict=True))
-    first = dict(zip(candidates, await all_of(candidates, 1), strict=True))
+    if len(candidates) <= FINALISTS:
+        return await all_of(candidates, seeds)
+    first = await all_of(candidates, 1)
     finalists = sorted(candidates, key=lambda each: -first[each].goodput_rps)[:FINALISTS]
-    return list((first | dict(zip(finalists, await all_of(finalists, plan.seeds), strict=True))).items())
+    return first | await all_of(finalists, seeds)
+
+
+def _best(found: Mapping[Candidate, LevelGoodput]) -> Candidate:
+    """Return the candidate of the highest goodput among those that were searched with the most seeds."""
+    return max(
+        found, key=lambda each: (len({run.seed for run in found[each].probes}), found[each].goodput_rps)
+    )
 
 
 def common_rate(entries: Sequence[ComparedSystem]) -> tuple[float | None, str]:
@@ -152,31 +144,26 @@ def common_rate(entries: Sequence[ComparedSystem]) -> tuple[float | None, str]:
     return value, f"the goodput of {system}"
 
 
-async def _looked_at(
-    setting: Setting, entry: ComparedSystem, candidate: Candidate, common_rps: float | None, workers: Workers
+async def _with_runs(
+    setting: Setting, entry: ComparedSystem, common_rps: float | None, workers: Workers
 ) -> tuple[ComparedSystem, list[str]]:
     """Add the runs at the system's goodput and at the common rate; return the runs' warnings, too."""
-    applied = candidate.applied(setting)
     first = entry.levels[0]
     facts = {
+        "system": entry.system,
         "goodput_rps": first.goodput_rps,
         "limit_rps": first.limit_rps,
         "share_of_limit": first.share_of_limit,
     }
     seen: dict[float, Any] = {}
     for rate_rps in {first.goodput_rps, common_rps or 0.0} - {0.0}:
-        seen[rate_rps] = await workers.do(look_job(applied, entry.system, rate_rps))
+        title = f"{entry.system} at {rate_rps:.2f} requests/s"
+        seen[rate_rps] = await workers.do(job_of(run_with_view, setting, title, rate_rps=rate_rps, seed=0))
     own, common = seen.get(first.goodput_rps), seen.get(common_rps or 0.0)
     shown = replace(
         entry,
-        at_goodput=None if own is None else own["summary"] | {"system": entry.system} | facts,
-        at_common=None if common is None else common["summary"] | {"system": entry.system} | facts,
-        view=None if common is None else RunView.from_json(common["view"]),
+        at_goodput=None if own is None else own["summary"] | facts,
+        at_common=None if common is None else common["summary"] | facts,
+        view=None if common is None else RunView(**common["view"]),
     )
     return shown, [text for each in seen.values() for text in each["warnings"]]
-
-
-def look_job(setting: Setting, system: str, rate_rps: float, seed: int = 0) -> Job:
-    """Return the job of running ``setting`` for tables and charts."""
-    key = setting.digest(kind="look", rate_rps=rate_rps, seed=seed)
-    return Job(key, look, (setting, rate_rps, seed), f"{system} at {rate_rps:.2f} requests/s")

@@ -1,31 +1,74 @@
-"""Jobs in worker processes, each done once: what the store has is not done again."""
+"""Jobs in worker processes, and the store of their results, which outlives a killed run.
+
+What the store has is not done again: a result is a JSON line, by the digest of all that went into it.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
-from tidegate.experiments.store import Store
+from tidegate.core.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A call of a module-level function with plain arguments; ``key`` names its result for good.
-
-    ``title`` is what a progress bar says while it runs.
-    """
+    """A call that can be pickled; ``key`` names its result for good, ``title`` is for a progress bar."""
 
     key: str
-    call: Callable[..., Any]
-    arguments: tuple[Any, ...]
+    call: Callable[[], Any]
     title: str = ""
+
+
+class Store:
+    """A file of finished results. One process writes it, a line at a time, so a kill loses at most a line."""
+
+    def __init__(self, path: Path | None) -> None:
+        """Read what ``path`` holds; None keeps results in memory. Raises ConfigError for an unusable file."""
+        self._results: dict[str, Any] = {}
+        self._file: IO[bytes] | None = None
+        if path is None:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab", buffering=0)
+            kept = path.read_bytes()
+            if kept and not kept.endswith(b"\n"):
+                self._file.write(b"\n")  # half a line of a killed writer
+        except OSError as error:
+            raise ConfigError(f"cannot keep results in {path}: {error.strerror or error}") from None
+        for line in kept.splitlines():
+            with suppress(ValueError, KeyError, TypeError):
+                entry = json.loads(line)
+                self._results[entry["key"]] = entry["value"]
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def get(self, key: str) -> Any | None:
+        """Return a result, or None when it is not there."""
+        return self._results.get(key)
+
+    def put(self, key: str, value: Any) -> None:
+        """Keep a result; it is in the file when this returns."""
+        self._results[key] = value
+        if self._file is not None:
+            line = json.dumps({"key": key, "value": value}, allow_nan=False)
+            self._file.write(line.encode() + b"\n")
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 class Workers:
@@ -38,8 +81,7 @@ class Workers:
     def __init__(
         self, processes: int, store: Store, watch: Callable[[int, int, str], None] | None = None
     ) -> None:
-        self.done = 0
-        self.found = 0
+        self._done = 0
         self._store = store
         self._watch = watch or (lambda ended, known, title: None)
         self._under_way: dict[str, asyncio.Future[Any]] = {}
@@ -70,7 +112,6 @@ class Workers:
         """
         known = self._store.get(job.key)
         if known is not None:
-            self.found += 1
             return known
         future = self._under_way.get(job.key)
         if future is None:
@@ -80,13 +121,13 @@ class Workers:
     async def _really_do(self, job: Job) -> Any:
         if self._pool is None:
             await asyncio.sleep(0)
-            result = job.call(*job.arguments)
+            result = job.call()
         else:
-            result = await asyncio.get_running_loop().run_in_executor(self._pool, job.call, *job.arguments)
+            result = await asyncio.get_running_loop().run_in_executor(self._pool, job.call)
         self._store.put(job.key, result)
         del self._under_way[job.key]
-        self.done += 1
-        self._watch(self.done, self.done + len(self._under_way), job.title)
+        self._done += 1
+        self._watch(self._done, self._done + len(self._under_way), job.title)
         return result
 
 

@@ -1,17 +1,19 @@
-"""One simulation from its setting, with what it cost to run."""
+"""What is worked out of a setting: one simulation, with what it cost to run, and the fluid limit."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import IO, Any
 
+from tidegate.experiments.jobs import Job
 from tidegate.experiments.setting import Setting
-from tidegate.experiments.workload import at_rate, requests_of
 from tidegate.measure.run_view import view_of
 from tidegate.measure.summary import RunFacts, summarize_run
 from tidegate.sim import SimRun, simulate
+from tidegate.workloads.choice import at_rate, requests_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +56,46 @@ def probe(setting: Setting, rate_rps: float, seed: int) -> dict[str, Any]:
     return run_once(setting, rate_rps=rate_rps, seed=seed).summary()
 
 
-def look(setting: Setting, rate_rps: float, seed: int) -> dict[str, Any]:
+def run_with_view(setting: Setting, rate_rps: float, seed: int) -> dict[str, Any]:
     """Return ``{"summary", "view", "warnings"}`` of a run, for tables and charts."""
     finished = run_once(setting, rate_rps=rate_rps, seed=seed)
     return {
         "summary": finished.summary(),
-        "view": view_of(finished.run).to_json(),
+        "view": asdict(view_of(finished.run)),
         "warnings": list(finished.run.warnings),
     }
+
+
+def find_limit(setting: Setting, level: float, max_batch_tokens: int) -> dict[str, Any]:
+    """Return ``{"limit_rps", "binding"}`` of the setting's fleet and workload, whoever schedules.
+
+    That is the highest mean rate that any schedule could serve at the level, None where there is no bound,
+    and in words what sets it. ``max_batch_tokens`` replaces the fleet's: the largest that anyone uses.
+    """
+    from tidegate.bound.limit import fluid_limit  # brings a solver along: half a second
+
+    replicas = setting.fleet.replicas()
+    found = fluid_limit(
+        requests_of(setting.workload),
+        [replica.profile for replica in replicas],
+        [replica.instance for replica in replicas],
+        setting.settings.slo,
+        level=level,
+        max_batch_tokens=max_batch_tokens,
+        max_num_seqs=setting.fleet.engine.max_num_seqs,
+        host_s=setting.fleet.engine.host_s,
+    )
+    return {"limit_rps": found.limit_rps, "binding": found.binding}
+
+
+def limit_job(setting: Setting, level: float, max_batch_tokens: int) -> Job:
+    """Return the job of ``find_limit``; it has one name for all systems."""
+    title = f"limit at {setting.settings.slo}, {100 * level:g} %"
+    setting = replace(setting, system="", split=None)
+    return job_of(find_limit, setting, title, level=level, max_batch_tokens=max_batch_tokens)
+
+
+def job_of(call: Callable[..., Any], setting: Setting, title: str, **arguments: Any) -> Job:
+    """Return the job of ``call(setting, **arguments)``."""
+    key = setting.digest(kind=call.__name__, **arguments)
+    return Job(key, partial(call, setting, **arguments), title)

@@ -1,16 +1,30 @@
-"""A goodput search whose probes run in the worker processes."""
+"""Goodput: the highest offered rate at which attainment is at least a level, found by few runs.
+
+Per seed: from a first guess a bracket grows geometrically, upwards until a rate misses, downwards until one
+meets; then it is halved (at its geometric middle) until its ends are within the tolerance. Noise and policies
+can make attainment fall and rise again. The lower end is therefore the highest rate below which *every* probe
+of that seed met the level: a rate that meets above one that missed does not count. That is a rate up to which
+an operator may load the system; the last crossing would be the luckiest one.
+
+Over seeds, goodput is the mean of the seeds' lower ends, with Student's t interval on them: the seeds are
+independent draws of the same workload.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
 
-from tidegate.experiments.goodput_search import GoodputSearch, SearchSettings
-from tidegate.experiments.jobs import Job, Workers
-from tidegate.experiments.run import probe
+import numpy as np
+
+from tidegate.experiments.jobs import Workers
+from tidegate.experiments.run import job_of, probe
 from tidegate.experiments.setting import Setting
-from tidegate.experiments.workload import own_rate_rps, requests_of
 from tidegate.reports.comparison import LevelGoodput, RunAt
+from tidegate.workloads.choice import own_rate_rps, requests_of
 
 GUESS_FROM, GUESS_TO = 0.2, 0.8
 """Shares of the limit between which a search begins to look."""
@@ -18,12 +32,117 @@ BLIND_FACTOR = 8.0
 """Times the trace's own rate: the end of the first guess where no limit is known."""
 FLOOR = 0.01
 """Of the first guess's lower end: a system that cannot serve that much serves nothing."""
+CEILING = 1000.0
+"""Times the first guess's upper end: the highest rate that is tried."""
+CONFIDENCE = 0.95
+"""Of the interval over seeds."""
+_GROWTH = 1.5
+"""Factor of the first step when a bracket has only one end; it squares with every further step."""
+_LARGEST_GROWTH = 8.0
 
 
-def probe_job(setting: Setting, rate_rps: float, seed: int) -> Job:
-    """Return the job of one run of a search."""
-    key = setting.digest(kind="probe", rate_rps=rate_rps, seed=seed)
-    return Job(key, probe, (setting, rate_rps, seed), f"{setting.system} at {rate_rps:.2f} requests/s")
+@dataclass(frozen=True, slots=True)
+class SearchSettings:
+    """What to look for; ``low_rps`` to ``high_rps`` is a first guess of the goodput, no bound on it."""
+
+    level: float = 0.90
+    low_rps: float = 1.0
+    high_rps: float = 10.0
+    tolerance: float = 0.02
+
+
+@dataclass(slots=True)
+class _Bracket:
+    """The attainment of one seed by rate."""
+
+    settings: SearchSettings
+    seen: dict[float, float] = field(default_factory=dict)
+
+    @property
+    def missed_rps(self) -> float | None:
+        """The lowest rate that missed the level."""
+        return min((rate for rate, share in self.seen.items() if share < self.settings.level), default=None)
+
+    @property
+    def met_rps(self) -> float | None:
+        """The highest rate that met the level below those that missed."""
+        top = self.missed_rps
+        return max((rate for rate in self.seen if top is None or rate < top), default=None)
+
+    def next_rate(self) -> float | None:
+        """Return the rate to try next; None when the bracket is narrow enough, or nothing is left to try."""
+        settings, met, missed = self.settings, self.met_rps, self.missed_rps
+        steps = min(max(0, len(self.seen) - 2), 3)
+        growth = min(_GROWTH ** (2**steps), _LARGEST_GROWTH)
+        if met is not None and missed is not None:
+            return math.sqrt(met * missed) if missed > met * (1.0 + settings.tolerance) else None
+        if met is not None:
+            ceiling = CEILING * settings.high_rps
+            return None if met >= ceiling else min(max(settings.high_rps, met * growth), ceiling)
+        if missed is not None:
+            floor = FLOOR * settings.low_rps
+            return None if missed <= floor else max(min(settings.low_rps, missed / growth), floor)
+        return math.sqrt(settings.low_rps * settings.high_rps)
+
+
+async def search_goodput(
+    settings: SearchSettings,
+    seeds: Sequence[int],
+    attainment: Callable[[float, int], Awaitable[float]],
+    limit_rps: float | None = None,
+) -> LevelGoodput:
+    """Return the goodput of runs of which ``attainment(rate_rps, seed)`` tells the attained share.
+
+    The confidence interval of a single seed is the goodput itself and says nothing about the spread.
+    ``reason`` is empty, or says why the goodput is only a bound: nothing met down to the floor (0), or all up
+    to the ceiling.
+    """
+
+    async def narrowed(seed: int) -> _Bracket:
+        bracket = _Bracket(settings)
+        while (rate_rps := bracket.next_rate()) is not None:
+            bracket.seen[rate_rps] = await attainment(rate_rps, seed)
+        return bracket
+
+    brackets = await asyncio.gather(*map(narrowed, seeds))
+    mean, low, high = t_interval([bracket.met_rps or 0.0 for bracket in brackets])
+    probes = [
+        [RunAt(rate, seed, share) for rate, share in bracket.seen.items()]
+        for seed, bracket in zip(seeds, brackets, strict=True)
+    ]
+    by_round = tuple(run for runs in zip_longest(*probes) for run in runs if run is not None)
+    reason = _reason(settings, brackets)
+    return LevelGoodput(settings.level, "", mean, max(0.0, low), high, limit_rps, by_round, reason)
+
+
+def _reason(settings: SearchSettings, brackets: Sequence[_Bracket]) -> str:
+    nothing = sum(bracket.met_rps is None for bracket in brackets)
+    everything = sum(bracket.missed_rps is None for bracket in brackets)
+    rates = [rate for bracket in brackets for rate in bracket.seen]
+    reasons = []
+    if nothing:
+        reasons.append(
+            f"in {nothing} of {len(brackets)} seeds even {min(rates):g} requests/s "
+            f"attain less than {settings.level:.0%}"
+        )
+    if everything:
+        reasons.append(
+            f"in {everything} of {len(brackets)} seeds {max(rates):g} requests/s "
+            f"still attain {settings.level:.0%}"
+        )
+    return "; ".join(reasons)
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the mean of ``values`` and the ends of Student's interval for it, equal for one value."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, mean, mean
+    from scipy.special import stdtrit  # slow to import, and few runs need it
+
+    half = float(stdtrit(len(values) - 1, 0.5 + 0.5 * CONFIDENCE) * np.std(values, ddof=1))
+    half /= math.sqrt(len(values))
+    return mean, mean - half, mean + half
 
 
 async def find_goodput(
@@ -43,14 +162,11 @@ async def find_goodput(
         low_rps, high_rps = own_rps, BLIND_FACTOR * own_rps
     else:
         low_rps, high_rps = GUESS_FROM * limit_rps, GUESS_TO * limit_rps
-    search = GoodputSearch(
-        SearchSettings(level, low_rps, high_rps, tolerance, tuple(seeds), floor_rps=FLOOR * low_rps)
-    )
-    while probes := search.next_probes():
-        runs = await asyncio.gather(
-            *(workers.do(probe_job(setting, each.rate_rps, each.seed)) for each in probes)
-        )
-        search.tell(
-            RunAt(each.rate_rps, each.seed, run["attainment"]) for each, run in zip(probes, runs, strict=True)
-        )
-    return search.result(limit_rps)
+
+    async def attainment(rate_rps: float, seed: int) -> float:
+        title = f"{setting.system} at {rate_rps:.2f} requests/s"
+        run = await workers.do(job_of(probe, setting, title, rate_rps=rate_rps, seed=seed))
+        return float(run["attainment"])
+
+    wanted = SearchSettings(level, low_rps, high_rps, tolerance)
+    return await search_goodput(wanted, seeds, attainment, limit_rps)

@@ -95,21 +95,16 @@ class Setting:
         return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
+@cache
 def _content(name: str) -> str:
     """Return a digest of a trace file's content, the name itself for a packaged sample."""
     if name.startswith(SAMPLE_PREFIX):
         return name
     try:
-        stat = Path(name).stat()
+        with Path(name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ConfigError(f"cannot read {name}: {error.strerror or error}") from None
-    return _file_digest(name, stat.st_mtime_ns, stat.st_size)
-
-
-@cache
-def _file_digest(name: str, changed_ns: int, size: int) -> str:
-    with Path(name).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @cache

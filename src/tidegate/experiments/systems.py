@@ -85,14 +85,12 @@ def _expand(name: str, instances: int) -> list[Contender]:
     system, colon, choice = base.partition(":")
     system = file + suffix + system
     full = system + plus + order
-    if not colon:
-        return [Contender(name, (_checked(Candidate(full), instances),))]
     if choice == "all":
-        return [
-            Contender(f"{system}:{p}:{d}{plus}{order}", (_checked(Candidate(full, (p, d)), instances),))
-            for p, d in splits(instances)
-        ]
-    if choice == "best":
+        names = [f"{system}:{p}:{d}{plus}{order}" for p, d in splits(instances)]
+        return [row for each in names for row in _expand(each, instances)]
+    if not colon:
+        made = [Candidate(full)]
+    elif choice == "best":
         made = [Candidate(full, (p, d), label=f"split {p}:{d}") for p, d in splits(instances)]
     elif choice == "tuned":
         made = [Candidate(full, chunk_tokens=chunk, label=f"chunk {chunk}") for chunk in CHUNKS_TOKENS]
@@ -105,7 +103,10 @@ def _expand(name: str, instances: int) -> list[Contender]:
             made = [Candidate(full, parse_split(choice))]
         except ValueError:
             raise ConfigError(f"system {name!r}: unknown choice {choice!r}; there is {FORMS}") from None
-    return [Contender(name, tuple(_checked(each, instances) for each in made))]
+    for each in made:
+        # Raises ConfigError when the system is unknown or cannot take the split.
+        make_system(each.system, split=each.split).roles(instances)
+    return [Contender(name, tuple(made))]
 
 
 def splits(instances: int) -> list[tuple[int, int]]:
@@ -123,9 +124,3 @@ def even_split(instances: int) -> tuple[int, int]:
     splits(instances)
     prefill = even_roles(instances).count(Role.PREFILL)
     return prefill, instances - prefill
-
-
-def _checked(candidate: Candidate, instances: int) -> Candidate:
-    """Return the candidate. Raises ConfigError when its system is unknown or cannot take its options."""
-    make_system(candidate.system, split=candidate.split).roles(instances)
-    return candidate

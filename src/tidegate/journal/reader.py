@@ -22,8 +22,7 @@ from tidegate.journal.schema import (
     JournalLine,
     OutcomeLine,
 )
-from tidegate.workloads.jsonl_formats import parse_object
-from tidegate.workloads.source import read_lines
+from tidegate.workloads.source import parse_object, read_lines
 
 Line = TypeVar("Line")
 

@@ -53,36 +53,30 @@ class RequestTable:
     @property
     def ttft_s(self) -> Seconds:
         """Arrival to first token; NaN without one."""
-        ttft: Seconds = self.first_token_s - self.arrival_s
-        return ttft
+        return self.first_token_s - self.arrival_s
 
     @property
     def tpot_s(self) -> Seconds:
         """Mean time per token after the first; NaN for fewer than two tokens."""
         gaps = np.where(self.output_tokens > 1, self.output_tokens - 1, np.nan)
-        tpot: Seconds = (self.last_token_s - self.first_token_s) / gaps
-        return tpot
+        return (self.last_token_s - self.first_token_s) / gaps
 
     @property
     def e2e_s(self) -> Seconds:
         """Arrival to end."""
-        e2e: Seconds = self.end_s - self.arrival_s
-        return e2e
+        return self.end_s - self.arrival_s
 
     @property
     def ttft_met(self) -> Mask:
         """Tell which requests were answered within their TTFT target."""
-        met: Mask = self.ok & (self.ttft_s <= self.ttft_target_s)
-        return met
+        return self.ok & (self.ttft_s <= self.ttft_target_s)
 
     @property
     def tpot_met(self) -> Mask:
         """Tell which requests were answered within their TPOT target; one token has no TPOT to miss."""
-        met: Mask = self.ok & ~(self.tpot_s > self.tpot_target_s)
-        return met
+        return self.ok & ~(self.tpot_s > self.tpot_target_s)
 
     @property
     def attained(self) -> Mask:
         """Tell which requests were answered within both targets."""
-        met: Mask = self.ttft_met & self.tpot_met
-        return met
+        return self.ttft_met & self.tpot_met

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -53,14 +52,6 @@ class RunView:
     prefill_queue_s: list[float]
     decode_requests: list[float]
     kv_share: list[float]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> RunView:
-        """Read what ``to_json`` gave. Raises KeyError when a field is missing."""
-        return cls(**{each.name: data[each.name] for each in fields(cls)})
 
 
 def view_of(run: Run) -> RunView:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -76,7 +75,9 @@ def summarize_run(run: Run, facts: RunFacts) -> dict[str, Any]:
         "share_of_limit": share_of(facts.goodput_rps, facts.limit_rps),
         "ttft_s": percentiles(requests.ttft_s, ok),
         "tpot_s": percentiles(requests.tpot_s, ok),
-        "stages": {stage: percentiles(requests.stages_s[stage], ok) for stage in _stages(requests.stages_s)},
+        "stages": {
+            stage: percentiles(requests.stages_s[stage], ok) for stage in STAGES if stage in requests.stages_s
+        },
         "flips": run.flips,
         "migrations": run.migrations,
         "preemptions": run.preemptions,
@@ -101,7 +102,3 @@ def percentiles(values: Seconds, among: Mask) -> dict[str, float | None]:
     names = [f"p{p}" for p in PERCENTILES]
     found = p50_p90_p99(values[among])
     return dict.fromkeys(names) if found is None else dict(zip(names, found, strict=True))
-
-
-def _stages(stages_s: Mapping[str, Seconds]) -> list[str]:
-    return [stage for stage in STAGES if stage in stages_s]

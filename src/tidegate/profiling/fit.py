@@ -23,14 +23,14 @@ from tidegate.costs.fitting import (
     fit_profile,
     fit_step,
 )
-from tidegate.costs.forms import MixedCost, TransferCost, attention_work
-from tidegate.costs.library import INTRA_NODE_LATENCY_S, LINK_EFFICIENCY, PORT_BYTES_PER_S
+from tidegate.costs.forms import MixedCost, attention_work
+from tidegate.costs.library import GPUS, assumed_links
 from tidegate.costs.profile import Profile
 from tidegate.costs.saved_profile import HeldOut
 
 Sample = TypeVar("Sample", PrefillSample, StepSample, MixedSample)
 
-ASSUMED_TRANSFER = TransferCost(INTRA_NODE_LATENCY_S, LINK_EFFICIENCY * PORT_BYTES_PER_S["l40s"])
+ASSUMED_TRANSFER = assumed_links(GPUS["l40s"].port_bytes_per_s, 1)[0]
 """Where no transfer was measured: PCIe 4.0 x16 inside a node."""
 HELD_OUT_EVERY = 4
 FEWEST_TO_HOLD_OUT = 8

@@ -1,17 +1,26 @@
-"""From command-line choices to a workload."""
+"""From command-line choices to a workload, and that workload at a rate, drawn by a seed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from tidegate.core.errors import ConfigError
-from tidegate.workloads.arrivals import ArrivalProcess, Bursts, Gamma, Poisson
-from tidegate.workloads.generate import arrival_times_s, generate, resample
-from tidegate.workloads.presets import preset
-from tidegate.workloads.rate_curve import read_rate_curve
-from tidegate.workloads.readers import is_timed, read_trace, read_untimed
-from tidegate.workloads.token_counts import parse_token_counts
+from tidegate.workloads.generate import (
+    ArrivalProcess,
+    Bursts,
+    Gamma,
+    Poisson,
+    arrival_times_s,
+    generate,
+    parse_token_counts,
+    preset,
+    read_rate_curve,
+    resample,
+)
+from tidegate.workloads.readers import has_arrivals, read_trace, read_untimed
+from tidegate.workloads.reshape import reseeded
 from tidegate.workloads.trace import Workload
 from tidegate.workloads.transform import (
     by_session,
@@ -90,56 +99,51 @@ def load_workload(choice: WorkloadChoice, *, trace_flag: str = "--trace") -> Wor
 
 
 def _problems(choice: WorkloadChoice, trace_flag: str) -> list[str]:
-    processes = [
-        name
-        for name, given in (
-            ("--poisson", choice.poisson),
-            ("--gamma", choice.gamma),
-            ("--bursts", choice.bursts),
-            ("--rate-curve", choice.rate_curve),
-            ("--sessions-per-s", choice.sessions_per_s),
-        )
-        if given is not None and given != ""
-    ]
-    lengths = choice.input_tokens or choice.output_tokens
-    problems = []
-    if not choice.trace and not processes:
-        problems.append(
-            f"say what to send: {trace_flag} FILE, --poisson RPS, --gamma RPS or --bursts RPS:S,RPS:S"
-        )
-    if choice.sessions_per_s is not None and not choice.trace:
-        problems.append(f"--sessions-per-s needs the sessions of a trace: {trace_flag} FILE")
-    if choice.rate_rps is not None and not choice.rate_curve:
-        problems.append("--rps goes with --rate-curve")
-    if len(processes) > 1:
-        problems.append(f"choose one arrival process, not {' and '.join(processes)}")
-    if choice.cv is not None and choice.gamma is None and not choice.rate_curve:
-        problems.append("--cv goes with --gamma or --rate-curve")
-    if (lengths or choice.lengths_from or choice.preset) and choice.trace:
-        problems.append(
-            f"{trace_flag} brings its own lengths: drop --input-tokens, --output-tokens, --lengths-from "
-            "and --preset"
-        )
-    if bool(lengths) + bool(choice.lengths_from) + bool(choice.preset) > 1:
-        problems.append(
-            "choose --preset, --lengths-from or --input-tokens and --output-tokens, not several of them"
-        )
-    if processes and not choice.trace and choice.limit is None and choice.duration_s is None:
-        problems.append("an arrival process has no end: give --limit N or --duration S")
-    if choice.turn_gap_s is not None and not (choice.trace and processes):
-        problems.append("--turn-gap goes with a session trace and an arrival process")
-    if not choice.scale_rate > 0:
-        problems.append(f"the rate factor must be positive, got {choice.scale_rate}")
-    if choice.turn_gap_s is not None and not 0 <= choice.turn_gap_s < float("inf"):
-        problems.append(f"--turn-gap must be 0 s or more, got {choice.turn_gap_s}")
-    return problems
+    flags = {
+        "--poisson": choice.poisson,
+        "--gamma": choice.gamma,
+        "--bursts": choice.bursts or None,
+        "--rate-curve": choice.rate_curve or None,
+        "--sessions-per-s": choice.sessions_per_s,
+    }
+    processes = [flag for flag, given in flags.items() if given is not None]
+    lengths = [choice.input_tokens or choice.output_tokens, choice.lengths_from, choice.preset]
+    endless = choice.limit is None and choice.duration_s is None
+    gap_s = choice.turn_gap_s
+    checks = {
+        f"say what to send: {trace_flag} FILE, --poisson RPS, --gamma RPS or --bursts RPS:S,RPS:S": (
+            not choice.trace and not processes
+        ),
+        f"--sessions-per-s needs the sessions of a trace: {trace_flag} FILE": (
+            choice.sessions_per_s is not None and not choice.trace
+        ),
+        "--rps goes with --rate-curve": choice.rate_rps is not None and not choice.rate_curve,
+        f"choose one arrival process, not {' and '.join(processes)}": len(processes) > 1,
+        "--cv goes with --gamma or --rate-curve": (
+            choice.cv is not None and choice.gamma is None and not choice.rate_curve
+        ),
+        f"{trace_flag} brings its own lengths: drop --input-tokens, --output-tokens, --lengths-from and "
+        "--preset": any(lengths) and choice.trace,
+        "choose --preset, --lengths-from or --input-tokens and --output-tokens, not several of them": (
+            sum(map(bool, lengths)) > 1
+        ),
+        "an arrival process has no end: give --limit N or --duration S": (
+            processes and not choice.trace and endless
+        ),
+        "--turn-gap goes with a session trace and an arrival process": (
+            gap_s is not None and not (choice.trace and processes)
+        ),
+        f"the rate factor must be positive, got {choice.scale_rate}": not choice.scale_rate > 0,
+        f"--turn-gap must be 0 s or more, got {gap_s}": gap_s is not None and not 0 <= gap_s < float("inf"),
+    }
+    return [problem for problem, wrong in checks.items() if wrong]
 
 
 def _timed_by(process: ArrivalProcess, choice: WorkloadChoice) -> Workload:
     times_s = arrival_times_s(process, seed=choice.seed)
     if choice.trace:
         workload = read_untimed(choice.trace)
-        if is_timed(choice.trace):
+        if has_arrivals(choice.trace):
             if choice.sessions_per_s is None:
                 return retime(workload, times_s)
             workload = by_session(workload)
@@ -167,13 +171,55 @@ def _wanted(times_s: Iterator[float], choice: WorkloadChoice) -> Iterator[float]
 
 
 def _process(choice: WorkloadChoice) -> ArrivalProcess | None:
+    cv = 1.0 if choice.cv is None else choice.cv
     if choice.poisson is not None:
         return Poisson(choice.poisson)
     if choice.sessions_per_s is not None:
         return Poisson(choice.sessions_per_s)
     if choice.rate_curve:
-        curve = read_rate_curve(choice.rate_curve, 1.0 if choice.cv is None else choice.cv)
+        curve = read_rate_curve(choice.rate_curve, cv)
         return curve if choice.rate_rps is None else curve.with_mean(choice.rate_rps)
     if choice.gamma is not None:
-        return Gamma(choice.gamma, 1.0 if choice.cv is None else choice.cv)
+        return Gamma(choice.gamma, cv)
     return Bursts.parse(choice.bursts) if choice.bursts else None
+
+
+@lru_cache(maxsize=4)
+def requests_of(choice: WorkloadChoice) -> Workload:
+    """Return the workload at its own rate; the same object again for the same choice.
+
+    A session file without arrival times starts one session per second, as a Poisson process.
+    """
+    if starts_sessions(choice):
+        choice = replace(choice, sessions_per_s=1.0)
+    elif choice.turn_gap_s is not None:
+        raise ConfigError(f"--turn-gap is for traces without times; {choice.trace} has its own")
+    return load_workload(choice)
+
+
+def starts_sessions(choice: WorkloadChoice) -> bool:
+    """Tell whether the trace has no arrival times, so that ``requests_of`` gives its sessions some."""
+    return bool(
+        choice.trace
+        and choice.sessions_per_s is None
+        and choice.poisson is None
+        and not has_arrivals(choice.trace)
+    )
+
+
+def own_rate_rps(workload: Workload) -> float:
+    """Return the mean arrival rate. Raises ConfigError when all requests come at one instant."""
+    span_s = float(workload.arrival_s[-1] - workload.arrival_s[0])
+    if len(workload) < 2 or span_s <= 0:
+        raise ConfigError(
+            "the workload has no rate: it needs at least two requests at different times to be scaled to one"
+        )
+    return (len(workload) - 1) / span_s
+
+
+def at_rate(workload: Workload, rate_rps: float | None, seed: int) -> Workload:
+    """Return the seed's draw of the workload, its time scaled to the mean rate; None keeps its own."""
+    drawn = reseeded(workload, seed)
+    if rate_rps is None:
+        return drawn
+    return scale_rate(drawn, rate_rps / own_rate_rps(workload))

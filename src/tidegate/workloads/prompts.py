@@ -6,9 +6,9 @@ no memory of earlier ones, and the same trace and seed give the same prompts eve
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from importlib import resources
 
 import numpy as np
 import numpy.typing as npt
@@ -16,27 +16,11 @@ import numpy.typing as npt
 from tidegate.core.errors import ConfigError
 from tidegate.workloads.trace import TraceRecord
 
-_MASK = (1 << 64) - 1
-
-# Common four-letter words: one token each after a space in the usual BPE vocabularies, and five
-# bytes each for a byte-level one, so a prompt's token count hardly depends on which were drawn.
-_WORD_LIST = """
-able also area army away baby back ball band bank base bird blue boat body book born both
-call came camp card care case cell city club code cold come cost dark data date days dead deal
-deep door down draw each east edge else even ever face fact fall farm fast feel feet file film
-find fine fire fish five food foot form four free from full game gave girl give goes gold good
-half hall hand hard have head hear help here high hill hold home hope hour huge idea into iron
-join jump just keep kept kind king knew know land last late lead left less life line list live
-long look lord lost love made main make many mark mean meet mind mine miss more most move much
-must name near need news next nine note only open over page park part past path plan play poor
-race rain read real rest rich ride ring rise road rock role room rule safe said salt same save
-seat seem seen sell send ship shop show side sign site size skin slow snow soft soil some song
-soon sort star stay step stop such sure take talk team tell term test text than that them then
-they this thus time told tone took town tree trip true turn type unit upon used user very vote
-wait walk wall want warm wash wave week well went were west what when wide wife wild will wind
-wine wing wish with wood word work yard year your zero
-"""
-WORDS: tuple[str, ...] = tuple(_WORD_LIST.split())
+WORDS: tuple[str, ...] = tuple(
+    (resources.files("tidegate.workloads") / "words.txt").read_text(encoding="utf-8").split()
+)
+"""Common four-letter words: one token each after a space in the usual BPE vocabularies, and five bytes each
+for a byte-level one, so a prompt's token count hardly depends on which were drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,31 +69,19 @@ def words(count: int) -> str:
 
 def _units(record: TraceRecord, index: int, count: int, block: int, seed: int) -> npt.NDArray[np.uint64]:
     """Return ``count`` pseudo-random words of 64 bits, equal wherever two prompts share a prefix."""
-    parts: list[npt.NDArray[np.uint64]] = []
-    left = count
-    for key, size in _segments(record, index, block):
-        size = left if size is None else min(size, left)
-        parts.append(scrambled(_key(seed, *key), 0, size))
-        left -= size
-        if left == 0:
-            break
-    return np.concatenate(parts)
-
-
-def _segments(record: TraceRecord, index: int, block: int) -> Iterator[tuple[tuple[str, str], int | None]]:
-    """Yield ``(identity, length)`` of the prompt's parts; the last has no length and fills the rest."""
-    for hash_id in record.hash_ids:
-        yield ("block", str(hash_id)), block
-    if record.session_id and not record.hash_ids:
+    ids = record.hash_ids[: -(-count // block)]
+    parts = [scrambled(_key(seed, "block", str(hash_id)), 0, block) for hash_id in ids]
+    left = count - block * len(ids)
+    if left > 0:
         # Later turns of a session extend the earlier prompt: one endless stream per session.
-        yield ("session", record.session_id), None
-    yield ("unique", str(index)), None
+        session = record.session_id and not record.hash_ids
+        rest = _key(seed, "session", record.session_id) if session else _key(seed, "unique", str(index))
+        parts.append(scrambled(rest, 0, left))
+    return np.concatenate(parts)[:count]
 
 
 def _key(seed: int, kind: str, name: str) -> int:
-    return (
-        int.from_bytes(blake2b(f"{seed}\0{kind}\0{name}".encode(), digest_size=8).digest(), "little") & _MASK
-    )
+    return int.from_bytes(blake2b(f"{seed}\0{kind}\0{name}".encode(), digest_size=8).digest(), "little")
 
 
 def scrambled(key: int, start: int, count: int) -> npt.NDArray[np.uint64]:

@@ -132,24 +132,23 @@ def statistics(workload: Workload, *, timed: bool, window_s: float = WINDOW_S) -
     )
 
 
-def cached_tokens(workload: Workload) -> list[int]:
+def cached_tokens(workload: Workload) -> Integers:
     """Return for each prompt how many leading tokens an unbounded cache holds when it comes.
 
     A block is cached once a request before it in the trace had it, answer included; what is still being
     computed counts as there.
     """
-    known, _ = _known(workload)
-    tokens: list[int] = np.minimum(workload.input_tokens, known * workload.column("block_tokens")).tolist()
-    return tokens
+    known: Integers = _blocks(workload)[0] * workload.column("block_tokens")
+    return np.minimum(workload.input_tokens, known)
 
 
-def _known(workload: Workload) -> tuple[Integers, Integers]:
-    """Return for each prompt its leading blocks that requests before it had, and all its blocks."""
-    blocks = -(-workload.input_tokens // workload.column("block_tokens"))
-    known = np.zeros_like(blocks)
+def _blocks(workload: Workload) -> tuple[Integers, Integers]:
+    """Return for each prompt its leading blocks that requests before it had, and all its named blocks."""
+    known = np.zeros_like(workload.input_tokens)
     if workload.hash_ids is None:
         return known, known
     seen: set[int] = set()
+    blocks = -(-workload.input_tokens // workload.column("block_tokens"))
     blocks = np.minimum(blocks, np.fromiter(map(len, workload.hash_ids), np.int64, len(workload)))
     for row, (ids, count) in enumerate(zip(workload.hash_ids, blocks.tolist(), strict=True)):
         known[row] = next((k for k in range(count) if ids[k] not in seen), count)
@@ -158,7 +157,7 @@ def _known(workload: Workload) -> tuple[Integers, Integers]:
 
 
 def _reuse(workload: Workload) -> Reuse | None:
-    known, blocks = _known(workload)
+    known, blocks = _blocks(workload)
     if not blocks.any():
         return None
     tokens = np.minimum(workload.input_tokens, known * workload.column("block_tokens"))

@@ -6,18 +6,16 @@ import csv
 import gzip
 import io
 import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import orjson
 
 from tidegate.core.errors import ConfigError
-from tidegate.workloads.csv_formats import AZURE, BURSTGPT
+from tidegate.workloads.readers import AZURE, BURSTGPT
 from tidegate.workloads.trace import MOONCAKE_BLOCK_TOKENS, TraceRecord, Workload
 
 
@@ -33,13 +31,11 @@ class WriteFormat(StrEnum):
 AZURE_EPOCH = datetime(2023, 11, 16)
 """The date that relative times are written on: any will do, for readers count from the first row."""
 _EXTRAS = ("session_id", "turn", "delay_s", "slo_class", "client_id", "hash_ids")
-HOLDS: dict[WriteFormat, frozenset[str]] = {
-    WriteFormat.MOONCAKE: frozenset(_EXTRAS),
-    WriteFormat.CSV: frozenset(_EXTRAS),
-    WriteFormat.AZURE: frozenset(),
-    WriteFormat.BURSTGPT: frozenset({"session_id"}),
+_LACKS = {
+    WriteFormat.AZURE: _EXTRAS,
+    WriteFormat.BURSTGPT: tuple(name for name in _EXTRAS if name != "session_id"),
 }
-"""What each format can hold beside arrival and lengths."""
+"""What a format cannot hold beside arrival and lengths."""
 
 
 def format_of(path: Path) -> WriteFormat:
@@ -57,7 +53,7 @@ def format_of(path: Path) -> WriteFormat:
 
 def lost_in(form: WriteFormat, workload: Workload) -> list[str]:
     """Return the fields that some request has and the format cannot hold, in a fixed order."""
-    return [name for name in _EXTRAS if name not in HOLDS[form] and workload.has(name)]
+    return list(filter(workload.has, _LACKS.get(form, ())))
 
 
 def write_trace(
@@ -70,47 +66,24 @@ def write_trace(
     ``force``, when the format is neither given nor told by the name, when the folder cannot be written,
     or when a name cannot stand in a CSV.
     """
-    lines = _WRITERS[form or format_of(path)]
+    text_of = _WRITERS[form or format_of(path)]
     if path.exists() and not force:
         raise ConfigError(f"{path} exists; choose another name or add --force")
-    with _replacing(path) as binary, _text(binary, compressed=path.name.endswith(".gz")) as text:
-        text.writelines(lines(workload))
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    data = text_of(workload).encode()
+    if path.name.endswith(".gz"):
+        data = gzip.compress(data, mtime=0)  # a fixed time: the same requests give the same bytes
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        unfinished.write_bytes(data)
+        unfinished.replace(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot write there: {error.strerror}") from None
-    try:
-        with os.fdopen(handle, "wb") as binary:
-            yield binary
-        # mkstemp makes private files; a trace is as readable as any other new file.
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(name).chmod(0o666 & ~umask)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
-@contextmanager
-def _text(binary: IO[bytes], *, compressed: bool) -> Iterator[IO[str]]:
-    if not compressed:
-        with io.TextIOWrapper(binary, encoding="utf-8", newline="") as text:
-            yield text
-        return
-    # A fixed time and no name: the same records give the same bytes.
-    with (
-        gzip.GzipFile(filename="", mode="wb", fileobj=binary, mtime=0) as packed,
-        io.TextIOWrapper(packed, encoding="utf-8", newline="") as text,
-    ):
-        yield text
-
-
-def _mooncake(workload: Workload) -> Iterator[str]:
+def _mooncake(workload: Workload) -> str:
+    lines = []
     for record in workload:
         line: dict[str, Any] = {
             "timestamp": _milliseconds(record.arrival_s),
@@ -129,44 +102,42 @@ def _mooncake(workload: Workload) -> Iterator[str]:
             line["slo_class"] = record.slo_class
         if record.client_id:
             line["client_id"] = record.client_id
-        yield orjson.dumps(line).decode() + "\n"
+        lines.append(orjson.dumps(line).decode() + "\n")
+    return "".join(lines)
 
 
-def _own(workload: Workload) -> Iterator[str]:
+def _own(workload: Workload) -> str:
     wanted = {"arrival_s", "input_tokens", "output_tokens", *filter(workload.has, _EXTRAS)}
     if "hash_ids" in wanted and workload.has("block_tokens"):
         wanted.add("block_tokens")
+    wanted.discard("turn")
     if "session_id" in wanted:
         wanted.add("turn")
-    else:
-        wanted.discard("turn")
     names = [name for name in TraceRecord._fields if name in wanted]
-    yield _csv_line(names)
-    columns = [map(_WRITTEN.get(name, str), workload.column(name).tolist()) for name in names]
-    yield from map(_csv_line, zip(*columns, strict=True))
+    return _csv(names, *(map(_TEXTS.get(name, str), workload.column(name).tolist()) for name in names))
 
 
-def _azure(workload: Workload) -> Iterator[str]:
-    yield _csv_line(AZURE)
-    for record in workload:
-        at = AZURE_EPOCH + timedelta(seconds=record.arrival_s)
-        yield _csv_line(
-            (at.isoformat(sep=" ", timespec="microseconds"), record.input_tokens, record.output_tokens)
-        )
+def _azure(workload: Workload) -> str:
+    since_epoch = (AZURE_EPOCH + timedelta(seconds=at_s) for at_s in workload.arrival_s.tolist())
+    times = [at.isoformat(sep=" ", timespec="microseconds") for at in since_epoch]
+    return _csv(AZURE.values(), times, workload.input_tokens.tolist(), workload.output_tokens.tolist())
 
 
-def _burstgpt(workload: Workload) -> Iterator[str]:
-    head, *rest = BURSTGPT
-    yield _csv_line((head, "Session ID", *rest))
-    for r in workload:
-        total = r.input_tokens + r.output_tokens
-        kind = "Conversation log" if r.session_id else "API log"
-        yield _csv_line(
-            (_plain(r.arrival_s), r.session_id, "unknown", r.input_tokens, r.output_tokens, total, kind)
-        )
+def _burstgpt(workload: Workload) -> str:
+    sessions = workload.column("session_id").tolist()
+    return _csv(
+        BURSTGPT.values(),
+        map(_plain, workload.arrival_s.tolist()),
+        sessions,
+        ["unknown"] * len(workload),
+        workload.input_tokens.tolist(),
+        workload.output_tokens.tolist(),
+        (workload.input_tokens + workload.output_tokens).tolist(),
+        ["Conversation log" if session else "API log" for session in sessions],
+    )
 
 
-_WRITERS: dict[WriteFormat, Callable[[Workload], Iterator[str]]] = {
+_WRITERS: dict[WriteFormat, Callable[[Workload], str]] = {
     WriteFormat.MOONCAKE: _mooncake,
     WriteFormat.CSV: _own,
     WriteFormat.AZURE: _azure,
@@ -174,13 +145,16 @@ _WRITERS: dict[WriteFormat, Callable[[Workload], Iterator[str]]] = {
 }
 
 
-def _csv_line(values: Iterable[object]) -> str:
-    line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(list(values))
-    text = line.getvalue()
-    if "\n" in text or "\r" in text:
-        raise ConfigError(f"a name with a line break cannot stand in a CSV: {text!r}; write .jsonl instead")
-    return text + "\n"
+def _csv(header: Iterable[str], *columns: Iterable[object]) -> str:
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(header)
+    rows = list(zip(*columns, strict=True))
+    writer.writerows(rows)
+    text = file.getvalue()
+    if "\r" in text or text.count("\n") > 1 + len(rows):
+        raise ConfigError("a name with a line break cannot stand in a CSV; write .jsonl instead")
+    return text
 
 
 def _plain(seconds: float) -> str:
@@ -193,7 +167,7 @@ def _milliseconds(seconds: float) -> float | int:
     return int(value) if value.is_integer() else value
 
 
-_WRITTEN: dict[str, Callable[[Any], str]] = {
+_TEXTS: dict[str, Callable[[Any], str]] = {
     "arrival_s": _plain,
     "delay_s": lambda seconds: "" if seconds != seconds else _plain(seconds),
     "hash_ids": lambda ids: "|".join(map(str, ids)),
