@@ -49,7 +49,7 @@ def test_slow_decode_steps_show_and_are_told_once(caplog: pytest.LogCaptureFixtu
     assert drift.ratios("i0") == {}
     assert sum("measure it with" in record.getMessage() for record in caplog.records) == 1
     (family,) = drift.collect()
-    assert [sample.labels for sample in family.samples] == [{"instance": "i1", "form": "step"}]
+    assert [sample.labels for sample in family.samples] == [{"member": "i1", "form": "step"}]
     drift.member_up(Member(instance("i1"), "http://a", "m", "i1-2", profile=PROFILE))
     assert drift.ratios("i1") == {}, "another life begins anew"
 
