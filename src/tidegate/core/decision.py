@@ -1,6 +1,6 @@
 """What a policy decides. Small immutable types, matched exhaustively; no in-band sentinels.
 
-Those that every placement makes are named tuples, which take a third of the time of a frozen dataclass.
+Those that every placement makes are msgspec structs, which take a tenth of the time of a frozen dataclass.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Generic, NamedTuple, TypeVar
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,7 +28,7 @@ class Path(enum.StrEnum):
     DISAGGREGATED = "disaggregated"
 
 
-class Place(NamedTuple):
+class Place(msgspec.Struct, frozen=True, gc=False):
     """Run the prefill on ``prefill_on`` and the decode on ``decode_on``.
 
     ``decode_on`` is None while the decode placement is left for the end of the prefill.
@@ -147,7 +148,7 @@ class Alternatives:
         ]
 
 
-class Verdict(NamedTuple):
+class Verdict(msgspec.Struct, frozen=True, gc=False):
     """A placement, the flips that come with it, and why: what the journal records."""
 
     decision: Placement
