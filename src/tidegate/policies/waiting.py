@@ -5,24 +5,23 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heappush
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
+
+import msgspec
 
 from tidegate.core.errors import InternalError
 
 T = TypeVar("T")
 
 
-class Ticket:
+class Ticket(msgspec.Struct, frozen=True, gc=False):
     """What an order knows of one prefill: arrival and TTFT deadline on the driver's clock, and the
-    predicted seconds of its own prefill. ``deadline_s`` is not before ``arrival_s``. Nothing of it changes.
+    predicted seconds of its own prefill. ``deadline_s`` is not before ``arrival_s``.
     """
 
-    __slots__ = ("arrival_s", "deadline_s", "work_s")
-
-    def __init__(self, arrival_s: float, deadline_s: float, work_s: float) -> None:
-        self.arrival_s: Final = arrival_s
-        self.deadline_s: Final = deadline_s
-        self.work_s: Final = work_s
+    arrival_s: float
+    deadline_s: float
+    work_s: float
 
     @property
     def latest_start_s(self) -> float:
