@@ -255,6 +255,15 @@ class Batcher:
         del self.running[sequence]
         self._take_out(sequence, state, in_step)
 
+    def pause(self, sequence: SimSequence) -> None:
+        """Take a decode out of the batch, with its blocks and its place."""
+        self.decode.leave(sequence)
+        del self.running[sequence]
+        if sequence in self.newcomers:
+            self.newcomers.remove(sequence)
+        sequence.state = PAUSED
+        self.loading += 1
+
     def give_up(self, sequence: SimSequence) -> None:
         """Free what a paused decode held: it went elsewhere."""
         self.loading -= 1

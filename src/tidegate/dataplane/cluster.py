@@ -87,6 +87,7 @@ class Cluster:
             self._listener,
             next_reports_s,
             slot,
+            self._migrations.left,
             leap=self._leap,
         )
         self.instances.append(instance)
@@ -186,23 +187,10 @@ class Cluster:
             self._events.push(ends[0][0], EventKind.LEASE, which)
 
     def _step_end(self, index: int, version: int, now: float) -> None:
-        """Finish an instance's stretch, unless it was cut short since."""
-        instance = self.instances[index]
-        if version == instance.version:
-            instance.end(now)
-            if instance.left:
-                self._attend(instance, now)
+        self.instances[index].end(version, now)
 
     def _step_start(self, index: int, version: int, now: float) -> None:
-        instance = self.instances[index]
-        instance.start(now)
-        if instance.left:
-            self._attend(instance, now)
-
-    def _attend(self, instance: SimInstance, now: float) -> None:
-        left, instance.left = instance.left, []
-        for sequence in left:
-            self._migrations.left(sequence, now)
+        self.instances[index].start(now)
 
     def _arrive(self, link: int, version: int, now: float) -> None:
         """Finish a transfer: a migration's stage, or a pull, whose pin is free then and whose leg may run."""
@@ -212,9 +200,6 @@ class Cluster:
         sequence, pin = transfer.sequence, transfer.pin
         if pin is None:
             self._migrations.arrived(transfer, now)
-            source = self.instances[transfer.src]
-            if source.left:
-                self._attend(source, now)
             return
         sequence.loaded_s = now
         self.instances[pin.on].unpin(pin, now)

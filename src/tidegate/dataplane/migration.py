@@ -56,7 +56,7 @@ class Migrations:
         sequence of its length, and have a place and blocks.
         """
         source, target = self._instances[src], self._instances[dst]
-        sequence = source.moving.decoding(request)
+        sequence = source.decoding(request)
         if sequence is None or request in self._under_way or src == dst:
             return False
         source.settle(now)
