@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from tidegate.core.errors import InternalError
 from tidegate.dataplane.events import Event, EventKind, EventQueue
 from tidegate.dataplane.instance import NEVER, Listener, SimInstance
-from tidegate.dataplane.links import Transfer
 from tidegate.dataplane.migration import Migrations
-from tidegate.dataplane.network import Network
+from tidegate.dataplane.network import Network, Transfer
 from tidegate.dataplane.replica import Replica
 from tidegate.dataplane.sequence import ENDED, LOADING, NEW, Pin, SimSequence
 from tidegate.policies.order import Fifo, Order

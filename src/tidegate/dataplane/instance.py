@@ -284,7 +284,7 @@ class SimInstance:
         self._starting = True
         self._next_report_s[self._slot] = NEVER
         if decode.ends and decode.ends[0][0] <= decode.ticks:
-            for sequence in batcher.ended():
+            for sequence in decode.ended():
                 if sequence.state == READY:  # not aborted meanwhile
                     self._end_leg(sequence, now)
         for sequence in complete:
@@ -295,7 +295,7 @@ class SimInstance:
             if sequence.tokens == sequence.last_token:
                 self._end_leg(sequence, now)
             else:
-                batcher.join(sequence)
+                decode.join(sequence)
         if self._leaving:
             self._let_leave(now)
         if self._left:

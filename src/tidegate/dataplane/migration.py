@@ -13,8 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tidegate.dataplane.instance import Listener, SimInstance
-from tidegate.dataplane.links import Transfer
-from tidegate.dataplane.network import Network
+from tidegate.dataplane.network import Network, Transfer
 from tidegate.dataplane.sequence import PAUSED, SimSequence
 
 LAST_STAGE_TOKENS = 256
