@@ -278,7 +278,7 @@ class Batcher:
     def know(self, sequence: SimSequence) -> None:
         """Note which of the sequence's tokens can be found again."""
         if sequence.block_ids and self._prefix_cache:
-            ids, tokens = sequence.block_ids, sequence.hash_block_tokens
+            ids, tokens = sequence.block_ids, int(sequence.hash_block_tokens)
             sequence.shared = Shared(ids, tokens, self.blocks.block_tokens)
 
     # blocks and admission

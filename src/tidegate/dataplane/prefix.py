@@ -12,6 +12,7 @@ itself. The id of a block names all tokens before it, too.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 
 class Unit:
@@ -34,7 +35,7 @@ class Shared:
 
     __slots__ = ("held", "keys", "published", "unit_blocks", "unit_tokens")
 
-    def __init__(self, block_ids: tuple[int, ...], hash_block_tokens: int, block_tokens: int) -> None:
+    def __init__(self, block_ids: Sequence[int], hash_block_tokens: int, block_tokens: int) -> None:
         self.unit_tokens = math.lcm(hash_block_tokens, block_tokens)
         self.unit_blocks = self.unit_tokens // block_tokens
         per_unit = self.unit_tokens // hash_block_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -65,8 +66,8 @@ class SimSequence:
     last_token: int
     hand_over: bool
     source: Pin | None = None
-    block_ids: tuple[int, ...] = ()
-    hash_block_tokens: int = HASH_BLOCK_TOKENS
+    block_ids: Sequence[int] = ()
+    hash_block_tokens: float = HASH_BLOCK_TOKENS
     ticket: Ticket | None = None
     pin: Pin | None = None
     shared: Shared | None = None

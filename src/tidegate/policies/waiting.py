@@ -5,23 +5,24 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heappush
-from typing import Generic, Protocol, TypeVar
-
-import msgspec
+from typing import Final, Generic, Protocol, TypeVar
 
 from tidegate.core.errors import InternalError
 
 T = TypeVar("T")
 
 
-class Ticket(msgspec.Struct, frozen=True, gc=False):
+class Ticket:
     """What an order knows of one prefill: arrival and TTFT deadline on the driver's clock, and the
-    predicted seconds of its own prefill. ``deadline_s`` is not before ``arrival_s``.
+    predicted seconds of its own prefill. ``deadline_s`` is not before ``arrival_s``. Nothing of it changes.
     """
 
-    arrival_s: float
-    deadline_s: float
-    work_s: float
+    __slots__ = ("arrival_s", "deadline_s", "work_s")
+
+    def __init__(self, arrival_s: float, deadline_s: float, work_s: float) -> None:
+        self.arrival_s: Final = arrival_s
+        self.deadline_s: Final = deadline_s
+        self.work_s: Final = work_s
 
     @property
     def latest_start_s(self) -> float:

@@ -50,11 +50,12 @@ class RequestColumns:
         while at >= len(self._buffer):
             self._buffer += _UNSET
         self._written += 1
-        slo = flight.request.slo
+        request = flight.request
+        slo = request.slo
         _ROW.pack_into(
             self._buffer,
             at,
-            flight.arrival_s,
+            request.arrival_s,
             flight.first_token_s,
             flight.last_token_s,
             end_s,
@@ -66,7 +67,7 @@ class RequestColumns:
             flight.decode_queue_s,
             flight.first_step_s,
             flight.decode_s,
-            flight.request.prompt_tokens,
+            request.prompt_tokens,
             flight.generated,
             code,
             index[flight.prefill_on],
@@ -87,20 +88,6 @@ class RequestColumns:
         return RequestTable(
             instances=tuple(instances),
             outcomes=tuple(self.outcomes),
-            arrival_s=rows["arrival_s"],
-            input_tokens=rows["input_tokens"],
-            output_tokens=rows["output_tokens"],
-            outcome=rows["outcome"],
-            first_token_s=rows["first_token_s"],
-            last_token_s=rows["last_token_s"],
-            end_s=rows["end_s"],
-            ttft_target_s=rows["ttft_target_s"],
-            tpot_target_s=rows["tpot_target_s"],
             stages_s={stage: rows[stage] for stage in STAGES},
-            prefill_on=rows["prefill_on"],
-            decode_on=rows["decode_on"],
-            cached_tokens=rows["cached_tokens"],
-            preemptions=rows["preemptions"],
-            migrations=rows["migrations"],
-            kv_transfer_bytes=rows["kv_transfer_bytes"],
+            **{name: rows[name] for name in (*_TIMES, *_COUNTS)},
         )

@@ -32,7 +32,7 @@ from tidegate.policies.order import Ticket
 from tidegate.signals.prefix import NO_BLOCKS, PrefixIndex, PromptBlocks
 from tidegate.sim.checks import Oversize
 from tidegate.sim.columns import RequestColumns
-from tidegate.sim.flight import SimulatedRequest
+from tidegate.sim.flight import UNREACHED, SimulatedRequest
 from tidegate.sim.membership import CONTROL, FleetSchedule
 from tidegate.sim.reports import StepReports
 from tidegate.sim.sampling import Sampler
@@ -115,10 +115,7 @@ class Serving:
             record.turn,
         )
         blocks = PromptBlocks(record.hash_ids, record.block_tokens) if record.hash_ids else NO_BLOCKS
-        deadline_s = now + self._settings.deadline_s
-        flight = SimulatedRequest(
-            index, number, request, deadline_s, blocks, record.hash_ids, record.block_tokens
-        )
+        flight = SimulatedRequest(index, number, request, now + self._settings.deadline_s, blocks)
         self.flights[index] = flight
         if flight.most_tokens > self._context:
             self._refuse(flight, self._context, now)
@@ -196,8 +193,8 @@ class Serving:
             match effect:
                 case RunPrefill():
                     self._run_prefill(effect, now)
-                case RunDecode(live, on):
-                    self._run_decode(live, self._index[on], now)
+                case RunDecode():
+                    self._dispatch(effect.live, self._index[effect.on], False, None, now)
                 case WakeAt(at_s):
                     self._events.push(at_s, EventKind.TICK, CONTROL)
                 case GiveUp(live, error):
@@ -215,46 +212,43 @@ class Serving:
                     pass  # a held request waits in the plane, and nothing else fails here than instances
 
     def _run_prefill(self, effect: RunPrefill, now: float) -> None:
-        flight, place = effect.live, effect.place
-        assert isinstance(flight, SimulatedRequest)
-        on = self._index[place.prefill_on]
-        if flight.most_tokens > self._contexts[on]:
-            self._refuse(flight, self._contexts[on], now)
-            return
-        tokens = flight.output_tokens - flight.generated
-        flight.handing_over = flight.decode_on is None and tokens > 1
+        live = effect.live
+        assert isinstance(live, SimulatedRequest)
+        hand_over = live.decode_on is None and live.request.max_tokens - live.generated > 1
         # One whose answer has begun has no TTFT left to meet, and goes first.
-        ticket = None if flight.generated else effect.ticket
-        self._dispatch(flight, on, 1 if flight.handing_over else tokens, ticket, now)
-
-    def _run_decode(self, flight: LiveRequest, on: int, now: float) -> None:
-        assert isinstance(flight, SimulatedRequest)
-        flight.handing_over = False
-        if flight.most_tokens > self._contexts[on]:
-            self._refuse(flight, self._contexts[on], now)
-        else:
-            self._dispatch(flight, on, flight.output_tokens - flight.generated, None, now)
+        ticket = None if live.generated else effect.ticket
+        self._dispatch(live, self._index[effect.place.prefill_on], hand_over, ticket, now)
 
     def _dispatch(
-        self, flight: SimulatedRequest, on: int, tokens: int, ticket: Ticket | None, now: float
+        self, flight: LiveRequest, on: int, hand_over: bool, ticket: Ticket | None, now: float
     ) -> None:
-        """Send off a leg that generates ``tokens`` more."""
-        prompt = flight.request.prompt_tokens + flight.generated
+        """Send off a leg: of one token if another leg is to follow, else of all that are left."""
+        assert isinstance(flight, SimulatedRequest)
+        flight.handing_over = hand_over
+        last = flight.most_tokens
+        if last > self._contexts[on]:
+            self._refuse(flight, self._contexts[on], now)
+            return
+        prompt, blocks = flight.request.prompt_tokens + flight.generated, flight.blocks
         sequence = SimSequence(
             flight.index,
             prompt,
-            prompt + tokens,
-            flight.handing_over,
+            prompt + 1 if hand_over else last,
+            hand_over,
             flight.pin,
-            flight.block_ids,
-            flight.block_tokens,
+            blocks.keys,
+            blocks.block_tokens,
             ticket,
         )
-        flight.begin_leg(on, sequence, now)
+        flight.leg = sequence
+        flight.on = on
+        flight.placed_s = now
+        flight.leg_first_s = UNREACHED
+        flight.legs += 1
         if self._settings.front_s > 0:
             self._events.push(now + self._settings.front_s, EventKind.LEG, flight.index, flight.legs)
         else:
-            self.cluster.submit(on, sequence, now)
+            self.cluster.instances[on].submit(sequence, now)
 
     def _migrate(self, flight: LiveRequest, src: int, dst: int, now: float) -> None:
         assert isinstance(flight, SimulatedRequest)
@@ -292,13 +286,13 @@ class Serving:
         flight.pin = None
         if leg.state == LOADING:
             self.cluster.abort(leg, now)
-            self._dispatch(flight, flight.on, leg.last_token - leg.prompt, None, now)
+            self._dispatch(flight, flight.on, False, None, now)
         else:
             self.cluster.drop(pin, now)
 
     def _refuse(self, flight: SimulatedRequest, context: int, now: float) -> None:
         """End a request that does not fit a context."""
-        prompt, tokens = flight.request.prompt_tokens, flight.output_tokens
+        prompt, tokens = flight.request.prompt_tokens, flight.request.max_tokens
         self.oversize.note(flight.number, flight.most_tokens)
         message = f"the context is {context} tokens; the prompt has {prompt} and max_tokens is {tokens}"
         self._close(flight, PromptTooLong(message), now)
@@ -331,20 +325,20 @@ class Serving:
         plane = self.plane
         if self._stale:
             self.reports.tell(flight.on)
+        decodes = flight.stage is Stage.DECODE
         if flight.leg_first_s != flight.leg_first_s:
             flight.leg_first_s = now
-            if flight.stage is Stage.DECODE:
-                plane.transfer_ended(flight, now)
-            elif not flight.handing_over:
+            if not decodes and not flight.handing_over:
                 plane.decode_began(flight, sequence.prompt, now)
+                decodes = True
             if flight.first_token_s != flight.first_token_s:
                 flight.note_first_token(sequence, now)
                 plane.prefill_reported(flight, sequence.cached_tokens)
         flight.generated += 1
         flight.last_token_s = now
-        if flight.stage is Stage.DECODE:
-            plane.tokens(flight, 1, now)
-            if not plane.joined(flight):
+        if decodes:
+            plane.tokens(flight, 1, now)  # the first one tells of the transfer's end, too
+            if not plane.ledger.joined(flight.id):
                 raise InternalError(f"{flight.id} is out of step with its batch")
 
     def preempted(self, sequence: SimSequence) -> None:
@@ -353,13 +347,13 @@ class Serving:
         flight.preemptions += 1
         if self._stale:
             self.reports.tell(flight.on)
-        self.plane.left_step(flight)
+        self.plane.ledger.left_step(flight.id)
 
     def paused(self, sequence: SimSequence, now: float) -> None:
         """See ``Listener.paused``."""
         flight = self.flights[sequence.request]
         self.reports.tell(flight.on)
-        self.plane.left_step(flight)
+        self.plane.ledger.left_step(flight.id)
 
     def migrated(
         self, sequence: SimSequence, src: int, dst: int, moved_bytes: int, committed: bool, now: float
@@ -390,6 +384,6 @@ class Serving:
             self.cluster.report(now)
             self._do(self.plane.prefill_done(flight, now), now)
             return
-        flight.generated = flight.output_tokens
+        flight.generated = flight.request.max_tokens
         flight.note_end(sequence)
         self._close(flight, None, now)
