@@ -191,6 +191,7 @@ class Batcher:
         """Add a leg to the queue."""
         sequence.state = WAITING
         sequence.on = self.index
+        sequence.tokens = sequence.prompt
         if sequence.block_ids:
             self.know(sequence)
         self.stuck = False

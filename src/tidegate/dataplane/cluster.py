@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from tidegate.core.errors import InternalError
 from tidegate.dataplane.events import Event, EventKind, EventQueue
@@ -19,12 +20,12 @@ REPORT_GROUP = 64
 to learn of every stretch, and little beside the reports themselves."""
 
 
+@dataclass(slots=True)
 class Leases:
     """The leases of one length, in the order in which they end. The first one's end is announced."""
 
-    def __init__(self, length_s: float) -> None:
-        self.length_s = length_s
-        self.ends: deque[tuple[float, Pin]] = deque()
+    length_s: float
+    ends: deque[tuple[float, Pin]] = field(default_factory=deque)
 
 
 class Cluster:

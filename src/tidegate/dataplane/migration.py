@@ -11,6 +11,7 @@ ends its migration, too. Ours: what the destination's prefix cache has is copied
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from tidegate.dataplane.instance import Listener, SimInstance
 from tidegate.dataplane.network import Network, Transfer
@@ -23,20 +24,18 @@ MOST_STAGES = 4
 """Stages beside the decode; each is shorter than the one before where copying is faster than decoding."""
 
 
+@dataclass(slots=True, eq=False)
 class Migration:
     """One decode on its way: ``copied`` tokens are at ``dst``, where ``blocks`` are reserved."""
 
-    __slots__ = ("blocks", "copied", "dst", "moved_bytes", "sequence", "src", "stages", "transfer")
-
-    def __init__(self, sequence: SimSequence, src: int, dst: int) -> None:
-        self.sequence = sequence
-        self.src = src
-        self.dst = dst
-        self.copied = 0
-        self.blocks = 0
-        self.stages = 0
-        self.moved_bytes = 0
-        self.transfer: Transfer | None = None
+    sequence: SimSequence
+    src: int
+    dst: int
+    copied: int = 0
+    blocks: int = 0
+    stages: int = 0
+    moved_bytes: int = 0
+    transfer: Transfer | None = None
 
 
 class Migrations:

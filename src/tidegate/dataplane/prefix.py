@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 
+@dataclass(slots=True, eq=False)
 class Unit:
     """``blocks`` blocks of KV that ``holders`` sequences and pins use."""
 
-    __slots__ = ("blocks", "holders", "key")
-
-    def __init__(self, key: int, blocks: int) -> None:
-        self.key = key
-        self.blocks = blocks
-        self.holders = 1
+    key: int
+    blocks: int
+    holders: int = 1
 
 
 class Shared:

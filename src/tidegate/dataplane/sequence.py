@@ -55,10 +55,11 @@ class SimSequence:
     ``hash_block_tokens``, as far as they can be found again; ``ticket`` is what its queue's order knows.
 
     ``state`` is one of this module's; ``on`` numbers the instance it was submitted to. ``tokens`` is the
-    prompt plus what was generated; ``computed`` of them have KV. While a sequence is in a ``DecodeBatch``
-    they grow there, ``base`` is ``computed`` less the batch's ticks, and ``turn`` tells when it joined.
-    ``chunk`` tokens are computed in the step that runs, and while a prompt is computed ``blocks`` are held.
-    ``cached_tokens`` were found here at its first admission; ``moving``: a migration copies its KV.
+    prompt, once it is queued, plus what was generated; ``computed`` of them have KV. While a sequence is in
+    a ``DecodeBatch`` they grow there, ``base`` is ``computed`` less the batch's ticks, and ``turn`` tells
+    when it joined. ``chunk`` tokens are computed in the step that runs, and while a prompt is computed
+    ``blocks`` are held. ``cached_tokens`` were found here at its first admission; ``moving``: a migration
+    copies its KV.
     """
 
     request: int
@@ -84,6 +85,3 @@ class SimSequence:
     moving: bool = False
     admitted_s: float | None = None
     loaded_s: float | None = None
-
-    def __post_init__(self) -> None:
-        self.tokens = self.prompt

@@ -31,26 +31,12 @@ def slo_warnings(replicas: Sequence[Replica], slo: Slo) -> list[str]:
     return warnings
 
 
-class Oversize:
-    """Counts the requests that no instance could hold."""
-
-    def __init__(self, context: int) -> None:
-        self._context = context
-        self._count = 0
-        self._largest = 0
-        self._number = -1
-
-    def note(self, number: int, tokens: int) -> None:
-        """Take note of request ``number`` of the trace, of ``tokens`` prompt and answer tokens."""
-        self._count += 1
-        if tokens > self._largest:
-            self._largest, self._number = tokens, number
-
-    def warnings(self) -> list[str]:
-        """Return what there is to say."""
-        if not self._count:
-            return []
-        return [
-            f"{self._count} requests were refused: they need more tokens than the longest context of any "
-            f"instance, {self._context}; the largest is request {self._number} with {self._largest}"
-        ]
+def oversize_warnings(oversize: Sequence[tuple[int, int]], context: int) -> list[str]:
+    """Return what there is to say of requests that no instance could hold, each as (tokens, number)."""
+    if not oversize:
+        return []
+    largest, number = max(oversize, key=lambda each: each[0])
+    return [
+        f"{len(oversize)} requests were refused: they need more tokens than the longest context of any "
+        f"instance, {context}; the largest is request {number} with {largest}"
+    ]

@@ -30,11 +30,9 @@ from tidegate.journal.writer import JournalWriter
 from tidegate.measure.timeline import FlipEvent
 from tidegate.policies.order import Ticket
 from tidegate.signals.prefix import NO_BLOCKS, PrefixIndex, PromptBlocks
-from tidegate.sim.checks import Oversize
 from tidegate.sim.columns import RequestColumns
 from tidegate.sim.flight import UNREACHED, SimulatedRequest
 from tidegate.sim.membership import CONTROL, FleetSchedule
-from tidegate.sim.reports import StepReports
 from tidegate.sim.sampling import Sampler
 from tidegate.sim.settings import SimSettings
 from tidegate.systems.system import System
@@ -45,7 +43,8 @@ class Serving:
     """The virtual-time driver of one control plane, and the instances' ``Listener``.
 
     ``flights`` are the live requests by number in order of arrival; ``arrived`` counts all of them, and
-    ``ended`` is told of the end of each.
+    ``ended`` is told of the end of each. ``oversize`` has (tokens, number) of each request that no instance
+    could hold; ``steps`` counts those of each instance.
     """
 
     def __init__(
@@ -72,8 +71,7 @@ class Serving:
         self.last_roles: list[Role | None] = [None] * len(replicas)
         self.flights: dict[int, SimulatedRequest] = {}
         self.columns = RequestColumns()
-        self.reports = StepReports(self.plane, self._ids, settings.heartbeat_s)
-        self.stepped = self.reports.stepped  # see ``Listener.stepped``
+        self.steps = [0] * len(replicas)
         self.arrived = 0
         self.preemptions = 0
         self.migrations = 0
@@ -86,9 +84,12 @@ class Serving:
         self._index: dict[str | None, int] = {name: index for index, name in enumerate(self._ids)}
         self._index[None] = -1
         self._contexts = [replica.instance.max_model_len for replica in replicas]
-        self._context = max(self._contexts, default=0)
-        self.oversize = Oversize(self._context)
+        self.context = max(self._contexts, default=0)
+        self.oversize: list[tuple[int, int]] = []
+        # Where nobody listens to tokens the ledger is all that the plane would tell.
+        self._tell_steps = self.plane.stepped if system.observers else self.plane.ledger.stepped
         self._stale = settings.heartbeat_s > 0
+        self._untold: list[list[tuple[int, float]]] = [[] for _ in replicas]
         self._ended = ended
 
     def start(self) -> None:
@@ -117,8 +118,8 @@ class Serving:
         blocks = PromptBlocks(record.hash_ids, record.block_tokens) if record.hash_ids else NO_BLOCKS
         flight = SimulatedRequest(index, number, request, now + self._settings.deadline_s, blocks)
         self.flights[index] = flight
-        if flight.most_tokens > self._context:
-            self._refuse(flight, self._context, now)
+        if flight.most_tokens > self.context:
+            self._refuse(flight, self.context, now)
         else:
             self.cluster.report(now)
             self._do(self.plane.arrive(flight, now), now)
@@ -132,7 +133,8 @@ class Serving:
     def heartbeat(self, now: float) -> None:
         """Have the control plane learn what every instance has done by now."""
         self.cluster.report(now)
-        self.reports.heartbeat()
+        for instance in range(len(self._ids)):
+            self._tell(instance)
 
     def instance_up(self, instance: int, now: float) -> None:
         """Have an instance join."""
@@ -149,7 +151,7 @@ class Serving:
         A decode that was to pull its KV from there computes it again where it is.
         """
         self.cluster.report(now)
-        self.reports.tell(instance)
+        self._tell(instance)
         self._cancel_migrations_to(instance, now)
         lost, robbed = [], []
         for flight in self.flights.values():
@@ -160,7 +162,7 @@ class Serving:
             elif flight.pin is not None and flight.pin.on == instance and flight.leg.source is flight.pin:
                 robbed.append(flight)
         errors = [self._abort_leg(flight, instance, now) for flight in lost]
-        self.reports.tell(instance)
+        self._tell(instance)
         name = self._ids[instance]
         self.last_roles[instance] = self.plane.ledger.role_of(name)
         self._membership.went_down(instance, now, spare=reason != "died")
@@ -293,7 +295,7 @@ class Serving:
     def _refuse(self, flight: SimulatedRequest, context: int, now: float) -> None:
         """End a request that does not fit a context."""
         prompt, tokens = flight.request.prompt_tokens, flight.request.max_tokens
-        self.oversize.note(flight.number, flight.most_tokens)
+        self.oversize.append((flight.most_tokens, flight.number))
         message = f"the context is {context} tokens; the prompt has {prompt} and max_tokens is {tokens}"
         self._close(flight, PromptTooLong(message), now)
 
@@ -301,7 +303,7 @@ class Serving:
         """End a request and write down how it ended."""
         assert isinstance(flight, SimulatedRequest)
         if self._stale and flight.on >= 0:
-            self.reports.tell(flight.on)
+            self._tell(flight.on)
         if error is not None and flight.pin is not None:
             self.cluster.drop(flight.pin, now)
         del self.flights[flight.index]
@@ -319,12 +321,30 @@ class Serving:
 
     # what the instances tell
 
+    def stepped(self, instance: int, count: int, now: float) -> None:
+        """See ``Listener.stepped``. With a heartbeat the ledger knows of steps as of the last one only."""
+        self.steps[instance] += count
+        if self._stale:
+            self._untold[instance].append((count, now))
+        else:
+            self._tell_steps(self._ids[instance], count, now)
+
+    def _tell(self, instance: int) -> None:
+        """Have the ledger know all steps of an instance so far: before who steps together there changes.
+
+        A response tells more than its own token: what brings an instance's answer (a first token, an end, a
+        preemption) brings the steps before it, too.
+        """
+        for count, at_s in self._untold[instance]:
+            self._tell_steps(self._ids[instance], count, at_s)
+        self._untold[instance].clear()
+
     def token(self, sequence: SimSequence, now: float) -> None:
         """See ``Listener.token``: the first one of a leg tells that its prefill, or its pull, has ended."""
         flight = self.flights[sequence.request]
         plane = self.plane
         if self._stale:
-            self.reports.tell(flight.on)
+            self._tell(flight.on)
         decodes = flight.stage is Stage.DECODE
         if flight.leg_first_s != flight.leg_first_s:
             flight.leg_first_s = now
@@ -346,13 +366,13 @@ class Serving:
         flight = self.flights[sequence.request]
         flight.preemptions += 1
         if self._stale:
-            self.reports.tell(flight.on)
+            self._tell(flight.on)
         self.plane.ledger.left_step(flight.id)
 
     def paused(self, sequence: SimSequence, now: float) -> None:
         """See ``Listener.paused``."""
         flight = self.flights[sequence.request]
-        self.reports.tell(flight.on)
+        self._tell(flight.on)
         self.plane.ledger.left_step(flight.id)
 
     def migrated(
