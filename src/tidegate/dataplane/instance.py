@@ -239,6 +239,8 @@ class SimInstance:
         events, batcher, stretch = self._events, self.batcher, self._stretch
         events.last_start_s = now
         events.last_started = self.index
+        if not batcher.running and not batcher.waiting:
+            return
         batcher.plan(now)
         if batcher.preempted:
             for sequence in batcher.preempted:

@@ -15,9 +15,8 @@ from tidegate.journal.writer import JournalWriter
 from tidegate.signals.prefix import PrefixIndex
 from tidegate.signals.producers import Producer, Profiles, check_signals
 from tidegate.sim.arrivals import TraceArrivals
-from tidegate.sim.checks import oversize_warnings, slo_warnings
 from tidegate.sim.membership import CONTROL, HEARTBEAT, MEMBERSHIP, FleetSchedule
-from tidegate.sim.results import InstanceUse, SimRun
+from tidegate.sim.results import InstanceUse, SimRun, oversize_warnings, slo_warnings
 from tidegate.sim.serving import Serving
 from tidegate.sim.settings import SimSettings
 from tidegate.systems.system import System

@@ -30,8 +30,7 @@ from tidegate.journal.writer import JournalWriter
 from tidegate.measure.timeline import FlipEvent
 from tidegate.policies.order import Ticket
 from tidegate.signals.prefix import NO_BLOCKS, PrefixIndex, PromptBlocks
-from tidegate.sim.columns import RequestColumns
-from tidegate.sim.flight import UNREACHED, SimulatedRequest
+from tidegate.sim.flight import UNREACHED, RequestColumns, SimulatedRequest
 from tidegate.sim.membership import CONTROL, FleetSchedule
 from tidegate.sim.sampling import Sampler
 from tidegate.sim.settings import SimSettings

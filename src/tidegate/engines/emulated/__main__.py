@@ -19,8 +19,7 @@ from functools import partial
 import uvloop
 
 from tidegate.core.errors import SetupError
-from tidegate.dataplane.replica import EngineSettings, Replica
-from tidegate.dataplane.roster import parse_groups, replicas_in
+from tidegate.dataplane.replica import EngineSettings, Replica, parse_groups, replicas_in
 from tidegate.engines.emulated.growth import GrowthServer
 from tidegate.engines.emulated.instances import EmulatedInstances
 from tidegate.engines.serving.lifetime import exit_with_parent
