@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 
 from tests.emulated.emulated_pair import OfTwo, Two
-from tidegate.dataplane.roster import parse_groups, replicas_in
+from tidegate.dataplane.replica import parse_groups, replicas_in
 from tidegate.engines.emulated.instances import EmulatedInstances
 from tidegate.engines.serving.secret import LaunchSecret
 

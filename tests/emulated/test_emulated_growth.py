@@ -13,7 +13,7 @@ import pytest
 
 from tests.emulated.emulated_gateway import gateway, stream
 from tests.emulated.emulated_pair import OfTwo
-from tidegate.dataplane.roster import parse_groups, replicas_in
+from tidegate.dataplane.replica import parse_groups, replicas_in
 from tidegate.engines.emulated.vocabulary import answer
 from tidegate.engines.serving.process import bind
 from tidegate.fleet.emulated import EmulatedFleet

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tidegate.costs.library import packaged_profile
-from tidegate.dataplane.replica import EngineSettings
-from tidegate.dataplane.roster import parse_groups, replicas_in
+from tidegate.dataplane.replica import EngineSettings, parse_groups, replicas_in
 from tidegate.engines.emulated.host import Host
 from tidegate.engines.emulated.vocabulary import answer
 from tidegate.engines.serving.types import GenerateRequest, KvSource, Output, PinnedKv, SamplingParams

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from tidegate.core.instance import Role
 from tidegate.core.request import Request
@@ -21,7 +22,7 @@ from tidegate.testing import REFERENCE, instance, profile, request
 ASKED = Request("new", 300, 50, 0.0, Slo(0.3, 0.03))
 PRICES: list[Callable[[Snapshot], Price]] = [
     lambda seen: ttft_s(seen, ASKED),
-    lambda seen: ttft_s(seen, ASKED._replace(cached={"i0": 299, "i2": 128, "gone": 64})),
+    lambda seen: ttft_s(seen, replace(ASKED, cached={"i0": 299, "i2": 128, "gone": 64})),
     lambda seen: step_s(ASKED, scale=2.0),
     lambda seen: tokens_over_limit(ASKED),
     lambda seen: RESIDENT_TOKENS,

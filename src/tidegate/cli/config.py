@@ -244,7 +244,7 @@ class FleetSection(Section):
     def size(self) -> int:
         """The number of instances of the whole fleet."""
         if self.emulate:
-            from tidegate.dataplane.roster import parse_groups
+            from tidegate.dataplane.replica import parse_groups
 
             return sum(group.count for group in parse_groups(self.emulate))
         return len(self.vllm) if self.vllm else self.instances

@@ -79,7 +79,7 @@ def _bootstraps(value: object) -> list[str]:
 
 
 def _groups(value: object) -> list[str]:
-    from tidegate.dataplane.roster import parse_groups
+    from tidegate.dataplane.replica import parse_groups
 
     words = _words(value, "PROFILE:N")
     parse_groups(words)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+
+import msgspec
 
 from tidegate.control.live_request import LiveRequest
 from tidegate.core.decision import Migrate, Place
@@ -12,7 +13,7 @@ from tidegate.core.instance import Role
 from tidegate.policies.order import Ticket
 
 
-class RunPrefill(NamedTuple):
+class RunPrefill(msgspec.Struct, frozen=True, gc=False):
     """Run the request's prefill, and on a colocated path all of it. It is in the ledger already.
 
     ``ticket`` is what the instance's queue orders by; ``alone`` tells that nothing else is there.
@@ -24,7 +25,7 @@ class RunPrefill(NamedTuple):
     alone: bool
 
 
-class RunDecode(NamedTuple):
+class RunDecode(msgspec.Struct, frozen=True, gc=False):
     """Run the request's decode on instance ``on``; its KV is on ``live.prefill_on``."""
 
     live: LiveRequest

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from msgspec.structs import replace
+
 from tidegate.control.actions import Actions
 from tidegate.control.effects import (
     Effects,
@@ -314,7 +316,7 @@ class ControlPlane:
         if self.prefixes is not None and live.blocks.keys:
             hits = self.prefixes.hits(live.blocks, request.prompt_tokens)
             if hits:
-                request = request._replace(cached=hits)
+                request = replace(request, cached=hits)
         verdict = self.system.prefill.place_prefill(request, view)
         effects = self._actions.apply_flips(verdict.flips, now) if verdict.flips and whole else []
         if self._journal.enabled:

@@ -1,6 +1,6 @@
 """What a policy decides. Small immutable types, matched exhaustively; no in-band sentinels.
 
-Those that every placement makes are named tuples, which take a third of the time of a frozen dataclass.
+Those that every placement makes are msgspec structs, which take a tenth of the time of a frozen dataclass.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,7 +28,7 @@ class Path(enum.StrEnum):
     DISAGGREGATED = "disaggregated"
 
 
-class Place(NamedTuple):
+class Place(msgspec.Struct, frozen=True, gc=False):
     """Run the prefill on ``prefill_on`` and the decode on ``decode_on``.
 
     ``decode_on`` is None while the decode placement is left for the end of the prefill.
@@ -115,24 +116,16 @@ Action = Flip | Migrate | SetTarget | AddInstance | Drain | Remove
 Placement = Place | Hold | Reject
 
 
-class Alternatives:
+class Alternatives(msgspec.Struct, frozen=True, eq=False, gc=False):
     """The instances a placement compared, with the named terms of each one's cost.
 
     ``terms`` returns, by name (unit in the name), one value per entry of ``ids``; it is only called when a
     journal asks. ``candidates`` holds the positions of the instances that were compared (None: all of them).
     """
 
-    __slots__ = ("candidates", "ids", "terms")
-
-    def __init__(
-        self,
-        ids: Sequence[str],
-        terms: Callable[[], Mapping[str, NDArray[np.float64]]],
-        candidates: Sequence[int] | NDArray[np.intp] | None = None,
-    ) -> None:
-        self.ids: Final = ids
-        self.terms: Final = terms
-        self.candidates: Final = candidates
+    ids: Sequence[str]
+    terms: Callable[[], Mapping[str, NDArray[np.float64]]]
+    candidates: Sequence[int] | NDArray[np.intp] | None = None
 
     def top(self, limit: int) -> list[dict[str, float | str]]:
         """Return the ``limit`` best candidates, ordered by the terms in turn, as plain rows."""
@@ -147,7 +140,7 @@ class Alternatives:
         ]
 
 
-class Verdict(NamedTuple):
+class Verdict(msgspec.Struct, frozen=True, gc=False):
     """A placement, the flips that come with it, and why: what the journal records."""
 
     decision: Placement

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Final, NamedTuple
+from typing import Final
+
+import msgspec
 
 from tidegate.core.slo import Slo
 
@@ -14,7 +16,7 @@ NOTHING_CACHED: Final[Mapping[str, int]] = MappingProxyType({})
 """The prefix hits of a request whose prompt no instance is known to hold."""
 
 
-class Request(NamedTuple):
+class Request(msgspec.Struct, frozen=True, gc=False):
     """One completion call, as a placement sees it.
 
     ``prompt_tokens`` is the length to prefill; on a replay after an instance died, and for a decode

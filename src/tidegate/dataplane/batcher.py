@@ -82,28 +82,28 @@ class Batcher:
 
     def plan(self, now: float) -> None:
         """Choose the next step's tokens and take their blocks."""
-        decode = self.decode
+        decode, blocks = self.decode, self.blocks
         if self.pulls:
             self.pulls = []
         if self.preempted:
             self.preempted = []
+        if self.chunks:
+            self.chunks = []
         if self.readied:
             self.newcomers, self.readied = self.readied, []
             for sequence in self.newcomers:
-                sequence.state = DECODING
                 decode.join(sequence)
         elif self.newcomers:
             self.newcomers = []
+        budget = self._max_batch_tokens
         if decode.members:
-            needed = decode.remainders[-decode.ticks % self.blocks.block_tokens]
+            needed = decode.remainders[-decode.ticks % blocks.block_tokens]
             if needed:
-                while needed > self.blocks.free:
+                while needed > blocks.free:
                     self._preempt_youngest(taken=False)
                     needed = decode.blocks_for(1)
-                self.blocks.take(needed)
-        budget = self._max_batch_tokens - len(decode.members)
-        if self.chunks:
-            self.chunks = []
+                blocks.take(needed)
+            budget -= len(decode.members)
         if self._chunking:
             at = 0
             while at < len(self._chunking) and budget > 0:
@@ -117,22 +117,32 @@ class Batcher:
 
     def most_steps(self) -> int:
         """Return how many steps from this one on have the same composition and find their blocks."""
-        chunks, decode, blocks = self.chunks, self.decode, self.blocks
-        if self.preempted:
-            return 1  # the next step admits again
+        chunks, decode = self.chunks, self.decode
+        if self.preempted or len(chunks) > 1:
+            return 1  # the next step admits again, or has other chunks
+        size, free = self.blocks.block_tokens, self.blocks.free
         if chunks:
             sequence = chunks[0]
+            chunk = sequence.chunk
             pending = sequence.tokens - sequence.computed
-            if len(chunks) > 1 or sequence.chunk == pending:
+            if chunk == pending:
                 return 1
-            most = (pending - 1) // sequence.chunk
+            most = (pending - 1) // chunk
             if decode.members:
                 most = min(most, decode.steps_to_end())
+            rough = 1 + most * chunk // size
         else:
-            most = decode.steps_to_end()
-            if len(decode.members) * (1 + most // blocks.block_tokens) <= blocks.free:
-                return most
-        return self._within_blocks(most)
+            most, rough = decode.steps_to_end(), 0
+        if len(decode.members) * (1 + most // size) + rough <= free:
+            return most
+        low, high = 1, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._needed_by(middle) <= free:
+                low = middle
+            else:
+                high = middle - 1
+        return low
 
     def blocks_held(self, steps: int, *, running: bool) -> int:
         """Return how many blocks are taken when ``steps`` steps that are not booked are over.
@@ -181,6 +191,7 @@ class Batcher:
         """Add a leg to the queue."""
         sequence.state = WAITING
         sequence.on = self.index
+        sequence.tokens = sequence.prompt
         if sequence.block_ids:
             self.know(sequence)
         self.stuck = False
@@ -189,11 +200,6 @@ class Batcher:
         else:
             self._queued += 1
             self._queue.push(sequence, sequence.ticket or Ticket(now, now, 0.0))
-
-    def join(self, sequence: SimSequence) -> None:
-        """Have a sequence with one pending token take part from the next step on."""
-        sequence.state = DECODING
-        self.decode.join(sequence)
 
     def loaded(self, sequence: SimSequence, tokens: int) -> None:
         """Take note that ``tokens`` tokens' KV is here."""
@@ -204,13 +210,6 @@ class Batcher:
         if sequence.shared is not None:
             self.blocks.cache.publish(sequence.shared, tokens)
         self.ready(sequence)
-
-    def ended(self) -> list[SimSequence]:
-        """Take the decodes that have their last token out of the batch; they still hold their blocks."""
-        gone = self.decode.ended()
-        for sequence in gone:
-            sequence.state = READY
-        return gone
 
     def release(self, sequence: SimSequence, *, pin: bool) -> Pin | None:
         """Take out a running sequence that ended; with ``pin`` its blocks stay taken, for a decode."""
@@ -255,13 +254,20 @@ class Batcher:
         del self.running[sequence]
         self._take_out(sequence, state, in_step)
 
+    def pause(self, sequence: SimSequence) -> None:
+        """Take a decode out of the batch, with its blocks and its place."""
+        self.decode.leave(sequence)
+        del self.running[sequence]
+        if sequence in self.newcomers:
+            self.newcomers.remove(sequence)
+        sequence.state = PAUSED
+        self.loading += 1
+
     def give_up(self, sequence: SimSequence) -> None:
         """Free what a paused decode held: it went elsewhere."""
         self.loading -= 1
         self.stuck = False
-        if sequence.shared is not None:
-            self.blocks.cache.publish(sequence.shared, sequence.computed)
-        self.blocks.release(self.blocks.for_tokens(sequence.computed), sequence.shared)
+        self._free(sequence, self.blocks.for_tokens(sequence.computed))
         sequence.shared = None
 
     def ready(self, sequence: SimSequence) -> None:
@@ -273,13 +279,13 @@ class Batcher:
     def know(self, sequence: SimSequence) -> None:
         """Note which of the sequence's tokens can be found again."""
         if sequence.block_ids and self._prefix_cache:
-            ids, tokens = sequence.block_ids, sequence.hash_block_tokens
+            ids, tokens = sequence.block_ids, int(sequence.hash_block_tokens)
             sequence.shared = Shared(ids, tokens, self.blocks.block_tokens)
 
     # blocks and admission
 
     def _take_out(self, sequence: SimSequence, state: int, in_step: bool) -> None:
-        """Free the blocks of a sequence that ran in ``state``, but keep what is whole findable."""
+        """Free the blocks of a sequence that ran in ``state``."""
         if state == CHUNKING:
             self._chunking.remove(sequence)
             if sequence in self.chunks:
@@ -294,6 +300,10 @@ class Batcher:
             if sequence in self.readied:
                 self.readied.remove(sequence)
             held = self.blocks.for_tokens(sequence.computed)
+        self._free(sequence, held)
+
+    def _free(self, sequence: SimSequence, held: int) -> None:
+        """Free ``held`` blocks of a sequence, but keep what is whole findable."""
         if sequence.shared is not None:
             self.blocks.cache.publish(sequence.shared, sequence.computed)
         self.blocks.release(held, sequence.shared)
@@ -307,22 +317,6 @@ class Batcher:
             sequence.blocks = blocks
         if needed:
             self.blocks.take(needed)
-
-    def _within_blocks(self, most: int) -> int:
-        free, size = self.blocks.free, self.blocks.block_tokens
-        rough = len(self.decode.members) * (1 + most // size)
-        if self.chunks:
-            rough += 1 + most * self.chunks[0].chunk // size
-        if rough <= free:
-            return most
-        low, high = 1, most
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self._needed_by(middle) <= free:
-                low = middle
-            else:
-                high = middle - 1
-        return low
 
     def _needed_by(self, steps: int) -> int:
         """Return how many blocks the first ``steps`` steps of the plan take beyond those of the first."""
@@ -364,10 +358,10 @@ class Batcher:
 
     def _admit_all(self, budget: int, now: float) -> None:
         """Admit from the queue while there is room."""
-        first = self._first
+        first, queue = self._first, self._queue
         while budget > 0:
             continued = bool(first)
-            sequence = first[0] if continued else self._queue.head(now) if self._queued else None
+            sequence = first[0] if continued else queue.head(now) if self._queued else None
             if sequence is None or not self._admit(sequence):
                 self.stuck = True
                 return
@@ -375,7 +369,7 @@ class Batcher:
                 first.popleft()
             else:
                 self._queued -= 1
-                self._queue.pop(now)
+                queue.pop(now)
             if sequence.admitted_s is None:
                 sequence.admitted_s = now
                 if sequence.shared is not None:
@@ -395,10 +389,11 @@ class Batcher:
         units = self._find_room(sequence, sequence.tokens, sequence.tokens - 1, 0)
         if units < 0:
             return False
-        if sequence.shared is not None:
-            self.blocks.hold_prefix(sequence.shared, units)
-            sequence.computed = units * sequence.shared.unit_tokens
-            sequence.blocks = units * sequence.shared.unit_blocks
+        shared = sequence.shared
+        if shared is not None:
+            self.blocks.hold_prefix(shared, units)
+            sequence.computed = units * shared.unit_tokens
+            sequence.blocks = units * shared.unit_blocks
         sequence.source = None
         sequence.state = CHUNKING
         self._chunking.append(sequence)
@@ -425,14 +420,15 @@ class Batcher:
         sequence.shared = pin.shared
         sequence.computed = pin.tokens
         self.running[sequence] = None
-        self.join(sequence)
+        self.decode.join(sequence)
         self.newcomers.append(sequence)
         return True
 
     def _load(self, sequence: SimSequence, pin: Pin) -> bool:
         """Take the blocks of KV that is elsewhere, but for what the cache has of it."""
-        tokens = pin.tokens
-        promised = sum(self.blocks.for_tokens(other.tokens) - other.blocks for other in self._chunking)
+        tokens, promised = pin.tokens, 0
+        for other in self._chunking:
+            promised += self.blocks.for_tokens(other.tokens) - other.blocks
         units = self._find_room(sequence, tokens, tokens, promised)
         if units < 0:
             return False

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from tidegate.core.errors import InternalError
 from tidegate.dataplane.events import Event, EventKind, EventQueue
 from tidegate.dataplane.instance import NEVER, Listener, SimInstance
-from tidegate.dataplane.links import Transfer
 from tidegate.dataplane.migration import Migrations
-from tidegate.dataplane.network import Network
+from tidegate.dataplane.network import Network, Transfer
 from tidegate.dataplane.replica import Replica
 from tidegate.dataplane.sequence import ENDED, LOADING, NEW, Pin, SimSequence
 from tidegate.policies.order import Fifo, Order
@@ -20,12 +20,12 @@ REPORT_GROUP = 64
 to learn of every stretch, and little beside the reports themselves."""
 
 
+@dataclass(slots=True)
 class Leases:
     """The leases of one length, in the order in which they end. The first one's end is announced."""
 
-    def __init__(self, length_s: float) -> None:
-        self.length_s = length_s
-        self.ends: deque[tuple[float, Pin]] = deque()
+    length_s: float
+    ends: deque[tuple[float, Pin]] = field(default_factory=deque)
 
 
 class Cluster:
@@ -87,6 +87,7 @@ class Cluster:
             self._listener,
             next_reports_s,
             slot,
+            self._migrations.left,
             leap=self._leap,
         )
         self.instances.append(instance)
@@ -186,23 +187,10 @@ class Cluster:
             self._events.push(ends[0][0], EventKind.LEASE, which)
 
     def _step_end(self, index: int, version: int, now: float) -> None:
-        """Finish an instance's stretch, unless it was cut short since."""
-        instance = self.instances[index]
-        if version == instance.version:
-            instance.end(now)
-            if instance.left:
-                self._attend(instance, now)
+        self.instances[index].end(version, now)
 
     def _step_start(self, index: int, version: int, now: float) -> None:
-        instance = self.instances[index]
-        instance.start(now)
-        if instance.left:
-            self._attend(instance, now)
-
-    def _attend(self, instance: SimInstance, now: float) -> None:
-        left, instance.left = instance.left, []
-        for sequence in left:
-            self._migrations.left(sequence, now)
+        self.instances[index].start(now)
 
     def _arrive(self, link: int, version: int, now: float) -> None:
         """Finish a transfer: a migration's stage, or a pull, whose pin is free then and whose leg may run."""
@@ -212,9 +200,6 @@ class Cluster:
         sequence, pin = transfer.sequence, transfer.pin
         if pin is None:
             self._migrations.arrived(transfer, now)
-            source = self.instances[transfer.src]
-            if source.left:
-                self._attend(source, now)
             return
         sequence.loaded_s = now
         self.instances[pin.on].unpin(pin, now)

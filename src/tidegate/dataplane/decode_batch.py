@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from heapq import heappop, heappush
 
-from tidegate.dataplane.sequence import SimSequence
+from tidegate.dataplane.sequence import DECODING, READY, SimSequence
 
 
 class DecodeBatch:
     """Members advance together, so a step costs the same whatever their number.
 
     A member's KV length is its ``base`` plus ``ticks``. Before a step that starts with a full last block it
-    needs one more: ``blocks_for`` counts those by the ``remainders`` of the bases. ``context`` is the sum of
-    the members' lengths with the token that the next step writes. ``changes`` counts who came and went.
+    needs one more: ``blocks_for`` counts those by the ``remainders`` of the bases. ``base_sum`` is the sum of
+    the bases, and ``changes`` counts who came and went.
     ``ends`` is a heap of (tick, turn, member) by the ticks at which members end, those of one tick in the
     order in which they joined; who left may still be there.
     """
@@ -21,22 +21,18 @@ class DecodeBatch:
         self.ticks = 0
         self.members: dict[SimSequence, None] = {}
         self._block_tokens = block_tokens
-        self._base_sum = 0
+        self.base_sum = 0
         self.remainders = [0] * block_tokens
         self.ends: list[tuple[int, int, SimSequence]] = []
         self.changes = 0
 
-    @property
-    def context(self) -> int:
-        """Resident tokens of the next step."""
-        return self._base_sum + (self.ticks + 1) * len(self.members)
-
     def join(self, sequence: SimSequence) -> None:
-        """Add a sequence with one pending token."""
+        """Have a sequence with one pending token take part from the next step on."""
+        sequence.state = DECODING
         base = sequence.base = sequence.computed - self.ticks
         end_tick = sequence.last_token - 1 - base
         self.members[sequence] = None
-        self._base_sum += base
+        self.base_sum += base
         self.remainders[base % self._block_tokens] += 1
         self.changes += 1
         sequence.turn = self.changes
@@ -47,7 +43,7 @@ class DecodeBatch:
         base = sequence.base
         del self.members[sequence]
         self.changes += 1
-        self._base_sum -= base
+        self.base_sum -= base
         self.remainders[base % self._block_tokens] -= 1
         computed = sequence.computed = base + self.ticks
         sequence.tokens = computed + 1
@@ -76,9 +72,14 @@ class DecodeBatch:
             heappop(ends)  # it left, and may have joined again, perhaps to end at the same tick
 
     def ended(self) -> list[SimSequence]:
-        """Take out the members that have their last token, in the order in which they joined."""
+        """Take out the members that have their last token, in the order in which they joined.
+
+        They still hold their blocks.
+        """
         gone: list[SimSequence] = []
         while self.members and self.steps_to_end() == 0:
-            gone.append(heappop(self.ends)[2])
-            self.leave(gone[-1])
+            sequence = heappop(self.ends)[2]
+            self.leave(sequence)
+            sequence.state = READY
+            gone.append(sequence)
         return gone

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from heapq import heappush
 from typing import Final, Protocol
 
 from tidegate.dataplane.batcher import Batcher
 from tidegate.dataplane.events import EventKind, EventQueue
-from tidegate.dataplane.moving import MovingDecodes
-from tidegate.dataplane.pricing import StepPrices
 from tidegate.dataplane.replica import Replica
 from tidegate.dataplane.sequence import DECODING, PAUSED, READY, WAITING, Pin, SimSequence
 from tidegate.dataplane.stretch import Stretch
@@ -73,8 +72,8 @@ class SimInstance:
     What a leg goes through on its way is written out, ``Stretch.end_s`` and the like: a simulation spends its
     time here.
 
-    ``left`` are the sequences that a migration copies and that went out of the batch, until somebody attends
-    to them. In ``next_report_s[slot]`` the instance says when it has steps to report.
+    ``left`` is called with each sequence that a migration copies and that went out of the batch. In
+    ``next_report_s[slot]`` the instance says when it has steps to report.
     """
 
     def __init__(
@@ -86,27 +85,27 @@ class SimInstance:
         listener: Listener,
         next_report_s: list[float],
         slot: int,
+        left: Callable[[SimSequence, float], None],
         *,
         leap: bool,
     ) -> None:
         self.index = index
         self.replica = replica
         self.batcher = Batcher(index, replica, queue)
-        self.moving = MovingDecodes(self.batcher)
         self.version = 0
         self._next_report_s = next_report_s
         self._slot = slot
-        self._prices = StepPrices(replica.profile, replica.engine.host_s)
         self._events = events
         self._heap: Final = events.heap
         self._listener = listener
         self._leap = leap
-        self._stretch = Stretch()
+        self._stretch = Stretch(replica.profile, replica.engine.host_s)
         self._busy = False
         self._reported = 0
         self._starting = False
         self._leaving: list[SimSequence] = []
-        self.left: list[SimSequence] = []
+        self._left: list[SimSequence] = []
+        self._attend = left
 
     # what reaches the instance
 
@@ -169,20 +168,34 @@ class SimInstance:
 
     # migration
 
+    def decoding(self, request: int) -> SimSequence | None:
+        """Return the decode of a request; None when it is not in the batch."""
+        return next((each for each in self.batcher.decode.members if each.request == request), None)
+
     def keep_place(self, now: float) -> bool:
         """Keep a place for a decode that is to come; False when all are taken."""
         self.settle(now)
-        return self.moving.keep_place()
+        batcher = self.batcher
+        if len(batcher.running) + batcher.loading >= batcher.max_num_seqs:
+            return False
+        batcher.loading += 1
+        return True
 
     def reserve(self, count: int, now: float) -> bool:
         """Take blocks for a decode that is to come; False when there is no room."""
         self.settle(now)
-        return self.moving.reserve(count)
+        batcher = self.batcher
+        if not batcher.blocks.room_for(count, others=bool(batcher.running) or batcher.loading > 1):
+            return False
+        batcher.blocks.take(count)
+        return True
 
     def free_place(self, blocks: int, now: float) -> None:
         """Give up such a place and its blocks."""
         self.settle(now)
-        self.moving.free_place(blocks)
+        self.batcher.loading -= 1
+        self.batcher.stuck = False
+        self.batcher.blocks.give_back(blocks)
         self._changed(now)
 
     def pause(self, sequence: SimSequence, now: float) -> None:
@@ -192,11 +205,13 @@ class SimInstance:
             self._changed(now)
         else:
             self._let_leave(now)
+            self._attend_left(now)
 
     def stay(self, sequence: SimSequence, now: float) -> None:
-        """Let a decode that is paused, or was about to be, go on here."""
+        """Let a decode that is paused, or was about to be, go on here; a paused one as the youngest."""
         if sequence.state == PAUSED:
-            self.moving.resume(sequence)
+            self.batcher.loading -= 1
+            self.batcher.ready(sequence)
             self._changed(now)
         elif sequence in self._leaving:
             self._leaving.remove(sequence)
@@ -208,9 +223,12 @@ class SimInstance:
         self._changed(now)
 
     def arrive(self, sequence: SimSequence, now: float) -> None:
-        """Let a decode go on that came from elsewhere."""
+        """Let a decode go on whose KV came with it into the blocks and the place kept for it."""
         self.settle(now)
-        self.moving.arrive(sequence)
+        batcher = self.batcher
+        sequence.on = self.index
+        batcher.know(sequence)
+        batcher.loaded(sequence, sequence.computed)
         self._changed(now)
 
     # steps
@@ -221,19 +239,25 @@ class SimInstance:
         events, batcher, stretch = self._events, self.batcher, self._stretch
         events.last_start_s = now
         events.last_started = self.index
+        if not batcher.running and not batcher.waiting:
+            return
         batcher.plan(now)
         if batcher.preempted:
             for sequence in batcher.preempted:
                 self._listener.preempted(sequence)
                 if sequence.moving:
-                    self.left.append(sequence)
+                    self._left.append(sequence)
         if batcher.pulls:
             for sequence in batcher.pulls:
                 self._listener.pull(sequence, self.index, now)
-        if not batcher.chunks and not batcher.decode.members:
+        if batcher.chunks:
+            stretch.price_chunks(batcher.chunks, batcher.decode, now)
+        elif batcher.decode.members:
+            stretch.price_decodes(batcher.decode, now)
+        else:
+            self._attend_left(now)
             return
         self._busy = True
-        self._prices.price(batcher, stretch, now)
         done = self._reported = stretch.done
         steps = stretch.planned = done + (batcher.most_steps() if self._leap else 1)
         start_s, first_s, half_s = stretch.start_s, stretch.first_s, stretch.half_s
@@ -241,9 +265,13 @@ class SimInstance:
         self.version += 1
         end_s = start_s + steps * (first_s + half_s * (steps - 1))
         heappush(self._heap, (end_s, _STEP_END, self.index, self.version))
+        if self._left:
+            self._attend_left(now)
 
-    def end(self, now: float) -> None:
-        """Finish the planned steps: tokens, ends, and the start of what follows."""
+    def end(self, version: int, now: float) -> None:
+        """Finish the planned steps, unless they were cut short since: tokens, ends, and what follows."""
+        if version != self.version:
+            return
         stretch, batcher = self._stretch, self.batcher
         decode, steps = batcher.decode, stretch.planned
         if batcher.chunks or steps > stretch.done + 1:
@@ -258,7 +286,7 @@ class SimInstance:
         self._starting = True
         self._next_report_s[self._slot] = NEVER
         if decode.ends and decode.ends[0][0] <= decode.ticks:
-            for sequence in batcher.ended():
+            for sequence in decode.ended():
                 if sequence.state == READY:  # not aborted meanwhile
                     self._end_leg(sequence, now)
         for sequence in complete:
@@ -269,14 +297,16 @@ class SimInstance:
             if sequence.tokens == sequence.last_token:
                 self._end_leg(sequence, now)
             else:
-                batcher.join(sequence)
+                decode.join(sequence)
         if self._leaving:
             self._let_leave(now)
+        if self._left:
+            self._attend_left(now)
         heap = self._heap
-        if not (self.left or self._events.starting or (heap and heap[0][0] <= now)):
-            self.start(now)  # it is its turn
-        else:
+        if self._events.starting or (heap and heap[0][0] <= now):
             self._events.start(self.index, now)
+        else:
+            self.start(now)  # it is its turn
 
     def _between(self, done: int, now: float) -> bool:
         """Stop between two steps if ``now``, by which ``done`` are over, is such a time.
@@ -311,16 +341,21 @@ class SimInstance:
 
     def _end_leg(self, sequence: SimSequence, now: float) -> None:
         if sequence.moving:
-            self.left.append(sequence)
+            self._left.append(sequence)
         self._listener.ended(sequence, self.batcher.release(sequence, pin=sequence.hand_over), now)
 
     def _let_leave(self, now: float) -> None:
         leaving, self._leaving = self._leaving, []
         for sequence in leaving:
             if sequence.moving and sequence.state == DECODING:
-                self.moving.pause(sequence)
+                self.batcher.pause(sequence)
                 self._listener.paused(sequence, now)
-                self.left.append(sequence)
+                self._left.append(sequence)
+
+    def _attend_left(self, now: float) -> None:
+        left, self._left = self._left, []
+        for sequence in left:
+            self._attend(sequence, now)
 
     def _report_until(self, done: int) -> None:
         """Report the steps up to ``done`` that were not yet, the first tokens of newcomers apart."""

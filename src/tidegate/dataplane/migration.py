@@ -11,10 +11,10 @@ ends its migration, too. Ours: what the destination's prefix cache has is copied
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from tidegate.dataplane.instance import Listener, SimInstance
-from tidegate.dataplane.links import Transfer
-from tidegate.dataplane.network import Network
+from tidegate.dataplane.network import Network, Transfer
 from tidegate.dataplane.sequence import PAUSED, SimSequence
 
 LAST_STAGE_TOKENS = 256
@@ -24,20 +24,18 @@ MOST_STAGES = 4
 """Stages beside the decode; each is shorter than the one before where copying is faster than decoding."""
 
 
+@dataclass(slots=True, eq=False)
 class Migration:
     """One decode on its way: ``copied`` tokens are at ``dst``, where ``blocks`` are reserved."""
 
-    __slots__ = ("blocks", "copied", "dst", "moved_bytes", "sequence", "src", "stages", "transfer")
-
-    def __init__(self, sequence: SimSequence, src: int, dst: int) -> None:
-        self.sequence = sequence
-        self.src = src
-        self.dst = dst
-        self.copied = 0
-        self.blocks = 0
-        self.stages = 0
-        self.moved_bytes = 0
-        self.transfer: Transfer | None = None
+    sequence: SimSequence
+    src: int
+    dst: int
+    copied: int = 0
+    blocks: int = 0
+    stages: int = 0
+    moved_bytes: int = 0
+    transfer: Transfer | None = None
 
 
 class Migrations:
@@ -56,7 +54,7 @@ class Migrations:
         sequence of its length, and have a place and blocks.
         """
         source, target = self._instances[src], self._instances[dst]
-        sequence = source.moving.decoding(request)
+        sequence = source.decoding(request)
         if sequence is None or request in self._under_way or src == dst:
             return False
         source.settle(now)

@@ -12,17 +12,17 @@ itself. The id of a block names all tokens before it, too.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 
+@dataclass(slots=True, eq=False)
 class Unit:
     """``blocks`` blocks of KV that ``holders`` sequences and pins use."""
 
-    __slots__ = ("blocks", "holders", "key")
-
-    def __init__(self, key: int, blocks: int) -> None:
-        self.key = key
-        self.blocks = blocks
-        self.holders = 1
+    key: int
+    blocks: int
+    holders: int = 1
 
 
 class Shared:
@@ -34,7 +34,7 @@ class Shared:
 
     __slots__ = ("held", "keys", "published", "unit_blocks", "unit_tokens")
 
-    def __init__(self, block_ids: tuple[int, ...], hash_block_tokens: int, block_tokens: int) -> None:
+    def __init__(self, block_ids: Sequence[int], hash_block_tokens: int, block_tokens: int) -> None:
         self.unit_tokens = math.lcm(hash_block_tokens, block_tokens)
         self.unit_blocks = self.unit_tokens // block_tokens
         per_unit = self.unit_tokens // hash_block_tokens

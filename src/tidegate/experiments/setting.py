@@ -13,8 +13,7 @@ from typing import Any
 import tidegate
 from tidegate.core.errors import ConfigError
 from tidegate.costs.library import PackagedProfile
-from tidegate.dataplane.replica import EngineSettings, Replica
-from tidegate.dataplane.roster import Group, replicas_in
+from tidegate.dataplane.replica import EngineSettings, Group, Replica, replicas_in
 from tidegate.sim import SimSettings
 from tidegate.systems import make_system
 from tidegate.systems.system import System

@@ -13,8 +13,7 @@ from typing import Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from tidegate.core.errors import EngineError, EngineFault
-from tidegate.dataplane.replica import EngineSettings
-from tidegate.dataplane.roster import parse_groups
+from tidegate.dataplane.replica import EngineSettings, parse_groups
 from tidegate.engines.serving.secret import SECRET_HEADER
 from tidegate.engines.vllm.client import VllmClient
 from tidegate.fleet.child import EngineStartFailed

@@ -1,9 +1,8 @@
 """The simulator: the same ledger, systems and policies as the gateway, in virtual time."""
 
 from tidegate.dataplane.replica import EngineSettings, Replica
-from tidegate.sim.checks import slo_warnings
 from tidegate.sim.driver import simulate
-from tidegate.sim.results import InstanceUse, SimRun
+from tidegate.sim.results import InstanceUse, SimRun, slo_warnings
 from tidegate.sim.settings import SimSettings
 
 __all__ = [

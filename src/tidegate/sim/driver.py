@@ -15,9 +15,8 @@ from tidegate.journal.writer import JournalWriter
 from tidegate.signals.prefix import PrefixIndex
 from tidegate.signals.producers import Producer, Profiles, check_signals
 from tidegate.sim.arrivals import TraceArrivals
-from tidegate.sim.checks import slo_warnings
 from tidegate.sim.membership import CONTROL, HEARTBEAT, MEMBERSHIP, FleetSchedule
-from tidegate.sim.results import InstanceUse, SimRun
+from tidegate.sim.results import InstanceUse, SimRun, oversize_warnings, slo_warnings
 from tidegate.sim.serving import Serving
 from tidegate.sim.settings import SimSettings
 from tidegate.systems.system import System
@@ -160,7 +159,7 @@ class _Simulation:
             instance_hours=sum(use.up_s for use in uses) / 3600.0,
             end_s=now,
             events=handled,
-            warnings=[*self._slo_warnings(), *serving.oversize.warnings()],
+            warnings=[*self._slo_warnings(), *oversize_warnings(serving.oversize, serving.context)],
         )
 
     def _uses(self, now: float) -> list[InstanceUse]:
@@ -171,7 +170,7 @@ class _Simulation:
                 id=name,
                 first_role=first.label if first is not None else "",
                 last_role=last.label if last is not None else "",
-                steps=serving.reports.counts[number],
+                steps=serving.steps[number],
                 kv_blocks=serving.cluster.instances[number].batcher.blocks.total,
                 most_kv_blocks=serving.cluster.instances[number].batcher.blocks.most_used,
                 up_s=self._membership.up_s(number, now),

@@ -1,18 +1,38 @@
-"""One request's way through the simulated cluster."""
+"""One request's way through the simulated cluster, and the packed rows of those that have ended."""
 
 from __future__ import annotations
 
 import math
+import struct
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tidegate.control.live_request import LiveRequest
 from tidegate.control.record import RequestEnding, RequestRecord
 from tidegate.core.errors import InternalError, TidegateError
 from tidegate.core.request import Request
+from tidegate.core.stages import STAGES
 from tidegate.dataplane.sequence import Pin, SimSequence
+from tidegate.measure.request_table import RequestTable
 from tidegate.signals.prefix import PromptBlocks
 
 UNREACHED = math.nan
 """A time that a request did not come to."""
+
+
+_TIMES = ("arrival_s", "first_token_s", "last_token_s", "end_s", "ttft_target_s", "tpot_target_s")
+_COUNTS = (
+    "input_tokens", "output_tokens", "outcome", "prefill_on", "decode_on", "cached_tokens", "preemptions",
+    "migrations", "kv_transfer_bytes",
+)  # fmt: skip
+_ROW = struct.Struct(f"<{len(_TIMES) + len(STAGES)}d{len(_COUNTS)}q")
+_FIELDS = [(name, "<f8") for name in (*_TIMES, *STAGES)] + [(name, "<i8") for name in _COUNTS]
+_GROWTH = 4096
+"""Rows that are added at a time."""
+_UNSET = b"\xff" * (_ROW.size * _GROWTH)
+"""Rows without an end: every time NaN, every count -1."""
 
 
 class SimulatedRequest(LiveRequest):
@@ -24,51 +44,33 @@ class SimulatedRequest(LiveRequest):
     of the prompt and the whole answer.
     """
 
-    __slots__ = (
-        "arrival_s", "block_ids", "block_tokens", "cached_tokens", "decode_queue_s", "decode_s",
-        "first_step_s", "first_token_s", "handing_over", "index", "kv_transfer_bytes", "last_token_s", "leg",
-        "leg_first_s", "legs", "most_tokens", "number", "observed_prefill_s", "on", "output_tokens", "pin",
-        "placed_s", "preemptions", "prefill_s", "queue_s", "request", "transfer_s",
-    )  # fmt: skip
+    leg: SimSequence | None = None
+    on = -1
+    legs = 0
+    handing_over = False
+    pin: Pin | None = None
+    placed_s = 0.0
+    leg_first_s = UNREACHED
+    first_token_s = UNREACHED
+    last_token_s = UNREACHED
+    queue_s = UNREACHED
+    prefill_s = UNREACHED
+    transfer_s = UNREACHED
+    decode_queue_s = UNREACHED
+    first_step_s = UNREACHED
+    decode_s = UNREACHED
+    cached_tokens = 0
+    preemptions = 0
+    kv_transfer_bytes = 0
 
     def __init__(
-        self,
-        index: int,
-        number: int,
-        request: Request,
-        deadline_s: float,
-        blocks: PromptBlocks,
-        block_ids: tuple[int, ...],
-        block_tokens: int,
+        self, index: int, number: int, request: Request, deadline_s: float, blocks: PromptBlocks
     ) -> None:
         super().__init__(request.id, deadline_s, blocks)
         self.index = index
         self.number = number
         self.request = request
-        self.output_tokens = request.max_tokens
         self.most_tokens = request.prompt_tokens + request.max_tokens
-        self.block_ids = block_ids
-        self.block_tokens = block_tokens
-        self.arrival_s = request.arrival_s
-        self.leg: SimSequence | None = None
-        self.on = -1
-        self.legs = 0
-        self.handing_over = False
-        self.pin: Pin | None = None
-        self.placed_s = 0.0
-        self.leg_first_s = UNREACHED
-        self.first_token_s = UNREACHED
-        self.last_token_s = UNREACHED
-        self.queue_s = UNREACHED
-        self.prefill_s = UNREACHED
-        self.transfer_s = UNREACHED
-        self.decode_queue_s = UNREACHED
-        self.first_step_s = UNREACHED
-        self.decode_s = UNREACHED
-        self.observed_prefill_s = UNREACHED
-        self.cached_tokens = 0
-        self.preemptions = 0
-        self.kv_transfer_bytes = 0
 
     def resident(self) -> Request:
         """See ``LiveRequest.resident``."""
@@ -78,7 +80,7 @@ class SimulatedRequest(LiveRequest):
         return Request(
             request.id,
             request.prompt_tokens + self.generated,
-            self.output_tokens - self.generated,
+            request.max_tokens - self.generated,
             request.arrival_s,
             request.slo,
             request.tenant,
@@ -86,21 +88,13 @@ class SimulatedRequest(LiveRequest):
             request.turn,
         )
 
-    def begin_leg(self, on: int, sequence: SimSequence, now: float) -> None:
-        """Note that a leg is dispatched to instance ``on``."""
-        self.leg = sequence
-        self.on = on
-        self.placed_s = now
-        self.leg_first_s = UNREACHED
-        self.legs += 1
-
     def note_first_token(self, sequence: SimSequence, now: float) -> None:
         """Fill in the stages up to the request's first token."""
         admitted_s = sequence.admitted_s
         assert admitted_s is not None
         self.first_token_s = now
-        self.observed_prefill_s = self.prefill_s = now - admitted_s
-        self.queue_s = admitted_s - self.arrival_s
+        self.prefill_s = now - admitted_s
+        self.queue_s = admitted_s - self.request.arrival_s
         self.cached_tokens = sequence.cached_tokens
 
     def note_end(self, sequence: SimSequence) -> None:
@@ -116,27 +110,20 @@ class SimulatedRequest(LiveRequest):
 
     def record(self) -> RequestRecord:
         """Return what the journal says of the request."""
-        stages = {
-            "queue": self.queue_s,
-            "prefill": self.prefill_s,
-            "transfer": self.transfer_s,
-            "decode_queue": self.decode_queue_s,
-            "first_step": self.first_step_s,
-            "decode": self.decode_s,
-        }
+        stages = {name: seconds for name in STAGES if (seconds := getattr(self, f"{name}_s")) == seconds}
         return RequestRecord(
-            self.arrival_s,
+            self.request.arrival_s,
             _reached(self.first_token_s),
             _reached(self.last_token_s),
             self.prefill_on,
             self.decode_on,
             self.predicted_prefill_s,
-            _reached(self.observed_prefill_s),
+            _reached(self.prefill_s),
             self.cached_tokens,
             self.kv_transfer_bytes,
             self.replays,
             self.migrations,
-            {name: seconds for name, seconds in stages.items() if seconds == seconds},
+            stages,
         )
 
     def ending(self, error: TidegateError | None, now: float) -> RequestEnding:
@@ -157,3 +144,70 @@ class SimulatedRequest(LiveRequest):
 
 def _reached(at_s: float) -> float | None:
     return at_s if at_s == at_s else None
+
+
+class RequestColumns:
+    """Collects a row per request at its number in order of arrival, in 168 bytes of one buffer.
+
+    The table's columns are views of that buffer: nothing is copied at the end.
+    """
+
+    def __init__(self) -> None:
+        self.outcomes = ["ok"]
+        self._codes = {"ok": 0}
+        self._buffer = bytearray()
+        self._written = 0
+
+    def write(
+        self, flight: SimulatedRequest, index: Mapping[str | None, int], outcome: str, end_s: float
+    ) -> None:
+        """Write down how a request ended; ``index`` numbers the instances by name, and None as -1."""
+        code = self._codes.get(outcome)
+        if code is None:
+            code = self._codes[outcome] = len(self.outcomes)
+            self.outcomes.append(outcome)
+        at = flight.index * _ROW.size
+        while at >= len(self._buffer):
+            self._buffer += _UNSET
+        self._written += 1
+        request = flight.request
+        slo = request.slo
+        _ROW.pack_into(
+            self._buffer,
+            at,
+            request.arrival_s,
+            flight.first_token_s,
+            flight.last_token_s,
+            end_s,
+            slo.ttft_s,
+            slo.tpot_s,
+            flight.queue_s,
+            flight.prefill_s,
+            flight.transfer_s,
+            flight.decode_queue_s,
+            flight.first_step_s,
+            flight.decode_s,
+            request.prompt_tokens,
+            flight.generated,
+            code,
+            index[flight.prefill_on],
+            index[flight.decode_on],
+            flight.cached_tokens,
+            flight.preemptions,
+            flight.migrations,
+            flight.kv_transfer_bytes,
+        )
+
+    def table(self, instances: Sequence[str], count: int) -> RequestTable:
+        """Return the first ``count`` requests. Raises InternalError unless each has exactly one end."""
+        while len(self._buffer) < count * _ROW.size:
+            self._buffer += _UNSET
+        rows: NDArray[np.void] = np.frombuffer(self._buffer, dtype=_FIELDS, count=count)
+        if self._written != count or (rows["outcome"] < 0).any():
+            raise InternalError("a request has no end, or more than one")
+        return RequestTable(
+            instances=tuple(instances),
+            outcomes=tuple(self.outcomes),
+            stages_s={stage: rows[stage] for stage in STAGES},
+            **{name: rows[name] for name in (*_TIMES, *_COUNTS)},
+        )

@@ -30,11 +30,8 @@ from tidegate.journal.writer import JournalWriter
 from tidegate.measure.timeline import FlipEvent
 from tidegate.policies.order import Ticket
 from tidegate.signals.prefix import NO_BLOCKS, PrefixIndex, PromptBlocks
-from tidegate.sim.checks import Oversize
-from tidegate.sim.columns import RequestColumns
-from tidegate.sim.flight import SimulatedRequest
+from tidegate.sim.flight import UNREACHED, RequestColumns, SimulatedRequest
 from tidegate.sim.membership import CONTROL, FleetSchedule
-from tidegate.sim.reports import StepReports
 from tidegate.sim.sampling import Sampler
 from tidegate.sim.settings import SimSettings
 from tidegate.systems.system import System
@@ -45,7 +42,8 @@ class Serving:
     """The virtual-time driver of one control plane, and the instances' ``Listener``.
 
     ``flights`` are the live requests by number in order of arrival; ``arrived`` counts all of them, and
-    ``ended`` is told of the end of each.
+    ``ended`` is told of the end of each. ``oversize`` has (tokens, number) of each request that no instance
+    could hold; ``steps`` counts those of each instance.
     """
 
     def __init__(
@@ -72,8 +70,7 @@ class Serving:
         self.last_roles: list[Role | None] = [None] * len(replicas)
         self.flights: dict[int, SimulatedRequest] = {}
         self.columns = RequestColumns()
-        self.reports = StepReports(self.plane, self._ids, settings.heartbeat_s)
-        self.stepped = self.reports.stepped  # see ``Listener.stepped``
+        self.steps = [0] * len(replicas)
         self.arrived = 0
         self.preemptions = 0
         self.migrations = 0
@@ -86,9 +83,12 @@ class Serving:
         self._index: dict[str | None, int] = {name: index for index, name in enumerate(self._ids)}
         self._index[None] = -1
         self._contexts = [replica.instance.max_model_len for replica in replicas]
-        self._context = max(self._contexts, default=0)
-        self.oversize = Oversize(self._context)
+        self.context = max(self._contexts, default=0)
+        self.oversize: list[tuple[int, int]] = []
+        # Where nobody listens to tokens the ledger is all that the plane would tell.
+        self._tell_steps = self.plane.stepped if system.observers else self.plane.ledger.stepped
         self._stale = settings.heartbeat_s > 0
+        self._untold: list[list[tuple[int, float]]] = [[] for _ in replicas]
         self._ended = ended
 
     def start(self) -> None:
@@ -115,13 +115,10 @@ class Serving:
             record.turn,
         )
         blocks = PromptBlocks(record.hash_ids, record.block_tokens) if record.hash_ids else NO_BLOCKS
-        deadline_s = now + self._settings.deadline_s
-        flight = SimulatedRequest(
-            index, number, request, deadline_s, blocks, record.hash_ids, record.block_tokens
-        )
+        flight = SimulatedRequest(index, number, request, now + self._settings.deadline_s, blocks)
         self.flights[index] = flight
-        if flight.most_tokens > self._context:
-            self._refuse(flight, self._context, now)
+        if flight.most_tokens > self.context:
+            self._refuse(flight, self.context, now)
         else:
             self.cluster.report(now)
             self._do(self.plane.arrive(flight, now), now)
@@ -135,7 +132,8 @@ class Serving:
     def heartbeat(self, now: float) -> None:
         """Have the control plane learn what every instance has done by now."""
         self.cluster.report(now)
-        self.reports.heartbeat()
+        for instance in range(len(self._ids)):
+            self._tell(instance)
 
     def instance_up(self, instance: int, now: float) -> None:
         """Have an instance join."""
@@ -152,7 +150,7 @@ class Serving:
         A decode that was to pull its KV from there computes it again where it is.
         """
         self.cluster.report(now)
-        self.reports.tell(instance)
+        self._tell(instance)
         self._cancel_migrations_to(instance, now)
         lost, robbed = [], []
         for flight in self.flights.values():
@@ -163,7 +161,7 @@ class Serving:
             elif flight.pin is not None and flight.pin.on == instance and flight.leg.source is flight.pin:
                 robbed.append(flight)
         errors = [self._abort_leg(flight, instance, now) for flight in lost]
-        self.reports.tell(instance)
+        self._tell(instance)
         name = self._ids[instance]
         self.last_roles[instance] = self.plane.ledger.role_of(name)
         self._membership.went_down(instance, now, spare=reason != "died")
@@ -196,8 +194,8 @@ class Serving:
             match effect:
                 case RunPrefill():
                     self._run_prefill(effect, now)
-                case RunDecode(live, on):
-                    self._run_decode(live, self._index[on], now)
+                case RunDecode():
+                    self._dispatch(effect.live, self._index[effect.on], False, None, now)
                 case WakeAt(at_s):
                     self._events.push(at_s, EventKind.TICK, CONTROL)
                 case GiveUp(live, error):
@@ -215,46 +213,43 @@ class Serving:
                     pass  # a held request waits in the plane, and nothing else fails here than instances
 
     def _run_prefill(self, effect: RunPrefill, now: float) -> None:
-        flight, place = effect.live, effect.place
-        assert isinstance(flight, SimulatedRequest)
-        on = self._index[place.prefill_on]
-        if flight.most_tokens > self._contexts[on]:
-            self._refuse(flight, self._contexts[on], now)
-            return
-        tokens = flight.output_tokens - flight.generated
-        flight.handing_over = flight.decode_on is None and tokens > 1
+        live = effect.live
+        assert isinstance(live, SimulatedRequest)
+        hand_over = live.decode_on is None and live.request.max_tokens - live.generated > 1
         # One whose answer has begun has no TTFT left to meet, and goes first.
-        ticket = None if flight.generated else effect.ticket
-        self._dispatch(flight, on, 1 if flight.handing_over else tokens, ticket, now)
-
-    def _run_decode(self, flight: LiveRequest, on: int, now: float) -> None:
-        assert isinstance(flight, SimulatedRequest)
-        flight.handing_over = False
-        if flight.most_tokens > self._contexts[on]:
-            self._refuse(flight, self._contexts[on], now)
-        else:
-            self._dispatch(flight, on, flight.output_tokens - flight.generated, None, now)
+        ticket = None if live.generated else effect.ticket
+        self._dispatch(live, self._index[effect.place.prefill_on], hand_over, ticket, now)
 
     def _dispatch(
-        self, flight: SimulatedRequest, on: int, tokens: int, ticket: Ticket | None, now: float
+        self, flight: LiveRequest, on: int, hand_over: bool, ticket: Ticket | None, now: float
     ) -> None:
-        """Send off a leg that generates ``tokens`` more."""
-        prompt = flight.request.prompt_tokens + flight.generated
+        """Send off a leg: of one token if another leg is to follow, else of all that are left."""
+        assert isinstance(flight, SimulatedRequest)
+        flight.handing_over = hand_over
+        last = flight.most_tokens
+        if last > self._contexts[on]:
+            self._refuse(flight, self._contexts[on], now)
+            return
+        prompt, blocks = flight.request.prompt_tokens + flight.generated, flight.blocks
         sequence = SimSequence(
             flight.index,
             prompt,
-            prompt + tokens,
-            flight.handing_over,
+            prompt + 1 if hand_over else last,
+            hand_over,
             flight.pin,
-            flight.block_ids,
-            flight.block_tokens,
+            blocks.keys,
+            blocks.block_tokens,
             ticket,
         )
-        flight.begin_leg(on, sequence, now)
+        flight.leg = sequence
+        flight.on = on
+        flight.placed_s = now
+        flight.leg_first_s = UNREACHED
+        flight.legs += 1
         if self._settings.front_s > 0:
             self._events.push(now + self._settings.front_s, EventKind.LEG, flight.index, flight.legs)
         else:
-            self.cluster.submit(on, sequence, now)
+            self.cluster.instances[on].submit(sequence, now)
 
     def _migrate(self, flight: LiveRequest, src: int, dst: int, now: float) -> None:
         assert isinstance(flight, SimulatedRequest)
@@ -292,14 +287,14 @@ class Serving:
         flight.pin = None
         if leg.state == LOADING:
             self.cluster.abort(leg, now)
-            self._dispatch(flight, flight.on, leg.last_token - leg.prompt, None, now)
+            self._dispatch(flight, flight.on, False, None, now)
         else:
             self.cluster.drop(pin, now)
 
     def _refuse(self, flight: SimulatedRequest, context: int, now: float) -> None:
         """End a request that does not fit a context."""
-        prompt, tokens = flight.request.prompt_tokens, flight.output_tokens
-        self.oversize.note(flight.number, flight.most_tokens)
+        prompt, tokens = flight.request.prompt_tokens, flight.request.max_tokens
+        self.oversize.append((flight.most_tokens, flight.number))
         message = f"the context is {context} tokens; the prompt has {prompt} and max_tokens is {tokens}"
         self._close(flight, PromptTooLong(message), now)
 
@@ -307,7 +302,7 @@ class Serving:
         """End a request and write down how it ended."""
         assert isinstance(flight, SimulatedRequest)
         if self._stale and flight.on >= 0:
-            self.reports.tell(flight.on)
+            self._tell(flight.on)
         if error is not None and flight.pin is not None:
             self.cluster.drop(flight.pin, now)
         del self.flights[flight.index]
@@ -325,26 +320,44 @@ class Serving:
 
     # what the instances tell
 
+    def stepped(self, instance: int, count: int, now: float) -> None:
+        """See ``Listener.stepped``. With a heartbeat the ledger knows of steps as of the last one only."""
+        self.steps[instance] += count
+        if self._stale:
+            self._untold[instance].append((count, now))
+        else:
+            self._tell_steps(self._ids[instance], count, now)
+
+    def _tell(self, instance: int) -> None:
+        """Have the ledger know all steps of an instance so far: before who steps together there changes.
+
+        A response tells more than its own token: what brings an instance's answer (a first token, an end, a
+        preemption) brings the steps before it, too.
+        """
+        for count, at_s in self._untold[instance]:
+            self._tell_steps(self._ids[instance], count, at_s)
+        self._untold[instance].clear()
+
     def token(self, sequence: SimSequence, now: float) -> None:
         """See ``Listener.token``: the first one of a leg tells that its prefill, or its pull, has ended."""
         flight = self.flights[sequence.request]
         plane = self.plane
         if self._stale:
-            self.reports.tell(flight.on)
+            self._tell(flight.on)
+        decodes = flight.stage is Stage.DECODE
         if flight.leg_first_s != flight.leg_first_s:
             flight.leg_first_s = now
-            if flight.stage is Stage.DECODE:
-                plane.transfer_ended(flight, now)
-            elif not flight.handing_over:
+            if not decodes and not flight.handing_over:
                 plane.decode_began(flight, sequence.prompt, now)
+                decodes = True
             if flight.first_token_s != flight.first_token_s:
                 flight.note_first_token(sequence, now)
                 plane.prefill_reported(flight, sequence.cached_tokens)
         flight.generated += 1
         flight.last_token_s = now
-        if flight.stage is Stage.DECODE:
-            plane.tokens(flight, 1, now)
-            if not plane.joined(flight):
+        if decodes:
+            plane.tokens(flight, 1, now)  # the first one tells of the transfer's end, too
+            if not plane.ledger.joined(flight.id):
                 raise InternalError(f"{flight.id} is out of step with its batch")
 
     def preempted(self, sequence: SimSequence) -> None:
@@ -352,14 +365,14 @@ class Serving:
         flight = self.flights[sequence.request]
         flight.preemptions += 1
         if self._stale:
-            self.reports.tell(flight.on)
-        self.plane.left_step(flight)
+            self._tell(flight.on)
+        self.plane.ledger.left_step(flight.id)
 
     def paused(self, sequence: SimSequence, now: float) -> None:
         """See ``Listener.paused``."""
         flight = self.flights[sequence.request]
-        self.reports.tell(flight.on)
-        self.plane.left_step(flight)
+        self._tell(flight.on)
+        self.plane.ledger.left_step(flight.id)
 
     def migrated(
         self, sequence: SimSequence, src: int, dst: int, moved_bytes: int, committed: bool, now: float
@@ -390,6 +403,6 @@ class Serving:
             self.cluster.report(now)
             self._do(self.plane.prefill_done(flight, now), now)
             return
-        flight.generated = flight.output_tokens
+        flight.generated = flight.request.max_tokens
         flight.note_end(sequence)
         self._close(flight, None, now)

@@ -24,7 +24,7 @@ class SimSettings:
     ``closed_loop`` a turn waits for its session's previous answer (see ``Arrivals``).
 
     With ``heartbeat_s`` > 0 the control plane knows of steps only as of the last heartbeat (see
-    ``StepReports``). An instance comes up at its time in ``starts_s``, at 0 without one, dies at those in
+    ``Serving.stepped``). An instance comes up at its time in ``starts_s``, at 0 without one, dies at those in
     ``deaths`` and returns, empty, at those in ``returns``; a request is replayed elsewhere at most
     ``replays`` times (the gateway's default).
 

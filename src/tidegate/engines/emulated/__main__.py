@@ -18,8 +18,7 @@ from functools import partial
 
 import uvloop
 
-from tidegate.dataplane.replica import EngineSettings, Replica
-from tidegate.dataplane.roster import parse_groups, replicas_in
+from tidegate.dataplane.replica import EngineSettings, Replica, parse_groups, replicas_in
 from tidegate.engines.emulated.instances import EmulatedInstances, FleetServer
 from tidegate.engines.serving.process import announce, bind, instance_parser, run_process, stop_signal
 from tidegate.engines.serving.secret import API_KEY_ENV, LaunchSecret
