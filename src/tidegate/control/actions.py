@@ -8,7 +8,17 @@ from collections.abc import Iterable, Mapping
 from tidegate.control.effects import Effects, Flipped, StartInstance, StartMigration, StopInstance
 from tidegate.control.live_request import LiveRequest, Stage
 from tidegate.control.membership import Membership
-from tidegate.core.decision import Action, AddInstance, Drain, Flip, Migrate, Place, Remove, SetTarget
+from tidegate.core.decision import (
+    Action,
+    AddInstance,
+    Drain,
+    Flip,
+    Migrate,
+    Place,
+    Remove,
+    SetTarget,
+    Undrain,
+)
 from tidegate.journal.writer import JournalWriter
 from tidegate.ledger.ledger import Ledger
 from tidegate.policies.protocols import DecodePlacement
@@ -53,6 +63,9 @@ class Actions:
                     effects.append(StartInstance(role, reason))
                 case Drain():
                     self._drain(action, now, effects)
+                case Undrain(instance, reason):
+                    if self._membership.undrain(instance) and self._journal.enabled:
+                        self._journal.instance(now, instance, "undrained", reason=reason)
                 case Remove(instance, reason):
                     if instance in self._ledger.ids:
                         self._stop(instance, reason, effects)
@@ -123,7 +136,7 @@ class Actions:
             return
         self._membership.draining[drain.instance] = drain.remove
         if self._journal.enabled:
-            self._journal.instance_draining(now, drain.instance, drain.reason)
+            self._journal.instance(now, drain.instance, "draining", reason=drain.reason)
         effects += self.drain_on(now)
 
     def _move_away(self, instance: str, decodes: Iterable[str], now: float, effects: Effects) -> None:

@@ -50,6 +50,10 @@ class RecordingPlane(ControlPlane):
         self._input("start_failed", 0.0, args={"role": int(role)})
         super().start_failed(role)
 
+    def stop_failed(self, instance_id: str) -> None:
+        self._input("stop_failed", 0.0, args={"instance_id": instance_id})
+        super().stop_failed(instance_id)
+
     def act(self, actions: Sequence[Action], now: float) -> Effects:
         given = [{"type": type(action).__name__, **msgspec.to_builtins(action)} for action in actions]
         self._input("act", now, args={"actions": given})
@@ -193,6 +197,8 @@ class _InputReplay:
                 plane.instance_down(args["instance_id"], args["reason"], now)
             case "start_failed":
                 plane.start_failed(Role(args["role"]))
+            case "stop_failed":
+                plane.stop_failed(args["instance_id"])
             case "act":
                 plane.act([_action(action) for action in args["actions"]], now)
             case "foreign_load":

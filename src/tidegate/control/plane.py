@@ -120,7 +120,7 @@ class ControlPlane:
         self.ledger.instance_up(instance, profile, role, now)
         if self.prefixes is not None:
             self.prefixes.instance_up(instance.id, instance.kv_capacity_tokens)
-        self._journal.instance_up(now, instance.id, role)
+        self._journal.instance(now, instance.id, "up", role=role.label)
         return effects + self._retry(now)
 
     def instance_down(self, instance_id: str, reason: str, now: float) -> Effects:
@@ -132,7 +132,7 @@ class ControlPlane:
         self.membership.leaves(instance_id)
         if self.prefixes is not None:
             self.prefixes.instance_down(instance_id)
-        self._journal.instance_down(now, instance_id, reason)
+        self._journal.instance(now, instance_id, "down", reason=reason)
         return self._place_again(self._held.confirmed_down(instance_id), now) + self._retry(now)
 
     def foreign_load(self, instance_id: str, requests: int, tokens: int) -> None:
@@ -142,6 +142,10 @@ class ControlPlane:
     def start_failed(self, role: Role) -> None:
         """Say that an instance that ``StartInstance`` asked for will not come."""
         self.membership.start_ended(role)
+
+    def stop_failed(self, instance_id: str) -> None:
+        """Say that ``StopInstance`` cannot be carried out; the instance stays drained."""
+        self.membership.stop_failed(instance_id)
 
     def act(self, actions: Sequence[Action], now: float) -> Effects:
         """Execute what an operator or a test decided, beside the system's controllers."""

@@ -94,10 +94,21 @@ class AddInstance:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """Place nothing more on ``instance``, move its decodes away, and with ``remove`` stop it once empty."""
+    """Place nothing more on ``instance``, move its decodes away, and with ``remove`` stop it once empty.
+
+    This holds until the instance is removed or an ``Undrain``, also when it dies and returns meanwhile.
+    """
 
     instance: str
     remove: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Undrain:
+    """Place work on a drained ``instance`` again."""
+
+    instance: str
     reason: str = ""
 
 
@@ -109,7 +120,7 @@ class Remove:
     reason: str = ""
 
 
-Action = Flip | Migrate | SetTarget | AddInstance | Drain | Remove
+Action = Flip | Migrate | SetTarget | AddInstance | Drain | Undrain | Remove
 """What a controller may ask for. ``tidegate.control.actions`` executes every one of them."""
 
 Placement = Place | Hold | Reject

@@ -177,7 +177,8 @@ class Dispatcher:
                         self.plane.start_failed(role)
                 case StopInstance(instance, reason):
                     if not self._fleet.remove(instance, reason):
-                        log.warning("%s cannot be stopped from here; it stays cordoned", instance)
+                        log.warning("%s cannot be stopped from here; it stays drained", instance)
+                        self.plane.stop_failed(instance)
 
     # clocks
 

@@ -18,7 +18,7 @@ from tidegate.core.errors import (
 from tidegate.gateway.answers import StreamedAnswer
 from tidegate.gateway.call import Call, read_call
 from tidegate.gateway.dispatcher import RETRY_AFTER_S, Dispatcher
-from tidegate.gateway.operations import add_instance, drain_instance
+from tidegate.gateway.operations import add_instance, drain_instance, undrain_instance
 from tidegate.gateway.served_request import ServedRequest
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.gateway.state import models_object, state_object
@@ -67,6 +67,7 @@ class Front:
         app.router.add_get("/tidegate/state", self.state)
         app.router.add_post("/tidegate/instances", self.add_instance)
         app.router.add_post("/tidegate/instances/{id}/drain", self.drain_instance)
+        app.router.add_post("/tidegate/instances/{id}/undrain", self.undrain_instance)
         return app
 
     async def cut_off(self) -> None:
@@ -189,6 +190,10 @@ class Front:
         """POST /tidegate/instances/{id}/drain: give an instance nothing more to do."""
         body = await _optional_object(request)
         return json_answer(drain_instance(self._dispatcher, request.match_info["id"], body))
+
+    async def undrain_instance(self, request: web.Request) -> web.Response:
+        """POST /tidegate/instances/{id}/undrain: have a drained instance get work again."""
+        return json_answer(undrain_instance(self._dispatcher, request.match_info["id"]))
 
 
 async def _optional_object(request: web.Request) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What an operator asks of the fleet through a running gateway: add an instance, drain one."""
+"""What an operator asks of the fleet through a running gateway: add an instance, drain one, end a drain."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, StrictBool
 
-from tidegate.core.decision import AddInstance, Drain
+from tidegate.core.decision import AddInstance, Drain, Undrain
 from tidegate.core.errors import BadRequest, UnknownRoute
 from tidegate.core.instance import Role
 from tidegate.gateway.dispatcher import Dispatcher
@@ -54,3 +54,17 @@ def drain_instance(dispatcher: Dispatcher, instance_id: str, body: dict[str, Any
         raise UnknownRoute(f"no instance {instance_id!r} is up")
     dispatcher.act([Drain(instance_id, remove, ASKED)])
     return {"status": "draining", "id": instance_id, "remove": remove}
+
+
+def undrain_instance(dispatcher: Dispatcher, instance_id: str) -> dict[str, Any]:
+    """Have a drained instance, up or down, get work again.
+
+    Raises UnknownRoute when none of that name is drained, BadRequest when it is being stopped already.
+    """
+    draining = dispatcher.plane.membership.draining
+    if instance_id not in draining:
+        raise UnknownRoute(f"no instance {instance_id!r} is drained")
+    dispatcher.act([Undrain(instance_id, ASKED)])
+    if instance_id in draining:
+        raise BadRequest(f"instance {instance_id!r} is empty and being stopped already")
+    return {"status": "undrained", "id": instance_id}

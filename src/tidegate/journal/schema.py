@@ -52,7 +52,7 @@ class HeaderLine(JournalLine, tag="header"):
 
 
 class InstanceLine(JournalLine, tag="instance", omit_defaults=True):
-    """An instance came, with the role it was given, or went, with the reason why."""
+    """``event`` is ``up``, with the role it was given, or ``down``, ``draining``, ``undrained``, with why."""
 
     instance: str
     event: str

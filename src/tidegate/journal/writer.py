@@ -68,19 +68,9 @@ class JournalWriter:
             )
         )
 
-    def instance_up(self, now_s: float, instance: str, role: Role) -> None:
-        """Write that an instance came, with its label."""
-        self.write(InstanceLine(t_s=self.elapsed_s(now_s), instance=instance, event="up", role=role.label))
-
-    def instance_down(self, now_s: float, instance: str, reason: str) -> None:
-        """Write that an instance went, and why."""
-        self.write(InstanceLine(t_s=self.elapsed_s(now_s), instance=instance, event="down", reason=reason))
-
-    def instance_draining(self, now_s: float, instance: str, reason: str) -> None:
-        """Write that an instance gets nothing new, and why."""
-        self.write(
-            InstanceLine(t_s=self.elapsed_s(now_s), instance=instance, event="draining", reason=reason)
-        )
+    def instance(self, now_s: float, instance: str, event: str, *, role: str = "", reason: str = "") -> None:
+        """Write that an instance is up, down, draining or undrained (see ``InstanceLine``)."""
+        self.write(InstanceLine(self.elapsed_s(now_s), instance, event, role, reason))
 
     def decision(
         self, now_s: float, request: str, kind: str, verdict: Verdict, predicted: dict[str, float] | None
