@@ -31,7 +31,7 @@ def fleet(*roles: Role, capacity: int = 400_000) -> Ledger:
 
 
 def queue(ledger: Ledger, on: str, tokens: int) -> str:
-    name = f"r{ledger.counts().dispatched}"
+    name = f"r{ledger.snapshot(0.0).placed_prefills}"
     ledger.prefill_dispatched(request(name, tokens), on, 0.0)
     return name
 

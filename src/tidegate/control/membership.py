@@ -80,7 +80,7 @@ class Membership:
             self.labels.pop(instance_id, None)
 
     def stop_failed(self, instance_id: str) -> None:
-        """Say that an instance that was to be stopped stays up: it is drained, and no longer to be removed."""
+        """Say that an instance cannot be stopped: it stays drained, and is not to be removed any more."""
         self.stopping.discard(instance_id)
         self.draining[instance_id] = False
 

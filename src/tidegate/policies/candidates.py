@@ -16,8 +16,17 @@ from tidegate.core.decision import Alternatives
 from tidegate.core.errors import InternalError, NoInstance
 from tidegate.core.instance import Role
 from tidegate.costs.profile import ProfileTable
-from tidegate.ledger.labels import Candidates, Column, Mask, candidates_of
-from tidegate.ledger.snapshot import EVERYONE, At, Cells, Field, Snapshot
+from tidegate.ledger.snapshot import (
+    EVERYONE,
+    At,
+    Candidates,
+    Cells,
+    Column,
+    Field,
+    Mask,
+    Snapshot,
+    candidates_of,
+)
 
 PREFILL = Role.PREFILL
 

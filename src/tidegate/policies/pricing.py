@@ -7,8 +7,7 @@ import numpy as np
 from tidegate.core.request import Request
 from tidegate.costs.forms import attention_work, greater
 from tidegate.costs.profile import ProfileTable
-from tidegate.ledger.labels import Column
-from tidegate.ledger.snapshot import EVERYONE, At, Cells, Field, Snapshot, prefill_wait_s
+from tidegate.ledger.snapshot import EVERYONE, At, Cells, Column, Field, Snapshot, prefill_wait_s
 from tidegate.policies.candidates import Price, cell, price_at
 
 QUEUED_TOKENS = cell(Field.PREFILL_TOKENS)

@@ -10,8 +10,7 @@ from tidegate.core.decision import ControlDecision, Flip, Verdict
 from tidegate.core.instance import Role
 from tidegate.core.request import Request
 from tidegate.core.slo import Slo
-from tidegate.ledger.labels import Candidates, columns_of
-from tidegate.ledger.snapshot import Mask, Snapshot, prefill_wait_s
+from tidegate.ledger.snapshot import Candidates, Mask, Snapshot, columns_of, prefill_wait_s
 from tidegate.policies.arrow.published import may_decode, placed, placed_on_flipped
 from tidegate.policies.candidates import (
     Price,

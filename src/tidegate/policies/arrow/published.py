@@ -15,8 +15,7 @@ from tidegate.core.instance import Role
 from tidegate.core.request import Request
 from tidegate.core.slo import Slo
 from tidegate.costs.profile import ProfileTable
-from tidegate.ledger.labels import Candidates, columns_of
-from tidegate.ledger.snapshot import At, Cells, Column, Field, Mask, Snapshot
+from tidegate.ledger.snapshot import At, Candidates, Cells, Column, Field, Mask, Snapshot, columns_of
 from tidegate.policies.candidates import Price, best, best_within, cell, compared, member_mask, pool
 from tidegate.policies.pricing import QUEUED_TOKENS, RESIDENT_TOKENS, tokens_over_limit, ttft_s
 from tidegate.policies.protocols import Signal
