@@ -6,7 +6,6 @@ Only this file decides whether instances are priced one by one or all at once (s
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -84,16 +83,18 @@ def with_room(
     Decodes and handoffs take room. ``held_on`` names the instance that holds the request's KV as handoff: it
     needs no more there. ``reserve`` is the share of each cache that has to stay free.
     """
-    spare_tokens = _free_beyond(reserve) if reserve else FREE_TOKENS
-    cells = snapshot.cells
-    if reserve or isinstance(candidates, np.ndarray):
+    cells, free, capacity = snapshot.cells, Field.FREE_TOKENS, Field.KV_CAPACITY_TOKENS
+    if isinstance(candidates, np.ndarray):
+        spare_tokens = _free_beyond(reserve) if reserve else FREE_TOKENS
         found = at_least(snapshot, candidates, spare_tokens, tokens)
-    else:  # the same, without a call per instance
-        found = [at for at in candidates if cells[Field.FREE_TOKENS, at] >= tokens]
+    elif reserve:  # the same, without a call per instance
+        found = [at for at in candidates if cells[free, at] - reserve * cells[capacity, at] >= tokens]
+    else:
+        found = [at for at in candidates if cells[free, at] >= tokens]
     held = None if held_on is None else snapshot.index.get(held_on)
     if held is None:
         return found
-    if not 0.0 <= spare_tokens(snapshot.cells, held, snapshot.costs) < tokens or held not in candidates:
+    if not 0.0 <= cells[free, held] - reserve * cells[capacity, held] < tokens or held not in candidates:
         return found
     return candidates_of(np.array(sorted([*found, held]), dtype=np.intp))
 
@@ -155,11 +156,9 @@ def compared(snapshot: Snapshot, candidates: Candidates, prices: dict[str, Price
     )
 
 
-@cache
 def _free_beyond(reserve: float) -> Price:
-    return lambda cells, at, costs: (
-        cells[Field.FREE_TOKENS, at] - reserve * cells[Field.KV_CAPACITY_TOKENS, at]
-    )
+    free, capacity = Field.FREE_TOKENS, Field.KV_CAPACITY_TOKENS
+    return lambda cells, at, costs: cells[free, at] - reserve * cells[capacity, at]
 
 
 def _best_of_many(

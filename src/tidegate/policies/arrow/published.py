@@ -31,6 +31,9 @@ SUSTAIN_TICKS = 3
 TICK_S = 1.0
 """Seconds between ticks. Narwhal."""
 
+DISAGGREGATED, PREFILL_LABEL = Path.DISAGGREGATED, float(Role.PREFILL)
+"""Read from here in a fraction of the time that the enums take."""
+
 CandidateRule = Callable[[Snapshot, Role, int, str | None], Candidates]
 """Returns who is compared for a role, by the request's tokens and the instance that holds its KV."""
 
@@ -211,7 +214,7 @@ def decode_pool_load(snapshot: Snapshot, slo: Slo) -> float:
 def may_decode(snapshot: Snapshot, instance: str) -> bool:
     """Tell whether ``instance`` is up and its label lets it decode."""
     at = snapshot.index.get(instance)
-    return at is not None and snapshot.cells[Field.ROLE, at] != Role.PREFILL
+    return at is not None and snapshot.cells[Field.ROLE, at] != PREFILL_LABEL
 
 
 def placed(
@@ -222,7 +225,7 @@ def placed(
     flips: tuple[Flip, ...] = (),
 ) -> Verdict:
     """Return the verdict that places one half, or both on one instance. ``decode_on`` None: decided later."""
-    return Verdict(Place(prefill_on, decode_on, Path.DISAGGREGATED), flips, alternatives, reason)
+    return Verdict(Place(prefill_on, decode_on, DISAGGREGATED), flips, alternatives, reason)
 
 
 def placed_on_flipped(
