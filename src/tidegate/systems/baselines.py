@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from tidegate.core.errors import ConfigError
-from tidegate.policies.baselines.colocated import Colocated
-from tidegate.policies.baselines.least_loaded import LeastLoaded
-from tidegate.policies.baselines.minimal_load import MinimalLoad
-from tidegate.policies.baselines.round_robin import RoundRobin
+from tidegate.policies.baselines import LEAST_LOADED, MINIMAL_LOAD, Colocated, RoundRobin
 from tidegate.policies.starting_roles import mixed_roles
 from tidegate.systems.registry import SYSTEMS, SystemOptions
 from tidegate.systems.system import System
@@ -15,40 +12,25 @@ from tidegate.systems.system import System
 @SYSTEMS.register("round-robin")
 def round_robin(options: SystemOptions) -> System:
     """A static split; each phase goes around its pool."""
-    policy = RoundRobin()
-    return System(
-        name="round-robin",
-        summary="static split, each pool in turn",
-        roles=options.roles(),
-        prefill=policy,
-        decode=policy,
-    )
+    both = RoundRobin()
+    summary = "static split, each pool in turn"
+    return System(name="round-robin", summary=summary, roles=options.roles(), prefill=both, decode=both)
 
 
 @SYSTEMS.register("static")
 def static(options: SystemOptions) -> System:
     """A static split; each phase goes to the member with the fewest tokens (DistServe)."""
-    policy = LeastLoaded()
-    return System(
-        name="static",
-        summary="static split, fewest tokens first",
-        roles=options.roles(),
-        prefill=policy,
-        decode=policy,
-    )
+    both = LEAST_LOADED
+    summary = "static split, fewest tokens first"
+    return System(name="static", summary=summary, roles=options.roles(), prefill=both, decode=both)
 
 
 @SYSTEMS.register("minimal-load")
 def minimal_load(options: SystemOptions) -> System:
     """A static split; each phase goes where it is predicted to be fastest (xLLM's baseline)."""
-    policy = MinimalLoad()
-    return System(
-        name="minimal-load",
-        summary="static split, least predicted time first",
-        roles=options.roles(),
-        prefill=policy,
-        decode=policy,
-    )
+    both = MINIMAL_LOAD
+    summary = "static split, least predicted time first"
+    return System(name="minimal-load", summary=summary, roles=options.roles(), prefill=both, decode=both)
 
 
 @SYSTEMS.register("colocated")
@@ -56,11 +38,6 @@ def colocated(options: SystemOptions) -> System:
     """No disaggregation: both phases of a request on the instance of least predicted load."""
     if options.split is not None:
         raise ConfigError("system 'colocated' has no split: every instance runs both phases")
-    policy = Colocated()
-    return System(
-        name="colocated",
-        summary="both phases on one instance",
-        roles=mixed_roles,
-        prefill=policy,
-        decode=policy,
-    )
+    both = Colocated()
+    summary = "both phases on one instance"
+    return System(name="colocated", summary=summary, roles=mixed_roles, prefill=both, decode=both)
