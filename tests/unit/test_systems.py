@@ -12,8 +12,7 @@ from tidegate.policies.arrow.published import ArrowMonitor, ArrowPlacement
 from tidegate.policies.arrow.repair import RepairingMonitor, RepairingPlacement
 from tidegate.policies.candidates import pool_with_room
 from tidegate.policies.order import make_order
-from tidegate.signals.prefix import PrefixIndex
-from tidegate.signals.producers import Profiles, check_signals
+from tidegate.policies.protocols import Signal
 from tidegate.systems import SYSTEMS, make_system
 
 NAMES = ("arrow", "arrow-lending", "arrow-v1", "colocated", "minimal-load", "round-robin", "static")
@@ -78,11 +77,11 @@ def test_a_tick_is_positive(tick_s: float) -> None:
 
 
 def test_a_system_without_its_signals_is_refused() -> None:
-    check_signals(make_system("round-robin"), [])
-    check_signals(make_system("arrow"), [PrefixIndex(), Profiles()])
+    make_system("round-robin").check_signals([])
+    make_system("arrow").check_signals(list(Signal))
     expected = "'arrow' needs the signals profile; this deployment has: prefix_hits"
     with pytest.raises(ConfigError, match=expected):
-        check_signals(make_system("arrow"), [PrefixIndex()])
+        make_system("arrow").check_signals([Signal.PREFIX_HITS])
 
 
 def test_a_system_takes_an_order() -> None:

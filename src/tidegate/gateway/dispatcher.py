@@ -38,8 +38,8 @@ from tidegate.gateway.sessions import Conversations
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.gateway.upstream import Handles, Upstream, connect
 from tidegate.journal.writer import JournalWriter
+from tidegate.policies.protocols import Signal
 from tidegate.signals.prefix import PrefixIndex
-from tidegate.signals.producers import Producer, Profiles
 from tidegate.systems.system import System
 
 log = logging.getLogger(__name__)
@@ -254,7 +254,7 @@ class Dispatcher:
         """The longest context an instance that is up offers; 0 with none up."""
         return max((u.member.instance.max_model_len for u in self.upstreams.values()), default=0)
 
-    def producers(self) -> list[Producer]:
-        """Return who produces signals in this deployment, now that the fleet is up."""
+    def signals(self) -> list[Signal]:
+        """Return the signals that this deployment gives, now that the fleet is up."""
         measured = all(u.member.profile is not None for u in self.upstreams.values())
-        return [self.prefixes, Profiles()] if measured else [self.prefixes]
+        return [Signal.PREFIX_HITS, Signal.PROFILE] if measured else [Signal.PREFIX_HITS]

@@ -241,15 +241,6 @@ class OutcomeLine(JournalLine, tag="outcome", kw_only=True):
 
 
 LINES: dict[str, type[JournalLine]] = {
-    "header": HeaderLine,
-    "instance": InstanceLine,
-    "decision": DecisionLine,
-    "flip": FlipLine,
-    "control": ControlLine,
-    "migration": MigrationLine,
-    "failure": FailureLine,
-    "load_drift": LoadDriftLine,
-    "input": InputLine,
-    "outcome": OutcomeLine,
+    str(line.__struct_config__.tag): line for line in JournalLine.__subclasses__()
 }
 """The structs by the ``type`` of their lines."""

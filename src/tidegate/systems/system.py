@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,3 +60,12 @@ class System:
         """The union of its parts' needs, and its own."""
         parts = (self.prefill, self.decode, *self.controllers)
         return self.signals.union(*(part.needs for part in parts))
+
+    def check_signals(self, given: Collection[Signal]) -> None:
+        """Raise ConfigError when the system needs a signal that is not ``given`` in this deployment."""
+        missing = sorted(self.needs.difference(given))
+        if missing:
+            have = ", ".join(sorted(given)) or "none"
+            raise ConfigError(
+                f"system {self.name!r} needs the signals {', '.join(missing)}; this deployment has: {have}"
+            )
