@@ -19,13 +19,12 @@ from tidegate.policies.arrow.lending import (
     decode_fullness,
     expected_wait_s,
 )
-from tidegate.policies.arrow.published import ArrowMonitor
 from tidegate.testing import instance, profile, request
 
 P, D = Role.PREFILL, Role.DECODE
 SLO = Slo(1.0, 0.05)
 LENDING = LendingPlacement(slo=SLO)
-MONITOR = LendingMonitor(ArrowMonitor(slo=SLO, sustain=1))
+MONITOR = LendingMonitor(slo=SLO, sustain=1)
 
 
 def fleet(*roles: Role, kv_tokens: int = 100_000) -> Ledger:

@@ -62,7 +62,7 @@ def test_options_reach_the_policies() -> None:
     assert lending.prefill == RepairingPlacement(LendingPlacement(slo=slo))
     monitor = ArrowMonitor(slo=slo, period_s=0.25)
     assert published.controllers == (RepairingMonitor(monitor),)
-    assert lending.controllers == (RepairingMonitor(LendingMonitor(monitor)),)
+    assert lending.controllers == (RepairingMonitor(LendingMonitor(slo=slo, period_s=0.25)),)
 
 
 def test_a_name_that_a_system_had_says_which_it_has() -> None:

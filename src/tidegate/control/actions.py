@@ -47,7 +47,10 @@ class Actions:
         self.migrations: Counter[str] = Counter()
 
     def execute(self, actions: Iterable[Action], now: float) -> Effects:
-        """Carry out each action as far as it is legal; one that is not changes nothing."""
+        """Carry out each action as far as it is legal; one that is not changes nothing.
+
+        A flip is legal where an instance is up, flippable and labelled otherwise.
+        """
         effects: Effects = []
         for action in actions:
             match action:
@@ -82,13 +85,6 @@ class Actions:
                 self._move_away(instance, residents.decodes, now, effects)
             elif remove and instance not in self._membership.stopping:
                 self._stop(instance, "drained", effects)
-        return effects
-
-    def apply_flips(self, flips: Iterable[Flip], now: float) -> Effects:
-        """Rewrite labels. A flip of an instance that is not up, not flippable or labelled so does nothing."""
-        effects: Effects = []
-        for flip in flips:
-            self._flip(flip, now, effects)
         return effects
 
     def note_migration(

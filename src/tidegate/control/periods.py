@@ -16,8 +16,6 @@ class _Period:
 
     def __init__(self, length_s: float) -> None:
         self._length_s = length_s
-        self._start_s = 0.0
-        self._count = 1
         self.next_s = float("inf")
 
     def start(self, now: float) -> None:
@@ -29,8 +27,7 @@ class _Period:
         """Tell whether a period has ended by ``now``; all that have ended count as one."""
         if now < self.next_s:
             return False
-        passed = int((now - self._start_s) / self._length_s)
-        self._count = max(self._count + 1, passed)
+        self._count = max(self._count + 1, int((now - self._start_s) / self._length_s))
         while self._start_s + self._count * self._length_s <= now:
             self._count += 1
         self.next_s = self._start_s + self._count * self._length_s
@@ -49,8 +46,7 @@ class Periods:
 
     def start(self, now: float) -> float:
         """Begin all periods; return when the first one ends."""
-        self._window.start(now)
-        for _, period in self._controllers:
+        for period in (self._window, *(period for _, period in self._controllers)):
             period.start(now)
         return self.next_s
 

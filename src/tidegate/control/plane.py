@@ -10,16 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tidegate.control.actions import Actions
-from tidegate.control.effects import (
-    Effects,
-    GiveUp,
-    Held,
-    Replay,
-    RunDecode,
-    RunPrefill,
-    Suspect,
-    WakeAt,
-)
+from tidegate.control.effects import Effects, GiveUp, Held, Replay, RunDecode, RunPrefill, Suspect, WakeAt
 from tidegate.control.held import HeldRequests
 from tidegate.control.live_request import LiveRequest, Stage
 from tidegate.control.membership import Membership
@@ -52,7 +43,8 @@ class ControlPlane:
     """Runs one system over one fleet.
 
     ``ids`` are the instances that the fleet starts with. ``prefixes``, where given, tells placements what
-    each instance's prefix cache holds. ``requests`` are those that have not ended, by id.
+    each instance's prefix cache holds. ``requests`` are those that have not ended, by id; ``migrations``
+    counts what became of migrations: begun, done, cancelled, ignored.
 
     Times are a driver's seconds and never decrease. Every verb returns what is to be done, in this order.
     """
@@ -74,6 +66,7 @@ class ControlPlane:
         self._journal = journal
         self._held = HeldRequests(system.order)
         self._actions = Actions(self.ledger, self.membership, self.requests, system.decode, journal)
+        self.migrations: Mapping[str, int] = self._actions.migrations
         self._periods = Periods(system)
         self._audited = False
         self._reasons: dict[str, str] = {}
@@ -116,7 +109,7 @@ class ControlPlane:
     ) -> Effects:
         """Add an instance, empty, under the label that ``Membership.joins`` gives it."""
         role, flips = self.membership.joins(instance.id, fixed_role, now)
-        effects = self._actions.apply_flips(flips, now)
+        effects = self._actions.execute(flips, now)
         self.ledger.instance_up(instance, profile, role, now)
         if self.prefixes is not None:
             self.prefixes.instance_up(instance.id, instance.kv_capacity_tokens)
@@ -167,7 +160,7 @@ class ControlPlane:
             return [GiveUp(live, self._none_up())]
         assert live.prefill_on is not None
         verdict = self.system.decode.place_decode(request, view, live.prefill_on)
-        effects = self._actions.apply_flips(verdict.flips, now) if verdict.flips and whole else []
+        effects = self._actions.execute(verdict.flips, now) if verdict.flips and whole else []
         if self._journal.enabled:
             self._note_decision(request, "place_decode", verdict, view)
         decision = verdict.decision
@@ -299,11 +292,6 @@ class ControlPlane:
         return self._periods.window_ends_s
 
     @property
-    def migrations(self) -> Mapping[str, int]:
-        """What became of migrations, counted: begun, done, cancelled, ignored."""
-        return self._actions.migrations
-
-    @property
     def held_count(self) -> int:
         """How many requests wait to be placed."""
         return len(self._held)
@@ -320,7 +308,7 @@ class ControlPlane:
             if hits:
                 request = request._replace(cached=hits)
         verdict = self.system.prefill.place_prefill(request, view)
-        effects = self._actions.apply_flips(verdict.flips, now) if verdict.flips and whole else []
+        effects = self._actions.execute(verdict.flips, now) if verdict.flips and whole else []
         if self._journal.enabled:
             self._note_decision(request, kind, verdict, view)
         decision = verdict.decision

@@ -26,7 +26,7 @@ def arrow(options: SystemOptions) -> System:
 def arrow_lending(options: SystemOptions) -> System:
     """Arrow v2 where pools lend by what they would be left with (ours)."""
     placement = LendingPlacement(slo=options.slo)
-    monitor = LendingMonitor(ArrowMonitor(slo=options.slo, period_s=options.tick_s))
+    monitor = LendingMonitor(slo=options.slo, period_s=options.tick_s)
     return _repaired("arrow-lending", "SLO-aware placement with role flips", options, placement, monitor)
 
 

@@ -143,36 +143,19 @@ class LendingPlacement:
 
 
 @dataclass(frozen=True, slots=True)
-class LendingMonitor:
+class LendingMonitor(ArrowMonitor):
     """Algorithm 2, in which full KV counts as load too, and nothing is lent that the prefill pool needs."""
 
-    published: ArrowMonitor = field(default_factory=ArrowMonitor)
     limits: Lending = field(default_factory=Lending)
-    needs: frozenset[Signal] = frozenset({Signal.PROFILE})
-
-    @property
-    def name(self) -> str:
-        """That of the published monitor."""
-        return self.published.name
-
-    @property
-    def period_s(self) -> float:
-        """That of the published monitor."""
-        return self.published.period_s
-
-    def initial(self) -> int:
-        """See ``ArrowMonitor.initial``."""
-        return self.published.initial()
 
     def decide(self, snapshot: Snapshot, state: int) -> ControlDecision[int]:
         """Return at most one flip."""
-        slo, shrink = self.published.slo, self.published.shrink
-        prefill, decode = prefill_pool_load(snapshot, slo), decode_pool_load(snapshot, slo)
+        prefill, decode = prefill_pool_load(snapshot, self.slo), decode_pool_load(snapshot, self.slo)
         loads = f"prefill load {prefill:.2f}, decode load {decode:.2f}"
-        decode = max(decode, decode_fullness(snapshot, slo))
-        needed = decode >= self.limits.needy or prefill <= shrink <= decode
-        high = needed and self.limits.prefill_spares_one(snapshot, slo)
-        return self.published.counted(snapshot, state, high, loads)
+        decode = max(decode, decode_fullness(snapshot, self.slo))
+        needed = decode >= self.limits.needy or prefill <= self.shrink <= decode
+        high = needed and self.limits.prefill_spares_one(snapshot, self.slo)
+        return self.counted(snapshot, state, high, loads)
 
 
 def prefill_beside_decodes(request: Request, snapshot: Snapshot) -> int | None:
