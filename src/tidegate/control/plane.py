@@ -190,14 +190,6 @@ class ControlPlane:
         for observer in self._observers:
             observer.tokens(live.resident(), live.generated, now)
 
-    def joined(self, live: LiveRequest) -> bool:
-        """Say that a decode steps together with others from its last ``tokens`` on (``Ledger.joined``)."""
-        return self.ledger.joined(live.id)
-
-    def left_step(self, live: LiveRequest) -> None:
-        """Say that a decode pauses (``Ledger.left_step``)."""
-        self.ledger.left_step(live.id)
-
     def stepped(self, instance_id: str, count: int, now: float) -> None:
         """Count ``count`` tokens of every decode in step on an instance (``Ledger.stepped``)."""
         self.ledger.stepped(instance_id, count, now)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,24 +126,16 @@ Action = Flip | Migrate | SetTarget | AddInstance | Drain | Undrain | Remove
 Placement = Place | Hold | Reject
 
 
-class Alternatives:
+class Alternatives(NamedTuple):
     """The instances a placement compared, with the named terms of each one's cost.
 
     ``terms`` returns, by name (unit in the name), one value per entry of ``ids``; it is only called when a
     journal asks. ``candidates`` holds the positions of the instances that were compared (None: all of them).
     """
 
-    __slots__ = ("candidates", "ids", "terms")
-
-    def __init__(
-        self,
-        ids: Sequence[str],
-        terms: Callable[[], Mapping[str, NDArray[np.float64]]],
-        candidates: Sequence[int] | NDArray[np.intp] | None = None,
-    ) -> None:
-        self.ids: Final = ids
-        self.terms: Final = terms
-        self.candidates: Final = candidates
+    ids: Sequence[str]
+    terms: Callable[[], Mapping[str, NDArray[np.float64]]]
+    candidates: Sequence[int] | NDArray[np.intp] | None = None
 
     def top(self, limit: int) -> list[dict[str, float | str]]:
         """Return the ``limit`` best candidates, ordered by the terms in turn, as plain rows."""
@@ -171,12 +163,8 @@ S = TypeVar("S")
 
 
 class ControlDecision(NamedTuple, Generic[S]):
-    """What a controller decides in one period: its state for the next one, actions, and why.
-
-    ``alternatives`` are the instances it compared, where it did.
-    """
+    """What a controller decides in one period: its state for the next one, actions, and why."""
 
     state: S
     actions: tuple[Action, ...] = ()
     reason: str = ""
-    alternatives: Alternatives | None = None

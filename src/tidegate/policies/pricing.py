@@ -53,6 +53,12 @@ def fastest_prefill_seconds(snapshot: Snapshot, request: Request) -> float:
     return float(np.min(own_prefill_s(request, snapshot)(snapshot.state, EVERYONE, snapshot.costs)))
 
 
+def wait_s(snapshot: Snapshot) -> Price:
+    """Return the predicted seconds until a prefill that joins the queue now would start."""
+    now_s = snapshot.at_s
+    return lambda cells, at, costs: prefill_wait_s(cells, at, now_s)
+
+
 def ttft_s(snapshot: Snapshot, request: Request) -> Price:
     """Return the predicted queue wait plus T(r, i): Arrow's q1 + p1 (v2, section 4)."""
     now_s, own_s = snapshot.at_s, own_prefill_s(request, snapshot)
@@ -93,6 +99,5 @@ def predicted_on(
         return None
     if decode:
         return {"step_s": round(price_at(snapshot, step_s(request), at), 6)}
-    wait_s = float(prefill_wait_s(snapshot.cells, at, snapshot.at_s))
     own_s = price_at(snapshot, own_prefill_s(request, snapshot), at)
-    return {"wait_s": round(wait_s, 6), "prefill_s": round(own_s, 6)}
+    return {"wait_s": round(price_at(snapshot, wait_s(snapshot), at), 6), "prefill_s": round(own_s, 6)}

@@ -344,7 +344,7 @@ class Serving:
         flight.last_token_s = now
         if flight.stage is Stage.DECODE:
             plane.tokens(flight, 1, now)
-            if not plane.joined(flight):
+            if not plane.ledger.joined(flight.id):
                 raise InternalError(f"{flight.id} is out of step with its batch")
 
     def preempted(self, sequence: SimSequence) -> None:
@@ -353,13 +353,13 @@ class Serving:
         flight.preemptions += 1
         if self._stale:
             self.reports.tell(flight.on)
-        self.plane.left_step(flight)
+        self.plane.ledger.left_step(flight.id)
 
     def paused(self, sequence: SimSequence, now: float) -> None:
         """See ``Listener.paused``."""
         flight = self.flights[sequence.request]
         self.reports.tell(flight.on)
-        self.plane.left_step(flight)
+        self.plane.ledger.left_step(flight.id)
 
     def migrated(
         self, sequence: SimSequence, src: int, dst: int, moved_bytes: int, committed: bool, now: float
