@@ -70,13 +70,11 @@ class Ledger:
         self._membership_changed()
 
     def instance_down(self, instance_id: str, now: float) -> list[str]:
-        """Remove the instance; return every request that had work or KV there.
+        """Remove the instance; return every request that had work or KV there: the driver replays or ends it.
 
-        The driver re-dispatches or ends each of them. Those whose KV is lost are not live any more. Two
-        kinds still are, because their KV may live: a request that was to decode here while its KV is
-        still at its prefill instance is back to waiting for a decode placement, and a request that
-        decodes elsewhere but may not have pulled everything from here keeps decoding there. An unknown
-        id returns an empty list.
+        Those whose KV is lost are not live any more. A request that was to decode here while its KV is still
+        at its prefill instance waits for a decode placement again; one that decodes elsewhere, but may not
+        have pulled everything from here, keeps decoding there. An unknown id returns an empty list.
         """
         instance = self._instances.get(instance_id)
         if instance is None:

@@ -153,7 +153,6 @@ class ArrowV1Monitor:
     needs: frozenset[Signal] = frozenset({Signal.PROFILE})
 
     def initial(self) -> None:
-        """See ``Controller.initial``."""
         return
 
     def decide(self, snapshot: Snapshot, state: None) -> ControlDecision[None]:

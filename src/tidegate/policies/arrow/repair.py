@@ -82,11 +82,9 @@ class RepairingMonitor(Generic[S]):
         return self.monitor.period_s
 
     def initial(self) -> S:
-        """See ``Controller.initial``."""
         return self.monitor.initial()
 
     def decide(self, snapshot: Snapshot, state: S) -> ControlDecision[S]:
-        """See ``Controller.decide``."""
         if not snapshot.ids:
             return ControlDecision(self.initial(), reason="no instance is up")
         flipped = repair(snapshot)
