@@ -126,16 +126,24 @@ Action = Flip | Migrate | SetTarget | AddInstance | Drain | Undrain | Remove
 Placement = Place | Hold | Reject
 
 
-class Alternatives(NamedTuple):
+class Alternatives:
     """The instances a placement compared, with the named terms of each one's cost.
 
     ``terms`` returns, by name (unit in the name), one value per entry of ``ids``; it is only called when a
     journal asks. ``candidates`` holds the positions of the instances that were compared (None: all of them).
     """
 
-    ids: Sequence[str]
-    terms: Callable[[], Mapping[str, NDArray[np.float64]]]
-    candidates: Sequence[int] | NDArray[np.intp] | None = None
+    __slots__ = ("candidates", "ids", "terms")
+
+    def __init__(
+        self,
+        ids: Sequence[str],
+        terms: Callable[[], Mapping[str, NDArray[np.float64]]],
+        candidates: Sequence[int] | NDArray[np.intp] | None = None,
+    ) -> None:
+        self.ids = ids
+        self.terms = terms
+        self.candidates = candidates
 
     def top(self, limit: int) -> list[dict[str, float | str]]:
         """Return the ``limit`` best candidates, ordered by the terms in turn, as plain rows."""

@@ -107,7 +107,8 @@ def price_at(snapshot: Snapshot, price: Price, column: int) -> float:
 def at_least(snapshot: Snapshot, candidates: Candidates, price: Price, least: float) -> Candidates:
     """Narrow ``candidates``, perhaps to none, to those whose ``price`` is at least ``least``."""
     if isinstance(candidates, np.ndarray):
-        kept = (_column(snapshot, price) >= least)[candidates].nonzero()[0]
+        meets = price(snapshot.state, EVERYONE, snapshot.costs) >= least
+        kept = meets[candidates].nonzero()[0]
         return candidates if len(kept) == len(candidates) else candidates_of(candidates[kept])
     cells, costs, rows = snapshot.cells, snapshot.costs, snapshot.costs.rows
     return [at for at in candidates if price(cells, at, rows[at] if rows else costs) >= least]
@@ -151,9 +152,12 @@ def best_within(
 
 def compared(snapshot: Snapshot, candidates: Candidates, prices: dict[str, Price]) -> Alternatives:
     """Return ``candidates`` with the named prices they were compared by, in that order, for the journal."""
-    return Alternatives(
-        snapshot.ids, lambda: {name: _column(snapshot, price) for name, price in prices.items()}, candidates
-    )
+
+    def terms() -> dict[str, Column]:
+        state, costs = snapshot.state, snapshot.costs
+        return {name: price(state, EVERYONE, costs) for name, price in prices.items()}
+
+    return Alternatives(snapshot.ids, terms, candidates)
 
 
 def _free_beyond(reserve: float) -> Price:
@@ -164,7 +168,8 @@ def _free_beyond(reserve: float) -> Price:
 def _best_of_many(
     snapshot: Snapshot, candidates: NDArray[np.intp], price: Price, most: float, lead: Price | None
 ) -> int | None:
-    values = _column(snapshot, price)[candidates]
+    state, costs = snapshot.state, snapshot.costs
+    values = price(state, EVERYONE, costs)[candidates]
     if most < np.inf:
         within = (values <= most).nonzero()[0]
         if len(within) < len(candidates):
@@ -172,12 +177,7 @@ def _best_of_many(
     if not len(candidates):
         return None
     if lead is not None:
-        leads = _column(snapshot, lead)[candidates]
+        leads = lead(state, EVERYONE, costs)[candidates]
         ties = (leads == leads[leads.argmin()]).nonzero()[0]
         candidates, values = candidates[ties], values[ties]
     return int(candidates[values.argmin()])
-
-
-def _column(snapshot: Snapshot, price: Price) -> Column:
-    column: Column = price(snapshot.state, EVERYONE, snapshot.costs)
-    return column

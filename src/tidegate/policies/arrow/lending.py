@@ -237,11 +237,11 @@ def expected_wait_s(snapshot: Snapshot, *, fewer: int = 0) -> float:
     a large pool waits less at the same use, and unequal prompts wait more.
     """
     left = int(np.count_nonzero(snapshot.labelled(Role.PREFILL))) - fewer
-    demand = float(snapshot.prefill_demand.sum())
+    demand = float(np.add.reduce(snapshot.prefill_demand))
     use = demand / left if left > 0 else math.inf
     if use >= 1.0:
         return math.inf
     if demand <= 0.0:
         return 0.0
-    residual_s = float(snapshot.prefill_squares_s.sum()) / (2.0 * demand)
+    residual_s = float(np.add.reduce(snapshot.prefill_squares_s)) / (2.0 * demand)
     return float(use ** (math.sqrt(2.0 * (left + 1)) - 1.0)) / (left * (1.0 - use)) * residual_s
