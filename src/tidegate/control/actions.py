@@ -22,7 +22,7 @@ from tidegate.core.decision import (
 from tidegate.journal.writer import JournalWriter
 from tidegate.ledger.ledger import Ledger
 from tidegate.policies.protocols import DecodePlacement
-from tidegate.policies.target import steps_to_target
+from tidegate.policies.starting_roles import steps_to_target
 
 
 class Actions:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from heapq import heapify, heappop, heappush
-from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from tidegate.core.errors import ConfigError, InternalError
 from tidegate.core.request import Request
@@ -216,7 +217,8 @@ class FeasibleQueue(RankedQueue[T]):
     first come, first served; whoever has starved before all.
 
     Hopeless is who would miss its deadline if it started now; that lasts. Every starved request is
-    hopeless, because its deadline has passed.
+    hopeless, because its deadline has passed. Ours, after Moore 1968, who minimises the number of late jobs
+    by setting some aside; here only those are set aside that would be late even if they started now.
     """
 
     def __init__(self, bound: float) -> None:
@@ -249,65 +251,29 @@ def by_work(ticket: Ticket) -> float:
     return ticket.work_s
 
 
-class Order(Protocol):
-    """Makes queues of one order. Frozen; the queues it makes share nothing."""
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Makes queues of one order, which share nothing; ``name`` is that in ``ORDERS``."""
 
-    @property
-    def name(self) -> str:
-        """The name in ``ORDERS``."""
-        ...
+    name: str
+    make: Callable[[], WaitingQueue[Any]]
 
     def queue(self) -> WaitingQueue[Any]:
         """Return an empty queue."""
-        ...
+        return self.make()
 
 
-@dataclass(frozen=True, slots=True)
-class Fifo:
-    """First come, first served, in push order: what vLLM does unless told otherwise. Nobody starves."""
+FIFO = Order("fifo", WaitingQueue)
+"""What vLLM does unless told otherwise. Nobody starves."""
 
-    name: str = field(default="fifo", init=False)
-
-    def queue(self) -> WaitingQueue[Any]:
-        return WaitingQueue()
-
-
-@dataclass(frozen=True, slots=True)
-class Ranked:
-    """Least ``rank`` first, whoever has starved before all (ours)."""
-
-    name: str
-    rank: Callable[[Ticket], float]
-    starvation_bound: float
-
-    def queue(self) -> WaitingQueue[Any]:
-        return RankedQueue(self.rank, self.starvation_bound)
-
-
-@dataclass(frozen=True, slots=True)
-class FeasibleFirst:
-    """Earliest deadline first among those that can still meet it; the hopeless ones last, in push order;
-    whoever has starved before all.
-
-    Ours, after Moore 1968, who minimises the number of late jobs by setting some aside; here only those are
-    set aside that would be late even if they started now.
-    """
-
-    starvation_bound: float
-    name: str = field(default="feasible-first", init=False)
-
-    def queue(self) -> WaitingQueue[Any]:
-        return FeasibleQueue(self.starvation_bound)
-
-
-ORDERS: Final[Registry[Callable[[float], Order]]] = Registry("order", group="tidegate.orders")
+ORDERS: Registry[Callable[[float], Order]] = Registry("order", group="tidegate.orders")
 """Factories of orders from a starvation bound. A third party names one under the entry point group
 ``tidegate.orders``."""
 
-ORDERS.register("fifo")(lambda bound: Fifo())
-ORDERS.register("edf")(lambda bound: Ranked("edf", by_deadline, bound))
-ORDERS.register("sjf")(lambda bound: Ranked("sjf", by_work, bound))
-ORDERS.register("feasible-first")(FeasibleFirst)
+ORDERS.register("fifo")(lambda bound: FIFO)
+ORDERS.register("edf")(lambda bound: Order("edf", partial(RankedQueue, by_deadline, bound)))
+ORDERS.register("sjf")(lambda bound: Order("sjf", partial(RankedQueue, by_work, bound)))
+ORDERS.register("feasible-first")(lambda bound: Order("feasible-first", partial(FeasibleQueue, bound)))
 
 
 def make_order(name: str, *, starvation_bound: float = STARVATION_BOUND) -> Order:

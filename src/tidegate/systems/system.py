@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tidegate.core.errors import ConfigError
-from tidegate.policies.order import Fifo, Order
+from tidegate.policies.order import FIFO, Order
 from tidegate.policies.protocols import (
     Controller,
     DecodePlacement,
@@ -35,7 +35,7 @@ class System:
     prefill: PrefillPlacement
     decode: DecodePlacement
     controllers: tuple[Controller[Any], ...] = ()
-    order: Order = field(default_factory=Fifo)
+    order: Order = FIFO
     observers: tuple[Observer, ...] = ()
     signals: frozenset[Signal] = frozenset()
     window_s: float = 1.0
