@@ -18,7 +18,7 @@ from tidegate.control.effects import (
     WakeAt,
 )
 from tidegate.control.live_request import Stage
-from tidegate.control.settings import ControlSettings
+from tidegate.control.plane import ControlSettings
 from tidegate.core.decision import AddInstance, Drain, Flip, Migrate, Remove, SetTarget, Undrain
 from tidegate.core.errors import EngineFault, EngineUnreachable, KvLost, NoInstance, NotRepeated, Overloaded
 from tidegate.core.instance import Role

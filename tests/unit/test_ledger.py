@@ -38,7 +38,7 @@ def owner_of(ledger: Ledger, request_id: str) -> str | None:
         return None
     k = rows.ids.index(request_id)
     places = (rows.prefill_on[k], rows.source_on[k], rows.decode_on[k])
-    return next(snapshot.ids[column] for column in places if column >= 0)
+    return next(snapshot.ids[int(column)] for column in places if column >= 0)
 
 
 def column(snapshot: Snapshot, name: str) -> list[float]:

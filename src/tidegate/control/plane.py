@@ -7,6 +7,7 @@ carries out the effects that it returns. Requests are in the ledger before the e
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tidegate.control.actions import Actions
@@ -15,9 +16,9 @@ from tidegate.control.held import HeldRequests
 from tidegate.control.live_request import LiveRequest, Stage
 from tidegate.control.membership import Membership
 from tidegate.control.periods import Periods
-from tidegate.control.settings import ControlSettings
 from tidegate.core.decision import Action, ControlDecision, Flip, Path, Place, Reject, Verdict
 from tidegate.core.errors import (
+    ConfigError,
     EngineError,
     EngineUnreachable,
     KvLost,
@@ -37,6 +38,32 @@ from tidegate.policies.order import prefill_ticket
 from tidegate.policies.pricing import fastest_prefill_seconds, predicted_on
 from tidegate.signals.prefix import PrefixIndex
 from tidegate.systems.system import System
+
+
+@dataclass(frozen=True, slots=True)
+class ControlSettings:
+    """How failures, waits and retries are handled; the same numbers live and simulated (all ours).
+
+    - ``replays``: how often a request is served again after a failed leg.
+    - ``deadly``: instances that may die under a request before its first token; then it counts as the cause.
+    - ``recovery_s``: how long a request whose answer has begun waits while no instance is up. One whose
+      answer has not begun is refused at once, so that its client can go elsewhere.
+    - ``confirm_s``: how long a failed request waits for the fleet's word on the instance that failed it.
+    - ``avoid_s``: how long an instance that failed a leg gets no new one while others are up: one that fails
+      fast looks idle and would draw every request.
+    - ``retry_after_s``: what a client is told to wait when it is refused: about a local engine's restart.
+    """
+
+    replays: int = 5
+    deadly: int = 3
+    recovery_s: float = 15.0
+    confirm_s: float = 0.25
+    avoid_s: float = 5.0
+    retry_after_s: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.replays < 0:
+            raise ConfigError(f"replays must be a count of at least 0, got {self.replays}")
 
 
 class ControlPlane:
@@ -85,13 +112,13 @@ class ControlPlane:
         """
         effects: Effects = []
         before_s = self._periods.next_s
-        if self._periods.window_due(now):
+        if self._periods.window.due(now):
             self.ledger.window_closed(now)
             self._audit()
         if len(self.ledger.ids):
             for controller, state in self._periods.due(now):
                 decision = controller.decide(self.ledger.snapshot(now), state)
-                self._periods.decided(controller, decision.state)
+                self._periods.states[controller.name] = decision.state
                 self._note_control(controller.name, decision, now)
                 effects += self._actions.execute(decision.actions, now)
         if self.membership.draining:
@@ -160,9 +187,7 @@ class ControlPlane:
             return [GiveUp(live, self._none_up())]
         assert live.prefill_on is not None
         verdict = self.system.decode.place_decode(request, view, live.prefill_on)
-        effects = self._actions.execute(verdict.flips, now) if verdict.flips and whole else []
-        if self._journal.enabled:
-            self._note_decision(request, "place_decode", verdict, view)
+        effects = self._decided(request, "place_decode", verdict, view, whole)
         decision = verdict.decision
         if not isinstance(decision, Place) or decision.decode_on is None:
             reason = "no instance takes the decode"
@@ -281,7 +306,7 @@ class ControlPlane:
     @property
     def window_ends_s(self) -> float:
         """When the ledger's window closes next."""
-        return self._periods.window_ends_s
+        return self._periods.window.next_s
 
     @property
     def held_count(self) -> int:
@@ -300,9 +325,7 @@ class ControlPlane:
             if hits:
                 request = request._replace(cached=hits)
         verdict = self.system.prefill.place_prefill(request, view)
-        effects = self._actions.execute(verdict.flips, now) if verdict.flips and whole else []
-        if self._journal.enabled:
-            self._note_decision(request, kind, verdict, view)
+        effects = self._decided(request, kind, verdict, view, whole)
         decision = verdict.decision
         if isinstance(decision, Place):
             effects.append(self._dispatch(live, request, decision, view, now))
@@ -377,14 +400,17 @@ class ControlPlane:
         if migrate is not None:
             self._actions.note_migration(migrate, event, now, why, moved_bytes)
 
-    def _note_decision(self, request: Request, kind: str, verdict: Verdict, view: Snapshot) -> None:
-        """Journal a verdict with its alternatives and what is predicted for the chosen instance."""
-        predicted: dict[str, float] | None = None
-        if isinstance(verdict.decision, Place):
-            decode = kind == "place_decode"
-            on = (verdict.decision.decode_on if decode else None) or verdict.decision.prefill_on
-            predicted = predicted_on(on, view, request, decode=decode)
-        self._journal.decision(view.at_s, request.id, kind, verdict, predicted)
+    def _decided(self, request: Request, kind: str, verdict: Verdict, view: Snapshot, whole: bool) -> Effects:
+        """Apply a verdict's flips; journal it with its alternatives and what is predicted where it places."""
+        effects = self._actions.execute(verdict.flips, view.at_s) if verdict.flips and whole else []
+        if self._journal.enabled:
+            predicted: dict[str, float] | None = None
+            if isinstance(verdict.decision, Place):
+                decode = kind == "place_decode"
+                on = (verdict.decision.decode_on if decode else None) or verdict.decision.prefill_on
+                predicted = predicted_on(on, view, request, decode=decode)
+            self._journal.decision(view.at_s, request.id, kind, verdict, predicted)
+        return effects
 
     def _note_control(self, name: str, decision: ControlDecision[Any], now: float) -> None:
         """Journal what a controller says of its decision when that is not what it said last."""

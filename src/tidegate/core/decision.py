@@ -38,15 +38,13 @@ class Place(NamedTuple):
     path: Path
 
 
-@dataclass(frozen=True, slots=True)
-class Hold:
+class Hold(NamedTuple):
     """Keep the request queued at the scheduler and ask again after the next event."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Reject:
+class Reject(NamedTuple):
     """Refuse the request; the client may retry after ``retry_after_s``."""
 
     reason: str

@@ -317,7 +317,7 @@ class Ledger:
 
     def snapshot(self, now: float) -> Snapshot:
         """Return the cluster as of ``now``: one copy of the matrix, nothing per request."""
-        if self._costs is None:  # worked out once, however many instances come at a time
+        if self._costs is None:
             self._costs = ProfileTable.of([instance.profile for instance in self._instances.values()])
         if self._labels is None:
             self._labels = Labels(self._matrix.array[Field.ROLE].copy())

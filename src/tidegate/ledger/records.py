@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from tidegate.core.instance import Instance
 from tidegate.core.request import Request
@@ -79,8 +80,7 @@ class RequestEntry:
         return self.last_at_s if self.joined_step is None or self.decode is None else self.decode.stepped_at_s
 
 
-@dataclass(frozen=True, slots=True)
-class Residents:
+class Residents(NamedTuple):
     """Request ids on one instance, each kind in order of arrival."""
 
     prefills: tuple[str, ...]
@@ -88,8 +88,7 @@ class Residents:
     decodes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Booked:
+class Booked(NamedTuple):
     """What the ledger's own requests amount to on one instance, without anything foreign.
 
     ``requests`` are in prefill or decode there. ``prefill_tokens`` sums the prompts of those in prefill,

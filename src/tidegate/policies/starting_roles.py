@@ -23,9 +23,8 @@ def even_roles(instances: int) -> tuple[Role, ...]:
     single instance is labelled for prefill; placement falls back to it for decode.
     """
     _need_one(instances)
-    after_two = (Role.DECODE, Role.PREFILL)
-    first_two = (Role.PREFILL, Role.DECODE)
-    return tuple(first_two[i] if i < 2 else after_two[i % 2] for i in range(instances))
+    first_two, after_them = (Role.PREFILL, Role.DECODE), (Role.DECODE, Role.PREFILL)
+    return (first_two + after_them * instances)[:instances]
 
 
 def mixed_roles(instances: int) -> tuple[Role, ...]:

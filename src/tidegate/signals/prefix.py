@@ -104,8 +104,7 @@ class PrefixIndex:
         self.reported_tokens += reported_tokens
 
     def _forget(self, key: int, instance_id: str) -> None:
-        here = self._where.get(key)
-        if here is not None:
-            here.discard(instance_id)
-            if not here:
-                del self._where[key]
+        here = self._where[key]
+        here.discard(instance_id)
+        if not here:
+            del self._where[key]

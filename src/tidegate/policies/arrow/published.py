@@ -236,9 +236,8 @@ def placed_on_flipped(
     It places the decode of a prefill that ran on ``prefill_on``, or a prefill where that is None.
     """
     on, reason = flipped.instance, f"{why}: flipped {flipped.instance}"
-    if prefill_on is None:
-        return placed(on, None, reason, alternatives, (flipped,))
-    return placed(prefill_on, on, reason, alternatives, (flipped,))
+    places = (on, None) if prefill_on is None else (prefill_on, on)
+    return placed(*places, reason, alternatives, (flipped,))
 
 
 def _mean(load: Column, members: Mask) -> float:
