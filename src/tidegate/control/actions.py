@@ -64,8 +64,12 @@ class Actions:
                 case AddInstance(role, reason):
                     self._membership.starting[role] += 1
                     effects.append(StartInstance(role, reason))
-                case Drain():
-                    self._drain(action, now, effects)
+                case Drain(instance, remove, reason):
+                    if instance in self._ledger.ids:
+                        self._membership.draining[instance] = remove
+                        if self._journal.enabled:
+                            self._journal.instance(now, instance, "draining", reason=reason)
+                        effects += self.drain_on(now)
                 case Undrain(instance, reason):
                     if self._membership.undrain(instance) and self._journal.enabled:
                         self._journal.instance(now, instance, "undrained", reason=reason)
@@ -126,14 +130,6 @@ class Actions:
         if live.stage is not Stage.DECODE or live.decode_on != migrate.src or migrate.src not in ids:
             return f"it does not decode on {migrate.src}"
         return ""
-
-    def _drain(self, drain: Drain, now: float, effects: Effects) -> None:
-        if drain.instance not in self._ledger.ids:
-            return
-        self._membership.draining[drain.instance] = drain.remove
-        if self._journal.enabled:
-            self._journal.instance(now, drain.instance, "draining", reason=drain.reason)
-        effects += self.drain_on(now)
 
     def _move_away(self, instance: str, decodes: Iterable[str], now: float, effects: Effects) -> None:
         """Have the decodes of a draining instance move where the system would place them."""

@@ -141,7 +141,7 @@ class Ledger:
         instance = self._up(on)
         if not (request.id in self._entries and self.aborted(request.id, now)) and request.session:
             self.sessions.began(request, now)
-        new = request.tokens_to_compute(on)
+        new = max(1, request.prompt_tokens - request.cached.get(on, 0))
         seconds = instance.profile.prefill_s(new, request.prompt_tokens - new)
         seconds = round(seconds / GRID_S) * GRID_S
         entry = RequestEntry(request, instance, seconds)

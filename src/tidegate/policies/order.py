@@ -35,10 +35,6 @@ class Ticket(NamedTuple):
     deadline_s: float
     work_s: float
 
-    def to_json(self) -> dict[str, float]:
-        """Return a plain object of its numbers."""
-        return self._asdict()
-
     def on_clock(self, offset_s: float) -> Ticket:
         """Return the ticket for a clock that shows ``offset_s`` more than the one it was made for."""
         return Ticket(self.arrival_s + offset_s, self.deadline_s + offset_s, self.work_s)

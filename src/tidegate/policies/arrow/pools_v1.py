@@ -12,15 +12,7 @@ from tidegate.core.request import Request
 from tidegate.core.slo import Slo
 from tidegate.ledger.snapshot import Candidates, Mask, Snapshot, columns_of
 from tidegate.policies.arrow.published import may_decode, placed, placed_on_flipped
-from tidegate.policies.candidates import (
-    at_most,
-    best,
-    best_within,
-    compared,
-    member_mask,
-    pool,
-    with_room,
-)
+from tidegate.policies.candidates import at_most, best, best_within, compared, member_mask, pool, with_room
 from tidegate.policies.pricing import RESIDENT_TOKENS, tokens_over_limit, ttft_s, wait_s
 from tidegate.policies.protocols import Signal
 
