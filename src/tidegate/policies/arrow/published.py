@@ -236,8 +236,8 @@ def placed_on_flipped(
     It places the decode of a prefill that ran on ``prefill_on``, or a prefill where that is None.
     """
     on, reason = flipped.instance, f"{why}: flipped {flipped.instance}"
-    places = (on, None) if prefill_on is None else (prefill_on, on)
-    return placed(*places, reason, alternatives, (flipped,))
+    decode_on = None if prefill_on is None else on
+    return placed(prefill_on or on, decode_on, reason, alternatives, (flipped,))
 
 
 def _mean(load: Column, members: Mask) -> float:
