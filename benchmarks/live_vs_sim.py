@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tidegate.core.slo import Slo
-from tidegate.dataplane.roster import parse_groups, replicas_in
+from tidegate.dataplane.replica import parse_groups, replicas_in
 from tidegate.sim import SimSettings, simulate
 from tidegate.systems import make_system
 from tidegate.workloads.choice import WorkloadChoice, load_workload

@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 
 from tidegate.control.effects import Effects, RunDecode, RunPrefill
 from tidegate.control.live_request import LiveRequest
-from tidegate.control.plane import ControlPlane
-from tidegate.control.settings import ControlSettings
+from tidegate.control.plane import ControlPlane, ControlSettings
 from tidegate.core.decision import Action, ControlDecision, Hold, Reject, Verdict
 from tidegate.core.request import Request
 from tidegate.core.slo import Slo
 from tidegate.journal.writer import JournalWriter
 from tidegate.ledger.snapshot import Snapshot
-from tidegate.policies.baselines.least_loaded import LeastLoaded
+from tidegate.policies.baselines import LEAST_LOADED
 from tidegate.policies.protocols import Controller, Signal, StartingRoles
 from tidegate.policies.starting_roles import even_roles
 from tidegate.signals.prefix import NO_BLOCKS, PrefixIndex, PromptBlocks
@@ -52,7 +51,7 @@ class PlainRequest(LiveRequest):
 
 @dataclass
 class HoldWhile:
-    """Places as ``LeastLoaded`` does, but holds or rejects prefills while told to."""
+    """Places as ``LEAST_LOADED`` does, but holds or rejects prefills while told to."""
 
     holding: bool = False
     rejecting: bool = False
@@ -65,7 +64,7 @@ class HoldWhile:
             return Verdict(Reject("full", 3.0))
         if self.holding:
             return Verdict(Hold("told to"))
-        return LeastLoaded().place_prefill(request, snapshot)
+        return LEAST_LOADED.place_prefill(request, snapshot)
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def make_plane(
         summary="a test's",
         roles=roles,
         prefill=prefill or HoldWhile(),
-        decode=LeastLoaded(),
+        decode=LEAST_LOADED,
         controllers=controllers,
         window_s=window_s,
     )

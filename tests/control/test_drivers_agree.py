@@ -10,8 +10,8 @@ import numpy as np
 import orjson
 import pytest
 
+from tests.control.replayed_inputs import replay_inputs
 from tests.control.virtual_gateway import Asked, Change, VirtualGateway
-from tidegate.control.inputs import replay_inputs
 from tidegate.control.plane import ControlPlane
 from tidegate.core.decision import Hold, Verdict
 from tidegate.core.request import Request

@@ -18,10 +18,11 @@ from tidegate.control.effects import (
     WakeAt,
 )
 from tidegate.control.live_request import Stage
-from tidegate.control.settings import ControlSettings
-from tidegate.core.decision import AddInstance, Drain, Flip, Migrate, Remove, SetTarget
+from tidegate.control.plane import ControlSettings
+from tidegate.core.decision import AddInstance, Drain, Flip, Migrate, Remove, SetTarget, Undrain
 from tidegate.core.errors import EngineFault, EngineUnreachable, KvLost, NoInstance, NotRepeated, Overloaded
 from tidegate.core.instance import Role
+from tidegate.policies.starting_roles import mixed_roles
 from tidegate.signals.prefix import PrefixIndex, PromptBlocks
 from tidegate.testing import REFERENCE, instance
 
@@ -33,7 +34,7 @@ def test_a_request_goes_from_prefill_to_decode_to_its_end() -> None:
     assert plane.ledger.role_of(decode.on) is Role.DECODE
     plane.tokens(live, 1, 0.1)
     assert plane.ended(live, None, 0.2) == []
-    assert (live.stage, plane.requests, plane.ledger.counts().finished) == (Stage.ENDED, {}, 1)
+    assert (live.stage, plane.requests, plane.snapshot(0.2).requests.ids) == (Stage.ENDED, {}, ())
 
 
 def test_a_held_request_is_placed_at_the_next_event_that_may_help() -> None:
@@ -236,6 +237,48 @@ def test_a_drain_waits_for_what_cannot_move() -> None:
     plane.migration_refused(live, "its state cannot move", 1.0, for_good=True)
     assert not only(plane.tick(2.0), StartMigration)
     assert only(plane.ended(live, None, 2.5), StopInstance) == [StopInstance(src, "drained")]
+
+
+def test_a_drain_outlasts_a_death_until_an_undrain() -> None:
+    lines: list[bytes] = []
+    plane = make_plane(roles=mixed_roles, lines=lines)
+    plane.act([Drain("i1"), Drain("i2")], 1.0)
+    plane.instance_down("i1", "died", 1.1)
+    plane.act([Undrain("i2"), Undrain("i3")], 1.2)
+    plane.instance_up(instance("i1"), REFERENCE, 1.3)
+    assert plane.membership.draining == {"i1": False}
+    assert {decoding(plane, PlainRequest(f"r{k}"), 2.0).on for k in range(8)} == {"i0", "i2", "i3"}
+    plane.act([Undrain("i1", "mended")], 3.0)
+    assert "i1" in {decoding(plane, PlainRequest(f"s{k}"), 3.0).on for k in range(8)}
+    assert [line.strip() for line in lines if b"undrained" in line] == [
+        b'{"type":"instance","t":1.2,"instance":"i2","event":"undrained"}',
+        b'{"type":"instance","t":3.0,"instance":"i1","event":"undrained","reason":"mended"}',
+    ]
+
+
+def test_one_that_died_while_it_was_to_be_removed_is_stopped_when_it_returns() -> None:
+    plane = make_plane()
+    decoding(plane, PlainRequest())
+    src = plane.requests["r0"].decode_on
+    assert src is not None
+    plane.act([Drain(src, remove=True)], 1.0)
+    plane.instance_down(src, "died", 1.1)
+    assert not only(plane.tick(1.2), StopInstance)
+    plane.instance_up(instance(src), REFERENCE, 1.3)
+    assert only(plane.tick(1.4), StopInstance) == [StopInstance(src, "drained")]
+    plane.act([Undrain(src)], 1.5)
+    assert plane.membership.draining == {src: True}, "too late"
+
+
+def test_one_that_the_fleet_cannot_stop_stays_drained_until_an_undrain() -> None:
+    plane = make_plane()
+    assert only(plane.act([Drain("i1", remove=True)], 1.0), StopInstance)
+    plane.stop_failed("i1")
+    plane.instance_down("i1", "died", 1.1)
+    plane.instance_up(instance("i1"), REFERENCE, 1.2)
+    assert not only(plane.tick(2.0), StopInstance) and plane.membership.draining == {"i1": False}
+    plane.act([Undrain("i1")], 3.0)
+    assert not plane.membership.draining
 
 
 def test_a_target_is_reached_by_flips_then_by_starts_and_drains() -> None:

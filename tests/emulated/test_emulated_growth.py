@@ -49,7 +49,7 @@ async def test_instances_come_and_go_and_disturb_no_request() -> None:
         pid = upstreams["i0"].member.pid
         streams = [asyncio.create_task(stream(client, url, prompt, 400)) for prompt in prompts]
         ledger = running.dispatcher.plane.ledger
-        await until(lambda: ledger.counts().decodes == len(prompts))
+        await until(lambda: ledger.snapshot(0.0).decode_requests.sum() == len(prompts))
 
         status, said = await post(client, url + "/tidegate/instances", {"role": "decode"})
         assert (status, said) == (200, {"status": "starting", "role": "decode"})

@@ -57,8 +57,7 @@ class Cluster:
 
     def live(self) -> int:
         """How many requests the ledger holds."""
-        counts = self.gateway.dispatcher.plane.ledger.counts()
-        return counts.prefills + counts.handoffs + counts.decodes
+        return len(self.gateway.dispatcher.plane.snapshot(0.0).requests.ids)
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Let the loop run until ``condition`` holds; fails after 10 s."""

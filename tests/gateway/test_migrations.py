@@ -103,7 +103,7 @@ async def test_a_drained_instance_is_stopped_once_its_decodes_have_moved(start: 
     cluster = await start("static", instances=3, step_s=0.002)
     dispatcher = cluster.gateway.dispatcher
     tasks = [asyncio.create_task(cluster.stream(body(seed, 200))) for seed in range(6)]
-    await cluster.until(lambda: dispatcher.plane.ledger.counts().decodes == 6)
+    await cluster.until(lambda: dispatcher.plane.snapshot(0.0).decode_requests.sum() == 6)
     on = next(iter(dispatcher.plane.requests.values())).decode_on
     assert on is not None
     dispatcher.act([Drain(on, remove=True, reason="scale-in")])

@@ -12,6 +12,7 @@ from tidegate.gateway.settings import GatewaySettings
 
 ADD = "/tidegate/instances"
 DRAIN = "/tidegate/instances/i2/drain"
+UNDRAIN = "/tidegate/instances/i2/undrain"
 
 
 async def test_a_drained_instance_gets_nothing_more_and_stays_up(start: Start) -> None:
@@ -34,6 +35,34 @@ async def test_an_idle_instance_that_is_to_be_removed_is_stopped(start: Start) -
     assert (status, said["remove"]) == (200, True)
     await cluster.until(lambda: "i2" not in cluster.gateway.dispatcher.upstreams)
     assert (await cluster.post(DRAIN, {}))[0] == 404
+
+
+async def test_a_drain_outlasts_a_restart_until_it_is_ended(start: Start) -> None:
+    cluster = await start("colocated", instances=3)
+    dispatcher = cluster.gateway.dispatcher
+    assert (await cluster.post(UNDRAIN, b""))[0] == 404
+    await cluster.post(DRAIN, b"")
+    cluster.fleet.down("i2")
+    await cluster.until(lambda: "i2" not in dispatcher.upstreams)
+    cluster.fleet.up("i2")
+    await cluster.until(lambda: "i2" in dispatcher.upstreams)
+    for served, path in ((False, DRAIN), (True, UNDRAIN)):
+        assert (await cluster.post(path, b""))[0] == 200
+        await asyncio.gather(
+            *(cluster.post("/v1/completions", {"prompt": [n, 2, 3], "max_tokens": 2}) for n in range(12))
+        )
+        assert bool(cluster.engines["i2"].bodies) is served
+    assert not dispatcher.plane.membership.draining
+
+
+async def test_one_that_the_fleet_cannot_stop_can_be_undrained(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = await start("colocated", instances=3)
+    monkeypatch.setattr(cluster.fleet, "remove", lambda instance, reason: False)
+    await cluster.post(DRAIN, {"remove": True})
+    status, said, _ = await cluster.post(UNDRAIN, b"")
+    assert (status, said) == (200, {"status": "undrained", "id": "i2"})
 
 
 async def test_a_fleet_that_cannot_grow_says_so(start: Start) -> None:

@@ -223,7 +223,7 @@ def test_an_outcome_of_an_error_has_its_status_and_misses_its_targets() -> None:
 def test_a_disabled_writer_drops_its_lines() -> None:
     writer = JournalWriter(None)
     assert not writer.enabled
-    writer.instance_down(1.0, "i0", "died")
+    writer.instance(1.0, "i0", "down", reason="died")
 
 
 def test_odd_values_cost_themselves_and_not_the_line() -> None:

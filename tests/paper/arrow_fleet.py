@@ -22,7 +22,7 @@ def fleet(*roles: Role) -> Ledger:
 
 def queue(ledger: Ledger, on: str, tokens: int, now: float = 0.0) -> str:
     """Leave a prefill on ``on``; return its id."""
-    name = f"p-{on}-{tokens}-{ledger.counts().dispatched}"
+    name = f"p-{on}-{tokens}-{ledger.snapshot(0.0).placed_prefills}"
     ledger.prefill_dispatched(request(name, tokens), on, now)
     return name
 

@@ -17,8 +17,7 @@ from tidegate.policies.arrow.pools_v1 import (
     ArrowV1Monitor,
     ArrowV1Placement,
     Pools,
-    take_for_decode,
-    take_for_prefill,
+    take,
 )
 from tidegate.testing import cluster, profile, request
 
@@ -31,7 +30,7 @@ def fleet(*roles: Role, capacity: int = 400_000) -> Ledger:
 
 
 def queue(ledger: Ledger, on: str, tokens: int) -> str:
-    name = f"r{ledger.counts().dispatched}"
+    name = f"r{ledger.snapshot(0.0).placed_prefills}"
     ledger.prefill_dispatched(request(name, tokens), on, 0.0)
     return name
 
@@ -116,7 +115,7 @@ def test_the_p_to_d_pool_gives_first() -> None:
     decode(ledger, "i3", 900)
     queue(ledger, "i3", 10)
     snapshot = ledger.snapshot(0.0)
-    assert take_for_prefill(snapshot, Pools.of(snapshot), "inline") == Flip("i3", P, "inline")
+    assert take(snapshot, P, "inline") == Flip("i3", P, "inline")
 
 
 def test_at_least_two_decode_instances_stay() -> None:
@@ -165,7 +164,7 @@ def test_the_d_to_p_pool_gives_first() -> None:
     decode(ledger, "i1", 10)
     queue(ledger, "i1", 900)
     snapshot = ledger.snapshot(0.0)
-    assert take_for_decode(snapshot, Pools.of(snapshot), "inline") == Flip("i1", D, "inline")
+    assert take(snapshot, D, "inline") == Flip("i1", D, "inline")
 
 
 def test_one_prefill_instance_stays() -> None:

@@ -15,7 +15,7 @@ from tidegate.core.request import Request
 from tidegate.core.slo import Slo
 from tidegate.journal import read_journal
 from tidegate.ledger.snapshot import Snapshot
-from tidegate.policies.baselines.least_loaded import LeastLoaded
+from tidegate.policies.baselines import LEAST_LOADED
 from tidegate.policies.protocols import Signal
 from tidegate.reports.journal_report import build_report
 from tidegate.sim import EngineSettings, Replica, SimRun, SimSettings, simulate
@@ -49,10 +49,10 @@ class Moody:
             return Verdict(Reject("full", 1.0))
         if snapshot.at_s < self.until_s:
             return Verdict(Hold("not yet"))
-        return LeastLoaded().place_prefill(request, snapshot)
+        return LEAST_LOADED.place_prefill(request, snapshot)
 
     def place_decode(self, request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:
-        return LeastLoaded().place_decode(request, snapshot, prefill_on)
+        return LEAST_LOADED.place_decode(request, snapshot, prefill_on)
 
 
 def moody(policy: Moody) -> System:

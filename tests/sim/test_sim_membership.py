@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from tests.sim.test_sim_features import fleet, many
-from tidegate.core.decision import Action, AddInstance, ControlDecision, Drain, SetTarget
+from tidegate.core.decision import Action, AddInstance, ControlDecision, Drain, SetTarget, Undrain
 from tidegate.core.errors import ConfigError
 from tidegate.core.instance import Role
 from tidegate.ledger.snapshot import Snapshot
@@ -49,6 +49,21 @@ def test_a_spare_joins_after_its_start_delay_and_a_drained_instance_leaves_empty
     assert (late.first_role, late.up_s) == ("decode", pytest.approx(run.end_s - 0.5))
     assert 0.8 <= left.up_s < run.end_s
     assert (run.requests.decode_on == 3).any(), "the instance that joined decodes"
+
+
+def test_a_drain_outlasts_a_death_and_a_return() -> None:
+    records = many(80, 0.03)
+    settings = SimSettings(deaths=[(0.5, "i1")], returns=[(0.9, "i1")])
+
+    def last_prefill_on_i1(*later: tuple[Action, ...]) -> int:
+        script = [(Drain("i1"),), *[()] * 5, *later]
+        system = replace(make_system("colocated"), controllers=(Scripted(script),), window_s=0.2)
+        run = simulate(records, system, fleet(4), settings)
+        assert run.outcomes == {"ok": 80}
+        return int((run.requests.prefill_on == 1).nonzero()[0].max(initial=-1))
+
+    assert last_prefill_on_i1() < 10
+    assert last_prefill_on_i1((Undrain("i1"),)) > 60
 
 
 def test_a_target_starts_what_flips_cannot_make_up_for() -> None:

@@ -19,13 +19,12 @@ from tidegate.policies.arrow.lending import (
     decode_fullness,
     expected_wait_s,
 )
-from tidegate.policies.arrow.published import ArrowMonitor
 from tidegate.testing import instance, profile, request
 
 P, D = Role.PREFILL, Role.DECODE
 SLO = Slo(1.0, 0.05)
 LENDING = LendingPlacement(slo=SLO)
-MONITOR = LendingMonitor(ArrowMonitor(slo=SLO, sustain=1))
+MONITOR = LendingMonitor(slo=SLO, sustain=1)
 
 
 def fleet(*roles: Role, kv_tokens: int = 100_000) -> Ledger:
@@ -39,13 +38,13 @@ def fleet(*roles: Role, kv_tokens: int = 100_000) -> Ledger:
 
 
 def decode(ledger: Ledger, on: str, tokens: int) -> None:
-    name = f"d-{on}-{tokens}-{ledger.counts().dispatched}"
+    name = f"d-{on}-{tokens}-{ledger.snapshot(0.0).placed_prefills}"
     ledger.prefill_dispatched(request(name, tokens), on, 0.0)
     ledger.decode_dispatched(name, on, tokens, 0.0)
 
 
 def queue(ledger: Ledger, on: str, tokens: int, now: float = 0.0) -> None:
-    ledger.prefill_dispatched(request(f"p-{on}-{ledger.counts().dispatched}", tokens), on, now)
+    ledger.prefill_dispatched(request(f"p-{on}-{ledger.snapshot(0.0).placed_prefills}", tokens), on, now)
 
 
 def came(ledger: Ledger, on: str, tokens: int, each_s: float, until_s: float) -> float:
@@ -55,7 +54,7 @@ def came(ledger: Ledger, on: str, tokens: int, each_s: float, until_s: float) ->
         while window + 1.0 <= now:
             window += 1.0
             ledger.window_closed(window)
-        name = f"c-{on}-{ledger.counts().dispatched}"
+        name = f"c-{on}-{ledger.snapshot(0.0).placed_prefills}"
         ledger.prefill_dispatched(request(name, tokens), on, now)
         ledger.finished(name, now)
         now += each_s

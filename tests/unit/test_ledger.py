@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from tidegate.core.errors import InternalError, NoInstance
 from tidegate.core.instance import Role
@@ -30,6 +31,17 @@ def decoding(ledger: Ledger, request_id: str = "r0", tokens: int = 100, on: str 
     ledger.transfer_ended(request_id, 1.0)
 
 
+def owner_of(ledger: Ledger, request_id: str) -> str | None:
+    """Return the one instance whose loss loses the request's KV; None when it is not live."""
+    snapshot = ledger.snapshot(0.0)
+    rows = snapshot.requests
+    if request_id not in rows.ids:
+        return None
+    k = rows.ids.index(request_id)
+    places = (rows.prefill_on[k], rows.source_on[k], rows.decode_on[k])
+    return next(snapshot.ids[int(column)] for column in places if column >= 0)
+
+
 def column(snapshot: Snapshot, name: str) -> list[float]:
     return [float(value) for value in getattr(snapshot, name)]
 
@@ -40,7 +52,7 @@ def test_a_disaggregated_request_from_dispatch_to_finish() -> None:
     at_prefill = ledger.snapshot(0.0)
     assert column(at_prefill, "prefill_tokens") == [100, 0]
     assert column(at_prefill, "prefill_requests") == [1, 0]
-    assert ledger.owner_of("r0") == "i0"
+    assert owner_of(ledger, "r0") == "i0"
 
     assert ledger.prefill_ended("r0", 0.1)
     waiting = ledger.snapshot(0.1)
@@ -51,18 +63,18 @@ def test_a_disaggregated_request_from_dispatch_to_finish() -> None:
     pulling = ledger.snapshot(0.1)
     assert column(pulling, "handoff_tokens") == [100, 0]
     assert column(pulling, "decode_tokens") == [0, 101]
-    assert ledger.owner_of("r0") == "i0", "until the pull ended, only the source can give the KV"
+    assert owner_of(ledger, "r0") == "i0", "until the pull ended, only the source can give the KV"
 
     assert ledger.transfer_ended("r0", 0.2)
     assert column(ledger.snapshot(0.2), "handoff_tokens") == [0, 0]
-    assert ledger.owner_of("r0") == "i1"
+    assert owner_of(ledger, "r0") == "i1"
     assert ledger.tokens("r0", 3, 0.3)
     assert column(ledger.snapshot(0.3), "decode_tokens") == [0, 104]
     ledger.check_integrity()
 
     assert ledger.finished("r0", 0.4)
     assert column(ledger.snapshot(0.4), "decode_tokens") == [0, 0]
-    assert ledger.owner_of("r0") is None
+    assert owner_of(ledger, "r0") is None
     ledger.check_integrity()
 
 
@@ -84,7 +96,7 @@ def test_the_first_token_shows_that_the_pull_ended() -> None:
     ledger.decode_dispatched("r0", "i1", 101, 0.1)
     ledger.tokens("r0", 1, 0.5)
     assert column(ledger.snapshot(0.5), "handoff_tokens") == [0, 0]
-    assert ledger.owner_of("r0") == "i1"
+    assert owner_of(ledger, "r0") == "i1"
 
 
 def test_a_decode_placed_without_word_of_the_prefills_end() -> None:
@@ -101,7 +113,6 @@ def test_late_and_unknown_events_change_nothing() -> None:
     ledger.finished("r0", 2.0)
     before = ledger.snapshot(2.0).state
     for request_id in ("r0", "never"):
-        assert not ledger.prefill_started(request_id, 3.0)
         assert not ledger.prefill_ended(request_id, 3.0)
         assert not ledger.decode_dispatched(request_id, "i1", 5, 3.0)
         assert not ledger.transfer_ended(request_id, 3.0)
@@ -136,7 +147,6 @@ def test_an_abort_frees_everything_in_any_stage_and_only_once(stage: str) -> Non
     for name in ("prefill_tokens", "prefill_queue_s", "handoff_tokens", "decode_tokens", "decode_requests"):
         assert column(counted, name) == [0, 0]
     ledger.check_integrity()
-    assert ledger.counts().aborted == 1
 
 
 def test_a_replay_under_the_same_id_supersedes_the_live_one() -> None:
@@ -146,8 +156,7 @@ def test_a_replay_under_the_same_id_supersedes_the_live_one() -> None:
     after = ledger.snapshot(2.0)
     assert column(after, "decode_requests") == [0, 0]
     assert column(after, "prefill_tokens") == [150, 0]
-    counts = ledger.counts()
-    assert (counts.dispatched, counts.aborted, counts.prefills) == (2, 1, 1)
+    assert (after.placed_prefills, column(after, "prefill_requests")) == (2, [1, 0])
 
 
 def test_dispatching_to_an_instance_that_is_not_up_raises() -> None:
@@ -182,18 +191,6 @@ def test_without_starts_the_oldest_prefill_runs_from_the_end_of_the_one_before()
     ledger.prefill_ended("a", 1.2)
     assert ledger.snapshot(1.2).prefill_wait_s[0] == pytest.approx(2.0)
     assert ledger.snapshot(2.2).prefill_wait_s[0] == pytest.approx(1.0)
-
-
-def test_a_reported_start_replaces_the_inferred_one() -> None:
-    ledger = pair()
-    ledger.prefill_dispatched(request("a", 1000), "i0", 0.0)
-    ledger.prefill_dispatched(request("b", 2000), "i0", 0.0)
-    ledger.prefill_started("b", 1.0)
-    assert ledger.snapshot(1.5).prefill_wait_s[0] == pytest.approx(2.5)
-    ledger.prefill_started("a", 1.6)
-    assert ledger.snapshot(2.0).prefill_wait_s[0] == pytest.approx(2.0), "b was seen to start and still runs"
-    ledger.prefill_ended("b", 3.0)
-    assert ledger.snapshot(3.5).prefill_wait_s[0] == pytest.approx(0.5)
 
 
 def test_a_prefill_that_ends_out_of_turn_leaves_the_head_running() -> None:
@@ -268,11 +265,11 @@ def test_a_dead_instance_returns_all_it_had_and_what_lives_on() -> None:
 
     assert ledger.instance_down("i0", 2.0) == ["queued", "waiting", "pulling"]
     assert ledger.residents("i1") == Residents((), (), ("pulling", "pulled"))
-    assert ledger.counts().lost == 2
+    assert ledger.snapshot(2.0).requests.ids == ("pulling", "pulled")
     ledger.check_integrity()
 
     assert ledger.instance_down("i1", 3.0) == ["pulling", "pulled"]
-    assert ledger.counts().lost == 4
+    assert ledger.snapshot(3.0).requests.ids == ()
     ledger.check_integrity()
 
 
@@ -295,9 +292,9 @@ def test_a_migration_keeps_one_owner() -> None:
     during = ledger.snapshot(2.0)
     assert column(during, "handoff_tokens") == [0, 110, 0]
     assert column(during, "decode_tokens") == [0, 0, 110]
-    assert ledger.owner_of("r0") == "i1"
+    assert owner_of(ledger, "r0") == "i1"
     ledger.transfer_ended("r0", 2.1)
-    assert ledger.owner_of("r0") == "i2"
+    assert owner_of(ledger, "r0") == "i2"
     ledger.check_integrity()
 
 
@@ -340,24 +337,38 @@ def test_a_snapshot_carries_labels_capacity_and_placement_counts() -> None:
     assert len(snapshot) == 3
 
 
-def test_counts_balance() -> None:
-    ledger = pair()
-    for n in range(6):
-        ledger.prefill_dispatched(request(f"r{n}"), "i0", 0.0)
-    ledger.prefill_ended("r1", 0.1)
-    decoding(ledger, "r2")
-    ledger.finished("r3", 0.2)
-    ledger.aborted("r4", 0.2)
-    counts = ledger.counts()
-    assert counts.dispatched == (
-        counts.prefills + counts.handoffs + counts.decodes + counts.finished + counts.aborted + counts.lost
-    )
-    assert (counts.handoffs, counts.decodes, counts.finished) == (1, 1, 1)
+def test_a_snapshot_has_a_row_per_live_request_and_per_session() -> None:
+    ledger = cluster(3, roles=(P, D, D), profile=profile())
+    for name, session, turn in (("r0", "s0", 0), ("r1", "s1", 0)):
+        asked = replace(request(name, 100), session=session, turn=turn, tenant="acme")
+        ledger.prefill_dispatched(asked, "i0", 0.0)
+    ledger.prefill_ended("r0", 1.0)
+    ledger.decode_dispatched("r0", "i2", 101, 1.0)
+    ledger.tokens("r0", 4, 1.5)
+    rows = ledger.snapshot(2.0).requests
+    assert (rows.ids, rows.sessions) == (("r0", "r1"), ("s0", "s1"))
+    assert (rows.prefill_on.tolist(), rows.source_on.tolist()) == ([-1, 0], [-1, -1])
+    assert (rows.decode_on.tolist(), rows.context_tokens.tolist()) == ([2, -1], [105, 100])
+    assert (rows.generated_tokens.tolist(), rows.ttft_s.tolist()) == ([5, 0], [1.0, 1.0])
+
+    ledger.finished("r0", 3.0)
+    ledger.prefill_dispatched(replace(request("r0", 100), session="s1", tenant="acme"), "i0", 3.5)
+    snapshot = ledger.snapshot(4.0)
+    sessions = snapshot.sessions
+    assert sessions.keys == (("acme", "s0"), ("acme", "s1"))
+    assert (sessions.held_on.tolist(), sessions.context_tokens.tolist()) == ([2, -1], [105, 0])
+    assert (sessions.turns.tolist(), sessions.live.tolist()) == ([1, 2], [0, 2])
+    assert sessions.last_s.tolist() == [3.0, 3.5]
+    seen = snapshot.without({"i1"})
+    assert (seen.ids, seen.sessions.held_on.tolist()) == (("i0", "i2"), [1, -1])
+    assert seen.requests.prefill_on.tolist() == [0, 0]
+    ledger.instance_down("i2", 5.0)
+    assert ledger.snapshot(5.0).sessions.held_on.tolist() == [-1, -1]
 
 
 def test_check_integrity_finds_a_wrong_sum() -> None:
     ledger = pair()
-    ledger._sheet.decode_tokens[1] += 1.0
+    ledger._matrix.decode_tokens[1] += 1.0
     with pytest.raises(InternalError, match="DECODE_TOKENS"):
         ledger.check_integrity()
 

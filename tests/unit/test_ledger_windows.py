@@ -113,3 +113,26 @@ def test_an_instance_that_joins_in_mid_window_counts_from_then() -> None:
     ledger.prefill_dispatched(request("r0", 1000), "late", 0.5)
     ledger.window_closed(1.0)
     assert ledger.snapshot(1.0).prefill_queue_avg_s[1] == pytest.approx(0.5)
+
+
+def test_a_named_window_averages_over_several_and_follows_the_instances_that_are_seen() -> None:
+    ledger = Ledger(1.0, {"long": 2.0})
+    for name, role in (("i0", P), ("i1", D), ("i2", D)):
+        ledger.instance_up(instance(name), profile(), role, 0.0)
+    ledger.window_closed(0.0)
+    ledger.prefill_dispatched(request("r0", 1000), "i0", 0.0)
+    ledger.prefill_ended("r0", 0.5)
+    ledger.decode_dispatched("r0", "i2", 1001, 0.5)
+    for at_s in (0.6, 0.7, 1.6):
+        ledger.tokens("r0", 1, at_s)
+        if at_s == 0.7:
+            ledger.window_closed(1.0)
+            assert ledger.snapshot(1.0).windows["long"].mean_gap_s.tolist() == [0.0, 0.0, 0.0], "open"
+    ledger.window_closed(2.0)
+    snapshot = ledger.snapshot(2.0)
+    long = snapshot.windows["long"]
+    assert long.mean_gap_s.tolist() == pytest.approx([0.0, 0.0, 0.5])
+    assert long.prefill_queue_s.tolist() == pytest.approx([0.25, 0.0, 0.0])
+    assert snapshot.without({"i1"}).windows["long"].mean_gap_s.tolist() == pytest.approx([0.0, 0.5])
+    ledger.instance_down("i0", 2.5)
+    assert ledger.snapshot(2.5).windows["long"].mean_gap_s.tolist() == pytest.approx([0.0, 0.5])

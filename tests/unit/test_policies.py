@@ -8,10 +8,7 @@ from tidegate.core.decision import Path, Place, Verdict
 from tidegate.core.errors import NoInstance
 from tidegate.core.instance import Role
 from tidegate.ledger.ledger import Ledger
-from tidegate.policies.baselines.colocated import Colocated
-from tidegate.policies.baselines.least_loaded import LeastLoaded
-from tidegate.policies.baselines.minimal_load import MinimalLoad
-from tidegate.policies.baselines.round_robin import RoundRobin
+from tidegate.policies.baselines import LEAST_LOADED, MINIMAL_LOAD, Colocated, RoundRobin
 from tidegate.policies.candidates import pool_with_room, with_room
 from tidegate.policies.protocols import DecodePlacement, PrefillPlacement
 from tidegate.testing import cluster, instance, profile, request
@@ -42,10 +39,11 @@ def decode(ledger: Ledger, name: str, on: str, tokens: int) -> None:
     ledger.decode_dispatched(name, on, tokens, 0.0)
 
 
-ALL = [RoundRobin(), LeastLoaded(), MinimalLoad(), Colocated()]
+NAMES = ["round-robin", "static", "minimal-load", "colocated"]
+ALL = [RoundRobin(), LEAST_LOADED, MINIMAL_LOAD, Colocated()]
 
 
-@pytest.mark.parametrize("policy", ALL, ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("policy", ALL, ids=NAMES)
 def test_an_empty_fleet_has_no_instance(policy: RoundRobin) -> None:
     with pytest.raises(NoInstance):
         policy.place_prefill(request(), Ledger().snapshot(0.0))
@@ -53,7 +51,7 @@ def test_an_empty_fleet_has_no_instance(policy: RoundRobin) -> None:
         policy.place_decode(request(), Ledger().snapshot(0.0), "gone")
 
 
-@pytest.mark.parametrize("policy", ALL, ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("policy", ALL, ids=NAMES)
 @pytest.mark.parametrize("role", list(Role))
 def test_a_fleet_of_one_serves_both_phases_under_any_label(policy: RoundRobin, role: Role) -> None:
     ledger = cluster(1, roles=(role,))
@@ -61,7 +59,7 @@ def test_a_fleet_of_one_serves_both_phases_under_any_label(policy: RoundRobin, r
     assert decode_on(policy, ledger) == "i0"
 
 
-@pytest.mark.parametrize("policy", ALL[:3], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("policy", ALL[:3], ids=NAMES[:3])
 def test_labels_are_respected_and_mixed_serves_both(policy: RoundRobin) -> None:
     ledger = cluster(3, roles=(P, D, D))
     assert prefill_on(policy, ledger) == "i0"
@@ -92,9 +90,9 @@ def test_least_loaded_counts_tokens() -> None:
     queue(ledger, "b", "i1", 400)
     decode(ledger, "c", "i2", 900)
     decode(ledger, "d", "i3", 800)
-    assert prefill_on(LeastLoaded(), ledger) == "i1"
-    assert decode_on(LeastLoaded(), ledger) == "i3"
-    assert LeastLoaded().needs == frozenset()
+    assert prefill_on(LEAST_LOADED, ledger) == "i1"
+    assert decode_on(LEAST_LOADED, ledger) == "i3"
+    assert LEAST_LOADED.needs == frozenset()
 
 
 def test_minimal_load_counts_predicted_seconds() -> None:
@@ -105,8 +103,8 @@ def test_minimal_load_counts_predicted_seconds() -> None:
         ledger.instance_up(instance(name), made_of, role, 0.0)
     queue(ledger, "a", "slow", 300)
     queue(ledger, "b", "fast", 500)
-    assert prefill_on(MinimalLoad(), ledger, 50) == "fast"
-    assert prefill_on(LeastLoaded(), ledger, 50) == "slow"
+    assert prefill_on(MINIMAL_LOAD, ledger, 50) == "fast"
+    assert prefill_on(LEAST_LOADED, ledger, 50) == "slow"
 
 
 def test_minimal_load_weighs_batch_and_context() -> None:
@@ -114,7 +112,7 @@ def test_minimal_load_weighs_batch_and_context() -> None:
     decode(ledger, "long", "i1", 2000)
     for n in range(4):
         decode(ledger, f"short{n}", "i2", 100)
-    assert decode_on(MinimalLoad(), ledger) == "i1"
+    assert decode_on(MINIMAL_LOAD, ledger) == "i1"
 
 
 def test_colocated_takes_one_leg_where_wait_and_step_are_least() -> None:

@@ -15,8 +15,7 @@ from tidegate.policies.arrow.published import ArrowMonitor, ArrowPlacement
 from tidegate.policies.arrow.repair import RepairingMonitor, RepairingPlacement
 from tidegate.policies.candidates import pool_with_room
 from tidegate.policies.order import make_order
-from tidegate.signals.prefix import PrefixIndex
-from tidegate.signals.producers import Profiles, check_signals
+from tidegate.policies.protocols import Signal
 from tidegate.systems import SYSTEMS, make_system
 
 NAMES = ("arrow", "arrow-lending", "arrow-v1", "colocated", "minimal-load", "round-robin", "static")
@@ -107,7 +106,7 @@ def test_options_reach_the_policies() -> None:
     assert lending.prefill == RepairingPlacement(LendingPlacement(slo=slo))
     monitor = ArrowMonitor(slo=slo, period_s=0.25)
     assert published.controllers == (RepairingMonitor(monitor),)
-    assert lending.controllers == (RepairingMonitor(LendingMonitor(monitor)),)
+    assert lending.controllers == (RepairingMonitor(LendingMonitor(slo=slo, period_s=0.25)),)
 
 
 def test_a_name_that_a_system_had_says_which_it_has() -> None:
@@ -122,11 +121,11 @@ def test_a_tick_is_positive(tick_s: float) -> None:
 
 
 def test_a_system_without_its_signals_is_refused() -> None:
-    check_signals(make_system("round-robin"), [])
-    check_signals(make_system("arrow"), [PrefixIndex(), Profiles()])
+    make_system("round-robin").check_signals([])
+    make_system("arrow").check_signals(list(Signal))
     expected = "'arrow' needs the signals profile; this deployment has: prefix_hits"
     with pytest.raises(ConfigError, match=expected):
-        check_signals(make_system("arrow"), [PrefixIndex()])
+        make_system("arrow").check_signals([Signal.PREFIX_HITS])
 
 
 def test_a_system_takes_an_order() -> None:

@@ -205,7 +205,7 @@ class Running:
         """Have a decode move to another instance at its next token; False when it cannot now."""
         plane = self.gateway.dispatcher.plane
         live = plane.requests.get(request)
-        src = plane.ledger.owner_of(request)
+        src = None if live is None else live.decode_on or live.prefill_on
         if live is None or src is None:
             return False
         others = [name for name in plane.ledger.ids if name != src]

@@ -148,12 +148,12 @@ async def test_decodes_move_at_every_position(tokens: int) -> None:
     body: Json = {"prompt": [n % 12 for n in range(tokens)], "max_tokens": 40, "stream": True}
     async with bench() as it:
         dispatcher = it.gateway.dispatcher
-        ledger = dispatcher.plane.ledger
+        plane = dispatcher.plane
         task = asyncio.create_task(it.ask(body))
         while not task.done():
-            for request in list(dispatcher.plane.requests):
-                src = ledger.owner_of(request)
-                dst = next(name for name in ledger.ids if name != src)
+            for request, live in list(plane.requests.items()):
+                src = live.decode_on or live.prefill_on
+                dst = next(name for name in plane.ledger.ids if name != src)
                 if src is not None:
                     dispatcher.act([Migrate(request, src, dst, "told so")])
             await asyncio.sleep(0)

@@ -290,7 +290,7 @@ class Config(Section):
     @model_validator(mode="after")
     @with_value_errors
     def _system_fits_the_fleet(self) -> Config:
-        from tidegate.policies.order import Fifo
+        from tidegate.policies.order import FIFO
         from tidegate.policies.protocols import Signal
         from tidegate.systems import SYSTEMS, make_system
 
@@ -310,7 +310,7 @@ class Config(Section):
                 "--profile, a file of `tidegate profile --vllm URL --out FILE` or a packaged one's name, or "
                 f"choose a --system that needs none: {free}"
             )
-        if self.fleet.on_vllm and system.order.name != Fifo().name:
+        if self.fleet.on_vllm and system.order.name != FIFO.name:
             raise ValueError(
                 f"system {system.name!r} orders waiting prefills by {system.order.name}, which vLLM servers "
                 f"do not offer; take {system.name.partition('+')[0]!r}, without an order"

@@ -8,11 +8,21 @@ from collections.abc import Iterable, Mapping
 from tidegate.control.effects import Effects, Flipped, StartInstance, StartMigration, StopInstance
 from tidegate.control.live_request import LiveRequest, Stage
 from tidegate.control.membership import Membership
-from tidegate.core.decision import Action, AddInstance, Drain, Flip, Migrate, Place, Remove, SetTarget
+from tidegate.core.decision import (
+    Action,
+    AddInstance,
+    Drain,
+    Flip,
+    Migrate,
+    Place,
+    Remove,
+    SetTarget,
+    Undrain,
+)
 from tidegate.journal.writer import JournalWriter
 from tidegate.ledger.ledger import Ledger
 from tidegate.policies.protocols import DecodePlacement
-from tidegate.policies.target import steps_to_target
+from tidegate.policies.starting_roles import steps_to_target
 
 
 class Actions:
@@ -37,7 +47,10 @@ class Actions:
         self.migrations: Counter[str] = Counter()
 
     def execute(self, actions: Iterable[Action], now: float) -> Effects:
-        """Carry out each action as far as it is legal; one that is not changes nothing."""
+        """Carry out each action as far as it is legal; one that is not changes nothing.
+
+        A flip is legal where an instance is up, flippable and labelled otherwise.
+        """
         effects: Effects = []
         for action in actions:
             match action:
@@ -51,8 +64,15 @@ class Actions:
                 case AddInstance(role, reason):
                     self._membership.starting[role] += 1
                     effects.append(StartInstance(role, reason))
-                case Drain():
-                    self._drain(action, now, effects)
+                case Drain(instance, remove, reason):
+                    if instance in self._ledger.ids:
+                        self._membership.draining[instance] = remove
+                        if self._journal.enabled:
+                            self._journal.instance(now, instance, "draining", reason=reason)
+                        effects += self.drain_on(now)
+                case Undrain(instance, reason):
+                    if self._membership.undrain(instance) and self._journal.enabled:
+                        self._journal.instance(now, instance, "undrained", reason=reason)
                 case Remove(instance, reason):
                     if instance in self._ledger.ids:
                         self._stop(instance, reason, effects)
@@ -69,13 +89,6 @@ class Actions:
                 self._move_away(instance, residents.decodes, now, effects)
             elif remove and instance not in self._membership.stopping:
                 self._stop(instance, "drained", effects)
-        return effects
-
-    def apply_flips(self, flips: Iterable[Flip], now: float) -> Effects:
-        """Rewrite labels. A flip of an instance that is not up, not flippable or labelled so does nothing."""
-        effects: Effects = []
-        for flip in flips:
-            self._flip(flip, now, effects)
         return effects
 
     def note_migration(
@@ -117,14 +130,6 @@ class Actions:
         if live.stage is not Stage.DECODE or live.decode_on != migrate.src or migrate.src not in ids:
             return f"it does not decode on {migrate.src}"
         return ""
-
-    def _drain(self, drain: Drain, now: float, effects: Effects) -> None:
-        if drain.instance not in self._ledger.ids:
-            return
-        self._membership.draining[drain.instance] = drain.remove
-        if self._journal.enabled:
-            self._journal.instance_draining(now, drain.instance, drain.reason)
-        effects += self.drain_on(now)
 
     def _move_away(self, instance: str, decodes: Iterable[str], now: float, effects: Effects) -> None:
         """Have the decodes of a draining instance move where the system would place them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 
@@ -32,46 +32,40 @@ class RunDecode(msgspec.Struct, frozen=True, gc=False):
     on: str
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
+class Held(NamedTuple):
     """The request waits; a later event brings ``RunPrefill`` or ``GiveUp`` for it."""
 
     live: LiveRequest
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class GiveUp:
+class GiveUp(NamedTuple):
     """End the request with ``error``."""
 
     live: LiveRequest
     error: TidegateError
 
 
-@dataclass(frozen=True, slots=True)
-class Replay:
+class Replay(NamedTuple):
     """A failed request is served again from what it has; ``label`` is the error's metric label."""
 
     live: LiveRequest
     label: str
 
 
-@dataclass(frozen=True, slots=True)
-class Suspect:
+class Suspect(NamedTuple):
     """Have the fleet look at an instance whose call failed."""
 
     instance: str
 
 
-@dataclass(frozen=True, slots=True)
-class WakeAt:
+class WakeAt(NamedTuple):
     """Call ``ControlPlane.tick`` at ``at_s``."""
 
     at_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Flipped:
+class Flipped(NamedTuple):
     """An instance's label was rewritten. Nothing is to be done on the engine."""
 
     instance: str
@@ -80,41 +74,28 @@ class Flipped:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class StartMigration:
+class StartMigration(NamedTuple):
     """Move a running decode. Report ``migration_begun``, then ``migration_done`` or ``migration_ended``."""
 
     live: LiveRequest
     migrate: Migrate
 
 
-@dataclass(frozen=True, slots=True)
-class StartInstance:
+class StartInstance(NamedTuple):
     """Have the fleet start one more instance. ``role`` is its label once it reports ``instance_up``."""
 
     role: Role
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class StopInstance:
+class StopInstance(NamedTuple):
     """Have the fleet stop an instance for good; it reports ``instance_down``."""
 
     instance: str
     reason: str
 
 
-Effect = (
-    RunPrefill
-    | RunDecode
-    | Held
-    | GiveUp
-    | Replay
-    | Suspect
-    | WakeAt
-    | Flipped
-    | StartMigration
-    | StartInstance
-    | StopInstance
-)
-Effects = list[Effect]
+Effects = list[
+    RunPrefill | RunDecode | Held | GiveUp | Replay | Suspect | WakeAt | Flipped | StartMigration
+    | StartInstance | StopInstance
+]  # fmt: skip

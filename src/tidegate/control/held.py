@@ -46,8 +46,7 @@ class HeldRequests:
 
     def placed(self, live: LiveRequest) -> None:
         """Forget for how long a request found no instance."""
-        if self._none_up_since_s:
-            self._none_up_since_s.pop(live, None)
+        self._none_up_since_s.pop(live, None)
 
     def remove(self, live: LiveRequest) -> None:
         """Forget a request, whether or not it waits."""

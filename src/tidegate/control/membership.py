@@ -42,7 +42,6 @@ class Membership:
         role = self._wanted(instance_id, now)
         self._joined.add(instance_id)
         self._avoided_until_s.pop(instance_id, None)
-        self.draining.pop(instance_id, None)
         self.stopping.discard(instance_id)
         if fixed_role is None or role in (fixed_role, Role.MIXED):
             self.labels[instance_id] = role
@@ -76,11 +75,23 @@ class Membership:
         self.starting += Counter()  # drops what is 0
 
     def leaves(self, instance_id: str) -> None:
-        """Say that an instance is down. One that was stopped on purpose is forgotten."""
-        self.draining.pop(instance_id, None)
+        """Say that an instance is down. One that was stopped on purpose is forgotten, its drain with it."""
         if instance_id in self.stopping:
             self.stopping.discard(instance_id)
+            self.draining.pop(instance_id, None)
             self.labels.pop(instance_id, None)
+
+    def stop_failed(self, instance_id: str) -> None:
+        """Say that an instance cannot be stopped: it stays drained, and is not to be removed any more."""
+        self.stopping.discard(instance_id)
+        self.draining[instance_id] = False
+
+    def undrain(self, instance_id: str) -> bool:
+        """End a drain. False where there is none, or where the instance is being stopped already."""
+        if instance_id not in self.draining or instance_id in self.stopping:
+            return False
+        del self.draining[instance_id]
+        return True
 
     def avoid(self, instance_id: str, until_s: float) -> None:
         """Place nothing on an instance until then, while others are up."""

@@ -9,15 +9,13 @@ from tidegate.policies.protocols import Controller
 from tidegate.systems.system import System
 
 
-class _Period:
+class Period:
     """Ends at whole multiples of its length after the start, so that no error adds up."""
 
     __slots__ = ("_count", "_length_s", "_start_s", "next_s")
 
     def __init__(self, length_s: float) -> None:
         self._length_s = length_s
-        self._start_s = 0.0
-        self._count = 1
         self.next_s = float("inf")
 
     def start(self, now: float) -> None:
@@ -29,8 +27,7 @@ class _Period:
         """Tell whether a period has ended by ``now``; all that have ended count as one."""
         if now < self.next_s:
             return False
-        passed = int((now - self._start_s) / self._length_s)
-        self._count = max(self._count + 1, passed)
+        self._count = max(self._count + 1, int((now - self._start_s) / self._length_s))
         while self._start_s + self._count * self._length_s <= now:
             self._count += 1
         self.next_s = self._start_s + self._count * self._length_s
@@ -38,42 +35,28 @@ class _Period:
 
 
 class Periods:
-    """The clocks of one system: its window's, and one per controller with that controller's state."""
+    """The clocks of one system: its window's, and one per controller; ``states`` has theirs by name."""
 
     def __init__(self, system: System) -> None:
-        self._window = _Period(system.window_s)
-        self._controllers: list[tuple[Controller[Any], _Period]] = [
-            (controller, _Period(controller.period_s)) for controller in system.controllers
+        self.window = Period(system.window_s)
+        self._controllers: list[tuple[Controller[Any], Period]] = [
+            (controller, Period(controller.period_s)) for controller in system.controllers
         ]
-        self._states: dict[str, Any] = {each.name: each.initial() for each in system.controllers}
+        self.states: dict[str, Any] = {each.name: each.initial() for each in system.controllers}
 
     def start(self, now: float) -> float:
         """Begin all periods; return when the first one ends."""
-        self._window.start(now)
-        for _, period in self._controllers:
+        for period in (self.window, *(period for _, period in self._controllers)):
             period.start(now)
         return self.next_s
 
     @property
     def next_s(self) -> float:
         """When the next period ends."""
-        return min([self._window.next_s, *(period.next_s for _, period in self._controllers)])
-
-    @property
-    def window_ends_s(self) -> float:
-        """When the window ends."""
-        return self._window.next_s
-
-    def window_due(self, now: float) -> bool:
-        """Tell whether the window ends by ``now``, and begin the next one."""
-        return self._window.due(now)
+        return min([self.window.next_s, *(period.next_s for _, period in self._controllers)])
 
     def due(self, now: float) -> Iterator[tuple[Controller[Any], Any]]:
         """Yield each controller that decides now, with its state, and begin its next period."""
         for controller, period in self._controllers:
             if period.due(now):
-                yield controller, self._states[controller.name]
-
-    def decided(self, controller: Controller[Any], state: Any) -> None:
-        """Keep a controller's state for its next decision."""
-        self._states[controller.name] = state
+                yield controller, self.states[controller.name]

@@ -7,28 +7,20 @@ carries out the effects that it returns. Requests are in the ledger before the e
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from msgspec.structs import replace
 
 from tidegate.control.actions import Actions
-from tidegate.control.effects import (
-    Effects,
-    GiveUp,
-    Held,
-    Replay,
-    RunDecode,
-    RunPrefill,
-    Suspect,
-    WakeAt,
-)
+from tidegate.control.effects import Effects, GiveUp, Held, Replay, RunDecode, RunPrefill, Suspect, WakeAt
 from tidegate.control.held import HeldRequests
 from tidegate.control.live_request import LiveRequest, Stage
 from tidegate.control.membership import Membership
 from tidegate.control.periods import Periods
-from tidegate.control.settings import ControlSettings
 from tidegate.core.decision import Action, ControlDecision, Flip, Path, Place, Reject, Verdict
 from tidegate.core.errors import (
+    ConfigError,
     EngineError,
     EngineUnreachable,
     KvLost,
@@ -50,11 +42,38 @@ from tidegate.signals.prefix import PrefixIndex
 from tidegate.systems.system import System
 
 
+@dataclass(frozen=True, slots=True)
+class ControlSettings:
+    """How failures, waits and retries are handled; the same numbers live and simulated (all ours).
+
+    - ``replays``: how often a request is served again after a failed leg.
+    - ``deadly``: instances that may die under a request before its first token; then it counts as the cause.
+    - ``recovery_s``: how long a request whose answer has begun waits while no instance is up. One whose
+      answer has not begun is refused at once, so that its client can go elsewhere.
+    - ``confirm_s``: how long a failed request waits for the fleet's word on the instance that failed it.
+    - ``avoid_s``: how long an instance that failed a leg gets no new one while others are up: one that fails
+      fast looks idle and would draw every request.
+    - ``retry_after_s``: what a client is told to wait when it is refused: about a local engine's restart.
+    """
+
+    replays: int = 5
+    deadly: int = 3
+    recovery_s: float = 15.0
+    confirm_s: float = 0.25
+    avoid_s: float = 5.0
+    retry_after_s: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.replays < 0:
+            raise ConfigError(f"replays must be a count of at least 0, got {self.replays}")
+
+
 class ControlPlane:
     """Runs one system over one fleet.
 
     ``ids`` are the instances that the fleet starts with. ``prefixes``, where given, tells placements what
-    each instance's prefix cache holds. ``requests`` are those that have not ended, by id.
+    each instance's prefix cache holds. ``requests`` are those that have not ended, by id; ``migrations``
+    counts what became of migrations: begun, done, cancelled, ignored.
 
     Times are a driver's seconds and never decrease. Every verb returns what is to be done, in this order.
     """
@@ -76,6 +95,7 @@ class ControlPlane:
         self._journal = journal
         self._held = HeldRequests(system.order)
         self._actions = Actions(self.ledger, self.membership, self.requests, system.decode, journal)
+        self.migrations: Mapping[str, int] = self._actions.migrations
         self._periods = Periods(system)
         self._audited = False
         self._reasons: dict[str, str] = {}
@@ -94,13 +114,13 @@ class ControlPlane:
         """
         effects: Effects = []
         before_s = self._periods.next_s
-        if self._periods.window_due(now):
+        if self._periods.window.due(now):
             self.ledger.window_closed(now)
             self._audit()
         if len(self.ledger.ids):
             for controller, state in self._periods.due(now):
                 decision = controller.decide(self.ledger.snapshot(now), state)
-                self._periods.decided(controller, decision.state)
+                self._periods.states[controller.name] = decision.state
                 self._note_control(controller.name, decision, now)
                 effects += self._actions.execute(decision.actions, now)
         if self.membership.draining:
@@ -118,11 +138,11 @@ class ControlPlane:
     ) -> Effects:
         """Add an instance, empty, under the label that ``Membership.joins`` gives it."""
         role, flips = self.membership.joins(instance.id, fixed_role, now)
-        effects = self._actions.apply_flips(flips, now)
+        effects = self._actions.execute(flips, now)
         self.ledger.instance_up(instance, profile, role, now)
         if self.prefixes is not None:
             self.prefixes.instance_up(instance.id, instance.kv_capacity_tokens)
-        self._journal.instance_up(now, instance.id, role)
+        self._journal.instance(now, instance.id, "up", role=role.label)
         return effects + self._retry(now)
 
     def instance_down(self, instance_id: str, reason: str, now: float) -> Effects:
@@ -134,7 +154,7 @@ class ControlPlane:
         self.membership.leaves(instance_id)
         if self.prefixes is not None:
             self.prefixes.instance_down(instance_id)
-        self._journal.instance_down(now, instance_id, reason)
+        self._journal.instance(now, instance_id, "down", reason=reason)
         return self._place_again(self._held.confirmed_down(instance_id), now) + self._retry(now)
 
     def foreign_load(self, instance_id: str, requests: int, tokens: int) -> None:
@@ -144,6 +164,10 @@ class ControlPlane:
     def start_failed(self, role: Role) -> None:
         """Say that an instance that ``StartInstance`` asked for will not come."""
         self.membership.start_ended(role)
+
+    def stop_failed(self, instance_id: str) -> None:
+        """Say that ``StopInstance`` cannot be carried out; the instance stays drained."""
+        self.membership.stop_failed(instance_id)
 
     def act(self, actions: Sequence[Action], now: float) -> Effects:
         """Execute what an operator or a test decided, beside the system's controllers."""
@@ -165,9 +189,7 @@ class ControlPlane:
             return [GiveUp(live, self._none_up())]
         assert live.prefill_on is not None
         verdict = self.system.decode.place_decode(request, view, live.prefill_on)
-        effects = self._actions.apply_flips(verdict.flips, now) if verdict.flips and whole else []
-        if self._journal.enabled:
-            self._note_decision(request, "place_decode", verdict, view)
+        effects = self._decided(request, "place_decode", verdict, view, whole)
         decision = verdict.decision
         if not isinstance(decision, Place) or decision.decode_on is None:
             reason = "no instance takes the decode"
@@ -194,14 +216,6 @@ class ControlPlane:
         self.ledger.tokens(live.id, count, now)
         for observer in self._observers:
             observer.tokens(live.resident(), live.generated, now)
-
-    def joined(self, live: LiveRequest) -> bool:
-        """Say that a decode steps together with others from its last ``tokens`` on (``Ledger.joined``)."""
-        return self.ledger.joined(live.id)
-
-    def left_step(self, live: LiveRequest) -> None:
-        """Say that a decode pauses (``Ledger.left_step``)."""
-        self.ledger.left_step(live.id)
 
     def stepped(self, instance_id: str, count: int, now: float) -> None:
         """Count ``count`` tokens of every decode in step on an instance (``Ledger.stepped``)."""
@@ -294,12 +308,7 @@ class ControlPlane:
     @property
     def window_ends_s(self) -> float:
         """When the ledger's window closes next."""
-        return self._periods.window_ends_s
-
-    @property
-    def migrations(self) -> Mapping[str, int]:
-        """What became of migrations, counted: begun, done, cancelled, ignored."""
-        return self._actions.migrations
+        return self._periods.window.next_s
 
     @property
     def held_count(self) -> int:
@@ -318,9 +327,7 @@ class ControlPlane:
             if hits:
                 request = replace(request, cached=hits)
         verdict = self.system.prefill.place_prefill(request, view)
-        effects = self._actions.apply_flips(verdict.flips, now) if verdict.flips and whole else []
-        if self._journal.enabled:
-            self._note_decision(request, kind, verdict, view)
+        effects = self._decided(request, kind, verdict, view, whole)
         decision = verdict.decision
         if isinstance(decision, Place):
             effects.append(self._dispatch(live, request, decision, view, now))
@@ -395,14 +402,17 @@ class ControlPlane:
         if migrate is not None:
             self._actions.note_migration(migrate, event, now, why, moved_bytes)
 
-    def _note_decision(self, request: Request, kind: str, verdict: Verdict, view: Snapshot) -> None:
-        """Journal a verdict with its alternatives and what is predicted for the chosen instance."""
-        predicted: dict[str, float] | None = None
-        if isinstance(verdict.decision, Place):
-            decode = kind == "place_decode"
-            on = (verdict.decision.decode_on if decode else None) or verdict.decision.prefill_on
-            predicted = predicted_on(on, view, request, decode=decode)
-        self._journal.decision(view.at_s, request.id, kind, verdict, predicted)
+    def _decided(self, request: Request, kind: str, verdict: Verdict, view: Snapshot, whole: bool) -> Effects:
+        """Apply a verdict's flips; journal it with its alternatives and what is predicted where it places."""
+        effects = self._actions.execute(verdict.flips, view.at_s) if verdict.flips and whole else []
+        if self._journal.enabled:
+            predicted: dict[str, float] | None = None
+            if isinstance(verdict.decision, Place):
+                decode = kind == "place_decode"
+                on = (verdict.decision.decode_on if decode else None) or verdict.decision.prefill_on
+                predicted = predicted_on(on, view, request, decode=decode)
+            self._journal.decision(view.at_s, request.id, kind, verdict, predicted)
+        return effects
 
     def _note_control(self, name: str, decision: ControlDecision[Any], now: float) -> None:
         """Journal what a controller says of its decision when that is not what it said last."""

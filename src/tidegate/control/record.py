@@ -72,6 +72,10 @@ class RequestEnding:
         return self.slo.attained(ttft_s, record.tpot_s(self.output_tokens))
 
 
+COPIED = ("prefill_on", "decode_on", "cached_tokens", "kv_transfer_bytes", "replays", "migrations")
+"""What a record and a journal's line call alike."""
+
+
 def outcome_line(record: RequestRecord, ending: RequestEnding, started_s: float) -> OutcomeLine:
     """Return the journal's line of a request's end; ``started_s`` is when the journal began."""
     error = ending.error
@@ -89,14 +93,9 @@ def outcome_line(record: RequestRecord, ending: RequestEnding, started_s: float)
         tpot_s=_rounded(record.tpot_s(ending.output_tokens)),
         e2e_s=_rounded(ending.end_s - record.arrival_s),
         stages_s={name: round(seconds, 6) for name, seconds in record.stages.items()},
-        prefill_on=record.prefill_on,
-        decode_on=record.decode_on,
         predicted_prefill_s=_rounded(record.predicted_prefill_s),
         observed_prefill_s=_rounded(record.observed_prefill_s),
-        cached_tokens=record.cached_tokens,
-        kv_transfer_bytes=record.kv_transfer_bytes,
-        replays=record.replays,
-        migrations=record.migrations,
+        **{name: getattr(record, name) for name in COPIED},
         slo=ending.slo,
         attained=ending.attained(record),
         session_id=ending.session or UNSET,

@@ -39,15 +39,13 @@ class Place(msgspec.Struct, frozen=True, gc=False):
     path: Path
 
 
-@dataclass(frozen=True, slots=True)
-class Hold:
+class Hold(NamedTuple):
     """Keep the request queued at the scheduler and ask again after the next event."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Reject:
+class Reject(NamedTuple):
     """Refuse the request; the client may retry after ``retry_after_s``."""
 
     reason: str
@@ -95,10 +93,21 @@ class AddInstance:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """Place nothing more on ``instance``, move its decodes away, and with ``remove`` stop it once empty."""
+    """Place nothing more on ``instance``, move its decodes away, and with ``remove`` stop it once empty.
+
+    This holds until the instance is removed or an ``Undrain``, also when it dies and returns meanwhile.
+    """
 
     instance: str
     remove: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Undrain:
+    """Place work on a drained ``instance`` again."""
+
+    instance: str
     reason: str = ""
 
 
@@ -110,7 +119,7 @@ class Remove:
     reason: str = ""
 
 
-Action = Flip | Migrate | SetTarget | AddInstance | Drain | Remove
+Action = Flip | Migrate | SetTarget | AddInstance | Drain | Undrain | Remove
 """What a controller may ask for. ``tidegate.control.actions`` executes every one of them."""
 
 Placement = Place | Hold | Reject
@@ -153,12 +162,8 @@ S = TypeVar("S")
 
 
 class ControlDecision(NamedTuple, Generic[S]):
-    """What a controller decides in one period: its state for the next one, actions, and why.
-
-    ``alternatives`` are the instances it compared, where it did.
-    """
+    """What a controller decides in one period: its state for the next one, actions, and why."""
 
     state: S
     actions: tuple[Action, ...] = ()
     reason: str = ""
-    alternatives: Alternatives | None = None

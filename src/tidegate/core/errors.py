@@ -1,30 +1,4 @@
-"""Every error tidegate raises, as one tree.
-
-    TidegateError
-    ├── ClientError            the request is wrong; retrying it unchanged fails again
-    │   ├── BadRequest             a field is malformed; ``param`` names it
-    │   ├── PromptTooLong          prompt + max_tokens exceed the model's context
-    │   ├── UnknownModel           no instance serves that model
-    │   ├── UnknownRoute           no such path
-    │   ├── WrongMethod            the path exists, but not with this method; ``allowed`` has the right ones
-    │   ├── Unauthorized           missing or wrong API key
-    │   ├── Forbidden              reserved to the members of the launch
-    │   ├── BodyTooLarge           the upload exceeds the limit
-    │   └── ClientGone             the client closed the connection (nobody sees the status)
-    ├── CapacityError          the cluster cannot take the request now
-    │   ├── NoInstance             no instance is up
-    │   ├── ShuttingDown           the server stops: it takes nothing new, or cut the request off
-    │   └── Overloaded             the policy rejected the request
-    ├── EngineError            an engine failed the request
-    │   ├── EngineUnreachable      the connection failed or broke
-    │   ├── EngineTimeout          a deadline of the leg passed
-    │   ├── EngineFault            the engine answered with an error
-    │   ├── KvLost                 the KV of a leg could not be had; the engine may be well
-    │   └── NotRepeated            a leg said something else than what was delivered already
-    ├── InternalError          tidegate itself is at fault
-    └── SetupError             wrong configuration, trace or command; shown by the CLI, never served
-        ├── ConfigError            unknown key, wrong value, missing signal
-        └── TraceError             malformed trace; carries file, line and column
+"""Every error tidegate raises, as one tree below ``TidegateError``.
 
 ``STATUS`` is the only place that maps an error to an HTTP status, an OpenAI error type and a
 metric label.
@@ -47,11 +21,11 @@ class TidegateError(Exception):
 
 
 class ClientError(TidegateError):
-    """The request is wrong."""
+    """The request is wrong; retrying it unchanged fails again."""
 
 
 class BadRequest(ClientError):
-    """A field of the request is malformed."""
+    """A field of the request is malformed; ``param`` names it."""
 
 
 class PromptTooLong(ClientError):
@@ -67,7 +41,7 @@ class UnknownRoute(ClientError):
 
 
 class WrongMethod(ClientError):
-    """The path exists, but not with this method."""
+    """The path exists, but not with this method; ``allowed`` has the right ones."""
 
     def __init__(self, message: str, *, allowed: Iterable[str]) -> None:
         super().__init__(message)
@@ -87,7 +61,7 @@ class BodyTooLarge(ClientError):
 
 
 class ClientGone(ClientError):
-    """The client closed the connection before the answer was complete."""
+    """The client closed the connection before the answer was complete; nobody sees the status."""
 
 
 class CapacityError(TidegateError):
@@ -134,7 +108,7 @@ class EngineFault(EngineError):
 
 
 class KvLost(EngineError):
-    """The KV that a leg was to begin with could not be had, or not in time; the leg may be run without it."""
+    """The KV that a leg was to begin with could not be had, or not in time; the engine may be well."""
 
 
 class NotRepeated(EngineError):
@@ -146,7 +120,7 @@ class InternalError(TidegateError):
 
 
 class SetupError(TidegateError):
-    """A command, configuration or input file is wrong."""
+    """A command, configuration or input file is wrong; shown by the command line, never served."""
 
 
 class ConfigError(SetupError):

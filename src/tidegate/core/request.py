@@ -34,7 +34,3 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     session: str = ""
     turn: int = 0
     cached: Mapping[str, int] = NOTHING_CACHED
-
-    def tokens_to_compute(self, instance_id: str) -> int:
-        """Return the prompt tokens that a prefill on an instance computes: at least one."""
-        return max(1, self.prompt_tokens - self.cached.get(instance_id, 0))

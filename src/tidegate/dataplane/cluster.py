@@ -13,7 +13,7 @@ from tidegate.dataplane.migration import Migrations
 from tidegate.dataplane.network import Network, Transfer
 from tidegate.dataplane.replica import Replica
 from tidegate.dataplane.sequence import ENDED, LOADING, NEW, Pin, SimSequence
-from tidegate.policies.order import Fifo, Order
+from tidegate.policies.order import FIFO, Order
 
 REPORT_GROUP = 64
 """Instances whose next reports are looked at together: a list's least entry costs less than a heap, which has
@@ -47,7 +47,7 @@ class Cluster:
         self._events = events
         self._listener = listener
         self._leap = leap
-        self._order = order or Fifo()
+        self._order = order or FIFO
         self._replicas: list[Replica] = []
         self._next_reports_s: list[list[float]] = []
         self._kv_bytes_per_token: list[int] = []

@@ -133,7 +133,7 @@ class DialectEngine:
         if leg.generated:
             kv["tidegate_generated"] = leg.generated
         if leg.ticket is not None:
-            kv["tidegate_ticket"] = leg.ticket.to_json()
+            kv["tidegate_ticket"] = leg.ticket._asdict()
         return kv
 
     def _handle(self, params: Json | None, leg: Leg, prompt_tokens: int, tokens: Tokens) -> KvHandle | None:

@@ -22,8 +22,7 @@ from tidegate.control.effects import (
     WakeAt,
 )
 from tidegate.control.inputs import RecordingPlane
-from tidegate.control.plane import ControlPlane
-from tidegate.control.settings import ControlSettings
+from tidegate.control.plane import ControlPlane, ControlSettings
 from tidegate.core.clock import Clock
 from tidegate.core.decision import Action
 from tidegate.core.errors import ClientGone, EngineUnreachable, ShuttingDown, TidegateError
@@ -37,8 +36,8 @@ from tidegate.gateway.sessions import Conversations
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.gateway.upstream import Handles, Upstream, connect
 from tidegate.journal.writer import JournalWriter
+from tidegate.policies.protocols import Signal
 from tidegate.signals.prefix import PrefixIndex
-from tidegate.signals.producers import Producer, Profiles
 from tidegate.systems.system import System
 
 log = logging.getLogger(__name__)
@@ -172,7 +171,8 @@ class Dispatcher:
                         self.plane.start_failed(role)
                 case StopInstance(instance, reason):
                     if not self._fleet.remove(instance, reason):
-                        log.warning("%s cannot be stopped from here; it stays cordoned", instance)
+                        log.warning("%s cannot be stopped from here; it stays drained", instance)
+                        self.plane.stop_failed(instance)
 
     # clocks
 
@@ -233,7 +233,7 @@ class Dispatcher:
         self.models = {member.model for member in members}
         self.max_model_len = max((member.instance.max_model_len for member in members), default=0)
 
-    def producers(self) -> list[Producer]:
-        """Return who produces signals in this deployment, now that the fleet is up."""
+    def signals(self) -> list[Signal]:
+        """Return the signals that this deployment gives, now that the fleet is up."""
         measured = all(u.member.profile is not None for u in self.upstreams.values())
-        return [self.prefixes, Profiles()] if measured else [self.prefixes]
+        return [Signal.PREFIX_HITS, Signal.PROFILE] if measured else [Signal.PREFIX_HITS]

@@ -10,7 +10,7 @@ from weakref import WeakSet
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, StrictBool
 
-from tidegate.core.decision import AddInstance, Drain
+from tidegate.core.decision import AddInstance, Drain, Undrain
 from tidegate.core.errors import (
     BadRequest,
     NoInstance,
@@ -108,6 +108,7 @@ class Front:
         app.router.add_get("/tidegate/state", self.state)
         app.router.add_post("/tidegate/instances", self.add_instance)
         app.router.add_post("/tidegate/instances/{id}/drain", self.drain_instance)
+        app.router.add_post("/tidegate/instances/{id}/undrain", self.undrain_instance)
         return app
 
     async def cut_off(self) -> None:
@@ -284,6 +285,16 @@ class Front:
             raise UnknownRoute(f"no instance {name!r} is up")
         self._dispatcher.act([Drain(name, remove, OPERATOR)])
         return json_answer({"status": "draining", "id": name, "remove": remove})
+
+    async def undrain_instance(self, request: web.Request) -> web.Response:
+        """POST /tidegate/instances/{id}/undrain: have a drained instance get work again."""
+        name, draining = request.match_info["id"], self._dispatcher.plane.membership.draining
+        if name not in draining:
+            raise UnknownRoute(f"no instance {name!r} is drained")
+        self._dispatcher.act([Undrain(name, OPERATOR)])
+        if name in draining:
+            raise BadRequest(f"instance {name!r} is empty and being stopped already")
+        return json_answer({"status": "undrained", "id": name})
 
 
 async def _read_optional(request: web.Request, kind: type[Body]) -> Body:

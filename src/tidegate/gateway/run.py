@@ -19,7 +19,6 @@ from tidegate.gateway.front import Front
 from tidegate.gateway.journal import JournalFile
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.protocol.http_front import FrontRunner
-from tidegate.signals.producers import check_signals
 from tidegate.systems.system import System
 
 DRAIN_S = 30.0
@@ -66,7 +65,7 @@ class Gateway:
         # Only now: a gateway that cannot have the port must not touch the journal of the one that has it.
         self._journal.open()
         await self._fleet.start(dispatcher)
-        check_signals(dispatcher.system, dispatcher.producers())
+        dispatcher.system.check_signals(dispatcher.signals())
         dispatcher.start()
         host, port = settings.host, self._runner.addresses[0][1]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"

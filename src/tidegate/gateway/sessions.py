@@ -9,7 +9,7 @@ from itertools import takewhile
 
 from tidegate.fleet.member import Member
 from tidegate.gateway.call import Call
-from tidegate.policies.read_back import worth_reading_back
+from tidegate.policies.pricing import worth_reading_back
 
 MOST_TOKENS = 4_000_000
 """How many tokens of conversations are remembered (ours): 16 MB. The longest unused go first."""

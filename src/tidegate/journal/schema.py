@@ -52,7 +52,7 @@ class HeaderLine(JournalLine, tag="header"):
 
 
 class InstanceLine(JournalLine, tag="instance", omit_defaults=True):
-    """An instance came, with the role it was given, or went, with the reason why."""
+    """``event`` is ``up``, with the role it was given, or ``down``, ``draining``, ``undrained``, with why."""
 
     instance: str
     event: str
@@ -241,15 +241,6 @@ class OutcomeLine(JournalLine, tag="outcome", kw_only=True):
 
 
 LINES: dict[str, type[JournalLine]] = {
-    "header": HeaderLine,
-    "instance": InstanceLine,
-    "decision": DecisionLine,
-    "flip": FlipLine,
-    "control": ControlLine,
-    "migration": MigrationLine,
-    "failure": FailureLine,
-    "load_drift": LoadDriftLine,
-    "input": InputLine,
-    "outcome": OutcomeLine,
+    str(line.__struct_config__.tag): line for line in JournalLine.__subclasses__()
 }
 """The structs by the ``type`` of their lines."""

@@ -62,25 +62,11 @@ class JournalWriter:
     ) -> None:
         """Write the first line; ``roles`` are the instances' ids and labels."""
         instances = [InstanceLabel(name, role.label) for name, role in roles]
-        self.write(
-            HeaderLine(
-                version=version, system=system, started_unix_s=started_unix_s, slo=slo, instances=instances
-            )
-        )
+        self.write(HeaderLine(0.0, version, system, started_unix_s, slo, instances))
 
-    def instance_up(self, now_s: float, instance: str, role: Role) -> None:
-        """Write that an instance came, with its label."""
-        self.write(InstanceLine(t_s=self.elapsed_s(now_s), instance=instance, event="up", role=role.label))
-
-    def instance_down(self, now_s: float, instance: str, reason: str) -> None:
-        """Write that an instance went, and why."""
-        self.write(InstanceLine(t_s=self.elapsed_s(now_s), instance=instance, event="down", reason=reason))
-
-    def instance_draining(self, now_s: float, instance: str, reason: str) -> None:
-        """Write that an instance gets nothing new, and why."""
-        self.write(
-            InstanceLine(t_s=self.elapsed_s(now_s), instance=instance, event="draining", reason=reason)
-        )
+    def instance(self, now_s: float, instance: str, event: str, *, role: str = "", reason: str = "") -> None:
+        """Write that an instance is up, down, draining or undrained (see ``InstanceLine``)."""
+        self.write(InstanceLine(self.elapsed_s(now_s), instance, event, role, reason))
 
     def decision(
         self, now_s: float, request: str, kind: str, verdict: Verdict, predicted: dict[str, float] | None
@@ -96,62 +82,28 @@ class JournalWriter:
                 chosen = Chosen(hold=reason)
             case Reject(reason):
                 chosen = Chosen(reject=reason)
-        self.write(
-            DecisionLine(
-                t_s=self.elapsed_s(now_s),
-                request=request,
-                kind=kind,
-                chosen=chosen,
-                alternatives=verdict.alternatives.top(ALTERNATIVES) if verdict.alternatives else [],
-                predicted=predicted,
-                reason=verdict.reason,
-            )
-        )
+        best = verdict.alternatives.top(ALTERNATIVES) if verdict.alternatives else []
+        t_s = self.elapsed_s(now_s)
+        self.write(DecisionLine(t_s, request, kind, chosen, best, predicted, verdict.reason))
 
     def flip(self, now_s: float, flip: Flip, before: Role) -> None:
         """Write that an instance's label was rewritten; ``before`` is the one it had."""
-        self.write(
-            FlipLine(
-                t_s=self.elapsed_s(now_s),
-                instance=flip.instance,
-                from_role=before.label,
-                to_role=flip.to.label,
-                reason=flip.reason,
-            )
-        )
+        t_s = self.elapsed_s(now_s)
+        self.write(FlipLine(t_s, flip.instance, before.label, flip.to.label, flip.reason))
 
     def control(self, now_s: float, reason: str, flips: int) -> None:
         """Write the reason of a periodic decision and how many flips it made."""
-        self.write(ControlLine(t_s=self.elapsed_s(now_s), reason=reason, flips=flips))
+        self.write(ControlLine(self.elapsed_s(now_s), reason, flips))
 
     def migration(self, now_s: float, migrate: Migrate, event: str, detail: str, moved_bytes: int) -> None:
         """Write that a migration has begun, is done, cancelled or, as ``detail`` says why, ignored."""
-        self.write(
-            MigrationLine(
-                t_s=self.elapsed_s(now_s),
-                request=migrate.request,
-                event=event,
-                src=migrate.src,
-                dst=migrate.dst,
-                reason=migrate.reason,
-                detail=detail,
-                moved_bytes=moved_bytes,
-            )
-        )
+        move = (migrate.src, migrate.dst, migrate.reason)
+        self.write(MigrationLine(self.elapsed_s(now_s), migrate.request, event, *move, detail, moved_bytes))
 
     def failure(self, now_s: float, request: str, error: EngineError, generated: int) -> None:
         """Write that an engine failed a request's leg, after ``generated`` tokens of the answer."""
-        self.write(
-            FailureLine(
-                t_s=self.elapsed_s(now_s),
-                request=request,
-                instance=error.instance,
-                stage=error.stage,
-                message=error.message,
-                reason=status_of(error).label,
-                generated=generated,
-            )
-        )
+        t_s, reason = self.elapsed_s(now_s), status_of(error).label
+        self.write(FailureLine(t_s, request, error.instance, error.stage, error.message, reason, generated))
 
 
 _ENCODER = msgspec.json.Encoder()

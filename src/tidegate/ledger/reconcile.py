@@ -117,31 +117,28 @@ class Reconciler:
         most, least = max(before.requests, after.requests), min(before.requests, after.requests)
         explained = max(self._most_kv(before), self._most_kv(after))
         under_way = math.ceil(most * REQUESTS_SHARE)
-        news = [
-            self._see(Difference.REQUESTS, most, told.requests, 1, under_way),
-            self._see(Difference.KV, explained + kept_tokens, told.kv_tokens, 1, self._kv_tolerance),
-            self._see(Difference.MISSING, least, told.requests, -1, under_way),
-        ]
         in_use = None if told.kv_tokens is None else max(0, told.kv_tokens - explained)
         self._kv_in_use.see(in_use, self._kv_tolerance)
-        return [drift for drift in news if drift is not None]
+        return [
+            *self._see(Difference.REQUESTS, most, told.requests, 1, under_way),
+            *self._see(Difference.KV, explained + kept_tokens, told.kv_tokens, 1, self._kv_tolerance),
+            *self._see(Difference.MISSING, least, told.requests, -1, under_way),
+        ]
 
     def unheard(self) -> list[LoadDrift]:
         """Forget what readings showed: nobody can confirm it any more. Returns the drifts that ended."""
         self._kv_in_use.see(None, 0)
-        ended = [self._see(kind, None, None, 1, 0) for kind in Difference]
-        return [drift for drift in ended if drift is not None]
+        return [drift for kind in Difference for drift in self._see(kind, None, None, 1, 0)]
 
     def _see(
         self, kind: Difference, ledger: int | None, engine: int | None, sign: int, tolerance: int
-    ) -> LoadDrift | None:
+    ) -> list[LoadDrift]:
         lasting = self._drifts[kind]
         was = lasting.level
         surplus = None if ledger is None or engine is None else max(0, sign * (engine - ledger))
         lasting.see(surplus, tolerance)
-        if (lasting.level > 0) == (was > 0):
-            return None
-        return LoadDrift(kind, ledger, engine, lasting.level)
+        changed = (lasting.level > 0) != (was > 0)
+        return [LoadDrift(kind, ledger, engine, lasting.level)] if changed else []
 
     def _most_kv(self, booked: Booked) -> int:
         """Return the most KV that the ledger's own requests may have in use, in tokens of whole blocks."""

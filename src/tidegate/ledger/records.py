@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from tidegate.core.instance import Instance
 from tidegate.core.request import Request
@@ -13,20 +14,18 @@ from tidegate.costs.profile import Profile
 class InstanceEntry:
     """An instance that is up: its column and who is on it, each kind in order of arrival.
 
-    ``head`` is the prefill taken to be running; ``head_seen`` tells whether the driver reported its
-    start or it was inferred. ``steps`` counts the tokens that each of the ``in_step`` decodes that step
-    together has produced, the last one at ``stepped_at_s``. The ``foreign_*`` are what no entry
-    stands for.
+    ``head`` is the prefill taken to be running. ``steps`` counts the tokens that each of the ``in_step``
+    decodes that step together has produced, the last one at ``stepped_at_s``. The ``foreign_*`` are what no
+    request of the ledger stands for.
     """
 
-    instance: Instance
+    spec: Instance
     profile: Profile
     column: int
     prefills: dict[str, RequestEntry] = field(default_factory=dict)
     decodes: dict[str, RequestEntry] = field(default_factory=dict)
     handoffs: dict[str, RequestEntry] = field(default_factory=dict)
     head: RequestEntry | None = None
-    head_seen: bool = False
     steps: int = 0
     in_step: int = 0
     stepped_at_s: float = 0.0
@@ -36,7 +35,7 @@ class InstanceEntry:
 
 
 class RequestEntry:
-    """A live request. Its stage is told by which seats are set.
+    """A live request. Which instances are set tells its stage.
 
     ============  ======  ========  ============================================
     ``prefill``   set     in prefill (queued or running) there
@@ -47,8 +46,8 @@ class RequestEntry:
     ``prefill`` excludes the other two. ``seconds`` is the predicted prefill, ``held_tokens`` the KV
     counted at ``source``, ``resident_tokens`` the KV counted at ``decode``. While ``decode`` is set and
     ``source`` is not, ``last_at_s`` is the start of the open gap, and ``generating`` tells whether that is
-    a gap between two tokens of this instance. ``joined_step`` is the seat's ``steps`` when the decode fell
-    in step there; while it is set, ``resident_tokens`` and ``last_at_s`` are those of that moment.
+    a gap between two tokens of this instance. ``joined_step`` is the instance's ``steps`` when the decode
+    joined them; while it is set, ``resident_tokens`` and ``last_at_s`` are those of that moment.
     """
 
     __slots__ = (
@@ -80,16 +79,8 @@ class RequestEntry:
         """``last_at_s``, with the tokens produced in step since."""
         return self.last_at_s if self.joined_step is None or self.decode is None else self.decode.stepped_at_s
 
-    @property
-    def owner(self) -> InstanceEntry:
-        """The one seat whose loss loses the KV."""
-        seat = self.prefill or self.source or self.decode
-        assert seat is not None, "a live request sits somewhere"
-        return seat
 
-
-@dataclass(frozen=True, slots=True)
-class Residents:
+class Residents(NamedTuple):
     """Request ids on one instance, each kind in order of arrival."""
 
     prefills: tuple[str, ...]
@@ -97,8 +88,7 @@ class Residents:
     decodes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Booked:
+class Booked(NamedTuple):
     """What the ledger's own requests amount to on one instance, without anything foreign.
 
     ``requests`` are in prefill or decode there. ``prefill_tokens`` sums the prompts of those in prefill,
@@ -109,21 +99,3 @@ class Booked:
     prefill_tokens: int
     decode_tokens: int
     handoff_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """How many requests were dispatched, are in each stage, and ended in each way.
-
-    ``dispatched == prefills + handoffs + decodes + finished + aborted + lost``: every request is in one
-    stage or in one terminal state. A replay under the same id counts as a dispatch of its own.
-    """
-
-    instances: int
-    dispatched: int
-    prefills: int
-    handoffs: int
-    decodes: int
-    finished: int
-    aborted: int
-    lost: int

@@ -6,7 +6,7 @@ It lives beside the ledger, not in ``core``, because it carries the instances' c
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, Final, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,16 +14,50 @@ from numpy.typing import NDArray
 from tidegate.core.instance import Role
 from tidegate.costs.forms import lesser
 from tidegate.costs.profile import ProfileTable
-from tidegate.ledger.labels import Column, Labels, Mask
-from tidegate.ledger.rows import RequestRows
-from tidegate.ledger.sessions import SessionBook, SessionRows
+from tidegate.ledger.rows import RequestRows, SessionRows
 
-__all__ = ["EVERYONE", "At", "Cells", "Column", "Field", "Mask", "Matrix", "Snapshot", "prefill_wait_s"]
+if TYPE_CHECKING:
+    from tidegate.ledger.ledger import Ledger
 
+Column = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 Matrix = NDArray[np.float64]
 At = int | slice
 """Which instances: the column of one, or all (``EVERYONE``)."""
 EVERYONE: Final = slice(None)
+FEW = 12
+"""Up to this many instances are priced one by one with floats, more of them with arrays: whole-array
+arithmetic costs the same for two as for a hundred. Measured: here both cost about the same."""
+Candidates = tuple[int, ...] | list[int] | NDArray[np.intp]
+"""Columns of some instances, ascending; an array exactly where they are more than ``FEW``."""
+
+
+def columns_of(mask: Mask) -> Candidates:
+    """Return the columns where ``mask`` is true."""
+    return candidates_of(mask.nonzero()[0])
+
+
+def candidates_of(columns: NDArray[np.intp]) -> Candidates:
+    """Return ``columns`` as they are when they are many, as a tuple when they are few."""
+    return columns if len(columns) > FEW else tuple(columns.tolist())
+
+
+class Labels:
+    """What the labels say, worked out once after every change of one. Masks are read-only.
+
+    ``prefilling`` and ``decoding`` do the work of that role: its own label, or MIXED.
+    """
+
+    __slots__ = ("decoding", "decoding_mask", "everyone", "prefilling", "prefilling_mask")
+
+    def __init__(self, role: Column) -> None:
+        self.prefilling_mask: Mask = role != float(Role.DECODE)
+        self.decoding_mask: Mask = role != float(Role.PREFILL)
+        self.prefilling_mask.setflags(write=False)
+        self.decoding_mask.setflags(write=False)
+        self.prefilling: Candidates = columns_of(self.prefilling_mask)
+        self.decoding: Candidates = columns_of(self.decoding_mask)
+        self.everyone: Candidates = columns_of(np.ones(len(role), dtype=np.bool_))
 
 
 class Cells(Protocol):
@@ -68,21 +102,15 @@ class WindowAverages(NamedTuple):
     prefill_queue_s: Column
 
 
-class Book(Protocol):
-    """What a snapshot reads in place, without a copy of the world: the ledger."""
+class _Row:
+    """A row of ``Snapshot.state`` as an attribute."""
 
-    def request_rows(self) -> RequestRows:
-        """Return one row per live request."""
-        ...
+    def __init__(self, field: int) -> None:
+        self._field = field
 
-    def session_rows(self) -> SessionRows:
-        """Return one row per session."""
-        ...
-
-    @property
-    def windows(self) -> Mapping[str, WindowAverages]:
-        """The averages of the named windows that ended last."""
-        ...
+    def __get__(self, snapshot: Snapshot, owner: type[Snapshot]) -> Column:
+        row: Column = snapshot.state[self._field]
+        return row
 
 
 class Snapshot:
@@ -109,8 +137,8 @@ class Snapshot:
     """
 
     __slots__ = (
-        "_book",
         "_data",
+        "_ledger",
         "_state",
         "at_s",
         "cells",
@@ -121,7 +149,26 @@ class Snapshot:
         "last_flip_to_decode_s",
         "placed_decodes",
         "placed_prefills",
-    )
+    )  # fmt: skip
+
+    role = _Row(Field.ROLE)
+    """Labels as numbers; compare with ``Role``."""
+    prefill_requests = _Row(Field.PREFILL_REQUESTS)
+    prefill_tokens = _Row(Field.PREFILL_TOKENS)
+    prefill_queue_s = _Row(Field.PREFILL_QUEUE_S)
+    prefill_queue_avg_s = _Row(Field.PREFILL_QUEUE_AVG_S)
+    prefill_demand = _Row(Field.PREFILL_DEMAND)
+    prefill_squares_s = _Row(Field.PREFILL_SQUARES_S)
+    decode_requests = _Row(Field.DECODE_REQUESTS)
+    decode_tokens = _Row(Field.DECODE_TOKENS)
+    handoff_tokens = _Row(Field.HANDOFF_TOKENS)
+    mean_gap_s = _Row(Field.MEAN_GAP_S)
+    kv_capacity_tokens = _Row(Field.KV_CAPACITY_TOKENS)
+    """What each KV cache holds; 0 where that is unknown."""
+    free_tokens = _Row(Field.FREE_TOKENS)
+    """KV capacity beside decodes and handoffs; inf where the capacity is unknown."""
+    flipped_at_s = _Row(Field.FLIPPED_AT_S)
+    """When each label was last written; -inf if never."""
 
     def __init__(
         self,
@@ -134,7 +181,7 @@ class Snapshot:
         placed_prefills: int,
         placed_decodes: int,
         last_flip_to_decode_s: float,
-        book: Book | None = None,
+        ledger: Ledger,
     ) -> None:
         self.at_s: Final = at_s
         self.ids: Final = ids
@@ -148,25 +195,25 @@ class Snapshot:
         self.placed_prefills: Final = placed_prefills
         self.placed_decodes: Final = placed_decodes
         self.last_flip_to_decode_s: Final = last_flip_to_decode_s
-        self._book = book
+        self._ledger = ledger
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
     @property
     def requests(self) -> RequestRows:
         """One row per live request, worked out when asked for: read it while deciding, not later."""
-        return self._book.request_rows() if self._book is not None else RequestRows.of(())
+        return self._ledger.request_rows(self.index)
 
     @property
     def sessions(self) -> SessionRows:
         """One row per session, worked out when asked for: read it while deciding, not later."""
-        return self._book.session_rows() if self._book is not None else SessionBook().rows({})
+        return self._ledger.sessions.rows(self.index)
 
     @property
     def windows(self) -> Mapping[str, WindowAverages]:
         """What the system's named windows (``System.windows``) measured, each when it ended last."""
-        return self._book.windows if self._book is not None else {}
-
-    def __len__(self) -> int:
-        return len(self.ids)
+        return self._ledger.window_averages(self.ids)
 
     @property
     def state(self) -> Matrix:
@@ -186,98 +233,34 @@ class Snapshot:
             return self
         ids = tuple(name for name in self.ids if name not in names)
         state = self.state[:, keep]
-        index = {name: i for i, name in enumerate(ids)}
         return Snapshot(
             self.at_s,
             ids,
-            index,
+            {name: i for i, name in enumerate(ids)},
             self.costs.only(keep),
             state.tobytes(),
             Labels(state[Field.ROLE]),
             self.placed_prefills,
             self.placed_decodes,
             self.last_flip_to_decode_s,
+            self._ledger,
         )
-
-    @property
-    def role(self) -> Column:
-        """Labels as numbers; compare with ``Role``."""
-        return self._row(Field.ROLE)
 
     def labelled(self, role: Role) -> Mask:
         """Tell which instances carry the label ``role``."""
-        labelled: Mask = self._row(Field.ROLE) == float(role)
+        labelled: Mask = self.role == float(role)
         return labelled
 
     @property
     def flippable(self) -> Mask:
         """Tell which instances may change label."""
-        marked: Mask = self._row(Field.FLIPPABLE) > 0
+        marked: Mask = self.state[Field.FLIPPABLE] > 0
         return marked
-
-    @property
-    def prefill_requests(self) -> Column:
-        return self._row(Field.PREFILL_REQUESTS)
-
-    @property
-    def prefill_tokens(self) -> Column:
-        return self._row(Field.PREFILL_TOKENS)
-
-    @property
-    def prefill_queue_s(self) -> Column:
-        return self._row(Field.PREFILL_QUEUE_S)
 
     @property
     def prefill_wait_s(self) -> Column:
         """Predicted seconds until a prefill that joins the queue now would start."""
         return cast(Column, prefill_wait_s(self.state, EVERYONE, self.at_s))
-
-    @property
-    def free_tokens(self) -> Column:
-        """KV capacity beside decodes and handoffs; inf where the capacity is unknown."""
-        return self._row(Field.FREE_TOKENS)
-
-    @property
-    def prefill_queue_avg_s(self) -> Column:
-        return self._row(Field.PREFILL_QUEUE_AVG_S)
-
-    @property
-    def prefill_demand(self) -> Column:
-        return self._row(Field.PREFILL_DEMAND)
-
-    @property
-    def prefill_squares_s(self) -> Column:
-        return self._row(Field.PREFILL_SQUARES_S)
-
-    @property
-    def decode_requests(self) -> Column:
-        return self._row(Field.DECODE_REQUESTS)
-
-    @property
-    def decode_tokens(self) -> Column:
-        return self._row(Field.DECODE_TOKENS)
-
-    @property
-    def handoff_tokens(self) -> Column:
-        return self._row(Field.HANDOFF_TOKENS)
-
-    @property
-    def mean_gap_s(self) -> Column:
-        return self._row(Field.MEAN_GAP_S)
-
-    @property
-    def kv_capacity_tokens(self) -> Column:
-        """What each KV cache holds; 0 where that is unknown."""
-        return self._row(Field.KV_CAPACITY_TOKENS)
-
-    @property
-    def flipped_at_s(self) -> Column:
-        """When each label was last written; -inf if never."""
-        return self._row(Field.FLIPPED_AT_S)
-
-    def _row(self, field: int) -> Column:
-        row: Column = self.state[field]
-        return row
 
 
 def prefill_wait_s(cells: Cells, at: At, now_s: float) -> float | Column:

@@ -6,7 +6,6 @@ Only this file decides whether instances are priced one by one or all at once (s
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,17 @@ from tidegate.core.decision import Alternatives
 from tidegate.core.errors import InternalError, NoInstance
 from tidegate.core.instance import Role
 from tidegate.costs.profile import ProfileTable
-from tidegate.ledger.labels import Candidates, Column, Mask, candidates_of
-from tidegate.ledger.snapshot import EVERYONE, At, Cells, Field, Snapshot
+from tidegate.ledger.snapshot import (
+    EVERYONE,
+    At,
+    Candidates,
+    Cells,
+    Column,
+    Field,
+    Mask,
+    Snapshot,
+    candidates_of,
+)
 
 PREFILL = Role.PREFILL
 
@@ -75,16 +83,18 @@ def with_room(
     Decodes and handoffs take room. ``held_on`` names the instance that holds the request's KV as handoff: it
     needs no more there. ``reserve`` is the share of each cache that has to stay free.
     """
-    spare_tokens = _free_beyond(reserve) if reserve else FREE_TOKENS
-    cells = snapshot.cells
-    if reserve or isinstance(candidates, np.ndarray):
+    cells, free, capacity = snapshot.cells, Field.FREE_TOKENS, Field.KV_CAPACITY_TOKENS
+    if isinstance(candidates, np.ndarray):
+        spare_tokens = _free_beyond(reserve) if reserve else FREE_TOKENS
         found = at_least(snapshot, candidates, spare_tokens, tokens)
-    else:  # the same, without a call per instance
-        found = [at for at in candidates if cells[Field.FREE_TOKENS, at] >= tokens]
+    elif reserve:  # the same, without a call per instance
+        found = [at for at in candidates if cells[free, at] - reserve * cells[capacity, at] >= tokens]
+    else:
+        found = [at for at in candidates if cells[free, at] >= tokens]
     held = None if held_on is None else snapshot.index.get(held_on)
     if held is None:
         return found
-    if not 0.0 <= spare_tokens(snapshot.cells, held, snapshot.costs) < tokens or held not in candidates:
+    if not 0.0 <= cells[free, held] - reserve * cells[capacity, held] < tokens or held not in candidates:
         return found
     return candidates_of(np.array(sorted([*found, held]), dtype=np.intp))
 
@@ -97,7 +107,8 @@ def price_at(snapshot: Snapshot, price: Price, column: int) -> float:
 def at_least(snapshot: Snapshot, candidates: Candidates, price: Price, least: float) -> Candidates:
     """Narrow ``candidates``, perhaps to none, to those whose ``price`` is at least ``least``."""
     if isinstance(candidates, np.ndarray):
-        kept = (_column(snapshot, price) >= least)[candidates].nonzero()[0]
+        meets = price(snapshot.state, EVERYONE, snapshot.costs) >= least
+        kept = meets[candidates].nonzero()[0]
         return candidates if len(kept) == len(candidates) else candidates_of(candidates[kept])
     cells, costs, rows = snapshot.cells, snapshot.costs, snapshot.costs.rows
     return [at for at in candidates if price(cells, at, rows[at] if rows else costs) >= least]
@@ -141,22 +152,24 @@ def best_within(
 
 def compared(snapshot: Snapshot, candidates: Candidates, prices: dict[str, Price]) -> Alternatives:
     """Return ``candidates`` with the named prices they were compared by, in that order, for the journal."""
-    return Alternatives(
-        snapshot.ids, lambda: {name: _column(snapshot, price) for name, price in prices.items()}, candidates
-    )
+
+    def terms() -> dict[str, Column]:
+        state, costs = snapshot.state, snapshot.costs
+        return {name: price(state, EVERYONE, costs) for name, price in prices.items()}
+
+    return Alternatives(snapshot.ids, terms, candidates)
 
 
-@cache
 def _free_beyond(reserve: float) -> Price:
-    return lambda cells, at, costs: (
-        cells[Field.FREE_TOKENS, at] - reserve * cells[Field.KV_CAPACITY_TOKENS, at]
-    )
+    free, capacity = Field.FREE_TOKENS, Field.KV_CAPACITY_TOKENS
+    return lambda cells, at, costs: cells[free, at] - reserve * cells[capacity, at]
 
 
 def _best_of_many(
     snapshot: Snapshot, candidates: NDArray[np.intp], price: Price, most: float, lead: Price | None
 ) -> int | None:
-    values = _column(snapshot, price)[candidates]
+    state, costs = snapshot.state, snapshot.costs
+    values = price(state, EVERYONE, costs)[candidates]
     if most < np.inf:
         within = (values <= most).nonzero()[0]
         if len(within) < len(candidates):
@@ -164,12 +177,7 @@ def _best_of_many(
     if not len(candidates):
         return None
     if lead is not None:
-        leads = _column(snapshot, lead)[candidates]
+        leads = lead(state, EVERYONE, costs)[candidates]
         ties = (leads == leads[leads.argmin()]).nonzero()[0]
         candidates, values = candidates[ties], values[ties]
     return int(candidates[values.argmin()])
-
-
-def _column(snapshot: Snapshot, price: Price) -> Column:
-    column: Column = price(snapshot.state, EVERYONE, snapshot.costs)
-    return column

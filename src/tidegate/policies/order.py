@@ -6,28 +6,16 @@ Orders differ in who misses when not everybody can be served in time; none of th
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from heapq import heapify, heappop, heappush
+from typing import Any, Generic, NamedTuple, TypeVar
 
-from tidegate.core.errors import ConfigError
+from tidegate.core.errors import ConfigError, InternalError
 from tidegate.core.request import Request
 from tidegate.policies.registry import Registry
-from tidegate.policies.waiting import FeasibleQueue, FifoQueue, RankedQueue, Ticket, WaitingQueue
-
-__all__ = [
-    "ORDERS",
-    "STARVATION_BOUND",
-    "Edf",
-    "FeasibleFirst",
-    "Fifo",
-    "Order",
-    "Sjf",
-    "Ticket",
-    "WaitingQueue",
-    "make_order",
-    "prefill_ticket",
-]
 
 T = TypeVar("T")
 
@@ -38,81 +26,250 @@ what clients wait. Once more wait for longer than the bound than can be served, 
 arrival again: with 20, an overload of ten seconds undid what ordering had won (``docs/log.md``)."""
 
 
+class Ticket(NamedTuple):
+    """What an order knows of one prefill: arrival and TTFT deadline on the driver's clock, and the
+    predicted seconds of its own prefill. ``deadline_s`` is not before ``arrival_s``.
+    """
+
+    arrival_s: float
+    deadline_s: float
+    work_s: float
+
+    def on_clock(self, offset_s: float) -> Ticket:
+        """Return the ticket for a clock that shows ``offset_s`` more than the one it was made for."""
+        return Ticket(self.arrival_s + offset_s, self.deadline_s + offset_s, self.work_s)
+
+    def starved_at_s(self, bound: float) -> float:
+        """When the request has waited ``bound`` times its own TTFT target, ``bound`` >= 1."""
+        return max(self.deadline_s, self.arrival_s + bound * (self.deadline_s - self.arrival_s))
+
+
 def prefill_ticket(request: Request, work_s: float) -> Ticket:
     """Return the ticket of a prefill predicted to take ``work_s`` by itself, on the clock of its arrival."""
     return Ticket(request.arrival_s, request.arrival_s + request.slo.ttft_s, work_s)
 
 
-class Order(Protocol):
-    """Makes queues of one order. Frozen; the queues it makes share nothing."""
+class WaitingQueue(Generic[T]):
+    """Waiting work of one instance or scheduler: here first come, first served, in other orders below.
 
-    @property
-    def name(self) -> str:
-        """The name in ``ORDERS``."""
-        ...
-
-    def queue(self) -> WaitingQueue[T]:
-        """Return an empty queue."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Fifo:
-    """First come, first served, in push order: what vLLM does unless told otherwise. Nobody starves."""
-
-    name: str = field(default="fifo", init=False)
-
-    def queue(self) -> WaitingQueue[T]:
-        return FifoQueue()
-
-
-@dataclass(frozen=True, slots=True)
-class Edf:
-    """Earliest deadline first (Jackson 1955: least maximum lateness; Liu and Layland 1973), whoever has
-    starved before all (ours). Beyond saturation it keeps serving those that are late already."""
-
-    starvation_bound: float = STARVATION_BOUND
-    name: str = field(default="edf", init=False)
-
-    def queue(self) -> WaitingQueue[T]:
-        return RankedQueue(_deadline, self.starvation_bound)
-
-
-@dataclass(frozen=True, slots=True)
-class Sjf:
-    """Shortest predicted prefill first (Smith 1956: least mean wait); whoever starved before all (ours)."""
-
-    starvation_bound: float = STARVATION_BOUND
-    name: str = field(default="sjf", init=False)
-
-    def queue(self) -> WaitingQueue[T]:
-        return RankedQueue(_work, self.starvation_bound)
-
-
-@dataclass(frozen=True, slots=True)
-class FeasibleFirst:
-    """Earliest deadline first among those that can still meet it; the hopeless ones last, in push order;
-    whoever has starved before all.
-
-    Ours, after Moore 1968, who minimises the number of late jobs by setting some aside; here only those are
-    set aside that would be late even if they started now.
+    Items are hashable and wait at most once at a time. Times never decrease from call to call. Ties go by
+    push order, so the same calls serve the same sequence. ``push``, ``pop`` and ``head`` cost O(log n)
+    amortised, the others O(1). A push of what waits already raises InternalError.
     """
 
-    starvation_bound: float = STARVATION_BOUND
-    name: str = field(default="feasible-first", init=False)
+    def __init__(self) -> None:
+        self._front: OrderedDict[T, None] = OrderedDict()
+        self._line: OrderedDict[T, Ticket] = OrderedDict()
 
-    def queue(self) -> WaitingQueue[T]:
-        return FeasibleQueue(self.starvation_bound)
+    def push(self, item: T, ticket: Ticket) -> None:
+        """Let ``item`` wait."""
+        self._refuse_twice(item)
+        self._line[item] = ticket
 
+    def push_front(self, item: T) -> None:
+        """Let ``item`` (preempted work) wait before all others, also before earlier ``push_front`` ones."""
+        self.push_continued(item)
+        self._front.move_to_end(item, last=False)
+
+    def push_continued(self, item: T) -> None:
+        """Let ``item``, whose first token has gone out already, wait: it has no TTFT left to meet or miss.
+
+        It is served after ``push_front`` ones and before all with a ticket, in push order.
+        """
+        self._refuse_twice(item)
+        self._front[item] = None
+
+    def head(self, now: float) -> T | None:
+        """Return who is next at ``now``, or None when nobody waits. Serves nobody."""
+        return next(iter(self._front or self._line), None)
+
+    def pop(self, now: float) -> T:
+        """Serve the head. Raises InternalError when nobody waits."""
+        first = self._front or self._line
+        if not first:
+            raise InternalError("nothing waits in this queue")
+        return first.popitem(last=False)[0]
+
+    def remove(self, item: T) -> bool:
+        """Take ``item`` out unserved; False when it does not wait."""
+        for waiting in (self._line, self._front):
+            if item in waiting:
+                del waiting[item]
+                return True
+        return False
+
+    def __len__(self) -> int:
+        return len(self._front) + len(self._line)
+
+    def __iter__(self) -> Iterator[T]:
+        """Walk over the items: first those that wait before all tickets, then the others as pushed."""
+        yield from self._front
+        yield from self._line
+
+    def _refuse_twice(self, item: T) -> None:
+        if item in self._line or item in self._front:
+            raise InternalError("this item waits in the queue already")
+
+
+class _Entry(Generic[T]):
+    """A pushed item. ``waits`` turns false once it is served or removed: heaps drop it when they meet it."""
+
+    __slots__ = ("item", "ticket", "turn", "waits")
+
+    def __init__(self, item: T, ticket: Ticket, turn: int) -> None:
+        self.item = item
+        self.ticket = ticket
+        self.turn = turn
+        self.waits = True
+
+
+class _LazyHeap(Generic[T]):
+    """Entries by a key, ties by turn. Dead entries go when they surface, or when they outnumber the rest."""
+
+    __slots__ = ("_heap", "_limit")
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, _Entry[T]]] = []
+        self._limit = 64
+
+    def push(self, key: float, entry: _Entry[T]) -> None:
+        if len(self._heap) >= self._limit:
+            self._heap = [row for row in self._heap if row[2].waits]
+            heapify(self._heap)
+            self._limit = max(64, 2 * len(self._heap))
+        heappush(self._heap, (key, entry.turn, entry))
+
+    def top(self) -> _Entry[T] | None:
+        heap = self._heap
+        while heap:
+            entry = heap[0][2]
+            if entry.waits:
+                return entry
+            heappop(heap)
+        return None
+
+    def take(self) -> None:
+        heappop(self._heap)
+
+
+class RankedQueue(WaitingQueue[T]):
+    """Serves by least ``rank`` of the ticket, but whoever has starved first.
+
+    Starved is who has waited more than ``bound`` times its own TTFT target; among those, whose bound
+    passed first.
+    """
+
+    def __init__(self, rank: Callable[[Ticket], float], bound: float) -> None:
+        super().__init__()
+        self._rank = rank
+        self._bound = bound
+        self._turn = 0
+        self._entries: dict[T, _Entry[T]] = {}
+        self._ranked: _LazyHeap[T] = _LazyHeap()
+        self._starving: _LazyHeap[T] = _LazyHeap()
+
+    def push(self, item: T, ticket: Ticket) -> None:
+        super().push(item, ticket)
+        entry = self._entries[item] = _Entry(item, ticket, self._turn)
+        self._turn += 1
+        self._enter(entry)
+
+    def head(self, now: float) -> T | None:
+        if self._front:
+            return super().head(now)
+        entry = self._next(now)
+        return None if entry is None else entry.item
+
+    def pop(self, now: float) -> T:
+        entry = None if self._front else self._next(now)
+        if entry is None:
+            return super().pop(now)
+        self.remove(entry.item)
+        return entry.item
+
+    def remove(self, item: T) -> bool:
+        entry = self._entries.pop(item, None)
+        if entry is not None:
+            entry.waits = False
+        return super().remove(item)
+
+    def _enter(self, entry: _Entry[T]) -> None:
+        self._ranked.push(self._rank(entry.ticket), entry)
+        self._starving.push(entry.ticket.starved_at_s(self._bound), entry)
+
+    def _next(self, now: float) -> _Entry[T] | None:
+        """Return who is next among the entries, or None without any."""
+        return self._starved(now) or self._ranked.top()
+
+    def _starved(self, now: float) -> _Entry[T] | None:
+        first = self._starving.top()
+        if first is not None and now > first.ticket.starved_at_s(self._bound):
+            return first
+        return None
+
+
+class FeasibleQueue(RankedQueue[T]):
+    """Serves the earliest deadline among those that can still meet theirs; the hopeless ones after them,
+    first come, first served; whoever has starved before all.
+
+    Hopeless is who would miss its deadline if it started now; that lasts. Every starved request is
+    hopeless, because its deadline has passed. Ours, after Moore 1968, who minimises the number of late jobs
+    by setting some aside; here only those are set aside that would be late even if they started now.
+    """
+
+    def __init__(self, bound: float) -> None:
+        super().__init__(by_deadline, bound)
+        self._hopeless: _LazyHeap[T] = _LazyHeap()
+
+    def _enter(self, entry: _Entry[T]) -> None:
+        self._ranked.push(self._rank(entry.ticket), entry)
+
+    def _next(self, now: float) -> _Entry[T] | None:
+        feasible = self._ranked.top()
+        while feasible is not None and now > feasible.ticket.deadline_s - feasible.ticket.work_s:
+            self._ranked.take()
+            self._hopeless.push(feasible.turn, feasible)
+            self._starving.push(feasible.ticket.starved_at_s(self._bound), feasible)
+            feasible = self._ranked.top()
+        return self._starved(now) or feasible or self._hopeless.top()
+
+
+def by_deadline(ticket: Ticket) -> float:
+    """Earliest deadline first (Jackson 1955: least maximum lateness; Liu and Layland 1973).
+
+    Beyond saturation it keeps serving those that are late already.
+    """
+    return ticket.deadline_s
+
+
+def by_work(ticket: Ticket) -> float:
+    """Shortest predicted prefill first (Smith 1956: least mean wait)."""
+    return ticket.work_s
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Makes queues of one order, which share nothing; ``name`` is that in ``ORDERS``."""
+
+    name: str
+    make: Callable[[], WaitingQueue[Any]]
+
+    def queue(self) -> WaitingQueue[Any]:
+        """Return an empty queue."""
+        return self.make()
+
+
+FIFO = Order("fifo", WaitingQueue)
+"""What vLLM does unless told otherwise. Nobody starves."""
 
 ORDERS: Registry[Callable[[float], Order]] = Registry("order", group="tidegate.orders")
 """Factories of orders from a starvation bound. A third party names one under the entry point group
 ``tidegate.orders``."""
 
-ORDERS.register("fifo")(lambda bound: Fifo())
-ORDERS.register("edf")(Edf)
-ORDERS.register("sjf")(Sjf)
-ORDERS.register("feasible-first")(FeasibleFirst)
+ORDERS.register("fifo")(lambda bound: FIFO)
+ORDERS.register("edf")(lambda bound: Order("edf", partial(RankedQueue, by_deadline, bound)))
+ORDERS.register("sjf")(lambda bound: Order("sjf", partial(RankedQueue, by_work, bound)))
+ORDERS.register("feasible-first")(lambda bound: Order("feasible-first", partial(FeasibleQueue, bound)))
 
 
 def make_order(name: str, *, starvation_bound: float = STARVATION_BOUND) -> Order:
@@ -124,11 +281,3 @@ def make_order(name: str, *, starvation_bound: float = STARVATION_BOUND) -> Orde
     if not starvation_bound >= 1.0:
         raise ConfigError(f"the starvation bound must be at least 1 TTFT target, got {starvation_bound}")
     return ORDERS.get(name)(starvation_bound)
-
-
-def _deadline(ticket: Ticket) -> float:
-    return ticket.deadline_s
-
-
-def _work(ticket: Ticket) -> float:
-    return ticket.work_s

@@ -6,9 +6,8 @@ import numpy as np
 
 from tidegate.core.request import Request
 from tidegate.costs.forms import attention_work, greater
-from tidegate.costs.profile import ProfileTable
-from tidegate.ledger.labels import Column
-from tidegate.ledger.snapshot import EVERYONE, At, Cells, Field, Snapshot, prefill_wait_s
+from tidegate.costs.profile import Profile, ProfileTable
+from tidegate.ledger.snapshot import EVERYONE, At, Cells, Column, Field, Snapshot, prefill_wait_s
 from tidegate.policies.candidates import Price, cell, price_at
 
 QUEUED_TOKENS = cell(Field.PREFILL_TOKENS)
@@ -54,6 +53,12 @@ def fastest_prefill_seconds(snapshot: Snapshot, request: Request) -> float:
     return float(np.min(own_prefill_s(request, snapshot)(snapshot.state, EVERYONE, snapshot.costs)))
 
 
+def wait_s(snapshot: Snapshot) -> Price:
+    """Return the predicted seconds until a prefill that joins the queue now would start."""
+    now_s = snapshot.at_s
+    return lambda cells, at, costs: prefill_wait_s(cells, at, now_s)
+
+
 def ttft_s(snapshot: Snapshot, request: Request) -> Price:
     """Return the predicted queue wait plus T(r, i): Arrow's q1 + p1 (v2, section 4)."""
     now_s, own_s = snapshot.at_s, own_prefill_s(request, snapshot)
@@ -94,6 +99,39 @@ def predicted_on(
         return None
     if decode:
         return {"step_s": round(price_at(snapshot, step_s(request), at), 6)}
-    wait_s = float(prefill_wait_s(snapshot.cells, at, snapshot.at_s))
     own_s = price_at(snapshot, own_prefill_s(request, snapshot), at)
-    return {"wait_s": round(wait_s, 6), "prefill_s": round(own_s, 6)}
+    return {"wait_s": round(price_at(snapshot, wait_s(snapshot), at), 6), "prefill_s": round(own_s, 6)}
+
+
+LEAST_READ_TOKENS = 64
+"""What reading KV back has to save where nothing is known of costs. vLLM's own threshold."""
+
+
+def worth_reading_back(
+    prompt_tokens: int,
+    held_tokens: int,
+    here_tokens: int,
+    block_tokens: int,
+    profile: Profile | None,
+    kv_bytes_per_token: int,
+) -> bool:
+    """Tell whether pulling the first ``held_tokens`` of a prompt beats computing them.
+
+    ``here_tokens`` of them the prefill instance has itself. Reading costs the holder a step over the block
+    that its prefix cache lacks, and the link the rest; in return the prefill is so much shorter (AMPD,
+    section 4: local or remote incremental prefill, here for the remote one only).
+    """
+    saved = held_tokens - here_tokens
+    if saved < block_tokens:
+        return False
+    if profile is None:
+        return saved >= LEAST_READ_TOKENS
+    prefill = profile.prefill
+
+    def compute_s(cached: int) -> float:
+        new = prompt_tokens - cached
+        return float(prefill.seconds(new, attention_work(new, cached)))
+
+    export_s = float(prefill.seconds(block_tokens, attention_work(block_tokens, held_tokens)))
+    moved_s = float(profile.transfer.seconds(saved * kv_bytes_per_token))
+    return export_s + moved_s + compute_s(held_tokens) < compute_s(here_tokens)

@@ -18,7 +18,7 @@ S = TypeVar("S")
 
 
 class Signal(enum.StrEnum):
-    """Inputs beyond the ledger's counts that a policy may need. ``tidegate.signals`` has their producers."""
+    """Inputs beyond the ledger's counts that a policy may need (``System.check_signals``)."""
 
     PROFILE = "profile"
     LENGTHS = "lengths"

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from tidegate.core.request import NOTHING_CACHED
-from tidegate.policies.protocols import Signal
 
 
 class PromptBlocks(NamedTuple):
@@ -30,13 +29,11 @@ NO_BLOCKS = PromptBlocks((), 1.0)
 
 
 class PrefixIndex:
-    """The blocks that every instance's prefix cache is expected to hold. The producer of PREFIX_HITS.
+    """The blocks that every instance's prefix cache is expected to hold: gives ``Signal.PREFIX_HITS``.
 
     ``predicted_tokens`` and ``reported_tokens`` sum what the index expected of prefills that ran, and what
     their engines said was cached (``score``): the two tell how good the index is.
     """
-
-    gives = Signal.PREFIX_HITS
 
     def __init__(self) -> None:
         self.predicted_tokens = 0
@@ -107,8 +104,7 @@ class PrefixIndex:
         self.reported_tokens += reported_tokens
 
     def _forget(self, key: int, instance_id: str) -> None:
-        here = self._where.get(key)
-        if here is not None:
-            here.discard(instance_id)
-            if not here:
-                del self._where[key]
+        here = self._where[key]
+        here.discard(instance_id)
+        if not here:
+            del self._where[key]

@@ -12,8 +12,7 @@ from tidegate.core.errors import ConfigError
 from tidegate.dataplane.events import EventKind, EventQueue
 from tidegate.dataplane.replica import Replica
 from tidegate.journal.writer import JournalWriter
-from tidegate.signals.prefix import PrefixIndex
-from tidegate.signals.producers import Producer, Profiles, check_signals
+from tidegate.policies.protocols import Signal
 from tidegate.sim.arrivals import TraceArrivals
 from tidegate.sim.membership import CONTROL, HEARTBEAT, MEMBERSHIP, FleetSchedule
 from tidegate.sim.results import InstanceUse, SimRun, oversize_warnings, slo_warnings
@@ -63,10 +62,8 @@ class _Simulation:
         journal: JournalWriter,
         watch: Callable[[int], None] | None,
     ) -> None:
-        producers: list[Producer] = [Profiles()]
-        if settings.prefix_hits:
-            producers.append(PrefixIndex())
-        check_signals(system, producers)
+        hits = [Signal.PREFIX_HITS] if settings.prefix_hits else []
+        system.check_signals([Signal.PROFILE, *hits])
         self._ids = [replica.instance.id for replica in replicas]
         if len(set(self._ids)) != len(replicas):
             raise ConfigError("two instances have one id")

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tidegate.ledger.labels import Labels
-from tidegate.ledger.snapshot import Column, Field, Snapshot
+from tidegate.ledger.snapshot import Column, Field, Labels, Snapshot
 from tidegate.measure.timeline import FlipEvent, Timeline
 
 MOST_SAMPLES = 2000

@@ -1,7 +1,6 @@
 """Named compositions of policies: what a user picks with ``--system``."""
 
-from tidegate.systems import arrow as arrow
-from tidegate.systems import baselines as baselines
+from tidegate.systems import builtin as builtin
 from tidegate.systems.registry import SYSTEMS, SystemOptions, make_system, named
 from tidegate.systems.system import System
 

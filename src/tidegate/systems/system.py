@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from tidegate.core.errors import ConfigError
-from tidegate.policies.order import Fifo, Order
+from tidegate.policies.order import FIFO, Order
 from tidegate.policies.protocols import (
     Controller,
     DecodePlacement,
@@ -35,7 +35,7 @@ class System:
     prefill: PrefillPlacement
     decode: DecodePlacement
     controllers: tuple[Controller[Any], ...] = ()
-    order: Order = field(default_factory=Fifo)
+    order: Order = FIFO
     observers: tuple[Observer, ...] = ()
     signals: frozenset[Signal] = frozenset()
     window_s: float = 1.0
@@ -60,3 +60,12 @@ class System:
         """The union of its parts' needs, and its own."""
         parts = (self.prefill, self.decode, *self.controllers)
         return self.signals.union(*(part.needs for part in parts))
+
+    def check_signals(self, given: Collection[Signal]) -> None:
+        """Raise ConfigError when the system needs a signal that is not ``given`` in this deployment."""
+        missing = sorted(self.needs.difference(given))
+        if missing:
+            have = ", ".join(sorted(given)) or "none"
+            raise ConfigError(
+                f"system {self.name!r} needs the signals {', '.join(missing)}; this deployment has: {have}"
+            )

@@ -143,36 +143,19 @@ class LendingPlacement:
 
 
 @dataclass(frozen=True, slots=True)
-class LendingMonitor:
+class LendingMonitor(ArrowMonitor):
     """Algorithm 2, in which full KV counts as load too, and nothing is lent that the prefill pool needs."""
 
-    published: ArrowMonitor = field(default_factory=ArrowMonitor)
     limits: Lending = field(default_factory=Lending)
-    needs: frozenset[Signal] = frozenset({Signal.PROFILE})
-
-    @property
-    def name(self) -> str:
-        """That of the published monitor."""
-        return self.published.name
-
-    @property
-    def period_s(self) -> float:
-        """That of the published monitor."""
-        return self.published.period_s
-
-    def initial(self) -> int:
-        """See ``ArrowMonitor.initial``."""
-        return self.published.initial()
 
     def decide(self, snapshot: Snapshot, state: int) -> ControlDecision[int]:
         """Return at most one flip."""
-        slo, shrink = self.published.slo, self.published.shrink
-        prefill, decode = prefill_pool_load(snapshot, slo), decode_pool_load(snapshot, slo)
+        prefill, decode = prefill_pool_load(snapshot, self.slo), decode_pool_load(snapshot, self.slo)
         loads = f"prefill load {prefill:.2f}, decode load {decode:.2f}"
-        decode = max(decode, decode_fullness(snapshot, slo))
-        needed = decode >= self.limits.needy or prefill <= shrink <= decode
-        high = needed and self.limits.prefill_spares_one(snapshot, slo)
-        return self.published.counted(snapshot, state, high, loads)
+        decode = max(decode, decode_fullness(snapshot, self.slo))
+        needed = decode >= self.limits.needy or prefill <= self.shrink <= decode
+        high = needed and self.limits.prefill_spares_one(snapshot, self.slo)
+        return self.counted(snapshot, state, high, loads)
 
 
 def prefill_beside_decodes(request: Request, snapshot: Snapshot) -> int | None:
@@ -254,11 +237,11 @@ def expected_wait_s(snapshot: Snapshot, *, fewer: int = 0) -> float:
     a large pool waits less at the same use, and unequal prompts wait more.
     """
     left = int(np.count_nonzero(snapshot.labelled(Role.PREFILL))) - fewer
-    demand = float(snapshot.prefill_demand.sum())
+    demand = float(np.add.reduce(snapshot.prefill_demand))
     use = demand / left if left > 0 else math.inf
     if use >= 1.0:
         return math.inf
     if demand <= 0.0:
         return 0.0
-    residual_s = float(snapshot.prefill_squares_s.sum()) / (2.0 * demand)
+    residual_s = float(np.add.reduce(snapshot.prefill_squares_s)) / (2.0 * demand)
     return float(use ** (math.sqrt(2.0 * (left + 1)) - 1.0)) / (left * (1.0 - use)) * residual_s

@@ -10,20 +10,10 @@ from tidegate.core.decision import ControlDecision, Flip, Verdict
 from tidegate.core.instance import Role
 from tidegate.core.request import Request
 from tidegate.core.slo import Slo
-from tidegate.ledger.labels import Candidates, columns_of
-from tidegate.ledger.snapshot import Mask, Snapshot, prefill_wait_s
+from tidegate.ledger.snapshot import Candidates, Mask, Snapshot, columns_of
 from tidegate.policies.arrow.published import may_decode, placed, placed_on_flipped
-from tidegate.policies.candidates import (
-    Price,
-    at_most,
-    best,
-    best_within,
-    compared,
-    member_mask,
-    pool,
-    with_room,
-)
-from tidegate.policies.pricing import RESIDENT_TOKENS, tokens_over_limit, ttft_s
+from tidegate.policies.candidates import at_most, best, best_within, compared, member_mask, pool, with_room
+from tidegate.policies.pricing import RESIDENT_TOKENS, tokens_over_limit, ttft_s, wait_s
 from tidegate.policies.protocols import Signal
 
 DECODE_FLOOR = 2
@@ -73,39 +63,22 @@ class Pools:
         return "prefill" if self.prefill[at] else "decode"
 
 
-def take_for_prefill(snapshot: Snapshot, pools: Pools, reason: str) -> Flip | None:
-    """Return the flip of the decode instance with the fewest running tokens, half-flipped ones first.
+def take(snapshot: Snapshot, to: Role, reason: str) -> Flip | None:
+    """Return the flip to ``to`` of the instance with the least work, half-flipped ones first.
 
-    None when it would leave fewer than DECODE_FLOOR decode instances.
+    That is the decode instance with the fewest running tokens, or the prefill instance with the shortest
+    queue. None when it would leave fewer than DECODE_FLOOR or PREFILL_FLOOR of its label.
     """
-    running, first = RESIDENT_TOKENS, pools.prefill_to_decode
-    return _take(snapshot, Role.PREFILL, reason, DECODE_FLOOR, running, first)
-
-
-def take_for_decode(snapshot: Snapshot, pools: Pools, reason: str) -> Flip | None:
-    """Return the flip of the prefill instance with the shortest queue, half-flipped ones first.
-
-    None when it would leave fewer than PREFILL_FLOOR prefill instances.
-    """
-    now_s, first = snapshot.at_s, pools.decode_to_prefill
-    return _take(
-        snapshot,
-        Role.DECODE,
-        reason,
-        PREFILL_FLOOR,
-        lambda cells, at, costs: prefill_wait_s(cells, at, now_s),
-        first,
-    )
-
-
-def _take(snapshot: Snapshot, to: Role, reason: str, floor: int, work: Price, first: Mask) -> Flip | None:
-    labelled = snapshot.labelled(Role.PREFILL if to == Role.DECODE else Role.DECODE)
+    pools = Pools.of(snapshot)
+    if to == Role.PREFILL:
+        source, floor, first, work = Role.DECODE, DECODE_FLOOR, pools.prefill_to_decode, RESIDENT_TOKENS
+    else:
+        source, floor, first, work = Role.PREFILL, PREFILL_FLOOR, pools.decode_to_prefill, wait_s(snapshot)
+    labelled = snapshot.labelled(source)
     if np.count_nonzero(labelled) <= floor:
         return None
     movable = labelled & snapshot.flippable
-    candidates = columns_of(movable & first)
-    if not len(candidates):
-        candidates = columns_of(movable)
+    candidates = columns_of(movable & first if (movable & first).any() else movable)
     return Flip(snapshot.ids[best(snapshot, candidates, work)], to, reason) if len(candidates) else None
 
 
@@ -126,7 +99,7 @@ class ArrowV1Placement:
                 alternatives = compared(snapshot, candidates, {"ttft_s": ttft})
                 return placed(snapshot.ids[chosen], None, "meets the TTFT target", alternatives)
         alternatives = compared(snapshot, everyone, {"ttft_s": ttft})
-        flipped = take_for_prefill(snapshot, pools, "inline")
+        flipped = take(snapshot, Role.PREFILL, "inline")
         if flipped is not None:
             return placed_on_flipped(flipped, None, "all miss the TTFT target", alternatives)
         return placed(snapshot.ids[best(snapshot, everyone, ttft)], None, "best effort", alternatives)
@@ -145,7 +118,7 @@ class ArrowV1Placement:
                 alternatives = compared(snapshot, candidates, {"running_tokens": running})
                 return placed(prefill_on, chosen, "within memory and TPOT bounds", alternatives)
         alternatives = compared(snapshot, everyone, {"running_tokens": running})
-        flipped = take_for_decode(snapshot, pools, "inline")
+        flipped = take(snapshot, Role.DECODE, "inline")
         if flipped is not None:
             return placed_on_flipped(flipped, prefill_on, "all exceed a bound", alternatives)
         return placed(
@@ -172,13 +145,12 @@ class ArrowV1Monitor:
     needs: frozenset[Signal] = frozenset({Signal.PROFILE})
 
     def initial(self) -> None:
-        """See ``Controller.initial``."""
         return
 
     def decide(self, snapshot: Snapshot, state: None) -> ControlDecision[None]:
         """Return at most one flip. Keeps no state."""
         why = self._why(snapshot)
-        flipped = take_for_decode(snapshot, Pools.of(snapshot), "monitor") if why else None
+        flipped = take(snapshot, Role.DECODE, "monitor") if why else None
         if flipped is None:
             return ControlDecision(None, reason=why or "no trigger")
         return ControlDecision(None, (flipped,), f"{why}: flipped {flipped.instance}")

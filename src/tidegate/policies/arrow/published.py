@@ -15,8 +15,7 @@ from tidegate.core.instance import Role
 from tidegate.core.request import Request
 from tidegate.core.slo import Slo
 from tidegate.costs.profile import ProfileTable
-from tidegate.ledger.labels import Candidates, columns_of
-from tidegate.ledger.snapshot import At, Cells, Column, Field, Mask, Snapshot
+from tidegate.ledger.snapshot import At, Candidates, Cells, Column, Field, Mask, Snapshot, columns_of
 from tidegate.policies.candidates import Price, best, best_within, cell, compared, member_mask, pool
 from tidegate.policies.pricing import QUEUED_TOKENS, RESIDENT_TOKENS, tokens_over_limit, ttft_s
 from tidegate.policies.protocols import Signal
@@ -31,6 +30,9 @@ SUSTAIN_TICKS = 3
 """Consecutive ticks before the monitor acts. Narwhal; the paper says "over a period" and names no count."""
 TICK_S = 1.0
 """Seconds between ticks. Narwhal."""
+
+DISAGGREGATED, PREFILL_LABEL = Path.DISAGGREGATED, float(Role.PREFILL)
+"""Read from here in a fraction of the time that the enums take."""
 
 CandidateRule = Callable[[Snapshot, Role, int, str | None], Candidates]
 """Returns who is compared for a role, by the request's tokens and the instance that holds its KV."""
@@ -212,7 +214,7 @@ def decode_pool_load(snapshot: Snapshot, slo: Slo) -> float:
 def may_decode(snapshot: Snapshot, instance: str) -> bool:
     """Tell whether ``instance`` is up and its label lets it decode."""
     at = snapshot.index.get(instance)
-    return at is not None and snapshot.cells[Field.ROLE, at] != Role.PREFILL
+    return at is not None and snapshot.cells[Field.ROLE, at] != PREFILL_LABEL
 
 
 def placed(
@@ -223,7 +225,7 @@ def placed(
     flips: tuple[Flip, ...] = (),
 ) -> Verdict:
     """Return the verdict that places one half, or both on one instance. ``decode_on`` None: decided later."""
-    return Verdict(Place(prefill_on, decode_on, Path.DISAGGREGATED), flips, alternatives, reason)
+    return Verdict(Place(prefill_on, decode_on, DISAGGREGATED), flips, alternatives, reason)
 
 
 def placed_on_flipped(
@@ -234,9 +236,8 @@ def placed_on_flipped(
     It places the decode of a prefill that ran on ``prefill_on``, or a prefill where that is None.
     """
     on, reason = flipped.instance, f"{why}: flipped {flipped.instance}"
-    if prefill_on is None:
-        return placed(on, None, reason, alternatives, (flipped,))
-    return placed(prefill_on, on, reason, alternatives, (flipped,))
+    decode_on = None if prefill_on is None else on
+    return placed(prefill_on or on, decode_on, reason, alternatives, (flipped,))
 
 
 def _mean(load: Column, members: Mask) -> float:

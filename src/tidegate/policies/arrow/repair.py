@@ -40,11 +40,9 @@ class RepairingPlacement:
 
     @property
     def needs(self) -> frozenset[Signal]:
-        """Those of ``placement``."""
         return self.placement.needs
 
     def place_prefill(self, request: Request, snapshot: Snapshot) -> Verdict:
-        """See ``PrefillPlacement.place_prefill``."""
         if not len(snapshot.labels.prefilling):
             flipped = repair(snapshot)
             if flipped is not None:
@@ -52,7 +50,6 @@ class RepairingPlacement:
         return self.placement.place_prefill(request, snapshot)
 
     def place_decode(self, request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:
-        """See ``DecodePlacement.place_decode``."""
         if not len(snapshot.labels.decoding):
             flipped = repair(snapshot)
             if flipped is not None:
@@ -68,25 +65,20 @@ class RepairingMonitor(Generic[S]):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        """Those of ``monitor``."""
         return self.monitor.needs
 
     @property
     def name(self) -> str:
-        """That of ``monitor``."""
         return self.monitor.name
 
     @property
     def period_s(self) -> float:
-        """That of ``monitor``."""
         return self.monitor.period_s
 
     def initial(self) -> S:
-        """See ``Controller.initial``."""
         return self.monitor.initial()
 
     def decide(self, snapshot: Snapshot, state: S) -> ControlDecision[S]:
-        """See ``Controller.decide``."""
         if not snapshot.ids:
             return ControlDecision(self.initial(), reason="no instance is up")
         flipped = repair(snapshot)

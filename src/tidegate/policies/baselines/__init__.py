@@ -1,1 +1,0 @@
-"""Placements without flips: what the adaptive policies are compared with."""
