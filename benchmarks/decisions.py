@@ -21,7 +21,7 @@ from tidegate.core.slo import Slo
 from tidegate.ledger.ledger import Ledger
 from tidegate.policies.starting_roles import even_roles
 from tidegate.systems import System, make_system
-from tidegate.testing import REFERENCE, instance, request
+from tidegate_testing import REFERENCE, instance, request
 
 LIMITS_US = {8: 50.0, 64: 100.0, 1000: 500.0}
 RESIDENTS = 100

@@ -134,7 +134,7 @@ def start_router(binary: str, prefill: Server, decode: Server) -> Server:
 
 async def measure(router: str | None) -> None:
     paced, fast, prefill = (
-        Server(*start("-m", "tidegate.testing.fake_engine", *options))
+        Server(*start("-m", "tidegate_testing.fake_engine", *options))
         for options in (("--step-ms", str(STEP_MS)), (), ())
     )
     fronts: dict[str, list[Server]] = {
@@ -221,7 +221,7 @@ async def serve_gateway(url: str) -> None:
     from tidegate.gateway.run import run_gateway
     from tidegate.gateway.settings import GatewaySettings
     from tidegate.systems import make_system
-    from tidegate.testing.members import GivenFleet
+    from tidegate_testing.members import GivenFleet
 
     def ready(base: str) -> None:
         print(json.dumps({"event": "ready", "port": int(base.rsplit(":", 1)[1])}), flush=True)

@@ -18,7 +18,7 @@ from tidegate.fleet.vllm_command import free_ports, nixl_config
 from tidegate.core.errors import EngineError
 from tidegate.engines.vllm.client import VllmClient
 from tidegate.engines.vllm.metrics import VllmMetrics
-from tidegate.testing import profile
+from tidegate_testing import profile
 
 ROOT = Path(__file__).parents[1]
 SERVE = ROOT / "scripts" / "vllm_cpu" / "serve.sh"

@@ -298,7 +298,7 @@ async def serve_gateway(args: argparse.Namespace) -> None:
     from tidegate.gateway.run import Gateway
     from tidegate.gateway.settings import GatewaySettings
     from tidegate.systems import make_system
-    from tidegate.testing.chaos import Forced, chaos
+    from tidegate_testing.chaos import Forced, chaos
 
     def ready(url: str) -> None:
         print(json.dumps({"url": url}), flush=True)

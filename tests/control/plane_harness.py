@@ -18,7 +18,7 @@ from tidegate.policies.protocols import Controller, Signal, StartingRoles
 from tidegate.policies.starting_roles import even_roles
 from tidegate.signals.prefix import NO_BLOCKS, PrefixIndex, PromptBlocks
 from tidegate.systems.system import System
-from tidegate.testing import REFERENCE, instance
+from tidegate_testing import REFERENCE, instance
 
 
 class PlainRequest(LiveRequest):

@@ -24,7 +24,7 @@ from tidegate.core.errors import EngineFault, EngineUnreachable, KvLost, NoInsta
 from tidegate.core.instance import Role
 from tidegate.policies.starting_roles import mixed_roles
 from tidegate.signals.prefix import PrefixIndex, PromptBlocks
-from tidegate.testing import REFERENCE, instance
+from tidegate_testing import REFERENCE, instance
 
 
 def test_a_request_goes_from_prefill_to_decode_to_its_end() -> None:

@@ -15,7 +15,7 @@ from tidegate.dataplane.instance import SimInstance
 from tidegate.dataplane.replica import EngineSettings, Replica
 from tidegate.dataplane.sequence import CHUNKING, DECODING, ENDED, LOADING, PAUSED, READY, Pin, SimSequence
 from tidegate.policies.order import Ticket, make_order
-from tidegate.testing.builders import REFERENCE
+from tidegate_testing.builders import REFERENCE
 
 BINARY = replace(
     REFERENCE,

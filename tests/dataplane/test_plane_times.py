@@ -12,7 +12,7 @@ from tidegate.dataplane.cluster import Cluster
 from tidegate.dataplane.events import EventQueue
 from tidegate.dataplane.replica import EngineSettings, Replica, replicas_of
 from tidegate.dataplane.sequence import ENDED, Pin, SimSequence
-from tidegate.testing import profile
+from tidegate_testing import profile
 
 ROUND = profile(prefill=(0.0, 1e-3, 0.0), step=(1e-2, 0.0, 0.0), transfer=(0.5, 1000.0))
 """1 ms per prompt token, 10 ms per step; KV of one byte per token, a thousand per second after 0.5 s."""

@@ -12,7 +12,7 @@ from tidegate.fleet.emulated import EmulatedFleet, EmulatedLaunch
 from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.systems import make_system
-from tidegate.testing.chaos import NOT_FORCED, Forced, chaos
+from tidegate_testing.chaos import NOT_FORCED, Forced, chaos
 
 GROUP = "h100_sxm/llama-3.1-8b:3"
 

@@ -15,7 +15,7 @@ from tests.emulated.emulated_gateway import gateway, stream
 from tidegate.core.errors import ConfigError
 from tidegate.engines.emulated.vocabulary import answer
 from tidegate.fleet.emulated import EmulatedFleet, EmulatedLaunch
-from tidegate.testing.chaos import Forced
+from tidegate_testing.chaos import Forced
 
 
 async def test_flips_and_hand_overs_change_no_token() -> None:

@@ -14,7 +14,7 @@ from tidegate.dataplane.replica import EngineSettings, parse_groups, replicas_in
 from tidegate.engines.emulated.host import Host
 from tidegate.engines.emulated.vocabulary import answer
 from tidegate.engines.serving.types import GenerateRequest, KvSource, Output, PinnedKv, SamplingParams
-from tidegate.testing import VirtualClock
+from tidegate_testing import VirtualClock
 
 NAME = "h100_sxm/llama-3.1-8b"
 PACKAGED = packaged_profile(NAME)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tidegate.fleet.member import Member
-from tidegate.testing.builders import instance
+from tidegate_testing.builders import instance
 
 
 def test_secrets_are_not_in_the_repr() -> None:

@@ -16,10 +16,10 @@ from tidegate.fleet.member import Capabilities
 from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.systems import System, make_system
-from tidegate.testing import profile
-from tidegate.testing.chaos import NOT_FORCED, Forced, chaos
-from tidegate.testing.fake_engine import FakeEngine
-from tidegate.testing.members import GivenFleet
+from tidegate_testing import profile
+from tidegate_testing.chaos import NOT_FORCED, Forced, chaos
+from tidegate_testing.fake_engine import FakeEngine
+from tidegate_testing.members import GivenFleet
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from tidegate.fleet.member import Capabilities
 from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.systems import System
-from tidegate.testing.chaos import NOT_FORCED, Forced
-from tidegate.testing.fake_engine import FakeEngine
-from tidegate.testing.members import GivenFleet
+from tidegate_testing.chaos import NOT_FORCED, Forced
+from tidegate_testing.fake_engine import FakeEngine
+from tidegate_testing.members import GivenFleet
 
 Json = dict[str, Any]
 DEFAULTS = GatewaySettings()

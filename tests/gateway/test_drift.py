@@ -11,7 +11,7 @@ from tidegate.engines.seam import LegTimes
 from tidegate.fleet.member import Member
 from tidegate.gateway.drift import FleetDrift
 from tidegate.ledger.ledger import Ledger
-from tidegate.testing import cluster, instance, profile, request
+from tidegate_testing import cluster, instance, profile, request
 
 PROFILE = profile()
 TIMES = LegTimes(prefill_s=0.3)

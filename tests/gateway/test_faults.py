@@ -11,7 +11,7 @@ import pytest
 
 from tests.gateway.gateway_cluster import Start
 from tidegate.gateway.settings import GatewaySettings
-from tidegate.testing.fake_engine import token_at
+from tidegate_testing.fake_engine import token_at
 
 PROMPT = [3, 1, 4, 1, 5]
 BODY = {"prompt": PROMPT, "max_tokens": 40, "temperature": 0, "return_token_ids": True}

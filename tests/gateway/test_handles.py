@@ -15,7 +15,7 @@ from tidegate.gateway.settings import GatewaySettings
 from tidegate.gateway.upstream import Handles, connect
 from tidegate.journal.writer import JournalWriter
 from tidegate.systems import make_system
-from tidegate.testing.builders import instance
+from tidegate_testing.builders import instance
 
 
 @pytest.mark.parametrize(

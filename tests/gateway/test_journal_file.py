@@ -18,7 +18,7 @@ from tidegate.gateway.journal import JournalFile
 from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.systems import make_system
-from tidegate.testing.members import GivenFleet
+from tidegate_testing.members import GivenFleet
 
 FLIP = Flip("i0", Role.DECODE, "monitor")
 

@@ -18,8 +18,8 @@ from tidegate.engines.wire import Wire
 from tidegate.fleet.member import Capabilities
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.systems import make_system
-from tidegate.testing import fake_engine
-from tidegate.testing.fake_engine import FakeEngine, text_of, token_at
+from tidegate_testing import fake_engine
+from tidegate_testing.fake_engine import FakeEngine, text_of, token_at
 
 PROMPT = [3, 1, 4, 1, 5]
 BODY = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0, "return_token_ids": True}

@@ -13,8 +13,8 @@ from tests.gateway.gateway_cluster import Start
 from tidegate.core.decision import AddInstance, Drain, Migrate
 from tidegate.core.instance import Role
 from tidegate.fleet.member import Capabilities
-from tidegate.testing.chaos import Forced
-from tidegate.testing.fake_engine import token_at
+from tidegate_testing.chaos import Forced
+from tidegate_testing.fake_engine import token_at
 
 ABLE = Capabilities()
 FORGETFUL = Capabilities(continues=False)

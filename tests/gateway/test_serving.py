@@ -12,8 +12,8 @@ import pytest
 from tests.gateway.gateway_cluster import Start
 from tidegate.gateway.legs import Legs
 from tidegate.gateway.served_request import ServedRequest
-from tidegate.testing.chaos import Forced
-from tidegate.testing.fake_engine import text_of, token_at
+from tidegate_testing.chaos import Forced
+from tidegate_testing.fake_engine import text_of, token_at
 
 PROMPT = [5, 9, 200, 41]
 
@@ -52,7 +52,7 @@ async def test_a_request_that_ended_holds_nothing_that_only_a_collection_would_f
     await cluster.stream(body)  # what is made once
 
     def kept() -> int:
-        return sum(isinstance(each, ServedRequest | Legs) for each in gc.get_objects())
+        return sum(type(each) in (ServedRequest, Legs) for each in gc.get_objects())
 
     gc.collect()
     gc.disable()

@@ -19,7 +19,7 @@ from tidegate.fleet.processes import EngineLaunch, LocalFleet
 from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.systems import make_system
-from tidegate.testing.chaos import NOT_FORCED, Forced, chaos
+from tidegate_testing.chaos import NOT_FORCED, Forced, chaos
 
 Json = dict[str, Any]
 DEFAULTS = GatewaySettings()

@@ -15,7 +15,7 @@ import pytest
 
 from tests.live.live_cluster import Live, cluster
 from tidegate.gateway.settings import GatewaySettings
-from tidegate.testing.chaos import Forced
+from tidegate_testing.chaos import Forced
 
 GREEDY, SAMPLED, CHATS = 200, 40, 20
 OPEN = 24

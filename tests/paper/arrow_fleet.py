@@ -10,7 +10,7 @@ from tidegate.core.decision import Place, Verdict
 from tidegate.core.instance import Role
 from tidegate.ledger.ledger import Ledger
 from tidegate.policies.arrow.published import ArrowPlacement
-from tidegate.testing import cluster, profile, request
+from tidegate_testing import cluster, profile, request
 
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
 ARROW = ArrowPlacement()

@@ -27,7 +27,7 @@ from tidegate.core.decision import Flip, Path, Place
 from tidegate.policies.arrow.published import COOLDOWN_S, L_SHRINK, ArrowPlacement, flip
 from tidegate.policies.candidates import price_at
 from tidegate.policies.pricing import tokens_over_limit, ttft_s
-from tidegate.testing import instance, profile, request
+from tidegate_testing import instance, profile, request
 
 
 class TestCostModels:

@@ -30,7 +30,7 @@ from tidegate.policies.arrow.published import (
     flip,
     prefill_pool_load,
 )
-from tidegate.testing import instance, profile
+from tidegate_testing import instance, profile
 
 
 class TestLoads:

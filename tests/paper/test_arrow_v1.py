@@ -19,7 +19,7 @@ from tidegate.policies.arrow.pools_v1 import (
     Pools,
     take,
 )
-from tidegate.testing import cluster, profile, request
+from tidegate_testing import cluster, profile, request
 
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
 V1 = ArrowV1Placement()

@@ -11,7 +11,7 @@ from tidegate.core.decision import Flip, Place
 from tidegate.core.instance import Role
 from tidegate.ledger.ledger import Ledger
 from tidegate.policies.arrow.published import COOLDOWN_S, L_SHRINK, ArrowPlacement
-from tidegate.testing import instance, profile, request
+from tidegate_testing import instance, profile, request
 
 P, D = Role.PREFILL, Role.DECODE
 MADE_OF = (profile(), profile(prefill=(0.1, 3e-4, 1e-7), step=(0.02, 0.0, 3e-6)))

@@ -17,7 +17,7 @@ from tidegate.ledger.snapshot import EVERYONE, Snapshot
 from tidegate.policies.arrow.lending import pressure
 from tidegate.policies.candidates import Price, at_least, at_most, best, best_within, price_at, with_room
 from tidegate.policies.pricing import QUEUED_TOKENS, RESIDENT_TOKENS, step_s, tokens_over_limit, ttft_s
-from tidegate.testing import REFERENCE, instance, profile, request
+from tidegate_testing import REFERENCE, instance, profile, request
 
 ASKED = Request("new", 300, 50, 0.0, Slo(0.3, 0.03))
 PRICES: list[Callable[[Snapshot], Price]] = [

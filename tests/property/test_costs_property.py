@@ -18,7 +18,7 @@ from tidegate.costs.fitting import (
 )
 from tidegate.costs.forms import MixedCost, PrefillCost, StepCost, attention_work
 from tidegate.costs.profile import Profile, ProfileTable
-from tidegate.testing import REFERENCE
+from tidegate_testing import REFERENCE
 
 seconds = st.floats(0.0, 0.1)
 slope = st.floats(1e-9, 1e-4)

@@ -14,7 +14,7 @@ from tidegate.core.instance import Role
 from tidegate.ledger.ledger import Ledger
 from tidegate.ledger.snapshot import Field
 from tidegate.systems import System, make_system
-from tidegate.testing import instance, profile, request
+from tidegate_testing import instance, profile, request
 
 ROLES = st.sampled_from(list(Role))
 PROFILES = st.sampled_from([profile(), profile(prefill=(0.1, 3e-4, 1e-7), step=(0.02, 1e-4, 3e-6))])

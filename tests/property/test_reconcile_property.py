@@ -12,7 +12,7 @@ from tidegate.core.instance import Role
 from tidegate.ledger.ledger import Ledger
 from tidegate.ledger.reconcile import KV_SHARE, READINGS, REQUESTS_SHARE, EngineLoad, Reconciler
 from tidegate.ledger.snapshot import Field
-from tidegate.testing import instance, profile, request
+from tidegate_testing import instance, profile, request
 
 CAPACITY_TOKENS, BLOCK_TOKENS, PROMPT_TOKENS = 100_000, 16, 100
 NAME = "i0"

@@ -18,9 +18,9 @@ from tidegate.ledger.snapshot import Snapshot
 from tidegate.policies.protocols import Controller, Signal
 from tidegate.sim import EngineSettings, Replica, SimRun, SimSettings, simulate
 from tidegate.systems import System, make_system
-from tidegate.testing import instance
-from tidegate.testing.builders import REFERENCE
 from tidegate.workloads.trace import TraceRecord
+from tidegate_testing import instance
+from tidegate_testing.builders import REFERENCE
 
 SYSTEMS = ["arrow-lending", "arrow-v1", "static", "minimal-load", "colocated", "round-robin"]
 ORDERS = ["fifo", "edf", "sjf", "feasible-first"]

@@ -20,9 +20,9 @@ from tidegate.policies.protocols import Signal
 from tidegate.reports.journal_report import build_report
 from tidegate.sim import EngineSettings, Replica, SimRun, SimSettings, simulate
 from tidegate.systems import System, make_system
-from tidegate.testing import REFERENCE, instance
 from tidegate.workloads.readers import read_trace
 from tidegate.workloads.trace import TraceRecord
+from tidegate_testing import REFERENCE, instance
 
 SLO = Slo(0.5, 0.05)
 

@@ -18,8 +18,8 @@ from tidegate.sim import Replica, SimSettings, simulate, slo_warnings
 from tidegate.sim.replay import replay_journal
 from tidegate.sim.sampling import Sampler
 from tidegate.systems import make_system
-from tidegate.testing import REFERENCE, instance
 from tidegate.workloads.trace import TraceRecord
+from tidegate_testing import REFERENCE, instance
 
 SLO = Slo(0.5, 0.05)
 

@@ -12,8 +12,8 @@ from tests.sim.sim_cases import CASES, Case, ended
 from tests.sim.test_sim_property import QUICK
 from tidegate.sim import EngineSettings, Replica, SimRun, SimSettings, simulate
 from tidegate.systems import make_system
-from tidegate.testing import instance, profile
 from tidegate.workloads.trace import TraceRecord
+from tidegate_testing import instance, profile
 
 ROUND = profile(prefill=(0.0, 1e-3, 0.0), step=(1e-2, 0.0, 1e-5), transfer=(0.5, 131_072 * 100.0))
 """1 ms per prompt token; a step 10 ms plus 10 us per resident token; KV 100 tokens per second after 0.5 s."""

@@ -13,8 +13,8 @@ from tidegate.ledger.snapshot import Snapshot
 from tidegate.policies.protocols import Signal
 from tidegate.sim import EngineSettings, Replica, SimRun, simulate
 from tidegate.systems import make_system
-from tidegate.testing import instance, profile
 from tidegate.workloads.trace import TraceRecord
+from tidegate_testing import instance, profile
 
 ROUND = profile()
 """1 ms per prompt token; a step 10 ms plus 10 us per resident token, 20 us beside a chunk."""

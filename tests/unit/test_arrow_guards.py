@@ -13,7 +13,7 @@ from tidegate.core.decision import ControlDecision, Flip, Place, Verdict
 from tidegate.core.instance import Role
 from tidegate.ledger.ledger import Ledger
 from tidegate.systems import make_system
-from tidegate.testing import cluster, instance, profile, request
+from tidegate_testing import cluster, instance, profile, request
 
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
 VERSIONS = ("arrow", "arrow-lending", "arrow-v1")

@@ -19,7 +19,7 @@ from tidegate.policies.arrow.lending import (
     decode_fullness,
     expected_wait_s,
 )
-from tidegate.testing import instance, profile, request
+from tidegate_testing import instance, profile, request
 
 P, D = Role.PREFILL, Role.DECODE
 SLO = Slo(1.0, 0.05)

@@ -8,7 +8,7 @@ import pytest
 from tidegate.core.clock import WallClock
 from tidegate.core.decision import Alternatives
 from tidegate.core.instance import Role
-from tidegate.testing import VirtualClock
+from tidegate_testing import VirtualClock
 
 
 def test_top_orders_by_the_terms_in_turn() -> None:

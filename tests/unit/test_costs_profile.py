@@ -9,7 +9,7 @@ import pytest
 
 from tidegate.core.errors import ConfigError
 from tidegate.costs.profile import Profile, ProfileTable
-from tidegate.testing import REFERENCE, profile
+from tidegate_testing import REFERENCE, profile
 
 
 def test_json_round_trip() -> None:

@@ -13,7 +13,7 @@ from tidegate.core.instance import Role
 from tidegate.ledger.ledger import Ledger
 from tidegate.ledger.records import Residents
 from tidegate.ledger.snapshot import Field, Snapshot
-from tidegate.testing import cluster, instance, profile, request
+from tidegate_testing import cluster, instance, profile, request
 
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from tidegate.core.instance import Role
 from tidegate.ledger.ledger import Ledger
-from tidegate.testing import cluster, request
+from tidegate_testing import cluster, request
 
 
 def decoding(names: str) -> Ledger:

@@ -6,7 +6,7 @@ import pytest
 
 from tidegate.core.instance import Role
 from tidegate.ledger.ledger import Ledger
-from tidegate.testing import cluster, instance, profile, request
+from tidegate_testing import cluster, instance, profile, request
 
 P, D = Role.PREFILL, Role.DECODE
 

@@ -11,7 +11,7 @@ from tidegate.ledger.ledger import Ledger
 from tidegate.policies.baselines import LEAST_LOADED, MINIMAL_LOAD, Colocated, RoundRobin
 from tidegate.policies.candidates import pool_with_room, with_room
 from tidegate.policies.protocols import DecodePlacement, PrefillPlacement
-from tidegate.testing import cluster, instance, profile, request
+from tidegate_testing import cluster, instance, profile, request
 
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
 

@@ -9,7 +9,7 @@ from tidegate.fleet.member import Member
 from tidegate.gateway import sessions
 from tidegate.gateway.call import Call, read_call
 from tidegate.gateway.sessions import ENTRY_TOKENS, Conversations
-from tidegate.testing import instance
+from tidegate_testing import instance
 
 
 def call(session: str) -> Call:

@@ -7,7 +7,7 @@ import pytest
 from tidegate.core.errors import ConfigError
 from tidegate.core.instance import Role
 from tidegate.policies.starting_roles import SplitRoles, even_roles, joining_role, mixed_roles
-from tidegate.testing import cluster
+from tidegate_testing import cluster
 
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
 

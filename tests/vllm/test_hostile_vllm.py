@@ -11,7 +11,7 @@ import pytest
 
 from tests.vllm.through_gateway import CHAT, COMPLETIONS, Json, ask, client, record_legs, serving
 from tests.vllm.vllm_servers import SERVED_NAME, VllmCluster
-from tidegate.testing.chaos import Forced
+from tidegate_testing.chaos import Forced
 
 EXPORT = {"do_remote_decode": True, "do_remote_prefill": False}
 OTHERS = list(range(5, 205))

@@ -12,7 +12,7 @@ import pytest
 
 from tests.vllm.through_gateway import CHAT, COMPLETIONS, LegRun, Said, ask, client, record_legs, serving
 from tests.vllm.vllm_servers import SERVED_NAME, VllmCluster
-from tidegate.testing.chaos import Forced
+from tidegate_testing.chaos import Forced
 
 Json = dict[str, Any]
 STREAMS = 24

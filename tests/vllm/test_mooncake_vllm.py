@@ -17,7 +17,7 @@ from tidegate.engines.seam import Leg, LegEnd
 from tidegate.engines.vllm.engine import VllmEngine
 from tidegate.fleet.vllm import KvSetup
 from tidegate.protocol.chunks import Tokens
-from tidegate.testing.chaos import Forced
+from tidegate_testing.chaos import Forced
 
 LEASE_S = 60
 """Longer than any test waits: what is freed within it was not freed by its end."""

@@ -12,7 +12,7 @@ import pytest
 from tests.vllm.mixed_requests import Asked, mixed_requests
 from tests.vllm.through_gateway import LegRun, Running, Said, ask, client, record_legs, serving
 from tests.vllm.vllm_servers import BLOCK_TOKENS, MODELS, Counters, VllmCluster
-from tidegate.testing.chaos import Forced
+from tidegate_testing.chaos import Forced
 
 REQUESTS = 500
 IN_FLIGHT = 12

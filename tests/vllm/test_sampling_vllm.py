@@ -9,7 +9,7 @@ import pytest
 
 from tests.vllm.through_gateway import CHAT, COMPLETIONS, Json, ask, client, serving
 from tests.vllm.vllm_servers import SERVED_NAME, VllmCluster
-from tidegate.testing.chaos import Forced
+from tidegate_testing.chaos import Forced
 
 BASE: Json = {"model": SERVED_NAME, "ignore_eos": True, "max_tokens": 80, "return_token_ids": True}
 ROUTES: list[tuple[str, Json]] = [

@@ -29,7 +29,7 @@ from tests.vllm.vllm_servers import (
 from tidegate.engines.vllm.connector import MARGIN_S
 from tidegate.fleet.vllm import KvSetup, nixl_config
 from tidegate.policies.protocols import Signal
-from tidegate.testing.chaos import Forced
+from tidegate_testing.chaos import Forced
 
 Json = dict[str, Any]
 EXPORT = {"do_remote_decode": True, "do_remote_prefill": False}

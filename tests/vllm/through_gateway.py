@@ -26,8 +26,8 @@ from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.ledger.snapshot import Snapshot
 from tidegate.systems import System, make_system
-from tidegate.testing import profile
-from tidegate.testing.chaos import NOT_FORCED, Forced, chaos
+from tidegate_testing import profile
+from tidegate_testing.chaos import NOT_FORCED, Forced, chaos
 
 Json = dict[str, Any]
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"

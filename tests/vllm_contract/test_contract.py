@@ -22,8 +22,8 @@ from tidegate.fleet.vllm import KvSetup
 from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.systems import make_system
-from tidegate.testing import profile
-from tidegate.testing.chaos import NOT_FORCED, Forced, chaos
+from tidegate_testing import profile
+from tidegate_testing.chaos import NOT_FORCED, Forced, chaos
 
 Json = dict[str, Any]
 Answer = tuple[list[int], str, str | None]

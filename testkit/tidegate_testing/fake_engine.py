@@ -1,6 +1,6 @@
 """A fake engine over real HTTP: vLLM's dialect, no model, tokens that depend on prompt and position only.
 
-``python -m tidegate.testing.fake_engine --port 9001 --step-ms 10`` serves one; the first line on
+``python -m tidegate_testing.fake_engine --port 9001 --step-ms 10`` serves one; the first line on
 stdout is ``{"event": "ready", "port": ...}``. It is written for speed, so that a benchmark in front
 of it measures what stands in between.
 """
