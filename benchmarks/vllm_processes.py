@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
-from tidegate.fleet.vllm_command import free_ports, nixl_config
+from tidegate.fleet.vllm import free_ports, nixl_config
 
 from tidegate.core.errors import EngineError
 from tidegate.engines.vllm.client import VllmClient
