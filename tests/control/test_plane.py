@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import msgspec
 import pytest
 
 from tests.control.plane_harness import HoldWhile, PlainRequest, Scripted, decoding, make_plane, only
@@ -18,7 +21,7 @@ from tidegate.control.effects import (
     WakeAt,
 )
 from tidegate.control.live_request import Stage
-from tidegate.control.plane import ControlSettings
+from tidegate.control.plane import ControlPlane, ControlSettings
 from tidegate.core.decision import AddInstance, Drain, Flip, Migrate, Remove, SetTarget, Undrain
 from tidegate.core.errors import EngineFault, EngineUnreachable, KvLost, NoInstance, NotRepeated, Overloaded
 from tidegate.core.instance import Role
@@ -213,6 +216,45 @@ def test_a_migration_is_begun_once_and_booked_when_it_is_done() -> None:
     assert (live.decode_on, live.migrations, live.migrate) == (dst, 1, None)
     assert plane.ledger.residents(dst).decodes == ("r0",)
     assert plane.ledger.residents(src).handoffs == ()
+
+
+@pytest.mark.parametrize(
+    ("why", "shut"),
+    [
+        ("i1 drains", lambda plane: plane.act([Drain("i1")], 0.1)),
+        ("i1 is being stopped", lambda plane: plane.act([Remove("i1")], 0.1)),
+        ("i1 failed a leg a moment ago", lambda plane: plane.membership.avoid("i1", 5.0)),
+    ],
+)
+def test_no_decode_moves_to_an_instance_that_takes_nothing_new(
+    why: str, shut: Callable[[ControlPlane], object]
+) -> None:
+    lines: list[bytes] = []
+    plane, live = make_plane(3, lines=lines, roles=mixed_roles), PlainRequest()
+    src = decoding(plane, live).on
+    assert src != "i1"
+    shut(plane)
+    assert not plane.act([Migrate("r0", src, "i1", "balance")], 0.2)
+    assert [msgspec.json.decode(line)["detail"] for line in lines if b'"ignored"' in line] == [why]
+    assert decoding(plane, PlainRequest("r1"), 0.2).on != "i1"
+
+
+def test_controllers_see_who_drains_and_placements_do_not_see_them() -> None:
+    plane = make_plane(roles=mixed_roles)
+    plane.act([Drain("i1"), Drain("i2"), Undrain("i2")], 1.0)
+    assert plane.snapshot(1.0).draining.tolist() == [False, True, False, False]
+    view, _ = plane.membership.view(1.0)
+    assert view.ids == ("i0", "i2", "i3") and not view.draining.any()
+    plane.instance_down("i1", "died", 1.1)
+    plane.instance_up(instance("i1"), REFERENCE, 1.2)
+    assert plane.snapshot(1.2).draining.tolist() == [False, False, False, True]
+
+
+def test_when_all_drain_no_decode_goes_to_and_fro() -> None:
+    plane, live = make_plane(2, roles=mixed_roles), PlainRequest()
+    decoding(plane, live)
+    plane.act([Drain("i1"), Drain("i0")], 1.0)
+    assert not only(plane.tick(2.0), StartMigration) and not plane.migrations
 
 
 def test_a_drain_moves_decodes_and_stops_the_instance_once_it_is_empty() -> None:

@@ -93,6 +93,14 @@ class TestRepair:
         assert place_decode(version, ledger, "i0").flips == (Flip("i0", D, "repair"),)
 
     @every_version
+    def test_an_instance_that_drains_is_no_capacity(self, version: str) -> None:
+        ledger = fleet(P, P, D)
+        ledger.drains("i2", True)
+        assert tick(version, ledger).actions == (Flip("i0", D, "repair"),)
+        ledger.drains("i0", True)
+        assert tick(version, ledger).actions == (), "i1 is the last one that prefills"
+
+    @every_version
     def test_one_survivor_serves_both_phases_unflipped(self, version: str) -> None:
         ledger = fleet(P, D)
         ledger.instance_down("i0", 1.0)

@@ -66,7 +66,7 @@ class Actions:
                     effects.append(StartInstance(role, reason))
                 case Drain(instance, remove, reason):
                     if instance in self._ledger.ids:
-                        self._membership.draining[instance] = remove
+                        self._membership.drain(instance, remove=remove)
                         if self._journal.enabled:
                             self._journal.instance(now, instance, "draining", reason=reason)
                         effects += self.drain_on(now)
@@ -111,14 +111,14 @@ class Actions:
 
     def _migrate(self, migrate: Migrate, now: float, effects: Effects) -> None:
         live = self._requests.get(migrate.request)
-        why_not = self._why_not(live, migrate)
+        why_not = self._why_not(live, migrate, now)
         if live is None or why_not:
             self.note_migration(migrate, "ignored", now, why_not)
             return
         live.migrate = migrate
         effects.append(StartMigration(live, migrate))
 
-    def _why_not(self, live: LiveRequest | None, migrate: Migrate) -> str:
+    def _why_not(self, live: LiveRequest | None, migrate: Migrate, now: float) -> str:
         """Return why a decode cannot move, as far as the plane knows; "" when it can."""
         if live is None:
             return "it has ended"
@@ -129,7 +129,7 @@ class Actions:
             return "it moves already"
         if live.stage is not Stage.DECODE or live.decode_on != migrate.src or migrate.src not in ids:
             return f"it does not decode on {migrate.src}"
-        return ""
+        return self._membership.why_shut(migrate.dst, now)
 
     def _move_away(self, instance: str, decodes: Iterable[str], now: float, effects: Effects) -> None:
         """Have the decodes of a draining instance move where the system would place them."""
@@ -139,8 +139,9 @@ class Actions:
             if live is None or not live.movable or live.migrate is not None or live.stage is not Stage.DECODE:
                 continue
             decision = self._decode.place_decode(live.resident(), view, instance).decision
-            if isinstance(decision, Place) and decision.decode_on not in (None, instance):
-                self._migrate(Migrate(request_id, instance, str(decision.decode_on), "drain"), now, effects)
+            to = decision.decode_on if isinstance(decision, Place) else None
+            if to is not None and to != instance and not self._membership.why_shut(to, now):
+                self._migrate(Migrate(request_id, instance, to, "drain"), now, effects)
 
     def _stop(self, instance: str, reason: str, effects: Effects) -> None:
         self._membership.stopping.add(instance)

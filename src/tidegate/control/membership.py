@@ -74,6 +74,11 @@ class Membership:
         self.starting[role] -= 1
         self.starting += Counter()  # drops what is 0
 
+    def drain(self, instance_id: str, *, remove: bool) -> None:
+        """Begin a drain, or say anew whether its instance is to be removed."""
+        self.draining[instance_id] = remove
+        self._ledger.drains(instance_id, True)
+
     def leaves(self, instance_id: str) -> None:
         """Say that an instance is down. One that was stopped on purpose is forgotten, its drain with it."""
         if instance_id in self.stopping:
@@ -84,28 +89,38 @@ class Membership:
     def stop_failed(self, instance_id: str) -> None:
         """Say that an instance cannot be stopped: it stays drained, and is not to be removed any more."""
         self.stopping.discard(instance_id)
-        self.draining[instance_id] = False
+        self.drain(instance_id, remove=False)
 
     def undrain(self, instance_id: str) -> bool:
         """End a drain. False where there is none, or where the instance is being stopped already."""
         if instance_id not in self.draining or instance_id in self.stopping:
             return False
         del self.draining[instance_id]
+        self._ledger.drains(instance_id, False)
         return True
 
     def avoid(self, instance_id: str, until_s: float) -> None:
         """Place nothing on an instance until then, while others are up."""
         self._avoided_until_s[instance_id] = until_s
 
+    def why_shut(self, instance_id: str, now: float) -> str:
+        """Return why nothing new may go to an instance that is up; "" where it may."""
+        if instance_id in self.stopping:
+            return f"{instance_id} is being stopped"
+        if instance_id in self.draining:
+            return f"{instance_id} drains"
+        failed = self._avoided_until_s.get(instance_id, now) > now
+        return f"{instance_id} failed a leg a moment ago" if failed else ""
+
     def view(self, now: float) -> tuple[Snapshot, bool]:
         """Return the cluster as placements may use it, and whether flips may follow from it.
 
-        Without those that are drained and those that failed a moment ago, if others are up. Where an instance
-        is missing only for a moment no pool is really short, and no label changes.
+        Without those that drain, are being stopped or failed a moment ago, if others are up. Where
+        an instance is missing only for a moment no pool is really short, and no label changes.
         """
         snapshot = self._ledger.snapshot(now)
-        if not self._avoided_until_s and not self.draining:
+        if not (self._avoided_until_s or self.draining or self.stopping):
             return snapshot, True
         avoided = {name for name, until_s in self._avoided_until_s.items() if until_s > now}
-        seen = snapshot.without(avoided | set(self.draining))
+        seen = snapshot.without(avoided.union(self.draining, self.stopping))
         return seen, not avoided.intersection(snapshot.ids)

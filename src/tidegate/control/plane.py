@@ -140,6 +140,7 @@ class ControlPlane:
         role, flips = self.membership.joins(instance.id, fixed_role, now)
         effects = self._actions.execute(flips, now)
         self.ledger.instance_up(instance, profile, role, now)
+        self.ledger.drains(instance.id, instance.id in self.membership.draining)
         if self.prefixes is not None:
             self.prefixes.instance_up(instance.id, instance.kv_capacity_tokens)
         self._journal.instance(now, instance.id, "up", role=role.label)

@@ -110,6 +110,12 @@ class Ledger:
             self._last_flip_to_decode_s = now
         return True
 
+    def drains(self, instance_id: str, draining: bool) -> None:
+        """Say whether an instance drains (``Snapshot.draining``); nothing where it is not up."""
+        instance = self._instances.get(instance_id)
+        if instance is not None:
+            self._matrix.draining[instance.column] = draining
+
     def foreign_load(self, instance_id: str, requests: int, tokens: int) -> bool:
         """Say what is on an instance beside this ledger's requests: others' ``requests``, ``tokens`` of KV.
 

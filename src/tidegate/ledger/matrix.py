@@ -40,6 +40,7 @@ class _RowViews:
     handoff_tokens: memoryview[float]
     free_tokens: memoryview[float]
     flipped_at_s: memoryview[float]
+    draining: memoryview[float]
     queue_since_s: memoryview[float]
     queue_integral: memoryview[float]
     gap_sum_s: memoryview[float]

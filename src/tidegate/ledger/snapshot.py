@@ -91,7 +91,8 @@ class Field:
     FLIPPED_AT_S: Final = 14
     PREFILL_DEMAND: Final = 15
     PREFILL_SQUARES_S: Final = 16
-    COUNT: Final = 17
+    DRAINING: Final = 17
+    COUNT: Final = 18
 
 
 class WindowAverages(NamedTuple):
@@ -256,6 +257,16 @@ class Snapshot:
         """Tell which instances may change label."""
         marked: Mask = self.state[Field.FLIPPABLE] > 0
         return marked
+
+    @property
+    def draining(self) -> Mask:
+        """Tell which instances drain. Placements see them only where nothing else is up; controllers do."""
+        marked: Mask = self.state[Field.DRAINING] > 0
+        return marked
+
+    def without_draining(self) -> Snapshot:
+        """Return the snapshot without the instances that drain, or itself when all do."""
+        return self.without({self.ids[at] for at in self.draining.nonzero()[0]})
 
     @property
     def prefill_wait_s(self) -> Column:

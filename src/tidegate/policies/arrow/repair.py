@@ -59,7 +59,10 @@ class RepairingPlacement:
 
 @dataclass(frozen=True, slots=True)
 class RepairingMonitor(Generic[S]):
-    """Refills an empty pool, after which ``monitor`` starts over; else lets it decide."""
+    """Refills an empty pool, after which ``monitor`` starts over; else lets it decide.
+
+    Neither sees instances that drain: they are no capacity, and a flip of one helps no pool.
+    """
 
     monitor: Controller[S]
 
@@ -81,6 +84,7 @@ class RepairingMonitor(Generic[S]):
     def decide(self, snapshot: Snapshot, state: S) -> ControlDecision[S]:
         if not snapshot.ids:
             return ControlDecision(self.initial(), reason="no instance is up")
+        snapshot = snapshot.without_draining()
         flipped = repair(snapshot)
         if flipped is not None:
             reason = f"a pool was empty: flipped {flipped.instance}"
