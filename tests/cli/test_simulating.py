@@ -82,6 +82,14 @@ def test_sim_prints_the_documented_object_and_says_what_it_assumed(run: Run) -> 
     assert "--trace sample:azure-conv" in done.stderr
 
 
+def test_spares_wait_beside_the_split_until_a_controller_asks(run: Run) -> None:
+    words = ("sim", *SMALL, "--system", "static", "--json", "--instances", "3")
+    with_spare = run(*words, "--spares", "1", "--split", "1:1")
+    assert with_spare.returncode == 0, with_spare.stderr
+    hours, all_hours = (json.loads(ended.stdout)["instance_hours"] for ended in (with_spare, run(*words)))
+    assert hours == pytest.approx(all_hours * 2 / 3, rel=0.01)
+
+
 def test_a_journal_is_reported_replayed_and_never_overwritten(run: Run, tmp_path: Path) -> None:
     journal = str(tmp_path / "j.jsonl")
     assert run("sim", *SMALL, "--journal", journal).returncode == 0

@@ -81,6 +81,8 @@ def test_without_a_spare_nothing_starts() -> None:
     )
     run = simulate(many(20, 0.03), system, fleet(2))
     assert len(run.instances) == 2 and run.outcomes == {"ok": 20}
+    (warning,) = run.warnings
+    assert warning.startswith("a controller asked for one more instance at 0.2 s")
 
 
 def test_an_instance_returns_and_serves_again() -> None:

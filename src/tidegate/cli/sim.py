@@ -17,11 +17,12 @@ import typer
 import tidegate
 from tidegate.api import DEFAULT_SYSTEM
 from tidegate.cli.common_flags import JOBS, SCALE_RATE, SCORING, Scoring
-from tidegate.cli.options import Flag, OptionGroup, Rule, given
+from tidegate.cli.options import Flag, OptionGroup, Rule, at_least, given
 from tidegate.cli.simulating import (
     BATCHING,
     CUT,
     DEFAULT_TRACE,
+    FLEET,
     SIMULATED,
     WORKLOAD,
     FleetOptions,
@@ -86,6 +87,15 @@ STEP = Flag(
     given=bool,
     read=lambda step: not step,
 )
+SPARES = {
+    "spares": Flag(
+        "Instances, the last ones, that come up only when a controller adds one.",
+        "N",
+        panel=FLEET,
+        rule=at_least(0),
+    ),
+    "start_delay_s": Flag("How long a spare takes to come up.", "S", "--start-delay", FLEET),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +140,7 @@ def run(
         Flag("Prefill and decode instances at the start; default: even.", "P:D", read=parse_split),
     ] = None,
     fleet: FleetOptions,
-    settings: Annotated[SimSettings, OptionGroup(SimSettings, {**SIMULATED, "leap": STEP})],
+    settings: Annotated[SimSettings, OptionGroup(SimSettings, {**SIMULATED, **SPARES, "leap": STEP})],
     engine: Annotated[EngineSettings, BATCHING],
     options: RunOptions,
     scoring: Scoring,

@@ -79,7 +79,7 @@ class Setting:
     def make_system(self) -> System:
         """Build the composition. Raises ConfigError for an option that it cannot take."""
         made = make_system(self.system, split=self.split, slo=self.settings.slo)
-        made.roles(self.fleet.size)
+        made.roles(max(1, self.fleet.size - self.settings.spares))
         return made
 
     def digest(self, **run: Any) -> str:

@@ -15,7 +15,7 @@ from tidegate.journal.writer import JournalWriter
 from tidegate.policies.protocols import Signal
 from tidegate.sim.arrivals import TraceArrivals
 from tidegate.sim.membership import CONTROL, HEARTBEAT, MEMBERSHIP, FleetSchedule
-from tidegate.sim.results import InstanceUse, SimRun, oversize_warnings, slo_warnings
+from tidegate.sim.results import InstanceUse, SimRun, oversize_warnings, slo_warnings, unstarted_warnings
 from tidegate.sim.serving import Serving
 from tidegate.sim.settings import SimSettings
 from tidegate.systems.system import System
@@ -156,7 +156,11 @@ class _Simulation:
             instance_hours=sum(use.up_s for use in uses) / 3600.0,
             end_s=now,
             events=handled,
-            warnings=[*self._slo_warnings(), *oversize_warnings(serving.oversize, serving.context)],
+            warnings=[
+                *self._slo_warnings(),
+                *oversize_warnings(serving.oversize, serving.context),
+                *unstarted_warnings(serving.unstarted),
+            ],
         )
 
     def _uses(self, now: float) -> list[InstanceUse]:

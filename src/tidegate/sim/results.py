@@ -84,6 +84,17 @@ def slo_warnings(replicas: Sequence[Replica], slo: Slo) -> list[str]:
     return warnings
 
 
+def unstarted_warnings(asked: Sequence[tuple[float, str]]) -> list[str]:
+    """Return what there is to say of starts that no spare was there for, each as (time, reason)."""
+    if not asked:
+        return []
+    at_s, reason = asked[0]
+    return [
+        f"a controller asked for one more instance at {at_s:.1f} s ({reason or 'without a reason'}), "
+        f"{len(asked)} in all, and there was no spare: `--spares N` gives some"
+    ]
+
+
 def oversize_warnings(oversize: Sequence[tuple[int, int]], context: int) -> list[str]:
     """Return what there is to say of requests that no instance could hold, each as (tokens, number)."""
     if not oversize:

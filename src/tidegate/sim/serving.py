@@ -42,7 +42,8 @@ class Serving:
 
     ``flights`` are the live requests by number in order of arrival; ``arrived`` counts all of them, and
     ``ended`` is told of the end of each. ``oversize`` has (tokens, number) of each request that no instance
-    could hold; ``steps`` counts those of each instance.
+    could hold; ``unstarted`` has (time, reason) of each start that no spare was there for; ``steps`` counts
+    those of each instance.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Serving:
         self._contexts = [replica.instance.max_model_len for replica in replicas]
         self.context = max(self._contexts, default=0)
         self.oversize: list[tuple[int, int]] = []
+        self.unstarted: list[tuple[float, str]] = []
         # Where nobody listens to tokens the ledger is all that the plane would tell.
         self._tell_steps = self.plane.stepped if system.observers else self.plane.ledger.stepped
         self._stale = settings.heartbeat_s > 0
@@ -203,8 +205,9 @@ class Serving:
                     self.sampler.flips.append(FlipEvent(now, instance, before, after, reason))
                 case StartMigration(live, migrate):
                     self._migrate(live, self._index[migrate.src], self._index[migrate.dst], now)
-                case StartInstance(role):
+                case StartInstance(role, reason):
                     if not self._membership.start_spare(now, self._events):
+                        self.unstarted.append((now, reason))
                         self.plane.start_failed(role)
                 case StopInstance(instance, reason):
                     self.instance_down(self._index[instance], now, reason)
