@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from tidegate.control.effects import Effects, RunDecode, RunPrefill
 from tidegate.control.live_request import LiveRequest
 from tidegate.control.plane import ControlPlane, ControlSettings
-from tidegate.core.decision import Action, ControlDecision, Hold, Reject, Verdict
+from tidegate.core.decision import Action, ControlDecision, Hold, Placement, Reject, Verdict
 from tidegate.core.request import Request
 from tidegate.core.slo import Slo
 from tidegate.journal.writer import JournalWriter
 from tidegate.ledger.snapshot import Snapshot
 from tidegate.policies.baselines import LEAST_LOADED
-from tidegate.policies.protocols import Controller, Signal, StartingRoles
+from tidegate.policies.protocols import Controller, DecodePlacement, Signal, StartingRoles
 from tidegate.policies.starting_roles import even_roles
 from tidegate.signals.prefix import NO_BLOCKS, PrefixIndex, PromptBlocks
 from tidegate.systems.system import System
@@ -68,6 +68,17 @@ class HoldWhile:
 
 
 @dataclass(frozen=True)
+class PlacesNoDecode:
+    """Answers every decode with ``decision``."""
+
+    decision: Placement
+    needs: frozenset[Signal] = frozenset()
+
+    def place_decode(self, request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:
+        return Verdict(self.decision)
+
+
+@dataclass(frozen=True)
 class Scripted:
     """A controller that takes its actions from ``script``, one entry per decision; its state counts them."""
 
@@ -89,6 +100,7 @@ def make_plane(
     *,
     controllers: tuple[Controller[int], ...] = (),
     prefill: HoldWhile | None = None,
+    decode: DecodePlacement = LEAST_LOADED,
     roles: StartingRoles = even_roles,
     prefixes: PrefixIndex | None = None,
     settings: ControlSettings | None = None,
@@ -101,7 +113,7 @@ def make_plane(
         summary="a test's",
         roles=roles,
         prefill=prefill or HoldWhile(),
-        decode=LEAST_LOADED,
+        decode=decode,
         controllers=controllers,
         window_s=window_s,
     )

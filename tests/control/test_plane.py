@@ -7,7 +7,15 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from tests.control.plane_harness import HoldWhile, PlainRequest, Scripted, decoding, make_plane, only
+from tests.control.plane_harness import (
+    HoldWhile,
+    PlacesNoDecode,
+    PlainRequest,
+    Scripted,
+    decoding,
+    make_plane,
+    only,
+)
 from tidegate.control.effects import (
     Flipped,
     GiveUp,
@@ -22,7 +30,20 @@ from tidegate.control.effects import (
 )
 from tidegate.control.live_request import Stage
 from tidegate.control.plane import ControlPlane, ControlSettings
-from tidegate.core.decision import AddInstance, Drain, Flip, Migrate, Remove, SetTarget, Undrain
+from tidegate.core.decision import (
+    AddInstance,
+    Drain,
+    Flip,
+    Hold,
+    Migrate,
+    Path,
+    Place,
+    Placement,
+    Reject,
+    Remove,
+    SetTarget,
+    Undrain,
+)
 from tidegate.core.errors import EngineFault, EngineUnreachable, KvLost, NoInstance, NotRepeated, Overloaded
 from tidegate.core.instance import Role
 from tidegate.policies.starting_roles import mixed_roles
@@ -70,6 +91,25 @@ def test_a_rejected_request_says_when_to_come_back() -> None:
 
 
 # failures
+
+
+@pytest.mark.parametrize(
+    ("decision", "message", "retry_after_s"),
+    [
+        (Reject("decodes are full", 7.0), "decodes are full", 7.0),
+        (Hold("full"), "a decode cannot be held, its first token is out: full", 2.0),
+        (Place("i0", None, Path.DISAGGREGATED), "the decode placement named no instance", 2.0),
+    ],
+)
+def test_a_decode_that_is_not_placed_says_why(
+    decision: Placement, message: str, retry_after_s: float
+) -> None:
+    plane, live = make_plane(decode=PlacesNoDecode(decision)), PlainRequest()
+    plane.arrive(live, 0.0)
+    live.generated = 1
+    (given_up,) = plane.prefill_done(live, 0.1)
+    assert isinstance(given_up, GiveUp) and isinstance(given_up.error, Overloaded)
+    assert (given_up.error.message, given_up.error.retry_after_s) == (message, retry_after_s)
 
 
 def test_a_failed_leg_waits_for_the_fleets_word_and_avoids_the_instance() -> None:

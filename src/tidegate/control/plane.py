@@ -18,7 +18,17 @@ from tidegate.control.held import HeldRequests
 from tidegate.control.live_request import LiveRequest, Stage
 from tidegate.control.membership import Membership
 from tidegate.control.periods import Periods
-from tidegate.core.decision import Action, ControlDecision, Flip, Path, Place, Reject, Verdict
+from tidegate.core.decision import (
+    Action,
+    ControlDecision,
+    Flip,
+    Hold,
+    Path,
+    Place,
+    Placement,
+    Reject,
+    Verdict,
+)
 from tidegate.core.errors import (
     ConfigError,
     EngineError,
@@ -192,11 +202,10 @@ class ControlPlane:
         verdict = self.system.decode.place_decode(request, view, live.prefill_on)
         effects = self._decided(request, "place_decode", verdict, view, whole)
         decision = verdict.decision
-        if not isinstance(decision, Place) or decision.decode_on is None:
-            reason = "no instance takes the decode"
-            effects.append(GiveUp(live, Overloaded(reason, retry_after_s=self.settings.retry_after_s)))
+        on = decision.decode_on if isinstance(decision, Place) else None
+        if on is None:
+            effects.append(GiveUp(live, self._no_decode(decision)))
             return effects
-        on = decision.decode_on
         self._decodes_on(live, on, request.prompt_tokens, now)
         effects.append(RunDecode(live, on))
         return effects
@@ -333,8 +342,7 @@ class ControlPlane:
         if isinstance(decision, Place):
             effects.append(self._dispatch(live, request, decision, view, now))
         elif isinstance(decision, Reject):
-            refused = Overloaded(decision.reason, retry_after_s=decision.retry_after_s)
-            effects.append(GiveUp(live, refused))
+            effects.append(GiveUp(live, _rejected(decision)))
         else:
             effects += self._hold(live, request, decision.reason, now)
         return effects
@@ -391,6 +399,17 @@ class ControlPlane:
             effects += self._place_prefill(live, "replay" if live.replays else "place_prefill", now)
         return effects
 
+    def _no_decode(self, decision: Placement) -> Overloaded:
+        """Return the error of a request whose decode placement places nothing."""
+        match decision:
+            case Reject():
+                return _rejected(decision)
+            case Hold(held_for):
+                reason = f"a decode cannot be held, its first token is out: {held_for}"
+            case Place():
+                reason = "the decode placement named no instance"
+        return Overloaded(reason, retry_after_s=self.settings.retry_after_s)
+
     def _none_up(self) -> NoInstance:
         return NoInstance("no instance is up", retry_after_s=self.settings.retry_after_s)
 
@@ -430,3 +449,7 @@ class ControlPlane:
         if idle and not self._audited:
             self.ledger.check_integrity()
         self._audited = idle
+
+
+def _rejected(reject: Reject) -> Overloaded:
+    return Overloaded(reject.reason, retry_after_s=reject.retry_after_s)

@@ -40,13 +40,18 @@ class Place(msgspec.Struct, frozen=True, gc=False):
 
 
 class Hold(NamedTuple):
-    """Keep the request queued at the scheduler and ask again after the next event."""
+    """Keep the request waiting at the control plane, in the system's order, and ask again when something may
+    have changed: at a tick, when an instance comes or goes, when another request ends.
+
+    For prefills only. A decode cannot wait: its first token is out, and the KV is pinned for a while only.
+    """
 
     reason: str
 
 
 class Reject(NamedTuple):
-    """Refuse the request; the client may retry after ``retry_after_s``."""
+    """End the request with ``Overloaded``: its client is told ``reason``, and to retry after
+    ``retry_after_s``."""
 
     reason: str
     retry_after_s: float

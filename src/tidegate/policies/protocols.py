@@ -49,6 +49,7 @@ class DecodePlacement(Policy, Protocol):
     def place_decode(self, request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:
         """Return a Place whose ``decode_on`` is set, or Reject. ``prefill_on`` may be gone from the snapshot.
 
+        A Hold is refused like a Reject: the first token is out, and its KV does not stay for long.
         ``request.prompt_tokens`` is the resident length: prompt plus generated.
         """
         ...
