@@ -413,3 +413,4 @@ def test_the_journal_tells_of_every_decision() -> None:
     plane.failed(live, EngineFault("x", instance="i1", stage="decode"), 1.5)
     kinds = [line.split(b'"')[3].decode() for line in lines]
     assert kinds == ["instance", "instance", "decision", "decision", "control", "failure"]
+    assert msgspec.json.decode(lines[4])["controller"] == "scripted"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,28 @@ def test_decisions_flips_and_replays_are_counted(journal_file: Path) -> None:
     assert (report.replays, report.replayed_requests, report.migrations) == (1, 1, 0)
     assert report.unfinished == 1
     assert any("a decision but no outcome: 1" in note for note in report.notes)
+
+
+def test_controllers_are_told_apart_also_where_an_old_journal_does_not_name_them(tmp_path: Path) -> None:
+    said = {"type": "control", "t": 1.0, "reason": "low", "flips": 0}
+    path = write(
+        tmp_path / "j.jsonl",
+        HEADER,
+        said,
+        said | {"controller": "monitor", "flips": 1},
+        said | {"controller": "scale", "reason": "[wait]"},
+        said | {"controller": "monitor", "reason": "high", "flips": 2},
+        outcome("a", 0.0),
+    )
+    report = build_report(read_journal(path))
+    assert [astuple(work) for work in report.controllers] == [
+        ("", 1, 0, "low"),
+        ("monitor", 2, 3, "high"),
+        ("scale", 1, 0, "[wait]"),
+    ]
+    out = io.StringIO()
+    Console(file=out, width=100).print(render_report(report))
+    assert "[wait]" in out.getvalue()
 
 
 def test_instance_use_counts_overlapping_work_once(journal_file: Path) -> None:

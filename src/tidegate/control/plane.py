@@ -18,14 +18,13 @@ from tidegate.control.held import HeldRequests
 from tidegate.control.live_request import LiveRequest, Stage
 from tidegate.control.membership import Membership
 from tidegate.control.periods import Periods
+from tidegate.control.refusals import no_decode, none_up, rejected
 from tidegate.core.decision import (
     Action,
     ControlDecision,
     Flip,
-    Hold,
     Path,
     Place,
-    Placement,
     Reject,
     Verdict,
 )
@@ -34,7 +33,6 @@ from tidegate.core.errors import (
     EngineError,
     EngineUnreachable,
     KvLost,
-    NoInstance,
     NotRepeated,
     Overloaded,
     TidegateError,
@@ -197,14 +195,14 @@ class ControlPlane:
         request = live.resident()
         view, whole = self.membership.view(now)
         if not view.ids:
-            return [GiveUp(live, self._none_up())]
+            return [GiveUp(live, none_up(self.settings.retry_after_s))]
         assert live.prefill_on is not None
         verdict = self.system.decode.place_decode(request, view, live.prefill_on)
         effects = self._decided(request, "place_decode", verdict, view, whole)
         decision = verdict.decision
         on = decision.decode_on if isinstance(decision, Place) else None
         if on is None:
-            effects.append(GiveUp(live, self._no_decode(decision)))
+            effects.append(GiveUp(live, no_decode(decision, self.settings.retry_after_s)))
             return effects
         self._decodes_on(live, on, request.prompt_tokens, now)
         effects.append(RunDecode(live, on))
@@ -342,7 +340,7 @@ class ControlPlane:
         if isinstance(decision, Place):
             effects.append(self._dispatch(live, request, decision, view, now))
         elif isinstance(decision, Reject):
-            effects.append(GiveUp(live, _rejected(decision)))
+            effects.append(GiveUp(live, rejected(decision)))
         else:
             effects += self._hold(live, request, decision.reason, now)
         return effects
@@ -377,7 +375,7 @@ class ControlPlane:
         recovered_s = self._held.none_up_since_s(live, now) + self.settings.recovery_s
         until_s = min(recovered_s, live.deadline_s)
         if not live.generated or now >= until_s:
-            return [GiveUp(live, self._none_up())]
+            return [GiveUp(live, none_up(self.settings.retry_after_s))]
         self._held.hold(live, prefill_ticket(request, 0.0))
         return [Held(live, "no instance is up"), WakeAt(until_s)]
 
@@ -398,20 +396,6 @@ class ControlPlane:
         for live in lives:
             effects += self._place_prefill(live, "replay" if live.replays else "place_prefill", now)
         return effects
-
-    def _no_decode(self, decision: Placement) -> Overloaded:
-        """Return the error of a request whose decode placement places nothing."""
-        match decision:
-            case Reject():
-                return _rejected(decision)
-            case Hold(held_for):
-                reason = f"a decode cannot be held, its first token is out: {held_for}"
-            case Place():
-                reason = "the decode placement named no instance"
-        return Overloaded(reason, retry_after_s=self.settings.retry_after_s)
-
-    def _none_up(self) -> NoInstance:
-        return NoInstance("no instance is up", retry_after_s=self.settings.retry_after_s)
 
     # Parts of events
 
@@ -441,7 +425,7 @@ class ControlPlane:
         self._reasons[name] = decision.reason
         if self._journal.enabled:
             flips = sum(isinstance(action, Flip) for action in decision.actions)
-            self._journal.control(now, decision.reason, flips)
+            self._journal.control(now, name, decision.reason, flips)
 
     def _audit(self) -> None:
         """Check the ledger's sums once it is idle."""
@@ -449,7 +433,3 @@ class ControlPlane:
         if idle and not self._audited:
             self.ledger.check_integrity()
         self._audited = idle
-
-
-def _rejected(reject: Reject) -> Overloaded:
-    return Overloaded(reject.reason, retry_after_s=reject.retry_after_s)

@@ -15,6 +15,7 @@ from tidegate.core.errors import ConfigError, TraceError
 from tidegate.core.slo import Slo
 from tidegate.journal.schema import (
     LINES,
+    ControlLine,
     DecisionLine,
     FlipLine,
     HeaderLine,
@@ -50,6 +51,7 @@ class Journal:
     roles: dict[str, str] = field(default_factory=dict)
     outcomes: list[OutcomeLine] = field(default_factory=list)
     flips: list[FlipLine] = field(default_factory=list)
+    controls: list[ControlLine] = field(default_factory=list)
     instance_events: list[InstanceLine] = field(default_factory=list)
     decisions: Counter[str] = field(default_factory=Counter)
     unfinished: int = 0
@@ -128,6 +130,8 @@ def read_journal(path: str | Path) -> Journal:
                 decided.add(line.request)
             case FlipLine():
                 journal.flips.append(line)
+            case ControlLine():
+                journal.controls.append(line)
             case InstanceLine():
                 journal.instance_events.append(line)
     if not seen_header:

@@ -105,11 +105,12 @@ class FlipLine(JournalLine, tag="flip"):
     reason: str = ""
 
 
-class ControlLine(JournalLine, tag="control"):
-    """A periodic decision gave another reason than the one before; ``flips`` counts those it made."""
+class ControlLine(JournalLine, tag="control", omit_defaults=True):
+    """A controller gave another reason than before; ``flips`` counts the flips it asked for, legal or not."""
 
     reason: str
     flips: int
+    controller: str = ""
 
 
 class MigrationLine(JournalLine, tag="migration"):

@@ -91,9 +91,9 @@ class JournalWriter:
         t_s = self.elapsed_s(now_s)
         self.write(FlipLine(t_s, flip.instance, before.label, flip.to.label, flip.reason))
 
-    def control(self, now_s: float, reason: str, flips: int) -> None:
-        """Write the reason of a periodic decision and how many flips it made."""
-        self.write(ControlLine(self.elapsed_s(now_s), reason, flips))
+    def control(self, now_s: float, controller: str, reason: str, flips: int) -> None:
+        """Write the reason of a controller's decision and how many flips it asked for."""
+        self.write(ControlLine(self.elapsed_s(now_s), reason, flips, controller))
 
     def migration(self, now_s: float, migrate: Migrate, event: str, detail: str, moved_bytes: int) -> None:
         """Write that a migration has begun, is done, cancelled or, as ``detail`` says why, ignored."""

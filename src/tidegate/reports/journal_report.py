@@ -17,7 +17,7 @@ from rich.text import Text
 from tidegate.core.slo import Slo
 from tidegate.core.stages import LATER_STAGES, TTFT_STAGES
 from tidegate.journal.reader import Journal
-from tidegate.journal.schema import FlipLine, InstanceLine, OutcomeLine
+from tidegate.journal.schema import ControlLine, FlipLine, InstanceLine, OutcomeLine
 from tidegate.measure.attainment import DEFAULT_LEVEL, Attainment, Goodput, Observation, goodput, score
 from tidegate.measure.percentiles import Summary, summarize
 
@@ -52,6 +52,16 @@ class PrefillPrediction:
 
 
 @dataclass(frozen=True, slots=True)
+class ControllerWork:
+    """How often a controller gave another reason, the flips it asked for with them, and the last reason."""
+
+    controller: str
+    reasons: int
+    flips: int
+    last_reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class RunReport:
     """A journal in numbers; times in seconds."""
 
@@ -71,6 +81,7 @@ class RunReport:
     decisions: dict[str, int]
     flips: tuple[FlipLine, ...]
     flip_counts: dict[str, int]
+    controllers: tuple[ControllerWork, ...]
     instance_events: tuple[InstanceLine, ...]
     replays: int
     replayed_requests: int
@@ -124,6 +135,7 @@ def build_report(journal: Journal, *, slo: Slo | None = None, level: float = DEF
         decisions=dict(journal.decisions.most_common()),
         flips=tuple(journal.flips),
         flip_counts=dict(flip_kinds.most_common()),
+        controllers=tuple(_controllers(journal.controls)),
         instance_events=tuple(journal.instance_events),
         replays=sum(o.replays for o in outcomes),
         replayed_requests=sum(o.replays > 0 for o in outcomes),
@@ -149,6 +161,14 @@ def _notes(journal: Journal, slo: Slo | None, own: set[Slo]) -> tuple[str, ...]:
     if slo is None and not own and journal.slo is None:
         notes.append(f"the journal names no SLO; scored against the default {Slo()}")
     return tuple(notes)
+
+
+def _controllers(lines: Sequence[ControlLine]) -> Iterator[ControllerWork]:
+    by_name: dict[str, list[ControlLine]] = {}
+    for line in lines:
+        by_name.setdefault(line.controller, []).append(line)
+    for name, own in by_name.items():
+        yield ControllerWork(name, len(own), sum(line.flips for line in own), own[-1].reason)
 
 
 def _stages(good: Sequence[OutcomeLine], names: Sequence[str]) -> dict[str, Summary]:
@@ -247,6 +267,18 @@ def _parts(report: RunReport) -> Iterator[RenderableType]:
         columns = ("first role", "prefills", "decodes", "prompt tok", "cached tok", "generated tok", "busy")
         yield _table("Instances", ("instance", *columns), map(_instance_row, report.instances))
     yield _table("Decisions", ("", "count"), _decision_rows(report))
+    if report.controllers:
+        columns = ("controller", "reasons", "flips asked for", "last reason")
+        rows = (
+            (
+                escape(work.controller or "unnamed"),
+                str(work.reasons),
+                str(work.flips),
+                escape(work.last_reason),
+            )
+            for work in report.controllers
+        )
+        yield _table("Controllers", columns, rows)
     if report.flips:
         yield _flips(report.flips)
     if report.prediction is not None:
