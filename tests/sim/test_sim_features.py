@@ -207,7 +207,7 @@ def test_a_small_run_is_what_it_was() -> None:
     )
 
 
-def test_a_journal_of_the_simulator_is_predicted_exactly(tmp_path: Path) -> None:
+def test_a_short_journal_of_the_simulator_is_predicted_to_the_microsecond(tmp_path: Path) -> None:
     out = io.BytesIO()
     system = make_system("arrow-lending", slo=SLO)
     run = simulate(many(60), system, fleet(4), SimSettings(slo=SLO), journal=out)
