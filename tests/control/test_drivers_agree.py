@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orjson
 import pytest
 
-from tests.control.replayed_inputs import replay_inputs
 from tests.control.virtual_gateway import Asked, Change, VirtualGateway
-from tidegate.control.plane import ControlPlane
+from tidegate.control.replayed_inputs import decide_again
 from tidegate.core.decision import Hold, Verdict
+from tidegate.core.errors import TraceError
 from tidegate.core.request import Request
 from tidegate.core.slo import Slo
 from tidegate.costs.library import packaged_profile
 from tidegate.dataplane.replica import replicas_of
-from tidegate.journal.reader import decode_line
-from tidegate.journal.schema import LINES, InputLine, JournalLine
 from tidegate.journal.writer import JournalWriter
 from tidegate.ledger.snapshot import Snapshot
 from tidegate.policies.protocols import PrefillPlacement, Signal
-from tidegate.signals.prefix import PrefixIndex
 from tidegate.sim import SimSettings, simulate
 from tidegate.systems import make_system
 from tidegate.systems.system import System
@@ -152,7 +150,9 @@ def assert_alike(live: list[tuple[Any, ...]], simulated: list[tuple[Any, ...]]) 
     assert len(live) == len(simulated)
 
 
-def test_a_live_journals_inputs_give_its_decisions_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_live_journals_inputs_give_its_decisions_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     system = make_system("arrow+edf", slo=SLO, tick_s=0.25)
     replicas = replicas_of(packaged_profile("h100_sxm/llama-3.1-8b"), INSTANCES)
     live: list[bytes] = []
@@ -160,16 +160,14 @@ def test_a_live_journals_inputs_give_its_decisions_again(monkeypatch: pytest.Mon
         system, replicas, system.order, live, SLO, FRONT_S, monkeypatch, journal_inputs=True
     )
     gateway.play(script(3, 120), CHANGES)
-    inputs = [line for line in map(parsed, live) if isinstance(line, InputLine)]
-    again: list[bytes] = []
-    plane = ControlPlane(
-        system, [f"i{k}" for k in range(INSTANCES)], JournalWriter(again.append), prefixes=PrefixIndex()
-    )
-    replay_inputs(inputs, plane, lambda name: replicas[0].profile)
-    kept = [line for line in live if line.split(b'"')[3] not in (b"input", b"outcome", b"failure")]
-    assert len(kept) > 200
-    assert [line for line in again if line.split(b'"')[3] != b"failure"] == kept
-
-
-def parsed(line: bytes) -> JournalLine | None:
-    return decode_line(orjson.loads(line), line.decode(), "live", 1, LINES)
+    roles = gateway.dispatcher.plane.membership.labels
+    header: list[bytes] = []
+    JournalWriter(header.append).header(version="", system=system.name, slo=SLO, roles=roles.items())
+    path = tmp_path / "live.jsonl"
+    path.write_bytes(b"".join(header + live))
+    kept = [line for line in live if line.split(b'"')[3] not in (b"input", b"outcome")]
+    assert len(kept) > 200 and any(b'"failure"' in line for line in kept)
+    assert decide_again(path, system) == kept
+    path.write_bytes(b"".join(header + kept))
+    with pytest.raises(TraceError, match="no 'input' lines"):
+        decide_again(path, system)

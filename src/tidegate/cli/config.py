@@ -102,6 +102,11 @@ class GatewaySection(Section):
     )
     api_key_file: Path | None = setting(None, "File that holds the key.", "FILE")
     journal: FilePath | None = setting(None, "Write every decision and outcome there, as JSON lines.", "FILE")
+    journal_inputs: bool = setting(
+        GATEWAY.journal_inputs,
+        "Write also all that the scheduler is told, from which its decisions can be taken again.",
+        needs=("journal",),
+    )
     request_timeout: Seconds = setting(GATEWAY.request_deadline_s, "Longest that a request may take.", "S")
     stall_timeout: Seconds = setting(
         GATEWAY.stall_s,

@@ -23,16 +23,20 @@ from tidegate.journal.schema import InputLine, InputRequest
 
 
 class RecordingPlane(ControlPlane):
-    """A control plane that journals every input before it acts on it.
+    """A control plane that journals every input that decides something, before it acts on it.
 
     The arguments of a line are those of the verb. A verb that takes more than plain values, or whose request
-    has more to say, has a method here.
+    has more to say, has a method here. Not journalled: ``stepped``, which only the simulator calls, and
+    ``prefill_reported``, which scores a prediction and changes none.
     """
+
+    _told_s = 0.0
 
     def instance_up(
         self, instance: Instance, profile: Profile, now: float, *, fixed_role: Role | None = None
     ) -> Effects:
-        self.write_input("instance_up", now, None, {"instance": instance, "fixed_role": fixed_role})
+        about = {"instance": instance, "profile": profile.to_json(), "fixed_role": fixed_role}
+        self.write_input("instance_up", now, None, about)
         return super().instance_up(instance, profile, now, fixed_role=fixed_role)
 
     def act(self, actions: Sequence[Action], now: float) -> Effects:
@@ -46,15 +50,22 @@ class RecordingPlane(ControlPlane):
 
     def failed(self, live: LiveRequest, error: EngineError, now: float) -> Effects:
         about = {"error": type(error).__name__, "instance": error.instance, "stage": error.stage}
-        self.write_input("failed", now, live, {**about, "repeatable": live.repeatable})
+        more = {"message": error.message, "repeatable": live.repeatable}
+        self.write_input("failed", now, live, about | more)
         return super().failed(live, error, now)
 
     def ended(self, live: LiveRequest, error: TidegateError | None, now: float) -> Effects:
         self.write_input("ended", now, live, {"error": None if error is None else type(error).__name__})
         return super().ended(live, error, now)
 
-    def write_input(self, verb: str, now: float, live: LiveRequest | None, args: Mapping[str, Any]) -> None:
-        """Journal that ``verb`` is called with ``args``, about ``live`` if it takes a request."""
+    def write_input(
+        self, verb: str, now: float | None, live: LiveRequest | None, args: Mapping[str, Any]
+    ) -> None:
+        """Journal that ``verb`` is called with ``args``, about ``live`` if it takes a request.
+
+        A verb that takes no time, ``now`` None, has that of the input before it.
+        """
+        now = self._told_s = self._told_s if now is None else now
         request = None
         if live is not None:
             at_hand = structs.asdict(live.resident())
@@ -69,7 +80,7 @@ PLAIN_VERBS = (
     "decode_began", "transfer_ended", "tokens", "migration_begun", "migration_refused", "migration_cancelled",
     "migration_done",
 )  # fmt: skip
-"""Verbs whose arguments, beside the request and the time, are plain values."""
+"""The other verbs: their arguments, beside the request and the time, are plain values."""
 
 
 def _recorded(verb: str) -> Callable[..., Any]:
@@ -81,7 +92,7 @@ def _recorded(verb: str) -> Callable[..., Any]:
 
     def method(self: RecordingPlane, *given: Any, **named: Any) -> Any:
         args = {**defaults, **dict(zip(names, given, strict=False)), **named}
-        self.write_input(verb, args.pop("now", 0.0), args.pop("live", None), args)
+        self.write_input(verb, args.pop("now", None), args.pop("live", None), args)
         return act(self, *given, **named)
 
     return method

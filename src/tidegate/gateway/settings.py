@@ -16,7 +16,7 @@ class GatewaySettings:
     ``request_deadline_s`` bounds a whole request, ``stall_s`` the silence of an engine inside one
     (2.5 times the longest step that a large prefill makes is a good value).
     ``load_every_s`` is the pause between readings of an engine's load. With ``journal_inputs`` the journal
-    also has every input of the control plane, from which its decisions can be replayed.
+    also has every input of the control plane, from which ``decide_again`` takes its decisions again.
     """
 
     host: str = "127.0.0.1"

@@ -172,7 +172,7 @@ class InputRequest(Struct, kw_only=True, omit_defaults=True):
 class InputLine(JournalLine, tag="input", kw_only=True):
     """What a driver told the control plane: the ``verb`` called at ``now_s``, exact, on the driver's clock.
 
-    Only a gateway that is told to writes them (``GatewaySettings.journal_inputs``).
+    Only a gateway that is told to writes them (``serve --journal-inputs``); ``decide_again`` reads them.
     """
 
     verb: str

@@ -1,24 +1,28 @@
-"""Calls the verbs of a control plane as the input lines of a journal say."""
+"""Takes the decisions of a journal again: calls the verbs of a control plane as its ``input`` lines say."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from tidegate.control.inputs import PLAIN_VERBS
 from tidegate.control.live_request import LiveRequest
-from tidegate.control.plane import ControlPlane
+from tidegate.control.plane import ControlPlane, ControlSettings
 from tidegate.core import errors
 from tidegate.core.decision import Action
-from tidegate.core.errors import InternalError, TidegateError
+from tidegate.core.errors import InternalError, TidegateError, TraceError
 from tidegate.core.instance import Instance, Role
 from tidegate.core.request import Request
 from tidegate.core.slo import Slo
 from tidegate.costs.profile import Profile
-from tidegate.journal.schema import InputLine, InputRequest
-from tidegate.signals.prefix import NO_BLOCKS, PromptBlocks
+from tidegate.journal.reader import JournalLines
+from tidegate.journal.schema import HeaderLine, InputLine, InputRequest
+from tidegate.journal.writer import JournalWriter
+from tidegate.signals.prefix import NO_BLOCKS, PrefixIndex, PromptBlocks
+from tidegate.systems.system import System
 
 
 class ReplayedRequest(LiveRequest):
@@ -34,29 +38,47 @@ class ReplayedRequest(LiveRequest):
         return Request(**{**last, "slo": self.last.slo or Slo()})
 
 
-def replay_inputs(
-    lines: Iterable[InputLine], plane: ControlPlane, profiles: Callable[[str], Profile]
-) -> None:
-    """Call the verbs of ``lines`` on ``plane``, in order; ``profiles`` gives the profile of an instance.
+def decide_again(path: str | Path, system: System, settings: ControlSettings | None = None) -> list[bytes]:
+    """Return the lines that a plane writes which is told what the journal's ``input`` lines say.
 
-    The plane decides as the one that wrote them did, if it runs the same system with the same settings.
-    Raises InternalError for a line of a verb that does not exist.
+    Under the system and the settings of the gateway that wrote the journal these are its own lines, but for
+    ``header``, ``input``, ``load_drift`` and ``outcome``; only ``t`` may differ, by a microsecond.
+    Under others they are what those would have decided of the same inputs, until one follows from a decision
+    that they did not take. Raises TraceError for a journal without inputs.
     """
+    lines = JournalLines(path)
+    ids: list[str] = []
+    inputs: list[InputLine] = []
+    for line in lines:
+        if isinstance(line, HeaderLine):
+            ids = [instance.id for instance in line.instances]
+        elif isinstance(line, InputLine):
+            inputs.append(line)
+    if not inputs:
+        raise TraceError("it has no 'input' lines: `serve --journal-inputs` writes them", file=str(path))
+    written: list[bytes] = []
+    journal = JournalWriter(written.append, inputs[0].now_s - inputs[0].t_s)
+    replay_inputs(inputs, ControlPlane(system, ids, journal, settings, PrefixIndex()))
+    return written
+
+
+def replay_inputs(lines: Iterable[InputLine], plane: ControlPlane) -> None:
+    """Call the verbs of ``lines`` on ``plane``, in order. Raises InternalError for an unknown verb."""
     lives: dict[str, ReplayedRequest] = {}
     for line in lines:
         if line.request is None:
-            _replay_fleet_input(line, plane, profiles)
+            _replay_fleet_input(line, plane)
         else:
             _replay_request_input(line, line.request, plane, lives)
 
 
-def _replay_fleet_input(line: InputLine, plane: ControlPlane, profiles: Callable[[str], Profile]) -> None:
+def _replay_fleet_input(line: InputLine, plane: ControlPlane) -> None:
     args, now = dict(line.args), line.now_s
     match line.verb:
         case "instance_up":
             given = msgspec.convert(args["instance"], Instance)
             fixed = None if args["fixed_role"] is None else Role(args["fixed_role"])
-            plane.instance_up(given, profiles(given.id), now, fixed_role=fixed)
+            plane.instance_up(given, Profile.from_json(args["profile"]), now, fixed_role=fixed)
         case "act":
             plane.act([_action(action) for action in args["actions"]], now)
         case "start_failed":
@@ -84,7 +106,7 @@ def _replay_request_input(
         case "failed":
             live.repeatable = args["repeatable"]
             kind = getattr(errors, args["error"])
-            plane.failed(live, kind("replayed", instance=args["instance"], stage=args["stage"]), now)
+            plane.failed(live, kind(args["message"], instance=args["instance"], stage=args["stage"]), now)
         case "ended":
             plane.ended(live, None if args["error"] is None else TidegateError(args["error"]), now)
         case verb if verb in PLAIN_VERBS:
