@@ -244,7 +244,11 @@ def _decode_steps(
 def _mixed_steps(
     index: int, kind: DemandKind, batching: Batching, reach: Reach, sizes: Values
 ) -> tuple[Values, ...]:
-    """Batch and new tokens count what attains; one more of each that does not may make the step mixed."""
+    """Return the extreme mixed steps.
+
+    ``batch`` and ``new`` count what requests that attain bring. Either may be 0: then a request that does not
+    attain brings the decode, or the prompt token, without which the step would not be mixed.
+    """
     form = kind.mixed
     batch = sizes[sizes < batching.max_batch_tokens][:, None, None, None]
     most = np.clip(min(batching.max_batch_tokens, _room(form, batching, reach)) - batch, 0.0, None)

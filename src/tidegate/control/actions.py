@@ -26,7 +26,11 @@ from tidegate.policies.starting_roles import steps_to_target
 
 
 class Actions:
-    """Executes actions on the ledger and the membership, journals them, and says what is left to drivers.
+    """Executes actions on the ledger and the membership, and says what is left to drivers.
+
+    It journals flips that are carried out, the beginning and the end of drains, and what became of each
+    migration. Starts and stops are journalled as instances come and go. What of an action is not legal is
+    left undone without a line, but for migrations.
 
     ``migrations`` counts what became of migrations: begun, done, cancelled, ignored.
     """

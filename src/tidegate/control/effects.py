@@ -75,7 +75,11 @@ class Flipped(NamedTuple):
 
 
 class StartMigration(NamedTuple):
-    """Move a running decode. Report ``migration_begun``, then ``migration_done`` or ``migration_ended``."""
+    """Move a running decode.
+
+    Report ``migration_begun`` and then ``migration_done`` or ``migration_cancelled``; or
+    ``migration_refused`` alone.
+    """
 
     live: LiveRequest
     migrate: Migrate

@@ -80,7 +80,8 @@ class Migrate:
 class SetTarget:
     """Have ``n_prefill`` instances labelled for prefill and ``n_decode`` for decode.
 
-    The control plane flips, adds and drains instances until the fleet has this shape.
+    The control plane flips, adds and drains what the fleet lacks or has too much of, once: a target that
+    holds is asked for again.
     """
 
     n_prefill: int
@@ -100,7 +101,8 @@ class AddInstance:
 class Drain:
     """Place nothing more on ``instance``, move its decodes away, and with ``remove`` stop it once empty.
 
-    This holds until the instance is removed or an ``Undrain``, also when it dies and returns meanwhile.
+    This holds until the instance is removed or an ``Undrain``, also when it dies and returns meanwhile. Where
+    every instance that is up drains, requests are placed on them all the same.
     """
 
     instance: str

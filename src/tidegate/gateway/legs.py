@@ -36,7 +36,8 @@ class Legs(LiveRequest):
     """A request as the control plane knows it: runs its legs one after the other, and takes their tokens (a
     ``TokensSink``).
 
-    ``answer`` gets them next: the finish reason with the last ones, the prompt's ids with all but plain ones.
+    It passes the tokens on to ``answer``. The last ones bring the finish reason; those of ``tokens``, not of
+    ``plain``, bring the prompt's ids.
 
     ``out_ids`` are the tokens delivered so far, and ``prompt_ids`` the client's prompt, None until an engine
     has tokenised it. ``refusal`` is set when prompt and answer do not fit the context. ``count`` legs were
@@ -120,10 +121,11 @@ class Legs(LiveRequest):
     ) -> LegEnd:
         """Run one leg over at most ``most`` tokens.
 
-        With ``hand_over`` another leg continues it, with the KV behind its handle where instances can pull.
-        Without, it ends the answer, unless it was stopped so that the decode migrates. A ``handle`` that
-        cannot be used, or was not, is released. ``extend`` is one that covers the beginning of the prompt of
-        a leg that hands over. The ticket goes to an engine that orders by it, unless the answer has begun.
+        With ``hand_over`` another leg is to continue: where instances can pull, the engine pins the KV, and
+        ``LegEnd.handle`` names it. Without, the leg ends the answer, unless it is stopped because the decode
+        migrates. ``handle`` names KV that this leg pulls; one that cannot be used, or was not, is released.
+        ``extend`` names KV for the beginning of a prompt whose leg hands over. An engine that orders prefills
+        gets ``ticket``, unless the answer has begun.
 
         Raises what ``Engine.run`` raises unless the answer is complete by then, PromptTooLong when the prompt
         turns out not to fit, and ClientGone.
@@ -213,10 +215,11 @@ class Legs(LiveRequest):
         return left_s
 
     def _begin(self, upstream: Upstream, *, hand_over: bool, handle: KvHandle | None) -> int:
-        """Begin the next leg; return how many delivered tokens its prompt holds. It says the others again.
+        """Begin the next leg; return how many of the delivered tokens go into its prompt.
 
-        All of them for an engine that continues. Another begins with exactly what ``handle`` covers, without
-        one where text is whole, and where the answer depends on more than its tokens at its start.
+        The engine generates the others again. An engine that continues takes all of them into the prompt.
+        Another takes exactly those that ``handle`` covers; without a handle those up to where the text is
+        whole, and none where the answer depends on more than its tokens.
         """
         self.count += 1
         self.upstream, self.first_s, self._handing_over, self.stopped = upstream, None, hand_over, False

@@ -171,10 +171,11 @@ class ServedRequest:
         return end
 
     async def _move(self, src: Upstream, dst_id: str) -> tuple[Upstream, LegEnd]:
-        """Have the source pin what the stream has so far; return where to go on, and the end of that leg.
+        """Have the source pin the KV of the stream so far; return where the decode goes on, and how that
+        leg ended.
 
-        The leg that does so brings one token, so the client waits for one step less of the destination. The
-        prefix cache of the source holds all but the last block of what the leg computes.
+        A leg of one token pins it: the source's prefix cache holds all but the last block of its prompt, and
+        the client gets that token while the destination pulls.
         """
         dispatcher, plane, legs = self._dispatcher, self._plane, self.legs
         plane.migration_begun(legs, self._clock.now())

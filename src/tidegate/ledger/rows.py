@@ -30,6 +30,8 @@ class RequestRows:
     (the prompt while it is in prefill), ``generated_tokens`` what was generated since its last placement as a
     prefill. ``arrival_s``, ``ttft_s`` and ``tpot_s`` are its arrival and targets, ``max_tokens`` what it may
     generate after that placement.
+
+    A placement's snapshot may lack instances that are up. A request there has its row, and NOWHERE as column.
     """
 
     ids: tuple[str, ...]

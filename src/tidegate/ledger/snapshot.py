@@ -227,6 +227,7 @@ class Snapshot:
     def without(self, names: Collection[str]) -> Snapshot:
         """Return the snapshot as if the instances ``names`` were not there: a retry avoids where it failed.
 
+        ``requests`` and ``sessions`` keep every row; on a missing instance their column is NOWHERE.
         Returns the snapshot itself when nothing would be left.
         """
         keep = np.array([name not in names for name in self.ids], dtype=np.bool_)

@@ -18,12 +18,14 @@ S = TypeVar("S")
 
 
 class Signal(enum.StrEnum):
-    """Inputs beyond the ledger's counts that a policy may need (``System.check_signals``)."""
+    """Inputs beyond the ledger's counts that a policy may need (``System.check_signals``).
+
+    PROFILE: the instances have measured or named profiles (``Snapshot.costs``). PREFIX_HITS: it is known what
+    each instance has cached of a prompt (``Request.cached``).
+    """
 
     PROFILE = "profile"
-    LENGTHS = "lengths"
     PREFIX_HITS = "prefix_hits"
-    FORECAST = "forecast"
 
 
 class Policy(Protocol):
@@ -64,7 +66,7 @@ class Controller(Policy, Protocol[S]):
 
     @property
     def name(self) -> str:
-        """The name in the journal; unique within a system."""
+        """The name in the journal's ``control`` lines; unique within a system."""
         ...
 
     @property
@@ -82,7 +84,11 @@ class Controller(Policy, Protocol[S]):
 
 
 class Observer(Protocol):
-    """Hears of tokens and endings: for statistics of lengths, for forecasts. Decides nothing."""
+    """Hears of tokens and endings: for statistics of lengths, say. Decides nothing.
+
+    No snapshot carries what it learns. A controller or a placement reads it if the system's factory gives the
+    same object to both. Such a system serves one run: what it learnt in one must not decide the next.
+    """
 
     def tokens(self, request: Request, generated: int, now: float) -> None:
         """``request`` has ``generated`` tokens by ``now``. Told per token, or for several at once."""

@@ -16,12 +16,12 @@ class SimSettings:
 
     ``front_s`` passes between the dispatch of a leg and its arrival in the engine's queue: of every leg, so
     that a request whose decode is a leg of its own spends it twice, once before its first token and once
-    after, and a replay spends it again. ``deadline_s`` bounds how long a request may be held; ``window_s`` is
-    the tick where no pool control sets one. ``leap`` jumps over steps between two changes of a batch; without
-    it every step is an event. Nothing else depends on it (see ``tidegate.dataplane.stretch``).
+    after, and a replay spends it again. ``deadline_s`` bounds how long a request may be held.
+    ``leap`` jumps over steps between two changes of a batch; without it every step is an event. Nothing else
+    depends on it (see ``tidegate.dataplane.stretch``).
 
     ``slo`` is that of requests without a class; the others have theirs in ``slo_classes``. With
-    ``closed_loop`` a turn waits for its session's previous answer (see ``Arrivals``).
+    ``closed_loop`` a turn waits for its session's previous answer (see ``TraceArrivals``).
 
     With ``heartbeat_s`` > 0 the control plane knows of steps only as of the last heartbeat (see
     ``Serving.stepped``). An instance comes up at its time in ``starts_s``, at 0 without one, dies at those in

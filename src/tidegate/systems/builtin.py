@@ -19,7 +19,11 @@ from tidegate.systems.system import System
 
 @SYSTEMS.register("arrow")
 def arrow(options: SystemOptions) -> System:
-    """Arrow v2 (arXiv 2505.11916v2) as published: placement that flips inline, and a monitor for decode."""
+    """Arrow v2 (arXiv 2505.11916v2) as published: placement that flips inline, and a monitor for decode.
+
+    Of a pool it compares those with room for the request's KV (ours), where ``ArrowPlacement`` alone compares
+    all of it: the paper does not say what a full instance does.
+    """
     placement = ArrowPlacement(slo=options.slo, candidates=pool_with_room)
     monitor = ArrowMonitor(slo=options.slo, period_s=options.tick_s)
     return _repaired("arrow", "Arrow as published, version 2", options, placement, monitor)

@@ -46,7 +46,7 @@ class MoveOne:
         return 0
 
     def decide(self, snapshot: Snapshot, moved: int) -> ControlDecision[int]:
-        decoding = np.flatnonzero(snapshot.labelled(Role.DECODE))
+        decoding = np.flatnonzero(snapshot.labelled(Role.DECODE) & ~snapshot.draining)
         if len(decoding) < 2:
             return ControlDecision(moved, reason="nowhere to move to")
         tokens = snapshot.decode_tokens[decoding]
