@@ -39,7 +39,7 @@ class PlainRequest(LiveRequest):
         self.max_tokens = max_tokens
         self.arrival_s = arrival_s
 
-    def resident(self) -> Request:
+    def as_request(self) -> Request:
         return Request(
             self.id,
             self.prompt_tokens + self.generated,

@@ -7,7 +7,7 @@ import grimp
 from tidegate.experiments.setting import DECIDING_ROOMS
 
 RUNS = (
-    "tidegate.sim.driver",
+    "tidegate.sim.loop",
     "tidegate.bound.limit",
     "tidegate.measure.summary",
     "tidegate.measure.run_view",

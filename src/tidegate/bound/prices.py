@@ -30,7 +30,7 @@ _GRID = 48
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class StepCosts:
+class ExtremeSteps:
     """Steps that a fair price list must withstand, one entry each; every other step lies between some.
 
     A step of ``kind``, priced by the mixed form where ``mixed`` is 1, computes ``new`` prompt tokens with
@@ -87,7 +87,7 @@ class Reach:
 
 def steps_of(
     kinds: Sequence[DemandKind], batching: Batching, reach: Reach, *, every_batch: bool
-) -> StepCosts:
+) -> ExtremeSteps:
     """Return the extreme steps of a fleet, for every batch size or for a grid of them.
 
     For a given batch, what a step earns less what it costs is linear in attention and piecewise linear in
@@ -107,11 +107,11 @@ def steps_of(
     columns = [np.concatenate([part[i] for part in parts]) for i in range(8)]
     earning = (columns[2] > 0.0) | (columns[4] > 0.0)
     columns = [column[earning] for column in columns]
-    return StepCosts(columns[0].astype(np.int64), columns[1].astype(np.int64), *columns[2:])
+    return ExtremeSteps(columns[0].astype(np.int64), columns[1].astype(np.int64), *columns[2:])
 
 
 def best_prices(
-    work: Demand, steps: StepCosts, exact: StepCosts, kinds: Sequence[DemandKind], tpot_s: float
+    work: Demand, steps: ExtremeSteps, exact: ExtremeSteps, kinds: Sequence[DemandKind], tpot_s: float
 ) -> Prices | None:
     """Return the fair price list under which ``work`` is worth most; None when the program has no answer.
 
@@ -144,7 +144,7 @@ def best_prices(
     return _fair(np.maximum(solved.x[:columns] * scale, 0.0), total, exact)
 
 
-def _step_rows(steps: StepCosts, columns: int) -> Values:
+def _step_rows(steps: ExtremeSteps, columns: int) -> Values:
     """Return what every step earns per second, less what its second costs.
 
     Columns: token, position, decode, context, private, each pure and mixed; gap; an instance of each kind.
@@ -166,7 +166,7 @@ def _worth_rows(features: Values, weight: Values) -> Values:
     return rows
 
 
-def _fair(found: Values, total: float, exact: StepCosts) -> Prices:
+def _fair(found: Values, total: float, exact: ExtremeSteps) -> Prices:
     """Lower what the solver found until every step of ``exact`` earns at most its cost."""
     prices = found / total
     pure, mixed = prices[0:10:2], prices[1:10:2]

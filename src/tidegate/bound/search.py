@@ -9,9 +9,9 @@ import numpy as np
 
 from tidegate.bound.demand import Batching, Demand, DemandKind
 from tidegate.bound.prices import (
+    ExtremeSteps,
     Prices,
     Reach,
-    StepCosts,
     answer_worth,
     best_prices,
     prompt_worth,
@@ -42,8 +42,8 @@ class Market:
     demand: Demand
     kinds: Sequence[DemandKind]
     slo: Slo
-    grid: StepCosts
-    exact: StepCosts
+    grid: ExtremeSteps
+    exact: ExtremeSteps
 
     @classmethod
     def of(cls, demand: Demand, kinds: Sequence[DemandKind], batching: Batching, slo: Slo) -> Market:

@@ -142,7 +142,7 @@ class Actions:
             live = self._requests.get(request_id)
             if live is None or not live.movable or live.migrate is not None or live.stage is not Stage.DECODE:
                 continue
-            decision = self._decode.place_decode(live.resident(), view, instance).decision
+            decision = self._decode.place_decode(live.as_request(), view, instance).decision
             to = decision.decode_on if isinstance(decision, Place) else None
             if to is not None and to != instance and not self._membership.why_shut(to, now):
                 self._migrate(Migrate(request_id, instance, to, "drain"), now, effects)

@@ -11,30 +11,30 @@ class HeldRequests:
 
     def __init__(self, order: Order) -> None:
         self._queue: WaitingQueue[LiveRequest] = order.queue()
-        self._confirming: dict[LiveRequest, tuple[str, float]] = {}
+        self._awaiting_word: dict[LiveRequest, tuple[str, float]] = {}
         self._none_up_since_s: dict[LiveRequest, float] = {}
 
     def __len__(self) -> int:
-        return len(self._queue) + len(self._confirming)
+        return len(self._queue) + len(self._awaiting_word)
 
     def hold(self, live: LiveRequest, ticket: Ticket) -> None:
         """Have a request wait until it is taken again."""
         self._queue.push(live, ticket)
 
-    def confirm(self, live: LiveRequest, instance_id: str, until_s: float) -> None:
+    def await_word(self, live: LiveRequest, instance_id: str, until_s: float) -> None:
         """Have a failed request wait until the fleet reports the instance down, at most until ``until_s``.
 
         Without this a request would spend its replays on a dead instance before anybody noticed.
         """
-        self._confirming[live] = (instance_id, until_s)
+        self._awaiting_word[live] = (instance_id, until_s)
 
     def confirmed_down(self, instance_id: str) -> list[LiveRequest]:
         """Take those that waited for word on an instance."""
-        return self._take([live for live, (on, _) in self._confirming.items() if on == instance_id])
+        return self._take([live for live, (on, _) in self._awaiting_word.items() if on == instance_id])
 
-    def confirmed(self, now: float) -> list[LiveRequest]:
+    def overdue(self, now: float) -> list[LiveRequest]:
         """Take those that have waited for word long enough."""
-        return self._take([live for live, (_, until_s) in self._confirming.items() if until_s <= now])
+        return self._take([live for live, (_, until_s) in self._awaiting_word.items() if until_s <= now])
 
     def take_all(self, now: float) -> list[LiveRequest]:
         """Take every held request, in order. Those that wait for word on an instance stay."""
@@ -51,10 +51,10 @@ class HeldRequests:
     def remove(self, live: LiveRequest) -> None:
         """Forget a request, whether or not it waits."""
         self._queue.remove(live)
-        self._confirming.pop(live, None)
+        self._awaiting_word.pop(live, None)
         self._none_up_since_s.pop(live, None)
 
     def _take(self, lives: list[LiveRequest]) -> list[LiveRequest]:
         for live in lives:
-            del self._confirming[live]
+            del self._awaiting_word[live]
         return lives

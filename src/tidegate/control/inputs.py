@@ -68,7 +68,7 @@ class RecordingPlane(ControlPlane):
         now = self._told_s = self._told_s if now is None else now
         request = None
         if live is not None:
-            at_hand = structs.asdict(live.resident())
+            at_hand = structs.asdict(live.as_request())
             del at_hand["cached"]
             request = InputRequest(generated=live.generated, **at_hand)
         t_s = self._journal.elapsed_s(now)

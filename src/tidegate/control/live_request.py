@@ -56,6 +56,6 @@ class LiveRequest:
         self.migrations = 0
         self.migrate: Migrate | None = None
 
-    def resident(self) -> Request:
+    def as_request(self) -> Request:
         """Return the request as placements see it: the tokens generated so far are part of its prompt."""
         raise NotImplementedError

@@ -133,7 +133,7 @@ class ControlPlane:
                 effects += self._actions.execute(decision.actions, now)
         if self.membership.draining:
             effects += self._actions.drain_on(now)
-        effects += self._place_again(self._held.confirmed(now), now)
+        effects += self._place_again(self._held.overdue(now), now)
         effects += self._retry(now)
         if self._periods.next_s > before_s:
             effects.append(WakeAt(self._periods.next_s))
@@ -192,13 +192,13 @@ class ControlPlane:
     def prefill_done(self, live: LiveRequest, now: float) -> Effects:
         """Say that the prompt's KV is complete and the first token is out; place the decode."""
         self.ledger.prefill_ended(live.id, now)
-        request = live.resident()
-        view, whole = self.membership.view(now)
+        request = live.as_request()
+        view, may_flip = self.membership.view(now)
         if not view.ids:
             return [GiveUp(live, none_up(self.settings.retry_after_s))]
         assert live.prefill_on is not None
         verdict = self.system.decode.place_decode(request, view, live.prefill_on)
-        effects = self._decided(request, "place_decode", verdict, view, whole)
+        effects = self._decided(request, "place_decode", verdict, view, may_flip)
         decision = verdict.decision
         on = decision.decode_on if isinstance(decision, Place) else None
         if on is None:
@@ -223,7 +223,7 @@ class ControlPlane:
         """Count tokens of a decode. ``live.generated`` holds them already."""
         self.ledger.tokens(live.id, count, now)
         for observer in self._observers:
-            observer.tokens(live.resident(), live.generated, now)
+            observer.tokens(live.as_request(), live.generated, now)
 
     def stepped(self, instance_id: str, count: int, now: float) -> None:
         """Count ``count`` tokens of every decode in step on an instance (``Ledger.stepped``)."""
@@ -233,7 +233,7 @@ class ControlPlane:
                 live = self.requests[request_id]
                 live.generated += count
                 for observer in self._observers:
-                    observer.tokens(live.resident(), live.generated, now)
+                    observer.tokens(live.as_request(), live.generated, now)
 
     def prefill_reported(self, live: LiveRequest, cached_tokens: int) -> None:
         """Score the predicted prefix hits against what the engine says it had cached."""
@@ -259,7 +259,7 @@ class ControlPlane:
         if not error.instance or isinstance(error, KvLost) or error.instance not in self.ledger.ids:
             return effects + self._place_prefill(live, "replay", now)
         self.membership.avoid(error.instance, now + settings.avoid_s)
-        self._held.confirm(live, error.instance, now + settings.confirm_s)
+        self._held.await_word(live, error.instance, now + settings.confirm_s)
         reason = f"the fleet looks at {error.instance}"
         return [*effects, Suspect(error.instance), Held(live, reason), WakeAt(now + settings.confirm_s)]
 
@@ -268,7 +268,7 @@ class ControlPlane:
         if error is None:
             self.ledger.finished(live.id, now)
             for observer in self._observers:
-                observer.finished(live.resident(), live.generated, now)
+                observer.finished(live.as_request(), live.generated, now)
         else:
             self.ledger.aborted(live.id, now)
         self._migration_over(live, "cancelled", now)
@@ -326,8 +326,8 @@ class ControlPlane:
     # Placing
 
     def _place_prefill(self, live: LiveRequest, kind: str, now: float) -> Effects:
-        request = live.resident()
-        view, whole = self.membership.view(now)
+        request = live.as_request()
+        view, may_flip = self.membership.view(now)
         if not view.ids:
             return self._without_instances(live, request, now)
         if self.prefixes is not None and live.blocks.keys:
@@ -335,7 +335,7 @@ class ControlPlane:
             if hits:
                 request = replace(request, cached=hits)
         verdict = self.system.prefill.place_prefill(request, view)
-        effects = self._decided(request, kind, verdict, view, whole)
+        effects = self._decided(request, kind, verdict, view, may_flip)
         decision = verdict.decision
         if isinstance(decision, Place):
             effects.append(self._dispatch(live, request, decision, view, now))
@@ -406,9 +406,11 @@ class ControlPlane:
         if migrate is not None:
             self._actions.note_migration(migrate, event, now, why, moved_bytes)
 
-    def _decided(self, request: Request, kind: str, verdict: Verdict, view: Snapshot, whole: bool) -> Effects:
+    def _decided(
+        self, request: Request, kind: str, verdict: Verdict, view: Snapshot, may_flip: bool
+    ) -> Effects:
         """Apply a verdict's flips; journal it with its alternatives and what is predicted where it places."""
-        effects = self._actions.execute(verdict.flips, view.at_s) if verdict.flips and whole else []
+        effects = self._actions.execute(verdict.flips, view.at_s) if verdict.flips and may_flip else []
         if self._journal.enabled:
             predicted: dict[str, float] | None = None
             if isinstance(verdict.decision, Place):

@@ -32,7 +32,7 @@ class ReplayedRequest(LiveRequest):
         super().__init__(last.id, deadline_s, blocks)
         self.last = last
 
-    def resident(self) -> Request:
+    def as_request(self) -> Request:
         last = msgspec.structs.asdict(self.last)
         del last["generated"]
         return Request(**{**last, "slo": self.last.slo or Slo()})

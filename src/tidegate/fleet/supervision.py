@@ -63,7 +63,7 @@ class Slot:
 
 
 class ProcessFleet(ABC, Generic[Announced]):
-    """Starts one process per entry of ``places``, which names the instances in it, and restarts processes
+    """Starts one process per entry of ``slots``, which names the instances in it, and restarts processes
     that end or hang.
 
     A hang shows in health checks, and its process is killed. A restarted instance keeps its name and has a
@@ -74,14 +74,14 @@ class ProcessFleet(ABC, Generic[Announced]):
 
     def __init__(
         self,
-        places: Mapping[str, tuple[str, ...]],
+        slots: Mapping[str, tuple[str, ...]],
         pace: FleetPace | None,
         parse: Parse[Announced],
         *,
         keepers: bool = False,
     ) -> None:
         """``parse`` reads announcements; ``keepers``: the processes keep others (``fleet.keeper``)."""
-        self._places = places
+        self._ids_in = slots
         self._pace = pace or FleetPace()
         self._parse = parse
         self._keepers = keepers
@@ -95,15 +95,15 @@ class ProcessFleet(ABC, Generic[Announced]):
 
     @property
     def ids(self) -> tuple[str, ...]:
-        return tuple(instance_id for ids in self._places.values() for instance_id in ids)
+        return tuple(instance_id for ids in self._ids_in.values() for instance_id in ids)
 
     async def start(self, listener: FleetListener) -> None:
         self._session, self._listener = aiohttp.ClientSession(), listener
-        slots = [self._begin(name, ids) for name, ids in self._places.items()]
+        slots = [self._begin(name, ids) for name, ids in self._ids_in.items()]
         try:
             outcomes = await asyncio.gather(*(slot.first for slot in slots))
             if all(outcomes):
-                raise SetupError(_no_instance(dict(zip(self._places, outcomes, strict=True))))
+                raise SetupError(_no_instance(dict(zip(self._ids_in, outcomes, strict=True))))
         except BaseException:
             await self.stop()
             raise
@@ -138,7 +138,7 @@ class ProcessFleet(ABC, Generic[Announced]):
         return f"i{self._named - 1}"
 
     def _begin(self, name: str, ids: tuple[str, ...], *, added: bool = False) -> Slot:
-        """Supervise one more place."""
+        """Supervise one more slot."""
         assert self._listener is not None and self._session is not None
         slot = self._slots[name] = Slot(name, ids, added=added)
         task = self._create_task(self._supervise(slot, self._listener, self._session), f"fleet {name}")
@@ -227,7 +227,7 @@ class ProcessFleet(ABC, Generic[Announced]):
             await child.stop(self._pace.grace_s)
 
     async def _until_ready(self, slot: Slot, child: Child[Announced]) -> list[Member]:
-        """Return what has come up. Raises EngineStartFailed also when the place is removed meanwhile."""
+        """Return what has come up. Raises EngineStartFailed also when the slot is removed meanwhile."""
 
         async def start() -> list[Member]:
             return await self.members(slot, await child.ready(self._pace.ready_s))

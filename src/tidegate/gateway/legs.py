@@ -247,8 +247,8 @@ class Legs(LiveRequest):
         self._estimate.observe(self._call.prompt_chars, len(ids))
         self.settle_limit(len(ids), upstream.member.instance.max_model_len)
 
-    def resident(self) -> Request:
-        """See ``LiveRequest.resident``."""
+    def as_request(self) -> Request:
+        """See ``LiveRequest.as_request``."""
         call = self._call
         return Request(
             id=call.id,

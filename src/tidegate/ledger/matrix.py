@@ -33,8 +33,8 @@ class _RowViews:
     prefill_requests: memoryview[float]
     prefill_tokens: memoryview[float]
     prefill_queue_s: memoryview[float]
-    head_s: memoryview[float]
-    head_started_s: memoryview[float]
+    running_prefill_s: memoryview[float]
+    running_prefill_since_s: memoryview[float]
     decode_requests: memoryview[float]
     decode_tokens: memoryview[float]
     handoff_tokens: memoryview[float]
@@ -90,8 +90,8 @@ class LedgerMatrix(_RowViews):
     def set_head(self, instance: InstanceEntry, entry: RequestEntry | None, now: float) -> None:
         """Take ``entry`` for the running prefill, begun now."""
         instance.head = entry
-        self.head_s[instance.column] = entry.seconds if entry is not None else 0.0
-        self.head_started_s[instance.column] = now
+        self.running_prefill_s[instance.column] = entry.seconds if entry is not None else 0.0
+        self.running_prefill_since_s[instance.column] = now
 
     def leave_prefill(self, entry: RequestEntry, now: float) -> None:
         """Take a request out of its instance's prefills."""

@@ -79,8 +79,8 @@ class Field:
     PREFILL_REQUESTS: Final = 2
     PREFILL_TOKENS: Final = 3
     PREFILL_QUEUE_S: Final = 4
-    HEAD_S: Final = 5
-    HEAD_STARTED_S: Final = 6
+    RUNNING_PREFILL_S: Final = 5
+    RUNNING_PREFILL_SINCE_S: Final = 6
     PREFILL_QUEUE_AVG_S: Final = 7
     DECODE_REQUESTS: Final = 8
     DECODE_TOKENS: Final = 9
@@ -277,5 +277,5 @@ class Snapshot:
 
 def prefill_wait_s(cells: Cells, at: At, now_s: float) -> float | Column:
     """Return the queue less what the running prefill has already spent at ``now_s``."""
-    spent_s = lesser(now_s - cells[Field.HEAD_STARTED_S, at], cells[Field.HEAD_S, at])
+    spent_s = lesser(now_s - cells[Field.RUNNING_PREFILL_SINCE_S, at], cells[Field.RUNNING_PREFILL_S, at])
     return cells[Field.PREFILL_QUEUE_S, at] - spent_s

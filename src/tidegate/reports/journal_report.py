@@ -268,17 +268,8 @@ def _parts(report: RunReport) -> Iterator[RenderableType]:
         yield _table("Instances", ("instance", *columns), map(_instance_row, report.instances))
     yield _table("Decisions", ("", "count"), _decision_rows(report))
     if report.controllers:
-        columns = ("controller", "reasons", "flips asked for", "last reason")
-        rows = (
-            (
-                escape(work.controller or "unnamed"),
-                str(work.reasons),
-                str(work.flips),
-                escape(work.last_reason),
-            )
-            for work in report.controllers
-        )
-        yield _table("Controllers", columns, rows)
+        said = ("controller", "reasons", "flips asked for", "last reason")
+        yield _table("Controllers", said, map(_controller_row, report.controllers))
     if report.flips:
         yield _flips(report.flips)
     if report.prediction is not None:
@@ -334,6 +325,10 @@ def _instance_row(work: InstanceWork) -> tuple[str, ...]:
     counts = (work.prefills, work.decodes, work.prompt_tokens, work.cached_tokens, work.generated_tokens)
     busy = "n/a" if work.busy_share is None else _percent(work.busy_share)
     return escape(work.instance), work.first_role or "?", *map(str, counts), busy
+
+
+def _controller_row(work: ControllerWork) -> tuple[str, ...]:
+    return escape(work.controller or "unnamed"), str(work.reasons), str(work.flips), escape(work.last_reason)
 
 
 def _decision_rows(report: RunReport) -> Iterator[tuple[str, str]]:

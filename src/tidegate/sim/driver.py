@@ -1,186 +1,410 @@
-"""The simulation's loop: events in their total order, each handed to whom it is about."""
+"""Carries out the control plane's effects on the simulated cluster, and reports what came of them."""
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterable, Sequence
-from heapq import heappop
-from typing import IO
+from collections.abc import Callable, Sequence
 
-import tidegate
-from tidegate.core.errors import ConfigError
+from tidegate.control.effects import (
+    Effects,
+    Flipped,
+    GiveUp,
+    RunDecode,
+    RunPrefill,
+    StartInstance,
+    StartMigration,
+    StopInstance,
+    WakeAt,
+)
+from tidegate.control.live_request import LiveRequest, Stage
+from tidegate.control.plane import ControlPlane, ControlSettings
+from tidegate.control.record import outcome_line
+from tidegate.core.errors import EngineUnreachable, InternalError, PromptTooLong, TidegateError, status_of
+from tidegate.core.instance import Role
+from tidegate.core.request import Request
+from tidegate.dataplane.cluster import Cluster
 from tidegate.dataplane.events import EventKind, EventQueue
 from tidegate.dataplane.replica import Replica
+from tidegate.dataplane.sequence import LOADING, Pin, SimSequence
 from tidegate.journal.writer import JournalWriter
-from tidegate.policies.protocols import Signal
-from tidegate.sim.arrivals import TraceArrivals
-from tidegate.sim.membership import CONTROL, HEARTBEAT, MEMBERSHIP, FleetSchedule
-from tidegate.sim.results import InstanceUse, SimRun, oversize_warnings, slo_warnings, unstarted_warnings
-from tidegate.sim.serving import Serving
+from tidegate.measure.timeline import FlipEvent
+from tidegate.policies.order import Ticket
+from tidegate.signals.prefix import NO_BLOCKS, PrefixIndex, PromptBlocks
+from tidegate.sim.membership import CONTROL, FleetSchedule
+from tidegate.sim.sampling import Sampler
 from tidegate.sim.settings import SimSettings
+from tidegate.sim.simulated_request import UNREACHED, RequestColumns, SimulatedRequest
 from tidegate.systems.system import System
-from tidegate.workloads.trace import TraceRecord, Workload
-
-GC_THRESHOLD = 100_000
-"""Objects that a run may gain before the interpreter looks for cycles among them."""
+from tidegate.workloads.trace import TraceRecord
 
 
-def simulate(
-    trace: Iterable[TraceRecord],
-    system: System,
-    replicas: Sequence[Replica],
-    settings: SimSettings | None = None,
-    *,
-    journal: IO[bytes] | None = None,
-    watch: Callable[[int], None] | None = None,
-) -> SimRun:
-    """Serve ``trace`` with ``system`` on ``replicas`` to the last request.
+class SimDriver:
+    """The virtual-time driver of one control plane, and the instances' ``Listener``.
 
-    The same arguments give the same result and the same journal, byte for byte. ``watch`` is told now and
-    then how many requests have arrived. Raises ConfigError for a fleet, system or settings that cannot
-    serve, and for a trace that goes back in time, has empty requests or names an unknown SLO class.
+    ``requests`` are the live requests by number in order of arrival; ``arrived`` counts all of them, and
+    ``ended`` is told of the end of each. ``oversize`` has (tokens, number) of each request that no instance
+    could hold; ``unstarted`` has (time, reason) of each start that no spare was there for; ``steps`` counts
+    those of each instance.
     """
-    return _Simulation(
-        trace,
-        system,
-        replicas,
-        settings or SimSettings(),
-        JournalWriter(None if journal is None else journal.write),
-        watch,
-    ).run()
-
-
-class _Simulation:
-    """One run: takes requests from the trace as their time comes, until every one has ended."""
 
     def __init__(
         self,
-        trace: Iterable[TraceRecord],
         system: System,
         replicas: Sequence[Replica],
         settings: SimSettings,
         journal: JournalWriter,
-        watch: Callable[[int], None] | None,
+        events: EventQueue,
+        membership: FleetSchedule,
+        ended: Callable[[int, float], None] | None,
     ) -> None:
-        hits = [Signal.PREFIX_HITS] if settings.prefix_hits else []
-        system.check_signals([Signal.PROFILE, *hits])
         self._ids = [replica.instance.id for replica in replicas]
-        if len(set(self._ids)) != len(replicas):
-            raise ConfigError("two instances have one id")
+        self.cluster = Cluster(replicas, events, self, leap=settings.leap, order=system.order)
+        self.plane = ControlPlane(
+            system,
+            self._ids[: membership.planned],
+            journal,
+            ControlSettings(replays=settings.replays),
+            PrefixIndex() if settings.prefix_hits else None,
+        )
+        self.sampler = Sampler(self._ids, self.cluster.kv_tokens_in_use)
+        self.first_roles: list[Role | None] = [None] * len(replicas)
+        self.last_roles: list[Role | None] = [None] * len(replicas)
+        self.requests: dict[int, SimulatedRequest] = {}
+        self.columns = RequestColumns()
+        self.steps = [0] * len(replicas)
+        self.arrived = 0
+        self.preemptions = 0
+        self.migrations = 0
+        self.kv_transfer_bytes = 0
         self._replicas = replicas
         self._settings = settings
-        self._membership = FleetSchedule(self._ids, settings)
-        self._events = events = EventQueue()
-        self._arrivals = TraceArrivals(
-            Workload.of(trace), events, closed_loop=settings.closed_loop, watch=watch
+        self._journal = journal
+        self._events = events
+        self._membership = membership
+        self._index: dict[str | None, int] = {name: index for index, name in enumerate(self._ids)}
+        self._index[None] = -1
+        self._contexts = [replica.instance.max_model_len for replica in replicas]
+        self.context = max(self._contexts, default=0)
+        self.oversize: list[tuple[int, int]] = []
+        self.unstarted: list[tuple[float, str]] = []
+        # Where nobody listens to tokens the ledger is all that the plane would tell.
+        self._tell_steps = self.plane.stepped if system.observers else self.plane.ledger.stepped
+        self._stale = settings.heartbeat_s > 0
+        self._untold: list[list[tuple[int, float]]] = [[] for _ in replicas]
+        self._ended = ended
+
+    def start(self) -> None:
+        """Have the instances that are up at the start join, and the periodic decisions begin."""
+        for number, at_s in enumerate(self._membership.starts_s):
+            if at_s == 0:
+                self.instance_up(number, 0.0)
+        self._do(self.plane.start(0.0), 0.0)
+
+    # what happens
+
+    def arrive(self, number: int, record: TraceRecord, now: float) -> None:
+        """Take record ``number`` of the trace, which asks for exactly ``output_tokens`` tokens."""
+        index = self.arrived
+        self.arrived += 1
+        request = Request(
+            f"r{index}",
+            record.input_tokens,
+            record.output_tokens,
+            now,
+            self._settings.slo_of(record, number) if record.slo_class else self._settings.slo,
+            "",
+            record.session_id,
+            record.turn,
         )
-        ended = self._arrivals.ended if settings.closed_loop else None
-        self._serving = Serving(system, replicas, settings, journal, events, self._membership, ended)
-        self._heartbeats = 0
-        journal.header(
-            version=tidegate.__version__,
-            system=system.name,
-            slo=settings.slo,
-            roles=self._serving.plane.membership.labels.items(),
-        )
-
-    def run(self) -> SimRun:
-        """Handle events until every request has ended."""
-        thresholds = gc.get_threshold()
-        # Next to nothing here refers to itself, so looking for cycles is a fifth of the time for nothing.
-        gc.set_threshold(GC_THRESHOLD, *thresholds[1:])
-        try:
-            return self._run()
-        finally:
-            gc.set_threshold(*thresholds)
-
-    def _run(self) -> SimRun:
-        now = 0.0
-        if self._settings.heartbeat_s > 0:
-            self._announce_heartbeat()
-        for number, change in enumerate(self._membership.changes):
-            self._events.push(change.at_s, EventKind.TICK, MEMBERSHIP + number)
-        self._serving.start()
-        serving, arrivals = self._serving, self._arrivals
-        flights, coming, handled = serving.flights, arrivals.coming, 0
-        handlers = serving.cluster.handlers | {
-            EventKind.ARRIVAL: self._arrive,
-            EventKind.LEG: serving.submit,
-            EventKind.TICK: self._tick,
-        }
-        handle = [handlers[kind] for kind in range(len(handlers))]
-        events = self._events
-        heap, starting, start = events.heap, events.starting, handlers[EventKind.STEP_START]
-        while flights or coming:
-            if starting and not (heap and heap[0][0] <= now):
-                start(heappop(starting), 0, now)
-            else:
-                now, kind, whose, version = heappop(heap)
-                handle[kind](whose, version, now)
-            handled += 1
-        serving.plane.ledger.check_integrity()
-        return self._finished(now, handled)
-
-    def _arrive(self, whose: int, version: int, now: float) -> None:
-        self._serving.arrive(whose, self._arrivals.take(whose), now)
-
-    def _tick(self, whose: int, version: int, now: float) -> None:
-        if whose == CONTROL:
-            self._serving.tick(now)
-        elif whose == HEARTBEAT:
-            self._serving.heartbeat(now)
-            self._announce_heartbeat()
+        blocks = PromptBlocks(record.hash_ids, record.block_tokens) if record.hash_ids else NO_BLOCKS
+        live = SimulatedRequest(index, number, request, now + self._settings.deadline_s, blocks)
+        self.requests[index] = live
+        if live.most_tokens > self.context:
+            self._refuse(live, self.context, now)
         else:
-            change = self._membership.changes[whose - MEMBERSHIP]
-            if change.up:
-                self._serving.instance_up(change.instance, now)
-            elif self._membership.is_up(change.instance):
-                self._serving.instance_down(change.instance, now)
+            self.cluster.report(now)
+            self._do(self.plane.arrive(live, now), now)
 
-    def _announce_heartbeat(self) -> None:
-        self._heartbeats += 1
-        self._events.push(self._heartbeats * self._settings.heartbeat_s, EventKind.TICK, HEARTBEAT)
+    def tick(self, now: float) -> None:
+        """Have the plane do what is due."""
+        self.cluster.report(now)
+        self.sampler.tick(self.plane.snapshot(now), self.plane.held_count, idle=not self.requests)
+        self._do(self.plane.tick(now), now)
 
-    def _finished(self, now: float, handled: int) -> SimRun:
-        serving = self._serving
-        timeline = serving.sampler.timeline()
-        uses = self._uses(now)
-        return SimRun(
-            requests=serving.columns.table(self._ids, serving.arrived),
-            instances=uses,
-            timeline=timeline,
-            flips=len(timeline.flips),
-            migrations=serving.migrations,
-            preemptions=serving.preemptions,
-            kv_transfer_bytes=serving.kv_transfer_bytes,
-            instance_hours=sum(use.up_s for use in uses) / 3600.0,
-            end_s=now,
-            events=handled,
-            warnings=[
-                *self._slo_warnings(),
-                *oversize_warnings(serving.oversize, serving.context),
-                *unstarted_warnings(serving.unstarted),
-            ],
-        )
+    def heartbeat(self, now: float) -> None:
+        """Have the control plane learn what every instance has done by now."""
+        self.cluster.report(now)
+        for instance in range(len(self._ids)):
+            self._tell(instance)
 
-    def _uses(self, now: float) -> list[InstanceUse]:
-        serving = self._serving
-        labels = zip(serving.first_roles, serving.labels(), strict=True)
+    def instance_up(self, instance: int, now: float) -> None:
+        """Have an instance join."""
+        replica = self._replicas[instance]
+        self.cluster.report(now)
+        self._membership.came_up(instance, now)
+        effects = self.plane.instance_up(replica.instance, replica.profile, now)
+        self.first_roles[instance] = self.plane.ledger.role_of(replica.instance.id)
+        self._do(effects, now)
+
+    def instance_down(self, instance: int, now: float, reason: str = "died") -> None:
+        """Have an instance die, or be stopped for another reason, with all that is on it.
+
+        A decode that was to pull its KV from there computes it again where it is.
+        """
+        self.cluster.report(now)
+        self._tell(instance)
+        self._cancel_migrations_to(instance, now)
+        lost, robbed = [], []
+        for live in self.requests.values():
+            if live.leg is None:
+                continue
+            if live.on == instance:
+                lost.append(live)
+            elif live.pin is not None and live.pin.on == instance and live.leg.source is live.pin:
+                robbed.append(live)
+        errors = [self._abort_leg(live, instance, now) for live in lost]
+        self._tell(instance)
+        name = self._ids[instance]
+        self.last_roles[instance] = self.plane.ledger.role_of(name)
+        self._membership.went_down(instance, now, spare=reason != "died")
+        effects = self.plane.instance_down(name, reason, now)
+        for live in robbed:
+            self._without_source(live, now)
+        self._do(effects, now)
+        for live, error in zip(lost, errors, strict=True):
+            self._do(self.plane.failed(live, error, now), now)
+
+    def submit(self, index: int, legs: int, now: float) -> None:
+        """Have a leg reach its engine, unless its request has ended or is on another one by now."""
+        live = self.requests.get(index)
+        if live is not None and live.legs == legs and live.leg is not None:
+            self.cluster.submit(live.on, live.leg, now)
+
+    def labels(self) -> list[Role | None]:
+        """Return the last label of every instance; None for one that never came up."""
+        ledger = self.plane.ledger
+        up = set(ledger.ids)
         return [
-            InstanceUse(
-                id=name,
-                first_role=first.label if first is not None else "",
-                last_role=last.label if last is not None else "",
-                steps=serving.steps[number],
-                kv_blocks=serving.cluster.instances[number].batcher.blocks.total,
-                most_kv_blocks=serving.cluster.instances[number].batcher.blocks.most_used,
-                up_s=self._membership.up_s(number, now),
-            )
-            for number, (name, (first, last)) in enumerate(zip(self._ids, labels, strict=True))
+            ledger.role_of(name) if name in up else last
+            for name, last in zip(self._ids, self.last_roles, strict=True)
         ]
 
-    def _slo_warnings(self) -> list[str]:
-        warnings = slo_warnings(self._replicas, self._settings.slo)
-        for name, slo in sorted(self._settings.slo_classes.items()):
-            warnings += [f"SLO class {name}: {warning}" for warning in slo_warnings(self._replicas, slo)]
-        return warnings
+    # effects
+
+    def _do(self, effects: Effects, now: float) -> None:
+        for effect in effects:
+            match effect:
+                case RunPrefill():
+                    self._run_prefill(effect, now)
+                case RunDecode():
+                    self._dispatch(effect.live, self._index[effect.on], False, None, now)
+                case WakeAt(at_s):
+                    self._events.push(at_s, EventKind.TICK, CONTROL)
+                case GiveUp(live, error):
+                    self._close(live, error, now)
+                case Flipped(instance, before, after, reason):
+                    self.sampler.flips.append(FlipEvent(now, instance, before, after, reason))
+                case StartMigration(live, migrate):
+                    self._migrate(live, self._index[migrate.src], self._index[migrate.dst], now)
+                case StartInstance(role, reason):
+                    if not self._membership.start_spare(now, self._events):
+                        self.unstarted.append((now, reason))
+                        self.plane.start_failed(role)
+                case StopInstance(instance, reason):
+                    self.instance_down(self._index[instance], now, reason)
+                case _:
+                    pass  # a held request waits in the plane, and nothing else fails here than instances
+
+    def _run_prefill(self, effect: RunPrefill, now: float) -> None:
+        live = effect.live
+        assert isinstance(live, SimulatedRequest)
+        hand_over = live.decode_on is None and live.request.max_tokens - live.generated > 1
+        # One whose answer has begun has no TTFT left to meet, and goes first.
+        ticket = None if live.generated else effect.ticket
+        self._dispatch(live, self._index[effect.place.prefill_on], hand_over, ticket, now)
+
+    def _dispatch(
+        self, live: LiveRequest, on: int, hand_over: bool, ticket: Ticket | None, now: float
+    ) -> None:
+        """Send off a leg: of one token if another leg is to follow, else of all that are left."""
+        assert isinstance(live, SimulatedRequest)
+        live.handing_over = hand_over
+        last = live.most_tokens
+        if last > self._contexts[on]:
+            self._refuse(live, self._contexts[on], now)
+            return
+        prompt, blocks = live.request.prompt_tokens + live.generated, live.blocks
+        sequence = SimSequence(
+            live.index,
+            prompt,
+            prompt + 1 if hand_over else last,
+            hand_over,
+            live.pin,
+            blocks.keys,
+            blocks.block_tokens,
+            ticket,
+        )
+        live.leg = sequence
+        live.on = on
+        live.placed_s = now
+        live.leg_first_s = UNREACHED
+        live.legs += 1
+        if self._settings.front_s > 0:
+            self._events.push(now + self._settings.front_s, EventKind.LEG, live.index, live.legs)
+        else:
+            self.cluster.instances[on].submit(sequence, now)
+
+    def _migrate(self, live: LiveRequest, src: int, dst: int, now: float) -> None:
+        assert isinstance(live, SimulatedRequest)
+        if self.cluster.begin_migration(live.index, src, dst, now):
+            self.plane.migration_begun(live, now)
+        else:
+            why = "it is not in a batch there, or the destination has no room"
+            self.plane.migration_refused(live, why, now)
+
+    def _cancel_migrations_to(self, instance: int, now: float) -> None:
+        name = self._ids[instance]
+        for live in list(self.requests.values()):
+            if live.migrate is not None and live.migrate.dst == name:
+                self.cluster.cancel_migration(live.index, now)
+
+    # failures and endings
+
+    def _abort_leg(self, live: SimulatedRequest, instance: int, now: float) -> EngineUnreachable:
+        """Take a leg off an instance that dies, and return the error with which it fails."""
+        leg = live.leg
+        assert leg is not None
+        self.cluster.abort(leg, now)
+        live.generated = max(live.generated, leg.tokens - live.request.prompt_tokens)
+        live.leg, live.on, live.pin = None, -1, None
+        live.legs += 1
+        live.handing_over = False
+        stage = "decode" if live.stage is Stage.DECODE else "prefill"
+        name = self._ids[instance]
+        return EngineUnreachable(f"instance {name} died", instance=name, stage=stage)
+
+    def _without_source(self, live: SimulatedRequest, now: float) -> None:
+        """Have a decode compute what it cannot pull any more."""
+        leg, pin = live.leg, live.pin
+        assert leg is not None and pin is not None
+        live.pin = None
+        if leg.state == LOADING:
+            self.cluster.abort(leg, now)
+            self._dispatch(live, live.on, False, None, now)
+        else:
+            self.cluster.drop(pin, now)
+
+    def _refuse(self, live: SimulatedRequest, context: int, now: float) -> None:
+        """End a request that does not fit a context."""
+        prompt, tokens = live.request.prompt_tokens, live.request.max_tokens
+        self.oversize.append((live.most_tokens, live.number))
+        message = f"the context is {context} tokens; the prompt has {prompt} and max_tokens is {tokens}"
+        self._close(live, PromptTooLong(message), now)
+
+    def _close(self, live: LiveRequest, error: TidegateError | None, now: float) -> None:
+        """End a request and write down how it ended."""
+        assert isinstance(live, SimulatedRequest)
+        if self._stale and live.on >= 0:
+            self._tell(live.on)
+        if error is not None and live.pin is not None:
+            self.cluster.drop(live.pin, now)
+        del self.requests[live.index]
+        effects = self.plane.ended(live, error, now)
+        self.columns.write(live, self._index, "ok" if error is None else status_of(error).label, now)
+        self.preemptions += live.preemptions
+        self.migrations += live.migrations
+        self.kv_transfer_bytes += live.kv_transfer_bytes
+        if self._journal.enabled:
+            self._journal.write(outcome_line(live.record(), live.ending(error, now), 0.0))
+        if self._ended is not None:
+            self._ended(live.number, now)
+        if effects:
+            self._do(effects, now)
+
+    # what the instances tell
+
+    def stepped(self, instance: int, count: int, now: float) -> None:
+        """See ``Listener.stepped``. With a heartbeat the ledger knows of steps as of the last one only."""
+        self.steps[instance] += count
+        if self._stale:
+            self._untold[instance].append((count, now))
+        else:
+            self._tell_steps(self._ids[instance], count, now)
+
+    def _tell(self, instance: int) -> None:
+        """Have the ledger know all steps of an instance so far: before who steps together there changes.
+
+        A response tells more than its own token: what brings an instance's answer (a first token, an end, a
+        preemption) brings the steps before it, too.
+        """
+        for count, at_s in self._untold[instance]:
+            self._tell_steps(self._ids[instance], count, at_s)
+        self._untold[instance].clear()
+
+    def token(self, sequence: SimSequence, now: float) -> None:
+        """See ``Listener.token``: the first one of a leg tells that its prefill, or its pull, has ended."""
+        live = self.requests[sequence.request]
+        plane = self.plane
+        if self._stale:
+            self._tell(live.on)
+        decodes = live.stage is Stage.DECODE
+        if live.leg_first_s != live.leg_first_s:
+            live.leg_first_s = now
+            if not decodes and not live.handing_over:
+                plane.decode_began(live, sequence.prompt, now)
+                decodes = True
+            if live.first_token_s != live.first_token_s:
+                live.note_first_token(sequence, now)
+                plane.prefill_reported(live, sequence.cached_tokens)
+        live.generated += 1
+        live.last_token_s = now
+        if decodes:
+            plane.tokens(live, 1, now)  # the first one tells of the transfer's end, too
+            if not plane.ledger.joined(live.id):
+                raise InternalError(f"{live.id} is out of step with its batch")
+
+    def preempted(self, sequence: SimSequence) -> None:
+        """See ``Listener.preempted``."""
+        live = self.requests[sequence.request]
+        live.preemptions += 1
+        if self._stale:
+            self._tell(live.on)
+        self.plane.ledger.left_step(live.id)
+
+    def paused(self, sequence: SimSequence, now: float) -> None:
+        """See ``Listener.paused``."""
+        live = self.requests[sequence.request]
+        self._tell(live.on)
+        self.plane.ledger.left_step(live.id)
+
+    def migrated(
+        self, sequence: SimSequence, src: int, dst: int, moved_bytes: int, committed: bool, now: float
+    ) -> None:
+        """See ``Listener.migrated``."""
+        live = self.requests.get(sequence.request)
+        if live is None:
+            return
+        live.kv_transfer_bytes += moved_bytes
+        if committed:
+            live.on = dst
+            self.plane.migration_done(live, sequence.tokens, now, moved_bytes=moved_bytes, pulled=True)
+        else:
+            self.plane.migration_cancelled(live, now, moved_bytes)
+
+    def pull(self, sequence: SimSequence, instance: int, now: float) -> None:
+        """See ``Listener.pull``."""
+        moved = self.cluster.pull(sequence, instance, now)
+        self.requests[sequence.request].kv_transfer_bytes += moved
+
+    def ended(self, sequence: SimSequence, pin: Pin | None, now: float) -> None:
+        """See ``Listener.ended``: hand the request over, or finish it."""
+        live = self.requests[sequence.request]
+        live.last_token_s = now
+        if pin is not None:
+            live.pin = pin
+            self.cluster.begin_lease(pin, now)
+            self.cluster.report(now)
+            self._do(self.plane.prefill_done(live, now), now)
+            return
+        live.generated = live.request.max_tokens
+        live.note_end(sequence)
+        self._close(live, None, now)

@@ -14,7 +14,7 @@ from tidegate.dataplane.replica import Replica
 from tidegate.journal.reader import Journal
 from tidegate.journal.schema import OutcomeLine
 from tidegate.measure.request_table import Mask, Seconds
-from tidegate.sim.driver import simulate
+from tidegate.sim.loop import simulate
 from tidegate.sim.results import SimRun
 from tidegate.sim.settings import SimSettings
 from tidegate.systems.system import System

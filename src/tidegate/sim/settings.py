@@ -24,8 +24,8 @@ class SimSettings:
     ``closed_loop`` a turn waits for its session's previous answer (see ``TraceArrivals``).
 
     With ``heartbeat_s`` > 0 the control plane knows of steps only as of the last heartbeat (see
-    ``Serving.stepped``). An instance comes up at its time in ``starts_s``, at 0 without one, dies at those in
-    ``deaths`` and returns, empty, at those in ``returns``; a request is replayed elsewhere at most
+    ``SimDriver.stepped``). An instance comes up at its time in ``starts_s``, at 0 without one, dies at those
+    in ``deaths`` and returns, empty, at those in ``returns``; a request is replayed elsewhere at most
     ``replays`` times (the gateway's default).
 
     The last ``spares`` instances are not up at the start; a controller that adds instances has them join

@@ -28,10 +28,10 @@ from tidegate.policies.arrow.published import (
     decode_pool_load,
     flip,
     may_decode,
-    placed,
-    placed_on_flipped,
     prefill_cost,
     prefill_pool_load,
+    verdict_on,
+    verdict_on_flipped,
 )
 from tidegate.policies.candidates import (
     Price,
@@ -52,7 +52,7 @@ HORIZON_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Lending:
+class LendingLimits:
     """The limits up to which the rest of a pool, or an instance of the other one, may be loaded.
 
     ``decode_full``: what a decode pool that lends may reach, as a share of the TPOT target and of its KV.
@@ -84,7 +84,7 @@ class LendingPlacement:
     """
 
     slo: Slo = field(default_factory=Slo)
-    limits: Lending = field(default_factory=Lending)
+    limits: LendingLimits = field(default_factory=LendingLimits)
     cooldown_s: float = COOLDOWN_S
     needs: frozenset[Signal] = frozenset({Signal.PROFILE})
 
@@ -99,25 +99,25 @@ class LendingPlacement:
         alternatives = compared(snapshot, candidates, {"decode_resident_tokens": resident, "ttft_s": ttft})
         chosen = best_within(snapshot, candidates, ttft, request.slo.ttft_s, lead=resident)
         if chosen is not None:
-            return placed(snapshot.ids[chosen], None, "meets the TTFT target", alternatives)
+            return verdict_on(snapshot.ids[chosen], None, "meets the TTFT target", alternatives)
         hopeless = fastest_prefill_seconds(snapshot, request) > request.slo.ttft_s
         if not hopeless and self.limits.decode_spares_one(snapshot, self.slo):
             flipped = flip(snapshot, Role.PREFILL, "inline")
             if flipped is not None:
                 why = "no prefill instance meets the TTFT target"
-                return placed_on_flipped(flipped, None, why, alternatives)
+                return verdict_on_flipped(flipped, None, why, alternatives)
         chosen = prefill_beside_decodes(request, snapshot)
         why = "beside decodes: no prefill instance meets the TTFT target, no flip is due"
         if chosen is None:
             chosen = best(snapshot, candidates, ttft, lead=resident)
             why = "best effort: all miss the TTFT target, no flip is due"
-        return placed(snapshot.ids[chosen], None, why, alternatives)
+        return verdict_on(snapshot.ids[chosen], None, why, alternatives)
 
     def place_decode(self, request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:
         """Stay on the prefill instance if that decodes; else place where the TPOT target is met; else flip,
         when the prefill pool spares an instance; else place, or stay, where the pressure is least."""
         if may_decode(snapshot, prefill_on):
-            return placed(prefill_on, prefill_on, "its prefill instance decodes: no transfer")
+            return verdict_on(prefill_on, prefill_on, "its prefill instance decodes: no transfer")
         candidates = pool(snapshot, Role.DECODE)
         candidates = with_room(
             snapshot, candidates, request.prompt_tokens, prefill_on, self.limits.kv_reserve
@@ -128,25 +128,25 @@ class LendingPlacement:
         )
         chosen = best_within(snapshot, candidates, over, 0.0, lead=queued)
         if chosen is not None:
-            return placed(prefill_on, snapshot.ids[chosen], "meets the TPOT target", alternatives)
+            return verdict_on(prefill_on, snapshot.ids[chosen], "meets the TPOT target", alternatives)
         if self.limits.prefill_spares_one(snapshot, self.slo):
             flipped = flip(snapshot, Role.DECODE, "inline", cooldown_s=self.cooldown_s)
             if flipped is not None:
                 why = "no decode instance meets the TPOT target"
-                return placed_on_flipped(flipped, prefill_on, why, alternatives)
+                return verdict_on_flipped(flipped, prefill_on, why, alternatives)
         held = snapshot.index.get(prefill_on)
         chosen, pressure = least_pressed(request, snapshot, held, 1.0 - self.limits.kv_reserve)
         why = "best effort: all miss the TPOT target, no flip is legal"
         if chosen == held and pressure <= 1.0:
             why = "beside prefills: no decode instance meets the TPOT target, no flip is due"
-        return placed(prefill_on, snapshot.ids[chosen], why, alternatives)
+        return verdict_on(prefill_on, snapshot.ids[chosen], why, alternatives)
 
 
 @dataclass(frozen=True, slots=True)
 class LendingMonitor(ArrowMonitor):
     """Algorithm 2, in which full KV counts as load too, and nothing is lent that the prefill pool needs."""
 
-    limits: Lending = field(default_factory=Lending)
+    limits: LendingLimits = field(default_factory=LendingLimits)
 
     def decide(self, snapshot: Snapshot, state: int) -> ControlDecision[int]:
         """Return at most one flip."""
@@ -155,7 +155,7 @@ class LendingMonitor(ArrowMonitor):
         decode = max(decode, decode_fullness(snapshot, self.slo))
         needed = decode >= self.limits.needy or prefill <= self.shrink <= decode
         high = needed and self.limits.prefill_spares_one(snapshot, self.slo)
-        return self.counted(snapshot, state, high, loads)
+        return self.flip_once_sustained(snapshot, state, high, loads)
 
 
 def prefill_beside_decodes(request: Request, snapshot: Snapshot) -> int | None:
@@ -217,17 +217,17 @@ def decode_fullness(snapshot: Snapshot, slo: Slo, *, fewer: int = 0) -> float:
     labelled for decode, ``fewer`` of them; inf when none is left.
     """
     decoding = snapshot.labelled(Role.DECODE)
-    pool = int(np.count_nonzero(decoding))
-    left = pool - fewer
+    members = int(np.count_nonzero(decoding))
+    left = members - fewer
     if left < 1:
         return math.inf
     requests = float(snapshot.decode_requests.sum())
     tokens = float(snapshot.decode_tokens.sum() + snapshot.handoff_tokens.sum())
-    step_s = snapshot.costs.step.seconds(requests / left, tokens / left)
-    if isinstance(step_s, np.ndarray):
-        step_s = float(step_s[decoding].mean())
-    capacity = float(snapshot.kv_capacity_tokens[decoding].sum()) * left / pool
-    return max(step_s / slo.tpot_s, tokens / capacity if capacity else 0.0)
+    predicted_s = snapshot.costs.step.seconds(requests / left, tokens / left)
+    if isinstance(predicted_s, np.ndarray):
+        predicted_s = float(predicted_s[decoding].mean())
+    capacity = float(snapshot.kv_capacity_tokens[decoding].sum()) * left / members
+    return max(predicted_s / slo.tpot_s, tokens / capacity if capacity else 0.0)
 
 
 def expected_wait_s(snapshot: Snapshot, *, fewer: int = 0) -> float:

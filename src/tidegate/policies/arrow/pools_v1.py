@@ -11,7 +11,7 @@ from tidegate.core.instance import Role
 from tidegate.core.request import Request
 from tidegate.core.slo import Slo
 from tidegate.ledger.snapshot import Candidates, Mask, Snapshot, columns_of
-from tidegate.policies.arrow.published import may_decode, placed, placed_on_flipped
+from tidegate.policies.arrow.published import may_decode, verdict_on, verdict_on_flipped
 from tidegate.policies.candidates import at_most, best, best_within, compared, member_mask, pool, with_room
 from tidegate.policies.pricing import RESIDENT_TOKENS, tokens_over_limit, ttft_s, wait_s
 from tidegate.policies.protocols import Signal
@@ -90,25 +90,25 @@ class ArrowV1Placement:
 
     def place_prefill(self, request: Request, snapshot: Snapshot) -> Verdict:
         """Try P, then D->P, then take an instance from the decode side; else the best of P and D->P."""
-        everyone = pool(snapshot, Role.PREFILL)
+        members = pool(snapshot, Role.PREFILL)
         pools, ttft = Pools.of(snapshot), ttft_s(snapshot, request)
         for mask in (pools.prefill, pools.decode_to_prefill):
             candidates = columns_of(mask)
             chosen = best_within(snapshot, candidates, ttft, request.slo.ttft_s)
             if chosen is not None:
                 alternatives = compared(snapshot, candidates, {"ttft_s": ttft})
-                return placed(snapshot.ids[chosen], None, "meets the TTFT target", alternatives)
-        alternatives = compared(snapshot, everyone, {"ttft_s": ttft})
+                return verdict_on(snapshot.ids[chosen], None, "meets the TTFT target", alternatives)
+        alternatives = compared(snapshot, members, {"ttft_s": ttft})
         flipped = take(snapshot, Role.PREFILL, "inline")
         if flipped is not None:
-            return placed_on_flipped(flipped, None, "all miss the TTFT target", alternatives)
-        return placed(snapshot.ids[best(snapshot, everyone, ttft)], None, "best effort", alternatives)
+            return verdict_on_flipped(flipped, None, "all miss the TTFT target", alternatives)
+        return verdict_on(snapshot.ids[best(snapshot, members, ttft)], None, "best effort", alternatives)
 
     def place_decode(self, request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:
         """Stay where the prefill ran if that may decode; else D, then P->D, then take one from prefill."""
         if may_decode(snapshot, prefill_on):
-            return placed(prefill_on, prefill_on, "its prefill instance decodes: no transfer")
-        everyone = pool(snapshot, Role.DECODE)
+            return verdict_on(prefill_on, prefill_on, "its prefill instance decodes: no transfer")
+        members = pool(snapshot, Role.DECODE)
         pools, running = Pools.of(snapshot), RESIDENT_TOKENS
         for mask in (pools.decode, pools.prefill_to_decode):
             candidates = columns_of(mask)
@@ -116,13 +116,13 @@ class ArrowV1Placement:
             if len(meets):
                 chosen = snapshot.ids[best(snapshot, meets, running)]
                 alternatives = compared(snapshot, candidates, {"running_tokens": running})
-                return placed(prefill_on, chosen, "within memory and TPOT bounds", alternatives)
-        alternatives = compared(snapshot, everyone, {"running_tokens": running})
+                return verdict_on(prefill_on, chosen, "within memory and TPOT bounds", alternatives)
+        alternatives = compared(snapshot, members, {"running_tokens": running})
         flipped = take(snapshot, Role.DECODE, "inline")
         if flipped is not None:
-            return placed_on_flipped(flipped, prefill_on, "all exceed a bound", alternatives)
-        return placed(
-            prefill_on, snapshot.ids[best(snapshot, everyone, running)], "best effort", alternatives
+            return verdict_on_flipped(flipped, prefill_on, "all exceed a bound", alternatives)
+        return verdict_on(
+            prefill_on, snapshot.ids[best(snapshot, members, running)], "best effort", alternatives
         )
 
     def _within_bounds(

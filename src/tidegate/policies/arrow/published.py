@@ -80,20 +80,20 @@ class ArrowPlacement:
         alternatives = compared(snapshot, candidates, {"decode_resident_tokens": resident, "ttft_s": ttft})
         chosen = best_within(snapshot, candidates, ttft, request.slo.ttft_s, lead=resident)  # line 3
         if chosen is not None:
-            return placed(snapshot.ids[chosen], None, "meets the TTFT target", alternatives)
+            return verdict_on(snapshot.ids[chosen], None, "meets the TTFT target", alternatives)
         if decode_pool_load(snapshot, self.slo) < self.shrink:  # line 4
             flipped = flip(snapshot, Role.PREFILL, "inline")
             if flipped is not None:  # line 5
                 why = "no prefill instance meets the TTFT target"
-                return placed_on_flipped(flipped, None, why, alternatives)
+                return verdict_on_flipped(flipped, None, why, alternatives)
         chosen = best(snapshot, candidates, ttft, lead=resident)  # line 6
         why = "best effort: all miss the TTFT target, no flip is due"
-        return placed(snapshot.ids[chosen], None, why, alternatives)
+        return verdict_on(snapshot.ids[chosen], None, why, alternatives)
 
     def place_decode(self, request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:
         """Lines 1 to 6 for a decode, whose flip is not gated by load."""
         if may_decode(snapshot, prefill_on):  # line 1
-            return placed(prefill_on, prefill_on, "its prefill instance decodes: no transfer")
+            return verdict_on(prefill_on, prefill_on, "its prefill instance decodes: no transfer")
         candidates = self.candidates(snapshot, Role.DECODE, request.prompt_tokens, prefill_on)
         queued, over = decode_cost(request)  # line 2
         alternatives = compared(
@@ -101,15 +101,15 @@ class ArrowPlacement:
         )
         chosen = best_within(snapshot, candidates, over, 0.0, lead=queued)  # line 3
         if chosen is not None:
-            return placed(prefill_on, snapshot.ids[chosen], "meets the TPOT target", alternatives)
+            return verdict_on(prefill_on, snapshot.ids[chosen], "meets the TPOT target", alternatives)
         flipped = flip(snapshot, Role.DECODE, "inline", cooldown_s=self.cooldown_s)  # line 4
         if flipped is not None:  # line 5
-            return placed_on_flipped(
+            return verdict_on_flipped(
                 flipped, prefill_on, "no decode instance meets the TPOT target", alternatives
             )
         chosen = best(snapshot, candidates, over, lead=queued)  # line 6
         why = "best effort: all miss the TPOT target, no flip is legal"
-        return placed(prefill_on, snapshot.ids[chosen], why, alternatives)
+        return verdict_on(prefill_on, snapshot.ids[chosen], why, alternatives)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +136,13 @@ class ArrowMonitor:
         """Return at most one flip."""
         prefill, decode = prefill_pool_load(snapshot, self.slo), decode_pool_load(snapshot, self.slo)
         high = decode >= self.expand or prefill <= self.shrink <= decode
-        return self.counted(snapshot, state, high, f"prefill load {prefill:.2f}, decode load {decode:.2f}")
+        return self.flip_once_sustained(
+            snapshot, state, high, f"prefill load {prefill:.2f}, decode load {decode:.2f}"
+        )
 
-    def counted(self, snapshot: Snapshot, state: int, high: bool, loads: str) -> ControlDecision[int]:
+    def flip_once_sustained(
+        self, snapshot: Snapshot, state: int, high: bool, loads: str
+    ) -> ControlDecision[int]:
         """Flip after ``sustain`` consecutive ticks that were ``high``; the state is their count.
 
         A flip that Algorithm 3 refuses keeps the count, so the next tick asks again (Narwhal).
@@ -217,7 +221,7 @@ def may_decode(snapshot: Snapshot, instance: str) -> bool:
     return at is not None and snapshot.cells[Field.ROLE, at] != PREFILL_LABEL
 
 
-def placed(
+def verdict_on(
     prefill_on: str,
     decode_on: str | None,
     reason: str,
@@ -228,7 +232,7 @@ def placed(
     return Verdict(Place(prefill_on, decode_on, DISAGGREGATED), flips, alternatives, reason)
 
 
-def placed_on_flipped(
+def verdict_on_flipped(
     flipped: Flip, prefill_on: str | None, why: str, alternatives: Alternatives | None = None
 ) -> Verdict:
     """Return the verdict that places on the flipped instance.
@@ -237,7 +241,7 @@ def placed_on_flipped(
     """
     on, reason = flipped.instance, f"{why}: flipped {flipped.instance}"
     decode_on = None if prefill_on is None else on
-    return placed(prefill_on or on, decode_on, reason, alternatives, (flipped,))
+    return verdict_on(prefill_on or on, decode_on, reason, alternatives, (flipped,))
 
 
 def _mean(load: Column, members: Mask) -> float:

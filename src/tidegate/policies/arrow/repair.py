@@ -9,7 +9,7 @@ from tidegate.core.decision import ControlDecision, Flip, Verdict
 from tidegate.core.instance import Role
 from tidegate.core.request import Request
 from tidegate.ledger.snapshot import Snapshot
-from tidegate.policies.arrow.published import flip, placed_on_flipped
+from tidegate.policies.arrow.published import flip, verdict_on_flipped
 from tidegate.policies.protocols import Controller, DecodePlacement, PrefillPlacement, Signal
 
 S = TypeVar("S")
@@ -46,14 +46,14 @@ class RepairingPlacement:
         if not len(snapshot.labels.prefilling):
             flipped = repair(snapshot)
             if flipped is not None:
-                return placed_on_flipped(flipped, None, "no prefill instance was left")
+                return verdict_on_flipped(flipped, None, "no prefill instance was left")
         return self.placement.place_prefill(request, snapshot)
 
     def place_decode(self, request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:
         if not len(snapshot.labels.decoding):
             flipped = repair(snapshot)
             if flipped is not None:
-                return placed_on_flipped(flipped, prefill_on, "no decode instance was left")
+                return verdict_on_flipped(flipped, prefill_on, "no decode instance was left")
         return self.placement.place_decode(request, snapshot, prefill_on)
 
 

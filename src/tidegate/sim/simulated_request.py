@@ -72,8 +72,8 @@ class SimulatedRequest(LiveRequest):
         self.request = request
         self.most_tokens = request.prompt_tokens + request.max_tokens
 
-    def resident(self) -> Request:
-        """See ``LiveRequest.resident``."""
+    def as_request(self) -> Request:
+        """See ``LiveRequest.as_request``."""
         request = self.request
         if not self.generated:
             return request
@@ -159,43 +159,43 @@ class RequestColumns:
         self._written = 0
 
     def write(
-        self, flight: SimulatedRequest, index: Mapping[str | None, int], outcome: str, end_s: float
+        self, live: SimulatedRequest, index: Mapping[str | None, int], outcome: str, end_s: float
     ) -> None:
         """Write down how a request ended; ``index`` numbers the instances by name, and None as -1."""
         code = self._codes.get(outcome)
         if code is None:
             code = self._codes[outcome] = len(self.outcomes)
             self.outcomes.append(outcome)
-        at = flight.index * _ROW.size
+        at = live.index * _ROW.size
         while at >= len(self._buffer):
             self._buffer += _UNSET
         self._written += 1
-        request = flight.request
+        request = live.request
         slo = request.slo
         _ROW.pack_into(
             self._buffer,
             at,
             request.arrival_s,
-            flight.first_token_s,
-            flight.last_token_s,
+            live.first_token_s,
+            live.last_token_s,
             end_s,
             slo.ttft_s,
             slo.tpot_s,
-            flight.queue_s,
-            flight.prefill_s,
-            flight.transfer_s,
-            flight.decode_queue_s,
-            flight.first_step_s,
-            flight.decode_s,
+            live.queue_s,
+            live.prefill_s,
+            live.transfer_s,
+            live.decode_queue_s,
+            live.first_step_s,
+            live.decode_s,
             request.prompt_tokens,
-            flight.generated,
+            live.generated,
             code,
-            index[flight.prefill_on],
-            index[flight.decode_on],
-            flight.cached_tokens,
-            flight.preemptions,
-            flight.migrations,
-            flight.kv_transfer_bytes,
+            index[live.prefill_on],
+            index[live.decode_on],
+            live.cached_tokens,
+            live.preemptions,
+            live.migrations,
+            live.kv_transfer_bytes,
         )
 
     def table(self, instances: Sequence[str], count: int) -> RequestTable:
