@@ -319,10 +319,16 @@ def _decision_rows(report: RunReport) -> Iterator[tuple[str, str]]:
 
 def _flips(flips: Sequence[FlipLine]) -> Table:
     rows = (
-        (f"{flip.t_s:.2f}", escape(flip.instance), f"{flip.from_role} to {flip.to_role}", escape(flip.reason))
+        (
+            f"{flip.t_s:.2f}",
+            escape(flip.instance),
+            f"{flip.from_role} to {flip.to_role}",
+            escape(flip.why or flip.reason),
+        )
         for flip in flips[:MOST_FLIPS]
     )
-    table = _table("Flips over time", ("t (s)", "instance", "flip", "reason"), rows)
+    table = _table("Flips over time", ("t (s)", "instance", "flip", "why"), rows)
+    table.columns[-1].justify = "left"
     if len(flips) > MOST_FLIPS:
         table.caption = f"and {len(flips) - MOST_FLIPS} more; --json lists all"
     return table
