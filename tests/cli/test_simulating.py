@@ -110,7 +110,7 @@ def test_a_run_that_fails_leaves_no_half_journal(
 def test_shared_prefixes_never_show_more_kv_in_use_than_there_is(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(simulating, "draw_figures", without_matplotlib)
+    monkeypatch.setattr(simulating, "draw_png", without_matplotlib)
     ids = "|".join(map(str, range(20)))
     trace = tmp_path / "t.csv"
     rows = [f"{0.01 * k},10240,400,{ids},512" for k in range(40)]
@@ -165,11 +165,11 @@ def test_a_killed_comparison_goes_on_where_it_was(
     keys = keys_in(out / "probes.jsonl")
     assert len(set(keys)) == len(keys) and keys[: len(kept)] == kept
     # The same in one go, and without the charts, which take most of the time.
-    monkeypatch.setattr(simulating, "draw_figures", without_matplotlib)
+    monkeypatch.setattr(simulating, "draw_png", without_matplotlib)
     fresh = run(*COMPARE, "--tolerance", "0.2", "--out", str(tmp_path / "fresh"), "--jobs", "1", "--json")
     assert fresh.returncode == 0
     assert json.loads(fresh.stdout)["goodputs"] == json.loads(resumed.stdout)["goodputs"]
-    assert "no charts: charts need matplotlib" in fresh.stderr
+    assert "no PNG files: charts need matplotlib" in fresh.stderr
     names = {path.name for path in out.iterdir()}
     assert {"report.html", "goodput.csv", "timeline.csv"} <= names
     assert any(name.endswith("-attainment.png") for name in names)

@@ -56,8 +56,8 @@ class Reject(NamedTuple):
 class Flip:
     """Relabel ``instance`` as ``to``.
 
-    ``reason`` is one of inline, monitor, target, repair, forced; ``why`` says it to a person, and no two flips
-    differ by it.
+    ``reason`` is one of inline, monitor, target, repair, forced; ``why`` says it to a person and tells no two
+    flips apart.
     """
 
     instance: str

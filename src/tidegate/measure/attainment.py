@@ -103,3 +103,27 @@ def goodput(
     attained_rps = None if offered_rps is None else offered_rps * attainment.share
     met = attainment.offered > 0 and attainment.share >= level
     return Goodput(level, met, offered_rps, attained_rps)
+
+
+LEAST_SPAN_S = 30.0
+"""Of arrivals: in less, queues have no time to build up."""
+LEAST_MISSES = 10
+"""That a level allows: with fewer, one request more or less decides."""
+
+
+def too_short(offered: int, span_s: float | None, level: float) -> str:
+    """Return why a run of ``offered`` arrivals in ``span_s`` says little of ``level``; empty where it says
+    enough."""
+    if not offered:
+        return ""
+    if span_s is not None and span_s < LEAST_SPAN_S:
+        return (
+            f"too short to mean anything: {offered:,} requests in {span_s:.1f} s; queues need "
+            f"{LEAST_SPAN_S:g} s or more to show"
+        )
+    allowed = (1.0 - level) * offered
+    if allowed < LEAST_MISSES:
+        return (
+            f"too few requests for {100 * level:g} %: of {offered:,}, {allowed:.0f} may miss, so a few decide"
+        )
+    return ""
