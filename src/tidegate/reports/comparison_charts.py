@@ -129,7 +129,7 @@ def _rates(entry: ComparedSystem, look: Look) -> Curve | None:
     used = [sorted(runs.items()) for runs in by_seed.values() if 2 * len(runs) >= most or len(by_seed) == 1]
     low, high = max(runs[0][0] for runs in used), min(runs[-1][0] for runs in used)
     rates = sorted({rate for runs in used for rate, _ in runs if low <= rate <= high})
-    table = np.array([np.interp(rates, *zip(*runs, strict=True)) for runs in used])
+    table = np.array([np.interp(rates, [r for r, _ in runs], [share for _, share in runs]) for runs in used])
     if len(used) == 1:
         return Curve(entry.title, look, rates, table[0].tolist(), dots=True)
     ends = table.min(axis=0).tolist(), table.max(axis=0).tolist()
