@@ -24,6 +24,19 @@ class Observation:
     tpot_s: float | None
     slo: Slo
 
+    @property
+    def ttft_met(self) -> bool:
+        return self.ok and self.ttft_s is not None and self.ttft_s <= self.slo.ttft_s
+
+    @property
+    def tpot_met(self) -> bool:
+        """An answer of one token has no TPOT and meets the target."""
+        return self.ok and self.ttft_s is not None and (self.tpot_s is None or self.tpot_s <= self.slo.tpot_s)
+
+    @property
+    def attained(self) -> bool:
+        return self.ttft_met and self.tpot_met
+
 
 @dataclass(frozen=True, slots=True)
 class Attainment:
@@ -57,13 +70,9 @@ def score(observations: Iterable[Observation]) -> Attainment:
     offered = attained = ttft_attained = tpot_attained = 0
     for seen in observations:
         offered += 1
-        if not seen.ok or seen.ttft_s is None:
-            continue
-        ttft_ok = seen.ttft_s <= seen.slo.ttft_s
-        tpot_ok = seen.tpot_s is None or seen.tpot_s <= seen.slo.tpot_s
-        ttft_attained += ttft_ok
-        tpot_attained += tpot_ok
-        attained += ttft_ok and tpot_ok
+        ttft_attained += seen.ttft_met
+        tpot_attained += seen.tpot_met
+        attained += seen.attained
     return Attainment(offered, attained, ttft_attained, tpot_attained)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from tidegate.reports.charts import Bar, Bars, Chart, Curve, Panel
 from tidegate.reports.looks import DARK_TONES, TONES
 
+TITLE = "tidegate: "
 DIGITS = 5
 """That are written of a number in a chart."""
 
@@ -25,7 +26,7 @@ def document(title: str, parts: Iterable[str]) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>tidegate: {escape(title)}</title>\n"
+        f"<title>{TITLE}{escape(title)}</title>\n"
         f"<style>{style}</style>\n</head>\n<body>\n{body}\n{code}</body>\n</html>\n"
     )
 
