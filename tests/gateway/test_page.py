@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 
-import pytest
-
+from tests.browsing import browsed
 from tests.gateway.gateway_cluster import Cluster, Start
 from tidegate.core.decision import Flip
 from tidegate.core.instance import Role
 from tidegate.gateway.settings import GatewaySettings
 
 WHY = "no <b>decode</b> instance meets 20 ms per token: the best holds 1,725 tokens too many"
-CHROMIUM = os.environ.get("TIDEGATE_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 async def test_the_page_is_one_file_that_may_load_nothing_else_and_tells_nothing(start: Start) -> None:
@@ -62,17 +58,9 @@ async def test_the_state_tells_latencies_beside_targets_and_why_a_flip_was_made(
     assert state["events"][0]["text"].startswith("i2 is down: ")
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="no Chromium; TIDEGATE_CHROMIUM names one")
 async def test_a_browser_shows_instances_by_role_and_the_reason_as_text(start: Start) -> None:
-    browsers = pytest.importorskip("playwright.async_api")
     cluster = await busy(start, GatewaySettings(api_key="secret"))
-    async with browsers.async_playwright() as playwright:
-        arguments = ["--no-sandbox", "--headless=old", "--disable-gpu", "--single-process", "--no-zygote"]
-        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        page = await browser.new_page(viewport={"width": 390, "height": 800})
-        troubles: list[str] = []
-        page.on("pageerror", lambda error: troubles.append(str(error)))
-        await page.goto(cluster.url + "/")
+    async with browsed(cluster.url + "/") as page:
         await page.fill("#key", "secret")
         await page.click("#ask button")
         await page.wait_for_selector(".instance")
@@ -80,5 +68,3 @@ async def test_a_browser_shows_instances_by_role_and_the_reason_as_text(start: S
         assert "attained their SLO" in text and "of 3 in the last minute" in text
         assert all(name in text for name in ("i0", "i1", "i2")) and WHY in text
         assert await page.evaluate("document.documentElement.scrollWidth") <= 390
-        await browser.close()
-    assert troubles == []

@@ -37,7 +37,7 @@
         ctx.textAlign = "left"; ctx.fillText(m.text, 0, 0); ctx.restore();
       } else {
         ctx.moveTo(left, at); ctx.lineTo(left + width, at); ctx.stroke(); ctx.setLineDash([]);
-        ctx.textAlign = "right"; ctx.fillText(m.text, left + width - 5 * dpr, at - 4 * dpr);
+        ctx.textAlign = "right"; ctx.fillText(m.text, left + width - 5 * dpr, at + (at - top < 16 * dpr ? 12 : -4) * dpr);
       }
     }
     ctx.restore();
