@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import IO, NoReturn, Protocol
 
 import pytest
+from rich.console import Console
 
+from tests.reports.comparison_cases import made_comparison, made_entry
+from tidegate.cli import compare, sim, simulating
 from tidegate.cli import main as command_line
-from tidegate.cli import sim, simulating
 from tidegate.costs.library import profile_names
 from tidegate.measure.summary import KEYS
 from tidegate.reports.plot_style import NoPlots
@@ -230,3 +232,20 @@ def test_an_slo_out_of_reach_and_a_request_too_large_are_named_warnings(run: Run
     assert done.returncode == 0, done.stderr
     assert "no instance can meet the TTFT target" in done.stderr and "longest context" in done.stderr
     assert json.loads(done.stdout)["goodput_rps"] == 0
+
+
+@pytest.mark.parametrize(
+    ("width", "shown"), [(60, "at 99 %"), (80, "flips at"), (110, "p99 TPOT"), (130, "interval")]
+)
+def test_a_comparison_is_not_cut_in_a_narrow_terminal(
+    width: int, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "arrow-lending+feasible-first"
+    comparison = made_comparison(made_entry(name, 8.0), made_entry("static:best", 6.0, chosen="split 1:3"))
+    table = compare._goodputs(comparison, comparison.traces[0], width)
+    Console(width=width).print(table)
+    lines = capsys.readouterr().out.splitlines()
+    text = " ".join(" ".join(lines).split())
+    assert all(len(line) <= width for line in lines)
+    assert all(word in text for word in ("5.6", "35 %", "26 %")), "the last column of the last level"
+    assert all(word in text for word in shown.split())

@@ -7,7 +7,7 @@ from html import escape
 
 from tidegate.reports.answers import Answer, answers, shortness
 from tidegate.reports.charts import Bars, Chart
-from tidegate.reports.comparison import Comparison, TraceComparison, cost_per_million
+from tidegate.reports.comparison import ComparedSystem, Comparison, TraceComparison, cost_per_million
 from tidegate.reports.html import (
     answer_box,
     document,
@@ -65,7 +65,7 @@ def render_page(
 def _headline(comparison: Comparison, found: Sequence[Answer]) -> str:
     """Return the answer in one line: who leads on the first trace, at the first level, and by how much."""
     if not found or len(comparison.systems) < 2:
-        return f"{', '.join(comparison.systems)}: a simulation"
+        return "; ".join(_run_line(entry) for _, entry in comparison.entries)
     first = found[0]
     where = f" on {first.trace.title}" if len(comparison.traces) > 1 else ""
     if first.leader is None:
@@ -77,6 +77,15 @@ def _headline(comparison: Comparison, found: Sequence[Answer]) -> str:
         return f"{who} tie{where}" if len(names) > 1 else f"{who} serves the most{where}"
     does = "tie and serve" if len(names) > 1 else "serves"
     return f"{who} {does} {next_best}, at {100 * first.level:g} % attainment{where}"
+
+
+def _run_line(entry: ComparedSystem) -> str:
+    run = entry.at_common
+    if run is None:
+        return entry.title
+    rate = "" if run["rate_rps"] is None else f" at {run['rate_rps']:.2f} requests/s"
+    met = f"{_percent(run['attainment'], 1)} of {run['requests']:,} requests"
+    return f"{entry.title} meets the SLO of {met}{rate}"
 
 
 def _answer_table(found: Sequence[Answer]) -> str:
