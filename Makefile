@@ -73,6 +73,10 @@ coverage: $(STAMP)
 test-slow: $(STAMP) ## Run the tests that take minutes (SLOW_SHARE=0.2 draws a fifth of their random cases)
 	@$(BIN)/python -m pytest -m "slow and not vllm" $(PARALLEL) --dist load $(ARGS)
 
+test-browser: $(STAMP) ## Run the tests of pages in headless Chromium (Debian's package chromium, or TIDEGATE_CHROMIUM=PATH)
+	@$(BIN)/python -m pip install -q playwright
+	@$(BIN)/python -m pytest tests/gateway/test_page.py tests/reports/test_report_in_a_browser.py -rs $(ARGS)
+
 test-vllm: $(STAMP) $(VLLM_STAMP) $(TINY_MODELS) ## Run the tests that start real vLLM servers on the CPU (5 GB of memory, minutes)
 	@$(BIN)/python -m pytest -m vllm $(ARGS)
 

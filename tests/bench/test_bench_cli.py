@@ -131,6 +131,13 @@ def test_report_reads_a_bench_result_and_rescores_it(result_file: Path) -> None:
     assert json.loads(tighter.output)["attainment"]["attained"] == 4
 
 
+def test_report_makes_a_page_of_a_bench_result(result_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    done = CliRunner().invoke(app, ["report", str(result_file), "--out", str(out)], catch_exceptions=False)
+    assert done.exit_code == 0 and "Serving Benchmark Result" in done.output
+    assert " requests attained ttft:" in out.read_text().partition("</h1>")[0]
+
+
 def test_report_fails_a_script_only_when_asked(result_file: Path) -> None:
     base = ["report", str(result_file), "--level", "0.95"]
     assert CliRunner().invoke(app, base).exit_code == 0

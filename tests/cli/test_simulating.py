@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import IO, NoReturn, Protocol
 
 import pytest
+from rich.console import Console
 
+from tests.reports.comparison_cases import made_comparison, made_entry
+from tidegate.cli import compare, sim, simulating
 from tidegate.cli import main as command_line
-from tidegate.cli import sim, simulating
 from tidegate.costs.library import profile_names
 from tidegate.measure.summary import KEYS
 from tidegate.reports.plot_style import NoPlots
@@ -118,7 +120,7 @@ def test_a_run_that_fails_leaves_no_half_journal(
 def test_shared_prefixes_never_show_more_kv_in_use_than_there_is(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(simulating, "draw_figures", without_matplotlib)
+    monkeypatch.setattr(simulating, "draw_png", without_matplotlib)
     ids = "|".join(map(str, range(20)))
     trace = tmp_path / "t.csv"
     rows = [f"{0.01 * k},10240,400,{ids},512" for k in range(40)]
@@ -173,11 +175,11 @@ def test_a_killed_comparison_goes_on_where_it_was(
     keys = keys_in(out / "probes.jsonl")
     assert len(set(keys)) == len(keys) and keys[: len(kept)] == kept
     # The same in one go, and without the charts, which take most of the time.
-    monkeypatch.setattr(simulating, "draw_figures", without_matplotlib)
+    monkeypatch.setattr(simulating, "draw_png", without_matplotlib)
     fresh = run(*COMPARE, "--tolerance", "0.2", "--out", str(tmp_path / "fresh"), "--jobs", "1", "--json")
     assert fresh.returncode == 0
     assert json.loads(fresh.stdout)["goodputs"] == json.loads(resumed.stdout)["goodputs"]
-    assert "no charts: charts need matplotlib" in fresh.stderr
+    assert "no PNG files: charts need matplotlib" in fresh.stderr
     names = {path.name for path in out.iterdir()}
     assert {"report.html", "goodput.csv", "timeline.csv"} <= names
     assert any(name.endswith("-attainment.png") for name in names)
@@ -238,3 +240,20 @@ def test_an_slo_out_of_reach_and_a_request_too_large_are_named_warnings(run: Run
     assert done.returncode == 0, done.stderr
     assert "no instance can meet the TTFT target" in done.stderr and "longest context" in done.stderr
     assert json.loads(done.stdout)["goodput_rps"] == 0
+
+
+@pytest.mark.parametrize(
+    ("width", "shown"), [(60, "at 99 %"), (80, "flips at"), (110, "p99 TPOT"), (130, "interval")]
+)
+def test_a_comparison_is_not_cut_in_a_narrow_terminal(
+    width: int, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "arrow-lending+feasible-first"
+    comparison = made_comparison(made_entry(name, 8.0), made_entry("static:best", 6.0, chosen="split 1:3"))
+    table = compare._goodputs(comparison, comparison.traces[0], width)
+    Console(width=width).print(table)
+    lines = capsys.readouterr().out.splitlines()
+    text = " ".join(" ".join(lines).split())
+    assert all(len(line) <= width for line in lines)
+    assert all(word in text for word in ("5.6", "35 %", "26 %")), "the last column of the last level"
+    assert all(word in text for word in shown.split())

@@ -8,8 +8,12 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from rich.console import Console
 
 from tidegate.cli.main import main
+from tidegate.cli.state import watch_state
+from tidegate.cli.watching import watched
+from tidegate.core.errors import TidegateError
 
 STATE = {
     "system": "arrow-lending",
@@ -127,3 +131,54 @@ def test_a_wrong_address_is_a_message(url: str, code: int, capsys: pytest.Captur
         main(["state", "--url", url])
     assert caught.value.code == code
     assert url in capsys.readouterr().err
+
+
+def test_watching_fits_60_columns_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    why = "i1 from decode to prefill: no prefill instance meets 500 ms: the best waits 812 ms"
+    row = {"kv_capacity_tokens": 407_714, "handoff_tokens": 0, "mean_gap_s": 0.0123, "prefill_wait_s": 1.25}
+    work = {"prefill_requests": 1234, "decode_requests": 78, "decode_tokens": 239_165}
+    answer = {
+        **STATE,
+        "instances": [
+            {"id": "i10", "role": "decode", **row, **work},
+            {"id": "i2", "role": "prefill", **row, **work},
+        ],
+        "recent": {
+            "requests": 957,
+            "failed": 2,
+            "attained_share": 0.051,
+            "ttft_p99_s": 4.38,
+            "tpot_p99_s": 0.02,
+        },
+        "events": [{"ago_s": 12.0, "kind": "flip", "text": why}],
+    }
+    Console(width=60).print(watched(answer, 60))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 60
+    shown = " ".join(" ".join(lines).split())
+    assert why in shown and "59%" in shown and "4.4 s" in shown and "5.1%" in shown and "down: i2" in shown
+    assert shown.index("i2 prefill") < shown.index("i10 decode"), "by role"
+    Console(width=60).print(watched({"system": "static"}, 60, "no gateway answers"))
+    assert "no gateway answers" in capsys.readouterr().out
+
+
+def test_watching_goes_on_when_the_gateway_does_not_answer(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: list[dict[str, object] | BaseException] = [
+        STATE,
+        TidegateError("gone"),
+        STATE,
+        KeyboardInterrupt(),
+    ]
+
+    def ask() -> dict[str, object]:
+        answer = answers.pop(0)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("tidegate.cli.state.WATCH_S", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        watch_state(ask, Console(width=60, force_terminal=True))
+    assert "gone" in capsys.readouterr().out and not answers

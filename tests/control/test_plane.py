@@ -209,7 +209,8 @@ def test_a_fixed_role_changes_places_with_one_that_is_free() -> None:
     plane = make_plane(2)
     plane.instance_down("i1", "died", 1.0)
     joined = plane.instance_up(instance("i1", flippable=False), REFERENCE, 2.0, fixed_role=Role.PREFILL)
-    assert only(joined, Flipped) == [Flipped("i0", Role.PREFILL, Role.DECODE, "repair")]
+    (flipped,) = only(joined, Flipped)
+    assert flipped[:4] == ("i0", Role.PREFILL, Role.DECODE, "repair") and "i1 came up" in flipped.why
     assert plane.ledger.role_of("i1") is Role.PREFILL
 
 

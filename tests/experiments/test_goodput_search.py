@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidegate.experiments.search import SearchSettings, t_interval
+from tidegate.experiments.search import SearchSettings
 from tidegate.experiments.search import search_goodput as search
+from tidegate.measure.percentiles import t_interval
 from tidegate.reports.comparison import LevelGoodput
 
 

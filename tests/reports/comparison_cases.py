@@ -19,7 +19,7 @@ def made_entry(
         if goodput_rps
     )
     levels = tuple(
-        LevelGoodput(level, chosen, value, 0.95 * value, 1.05 * value, 16.0, probes, reason)
+        LevelGoodput(level, chosen, value, 0.95 * value, 1.05 * value, 16.0, probes, reason, (value, value))
         for level, value in ((0.9, goodput_rps), (0.99, 0.7 * goodput_rps))
     )
     run = made_run(200, slow=slow, failed=5 if slow > 1 else 0)

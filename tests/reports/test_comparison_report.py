@@ -6,16 +6,20 @@ import csv
 import json
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from tests.reports.comparison_cases import made_comparison, made_entry
-from tidegate.reports.comparison import write_tables
-from tidegate.reports.figures import draw_figures
+from tidegate.reports.charts import Bars, Panel, coinciding
+from tidegate.reports.comparison import RunAt, write_tables
+from tidegate.reports.comparison_charts import comparison_charts
+from tidegate.reports.looks import looks
 from tidegate.reports.page import render_page
-from tidegate.reports.plot_style import NoPlots, looks
+from tidegate.reports.plot_style import NoPlots
+from tidegate.reports.png import draw_png
 
 COMPARISON = made_comparison(
     made_entry("arrow", 8.0),
@@ -43,26 +47,58 @@ class Page(HTMLParser):
 
 
 def test_the_page_needs_nothing_beside_it() -> None:
-    figures = draw_figures(COMPARISON)
-    text = render_page(COMPARISON, figures, ["arrow leads"])
+    charts = comparison_charts(COMPARISON)
+    text = render_page(COMPARISON, charts, ["arrow leads"])
     page = Page()
     page.feed(text)
-    assert "script" not in page.tags and "link" not in page.tags and "img" not in page.tags
+    assert "link" not in page.tags and "img" not in page.tags
+    assert "uPlot" in text and 'src="' not in text, "the one library is in the file"
     assert all(link.startswith("#") for link in page.links)
     assert len(set(page.ids)) == len(page.ids)
     assert {link[1:] for link in page.links} <= set(page.ids)
-    assert set(re.findall(r"url\(#([^)]+)\)", text)) <= set(page.ids)
-    assert not re.search(r"\bnan\b|\binf\b|\bNone\b", re.sub(r"<[^>]*>", " ", text), re.IGNORECASE)
+    shown = re.sub(r"<(script|style)\b.*?</\1>", " ", text, flags=re.DOTALL)
+    assert not re.search(r"\bnan\b|\binf\b|\bNone\b", re.sub(r"<[^>]*>", " ", shown), re.IGNORECASE)
+    for data in re.findall(r'<script type="application/json">(.*?)</script>', text, re.DOTALL):
+        json.loads(data, parse_constant=lambda name: pytest.fail(name))
     assert "&lt;odd&gt;" in text and "<odd>" not in text
-    assert len(figures) == 6
-    assert all(figure.png.startswith(b"\x89PNG") for figure in figures)
+    assert text.index("serves") < text.index("<table"), "the heading is the answer"
+    assert len(charts) == 7
+    assert all(draw_png(chart).startswith(b"\x89PNG") for chart in charts)
+
+
+def test_bars_that_are_compared_share_a_scale_and_curves_that_coincide_are_named() -> None:
+    twins = made_comparison(made_entry("static:best", 6.0), made_entry("static:even", 6.0))
+    charts = {chart.name.removeprefix("t-"): chart for chart in comparison_charts(twins)}
+    assert len({bars.reach for bars in charts["goodput"].panels if isinstance(bars, Bars)}) == 1
+    (panel,) = charts["attainment"].panels
+    assert isinstance(panel, Panel) and list(coinciding(panel)) == [("static:best", "static:even")]
+    assert panel.curves[0].look.dash != panel.curves[1].look.dash
+    assert "static:best and static:even coincide" in charts["attainment"].caption
+    assert any("fluid limit" in mark.text for mark in panel.marks)
+
+
+def test_a_point_has_every_seed_in_it_and_one_seed_has_no_interval() -> None:
+    first = made_entry("arrow", 8.0)
+    level = first.levels[0]
+    lone = RunAt(9.0, 0, 0.2)  # between two rates that both seeds have
+    for probes, by_seed, spread in (
+        ((*level.probes, lone), (8.0, 8.0), True),
+        (tuple(run for run in level.probes if run.seed == 0), (8.0,), False),
+    ):
+        entry = replace(first, levels=(replace(level, probes=probes, by_seed=by_seed),))
+        charts = {chart.name: chart for chart in comparison_charts(made_comparison(entry))}
+        panel, bars = charts["t-attainment"].panels[0], charts["t-goodput"].panels[0]
+        assert isinstance(panel, Panel) and isinstance(bars, Bars)
+        (curve,) = panel.curves
+        assert bool(curve.low) is spread and (bars.bars[0].interval is not None) is spread
+        at_lone = dict(zip(curve.xs, curve.ys, strict=True)).get(9.0)
+        assert at_lone is None or at_lone > 20.0, "the mean of both seeds' curves, not the point of one"
 
 
 def test_without_matplotlib_tables_still_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(NoPlots, match=r"tidegate\[plots\]"):
-        draw_figures(COMPARISON)
-    assert "no charts here" in render_page(COMPARISON, [], [], "no charts here")
+    with pytest.raises(NoPlots, match="pip install matplotlib"):
+        draw_png(comparison_charts(COMPARISON)[0])
     for path in write_tables(tmp_path, COMPARISON):
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
@@ -77,6 +113,13 @@ def test_the_object_is_strict_json_with_a_run_per_system() -> None:
     assert len(found["goodputs"]) == 6
 
 
-def test_systems_differ_in_colour_marker_or_dash_however_many_they_are() -> None:
+def test_systems_differ_in_tone_or_dash_however_many_they_are() -> None:
     found = looks([f"s{index}" for index in range(20)])
-    assert len({(look.colour, look.marker, look.dash) for look in found.values()}) == 20
+    assert len({(look.tone, look.dash) for look in found.values()}) == 20
+
+
+def test_a_system_looks_the_same_in_every_report() -> None:
+    one, other = looks(["arrow-lending", "static:best"]), looks(["static:best", "mine", "arrow-lending+edf"])
+    assert one["static:best"] == other["static:best"]
+    assert one["arrow-lending"].tone == other["arrow-lending+edf"].tone
+    assert one["arrow-lending"].dash != other["arrow-lending+edf"].dash

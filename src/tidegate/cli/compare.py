@@ -44,8 +44,10 @@ from tidegate.workloads.choice import WorkloadChoice
 
 DEFAULT_LEVELS = "0.9,0.99"
 PROBES = "probes.jsonl"
-NARROW = 100
-"""Columns of a terminal below which a table leaves the intervals to the report."""
+LEVEL_WIDTH, INTERVAL_WIDTH = 20, 13
+"""Characters that a level takes in the table, and that its interval takes."""
+FLIPS_WIDTH, MISSES_WIDTH = 30, 60
+"""Characters that a terminal has beside the levels where flips are shown, and where misses are, too."""
 
 
 EXAMPLES = """
@@ -169,9 +171,7 @@ def _show_comparison(comparison: Comparison, findings: Sequence[str]) -> None:
     if not console.is_terminal:
         console = Console(width=200)
     for trace in comparison.traces:
-        console.print(
-            _goodputs(comparison, trace, intervals=comparison.seeds > 1 and console.width >= NARROW)
-        )
+        console.print(_goodputs(comparison, trace, console.width))
         notes = {f.reason for entry in trace.entries for f in entry.levels if f.reason}
         for text in sorted(notes):
             console.print(f"* {escape(text)}", style="dim")
@@ -180,7 +180,11 @@ def _show_comparison(comparison: Comparison, findings: Sequence[str]) -> None:
         console.print(escape(sentence), highlight=False, soft_wrap=not console.is_terminal)
 
 
-def _goodputs(comparison: Comparison, trace: TraceComparison, *, intervals: bool) -> Table:
+def _goodputs(comparison: Comparison, trace: TraceComparison, width: int) -> Table:
+    """Return the table of a trace, of the columns that ``width`` has room for; the report has all."""
+    beside = width - LEVEL_WIDTH * len(comparison.levels)
+    flips, misses = beside >= FLIPS_WIDTH, beside >= MISSES_WIDTH
+    intervals = comparison.seeds > 1 and beside >= MISSES_WIDTH + INTERVAL_WIDTH * len(comparison.levels)
     table = plain_table(
         title=f"{escape(trace.title)}: goodput (requests/s) at {escape(comparison.slo)}",
         title_justify="left",
@@ -193,11 +197,12 @@ def _goodputs(comparison: Comparison, trace: TraceComparison, *, intervals: bool
             table.add_column("interval", justify="right", style="dim", no_wrap=True)
         table.add_column("of limit", justify="right")
     rate = "" if trace.common_rate_rps is None else f" at {_rate(trace.common_rate_rps)}"
-    table.add_column(f"flips{rate}", justify="right", max_width=9)
-    table.add_column("p99 TTFT of misses", justify="right", max_width=9)
-    table.add_column("p99 TPOT of misses", justify="right", max_width=9)
+    late = [f"flips{rate}"] * flips + ["p99 TTFT of misses", "p99 TPOT of misses"] * misses
+    for title in late:
+        table.add_column(title, justify="right", max_width=9)
     for entry in trace.entries:
-        table.add_row(*_goodput_cells(entry, intervals))
+        cells = _goodput_cells(entry, intervals)
+        table.add_row(*cells[: len(table.columns)])
     return table
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,17 +13,25 @@ from rich.console import Console
 
 from tidegate.cli.common_flags import SCORING, Scoring
 from tidegate.cli.options import Flag
-from tidegate.cli.terminal import FAILURE
-from tidegate.core.errors import TraceError
+from tidegate.cli.terminal import FAILURE, note
+from tidegate.core.errors import ConfigError, TraceError
 from tidegate.core.slo import Slo
 from tidegate.journal.reader import read_journal, recorded_kind
 from tidegate.measure.percentiles import Summary
-from tidegate.measure.results import read_results
+from tidegate.measure.results import RequestResult, read_results
 from tidegate.reports.bench_report import BenchReport, build_bench_report, render_block
-from tidegate.reports.journal_report import RunReport, build_report, render_report
+from tidegate.reports.bench_report import observations as bench_observations
+from tidegate.reports.html import TITLE
+from tidegate.reports.journal_report import RunReport, build_report, observations, render_report
+from tidegate.reports.run_page import bench_page, journal_page
+
+PAGE_MARK = f"<title>{TITLE}".encode()
+"""What the head of every page of ours has."""
 
 EXAMPLES = """
     tidegate report journal.jsonl
+
+    tidegate report journal.jsonl --out run.html
 
     tidegate report run.jsonl --json | jq .attainment.share
 
@@ -49,6 +59,9 @@ def run(
         ),
     ] = None,
     *,
+    out: Annotated[
+        Path | None, Flag("Write the report as a page that needs nothing else.", "FILE.html", panel=SCORING)
+    ] = None,
     scoring: Scoring,
 ) -> None:
     """Report on a recorded run: outcomes, SLO attainment, times by stage, decisions.
@@ -58,14 +71,23 @@ def run(
     run met --level tells if the highest rate at that level lies above or below.
     """
     report: RunReport | BenchReport
+    page: Callable[[], str]
     kind = recorded_kind(recording)
+    if out is not None:
+        _check_page(out)
     if kind == "bench":
-        report = _bench_report(recording, slo, scoring.level)
+        report, results = _bench_report(recording, slo, scoring.level)
+        page = partial(bench_page, report, bench_observations(results, report.slo))
     elif kind == "header":
-        report = build_report(read_journal(recording), slo=slo, level=scoring.level)
+        journal = read_journal(recording)
+        report = build_report(journal, slo=slo, level=scoring.level)
+        page = partial(journal_page, report, journal, observations(journal, slo))
     else:
         problem = "this is neither a journal (first line of type 'header') nor a bench result (type 'bench')"
         raise TraceError(problem, file=str(recording), line=1)
+    if out is not None:
+        out.write_text(page(), encoding="utf-8")
+        note(f"report: {out}")
     if scoring.as_json:
         typer.echo(json.dumps(report.to_json(), indent=2))
     elif isinstance(report, BenchReport):
@@ -76,7 +98,19 @@ def run(
         raise typer.Exit(FAILURE)
 
 
-def _bench_report(path: Path, targets: Slo | None, level: float) -> BenchReport:
+def _check_page(path: Path) -> None:
+    """Raise ConfigError where the page cannot be written, or would replace what is no page of ours."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise ConfigError(f"--out {path}: give a file in a folder that exists")
+    if path.exists():
+        with path.open("rb") as file:
+            if PAGE_MARK not in file.read(1000):
+                raise ConfigError(f"--out {path} exists and is no report; it is not written over")
+
+
+def _bench_report(
+    path: Path, targets: Slo | None, level: float
+) -> tuple[BenchReport, Sequence[RequestResult]]:
     recorded = read_results(path)
     notes = []
     if recorded.truncated:
@@ -87,4 +121,5 @@ def _bench_report(path: Path, targets: Slo | None, level: float) -> BenchReport:
     slo = targets or (Slo(own["ttft_s"], own["tpot_s"]) if isinstance(own, dict) else Slo())
     gaps = (recorded.summary or {}).get("itl_s")
     itl_s = Summary(**gaps) if isinstance(gaps, dict) else None
-    return build_bench_report(recorded.results, slo, level=level, itl_s=itl_s, notes=notes)
+    report = build_bench_report(recorded.results, slo, level=level, itl_s=itl_s, notes=notes)
+    return report, recorded.results

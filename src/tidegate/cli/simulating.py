@@ -15,7 +15,7 @@ import tidegate
 from tidegate.api import DEFAULT_PROFILE
 from tidegate.cli.common_flags import TURN_GAP, WINDOW
 from tidegate.cli.options import MILLISECONDS, Flag, OptionGroup, Rule, at_least
-from tidegate.cli.terminal import note
+from tidegate.cli.terminal import note, warn
 from tidegate.core.errors import ConfigError
 from tidegate.core.notation import parse_counted
 from tidegate.core.slo import Slo
@@ -24,9 +24,10 @@ from tidegate.costs.named_profile import load_profile
 from tidegate.dataplane.replica import BLOCK_TOKENS, EngineSettings
 from tidegate.experiments.setting import SimulatedFleet
 from tidegate.reports.comparison import Comparison, write_tables
-from tidegate.reports.figures import draw_figures
+from tidegate.reports.comparison_charts import comparison_charts
 from tidegate.reports.page import render_page
 from tidegate.reports.plot_style import NoPlots
+from tidegate.reports.png import draw_png
 from tidegate.workloads.choice import WorkloadChoice
 
 REPORT = "report.html"
@@ -152,16 +153,17 @@ def write_folder(folder: Path, comparison: Comparison, findings: Sequence[str]) 
     """Write ``report.html``, the CSV tables and the PNGs, and note where the page is."""
     make_folder(folder)
     write_tables(folder, comparison)
-    missing = ""
-    try:
-        figures = draw_figures(comparison)
-    except NoPlots as error:
-        figures, missing = [], f"This page has no charts: {error.message}."
-        note(f"no charts: {error.message}")
-    for figure in figures:
-        (folder / f"{figure.name}.png").write_bytes(figure.png)
-    (folder / REPORT).write_text(render_page(comparison, figures, findings, missing), encoding="utf-8")
+    charts = comparison_charts(comparison)
+    (folder / REPORT).write_text(render_page(comparison, charts, findings), encoding="utf-8")
     note(f"report: {folder / REPORT}")
+    for chart in charts:
+        try:
+            (folder / f"{chart.name}.png").write_bytes(draw_png(chart))
+        except NoPlots as error:
+            note(f"no PNG files: {error.message}")
+            break
+        except Exception as error:  # results are whole without a picture of them
+            warn(f"{chart.name}.png could not be drawn: {error}")
 
 
 def command_line() -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -14,9 +15,10 @@ from rich.table import Table
 
 from tidegate.cli.options import Flag
 from tidegate.cli.terminal import plain_table
-from tidegate.core.errors import SetupError, TidegateError
+from tidegate.core.errors import ConfigError, SetupError, TidegateError
 
 TIMEOUT_S = 5.0
+WATCH_S = 1.0
 STATE_COLUMNS = {
     "id": "id",
     "pool": "pool",
@@ -53,6 +55,8 @@ often that came to differ, and where the KV of their prompts came from."""
 EXAMPLES = """
     tidegate state
 
+    tidegate state --watch
+
     tidegate state --url http://10.0.0.5:8000 --json | jq '.instances\\[].role'
 """
 
@@ -63,9 +67,16 @@ def run(
         str, Flag("Its API key.", "KEY", shown=False, more={"envvar": "TIDEGATE_API_KEY"})
     ] = "",
     as_json: Annotated[bool, Flag("Print what the gateway answered, as JSON.", name="--json")] = False,
+    watch: Annotated[bool, Flag("Go on showing it, every second.")] = False,
 ) -> None:
     """Show the instances of a running gateway: their roles, their work and their last flips."""
-    answer = _ask(url.rstrip("/").removesuffix("/v1"), api_key)
+    base_url = url.rstrip("/").removesuffix("/v1")
+    if watch:
+        if as_json:
+            raise ConfigError("--watch draws on a terminal; leave out --json")
+        watch_state(lambda: _ask(base_url, api_key), Console(highlight=False))
+        return
+    answer = _ask(base_url, api_key)
     if as_json:
         typer.echo(json.dumps(answer, indent=2))
     else:
@@ -101,7 +112,7 @@ def _ask(base_url: str, api_key: str) -> dict[str, Any]:
 def show_state(answer: Mapping[str, Any]) -> None:
     """Print what a gateway answered: facts in a line, then its instances."""
     console = Console(highlight=False)
-    facts = {name: value for name, value in answer.items() if name != "instances"}
+    facts = {name: value for name, value in answer.items() if name not in ("instances", "events", "recent")}
     console.print("[dim] · [/]".join(_fact(name, value) for name, value in facts.items()))
     rows = sorted(answer.get("instances", []), key=lambda row: str(row.get("id")))
     if not any(name in row for row in rows for name in STATE_COLUMNS):
@@ -112,6 +123,26 @@ def show_state(answer: Mapping[str, Any]) -> None:
     if loads:
         console.print("\n[dim]what the engines say[/]")
         console.print(_rows_table(loads, LOAD_COLUMNS))
+
+
+def watch_state(ask: Callable[[], dict[str, Any]], console: Console) -> None:
+    """Draw the state every second until interrupted; a gateway that does not answer is said and asked again.
+
+    Raises what the first ``ask`` raises.
+    """
+    from rich.live import Live
+
+    from tidegate.cli.watching import watched
+
+    answer, trouble = ask(), ""
+    with Live(watched(answer, console.width), console=console, auto_refresh=False) as live:
+        while True:
+            live.update(watched(answer, console.width, trouble), refresh=True)
+            time.sleep(WATCH_S)
+            try:
+                answer, trouble = ask(), ""
+            except TidegateError as error:
+                trouble = error.message
 
 
 def _rows_table(rows: list[dict[str, Any]], titles: dict[str, str]) -> Table:

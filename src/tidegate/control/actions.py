@@ -111,7 +111,7 @@ class Actions:
             self._membership.labels[flip.instance] = flip.to
             if self._journal.enabled:
                 self._journal.flip(now, flip, before)
-            effects.append(Flipped(flip.instance, before, flip.to, flip.reason))
+            effects.append(Flipped(flip.instance, before, flip.to, flip.reason, flip.why))
 
     def _migrate(self, migrate: Migrate, now: float, effects: Effects) -> None:
         live = self._requests.get(migrate.request)

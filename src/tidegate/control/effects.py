@@ -72,6 +72,7 @@ class Flipped(NamedTuple):
     before: Role
     after: Role
     reason: str
+    why: str = ""
 
 
 class StartMigration(NamedTuple):

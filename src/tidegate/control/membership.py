@@ -51,7 +51,8 @@ class Membership:
         for other, label in self.labels.items():
             if other != instance_id and label is fixed_role and other not in self._fixed:
                 self.labels[other] = role
-                return fixed_role, (Flip(other, role, "repair"),)
+                why = f"{instance_id} came up and can only be {fixed_role.label}: the split stays as it was"
+                return fixed_role, (Flip(other, role, "repair", why),)
         return fixed_role, ()
 
     def _wanted(self, instance_id: str, now: float) -> Role:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
 import msgspec
@@ -59,11 +59,16 @@ class Reject(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Flip:
-    """Relabel ``instance`` as ``to``. ``reason`` is one of inline, monitor, target, repair, forced."""
+    """Relabel ``instance`` as ``to``.
+
+    ``reason`` is one of inline, monitor, target, repair, forced; ``why`` says it to a person and tells no two
+    flips apart.
+    """
 
     instance: str
     to: Role
     reason: str
+    why: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,7 @@ async def compare(plan: Plan, workers: Workers) -> Comparison:
         version=tidegate.__version__,
         command=plan.command,
         facts=plan.facts,
+        tolerance=plan.tolerance,
     )
 
 
@@ -91,6 +92,7 @@ async def _compare_on(plan: Plan, title: str, workload: WorkloadChoice, workers:
         common_rate_is=rate_is,
         limit_binding=limits[plan.levels[0]]["binding"],
         warnings=tuple(dict.fromkeys(text for _, texts in entries for text in texts)),
+        own_rate_rps=own_rate_rps(requests_of(workload)),
     )
 
 

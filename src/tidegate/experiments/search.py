@@ -18,11 +18,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
-import numpy as np
-
 from tidegate.experiments.jobs import Workers
 from tidegate.experiments.run import job_of, probe
 from tidegate.experiments.setting import Setting
+from tidegate.measure.percentiles import t_interval
 from tidegate.reports.comparison import LevelGoodput, RunAt
 from tidegate.workloads.choice import own_rate_rps, requests_of
 
@@ -34,8 +33,6 @@ FLOOR = 0.01
 """Of the first guess's lower end: a system that cannot serve that much serves nothing."""
 CEILING = 1000.0
 """Times the first guess's upper end: the highest rate that is tried."""
-CONFIDENCE = 0.95
-"""Of the interval over seeds."""
 _GROWTH = 1.5
 """Factor of the first step when a bracket has only one end; it squares with every further step."""
 _LARGEST_GROWTH = 8.0
@@ -105,14 +102,16 @@ async def search_goodput(
         return bracket
 
     brackets = await asyncio.gather(*map(narrowed, seeds))
-    mean, low, high = t_interval([bracket.met_rps or 0.0 for bracket in brackets])
+    goodputs = tuple(bracket.met_rps or 0.0 for bracket in brackets)
+    mean, low, high = t_interval(goodputs)
     probes = [
         [RunAt(rate, seed, share) for rate, share in bracket.seen.items()]
         for seed, bracket in zip(seeds, brackets, strict=True)
     ]
     by_round = tuple(run for runs in zip_longest(*probes) for run in runs if run is not None)
     reason = _reason(settings, brackets)
-    return LevelGoodput(settings.level, "", mean, max(0.0, low), high, limit_rps, by_round, reason)
+    low = max(0.0, low)
+    return LevelGoodput(settings.level, "", mean, low, high, limit_rps, by_round, reason, goodputs)
 
 
 def _reason(settings: SearchSettings, brackets: Sequence[_Bracket]) -> str:
@@ -131,18 +130,6 @@ def _reason(settings: SearchSettings, brackets: Sequence[_Bracket]) -> str:
             f"still attain {settings.level:.0%}"
         )
     return "; ".join(reasons)
-
-
-def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return the mean of ``values`` and the ends of Student's interval for it, equal for one value."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return mean, mean, mean
-    from scipy.special import stdtrit  # slow to import, and few runs need it
-
-    half = float(stdtrit(len(values) - 1, 0.5 + 0.5 * CONFIDENCE) * np.std(values, ddof=1))
-    half /= math.sqrt(len(values))
-    return mean, mean - half, mean + half
 
 
 async def find_goodput(

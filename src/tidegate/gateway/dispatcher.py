@@ -32,6 +32,7 @@ from tidegate.fleet.member import FleetControl, Member
 from tidegate.gateway.drift import FleetDrift
 from tidegate.gateway.loads import LoadWatch
 from tidegate.gateway.metrics import Metrics
+from tidegate.gateway.recent import Recent
 from tidegate.gateway.sessions import Conversations
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.gateway.upstream import Handles, Upstream, connect
@@ -105,6 +106,7 @@ class Dispatcher:
         self.loads = LoadWatch(self.plane, clock, journal, self.metrics, fleet.suspect, settings.load_every_s)
         self.handles = Handles(self.upstreams, self.metrics, self.background, fleet.suspect)
         self.sessions = Conversations()
+        self.recent = Recent()
         self._fleet = fleet
         self._background: set[asyncio.Task[None]] = set()
         self.served: dict[str, Served] = {}
@@ -120,6 +122,7 @@ class Dispatcher:
         self.loads.follow(member)
         profile = member.profile or UNMEASURED
         now = self.clock.now()
+        self.recent.happened(now, "instance", f"{instance.id} is up")
         self.do(self.plane.instance_up(instance, profile, now, fixed_role=member.fixed_role))
 
     def member_down(self, instance_id: str, reason: str) -> None:
@@ -128,6 +131,7 @@ class Dispatcher:
         if upstream is None:
             return
         self._served_changed()
+        self.recent.happened(self.clock.now(), "instance", f"{instance_id} is down: {reason}")
         self.drift.member_down(instance_id)
         self.loads.forget(instance_id)
         effects = self.plane.instance_down(instance_id, reason, self.clock.now())
@@ -155,11 +159,14 @@ class Dispatcher:
                 case RunPrefill() | RunDecode() | GiveUp() | Held():
                     self.served[effect.live.id].command(effect)
                 case StartMigration():
+                    self.recent.happened(self.clock.now(), "migration", _moved(effect))
                     self.served[effect.live.id].start_migration(effect)
                 case WakeAt(at_s):
                     self._wake_in(at_s - self.clock.now())
-                case Flipped(_, _, after, reason):
+                case Flipped(instance, before, after, reason, why):
                     self.flips += 1
+                    text = f"{instance} from {before.label} to {after.label}: {why or reason}"
+                    self.recent.happened(self.clock.now(), "flip", text)
                     self.metrics.flips.labels(after.label, reason).inc()
                 case Replay(_, label):
                     self.metrics.replays.labels(label).inc()
@@ -237,3 +244,10 @@ class Dispatcher:
         """Return the signals that this deployment gives, now that the fleet is up."""
         measured = all(u.member.profile is not None for u in self.upstreams.values())
         return [Signal.PREFIX_HITS, Signal.PROFILE] if measured else [Signal.PREFIX_HITS]
+
+
+def _moved(effect: StartMigration) -> str:
+    """Return a sentence on a migration that starts."""
+    migrate = effect.migrate
+    why = f": {migrate.reason}" if migrate.reason else ""
+    return f"a decode moves from {migrate.src} to {migrate.dst}{why}"

@@ -23,6 +23,7 @@ from tidegate.core.errors import (
 from tidegate.core.instance import Role
 from tidegate.gateway.call import Call, TokenEstimate, read_call
 from tidegate.gateway.dispatcher import RETRY_AFTER_S, Dispatcher
+from tidegate.gateway.page import page
 from tidegate.gateway.served_request import ServedRequest
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.policies.arrow.pools_v1 import Pools
@@ -102,6 +103,7 @@ class Front:
         app.router.add_post("/v1/completions", partial(self.completions, chat=False))
         app.router.add_post("/v1/chat/completions", partial(self.completions, chat=True))
         app.router.add_get("/v1/models", self.models)
+        app.router.add_get("/", page)
         app.router.add_get("/health", self.health)
         app.router.add_get("/ready", self.ready)
         app.router.add_get("/metrics", self.metrics)
@@ -261,6 +263,8 @@ class Front:
             "down": [name for name in dispatcher.plane.membership.labels if name not in dispatcher.upstreams],
             "requests": {"in_flight": len(dispatcher.plane.requests), "held": dispatcher.plane.held_count},
             "flips": dispatcher.flips,
+            "migrations": dispatcher.plane.migrations.get("begun", 0),
+            **dispatcher.recent.state(snapshot.at_s),
             **({"prompt_tokens": tokens} if (tokens := dispatcher.loads.prompt_tokens()) else {}),
         }
         return json_answer(answer)

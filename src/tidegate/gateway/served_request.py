@@ -272,6 +272,7 @@ class ServedRequest:
             tenant=call.tenant,
         )
         dispatcher.metrics.observe(record, ending)
+        dispatcher.recent.ended(record, ending)
         if journal.enabled:
             journal.write(outcome_line(record, ending, journal.started_s))
         dispatcher.do(effects)

@@ -96,13 +96,14 @@ class DecisionLine(JournalLine, tag="decision"):
         return "hold" if self.chosen.hold is not UNSET else self.kind
 
 
-class FlipLine(JournalLine, tag="flip"):
-    """A role label was rewritten."""
+class FlipLine(JournalLine, tag="flip", omit_defaults=True):
+    """A role label was rewritten. ``reason`` is a word that counts go by, ``why`` says it to a person."""
 
     instance: str
     from_role: str = field(name="from")
     to_role: str = field(name="to")
     reason: str = ""
+    why: str = ""
 
 
 class ControlLine(JournalLine, tag="control", omit_defaults=True):

@@ -89,7 +89,7 @@ class JournalWriter:
     def flip(self, now_s: float, flip: Flip, before: Role) -> None:
         """Write that an instance's label was rewritten; ``before`` is the one it had."""
         t_s = self.elapsed_s(now_s)
-        self.write(FlipLine(t_s, flip.instance, before.label, flip.to.label, flip.reason))
+        self.write(FlipLine(t_s, flip.instance, before.label, flip.to.label, flip.reason, flip.why))
 
     def control(self, now_s: float, controller: str, reason: str, flips: int) -> None:
         """Write the reason of a controller's decision and how many flips it asked for."""

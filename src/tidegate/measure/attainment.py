@@ -24,6 +24,19 @@ class Observation:
     tpot_s: float | None
     slo: Slo
 
+    @property
+    def ttft_met(self) -> bool:
+        return self.ok and self.ttft_s is not None and self.ttft_s <= self.slo.ttft_s
+
+    @property
+    def tpot_met(self) -> bool:
+        """An answer of one token has no TPOT and meets the target."""
+        return self.ok and self.ttft_s is not None and (self.tpot_s is None or self.tpot_s <= self.slo.tpot_s)
+
+    @property
+    def attained(self) -> bool:
+        return self.ttft_met and self.tpot_met
+
 
 @dataclass(frozen=True, slots=True)
 class Attainment:
@@ -57,13 +70,9 @@ def score(observations: Iterable[Observation]) -> Attainment:
     offered = attained = ttft_attained = tpot_attained = 0
     for seen in observations:
         offered += 1
-        if not seen.ok or seen.ttft_s is None:
-            continue
-        ttft_ok = seen.ttft_s <= seen.slo.ttft_s
-        tpot_ok = seen.tpot_s is None or seen.tpot_s <= seen.slo.tpot_s
-        ttft_attained += ttft_ok
-        tpot_attained += tpot_ok
-        attained += ttft_ok and tpot_ok
+        ttft_attained += seen.ttft_met
+        tpot_attained += seen.tpot_met
+        attained += seen.attained
     return Attainment(offered, attained, ttft_attained, tpot_attained)
 
 
@@ -103,3 +112,27 @@ def goodput(
     attained_rps = None if offered_rps is None else offered_rps * attainment.share
     met = attainment.offered > 0 and attainment.share >= level
     return Goodput(level, met, offered_rps, attained_rps)
+
+
+LEAST_SPAN_S = 30.0
+"""Of arrivals: in less, queues have no time to build up."""
+LEAST_MISSES = 10
+"""That a level allows: with fewer, one request more or less decides."""
+
+
+def too_short(offered: int, span_s: float | None, level: float) -> str:
+    """Return why a run of ``offered`` arrivals in ``span_s`` says little of ``level``; empty where it says
+    enough."""
+    if not offered:
+        return ""
+    if span_s is not None and span_s < LEAST_SPAN_S:
+        return (
+            f"too short to mean anything: {offered:,} requests in {span_s:.1f} s; queues need "
+            f"{LEAST_SPAN_S:g} s or more to show"
+        )
+    allowed = (1.0 - level) * offered
+    if allowed < LEAST_MISSES:
+        return (
+            f"too few requests for {100 * level:g} %: of {offered:,}, {allowed:.0f} may miss, so a few decide"
+        )
+    return ""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,3 +42,19 @@ def summarize(values: Iterable[float | None]) -> Summary | None:
     known = np.array([value for value in values if value is not None], dtype=np.float64)
     found = p50_p90_p99(known)
     return None if found is None else Summary(known.size, float(known.mean()), *found, float(known.max()))
+
+
+CONFIDENCE = 0.95
+"""Of an interval over seeds."""
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the mean of ``values`` and the ends of Student's interval for it, equal for one value."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, mean, mean
+    from scipy.special import stdtrit  # slow to import, and few runs need it
+
+    half = float(stdtrit(len(values) - 1, 0.5 + 0.5 * CONFIDENCE) * np.std(values, ddof=1))
+    half /= math.sqrt(len(values))
+    return mean, mean - half, mean + half

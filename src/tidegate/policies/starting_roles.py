@@ -108,10 +108,12 @@ def steps_to_target(
         role: count - int(np.count_nonzero(snapshot.labelled(role))) - starting.get(role, 0)
         for role, count in wanted.items()
     }
+    why = f"the target is {target.n_prefill} for prefill and {target.n_decode} for decode"
+    why += f": {target.reason}" if target.reason else ""
     steps: list[Flip | AddInstance | Drain] = []
     for to, source in ((Role.PREFILL, Role.DECODE), (Role.DECODE, Role.PREFILL)):
         while lacking[to] > 0 > lacking[source] and cheapest[source]:
-            steps.append(Flip(cheapest[source].pop(0), to, "target"))
+            steps.append(Flip(cheapest[source].pop(0), to, "target", why))
             lacking[to] -= 1
             lacking[source] += 1
     for role, count in lacking.items():

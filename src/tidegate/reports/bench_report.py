@@ -78,7 +78,7 @@ def build_bench_report(
     """Score a run. ``itl_s`` is over all token gaps, which the result lines do not keep."""
     offered = [r for r in results if r.status != "interrupted"]
     good = [r for r in offered if r.ok]
-    attainment = score(Observation(r.arrival_s, r.ok, r.ttft_s, r.tpot_s, slo) for r in offered)
+    attainment = score(observations(results, slo))
     lags_s = [r.sent_s - r.arrival_s for r in results]
     late = sum(lag_s > LATE_S for lag_s in lags_s)
     short = sum(r.output_tokens < r.max_tokens for r in good)
@@ -102,6 +102,12 @@ def build_bench_report(
         send_lag_s=summarize(lags_s),
         notes=(*notes, *_warnings(results, good, late, short)),
     )
+
+
+def observations(results: Sequence[RequestResult], slo: Slo) -> list[Observation]:
+    """Return what is scored of a run: all but interrupted requests."""
+    offered = (r for r in results if r.status != "interrupted")
+    return [Observation(r.arrival_s, r.ok, r.ttft_s, r.tpot_s, slo) for r in offered]
 
 
 def _warnings(

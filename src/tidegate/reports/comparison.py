@@ -32,7 +32,8 @@ class LevelGoodput:
     """A goodput with its confidence interval over seeds.
 
     ``chosen`` tells the candidate that reached it (``split 3:5``, ``chunk 2048``), empty where there was no
-    choice; ``reason`` says why the goodput is 0, or what else is odd about it.
+    choice; ``reason`` says why the goodput is 0, or what else is odd about it. ``by_seed`` are the goodputs
+    of the single seeds, in their order; of one alone the interval says nothing.
     """
 
     level: float
@@ -43,6 +44,11 @@ class LevelGoodput:
     limit_rps: float | None
     probes: tuple[RunAt, ...]
     reason: str = ""
+    by_seed: tuple[float, ...] = ()
+
+    @property
+    def seeds(self) -> int:
+        return len(self.by_seed)
 
     @property
     def share_of_limit(self) -> float | None:
@@ -77,7 +83,10 @@ class ComparedSystem:
 
 @dataclass(frozen=True, slots=True)
 class TraceComparison:
-    """All systems on one trace. At ``common_rate_rps`` their runs are shown side by side."""
+    """All systems on one trace, whose own rate is ``own_rate_rps``.
+
+    At ``common_rate_rps`` their runs are shown side by side.
+    """
 
     trace: str
     title: str
@@ -86,11 +95,15 @@ class TraceComparison:
     common_rate_is: str
     limit_binding: str
     warnings: tuple[str, ...] = ()
+    own_rate_rps: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A finished comparison. ``facts`` are shown as they are: versions, where profiles come from."""
+    """A finished comparison. ``facts`` are shown as they are: versions, where profiles come from.
+
+    ``tolerance`` is the relative width at which its searches ended.
+    """
 
     traces: tuple[TraceComparison, ...]
     levels: tuple[float, ...]
@@ -101,6 +114,7 @@ class Comparison:
     version: str
     command: str
     facts: Mapping[str, str]
+    tolerance: float = 0.02
 
     @property
     def systems(self) -> list[str]:

@@ -110,13 +110,11 @@ def build_report(journal: Journal, *, slo: Slo | None = None, level: float = DEF
     Without either, Slo's defaults apply and a note says so. Every outcome counts as offered except
     those of requests that were wrong in themselves (``REFUSALS``); a client that left counts as a miss.
     """
-    outcomes = sorted((o for o in journal.outcomes if not o.refused), key=lambda o: o.arrival_s)
+    outcomes = _scored(journal)
     flip_kinds = Counter(f"{f.from_role} to {f.to_role}, {f.reason or 'no reason'}" for f in journal.flips)
     good = [o for o in outcomes if o.ok]
     fallback = slo or journal.slo or Slo()
-    attainment = score(
-        Observation(o.arrival_s, o.ok, o.ttft_s, o.tpot_s, slo or o.slo or fallback) for o in outcomes
-    )
+    attainment = score(observations(journal, slo))
     own = {o.slo for o in outcomes if o.slo is not None}
     return RunReport(
         system=journal.system,
@@ -144,6 +142,18 @@ def build_report(journal: Journal, *, slo: Slo | None = None, level: float = DEF
         prediction=_prediction(good),
         notes=_notes(journal, slo, own),
     )
+
+
+def _scored(journal: Journal) -> list[OutcomeLine]:
+    return sorted((o for o in journal.outcomes if not o.refused), key=lambda o: o.arrival_s)
+
+
+def observations(journal: Journal, slo: Slo | None) -> list[Observation]:
+    """Return what is scored of a journal, by arrival."""
+    fallback = journal.slo or Slo()
+    return [
+        Observation(o.arrival_s, o.ok, o.ttft_s, o.tpot_s, slo or o.slo or fallback) for o in _scored(journal)
+    ]
 
 
 def _notes(journal: Journal, slo: Slo | None, own: set[Slo]) -> tuple[str, ...]:
@@ -346,10 +356,16 @@ def _decision_rows(report: RunReport) -> Iterator[tuple[str, str]]:
 
 def _flips(flips: Sequence[FlipLine]) -> Table:
     rows = (
-        (f"{flip.t_s:.2f}", escape(flip.instance), f"{flip.from_role} to {flip.to_role}", escape(flip.reason))
+        (
+            f"{flip.t_s:.2f}",
+            escape(flip.instance),
+            f"{flip.from_role} to {flip.to_role}",
+            escape(flip.why or flip.reason),
+        )
         for flip in flips[:MOST_FLIPS]
     )
-    table = _table("Flips over time", ("t (s)", "instance", "flip", "reason"), rows)
+    table = _table("Flips over time", ("t (s)", "instance", "flip", "why"), rows)
+    table.columns[-1].justify = "left"
     if len(flips) > MOST_FLIPS:
         table.caption = f"and {len(flips) - MOST_FLIPS} more; --json lists all"
     return table

@@ -1,34 +1,26 @@
-"""A comparison as one HTML page that needs nothing else: no network, no scripts, no files beside it."""
+"""A comparison as one HTML page that needs nothing else: no network, no files beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 
-from tidegate.reports.comparison import Comparison, TraceComparison, cost_per_million
-from tidegate.reports.figures import Figure
-from tidegate.reports.plot_style import looks
+from tidegate.reports.answers import Answer, answers, shortness
+from tidegate.reports.charts import Bars, Chart
+from tidegate.reports.comparison import ComparedSystem, Comparison, TraceComparison, cost_per_million
+from tidegate.reports.html import (
+    answer_box,
+    document,
+    dot,
+    figure,
+    note,
+    part_names,
+    part_rows,
+    table,
+    warning,
+)
+from tidegate.reports.looks import looks
 
-STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #222; background: #fff;
-  max-width: 1040px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.3rem; margin-top: 2.6rem;
-  border-bottom: 1px solid #ddd; padding-bottom: .2rem; } h3 { font-size: 1.05rem; margin: 1.8rem 0 .4rem; }
-p.lead { color: #555; margin-top: 0; } figure { margin: .4rem 0 1.6rem; } figcaption, .note { color: #555;
-  font-size: .88rem; } svg { max-width: 100%; height: auto; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .88rem; margin: .4rem 0; }
-th, td { padding: .28rem .7rem; text-align: right; border-bottom: 1px solid #e4e4e4; }
-td { white-space: nowrap; } th { background: #f6f6f6; font-weight: 600; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; }
-tr.best td { font-weight: 600; } .dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%;
-  margin-right: .45em; } pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .85rem;
-  white-space: pre-wrap; word-break: break-word; } ul.found li { margin: .2rem 0; }
-.warning { background: #fff6e0; border-left: 4px solid #e69f00; padding: .4rem .8rem; margin: .5rem 0; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .88rem; }
-dt { font-weight: 600; } dd { margin: 0; overflow-wrap: anywhere; }
-@media print { h2 { break-before: page; } figure { break-inside: avoid; } }
-"""
 WORDS = """
 A request attains its SLO when its TTFT (arrival to first token) and its TPOT (mean time per token after
 the first) are both within target; rejected and failed requests are misses. Attainment is the share of offered
@@ -39,68 +31,112 @@ limit is a bound for any schedule on the same instances, computed with knowledge
 
 
 def render_page(
-    comparison: Comparison, figures: Sequence[Figure], findings: Sequence[str], note: str = ""
+    comparison: Comparison, charts: Sequence[Chart], findings: Sequence[str], missing: str = ""
 ) -> str:
-    """Return the page. ``findings`` are sentences for its top; ``note`` explains what is missing."""
-    systems, seeds = comparison.systems, comparison.seeds
-    found = "".join(f"<li>{escape(sentence)}</li>" for sentence in findings)
+    """Return the page. ``findings`` are sentences for its top; ``missing`` explains what is not there."""
+    found = answers(comparison)
+    seeds = f"{comparison.seeds} seed{'s' if comparison.seeds > 1 else ''}"
     parts = [
-        f"<h1>{escape(', '.join(systems[:3]))}{' and more' if len(systems) > 3 else ''}: "
-        f"{'a comparison' if len(systems) > 1 else 'a simulation'}</h1>",
+        f"<h1>{escape(_headline(comparison, found))}</h1>",
         f'<p class="lead">{comparison.instances} instances of {escape(comparison.profile)}, '
-        f"SLO {escape(comparison.slo)}, {seeds} seed{'s' if seeds > 1 else ''}, "
-        f"tidegate {escape(comparison.version)}</p>",
-        f'<ul class="found">{found}</ul>' if findings else "",
-        f'<p class="warning">{escape(note)}</p>' if note else "",
+        f"SLO {escape(comparison.slo)}, {seeds}, tidegate {escape(comparison.version)}</p>",
+        _answer_table(found),
+        *(
+            warning(f"{trace.title}: {text}")
+            for trace in comparison.traces
+            for text in _short(comparison, trace)
+        ),
+        answer_box(findings),
+        warning(missing),
     ]
     for trace in comparison.traces:
-        parts += _section(comparison, trace, [each for each in figures if each.trace == trace.title])
+        parts += _section(comparison, trace, [each for each in charts if each.section == trace.title])
     facts = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in comparison.facts.items())
     parts += [
         "<h2>How this was made</h2>",
         "<h3>Command</h3>",
         f"<pre>{escape(comparison.command)}</pre>",
         f"<dl>{facts}</dl>",
-        f'<h3>Words</h3><p class="note">{WORDS}</p>',
+        f"<h3>Words</h3>{note(WORDS)}",
     ]
-    body = "\n".join(part for part in parts if part)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>tidegate: {escape(', '.join(t.title for t in comparison.traces))}</title>\n"
-        f"<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
-    )
+    return document(", ".join(trace.title for trace in comparison.traces), parts)
 
 
-def _section(comparison: Comparison, trace: TraceComparison, figures: Sequence[Figure]) -> list[str]:
-    late = ("roles", "over-time", "stages")
+def _headline(comparison: Comparison, found: Sequence[Answer]) -> str:
+    """Return the answer in one line: who leads on the first trace, at the first level, and by how much."""
+    if not found or len(comparison.systems) < 2:
+        return "; ".join(_run_line(entry) for _, entry in comparison.entries)
+    first = found[0]
+    where = f" on {first.trace.title}" if len(comparison.traces) > 1 else ""
+    if first.leader is None:
+        return f"No system reaches {100 * first.level:g} % attainment{where}"
+    names = first.names
+    who = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    next_best = first.behind[0] if first.behind else None
+    if next_best is None:
+        return f"{who} tie{where}" if len(names) > 1 else f"{who} serves the most{where}"
+    does = "tie and serve" if len(names) > 1 else "serves"
+    return f"{who} {does} {next_best}, at {100 * first.level:g} % attainment{where}"
+
+
+def _run_line(entry: ComparedSystem) -> str:
+    run = entry.at_common
+    if run is None:
+        return entry.title
+    rate = "" if run["rate_rps"] is None else f" at {run['rate_rps']:.2f} requests/s"
+    met = f"{_percent(run['attainment'], 1)} of {run['requests']:,} requests"
+    return f"{entry.title} meets the SLO of {met}{rate}"
+
+
+def _answer_table(found: Sequence[Answer]) -> str:
+    rows = []
+    for answer in found:
+        names, behind = answer.names, answer.behind
+        if not answer.margins:
+            continue
+        led = "no system reaches it" if not names else ", ".join(names) + (" (a tie)" if names[1:] else "")
+        rate = _number(answer.found.goodput_rps, 1) if names else "0"
+        after = "; ".join(map(str, behind[:3])) or ("all tie" if names[1:] else "-")
+        sure = f"95 % over {answer.found.seeds} seeds" if answer.found.seeds > 1 else "one seed: no interval"
+        sure += "".join(f"; {each.system} not settled" for each in answer.unsettled)
+        share = _percent(answer.found.share_of_limit)
+        where = (escape(answer.trace.title), f"{100 * answer.level:g} %")
+        rows.append([*where, f"<b>{escape(led)}</b>", rate, share, escape(after), sure])
+    head = ["trace", "attained by", "serves the most", "requests/s", "of limit", "that is", "how sure"]
+    return f'<div class="wide">{table(head, rows, text=(2, 5, 6))}</div>' if rows else ""
+
+
+def _short(comparison: Comparison, trace: TraceComparison) -> list[str]:
+    return shortness(trace, comparison.levels)
+
+
+def _section(comparison: Comparison, trace: TraceComparison, charts: Sequence[Chart]) -> list[str]:
+    late = ("roles", "over-time", "stages", "latency")
     return [
         f"<h2>{escape(trace.title)}</h2>",
-        *(f'<p class="warning">{escape(text)}</p>' for text in trace.warnings),
+        *(warning(text) for text in trace.warnings),
         "<h3>Goodput and its share of the limit</h3>",
         _goodput_table(comparison, trace),
-        _note(f"The limit is set by: {escape(trace.limit_binding)}.") if trace.limit_binding else "",
-        *(_figure(each) for each in figures if not each.name.endswith(late)),
-        "<h3>Latency, misses and work at one rate</h3>",
-        _latency_table(trace),
-        *(_figure(each) for each in figures if each.name.endswith(late)),
+        note(f"The limit is set by: {escape(trace.limit_binding)}.") if trace.limit_binding else "",
+        *(figure(each) for each in charts if not each.name.endswith(late)),
+        "<h3>Latency and misses at one rate</h3>",
+        *_run_tables(trace),
+        *(part for each in charts if each.name.endswith(late) for part in _figure(each)),
         "<h3>What it costs</h3>",
         _cost_table(trace),
-        _note(
+        note(
             "Each system at its own goodput: instance-hours per million requests answered within their SLO."
         ),
     ]
 
 
-def _note(text: str) -> str:
-    return f'<p class="note">{text}</p>'
-
-
-def _figure(figure: Figure) -> str:
-    return (
-        f"<h3>{escape(figure.heading)}</h3><figure>{figure.svg}"
-        f"<figcaption>{escape(figure.caption)}</figcaption></figure>"
-    )
+def _figure(chart: Chart) -> list[str]:
+    """Return the chart and, of bars of several parts, their numbers, too."""
+    bars = [panel for panel in chart.panels if isinstance(panel, Bars)]
+    if not any(len(bar.parts) > 1 for panel in bars for bar in panel.bars):
+        return [figure(chart)]
+    head = ["mean (ms)", *part_names(bars)]
+    return [figure(chart), table(head, part_rows(bars))]
 
 
 def _goodput_table(comparison: Comparison, trace: TraceComparison) -> str:
@@ -117,8 +153,7 @@ def _goodput_table(comparison: Comparison, trace: TraceComparison) -> str:
     look = looks(comparison.systems)
     rows = []
     for entry in trace.entries:
-        colour = look[entry.system].colour
-        cells = [f'<span class="dot" style="background:{colour}"></span>{escape(entry.system)}']
+        cells = [f"{dot(look[entry.system].tone)}{escape(entry.system)}"]
         for found in entry.levels:
             value = _number(found.goodput_rps, 2)
             if found.goodput_rps == best[found.level] > 0:
@@ -126,34 +161,48 @@ def _goodput_table(comparison: Comparison, trace: TraceComparison) -> str:
             reason = f' title="{escape(found.reason, quote=True)}"' if found.reason else ""
             cells.append(f"<span{reason}>{value}{'*' if found.reason else ''}</span>")
             if several:
-                cells.append(f"{_number(found.low_rps, 2)} to {_number(found.high_rps, 2)}")
+                ends = f"{_number(found.low_rps, 2)} to {_number(found.high_rps, 2)}"
+                cells.append(ends if found.seeds > 1 else "one seed")
             cells += [_percent(found.share_of_limit), escape(found.chosen)]
         rows.append(cells)
     reasons = sorted({found.reason for found in every if found.reason})
-    return _table(head, rows) + "".join(_note(f"* {escape(reason)}") for reason in reasons)
+    return table(head, rows) + "".join(note(f"* {escape(reason)}") for reason in reasons)
 
 
-def _latency_table(trace: TraceComparison) -> str:
+def _run_tables(trace: TraceComparison) -> list[str]:
+    """Return what the systems did at the common rate: latencies, and work."""
+    runs = [
+        (escape(entry.title), run, view)
+        for entry in trace.entries
+        if (run := entry.at_common) is not None and (view := entry.view) is not None
+    ]
+    if not runs:
+        return ["<p>No system was run at a common rate.</p>"]
     rate = "" if trace.common_rate_rps is None else f" at {trace.common_rate_rps:.2f} requests/s"
-    head = [
-        f"system{rate}", "attained", "TTFT p50", "p90", "p99", "TPOT p50", "p90", "p99", "missed: TTFT p99",
-        "missed: TPOT p99", "flips", "migrations", "preemptions", "KV moved",
-    ]  # fmt: skip
-    rows = [
+    latencies = [
         [
-            escape(entry.title),
+            title,
             _percent(run["attainment"], 1),
             *(_milliseconds(run[name][p]) for name in ("ttft_s", "tpot_s") for p in ("p50", "p90", "p99")),
             _milliseconds(view.missed_ttft_p99_s),
             _milliseconds(view.missed_tpot_p99_s),
-            *(str(run[name]) for name in ("flips", "migrations", "preemptions")),
+        ]
+        for title, run, view in runs
+    ]
+    work = [
+        [
+            title,
+            *(f"{run[name]:,}" for name in ("flips", "migrations", "preemptions")),
             f"{run['kv_transfer_bytes'] / 1e9:.1f} GB",
         ]
-        for entry in trace.entries
-        if (run := entry.at_common) is not None and (view := entry.view) is not None
+        for title, run, _ in runs
     ]
-    note = _note('TTFT and TPOT in ms. "missed" is over the requests that missed their SLO.')
-    return _table(head, rows) + note if rows else "<p>No system was run at a common rate.</p>"
+    head = ["attained", "TTFT p50", "p90", "p99", "TPOT p50", "p90", "p99", "missed: TTFT p99", "TPOT p99"]
+    return [
+        table([f"system{rate}", *head], latencies),
+        note('TTFT and TPOT in ms. "missed" is over the requests that missed their SLO.'),
+        table([f"system{rate}", "flips", "migrations", "preemptions", "KV moved"], work),
+    ]
 
 
 def _cost_table(trace: TraceComparison) -> str:
@@ -169,13 +218,7 @@ def _cost_table(trace: TraceComparison) -> str:
             hours, cost = _number(run["instance_hours"], 3), _number(cost_per_million(run), 1)
             cells = [_number(run["rate_rps"], 2), f"{run['attained']:,}", hours, cost]
         rows.append([escape(entry.title), *cells])
-    return _table(head, rows)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    cells = "".join(f"<th>{escape(title)}</th>" for title in head)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
+    return table(head, rows)
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -201,7 +201,7 @@ class SimDriver:
                     self._events.push(at_s, EventKind.TICK, CONTROL)
                 case GiveUp(live, error):
                     self._close(live, error, now)
-                case Flipped(instance, before, after, reason):
+                case Flipped(instance, before, after, reason, _):
                     self.sampler.flips.append(FlipEvent(now, instance, before, after, reason))
                 case StartMigration(live, migrate):
                     self._migrate(live, self._index[migrate.src], self._index[migrate.dst], now)

@@ -28,6 +28,8 @@ from tidegate.policies.arrow.published import (
     decode_pool_load,
     flip,
     may_decode,
+    missed_tpot,
+    missed_ttft,
     prefill_cost,
     prefill_pool_load,
     verdict_on,
@@ -104,7 +106,7 @@ class LendingPlacement:
         if not hopeless and self.limits.decode_spares_one(snapshot, self.slo):
             flipped = flip(snapshot, Role.PREFILL, "inline")
             if flipped is not None:
-                why = "no prefill instance meets the TTFT target"
+                why = missed_ttft(request, snapshot, candidates, ttft)
                 return verdict_on_flipped(flipped, None, why, alternatives)
         chosen = prefill_beside_decodes(request, snapshot)
         why = "beside decodes: no prefill instance meets the TTFT target, no flip is due"
@@ -132,7 +134,7 @@ class LendingPlacement:
         if self.limits.prefill_spares_one(snapshot, self.slo):
             flipped = flip(snapshot, Role.DECODE, "inline", cooldown_s=self.cooldown_s)
             if flipped is not None:
-                why = "no decode instance meets the TPOT target"
+                why = missed_tpot(request, snapshot, candidates, over)
                 return verdict_on_flipped(flipped, prefill_on, why, alternatives)
         held = snapshot.index.get(prefill_on)
         chosen, pressure = least_pressed(request, snapshot, held, 1.0 - self.limits.kv_reserve)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from tidegate.core.instance import Role
 from tidegate.core.request import Request
 from tidegate.core.slo import Slo
 from tidegate.ledger.snapshot import Candidates, Mask, Snapshot, columns_of
-from tidegate.policies.arrow.published import may_decode, verdict_on, verdict_on_flipped
+from tidegate.policies.arrow.published import may_decode, missed_ttft, verdict_on, verdict_on_flipped
 from tidegate.policies.candidates import at_most, best, best_within, compared, member_mask, pool, with_room
 from tidegate.policies.pricing import RESIDENT_TOKENS, tokens_over_limit, ttft_s, wait_s
 from tidegate.policies.protocols import Signal
@@ -101,7 +101,8 @@ class ArrowV1Placement:
         alternatives = compared(snapshot, members, {"ttft_s": ttft})
         flipped = take(snapshot, Role.PREFILL, "inline")
         if flipped is not None:
-            return verdict_on_flipped(flipped, None, "all miss the TTFT target", alternatives)
+            why = missed_ttft(request, snapshot, members, ttft)
+            return verdict_on_flipped(flipped, None, why, alternatives)
         return verdict_on(snapshot.ids[best(snapshot, members, ttft)], None, "best effort", alternatives)
 
     def place_decode(self, request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:
@@ -120,7 +121,8 @@ class ArrowV1Placement:
         alternatives = compared(snapshot, members, {"running_tokens": running})
         flipped = take(snapshot, Role.DECODE, "inline")
         if flipped is not None:
-            return verdict_on_flipped(flipped, prefill_on, "all exceed a bound", alternatives)
+            why = "every decode instance exceeds its memory or its time per token"
+            return verdict_on_flipped(flipped, prefill_on, why, alternatives)
         return verdict_on(
             prefill_on, snapshot.ids[best(snapshot, members, running)], "best effort", alternatives
         )
@@ -153,6 +155,7 @@ class ArrowV1Monitor:
         flipped = take(snapshot, Role.DECODE, "monitor") if why else None
         if flipped is None:
             return ControlDecision(None, reason=why or "no trigger")
+        flipped = replace(flipped, why=f"decode takes an instance: {why}")
         return ControlDecision(None, (flipped,), f"{why}: flipped {flipped.instance}")
 
     def _why(self, snapshot: Snapshot) -> str:

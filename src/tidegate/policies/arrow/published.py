@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from tidegate.core.request import Request
 from tidegate.core.slo import Slo
 from tidegate.costs.profile import ProfileTable
 from tidegate.ledger.snapshot import At, Candidates, Cells, Column, Field, Mask, Snapshot, columns_of
-from tidegate.policies.candidates import Price, best, best_within, cell, compared, member_mask, pool
+from tidegate.policies.candidates import Price, best, best_within, cell, compared, member_mask, pool, price_at
 from tidegate.policies.pricing import QUEUED_TOKENS, RESIDENT_TOKENS, tokens_over_limit, ttft_s
 from tidegate.policies.protocols import Signal
 
@@ -84,7 +84,7 @@ class ArrowPlacement:
         if decode_pool_load(snapshot, self.slo) < self.shrink:  # line 4
             flipped = flip(snapshot, Role.PREFILL, "inline")
             if flipped is not None:  # line 5
-                why = "no prefill instance meets the TTFT target"
+                why = missed_ttft(request, snapshot, candidates, ttft)
                 return verdict_on_flipped(flipped, None, why, alternatives)
         chosen = best(snapshot, candidates, ttft, lead=resident)  # line 6
         why = "best effort: all miss the TTFT target, no flip is due"
@@ -104,9 +104,8 @@ class ArrowPlacement:
             return verdict_on(prefill_on, snapshot.ids[chosen], "meets the TPOT target", alternatives)
         flipped = flip(snapshot, Role.DECODE, "inline", cooldown_s=self.cooldown_s)  # line 4
         if flipped is not None:  # line 5
-            return verdict_on_flipped(
-                flipped, prefill_on, "no decode instance meets the TPOT target", alternatives
-            )
+            why = missed_tpot(request, snapshot, candidates, over)
+            return verdict_on_flipped(flipped, prefill_on, why, alternatives)
         chosen = best(snapshot, candidates, over, lead=queued)  # line 6
         why = "best effort: all miss the TPOT target, no flip is legal"
         return verdict_on(prefill_on, snapshot.ids[chosen], why, alternatives)
@@ -155,7 +154,8 @@ class ArrowMonitor:
         flipped = flip(snapshot, Role.DECODE, "monitor", cooldown_s=self.cooldown_s)
         if flipped is None:
             return ControlDecision(count, reason=f"{loads}, no flip is legal")
-        return ControlDecision(0, (flipped,), f"{loads}: flipped {flipped.instance}")
+        why = f"decode needs an instance and prefill spares one: {loads} for {count} ticks"
+        return ControlDecision(0, (replace(flipped, why=why),), f"{loads}: flipped {flipped.instance}")
 
 
 def flip(snapshot: Snapshot, to: Role, reason: str, *, cooldown_s: float = 0.0) -> Flip | None:
@@ -232,6 +232,24 @@ def verdict_on(
     return Verdict(Place(prefill_on, decode_on, DISAGGREGATED), flips, alternatives, reason)
 
 
+def missed_ttft(request: Request, snapshot: Snapshot, candidates: Candidates, ttft: Price) -> str:
+    """Return the sentence that no candidate starts to answer in time, and how late the best would be."""
+    target = f"no prefill instance meets {1000 * request.slo.ttft_s:g} ms"
+    if not len(candidates):
+        return f"{target}: none has room"
+    least_s = price_at(snapshot, ttft, best(snapshot, candidates, ttft))
+    return f"{target}: the best waits {1000 * least_s:,.0f} ms"
+
+
+def missed_tpot(request: Request, snapshot: Snapshot, candidates: Candidates, over: Price) -> str:
+    """Return the sentence that no candidate decodes fast enough, and by how much the best is too full."""
+    target = f"no decode instance meets {1000 * request.slo.tpot_s:g} ms per token"
+    if not len(candidates):
+        return f"{target}: none has room"
+    tokens = price_at(snapshot, over, best(snapshot, candidates, over))
+    return f"{target}: the best holds {tokens:,.0f} tokens too many"
+
+
 def verdict_on_flipped(
     flipped: Flip, prefill_on: str | None, why: str, alternatives: Alternatives | None = None
 ) -> Verdict:
@@ -239,9 +257,9 @@ def verdict_on_flipped(
 
     It places the decode of a prefill that ran on ``prefill_on``, or a prefill where that is None.
     """
-    on, reason = flipped.instance, f"{why}: flipped {flipped.instance}"
+    on, reason = flipped.instance, f"{why}; flipped {flipped.instance}"
     decode_on = None if prefill_on is None else on
-    return verdict_on(prefill_on or on, decode_on, reason, alternatives, (flipped,))
+    return verdict_on(prefill_on or on, decode_on, reason, alternatives, (replace(flipped, why=why),))
 
 
 def _mean(load: Column, members: Mask) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
 from tidegate.core.decision import ControlDecision, Flip, Verdict
@@ -88,5 +88,6 @@ class RepairingMonitor(Generic[S]):
         flipped = repair(snapshot)
         if flipped is not None:
             reason = f"a pool was empty: flipped {flipped.instance}"
-            return ControlDecision(self.initial(), (flipped,), reason)
+            why = f"no {flipped.to.label} instance was left"
+            return ControlDecision(self.initial(), (replace(flipped, why=why),), reason)
         return self.monitor.decide(snapshot, state)
