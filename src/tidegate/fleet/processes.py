@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import secrets
 import sys
@@ -17,9 +18,10 @@ from pydantic import BaseModel, Field, ValidationError
 
 from tidegate.core.errors import ConfigError
 from tidegate.core.instance import Instance
-from tidegate.costs.fitting import PrefillSample, StepSample, fit_profile
+from tidegate.costs.fitting import PrefillSample, StepSample, fit_few
 from tidegate.costs.forms import TransferCost
 from tidegate.costs.profile import Profile
+from tidegate.costs.roofline import Shape, nominal_profile
 from tidegate.fleet.member import Member
 from tidegate.fleet.supervision import HOST, FleetPace, ProcessFleet, Slot
 
@@ -32,6 +34,7 @@ SAME_HOST = TransferCost(latency_s=0.001, bytes_per_s=1e9)
 
 Measured: a pull of 1 MiB takes about 2 ms. How that divides into latency and bandwidth is assumed.
 """
+SMALL = Shape(576, 30, 9, 3, 64, 1536, 49152, 4.0, 4.0)
 
 
 class Ready(BaseModel):
@@ -165,12 +168,14 @@ class LocalFleet(ProcessFleet[Ready]):
             started = [r for r in self._first_starts.values() if r is not None]
             name = f"{self._launch.device}/{started[0].model}" if started else self._launch.device
             samples = [sample for ready in started for sample in ready.profile_samples]
-            self._profile = pooled_profile(name, samples)
+            prior = nominal_profile(name, self._launch.device.partition(":")[0], _shape(self._launch.model))
+            self._profile = pooled_profile(name, samples, prior)
             self._measured.set()
 
 
-def pooled_profile(name: str, samples: Iterable[PrefillSample | StepSample]) -> Profile | None:
-    """Fit one profile to the samples of engines that are alike; None, with a warning, when it cannot be.
+def pooled_profile(name: str, samples: Iterable[PrefillSample | StepSample], prior: Profile) -> Profile:
+    """Fit one profile to the samples of engines that are alike; too few of them scale ``prior``, with a
+    warning.
 
     All engines measure every point at the same time on one machine: the median over them keeps a neighbour's
     noise out of the fit, and equal profiles keep policies from preferring one engine by accident.
@@ -179,14 +184,22 @@ def pooled_profile(name: str, samples: Iterable[PrefillSample | StepSample]) -> 
     for sample in samples:
         points.setdefault(replace(sample, seconds=0.0), []).append(sample.seconds)
     medians = [replace(point, seconds=median(seconds)) for point, seconds in points.items()]
+    profile, lacking = fit_few(
+        name,
+        [sample for sample in medians if isinstance(sample, PrefillSample)],
+        [sample for sample in medians if isinstance(sample, StepSample)],
+        SAME_HOST,
+        prior,
+        source="measured by the engines at start",
+    )
+    if lacking:
+        log.warning("the engines' measurement at start was cut short: %s; requests refine it", lacking)
+    return profile
+
+
+def _shape(folder: Path) -> Shape:
+    """Return the shape of the model in a folder, or that of a small one where its file does not say."""
     try:
-        return fit_profile(
-            name,
-            [sample for sample in medians if isinstance(sample, PrefillSample)],
-            [sample for sample in medians if isinstance(sample, StepSample)],
-            SAME_HOST,
-            source="measured by the engines at start",
-        )
-    except ConfigError as error:
-        log.warning("the instances have no measured profile: %s", error)
-        return None
+        return Shape.from_config(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError, ConfigError):
+        return SMALL
