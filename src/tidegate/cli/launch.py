@@ -7,6 +7,7 @@ import logging
 import os
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from datetime import UTC, datetime
@@ -31,6 +32,8 @@ from tidegate.fleet.processes import EngineLaunch, LocalFleet
 from tidegate.fleet.static import StaticFleet
 from tidegate.fleet.vllm import ServeArguments
 from tidegate.gateway.run import run_gateway
+
+REDRAW_S, PROGRESS_S = 0.5, 5.0
 
 
 def launch(config: Config) -> bool:
@@ -102,6 +105,7 @@ def make_fleet(config: Config) -> Fleet:
             max_batch_tokens=engine.max_batch_tokens,
             order=order,
             log_level=log_level,
+            zygote=True,
         )
     )
 
@@ -145,11 +149,13 @@ def new_log_folder() -> Path:
 
 
 class AnnouncedFleet:
-    """A fleet that prints which instances come up and when, and passes everything else on."""
+    """A fleet that prints which instances come up and when, and until the first start is over what the others
+    do: one line that changes on a terminal, else one every ``PROGRESS_S``. Passes everything else on."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
         self.ids = fleet.ids
+        self.starting = fleet.starting
         self.suspect, self.add, self.remove, self.stop = fleet.suspect, fleet.add, fleet.remove, fleet.stop
         self.model = ""
         """The model of the first member that came up."""
@@ -158,10 +164,35 @@ class AnnouncedFleet:
         self._began_s = time.monotonic()
         self._member_up = listener.member_up
         self.member_down, self.start_failed = listener.member_down, listener.start_failed
-        await self._fleet.start(self)
+        progress = asyncio.create_task(self._show_progress())
+        try:
+            await self._fleet.start(self)
+        finally:
+            progress.cancel()
+            self._clear_line()
+
+    async def _show_progress(self) -> None:
+        while True:
+            await asyncio.sleep(REDRAW_S if sys.stdout.isatty() else PROGRESS_S)
+            alike: dict[str, list[str]] = {}
+            for instance_id, stage in self._fleet.starting().items():
+                alike.setdefault(stage, []).append(instance_id)
+            stages = "; ".join(f"{', '.join(ids)} {stage}" for stage, ids in alike.items())
+            line = f"  starting for {time.monotonic() - self._began_s:.0f} s: {stages}"
+            self._clear_line()
+            if sys.stdout.isatty():
+                typer.echo(line[: shutil.get_terminal_size().columns - 1], nl=False)
+            elif stages:
+                typer.echo(line)
+
+    @staticmethod
+    def _clear_line() -> None:
+        if sys.stdout.isatty():
+            typer.echo("\r\x1b[K", nl=False)
 
     def member_up(self, member: Member) -> None:
         self.model = self.model or member.model
+        self._clear_line()
         typer.echo(
             f"  {member.instance.id} up after {time.monotonic() - self._began_s:.1f} s: {member.model} at "
             f"{member.url}, KV for {member.instance.kv_capacity_tokens} tokens"

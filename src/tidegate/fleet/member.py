@@ -114,6 +114,10 @@ class Fleet(FleetControl, Protocol):
     @property
     def ids(self) -> tuple[str, ...]: ...
 
+    def starting(self) -> dict[str, str]:
+        """Return what those that are not up are doing."""
+        ...
+
     async def start(self, listener: FleetListener) -> None:
         """Begin; return once every instance is up or has failed its first start. Raises SetupError when none
         can come up at all, with the last lines each one logged."""

@@ -7,7 +7,7 @@ import json
 import logging
 import secrets
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,14 +16,16 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
-from tidegate.core.errors import ConfigError
+from tidegate.core.errors import ConfigError, SetupError
 from tidegate.core.instance import Instance
 from tidegate.costs.fitting import PrefillSample, StepSample, fit_few
 from tidegate.costs.forms import TransferCost
 from tidegate.costs.profile import Profile
 from tidegate.costs.roofline import Shape, nominal_profile
+from tidegate.fleet.child import Child
 from tidegate.fleet.member import Member
-from tidegate.fleet.supervision import HOST, FleetPace, ProcessFleet, Slot
+from tidegate.fleet.supervision import HOST, FleetPace, ProcessFleet, Slot, inherited_environment
+from tidegate.fleet.zygote import Zygote
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +94,8 @@ def parse_ready(announcement: type[Announcement], line: str) -> Announcement | N
 @dataclass(frozen=True, slots=True)
 class EngineLaunch:
     """What every engine of a local fleet is started with. ``max_model_len`` None leaves it to the model's
-    configuration; ``command`` is the program before the flags."""
+    configuration; ``command`` is the program before the flags. ``zygote``: a process that has torch imported
+    forks them, where the system can (Linux)."""
 
     model: Path
     instances: int = 3
@@ -105,6 +108,7 @@ class EngineLaunch:
     order: str = "fifo"
     log_level: str = "warning"
     command: tuple[str, ...] = (sys.executable, "-m", "tidegate.engines.embedded")
+    zygote: bool = False
 
     def argv(self, engine_id: str, *, self_profile: bool = True) -> list[str]:
         """Return the command line of one engine. It never holds a secret."""
@@ -129,7 +133,7 @@ class EngineLaunch:
             flags["--max-model-len"] = self.max_model_len
         words = [word for flag, value in flags.items() for word in (flag, str(value))]
         unprofiled = () if self_profile else ("--no-self-profile",)
-        return [*self.command, *words, "--exit-with-parent", *unprofiled]
+        return [*self.command, *words, "--exit-with-parent", "--tell-stages", *unprofiled]
 
 
 class LocalFleet(ProcessFleet[Ready]):
@@ -142,6 +146,34 @@ class LocalFleet(ProcessFleet[Ready]):
         self._first_starts: dict[str, Ready | None] = {}
         self._measured = asyncio.Event()
         self._profile: Profile | None = None
+        self._zygote: Zygote | None = None
+
+    async def spawn(self, slot: Slot, argv: Sequence[str], env: Mapping[str, str]) -> Child[Ready]:
+        """See ``ProcessFleet.spawn``. What cannot be forked is started afresh."""
+        if self._launch.zygote and sys.platform == "linux":
+            if self._zygote is None:
+                self._zygote = Zygote(self._launch.model, inherited_environment())
+            flags = argv[len(self._launch.command) :]
+            try:
+                process = await self._zygote.fork(flags, self.environment(slot))
+                return Child(slot.name, process, self._parse, keeper=False)
+            except SetupError as error:
+                log.warning("%s is started afresh: %s", slot.name, error.message.splitlines()[0])
+        return await Child.spawn(slot.name, argv, env, self._parse, keeper=False)
+
+    async def stop(self) -> None:
+        await super().stop()
+        if self._zygote is not None:
+            await self._zygote.stop()
+
+    def starting(self) -> dict[str, str]:
+        """See ``Fleet.starting``."""
+        done = {name for name, ready in self._first_starts.items() if ready is not None}
+        forking = {
+            name: "importing torch" for name, slot in self._slots.items() if self._zygote and not slot.child
+        }
+        waits = {name: "measured, waits for the others" for name in done if not self._measured.is_set()}
+        return {name: (forking | waits).get(name, stage) for name, stage in super().starting().items()}
 
     def argv(self, slot: Slot) -> list[str]:
         return self._launch.argv(

@@ -131,6 +131,12 @@ class StaticFleet:
         """See ``FleetControl.remove``: servers that something else started are not stopped from here."""
         return False
 
+    def starting(self) -> dict[str, str]:
+        """See ``Fleet.starting``."""
+        return {
+            server.id: f"waiting: {server.trouble}" for server in self._servers.values() if not server.was_up
+        }
+
     def suspect(self, instance_id: str) -> None:
         server = self._servers.get(instance_id)
         if server is not None:
