@@ -187,7 +187,8 @@ class LocalFleet(ProcessFleet[Ready]):
         """See ``ProcessFleet.members``. Waits until all instances have been measured."""
         self._note_first_start(slot, announced)
         await self._measured.wait()
-        return [announced.member(slot.name, "embedded", self._profile, self._secret, self._api_key)]
+        member = announced.member(slot.name, "embedded", self._profile, self._secret, self._api_key)
+        return [replace(member, measured_at_start=True)]
 
     def not_started(self, slot: Slot) -> None:
         self._note_first_start(slot, None)
