@@ -19,6 +19,8 @@ from tidegate.fleet.launched_vllm import LaunchedVllmFleet
 from tidegate.fleet.member import FleetListener, Member
 from tidegate.fleet.processes import LocalFleet
 from tidegate.fleet.static import StaticFleet
+from tidegate.policies.protocols import Signal
+from tidegate.systems import System
 from tidegate_testing.members import GivenFleet
 
 
@@ -223,3 +225,24 @@ async def test_a_start_shows_what_goes_on(
     else:
         assert out.splitlines()[:2] == [line, line]
         assert out.splitlines()[-1].startswith(up)
+
+
+@pytest.mark.parametrize(("moves", "profile"), [(False, ""), (False, "h100_sxm/llama-3.1-8b"), (True, "")])
+def test_without_a_kv_connector_vllm_servers_serve_colocated_and_it_is_said(
+    moves: bool, profile: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def run_gateway(_: object, fleet: object, system: System, **__: object) -> bool:
+        system.check_signals([Signal.PROFILE] if profile else [])
+        served.append(system.name)
+        return True
+
+    async def hands_on_kv(_: StaticFleet) -> bool:
+        return moves
+
+    served: list[str] = []
+    monkeypatch.setattr(launch, "run_gateway", run_gateway)
+    monkeypatch.setattr(StaticFleet, "hands_on_kv", hands_on_kv)
+    given = {"vllm": ["http://a", "http://b"], **({"profile": [profile]} if profile else {})}
+    launch.launch(resolve(None, {}, given, warn=lambda _: None).config)
+    assert served == (["static"] if moves else ["colocated"])
+    assert ("no KV connector, so nothing can be disaggregated" in capsys.readouterr().err) is not moves

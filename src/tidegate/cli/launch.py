@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from ipaddress import ip_address
 from pathlib import Path
@@ -20,6 +21,7 @@ import typer
 
 from tidegate import __version__
 from tidegate.cli.config import Config, FleetSection
+from tidegate.cli.instance_keys import KeyFile, state_folder
 from tidegate.cli.model import ARCH, require_embedded, tiny_model
 from tidegate.cli.terminal import debugging, warn
 from tidegate.core.errors import SetupError
@@ -32,7 +34,10 @@ from tidegate.fleet.processes import EngineLaunch, LocalFleet
 from tidegate.fleet.static import StaticFleet
 from tidegate.fleet.vllm import ServeArguments
 from tidegate.gateway.run import run_gateway
+from tidegate.policies.baselines import Colocated
+from tidegate.systems import System, make_system
 
+COLOCATED = "colocated"
 REDRAW_S, PROGRESS_S = 0.5, 5.0
 
 
@@ -50,7 +55,10 @@ def launch(config: Config) -> bool:
     )
     if not settings.api_key and not _is_loopback(settings.host):
         warn(f"{settings.host} is open to the network and no API key is set")
-    announced = AnnouncedFleet(make_fleet(config))
+    fleet = make_fleet(config)
+    if system.name != COLOCATED and config.fleet.size > 1 and not _hands_on_kv(fleet, config.fleet):
+        system = colocated_without_kv(config, system.name)
+    announced = AnnouncedFleet(fleet)
     served = False
 
     def on_ready(base_url: str) -> None:
@@ -67,6 +75,27 @@ def launch(config: Config) -> bool:
         return False
     typer.echo("stopped" if graceful else "stopped at once")
     return graceful
+
+
+def _hands_on_kv(fleet: Fleet, source: FleetSection) -> bool:
+    """Tell whether instances pull KV of each other, which vLLM servers may lack a connector for."""
+    if isinstance(fleet, StaticFleet):
+        return asyncio.run(fleet.hands_on_kv())
+    launched = source.launch == "vllm"
+    return not launched or ServeArguments(shlex.split(source.vllm_args or "")).kv_transfer.connector != "none"
+
+
+def colocated_without_kv(config: Config, name: str) -> System:
+    """Return the system that serves in the place of ``name``, and say why."""
+    warn(
+        f"these vLLM servers have no KV connector, so nothing can be disaggregated: {COLOCATED} serves, not "
+        f"{name}, which would compute every prompt twice (if they have one: --kv-connector)"
+    )
+    system = make_system(COLOCATED, slo=config.scheduling.slo)
+    if config.fleet.profile:
+        return system
+    both = Colocated(needs=frozenset())  # All servers are taken for alike, and go by what each has to do.
+    return replace(system, prefill=both, decode=both)
 
 
 def make_fleet(config: Config) -> Fleet:
@@ -144,8 +173,7 @@ def vllm_program(given: Path | None) -> Path:
 
 def new_log_folder() -> Path:
     """Return a folder for the logs of this launch, which does not exist yet."""
-    state = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    return Path(state) / "tidegate" / "vllm" / f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
+    return state_folder() / "vllm" / f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
 
 
 class AnnouncedFleet:
@@ -156,7 +184,8 @@ class AnnouncedFleet:
         self._fleet = fleet
         self.ids = fleet.ids
         self.starting = fleet.starting
-        self.suspect, self.add, self.remove, self.stop = fleet.suspect, fleet.add, fleet.remove, fleet.stop
+        self.suspect, self.add, self.remove = fleet.suspect, fleet.add, fleet.remove
+        self._keys = KeyFile()
         self.model = ""
         """The model of the first member that came up."""
 
@@ -170,6 +199,10 @@ class AnnouncedFleet:
         finally:
             progress.cancel()
             self._clear_line()
+
+    async def stop(self) -> None:
+        self._keys.remove()
+        await self._fleet.stop()
 
     async def _show_progress(self) -> None:
         while True:
@@ -192,6 +225,7 @@ class AnnouncedFleet:
 
     def member_up(self, member: Member) -> None:
         self.model = self.model or member.model
+        self._keys.add(member)
         self._clear_line()
         typer.echo(
             f"  {member.instance.id} up after {time.monotonic() - self._began_s:.1f} s: {member.model} at "
