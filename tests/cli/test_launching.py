@@ -92,7 +92,7 @@ def test_missing_packages_are_named_with_the_command_that_brings_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(model, "find_spec", lambda name: None if name == "torch" else object())
-    with pytest.raises(SetupError, match=r"needs torch: pip install 'tidegate\[embedded\]'"):
+    with pytest.raises(SetupError, match=r"needs torch: pip install torch"):
         model.require_embedded()
 
 

@@ -89,7 +89,7 @@ def styled(width_in: float, height_in: float, rows: int = 1, columns: int = 1, *
     try:
         import matplotlib
     except ImportError:
-        raise NoPlots("charts need matplotlib: pip install 'tidegate[plots]'") from None
+        raise NoPlots("charts need matplotlib: pip install matplotlib") from None
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(SETTINGS):
