@@ -30,6 +30,9 @@ class GivenFleet:
     def ids(self) -> tuple[str, ...]:
         return tuple(self.urls)
 
+    def starting(self) -> dict[str, str]:
+        return {}
+
     async def start(self, listener: FleetListener) -> None:
         self.listener = listener
         for name in self.urls:

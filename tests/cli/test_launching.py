@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +19,9 @@ from tidegate.fleet.launched_vllm import LaunchedVllmFleet
 from tidegate.fleet.member import FleetListener, Member
 from tidegate.fleet.processes import LocalFleet
 from tidegate.fleet.static import StaticFleet
+from tidegate.policies.protocols import Signal
+from tidegate.systems import System
+from tidegate_testing.members import GivenFleet
 
 
 @pytest.mark.parametrize("keyed", [False, True])
@@ -87,7 +92,7 @@ def test_missing_packages_are_named_with_the_command_that_brings_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(model, "find_spec", lambda name: None if name == "torch" else object())
-    with pytest.raises(SetupError, match=r"needs torch: pip install 'tidegate\[embedded\]'"):
+    with pytest.raises(SetupError, match=r"needs torch: pip install torch"):
         model.require_embedded()
 
 
@@ -141,6 +146,9 @@ async def test_the_announced_fleet_says_who_comes_up(capsys: pytest.CaptureFixtu
         ids = ("i0",)
         suspected: str = ""
 
+        def starting(self) -> dict[str, str]:
+            return {}
+
         async def start(self, listener: FleetListener) -> None:
             listener.member_up(member)
             listener.member_down("i0", "was killed by SIGKILL")
@@ -178,3 +186,63 @@ async def test_the_announced_fleet_says_who_comes_up(capsys: pytest.CaptureFixtu
     assert announced.model == "m" and announced.ids == ("i0",) and scripted.suspected == "i0"
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("  i0 up after 0.0 s: m at http://a")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+async def test_a_start_shows_what_goes_on(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch, "PROGRESS_S", 0.0)
+    monkeypatch.setattr(launch, "REDRAW_S", 0.0)
+    shown = asyncio.Event()
+
+    class Slow(GivenFleet):
+        asked = 0
+
+        async def start(self, listener: FleetListener) -> None:
+            await shown.wait()
+            await super().start(listener)
+
+        def starting(self) -> dict[str, str]:
+            self.asked += 1
+            if self.asked > 2:
+                shown.set()
+            return {"i0": "importing torch", "i1": "importing torch", "i2": "measuring"}
+
+    class Gateway:
+        def member_up(self, member: Member) -> None: ...
+        def member_down(self, instance_id: str, reason: str) -> None: ...
+        def start_failed(self, instance_id: str, reason: str) -> None: ...
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    await launch.AnnouncedFleet(Slow({"i0": "http://a"})).start(Gateway())
+    out = capsys.readouterr().out
+    line = "  starting for 0 s: i0, i1 importing torch; i2 measuring"
+    up = "  i0 up after 0.0 s"
+    if terminal:
+        assert out.count("\n") == 1, "the line changes in place, and gives way to what stays"
+        assert f"\x1b[K{line}\r\x1b[K" in out and f"\x1b[K{up}" in out
+    else:
+        assert out.splitlines()[:2] == [line, line]
+        assert out.splitlines()[-1].startswith(up)
+
+
+@pytest.mark.parametrize(("moves", "profile"), [(False, ""), (False, "h100_sxm/llama-3.1-8b"), (True, "")])
+def test_without_a_kv_connector_vllm_servers_serve_colocated_and_it_is_said(
+    moves: bool, profile: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def run_gateway(_: object, fleet: object, system: System, **__: object) -> bool:
+        system.check_signals([Signal.PROFILE] if profile else [])
+        served.append(system.name)
+        return True
+
+    async def hands_on_kv(_: StaticFleet) -> bool:
+        return moves
+
+    served: list[str] = []
+    monkeypatch.setattr(launch, "run_gateway", run_gateway)
+    monkeypatch.setattr(StaticFleet, "hands_on_kv", hands_on_kv)
+    given = {"vllm": ["http://a", "http://b"], **({"profile": [profile]} if profile else {})}
+    launch.launch(resolve(None, {}, given, warn=lambda _: None).config)
+    assert served == (["static"] if moves else ["colocated"])
+    assert ("no KV connector, so nothing can be disaggregated" in capsys.readouterr().err) is not moves

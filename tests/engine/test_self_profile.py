@@ -37,6 +37,37 @@ def test_a_small_pool_is_measured_within_its_bounds(llama: Path) -> None:
     driven.assert_clean()
 
 
+@pytest.mark.parametrize(
+    ("slower", "prefills", "steps", "at_most_s"), [(1, 3, 3, 15.0), (8, 1, 1, 15.0), (100, 1, 0, 40.0)]
+)
+def test_a_slow_machine_measures_less_and_ends_in_time(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, slower: float, prefills: int, steps: int, at_most_s: float
+) -> None:
+    driven = Driven(llama, dtype="float32", total_blocks=512)
+    runner, now_s = driven.engine._runner, 0.0
+    run = runner.run
+
+    def slow(batch: Any) -> Any:
+        nonlocal now_s
+        now_s += slower * (0.15 + 0.01 * batch.tokens)
+        return run(batch)
+
+    monkeypatch.setattr(runner, "run", slow)
+    monkeypatch.setattr("tidegate.engines.embedded.self_profile.time.perf_counter", lambda: now_s)
+    told: list[str] = []
+    kinds = [sample["kind"] for sample in self_profile(driven.engine, tell=told.append)]
+    assert kinds.count("prefill") >= prefills and kinds.count("step") >= steps
+    assert now_s <= at_most_s
+    assert len(told) > 0
+    driven.assert_clean()
+
+
+def test_samples_hold_what_all_requests_of_a_step_hold(llama: Path) -> None:
+    driven = Driven(llama, dtype="float32", total_blocks=512)
+    steps = [sample for sample in self_profile(driven.engine) if sample["kind"] == "step"]
+    assert {(s["batch"], s["context_tokens"]) for s in steps[:3]} == {(1, 66), (8, 8 * 66), (4, 4 * 514)}
+
+
 @pytest.mark.parametrize("failing", [0, 1, 2, 5])
 def test_a_failing_step_fails_the_profile(llama: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
     driven = Driven(llama, dtype="float32", total_blocks=512)

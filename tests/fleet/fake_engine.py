@@ -1,8 +1,9 @@
 """A stand-in for an engine process: announces itself, answers /health, obeys the environment.
 
 FAKE_ENGINE selects what it does: ``serve`` (the default), ``crash`` (writes to stderr and exits 3),
-``mute`` (never announces), ``garbled`` (announces half a line), ``stubborn`` (ignores SIGTERM),
-``once:PATH`` (serves only if it can create PATH, else crashes), ``slow:PATH`` (the same, else is mute).
+``mute`` (never announces), ``loading`` (says what it does, and never announces), ``garbled`` (announces half
+a line), ``stubborn`` (ignores SIGTERM), ``once:PATH`` (serves only if it can create PATH, else crashes),
+``slow:PATH`` (the same, else is mute).
 ``GET /hang`` makes every later /health wait for ever; ``GET /secret`` returns the launch secret.
 """
 
@@ -88,7 +89,9 @@ def main() -> None:
         print("loading weights", file=sys.stderr)
         print("RuntimeError: no such weights", file=sys.stderr)
         sys.exit(3)
-    if mode == "mute":
+    if mode == "loading":
+        print("tidegate-stage: loading the model", flush=True)
+    if mode in ("mute", "loading"):
         sys.stdin.read()
         return
     if mode == "garbled":

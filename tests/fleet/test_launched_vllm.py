@@ -253,6 +253,32 @@ def test_arguments_tell_how_many_gpus_and_how_kv_moves() -> None:
     assert json.loads(line[line.index("--kv-transfer-config") + 1]) == {**config, "engine_id": "i0-1"}
     unknown = ServeArguments(["--kv-transfer-config", '{"kv_connector": "LMCacheConnectorV1"}'])
     assert unknown.kv_transfer.connector == "none"
-    for words in (["--kv-transfer-config", "nixl"], ["-tp", "two"], ["--port=1"]):
+    for words in (
+        ["--kv-transfer-config", "nixl"],
+        ["-tp", "two"],
+        ["-tp", "²"],
+        ["-tp", "00"],
+        ["--port=1"],
+    ):
         with pytest.raises(ConfigError):
             ServeArguments(words)
+
+
+@pytest.mark.parametrize(
+    "lease", ['"soon"', '"60"', "null", "true", "[30]", "0", "-1", "NaN", "Infinity", "1" + 400 * "0"]
+)
+def test_a_lease_that_is_no_time_is_a_wrong_setting(lease: str) -> None:
+    config = (
+        f'{{"kv_connector": "NixlConnector", "kv_connector_extra_config": {{"kv_lease_duration": {lease}}}}}'
+    )
+    with pytest.raises(ConfigError, match="kv_lease_duration"):
+        ServeArguments(["--kv-transfer-config", config])
+
+
+@pytest.mark.parametrize(
+    "config", ["[]", "{}", '{"kv_connector": ["Nixl"]}', '{"kv_connector": null}',
+               '{"kv_connector": "NixlConnector", "kv_connector_extra_config": [1]}']
+)  # fmt: skip
+def test_a_configuration_of_another_form_is_a_wrong_setting(config: str) -> None:
+    with pytest.raises(ConfigError, match="expected JSON with a kv_connector"):
+        ServeArguments(["--kv-transfer-config", config])

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,6 +140,19 @@ async def test_an_engine_that_never_announces_itself_fails_the_start(
     patient = 20.0 if mode == "garbled" else 0.5
     with pytest.raises(SetupError, match=reason):
         await make(1, FleetPace(ready_s=patient, grace_s=1.0)).start(Recorder())
+
+
+async def test_a_starting_engine_is_known_by_what_it_does(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_ENGINE", "loading")
+    fleet = make(2, FleetPace(grace_s=1.0))
+    starting = asyncio.create_task(fleet.start(Recorder()))
+    await until(lambda: fleet.starting() == {"i0": "loading the model", "i1": "loading the model"})
+    starting.cancel()
+    with suppress(asyncio.CancelledError):
+        await starting
+    assert fleet.starting() == {}
 
 
 async def test_a_missing_program_fails_the_start() -> None:

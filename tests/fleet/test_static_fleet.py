@@ -338,3 +338,22 @@ def test_urls_are_checked() -> None:
             checked_url(wrong)
     with pytest.raises(ConfigError, match="more than once"):
         StaticFleet(["http://h:1", "http://h:1/"])
+
+
+async def test_servers_show_whether_kv_moves_between_them(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Server()
+    await other.up()
+    urls = [server.url, other.url]
+    assert not await StaticFleet(urls, pace=QUICK).hands_on_kv()
+    assert await StaticFleet([server.url, f"prefill={other.url}"], pace=QUICK).hands_on_kv()
+    assert await StaticFleet(urls, kv=KvSetup("nixl"), pace=QUICK).hands_on_kv()
+    assert not await StaticFleet(urls, kv=KvSetup("none"), pace=QUICK).hands_on_kv()
+    other.metrics += "vllm:nixl_num_failed_transfers_total 0.0\n"
+    assert await StaticFleet(urls, pace=QUICK).hands_on_kv()
+    await other.down()
+    monkeypatch.setattr("tidegate.fleet.static.ANSWER_S", 0.3)
+    assert not await StaticFleet(urls, pace=QUICK).hands_on_kv()
+    await server.down()
+    assert await StaticFleet(urls, pace=QUICK).hands_on_kv(), "nobody answers: the start says so"

@@ -25,10 +25,12 @@ SHORTEST_PULL = 96
 @dataclass(frozen=True, slots=True)
 class CheckSettings:
     """What to check: each server's URL, and its role if it keeps one. With ``slo`` the servers' speed is
-    judged; ``thorough`` waits for leases to end, which have to last ``lease_s``."""
+    judged; ``thorough`` waits for leases to end, which have to last ``lease_s``.
+    ``ours``: tidegate's own instances, whose KV moves in another protocol, which is not probed."""
 
     servers: tuple[tuple[str, Role | None], ...]
     api_key: str = field(default="", repr=False)
+    ours: bool = False
     slo: Slo | None = None
     thorough: bool = False
     lease_s: float = LEASE_S

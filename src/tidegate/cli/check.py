@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Annotated
 
@@ -15,6 +16,7 @@ from rich.markup import escape
 from tidegate.check.context import CheckSettings
 from tidegate.check.run import check_fleet
 from tidegate.check.verdict import CheckReport, CheckVerdict, Finding
+from tidegate.cli.instance_keys import shared_key
 from tidegate.cli.options import Flag, OptionGroup
 from tidegate.cli.terminal import FAILURE, plain_table, share_bar
 from tidegate.core.errors import ConfigError
@@ -80,8 +82,12 @@ def run(
     twice = sorted({each for each in urls if urls.count(each) > 1})
     if twice:
         raise ConfigError(f"given more than once: {', '.join(twice)}")
+    checked = settings(tuple(servers))
+    known = shared_key(urls)
+    if known is not None:
+        checked = replace(checked, api_key=known.api_key, ours=True)
     with share_bar() as advance:
-        report = asyncio.run(check_fleet(settings(tuple(servers)), advance))
+        report = asyncio.run(check_fleet(checked, advance))
     if as_json:
         typer.echo(json.dumps(report.to_json(), indent=2))
     else:

@@ -7,8 +7,10 @@ import logging
 import os
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from ipaddress import ip_address
 from pathlib import Path
@@ -19,6 +21,7 @@ import typer
 
 from tidegate import __version__
 from tidegate.cli.config import Config, FleetSection
+from tidegate.cli.instance_keys import KeyFile, state_folder
 from tidegate.cli.model import ARCH, require_embedded, tiny_model
 from tidegate.cli.terminal import debugging, warn
 from tidegate.core.errors import SetupError
@@ -31,6 +34,11 @@ from tidegate.fleet.processes import EngineLaunch, LocalFleet
 from tidegate.fleet.static import StaticFleet
 from tidegate.fleet.vllm import ServeArguments
 from tidegate.gateway.run import run_gateway
+from tidegate.policies.baselines import Colocated
+from tidegate.systems import System, make_system
+
+COLOCATED = "colocated"
+REDRAW_S, PROGRESS_S = 0.5, 5.0
 
 
 def launch(config: Config) -> bool:
@@ -47,7 +55,10 @@ def launch(config: Config) -> bool:
     )
     if not settings.api_key and not _is_loopback(settings.host):
         warn(f"{settings.host} is open to the network and no API key is set")
-    announced = AnnouncedFleet(make_fleet(config))
+    fleet = make_fleet(config)
+    if system.name != COLOCATED and config.fleet.size > 1 and not _hands_on_kv(fleet, config.fleet):
+        system = colocated_without_kv(config, system.name)
+    announced = AnnouncedFleet(fleet)
     served = False
 
     def on_ready(base_url: str) -> None:
@@ -64,6 +75,27 @@ def launch(config: Config) -> bool:
         return False
     typer.echo("stopped" if graceful else "stopped at once")
     return graceful
+
+
+def _hands_on_kv(fleet: Fleet, source: FleetSection) -> bool:
+    """Tell whether instances pull KV of each other, which vLLM servers may lack a connector for."""
+    if isinstance(fleet, StaticFleet):
+        return asyncio.run(fleet.hands_on_kv())
+    launched = source.launch == "vllm"
+    return not launched or ServeArguments(shlex.split(source.vllm_args or "")).kv_transfer.connector != "none"
+
+
+def colocated_without_kv(config: Config, name: str) -> System:
+    """Return the system that serves in the place of ``name``, and say why."""
+    warn(
+        f"these vLLM servers have no KV connector, so nothing can be disaggregated: {COLOCATED} serves, not "
+        f"{name}, which would compute every prompt twice (if they have one: --kv-connector)"
+    )
+    system = make_system(COLOCATED, slo=config.scheduling.slo)
+    if config.fleet.profile:
+        return system
+    both = Colocated(needs=frozenset())  # All servers are taken for alike, and go by what each has to do.
+    return replace(system, prefill=both, decode=both)
 
 
 def make_fleet(config: Config) -> Fleet:
@@ -102,6 +134,7 @@ def make_fleet(config: Config) -> Fleet:
             max_batch_tokens=engine.max_batch_tokens,
             order=order,
             log_level=log_level,
+            zygote=True,
         )
     )
 
@@ -140,17 +173,19 @@ def vllm_program(given: Path | None) -> Path:
 
 def new_log_folder() -> Path:
     """Return a folder for the logs of this launch, which does not exist yet."""
-    state = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    return Path(state) / "tidegate" / "vllm" / f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
+    return state_folder() / "vllm" / f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
 
 
 class AnnouncedFleet:
-    """A fleet that prints which instances come up and when, and passes everything else on."""
+    """A fleet that prints which instances come up and when, and until the first start is over what the others
+    do: one line that changes on a terminal, else one every ``PROGRESS_S``. Passes everything else on."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
         self.ids = fleet.ids
-        self.suspect, self.add, self.remove, self.stop = fleet.suspect, fleet.add, fleet.remove, fleet.stop
+        self.starting = fleet.starting
+        self.suspect, self.add, self.remove = fleet.suspect, fleet.add, fleet.remove
+        self._keys = KeyFile()
         self.model = ""
         """The model of the first member that came up."""
 
@@ -158,10 +193,40 @@ class AnnouncedFleet:
         self._began_s = time.monotonic()
         self._member_up = listener.member_up
         self.member_down, self.start_failed = listener.member_down, listener.start_failed
-        await self._fleet.start(self)
+        progress = asyncio.create_task(self._show_progress())
+        try:
+            await self._fleet.start(self)
+        finally:
+            progress.cancel()
+            self._clear_line()
+
+    async def stop(self) -> None:
+        self._keys.remove()
+        await self._fleet.stop()
+
+    async def _show_progress(self) -> None:
+        while True:
+            await asyncio.sleep(REDRAW_S if sys.stdout.isatty() else PROGRESS_S)
+            alike: dict[str, list[str]] = {}
+            for instance_id, stage in self._fleet.starting().items():
+                alike.setdefault(stage, []).append(instance_id)
+            stages = "; ".join(f"{', '.join(ids)} {stage}" for stage, ids in alike.items())
+            line = f"  starting for {time.monotonic() - self._began_s:.0f} s: {stages}"
+            self._clear_line()
+            if sys.stdout.isatty():
+                typer.echo(line[: shutil.get_terminal_size().columns - 1], nl=False)
+            elif stages:
+                typer.echo(line)
+
+    @staticmethod
+    def _clear_line() -> None:
+        if sys.stdout.isatty():
+            typer.echo("\r\x1b[K", nl=False)
 
     def member_up(self, member: Member) -> None:
         self.model = self.model or member.model
+        self._keys.add(member)
+        self._clear_line()
         typer.echo(
             f"  {member.instance.id} up after {time.monotonic() - self._began_s:.1f} s: {member.model} at "
             f"{member.url}, KV for {member.instance.kv_capacity_tokens} tokens"

@@ -65,7 +65,7 @@ def require_embedded() -> None:
     missing = [name for name in NEEDS if find_spec(name) is None]
     if missing:
         raise SetupError(
-            f"the embedded engine needs {', '.join(missing)}: pip install 'tidegate[embedded]'\n"
+            f"the embedded engine needs {', '.join(missing)}: pip install {' '.join(missing)}\n"
             "(or serve running vLLM servers: tidegate serve --vllm http://HOST:PORT)"
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tidegate.cli.instance_keys import shared_key
 from tidegate.cli.options import Flag, OptionGroup
 from tidegate.cli.terminal import share_bar
 from tidegate.core.errors import ConfigError
@@ -99,8 +100,12 @@ def run(
         raise typer.BadParameter("give the instance's --url (or --vllm), or --list")
     if out is not None and not out.parent.is_dir():
         raise typer.BadParameter(f"no such folder: {out.parent}")
+    settings = probe(urls)
+    known = shared_key(urls)
+    if known is not None:
+        settings = replace(settings, api_key=known.api_key, secret=known.secret)
     with share_bar("warming up") as advance:
-        saved = measure_profile(probe(urls), advance)
+        saved = measure_profile(settings, advance)
     if out is not None:
         save_profile(out, saved)
     if as_json:

@@ -29,7 +29,7 @@ def check_plot(path: Path) -> None:
     try:
         import matplotlib  # noqa: F401 - only whether it is there
     except ImportError:
-        raise ConfigError("--plot needs matplotlib: pip install 'tidegate[plots]'") from None
+        raise ConfigError("--plot needs matplotlib: pip install matplotlib") from None
 
 
 def plot_traces(path: Path, described: Sequence[Described]) -> None:

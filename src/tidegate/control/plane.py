@@ -41,6 +41,7 @@ from tidegate.core.errors import (
 from tidegate.core.instance import Instance, Role
 from tidegate.core.request import Request
 from tidegate.costs.profile import Profile
+from tidegate.journal.schema import ProfileLine
 from tidegate.journal.writer import JournalWriter
 from tidegate.ledger.ledger import Ledger
 from tidegate.ledger.snapshot import Field, Snapshot
@@ -165,6 +166,14 @@ class ControlPlane:
             self.prefixes.instance_down(instance_id)
         self._journal.instance(now, instance_id, "down", reason=reason)
         return self._place_again(self._held.confirmed_down(instance_id), now) + self._retry(now)
+
+    def profile_scaled(self, instance_id: str, prefill: float, step: float, now: float) -> None:
+        """Go on with a profile whose prefills and decode steps take so many times as long."""
+        if instance_id in self.ledger.ids:
+            self.ledger.profile_scaled(instance_id, prefill, step)
+            self._journal.write(
+                ProfileLine(self._journal.elapsed_s(now), instance_id, round(prefill, 6), round(step, 6))
+            )
 
     def foreign_load(self, instance_id: str, requests: int, tokens: int) -> None:
         """Say what is on an instance beside the plane's requests (``Ledger.foreign_load``)."""

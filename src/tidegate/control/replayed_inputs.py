@@ -85,7 +85,7 @@ def _replay_fleet_input(line: InputLine, plane: ControlPlane) -> None:
             plane.start_failed(Role(args["role"]))
         case "foreign_load" | "stop_failed":
             getattr(plane, line.verb)(**args)
-        case "start" | "tick" | "instance_down":
+        case "start" | "tick" | "instance_down" | "profile_scaled":
             getattr(plane, line.verb)(**args, now=now)
         case _:
             raise InternalError(f"the control plane has no verb {line.verb!r} without a request")

@@ -10,6 +10,8 @@ FEWEST = 8
 """Observations without which a ratio says nothing (ours)."""
 MOST_RATIO = 8.0
 """One observation counts as at most so many times slower or faster: a stall is not a drift (ours)."""
+FOLLOWED = 1.25
+"""A profile measured at an engine's start is rescaled when it is off by more than this factor (ours)."""
 DRIFTED = 1.5
 """A profile that is off by more than this factor, either way, should be measured again (ours)."""
 
@@ -42,5 +44,9 @@ class ProfileDrift:
     @property
     def drifted(self) -> bool:
         """Whether the profile should be measured again."""
+        return self.off_by(DRIFTED)
+
+    def off_by(self, factor: float) -> bool:
+        """Whether the ratio is known and farther from 1 than ``factor``, either way."""
         ratio = self.ratio
-        return ratio is not None and not 1.0 / DRIFTED <= ratio <= DRIFTED
+        return ratio is not None and not 1.0 / factor <= ratio <= factor

@@ -189,7 +189,59 @@ def fit_profile(
     if mixed:
         mixed_cost, fits["mixed"] = fit_mixed(mixed)
     else:
-        slope_s = step_cost.c_s * mixed_context_ratio
-        mixed_cost = MixedCost(prefill_cost.a_s, prefill_cost.b_s, prefill_cost.c_s, slope_s, prefill_cost.n0)
+        mixed_cost = _mixed_of(prefill_cost, step_cost, mixed_context_ratio)
     errors = tuple((form, fit.error_p50, fit.error_p95) for form, fit in fits.items())
     return Profile(name, prefill_cost, step_cost, mixed_cost, transfer, source, errors)
+
+
+def fit_few(
+    name: str,
+    prefill: Sequence[PrefillSample],
+    step: Sequence[StepSample],
+    transfer: TransferCost,
+    prior: Profile,
+    *,
+    source: str,
+) -> tuple[Profile, str]:
+    """Fit a profile to however few samples, and say what they lacked; empty if nothing.
+
+    A form whose samples do not determine its coefficients is that of ``prior`` times one factor: the median
+    of observed over predicted seconds in its own samples, else in the other form's, else 1.
+    """
+    ratios = {
+        "prefill": [s.seconds / prior.prefill_s(s.new_tokens, s.cached_tokens) for s in prefill],
+        "step": [s.seconds / float(prior.step.seconds(s.batch, s.context_tokens)) for s in step],
+    }
+    enough = {
+        "prefill": _determined(
+            [(1, s.new_tokens, attention_work(s.new_tokens, s.cached_tokens)) for s in prefill]
+        ),
+        "step": _determined([(1, s.batch, s.context_tokens) for s in step]),
+    }
+    if all(enough.values()):
+        return fit_profile(name, prefill, step, transfer, source=source), ""
+    either = [*ratios["prefill"], *ratios["step"]] or [1.0]
+    scaled = prior.scaled(*(float(np.median(of_form or either)) for of_form in ratios.values()))
+    prefill_cost = fit_prefill(prefill)[0] if enough["prefill"] else scaled.prefill
+    step_cost = fit_step(step)[0] if enough["step"] else scaled.step
+    lacking = ", ".join(
+        f"{len(ratios[form])} {form} point{'s' * (len(ratios[form]) != 1)}"
+        for form in enough
+        if not enough[form]
+    )
+    how = f"{lacking} scale what the model's size suggests"
+    mixed = _mixed_of(prefill_cost, step_cost)
+    return Profile(name, prefill_cost, step_cost, mixed, transfer, f"{source}; {how}"), how
+
+
+def _determined(rows: Sequence[tuple[float, ...]]) -> bool:
+    """Tell whether samples with these values determine a coefficient for each column."""
+    if not rows:
+        return False
+    design = np.array(rows, dtype=np.float64)
+    return bool(np.linalg.matrix_rank(design / design.max(axis=0)) == design.shape[1])
+
+
+def _mixed_of(prefill: PrefillCost, step: StepCost, context_ratio: float = 2.0) -> MixedCost:
+    """Derive the mixed form from the others."""
+    return MixedCost(prefill.a_s, prefill.b_s, prefill.c_s, step.c_s * context_ratio, prefill.n0)

@@ -130,7 +130,7 @@ def _models() -> list[str]:
         folder = resources.files(PACKAGE) / "model_configs"
     except ModuleNotFoundError:
         raise ConfigError(
-            "profiles of other hardware need the extra: pip install 'tidegate[hardware]'"
+            "profiles of other hardware need a package: pip install 'aiconfigurator-core>=0.12'"
         ) from None
     ending = "_config.json"
     files = [entry.name for entry in folder.iterdir() if entry.name.endswith(ending)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -36,6 +36,16 @@ class Profile:
     def prefill_s(self, new_tokens: int, cached_tokens: int = 0) -> float:
         """Return the predicted seconds to prefill one prompt alone."""
         return float(self.prefill.seconds(new_tokens, attention_work(new_tokens, cached_tokens)))
+
+    def scaled(self, prefill: float, step: float) -> Profile:
+        """Return it with prefills that take ``prefill`` times as long, and decode steps ``step`` times."""
+        p, s, m = self.prefill, self.step, self.mixed
+        return replace(
+            self,
+            prefill=replace(p, a_s=prefill * p.a_s, b_s=prefill * p.b_s, c_s=prefill * p.c_s),
+            step=replace(s, a_s=step * s.a_s, b_s=step * s.b_s, c_s=step * s.c_s, e_s=step * s.e_s),
+            mixed=replace(m, a_s=prefill * m.a_s, b_s=prefill * m.b_s, c_s=prefill * m.c_s, d_s=step * m.d_s),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return a plain object that ``from_json`` reads back."""

@@ -34,6 +34,8 @@ LAYER_S, REDUCE_S = 37e-6, 11e-6
 """Per layer and step; per all-reduce, whose bytes move at LINK_EFFICIENCY."""
 RESERVED_SHARE = 0.12
 """Share of memory that is neither weights nor KV: vLLM leaves 8-10 %, activations take the rest."""
+CPU_CORE = Gpu(100e9, 100e9, 10e9, 16e9, 1e9)
+"""A core of a server's CPU, of which the proportions matter: what is measured scales them."""
 BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
 
 
@@ -136,6 +138,13 @@ def roofline_profile(name: str, gpu_name: str, shape: Shape, *, model: str, tp: 
         between,
         "a roofline estimate, not measured: expect factors of up to 1.5",
     )
+
+
+def nominal_profile(name: str, device: str, shape: Shape) -> Profile:
+    """Return what a model's size suggests of an engine on ``device``, "cpu" or "cuda", to be scaled by what
+    is measured of it."""
+    gpu = CPU_CORE if device == "cpu" else GPUS["l40s"]
+    return _profile(name, gpu, device, shape, 1, assumed_links(gpu.port_bytes_per_s, 1)[0])
 
 
 def _profile(name: str, gpu: Gpu, gpu_name: str, shape: Shape, tp: int, link: TransferCost) -> Profile:

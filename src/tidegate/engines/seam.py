@@ -11,6 +11,9 @@ from tidegate.protocol.chunks import Tokens
 
 Json = dict[str, Any]
 
+STAGE_MARK = "tidegate-stage: "
+"""What a line on an engine's stdout begins with that says how far its start is."""
+
 
 @dataclass(frozen=True, slots=True)
 class KvHandle:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import PIPE
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from tidegate.core.errors import ConfigError, SetupError
+from tidegate.engines.seam import STAGE_MARK
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,32 @@ class EngineStartFailed(SetupError):
     """An engine process did not become ready; the message ends with its last lines of stderr."""
 
 
+class Closable(Protocol):
+    """The parent's end of a pipe."""
+
+    def close(self) -> None: ...
+
+
+class RunningProcess(Protocol):
+    """What a child needs of its process."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def stdin(self) -> Closable | None: ...
+
+    @property
+    def stdout(self) -> asyncio.StreamReader | None: ...
+
+    @property
+    def stderr(self) -> asyncio.StreamReader | None: ...
+
+    async def wait(self) -> int: ...
+
+    def send_signal(self, number: int, /) -> None: ...
+
+
 class Child(Generic[Announced]):
     """An engine process whose output goes to the log under ``name``, but for what ``parse`` recognises.
 
@@ -39,12 +66,16 @@ class Child(Generic[Announced]):
     of its own, which it kills when the pipe closes; killed itself, it would leave them behind.
     """
 
-    def __init__(self, name: str, process: Process, parse: Parse[Announced], *, keeper: bool) -> None:
+    def __init__(self, name: str, process: RunningProcess, parse: Parse[Announced], *, keeper: bool) -> None:
         self.name = name
+        self.pid = process.pid
+        self.stage = ""
+        """What it says it is doing until it is ready."""
         self._keeper = keeper
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._process = process
         self._parse = parse
+        self._heard_s = asyncio.get_running_loop().time()
         self._ready: asyncio.Future[Announced] = asyncio.get_running_loop().create_future()
         self.exited = asyncio.create_task(process.wait(), name=f"{name}: exit")
         assert process.stdin is not None and process.stdout is not None and process.stderr is not None
@@ -56,22 +87,38 @@ class Child(Generic[Announced]):
 
     @classmethod
     async def spawn(
-        cls, name: str, argv: Sequence[str], env: Mapping[str, str], parse: Parse[Announced], *, keeper: bool
+        cls,
+        name: str,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        parse: Parse[Announced],
+        *,
+        keeper: bool,
+        pass_fds: Sequence[int] = (),
     ) -> Child[Announced]:
         """Start ``argv`` in a session of its own, so that the terminal's Ctrl-C reaches only the parent.
         Raises EngineStartFailed when the program cannot be executed."""
         try:
             process = await asyncio.create_subprocess_exec(
-                *argv, env=dict(env), stdin=PIPE, stdout=PIPE, stderr=PIPE, start_new_session=True
+                *argv,
+                env=dict(env),
+                stdin=PIPE,
+                stdout=PIPE,
+                stderr=PIPE,
+                start_new_session=True,
+                pass_fds=pass_fds,
             )
         except OSError as error:
             raise EngineStartFailed(f"cannot execute {argv[0]}: {error.strerror}") from None
         return cls(name, process, parse, keeper=keeper)
 
     async def ready(self, deadline_s: float) -> Announced:
-        """Wait for the announcement. Raises EngineStartFailed on exit, nonsense or a passed deadline."""
+        """Wait for the announcement. Raises EngineStartFailed on exit, nonsense, or when ``deadline_s`` pass
+        without another stage of the start."""
         either: set[asyncio.Future[Any]] = {self._ready, self.exited}
-        await asyncio.wait(either, timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED)
+        clock = asyncio.get_running_loop().time
+        while (left_s := self._heard_s + deadline_s - clock()) > 0 and not any(f.done() for f in either):
+            await asyncio.wait(either, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
         if self._ready.done():
             try:
                 return self._ready.result()
@@ -121,6 +168,10 @@ class Child(Generic[Announced]):
 
     def _on_stdout(self, line: str) -> None:
         if not self._ready.done():
+            if line.startswith(STAGE_MARK):
+                self.stage = line.removeprefix(STAGE_MARK)
+                self._heard_s = asyncio.get_running_loop().time()
+                return
             try:
                 ready = self._parse(line)
             except ConfigError as error:

@@ -45,7 +45,8 @@ class Member:
     ``embedded``, ``emulated`` or ``vllm``. ``connector`` names the KV connector of a vLLM server that has
     ``kv_transfer``, which pins KV for ``lease_s``; MooncakeConnector's peers find it at ``bootstrap_url`` as
     ``kv_engine_id``. A server with a ``fixed_role`` keeps its label, and only hands KV on (PREFILL) or only
-    takes it (DECODE).
+    takes it (DECODE). ``measured_at_start``: its profile is a short measurement, which follows what is
+    observed later.
     """
 
     instance: Instance
@@ -63,6 +64,7 @@ class Member:
     bootstrap_url: str = ""
     kv_engine_id: str = ""
     fixed_role: Role | None = None
+    measured_at_start: bool = False
 
     @property
     def produces_kv(self) -> bool:
@@ -113,6 +115,10 @@ class Fleet(FleetControl, Protocol):
 
     @property
     def ids(self) -> tuple[str, ...]: ...
+
+    def starting(self) -> dict[str, str]:
+        """Return what those that are not up are doing."""
+        ...
 
     async def start(self, listener: FleetListener) -> None:
         """Begin; return once every instance is up or has failed its first start. Raises SetupError when none

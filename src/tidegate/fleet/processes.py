@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import secrets
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,13 +16,16 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
-from tidegate.core.errors import ConfigError
+from tidegate.core.errors import ConfigError, SetupError
 from tidegate.core.instance import Instance
-from tidegate.costs.fitting import PrefillSample, StepSample, fit_profile
+from tidegate.costs.fitting import PrefillSample, StepSample, fit_few
 from tidegate.costs.forms import TransferCost
 from tidegate.costs.profile import Profile
+from tidegate.costs.roofline import Shape, nominal_profile
+from tidegate.fleet.child import Child
 from tidegate.fleet.member import Member
-from tidegate.fleet.supervision import HOST, FleetPace, ProcessFleet, Slot
+from tidegate.fleet.supervision import HOST, FleetPace, ProcessFleet, Slot, inherited_environment
+from tidegate.fleet.zygote import Zygote
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +36,7 @@ SAME_HOST = TransferCost(latency_s=0.001, bytes_per_s=1e9)
 
 Measured: a pull of 1 MiB takes about 2 ms. How that divides into latency and bandwidth is assumed.
 """
+SMALL = Shape(576, 30, 9, 3, 64, 1536, 49152, 4.0, 4.0)
 
 
 class Ready(BaseModel):
@@ -89,7 +94,8 @@ def parse_ready(announcement: type[Announcement], line: str) -> Announcement | N
 @dataclass(frozen=True, slots=True)
 class EngineLaunch:
     """What every engine of a local fleet is started with. ``max_model_len`` None leaves it to the model's
-    configuration; ``command`` is the program before the flags."""
+    configuration; ``command`` is the program before the flags. ``zygote``: a process that has torch imported
+    forks them, where the system can (Linux)."""
 
     model: Path
     instances: int = 3
@@ -102,6 +108,7 @@ class EngineLaunch:
     order: str = "fifo"
     log_level: str = "warning"
     command: tuple[str, ...] = (sys.executable, "-m", "tidegate.engines.embedded")
+    zygote: bool = False
 
     def argv(self, engine_id: str, *, self_profile: bool = True) -> list[str]:
         """Return the command line of one engine. It never holds a secret."""
@@ -126,7 +133,7 @@ class EngineLaunch:
             flags["--max-model-len"] = self.max_model_len
         words = [word for flag, value in flags.items() for word in (flag, str(value))]
         unprofiled = () if self_profile else ("--no-self-profile",)
-        return [*self.command, *words, "--exit-with-parent", *unprofiled]
+        return [*self.command, *words, "--exit-with-parent", "--tell-stages", *unprofiled]
 
 
 class LocalFleet(ProcessFleet[Ready]):
@@ -139,6 +146,34 @@ class LocalFleet(ProcessFleet[Ready]):
         self._first_starts: dict[str, Ready | None] = {}
         self._measured = asyncio.Event()
         self._profile: Profile | None = None
+        self._zygote: Zygote | None = None
+
+    async def spawn(self, slot: Slot, argv: Sequence[str], env: Mapping[str, str]) -> Child[Ready]:
+        """See ``ProcessFleet.spawn``. What cannot be forked is started afresh."""
+        if self._launch.zygote and sys.platform == "linux":
+            if self._zygote is None:
+                self._zygote = Zygote(self._launch.model, inherited_environment())
+            flags = argv[len(self._launch.command) :]
+            try:
+                process = await self._zygote.fork(flags, self.environment(slot))
+                return Child(slot.name, process, self._parse, keeper=False)
+            except SetupError as error:
+                log.warning("%s is started afresh: %s", slot.name, error.message.splitlines()[0])
+        return await Child.spawn(slot.name, argv, env, self._parse, keeper=False)
+
+    async def stop(self) -> None:
+        await super().stop()
+        if self._zygote is not None:
+            await self._zygote.stop()
+
+    def starting(self) -> dict[str, str]:
+        """See ``Fleet.starting``."""
+        done = {name for name, ready in self._first_starts.items() if ready is not None}
+        forking = {
+            name: "importing torch" for name, slot in self._slots.items() if self._zygote and not slot.child
+        }
+        waits = {name: "measured, waits for the others" for name in done if not self._measured.is_set()}
+        return {name: (forking | waits).get(name, stage) for name, stage in super().starting().items()}
 
     def argv(self, slot: Slot) -> list[str]:
         return self._launch.argv(
@@ -152,7 +187,8 @@ class LocalFleet(ProcessFleet[Ready]):
         """See ``ProcessFleet.members``. Waits until all instances have been measured."""
         self._note_first_start(slot, announced)
         await self._measured.wait()
-        return [announced.member(slot.name, "embedded", self._profile, self._secret, self._api_key)]
+        member = announced.member(slot.name, "embedded", self._profile, self._secret, self._api_key)
+        return [replace(member, measured_at_start=True)]
 
     def not_started(self, slot: Slot) -> None:
         self._note_first_start(slot, None)
@@ -165,12 +201,14 @@ class LocalFleet(ProcessFleet[Ready]):
             started = [r for r in self._first_starts.values() if r is not None]
             name = f"{self._launch.device}/{started[0].model}" if started else self._launch.device
             samples = [sample for ready in started for sample in ready.profile_samples]
-            self._profile = pooled_profile(name, samples)
+            prior = nominal_profile(name, self._launch.device.partition(":")[0], _shape(self._launch.model))
+            self._profile = pooled_profile(name, samples, prior)
             self._measured.set()
 
 
-def pooled_profile(name: str, samples: Iterable[PrefillSample | StepSample]) -> Profile | None:
-    """Fit one profile to the samples of engines that are alike; None, with a warning, when it cannot be.
+def pooled_profile(name: str, samples: Iterable[PrefillSample | StepSample], prior: Profile) -> Profile:
+    """Fit one profile to the samples of engines that are alike; too few of them scale ``prior``, with a
+    warning.
 
     All engines measure every point at the same time on one machine: the median over them keeps a neighbour's
     noise out of the fit, and equal profiles keep policies from preferring one engine by accident.
@@ -179,14 +217,22 @@ def pooled_profile(name: str, samples: Iterable[PrefillSample | StepSample]) -> 
     for sample in samples:
         points.setdefault(replace(sample, seconds=0.0), []).append(sample.seconds)
     medians = [replace(point, seconds=median(seconds)) for point, seconds in points.items()]
+    profile, lacking = fit_few(
+        name,
+        [sample for sample in medians if isinstance(sample, PrefillSample)],
+        [sample for sample in medians if isinstance(sample, StepSample)],
+        SAME_HOST,
+        prior,
+        source="measured by the engines at start",
+    )
+    if lacking:
+        log.warning("the engines' measurement at start was cut short: %s; requests refine it", lacking)
+    return profile
+
+
+def _shape(folder: Path) -> Shape:
+    """Return the shape of the model in a folder, or that of a small one where its file does not say."""
     try:
-        return fit_profile(
-            name,
-            [sample for sample in medians if isinstance(sample, PrefillSample)],
-            [sample for sample in medians if isinstance(sample, StepSample)],
-            SAME_HOST,
-            source="measured by the engines at start",
-        )
-    except ConfigError as error:
-        log.warning("the instances have no measured profile: %s", error)
-        return None
+        return Shape.from_config(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError, ConfigError):
+        return SMALL

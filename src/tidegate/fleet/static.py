@@ -21,6 +21,7 @@ from tidegate.fleet.vllm import KvSetup, describe_member, profiles_by_id
 
 log = logging.getLogger(__name__)
 
+ANSWER_S = 10.0
 BOOTSTRAP_PORT = 8998
 """That of MooncakeConnector's bootstrap server unless VLLM_MOONCAKE_BOOTSTRAP_PORT says otherwise."""
 
@@ -123,6 +124,25 @@ class StaticFleet:
             await self.stop()
             raise
 
+    async def hands_on_kv(self) -> bool:
+        """Tell whether servers may pull KV of each other: False when all that answer within ANSWER_S show no
+        connector, or ``kv`` says so. Roles that are given are taken for knowledge of one."""
+        if self._kv.connector != "auto" or any(role is not None for _, role in self._given):
+            return self._kv.connector != "none"
+        async with aiohttp.ClientSession() as session:
+            clients = [VllmClient(session, url, api_key=self._api_key) for url, _ in self._given]
+            shown = await asyncio.gather(*map(self._shows_nixl, clients))
+        return True in shown or False not in shown
+
+    async def _shows_nixl(self, client: VllmClient) -> bool | None:
+        with suppress(TimeoutError, SetupError):
+            async with asyncio.timeout(ANSWER_S):
+                while True:
+                    with suppress(EngineError):
+                        return (await client.facts()).metrics.shows_nixl
+                    await asyncio.sleep(self._pace.retry_s)
+        return None
+
     def add(self) -> bool:
         """See ``FleetControl.add``: a list of URLs cannot grow."""
         return False
@@ -130,6 +150,12 @@ class StaticFleet:
     def remove(self, instance_id: str, reason: str) -> bool:
         """See ``FleetControl.remove``: servers that something else started are not stopped from here."""
         return False
+
+    def starting(self) -> dict[str, str]:
+        """See ``Fleet.starting``."""
+        return {
+            server.id: f"waiting: {server.trouble}" for server in self._servers.values() if not server.was_up
+        }
 
     def suspect(self, instance_id: str) -> None:
         server = self._servers.get(instance_id)

@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -51,6 +51,7 @@ class Slot:
         self.ids = ids
         self.added = added
         self.up = False
+        self.child: Child[Any] | None = None
         self.suspicion = asyncio.Event()
         self.first: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """The outcome of the first start: empty, or why it failed."""
@@ -164,6 +165,19 @@ class ProcessFleet(ABC, Generic[Announced]):
     async def members(self, slot: Slot, announced: Announced) -> list[Member]:
         """Return what has come up, one member for each of the slot's ``ids``."""
 
+    async def spawn(self, slot: Slot, argv: Sequence[str], env: Mapping[str, str]) -> Child[Announced]:
+        """Start the slot's next process. Raises EngineStartFailed when it cannot be."""
+        return await Child.spawn(slot.name, argv, env, self._parse, keeper=self._keepers)
+
+    def starting(self) -> dict[str, str]:
+        """See ``Fleet.starting``."""
+        return {
+            instance_id: (slot.child.stage if slot.child else "") or "waiting for its process"
+            for slot in self._slots.values()
+            if not slot.up
+            for instance_id in slot.ids
+        }
+
     def reserve(self, name: str) -> bool:
         """Reserve what an added process needs of this machine; False when there is no more of it."""
         return True
@@ -203,10 +217,9 @@ class ProcessFleet(ABC, Generic[Announced]):
     async def _one_life(self, slot: Slot, listener: FleetListener, session: aiohttp.ClientSession) -> float:
         """Run one process from start to end and return the seconds it was up; it is reaped in any case."""
         clock = asyncio.get_running_loop().time
-        env = {name: value for name, value in os.environ.items() if name not in WITHHELD}
         argv = self.argv(slot)
-        env |= self.environment(slot)
-        child = await Child.spawn(slot.name, argv, env, self._parse, keeper=self._keepers)
+        env = inherited_environment() | self.environment(slot)
+        child = slot.child = await self.spawn(slot, argv, env)
         try:
             members = await self._until_ready(slot, child)
             up_at = clock()
@@ -224,6 +237,7 @@ class ProcessFleet(ABC, Generic[Announced]):
             self._down(slot, listener, reason)
             return clock() - up_at
         finally:
+            slot.child = None
             await child.stop(self._pace.grace_s)
 
     async def _until_ready(self, slot: Slot, child: Child[Announced]) -> list[Member]:
@@ -283,6 +297,11 @@ class ProcessFleet(ABC, Generic[Announced]):
             return child.exit_reason() if child.exited.done() else hang.result()
         finally:
             hang.cancel()
+
+
+def inherited_environment() -> dict[str, str]:
+    """Return the gateway's variables that its engines get."""
+    return {name: value for name, value in os.environ.items() if name not in WITHHELD}
 
 
 def _no_instance(failures: dict[str, str]) -> str:

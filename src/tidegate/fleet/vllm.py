@@ -35,6 +35,7 @@ PARALLEL_SIZES = (
     ("--pipeline-parallel-size", "-pp"),
     ("--data-parallel-size", "-dp"),
 )
+LONGEST_LEASE_S = 1e6
 STREAM_PIN_S = 1
 """How long vLLM keeps the KV of a stream that pulled some (its default is 480 s): nobody learns the handle,
 and what a migration or a later round wants is pinned on demand."""
@@ -177,10 +178,10 @@ class ServeArguments:
                 raise ConfigError(f"{flag} is tidegate's to choose; leave it out of the vLLM arguments")
         self.gpus = math.prod(_size(words, long, short) for long, short in PARALLEL_SIZES)
         """GPUs of one server."""
-        extra = self._config.get("kv_connector_extra_config", {})
+        extra = self._config.get("kv_connector_extra_config") or {}
         self.kv_transfer = KvSetup(
             CONNECTORS.get(self._config["kv_connector"], "none"),
-            float(extra.get("kv_lease_duration", LEASE_S)),
+            extra.get("kv_lease_duration", LEASE_S),
             bool(extra.get("bidirectional_kv_xfer", False)),
         )
         """How KV moves between servers started like this."""
@@ -195,10 +196,17 @@ def _checked_config(given: str) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads(given)
         connector, policy = config["kv_connector"], config.get("kv_load_failure_policy", "fail")
+        extra = config.get("kv_connector_extra_config") or {}
+        lease_s = extra.get("kv_lease_duration", LEASE_S)
+        is_named = isinstance(connector, str)
     except (ValueError, LookupError, TypeError, AttributeError):
+        is_named = False
+    if not is_named:
         raise ConfigError(
             "--kv-transfer-config: expected JSON with a kv_connector, as vLLM's documentation shows it"
-        ) from None
+        )
+    if isinstance(lease_s, bool) or not isinstance(lease_s, int | float) or not 0 < lease_s < LONGEST_LEASE_S:
+        raise ConfigError(f"--kv-transfer-config: kv_lease_duration {lease_s!r} is no number of seconds")
     if connector in CONNECTORS and policy != "fail":
         raise ConfigError(
             f"--kv-transfer-config: kv_load_failure_policy {policy!r} can hang a request whose KV is lost; "
@@ -209,7 +217,7 @@ def _checked_config(given: str) -> dict[str, Any]:
 
 def _size(words: Sequence[str], long: str, short: str) -> int:
     value = _without(words, long)[1] or _without(words, short)[1] or "1"
-    if not value.isdigit() or value == "0":
+    if not value.isdecimal() or int(value) < 1:
         raise ConfigError(f"{long} {value}: expected a whole number from 1 on")
     return int(value)
 

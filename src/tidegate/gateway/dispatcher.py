@@ -101,7 +101,7 @@ class Dispatcher:
         self.models: set[str] = set()
         self.max_model_len = 0
         self.metrics = Metrics(self.plane, clock.now)
-        self.drift = FleetDrift()
+        self.drift = FleetDrift(self._rescale)
         self.metrics.registry.register(self.drift)
         self.loads = LoadWatch(self.plane, clock, journal, self.metrics, fleet.suspect, settings.load_every_s)
         self.handles = Handles(self.upstreams, self.metrics, self.background, fleet.suspect)
@@ -118,12 +118,13 @@ class Dispatcher:
         instance = member.instance
         self.upstreams[instance.id] = connect(member, self.settings)
         self._served_changed()
-        self.drift.member_up(member)
         self.loads.follow(member)
         profile = member.profile or UNMEASURED
         now = self.clock.now()
         self.recent.happened(now, "instance", f"{instance.id} is up")
-        self.do(self.plane.instance_up(instance, profile, now, fixed_role=member.fixed_role))
+        effects = self.plane.instance_up(instance, profile, now, fixed_role=member.fixed_role)
+        self.drift.member_up(member)
+        self.do(effects)
 
     def member_down(self, instance_id: str, reason: str) -> None:
         """See ``FleetListener.member_down``: what runs there fails at once, and is replayed elsewhere."""
@@ -234,6 +235,9 @@ class Dispatcher:
                 "the gateway stopped before the answer was complete", retry_after_s=RETRY_AFTER_S
             )
         return ClientGone("the client closed the connection")
+
+    def _rescale(self, instance_id: str, prefill: float, step: float) -> None:
+        self.plane.profile_scaled(instance_id, prefill, step, self.clock.now())
 
     def _served_changed(self) -> None:
         members = [upstream.member for upstream in self.upstreams.values()]

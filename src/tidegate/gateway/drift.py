@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from tidegate.costs.drift import ProfileDrift
+from tidegate.costs.drift import FOLLOWED, ProfileDrift
 from tidegate.costs.profile import Profile
 from tidegate.engines.seam import LegTimes
 from tidegate.fleet.member import Member
@@ -23,30 +24,51 @@ STEADY = 1.5
 """Batches that differ by more than this factor over a window say little about one step."""
 
 
+@dataclass(slots=True)
+class SharedProfile:
+    """How far instances are from the profile that they share, and by what it was multiplied so far."""
+
+    drifts: dict[str, ProfileDrift] = field(default_factory=lambda: {form: ProfileDrift() for form in FORMS})
+    factors: dict[str, float] = field(default_factory=lambda: dict.fromkeys(FORMS, 1.0))
+
+
 class FleetDrift(Collector):
     """Compares prefills and decode steps with the profiles of the instances that have one.
 
     Only what a profile speaks of is compared: prefills that the engine timed itself or that had an instance
     to themselves, and windows in which an instance did nothing but decode. A profile that is far off is
-    logged once in each life of an instance.
+    logged once in each life of an instance. One that was measured at the start is rescaled instead, for all
+    instances that share it: ``rescale`` gets the instance and the factors of prefills and steps.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rescale: Callable[[str, float, float], None] = lambda *_: None) -> None:
+        self._rescale = rescale
+        self._measured: dict[str, Profile] = {}
+        self._shared: dict[Profile, SharedProfile] = {}
         self._profiles: dict[str, Profile] = {}
         self._drifts: dict[str, dict[str, ProfileDrift]] = {}
         self._logged: set[tuple[str, str]] = set()
         self._before: Snapshot | None = None
 
     def member_up(self, member: Member) -> None:
-        """Begin anew: another process may be another machine."""
-        self.member_down(member.instance.id)
-        if member.profile is not None:
-            self._profiles[member.instance.id] = member.profile
-            self._drifts[member.instance.id] = {form: ProfileDrift() for form in FORMS}
+        """Begin anew: another process may be another machine. What a shared profile was rescaled by stays."""
+        name, profile = member.instance.id, member.profile
+        self.member_down(name)
+        if profile is None:
+            return
+        self._drifts[name] = {form: ProfileDrift() for form in FORMS}
+        self._profiles[name] = profile
+        if member.measured_at_start:
+            self._measured[name] = profile
+            factors = self._shared.setdefault(profile, SharedProfile()).factors
+            self._profiles[name] = profile.scaled(*factors.values())
+            if any(factor != 1.0 for factor in factors.values()):
+                self._rescale(name, *factors.values())
 
     def member_down(self, instance_id: str) -> None:
         """Forget an instance."""
         self._profiles.pop(instance_id, None)
+        self._measured.pop(instance_id, None)
         self._drifts.pop(instance_id, None)
         self._logged -= {(instance_id, form) for form in FORMS}
 
@@ -109,9 +131,33 @@ class FleetDrift(Collector):
     def _observe(self, instance_id: str, form: str, predicted_s: float, observed_s: float) -> None:
         drift = self._drifts[instance_id][form]
         drift.observe(predicted_s, observed_s)
+        measured = self._measured.get(instance_id)
+        if measured is not None:
+            self._shared[measured].drifts[form].observe(predicted_s, observed_s)
+            self._follow(measured, form)
+            return
         if drift.drifted and (instance_id, form) not in self._logged:
             self._logged.add((instance_id, form))
             log.warning(
                 "%s: a %s takes %.2f times what its profile %s predicts; measure it with `tidegate profile`",
                 *(instance_id, form, drift.ratio, self._profiles[instance_id].name),
             )
+
+    def _follow(self, measured: Profile, form: str) -> None:
+        """Rescale a form of a profile that was measured at the start, once enough speaks for it."""
+        shared = self._shared[measured]
+        ratio = shared.drifts[form].ratio
+        if ratio is None or not shared.drifts[form].off_by(FOLLOWED):
+            return
+        shared.drifts[form] = ProfileDrift()
+        shared.factors[form] *= ratio
+        alike = [name for name, profile in self._measured.items() if profile == measured]
+        change = {**dict.fromkeys(FORMS, 1.0), form: ratio}
+        for name in alike:
+            self._profiles[name] = measured.scaled(*shared.factors.values())
+            self._drifts[name][form] = ProfileDrift()
+            self._rescale(name, *change.values())
+        log.info(
+            "%s: a %s takes %.2f times what was measured at the start; predictions follow",
+            *(", ".join(alike), form, ratio),
+        )

@@ -60,6 +60,15 @@ class InstanceLine(JournalLine, tag="instance", omit_defaults=True):
     reason: str = ""
 
 
+class ProfileLine(JournalLine, tag="profile"):
+    """What was observed differs: from here on the instance's prefills and decode steps are predicted to take
+    so many times as long as before."""
+
+    instance: str
+    prefill: float
+    step: float
+
+
 class Chosen(Struct, kw_only=True):
     """What a decision chose: a placement, or the reason why the request is held or rejected.
 

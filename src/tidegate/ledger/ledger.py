@@ -69,6 +69,12 @@ class Ledger:
         self._windows.add_column()
         self._membership_changed()
 
+    def profile_scaled(self, instance_id: str, prefill: float, step: float) -> None:
+        """Predict what is placed from now on by ``Profile.scaled`` of the instance's profile."""
+        instance = self._up(instance_id)
+        instance.profile = instance.profile.scaled(prefill, step)
+        self._costs = None
+
     def instance_down(self, instance_id: str, now: float) -> list[str]:
         """Remove the instance; return every request that had work or KV there: the driver replays or ends it.
 

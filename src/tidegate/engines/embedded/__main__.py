@@ -14,11 +14,12 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from tidegate.core.errors import ConfigError
 from tidegate.engines.embedded.options import EngineConfig, Options, parse_options
-from tidegate.engines.serving.process import bind, exit_when_a_thread_dies, run_process
+from tidegate.engines.serving.process import bind, exit_when_a_thread_dies, run_process, tell_stage
 from tidegate.engines.serving.secret import LaunchSecret
 
 if TYPE_CHECKING:
@@ -30,11 +31,17 @@ COMPUTE_THREAD = "tidegate-compute"
 SWITCH_INTERVAL_S = 0.001
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one instance; return the exit status: 0 after SIGTERM, 2 for a wrong setup."""
+def main(argv: Sequence[str] | None = None, *, forked: bool = False) -> int:
+    """Run one instance; return the exit status: 0 after SIGTERM, 2 for a wrong setup. ``forked``: the process
+    that started this one is not the one that ``--exit-with-parent`` means, which has the end of stdin."""
     options = parse_options(argv)
-    name = options.engine.engine_id
-    return run_process(partial(_run, options), options.log_level, name, with_parent=options.exit_with_parent)
+    return run_process(
+        partial(_run, options),
+        options.log_level,
+        options.engine.engine_id,
+        with_parent=options.exit_with_parent,
+        forked=forked,
+    )
 
 
 def _run(options: Options) -> None:
@@ -58,17 +65,18 @@ def _run(options: Options) -> None:
 def _load(options: Options) -> tuple[EmbeddedEngine, list[dict[str, Any]]]:
     os.environ["OMP_NUM_THREADS"] = str(options.engine.threads)
     start_s = time.monotonic()
-    # transformers imports scipy, where it finds it, for the losses of detection models: half a second
-    # and 30 MB that serving has no use for.
-    sys.modules["scipy"] = None  # type: ignore[assignment]
+    tell = tell_stage if options.tell_stages else lambda stage: None
+    tell("importing torch")
+    import_engine()
     from tidegate.engines.embedded.engine import EmbeddedEngine
     from tidegate.engines.embedded.self_profile import self_profile
 
     imported_s = time.monotonic()
+    tell("loading the model")
     engine = EmbeddedEngine(options.engine)
     _check_length(options.engine, engine)
     loaded_s = time.monotonic()
-    samples = self_profile(engine) if options.self_profile else []
+    samples = self_profile(engine, tell=tell) if options.self_profile else []
     log.info(
         "imported in %.1f s, loaded in %.1f s, profiled in %.1f s",
         imported_s - start_s,
@@ -76,6 +84,15 @@ def _load(options: Options) -> tuple[EmbeddedEngine, list[dict[str, Any]]]:
         time.monotonic() - loaded_s,
     )
     return engine, samples
+
+
+def import_engine() -> None:
+    """Import what an engine needs, which takes longer than loading a small model."""
+    # transformers imports scipy, where it finds it, for the losses of detection models: half a second
+    # and 30 MB that serving has no use for.
+    sys.modules["scipy"] = None  # type: ignore[assignment]
+    for name in ("engine", "self_profile", "instance"):
+        import_module(f"tidegate.engines.embedded.{name}")
 
 
 def _check_length(config: EngineConfig, engine: EmbeddedEngine) -> None:

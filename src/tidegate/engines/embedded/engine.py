@@ -160,12 +160,12 @@ class EmbeddedEngine:
             self._stats = stats
         return Step(batch.tokens, self._take_outbox())
 
-    def place_computed(self, request: GenerateRequest) -> None:
-        """Run ``request``, for which there must be blocks, as if all but its last prompt token had KV. For
+    def place_computed(self, request: GenerateRequest, tokens: int) -> None:
+        """Run ``request``, for which there must be blocks, as if its first ``tokens`` had KV. For
         measurements, while the loop is not running."""
         self.submit(request)
         self._take_inbox()
-        self.scheduler.place_computed(self._live[request.id])
+        self.scheduler.place_computed(self._live[request.id], tokens)
 
     def _loop(self) -> None:
         try:

@@ -71,6 +71,7 @@ class Options:
     secret_file: Path | None
     api_key: str
     exit_with_parent: bool
+    tell_stages: bool
     log_level: str
 
 
@@ -144,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_false",
         help="pull KV over TCP even from the same host",
     )
+    add("--tell-stages", action="store_true", help="say on stdout how far the start is")
     add("--ready-fd", type=int, metavar="N", help="write the ready line to this descriptor, not to stdout")
     add("--secret-file", type=Path, metavar="FILE", help="file with the launch secret")
     add(

@@ -129,12 +129,12 @@ class BatchScheduler:
         if wanted:
             self.waiting.push_front(sequence)
 
-    def place_computed(self, sequence: TokenSequence) -> None:
-        """Run a waiting sequence, for which there must be blocks, as if all but its last token had KV."""
+    def place_computed(self, sequence: TokenSequence, tokens: int) -> None:
+        """Run a waiting sequence, for which there must be blocks, as if its first ``tokens`` had KV."""
         self._allocate_for(sequence, [])
         self.waiting.remove(sequence)
         self._start(sequence, 0)
-        sequence.computed = len(sequence.tokens) - 1
+        sequence.computed = tokens
         sequence.published = len(sequence.blocks)
 
     def _make_room(self) -> None:

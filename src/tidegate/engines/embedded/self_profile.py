@@ -4,94 +4,110 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import product
+from statistics import median
 from typing import Any
 
 from tidegate.core.errors import SetupError
 from tidegate.engines.embedded.engine import EmbeddedEngine
 from tidegate.engines.serving.types import GenerateRequest, SamplingParams
 
-_PREFILLS = (
-    *((16, 0), (64, 0), (256, 0), (1024, 0), (64, 512), (256, 512), (64, 2048)),
-    *((128, 0), (512, 0), (2048, 0)),
+MOST_S = 15.0
+"""How long the measurement lasts at most where a step takes long; beyond it goes only the first prefill."""
+_PREFILL, _STEP = "prefill", "step"
+_POINTS = (
+    *((_PREFILL, 16, 0), (_STEP, 1, 64), (_PREFILL, 64, 0)),
+    *((_STEP, 8, 64), (_PREFILL, 32, 1024), (_STEP, 4, 512)),
+    *((_PREFILL, 256, 0), (_STEP, 16, 64), (_PREFILL, 128, 512), (_STEP, 1, 2048)),
+    *((_PREFILL, 32, 64), (_STEP, 2, 32), (_PREFILL, 1024, 0), (_STEP, 32, 512)),
+    *((_PREFILL, 64, 2048), (_STEP, 64, 64), (_PREFILL, 512, 0), (_STEP, 16, 2048), (_PREFILL, 2048, 0)),
 )
-"""New and cached tokens of each, what is needed most first."""
-_BATCHES = (1, 16, 4, 64, 8, 32)
-_CONTEXTS = (64, 512, 2048)
+"""New and cached tokens of prefills, batch and context of decode steps; what is needed most comes first."""
+_ENOUGH = 3
+"""Points of a kind that determine its coefficients."""
 _STEPS = 3
 _POOL_SHARE = 0.5
-"""Share of the pool that a decode measurement may fill, so that it leaves most memory untouched."""
+"""Share of the pool that a measurement may fill, so that it leaves most memory untouched."""
 
 
-def self_profile(engine: EmbeddedEngine, budget_s: float = 1.0) -> list[dict[str, Any]]:
+def self_profile(
+    engine: EmbeddedEngine,
+    budget_s: float = 1.0,
+    most_s: float = MOST_S,
+    tell: Callable[[str], None] = lambda stage: None,
+) -> list[dict[str, Any]]:
     """Measure ``engine``, whose loop must not have been started, for about ``budget_s`` seconds.
 
-    Returns raw samples, at least one of each kind if the pool allows: ``{"kind": "prefill", "new_tokens",
+    While a kind has too few points for its coefficients it goes on, until ``most_s`` would be exceeded; one
+    prefill is measured in any case. Returns raw samples: ``{"kind": "prefill", "new_tokens",
     "cached_tokens", "seconds"}`` for one prompt from submit to first token, and ``{"kind": "step", "batch",
-    "context_tokens", "seconds"}`` for one decode step of ``batch`` requests. The pool, the prefix cache and
-    the counters are afterwards as before. Raises SetupError when a step fails.
+    "context_tokens", "seconds"}`` for one decode step of ``batch`` requests that hold ``context_tokens`` in
+    all. KV that they find is allocated but never computed: its values do not change the time. ``tell`` hears
+    how far it is. The pool, the prefix cache and the counters are afterwards as before. Raises SetupError
+    when a step fails.
     """
     before = replace(engine.scheduler.counters)
     rng = random.Random(0)
-    _prefill(engine, rng, 16, 0)
+    start = time.perf_counter()
+    tell("measuring its first prefill")
+    first = _prefill(engine, rng, 16, 0)
     samples: list[dict[str, Any]] = []
-    start = time.perf_counter()
-    for new, cached in _PREFILLS:
-        if new + cached >= engine.max_model_len:
+    if time.perf_counter() - start > most_s / 4:
+        samples.append(first)  # Too slow to do it again only because a first time takes longer.
+    for kind, size, context in _points(engine):
+        spent_s = time.perf_counter() - start
+        enough = sum(sample["kind"] == kind for sample in samples) >= _ENOUGH
+        turns = _STEPS + 1 if kind == _STEP else 1
+        expected_s = turns * first["seconds"] * max(1.0, size / first["new_tokens"])
+        if samples and (spent_s > budget_s if enough else spent_s + expected_s > most_s):
             continue
-        if samples and time.perf_counter() - start > budget_s / 2:
-            break
-        samples.append(_prefill(engine, rng, new, cached))
-    start = time.perf_counter()
-    for batch, context in _step_points(engine):
-        measured = any(sample["kind"] == "step" for sample in samples)
-        if measured and time.perf_counter() - start > budget_s / 2:
-            break
-        samples.extend(_steps(engine, rng, batch, context))
+        tell(f"measuring, {len(samples)} points in {spent_s:.0f} s")
+        samples.append((_steps if kind == _STEP else _prefill)(engine, rng, size, context))
+        first = samples[0]
     engine.scheduler.pool.forget()
     engine.scheduler.counters = before
     engine.step()  # its statistics show the counters
     return samples
 
 
-def _step_points(engine: EmbeddedEngine) -> Iterator[tuple[int, int]]:
+def _points(engine: EmbeddedEngine) -> Iterator[tuple[str, int, int]]:
+    """Yield the points that the engine has room for."""
     stats = engine.stats()
     room = int(stats.total_blocks * stats.block_tokens * _POOL_SHARE)
-    most = engine.config.max_num_seqs
-    for context, batch in product(_CONTEXTS, _BATCHES):
-        fits = context + _STEPS + 2 <= engine.max_model_len
-        if fits and batch <= most and batch * (context + engine.config.block_tokens) <= room:
-            yield batch, context
+    block = engine.config.block_tokens
+    for kind, size, context in _POINTS:
+        each = context + _STEPS + 2 if kind == _STEP else size + context + 1
+        copies = size if kind == _STEP else 1
+        fits = each <= engine.max_model_len and copies * (each + block) <= room
+        if fits and copies <= engine.config.max_num_seqs:
+            yield kind, size, context
 
 
 def _prefill(engine: EmbeddedEngine, rng: random.Random, new: int, cached: int) -> dict[str, Any]:
-    prefix = _prompt(engine, rng, cached)
-    if cached:
-        engine.submit(_request("profile-prefix", prefix, 1))
-        _drain(engine)
-    engine.submit(_request("profile", prefix + _prompt(engine, rng, new), 1))
+    engine.place_computed(_request("profile", _prompt(engine, rng, cached + new), 1), cached)
     start = time.perf_counter()
     _drain(engine)
     seconds = time.perf_counter() - start
-    return {"kind": "prefill", "new_tokens": new, "cached_tokens": cached, "seconds": seconds}
+    engine.scheduler.pool.forget()
+    return {"kind": _PREFILL, "new_tokens": new, "cached_tokens": cached, "seconds": seconds}
 
 
-def _steps(engine: EmbeddedEngine, rng: random.Random, batch: int, context: int) -> Iterator[dict[str, Any]]:
-    """Time decode steps over KV that is allocated but never computed: its values do not change the time."""
+def _steps(engine: EmbeddedEngine, rng: random.Random, batch: int, context: int) -> dict[str, Any]:
     for index in range(batch):
         request = _request(f"profile-{index}", _prompt(engine, rng, context), _STEPS + 1)
-        engine.place_computed(request)
+        engine.place_computed(request, context - 1)
     _step(engine)
-    for step in range(_STEPS):
+    times = []
+    for _ in range(_STEPS):
         start = time.perf_counter()
         _step(engine)
-        seconds = time.perf_counter() - start
-        yield {"kind": "step", "batch": batch, "context_tokens": context + 1 + step, "seconds": seconds}
+        times.append(time.perf_counter() - start)
     _drain(engine)
     # The prefix cache would otherwise vouch for KV that nobody computed.
     engine.scheduler.pool.forget()
+    held = batch * (context + 1 + _STEPS // 2)
+    return {"kind": _STEP, "batch": batch, "context_tokens": held, "seconds": median(times)}
 
 
 def _drain(engine: EmbeddedEngine) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import orjson
 
 from tidegate.core.errors import ConfigError, SetupError
+from tidegate.engines.seam import STAGE_MARK
 from tidegate.policies.order import ORDERS
 
 log = logging.getLogger(__name__)
@@ -53,14 +54,16 @@ def instance_parser(engine: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def run_process(serve: Callable[[], None], log_level: str, name: str, *, with_parent: bool) -> int:
+def run_process(
+    serve: Callable[[], None], log_level: str, name: str, *, with_parent: bool, forked: bool = False
+) -> int:
     """Run ``serve`` and return the exit status: 0 at its end, 2 for a wrong setup. Every line of the log has
-    ``name``; ``with_parent`` ends the process when its parent does."""
+    ``name``; ``with_parent`` ends the process when its parent does, by stdin alone if ``forked``."""
     logging.basicConfig(
         level=log_level.upper(), stream=sys.stderr, format=f"%(asctime)s %(levelname)s {name} %(message)s"
     )
     if with_parent:
-        exit_with_parent()
+        exit_with_parent(by_kernel=not forked)
     try:
         serve()
     except SetupError as error:
@@ -99,6 +102,12 @@ def stop_signal() -> asyncio.Future[None]:
     return stop
 
 
+def tell_stage(stage: str) -> None:
+    """Say on stdout, to the fleet that started this process, how far its start is."""
+    sys.stdout.write(f"{STAGE_MARK}{stage}\n")
+    sys.stdout.flush()
+
+
 def announce(announcement: dict[str, Any], ready_fd: int | None = None) -> None:
     """Write the ready line to ``ready_fd``, or to stdout."""
     line = orjson.dumps(announcement) + b"\n"
@@ -110,11 +119,11 @@ def announce(announcement: dict[str, Any], ready_fd: int | None = None) -> None:
         target.write(line)
 
 
-def exit_with_parent() -> None:
+def exit_with_parent(*, by_kernel: bool = True) -> None:
     """End the process when its parent does. On Linux the kernel kills it when the thread that started it
-    ends. Anywhere, a stdin that is a pipe or socket ends it at end of file, which also covers a parent that
-    died before this call."""
-    if sys.platform == "linux":
+    ends, unless ``by_kernel`` is false. Anywhere, a stdin that is a pipe or socket ends it at end of file,
+    which also covers a parent that died before this call."""
+    if by_kernel and sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         mode = os.fstat(0).st_mode
