@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import orjson
 
 from tidegate.core.errors import (
@@ -19,7 +20,35 @@ from tidegate.engines.seam import Json, KvHandle, Leg, LegEnd, LegTimes, TokensS
 from tidegate.engines.wire import HttpAnswer, Wire
 from tidegate.protocol.chunks import SseParser, Tokens, error_text
 
-ONLY_CONTENT = {"content"}
+
+class _Content(msgspec.Struct, forbid_unknown_fields=True):
+    content: str
+
+
+class _PlainCompletion(msgspec.Struct):
+    text: str
+    token_ids: list[int]
+    finish_reason: None
+    logprobs: None
+
+
+class _PlainChat(msgspec.Struct):
+    delta: _Content
+    token_ids: list[int]
+    finish_reason: None
+    logprobs: None
+
+
+class _CompletionEvent(msgspec.Struct):
+    choices: tuple[_PlainCompletion]
+
+
+class _ChatEvent(msgspec.Struct):
+    choices: tuple[_PlainChat]
+
+
+# Of events that are only text and ids, as nearly all are; msgspec makes no objects of the other fields.
+_PLAIN = {chat: msgspec.json.Decoder(kind) for chat, kind in ((False, _CompletionEvent), (True, _ChatEvent))}
 WANT_HANDLE: Json = {"do_remote_decode": True, "do_remote_prefill": False}
 
 
@@ -172,12 +201,17 @@ class DialectEngine:
 class _StreamReader:
     """Reads a streamed answer."""
 
-    __slots__ = ("_chat", "_facts", "_finished", "_instance", "_parser", "_sink", "_started", "_stopped")
+    __slots__ = (
+        *("_chat", "_facts", "_finished", "_instance", "_logprobs", "_parser", "_plain", "_sink"),
+        *("_started", "_stopped"),
+    )
 
     def __init__(self, leg: Leg, sink: TokensSink, instance: str) -> None:
         self._parser = SseParser()
         self._sink = sink
         self._chat = leg.messages is not None
+        self._plain = _PLAIN[self._chat].decode
+        self._logprobs = bool(leg.sampling.get("logprobs"))
         self._instance = instance
         self._started = self._finished = self._stopped = False
         self._facts: Json = {}
@@ -188,35 +222,34 @@ class _StreamReader:
         for payload in self._parser.feed(data):
             if payload == b"[DONE]":
                 continue
-            try:
-                event = orjson.loads(payload)
-                choice: Json = event["choices"][0] if event.get("choices") else {}
-                if (
-                    self._started
-                    and choice
-                    and choice["finish_reason"] is None
-                    and choice["logprobs"] is None
-                    and (not self._chat or choice["delta"].keys() == ONLY_CONTENT)
-                ):
-                    text = choice["delta"]["content"] if self._chat else choice["text"]
-                    token_ids, tokens = choice["token_ids"], None
+            if self._started and not self._logprobs:
+                try:
+                    (choice,) = self._plain(payload).choices
+                except (msgspec.DecodeError, ValueError):
+                    pass
                 else:
-                    token_ids, tokens = None, self._read(event, choice)
-            except (orjson.JSONDecodeError, LookupError, TypeError, ValueError, AttributeError):
-                raise EngineFault(
-                    f"the engine sent a malformed event: {payload[:80]!r}", instance=self._instance
-                ) from None
-            if token_ids:
-                stop = self._sink.plain(text, token_ids)
-            else:
-                stop = tokens is not None and self._sink.tokens(tokens)
-            if stop:
+                    text = choice.delta.content if self._chat else choice.text
+                    if choice.token_ids and self._sink.plain(text, choice.token_ids):
+                        self._stopped = True
+                        return True
+                    continue
+            tokens = self._read(payload)
+            if tokens is not None and self._sink.tokens(tokens):
                 self._stopped = True
                 return True
         return False
 
-    def _read(self, event: Json, choice: Json) -> Tokens | None:
+    def _read(self, payload: bytes) -> Tokens | None:
         """Read any event; None when it has nothing to deliver."""
+        try:
+            return self._tokens_of(orjson.loads(payload))
+        except (orjson.JSONDecodeError, LookupError, TypeError, ValueError, AttributeError):
+            raise EngineFault(
+                f"the engine sent a malformed event: {payload[:80]!r}", instance=self._instance
+            ) from None
+
+    def _tokens_of(self, event: Json) -> Tokens | None:
+        choice: Json = event["choices"][0] if event.get("choices") else {}
         self._started = True
         if "error" in event:
             raise EngineFault(error_text(event), instance=self._instance)
