@@ -21,6 +21,8 @@ MODEL, BLOCK, CONTEXT = "tiny", 32, 4096
 PIECES = [*(bytes([letter]) for letter in b"abcde .,"), b"ti", b"de", "漢字".encode(), "é".encode()]
 PIECES += [b"\xe6", b"\xbc", b"\xa2", b"\xf0\x9f", b"\x8c\x8a", b"\xc3"]
 """Text of the tokens by id: letters, words, and parts of characters."""
+VOCAB = 512
+"""Prompts may have more ids than answers are made of."""
 HANDLE = frozenset(
     {"do_remote_prefill", "do_remote_decode", "remote_engine_id", "remote_request_id", "remote_block_ids"}
     | {"remote_num_tokens", "remote_host", "remote_port", "tp_size", "prompt_token_ids"}
@@ -55,8 +57,21 @@ class Refused(Exception):
     """A request that ends with an error status."""
 
 
+def unknown_ids(body: Json, ids: list[int]) -> str:
+    """Say which ids of a body are out of the vocabulary; "" for none. vLLM looks at them in its engine."""
+    given = {
+        "prompt": ids,
+        "stop_token_ids": body.get("stop_token_ids") or [],
+        "allowed_token_ids": body.get("allowed_token_ids") or [],
+        "logit_bias": [int(key) for key in body.get("logit_bias") or {}],
+    }
+    wrong = [(name, token) for name in given for token in given[name] if token >= VOCAB]
+    return f"{wrong[0][0]}: token id {wrong[0][1]} is out of vocabulary" if wrong else ""
+
+
 class StrictVllm:
-    """One server. ``lease_s`` is how long it pins; ``on_pin`` is called after it answered a leg that pins."""
+    """One server. ``lease_s`` is how long it pins; ``on_pin`` is called after it answered a leg that pins.
+    ``ends_with`` has streams end behind that many tokens with an error of that code."""
 
     def __init__(self, network: Network, *, lease_s: float = 30.0, bidirectional: bool = True) -> None:
         self.network = network
@@ -69,6 +84,7 @@ class StrictVllm:
         self.bodies: list[Json] = []
         self.pulled_tokens = 0
         self.on_pin: Callable[[], None] | None = None
+        self.ends_with: tuple[int, int] | None = None
         self._runner: web.AppRunner | None = None
         self._numbers = itertools.count(1)
 
@@ -139,6 +155,8 @@ class StrictVllm:
         except Refused as error:
             return web.json_response({"error": {"message": str(error), "code": 500}}, status=500)
         pieces = generate(known, most, body)
+        if (wrong := unknown_ids(body, ids)) and not body.get("stream"):
+            return web.json_response({"error": error_of(wrong, 400)}, status=400)
         if body.get("stream"):
             return await self._stream(request, body, ids, pieces)
         return await self._whole(request, body, ids, kv, list(pieces))
@@ -220,6 +238,10 @@ class StrictVllm:
         """Stream as vLLM does: without a handle, and sometimes with two tokens in a piece."""
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
+        if wrong := unknown_ids(body, ids):
+            await _send(response, {"error": error_of(wrong, 400)})
+            await response.write(b"data: [DONE]\n\n")
+            return response
         chat = "messages" in body
         first: Json = {"index": 0, "delta": {"role": "assistant", "content": ""}}
         first |= {"logprobs": None, "finish_reason": None}
@@ -227,6 +249,9 @@ class StrictVllm:
             await _send(response, {"choices": [first], "prompt_token_ids": ids})
         told, count = chat, 0
         while piece := next(pieces, None):
+            if self.ends_with is not None and count >= self.ends_with[0]:
+                await _send(response, {"error": error_of("it went wrong", self.ends_with[1])})
+                return response
             if len(ids) % 3 == 0 and piece.reason is None and count % 4 == 3:
                 piece = piece.with_next(next(pieces))
             count += len(piece.ids)
@@ -240,6 +265,12 @@ class StrictVllm:
         usage = {"prompt_tokens": len(ids), "completion_tokens": count}
         await _send(response, {"choices": [], "usage": usage})
         return response
+
+
+def error_of(message: str, code: int) -> Json:
+    """Return an error as vLLM writes it, in an answer with a status and in an event alike."""
+    kind = {400: "BadRequestError", 503: "ServiceUnavailableError"}.get(code, "InternalServerError")
+    return {"message": message, "type": kind, "param": None, "code": code}
 
 
 async def _send(response: web.StreamResponse, event: Json) -> bool:

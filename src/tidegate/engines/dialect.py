@@ -8,8 +8,10 @@ import msgspec
 import orjson
 
 from tidegate.core.errors import (
+    STATUS,
     BadRequest,
     ClientError,
+    EngineBusy,
     EngineError,
     EngineFault,
     EngineUnreachable,
@@ -49,6 +51,9 @@ class _ChatEvent(msgspec.Struct):
 
 # Of events that are only text and ids, as nearly all are; msgspec makes no objects of the other fields.
 _PLAIN = {chat: msgspec.json.Decoder(kind) for chat, kind in ((False, _CompletionEvent), (True, _ChatEvent))}
+REFUSED = (400, 404, 413, 422, 501)
+"""Statuses that are about the request; 501 is what vLLM says of a field that a server does not support."""
+BUSY = (429, 503)
 WANT_HANDLE: Json = {"do_remote_decode": True, "do_remote_prefill": False}
 
 
@@ -86,11 +91,11 @@ class DialectEngine:
         try:
             if leg.pin:
                 answer = await self._wire.exchange("POST", path, body, deadline_s=deadline_s)
-                self._check(answer, leg, stage)
+                self._check(answer, leg)
                 return self._whole_answer(answer.body, leg, sink)
             stream = _StreamReader(leg, sink, self.instance)
             answer = await self._wire.exchange("POST", path, body, sink=stream.feed, deadline_s=deadline_s)
-            self._check(answer, leg, stage)
+            self._check(answer, leg)
             return stream.end()
         except EngineError as error:
             error.instance = error.instance or self.instance
@@ -169,20 +174,20 @@ class DialectEngine:
         """Return the handle in the answer of a leg that pins, which brought ``tokens``."""
         return KvHandle(params, self.engine_id, prompt_tokens) if params else None
 
-    def _check(self, answer: HttpAnswer, leg: Leg, stage: str) -> None:
+    def _check(self, answer: HttpAnswer, leg: Leg) -> None:
         if answer.status == 200:
             return
-        refusal = _refusal(answer, self.instance, stage)
-        if isinstance(refusal, ClientError) and (leg.generated or leg.handle is not None):
-            # The client's own request passed before: what is refused is what the gateway made of it.
-            raise EngineFault(
-                f"refused a continued leg: {refusal.message}", instance=self.instance, stage=stage
-            )
-        raise refusal
+        try:
+            body = orjson.loads(answer.body)
+        except orjson.JSONDecodeError:
+            body = None
+        raise refusal(body if isinstance(body, dict) else {}, leg, answer.status)
 
     def _whole_answer(self, raw: bytes, leg: Leg, sink: TokensSink) -> LegEnd:
         try:
             body = orjson.loads(raw)
+            if body.get("error"):
+                raise refusal(body, leg)
             choice = body["choices"][0]
             tokens = _tokens(choice, leg.messages is not None)
             tokens.prompt_token_ids = body.get("prompt_token_ids") or choice.get("prompt_token_ids")
@@ -202,13 +207,14 @@ class _StreamReader:
     """Reads a streamed answer."""
 
     __slots__ = (
-        *("_chat", "_facts", "_finished", "_instance", "_logprobs", "_parser", "_plain", "_sink"),
+        *("_chat", "_facts", "_finished", "_instance", "_leg", "_logprobs", "_parser", "_plain", "_sink"),
         *("_started", "_stopped"),
     )
 
     def __init__(self, leg: Leg, sink: TokensSink, instance: str) -> None:
         self._parser = SseParser()
         self._sink = sink
+        self._leg = leg
         self._chat = leg.messages is not None
         self._plain = _PLAIN[self._chat].decode
         self._logprobs = bool(leg.sampling.get("logprobs"))
@@ -217,8 +223,8 @@ class _StreamReader:
         self._facts: Json = {}
 
     def feed(self, data: bytes) -> bool:
-        """Deliver the tokens in ``data``; return whether the sink ends the leg. Raises EngineFault for an
-        error event or a malformed one."""
+        """Deliver the tokens in ``data``; return whether the sink ends the leg. Raises what ``refusal`` makes
+        of an error event, and EngineFault for a malformed one."""
         for payload in self._parser.feed(data):
             if payload == b"[DONE]":
                 continue
@@ -252,7 +258,7 @@ class _StreamReader:
         choice: Json = event["choices"][0] if event.get("choices") else {}
         self._started = True
         if "error" in event:
-            raise EngineFault(error_text(event), instance=self._instance)
+            raise refusal(event, self._leg)
         for name in ("metrics", "usage"):  # which may come in one event or in two
             if event.get(name):
                 self._facts[name] = event[name]
@@ -315,20 +321,28 @@ def _times(event: Json) -> LegTimes:
     )
 
 
-def _refusal(answer: HttpAnswer, instance: str, stage: str) -> ClientError | EngineFault:
-    """Turn an error answer into the client's error (the engine names a field) or the engine's own."""
-    try:
-        body = orjson.loads(answer.body)
-    except orjson.JSONDecodeError:
-        body = None
-    body = body if isinstance(body, dict) else {}
-    message = error_text(body, f"HTTP {answer.status}")
-    error: Any = body.get("error")
-    param = error.get("param") if isinstance(error, dict) else None
-    if answer.status == 404:
+def refusal(answer: Json, leg: Leg, status: int | None = None) -> ClientError | EngineFault | EngineBusy:
+    """Turn an error answer, or an error event, into the client's error or the engine's own.
+
+    vLLM checks some fields only after it has begun a stream, and then says in an event what it would have
+    said with a status. What refuses a leg that goes on is the engine's error where it is about what
+    the gateway put there: that leg's prompt and handle, instead of fields of the client.
+    """
+    error: Any = answer.get("error")
+    error = error if isinstance(error, dict) else {}
+    code, param = error.get("code"), error.get("param")
+    if status is None:
+        own = (row.http for row in STATUS.values() if row.code == code)
+        status = code if isinstance(code, int) else next(own, 500)
+    message = error_text(answer, f"HTTP {status}")
+    if status in BUSY:
+        return EngineBusy(message)
+    if status not in REFUSED:
+        return EngineFault(f"HTTP {status}: {message}")
+    too_long = code == STATUS[PromptTooLong].code or "maximum context length" in message
+    continued = leg.generated or leg.handle is not None
+    if continued and (too_long or status == 404 or (param and str(param).split(".")[0] not in leg.sampling)):
+        return EngineFault(f"refused a continued leg: {message}")
+    if status == 404:
         return UnknownModel(message, param=param)
-    if answer.status in (400, 413, 422):
-        if isinstance(error, dict) and error.get("code") == "context_length_exceeded":
-            return PromptTooLong(message, param=param)
-        return BadRequest(message, param=param)
-    return EngineFault(f"HTTP {answer.status}: {message}", instance=instance, stage=stage)
+    return PromptTooLong(message, param=param) if too_long else BadRequest(message, param=param)

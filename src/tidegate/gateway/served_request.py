@@ -7,7 +7,7 @@ import asyncio
 from tidegate.control.effects import GiveUp, Held, RunDecode, RunPrefill, StartMigration
 from tidegate.control.record import RequestEnding, RequestRecord, outcome_line
 from tidegate.core.decision import Path
-from tidegate.core.errors import EngineError, InternalError, TidegateError
+from tidegate.core.errors import ClientError, EngineError, InternalError, TidegateError
 from tidegate.engines.seam import KvHandle, LegEnd, LegTimes, TokensSink
 from tidegate.gateway.call import Call, TokenEstimate
 from tidegate.gateway.dispatcher import Command, Dispatcher
@@ -216,7 +216,7 @@ class ServedRequest:
                 return None
             tokens = known.worth_reading(legs.prompt_ids, upstream.member)
             handle = await legs.export(holder, tokens) if tokens else None
-        except EngineError:
+        except (EngineError, ClientError):
             return None
         if handle is not None:
             self.record.read_back_tokens = handle.tokens
