@@ -63,7 +63,7 @@ class Bench:
         async with self.client.post(self.url + path, data=orjson.dumps({"model": MODEL} | body)) as response:
             raw = await response.read()
         lines = [line.removeprefix(b"data: ") for line in raw.splitlines() if line.strip()]
-        assert b"[DONE]" not in lines
+        assert b"[DONE]" not in lines, raw
         error: Json = orjson.loads(lines[-1])["error"]
         return response.status, error, len(lines) - 1
 

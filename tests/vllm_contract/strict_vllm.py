@@ -11,6 +11,7 @@ import itertools
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -28,6 +29,8 @@ HANDLE = frozenset(
     | {"remote_num_tokens", "remote_host", "remote_port", "tp_size", "prompt_token_ids"}
 )
 DEAD_PEER_S = 0.02
+KNOWN: dict[str, list[str]] = orjson.loads(Path(__file__).with_name("vllm_parameters.json").read_bytes())
+"""The parameters that vLLM 0.32 documents, by endpoint."""
 
 
 def token_after(known: list[int]) -> int:
@@ -51,6 +54,11 @@ class Network:
     """The engines that reach each other, by engine id."""
 
     engines: dict[str, StrictVllm] = field(default_factory=dict)
+
+
+def prompt_logprobs(ids: list[int]) -> list[Json | None]:
+    """Return what is said of a prompt's tokens."""
+    return [None, *({str(token): {"logprob": -float(place)}} for place, token in enumerate(ids[1:], 1))]
 
 
 class Refused(Exception):
@@ -146,7 +154,13 @@ class StrictVllm:
         ids, kv = prompt_of(body), body.get("kv_transfer_params") or {}
         most = body.get("max_tokens") or CONTEXT - len(ids)
         try:
-            if not kv.keys() <= HANDLE or "vllm_xargs" in body or "priority" in body:
+            if unknown := body.keys() - KNOWN["chat" if "messages" in body else "completions"]:
+                raise self._breach(f"fields that vLLM ignores: {unknown}")
+            if (
+                not kv.keys() <= HANDLE
+                or "kv_transfer_params" in body.get("vllm_xargs", {})
+                or "priority" in body
+            ):
                 raise self._breach("a field that only engines know")
             if len(ids) + most > CONTEXT:
                 self._decline(kv)
@@ -155,7 +169,10 @@ class StrictVllm:
         except Refused as error:
             return web.json_response({"error": {"message": str(error), "code": 500}}, status=500)
         pieces = generate(known, most, body)
-        if (wrong := unknown_ids(body, ids)) and not body.get("stream"):
+        wrong = "" if body.get("stream") else unknown_ids(body, ids)
+        if body.get("stream") and "prompt_logprobs" in body:
+            wrong = "`prompt_logprobs` are not available when `stream=True`."
+        if wrong:
             return web.json_response({"error": error_of(wrong, 400)}, status=400)
         if body.get("stream"):
             return await self._stream(request, body, ids, pieces)
@@ -210,6 +227,9 @@ class StrictVllm:
             answer["prompt_token_ids"] = ids
         else:
             choice |= {"text": text, "prompt_token_ids": ids}
+        if "prompt_logprobs" in body:
+            told = choice if "prompt" in body else answer
+            told["prompt_logprobs"] = prompt_logprobs(ids)
         if kv.get("do_remote_decode"):
             answer["kv_transfer_params"] = self._pin([*ids, *said[:-1]])
         if kv.get("do_remote_decode") and self.on_pin is not None:

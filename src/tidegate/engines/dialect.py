@@ -50,7 +50,9 @@ class _ChatEvent(msgspec.Struct):
 
 
 # Of events that are only text and ids, as nearly all are; msgspec makes no objects of the other fields.
-_PLAIN = {chat: msgspec.json.Decoder(kind) for chat, kind in ((False, _CompletionEvent), (True, _ChatEvent))}
+_PLAIN: dict[bool, msgspec.json.Decoder[Any]] = {
+    chat: msgspec.json.Decoder(kind) for chat, kind in ((False, _CompletionEvent), (True, _ChatEvent))
+}
 REFUSED = (400, 404, 413, 422, 501)
 """Statuses that are about the request; 501 is what vLLM says of a field that a server does not support."""
 BUSY = (429, 503)
@@ -84,12 +86,11 @@ class DialectEngine:
         self._wire = Wire(url, connect_s=connect_s, stall_s=stall_s, headers=headers)
 
     async def run(self, leg: Leg, sink: TokensSink, *, deadline_s: float) -> LegEnd:
-        """A leg that pins is answered in one piece, any other is streamed."""
         path = "/v1/completions" if leg.messages is None else "/v1/chat/completions"
         body = orjson.dumps(self._body(leg))
         stage = "prefill" if leg.pin else "decode"
         try:
-            if leg.pin:
+            if leg.whole:
                 answer = await self._wire.exchange("POST", path, body, deadline_s=deadline_s)
                 self._check(answer, leg)
                 return self._whole_answer(answer.body, leg, sink)
@@ -152,7 +153,7 @@ class DialectEngine:
             body["cache_salt"] = leg.salt
         if kv:
             body["kv_transfer_params"] = kv
-        if not leg.pin:
+        if not leg.whole:
             body["stream"] = True
             body["stream_options"] = {"include_usage": True}
         return body
@@ -191,6 +192,7 @@ class DialectEngine:
             choice = body["choices"][0]
             tokens = _tokens(choice, leg.messages is not None)
             tokens.prompt_token_ids = body.get("prompt_token_ids") or choice.get("prompt_token_ids")
+            tokens.prompt_logprobs = body.get("prompt_logprobs") or choice.get("prompt_logprobs")
             times = _times(body)
             params = body.get("kv_transfer_params")
         except (orjson.JSONDecodeError, LookupError, TypeError, ValueError, AttributeError) as error:
@@ -200,7 +202,8 @@ class DialectEngine:
         if not tokens.token_ids or tokens.prompt_token_ids is None:
             raise EngineFault("the engine does not return token ids")
         sink.tokens(tokens)
-        return LegEnd(self._handle(params, leg, len(tokens.prompt_token_ids), tokens), times)
+        length = len(tokens.prompt_token_ids)
+        return LegEnd(self._handle(params, leg, length, tokens) if leg.pin else None, times)
 
 
 class _StreamReader:

@@ -203,7 +203,8 @@ class ServedRequest:
         then the prompt is computed.
         """
         dispatcher, legs = self._dispatcher, self.legs
-        if legs.out_ids or not self.call.session or not upstream.member.capabilities.extends_kv:
+        computed = legs.out_ids or "prompt_logprobs" in self.call.sampling
+        if computed or not self.call.session or not upstream.member.capabilities.extends_kv:
             return None
         known = dispatcher.sessions.find(self.call)
         if known is None:
