@@ -100,6 +100,7 @@ EXAMPLES: Json = {
 NEEDED: dict[str, Json] = {
     "top_logprobs": {"logprobs": True},
     "logprob_token_ids": {"logprobs": 1},
+    "return_tokens_as_token_ids": {"logprobs": 1},
     "stream_options": {"stream": True},
     "continue_final_message": {"add_generation_prompt": False},
 }

@@ -10,6 +10,16 @@ from tests.vllm_contract.contract_bench import Json, alone, bench
 from tests.vllm_contract.strict_vllm import VOCAB
 from tidegate.bench.endpoint import probe_endpoint
 from tidegate.bench.settings import BenchSettings
+from tidegate.core.errors import (
+    BadRequest,
+    EngineBusy,
+    EngineFault,
+    PromptTooLong,
+    TidegateError,
+    UnknownModel,
+)
+from tidegate.engines.dialect import refusal
+from tidegate.engines.seam import Leg
 from tidegate.workloads.prompts import TokenPrompts
 
 PROMPT = [1, 2, 3]
@@ -69,3 +79,38 @@ async def test_bench_finds_the_vocabulary_behind_the_gateway(system: str) -> Non
         endpoint = await probe_endpoint(it.client, BenchSettings(it.url))
         assert endpoint.prompts == TokenPrompts(VOCAB, low=VOCAB // 8, seed=0)
         assert it.metric("tidegate_replays_total", reason="engine_fault") == 0
+
+
+LEG = Leg("r", [1], None, 4, {"logit_bias": {}})
+CONTINUED = Leg("r", [1, 2], None, 4, {"logit_bias": {}}, generated=1)
+ANSWERS: list[tuple[Json, int | None, Leg, type[TidegateError]]] = [
+    ({"error": {"message": "m", "code": 400}}, None, LEG, BadRequest),
+    ({"error": {"message": "m", "code": "invalid_value"}}, None, LEG, BadRequest),
+    ({"error": {"message": "m", "code": "context_length_exceeded"}}, None, LEG, PromptTooLong),
+    (
+        {"error": {"message": "This model's maximum context length is 9", "code": 400}},
+        None,
+        LEG,
+        PromptTooLong,
+    ),
+    ({"error": {"message": "m", "code": "shutting_down"}}, None, LEG, EngineBusy),
+    ({"error": {"message": "m", "code": 503}}, None, LEG, EngineBusy),
+    ({"error": "m"}, None, LEG, EngineFault),
+    ({}, 501, LEG, BadRequest),
+    ({}, 422, LEG, BadRequest),
+    ({}, 404, LEG, UnknownModel),
+    ({}, 429, LEG, EngineBusy),
+    ({}, 401, LEG, EngineFault),
+    ({"error": {"message": "m", "param": "logit_bias"}}, 400, CONTINUED, BadRequest),
+    ({"error": {"message": "m", "param": None}}, 400, CONTINUED, BadRequest),
+    ({"error": {"message": "m", "param": "prompt"}}, 400, CONTINUED, EngineFault),
+    ({"error": {"message": "m", "param": "kv_transfer_params.remote_port"}}, 400, CONTINUED, EngineFault),
+    ({"error": {"message": "m", "code": "context_length_exceeded"}}, 400, CONTINUED, EngineFault),
+]
+
+
+@pytest.mark.parametrize(("answer", "status", "leg", "expected"), ANSWERS)
+def test_what_an_error_answer_means(
+    answer: Json, status: int | None, leg: Leg, expected: type[TidegateError]
+) -> None:
+    assert type(refusal(answer, leg, status)) is expected

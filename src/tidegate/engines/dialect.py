@@ -56,6 +56,8 @@ _PLAIN: dict[bool, msgspec.json.Decoder[Any]] = {
 REFUSED = (400, 404, 413, 422, 501)
 """Statuses that are about the request; 501 is what vLLM says of a field that a server does not support."""
 BUSY = (429, 503)
+BUSY_S = 1.0
+"""What a client is told to wait when every engine is busy (ours)."""
 WANT_HANDLE: Json = {"do_remote_decode": True, "do_remote_prefill": False}
 
 
@@ -339,7 +341,9 @@ def refusal(answer: Json, leg: Leg, status: int | None = None) -> ClientError | 
         status = code if isinstance(code, int) else next(own, 500)
     message = error_text(answer, f"HTTP {status}")
     if status in BUSY:
-        return EngineBusy(message)
+        busy = EngineBusy(message)
+        busy.retry_after_s = BUSY_S
+        return busy
     if status not in REFUSED:
         return EngineFault(f"HTTP {status}: {message}")
     too_long = code == STATUS[PromptTooLong].code or "maximum context length" in message

@@ -47,9 +47,12 @@ class RequestBody(BaseModel):
 
 
 class StreamOptions(RequestBody):
-    """OpenAI ``stream_options``."""
+    """OpenAI ``stream_options``. Obfuscation pads events, and is not needed behind a gateway of one's own."""
+
+    model_config = ConfigDict(extra="forbid")
 
     include_usage: StrictBool = False
+    include_obfuscation: StrictBool = False
 
 
 class TicketParams(RequestBody):
