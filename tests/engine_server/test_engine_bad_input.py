@@ -48,6 +48,8 @@ COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "a", "repetition_penalty": 1.1}, "repetition_penalty", "not supported"),
     ({"prompt": "a", "logit_bias": {"3": 1}}, "logit_bias", "not supported"),
     ({"prompt": "a", "response_format": {"type": "json_object"}}, "response_format", "not supported"),
+    ({"prompt": "a", "thinking_token_budget": 5}, "thinking_token_budget", "not supported"),
+    ({"prompt": "a", "temprature": 1.0}, "temprature", "unknown parameter"),
     ({"prompt": "a", "min_tokens": 20}, "min_tokens", "more than max_tokens"),
     ({"prompt": "a", "request_id": "x" * 300}, "request_id", "at most 256"),
     ({"prompt": "a", "request_id": "a\nb"}, "request_id", "printable"),

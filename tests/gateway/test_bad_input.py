@@ -38,6 +38,8 @@ WRONG: list[tuple[str, Any, int, str | None]] = [
     ("/v1/completions", GOOD | {"stream": "yes"}, 400, "stream"),
     ("/v1/completions", GOOD | {"seed": "x"}, 400, "seed"),
     ("/v1/completions", GOOD | {"stream_options": {"include_usage": True}}, 400, "stream_options"),
+    ("/v1/completions", GOOD | {"stream": True, "stream_options": {"x": 1}}, 400, "stream_options.x"),
+    ("/v1/completions", GOOD | {"temprature": 1.0}, 400, "temprature"),
     ("/v1/completions", GOOD | {"truncate_prompt_tokens": 2}, 400, "truncate_prompt_tokens"),
     ("/v1/completions", GOOD | {"prompt_embeds": "AAAA"}, 400, "prompt_embeds"),
     ("/v1/completions", GOOD | {"use_beam_search": True}, 400, "use_beam_search"),

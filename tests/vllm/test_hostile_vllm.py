@@ -30,7 +30,6 @@ def hostile(handle: Json) -> list[Json]:
     as_text = orjson.dumps(handle).decode()
     return [
         *({"kv_transfer_params": one} for one in handles),
-        {"extra_body": {"kv_transfer_params": handle}},
         *({"vllm_xargs": {"kv_transfer_params": text}} for text in (as_text, "")),
         {"vllm_xargs": {"kv_transfer_params": [1], "ec_transfer_params": "x"}},
         {"ec_transfer_params": handle},

@@ -11,6 +11,7 @@ import itertools
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -21,11 +22,15 @@ MODEL, BLOCK, CONTEXT = "tiny", 32, 4096
 PIECES = [*(bytes([letter]) for letter in b"abcde .,"), b"ti", b"de", "漢字".encode(), "é".encode()]
 PIECES += [b"\xe6", b"\xbc", b"\xa2", b"\xf0\x9f", b"\x8c\x8a", b"\xc3"]
 """Text of the tokens by id: letters, words, and parts of characters."""
+VOCAB = 512
+"""Prompts may have more ids than answers are made of."""
 HANDLE = frozenset(
     {"do_remote_prefill", "do_remote_decode", "remote_engine_id", "remote_request_id", "remote_block_ids"}
     | {"remote_num_tokens", "remote_host", "remote_port", "tp_size", "prompt_token_ids"}
 )
 DEAD_PEER_S = 0.02
+KNOWN: dict[str, list[str]] = orjson.loads(Path(__file__).with_name("vllm_parameters.json").read_bytes())
+"""The parameters that vLLM 0.32 documents, by endpoint."""
 
 
 def token_after(known: list[int]) -> int:
@@ -51,12 +56,30 @@ class Network:
     engines: dict[str, StrictVllm] = field(default_factory=dict)
 
 
+def prompt_logprobs(ids: list[int]) -> list[Json | None]:
+    """Return what is said of a prompt's tokens."""
+    return [None, *({str(token): {"logprob": -float(place)}} for place, token in enumerate(ids[1:], 1))]
+
+
 class Refused(Exception):
     """A request that ends with an error status."""
 
 
+def unknown_ids(body: Json, ids: list[int]) -> str:
+    """Say which ids of a body are out of the vocabulary; "" for none. vLLM looks at them in its engine."""
+    given = {
+        "prompt": ids,
+        "stop_token_ids": body.get("stop_token_ids") or [],
+        "allowed_token_ids": body.get("allowed_token_ids") or [],
+        "logit_bias": [int(key) for key in body.get("logit_bias") or {}],
+    }
+    wrong = [(name, token) for name in given for token in given[name] if token >= VOCAB]
+    return f"{wrong[0][0]}: token id {wrong[0][1]} is out of vocabulary" if wrong else ""
+
+
 class StrictVllm:
-    """One server. ``lease_s`` is how long it pins; ``on_pin`` is called after it answered a leg that pins."""
+    """One server. ``lease_s`` is how long it pins; ``on_pin`` is called after it answered a leg that pins.
+    ``ends_with`` has streams end behind that many tokens with an error of that code."""
 
     def __init__(self, network: Network, *, lease_s: float = 30.0, bidirectional: bool = True) -> None:
         self.network = network
@@ -69,6 +92,7 @@ class StrictVllm:
         self.bodies: list[Json] = []
         self.pulled_tokens = 0
         self.on_pin: Callable[[], None] | None = None
+        self.ends_with: tuple[int, int] | None = None
         self._runner: web.AppRunner | None = None
         self._numbers = itertools.count(1)
 
@@ -130,7 +154,13 @@ class StrictVllm:
         ids, kv = prompt_of(body), body.get("kv_transfer_params") or {}
         most = body.get("max_tokens") or CONTEXT - len(ids)
         try:
-            if not kv.keys() <= HANDLE or "vllm_xargs" in body or "priority" in body:
+            if unknown := body.keys() - KNOWN["chat" if "messages" in body else "completions"]:
+                raise self._breach(f"fields that vLLM ignores: {unknown}")
+            if (
+                not kv.keys() <= HANDLE
+                or "kv_transfer_params" in body.get("vllm_xargs", {})
+                or "priority" in body
+            ):
                 raise self._breach("a field that only engines know")
             if len(ids) + most > CONTEXT:
                 self._decline(kv)
@@ -139,6 +169,11 @@ class StrictVllm:
         except Refused as error:
             return web.json_response({"error": {"message": str(error), "code": 500}}, status=500)
         pieces = generate(known, most, body)
+        wrong = "" if body.get("stream") else unknown_ids(body, ids)
+        if body.get("stream") and "prompt_logprobs" in body:
+            wrong = "`prompt_logprobs` are not available when `stream=True`."
+        if wrong:
+            return web.json_response({"error": error_of(wrong, 400)}, status=400)
         if body.get("stream"):
             return await self._stream(request, body, ids, pieces)
         return await self._whole(request, body, ids, kv, list(pieces))
@@ -192,6 +227,9 @@ class StrictVllm:
             answer["prompt_token_ids"] = ids
         else:
             choice |= {"text": text, "prompt_token_ids": ids}
+        if "prompt_logprobs" in body:
+            told = choice if "prompt" in body else answer
+            told["prompt_logprobs"] = prompt_logprobs(ids)
         if kv.get("do_remote_decode"):
             answer["kv_transfer_params"] = self._pin([*ids, *said[:-1]])
         if kv.get("do_remote_decode") and self.on_pin is not None:
@@ -220,6 +258,10 @@ class StrictVllm:
         """Stream as vLLM does: without a handle, and sometimes with two tokens in a piece."""
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
+        if wrong := unknown_ids(body, ids):
+            await _send(response, {"error": error_of(wrong, 400)})
+            await response.write(b"data: [DONE]\n\n")
+            return response
         chat = "messages" in body
         first: Json = {"index": 0, "delta": {"role": "assistant", "content": ""}}
         first |= {"logprobs": None, "finish_reason": None}
@@ -227,6 +269,9 @@ class StrictVllm:
             await _send(response, {"choices": [first], "prompt_token_ids": ids})
         told, count = chat, 0
         while piece := next(pieces, None):
+            if self.ends_with is not None and count >= self.ends_with[0]:
+                await _send(response, {"error": error_of("it went wrong", self.ends_with[1])})
+                return response
             if len(ids) % 3 == 0 and piece.reason is None and count % 4 == 3:
                 piece = piece.with_next(next(pieces))
             count += len(piece.ids)
@@ -240,6 +285,12 @@ class StrictVllm:
         usage = {"prompt_tokens": len(ids), "completion_tokens": count}
         await _send(response, {"choices": [], "usage": usage})
         return response
+
+
+def error_of(message: str, code: int) -> Json:
+    """Return an error as vLLM writes it, in an answer with a status and in an event alike."""
+    kind = {400: "BadRequestError", 503: "ServiceUnavailableError"}.get(code, "InternalServerError")
+    return {"message": message, "type": kind, "param": None, "code": code}
 
 
 async def _send(response: web.StreamResponse, event: Json) -> bool:

@@ -107,6 +107,10 @@ class EngineFault(EngineError):
     """The engine answered with an error of its own."""
 
 
+class EngineBusy(EngineError):
+    """The engine takes no more requests now; another may."""
+
+
 class KvLost(EngineError):
     """The KV that a leg was to begin with could not be had, or not in time; the engine may be well."""
 
@@ -166,6 +170,7 @@ STATUS: dict[type[TidegateError], ErrorStatus] = {
     EngineUnreachable: ErrorStatus(502, "engine_error", "engine_unreachable", "engine_unreachable"),
     EngineTimeout: ErrorStatus(504, "engine_error", "engine_timeout", "engine_timeout"),
     EngineFault: ErrorStatus(502, "engine_error", "engine_fault", "engine_fault"),
+    EngineBusy: ErrorStatus(503, "service_unavailable", "engine_busy", "engine_busy"),
     KvLost: ErrorStatus(502, "engine_error", "kv_lost", "kv_lost"),
     NotRepeated: ErrorStatus(502, "engine_error", "not_repeated", "not_repeated"),
     InternalError: ErrorStatus(500, "internal_error", "internal_error", "internal"),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import orjson
 
 from tidegate.core.errors import (
+    STATUS,
     BadRequest,
     ClientError,
+    EngineBusy,
     EngineError,
     EngineFault,
     EngineUnreachable,
@@ -19,7 +22,42 @@ from tidegate.engines.seam import Json, KvHandle, Leg, LegEnd, LegTimes, TokensS
 from tidegate.engines.wire import HttpAnswer, Wire
 from tidegate.protocol.chunks import SseParser, Tokens, error_text
 
-ONLY_CONTENT = {"content"}
+
+class _Content(msgspec.Struct, forbid_unknown_fields=True):
+    content: str
+
+
+class _PlainCompletion(msgspec.Struct):
+    text: str
+    token_ids: list[int]
+    finish_reason: None
+    logprobs: None
+
+
+class _PlainChat(msgspec.Struct):
+    delta: _Content
+    token_ids: list[int]
+    finish_reason: None
+    logprobs: None
+
+
+class _CompletionEvent(msgspec.Struct):
+    choices: tuple[_PlainCompletion]
+
+
+class _ChatEvent(msgspec.Struct):
+    choices: tuple[_PlainChat]
+
+
+# Of events that are only text and ids, as nearly all are; msgspec makes no objects of the other fields.
+_PLAIN: dict[bool, msgspec.json.Decoder[Any]] = {
+    chat: msgspec.json.Decoder(kind) for chat, kind in ((False, _CompletionEvent), (True, _ChatEvent))
+}
+REFUSED = (400, 404, 413, 422, 501)
+"""Statuses that are about the request; 501 is what vLLM says of a field that a server does not support."""
+BUSY = (429, 503)
+BUSY_S = 1.0
+"""What a client is told to wait when every engine is busy (ours)."""
 WANT_HANDLE: Json = {"do_remote_decode": True, "do_remote_prefill": False}
 
 
@@ -50,18 +88,17 @@ class DialectEngine:
         self._wire = Wire(url, connect_s=connect_s, stall_s=stall_s, headers=headers)
 
     async def run(self, leg: Leg, sink: TokensSink, *, deadline_s: float) -> LegEnd:
-        """A leg that pins is answered in one piece, any other is streamed."""
         path = "/v1/completions" if leg.messages is None else "/v1/chat/completions"
         body = orjson.dumps(self._body(leg))
         stage = "prefill" if leg.pin else "decode"
         try:
-            if leg.pin:
+            if leg.whole:
                 answer = await self._wire.exchange("POST", path, body, deadline_s=deadline_s)
-                self._check(answer, leg, stage)
+                self._check(answer, leg)
                 return self._whole_answer(answer.body, leg, sink)
             stream = _StreamReader(leg, sink, self.instance)
             answer = await self._wire.exchange("POST", path, body, sink=stream.feed, deadline_s=deadline_s)
-            self._check(answer, leg, stage)
+            self._check(answer, leg)
             return stream.end()
         except EngineError as error:
             error.instance = error.instance or self.instance
@@ -118,7 +155,7 @@ class DialectEngine:
             body["cache_salt"] = leg.salt
         if kv:
             body["kv_transfer_params"] = kv
-        if not leg.pin:
+        if not leg.whole:
             body["stream"] = True
             body["stream_options"] = {"include_usage": True}
         return body
@@ -140,23 +177,24 @@ class DialectEngine:
         """Return the handle in the answer of a leg that pins, which brought ``tokens``."""
         return KvHandle(params, self.engine_id, prompt_tokens) if params else None
 
-    def _check(self, answer: HttpAnswer, leg: Leg, stage: str) -> None:
+    def _check(self, answer: HttpAnswer, leg: Leg) -> None:
         if answer.status == 200:
             return
-        refusal = _refusal(answer, self.instance, stage)
-        if isinstance(refusal, ClientError) and (leg.generated or leg.handle is not None):
-            # The client's own request passed before: what is refused is what the gateway made of it.
-            raise EngineFault(
-                f"refused a continued leg: {refusal.message}", instance=self.instance, stage=stage
-            )
-        raise refusal
+        try:
+            body = orjson.loads(answer.body)
+        except orjson.JSONDecodeError:
+            body = None
+        raise refusal(body if isinstance(body, dict) else {}, leg, answer.status)
 
     def _whole_answer(self, raw: bytes, leg: Leg, sink: TokensSink) -> LegEnd:
         try:
             body = orjson.loads(raw)
+            if body.get("error"):
+                raise refusal(body, leg)
             choice = body["choices"][0]
             tokens = _tokens(choice, leg.messages is not None)
             tokens.prompt_token_ids = body.get("prompt_token_ids") or choice.get("prompt_token_ids")
+            tokens.prompt_logprobs = body.get("prompt_logprobs") or choice.get("prompt_logprobs")
             times = _times(body)
             params = body.get("kv_transfer_params")
         except (orjson.JSONDecodeError, LookupError, TypeError, ValueError, AttributeError) as error:
@@ -166,60 +204,66 @@ class DialectEngine:
         if not tokens.token_ids or tokens.prompt_token_ids is None:
             raise EngineFault("the engine does not return token ids")
         sink.tokens(tokens)
-        return LegEnd(self._handle(params, leg, len(tokens.prompt_token_ids), tokens), times)
+        length = len(tokens.prompt_token_ids)
+        return LegEnd(self._handle(params, leg, length, tokens) if leg.pin else None, times)
 
 
 class _StreamReader:
     """Reads a streamed answer."""
 
-    __slots__ = ("_chat", "_facts", "_finished", "_instance", "_parser", "_sink", "_started", "_stopped")
+    __slots__ = (
+        *("_chat", "_facts", "_finished", "_instance", "_leg", "_logprobs", "_parser", "_plain", "_sink"),
+        *("_started", "_stopped"),
+    )
 
     def __init__(self, leg: Leg, sink: TokensSink, instance: str) -> None:
         self._parser = SseParser()
         self._sink = sink
+        self._leg = leg
         self._chat = leg.messages is not None
+        self._plain = _PLAIN[self._chat].decode
+        self._logprobs = bool(leg.sampling.get("logprobs"))
         self._instance = instance
         self._started = self._finished = self._stopped = False
         self._facts: Json = {}
 
     def feed(self, data: bytes) -> bool:
-        """Deliver the tokens in ``data``; return whether the sink ends the leg. Raises EngineFault for an
-        error event or a malformed one."""
+        """Deliver the tokens in ``data``; return whether the sink ends the leg. Raises what ``refusal`` makes
+        of an error event, and EngineFault for a malformed one."""
         for payload in self._parser.feed(data):
             if payload == b"[DONE]":
                 continue
-            try:
-                event = orjson.loads(payload)
-                choice: Json = event["choices"][0] if event.get("choices") else {}
-                if (
-                    self._started
-                    and choice
-                    and choice["finish_reason"] is None
-                    and choice["logprobs"] is None
-                    and (not self._chat or choice["delta"].keys() == ONLY_CONTENT)
-                ):
-                    text = choice["delta"]["content"] if self._chat else choice["text"]
-                    token_ids, tokens = choice["token_ids"], None
+            if self._started and not self._logprobs:
+                try:
+                    (choice,) = self._plain(payload).choices
+                except (msgspec.DecodeError, ValueError):
+                    pass
                 else:
-                    token_ids, tokens = None, self._read(event, choice)
-            except (orjson.JSONDecodeError, LookupError, TypeError, ValueError, AttributeError):
-                raise EngineFault(
-                    f"the engine sent a malformed event: {payload[:80]!r}", instance=self._instance
-                ) from None
-            if token_ids:
-                stop = self._sink.plain(text, token_ids)
-            else:
-                stop = tokens is not None and self._sink.tokens(tokens)
-            if stop:
+                    text = choice.delta.content if self._chat else choice.text
+                    if choice.token_ids and self._sink.plain(text, choice.token_ids):
+                        self._stopped = True
+                        return True
+                    continue
+            tokens = self._read(payload)
+            if tokens is not None and self._sink.tokens(tokens):
                 self._stopped = True
                 return True
         return False
 
-    def _read(self, event: Json, choice: Json) -> Tokens | None:
+    def _read(self, payload: bytes) -> Tokens | None:
         """Read any event; None when it has nothing to deliver."""
+        try:
+            return self._tokens_of(orjson.loads(payload))
+        except (orjson.JSONDecodeError, LookupError, TypeError, ValueError, AttributeError):
+            raise EngineFault(
+                f"the engine sent a malformed event: {payload[:80]!r}", instance=self._instance
+            ) from None
+
+    def _tokens_of(self, event: Json) -> Tokens | None:
+        choice: Json = event["choices"][0] if event.get("choices") else {}
         self._started = True
         if "error" in event:
-            raise EngineFault(error_text(event), instance=self._instance)
+            raise refusal(event, self._leg)
         for name in ("metrics", "usage"):  # which may come in one event or in two
             if event.get(name):
                 self._facts[name] = event[name]
@@ -282,20 +326,30 @@ def _times(event: Json) -> LegTimes:
     )
 
 
-def _refusal(answer: HttpAnswer, instance: str, stage: str) -> ClientError | EngineFault:
-    """Turn an error answer into the client's error (the engine names a field) or the engine's own."""
-    try:
-        body = orjson.loads(answer.body)
-    except orjson.JSONDecodeError:
-        body = None
-    body = body if isinstance(body, dict) else {}
-    message = error_text(body, f"HTTP {answer.status}")
-    error: Any = body.get("error")
-    param = error.get("param") if isinstance(error, dict) else None
-    if answer.status == 404:
+def refusal(answer: Json, leg: Leg, status: int | None = None) -> ClientError | EngineFault | EngineBusy:
+    """Turn an error answer, or an error event, into the client's error or the engine's own.
+
+    vLLM checks some fields only after it has begun a stream, and then says in an event what it would have
+    said with a status. What refuses a leg that goes on is the engine's error where it is about what
+    the gateway put there: that leg's prompt and handle, instead of fields of the client.
+    """
+    error: Any = answer.get("error")
+    error = error if isinstance(error, dict) else {}
+    code, param = error.get("code"), error.get("param")
+    if status is None:
+        own = (row.http for row in STATUS.values() if row.code == code)
+        status = code if isinstance(code, int) else next(own, 500)
+    message = error_text(answer, f"HTTP {status}")
+    if status in BUSY:
+        busy = EngineBusy(message)
+        busy.retry_after_s = BUSY_S
+        return busy
+    if status not in REFUSED:
+        return EngineFault(f"HTTP {status}: {message}")
+    too_long = code == STATUS[PromptTooLong].code or "maximum context length" in message
+    continued = leg.generated or leg.handle is not None
+    if continued and (too_long or status == 404 or (param and str(param).split(".")[0] not in leg.sampling)):
+        return EngineFault(f"refused a continued leg: {message}")
+    if status == 404:
         return UnknownModel(message, param=param)
-    if answer.status in (400, 413, 422):
-        if isinstance(error, dict) and error.get("code") == "context_length_exceeded":
-            return PromptTooLong(message, param=param)
-        return BadRequest(message, param=param)
-    return EngineFault(f"HTTP {answer.status}: {message}", instance=instance, stage=stage)
+    return PromptTooLong(message, param=param) if too_long else BadRequest(message, param=param)

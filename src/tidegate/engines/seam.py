@@ -36,7 +36,7 @@ class Leg:
 
     ``prompt`` is token ids, or the text of a client while no engine has tokenised it. A chat has
     ``messages``, and token ids in ``prompt`` once they are known; the last ``generated`` ids are earlier
-    output. ``pin`` asks for a handle at the end; such a leg is answered in one piece. ``sampling`` are the
+    output. ``pin`` asks for a handle at the end. ``sampling`` are the
     body fields that all legs share. ``ticket``, for an engine with the capability ``orders``, is on a clock
     that shows 0 when the leg is sent.
     """
@@ -51,6 +51,11 @@ class Leg:
     handle: KvHandle | None = None
     salt: str = ""
     ticket: Ticket | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is answered in one piece: streams bring neither handles nor ``prompt_logprobs``."""
+        return self.pin or "prompt_logprobs" in self.sampling
 
 
 class TokensSink(Protocol):
@@ -90,8 +95,8 @@ class Engine(Protocol):
 
     async def run(self, leg: Leg, sink: TokensSink, *, deadline_s: float) -> LegEnd:
         """Run a leg to its end. Cancelling aborts it on the engine. Raises a ClientError when the engine
-        refuses the request itself; EngineUnreachable, EngineTimeout or EngineFault when another instance may
-        try; KvLost when it may be tried without its handle."""
+        refuses the request itself; EngineUnreachable, EngineTimeout, EngineFault or EngineBusy when another
+        instance may try; KvLost when it may be tried without its handle."""
 
     async def tokenise(
         self, prompt: list[int] | str | None, messages: list[Json] | None, sampling: Json

@@ -42,10 +42,11 @@ class _RelayConnection(asyncio.Protocol):
         self.closed = False
         self.last_data_s = loop.time()
         self.answered = False
+        self._parts: list[bytes] = []
+        self.on_body = self._parts.append
         self._parser = httptools.HttpResponseParser(self)
         self._done: asyncio.Future[HttpAnswer] | None = None
         self._sink: BodySink | None = None
-        self._parts: list[bytes] = []
         self._status = 0
         self._complete = self._keep = False
 
@@ -54,7 +55,7 @@ class _RelayConnection(asyncio.Protocol):
         assert self.transport is not None and self._done is None
         self._done = self._loop.create_future()
         self._sink = sink
-        self._parts = []
+        self._parts.clear()
         self._status = 0
         self.answered = self._complete = False
         self.last_data_s = self._loop.time()
@@ -101,7 +102,7 @@ class _RelayConnection(asyncio.Protocol):
             return
         if self._sink is not None and self._parts and self._status == 200:
             body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-            self._parts = []
+            self._parts.clear()
             try:
                 ended = self._sink(body)
             except Exception as error:
@@ -118,9 +119,6 @@ class _RelayConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         self._status = self._parser.get_status_code()
-
-    def on_body(self, body: bytes) -> None:
-        self._parts.append(body)
 
     def on_message_complete(self) -> None:
         self._complete = True

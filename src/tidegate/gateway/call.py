@@ -12,26 +12,16 @@ from typing import Any
 from tidegate.core.errors import BadRequest, ConfigError
 from tidegate.core.slo import Slo
 from tidegate.protocol.bodies import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, parse_body
+from tidegate.protocol.parameters import PARAMETERS, Fate, passed_on
 from tidegate.signals.prefix import PromptBlocks
 
 Json = dict[str, Any]
 
-OWN_FIELDS = frozenset(
-    {"model", "prompt", "messages", "max_tokens", "max_completion_tokens", "stream", "stream_options", "n"}
-    | {"best_of", "echo", "user", "return_token_ids", "kv_transfer_params", "cache_salt", "priority"}
-    | {"request_id", "session_id", "top_logprobs", "ec_transfer_params"}
-)
-"""Body fields the gateway answers for itself. KV handles, salts, priorities and request ids from a client
-would let it read another's KV or name another's request, so they go no further."""
+REWRITTEN = ("max_tokens", "max_completion_tokens", "top_logprobs")
+"""Body fields that are written anew for each leg."""
 
 OWN_XARGS = frozenset({"kv_transfer_params", "ec_transfer_params"})
 """Keys of ``vllm_xargs`` that vLLM takes for the fields of the same name."""
-
-STATEFUL = (
-    *("presence_penalty", "frequency_penalty", "response_format", "tools", "bad_words"),
-    *("repetition_detection", "thinking_token_budget", "vllm_xargs"),
-)
-"""Fields that look at what was generated, which for a leg that goes on is a part of its prompt."""
 
 CHARS_PER_TOKEN = 4.0
 """First guess for text prompts, until engines have reported lengths (a common rule of thumb)."""
@@ -80,10 +70,13 @@ class Call:
         sampling = self.sampling
         if self.seeded and sampling.get("temperature") != 0:
             return "seed"
-        for name in STATEFUL:
-            if sampling.get(name) and not (name == "tools" and sampling.get("tool_choice") == "none"):
+        table = PARAMETERS[self.chat]
+        for name, given in sampling.items():
+            if name == "seed" or (name == "tools" and sampling.get("tool_choice") == "none"):
+                continue
+            if table[name].fate is Fate.STATE and not table[name].asks_nothing(given):
                 return name
-        return next((name for name in sampling if name.startswith(("guided_", "structured_"))), "")
+        return ""
 
     def tokens_within(self, room: int) -> int:
         """Return how many tokens to generate when the context has ``room`` for that many more."""
@@ -102,7 +95,10 @@ class Call:
 def read_call(value: Json, headers: Mapping[str, str], *, chat: bool, slo: Slo) -> Call:
     """Check a decoded body and its headers. Raises BadRequest naming the field at fault."""
     body = parse_body(value, ChatBody) if chat else parse_body(value, CompletionBody)
-    sampling = {k: v for k, v in value.items() if k not in OWN_FIELDS and v is not None}
+    sampling = passed_on(value, chat=chat)
+    sampling = {name: given for name, given in sampling.items() if name not in REWRITTEN}
+    if body.stream and "prompt_logprobs" in sampling:
+        raise BadRequest("prompt_logprobs: not available with stream", param="prompt_logprobs")
     xargs = {k: v for k, v in (sampling.pop("vllm_xargs", None) or {}).items() if k not in OWN_XARGS}
     if xargs:
         sampling["vllm_xargs"] = xargs

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tidegate.control.live_request import LiveRequest, Stage
 from tidegate.control.record import RequestRecord
 from tidegate.core.decision import Migrate
 from tidegate.core.errors import EngineError, EngineFault, EngineTimeout, KvLost, PromptTooLong
 from tidegate.core.request import Request
-from tidegate.engines.seam import KvHandle, Leg, LegEnd, TokensSink
+from tidegate.engines.seam import Json, KvHandle, Leg, LegEnd, TokensSink
 from tidegate.gateway.call import Call, TokenEstimate, prompt_blocks
 from tidegate.gateway.continuation import Continuation, beginning, continuation, continuing
 from tidegate.gateway.dispatcher import Dispatcher
@@ -75,6 +77,7 @@ class Legs(LiveRequest):
         self._limit = call.max_tokens
         self._handing_over = False
         self._continuation: Continuation | None = None
+        self._prompt_logprobs: list[Any] | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -147,7 +150,7 @@ class Legs(LiveRequest):
             prompt=call.prompt if self.prompt_ids is None else [*self.prompt_ids, *self.out_ids[:begun]],
             messages=call.messages,
             max_tokens=most,
-            sampling=sampling(call, begun, most),
+            sampling=self._still_asked(sampling(call, begun, most)),
             generated=begun,
             pin=pin,
             handle=loaded,
@@ -206,6 +209,13 @@ class Legs(LiveRequest):
         end = await holder.engine.run(leg, _Ignored(), deadline_s=min(EXPORT_S, self._left_s()))
         return end.handle
 
+    def _still_asked(self, sampling: Json) -> Json:
+        """Return the fields without those whose effect an earlier leg has had."""
+        had = {"prompt_logprobs"} if self._prompt_logprobs is not None else set()
+        if isinstance(self._call.prompt, str) and self.prompt_ids is not None:
+            had.add("suffix")
+        return {name: given for name, given in sampling.items() if name not in had} if had else sampling
+
     def _left_s(self) -> float:
         """Return the seconds until the request's deadline. Raises EngineTimeout when it has passed."""
         left_s = self.deadline_s - self._clock.now()
@@ -239,7 +249,7 @@ class Legs(LiveRequest):
     def finish_at_limit(self) -> None:
         """End a request whose last token arrived but whose last leg failed before it said so."""
         self.finish_reason = "length"
-        self._answer.tokens(Tokens("", [], None, "length", None, self.prompt_ids))
+        self._say_last("", [])
 
     def _learn_prompt(self, ids: list[int], upstream: Upstream) -> None:
         """Take the prompt as ``upstream`` tokenised it, and settle the limit."""
@@ -291,6 +301,8 @@ class Legs(LiveRequest):
         self.stopped = self.refusal is not None
         if self.stopped:
             return True
+        if tokens.prompt_logprobs is not None:
+            self._prompt_logprobs = tokens.prompt_logprobs
         engine_ended = tokens.finish_reason is not None
         if tokens.token_ids:
             if self.prompt_ids is None:
@@ -314,7 +326,7 @@ class Legs(LiveRequest):
         if joint is not None and stops is not None:
             tokens.text = self._until_stop(joint, stops, tokens.text)
         tokens.finish_reason, tokens.stop_reason = self.finish_reason, self.stop_reason
-        tokens.prompt_token_ids = self.prompt_ids
+        tokens.prompt_token_ids, tokens.prompt_logprobs = self.prompt_ids, self._prompt_logprobs
         if tokens.token_ids or tokens.text or tokens.delta or tokens.finish_reason is not None:
             self._answer.tokens(tokens)
         if engine_ended or self._handing_over:
@@ -335,14 +347,18 @@ class Legs(LiveRequest):
         if joint is not None and joint.stops is not None:
             text = self._until_stop(joint, joint.stops, text)
             if self.finish_reason is not None:
-                last = Tokens(text, token_ids, None, self.finish_reason, self.stop_reason, self.prompt_ids)
-                self._answer.tokens(last)
+                self._say_last(text, token_ids)
                 self.stopped = True
                 return True
         self._answer.plain(text, token_ids)
         if self.migrate is not None:
             self.stopped = self._may_migrate()
         return self.stopped
+
+    def _say_last(self, text: str, token_ids: list[int]) -> None:
+        last = Tokens(text, token_ids, None, self.finish_reason, self.stop_reason, self.prompt_ids)
+        last.prompt_logprobs = self._prompt_logprobs
+        self._answer.tokens(last)
 
     def _until_stop(self, joint: Continuation, stops: StopStrings, text: str) -> str:
         """Return the text up to a stop string, which ends the request; all that is left when it has ended."""

@@ -7,7 +7,7 @@ import asyncio
 from tidegate.control.effects import GiveUp, Held, RunDecode, RunPrefill, StartMigration
 from tidegate.control.record import RequestEnding, RequestRecord, outcome_line
 from tidegate.core.decision import Path
-from tidegate.core.errors import EngineError, InternalError, TidegateError
+from tidegate.core.errors import ClientError, EngineError, InternalError, TidegateError
 from tidegate.engines.seam import KvHandle, LegEnd, LegTimes, TokensSink
 from tidegate.gateway.call import Call, TokenEstimate
 from tidegate.gateway.dispatcher import Command, Dispatcher
@@ -204,7 +204,8 @@ class ServedRequest:
         then the prompt is computed.
         """
         dispatcher, legs = self._dispatcher, self.legs
-        if legs.out_ids or not self.call.session or not upstream.member.capabilities.extends_kv:
+        computed = legs.out_ids or "prompt_logprobs" in self.call.sampling
+        if computed or not self.call.session or not upstream.member.capabilities.extends_kv:
             return None
         known = dispatcher.sessions.find(self.call)
         if known is None:
@@ -217,7 +218,7 @@ class ServedRequest:
                 return None
             tokens = known.worth_reading(legs.prompt_ids, upstream.member)
             handle = await legs.export(holder, tokens) if tokens else None
-        except EngineError:
+        except (EngineError, ClientError):
             return None
         if handle is not None:
             self.record.read_back_tokens = handle.tokens

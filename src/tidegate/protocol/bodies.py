@@ -1,7 +1,8 @@
 """Request bodies of ``/v1/completions`` and ``/v1/chat/completions``.
 
-Unknown fields are kept (``model_extra``): the gateway passes on what it does not interpret. Known fields are
-checked strictly: a wrong type is the client's error, never a silent conversion.
+Fields that are not here are kept (``model_extra``): ``parameters`` says which there are, and engines check
+those that only they interpret. These are checked strictly: a wrong type is the client's error, never a silent
+conversion.
 """
 
 from __future__ import annotations
@@ -46,9 +47,12 @@ class RequestBody(BaseModel):
 
 
 class StreamOptions(RequestBody):
-    """OpenAI ``stream_options``."""
+    """OpenAI ``stream_options``. Obfuscation pads events, and is not needed behind a gateway of one's own."""
+
+    model_config = ConfigDict(extra="forbid")
 
     include_usage: StrictBool = False
+    include_obfuscation: StrictBool = False
 
 
 class TicketParams(RequestBody):
@@ -107,10 +111,6 @@ class _SamplingBody(RequestBody):
     priority: StrictInt | None = None
     request_id: StrictStr | None = None
     vllm_xargs: dict[str, Any] | None = None
-    use_beam_search: Literal[False] | None = None
-    prompt_embeds: None = None
-    truncate_prompt_tokens: None = None
-    """Not taken: an engine that cuts the prompt itself makes KV of other tokens than it was sent."""
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -29,6 +29,8 @@ class Tokens:
     prompt_token_ids: list[int] | None = None
     delta: Json | None = None
     """What a chat's message has beside its content: tool calls, reasoning."""
+    prompt_logprobs: list[Any] | None = None
+    """One item for each token of the prompt, for the last piece of an answer that is sent whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +190,8 @@ class WholeAnswer:
             "usage": usage,
             **(more or {}),
         }
+        if self._last.prompt_logprobs is not None:
+            (answer if head.chat else choice)["prompt_logprobs"] = self._last.prompt_logprobs
         if head.return_token_ids:
             choice["token_ids"] = self.token_ids
             (answer if head.chat else choice)["prompt_token_ids"] = prompt_ids

@@ -18,26 +18,15 @@ from tidegate.protocol.bodies import (
     TicketParams,
 )
 from tidegate.protocol.chunks import AnswerHead, Json
+from tidegate.protocol.parameters import PARAMETERS, passed_on
 
 MOST_ID_CHARS = 256
 MOST_STOP_CHARS = 1024
 
-# Fields that change what is generated and that this engine does not have, with the value that asks for
-# nothing. null always does.
-_UNSUPPORTED: dict[str, object] = {
-    **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_p"), 0),
-    **dict.fromkeys(("repetition_penalty", "length_penalty"), 1),
-    **dict.fromkeys(("use_beam_search", "include_stop_str_in_output"), False),
-    **dict.fromkeys(("prompt_logprobs", "prompt_embeds", "allowed_token_ids", "truncate_prompt_tokens")),
-    **dict.fromkeys(("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")),
-    "bad_words": [],
-    "tools": [],
-    "functions": [],
-    "logit_bias": {},
-    "suffix": "",
-    "skip_special_tokens": True,
-    "response_format": {"type": "text"},
-}
+_SERVED = (
+    *("max_tokens", "max_completion_tokens", "min_tokens", "temperature", "top_p", "top_k", "seed", "stop"),
+    *("stop_token_ids", "ignore_eos", "logprobs", "top_logprobs"),
+)
 _HANDLE_FIELDS = [name for name in KvTransferParams.model_fields if name.startswith("remote_")]
 
 
@@ -61,10 +50,11 @@ def check_model(asked: str | None, facts: ServingFacts) -> None:
 
 
 def refuse_unsupported(body: CompletionBody | ChatBody) -> None:
-    """Raise BadRequest naming the first field that asks for what this engine cannot do."""
-    for name, neutral in _UNSUPPORTED.items():
-        value = getattr(body, name, None)
-        if value not in (None, neutral):
+    """Raise BadRequest naming the first field that is not known, or asks for what this engine cannot do."""
+    chat = isinstance(body, ChatBody)
+    given = {name: getattr(body, name) for name in body.model_fields_set}
+    for name, value in passed_on(given, chat=chat).items():
+        if name not in _SERVED and not PARAMETERS[chat][name].asks_nothing(value):
             raise BadRequest(f"{name}: not supported by this engine", param=name)
 
 
