@@ -101,7 +101,9 @@ class GatewaySection(Section):
         repr=False,
     )
     api_key_file: Path | None = setting(None, "File that holds the key.", "FILE")
-    journal: FilePath | None = setting(None, "Write every decision and outcome there, as JSON lines; one that is there goes on.", "FILE")
+    journal: FilePath | None = setting(
+        None, "Write every decision and outcome there, as JSON lines; one that is there goes on.", "FILE"
+    )
     request_timeout: Seconds = setting(GATEWAY.request_deadline_s, "Longest that a request may take.", "S")
     stall_timeout: Seconds = setting(
         GATEWAY.stall_s,

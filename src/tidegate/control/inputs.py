@@ -16,7 +16,7 @@ from tidegate.control.effects import Effects
 from tidegate.control.live_request import LiveRequest
 from tidegate.control.plane import ControlPlane
 from tidegate.core.decision import Action
-from tidegate.core.errors import EngineError, TidegateError
+from tidegate.core.errors import EngineError, EngineUnreachable, TidegateError
 from tidegate.core.instance import Instance, Role
 from tidegate.costs.profile import Profile
 from tidegate.journal.schema import InputLine, InputRequest
@@ -46,7 +46,8 @@ class RecordingPlane(ControlPlane):
 
     def failed(self, live: LiveRequest, error: EngineError, now: float) -> Effects:
         about = {"error": type(error).__name__, "instance": error.instance, "stage": error.stage}
-        self.write_input("failed", now, live, {**about, "repeatable": live.repeatable})
+        more = {"refused": error.refused} if isinstance(error, EngineUnreachable) else {}
+        self.write_input("failed", now, live, {**about, **more, "repeatable": live.repeatable})
         return super().failed(live, error, now)
 
     def ended(self, live: LiveRequest, error: TidegateError | None, now: float) -> Effects:

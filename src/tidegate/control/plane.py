@@ -46,10 +46,9 @@ from tidegate.systems.system import System
 class ControlSettings:
     """How failures, waits and retries are handled; the same numbers live and simulated (all ours).
 
-    - ``replays``: how often a request is served again after a failed leg.
+    - ``replays``: how often a request is served again without one more token. An instance that could not be
+      asked at all is not counted: nothing was tried there.
     - ``deadly``: instances that may die under a request before its first token; then it counts as the cause.
-    - ``recovery_s``: how long a request whose answer has begun waits while no instance is up. One whose
-      answer has not begun is refused at once, so that its client can go elsewhere.
     - ``confirm_s``: how long a failed request waits for the fleet's word on the instance that failed it.
     - ``avoid_s``: how long an instance that failed a leg gets no new one while others are up: one that fails
       fast looks idle and would draw every request.
@@ -58,7 +57,6 @@ class ControlSettings:
 
     replays: int = 5
     deadly: int = 3
-    recovery_s: float = 15.0
     confirm_s: float = 0.25
     avoid_s: float = 5.0
     retry_after_s: float = 2.0
@@ -186,7 +184,7 @@ class ControlPlane:
         request = live.resident()
         view, whole = self.membership.view(now)
         if not view.ids:
-            return [GiveUp(live, self._none_up())]
+            return ControlPlane.failed(self, live, EngineUnreachable("no instance is up", refused=True), now)
         assert live.prefill_on is not None
         verdict = self.system.decode.place_decode(request, view, live.prefill_on)
         effects = self._decided(request, "place_decode", verdict, view, whole)
@@ -238,8 +236,11 @@ class ControlPlane:
         self.ledger.aborted(live.id, now)
         self._migration_over(live, "cancelled", now)
         live.stage = Stage.WAITING
-        live.failures += 1
-        live.deaths += isinstance(error, EngineUnreachable)
+        unreachable = isinstance(error, EngineUnreachable)
+        if not (unreachable and error.refused):
+            live.failures = 1 if live.generated > live.progress else live.failures + 1
+            live.deaths += unreachable
+            live.progress = live.generated
         if self._journal.enabled:
             self._journal.failure(now, live.id, error, live.generated)
         poisonous = live.deaths >= settings.deadly and not live.generated
@@ -350,7 +351,6 @@ class ControlPlane:
         live.predicted_cached_tokens = request.cached.get(on, 0)
         if self.prefixes is not None and live.blocks.keys:
             self.prefixes.sent(live.blocks, on)
-        self._held.placed(live)
         column = view.index[on]
         cells = view.cells
         alone = not (cells[Field.PREFILL_REQUESTS, column] or cells[Field.DECODE_REQUESTS, column])
@@ -364,13 +364,13 @@ class ControlPlane:
             self.prefixes.sent(live.blocks, on)
 
     def _without_instances(self, live: LiveRequest, request: Request, now: float) -> Effects:
-        """Refuse a fresh request; have one whose answer has begun wait for an instance to return."""
-        recovered_s = self._held.none_up_since_s(live, now) + self.settings.recovery_s
-        until_s = min(recovered_s, live.deadline_s)
-        if not live.generated or now >= until_s:
-            return [GiveUp(live, self._none_up())]
+        """Refuse a request whose answer has not begun: its client can go elsewhere. Another waits for an
+        instance to return, as long as its deadline allows."""
+        if not live.generated or now >= live.deadline_s:
+            retry_after_s = self.settings.retry_after_s
+            return [GiveUp(live, NoInstance("no instance is up", retry_after_s=retry_after_s))]
         self._held.hold(live, prefill_ticket(request, 0.0))
-        return [Held(live, "no instance is up"), WakeAt(until_s)]
+        return [Held(live, "no instance is up"), WakeAt(live.deadline_s)]
 
     def _hold(self, live: LiveRequest, request: Request, reason: str, now: float) -> Effects:
         if now >= live.deadline_s:
@@ -389,9 +389,6 @@ class ControlPlane:
         for live in lives:
             effects += self._place_prefill(live, "replay" if live.replays else "place_prefill", now)
         return effects
-
-    def _none_up(self) -> NoInstance:
-        return NoInstance("no instance is up", retry_after_s=self.settings.retry_after_s)
 
     # Parts of events
 

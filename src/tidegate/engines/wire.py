@@ -224,7 +224,7 @@ class Wire:
 
     async def _connect(self) -> _RelayConnection:
         if self._dropped is not None:
-            raise EngineUnreachable(self._dropped)
+            raise EngineUnreachable(self._dropped, refused=True)
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_s):

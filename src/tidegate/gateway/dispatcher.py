@@ -91,7 +91,7 @@ class Dispatcher:
         self.clock = clock
         self.journal = journal
         self.prefixes = PrefixIndex()
-        control = ControlSettings(replays=settings.replays, recovery_s=settings.recovery_s)
+        control = ControlSettings(replays=settings.replays)
         plane = RecordingPlane if settings.journal_inputs else ControlPlane
         self.plane: ControlPlane = plane(system, ids, journal, control, self.prefixes)
         self.stopping = False
@@ -211,7 +211,7 @@ class Dispatcher:
         found = self.upstreams.get(instance_id)
         if found is None:
             message = f"instance {instance_id} went down"
-            raise EngineUnreachable(message, instance=instance_id, stage=stage)
+            raise EngineUnreachable(message, instance=instance_id, stage=stage, refused=True)
         return found
 
     def background(self, work: Coroutine[None, None, None]) -> None:
