@@ -25,6 +25,7 @@ from tidegate.cli.setting_types import (
     Key,
     Milliseconds,
     ModelFolder,
+    Multiple,
     Profiles,
     Seconds,
     ServeWords,
@@ -119,6 +120,12 @@ class SchedulingSection(Section):
 
     system: SystemName = setting(DEFAULT_SYSTEM, SYSTEMS_HELP, "NAME")
     slo: Targets = setting(GATEWAY.slo, "Latency targets of requests that bring none.", "ttft:MS,tpot:MS")
+    admission: Multiple = setting(
+        GATEWAY.admission,
+        "Refuse a request with 429 when its first token is predicted to take more than so many times its "
+        "TTFT target; 0 takes every request.",
+        "X",
+    )
     split: Split | None = setting(None, "Prefill and decode instances at start-up.", "P:D", shown="even")
 
     @model_validator(mode="after")
@@ -324,7 +331,8 @@ class Config(Section):
         front = self.gateway
         given = {GATEWAY_NAMES.get(name, name): value for name, value in front if value is not None}
         given.pop("api_key_file", None)
-        return GatewaySettings(slo=self.scheduling.slo, **given)
+        scheduling = self.scheduling
+        return GatewaySettings(slo=scheduling.slo, admission=scheduling.admission, **given)
 
 
 GATEWAY_NAMES = {"request_timeout": "request_deadline_s", "stall_timeout": "stall_s"}

@@ -36,6 +36,7 @@ from tidegate.costs.profile import Profile
 from tidegate.journal.writer import JournalWriter
 from tidegate.ledger.ledger import Ledger
 from tidegate.ledger.snapshot import Field, Snapshot
+from tidegate.policies.admission import admitted
 from tidegate.policies.order import prefill_ticket
 from tidegate.policies.pricing import fastest_prefill_seconds, predicted_on
 from tidegate.signals.prefix import PrefixIndex
@@ -50,6 +51,8 @@ class ControlSettings:
       asked at all is not counted: nothing was tried there.
     - ``deadly``: instances that may die under a request before its first token; then it counts as the cause.
     - ``confirm_s``: how long a failed request waits for the fleet's word on the instance that failed it.
+    - ``admission``: a new request is refused when its first token is predicted to take more than so many
+      times its TTFT target (see ``admitted``); 0 takes all.
     - ``avoid_s``: how long an instance that failed a leg gets no new one while others are up: one that fails
       fast looks idle and would draw every request.
     - ``retry_after_s``: what a client is told to wait when it is refused: about a local engine's restart.
@@ -59,11 +62,14 @@ class ControlSettings:
     deadly: int = 3
     confirm_s: float = 0.25
     avoid_s: float = 5.0
+    admission: float = 0.0
     retry_after_s: float = 2.0
 
     def __post_init__(self) -> None:
         if self.replays < 0:
             raise ConfigError(f"replays must be a count of at least 0, got {self.replays}")
+        if self.admission and not self.admission >= 1.0:
+            raise ConfigError(f"admission must be at least 1 TTFT target, or 0, got {self.admission}")
 
 
 class ControlPlane:
@@ -328,6 +334,8 @@ class ControlPlane:
             if hits:
                 request = replace(request, cached=hits)
         verdict = self.system.prefill.place_prefill(request, view)
+        if self.settings.admission and not live.replays:
+            verdict = admitted(verdict, request, view, self.settings.admission)
         effects = self._decided(request, kind, verdict, view, whole)
         decision = verdict.decision
         if isinstance(decision, Place):

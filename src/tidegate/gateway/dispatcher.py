@@ -26,8 +26,7 @@ from tidegate.control.plane import ControlPlane, ControlSettings
 from tidegate.core.clock import Clock
 from tidegate.core.decision import Action
 from tidegate.core.errors import ClientGone, EngineUnreachable, ShuttingDown, TidegateError
-from tidegate.costs.forms import MixedCost, PrefillCost, StepCost, TransferCost
-from tidegate.costs.profile import Profile
+from tidegate.costs.profile import UNMEASURED
 from tidegate.fleet.member import FleetControl, Member
 from tidegate.gateway.drift import FleetDrift
 from tidegate.gateway.loads import LoadWatch
@@ -43,15 +42,6 @@ from tidegate.systems.system import System
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = ControlSettings().retry_after_s
-
-UNMEASURED = Profile(
-    "unmeasured",
-    PrefillCost(0.01, 1e-4, 1e-9),
-    StepCost(0.01, 1e-5, 1e-8),
-    MixedCost(0.01, 1e-4, 1e-9, 2e-8),
-    TransferCost(0.001, 1e9),
-    source="placeholder for an instance nobody measured; systems that need profiles refuse it",
-)
 
 Command = RunPrefill | RunDecode | GiveUp | Held
 """An effect that is about one request, for whoever serves it."""
@@ -91,7 +81,7 @@ class Dispatcher:
         self.clock = clock
         self.journal = journal
         self.prefixes = PrefixIndex()
-        control = ControlSettings(replays=settings.replays)
+        control = ControlSettings(replays=settings.replays, admission=settings.admission)
         plane = RecordingPlane if settings.journal_inputs else ControlPlane
         self.plane: ControlPlane = plane(system, ids, journal, control, self.prefixes)
         self.stopping = False

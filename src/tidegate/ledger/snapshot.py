@@ -91,7 +91,8 @@ class Field:
     FLIPPED_AT_S: Final = 14
     PREFILL_DEMAND: Final = 15
     PREFILL_SQUARES_S: Final = 16
-    COUNT: Final = 17
+    PREFILL_SLOWNESS: Final = 17
+    COUNT: Final = 18
 
 
 class WindowAverages(NamedTuple):
@@ -128,7 +129,9 @@ class Snapshot:
       instance that decodes but produced nothing in it; 0 without decodes;
     - ``prefill_queue_avg_s``: time average of ``prefill_queue_s`` over the last completed window;
     - ``prefill_demand``: predicted prefill seconds dispatched here per second, smoothed over the windows;
-      ``prefill_squares_s``: the same of their squares, which tells how unequal prefills are.
+      ``prefill_squares_s``: the same of their squares, which tells how unequal prefills are;
+    - ``prefill_slowness``: seconds with a prefill there per predicted second of those that ended, smoothed
+      over the windows that had some; before them 1, and 0 where no profile predicts anything.
 
     ``cells[field, column]`` reads one number of ``state`` as a float, at a fraction of what the array takes;
     the array is only made where something asks for it.
@@ -159,6 +162,7 @@ class Snapshot:
     prefill_queue_avg_s = _Row(Field.PREFILL_QUEUE_AVG_S)
     prefill_demand = _Row(Field.PREFILL_DEMAND)
     prefill_squares_s = _Row(Field.PREFILL_SQUARES_S)
+    prefill_slowness = _Row(Field.PREFILL_SLOWNESS)
     decode_requests = _Row(Field.DECODE_REQUESTS)
     decode_tokens = _Row(Field.DECODE_TOKENS)
     handoff_tokens = _Row(Field.HANDOFF_TOKENS)
