@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import orjson
@@ -19,6 +20,9 @@ from tidegate.engines.seam import Json, KvHandle, Leg, LegEnd, LegTimes, TokensS
 from tidegate.engines.wire import HttpAnswer, Wire
 from tidegate.protocol.chunks import SseParser, Tokens, error_text
 
+RELEASE_S = 30.0
+"""How long a release is tried (ours): a busy engine takes seconds to answer, and then leases end."""
+RELEASE_RETRY_S = 0.5
 ONLY_CONTENT = {"content"}
 WANT_HANDLE: Json = {"do_remote_decode": True, "do_remote_prefill": False}
 
@@ -90,10 +94,14 @@ class DialectEngine:
         if not self._internal:
             return
         body = orjson.dumps({"request_id": request_id})
-        try:
-            await self._wire.exchange("POST", "/tidegate/release", body, deadline_s=2.0)
-        except EngineError:
-            return
+        clock = asyncio.get_running_loop().time
+        until_s = clock() + RELEASE_S
+        while not self._wire.dropped and (left_s := until_s - clock()) > 0:
+            try:
+                await self._wire.exchange("POST", "/tidegate/release", body, deadline_s=left_s)
+                return
+            except EngineError:
+                await asyncio.sleep(RELEASE_RETRY_S)
 
     def close(self, reason: str) -> None:
         self._wire.drop(reason)

@@ -191,6 +191,11 @@ class Wire:
             self._watch.cancel()
             self._watch = None
 
+    @property
+    def dropped(self) -> bool:
+        """Whether the engine is gone for good."""
+        return self._dropped is not None
+
     async def _send(self, request: bytes, sink: BodySink | None) -> HttpAnswer:
         while self._idle:
             connection = self._idle.pop()

@@ -41,6 +41,8 @@ from tidegate.systems.system import System
 
 log = logging.getLogger(__name__)
 
+CLEAN_UP_S = 2.0
+"""How long a gateway that stops waits for its clean-up (ours)."""
 RETRY_AFTER_S = ControlSettings().retry_after_s
 
 Command = RunPrefill | RunDecode | GiveUp | Held
@@ -173,7 +175,10 @@ class Dispatcher:
     async def stop(self) -> None:
         """Stop the periodic decisions and close every connection to the engines."""
         self.stopping = True
-        await asyncio.gather(*self._background, return_exceptions=True)
+        if self._background:
+            _, late = await asyncio.wait(self._background, timeout=CLEAN_UP_S)
+            for task in late:
+                task.cancel()
         await self.loads.stop()
         for upstream in self.upstreams.values():
             upstream.engine.close("the gateway stops")
