@@ -242,10 +242,10 @@ class ControlPlane:
         self.ledger.aborted(live.id, now)
         self._migration_over(live, "cancelled", now)
         live.stage = Stage.WAITING
-        unreachable = isinstance(error, EngineUnreachable)
-        if not (unreachable and error.refused):
+        tried = not (isinstance(error, EngineUnreachable) and error.refused)
+        if tried:
             live.failures = 1 if live.generated > live.progress else live.failures + 1
-            live.deaths += unreachable
+            live.deaths += isinstance(error, EngineUnreachable)
             live.progress = live.generated
         if self._journal.enabled:
             self._journal.failure(now, live.id, error, live.generated)
