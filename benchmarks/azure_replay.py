@@ -56,7 +56,7 @@ def rows(bench: Report, journal: Report) -> dict[str, str]:
 def replay(system: str, args: argparse.Namespace, out: Path) -> tuple[Report, Report]:
     """Serve and replay once; return the bench's and the journal's report."""
     journal = out / f"{system}.jsonl"
-    journal.unlink(missing_ok=True)  # serve does not overwrite an earlier run's
+    journal.unlink(missing_ok=True)  # serve would go on with an earlier run's
     serve = [
         *TIDEGATE,
         "serve",
@@ -68,6 +68,8 @@ def replay(system: str, args: argparse.Namespace, out: Path) -> tuple[Report, Re
         "0",
         "--journal",
         str(journal),
+        "--admission",
+        "0",
     ]
     server = subprocess.Popen(serve, stdout=subprocess.PIPE, text=True)
     try:

@@ -50,9 +50,9 @@ class Run:
 def live(system: str, args: argparse.Namespace) -> Run:
     """Serve and replay once."""
     journal = args.out / f"{system}.jsonl"
-    journal.unlink(missing_ok=True)  # serve does not overwrite an earlier run's
+    journal.unlink(missing_ok=True)  # serve would go on with an earlier run's
     serve = [*TIDEGATE, "serve", "--emulate", args.emulate, "--system", system, "--slo", args.slo]
-    serve += ["--port", "0", "--journal", str(journal)]
+    serve += ["--port", "0", "--journal", str(journal), "--admission", "0"]
     if system != "arrow-lending" and args.split:
         serve += ["--split", args.split]
     server = subprocess.Popen(serve, stdout=subprocess.PIPE, text=True)

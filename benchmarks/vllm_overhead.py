@@ -261,7 +261,7 @@ async def serve_gateway(system: str, urls: Sequence[str]) -> None:
 
     logging.disable(logging.WARNING)
     fleet = StaticFleet(urls, profiles=[COSTS], kv=KvSetup(lease_s=LEASE_S, bidirectional=True))
-    await run_gateway(GatewaySettings(port=0), fleet, make_system(system), on_ready=ready)
+    await run_gateway(GatewaySettings(port=0, admission=0.0), fleet, make_system(system), on_ready=ready)
 
 
 def main() -> None:

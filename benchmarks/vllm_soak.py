@@ -306,6 +306,7 @@ async def serve_gateway(args: argparse.Namespace) -> None:
     settings = GatewaySettings(
         port=0,
         journal=args.journal,
+        admission=0.0,
     )
     fleet = StaticFleet(args.url, profiles=[COSTS], kv=KvSetup(lease_s=LEASE_S, bidirectional=True))
     gateway = Gateway(settings, fleet, make_system(args.system, slo=Slo()))

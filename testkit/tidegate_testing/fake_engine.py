@@ -98,6 +98,7 @@ class FakeEngine:
             transport.abort()
         if self._stepping is not None:
             self._stepping.cancel()
+            self._stepping = None
 
     def step_soon(self) -> None:
         """Schedule the next token of all streams."""

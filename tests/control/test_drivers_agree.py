@@ -110,17 +110,23 @@ CHANGES = [Change(1.5003, 0, False), Change(2.2507, 0, True), Change(3.1009, 2, 
 
 
 def both(
-    system: System, asked: list[Asked], changes: list[Change], patch: pytest.MonkeyPatch
+    system: System,
+    asked: list[Asked],
+    changes: list[Change],
+    patch: pytest.MonkeyPatch,
+    *,
+    admission: float = 0.0,
 ) -> tuple[Any, Any]:
     replicas = replicas_of(packaged_profile("h100_sxm/llama-3.1-8b"), INSTANCES)
     live: list[bytes] = []
-    gateway = VirtualGateway(system, replicas, system.order, live, SLO, FRONT_S, patch)
+    gateway = VirtualGateway(system, replicas, system.order, live, SLO, FRONT_S, patch, admission=admission)
     gateway.play(asked, changes)
     out = io.BytesIO()
     settings = SimSettings(
         prefix_hits=True,
         front_s=FRONT_S,
         slo=SLO,
+        admission=admission,
         deaths=[(change.at_s, f"i{change.instance}") for change in changes if not change.up],
         returns=[(change.at_s, f"i{change.instance}") for change in changes if change.up],
     )
@@ -140,6 +146,16 @@ def test_held_requests_are_placed_alike(monkeypatch: pytest.MonkeyPatch) -> None
     held = replace(system, prefill=HoldWhenBusy(system.prefill, 3))
     live, simulated = both(held, script(11, 120), CHANGES, monkeypatch)
     assert any(("hold", "busy") in row[2] for row in live if row[1] == "place_prefill")
+    assert_alike(live, simulated)
+
+
+@pytest.mark.parametrize("name", ["arrow", "static", "colocated"])
+def test_both_drivers_refuse_alike(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [replace(one, at_s=one.at_s / 8) for one in script(5, 200)]
+    system = make_system(name, slo=SLO, tick_s=0.25)
+    live, simulated = both(system, asked, [], monkeypatch, admission=1.0)
+    refused = sum("reject" in dict(row[2]) for row in live if row[1] == "place_prefill")
+    assert 10 < refused < 190
     assert_alike(live, simulated)
 
 

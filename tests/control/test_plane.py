@@ -174,18 +174,61 @@ def test_without_instances_a_fresh_request_is_refused_and_a_begun_one_waits() ->
     plane, fresh, begun = make_plane(1), PlainRequest("r0"), PlainRequest("r1")
     decoding(plane, begun)
     plane.instance_down("i0", "died", 1.0)
-    held, wake = plane.failed(begun, EngineUnreachable("x", instance="i0", stage="decode"), 1.0)[1:]
-    assert isinstance(held, Held) and wake == WakeAt(16.0)
+    held, wake = plane.failed(begun, died("i0"), 1.0)[1:]
+    assert isinstance(held, Held) and wake == WakeAt(600.0)
     (given_up,) = plane.arrive(fresh, 2.0)
     assert isinstance(given_up, GiveUp) and isinstance(given_up.error, NoInstance)
-    (run,) = only(plane.instance_up(instance("i0"), REFERENCE, 9.0), RunPrefill)
+    (run,) = only(plane.instance_up(instance("i0"), REFERENCE, 300.0), RunPrefill)
     assert run.live is begun
-    # Another outage begins another wait, which ends.
-    plane.instance_down("i0", "died", 20.0)
-    plane.failed(begun, EngineUnreachable("x", instance="i0", stage="decode"), 20.0)
-    assert not only(plane.tick(34.9), GiveUp)
-    (given_up,) = only(plane.tick(35.0), GiveUp)
-    assert given_up.live is begun
+    # Another outage begins another wait, which ends with the request's deadline.
+    plane.instance_down("i0", "died", 301.0)
+    plane.failed(begun, died("i0"), 301.0)
+    assert not only(plane.tick(599.9), GiveUp)
+    (given_up,) = only(plane.tick(600.0), GiveUp)
+    assert given_up.live is begun and isinstance(given_up.error, NoInstance)
+
+
+def test_a_prefill_that_ends_as_the_last_instance_dies_waits_too() -> None:
+    plane, live = make_plane(1), PlainRequest()
+    plane.arrive(live, 0.0)
+    live.generated = 1
+    plane.instance_down("i0", "died", 1.0)
+    assert [type(effect) for effect in plane.prefill_done(live, 1.0)] == [Replay, Held, WakeAt]
+    assert only(plane.instance_up(instance("i0"), REFERENCE, 50.0), RunPrefill)
+
+
+def test_replays_without_a_token_between_them_are_limited() -> None:
+    plane, live = make_plane(2), PlainRequest()
+    decoding(plane, live)
+    for failure in range(20):
+        live.generated += failure % 5 == 4
+        assert only(plane.failed(live, KvLost("gone", instance="i1"), 1.0), RunPrefill), failure
+    for failure in range(4):
+        assert only(plane.failed(live, KvLost("gone", instance="i1"), 2.0), RunPrefill), failure
+    assert only(plane.failed(live, KvLost("gone", instance="i1"), 2.0), GiveUp)
+
+
+@pytest.mark.parametrize("generated", [0, 1])
+def test_an_instance_that_could_not_be_asked_is_no_replay_and_no_death(generated: int) -> None:
+    plane, live = make_plane(8), PlainRequest()
+    plane.arrive(live, 0.0)
+    live.generated = generated
+    plane.failed(live, died("i0"), 0.0)
+    (run,) = only(plane.instance_down("i0", "died", 0.0), RunPrefill)
+    # The whole fleet is dead, which is told of one instance after the other.
+    for death in range(1, 7):
+        on = run.place.prefill_on
+        effects = plane.failed(live, EngineUnreachable("x", instance=on, refused=True), 0.01 * death)
+        assert not only(effects, GiveUp)
+        (run,) = only(plane.instance_down(on, "died", 0.01 * death), RunPrefill)
+    assert (live.failures, live.deaths) == (1, 1)
+    plane.failed(live, EngineUnreachable("x", instance=run.place.prefill_on, refused=True), 0.1)
+    last = plane.instance_down(run.place.prefill_on, "died", 0.1)
+    assert only(last, Held if generated else GiveUp) and not only(last, GiveUp if generated else Held)
+
+
+def died(name: str) -> EngineUnreachable:
+    return EngineUnreachable("it died", instance=name, stage="decode")
 
 
 # membership

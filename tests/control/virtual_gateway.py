@@ -204,6 +204,7 @@ class VirtualGateway:
         patch: pytest.MonkeyPatch,
         *,
         journal_inputs: bool = False,
+        admission: float = 0.0,
     ) -> None:
         patch.setattr(event_timer, "_TICK_S", 1e-9)  # else events are told to the millisecond
         patch.setattr(dispatcher_module, "connect", lambda member, _: Upstream(member, self._engine(member)))
@@ -213,7 +214,9 @@ class VirtualGateway:
         self._system = system
         self._slo = slo
         self._front_s = front_s
-        self._journal_inputs = journal_inputs
+        self._settings = GatewaySettings(
+            slo=slo, load_every_s=0, journal_inputs=journal_inputs, admission=admission
+        )
         self._lives = [0] * len(replicas)
         self.outcomes: dict[str, str] = {}
 
@@ -228,8 +231,7 @@ class VirtualGateway:
         for replica, engine_id in zip(self._replicas, ids, strict=True):
             self.host.add(replica, engine_id)
         journal = JournalWriter(self._lines.append)
-        settings = GatewaySettings(slo=self._slo, load_every_s=0, journal_inputs=self._journal_inputs)
-        self.dispatcher = Dispatcher(self._system, settings, tuple(ids), clock, journal, _NoFleet())
+        self.dispatcher = Dispatcher(self._system, self._settings, tuple(ids), clock, journal, _NoFleet())
         for number in range(len(self._replicas)):
             self.dispatcher.member_up(self._member(number))
         self.dispatcher.start()

@@ -180,6 +180,23 @@ def test_aborted_and_failed_requests_pin_nothing(llama: Path) -> None:
     driven.assert_clean()
 
 
+def test_an_abort_in_a_requests_last_step_pins_nothing(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driven = Driven(llama)
+    driven.submit(request("a", prompt_of(20), 1, pin_kv=True))
+    compute = driven.engine._runner.run
+
+    def meanwhile(batch: Any) -> Any:
+        driven.engine.abort("a")
+        assert not driven.engine.release("a"), "there is no pin yet"
+        return compute(batch)
+
+    monkeypatch.setattr(driven.engine._runner, "run", meanwhile)
+    driven.step()
+    driven.step()
+    assert driven.engine.pins.pinned("a") is None
+    driven.assert_clean()
+
+
 class Pair:
     """A finished pinned leg on one engine and another engine that may pull it."""
 

@@ -358,6 +358,29 @@ async def test_a_pin_can_be_released_under_the_name_its_request_was_given(served
     assert (await served.post("/tidegate/release", {"request_id": "leg-1"}))[1] == {"released": True}
 
 
+async def test_a_release_that_overtakes_its_request_leaves_no_pin(served: Served) -> None:
+    body = {
+        "model": "tiny",
+        "prompt": PROMPT,
+        "max_tokens": 1,
+        "kv_transfer_params": {"do_remote_decode": True},
+    }
+    before, engine = len(served.engine.requests), served.engine
+    assert (await served.post("/tidegate/release", {"request_id": "leg-2"}))[1] == {"released": False}
+    status, _ = await served.post("/v1/completions", body | {"request_id": "leg-2"})
+    assert status == 499 and len(engine.requests) == before
+    # One that runs is ended: nobody waits for its answer.
+    engine.hold = True
+    asked = asyncio.create_task(served.post("/v1/completions", body | {"request_id": "leg-3"}))
+    while len(engine.requests) == before:
+        await asyncio.sleep(0)
+    assert (await served.post("/tidegate/release", {"request_id": "leg-3"}))[1] == {"released": False}
+    _, answer = await asked
+    assert answer["choices"][0]["finish_reason"] == "abort"
+    assert len(engine.pins) == 0
+    engine.resume()
+
+
 async def test_metrics_have_vllm_names(served: Served) -> None:
     await served.post("/v1/completions", {"prompt": "abc", "max_tokens": 3})
     async with served.client.get("/metrics") as answer:

@@ -57,7 +57,7 @@ async def test_a_death_nobody_reported_is_reported_to_the_fleet(start: Start) ->
 
 
 async def test_with_every_instance_gone_requests_get_503_and_recovery_needs_no_restart(start: Start) -> None:
-    cluster = await start("arrow-lending", instances=2, settings=GatewaySettings(recovery_s=3600.0))
+    cluster = await start("arrow-lending")
     for name, engine in cluster.engines.items():
         await engine.stop()
         cluster.fleet.down(name)
@@ -72,8 +72,8 @@ async def test_with_every_instance_gone_requests_get_503_and_recovery_needs_no_r
 
 
 async def test_a_stream_cut_off_for_good_ends_with_a_true_error(start: Start) -> None:
-    cluster = await start("static", instances=2, step_s=0.001, settings=GatewaySettings(recovery_s=0.05))
-    task = asyncio.create_task(cluster.stream(BODY))
+    cluster = await start("static", step_s=0.001, settings=GatewaySettings(request_deadline_s=0.5))
+    task = asyncio.create_task(cluster.stream(BODY | {"max_tokens": 100_000}))
     await cluster.until(
         lambda: any(s.position > 3 for e in cluster.engines.values() for s in e.streams.values())
     )
@@ -85,6 +85,30 @@ async def test_a_stream_cut_off_for_good_ends_with_a_true_error(start: Start) ->
     got = ids(events[:-1])
     assert got == [token_at(PROMPT, p) for p in range(len(got))]
     assert cluster.live() == 0
+
+
+async def test_streams_outlive_the_whole_fleet_again_and_again(start: Start, tmp_path: Path) -> None:
+    cluster = await start("static", instances=8, step_s=0.001)
+    length = 60
+    tasks = [asyncio.create_task(cluster.stream(BODY | {"max_tokens": length})) for _ in range(8)]
+    for _ in range(3):
+        await cluster.until(
+            lambda: any(s.position % 20 > 5 for e in cluster.engines.values() for s in e.streams.values())
+        )
+        for engine in cluster.engines.values():
+            await engine.stop()
+        # All are dead before the fleet says so of the first, and it says so of one after the other.
+        for name in cluster.engines:
+            await cluster.until(lambda: bool(cluster.fleet.suspected))
+            await asyncio.sleep(0)
+            cluster.fleet.down(name)
+        cluster.fleet.suspected.clear()
+        for name, engine in cluster.engines.items():
+            cluster.fleet.up(name, await engine.start())
+    for events in await asyncio.gather(*tasks):
+        assert ids(events) == [token_at(PROMPT, p) for p in range(length)]
+    await cluster.gateway.stop()
+    assert {r["outcome"] for r in outcomes(tmp_path)} == {"ok"}
 
 
 async def test_a_silent_engine_is_left_for_another(start: Start) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tidegate.core.slo import Slo
 from tidegate.gateway.journal import JournalFile
 from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
+from tidegate.journal import read_journal
 from tidegate.systems import make_system
 from tidegate_testing.members import GivenFleet
 
@@ -43,7 +45,7 @@ async def test_what_is_written_before_open_is_kept(tmp_path: Path) -> None:
     assert [(row["type"], row["t"]) for row in lines(path)] == [("header", 0.0), ("flip", 2.5)]
 
 
-async def test_an_earlier_journal_is_not_overwritten(tmp_path: Path) -> None:
+async def test_a_file_that_is_no_journal_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
     path.write_text("an earlier run\n")
     journal = JournalFile(path, 0.0)
@@ -51,12 +53,43 @@ async def test_an_earlier_journal_is_not_overwritten(tmp_path: Path) -> None:
         journal.open()
     journal.close()
     assert path.read_text() == "an earlier run\n"
-    path.write_text("")
-    journal = JournalFile(path, 0.0)
-    begin(journal)
+
+
+@pytest.mark.parametrize("half", [b"", b"{", b'{"type":"header","t":0.0,"ver', b'{"type":"flip","t":9'])
+async def test_a_restart_goes_on_with_its_journal(tmp_path: Path, half: bytes) -> None:
+    path, now = tmp_path / "j.jsonl", time.time()
+    began = first_run(now - 100) if not half or b"flip" in half else b""
+    path.write_bytes(began + half)
+    journal = JournalFile(path, 5000.0)
     journal.open()
+    journal.header(version="2", system="static", slo=Slo(), roles=[], now_s=5000.0, now_unix_s=time.time())
+    journal.flip(5001.0, FLIP, Role.PREFILL)
     journal.close()
-    assert len(lines(path)) == 1
+    rows = lines(path)
+    *earlier, header, flip = rows
+    assert [row["type"] for row in earlier] == (["header", "flip"] if began else [])
+    assert header["started_unix_s"] == pytest.approx(rows[0]["started_unix_s"], abs=0.1)
+    assert header["t"] >= (100 if began else 0)
+    assert flip["t"] == pytest.approx(header["t"] + 1.0)
+    read = read_journal(path)
+    assert (read.version, len(read.flips), read.truncated) == ("2", 1 + bool(began), False)
+
+
+def first_run(began_unix_s: float) -> bytes:
+    header = {"type": "header", "t": 0.0, "version": "1", "started_unix_s": began_unix_s}
+    flip = {"type": "flip", "t": 7.0, "instance": "i0", "from": "decode", "to": "prefill"}
+    return b"".join(orjson.dumps(row) + b"\n" for row in (header, flip))
+
+
+async def test_a_journal_that_is_being_written_belongs_to_its_gateway(tmp_path: Path) -> None:
+    first, second = (JournalFile(tmp_path / "j.jsonl", 0.0) for _ in range(2))
+    first.open()
+    begin(first)
+    with pytest.raises(ConfigError, match="another gateway writes the journal"):
+        second.open()
+    second.close()
+    first.close()
+    assert len(lines(tmp_path / "j.jsonl")) == 1
 
 
 async def test_a_device_may_be_named_again_and_again() -> None:

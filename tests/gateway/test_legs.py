@@ -275,7 +275,7 @@ async def test_a_fast_failing_instance_does_not_draw_every_request(start: Start)
 
 
 async def test_with_nothing_up_a_request_without_a_token_gets_503_at_once(start: Start) -> None:
-    cluster = await start("static", settings=GatewaySettings(recovery_s=3600.0))
+    cluster = await start("static")
     for engine in cluster.engines.values():
         engine.hold_prefill = True
     task = asyncio.create_task(cluster.post("/v1/completions", BODY))

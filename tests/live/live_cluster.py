@@ -22,7 +22,7 @@ from tidegate.systems import make_system
 from tidegate_testing.chaos import NOT_FORCED, Forced, chaos
 
 Json = dict[str, Any]
-DEFAULTS = GatewaySettings()
+DEFAULTS = GatewaySettings(admission=0.0)
 
 
 @dataclass

@@ -69,7 +69,7 @@ class Served:
 async def served(model_dir: Path, tmp_path: Path) -> AsyncIterator[Served]:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "tidegate", "serve", "--model", str(model_dir), "--port", "0"),
-        *("--journal", str(tmp_path / "run.jsonl")),
+        *("--journal", str(tmp_path / "run.jsonl"), "--admission", "0"),
         stdout=asyncio.subprocess.PIPE,
     )
     assert process.stdout is not None

@@ -85,7 +85,7 @@ async def test_no_token_changes_whatever_the_length(
     assert [one.error for one in said if one.error] == []
     wrong = [len(p) for p, one, ids in zip(prompts, said, expected, strict=True) if one.ids != ids]
     assert not wrong, wrong
-    assert moved > ROUNDS and replays == 0
+    assert moved > ROUNDS and replays <= moved / 100
     begun = [(run.instance, run.leg.generated, run.handle.tokens) for run in runs if run.handle is not None]
     assert {tokens for _, generated, tokens in begun if not generated} == set(LENGTHS)
     assert {instance for instance, generated, _ in begun if generated} == {"i0", "i1"}

@@ -239,7 +239,7 @@ async def serving(
     journal = folder / f"journal-{time.monotonic_ns()}.jsonl"
     composed = make_system(system, slo=Slo()) if isinstance(system, str) else system
     # Generous: servers that share few cores are slow to accept.
-    resolved = GatewaySettings(port=0, journal=journal, connect_s=10.0)
+    resolved = GatewaySettings(port=0, journal=journal, connect_s=10.0, admission=0.0)
     gateway = Gateway(resolved, fleet, composed)
     url = await gateway.start()
     try:

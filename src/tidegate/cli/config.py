@@ -25,6 +25,7 @@ from tidegate.cli.setting_types import (
     Key,
     Milliseconds,
     ModelFolder,
+    Multiple,
     Profiles,
     Seconds,
     ServeWords,
@@ -101,7 +102,9 @@ class GatewaySection(Section):
         repr=False,
     )
     api_key_file: Path | None = setting(None, "File that holds the key.", "FILE")
-    journal: FilePath | None = setting(None, "Write every decision and outcome there, as JSON lines.", "FILE")
+    journal: FilePath | None = setting(
+        None, "Write every decision and outcome there, as JSON lines; one that is there goes on.", "FILE"
+    )
     journal_inputs: bool = setting(
         GATEWAY.journal_inputs,
         "Write also all that the scheduler is told, from which its decisions can be taken again.",
@@ -122,6 +125,12 @@ class SchedulingSection(Section):
 
     system: SystemName = setting(DEFAULT_SYSTEM, SYSTEMS_HELP, "NAME")
     slo: Targets = setting(GATEWAY.slo, "Latency targets of requests that bring none.", "ttft:MS,tpot:MS")
+    admission: Multiple = setting(
+        GATEWAY.admission,
+        "Refuse a request with 429 when its first token is predicted to take more than so many times its "
+        "TTFT target; 0 takes every request.",
+        "X",
+    )
     split: Split | None = setting(None, "Prefill and decode instances at start-up.", "P:D", shown="even")
 
     @model_validator(mode="after")
@@ -327,7 +336,8 @@ class Config(Section):
         front = self.gateway
         given = {GATEWAY_NAMES.get(name, name): value for name, value in front if value is not None}
         given.pop("api_key_file", None)
-        return GatewaySettings(slo=self.scheduling.slo, **given)
+        scheduling = self.scheduling
+        return GatewaySettings(slo=scheduling.slo, admission=scheduling.admission, **given)
 
 
 GATEWAY_NAMES = {"request_timeout": "request_deadline_s", "stall_timeout": "stall_s"}

@@ -123,6 +123,12 @@ def _file_path(value: Path) -> Path:
     return value
 
 
+def _multiple(value: float) -> float:
+    if 0 < value < 1:
+        raise ValueError("expected at least 1, or 0")
+    return value
+
+
 def _before(read: Callable[[Any], object]) -> BeforeValidator:
     return BeforeValidator(with_value_errors(read))
 
@@ -136,6 +142,7 @@ Count = Annotated[Whole, Field(ge=1)]
 Tokens = Annotated[Whole, Field(ge=16)]
 Seconds = Annotated[float, _number(float, "number of seconds"), Field(gt=0, allow_inf_nan=False)]
 Milliseconds = Annotated[float, _number(float, "number of milliseconds"), Field(ge=0, allow_inf_nan=False)]
+Multiple = Annotated[float, _number(float, "number"), Field(ge=0, allow_inf_nan=False), _after(_multiple)]
 Key = Annotated[str, _after(_sendable)]
 SystemName = Annotated[str, _after(_known_system)]
 Targets = Annotated[Slo, _before(lambda value: value if isinstance(value, Slo) else Slo.parse(str(value)))]

@@ -58,6 +58,13 @@ SIMULATED = {
     "closed_loop": Flag(
         "A session's turn comes after the answer before it plus the client's pause.", panel=WORKLOAD
     ),
+    "admission": Flag(
+        "Refuse a request when its first token is predicted to take more than so many times its TTFT target; "
+        "0 takes all, as no gateway does by default.",
+        "X",
+        panel=ENGINE,
+        rule=Rule(lambda multiple: multiple == 0 or 1 <= multiple < float("inf"), "0, or 1 or more"),
+    ),
     "front_s": _milliseconds("From dispatch to the engine's queue, per leg.", "--front-ms"),
     "heartbeat_s": _milliseconds(
         "How often engines report (1 or more); 0: the scheduler sees all at once.",

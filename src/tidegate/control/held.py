@@ -12,7 +12,6 @@ class HeldRequests:
     def __init__(self, order: Order) -> None:
         self._queue: WaitingQueue[LiveRequest] = order.queue()
         self._awaiting_word: dict[LiveRequest, tuple[str, float]] = {}
-        self._none_up_since_s: dict[LiveRequest, float] = {}
 
     def __len__(self) -> int:
         return len(self._queue) + len(self._awaiting_word)
@@ -40,19 +39,10 @@ class HeldRequests:
         """Take every held request, in order. Those that wait for word on an instance stay."""
         return [self._queue.pop(now) for _ in range(len(self._queue))]
 
-    def none_up_since_s(self, live: LiveRequest, now: float) -> float:
-        """Return since when no instance has been up for a request that cannot be placed now."""
-        return self._none_up_since_s.setdefault(live, now)
-
-    def placed(self, live: LiveRequest) -> None:
-        """Forget for how long a request found no instance."""
-        self._none_up_since_s.pop(live, None)
-
     def remove(self, live: LiveRequest) -> None:
         """Forget a request, whether or not it waits."""
         self._queue.remove(live)
         self._awaiting_word.pop(live, None)
-        self._none_up_since_s.pop(live, None)
 
     def _take(self, lives: list[LiveRequest]) -> list[LiveRequest]:
         for live in lives:

@@ -16,7 +16,7 @@ from tidegate.control.effects import Effects
 from tidegate.control.live_request import LiveRequest
 from tidegate.control.plane import ControlPlane
 from tidegate.core.decision import Action
-from tidegate.core.errors import EngineError, TidegateError
+from tidegate.core.errors import EngineError, EngineUnreachable, TidegateError
 from tidegate.core.instance import Instance, Role
 from tidegate.costs.profile import Profile
 from tidegate.journal.schema import InputLine, InputRequest
@@ -51,6 +51,8 @@ class RecordingPlane(ControlPlane):
     def failed(self, live: LiveRequest, error: EngineError, now: float) -> Effects:
         about = {"error": type(error).__name__, "instance": error.instance, "stage": error.stage}
         more = {"message": error.message, "repeatable": live.repeatable}
+        if isinstance(error, EngineUnreachable):
+            more["refused"] = error.refused
         self.write_input("failed", now, live, about | more)
         return super().failed(live, error, now)
 

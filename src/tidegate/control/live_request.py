@@ -27,15 +27,15 @@ class LiveRequest:
     The driver keeps ``generated`` (tokens so far), ``blocks`` (the prompt's, where they are known) and
     ``repeatable`` (False where a second run could say something else than what was delivered) right. All else
     is the plane's: ``stage``; ``prefill_on`` and ``decode_on``, the last placements; ``predicted_prefill_s``
-    and ``predicted_cached_tokens`` of the last prefill; ``failures`` and the ``deaths`` of instances among
-    them; ``replays`` and ``migrations``; ``migrate``, the migration under way; and ``movable``, False once a
-    driver said that it cannot move.
+    and ``predicted_cached_tokens`` of the last prefill; the ``deaths`` of instances under it; ``failures``
+    since its last token, and its ``progress`` in tokens at the last one; ``replays`` and ``migrations``;
+    ``migrate``, the migration under way; and ``movable``, False once a driver said that it cannot move.
     """
 
     __slots__ = (
         "blocks", "deadline_s", "deaths", "decode_on", "failures", "generated", "id", "migrate", "migrations",
-        "movable", "predicted_cached_tokens", "predicted_prefill_s", "prefill_on", "repeatable", "replays",
-        "stage",
+        "movable", "predicted_cached_tokens", "predicted_prefill_s", "prefill_on", "progress", "repeatable",
+        "replays", "stage",
     )  # fmt: skip
 
     def __init__(self, request_id: str, deadline_s: float, blocks: PromptBlocks = NO_BLOCKS) -> None:
@@ -51,6 +51,7 @@ class LiveRequest:
         self.predicted_prefill_s: float | None = None
         self.predicted_cached_tokens = 0
         self.failures = 0
+        self.progress = 0
         self.deaths = 0
         self.replays = 0
         self.migrations = 0

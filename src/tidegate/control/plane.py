@@ -45,6 +45,7 @@ from tidegate.journal.schema import ProfileLine
 from tidegate.journal.writer import JournalWriter
 from tidegate.ledger.ledger import Ledger
 from tidegate.ledger.snapshot import Field, Snapshot
+from tidegate.policies.admission import admitted
 from tidegate.policies.order import prefill_ticket
 from tidegate.policies.pricing import fastest_prefill_seconds, predicted_on
 from tidegate.signals.prefix import PrefixIndex
@@ -55,11 +56,12 @@ from tidegate.systems.system import System
 class ControlSettings:
     """How failures, waits and retries are handled; the same numbers live and simulated (all ours).
 
-    - ``replays``: how often a request is served again after a failed leg.
+    - ``replays``: how often a request is served again without one more token. An instance that could not be
+      asked at all is not counted: nothing was tried there.
     - ``deadly``: instances that may die under a request before its first token; then it counts as the cause.
-    - ``recovery_s``: how long a request whose answer has begun waits while no instance is up. One whose
-      answer has not begun is refused at once, so that its client can go elsewhere.
     - ``confirm_s``: how long a failed request waits for the fleet's word on the instance that failed it.
+    - ``admission``: a new request is refused when its first token is predicted to take more than so many
+      times its TTFT target (see ``admitted``); 0 takes all.
     - ``avoid_s``: how long an instance that failed a leg gets no new one while others are up: one that fails
       fast looks idle and would draw every request.
     - ``retry_after_s``: what a client is told to wait when it is refused: about a local engine's restart.
@@ -67,14 +69,16 @@ class ControlSettings:
 
     replays: int = 5
     deadly: int = 3
-    recovery_s: float = 15.0
     confirm_s: float = 0.25
     avoid_s: float = 5.0
+    admission: float = 0.0
     retry_after_s: float = 2.0
 
     def __post_init__(self) -> None:
         if self.replays < 0:
             raise ConfigError(f"replays must be a count of at least 0, got {self.replays}")
+        if self.admission and not self.admission >= 1.0:
+            raise ConfigError(f"admission must be at least 1 TTFT target, or 0, got {self.admission}")
 
 
 class ControlPlane:
@@ -204,7 +208,7 @@ class ControlPlane:
         request = live.as_request()
         view, may_flip = self.membership.view(now)
         if not view.ids:
-            return [GiveUp(live, none_up(self.settings.retry_after_s))]
+            return ControlPlane.failed(self, live, EngineUnreachable("no instance is up", refused=True), now)
         assert live.prefill_on is not None
         verdict = self.system.decode.place_decode(request, view, live.prefill_on)
         effects = self._decided(request, "place_decode", verdict, view, may_flip)
@@ -255,8 +259,11 @@ class ControlPlane:
         self.ledger.aborted(live.id, now)
         self._migration_over(live, "cancelled", now)
         live.stage = Stage.WAITING
-        live.failures += 1
-        live.deaths += isinstance(error, EngineUnreachable)
+        tried = not (isinstance(error, EngineUnreachable) and error.refused)
+        if tried:
+            live.failures = 1 if live.generated > live.progress else live.failures + 1
+            live.deaths += isinstance(error, EngineUnreachable)
+            live.progress = live.generated
         if self._journal.enabled:
             self._journal.failure(now, live.id, error, live.generated)
         poisonous = live.deaths >= settings.deadly and not live.generated
@@ -344,6 +351,8 @@ class ControlPlane:
             if hits:
                 request = replace(request, cached=hits)
         verdict = self.system.prefill.place_prefill(request, view)
+        if self.settings.admission and not live.replays:
+            verdict = admitted(verdict, request, view, self.settings.admission)
         effects = self._decided(request, kind, verdict, view, may_flip)
         decision = verdict.decision
         if isinstance(decision, Place):
@@ -366,7 +375,6 @@ class ControlPlane:
         live.predicted_cached_tokens = request.cached.get(on, 0)
         if self.prefixes is not None and live.blocks.keys:
             self.prefixes.sent(live.blocks, on)
-        self._held.placed(live)
         column = view.index[on]
         cells = view.cells
         alone = not (cells[Field.PREFILL_REQUESTS, column] or cells[Field.DECODE_REQUESTS, column])
@@ -380,13 +388,12 @@ class ControlPlane:
             self.prefixes.sent(live.blocks, on)
 
     def _without_instances(self, live: LiveRequest, request: Request, now: float) -> Effects:
-        """Refuse a fresh request; have one whose answer has begun wait for an instance to return."""
-        recovered_s = self._held.none_up_since_s(live, now) + self.settings.recovery_s
-        until_s = min(recovered_s, live.deadline_s)
-        if not live.generated or now >= until_s:
+        """Refuse a request whose answer has not begun: its client can go elsewhere. Another waits for an
+        instance to return, as long as its deadline allows."""
+        if not live.generated or now >= live.deadline_s:
             return [GiveUp(live, none_up(self.settings.retry_after_s))]
         self._held.hold(live, prefill_ticket(request, 0.0))
-        return [Held(live, "no instance is up"), WakeAt(until_s)]
+        return [Held(live, "no instance is up"), WakeAt(live.deadline_s)]
 
     def _hold(self, live: LiveRequest, request: Request, reason: str, now: float) -> Effects:
         if now >= live.deadline_s:

@@ -104,9 +104,9 @@ def _replay_request_input(
         case "arrive":
             plane.arrive(live, now)
         case "failed":
-            live.repeatable = args["repeatable"]
-            kind = getattr(errors, args["error"])
-            plane.failed(live, kind(args["message"], instance=args["instance"], stage=args["stage"]), now)
+            live.repeatable = args.pop("repeatable")
+            kind, message = getattr(errors, args.pop("error")), args.pop("message")
+            plane.failed(live, kind(message, **args), now)
         case "ended":
             plane.ended(live, None if args["error"] is None else TidegateError(args["error"]), now)
         case verb if verb in PLAIN_VERBS:

@@ -92,7 +92,8 @@ class EngineError(TidegateError):
 
 
 class EngineUnreachable(EngineError):
-    """The connection to the engine failed or broke; ``refused`` says that none could be opened."""
+    """The connection to the engine failed or broke; ``refused`` says that none could be opened:
+    the engine never had the request."""
 
     def __init__(self, message: str, *, instance: str = "", stage: str = "", refused: bool = False) -> None:
         super().__init__(message, instance=instance, stage=stage)

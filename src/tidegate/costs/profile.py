@@ -69,6 +69,17 @@ class Profile:
             raise ConfigError(f"profile {data.get('name', '?')!r} is incomplete: {error}") from None
 
 
+UNMEASURED = Profile(
+    "unmeasured",
+    PrefillCost(0.01, 1e-4, 1e-9),
+    StepCost(0.01, 1e-5, 1e-8),
+    MixedCost(0.01, 1e-4, 1e-9, 2e-8),
+    TransferCost(0.001, 1e9),
+    source="placeholder for an instance nobody measured; systems that need profiles refuse it",
+)
+"""Tells long prefills from short ones where nothing was measured: what it says is no time."""
+
+
 @dataclass(frozen=True, slots=True)
 class ProfileTable:
     """The profiles of several instances as arrays, so that one call prices all of them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import msgspec
@@ -58,6 +59,9 @@ REFUSED = (400, 404, 413, 422, 501)
 BUSY = (429, 503)
 BUSY_S = 1.0
 """What a client is told to wait when every engine is busy (ours)."""
+RELEASE_S = 30.0
+"""How long a release is tried (ours): a busy engine takes seconds to answer, and then leases end."""
+RELEASE_RETRY_S = 0.5
 WANT_HANDLE: Json = {"do_remote_decode": True, "do_remote_prefill": False}
 
 
@@ -127,10 +131,14 @@ class DialectEngine:
         if not self._internal:
             return
         body = orjson.dumps({"request_id": request_id})
-        try:
-            await self._wire.exchange("POST", "/tidegate/release", body, deadline_s=2.0)
-        except EngineError:
-            return
+        clock = asyncio.get_running_loop().time
+        until_s = clock() + RELEASE_S
+        while not self._wire.dropped and (left_s := until_s - clock()) > 0:
+            try:
+                await self._wire.exchange("POST", "/tidegate/release", body, deadline_s=left_s)
+                return
+            except EngineError:
+                await asyncio.sleep(RELEASE_RETRY_S)
 
     def close(self, reason: str) -> None:
         self._wire.drop(reason)

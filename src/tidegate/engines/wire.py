@@ -189,6 +189,11 @@ class Wire:
             self._watch.cancel()
             self._watch = None
 
+    @property
+    def dropped(self) -> bool:
+        """Whether the engine is gone for good."""
+        return self._dropped is not None
+
     async def _send(self, request: bytes, sink: BodySink | None) -> HttpAnswer:
         while self._idle:
             connection = self._idle.pop()
@@ -222,7 +227,7 @@ class Wire:
 
     async def _connect(self) -> _RelayConnection:
         if self._dropped is not None:
-            raise EngineUnreachable(self._dropped)
+            raise EngineUnreachable(self._dropped, refused=True)
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_s):

@@ -26,8 +26,7 @@ from tidegate.control.plane import ControlPlane, ControlSettings
 from tidegate.core.clock import Clock
 from tidegate.core.decision import Action
 from tidegate.core.errors import ClientGone, EngineUnreachable, ShuttingDown, TidegateError
-from tidegate.costs.forms import MixedCost, PrefillCost, StepCost, TransferCost
-from tidegate.costs.profile import Profile
+from tidegate.costs.profile import UNMEASURED
 from tidegate.fleet.member import FleetControl, Member
 from tidegate.gateway.drift import FleetDrift
 from tidegate.gateway.loads import LoadWatch
@@ -43,16 +42,9 @@ from tidegate.systems.system import System
 
 log = logging.getLogger(__name__)
 
+CLEAN_UP_S = 2.0
+"""How long a gateway that stops waits for its clean-up (ours)."""
 RETRY_AFTER_S = ControlSettings().retry_after_s
-
-UNMEASURED = Profile(
-    "unmeasured",
-    PrefillCost(0.01, 1e-4, 1e-9),
-    StepCost(0.01, 1e-5, 1e-8),
-    MixedCost(0.01, 1e-4, 1e-9, 2e-8),
-    TransferCost(0.001, 1e9),
-    source="placeholder for an instance nobody measured; systems that need profiles refuse it",
-)
 
 Command = RunPrefill | RunDecode | GiveUp | Held
 """An effect that is about one request, for whoever serves it."""
@@ -92,7 +84,7 @@ class Dispatcher:
         self.clock = clock
         self.journal = journal
         self.prefixes = PrefixIndex()
-        control = ControlSettings(replays=settings.replays, recovery_s=settings.recovery_s)
+        control = ControlSettings(replays=settings.replays, admission=settings.admission)
         plane = RecordingPlane if settings.journal_inputs else ControlPlane
         self.plane: ControlPlane = plane(system, ids, journal, control, self.prefixes)
         self.stopping = False
@@ -191,7 +183,10 @@ class Dispatcher:
     async def stop(self) -> None:
         """Stop the periodic decisions and close every connection to the engines."""
         self.stopping = True
-        await asyncio.gather(*self._background, return_exceptions=True)
+        if self._background:
+            _, late = await asyncio.wait(self._background, timeout=CLEAN_UP_S)
+            for task in late:
+                task.cancel()
         await self.loads.stop()
         for upstream in self.upstreams.values():
             upstream.engine.close("the gateway stops")
@@ -219,7 +214,7 @@ class Dispatcher:
         found = self.upstreams.get(instance_id)
         if found is None:
             message = f"instance {instance_id} went down"
-            raise EngineUnreachable(message, instance=instance_id, stage=stage)
+            raise EngineUnreachable(message, instance=instance_id, stage=stage, refused=True)
         return found
 
     def background(self, work: Coroutine[None, None, None]) -> None:

@@ -88,6 +88,7 @@ class Front:
     def __init__(self, settings: GatewaySettings, dispatcher: Dispatcher) -> None:
         self._settings = settings
         self._dispatcher = dispatcher
+        self._started_s = dispatcher.clock.now()
         self._estimate = TokenEstimate()
         self._running: set[asyncio.Task[Any]] = set()
         self._served: WeakSet[asyncio.Task[Any]] = WeakSet()
@@ -257,7 +258,7 @@ class Front:
             )
         answer = {
             "system": dispatcher.system.name,
-            "uptime_s": round(snapshot.at_s - dispatcher.journal.started_s, 3),
+            "uptime_s": round(snapshot.at_s - self._started_s, 3),
             "slo": {"ttft_s": dispatcher.settings.slo.ttft_s, "tpot_s": dispatcher.settings.slo.tpot_s},
             "instances": instances,
             "down": [name for name in dispatcher.plane.membership.labels if name not in dispatcher.upstreams],

@@ -34,7 +34,8 @@ class Gateway:
         clock = WallClock()
         self._settings = settings
         self._fleet = fleet
-        self._journal = JournalFile(settings.journal, clock.now())
+        self._began_s = clock.now()
+        self._journal = JournalFile(settings.journal, self._began_s)
         self.dispatcher = Dispatcher(system, settings, fleet.ids, clock, self._journal, fleet)
         self._front = Front(settings, self.dispatcher)
         self._runner = FrontRunner(self._front.application(), shutdown_timeout_s=2.0)
@@ -47,13 +48,6 @@ class Gateway:
         or the system lacks a signal.
         """
         settings, dispatcher = self._settings, self.dispatcher
-        self._journal.header(
-            version=__version__,
-            system=dispatcher.system.name,
-            slo=settings.slo,
-            roles=dispatcher.plane.membership.labels.items(),
-            started_unix_s=time.time(),
-        )
         await self._runner.setup()
         self._site = web.TCPSite(self._runner, settings.host, settings.port, backlog=BACKLOG)
         try:
@@ -64,6 +58,14 @@ class Gateway:
             ) from None
         # Only now: a gateway that cannot have the port must not touch the journal of the one that has it.
         self._journal.open()
+        self._journal.header(
+            version=__version__,
+            system=dispatcher.system.name,
+            slo=settings.slo,
+            roles=dispatcher.plane.membership.labels.items(),
+            now_s=self._began_s,
+            now_unix_s=time.time(),
+        )
         await self._fleet.start(dispatcher)
         dispatcher.system.check_signals(dispatcher.signals())
         dispatcher.start()

@@ -84,7 +84,8 @@ class ServedRequest:
             assert isinstance(command, RunPrefill), "a request that is not placed is prefilled first"
             try:
                 await self._attempt(command)
-                return
+                if legs.finish_reason is not None:
+                    return
             except EngineError as error:
                 if self._nothing_left():
                     return
@@ -148,7 +149,9 @@ class ServedRequest:
         try:
             dispatcher.do(self._plane.prefill_done(self.legs, now))
             command = await self._next_command()
-            assert isinstance(command, RunDecode), "a prefill that ended is decoded"
+            if isinstance(command, RunPrefill):  # every instance went down meanwhile
+                self._command = command
+                return
             upstream = dispatcher.upstream(command.on, "decode")
         except BaseException:
             if handle is not None:

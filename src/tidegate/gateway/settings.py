@@ -29,6 +29,6 @@ class GatewaySettings:
     stall_s: float = 60.0
     connect_s: float = 2.0
     replays: int = 5
-    recovery_s: float = 15.0
+    admission: float = 3.0
     load_every_s: float = 1.0
     journal_inputs: bool = False

@@ -41,8 +41,9 @@ _EXPECTED = {
 class Journal:
     """A journal read into memory, decisions reduced to counts.
 
-    ``roles`` are the labels by instance when the journal began. ``unfinished`` counts requests with a
-    decision but no outcome. ``truncated`` says that the last line is cut off.
+    ``system``, ``version``, ``slo`` and ``roles``, the labels by instance at the start, are those of the last
+    run; the rest is of all. ``unfinished`` counts requests with a decision but no outcome. ``truncated`` says
+    that the last line is cut off.
     """
 
     system: str = ""
@@ -121,7 +122,7 @@ def read_journal(path: str | Path) -> Journal:
             case HeaderLine():
                 seen_header = True
                 journal.system, journal.version, journal.slo = line.system, line.version, line.slo
-                journal.roles.update((instance.id, instance.role) for instance in line.instances)
+                journal.roles = {instance.id: instance.role for instance in line.instances}
             case OutcomeLine():
                 journal.outcomes.append(line)
                 ended.add(line.request)

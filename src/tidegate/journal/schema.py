@@ -40,7 +40,8 @@ class InstanceLabel(Struct):
 class HeaderLine(JournalLine, tag="header"):
     """The first line: who wrote the journal, and the cluster at that instant.
 
-    ``started_unix_s`` is the wall time at ``t`` 0; a simulation writes 0.
+    ``started_unix_s`` is the wall time at ``t`` 0; a simulation writes 0. A gateway that is restarted with
+    the same journal writes another one; its ``t`` goes on.
     """
 
     t_s: float = field(default=0.0, name="t")

@@ -58,11 +58,15 @@ class JournalWriter:
         system: str,
         slo: Slo,
         roles: Iterable[tuple[str, Role]],
-        started_unix_s: float = 0.0,
+        now_s: float | None = None,
+        now_unix_s: float | None = None,
     ) -> None:
-        """Write the first line; ``roles`` are the instances' ids and labels."""
+        """Write the first line of a run, which begins ``now_s``, else with the journal; ``roles`` are the
+        instances' ids and labels."""
         instances = [InstanceLabel(name, role.label) for name, role in roles]
-        self.write(HeaderLine(0.0, version, system, started_unix_s, slo, instances))
+        t_s = 0.0 if now_s is None else self.elapsed_s(now_s)
+        started_unix_s = 0.0 if now_unix_s is None else now_unix_s - t_s
+        self.write(HeaderLine(t_s, version, system, started_unix_s, slo, instances))
 
     def instance(self, now_s: float, instance: str, event: str, *, role: str = "", reason: str = "") -> None:
         """Write that an instance is up, down, draining or undrained (see ``InstanceLine``)."""

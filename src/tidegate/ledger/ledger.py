@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from tidegate.core.errors import InternalError, NoInstance
 from tidegate.core.instance import Instance, Role
 from tidegate.core.request import Request
-from tidegate.costs.profile import Profile, ProfileTable
+from tidegate.costs.profile import UNMEASURED, Profile, ProfileTable
 from tidegate.ledger.integrity import check_integrity
 from tidegate.ledger.matrix import LedgerMatrix
 from tidegate.ledger.records import Booked, InstanceEntry, RequestEntry, Residents
@@ -65,6 +65,7 @@ class Ledger:
         cells[Field.KV_CAPACITY_TOKENS] = instance.kv_capacity_tokens
         cells[Field.FREE_TOKENS] = instance.kv_capacity_tokens or math.inf
         cells[Field.FLIPPED_AT_S] = -math.inf
+        cells[Field.PREFILL_SLOWNESS] = 0.0 if profile is UNMEASURED else 1.0
         self._matrix.queue_since_s[column] = now
         self._windows.add_column()
         self._membership_changed()
@@ -182,6 +183,7 @@ class Ledger:
             return False
         instance = entry.prefill
         self._matrix.leave_prefill(entry, now)
+        self._matrix.prefill_ended_s[instance.column] += entry.seconds
         self._matrix.hold(entry, instance, entry.request.prompt_tokens)
         return True
 

@@ -21,6 +21,11 @@ class WindowRow(enum.IntEnum):
     GAP_TOKENS = enum.auto()
     PREFILL_WORK_S = enum.auto()
     PREFILL_WORK_S2 = enum.auto()
+    PREFILL_BUSY_S = enum.auto()
+    PREFILL_ENDED_S = enum.auto()
+    LATELY_BUSY_S = enum.auto()
+    """This and the next one outlast the window: the two before them, of late."""
+    LATELY_ENDED_S = enum.auto()
 
 
 ROWS = Field.COUNT + len(WindowRow)
@@ -47,6 +52,8 @@ class _RowViews:
     gap_tokens: memoryview[float]
     prefill_work_s: memoryview[float]
     prefill_work_s2: memoryview[float]
+    prefill_busy_s: memoryview[float]
+    prefill_ended_s: memoryview[float]
 
 
 class LedgerMatrix(_RowViews):
@@ -83,7 +90,10 @@ class LedgerMatrix(_RowViews):
     def change_queue(self, column: int, seconds: float, now: float) -> None:
         """Add ``seconds`` of predicted prefill to a queue, or take them; first book the queue until now."""
         queue_s = self.prefill_queue_s[column]
-        self.queue_integral[column] += queue_s * (now - self.queue_since_s[column])
+        if queue_s:
+            span_s = now - self.queue_since_s[column]
+            self.queue_integral[column] += queue_s * span_s
+            self.prefill_busy_s[column] += span_s
         self.queue_since_s[column] = now
         self.prefill_queue_s[column] = queue_s + seconds
 

@@ -92,7 +92,8 @@ class Field:
     PREFILL_DEMAND: Final = 15
     PREFILL_SQUARES_S: Final = 16
     DRAINING: Final = 17
-    COUNT: Final = 18
+    PREFILL_SLOWNESS: Final = 18
+    COUNT: Final = 19
 
 
 class WindowAverages(NamedTuple):
@@ -129,7 +130,9 @@ class Snapshot:
       instance that decodes but produced nothing in it; 0 without decodes;
     - ``prefill_queue_avg_s``: time average of ``prefill_queue_s`` over the last completed window;
     - ``prefill_demand``: predicted prefill seconds dispatched here per second, smoothed over the windows;
-      ``prefill_squares_s``: the same of their squares, which tells how unequal prefills are.
+      ``prefill_squares_s``: the same of their squares, which tells how unequal prefills are;
+    - ``prefill_slowness``: seconds with a prefill there per predicted second of those that ended, smoothed
+      over the windows that had some; before them 1, and 0 where no profile predicts anything.
 
     ``cells[field, column]`` reads one number of ``state`` as a float, at a fraction of what the array takes;
     the array is only made where something asks for it.
@@ -160,6 +163,7 @@ class Snapshot:
     prefill_queue_avg_s = _Row(Field.PREFILL_QUEUE_AVG_S)
     prefill_demand = _Row(Field.PREFILL_DEMAND)
     prefill_squares_s = _Row(Field.PREFILL_SQUARES_S)
+    prefill_slowness = _Row(Field.PREFILL_SLOWNESS)
     decode_requests = _Row(Field.DECODE_REQUESTS)
     decode_tokens = _Row(Field.DECODE_TOKENS)
     handoff_tokens = _Row(Field.HANDOFF_TOKENS)

@@ -12,6 +12,8 @@ from tidegate.ledger.matrix import LedgerMatrix, WindowRow
 from tidegate.ledger.records import InstanceEntry
 from tidegate.ledger.snapshot import Field, Matrix, WindowAverages
 
+SLOWNESS_S = 5.0
+"""Time constant of the slowness, in seconds with a prefill (ours): that of a queue that begins to hurt."""
 DEMAND_S = 10.0
 """Time constant of the smoothed prefill demand (ours): longer than a burst, shorter than a change of load."""
 
@@ -40,7 +42,10 @@ def close_windows(
     span = now - since
     sums = array[[WindowRow.GAP_SUM_S, WindowRow.GAP_TOKENS, WindowRow.QUEUE_INTEGRAL]]
     if 0 < span < math.inf:
-        sums[2] += queue * (now - array[WindowRow.QUEUE_SINCE_S])
+        since_s = now - array[WindowRow.QUEUE_SINCE_S]
+        sums[2] += queue * since_s
+        array[WindowRow.PREFILL_BUSY_S] += np.where(queue > 0, since_s, 0.0)
+        _note_slowness(array)
         array[Field.PREFILL_QUEUE_AVG_S] = sums[2] / span
         weight = -math.expm1(-span / DEMAND_S)
         smoothed = array[Field.PREFILL_DEMAND : Field.PREFILL_SQUARES_S + 1]
@@ -49,8 +54,18 @@ def close_windows(
     else:
         array[Field.PREFILL_QUEUE_AVG_S] = queue
     array[WindowRow.QUEUE_SINCE_S] = now
-    array[WindowRow.QUEUE_INTEGRAL :] = 0.0
+    array[WindowRow.QUEUE_INTEGRAL : WindowRow.LATELY_BUSY_S] = 0.0
     return sums
+
+
+def _note_slowness(array: Matrix) -> None:
+    """Publish how long prefills took of late, the window that ends included, over what was predicted."""
+    window = array[WindowRow.PREFILL_BUSY_S : WindowRow.PREFILL_ENDED_S + 1]
+    lately = array[WindowRow.LATELY_BUSY_S : WindowRow.LATELY_ENDED_S + 1]
+    lately *= np.exp(-window[0] / SLOWNESS_S)
+    lately += window
+    known = lately[1] > 0
+    np.divide(lately[0], lately[1], out=array[Field.PREFILL_SLOWNESS], where=known)
 
 
 class LongWindows:

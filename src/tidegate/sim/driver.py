@@ -62,7 +62,7 @@ class SimDriver:
             system,
             self._ids[: membership.planned],
             journal,
-            ControlSettings(replays=settings.replays),
+            ControlSettings(replays=settings.replays, admission=settings.admission),
             PrefixIndex() if settings.prefix_hits else None,
         )
         self.sampler = Sampler(self._ids, self.cluster.kv_tokens_in_use)

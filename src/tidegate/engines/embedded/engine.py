@@ -104,7 +104,8 @@ class EmbeddedEngine:
             self._wake.notify()
 
     def abort(self, request_id: str) -> None:
-        """End a request; its last output has ``finish_reason`` abort. No effect on an unknown id."""
+        """End a request; its last output has ``finish_reason`` abort. One that ended meanwhile pins nothing.
+        No effect on an unknown id."""
         self._post(partial(self._abort, request_id))
 
     def stats(self) -> EngineStats:
@@ -254,6 +255,8 @@ class EmbeddedEngine:
         sequence = self._live.get(request_id)
         if sequence is not None:
             self._end(sequence, "abort")
+        else:
+            self.pins.release(request_id)  # it ended in the step that the abort waited for
 
     def _on_load_done(self, sequence: TokenSequence, error: str | None, moved_bytes: int) -> None:
         def finish() -> None:

@@ -17,7 +17,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import Field, StrictBool, StrictStr
 
-from tidegate.core.errors import BadRequest, NoInstance, PromptTooLong
+from tidegate.core.errors import BadRequest, ClientGone, NoInstance, PromptTooLong
 from tidegate.engines.serving.delivery import Delivery, OutputRouter
 from tidegate.engines.serving.metrics import ServerMetrics
 from tidegate.engines.serving.requests import (
@@ -44,6 +44,8 @@ from tidegate.protocol.http_front import (
 )
 
 BACKLOG = 2048
+MOST_UNWANTED = 4096
+"""Releases remembered that found nothing to release."""
 MEMBERS_PREFIX = "/tidegate/"
 """Of the routes that members of a launch use among themselves."""
 LONG_TEXT_CHARS = 20_000
@@ -70,6 +72,7 @@ class Generation:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._calls: dict[str, ServedCall] = {}
+        self._unwanted: dict[str, None] = {}
         self.draining = False
         self._drained: asyncio.Event | None = None
 
@@ -103,6 +106,18 @@ class Generation:
                 ended.append(engine_id)
         return ended
 
+    def release(self, request_id: str) -> bool:
+        """Drop the pin of a request whose answer is lost; False when there is none yet. Such a request is
+        ended, and one that comes behind its own release is not begun."""
+        if request_id in self._calls:
+            self._parts.engine.abort(request_id)
+        if self._parts.engine.release(request_id):
+            return True
+        self._unwanted[request_id] = None
+        if len(self._unwanted) > MOST_UNWANTED:
+            del self._unwanted[next(iter(self._unwanted))]
+        return False
+
     async def _generate(
         self, request: web.Request, kind: type[CompletionBody] | type[ChatBody]
     ) -> web.StreamResponse:
@@ -133,12 +148,17 @@ class Generation:
         """Run the call; return what is left to be sent. Raises the engine's error, or ClientGone. When the
         client leaves before the engine ends, the call is aborted and its KV freed."""
         engine, request_id = self._parts.engine, call.generate.id
+        if call.generate.pin_kv and request_id in self._unwanted:
+            raise ClientGone("the request was released before it came")
         with self._parts.router.receiving(request_id, delivery.receive):
             with self._releasing_if_refused(call.generate.source):
                 engine.submit(call.generate)
             self._calls[request_id] = call
             try:
-                return await delivery.finished
+                whole = await delivery.finished
+                if call.generate.pin_kv and request_id in self._unwanted:
+                    engine.release(request_id)
+                return whole
             except BaseException:
                 engine.abort(request_id)
                 if call.generate.pin_kv:
@@ -298,9 +318,9 @@ class EngineServer:
         return json_answer({"prompt": self._parts.codec.decode(body.tokens)})
 
     async def release(self, request: web.Request) -> web.Response:
-        """POST /tidegate/release: drop the pin of a finished request before its lease ends."""
+        """POST /tidegate/release: drop the pin of a request before its lease ends."""
         body = parse_body(await read_object(request), ReleaseBody)
-        return json_answer({"released": self._parts.engine.release(body.request_id)})
+        return json_answer({"released": self._generation.release(body.request_id)})
 
     async def abort(self, request: web.Request) -> web.Response:
         """POST /tidegate/abort: end requests; they answer with what they have and ``finish_reason`` abort."""
