@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from tidegate.control.effects import Effects, RunDecode, RunPrefill
 from tidegate.control.live_request import LiveRequest
-from tidegate.control.plane import ControlPlane, ControlSettings
+from tidegate.control.plane import ControlPlane
+from tidegate.control.settings import ControlSettings
 from tidegate.core.decision import Action, ControlDecision, Hold, Placement, Reject, Verdict
 from tidegate.core.request import Request
 from tidegate.core.slo import Slo

@@ -29,7 +29,8 @@ from tidegate.control.effects import (
     WakeAt,
 )
 from tidegate.control.live_request import Stage
-from tidegate.control.plane import ControlPlane, ControlSettings
+from tidegate.control.plane import ControlPlane
+from tidegate.control.settings import ControlSettings
 from tidegate.core.decision import (
     AddInstance,
     Drain,

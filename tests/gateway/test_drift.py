@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tidegate.control.inputs import RecordingPlane
-from tidegate.control.plane import ControlSettings
+from tidegate.control.settings import ControlSettings
 from tidegate.core.instance import Role
 from tidegate.costs.drift import FEWEST
 from tidegate.costs.profile import Profile

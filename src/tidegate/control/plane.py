@@ -7,7 +7,6 @@ carries out the effects that it returns. Requests are in the ledger before the e
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from msgspec.structs import replace
@@ -19,17 +18,9 @@ from tidegate.control.live_request import LiveRequest, Stage
 from tidegate.control.membership import Membership
 from tidegate.control.periods import Periods
 from tidegate.control.refusals import no_decode, none_up, rejected
-from tidegate.core.decision import (
-    Action,
-    ControlDecision,
-    Flip,
-    Path,
-    Place,
-    Reject,
-    Verdict,
-)
+from tidegate.control.settings import ControlSettings
+from tidegate.core.decision import Action, ControlDecision, Flip, Path, Place, Reject, Verdict
 from tidegate.core.errors import (
-    ConfigError,
     EngineError,
     EngineUnreachable,
     KvLost,
@@ -50,35 +41,6 @@ from tidegate.policies.order import prefill_ticket
 from tidegate.policies.pricing import fastest_prefill_seconds, predicted_on
 from tidegate.signals.prefix import PrefixIndex
 from tidegate.systems.system import System
-
-
-@dataclass(frozen=True, slots=True)
-class ControlSettings:
-    """How failures, waits and retries are handled; the same numbers live and simulated (all ours).
-
-    - ``replays``: how often a request is served again without one more token. An instance that could not be
-      asked at all is not counted: nothing was tried there.
-    - ``deadly``: instances that may die under a request before its first token; then it counts as the cause.
-    - ``confirm_s``: how long a failed request waits for the fleet's word on the instance that failed it.
-    - ``admission``: a new request is refused when its first token is predicted to take more than so many
-      times its TTFT target (see ``admitted``); 0 takes all.
-    - ``avoid_s``: how long an instance that failed a leg gets no new one while others are up: one that fails
-      fast looks idle and would draw every request.
-    - ``retry_after_s``: what a client is told to wait when it is refused: about a local engine's restart.
-    """
-
-    replays: int = 5
-    deadly: int = 3
-    confirm_s: float = 0.25
-    avoid_s: float = 5.0
-    admission: float = 0.0
-    retry_after_s: float = 2.0
-
-    def __post_init__(self) -> None:
-        if self.replays < 0:
-            raise ConfigError(f"replays must be a count of at least 0, got {self.replays}")
-        if self.admission and not self.admission >= 1.0:
-            raise ConfigError(f"admission must be at least 1 TTFT target, or 0, got {self.admission}")
 
 
 class ControlPlane:
@@ -397,8 +359,8 @@ class ControlPlane:
 
     def _hold(self, live: LiveRequest, request: Request, reason: str, now: float) -> Effects:
         if now >= live.deadline_s:
-            late = Overloaded(f"held until its deadline: {reason}", retry_after_s=self.settings.retry_after_s)
-            return [GiveUp(live, late)]
+            late = f"held until its deadline: {reason}"
+            return [GiveUp(live, Overloaded(late, retry_after_s=self.settings.retry_after_s))]
         work_s = fastest_prefill_seconds(self.membership.view(now)[0], request)
         self._held.hold(live, prefill_ticket(request, work_s))
         return [Held(live, reason)]

@@ -10,7 +10,8 @@ import msgspec
 
 from tidegate.control.inputs import PLAIN_VERBS
 from tidegate.control.live_request import LiveRequest
-from tidegate.control.plane import ControlPlane, ControlSettings
+from tidegate.control.plane import ControlPlane
+from tidegate.control.settings import ControlSettings
 from tidegate.core import errors
 from tidegate.core.decision import Action
 from tidegate.core.errors import InternalError, TidegateError, TraceError

@@ -22,7 +22,8 @@ from tidegate.control.effects import (
     WakeAt,
 )
 from tidegate.control.inputs import RecordingPlane
-from tidegate.control.plane import ControlPlane, ControlSettings
+from tidegate.control.plane import ControlPlane
+from tidegate.control.settings import ControlSettings
 from tidegate.core.clock import Clock
 from tidegate.core.decision import Action
 from tidegate.core.errors import ClientGone, EngineUnreachable, ShuttingDown, TidegateError

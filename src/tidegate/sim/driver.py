@@ -16,8 +16,9 @@ from tidegate.control.effects import (
     WakeAt,
 )
 from tidegate.control.live_request import LiveRequest, Stage
-from tidegate.control.plane import ControlPlane, ControlSettings
+from tidegate.control.plane import ControlPlane
 from tidegate.control.record import outcome_line
+from tidegate.control.settings import ControlSettings
 from tidegate.core.errors import EngineUnreachable, InternalError, PromptTooLong, TidegateError, status_of
 from tidegate.core.instance import Role
 from tidegate.core.request import Request
