@@ -13,11 +13,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
-from tidegate.fleet.vllm import free_ports, nixl_config
 
 from tidegate.core.errors import EngineError
 from tidegate.engines.vllm.client import VllmClient
 from tidegate.engines.vllm.metrics import VllmMetrics
+from tidegate.fleet.vllm import free_ports, nixl_config
 from tidegate_testing import profile
 
 ROOT = Path(__file__).parents[1]
