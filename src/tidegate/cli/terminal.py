@@ -38,6 +38,16 @@ def warn(text: str) -> None:
     note(f"warning: {text}")
 
 
+def tell_of_traces() -> None:
+    """Print what trace files are taken for as they are read."""
+    import logging
+
+    log, handler = logging.getLogger("tidegate.workloads"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("tidegate: %(message)s"))
+    log.handlers = [handler]
+    log.setLevel(logging.INFO)
+
+
 def plain_table(**options: Any) -> Table:
     """Return a table without lines around it."""
     from rich.table import Table
