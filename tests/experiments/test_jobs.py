@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tidegate.cli.terminal import run_until_interrupted
 from tidegate.core.errors import ConfigError, InternalError, TraceError
 from tidegate.experiments.jobs import Job, Store, Workers
 
@@ -98,3 +100,16 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot keep results"):
         Store(tmp_path / "file" / "results.jsonl")
+
+
+async def _rise() -> None:
+    signal.raise_signal(signal.SIGINT)
+    raise AssertionError("Ctrl-C waited for the end of the call")
+
+
+def test_ctrl_c_ends_a_call_in_this_process_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run_until_interrupted(_rise(), "all of it is kept")
+    assert capsys.readouterr().err == "tidegate: interrupted; all of it is kept\n"
+    assert signal.getsignal(signal.SIGINT) is before
