@@ -59,9 +59,10 @@ def test_trace_error_names_the_place(line: int, column: int, expected: str) -> N
 
 @pytest.mark.parametrize("kind", leaves(TidegateError))
 def test_every_error_survives_the_way_from_a_worker_process(kind: type[TidegateError]) -> None:
-    more: dict[str, Any] = {TraceError: {"file": "t.csv", "line": 2}, WrongMethod: {"allowed": ["GET"]}}.get(
-        kind, {}
-    )
-    error = kind("bad", **more)
+    needed: dict[type[TidegateError], dict[str, Any]] = {
+        TraceError: {"file": "t.csv", "line": 2},
+        WrongMethod: {"allowed": ["GET"]},
+    }
+    error = kind("bad", **needed.get(kind, {}))
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again), vars(again)) == (kind, str(error), vars(error))

@@ -97,9 +97,10 @@ def open_trace(source: str | Path, columns: str = "") -> tuple[bool, Workload]:
     file = str(source)
     lines = [line for line in read_lines(source) if line[1].strip()]
     number, first = _first_line(file, iter(lines))
+    notes: list[str] = []
     if _is_json(first):
         form, value = _json_format(file, number, first, columns)
-        timed, notes = _is_timed(form, value), []
+        timed = _is_timed(form, value)
         workload = _read_jsonl(file, form, timed, lines)
     else:
         form, header = _header(file, number, first, columns)
@@ -290,7 +291,7 @@ def _from_objects(
     keys = {name for name in form.known if any(name in value for value in objects)} | set(form.needed)
     if not timed:
         keys.discard(form.names.get("arrival_s", "arrival_s"))
-    columns = {key: [value.get(key) for value in objects] for key in keys}
+    columns: dict[str, list[Any]] = {key: [value.get(key) for value in objects] for key in keys}
     if form is BAILIAN:
         columns["session_id"] = _chats(columns["chat_id"], columns["parent_chat_id"])
     table = TraceTable(file, lines, columns, form, _place_of_key, is_json=True)
