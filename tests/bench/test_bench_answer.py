@@ -39,6 +39,27 @@ def test_tpot_divides_by_the_servers_token_count() -> None:
     assert list(answer.gaps_s) == pytest.approx([0.2, 1.8])
 
 
+def test_the_tokens_of_one_event_share_its_gap_where_it_says_how_many() -> None:
+    """Four tokens every 80 ms are one every 20 ms."""
+
+    def told(at_s: float, total: int, finish: str | None = None) -> tuple[float, dict[str, Any]]:
+        usage = {"prompt_tokens": 7, "completion_tokens": total}
+        return at_s, {**completion("abcd", finish), "usage": usage}
+
+    by_usage = fold(told(1.0, 4), told(1.08, 8), told(1.16, 12, "length"))
+    choice = {"index": 0, "text": "abcd", "finish_reason": None, "token_ids": [1, 2, 3, 4]}
+    by_ids = fold(*((at_s, {"choices": [choice]}) for at_s in (1.0, 1.08)), told(1.16, 12, "length"))
+    assert list(by_usage.gaps_s) == pytest.approx([0.02] * 8)
+    assert (by_usage.chunks, by_usage.output_tokens) == (12, 12)
+    assert list(by_ids.gaps_s)[:4] == pytest.approx([0.02] * 4)
+
+
+def test_usage_of_the_whole_answer_in_its_last_event_is_not_that_events() -> None:
+    last = {**completion("c", "length"), "usage": {"prompt_tokens": 7, "completion_tokens": 3}}
+    answer = fold((1.0, completion("a")), (1.2, completion("b")), (1.4, last))
+    assert list(answer.gaps_s) == pytest.approx([0.2, 0.2])
+
+
 def test_without_usage_chunks_are_counted() -> None:
     answer = fold(
         (1.0, completion("a")), (1.5, completion("")), (2.0, completion("b")), (2.0, completion("", "stop"))

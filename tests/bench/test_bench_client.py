@@ -11,6 +11,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from msgspec import structs
 
 from tests.bench.fake_openai import DEFAULTS, FakeOpenAI, Offer, serving
 from tidegate.bench import BenchSettings
@@ -188,3 +189,10 @@ async def test_the_result_file_tells_how_the_run_was_made(offer: Offer, tmp_path
     header = read_results(out).header
     assert (header["model"], header["prompt_form"], header["seed"]) == ("fake", "tokens", 5)
     assert header["slo"] == {"ttft_s": 0.3, "tpot_s": 0.02}
+
+
+def test_gaps_between_events_are_called_so_where_events_hold_several_tokens() -> None:
+    one = RequestResult(0, 0.0, 5, 8, "ok", 0.0, ttft_s=0.1, e2e_s=0.2, output_tokens=8, counted_tokens=2)
+    assert any("holds 4.0 tokens on average" in note for note in build_bench_report([one], Slo(1, 1)).notes)
+    single = structs.replace(one, counted_tokens=8)
+    assert not any("on average" in note for note in build_bench_report([single], Slo(1, 1)).notes)

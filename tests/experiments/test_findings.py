@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
 
 from tidegate.experiments.compare import common_rate
 from tidegate.experiments.findings import findings
 from tidegate.measure.attainment import too_short
+from tidegate.measure.run_view import RunView
 from tidegate.reports.comparison import ComparedSystem, Comparison, LevelGoodput, TraceComparison
 
 
@@ -84,3 +87,9 @@ def test_the_common_rate_is_a_static_baseline_else_the_middle_and_never_zero() -
     assert common_rate([entry("arrow", 4.0), entry("static:even", 2.0)])[0] == 2.0
     assert common_rate([entry("a", 4.0), entry("b", 1.0), entry("c", 3.0)])[0] == 3.0
     assert common_rate([entry("a", 0.0)])[0] is None
+
+
+def test_waits_that_look_the_same_are_not_told_apart() -> None:
+    views = [cast("RunView", SimpleNamespace(missed_ttft_p99_s=wait_s)) for wait_s in (1.31, 1.29)]
+    text = said(*(replace(entry(f"s{n}", 4.0), view=view) for n, view in enumerate(views)))
+    assert "1.3 s or more for a first token under every system" in text

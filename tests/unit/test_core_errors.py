@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+from typing import Any
+
 import pytest
 
 from tidegate.core import errors
@@ -12,6 +15,7 @@ from tidegate.core.errors import (
     SetupError,
     TidegateError,
     TraceError,
+    WrongMethod,
     status_of,
 )
 
@@ -51,3 +55,14 @@ def test_config_error_lists_every_problem() -> None:
 )
 def test_trace_error_names_the_place(line: int, column: int, expected: str) -> None:
     assert str(TraceError("bad", file="t.csv", line=line, column=column)) == expected
+
+
+@pytest.mark.parametrize("kind", leaves(TidegateError))
+def test_every_error_survives_the_way_from_a_worker_process(kind: type[TidegateError]) -> None:
+    needed: dict[type[TidegateError], dict[str, Any]] = {
+        TraceError: {"file": "t.csv", "line": 2},
+        WrongMethod: {"allowed": ["GET"]},
+    }
+    error = kind("bad", **needed.get(kind, {}))
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), vars(again)) == (kind, str(error), vars(error))

@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidegate.core.errors import TraceError
-from tidegate.workloads.readers import read_trace, read_untimed
-from tidegate.workloads.trace import TraceRecord
+from tidegate.core.errors import ConfigError, TraceError
+from tidegate.workloads.formats import given_format
+from tidegate.workloads.readers import has_arrivals, read_trace, read_untimed
+from tidegate.workloads.trace import TraceRecord, Workload
+from tidegate.workloads.trace_statistics import statistics
 
 ids = st.integers(0, 2**40)
 names = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=8)
@@ -31,7 +33,17 @@ records = st.builds(
     slo_class=names,
     client_id=names,
 )
-traces = st.lists(records, min_size=1, max_size=8).map(lambda rs: sorted(rs, key=lambda r: r.arrival_s))
+
+
+def fitting(record: TraceRecord) -> TraceRecord:
+    """Return the record without ids that its prompt and answer have no blocks for."""
+    blocks = -(-(record.input_tokens + record.output_tokens) // record.block_tokens)
+    return record._replace(hash_ids=record.hash_ids[:blocks])
+
+
+traces = st.lists(records.map(fitting), min_size=1, max_size=8).map(
+    lambda rs: sorted(rs, key=lambda r: r.arrival_s)
+)
 
 
 def load(content: bytes | str) -> list[TraceRecord]:
@@ -81,6 +93,7 @@ def test_native_jsonl_round_trips(trace: list[TraceRecord], compressed: bool) ->
 
 @given(traces)
 def test_own_csv_round_trips(trace: list[TraceRecord]) -> None:
+    trace = [fitting(r._replace(block_tokens=512)) for r in trace]
     rows = [
         f"{r.arrival_s!r},{r.input_tokens},{r.output_tokens},{'|'.join(map(str, r.hash_ids))}\n"
         for r in trace
@@ -122,6 +135,144 @@ def test_bench_results_are_traces() -> None:
         '{"type":"summary"}\n'
     )
     assert [(r.arrival_s, r.input_tokens, r.output_tokens) for r in loaded] == [(0.01, 3, 4), (0.02, 5, 6)]
+
+
+BLOCKS_OF_16 = [
+    {"input_length": 521, "output_length": 132, "hash_ids": [*range(16), *range(start, start + 17)]}
+    for start in (100, 200)
+]
+
+
+def jsonl(*lines: dict[str, Any]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def test_more_ids_than_blocks_is_an_error_that_names_block_tokens() -> None:
+    """Believed, half of the prompts would be shared; with their blocks of 16 tokens it is a quarter."""
+    lines = [{"timestamp": 0, **line} for line in BLOCKS_OF_16]
+    error = failure(jsonl(*lines))
+    assert (error.line, error.column) == (1, 73)
+    assert "has 33 ids, but 521 tokens of prompt and 132 of answer are 2 blocks of 512" in str(error)
+    assert "block_tokens" in str(error)
+    sized = load(jsonl(*({**line, "block_tokens": 16} for line in lines)))
+    reuse = statistics(Workload.of(sized), timed=True).reuse
+    assert reuse is not None and reuse.tokens == pytest.approx(0.2457, abs=1e-4)
+    assert "2 blocks of 512" in str(failure("arrival_s,input_tokens,output_tokens,hash_ids\n0,600,9,1|2|3\n"))
+    assert "11 blocks of 64" in str(failure(jsonl(*({**line, "block_tokens": 64} for line in lines))))
+
+
+CHAT = {"parent_chat_id": -1, "type": "text", "turn": 1, "input_length": 10, "output_length": 2}
+
+
+@pytest.mark.parametrize(
+    ("content", "title", "expected"),
+    [
+        (
+            "TIMESTAMP,NumImages,ContextTokens,GeneratedTokens\n"
+            "2025-05-01 00:00:01+00:00,2,374,44\n2025-05-01 00:00:03.5,0,396,1\n",
+            "Azure CSV, 2 requests; NumImages is not used",
+            [TraceRecord(0.0, 374, 44), TraceRecord(2.5, 396, 1)],
+        ),
+        (
+            "\n\n,arrived_at,num_prefill_tokens,num_decode_tokens\n0,0.5,374.0,44\n1,2.5,396,1\n",
+            "Vidur CSV, 2 requests",
+            [TraceRecord(0.5, 374, 44), TraceRecord(2.5, 396, 1)],
+        ),
+        (
+            "request_id,request_type,application_id,arrival_timestamp,batch_size,prompt_size,token_size\n"
+            "0,2,0,0.25,1,374,44\n",
+            "Splitwise CSV, 1 requests",
+            [TraceRecord(0.25, 374, 44)],
+        ),
+        (
+            "Unnamed: 0,arrival_s,input_tokens,output_tokens\n0,1.0,5,6\n",
+            "tidegate CSV, 1 requests",
+            [TraceRecord(1.0, 5, 6)],
+        ),
+        (
+            "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+            "5,M,472,18,490,API log\n7,M,300,0,300,API log\n8,M,0,0,0,API log\n",
+            "BurstGPT CSV, 1 requests; 2 failed requests (0 tokens) left out",
+            [TraceRecord(5.0, 472, 18)],
+        ),
+        (
+            jsonl({"type": "text", "timestamp": 1500, "input_length": 5, "output_length": 6}),
+            "Mooncake JSONL, 1 requests",
+            [TraceRecord(1.5, 5, 6)],
+        ),
+        (
+            jsonl(
+                {"chat_id": 7, **CHAT, "timestamp": 1.5, "hash_ids": [4]},
+                {"chat_id": 8, **CHAT, "timestamp": 2.0, "parent_chat_id": 7, "turn": 2, "hash_ids": [4]},
+            ),
+            "Bailian JSONL, 2 requests",
+            [TraceRecord(1.5, 10, 2, (4,), 16, "7", 0), TraceRecord(2.0, 10, 2, (4,), 16, "7", 1)],
+        ),
+        (
+            jsonl(
+                {"session_id": "a", "timestamp": 1000, "input_length": 5, "output_length": 6},
+                {"session_id": "a", "delay": 2500, "input_length": 7, "output_length": 8},
+                {"session_id": "b", "timestamp": 2000, "input_length": 9, "output_length": 1},
+            ),
+            "Mooncake JSONL, 3 requests",
+            [
+                TraceRecord(1.0, 5, 6, session_id="a"),
+                TraceRecord(2.0, 9, 1, session_id="b"),
+                TraceRecord(3.5, 7, 8, session_id="a", delay_s=2.5),
+            ],
+        ),
+    ],
+)
+def test_traces_that_people_have(
+    content: str, title: str, expected: list[TraceRecord], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "tidegate.workloads")
+    assert load(content) == expected
+    assert [record.getMessage().partition(": read as ")[2] for record in caplog.records] == [title]
+
+
+def test_turns_with_pauses_only_wait_for_a_start_of_their_session(tmp_path: Path) -> None:
+    path = tmp_path / "turns.jsonl"
+    first = {"session_id": "a", "input_length": 5, "output_length": 6, "delay": 0}
+    path.write_text(jsonl(first, {**first, "session_id": "b"}, {**first, "delay": 1500}))
+    with pytest.raises(TraceError, match="no arrival times"):
+        read_trace(path)
+    assert not has_arrivals(path)
+    assert [(r.session_id, r.arrival_s) for r in read_untimed(path)] == [("a", 0.0), ("a", 1.5), ("b", 0.0)]
+
+
+def test_a_turn_without_a_time_needs_one_before_it() -> None:
+    first = {"session_id": "a", "timestamp": 0, "input_length": 5, "output_length": 6}
+    later = {"session_id": "b", "delay": 10, "input_length": 5, "output_length": 6}
+    assert "no turn of its session comes before it" in str(failure(jsonl(first, later)))
+    assert "timestamp is missing" in str(failure(jsonl(first, {**later, "session_id": ""})))
+
+
+@pytest.mark.parametrize(
+    ("content", "columns"),
+    [
+        ("when,who,prompt,answer,turn\n1500,x,5,6,odd\n", "arrival_ms=when,input=prompt,output=answer"),
+        (
+            jsonl({"when": 1.5, "prompt": 5, "answer": 6.0, "text": "hello"}),
+            "arrival=when,input=prompt,output=answer",
+        ),
+    ],
+)
+def test_columns_may_be_named_for_everything_else(content: str, columns: str, tmp_path: Path) -> None:
+    path = tmp_path / "t"
+    path.write_text(content)
+    with pytest.raises(TraceError, match="--columns arrival"):
+        read_trace(path)
+    assert list(read_trace(path, columns)) == [TraceRecord(1.5, 5, 6)]
+    assert has_arrivals(path, columns)
+    with pytest.raises(TraceError, match=r"lacks 'nope'|nope is missing"):
+        read_trace(path, columns.replace("answer", "nope"))
+
+
+@pytest.mark.parametrize("columns", ["", "input=a", "input=a,output=b,input=c", "colour=a,input=b,output=c"])
+def test_wrong_columns_are_told(columns: str) -> None:
+    with pytest.raises(ConfigError, match="--columns names the columns of a trace"):
+        given_format(columns)
 
 
 OWN = "arrival_s,input_tokens,output_tokens\n"

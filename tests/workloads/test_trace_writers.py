@@ -18,7 +18,7 @@ names = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S")), m
 records = st.builds(
     TraceRecord,
     arrival_s=st.integers(0, 10**10).map(lambda us: us / 1e6),
-    input_tokens=st.integers(1, 10**6),
+    input_tokens=st.integers(4 * 512, 10**6),  # enough for its ids
     output_tokens=st.integers(1, 10**6),
     hash_ids=st.lists(st.integers(0, 2**62), min_size=1, max_size=4).map(tuple),
     block_tokens=st.sampled_from((512, 16)),
@@ -92,3 +92,11 @@ def test_an_unknown_suffix_or_folder_is_refused(tmp_path: Path) -> None:
         write_trace(tmp_path / "t.parquet", Workload.of([]))
     with pytest.raises(ConfigError, match="cannot write there"):
         write_trace(tmp_path / "absent" / "t.csv", Workload.of([]))
+
+
+def test_ids_that_lengths_leave_no_blocks_for_are_not_written(tmp_path: Path) -> None:
+    """Rounding shortened the prompt by a block; readers refuse a file that says otherwise."""
+    trace = Workload.of([TraceRecord(0.0, 30, 1, (1, 2, 3), 16)])
+    for name in ("t.jsonl", "t.csv"):
+        write_trace(tmp_path / name, trace)
+        assert read_trace(tmp_path / name)[0].hash_ids == (1, 2)

@@ -38,8 +38,9 @@ class TimedAnswer:
     """Reads the payloads of a completions or chat stream as they arrive.
 
     A chunk counts as tokens when it has text, reasoning, tool calls or token ids; in completions
-    also when it is empty but not the last (a token that does not complete a character). Times are
-    whatever clock the caller passes to ``take``.
+    also when it is empty but not the last (a token that does not complete a character). It counts as
+    one, or as many as its usage or its token ids say, which then share the gap. Times are whatever
+    clock the caller passes to ``take``.
     """
 
     __slots__ = (
@@ -72,7 +73,7 @@ class TimedAnswer:
         error = chunk.get("error")
         if error:
             raise BrokenAnswer(error_text(chunk)[:300])
-        usage = chunk.get("usage")
+        before, usage = self.completion_tokens or 0, chunk.get("usage")
         if usage:
             self.prompt_tokens = usage.get("prompt_tokens")
             self.completion_tokens = usage.get("completion_tokens")
@@ -82,7 +83,10 @@ class TimedAnswer:
         choice = choices[0]
         finish_reason = choice.get("finish_reason")
         if self._has_token(choice, finish_reason):
-            self._token(at_s)
+            # Usage that comes with the last event only is that of the whole answer.
+            running = usage and before == self.chunks
+            told = (self.completion_tokens or 0) - before if running else len(choice.get("token_ids") or ())
+            self._token(at_s, max(1, told))
         if finish_reason:
             self.finish_reason, self.finish_s = finish_reason, at_s
 
@@ -94,13 +98,13 @@ class TimedAnswer:
         delta = choice.get("delta") or {}
         return any(delta.get(k) for k in ("content", "reasoning_content", "reasoning", "tool_calls"))
 
-    def _token(self, at_s: float) -> None:
+    def _token(self, at_s: float, tokens: int = 1) -> None:
         if self.first_s is None:
             self.first_s = at_s
         else:
-            self.gaps_s.append(at_s - self.last_s)
+            self.gaps_s.extend([(at_s - self.last_s) / tokens] * tokens)
         self.last_s = at_s
-        self.chunks += 1
+        self.chunks += tokens
 
     def close(self) -> None:
         """Check that the answer is complete, once the stream has ended; raises BrokenAnswer.
@@ -295,6 +299,7 @@ class LoadClient:
             itl_max_s=float(gaps_s.max()) if gaps_s.size else None,
             prompt_tokens=answer.prompt_tokens,
             output_tokens=answer.output_tokens,
+            counted_tokens=answer.chunks,
             finish_reason=answer.finish_reason,
             session_id=record.session_id,
             turn=record.turn,

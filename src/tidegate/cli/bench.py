@@ -44,6 +44,7 @@ SENT = OptionGroup(
     WorkloadChoice,
     {
         "trace": Flag(f"Trace to replay: {common.FORMATS}.", "FILE"),
+        **common.COLUMNS,
         **common.ARRIVALS,
         **common.LENGTHS,
         **common.TURN_GAP,

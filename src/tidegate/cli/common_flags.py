@@ -10,8 +10,8 @@ from tidegate.measure.attainment import DEFAULT_LEVEL
 from tidegate.workloads.choice import DEFAULT_INPUT, DEFAULT_OUTPUT
 
 FORMATS = (
-    "Mooncake JSONL, Azure, BurstGPT or tidegate CSV, a gateway journal or a bench result, plain or gzipped; "
-    "or sample:NAME"
+    "Mooncake or Bailian JSONL, Azure, BurstGPT, Vidur, Splitwise or tidegate CSV, a gateway journal or a "
+    "bench result, plain or gzipped; or sample:NAME"
 )
 """The traces that tidegate reads."""
 
@@ -28,6 +28,11 @@ LENGTHS = {
     "output_tokens": Flag(f"Answer length, likewise ({DEFAULT_OUTPUT}).", "N|DIST"),
     "lengths_from": Flag("Draw pairs of lengths from this trace instead.", "FILE"),
 }
+COLUMNS_HELP = (
+    "The columns of a trace of any other format, also session, turn, delay, client, slo_class, hash_ids, "
+    "block_tokens; arrival_ms and delay_ms in milliseconds."
+)
+COLUMNS = {"columns": Flag(COLUMNS_HELP, "arrival=C,input=C,output=C")}
 TURN_GAP = {
     "turn_gap_s": Flag("Pause between turns of a session, for traces that have none.", "S", "--turn-gap")
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from tidegate.cli.simulating import (
     titled,
     write_folder,
 )
-from tidegate.cli.terminal import note, plain_table, progress_bar, warn
+from tidegate.cli.terminal import note, plain_table, progress_bar, run_until_interrupted, warn
 from tidegate.core.errors import ConfigError
 from tidegate.dataplane.replica import EngineSettings
 from tidegate.experiments.compare import Plan, compare
@@ -147,11 +146,14 @@ def compare_and_show(plan: Plan, out: Path, jobs: int | None, as_json: bool) -> 
 
     async def everything() -> Comparison:
         with progress_bar("runs", None) as show:
-            async with Workers(processes(jobs), store, show) as workers:
+            async with Workers(
+                processes(jobs), store, lambda done, known, title: show(done, None, title)
+            ) as workers:
                 return await compare(plan, workers)
 
     try:
-        comparison = asyncio.run(everything())
+        kept = f"{out / PROBES} keeps what is finished, and the same command goes on from there"
+        comparison = run_until_interrupted(everything(), kept)
     finally:
         store.close()
     for trace in comparison.traces:

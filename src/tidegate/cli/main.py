@@ -11,7 +11,7 @@ from typing import Annotated, NamedTuple, NoReturn
 import typer
 
 from tidegate import __version__
-from tidegate.cli.terminal import FAILURE, INTERRUPTED, WRONG_INPUT, debugging, note
+from tidegate.cli.terminal import FAILURE, INTERRUPTED, WRONG_INPUT, debugging, note, tell_of_traces
 from tidegate.core.errors import ConfigError, SetupError, TidegateError
 
 
@@ -77,6 +77,7 @@ def add_verb(app: typer.Typer, name: str) -> None:
     verb = VERBS[name]
     if verb.panel == "Simulate":  # has no use for the threads that numpy would start, which spin at first
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    tell_of_traces()
     module = import_module(f"tidegate.cli.{name}")
     if hasattr(module, "verbs"):
         app.add_typer(module.verbs, name=name, help=verb.summary, rich_help_panel=verb.panel)

@@ -33,7 +33,7 @@ from tidegate.cli.simulating import (
     titled,
     write_folder,
 )
-from tidegate.cli.terminal import FAILURE, note, progress_bar, warn
+from tidegate.cli.terminal import FAILURE, note, progress_bar, run_until_interrupted, warn
 from tidegate.core.errors import ConfigError
 from tidegate.core.notation import parse_split
 from tidegate.dataplane.replica import EngineSettings
@@ -246,15 +246,16 @@ def _simulate_and_show(setting: Setting, options: RunOptions, scoring: Scoring) 
 
 def _search(setting: Setting, options: RunOptions, level: float) -> LevelGoodput:
     """Return the goodput, 0 and without probes where only the limit was asked for."""
-    import asyncio
-
     from tidegate.experiments.jobs import Store, Workers
     from tidegate.experiments.run import limit_job
     from tidegate.experiments.search import find_goodput
 
     async def search() -> LevelGoodput:
         with progress_bar("runs", None) as show:
-            async with Workers(processes(options.jobs), Store(None), show) as workers:
+            workers_of = Workers(
+                processes(options.jobs), Store(None), lambda n, known, what: show(n, None, what)
+            )
+            async with workers_of as workers:
                 bound: float | None = None
                 if options.limit:
                     job = limit_job(setting, level, setting.fleet.engine.max_batch_tokens)
@@ -264,7 +265,7 @@ def _search(setting: Setting, options: RunOptions, level: float) -> LevelGoodput
                 seeds = range(options.seed, options.seed + SEARCH_SEEDS)
                 return await find_goodput(setting, level, seeds, TOLERANCE, bound, workers)
 
-    return asyncio.run(search())
+    return run_until_interrupted(search(), "nothing is kept; `tidegate compare` keeps what it has")
 
 
 def _simulate(setting: Setting, rate_rps: float | None, seed: int, journal: Path | None) -> Finished:

@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar
 
 import tidegate
 from tidegate.api import DEFAULT_PROFILE
-from tidegate.cli.common_flags import TURN_GAP, WINDOW
+from tidegate.cli.common_flags import COLUMNS, TURN_GAP, WINDOW
 from tidegate.cli.options import MILLISECONDS, Flag, OptionGroup, Rule, at_least
 from tidegate.cli.terminal import note, warn
 from tidegate.core.errors import ConfigError
@@ -40,7 +40,7 @@ WORKLOAD = "Workload"
 FLEET = "Simulated fleet"
 ENGINE = "Engine and gateway"
 
-CUT = {**WINDOW, "limit": replace(WINDOW["limit"], name="--requests"), **TURN_GAP}
+CUT = {**WINDOW, "limit": replace(WINDOW["limit"], name="--requests"), **TURN_GAP, **COLUMNS}
 """The flags of the part of a trace that is simulated."""
 
 

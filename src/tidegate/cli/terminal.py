@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
@@ -21,6 +22,9 @@ FAILURE = 1
 WRONG_INPUT = 2
 """The user has to correct something first."""
 INTERRUPTED = 130
+LINE_EVERY_S = 10.0
+"""How often a command whose output is piped says how far it is."""
+T = TypeVar("T")
 
 
 def debugging() -> bool:
@@ -38,6 +42,16 @@ def warn(text: str) -> None:
     note(f"warning: {text}")
 
 
+def tell_of_traces() -> None:
+    """Print what trace files are taken for as they are read."""
+    import logging
+
+    log, handler = logging.getLogger("tidegate.workloads"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("tidegate: %(message)s"))
+    log.handlers = [handler]
+    log.setLevel(logging.INFO)
+
+
 def plain_table(**options: Any) -> Table:
     """Return a table without lines around it."""
     from rich.table import Table
@@ -45,11 +59,46 @@ def plain_table(**options: Any) -> Table:
     return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), **options)
 
 
+def run_until_interrupted(work: Coroutine[Any, Any, T], kept: str) -> T:
+    """Run ``work``. Ctrl-C ends it at once, also in the middle of a call, and then says what is ``kept``."""
+    import asyncio
+    import signal
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    # With a handler of one's own asyncio does not wait until the running call is over.
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        return asyncio.run(work)
+    except KeyboardInterrupt:
+        note(f"interrupted; {kept}")
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _Lines:
+    """Progress for what is no terminal: a line every ``LINE_EVERY_S``."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._begun_s = what, time.monotonic()
+        self._told_s = self._begun_s
+
+    def __call__(self, done: int, total: int | None, text: str) -> None:
+        now_s = time.monotonic()
+        if now_s - self._told_s < LINE_EVERY_S:
+            return
+        self._told_s = now_s
+        of = "" if total is None else f" of {total:,}"
+        note(f"{done:,}{of} {self._what} in {now_s - self._begun_s:.0f} s{f', last: {text}' if text else ''}")
+
+
 @contextmanager
 def progress_bar(what: str, total: int | None) -> Iterator[Callable[[int, int | None, str], None]]:
-    """Give ``show(done, total, text)``, which redraws a bar on stderr where that is a terminal."""
+    """Give ``show(done, total, text)``, which redraws a bar on stderr, or prints lines there now and then."""
     if not sys.stderr.isatty():
-        yield lambda done, total, text: None
+        yield _Lines(what)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

@@ -54,6 +54,8 @@ CONVERT_EXAMPLES = """
 
     tidegate trace convert journal.jsonl replay.csv
 
+    tidegate trace convert log.csv log.jsonl --columns arrival_ms=ts,input=prompt,output=answer
+
     tidegate trace convert chat.jsonl chat.csv --format azure --lossy
 """
 MAKE_EXAMPLES = """
@@ -98,6 +100,7 @@ def info(
         Slo | None, Flag("TPOT target of that estimate (50 ms).", "ttft:MS,tpot:MS", read=Slo.parse)
     ] = None,
     plot: Annotated[Path | None, Flag("Draw rate, mix and lengths (extra: plots).", "FILE.png|svg")] = None,
+    columns: Annotated[str, common.COLUMNS["columns"]] = "",
     as_json: Annotated[bool, Flag("Print JSON.", name="--json")] = False,
 ) -> None:
     """Say what traces look like: rates, burstiness, lengths, drift, sessions, reuse.
@@ -110,7 +113,7 @@ def info(
         check_plot(plot)
     if slo and not profile:
         raise ConfigError("--slo goes with --profile")
-    described = [_describe(source, window, profile, slo or Slo()) for source in traces]
+    described = [_describe(source, columns, window, profile, slo or Slo()) for source in traces]
     if as_json:
         typer.echo(json.dumps({"traces": [one.to_json() for one in described]}, indent=2, allow_nan=False))
     else:
@@ -120,8 +123,8 @@ def info(
         typer.echo(f"wrote {plot}", err=True)
 
 
-def _describe(source: str, window_s: float, profile: str, slo: Slo) -> Described:
-    timed, workload = load(source)
+def _describe(source: str, columns: str, window_s: float, profile: str, slo: Slo) -> Described:
+    timed, workload = load(source, columns)
     described = Described(source, workload, timed, statistics(workload, timed=timed, window_s=window_s))
     if not profile or not timed:
         return described
@@ -137,6 +140,7 @@ def convert(
     source: Annotated[str, typer.Argument(metavar="IN", help=SOURCES)],
     target: Annotated[Path, TARGET],
     saved: Saved,
+    columns: Annotated[str, common.COLUMNS["columns"]] = "",
 ) -> None:
     """Change a trace's format.
 
@@ -144,7 +148,7 @@ def convert(
     included; Azure's form holds times and lengths, BurstGPT's the session, too.
     An answer of 0 tokens is written as 1.
     """
-    workload = load_timed(source)
+    workload = load_timed(source, columns)
     saved.save(target, workload)
     typer.echo(f"wrote {len(workload):,} requests to {target}")
 
@@ -217,6 +221,7 @@ MADE = OptionGroup(
             ARRIVALS_PANEL,
             {
                 "trace": Flag("Trace to start from; see trace info.", "FILE", "--base"),
+                **common.COLUMNS,
                 **common.ARRIVALS,
                 "cv": Flag("Coefficient of variation of --gamma or --rate-curve (1).", "X"),
                 "rate_curve": Flag(

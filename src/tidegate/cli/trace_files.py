@@ -44,18 +44,18 @@ class Described:
         }
 
 
-def load(source: str) -> tuple[bool, Workload]:
+def load(source: str, columns: str = "") -> tuple[bool, Workload]:
     """Read a trace whole, and whether it is timed; raises TraceError, and ConfigError when it is empty."""
     with shown(f"reading {source}"):
-        timed, workload = open_trace(source)
+        timed, workload = open_trace(source, columns)
     if not workload:
         raise ConfigError(f"{source}: the trace holds no requests")
     return timed, workload
 
 
-def load_timed(source: str) -> Workload:
+def load_timed(source: str, columns: str = "") -> Workload:
     """Read a trace that has arrival times; raises ConfigError saying how to make them otherwise."""
-    timed, workload = load(source)
+    timed, workload = load(source, columns)
     if not timed:
         raise ConfigError(
             f"{source} has no arrival times; make them first: tidegate trace make OUT --base {source} "

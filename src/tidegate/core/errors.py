@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 
 class TidegateError(Exception):
@@ -18,6 +19,14 @@ class TidegateError(Exception):
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The default calls the class once more, with the finished message in the place of its arguments.
+        return _again, (type(self), self.args), self.__dict__
+
+
+def _again(kind: type[TidegateError], args: tuple[Any, ...]) -> TidegateError:
+    return kind.__new__(kind, *args)
 
 
 class ClientError(TidegateError):

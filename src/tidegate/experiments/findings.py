@@ -81,6 +81,12 @@ def _misses(trace: TraceComparison) -> Iterator[str]:
     if len(seen) < 2:
         return
     low, high = min(seen, key=lambda pair: pair[0]), max(seen, key=lambda pair: pair[0])
+    if f"{low[0]:.1f}" == f"{high[0]:.1f}":
+        yield (
+            f"At {trace.common_rate_rps:.1f} requests/s, the slowest 1 % of the requests that missed waited "
+            f"{low[0]:.1f} s or more for a first token under every system."
+        )
+        return
     yield (
         f"At {trace.common_rate_rps:.1f} requests/s, the slowest 1 % of the requests that missed waited "
         f"{low[0]:.1f} s or more for a first token under {low[1].title}, {high[0]:.1f} s or more under "

@@ -11,14 +11,16 @@ import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from tidegate.core.errors import ConfigError
+from tidegate.core.errors import ConfigError, InternalError, TidegateError
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +123,31 @@ class Workers:
     async def _really_do(self, job: Job) -> Any:
         if self._pool is None:
             await asyncio.sleep(0)
-            result = job.call()
+            result = _called(job.call)
         else:
-            result = await asyncio.get_running_loop().run_in_executor(self._pool, job.call)
+            try:
+                result = await asyncio.get_running_loop().run_in_executor(self._pool, _called, job.call)
+            except BrokenProcessPool:
+                raise InternalError(
+                    "a worker process was killed in the middle of a run (out of memory?); try fewer --jobs"
+                ) from None
         self._store.put(job.key, result)
         del self._under_way[job.key]
         self._done += 1
         self._watch(self._done, self._done + len(self._under_way), job.title)
         return result
+
+
+def _called(call: Callable[[], Any]) -> Any:
+    """Do a job. What it raises can be sent home from a worker, whatever a third party's system raises."""
+    try:
+        return call()
+    except TidegateError:
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{frame.filename}, line {frame.lineno}"
+        raise InternalError(f"{place}: {type(error).__name__}: {error}") from error
 
 
 def _begin_worker() -> None:

@@ -6,36 +6,18 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import tidegate
 from tidegate.core.errors import ConfigError
 from tidegate.costs.library import PackagedProfile
 from tidegate.dataplane.replica import EngineSettings, Group, Replica, replicas_in
+from tidegate.experiments.code_digest import code_digest
 from tidegate.sim import SimSettings
 from tidegate.systems import make_system
 from tidegate.systems.system import System
 from tidegate.workloads.choice import WorkloadChoice
 from tidegate.workloads.source import SAMPLE_PREFIX
-
-DECIDING_ROOMS = (
-    "core",
-    "costs",
-    "journal",
-    "ledger",
-    "signals",
-    "policies",
-    "systems",
-    "control",
-    "dataplane",
-    "sim",
-    "measure",
-    "bound",
-    "workloads",
-)
-"""Rooms whose code a run's result depends on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +69,15 @@ class Setting:
         inputs = {
             "setting": asdict(self),
             "run": run,
-            "files": [_content(name) for name in (self.workload.trace, self.workload.lengths_from) if name],
-            "version": tidegate.__version__,
-            "code": _code(),
+            "files": [_content(name) for name in _files_of(self.workload)],
+            "code": code_digest(self.system, self.split),
         }
         return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _files_of(workload: WorkloadChoice) -> list[str]:
+    names = (workload.trace, workload.lengths_from, workload.rate_curve.rpartition(":")[0])
+    return [name for name in names if name]
 
 
 @cache
@@ -104,14 +90,3 @@ def _content(name: str) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ConfigError(f"cannot read {name}: {error.strerror or error}") from None
-
-
-@cache
-def _code() -> str:
-    """Return a digest of the code that decides a run: a change of it must not find the old results."""
-    found = hashlib.sha256()
-    package = Path(str(resources.files("tidegate")))
-    for room in DECIDING_ROOMS:
-        for path in sorted((package / room).rglob("*.py")):
-            found.update(path.read_bytes())
-    return found.hexdigest()

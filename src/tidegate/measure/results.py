@@ -23,9 +23,10 @@ class RequestResult(Struct, frozen=True, tag_field="type", tag="request"):
     """One request as its client saw it; times in seconds but for ``scheduled_ms``.
 
     ``scheduled_ms`` and ``sent_s`` (actual) count from the start of the run; ``ttft_s`` and ``e2e_s``
-    from the *scheduled* arrival, so that a client that falls behind cannot flatter the server.
-    ``tpot_s`` is (last token - first token)/(tokens - 1), None for one token. ``itl_p99_s`` and
-    ``itl_max_s`` are over the gaps between chunks. ``status`` is ``http`` for an error status,
+    from the *scheduled* arrival, so that a client that falls behind cannot flatter the server. ``tpot_s``
+    is (last token - first token)/(tokens - 1), None for one token. ``itl_p99_s`` and ``itl_max_s`` are
+    over the gaps between tokens, ``counted_tokens`` of which came in events that said how many they held,
+    or in events of their own; 0 in files without it. ``status`` is ``http`` for an error status,
     ``stream`` for an answer that broke off or carried an error, ``interrupted`` when the client was
     stopped first; interrupted requests are not scored.
     """
@@ -45,6 +46,7 @@ class RequestResult(Struct, frozen=True, tag_field="type", tag="request"):
     itl_max_s: float | None = None
     prompt_tokens: int | None = None
     output_tokens: int = 0
+    counted_tokens: int = 0
     finish_reason: str | None = None
     session_id: str = ""
     turn: int = 0

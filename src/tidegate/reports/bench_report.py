@@ -17,6 +17,8 @@ WIDTH = 50
 LATE_S = 0.010
 """A send this long after its scheduled time counts as late (asyncio's timers are good to about 1 ms)."""
 
+SEVERAL = 1.05
+"""Tokens per event above which gaps between events are not those between tokens."""
 LATE_SHARE = 0.01
 """Above this share of late sends the load was not the load that was asked for."""
 
@@ -123,6 +125,13 @@ def _warnings(
     if short:
         notes.append(
             f"{short} of {len(good)} answers were shorter than asked; does the server honour ignore_eos?"
+        )
+    counted = sum(r.counted_tokens for r in good)
+    told = sum(r.output_tokens for r in good if r.counted_tokens)
+    if told > SEVERAL * counted:
+        notes.append(
+            f"an event of the stream holds {told / counted:.1f} tokens on average and does not say how many: "
+            "ITL is the time between events, not tokens"
         )
     off = sum(r.prompt_tokens is not None and _differs(r.prompt_tokens, r.input_tokens) for r in good)
     if off:

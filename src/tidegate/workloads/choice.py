@@ -40,14 +40,16 @@ DEFAULT_OUTPUT = "128"
 class WorkloadChoice:
     """A trace, an arrival process, or both: then the trace gives lengths and prefixes only.
 
-    ``poisson`` and ``gamma`` are requests per second; ``bursts`` is ``RPS:S,RPS:S``. For a session
-    file the process starts sessions, whose turns keep their own times; ``sessions_per_s`` is Poisson,
-    too, and takes a timed trace apart into sessions first. ``rate_curve`` is ``FILE:NAME``, scaled to
-    the mean ``rate_rps`` if given. Generated lengths are a ``preset``'s, those of ``lengths_from``, or
-    given. ``start_s`` and ``duration_s`` cut a window out of the workload after ``scale_rate``.
+    ``poisson`` and ``gamma`` are requests per second; ``bursts`` is ``RPS:S,RPS:S``. For a session file
+    the process starts sessions, whose turns keep their own times; ``sessions_per_s`` is Poisson, too, and
+    takes a timed trace apart into sessions first. ``rate_curve`` is ``FILE:NAME``, scaled to the mean
+    ``rate_rps`` if given. Generated lengths are a ``preset``'s, those of ``lengths_from``, or given.
+    ``columns`` names the trace's columns (``formats.given_format``). ``start_s`` and ``duration_s`` cut a
+    window out of the workload after ``scale_rate``.
     """
 
     trace: str = ""
+    columns: str = ""
     poisson: float | None = None
     gamma: float | None = None
     cv: float | None = None
@@ -87,7 +89,7 @@ def load_workload(choice: WorkloadChoice, *, trace_flag: str = "--trace") -> Wor
     if problems:
         raise ConfigError(problems)
     process = _process(choice)
-    made = read_trace(choice.trace) if process is None else _timed_by(process, choice)
+    made = read_trace(choice.trace, choice.columns) if process is None else _timed_by(process, choice)
     scaled = scale_tokens(scale_rate(made, choice.scale_rate), choice.scale_tokens)
     cut = window(scaled, choice.start_s, float("inf") if choice.duration_s is None else choice.duration_s)
     chosen = cut if choice.limit is None else limit(cut, choice.limit)
@@ -142,8 +144,8 @@ def _problems(choice: WorkloadChoice, trace_flag: str) -> list[str]:
 def _timed_by(process: ArrivalProcess, choice: WorkloadChoice) -> Workload:
     times_s = arrival_times_s(process, seed=choice.seed)
     if choice.trace:
-        workload = read_untimed(choice.trace)
-        if has_arrivals(choice.trace):
+        workload = read_untimed(choice.trace, choice.columns)
+        if has_arrivals(choice.trace, choice.columns):
             if choice.sessions_per_s is None:
                 return retime(workload, times_s)
             workload = by_session(workload)
@@ -203,7 +205,7 @@ def starts_sessions(choice: WorkloadChoice) -> bool:
         choice.trace
         and choice.sessions_per_s is None
         and choice.poisson is None
-        and not has_arrivals(choice.trace)
+        and not has_arrivals(choice.trace, choice.columns)
     )
 
 

@@ -21,6 +21,7 @@ from typing import Protocol
 import numpy as np
 
 from tidegate.core.errors import ConfigError, TraceError
+from tidegate.workloads.formats import OWN
 from tidegate.workloads.readers import csv_table, split
 from tidegate.workloads.source import read_lines
 from tidegate.workloads.trace import Workload
@@ -176,7 +177,7 @@ def _rate_table(file: str) -> TraceTable:
         raise TraceError(
             "not a rate curve: expected a CSV with t_s and columns of requests per second", file=file, line=1
         )
-    table, broken = csv_table(file, header, [line for line in lines[1:] if line[1]], {})
+    table, broken = csv_table(file, header, [line for line in lines[1:] if line[1]], OWN)
     if broken is not None:
         raise broken
     return table

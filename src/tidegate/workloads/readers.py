@@ -1,69 +1,65 @@
 """Read a trace of any supported format.
 
-CSV: Azure/AzurePublicDataset, HPMLL/BurstGPT release 1.1 and later (with or without ``Session ID`` and
-``Elapsed time``), this project's own, session files and bare lengths. JSONL: gateway journals, bench results
-and kvcache-ai/Mooncake's FAST'25 traces, with ``timestamp`` in milliseconds and ``hash_ids`` of blocks of 512
-tokens; ``session_id``, ``turn``, ``delay_ms``, ``slo_class``, ``client_id`` and ``block_tokens`` are this
-project's additions.
+CSV: Azure/AzurePublicDataset (2023 to 2025), HPMLL/BurstGPT release 1.1 and later (with or without
+``Session ID`` and ``Elapsed time``), microsoft/vidur, Mutinifni/splitwise-sim, this project's own, session
+files and bare lengths. JSONL: gateway journals, bench results, kvcache-ai/Mooncake's FAST'25 traces, with
+``timestamp`` in milliseconds and ``hash_ids`` of blocks of 512 tokens, and
+alibaba-edu/qwen-bailian-usagetraces-anon, in seconds and blocks of 16; ``session_id``, ``turn``,
+``delay_ms``, ``slo_class``, ``client_id`` and ``block_tokens`` are this project's additions. ``formats``
+has their columns.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import logging
 import re
-from collections.abc import Iterable, Mapping
-from itertools import accumulate, islice
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tidegate.core.errors import TraceError
+from tidegate.workloads.formats import (
+    BAILIAN,
+    CSV_FORMATS,
+    MOONCAKE,
+    OPTIONAL,
+    OWN,
+    RECORDING,
+    UNNAMED,
+    TraceFormat,
+    csv_format,
+    given_format,
+)
 from tidegate.workloads.sessions import with_pauses, with_prefixes
-from tidegate.workloads.source import parse_object, read_lines
+from tidegate.workloads.source import SAMPLE_PREFIX, parse_object, read_lines
 from tidegate.workloads.trace import Workload
-from tidegate.workloads.trace_table import TraceTable, is_timed, requests_of
+from tidegate.workloads.trace_table import TraceTable, requests_of
 
-AZURE = {"arrival_s": "TIMESTAMP", "input_tokens": "ContextTokens", "output_tokens": "GeneratedTokens"}
-BURSTGPT = {
-    "arrival_s": "Timestamp",
-    "session_id": "Session ID",
-    "model": "Model",
-    "input_tokens": "Request tokens",
-    "output_tokens": "Response tokens",
-    "total": "Total tokens",
-    "kind": "Log Type",
-}
-OWN = {"input_tokens": "input_tokens", "output_tokens": "output_tokens"}
-MOONCAKE = {
-    "arrival_s": "timestamp",
-    "input_tokens": "input_length",
-    "output_tokens": "output_length",
-    "delay_s": "delay_ms",
-}
-"""Columns of each format by field of ``TraceRecord``."""
-OPTIONAL = (
-    "hash_ids", "block_tokens", "client_id", "session_id", "turn", "delay_s", "slo_class", "arrival_s",
-    "reason_tokens", "agent", "round", "session_t_s", "prefix_hit_tokens", "think_time_s", "api_time_s",
-    "ttft_s", "model", "next", "Session ID", "Elapsed time",
-)  # fmt: skip
-CSV_COLUMNS = frozenset((*AZURE.values(), *BURSTGPT.values(), *OWN, *OPTIONAL))
-MOONCAKE_KEYS = frozenset((
-    *MOONCAKE.values(), "hash_ids", "block_tokens", "session_id", "turn", "slo_class", "client_id",
-))  # fmt: skip
 RECORDED_KINDS = ("outcome", "request")
 """Lines of a recording that stand for one offered request."""
+RECORDED = ("header", "bench", "inputs", *RECORDED_KINDS)
+"""What the first line of a recording may be."""
 
 
-def read_trace(source: str | Path) -> Workload:
+OTHERWISE = "For any other trace: --columns arrival=...,input=...,output=..."
+
+_log = logging.getLogger(__name__)
+
+
+def read_trace(source: str | Path, columns: str = "") -> Workload:
     """Return the requests of a trace in order of arrival.
 
-    ``source`` is a file, plain or gzipped, or ``sample:NAME``; the format is told from the first line. An
-    output length of 0 is raised to 1. Raises TraceError with file, line and column for malformed input, and
-    for a file that has no arrival times.
+    ``source`` is a file, plain or gzipped, or ``sample:NAME``; the format is told from the first line, or
+    given as ``columns`` (see ``formats.given_format``). An output length of 0 is raised to 1. Raises
+    TraceError with file, line and column for malformed input, and for a file that has no arrival times.
     """
-    timed, workload = open_trace(source)
+    timed, workload = open_trace(source, columns)
     if not timed:
         raise TraceError(
             "the file has no arrival times; choose an arrival process for it: --poisson RPS, "
@@ -73,62 +69,97 @@ def read_trace(source: str | Path) -> Workload:
     return workload
 
 
-def read_untimed(source: str | Path) -> Workload:
+def read_untimed(source: str | Path, columns: str = "") -> Workload:
     """Return the requests of any trace in file order, for use with an arrival process of one's own.
 
     In a session file ``arrival_s`` is the time since the session's start, in a file of lengths 0.
     Raises TraceError as ``read_trace`` does.
     """
-    return open_trace(source)[1]
+    return open_trace(source, columns)[1]
 
 
-def has_arrivals(source: str | Path) -> bool:
+def has_arrivals(source: str | Path, columns: str = "") -> bool:
     """Tell from its first line whether a trace has arrival times across sessions. Raises TraceError."""
     file = str(source)
-    first = _first_line(file, list(islice(read_lines(source), 1)))
-    return _is_json(first) or is_timed(*_header(file, first))
-
-
-def open_trace(source: str | Path) -> tuple[bool, Workload]:
-    """Return whether the trace is timed, and its requests as ``read_untimed`` returns them."""
-    file = str(source)
-    lines = list(read_lines(source))
-    first = _first_line(file, lines)
+    number, first = _first_line(file, (line for line in read_lines(source) if line[1].strip()))
     if _is_json(first):
-        return True, _read_jsonl(file, lines)
-    return _read_csv(file, first, [line for line in lines[1:] if line[1].strip()])
+        form, value = _json_format(file, number, first, columns)
+        return _is_timed(form, value)
+    form, header = _header(file, number, first, columns)
+    return _is_timed(form, header)
 
 
-def _first_line(file: str, lines: list[tuple[int, str]]) -> str:
-    if not lines or not lines[0][1].strip():
-        raise TraceError("the file is empty or starts with an empty line", file=file, line=len(lines[:1]))
-    return lines[0][1]
+def open_trace(source: str | Path, columns: str = "") -> tuple[bool, Workload]:
+    """Return whether the trace is timed, and its requests as ``read_untimed`` returns them.
+
+    The log says in a line what a file was taken for, and what of it was left out.
+    """
+    file = str(source)
+    lines = [line for line in read_lines(source) if line[1].strip()]
+    number, first = _first_line(file, iter(lines))
+    notes: list[str] = []
+    if _is_json(first):
+        form, value = _json_format(file, number, first, columns)
+        timed = _is_timed(form, value)
+        workload = _read_jsonl(file, form, timed, lines)
+    else:
+        form, header = _header(file, number, first, columns)
+        timed = _is_timed(form, header)
+        workload, notes = _read_csv(file, form, header, lines[1:])
+    if not timed:
+        # Turns of a session stand next to each other: a start is given to all of them.
+        workload = workload[workload.units().argsort(kind="stable")]
+    elif (np.diff(workload.arrival_s) < 0).any():
+        # Lines of a recording stand in order of completion; turns with a pause come later than their line.
+        workload = workload[workload.arrival_s.argsort(kind="stable")]
+    if not file.startswith(SAMPLE_PREFIX):
+        notes = [f"read as {form.title}", f"{len(workload):,} requests", *notes]
+        _log.info("%s: %s", file, "; ".join([", ".join(notes[:2]), *notes[2:]]))
+    return timed, workload
+
+
+def _first_line(file: str, lines: Iterator[tuple[int, str]]) -> tuple[int, str]:
+    first = next(lines, None)
+    if first is None:
+        raise TraceError("the file is empty", file=file)
+    return first
 
 
 def _is_json(line: str) -> bool:
     return line.lstrip().startswith(("{", "["))
 
 
-def _read_csv(file: str, header: str, lines: list[tuple[int, str]]) -> tuple[bool, Workload]:
-    """Return whether a CSV has arrival times, and its requests.
+def _is_timed(form: TraceFormat, columns: Collection[str]) -> bool:
+    """Tell whether a file with these columns has arrival times across sessions."""
+    return form.names.get("arrival_s", "arrival_s") in columns
+
+
+def _read_csv(
+    file: str, form: TraceFormat, header: list[str], lines: list[tuple[int, str]]
+) -> tuple[Workload, list[str]]:
+    """Return the requests of a CSV, and what was left out.
 
     The prompts of a file with ``prefix_hit_tokens`` share as much as it says (``sessions.with_prefixes``).
     """
-    columns, names = _header(file, header)
-    table, broken = csv_table(file, list(columns), lines, names)
-    if names is BURSTGPT:
-        # BurstGPT publishes failed requests as rows of 0 tokens.
-        table = table.rows(np.flatnonzero(table.integers("input_tokens")).tolist())
+    table, broken = csv_table(file, header, lines, form)
+    notes = []
+    if form.failed_without_answer:
+        done = (table.integers("input_tokens") > 0) & (table.integers("output_tokens") > 0)
+        if not done.all():
+            notes.append(f"{np.count_nonzero(~done):,} failed requests (0 tokens) left out")
+            table = table.rows(np.flatnonzero(done).tolist())
+    if "NumImages" in header:
+        notes.append("NumImages is not used")
     workload = requests_of(table)
     if broken is not None:
         raise broken
     if table.has("session_id") and table.has("prefix_hit_tokens") and not table.has("hash_ids"):
         workload = _with_sessions(table, workload)
-    return is_timed(columns, names), workload
+    return workload, notes
 
 
 def csv_table(
-    file: str, header: list[str], lines: list[tuple[int, str]], names: Mapping[str, str]
+    file: str, header: list[str], lines: list[tuple[int, str]], form: TraceFormat
 ) -> tuple[TraceTable, TraceError | None]:
     """Return the rows of a CSV before the first of another length than the header, and the error there."""
     rows: list[list[str]] = []
@@ -142,10 +173,13 @@ def csv_table(
             break
         rows.append(fields)
     columns: dict[str, list[Any]] = {
-        name: [fields[index].strip() or None for fields in rows] for index, name in enumerate(header)
+        name: [fields[index].strip() or None for fields in rows]
+        for index, name in enumerate(header)
+        if not form.only_named or name in form.known
     }
-    if "hash_ids" in columns:
-        columns["hash_ids"] = [ids and ids.split("|") for ids in columns["hash_ids"]]
+    ids_in = form.names.get("hash_ids", "hash_ids")
+    if ids_in in columns:
+        columns[ids_in] = [ids and ids.split("|") for ids in columns[ids_in]]
     if "agent" in columns and "session_id" in columns:
         agents = zip(columns["session_id"], columns["agent"], strict=True)
         columns["session_id"] = [f"{session}/{agent}" if agent else session for session, agent in agents]
@@ -153,39 +187,36 @@ def csv_table(
     def place(text: str, name: str) -> int:
         return _starts(text, split(text))[header.index(name)]
 
-    return TraceTable(file, lines[: len(rows)], columns, names, place), broken
+    return TraceTable(file, lines[: len(rows)], columns, form, place), broken
 
 
-def _header(file: str, text: str) -> tuple[dict[str, int], Mapping[str, str]]:
-    """Return the places of a CSV's columns, and their names by field.
+def _header(file: str, line: int, text: str, given: str) -> tuple[TraceFormat, list[str]]:
+    """Return a CSV's format and the names of its columns.
 
     Raises TraceError for an unknown, repeated or missing column.
     """
-    columns: dict[str, int] = {}
     fields = split(text)
-    for name, start in zip(map(str.strip, fields), _starts(text, fields), strict=True):
-        if name not in CSV_COLUMNS:
+    header = [name.strip() for name in fields]
+    form = given_format(given) if given else csv_format(header)
+    for index, (name, start) in enumerate(zip(header, _starts(text, fields), strict=True)):
+        if name in header[:index] and not UNNAMED.fullmatch(name):
+            raise TraceError(f"column {name!r} appears twice", file=file, line=line, column=start)
+        if not (form.only_named or name in form.known or UNNAMED.fullmatch(name)):
+            known = "; ".join(f"{each.title}: {','.join(each.needed)}" for each in CSV_FORMATS)
             raise TraceError(
-                f"unknown column {name!r}; expected a header of Azure ({','.join(AZURE.values())}), BurstGPT "
-                f"({','.join(_required(BURSTGPT))}) or arrival_s,input_tokens,output_tokens with optional "
-                f"{', '.join(OPTIONAL[:7])}",
-                file=file, line=1, column=start,
+                f"unknown column {name!r} in what looks like {form.title}; known are {known}, with "
+                f"{', '.join(OPTIONAL[:8])}. {OTHERWISE}",
+                file=file, line=line, column=start,
             )  # fmt: skip
-        if name in columns:
-            raise TraceError(f"column {name!r} appears twice", file=file, line=1, column=start)
-        columns[name] = start
-    names = next((each for each in (AZURE, BURSTGPT) if not columns.keys().isdisjoint(_required(each))), OWN)
-    missing = [name for name in _required(names) if name not in columns]
+    missing = [name for name in form.needed if name not in header]
     if missing:
-        raise TraceError(f"the header lacks {', '.join(map(repr, missing))}", file=file, line=1)
-    others = {"turn": "round", "delay_s": "think_time_s"}
-    if names is OWN:
-        names = {field: other for field, other in others.items() if field not in columns}
-    return columns, names
-
-
-def _required(names: Mapping[str, str]) -> list[str]:
-    return [name for name in names.values() if name not in OPTIONAL]
+        raise TraceError(
+            f"{form.title}: the header lacks {', '.join(map(repr, missing))}", file=file, line=line
+        )
+    if form is OWN:
+        others = {"turn": "round", "delay_s": "think_time_s"}
+        form = replace(OWN, names={name: other for name, other in others.items() if name not in header})
+    return form, header
 
 
 def _with_sessions(table: TraceTable, workload: Workload) -> Workload:
@@ -220,54 +251,71 @@ def _starts(text: str, fields: list[str]) -> list[int]:
     return starts
 
 
-def _read_jsonl(file: str, lines: Iterable[tuple[int, str]]) -> Workload:
-    """Return the requests of a JSONL trace; a ``type`` key in its first line makes it a recording."""
+def _json_format(file: str, number: int, text: str, given: str) -> tuple[TraceFormat, dict[str, Any]]:
+    """Return the format of a JSONL trace, and its first line."""
+    value = parse_object(file, number, text)
+    if given:
+        return given_format(given), value
+    if value.get("type") in RECORDED:
+        return RECORDING, {**value, "timestamp": 0}
+    if {"chat_id", "parent_chat_id"} <= value.keys():
+        return BAILIAN, value
+    return MOONCAKE, value
+
+
+def _read_jsonl(file: str, form: TraceFormat, timed: bool, lines: list[tuple[int, str]]) -> Workload:
     found: list[tuple[int, str]] = []
     objects: list[dict[str, Any]] = []
     broken: TraceError | None = None
-    recorded = False
     for number, text in lines:
-        if not text.strip():
-            continue
-        if broken is not None:
-            break
         try:
-            value = parse_object(file, number, text)
+            objects.append(parse_object(file, number, text))
         except TraceError as error:
-            broken = error
-            continue
-        recorded = recorded or (not found and "type" in value)
+            # A killed writer leaves half a last line; anywhere else it is damage.
+            broken = None if form is RECORDING and number == lines[-1][0] else error
+            break
         found.append((number, text))
-        objects.append(value)
-    else:
-        if recorded:
-            broken = None  # a killed writer leaves half a last line; anywhere else it is damage
-    workload = _from_objects(file, found, objects, recorded)
+    workload = _from_objects(file, form, timed, found, objects)
     if broken is not None:
         raise broken
-    if not recorded:
-        return workload
-    if not workload:
+    if form is RECORDING and not workload:
         raise TraceError("the recording holds no request outcomes to replay", file=file)
-    # Its lines stand in order of completion.
-    return workload[workload.arrival_s.argsort(kind="stable")]
+    return workload
 
 
 def _from_objects(
-    file: str, lines: list[tuple[int, str]], objects: list[dict[str, Any]], recorded: bool
+    file: str, form: TraceFormat, timed: bool, lines: list[tuple[int, str]], objects: list[dict[str, Any]]
 ) -> Workload:
-    keys = MOONCAKE_KEYS & set().union(*objects) | {"timestamp", "input_length", "output_length"}
-    columns = {key: [value.get(key) for value in objects] for key in keys}
-    table = TraceTable(file, lines, columns, MOONCAKE, _place_of_key, is_json=True)
-    if recorded:
+    if form is MOONCAKE and any("delay" in value for value in objects):
+        form = replace(MOONCAKE, names={**MOONCAKE.names, "delay_s": "delay"})
+    keys = {name for name in form.known if any(name in value for value in objects)} | set(form.needed)
+    if not timed:
+        keys.discard(form.names.get("arrival_s", "arrival_s"))
+    columns: dict[str, list[Any]] = {key: [value.get(key) for value in objects] for key in keys}
+    if form is BAILIAN:
+        columns["session_id"] = _chats(columns["chat_id"], columns["parent_chat_id"])
+    table = TraceTable(file, lines, columns, form, _place_of_key, is_json=True)
+    if form is RECORDING:
         kept = [row for row, value in enumerate(objects) if _is_request(value)]
         return requests_of(table.rows(kept), recorded=True)
-    unknown = next((row for row, value in enumerate(objects) if not value.keys() <= MOONCAKE_KEYS), None)
+    strangers = (row for row, value in enumerate(objects) if not value.keys() <= form.known)
+    unknown = None if form.only_named else next(strangers, None)
     workload = requests_of(table if unknown is None else table.rows(range(unknown)))
     if unknown is not None:
-        key = min(objects[unknown].keys() - MOONCAKE_KEYS)
-        raise table.error(unknown, key, f"is an unknown key; known are {', '.join(sorted(MOONCAKE_KEYS))}")
+        key = min(objects[unknown].keys() - form.known)
+        message = (
+            f"is an unknown key of {form.title}; known are {', '.join(sorted(form.known))}; for any other"
+        )
+        raise table.error(unknown, key, f"{message} trace: --columns arrival=...,input=...,output=...")
     return workload
+
+
+def _chats(chats: Sequence[Any], parents: Sequence[Any]) -> list[str]:
+    """Return the session of every turn: the chat that its conversation began with."""
+    root: dict[Any, Any] = {}
+    for chat, parent in zip(chats, parents, strict=True):
+        root[chat] = chat if parent in (-1, None) else root.get(parent, parent)
+    return [str(root[chat]) for chat in chats]
 
 
 def _is_request(value: dict[str, Any]) -> bool:

@@ -7,7 +7,8 @@ import sys
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
+from itertools import repeat
 from operator import itemgetter
 from typing import Annotated, Any
 
@@ -15,9 +16,11 @@ import numpy as np
 from msgspec import Meta, ValidationError, convert
 
 from tidegate.core.errors import TraceError
+from tidegate.workloads.formats import AZURE, TraceFormat
 from tidegate.workloads.trace import MOONCAKE_BLOCK_TOKENS, Floats, Integers, Workload, array, optional
 
-AZURE_TIME = "TIMESTAMP"
+_DATE = re.compile(r"\d{4}-\d\d?-\d\d?[ T]")
+_WHOLE = re.compile(r"-?\d+\.0*")
 AtLeastZero = Annotated[float, Meta(ge=0, le=sys.float_info.max)]
 
 
@@ -25,21 +28,20 @@ AtLeastZero = Annotated[float, Meta(ge=0, le=sys.float_info.max)]
 class TraceTable:
     """The rows of a trace file by column.
 
-    ``lines`` are the rows' line numbers and texts, ``columns`` their values: texts, or plain JSON data with
-    None for what a line lacks. ``names`` gives the column of a field of ``TraceRecord`` where its name is
-    another. ``place(line's text, column)`` returns where a value starts, from 1. JSON has times in
-    milliseconds, and numbers that are no texts.
+    ``lines`` are the rows' line numbers and texts, ``columns`` their values: texts, or plain JSON data, with
+    None for what a line lacks. ``form`` says what the columns are called. ``place(line's text, column)``
+    returns where a value starts, from 1. JSON has numbers that are no texts.
     """
 
     file: str
     lines: Sequence[tuple[int, str]]
     columns: Mapping[str, Sequence[Any]]
-    names: Mapping[str, str]
+    form: TraceFormat
     place: Callable[[str, str], int]
     is_json: bool = False
 
     def name(self, field: str) -> str:
-        return self.names.get(field, field)
+        return self.form.names.get(field, field)
 
     def has(self, field: str) -> bool:
         return self.name(field) in self.columns
@@ -59,8 +61,7 @@ class TraceTable:
         """Return a column as values of a type; raises TraceError at the first that is not of it."""
         found = self.columns[self.name(field)]
         try:
-            values: list[Any] = convert(found, list[kind], strict=self.is_json)
-            return values
+            return convert_all(found, kind, strict=self.is_json)
         except ValidationError as error:
             place = re.search(r"\$\[(\d+)\]", str(error))
             assert place is not None
@@ -76,10 +77,10 @@ class TraceTable:
 
     def seconds(self, field: str, *, optional: bool = False) -> Floats:
         """Return times in seconds, at least 0; NaN for a missing value of an optional column."""
-        unit = "milliseconds" if self.is_json else "seconds"
+        in_ms = field in self.form.in_ms
         kind: Any = AtLeastZero | None if optional else AtLeastZero
-        found = self.values(field, kind, f"a number of {unit} >= 0")
-        return array("delay_s", found) / (1000.0 if self.is_json else 1.0)
+        found = self.values(field, kind, f"a number of {'milliseconds' if in_ms else 'seconds'} >= 0")
+        return array("delay_s", found) / (1000.0 if in_ms else 1.0)
 
     def labels(self, field: str) -> list[str]:
         """Return names; numbers as text, nothing where the file has no such column."""
@@ -96,16 +97,27 @@ class TraceTable:
         return [ids or () for ids in found]
 
 
-def is_timed(columns: Mapping[str, Any], names: Mapping[str, str]) -> bool:
-    """Tell whether a file with these columns has arrival times across sessions."""
-    return names.get("arrival_s", "arrival_s") in columns
+def convert_all(found: Sequence[Any], kind: Any, *, strict: bool) -> list[Any]:
+    """Return values as a type. Whole numbers may be written with a fraction of 0, as pandas does."""
+    wanted: Any = list[kind]
+    try:
+        return list(convert(found, wanted, strict=strict))
+    except ValidationError:
+        return list(convert([_whole(value) for value in found], wanted, strict=strict))
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, str) and _WHOLE.fullmatch(value):
+        return value.partition(".")[0]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def requests_of(table: TraceTable, *, recorded: bool = False) -> Workload:
     """Return the requests of a table, in its order. Raises TraceError for the first malformed row.
 
-    Rows without an arrival time have the time since their session's start, or 0. The rows of a recording
-    stand in order of completion, and a rejected one may have no output length.
+    Rows without an arrival time have the time since their session's start, or 0; single turns without one
+    come their pause after the turn before them. The rows of a recording stand in order of completion, and a
+    rejected one may have no output length.
     """
     try:
         return _requests(table, recorded)
@@ -117,40 +129,96 @@ def requests_of(table: TraceTable, *, recorded: bool = False) -> Workload:
 
 
 def _requests(table: TraceTable, recorded: bool) -> Workload:
-    return Workload(
-        _arrivals(table, ordered=not recorded),
+    turn = table.integers("turn", empty=0) if table.has("turn") else None
+    made = Workload(
+        np.zeros(len(table.lines)),
         table.integers("input_tokens", 1),
         np.maximum(1, table.integers("output_tokens", empty=1 if recorded else None)),
         optional("hash_ids", table.block_ids()),
-        table.integers("block_tokens", 1, MOONCAKE_BLOCK_TOKENS) if table.has("block_tokens") else None,
+        _block_tokens(table),
         optional("session_id", table.labels("session_id")),
-        table.integers("turn", empty=0) if table.has("turn") else None,
+        None if turn is None else np.maximum(0, turn - table.form.first_turn),
         table.seconds("delay_s", optional=True) if table.has("delay_s") else None,
         optional("slo_class", table.labels("slo_class")),
         optional("client_id", table.labels("client_id")),
     )
+    _check_ids(table, made)
+    return replace(made, arrival_s=_arrivals(table, made, ordered=not recorded))
 
 
-def _arrivals(table: TraceTable, *, ordered: bool) -> Floats:
-    if not is_timed(table.columns, table.names):
-        return table.seconds("session_t_s") if table.has("session_t_s") else np.zeros(len(table.lines))
-    name = table.name("arrival_s")
-    arrival_s = _azure_times(table) if name == AZURE_TIME else table.seconds("arrival_s")
-    late = np.flatnonzero(np.diff(arrival_s) < 0)
-    if len(late) and ordered:
-        row = int(late[0]) + 1
-        message = f"is {table.columns[name][row]!r}, earlier than the row before; sort by arrival"
-        raise table.error(row, "arrival_s", message)
+def _block_tokens(table: TraceTable) -> Integers | None:
+    if table.has("block_tokens"):
+        return table.integers("block_tokens", 1, table.form.block_tokens)
+    if table.form.block_tokens == MOONCAKE_BLOCK_TOKENS:
+        return None
+    return np.full(len(table.lines), table.form.block_tokens)
+
+
+def _check_ids(table: TraceTable, made: Workload) -> None:
+    """Raise TraceError for the first row with more block ids than its prompt and answer have blocks."""
+    if made.hash_ids is None:
+        return
+    size, tokens = made.column("block_tokens"), made.input_tokens + made.output_tokens
+    ids = np.fromiter(map(len, made.hash_ids), np.int64, len(made))
+    blocks = -(-tokens // size)
+    for row in np.flatnonzero(ids > blocks)[:1].tolist():
+        message = (
+            f"has {ids[row]} ids, but {made.input_tokens[row]} tokens of prompt and "
+            f"{made.output_tokens[row]} of answer are {blocks[row]} blocks of {size[row]}; block_tokens says "
+            "how long a block is"
+        )
+        raise table.error(row, "hash_ids", message)
+
+
+def _arrivals(table: TraceTable, made: Workload, *, ordered: bool) -> Floats:
+    """Return the arrival times; a turn with a pause but no time comes that long after the one before it."""
+    timed = table.has("arrival_s")
+    if not timed and table.has("session_t_s"):
+        return table.seconds("session_t_s")
+    texts = table.columns[table.name("arrival_s")] if timed else repeat(None)
+    delay_s, sessions = made.column("delay_s").tolist(), made.column("session_id")
+    waits = [
+        text is None and bool(session) and delay == delay
+        for text, session, delay in zip(texts, sessions, delay_s, strict=timed)
+    ]
+    known = np.flatnonzero(~np.array(waits, np.bool_))
+    arrival_s = np.zeros(len(made))
+    if timed:
+        arrival_s[known] = _times(table if len(known) == len(made) else table.rows(known.tolist()), ordered)
+    if len(known) == len(made):
+        return arrival_s
+    last_s: dict[str, float] = {}
+    for row, session in enumerate(sessions):
+        if waits[row] and timed and session not in last_s:
+            raise table.error(row, "arrival_s", "is missing, and no turn of its session comes before it")
+        if waits[row]:
+            arrival_s[row] = last_s[session] + delay_s[row] if session in last_s else 0.0
+        last_s[session] = float(arrival_s[row])
     return arrival_s
 
 
-def _azure_times(table: TraceTable) -> Floats:
-    """Return seconds from the first row."""
+def _times(table: TraceTable, ordered: bool) -> Floats:
+    """Return the arrival column, in seconds from the first row where it has dates."""
+    found = table.columns[table.name("arrival_s")]
+    dates = bool(found) and isinstance(found[0], str) and _DATE.match(found[0])
+    arrival_s = _dates(table) if dates or table.form is AZURE else table.seconds("arrival_s")
+    late = np.flatnonzero(np.diff(arrival_s) < 0)
+    if len(late) and ordered:
+        row = int(late[0]) + 1
+        raise table.error(
+            row, "arrival_s", f"is {found[row]!r}, earlier than the row before; sort by arrival"
+        )
+    return arrival_s
+
+
+def _dates(table: TraceTable) -> Floats:
+    """Return seconds from the first row; a date without a zone is taken as UTC."""
     times = []
-    for row, text in enumerate(table.columns[AZURE_TIME]):
+    for row, text in enumerate(table.columns[table.name("arrival_s")]):
         try:
-            times.append(datetime.fromisoformat(text))
-        except ValueError:
+            time = datetime.fromisoformat(text)
+        except (ValueError, TypeError):
             message = f"is {text!r}, expected a date and time like '2023-11-16 18:15:46.680590'"
             raise table.error(row, "arrival_s", message) from None
+        times.append(time if time.tzinfo else time.replace(tzinfo=UTC))
     return np.array([(time - times[0]).total_seconds() for time in times], np.float64)

@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 
 from tidegate.core.errors import ConfigError
-from tidegate.workloads.readers import AZURE, BURSTGPT
+from tidegate.workloads.formats import AZURE, BURSTGPT
 from tidegate.workloads.trace import MOONCAKE_BLOCK_TOKENS, TraceRecord, Workload
 
 
@@ -85,13 +85,14 @@ def write_trace(
 def _mooncake(workload: Workload) -> str:
     lines = []
     for record in workload:
+        ids = _ids_of(record)
         line: dict[str, Any] = {
             "timestamp": _milliseconds(record.arrival_s),
             "input_length": record.input_tokens,
             "output_length": record.output_tokens,
         }
-        if record.hash_ids:
-            line["hash_ids"] = record.hash_ids
+        if ids:
+            line["hash_ids"] = ids
             if record.block_tokens != MOONCAKE_BLOCK_TOKENS:
                 line["block_tokens"] = record.block_tokens
         if record.session_id:
@@ -114,19 +115,27 @@ def _own(workload: Workload) -> str:
     if "session_id" in wanted:
         wanted.add("turn")
     names = [name for name in TraceRecord._fields if name in wanted]
-    return _csv(names, *(map(_TEXTS.get(name, str), workload.column(name).tolist()) for name in names))
+    columns = {name: workload.column(name).tolist() for name in names}
+    if "hash_ids" in wanted:
+        columns["hash_ids"] = list(map(_ids_of, workload))
+    return _csv(names, *(map(_TEXTS.get(name, str), columns[name]) for name in names))
+
+
+def _ids_of(record: TraceRecord) -> tuple[int, ...]:
+    """Return the ids of a request's blocks. Rounded lengths can leave more; readers refuse these."""
+    return record.hash_ids[: -(-(record.input_tokens + record.output_tokens) // record.block_tokens)]
 
 
 def _azure(workload: Workload) -> str:
     since_epoch = (AZURE_EPOCH + timedelta(seconds=at_s) for at_s in workload.arrival_s.tolist())
     times = [at.isoformat(sep=" ", timespec="microseconds") for at in since_epoch]
-    return _csv(AZURE.values(), times, workload.input_tokens.tolist(), workload.output_tokens.tolist())
+    return _csv(AZURE.names.values(), times, workload.input_tokens.tolist(), workload.output_tokens.tolist())
 
 
 def _burstgpt(workload: Workload) -> str:
     sessions = workload.column("session_id").tolist()
     return _csv(
-        BURSTGPT.values(),
+        BURSTGPT.names.values(),
         map(_plain, workload.arrival_s.tolist()),
         sessions,
         ["unknown"] * len(workload),
