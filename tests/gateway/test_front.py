@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import logging
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from tests.gateway.gateway_cluster import Cluster, Start
 from tidegate.gateway.front import StreamedAnswer
 from tidegate.gateway.settings import GatewaySettings
-from tidegate.protocol import http_front
+from tidegate.protocol import http_front, uploads
 
 GOOD = {"prompt": [1, 2, 3], "max_tokens": 2, "temperature": 0}
 LONG = {"prompt": [1, 2, 3], "max_tokens": 100_000, "temperature": 0}
@@ -114,9 +115,10 @@ async def test_with_nothing_up_a_request_is_refused_and_recorded(start: Start, t
         (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nabc\r\n",),
         (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nx-long: " + b"a" * 20_000 + b"\r\n\r\n",),
         (post(b"not gzip", b"Content-Encoding: gzip"),),
-        (post(b"x", b"Content-Encoding: br"),),
+        (post(gzip.compress(orjson.dumps(GOOD))[:-9], b"Content-Encoding: gzip"),),
+        (post(gzip.compress(orjson.dumps(GOOD)) + b"rest", b"Content-Encoding: gzip"),),
     ],
-    ids=["request-line", "length", "chunk-size", "header-size", "gzip", "encoding"],
+    ids=["request-line", "length", "chunk-size", "header-size", "gzip", "truncated", "trailing"],
 )
 async def test_malformed_http_is_a_bad_request(start: Start, quiet: None, pieces: tuple[bytes, ...]) -> None:
     cluster = await start("static")
@@ -130,6 +132,96 @@ async def test_a_compressed_body_is_read_and_its_true_size_limited(start: Start)
     small, large = (gzip.compress(orjson.dumps(GOOD | {"pad": "x" * n})) for n in (10, 100_000))
     assert (await raw(cluster, post(small, b"Content-Encoding: gzip")))[0] == 200
     assert (await raw(cluster, post(large, b"Content-Encoding: gzip")))[0] == 413
+
+
+def bomb(size: int) -> bytes:
+    """Return ``size`` zero bytes, compressed to about a thousandth."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    return b"".join([*(packer.compress(bytes(2**20)) for _ in range(size // 2**20)), packer.flush()])
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/health", "/nowhere", "/tidegate/state"])
+async def test_nothing_is_inflated_before_the_key(
+    start: Start, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inflated: list[int] = []
+    real = zlib.decompressobj
+
+    def watched(*args: Any, **more: Any) -> Any:
+        inflated.append(1)
+        return real(*args, **more)
+
+    monkeypatch.setattr(zlib, "decompressobj", watched)
+    cluster = await start("static", settings=GatewaySettings(api_key="right"))
+    request = post(bomb(256 * 2**20), b"Content-Encoding: gzip").replace(b"/v1/completions", path.encode())
+    status, _ = await raw(cluster, request)
+    assert status in (401, 404, 405)
+    assert not inflated
+
+
+async def test_a_bomb_is_inflated_no_further_than_the_limit(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    real = uploads.asyncio.to_thread
+
+    async def counted_step(*args: Any) -> Any:
+        steps.append(1)
+        return await real(*args)
+
+    monkeypatch.setattr(uploads.asyncio, "to_thread", counted_step)
+    cluster = await start("static", settings=GatewaySettings(max_body_bytes=8 * 2**20))
+    for encoding in (b"gzip", b"x-gzip"):
+        status, answer = await raw(cluster, post(bomb(256 * 2**20), b"Content-Encoding: " + encoding))
+        assert (status, answer["error"]["code"]) == (413, "body_too_large")
+    assert len(steps) == 16, "the first step of nine is taken at once, each other off the loop"
+
+
+@pytest.mark.parametrize("window", [15, -15], ids=["zlib", "bare"])
+async def test_both_kinds_of_deflate_are_read(start: Start, window: int) -> None:
+    cluster = await start("static")
+    packer = zlib.compressobj(wbits=window)
+    body = packer.compress(orjson.dumps(GOOD)) + packer.flush()
+    assert (await raw(cluster, post(body, b"Content-Encoding: deflate")))[0] == 200
+
+
+async def test_an_encoding_that_is_not_taken_is_named(start: Start) -> None:
+    cluster = await start("static")
+    for encoding in (b"br", b"zstd", b"gzip, gzip"):
+        status, answer = await raw(cluster, post(b"x", b"Content-Encoding: " + encoding))
+        assert (status, answer["error"]["code"]) == (415, "unsupported_encoding")
+    assert counted(cluster) == {"unsupported_encoding": 3.0}
+
+
+async def test_a_length_that_is_too_large_is_refused_at_once(start: Start) -> None:
+    cluster = await start("static")
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000000\r\n\r\n"
+    status, answer = await raw(cluster, head)
+    assert (status, answer["error"]["code"]) == (413, "body_too_large")
+
+
+async def test_large_bodies_are_bounded_in_total(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_front, "MOST_HELD_BYTES", 3 * 2**19)
+    cluster = await start("static", step_s=0.001)
+    pad = {"user": "x" * 2**19}
+    held = [asyncio.create_task(cluster.stream(LONG | pad)) for _ in range(2)]
+    await cluster.until(lambda: cluster.streams() == 2)
+    status, answer, headers = await cluster.post("/v1/completions", GOOD | pad)
+    assert (status, answer["error"]["code"], headers["Retry-After"]) == (429, "overloaded", "1")
+    assert (await cluster.post("/v1/completions", GOOD))[0] == 200, "small ones pass"
+    for task in held:
+        task.cancel()
+    await asyncio.gather(*held, return_exceptions=True)
+    await cluster.until(lambda: cluster.live() == 0)
+    assert (await cluster.post("/v1/completions", GOOD | pad))[0] == 200
+
+
+async def test_a_body_that_would_take_much_memory_is_refused_undecoded(start: Start) -> None:
+    cluster = await start("static")
+    many = b'{"prompt":[1],"x":[' + b"{}," * 2_500_000 + b"1]}"
+    status, answer = await raw(cluster, post(many))
+    assert (status, answer["error"]["code"]) == (413, "body_too_large")
+    assert "too many values" in answer["error"]["message"]
 
 
 async def test_an_upload_that_stalls_has_a_deadline(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

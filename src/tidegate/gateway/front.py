@@ -95,7 +95,7 @@ class Front:
     def application(self) -> web.Application:
         """Return the aiohttp application."""
         limit = self._settings.max_body_bytes
-        middlewares = [answering_errors(limit, self._count)]
+        middlewares = [answering_errors(self._count)]
         if self._settings.api_key:
             middlewares.append(self._check_key)
         app = web.Application(client_max_size=limit, middlewares=middlewares)

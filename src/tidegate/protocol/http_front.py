@@ -10,6 +10,7 @@ import hmac
 import logging
 import math
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from typing import Any
 
 import orjson
@@ -30,6 +31,7 @@ from tidegate.core.errors import (
 )
 from tidegate.protocol.bodies import parse_object
 from tidegate.protocol.chunks import error_body
+from tidegate.protocol.uploads import MOST_HELD_BYTES, BodyMemory, HeldBody, inflated, weight_bytes
 
 log = logging.getLogger(__name__)
 
@@ -39,20 +41,43 @@ OnError = Callable[[web.Request, TidegateError], None]
 UPLOAD_S = 30.0
 """How long a body may take to arrive (ours)."""
 JSON = "application/json"
+_held_body: ContextVar[HeldBody] = ContextVar("held body")
+"""What the body of the request takes; aiohttp handles each request in a task of its own."""
 _SILENT = logging.Logger("access", level=logging.CRITICAL)
 _MALFORMED = (HttpProcessingError, web.RequestPayloadError)
 
 
 async def read_object(request: web.Request) -> dict[str, Any]:
-    """Return the JSON object in the body. Raises BadRequest for anything else or for a stalled upload."""
+    """Return the JSON object in the body, which counts as memory of this request until its end.
+
+    Raises BadRequest for anything else or for a stalled upload, BodyTooLarge, Overloaded when bodies take too
+    much memory together, and UnsupportedEncoding.
+    """
+    held, most_bytes = _held_body.get(), request.client_max_size
     try:
         async with asyncio.timeout(UPLOAD_S):
-            raw = await request.read()
+            raw = await _arrived(request, held, most_bytes)
     except TimeoutError:
         raise BadRequest(f"the body did not arrive within {UPLOAD_S:g} s") from None
     except _MALFORMED as error:
         raise BadRequest(f"the upload is broken: {_words(error)}") from None
+    raw = await inflated(raw, request.headers.get("Content-Encoding", ""), most_bytes, held)
+    held.grow_to(weight_bytes(raw))
     return parse_object(raw)
+
+
+async def _arrived(request: web.Request, held: HeldBody, most_bytes: int) -> bytes:
+    """Return the body as it comes over the connection, still compressed if it is."""
+    raw = bytearray()
+    if (request.content_length or 0) <= most_bytes:
+        while chunk := await request.content.readany():
+            raw += chunk
+            if len(raw) > most_bytes:
+                break
+            held.grow_to(len(raw))
+        else:
+            return bytes(raw)
+    raise BodyTooLarge(f"the body exceeds {most_bytes} bytes")
 
 
 def json_answer(value: Any) -> web.Response:
@@ -95,17 +120,23 @@ def check_bearer(request: web.Request, key: str) -> None:
         raise Unauthorized("a valid API key is needed: Authorization: Bearer KEY")
 
 
-def answering_errors(most_body_bytes: int, on_error: OnError | None = None) -> Middleware:
+def answering_errors(on_error: OnError | None = None) -> Middleware:
     """Return the middleware that turns whatever a handler raises into an error answer. ``on_error`` hears of
     every error before it is answered. An error the tree does not know is logged and shows nothing. Once an
-    answer's head is out, an error can only cut the connection."""
+    answer's head is out, an error can only cut the connection. It also counts the memory of bodies, which
+    ``read_object`` reads."""
+    memory = BodyMemory(MOST_HELD_BYTES)
 
     @web.middleware
     async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+        held = HeldBody(memory)
+        _held_body.set(held)
         try:
             return await handler(request)
         except Exception as failure:
-            error = _in_tree(failure, request, most_body_bytes)
+            error = _in_tree(failure, request)
+        finally:
+            held.release()
         if on_error is not None:
             on_error(request, error)
         if request.writer.output_size > 0 and request.transport is not None:
@@ -118,7 +149,7 @@ def answering_errors(most_body_bytes: int, on_error: OnError | None = None) -> M
     return answer_errors
 
 
-def _in_tree(failure: Exception, request: web.Request, most_body_bytes: int) -> TidegateError:
+def _in_tree(failure: Exception, request: web.Request) -> TidegateError:
     """Return the member of the error tree for what a handler raised."""
     match failure:
         case TidegateError():
@@ -128,8 +159,6 @@ def _in_tree(failure: Exception, request: web.Request, most_body_bytes: int) -> 
         case web.HTTPMethodNotAllowed(allowed_methods=allowed):
             right = ", ".join(sorted(allowed))
             return WrongMethod(f"{request.path} takes {right}, not {request.method}", allowed=allowed)
-        case web.HTTPRequestEntityTooLarge():
-            return BodyTooLarge(f"the body exceeds {most_body_bytes} bytes")
         case web.HTTPClientError():
             return BadRequest(failure.text or failure.reason)
         case ConnectionError():
@@ -152,7 +181,9 @@ class FrontRunner(web.AppRunner):
 
 class _Server(web.Server):
     def __call__(self) -> web.RequestHandler:
-        return _Connection(self, loop=asyncio.get_running_loop(), access_log=_SILENT)
+        # Bodies are inflated by read_object, after the key was checked: aiohttp would do it for everybody.
+        loop = asyncio.get_running_loop()
+        return _Connection(self, loop=loop, access_log=_SILENT, auto_decompress=False)
 
 
 class _Connection(web.RequestHandler):
