@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -338,3 +339,26 @@ def test_urls_are_checked() -> None:
             checked_url(wrong)
     with pytest.raises(ConfigError, match="more than once"):
         StaticFleet(["http://h:1", "http://h:1/"])
+
+
+async def test_time_in_which_the_gateway_did_not_run_counts_against_no_server(server: Server) -> None:
+    """The loop is blocked through every check while the server is well; then the server hangs."""
+    pace = HealthPace(every_s=0.01, deadline_s=0.35, misses=1)
+    suspicion, checks = asyncio.Event(), 0
+
+    class Blocking(VllmClient):
+        async def healthy(self) -> bool:
+            nonlocal checks
+            checks += 1
+            if server.hanging:
+                return await super().healthy()
+            asyncio.get_running_loop().call_later(0.0, time.sleep, 0.8)
+            return await super().healthy()
+
+    async with aiohttp.ClientSession() as session:
+        client = Blocking(session, server.url, deadline_s=pace.deadline_s)
+        watch = asyncio.create_task(until_unhealthy(client, suspicion, pace, refused_is_gone=True))
+        await until(lambda: checks > 2)
+        assert not watch.done()
+        server.hanging = True
+        assert await watch == "does not answer health checks"
