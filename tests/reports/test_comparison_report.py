@@ -6,12 +6,15 @@ import csv
 import json
 import re
 import sys
+from dataclasses import replace
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from tests.reports.comparison_cases import made_comparison, made_entry
+from tidegate.cli import simulating
 from tidegate.reports.comparison import write_tables
 from tidegate.reports.figures import draw_figures
 from tidegate.reports.page import render_page
@@ -56,6 +59,24 @@ def test_the_page_needs_nothing_beside_it() -> None:
     assert "&lt;odd&gt;" in text and "<odd>" not in text
     assert len(figures) == 6
     assert all(figure.png.startswith(b"\x89PNG") for figure in figures)
+
+
+@pytest.mark.parametrize("name", [r"$\frac{x$", "a_$b$^c", "100 % <b>&", "$", "\\u{"])
+def test_names_in_charts_are_what_they_are(name: str) -> None:
+    comparison = made_comparison(made_entry(name, 8.0), made_entry("static:best", 6.0, chosen=name))
+    figures = draw_figures(replace(comparison, traces=(replace(comparison.traces[0], title=name),)))
+    goodput = next(figure.svg for figure in figures if figure.name.endswith("goodput"))
+    assert goodput.count(escape(name, quote=False)) >= 3, "the title, a system, a split"
+
+
+def test_a_chart_that_fails_loses_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> None:
+        raise ValueError("a chart that cannot be drawn")
+
+    monkeypatch.setattr(simulating, "draw_figures", failing)
+    simulating.write_folder(tmp_path, COMPARISON, ["arrow leads"])
+    assert "arrow leads" in (tmp_path / "report.html").read_text()
+    assert list(tmp_path.glob("*.csv"))
 
 
 def test_without_matplotlib_tables_still_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import shlex
@@ -28,6 +29,8 @@ from tidegate.reports.figures import draw_figures
 from tidegate.reports.page import render_page
 from tidegate.reports.plot_style import NoPlots
 from tidegate.workloads.choice import WorkloadChoice
+
+log = logging.getLogger(__name__)
 
 REPORT = "report.html"
 DEFAULT_INSTANCES = 4
@@ -158,6 +161,9 @@ def write_folder(folder: Path, comparison: Comparison, findings: Sequence[str]) 
     except NoPlots as error:
         figures, missing = [], f"This page has no charts: {error.message}."
         note(f"no charts: {error.message}")
+    except Exception as error:  # what took hours to compute is not lost to a chart
+        figures, missing = [], f"This page has no charts: drawing them failed ({error!r})."
+        log.exception("no charts: drawing them failed")
     for figure in figures:
         (folder / f"{figure.name}.png").write_bytes(figure.png)
     (folder / REPORT).write_text(render_page(comparison, figures, findings, missing), encoding="utf-8")
