@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -362,3 +363,29 @@ async def test_time_in_which_the_gateway_did_not_run_counts_against_no_server(se
         assert not watch.done()
         server.hanging = True
         assert await watch == "does not answer health checks"
+
+
+async def test_a_lack_of_descriptors_here_takes_no_server_down(server: Server) -> None:
+    pace = HealthPace(every_s=0.01, deadline_s=1.0, misses=1)
+    asked = 0
+
+    class Counted(VllmClient):
+        async def healthy(self) -> bool:
+            nonlocal asked
+            asked += 1
+            return await super().healthy()
+
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
+        watch = until_unhealthy(Counted(session, server.url), asyncio.Event(), pace, refused_is_gone=True)
+        task = asyncio.create_task(watch)
+        await until(lambda: asked > 1)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            before = asked
+            await until(lambda: asked > before + 5)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert not task.done()
+        await server.down()
+        assert await task == "refuses connections"

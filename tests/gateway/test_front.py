@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gzip
 import logging
+import os
+import resource
 import zlib
 from pathlib import Path
 from typing import Any
@@ -293,3 +295,47 @@ async def test_a_draining_gateway_takes_nothing_new(start: Start) -> None:
     assert (status, answer["error"]["code"]) == (503, "shutting_down")
     assert int(headers["Retry-After"]) >= 1
     assert counted(cluster) == {"ok": 1.0, "shutting_down": 1.0}
+
+
+async def test_idle_connections_shut_nobody_out(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_front, "most_connections", lambda: 8)
+    cluster = await start("static", step_s=0.001)
+    stream = asyncio.create_task(cluster.stream(LONG | {"max_tokens": 200}))
+    await cluster.until(lambda: cluster.streams() == 1)
+    host, port = cluster.url.removeprefix("http://").split(":")
+    idle = [await asyncio.open_connection(host, port) for _ in range(80)]
+    for _ in range(20):
+        status, _ = await raw(cluster, post(orjson.dumps(GOOD)))
+        assert status == 200
+    events = await stream
+    assert events[-1]["choices"][0]["finish_reason"] == "length", "the open stream goes on"
+    for _, writer in idle:
+        writer.close()
+
+
+async def test_a_head_that_does_not_come_has_a_deadline(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_front, "HEAD_S", 0.05)
+    cluster = await start("static")
+    reader, writer = await asyncio.open_connection(*cluster.url.removeprefix("http://").split(":"))
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: ")
+    async with asyncio.timeout(10):
+        assert await reader.read() == b""
+    writer.close()
+
+
+async def test_a_lack_of_descriptors_is_no_fault_of_an_engine(start: Start) -> None:
+    cluster = await start("static")
+    assert (await cluster.post("/health", b""))[0] == 405  # the client's connection is open from here on
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(2)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    try:
+        status, answer, _ = await cluster.post("/v1/completions", GOOD)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (status, answer["error"]["code"]) == (503, "no_descriptors")
+    assert cluster.fleet.suspected == []
+    assert (await cluster.post("/v1/completions", GOOD))[0] == 200

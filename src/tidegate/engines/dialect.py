@@ -12,6 +12,7 @@ from tidegate.core.errors import (
     EngineError,
     EngineFault,
     EngineUnreachable,
+    NoDescriptors,
     PromptTooLong,
     UnknownModel,
 )
@@ -92,7 +93,7 @@ class DialectEngine:
         body = orjson.dumps({"request_id": request_id})
         try:
             await self._wire.exchange("POST", "/tidegate/release", body, deadline_s=2.0)
-        except EngineError:
+        except (EngineError, NoDescriptors):
             return
 
     def close(self, reason: str) -> None:

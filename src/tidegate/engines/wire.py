@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 
 import httptools
 
-from tidegate.core.errors import ConfigError, EngineTimeout, EngineUnreachable
+from tidegate.core.descriptors import is_our_lack
+from tidegate.core.errors import ConfigError, EngineTimeout, EngineUnreachable, NoDescriptors
 from tidegate.engines.loop_time import LoopTime
 
 BodySink = Callable[[bytes], bool | None]
@@ -241,6 +242,10 @@ class Wire:
                 f"no connection to {self._host}:{self._port} in {self._connect_s:g} s"
             ) from None
         except OSError as error:
+            if is_our_lack(error):
+                raise NoDescriptors(
+                    f"no connection can be opened: {error.strerror}", retry_after_s=1.0
+                ) from None
             raise EngineUnreachable(
                 f"no connection to {self._host}:{self._port}: {error}", refused=True
             ) from None

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import aiohttp
 
-from tidegate.core.errors import EngineError, EngineUnreachable
+from tidegate.core.errors import EngineError, EngineUnreachable, NoDescriptors
 from tidegate.engines.loop_time import LoopTime
 from tidegate.engines.vllm.client import VllmClient
 
 SHORTEST_PAUSE_S = 0.1
 """Pause between checks while an instance is under suspicion, and after one that used up its period."""
 REFUSED = "refuses connections"
+UNASKED = "could not be asked"
 MISSED = "does not answer health checks"
 
 
@@ -28,9 +29,12 @@ class HealthPace:
 
 
 async def health_trouble(client: VllmClient) -> str:
-    """Check the server's health once; return REFUSED, MISSED, or nothing for a healthy one."""
+    """Check the server's health once; return REFUSED, MISSED, UNASKED when no connection could be opened from
+    here, or nothing for a healthy one."""
     try:
         return "" if await client.healthy() else MISSED
+    except NoDescriptors:
+        return UNASKED
     except EngineError as error:
         return REFUSED if isinstance(error, EngineUnreachable) and error.refused else MISSED
 
@@ -61,6 +65,8 @@ async def until_unhealthy(
         trouble = await health_trouble(client)
         if not trouble:
             missed, hurried = 0.0, False
+            continue
+        if trouble == UNASKED:
             continue
         missed += max(0.0, 1.0 - running.lost_s(began) / pace.deadline_s)
         if missed >= pace.misses or (refused_is_gone and trouble == REFUSED):

@@ -18,6 +18,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Middleware
 
+from tidegate.core.descriptors import raise_descriptor_limit
 from tidegate.core.errors import (
     BadRequest,
     BodyTooLarge,
@@ -40,6 +41,12 @@ OnError = Callable[[web.Request, TidegateError], None]
 
 UPLOAD_S = 30.0
 """How long a body may take to arrive (ours)."""
+HEAD_S = 20.0
+"""How long the first head of a connection may take to arrive (ours)."""
+IDLE_S = 75.0
+"""How long a connection may be idle: above the 60 s of common proxies, which reuse theirs (ours)."""
+SPARE_DESCRIPTORS = 64
+"""Kept for files and engines, whatever clients do (ours)."""
 JSON = "application/json"
 _held_body: ContextVar[HeldBody] = ContextVar("held body")
 """What the body of the request takes; aiohttp handles each request in a task of its own."""
@@ -167,6 +174,12 @@ def _in_tree(failure: Exception, request: web.Request) -> TidegateError:
     return InternalError("internal error")
 
 
+def most_connections() -> int:
+    """Return how many connections clients may have; raises the limit of open files first. Each may need one
+    to an engine."""
+    return max(8, (raise_descriptor_limit() - SPARE_DESCRIPTORS) // 2)
+
+
 class FrontRunner(web.AppRunner):
     """Runs an application whose clients may send malformed HTTP. Cancels handlers of departed clients."""
 
@@ -180,16 +193,53 @@ class FrontRunner(web.AppRunner):
 
 
 class _Server(web.Server):
+    """Keeps descriptors for what its answers need: of those that are left at its start, clients get half. A
+    client beyond takes the place of the connection that has been idle for longest, or is cut off."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.most = most_connections()
+        self._told = False
+
+    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        super().connection_made(handler, transport)
+        if len(self._connections) <= self.most:
+            return
+        if not self._told:
+            self._told = True
+            log.warning(
+                "clients have %d connections open: idle ones are closed for new ones (ulimit -n raises this)",
+                self.most,
+            )
+        idle = next((h for h in self._connections if isinstance(h, _Connection) and h.idle), handler)
+        idle.force_close()
+
     def __call__(self) -> web.RequestHandler:
         # Bodies are inflated by read_object, after the key was checked: aiohttp would do it for everybody.
         loop = asyncio.get_running_loop()
-        return _Connection(self, loop=loop, access_log=_SILENT, auto_decompress=False)
+        return _Connection(
+            self, loop=loop, access_log=_SILENT, auto_decompress=False, keepalive_timeout=IDLE_S
+        )
 
 
 class _Connection(web.RequestHandler):
     """Answers malformed HTTP in OpenAI's schema; it is the client's fault, so the log stays quiet."""
 
     __slots__ = ()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is being answered here."""
+        return not self._request_in_progress and self.transport is not None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Give the first head less time than an idle connection has later."""
+        super().connection_made(transport)
+        loop = asyncio.get_running_loop()
+        if self._keepalive_handle is not None:
+            self._keepalive_handle.cancel()
+            self._next_keepalive_close_time = loop.time() + HEAD_S
+            self._keepalive_handle = loop.call_later(HEAD_S, self._process_keepalive)
 
     def handle_error(
         self,
