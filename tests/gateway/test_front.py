@@ -36,7 +36,12 @@ async def raw(cluster: Cluster, *pieces: bytes) -> tuple[int, dict[str, Any]]:
 
 
 def post(body: bytes, *headers: bytes) -> bytes:
-    lines = (b"POST /v1/completions HTTP/1.1", b"Host: x", *headers, b"Content-Length: %d" % len(body))
+    lines = (
+        b"POST /v1/completions HTTP/1.1",
+        b"Host: [::1]",
+        *headers,
+        b"Content-Length: %d" % len(body),
+    )
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 
@@ -113,9 +118,9 @@ async def test_with_nothing_up_a_request_is_refused_and_recorded(start: Start, t
     "pieces",
     [
         (b"NONSENSE\r\n\r\n",),
-        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: many\r\n\r\n",),
-        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nabc\r\n",),
-        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nx-long: " + b"a" * 20_000 + b"\r\n\r\n",),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: [::1]\r\nContent-Length: many\r\n\r\n",),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: [::1]\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nabc\r\n",),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: [::1]\r\nx-long: " + b"a" * 20_000 + b"\r\n\r\n",),
         (post(b"not gzip", b"Content-Encoding: gzip"),),
         (post(gzip.compress(orjson.dumps(GOOD))[:-9], b"Content-Encoding: gzip"),),
         (post(gzip.compress(orjson.dumps(GOOD)) + b"rest", b"Content-Encoding: gzip"),),
@@ -197,7 +202,7 @@ async def test_an_encoding_that_is_not_taken_is_named(start: Start) -> None:
 
 async def test_a_length_that_is_too_large_is_refused_at_once(start: Start) -> None:
     cluster = await start("static")
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000000\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: [::1]\r\nContent-Length: 1000000000000\r\n\r\n"
     status, answer = await raw(cluster, head)
     assert (status, answer["error"]["code"]) == (413, "body_too_large")
 
@@ -229,7 +234,7 @@ async def test_a_body_that_would_take_much_memory_is_refused_undecoded(start: St
 async def test_an_upload_that_stalls_has_a_deadline(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_front, "UPLOAD_S", 0.05)
     cluster = await start("static")
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: [::1]\r\nContent-Length: 500\r\n\r\n"
     status, answer = await raw(cluster, head, b'{"prompt"')
     assert status == 400
     assert "did not arrive" in answer["error"]["message"]

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
-
-try:
-    import resource
-except ImportError:  # not on every platform
-    resource = None  # type: ignore[assignment]
+import resource
 
 WANTED = 2**20
 """More are not asked for (ours)."""
-UNKNOWN = 1024
 OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
 """What a connection fails with for reasons of this process or machine."""
 
 
 def raise_descriptor_limit() -> int:
     """Raise the soft limit of open files as far as the hard one lets, and return it."""
-    if resource is None:
-        return UNKNOWN
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return WANTED
