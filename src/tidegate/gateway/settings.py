@@ -26,10 +26,6 @@ class GatewaySettings:
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str = field(default="", repr=False)
-    tenants: Mapping[str, str] = field(default_factory=dict, repr=False)
-    trusted_proxies: Sequence[str] = ()
-    allowed_hosts: Sequence[str] = ()
-    allow_fields: Sequence[str] = ()
     slo: Slo = field(default_factory=Slo)
     journal: Path | None = None
     max_body_bytes: int = MOST_BODY_BYTES
@@ -40,3 +36,7 @@ class GatewaySettings:
     recovery_s: float = 15.0
     load_every_s: float = 1.0
     journal_inputs: bool = False
+    tenants: Mapping[str, str] = field(default_factory=dict, repr=False)
+    trusted_proxies: Sequence[str] = ()
+    allowed_hosts: Sequence[str] = ()
+    allow_fields: Sequence[str] = ()
