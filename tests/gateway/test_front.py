@@ -17,7 +17,7 @@ import pytest
 from tests.gateway.gateway_cluster import Cluster, Start
 from tidegate.gateway.front import StreamedAnswer
 from tidegate.gateway.settings import GatewaySettings
-from tidegate.protocol import http_front, uploads
+from tidegate.protocol import http_front
 
 GOOD = {"prompt": [1, 2, 3], "max_tokens": 2, "temperature": 0}
 LONG = {"prompt": [1, 2, 3], "max_tokens": 100_000, "temperature": 0}
@@ -170,13 +170,13 @@ async def test_a_bomb_is_inflated_no_further_than_the_limit(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[int] = []
-    real = uploads.asyncio.to_thread
+    real = asyncio.to_thread
 
     async def counted_step(*args: Any) -> Any:
         steps.append(1)
         return await real(*args)
 
-    monkeypatch.setattr(uploads.asyncio, "to_thread", counted_step)
+    monkeypatch.setattr(asyncio, "to_thread", counted_step)
     cluster = await start("static", settings=GatewaySettings(max_body_bytes=8 * 2**20))
     for encoding in (b"gzip", b"x-gzip"):
         status, answer = await raw(cluster, post(bomb(256 * 2**20), b"Content-Encoding: " + encoding))

@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 
 import httptools
 
-from tidegate.core.descriptors import is_our_lack
 from tidegate.core.errors import ConfigError, EngineTimeout, EngineUnreachable, NoDescriptors
 from tidegate.engines.loop_time import LoopTime
+from tidegate.protocol.descriptors import is_our_lack
 
 BodySink = Callable[[bytes], bool | None]
 """Called on the event loop with the body bytes of one socket read (of a 200 answer). Returns True to end the

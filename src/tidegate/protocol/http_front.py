@@ -18,7 +18,6 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Middleware
 
-from tidegate.core.descriptors import raise_descriptor_limit
 from tidegate.core.errors import (
     BadRequest,
     BodyTooLarge,
@@ -32,6 +31,7 @@ from tidegate.core.errors import (
 )
 from tidegate.protocol.bodies import parse_object
 from tidegate.protocol.chunks import error_body
+from tidegate.protocol.descriptors import raise_descriptor_limit
 from tidegate.protocol.uploads import MOST_HELD_BYTES, BodyMemory, HeldBody, inflated, weight_bytes
 
 log = logging.getLogger(__name__)

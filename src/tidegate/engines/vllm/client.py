@@ -14,12 +14,12 @@ from typing import Any
 import aiohttp
 import orjson
 
-from tidegate.core.descriptors import is_our_lack
 from tidegate.core.errors import EngineFault, EngineTimeout, EngineUnreachable, NoDescriptors, SetupError
 from tidegate.engines.seam import Json
 from tidegate.engines.vllm.connector import refused_request
 from tidegate.engines.vllm.metrics import VllmMetrics, read_metrics
 from tidegate.protocol.chunks import SseParser, error_text
+from tidegate.protocol.descriptors import is_our_lack
 
 ASK_S = 5.0
 """How long a plain question may take unless the caller says otherwise (ours)."""
