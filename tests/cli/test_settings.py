@@ -274,7 +274,9 @@ def test_the_printed_configuration_reads_back_as_the_same(tmp_path: Path) -> Non
 
 def test_setting_names_are_unique_and_the_help_says_what_systems_and_defaults_there_are() -> None:
     assert len(SETTINGS) == sum(len(kind.model_fields) for kind in SECTIONS.values())
-    assert set(SETTINGS) - set(FLAGS) == {"vllm_api_key"}, "a key on the command line is visible to others"
+    assert set(SETTINGS) - set(FLAGS) == {"tenants", "vllm_api_key"}, (
+        "a key on the command line is visible to others"
+    )
     serve = typer.main.get_command(build_app(["serve"])).commands["serve"]  # type: ignore[attr-defined]
     told = {option.name: option for option in serve.params}
     assert told["port"].show_default == "8000" and told["kv_read_back"].show_default == "False"
@@ -301,3 +303,14 @@ def test_the_gateway_gets_every_setting_of_its_section() -> None:
         "h", 9, "k", Slo(0.005, 0.007), Path("j"), request_deadline_s=3.0, stall_s=2.0
     )
     assert settle().config.gateway_settings() == GatewaySettings()
+
+
+def test_a_key_file_binds_keys_to_tenants(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# ours\nred k-red\nblue k-blue\n\nk-op\n")
+    made = settle(api_key_file=str(file)).config.gateway_settings()
+    assert (made.api_key, made.tenants) == ("k-op", {"k-red": "red", "k-blue": "blue"})
+    for wrong in ("a b c", "a k\nb k", "k1\nk2", ""):
+        file.write_text(wrong)
+        with pytest.raises(ConfigError, match="NAME KEY"):
+            settle(api_key_file=str(file))

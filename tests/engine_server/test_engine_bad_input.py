@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+import zlib
 from typing import Any
 
 import orjson
@@ -112,6 +114,22 @@ async def test_bodies_above_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     async with Served() as served:
         status, answer = await served.post("/v1/completions", b"x" * 2000)
         assert (status, answer["error"]["code"]) == (413, "body_too_large")
+
+
+async def test_compressed_bodies_are_inflated_after_the_key_and_within_the_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tidegate.engines.serving.server.MOST_BODY_BYTES", 2**20)
+    monkeypatch.setattr(zlib, "decompressobj", None)
+    packed = {"Content-Encoding": "gzip"}
+    async with Served(api_key="k") as served:
+        assert (await served.post("/v1/completions", gzip.compress(b"{}"), packed))[0] == 401
+        monkeypatch.undo()
+        keyed = packed | {"Authorization": "Bearer k"}
+        status, answer = await served.post("/v1/completions", gzip.compress(bytes(2**26)), keyed)
+        assert (status, answer["error"]["code"]) == (413, "body_too_large")
+        good = orjson.dumps({"prompt": "a", "max_tokens": 1})
+        assert (await served.post("/v1/completions", gzip.compress(good), keyed))[0] == 200
 
 
 async def test_a_million_wrong_items_are_one_short_error() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -357,3 +359,52 @@ async def test_servers_show_whether_kv_moves_between_them(
     assert not await StaticFleet(urls, pace=QUICK).hands_on_kv()
     await server.down()
     assert await StaticFleet(urls, pace=QUICK).hands_on_kv(), "nobody answers: the start says so"
+
+
+async def test_time_in_which_the_gateway_did_not_run_counts_against_no_server(server: Server) -> None:
+    """The loop is blocked through every check while the server is well; then the server hangs."""
+    pace = HealthPace(every_s=0.01, deadline_s=0.35, misses=1)
+    suspicion, checks = asyncio.Event(), 0
+
+    class Blocking(VllmClient):
+        async def healthy(self) -> bool:
+            nonlocal checks
+            checks += 1
+            if server.hanging:
+                return await super().healthy()
+            asyncio.get_running_loop().call_later(0.0, time.sleep, 0.8)
+            return await super().healthy()
+
+    async with aiohttp.ClientSession() as session:
+        client = Blocking(session, server.url, deadline_s=pace.deadline_s)
+        watch = asyncio.create_task(until_unhealthy(client, suspicion, pace, refused_is_gone=True))
+        await until(lambda: checks > 2)
+        assert not watch.done()
+        server.hanging = True
+        assert await watch == "does not answer health checks"
+
+
+async def test_a_lack_of_descriptors_here_takes_no_server_down(server: Server) -> None:
+    pace = HealthPace(every_s=0.01, deadline_s=1.0, misses=1)
+    asked = 0
+
+    class Counted(VllmClient):
+        async def healthy(self) -> bool:
+            nonlocal asked
+            asked += 1
+            return await super().healthy()
+
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
+        watch = until_unhealthy(Counted(session, server.url), asyncio.Event(), pace, refused_is_gone=True)
+        task = asyncio.create_task(watch)
+        await until(lambda: asked > 1)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            before = asked
+            await until(lambda: asked > before + 5)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert not task.done()
+        await server.down()
+        assert await task == "refuses connections"

@@ -98,7 +98,7 @@ async def test_a_truncated_upload_leaves_nothing_behind(start: Start) -> None:
     cluster = await start("static")
     reader, writer = await asyncio.open_connection(*cluster.url.removeprefix("http://").split(":"))
     writer.write(
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n" + b'{"prompt": [1'
+        b"POST /v1/completions HTTP/1.1\r\nHost: [::1]\r\nContent-Length: 500\r\n\r\n" + b'{"prompt": [1'
     )
     writer.write_eof()
     answer = await reader.read()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import gzip
 import logging
+import os
+import resource
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,12 @@ async def raw(cluster: Cluster, *pieces: bytes) -> tuple[int, dict[str, Any]]:
 
 
 def post(body: bytes, *headers: bytes) -> bytes:
-    lines = (b"POST /v1/completions HTTP/1.1", b"Host: x", *headers, b"Content-Length: %d" % len(body))
+    lines = (
+        b"POST /v1/completions HTTP/1.1",
+        b"Host: [::1]",
+        *headers,
+        b"Content-Length: %d" % len(body),
+    )
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 
@@ -110,13 +118,14 @@ async def test_with_nothing_up_a_request_is_refused_and_recorded(start: Start, t
     "pieces",
     [
         (b"NONSENSE\r\n\r\n",),
-        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: many\r\n\r\n",),
-        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nabc\r\n",),
-        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nx-long: " + b"a" * 20_000 + b"\r\n\r\n",),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: [::1]\r\nContent-Length: many\r\n\r\n",),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: [::1]\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nabc\r\n",),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: [::1]\r\nx-long: " + b"a" * 20_000 + b"\r\n\r\n",),
         (post(b"not gzip", b"Content-Encoding: gzip"),),
-        (post(b"x", b"Content-Encoding: br"),),
+        (post(gzip.compress(orjson.dumps(GOOD))[:-9], b"Content-Encoding: gzip"),),
+        (post(gzip.compress(orjson.dumps(GOOD)) + b"rest", b"Content-Encoding: gzip"),),
     ],
-    ids=["request-line", "length", "chunk-size", "header-size", "gzip", "encoding"],
+    ids=["request-line", "length", "chunk-size", "header-size", "gzip", "truncated", "trailing"],
 )
 async def test_malformed_http_is_a_bad_request(start: Start, quiet: None, pieces: tuple[bytes, ...]) -> None:
     cluster = await start("static")
@@ -132,10 +141,100 @@ async def test_a_compressed_body_is_read_and_its_true_size_limited(start: Start)
     assert (await raw(cluster, post(large, b"Content-Encoding: gzip")))[0] == 413
 
 
+def bomb(size: int) -> bytes:
+    """Return ``size`` zero bytes, compressed to about a thousandth."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    return b"".join([*(packer.compress(bytes(2**20)) for _ in range(size // 2**20)), packer.flush()])
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/health", "/nowhere", "/tidegate/state"])
+async def test_nothing_is_inflated_before_the_key(
+    start: Start, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inflated: list[int] = []
+    real = zlib.decompressobj
+
+    def watched(*args: Any, **more: Any) -> Any:
+        inflated.append(1)
+        return real(*args, **more)
+
+    monkeypatch.setattr(zlib, "decompressobj", watched)
+    cluster = await start("static", settings=GatewaySettings(api_key="right"))
+    request = post(bomb(256 * 2**20), b"Content-Encoding: gzip").replace(b"/v1/completions", path.encode())
+    status, _ = await raw(cluster, request)
+    assert status in (401, 404, 405)
+    assert not inflated
+
+
+async def test_a_bomb_is_inflated_no_further_than_the_limit(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    real = asyncio.to_thread
+
+    async def counted_step(*args: Any) -> Any:
+        steps.append(1)
+        return await real(*args)
+
+    monkeypatch.setattr(asyncio, "to_thread", counted_step)
+    cluster = await start("static", settings=GatewaySettings(max_body_bytes=8 * 2**20))
+    for encoding in (b"gzip", b"x-gzip"):
+        status, answer = await raw(cluster, post(bomb(256 * 2**20), b"Content-Encoding: " + encoding))
+        assert (status, answer["error"]["code"]) == (413, "body_too_large")
+    assert len(steps) == 16, "the first step of nine is taken at once, each other off the loop"
+
+
+@pytest.mark.parametrize("window", [15, -15], ids=["zlib", "bare"])
+async def test_both_kinds_of_deflate_are_read(start: Start, window: int) -> None:
+    cluster = await start("static")
+    packer = zlib.compressobj(wbits=window)
+    body = packer.compress(orjson.dumps(GOOD)) + packer.flush()
+    assert (await raw(cluster, post(body, b"Content-Encoding: deflate")))[0] == 200
+
+
+async def test_an_encoding_that_is_not_taken_is_named(start: Start) -> None:
+    cluster = await start("static")
+    for encoding in (b"br", b"zstd", b"gzip, gzip"):
+        status, answer = await raw(cluster, post(b"x", b"Content-Encoding: " + encoding))
+        assert (status, answer["error"]["code"]) == (415, "unsupported_encoding")
+    assert counted(cluster) == {"unsupported_encoding": 3.0}
+
+
+async def test_a_length_that_is_too_large_is_refused_at_once(start: Start) -> None:
+    cluster = await start("static")
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: [::1]\r\nContent-Length: 1000000000000\r\n\r\n"
+    status, answer = await raw(cluster, head)
+    assert (status, answer["error"]["code"]) == (413, "body_too_large")
+
+
+async def test_large_bodies_are_bounded_in_total(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_front, "MOST_HELD_BYTES", 3 * 2**19)
+    cluster = await start("static", step_s=0.001)
+    pad = {"user": "x" * 2**19}
+    held = [asyncio.create_task(cluster.stream(LONG | pad)) for _ in range(2)]
+    await cluster.until(lambda: cluster.streams() == 2)
+    status, answer, headers = await cluster.post("/v1/completions", GOOD | pad)
+    assert (status, answer["error"]["code"], headers["Retry-After"]) == (429, "overloaded", "1")
+    assert (await cluster.post("/v1/completions", GOOD))[0] == 200, "small ones pass"
+    for task in held:
+        task.cancel()
+    await asyncio.gather(*held, return_exceptions=True)
+    await cluster.until(lambda: cluster.live() == 0)
+    assert (await cluster.post("/v1/completions", GOOD | pad))[0] == 200
+
+
+async def test_a_body_that_would_take_much_memory_is_refused_undecoded(start: Start) -> None:
+    cluster = await start("static")
+    many = b'{"prompt":[1],"x":[' + b"{}," * 2_500_000 + b"1]}"
+    status, answer = await raw(cluster, post(many))
+    assert (status, answer["error"]["code"]) == (413, "body_too_large")
+    assert "too many values" in answer["error"]["message"]
+
+
 async def test_an_upload_that_stalls_has_a_deadline(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_front, "UPLOAD_S", 0.05)
     cluster = await start("static")
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: [::1]\r\nContent-Length: 500\r\n\r\n"
     status, answer = await raw(cluster, head, b'{"prompt"')
     assert status == 400
     assert "did not arrive" in answer["error"]["message"]
@@ -201,3 +300,47 @@ async def test_a_draining_gateway_takes_nothing_new(start: Start) -> None:
     assert (status, answer["error"]["code"]) == (503, "shutting_down")
     assert int(headers["Retry-After"]) >= 1
     assert counted(cluster) == {"ok": 1.0, "shutting_down": 1.0}
+
+
+async def test_idle_connections_shut_nobody_out(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_front, "most_connections", lambda: 8)
+    cluster = await start("static", step_s=0.001)
+    stream = asyncio.create_task(cluster.stream(LONG | {"max_tokens": 200}))
+    await cluster.until(lambda: cluster.streams() == 1)
+    host, port = cluster.url.removeprefix("http://").split(":")
+    idle = [await asyncio.open_connection(host, port) for _ in range(80)]
+    for _ in range(20):
+        status, _ = await raw(cluster, post(orjson.dumps(GOOD)))
+        assert status == 200
+    events = await stream
+    assert events[-1]["choices"][0]["finish_reason"] == "length", "the open stream goes on"
+    for _, writer in idle:
+        writer.close()
+
+
+async def test_a_head_that_does_not_come_has_a_deadline(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_front, "HEAD_S", 0.05)
+    cluster = await start("static")
+    reader, writer = await asyncio.open_connection(*cluster.url.removeprefix("http://").split(":"))
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: ")
+    async with asyncio.timeout(10):
+        assert await reader.read() == b""
+    writer.close()
+
+
+async def test_a_lack_of_descriptors_is_no_fault_of_an_engine(start: Start) -> None:
+    cluster = await start("static")
+    assert (await cluster.post("/health", b""))[0] == 405  # the client's connection is open from here on
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(2)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    try:
+        status, answer, _ = await cluster.post("/v1/completions", GOOD)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (status, answer["error"]["code"]) == (503, "no_descriptors")
+    assert cluster.fleet.suspected == []
+    assert (await cluster.post("/v1/completions", GOOD))[0] == 200

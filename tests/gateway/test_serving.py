@@ -12,6 +12,7 @@ import pytest
 from tests.gateway.gateway_cluster import Start
 from tidegate.gateway.legs import Legs
 from tidegate.gateway.served_request import ServedRequest
+from tidegate.gateway.settings import GatewaySettings
 from tidegate_testing.chaos import Forced
 from tidegate_testing.fake_engine import text_of, token_at
 
@@ -108,7 +109,7 @@ async def test_a_one_token_request_has_one_leg_and_pins_nothing(start: Start) ->
 
 
 async def test_tenants_get_their_own_salt(start: Start) -> None:
-    cluster = await start("static")
+    cluster = await start("static", settings=GatewaySettings(trusted_proxies=("127.0.0.0/8",)))
     for tenant in ("red", "blue"):
         await cluster.post("/v1/completions", {"prompt": PROMPT, "max_tokens": 2}, **{"x-tenant-id": tenant})
     salts = [b["cache_salt"] for b in cluster.engines["i0"].bodies]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.reports.comparison_cases import made_comparison, made_entry
+from tidegate.cli import simulating
 from tidegate.reports.charts import Bars, Panel, coinciding
 from tidegate.reports.comparison import RunAt, write_tables
 from tidegate.reports.comparison_charts import comparison_charts
@@ -93,6 +94,24 @@ def test_a_point_has_every_seed_in_it_and_one_seed_has_no_interval() -> None:
         assert bool(curve.low) is spread and (bars.bars[0].interval is not None) is spread
         at_lone = dict(zip(curve.xs, curve.ys, strict=True)).get(9.0)
         assert at_lone is None or at_lone > 20.0, "the mean of both seeds' curves, not the point of one"
+
+
+@pytest.mark.parametrize("name", [r"$\frac{x$", "a_$b$^c", "100 % <b>&", "$", "\\u{"])
+def test_names_in_charts_are_what_they_are(name: str) -> None:
+    comparison = made_comparison(made_entry(name, 8.0), made_entry("static:best", 6.0, chosen=name))
+    renamed = replace(comparison, traces=(replace(comparison.traces[0], title=name),))
+    for chart in comparison_charts(renamed):
+        assert draw_png(chart).startswith(b"\x89PNG")
+
+
+def test_a_chart_that_fails_loses_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> None:
+        raise ValueError("a chart that cannot be drawn")
+
+    monkeypatch.setattr(simulating, "draw_png", failing)
+    simulating.write_folder(tmp_path, COMPARISON, ["arrow leads"])
+    assert "arrow leads" in (tmp_path / "report.html").read_text()
+    assert list(tmp_path.glob("*.csv"))
 
 
 def test_without_matplotlib_tables_still_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

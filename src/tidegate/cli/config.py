@@ -35,6 +35,7 @@ from tidegate.cli.setting_types import (
     Tokens,
     Urls,
     Whole,
+    Words,
     with_value_errors,
 )
 from tidegate.core.slo import Slo
@@ -101,7 +102,27 @@ class GatewaySection(Section):
         "KEY",
         repr=False,
     )
-    api_key_file: Path | None = setting(None, "File that holds the key.", "FILE")
+    api_key_file: Path | None = setting(
+        None,
+        "File that holds the key, or lines NAME KEY: the keys of tenants, beside a line with the "
+        "operator's KEY alone.",
+        "FILE",
+    )
+    tenants: dict[str, str] | None = Field(
+        None, repr=False, description="Tenants by their keys: no flag, they come from api_key_file."
+    )
+    trusted_proxies: Words | None = setting(
+        None, "Addresses or networks whose x-tenant-id header is believed.", "ADDRESS"
+    )
+    allowed_hosts: Words | None = setting(
+        None, "Host names that a gateway without a key answers to, beside localhost.", "NAME"
+    )
+    allow_fields: Words | None = setting(
+        None,
+        "Body fields to let through to vLLM that are refused because they run or configure code: "
+        "chat_template, logits_processors, mm_processor_kwargs, media_io_kwargs.",
+        "FIELD",
+    )
     journal: FilePath | None = setting(
         None, "Write every decision and outcome there, as JSON lines; one that is there goes on.", "FILE"
     )
@@ -355,7 +376,7 @@ FLAGS: dict[str, Flag] = {
 """The settings that have an option on the command line."""
 SYSTEM_WITH_VLLM = "static"
 """The default system in front of vLLM servers while no profile of theirs is given."""
-SECRETS = frozenset({"api_key", "vllm_api_key"})
+SECRETS = frozenset({"api_key", "tenants", "vllm_api_key"})
 
 
 class GivenSettings(OptionGroup):

@@ -53,7 +53,8 @@ def launch(config: Config) -> bool:
         f"tidegate {__version__}: system {system.name} ({system.summary}), SLO {settings.slo}, "
         f"instances {config.fleet.size}"
     )
-    if not settings.api_key and not _is_loopback(settings.host):
+    keyed = bool(settings.api_key or settings.tenants)
+    if not keyed and not _is_loopback(settings.host):
         warn(f"{settings.host} is open to the network and no API key is set")
     fleet = make_fleet(config)
     if system.name != COLOCATED and config.fleet.size > 1 and not _hands_on_kv(fleet, config.fleet):
@@ -65,7 +66,7 @@ def launch(config: Config) -> bool:
         nonlocal served
         served = True
         _show_profiles(config.fleet.profile or (), announced.model)
-        typer.echo(how_to_call(base_url, announced.model, keyed=bool(settings.api_key)))
+        typer.echo(how_to_call(base_url, announced.model, keyed=keyed))
 
     serving: Coroutine[Any, Any, object] = run_gateway(settings, announced, system, on_ready=on_ready)
     try:

@@ -188,11 +188,21 @@ def _drop_ineffective(
 def _read_key_file(merged: dict[str, Given], problems: list[str]) -> None:
     given = merged["api_key_file"]
     try:
-        key = Path(str(given.value)).read_text(encoding="utf-8").strip()
+        lines = Path(str(given.value)).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         problems.append(f"{given.origin} {given.value}: cannot be read: {getattr(error, 'strerror', error)}")
         return
-    merged["api_key"] = Given(key, f"{given.origin} {given.value}")
+    origin = f"{given.origin} {given.value}"
+    entries = [words for line in lines if (words := line.split()) and not words[0].startswith("#")]
+    named = {words[1]: words[0] for words in entries if len(words) == 2}
+    alone = [words[0] for words in entries if len(words) == 1]
+    if len(named) + len(alone) < len(entries) or len(alone) > 1 or not entries:
+        problems.append(f"{origin}: expected one KEY alone, lines NAME KEY with different keys, or both")
+        return
+    if alone:
+        merged["api_key"] = Given(alone[0], origin)
+    if named:
+        merged["tenants"] = Given(named, origin)
 
 
 def _explain(fault: ErrorDetails, merged: Mapping[str, Given]) -> str:

@@ -69,6 +69,10 @@ class BodyTooLarge(ClientError):
     """The request body exceeds the upload limit."""
 
 
+class UnsupportedEncoding(ClientError):
+    """The body has a Content-Encoding that is not taken."""
+
+
 class ClientGone(ClientError):
     """The client closed the connection before the answer was complete; nobody sees the status."""
 
@@ -86,7 +90,11 @@ class ShuttingDown(CapacityError):
 
 
 class Overloaded(CapacityError):
-    """The scheduling policy rejected the request."""
+    """The scheduling policy rejected the request, or the server has no room for it now."""
+
+
+class NoDescriptors(CapacityError):
+    """This process can open no further connection or file; no engine is at fault."""
 
 
 class EngineError(TidegateError):
@@ -173,10 +181,14 @@ STATUS: dict[type[TidegateError], ErrorStatus] = {
     Unauthorized: ErrorStatus(401, "invalid_request_error", "invalid_api_key", "unauthorized"),
     Forbidden: ErrorStatus(403, "permission_error", "forbidden", "forbidden"),
     BodyTooLarge: ErrorStatus(413, "invalid_request_error", "body_too_large", "body_too_large"),
+    UnsupportedEncoding: ErrorStatus(
+        415, "invalid_request_error", "unsupported_encoding", "unsupported_encoding"
+    ),
     ClientGone: ErrorStatus(499, "client_closed_request", "client_closed_request", "client_gone"),
     NoInstance: ErrorStatus(503, "service_unavailable", "no_instance", "no_instance"),
     ShuttingDown: ErrorStatus(503, "service_unavailable", "shutting_down", "shutting_down"),
     Overloaded: ErrorStatus(429, "rate_limit_error", "overloaded", "overloaded"),
+    NoDescriptors: ErrorStatus(503, "service_unavailable", "no_descriptors", "no_descriptors"),
     EngineUnreachable: ErrorStatus(502, "engine_error", "engine_unreachable", "engine_unreachable"),
     EngineTimeout: ErrorStatus(504, "engine_error", "engine_timeout", "engine_timeout"),
     EngineFault: ErrorStatus(502, "engine_error", "engine_fault", "engine_fault"),

@@ -16,6 +16,7 @@ from tidegate.core.errors import (
     EngineError,
     EngineFault,
     EngineUnreachable,
+    NoDescriptors,
     PromptTooLong,
     UnknownModel,
 )
@@ -137,7 +138,7 @@ class DialectEngine:
             try:
                 await self._wire.exchange("POST", "/tidegate/release", body, deadline_s=left_s)
                 return
-            except EngineError:
+            except (EngineError, NoDescriptors):
                 await asyncio.sleep(RELEASE_RETRY_S)
 
     def close(self, reason: str) -> None:

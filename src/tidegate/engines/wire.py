@@ -15,7 +15,9 @@ from urllib.parse import urlsplit
 
 import httptools
 
-from tidegate.core.errors import ConfigError, EngineTimeout, EngineUnreachable
+from tidegate.core.errors import ConfigError, EngineTimeout, EngineUnreachable, NoDescriptors
+from tidegate.engines.loop_time import LoopTime
+from tidegate.protocol.descriptors import is_our_lack
 
 BodySink = Callable[[bytes], bool | None]
 """Called on the event loop with the body bytes of one socket read (of a 200 answer). Returns True to end the
@@ -40,7 +42,8 @@ class _RelayConnection(asyncio.Protocol):
         self._loop = loop
         self.transport: asyncio.Transport | None = None
         self.closed = False
-        self.last_data_s = loop.time()
+        self.running = LoopTime.here()
+        self.heard_s = self.running.ran_s
         self.answered = False
         self._parts: list[bytes] = []
         self.on_body = self._parts.append
@@ -58,7 +61,7 @@ class _RelayConnection(asyncio.Protocol):
         self._parts.clear()
         self._status = 0
         self.answered = self._complete = False
-        self.last_data_s = self._loop.time()
+        self.heard_s = self.running.ran_s
         self.transport.write(head_and_body)
         return self._done
 
@@ -93,7 +96,7 @@ class _RelayConnection(asyncio.Protocol):
         del self._parser
 
     def data_received(self, data: bytes) -> None:
-        self.last_data_s = self._loop.time()
+        self.heard_s = self.running.ran_s
         self.answered = True
         try:
             self._parser.feed_data(data)
@@ -136,8 +139,8 @@ class _RelayConnection(asyncio.Protocol):
 class Wire:
     """The connections to one engine: one per exchange in progress, without a ceiling.
 
-    A silence of ``stall_s`` fails an exchange once its answer has begun. Before that an engine may be
-    queueing it: only the exchange's deadline counts.
+    A silence of ``stall_s``, in which this process ran, fails an exchange once its answer has begun. Before
+    that an engine may be queueing it: only the exchange's deadline counts.
     """
 
     def __init__(self, url: str, *, connect_s: float, stall_s: float, headers: dict[str, str]) -> None:
@@ -228,17 +231,24 @@ class Wire:
     async def _connect(self) -> _RelayConnection:
         if self._dropped is not None:
             raise EngineUnreachable(self._dropped, refused=True)
-        loop = asyncio.get_running_loop()
+        loop, running = asyncio.get_running_loop(), LoopTime.here()
+        began = running.mark()
         try:
             async with asyncio.timeout(self._connect_s):
                 _, connection = await loop.create_connection(
                     lambda: _RelayConnection(loop), self._host, self._port
                 )
         except TimeoutError:
+            if running.lost_s(began):
+                return await self._connect()
             raise EngineUnreachable(
                 f"no connection to {self._host}:{self._port} in {self._connect_s:g} s"
             ) from None
         except OSError as error:
+            if is_our_lack(error):
+                raise NoDescriptors(
+                    f"no connection can be opened: {error.strerror}", retry_after_s=1.0
+                ) from None
             raise EngineUnreachable(
                 f"no connection to {self._host}:{self._port}: {error}", refused=True
             ) from None
@@ -246,10 +256,10 @@ class Wire:
 
     def _fail_silent(self) -> None:
         """Fail exchanges that have been silent for too long, and look again while any is open."""
-        loop = asyncio.get_running_loop()
-        oldest = loop.time() - self._stall_s
+        oldest = LoopTime.here().ran_s - self._stall_s
         for connection in list(self._busy):
-            if connection.answered and connection.last_data_s < oldest:
+            if connection.answered and connection.heard_s < oldest:
                 with contextlib.suppress(asyncio.InvalidStateError):
                     connection.fail(EngineTimeout(f"the engine was silent for {self._stall_s:g} s"))
+        loop = asyncio.get_running_loop()
         self._watch = loop.call_later(WATCH_S, self._fail_silent) if self._busy else None

@@ -7,18 +7,21 @@ from dataclasses import dataclass
 
 import aiohttp
 
-from tidegate.core.errors import EngineError, EngineUnreachable
+from tidegate.core.errors import EngineError, EngineUnreachable, NoDescriptors
+from tidegate.engines.loop_time import LoopTime
 from tidegate.engines.vllm.client import VllmClient
 
 SHORTEST_PAUSE_S = 0.1
 """Pause between checks while an instance is under suspicion, and after one that used up its period."""
 REFUSED = "refuses connections"
+UNASKED = "could not be asked"
 MISSED = "does not answer health checks"
 
 
 @dataclass(frozen=True, slots=True)
 class HealthPace:
-    """A check begins every ``every_s``, each bounded by ``deadline_s``; ``misses`` in a row mean gone."""
+    """A check begins every ``every_s``, each bounded by ``deadline_s``; ``misses`` in a row mean gone. Time
+    of a check in which this process did not run makes it that much less of a miss."""
 
     every_s: float = 2.0
     deadline_s: float = 2.0
@@ -26,9 +29,12 @@ class HealthPace:
 
 
 async def health_trouble(client: VllmClient) -> str:
-    """Check the server's health once; return REFUSED, MISSED, or nothing for a healthy one."""
+    """Check the server's health once; return REFUSED, MISSED, UNASKED when no connection could be opened from
+    here, or nothing for a healthy one."""
     try:
         return "" if await client.healthy() else MISSED
+    except NoDescriptors:
+        return UNASKED
     except EngineError as error:
         return REFUSED if isinstance(error, EngineUnreachable) and error.refused else MISSED
 
@@ -42,7 +48,8 @@ async def until_unhealthy(
     refused connection is enough when ``refused_is_gone``, else it counts as a miss.
     """
     clock = asyncio.get_running_loop().time
-    missed = 0
+    running = LoopTime.here()
+    missed = 0.0
     hurried = False
     began_s = clock()
     while True:
@@ -54,12 +61,14 @@ async def until_unhealthy(
             hurried = True
         except TimeoutError:
             pass
-        began_s = clock()
+        began_s, began = clock(), running.mark()
         trouble = await health_trouble(client)
         if not trouble:
-            missed, hurried = 0, False
+            missed, hurried = 0.0, False
             continue
-        missed += 1
+        if trouble == UNASKED:
+            continue
+        missed += max(0.0, 1.0 - running.lost_s(began) / pace.deadline_s)
         if missed >= pace.misses or (refused_is_gone and trouble == REFUSED):
             return trouble
 

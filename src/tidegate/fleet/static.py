@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from tidegate.core.errors import ConfigError, EngineError, SetupError
+from tidegate.core.errors import ConfigError, EngineError, NoDescriptors, SetupError
 from tidegate.core.instance import Role
 from tidegate.costs.profile import Profile
 from tidegate.engines.vllm.client import VllmClient
@@ -229,7 +229,7 @@ class StaticFleet:
                 profile=self._profiles.get(server.id),
                 fixed_role=server.role,
             )
-        except EngineError as error:
+        except (EngineError, NoDescriptors) as error:
             server.trouble = error.message
             return None
         self._model = self._model or member.model

@@ -21,6 +21,7 @@ from tidegate.core.errors import (
     status_of,
 )
 from tidegate.core.instance import Role
+from tidegate.gateway.access import Access
 from tidegate.gateway.call import Call, TokenEstimate, read_call
 from tidegate.gateway.dispatcher import RETRY_AFTER_S, Dispatcher
 from tidegate.gateway.page import page
@@ -32,15 +33,12 @@ from tidegate.protocol.chunks import AnswerHead, ChunkWriter, Tokens, WholeAnswe
 from tidegate.protocol.client_stream import ClientStream
 from tidegate.protocol.http_front import (
     JSON,
-    Handler,
     answering_errors,
-    check_bearer,
     header_texts,
     json_answer,
     read_object,
 )
 
-GUARDED = ("/v1/", "/tidegate/")
 CALL_HEADERS = ("x-tenant-id", "x-session-id", "x-slo-ttft-ms", "x-slo-tpot-ms")
 OPERATOR = "operator"
 """The reason that the journal gives for what an operator asks."""
@@ -89,6 +87,7 @@ class Front:
         self._settings = settings
         self._dispatcher = dispatcher
         self._started_s = dispatcher.clock.now()
+        self._access = Access(settings)
         self._estimate = TokenEstimate()
         self._running: set[asyncio.Task[Any]] = set()
         self._served: WeakSet[asyncio.Task[Any]] = WeakSet()
@@ -97,9 +96,7 @@ class Front:
     def application(self) -> web.Application:
         """Return the aiohttp application."""
         limit = self._settings.max_body_bytes
-        middlewares = [answering_errors(limit, self._count)]
-        if self._settings.api_key:
-            middlewares.append(self._check_key)
+        middlewares = [answering_errors(self._count), self._access.check]
         app = web.Application(client_max_size=limit, middlewares=middlewares)
         app.router.add_post("/v1/completions", partial(self.completions, chat=False))
         app.router.add_post("/v1/chat/completions", partial(self.completions, chat=True))
@@ -123,12 +120,6 @@ class Front:
         if running:
             await asyncio.wait(running, timeout=CUT_OFF_S)
 
-    @web.middleware
-    async def _check_key(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path.startswith(GUARDED):
-            check_bearer(request, self._settings.api_key)
-        return await handler(request)
-
     def _count(self, request: web.Request, error: TidegateError) -> None:
         """Count a request that was refused before it was served, which counts its own outcome."""
         # aiohttp handles each request in a task of its own, so the task stands for the request.
@@ -140,7 +131,10 @@ class Front:
         """POST /v1/completions and, with ``chat``, /v1/chat/completions."""
         arrival_s = self._dispatcher.clock.now()
         headers = header_texts(request, *CALL_HEADERS)
-        call = read_call(await read_object(request), headers, chat=chat, slo=self._settings.slo)
+        headers["x-tenant-id"] = self._access.tenant(request, headers.get("x-tenant-id", ""))
+        body = await read_object(request)
+        self._access.check_fields(body)
+        call = read_call(body, headers, chat=chat, slo=self._settings.slo)
         model = self._model(call)
         if self.draining:
             raise ShuttingDown("the gateway is shutting down", retry_after_s=RETRY_AFTER_S)
@@ -158,8 +152,8 @@ class Front:
         whole = WholeAnswer(head)
         served = ServedRequest(call, self._dispatcher, self._estimate, whole, arrival_s)
         await self._run(served)
-        body = whole.body(_usage(served), served.legs.prompt_ids)
-        return web.Response(body=body, content_type=JSON, headers={"x-request-id": call.id})
+        answer_body = whole.body(_usage(served), served.legs.prompt_ids)
+        return web.Response(body=answer_body, content_type=JSON, headers={"x-request-id": call.id})
 
     async def _run(self, served: ServedRequest) -> None:
         """Serve a request, which tells journal and metrics how it ended. Raises what it raises.

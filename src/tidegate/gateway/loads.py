@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 
 from tidegate.control.plane import ControlPlane
 from tidegate.core.clock import Clock
-from tidegate.core.errors import EngineError
+from tidegate.core.errors import EngineError, NoDescriptors
 from tidegate.engines.vllm.client import VllmClient
 from tidegate.engines.vllm.metrics import CACHED, COMPUTED, PULLED, VllmMetrics
 from tidegate.fleet.member import Member
@@ -226,7 +226,7 @@ class LoadWatch(Collector):
             try:
                 await self._read(watched)
                 failures = 0
-            except EngineError as error:
+            except (EngineError, NoDescriptors) as error:
                 failures += 1
                 if failures == 1:
                     log.warning("the load of %s is unknown: %s", watched.id, error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,9 @@ class GatewaySettings:
 
     ``request_deadline_s`` bounds a whole request, ``stall_s`` the silence of an engine inside one
     (2.5 times the longest step that a large prefill makes is a good value).
+    ``api_key`` is the operator's, ``tenants`` are names by their keys, ``trusted_proxies`` are networks from
+    which ``x-tenant-id`` is taken. ``allowed_hosts`` are names beside loopback that a gateway without a key
+    serves, ``allow_fields`` body fields that would be refused (see ``Access``).
     ``load_every_s`` is the pause between readings of an engine's load. With ``journal_inputs`` the journal
     also has every input of the control plane, from which ``decide_again`` takes its decisions again.
     """
@@ -32,3 +36,7 @@ class GatewaySettings:
     admission: float = 3.0
     load_every_s: float = 1.0
     journal_inputs: bool = False
+    tenants: Mapping[str, str] = field(default_factory=dict, repr=False)
+    trusted_proxies: Sequence[str] = ()
+    allowed_hosts: Sequence[str] = ()
+    allow_fields: Sequence[str] = ()

@@ -10,6 +10,7 @@ import hmac
 import logging
 import math
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from typing import Any
 
 import orjson
@@ -30,6 +31,8 @@ from tidegate.core.errors import (
 )
 from tidegate.protocol.bodies import parse_object
 from tidegate.protocol.chunks import error_body
+from tidegate.protocol.descriptors import raise_descriptor_limit
+from tidegate.protocol.uploads import MOST_HELD_BYTES, BodyMemory, HeldBody, inflated, weight_bytes
 
 log = logging.getLogger(__name__)
 
@@ -38,21 +41,50 @@ OnError = Callable[[web.Request, TidegateError], None]
 
 UPLOAD_S = 30.0
 """How long a body may take to arrive (ours)."""
+HEAD_S = 20.0
+"""How long the first head of a connection may take to arrive (ours)."""
+IDLE_S = 75.0
+"""How long a connection may be idle: above the 60 s of common proxies, which reuse theirs (ours)."""
+SPARE_DESCRIPTORS = 64
+"""Kept for files and engines, whatever clients do (ours)."""
 JSON = "application/json"
+_held_body: ContextVar[HeldBody] = ContextVar("held body")
+"""What the body of the request takes; aiohttp handles each request in a task of its own."""
 _SILENT = logging.Logger("access", level=logging.CRITICAL)
 _MALFORMED = (HttpProcessingError, web.RequestPayloadError)
 
 
 async def read_object(request: web.Request) -> dict[str, Any]:
-    """Return the JSON object in the body. Raises BadRequest for anything else or for a stalled upload."""
+    """Return the JSON object in the body, which counts as memory of this request until its end.
+
+    Raises BadRequest for anything else or for a stalled upload, BodyTooLarge, Overloaded when bodies take too
+    much memory together, and UnsupportedEncoding.
+    """
+    held, most_bytes = _held_body.get(), request.client_max_size
     try:
         async with asyncio.timeout(UPLOAD_S):
-            raw = await request.read()
+            raw = await _arrived(request, held, most_bytes)
     except TimeoutError:
         raise BadRequest(f"the body did not arrive within {UPLOAD_S:g} s") from None
     except _MALFORMED as error:
         raise BadRequest(f"the upload is broken: {_words(error)}") from None
+    raw = await inflated(raw, request.headers.get("Content-Encoding", ""), most_bytes, held)
+    held.grow_to(weight_bytes(raw))
     return parse_object(raw)
+
+
+async def _arrived(request: web.Request, held: HeldBody, most_bytes: int) -> bytes:
+    """Return the body as it comes over the connection, still compressed if it is."""
+    raw = bytearray()
+    if (request.content_length or 0) <= most_bytes:
+        while chunk := await request.content.readany():
+            raw += chunk
+            if len(raw) > most_bytes:
+                break
+            held.grow_to(len(raw))
+        else:
+            return bytes(raw)
+    raise BodyTooLarge(f"the body exceeds {most_bytes} bytes")
 
 
 def json_answer(value: Any) -> web.Response:
@@ -95,17 +127,23 @@ def check_bearer(request: web.Request, key: str) -> None:
         raise Unauthorized("a valid API key is needed: Authorization: Bearer KEY")
 
 
-def answering_errors(most_body_bytes: int, on_error: OnError | None = None) -> Middleware:
+def answering_errors(on_error: OnError | None = None) -> Middleware:
     """Return the middleware that turns whatever a handler raises into an error answer. ``on_error`` hears of
     every error before it is answered. An error the tree does not know is logged and shows nothing. Once an
-    answer's head is out, an error can only cut the connection."""
+    answer's head is out, an error can only cut the connection. It also counts the memory of bodies, which
+    ``read_object`` reads."""
+    memory = BodyMemory(MOST_HELD_BYTES)
 
     @web.middleware
     async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+        held = HeldBody(memory)
+        _held_body.set(held)
         try:
             return await handler(request)
         except Exception as failure:
-            error = _in_tree(failure, request, most_body_bytes)
+            error = _in_tree(failure, request)
+        finally:
+            held.release()
         if on_error is not None:
             on_error(request, error)
         if request.writer.output_size > 0 and request.transport is not None:
@@ -118,7 +156,7 @@ def answering_errors(most_body_bytes: int, on_error: OnError | None = None) -> M
     return answer_errors
 
 
-def _in_tree(failure: Exception, request: web.Request, most_body_bytes: int) -> TidegateError:
+def _in_tree(failure: Exception, request: web.Request) -> TidegateError:
     """Return the member of the error tree for what a handler raised."""
     match failure:
         case TidegateError():
@@ -128,14 +166,18 @@ def _in_tree(failure: Exception, request: web.Request, most_body_bytes: int) -> 
         case web.HTTPMethodNotAllowed(allowed_methods=allowed):
             right = ", ".join(sorted(allowed))
             return WrongMethod(f"{request.path} takes {right}, not {request.method}", allowed=allowed)
-        case web.HTTPRequestEntityTooLarge():
-            return BodyTooLarge(f"the body exceeds {most_body_bytes} bytes")
         case web.HTTPClientError():
             return BadRequest(failure.text or failure.reason)
         case ConnectionError():
             return ClientGone("the client closed the connection")
     log.error("answering %s %s failed", request.method, request.path, exc_info=failure)
     return InternalError("internal error")
+
+
+def most_connections() -> int:
+    """Return how many connections clients may have; raises the limit of open files first. Each may need one
+    to an engine."""
+    return max(8, (raise_descriptor_limit() - SPARE_DESCRIPTORS) // 2)
 
 
 class FrontRunner(web.AppRunner):
@@ -151,14 +193,53 @@ class FrontRunner(web.AppRunner):
 
 
 class _Server(web.Server):
+    """Keeps descriptors for what its answers need: of those that are left at its start, clients get half. A
+    client beyond takes the place of the connection that has been idle for longest, or is cut off."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.most = most_connections()
+        self._told = False
+
+    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        super().connection_made(handler, transport)
+        if len(self._connections) <= self.most:
+            return
+        if not self._told:
+            self._told = True
+            log.warning(
+                "clients have %d connections open: idle ones are closed for new ones (ulimit -n raises this)",
+                self.most,
+            )
+        idle = next((h for h in self._connections if isinstance(h, _Connection) and h.idle), handler)
+        idle.force_close()
+
     def __call__(self) -> web.RequestHandler:
-        return _Connection(self, loop=asyncio.get_running_loop(), access_log=_SILENT)
+        # Bodies are inflated by read_object, after the key was checked: aiohttp would do it for everybody.
+        loop = asyncio.get_running_loop()
+        return _Connection(
+            self, loop=loop, access_log=_SILENT, auto_decompress=False, keepalive_timeout=IDLE_S
+        )
 
 
 class _Connection(web.RequestHandler):
     """Answers malformed HTTP in OpenAI's schema; it is the client's fault, so the log stays quiet."""
 
     __slots__ = ()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is being answered here."""
+        return not self._request_in_progress and self.transport is not None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Give the first head less time than an idle connection has later."""
+        super().connection_made(transport)
+        loop = asyncio.get_running_loop()
+        if self._keepalive_handle is not None:
+            self._keepalive_handle.cancel()
+            self._next_keepalive_close_time = loop.time() + HEAD_S
+            self._keepalive_handle = loop.call_later(HEAD_S, self._process_keepalive)
 
     def handle_error(
         self,

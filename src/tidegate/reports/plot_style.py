@@ -14,6 +14,7 @@ SETTINGS: Any = {
     "figure.dpi": 100,
     "savefig.dpi": 160,
     "font.size": 10,
+    "text.parse_math": False,
     "font.family": ["DejaVu Sans", "sans-serif"],
     "axes.titlesize": 11,
     "axes.titleweight": "bold",

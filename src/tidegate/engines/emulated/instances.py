@@ -128,7 +128,7 @@ class FleetServer:
         self._one_more = one_more
         self._bind = bind
         app = web.Application(
-            middlewares=[answering_errors(MOST_BODY_BYTES), self._check_secret],
+            middlewares=[answering_errors(), self._check_secret],
             client_max_size=MOST_BODY_BYTES,
         )
         app.router.add_get("/health", self.health)

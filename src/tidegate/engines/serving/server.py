@@ -237,7 +237,7 @@ class EngineServer:
         self._generation = Generation(parts)
         self._created = int(time.time())
         app = web.Application(
-            middlewares=[answering_errors(MOST_BODY_BYTES), self._check_access],
+            middlewares=[answering_errors(), self._check_access],
             client_max_size=MOST_BODY_BYTES,
         )
         app.add_routes(

@@ -14,11 +14,12 @@ from typing import Any
 import aiohttp
 import orjson
 
-from tidegate.core.errors import EngineFault, EngineTimeout, EngineUnreachable, SetupError
+from tidegate.core.errors import EngineFault, EngineTimeout, EngineUnreachable, NoDescriptors, SetupError
 from tidegate.engines.seam import Json
 from tidegate.engines.vllm.connector import refused_request
 from tidegate.engines.vllm.metrics import VllmMetrics, read_metrics
 from tidegate.protocol.chunks import SseParser, error_text
+from tidegate.protocol.descriptors import is_our_lack
 
 ASK_S = 5.0
 """How long a plain question may take unless the caller says otherwise (ours)."""
@@ -295,6 +296,8 @@ class VllmClient:
             raise EngineUnreachable(f"no TLS: {error}", instance=self.instance) from None
         except aiohttp.ClientConnectorError as error:
             reason = error.os_error.strerror or str(error)
+            if is_our_lack(error.os_error):
+                raise NoDescriptors(f"no connection can be opened: {reason}") from None
             raise EngineUnreachable(
                 f"no connection: {reason}", instance=self.instance, refused=True
             ) from None

@@ -1,0 +1,117 @@
+"""Who may ask the gateway for what: keys and their tenants, proxies, browsers, and fields that run code."""
+
+from __future__ import annotations
+
+import hmac
+from ipaddress import ip_address, ip_network
+from typing import Any
+from urllib.parse import urlsplit
+
+from aiohttp import web
+
+from tidegate.core.errors import BadRequest, Forbidden, Unauthorized
+from tidegate.gateway.settings import GatewaySettings
+from tidegate.protocol.http_front import Handler, header_bytes
+
+OPEN = frozenset({"/health", "/ready"})
+"""Paths that anybody may ask, whatever Host they name: probes do."""
+KEYED = ("/v1/", "/tidegate/", "/metrics", "/tokenize", "/detokenize")
+OPERATORS = ("/tidegate/", "/metrics")
+"""Paths that a tenant's key does not open."""
+GUARDED_FIELDS = frozenset({"logits_processors", "chat_template", "mm_processor_kwargs", "media_io_kwargs"})
+"""Body fields that run or configure code in a vLLM server: refused unless a setting allows them."""
+GUARDED_TEMPLATE_ARGUMENTS = frozenset({"chat_template", "tokenize"})
+"""Keys of ``chat_template_kwargs`` that replace what vLLM passes to the template's renderer itself."""
+LOOPBACK_NAMES = frozenset({"localhost"})
+
+
+class Access:
+    """The rules of one gateway."""
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        self._operator = settings.api_key.encode()
+        self._tenants = {key.encode(): name for key, name in settings.tenants.items()}
+        self._proxies = [ip_network(each, strict=False) for each in settings.trusted_proxies]
+        self._hosts = frozenset(name.lower() for name in settings.allowed_hosts)
+        self._fields = GUARDED_FIELDS - frozenset(settings.allow_fields)
+        keyless = not self._operator and not self._tenants
+        self._browsers = keyless and _is_loopback(settings.host)
+        """Whether only the address protects the gateway: any page that a browser shows could use it."""
+
+    @web.middleware
+    async def check(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Pass the request on, or raise Unauthorized or Forbidden."""
+        if self._browsers and request.path not in OPEN:
+            self._check_browser(request)
+        if (self._operator or self._tenants) and request.path.startswith(KEYED):
+            tenant = self._key_of(request)
+            if tenant and request.path.startswith(OPERATORS):
+                raise Forbidden(f"{request.path}: the key of a tenant does not open it")
+        return await handler(request)
+
+    def tenant(self, request: web.Request, header: str) -> str:
+        """Return whose request it is: the name of its key, or what a trusted proxy says in ``x-tenant-id``.
+        Raises Forbidden for a tenant that the client may not name."""
+        named = self._key_of(request) if self._tenants else ""
+        if not header or header == named:
+            return named
+        if named or not self._is_proxy(request.remote):
+            raise Forbidden(
+                "header x-tenant-id: only taken from trusted proxies (--trusted-proxies)", param="x-tenant-id"
+            )
+        return header
+
+    def check_fields(self, body: dict[str, Any]) -> None:
+        """Raise BadRequest for a field that runs or configures code in an engine."""
+        found = [name for name in body if name in self._fields and body[name] is not None]
+        arguments = body.get("chat_template_kwargs")
+        if "chat_template" in self._fields and isinstance(arguments, dict):
+            found += [
+                f"chat_template_kwargs.{name}" for name in arguments if name in GUARDED_TEMPLATE_ARGUMENTS
+            ]
+        if found:
+            raise BadRequest(f"{found[0]}: not taken from clients (--allow-fields)", param=found[0])
+
+    def _key_of(self, request: web.Request) -> str:
+        """Return the tenant of the request's key, "" for the operator's. Takes the same time for every wrong
+        key. Raises Unauthorized."""
+        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+        key = header_bytes(given.strip()) if scheme.lower() == "bearer" else b""
+        found = [name for known, name in self._tenants.items() if hmac.compare_digest(key, known)]
+        if self._operator and hmac.compare_digest(key, self._operator):
+            found.append("")
+        if not found:
+            raise Unauthorized("a valid API key is needed: Authorization: Bearer KEY")
+        return found[-1]
+
+    def _is_proxy(self, remote: str | None) -> bool:
+        try:
+            address = ip_address((remote or "").partition("%")[0])
+        except ValueError:
+            return False
+        return any(address in network for network in self._proxies)
+
+    def _check_browser(self, request: web.Request) -> None:
+        """Raise Forbidden for what a page from elsewhere has a browser send, under its own name or ours."""
+        for header, url in (("Host", f"//{request.host}"), ("Origin", request.headers.get("Origin"))):
+            if url is not None and not self._is_near(url):
+                raise Forbidden(
+                    f"header {header}: a gateway without a key serves this machine only (--allowed-hosts)",
+                    param=header,
+                )
+
+    def _is_near(self, url: str) -> bool:
+        try:
+            name = (urlsplit(url).hostname or "").lower()
+        except ValueError:
+            return False
+        return _is_loopback(name) or name in self._hosts
+
+
+def _is_loopback(host: str) -> bool:
+    if host in LOOPBACK_NAMES:
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
