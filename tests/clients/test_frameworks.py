@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import litellm
+import pytest
 from langchain_openai import ChatOpenAI, OpenAI
 
 MODEL = "tiny-llama"
@@ -22,6 +23,7 @@ def test_langchain_chats(gateway: str) -> None:
     assert "".join(str(chunk.content) for chunk in llm.stream("hello")) == answer.content
 
 
+@pytest.mark.filterwarnings("ignore")  # of its own making
 def test_litellm(gateway: str) -> None:
     asked = {"model": "openai/" + MODEL, "api_base": gateway + "/v1", "api_key": "none", "max_tokens": 6}
     messages = [{"role": "user", "content": "hello"}]

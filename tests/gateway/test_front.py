@@ -12,7 +12,7 @@ import orjson
 import pytest
 
 from tests.gateway.gateway_cluster import Cluster, Start
-from tidegate.gateway.front import StreamedAnswer
+from tidegate.gateway.answering import StreamedAnswer
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.protocol import http_front
 

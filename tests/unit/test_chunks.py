@@ -108,7 +108,6 @@ def test_tool_calls_in_pieces_become_one_message() -> None:
     assert message["content"] is None
     assert message["tool_calls"] == [
         {
-            "index": 0,
             "id": "c1",
             "type": "function",
             "function": {"name": "tide", "arguments": '{"a": 1}'},

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
-from typing import Any, Literal
-from weakref import WeakSet
+from typing import Literal
 
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, StrictBool
@@ -21,16 +20,13 @@ from tidegate.core.errors import (
     status_of,
 )
 from tidegate.core.instance import Role
-from tidegate.gateway.call import Call, TokenEstimate, read_call
+from tidegate.gateway.answering import Answering
+from tidegate.gateway.call import read_calls
 from tidegate.gateway.dispatcher import RETRY_AFTER_S, Dispatcher
-from tidegate.gateway.served_request import ServedRequest
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.policies.arrow.pools_v1 import Pools
 from tidegate.protocol.bodies import Body, parse_body
-from tidegate.protocol.chunks import AnswerHead, ChunkWriter, Tokens, WholeAnswer, usage_object
-from tidegate.protocol.client_stream import ClientStream
 from tidegate.protocol.http_front import (
-    JSON,
     Handler,
     answering_errors,
     check_bearer,
@@ -43,8 +39,6 @@ GUARDED = ("/v1/", "/tidegate/")
 CALL_HEADERS = ("x-tenant-id", "x-session-id", "x-slo-ttft-ms", "x-slo-tpot-ms")
 OPERATOR = "operator"
 """The reason that the journal gives for what an operator asks."""
-CUT_OFF_S = 1.0
-"""How long cut-off requests have to tell their clients (ours)."""
 
 
 class AddBody(BaseModel):
@@ -63,33 +57,13 @@ class DrainBody(BaseModel):
     remove: StrictBool = False
 
 
-class StreamedAnswer:
-    """Sends each piece of an answer to the client as it comes. Raises ClientGone."""
-
-    __slots__ = ("_client", "_writer")
-
-    def __init__(self, writer: ChunkWriter, client: ClientStream) -> None:
-        self._writer = writer
-        self._client = client
-
-    def tokens(self, tokens: Tokens) -> None:
-        """Send any piece; the first one is sent with this."""
-        self._client.send(self._writer.piece(tokens))
-
-    def plain(self, text: str, token_ids: list[int]) -> None:
-        """Send a piece that is only text and ids."""
-        self._client.send(self._writer.plain(text, token_ids))
-
-
 class Front:
     """Handles every route of the gateway."""
 
     def __init__(self, settings: GatewaySettings, dispatcher: Dispatcher) -> None:
         self._settings = settings
         self._dispatcher = dispatcher
-        self._estimate = TokenEstimate()
-        self._running: set[asyncio.Task[Any]] = set()
-        self._served: WeakSet[asyncio.Task[Any]] = WeakSet()
+        self._answering = Answering(dispatcher)
         self.draining = False
 
     def application(self) -> web.Application:
@@ -113,12 +87,8 @@ class Front:
 
     async def cut_off(self) -> None:
         """End the requests that still run, each with an error that tells why."""
-        self.draining = self._dispatcher.stopping = True
-        running = set(self._running)
-        for task in running:
-            task.cancel()
-        if running:
-            await asyncio.wait(running, timeout=CUT_OFF_S)
+        self.draining = True
+        await self._answering.cut_off()
 
     @web.middleware
     async def _check_key(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -129,7 +99,7 @@ class Front:
     def _count(self, request: web.Request, error: TidegateError) -> None:
         """Count a request that was refused before it was served, which counts its own outcome."""
         # aiohttp handles each request in a task of its own, so the task stands for the request.
-        served = asyncio.current_task() in self._served
+        served = self._answering.is_served(asyncio.current_task())
         if request.method == "POST" and request.path.startswith("/v1/") and not served:
             self._dispatcher.metrics.requests.labels(status_of(error).label).inc()
 
@@ -137,58 +107,24 @@ class Front:
         """POST /v1/completions and, with ``chat``, /v1/chat/completions."""
         arrival_s = self._dispatcher.clock.now()
         headers = header_texts(request, *CALL_HEADERS)
-        call = read_call(await read_object(request), headers, chat=chat, slo=self._settings.slo)
-        model = self._model(call)
+        calls = read_calls(await read_object(request), headers, chat=chat, slo=self._settings.slo)
+        model = self._model(calls[0].model)
         if self.draining:
             raise ShuttingDown("the gateway is shutting down", retry_after_s=RETRY_AFTER_S)
-        head = AnswerHead(call.id, call.created, model, call.chat, call.return_token_ids, call.include_usage)
-        if call.stream:
-            client, writer = ClientStream(request, {"x-request-id": call.id}), ChunkWriter(head)
-            answer = StreamedAnswer(writer, client)
-            served = ServedRequest(call, self._dispatcher, self._estimate, answer, arrival_s)
+        return await self._answering.answer(request, calls, model, arrival_s)
 
-            async def streamed() -> bytes:
-                await self._run(served)
-                return writer.end(_usage(served))
-
-            return await client.carry(streamed())
-        whole = WholeAnswer(head)
-        served = ServedRequest(call, self._dispatcher, self._estimate, whole, arrival_s)
-        await self._run(served)
-        body = whole.body(_usage(served), served.legs.prompt_ids)
-        return web.Response(body=body, content_type=JSON, headers={"x-request-id": call.id})
-
-    async def _run(self, served: ServedRequest) -> None:
-        """Serve a request, which tells journal and metrics how it ended. Raises what it raises.
-
-        A request that ``cut_off`` ended raises the error that it recorded.
-        """
-        task = asyncio.current_task()
-        assert task is not None
-        self._running.add(task)
-        self._served.add(task)
-        try:
-            await served.run()
-        except asyncio.CancelledError:
-            if not self._dispatcher.stopping:
-                raise
-            task.uncancel()
-            raise self._dispatcher.cut_off() from None
-        finally:
-            self._running.discard(task)
-
-    def _model(self, call: Call) -> str:
+    def _model(self, asked: str | None) -> str:
         """Return the name of the model that answers. Raises UnknownModel for one that is not served.
 
         With no instance up any name passes: the request finds that out, and records it.
         """
         models = self._dispatcher.models
-        if not models or call.model in models:
-            return call.model or ""
-        if call.model is None:
+        if not models or asked in models:
+            return asked or ""
+        if asked is None:
             return min(models)
         raise UnknownModel(
-            f"model {call.model!r} is not served here; served: {', '.join(sorted(models))}", param="model"
+            f"model {asked!r} is not served here; served: {', '.join(sorted(models))}", param="model"
         )
 
     async def models(self, request: web.Request) -> web.Response:
@@ -299,7 +235,3 @@ class Front:
 
 async def _read_optional(request: web.Request, kind: type[Body]) -> Body:
     return parse_body(await read_object(request) if request.can_read_body else {}, kind)
-
-
-def _usage(served: ServedRequest) -> dict[str, Any]:
-    return usage_object(served.legs.prompt_tokens, len(served.legs.out_ids), served.record.cached_tokens)

@@ -6,16 +6,18 @@ checked strictly: a wrong type is the client's error, never a silent conversion.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import orjson
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     StrictBool,
     StrictInt,
     StrictStr,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -25,6 +27,8 @@ from tidegate.core.errors import BadRequest
 DEFAULT_COMPLETION_TOKENS = 16
 """``max_tokens`` of ``/v1/completions`` when absent (OpenAI)."""
 
+MOST_CHOICES = 1024
+"""Prompts times ``n`` of one body (ours): each is a request of its own for whoever schedules it."""
 MOST_TOKENS = 2**21
 MOST_MESSAGES = 2**14
 """Longer lists are refused before their items are looked at: no served context holds them."""
@@ -32,6 +36,23 @@ TokenIds = Annotated[
     list[Annotated[StrictInt, Field(ge=0)]], Field(fail_fast=True), Field(max_length=MOST_TOKENS)
 ]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+
+
+def _form_of_prompt(value: Any) -> str:
+    if not isinstance(value, list):
+        return "one-text"
+    first = value[0] if value else None
+    return "many-texts" if isinstance(first, str) else "many-ids" if isinstance(first, list) else "one-ids"
+
+
+Prompt = Annotated[TokenIds, Field(min_length=1)]
+_Prompts = Annotated[
+    Annotated[StrictStr, Tag("one-text")]
+    | Annotated[Prompt, Tag("one-ids")]
+    | Annotated[list[StrictStr], Field(max_length=MOST_CHOICES), Tag("many-texts")]
+    | Annotated[list[Prompt], Field(max_length=MOST_CHOICES), Field(fail_fast=True), Tag("many-ids")],
+    Discriminator(_form_of_prompt),
+]
 
 
 class RequestBody(BaseModel):
@@ -49,6 +70,7 @@ class StreamOptions(RequestBody):
     """OpenAI ``stream_options``."""
 
     include_usage: StrictBool = False
+    continuous_usage_stats: StrictBool = False
 
 
 class TicketParams(RequestBody):
@@ -95,7 +117,7 @@ class _SamplingBody(RequestBody):
     stop_token_ids: TokenIds | None = None
     min_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
     ignore_eos: StrictBool = False
-    n: Annotated[StrictInt, Field(ge=1, le=1)] | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=MOST_CHOICES)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2.0, le=2.0)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2.0, le=2.0)] | None = None
     stream: StrictBool = False
@@ -120,12 +142,18 @@ class _SamplingBody(RequestBody):
 
 
 class CompletionBody(_SamplingBody):
-    """Body of ``/v1/completions``: one prompt, as text or token ids."""
+    """Body of ``/v1/completions``: one prompt or several, each as text or token ids."""
 
-    prompt: StrictStr | Annotated[TokenIds, Field(min_length=1)]
+    prompt: _Prompts
     logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     echo: Literal[False] | None = None
-    best_of: Annotated[StrictInt, Field(ge=1, le=1)] | None = None
+    best_of: Annotated[StrictInt, Field(ge=1)] | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, of which a list holds several unless it is one of token ids."""
+        several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        return cast("list[str | list[int]]", self.prompt if several else [self.prompt])
 
     @property
     def token_limit(self) -> int | None:
@@ -174,9 +202,11 @@ Body = TypeVar("Body", bound=BaseModel)
 
 # What a union accepts, in words; pydantic would speak of one branch only.
 _UNIONS = {
-    "prompt": "a string or a non-empty list of non-negative token ids",
+    "prompt": "a string or a non-empty list of non-negative token ids, or a list of either",
     "stop": "a string or a list of at most 16 strings",
 }
+_NOT_TAKEN = ("none_required", "literal_error")
+"""pydantic's errors of fields that are there to be refused."""
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
@@ -196,10 +226,13 @@ def parse_body(value: dict[str, Any], kind: type[Body]) -> Body:
         return kind.model_validate(value)
     except ValidationError as error:
         # For a union pydantic reports every branch; the field is the same, the first message will do.
-        first = error.errors(include_url=False, include_input=False)[0]
+        errors = error.errors(include_url=False, include_input=False)
+        first = next((e for e in errors if e["type"] in _NOT_TAKEN), errors[0])
         field = _field_path(first["loc"])
         union = _UNIONS.get(str(first["loc"][0])) if first["type"] != "missing" else None
-        message = f"expected {union}" if union else first["msg"]
+        message = "not supported" if first["type"] in _NOT_TAKEN else first["msg"]
+        if union:
+            field, message = str(first["loc"][0]), f"expected {union}"
         raise BadRequest(f"{field}: {message}", param=field) from None
 
 

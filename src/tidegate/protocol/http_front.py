@@ -39,6 +39,7 @@ OnError = Callable[[web.Request, TidegateError], None]
 UPLOAD_S = 30.0
 """How long a body may take to arrive (ours)."""
 JSON = "application/json"
+REQUEST_ID = "X-Request-Id"
 _SILENT = logging.Logger("access", level=logging.CRITICAL)
 _MALFORMED = (HttpProcessingError, web.RequestPayloadError)
 

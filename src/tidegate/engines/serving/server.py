@@ -152,12 +152,13 @@ class Generation:
     async def _prompt_ids(self, body: CompletionBody | ChatBody) -> list[int]:
         codec = self._parts.codec
         if isinstance(body, CompletionBody):
-            if not isinstance(body.prompt, str):
-                return body.prompt
-            self._check_text(len(body.prompt), "prompt")
-            if len(body.prompt) > LONG_TEXT_CHARS:
-                return await asyncio.to_thread(codec.encode, body.prompt)
-            return codec.encode(body.prompt)
+            (prompt,) = body.prompts
+            if not isinstance(prompt, str):
+                return prompt
+            self._check_text(len(prompt), "prompt")
+            if len(prompt) > LONG_TEXT_CHARS:
+                return await asyncio.to_thread(codec.encode, prompt)
+            return codec.encode(prompt)
         if body.kv_transfer_params is not None and body.kv_transfer_params.prompt_token_ids is not None:
             return body.kv_transfer_params.prompt_token_ids
         messages = flat_messages(body.messages)
