@@ -25,6 +25,7 @@ from tidegate.cli.setting_types import (
     Key,
     Milliseconds,
     ModelFolder,
+    Origins,
     Profiles,
     Seconds,
     ServeWords,
@@ -107,6 +108,13 @@ class GatewaySection(Section):
         GATEWAY.stall_s,
         "Silence of an engine after which its requests go elsewhere; above the time of the longest prefill.",
         "S",
+    )
+    cors_origins: Origins | None = setting(
+        None,
+        "Where web pages come from that may call the gateway from a browser, as https://chat.example; * for "
+        "any. Repeat for each.",
+        "ORIGIN",
+        name="--cors-origin",
     )
 
 
@@ -322,6 +330,7 @@ class Config(Section):
         front = self.gateway
         given = {GATEWAY_NAMES.get(name, name): value for name, value in front if value is not None}
         given.pop("api_key_file", None)
+        given["cors_origins"] = tuple(front.cors_origins or ())
         return GatewaySettings(slo=self.scheduling.slo, **given)
 
 

@@ -73,6 +73,12 @@ class DialectEngine:
     ) -> list[int] | None:
         return None
 
+    async def ask(self, path: str, body: bytes, *, deadline_s: float) -> bytes:
+        answer = await self._wire.exchange("POST", path, body, deadline_s=deadline_s)
+        if answer.status != 200:
+            raise _refusal(answer, self.instance, "")
+        return answer.body
+
     def refuses(self, handle: KvHandle) -> str | None:
         """Engines of one launch check every handle themselves."""
         return None

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from functools import partial
 from typing import Literal
 
+import orjson
 from aiohttp import web
-from pydantic import BaseModel, ConfigDict, StrictBool
+from pydantic import BaseModel, ConfigDict, StrictBool, StrictStr
 
+from tidegate import __version__
 from tidegate.core.decision import AddInstance, Drain, Undrain
 from tidegate.core.errors import (
     BadRequest,
+    EngineError,
     NoInstance,
     ShuttingDown,
     TidegateError,
@@ -22,20 +26,26 @@ from tidegate.core.errors import (
 from tidegate.core.instance import Role
 from tidegate.gateway.answering import Answering
 from tidegate.gateway.call import read_calls
+from tidegate.gateway.cors import Cors
 from tidegate.gateway.dispatcher import RETRY_AFTER_S, Dispatcher
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.policies.arrow.pools_v1 import Pools
-from tidegate.protocol.bodies import Body, parse_body
+from tidegate.protocol.bodies import Body, RequestBody, parse_body
 from tidegate.protocol.http_front import (
+    JSON,
     Handler,
     answering_errors,
     check_bearer,
     header_texts,
     json_answer,
+    name_answer,
     read_object,
 )
+from tidegate.protocol.models import model_card, model_list
 
-GUARDED = ("/v1/", "/tidegate/")
+GUARDED = ("/v1/", "/tidegate/", "/tokenize", "/detokenize")
+ASK_S = 30.0
+"""How long an engine may take to tokenise a text that a client wants tokenised (ours)."""
 CALL_HEADERS = ("x-tenant-id", "x-session-id", "x-slo-ttft-ms", "x-slo-tpot-ms")
 OPERATOR = "operator"
 """The reason that the journal gives for what an operator asks."""
@@ -47,6 +57,12 @@ class AddBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     role: Literal["prefill", "decode", "mixed"] | None = None
+
+
+class AskBody(RequestBody):
+    """What the gateway itself reads of a question to an engine."""
+
+    model: StrictStr | None = None
 
 
 class DrainBody(BaseModel):
@@ -64,18 +80,31 @@ class Front:
         self._settings = settings
         self._dispatcher = dispatcher
         self._answering = Answering(dispatcher)
+        self._created = int(time.time())
         self.draining = False
 
     def application(self) -> web.Application:
         """Return the aiohttp application."""
         limit = self._settings.max_body_bytes
         middlewares = [answering_errors(limit, self._count)]
+        cors = Cors(self._settings.cors_origins) if self._settings.cors_origins else None
+        if cors is not None:
+            middlewares.append(cors.answer_preflights)
         if self._settings.api_key:
             middlewares.append(self._check_key)
         app = web.Application(client_max_size=limit, middlewares=middlewares)
+        app.on_response_prepare.append(name_answer)
+        if cors is not None:
+            app.on_response_prepare.append(cors.name_origin)
         app.router.add_post("/v1/completions", partial(self.completions, chat=False))
         app.router.add_post("/v1/chat/completions", partial(self.completions, chat=True))
         app.router.add_get("/v1/models", self.models)
+        app.router.add_get("/v1/models/{model:.+}", self.model)
+        app.router.add_post("/tokenize", self.ask_engine)
+        app.router.add_post("/detokenize", self.ask_engine)
+        app.router.add_get("/version", self.version)
+        app.router.add_get("/ping", self.health)
+        app.router.add_post("/ping", self.health)
         app.router.add_get("/health", self.health)
         app.router.add_get("/ready", self.ready)
         app.router.add_get("/metrics", self.metrics)
@@ -129,18 +158,37 @@ class Front:
 
     async def models(self, request: web.Request) -> web.Response:
         """GET /v1/models."""
+        return json_answer(model_list(self._models(), self._created))
+
+    async def model(self, request: web.Request) -> web.Response:
+        """GET /v1/models/{id}; ids of models may have slashes."""
+        return json_answer(model_card(self._models(), self._created, request.match_info["model"]))
+
+    def _models(self) -> dict[str, int]:
+        """Return the models that are served, with the longest context of each."""
         served: dict[str, int] = {}
         for upstream in self._dispatcher.upstreams.values():
             member = upstream.member
             served[member.model] = max(served.get(member.model, 0), member.instance.max_model_len)
-        answer = {
-            "object": "list",
-            "data": [
-                {"id": name, "object": "model", "created": 0, "owned_by": "tidegate", "max_model_len": length}
-                for name, length in sorted(served.items())
-            ],
-        }
-        return json_answer(answer)
+        return served
+
+    async def version(self, request: web.Request) -> web.Response:
+        """GET /version."""
+        return json_answer({"version": __version__})
+
+    async def ask_engine(self, request: web.Request) -> web.Response:
+        """POST /tokenize and /detokenize: passed on to an instance that serves the model."""
+        body = await read_object(request)
+        model = self._model(parse_body(body, AskBody).model)
+        failure: TidegateError = NoInstance("no instance is up", retry_after_s=RETRY_AFTER_S)
+        for upstream in list(self._dispatcher.upstreams.values()):
+            if upstream.member.model == model:
+                try:
+                    answer = await upstream.engine.ask(request.path, orjson.dumps(body), deadline_s=ASK_S)
+                    return web.Response(body=answer, content_type=JSON)
+                except EngineError as error:
+                    failure = error
+        raise failure
 
     async def health(self, request: web.Request) -> web.Response:
         """GET /health: the gateway process answers."""

@@ -16,7 +16,8 @@ class GatewaySettings:
     ``request_deadline_s`` bounds a whole request, ``stall_s`` the silence of an engine inside one
     (2.5 times the longest step that a large prefill makes is a good value).
     ``load_every_s`` is the pause between readings of an engine's load. With ``journal_inputs`` the journal
-    also has every input of the control plane, from which its decisions can be replayed.
+    also has every input of the control plane, from which its decisions can be replayed. Web pages of
+    ``cors_origins`` may call the gateway; ``*`` stands for all.
     """
 
     host: str = "127.0.0.1"
@@ -32,3 +33,4 @@ class GatewaySettings:
     recovery_s: float = 15.0
     load_every_s: float = 1.0
     journal_inputs: bool = False
+    cors_origins: tuple[str, ...] = ()
