@@ -85,7 +85,7 @@ class Answering:
         )
         headers = {REQUEST_ID: call.answer_id}
         if call.stream:
-            client = ClientStream(request, headers)
+            client = ClientStream(request, headers, head_after_s=self._dispatcher.settings.head_after_s)
             streams = [StreamedAnswer(ChunkWriter(head, one.index), client) for one in calls]
             served = [self._request(*pair, arrival_s) for pair in zip(calls, streams, strict=True)]
 

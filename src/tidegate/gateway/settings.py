@@ -14,7 +14,8 @@ class GatewaySettings:
     """Resolved settings of one gateway process.
 
     ``request_deadline_s`` bounds a whole request, ``stall_s`` the silence of an engine inside one
-    (2.5 times the longest step that a large prefill makes is a good value).
+    (2.5 times the longest step that a large prefill makes is a good value). A stream without a token by then
+    gets its head ``head_after_s`` after its request; before, a failure has an HTTP status of its own.
     ``load_every_s`` is the pause between readings of an engine's load. With ``journal_inputs`` the journal
     also has every input of the control plane, from which its decisions can be replayed. Web pages of
     ``cors_origins`` may call the gateway; ``*`` stands for all.
@@ -34,3 +35,4 @@ class GatewaySettings:
     load_every_s: float = 1.0
     journal_inputs: bool = False
     cors_origins: tuple[str, ...] = ()
+    head_after_s: float = 1.0
