@@ -6,11 +6,14 @@ checked strictly: a wrong type is the client's error, never a silent conversion.
 
 from __future__ import annotations
 
+import codecs
+import json
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import orjson
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -27,6 +30,9 @@ from tidegate.core.errors import BadRequest
 DEFAULT_COMPLETION_TOKENS = 16
 """``max_tokens`` of ``/v1/completions`` when absent (OpenAI)."""
 
+MOST_LEVELS = 128
+"""Depth of a body (ours). The JSON library reads deeper ones than it can write, and the gateway writes on."""
+MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 MOST_CHOICES = 1024
 """Prompts times ``n`` of one body (ours): each is a request of its own for whoever schedules it."""
 MOST_TOKENS = 2**21
@@ -35,6 +41,14 @@ MOST_MESSAGES = 2**14
 TokenIds = Annotated[
     list[Annotated[StrictInt, Field(ge=0)]], Field(fail_fast=True), Field(max_length=MOST_TOKENS)
 ]
+
+
+def _whole(value: Any) -> Any:
+    """Return the integer that a client wrote with a point, as vLLM takes it."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
+
+
+Int = Annotated[StrictInt, BeforeValidator(_whole)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
@@ -108,16 +122,16 @@ class _SamplingBody(RequestBody):
     """Fields that both endpoints share."""
 
     model: StrictStr | None = None
-    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_tokens: Annotated[Int, Field(ge=1)] | None = None
     temperature: Annotated[Number, Field(ge=0.0, le=2.0)] | None = None
     top_p: Annotated[Number, Field(gt=0.0, le=1.0)] | None = None
-    top_k: Annotated[StrictInt, Field(ge=-1)] | None = None
-    seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
+    top_k: Annotated[Int, Field(ge=-1)] | None = None
+    seed: Annotated[Int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: StrictStr | Annotated[list[StrictStr], Field(max_length=16)] | None = None
     stop_token_ids: TokenIds | None = None
-    min_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
+    min_tokens: Annotated[Int, Field(ge=0)] | None = None
     ignore_eos: StrictBool = False
-    n: Annotated[StrictInt, Field(ge=1, le=MOST_CHOICES)] | None = None
+    n: Annotated[Int, Field(ge=1, le=MOST_CHOICES)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2.0, le=2.0)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2.0, le=2.0)] | None = None
     stream: StrictBool = False
@@ -126,7 +140,7 @@ class _SamplingBody(RequestBody):
     return_token_ids: StrictBool = False
     kv_transfer_params: KvTransferParams | None = None
     cache_salt: StrictStr | None = None
-    priority: StrictInt | None = None
+    priority: Int | None = None
     request_id: StrictStr | None = None
     vllm_xargs: dict[str, Any] | None = None
     use_beam_search: Literal[False] | None = None
@@ -145,9 +159,9 @@ class CompletionBody(_SamplingBody):
     """Body of ``/v1/completions``: one prompt or several, each as text or token ids."""
 
     prompt: _Prompts
-    logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
     echo: Literal[False] | None = None
-    best_of: Annotated[StrictInt, Field(ge=1)] | None = None
+    best_of: Annotated[Int, Field(ge=1)] | None = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -178,9 +192,9 @@ class ChatBody(_SamplingBody):
     messages: Annotated[
         list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES), Field(fail_fast=True)
     ]
-    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
     logprobs: StrictBool | None = None
-    top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
 
     @property
     def token_limit(self) -> int | None:
@@ -210,14 +224,29 @@ _NOT_TAKEN = ("none_required", "literal_error")
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
-    """Decode a JSON object. Raises BadRequest for invalid UTF-8, malformed JSON or another JSON type."""
+    """Decode a JSON object; a byte order mark says in which Unicode it is, else it is UTF-8.
+
+    Raises BadRequest for text that is not valid, malformed JSON, another JSON type or one that is too deep.
+    """
     try:
-        value = orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
+        value = orjson.loads(raw.decode(json.detect_encoding(raw)) if raw.startswith(MARKS) else raw)
+    except ValueError as error:
         raise BadRequest(f"the body is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise BadRequest(f"the body must be a JSON object, not {type(value).__name__}")
+    if raw.count(b"{") + raw.count(b"[") > MOST_LEVELS and _levels(value) > MOST_LEVELS:
+        raise BadRequest(f"the body is nested more than {MOST_LEVELS} levels deep")
     return value
+
+
+def _levels(value: Any) -> int:
+    """Return how deep lists and objects are nested."""
+    levels, layer = 0, [value]
+    while layer:
+        inner = [part.values() if isinstance(part, dict) else part for part in layer]
+        layer = [item for items in inner for item in items if isinstance(item, dict | list)]
+        levels += 1
+    return levels
 
 
 def parse_body(value: dict[str, Any], kind: type[Body]) -> Body:
