@@ -149,6 +149,9 @@ class HostEngine:
     async def tokenise(self, *_: Any) -> None:
         return None
 
+    async def ask(self, path: str, body: bytes, *, deadline_s: float) -> bytes:
+        raise NotImplementedError
+
     async def release(self, handle: KvHandle) -> None:
         self._place.release(handle.params["source"].request_id)
 
