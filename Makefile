@@ -84,7 +84,7 @@ test-vllm: $(STAMP) $(VLLM_STAMP) $(TINY_MODELS) ## Run the tests that start rea
 	@$(BIN)/python -m pytest -m vllm $(ARGS)
 
 test-clients: $(STAMP) $(CLIENTS_STAMP) ## Run the official OpenAI client, LangChain and LiteLLM against a served model
-	@TIDEGATE=$(BIN)/tidegate $(CLIENTS_VENV)/bin/python -m pytest tests/clients $(ARGS)
+	@TIDEGATE=$(BIN)/tidegate $(CLIENTS_VENV)/bin/python -m pytest -p no:unraisableexception tests/clients $(ARGS)
 
 format: $(STAMP) ## Rewrite the code in the project's format
 	@$(BIN)/ruff check --fix .
