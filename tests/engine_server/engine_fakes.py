@@ -208,8 +208,8 @@ class FakeEngine:
         self._live[name] = (request, index + 1)
         output = Output(name, [100 + index], f"w{index} ")
         if request.sampling.logprobs is not None:
-            top = ((7, "alt", -2.5),) if request.sampling.logprobs else ()
-            output.logprobs = [TokenLogprob(100 + index, f"w{index} ", -0.5, top)]
+            top = (TokenLogprob(7, "alt", b"alt", -2.5),) if request.sampling.logprobs else ()
+            output.logprobs = [TokenLogprob(100 + index, f"w{index} ", f"w{index} ".encode(), -0.5, top)]
         if index + 1 == request.sampling.max_tokens:
             del self._live[name]
             output.finish_reason = "length"

@@ -225,26 +225,22 @@ async def test_an_engine_removed_while_it_starts_never_comes_up(
     fleet, seen = make(1), Recorder()
     await fleet.start(seen)
     monkeypatch.setenv("FAKE_ENGINE", "mute")
+    before = children()
     assert fleet.add() and fleet.add()
     assert fleet.remove("i1", "not needed"), "before its process has been started"
     await until(lambda: seen.reports[1:] == [("failed", "i1")])
-    pid = await child_of_this_process(seen)
+    await until(lambda: len(children() - before) == 1)
+    (pid,) = children() - before
     assert fleet.remove("i2", "not needed") and fleet.remove("i2", "said twice")
     await until(lambda: seen.reports[2:] == [("failed", "i2")])
     await until(lambda: not alive(pid))
     assert not fleet.remove("i2", "it is gone")
 
 
-async def child_of_this_process(seen: Recorder) -> int:
-    """Return the one child that is not up, once there is one."""
-    known = {member.pid for member in seen.ups}
-    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
-
-    def others() -> list[int]:
-        return [pid for pid in map(int, children.read_text().split()) if pid not in known and alive(pid)]
-
-    await until(lambda: len(others()) == 1)
-    return others()[0]
+def children() -> set[int]:
+    """Return the living children of this process."""
+    listed = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text()
+    return {pid for pid in map(int, listed.split()) if alive(pid)}
 
 
 async def test_an_added_engine_whose_first_start_fails_is_given_up(

@@ -19,6 +19,8 @@ WRONG: list[tuple[str, Any, int, str | None]] = [
     ("/v1/completions", b"\xff\xfe\x00", 400, None),
     ("/v1/completions", b'{"prompt": "\xff"}', 400, None),
     ("/v1/completions", b"[1, 2]", 400, None),
+    ("/v1/completions", b'{"prompt": "a", "x": ' + b"[" * 300 + b"]" * 300 + b"}", 400, None),
+    ("/v1/completions", b'{"prompt": "a", "x": ' + b'{"a":' * 300 + b"1" + b"}" * 301, 400, None),
     ("/v1/completions", b"", 400, None),
     ("/v1/completions", {}, 400, "prompt"),
     ("/v1/completions", {"prompt": []}, 400, "prompt"),
@@ -28,10 +30,19 @@ WRONG: list[tuple[str, Any, int, str | None]] = [
     ("/v1/completions", GOOD | {"max_tokens": 0}, 400, "max_tokens"),
     ("/v1/completions", GOOD | {"max_tokens": "many"}, 400, "max_tokens"),
     ("/v1/completions", GOOD | {"max_tokens": 1.5}, 400, "max_tokens"),
+    ("/v1/completions", GOOD | {"max_tokens": 1e300}, 400, "max_tokens"),
+    ("/v1/completions", GOOD | {"max_tokens": "3"}, 400, "max_tokens"),
+    ("/v1/completions", GOOD | {"max_tokens": True}, 400, "max_tokens"),
     ("/v1/completions", GOOD | {"temperature": "hot"}, 400, "temperature"),
     ("/v1/completions", GOOD | {"temperature": -1}, 400, "temperature"),
     ("/v1/completions", GOOD | {"top_p": 0}, 400, "top_p"),
-    ("/v1/completions", GOOD | {"n": 2}, 400, "n"),
+    ("/v1/completions", GOOD | {"n": 0}, 400, "n"),
+    ("/v1/completions", GOOD | {"prompt": [[1], [2]], "n": 1000}, 400, "n"),
+    ("/v1/completions", GOOD | {"n": 2, "best_of": 3}, 400, "best_of"),
+    ("/v1/completions", GOOD | {"prompt": ["a", [1]]}, 400, "prompt"),
+    ("/v1/completions", GOOD | {"prompt": [[1], []]}, 400, "prompt"),
+    ("/v1/completions", GOOD | {"prompt": [[[1]]]}, 400, "prompt"),
+    ("/v1/completions", GOOD | {"echo": True, "max_tokens": 0}, 400, "echo"),
     ("/v1/completions", GOOD | {"min_tokens": 9}, 400, "min_tokens"),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": ""}] * 20_000}, 400, "messages"),
     ("/v1/completions", GOOD | {"stop": [1]}, 400, "stop"),
@@ -76,6 +87,15 @@ async def test_a_text_prompt_that_turns_out_too_long_is_refused_and_its_kv_relea
     assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
     await cluster.until(lambda: not cluster.engines["i0"].pinned)
     assert cluster.engines["i0"].released
+
+
+async def test_bodies_that_json_libraries_write(start: Start) -> None:
+    cluster = await start("static")
+    text = '{"prompt": "caf\u00e9", "max_tokens": 3.0, "top_k": 5.0, "temperature": 0}'
+    deep = '{"prompt": "a", "max_tokens": 3, "x": ' + "[" * 100 + "]" * 100 + "}"
+    for body in (*(text.encode(name) for name in ("utf-8", "utf-8-sig", "utf-16")), deep.encode()):
+        status, answer, _ = await cluster.post("/v1/completions", body)
+        assert (status, answer["usage"]["completion_tokens"]) == (200, 3), answer
 
 
 async def test_headers_that_are_not_numbers(start: Start) -> None:

@@ -15,9 +15,10 @@ import orjson
 import pytest
 
 from tests.gateway.gateway_cluster import Cluster, Start
-from tidegate.gateway.front import StreamedAnswer
+from tidegate.gateway.answering import StreamedAnswer
 from tidegate.gateway.settings import GatewaySettings
-from tidegate.protocol import http_front
+from tidegate.protocol import client_stream, http_front
+from tidegate.protocol.chunks import SseParser
 
 GOOD = {"prompt": [1, 2, 3], "max_tokens": 2, "temperature": 0}
 LONG = {"prompt": [1, 2, 3], "max_tokens": 100_000, "temperature": 0}
@@ -344,3 +345,27 @@ async def test_a_lack_of_descriptors_is_no_fault_of_an_engine(start: Start) -> N
     assert (status, answer["error"]["code"]) == (503, "no_descriptors")
     assert cluster.fleet.suspected == []
     assert (await cluster.post("/v1/completions", GOOD))[0] == 200
+
+
+@pytest.mark.parametrize("replays", [0, 1])
+async def test_a_stream_that_waits_has_its_head_and_signs_of_life(
+    start: Start, monkeypatch: pytest.MonkeyPatch, replays: int
+) -> None:
+    monkeypatch.setattr(client_stream, "COMMENT_S", 0.001)
+    cluster = await start("static", settings=GatewaySettings(head_after_s=0.001, replays=replays))
+    for engine in cluster.engines.values():
+        engine.hold_prefill = True
+    asked = cluster.client.post(cluster.url + "/v1/completions", json=GOOD | {"stream": True})
+    async with asyncio.timeout(10), asked as response:
+        assert (response.status, response.content_type) == (200, "text/event-stream")
+        for _ in range(3):
+            assert (await response.content.readuntil(b"\n\n")).startswith(b":")
+        for engine in cluster.engines.values():
+            engine.hold_prefill = False
+            for transport in engine.held:
+                transport.abort()
+        *events, last = SseParser().feed(await response.read())
+    if replays:
+        assert last == b"[DONE]" and orjson.loads(events[0])["choices"][0]["text"]
+    else:
+        assert orjson.loads(last)["error"]["code"] == "engine_unreachable"

@@ -108,9 +108,30 @@ def test_tool_calls_in_pieces_become_one_message() -> None:
     assert message["content"] is None
     assert message["tool_calls"] == [
         {
-            "index": 0,
             "id": "c1",
             "type": "function",
             "function": {"name": "tide", "arguments": '{"a": 1}'},
         }
     ]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_usage_so_far_is_in_every_chunk_of_its_choice(chat: bool) -> None:
+    writer = ChunkWriter(head(chat=chat, usage_so_far=True), 2)
+    said = writer.piece(Tokens("a", [1, 2], prompt_token_ids=PROMPT)) + writer.plain("b", [3])
+    said += writer.piece(Tokens("", [4], finish_reason="stop", prompt_token_ids=PROMPT))
+    *chunks, last = events(said + writer.end(USAGE))
+    assert {choice["index"] for chunk in chunks for choice in chunk["choices"]} == {2}
+    assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {3}
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [0, 2, 3, 4][not chat :]
+    assert last["usage"] == USAGE
+
+
+def test_tokens_that_a_parser_keeps_have_no_event() -> None:
+    writer = ChunkWriter(head(chat=True, return_token_ids=False))
+    assert b'"role"' in writer.piece(Tokens("", [1]))
+    assert writer.piece(Tokens("", [2])) == b""
+    assert writer.piece(Tokens("", [3], delta={"tool_calls": [{"index": 0}]}))
+    with_ids = ChunkWriter(head(chat=True))
+    with_ids.piece(Tokens("", [1]))
+    assert b'"token_ids":[2]' in with_ids.piece(Tokens("", [2]))

@@ -7,13 +7,13 @@ import pytest
 from tidegate.core.slo import Slo
 from tidegate.fleet.member import Member
 from tidegate.gateway import sessions
-from tidegate.gateway.call import Call, read_call
+from tidegate.gateway.call import Call, read_calls
 from tidegate.gateway.sessions import ENTRY_TOKENS, Conversations
 from tidegate_testing import instance
 
 
 def call(session: str) -> Call:
-    return read_call({"prompt": [1]}, {"x-session-id": session}, chat=False, slo=Slo())
+    return read_calls({"prompt": [1]}, {"x-session-id": session}, chat=False, slo=Slo())[0]
 
 
 @pytest.mark.parametrize("tokens", [1, 1000])

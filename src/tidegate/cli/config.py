@@ -26,6 +26,7 @@ from tidegate.cli.setting_types import (
     Milliseconds,
     ModelFolder,
     Multiple,
+    Origins,
     Profiles,
     Seconds,
     ServeWords,
@@ -136,6 +137,19 @@ class GatewaySection(Section):
         GATEWAY.stall_s,
         "Silence of an engine after which its requests go elsewhere; above the time of the longest prefill.",
         "S",
+    )
+    stream_head: Seconds = setting(
+        GATEWAY.head_after_s,
+        "Wait for a stream's first token before its head is sent alone; a later failure has the HTTP status "
+        "200 and comes as an event.",
+        "S",
+    )
+    cors_origins: Origins | None = setting(
+        None,
+        "Where web pages come from that may call the gateway from a browser, as https://chat.example; * for "
+        "any. Repeat for each.",
+        "ORIGIN",
+        name="--cors-origin",
     )
 
 
@@ -358,10 +372,15 @@ class Config(Section):
         given = {GATEWAY_NAMES.get(name, name): value for name, value in front if value is not None}
         given.pop("api_key_file", None)
         scheduling = self.scheduling
+        given["cors_origins"] = tuple(front.cors_origins or ())
         return GatewaySettings(slo=scheduling.slo, admission=scheduling.admission, **given)
 
 
-GATEWAY_NAMES = {"request_timeout": "request_deadline_s", "stall_timeout": "stall_s"}
+GATEWAY_NAMES = {
+    "request_timeout": "request_deadline_s",
+    "stall_timeout": "stall_s",
+    "stream_head": "head_after_s",
+}
 """Fields of ``GatewaySettings`` by their names in [gateway], where the two differ."""
 SECTIONS: dict[str, Any] = {name: field.annotation for name, field in Config.model_fields.items()}
 SETTINGS: dict[str, str] = {name: section for section, kind in SECTIONS.items() for name in kind.model_fields}

@@ -6,6 +6,7 @@ by the checks that need them, so that the help does not wait.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable
 from functools import wraps
@@ -70,6 +71,14 @@ def _urls(value: object) -> list[str]:
     if len({url for url, _ in servers}) < len(servers):
         raise ValueError("a URL is given more than once")
     return [url if role is None else f"{role.label}={url}" for url, role in servers]
+
+
+def _origins(value: object) -> list[str]:
+    words = _words(value, "origins")
+    for word in words:
+        if word != "*" and not re.fullmatch(r"https?://[^/?#\s]+", word):
+            raise ValueError(f"{word!r} is no origin, as https://chat.example is, nor *")
+    return words
 
 
 def _bootstraps(value: object) -> list[str]:
@@ -151,6 +160,7 @@ FilePath = Annotated[Path, _after(_file_path)]
 ModelFolder = Annotated[Path, _after(_model_folder)]
 ServeWords = Annotated[str, _after(_serve_arguments)]
 Groups = Annotated[list[str], _before(_groups)]
+Origins = Annotated[list[str], _before(_origins)]
 Bootstraps = Annotated[list[str], _before(_bootstraps)]
 Profiles = Annotated[list[str], _before(_profiles)]
 Urls = Annotated[list[str], _before(_urls)]

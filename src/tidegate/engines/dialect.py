@@ -115,6 +115,12 @@ class DialectEngine:
     ) -> list[int] | None:
         return None
 
+    async def ask(self, path: str, body: bytes, *, deadline_s: float) -> bytes:
+        answer = await self._wire.exchange("POST", path, body, deadline_s=deadline_s)
+        if answer.status != 200:
+            raise refusal(_said(answer), None, answer.status)
+        return answer.body
+
     def refuses(self, handle: KvHandle) -> str | None:
         """Engines of one launch check every handle themselves."""
         return None
@@ -189,11 +195,7 @@ class DialectEngine:
     def _check(self, answer: HttpAnswer, leg: Leg) -> None:
         if answer.status == 200:
             return
-        try:
-            body = orjson.loads(answer.body)
-        except orjson.JSONDecodeError:
-            body = None
-        raise refusal(body if isinstance(body, dict) else {}, leg, answer.status)
+        raise refusal(_said(answer), leg, answer.status)
 
     def _whole_answer(self, raw: bytes, leg: Leg, sink: TokensSink) -> LegEnd:
         try:
@@ -335,7 +337,17 @@ def _times(event: Json) -> LegTimes:
     )
 
 
-def refusal(answer: Json, leg: Leg, status: int | None = None) -> ClientError | EngineFault | EngineBusy:
+def _said(answer: HttpAnswer) -> Json:
+    try:
+        body = orjson.loads(answer.body)
+    except orjson.JSONDecodeError:
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def refusal(
+    answer: Json, leg: Leg | None, status: int | None = None
+) -> ClientError | EngineFault | EngineBusy:
     """Turn an error answer, or an error event, into the client's error or the engine's own.
 
     vLLM checks some fields only after it has begun a stream, and then says in an event what it would have
@@ -356,9 +368,10 @@ def refusal(answer: Json, leg: Leg, status: int | None = None) -> ClientError | 
     if status not in REFUSED:
         return EngineFault(f"HTTP {status}: {message}")
     too_long = code == STATUS[PromptTooLong].code or "maximum context length" in message
-    continued = leg.generated or leg.handle is not None
-    if continued and (too_long or status == 404 or (param and str(param).split(".")[0] not in leg.sampling)):
-        return EngineFault(f"refused a continued leg: {message}")
+    if leg is not None and (leg.generated or leg.handle is not None):
+        ours = param and str(param).split(".")[0] not in leg.sampling
+        if too_long or status == 404 or ours:
+            return EngineFault(f"refused a continued leg: {message}")
     if status == 404:
         return UnknownModel(message, param=param)
     return PromptTooLong(message, param=param) if too_long else BadRequest(message, param=param)

@@ -104,6 +104,10 @@ class Engine(Protocol):
         """Return the ids of a prompt or a chat, as a leg would take them; None where engines are not asked
         that. Raises EngineError."""
 
+    async def ask(self, path: str, body: bytes, *, deadline_s: float) -> bytes:
+        """POST a question beside requests, and return the JSON it answers. Raises a ClientError when the
+        engine refuses it, and EngineError."""
+
     def refuses(self, handle: KvHandle) -> str | None:
         """Say why this engine must not be sent ``handle``; None when it may. No I/O."""
 

@@ -33,6 +33,7 @@ class Access:
         self._tenants = {key.encode(): name for key, name in settings.tenants.items()}
         self._proxies = [ip_network(each, strict=False) for each in settings.trusted_proxies]
         self._hosts = frozenset(name.lower() for name in settings.allowed_hosts)
+        self._origins = frozenset(settings.cors_origins)
         self._fields = GUARDED_FIELDS - frozenset(settings.allow_fields)
         keyless = not self._operator and not self._tenants
         self._browsers = keyless and _is_loopback(settings.host)
@@ -94,7 +95,8 @@ class Access:
     def _check_browser(self, request: web.Request) -> None:
         """Raise Forbidden for what a page from elsewhere has a browser send, under its own name or ours."""
         for header, url in (("Host", f"//{request.host}"), ("Origin", request.headers.get("Origin"))):
-            if url is not None and not self._is_near(url):
+            allowed = header == "Origin" and not self._origins.isdisjoint({url, "*"})
+            if url is not None and not allowed and not self._is_near(url):
                 raise Forbidden(
                     f"header {header}: a gateway without a key serves this machine only (--allowed-hosts)",
                     param=header,

@@ -11,7 +11,13 @@ from typing import Any
 
 from tidegate.core.errors import BadRequest, ConfigError
 from tidegate.core.slo import Slo
-from tidegate.protocol.bodies import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, parse_body
+from tidegate.protocol.bodies import (
+    DEFAULT_COMPLETION_TOKENS,
+    MOST_CHOICES,
+    ChatBody,
+    CompletionBody,
+    parse_body,
+)
 from tidegate.protocol.parameters import PARAMETERS, Fate, passed_on
 from tidegate.signals.prefix import PromptBlocks
 
@@ -23,6 +29,7 @@ REWRITTEN = ("max_tokens", "max_completion_tokens", "top_logprobs")
 OWN_XARGS = frozenset({"kv_transfer_params", "ec_transfer_params"})
 """Keys of ``vllm_xargs`` that vLLM takes for the fields of the same name."""
 
+SEED_BITS = 62
 CHARS_PER_TOKEN = 4.0
 """First guess for text prompts, until engines have reported lengths (a common rule of thumb)."""
 BLOCK_TOKENS = 64
@@ -35,8 +42,9 @@ MOST_BLOCKS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One completion call. ``sampling`` holds the body fields that every leg carries unchanged.
+    """One choice of an answer. ``sampling`` holds the body fields that every leg carries unchanged.
 
+    ``id`` names this request, ``answer_id`` the answer in which it is the choice number ``index``.
     Exactly one of ``prompt`` (text or token ids) and ``messages`` is set. ``max_tokens`` is None when
     the client sent none. A request that samples without a seed is given one here, so
     that whatever leg continues it continues the same random sequence; ``seeded`` says that it is the
@@ -44,6 +52,7 @@ class Call:
     """
 
     id: str
+    answer_id: str
     created: int
     chat: bool
     model: str | None
@@ -60,6 +69,10 @@ class Call:
     salt: str
     seeded: bool = False
     stops: tuple[str, ...] = ()
+    index: int = 0
+    first_of_prompt: bool = True
+    """Whether no earlier choice has the same prompt."""
+    usage_so_far: bool = False
 
     @property
     def state(self) -> str:
@@ -92,9 +105,48 @@ class Call:
         return len(self.prompt) if isinstance(self.prompt, str) else 0
 
 
-def read_call(value: Json, headers: Mapping[str, str], *, chat: bool, slo: Slo) -> Call:
-    """Check a decoded body and its headers. Raises BadRequest naming the field at fault."""
+def read_calls(value: Json, headers: Mapping[str, str], *, chat: bool, slo: Slo) -> list[Call]:
+    """Check a decoded body and its headers; return one call for each choice of its answer, by ``index``.
+
+    The choices of a prompt sample differently: a client's seed counts up from one to the next, as in vLLM.
+    Raises BadRequest naming the field at fault.
+    """
     body = parse_body(value, ChatBody) if chat else parse_body(value, CompletionBody)
+    call, each = _first_call(body, value, headers, slo), body.n or 1
+    prompts = [None] if isinstance(body, ChatBody) else body.prompts
+    if isinstance(body, CompletionBody) and body.best_of not in (None, each):
+        raise BadRequest("best_of: not supported, but as many as n", param="best_of")
+    if len(prompts) * each > MOST_CHOICES:
+        raise BadRequest(f"n: at most {MOST_CHOICES} choices in all", param="n")
+    if len(prompts) * each == 1:
+        return [call]
+    return [
+        replace(
+            call,
+            id=f"{call.answer_id}-{index}",
+            prompt=prompts[index // each],
+            index=index,
+            first_of_prompt=index % each == 0,
+            sampling=_sampling_apart(call, index % each),
+        )
+        for index in range(len(prompts) * each)
+    ]
+
+
+def _sampling_apart(call: Call, number: int) -> Json:
+    """Return the sampling of a prompt's choice of that number."""
+    seed = call.sampling.get("seed")
+    if seed is None:
+        return call.sampling
+    if not call.seeded:
+        return call.sampling | {"seed": secrets.randbits(SEED_BITS)}
+    counted = int(seed) + number
+    return call.sampling | {"seed": counted if counted < 2**63 else counted - 2**64}
+
+
+def _first_call(body: ChatBody | CompletionBody, value: Json, headers: Mapping[str, str], slo: Slo) -> Call:
+    """Return the call for the first choice."""
+    chat = isinstance(body, ChatBody)
     sampling = passed_on(value, chat=chat)
     sampling = {name: given for name, given in sampling.items() if name not in REWRITTEN}
     if body.stream and "prompt_logprobs" in sampling:
@@ -112,22 +164,25 @@ def read_call(value: Json, headers: Mapping[str, str], *, chat: bool, slo: Slo) 
             f"min_tokens: {body.min_tokens} is more than max_tokens {max_tokens}", param="min_tokens"
         )
     if body.seed is None and body.temperature != 0.0:
-        sampling["seed"] = secrets.randbits(62)
+        sampling["seed"] = secrets.randbits(SEED_BITS)
     if body.stream_options is not None and not body.stream:
         raise BadRequest("stream_options: only allowed with stream true", param="stream_options")
     tenant = headers.get("x-tenant-id", "")
     salt = _salt(tenant, body.cache_salt or "") if tenant or body.cache_salt else ""
+    answer_id, options = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12), body.stream_options
     return Call(
-        id=("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12),
+        id=answer_id,
+        answer_id=answer_id,
         created=int(time.time()),
         chat=chat,
         model=body.model,
-        prompt=None if isinstance(body, ChatBody) else body.prompt,
+        prompt=None if isinstance(body, ChatBody) else body.prompts[0],
         messages=value["messages"] if chat else None,
         max_tokens=max_tokens,
         sampling=sampling,
         stream=body.stream,
-        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        include_usage=bool(options and options.include_usage),
+        usage_so_far=bool(options and options.include_usage and options.continuous_usage_stats),
         return_token_ids=body.return_token_ids,
         slo=_slo(headers, slo),
         tenant=tenant,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from functools import partial
-from typing import Any, Literal
-from weakref import WeakSet
+from typing import Literal
 
+import orjson
 from aiohttp import web
-from pydantic import BaseModel, ConfigDict, StrictBool
+from pydantic import BaseModel, ConfigDict, StrictBool, StrictStr
 
+from tidegate import __version__
 from tidegate.core.decision import AddInstance, Drain, Undrain
 from tidegate.core.errors import (
     BadRequest,
+    EngineError,
     NoInstance,
     ShuttingDown,
     TidegateError,
@@ -22,28 +25,29 @@ from tidegate.core.errors import (
 )
 from tidegate.core.instance import Role
 from tidegate.gateway.access import Access
-from tidegate.gateway.call import Call, TokenEstimate, read_call
+from tidegate.gateway.answering import Answering
+from tidegate.gateway.call import read_calls
+from tidegate.gateway.cors import Cors
 from tidegate.gateway.dispatcher import RETRY_AFTER_S, Dispatcher
 from tidegate.gateway.page import page
-from tidegate.gateway.served_request import ServedRequest
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.policies.arrow.pools_v1 import Pools
-from tidegate.protocol.bodies import Body, parse_body
-from tidegate.protocol.chunks import AnswerHead, ChunkWriter, Tokens, WholeAnswer, usage_object
-from tidegate.protocol.client_stream import ClientStream
+from tidegate.protocol.bodies import Body, RequestBody, parse_body
 from tidegate.protocol.http_front import (
     JSON,
     answering_errors,
     header_texts,
     json_answer,
+    name_answer,
     read_object,
 )
+from tidegate.protocol.models import model_card, model_list
 
+ASK_S = 30.0
+"""How long an engine may take to tokenise a text that a client wants tokenised (ours)."""
 CALL_HEADERS = ("x-tenant-id", "x-session-id", "x-slo-ttft-ms", "x-slo-tpot-ms")
 OPERATOR = "operator"
 """The reason that the journal gives for what an operator asks."""
-CUT_OFF_S = 1.0
-"""How long cut-off requests have to tell their clients (ours)."""
 
 
 class AddBody(BaseModel):
@@ -54,30 +58,18 @@ class AddBody(BaseModel):
     role: Literal["prefill", "decode", "mixed"] | None = None
 
 
+class AskBody(RequestBody):
+    """What the gateway itself reads of a question to an engine."""
+
+    model: StrictStr | None = None
+
+
 class DrainBody(BaseModel):
     """Body of ``POST /tidegate/instances/{id}/drain``."""
 
     model_config = ConfigDict(extra="forbid")
 
     remove: StrictBool = False
-
-
-class StreamedAnswer:
-    """Sends each piece of an answer to the client as it comes. Raises ClientGone."""
-
-    __slots__ = ("_client", "_writer")
-
-    def __init__(self, writer: ChunkWriter, client: ClientStream) -> None:
-        self._writer = writer
-        self._client = client
-
-    def tokens(self, tokens: Tokens) -> None:
-        """Send any piece; the first one is sent with this."""
-        self._client.send(self._writer.piece(tokens))
-
-    def plain(self, text: str, token_ids: list[int]) -> None:
-        """Send a piece that is only text and ids."""
-        self._client.send(self._writer.plain(text, token_ids))
 
 
 class Front:
@@ -88,20 +80,32 @@ class Front:
         self._dispatcher = dispatcher
         self._started_s = dispatcher.clock.now()
         self._access = Access(settings)
-        self._estimate = TokenEstimate()
-        self._running: set[asyncio.Task[Any]] = set()
-        self._served: WeakSet[asyncio.Task[Any]] = WeakSet()
+        self._answering = Answering(dispatcher)
+        self._created = int(time.time())
         self.draining = False
 
     def application(self) -> web.Application:
         """Return the aiohttp application."""
         limit = self._settings.max_body_bytes
-        middlewares = [answering_errors(self._count), self._access.check]
+        middlewares = [answering_errors(self._count)]
+        cors = Cors(self._settings.cors_origins) if self._settings.cors_origins else None
+        if cors is not None:
+            middlewares.append(cors.answer_preflights)
+        middlewares.append(self._access.check)
         app = web.Application(client_max_size=limit, middlewares=middlewares)
+        app.on_response_prepare.append(name_answer)
+        if cors is not None:
+            app.on_response_prepare.append(cors.name_origin)
         app.router.add_post("/v1/completions", partial(self.completions, chat=False))
         app.router.add_post("/v1/chat/completions", partial(self.completions, chat=True))
         app.router.add_get("/v1/models", self.models)
         app.router.add_get("/", page)
+        app.router.add_get("/v1/models/{model:.+}", self.model)
+        app.router.add_post("/tokenize", self.ask_engine)
+        app.router.add_post("/detokenize", self.ask_engine)
+        app.router.add_get("/version", self.version)
+        app.router.add_get("/ping", self.health)
+        app.router.add_post("/ping", self.health)
         app.router.add_get("/health", self.health)
         app.router.add_get("/ready", self.ready)
         app.router.add_get("/metrics", self.metrics)
@@ -113,17 +117,13 @@ class Front:
 
     async def cut_off(self) -> None:
         """End the requests that still run, each with an error that tells why."""
-        self.draining = self._dispatcher.stopping = True
-        running = set(self._running)
-        for task in running:
-            task.cancel()
-        if running:
-            await asyncio.wait(running, timeout=CUT_OFF_S)
+        self.draining = True
+        await self._answering.cut_off()
 
     def _count(self, request: web.Request, error: TidegateError) -> None:
         """Count a request that was refused before it was served, which counts its own outcome."""
         # aiohttp handles each request in a task of its own, so the task stands for the request.
-        served = asyncio.current_task() in self._served
+        served = self._answering.is_served(asyncio.current_task())
         if request.method == "POST" and request.path.startswith("/v1/") and not served:
             self._dispatcher.metrics.requests.labels(status_of(error).label).inc()
 
@@ -134,74 +134,59 @@ class Front:
         headers["x-tenant-id"] = self._access.tenant(request, headers.get("x-tenant-id", ""))
         body = await read_object(request)
         self._access.check_fields(body)
-        call = read_call(body, headers, chat=chat, slo=self._settings.slo)
-        model = self._model(call)
+        calls = read_calls(body, headers, chat=chat, slo=self._settings.slo)
+        model = self._model(calls[0].model)
         if self.draining:
             raise ShuttingDown("the gateway is shutting down", retry_after_s=RETRY_AFTER_S)
-        head = AnswerHead(call.id, call.created, model, call.chat, call.return_token_ids, call.include_usage)
-        if call.stream:
-            client, writer = ClientStream(request, {"x-request-id": call.id}), ChunkWriter(head)
-            answer = StreamedAnswer(writer, client)
-            served = ServedRequest(call, self._dispatcher, self._estimate, answer, arrival_s)
+        return await self._answering.answer(request, calls, model, arrival_s)
 
-            async def streamed() -> bytes:
-                await self._run(served)
-                return writer.end(_usage(served))
-
-            return await client.carry(streamed())
-        whole = WholeAnswer(head)
-        served = ServedRequest(call, self._dispatcher, self._estimate, whole, arrival_s)
-        await self._run(served)
-        answer_body = whole.body(_usage(served), served.legs.prompt_ids)
-        return web.Response(body=answer_body, content_type=JSON, headers={"x-request-id": call.id})
-
-    async def _run(self, served: ServedRequest) -> None:
-        """Serve a request, which tells journal and metrics how it ended. Raises what it raises.
-
-        A request that ``cut_off`` ended raises the error that it recorded.
-        """
-        task = asyncio.current_task()
-        assert task is not None
-        self._running.add(task)
-        self._served.add(task)
-        try:
-            await served.run()
-        except asyncio.CancelledError:
-            if not self._dispatcher.stopping:
-                raise
-            task.uncancel()
-            raise self._dispatcher.cut_off() from None
-        finally:
-            self._running.discard(task)
-
-    def _model(self, call: Call) -> str:
+    def _model(self, asked: str | None) -> str:
         """Return the name of the model that answers. Raises UnknownModel for one that is not served.
 
         With no instance up any name passes: the request finds that out, and records it.
         """
         models = self._dispatcher.models
-        if not models or call.model in models:
-            return call.model or ""
-        if call.model is None:
+        if not models or asked in models:
+            return asked or ""
+        if asked is None:
             return min(models)
         raise UnknownModel(
-            f"model {call.model!r} is not served here; served: {', '.join(sorted(models))}", param="model"
+            f"model {asked!r} is not served here; served: {', '.join(sorted(models))}", param="model"
         )
 
     async def models(self, request: web.Request) -> web.Response:
         """GET /v1/models."""
+        return json_answer(model_list(self._models(), self._created))
+
+    async def model(self, request: web.Request) -> web.Response:
+        """GET /v1/models/{id}; ids of models may have slashes."""
+        return json_answer(model_card(self._models(), self._created, request.match_info["model"]))
+
+    def _models(self) -> dict[str, int]:
+        """Return the models that are served, with the longest context of each."""
         served: dict[str, int] = {}
         for upstream in self._dispatcher.upstreams.values():
             member = upstream.member
             served[member.model] = max(served.get(member.model, 0), member.instance.max_model_len)
-        answer = {
-            "object": "list",
-            "data": [
-                {"id": name, "object": "model", "created": 0, "owned_by": "tidegate", "max_model_len": length}
-                for name, length in sorted(served.items())
-            ],
-        }
-        return json_answer(answer)
+        return served
+
+    async def version(self, request: web.Request) -> web.Response:
+        """GET /version."""
+        return json_answer({"version": __version__})
+
+    async def ask_engine(self, request: web.Request) -> web.Response:
+        """POST /tokenize and /detokenize: passed on to an instance that serves the model."""
+        body = await read_object(request)
+        model = self._model(parse_body(body, AskBody).model)
+        failure: TidegateError = NoInstance("no instance is up", retry_after_s=RETRY_AFTER_S)
+        for upstream in list(self._dispatcher.upstreams.values()):
+            if upstream.member.model == model:
+                try:
+                    answer = await upstream.engine.ask(request.path, orjson.dumps(body), deadline_s=ASK_S)
+                    return web.Response(body=answer, content_type=JSON)
+                except EngineError as error:
+                    failure = error
+        raise failure
 
     async def health(self, request: web.Request) -> web.Response:
         """GET /health: the gateway process answers."""
@@ -298,7 +283,3 @@ class Front:
 
 async def _read_optional(request: web.Request, kind: type[Body]) -> Body:
     return parse_body(await read_object(request) if request.can_read_body else {}, kind)
-
-
-def _usage(served: ServedRequest) -> dict[str, Any]:
-    return usage_object(served.legs.prompt_tokens, len(served.legs.out_ids), served.record.cached_tokens)

@@ -15,10 +15,12 @@ class GatewaySettings:
     """Resolved settings of one gateway process.
 
     ``request_deadline_s`` bounds a whole request, ``stall_s`` the silence of an engine inside one
-    (2.5 times the longest step that a large prefill makes is a good value).
+    (2.5 times the longest step that a large prefill makes is a good value). A stream without a token by then
+    gets its head ``head_after_s`` after its request; before, a failure has an HTTP status of its own.
     ``api_key`` is the operator's, ``tenants`` are names by their keys, ``trusted_proxies`` are networks from
     which ``x-tenant-id`` is taken. ``allowed_hosts`` are names beside loopback that a gateway without a key
-    serves, ``allow_fields`` body fields that would be refused (see ``Access``).
+    serves, ``allow_fields`` body fields that would be refused (see ``Access``). Web pages of
+    ``cors_origins`` may call the gateway; ``*`` stands for all.
     ``load_every_s`` is the pause between readings of an engine's load. With ``journal_inputs`` the journal
     also has every input of the control plane, from which ``decide_again`` takes its decisions again.
     """
@@ -40,3 +42,5 @@ class GatewaySettings:
     trusted_proxies: Sequence[str] = ()
     allowed_hosts: Sequence[str] = ()
     allow_fields: Sequence[str] = ()
+    cors_origins: tuple[str, ...] = ()
+    head_after_s: float = 1.0

@@ -7,16 +7,21 @@ conversion.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+import codecs
+import json
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import orjson
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     StrictBool,
     StrictInt,
     StrictStr,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -26,13 +31,43 @@ from tidegate.core.errors import BadRequest
 DEFAULT_COMPLETION_TOKENS = 16
 """``max_tokens`` of ``/v1/completions`` when absent (OpenAI)."""
 
+MOST_LEVELS = 128
+"""Depth of a body (ours). The JSON library reads deeper ones than it can write, and the gateway writes on."""
+MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+MOST_CHOICES = 1024
+"""Prompts times ``n`` of one body (ours): each is a request of its own for whoever schedules it."""
 MOST_TOKENS = 2**21
 MOST_MESSAGES = 2**14
 """Longer lists are refused before their items are looked at: no served context holds them."""
 TokenIds = Annotated[
     list[Annotated[StrictInt, Field(ge=0)]], Field(fail_fast=True), Field(max_length=MOST_TOKENS)
 ]
+
+
+def _whole(value: Any) -> Any:
+    """Return the integer that a client wrote with a point, as vLLM takes it."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
+
+
+Int = Annotated[StrictInt, BeforeValidator(_whole)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+
+
+def _form_of_prompt(value: Any) -> str:
+    if not isinstance(value, list):
+        return "one-text"
+    first = value[0] if value else None
+    return "many-texts" if isinstance(first, str) else "many-ids" if isinstance(first, list) else "one-ids"
+
+
+Prompt = Annotated[TokenIds, Field(min_length=1)]
+_Prompts = Annotated[
+    Annotated[StrictStr, Tag("one-text")]
+    | Annotated[Prompt, Tag("one-ids")]
+    | Annotated[list[StrictStr], Field(max_length=MOST_CHOICES), Tag("many-texts")]
+    | Annotated[list[Prompt], Field(max_length=MOST_CHOICES), Field(fail_fast=True), Tag("many-ids")],
+    Discriminator(_form_of_prompt),
+]
 
 
 class RequestBody(BaseModel):
@@ -53,6 +88,7 @@ class StreamOptions(RequestBody):
 
     include_usage: StrictBool = False
     include_obfuscation: StrictBool = False
+    continuous_usage_stats: StrictBool = False
 
 
 class TicketParams(RequestBody):
@@ -90,16 +126,16 @@ class _SamplingBody(RequestBody):
     """Fields that both endpoints share."""
 
     model: StrictStr | None = None
-    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_tokens: Annotated[Int, Field(ge=1)] | None = None
     temperature: Annotated[Number, Field(ge=0.0, le=2.0)] | None = None
     top_p: Annotated[Number, Field(gt=0.0, le=1.0)] | None = None
-    top_k: Annotated[StrictInt, Field(ge=-1)] | None = None
-    seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
+    top_k: Annotated[Int, Field(ge=-1)] | None = None
+    seed: Annotated[Int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: StrictStr | Annotated[list[StrictStr], Field(max_length=16)] | None = None
     stop_token_ids: TokenIds | None = None
-    min_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
+    min_tokens: Annotated[Int, Field(ge=0)] | None = None
     ignore_eos: StrictBool = False
-    n: Annotated[StrictInt, Field(ge=1, le=1)] | None = None
+    n: Annotated[Int, Field(ge=1, le=MOST_CHOICES)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2.0, le=2.0)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2.0, le=2.0)] | None = None
     stream: StrictBool = False
@@ -108,7 +144,7 @@ class _SamplingBody(RequestBody):
     return_token_ids: StrictBool = False
     kv_transfer_params: KvTransferParams | None = None
     cache_salt: StrictStr | None = None
-    priority: StrictInt | None = None
+    priority: Int | None = None
     request_id: StrictStr | None = None
     vllm_xargs: dict[str, Any] | None = None
 
@@ -120,12 +156,18 @@ class _SamplingBody(RequestBody):
 
 
 class CompletionBody(_SamplingBody):
-    """Body of ``/v1/completions``: one prompt, as text or token ids."""
+    """Body of ``/v1/completions``: one prompt or several, each as text or token ids."""
 
-    prompt: StrictStr | Annotated[TokenIds, Field(min_length=1)]
-    logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    prompt: _Prompts
+    logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
     echo: Literal[False] | None = None
-    best_of: Annotated[StrictInt, Field(ge=1, le=1)] | None = None
+    best_of: Annotated[Int, Field(ge=1)] | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, of which a list holds several unless it is one of token ids."""
+        several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        return cast("list[str | list[int]]", self.prompt if several else [self.prompt])
 
     @property
     def token_limit(self) -> int | None:
@@ -150,9 +192,9 @@ class ChatBody(_SamplingBody):
     messages: Annotated[
         list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES), Field(fail_fast=True)
     ]
-    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
     logprobs: StrictBool | None = None
-    top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
 
     @property
     def token_limit(self) -> int | None:
@@ -174,20 +216,37 @@ Body = TypeVar("Body", bound=BaseModel)
 
 # What a union accepts, in words; pydantic would speak of one branch only.
 _UNIONS = {
-    "prompt": "a string or a non-empty list of non-negative token ids",
+    "prompt": "a string or a non-empty list of non-negative token ids, or a list of either",
     "stop": "a string or a list of at most 16 strings",
 }
+_NOT_TAKEN = ("none_required", "literal_error")
+"""pydantic's errors of fields that are there to be refused."""
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
-    """Decode a JSON object. Raises BadRequest for invalid UTF-8, malformed JSON or another JSON type."""
+    """Decode a JSON object; a byte order mark says in which Unicode it is, else it is UTF-8.
+
+    Raises BadRequest for text that is not valid, malformed JSON, another JSON type or one that is too deep.
+    """
     try:
-        value = orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
+        value = orjson.loads(raw.decode(json.detect_encoding(raw)) if raw.startswith(MARKS) else raw)
+    except ValueError as error:
         raise BadRequest(f"the body is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise BadRequest(f"the body must be a JSON object, not {type(value).__name__}")
+    if raw.count(b"{") + raw.count(b"[") > MOST_LEVELS and _levels(value) > MOST_LEVELS:
+        raise BadRequest(f"the body is nested more than {MOST_LEVELS} levels deep")
     return value
+
+
+def _levels(value: Any) -> int:
+    """Return how deep lists and objects are nested."""
+    levels, layer = 0, [value]
+    while layer:
+        inner = [part.values() if isinstance(part, dict) else part for part in layer]
+        layer = [item for items in inner for item in items if isinstance(item, dict | list)]
+        levels += 1
+    return levels
 
 
 def parse_body(value: dict[str, Any], kind: type[Body]) -> Body:
@@ -196,10 +255,13 @@ def parse_body(value: dict[str, Any], kind: type[Body]) -> Body:
         return kind.model_validate(value)
     except ValidationError as error:
         # For a union pydantic reports every branch; the field is the same, the first message will do.
-        first = error.errors(include_url=False, include_input=False)[0]
+        errors = error.errors(include_url=False, include_input=False)
+        first = next((e for e in errors if e["type"] in _NOT_TAKEN), errors[0])
         field = _field_path(first["loc"])
         union = _UNIONS.get(str(first["loc"][0])) if first["type"] != "missing" else None
-        message = f"expected {union}" if union else first["msg"]
+        message = "not supported" if first["type"] in _NOT_TAKEN else first["msg"]
+        if union:
+            field, message = str(first["loc"][0]), f"expected {union}"
         raise BadRequest(f"{field}: {message}", param=field) from None
 
 

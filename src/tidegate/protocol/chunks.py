@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -35,7 +35,8 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class AnswerHead:
-    """What does not change in an answer, and what its client wants in it. ``created`` is in Unix seconds."""
+    """What does not change in an answer, and what its client wants in it. ``created`` is in Unix seconds.
+    With ``usage_so_far`` every chunk tells the usage of its choice up to there."""
 
     id: str
     created: int
@@ -43,38 +44,47 @@ class AnswerHead:
     chat: bool
     return_token_ids: bool = False
     include_usage: bool = False
+    usage_so_far: bool = False
 
 
 def usage_object(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Json:
     """Return OpenAI ``usage``."""
+    counts = _counts(prompt_tokens, completion_tokens)
+    return counts | {"prompt_tokens_details": {"cached_tokens": cached_tokens}}
+
+
+def _counts(prompt_tokens: int, completion_tokens: int) -> Json:
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
 
 
 class ChunkWriter:
-    """Writes the events of one streamed answer; what does not change in them is encoded once.
+    """Writes the events of one choice of a streamed answer; what does not change in them is encoded once.
+
+    A chat's piece that shows nothing has no event: a parser of tool calls reads many tokens in silence.
 
     With ``return_token_ids`` the prompt's ids come where vLLM has them: in a completion's first choice,
     beside the choices of a chat's first chunk.
     """
 
     __slots__ = (
-        *("_after_ids", "_after_text", "_before", "_chars", "_chat", "_head", "_ids", "_opened", "_tail"),
-        "_usage",
+        *("_after_ids", "_after_text", "_before", "_chars", "_chat", "_generated", "_head", "_ids", "_index"),
+        *("_opened", "_prompt_tokens", "_so_far", "_tail", "_usage"),
     )
 
-    def __init__(self, head: AnswerHead) -> None:
+    def __init__(self, head: AnswerHead, index: int = 0) -> None:
+        self._index, self._so_far = index, head.usage_so_far
+        self._prompt_tokens = self._generated = 0
         self._chat, self._ids, self._usage = head.chat, head.return_token_ids, head.include_usage
         kind = "chat.completion.chunk" if head.chat else "text_completion"
         fields = {"id": head.id, "object": kind, "created": head.created, "model": head.model}
         self._head = b"data: " + orjson.dumps(fields)[:-1] + b',"choices":['
         self._tail = (b',"usage":null' if head.include_usage else b"") + b"}\n\n"
         text_of = b'"delta":{"content":' if head.chat else b'"text":'
-        self._before = self._head + b'{"index":0,' + text_of
+        self._before = self._head + b'{"index":%d,' % index + text_of
         self._after_ids = b',"logprobs":null,"finish_reason":null}]' + self._tail
         self._after_text = b"}" if head.chat else b""
         self._after_text += b',"token_ids":' if self._ids else self._after_ids
@@ -83,6 +93,8 @@ class ChunkWriter:
 
     def plain(self, text: str, token_ids: list[int]) -> bytes:
         """Return the event of a piece that is only text and ids, and not the first one."""
+        if self._so_far:
+            return self.piece(Tokens(text, token_ids))
         data = self._before + orjson.dumps(text) + self._after_text
         return data + orjson.dumps(token_ids) + self._after_ids if self._ids else data
 
@@ -91,12 +103,14 @@ class ChunkWriter:
         beside its choices."""
         opening, extras = b"", tokens.delta or {}
         prompt_ids = None if self._opened or not self._ids else tokens.prompt_token_ids
+        self._prompt_tokens = self._prompt_tokens or len(tokens.prompt_token_ids or ())
         if self._chat and not self._opened:
             role = {"role": "assistant", "content": ""}
-            choice: Json = {"index": 0, "delta": role, "logprobs": None, "finish_reason": None}
+            choice: Json = {"index": self._index, "delta": role, "logprobs": None, "finish_reason": None}
             opening = self._event(choice, None if prompt_ids is None else {"prompt_token_ids": prompt_ids})
             prompt_ids = None
         self._opened = True
+        self._generated += len(tokens.token_ids)
         if (
             tokens.finish_reason is None
             and tokens.logprobs is None
@@ -104,8 +118,11 @@ class ChunkWriter:
             and prompt_ids is None
             and not extras
         ):
-            return opening + self.plain(tokens.text, tokens.token_ids)
-        choice = {"index": 0}
+            if self._chat and not tokens.text and not self._ids:
+                return opening
+            if not self._so_far:
+                return opening + self.plain(tokens.text, tokens.token_ids)
+        choice = {"index": self._index}
         if self._chat:
             goes_on = tokens.finish_reason is None and not extras
             delta = ({"content": tokens.text} if tokens.text or goes_on else {}) | extras
@@ -136,18 +153,21 @@ class ChunkWriter:
         return placed
 
     def _event(self, choice: Json, more: Json | None) -> bytes:
-        beside = b"" if more is None else b"," + orjson.dumps(more)[1:-1]
-        return self._head + orjson.dumps(choice) + b"]" + beside + self._tail
+        beside, tail = b"" if more is None else b"," + orjson.dumps(more)[1:-1], self._tail
+        if self._so_far:
+            tail = b',"usage":' + orjson.dumps(_counts(self._prompt_tokens, self._generated)) + b"}\n\n"
+        return self._head + orjson.dumps(choice) + b"]" + beside + tail
 
 
 class WholeAnswer:
-    """Gathers the pieces of an answer that is sent whole. ``token_ids`` are those that came so far."""
+    """Gathers the pieces of one choice of an answer that is sent whole. ``token_ids`` are those that came so
+    far."""
 
-    __slots__ = ("_extras", "_head", "_last", "_logprobs", "_texts", "token_ids")
+    __slots__ = ("_extras", "_head", "_index", "_last", "_logprobs", "_texts", "token_ids")
 
-    def __init__(self, head: AnswerHead) -> None:
+    def __init__(self, head: AnswerHead, index: int = 0) -> None:
         self.token_ids: list[int] = []
-        self._head = head
+        self._head, self._index = head, index
         self._extras: Json = {}
         self._texts: list[str] = []
         self._logprobs: list[Json] = []
@@ -168,12 +188,18 @@ class WholeAnswer:
         self.token_ids += token_ids
 
     def body(self, usage: Json, prompt_ids: list[int] | None, more: Json | None = None) -> bytes:
-        """Encode the answer as it ended with the last piece; ``more`` is put beside its choices."""
+        """Encode an answer of this choice alone; ``more`` is put beside its choices."""
+        return whole_body(self._head, [self.choice(prompt_ids)], usage, more)
+
+    def choice(self, prompt_ids: list[int] | None) -> Json:
+        """Return the choice as it ended with the last piece."""
         head, text = self._head, "".join(self._texts)
-        choice: Json = {"index": 0}
+        choice: Json = {"index": self._index}
         if head.chat:
             content = text if text or not self._extras else None
             choice["message"] = {"role": "assistant", "content": content, **self._extras}
+            for call in self._extras.get("tool_calls") or ():
+                call.pop("index", None)
         else:
             choice["text"] = text
         choice |= {
@@ -181,21 +207,11 @@ class WholeAnswer:
             "finish_reason": self._last.finish_reason,
             "stop_reason": self._last.stop_reason,
         }
-        answer: Json = {
-            "id": head.id,
-            "object": "chat.completion" if head.chat else "text_completion",
-            "created": head.created,
-            "model": head.model,
-            "choices": [choice],
-            "usage": usage,
-            **(more or {}),
-        }
         if self._last.prompt_logprobs is not None:
-            (answer if head.chat else choice)["prompt_logprobs"] = self._last.prompt_logprobs
+            choice["prompt_logprobs"] = self._last.prompt_logprobs
         if head.return_token_ids:
-            choice["token_ids"] = self.token_ids
-            (answer if head.chat else choice)["prompt_token_ids"] = prompt_ids
-        return orjson.dumps(answer)
+            choice |= {"token_ids": self.token_ids, "prompt_token_ids": prompt_ids}
+        return choice
 
     def _all_logprobs(self) -> Json | None:
         if not self._logprobs:
@@ -203,6 +219,23 @@ class WholeAnswer:
         names = ("content",) if self._head.chat else ("tokens", "token_logprobs", "top_logprobs")
         rows: Json = {name: [r for part in self._logprobs for r in part.get(name) or []] for name in names}
         return rows if self._head.chat else _with_offsets(rows, 0)
+
+
+def whole_body(head: AnswerHead, choices: Sequence[Json], usage: Json, more: Json | None = None) -> bytes:
+    """Encode an answer; ``more`` is put beside its choices. A chat has what is its prompt's there, too."""
+    answer: Json = {
+        "id": head.id,
+        "object": "chat.completion" if head.chat else "text_completion",
+        "created": head.created,
+        "model": head.model,
+        "choices": choices,
+        "usage": usage,
+        **(more or {}),
+    }
+    for name in ("prompt_token_ids", "prompt_logprobs") if head.chat else ():
+        if name in choices[0]:
+            answer[name], *_ = [choice.pop(name, None) for choice in choices]
+    return orjson.dumps(answer)
 
 
 def _with_offsets(logprobs: Json, start: int) -> Json:

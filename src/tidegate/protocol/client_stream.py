@@ -18,6 +18,9 @@ UNREAD_BYTES = 4 * 2**20
 """A client that leaves this much unread is dropped: its backlog would grow without bound (ours)."""
 LEAVE_S = 30.0
 """How long a client may take to read what is left of a finished answer (ours)."""
+COMMENT_S = 5.0
+"""How long an open stream is silent before a comment keeps it alive (ours): proxies cut after some ten."""
+COMMENT = b": no token yet\n\n"
 HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
@@ -28,12 +31,19 @@ HEADERS = {
 class ClientStream:
     """Sends events to the client from inside the callback that brings them, without a task switch per chunk.
 
-    The answer's head is sent with the first event, so that a failure before it still has its own HTTP status.
-    Then events go straight to the connection's transport, each as one HTTP chunk (to an HTTP/1.0 client as
-    they are, until the connection closes).
+    The answer's head is sent with the first event, so that a failure before it still has its own HTTP status,
+    or after ``head_after_s`` if that is sooner. From then on comments fill silences. Events go straight to
+    the connection's transport, each as one HTTP chunk (to an HTTP/1.0 client as they are, until the
+    connection closes).
     """
 
-    def __init__(self, request: web.Request, headers: Mapping[str, str]) -> None:
+    def __init__(
+        self, request: web.Request, headers: Mapping[str, str], *, head_after_s: float | None = None
+    ) -> None:
+        self._spoke = False
+        self._watch: asyncio.TimerHandle | None = None
+        if head_after_s is not None:
+            self._watch = asyncio.get_running_loop().call_later(head_after_s, self._break_silence)
         self._request = request
         self._response = web.StreamResponse(headers={**HEADERS, **headers})
         self._chunked = request.version >= HttpVersion11
@@ -41,6 +51,7 @@ class ClientStream:
 
     def send(self, data: bytes) -> None:
         """Send events. Raises ClientGone when the client has left or reads too slowly."""
+        self._spoke = True
         transport = self._transport
         if transport is None:
             self._open(data)
@@ -57,7 +68,7 @@ class ClientStream:
         it raises before the first event is raised here, and so is ClientGone. A later error ends the answer
         with an error event and without ``[DONE]``: it is visibly incomplete."""
         try:
-            end = await work
+            end = await self._watched(work)
         except Exception as failure:
             if self._transport is None or isinstance(failure, ClientGone):
                 raise
@@ -67,6 +78,23 @@ class ClientStream:
                 error = InternalError("internal error")
             end = event(error_body(error))
         return await self._finish(end)
+
+    async def _watched(self, work: Awaitable[bytes]) -> bytes:
+        try:
+            return await work
+        finally:
+            if self._watch is not None:
+                self._watch.cancel()
+
+    def _break_silence(self) -> None:
+        """Send a comment unless there were events since the last look, and look again."""
+        try:
+            if not self._spoke:
+                self.send(COMMENT)
+        except ClientGone:
+            return  # The next event finds out, too.
+        self._spoke = False
+        self._watch = asyncio.get_running_loop().call_later(COMMENT_S, self._break_silence)
 
     async def _finish(self, data: bytes) -> web.StreamResponse:
         """Send the last events and end the answer. Raises ClientGone when they are not taken."""

@@ -9,6 +9,7 @@ import asyncio
 import hmac
 import logging
 import math
+import secrets
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any
@@ -50,6 +51,8 @@ SPARE_DESCRIPTORS = 64
 JSON = "application/json"
 _held_body: ContextVar[HeldBody] = ContextVar("held body")
 """What the body of the request takes; aiohttp handles each request in a task of its own."""
+REQUEST_ID = "X-Request-Id"
+MOST_ID_CHARS = 256
 _SILENT = logging.Logger("access", level=logging.CRITICAL)
 _MALFORMED = (HttpProcessingError, web.RequestPayloadError)
 
@@ -102,6 +105,16 @@ def error_answer(error: TidegateError) -> web.Response:
     return web.Response(
         body=error_body(error), status=status_of(error).http, headers=headers, content_type=JSON
     )
+
+
+async def name_answer(request: web.Request, response: web.StreamResponse) -> None:
+    """Put an id on an answer, errors too (a signal ``on_response_prepare``): the one that the client gave
+    it, else that of its body, else a new one."""
+    given = request.headers.get(REQUEST_ID, "")
+    if given and given.isascii() and given.isprintable() and len(given) <= MOST_ID_CHARS:
+        response.headers[REQUEST_ID] = given
+    elif REQUEST_ID not in response.headers:
+        response.headers[REQUEST_ID] = secrets.token_hex(12)
 
 
 def header_bytes(value: str | None) -> bytes:
@@ -251,6 +264,7 @@ class _Connection(web.RequestHandler):
         if not isinstance(exc, _MALFORMED) or request.writer.output_size > 0:
             return super().handle_error(request, status, exc, message)
         answer = error_answer(BadRequest(f"malformed HTTP: {_words(exc)}"))
+        answer.headers[REQUEST_ID] = secrets.token_hex(12)
         answer.force_close()
         return answer
 

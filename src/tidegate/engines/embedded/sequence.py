@@ -93,9 +93,15 @@ def take_token(
     sequence.tokens.append(choice.token_id)
     output = token_output(sequence.request, choice.token_id, sequence.new_tokens, sequence.text, eos_ids)
     if choice.logprob is not None:
-        top = tuple((token, tokenizer.piece(token), value) for token, value in choice.alternatives)
-        piece = tokenizer.piece(choice.token_id)
-        output.logprobs = [TokenLogprob(choice.token_id, piece, choice.logprob, top)]
+        said, chosen = sequence.text.said, choice.token_id
+        if not said and output.finish_reason == "stop":
+            said = tokenizer.piece(chosen)
+        top = [
+            TokenLogprob(t, said if t == chosen else tokenizer.piece(t), tokenizer.spelt(t), value)
+            for t, value in choice.alternatives
+        ]
+        spelt = tokenizer.spelt(chosen)
+        output.logprobs = [TokenLogprob(chosen, said, spelt, choice.logprob, tuple(top))]
     return output
 
 

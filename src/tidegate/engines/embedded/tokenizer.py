@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from tidegate.engines.serving.assembling import ByteDecoder, TextAssembler, Text
 
 _CONTEXT_TOKENS = 6
 """Tokens of the prompt that a window decoder reads, so that leading-space rules see what came before."""
+
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+"""How SentencePiece names a byte that no other token holds."""
 
 _MAX_UNDECIDED_TOKENS = 8
 """A character has at most 4 bytes, so a longer undecided run is not going to become one."""
@@ -54,7 +58,10 @@ class ModelTokenizer:
         """``vocab_size`` is the model's: ids that the tokenizer lacks show nothing."""
         self.pretrained = tokenizer
         self._backend: Tokenizer = tokenizer.backend_tokenizer
-        self._pieces = _byte_pieces(self._backend, vocab_size)
+        self._special = {
+            token_id for token_id, token in self._backend.get_added_tokens_decoder().items() if token.special
+        }
+        self._pieces = _byte_pieces(self._backend, self._special, vocab_size)
         self.longest_token_chars = max(map(len, self._backend.get_vocab()), default=1)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -93,6 +100,17 @@ class ModelTokenizer:
         """Return the text of one id by itself, special tokens included."""
         return self.decode([token_id])
 
+    def spelt(self, token_id: int) -> bytes:
+        """Return the bytes that one id stands for; none for special tokens, which show nothing."""
+        if self._pieces is not None:
+            return self._pieces[token_id]
+        token = self._backend.id_to_token(token_id) or ""
+        if token_id in self._special:
+            return b""
+        if byte := _BYTE_TOKEN.fullmatch(token):
+            return bytes.fromhex(byte[1])
+        return token.replace("\u2581", " ").encode()
+
 
 def load_tokenizer(folder: str | Path) -> Any:
     """Load the folder's tokenizer. Raises ``ConfigError`` when it has none that is a fast one."""
@@ -107,12 +125,11 @@ def load_tokenizer(folder: str | Path) -> Any:
     return tokenizer
 
 
-def _byte_pieces(backend: Tokenizer, vocab_size: int) -> list[bytes] | None:
+def _byte_pieces(backend: Tokenizer, special: set[int], vocab_size: int) -> list[bytes] | None:
     """Return each id's bytes for a byte-level tokenizer (special tokens are empty), else None."""
     if type(backend.decoder).__name__ != "ByteLevel":
         return None
     byte_of = {char: byte for byte, char in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
-    special = {token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special}
     vocab = backend.get_vocab(with_added_tokens=True)
     pieces = [b""] * max(max(vocab.values()) + 1, vocab_size)
     for token, token_id in vocab.items():

@@ -60,8 +60,8 @@ class EmulatedLeg:
             pending.text += output.text
             pending.finish_reason, pending.stop_reason = output.finish_reason, output.stop_reason
             if self.request.sampling.logprobs is not None:
-                piece = pieces()[token].decode("utf-8", "replace")
-                pending.logprobs = [*(pending.logprobs or []), TokenLogprob(token, piece, 0.0)]
+                entry = TokenLogprob(token, self.text.said, pieces()[token], 0.0)
+                pending.logprobs = [*(pending.logprobs or []), entry]
 
     def finish(self, now: float, pinned: PinnedKv | None = None, reason: str | None = None) -> None:
         """Complete the last output; ``reason`` is why the leg ends before its last token."""

@@ -41,14 +41,16 @@ class ByteDecoder:
 class TextAssembler:
     """The text of one request: decoding, stop strings and what is held back.
 
-    ``replayed`` are the ids of earlier legs, whose text has been shown.
+    ``replayed`` are the ids of earlier legs, whose text has been shown. ``said`` is the text that the newest
+    id completed, held back or not.
     """
 
-    __slots__ = ("_decoder", "_stops")
+    __slots__ = ("_decoder", "_stops", "said")
 
     def __init__(
         self, decoder: TextDecoder, stops: tuple[str, ...], replayed: Sequence[int] = (), min_tokens: int = 0
     ) -> None:
+        self.said = ""
         self._decoder = decoder
         self._stops = StopStrings(tuple(stop for stop in stops if stop))
         for count, token_id in enumerate(replayed, start=1):
@@ -63,7 +65,7 @@ class TextAssembler:
         """Take one id and return the text that may be shown now. When a stop string completes, ``stopped_by``
         is set and the text before it returned. With ``may_stop`` false (below ``min_tokens``) stop strings
         are shown like any text."""
-        text = self._decoder.add(token_id)
+        self.said = text = self._decoder.add(token_id)
         return self._stops.feed(text, search=may_stop) if text else text
 
     def flush(self) -> str:
@@ -84,6 +86,7 @@ def token_output(
         output.finish_reason = "stop"
         output.stop_reason = token_id if token_id in params.stop_token_ids else None
         output.text = text.flush()
+        text.said = ""
         return output
     output.text = text.add(token_id, may_stop=request.generated + new_tokens > params.min_tokens)
     if text.stopped_by is not None:

@@ -189,7 +189,7 @@ def _text_logprobs(entries: list[TokenLogprob]) -> Json:
         "tokens": [entry.text for entry in entries],
         "token_logprobs": [entry.logprob for entry in entries],
         "top_logprobs": [
-            {entry.text: entry.logprob, **{text: logprob for _, text, logprob in entry.top}}
+            {entry.text: entry.logprob, **{other.text: other.logprob for other in entry.top}}
             for entry in entries
         ],
     }
@@ -198,14 +198,11 @@ def _text_logprobs(entries: list[TokenLogprob]) -> Json:
 def _chat_logprobs(entries: list[TokenLogprob]) -> Json:
     return {
         "content": [
-            {
-                **_token_logprob(entry.text, entry.logprob),
-                "top_logprobs": [_token_logprob(text, logprob) for _, text, logprob in entry.top],
-            }
+            _token_logprob(entry) | {"top_logprobs": [_token_logprob(other) for other in entry.top]}
             for entry in entries
         ]
     }
 
 
-def _token_logprob(text: str, logprob: float) -> Json:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+def _token_logprob(entry: TokenLogprob) -> Json:
+    return {"token": entry.text, "logprob": entry.logprob, "bytes": list(entry.spelt)}

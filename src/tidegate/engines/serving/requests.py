@@ -51,6 +51,11 @@ def check_model(asked: str | None, facts: ServingFacts) -> None:
 
 def refuse_unsupported(body: CompletionBody | ChatBody) -> None:
     """Raise BadRequest naming the first field that is not known, or asks for what this engine cannot do."""
+    if isinstance(body, CompletionBody) and len(body.prompts) > 1:
+        raise BadRequest("prompt: this engine takes one; the gateway takes several", param="prompt")
+    for name in ("n", "best_of"):
+        if getattr(body, name, None) not in (None, 1):
+            raise BadRequest(f"{name}: this engine takes 1; the gateway takes more", param=name)
     chat = isinstance(body, ChatBody)
     given = {name: getattr(body, name) for name in body.model_fields_set}
     for name, value in passed_on(given, chat=chat).items():
@@ -104,7 +109,8 @@ def build_call(
         ticket=_ticket(kv.tidegate_ticket),
     )
     usage = body.stream_options is not None and body.stream_options.include_usage
-    head = AnswerHead(public_id, int(time.time()), facts.model, chat, body.return_token_ids, usage)
+    so_far = usage and body.stream_options is not None and body.stream_options.continuous_usage_stats
+    head = AnswerHead(public_id, int(time.time()), facts.model, chat, body.return_token_ids, usage, so_far)
     return ServedCall(head, generate, body.stream, client_id)
 
 

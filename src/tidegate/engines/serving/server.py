@@ -17,6 +17,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import Field, StrictBool, StrictStr
 
+from tidegate import __version__
 from tidegate.core.errors import BadRequest, ClientGone, NoInstance, PromptTooLong
 from tidegate.engines.serving.delivery import Delivery, OutputRouter
 from tidegate.engines.serving.metrics import ServerMetrics
@@ -40,8 +41,10 @@ from tidegate.protocol.http_front import (
     answering_errors,
     check_bearer,
     json_answer,
+    name_answer,
     read_object,
 )
+from tidegate.protocol.models import model_card, model_list
 
 BACKLOG = 2048
 MOST_UNWANTED = 4096
@@ -172,12 +175,13 @@ class Generation:
     async def _prompt_ids(self, body: CompletionBody | ChatBody) -> list[int]:
         codec = self._parts.codec
         if isinstance(body, CompletionBody):
-            if not isinstance(body.prompt, str):
-                return body.prompt
-            self._check_text(len(body.prompt), "prompt")
-            if len(body.prompt) > LONG_TEXT_CHARS:
-                return await asyncio.to_thread(codec.encode, body.prompt)
-            return codec.encode(body.prompt)
+            (prompt,) = body.prompts
+            if not isinstance(prompt, str):
+                return prompt
+            self._check_text(len(prompt), "prompt")
+            if len(prompt) > LONG_TEXT_CHARS:
+                return await asyncio.to_thread(codec.encode, prompt)
+            return codec.encode(prompt)
         if body.kv_transfer_params is not None and body.kv_transfer_params.prompt_token_ids is not None:
             return body.kv_transfer_params.prompt_token_ids
         messages = flat_messages(body.messages)
@@ -236,15 +240,21 @@ class EngineServer:
         self._api_key = api_key
         self._generation = Generation(parts)
         self._created = int(time.time())
+        self._served = {parts.facts.model: parts.facts.max_model_len}
         app = web.Application(
             middlewares=[answering_errors(), self._check_access],
             client_max_size=MOST_BODY_BYTES,
         )
+        app.on_response_prepare.append(name_answer)
         app.add_routes(
             [
                 web.post("/v1/completions", self._generation.completions),
                 web.post("/v1/chat/completions", self._generation.chat),
                 web.get("/v1/models", self.models),
+                web.get("/v1/models/{model:.+}", self.model),
+                web.get("/version", self.version),
+                web.get("/ping", self.health),
+                web.post("/ping", self.health),
                 web.get("/health", self.health),
                 web.get("/metrics", self.metrics),
                 web.post("/tokenize", self.tokenize),
@@ -269,17 +279,13 @@ class EngineServer:
         await self._runner.cleanup()
 
     async def models(self, request: web.Request) -> web.Response:
-        facts = self._parts.facts
-        card = {
-            "id": facts.model,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "tidegate",
-            "root": facts.model,
-            "parent": None,
-            "max_model_len": facts.max_model_len,
-        }
-        return json_answer({"object": "list", "data": [card]})
+        return json_answer(model_list(self._served, self._created))
+
+    async def model(self, request: web.Request) -> web.Response:
+        return json_answer(model_card(self._served, self._created, request.match_info["model"]))
+
+    async def version(self, request: web.Request) -> web.Response:
+        return json_answer({"version": __version__})
 
     async def health(self, request: web.Request) -> web.Response:
         """GET /health: 200 with an empty body while requests are accepted"""

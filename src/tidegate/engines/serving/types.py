@@ -64,12 +64,15 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Log-probability of a chosen token and of the ``top`` alternatives, as (token id, text, logprob)."""
+    """Log-probability of a token, and beside one that was chosen those of the ``top`` alternatives. ``text``
+    is what a chosen token added to the answer: nothing where it is the first part of a character, whose last
+    part adds it all. ``spelt`` are its own bytes."""
 
     token_id: int
     text: str
+    spelt: bytes
     logprob: float
-    top: tuple[tuple[int, str, float], ...] = ()
+    top: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
