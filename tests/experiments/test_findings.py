@@ -90,6 +90,8 @@ def test_the_common_rate_is_a_static_baseline_else_the_middle_and_never_zero() -
 
 
 def test_waits_that_look_the_same_are_not_told_apart() -> None:
-    views = [cast("RunView", SimpleNamespace(missed_ttft_p99_s=wait_s)) for wait_s in (1.31, 1.29)]
+    views = [
+        cast("RunView", SimpleNamespace(missed_ttft_p99_s=wait_s, offered=10_000)) for wait_s in (1.31, 1.29)
+    ]
     text = said(*(replace(entry(f"s{n}", 4.0), view=view) for n, view in enumerate(views)))
     assert "1.3 s or more for a first token under every system" in text

@@ -76,7 +76,6 @@ async def test_pages_from_elsewhere_cannot_use_a_gateway_without_a_key(
     ("field", "value"),
     [
         ("chat_template", "{{ x }}"),
-        ("logits_processors", ["os.system"]),
         ("mm_processor_kwargs", {"a": 1}),
         ("chat_template_kwargs.chat_template", "{{ x }}"),
         ("chat_template_kwargs.tokenize", True),

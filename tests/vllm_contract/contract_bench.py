@@ -15,6 +15,7 @@ from tests.vllm_contract.strict_vllm import MODEL, Network, StrictVllm, generate
 from tidegate.fleet.health import HealthPace
 from tidegate.fleet.static import StaticFleet, StaticPace
 from tidegate.fleet.vllm import KvSetup
+from tidegate.gateway.access import GUARDED_FIELDS
 from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.systems import make_system
@@ -98,7 +99,11 @@ async def bench(
         kv=KvSetup("nixl", lease_s=lease_s, bidirectional=bidirectional),
         pace=StaticPace(HealthPace(every_s=0.2), retry_s=0.05),
     )
-    gateway = Gateway(GatewaySettings(port=0, connect_s=10.0), fleet, make_system(system))
+    gateway = Gateway(
+        GatewaySettings(port=0, connect_s=10.0, head_after_s=60.0, allow_fields=tuple(GUARDED_FIELDS)),
+        fleet,
+        make_system(system),
+    )
     url = await gateway.start()
     try:
         async with (

@@ -121,7 +121,7 @@ class GatewaySection(Section):
     allow_fields: Words | None = setting(
         None,
         "Body fields to let through to vLLM that are refused because they run or configure code: "
-        "chat_template, logits_processors, mm_processor_kwargs, media_io_kwargs.",
+        "chat_template, mm_processor_kwargs, media_io_kwargs.",
         "FIELD",
     )
     journal: FilePath | None = setting(

@@ -12,7 +12,7 @@ UNSEEN_S = 3 * TICK_S
 """Lost time that may be nothing but the distance between looks."""
 
 
-class Mark(NamedTuple):
+class LoopMark(NamedTuple):
     """A moment: by the clock, and in time that the loop ran."""
 
     at_s: float
@@ -36,11 +36,11 @@ class LoopTime:
             _known[loop] = LoopTime()
         return _known[loop]
 
-    def mark(self) -> Mark:
+    def mark(self) -> LoopMark:
         """Return this moment."""
-        return Mark(asyncio.get_running_loop().time(), self.ran_s)
+        return LoopMark(asyncio.get_running_loop().time(), self.ran_s)
 
-    def lost_s(self, since: Mark) -> float:
+    def lost_s(self, since: LoopMark) -> float:
         """Return the seconds since a moment in which the loop did not run; 0.0 when they are few."""
         now = self.mark()
         lost_s = now.at_s - since.at_s - (now.ran_s - since.ran_s)

@@ -18,7 +18,7 @@ OPEN = frozenset({"/health", "/ready"})
 KEYED = ("/v1/", "/tidegate/", "/metrics", "/tokenize", "/detokenize")
 OPERATORS = ("/tidegate/", "/metrics")
 """Paths that a tenant's key does not open."""
-GUARDED_FIELDS = frozenset({"logits_processors", "chat_template", "mm_processor_kwargs", "media_io_kwargs"})
+GUARDED_FIELDS = frozenset({"chat_template", "mm_processor_kwargs", "media_io_kwargs"})
 """Body fields that run or configure code in a vLLM server: refused unless a setting allows them."""
 GUARDED_TEMPLATE_ARGUMENTS = frozenset({"chat_template", "tokenize"})
 """Keys of ``chat_template_kwargs`` that replace what vLLM passes to the template's renderer itself."""
