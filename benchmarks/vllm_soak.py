@@ -156,7 +156,7 @@ async def soak(args: argparse.Namespace) -> bool:
             left = await what_is_left(session, watched, urls)
             await recorder.record(session)
         finally:
-            watched.process.send_signal(signal.SIGINT)
+            watched.process.send_signal(signal.SIGTERM)
             stopped = await asyncio.to_thread(watched.process.wait, 60)
     found = summary(args, load, recorder.samples, journal, left, stopped)
     (args.out / "summary.json").write_text(json.dumps(found, indent=2) + "\n")
