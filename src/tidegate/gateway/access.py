@@ -23,6 +23,7 @@ GUARDED_FIELDS = frozenset({"chat_template", "mm_processor_kwargs", "media_io_kw
 GUARDED_TEMPLATE_ARGUMENTS = frozenset({"chat_template", "tokenize"})
 """Keys of ``chat_template_kwargs`` that replace what vLLM passes to the template's renderer itself."""
 LOOPBACK_NAMES = frozenset({"localhost"})
+MOST_NEAR = 64
 
 
 class Access:
@@ -38,6 +39,7 @@ class Access:
         keyless = not self._operator and not self._tenants
         self._browsers = keyless and _is_loopback(settings.host)
         """Whether only the address protects the gateway: any page that a browser shows could use it."""
+        self._near: set[str] = set()  # urls found near, which parse slowly
 
     @web.middleware
     async def check(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -95,8 +97,10 @@ class Access:
     def _check_browser(self, request: web.Request) -> None:
         """Raise Forbidden for what a page from elsewhere has a browser send, under its own name or ours."""
         for header, url in (("Host", f"//{request.host}"), ("Origin", request.headers.get("Origin"))):
+            if url is None or url in self._near:
+                continue
             allowed = header == "Origin" and not self._origins.isdisjoint({url, "*"})
-            if url is not None and not allowed and not self._is_near(url):
+            if not allowed and not self._is_near(url):
                 raise Forbidden(
                     f"header {header}: a gateway without a key serves this machine only (--allowed-hosts)",
                     param=header,
@@ -107,7 +111,10 @@ class Access:
             name = (urlsplit(url).hostname or "").lower()
         except ValueError:
             return False
-        return _is_loopback(name) or name in self._hosts
+        near = _is_loopback(name) or name in self._hosts
+        if near and len(self._near) < MOST_NEAR:
+            self._near.add(url)
+        return near
 
 
 def _is_loopback(host: str) -> bool:
