@@ -22,6 +22,7 @@ from tidegate.engines.vllm.engine import VllmEngine
 from tidegate.fleet.health import HealthPace
 from tidegate.fleet.static import StaticFleet, StaticPace
 from tidegate.fleet.vllm import KvSetup
+from tidegate.gateway.access import GUARDED_FIELDS
 from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.ledger.snapshot import Snapshot
@@ -239,7 +240,9 @@ async def serving(
     journal = folder / f"journal-{time.monotonic_ns()}.jsonl"
     composed = make_system(system, slo=Slo()) if isinstance(system, str) else system
     # Generous: servers that share few cores are slow to accept.
-    resolved = GatewaySettings(port=0, journal=journal, connect_s=10.0, admission=0.0)
+    resolved = GatewaySettings(
+        port=0, journal=journal, connect_s=10.0, admission=0.0, allow_fields=tuple(GUARDED_FIELDS)
+    )
     gateway = Gateway(resolved, fleet, composed)
     url = await gateway.start()
     try:
