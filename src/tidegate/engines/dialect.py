@@ -118,7 +118,7 @@ class DialectEngine:
     async def ask(self, path: str, body: bytes, *, deadline_s: float) -> bytes:
         answer = await self._wire.exchange("POST", path, body, deadline_s=deadline_s)
         if answer.status != 200:
-            raise refusal(_said(answer), None, answer.status)
+            raise refusal(_error_body(answer), None, answer.status)
         return answer.body
 
     def refuses(self, handle: KvHandle) -> str | None:
@@ -195,7 +195,7 @@ class DialectEngine:
     def _check(self, answer: HttpAnswer, leg: Leg) -> None:
         if answer.status == 200:
             return
-        raise refusal(_said(answer), leg, answer.status)
+        raise refusal(_error_body(answer), leg, answer.status)
 
     def _whole_answer(self, raw: bytes, leg: Leg, sink: TokensSink) -> LegEnd:
         try:
@@ -337,7 +337,7 @@ def _times(event: Json) -> LegTimes:
     )
 
 
-def _said(answer: HttpAnswer) -> Json:
+def _error_body(answer: HttpAnswer) -> Json:
     try:
         body = orjson.loads(answer.body)
     except orjson.JSONDecodeError:

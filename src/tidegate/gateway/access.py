@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import hmac
 from ipaddress import ip_address, ip_network
 from typing import Any
 from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from tidegate.core.errors import BadRequest, Forbidden, Unauthorized
+from tidegate.core.errors import BadRequest, Forbidden
 from tidegate.gateway.settings import GatewaySettings
-from tidegate.protocol.http_front import Handler, header_bytes
+from tidegate.protocol.http_front import Handler, owner_of_key
 
 OPEN = frozenset({"/health", "/ready"})
 """Paths that anybody may ask, whatever Host they name: probes do."""
 KEYED = ("/v1/", "/tidegate/", "/metrics", "/tokenize", "/detokenize")
+OPERATOR = ""
+"""The owner of the operator's key, who is no tenant."""
 OPERATORS = ("/tidegate/", "/metrics")
 """Paths that a tenant's key does not open."""
 GUARDED_FIELDS = frozenset({"chat_template", "mm_processor_kwargs", "media_io_kwargs"})
@@ -30,14 +31,15 @@ class Access:
     """The rules of one gateway."""
 
     def __init__(self, settings: GatewaySettings) -> None:
-        self._operator = settings.api_key.encode()
-        self._tenants = {key.encode(): name for key, name in settings.tenants.items()}
+        self._tenants = bool(settings.tenants)
+        self._owners = {key.encode(): name for key, name in settings.tenants.items()}
+        if settings.api_key:
+            self._owners[settings.api_key.encode()] = OPERATOR
         self._proxies = [ip_network(each, strict=False) for each in settings.trusted_proxies]
         self._hosts = frozenset(name.lower() for name in settings.allowed_hosts)
         self._origins = frozenset(settings.cors_origins)
         self._fields = GUARDED_FIELDS - frozenset(settings.allow_fields)
-        keyless = not self._operator and not self._tenants
-        self._browsers = keyless and _is_loopback(settings.host)
+        self._browsers = not self._owners and _is_loopback(settings.host)
         """Whether only the address protects the gateway: any page that a browser shows could use it."""
         self._near: set[str] = set()  # urls found near, which parse slowly
 
@@ -46,16 +48,16 @@ class Access:
         """Pass the request on, or raise Unauthorized or Forbidden."""
         if self._browsers and request.path not in OPEN:
             self._check_browser(request)
-        if (self._operator or self._tenants) and request.path.startswith(KEYED):
-            tenant = self._key_of(request)
-            if tenant and request.path.startswith(OPERATORS):
+        if self._owners and request.path.startswith(KEYED):
+            owner = owner_of_key(request, self._owners)
+            if owner != OPERATOR and request.path.startswith(OPERATORS):
                 raise Forbidden(f"{request.path}: the key of a tenant does not open it")
         return await handler(request)
 
     def tenant(self, request: web.Request, header: str) -> str:
         """Return whose request it is: the name of its key, or what a trusted proxy says in ``x-tenant-id``.
         Raises Forbidden for a tenant that the client may not name."""
-        named = self._key_of(request) if self._tenants else ""
+        named = owner_of_key(request, self._owners) if self._tenants else OPERATOR
         if not header or header == named:
             return named
         if named or not self._is_proxy(request.remote):
@@ -74,18 +76,6 @@ class Access:
             ]
         if found:
             raise BadRequest(f"{found[0]}: not taken from clients (--allow-fields)", param=found[0])
-
-    def _key_of(self, request: web.Request) -> str:
-        """Return the tenant of the request's key, "" for the operator's. Takes the same time for every wrong
-        key. Raises Unauthorized."""
-        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        key = header_bytes(given.strip()) if scheme.lower() == "bearer" else b""
-        found = [name for known, name in self._tenants.items() if hmac.compare_digest(key, known)]
-        if self._operator and hmac.compare_digest(key, self._operator):
-            found.append("")
-        if not found:
-            raise Unauthorized("a valid API key is needed: Authorization: Bearer KEY")
-        return found[-1]
 
     def _is_proxy(self, remote: str | None) -> bool:
         try:

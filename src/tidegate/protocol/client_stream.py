@@ -10,7 +10,7 @@ from aiohttp import HttpVersion11, web
 from aiohttp.http import StreamWriter
 
 from tidegate.core.errors import ClientGone, InternalError, TidegateError
-from tidegate.protocol.chunks import error_body, event
+from tidegate.protocol.chunks import error_body, event, http_chunk
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class ClientStream:
         if transport is None:
             self._open(data)
             return
-        transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        transport.write(http_chunk(data) if self._chunked else data)
         if transport.is_closing():
             raise ClientGone("the client closed the connection")
         if transport.get_write_buffer_size() > UNREAD_BYTES:

@@ -10,7 +10,7 @@ import hmac
 import logging
 import math
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -133,11 +133,15 @@ def header_texts(request: web.Request, *names: str) -> dict[str, str]:
     return found
 
 
-def check_bearer(request: web.Request, key: str) -> None:
-    """Raise Unauthorized unless the request carries ``key``. Takes the same time for every wrong key."""
+def owner_of_key(request: web.Request, owners: Mapping[bytes, str]) -> str:
+    """Return whose key the request carries, of ``owners`` by their keys. Raises Unauthorized; takes the same
+    time for every wrong key."""
     scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(header_bytes(given.strip()), key.encode()):
+    key = header_bytes(given.strip())
+    found = [owner for known, owner in owners.items() if hmac.compare_digest(key, known)]
+    if scheme.lower() != "bearer" or not found:
         raise Unauthorized("a valid API key is needed: Authorization: Bearer KEY")
+    return found[-1]
 
 
 def answering_errors(on_error: OnError | None = None) -> Middleware:

@@ -39,9 +39,9 @@ from tidegate.protocol.http_front import (
     FrontRunner,
     Handler,
     answering_errors,
-    check_bearer,
     json_answer,
     name_answer,
+    owner_of_key,
     read_object,
 )
 from tidegate.protocol.models import model_card, model_list
@@ -351,5 +351,5 @@ class EngineServer:
         if request.path.startswith(MEMBERS_PREFIX):
             self._parts.secret.require(request, request.path)
         elif self._api_key and request.path.startswith("/v1/"):
-            check_bearer(request, self._api_key)
+            owner_of_key(request, {self._api_key.encode(): ""})
         return await handler(request)
