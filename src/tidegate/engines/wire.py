@@ -10,7 +10,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -33,6 +33,13 @@ class HttpAnswer:
 
     status: int
     body: bytes
+
+
+class _Deadline(NamedTuple):
+    """When an exchange has to be over, on the event loop's clock, and what it fails with then."""
+
+    at_s: float
+    late: EngineTimeout
 
 
 class _RelayConnection(asyncio.Protocol):
@@ -175,11 +182,9 @@ class Wire:
                 body,
             )
         )
-        try:
-            async with asyncio.timeout(deadline_s):
-                return await self._send(request, sink)
-        except TimeoutError:
-            raise EngineTimeout(f"{method} {path}: no complete answer within {deadline_s:g} s") from None
+        loop = asyncio.get_running_loop()
+        late = EngineTimeout(f"{method} {path}: no complete answer within {deadline_s:g} s")
+        return await self._send(request, sink, _Deadline(loop.time() + deadline_s, late))
 
     def drop(self, reason: str) -> None:
         """End every exchange, now and later, with EngineUnreachable: the engine is gone for good."""
@@ -197,30 +202,35 @@ class Wire:
         """Whether the engine is gone for good."""
         return self._dropped is not None
 
-    async def _send(self, request: bytes, sink: BodySink | None) -> HttpAnswer:
+    async def _send(self, request: bytes, sink: BodySink | None, deadline: _Deadline) -> HttpAnswer:
         while self._idle:
             connection = self._idle.pop()
             if not connection.reusable:
                 continue
             try:
-                return await self._run(connection, request, sink)
+                return await self._run(connection, request, sink, deadline)
             except EngineUnreachable:
                 # A server may close an idle connection just as it is reused: nothing was answered,
                 # so the request is sent again on a fresh one.
                 if connection.answered or self._dropped is not None:
                     raise
-        return await self._run(await self._connect(), request, sink)
+        return await self._run(await self._connect(deadline), request, sink, deadline)
 
-    async def _run(self, connection: _RelayConnection, request: bytes, sink: BodySink | None) -> HttpAnswer:
+    async def _run(
+        self, connection: _RelayConnection, request: bytes, sink: BodySink | None, deadline: _Deadline
+    ) -> HttpAnswer:
+        loop = asyncio.get_running_loop()
         self._busy.add(connection)
         if self._watch is None:
-            self._watch = asyncio.get_running_loop().call_later(WATCH_S, self._fail_silent)
+            self._watch = loop.call_later(WATCH_S, self._fail_silent)
+        timer = loop.call_at(deadline.at_s, connection.fail, deadline.late)
         try:
             answer = await connection.begin(request, sink)
         except BaseException:
             connection.close()
             raise
         finally:
+            timer.cancel()
             self._busy.discard(connection)
         if connection.reusable and self._dropped is None:
             self._idle.append(connection)
@@ -228,19 +238,21 @@ class Wire:
             connection.close()
         return answer
 
-    async def _connect(self) -> _RelayConnection:
+    async def _connect(self, deadline: _Deadline) -> _RelayConnection:
         if self._dropped is not None:
             raise EngineUnreachable(self._dropped, refused=True)
         loop, running = asyncio.get_running_loop(), LoopTime.here()
         began = running.mark()
         try:
-            async with asyncio.timeout(self._connect_s):
+            async with asyncio.timeout_at(min(loop.time() + self._connect_s, deadline.at_s)):
                 _, connection = await loop.create_connection(
                     lambda: _RelayConnection(loop), self._host, self._port
                 )
         except TimeoutError:
+            if loop.time() >= deadline.at_s:
+                raise deadline.late from None
             if running.lost_s(began):
-                return await self._connect()
+                return await self._connect(deadline)
             raise EngineUnreachable(
                 f"no connection to {self._host}:{self._port} in {self._connect_s:g} s"
             ) from None

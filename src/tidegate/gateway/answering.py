@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakSet
 
 from aiohttp import web
 
@@ -24,6 +23,7 @@ from tidegate.protocol.chunks import (
 from tidegate.protocol.client_stream import ClientStream
 from tidegate.protocol.http_front import JSON, REQUEST_ID
 
+SERVED = web.RequestKey("served", bool)
 CUT_OFF_S = 1.0
 """How long cut-off requests have to tell their clients (ours)."""
 
@@ -54,11 +54,6 @@ class Answering:
         self._dispatcher = dispatcher
         self._estimate = TokenEstimate()
         self._running: set[asyncio.Task[Any]] = set()
-        self._served: WeakSet[asyncio.Task[Any]] = WeakSet()
-
-    def is_served(self, task: asyncio.Task[Any] | None) -> bool:
-        """Tell whether the HTTP request that this task handles got as far as being served."""
-        return task in self._served
 
     async def cut_off(self) -> None:
         """End the requests that still run, each with an error that tells why."""
@@ -72,7 +67,8 @@ class Answering:
     async def answer(
         self, request: web.Request, calls: Sequence[Call], model: str, arrival_s: float
     ) -> web.StreamResponse:
-        """Serve the choices of one answer."""
+        """Serve the choices of one answer, and mark the HTTP request ``SERVED``."""
+        request[SERVED] = True
         call = calls[0]
         head = AnswerHead(
             call.answer_id,
@@ -114,7 +110,6 @@ class Answering:
         task = asyncio.current_task()
         assert task is not None
         self._running.add(task)
-        self._served.add(task)
         try:
             if len(served) == 1:
                 await served[0].run()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from functools import partial
 from typing import Literal
@@ -25,7 +24,7 @@ from tidegate.core.errors import (
 )
 from tidegate.core.instance import Role
 from tidegate.gateway.access import Access
-from tidegate.gateway.answering import Answering
+from tidegate.gateway.answering import SERVED, Answering
 from tidegate.gateway.call import read_calls
 from tidegate.gateway.cors import Cors
 from tidegate.gateway.dispatcher import RETRY_AFTER_S, Dispatcher
@@ -122,9 +121,7 @@ class Front:
 
     def _count(self, request: web.Request, error: TidegateError) -> None:
         """Count a request that was refused before it was served, which counts its own outcome."""
-        # aiohttp handles each request in a task of its own, so the task stands for the request.
-        served = self._answering.is_served(asyncio.current_task())
-        if request.method == "POST" and request.path.startswith("/v1/") and not served:
+        if request.method == "POST" and request.path.startswith("/v1/") and SERVED not in request:
             self._dispatcher.metrics.requests.labels(status_of(error).label).inc()
 
     async def completions(self, request: web.Request, *, chat: bool) -> web.StreamResponse:

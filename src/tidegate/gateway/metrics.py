@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from tidegate.control.plane import ControlPlane
 from tidegate.control.record import RequestEnding, RequestRecord
 from tidegate.core.stages import STAGES
 
 TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+ERROR_BUCKETS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 TPOT_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
+
+
+class Distribution:
+    """A histogram's counts. prometheus_client's own takes a lock per bucket, ten times a request."""
+
+    __slots__ = ("_bounds", "_counts", "_sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count a value."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def add_to(self, family: HistogramMetricFamily, labels: Sequence[str] = ()) -> None:
+        """Add the counts, each with those of all lesser buckets, to a family."""
+        bounds = [floatToGoString(bound) for bound in (*self._bounds, math.inf)]
+        buckets = list(zip(bounds, map(float, accumulate(self._counts)), strict=True))
+        family.add_metric(labels, buckets, self._sum)
 
 
 class Metrics(Collector):
@@ -23,32 +50,16 @@ class Metrics(Collector):
         self.registry = CollectorRegistry()
         r = self.registry
         self.requests = Counter("tidegate_requests", "Requests by final outcome", ["outcome"], registry=r)
-        self.attained = Counter("tidegate_requests_attained", "Requests that met their SLO", registry=r)
-        self.ttft = Histogram(
-            "tidegate_ttft_seconds", "Arrival to first token sent", buckets=TTFT_BUCKETS, registry=r
-        )
-        self.tpot = Histogram(
-            "tidegate_tpot_seconds", "Mean inter-token time", buckets=TPOT_BUCKETS, registry=r
-        )
-        stage = Histogram(
-            "tidegate_stage_seconds", "Time by stage", ["stage"], buckets=TTFT_BUCKETS, registry=r
-        )
-        self.stages = {name: stage.labels(name) for name in STAGES}
-        self.prompt_tokens = Counter("tidegate_prompt_tokens", "Prompt tokens served", registry=r)
-        self.output_tokens = Counter("tidegate_output_tokens", "Tokens generated", registry=r)
-        self.kv_transfer = Counter("tidegate_kv_transfer_bytes", "KV moved between instances", registry=r)
         self.flips = Counter("tidegate_flips", "Label rewrites", ["to", "reason"], registry=r)
         self.replays = Counter("tidegate_replays", "Legs run again after a failure", ["reason"], registry=r)
         text = "KV handles that were not sent on"
         self.handles_refused = Counter("tidegate_kv_handles_refused", text, ["reason"], registry=r)
         text = "Times an engine and the ledger came to differ"
         self.load_drift = Counter("tidegate_load_drift", text, ["member", "kind"], registry=r)
-        self.prediction_error = Histogram(
-            "tidegate_prefill_prediction_error_ratio",
-            "abs(predicted - observed) / observed prefill time",
-            buckets=(0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0),
-            registry=r,
-        )
+        self._ttft, self._tpot = Distribution(TTFT_BUCKETS), Distribution(TPOT_BUCKETS)
+        self._stages = {name: Distribution(TTFT_BUCKETS) for name in STAGES}
+        self._prediction_error = Distribution(ERROR_BUCKETS)
+        self._attained = self._prompt_tokens = self._output_tokens = self._kv_transfer_bytes = 0
         self._plane = plane
         self._now = now
         r.register(self)
@@ -56,23 +67,21 @@ class Metrics(Collector):
     def observe(self, record: RequestRecord, ending: RequestEnding) -> None:
         """Take in a request. Called exactly once for each, at its end."""
         self.requests.labels(ending.outcome).inc()
-        if ending.attained(record):
-            self.attained.inc()
+        self._attained += ending.attained(record)
         ttft_s, tpot_s = record.ttft_s, record.tpot_s(ending.output_tokens)
         if ttft_s is None:
             return
-        self.ttft.observe(ttft_s)
+        self._ttft.observe(ttft_s)
         if tpot_s is not None:
-            self.tpot.observe(tpot_s)
+            self._tpot.observe(tpot_s)
         for name, value in record.stages.items():
-            self.stages[name].observe(value)
-        self.prompt_tokens.inc(ending.prompt_tokens)
-        self.output_tokens.inc(ending.output_tokens)
-        if record.kv_transfer_bytes:
-            self.kv_transfer.inc(record.kv_transfer_bytes)
+            self._stages[name].observe(value)
+        self._prompt_tokens += ending.prompt_tokens
+        self._output_tokens += ending.output_tokens
+        self._kv_transfer_bytes += record.kv_transfer_bytes
         observed_s = record.observed_prefill_s
         if observed_s and record.predicted_prefill_s is not None:
-            self.prediction_error.observe(abs(record.predicted_prefill_s - observed_s) / observed_s)
+            self._prediction_error.observe(abs(record.predicted_prefill_s - observed_s) / observed_s)
 
     def render(self) -> bytes:
         """Return the exposition text."""
@@ -80,6 +89,7 @@ class Metrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """See ``Collector.collect``."""
+        yield from self._served()
         plane = self._plane
         snapshot = plane.snapshot(self._now())
         in_flight, held = float(len(plane.requests)), float(plane.held_count)
@@ -112,3 +122,26 @@ class Metrics(Collector):
             for i, instance in enumerate(snapshot.ids):
                 family.add_metric([instance], float(values[i]))
             yield family
+
+    def _served(self) -> Iterable[Metric]:
+        """What ``observe`` took in."""
+        for name, text, value in (
+            ("tidegate_requests_attained", "Requests that met their SLO", self._attained),
+            ("tidegate_prompt_tokens", "Prompt tokens served", self._prompt_tokens),
+            ("tidegate_output_tokens", "Tokens generated", self._output_tokens),
+            ("tidegate_kv_transfer_bytes", "KV moved between instances", self._kv_transfer_bytes),
+        ):
+            yield CounterMetricFamily(name, text, float(value))
+        error = "abs(predicted - observed) / observed prefill time"
+        for name, text, distribution in (
+            ("tidegate_ttft_seconds", "Arrival to first token sent", self._ttft),
+            ("tidegate_tpot_seconds", "Mean inter-token time", self._tpot),
+            ("tidegate_prefill_prediction_error_ratio", error, self._prediction_error),
+        ):
+            family = HistogramMetricFamily(name, text)
+            distribution.add_to(family)
+            yield family
+        family = HistogramMetricFamily("tidegate_stage_seconds", "Time by stage", labels=["stage"])
+        for name, distribution in self._stages.items():
+            distribution.add_to(family, [name])
+        yield family

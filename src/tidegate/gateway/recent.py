@@ -15,17 +15,6 @@ MOST_EVENTS = 40
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
-    """What is kept of a request that ended at ``end_s``."""
-
-    end_s: float
-    ok: bool
-    attained: bool
-    ttft_s: float | None
-    tpot_s: float | None
-
-
-@dataclass(frozen=True, slots=True)
 class Event:
     """Something that happened at ``at_s``; ``text`` is a sentence for a person."""
 
@@ -38,14 +27,12 @@ class Recent:
     """The requests of the last minute and the last events."""
 
     def __init__(self) -> None:
-        self._ended: deque[Ended] = deque(maxlen=MOST_REQUESTS)
+        self._ended: deque[tuple[RequestRecord, RequestEnding]] = deque(maxlen=MOST_REQUESTS)
         self._events: deque[Event] = deque(maxlen=MOST_EVENTS)
 
     def ended(self, record: RequestRecord, ending: RequestEnding) -> None:
         """Take in a request, at its end."""
-        tpot_s = record.tpot_s(ending.output_tokens)
-        ok, attained = ending.error is None, ending.attained(record)
-        self._ended.append(Ended(ending.end_s, ok, attained, record.ttft_s, tpot_s))
+        self._ended.append((record, ending))
 
     def happened(self, at_s: float, kind: str, text: str) -> None:
         """Note an event of a ``kind``: flip, migration or instance."""
@@ -53,15 +40,18 @@ class Recent:
 
     def state(self, now: float) -> dict[str, Any]:
         """Return both for ``/tidegate/state``: ``recent`` and, the latest first, ``events``."""
-        while self._ended and self._ended[0].end_s < now - WINDOW_S:
+        while self._ended and self._ended[0][1].end_s < now - WINDOW_S:
             self._ended.popleft()
         seen = list(self._ended)
-        ttft_s, tpot_s = summarize(each.ttft_s for each in seen), summarize(each.tpot_s for each in seen)
+        ttft_s = summarize(record.ttft_s for record, _ in seen)
+        tpot_s = summarize(record.tpot_s(ending.output_tokens) for record, ending in seen)
         recent = {
             "window_s": WINDOW_S,
             "requests": len(seen),
-            "failed": sum(not each.ok for each in seen),
-            "attained_share": sum(each.attained for each in seen) / len(seen) if seen else None,
+            "failed": sum(ending.error is not None for _, ending in seen),
+            "attained_share": sum(ending.attained(record) for record, ending in seen) / len(seen)
+            if seen
+            else None,
             "ttft_p50_s": None if ttft_s is None else round(ttft_s.p50, 6),
             "ttft_p99_s": None if ttft_s is None else round(ttft_s.p99, 6),
             "tpot_p50_s": None if tpot_s is None else round(tpot_s.p50, 6),

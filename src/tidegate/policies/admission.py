@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from tidegate.core.decision import Hold, Place, Reject, Verdict
 from tidegate.core.request import Request
-from tidegate.ledger.snapshot import Field, Snapshot
+from tidegate.ledger.snapshot import Field, Snapshot, prefill_wait_s
 from tidegate.policies.candidates import price_at
-from tidegate.policies.pricing import own_prefill_s, wait_s
+from tidegate.policies.pricing import own_prefill_s
 
 
 def admitted(verdict: Verdict, request: Request, snapshot: Snapshot, multiple: float) -> Verdict:
@@ -24,7 +24,9 @@ def admitted(verdict: Verdict, request: Request, snapshot: Snapshot, multiple: f
     if isinstance(decision, Place):
         at = snapshot.index[decision.prefill_on]
         slowness = snapshot.cells[Field.PREFILL_SLOWNESS, at]
-        queue_s = slowness * price_at(snapshot, wait_s(snapshot), at)
+        queue_s = slowness * prefill_wait_s(snapshot.cells, at, snapshot.at_s)
+        if spent_s + queue_s <= (multiple - 1.0) * request.slo.ttft_s:
+            return verdict  # However long its own prefill is.
         own_s = slowness * price_at(snapshot, own_prefill_s(request, snapshot), at)
     elif not isinstance(decision, Hold):
         return verdict

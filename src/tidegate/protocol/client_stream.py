@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Mapping
+from contextlib import nullcontext
 
 from aiohttp import HttpVersion11, web
 from aiohttp.http import StreamWriter
@@ -101,7 +102,7 @@ class ClientStream:
         if self._transport is None:
             self._open(b"")
         try:
-            async with asyncio.timeout(LEAVE_S):
+            async with nullcontext() if self._read_so_far() else asyncio.timeout(LEAVE_S):
                 await self._response.write_eof(data)
         except TimeoutError:
             if self._request.transport is not None:
@@ -110,6 +111,11 @@ class ClientStream:
         except ConnectionError:
             raise ClientGone("the client closed the connection") from None
         return self._response
+
+    def _read_so_far(self) -> bool:
+        """Whether nothing is left unread, so that the end is written without waiting. Timers cost too much to
+        have one with every answer."""
+        return self._transport is not None and not self._transport.get_write_buffer_size()
 
     def _open(self, data: bytes) -> None:
         """Send the head with the first events, here: a task would wait for all that is due before it."""
