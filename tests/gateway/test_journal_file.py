@@ -39,9 +39,9 @@ async def test_what_is_written_before_open_is_kept(tmp_path: Path) -> None:
     begin(journal)
     assert not path.exists()
     journal.open()
-    journal.flip(12.5, FLIP, Role.PREFILL)
+    journal.flip(12.5, FLIP, Role.PREFILL, "")
     journal.close()
-    journal.flip(13.0, FLIP, Role.PREFILL)
+    journal.flip(13.0, FLIP, Role.PREFILL, "")
     assert [(row["type"], row["t"]) for row in lines(path)] == [("header", 0.0), ("flip", 2.5)]
 
 
@@ -63,7 +63,7 @@ async def test_a_restart_goes_on_with_its_journal(tmp_path: Path, half: bytes) -
     journal = JournalFile(path, 5000.0)
     journal.open()
     journal.header(version="2", system="static", slo=Slo(), roles=[], now_s=5000.0, now_unix_s=time.time())
-    journal.flip(5001.0, FLIP, Role.PREFILL)
+    journal.flip(5001.0, FLIP, Role.PREFILL, "")
     journal.close()
     rows = lines(path)
     *earlier, header, flip = rows
@@ -104,7 +104,7 @@ async def test_a_full_disk_ends_the_journal_and_is_told_once(caplog: pytest.LogC
     journal = JournalFile(Path("/dev/full"), 0.0)
     journal.open()
     for _ in range(3):
-        journal.flip(1.0, FLIP, Role.PREFILL)
+        journal.flip(1.0, FLIP, Role.PREFILL, "")
         journal.flush()
     journal.close()
     assert not journal.enabled

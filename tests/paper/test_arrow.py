@@ -187,8 +187,8 @@ class TestAlgorithm1:
         verdict = place_prefill(ledger)
         assert verdict.flips == (Flip("i1", P, "inline"),)
         assert prefill_on(verdict) == "i1"
-        assert verdict.flips[0].why.startswith("no prefill instance meets ")
-        assert ": the best waits 2," in verdict.flips[0].why, "in ms, and what the target missed"
+        assert verdict.flips[0].sentence().startswith("no prefill instance meets ")
+        assert ": the best waits 2," in verdict.flips[0].sentence(), "in ms, and what the target missed"
 
     def test_line_4_not_while_the_decode_pool_is_loaded(self) -> None:
         """The guard keeps requests from holding KV that nobody decodes."""
@@ -216,7 +216,7 @@ class TestAlgorithm1:
         verdict = place_decode(ledger, "i0")
         assert verdict.flips == (Flip("i1", D, "inline"),)
         assert verdict.decision == Place("i0", "i1", Path.DISAGGREGATED)
-        assert "meets 50 ms per token: the best holds " in verdict.flips[0].why
+        assert "meets 50 ms per token: the best holds " in verdict.flips[0].sentence()
 
     def test_line_4_a_decode_flip_waits_for_the_cooldown(self) -> None:
         ledger = fleet(P, P, P, D)

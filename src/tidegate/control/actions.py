@@ -106,12 +106,12 @@ class Actions:
     def _flip(self, flip: Flip, now: float, effects: Effects) -> None:
         if flip.instance not in self._ledger.ids:
             return
-        before = self._ledger.role_of(flip.instance)
+        before, why = self._ledger.role_of(flip.instance), flip.sentence()
         if self._ledger.flip(flip.instance, flip.to, now):
             self._membership.labels[flip.instance] = flip.to
             if self._journal.enabled:
-                self._journal.flip(now, flip, before)
-            effects.append(Flipped(flip.instance, before, flip.to, flip.reason, flip.why))
+                self._journal.flip(now, flip, before, why)
+            effects.append(Flipped(flip.instance, before, flip.to, flip.reason, why))
 
     def _migrate(self, migrate: Migrate, now: float, effects: Effects) -> None:
         live = self._requests.get(migrate.request)

@@ -62,13 +62,17 @@ class Flip:
     """Relabel ``instance`` as ``to``.
 
     ``reason`` is one of inline, monitor, target, repair, forced; ``why`` says it to a person and tells no two
-    flips apart.
+    flips apart. A function is called only when the flip is carried out, before anything else changes.
     """
 
     instance: str
     to: Role
     reason: str
-    why: str = field(default="", compare=False)
+    why: str | Callable[[], str] = field(default="", compare=False)
+
+    def sentence(self) -> str:
+        """Return ``why`` as text."""
+        return self.why if isinstance(self.why, str) else self.why()
 
 
 @dataclass(frozen=True, slots=True)

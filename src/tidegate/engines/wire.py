@@ -36,10 +36,16 @@ class HttpAnswer:
 
 
 class _Deadline(NamedTuple):
-    """When an exchange has to be over, on the event loop's clock, and what it fails with then."""
+    """When an exchange has to be over, on the event loop's clock; ``after_s`` since it began."""
 
     at_s: float
-    late: EngineTimeout
+    after_s: float
+    method: str
+    path: str
+
+    def error(self) -> EngineTimeout:
+        """What an exchange fails with that is not over by then."""
+        return EngineTimeout(f"{self.method} {self.path}: no complete answer within {self.after_s:g} s")
 
 
 class _RelayConnection(asyncio.Protocol):
@@ -90,6 +96,10 @@ class _RelayConnection(asyncio.Protocol):
         if done is not None and not done.done():
             done.set_exception(error)
         self.close()
+
+    def expire(self, deadline: _Deadline) -> None:
+        """End the exchange: it took too long."""
+        self.fail(deadline.error())
 
     # asyncio.Protocol
 
@@ -182,9 +192,8 @@ class Wire:
                 body,
             )
         )
-        loop = asyncio.get_running_loop()
-        late = EngineTimeout(f"{method} {path}: no complete answer within {deadline_s:g} s")
-        return await self._send(request, sink, _Deadline(loop.time() + deadline_s, late))
+        at_s = asyncio.get_running_loop().time() + deadline_s
+        return await self._send(request, sink, _Deadline(at_s, deadline_s, method, path))
 
     def drop(self, reason: str) -> None:
         """End every exchange, now and later, with EngineUnreachable: the engine is gone for good."""
@@ -223,7 +232,7 @@ class Wire:
         self._busy.add(connection)
         if self._watch is None:
             self._watch = loop.call_later(WATCH_S, self._fail_silent)
-        timer = loop.call_at(deadline.at_s, connection.fail, deadline.late)
+        timer = loop.call_at(deadline.at_s, connection.expire, deadline)
         try:
             answer = await connection.begin(request, sink)
         except BaseException:
@@ -250,7 +259,7 @@ class Wire:
                 )
         except TimeoutError:
             if loop.time() >= deadline.at_s:
-                raise deadline.late from None
+                raise deadline.error() from None
             if running.lost_s(began):
                 return await self._connect(deadline)
             raise EngineUnreachable(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
@@ -10,7 +9,6 @@ from itertools import accumulate
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from tidegate.control.plane import ControlPlane
 from tidegate.control.record import RequestEnding, RequestRecord
@@ -38,7 +36,7 @@ class Distribution:
 
     def add_to(self, family: HistogramMetricFamily, labels: Sequence[str] = ()) -> None:
         """Add the counts, each with those of all lesser buckets, to a family."""
-        bounds = [floatToGoString(bound) for bound in (*self._bounds, math.inf)]
+        bounds = [*map(str, self._bounds), "+Inf"]
         buckets = list(zip(bounds, map(float, accumulate(self._counts)), strict=True))
         family.add_metric(labels, buckets, self._sum)
 

@@ -90,10 +90,10 @@ class JournalWriter:
         t_s = self.elapsed_s(now_s)
         self.write(DecisionLine(t_s, request, kind, chosen, best, predicted, verdict.reason))
 
-    def flip(self, now_s: float, flip: Flip, before: Role) -> None:
-        """Write that an instance's label was rewritten; ``before`` is the one it had."""
+    def flip(self, now_s: float, flip: Flip, before: Role, why: str) -> None:
+        """Write that an instance's label was rewritten; ``before`` is the one it had, ``why`` a sentence."""
         t_s = self.elapsed_s(now_s)
-        self.write(FlipLine(t_s, flip.instance, before.label, flip.to.label, flip.reason, flip.why))
+        self.write(FlipLine(t_s, flip.instance, before.label, flip.to.label, flip.reason, why))
 
     def control(self, now_s: float, controller: str, reason: str, flips: int) -> None:
         """Write the reason of a controller's decision and how many flips it asked for."""

@@ -24,7 +24,7 @@ def admitted(verdict: Verdict, request: Request, snapshot: Snapshot, multiple: f
     if isinstance(decision, Place):
         at = snapshot.index[decision.prefill_on]
         slowness = snapshot.cells[Field.PREFILL_SLOWNESS, at]
-        queue_s = slowness * prefill_wait_s(snapshot.cells, at, snapshot.at_s)
+        queue_s = slowness * float(prefill_wait_s(snapshot.cells, at, snapshot.at_s))
         if spent_s + queue_s <= (multiple - 1.0) * request.slo.ttft_s:
             return verdict  # However long its own prefill is.
         own_s = slowness * price_at(snapshot, own_prefill_s(request, snapshot), at)

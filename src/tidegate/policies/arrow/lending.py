@@ -23,6 +23,8 @@ from tidegate.costs.profile import ProfileTable
 from tidegate.ledger.snapshot import At, Cells, Column, Field, Snapshot
 from tidegate.policies.arrow.published import (
     COOLDOWN_S,
+    MISSED_TPOT,
+    MISSED_TTFT,
     ArrowMonitor,
     decode_cost,
     decode_pool_load,
@@ -107,13 +109,13 @@ class LendingPlacement:
             flipped = flip(snapshot, Role.PREFILL, "inline")
             if flipped is not None:
                 why = missed_ttft(request, snapshot, candidates, ttft)
-                return verdict_on_flipped(flipped, None, why, alternatives)
+                return verdict_on_flipped(flipped, None, MISSED_TTFT, alternatives, why)
         chosen = prefill_beside_decodes(request, snapshot)
-        why = "beside decodes: no prefill instance meets the TTFT target, no flip is due"
+        reason = "beside decodes: no prefill instance meets the TTFT target, no flip is due"
         if chosen is None:
             chosen = best(snapshot, candidates, ttft, lead=resident)
-            why = "best effort: all miss the TTFT target, no flip is due"
-        return verdict_on(snapshot.ids[chosen], None, why, alternatives)
+            reason = "best effort: all miss the TTFT target, no flip is due"
+        return verdict_on(snapshot.ids[chosen], None, reason, alternatives)
 
     def place_decode(self, request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:
         """Stay on the prefill instance if that decodes; else place where the TPOT target is met; else flip,
@@ -135,13 +137,13 @@ class LendingPlacement:
             flipped = flip(snapshot, Role.DECODE, "inline", cooldown_s=self.cooldown_s)
             if flipped is not None:
                 why = missed_tpot(request, snapshot, candidates, over)
-                return verdict_on_flipped(flipped, prefill_on, why, alternatives)
+                return verdict_on_flipped(flipped, prefill_on, MISSED_TPOT, alternatives, why)
         held = snapshot.index.get(prefill_on)
         chosen, pressure = least_pressed(request, snapshot, held, 1.0 - self.limits.kv_reserve)
-        why = "best effort: all miss the TPOT target, no flip is legal"
+        reason = "best effort: all miss the TPOT target, no flip is legal"
         if chosen == held and pressure <= 1.0:
-            why = "beside prefills: no decode instance meets the TPOT target, no flip is due"
-        return verdict_on(prefill_on, snapshot.ids[chosen], why, alternatives)
+            reason = "beside prefills: no decode instance meets the TPOT target, no flip is due"
+        return verdict_on(prefill_on, snapshot.ids[chosen], reason, alternatives)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,13 @@ from tidegate.core.instance import Role
 from tidegate.core.request import Request
 from tidegate.core.slo import Slo
 from tidegate.ledger.snapshot import Candidates, Mask, Snapshot, columns_of
-from tidegate.policies.arrow.published import may_decode, missed_ttft, verdict_on, verdict_on_flipped
+from tidegate.policies.arrow.published import (
+    MISSED_TTFT,
+    may_decode,
+    missed_ttft,
+    verdict_on,
+    verdict_on_flipped,
+)
 from tidegate.policies.candidates import at_most, best, best_within, compared, member_mask, pool, with_room
 from tidegate.policies.pricing import RESIDENT_TOKENS, tokens_over_limit, ttft_s, wait_s
 from tidegate.policies.protocols import Signal
@@ -102,7 +108,7 @@ class ArrowV1Placement:
         flipped = take(snapshot, Role.PREFILL, "inline")
         if flipped is not None:
             why = missed_ttft(request, snapshot, members, ttft)
-            return verdict_on_flipped(flipped, None, why, alternatives)
+            return verdict_on_flipped(flipped, None, MISSED_TTFT, alternatives, why)
         return verdict_on(snapshot.ids[best(snapshot, members, ttft)], None, "best effort", alternatives)
 
     def place_decode(self, request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:

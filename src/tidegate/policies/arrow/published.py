@@ -34,6 +34,10 @@ TICK_S = 1.0
 DISAGGREGATED, PREFILL_LABEL = Path.DISAGGREGATED, float(Role.PREFILL)
 """Read from here in a fraction of the time that the enums take."""
 
+MISSED_TTFT, MISSED_TPOT = "all miss the TTFT target", "all miss the TPOT target"
+
+Why = Callable[[], str]
+"""Returns a sentence for ``Flip.why``. It reads prices, so a placement that flips costs less without it."""
 CandidateRule = Callable[[Snapshot, Role, int, str | None], Candidates]
 """Returns who is compared for a role, by the request's tokens and the instance that holds its KV."""
 
@@ -85,10 +89,10 @@ class ArrowPlacement:
             flipped = flip(snapshot, Role.PREFILL, "inline")
             if flipped is not None:  # line 5
                 why = missed_ttft(request, snapshot, candidates, ttft)
-                return verdict_on_flipped(flipped, None, why, alternatives)
+                return verdict_on_flipped(flipped, None, MISSED_TTFT, alternatives, why)
         chosen = best(snapshot, candidates, ttft, lead=resident)  # line 6
-        why = "best effort: all miss the TTFT target, no flip is due"
-        return verdict_on(snapshot.ids[chosen], None, why, alternatives)
+        reason = f"best effort: {MISSED_TTFT}, no flip is due"
+        return verdict_on(snapshot.ids[chosen], None, reason, alternatives)
 
     def place_decode(self, request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:
         """Lines 1 to 6 for a decode, whose flip is not gated by load."""
@@ -105,10 +109,10 @@ class ArrowPlacement:
         flipped = flip(snapshot, Role.DECODE, "inline", cooldown_s=self.cooldown_s)  # line 4
         if flipped is not None:  # line 5
             why = missed_tpot(request, snapshot, candidates, over)
-            return verdict_on_flipped(flipped, prefill_on, why, alternatives)
+            return verdict_on_flipped(flipped, prefill_on, MISSED_TPOT, alternatives, why)
         chosen = best(snapshot, candidates, over, lead=queued)  # line 6
-        why = "best effort: all miss the TPOT target, no flip is legal"
-        return verdict_on(prefill_on, snapshot.ids[chosen], why, alternatives)
+        reason = f"best effort: {MISSED_TPOT}, no flip is legal"
+        return verdict_on(prefill_on, snapshot.ids[chosen], reason, alternatives)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,34 +236,47 @@ def verdict_on(
     return Verdict(Place(prefill_on, decode_on, DISAGGREGATED), flips, alternatives, reason)
 
 
-def missed_ttft(request: Request, snapshot: Snapshot, candidates: Candidates, ttft: Price) -> str:
-    """Return the sentence that no candidate starts to answer in time, and how late the best would be."""
-    target = f"no prefill instance meets {1000 * request.slo.ttft_s:g} ms"
-    if not len(candidates):
-        return f"{target}: none has room"
-    least_s = price_at(snapshot, ttft, best(snapshot, candidates, ttft))
-    return f"{target}: the best waits {1000 * least_s:,.0f} ms"
+def missed_ttft(request: Request, snapshot: Snapshot, candidates: Candidates, ttft: Price) -> Why:
+    """Say that no candidate starts to answer in time, and how late the best would be."""
+
+    def why() -> str:
+        target = f"no prefill instance meets {1000 * request.slo.ttft_s:g} ms"
+        if not len(candidates):
+            return f"{target}: none has room"
+        least_s = price_at(snapshot, ttft, best(snapshot, candidates, ttft))
+        return f"{target}: the best waits {1000 * least_s:,.0f} ms"
+
+    return why
 
 
-def missed_tpot(request: Request, snapshot: Snapshot, candidates: Candidates, over: Price) -> str:
-    """Return the sentence that no candidate decodes fast enough, and by how much the best is too full."""
-    target = f"no decode instance meets {1000 * request.slo.tpot_s:g} ms per token"
-    if not len(candidates):
-        return f"{target}: none has room"
-    tokens = price_at(snapshot, over, best(snapshot, candidates, over))
-    return f"{target}: the best holds {tokens:,.0f} tokens too many"
+def missed_tpot(request: Request, snapshot: Snapshot, candidates: Candidates, over: Price) -> Why:
+    """Say that no candidate decodes fast enough, and by how much the best is too full."""
+
+    def why() -> str:
+        target = f"no decode instance meets {1000 * request.slo.tpot_s:g} ms per token"
+        if not len(candidates):
+            return f"{target}: none has room"
+        tokens = price_at(snapshot, over, best(snapshot, candidates, over))
+        return f"{target}: the best holds {tokens:,.0f} tokens too many"
+
+    return why
 
 
 def verdict_on_flipped(
-    flipped: Flip, prefill_on: str | None, why: str, alternatives: Alternatives | None = None
+    flipped: Flip,
+    prefill_on: str | None,
+    reason: str,
+    alternatives: Alternatives | None = None,
+    why: Why | None = None,
 ) -> Verdict:
-    """Return the verdict that places on the flipped instance.
+    """Return the verdict that places on the flipped instance; ``why`` says more than ``reason``.
 
     It places the decode of a prefill that ran on ``prefill_on``, or a prefill where that is None.
     """
-    on, reason = flipped.instance, f"{why}; flipped {flipped.instance}"
+    on = flipped.instance
+    explained = Flip(on, flipped.to, flipped.reason, why or reason)
     decode_on = None if prefill_on is None else on
-    return verdict_on(prefill_on or on, decode_on, reason, alternatives, (replace(flipped, why=why),))
+    return verdict_on(prefill_on or on, decode_on, f"{reason}; flipped {on}", alternatives, (explained,))
 
 
 def _mean(load: Column, members: Mask) -> float:
