@@ -10,11 +10,10 @@ from aiohttp import web
 
 from tidegate.core.errors import Forbidden
 from tidegate.gateway.settings import GatewaySettings
-from tidegate.protocol.http_front import Handler, owner_of_key
+from tidegate.protocol.http_front import KEYED, Handler, owner_of_key
 
 OPEN = frozenset({"/health", "/ready"})
 """Paths that anybody may ask, whatever Host they name: probes do."""
-KEYED = ("/v1/", "/tidegate/", "/metrics", "/tokenize", "/detokenize")
 OPERATOR = ""
 """The owner of the operator's key, who is no tenant."""
 OPERATORS = ("/tidegate/", "/metrics")
@@ -44,7 +43,7 @@ class Access:
         """Pass the request on, or raise Unauthorized or Forbidden."""
         if self._browsers and request.path not in OPEN:
             self._check_browser(request)
-        if self._owners and request.path.startswith(KEYED):
+        if self._owners and request.path.startswith((*KEYED, *OPERATORS)):
             owner = owner_of_key(request, self._owners)
             _owner.set(owner)
             if owner != OPERATOR and request.path.startswith(OPERATORS):

@@ -46,6 +46,8 @@ HEAD_S = 20.0
 """How long the first head of a connection may take to arrive (ours)."""
 IDLE_S = 75.0
 """How long a connection may be idle: above the 60 s of common proxies, which reuse theirs (ours)."""
+KEYED = ("/v1/", "/metrics", "/tokenize", "/detokenize")
+"""What a server's key opens, by the beginnings of paths."""
 SPARE_DESCRIPTORS = 64
 """Kept for files and engines, whatever clients do (ours)."""
 JSON = "application/json"
