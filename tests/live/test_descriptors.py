@@ -60,7 +60,7 @@ class Few:
             return answer
 
     async def check(self) -> None:
-        """No engine was blamed or lost, and each process told the lack once at most. An engine may be busy."""
+        """No engine was blamed or lost, and each process told it once at most. Engines may be busy."""
         state = await self.state()
         assert [each["engine_id"] for each in state["instances"]] == self.engines
         async with self.client.get(self.url + "/metrics") as response:
