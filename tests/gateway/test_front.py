@@ -224,10 +224,15 @@ async def test_large_bodies_are_bounded_in_total(start: Start, monkeypatch: pyte
     assert (await cluster.post("/v1/completions", GOOD | pad))[0] == 200
 
 
-async def test_a_body_that_would_take_much_memory_is_refused_undecoded(start: Start) -> None:
+@pytest.mark.parametrize(
+    "many",
+    [b"[" + b"{}," * 1_100_000 + b"1]", b'[{"a":1,"b":[2]}' + b',{"a":1,"b":[2]}' * 450_000 + b"]"]
+    + [b"{" + b",".join(b'"%d":1' % n for n in range(1_400_000)) + b"}"],
+    ids=["objects", "nested", "keys"],
+)
+async def test_a_body_that_would_take_much_memory_is_refused_undecoded(start: Start, many: bytes) -> None:
     cluster = await start("static")
-    many = b'{"prompt":[1],"x":[' + b"{}," * 2_500_000 + b"1]}"
-    status, answer = await raw(cluster, post(many))
+    status, answer = await raw(cluster, post(b'{"prompt":[1],"vllm_xargs":{"x":' + many + b"}}"))
     assert (status, answer["error"]["code"]) == (413, "body_too_large")
     assert "too many values" in answer["error"]["message"]
 
