@@ -9,6 +9,7 @@ import pytest
 from tests.gateway.gateway_cluster import Cluster, Start
 from tidegate.gateway import access
 from tidegate.gateway.settings import GatewaySettings
+from tidegate.protocol.http_front import owner_of_key
 
 GOOD = {"prompt": [1, 2, 3], "max_tokens": 2, "temperature": 0}
 KEYS = GatewaySettings(api_key="op", tenants={"k-red": "red", "k-blue": "blue"})
@@ -24,7 +25,7 @@ def salts(cluster: Cluster) -> set[str | None]:
 
 
 async def test_a_key_is_looked_up_once(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    looked_up = Mock(wraps=access.owner_of_key)
+    looked_up = Mock(wraps=owner_of_key)
     monkeypatch.setattr(access, "owner_of_key", looked_up)
     cluster = await start("static", settings=KEYS)
     assert (await cluster.post("/v1/completions", GOOD, Authorization="Bearer k-red"))[0] == 200
