@@ -98,6 +98,8 @@ def test_every_problem_of_every_source_is_reported_at_once(tmp_path: Path) -> No
         ("[fleet]\nvllm = ['http://h', 'http://h/v1']\n", "more than once"),
         ("[fleet]\nmodel = '/no/such'\n", "no such model"),
         ("[engine]\ndevice = 'gpu'\n", "device = gpu"),
+        ("[gateway]\nallow_fields = ['chat_templates']\n", "none of chat_template, media_io_kwargs"),
+        ("[gateway]\ntrusted_proxies = ['10.0.0.0/33']\n", "does not appear to be an IPv4 or IPv6 network"),
         ("[scheduling]\nsplit = '0:3'\n", "each at least 1"),
         ("[scheduling]\nsplit = '1:1'\n", "split 1:1 adds up to 2, the fleet has 3"),
         ("[scheduling]\nsystem = 'colocated'\nsplit = '1:2'\n", "no split"),

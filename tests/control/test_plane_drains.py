@@ -14,6 +14,7 @@ from tests.control.plane_harness import (
     only,
 )
 from tidegate.control.effects import (
+    Drains,
     Flipped,
     StartInstance,
     StartMigration,
@@ -75,7 +76,8 @@ def test_when_all_drain_no_decode_goes_to_and_fro() -> None:
 def test_a_drain_moves_decodes_and_stops_the_instance_once_it_is_empty() -> None:
     plane, live, other = make_plane(), PlainRequest(), PlainRequest("r1")
     src = decoding(plane, live).on
-    (move,) = plane.act([Drain(src, remove=True, reason="scale-in")], 1.0)
+    drains, move = plane.act([Drain(src, remove=True, reason="scale-in")], 1.0)
+    assert drains == Drains(src, "scale-in", remove=True)
     assert isinstance(move, StartMigration) and move.migrate.src == src
     decoding(plane, other, 1.0)
     assert src not in (other.prefill_on, other.decode_on)
@@ -147,7 +149,7 @@ def test_a_target_is_reached_by_flips_then_by_starts_and_drains() -> None:
     assert plane.act([SetTarget(3, 2)], 4.0) == []
     plane.instance_up(instance("i4"), REFERENCE, 5.0)
     assert plane.ledger.role_of("i4") is Role.DECODE and not plane.membership.starting
-    (stopped,) = plane.act([SetTarget(2, 2)], 6.0)
+    _, stopped = plane.act([SetTarget(2, 2)], 6.0)
     assert isinstance(stopped, StopInstance) and stopped.instance in ("i0", "i1", "i2", "i3")
 
 

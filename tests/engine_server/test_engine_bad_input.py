@@ -247,8 +247,15 @@ async def test_internal_use_needs_the_secret() -> None:
         assert (await served.post("/v1/completions", {"prompt": "a", KV: {}}))[0] == 200
 
 
-async def test_the_api_key_guards_v1() -> None:
+async def test_the_api_key_guards_all_that_asks_the_engine() -> None:
     async with Served(api_key="key") as served:
+        asked = {"/metrics": None, "/tokenize": {"prompt": "a"}, "/detokenize": {"tokens": [97]}}
+        for key, status in ((None, 401), ("nope", 401), ("key", 200)):
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            for path, body in asked.items():
+                method = "GET" if body is None else "POST"
+                async with served.client.request(method, path, json=body, headers=headers) as response:
+                    assert response.status == status, path
         for headers in ({}, {"Authorization": "Bearer nope"}, {"Authorization": "Basic key"}):
             status, answer = await served.post("/v1/completions", {"prompt": "a"}, headers)
             assert (status, answer["error"]["code"]) == (401, "invalid_api_key")

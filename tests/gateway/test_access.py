@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 
 from tests.gateway.gateway_cluster import Cluster, Start
+from tidegate.gateway import access
 from tidegate.gateway.settings import GatewaySettings
+from tidegate.protocol.http_front import owner_of_key
 
 GOOD = {"prompt": [1, 2, 3], "max_tokens": 2, "temperature": 0}
 KEYS = GatewaySettings(api_key="op", tenants={"k-red": "red", "k-blue": "blue"})
@@ -18,6 +22,14 @@ async def get(cluster: Cluster, path: str, **headers: str) -> int:
 
 def salts(cluster: Cluster) -> set[str | None]:
     return {body.get("cache_salt") for engine in cluster.engines.values() for body in engine.bodies}
+
+
+async def test_a_key_is_looked_up_once(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_up = Mock(wraps=owner_of_key)
+    monkeypatch.setattr(access, "owner_of_key", looked_up)
+    cluster = await start("static", settings=KEYS)
+    assert (await cluster.post("/v1/completions", GOOD, Authorization="Bearer k-red"))[0] == 200
+    assert looked_up.call_count == 1
 
 
 async def test_a_key_names_its_tenant_and_a_header_cannot(start: Start) -> None:
@@ -88,9 +100,17 @@ async def test_fields_that_run_code_are_refused_unless_allowed(
     body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
     body |= {outer: {inner: value} if inner else value}
     cluster = await start("static")
-    status, answer, _ = await cluster.post("/v1/chat/completions", body)
-    assert (status, answer["error"]["param"]) == (400, field)
+    for path in ("/v1/chat/completions", "/tokenize"):
+        status, answer, _ = await cluster.post(path, body)
+        assert (status, answer["error"]["param"]) == (400, field)
     assert all(not engine.bodies for engine in cluster.engines.values())
+
+
+async def test_a_guarded_field_that_asks_for_nothing_passes(start: Start) -> None:
+    cluster = await start("static")
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    body |= {"chat_template": None, "media_io_kwargs": {}, "mm_processor_kwargs": {}}
+    assert (await cluster.post("/v1/chat/completions", body))[0] == 200
 
 
 async def test_an_allowed_field_and_harmless_arguments_pass(start: Start) -> None:

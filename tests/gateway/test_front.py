@@ -224,10 +224,18 @@ async def test_large_bodies_are_bounded_in_total(start: Start, monkeypatch: pyte
     assert (await cluster.post("/v1/completions", GOOD | pad))[0] == 200
 
 
-async def test_a_body_that_would_take_much_memory_is_refused_undecoded(start: Start) -> None:
+@pytest.mark.parametrize(
+    "many",
+    [
+        b"[" + b"{}," * 1_100_000 + b"1]",
+        b'[{"a":1,"b":[2]}' + b',{"a":1,"b":[2]}' * 450_000 + b"]",
+        b"{" + b",".join(b'"%d":1' % n for n in range(1_400_000)) + b"}",
+    ],
+    ids=["objects", "nested", "keys"],
+)
+async def test_a_body_that_would_take_much_memory_is_refused_undecoded(start: Start, many: bytes) -> None:
     cluster = await start("static")
-    many = b'{"prompt":[1],"x":[' + b"{}," * 2_500_000 + b"1]}"
-    status, answer = await raw(cluster, post(many))
+    status, answer = await raw(cluster, post(b'{"prompt":[1],"vllm_xargs":{"x":' + many + b"}}"))
     assert (status, answer["error"]["code"]) == (413, "body_too_large")
     assert "too many values" in answer["error"]["message"]
 
@@ -304,7 +312,7 @@ async def test_a_draining_gateway_takes_nothing_new(start: Start) -> None:
 
 
 async def test_idle_connections_shut_nobody_out(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_front, "most_connections", lambda: 8)
+    monkeypatch.setattr(http_front, "most_connections", lambda onward: 8)
     cluster = await start("static", step_s=0.001)
     stream = asyncio.create_task(cluster.stream(LONG | {"max_tokens": 200}))
     await cluster.until(lambda: cluster.streams() == 1)
@@ -317,6 +325,21 @@ async def test_idle_connections_shut_nobody_out(start: Start, monkeypatch: pytes
     assert events[-1]["choices"][0]["finish_reason"] == "length", "the open stream goes on"
     for _, writer in idle:
         writer.close()
+
+
+async def test_a_client_beyond_the_most_is_told_and_a_busy_one_is_left_alone(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_front, "most_connections", lambda onward: 3)
+    cluster = await start("static", step_s=0.001)
+    streams = [asyncio.create_task(cluster.stream(LONG | {"max_tokens": 200})) for _ in range(3)]
+    await cluster.until(lambda: cluster.streams() == 3)
+    for _ in range(5):
+        status, answer = await raw(cluster, post(orjson.dumps(GOOD)))
+        assert (status, answer["error"]["code"]) == (503, "no_descriptors")
+    for stream in streams:
+        assert (await stream)[-1]["choices"][0]["finish_reason"] == "length"
+    assert (await raw(cluster, post(orjson.dumps(GOOD))))[0] == 200
 
 
 async def test_a_head_that_does_not_come_has_a_deadline(

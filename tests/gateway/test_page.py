@@ -6,7 +6,7 @@ import re
 
 from tests.browsing import browsed
 from tests.gateway.gateway_cluster import Cluster, Start
-from tidegate.core.decision import Flip
+from tidegate.core.decision import Action, AddInstance, Drain, Flip, Undrain
 from tidegate.core.instance import Role
 from tidegate.gateway.settings import GatewaySettings
 
@@ -56,6 +56,30 @@ async def test_the_state_tells_latencies_beside_targets_and_why_a_flip_was_made(
     async with cluster.client.get(cluster.url + "/tidegate/state") as response:
         state = await response.json()
     assert state["events"][0]["text"].startswith("i2 is down: ")
+
+
+async def test_the_state_tells_drains_starts_and_removals_with_their_reasons(start: Start) -> None:
+    cluster = await start(instances=3)
+    asked: tuple[Action, ...] = (
+        Drain("i2", reason="maintenance"),
+        Undrain("i2", "it is over"),
+        AddInstance(Role.DECODE, "the peak"),
+        Drain("i1", remove=True, reason="scale-in"),
+    )
+    for action in asked:
+        cluster.gateway.dispatcher.act([action])
+    async with cluster.client.get(cluster.url + "/tidegate/state") as response:
+        events = (await response.json())["events"]
+    told = [(event["kind"], event["text"]) for event in reversed(events)][3:]
+    assert told == [
+        ("drain", "i2 drains: maintenance"),
+        ("drain", "i2 drains no more: it is over"),
+        ("instance", "one more instance starts, for decode: the peak"),
+        ("instance", "no instance can be started"),
+        ("drain", "i1 drains, to be removed: scale-in"),
+        ("instance", "i1 is removed: drained"),
+        ("instance", "i1 is down: taken down"),
+    ]
 
 
 async def test_a_browser_shows_instances_by_role_and_the_reason_as_text(start: Start) -> None:

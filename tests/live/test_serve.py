@@ -15,6 +15,7 @@ import aiohttp
 import orjson
 import pytest
 
+from tidegate.cli.instance_keys import shared_key
 from tidegate.journal import read_journal
 
 
@@ -58,7 +59,10 @@ class Served:
                 await asyncio.sleep(0.1)
 
     async def _kv_usage(self, url: str) -> float:
-        async with self.client.get(url + "/metrics") as response:
+        known = shared_key([url])
+        assert known is not None
+        headers = {"Authorization": f"Bearer {known.api_key}"}
+        async with self.client.get(url + "/metrics", headers=headers) as response:
             text = await response.text()
         found = re.search(r"^vllm:kv_cache_usage_perc(?:{.*})? (\S+)$", text, re.MULTILINE)
         assert found

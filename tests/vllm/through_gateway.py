@@ -22,10 +22,10 @@ from tidegate.engines.vllm.engine import VllmEngine
 from tidegate.fleet.health import HealthPace
 from tidegate.fleet.static import StaticFleet, StaticPace
 from tidegate.fleet.vllm import KvSetup
-from tidegate.gateway.access import GUARDED_FIELDS
 from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.ledger.snapshot import Snapshot
+from tidegate.protocol.parameters import GUARDABLE
 from tidegate.systems import System, make_system
 from tidegate_testing import profile
 from tidegate_testing.chaos import NOT_FORCED, Forced, chaos
@@ -241,7 +241,7 @@ async def serving(
     composed = make_system(system, slo=Slo()) if isinstance(system, str) else system
     # Generous: servers that share few cores are slow to accept.
     resolved = GatewaySettings(
-        port=0, journal=journal, connect_s=10.0, admission=0.0, allow_fields=tuple(GUARDED_FIELDS)
+        port=0, journal=journal, connect_s=10.0, admission=0.0, allow_fields=tuple(GUARDABLE)
     )
     gateway = Gateway(resolved, fleet, composed)
     url = await gateway.start()

@@ -15,9 +15,9 @@ from tests.vllm_contract.strict_vllm import MODEL, Network, StrictVllm, generate
 from tidegate.fleet.health import HealthPace
 from tidegate.fleet.static import StaticFleet, StaticPace
 from tidegate.fleet.vllm import KvSetup
-from tidegate.gateway.access import GUARDED_FIELDS
 from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
+from tidegate.protocol.parameters import GUARDABLE
 from tidegate.systems import make_system
 from tidegate_testing import profile
 from tidegate_testing.chaos import NOT_FORCED, Forced, chaos
@@ -100,7 +100,7 @@ async def bench(
         pace=StaticPace(HealthPace(every_s=0.2), retry_s=0.05),
     )
     gateway = Gateway(
-        GatewaySettings(port=0, connect_s=10.0, head_after_s=60.0, allow_fields=tuple(GUARDED_FIELDS)),
+        GatewaySettings(port=0, connect_s=10.0, head_after_s=60.0, allow_fields=tuple(GUARDABLE)),
         fleet,
         make_system(system),
     )

@@ -67,7 +67,7 @@ async def test_what_engines_get(way: str, case: Case) -> None:
         assert it.breaches() == []
         moved = it.metric("tidegate_migrations_total", event="done")
         fate = PARAMETERS[chat][name].fate
-        if fate in (Fate.EVERY, Fate.STATE) and name != "tool_choice":
+        if fate in (Fate.EVERY, Fate.GUARDED, Fate.STATE) and name != "tool_choice":
             assert all(leg[name] == body[name] for leg in sent)
         if way == "one leg":
             assert len(sent) == 1

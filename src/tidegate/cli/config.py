@@ -20,12 +20,14 @@ from tidegate.cli.options import Flag, OptionGroup, given_type
 from tidegate.cli.setting_types import (
     Bootstraps,
     Count,
+    Fields,
     FilePath,
     Groups,
     Key,
     Milliseconds,
     ModelFolder,
     Multiple,
+    Networks,
     Origins,
     Profiles,
     Seconds,
@@ -112,13 +114,13 @@ class GatewaySection(Section):
     tenants: dict[str, str] | None = Field(
         None, repr=False, description="Tenants by their keys: no flag, they come from api_key_file."
     )
-    trusted_proxies: Words | None = setting(
+    trusted_proxies: Networks | None = setting(
         None, "Addresses or networks whose x-tenant-id header is believed.", "ADDRESS"
     )
     allowed_hosts: Words | None = setting(
         None, "Host names that a gateway without a key answers to, beside localhost.", "NAME"
     )
-    allow_fields: Words | None = setting(
+    allow_fields: Fields | None = setting(
         None,
         "Body fields to let through to vLLM that are refused because they run or configure code: "
         "chat_template, mm_processor_kwargs, media_io_kwargs.",

@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Callable
 from functools import wraps
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -78,6 +79,23 @@ def _origins(value: object) -> list[str]:
     for word in words:
         if word != "*" and not re.fullmatch(r"https?://[^/?#\s]+", word):
             raise ValueError(f"{word!r} is no origin, as https://chat.example is, nor *")
+    return words
+
+
+def _fields(value: object) -> list[str]:
+    from tidegate.protocol.parameters import GUARDABLE
+
+    words = _words(value, "fields")
+    for word in words:
+        if word not in GUARDABLE:
+            raise ValueError(f"{word!r} is none of {', '.join(sorted(GUARDABLE))}")
+    return words
+
+
+def _networks(value: object) -> list[str]:
+    words = _words(value, "addresses")
+    for word in words:
+        ip_network(word, strict=False)
     return words
 
 
@@ -160,6 +178,8 @@ FilePath = Annotated[Path, _after(_file_path)]
 ModelFolder = Annotated[Path, _after(_model_folder)]
 ServeWords = Annotated[str, _after(_serve_arguments)]
 Groups = Annotated[list[str], _before(_groups)]
+Fields = Annotated[list[str], _before(_fields)]
+Networks = Annotated[list[str], _before(_networks)]
 Origins = Annotated[list[str], _before(_origins)]
 Bootstraps = Annotated[list[str], _before(_bootstraps)]
 Profiles = Annotated[list[str], _before(_profiles)]

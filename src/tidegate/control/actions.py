@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from tidegate.control.effects import Effects, Flipped, StartInstance, StartMigration, StopInstance
+from tidegate.control.effects import Drains, Effects, Flipped, StartInstance, StartMigration, StopInstance
 from tidegate.control.live_request import LiveRequest, Stage
 from tidegate.control.membership import Membership
 from tidegate.core.decision import (
@@ -73,10 +73,13 @@ class Actions:
                         self._membership.drain(instance, remove=remove)
                         if self._journal.enabled:
                             self._journal.instance(now, instance, "draining", reason=reason)
+                        effects.append(Drains(instance, reason, remove))
                         effects += self.drain_on(now)
                 case Undrain(instance, reason):
-                    if self._membership.undrain(instance) and self._journal.enabled:
-                        self._journal.instance(now, instance, "undrained", reason=reason)
+                    if self._membership.undrain(instance):
+                        if self._journal.enabled:
+                            self._journal.instance(now, instance, "undrained", reason=reason)
+                        effects.append(Drains(instance, reason, ended=True))
                 case Remove(instance, reason):
                     if instance in self._ledger.ids:
                         self._stop(instance, reason, effects)

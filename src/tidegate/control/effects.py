@@ -75,6 +75,16 @@ class Flipped(NamedTuple):
     why: str = ""
 
 
+class Drains(NamedTuple):
+    """An instance gets nothing new, and is stopped once empty with ``remove``; ``ended`` tells that it does
+    again. Nothing is to be done on the engine."""
+
+    instance: str
+    reason: str
+    remove: bool = False
+    ended: bool = False
+
+
 class StartMigration(NamedTuple):
     """Move a running decode.
 
@@ -101,6 +111,6 @@ class StopInstance(NamedTuple):
 
 
 Effects = list[
-    RunPrefill | RunDecode | Held | GiveUp | Replay | Suspect | WakeAt | Flipped | StartMigration
+    RunPrefill | RunDecode | Held | GiveUp | Replay | Suspect | WakeAt | Flipped | Drains | StartMigration
     | StartInstance | StopInstance
 ]  # fmt: skip

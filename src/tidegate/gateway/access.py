@@ -1,44 +1,39 @@
-"""Who may ask the gateway for what: keys and their tenants, proxies, browsers, and fields that run code."""
+"""Who may ask the gateway for what: keys and their tenants, proxies, browsers."""
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from ipaddress import ip_address, ip_network
-from typing import Any
 from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from tidegate.core.errors import BadRequest, Forbidden
+from tidegate.core.errors import Forbidden
 from tidegate.gateway.settings import GatewaySettings
-from tidegate.protocol.http_front import Handler, owner_of_key
+from tidegate.protocol.http_front import KEYED, Handler, owner_of_key
 
 OPEN = frozenset({"/health", "/ready"})
 """Paths that anybody may ask, whatever Host they name: probes do."""
-KEYED = ("/v1/", "/tidegate/", "/metrics", "/tokenize", "/detokenize")
 OPERATOR = ""
 """The owner of the operator's key, who is no tenant."""
 OPERATORS = ("/tidegate/", "/metrics")
 """Paths that a tenant's key does not open."""
-GUARDED_FIELDS = frozenset({"chat_template", "mm_processor_kwargs", "media_io_kwargs"})
-"""Body fields that run or configure code in a vLLM server: refused unless a setting allows them."""
-GUARDED_TEMPLATE_ARGUMENTS = frozenset({"chat_template", "tokenize"})
-"""Keys of ``chat_template_kwargs`` that replace what vLLM passes to the template's renderer itself."""
 LOOPBACK_NAMES = frozenset({"localhost"})
 MOST_NEAR = 64
+_owner: ContextVar[str] = ContextVar("owner", default=OPERATOR)
+"""Whose key the request has; aiohttp handles each request in a task of its own."""
 
 
 class Access:
     """The rules of one gateway."""
 
     def __init__(self, settings: GatewaySettings) -> None:
-        self._tenants = bool(settings.tenants)
         self._owners = {key.encode(): name for key, name in settings.tenants.items()}
         if settings.api_key:
             self._owners[settings.api_key.encode()] = OPERATOR
         self._proxies = [ip_network(each, strict=False) for each in settings.trusted_proxies]
         self._hosts = frozenset(name.lower() for name in settings.allowed_hosts)
         self._origins = frozenset(settings.cors_origins)
-        self._fields = GUARDED_FIELDS - frozenset(settings.allow_fields)
         self._browsers = not self._owners and _is_loopback(settings.host)
         """Whether only the address protects the gateway: any page that a browser shows could use it."""
         self._near: set[str] = set()  # urls found near, which parse slowly
@@ -48,8 +43,9 @@ class Access:
         """Pass the request on, or raise Unauthorized or Forbidden."""
         if self._browsers and request.path not in OPEN:
             self._check_browser(request)
-        if self._owners and request.path.startswith(KEYED):
+        if self._owners and request.path.startswith((*KEYED, *OPERATORS)):
             owner = owner_of_key(request, self._owners)
+            _owner.set(owner)
             if owner != OPERATOR and request.path.startswith(OPERATORS):
                 raise Forbidden(f"{request.path}: the key of a tenant does not open it")
         return await handler(request)
@@ -57,7 +53,7 @@ class Access:
     def tenant(self, request: web.Request, header: str) -> str:
         """Return whose request it is: the name of its key, or what a trusted proxy says in ``x-tenant-id``.
         Raises Forbidden for a tenant that the client may not name."""
-        named = owner_of_key(request, self._owners) if self._tenants else OPERATOR
+        named = _owner.get()
         if not header or header == named:
             return named
         if named or not self._is_proxy(request.remote):
@@ -65,17 +61,6 @@ class Access:
                 "header x-tenant-id: only taken from trusted proxies (--trusted-proxies)", param="x-tenant-id"
             )
         return header
-
-    def check_fields(self, body: dict[str, Any]) -> None:
-        """Raise BadRequest for a field that runs or configures code in an engine."""
-        found = [name for name in body if name in self._fields and body[name] is not None]
-        arguments = body.get("chat_template_kwargs")
-        if "chat_template" in self._fields and isinstance(arguments, dict):
-            found += [
-                f"chat_template_kwargs.{name}" for name in arguments if name in GUARDED_TEMPLATE_ARGUMENTS
-            ]
-        if found:
-            raise BadRequest(f"{found[0]}: not taken from clients (--allow-fields)", param=found[0])
 
     def _is_proxy(self, remote: str | None) -> bool:
         try:

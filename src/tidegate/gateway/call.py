@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,14 +105,17 @@ class Call:
         return len(self.prompt) if isinstance(self.prompt, str) else 0
 
 
-def read_calls(value: Json, headers: Mapping[str, str], *, chat: bool, slo: Slo) -> list[Call]:
+def read_calls(
+    value: Json, headers: Mapping[str, str], *, chat: bool, slo: Slo, allowed: Collection[str] = ()
+) -> list[Call]:
     """Check a decoded body and its headers; return one call for each choice of its answer, by ``index``.
 
     The choices of a prompt sample differently: a client's seed counts up from one to the next, as in vLLM.
     Raises BadRequest naming the field at fault.
     """
     body = parse_body(value, ChatBody) if chat else parse_body(value, CompletionBody)
-    call, each = _first_call(body, value, headers, slo), body.n or 1
+    sampling = passed_on(value, chat=chat, allowed=allowed)
+    call, each = _first_call(body, value, sampling, headers, slo), body.n or 1
     prompts = [None] if isinstance(body, ChatBody) else body.prompts
     if isinstance(body, CompletionBody) and body.best_of not in (None, each):
         raise BadRequest("best_of: not supported, but as many as n", param="best_of")
@@ -144,10 +147,11 @@ def _sampling_apart(call: Call, number: int) -> Json:
     return call.sampling | {"seed": counted if counted < 2**63 else counted - 2**64}
 
 
-def _first_call(body: ChatBody | CompletionBody, value: Json, headers: Mapping[str, str], slo: Slo) -> Call:
+def _first_call(
+    body: ChatBody | CompletionBody, value: Json, sampling: Json, headers: Mapping[str, str], slo: Slo
+) -> Call:
     """Return the call for the first choice."""
     chat = isinstance(body, ChatBody)
-    sampling = passed_on(value, chat=chat)
     sampling = {name: given for name, given in sampling.items() if name not in REWRITTEN}
     if body.stream and "prompt_logprobs" in sampling:
         raise BadRequest("prompt_logprobs: not available with stream", param="prompt_logprobs")

@@ -8,6 +8,7 @@ from collections.abc import Coroutine, Sequence
 from typing import Protocol
 
 from tidegate.control.effects import (
+    Drains,
     Effects,
     Flipped,
     GiveUp,
@@ -114,7 +115,7 @@ class Dispatcher:
         self.loads.follow(member)
         profile = member.profile or UNMEASURED
         now = self.clock.now()
-        self.recent.happened(now, "instance", f"{instance.id} is up")
+        self.recent.happened(now, f"{instance.id} is up")
         effects = self.plane.instance_up(instance, profile, now, fixed_role=member.fixed_role)
         self.drift.member_up(member)
         self.do(effects)
@@ -125,7 +126,7 @@ class Dispatcher:
         if upstream is None:
             return
         self._served_changed()
-        self.recent.happened(self.clock.now(), "instance", f"{instance_id} is down: {reason}")
+        self.recent.happened(self.clock.now(), f"{instance_id} is down: {reason}")
         self.drift.member_down(instance_id)
         self.loads.forget(instance_id)
         effects = self.plane.instance_down(instance_id, reason, self.clock.now())
@@ -136,6 +137,7 @@ class Dispatcher:
 
     def start_failed(self, instance_id: str, reason: str) -> None:
         """See ``FleetListener.start_failed``. Fleets know no roles: the oldest awaited one ends."""
+        self.recent.happened(self.clock.now(), f"{instance_id} could not be started: {reason}")
         role = next(iter(self.plane.membership.starting), None)
         if role is not None:
             self.plane.start_failed(role)
@@ -153,26 +155,31 @@ class Dispatcher:
                 case RunPrefill() | RunDecode() | GiveUp() | Held():
                     self.served[effect.live.id].command(effect)
                 case StartMigration():
-                    self.recent.happened(self.clock.now(), "migration", _moved(effect))
+                    self.recent.carried_out(self.clock.now(), effect)
                     self.served[effect.live.id].start_migration(effect)
                 case WakeAt(at_s):
                     self._wake_in(at_s - self.clock.now())
-                case Flipped(instance, before, after, reason, why):
+                case Flipped():
                     self.flips += 1
-                    text = f"{instance} from {before.label} to {after.label}: {why or reason}"
-                    self.recent.happened(self.clock.now(), "flip", text)
-                    self.metrics.flips.labels(after.label, reason).inc()
+                    self.recent.carried_out(self.clock.now(), effect)
+                    self.metrics.flips.labels(effect.after.label, effect.reason).inc()
+                case Drains():
+                    self.recent.carried_out(self.clock.now(), effect)
                 case Replay(_, label):
                     self.metrics.replays.labels(label).inc()
                 case Suspect(instance):
                     self._fleet.suspect(instance)
                 case StartInstance(role, reason):
+                    self.recent.carried_out(self.clock.now(), effect)
                     if not self._fleet.add():
                         log.warning("no instance can be started (%s)", reason)
+                        self.recent.happened(self.clock.now(), "no instance can be started")
                         self.plane.start_failed(role)
                 case StopInstance(instance, reason):
+                    self.recent.carried_out(self.clock.now(), effect)
                     if not self._fleet.remove(instance, reason):
                         log.warning("%s cannot be stopped from here; it stays drained", instance)
+                        self.recent.happened(self.clock.now(), f"{instance} cannot be stopped from here")
                         self.plane.stop_failed(instance)
 
     # clocks
@@ -244,10 +251,3 @@ class Dispatcher:
         """Return the signals that this deployment gives, now that the fleet is up."""
         measured = all(u.member.profile is not None for u in self.upstreams.values())
         return [Signal.PREFIX_HITS, Signal.PROFILE] if measured else [Signal.PREFIX_HITS]
-
-
-def _moved(effect: StartMigration) -> str:
-    """Return a sentence on a migration that starts."""
-    migrate = effect.migrate
-    why = f": {migrate.reason}" if migrate.reason else ""
-    return f"a decode moves from {migrate.src} to {migrate.dst}{why}"

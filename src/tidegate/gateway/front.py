@@ -41,6 +41,7 @@ from tidegate.protocol.http_front import (
     read_object,
 )
 from tidegate.protocol.models import model_card, model_list
+from tidegate.protocol.parameters import check_guarded
 
 ASK_S = 30.0
 """How long an engine may take to tokenise a text that a client wants tokenised (ours)."""
@@ -130,8 +131,8 @@ class Front:
         headers = header_texts(request, *CALL_HEADERS)
         headers["x-tenant-id"] = self._access.tenant(request, headers.get("x-tenant-id", ""))
         body = await read_object(request)
-        self._access.check_fields(body)
-        calls = read_calls(body, headers, chat=chat, slo=self._settings.slo)
+        settings = self._settings
+        calls = read_calls(body, headers, chat=chat, slo=settings.slo, allowed=settings.allow_fields)
         model = self._model(calls[0].model)
         if self.draining:
             raise ShuttingDown("the gateway is shutting down", retry_after_s=RETRY_AFTER_S)
@@ -175,6 +176,7 @@ class Front:
         """POST /tokenize and /detokenize: passed on to an instance that serves the model."""
         body = await read_object(request)
         model = self._model(parse_body(body, AskBody).model)
+        check_guarded(body, self._settings.allow_fields)
         failure: TidegateError = NoInstance("no instance is up", retry_after_s=RETRY_AFTER_S)
         for upstream in list(self._dispatcher.upstreams.values()):
             if upstream.member.model == model:

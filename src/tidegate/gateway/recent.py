@@ -1,4 +1,4 @@
-"""What happened lately, for who watches: latencies beside their targets, flips, migrations, instances."""
+"""What happened lately, for who watches: latencies beside their targets, and what became of instances."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+from tidegate.control.effects import Drains, Flipped, StartInstance, StartMigration, StopInstance
 from tidegate.control.record import RequestEnding, RequestRecord
 from tidegate.measure.percentiles import summarize
 
@@ -34,9 +35,29 @@ class Recent:
         """Take in a request, at its end."""
         self._ended.append((record, ending))
 
-    def happened(self, at_s: float, kind: str, text: str) -> None:
-        """Note an event of a ``kind``: flip, migration or instance."""
+    def happened(self, at_s: float, text: str, kind: str = "instance") -> None:
+        """Note an event of a ``kind``: flip, migration, drain or instance."""
         self._events.append(Event(at_s, kind, text))
+
+    def carried_out(
+        self, at_s: float, effect: Flipped | Drains | StartInstance | StartMigration | StopInstance
+    ) -> None:
+        """Note what was decided, with its reason."""
+        kind, why = "instance", effect.migrate.reason if isinstance(effect, StartMigration) else effect.reason
+        match effect:
+            case Flipped(instance, before, after):
+                kind, text = "flip", f"{instance} from {before.label} to {after.label}"
+                why = effect.why or why
+            case StartMigration(_, migrate):
+                kind, text = "migration", f"a decode moves from {migrate.src} to {migrate.dst}"
+            case Drains(instance, _, remove, ended):
+                drains = "drains, to be removed" if remove else "drains"
+                kind, text = "drain", f"{instance} {'drains no more' if ended else drains}"
+            case StartInstance(role):
+                text = f"one more instance starts, for {role.label}"
+            case StopInstance(instance):
+                text = f"{instance} is removed"
+        self.happened(at_s, f"{text}: {why}" if why else text, kind)
 
     def state(self, now: float) -> dict[str, Any]:
         """Return both for ``/tidegate/state``: ``recent`` and, the latest first, ``events``."""

@@ -38,7 +38,7 @@ class Gateway:
         self._journal = JournalFile(settings.journal, self._began_s)
         self.dispatcher = Dispatcher(system, settings, fleet.ids, clock, self._journal, fleet)
         self._front = Front(settings, self.dispatcher)
-        self._runner = FrontRunner(self._front.application(), shutdown_timeout_s=2.0)
+        self._runner = FrontRunner(self._front.application(), shutdown_timeout_s=2.0, onward=1)
         self._site: web.TCPSite | None = None
 
     async def start(self) -> str:

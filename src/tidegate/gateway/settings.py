@@ -19,7 +19,7 @@ class GatewaySettings:
     gets its head ``head_after_s`` after its request; before, a failure has an HTTP status of its own.
     ``api_key`` is the operator's, ``tenants`` are names by their keys, ``trusted_proxies`` are networks from
     which ``x-tenant-id`` is taken. ``allowed_hosts`` are names beside loopback that a gateway without a key
-    serves, ``allow_fields`` body fields that would be refused (see ``Access``). Web pages of
+    serves, ``allow_fields`` body fields that would be refused (``parameters.GUARDABLE``). Web pages of
     ``cors_origins`` may call the gateway; ``*`` stands for all.
     ``load_every_s`` is the pause between readings of an engine's load. With ``journal_inputs`` the journal
     also has every input of the control plane, from which ``decide_again`` takes its decisions again.

@@ -33,6 +33,8 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 MOST_LEVELS = 128
 """Depth of a body (ours). The JSON library reads deeper ones than it can write, and the gateway writes on."""
+MOST_WRITTEN_LEVELS = 254
+"""What the JSON library writes."""
 MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 MOST_CHOICES = 1024
 """Prompts times ``n`` of one body (ours): each is a request of its own for whoever schedules it."""
@@ -234,19 +236,21 @@ def parse_object(raw: bytes) -> dict[str, Any]:
         raise BadRequest(f"the body is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise BadRequest(f"the body must be a JSON object, not {type(value).__name__}")
-    if raw.count(b"{") + raw.count(b"[") > MOST_LEVELS and _levels(value) > MOST_LEVELS:
+    if raw.count(b"{") + raw.count(b"[") > MOST_LEVELS and _is_too_deep(value):
         raise BadRequest(f"the body is nested more than {MOST_LEVELS} levels deep")
     return value
 
 
-def _levels(value: Any) -> int:
-    """Return how deep lists and objects are nested."""
-    levels, layer = 0, [value]
-    while layer:
-        inner = [part.values() if isinstance(part, dict) else part for part in layer]
-        layer = [item for items in inner for item in items if isinstance(item, dict | list)]
-        levels += 1
-    return levels
+def _is_too_deep(value: Any) -> bool:
+    """Tell whether the JSON library cannot write it as far inside as leaves room for ``MOST_LEVELS``: that
+    takes a tenth of the time of a walk."""
+    for _ in range(MOST_WRITTEN_LEVELS - MOST_LEVELS):
+        value = [value]
+    try:
+        orjson.dumps(value)
+    except orjson.JSONEncodeError:
+        return True
+    return False
 
 
 def parse_body(value: dict[str, Any], kind: type[Body]) -> Body:

@@ -25,6 +25,7 @@ from tidegate.core.errors import (
     BodyTooLarge,
     ClientGone,
     InternalError,
+    NoDescriptors,
     TidegateError,
     Unauthorized,
     UnknownRoute,
@@ -47,8 +48,12 @@ HEAD_S = 20.0
 """How long the first head of a connection may take to arrive (ours)."""
 IDLE_S = 75.0
 """How long a connection may be idle: above the 60 s of common proxies, which reuse theirs (ours)."""
+KEYED = ("/v1/", "/metrics", "/tokenize", "/detokenize")
+"""What a server's key opens, by the beginnings of paths."""
 SPARE_DESCRIPTORS = 64
 """Kept for files and engines, whatever clients do (ours)."""
+MOST_REFUSED = 32
+"""How many clients beyond the most are told that they are (ours)."""
 JSON = "application/json"
 _held_body: ContextVar[HeldBody] = ContextVar("held body")
 """What the body of the request takes; aiohttp handles each request in a task of its own."""
@@ -194,31 +199,39 @@ def _in_tree(failure: Exception, request: web.Request) -> TidegateError:
     return InternalError("internal error")
 
 
-def most_connections() -> int:
-    """Return how many connections clients may have; raises the limit of open files first. Each may need one
-    to an engine."""
-    return max(8, (raise_descriptor_limit() - SPARE_DESCRIPTORS) // 2)
+def most_connections(onward: int) -> int:
+    """Return how many connections clients may have when each takes ``onward`` others to be answered; raises
+    the limit of open files first."""
+    limit = raise_descriptor_limit()
+    return max(limit // 4, limit - SPARE_DESCRIPTORS) // (1 + onward)
 
 
 class FrontRunner(web.AppRunner):
-    """Runs an application whose clients may send malformed HTTP. Cancels handlers of departed clients."""
+    """Runs an application whose clients may send malformed HTTP. Cancels handlers of departed clients.
+    ``onward`` is how many connections it takes to answer one."""
 
-    def __init__(self, app: web.Application, *, shutdown_timeout_s: float) -> None:
+    def __init__(self, app: web.Application, *, shutdown_timeout_s: float, onward: int = 0) -> None:
+        self._onward = onward
         super().__init__(app, handler_cancellation=True, access_log=None, shutdown_timeout=shutdown_timeout_s)
 
     async def _make_server(self) -> web.Server:
         # aiohttp has no public hook for requests its parser refuses; this and _Connection are the seam.
         made = await super()._make_server()
-        return _Server(made.request_handler, request_factory=made.request_factory, handler_cancellation=True)
+        return _Server(
+            made.request_handler,
+            request_factory=made.request_factory,
+            handler_cancellation=True,
+            onward=self._onward,
+        )
 
 
 class _Server(web.Server):
-    """Keeps descriptors for what its answers need: of those that are left at its start, clients get half. A
-    client beyond takes the place of the connection that has been idle for longest, or is cut off."""
+    """Keeps descriptors for what its answers need. A client beyond takes the place of the connection that has
+    been idle for longest. Where none is, it is told so, and the next ones are cut off."""
 
-    def __init__(self, *args: Any, **more: Any) -> None:
+    def __init__(self, *args: Any, onward: int, **more: Any) -> None:
         super().__init__(*args, **more)
-        self.most = most_connections()
+        self.most = most_connections(onward)
         self._told = False
 
     def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
@@ -228,11 +241,17 @@ class _Server(web.Server):
         if not self._told:
             self._told = True
             log.warning(
-                "clients have %d connections open: idle ones are closed for new ones (ulimit -n raises this)",
+                "clients have %d connections open: idle ones are closed for new ones, which else get 503 "
+                "(ulimit -n raises this)",
                 self.most,
             )
-        idle = next((h for h in self._connections if isinstance(h, _Connection) and h.idle), handler)
-        idle.force_close()
+        idle = next((h for h in self._connections if isinstance(h, _Connection) and h.idle), None)
+        if idle is not None:
+            idle.force_close()
+        elif len(self._connections) <= self.most + MOST_REFUSED and isinstance(handler, _Connection):
+            handler.refuse()
+        else:
+            handler.force_close()
 
     def __call__(self) -> web.RequestHandler:
         # Bodies are inflated by read_object, after the key was checked: aiohttp would do it for everybody.
@@ -242,6 +261,13 @@ class _Server(web.Server):
         )
 
 
+async def _no_room(request: web.BaseRequest) -> web.StreamResponse:
+    answer = error_answer(NoDescriptors("too many connections are open", retry_after_s=1.0))
+    answer.headers[REQUEST_ID] = secrets.token_hex(12)
+    answer.force_close()
+    return answer
+
+
 class _Connection(web.RequestHandler):
     """Answers malformed HTTP in OpenAI's schema; it is the client's fault, so the log stays quiet."""
 
@@ -249,8 +275,12 @@ class _Connection(web.RequestHandler):
 
     @property
     def idle(self) -> bool:
-        """Whether no request is being answered here."""
-        return not self._request_in_progress and self.transport is not None
+        """Whether it waits for a request."""
+        return self._waiter is not None and not self._messages and self.transport is not None
+
+    def refuse(self) -> None:
+        """Answer the next request with the reason why there is no room for it."""
+        self._request_handler = _no_room
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Give the first head less time than an idle connection has later."""

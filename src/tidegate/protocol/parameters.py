@@ -6,8 +6,8 @@ so that "passed on" says too little. What is not here is refused by name: nothin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -32,6 +32,9 @@ class Fate(Enum):
     EVERY = Where("passed on", "passed to both", "passed to every leg")
     LEFT = Where("passed on", "both get what is left to do", "every leg gets what is left to do")
     STATE = Where("passed on", "both; the decode begins at the prompt again", "does not move; begins again")
+    GUARDED = Where(
+        "400 unless --allow-fields has it; then passed on", "passed to both", "passed to every leg"
+    )
     ONCE = Where("passed on", "passed to the prefill, whose result is kept", "not passed again")
     NOTHING = Where("accepted, not passed on", "the same", "the same")
     REFUSED = Where("400", "400", "400")
@@ -39,11 +42,13 @@ class Fate(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """``neutral`` are values that ask for nothing. ``words`` end the refusal, or explain."""
+    """``neutral`` are values that ask for nothing. ``words`` end the refusal, or explain. ``keys`` of its
+    object do what the guarded parameters do that they are given with here."""
 
     fate: Fate
     words: str = ""
     neutral: tuple[object, ...] = ()
+    keys: Mapping[str, str] = field(default_factory=dict)
 
     def asks_nothing(self, given: object) -> bool:
         """Tell whether it is as if the parameter had not been sent."""
@@ -51,8 +56,8 @@ class Parameter:
 
 
 GATEWAY, EVERY, LEFT, STATE = Fate.GATEWAY, Fate.EVERY, Fate.LEFT, Fate.STATE
-ONCE, NOTHING, REFUSED = Fate.ONCE, Fate.NOTHING, Fate.REFUSED
-PASSED = (EVERY, LEFT, STATE, ONCE)
+GUARDED, ONCE, NOTHING, REFUSED = Fate.GUARDED, Fate.ONCE, Fate.NOTHING, Fate.REFUSED
+PASSED = (EVERY, LEFT, STATE, GUARDED, ONCE)
 RENDER = "only for vLLM's render endpoints"
 RESERVED = "kept from engines: with it a client could reach the KV or the requests of others"
 GUIDED = "vLLM has removed it; use structured_outputs or response_format"
@@ -146,10 +151,15 @@ _CHAT: dict[str, Parameter] = {
     "add_generation_prompt": Parameter(EVERY, "decides until the prompt is token ids", (True,)),
     "continue_final_message": Parameter(EVERY, "decides until the prompt is token ids", (False,)),
     "documents": Parameter(EVERY, "decides until the prompt is token ids"),
-    "chat_template": Parameter(EVERY, "--allow-fields, and vLLM's --trust-request-chat-template"),
-    "chat_template_kwargs": Parameter(EVERY, "decides until the prompt is token ids", ({},)),
-    "media_io_kwargs": Parameter(EVERY, "--allow-fields, and vLLM's --trust-request-mm-kwargs", ({},)),
-    "mm_processor_kwargs": Parameter(EVERY, "--allow-fields, and vLLM's --trust-request-mm-kwargs", ({},)),
+    "chat_template": Parameter(GUARDED, "vLLM wants --trust-request-chat-template"),
+    "chat_template_kwargs": Parameter(
+        EVERY,
+        "decides until the prompt is token ids; its chat_template and tokenize need what chat_template needs",
+        ({},),
+        {"chat_template": "chat_template", "tokenize": "chat_template"},
+    ),
+    "media_io_kwargs": Parameter(GUARDED, "vLLM wants --trust-request-mm-kwargs", ({},)),
+    "mm_processor_kwargs": Parameter(GUARDED, "vLLM wants --trust-request-mm-kwargs", ({},)),
     "echo": Parameter(REFUSED, "answers have no text without tokens", (False,)),
     "return_prompt_text": Parameter(REFUSED, "answers have no prompt_text", (False,)),
     "functions": Parameter(REFUSED, "deprecated; use tools", ([],)),
@@ -169,18 +179,39 @@ _CHAT: dict[str, Parameter] = {
 
 PARAMETERS: Mapping[bool, Mapping[str, Parameter]] = {False: _BOTH | _COMPLETIONS, True: _BOTH | _CHAT}
 """By whether it is a chat's, and by name."""
+GUARDABLE = frozenset(name for name, parameter in _CHAT.items() if parameter.fate is GUARDED)
+"""Parameters that run or configure code in a vLLM server: clients may send those that the operator allows."""
 
 
-def passed_on(value: Json, *, chat: bool) -> Json:
-    """Return the fields of a decoded body that engines get. Raises BadRequest for one that is not known, and
-    for one that is not supported and asks for something."""
+def check_guarded(value: Json, allowed: Collection[str]) -> None:
+    """Raise BadRequest for a guarded field of a decoded body that asks for something and is not ``allowed``.
+    Holds for chats and for texts to tokenise; other completions do not know these fields."""
+    for name, given in value.items():
+        parameter = _CHAT.get(name)
+        if parameter is None or parameter.asks_nothing(given):
+            continue
+        found = [name] if parameter.fate is GUARDED and name not in allowed else []
+        if isinstance(given, dict):
+            found += [
+                f"{name}.{key}"
+                for key, same in parameter.keys.items()
+                if key in given and same not in allowed
+            ]
+        if found:
+            raise BadRequest(f"{found[0]}: not taken from clients (--allow-fields)", param=found[0])
+
+
+def passed_on(value: Json, *, chat: bool, allowed: Collection[str]) -> Json:
+    """Return the fields of a decoded body that engines get. Raises BadRequest for one that is not known, that
+    is guarded and not ``allowed``, or that is not supported and asks for something."""
     table = PARAMETERS[chat]
-    given = {name: field for name, field in value.items() if field is not None}
+    given = {name: wanted for name, wanted in value.items() if wanted is not None}
     if unknown := [name for name in given if name not in table]:
         plural = "s" if len(unknown) > 1 else ""
         raise BadRequest(f"unknown parameter{plural}: {', '.join(unknown)}", param=unknown[0])
-    for name, field in given.items():
+    for name, wanted in given.items():
         parameter = table[name]
-        if parameter.fate is REFUSED and not parameter.asks_nothing(field):
+        if parameter.fate is REFUSED and not parameter.asks_nothing(wanted):
             raise BadRequest(f"{name}: not supported: {parameter.words}", param=name)
-    return {name: field for name, field in given.items() if table[name].fate in PASSED}
+    check_guarded(given, allowed)
+    return {name: wanted for name, wanted in given.items() if table[name].fate in PASSED}

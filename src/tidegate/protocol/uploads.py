@@ -9,15 +9,17 @@ from tidegate.core.errors import BadRequest, BodyTooLarge, Overloaded, Unsupport
 
 MOST_HELD_BYTES = 2**30
 """Memory that the bodies of all requests in progress may take together (ours)."""
-MOST_WEIGHT_BYTES = 2**29
-"""Memory that one decoded body may take (ours): some ten times the longest prompt that is taken."""
+MOST_WEIGHT_BYTES = 2**28
+"""Memory that one decoded body may take (ours): some three times the longest prompt that is taken. Decoding
+and checking that much holds up all else, in any thread, for less than a second on one slow core."""
 UNCOUNTED_BYTES = 64 * 1024
 """A body that takes no more is not counted (ours): a connection's buffers take as much without any."""
 STEP_BYTES = 2**20
 """Bytes that are inflated at a time (ours), the first time on the event loop: about 2 ms."""
 RETRY_AFTER_S = 1.0
-VALUE_BYTES, LIST_BYTES, OBJECT_BYTES = 40, 56, 232
-"""What Python takes for a value, and what more for a list and an object (measured)."""
+VALUE_BYTES, LIST_BYTES, OBJECT_BYTES, KEY_BYTES = 40, 56, 232, 160
+"""What Python takes for a value, and what more for a list, an object and a key while it
+is decoded (measured)."""
 WINDOWS = {"gzip": (31,), "x-gzip": (31,), "deflate": (15, -15)}
 """Content encodings that are inflated, as zlib's window sizes; clients send deflate with and without zlib's
 header."""
@@ -98,8 +100,9 @@ async def _inflated(raw: bytes, window: int, most_bytes: int, held: HeldBody) ->
 def weight_bytes(raw: bytes) -> int:
     """Return about how much memory the JSON text takes once it is decoded. Raises BodyTooLarge where that is
     more than any served prompt needs."""
-    values, lists, objects = raw.count(b","), raw.count(b"["), raw.count(b"{")
-    weight = len(raw) + VALUE_BYTES * values + LIST_BYTES * lists + OBJECT_BYTES * objects
+    values, keys = raw.count(b","), raw.count(b":")
+    lists, objects = raw.count(b"["), raw.count(b"{")
+    weight = len(raw) + VALUE_BYTES * values + KEY_BYTES * keys + LIST_BYTES * lists + OBJECT_BYTES * objects
     if weight > MOST_WEIGHT_BYTES:
         raise BodyTooLarge(f"the body has too many values: decoded it would take {weight // 2**20} MB")
     return weight

@@ -152,6 +152,6 @@ def _parser() -> argparse.ArgumentParser:
         "--api-key",
         default="",
         metavar="KEY",
-        help=f"required of /v1 requests; better passed as {API_KEY_ENV}",
+        help=f"needed to ask the engine for anything; better passed as {API_KEY_ENV}",
     )
     return parser

@@ -18,7 +18,7 @@ from tidegate.protocol.bodies import (
     TicketParams,
 )
 from tidegate.protocol.chunks import AnswerHead, Json
-from tidegate.protocol.parameters import PARAMETERS, passed_on
+from tidegate.protocol.parameters import GUARDABLE, PARAMETERS, passed_on
 
 MOST_ID_CHARS = 256
 MOST_STOP_CHARS = 1024
@@ -58,7 +58,7 @@ def refuse_unsupported(body: CompletionBody | ChatBody) -> None:
             raise BadRequest(f"{name}: this engine takes 1; the gateway takes more", param=name)
     chat = isinstance(body, ChatBody)
     given = {name: getattr(body, name) for name in body.model_fields_set}
-    for name, value in passed_on(given, chat=chat).items():
+    for name, value in passed_on(given, chat=chat, allowed=GUARDABLE).items():
         if name not in _SERVED and not PARAMETERS[chat][name].asks_nothing(value):
             raise BadRequest(f"{name}: not supported by this engine", param=name)
 

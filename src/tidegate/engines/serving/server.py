@@ -36,6 +36,7 @@ from tidegate.protocol.bodies import ChatBody, ChatMessage, CompletionBody, Requ
 from tidegate.protocol.client_stream import ClientStream
 from tidegate.protocol.http_front import (
     JSON,
+    KEYED,
     FrontRunner,
     Handler,
     answering_errors,
@@ -350,6 +351,6 @@ class EngineServer:
     async def _check_access(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.path.startswith(MEMBERS_PREFIX):
             self._parts.secret.require(request, request.path)
-        elif self._api_key and request.path.startswith("/v1/"):
+        elif self._api_key and request.path.startswith(KEYED):
             owner_of_key(request, {self._api_key.encode(): ""})
         return await handler(request)
