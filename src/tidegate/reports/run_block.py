@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tidegate.core.stages import OTHER
 from tidegate.measure.attainment import score_table
 from tidegate.measure.percentiles import PERCENTILES
 from tidegate.measure.run_view import RunView, view_of
@@ -58,6 +59,8 @@ def _latency(summary: Mapping[str, Any]) -> Iterator[str]:
     for label, found in {"TTFT": summary["ttft_s"], **used, "TPOT": summary["tpot_s"]}.items():
         cells = "".join(f"{'n/a' if v is None else format(1000 * v, ',.1f'):>10}" for v in found.values())
         yield f"{label:<16}{cells}"
+    if "  other" in used:
+        yield f"other: {OTHER}"
 
 
 def _cluster(view: RunView, summary: Mapping[str, Any]) -> Iterator[str]:
