@@ -242,6 +242,16 @@ def test_an_slo_out_of_reach_and_a_request_too_large_are_named_warnings(run: Run
     assert json.loads(done.stdout)["goodput_rps"] == 0
 
 
+def test_the_run_beside_a_goodput_attains_the_level(run: Run) -> None:
+    # At the mean goodput of three draws, the first one attains 68 %.
+    words = ("sim", "--goodput", "--requests", "250", "--system", "static", "--instances", "2", "--jobs", "1")
+    done = run(*words, "--require-level", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["attainment"] >= 0.9 and found["rate_rps"] < 0.95 * found["goodput_rps"]
+    assert "Highest rate at 90 %" in run(*words).stdout
+
+
 @pytest.mark.parametrize(
     ("width", "shown"), [(60, "at 99 %"), (80, "flips at"), (110, "p99 TPOT"), (130, "interval")]
 )

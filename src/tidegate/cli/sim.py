@@ -218,7 +218,7 @@ def _simulate_and_show(setting: Setting, options: RunOptions, scoring: Scoring) 
     found = LevelGoodput(scoring.level, "", 0.0, 0.0, 0.0, None, ())
     if options.goodput or options.limit:
         found = _search(setting, options, scoring.level)
-    rate_rps = found.goodput_rps or options.rate_rps
+    rate_rps = found.shown_rps or options.rate_rps
     finished = _simulate(setting, rate_rps, options.seed, options.journal)
     summary = finished.summary(
         goodput_rps=found.goodput_rps if options.goodput else None, limit_rps=found.limit_rps
@@ -238,7 +238,7 @@ def _simulate_and_show(setting: Setting, options: RunOptions, scoring: Scoring) 
     if scoring.as_json:
         typer.echo(json.dumps(summary, indent=2, allow_nan=False))
     else:
-        typer.echo(render_run(finished.run, summary, slo=str(setting.settings.slo)))
+        typer.echo(render_run(finished.run, summary, slo=str(setting.settings.slo), searched=found))
     if options.out is not None:
         _write_report(options.out, finished, summary, setting, found)
     return summary

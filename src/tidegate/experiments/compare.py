@@ -136,20 +136,22 @@ def common_rate(entries: Sequence[ComparedSystem]) -> tuple[float | None, str]:
     the middle; None where no system has one.
     """
     goodputs = {entry.system: entry.levels[0].goodput_rps for entry in entries}
+    seeds = max((entry.levels[0].seeds for entry in entries), default=1)
+    mean = f", the mean of {seeds} draws" if seeds > 1 else ""
     for system in REFERENCES:
         if goodputs.get(system):
-            return goodputs[system], f"the goodput of {system}"
+            return goodputs[system], f"the goodput of {system}{mean}"
     ranked = sorted((value, system) for system, value in goodputs.items() if value > 0)
     if not ranked:
         return None, ""
     value, system = ranked[(len(ranked) - 1) // 2]
-    return value, f"the goodput of {system}"
+    return value, f"the goodput of {system}{mean}"
 
 
 async def _with_runs(
     setting: Setting, entry: ComparedSystem, common_rps: float | None, workers: Workers
 ) -> tuple[ComparedSystem, list[str]]:
-    """Add the runs at the system's goodput and at the common rate; return the runs' warnings, too."""
+    """Add the runs at the first seed's goodput and at the common rate; return the runs' warnings, too."""
     first = entry.levels[0]
     facts = {
         "system": entry.system,
@@ -158,10 +160,10 @@ async def _with_runs(
         "share_of_limit": first.share_of_limit,
     }
     seen: dict[float, Any] = {}
-    for rate_rps in {first.goodput_rps, common_rps or 0.0} - {0.0}:
+    for rate_rps in {first.shown_rps, common_rps or 0.0} - {0.0}:
         title = f"{entry.system} at {rate_rps:.2f} requests/s"
         seen[rate_rps] = await workers.do(job_of(run_with_view, setting, title, rate_rps=rate_rps, seed=0))
-    own, common = seen.get(first.goodput_rps), seen.get(common_rps or 0.0)
+    own, common = seen.get(first.shown_rps), seen.get(common_rps or 0.0)
     shown = replace(
         entry,
         at_goodput=None if own is None else own["summary"] | facts,

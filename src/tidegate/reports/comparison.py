@@ -51,6 +51,11 @@ class LevelGoodput:
         return len(self.by_seed)
 
     @property
+    def shown_rps(self) -> float:
+        """The goodput of the first seed, whose run attained the level there; at the mean it may not."""
+        return self.by_seed[0] if self.by_seed else self.goodput_rps
+
+    @property
     def share_of_limit(self) -> float | None:
         return share_of(self.goodput_rps, self.limit_rps)
 
@@ -60,7 +65,8 @@ class ComparedSystem:
     """One system on one trace, as the candidate that did best at the first level.
 
     ``others`` are the goodputs of all candidates at that level. ``at_goodput`` and ``at_common`` are the
-    summaries of the runs at the system's goodput and at the trace's common rate, ``view`` shows the latter.
+    summaries of the first seed's runs at its goodput and at the trace's common rate, ``view`` shows the
+    latter.
     """
 
     system: str
