@@ -23,6 +23,7 @@ from tidegate.cli.simulating import (
     WORKLOAD,
     FleetOptions,
     command_line,
+    make_folder,
     processes,
     set_up,
     titled,
@@ -135,11 +136,12 @@ def run(
         command=command_line(),
         facts=set_up(compared),
     )
-    compare_and_show(plan, out, jobs, as_json)
+    compare_and_show(plan, "compare", out, jobs, as_json)
 
 
-def compare_and_show(plan: Plan, out: Path, jobs: int | None, as_json: bool) -> None:
+def compare_and_show(plan: Plan, command: str, out: Path, jobs: int | None, as_json: bool) -> None:
     """Compare, print tables or JSON, and write the report. Results are kept in ``out``."""
+    make_folder(out, command)
     store = Store(out / PROBES)
     if len(store):
         note(f"{out / PROBES} has {len(store)} results of earlier runs; what they answer is not run again")
@@ -164,7 +166,7 @@ def compare_and_show(plan: Plan, out: Path, jobs: int | None, as_json: bool) -> 
         typer.echo(json.dumps(comparison.to_json(), indent=2, allow_nan=False))
     else:
         _show_comparison(comparison, sentences)
-    write_folder(out, comparison, sentences)
+    write_folder(out, command, comparison, sentences)
 
 
 def _show_comparison(comparison: Comparison, findings: Sequence[str]) -> None:

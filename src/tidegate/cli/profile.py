@@ -16,6 +16,7 @@ from rich.table import Table
 
 from tidegate.cli.instance_keys import shared_key
 from tidegate.cli.options import Flag, OptionGroup
+from tidegate.cli.outputs import claim_file
 from tidegate.cli.terminal import share_bar
 from tidegate.core.errors import ConfigError
 from tidegate.costs.library import PackagedProfile, packaged_profile, profile_names
@@ -98,8 +99,8 @@ def run(
         raise typer.BadParameter(f"{paths[0]}: paths are for --list; an instance is given as --url or --vllm")
     if not urls:
         raise typer.BadParameter("give the instance's --url (or --vllm), or --list")
-    if out is not None and not out.parent.is_dir():
-        raise typer.BadParameter(f"no such folder: {out.parent}")
+    if out is not None:
+        claim_file(out, "profile")
     settings = probe(urls)
     known = shared_key(urls)
     if known is not None:

@@ -175,7 +175,7 @@ def run(
     setting.make_system()
     _note_assumptions(setting, given(context), options.rate_rps)
     if options.out is not None:
-        make_folder(options.out)
+        make_folder(options.out, "sim")
     summary = _simulate_and_show(setting, options, scoring)
     if scoring.require_level and summary["attainment"] < scoring.level:
         raise typer.Exit(FAILURE)
@@ -323,4 +323,4 @@ def _write_report(
         command=command_line(),
         facts=set_up(setting.fleet),
     )
-    write_folder(folder, comparison, [])
+    write_folder(folder, "sim", comparison, [])

@@ -12,6 +12,7 @@ from tidegate.measure.run_view import RunView
 from tidegate.measure.summary import share_of
 
 SET_UP = ("version", "command", "profile", "instances", "slo", "seeds")
+TABLES = ("goodput.csv", "probes.csv", "candidates.csv", "cdf.csv", "timeline.csv")
 TIMELINE_COLUMNS = (
     "at_s", "rate_rps", "attained", "prefill_instances", "decode_instances", "mixed_instances",
     "prefill_requests", "prefill_queue_s", "decode_requests", "kv_share",
@@ -191,8 +192,7 @@ def cost_per_million(run: Mapping[str, Any] | None) -> float | None:
 
 
 def write_tables(folder: Path, comparison: Comparison) -> list[Path]:
-    """Write ``goodput.csv``, ``probes.csv``, ``candidates.csv``, ``cdf.csv`` and ``timeline.csv``; return
-    their paths."""
+    """Write the files of ``TABLES``; return their paths."""
     goodputs = list(comparison.rows())
     probes: list[Sequence[Any]] = []
     candidates: list[Sequence[Any]] = []

@@ -60,7 +60,7 @@ def journal_page(report: RunReport, journal: Journal, seen: Sequence[Observation
         "<h3>Decisions</h3>",
         table(["decision", "count"], [[escape(_words(k)), f"{n:,}"] for k, n in report.decisions.items()]),
     ]
-    return document(title, parts)
+    return document(title, parts, "report")
 
 
 def bench_page(report: BenchReport, seen: Sequence[Observation]) -> str:
@@ -87,7 +87,7 @@ def bench_page(report: BenchReport, seen: Sequence[Observation]) -> str:
         "<h3>Totals</h3>",
         table(["", ""], totals),
     ]
-    return document("a load run", parts)
+    return document("a load run", parts, "report")
 
 
 def _top(
