@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from tests.reports.comparison_cases import made_comparison, made_entry
-from tidegate.cli import compare, sim, simulating
+from tidegate.cli import compare, sim, simulating, terminal
 from tidegate.cli import main as command_line
 from tidegate.costs.library import profile_names
 from tidegate.measure.summary import KEYS
@@ -150,6 +151,21 @@ def test_sessions_without_times_take_a_gap_and_a_closed_loop_says_its_rate(
         command_line.main(words)
     assert caught.value.code == 0
     assert "closed loop: turns wait for answers" in capsys.readouterr().err
+
+
+def test_long_work_says_its_share_of_a_fixed_total(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "FIRST_LINE_S", 0.0)
+    monkeypatch.setattr(terminal, "LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(simulating, "draw_png", without_matplotlib)
+    cut = (*SMALL, "--instances", "4", "--jobs", "1")
+    several = ("--systems", "static:best,colocated", "--levels", "0.9,0.99", "--tolerance", "0.2")
+    for words in (("sim", "--goodput", "--limit"), ("compare", *several, "--out", str(tmp_path))):
+        told = run(*words, *cut).stderr
+        shares = [int(share) for share in re.findall(r"(\d+)% in .*(?:limit|requests/s)", told)]
+        assert len(shares) > 8 and shares == sorted(shares), told
+        assert 85 <= shares[-1] <= 100 and "s left; " in told, told
 
 
 def without_matplotlib(_: object) -> NoReturn:

@@ -29,7 +29,7 @@ from tidegate.cli.simulating import (
     titled,
     write_folder,
 )
-from tidegate.cli.terminal import note, plain_table, progress_bar, run_until_interrupted, warn
+from tidegate.cli.terminal import note, plain_table, run_until_interrupted, share_bar, warn
 from tidegate.core.errors import ConfigError
 from tidegate.dataplane.replica import EngineSettings
 from tidegate.experiments.compare import Plan, compare
@@ -147,10 +147,8 @@ def compare_and_show(plan: Plan, command: str, out: Path, jobs: int | None, as_j
         note(f"{out / PROBES} has {len(store)} results of earlier runs; what they answer is not run again")
 
     async def everything() -> Comparison:
-        with progress_bar("runs", None) as show:
-            async with Workers(
-                processes(jobs), store, lambda done, known, title: show(done, None, title)
-            ) as workers:
+        with share_bar() as advance:
+            async with Workers(processes(jobs), store, advance) as workers:
                 return await compare(plan, workers)
 
     try:
