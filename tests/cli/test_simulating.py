@@ -227,7 +227,7 @@ def keys_in_so_far(path: Path) -> list[str]:
         (("sim", "--replay", "bad.csv"), "bad.csv"),
         (("compare", "--out", "o", "--systems", "nosuch,static:x"), "2 problems"),
         (("compare", "--out", "o", "--levels", "2"), "--levels"),
-        (("compare", "--out", "bad.csv"), "cannot keep results"),
+        (("compare", "--out", "bad.csv"), "no such folder can be made"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
