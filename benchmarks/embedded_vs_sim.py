@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tidegate.bench import BenchSettings, bench
+from tidegate.cli.instance_keys import shared_key
 from tidegate.costs.named_profile import load_profile
 from tidegate.costs.saved_profile import read_profile
 from tidegate.dataplane.replica import EngineSettings, replicas_of
@@ -56,7 +57,8 @@ def main() -> None:
     records = load_workload(choice)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "bench.jsonl"
-        bench(BenchSettings(args.url), records, out=out)
+        known = shared_key([args.url])  # of a gateway on this machine, for its engines
+        bench(BenchSettings(args.url, api_key=known.api_key if known else ""), records, out=out)
         results = read_results(out).results
     engine = EngineSettings(
         max_batch_tokens=saved.max_batch_tokens or saved.max_model_len, max_num_seqs=args.max_num_seqs

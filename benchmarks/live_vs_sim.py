@@ -75,7 +75,7 @@ def of_journal(path: Path, offered: int) -> Run:
     """Read a live run's figures from its journal."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     ends: list[dict[str, Any]] = [row for row in rows if row["type"] == "outcome" and row["outcome"] == "ok"]
-    outside = [row["ttft_s"] - row["stages"]["queue"] - row["stages"]["prefill"] for row in ends]
+    outside = [row["stages"]["other"] for row in ends]
     return Run(
         np.array([row["ttft_s"] for row in ends]),
         np.array([row["tpot_s"] for row in ends if row["output_length"] > 1], dtype=np.float64),

@@ -1,7 +1,8 @@
 """Does an adaptive split pay off on traffic that moves? Goodput of systems on recorded traces, in one table.
 
 Run: ``python benchmarks/moving_traffic.py --traces DIR --out DIR`` (about an hour on two cores; a run that is
-stopped goes on where it was). DIR has the public traces that the cases name. Every case is one ``tidegate
+stopped goes on where it was). DIR has the public traces that the cases name
+(docs/results.md says where they come from). Every case is one ``tidegate
 compare``, whose command is printed and whose report is kept in a folder of its own.
 """
 
@@ -98,9 +99,15 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=None)
     options = parser.parse_args()
     found: dict[str, dict[str, Any]] = {}
-    for case in CASES:
-        if case.name not in options.cases.split(","):
-            continue
+    cases = [case for case in CASES if case.name in options.cases.split(",")]
+    missing = sorted({case.file for case in cases if not (options.traces / case.file).exists()})
+    if missing:
+        without = ",".join(case.name for case in CASES if case.file not in missing)
+        parser.error(
+            f"{options.traces} lacks {', '.join(missing)}; docs/results.md says where they come from"
+            + (f", and --cases {without} runs without" if without else "")
+        )
+    for case in cases:
         words = case.command(options.traces, options.out)
         words += [] if options.jobs is None else ["--jobs", str(options.jobs)]
         print("$ tidegate " + shlex.join(words), file=sys.stderr, flush=True)

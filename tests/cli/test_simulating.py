@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from tests.reports.comparison_cases import made_comparison, made_entry
-from tidegate.cli import compare, sim, simulating
+from tidegate.cli import compare, sim, simulating, terminal
 from tidegate.cli import main as command_line
 from tidegate.costs.library import profile_names
 from tidegate.measure.summary import KEYS
@@ -152,6 +153,21 @@ def test_sessions_without_times_take_a_gap_and_a_closed_loop_says_its_rate(
     assert "closed loop: turns wait for answers" in capsys.readouterr().err
 
 
+def test_long_work_says_its_share_of_a_fixed_total(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "FIRST_LINE_S", 0.0)
+    monkeypatch.setattr(terminal, "LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(simulating, "draw_png", without_matplotlib)
+    cut = (*SMALL, "--instances", "4", "--jobs", "1")
+    several = ("--systems", "static:best,colocated", "--levels", "0.9,0.99", "--tolerance", "0.2")
+    for words in (("sim", "--goodput", "--limit"), ("compare", *several, "--out", str(tmp_path))):
+        told = run(*words, *cut).stderr
+        shares = [int(share) for share in re.findall(r"(\d+)% in .*(?:limit|requests/s)", told)]
+        assert len(shares) > 8 and shares == sorted(shares), told
+        assert 85 <= shares[-1] <= 100 and "s left; " in told, told
+
+
 def without_matplotlib(_: object) -> NoReturn:
     raise NoPlots("charts need matplotlib")
 
@@ -211,7 +227,7 @@ def keys_in_so_far(path: Path) -> list[str]:
         (("sim", "--replay", "bad.csv"), "bad.csv"),
         (("compare", "--out", "o", "--systems", "nosuch,static:x"), "2 problems"),
         (("compare", "--out", "o", "--levels", "2"), "--levels"),
-        (("compare", "--out", "bad.csv"), "cannot keep results"),
+        (("compare", "--out", "bad.csv"), "no such folder can be made"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -240,6 +256,16 @@ def test_an_slo_out_of_reach_and_a_request_too_large_are_named_warnings(run: Run
     assert done.returncode == 0, done.stderr
     assert "no instance can meet the TTFT target" in done.stderr and "longest context" in done.stderr
     assert json.loads(done.stdout)["goodput_rps"] == 0
+
+
+def test_the_run_beside_a_goodput_attains_the_level(run: Run) -> None:
+    # At the mean goodput of three draws, the first one attains 68 %.
+    words = ("sim", "--goodput", "--requests", "250", "--system", "static", "--instances", "2", "--jobs", "1")
+    done = run(*words, "--require-level", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["attainment"] >= 0.9 and found["rate_rps"] < 0.95 * found["goodput_rps"]
+    assert "Highest rate at 90 %" in run(*words).stdout
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,17 @@ def test_finds_the_knee_wherever_the_guess_is(at_rps: float, level: float) -> No
     assert len(found.probes) <= 16
 
 
+@given(at_rps=st.floats(0.06, 5e3))
+def test_a_seeds_search_is_credited_once_in_growing_steps(at_rps: float) -> None:
+    credited: list[float] = []
+
+    async def run(rate_rps: float, seed: int) -> float:
+        return float(rate_rps <= at_rps * (1 + seed))
+
+    asyncio.run(search(SearchSettings(low_rps=5.0, high_rps=20.0), (0, 1), run, None, credited.append))
+    assert sum(credited) == pytest.approx(2.0) and min(credited) >= 0.0 and len(credited) > 6
+
+
 def test_a_good_guess_takes_few_runs() -> None:
     found = search_goodput(
         lambda rate, seed: 1.0 if rate <= 61.7 else 0.3, SearchSettings(low_rps=50.0, high_rps=80.0)

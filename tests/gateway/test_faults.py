@@ -10,6 +10,7 @@ import orjson
 import pytest
 
 from tests.gateway.gateway_cluster import Start
+from tidegate.core.stages import TTFT_STAGES
 from tidegate.gateway.settings import GatewaySettings
 from tidegate_testing.fake_engine import token_at
 
@@ -42,7 +43,10 @@ async def test_a_stream_survives_the_death_of_its_instance(start: Start, system:
         assert events[-1]["choices"][0]["finish_reason"] == "length"
     await cluster.gateway.stop()
     assert sum(r["replays"] for r in outcomes(tmp_path)) >= 1
-    assert all(r["outcome"] == "ok" for r in outcomes(tmp_path))
+    for row in outcomes(tmp_path):
+        parts_s = [row["stages"][stage] for stage in TTFT_STAGES]
+        assert row["outcome"] == "ok" and min(parts_s) >= 0.0
+        assert sum(parts_s) == pytest.approx(row["ttft_s"], abs=3e-6), "stages add up, replayed or not"
 
 
 async def test_a_death_nobody_reported_is_reported_to_the_fleet(start: Start) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import astuple
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -15,6 +17,7 @@ from tidegate.engines.vllm.client import ServerFacts
 from tidegate.engines.vllm.metrics import VllmMetrics
 from tidegate.profiling.fit import (
     Fitted,
+    Timed,
     chunks_between,
     fit_timed,
     gap_of_chunk,
@@ -23,6 +26,7 @@ from tidegate.profiling.fit import (
 )
 from tidegate.profiling.prober import Prober
 from tidegate.profiling.target import ProbeTarget
+from tidegate.profiling.unfinished import keep_unfinished, read_unfinished
 
 FRONT_S = 0.007
 
@@ -34,7 +38,7 @@ def facts_of(max_model_len: int) -> ServerFacts:
 
 def probed(name: str, budget_s: float, facts: ServerFacts, **engine: Any) -> tuple[Prober, Fitted]:
     target = VirtualTarget(packaged_profile(name).profile, front_s=FRONT_S, **engine)
-    prober = Prober(cast(ProbeTarget, target), facts, None, budget_s, lambda share, what: None)
+    prober = Prober(cast(ProbeTarget, target), facts, None, budget_s, lambda share, what, fresh: None)
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         runner.run(prober.run())
     return prober, fit_timed(name, prober.timed, source="a test")
@@ -53,6 +57,42 @@ def test_recovers_an_engines_costs(name: str, max_batch_tokens: int) -> None:
     assert astuple(found.prefill) == pytest.approx(astuple(true.prefill), rel=0.05)
     assert {row.form for row in fitted.held_out} == {"prefill", "step", "mixed"}
     assert all(row.p95 < 0.02 for row in fitted.held_out)
+
+
+def test_an_interrupted_measurement_goes_on_where_it_was(tmp_path: Path) -> None:
+    name, facts, budget_s = "h100_sxm/llama-3.1-8b", facts_of(32768), 60.0
+    keep, of = tmp_path / "p.json.part", ("http://one", "m")
+    points: list[str] = []
+
+    async def interrupted(after_s: float) -> None:
+        target = VirtualTarget(packaged_profile(name).profile, front_s=FRONT_S, max_batch_tokens=8192)
+        prober = Prober(
+            cast(ProbeTarget, target), facts, None, budget_s, lambda share, what, fresh: points.append(what)
+        )
+        before = read_unfinished(keep, of)
+        if before is not None:
+            prober.go_on(before)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(after_s):
+                await prober.run()
+        keep_unfinished(keep, prober.unfinished(of))
+
+    for after_s in (15.0, 25.0, 1e3):
+        with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+            runner.run(interrupted(after_s))
+    found = read_unfinished(keep, of)
+    assert found is not None and read_unfinished(keep, ("http://another", "m")) is None
+    assert found.spent_s == pytest.approx(budget_s, rel=0.2), "the time before counts"
+    decodes = [what for what in points if what.startswith("decode")]
+    assert len(decodes) - len(set(decodes)) <= 2, "only what was interrupted is timed again"
+    assert sum(what.startswith("the token budget") for what in points) == 1
+    whole, _ = probed(name, budget_s, facts, max_batch_tokens=8192)
+    assert {(new, cached) for new, cached, _ in found.ttft} == set(whole.timed.ttft)
+    timed = Timed({(n, c): s for n, c, s in found.ttft}, found.step, found.mixed)
+    true = packaged_profile(name).profile
+    assert astuple(fit_timed(name, timed, source="a test").profile.prefill) == pytest.approx(
+        astuple(true.prefill), rel=0.05
+    )
 
 
 def test_finds_a_mixture_of_experts_and_less_room_than_streams() -> None:

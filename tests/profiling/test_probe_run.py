@@ -54,7 +54,7 @@ async def servers(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[list[Server]
 
 async def refusal(urls: list[str], *, busy: bool = False) -> str:
     with pytest.raises(ConfigError) as caught:
-        await measure(ProbeSettings(urls, busy=busy), lambda share, what: None)
+        await measure(ProbeSettings(urls, busy=busy), lambda share, what, fresh: None)
     return caught.value.message
 
 

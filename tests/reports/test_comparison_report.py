@@ -109,7 +109,7 @@ def test_a_chart_that_fails_loses_no_result(tmp_path: Path, monkeypatch: pytest.
         raise ValueError("a chart that cannot be drawn")
 
     monkeypatch.setattr(simulating, "draw_png", failing)
-    simulating.write_folder(tmp_path, COMPARISON, ["arrow leads"])
+    simulating.write_folder(tmp_path, "compare", COMPARISON, ["arrow leads"])
     assert "arrow leads" in (tmp_path / "report.html").read_text()
     assert list(tmp_path.glob("*.csv"))
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from tidegate.core.slo import Slo
 from tidegate.journal import read_journal
 from tidegate.reports.journal_report import build_report, render_report
+from tidegate.reports.run_page import journal_page
 from tidegate.workloads.readers import read_trace
 
 HEADER = {
@@ -169,15 +170,33 @@ def test_prediction_error_and_bias(journal_file: Path) -> None:
 
 def test_stages_are_summarised_by_the_token_they_come_before(journal_file: Path) -> None:
     report = build_report(read_journal(journal_file))
-    assert list(report.stages_of_ttft_s) == ["queue", "prefill"]
+    assert list(report.stages_of_ttft_s) == ["queue", "prefill", "other"]
     assert report.stages_of_ttft_s["prefill"].p99 == pytest.approx(0.2)
     later = ["transfer", "decode_queue", "first_step", "decode"]
     assert list(report.stages_after_first_token_s) == later
     assert report.to_json()["stages_after_first_token_s"]["decode"]["p50"] == pytest.approx(1.0)
     ttft_s = sum(stage.mean for stage in report.stages_of_ttft_s.values())
-    whole_s = ttft_s + sum(stage.mean for stage in report.stages_after_first_token_s.values())
-    assert ttft_s == pytest.approx(0.3) and report.e2e_s is not None
-    assert whole_s == pytest.approx(report.e2e_s.mean)
+    assert report.ttft_s is not None and ttft_s == pytest.approx(report.ttft_s.mean)
+
+
+def test_what_engines_do_not_tell_of_ttft_is_named(tmp_path: Path) -> None:
+    told = {"queue": 0.0, "prefill": 0.0096, "decode": 1.0}
+    longer = {"queue": 0.25, "prefill": 0.2}  # by an engine's own clock
+    path = write(
+        tmp_path / "j.jsonl",
+        HEADER,
+        outcome("a", 0.0, ttft_s=0.0545, stages=told),
+        outcome("b", 1.0, stages=longer),
+    )
+    report = build_report(read_journal(path))
+    parts = report.to_json()["stages_of_ttft_s"]
+    assert parts["other"]["max"] == pytest.approx(0.0449) and parts["prefill"]["max"] == pytest.approx(0.05)
+    assert report.ttft_s is not None
+    assert sum(part["mean"] for part in parts.values()) == pytest.approx(report.ttft_s.mean)
+    text = io.StringIO()
+    Console(file=text, width=100).print(render_report(report))
+    assert "other: HTTP" in text.getvalue()
+    assert "other: HTTP" in journal_page(report, read_journal(path), [])
 
 
 def test_half_a_last_line_is_tolerated_and_noted(tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ import pytest
 from tests.reports.run_cases import made_run
 from tidegate.measure.run_view import RunView, view_of
 from tidegate.measure.summary import KEYS, RunFacts, summarize_run
+from tidegate.reports.comparison import LevelGoodput
 from tidegate.reports.run_block import render_run
 
+NOT_SEARCHED = LevelGoodput(0.9, "", 0.0, 0.0, 0.0, None, ())
 FACTS = RunFacts("arrow", "t.csv", seed=0, wall_s=1.0, cpu_s=0.5)
 
 
@@ -36,7 +38,7 @@ def test_what_has_nothing_to_be_computed_from_is_null_and_never_nan(run: object)
     text = json.dumps([summary, asdict(view_of(run))], allow_nan=False)  # type: ignore[arg-type]
     assert summary["rate_rps"] is None or math.isfinite(summary["rate_rps"])
     assert "null" in text
-    assert "nan" not in render_run(run, summary, slo="ttft:500,tpot:50").lower()  # type: ignore[arg-type]
+    assert "nan" not in render_run(run, summary, slo="ttft:500,tpot:50", searched=NOT_SEARCHED).lower()  # type: ignore[arg-type]
 
 
 def test_failed_requests_count_as_misses_and_leave_the_percentiles_alone() -> None:

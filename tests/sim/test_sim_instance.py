@@ -57,8 +57,9 @@ def test_the_way_of_one_request() -> None:
     assert result.kv_transfer_bytes == 100 * 131_072
     assert result.stages_s == pytest.approx(
         {
-            "queue": 0.25,
+            "queue": 0.0,
             "prefill": 0.101,
+            "other": 0.25,
             "transfer": 1.5,
             "decode_queue": 0.25,
             "first_step": 0.01201,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import fields
 
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 
 from tests.sim.sim_cases import BINARY, CASES, EXPERTS, Case, ended
 from tests.slow import examples
+from tidegate.core.stages import TTFT_STAGES
 from tidegate.sim import SimRun
 
 QUICK = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
@@ -57,6 +59,8 @@ def requests_end_once_and_kv_fits(case: Case) -> None:
             assert result.first_token_s is not None and result.last_token_s is not None
             assert result.arrival_s < result.first_token_s <= result.last_token_s == result.end_s
             assert all(seconds >= -1e-12 for seconds in result.stages_s.values())
+            ttft_s = result.first_token_s - result.arrival_s
+            assert math.isclose(sum(result.stages_s[stage] for stage in TTFT_STAGES), ttft_s, abs_tol=1e-9)
         else:
             assert result.outcome in ("prompt_too_long", "engine_unreachable")
     for use in run.instances:

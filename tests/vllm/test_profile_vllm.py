@@ -29,7 +29,7 @@ KV_BYTES_PER_TOKEN = 2 * 2 * 4 * 32 * 4
 async def test_arrow_goes_by_a_profile_of_real_servers(cluster: VllmCluster, tmp_path: Path) -> None:
     urls = cluster.urls[:2]
     before = [server.counters() for server in cluster][:2]
-    saved = await measure(ProbeSettings(urls, budget_s=20.0), lambda share, what: None)
+    saved = await measure(ProbeSettings(urls, budget_s=20.0), lambda share, what, fresh: None)
     file = tmp_path / "pair.json"
     save_profile(file, saved)
 

@@ -14,6 +14,7 @@ from tidegate.bench import BenchRun, BenchSettings, bench
 from tidegate.cli import common_flags as common
 from tidegate.cli.common_flags import SCORING, Scoring
 from tidegate.cli.options import Flag, OptionGroup
+from tidegate.cli.outputs import claim_file
 from tidegate.cli.terminal import FAILURE, INTERRUPTED
 from tidegate.core.slo import Slo
 from tidegate.reports.bench_report import render_block
@@ -92,6 +93,8 @@ def run(
     earlier answers. TTFT counts from the scheduled time. Attainment is over
     offered requests, so rejected and failed ones are misses.
     """
+    if out is not None:
+        claim_file(out, "bench")
     settings = replace(client, slo=_slo(slo, goodput, context.args), seed=choice.seed)
     records = load_workload(choice)
     try:

@@ -23,12 +23,13 @@ from tidegate.cli.simulating import (
     WORKLOAD,
     FleetOptions,
     command_line,
+    make_folder,
     processes,
     set_up,
     titled,
     write_folder,
 )
-from tidegate.cli.terminal import note, plain_table, progress_bar, run_until_interrupted, warn
+from tidegate.cli.terminal import note, plain_table, run_until_interrupted, share_bar, warn
 from tidegate.core.errors import ConfigError
 from tidegate.dataplane.replica import EngineSettings
 from tidegate.experiments.compare import Plan, compare
@@ -135,20 +136,19 @@ def run(
         command=command_line(),
         facts=set_up(compared),
     )
-    compare_and_show(plan, out, jobs, as_json)
+    compare_and_show(plan, "compare", out, jobs, as_json)
 
 
-def compare_and_show(plan: Plan, out: Path, jobs: int | None, as_json: bool) -> None:
+def compare_and_show(plan: Plan, command: str, out: Path, jobs: int | None, as_json: bool) -> None:
     """Compare, print tables or JSON, and write the report. Results are kept in ``out``."""
+    make_folder(out, command)
     store = Store(out / PROBES)
     if len(store):
         note(f"{out / PROBES} has {len(store)} results of earlier runs; what they answer is not run again")
 
     async def everything() -> Comparison:
-        with progress_bar("runs", None) as show:
-            async with Workers(
-                processes(jobs), store, lambda done, known, title: show(done, None, title)
-            ) as workers:
+        with share_bar() as advance:
+            async with Workers(processes(jobs), store, advance) as workers:
                 return await compare(plan, workers)
 
     try:
@@ -164,7 +164,7 @@ def compare_and_show(plan: Plan, out: Path, jobs: int | None, as_json: bool) -> 
         typer.echo(json.dumps(comparison.to_json(), indent=2, allow_nan=False))
     else:
         _show_comparison(comparison, sentences)
-    write_folder(out, comparison, sentences)
+    write_folder(out, command, comparison, sentences)
 
 
 def _show_comparison(comparison: Comparison, findings: Sequence[str]) -> None:

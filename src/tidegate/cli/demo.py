@@ -8,7 +8,7 @@ from typing import Annotated
 from tidegate.cli.common_flags import AS_JSON, JOBS, SCORING
 from tidegate.cli.compare import compare_and_show
 from tidegate.cli.options import Flag
-from tidegate.cli.simulating import FleetOptions, command_line, set_up
+from tidegate.cli.simulating import FleetOptions, command_line, make_folder, set_up
 from tidegate.cli.terminal import note
 from tidegate.core.slo import Slo
 from tidegate.dataplane.replica import EngineSettings
@@ -55,7 +55,7 @@ def run(
     no network; the traffic and all results go to --out.
     """
     traffic = out / "moving.jsonl"
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "demo")
     if not traffic.exists():
         write_trace(traffic, spikes(drift_mix(read_trace(SOURCE), DRIFT), SPIKE, seed=0))
     fleet = FleetOptions(instances=INSTANCES).make(EngineSettings())
@@ -70,4 +70,4 @@ def run(
         facts=set_up(fleet),
     )
     note(f"simulating {INSTANCES} instances of {fleet.title}; traffic: {traffic}")
-    compare_and_show(plan, out, jobs, as_json)
+    compare_and_show(plan, "demo", out, jobs, as_json)

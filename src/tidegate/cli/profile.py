@@ -16,12 +16,14 @@ from rich.table import Table
 
 from tidegate.cli.instance_keys import shared_key
 from tidegate.cli.options import Flag, OptionGroup
-from tidegate.cli.terminal import share_bar
+from tidegate.cli.outputs import claim_file
+from tidegate.cli.terminal import note, share_bar
 from tidegate.core.errors import ConfigError
 from tidegate.costs.library import PackagedProfile, packaged_profile, profile_names
 from tidegate.costs.named_profile import OLD_DAYS, profile_line
 from tidegate.costs.saved_profile import MeasuredLink, SavedProfile, is_profile, read_profile, save_profile
 from tidegate.profiling.run import ProbeSettings, measure_profile
+from tidegate.profiling.unfinished import unfinished_path
 
 EXAMPLES = """
 Measure a vLLM server for a minute, and simulate eight like it:
@@ -41,7 +43,8 @@ What there is without measuring, and how old one's own are:
 
 [bold]Exit codes[/bold]
 
-0 measured; 1 the instance failed; 2 wrong usage, or an instance that cannot be measured.
+0 measured; 1 the instance failed; 2 wrong usage, or an instance that cannot be measured;
+130 interrupted (with --out, the same command goes on).
 """
 
 
@@ -98,16 +101,26 @@ def run(
         raise typer.BadParameter(f"{paths[0]}: paths are for --list; an instance is given as --url or --vllm")
     if not urls:
         raise typer.BadParameter("give the instance's --url (or --vllm), or --list")
-    if out is not None and not out.parent.is_dir():
-        raise typer.BadParameter(f"no such folder: {out.parent}")
+    if out is not None:
+        claim_file(out, "profile")
     settings = probe(urls)
     known = shared_key(urls)
     if known is not None:
         settings = replace(settings, api_key=known.api_key, secret=known.secret)
-    with share_bar("warming up") as advance:
-        saved = measure_profile(settings, advance)
-    if out is not None:
+    part = None if out is None else unfinished_path(out)
+    if part is not None and part.exists():
+        note(f"{part} is of an interrupted run; what it timed of this instance is not timed again")
+    try:
+        with share_bar("warming up") as advance:
+            saved = measure_profile(settings, advance, part)
+    except KeyboardInterrupt:
+        kept = part is not None and part.exists()
+        goes_on = f"{part} keeps what was timed, and the same command goes on from there"
+        note(f"interrupted; {goes_on if kept else 'nothing is kept; --out keeps what was timed'}")
+        raise
+    if out is not None and part is not None:
         save_profile(out, saved)
+        part.unlink(missing_ok=True)
     if as_json:
         typer.echo(json.dumps(saved.to_json(), indent=1, allow_nan=False))
     else:
@@ -209,8 +222,8 @@ def show_profile(saved: SavedProfile, out: Path | None) -> None:
     if saved.links:
         console.print(_link_table(saved.links))
         console.print(f"KV: {saved.kv_bytes_per_token:,} bytes per token")
-    for note in saved.notes:
-        console.print(f"[yellow]note[/] {note}")
+    for text in saved.notes:
+        console.print(f"[yellow]note[/] {text}")
     if out is not None:
         console.print(f"saved to {out}; use it as --profile {out}")
 

@@ -13,20 +13,17 @@ from rich.console import Console
 
 from tidegate.cli.common_flags import SCORING, Scoring
 from tidegate.cli.options import Flag
+from tidegate.cli.outputs import claim_file
 from tidegate.cli.terminal import FAILURE, note
-from tidegate.core.errors import ConfigError, TraceError
+from tidegate.core.errors import TraceError
 from tidegate.core.slo import Slo
 from tidegate.journal.reader import read_journal, recorded_kind
 from tidegate.measure.percentiles import Summary
 from tidegate.measure.results import RequestResult, read_results
 from tidegate.reports.bench_report import BenchReport, build_bench_report, render_block
 from tidegate.reports.bench_report import observations as bench_observations
-from tidegate.reports.html import TITLE
 from tidegate.reports.journal_report import RunReport, build_report, observations, render_report
 from tidegate.reports.run_page import bench_page, journal_page
-
-PAGE_MARK = f"<title>{TITLE}".encode()
-"""What the head of every page of ours has."""
 
 EXAMPLES = """
     tidegate report journal.jsonl
@@ -74,7 +71,7 @@ def run(
     page: Callable[[], str]
     kind = recorded_kind(recording)
     if out is not None:
-        _check_page(out)
+        claim_file(out, "report")
     if kind == "bench":
         report, results = _bench_report(recording, slo, scoring.level)
         page = partial(bench_page, report, bench_observations(results, report.slo))
@@ -96,16 +93,6 @@ def run(
         Console().print(render_report(report))
     if scoring.require_level and not report.goodput.level_met:
         raise typer.Exit(FAILURE)
-
-
-def _check_page(path: Path) -> None:
-    """Raise ConfigError where the page cannot be written, or would replace what is no page of ours."""
-    if path.is_dir() or not path.parent.is_dir():
-        raise ConfigError(f"--out {path}: give a file in a folder that exists")
-    if path.exists():
-        with path.open("rb") as file:
-            if PAGE_MARK not in file.read(1000):
-                raise ConfigError(f"--out {path} exists and is no report; it is not written over")
 
 
 def _bench_report(

@@ -33,7 +33,7 @@ from tidegate.cli.simulating import (
     titled,
     write_folder,
 )
-from tidegate.cli.terminal import FAILURE, note, progress_bar, run_until_interrupted, warn
+from tidegate.cli.terminal import FAILURE, note, run_until_interrupted, share_bar, warn
 from tidegate.core.errors import ConfigError
 from tidegate.core.notation import parse_split
 from tidegate.dataplane.replica import EngineSettings
@@ -175,7 +175,7 @@ def run(
     setting.make_system()
     _note_assumptions(setting, given(context), options.rate_rps)
     if options.out is not None:
-        make_folder(options.out)
+        make_folder(options.out, "sim")
     summary = _simulate_and_show(setting, options, scoring)
     if scoring.require_level and summary["attainment"] < scoring.level:
         raise typer.Exit(FAILURE)
@@ -218,7 +218,7 @@ def _simulate_and_show(setting: Setting, options: RunOptions, scoring: Scoring) 
     found = LevelGoodput(scoring.level, "", 0.0, 0.0, 0.0, None, ())
     if options.goodput or options.limit:
         found = _search(setting, options, scoring.level)
-    rate_rps = found.goodput_rps or options.rate_rps
+    rate_rps = found.shown_rps or options.rate_rps
     finished = _simulate(setting, rate_rps, options.seed, options.journal)
     summary = finished.summary(
         goodput_rps=found.goodput_rps if options.goodput else None, limit_rps=found.limit_rps
@@ -238,7 +238,7 @@ def _simulate_and_show(setting: Setting, options: RunOptions, scoring: Scoring) 
     if scoring.as_json:
         typer.echo(json.dumps(summary, indent=2, allow_nan=False))
     else:
-        typer.echo(render_run(finished.run, summary, slo=str(setting.settings.slo)))
+        typer.echo(render_run(finished.run, summary, slo=str(setting.settings.slo), searched=found))
     if options.out is not None:
         _write_report(options.out, finished, summary, setting, found)
     return summary
@@ -248,18 +248,17 @@ def _search(setting: Setting, options: RunOptions, level: float) -> LevelGoodput
     """Return the goodput, 0 and without probes where only the limit was asked for."""
     from tidegate.experiments.jobs import Store, Workers
     from tidegate.experiments.run import limit_job
-    from tidegate.experiments.search import find_goodput
+    from tidegate.experiments.search import EXPECTED_PROBES, find_goodput
 
     async def search() -> LevelGoodput:
-        with progress_bar("runs", None) as show:
-            workers_of = Workers(
-                processes(options.jobs), Store(None), lambda n, known, what: show(n, None, what)
-            )
-            async with workers_of as workers:
+        with share_bar() as advance:
+            async with Workers(processes(options.jobs), Store(None), advance) as workers:
+                workers.expect(int(options.limit) + options.goodput * SEARCH_SEEDS * EXPECTED_PROBES)
                 bound: float | None = None
                 if options.limit:
                     job = limit_job(setting, level, setting.fleet.engine.max_batch_tokens)
                     bound = (await workers.do(job))["limit_rps"]
+                    workers.credit(1)
                 if not options.goodput:
                     return LevelGoodput(level, "", 0.0, 0.0, 0.0, bound, ())
                 seeds = range(options.seed, options.seed + SEARCH_SEEDS)
@@ -270,10 +269,10 @@ def _search(setting: Setting, options: RunOptions, level: float) -> LevelGoodput
 
 def _simulate(setting: Setting, rate_rps: float | None, seed: int, journal: Path | None) -> Finished:
     total = len(requests_of(setting.workload))
-    with _writing(journal) as file, progress_bar("requests", total) as show:
+    with _writing(journal) as file, share_bar() as advance:
 
         def watch(arrived: int) -> None:
-            show(arrived, total, "")
+            advance(arrived / total, f"{arrived:,} of {total:,} requests")
 
         return run_once(setting, rate_rps=rate_rps, seed=seed, journal=file, watch=watch)
 
@@ -323,4 +322,4 @@ def _write_report(
         command=command_line(),
         facts=set_up(setting.fleet),
     )
-    write_folder(folder, comparison, [])
+    write_folder(folder, "sim", comparison, [])

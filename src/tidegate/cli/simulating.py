@@ -15,6 +15,7 @@ import tidegate
 from tidegate.api import DEFAULT_PROFILE
 from tidegate.cli.common_flags import COLUMNS, TURN_GAP, WINDOW
 from tidegate.cli.options import MILLISECONDS, Flag, OptionGroup, Rule, at_least
+from tidegate.cli.outputs import claim_folder
 from tidegate.cli.terminal import note, warn
 from tidegate.core.errors import ConfigError
 from tidegate.core.notation import parse_counted
@@ -23,7 +24,7 @@ from tidegate.costs.library import PackagedProfile, packaged_profile
 from tidegate.costs.named_profile import load_profile
 from tidegate.dataplane.replica import BLOCK_TOKENS, EngineSettings
 from tidegate.experiments.setting import SimulatedFleet
-from tidegate.reports.comparison import Comparison, write_tables
+from tidegate.reports.comparison import TABLES, Comparison, write_tables
 from tidegate.reports.comparison_charts import comparison_charts
 from tidegate.reports.page import render_page
 from tidegate.reports.plot_style import NoPlots
@@ -146,22 +147,18 @@ def processes(jobs: int | None) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def make_folder(folder: Path) -> None:
-    """Make the folder of a report. Raises ConfigError where none can be written: better before a run."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {folder}: no such folder can be made: {error.strerror or error}") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigError(f"--out {folder}: no permission to write there")
+def make_folder(folder: Path, command: str) -> None:
+    """Make the folder of a report; see ``claim_folder``."""
+    claim_folder(folder, command, REPORT, TABLES)
 
 
-def write_folder(folder: Path, comparison: Comparison, findings: Sequence[str]) -> None:
+def write_folder(folder: Path, command: str, comparison: Comparison, findings: Sequence[str]) -> None:
     """Write ``report.html``, the CSV tables and the PNGs, and note where the page is."""
-    make_folder(folder)
-    write_tables(folder, comparison)
+    make_folder(folder, command)
     charts = comparison_charts(comparison)
-    (folder / REPORT).write_text(render_page(comparison, charts, findings), encoding="utf-8")
+    page = render_page(comparison, charts, findings, command)
+    (folder / REPORT).write_text(page, encoding="utf-8")  # first: the page tells whose the folder is
+    write_tables(folder, comparison)
     note(f"report: {folder / REPORT}")
     for chart in charts:
         try:

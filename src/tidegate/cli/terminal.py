@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import typer
 
@@ -22,8 +22,10 @@ FAILURE = 1
 WRONG_INPUT = 2
 """The user has to correct something first."""
 INTERRUPTED = 130
-LINE_EVERY_S = 10.0
-"""How often a command whose output is piped says how far it is."""
+FIRST_LINE_S, LINE_EVERY_S = 2.0, 10.0
+"""When a command whose output is piped says first how far it is, and how often from then on."""
+LEAST_SHARE = 0.03
+"""Of the work: less tells no pace."""
 T = TypeVar("T")
 
 
@@ -78,48 +80,49 @@ def run_until_interrupted(work: Coroutine[Any, Any, T], kept: str) -> T:
         signal.signal(signal.SIGINT, before)
 
 
-class _Lines:
-    """Progress for what is no terminal: a line every ``LINE_EVERY_S``."""
+class Advance(Protocol):
+    """Is told the share of the work that is done, and what is under way. ``fresh`` is the share that was done
+    since the start where that is less, as some of it was done before."""
 
-    def __init__(self, what: str) -> None:
-        self._what, self._begun_s = what, time.monotonic()
-        self._told_s = self._begun_s
-
-    def __call__(self, done: int, total: int | None, text: str) -> None:
-        now_s = time.monotonic()
-        if now_s - self._told_s < LINE_EVERY_S:
-            return
-        self._told_s = now_s
-        of = "" if total is None else f" of {total:,}"
-        note(f"{done:,}{of} {self._what} in {now_s - self._begun_s:.0f} s{f', last: {text}' if text else ''}")
+    def __call__(self, share: float, what: str, fresh: float | None = None) -> None: ...
 
 
 @contextmanager
-def progress_bar(what: str, total: int | None) -> Iterator[Callable[[int, int | None, str], None]]:
-    """Give ``show(done, total, text)``, which redraws a bar on stderr, or prints lines there now and then."""
+def share_bar(first: str = "") -> Iterator[Advance]:
+    """Give ``advance``, which redraws a bar on stderr, or prints lines there now and then where that is no
+    terminal, with what is left at the pace so far."""
+    begun_s = time.monotonic()
     if not sys.stderr.isatty():
-        yield _Lines(what)
+        next_s = begun_s + FIRST_LINE_S
+
+        def line(share: float, what: str, fresh: float | None = None) -> None:
+            nonlocal next_s
+            now_s = time.monotonic()
+            if now_s >= next_s:
+                next_s = now_s + LINE_EVERY_S
+                left = _left(share, fresh, now_s - begun_s)
+                note(f"{share:.0%} in {now_s - begun_s:.0f} s{left}{what and f'; {what}'}")
+
+        yield line
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-    columns = (
-        TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )  # fmt: skip
+    columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda done, total, text: progress.update(task, completed=done, total=total, description=text)
-
-
-@contextmanager
-def share_bar(first: str = "") -> Iterator[Callable[[float, str], None]]:
-    """Give ``advance(share, what)``, which redraws a bar on stderr where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(first, total=1.0)
-        yield lambda share, what: progress.update(task, completed=share, description=what)
+
+        def draw(share: float, what: str, fresh: float | None = None) -> None:
+            left = _left(share, fresh, time.monotonic() - begun_s)
+            progress.update(task, completed=share, description=f"{left.removeprefix(', ')}  {what}")
+
+        yield draw
+
+
+def _left(share: float, fresh: float | None, elapsed_s: float) -> str:
+    """Say how long the rest takes at the pace so far; "" before that can be told."""
+    done = share if fresh is None else fresh
+    if done < LEAST_SHARE:
+        return ""
+    left_s = elapsed_s * (1.0 - share) / done
+    return f", about {left_s:.0f} s left" if left_s < 120 else f", about {left_s / 60:.0f} min left"

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tidegate.cli.outputs import claim_file
 from tidegate.cli.trace_files import Described
 from tidegate.core.errors import ConfigError
 from tidegate.reports.plot_style import plain_log_ticks
@@ -23,9 +24,10 @@ Curve = tuple[Described, str]
 
 
 def check_plot(path: Path) -> None:
-    """Raise ConfigError when the picture cannot be made: unknown suffix, or no matplotlib."""
+    """Raise ConfigError when the picture cannot be made: unknown suffix, no matplotlib, or a file there."""
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"--plot {path}: the name must end in {', '.join(SUFFIXES)}")
+    claim_file(path, "trace info", "--plot")
     try:
         import matplotlib  # noqa: F401 - only whether it is there
     except ImportError:
@@ -61,7 +63,8 @@ def plot_traces(path: Path, described: Sequence[Described]) -> None:
         _draw_lengths(figure.add_subplot(grid[panels, column]), curves, what)
     figure.suptitle(_name(described[0]) if len(curves) == 1 else "", fontsize="medium")
     try:
-        figure.savefig(path, dpi=130)
+        told = "Software" if path.suffix == ".png" else "Creator"
+        figure.savefig(path, dpi=130, metadata={told: "tidegate trace info"})
     except OSError as error:
         raise ConfigError(f"--plot {path}: cannot write there: {error.strerror}") from None
 

@@ -11,7 +11,7 @@ from typing import Any
 import tidegate
 from tidegate.experiments.jobs import Workers
 from tidegate.experiments.run import job_of, limit_job, run_with_view
-from tidegate.experiments.search import find_goodput
+from tidegate.experiments.search import EXPECTED_PROBES, find_goodput
 from tidegate.experiments.setting import Setting
 from tidegate.experiments.systems import Candidate, Contender
 from tidegate.measure.run_view import RunView
@@ -20,6 +20,8 @@ from tidegate.workloads.choice import WorkloadChoice, own_rate_rps, requests_of
 
 FINALISTS = 2
 """Of several candidates, those that are searched with every seed; the others with the first only."""
+SHOWN_RUNS = 2
+"""Runs of a system that are shown: at its goodput and at the common rate."""
 REFERENCES = ("static:best", "static:even", "static")
 """Systems whose goodput is the common rate, the first that is compared."""
 
@@ -45,6 +47,7 @@ async def compare(plan: Plan, workers: Workers) -> Comparison:
     """Find every goodput and run what the report shows. Raises ConfigError or TraceError for a workload."""
     for workload in plan.workloads.values():
         own_rate_rps(requests_of(workload))
+    workers.expect(len(plan.workloads) * _runs_per_trace(plan))
     traces = await asyncio.gather(
         *(_compare_on(plan, title, workload, workers) for title, workload in plan.workloads.items())
     )
@@ -63,6 +66,16 @@ async def compare(plan: Plan, workers: Workers) -> Comparison:
     )
 
 
+def _runs_per_trace(plan: Plan) -> float:
+    """Return about how many runs a trace takes: limits, searches, and the runs that are shown."""
+    searches = 0
+    for contender in plan.contenders:
+        candidates = len(contender.candidates)
+        few = candidates <= FINALISTS
+        searches += candidates * plan.seeds if few else candidates + FINALISTS * plan.seeds
+    return len(plan.levels) * (1 + EXPECTED_PROBES * searches) + SHOWN_RUNS * len(plan.contenders)
+
+
 async def _compare_on(plan: Plan, title: str, workload: WorkloadChoice, workers: Workers) -> TraceComparison:
     setting = replace(plan.setting, workload=workload)
     most_chunk = max(
@@ -70,7 +83,10 @@ async def _compare_on(plan: Plan, title: str, workload: WorkloadChoice, workers:
         for contender in plan.contenders
         for each in contender.candidates
     )
-    limits = {level: await workers.do(limit_job(setting, level, most_chunk)) for level in plan.levels}
+    limits = {}
+    for level in plan.levels:
+        limits[level] = await workers.do(limit_job(setting, level, most_chunk))
+        workers.credit(1)
 
     async def search(level: float, candidate: Candidate, seeds: int) -> LevelGoodput:
         limit_rps = limits[level]["limit_rps"]
@@ -136,20 +152,22 @@ def common_rate(entries: Sequence[ComparedSystem]) -> tuple[float | None, str]:
     the middle; None where no system has one.
     """
     goodputs = {entry.system: entry.levels[0].goodput_rps for entry in entries}
+    seeds = max((entry.levels[0].seeds for entry in entries), default=1)
+    mean = f", the mean of {seeds} draws" if seeds > 1 else ""
     for system in REFERENCES:
         if goodputs.get(system):
-            return goodputs[system], f"the goodput of {system}"
+            return goodputs[system], f"the goodput of {system}{mean}"
     ranked = sorted((value, system) for system, value in goodputs.items() if value > 0)
     if not ranked:
         return None, ""
     value, system = ranked[(len(ranked) - 1) // 2]
-    return value, f"the goodput of {system}"
+    return value, f"the goodput of {system}{mean}"
 
 
 async def _with_runs(
     setting: Setting, entry: ComparedSystem, common_rps: float | None, workers: Workers
 ) -> tuple[ComparedSystem, list[str]]:
-    """Add the runs at the system's goodput and at the common rate; return the runs' warnings, too."""
+    """Add the runs at the first seed's goodput and at the common rate; return the runs' warnings, too."""
     first = entry.levels[0]
     facts = {
         "system": entry.system,
@@ -158,10 +176,11 @@ async def _with_runs(
         "share_of_limit": first.share_of_limit,
     }
     seen: dict[float, Any] = {}
-    for rate_rps in {first.goodput_rps, common_rps or 0.0} - {0.0}:
+    for rate_rps in {first.shown_rps, common_rps or 0.0} - {0.0}:
         title = f"{entry.system} at {rate_rps:.2f} requests/s"
         seen[rate_rps] = await workers.do(job_of(run_with_view, setting, title, rate_rps=rate_rps, seed=0))
-    own, common = seen.get(first.goodput_rps), seen.get(common_rps or 0.0)
+    workers.credit(SHOWN_RUNS)
+    own, common = seen.get(first.shown_rps), seen.get(common_rps or 0.0)
     shown = replace(
         entry,
         at_goodput=None if own is None else own["summary"] | facts,

@@ -76,16 +76,17 @@ class Store:
 class Workers:
     """Does jobs in ``processes`` processes, in this one when that is 1. An asynchronous context manager.
 
-    ``watch`` is called after every job with the numbers of jobs that ended and that are known of so far, and
-    the last job's title.
+    ``watch`` is called after every job with the share of the expected work that is done, the job's title, and
+    the share that was done here and not found in the store.
     """
 
     def __init__(
-        self, processes: int, store: Store, watch: Callable[[int, int, str], None] | None = None
+        self, processes: int, store: Store, watch: Callable[[float, str, float], None] | None = None
     ) -> None:
         self._done = 0
+        self._expected = self._credited = 0.0
         self._store = store
-        self._watch = watch or (lambda ended, known, title: None)
+        self._watch = watch or (lambda share, title, fresh: None)
         self._under_way: dict[str, asyncio.Future[Any]] = {}
         self._pool: ProcessPoolExecutor | None = None
         if processes > 1:
@@ -106,6 +107,14 @@ class Workers:
             for process in list((self._pool._processes or {}).values()):
                 process.terminate()
         self._pool.shutdown(wait=error[0] is None, cancel_futures=True)
+
+    def expect(self, runs: float) -> None:
+        """Take note of how many runs all work is thought to take: the total, which stays what it is."""
+        self._expected = runs
+
+    def credit(self, runs: float) -> None:
+        """Count work as done, whatever it took."""
+        self._credited += runs
 
     async def do(self, job: Job) -> Any:
         """Return the job's result: the store's, or that of doing it, which the store then keeps.
@@ -134,7 +143,8 @@ class Workers:
         self._store.put(job.key, result)
         del self._under_way[job.key]
         self._done += 1
-        self._watch(self._done, self._done + len(self._under_way), job.title)
+        whole = max(1.0, self._expected)
+        self._watch(min(1.0, self._credited / whole), job.title, min(1.0, self._done / whole))
         return result
 
 

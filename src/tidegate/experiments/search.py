@@ -36,6 +36,8 @@ CEILING = 1000.0
 _GROWTH = 1.5
 """Factor of the first step when a bracket has only one end; it squares with every further step."""
 _LARGEST_GROWTH = 8.0
+EXPECTED_PROBES = 8.0
+"""Runs of one seed's search, about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,14 @@ class _Bracket:
         top = self.missed_rps
         return max((rate for rate in self.seen if top is None or rate < top), default=None)
 
+    def share(self) -> float:
+        """Return how much of the search is done, about."""
+        met, missed = self.met_rps, self.missed_rps
+        both = met is not None and missed is not None
+        ratio = math.log(missed / met if met and missed else _GROWTH) / math.log1p(self.settings.tolerance)
+        left = max(0, math.ceil(math.log2(max(1e-9, ratio)))) + (0 if both else 1)
+        return len(self.seen) / (len(self.seen) + left)
+
     def next_rate(self) -> float | None:
         """Return the rate to try next; None when the bracket is narrow enough, or nothing is left to try."""
         settings, met, missed = self.settings, self.met_rps, self.missed_rps
@@ -87,8 +97,11 @@ async def search_goodput(
     seeds: Sequence[int],
     attainment: Callable[[float, int], Awaitable[float]],
     limit_rps: float | None = None,
+    credit: Callable[[float], None] = lambda share: None,
 ) -> LevelGoodput:
     """Return the goodput of runs of which ``attainment(rate_rps, seed)`` tells the attained share.
+
+    ``credit`` is told what share of a seed's search has been done since it was told last.
 
     The confidence interval of a single seed is the goodput itself and says nothing about the spread.
     ``reason`` is empty, or says why the goodput is only a bound: nothing met down to the floor (0), or all up
@@ -96,9 +109,12 @@ async def search_goodput(
     """
 
     async def narrowed(seed: int) -> _Bracket:
-        bracket = _Bracket(settings)
+        bracket, done = _Bracket(settings), 0.0
         while (rate_rps := bracket.next_rate()) is not None:
             bracket.seen[rate_rps] = await attainment(rate_rps, seed)
+            credit(max(0.0, bracket.share() - done))
+            done = max(done, bracket.share())
+        credit(1.0 - done)
         return bracket
 
     brackets = await asyncio.gather(*map(narrowed, seeds))
@@ -142,6 +158,7 @@ async def find_goodput(
 ) -> LevelGoodput:
     """Return the goodput of ``setting`` at ``level``; a known ``limit_rps`` tells where to look first."""
     if limit_rps is not None and limit_rps <= 0:
+        workers.credit(EXPECTED_PROBES * len(seeds))
         reason = "more requests than may miss cannot attain even on an empty cluster"
         return LevelGoodput(level, "", 0.0, 0.0, 0.0, limit_rps, (), reason)
     if limit_rps is None:
@@ -156,4 +173,6 @@ async def find_goodput(
         return float(run["attainment"])
 
     wanted = SearchSettings(level, low_rps, high_rps, tolerance)
-    return await search_goodput(wanted, seeds, attainment, limit_rps)
+    return await search_goodput(
+        wanted, seeds, attainment, limit_rps, lambda share: workers.credit(EXPECTED_PROBES * share)
+    )

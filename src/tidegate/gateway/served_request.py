@@ -8,6 +8,7 @@ from tidegate.control.effects import GiveUp, Held, RunDecode, RunPrefill, StartM
 from tidegate.control.record import RequestEnding, RequestRecord, outcome_line
 from tidegate.core.decision import Path
 from tidegate.core.errors import ClientError, EngineError, InternalError, TidegateError
+from tidegate.core.stages import parts_of_ttft
 from tidegate.engines.seam import KvHandle, LegEnd, LegTimes, TokensSink
 from tidegate.gateway.call import Call, TokenEstimate
 from tidegate.gateway.dispatcher import Command, Dispatcher
@@ -38,6 +39,7 @@ class ServedRequest:
         self._dispatcher = dispatcher
         self._plane = dispatcher.plane
         self._clock = dispatcher.clock
+        self._placed_s = arrival_s
         self._command: Command | None = None
         self._commanded: asyncio.Future[None] | None = None
 
@@ -87,6 +89,7 @@ class ServedRequest:
                 if legs.finish_reason is not None:
                     return
             except EngineError as error:
+                self._note_ttft(LegTimes())
                 if self._nothing_left():
                     return
                 legs.repeatable = not self.call.state
@@ -124,18 +127,18 @@ class ServedRequest:
         on = command.place.prefill_on
         upstream = dispatcher.upstream(on, "prefill")
         capabilities = upstream.member.capabilities
-        placed_s = self._clock.now()
+        self._placed_s = placed_s = self._clock.now()
         anew = bool(self.call.state) and not capabilities.continues
         if command.place.path is Path.COLOCATED or (anew and not capabilities.kv_transfer):
             legs.decode_on = on
             end = await self._to_the_end(upstream, ticket=command.ticket)
-            self._note_prefill(end.times, placed_s)
+            self._note_prefill(end.times)
             self._note_decode(end.times, placed_s)
             return
         held = await self._read_back(upstream)
         hand_over = legs.remaining() != 1
         end = await legs.run(upstream, hand_over=hand_over, most=1, ticket=command.ticket, extend=held)
-        self._note_prefill(end.times, placed_s)
+        self._note_prefill(end.times)
         if held is None:
             prompt_tokens = legs.prompt_tokens + len(legs.out_ids)
             observed_s = self.record.observed_prefill_s or 0.0
@@ -229,16 +232,27 @@ class ServedRequest:
 
     # the record
 
-    def _note_prefill(self, times: LegTimes, placed_s: float) -> None:
+    def _note_prefill(self, times: LegTimes) -> None:
         record = self.record
         record.cached_tokens = times.cached_tokens
         self._plane.prefill_reported(self.legs, times.cached_tokens)
-        first_s = self.legs.first_s or self._clock.now()
-        queue_s = times.queue_s or 0.0
-        prefill_s = times.prefill_s if times.prefill_s is not None else first_s - placed_s - queue_s
-        record.observed_prefill_s = prefill_s
-        record.stages.setdefault("queue", placed_s - record.arrival_s + queue_s)
-        record.stages.setdefault("prefill", prefill_s)
+        record.observed_prefill_s = self._prefill_s(times, self.legs.first_s or self._clock.now())
+        self._note_ttft(times)
+
+    def _note_ttft(self, times: LegTimes) -> None:
+        """Divide the TTFT, once, by what is told of the leg that gave the first token."""
+        record = self.record
+        if record.ttft_s is None or record.first_token_s is None or "queue" in record.stages:
+            return
+        queue_s = self._placed_s - record.arrival_s + (times.queue_s or 0.0)
+        found = {"queue": queue_s, "prefill": self._prefill_s(times, record.first_token_s)}
+        record.stages |= parts_of_ttft(record.ttft_s, found)
+
+    def _prefill_s(self, times: LegTimes, first_s: float) -> float:
+        """Return the prefill's time: all since its placement but the queue where the engine tells none."""
+        if times.prefill_s is not None:
+            return times.prefill_s
+        return first_s - self._placed_s - (times.queue_s or 0.0)
 
     def _note_decode(self, times: LegTimes, placed_s: float) -> None:
         record = self.record
@@ -256,6 +270,7 @@ class ServedRequest:
     def _close(self, error: TidegateError | None) -> None:
         """Take the request out of the plane and tell journal and metrics how it ended."""
         dispatcher, call, legs, now = self._dispatcher, self.call, self.legs, self._clock.now()
+        self._note_ttft(LegTimes())
         effects = self._plane.ended(legs, error, now)
         if error is None and call.session and legs.upstream is not None and legs.prompt_ids is not None:
             ids = legs.prompt_ids + legs.out_ids

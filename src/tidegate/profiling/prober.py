@@ -16,6 +16,7 @@ from tidegate.costs.fitting import MixedSample, StepSample
 from tidegate.engines.vllm.client import ServerFacts
 from tidegate.profiling import fit
 from tidegate.profiling.target import ProbeTarget, Streams
+from tidegate.profiling.unfinished import Unfinished
 
 LENGTHS = (16, 64, 256, 1024, 32, 128, 512, 2048, 4096, 8192, 192, 384, 768, 1536, 3072, 6144)
 CACHED = ((64, 512), (64, 2048), (256, 2048), (64, 8192), (256, 8192))
@@ -34,11 +35,12 @@ LEAST_OF_STEP = 0.5
 LEAST_WAIT_S = 10.0
 ALONE_WAIT_S = 60.0
 """For a prompt that nothing is beside: it comes, unless the instance is broken."""
+NO_CACHE = "the instance shows no prefix cache: attention is fitted without it"
 
 
 class Prober:
     """Times one instance. ``max_batch_tokens`` is measured where it is None. ``notes`` is for the user;
-    ``advance`` receives the share of the budget spent and what is timed."""
+    ``advance`` receives the share of the budget spent, what is timed, and the share spent by this run."""
 
     def __init__(
         self,
@@ -46,25 +48,49 @@ class Prober:
         facts: ServerFacts,
         max_batch_tokens: int | None,
         budget_s: float,
-        advance: Callable[[float, str], None],
+        advance: Callable[[float, str, float], None],
     ) -> None:
         self.timed = fit.Timed()
         self.notes: list[str] = []
         self.max_batch_tokens = max_batch_tokens
         self._target, self._facts, self._budget_s, self._advance = target, facts, budget_s, advance
-        self._start_s = 0.0
+        self._spent_s = 0.0
+        self._start_s: float | None = None
+        self._sessions_done: list[tuple[int, int]] = []
         self._token_s = 0.0
         self._most_streams = max(BATCHES)
 
     async def run(self) -> None:
         """Measure until all points are done or the budget is spent. Raises EngineError when it breaks."""
         await self._warm_up()
-        self._start_s = self._target.clock.now()
+        self._start_s = self._target.clock.now() - self._spent_s
         if self.max_batch_tokens is None:
             await self._find_budget()
         await self._prefills()
         await self._cached_prefills()
         await self._sessions()
+
+    def go_on(self, found: Unfinished) -> None:
+        """Take over what an interrupted run timed: it is not timed again, and its time counts as spent."""
+        self.max_batch_tokens = found.max_batch_tokens
+        self.notes = list(found.notes)
+        ttft = {(new, cached): list(seconds) for new, cached, seconds in found.ttft}
+        self.timed = fit.Timed(ttft, list(found.step), list(found.mixed))
+        self._spent_s, self._sessions_done = found.spent_s, list(found.sessions)
+
+    def unfinished(self, of: tuple[str, ...]) -> Unfinished:
+        """Return what has been timed so far."""
+        timed, now = self.timed, self._target.clock.now()
+        return Unfinished(
+            of,
+            self._spent_s if self._start_s is None else now - self._start_s,
+            self.max_batch_tokens,
+            self.notes,
+            [(*point, seconds) for point, seconds in timed.ttft.items()],
+            timed.step,
+            timed.mixed,
+            self._sessions_done,
+        )
 
     async def _warm_up(self) -> None:
         """Have everything computed once that is compiled, captured or connected at first use."""
@@ -77,6 +103,8 @@ class Prober:
         for repeat in range(REPEATS):
             for n in lengths:
                 known = (n, 0) in self.timed.ttft
+                if len(self.timed.ttft.get((n, 0), ())) > repeat:
+                    continue
                 if self._left(PREFILL_SHARE) < self._token_s * n and (repeat or len(self.timed.ttft) > 4):
                     if known or repeat:
                         return
@@ -87,12 +115,16 @@ class Prober:
     async def _cached_prefills(self) -> None:
         """Time prompts whose beginning was just computed; an instance without a prefix cache shows none."""
         block = self._facts.block_tokens
+        if NO_CACHE in self.notes:
+            return
         for new, cached in CACHED:
             if new + cached + 1 > self._facts.max_model_len or (new, 0) not in self.timed.ttft:
                 continue
             if self._left(PREFILL_SHARE + BUDGET_SHARE) < 2 * self._token_s * cached:
                 return
             self._show(f"prefill of {new} tokens after {cached} cached ones")
+            if (new, cached - cached % block) in self.timed.ttft:
+                continue
             prefix = self._target.prompt(cached - cached % block)
             whole_s = await self._time_prefill(prefix, None)
             seconds = [
@@ -101,7 +133,7 @@ class Prober:
             if whole_s < 2 * self.timed.first_token_s(new):
                 continue  # too short to show whether it was found
             if median(seconds) > 0.7 * whole_s:
-                self.notes.append("the instance shows no prefix cache: attention is fitted without it")
+                self.notes.append(NO_CACHE)
                 return
             self.timed.ttft[new, len(prefix)] = seconds
 
@@ -149,8 +181,9 @@ class Prober:
             cost_s = batch * context * self._token_s + 0.2
             if index >= len(CONTEXTS) and self._left(1.0) < cost_s:
                 continue
-            if batch <= self._most_streams:
+            if batch <= self._most_streams and (batch, context) not in self._sessions_done:
                 await self._session(index, batch, context)
+                self._sessions_done.append((batch, context))
 
     def _fits(self, batch: int, context: int) -> bool:
         held = batch * (context + ROOM) + self._longest()
@@ -230,7 +263,8 @@ class Prober:
 
     def _left(self, share: float) -> float:
         """Return the seconds left of the first ``share`` of the budget."""
-        return self._start_s + share * self._budget_s - self._target.clock.now()
+        return (self._start_s or 0.0) + share * self._budget_s - self._target.clock.now()
 
     def _show(self, what: str) -> None:
-        self._advance(min(1.0, (self._target.clock.now() - self._start_s) / self._budget_s), what)
+        share = min(1.0, 1.0 - self._left(1.0) / self._budget_s)
+        self._advance(share, what, share - self._spent_s / self._budget_s)

@@ -38,6 +38,7 @@ from tidegate.profiling.fit import Fitted, fit_timed
 from tidegate.profiling.links import LinkEnd, fit_link, time_link, time_reported_link
 from tidegate.profiling.prober import Prober
 from tidegate.profiling.target import ProbeTarget
+from tidegate.profiling.unfinished import keep_unfinished, read_unfinished
 from tidegate.workloads.prompts import TokenPrompts
 
 MOST_SERVERS = 16
@@ -49,7 +50,10 @@ ALIKE = 1.3
 """Servers whose prefills differ by more than this factor should have profiles of their own (ours)."""
 ALIKE_TOKENS, ALIKE_REPEATS = (64, 512, 2048), 3
 
-Advance = Callable[[float, str], None]
+PROBING_SHARE = 0.7
+"""Of the work, where links are timed after it."""
+
+Advance = Callable[[float, str, float], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,20 +88,34 @@ class _Instance:
     target: ProbeTarget
 
 
-def measure_profile(settings: ProbeSettings, advance: Advance) -> SavedProfile:
-    """Measure and fit. Raises ConfigError when an instance cannot be measured, EngineError when it breaks."""
+def measure_profile(settings: ProbeSettings, advance: Advance, keep: Path | None = None) -> SavedProfile:
+    """Measure and fit. Raises ConfigError when an instance cannot be measured, EngineError when it breaks.
+
+    What is timed when it ends early, by Ctrl-C too, goes to ``keep``, from which another call goes on.
+    """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(measure(settings, advance))
+        return runner.run(measure(settings, advance, keep))
 
 
-async def measure(settings: ProbeSettings, advance: Advance) -> SavedProfile:
+async def measure(settings: ProbeSettings, advance: Advance, keep: Path | None = None) -> SavedProfile:
     """Do the work of ``measure_profile`` inside a running loop."""
     async with aiohttp.ClientSession() as session:
         instances = await _connect(session, settings)
         first = instances[0]
         engine = await _engine_name(first.client)
         served = (await _metrics(first.client)).prompt_tokens
-        prober = Prober(first.target, first.facts, settings.max_batch_tokens, settings.budget_s, advance)
+        alone = PROBING_SHARE if len(instances) > 1 else 1.0
+        prober = Prober(
+            first.target,
+            first.facts,
+            settings.max_batch_tokens,
+            settings.budget_s,
+            lambda share, what, fresh: advance(alone * share, what, alone * fresh),
+        )
+        of = (first.client.url, first.client.model, engine, str(settings.max_batch_tokens))
+        before = None if keep is None else read_unfinished(keep, of)
+        if before is not None:
+            prober.go_on(before)
         try:
             await prober.run()
             notes = prober.notes + await _interference(first.client, served, first.target.sent_tokens)
@@ -111,6 +129,10 @@ async def measure(settings: ProbeSettings, advance: Advance) -> SavedProfile:
             links, missing = await _links(
                 instances, settings.kv_bytes_per_token if on_vllm else None, advance
             )
+        except BaseException:
+            if keep is not None:
+                keep_unfinished(keep, prober.unfinished(of))
+            raise
         finally:
             for each in instances:
                 each.target.close()
@@ -184,7 +206,8 @@ async def _links(
     pairs = list(permutations(instances, 2))
     for number, (source, target) in enumerate(pairs):
         a, b = source.client.url, target.client.url
-        advance(number / len(pairs), f"KV from {a} to {b}")
+        share = PROBING_SHARE + (1.0 - PROBING_SHARE) * number / len(pairs)
+        advance(share, f"KV from {a} to {b}", share)
         try:
             if kv_bytes_per_token is None:
                 samples = await time_reported_link(source.target, target.target, target.facts)

@@ -12,6 +12,7 @@ from tidegate.measure.run_view import RunView
 from tidegate.measure.summary import share_of
 
 SET_UP = ("version", "command", "profile", "instances", "slo", "seeds")
+TABLES = ("goodput.csv", "probes.csv", "candidates.csv", "cdf.csv", "timeline.csv")
 TIMELINE_COLUMNS = (
     "at_s", "rate_rps", "attained", "prefill_instances", "decode_instances", "mixed_instances",
     "prefill_requests", "prefill_queue_s", "decode_requests", "kv_share",
@@ -51,6 +52,11 @@ class LevelGoodput:
         return len(self.by_seed)
 
     @property
+    def shown_rps(self) -> float:
+        """The goodput of the first seed, whose run attained the level there; at the mean it may not."""
+        return self.by_seed[0] if self.by_seed else self.goodput_rps
+
+    @property
     def share_of_limit(self) -> float | None:
         return share_of(self.goodput_rps, self.limit_rps)
 
@@ -60,7 +66,8 @@ class ComparedSystem:
     """One system on one trace, as the candidate that did best at the first level.
 
     ``others`` are the goodputs of all candidates at that level. ``at_goodput`` and ``at_common`` are the
-    summaries of the runs at the system's goodput and at the trace's common rate, ``view`` shows the latter.
+    summaries of the first seed's runs at its goodput and at the trace's common rate, ``view`` shows the
+    latter.
     """
 
     system: str
@@ -185,8 +192,7 @@ def cost_per_million(run: Mapping[str, Any] | None) -> float | None:
 
 
 def write_tables(folder: Path, comparison: Comparison) -> list[Path]:
-    """Write ``goodput.csv``, ``probes.csv``, ``candidates.csv``, ``cdf.csv`` and ``timeline.csv``; return
-    their paths."""
+    """Write the files of ``TABLES``; return their paths."""
     goodputs = list(comparison.rows())
     probes: list[Sequence[Any]] = []
     candidates: list[Sequence[Any]] = []

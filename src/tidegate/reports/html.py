@@ -17,8 +17,11 @@ DIGITS = 5
 """That are written of a number in a chart."""
 
 
-def document(title: str, parts: Iterable[str]) -> str:
-    """Return the page of ``parts``, with the style and, where it has charts, the script that draws them."""
+def document(title: str, parts: Iterable[str], by: str) -> str:
+    """Return the page of ``parts``, with the style and, where it has charts, the script that draws them.
+
+    It names the command that it is ``by``.
+    """
     body = "\n".join(part for part in parts if part)
     scripts = (asset("uPlot.iife.min.js"), asset("charts.js")) if 'class="plot"' in body else ()
     style = asset("page.css") + _tones() + (asset("uPlot.min.css") if scripts else "")
@@ -26,6 +29,7 @@ def document(title: str, parts: Iterable[str]) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta name="generator" content="tidegate {by}">\n'
         f"<title>{TITLE}{escape(title)}</title>\n"
         f"<style>{style}</style>\n</head>\n<body>\n{body}\n{code}</body>\n</html>\n"
     )

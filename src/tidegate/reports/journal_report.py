@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tidegate.core.slo import Slo
-from tidegate.core.stages import LATER_STAGES, TTFT_STAGES
+from tidegate.core.stages import LATER_STAGES, OTHER, TTFT_STAGES, parts_of_ttft
 from tidegate.journal.reader import Journal
 from tidegate.journal.schema import ControlLine, FlipLine, InstanceLine, OutcomeLine
 from tidegate.measure.attainment import DEFAULT_LEVEL, Attainment, Goodput, Observation, goodput, score
@@ -128,8 +128,8 @@ def build_report(journal: Journal, *, slo: Slo | None = None, level: float = DEF
         ttft_s=summarize(o.ttft_s for o in good),
         tpot_s=summarize(o.tpot_s for o in good),
         e2e_s=summarize(o.e2e_s for o in good),
-        stages_of_ttft_s=_stages(good, TTFT_STAGES),
-        stages_after_first_token_s=_stages(good, LATER_STAGES),
+        stages_of_ttft_s=_stages(map(_divided, good), TTFT_STAGES),
+        stages_after_first_token_s=_stages([o.stages_s for o in good], LATER_STAGES),
         decisions=dict(journal.decisions.most_common()),
         flips=tuple(journal.flips),
         flip_counts=dict(flip_kinds.most_common()),
@@ -181,8 +181,15 @@ def _controllers(lines: Sequence[ControlLine]) -> Iterator[ControllerWork]:
         yield ControllerWork(name, len(own), sum(line.flips for line in own), own[-1].reason)
 
 
-def _stages(good: Sequence[OutcomeLine], names: Sequence[str]) -> dict[str, Summary]:
-    found = {stage: summarize(o.stages_s.get(stage) for o in good) for stage in names}
+def _divided(outcome: OutcomeLine) -> Mapping[str, float]:
+    """Return the stages of a request's TTFT. Journals of version 0.1.0 did not name what is left of it."""
+    known = outcome.ttft_s is not None and "prefill" in outcome.stages_s
+    return parts_of_ttft(outcome.ttft_s or 0.0, outcome.stages_s) if known else {}
+
+
+def _stages(found_s: Iterable[Mapping[str, float]], names: Sequence[str]) -> dict[str, Summary]:
+    by_request = list(found_s)
+    found = {stage: summarize(stages_s.get(stage) for stages_s in by_request) for stage in names}
     return {stage: summary for stage, summary in found.items() if summary is not None}
 
 
@@ -321,6 +328,8 @@ def _latencies(report: RunReport) -> Table:
             table.add_row(*row)
     for row in _latency_rows({"TPOT": report.tpot_s, "end to end": report.e2e_s}):
         table.add_row(*row)
+    if "other" in report.stages_of_ttft_s:
+        table.caption, table.caption_justify = f"other: {OTHER}", "left"
     return table
 
 

@@ -18,7 +18,9 @@ KNOWN_TONES = {
 }  # fmt: skip
 ORDER_DASHES = {"": 0, "fifo": 0, "feasible-first": 1, "edf": 2, "sjf": 3}
 ROLE_TONES = {"prefill": 4, "decode": 0, "mixed": 2}
-STAGE_TONES = {"queue": 1, "prefill": 4, "transfer": 3, "decode_queue": 7, "first_step": 5, "decode": 0}
+STAGE_TONES = {
+    "queue": 1, "prefill": 4, "other": 6, "transfer": 3, "decode_queue": 7, "first_step": 5, "decode": 0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

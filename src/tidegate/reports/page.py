@@ -31,9 +31,9 @@ limit is a bound for any schedule on the same instances, computed with knowledge
 
 
 def render_page(
-    comparison: Comparison, charts: Sequence[Chart], findings: Sequence[str], missing: str = ""
+    comparison: Comparison, charts: Sequence[Chart], findings: Sequence[str], by: str = "compare"
 ) -> str:
-    """Return the page. ``findings`` are sentences for its top; ``missing`` explains what is not there."""
+    """Return the page of the command ``by``. ``findings`` are sentences for its top."""
     found = answers(comparison)
     seeds = f"{comparison.seeds} seed{'s' if comparison.seeds > 1 else ''}"
     parts = [
@@ -47,7 +47,6 @@ def render_page(
             for text in _short(comparison, trace)
         ),
         answer_box(findings),
-        warning(missing),
     ]
     for trace in comparison.traces:
         parts += _section(comparison, trace, [each for each in charts if each.section == trace.title])
@@ -59,7 +58,7 @@ def render_page(
         f"<dl>{facts}</dl>",
         f"<h3>Words</h3>{note(WORDS)}",
     ]
-    return document(", ".join(trace.title for trace in comparison.traces), parts)
+    return document(", ".join(trace.title for trace in comparison.traces), parts, by)
 
 
 def _headline(comparison: Comparison, found: Sequence[Answer]) -> str:

@@ -7,21 +7,26 @@ from typing import Any
 
 import numpy as np
 
+from tidegate.core.stages import OTHER
 from tidegate.measure.attainment import score_table
 from tidegate.measure.percentiles import PERCENTILES
 from tidegate.measure.run_view import RunView, view_of
 from tidegate.measure.summary import Run
+from tidegate.reports.comparison import LevelGoodput
 
 WIDTH = 58
 
 
-def render_run(run: Run, summary: Mapping[str, Any], *, slo: str) -> str:
-    """Return the block of a run. ``summary`` is its object of the ``--json`` contract; latencies in ms."""
+def render_run(run: Run, summary: Mapping[str, Any], *, slo: str, searched: LevelGoodput) -> str:
+    """Return the block of a run. ``summary`` is its object of the ``--json`` contract; latencies in ms.
+
+    Where a goodput was ``searched``, the run is its first draw, at the highest rate of that draw.
+    """
     count = summary["instances"]
     return "\n".join(
         [
             _rule(f" {summary['system']} on {count} instance{'' if count == 1 else 's'} ", "="),
-            *_service(run, summary, slo),
+            *_service(run, summary, slo, searched),
             *_latency(summary),
             *_cluster(view_of(run), summary),
             "=" * WIDTH,
@@ -29,19 +34,22 @@ def render_run(run: Run, summary: Mapping[str, Any], *, slo: str) -> str:
     )
 
 
-def _service(run: Run, summary: Mapping[str, Any], slo: str) -> Iterator[str]:
+def _service(run: Run, summary: Mapping[str, Any], slo: str, searched: LevelGoodput) -> Iterator[str]:
     seen = score_table(run.requests)
     failed = seen.offered - int(np.count_nonzero(run.requests.ok))
     yield _row("Trace", summary["trace"])
     yield _row("Requests", f"{seen.offered:,}" + (f", {failed:,} not answered" if failed else ""))
-    yield _row("Offered rate", _rate(summary["rate_rps"]))
+    highest = f"Highest rate at {100 * searched.level:g} %"
+    found = bool(searched.by_seed and searched.shown_rps)
+    yield _row(highest if found else "Offered rate", _rate(summary["rate_rps"]))
     yield _rule(f" SLO {slo} ")
     yield _row("Attained", _percent(seen.share) if seen.offered else "n/a")
     if seen.offered:
         yield _row("  TTFT attained", _percent(seen.ttft_share))
         yield _row("  TPOT attained", _percent(seen.tpot_share))
     if summary["goodput_rps"] is not None:
-        yield _row("Goodput", _rate(summary["goodput_rps"]))
+        draws = f", mean of {searched.seeds} draws" if searched.seeds > 1 else ""
+        yield _row(f"Goodput{draws}", _rate(summary["goodput_rps"]))
     if summary["limit_rps"] is not None:
         yield _row("Fluid limit", _rate(summary["limit_rps"]))
         if summary["share_of_limit"] is not None:
@@ -58,6 +66,8 @@ def _latency(summary: Mapping[str, Any]) -> Iterator[str]:
     for label, found in {"TTFT": summary["ttft_s"], **used, "TPOT": summary["tpot_s"]}.items():
         cells = "".join(f"{'n/a' if v is None else format(1000 * v, ',.1f'):>10}" for v in found.values())
         yield f"{label:<16}{cells}"
+    if "  other" in used:
+        yield f"other: {OTHER}"
 
 
 def _cluster(view: RunView, summary: Mapping[str, Any]) -> Iterator[str]:

@@ -8,7 +8,7 @@ from html import escape
 import numpy as np
 
 from tidegate.core.slo import Slo
-from tidegate.core.stages import LATER_STAGES, TTFT_STAGES
+from tidegate.core.stages import LATER_STAGES, OTHER, TTFT_STAGES
 from tidegate.journal.reader import Journal
 from tidegate.journal.schema import FlipLine, InstanceLine
 from tidegate.measure.attainment import Attainment, Goodput, Observation, too_short
@@ -50,6 +50,7 @@ def journal_page(report: RunReport, journal: Journal, seen: Sequence[Observation
         *map(_chart, shown),
         "<h3>Latencies of successful requests (ms)</h3>",
         _latencies(latencies),
+        note(escape(f"other: {OTHER}.")) if report.stages_of_ttft_s else "",
         "<h3>Outcomes</h3>",
         _outcomes(report.outcomes),
         "<h3>Flips, and why</h3>" if report.flips else "",
@@ -59,7 +60,7 @@ def journal_page(report: RunReport, journal: Journal, seen: Sequence[Observation
         "<h3>Decisions</h3>",
         table(["decision", "count"], [[escape(_words(k)), f"{n:,}"] for k, n in report.decisions.items()]),
     ]
-    return document(title, parts)
+    return document(title, parts, "report")
 
 
 def bench_page(report: BenchReport, seen: Sequence[Observation]) -> str:
@@ -86,7 +87,7 @@ def bench_page(report: BenchReport, seen: Sequence[Observation]) -> str:
         "<h3>Totals</h3>",
         table(["", ""], totals),
     ]
-    return document("a load run", parts)
+    return document("a load run", parts, "report")
 
 
 def _top(

@@ -354,7 +354,7 @@ class SimDriver:
                 plane.decode_began(live, sequence.prompt, now)
                 decodes = True
             if live.first_token_s != live.first_token_s:
-                live.note_first_token(sequence, now)
+                live.note_first_token(sequence, self._settings.front_s, now)
                 plane.prefill_reported(live, sequence.cached_tokens)
         live.generated += 1
         live.last_token_s = now

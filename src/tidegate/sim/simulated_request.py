@@ -55,6 +55,7 @@ class SimulatedRequest(LiveRequest):
     last_token_s = UNREACHED
     queue_s = UNREACHED
     prefill_s = UNREACHED
+    other_s = UNREACHED
     transfer_s = UNREACHED
     decode_queue_s = UNREACHED
     first_step_s = UNREACHED
@@ -88,13 +89,14 @@ class SimulatedRequest(LiveRequest):
             request.turn,
         )
 
-    def note_first_token(self, sequence: SimSequence, now: float) -> None:
-        """Fill in the stages up to the request's first token."""
+    def note_first_token(self, sequence: SimSequence, front_s: float, now: float) -> None:
+        """Fill in the stages up to the request's first token. ``front_s`` passed on the way to the engine."""
         admitted_s = sequence.admitted_s
         assert admitted_s is not None
         self.first_token_s = now
         self.prefill_s = now - admitted_s
-        self.queue_s = admitted_s - self.request.arrival_s
+        self.queue_s = admitted_s - self.request.arrival_s - front_s
+        self.other_s = front_s
         self.cached_tokens = sequence.cached_tokens
 
     def note_end(self, sequence: SimSequence) -> None:
@@ -147,7 +149,7 @@ def _reached(at_s: float) -> float | None:
 
 
 class RequestColumns:
-    """Collects a row per request at its number in order of arrival, in 168 bytes of one buffer.
+    """Collects a row per request at its number in order of arrival, in 176 bytes of one buffer.
 
     The table's columns are views of that buffer: nothing is copied at the end.
     """
@@ -183,6 +185,7 @@ class RequestColumns:
             slo.tpot_s,
             live.queue_s,
             live.prefill_s,
+            live.other_s,
             live.transfer_s,
             live.decode_queue_s,
             live.first_step_s,
