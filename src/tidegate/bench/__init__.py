@@ -2,5 +2,6 @@
 
 from tidegate.bench.run import BenchRun, bench, run_bench
 from tidegate.bench.settings import BenchSettings, PromptForm
+from tidegate.bench.sweep import Load, run_sweep
 
-__all__ = ["BenchRun", "BenchSettings", "PromptForm", "bench", "run_bench"]
+__all__ = ["BenchRun", "BenchSettings", "Load", "PromptForm", "bench", "run_bench", "run_sweep"]

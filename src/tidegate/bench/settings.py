@@ -23,7 +23,9 @@ class BenchSettings:
 
     ``ignore_eos`` asks the server for exactly the output length of the workload (a vLLM extension).
     ``slo_headers`` sends the SLO with each request (``x-slo-ttft-ms``, ``x-slo-tpot-ms``).
-    Raises ConfigError for a URL that is not http(s) or a timeout that is not positive.
+    With ``concurrency`` the load is a closed loop of so many users, each of whom sends a request when the
+    one before it has ended; else it is an open loop, by the workload's times.
+    Raises ConfigError for a URL that is not http(s), a timeout that is not positive, or no user.
     """
 
     url: str
@@ -37,6 +39,7 @@ class BenchSettings:
     slo: Slo = field(default_factory=Slo)
     slo_headers: bool = False
     seed: int = 0
+    concurrency: int | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -44,6 +47,8 @@ class BenchSettings:
             problems.append(f"the URL must start with http:// or https://, got {self.url!r}")
         if not self.timeout_s > 0:
             problems.append(f"the timeout must be positive, got {self.timeout_s} s")
+        if self.concurrency is not None and self.concurrency < 1:
+            problems.append(f"a closed loop has 1 user or more, got {self.concurrency}")
         if self.chat and self.prompt_form == PromptForm.TOKENS:
             problems.append("chat messages are text: --chat does not go with --prompt-form tokens")
         if problems:

@@ -91,7 +91,7 @@ class _Lines:
             return
         self._told_s = now_s
         of = "" if total is None else f" of {total:,}"
-        note(f"{done:,}{of} {self._what} in {now_s - self._begun_s:.0f} s{f', last: {text}' if text else ''}")
+        note(f"{done:,}{of} {self._what} in {now_s - self._begun_s:.0f} s{f': {text}' if text else ''}")
 
 
 @contextmanager

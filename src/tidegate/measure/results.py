@@ -16,6 +16,9 @@ from msgspec import Struct, field, to_builtins
 from tidegate.core.errors import TraceError
 from tidegate.journal.reader import RecordedLines
 
+PART = ".part"
+"""Ends the name of a file whose run is not over."""
+
 Status = Literal["ok", "http", "timeout", "connection", "stream", "interrupted"]
 
 

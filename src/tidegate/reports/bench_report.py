@@ -10,7 +10,7 @@ from typing import Any
 from tidegate.core.slo import Slo
 from tidegate.measure.attainment import DEFAULT_LEVEL, Attainment, Goodput, Observation, goodput, score
 from tidegate.measure.percentiles import Summary, summarize
-from tidegate.measure.results import RequestResult
+from tidegate.measure.results import RequestResult, ResultFile
 from tidegate.reports.journal_report import attainment_shares
 
 WIDTH = 50
@@ -25,7 +25,10 @@ LATE_SHARE = 0.01
 
 @dataclass(frozen=True, slots=True)
 class BenchReport:
-    """A load run in numbers; latencies in seconds. Interrupted requests are counted, not scored."""
+    """A load run in numbers; latencies in seconds. Interrupted requests are counted, not scored.
+
+    ``concurrency`` is the number of users of a closed loop, None for an open one.
+    """
 
     slo: Slo
     attainment: Attainment
@@ -43,6 +46,7 @@ class BenchReport:
     e2e_s: Summary | None
     late_sends: int
     send_lag_s: Summary | None
+    concurrency: int | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -75,6 +79,7 @@ def build_bench_report(
     *,
     level: float = DEFAULT_LEVEL,
     itl_s: Summary | None = None,
+    concurrency: int | None = None,
     notes: Sequence[str] = (),
 ) -> BenchReport:
     """Score a run. ``itl_s`` is over all token gaps, which the result lines do not keep."""
@@ -102,7 +107,28 @@ def build_bench_report(
         e2e_s=summarize(r.e2e_s for r in good),
         late_sends=late,
         send_lag_s=summarize(lags_s),
+        concurrency=concurrency,
         notes=(*notes, *_warnings(results, good, late, short)),
+    )
+
+
+def recorded_report(recorded: ResultFile, targets: Slo | None, level: float) -> BenchReport:
+    """Score a result file by its own targets, or by those given."""
+    notes = []
+    if recorded.truncated:
+        notes.append("the last line is cut off: the client was stopped in the middle of it")
+    if recorded.summary is None:
+        notes.append("the file has no summary line: the client was killed before its end")
+    own = recorded.header.get("slo")
+    slo = targets or (Slo(own["ttft_s"], own["tpot_s"]) if isinstance(own, dict) else Slo())
+    gaps = (recorded.summary or {}).get("itl_s")
+    return build_bench_report(
+        recorded.results,
+        slo,
+        level=level,
+        itl_s=Summary(**gaps) if isinstance(gaps, dict) else None,
+        concurrency=recorded.header.get("concurrency"),
+        notes=notes,
     )
 
 
@@ -119,8 +145,8 @@ def _warnings(
     if late > LATE_SHARE * len(results):
         notes.append(
             f"the client could not keep up: {late} of {len(results)} requests left more than "
-            f"{LATE_S * 1000:g} ms late; TTFT counts from the scheduled time. Lower the rate or run the "
-            "client on another machine"
+            f"{LATE_S * 1000:g} ms late; TTFT counts from the scheduled time. Offer less, or run the client "
+            "on another machine"
         )
     if short:
         notes.append(
@@ -155,7 +181,9 @@ def render_block(report: BenchReport) -> str:
     tokens = report.input_tokens + report.output_tokens
     failures = {f"  {label}:": n for label, n in report.outcomes.items() if label != "ok"}
     interrupted = {"Interrupted (not scored):": report.interrupted} if report.interrupted else {}
+    users = {} if report.concurrency is None else {"Maximum request concurrency:": report.concurrency}
     run = {
+        **users,
         "Offered requests:": seen.offered,
         "Successful requests:": report.successful,
         "Failed requests:": report.failed,

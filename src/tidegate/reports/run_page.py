@@ -76,8 +76,10 @@ def bench_page(report: BenchReport, seen: Sequence[Observation]) -> str:
         ["output tokens/s", _number(report.per_second(report.output_tokens))],
     ]
     notes = report.notes
+    users = report.concurrency
+    title = "a load run" if users is None else f"a closed loop, concurrency {users}"
     parts = [
-        *_top("a load run", report.attainment, report.goodput, report.slo, report.outcomes, seen, notes),
+        *_top(title, report.attainment, report.goodput, report.slo, report.outcomes, seen, notes),
         *(_chart(chart) for chart in _service_charts(seen, report.slo)),
         "<h3>Latencies of successful requests (ms)</h3>",
         _latencies(latencies),
@@ -86,7 +88,7 @@ def bench_page(report: BenchReport, seen: Sequence[Observation]) -> str:
         "<h3>Totals</h3>",
         table(["", ""], totals),
     ]
-    return document("a load run", parts)
+    return document(title, parts)
 
 
 def _top(
