@@ -24,6 +24,7 @@ from tidegate.measure.results import RequestResult, read_results
 from tidegate.reports.bench_report import BenchReport, build_bench_report
 from tidegate.reports.sweep_report import Sweep, sweep_page
 from tidegate.workloads.choice import WorkloadChoice
+from tidegate.workloads.readers import read_trace
 from tidegate.workloads.trace import TraceRecord
 
 
@@ -181,3 +182,33 @@ async def test_open_and_closed_loops_are_not_mixed(tmp_path: Path) -> None:
             assert (await tidegate("bench", "--url", url, *SWEEP, *load, "--out", out))[0] == 0
     status, _, said = await tidegate("report", tmp_path)
     assert status == 2 and "open and closed loops" in said
+
+
+CLASSES = "arrival_s,input_tokens,output_tokens,slo_class\n0,20,2,chat\n0,21,2,batch\n0,22,2,\n0,23,2,chat\n"
+
+
+async def test_classes_of_a_trace_have_targets_of_their_own(tmp_path: Path) -> None:
+    trace, out = tmp_path / "t.csv", tmp_path / "run.jsonl"
+    trace.write_text(CLASSES)
+    fake = FakeOpenAI(plan=lambda size: "reject" if size == 23 else "ok")
+    async with serving(fake) as url:
+        words = ("bench", "--url", url, "--trace", trace, "--slo", "ttft:60000,tpot:60000", "--slo-headers")
+        chat = ("--slo-class", "chat=ttft:50000,tpot:40000")
+        status, block, said = await tidegate(*words, *chat, "--out", out)
+        assert status == 1 and "no --slo-class for batch: scored by ttft:60000,tpot:60000" in said
+        assert re.search(r"chat, ttft:50000,tpot:40000 \(%\): +50\.00\n", block)
+        assert re.search(r"batch, ttft:60000,tpot:60000 \(%\): +100\.00\n", block)
+        sent = {
+            len(body["prompt"]): head["x-slo-ttft-ms"]
+            for body, head in zip(fake.bodies, fake.headers, strict=True)
+        }
+        assert sent == {20: "50000", 21: "60000", 22: "60000", 23: "50000"}
+        status, _, said = await tidegate(*words, "--slo-class", "caht=ttft:1,tpot:1")
+        assert status == 2 and "did you mean 'chat'? it has batch, chat" in said
+    page = tmp_path / "page.html"
+    status, report, _ = await tidegate("report", out, "--json", "--out", page)
+    shares = {name: found["attainment"] for name, found in json.loads(report)["classes"].items()}
+    assert shares == {"": 1.0, "batch": 1.0, "chat": 0.5}
+    assert "chat, ttft:50000,tpot:40000" in page.read_text()
+    kept = {record.input_tokens: record.slo_class for record in read_trace(out)}
+    assert kept == {20: "chat", 21: "batch", 22: "", 23: "chat"}

@@ -228,7 +228,7 @@ class LoadClient:
     def _prepare(self, index: int, record: TraceRecord) -> _Prepared:
         prompt = self._endpoint.prompts.prompt(record, index)
         body = self._settings.body(self._endpoint.model, prompt, record.output_tokens, stream=True)
-        headers = self._settings.headers()
+        headers = self._settings.headers(record.slo_class)
         if record.session_id:
             headers["x-session-id"] = record.session_id
         return _Prepared(index, record, orjson.dumps(body), headers)
@@ -323,6 +323,7 @@ class LoadClient:
             finish_reason=answer.finish_reason,
             session_id=record.session_id,
             turn=record.turn,
+            slo_class=record.slo_class,
         )
 
     def _now_s(self) -> float:

@@ -23,10 +23,9 @@ from tidegate.bench.client import LoadClient
 from tidegate.bench.endpoint import Endpoint, probe_endpoint
 from tidegate.bench.settings import BenchSettings
 from tidegate.core.errors import ConfigError
-from tidegate.core.slo import Slo
 from tidegate.measure.attainment import DEFAULT_LEVEL
 from tidegate.measure.percentiles import summarize
-from tidegate.measure.results import RequestResult
+from tidegate.measure.results import RequestResult, Targets
 from tidegate.reports.bench_report import BenchReport, build_bench_report
 from tidegate.workloads.trace import DTYPES, TraceRecord, Workload
 
@@ -42,8 +41,8 @@ Watch = Callable[[int, int | None, str], None]
 class Recorder:
     """Collects results and token gaps; with a file, every result is on disk when ``add`` returns."""
 
-    def __init__(self, slo: Slo, out: TextIO | None = None) -> None:
-        self.slo = slo
+    def __init__(self, targets: Targets, out: TextIO | None = None) -> None:
+        self.targets = targets
         self.results: list[RequestResult] = []
         self.gaps_s = array("d")
         self.failed = 0
@@ -60,7 +59,8 @@ class Recorder:
         self.results.append(result)
         if result.ok:
             self.gaps_s.extend(gaps_s)
-            self.attained += result.ttft_s is not None and self.slo.attained(result.ttft_s, result.tpot_s)
+            slo = self.targets.of(result)
+            self.attained += result.ttft_s is not None and slo.attained(result.ttft_s, result.tpot_s)
         elif result.status != "interrupted":
             self.failed += 1
         self.write(result.to_json())
@@ -121,7 +121,7 @@ def asked(
         "temperature": settings.temperature,
         "ignore_eos": settings.ignore_eos,
         "timeout_s": settings.timeout_s,
-        "slo": {"ttft_s": settings.slo.ttft_s, "tpot_s": settings.slo.tpot_s},
+        **Targets(settings.slo, settings.slo_classes).to_json(),
         "requests": len(workload),
         "workload_digest": sha256(repr(columns).encode()).hexdigest()[:16],
         **(facts or {}),
@@ -151,6 +151,7 @@ async def run_bench(
     watch: Watch | None = None,
 ) -> BenchRun:
     """Do the work of ``bench`` inside a running loop; ``stop`` ends the run early."""
+    targets = Targets(settings.slo, settings.slo_classes)
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
     async with aiohttp.ClientSession(
         connector=connector, timeout=aiohttp.ClientTimeout(total=None, sock_connect=None)
@@ -162,8 +163,8 @@ async def run_bench(
             raise ConfigError(f"{out} exists; a run is never written over another") from None
         except OSError as error:
             raise ConfigError(f"cannot write {out}: {error.strerror or error}") from None
-        with closing(Recorder(settings.slo, file)) as recorder:
-            began = {"type": "bench", "version": __version__, "started_unix_s": time.time()}
+        with closing(Recorder(targets, file)) as recorder:
+            began: dict[str, Any] = {"type": "bench", "version": __version__, "started_unix_s": time.time()}
             found = {"model": endpoint.model, "prompt_form": endpoint.prompt_form.value}
             recorder.write({**began, **asked(settings, records, facts), **found})
             client = LoadClient(session, settings, endpoint, recorder.add)
@@ -176,7 +177,7 @@ async def run_bench(
             gaps_s = summarize(recorder.gaps_s)
             report = build_bench_report(
                 recorder.results,
-                settings.slo,
+                targets,
                 level=level,
                 itl_s=gaps_s,
                 concurrency=settings.concurrency,

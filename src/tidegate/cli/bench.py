@@ -15,12 +15,13 @@ from tidegate.bench import BenchRun, BenchSettings, Load, bench, run_sweep
 from tidegate.cli import common_flags as common
 from tidegate.cli.common_flags import SCORING, Scoring
 from tidegate.cli.options import Flag, OptionGroup
-from tidegate.cli.terminal import FAILURE, INTERRUPTED, note, progress_bar
+from tidegate.cli.terminal import FAILURE, INTERRUPTED, note, note_classes, progress_bar
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
 from tidegate.reports.bench_report import BenchReport, render_block
 from tidegate.reports.sweep_report import Sweep, render_sweep
 from tidegate.workloads.choice import WorkloadChoice
+from tidegate.workloads.slo_classes import targets_by_class
 
 T = TypeVar("T", int, float)
 
@@ -139,6 +140,7 @@ def run(
     *,
     slo: Annotated[str, Flag("Targets to score by.", "ttft:MS,tpot:MS", panel=SCORING)] = "",
     goodput: Annotated[str, Flag("The same, vLLM's spelling.", "ttft:MS tpot:MS", panel=SCORING)] = "",
+    slo_class: Annotated[dict[str, Slo] | None, replace(common.SLO_CLASS, panel=SCORING)] = None,
     load: LoadOptions,
     scoring: Scoring,
     out: Annotated[
@@ -155,6 +157,9 @@ def run(
     """
     settings = replace(client, slo=_slo(slo, goodput, context.args), seed=choice.seed)
     loads = load.of(choice, settings)
+    classes = targets_by_class([loads[0].records()], slo_class or {}, settings.slo)
+    note_classes(classes, slo_class or {}, settings.slo)
+    loads = [replace(one, settings=replace(one.settings, slo_classes=classes)) for one in loads]
     if len(loads) > 1:
         _sweep(loads, scoring, out)
         return
@@ -178,8 +183,8 @@ def _sweep(loads: Sequence[Load], scoring: Scoring, out: Path | None) -> None:
     """Offer several loads, and show a row of each that ended."""
     reports: list[BenchReport] = []
     interrupted = False
-    if out is not None and any(kept := [load for load in loads if (out / load.file).exists()]):
-        note(f"{out} has {', '.join(load.name for load in kept)}; what is there is not offered again")
+    if out is not None and any(known := [load for load in loads if (out / load.file).exists()]):
+        note(f"{out} has {', '.join(load.name for load in known)}; what is there is not offered again")
     try:
         for report in run_sweep(loads, level=scoring.level, folder=out, watching=progress_bar):
             reports.append(report)

@@ -17,7 +17,7 @@ from tidegate.cli.terminal import FAILURE, note
 from tidegate.core.errors import ConfigError, TraceError
 from tidegate.core.slo import Slo
 from tidegate.journal.reader import read_journal, recorded_kind
-from tidegate.measure.results import PART, read_results
+from tidegate.measure.results import PART, Targets, read_results
 from tidegate.reports.bench_report import BenchReport, recorded_report, render_block
 from tidegate.reports.bench_report import observations as bench_observations
 from tidegate.reports.html import TITLE
@@ -80,8 +80,9 @@ def run(
         page = partial(sweep_page, report)
     elif kind == "bench":
         recorded = read_results(recording)
-        report = recorded_report(recorded, slo, scoring.level)
-        page = partial(bench_page, report, bench_observations(recorded.results, report.slo))
+        targets = Targets.recorded(recorded.header) if slo is None else Targets(slo)
+        report = recorded_report(recorded, targets, scoring.level)
+        page = partial(bench_page, report, bench_observations(recorded.results, targets))
     elif kind == "header":
         journal = read_journal(recording)
         report = build_report(journal, slo=slo, level=scoring.level)
@@ -122,7 +123,9 @@ def _bench_reports(folder: Path, slo: Slo | None, level: float) -> list[BenchRep
         raise TraceError("this folder has no bench result (*.jsonl)", file=str(folder))
     for path in folder.glob(f"*{PART}"):
         note(f"{path} is of a load that was not over; it is left out")
-    reports = [recorded_report(read_results(path), slo, level) for path in files]
+    reports = [
+        recorded_report(read_results(path), None if slo is None else Targets(slo), level) for path in files
+    ]
     if len({report.concurrency is None for report in reports}) > 1:
         raise ConfigError(f"{folder} has open and closed loops; give each kind a folder of its own")
     return reports

@@ -8,9 +8,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tidegate.core.slo import Slo
-from tidegate.measure.attainment import DEFAULT_LEVEL, Attainment, Goodput, Observation, goodput, score
+from tidegate.measure.attainment import (
+    DEFAULT_LEVEL,
+    Attainment,
+    ClassAttainment,
+    Goodput,
+    Observation,
+    class_title,
+    goodput,
+    score,
+)
 from tidegate.measure.percentiles import Summary, summarize
-from tidegate.measure.results import RequestResult, ResultFile
+from tidegate.measure.results import RequestResult, ResultFile, Targets
 from tidegate.reports.journal_report import attainment_shares
 
 WIDTH = 50
@@ -32,6 +41,7 @@ class BenchReport:
 
     slo: Slo
     attainment: Attainment
+    classes: dict[str, ClassAttainment]
     goodput: Goodput
     outcomes: dict[str, int]
     interrupted: int
@@ -60,6 +70,7 @@ class BenchReport:
     def to_json(self) -> dict[str, Any]:
         """Return the whole report as one JSON object; keys carry units."""
         value = asdict(self)
+        value["classes"] = {name: found.to_json() for name, found in self.classes.items()}
         value["attainment"] |= attainment_shares(self.attainment)
         value |= {"successful": self.successful, "failed": self.failed}
         value["throughput"] = {
@@ -75,23 +86,28 @@ class BenchReport:
 
 def build_bench_report(
     results: Sequence[RequestResult],
-    slo: Slo,
+    targets: Targets | Slo,
     *,
     level: float = DEFAULT_LEVEL,
     itl_s: Summary | None = None,
     concurrency: int | None = None,
     notes: Sequence[str] = (),
 ) -> BenchReport:
-    """Score a run. ``itl_s`` is over all token gaps, which the result lines do not keep."""
+    """Score a run by its targets, or all by one SLO.
+
+    ``itl_s`` is over all token gaps, which the result lines do not keep.
+    """
     offered = [r for r in results if r.status != "interrupted"]
     good = [r for r in offered if r.ok]
-    attainment = score(observations(results, slo))
+    targets = Targets(targets) if isinstance(targets, Slo) else targets
+    attainment = score(observations(results, targets))
     lags_s = [r.sent_s - r.arrival_s for r in results]
     late = sum(lag_s > LATE_S for lag_s in lags_s)
     short = sum(r.output_tokens < r.max_tokens for r in good)
     return BenchReport(
-        slo=slo,
+        slo=targets.slo,
         attainment=attainment,
+        classes=_classes(offered, targets),
         goodput=goodput(attainment, [r.arrival_s for r in offered], level),
         outcomes=dict(Counter(r.outcome for r in offered).most_common()),
         interrupted=len(results) - len(offered),
@@ -112,19 +128,17 @@ def build_bench_report(
     )
 
 
-def recorded_report(recorded: ResultFile, targets: Slo | None, level: float) -> BenchReport:
+def recorded_report(recorded: ResultFile, targets: Targets | None, level: float) -> BenchReport:
     """Score a result file by its own targets, or by those given."""
     notes = []
     if recorded.truncated:
         notes.append("the last line is cut off: the client was stopped in the middle of it")
     if recorded.summary is None:
         notes.append("the file has no summary line: the client was killed before its end")
-    own = recorded.header.get("slo")
-    slo = targets or (Slo(own["ttft_s"], own["tpot_s"]) if isinstance(own, dict) else Slo())
     gaps = (recorded.summary or {}).get("itl_s")
     return build_bench_report(
         recorded.results,
-        slo,
+        targets or Targets.recorded(recorded.header),
         level=level,
         itl_s=Summary(**gaps) if isinstance(gaps, dict) else None,
         concurrency=recorded.header.get("concurrency"),
@@ -132,10 +146,23 @@ def recorded_report(recorded: ResultFile, targets: Slo | None, level: float) -> 
     )
 
 
-def observations(results: Sequence[RequestResult], slo: Slo) -> list[Observation]:
+def _classes(offered: Sequence[RequestResult], targets: Targets) -> dict[str, ClassAttainment]:
+    """Score each SLO class; empty where no request has one."""
+    by_class: dict[str, list[RequestResult]] = {}
+    for result in offered:
+        by_class.setdefault(result.slo_class, []).append(result)
+    if not any(by_class):
+        return {}
+    return {
+        name: ClassAttainment(targets.of(of_class[0]), score(observations(of_class, targets)))
+        for name, of_class in sorted(by_class.items())
+    }
+
+
+def observations(results: Sequence[RequestResult], targets: Targets) -> list[Observation]:
     """Return what is scored of a run: all but interrupted requests."""
     offered = (r for r in results if r.status != "interrupted")
-    return [Observation(r.arrival_s, r.ok, r.ttft_s, r.tpot_s, slo) for r in offered]
+    return [Observation(r.arrival_s, r.ok, r.ttft_s, r.tpot_s, targets.of(r)) for r in offered]
 
 
 def _warnings(
@@ -202,6 +229,10 @@ def render_block(report: BenchReport) -> str:
         "Attained (% of offered):": 100 * seen.share,
         "TTFT attained (%):": 100 * seen.ttft_share,
         "TPOT attained (%):": 100 * seen.tpot_share,
+        **{
+            f"  {class_title(name, str(found.slo))} (%):": 100 * found.attainment.share
+            for name, found in report.classes.items()
+        },
         "Offered rate (req/s):": rates.offered_rps,
         "Attained part of it (req/s):": rates.attained_rps,
         f"At least {100 * rates.level:g} % attained:": "yes" if rates.level_met else "no",
