@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -19,6 +20,9 @@ from tidegate.workloads.trace import Workload
 
 Watching = Callable[[str, int], AbstractContextManager[Watch]]
 """Makes what is told of a load's progress, from what is counted and how many there are."""
+
+_loaded = lru_cache(maxsize=4)(load_workload)
+"""The same workload again for the same choice: the loads of a sweep share a trace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +67,10 @@ class Load:
         if self.settings.concurrency is not None:
             return requests_of(choice if choice.trace else replace(choice, poisson=1.0))
         if self.rate_rps is None:
-            return load_workload(choice)
+            return _loaded(choice)
         if choice.trace or choice.bursts:
-            return at_rate(load_workload(choice), self.rate_rps, 0)
-        return load_workload(replace(choice, poisson=self.rate_rps))
+            return at_rate(_loaded(choice), self.rate_rps, 0)
+        return _loaded(replace(choice, poisson=self.rate_rps))
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -157,14 +157,14 @@ def run(
     """
     settings = replace(client, slo=_slo(slo, goodput, context.args), seed=choice.seed)
     loads = load.of(choice, settings)
-    classes = targets_by_class([loads[0].records()], slo_class or {}, settings.slo)
+    records = loads[0].records()
+    classes = targets_by_class([records], slo_class or {}, settings.slo)
     note_classes(classes, slo_class or {}, settings.slo)
     loads = [replace(one, settings=replace(one.settings, slo_classes=classes)) for one in loads]
     if len(loads) > 1:
         _sweep(loads, scoring, out)
         return
     (one,) = loads
-    records = one.records()
     if out is not None and out.exists():
         raise ConfigError(f"--out {out} exists; a run is never written over another")
     try:
