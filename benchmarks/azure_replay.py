@@ -83,7 +83,9 @@ def replay(system: str, args: argparse.Namespace, out: Path) -> tuple[Report, Re
             raise SystemExit(f"tidegate serve --system {system} ended early")
         bench = [*TIDEGATE, "bench", "--url", url, "--trace", "sample:azure-conv", "--slo", args.slo]
         bench += ["--scale-rate", str(args.scale_rate), "--scale-tokens", str(args.scale_tokens)]
-        bench += ["--out", str(out / f"{system}.bench.jsonl"), "--json"]
+        results = out / f"{system}.bench.jsonl"
+        results.unlink(missing_ok=True)
+        bench += ["--out", str(results), "--json"]
         if args.limit:
             bench += ["--limit", str(args.limit)]
         answer = subprocess.run(bench, stdout=subprocess.PIPE, text=True, check=False)

@@ -5,7 +5,7 @@ What is here is re-exported by ``tidegate`` itself. Nothing heavy is imported be
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -179,6 +179,7 @@ def simulate(
     profile: str = DEFAULT_PROFILE,
     split: str | None = None,
     slo: str = DEFAULT_SLO,
+    slo_classes: Mapping[str, str] | None = None,
     rate_rps: float | None = None,
     seed: int = 0,
     journal: IO[bytes] | None = None,
@@ -186,7 +187,8 @@ def simulate(
     """Serve a trace with a system on simulated instances, in virtual time.
 
     ``system`` is a name of ``list_systems``, with an order as in ``arrow+edf``; ``profile`` is one that
-    ``tidegate sim --profile`` takes; ``split`` is ``P:D`` at the start; ``rate_rps`` scales the trace's time
+    ``tidegate sim --profile`` takes; ``split`` is ``P:D`` at the start; ``slo_classes`` has
+    targets for classes that the trace names, the others have ``slo``; ``rate_rps`` scales the trace's time
     to that mean rate; a ``seed`` other than 0 permutes requests within each minute; ``journal`` gets every
     decision and outcome as JSON lines. The same arguments give the same result.
     Raises ConfigError, with all problems of the options at once, and TraceError for a malformed trace.
@@ -199,11 +201,14 @@ def simulate(
     from tidegate.sim import simulate as run_simulation
     from tidegate.systems import make_system
     from tidegate.workloads.choice import at_rate, own_rate_rps
+    from tidegate.workloads.slo_classes import targets_by_class
 
     problems: list[str] = []
-    targets, sides = Slo(), None
+    targets, sides, classes = Slo(), None, dict[str, Slo]()
     with _noting(problems, ""):
         targets = Slo.parse(slo)
+    with _noting(problems, ""):
+        classes = {name: Slo.parse(text) for name, text in (slo_classes or {}).items()}
     with _noting(problems, f"split {split!r}: "):
         sides = None if split is None else parse_split(split)
     with _noting(problems, ""):
@@ -218,7 +223,8 @@ def simulate(
         raise ConfigError(problems)
     workload = load_trace(trace) if isinstance(trace, str | Path) else trace
     drawn = at_rate(workload, rate_rps, seed)
-    settings = SimSettings(slo=targets)
+    of_classes = targets_by_class([workload], classes, targets)
+    settings = SimSettings(slo=targets, slo_classes=of_classes)
     run = run_simulation(drawn, composed, replicas_of(chosen, instances), settings, journal=journal)
     if rate_rps is None and len(drawn) > 1 and drawn.arrival_s[-1] > drawn.arrival_s[0]:
         rate_rps = own_rate_rps(drawn)

@@ -21,7 +21,7 @@ from tidegate.bench.run import Recorder
 from tidegate.bench.settings import PromptForm
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
-from tidegate.measure.results import RequestResult, read_results
+from tidegate.measure.results import RequestResult, Targets, read_results
 from tidegate.reports.bench_report import build_bench_report
 from tidegate.workloads.prompts import TokenPrompts
 from tidegate.workloads.readers import read_trace
@@ -91,7 +91,7 @@ async def test_every_end_is_recorded_once_and_misses_count(offer: Offer, tmp_pat
 
 def test_a_killed_client_leaves_what_had_finished(tmp_path: Path) -> None:
     out = tmp_path / "run.jsonl"
-    with closing(Recorder(Slo(), out.open("w"))) as recorder:
+    with closing(Recorder(Targets(Slo()), out.open("w"))) as recorder:
         recorder.write({"type": "bench", "model": "fake"})
         recorder.add(RequestResult(0, 0.0, 5, 3, "ok", 0.0, 200, ttft_s=0.1), array("d"))
         on_disk = read_results(out)

@@ -283,3 +283,44 @@ def test_a_comparison_is_not_cut_in_a_narrow_terminal(
     assert all(len(line) <= width for line in lines)
     assert all(word in text for word in ("5.6", "35 %", "26 %")), "the last column of the last level"
     assert all(word in text for word in shown.split())
+
+
+CLASSED = "".join(
+    f"{n * 0.5},{4000 if n % 2 else 100},20,{'batch' if n % 2 else 'chat'}\n" for n in range(40)
+)
+
+
+def test_classes_of_a_trace_get_targets_and_are_shown_apart(run: Run, tmp_path: Path) -> None:
+    trace = tmp_path / "t.csv"
+    trace.write_text("arrival_s,input_tokens,output_tokens,slo_class\n" + CLASSED)
+    words = ("--trace", str(trace), "--instances", "2", "--slo", "ttft:1,tpot:50")
+    targets = ("--slo-class", "batch=ttft:5000,tpot:50")
+    done = run("sim", *words, *targets, "--json")
+    found = json.loads(done.stdout)["classes"]
+    assert "no --slo-class for chat: scored by ttft:1,tpot:50" in done.stderr
+    assert {name: (each["slo"], each["attainment"]) for name, each in found.items()} == {
+        "batch": ("ttft:5000,tpot:50", 1.0), "chat": ("ttft:1,tpot:50", 0.0),
+    }  # fmt: skip
+    shown = run("sim", *words, *targets).stdout
+    assert "batch:                      100.00 % of 20 at ttft:5000,tpot:50" in shown
+    wrong = run("sim", *words, "--slo-class", "bach=ttft:5000,tpot:50")
+    assert wrong.returncode == 2 and "did you mean 'batch'? it has batch, chat" in wrong.stderr
+    assert run("sim", *words, *targets, "--replay", "j.jsonl").returncode == 2
+
+
+def test_a_comparison_shows_classes_and_its_limit_bounds_them(run: Run, tmp_path: Path) -> None:
+    trace, out = tmp_path / "t.csv", tmp_path / "out"
+    rows = (f"{n * 0.1},{4000 if n % 2 else 100},200,{'batch' if n % 2 else 'chat'}\n" for n in range(400))
+    trace.write_text("arrival_s,input_tokens,output_tokens,slo_class\n" + "".join(rows))
+    words = ("--traces", str(trace), "--instances", "2", "--systems", "static:even", "--levels", "0.9")
+    done = run(
+        "compare", *words, "--seeds", "1", "--jobs", "1", "--slo", "ttft:60,tpot:50", "--out", str(out),
+        "--slo-class", "batch=ttft:300,tpot:60",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "batch, ttft:300,tpot:60" in done.stdout and "chat, ttft:60,tpot:50" in done.stdout
+    page = (out / "report.html").read_text()
+    assert "Attained, by SLO class" in page and "chat, ttft:60,tpot:50" in page
+    with (out / "goodput.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert 0 < float(row["goodput_rps"]) <= float(row["limit_rps"])

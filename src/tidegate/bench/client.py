@@ -1,12 +1,13 @@
-"""The open-loop load client: requests leave on schedule, whatever happened to the earlier ones."""
+"""The load client: in an open loop requests leave on schedule, whatever happened to the earlier ones; in a
+closed loop each user's next request leaves when the last one has ended."""
 
 from __future__ import annotations
 
 import asyncio
 from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import count, islice
 from typing import Any
 
@@ -140,9 +141,10 @@ class _Prepared:
 
 
 class LoadClient:
-    """Sends each record at its ``arrival_s`` and reports every end to ``on_result`` exactly once.
+    """Sends records and reports every end to ``on_result`` exactly once.
 
-    There is no limit on requests in flight. ``sent`` and ``in_flight`` may be read at any time.
+    Each is sent at its ``arrival_s``, without a limit on requests in flight; in a closed loop the time at
+    which it is sent is its ``arrival_s``. ``sent`` and ``in_flight`` may be read at any time.
     """
 
     def __init__(
@@ -159,6 +161,8 @@ class LoadClient:
         self._clock = clock or WallClock()
         self._start_s = 0.0
         self._tasks: dict[asyncio.Task[tuple[RequestResult, array[float]]], _Prepared] = {}
+        self._users = asyncio.Semaphore(settings.concurrency or 0)
+        """Those of a closed loop that have no request under way."""
         self._idle = asyncio.Event()
         self._fault: Exception | None = None
 
@@ -186,8 +190,17 @@ class LoadClient:
             raise ended[0]
 
     async def _drive(self, records: Sequence[TraceRecord]) -> None:
-        """Send every record at its time, then wait for the answers."""
+        """Send every record, then wait for the answers."""
         source = map(self._prepare, count(), records)
+        if self._settings.concurrency is None:
+            await self._send_on_schedule(source)
+        else:
+            await self._send_in_turn(source)
+        while self._tasks and self._fault is None:
+            self._idle.clear()
+            await self._idle.wait()
+
+    async def _send_on_schedule(self, source: Iterator[_Prepared]) -> None:
         ready = deque(islice(source, PREPARED_AHEAD))
         self._start_s = self._clock.now()
         while ready and self._fault is None:
@@ -202,14 +215,20 @@ class LoadClient:
             await asyncio.sleep(max(0.0, due_s - self._clock.now()))
             self._send(ready.popleft())
             ready.extend(islice(source, 0 if ready else 1))
-        while self._tasks and self._fault is None:
-            self._idle.clear()
-            await self._idle.wait()
+
+    async def _send_in_turn(self, source: Iterator[_Prepared]) -> None:
+        self._start_s = self._clock.now()
+        for item in source:
+            await self._users.acquire()
+            if self._fault is not None:
+                return
+            self._send(replace(item, record=item.record._replace(arrival_s=self._now_s())))
+            await asyncio.sleep(0)  # it leaves before the next prompt is made
 
     def _prepare(self, index: int, record: TraceRecord) -> _Prepared:
         prompt = self._endpoint.prompts.prompt(record, index)
         body = self._settings.body(self._endpoint.model, prompt, record.output_tokens, stream=True)
-        headers = self._settings.headers()
+        headers = self._settings.headers(record.slo_class)
         if record.session_id:
             headers["x-session-id"] = record.session_id
         return _Prepared(index, record, orjson.dumps(body), headers)
@@ -222,6 +241,7 @@ class LoadClient:
 
     def _ended(self, task: asyncio.Task[tuple[RequestResult, array[float]]]) -> None:
         item = self._tasks.pop(task)
+        self._users.release()
         try:
             if task.cancelled():
                 # Cancelled before its first step: it never left.
@@ -303,6 +323,7 @@ class LoadClient:
             finish_reason=answer.finish_reason,
             session_id=record.session_id,
             turn=record.turn,
+            slo_class=record.slo_class,
         )
 
     def _now_s(self) -> float:

@@ -7,41 +7,42 @@ import resource
 import signal
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TextIO
 
 import aiohttp
 import orjson
 import uvloop
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tidegate import __version__
 from tidegate.bench.client import LoadClient
 from tidegate.bench.endpoint import Endpoint, probe_endpoint
 from tidegate.bench.settings import BenchSettings
 from tidegate.core.errors import ConfigError
-from tidegate.core.slo import Slo
 from tidegate.measure.attainment import DEFAULT_LEVEL
 from tidegate.measure.percentiles import summarize
-from tidegate.measure.results import RequestResult
+from tidegate.measure.results import RequestResult, Targets
 from tidegate.reports.bench_report import BenchReport, build_bench_report
-from tidegate.workloads.trace import TraceRecord
+from tidegate.workloads.trace import DTYPES, TraceRecord, Workload
 
 # Below the 5 s after which uvicorn (vLLM's server) closes an idle connection: reusing one that the
 # server is closing would count as a failed request.
 KEEPALIVE_S = 4.0
 REFRESH_S = 0.25
 
+Watch = Callable[[int, str], None]
+"""Is told how many requests have ended, and what else there is to say."""
+
 
 class Recorder:
     """Collects results and token gaps; with a file, every result is on disk when ``add`` returns."""
 
-    def __init__(self, slo: Slo, out: TextIO | None = None) -> None:
-        self.slo = slo
+    def __init__(self, targets: Targets, out: TextIO | None = None) -> None:
+        self.targets = targets
         self.results: list[RequestResult] = []
         self.gaps_s = array("d")
         self.failed = 0
@@ -58,7 +59,8 @@ class Recorder:
         self.results.append(result)
         if result.ok:
             self.gaps_s.extend(gaps_s)
-            self.attained += result.ttft_s is not None and self.slo.attained(result.ttft_s, result.tpot_s)
+            slo = self.targets.of(result)
+            self.attained += result.ttft_s is not None and slo.attained(result.ttft_s, result.tpot_s)
         elif result.status != "interrupted":
             self.failed += 1
         self.write(result.to_json())
@@ -84,27 +86,46 @@ def bench(
     settings: BenchSettings,
     records: Sequence[TraceRecord],
     *,
-    workload: str = "",
+    facts: Mapping[str, Any] | None = None,
     level: float = DEFAULT_LEVEL,
     out: Path | None = None,
-    console: Console | None = None,
+    watch: Watch | None = None,
 ) -> BenchRun:
     """Probe the endpoint, offer the load, and score it; SIGINT ends the run early.
 
-    Every result is appended to ``out`` as it comes. ``console`` shows progress and should be a
-    terminal. Raises ConfigError when the endpoint is unusable or ``out`` cannot be written.
+    Every result is appended to ``out`` as it comes; ``facts`` are for its first line. ``watch`` is called now
+    and then. Raises ConfigError when the endpoint is unusable, or ``out`` cannot be written or exists.
     """
     _raise_open_file_limit()
 
     async def with_signal() -> BenchRun:
         stop = asyncio.Event()
         asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop.set)
-        return await run_bench(
-            settings, records, stop=stop, workload=workload, level=level, out=out, console=console
-        )
+        return await run_bench(settings, records, stop=stop, facts=facts, level=level, out=out, watch=watch)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(with_signal())
+
+
+def asked(
+    settings: BenchSettings, records: Sequence[TraceRecord], facts: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return what a run is made of: equal for two runs of one load. ``facts`` are what the caller adds."""
+    workload = Workload.of(records)
+    columns = [column.tolist() for name in DTYPES if (column := getattr(workload, name)) is not None]
+    return {
+        "url": settings.base,
+        "endpoint": "chat" if settings.chat else "completions",
+        "concurrency": settings.concurrency,
+        "seed": settings.seed,
+        "temperature": settings.temperature,
+        "ignore_eos": settings.ignore_eos,
+        "timeout_s": settings.timeout_s,
+        **Targets(settings.slo, settings.slo_classes).to_json(),
+        "requests": len(workload),
+        "workload_digest": sha256(repr(columns).encode()).hexdigest()[:16],
+        **(facts or {}),
+    }
 
 
 async def _probe(session: aiohttp.ClientSession, settings: BenchSettings, stop: asyncio.Event) -> Endpoint:
@@ -124,67 +145,55 @@ async def run_bench(
     records: Sequence[TraceRecord],
     *,
     stop: asyncio.Event,
-    workload: str = "",
+    facts: Mapping[str, Any] | None = None,
     level: float = DEFAULT_LEVEL,
     out: Path | None = None,
-    console: Console | None = None,
+    watch: Watch | None = None,
 ) -> BenchRun:
     """Do the work of ``bench`` inside a running loop; ``stop`` ends the run early."""
+    targets = Targets(settings.slo, settings.slo_classes)
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
     async with aiohttp.ClientSession(
         connector=connector, timeout=aiohttp.ClientTimeout(total=None, sock_connect=None)
     ) as session:
         endpoint = await _probe(session, settings, stop)
         try:
-            file = None if out is None else out.open("w", encoding="utf-8")
+            file = None if out is None else out.open("x", encoding="utf-8")
+        except FileExistsError:
+            raise ConfigError(f"{out} exists; a run is never written over another") from None
         except OSError as error:
             raise ConfigError(f"cannot write {out}: {error.strerror or error}") from None
-        with closing(Recorder(settings.slo, file)) as recorder:
-            recorder.write(
-                {
-                    "type": "bench",
-                    "version": __version__,
-                    "started_unix_s": time.time(),
-                    "url": settings.base,
-                    "model": endpoint.model,
-                    "endpoint": "chat" if settings.chat else "completions",
-                    "prompt_form": endpoint.prompt_form.value,
-                    "workload": workload,
-                    "seed": settings.seed,
-                    "requests": len(records),
-                    "slo": {"ttft_s": settings.slo.ttft_s, "tpot_s": settings.slo.tpot_s},
-                }
-            )
+        with closing(Recorder(targets, file)) as recorder:
+            began: dict[str, Any] = {"type": "bench", "version": __version__, "started_unix_s": time.time()}
+            found = {"model": endpoint.model, "prompt_form": endpoint.prompt_form.value}
+            recorder.write({**began, **asked(settings, records, facts), **found})
             client = LoadClient(session, settings, endpoint, recorder.add)
-            shown = None
-            if console is not None and console.is_terminal:
-                shown = asyncio.create_task(_show_progress(console, client, recorder, len(records)))
+            shown = asyncio.create_task(_show_progress(watch, client, recorder))
             try:
                 await client.run(records, stop)
             finally:
-                if shown is not None:
-                    shown.cancel()
-                    await asyncio.wait([shown])
+                shown.cancel()
+                await asyncio.wait([shown])
             gaps_s = summarize(recorder.gaps_s)
             report = build_bench_report(
-                recorder.results, settings.slo, level=level, itl_s=gaps_s, notes=endpoint.notes
+                recorder.results,
+                targets,
+                level=level,
+                itl_s=gaps_s,
+                concurrency=settings.concurrency,
+                notes=endpoint.notes,
             )
             recorder.write({"type": "summary", **report.to_json()})
     return BenchRun(report, endpoint.model, endpoint.prompt_form.value, stop.is_set())
 
 
-async def _show_progress(console: Console, client: LoadClient, recorder: Recorder, total: int) -> None:
-    """Redraw until cancelled: requests ended of all, in flight, failed, attained so far."""
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
-        task = progress.add_task("starting", total=total)
-        while True:
-            ended = len(recorder.results)
-            share = f", {100 * recorder.attained / ended:.1f} % attained" if ended else ""
-            text = f"{client.sent} sent, {client.in_flight} in flight, {recorder.failed} failed{share}"
-            progress.update(task, completed=ended, description=text)
-            progress.refresh()
-            await asyncio.sleep(REFRESH_S)
+async def _show_progress(watch: Watch | None, client: LoadClient, recorder: Recorder) -> None:
+    """Tell until cancelled: requests ended, in flight, failed, attained so far."""
+    while watch is not None:
+        ended = len(recorder.results)
+        share = f", {100 * recorder.attained / ended:.1f} % attained" if ended else ""
+        watch(ended, f"{client.in_flight} in flight, {recorder.failed} failed{share}")
+        await asyncio.sleep(REFRESH_S)
 
 
 def _raise_open_file_limit() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -22,8 +23,11 @@ class BenchSettings:
     """``url`` is the endpoint's base, with or without ``/v1``. ``timeout_s`` bounds each request.
 
     ``ignore_eos`` asks the server for exactly the output length of the workload (a vLLM extension).
-    ``slo_headers`` sends the SLO with each request (``x-slo-ttft-ms``, ``x-slo-tpot-ms``).
-    Raises ConfigError for a URL that is not http(s) or a timeout that is not positive.
+    Requests of a class in ``slo_classes`` have its targets, others have ``slo``; ``slo_headers`` sends them
+    with each request (``x-slo-ttft-ms``, ``x-slo-tpot-ms``).
+    With ``concurrency`` the load is a closed loop of so many users, each of whom sends a request when the
+    one before it has ended; else it is an open loop, by the workload's times.
+    Raises ConfigError for a URL that is not http(s), a timeout that is not positive, or no user.
     """
 
     url: str
@@ -35,8 +39,10 @@ class BenchSettings:
     temperature: float = 0.0
     timeout_s: float = 600.0
     slo: Slo = field(default_factory=Slo)
+    slo_classes: Mapping[str, Slo] = field(default_factory=dict)
     slo_headers: bool = False
     seed: int = 0
+    concurrency: int | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -44,6 +50,8 @@ class BenchSettings:
             problems.append(f"the URL must start with http:// or https://, got {self.url!r}")
         if not self.timeout_s > 0:
             problems.append(f"the timeout must be positive, got {self.timeout_s} s")
+        if self.concurrency is not None and self.concurrency < 1:
+            problems.append(f"a closed loop has 1 user or more, got {self.concurrency}")
         if self.chat and self.prompt_form == PromptForm.TOKENS:
             problems.append("chat messages are text: --chat does not go with --prompt-form tokens")
         if problems:
@@ -62,14 +70,15 @@ class BenchSettings:
     def completion_url(self) -> str:
         return self.base + self.completion_path
 
-    def headers(self) -> dict[str, str]:
-        """Return the headers of every request; compression is declined, for it would delay tokens."""
+    def headers(self, slo_class: str = "") -> dict[str, str]:
+        """Return the headers of a request of a class; compression is declined, for it would delay tokens."""
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
         if self.slo_headers:
-            headers["x-slo-ttft-ms"] = f"{self.slo.ttft_s * 1000:g}"
-            headers["x-slo-tpot-ms"] = f"{self.slo.tpot_s * 1000:g}"
+            slo = self.slo_classes.get(slo_class, self.slo)
+            headers["x-slo-ttft-ms"] = f"{slo.ttft_s * 1000:g}"
+            headers["x-slo-tpot-ms"] = f"{slo.tpot_s * 1000:g}"
         return headers
 
     def body(

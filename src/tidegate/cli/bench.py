@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar, TypeVar
 
 import typer
-from rich.console import Console
 
-from tidegate.bench import BenchRun, BenchSettings, bench
+from tidegate.bench import BenchRun, BenchSettings, Load, Watch, bench, run_sweep
 from tidegate.cli import common_flags as common
 from tidegate.cli.common_flags import SCORING, Scoring
 from tidegate.cli.options import Flag, OptionGroup
 from tidegate.cli.outputs import claim_file
-from tidegate.cli.terminal import FAILURE, INTERRUPTED
+from tidegate.cli.terminal import FAILURE, INTERRUPTED, note, note_classes, share_bar
 from tidegate.core.slo import Slo
-from tidegate.reports.bench_report import render_block
-from tidegate.workloads.choice import WorkloadChoice, load_workload
+from tidegate.reports.bench_report import BenchReport, render_block
+from tidegate.reports.sweep_report import Sweep, render_sweep
+from tidegate.workloads.choice import WorkloadChoice
+from tidegate.workloads.slo_classes import targets_by_class
+
+T = TypeVar("T", int, float)
 
 EXAMPLES = """
 Replay ten minutes of production chat traffic at twice its rate:
@@ -29,6 +35,14 @@ Poisson arrivals, scored as vllm bench does:
 
     tidegate bench --url U --poisson 4 --limit 99 --goodput ttft:500 tpot:50
 
+Which rate, and how many users at a time, meet the targets; the same command goes on:
+
+    tidegate bench --url U --rate 1,2,4,8 --limit 200 --out rates
+
+    tidegate bench --url U --concurrency 1,4,16 --limit 200 --out users
+
+    tidegate report rates --out rates.html
+
 Bursts of 20 requests/s for 10 s, then 2 requests/s for 30 s:
 
     tidegate bench --url U --bursts 20:10,2:30 --duration 120 --out run.jsonl
@@ -36,7 +50,7 @@ Bursts of 20 requests/s for 10 s, then 2 requests/s for 30 s:
 [bold]Exit codes[/bold]
 
 0 all answered; 1 some failed, or --require-level was missed; 2 wrong usage;
-130 interrupted (the report covers what finished).
+130 interrupted (the report covers what finished; a sweep keeps its finished loads).
 """
 
 WORKLOAD = "What to send"
@@ -73,6 +87,49 @@ CLIENT = OptionGroup(
 )
 
 
+def _numbers(kind: type[T], text: str) -> tuple[T, ...]:
+    try:
+        return tuple(kind(word) for word in text.replace(",", " ").split())
+    except ValueError:
+        raise ValueError(f"expected {'whole ' if kind is int else ''}numbers with commas between") from None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How densely requests are sent: None as the workload says, several values as a sweep."""
+
+    panel: ClassVar[str] = WORKLOAD
+
+    rates_rps: Annotated[
+        tuple[float, ...],
+        Flag(
+            "Scale the trace's time to this rate, or send as a Poisson process of it; several: one after the "
+            "other.",
+            "RPS,..",
+            "--rate",
+            shown=False,
+            read=partial(_numbers, float),
+        ),
+    ] = ()
+    concurrency: Annotated[
+        tuple[int, ...],
+        Flag(
+            "A closed loop of N users; several: one after the other.",
+            "N,..",
+            shown=False,
+            read=partial(_numbers, int),
+        ),
+    ] = ()
+
+    def of(self, choice: WorkloadChoice, settings: BenchSettings) -> list[Load]:
+        """Return the loads to offer. Raises ConfigError for what does not go together."""
+        if not self.rates_rps and not self.concurrency:
+            return [Load(choice, settings)]
+        rates: Sequence[float | None] = self.rates_rps or (None,)
+        users: Sequence[int | None] = self.concurrency or (None,)
+        return [Load(choice, replace(settings, concurrency=n), rate) for rate in rates for n in users]
+
+
 CONTEXT = {"allow_extra_args": True}
 """Extra arguments are the second word of --goodput; ``_slo`` refuses any other."""
 
@@ -84,34 +141,76 @@ def run(
     *,
     slo: Annotated[str, Flag("Targets to score by.", "ttft:MS,tpot:MS", panel=SCORING)] = "",
     goodput: Annotated[str, Flag("The same, vLLM's spelling.", "ttft:MS tpot:MS", panel=SCORING)] = "",
+    slo_class: Annotated[dict[str, Slo] | None, replace(common.SLO_CLASS, panel=SCORING)] = None,
+    load: LoadOptions,
     scoring: Scoring,
-    out: Annotated[Path | None, Flag("Result JSONL, written as it goes.", "FILE", panel=SCORING)] = None,
+    out: Annotated[
+        Path | None,
+        Flag("Result JSONL, written as it goes; of several loads, a folder.", "FILE|DIR", panel=SCORING),
+    ] = None,
 ) -> None:
     """Offer load to an OpenAI-compatible endpoint and score every answer.
 
     The load is an open loop: requests leave on schedule and never wait for
-    earlier answers. TTFT counts from the scheduled time. Attainment is over
-    offered requests, so rejected and failed ones are misses.
+    earlier answers. TTFT counts from the scheduled time. With --concurrency it
+    is a closed loop: a user's next request leaves when the last one has ended.
+    Attainment is over offered requests, so rejected and failed ones are misses.
     """
+    settings = replace(client, slo=_slo(slo, goodput, context.args), seed=choice.seed)
+    loads = load.of(choice, settings)
+    records = loads[0].records()
+    classes = targets_by_class([records], slo_class or {}, settings.slo)
+    note_classes(classes, slo_class or {}, settings.slo)
+    loads = [replace(one, settings=replace(one.settings, slo_classes=classes)) for one in loads]
+    if len(loads) > 1:
+        _sweep(loads, scoring, out)
+        return
+    (one,) = loads
     if out is not None:
         claim_file(out, "bench")
-    settings = replace(client, slo=_slo(slo, goodput, context.args), seed=choice.seed)
-    records = load_workload(choice)
     try:
-        done = bench(
-            settings,
-            records,
-            workload=choice.describe(),
-            level=scoring.level,
-            out=out,
-            console=Console(stderr=True),
-        )
+        with _watched("requests", len(records)) as watch:
+            done = bench(one.settings, records, facts=one.facts, level=scoring.level, out=out, watch=watch)
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
     _show(done, scoring.as_json)
     if done.interrupted:
         raise typer.Exit(INTERRUPTED)
     if done.report.failed or (scoring.require_level and not done.report.goodput.level_met):
+        raise typer.Exit(FAILURE)
+
+
+@contextmanager
+def _watched(what: str, total: int) -> Iterator[Watch]:
+    """Show how many requests have ended, while they are offered."""
+    with share_bar() as advance:
+
+        def watch(done: int, more: str) -> None:
+            advance(done / total if total else 1.0, f"{done:,} of {total:,} {what}, {more}")
+
+        yield watch
+
+
+def _sweep(loads: Sequence[Load], scoring: Scoring, out: Path | None) -> None:
+    """Offer several loads, and show a row of each that ended."""
+    reports: list[BenchReport] = []
+    interrupted = False
+    if out is not None and any(known := [load for load in loads if (out / load.file).exists()]):
+        note(f"{out} has {', '.join(load.name for load in known)}; what is there is not offered again")
+    try:
+        for report in run_sweep(loads, level=scoring.level, folder=out, watching=_watched):
+            reports.append(report)
+    except KeyboardInterrupt:
+        interrupted = True
+        kept = "nothing is kept without --out" if out is None else f"{out} keeps what is finished"
+        note(f"interrupted; {kept}" + ("" if out is None else ", and the same command goes on from there"))
+    if reports:
+        sweep = Sweep.of(reports)
+        typer.echo(json.dumps(sweep.to_json(), indent=2) if scoring.as_json else render_sweep(sweep))
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+    missed = scoring.require_level and not all(report.goodput.level_met for report in reports)
+    if missed or any(report.failed for report in reports):
         raise typer.Exit(FAILURE)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from tidegate.cli.options import SHARE, Flag
+from tidegate.core.slo import parse_slo_classes
 from tidegate.measure.attainment import DEFAULT_LEVEL
 from tidegate.workloads.choice import DEFAULT_INPUT, DEFAULT_OUTPUT
 
@@ -43,6 +44,15 @@ WINDOW = {
     "duration_s": Flag("Only the arrivals of S seconds.", "S", "--duration"),
     "limit": Flag("Only the first N requests.", "N"),
 }
+
+SLO_CLASS = Flag(
+    "Targets of a class that the trace names; others have those of --slo. Repeat.",
+    "CLASS=ttft:MS,tpot:MS",
+    "--slo-class",
+    given=list[str],
+    read=parse_slo_classes,
+    shown=False,
+)
 
 SCORING = "Scoring and output"
 """The panel of the help that these options stand in."""

@@ -27,6 +27,7 @@ from tidegate.cli.simulating import (
     processes,
     set_up,
     titled,
+    with_classes,
     write_folder,
 )
 from tidegate.cli.terminal import note, plain_table, run_until_interrupted, share_bar, warn
@@ -38,7 +39,7 @@ from tidegate.experiments.jobs import Store, Workers
 from tidegate.experiments.setting import Setting
 from tidegate.experiments.systems import SUITES, contenders
 from tidegate.experiments.systems import suite as suite_of
-from tidegate.reports.comparison import ComparedSystem, Comparison, TraceComparison
+from tidegate.reports.comparison import ComparedSystem, Comparison, TraceComparison, class_rows
 from tidegate.sim import SimSettings
 from tidegate.workloads.choice import WorkloadChoice
 
@@ -123,12 +124,13 @@ def run(
     """
     compared = fleet.make(engine)
     files = [name.strip() for name in (traces or DEFAULT_TRACE).split(",") if name.strip()]
+    workloads = titled(files, cut)
     names = [name for name in systems.split(",") if name.strip()]
     if suite or not names:
         names += suite_of(suite or "default")
     plan = Plan(
-        setting=Setting(cut, compared, "", None, settings),
-        workloads=titled(files, cut),
+        setting=Setting(cut, compared, "", None, with_classes(settings, workloads.values())),
+        workloads=workloads,
         contenders=contenders(names, compared.size),
         levels=search.levels,
         seeds=search.seeds,
@@ -174,12 +176,24 @@ def _show_comparison(comparison: Comparison, findings: Sequence[str]) -> None:
         console = Console(width=200)
     for trace in comparison.traces:
         console.print(_goodputs(comparison, trace, console.width))
+        if by_class := class_rows(trace):
+            console.print(_attained_by_class(by_class))
         notes = {f.reason for entry in trace.entries for f in entry.levels if f.reason}
         for text in sorted(notes):
             console.print(f"* {escape(text)}", style="dim")
         console.print()
     for sentence in findings:
         console.print(escape(sentence), highlight=False, soft_wrap=not console.is_terminal)
+
+
+def _attained_by_class(rows: Sequence[Sequence[str]]) -> Table:
+    head, *shares = rows
+    table = plain_table(title="Attained, by SLO class", title_justify="left", title_style="bold")
+    for title in head:
+        table.add_column(escape(title), justify="left" if title == head[0] else "right")
+    for row in shares:
+        table.add_row(*map(escape, row))
+    return table
 
 
 def _goodputs(comparison: Comparison, trace: TraceComparison, width: int) -> Table:

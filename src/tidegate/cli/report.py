@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -15,15 +15,15 @@ from tidegate.cli.common_flags import SCORING, Scoring
 from tidegate.cli.options import Flag
 from tidegate.cli.outputs import claim_file
 from tidegate.cli.terminal import FAILURE, note
-from tidegate.core.errors import TraceError
+from tidegate.core.errors import ConfigError, TraceError
 from tidegate.core.slo import Slo
 from tidegate.journal.reader import read_journal, recorded_kind
-from tidegate.measure.percentiles import Summary
-from tidegate.measure.results import RequestResult, read_results
-from tidegate.reports.bench_report import BenchReport, build_bench_report, render_block
+from tidegate.measure.results import PART, Targets, read_results
+from tidegate.reports.bench_report import BenchReport, recorded_report, render_block
 from tidegate.reports.bench_report import observations as bench_observations
 from tidegate.reports.journal_report import RunReport, build_report, observations, render_report
 from tidegate.reports.run_page import bench_page, journal_page
+from tidegate.reports.sweep_report import Sweep, render_sweep, sweep_page
 
 EXAMPLES = """
     tidegate report journal.jsonl
@@ -44,7 +44,7 @@ Score the same run by tighter targets, and fail a script below 99 %:
 
 def run(
     recording: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A gateway or simulation journal, or a bench result.")
+        Path, typer.Argument(metavar="RUN", help="A journal, a bench result, or the folder of a sweep.")
     ],
     slo: Annotated[
         Slo | None,
@@ -67,14 +67,19 @@ def run(
     Goodput of one run is the attained part of its offered rate; whether the
     run met --level tells if the highest rate at that level lies above or below.
     """
-    report: RunReport | BenchReport
+    report: RunReport | BenchReport | Sweep
     page: Callable[[], str]
-    kind = recorded_kind(recording)
+    kind = "sweep" if recording.is_dir() else recorded_kind(recording)
     if out is not None:
         claim_file(out, "report")
-    if kind == "bench":
-        report, results = _bench_report(recording, slo, scoring.level)
-        page = partial(bench_page, report, bench_observations(results, report.slo))
+    if kind == "sweep":
+        report = Sweep.of(_bench_reports(recording, slo, scoring.level))
+        page = partial(sweep_page, report)
+    elif kind == "bench":
+        recorded = read_results(recording)
+        targets = Targets.recorded(recorded.header) if slo is None else Targets(slo)
+        report = recorded_report(recorded, targets, scoring.level)
+        page = partial(bench_page, report, bench_observations(recorded.results, targets))
     elif kind == "header":
         journal = read_journal(recording)
         report = build_report(journal, slo=slo, level=scoring.level)
@@ -87,26 +92,27 @@ def run(
         note(f"report: {out}")
     if scoring.as_json:
         typer.echo(json.dumps(report.to_json(), indent=2))
+    elif isinstance(report, Sweep):
+        typer.echo(render_sweep(report))
     elif isinstance(report, BenchReport):
         typer.echo(render_block(report))
     else:
         Console().print(render_report(report))
-    if scoring.require_level and not report.goodput.level_met:
+    scored = report.reports if isinstance(report, Sweep) else (report,)
+    if scoring.require_level and not all(each.goodput.level_met for each in scored):
         raise typer.Exit(FAILURE)
 
 
-def _bench_report(
-    path: Path, targets: Slo | None, level: float
-) -> tuple[BenchReport, Sequence[RequestResult]]:
-    recorded = read_results(path)
-    notes = []
-    if recorded.truncated:
-        notes.append("the last line is cut off: the client was stopped in the middle of it")
-    if recorded.summary is None:
-        notes.append("the file has no summary line: the client was killed before its end")
-    own = recorded.header.get("slo")
-    slo = targets or (Slo(own["ttft_s"], own["tpot_s"]) if isinstance(own, dict) else Slo())
-    gaps = (recorded.summary or {}).get("itl_s")
-    itl_s = Summary(**gaps) if isinstance(gaps, dict) else None
-    report = build_bench_report(recorded.results, slo, level=level, itl_s=itl_s, notes=notes)
-    return report, recorded.results
+def _bench_reports(folder: Path, slo: Slo | None, level: float) -> list[BenchReport]:
+    """Score every bench result in a folder. Raises TraceError where there is none."""
+    files = [path for path in sorted(folder.glob("*.jsonl")) if recorded_kind(path) == "bench"]
+    if not files:
+        raise TraceError("this folder has no bench result (*.jsonl)", file=str(folder))
+    for path in folder.glob(f"*{PART}"):
+        note(f"{path} is of a load that was not over; it is left out")
+    reports = [
+        recorded_report(read_results(path), None if slo is None else Targets(slo), level) for path in files
+    ]
+    if len({report.concurrency is None for report in reports}) > 1:
+        raise ConfigError(f"{folder} has open and closed loops; give each kind a folder of its own")
+    return reports

@@ -31,6 +31,7 @@ from tidegate.cli.simulating import (
     processes,
     set_up,
     titled,
+    with_classes,
     write_folder,
 )
 from tidegate.cli.terminal import FAILURE, note, run_until_interrupted, share_bar, warn
@@ -157,7 +158,11 @@ def run(
     if replay is not None:
         from tidegate.cli.replaying import replay as replay_file
 
-        if split or any((options.rate_rps, options.goodput, options.limit, options.journal, options.out)):
+        if (
+            split
+            or settings.slo_classes
+            or any((options.rate_rps, options.goodput, options.limit, options.journal, options.out))
+        ):
             raise ConfigError("--replay goes with the options of fleet and engine, --system and --json only")
 
         def fleet_of(size: int | None) -> SimulatedFleet:
@@ -173,6 +178,7 @@ def run(
         settings,
     )
     setting.make_system()
+    setting = replace(setting, settings=with_classes(settings, [setting.workload]))
     _note_assumptions(setting, given(context), options.rate_rps)
     if options.out is not None:
         make_folder(options.out, "sim")

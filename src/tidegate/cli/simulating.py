@@ -6,17 +6,17 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
 
 import tidegate
 from tidegate.api import DEFAULT_PROFILE
-from tidegate.cli.common_flags import COLUMNS, TURN_GAP, WINDOW
+from tidegate.cli.common_flags import COLUMNS, SLO_CLASS, TURN_GAP, WINDOW
 from tidegate.cli.options import MILLISECONDS, Flag, OptionGroup, Rule, at_least
 from tidegate.cli.outputs import claim_folder
-from tidegate.cli.terminal import note, warn
+from tidegate.cli.terminal import note, note_classes, warn
 from tidegate.core.errors import ConfigError
 from tidegate.core.notation import parse_counted
 from tidegate.core.slo import Slo
@@ -29,7 +29,9 @@ from tidegate.reports.comparison_charts import comparison_charts
 from tidegate.reports.page import render_page
 from tidegate.reports.plot_style import NoPlots
 from tidegate.reports.png import draw_png
-from tidegate.workloads.choice import WorkloadChoice
+from tidegate.sim import SimSettings
+from tidegate.workloads.choice import WorkloadChoice, requests_of
+from tidegate.workloads.slo_classes import targets_by_class
 
 REPORT = "report.html"
 DEFAULT_INSTANCES = 4
@@ -56,6 +58,7 @@ HEARTBEAT = Rule(
 )
 SIMULATED = {
     "slo": Flag("Latency targets.", "ttft:MS,tpot:MS", shown=str(Slo()), read=Slo.parse),
+    "slo_classes": SLO_CLASS,
     "closed_loop": Flag(
         "A session's turn comes after the answer before it plus the client's pause.", panel=WORKLOAD
     ),
@@ -138,6 +141,14 @@ class FleetOptions:
         if name.endswith(".json"):
             raise ConfigError(f"--mixed-context-ratio is for packaged profiles; {name} was measured")
         return packaged_profile(name, mixed_context_ratio=self.mixed_context_ratio)
+
+
+def with_classes(settings: SimSettings, workloads: Iterable[WorkloadChoice]) -> SimSettings:
+    """Return the settings with targets for every class of the workloads, and note what has those of --slo."""
+    read = [requests_of(workload) for workload in workloads]
+    found = targets_by_class(read, settings.slo_classes, settings.slo)
+    note_classes(found, settings.slo_classes, settings.slo)
+    return replace(settings, slo_classes=found)
 
 
 def processes(jobs: int | None) -> int:

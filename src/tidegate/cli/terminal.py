@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Container, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -42,6 +42,13 @@ def note(text: str) -> None:
 def warn(text: str) -> None:
     """Print what is suspicious."""
     note(f"warning: {text}")
+
+
+def note_classes(all_of: Iterable[str], given: Container[str], slo: object) -> None:
+    """Print which SLO classes of a trace have no targets of their own."""
+    without = [name for name in all_of if name not in given]
+    if without:
+        note(f"no --slo-class for {', '.join(without)}: scored by {slo}")
 
 
 def tell_of_traces() -> None:

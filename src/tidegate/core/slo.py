@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tidegate.core.errors import ConfigError
@@ -48,3 +49,19 @@ class Slo:
     def attained(self, ttft_s: float, tpot_s: float | None) -> bool:
         """Tell whether observed latencies meet both targets; a one-token answer has no TPOT (``None``)."""
         return ttft_s <= self.ttft_s and (tpot_s is None or tpot_s <= self.tpot_s)
+
+
+def parse_slo_classes(texts: Iterable[str]) -> dict[str, Slo]:
+    """Read ``chat=ttft:300,tpot:40``, a text per class.
+
+    Raises ConfigError for a text without a class, targets that ``Slo.parse`` refuses, or a class given twice.
+    """
+    found: dict[str, Slo] = {}
+    for text in texts:
+        name, _, targets = text.partition("=")
+        if not name or not targets:
+            raise ConfigError(f"SLO class {text!r}: expected CLASS=ttft:MS,tpot:MS")
+        if name in found:
+            raise ConfigError(f"SLO class {name!r} is given more than once")
+        found[name] = Slo.parse(targets)
+    return found

@@ -79,7 +79,7 @@ def find_limit(setting: Setting, level: float, max_batch_tokens: int) -> dict[st
         requests_of(setting.workload),
         [replica.profile for replica in replicas],
         [replica.instance for replica in replicas],
-        setting.settings.slo,
+        setting.settings.loosest_slo,
         level=level,
         max_batch_tokens=max_batch_tokens,
         max_num_seqs=setting.fleet.engine.max_num_seqs,
@@ -90,7 +90,7 @@ def find_limit(setting: Setting, level: float, max_batch_tokens: int) -> dict[st
 
 def limit_job(setting: Setting, level: float, max_batch_tokens: int) -> Job:
     """Return the job of ``find_limit``; it has one name for all systems."""
-    title = f"limit at {setting.settings.slo}, {100 * level:g} %"
+    title = f"limit at {setting.settings.loosest_slo}, {100 * level:g} %"
     setting = replace(setting, system="", split=None)
     return job_of(find_limit, setting, title, level=level, max_batch_tokens=max_batch_tokens)
 

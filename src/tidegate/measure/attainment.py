@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -65,6 +66,35 @@ class Attainment:
         return self.tpot_attained / self.offered if self.offered else 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class ClassAttainment:
+    """What the requests of one SLO class attained, and their targets."""
+
+    slo: Slo
+    attainment: Attainment
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the class as an object of the ``--json`` contracts."""
+        seen = self.attainment
+        return {
+            "slo": str(self.slo),
+            "requests": seen.offered,
+            "attained": seen.attained,
+            "attainment": seen.share,
+            "ttft_attainment": seen.ttft_share,
+            "tpot_attainment": seen.tpot_share,
+        }
+
+
+NO_CLASS = "(no class)"
+"""How reports name the requests without an SLO class, where others have one."""
+
+
+def class_title(name: str, slo: str) -> str:
+    """Return how reports name a class with its targets."""
+    return f"{name or NO_CLASS}, {slo}"
+
+
 def score(observations: Iterable[Observation]) -> Attainment:
     """Count attainment, each request against its own SLO."""
     offered = attained = ttft_attained = tpot_attained = 0
@@ -80,6 +110,20 @@ def score_table(requests: RequestTable) -> Attainment:
     """Count attainment over the rows of a table, each against its own targets."""
     kinds = (requests.attained, requests.ttft_met, requests.tpot_met)
     return Attainment(len(requests), *(int(np.count_nonzero(kind)) for kind in kinds))
+
+
+def score_classes(requests: RequestTable) -> dict[str, ClassAttainment]:
+    """Count attainment by SLO class; empty where no request has one."""
+    classes = np.array(requests.slo_class)
+    kinds = (requests.attained, requests.ttft_met, requests.tpot_met)
+    found = {}
+    for name in sorted(set(requests.slo_class)) if any(requests.slo_class) else ():
+        rows = classes == name
+        first = int(rows.argmax())
+        slo = Slo(float(requests.ttft_target_s[first]), float(requests.tpot_target_s[first]))
+        counts = (int(np.count_nonzero(kind & rows)) for kind in kinds)
+        found[name] = ClassAttainment(slo, Attainment(int(rows.sum()), *counts))
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ class RequestTable:
 
     A time that a request did not reach is NaN. ``outcome`` indexes ``outcomes``, of which number 0 is ``ok``;
     ``prefill_on`` and ``decode_on`` index ``instances``, -1 for none. ``stages_s`` has an array per stage
-    of ``tidegate.core.stages.STAGES``.
+    of ``tidegate.core.stages.STAGES``. ``slo_class`` is empty where the workload names no class.
     """
 
     instances: Sequence[str]
@@ -40,6 +40,7 @@ class RequestTable:
     preemptions: Counts
     migrations: Counts
     kv_transfer_bytes: Counts
+    slo_class: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.arrival_s)

@@ -7,14 +7,20 @@ order of completion, and one ``summary`` line when the run ended in order. It is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from dataclasses import field as field_of
 from pathlib import Path
 from typing import Any, Literal
 
 from msgspec import Struct, field, to_builtins
 
 from tidegate.core.errors import TraceError
+from tidegate.core.slo import Slo
 from tidegate.journal.reader import RecordedLines
+
+PART = ".part"
+"""Ends the name of a file whose run is not over."""
 
 Status = Literal["ok", "http", "timeout", "connection", "stream", "interrupted"]
 
@@ -50,6 +56,7 @@ class RequestResult(Struct, frozen=True, tag_field="type", tag="request"):
     finish_reason: str | None = None
     session_id: str = ""
     turn: int = 0
+    slo_class: str = ""
 
     @property
     def arrival_s(self) -> float:
@@ -68,6 +75,29 @@ class RequestResult(Struct, frozen=True, tag_field="type", tag="request"):
     def to_json(self) -> dict[str, Any]:
         """Return the ``request`` line, without what is unknown."""
         return {key: value for key, value in to_builtins(self).items() if value is not None and value != ""}
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What the requests of a run are scored by: ``classes`` those of a class, ``slo`` the others."""
+
+    slo: Slo
+    classes: Mapping[str, Slo] = field_of(default_factory=dict)
+
+    def of(self, result: RequestResult) -> Slo:
+        """Return the targets of a request."""
+        return self.classes.get(result.slo_class, self.slo)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the keys of a ``bench`` line that have them."""
+        classes = {name: asdict(slo) for name, slo in self.classes.items()}
+        return {"slo": asdict(self.slo)} | ({"slo_classes": classes} if classes else {})
+
+    @classmethod
+    def recorded(cls, header: Mapping[str, Any]) -> Targets:
+        """Read them from a ``bench`` line."""
+        own, classes = header.get("slo"), header.get("slo_classes") or {}
+        return cls(Slo(**own) if isinstance(own, dict) else Slo(), {n: Slo(**c) for n, c in classes.items()})
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,15 +7,16 @@ from typing import Any, Protocol
 
 import tidegate
 from tidegate.core.stages import STAGES
-from tidegate.measure.attainment import goodput, score_table
+from tidegate.measure.attainment import goodput, score_classes, score_table
 from tidegate.measure.percentiles import PERCENTILES, p50_p90_p99
 from tidegate.measure.request_table import Mask, RequestTable, Seconds
 from tidegate.measure.timeline import Timeline
 
 KEYS = (
-    "system", "trace", "instances", "requests", "attained", "attainment", "rate_rps", "goodput_rps",
-    "limit_rps", "share_of_limit", "ttft_s", "tpot_s", "stages", "flips", "migrations", "preemptions",
-    "kv_transfer_bytes", "instance_hours", "wall_s", "cpu_s", "requests_per_cpu_s", "seed", "version",
+    "system", "trace", "instances", "requests", "attained", "attainment", "classes", "rate_rps",
+    "goodput_rps", "limit_rps", "share_of_limit", "ttft_s", "tpot_s", "stages", "flips", "migrations",
+    "preemptions", "kv_transfer_bytes", "instance_hours", "wall_s", "cpu_s", "requests_per_cpu_s", "seed",
+    "version",
 )  # fmt: skip
 """The keys of ``summarize_run``'s object, in order."""
 
@@ -69,6 +70,7 @@ def summarize_run(run: Run, facts: RunFacts) -> dict[str, Any]:
         "requests": attainment.offered,
         "attained": attainment.attained,
         "attainment": attainment.share,
+        "classes": {name: found.to_json() for name, found in score_classes(requests).items()},
         "rate_rps": offered.offered_rps,
         "goodput_rps": facts.goodput_rps,
         "limit_rps": facts.limit_rps,

@@ -8,9 +8,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tidegate.core.slo import Slo
-from tidegate.measure.attainment import DEFAULT_LEVEL, Attainment, Goodput, Observation, goodput, score
+from tidegate.measure.attainment import (
+    DEFAULT_LEVEL,
+    Attainment,
+    ClassAttainment,
+    Goodput,
+    Observation,
+    class_title,
+    goodput,
+    score,
+)
 from tidegate.measure.percentiles import Summary, summarize
-from tidegate.measure.results import RequestResult
+from tidegate.measure.results import RequestResult, ResultFile, Targets
 from tidegate.reports.journal_report import attainment_shares
 
 WIDTH = 50
@@ -25,10 +34,14 @@ LATE_SHARE = 0.01
 
 @dataclass(frozen=True, slots=True)
 class BenchReport:
-    """A load run in numbers; latencies in seconds. Interrupted requests are counted, not scored."""
+    """A load run in numbers; latencies in seconds. Interrupted requests are counted, not scored.
+
+    ``concurrency`` is the number of users of a closed loop, None for an open one.
+    """
 
     slo: Slo
     attainment: Attainment
+    classes: dict[str, ClassAttainment]
     goodput: Goodput
     outcomes: dict[str, int]
     interrupted: int
@@ -43,6 +56,7 @@ class BenchReport:
     e2e_s: Summary | None
     late_sends: int
     send_lag_s: Summary | None
+    concurrency: int | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -56,6 +70,7 @@ class BenchReport:
     def to_json(self) -> dict[str, Any]:
         """Return the whole report as one JSON object; keys carry units."""
         value = asdict(self)
+        value["classes"] = {name: found.to_json() for name, found in self.classes.items()}
         value["attainment"] |= attainment_shares(self.attainment)
         value |= {"successful": self.successful, "failed": self.failed}
         value["throughput"] = {
@@ -71,22 +86,28 @@ class BenchReport:
 
 def build_bench_report(
     results: Sequence[RequestResult],
-    slo: Slo,
+    targets: Targets | Slo,
     *,
     level: float = DEFAULT_LEVEL,
     itl_s: Summary | None = None,
+    concurrency: int | None = None,
     notes: Sequence[str] = (),
 ) -> BenchReport:
-    """Score a run. ``itl_s`` is over all token gaps, which the result lines do not keep."""
+    """Score a run by its targets, or all by one SLO.
+
+    ``itl_s`` is over all token gaps, which the result lines do not keep.
+    """
     offered = [r for r in results if r.status != "interrupted"]
     good = [r for r in offered if r.ok]
-    attainment = score(observations(results, slo))
+    targets = Targets(targets) if isinstance(targets, Slo) else targets
+    attainment = score(observations(results, targets))
     lags_s = [r.sent_s - r.arrival_s for r in results]
     late = sum(lag_s > LATE_S for lag_s in lags_s)
     short = sum(r.output_tokens < r.max_tokens for r in good)
     return BenchReport(
-        slo=slo,
+        slo=targets.slo,
         attainment=attainment,
+        classes=_classes(offered, targets),
         goodput=goodput(attainment, [r.arrival_s for r in offered], level),
         outcomes=dict(Counter(r.outcome for r in offered).most_common()),
         interrupted=len(results) - len(offered),
@@ -102,14 +123,46 @@ def build_bench_report(
         e2e_s=summarize(r.e2e_s for r in good),
         late_sends=late,
         send_lag_s=summarize(lags_s),
+        concurrency=concurrency,
         notes=(*notes, *_warnings(results, good, late, short)),
     )
 
 
-def observations(results: Sequence[RequestResult], slo: Slo) -> list[Observation]:
+def recorded_report(recorded: ResultFile, targets: Targets | None, level: float) -> BenchReport:
+    """Score a result file by its own targets, or by those given."""
+    notes = []
+    if recorded.truncated:
+        notes.append("the last line is cut off: the client was stopped in the middle of it")
+    if recorded.summary is None:
+        notes.append("the file has no summary line: the client was killed before its end")
+    gaps = (recorded.summary or {}).get("itl_s")
+    return build_bench_report(
+        recorded.results,
+        targets or Targets.recorded(recorded.header),
+        level=level,
+        itl_s=Summary(**gaps) if isinstance(gaps, dict) else None,
+        concurrency=recorded.header.get("concurrency"),
+        notes=notes,
+    )
+
+
+def _classes(offered: Sequence[RequestResult], targets: Targets) -> dict[str, ClassAttainment]:
+    """Score each SLO class; empty where no request has one."""
+    by_class: dict[str, list[RequestResult]] = {}
+    for result in offered:
+        by_class.setdefault(result.slo_class, []).append(result)
+    if not any(by_class):
+        return {}
+    return {
+        name: ClassAttainment(targets.of(of_class[0]), score(observations(of_class, targets)))
+        for name, of_class in sorted(by_class.items())
+    }
+
+
+def observations(results: Sequence[RequestResult], targets: Targets) -> list[Observation]:
     """Return what is scored of a run: all but interrupted requests."""
     offered = (r for r in results if r.status != "interrupted")
-    return [Observation(r.arrival_s, r.ok, r.ttft_s, r.tpot_s, slo) for r in offered]
+    return [Observation(r.arrival_s, r.ok, r.ttft_s, r.tpot_s, targets.of(r)) for r in offered]
 
 
 def _warnings(
@@ -119,8 +172,8 @@ def _warnings(
     if late > LATE_SHARE * len(results):
         notes.append(
             f"the client could not keep up: {late} of {len(results)} requests left more than "
-            f"{LATE_S * 1000:g} ms late; TTFT counts from the scheduled time. Lower the rate or run the "
-            "client on another machine"
+            f"{LATE_S * 1000:g} ms late; TTFT counts from the scheduled time. Offer less, or run the client "
+            "on another machine"
         )
     if short:
         notes.append(
@@ -155,7 +208,9 @@ def render_block(report: BenchReport) -> str:
     tokens = report.input_tokens + report.output_tokens
     failures = {f"  {label}:": n for label, n in report.outcomes.items() if label != "ok"}
     interrupted = {"Interrupted (not scored):": report.interrupted} if report.interrupted else {}
+    users = {} if report.concurrency is None else {"Maximum request concurrency:": report.concurrency}
     run = {
+        **users,
         "Offered requests:": seen.offered,
         "Successful requests:": report.successful,
         "Failed requests:": report.failed,
@@ -174,6 +229,10 @@ def render_block(report: BenchReport) -> str:
         "Attained (% of offered):": 100 * seen.share,
         "TTFT attained (%):": 100 * seen.ttft_share,
         "TPOT attained (%):": 100 * seen.tpot_share,
+        **{
+            f"  {class_title(name, str(found.slo))} (%):": 100 * found.attainment.share
+            for name, found in report.classes.items()
+        },
         "Offered rate (req/s):": rates.offered_rps,
         "Attained part of it (req/s):": rates.attained_rps,
         f"At least {100 * rates.level:g} % attained:": "yes" if rates.level_met else "no",

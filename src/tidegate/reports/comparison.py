@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tidegate.measure.attainment import class_title
 from tidegate.measure.run_view import RunView
 from tidegate.measure.summary import share_of
 
@@ -189,6 +190,21 @@ def cost_per_million(run: Mapping[str, Any] | None) -> float | None:
     if not run or not run["attained"]:
         return None
     return float(run["instance_hours"] / run["attained"] * 1e6)
+
+
+def class_rows(trace: TraceComparison) -> list[list[str]]:
+    """Return a table with its head: what each system attained of each SLO class at the common rate.
+
+    Empty where the trace names no class.
+    """
+    runs = [(entry.title, entry.at_common["classes"]) for entry in trace.entries if entry.at_common]
+    titles = {name: class_title(name, each["slo"]) for _, found in runs for name, each in found.items()}
+    rate = "" if trace.common_rate_rps is None else f" at {trace.common_rate_rps:.2f} requests/s"
+    shares = [
+        [title, *(f"{100 * found[name]['attainment']:.1f} %" if name in found else "-" for name in titles)]
+        for title, found in runs
+    ]
+    return [[f"system{rate}", *titles.values()], *shares] if titles else []
 
 
 def write_tables(folder: Path, comparison: Comparison) -> list[Path]:

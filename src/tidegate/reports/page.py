@@ -7,7 +7,13 @@ from html import escape
 
 from tidegate.reports.answers import Answer, answers, shortness
 from tidegate.reports.charts import Bars, Chart
-from tidegate.reports.comparison import ComparedSystem, Comparison, TraceComparison, cost_per_million
+from tidegate.reports.comparison import (
+    ComparedSystem,
+    Comparison,
+    TraceComparison,
+    class_rows,
+    cost_per_million,
+)
 from tidegate.reports.html import (
     answer_box,
     document,
@@ -196,12 +202,19 @@ def _run_tables(trace: TraceComparison) -> list[str]:
         ]
         for title, run, _ in runs
     ]
+    found = class_rows(trace)
     head = ["attained", "TTFT p50", "p90", "p99", "TPOT p50", "p90", "p99", "missed: TTFT p99", "TPOT p99"]
     return [
         table([f"system{rate}", *head], latencies),
         note('TTFT and TPOT in ms. "missed" is over the requests that missed their SLO.'),
         table([f"system{rate}", "flips", "migrations", "preemptions", "KV moved"], work),
+        *(["<h3>Attained, by SLO class</h3>", _table_of_text(found)] if found else []),
     ]
+
+
+def _table_of_text(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    return table(head, [[escape(cell) for cell in row] for row in body])
 
 
 def _cost_table(trace: TraceComparison) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tidegate.core.stages import OTHER
-from tidegate.measure.attainment import score_table
+from tidegate.measure.attainment import NO_CLASS, score_table
 from tidegate.measure.percentiles import PERCENTILES
 from tidegate.measure.run_view import RunView, view_of
 from tidegate.measure.summary import Run
@@ -47,6 +47,9 @@ def _service(run: Run, summary: Mapping[str, Any], slo: str, searched: LevelGood
     if seen.offered:
         yield _row("  TTFT attained", _percent(seen.ttft_share))
         yield _row("  TPOT attained", _percent(seen.tpot_share))
+    for name, found in summary["classes"].items():
+        share = f"{_percent(found['attainment'])} of {found['requests']:,} at {found['slo']}"
+        yield _row(f"  {name or NO_CLASS}", share)
     if summary["goodput_rps"] is not None:
         draws = f", mean of {searched.seeds} draws" if searched.seeds > 1 else ""
         yield _row(f"Goodput{draws}", _rate(summary["goodput_rps"]))

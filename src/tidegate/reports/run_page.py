@@ -11,7 +11,7 @@ from tidegate.core.slo import Slo
 from tidegate.core.stages import LATER_STAGES, OTHER, TTFT_STAGES
 from tidegate.journal.reader import Journal
 from tidegate.journal.schema import FlipLine, InstanceLine
-from tidegate.measure.attainment import Attainment, Goodput, Observation, too_short
+from tidegate.measure.attainment import Attainment, Goodput, Observation, class_title, too_short
 from tidegate.measure.percentiles import Summary
 from tidegate.reports.bench_report import BenchReport
 from tidegate.reports.charts import Bars, Chart, Curve, Mark, Panel, distribution
@@ -77,17 +77,35 @@ def bench_page(report: BenchReport, seen: Sequence[Observation]) -> str:
         ["output tokens/s", _number(report.per_second(report.output_tokens))],
     ]
     notes = report.notes
+    users = report.concurrency
+    title = "a load run" if users is None else f"a closed loop, concurrency {users}"
     parts = [
-        *_top("a load run", report.attainment, report.goodput, report.slo, report.outcomes, seen, notes),
+        *_top(title, report.attainment, report.goodput, report.slo, report.outcomes, seen, notes),
         *(_chart(chart) for chart in _service_charts(seen, report.slo)),
         "<h3>Latencies of successful requests (ms)</h3>",
         _latencies(latencies),
+        *_classes(report),
         "<h3>Outcomes</h3>",
         _outcomes(report.outcomes),
         "<h3>Totals</h3>",
         table(["", ""], totals),
     ]
-    return document("a load run", parts, "report")
+    return document(title, parts, "report")
+
+
+def _classes(report: BenchReport) -> list[str]:
+    rows = [
+        [
+            escape(class_title(name, str(found.slo))),
+            f"{found.attainment.offered:,}",
+            *map(
+                _percent, (found.attainment.share, found.attainment.ttft_share, found.attainment.tpot_share)
+            ),
+        ]
+        for name, found in report.classes.items()
+    ]
+    head = ["SLO class", "requests", "attained", "TTFT", "TPOT"]
+    return ["<h3>Attained, by SLO class</h3>", table(head, rows)] if rows else []
 
 
 def _top(

@@ -42,9 +42,9 @@ class SimDriver:
     """The virtual-time driver of one control plane, and the instances' ``Listener``.
 
     ``requests`` are the live requests by number in order of arrival; ``arrived`` counts all of them, and
-    ``ended`` is told of the end of each. ``oversize`` has (tokens, number) of each request that no instance
-    could hold; ``unstarted`` has (time, reason) of each start that no spare was there for; ``steps`` counts
-    those of each instance.
+    ``ended`` is told of the end of each. ``slo_class`` has the class of each, where the settings have any.
+    ``oversize`` has (tokens, number) of each request that no instance could hold; ``unstarted`` has (time,
+    reason) of each start that no spare was there for; ``steps`` counts those of each instance.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class SimDriver:
         self.last_roles: list[Role | None] = [None] * len(replicas)
         self.requests: dict[int, SimulatedRequest] = {}
         self.columns = RequestColumns()
+        self.slo_class: list[str] = []
         self.steps = [0] * len(replicas)
         self.arrived = 0
         self.preemptions = 0
@@ -106,6 +107,8 @@ class SimDriver:
         """Take record ``number`` of the trace, which asks for exactly ``output_tokens`` tokens."""
         index = self.arrived
         self.arrived += 1
+        if self._settings.slo_classes:
+            self.slo_class.append(record.slo_class)
         request = Request(
             f"r{index}",
             record.input_tokens,

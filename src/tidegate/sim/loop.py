@@ -146,7 +146,7 @@ class _Simulation:
         timeline = driver.sampler.timeline()
         uses = self._uses(now)
         return SimRun(
-            requests=driver.columns.table(self._ids, driver.arrived),
+            requests=driver.columns.table(self._ids, driver.arrived, driver.slo_class),
             instances=uses,
             timeline=timeline,
             flips=len(timeline.flips),

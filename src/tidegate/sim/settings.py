@@ -58,6 +58,12 @@ class SimSettings:
         if self.spares < 0:
             raise ConfigError(f"spares must be a count of at least 0, got {self.spares}")
 
+    @property
+    def loosest_slo(self) -> Slo:
+        """The targets that no request's are looser than."""
+        every = (self.slo, *self.slo_classes.values())
+        return Slo(max(slo.ttft_s for slo in every), max(slo.tpot_s for slo in every))
+
     def slo_of(self, record: TraceRecord, number: int) -> Slo:
         """Return the targets of request ``number``'s class. Raises ConfigError for an unknown class."""
         slo = self.slo_classes.get(record.slo_class)

@@ -201,7 +201,7 @@ class RequestColumns:
             live.kv_transfer_bytes,
         )
 
-    def table(self, instances: Sequence[str], count: int) -> RequestTable:
+    def table(self, instances: Sequence[str], count: int, slo_class: Sequence[str]) -> RequestTable:
         """Return the first ``count`` requests. Raises InternalError unless each has exactly one end."""
         while len(self._buffer) < count * _ROW.size:
             self._buffer += _UNSET
@@ -211,6 +211,7 @@ class RequestColumns:
         return RequestTable(
             instances=tuple(instances),
             outcomes=tuple(self.outcomes),
+            slo_class=slo_class,
             stages_s={stage: rows[stage] for stage in STAGES},
             **{name: rows[name] for name in (*_TIMES, *_COUNTS)},
         )

@@ -92,7 +92,9 @@ BAILIAN = TraceFormat(
     block_tokens=16,
     first_turn=1,
 )
-RECORDING = TraceFormat("recording of tidegate", MOONCAKE.names, MOONCAKE.needed, (), MOONCAKE.in_ms)
+RECORDING = TraceFormat(
+    "recording of tidegate", MOONCAKE.names, MOONCAKE.needed, ("slo_class",), MOONCAKE.in_ms
+)
 
 FIELDS = {
     "arrival": "arrival_s", "arrival_ms": "arrival_s", "input": "input_tokens", "output": "output_tokens",
