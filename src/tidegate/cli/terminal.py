@@ -55,9 +55,12 @@ def tell_of_traces() -> None:
     """Print what trace files are taken for as they are read."""
     import logging
 
-    log, handler = logging.getLogger("tidegate.workloads"), logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("tidegate: %(message)s"))
-    log.handlers = [handler]
+    class Notes(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            note(record.getMessage())
+
+    log = logging.getLogger("tidegate.workloads")
+    log.handlers = [Notes()]
     log.setLevel(logging.INFO)
 
 
