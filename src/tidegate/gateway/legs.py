@@ -268,6 +268,7 @@ class Legs(LiveRequest):
             slo=call.slo,
             tenant=call.tenant,
             session=call.session,
+            generated=len(self.out_ids),
         )
 
     # migration

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from tidegate.core.errors import InternalError, NoInstance
 from tidegate.core.instance import Instance, Role
 from tidegate.core.request import Request
@@ -12,7 +14,7 @@ from tidegate.costs.profile import UNMEASURED, Profile, ProfileTable
 from tidegate.ledger.integrity import check_integrity
 from tidegate.ledger.matrix import LedgerMatrix
 from tidegate.ledger.records import Booked, InstanceEntry, RequestEntry, Residents
-from tidegate.ledger.rows import RequestRows, Sessions
+from tidegate.ledger.rows import Forecast, Integers, RequestRows, Sessions
 from tidegate.ledger.snapshot import Field, Labels, Snapshot, WindowAverages
 from tidegate.ledger.windows import LongWindows, close_windows
 
@@ -34,12 +36,20 @@ class Ledger:
 
     Events about a request that is not live (it ended, or its instance died) change nothing and return
     False, because a driver learns of such ends late.
+
+    ``forecast``, where given, tells ``Snapshot.requests`` what is left of each answer.
     """
 
-    def __init__(self, window_s: float = 1.0, windows: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        window_s: float = 1.0,
+        windows: Mapping[str, float] | None = None,
+        forecast: Forecast | None = None,
+    ) -> None:
         self._matrix = LedgerMatrix()
         self._windows = LongWindows(window_s, windows or {})
         self.sessions = Sessions()
+        self._forecast = forecast
         self._instances: dict[str, InstanceEntry] = {}
         self._entries: dict[str, RequestEntry] = {}
         self._ids: tuple[str, ...] = ()
@@ -350,7 +360,14 @@ class Ledger:
 
     def request_rows(self, index: Mapping[str, int]) -> RequestRows:
         """Return one row per live request; ``index`` has the columns of the instances."""
-        return RequestRows.of(list(self._entries.values()), index)
+        return RequestRows.of(list(self._entries.values()), index, self._forecast)
+
+    def progress(self) -> tuple[list[Request], Integers]:
+        """Return the requests that decode, and how many tokens of its answer each has."""
+        decodes = [entry for entry in self._entries.values() if entry.decode is not None]
+        requests = [entry.request for entry in decodes]
+        generated = [e.tokens_now - e.request.prompt_tokens + e.request.generated for e in decodes]
+        return requests, np.array(generated, np.int64)
 
     def window_averages(self, ids: Sequence[str]) -> dict[str, WindowAverages]:
         """Return the averages of the named windows that ended last, on the instances ``ids``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,9 @@ from tidegate.ledger.records import InstanceEntry, RequestEntry
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
+
+Forecast = Callable[[Sequence[Request], Integers], tuple[Floats, Floats, Floats]]
+"""Tells of requests that have generated so many tokens each how many are left: mean, 0.1 and 0.9 quantile."""
 
 NOWHERE = -1
 """The column of a request that is not in that stage, and of an instance that the snapshot does not have."""
@@ -31,6 +34,10 @@ class RequestRows:
     prefill. ``arrival_s``, ``ttft_s`` and ``tpot_s`` are its arrival and targets, ``max_tokens`` what it may
     generate after that placement.
 
+    ``remaining_tokens`` is what it is predicted to generate from here on (the mean),
+    ``remaining_low_tokens`` and ``remaining_high_tokens`` are the 0.1 and 0.9 quantiles; NaN where the
+    deployment does not predict lengths.
+
     A placement's snapshot may lack instances that are up. A request there has its row, and NOWHERE as column.
     """
 
@@ -45,15 +52,26 @@ class RequestRows:
     arrival_s: Floats
     ttft_s: Floats
     tpot_s: Floats
+    remaining_tokens: Floats
+    remaining_low_tokens: Floats
+    remaining_high_tokens: Floats
 
     @classmethod
-    def of(cls, entries: Sequence[RequestEntry], index: Mapping[str, int]) -> RequestRows:
+    def of(
+        cls, entries: Sequence[RequestEntry], index: Mapping[str, int], forecast: Forecast | None = None
+    ) -> RequestRows:
         """Read the rows from the ledger's records, in about a microsecond each."""
         requests = [entry.request for entry in entries]
         prompt = np.array([request.prompt_tokens for request in requests], np.int64)
         context = np.array(
             [e.request.prompt_tokens if e.decode is None else e.tokens_now for e in entries], np.int64
         )
+        generated = context - prompt
+        if forecast is None:
+            mean = low = high = np.full(len(requests), np.nan)
+        else:
+            before = np.array([request.generated for request in requests], np.int64)
+            mean, low, high = forecast(requests, before + generated)
         return cls(
             ids=tuple(request.id for request in requests),
             sessions=tuple(request.session for request in requests),
@@ -61,11 +79,14 @@ class RequestRows:
             source_on=_columns([entry.source for entry in entries], index),
             decode_on=_columns([entry.decode for entry in entries], index),
             context_tokens=context,
-            generated_tokens=context - prompt,
+            generated_tokens=generated,
             max_tokens=np.array([request.max_tokens for request in requests], np.int64),
             arrival_s=np.array([request.arrival_s for request in requests], np.float64),
             ttft_s=np.array([request.slo.ttft_s for request in requests], np.float64),
             tpot_s=np.array([request.slo.tpot_s for request in requests], np.float64),
+            remaining_tokens=mean,
+            remaining_low_tokens=low,
+            remaining_high_tokens=high,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from heapq import heappop
 from typing import IO
 
@@ -21,6 +22,8 @@ from tidegate.sim.settings import SimSettings
 from tidegate.systems.system import System
 from tidegate.workloads.trace import TraceRecord, Workload
 
+DEFAULT_LENGTHS = "oracle"
+"""Who predicts lengths where the system needs it and the settings do not say."""
 GC_THRESHOLD = 100_000
 """Objects that a run may gain before the interpreter looks for cycles among them."""
 
@@ -62,8 +65,11 @@ class _Simulation:
         journal: JournalWriter,
         watch: Callable[[int], None] | None,
     ) -> None:
+        if not settings.lengths and Signal.LENGTHS in system.needs:
+            settings = replace(settings, lengths=DEFAULT_LENGTHS)
         hits = [Signal.PREFIX_HITS] if settings.prefix_hits else []
-        system.check_signals([Signal.PROFILE, *hits])
+        lengths = [Signal.LENGTHS] if settings.lengths else []
+        system.check_signals([Signal.PROFILE, *hits, *lengths])
         self._ids = [replica.instance.id for replica in replicas]
         if len(set(self._ids)) != len(replicas):
             raise ConfigError("two instances have one id")

@@ -31,7 +31,9 @@ class SimSettings:
 
     The last ``spares`` instances are not up at the start; a controller that adds instances has them join
     ``start_delay_s`` later (the time that a server takes to load a model). With ``prefix_hits`` prefills are
-    priced with what each instance's prefix cache is expected to hold.
+    priced with what each instance's prefix cache is expected to hold. ``lengths`` names the source of length
+    predictions (see ``tidegate.signals.lengths.choice``); "" is none, or for a system that needs one
+    ``oracle``.
     """
 
     slo: Slo = field(default_factory=Slo)
@@ -49,6 +51,7 @@ class SimSettings:
     spares: int = 0
     start_delay_s: float = 30.0
     prefix_hits: bool = True
+    lengths: str = ""
 
     def __post_init__(self) -> None:
         if not (0 <= self.front_s < float("inf") and 0 < self.deadline_s < float("inf")):
