@@ -166,6 +166,12 @@ class SchedulingSection(Section):
         "TTFT target; 0 takes every request.",
         "X",
     )
+    lengths: Literal["hidden", "histogram", "max-tokens"] = setting(
+        GATEWAY.lengths,
+        "Who predicts what is left of an answer: hidden (the engines, and histogram for what they do not "
+        "predict), histogram (what such answers had left so far), or max-tokens.",
+        "SOURCE",
+    )
     split: Split | None = setting(None, "Prefill and decode instances at start-up.", "P:D", shown="even")
 
     @model_validator(mode="after")
@@ -373,7 +379,9 @@ class Config(Section):
         given.pop("api_key_file", None)
         scheduling = self.scheduling
         given["cors_origins"] = tuple(front.cors_origins or ())
-        return GatewaySettings(slo=scheduling.slo, admission=scheduling.admission, **given)
+        return GatewaySettings(
+            slo=scheduling.slo, admission=scheduling.admission, lengths=scheduling.lengths, **given
+        )
 
 
 GATEWAY_NAMES = {

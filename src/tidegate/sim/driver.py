@@ -118,7 +118,7 @@ class SimDriver:
             max(record.output_tokens, self.context - record.input_tokens),
             now,
             self._settings.slo_of(record, number) if record.slo_class else self._settings.slo,
-            "",
+            record.client_id,
             record.session_id,
             record.turn,
         )

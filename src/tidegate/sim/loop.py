@@ -14,6 +14,7 @@ from tidegate.dataplane.events import EventKind, EventQueue
 from tidegate.dataplane.replica import Replica
 from tidegate.journal.writer import JournalWriter
 from tidegate.policies.protocols import Signal
+from tidegate.signals.lengths.choice import DEFAULT
 from tidegate.sim.arrivals import TraceArrivals
 from tidegate.sim.driver import SimDriver
 from tidegate.sim.membership import CONTROL, HEARTBEAT, MEMBERSHIP, FleetSchedule
@@ -22,8 +23,6 @@ from tidegate.sim.settings import SimSettings
 from tidegate.systems.system import System
 from tidegate.workloads.trace import TraceRecord, Workload
 
-DEFAULT_LENGTHS = "oracle"
-"""Who predicts lengths where the system needs it and the settings do not say."""
 GC_THRESHOLD = 100_000
 """Objects that a run may gain before the interpreter looks for cycles among them."""
 
@@ -66,7 +65,7 @@ class _Simulation:
         watch: Callable[[int], None] | None,
     ) -> None:
         if not settings.lengths and Signal.LENGTHS in system.needs:
-            settings = replace(settings, lengths=DEFAULT_LENGTHS)
+            settings = replace(settings, lengths=DEFAULT)
         hits = [Signal.PREFIX_HITS] if settings.prefix_hits else []
         lengths = [Signal.LENGTHS] if settings.lengths else []
         system.check_signals([Signal.PROFILE, *hits, *lengths])

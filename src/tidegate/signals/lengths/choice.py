@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from tidegate.core.errors import ConfigError
+from tidegate.signals.lengths.errors import packaged_errors
+from tidegate.signals.lengths.hidden import HiddenLengths
+from tidegate.signals.lengths.histogram import HistogramLengths
 from tidegate.signals.lengths.known import MaxTokensLengths, OracleLengths
+from tidegate.signals.lengths.simulated import SimulatedHidden
 from tidegate.signals.lengths.source import LengthSource
 
-SERVED: dict[str, Callable[[], LengthSource]] = {"max-tokens": MaxTokensLengths}
+SERVED: dict[str, Callable[[], LengthSource]] = {
+    "hidden": HiddenLengths,
+    "histogram": HistogramLengths,
+    "max-tokens": MaxTokensLengths,
+}
 """The sources that need nothing but what a control plane hears."""
-SIMULATED = ("oracle", *SERVED)
+SIMULATED = ("hidden", "histogram", "max-tokens", "oracle")
 """The sources of a simulation."""
+DEFAULT = "hidden"
+"""What engines report, and the histogram where they report nothing."""
 
 
 def served_source(name: str) -> LengthSource:
     """Return a new source. Raises ConfigError for an unknown name."""
-    make = SERVED.get(name)
-    if make is None:
-        raise ConfigError(f"no source of lengths is called {name!r}; there are: {', '.join(SERVED)}")
-    return make()
+    return SERVED[checked(name, SERVED)]()
 
 
 def simulated_source(name: str, output_tokens: Mapping[str, int]) -> LengthSource:
@@ -27,8 +34,13 @@ def simulated_source(name: str, output_tokens: Mapping[str, int]) -> LengthSourc
 
     Raises ConfigError for an unknown name.
     """
-    if name == OracleLengths.name:
+    if checked(name, SIMULATED) == "oracle":
         return OracleLengths(output_tokens)
-    if name not in SERVED:
-        raise ConfigError(f"no source of lengths is called {name!r}; there are: {', '.join(SIMULATED)}")
-    return served_source(name)
+    return SimulatedHidden(output_tokens, packaged_errors()) if name == "hidden" else served_source(name)
+
+
+def checked(name: str, names: Collection[str]) -> str:
+    """Return the name. Raises ConfigError for one that is not among ``names``."""
+    if name not in names:
+        raise ConfigError(f"no source of lengths is called {name!r}; there are: {', '.join(names)}")
+    return name

@@ -1,0 +1,154 @@
+"""``histogram``: what answers of the same kind still had to come when they were as far as this one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from tidegate.core.prediction import Prediction
+from tidegate.core.request import Request
+from tidegate.signals.lengths.groups import Groups, Level
+from tidegate.signals.lengths.source import Integers, LengthSource, Remaining, limit, limits
+from tidegate.signals.lengths.survival import Counts, Curves, bins_of
+
+LEVELS: Final = tuple(
+    Level(each, 4.0) for each in (("prompt",), ("tenant",), ("tenant", "prompt"), ("session",))
+)
+"""What lowered the error on production traces (``benchmarks/lengths.py --features``): which of them helps
+differs by trace, and none does harm. So with the weight (3 to 20 differ by 3 %) and the half-life."""
+HALF_LIFE_S = 3600.0
+PRIOR_WEIGHT = 2.0
+"""How many answers the prior counts for (see ``survival.prior_hazard``; ours)."""
+ROWS = 1024
+"""How many groups are told apart: about 8 KiB of counts and curves each."""
+GROWTH = 0.02
+"""Curves are worked out again once so much more has been counted (ours)."""
+MOST_WEIGHT = 2.0**30
+
+
+class _Running:
+    """A live request: the rows of its groups, and the first bin in which it is not counted yet."""
+
+    __slots__ = ("bin", "rows")
+
+    def __init__(self, rows: tuple[int, ...]) -> None:
+        self.rows = rows
+        self.bin = 0
+
+
+class HistogramLengths(LengthSource):
+    """Learns the lengths of answers online, and needs nothing of the engine or the model.
+
+    It counts, by bins of length, how many answers came there and how many ended there, for all requests and
+    for smaller groups of them (``levels``), whose curves lean on the larger group's while they are young.
+    Running requests count in the bins that they have passed, so that long ones are not missing until they
+    end; those that fail or are cancelled count up to where they came. Counts lose half of their weight in
+    ``half_life_s``. Before the first answer it predicts by a prior without a scale, up to ``max_tokens``.
+
+    Memory does not grow with the number of answers: at most ``rows`` groups, and the live requests.
+    """
+
+    name = "histogram"
+
+    def __init__(
+        self, levels: Sequence[Level] = LEVELS, *, half_life_s: float = HALF_LIFE_S, rows: int = ROWS
+    ) -> None:
+        self._groups = Groups(levels, rows)
+        self._counts = Counts(rows)
+        self._curves = Curves(rows)
+        self._running: dict[str, _Running] = {}
+        self._half_life_s = half_life_s
+        self._weighed_s: float | None = None
+        self._counted = self._fitted = 0.0
+        self._touched: set[int] = set()
+
+    def remaining(self, request: Request, generated: int) -> Prediction:
+        """See ``LengthSource.remaining``."""
+        row, most = self._row(request), limit(request, generated)
+        mean, low, high = self._curves.remaining(row, float(generated), most)
+        return Prediction(float(mean), float(low), float(high), generated, self.name)
+
+    def remaining_many(self, requests: Sequence[Request], generated: Integers) -> Remaining:
+        """See ``LengthSource.remaining_many``."""
+        rows = np.array([self._row(request) for request in requests], np.intp)
+        return self._curves.remaining(rows, generated, limits(requests, generated))
+
+    def tokens(self, requests: Sequence[Request], generated: Integers, now: float) -> None:
+        """See ``LengthSource.tokens``: what they have passed counts, and curves follow what was counted."""
+        weight = self._weight(now)
+        for request, end in zip(requests, bins_of(generated).tolist(), strict=True):
+            self._pass(self._live(request), end, weight)
+        if self._counted >= self._fitted * (1.0 + GROWTH) and self._counted > 0:
+            self._fit(weight)
+
+    def finished(self, request: Request, generated: int, now: float) -> None:
+        """See ``LengthSource.finished``."""
+        weight = self._weight(now)
+        running = self._live(request)
+        length = max(1, generated)
+        self._pass(running, int(bins_of(np.array([length]))[0]), weight)
+        self._touched.update(running.rows)
+        for row in running.rows:
+            self._counts.end(row, running.bin, length, weight)
+        self._counted += weight
+        self._forget(request)
+
+    def aborted(self, request: Request, generated: int, now: float) -> None:
+        """See ``LengthSource.aborted``."""
+        if request.id in self._running:
+            self._pass(self._running[request.id], int(bins_of(np.array([generated]))[0]), self._weight(now))
+            self._forget(request)
+
+    def _row(self, request: Request) -> int:
+        running = self._running.get(request.id)
+        return self._live(request).rows[-1] if running is None else running.rows[-1]
+
+    def _live(self, request: Request) -> _Running:
+        running = self._running.get(request.id)
+        if running is None:
+            groups = self._groups
+            running = self._running[request.id] = _Running(groups.enter(request))
+            if groups.created:
+                for row in groups.created:
+                    self._counts.clear(row)
+                    self._curves.inherit(row, groups.parent[row])
+                groups.created.clear()
+        return running
+
+    def _forget(self, request: Request) -> None:
+        self._groups.leave(self._running.pop(request.id).rows)
+
+    def _pass(self, running: _Running, end: int, weight: float) -> None:
+        if end > running.bin:
+            self._touched.update(running.rows)
+            for row in running.rows:
+                self._counts.at_risk[row, running.bin : end] += weight
+            running.bin = end
+
+    def _weight(self, now: float) -> float:
+        """Return what an answer counts for that is counted now: twice as much every half-life."""
+        if self._weighed_s is None:
+            self._weighed_s = now
+        weight = 2.0 ** ((now - self._weighed_s) / self._half_life_s)
+        if weight > MOST_WEIGHT:
+            self._counts.scale(1.0 / weight)
+            self._counted /= weight
+            self._fitted /= weight
+            self._weighed_s, weight = now, 1.0
+        return weight
+
+    def _fit(self, weight: float) -> None:
+        self._fitted = self._counted
+        groups, curves = self._groups, self._curves
+        rows = np.array(sorted(self._touched))
+        self._touched.clear()
+        level, parent = np.array(groups.level), np.array(groups.parent)
+        for number in range(len(groups.levels) + 1):
+            these = rows[level[rows] == number]
+            if number == 0:
+                curves.fit(these, self._counts, None, PRIOR_WEIGHT * weight)
+            else:
+                curves.fit(these, self._counts, parent[these], groups.levels[number - 1].weight * weight)
+        curves.derive(rows)
