@@ -56,7 +56,7 @@ class MeanLength(MaxTokensLengths):
 
     def remaining_many(self, requests: list[Request], generated: Integers) -> Remaining:  # type: ignore[override]
         mean = self._sum / self._count if self._count else LIMIT
-        left = np.clip(mean - generated, 1.0, limits(requests, generated))
+        left = np.maximum(np.minimum(mean - generated, limits(requests, generated)), 1.0)
         return left, left, left
 
     def finished(self, request: Request, generated: int, now: float) -> None:

@@ -75,7 +75,7 @@ class ControlPlane:
         self.requests: dict[str, LiveRequest] = {}
         self._journal = journal
         self._held = HeldRequests(system.order)
-        self._predictions = predictions = Predictions(lengths)
+        self._predictions = predictions = Predictions(lengths, self.requests, noting=journal.enabled)
         self._actions = Actions(
             self.ledger, self.membership, self.requests, system.decode, predictions.asked, journal
         )

@@ -76,11 +76,12 @@ class _Simulation:
         self._settings = settings
         self._membership = FleetSchedule(self._ids, settings)
         self._events = events = EventQueue()
-        self._arrivals = TraceArrivals(
-            Workload.of(trace), events, closed_loop=settings.closed_loop, watch=watch
-        )
+        workload = Workload.of(trace)
+        self._arrivals = TraceArrivals(workload, events, closed_loop=settings.closed_loop, watch=watch)
         ended = self._arrivals.ended if settings.closed_loop else None
-        self._driver = SimDriver(system, replicas, settings, journal, events, self._membership, ended)
+        self._driver = SimDriver(
+            system, replicas, settings, journal, events, self._membership, ended, workload.output_tokens
+        )
         self._heartbeats = 0
         journal.header(
             version=tidegate.__version__,

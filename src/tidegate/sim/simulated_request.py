@@ -133,6 +133,7 @@ class SimulatedRequest(LiveRequest):
             self.replays,
             self.migrations,
             stages,
+            predicted_lengths=self.predicted,
         )
 
     def ending(self, error: TidegateError | None, now: float) -> RequestEnding:

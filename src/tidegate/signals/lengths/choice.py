@@ -10,7 +10,7 @@ from tidegate.signals.lengths.hidden import HiddenLengths
 from tidegate.signals.lengths.histogram import HistogramLengths
 from tidegate.signals.lengths.known import MaxTokensLengths, OracleLengths
 from tidegate.signals.lengths.simulated import SimulatedHidden
-from tidegate.signals.lengths.source import LengthSource
+from tidegate.signals.lengths.source import Integers, LengthSource
 
 SERVED: dict[str, Callable[[], LengthSource]] = {
     "hidden": HiddenLengths,
@@ -29,14 +29,17 @@ def served_source(name: str) -> LengthSource:
     return SERVED[checked(name, SERVED)]()
 
 
-def simulated_source(name: str, output_tokens: Mapping[str, int]) -> LengthSource:
-    """Return a new source for a simulation, which knows the answers' lengths by the requests' ids.
+def simulated_source(name: str, output_tokens: Mapping[str, int], outputs: Integers) -> LengthSource:
+    """Return a new source for a simulation, which knows the answers' lengths by the requests' ids, and all of
+    the workload's (``outputs``).
 
     Raises ConfigError for an unknown name.
     """
     if checked(name, SIMULATED) == "oracle":
         return OracleLengths(output_tokens)
-    return SimulatedHidden(output_tokens, packaged_errors()) if name == "hidden" else served_source(name)
+    if name == "hidden":
+        return SimulatedHidden(output_tokens, outputs, packaged_errors())
+    return served_source(name)
 
 
 def checked(name: str, names: Collection[str]) -> str:

@@ -2,11 +2,12 @@
 
 In logarithms a prediction is a line of the truth plus noise. Its numbers depend on how many tokens have come:
 
-    log(predicted + 1) = intercept + slope * log(true + 1) + sigma * e
+    log(predicted + 1) = centre + shift + slope * (log(true + 1) - centre) + sigma * e
 
-A slope below 1 is what regression to the mean does: long answers are underrated most. The noise ``e`` of one
-request is a standard normal made of a part that stays, a part that changes as the tokens double, and a part
-that is new with every prediction.
+``centre`` is the mean of log(true + 1) over the workload's answers that came so far: the predictor is taken
+to have been trained on such answers. A slope below 1 is what regression to the mean does: long answers are
+underrated, short ones overrated. The noise ``e`` of one request is a standard normal of a part that stays,
+a part that changes as the tokens double, and a part that is new with every prediction.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from tidegate.signals.lengths.source import Floats, Integers
 FROM_TOKENS: Final = (0, 64, 256, 1024, 2048, 4096, 8192, 16384)
 """Where a line of its own begins that is fitted (ours)."""
 LEAST_PREDICTIONS = 50
-KNOTS_PER_OCTAVE = 1.0
 FAR, NEAR = 3.0, 0.1
 """Octaves apart from which on, and up to which, two predictions tell of the part that stays, and of the part
 that is new every time."""
@@ -36,7 +36,7 @@ class ErrorLine(msgspec.Struct, frozen=True):
     """The errors of predictions that are made from ``from_token`` generated tokens on."""
 
     from_token: int
-    intercept: float
+    shift: float
     slope: float
     sigma: float
 
@@ -63,26 +63,40 @@ class ErrorModel(msgspec.Struct, frozen=True):
     lasting: float
     fresh: float
 
-    def distorted(self, seed: int, request: Integers, at_token: Integers, true: Floats) -> Floats:
-        """Return what the predictor would say of requests (numbers), the same for the same arguments."""
-        line = np.searchsorted([each.from_token for each in self.lines], at_token, side="right") - 1
-        numbers = np.array([(each.intercept, each.slope, each.sigma) for each in self.lines])
-        intercept, slope, sigma = numbers[np.maximum(line, 0)].T
-        noise = self._noise(seed, request, at_token)
-        return np.maximum(np.exp(intercept + slope * np.log1p(true) + sigma * noise) - 1.0, 0.0)
 
-    def _noise(self, seed: int, request: Integers, at_token: Integers) -> Floats:
-        knots = np.log2(at_token + 1.0) * KNOTS_PER_OCTAVE
-        knot = knots.astype(np.int64)
+class Distortion:
+    """What a predictor that errs as ``model`` says would predict, the same for the same arguments.
+
+    ``outputs`` are the lengths of the workload's answers.
+    """
+
+    def __init__(self, model: ErrorModel, outputs: Integers, seed: int = 0) -> None:
+        self._seed = seed
+        self._starts = np.array([line.from_token for line in model.lines])
+        self._lines = np.array([(line.shift, line.slope, line.sigma) for line in model.lines])
+        self._centres = np.array([_centre(outputs, start) for start in self._starts.tolist()])
+        changing = max(0.0, 1.0 - model.lasting - model.fresh)
+        self._weights = np.sqrt((model.lasting, model.fresh, changing, changing))[:, None]
+
+    def __call__(self, request: Integers, at_token: Integers, true: Floats) -> Floats:
+        """Return what is predicted of requests (numbers) that have so many tokens and get ``true`` more."""
+        line = np.maximum(self._starts.searchsorted(at_token, side="right") - 1, 0)
+        (shift, slope, sigma), centre = self._lines[line].T, self._centres[line]
+        expected = centre + shift + slope * (np.log1p(true) - centre)
+        predicted: Floats = np.maximum(np.expm1(expected + sigma * self._noise(request, at_token)), 0.0)
+        return predicted
+
+    def _noise(self, request: Integers, at_token: Integers) -> Floats:
+        octave = np.log2(at_token + 1.0)
+        knot = octave.astype(np.int64)
+        draws = np.stack((np.full_like(knot, -1), -2 - at_token, knot, knot + 1))
         # Sine and cosine keep the variance at 1 between two independent knots.
-        turn = (knots - knot) * (math.pi / 2.0)
-        changing = np.cos(turn) * _normal(seed, request, 1, knot) + np.sin(turn) * _normal(
-            seed, request, 1, knot + 1
-        )
-        lasting = _normal(seed, request, 2, np.zeros_like(knot))
-        fresh = _normal(seed, request, 3, at_token)
-        rest = max(0.0, 1.0 - self.lasting - self.fresh)
-        return math.sqrt(self.lasting) * lasting + math.sqrt(rest) * changing + math.sqrt(self.fresh) * fresh
+        turn = (octave - knot) * (math.pi / 2.0)
+        weights = np.broadcast_to(self._weights, draws.shape).copy()
+        weights[2] *= np.cos(turn)
+        weights[3] *= np.sin(turn)
+        noise: Floats = (weights * _normal(self._seed, request, draws)).sum(axis=0)
+        return noise
 
 
 def fit_errors(table: Predicted, source: str) -> ErrorModel:
@@ -95,13 +109,12 @@ def fit_errors(table: Predicted, source: str) -> ErrorModel:
         here = at == number
         if np.count_nonzero(here) < LEAST_PREDICTIONS:
             continue
-        slope, intercept = np.polyfit(true[here], predicted[here], 1)
-        residual = predicted[here] - (intercept + slope * true[here])
+        centre = float(true[here].mean())
+        slope, shift = np.polyfit(true[here] - centre, predicted[here] - centre, 1)
+        residual = predicted[here] - (centre + shift + slope * (true[here] - centre))
         sigma = float(residual.std()) or 1e-9
         noise[here] = residual / sigma
-        lines.append(
-            ErrorLine(from_token, round(float(intercept), 4), round(float(slope), 4), round(sigma, 4))
-        )
+        lines.append(ErrorLine(from_token, round(float(shift), 4), round(float(slope), 4), round(sigma, 4)))
     if not lines:
         raise ConfigError(f"no errors to fit: fewer than {LEAST_PREDICTIONS} predictions at any progress")
     lasting, fresh = _shares(table.request, table.at_token, noise)
@@ -129,6 +142,11 @@ def read_errors(raw: bytes) -> ErrorModel:
     return model
 
 
+def _centre(outputs: Integers, at_token: int) -> float:
+    left = outputs[outputs > at_token] - at_token
+    return float(np.log1p(left).mean()) if len(left) else 0.0
+
+
 def _shares(request: Integers, at_token: Integers, noise: Floats) -> tuple[float, float]:
     """Return the shares of the noise's variance that stay, and that are new every time."""
     far: list[float] = []
@@ -146,7 +164,7 @@ def _shares(request: Integers, at_token: Integers, noise: Floats) -> tuple[float
     return lasting, 1.0 - together
 
 
-def _normal(seed: int, *parts: Integers | int) -> Floats:
+def _normal(seed: int, *parts: Integers) -> Floats:
     """Return a standard normal for each combination of whole numbers (Box-Muller on SplitMix64's bits)."""
     with np.errstate(over="ignore"):
         mixed: NDArray[np.uint64] = np.full(1, seed % 2**63, np.uint64)

@@ -22,43 +22,52 @@ NONE = (0.0, math.nan)
 OCTAVES = MOST_TOKENS.bit_length() + 1
 RATIO_EDGES = np.linspace(-6.0, 6.0, 97)
 """Bins of log2(true / predicted)."""
-PRIOR_ANSWERS = 20.0
+PRIOR_PREDICTIONS = 20.0
+"""What the prior counts for (ours)."""
 FADING = 0.9995
 """What an older answer counts for beside the next one of its octave: half after 1,400 (ours)."""
 
 
-class Spread:
+class ReportSpread:
     """Learns how far truths lie from predictions, by octave of the tokens at which those were made.
 
-    Before it knows better, 0.1 and 0.9 of the truths lie within a third and three times the prediction.
+    Before it knows better, 0.1 and 0.9 of the truths lie at a third and at three times the prediction.
     """
 
     def __init__(self) -> None:
         middles = (RATIO_EDGES[:-1] + RATIO_EDGES[1:]) / 2.0
         bell = np.exp(-0.5 * (middles / (math.log2(3.0) / 1.2816)) ** 2)
-        self._counts = np.tile(PRIOR_ANSWERS * bell / bell.sum(), (OCTAVES, 1))
+        self._counts = np.tile(PRIOR_PREDICTIONS * bell / bell.sum(), (OCTAVES, 1))
+        self._learnt = self._derived = 0
         self._factors = np.empty((OCTAVES, 2))
-        for octave in range(OCTAVES):
-            self._derive(octave)
+        self._derive()
 
-    def learn(self, at_token: int, predicted: float, true: float) -> None:
-        """Take note of what was left where ``predicted`` was expected."""
-        octave = min(at_token.bit_length(), OCTAVES - 1)
-        ratio = math.log2((true + 1.0) / (predicted + 1.0))
-        at = int(np.clip(np.searchsorted(RATIO_EDGES, ratio, side="right") - 1, 0, len(RATIO_EDGES) - 2))
-        self._counts[octave] *= FADING
-        self._counts[octave, at] += 1.0
-        self._derive(octave)
+    def learn(self, reports: Sequence[tuple[float, float]], generated: int) -> None:
+        """Take note of what was predicted, at which token, of an answer that had ``generated`` in the end."""
+        at, predicted = np.array(reports, np.float64).reshape(-1, 2).T
+        ratio = np.log2((np.maximum(generated - at, 0.0) + 1.0) / (predicted + 1.0))
+        bins = np.clip(RATIO_EDGES.searchsorted(ratio, side="right") - 1, 0, len(RATIO_EDGES) - 2)
+        octaves = _octaves(at)
+        self._counts[octaves] *= FADING
+        np.add.at(self._counts, (octaves, bins), 1.0)
+        self._learnt += 1
+        if self._learnt > self._derived * 1.02:
+            self._derive()
 
-    def factors(self, at_token: Integers) -> Floats:
+    def factors(self, at_token: Floats) -> Floats:
         """Return, in two columns, by what to multiply predictions for their 0.1 and 0.9 quantile."""
-        octaves = np.frexp(at_token.astype(np.float64))[1]
-        found: Floats = self._factors[np.minimum(octaves, OCTAVES - 1)]
+        found: Floats = self._factors[_octaves(at_token)]
         return found
 
-    def _derive(self, octave: int) -> None:
-        shares = np.concatenate(([0.0], self._counts[octave].cumsum()))
-        self._factors[octave] = 2.0 ** np.interp((LOW, HIGH), shares / shares[-1], RATIO_EDGES)
+    def _derive(self) -> None:
+        self._derived = self._learnt
+        for octave, counts in enumerate(self._counts):
+            shares = np.concatenate(([0.0], counts.cumsum()))
+            self._factors[octave] = 2.0 ** np.interp((LOW, HIGH), shares / shares[-1], RATIO_EDGES)
+
+
+def _octaves(tokens: Floats) -> Integers:
+    return np.minimum(np.frexp(tokens)[1], OCTAVES - 1).astype(np.int64)
 
 
 class HiddenLengths(LengthSource):
@@ -75,9 +84,9 @@ class HiddenLengths(LengthSource):
     def __init__(self) -> None:
         self.histogram = HistogramLengths()
         self.absurd = 0
-        self._spread = Spread()
+        self._spread = ReportSpread()
         self._last: dict[str, tuple[float, float]] = {}
-        self._first: dict[str, list[tuple[int, float]]] = {}
+        self._first: dict[str, list[tuple[float, float]]] = {}
 
     def reported(self, request_id: str, at_token: int, remaining: float) -> None:
         """See ``LengthSource.reported``. ``at_token`` counts all tokens of the answer so far."""
@@ -87,8 +96,8 @@ class HiddenLengths(LengthSource):
             return
         self._last[request_id] = (float(at_token), remaining)
         first = self._first.setdefault(request_id, [])
-        if not first or at_token.bit_length() > first[-1][0].bit_length():
-            first.append((at_token, remaining))
+        if not first or at_token.bit_length() > int(first[-1][0]).bit_length():
+            first.append((float(at_token), remaining))
 
     def remaining(self, request: Request, generated: int) -> Prediction:
         """See ``LengthSource.remaining``."""
@@ -117,8 +126,9 @@ class HiddenLengths(LengthSource):
 
     def finished(self, request: Request, generated: int, now: float) -> None:
         """See ``LengthSource.finished``."""
-        for at_token, remaining in self.first_reports(request, generated):
-            self._spread.learn(at_token, remaining, max(0.0, float(generated - at_token)))
+        first = self.first_reports(request, generated)
+        if first:
+            self._spread.learn(first, generated)
         self._forget(request.id)
         self.histogram.finished(request, generated, now)
 
@@ -133,7 +143,7 @@ class HiddenLengths(LengthSource):
         found = [last.get(request.id, NONE) for request in requests]
         return np.array(found, np.float64).reshape(-1, 2)
 
-    def first_reports(self, request: Request, generated: int) -> Sequence[tuple[int, float]]:
+    def first_reports(self, request: Request, generated: int) -> Sequence[tuple[float, float]]:
         """Return the first report of a request in every octave of tokens."""
         return self._first.get(request.id, ())
 

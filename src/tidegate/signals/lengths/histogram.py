@@ -11,7 +11,7 @@ from tidegate.core.prediction import Prediction
 from tidegate.core.request import Request
 from tidegate.signals.lengths.groups import Groups, Level
 from tidegate.signals.lengths.source import Integers, LengthSource, Remaining, limit, limits
-from tidegate.signals.lengths.survival import Counts, Curves, bins_of
+from tidegate.signals.lengths.survival import Counts, Curves, bin_of, bins_of
 
 LEVELS: Final = tuple(
     Level(each, 4.0) for each in (("prompt",), ("tenant",), ("tenant", "prompt"), ("session",))
@@ -26,16 +26,19 @@ ROWS = 1024
 GROWTH = 0.02
 """Curves are worked out again once so much more has been counted (ours)."""
 MOST_WEIGHT = 2.0**30
+MOST_HALF_LIVES = 500.0
+"""Beyond it nothing is left of an older answer, and floats end."""
 
 
 class _Running:
-    """A live request: the rows of its groups, and the first bin in which it is not counted yet."""
+    """A live request: the rows of its groups, how many bins it came to, and its weight in the last one."""
 
-    __slots__ = ("bin", "rows")
+    __slots__ = ("bins", "rows", "weight")
 
     def __init__(self, rows: tuple[int, ...]) -> None:
         self.rows = rows
-        self.bin = 0
+        self.bins = 0
+        self.weight = 0.0
 
 
 class HistogramLengths(LengthSource):
@@ -43,7 +46,7 @@ class HistogramLengths(LengthSource):
 
     It counts, by bins of length, how many answers came there and how many ended there, for all requests and
     for smaller groups of them (``levels``), whose curves lean on the larger group's while they are young.
-    Running requests count in the bins that they have passed, so that long ones are not missing until they
+    Running requests count in the bins that they have come to, so that long ones are not missing until they
     end; those that fail or are cancelled count up to where they came. Counts lose half of their weight in
     ``half_life_s``. Before the first answer it predicts by a prior without a scale, up to ``max_tokens``.
 
@@ -76,29 +79,28 @@ class HistogramLengths(LengthSource):
         return self._curves.remaining(rows, generated, limits(requests, generated))
 
     def tokens(self, requests: Sequence[Request], generated: Integers, now: float) -> None:
-        """See ``LengthSource.tokens``: what they have passed counts, and curves follow what was counted."""
+        """See ``LengthSource.tokens``: bins that they came to count, and curves follow what was counted."""
         weight = self._weight(now)
-        for request, end in zip(requests, bins_of(generated).tolist(), strict=True):
-            self._pass(self._live(request), end, weight)
+        for request, at in zip(requests, bins_of(generated).tolist(), strict=True):
+            self._come(self._live(request), at, weight)
         if self._counted >= self._fitted * (1.0 + GROWTH) and self._counted > 0:
             self._fit(weight)
 
     def finished(self, request: Request, generated: int, now: float) -> None:
         """See ``LengthSource.finished``."""
-        weight = self._weight(now)
-        running = self._live(request)
-        length = max(1, generated)
-        self._pass(running, int(bins_of(np.array([length]))[0]), weight)
+        running, length = self._live(request), max(1, generated)
+        at = bin_of(length)
+        self._come(running, at, self._weight(now))
         self._touched.update(running.rows)
         for row in running.rows:
-            self._counts.end(row, running.bin, length, weight)
-        self._counted += weight
+            self._counts.end(row, at, length, running.weight)
+        self._counted += running.weight
         self._forget(request)
 
     def aborted(self, request: Request, generated: int, now: float) -> None:
         """See ``LengthSource.aborted``."""
         if request.id in self._running:
-            self._pass(self._running[request.id], int(bins_of(np.array([generated]))[0]), self._weight(now))
+            self._come(self._running[request.id], bin_of(generated), self._weight(now))
             self._forget(request)
 
     def _row(self, request: Request) -> int:
@@ -120,20 +122,22 @@ class HistogramLengths(LengthSource):
     def _forget(self, request: Request) -> None:
         self._groups.leave(self._running.pop(request.id).rows)
 
-    def _pass(self, running: _Running, end: int, weight: float) -> None:
-        if end > running.bin:
+    def _come(self, running: _Running, at: int, weight: float) -> None:
+        if at >= running.bins:
             self._touched.update(running.rows)
             for row in running.rows:
-                self._counts.at_risk[row, running.bin : end] += weight
-            running.bin = end
+                self._counts.came(row, running.bins, at + 1, weight)
+            running.bins, running.weight = at + 1, weight
 
     def _weight(self, now: float) -> float:
         """Return what an answer counts for that is counted now: twice as much every half-life."""
         if self._weighed_s is None:
             self._weighed_s = now
-        weight = 2.0 ** ((now - self._weighed_s) / self._half_life_s)
+        weight: float = 2.0 ** min((now - self._weighed_s) / self._half_life_s, MOST_HALF_LIVES)
         if weight > MOST_WEIGHT:
             self._counts.scale(1.0 / weight)
+            for running in self._running.values():
+                running.weight /= weight
             self._counted /= weight
             self._fitted /= weight
             self._weighed_s, weight = now, 1.0

@@ -2,58 +2,62 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from zlib import crc32
 
 import numpy as np
 
 from tidegate.core.request import Request
-from tidegate.signals.lengths.errors import ErrorModel
-from tidegate.signals.lengths.hidden import HiddenLengths
+from tidegate.signals.lengths.errors import Distortion, ErrorModel
+from tidegate.signals.lengths.hidden import NONE, HiddenLengths
 from tidegate.signals.lengths.source import Floats, Integers
 
 EVERY = 20
 """Tokens between two predictions (ARES takes its training data so; the serving period is not known)."""
+
+FIRSTS = sorted({0, *(-(-(2**octave) // EVERY) for octave in range(1, 21))})
+"""Which predictions are the first ones in an octave of tokens."""
 
 
 class SimulatedHidden(HiddenLengths):
     """Reports of an engine that predicts at the first token and at every ``EVERY``-th.
 
     They depend on the seed, the request's id and the token alone: no decision changes what is predicted.
+    ``outputs`` are the lengths of all answers of the workload (see ``Distortion``).
     """
 
-    def __init__(self, output_tokens: Mapping[str, int], errors: ErrorModel, seed: int = 0) -> None:
+    def __init__(
+        self, output_tokens: Mapping[str, int], outputs: Integers, errors: ErrorModel, seed: int = 0
+    ) -> None:
         super().__init__()
         self._output_tokens = output_tokens
-        self._errors = errors
-        self._seed = seed
-        self._numbers: dict[str, int] = {}
+        self._distorted = Distortion(errors, outputs, seed)
+        self._said: dict[str, list[tuple[float, float]]] = {}
 
     def reports(self, requests: Sequence[Request], generated: Integers) -> Floats:
         """See ``HiddenLengths.reports``: without a token there is no report yet."""
-        at = np.where(generated > 0, np.maximum(generated // EVERY * EVERY, 1), 0)
-        output = np.array([self._output_tokens[request.id] for request in requests], np.float64)
-        predicted = self._said([self._number(request.id) for request in requests], at, output)
-        return np.stack((at, np.where(at > 0, predicted, math.nan)), axis=1)
+        said = self._said
+        found = [
+            (said.get(request.id) or self._say(request.id))[count // EVERY] if count else NONE
+            for request, count in zip(requests, generated.tolist(), strict=True)
+        ]
+        return np.array(found, np.float64).reshape(-1, 2)
 
-    def first_reports(self, request: Request, generated: int) -> Sequence[tuple[int, float]]:
+    def first_reports(self, request: Request, generated: int) -> Sequence[tuple[float, float]]:
         """See ``HiddenLengths.first_reports``."""
-        firsts = np.array([max(1, -(-(2**octave) // EVERY) * EVERY) for octave in range(1, 21)])
-        at = np.unique(np.append(firsts[firsts < generated], 1))
-        predicted = self._said([self._number(request.id)] * len(at), at, np.full(len(at), float(generated)))
-        return list(zip(at.tolist(), predicted.tolist(), strict=True))
+        said = self._said.get(request.id, ())
+        return [said[number] for number in FIRSTS if number < len(said)]
 
     def _forget(self, request_id: str) -> None:
         super()._forget(request_id)
-        self._numbers.pop(request_id, None)
+        self._said.pop(request_id, None)
 
-    def _number(self, request_id: str) -> int:
-        number = self._numbers.get(request_id)
-        if number is None:
-            number = self._numbers[request_id] = crc32(request_id.encode())
-        return number
-
-    def _said(self, numbers: Sequence[int], at: Integers, output: Floats) -> Floats:
-        left = np.maximum(output - at, 0.0)
-        return self._errors.distorted(self._seed, np.array(numbers, np.int64), at, left)
+    def _say(self, request_id: str) -> list[tuple[float, float]]:
+        """Work out all reports of a request."""
+        output = self._output_tokens[request_id]
+        at = np.arange(0, output + 1, EVERY)
+        at[0] = 1
+        number = np.full(len(at), crc32(request_id.encode()), np.int64)
+        predicted = self._distorted(number, at, np.maximum(output - at, 0.0))
+        said = self._said[request_id] = list(zip(at.tolist(), predicted.tolist(), strict=True))
+        return said

@@ -1,8 +1,8 @@
 """Survival curves of answer lengths, from counts: how long what has come so far still goes on.
 
 A curve is a hazard per bin of lengths: of the answers that came to the bin, the share that ended in it
-(Kaplan and Meier, 1958). An answer that is still running counts in every bin that it has passed, so that long
-ones are not missing while they run.
+(Kaplan and Meier, 1958). An answer that is still running counts in every bin that it has come to, so that
+long ones are not missing while they run.
 """
 
 from __future__ import annotations
@@ -35,6 +35,11 @@ def bins_of(lengths: Floats | Integers) -> Integers:
     return np.clip(np.searchsorted(EDGES, lengths, side="right") - 1, 0, BINS - 1)
 
 
+def bin_of(length: float) -> int:
+    """Return the bin of one length, as ``bins_of`` does."""
+    return max(0, min(bisect_right(_EDGES, length) - 1, BINS - 1))
+
+
 class Counts:
     """Counts of answers by bin, in rows: ``at_risk`` came to a bin, ``ended`` ended in it, and ``ended_sum``
     are their lengths. They are weights, not numbers: what came later may count for more."""
@@ -44,9 +49,12 @@ class Counts:
         self.ended: Floats = np.zeros((rows, BINS))
         self.ended_sum: Floats = np.zeros((rows, BINS))
 
+    def came(self, row: int, first: int, end: int, weight: float) -> None:
+        """Count an answer that came to the bins from ``first`` up to, but not with, ``end``."""
+        self.at_risk[row, first:end] += weight
+
     def end(self, row: int, bin_: int, length: int, weight: float) -> None:
-        """Count an answer that ended in a bin, with its length."""
-        self.at_risk[row, bin_] += weight
+        """Count an answer, which had come to the bin, as ended in it."""
         self.ended[row, bin_] += weight
         self.ended_sum[row, bin_] += weight * length
 
@@ -139,7 +147,7 @@ def _middles() -> Floats:
 def _place(lengths: Numbers) -> tuple[Any, Any]:
     """Return the bin of every length, and how far in it is, from 0 to 1."""
     if isinstance(lengths, float):
-        at = min(bisect_right(_EDGES, lengths) - 1, BINS - 1)
+        at = bin_of(lengths)
         return at, (lengths - _EDGES[at]) / (_EDGES[at + 1] - _EDGES[at])
     places = bins_of(lengths)
     return places, (lengths - EDGES[places]) / WIDTHS[places]
