@@ -181,14 +181,16 @@ def simulate(
     slo: str = DEFAULT_SLO,
     rate_rps: float | None = None,
     seed: int = 0,
+    lengths: str = "",
     journal: IO[bytes] | None = None,
 ) -> SimulationResult:
     """Serve a trace with a system on simulated instances, in virtual time.
 
     ``system`` is a name of ``list_systems``, with an order as in ``arrow+edf``; ``profile`` is one that
     ``tidegate sim --profile`` takes; ``split`` is ``P:D`` at the start; ``rate_rps`` scales the trace's time
-    to that mean rate; a ``seed`` other than 0 permutes requests within each minute; ``journal`` gets every
-    decision and outcome as JSON lines. The same arguments give the same result.
+    to that mean rate; a ``seed`` other than 0 permutes requests within each minute; ``lengths`` names who
+    predicts what is left of answers (``tidegate sim --lengths``); ``journal`` gets every decision and outcome
+    as JSON lines. The same arguments give the same result.
     Raises ConfigError, with all problems of the options at once, and TraceError for a malformed trace.
     """
     from tidegate.core.notation import parse_split
@@ -201,9 +203,11 @@ def simulate(
     from tidegate.workloads.choice import at_rate, own_rate_rps
 
     problems: list[str] = []
-    targets, sides = Slo(), None
+    targets, sides, settings = Slo(), None, SimSettings()
     with _noting(problems, ""):
         targets = Slo.parse(slo)
+    with _noting(problems, ""):
+        settings = SimSettings(slo=targets, lengths=lengths)
     with _noting(problems, f"split {split!r}: "):
         sides = None if split is None else parse_split(split)
     with _noting(problems, ""):
@@ -218,7 +222,6 @@ def simulate(
         raise ConfigError(problems)
     workload = load_trace(trace) if isinstance(trace, str | Path) else trace
     drawn = at_rate(workload, rate_rps, seed)
-    settings = SimSettings(slo=targets)
     run = run_simulation(drawn, composed, replicas_of(chosen, instances), settings, journal=journal)
     if rate_rps is None and len(drawn) > 1 and drawn.arrival_s[-1] > drawn.arrival_s[0]:
         rate_rps = own_rate_rps(drawn)

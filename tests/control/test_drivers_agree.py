@@ -19,11 +19,9 @@ from tidegate.core.request import Request
 from tidegate.core.slo import Slo
 from tidegate.costs.library import packaged_profile
 from tidegate.dataplane.replica import replicas_of
-from tidegate.gateway.settings import GatewaySettings
 from tidegate.journal.writer import JournalWriter
 from tidegate.ledger.snapshot import Snapshot
 from tidegate.policies.protocols import PrefillPlacement, Signal
-from tidegate.signals.lengths.choice import served_source
 from tidegate.sim import SimSettings, simulate
 from tidegate.systems import make_system
 from tidegate.systems.system import System
@@ -185,7 +183,7 @@ def test_a_live_journals_inputs_give_its_decisions_again(
     path.write_bytes(b"".join(header + live))
     kept = [line for line in live if line.split(b'"')[3] not in (b"input", b"outcome")]
     assert len(kept) > 200 and any(b'"failure"' in line for line in kept)
-    assert decide_again(path, system, lengths=served_source(GatewaySettings().lengths)) == kept
+    assert decide_again(path, system) == kept
     path.write_bytes(b"".join(header + kept))
     with pytest.raises(TraceError, match="no 'input' lines"):
         decide_again(path, system)

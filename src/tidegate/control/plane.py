@@ -72,6 +72,7 @@ class ControlPlane:
         )
         self.membership = Membership(ids, system.roles, self.ledger)
         self.prefixes = prefixes
+        self.lengths = lengths
         self.requests: dict[str, LiveRequest] = {}
         self._journal = journal
         self._held = HeldRequests(system.order)

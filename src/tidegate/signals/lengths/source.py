@@ -31,6 +31,9 @@ class LengthSource(Protocol):
         """What ``Prediction.source`` says, and ``--lengths`` takes."""
         ...
 
+    absurd: int = 0
+    """How many predictions of engines were dropped, for they cannot be."""
+
     def remaining(self, request: Request, generated: int) -> Prediction:
         """Predict for one request that has ``generated`` tokens."""
         ...
