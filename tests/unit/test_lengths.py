@@ -81,6 +81,8 @@ def test_nothing_learnt_is_bounded_by_what_may_come() -> None:
     source = HistogramLengths()
     found = source.remaining(request(max_tokens=500), 0)
     assert found.source == "histogram" and 1.0 <= found.low <= found.mean <= found.high <= 500.0
+    assert source.remaining(request(max_tokens=100_000), 0).low < 40 < 250 < found.mean
+    assert source.remaining(request(max_tokens=100_000), 5000).mean > 5000
 
 
 def test_running_answers_count_before_they_end() -> None:

@@ -48,7 +48,7 @@ class HistogramLengths(LengthSource):
     for smaller groups of them (``levels``), whose curves lean on the larger group's while they are young.
     Running requests count in the bins that they have come to, so that long ones are not missing until they
     end; those that fail or are cancelled count up to where they came. Counts lose half of their weight in
-    ``half_life_s``. Before the first answer it predicts by a prior without a scale, up to ``max_tokens``.
+    ``half_life_s``. Before the first answer it predicts by a broad prior, up to ``max_tokens``.
 
     Memory does not grow with the number of answers: at most ``rows`` groups, and the live requests.
     """

@@ -24,6 +24,7 @@ EDGES: Final[Floats] = np.unique(np.ceil(2.0 ** (np.arange(20 * BINS_PER_OCTAVE 
 WIDTHS: Final[Floats] = np.diff(EDGES)
 BINS: Final = len(WIDTHS)
 _EDGES: Final[list[float]] = EDGES.tolist()
+PRIOR_TOKENS = 256.0
 LOW, HIGH = 0.1, 0.9
 
 Rows = NDArray[np.intp]
@@ -133,11 +134,11 @@ class Curves:
 
 
 def prior_hazard() -> Floats:
-    """Return the hazards from nothing: an answer of any length has even odds to double (ours).
-
-    A law without a scale: what is left is expected to be about what has come, up to the limit.
-    """
-    return 1.0 - EDGES[:-1] / EDGES[1:]
+    """Return the hazards from nothing (ours): every second answer is longer than ``PRIOR_TOKENS``, and one
+    that is far beyond has even odds to double."""
+    beyond = EDGES - 1.0 + PRIOR_TOKENS
+    hazard: Floats = 1.0 - beyond[:-1] / beyond[1:]
+    return hazard
 
 
 def _middles() -> Floats:
