@@ -50,8 +50,8 @@ class Predictions:
                     self._ask(self._source, request, live, count)
 
     def reported(self, live: LiveRequest, at_token: int, remaining: float) -> None:
-        """Hand on what an engine predicts."""
-        if self._source is not None:
+        """Hand on what an engine predicts of a request that has not ended."""
+        if self._source is not None and live.id in self._requests:
             self._source.reported(live.id, at_token, remaining)
 
     def ended(self, live: LiveRequest, *, whole: bool, now: float) -> None:
