@@ -33,16 +33,14 @@ LIMIT = 32_768
 AT = (0, 64, 256, 1024, 4096, 8192)
 ARRIVE, CHECK, WINDOW, END = range(4)
 
-LEVELS = {
-    "all": (),
+CHAIN = (("prompt",), ("tenant",), ("tenant", "prompt"))
+LEVELS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "none": (),
     "prompt": (("prompt",),),
     "tenant": (("tenant",),),
     "session": (("session",),),
-    "prompt, tenant": (("prompt",), ("tenant",)),
-    "prompt, tenant x prompt": (("prompt",), ("tenant", "prompt")),
-    "tenant, tenant x prompt": (("tenant",), ("tenant", "prompt")),
-    "prompt, tenant, tenant x prompt": (("prompt",), ("tenant",), ("tenant", "prompt")),
-    "tenant, tenant x prompt, session": (("tenant",), ("tenant", "prompt"), ("session",)),
+    "prompt, tenant and both": CHAIN,
+    "all four": (*CHAIN, ("session",)),
 }
 
 
@@ -146,7 +144,7 @@ def main() -> None:
     parser.add_argument("traces", nargs="+")
     parser.add_argument("--requests", type=int, default=None)
     parser.add_argument("--features", action="store_true")
-    parser.add_argument("--weight", type=float, nargs="+", default=[8.0])
+    parser.add_argument("--weight", type=float, nargs="+", default=[4.0])
     parser.add_argument("--half-life-s", type=float, nargs="+", default=[HALF_LIFE_S])
     given = parser.parse_args()
     for trace in given.traces:
