@@ -124,6 +124,7 @@ class Actions:
             self.note_migration(migrate, "ignored", now, why_not)
             return
         live.migrate = migrate
+        self._ledger.moves(live.id, migrate.dst, now)
         effects.append(StartMigration(live, migrate))
 
     def _why_not(self, live: LiveRequest | None, migrate: Migrate, now: float) -> str:

@@ -398,6 +398,7 @@ class ControlPlane:
     ) -> None:
         migrate, live.migrate = live.migrate, None
         if migrate is not None:
+            self.ledger.moves(live.id, "", now)
             self._actions.note_migration(migrate, event, now, why, moved_bytes)
 
     def _decided(

@@ -76,6 +76,7 @@ class Ledger:
         cells[Field.FREE_TOKENS] = instance.kv_capacity_tokens or math.inf
         cells[Field.FLIPPED_AT_S] = -math.inf
         cells[Field.PREFILL_SLOWNESS] = 0.0 if profile is UNMEASURED else 1.0
+        cells[Field.KV_BYTES_PER_TOKEN] = instance.kv_bytes_per_token
         self._matrix.queue_since_s[column] = now
         self._windows.add_column()
         self._membership_changed()
@@ -212,7 +213,7 @@ class Ledger:
             self.prefill_ended(request_id, now)
         previous = entry.decode
         if previous is not None:
-            held = entry.tokens_now
+            held, entry.left_at_s = entry.tokens_now, entry.token_at_s
             self._matrix.leave_decode(entry)
             if entry.source is None:
                 self._matrix.hold(entry, previous, held)
@@ -262,6 +263,9 @@ class Ledger:
             entry.generating = True
             if entry.source is not None:
                 matrix.release_source(entry)
+            if entry.left_at_s is not None:
+                matrix.note_pause(column, now - entry.left_at_s)
+                entry.left_at_s = None
         entry.last_at_s = now
         return True
 
@@ -306,6 +310,14 @@ class Ledger:
         if entry is None or entry.joined_step is None:
             return False
         self._matrix.leave_step(entry)
+        return True
+
+    def moves(self, request_id: str, to: str, now: float) -> bool:
+        """Say that a migration of a decode to instance ``to`` begins; "" says that it is over, however."""
+        entry = self._entries.get(request_id)
+        if entry is None:
+            return False
+        entry.moving_to, entry.moved_at_s = to, now
         return True
 
     def finished(self, request_id: str, now: float) -> bool:

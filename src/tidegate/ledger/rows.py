@@ -29,7 +29,9 @@ class RequestRows:
     """One row per live request, in order of arrival in the ledger; ``ids[k]`` and ``sessions[k]`` name row k.
 
     ``prefill_on``, ``source_on`` and ``decode_on`` are columns of the snapshot, or NOWHERE: where the request
-    is in prefill, where its KV waits to be pulled, and where it decodes. ``context_tokens`` is its KV there
+    is in prefill, where its KV waits to be pulled, and where it decodes; ``moving_to`` is where a migration
+    under way takes it, and ``moved_at_s`` when its last one began or ended (-inf without).
+    ``context_tokens`` is its KV there
     (the prompt while it is in prefill), ``generated_tokens`` what was generated since its last placement as a
     prefill. ``arrival_s``, ``ttft_s`` and ``tpot_s`` are its arrival and targets, ``max_tokens`` what it may
     generate after that placement.
@@ -46,6 +48,7 @@ class RequestRows:
     prefill_on: Integers
     source_on: Integers
     decode_on: Integers
+    moving_to: Integers
     context_tokens: Integers
     generated_tokens: Integers
     max_tokens: Integers
@@ -55,6 +58,7 @@ class RequestRows:
     remaining_tokens: Floats
     remaining_low_tokens: Floats
     remaining_high_tokens: Floats
+    moved_at_s: Floats
 
     @classmethod
     def of(
@@ -78,6 +82,7 @@ class RequestRows:
             prefill_on=_columns([entry.prefill for entry in entries], index),
             source_on=_columns([entry.source for entry in entries], index),
             decode_on=_columns([entry.decode for entry in entries], index),
+            moving_to=np.array([index.get(entry.moving_to, NOWHERE) for entry in entries], np.int64),
             context_tokens=context,
             generated_tokens=generated,
             max_tokens=np.array([request.max_tokens for request in requests], np.int64),
@@ -87,6 +92,7 @@ class RequestRows:
             remaining_tokens=mean,
             remaining_low_tokens=low,
             remaining_high_tokens=high,
+            moved_at_s=np.array([entry.moved_at_s for entry in entries], np.float64),
         )
 
 

@@ -1,5 +1,6 @@
 """Named compositions of policies: what a user picks with ``--system``."""
 
+from tidegate.systems import ares as ares
 from tidegate.systems import builtin as builtin
 from tidegate.systems.registry import SYSTEMS, SystemOptions, make_system, named
 from tidegate.systems.system import System

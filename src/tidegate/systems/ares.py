@@ -1,0 +1,26 @@
+"""Systems that move running decodes: ARES, and Arrow with its rescheduling beside it."""
+
+from __future__ import annotations
+
+from tidegate.policies.ares.loads import LoadBoard
+from tidegate.policies.ares.published import PERIOD_S, AresConstants, AresPlacement, AresRescheduler
+from tidegate.systems.registry import SYSTEMS, SystemOptions
+from tidegate.systems.system import System
+
+
+@SYSTEMS.register("ares")
+def ares(options: SystemOptions) -> System:
+    """ARES (arXiv 2510.13668) as published: a static split whose decodes are placed and moved by the variance
+    of their predicted loads."""
+    constants = AresConstants()
+    board = LoadBoard(constants.horizon, PERIOD_S)
+    placement = AresPlacement(board, constants)
+    return System(
+        name="ares",
+        summary="static split, running decodes move to where they vary least",
+        roles=options.roles(),
+        prefill=placement,
+        decode=placement,
+        controllers=(AresRescheduler(board, constants),),
+        window_s=options.tick_s,
+    )
