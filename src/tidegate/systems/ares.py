@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from tidegate.policies.ares.loads import LoadBoard
+from functools import partial
+
+from tidegate.policies.ares.avoiding import AvoidingConstants, AvoidingPlacement, AvoidingRescheduler
+from tidegate.policies.ares.damage import Damage
+from tidegate.policies.ares.loads import DecodeLoads, LoadBoard
 from tidegate.policies.ares.published import PERIOD_S, AresConstants, AresPlacement, AresRescheduler
 from tidegate.systems.registry import SYSTEMS, SystemOptions
 from tidegate.systems.system import System
@@ -13,7 +17,7 @@ def ares(options: SystemOptions) -> System:
     """ARES (arXiv 2510.13668) as published: a static split whose decodes are placed and moved by the variance
     of their predicted loads."""
     constants = AresConstants()
-    board = LoadBoard(constants.horizon, PERIOD_S)
+    board = LoadBoard(partial(DecodeLoads, horizon=constants.horizon), PERIOD_S)
     placement = AresPlacement(board, constants)
     return System(
         name="ares",
@@ -22,5 +26,22 @@ def ares(options: SystemOptions) -> System:
         prefill=placement,
         decode=placement,
         controllers=(AresRescheduler(board, constants),),
+        window_s=options.tick_s,
+    )
+
+
+@SYSTEMS.register("ares-slo")
+def ares_slo(options: SystemOptions) -> System:
+    """ARES whose moves and placements avoid seconds of SLO damage (ours)."""
+    constants = AvoidingConstants()
+    board = LoadBoard(partial(Damage, terms=constants.terms), PERIOD_S)
+    placement = AvoidingPlacement(board)
+    return System(
+        name="ares-slo",
+        summary="static split, running decodes move where that avoids SLO damage",
+        roles=options.roles(),
+        prefill=placement,
+        decode=placement,
+        controllers=(AvoidingRescheduler(board, constants),),
         window_s=options.tick_s,
     )

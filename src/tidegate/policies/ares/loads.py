@@ -6,10 +6,11 @@ it. Nobody else comes. Who is on its way to another instance counts there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,8 +105,6 @@ class DecodeLoads:
     def __init__(self, snapshot: Snapshot, rows: RequestRows, horizon: Horizon) -> None:
         self.horizon: Final = horizon
         self.ids: Final = snapshot.ids
-        self.labels: Final = snapshot.labels
-        self.at_s: Final = snapshot.at_s
         columns = np.flatnonzero(snapshot.labels.decoding_mask & ~snapshot.draining)
         self.columns: Final[Columns] = columns
         self._place = np.full(len(snapshot) + 1, -1)
@@ -118,11 +117,17 @@ class DecodeLoads:
         free, resident = snapshot.free_tokens[columns], snapshot.decode_tokens[columns]
         beside = np.where(capacity > 0, capacity - free - resident, 0.0)
         self.beside_tokens: Final[Column] = np.maximum(beside, 0.0)
-        self.loads: Curves = np.zeros((len(columns), horizon.points))
+        self.loads: Final[Curves] = self.summed(self.curves)
+
+    def summed(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the sums over the decodes of each instance; ``values`` has one row, or block, per decode."""
         here = self.places >= 0
-        where, curves = self.places[here], self.curves[here]
-        for point in range(horizon.points):
-            self.loads[:, point] = np.bincount(where, curves[:, point], len(columns))
+        where, flat = self.places[here], values.reshape(len(values), math.prod(values.shape[1:]))[here]
+        count = len(self.columns)
+        sums = np.empty((count, flat.shape[1]))
+        for column in range(flat.shape[1]):
+            sums[:, column] = np.bincount(where, flat[:, column], count)
+        return sums.reshape(count, *values.shape[1:])
 
     def weighted(self) -> Column:
         """Return W: the time-weighted load of each instance."""
@@ -161,43 +166,47 @@ class DecodeLoads:
         self.loads[place] += curve
 
     def links_in_use(self) -> Mask:
-        """Tell of every two places whether a migration from the one to the other is under way."""
+        """Tell of every two columns whether a migration from the one to the other is under way."""
         decodes = self.decodes
-        in_use = np.zeros((len(self._place), len(self._place)), np.bool_)
+        in_use = np.zeros((len(self.ids), len(self.ids)), np.bool_)
         moving = decodes.at != decodes.on
         in_use[decodes.on[moving], decodes.at[moving]] = True
-        return in_use[np.ix_(self.columns, self.columns)]
+        return in_use
 
     def compared(self, terms: Mapping[str, Column]) -> Alternatives:
         """Return the instances with terms of theirs, for the journal."""
         return Alternatives([self.ids[column] for column in self.columns], lambda: terms)
 
 
-class LoadBoard:
-    """The loads as of the last round, with who was placed since: what a placement reads without asking for
-    every request.
+Kept = TypeVar("Kept")
 
-    A system's placement and its controller share one; it starts empty with every run.
+
+class LoadBoard(Generic[Kept]):
+    """What was made of the last round's snapshot, with who was placed since: what a placement reads without
+    asking for every request.
+
+    A system's placement and its controller share one; it starts empty with every run. ``make`` makes it of a
+    snapshot and its requests, and it is made anew for a placement once it is older than ``lasts_s``, or where
+    other instances are up or under other labels.
     """
 
-    def __init__(self, horizon: Horizon, lasts_s: float) -> None:
-        self._horizon = horizon
+    def __init__(self, make: Callable[[Snapshot, RequestRows], Kept], lasts_s: float) -> None:
+        self._make = make
         self._lasts_s = lasts_s
-        self._loads: DecodeLoads | None = None
+        self._kept: Kept | None = None
+        self._of: tuple[object, object] = (None, None)
+        self._at_s = -math.inf
 
-    def renewed(self, snapshot: Snapshot, rows: RequestRows) -> DecodeLoads:
-        """Return the loads of the snapshot, whose requests are ``rows``, and keep them."""
-        self._loads = DecodeLoads(snapshot, rows, self._horizon)
-        return self._loads
+    def renewed(self, snapshot: Snapshot, rows: RequestRows) -> Kept:
+        """Make it of the snapshot, whose requests are ``rows``, and keep it."""
+        kept = self._kept = self._make(snapshot, rows)
+        self._of, self._at_s = (snapshot.ids, snapshot.labels), snapshot.at_s
+        return kept
 
-    def latest(self, snapshot: Snapshot) -> DecodeLoads:
-        """Return the loads that are kept, or new ones where these are too old or of other instances."""
-        kept = self._loads
-        if (
-            kept is None
-            or kept.ids is not snapshot.ids
-            or kept.labels is not snapshot.labels
-            or not 0 <= snapshot.at_s - kept.at_s <= self._lasts_s
-        ):
+    def latest(self, snapshot: Snapshot) -> Kept:
+        """Return what is kept, or make it anew."""
+        kept, (ids, labels) = self._kept, self._of
+        same = ids is snapshot.ids and labels is snapshot.labels
+        if kept is None or not same or snapshot.at_s - self._at_s > self._lasts_s:
             return self.renewed(snapshot, snapshot.requests)
         return kept

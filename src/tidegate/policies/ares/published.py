@@ -49,7 +49,7 @@ class AresPlacement:
     The paper places decodes by input length, predicted length and loads; it has no rule for prefills.
     """
 
-    board: LoadBoard
+    board: LoadBoard[DecodeLoads]
     constants: AresConstants = field(default_factory=AresConstants)
     needs: frozenset[Signal] = frozenset({Signal.PROFILE, Signal.LENGTHS})
 
@@ -84,7 +84,7 @@ class AresPlacement:
 class AresRescheduler:
     """One round per period: classify, filter, simulate, pick, up to ``most_moves`` times."""
 
-    board: LoadBoard
+    board: LoadBoard[DecodeLoads]
     constants: AresConstants = field(default_factory=AresConstants)
     period_s: float = PERIOD_S
     name: str = "reschedule"
@@ -145,7 +145,9 @@ class Moves:
         self._curves = loads.curves[candidates]
         self._last = loads.last_point(decodes.most_tokens[candidates])
         self._allowed = amortised(snapshot, loads, candidates, destinations, constants.kappa)
-        self._allowed &= ~loads.links_in_use()[self._sources[:, None], destinations]
+        self._allowed &= ~loads.links_in_use()[
+            loads.columns[self._sources][:, None], loads.columns[destinations]
+        ]
         self.gain: Matrix = np.empty((len(candidates), len(destinations)))
         self._simulate(np.arange(len(candidates)), np.arange(len(destinations)))
 
@@ -192,18 +194,22 @@ class Moves:
 
 def amortised(
     snapshot: Snapshot, loads: DecodeLoads, candidates: Columns, destinations: Columns, kappa: float
-) -> Matrix:
+) -> NDArray[np.bool_]:
     """Tell of each candidate and destination whether what is left of the decode takes ``kappa`` transfers.
 
-    One row per candidate. A transfer takes what the destination's link takes for the KV.
+    One row per candidate.
     """
-    costs, decodes = snapshot.costs, loads.decodes
-    sources = loads.columns[loads.places[candidates]]
-    step_s = costs.step.seconds(snapshot.decode_requests, snapshot.decode_tokens)[sources]
-    left_s = decodes.left_tokens[candidates] * step_s
-    n_bytes = decodes.context_tokens[candidates] * snapshot.kv_bytes_per_token[sources]
-    transfer_s = np.broadcast_to(costs.transfer.seconds(n_bytes[:, None]), (len(candidates), len(snapshot)))[
-        :, loads.columns[destinations]
-    ]
-    allowed: NDArray[np.bool_] = left_s[:, None] >= kappa * transfer_s
+    step_s = snapshot.costs.step.seconds(snapshot.decode_requests, snapshot.decode_tokens)
+    left_s = loads.decodes.left_tokens[candidates] * step_s[loads.decodes.on[candidates]]
+    allowed: NDArray[np.bool_] = left_s[:, None] >= kappa * transfer_s(
+        snapshot, loads, candidates, destinations
+    )
     return allowed
+
+
+def transfer_s(snapshot: Snapshot, loads: DecodeLoads, candidates: Columns, destinations: Columns) -> Matrix:
+    """Return what each destination's link takes for the KV of each candidate, one row per candidate."""
+    sources = loads.decodes.on[candidates]
+    n_bytes = loads.decodes.context_tokens[candidates] * snapshot.kv_bytes_per_token[sources]
+    seconds = snapshot.costs.transfer.seconds(n_bytes[:, None])
+    return np.broadcast_to(seconds, (len(candidates), len(snapshot)))[:, loads.columns[destinations]]

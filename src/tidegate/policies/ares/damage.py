@@ -1,0 +1,142 @@
+"""Seconds of SLO damage that decode instances are heading for: what ``ares-slo`` avoids (ours).
+
+The variance of loads says nothing of harm: an idle fleet varies, too, and a full one can be even. Counted here
+are the seconds that requests lose, over a horizon: the part of their token gaps beyond the TPOT target,
+the time without KV of those that predicted KV leaves no room for, and the recomputation that stalls the batch
+when they are preempted.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from typing import Final, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tidegate.core.request import Request
+from tidegate.costs.forms import PrefillCost, StepCost, attention_work
+from tidegate.ledger.rows import RequestRows
+from tidegate.ledger.snapshot import Column, Snapshot
+from tidegate.policies.ares.loads import Columns, DecodeLoads, Horizon
+
+Outlook = NDArray[np.float64]
+"""Three curves over the grid points, in rows: expected requests, expected tokens, variance of the tokens."""
+
+LOGISTIC = math.sqrt(3.0) / math.pi
+"""Scale of a logistic distribution with a standard deviation of 1."""
+MOST_BUSY = 0.95
+"""Prefills take at most this share of an instance's time, as far as gaps between tokens are concerned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What damage is worked out with; all values are ours.
+
+    KV may fill up to the share ``usable``. ``unforeseen`` is the standard deviation of loads that no prediction
+    covers, those to come, as a share of the KV: it keeps a margin where predictions leave none.
+    """
+
+    horizon: Horizon = field(default_factory=Horizon)
+    usable: float = 0.98
+    unforeseen: float = 0.05
+
+
+def chances(at: Column, low: Column, mean: Column, high: Column) -> NDArray[np.float64]:
+    """Return the chance that each answer has not ended at each grid point, linear between its quantiles.
+
+    The mean stands for the median, and the tail behind the 0.9 quantile is as long as the middle.
+    """
+    low, high = low[:, None], np.maximum(high, low)[:, None]
+    middle = np.clip(mean[:, None], low, high)
+    tail = np.maximum(high - low, 1.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = np.select(
+            [at < low, at < middle, at < high],
+            [
+                1.0 - 0.1 * at / low,
+                0.9 - 0.4 * (at - low) / (middle - low),
+                0.5 - 0.4 * (at - middle) / (high - middle),
+            ],
+            0.1 - 0.1 * (at - high) / tail,
+        )
+    certain = low == high
+    return np.where(certain, at < low, np.maximum(found, 0.0))
+
+
+def outlook(at: Column, context: Column, chance: NDArray[np.float64]) -> Outlook:
+    """Return the outlook of each decode: one block of three curves per row."""
+    tokens = context[:, None] + at
+    expected = chance * tokens
+    return np.stack([chance, expected, expected * tokens * (1.0 - chance)], axis=1)
+
+
+class Damage:
+    """What the instances of ``loads`` head for, and what each of the decodes adds to it.
+
+    ``outlooks`` has one block per decode, ``totals`` one per place, ``seconds`` the damage there.
+    """
+
+    def __init__(self, snapshot: Snapshot, rows: RequestRows, terms: Terms) -> None:
+        loads = self.loads = DecodeLoads(snapshot, rows, terms.horizon)
+        self._costs = snapshot.costs
+        self._at = loads.horizon.at
+        decodes, columns = loads.decodes, loads.columns
+        low = np.fmin(rows.remaining_low_tokens[decodes.row], decodes.left_tokens)
+        chance = chances(self._at, low, decodes.left_tokens, decodes.most_tokens)
+        self.outlooks: Final[Outlook] = outlook(self._at, decodes.context_tokens, chance)
+        self.totals: Final[Outlook] = loads.summed(self.outlooks)
+        self._usable = terms.usable * loads.capacity_tokens - loads.beside_tokens
+        known = np.where(np.isfinite(loads.capacity_tokens), loads.capacity_tokens, 0.0)
+        self._noise = (terms.unforeseen * known) ** 2
+        self._stretch = 1.0 / (1.0 - np.minimum(snapshot.prefill_demand[columns], MOST_BUSY))
+        targets = loads.summed(rows.tpot_s[decodes.row, None])[:, 0]
+        members = loads.summed(np.ones((len(decodes.row), 1)))[:, 0]
+        self._tpot_s = np.where(members > 0, targets / np.maximum(members, 1.0), math.inf)
+        self.seconds: Column = self.of(self.totals, np.arange(len(columns)))
+
+    def of(self, outlooks: Outlook, places: Columns, tpot_s: float = math.inf) -> NDArray[np.float64]:
+        """Return the request-seconds that instances lose over the horizon if they had these outlooks.
+
+        ``outlooks`` ends in the three curves; what comes before broadcasts with ``places``. ``tpot_s`` is the
+        target of a request that joins.
+        """
+        columns = self.loads.columns[places]
+        requests, tokens, variance = outlooks[..., 0, :], outlooks[..., 1, :], outlooks[..., 2, :]
+        spread = LOGISTIC * np.sqrt(np.maximum(variance, 0.0) + self._noise[places][..., None]) + 1.0
+        over = spread * np.logaddexp(0.0, (tokens - self._usable[places][..., None]) / spread)
+        over = np.minimum(over, tokens)
+        context = np.maximum(tokens / np.maximum(requests, 1e-9), 1.0)
+        stalled = over / context
+        step = at_columns(self._costs.step, columns)
+        gap_s = step.seconds(requests - stalled, tokens - over) * self._stretch[places][..., None]
+        target_s = np.minimum(self._tpot_s[places], tpot_s)[..., None]
+        lost_s = requests * np.maximum(gap_s - target_s, 0.0) + stalled * gap_s
+        prefill = at_columns(self._costs.prefill, columns)
+        again_s = prefill.seconds(context, attention_work(context, 0.0))
+        recomputed_s = stalled * again_s * (1.0 + requests)
+        return np.asarray(lost_s.sum(axis=-1) * (self._at[1] - self._at[0]) + recomputed_s.max(axis=-1))
+
+    def newcomer(self, request: Request) -> Outlook:
+        """Return what a request adds wherever it decodes."""
+        told = request.remaining
+        low, mean, high = (told.low, told.mean, told.high) if told else (request.max_tokens,) * 3
+        chance = chances(self._at, *(np.array([value], np.float64) for value in (low, mean, high)))
+        return outlook(self._at, np.array([request.prompt_tokens], np.float64), chance)[0]
+
+    def add(self, place: int, block: Outlook) -> None:
+        """Count a newcomer at an instance; a negative block takes one away."""
+        self.totals[place] += block
+        self.seconds[place] = self.of(self.totals[place], np.intp(place))
+
+
+Form = TypeVar("Form", PrefillCost, StepCost)
+
+
+def at_columns(form: Form, columns: Columns) -> Form:
+    """Return the costs of these instances, to be used with one curve each."""
+    arrays = {f.name: getattr(form, f.name) for f in fields(form)}
+    return replace(
+        form, **{name: v[columns][..., None] for name, v in arrays.items() if isinstance(v, np.ndarray)}
+    )
