@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from tidegate.policies.ares.avoiding import AvoidingConstants, AvoidingPlacement, AvoidingRescheduler
 from tidegate.policies.ares.damage import Damage
 from tidegate.policies.ares.loads import DecodeLoads, LoadBoard
 from tidegate.policies.ares.published import PERIOD_S, AresConstants, AresPlacement, AresRescheduler
+from tidegate.systems.builtin import arrow_lending
 from tidegate.systems.registry import SYSTEMS, SystemOptions
 from tidegate.systems.system import System
 
@@ -44,4 +46,19 @@ def ares_slo(options: SystemOptions) -> System:
         decode=placement,
         controllers=(AvoidingRescheduler(board, constants),),
         window_s=options.tick_s,
+    )
+
+
+@SYSTEMS.register("arrow+ares")
+def arrow_ares(options: SystemOptions) -> System:
+    """Arrow whose decodes move where that avoids SLO damage, off instances that a flip took away as well
+    (ours)."""
+    constants = AvoidingConstants()
+    board = LoadBoard(partial(Damage, terms=constants.terms), PERIOD_S)
+    arrow = arrow_lending(options)
+    return replace(
+        arrow,
+        name="arrow+ares",
+        summary="role flips, and running decodes move where that avoids SLO damage",
+        controllers=(*arrow.controllers, AvoidingRescheduler(board, constants)),
     )
