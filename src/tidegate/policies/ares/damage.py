@@ -38,7 +38,7 @@ class Terms:
     covers, those to come, as a share of the KV: it keeps a margin where predictions leave none.
     """
 
-    horizon: Horizon = field(default_factory=Horizon)
+    horizon: Horizon = field(default_factory=lambda: Horizon(points=8))
     usable: float = 0.98
     unforeseen: float = 0.05
 
@@ -50,26 +50,22 @@ def chances(at: Column, low: Column, mean: Column, high: Column) -> NDArray[np.f
     """
     low, high = low[:, None], np.maximum(high, low)[:, None]
     middle = np.clip(mean[:, None], low, high)
-    tail = np.maximum(high - low, 1.0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        found = np.select(
-            [at < low, at < middle, at < high],
-            [
-                1.0 - 0.1 * at / low,
-                0.9 - 0.4 * (at - low) / (middle - low),
-                0.5 - 0.4 * (at - middle) / (high - middle),
-            ],
-            0.1 - 0.1 * (at - high) / tail,
-        )
-    certain = low == high
-    return np.where(certain, at < low, np.maximum(found, 0.0))
+    bends = (np.zeros_like(low), low, middle, high, 2.0 * high - low)
+    chance = np.ones((len(low), len(at)))
+    for start, end, share in zip(bends[:-1], bends[1:], (0.1, 0.4, 0.4, 0.1), strict=True):
+        slope = share / np.maximum(end - start, 1e-9)
+        chance -= np.clip((at - start) * slope, 0.0, share)
+    return np.where(low == high, at < low, chance)
 
 
 def outlook(at: Column, context: Column, chance: NDArray[np.float64]) -> Outlook:
     """Return the outlook of each decode: one block of three curves per row."""
     tokens = context[:, None] + at
-    expected = chance * tokens
-    return np.stack([chance, expected, expected * tokens * (1.0 - chance)], axis=1)
+    blocks = np.empty((len(context), 3, len(at)))
+    blocks[:, 0] = chance
+    np.multiply(chance, tokens, out=blocks[:, 1])
+    blocks[:, 2] = blocks[:, 1] * tokens * (1.0 - chance)
+    return blocks
 
 
 class Damage:

@@ -121,13 +121,11 @@ class DecodeLoads:
 
     def summed(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the sums over the decodes of each instance; ``values`` has one row, or block, per decode."""
-        here = self.places >= 0
-        where, flat = self.places[here], values.reshape(len(values), math.prod(values.shape[1:]))[here]
-        count = len(self.columns)
-        sums = np.empty((count, flat.shape[1]))
-        for column in range(flat.shape[1]):
-            sums[:, column] = np.bincount(where, flat[:, column], count)
-        return sums.reshape(count, *values.shape[1:])
+        count, shape = len(self.columns), values.shape[1:]
+        flat = np.ascontiguousarray(values.reshape(len(values), math.prod(shape)).T)
+        where = np.where(self.places >= 0, self.places, count)  # those that are on none make one more
+        sums = np.array([np.bincount(where, each, count + 1)[:count] for each in flat])
+        return sums.T.reshape(count, *shape)
 
     def weighted(self) -> Column:
         """Return W: the time-weighted load of each instance."""

@@ -15,12 +15,15 @@ from numpy.typing import NDArray
 
 from tidegate.core.decision import ControlDecision, Migrate, Path, Place, Verdict
 from tidegate.core.request import Request
-from tidegate.ledger.snapshot import Mask, Matrix, Snapshot
+from tidegate.ledger.snapshot import Column, Mask, Matrix, Snapshot
 from tidegate.policies.ares.loads import Columns, DecodeLoads, Horizon, LoadBoard
 from tidegate.policies.baselines import MINIMAL_LOAD
 from tidegate.policies.protocols import Signal
 
 PERIOD_S = 1.0
+MOST_SEARCHED = 32
+"""So many of the overloaded instances, the fullest, and of the underloaded ones, the emptiest, are searched
+(ours): a round costs no more the larger the fleet is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +32,15 @@ class AresConstants:
 
     An instance is over- or underloaded beyond ``theta`` of the mean. KV may fill up to the share ``safety``.
     A decode moves when what is left of it takes ``kappa`` times its transfer, at most once per
-    ``cooldown_s``, and when that takes more than the share ``epsilon`` off the variance. ``most_moves`` a
-    round.
+    ``cooldown_s``, and when that takes more off the variance than the share ``epsilon`` of what two instances
+    contribute to it: of the whole, one move could not in a large fleet. ``most_moves`` a round.
     """
 
     horizon: Horizon = field(default_factory=Horizon)
     theta: float = 0.1
     safety: float = 0.95
     kappa: float = 5.0
-    epsilon: float = 0.05
+    epsilon: float = 0.2
     most_moves: int = 4
     cooldown_s: float = 10.0
 
@@ -104,7 +107,8 @@ class AresRescheduler:
         actions: list[Migrate] = []
         while len(actions) < self.constants.most_moves:
             found = moves.best(over, under)
-            if found is None or moves.gain[found] <= self.constants.epsilon * loads.variance():
+            least = self.constants.epsilon * loads.variance() * 2.0 / len(loads.columns)
+            if found is None or moves.gain[found] <= least:
                 break
             decode, src, dst = moves.commit(found)
             ids = snapshot.ids
@@ -138,8 +142,11 @@ class Moves:
         self._safety = constants.safety
         decodes, places = loads.decodes, loads.places
         rested = snapshot.at_s - decodes.moved_at_s >= constants.cooldown_s
-        candidates = np.flatnonzero(decodes.movable & rested & (places >= 0) & over[places])
-        destinations = np.flatnonzero(under)
+        weighted = loads.weighted()
+        sources = extreme(over, -weighted)
+        destinations = extreme(under, weighted)
+        leaving = (places >= 0) & np.isin(places, sources)
+        candidates = np.flatnonzero(decodes.movable & rested & leaving)
         self._candidates, self._destinations = candidates, destinations
         self._sources = places[candidates]
         self._curves = loads.curves[candidates]
@@ -190,6 +197,14 @@ class Moves:
         self._simulate(np.arange(len(self._candidates)), np.array([destination]))
         row = int(loads.decodes.row[self._candidates[candidate]])
         return row, int(loads.columns[source]), int(loads.columns[target])
+
+
+def extreme(members: Mask, key: Column) -> Columns:
+    """Return the members, or the ``MOST_SEARCHED`` of them with the least ``key``."""
+    found = np.flatnonzero(members)
+    return (
+        found if len(found) <= MOST_SEARCHED else found[np.argsort(key[found], kind="stable")[:MOST_SEARCHED]]
+    )
 
 
 def amortised(
