@@ -14,7 +14,7 @@ from tidegate.costs.profile import UNMEASURED, Profile, ProfileTable
 from tidegate.ledger.integrity import check_integrity
 from tidegate.ledger.matrix import LedgerMatrix
 from tidegate.ledger.records import Booked, InstanceEntry, RequestEntry, Residents
-from tidegate.ledger.rows import Forecast, Integers, RequestRows, Sessions
+from tidegate.ledger.rows import NOWHERE, Forecast, Integers, RequestRows, Sessions
 from tidegate.ledger.snapshot import Field, Labels, Snapshot, WindowAverages
 from tidegate.ledger.windows import LongWindows, close_windows
 
@@ -372,7 +372,10 @@ class Ledger:
 
     def request_rows(self, index: Mapping[str, int]) -> RequestRows:
         """Return one row per live request; ``index`` has the columns of the instances."""
-        return RequestRows.of(list(self._entries.values()), index, self._forecast)
+        seen = None
+        if index is not self._index:
+            seen = np.array([index.get(name, NOWHERE) for name in self._ids] + [NOWHERE], np.int64)
+        return RequestRows(list(self._entries.values()), index, seen, self._forecast)
 
     def progress(self) -> tuple[list[Request], Integers]:
         """Return the requests that decode, and how many tokens of its answer each has."""

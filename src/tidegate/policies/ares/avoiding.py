@@ -87,7 +87,7 @@ class AvoidingRescheduler:
         """Return the moves of this round."""
         rows = snapshot.requests
         damage = self.board.renewed(snapshot, rows)
-        choice = Choice(snapshot, damage, self.constants)
+        choice = Reliefs(snapshot, damage, self.constants)
         actions: list[Migrate] = []
         while len(actions) < self.constants.most_moves:
             move = choice.best()
@@ -102,7 +102,7 @@ class AvoidingRescheduler:
         return ControlDecision(None, tuple(actions))
 
 
-class Choice:
+class Reliefs:
     """Which decodes of one round may move where, and what each move is worth."""
 
     def __init__(self, snapshot: Snapshot, damage: Damage, constants: AvoidingConstants) -> None:
@@ -117,7 +117,7 @@ class Choice:
         """Return the decode, its destination's place and the seconds avoided; None when nothing pays."""
         damage, constants = self._damage, self._constants
         loads = damage.loads
-        candidates, relief_s = self._reliefs()
+        candidates, relief_s = self._best_reliefs()
         if not len(candidates):
             return None
         held = damage.totals[:, 1] @ loads.horizon.weights
@@ -136,7 +136,7 @@ class Choice:
             return None
         return int(candidates[candidate]), int(targets[target]), float(gain_s[candidate, target])
 
-    def _reliefs(self) -> tuple[Columns, Column]:
+    def _best_reliefs(self) -> tuple[Columns, Column]:
         """Return the decodes whose going would relieve their instances most, and by how much."""
         damage, constants = self._damage, self._constants
         loads = damage.loads

@@ -29,7 +29,7 @@ Curves = NDArray[np.float64]
 class Horizon:
     """``points`` grid points from now to ``tokens`` tokens ahead; each counts ``gamma`` times the one before."""
 
-    tokens: int = 2048
+    tokens: int = 1024
     points: int = 16
     gamma: float = 0.95
 
@@ -71,9 +71,10 @@ class Decodes:
         """
         row = np.flatnonzero(rows.decode_on >= 0)
         decode_on, moving_to = rows.decode_on[row], rows.moving_to[row]
-        limit = (rows.max_tokens - rows.generated_tokens)[row].astype(np.float64)
         left, most = rows.remaining_tokens[row], rows.remaining_high_tokens[row]
-        left = np.where(np.isnan(left), limit, left)
+        if np.isnan(left).any():
+            limit = (rows.max_tokens - rows.generated_tokens)[row]
+            left = np.where(np.isnan(left), limit, left)
         return cls(
             row,
             decode_on,
@@ -85,20 +86,13 @@ class Decodes:
             rows.moved_at_s[row],
         )
 
-    def curves(self, horizon: Horizon, which: Columns | slice = slice(None)) -> Curves:
-        """Return what each of these decodes holds at every grid point."""
-        at = horizon.at
-        held = self.context_tokens[which, None] + at
-        held *= at < self.left_tokens[which, None]
-        return held
-
 
 class DecodeLoads:
     """The loads of the instances that decode, at every grid point.
 
     An instance has a place here: ``columns`` says which column of the snapshot that is, and the rows of
     ``loads`` are in that order. ``places`` has that of each of the ``decodes``, -1 for one that is on none of
-    them, and ``curves`` what it holds. ``beside_tokens`` is KV that is no decode's, ``capacity_tokens`` what
+    them. ``beside_tokens`` is KV that is no decode's, ``capacity_tokens`` what
     an instance can hold (inf where that is unknown).
     """
 
@@ -110,14 +104,25 @@ class DecodeLoads:
         self._place = np.full(len(snapshot) + 1, -1)
         self._place[columns] = np.arange(len(columns))
         self.decodes: Final = Decodes.of(rows)
-        self.curves: Final = self.decodes.curves(horizon)
         self.places: Final[Columns] = self._place[self.decodes.at]
         capacity = snapshot.kv_capacity_tokens[columns]
         self.capacity_tokens: Final[Column] = np.where(capacity > 0, capacity, np.inf)
         free, resident = snapshot.free_tokens[columns], snapshot.decode_tokens[columns]
         beside = np.where(capacity > 0, capacity - free - resident, 0.0)
         self.beside_tokens: Final[Column] = np.maximum(beside, 0.0)
-        self.loads: Final[Curves] = self.summed(self.curves)
+
+    @cached_property
+    def curves(self) -> Curves:
+        """What each of the decodes holds at every grid point."""
+        at = self.horizon.at
+        held = self.decodes.context_tokens[:, None] + at
+        held *= at < self.decodes.left_tokens[:, None]
+        return held
+
+    @cached_property
+    def loads(self) -> Curves:
+        """What each instance holds at every grid point."""
+        return self.summed(self.curves)
 
     def summed(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the sums over the decodes of each instance; ``values`` has one row, or block, per decode."""
@@ -141,13 +146,13 @@ class DecodeLoads:
         """Return V: the time-weighted variance of the loads over the instances."""
         return float(self.loads.var(axis=0) @ self.horizon.weights) if len(self.loads) else 0.0
 
-    def room(self, share: float) -> Curves:
+    def room(self, share: float, places: Columns | slice = slice(None)) -> Curves:
         """Return how much context a decode may have that stays until each grid point.
 
         One row per instance: what it holds then, and until then, fits into ``share`` of its KV.
         """
-        usable = share * self.capacity_tokens - self.beside_tokens
-        return np.minimum.accumulate(usable[:, None] - self.loads - self.horizon.at, axis=1)
+        usable = share * self.capacity_tokens[places] - self.beside_tokens[places]
+        return np.minimum.accumulate(usable[:, None] - self.loads[places] - self.horizon.at, axis=1)
 
     def last_point(self, tokens: Column | float) -> Columns:
         """Return the last grid point at which a decode with so many tokens to come is still there."""

@@ -169,7 +169,7 @@ class Moves:
         places = self._destinations[destinations]
         weighted = weights * curves
         gain = (weighted * (source - curves)).sum(axis=1)[:, None] - weighted @ loads.loads[places].T
-        room = loads.room(self._safety)[places].T[self._last[candidates]]
+        room = loads.room(self._safety, places).T[self._last[candidates]]
         context = loads.decodes.context_tokens[self._candidates[candidates]]
         table = np.ix_(candidates, destinations)
         allowed = self._allowed[table] & (room >= context[:, None])
