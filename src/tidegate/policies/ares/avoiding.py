@@ -60,7 +60,7 @@ class AvoidingPlacement:
         added_s = damage.of(damage.totals + block, everyone, request.slo.tpot_s) - damage.seconds
         held = damage.totals[:, 1] @ (loads.horizon.weights * block[1])
         chosen = int(np.lexsort((held, np.round(added_s, 1)))[0])
-        damage.add(chosen, block)
+        damage.add(chosen, block, request.slo.tpot_s)
         place = Place(prefill_on, snapshot.ids[loads.columns[chosen]], Path.DISAGGREGATED)
         alternatives = loads.compared({"added_damage_s": added_s, "beside_tokens2": held})
         return Verdict(place, (), alternatives, "least SLO damage added")
@@ -124,7 +124,8 @@ class Reliefs:
         order = np.lexsort((held, np.round(damage.seconds, 1)))
         targets = order[: constants.destinations]
         blocks = damage.outlooks[candidates][:, None]
-        harm_s = damage.of(damage.totals[targets] + blocks, targets) - damage.seconds[targets]
+        joins_s = damage.tpot_s[candidates][:, None]
+        harm_s = damage.of(damage.totals[targets] + blocks, targets, joins_s) - damage.seconds[targets]
         gain_s = relief_s[:, None] - harm_s - self._price_s(candidates, targets)
         sources = loads.places[candidates]
         allowed = amortised(self._snapshot, loads, candidates, targets, constants.kappa)
@@ -146,7 +147,7 @@ class Reliefs:
         candidates = np.flatnonzero(self._may_move & (on_worst | (self._stranded_s > 0)))
         places = loads.places[candidates]
         without = damage.totals[places] - damage.outlooks[candidates]
-        relief_s = damage.seconds[places] - damage.of(without, places)
+        relief_s = damage.seconds[places] - damage.of(without, places, -damage.tpot_s[candidates])
         relief_s = np.where(places >= 0, relief_s, self._stranded_s[candidates])
         most = np.argsort(-relief_s, kind="stable")[: constants.tried]
         most = most[relief_s[most] >= constants.least_s]
@@ -165,8 +166,8 @@ class Reliefs:
         loads = damage.loads
         source, block = int(loads.places[decode]), damage.outlooks[decode]
         if source >= 0:
-            damage.add(source, -block)
-        damage.add(target, block)
+            damage.add(source, -block, -damage.tpot_s[decode])
+        damage.add(target, block, damage.tpot_s[decode])
         self._may_move[decode] = False
         self._links[loads.decodes.on[decode], loads.columns[target]] = True
 

@@ -87,16 +87,16 @@ class Damage:
         known = np.where(np.isfinite(loads.capacity_tokens), loads.capacity_tokens, 0.0)
         self._noise = (terms.unforeseen * known) ** 2
         self._stretch = 1.0 / (1.0 - np.minimum(snapshot.prefill_demand[columns], MOST_BUSY))
-        targets = loads.summed(rows.tpot_s[decodes.row, None])[:, 0]
-        members = loads.summed(np.ones((len(decodes.row), 1)))[:, 0]
-        self._tpot_s = np.where(members > 0, targets / np.maximum(members, 1.0), math.inf)
+        self.tpot_s: Final[Column] = rows.tpot_s[decodes.row]
+        self._targets_s = loads.summed(self.tpot_s[:, None])[:, 0]
+        self._members = loads.summed(np.ones((len(decodes.row), 1)))[:, 0]
         self.seconds: Column = self.of(self.totals, np.arange(len(columns)))
 
-    def of(self, outlooks: Outlook, places: Columns, tpot_s: float = math.inf) -> NDArray[np.float64]:
+    def of(self, outlooks: Outlook, places: Columns, joins_s: Column | float = 0.0) -> NDArray[np.float64]:
         """Return the request-seconds that instances lose over the horizon if they had these outlooks.
 
-        ``outlooks`` ends in the three curves; what comes before broadcasts with ``places``. ``tpot_s`` is the
-        target of a request that joins.
+        ``outlooks`` ends in the three curves; what comes before broadcasts with ``places``. ``joins_s`` is the
+        TPOT target of a request that joins, or less that of one that leaves: all are held to the mean.
         """
         columns = self.loads.columns[places]
         requests, tokens, variance = outlooks[..., 0, :], outlooks[..., 1, :], outlooks[..., 2, :]
@@ -107,7 +107,8 @@ class Damage:
         stalled = over / context
         step = at_columns(self._costs.step, columns)
         gap_s = step.seconds(requests - stalled, tokens - over) * self._stretch[places][..., None]
-        target_s = np.minimum(self._tpot_s[places], tpot_s)[..., None]
+        members = self._members[places] + np.sign(joins_s)
+        target_s = ((self._targets_s[places] + joins_s) / np.maximum(members, 1.0))[..., None]
         lost_s = requests * np.maximum(gap_s - target_s, 0.0) + stalled * gap_s
         prefill = at_columns(self._costs.prefill, columns)
         again_s = prefill.seconds(context, attention_work(context, 0.0))
@@ -121,9 +122,11 @@ class Damage:
         chance = chances(self._at, *(np.array([value], np.float64) for value in (low, mean, high)))
         return outlook(self._at, np.array([request.prompt_tokens], np.float64), chance)[0]
 
-    def add(self, place: int, block: Outlook) -> None:
-        """Count a newcomer at an instance; a negative block takes one away."""
+    def add(self, place: int, block: Outlook, joins_s: float) -> None:
+        """Count a newcomer with its TPOT target at an instance; both negative take one away."""
         self.totals[place] += block
+        self._targets_s[place] += joins_s
+        self._members[place] += np.sign(joins_s)
         self.seconds[place] = self.of(self.totals[place], np.intp(place))
 
 

@@ -129,7 +129,7 @@ class DecodeLoads:
         count, shape = len(self.columns), values.shape[1:]
         flat = np.ascontiguousarray(values.reshape(len(values), math.prod(shape)).T)
         where = np.where(self.places >= 0, self.places, count)  # those that are on none make one more
-        sums = np.array([np.bincount(where, each, count + 1)[:count] for each in flat])
+        sums = np.array([np.bincount(where, each, count + 1)[:count] for each in flat], np.float64)
         return sums.T.reshape(count, *shape)
 
     def weighted(self) -> Column:

@@ -40,7 +40,7 @@ class AresConstants:
     theta: float = 0.1
     safety: float = 0.95
     kappa: float = 5.0
-    epsilon: float = 0.2
+    epsilon: float = 0.05
     most_moves: int = 4
     cooldown_s: float = 10.0
 
