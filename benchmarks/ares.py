@@ -3,10 +3,10 @@
 Run: ``python benchmarks/ares.py --traces DIR`` (DIR has the public traces ``servegen_r1_*``; about 10 minutes
 on two cores; ``--pools 8,64 --requests 20000`` takes hours, and a run that is stopped goes on where it was).
 
-A split with 8 (or 64) decode instances serves a trace whose answers are long beside the KV of an instance: RTX 4090,
-Llama 3.1 8B, 41,408 tokens. Goodput is the highest rate at which the level attains ``SLO``, whose TPOT is 1.25
-times the step of a full instance. All systems are then run at the rate where round-robin breaks: the lowest at
-which it was seen to miss the level. ARES' constants were chosen on ``servegen_r1_peak2h``;
+A split with 8 (or 64) decode instances serves a trace whose answers are long beside the KV of an instance:
+RTX 4090, Llama 3.1 8B, 41,408 tokens. Goodput is the highest rate at which the level attains ``SLO``, whose
+TPOT is 1.25 times the step of a full instance. All systems are then run at the rate where round-robin breaks:
+the lowest at which it was seen to miss the level. ARES' constants were chosen on ``servegen_r1_peak2h``;
 ``servegen_r1_day_thin16`` was not looked at for that. Rows ``NAME/SOURCE`` are by who predicts lengths:
 nobody (``max-tokens``), the histogram learnt online, hidden states (with the errors measured of a trained
 head), and the truth.

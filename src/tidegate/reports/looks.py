@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from itertools import product
 from zlib import crc32
 
-from tidegate.systems import split_order
-
 TONES = ("#0072B2", "#D55E00", "#008F68", "#C2578F", "#B07A00", "#3A9BD9", "#444444", "#7F7F7F")
 """After Okabe and Ito 2008, darkened to be seen on white, in the order of most contrast."""
 DARK_TONES = ("#4EA8E0", "#FF8A3D", "#2CC99B", "#E39AC4", "#F0B429", "#A5DAF8", "#E6E6E6", "#9A9A9A")
@@ -39,9 +37,9 @@ def looks(systems: Sequence[str]) -> dict[str, Look]:
     free = [Look(tone, dash) for dash, tone in product(DASHES, range(len(TONES)))]
     found: dict[str, Look] = {}
     for system in systems:
-        base, order = split_order(system)
+        base, _, order = system.partition("+")
         tone = KNOWN_TONES.get(base, crc32(base.encode()) % len(TONES))
-        dash = ORDER_DASHES.get(order or "", 4)
+        dash = ORDER_DASHES.get(order, 4)
         wanted = [Look(tone, DASHES[(dash + step) % len(DASHES)]) for step in range(len(DASHES))]
         look = next((each for each in [*wanted, *free] if each not in found.values()), wanted[0])
         found[system] = look

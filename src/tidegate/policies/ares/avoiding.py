@@ -25,8 +25,9 @@ class AvoidingConstants:
     """The constants of a round; all are ours.
 
     A move has to avoid ``least_s`` seconds of damage beyond its price, and what is left of the decode has to
-    take ``kappa`` transfers. A decode moves at most once per ``cooldown_s``; ``most_moves`` a round. Looked at
-    are the ``tried`` decodes of most relief on the ``sources`` worst instances, and the ``destinations`` best.
+    take ``kappa`` transfers. A decode moves at most once per ``cooldown_s``; ``most_moves`` a round. Looked
+    at are the ``tried`` decodes of most relief on the ``sources`` worst instances, and the ``destinations``
+    best instances.
     """
 
     terms: Terms = field(default_factory=Terms)

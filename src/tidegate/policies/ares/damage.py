@@ -1,7 +1,7 @@
 """Seconds of SLO damage that decode instances are heading for: what ``ares-slo`` avoids (ours).
 
-The variance of loads says nothing of harm: an idle fleet varies, too, and a full one can be even. Counted here
-are the seconds that requests lose, over a horizon: the part of their token gaps beyond the TPOT target,
+The variance of loads says nothing of harm: an idle fleet varies, too, and a full one can be even. Counted
+here are the seconds that requests lose, over a horizon: the part of their token gaps beyond the TPOT target,
 the time without KV of those that predicted KV leaves no room for, and the recomputation that stalls the batch
 when they are preempted.
 """
@@ -34,8 +34,8 @@ MOST_BUSY = 0.95
 class Terms:
     """What damage is worked out with; all values are ours.
 
-    KV may fill up to the share ``usable``. ``unforeseen`` is the standard deviation of loads that no prediction
-    covers, those to come, as a share of the KV: it keeps a margin where predictions leave none.
+    KV may fill up to the share ``usable``. ``unforeseen`` is the standard deviation of loads that no
+    prediction covers, those to come, as a share of the KV: it keeps a margin where predictions leave none.
     """
 
     horizon: Horizon = field(default_factory=lambda: Horizon(points=8))
@@ -95,8 +95,8 @@ class Damage:
     def of(self, outlooks: Outlook, places: Columns, joins_s: Column | float = 0.0) -> NDArray[np.float64]:
         """Return the request-seconds that instances lose over the horizon if they had these outlooks.
 
-        ``outlooks`` ends in the three curves; what comes before broadcasts with ``places``. ``joins_s`` is the
-        TPOT target of a request that joins, or less that of one that leaves: all are held to the mean.
+        ``outlooks`` ends in the three curves; what comes before broadcasts with ``places``. ``joins_s`` is
+        the TPOT target of a request that joins, or less that of one that leaves: all are held to the mean.
         """
         columns = self.loads.columns[places]
         requests, tokens, variance = outlooks[..., 0, :], outlooks[..., 1, :], outlooks[..., 2, :]

@@ -27,7 +27,7 @@ Curves = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Horizon:
-    """``points`` grid points from now to ``tokens`` tokens ahead; each counts ``gamma`` times the one before."""
+    """``points`` grid points from now to ``tokens`` ahead; each counts ``gamma`` times the one before."""
 
     tokens: int = 1024
     points: int = 16

@@ -1,4 +1,4 @@
-"""ARES as published, called STAR in its second version (arXiv 2510.13668): placement and rescheduling of decodes.
+"""ARES as published, in its second version STAR (arXiv 2510.13668): placement and rescheduling of decodes.
 
 The paper's text is not public to us. Known are the structure (classify by current and predicted load against
 the cluster's mean, filter by transfer time, simulate each move, commit the one that lowers the variance of
