@@ -121,7 +121,7 @@ async def goodput_of(setting: Setting, level: float, seeds: range, workers: Work
         run = await workers.do(job_of(probe, setting, title, rate_rps=rate_rps, seed=seed))
         return float(run["attainment"])
 
-    wanted = SearchSettings(level, 0.5 * full_rps, 0.8 * full_rps, TOLERANCE)
+    wanted = SearchSettings(level, 0.35 * full_rps, 0.65 * full_rps, TOLERANCE)
     return await search_goodput(wanted, seeds, attainment)
 
 
