@@ -31,7 +31,7 @@ class Horizon:
 
     tokens: int = 1024
     points: int = 16
-    gamma: float = 0.95
+    gamma: float = 0.8
 
     @cached_property
     def at(self) -> Column:
