@@ -17,16 +17,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moving_traffic import CASES
 from tidegate.core.slo import Slo
 from tidegate.costs.library import packaged_profile
 from tidegate.dataplane.replica import EngineSettings
 from tidegate.experiments.jobs import Store, Workers
 from tidegate.experiments.run import job_of, probe
-from tidegate.experiments.search import SearchSettings, search_goodput
+from tidegate.experiments.search import SearchSettings, find_goodput, search_goodput
 from tidegate.experiments.setting import Setting, SimulatedFleet
 from tidegate.reports.comparison import LevelGoodput
 from tidegate.sim import SimSettings
@@ -42,7 +44,8 @@ CHUNKS = (512, 2048, 8192)
 SOURCES = ("max-tokens", "histogram", "hidden", "oracle")
 ABLATED = ("ares", "ares-slo")
 TOLERANCE = 0.04
-TARGETS = {"p99 TPOT": 0.7477, "goodput": 2.24}
+FINE_TOLERANCE = 0.01
+BESIDE = ("arrow-lending", "ares", "ares-slo", "arrow+ares")
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ class Contender:
     settings: tuple[Setting, ...]
 
 
-def contenders(trace: Path, pool: int, requests: int) -> list[Contender]:
-    """Return the systems to compare on one trace and pool."""
+def contenders(trace: Path, pool: int, requests: int, only: Sequence[str]) -> list[Contender]:
+    """Return the systems to compare on one trace and pool: all, or ``only`` some beside round-robin."""
     prefill = PREFILL_FOR[pool]
     fleet = SimulatedFleet(((packaged_profile(PROFILE), prefill + pool),))
     workload = WorkloadChoice(trace=str(trace), limit=requests)
@@ -67,7 +70,7 @@ def contenders(trace: Path, pool: int, requests: int) -> list[Contender]:
         replace(base, system="colocated", split=None, fleet=replace(fleet, engine=EngineSettings(chunk)))
         for chunk in CHUNKS
     )
-    return [
+    rows = [
         Contender("round-robin", (base,)),
         Contender("static (current load)", (replace(base, system="static"),)),
         Contender("colocated, tuned", colocated),
@@ -80,6 +83,7 @@ def contenders(trace: Path, pool: int, requests: int) -> list[Contender]:
         Contender("arrow+ares/hidden", (predicted("arrow+ares", "hidden"),)),
         Contender("arrow+ares/oracle", (predicted("arrow+ares", "oracle"),)),
     ]
+    return [row for row in rows if not only or row.name.split(" ")[0].rstrip(",") in ("round-robin", *only)]
 
 
 async def compare(rows: list[Contender], level: float, seeds: range, workers: Workers) -> list[str]:
@@ -155,6 +159,28 @@ async def at_rate(setting: Setting, rate_rps: float, seeds: range, workers: Work
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
+async def beside(traces: Path, requests: int, level: float, seeds: range, workers: Workers) -> list[str]:
+    """Return a table: is Arrow with ARES beside it as good as either alone, on every trace and even split?"""
+    lines = [
+        "| case | " + " | ".join(BESIDE) + " | arrow+ares of the better |",
+        "|---|" + "---|" * (len(BESIDE) + 1),
+    ]
+    for case in CASES:
+        if case.name.startswith("orders"):
+            continue
+        fleet = SimulatedFleet(((packaged_profile(case.profile), case.instances),))
+        workload = WorkloadChoice(trace=str(traces / case.file), limit=requests)
+        settings = SimSettings(slo=Slo.parse(case.slo), lengths="hidden")
+        rows = [Setting(workload, fleet, name, None, settings) for name in BESIDE]
+        found = await asyncio.gather(
+            *(find_goodput(row, level, seeds, FINE_TOLERANCE, None, workers) for row in rows)
+        )
+        *alone, both = [each.goodput_rps for each in found]
+        goodputs = " | ".join(f"{rps:.2f}" for rps in (*alone, both))
+        lines.append(f"| {case.name} | {goodputs} | {both / max(alone):.3f} |")
+    return lines
+
+
 async def main_async(options: argparse.Namespace) -> None:
     """Print a table per trace, pool and level."""
     store = Store(None if options.out is None else options.out / "results.jsonl")
@@ -163,12 +189,16 @@ async def main_async(options: argparse.Namespace) -> None:
         print(f"\r{ended} of {known} runs: {title:<50}", end="", file=sys.stderr, flush=True)
 
     async with Workers(options.jobs, store, watch) as workers:
+        if options.beside:
+            lines = await beside(options.traces, options.requests, 0.9, range(options.seeds), workers)
+            print("\r" + "\n".join(lines))
+            return
         for trace in options.names.split(","):
             for pool in map(int, options.pools.split(",")):
                 file = options.traces / f"{trace}.csv.gz"
                 requests = options.requests * pool // 8
                 for level in map(float, options.levels.split(",")):
-                    rows = contenders(file, pool, requests)
+                    rows = contenders(file, pool, requests, options.rows.split(",") if options.rows else ())
                     lines = await compare(rows, level, range(options.seeds), workers)
                     print(f"\r{'':70}\r\n{trace}, {PREFILL_FOR[pool]}P{pool}D, {requests} requests, ", end="")
                     print(f"attainment {level:g} of {SLO}\n\n" + "\n".join(lines), flush=True)
@@ -183,6 +213,8 @@ def main() -> None:
     parser.add_argument("--pools", default="8", help="sizes of the decode pool: 8, 64")
     parser.add_argument("--requests", type=int, default=1000, help="of each trace, per 8 decode instances")
     parser.add_argument("--levels", default="0.9", help="shares of requests that have to attain")
+    parser.add_argument("--rows", default="", help="only these beside round-robin, as in static,ares/oracle")
+    parser.add_argument("--beside", action="store_true", help="instead: arrow+ares beside Arrow and ARES")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, help="folder of results, from which a stopped run goes on")

@@ -46,7 +46,7 @@ def naive_round(given: Pools, made: list[tuple[int, int, int]]) -> list[tuple[fl
 
     def variance(places: dict[tuple[int, int], int]) -> float:
         curves = np.array([load(places, i) for i in range(count)])
-        return sum(w * np.var(curves[:, g]) for g, w in enumerate(weights))
+        return float(sum(w * np.var(curves[:, g]) for g, w in enumerate(weights)))
 
     found = []
     for decode, source, target in made:

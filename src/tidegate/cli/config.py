@@ -49,7 +49,10 @@ if TYPE_CHECKING:
 GATEWAY = GatewaySettings()
 """The gateway's own defaults."""
 SYSTEMS_HELP = (
-    "The composition of policies that decides: arrow (Arrow as published, version 2), arrow-lending "
+    "The composition of policies that decides: ares (static split, running decodes move to where they vary least), "
+    "ares-slo (static split, running decodes move where that avoids SLO damage), "
+    "arrow (Arrow as published, version 2), "
+    "arrow+ares (role flips, and running decodes move where that avoids SLO damage), arrow-lending "
     "(SLO-aware placement with role flips), arrow-v1 (four elastic pools), colocated (both phases on "
     "one instance), minimal-load (static split, least predicted time first), round-robin (static split,"
     " each pool in turn) or static (static split, fewest tokens first); with embedded engines any of "

@@ -120,14 +120,15 @@ class Damage:
         told = request.remaining
         low, mean, high = (told.low, told.mean, told.high) if told else (request.max_tokens,) * 3
         chance = chances(self._at, *(np.array([value], np.float64) for value in (low, mean, high)))
-        return outlook(self._at, np.array([request.prompt_tokens], np.float64), chance)[0]
+        block: Outlook = outlook(self._at, np.array([request.prompt_tokens], np.float64), chance)[0]
+        return block
 
     def add(self, place: int, block: Outlook, joins_s: float) -> None:
         """Count a newcomer with its TPOT target at an instance; both negative take one away."""
         self.totals[place] += block
         self._targets_s[place] += joins_s
         self._members[place] += np.sign(joins_s)
-        self.seconds[place] = self.of(self.totals[place], np.intp(place))
+        self.seconds[place] = self.of(self.totals[place : place + 1], np.array([place]))[0]
 
 
 Form = TypeVar("Form", PrefillCost, StepCost)

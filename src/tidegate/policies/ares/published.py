@@ -215,7 +215,7 @@ def amortised(
     One row per candidate.
     """
     step_s = snapshot.costs.step.seconds(snapshot.decode_requests, snapshot.decode_tokens)
-    left_s = loads.decodes.left_tokens[candidates] * step_s[loads.decodes.on[candidates]]
+    left_s = loads.decodes.left_tokens[candidates] * np.asarray(step_s)[loads.decodes.on[candidates]]
     allowed: NDArray[np.bool_] = left_s[:, None] >= kappa * transfer_s(
         snapshot, loads, candidates, destinations
     )
