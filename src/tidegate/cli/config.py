@@ -49,8 +49,8 @@ if TYPE_CHECKING:
 GATEWAY = GatewaySettings()
 """The gateway's own defaults."""
 SYSTEMS_HELP = (
-    "The composition of policies that decides: ares (static split, running decodes move to where they vary least), "
-    "ares-slo (static split, running decodes move where that avoids SLO damage), "
+    "The composition of policies that decides: ares (static split, running decodes move to where they vary "
+    "least), ares-slo (static split, running decodes move where that avoids SLO damage), "
     "arrow (Arrow as published, version 2), "
     "arrow+ares (role flips, and running decodes move where that avoids SLO damage), arrow-lending "
     "(SLO-aware placement with role flips), arrow-v1 (four elastic pools), colocated (both phases on "
