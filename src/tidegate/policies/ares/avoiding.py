@@ -12,7 +12,7 @@ from tidegate.core.request import Request
 from tidegate.ledger.snapshot import Column, Matrix, Snapshot
 from tidegate.policies.ares.damage import Damage, Terms
 from tidegate.policies.ares.loads import Columns, LoadBoard
-from tidegate.policies.ares.published import PERIOD_S, amortised, transfer_s
+from tidegate.policies.ares.published import PERIOD_S, amortised, moves_made, transfer_s
 from tidegate.policies.baselines import MINIMAL_LOAD
 from tidegate.policies.protocols import Signal
 
@@ -100,7 +100,7 @@ class AvoidingRescheduler:
             why = f"avoids {avoided_s:.1f} s of SLO damage"
             actions.append(Migrate(rows.ids[decodes.row[decode]], src, dst, why))
             choice.commit(decode, target)
-        return ControlDecision(None, tuple(actions))
+        return ControlDecision(None, tuple(actions), moves_made(actions))
 
 
 class Reliefs:

@@ -8,6 +8,7 @@ reconstruction.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -114,7 +115,12 @@ class AresRescheduler:
             ids = snapshot.ids
             actions.append(Migrate(rows.ids[decode], ids[src], ids[dst], "less variance"))
             over, under = classify(loads, self.constants)
-        return ControlDecision(None, tuple(actions))
+        return ControlDecision(None, tuple(actions), moves_made(actions))
+
+
+def moves_made(actions: Sequence[Migrate]) -> str:
+    """Return what a round says of itself in the journal."""
+    return f"moves {len(actions)}" if actions else "no move pays"
 
 
 def classify(loads: DecodeLoads, constants: AresConstants) -> tuple[Mask, Mask]:
