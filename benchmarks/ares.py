@@ -37,7 +37,7 @@ from tidegate.workloads.choice import WorkloadChoice, requests_of
 PROFILE = "rtx_4090/llama-3.1-8b"
 SLO = Slo(5.0, 0.030)
 TRACES = ("servegen_r1_peak2h", "servegen_r1_day_thin16")
-PREFILL_FOR = {8: 1, 64: 8}
+PREFILL_FOR = {8: 2, 64: 16}
 """Prefill instances by the size of the decode pool."""
 CHUNKS = (512, 2048, 8192)
 """Token budgets of which a colocated fleet takes the best."""
