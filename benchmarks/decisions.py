@@ -2,8 +2,9 @@
 
 Decisions are timed one by one among 8, 64 and 1,000 instances that hold 100 requests each: a snapshot,
 then Arrow's placement of a prefill or of a decode. The instances are of two kinds, so that every price
-is an array (a uniform fleet is cheaper). Exits 1 when a median exceeds its limit (50, 100 and
-500 us) or grows faster than the fleet.
+is an array (a uniform fleet is cheaper). A round of rescheduling is timed among 256 instances that decode 64
+requests each, the reading of the requests' rows included. Exits 1 when a median exceeds its limit
+(50, 100 and 500 us; 20 ms of CPU time for a round) or grows faster than the fleet.
 """
 
 from __future__ import annotations
@@ -11,14 +12,19 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tidegate.core.decision import Place
 from tidegate.core.instance import Role
 from tidegate.core.request import Request
 from tidegate.core.slo import Slo
 from tidegate.ledger.ledger import Ledger
+from tidegate.ledger.rows import Floats
 from tidegate.policies.starting_roles import even_roles
 from tidegate.systems import System, make_system
 from tidegate_testing import REFERENCE, instance, request
@@ -27,6 +33,9 @@ LIMITS_US = {8: 50.0, 64: 100.0, 1000: 500.0}
 RESIDENTS = 100
 SAMPLES = 2000
 NOW_S = 100.0
+ROUND = (256, 64)
+ROUND_LIMIT_MS = 20.0
+ROUNDS = 15
 
 
 def loaded(instances: int) -> Ledger:
@@ -47,6 +56,48 @@ def loaded(instances: int) -> Ledger:
                 ledger.decode_dispatched(asked.id, name, asked.prompt_tokens + place, 1.0)
     ledger.window_closed(1.0)
     return ledger
+
+
+def decoding(instances: int, residents: int) -> Ledger:
+    """Return a decode pool whose instances are loaded unequally, with known lengths."""
+    rng = np.random.default_rng(1)
+    left = rng.lognormal(7.0, 1.2, instances * residents)
+
+    def forecast(requests: Sequence[Request], generated: NDArray[np.int64]) -> tuple[Floats, Floats, Floats]:
+        mean = left[np.array([request.turn for request in requests])]
+        return mean, 0.5 * mean, 2.0 * mean
+
+    ledger = Ledger(forecast=forecast)
+    for index in range(instances):
+        ledger.instance_up(instance(f"i{index}", kv_capacity_tokens=200_000), REFERENCE, Role.DECODE, 0.0)
+    for number, prompt in enumerate(rng.lognormal(7.5, 0.8, instances * residents).astype(int).tolist()):
+        name = f"i{int(instances * rng.random() ** 1.2)}"
+        ledger.prefill_dispatched(Request(f"r{number}", prompt, 100_000, 0.0, turn=number), name, 0.0)
+        ledger.decode_dispatched(f"r{number}", name, prompt, 0.0)
+        ledger.tokens(f"r{number}", 1, 0.0)
+    ledger.window_closed(1.0)
+    return ledger
+
+
+def rounds() -> list[str]:
+    """Print what a round of rescheduling costs; return what is over its limit."""
+    problems = []
+    ledger = decoding(*ROUND)
+    print(f"\n{'round':<16}{'moves':>10}{'median ms':>11}   CPU, {ROUND[0]} instances of {ROUND[1]} decodes")
+    for name in ("ares", "ares-slo"):
+        decide, snapshot = make_system(name).controllers[-1].decide, ledger.snapshot(NOW_S)
+        moves = len(decide(snapshot, None).actions)
+        ms = statistics.median(_cpu_ms(partial(decide, snapshot, None)) for _ in range(ROUNDS))
+        print(f"{name:<16}{moves:>10}{ms:>11.1f}")
+        if ms > ROUND_LIMIT_MS:
+            problems.append(f"a round of {name}: {ms:.1f} ms")
+    return problems
+
+
+def _cpu_ms(call: Callable[[], object]) -> float:
+    start_s = time.process_time()
+    call()
+    return 1e3 * (time.process_time() - start_s)
 
 
 def timed(call: Callable[[], object], samples: int = SAMPLES) -> tuple[float, float]:
@@ -124,6 +175,7 @@ def main() -> int:
     print(f"\n{'event':<20}{'mean us':>9}   among 1,000 instances, {RESIDENTS} requests on each")
     for name, cost in event_costs(ledger).items():
         print(f"{name:<20}{cost:>9.2f}")
+    problems += rounds()
     for problem in problems:
         print(f"over the limit: {problem}", file=sys.stderr)
     return 1 if problems else 0

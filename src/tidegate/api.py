@@ -182,6 +182,7 @@ def simulate(
     slo_classes: Mapping[str, str] | None = None,
     rate_rps: float | None = None,
     seed: int = 0,
+    lengths: str = "",
     journal: IO[bytes] | None = None,
 ) -> SimulationResult:
     """Serve a trace with a system on simulated instances, in virtual time.
@@ -189,8 +190,9 @@ def simulate(
     ``system`` is a name of ``list_systems``, with an order as in ``arrow+edf``; ``profile`` is one that
     ``tidegate sim --profile`` takes; ``split`` is ``P:D`` at the start; ``slo_classes`` has
     targets for classes that the trace names, the others have ``slo``; ``rate_rps`` scales the trace's time
-    to that mean rate; a ``seed`` other than 0 permutes requests within each minute; ``journal`` gets every
-    decision and outcome as JSON lines. The same arguments give the same result.
+    to that mean rate; a ``seed`` other than 0 permutes requests within each minute; ``lengths`` names who
+    predicts what is left of answers (``tidegate sim --lengths``); ``journal`` gets every decision and outcome
+    as JSON lines. The same arguments give the same result.
     Raises ConfigError, with all problems of the options at once, and TraceError for a malformed trace.
     """
     from tidegate.core.notation import parse_split
@@ -205,10 +207,13 @@ def simulate(
 
     problems: list[str] = []
     targets, sides, classes = Slo(), None, dict[str, Slo]()
+    settings = SimSettings()
     with _noting(problems, ""):
         targets = Slo.parse(slo)
     with _noting(problems, ""):
         classes = {name: Slo.parse(text) for name, text in (slo_classes or {}).items()}
+    with _noting(problems, ""):
+        settings = SimSettings(slo=targets, lengths=lengths)
     with _noting(problems, f"split {split!r}: "):
         sides = None if split is None else parse_split(split)
     with _noting(problems, ""):
@@ -223,8 +228,7 @@ def simulate(
         raise ConfigError(problems)
     workload = load_trace(trace) if isinstance(trace, str | Path) else trace
     drawn = at_rate(workload, rate_rps, seed)
-    of_classes = targets_by_class([workload], classes, targets)
-    settings = SimSettings(slo=targets, slo_classes=of_classes)
+    settings = replace(settings, slo_classes=targets_by_class([workload], classes, targets))
     run = run_simulation(drawn, composed, replicas_of(chosen, instances), settings, journal=journal)
     if rate_rps is None and len(drawn) > 1 and drawn.arrival_s[-1] > drawn.arrival_s[0]:
         rate_rps = own_rate_rps(drawn)

@@ -17,6 +17,7 @@ from tidegate.ledger.snapshot import Snapshot
 from tidegate.policies.baselines import LEAST_LOADED
 from tidegate.policies.protocols import Controller, DecodePlacement, Signal, StartingRoles
 from tidegate.policies.starting_roles import even_roles
+from tidegate.signals.lengths import LengthSource
 from tidegate.signals.prefix import NO_BLOCKS, PrefixIndex, PromptBlocks
 from tidegate.systems.system import System
 from tidegate_testing import REFERENCE, instance
@@ -47,6 +48,7 @@ class PlainRequest(LiveRequest):
             self.max_tokens - self.generated,
             self.arrival_s,
             Slo(1.0, 0.05),
+            generated=self.generated,
         )
 
 
@@ -104,6 +106,7 @@ def make_plane(
     decode: DecodePlacement = LEAST_LOADED,
     roles: StartingRoles = even_roles,
     prefixes: PrefixIndex | None = None,
+    lengths: LengthSource | None = None,
     settings: ControlSettings | None = None,
     lines: list[bytes] | None = None,
     window_s: float = 1.0,
@@ -120,7 +123,7 @@ def make_plane(
     )
     ids = [f"i{k}" for k in range(instances)]
     journal = JournalWriter(None if lines is None else lines.append)
-    plane = ControlPlane(system, ids, journal, settings, prefixes)
+    plane = ControlPlane(system, ids, journal, settings, prefixes, lengths)
     for name in ids:
         plane.instance_up(instance(name), REFERENCE, 0.0)
     plane.start(0.0)

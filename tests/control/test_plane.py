@@ -37,6 +37,7 @@ from tidegate.core.decision import (
 )
 from tidegate.core.errors import EngineFault, EngineUnreachable, KvLost, NoInstance, NotRepeated, Overloaded
 from tidegate.core.instance import Role
+from tidegate.ledger.rows import NOWHERE
 from tidegate.signals.prefix import PrefixIndex, PromptBlocks
 from tidegate_testing import REFERENCE, instance
 
@@ -286,7 +287,11 @@ def test_a_migration_is_begun_once_and_booked_when_it_is_done() -> None:
     assert plane.act([move, move, Migrate("r9", src, dst)], 0.1) == [StartMigration(live, move)]
     assert dict(plane.migrations) == {"ignored": 2}
     plane.migration_begun(live, 0.1)
+    rows = plane.snapshot(0.1).requests
+    assert (rows.moving_to.tolist(), rows.moved_at_s.tolist()) == ([plane.snapshot(0.1).index[dst]], [0.1])
     plane.migration_done(live, 101, 0.2, pulled=True)
+    rows = plane.snapshot(0.2).requests
+    assert (rows.moving_to.tolist(), rows.moved_at_s.tolist()) == ([NOWHERE], [0.2])
     assert (live.decode_on, live.migrations, live.migrate) == (dst, 1, None)
     assert plane.ledger.residents(dst).decodes == ("r0",)
     assert plane.ledger.residents(src).handoffs == ()

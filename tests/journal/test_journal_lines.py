@@ -31,6 +31,7 @@ from tidegate.journal.schema import (
     JournalLine,
     LoadDriftLine,
     OutcomeLine,
+    PredictedLength,
     ProfileLine,
 )
 from tidegate.journal.writer import encode_line
@@ -51,6 +52,7 @@ BY_TYPE: dict[type[Any], st.SearchStrategy[Any]] = {
     Slo: SLOS,
     Chosen: CHOSEN,
     InstanceLabel: st.builds(InstanceLabel, TEXTS, TEXTS),
+    PredictedLength: st.builds(PredictedLength, st.integers(0, 2**40), NUMBERS, TEXTS),
     type(None): st.none(),
     msgspec.UnsetType: st.just(msgspec.UNSET),
 }

@@ -244,3 +244,20 @@ def test_an_empty_journal_reports_that_nothing_ended(tmp_path: Path) -> None:
     Console(file=out, width=100).print(render_report(report))
     assert "nothing to score" in out.getvalue()
     json.dumps(report.to_json())
+
+
+def test_length_errors_are_told_by_progress(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    rows = [
+        HEADER,
+        outcome(
+            "r0", 0.0, output_length=200, predicted_lengths=[[0, 150.0, "histogram"], [100, 130.0, "hidden"]]
+        ),
+        outcome("r1", 1.0, output_length=300, predicted_lengths=[[0, 350.0, "histogram"]]),
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = build_report(read_journal(path)).lengths
+    assert [astuple(each) for each in found] == [
+        ("hidden", 64, 1, 30.0, 30.0, 100.0),
+        ("histogram", 0, 2, 50.0, 0.0, 250.0),
+    ]

@@ -22,7 +22,10 @@ from tidegate.workloads.trace import TraceRecord
 from tidegate_testing import instance
 from tidegate_testing.builders import REFERENCE
 
-SYSTEMS = ["arrow-lending", "arrow-v1", "static", "minimal-load", "colocated", "round-robin"]
+SYSTEMS = [
+    "arrow-lending", "arrow-v1", "static", "minimal-load", "colocated", "round-robin", "ares", "ares-slo",
+    "arrow+ares",
+]  # fmt: skip
 ORDERS = ["fifo", "edf", "sjf", "feasible-first"]
 
 

@@ -310,6 +310,16 @@ def test_a_migrated_decodes_first_tokens_free_the_old_instance_and_are_no_gap() 
     assert ledger.snapshot(6.0).mean_gap_s[2] == pytest.approx(0.1)
 
 
+def test_the_pause_of_a_move_is_the_gap_around_it_smoothed_at_the_destination() -> None:
+    ledger = cluster(3, roles=(P, D, D), profile=profile())
+    decoding(ledger)
+    for on, left_s, back_s in (("i2", 2.0, 2.5), ("i1", 3.0, 7.0), ("i2", 8.0, 8.1)):
+        ledger.tokens("r0", 1, left_s)
+        ledger.decode_dispatched("r0", on, 110, left_s + 0.05)
+        ledger.tokens("r0", 1, back_s)
+    assert ledger.snapshot(9.0).move_pause_s.tolist() == pytest.approx([0.0, 4.0, 0.5 + 0.1 * (0.1 - 0.5)])
+
+
 # Snapshots
 
 

@@ -60,6 +60,12 @@ async def check_fleet(
     return CheckReport(reported, check.findings, time.monotonic() - began_s)
 
 
+NO_HIDDEN_STATES = (
+    "vLLM gives no hidden states of running decodes: what is left of an answer is predicted from the lengths "
+    "of others (--lengths histogram)"
+)
+
+
 async def _probe(check: CheckContext, advance: Advance) -> None:
     advance(0.0, "asking the servers what they are")
     await local.compare_descriptions(check)
@@ -77,6 +83,7 @@ async def _probe(check: CheckContext, advance: Advance) -> None:
         reason = "not probed: tidegate's own instances hand KV on in a protocol of their own"
         check.add(Finding(pairs.PROBE_PULL, (), YELLOW, reason))
         return
+    check.add(Finding("lengths", (), GREEN, NO_HIDDEN_STATES))
     samples: leases.Samples = {}
     await check.run_on_each(
         leases.PROBE_HANDLE, partial(leases.pin_sample, check, samples), fatal="it gives no KV handle"

@@ -51,7 +51,10 @@ if TYPE_CHECKING:
 GATEWAY = GatewaySettings()
 """The gateway's own defaults."""
 SYSTEMS_HELP = (
-    "The composition of policies that decides: arrow (Arrow as published, version 2), arrow-lending "
+    "The composition of policies that decides: ares (static split, running decodes move to where they vary "
+    "least), ares-slo (static split, running decodes move where that avoids SLO damage), "
+    "arrow (Arrow as published, version 2), "
+    "arrow+ares (role flips, and running decodes move where that avoids SLO damage), arrow-lending "
     "(SLO-aware placement with role flips), arrow-v1 (four elastic pools), colocated (both phases on "
     "one instance), minimal-load (static split, least predicted time first), round-robin (static split,"
     " each pool in turn) or static (static split, fewest tokens first); with embedded engines any of "
@@ -167,6 +170,12 @@ class SchedulingSection(Section):
         "Refuse a request with 429 when its first token is predicted to take more than so many times its "
         "TTFT target; 0 takes every request.",
         "X",
+    )
+    lengths: Literal["hidden", "histogram", "max-tokens"] = setting(
+        GATEWAY.lengths,
+        "Who predicts what is left of an answer: hidden (the engines, and histogram for what they do not "
+        "predict), histogram (what such answers had left so far), or max-tokens.",
+        "SOURCE",
     )
     split: Split | None = setting(None, "Prefill and decode instances at start-up.", "P:D", shown="even")
 
@@ -375,7 +384,9 @@ class Config(Section):
         given.pop("api_key_file", None)
         scheduling = self.scheduling
         given["cors_origins"] = tuple(front.cors_origins or ())
-        return GatewaySettings(slo=scheduling.slo, admission=scheduling.admission, **given)
+        return GatewaySettings(
+            slo=scheduling.slo, admission=scheduling.admission, lengths=scheduling.lengths, **given
+        )
 
 
 GATEWAY_NAMES = {

@@ -29,6 +29,7 @@ from tidegate.reports.comparison_charts import comparison_charts
 from tidegate.reports.page import render_page
 from tidegate.reports.plot_style import NoPlots
 from tidegate.reports.png import draw_png
+from tidegate.signals.lengths.choice import SIMULATED as LENGTH_SOURCES
 from tidegate.sim import SimSettings
 from tidegate.workloads.choice import WorkloadChoice, requests_of
 from tidegate.workloads.slo_classes import targets_by_class
@@ -68,6 +69,13 @@ SIMULATED = {
         "X",
         panel=ENGINE,
         rule=Rule(lambda multiple: multiple == 0 or 1 <= multiple < float("inf"), "0, or 1 or more"),
+    ),
+    "lengths": Flag(
+        "Who predicts what is left of an answer: hidden (a predictor in the engine, with its errors), "
+        "histogram, max-tokens or oracle; by default nobody, and hidden where the system needs it.",
+        "SOURCE",
+        panel=ENGINE,
+        rule=Rule(lambda name: name in ("", *LENGTH_SOURCES), f"one of {', '.join(LENGTH_SOURCES)}"),
     ),
     "front_s": _milliseconds("From dispatch to the engine's queue, per leg.", "--front-ms"),
     "heartbeat_s": _milliseconds(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from tidegate.control.effects import Drains, Effects, Flipped, StartInstance, StartMigration, StopInstance
 from tidegate.control.live_request import LiveRequest, Stage
@@ -19,6 +19,7 @@ from tidegate.core.decision import (
     SetTarget,
     Undrain,
 )
+from tidegate.core.request import Request
 from tidegate.journal.writer import JournalWriter
 from tidegate.ledger.ledger import Ledger
 from tidegate.policies.protocols import DecodePlacement
@@ -33,6 +34,7 @@ class Actions:
     left undone without a line, but for migrations.
 
     ``migrations`` counts what became of migrations: begun, done, cancelled, ignored.
+    ``asked`` gives a live request as placements see it.
     """
 
     def __init__(
@@ -41,12 +43,14 @@ class Actions:
         membership: Membership,
         requests: Mapping[str, LiveRequest],
         decode: DecodePlacement,
+        asked: Callable[[LiveRequest], Request],
         journal: JournalWriter,
     ) -> None:
         self._ledger = ledger
         self._membership = membership
         self._requests = requests
         self._decode = decode
+        self._asked = asked
         self._journal = journal
         self.migrations: Counter[str] = Counter()
 
@@ -123,6 +127,7 @@ class Actions:
             self.note_migration(migrate, "ignored", now, why_not)
             return
         live.migrate = migrate
+        self._ledger.moves(live.id, migrate.dst, now)
         effects.append(StartMigration(live, migrate))
 
     def _why_not(self, live: LiveRequest | None, migrate: Migrate, now: float) -> str:
@@ -145,7 +150,7 @@ class Actions:
             live = self._requests.get(request_id)
             if live is None or not live.movable or live.migrate is not None or live.stage is not Stage.DECODE:
                 continue
-            decision = self._decode.place_decode(live.as_request(), view, instance).decision
+            decision = self._decode.place_decode(self._asked(live), view, instance).decision
             to = decision.decode_on if isinstance(decision, Place) else None
             if to is not None and to != instance and not self._membership.why_shut(to, now):
                 self._migrate(Migrate(request_id, instance, to, "drain"), now, effects)

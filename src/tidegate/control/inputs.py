@@ -71,16 +71,16 @@ class RecordingPlane(ControlPlane):
         request = None
         if live is not None:
             at_hand = structs.asdict(live.as_request())
-            del at_hand["cached"]
-            request = InputRequest(generated=live.generated, **at_hand)
+            del at_hand["cached"], at_hand["remaining"]
+            request = InputRequest(**at_hand | {"generated": live.generated})
         t_s = self._journal.elapsed_s(now)
         self._journal.write(InputLine(t_s=t_s, verb=verb, now_s=now, request=request, args=dict(args)))
 
 
 PLAIN_VERBS = (
     "start", "tick", "instance_down", "start_failed", "stop_failed", "foreign_load", "profile_scaled",
-    "prefill_done", "decode_began", "transfer_ended", "tokens", "migration_begun", "migration_refused",
-    "migration_cancelled", "migration_done",
+    "prefill_done", "decode_began", "transfer_ended", "tokens", "length_reported",
+    "migration_begun", "migration_refused", "migration_cancelled", "migration_done",
 )  # fmt: skip
 """The other verbs: their arguments, beside the request and the time, are plain values."""
 

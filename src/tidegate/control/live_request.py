@@ -6,6 +6,7 @@ import enum
 
 from tidegate.core.decision import Migrate
 from tidegate.core.request import Request
+from tidegate.journal.schema import PredictedLength
 from tidegate.signals.prefix import NO_BLOCKS, PromptBlocks
 
 
@@ -29,13 +30,14 @@ class LiveRequest:
     is the plane's: ``stage``; ``prefill_on`` and ``decode_on``, the last placements; ``predicted_prefill_s``
     and ``predicted_cached_tokens`` of the last prefill; the ``deaths`` of instances under it; ``failures``
     since its last token, and its ``progress`` in tokens at the last one; ``replays`` and ``migrations``;
+    ``predicted``, what was predicted of its length for the journal;
     ``migrate``, the migration under way; and ``movable``, False once a driver said that it cannot move.
     """
 
     __slots__ = (
         "blocks", "deadline_s", "deaths", "decode_on", "failures", "generated", "id", "migrate", "migrations",
-        "movable", "predicted_cached_tokens", "predicted_prefill_s", "prefill_on", "progress", "repeatable",
-        "replays", "stage",
+        "movable", "predicted", "predicted_cached_tokens", "predicted_prefill_s", "prefill_on", "progress",
+        "repeatable", "replays", "stage",
     )  # fmt: skip
 
     def __init__(self, request_id: str, deadline_s: float, blocks: PromptBlocks = NO_BLOCKS) -> None:
@@ -56,6 +58,7 @@ class LiveRequest:
         self.replays = 0
         self.migrations = 0
         self.migrate: Migrate | None = None
+        self.predicted: list[PredictedLength] = []
 
     def as_request(self) -> Request:
         """Return the request as placements see it: the tokens generated so far are part of its prompt."""

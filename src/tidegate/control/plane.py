@@ -17,6 +17,7 @@ from tidegate.control.held import HeldRequests
 from tidegate.control.live_request import LiveRequest, Stage
 from tidegate.control.membership import Membership
 from tidegate.control.periods import Periods
+from tidegate.control.predictions import Predictions
 from tidegate.control.refusals import no_decode, none_up, rejected
 from tidegate.control.settings import ControlSettings
 from tidegate.core.decision import Action, ControlDecision, Flip, Path, Place, Reject, Verdict
@@ -39,6 +40,7 @@ from tidegate.ledger.snapshot import Field, Snapshot
 from tidegate.policies.admission import admitted
 from tidegate.policies.order import prefill_ticket
 from tidegate.policies.pricing import fastest_prefill_seconds, predicted_on
+from tidegate.signals.lengths import LengthSource
 from tidegate.signals.prefix import PrefixIndex
 from tidegate.systems.system import System
 
@@ -47,8 +49,9 @@ class ControlPlane:
     """Runs one system over one fleet.
 
     ``ids`` are the instances that the fleet starts with. ``prefixes``, where given, tells placements what
-    each instance's prefix cache holds. ``requests`` are those that have not ended, by id; ``migrations``
-    counts what became of migrations: begun, done, cancelled, ignored.
+    each instance's prefix cache holds; ``lengths``, where given, what is left of every answer. ``requests``
+    are those that have not ended, by id; ``migrations`` counts what became of migrations: begun, done,
+    cancelled, ignored.
 
     Times are a driver's seconds and never decrease. Every verb returns what is to be done, in this order.
     """
@@ -60,16 +63,23 @@ class ControlPlane:
         journal: JournalWriter,
         settings: ControlSettings | None = None,
         prefixes: PrefixIndex | None = None,
+        lengths: LengthSource | None = None,
     ) -> None:
         self.system = system
         self.settings = settings or ControlSettings()
-        self.ledger = Ledger(system.window_s, system.windows)
+        self.ledger = Ledger(
+            system.window_s, system.windows, None if lengths is None else lengths.remaining_many
+        )
         self.membership = Membership(ids, system.roles, self.ledger)
         self.prefixes = prefixes
+        self.lengths = lengths
         self.requests: dict[str, LiveRequest] = {}
         self._journal = journal
         self._held = HeldRequests(system.order)
-        self._actions = Actions(self.ledger, self.membership, self.requests, system.decode, journal)
+        self._predictions = predictions = Predictions(lengths, self.requests, noting=journal.enabled)
+        self._actions = Actions(
+            self.ledger, self.membership, self.requests, system.decode, predictions.asked, journal
+        )
         self.migrations: Mapping[str, int] = self._actions.migrations
         self._periods = Periods(system)
         self._audited = False
@@ -91,6 +101,7 @@ class ControlPlane:
         before_s = self._periods.next_s
         if self._periods.window.due(now):
             self.ledger.window_closed(now)
+            self._predictions.window_closed(self.ledger, now)
             self._audit()
         if len(self.ledger.ids):
             for controller, state in self._periods.due(now):
@@ -167,7 +178,7 @@ class ControlPlane:
     def prefill_done(self, live: LiveRequest, now: float) -> Effects:
         """Say that the prompt's KV is complete and the first token is out; place the decode."""
         self.ledger.prefill_ended(live.id, now)
-        request = live.as_request()
+        request = self._predictions.asked(live)
         view, may_flip = self.membership.view(now)
         if not view.ids:
             return ControlPlane.failed(self, live, EngineUnreachable("no instance is up", refused=True), now)
@@ -210,6 +221,10 @@ class ControlPlane:
                 for observer in self._observers:
                     observer.tokens(live.as_request(), live.generated, now)
 
+    def length_reported(self, live: LiveRequest, at_token: int, remaining: float, now: float) -> None:
+        """Say that an engine predicts ``remaining`` tokens behind the first ``at_token`` of an answer."""
+        self._predictions.reported(live, at_token, remaining)
+
     def prefill_reported(self, live: LiveRequest, cached_tokens: int) -> None:
         """Score the predicted prefix hits against what the engine says it had cached."""
         if self.prefixes is not None:
@@ -249,6 +264,7 @@ class ControlPlane:
                 observer.finished(live.as_request(), live.generated, now)
         else:
             self.ledger.aborted(live.id, now)
+        self._predictions.ended(live, whole=error is None, now=now)
         self._migration_over(live, "cancelled", now)
         self.requests.pop(live.id, None)
         if live.stage is Stage.WAITING:
@@ -304,7 +320,7 @@ class ControlPlane:
     # Placing
 
     def _place_prefill(self, live: LiveRequest, kind: str, now: float) -> Effects:
-        request = live.as_request()
+        request = self._predictions.asked(live)
         view, may_flip = self.membership.view(now)
         if not view.ids:
             return self._without_instances(live, request, now)
@@ -382,6 +398,7 @@ class ControlPlane:
     ) -> None:
         migrate, live.migrate = live.migrate, None
         if migrate is not None:
+            self.ledger.moves(live.id, "", now)
             self._actions.note_migration(migrate, event, now, why, moved_bytes)
 
     def _decided(

@@ -8,7 +8,7 @@ from msgspec import UNSET
 
 from tidegate.core.errors import TidegateError, status_of
 from tidegate.core.slo import Slo
-from tidegate.journal.schema import OutcomeLine
+from tidegate.journal.schema import OutcomeLine, PredictedLength
 
 
 @dataclass(slots=True)
@@ -30,6 +30,7 @@ class RequestRecord:
     """Seconds by stage (see ``tidegate.core.stages``)."""
     read_back_tokens: int = 0
     """Tokens of earlier rounds whose KV the prefill took from where they were decoded."""
+    predicted_lengths: list[PredictedLength] = field(default_factory=list)
     unmovable: str = ""
     """The field of the request whose state no other engine can take up; "" when it can move."""
 
@@ -102,6 +103,7 @@ def outcome_line(record: RequestRecord, ending: RequestEnding, started_s: float)
         tenant=ending.tenant or UNSET,
         unmovable=record.unmovable or UNSET,
         read_back_tokens=record.read_back_tokens or UNSET,
+        predicted_lengths=record.predicted_lengths or UNSET,
     )
 
 

@@ -22,6 +22,7 @@ from tidegate.costs.profile import Profile
 from tidegate.journal.reader import JournalLines
 from tidegate.journal.schema import HeaderLine, InputLine, InputRequest
 from tidegate.journal.writer import JournalWriter
+from tidegate.signals.lengths.choice import DEFAULT, served_source
 from tidegate.signals.prefix import NO_BLOCKS, PrefixIndex, PromptBlocks
 from tidegate.systems.system import System
 
@@ -34,16 +35,20 @@ class ReplayedRequest(LiveRequest):
         self.last = last
 
     def as_request(self) -> Request:
-        last = msgspec.structs.asdict(self.last)
-        del last["generated"]
-        return Request(**{**last, "slo": self.last.slo or Slo()})
+        return Request(**msgspec.structs.asdict(self.last) | {"slo": self.last.slo or Slo()})
 
 
-def decide_again(path: str | Path, system: System, settings: ControlSettings | None = None) -> list[bytes]:
+def decide_again(
+    path: str | Path,
+    system: System,
+    settings: ControlSettings | None = None,
+    lengths: str = DEFAULT,
+) -> list[bytes]:
     """Return the lines that a plane writes which is told what the journal's ``input`` lines say.
 
-    Under the system and the settings of the gateway that wrote the journal these are its own lines, but for
-    ``header``, ``input``, ``load_drift`` and ``outcome``; only ``t`` may differ, by a microsecond.
+    Under the system, the settings and the source of lengths of the gateway that wrote the journal these are
+    its own lines, but for ``header``, ``input``, ``load_drift`` and ``outcome``; only ``t`` may differ,
+    by a microsecond.
     Under others they are what those would have decided of the same inputs, until one follows from a decision
     that they did not take. Raises TraceError for a journal without inputs.
     """
@@ -59,7 +64,7 @@ def decide_again(path: str | Path, system: System, settings: ControlSettings | N
         raise TraceError("it has no 'input' lines: `serve --journal-inputs` writes them", file=str(path))
     written: list[bytes] = []
     journal = JournalWriter(written.append, inputs[0].now_s - inputs[0].t_s)
-    replay_inputs(inputs, ControlPlane(system, ids, journal, settings, PrefixIndex()))
+    replay_inputs(inputs, ControlPlane(system, ids, journal, settings, PrefixIndex(), served_source(lengths)))
     return written
 
 

@@ -8,6 +8,7 @@ from typing import Final
 
 import msgspec
 
+from tidegate.core.prediction import Prediction
 from tidegate.core.slo import Slo
 
 NO_SLO: Final = Slo()
@@ -23,6 +24,8 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     placement, it includes the tokens generated so far. ``max_tokens`` is what may still be generated.
     ``arrival_s`` is on the driver's clock. ``cached`` maps an instance's id to the tokens at the prompt's
     beginning that its prefix cache is expected to hold; an instance that is not in it holds none.
+    ``generated`` of the prompt tokens are of the answer so far. ``remaining`` is what a placement is told of
+    the tokens to come; None where the deployment does not predict them.
     """
 
     id: str
@@ -34,3 +37,5 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     session: str = ""
     turn: int = 0
     cached: Mapping[str, int] = NOTHING_CACHED
+    generated: int = 0
+    remaining: Prediction | None = None

@@ -135,6 +135,6 @@ class TransferCost:
     latency_s: float | Values
     bytes_per_s: float | Values
 
-    def seconds(self, n_bytes: float) -> float | Values:
+    def seconds(self, n_bytes: float | Values) -> float | Values:
         """Return the time for ``n_bytes``."""
         return self.latency_s + n_bytes / self.bytes_per_s

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from tidegate.reports.answers import margin, sentences
 from tidegate.reports.comparison import ComparedSystem, Comparison, TraceComparison
+from tidegate.systems import split_order
 
 BEST_STATIC = "static:best"
 
@@ -61,7 +62,7 @@ def _ordered(trace: TraceComparison, tolerance: float) -> Iterator[str]:
     """Say for each system with an order what the order adds, beside the same system without."""
     plain = {entry.system: entry for entry in trace.entries}
     for entry in trace.entries:
-        base, _, order = entry.system.partition("+")
+        base, order = split_order(entry.system)
         if not order or base not in plain or _goodput(plain[base]) <= 0:
             continue
         if _equal(entry, plain[base], tolerance):

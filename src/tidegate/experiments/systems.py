@@ -10,7 +10,7 @@ from tidegate.core.instance import Role
 from tidegate.core.notation import parse_split
 from tidegate.experiments.setting import Setting
 from tidegate.policies.starting_roles import even_roles
-from tidegate.systems import make_system
+from tidegate.systems import make_system, split_order
 
 CHUNKS_TOKENS = (512, 1024, 2048, 4096, 8192)
 """Token budgets of a step that ``NAME:tuned`` chooses from."""
@@ -81,12 +81,12 @@ def contenders(names: Iterable[str], instances: int) -> list[Contender]:
 
 def _expand(name: str, instances: int) -> list[Contender]:
     file, suffix, rest = name.rpartition(".py:")
-    base, plus, order = rest.partition("+")
+    base, order = split_order(rest)
     system, colon, choice = base.partition(":")
-    system = file + suffix + system
-    full = system + plus + order
+    system, ordered = file + suffix + system, "" if order is None else f"+{order}"
+    full = system + ordered
     if choice == "all":
-        names = [f"{system}:{p}:{d}{plus}{order}" for p, d in splits(instances)]
+        names = [f"{system}:{p}:{d}{ordered}" for p, d in splits(instances)]
         return [row for each in names for row in _expand(each, instances)]
     if not colon:
         made = [Candidate(full)]

@@ -39,6 +39,7 @@ from tidegate.gateway.settings import GatewaySettings
 from tidegate.gateway.upstream import Handles, Upstream, connect
 from tidegate.journal.writer import JournalWriter
 from tidegate.policies.protocols import Signal
+from tidegate.signals.lengths.choice import served_source
 from tidegate.signals.prefix import PrefixIndex
 from tidegate.systems.system import System
 
@@ -88,7 +89,9 @@ class Dispatcher:
         self.prefixes = PrefixIndex()
         control = ControlSettings(replays=settings.replays, admission=settings.admission)
         plane = RecordingPlane if settings.journal_inputs else ControlPlane
-        self.plane: ControlPlane = plane(system, ids, journal, control, self.prefixes)
+        self.plane: ControlPlane = plane(
+            system, ids, journal, control, self.prefixes, served_source(settings.lengths)
+        )
         self.stopping = False
         self.flips = 0
         self.upstreams: dict[str, Upstream] = {}
@@ -250,4 +253,5 @@ class Dispatcher:
     def signals(self) -> list[Signal]:
         """Return the signals that this deployment gives, now that the fleet is up."""
         measured = all(u.member.profile is not None for u in self.upstreams.values())
-        return [Signal.PREFIX_HITS, Signal.PROFILE] if measured else [Signal.PREFIX_HITS]
+        always = [Signal.PREFIX_HITS, Signal.LENGTHS]
+        return [*always, Signal.PROFILE] if measured else always

@@ -268,6 +268,7 @@ class Legs(LiveRequest):
             slo=call.slo,
             tenant=call.tenant,
             session=call.session,
+            generated=len(self.out_ids),
         )
 
     # migration
@@ -301,6 +302,8 @@ class Legs(LiveRequest):
         self.stopped = self.refusal is not None
         if self.stopped:
             return True
+        if tokens.forecast is not None:
+            self._plane.length_reported(self, *tokens.forecast, self._clock.now())
         if tokens.prompt_logprobs is not None:
             self._prompt_logprobs = tokens.prompt_logprobs
         engine_ended = tokens.finish_reason is not None

@@ -108,6 +108,9 @@ class Metrics(Collector):
             hits.add_metric(["predicted"], float(plane.prefixes.predicted_tokens))
             hits.add_metric(["reported"], float(plane.prefixes.reported_tokens))
             yield hits
+        if plane.lengths is not None:
+            text = "Predicted lengths of engines that cannot be, and were dropped"
+            yield CounterMetricFamily("tidegate_absurd_lengths", text, float(plane.lengths.absurd))
         columns = {
             "tidegate_instance_role": ("0 prefill, 1 decode, 2 mixed", snapshot.role),
             "tidegate_instance_prefill_requests": ("In prefill", snapshot.prefill_requests),

@@ -279,6 +279,7 @@ class ServedRequest:
         record.prefill_on, record.decode_on = legs.prefill_on, legs.decode_on
         record.predicted_prefill_s = legs.predicted_prefill_s
         record.replays, record.migrations = legs.replays, legs.migrations
+        record.predicted_lengths = legs.predicted
         ending = RequestEnding(
             call.id,
             call.slo,

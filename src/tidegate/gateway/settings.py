@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tidegate.core.slo import Slo
 from tidegate.protocol import MOST_BODY_BYTES
+from tidegate.signals.lengths.choice import DEFAULT
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,7 @@ class GatewaySettings:
     which ``x-tenant-id`` is taken. ``allowed_hosts`` are names beside loopback that a gateway without a key
     serves, ``allow_fields`` body fields that would be refused (``parameters.GUARDABLE``). Web pages of
     ``cors_origins`` may call the gateway; ``*`` stands for all.
+    ``lengths`` names the source of length predictions (see ``tidegate.signals.lengths.choice``).
     ``load_every_s`` is the pause between readings of an engine's load. With ``journal_inputs`` the journal
     also has every input of the control plane, from which ``decide_again`` takes its decisions again.
     """
@@ -36,6 +38,7 @@ class GatewaySettings:
     connect_s: float = 2.0
     replays: int = 5
     admission: float = 3.0
+    lengths: str = DEFAULT
     load_every_s: float = 1.0
     journal_inputs: bool = False
     tenants: Mapping[str, str] = field(default_factory=dict, repr=False)

@@ -192,11 +192,20 @@ class InputLine(JournalLine, tag="input", kw_only=True):
     args: dict[str, Any] = field(default_factory=dict)
 
 
+class PredictedLength(Struct, array_like=True):
+    """What was predicted of an answer once it had ``at_token`` tokens: how many were left, and by whom."""
+
+    at_token: int
+    remaining_tokens: float
+    source: str
+
+
 class OutcomeLine(JournalLine, tag="outcome", kw_only=True):
     """The end of one request, at ``t_s``; it arrived at ``timestamp_ms`` since the journal began.
 
     ``outcome`` is ``ok`` or the metric label of an error. ``migrations`` counts moves of a running decode.
-    ``stages_s`` holds seconds by stage (see ``tidegate.core.stages``).
+    ``stages_s`` holds seconds by stage (see ``tidegate.core.stages``). ``predicted_lengths`` are those of its
+    placements, and of the moments when its tokens had doubled.
     """
 
     t_s: float = field(default=0.0, name="t")
@@ -226,6 +235,7 @@ class OutcomeLine(JournalLine, tag="outcome", kw_only=True):
     tenant: str | UnsetType = UNSET
     unmovable: str | UnsetType = UNSET
     read_back_tokens: int | UnsetType = UNSET
+    predicted_lengths: list[PredictedLength] | UnsetType = UNSET
 
     @property
     def ok(self) -> bool:

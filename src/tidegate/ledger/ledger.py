@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from tidegate.core.errors import InternalError, NoInstance
 from tidegate.core.instance import Instance, Role
 from tidegate.core.request import Request
@@ -12,7 +14,7 @@ from tidegate.costs.profile import UNMEASURED, Profile, ProfileTable
 from tidegate.ledger.integrity import check_integrity
 from tidegate.ledger.matrix import LedgerMatrix
 from tidegate.ledger.records import Booked, InstanceEntry, RequestEntry, Residents
-from tidegate.ledger.rows import RequestRows, Sessions
+from tidegate.ledger.rows import NOWHERE, Forecast, Integers, RequestRows, Sessions
 from tidegate.ledger.snapshot import Field, Labels, Snapshot, WindowAverages
 from tidegate.ledger.windows import LongWindows, close_windows
 
@@ -34,12 +36,20 @@ class Ledger:
 
     Events about a request that is not live (it ended, or its instance died) change nothing and return
     False, because a driver learns of such ends late.
+
+    ``forecast``, where given, tells ``Snapshot.requests`` what is left of each answer.
     """
 
-    def __init__(self, window_s: float = 1.0, windows: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        window_s: float = 1.0,
+        windows: Mapping[str, float] | None = None,
+        forecast: Forecast | None = None,
+    ) -> None:
         self._matrix = LedgerMatrix()
         self._windows = LongWindows(window_s, windows or {})
         self.sessions = Sessions()
+        self._forecast = forecast
         self._instances: dict[str, InstanceEntry] = {}
         self._entries: dict[str, RequestEntry] = {}
         self._ids: tuple[str, ...] = ()
@@ -66,6 +76,7 @@ class Ledger:
         cells[Field.FREE_TOKENS] = instance.kv_capacity_tokens or math.inf
         cells[Field.FLIPPED_AT_S] = -math.inf
         cells[Field.PREFILL_SLOWNESS] = 0.0 if profile is UNMEASURED else 1.0
+        cells[Field.KV_BYTES_PER_TOKEN] = instance.kv_bytes_per_token
         self._matrix.queue_since_s[column] = now
         self._windows.add_column()
         self._membership_changed()
@@ -202,7 +213,7 @@ class Ledger:
             self.prefill_ended(request_id, now)
         previous = entry.decode
         if previous is not None:
-            held = entry.tokens_now
+            held, entry.left_at_s = entry.tokens_now, entry.token_at_s
             self._matrix.leave_decode(entry)
             if entry.source is None:
                 self._matrix.hold(entry, previous, held)
@@ -252,6 +263,9 @@ class Ledger:
             entry.generating = True
             if entry.source is not None:
                 matrix.release_source(entry)
+            if entry.left_at_s is not None:
+                matrix.note_pause(column, now - entry.left_at_s)
+                entry.left_at_s = None
         entry.last_at_s = now
         return True
 
@@ -296,6 +310,14 @@ class Ledger:
         if entry is None or entry.joined_step is None:
             return False
         self._matrix.leave_step(entry)
+        return True
+
+    def moves(self, request_id: str, to: str, now: float) -> bool:
+        """Say that a migration of a decode to instance ``to`` begins; "" says that it is over, however."""
+        entry = self._entries.get(request_id)
+        if entry is None:
+            return False
+        entry.moving_to, entry.moved_at_s = to, now
         return True
 
     def finished(self, request_id: str, now: float) -> bool:
@@ -350,7 +372,17 @@ class Ledger:
 
     def request_rows(self, index: Mapping[str, int]) -> RequestRows:
         """Return one row per live request; ``index`` has the columns of the instances."""
-        return RequestRows.of(list(self._entries.values()), index)
+        seen = None
+        if index is not self._index:
+            seen = np.array([index.get(name, NOWHERE) for name in self._ids] + [NOWHERE], np.int64)
+        return RequestRows(list(self._entries.values()), index, seen, self._forecast)
+
+    def progress(self) -> tuple[list[Request], Integers]:
+        """Return the requests that decode, and how many tokens of its answer each has."""
+        decodes = [entry for entry in self._entries.values() if entry.decode is not None]
+        requests = [entry.request for entry in decodes]
+        generated = [e.tokens_now - e.request.prompt_tokens + e.request.generated for e in decodes]
+        return requests, np.array(generated, np.int64)
 
     def window_averages(self, ids: Sequence[str]) -> dict[str, WindowAverages]:
         """Return the averages of the named windows that ended last, on the instances ``ids``."""

@@ -29,6 +29,8 @@ class WindowRow(enum.IntEnum):
 
 
 ROWS = Field.COUNT + len(WindowRow)
+PAUSE_WEIGHT = 0.1
+"""Weight of the newest migration in an instance's mean pause (ours)."""
 
 
 class _RowViews:
@@ -46,6 +48,7 @@ class _RowViews:
     free_tokens: memoryview[float]
     flipped_at_s: memoryview[float]
     draining: memoryview[float]
+    move_pause_s: memoryview[float]
     queue_since_s: memoryview[float]
     queue_integral: memoryview[float]
     gap_sum_s: memoryview[float]
@@ -102,6 +105,11 @@ class LedgerMatrix(_RowViews):
         instance.head = entry
         self.running_prefill_s[instance.column] = entry.seconds if entry is not None else 0.0
         self.running_prefill_since_s[instance.column] = now
+
+    def note_pause(self, column: int, seconds: float) -> None:
+        """Count the gap between two tokens of a decode that moved to an instance between them."""
+        before_s = self.move_pause_s[column]
+        self.move_pause_s[column] = before_s + PAUSE_WEIGHT * (seconds - before_s) if before_s else seconds
 
     def leave_prefill(self, entry: RequestEntry, now: float) -> None:
         """Take a request out of its instance's prefills."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,62 +17,140 @@ from tidegate.ledger.records import InstanceEntry, RequestEntry
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
+Forecast = Callable[[Sequence[Request], Integers], tuple[Floats, Floats, Floats]]
+"""Tells of requests that have generated so many tokens each how many are left: mean, 0.1 and 0.9 quantile."""
+
 NOWHERE = -1
 """The column of a request that is not in that stage, and of an instance that the snapshot does not have."""
 MOST_SESSIONS = 100_000
 """How many sessions are remembered (ours); those that were not heard of for longest go first."""
 
 
-@dataclass(frozen=True, slots=True)
 class RequestRows:
     """One row per live request, in order of arrival in the ledger; ``ids[k]`` and ``sessions[k]`` name row k.
 
     ``prefill_on``, ``source_on`` and ``decode_on`` are columns of the snapshot, or NOWHERE: where the request
-    is in prefill, where its KV waits to be pulled, and where it decodes. ``context_tokens`` is its KV there
-    (the prompt while it is in prefill), ``generated_tokens`` what was generated since its last placement as a
-    prefill. ``arrival_s``, ``ttft_s`` and ``tpot_s`` are its arrival and targets, ``max_tokens`` what it may
-    generate after that placement.
+    is in prefill, where its KV waits to be pulled, and where it decodes; ``moving_to`` is where a migration
+    under way takes it, and ``moved_at_s`` when its last one began or ended (-inf without).
+    ``context_tokens`` is its KV there (the prompt while it is in prefill), ``generated_tokens`` what was
+    generated since its last placement as a prefill. ``arrival_s``, ``ttft_s`` and ``tpot_s`` are its arrival
+    and targets, ``max_tokens`` what it may generate after that placement.
+
+    ``remaining_tokens`` is what it is predicted to generate from here on (the mean),
+    ``remaining_low_tokens`` and ``remaining_high_tokens`` are the 0.1 and 0.9 quantiles; NaN where the
+    deployment does not predict lengths.
 
     A placement's snapshot may lack instances that are up. A request there has its row, and NOWHERE as column.
+    A column is read from the ledger's records when it is asked for first.
     """
 
-    ids: tuple[str, ...]
-    sessions: tuple[str, ...]
-    prefill_on: Integers
-    source_on: Integers
-    decode_on: Integers
-    context_tokens: Integers
-    generated_tokens: Integers
-    max_tokens: Integers
-    arrival_s: Floats
-    ttft_s: Floats
-    tpot_s: Floats
+    def __init__(
+        self,
+        entries: Sequence[RequestEntry],
+        index: Mapping[str, int],
+        seen: Integers | None = None,
+        forecast: Forecast | None = None,
+    ) -> None:
+        """``index`` has the columns of the snapshot, and ``seen`` those of the ledger's columns, where they
+        differ, with NOWHERE at the end."""
+        self._entries: Final = entries
+        self._index: Final = index
+        self._seen: Final = seen
+        self._forecast: Final = forecast
+        self._requests: Final = [entry.request for entry in entries]
 
-    @classmethod
-    def of(cls, entries: Sequence[RequestEntry], index: Mapping[str, int]) -> RequestRows:
-        """Read the rows from the ledger's records, in about a microsecond each."""
-        requests = [entry.request for entry in entries]
-        prompt = np.array([request.prompt_tokens for request in requests], np.int64)
-        context = np.array(
-            [e.request.prompt_tokens if e.decode is None else e.tokens_now for e in entries], np.int64
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @cached_property
+    def ids(self) -> tuple[str, ...]:
+        return tuple([request.id for request in self._requests])
+
+    @cached_property
+    def sessions(self) -> tuple[str, ...]:
+        return tuple([request.session for request in self._requests])
+
+    @cached_property
+    def prefill_on(self) -> Integers:
+        return self._columns([entry.prefill for entry in self._entries])
+
+    @cached_property
+    def source_on(self) -> Integers:
+        return self._columns([entry.source for entry in self._entries])
+
+    @cached_property
+    def decode_on(self) -> Integers:
+        return self._columns([entry.decode for entry in self._entries])
+
+    @cached_property
+    def moving_to(self) -> Integers:
+        columns = np.full(len(self), NOWHERE)
+        for row in [row for row, entry in enumerate(self._entries) if entry.moving_to]:
+            columns[row] = self._index.get(self._entries[row].moving_to, NOWHERE)
+        return columns
+
+    @cached_property
+    def context_tokens(self) -> Integers:
+        return np.array(
+            [
+                e.request.prompt_tokens
+                if e.decode is None
+                else e.resident_tokens  # or ``tokens_now``, which is a call more
+                if e.joined_step is None
+                else e.resident_tokens + e.decode.steps - e.joined_step
+                for e in self._entries
+            ],
+            np.int64,
         )
-        return cls(
-            ids=tuple(request.id for request in requests),
-            sessions=tuple(request.session for request in requests),
-            prefill_on=_columns([entry.prefill for entry in entries], index),
-            source_on=_columns([entry.source for entry in entries], index),
-            decode_on=_columns([entry.decode for entry in entries], index),
-            context_tokens=context,
-            generated_tokens=context - prompt,
-            max_tokens=np.array([request.max_tokens for request in requests], np.int64),
-            arrival_s=np.array([request.arrival_s for request in requests], np.float64),
-            ttft_s=np.array([request.slo.ttft_s for request in requests], np.float64),
-            tpot_s=np.array([request.slo.tpot_s for request in requests], np.float64),
-        )
 
+    @cached_property
+    def generated_tokens(self) -> Integers:
+        prompt = np.array([request.prompt_tokens for request in self._requests], np.int64)
+        return self.context_tokens - prompt
 
-def _columns(places: Sequence[InstanceEntry | None], index: Mapping[str, int]) -> Integers:
-    return np.array([NOWHERE if on is None else index.get(on.spec.id, NOWHERE) for on in places], np.int64)
+    @cached_property
+    def max_tokens(self) -> Integers:
+        return np.array([request.max_tokens for request in self._requests], np.int64)
+
+    @cached_property
+    def arrival_s(self) -> Floats:
+        return np.array([request.arrival_s for request in self._requests], np.float64)
+
+    @cached_property
+    def ttft_s(self) -> Floats:
+        return np.array([request.slo.ttft_s for request in self._requests], np.float64)
+
+    @cached_property
+    def tpot_s(self) -> Floats:
+        return np.array([request.slo.tpot_s for request in self._requests], np.float64)
+
+    @cached_property
+    def moved_at_s(self) -> Floats:
+        return np.array([entry.moved_at_s for entry in self._entries], np.float64)
+
+    @property
+    def remaining_tokens(self) -> Floats:
+        return self._remaining[0]
+
+    @property
+    def remaining_low_tokens(self) -> Floats:
+        return self._remaining[1]
+
+    @property
+    def remaining_high_tokens(self) -> Floats:
+        return self._remaining[2]
+
+    @cached_property
+    def _remaining(self) -> tuple[Floats, Floats, Floats]:
+        if self._forecast is None:
+            unknown = np.full(len(self), np.nan)
+            return unknown, unknown, unknown
+        before = np.array([request.generated for request in self._requests], np.int64)
+        return self._forecast(self._requests, before + self.generated_tokens)
+
+    def _columns(self, places: Sequence[InstanceEntry | None]) -> Integers:
+        columns = np.array([NOWHERE if on is None else on.column for on in places], np.int64)
+        return columns if self._seen is None else np.asarray(self._seen[columns])
 
 
 @dataclass(frozen=True, slots=True)

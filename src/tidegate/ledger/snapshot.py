@@ -93,7 +93,9 @@ class Field:
     PREFILL_SQUARES_S: Final = 16
     DRAINING: Final = 17
     PREFILL_SLOWNESS: Final = 18
-    COUNT: Final = 19
+    KV_BYTES_PER_TOKEN: Final = 19
+    MOVE_PAUSE_S: Final = 20
+    COUNT: Final = 21
 
 
 class WindowAverages(NamedTuple):
@@ -174,6 +176,10 @@ class Snapshot:
     """KV capacity beside decodes and handoffs; inf where the capacity is unknown."""
     flipped_at_s = _Row(Field.FLIPPED_AT_S)
     """When each label was last written; -inf if never."""
+    kv_bytes_per_token = _Row(Field.KV_BYTES_PER_TOKEN)
+    """What a token's KV takes; 0 where that is unknown."""
+    move_pause_s = _Row(Field.MOVE_PAUSE_S)
+    """The gap between two tokens of a decode that moved here between them, smoothed; 0 before the first."""
 
     def __init__(
         self,

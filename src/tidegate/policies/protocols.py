@@ -21,11 +21,13 @@ class Signal(enum.StrEnum):
     """Inputs beyond the ledger's counts that a policy may need (``System.check_signals``).
 
     PROFILE: the instances have measured or named profiles (``Snapshot.costs``). PREFIX_HITS: it is known what
-    each instance has cached of a prompt (``Request.cached``).
+    each instance has cached of a prompt (``Request.cached``). LENGTHS: what is left to generate is predicted
+    (``Request.remaining``, and the columns ``remaining_*`` of ``Snapshot.requests``).
     """
 
     PROFILE = "profile"
     PREFIX_HITS = "prefix_hits"
+    LENGTHS = "lengths"
 
 
 class Policy(Protocol):

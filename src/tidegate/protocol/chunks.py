@@ -31,6 +31,8 @@ class Tokens:
     """What a chat's message has beside its content: tool calls, reasoning."""
     prompt_logprobs: list[Any] | None = None
     """One item for each token of the prompt, for the last piece of an answer that is sent whole."""
+    forecast: tuple[int, float] | None = None
+    """What the engine predicts: so many output tokens of all legs, and how many follow. Never sent on."""
 
 
 @dataclass(frozen=True, slots=True)

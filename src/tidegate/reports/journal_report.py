@@ -20,6 +20,7 @@ from tidegate.journal.reader import Journal
 from tidegate.journal.schema import ControlLine, FlipLine, InstanceLine, OutcomeLine
 from tidegate.measure.attainment import DEFAULT_LEVEL, Attainment, Goodput, Observation, goodput, score
 from tidegate.measure.percentiles import Summary, summarize
+from tidegate.reports.length_errors import LengthErrors, length_errors, length_rows
 
 MOST_FLIPS = 20
 """Rows of the table of flips."""
@@ -88,6 +89,7 @@ class RunReport:
     migrations: int
     instances: tuple[InstanceWork, ...]
     prediction: PrefillPrediction | None
+    lengths: tuple[LengthErrors, ...]
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -140,6 +142,7 @@ def build_report(journal: Journal, *, slo: Slo | None = None, level: float = DEF
         migrations=sum(o.migrations for o in outcomes),
         instances=_instance_use(journal),
         prediction=_prediction(good),
+        lengths=length_errors(good),
         notes=_notes(journal, slo, own),
     )
 
@@ -297,6 +300,9 @@ def _parts(report: RunReport) -> Iterator[RenderableType]:
             ("requests", str(report.prediction.count)),
         )
         yield _table("Predicted against observed prefill time", ("", "relative error"), rows)
+    if report.lengths:
+        heads = ("source", "predicted", "count", "MAE", "bias", "left")
+        yield _table("Predicted against observed tokens left", heads, length_rows(report.lengths))
 
 
 def _service_rows(report: RunReport) -> Iterator[tuple[str, ...]]:

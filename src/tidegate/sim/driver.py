@@ -29,13 +29,14 @@ from tidegate.dataplane.sequence import LOADING, Pin, SimSequence
 from tidegate.journal.writer import JournalWriter
 from tidegate.measure.timeline import FlipEvent
 from tidegate.policies.order import Ticket
+from tidegate.signals.lengths.choice import simulated_source
 from tidegate.signals.prefix import NO_BLOCKS, PrefixIndex, PromptBlocks
 from tidegate.sim.membership import CONTROL, FleetSchedule
 from tidegate.sim.sampling import Sampler
 from tidegate.sim.settings import SimSettings
 from tidegate.sim.simulated_request import UNREACHED, RequestColumns, SimulatedRequest
 from tidegate.systems.system import System
-from tidegate.workloads.trace import TraceRecord
+from tidegate.workloads.trace import Integers, TraceRecord
 
 
 class SimDriver:
@@ -44,7 +45,8 @@ class SimDriver:
     ``requests`` are the live requests by number in order of arrival; ``arrived`` counts all of them, and
     ``ended`` is told of the end of each. ``slo_class`` has the class of each, where the settings have any.
     ``oversize`` has (tokens, number) of each request that no instance could hold; ``unstarted`` has (time,
-    reason) of each start that no spare was there for; ``steps`` counts those of each instance.
+    reason) of each start that no spare was there for; ``steps`` counts those of each instance. ``outputs``
+    are the lengths of all answers.
     """
 
     def __init__(
@@ -56,7 +58,11 @@ class SimDriver:
         events: EventQueue,
         membership: FleetSchedule,
         ended: Callable[[int, float], None] | None,
+        outputs: Integers,
     ) -> None:
+        self._output_tokens: dict[str, int] = {}
+        name = settings.lengths
+        lengths = simulated_source(name, self._output_tokens, outputs) if name else None
         self._ids = [replica.instance.id for replica in replicas]
         self.cluster = Cluster(replicas, events, self, leap=settings.leap, order=system.order)
         self.plane = ControlPlane(
@@ -65,6 +71,7 @@ class SimDriver:
             journal,
             ControlSettings(replays=settings.replays, admission=settings.admission),
             PrefixIndex() if settings.prefix_hits else None,
+            lengths,
         )
         self.sampler = Sampler(self._ids, self.cluster.kv_tokens_in_use)
         self.first_roles: list[Role | None] = [None] * len(replicas)
@@ -104,7 +111,10 @@ class SimDriver:
     # what happens
 
     def arrive(self, number: int, record: TraceRecord, now: float) -> None:
-        """Take record ``number`` of the trace, which asks for exactly ``output_tokens`` tokens."""
+        """Take record ``number`` of the trace; its answer has ``output_tokens``.
+
+        Traces do not say which limit a client set: it is what the longest context leaves.
+        """
         index = self.arrived
         self.arrived += 1
         if self._settings.slo_classes:
@@ -112,16 +122,18 @@ class SimDriver:
         request = Request(
             f"r{index}",
             record.input_tokens,
-            record.output_tokens,
+            max(record.output_tokens, self.context - record.input_tokens),
             now,
             self._settings.slo_of(record, number) if record.slo_class else self._settings.slo,
-            "",
+            record.client_id,
             record.session_id,
             record.turn,
         )
         blocks = PromptBlocks(record.hash_ids, record.block_tokens) if record.hash_ids else NO_BLOCKS
-        live = SimulatedRequest(index, number, request, now + self._settings.deadline_s, blocks)
+        deadline_s = now + self._settings.deadline_s
+        live = SimulatedRequest(index, number, request, record.output_tokens, deadline_s, blocks)
         self.requests[index] = live
+        self._output_tokens[request.id] = record.output_tokens
         if live.most_tokens > self.context:
             self._refuse(live, self.context, now)
         else:
@@ -221,7 +233,7 @@ class SimDriver:
     def _run_prefill(self, effect: RunPrefill, now: float) -> None:
         live = effect.live
         assert isinstance(live, SimulatedRequest)
-        hand_over = live.decode_on is None and live.request.max_tokens - live.generated > 1
+        hand_over = live.decode_on is None and live.output_tokens - live.generated > 1
         # One whose answer has begun has no TTFT left to meet, and goes first.
         ticket = None if live.generated else effect.ticket
         self._dispatch(live, self._index[effect.place.prefill_on], hand_over, ticket, now)
@@ -299,7 +311,7 @@ class SimDriver:
 
     def _refuse(self, live: SimulatedRequest, context: int, now: float) -> None:
         """End a request that does not fit a context."""
-        prompt, tokens = live.request.prompt_tokens, live.request.max_tokens
+        prompt, tokens = live.request.prompt_tokens, live.output_tokens
         self.oversize.append((live.most_tokens, live.number))
         message = f"the context is {context} tokens; the prompt has {prompt} and max_tokens is {tokens}"
         self._close(live, PromptTooLong(message), now)
@@ -313,6 +325,7 @@ class SimDriver:
             self.cluster.drop(live.pin, now)
         del self.requests[live.index]
         effects = self.plane.ended(live, error, now)
+        del self._output_tokens[live.id]
         self.columns.write(live, self._index, "ok" if error is None else status_of(error).label, now)
         self.preemptions += live.preemptions
         self.migrations += live.migrations
@@ -409,6 +422,6 @@ class SimDriver:
             self.cluster.report(now)
             self._do(self.plane.prefill_done(live, now), now)
             return
-        live.generated = live.request.max_tokens
+        live.generated = live.output_tokens
         live.note_end(sequence)
         self._close(live, None, now)

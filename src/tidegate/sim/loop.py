@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from heapq import heappop
 from typing import IO
 
@@ -13,6 +14,7 @@ from tidegate.dataplane.events import EventKind, EventQueue
 from tidegate.dataplane.replica import Replica
 from tidegate.journal.writer import JournalWriter
 from tidegate.policies.protocols import Signal
+from tidegate.signals.lengths.choice import DEFAULT
 from tidegate.sim.arrivals import TraceArrivals
 from tidegate.sim.driver import SimDriver
 from tidegate.sim.membership import CONTROL, HEARTBEAT, MEMBERSHIP, FleetSchedule
@@ -62,8 +64,11 @@ class _Simulation:
         journal: JournalWriter,
         watch: Callable[[int], None] | None,
     ) -> None:
+        if not settings.lengths and Signal.LENGTHS in system.needs:
+            settings = replace(settings, lengths=DEFAULT)
         hits = [Signal.PREFIX_HITS] if settings.prefix_hits else []
-        system.check_signals([Signal.PROFILE, *hits])
+        lengths = [Signal.LENGTHS] if settings.lengths else []
+        system.check_signals([Signal.PROFILE, *hits, *lengths])
         self._ids = [replica.instance.id for replica in replicas]
         if len(set(self._ids)) != len(replicas):
             raise ConfigError("two instances have one id")
@@ -71,11 +76,12 @@ class _Simulation:
         self._settings = settings
         self._membership = FleetSchedule(self._ids, settings)
         self._events = events = EventQueue()
-        self._arrivals = TraceArrivals(
-            Workload.of(trace), events, closed_loop=settings.closed_loop, watch=watch
-        )
+        workload = Workload.of(trace)
+        self._arrivals = TraceArrivals(workload, events, closed_loop=settings.closed_loop, watch=watch)
         ended = self._arrivals.ended if settings.closed_loop else None
-        self._driver = SimDriver(system, replicas, settings, journal, events, self._membership, ended)
+        self._driver = SimDriver(
+            system, replicas, settings, journal, events, self._membership, ended, workload.output_tokens
+        )
         self._heartbeats = 0
         journal.header(
             version=tidegate.__version__,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
+from tidegate.signals.lengths.choice import SIMULATED, checked
 from tidegate.workloads.trace import TraceRecord
 
 
@@ -31,7 +32,9 @@ class SimSettings:
 
     The last ``spares`` instances are not up at the start; a controller that adds instances has them join
     ``start_delay_s`` later (the time that a server takes to load a model). With ``prefix_hits`` prefills are
-    priced with what each instance's prefix cache is expected to hold.
+    priced with what each instance's prefix cache is expected to hold. ``lengths`` names the source of length
+    predictions (see ``tidegate.signals.lengths.choice``); "" is none, or for a system that needs one
+    ``hidden``.
     """
 
     slo: Slo = field(default_factory=Slo)
@@ -49,12 +52,15 @@ class SimSettings:
     spares: int = 0
     start_delay_s: float = 30.0
     prefix_hits: bool = True
+    lengths: str = ""
 
     def __post_init__(self) -> None:
         if not (0 <= self.front_s < float("inf") and 0 < self.deadline_s < float("inf")):
             raise ConfigError("front-end time and deadline must be positive numbers of seconds")
         if not (0 <= self.heartbeat_s < float("inf") and 0 <= self.start_delay_s < float("inf")):
             raise ConfigError("the heartbeat and the start delay must be numbers of seconds of at least 0")
+        if self.lengths:
+            checked(self.lengths, SIMULATED)
         if self.spares < 0:
             raise ConfigError(f"spares must be a count of at least 0, got {self.spares}")
 

@@ -40,8 +40,9 @@ class SimulatedRequest(LiveRequest):
 
     ``number`` is its record's place in the trace, ``index`` its place in the order of arrival. ``leg`` is the
     sequence on its way to, or inside, instance ``on``, and ``legs`` counts them. ``handing_over`` tells that
-    another leg is to continue the one that runs, from the KV that ``pin`` keeps. ``most_tokens`` are those
-    of the prompt and the whole answer.
+    another leg is to continue the one that runs, from the KV that ``pin`` keeps. ``output_tokens``
+    is the length of the answer, which ``request.max_tokens`` does not tell, and ``most_tokens`` are those of
+    the prompt and the whole answer.
     """
 
     leg: SimSequence | None = None
@@ -65,13 +66,20 @@ class SimulatedRequest(LiveRequest):
     kv_transfer_bytes = 0
 
     def __init__(
-        self, index: int, number: int, request: Request, deadline_s: float, blocks: PromptBlocks
+        self,
+        index: int,
+        number: int,
+        request: Request,
+        output_tokens: int,
+        deadline_s: float,
+        blocks: PromptBlocks,
     ) -> None:
         super().__init__(request.id, deadline_s, blocks)
         self.index = index
         self.number = number
         self.request = request
-        self.most_tokens = request.prompt_tokens + request.max_tokens
+        self.output_tokens = output_tokens
+        self.most_tokens = request.prompt_tokens + output_tokens
 
     def as_request(self) -> Request:
         """See ``LiveRequest.as_request``."""
@@ -87,6 +95,7 @@ class SimulatedRequest(LiveRequest):
             request.tenant,
             request.session,
             request.turn,
+            generated=self.generated,
         )
 
     def note_first_token(self, sequence: SimSequence, front_s: float, now: float) -> None:
@@ -126,6 +135,7 @@ class SimulatedRequest(LiveRequest):
             self.replays,
             self.migrations,
             stages,
+            predicted_lengths=self.predicted,
         )
 
     def ending(self, error: TidegateError | None, now: float) -> RequestEnding:

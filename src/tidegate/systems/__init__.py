@@ -1,7 +1,8 @@
 """Named compositions of policies: what a user picks with ``--system``."""
 
+from tidegate.systems import ares as ares
 from tidegate.systems import builtin as builtin
-from tidegate.systems.registry import SYSTEMS, SystemOptions, make_system, named
+from tidegate.systems.registry import SYSTEMS, SystemOptions, make_system, named, split_order
 from tidegate.systems.system import System
 
-__all__ = ["SYSTEMS", "System", "SystemOptions", "make_system", "named"]
+__all__ = ["SYSTEMS", "System", "SystemOptions", "make_system", "named", "split_order"]

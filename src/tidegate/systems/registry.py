@@ -63,6 +63,17 @@ def make_system(
     return system if order is None else replace(system, name=f"{system.name}+{order.name}", order=order)
 
 
+def split_order(name: str) -> tuple[str, str | None]:
+    """Part ``system+order``, where the system may have a choice (``:best``); None where no order is named.
+
+    The name of a system may hold a plus itself.
+    """
+    base, plus, order = name.rpartition("+")
+    if not plus or f"{base}+{order.partition(':')[0]}" in SYSTEMS.names():
+        return name, None
+    return base, order
+
+
 def named(name: str) -> tuple[Factory, Order | None]:
     """Look up ``system`` or ``system+order``; ``FILE.py:NAME`` is the factory NAME of a Python file.
 
@@ -70,7 +81,7 @@ def named(name: str) -> tuple[Factory, Order | None]:
     load.
     """
     file, suffix, rest = name.rpartition(".py:")
-    base, plus, order = rest.partition("+")
+    base, order = split_order(rest)
     if suffix:
         factory = _from_file(Path(file + ".py"), base)
     elif base in RENAMED and base not in SYSTEMS.names():
@@ -83,7 +94,7 @@ def named(name: str) -> tuple[Factory, Order | None]:
         )
     else:
         factory = SYSTEMS.get(base)
-    return factory, make_order(order) if plus else None
+    return factory, make_order(order) if order is not None else None
 
 
 def _from_file(path: Path, name: str) -> Factory:

@@ -1,0 +1,225 @@
+"""What moving decodes brings on reasoning traffic, in simulation: P99 TPOT, goodput, preemptions.
+
+Run: ``python benchmarks/ares.py --traces DIR`` (DIR has the public traces ``servegen_r1_*``; about 10 minutes
+on two cores; ``--pools 8,64 --requests 20000`` takes hours, and a run that is stopped goes on where it was).
+
+A split with 8 (or 64) decode instances serves a trace whose answers are long beside the KV of an instance:
+RTX 4090, Llama 3.1 8B, 41,408 tokens. Goodput is the highest rate at which the level attains ``SLO``, whose
+TPOT is 1.25 times the step of a full instance. All systems are then run at the rate where round-robin breaks:
+the lowest at which it was seen to miss the level. ARES' constants were chosen on ``servegen_r1_peak2h``;
+``servegen_r1_day_thin16`` was not looked at for that. Rows ``NAME/SOURCE`` are by who predicts lengths:
+nobody (``max-tokens``), the histogram learnt online, hidden states (with the errors measured of a trained
+head), and the truth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moving_traffic import CASES
+from tidegate.core.slo import Slo
+from tidegate.costs.library import packaged_profile
+from tidegate.dataplane.replica import EngineSettings
+from tidegate.experiments.jobs import Store, Workers
+from tidegate.experiments.run import job_of, probe
+from tidegate.experiments.search import SearchSettings, find_goodput, search_goodput
+from tidegate.experiments.setting import Setting, SimulatedFleet
+from tidegate.reports.comparison import LevelGoodput
+from tidegate.sim import SimSettings
+from tidegate.workloads.choice import WorkloadChoice, requests_of
+
+PROFILE = "rtx_4090/llama-3.1-8b"
+SLO = Slo(5.0, 0.030)
+TRACES = ("servegen_r1_peak2h", "servegen_r1_day_thin16")
+PREFILL_FOR = {8: 2, 64: 16}
+"""Prefill instances by the size of the decode pool."""
+CHUNKS = (512, 2048, 8192)
+"""Token budgets of which a colocated fleet takes the best."""
+SOURCES = ("max-tokens", "histogram", "hidden", "oracle")
+ABLATED = ("ares", "ares-slo")
+TOLERANCE = 0.04
+FINE_TOLERANCE = 0.01
+BESIDE = ("arrow-lending", "ares", "ares-slo", "arrow+ares")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A row: the best of its settings by goodput."""
+
+    name: str
+    settings: tuple[Setting, ...]
+
+
+def contenders(trace: Path, pool: int, requests: int, only: Sequence[str]) -> list[Contender]:
+    """Return the systems to compare on one trace and pool: all, or ``only`` some beside round-robin."""
+    prefill = PREFILL_FOR[pool]
+    fleet = SimulatedFleet(((packaged_profile(PROFILE), prefill + pool),))
+    workload = WorkloadChoice(trace=str(trace), limit=requests)
+    base = Setting(workload, fleet, "round-robin", (prefill, pool), SimSettings(slo=SLO))
+
+    def predicted(name: str, source: str) -> Setting:
+        return replace(base, system=name, settings=replace(base.settings, lengths=source))
+
+    colocated = tuple(
+        replace(base, system="colocated", split=None, fleet=replace(fleet, engine=EngineSettings(chunk)))
+        for chunk in CHUNKS
+    )
+    rows = [
+        Contender("round-robin", (base,)),
+        Contender("static (current load)", (replace(base, system="static"),)),
+        Contender("colocated, tuned", colocated),
+        Contender("arrow-lending", (replace(base, system="arrow-lending"),)),
+        *(
+            Contender(f"{name}/{source}", (predicted(name, source),))
+            for name in ABLATED
+            for source in SOURCES
+        ),
+        Contender("arrow+ares/hidden", (predicted("arrow+ares", "hidden"),)),
+        Contender("arrow+ares/oracle", (predicted("arrow+ares", "oracle"),)),
+    ]
+    return [row for row in rows if not only or row.name.split(" ")[0].rstrip(",") in ("round-robin", *only)]
+
+
+async def compare(rows: list[Contender], level: float, seeds: range, workers: Workers) -> list[str]:
+    """Search every goodput, run everyone where round-robin breaks, and return the table's lines."""
+
+    async def best(row: Contender) -> tuple[Setting, LevelGoodput]:
+        found = await asyncio.gather(*(goodput_of(each, level, seeds, workers) for each in row.settings))
+        pairs = zip(row.settings, found, strict=True)
+        return max(pairs, key=lambda pair: pair[1].goodput_rps)
+
+    first = await best(rows[0])
+    broken_rps = min(run.rate_rps for run in first[1].probes if run.attainment < level)
+    chosen = [first, *await asyncio.gather(*map(best, rows[1:]))]
+    runs = await asyncio.gather(*(at_rate(setting, broken_rps, seeds, workers) for setting, _ in chosen))
+    lines = [
+        f"Round-robin breaks at {broken_rps:.2f} requests/s.",
+        "",
+        "| system | goodput, requests/s | of round-robin's | attained there | p50 / p99 TPOT there, ms "
+        "| p99 against round-robin | preemptions | migrations |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    base_rps, base_p99_s = first[1].goodput_rps, runs[0]["p99_s"]
+    for row, (_, goodput), run in zip(rows, chosen, runs, strict=True):
+        lines.append(
+            f"| {row.name} | {goodput.goodput_rps:.2f} | {goodput.goodput_rps / base_rps:.2f} "
+            f"| {run['attainment']:.3f} | {1e3 * run['p50_s']:.0f} / {1e3 * run['p99_s']:.0f} "
+            f"| {100 * (run['p99_s'] / base_p99_s - 1):+.1f} % | {run['preemptions']:.0f} "
+            f"| {run['migrations']:.0f} |"
+        )
+    return lines
+
+
+async def goodput_of(setting: Setting, level: float, seeds: range, workers: Workers) -> LevelGoodput:
+    """Return a setting's goodput, looked for where KV that is always full would put the limit."""
+    full_rps = most_rps(setting)
+
+    async def attainment(rate_rps: float, seed: int) -> float:
+        title = f"{setting.system} at {rate_rps:.2f}"
+        run = await workers.do(job_of(probe, setting, title, rate_rps=rate_rps, seed=seed))
+        return float(run["attainment"])
+
+    wanted = SearchSettings(level, 0.35 * full_rps, 0.65 * full_rps, TOLERANCE)
+    return await search_goodput(wanted, seeds, attainment)
+
+
+def most_rps(setting: Setting) -> float:
+    """Return the rate at which the decodes of the workload would fill the decode pool's KV on average."""
+    assert setting.fleet.groups
+    requests = requests_of(setting.workload)
+    profile, instances = setting.fleet.groups[0]
+    step_s = profile.profile.step.seconds(16, profile.kv_capacity_tokens)
+    held = (requests.input_tokens + 0.5 * requests.output_tokens) * requests.output_tokens
+    return instances * profile.kv_capacity_tokens / float(held.mean() * step_s)
+
+
+async def at_rate(setting: Setting, rate_rps: float, seeds: range, workers: Workers) -> dict[str, float]:
+    """Return means over the seeds of a setting's runs at one rate."""
+    jobs = [
+        job_of(probe, setting, f"{setting.system} at {rate_rps:.2f}", rate_rps=rate_rps, seed=seed)
+        for seed in seeds
+    ]
+    done: list[dict[str, Any]] = [await workers.do(job) for job in jobs]
+    rows = [
+        {
+            "attainment": run["attainment"],
+            "p50_s": run["tpot_s"]["p50"],
+            "p99_s": run["tpot_s"]["p99"],
+            "preemptions": run["preemptions"],
+            "migrations": run["migrations"],
+        }
+        for run in done
+    ]
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+async def beside(traces: Path, requests: int, level: float, seeds: range, workers: Workers) -> list[str]:
+    """Return a table: is Arrow with ARES beside it as good as either alone, on every trace and even split?"""
+    lines = [
+        "| case | " + " | ".join(BESIDE) + " | arrow+ares of the better |",
+        "|---|" + "---|" * (len(BESIDE) + 1),
+    ]
+    for case in CASES:
+        if case.name.startswith("orders"):
+            continue
+        fleet = SimulatedFleet(((packaged_profile(case.profile), case.instances),))
+        workload = WorkloadChoice(trace=str(traces / case.file), limit=requests)
+        settings = SimSettings(slo=Slo.parse(case.slo), lengths="hidden")
+        rows = [Setting(workload, fleet, name, None, settings) for name in BESIDE]
+        found = await asyncio.gather(
+            *(find_goodput(row, level, seeds, FINE_TOLERANCE, None, workers) for row in rows)
+        )
+        *alone, both = [each.goodput_rps for each in found]
+        goodputs = " | ".join(f"{rps:.2f}" for rps in (*alone, both))
+        lines.append(f"| {case.name} | {goodputs} | {both / max(alone):.3f} |")
+    return lines
+
+
+async def main_async(options: argparse.Namespace) -> None:
+    """Print a table per trace, pool and level."""
+    store = Store(None if options.out is None else options.out / "results.jsonl")
+
+    def watch(ended: int, known: int, title: str) -> None:
+        print(f"\r{ended} of {known} runs: {title:<50}", end="", file=sys.stderr, flush=True)
+
+    async with Workers(options.jobs, store, watch) as workers:
+        if options.beside:
+            lines = await beside(options.traces, options.requests, 0.9, range(options.seeds), workers)
+            print("\r" + "\n".join(lines))
+            return
+        for trace in options.names.split(","):
+            for pool in map(int, options.pools.split(",")):
+                file = options.traces / f"{trace}.csv.gz"
+                requests = options.requests * pool // 8
+                for level in map(float, options.levels.split(",")):
+                    rows = contenders(file, pool, requests, options.rows.split(",") if options.rows else ())
+                    lines = await compare(rows, level, range(options.seeds), workers)
+                    print(f"\r{'':70}\r\n{trace}, {PREFILL_FOR[pool]}P{pool}D, {requests} requests, ", end="")
+                    print(f"attainment {level:g} of {SLO}\n\n" + "\n".join(lines), flush=True)
+    store.close()
+
+
+def main() -> None:
+    """Read the options and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--traces", type=Path, required=True, help="folder of the traces")
+    parser.add_argument("--names", default=",".join(TRACES))
+    parser.add_argument("--pools", default="8", help="sizes of the decode pool: 8, 64")
+    parser.add_argument("--requests", type=int, default=1000, help="of each trace, per 8 decode instances")
+    parser.add_argument("--levels", default="0.9", help="shares of requests that have to attain")
+    parser.add_argument("--rows", default="", help="only these beside round-robin, as in static,ares/oracle")
+    parser.add_argument("--beside", action="store_true", help="instead: arrow+ares beside Arrow and ARES")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="folder of results, from which a stopped run goes on")
+    asyncio.run(main_async(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Systems that move running decodes: ARES, and Arrow with its rescheduling beside it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from tidegate.policies.ares.avoiding import AvoidingConstants, AvoidingPlacement, AvoidingRescheduler
+from tidegate.policies.ares.damage import Damage
+from tidegate.policies.ares.loads import DecodeLoads, LoadBoard
+from tidegate.policies.ares.published import PERIOD_S, AresConstants, AresPlacement, AresRescheduler
+from tidegate.systems.builtin import arrow_lending
+from tidegate.systems.registry import SYSTEMS, SystemOptions
+from tidegate.systems.system import System
+
+
+@SYSTEMS.register("ares")
+def ares(options: SystemOptions) -> System:
+    """ARES (arXiv 2510.13668) as published: a static split whose decodes are placed and moved by the variance
+    of their predicted loads."""
+    constants = AresConstants()
+    board = LoadBoard(partial(DecodeLoads, horizon=constants.horizon), PERIOD_S)
+    placement = AresPlacement(board, constants)
+    return System(
+        name="ares",
+        summary="static split, running decodes move to where they vary least",
+        roles=options.roles(),
+        prefill=placement,
+        decode=placement,
+        controllers=(AresRescheduler(board, constants),),
+        window_s=options.tick_s,
+    )
+
+
+@SYSTEMS.register("ares-slo")
+def ares_slo(options: SystemOptions) -> System:
+    """ARES whose moves and placements avoid seconds of SLO damage (ours)."""
+    constants = AvoidingConstants()
+    board = LoadBoard(partial(Damage, terms=constants.terms), PERIOD_S)
+    placement = AvoidingPlacement(board)
+    return System(
+        name="ares-slo",
+        summary="static split, running decodes move where that avoids SLO damage",
+        roles=options.roles(),
+        prefill=placement,
+        decode=placement,
+        controllers=(AvoidingRescheduler(board, constants),),
+        window_s=options.tick_s,
+    )
+
+
+@SYSTEMS.register("arrow+ares")
+def arrow_ares(options: SystemOptions) -> System:
+    """Arrow whose decodes move where that avoids SLO damage, off instances that a flip took away as well
+    (ours)."""
+    constants = AvoidingConstants()
+    board = LoadBoard(partial(Damage, terms=constants.terms), PERIOD_S)
+    arrow = arrow_lending(options)
+    return replace(
+        arrow,
+        name="arrow+ares",
+        summary="role flips, and running decodes move where that avoids SLO damage",
+        controllers=(*arrow.controllers, AvoidingRescheduler(board, constants)),
+    )
