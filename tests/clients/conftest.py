@@ -17,7 +17,7 @@ UP = re.compile(r"serving on (http://\S+)/v1")
 def gateway() -> Iterator[str]:
     """Serve the tiny model on two instances, prefill on one and decode on the other; yield the base URL."""
     command = [os.environ.get("TIDEGATE", "tidegate"), "serve", "--port", "0", "--instances", "2"]
-    command += ["--system", "static", "--split", "1:1"]
+    command += ["--model", "tiny", "--system", "static", "--split", "1:1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     said = []

@@ -189,9 +189,10 @@ class FleetSection(Section):
 
     model: ModelFolder | None = setting(
         None,
-        "Model for embedded engines or launched servers, in the Hugging Face layout.",
-        "DIR",
-        shown="a tiny random one",
+        "Model for embedded engines or launched servers: a folder in the Hugging Face layout, smollm2, which "
+        "is fetched once (SmolLM2-135M-Instruct, 93 MB), or tiny, a random one made at once.",
+        "DIR|NAME",
+        shown="smollm2",
     )
     instances: Whole = setting(3, "Number of embedded engines or launched servers.", ge=1, le=256)
     launch: Literal["vllm"] | None = setting(
