@@ -259,7 +259,7 @@ def how_to_call(base_url: str, model: str, *, keyed: bool) -> str:
     path, body = "completions", {"model": model, "prompt": "The tide", "max_tokens": 16}
     if model == SMOLLM2:
         question = {"role": "user", "content": "What is the capital of France?"}
-        path, body = "chat/completions", {"model": model, "messages": [question]}
+        path, body = "chat/completions", {"model": model, "temperature": 0, "messages": [question]}
     data = shlex.quote(orjson.dumps(body).decode())
     key = ' -H "Authorization: Bearer $TIDEGATE_API_KEY"' if keyed else ""
     return (
