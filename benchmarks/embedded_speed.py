@@ -72,7 +72,8 @@ def engine_turns(engine: EmbeddedEngine, prompts: list[list[int]]) -> Turn:
 
 def generate_turns(folder: Path, dtype: torch.dtype, prompts: list[list[int]]) -> Turn:
     """Return what has ``generate`` answer all prompts."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    auto: Any = AutoModelForCausalLM
+    model = auto.from_pretrained(folder, dtype=dtype).eval()
     ids = torch.tensor(prompts)
 
     @torch.inference_mode()

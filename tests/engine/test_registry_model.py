@@ -6,6 +6,7 @@ import hashlib
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -32,8 +33,9 @@ def tiny_llama() -> torch.nn.Module:
         num_key_value_heads=KV_HEADS,
         tie_word_embeddings=True,
     )
-    model: torch.nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    return model.eval()
+    auto: Any = AutoModelForCausalLM
+    model: torch.nn.Module = auto.from_config(config, dtype=torch.bfloat16).eval()
+    return model
 
 
 def write_gguf(file: Path, model: torch.nn.Module) -> None:
@@ -120,8 +122,8 @@ def test_the_folder_is_the_model_that_was_packed(
     again = AutoModelForCausalLM.from_pretrained(folder)
     assert again.dtype == torch.bfloat16
     ids = torch.tensor([[3, 4, 5, 6, 3]])
-    assert torch.equal(again(ids).logits, llama(ids).logits)  # type: ignore[operator]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert torch.equal(again(ids).logits, llama(ids).logits)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.eos_token_id == 2 and again.generation_config.eos_token_id == 2
     assert tokenizer("ab  12<|im_end|>").input_ids == [9, 10, 6, 7, 2], "blanks before a digit are one piece"
     assert tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=True).input_ids == [

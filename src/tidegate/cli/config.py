@@ -314,6 +314,7 @@ class EngineSection(Section):
     max_model_len: Tokens | None = setting(None, "Longest prompt plus answer.", "TOKENS", shown="the model's")
     kv_memory_mb: Count = setting(256, "KV cache of each engine.", "MB")
     max_batch_tokens: Tokens = setting(512, "Tokens that one engine step may process.", "TOKENS")
+    threads: Count = setting(1, "CPU threads of each engine, where there are more cores than engines.", "N")
 
 
 class EmulatedSection(Section):

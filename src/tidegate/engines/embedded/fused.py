@@ -15,6 +15,7 @@ from torch.nn.functional import rms_norm, silu
 
 from tidegate.engines.embedded.attention import PagedBatch, paged_attention
 
+_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 _FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 _PACKED = (torch.float32, torch.bfloat16)
 """Types that oneDNN has a layout for."""
@@ -38,14 +39,21 @@ def fuse(module: nn.Module) -> None:
 
 def product(*parts: nn.Linear) -> nn.Module:
     """Return one module that computes ``parts``, which read the same input, side by side."""
-    weight = torch.cat([part.weight for part in parts]) if len(parts) > 1 else parts[0].weight
-    biases = [part.weight.new_zeros(part.out_features) if part.bias is None else part.bias for part in parts]
-    bias = torch.cat(biases) if any(part.bias is not None for part in parts) else None
-    if weight.device.type == "cpu" and weight.dtype in _PACKED and torch.backends.mkldnn.is_available():
+    weight = (
+        parts[0].weight.detach() if len(parts) == 1 else torch.cat([part.weight.detach() for part in parts])
+    )
+    bias = None
+    if any(part.bias is not None for part in parts):
+        none = [part.weight.new_zeros(part.out_features) for part in parts]
+        bias = torch.cat(
+            [zeros if part.bias is None else part.bias for part, zeros in zip(parts, none, strict=True)]
+        )
+    if weight.device.type == "cpu" and weight.dtype in _PACKED and _ONEDNN:
         return PackedLinear(weight, bias)
-    joined = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    joined = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     joined.weight = nn.Parameter(weight, requires_grad=False)
-    joined.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    if bias is not None:
+        joined.bias = nn.Parameter(bias, requires_grad=False)
     return joined
 
 
@@ -54,7 +62,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         self._bias = bias
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
