@@ -18,6 +18,7 @@ TINY_MODELS := $(MODELS)/tiny-llama/config.json $(MODELS)/tiny-qwen3/config.json
 # Several processes, each with whole test files, so that what a file starts for its tests is started once.
 PARALLEL ?= -n auto --maxprocesses 8 --dist loadfile
 COVERAGE := $(BIN)/python -m coverage
+MODEL ?= smollm2
 URL ?= http://127.0.0.1:8000
 
 .DEFAULT_GOAL := help
@@ -53,8 +54,8 @@ $(CLIENTS_STAMP): tests/clients/requirements.txt
 	@$(CLIENTS_VENV)/bin/python -m pip install --quiet -r $<
 	@touch $@
 
-serve: $(STAMP) ## Serve a tiny model on this machine's CPU and print a curl line that works (ARGS="--port 9000")
-	@$(BIN)/tidegate serve $(ARGS)
+serve: $(STAMP) ## Serve a small real model on this machine's CPU and print a curl line that works (MODEL=tiny: a random one, no download; ARGS="--port 9000")
+	@$(BIN)/tidegate serve --model $(MODEL) $(ARGS)
 
 check: lint types test ## Run all that must pass before a commit: lint, types, import order, tests
 

@@ -60,6 +60,8 @@ def replay(system: str, args: argparse.Namespace, out: Path) -> tuple[Report, Re
     serve = [
         *TIDEGATE,
         "serve",
+        "--model",
+        "tiny",
         "--system",
         system,
         "--slo",

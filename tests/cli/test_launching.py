@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tidegate import __version__
 from tidegate.cli import launch, model
 from tidegate.cli.sources import resolve
 from tidegate.core.errors import SetupError
@@ -31,6 +32,32 @@ def test_the_curl_line_is_a_whole_command(keyed: bool) -> None:
     assert words[:2] == ["curl", "http://127.0.0.1:8000/v1/completions"]
     assert json.loads(words[words.index("-d") + 1])["model"] == "it's"
     assert ("Authorization: Bearer $TIDEGATE_API_KEY" in words) is keyed
+
+
+def test_the_default_model_is_asked_a_question() -> None:
+    words = shlex.split(launch.how_to_call("http://h:1", "smollm2", keyed=False).split("\n\n")[1])
+    assert words[1] == "http://h:1/v1/chat/completions"
+    assert json.loads(words[-1])["messages"][0]["content"].endswith("?")
+
+
+def test_models_go_by_a_name_unless_a_folder_has_it(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("smollm2-135m-instruct-0.1.2", f"tiny-llama-{__version__}"):
+        (cache / folder).mkdir(parents=True)
+        (cache / folder / "config.json").touch()
+
+    def served(**given: object) -> tuple[str, str]:
+        fleet = launch.make_fleet(resolve(None, {}, given, warn=lambda _: None).config)
+        assert isinstance(fleet, LocalFleet)
+        return fleet._launch.model.parent.name, fleet._launch.served_model_name
+
+    assert served() == served(model="smollm2") == ("tidegate", "smollm2")
+    assert served(model="tiny") == ("tidegate", "tiny-llama")
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "config.json").touch()
+    assert served(model="tiny") == (tmp_path.name, "tiny")
 
 
 def test_settings_choose_the_fleet(tmp_path: Path) -> None:

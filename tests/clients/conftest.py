@@ -37,7 +37,7 @@ def served(*flags: str) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def gateway() -> Iterator[str]:
     """Serve the tiny model on two embedded engines; yield the base URL."""
-    with served("--instances", "2") as url:
+    with served("--instances", "2", "--model", "tiny") as url:
         yield url
 
 

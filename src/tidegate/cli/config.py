@@ -200,9 +200,10 @@ class FleetSection(Section):
 
     model: ModelFolder | None = setting(
         None,
-        "Model for embedded engines or launched servers, in the Hugging Face layout.",
-        "DIR",
-        shown="a tiny random one",
+        "Model for embedded engines or launched servers: a folder in the Hugging Face layout, smollm2, which "
+        "is fetched once (SmolLM2-135M-Instruct, 93 MB), or tiny, a random one made at once.",
+        "DIR|NAME",
+        shown="smollm2",
     )
     instances: Whole = setting(3, "Number of embedded engines or launched servers.", ge=1, le=256)
     launch: Literal["vllm"] | None = setting(
@@ -324,6 +325,7 @@ class EngineSection(Section):
     max_model_len: Tokens | None = setting(None, "Longest prompt plus answer.", "TOKENS", shown="the model's")
     kv_memory_mb: Count = setting(256, "KV cache of each engine.", "MB")
     max_batch_tokens: Tokens = setting(512, "Tokens that one engine step may process.", "TOKENS")
+    threads: Count = setting(1, "CPU threads of each engine, where there are more cores than engines.", "N")
 
 
 class EmulatedSection(Section):

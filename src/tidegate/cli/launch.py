@@ -22,7 +22,7 @@ import typer
 from tidegate import __version__
 from tidegate.cli.config import Config, FleetSection
 from tidegate.cli.instance_keys import KeyFile, state_folder
-from tidegate.cli.model import ARCH, require_embedded, tiny_model
+from tidegate.cli.model import NAMED, SMOLLM2, named_model, require_embedded
 from tidegate.cli.terminal import debugging, warn
 from tidegate.core.errors import SetupError
 from tidegate.costs.named_profile import load_profile, measured_profile, profile_line, profile_warnings
@@ -100,7 +100,7 @@ def colocated_without_kv(config: Config, name: str) -> System:
 
 
 def make_fleet(config: Config) -> Fleet:
-    """Return the fleet that the settings describe, not yet started; makes the tiny model if needed."""
+    """Return the fleet that the settings describe, not yet started; gets a model that goes by a name."""
     source, engine = config.fleet, config.engine
     if source.vllm:
         key = source.vllm_api_key or ""
@@ -122,17 +122,18 @@ def make_fleet(config: Config) -> Fleet:
             )
         )
     require_embedded()
-    folder = source.model or tiny_model()
+    folder, served_name = model_to_serve(source.model or Path(SMOLLM2))
     return LocalFleet(
         EngineLaunch(
             model=folder,
             instances=source.instances,
-            served_model_name=folder.name if source.model else f"tiny-{ARCH}",
+            served_model_name=served_name,
             device=engine.device,
             dtype=engine.dtype,
             max_model_len=engine.max_model_len,
             kv_memory_mb=engine.kv_memory_mb,
             max_batch_tokens=engine.max_batch_tokens,
+            threads=engine.threads,
             order=order,
             log_level=log_level,
             zygote=True,
@@ -140,11 +141,19 @@ def make_fleet(config: Config) -> Fleet:
     )
 
 
+def model_to_serve(model: Path) -> tuple[Path, str]:
+    """Return the folder of a model, given as one or by its name, and the name to serve it by."""
+    if str(model) in NAMED:
+        return named_model(str(model)), NAMED[str(model)]
+    return model, model.name
+
+
 def launched_vllm(source: FleetSection) -> LaunchedVllmFleet:
     """Return the fleet, not yet started, and print where its logs are. Raises SetupError without vLLM."""
     assert source.model is not None
+    folder, _ = model_to_serve(source.model)
     launch = VllmLaunch(
-        model=source.model,
+        model=folder,
         program=vllm_program(source.vllm_bin),
         logs=source.vllm_logs.resolve() if source.vllm_logs else new_log_folder(),
         instances=source.instances,
@@ -248,11 +257,15 @@ def _show_profiles(names: Sequence[str], model: str) -> None:
 
 def how_to_call(base_url: str, model: str, *, keyed: bool) -> str:
     """Return the endpoint and a curl line for it, for a shell where TIDEGATE_API_KEY is set if ``keyed``."""
-    body = orjson.dumps({"model": model, "prompt": "The tide", "max_tokens": 16}).decode()
+    path, body = "completions", {"model": model, "prompt": "The tide", "max_tokens": 16}
+    if model == SMOLLM2:
+        question = {"role": "user", "content": "What is the capital of France?"}
+        path, body = "chat/completions", {"model": model, "temperature": 0, "messages": [question]}
+    data = shlex.quote(orjson.dumps(body).decode())
     key = ' -H "Authorization: Bearer $TIDEGATE_API_KEY"' if keyed else ""
     return (
         f"serving on {base_url}/v1 (Ctrl-C drains and stops); try:\n\n"
-        f"  curl {base_url}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}\n"
+        f"  curl {base_url}/v1/{path} -H 'Content-Type: application/json'{key} -d {data}\n"
     )
 
 

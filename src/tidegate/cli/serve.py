@@ -15,6 +15,8 @@ from tidegate.cli.terminal import INTERRUPTED, warn
 EXAMPLES = """
     tidegate serve
 
+    tidegate serve --model tiny
+
     tidegate serve --model models/qwen3-0.6b --instances 4 --slo ttft:500,tpot:50
 
     tidegate serve --emulate h100_sxm/llama-3.1-8b:8 --slo ttft:500,tpot:50
@@ -37,9 +39,10 @@ def run(
 ) -> None:
     """Serve a model over several instances, behind one OpenAI-compatible endpoint.
 
-    Without options it starts three engines on this machine's CPU with a
-    tiny random model, and prints a curl line that works. Ctrl-C drains and
-    stops; a second Ctrl-C stops at once.
+    Without options it starts three engines on this machine's CPU with
+    SmolLM2-135M-Instruct, fetched once from the Python package registry, and
+    prints a curl line that works. Ctrl-C drains and stops; a second Ctrl-C
+    stops at once.
 
     A setting can also stand in the file (--config) or in the environment
     (--port is TIDEGATE_PORT). A flag wins over the environment, the

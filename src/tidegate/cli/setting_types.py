@@ -139,9 +139,17 @@ def _sendable(value: str) -> str:
 
 
 def _model_folder(value: Path) -> Path:
-    if not (value / "config.json").is_file():
-        raise ValueError("no such model: expected a folder in the Hugging Face layout, with a config.json")
-    return value.resolve()
+    """Return the folder, absolute, or a model's name as it is."""
+    from tidegate.cli.model import NAMED
+
+    if (value / "config.json").is_file():
+        return value.resolve()
+    if str(value) not in NAMED:
+        raise ValueError(
+            "no such model: expected a folder in the Hugging Face layout, with a config.json, or "
+            + " or ".join(NAMED)
+        )
+    return value
 
 
 def _file_path(value: Path) -> Path:

@@ -105,6 +105,7 @@ class EngineLaunch:
     max_model_len: int | None = None
     kv_memory_mb: int = 256
     max_batch_tokens: int = 512
+    threads: int = 1
     order: str = "fifo"
     log_level: str = "warning"
     command: tuple[str, ...] = (sys.executable, "-m", "tidegate.engines.embedded")
@@ -123,7 +124,7 @@ class EngineLaunch:
             "--max-batch-tokens": self.max_batch_tokens,
             "--max-num-seqs": min(MAX_NUM_SEQS, self.max_batch_tokens),
             "--order": self.order,
-            "--threads": 1,
+            "--threads": self.threads,
             "--engine-id": engine_id,
             "--served-model-name": self.served_model_name or self.model.name,
             "--lease-s": 30,

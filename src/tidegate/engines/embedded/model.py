@@ -23,6 +23,7 @@ from transformers.utils import logging as hf_logging
 
 from tidegate.core.errors import ConfigError
 from tidegate.engines.embedded.attention import PagedBatch, Scratch, Span, group_singles, paged_attention
+from tidegate.engines.embedded.fused import fuse
 from tidegate.engines.embedded.kv_store import KvShape, PagedKvStore
 from tidegate.engines.embedded.options import DTYPES
 from tidegate.engines.embedded.sequence import TokenSequence
@@ -69,6 +70,7 @@ def load_model(folder: str | Path, dtype: str = "auto", device: str = "cpu") -> 
     module = module.to(target).eval()
     for parameter in module.parameters():
         parameter.requires_grad_(False)
+    fuse(module)
     if module.dtype == torch.float64:
         _widen(module.modules())
     heads = config.num_attention_heads
