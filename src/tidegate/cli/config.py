@@ -319,6 +319,12 @@ class EngineSection(Section):
     max_model_len: Tokens | None = setting(None, "Longest prompt plus answer.", "TOKENS", shown="the model's")
     kv_memory_mb: Count = setting(256, "KV cache of each engine.", "MB")
     max_batch_tokens: Tokens = setting(512, "Tokens that one engine step may process.", "TOKENS")
+    predictor: str = setting(
+        "auto",
+        "Head that predicts from hidden states how long answers become: a file that `tidegate predictor "
+        "train` wrote, auto for the packaged one of the model, or off.",
+        "FILE",
+    )
 
 
 class EmulatedSection(Section):

@@ -133,6 +133,7 @@ def make_fleet(config: Config) -> Fleet:
             max_model_len=engine.max_model_len,
             kv_memory_mb=engine.kv_memory_mb,
             max_batch_tokens=engine.max_batch_tokens,
+            predictor=engine.predictor,
             order=order,
             log_level=log_level,
             zygote=True,

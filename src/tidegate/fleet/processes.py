@@ -105,6 +105,7 @@ class EngineLaunch:
     max_model_len: int | None = None
     kv_memory_mb: int = 256
     max_batch_tokens: int = 512
+    predictor: str = "auto"
     order: str = "fifo"
     log_level: str = "warning"
     command: tuple[str, ...] = (sys.executable, "-m", "tidegate.engines.embedded")
@@ -122,6 +123,7 @@ class EngineLaunch:
             "--block-tokens": 16,
             "--max-batch-tokens": self.max_batch_tokens,
             "--max-num-seqs": min(MAX_NUM_SEQS, self.max_batch_tokens),
+            "--predictor": self.predictor,
             "--order": self.order,
             "--threads": 1,
             "--engine-id": engine_id,

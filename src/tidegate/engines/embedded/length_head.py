@@ -1,0 +1,139 @@
+"""The head that reads from a hidden state how much is left, its file, and for which model it was trained."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from tidegate.core.errors import ConfigError
+
+_SAMPLED = 4096
+"""Elements of each weight that a model's hash covers: all of them would take as long as loading it."""
+
+
+TRANSFORM = "log1p"
+"""What the output of a head stands for: the logarithm of the tokens left and one more."""
+FORMAT = "tidegate-length-head-1"
+HEADS = Path(__file__).parent / "heads"
+"""The heads that come with the package, with their cards."""
+
+
+def model_hash(folder: Path) -> str:
+    """Return what identifies the weights in ``folder``, whatever the files and the dtype are that hold them
+    (from bfloat16 on). Raises ``ConfigError`` when there are none."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"{folder} has no safetensors files")
+    tied = json.loads((folder / "config.json").read_text()).get("tie_word_embeddings", False)
+    found: dict[str, bytes] = {}
+    for file in files:
+        with safe_open(file, "pt") as weights:  # type: ignore[no-untyped-call]
+            for name in weights.keys():  # noqa: SIM118, it is no dict
+                if tied and name == "lm_head.weight":
+                    continue
+                values = weights.get_tensor(name).reshape(-1)
+                some = values[:: max(1, len(values) // _SAMPLED)].bfloat16().view(torch.int16)
+                found[name] = (
+                    str(tuple(weights.get_slice(name).get_shape())).encode() + some.numpy().tobytes()
+                )
+    digest = sha256()
+    for name in sorted(found):
+        digest.update(name.encode() + found[name])
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class HeadFacts:
+    """What a head's file says of it: the hash of the model whose states it reads, tokens between two
+    predictions, the widths from hidden size to 1, what its output stands for, and the name of its card."""
+
+    model_hash: str
+    every: int
+    widths: tuple[int, ...]
+    card: str
+    transform: str = TRANSFORM
+
+
+class LengthHead(nn.Module):
+    """A multilayer perceptron from a hidden state to the tokens that are left (ARES, its length predictor).
+
+    Its inputs are hidden states behind the final norm (the paper does not say on which side of it). Its
+    output is ``log1p`` of the tokens that follow the state's token, the end of sequence included.
+    """
+
+    def __init__(self, widths: tuple[int, ...], dropout: float = 0.0) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for wide, narrow in pairwise(widths):
+            layers += [nn.Linear(wide, narrow), nn.ReLU(), nn.Dropout(dropout)]
+        self.layers = nn.Sequential(*layers[:-2])
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return ``log1p`` of what is left, one value per row of ``hidden`` in float32."""
+        out: torch.Tensor = self.layers(hidden)
+        return out[:, 0]
+
+    @torch.inference_mode()
+    def remaining(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the tokens left, one value per row of ``hidden`` of any dtype; not a number where a state
+        is none."""
+        return self(hidden.float()).expm1().clamp_min(1.0)
+
+    @property
+    def parameter_count(self) -> int:
+        """Weights and biases."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def save_head(path: Path, head: LengthHead, facts: HeadFacts) -> None:
+    """Write a head and what it is to a safetensors file."""
+    metadata = {"format": FORMAT, "facts": json.dumps(asdict(facts))}
+    save_file({name: value.contiguous() for name, value in head.state_dict().items()}, path, metadata)
+
+
+def load_head(path: Path) -> tuple[LengthHead, HeadFacts]:
+    """Read a head. Raises ``ConfigError`` when ``path`` is not a head's file, or one with a transform that
+    is not known here."""
+    try:
+        with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+        told = json.loads(metadata["facts"])
+        facts = HeadFacts(**{**told, "widths": tuple(told["widths"])})
+        head = LengthHead(facts.widths)
+        head.load_state_dict(weights)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{path} is no length head: {error}") from None
+    if facts.transform != TRANSFORM:
+        raise ConfigError(f"{path} predicts by {facts.transform!r}; known: {TRANSFORM!r}")
+    return head.eval().requires_grad_(False), facts
+
+
+def load_head_for(path: Path, model: Path) -> tuple[LengthHead, HeadFacts]:
+    """Read a head that was trained on the states of ``model``. Raises ``ConfigError`` for any other."""
+    head, facts = load_head(path)
+    own = model_hash(model)
+    if facts.model_hash != own:
+        raise ConfigError(
+            f"{path} was trained for the model with hash {facts.model_hash}; {model} has hash {own}"
+        )
+    return head, facts
+
+
+def packaged_head(model: Path) -> tuple[LengthHead, HeadFacts] | None:
+    """Return the head of the package that was trained on the states of ``model``, if there is one."""
+    hidden_size = json.loads((model / "config.json").read_text()).get("hidden_size")
+    for path in sorted(HEADS.glob("*.safetensors")):
+        head, facts = load_head(path)
+        # Hashing takes a moment, and most models differ in their size.
+        if facts.widths[0] == hidden_size and facts.model_hash == model_hash(model):
+            return head, facts
+    return None
