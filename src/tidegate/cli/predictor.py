@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tidegate.cli.model import require_embedded
-from tidegate.cli.options import Flag, at_least, epilog, expanded
-from tidegate.cli.terminal import note
+from tidegate.cli.options import Flag, OptionGroup, at_least, epilog, expanded
+from tidegate.cli.terminal import note, plain_table
+from tidegate.core.errors import ConfigError
+from tidegate.predictor.settings import TrainingSettings
 
 COLLECT_EXAMPLES = """
     tidegate predictor collect --model models/smollm2 --out collected --requests 2000
 """
+TRAIN_EXAMPLES = """
+    tidegate predictor train --data collected --out head.safetensors --name SmolLM2-135M-Instruct
+"""
+EVAL_EXAMPLES = """
+    tidegate predictor eval --data collected --head head.safetensors --json errors.json
+
+    tidegate predictor eval --data collected --head head.safetensors --model models/smollm2 --encoder minilm
+"""
+TRAINING = {
+    "dropout": Flag("Share of inputs that each layer does without while it learns."),
+    "input_dropout": Flag("The same for the first layer's, of the hidden state."),
+    "weight_decay": Flag("Weight decay of AdamW."),
+    "learning_rate": Flag("Learning rate of AdamW."),
+    "epochs": Flag("Passes over the samples at most.", rule=at_least(1)),
+    "seed": Flag("Seed of the first weights and of the order."),
+}
 
 
 def collect(
@@ -40,5 +59,82 @@ def collect(
     typer.echo(f"{out} has {have} requests")
 
 
+def train(
+    data: Annotated[Path, Flag("Folder that `collect` wrote.", metavar="DIR")],
+    out: Annotated[Path, Flag("File of the head; its card is written beside it.", metavar="FILE")],
+    settings: Annotated[TrainingSettings, OptionGroup(TrainingSettings, TRAINING, "Training")],
+    name: Annotated[str, Flag("What the card calls the model.")] = "the model",
+) -> None:
+    """Train a head on collected hidden states.
+
+    Splits by request, stops when the validation error no longer falls, and
+    reports the errors on requests that it has not seen.
+    """
+    require_embedded()
+    from tidegate.predictor.card import mae_table
+    from tidegate.predictor.compare import train as train_and_save
+
+    _show(mae_table([train_and_save(data, out, name, settings)]))
+    typer.echo(f"\nwrote {out} and {out.with_suffix('.md')}; serve with it: --predictor {out}")
+
+
+def evaluate(
+    data: Annotated[Path, Flag("Folder that `collect` wrote.", metavar="DIR")],
+    head: Annotated[Path, Flag("File of the head.", metavar="FILE")],
+    encoder: Annotated[Path | None, Flag("Folder of a sentence encoder to compare with.", "DIR")] = None,
+    model: Annotated[Path | None, Flag("Folder of the model, whose tokens it reads as text.", "DIR")] = None,
+    fine_tune: Annotated[bool, Flag("Train the encoder, too.")] = False,
+    json: Annotated[Path | None, Flag("Write the figures here.", "FILE")] = None,
+    errors: Annotated[Path | None, Flag("Write each prediction and what was true here.", "FILE")] = None,
+) -> None:
+    """Compare a head with other predictors on requests that none has seen.
+
+    Mean absolute errors in tokens, by how many were generated, with 95 %
+    intervals of a bootstrap over requests.
+    """
+    require_embedded()
+    from tidegate.engines.embedded.length_head import load_head
+    from tidegate.predictor.card import mae_table
+    from tidegate.predictor.compare import Rival, compare
+    from tidegate.predictor.dataset import read_settings
+    from tidegate.predictor.evaluate import write_errors
+
+    if encoder is not None and model is None:
+        raise ConfigError("--encoder needs --model, whose tokens it reads as text")
+    loaded, facts = load_head(head)
+    collected = read_settings(data)
+    if facts.model_hash != collected.model_hash:
+        raise ConfigError(
+            f"{head} was trained for the model with hash {facts.model_hash}; {data} is of the one with "
+            f"{collected.model_hash}"
+        )
+    rival = None if encoder is None or model is None else Rival(encoder, model, fine_tune)
+    report, records = compare(data, loaded, TrainingSettings(), rival, note)
+    _show(mae_table(report["predictors"]))
+    for each in report["reductions"]:
+        mae = each["mae"]
+        typer.echo(
+            f"{each['of']} is off by {mae['value']:.2%} less than {each['below']} "
+            f"({mae['low']:.2%} to {mae['high']:.2%}), with {each['parameters']:.2%} fewer parameters"
+        )
+    if json is not None:
+        json.write_text(dumps(report, indent=2) + "\n")
+    if errors is not None:
+        write_errors(errors, records)
+
+
+def _show(rows: list[list[str]]) -> None:
+    from rich.console import Console
+
+    table = plain_table()
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name == rows[0][0] else "right")
+    for row in rows[1:]:
+        table.add_row(*row)
+    Console().print(table)
+
+
 verbs = typer.Typer(no_args_is_help=True)
 verbs.command("collect", epilog=epilog(COLLECT_EXAMPLES))(expanded(collect))
+verbs.command("train", epilog=epilog(TRAIN_EXAMPLES))(expanded(train))
+verbs.command("eval", epilog=epilog(EVAL_EXAMPLES))(expanded(evaluate))

@@ -1,13 +1,13 @@
-"""What a hidden-state predictor is compared with."""
+"""What a hidden-state predictor is compared with. All know the limit of the answers' tokens, ``horizon``."""
 
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from tidegate.predictor.dataset import Samples, Split
 from tidegate.predictor.evaluate import Estimate
-from tidegate.predictor.train import Examples, TrainingSettings, train_head
+from tidegate.predictor.settings import TrainingSettings
+from tidegate.predictor.train import Examples, train_head
 
 
 def mean_length(samples: Samples, split: Split) -> Estimate:
@@ -17,22 +17,32 @@ def mean_length(samples: Samples, split: Split) -> Estimate:
     return Estimate("mean", 1, left)
 
 
-def prompt_only(samples: Samples, split: Split, settings: TrainingSettings) -> Estimate:
+def progress_only(samples: Samples, split: Split, horizon: int) -> Estimate:
+    """Predict from the tokens generated alone: the median of what was left of the training answers that
+    became longer than that."""
+    lengths = np.sort(samples.output_tokens[split.train])
+    generated = samples.generated[samples.of_requests(split.test)]
+    longer = np.searchsorted(lengths, generated, "right")
+    middle = np.minimum((longer + len(lengths)) // 2, len(lengths) - 1)
+    left = np.where(longer < len(lengths), lengths[middle] - generated, horizon - generated)
+    return Estimate("progress only", len(lengths), np.maximum(left, 1.0))
+
+
+def prompt_only(samples: Samples, split: Split, horizon: int, settings: TrainingSettings) -> Estimate:
     """Predict once, from the hidden state at the prompt's end, and count down from there.
 
     The head is trained on such states alone: one for each training request.
     """
     at_end = samples.generated == 0
-
-    def examples(rows: np.ndarray) -> Examples:
-        chosen = samples.of_requests(rows) & at_end
-        return Examples.of(samples.hidden[chosen], samples.remaining[chosen])
-
-    head = train_head(examples(split.train), examples(split.validation), settings)
-    states = torch.from_numpy(samples.hidden[samples.of_requests(split.test) & at_end])
-    first = head.remaining(states).numpy()
-    test = samples.of_requests(split.test)
-    of_row = dict(zip(split.test.tolist(), first.tolist(), strict=True))
-    begun = np.array([of_row[row] for row in samples.request[test].tolist()])
-    left = np.maximum(begun - samples.generated[test], 1.0)
+    train, validation, test = (
+        Examples.of(samples.hidden[chosen], samples, chosen)
+        for chosen in (
+            samples.of_requests(rows) & at_end for rows in (split.train, split.validation, split.test)
+        )
+    )
+    head = train_head(train, validation, horizon, settings)
+    first = head.remaining(test.inputs, test.generated).numpy()
+    held_out = samples.of_requests(split.test)
+    begun = first[np.searchsorted(split.test, samples.request[held_out])]
+    left = np.maximum(begun - samples.generated[held_out], 1.0)
     return Estimate("prompt only", head.parameter_count, left)

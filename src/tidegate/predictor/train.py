@@ -10,48 +10,36 @@ import torch
 from torch import nn
 
 from tidegate.engines.embedded.length_head import LengthHead
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingSettings:
-    """How a head is trained. ``widths`` are those of its inner layers: the paper's 3584-2048-512-64-1, scaled
-    to a hidden size of 576. The paper gives epochs and patience; the rest is ours."""
-
-    widths: tuple[int, ...] = (512, 128, 32)
-    epochs: int = 100
-    patience: int = 10
-    learning_rate: float = 5e-4
-    weight_decay: float = 0.05
-    dropout: float = 0.2
-    rows: int = 256
-    seed: int = 0
+from tidegate.predictor.dataset import Samples
+from tidegate.predictor.settings import TrainingSettings
 
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """Inputs ``(rows, width)`` in float32 and the tokens left after each."""
+    """Inputs ``(rows, width)`` in float32, and tokens generated before and left after each."""
 
     inputs: torch.Tensor
+    generated: torch.Tensor
     remaining: torch.Tensor
 
     @classmethod
-    def of(cls, inputs: np.ndarray, remaining: np.ndarray) -> Examples:
-        return cls(torch.from_numpy(inputs).float(), torch.from_numpy(remaining).float())
+    def of(cls, inputs: np.ndarray | torch.Tensor, samples: Samples, rows: np.ndarray) -> Examples:
+        """Put ``inputs`` together with what is known of the samples ``rows`` (numbers, or a mask)."""
+        counts = (torch.from_numpy(each[rows]).float() for each in (samples.generated, samples.remaining))
+        return cls(torch.as_tensor(inputs).float(), *counts)
 
 
-def train_head(train: Examples, validation: Examples, settings: TrainingSettings) -> LengthHead:
+def train_head(train: Examples, validation: Examples, horizon: int, settings: TrainingSettings) -> LengthHead:
     """Return the head of the epoch with the least mean absolute error, in tokens, on ``validation``.
 
     Inputs are standardised while it learns; the head that is returned takes them as they are.
     """
     mean, scale = train.inputs.mean(0), train.inputs.std(0).clamp_min(1e-6)
-    inputs, wanted = (train.inputs - mean) / scale, train.remaining.log1p()
-    held_out = (validation.inputs - mean) / scale
+    inputs, held_out = ((each.inputs - mean) / scale for each in (train, validation))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        head = LengthHead((inputs.shape[1], *settings.widths, 1), settings.dropout)
-        last: nn.Linear = head.layers[-1]  # type: ignore[assignment]
-        nn.init.constant_(last.bias, wanted.median().item())
+        widths = (inputs.shape[1], *settings.widths, 1)
+        head = LengthHead(widths, horizon, settings.dropout, settings.input_dropout)
         optimiser = torch.optim.AdamW(
             head.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
@@ -59,12 +47,13 @@ def train_head(train: Examples, validation: Examples, settings: TrainingSettings
         for epoch in range(settings.epochs):
             head.train()
             for rows in torch.randperm(len(inputs)).split(settings.rows):
-                loss = nn.functional.l1_loss(head(inputs[rows]), wanted[rows])
+                loss = log_error(head.left(inputs[rows], train.generated[rows]), train.remaining[rows])
                 optimiser.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimiser.step()
             head.eval()
-            error = (head.remaining(held_out) - validation.remaining).abs().mean().item()
+            left = head.remaining(held_out, validation.generated)
+            error = (left - validation.remaining).abs().mean().item()
             if error < best_error:
                 best, best_error, best_epoch = copy.deepcopy(head.state_dict()), error, epoch
             elif epoch - best_epoch >= settings.patience:
@@ -74,9 +63,15 @@ def train_head(train: Examples, validation: Examples, settings: TrainingSettings
     return head.requires_grad_(False)
 
 
+def log_error(left: torch.Tensor, remaining: torch.Tensor) -> torch.Tensor:
+    """Return the loss: the mean absolute error of the logarithms of both and one more."""
+    return nn.functional.l1_loss(left.log1p(), remaining.log1p())
+
+
 @torch.no_grad()
 def _take_in(head: LengthHead, mean: torch.Tensor, scale: torch.Tensor) -> None:
-    """Make standardising the inputs part of the first layer."""
+    """Make standardising the states part of the first layer."""
     first: nn.Linear = head.layers[0]  # type: ignore[assignment]
-    first.weight /= scale
-    first.bias -= first.weight @ mean
+    of_states = first.weight[:, : len(mean)]
+    of_states /= scale
+    first.bias -= of_states @ mean

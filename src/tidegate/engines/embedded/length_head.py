@@ -19,8 +19,9 @@ _SAMPLED = 4096
 """Elements of each weight that a model's hash covers: all of them would take as long as loading it."""
 
 
-TRANSFORM = "log1p"
-"""What the output of a head stands for: the logarithm of the tokens left and one more."""
+TRANSFORM = "share of the horizon"
+"""What the output of a head stands for."""
+PROGRESS_INPUTS = 2
 FORMAT = "tidegate-length-head-1"
 HEADS = Path(__file__).parent / "heads"
 """The heads that come with the package, with their cards."""
@@ -53,10 +54,12 @@ def model_hash(folder: Path) -> str:
 @dataclass(frozen=True, slots=True)
 class HeadFacts:
     """What a head's file says of it: the hash of the model whose states it reads, tokens between two
-    predictions, the widths from hidden size to 1, what its output stands for, and the name of its card."""
+    predictions, the horizon and the widths of ``LengthHead``, the name of its card, and what its output
+    stands for."""
 
     model_hash: str
     every: int
+    horizon: int
     widths: tuple[int, ...]
     card: str
     transform: str = TRANSFORM
@@ -65,32 +68,50 @@ class HeadFacts:
 class LengthHead(nn.Module):
     """A multilayer perceptron from a hidden state to the tokens that are left (ARES, its length predictor).
 
-    Its inputs are hidden states behind the final norm (the paper does not say on which side of it). Its
-    output is ``log1p`` of the tokens that follow the state's token, the end of sequence included.
+    It reads the state behind the final norm (the paper does not say on which side of it), ``widths[0]``
+    wide, and how many tokens were generated up to it. Its output is which share of the tokens up to the
+    ``horizon`` (output tokens; the longest answer that it learnt from) will follow. The paper predicts from
+    the state alone, and does not say in which form. With few answers to learn from, what is known of the
+    progress need not be learnt as well.
     """
 
-    def __init__(self, widths: tuple[int, ...], dropout: float = 0.0) -> None:
+    def __init__(
+        self, widths: tuple[int, ...], horizon: int, dropout: float = 0.0, input_dropout: float = 0.0
+    ) -> None:
         super().__init__()
+        self.widths, self.horizon = widths, horizon
+        self._input_dropout = nn.Dropout(input_dropout)
         layers: list[nn.Module] = []
-        for wide, narrow in pairwise(widths):
+        for wide, narrow in pairwise((widths[0] + PROGRESS_INPUTS, *widths[1:])):
             layers += [nn.Linear(wide, narrow), nn.ReLU(), nn.Dropout(dropout)]
         self.layers = nn.Sequential(*layers[:-2])
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return ``log1p`` of what is left, one value per row of ``hidden`` in float32."""
-        out: torch.Tensor = self.layers(hidden)
-        return out[:, 0]
+    def forward(self, hidden: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
+        """Return the share for each row of ``hidden`` and of ``generated``, all in float32."""
+        inputs = torch.cat((self._input_dropout(hidden), progress(generated, self.horizon)), dim=1)
+        out: torch.Tensor = self.layers(inputs)
+        return out[:, 0].sigmoid()
+
+    def left(self, hidden: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
+        """Return the tokens that follow each row's newest token, the end of sequence included: at least 1;
+        not a number where a state is none."""
+        return (self(hidden, generated) * (self.horizon - generated)).clamp_min(1.0)
 
     @torch.inference_mode()
-    def remaining(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the tokens left, one value per row of ``hidden`` of any dtype; not a number where a state
-        is none."""
-        return self(hidden.float()).expm1().clamp_min(1.0)
+    def remaining(self, hidden: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
+        """Return ``left`` of states of any dtype."""
+        return self.left(hidden.float(), generated.float())
 
     @property
     def parameter_count(self) -> int:
         """Weights and biases."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def progress(generated: torch.Tensor, horizon: int) -> torch.Tensor:
+    """Return what a head reads of the tokens generated, ``(rows, PROGRESS_INPUTS)``: about 0 in the mean, and
+    several times as large as a standardised state's parts, which are hundreds."""
+    return torch.stack((3.0 * generated.log1p() - 15.0, 15.0 * generated / horizon - 5.0), dim=1)
 
 
 def save_head(path: Path, head: LengthHead, facts: HeadFacts) -> None:
@@ -108,7 +129,7 @@ def load_head(path: Path) -> tuple[LengthHead, HeadFacts]:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
         told = json.loads(metadata["facts"])
         facts = HeadFacts(**{**told, "widths": tuple(told["widths"])})
-        head = LengthHead(facts.widths)
+        head = LengthHead(facts.widths, facts.horizon)
         head.load_state_dict(weights)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{path} is no length head: {error}") from None

@@ -29,7 +29,8 @@ class LengthPredictor:
     """Predicts with a head, for all sequences at once that are due in a step, and notes it in them.
 
     ``made`` counts predictions, ``absurd`` those that came out as no number and were dropped. Those beyond
-    the room of ``max_model_len`` tokens are set to it.
+    the room of ``max_model_len`` tokens are set to it. Of an answer that is longer than the head's horizon
+    nothing is said: it has seen none.
     """
 
     def __init__(self, head: LengthHead, every: int, max_model_len: int, device: torch.device) -> None:
@@ -40,7 +41,11 @@ class LengthPredictor:
 
     def read(self, sequences: list[TokenSequence], hidden: torch.Tensor) -> None:
         """See ``HiddenReader.read``."""
-        for sequence, left in zip(sequences, self._head.remaining(hidden).tolist(), strict=True):
+        generated = [sequence.output_position for sequence in sequences]
+        lefts = self._head.remaining(hidden, torch.tensor(generated, device=hidden.device)).tolist()
+        for sequence, left in zip(sequences, lefts, strict=True):
+            if sequence.output_position >= self._head.horizon:
+                continue
             if not math.isfinite(left):
                 self.absurd += 1
                 continue
