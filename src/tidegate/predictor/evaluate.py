@@ -73,16 +73,18 @@ class Evaluation:
 
     def row(self, estimate: Estimate) -> dict[str, Any]:
         """Return the mean absolute errors of one predictor, over all samples and by progress, in tokens."""
-        spreads = [asdict(Estimated.of(float(each[0]), each[1:])) for each in self._errors(estimate).T]
-        counts = self._counted[0].astype(int)
+        errors = self._errors(estimate).T
+        counts = self._counted[0].astype(int).tolist()
+        spreads = [asdict(Estimated.of(float(each[0]), each[1:])) for each in errors if not np.isnan(each[0])]
+        begins = [begin for begin, count in zip(PROGRESS, counts, strict=False) if count]
         progress = [
-            {"from_tokens": begin, "samples": int(count), **spread}
-            for begin, count, spread in zip(PROGRESS, counts, spreads, strict=False)
+            {"from_tokens": begin, "samples": count, **spread}
+            for begin, count, spread in zip(begins, filter(None, counts), spreads, strict=False)
         ]
         return {
             "name": estimate.name,
             "parameters": estimate.parameters,
-            "samples": int(counts[-1]),
+            "samples": counts[-1],
             "mae": spreads[-1],
             "by_progress": progress,
         }
