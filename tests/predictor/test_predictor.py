@@ -13,7 +13,7 @@ import torch
 from tidegate.core.errors import ConfigError
 from tidegate.engines.embedded.length_head import load_head
 from tidegate.engines.embedded.tiny_model import make_tiny_model
-from tidegate.predictor.baselines import mean_length, progress_only, prompt_only
+from tidegate.predictor.baselines import histogram, mean_length, median_left, prompt_only
 from tidegate.predictor.collect import Collector, settings_for
 from tidegate.predictor.compare import hidden_estimate, train
 from tidegate.predictor.dataset import (
@@ -167,7 +167,8 @@ def test_a_trained_head_reads_what_states_tell_and_is_saved_as_it_was(tmp_path: 
     split = split_requests(samples.index)
     evaluation = Evaluation(samples, split.test)
     later = [each["value"] for each in row["by_progress"][1:3]]
-    for rival in (mean_length(samples, split), progress_only(samples, split, 200)):
+    rivals = (mean_length(samples, split), median_left(samples, split, 200), histogram(samples, split, 200))
+    for rival in rivals:
         others = [each["value"] for each in evaluation.row(rival)["by_progress"][1:3]]
         assert all(mine < 0.5 * other for mine, other in zip(later, others, strict=True)), rival.name
     counted = prompt_only(samples, split, 200, training)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from msgspec.json import encode as encode_json
+from msgspec.json import format as format_json
 
 from tidegate.cli.model import require_embedded
 from tidegate.cli.options import Flag, OptionGroup, at_least, epilog, expanded
@@ -86,6 +88,7 @@ def evaluate(
     fine_tune: Annotated[bool, Flag("Train the encoder, too.")] = False,
     json: Annotated[Path | None, Flag("Write the figures here.", "FILE")] = None,
     errors: Annotated[Path | None, Flag("Write each prediction and what was true here.", "FILE")] = None,
+    error_model: Annotated[Path | None, Flag("Write how it errs, for simulations, here.", "FILE")] = None,
 ) -> None:
     """Compare a head with other predictors on requests that none has seen.
 
@@ -109,18 +112,22 @@ def evaluate(
             f"{collected.model_hash}"
         )
     rival = None if encoder is None or model is None else Rival(encoder, model, fine_tune)
-    report, records = compare(data, loaded, TrainingSettings(), rival, note)
-    _show(mae_table(report["predictors"]))
-    for each in report["reductions"]:
+    found = compare(data, loaded, TrainingSettings(), rival, note)
+    _show(mae_table(found.report["predictors"]))
+    for each in found.report["reductions"]:
         mae = each["mae"]
+        fewer = each["parameters"]
         typer.echo(
             f"{each['of']} is off by {mae['value']:.2%} less than {each['below']} "
-            f"({mae['low']:.2%} to {mae['high']:.2%}), with {each['parameters']:.2%} fewer parameters"
+            f"({mae['low']:.2%} to {mae['high']:.2%})"
+            + (f", with {fewer:.2%} fewer parameters" if fewer and fewer > 0 else "")
         )
     if json is not None:
-        json.write_text(dumps(report, indent=2) + "\n")
+        json.write_text(dumps(found.report, indent=2) + "\n")
     if errors is not None:
-        write_errors(errors, records)
+        write_errors(errors, found.errors)
+    if error_model is not None:
+        error_model.write_bytes(format_json(encode_json(found.error_model), indent=2) + b"\n")
 
 
 def _show(rows: list[list[str]]) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from tidegate.engines.embedded.length_head import HeadFacts, LengthHead, save_head
-from tidegate.predictor.baselines import mean_length, progress_only, prompt_only
+from tidegate.predictor.baselines import histogram, mean_length, median_left, prompt_only
 from tidegate.predictor.card import card
 from tidegate.predictor.dataset import Samples, Split, load_samples, read_settings, split_requests
 from tidegate.predictor.evaluate import Estimate, Evaluation
 from tidegate.predictor.settings import TrainingSettings
 from tidegate.predictor.train import Examples, train_head
+from tidegate.signals.lengths.errors import ErrorModel
 
 PAPER_BELOW = 0.4942
 """By which share the paper's head is below its auxiliary encoder in mean absolute error."""
@@ -31,6 +32,16 @@ class Rival:
     folder: Path
     model: Path
     fine_tune: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """``report`` has the errors of all predictors. Of the head there is each single prediction, and the model
+    of its errors for simulations."""
+
+    report: dict[str, Any]
+    errors: list[dict[str, Any]]
+    error_model: ErrorModel
 
 
 def hidden_estimate(head: LengthHead, samples: Samples, split: Split) -> Estimate:
@@ -69,8 +80,8 @@ def compare(
     settings: TrainingSettings,
     rival: Rival | None,
     tell: Callable[[str], None],
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the errors of the head and of what it is compared with, and the head's own one by one."""
+) -> Comparison:
+    """Compare the head with what else could predict."""
     samples = load_samples(folder)
     split = split_requests(samples.index)
     evaluation = Evaluation(samples, split.test)
@@ -78,7 +89,8 @@ def compare(
     horizon = head.horizon
     estimates = [
         mean_length(samples, split),
-        progress_only(samples, split, horizon),
+        histogram(samples, split, horizon),
+        median_left(samples, split, horizon),
         prompt_only(samples, split, horizon, settings),
     ]
     if rival is not None:
@@ -89,7 +101,11 @@ def compare(
         "reductions": [evaluation.reduction(hidden, each) for each in estimates],
         "goal": {"mae": PAPER_BELOW, "parameters": PAPER_FEWER},
     }
-    return report, evaluation.errors(hidden)
+    source = (
+        f"measured on {len(split.test)} held-out requests of the model with hash "
+        f"{read_settings(folder).model_hash}, answers of up to {horizon} tokens"
+    )
+    return Comparison(report, evaluation.errors(hidden), evaluation.error_model(hidden, source))
 
 
 def _encoders(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tidegate.predictor.dataset import Samples
+from tidegate.signals.lengths.errors import ErrorModel, Predicted, fit_errors
 
 PROGRESS = (0, 1, 100, 200, 400)
 """Where the rows of the table begin, in tokens generated; the first is the end of the prompt alone."""
@@ -91,15 +92,23 @@ class Evaluation:
 
     def reduction(self, estimate: Estimate, rival: Estimate) -> dict[str, Any]:
         """Return by which share ``estimate`` is below ``rival``: in error, paired by request, and in
-        parameters."""
+        parameters, where the rival has any."""
         mine, theirs = self._errors(estimate)[:, -1], self._errors(rival)[:, -1]
         share = 1 - mine / theirs
         return {
             "of": estimate.name,
             "below": rival.name,
             "mae": asdict(Estimated.of(float(share[0]), share[1:])),
-            "parameters": 1 - estimate.parameters / rival.parameters,
+            "parameters": 1 - estimate.parameters / rival.parameters if rival.parameters else None,
         }
+
+    def error_model(self, estimate: Estimate, source: str) -> ErrorModel:
+        """Return how the predictor errs, for simulations; ``source`` says what was measured."""
+        predicted = estimate.remaining.astype(np.float64)
+        table = Predicted(
+            self.request, self.generated.astype(np.int64), predicted, self.true.astype(np.float64)
+        )
+        return fit_errors(table, source)
 
     def errors(self, estimate: Estimate) -> list[dict[str, Any]]:
         """Return one record per sample: what was predicted of which request, and what was true."""
