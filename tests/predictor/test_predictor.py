@@ -78,8 +78,8 @@ def test_a_collection_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     whole = collect("whole", 7, 3)
     assert len(collect("parts", 3, 2).index) == 3
     parts = collect("parts", 7, 4)
-    for part in fields(Samples):
-        assert (getattr(whole, part.name) == getattr(parts, part.name)).all(), part.name
+    for column in fields(Samples):
+        assert (getattr(whole, column.name) == getattr(parts, column.name)).all(), column.name
     assert (whole.remaining >= 1).all() and whole.hidden.shape == (len(whole.generated), 64)
     for row in range(7):
         mine = whole.request == row
@@ -118,8 +118,8 @@ def test_shards_join_in_the_order_of_requests(tmp_path: Path) -> None:
         write_shard(tmp_path, part)
     assert open_folder(tmp_path, SETTINGS) == set(range(6))
     for joined in (join_samples(parts), load_samples(tmp_path)):
-        for part in fields(Samples):
-            assert (getattr(joined, part.name) == getattr(whole, part.name)).all(), part.name
+        for column in fields(Samples):
+            assert (getattr(joined, column.name) == getattr(whole, column.name)).all(), column.name
 
 
 def test_the_split_is_by_request_and_stays_as_a_collection_grows() -> None:

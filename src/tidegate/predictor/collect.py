@@ -46,7 +46,7 @@ class StateRecorder:
 
 
 @dataclass
-class _Running:
+class _Answer:
     index: int
     kind: str
     prompt: tuple[int, ...]
@@ -76,7 +76,7 @@ class Collector:
         self._engine = EmbeddedEngine(config)
         self._recorder = StateRecorder(settings.every)
         self._engine.hidden_reader = self._recorder
-        self._running: dict[str, _Running] = {}
+        self._running: dict[str, _Answer] = {}
         self._done: list[Samples] = []
         self.output_tokens = 0
 
@@ -119,7 +119,7 @@ class Collector:
             seed=rng.getrandbits(62),
         )
         request_id = str(index)
-        self._running[request_id] = _Running(index, prompt.kind, ids)
+        self._running[request_id] = _Answer(index, prompt.kind, ids)
         self._engine.submit(GenerateRequest(request_id, ids, params))
 
     def _step(self) -> None:
@@ -170,7 +170,7 @@ def settings_for(
     )
 
 
-def _samples(request: _Running, read: list[tuple[int, np.ndarray]], cut: bool) -> Samples:
+def _samples(request: _Answer, read: list[tuple[int, np.ndarray]], cut: bool) -> Samples:
     return Samples(
         index=np.array([request.index], dtype=np.int32),
         kind=np.array([KINDS.index(request.kind)], dtype=np.int32),

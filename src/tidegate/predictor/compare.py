@@ -35,7 +35,7 @@ class Rival:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class HeadComparison:
     """``report`` has the errors of all predictors. Of the head there is each single prediction, and the model
     of its errors for simulations."""
 
@@ -58,14 +58,11 @@ def train(folder: Path, out: Path, name: str, settings: TrainingSettings) -> dic
     samples = load_samples(folder)
     split = split_requests(samples.index)
 
-    head = train_head(
-        *(
-            Examples.of(samples.hidden[chosen], samples, chosen)
-            for chosen in map(samples.of_requests, (split.train, split.validation))
-        ),
-        collected.max_tokens,
-        settings,
+    examples, held_out = (
+        Examples.of(samples.hidden[chosen], samples, chosen)
+        for chosen in map(samples.of_requests, (split.train, split.validation))
     )
+    head = train_head(examples, held_out, collected.max_tokens, settings)
     row = Evaluation(samples, split.test).row(hidden_estimate(head, samples, split))
     beside = out.with_suffix(".md")
     facts = HeadFacts(collected.model_hash, collected.every, head.horizon, head.widths, beside.name)
@@ -80,7 +77,7 @@ def compare(
     settings: TrainingSettings,
     rival: Rival | None,
     tell: Callable[[str], None],
-) -> Comparison:
+) -> HeadComparison:
     """Compare the head with what else could predict."""
     samples = load_samples(folder)
     split = split_requests(samples.index)
@@ -105,7 +102,7 @@ def compare(
         f"measured on {len(split.test)} held-out requests of the model with hash "
         f"{read_settings(folder).model_hash}, answers of up to {horizon} tokens"
     )
-    return Comparison(report, evaluation.errors(hidden), evaluation.error_model(hidden, source))
+    return HeadComparison(report, evaluation.errors(hidden), evaluation.error_model(hidden, source))
 
 
 def _encoders(

@@ -60,11 +60,13 @@ class Samples:
     def first_token(self) -> np.ndarray:
         """Where in ``tokens`` each request begins."""
         ends: np.ndarray = np.cumsum(self.prompt_tokens + self.output_tokens)
-        return ends - self.prompt_tokens - self.output_tokens
+        starts: np.ndarray = ends - self.prompt_tokens - self.output_tokens
+        return starts
 
     def of_requests(self, rows: np.ndarray) -> np.ndarray:
         """Tell for each sample whether its request is one of ``rows``."""
-        return np.isin(self.request, rows)
+        chosen: np.ndarray = np.isin(self.request, rows)
+        return chosen
 
 
 _PER_REQUEST = ("index", "kind", "prompt_tokens", "output_tokens", "cut")

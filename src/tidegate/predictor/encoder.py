@@ -120,8 +120,8 @@ class Lesson:
     @classmethod
     def of(cls, samples: Samples, split: Split, per_request: int = 6) -> Lesson:
         """Take ``per_request`` samples by chance of each request that is not held out."""
-        some = [_some(samples, rows, per_request) for rows in (split.train, split.validation)]
-        return cls(*some, np.flatnonzero(samples.of_requests(split.test)))
+        train, validation = (_some(samples, rows, per_request) for rows in (split.train, split.validation))
+        return cls(train, validation, np.flatnonzero(samples.of_requests(split.test)))
 
 
 def frozen_encoder(
@@ -136,7 +136,8 @@ def frozen_encoder(
     """Train heads on what the encoder says as it is; ``path`` keeps that. Return what two of them predict,
     from the text alone as in the paper, and from the tokens generated as well, and the latter."""
     parts = (lesson.test, lesson.validation, lesson.train)
-    features = encoder.kept_features(np.concatenate(parts), path, tell).split([len(part) for part in parts])
+    read_in_all = encoder.kept_features(np.concatenate(parts), path, tell)
+    features = torch.split(read_in_all, [len(part) for part in parts])
     known = [Examples.of(read, samples, part) for read, part in zip(features, parts, strict=True)]
     estimates = []
     for name, examples in (

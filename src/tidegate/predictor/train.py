@@ -46,7 +46,7 @@ def train_head(train: Examples, validation: Examples, horizon: int, settings: Tr
         best, best_error, best_epoch = copy.deepcopy(head.state_dict()), float("inf"), 0
         for epoch in range(settings.epochs):
             head.train()
-            for rows in torch.randperm(len(inputs)).split(settings.rows):
+            for rows in torch.split(torch.randperm(len(inputs)), settings.rows):
                 loss = log_error(head.left(inputs[rows], train.generated[rows]), train.remaining[rows])
                 optimiser.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -72,6 +72,5 @@ def log_error(left: torch.Tensor, remaining: torch.Tensor) -> torch.Tensor:
 def _take_in(head: LengthHead, mean: torch.Tensor, scale: torch.Tensor) -> None:
     """Make standardising the states part of the first layer."""
     first: nn.Linear = head.layers[0]  # type: ignore[assignment]
-    of_states = first.weight[:, : len(mean)]
-    of_states /= scale
-    first.bias -= of_states @ mean
+    of_states = first.weight[:, : len(mean)].div_(scale)
+    first.bias.sub_(of_states @ mean)

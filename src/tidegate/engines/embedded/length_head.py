@@ -36,7 +36,7 @@ def model_hash(folder: Path) -> str:
     tied = json.loads((folder / "config.json").read_text()).get("tie_word_embeddings", False)
     found: dict[str, bytes] = {}
     for file in files:
-        with safe_open(file, "pt") as weights:  # type: ignore[no-untyped-call]
+        with safe_open(file, "pt") as weights:
             for name in weights.keys():  # noqa: SIM118, it is no dict
                 if tied and name == "lm_head.weight":
                     continue
@@ -95,7 +95,8 @@ class LengthHead(nn.Module):
     def left(self, hidden: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
         """Return the tokens that follow each row's newest token, the end of sequence included: at least 1;
         not a number where a state is none."""
-        return (self(hidden, generated) * (self.horizon - generated)).clamp_min(1.0)
+        share: torch.Tensor = self(hidden, generated)
+        return (share * (self.horizon - generated)).clamp_min(1.0)
 
     @torch.inference_mode()
     def remaining(self, hidden: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
@@ -124,7 +125,7 @@ def load_head(path: Path) -> tuple[LengthHead, HeadFacts]:
     """Read a head. Raises ``ConfigError`` when ``path`` is not a head's file, or one with a transform that
     is not known here."""
     try:
-        with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
         told = json.loads(metadata["facts"])
