@@ -11,7 +11,14 @@ from transformers import AutoModelForCausalLM
 
 from tests.engine.engine_harness import Driven, HandClock, MakeModel, prompt_of, request
 from tidegate.core.errors import ConfigError
-from tidegate.engines.embedded.length_head import HeadFacts, LengthHead, model_hash, save_head
+from tidegate.engines.embedded.length_head import (
+    HEADS,
+    HeadFacts,
+    LengthHead,
+    load_head,
+    model_hash,
+    save_head,
+)
 from tidegate.engines.embedded.sequence import TokenSequence
 from tidegate.engines.serving.types import Output
 
@@ -123,6 +130,14 @@ def test_a_head_of_another_model_is_refused_with_both_hashes(
     with pytest.raises(ConfigError) as refused:
         Driven(llama, HandClock(), predictor=str(head))
     assert model_hash(other) in refused.value.message and model_hash(llama) in refused.value.message
+
+
+def test_packaged_heads_are_whole_and_have_cards() -> None:
+    paths = sorted(HEADS.glob("*.safetensors"))
+    assert paths
+    for path in paths:
+        _, facts = load_head(path)
+        assert facts.model_hash in (HEADS / facts.card).read_text()
 
 
 @pytest.mark.parametrize("content", [b"", b"no head", b"\x02\x00\x00\x00\x00\x00\x00\x00{}"])

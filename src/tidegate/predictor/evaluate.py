@@ -116,7 +116,7 @@ class Evaluation:
         columns = zip(
             index.tolist(),
             self.generated.tolist(),
-            np.round(estimate.remaining, 1).tolist(),
+            np.round(estimate.remaining.astype(np.float64), 1).tolist(),
             self.true.tolist(),
             strict=True,
         )
