@@ -114,7 +114,7 @@ class FakeEngine:
 
     Outputs come from a thread of its own. With ``hold`` set nothing is produced until it is cleared
     or the request is aborted; ``fail`` makes every request end with that error after ``fail_after``
-    tokens.
+    tokens. ``predicts`` are the tokens left that it predicts, by how many are out.
     """
 
     def __init__(self) -> None:
@@ -126,6 +126,8 @@ class FakeEngine:
         self.hold_after: int | None = None
         self.fail: str | None = None
         self.fail_after = 0
+        self.predicts: dict[int, float] = {}
+        self.remaining_tokens: float | None = None
         self._changed = threading.Condition()
         self._live: dict[str, tuple[GenerateRequest, int]] = {}
         self._stopping = False
@@ -178,6 +180,7 @@ class FakeEngine:
             pulled_bytes=4096,
             pull_failures=2,
             steps=9,
+            remaining_tokens=self.remaining_tokens,
         )
 
     def stop(self) -> None:
@@ -207,6 +210,7 @@ class FakeEngine:
             return Output(name, [], "", "error", error=self.fail)
         self._live[name] = (request, index + 1)
         output = Output(name, [100 + index], f"w{index} ")
+        output.remaining_tokens, output.at_token = self.predicts.get(index + 1), index + 1
         if request.sampling.logprobs is not None:
             top = (TokenLogprob(7, "alt", b"alt", -2.5),) if request.sampling.logprobs else ()
             output.logprobs = [TokenLogprob(100 + index, f"w{index} ", f"w{index} ".encode(), -0.5, top)]

@@ -326,6 +326,12 @@ class EngineSection(Section):
     kv_memory_mb: Count = setting(256, "KV cache of each engine.", "MB")
     max_batch_tokens: Tokens = setting(512, "Tokens that one engine step may process.", "TOKENS")
     threads: Count = setting(1, "CPU threads of each engine, where there are more cores than engines.", "N")
+    predictor: str = setting(
+        "auto",
+        "Head that predicts from hidden states how long answers become: a file that `tidegate predictor "
+        "train` wrote, auto for the packaged one of the model, or off.",
+        "FILE",
+    )
 
 
 class EmulatedSection(Section):

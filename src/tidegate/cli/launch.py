@@ -134,6 +134,7 @@ def make_fleet(config: Config) -> Fleet:
             kv_memory_mb=engine.kv_memory_mb,
             max_batch_tokens=engine.max_batch_tokens,
             threads=engine.threads,
+            predictor=engine.predictor,
             order=order,
             log_level=log_level,
             zygote=True,

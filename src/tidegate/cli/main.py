@@ -28,6 +28,7 @@ PANELS = {
         "state": "Show the instances of a running gateway: their roles, their work and their last flips.",
         "check": "Prove what a fleet of vLLM servers can do, before traffic does.",
         "model": "Make models to try things with.",
+        "predictor": "Learn how many tokens a request still has to go, from a model's hidden states.",
     },
     "Simulate": {
         "demo": "Compare scheduling systems on moving traffic, simulated, in under a minute.",

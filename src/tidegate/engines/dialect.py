@@ -45,10 +45,12 @@ class _PlainChat(msgspec.Struct):
 
 class _CompletionEvent(msgspec.Struct):
     choices: tuple[_PlainCompletion]
+    remaining_tokens: None = None
 
 
 class _ChatEvent(msgspec.Struct):
     choices: tuple[_PlainChat]
+    remaining_tokens: None = None
 
 
 # Of events that are only text and ids, as nearly all are; msgspec makes no objects of the other fields.
@@ -206,6 +208,7 @@ class DialectEngine:
             tokens = _tokens(choice, leg.messages is not None)
             tokens.prompt_token_ids = body.get("prompt_token_ids") or choice.get("prompt_token_ids")
             tokens.prompt_logprobs = body.get("prompt_logprobs") or choice.get("prompt_logprobs")
+            tokens.forecast = _forecast(body)
             times = _times(body)
             params = body.get("kv_transfer_params")
         except (orjson.JSONDecodeError, LookupError, TypeError, ValueError, AttributeError) as error:
@@ -283,6 +286,7 @@ class _StreamReader:
         tokens = _tokens(choice, self._chat)
         if tokens.prompt_token_ids is None:
             tokens.prompt_token_ids = event.get("prompt_token_ids")
+        tokens.forecast = _forecast(event)
         if tokens.finish_reason in ("abort", "error"):
             raise EngineUnreachable("the engine aborted the leg", instance=self._instance)
         self._finished = self._finished or tokens.finish_reason is not None
@@ -313,6 +317,11 @@ def _tokens(choice: Json, chat: bool) -> Tokens:
         choice.get("prompt_token_ids"),
         delta or None,
     )
+
+
+def _forecast(event: Json) -> tuple[int, float] | None:
+    remaining = event.get("remaining_tokens")
+    return None if remaining is None else (int(event["at_token"]), float(remaining))
 
 
 def _times(event: Json) -> LegTimes:

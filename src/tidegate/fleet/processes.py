@@ -106,6 +106,7 @@ class EngineLaunch:
     kv_memory_mb: int = 256
     max_batch_tokens: int = 512
     threads: int = 1
+    predictor: str = "auto"
     order: str = "fifo"
     log_level: str = "warning"
     command: tuple[str, ...] = (sys.executable, "-m", "tidegate.engines.embedded")
@@ -123,6 +124,7 @@ class EngineLaunch:
             "--block-tokens": 16,
             "--max-batch-tokens": self.max_batch_tokens,
             "--max-num-seqs": min(MAX_NUM_SEQS, self.max_batch_tokens),
+            "--predictor": self.predictor,
             "--order": self.order,
             "--threads": self.threads,
             "--engine-id": engine_id,

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from tidegate.core.clock import Clock, WallClock
 from tidegate.core.errors import BadRequest, NoInstance
 from tidegate.engines.embedded.blocks import BlockPool, Pins
 from tidegate.engines.embedded.kv_store import PagedKvStore
+from tidegate.engines.embedded.length_predictor import HiddenReader, find_predictor
 from tidegate.engines.embedded.model import Batch, ModelRunner, load_model
 from tidegate.engines.embedded.options import EngineConfig
 from tidegate.engines.embedded.sampling import sample
@@ -67,6 +69,11 @@ class EmbeddedEngine:
         self.scheduler = BatchScheduler(
             BlockPool(total_blocks, config.block_tokens), self.pins, self._clock, self._on_load_done, config
         )
+        self.hidden_reader: HiddenReader | None = None
+        """Gets the states that ``hidden`` of the runner has; the predictor, if there is one."""
+        self._predictor = predictor = find_predictor(config, model, self.max_model_len)
+        if predictor is not None:
+            self.hidden_reader = predictor
         self._live: dict[str, TokenSequence] = {}
         self._known: set[str] = set()
         self._outbox: list[Output] = []
@@ -201,6 +208,7 @@ class EmbeddedEngine:
         logits = self._runner.run(batch)
         sampling = batch.sampling()
         eos = self.model.eos_ids
+        self._read_hidden(sampling)
         choices = sample(logits, [draw_for(sequence, eos) for sequence in sampling])
         self.scheduler.commit(batch)
         counters = self.scheduler.counters
@@ -216,6 +224,16 @@ class EmbeddedEngine:
             if output.finish_reason is not None:
                 self._finish(sequence, output, now)
             self._outbox.append(output)
+
+    def _read_hidden(self, sampling: list[TokenSequence]) -> None:
+        """Show the hidden states to their reader: of each sequence before its first output token, and then
+        of its newest token every so many."""
+        reader = self.hidden_reader
+        if reader is None:
+            return
+        rows = [row for row, sequence in enumerate(sampling) if sequence.output_position % reader.every == 0]
+        if rows:
+            reader.read([sampling[row] for row in rows], self._runner.hidden[rows])
 
     def _finish(self, sequence: TokenSequence, output: Output, now_s: float) -> None:
         """Free or pin the sequence's blocks and complete its last output."""
@@ -293,6 +311,17 @@ class EmbeddedEngine:
         except Exception:
             log.exception("the output sink failed")
 
+    def _predicted(self) -> dict[str, Any]:
+        """Return what the predictor, if there is one, says in the statistics."""
+        predictor = self._predictor
+        if predictor is None:
+            return {}
+        return {
+            "remaining_tokens": sum(sequence.remaining_now for sequence in self.scheduler.running),
+            "predictions": predictor.made,
+            "absurd_predictions": predictor.absurd,
+        }
+
     def _read_stats(self) -> EngineStats:
         scheduler = self.scheduler
         pool = scheduler.pool
@@ -306,4 +335,5 @@ class EmbeddedEngine:
             block_tokens=pool.block_tokens,
             kv_usage=1 - pool.free_blocks / pool.total_blocks,
             **asdict(scheduler.counters),
+            **self._predicted(),
         )

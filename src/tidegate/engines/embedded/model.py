@@ -195,6 +195,13 @@ class ModelRunner:
         self._model = model
         self._store = store
         self._scratch = Scratch(store)
+        self.hidden = torch.empty(0)
+        """The last layer's states of the last ``run``, behind the final norm, one row per row of logits."""
+        output: Any = model.module
+        output.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
+
+    def _keep_hidden(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        self.hidden = inputs[0][0]
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor:

@@ -32,6 +32,7 @@ class EngineConfig:
     ``total_blocks`` None derives the pool from ``kv_memory_mb``. ``max_model_len`` None takes the model's
     own, and never exceeds what the pool holds. ``max_batch_tokens`` bounds the tokens of one step.
     ``order`` is that in which waiting requests are admitted. ``threads`` applies to the whole process.
+    ``predictor`` is the file of a head that predicts lengths, ``off``, or ``auto`` for one of the package.
     """
 
     model: Path
@@ -47,6 +48,7 @@ class EngineConfig:
     order: str = "fifo"
     lease_s: float = 30.0
     threads: int = 1
+    predictor: str = "auto"
 
     def __post_init__(self) -> None:
         if self.max_batch_tokens < self.max_num_seqs:
@@ -131,6 +133,12 @@ def _parser() -> argparse.ArgumentParser:
         add(flag, type=_positive, default=default, metavar=metavar, help=f"{what} (default: %(default)s)")
     add("--engine-id", default="", metavar="ID", help="name in KV handles; new for every start if not given")
     add("--served-model-name", default="", metavar="NAME", help="default: the folder's name")
+    add(
+        "--predictor",
+        default="auto",
+        metavar="FILE",
+        help="length head; auto: the packaged one for the model, if there is one; off: none",
+    )
     add(
         "--lease-s",
         type=_seconds,

@@ -17,6 +17,7 @@ from tidegate.engines.serving.types import GenerateRequest, Output, RequestTimes
 class TokenSequence:
     """State of a request from submit to finish; only the compute thread touches it. ``tokens`` is the prompt
     followed by this leg's output; ``computed`` of them have KV in ``blocks`` (as an array: ``table``).
+    ``remaining`` output tokens were predicted to follow the first ``predicted_at`` of all legs; none is -1.
     ``keys`` are the prefix-cache keys of the first full blocks, ``published`` of which the pool knows."""
 
     request: GenerateRequest
@@ -38,6 +39,8 @@ class TokenSequence:
     loaded_tokens: int = 0
     cached_tokens: int = 0
     preemptions: int = 0
+    predicted_at: int = -1
+    remaining: float = 0.0
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_token_ids)
@@ -53,6 +56,13 @@ class TokenSequence:
     def output_position(self) -> int:
         """Output tokens of all legs so far: the position the next sampled token takes."""
         return self.new_tokens + self.request.generated
+
+    @property
+    def remaining_now(self) -> float:
+        """The newest prediction, counted down to the newest token; 0 where there is none."""
+        if self.predicted_at < 0:
+            return 0.0
+        return max(1.0, self.remaining - (self.output_position - self.predicted_at))
 
     @property
     def pending(self) -> int:
@@ -92,6 +102,8 @@ def take_token(
     """Append the token to the sequence and return what it shows; ``finish_reason`` is set when it ends."""
     sequence.tokens.append(choice.token_id)
     output = token_output(sequence.request, choice.token_id, sequence.new_tokens, sequence.text, eos_ids)
+    if sequence.predicted_at == sequence.output_position and output.finish_reason != "stop":
+        output.remaining_tokens, output.at_token = sequence.remaining, sequence.predicted_at
     if choice.logprob is not None:
         said, chosen = sequence.text.said, choice.token_id
         if not said and output.finish_reason == "stop":

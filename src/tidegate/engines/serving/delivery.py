@@ -115,10 +115,11 @@ class Delivery:
         if output.finish_reason is not None:
             chunk = writer.piece(self._tokens(output), self._beside_choices(output))
             return chunk + writer.end(self._usage(self._generated, output))
-        if begun and output.logprobs is None:
+        predicted = _prediction(output)
+        if begun and output.logprobs is None and predicted is None:
             client.send(writer.plain(output.text, output.token_ids))
         else:
-            client.send(writer.piece(self._tokens(output)))
+            client.send(writer.piece(self._tokens(output), predicted))
         return b""
 
     def _measure(self, output: Output, now_s: float) -> None:
@@ -156,6 +157,7 @@ class Delivery:
         """Return what the end of an answer has beside its choices: the KV handle and where the time went."""
         facts, pinned, times = self._facts, last.pinned, last.times
         return {
+            **(_prediction(last) or {}),
             "kv_transfer_params": pinned
             and {
                 "do_remote_prefill": True,
@@ -181,6 +183,13 @@ class Delivery:
                 "preemptions": times.preemptions,
             },
         }
+
+
+def _prediction(output: Output) -> Json | None:
+    """Return what an event has beside its choices where a length was predicted."""
+    if output.remaining_tokens is None:
+        return None
+    return {"remaining_tokens": output.remaining_tokens, "at_token": output.at_token}
 
 
 def _text_logprobs(entries: list[TokenLogprob]) -> Json:

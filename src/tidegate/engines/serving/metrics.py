@@ -96,7 +96,14 @@ class _StatsCollector(Collector):
             ("tidegate:num_requests_loading_kv", "Requests whose KV is being pulled", now.loading),
             ("tidegate:num_requests_pinned", "Finished requests whose KV a peer may pull", now.pinned),
             ("tidegate:kv_free_blocks", "Free KV blocks", now.free_blocks),
+            (
+                "tidegate:remaining_tokens",
+                "Tokens that running requests are predicted to generate still",
+                now.remaining_tokens,
+            ),
         ):
+            if value is None:
+                continue
             gauge = GaugeMetricFamily(name, text, labels=_LABELS)
             gauge.add_metric(self._labels, value)
             yield gauge
@@ -109,6 +116,8 @@ class _StatsCollector(Collector):
             ("tidegate:kv_transfer_bytes", "Bytes of KV pulled from peers", now.pulled_bytes),
             ("tidegate:kv_transfer_failures", "Pulls that failed", now.pull_failures),
             ("tidegate:engine_steps", "Engine steps", now.steps),
+            ("tidegate:length_predictions", "Predictions of lengths", now.predictions),
+            ("tidegate:absurd_predictions", "Predictions that were dropped", now.absurd_predictions),
         ):
             counter = CounterMetricFamily(name, text, labels=_LABELS)
             counter.add_metric(self._labels, value)

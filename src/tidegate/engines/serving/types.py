@@ -102,7 +102,8 @@ class RequestTimes:
 class Output:
     """New tokens of one request from one engine step. The last one carries ``finish_reason``. ``text`` may be
     empty while bytes of a character or a possible stop string are held back. ``finish_reason`` is ``stop``,
-    ``length``, ``abort`` or ``error`` (then ``error`` says why)."""
+    ``length``, ``abort`` or ``error`` (then ``error`` says why). ``remaining_tokens``, where a new prediction
+    was made, are expected behind the first ``at_token`` output tokens, which end with these."""
 
     request_id: str
     token_ids: list[int]
@@ -113,6 +114,8 @@ class Output:
     pinned: PinnedKv | None = None
     times: RequestTimes | None = None
     error: str | None = None
+    remaining_tokens: float | None = None
+    at_token: int = 0
 
 
 @dataclass(slots=True)
@@ -141,7 +144,9 @@ class Counters:
 
 @dataclass(slots=True, kw_only=True)
 class EngineStats(Counters):
-    """The state of the engine between two steps, beside the totals."""
+    """The state of the engine between two steps, beside the totals. ``remaining_tokens`` is what running
+    requests are predicted to generate still, None without a predictor. It made ``predictions`` since the
+    start, and others that were dropped as ``absurd_predictions``."""
 
     running: int
     waiting: int
@@ -151,6 +156,9 @@ class EngineStats(Counters):
     total_blocks: int
     block_tokens: int
     kv_usage: float
+    remaining_tokens: float | None = None
+    predictions: int = 0
+    absurd_predictions: int = 0
 
 
 OutputSink = Callable[[list[Output]], None]

@@ -1,0 +1,1 @@
+"""Learning how many tokens a request still has to go: prompts, collection, training, evaluation."""
