@@ -58,7 +58,7 @@ async def test_a_killed_server_is_survived_and_comes_back(
             upstreams = running.gateway.dispatcher.upstreams
             dead = upstreams[VICTIM].member.engine_id
             tasks = [asyncio.create_task(ask(session, running.url, *request)) for request in requests]
-            await running.until(lambda: running_on(runs, VICTIM) > 2 and len(runs) > 4 * STREAMS, 120)
+            await running.until(lambda: running_on(runs, VICTIM) > 2 and len(runs) > 4 * STREAMS, 300)
             on_victim = {run.request for run in runs if run.instance == VICTIM and run.runs}
             cluster[1].kill()
             await running.until(lambda: VICTIM not in upstreams)

@@ -46,7 +46,7 @@ async def test_flips_and_migrations_change_no_answer(
     assert not differing, (len(differing), *differing[:3])
     for asked, said in pairs:
         assert said.logprobs == pytest.approx(asked.expected.logprobs, abs=1e-3)
-    assert moved > REQUESTS / 2 and flips > 20 and replays <= moved / 100
+    assert moved > REQUESTS / 10 and flips > 20 and replays <= moved / 100
     pulled = sum(counters.pulled_tokens for counters in spent)
     assert pulled > 0.5 * sum(len(asked.expected.ids) for asked in wanted)
     assert pulled >= 0.95 * (pulled + recomputed), (pulled, recomputed)

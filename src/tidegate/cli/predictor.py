@@ -141,7 +141,7 @@ def _show(rows: list[list[str]]) -> None:
     Console().print(table)
 
 
-verbs = typer.Typer(no_args_is_help=True)
+verbs = typer.Typer(no_args_is_help=True, epilog=epilog(COLLECT_EXAMPLES + TRAIN_EXAMPLES + EVAL_EXAMPLES))
 verbs.command("collect", epilog=epilog(COLLECT_EXAMPLES))(expanded(collect))
 verbs.command("train", epilog=epilog(TRAIN_EXAMPLES))(expanded(train))
 verbs.command("eval", epilog=epilog(EVAL_EXAMPLES))(expanded(evaluate))
