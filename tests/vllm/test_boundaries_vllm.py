@@ -62,8 +62,7 @@ async def test_a_decode_moves_anywhere_near_a_boundary(
         ]
         for (body, position), said, expected in zip(bodies, answers, alone, strict=True):
             assert said.told() == expected.told(), (len(body["prompt"]), position)
-        # Not all: a server that is busy sends several tokens in a piece, of which only the last one is known. A
-        # machine that is busy with other work leaves a third.
+        # Not all: a server that is busy sends several tokens in a piece, of which only the last one is known.
         assert running.metric("tidegate_migrations_total", event="done") > len(bodies) / 5
     held = {run.handle.tokens % BLOCK_TOKENS for run in runs if run.handle is not None and run.leg.generated}
     assert {BLOCK_TOKENS - 1, 0, 1} <= held, "decodes moved right at boundaries"
