@@ -171,10 +171,11 @@ class SchedulingSection(Section):
         "TTFT target; 0 takes every request.",
         "X",
     )
-    lengths: Literal["hidden", "histogram", "max-tokens"] = setting(
+    lengths: Literal["auto", "hidden", "histogram", "max-tokens"] = setting(
         GATEWAY.lengths,
         "Who predicts what is left of an answer: hidden (the engines, and histogram for what they do not "
-        "predict), histogram (what such answers had left so far), or max-tokens.",
+        "predict), histogram (what such answers had left so far), max-tokens, or auto: hidden where the "
+        "system needs lengths, else nobody.",
         "SOURCE",
     )
     split: Split | None = setting(None, "Prefill and decode instances at start-up.", "P:D", shown="even")

@@ -39,7 +39,7 @@ from tidegate.gateway.settings import GatewaySettings
 from tidegate.gateway.upstream import Handles, Upstream, connect
 from tidegate.journal.writer import JournalWriter
 from tidegate.policies.protocols import Signal
-from tidegate.signals.lengths.choice import served_source
+from tidegate.signals.lengths.choice import deployed_source
 from tidegate.signals.prefix import PrefixIndex
 from tidegate.systems.system import System
 
@@ -89,9 +89,8 @@ class Dispatcher:
         self.prefixes = PrefixIndex()
         control = ControlSettings(replays=settings.replays, admission=settings.admission)
         plane = RecordingPlane if settings.journal_inputs else ControlPlane
-        self.plane: ControlPlane = plane(
-            system, ids, journal, control, self.prefixes, served_source(settings.lengths)
-        )
+        lengths = deployed_source(settings.lengths, needed=Signal.LENGTHS in system.needs)
+        self.plane: ControlPlane = plane(system, ids, journal, control, self.prefixes, lengths)
         self.stopping = False
         self.flips = 0
         self.upstreams: dict[str, Upstream] = {}

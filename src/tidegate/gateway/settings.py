@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tidegate.core.slo import Slo
 from tidegate.protocol import MOST_BODY_BYTES
-from tidegate.signals.lengths.choice import DEFAULT
+from tidegate.signals.lengths.choice import AUTO
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class GatewaySettings:
     connect_s: float = 2.0
     replays: int = 5
     admission: float = 3.0
-    lengths: str = DEFAULT
+    lengths: str = AUTO
     load_every_s: float = 1.0
     journal_inputs: bool = False
     tenants: Mapping[str, str] = field(default_factory=dict, repr=False)

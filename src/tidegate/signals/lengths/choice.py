@@ -22,11 +22,20 @@ SIMULATED = ("hidden", "histogram", "max-tokens", "oracle")
 """The sources of a simulation."""
 DEFAULT = "hidden"
 """What engines report, and the histogram where they report nothing."""
+AUTO = "auto"
+"""DEFAULT for a system that needs lengths, else none: a third of what a request costs the gateway."""
 
 
 def served_source(name: str) -> LengthSource:
     """Return a new source. Raises ConfigError for an unknown name."""
     return SERVED[checked(name, SERVED)]()
+
+
+def deployed_source(name: str, *, needed: bool) -> LengthSource | None:
+    """Return a new source for a gateway; ``name`` may be AUTO. Raises ConfigError for an unknown name."""
+    if name == AUTO:
+        return served_source(DEFAULT) if needed else None
+    return served_source(name)
 
 
 def simulated_source(name: str, output_tokens: Mapping[str, int], outputs: Integers) -> LengthSource:
