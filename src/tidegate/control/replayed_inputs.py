@@ -22,7 +22,8 @@ from tidegate.costs.profile import Profile
 from tidegate.journal.reader import JournalLines
 from tidegate.journal.schema import HeaderLine, InputLine, InputRequest
 from tidegate.journal.writer import JournalWriter
-from tidegate.signals.lengths.choice import DEFAULT, served_source
+from tidegate.policies.protocols import Signal
+from tidegate.signals.lengths.choice import AUTO, deployed_source
 from tidegate.signals.prefix import NO_BLOCKS, PrefixIndex, PromptBlocks
 from tidegate.systems.system import System
 
@@ -42,7 +43,7 @@ def decide_again(
     path: str | Path,
     system: System,
     settings: ControlSettings | None = None,
-    lengths: str = DEFAULT,
+    lengths: str = AUTO,
 ) -> list[bytes]:
     """Return the lines that a plane writes which is told what the journal's ``input`` lines say.
 
@@ -64,7 +65,8 @@ def decide_again(
         raise TraceError("it has no 'input' lines: `serve --journal-inputs` writes them", file=str(path))
     written: list[bytes] = []
     journal = JournalWriter(written.append, inputs[0].now_s - inputs[0].t_s)
-    replay_inputs(inputs, ControlPlane(system, ids, journal, settings, PrefixIndex(), served_source(lengths)))
+    source = deployed_source(lengths, needed=Signal.LENGTHS in system.needs)
+    replay_inputs(inputs, ControlPlane(system, ids, journal, settings, PrefixIndex(), source))
     return written
 
 

@@ -35,16 +35,15 @@ def ares(options: SystemOptions) -> System:
 @SYSTEMS.register("ares-slo")
 def ares_slo(options: SystemOptions) -> System:
     """ARES whose moves and placements avoid seconds of SLO damage (ours)."""
-    constants = AvoidingConstants()
-    board = LoadBoard(partial(Damage, terms=constants.terms), PERIOD_S)
-    placement = AvoidingPlacement(board)
+    rescheduler = _avoiding_rescheduler()
+    placement = AvoidingPlacement(rescheduler.board)
     return System(
         name="ares-slo",
         summary="static split, running decodes move where that avoids SLO damage",
         roles=options.roles(),
         prefill=placement,
         decode=placement,
-        controllers=(AvoidingRescheduler(board, constants),),
+        controllers=(rescheduler,),
         window_s=options.tick_s,
     )
 
@@ -53,12 +52,16 @@ def ares_slo(options: SystemOptions) -> System:
 def arrow_ares(options: SystemOptions) -> System:
     """Arrow whose decodes move where that avoids SLO damage, off instances that a flip took away as well
     (ours)."""
-    constants = AvoidingConstants()
-    board = LoadBoard(partial(Damage, terms=constants.terms), PERIOD_S)
     arrow = arrow_lending(options)
     return replace(
         arrow,
         name="arrow+ares",
         summary="role flips, and running decodes move where that avoids SLO damage",
-        controllers=(*arrow.controllers, AvoidingRescheduler(board, constants)),
+        controllers=(*arrow.controllers, _avoiding_rescheduler()),
     )
+
+
+def _avoiding_rescheduler() -> AvoidingRescheduler:
+    constants = AvoidingConstants()
+    board = LoadBoard(partial(Damage, terms=constants.terms), PERIOD_S)
+    return AvoidingRescheduler(board, constants)
