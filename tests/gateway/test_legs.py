@@ -248,7 +248,7 @@ async def test_a_connection_that_is_cut_leaves_no_cycle_behind() -> None:
     body = orjson.dumps({"prompt": [1], "max_tokens": 1000, "stream": True})
 
     def leave(data: bytes) -> None:
-        connections.update(wire._busy)
+        connections.update(wire._busy.things)
         raise EngineUnreachable("enough")
 
     connections: weakref.WeakSet[object] = weakref.WeakSet()

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-from msgspec import UNSET
+from msgspec import UNSET, Struct, field
 
 from tidegate.core.errors import TidegateError, status_of
 from tidegate.core.slo import Slo
 from tidegate.journal.schema import OutcomeLine, PredictedLength
 
 
-@dataclass(slots=True)
-class RequestRecord:
+class RequestRecord(Struct):
     """What happened to a request so far. Times are seconds on the driver's clock; drivers fill it in."""
 
     arrival_s: float
@@ -46,8 +43,7 @@ class RequestRecord:
         return (self.last_token_s - self.first_token_s) / (output_tokens - 1)
 
 
-@dataclass(frozen=True, slots=True)
-class RequestEnding:
+class RequestEnding(Struct, frozen=True):
     """How a request ended, at ``end_s`` on the driver's clock, and what it was."""
 
     request: str

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import msgspec
 
 from tidegate.policies.order import Ticket
 from tidegate.protocol.chunks import Tokens
@@ -15,8 +16,7 @@ STAGE_MARK = "tidegate-stage: "
 """What a line on an engine's stdout begins with that says how far its start is."""
 
 
-@dataclass(frozen=True, slots=True)
-class KvHandle:
+class KvHandle(msgspec.Struct, frozen=True):
     """KV pinned on an instance after a leg, as the engine described it in ``params``.
 
     ``owner`` is the ``Member.engine_id`` of the process that holds it, with which it ends. It covers exactly
@@ -30,8 +30,7 @@ class KvHandle:
     expires_s: float = math.inf
 
 
-@dataclass(frozen=True, slots=True)
-class Leg:
+class Leg(msgspec.Struct, frozen=True):
     """One call to one engine: a part of a request.
 
     ``prompt`` is token ids, or the text of a client while no engine has tokenised it. A chat has
@@ -70,8 +69,7 @@ class TokensSink(Protocol):
         """Take a piece that is only text and ids, as nearly all are: the short way through the relay."""
 
 
-@dataclass(frozen=True, slots=True)
-class LegTimes:
+class LegTimes(msgspec.Struct, frozen=True):
     """Where a leg's time went inside the engine, in seconds; None where the engine does not say."""
 
     queue_s: float | None = None
@@ -82,12 +80,11 @@ class LegTimes:
     cached_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class LegEnd:
+class LegEnd(msgspec.Struct, frozen=True):
     """How a leg ended, after its last Tokens were delivered, or its sink ended it."""
 
     handle: KvHandle | None = None
-    times: LegTimes = field(default_factory=LegTimes)
+    times: LegTimes = LegTimes()
 
 
 class Engine(Protocol):

@@ -6,18 +6,19 @@ A response's bytes reach their consumer in the callback that read them, without 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple, cast
 from urllib.parse import urlsplit
 
 import httptools
+import msgspec
 
 from tidegate.core.errors import ConfigError, EngineTimeout, EngineUnreachable, NoDescriptors
 from tidegate.engines.loop_time import LoopTime
 from tidegate.protocol.descriptors import is_our_lack
+from tidegate.protocol.shared_timer import SharedTimer
 
 BodySink = Callable[[bytes], bool | None]
 """Called on the event loop with the body bytes of one socket read (of a 200 answer). Returns True to end the
@@ -27,8 +28,7 @@ WATCH_S = 0.5
 """How often silent streams are looked for; a stall is noticed at most this much late."""
 
 
-@dataclass(frozen=True, slots=True)
-class HttpAnswer:
+class HttpAnswer(msgspec.Struct, frozen=True):
     """A complete response. ``body`` is empty when a sink took it."""
 
     status: int
@@ -36,7 +36,7 @@ class HttpAnswer:
 
 
 class _Deadline(NamedTuple):
-    """When an exchange has to be over, on the event loop's clock; ``after_s`` since it began."""
+    """When an exchange has to be over, on ``time.monotonic``; ``after_s`` since it began."""
 
     at_s: float
     after_s: float
@@ -51,8 +51,9 @@ class _Deadline(NamedTuple):
 class _RelayConnection(asyncio.Protocol):
     """One keep-alive connection, carrying one exchange at a time."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, stall_s: float) -> None:
         self._loop = loop
+        self._stall_s = stall_s
         self.transport: asyncio.Transport | None = None
         self.closed = False
         self.running = LoopTime.here()
@@ -62,15 +63,18 @@ class _RelayConnection(asyncio.Protocol):
         self.on_body = self._parts.append
         self._parser = httptools.HttpResponseParser(self)
         self._done: asyncio.Future[HttpAnswer] | None = None
+        self._deadline: _Deadline | None = None
         self._sink: BodySink | None = None
         self._status = 0
         self._complete = self._keep = False
 
-    def begin(self, head_and_body: bytes, sink: BodySink | None) -> asyncio.Future[HttpAnswer]:
-        """Send a request; the future ends with the whole answer or an EngineUnreachable."""
+    def begin(
+        self, head_and_body: bytes, sink: BodySink | None, deadline: _Deadline
+    ) -> asyncio.Future[HttpAnswer]:
+        """Send a request; the future ends with the whole answer or an EngineError."""
         assert self.transport is not None and self._done is None
         self._done = self._loop.create_future()
-        self._sink = sink
+        self._sink, self._deadline = sink, deadline
         self._parts.clear()
         self._status = 0
         self.answered = self._complete = False
@@ -97,9 +101,16 @@ class _RelayConnection(asyncio.Protocol):
             done.set_exception(error)
         self.close()
 
-    def expire(self, deadline: _Deadline) -> None:
-        """End the exchange: it took too long."""
-        self.fail(deadline.error())
+    def due(self, now_s: float) -> float | None:
+        """See ``Due.due``: fail an exchange that takes too long, or is silent in the middle of its answer."""
+        assert self._deadline is not None
+        if now_s >= self._deadline.at_s:
+            self.fail(self._deadline.error())
+        elif self.answered and self.heard_s < self.running.ran_s - self._stall_s:
+            self.fail(EngineTimeout(f"the engine was silent for {self._stall_s:g} s"))
+        else:
+            return min(now_s + WATCH_S, self._deadline.at_s)
+        return None
 
     # asyncio.Protocol
 
@@ -170,8 +181,7 @@ class Wire:
         extra = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         self._head = f" HTTP/1.1\r\nHost: {parts.netloc}\r\n{extra}".encode("latin-1")
         self._idle: deque[_RelayConnection] = deque()
-        self._busy: set[_RelayConnection] = set()
-        self._watch: asyncio.TimerHandle | None = None
+        self._busy: SharedTimer[_RelayConnection] = SharedTimer()
         self._dropped: str | None = None
 
     async def exchange(
@@ -192,19 +202,16 @@ class Wire:
                 body,
             )
         )
-        at_s = asyncio.get_running_loop().time() + deadline_s
+        at_s = time.monotonic() + deadline_s
         return await self._send(request, sink, _Deadline(at_s, deadline_s, method, path))
 
     def drop(self, reason: str) -> None:
         """End every exchange, now and later, with EngineUnreachable: the engine is gone for good."""
         self._dropped = reason
-        for connection in list(self._busy):
+        for connection in self._busy.things:
             connection.fail(EngineUnreachable(reason))
         while self._idle:
             self._idle.pop().close()
-        if self._watch is not None:
-            self._watch.cancel()
-            self._watch = None
 
     @property
     def dropped(self) -> bool:
@@ -228,18 +235,13 @@ class Wire:
     async def _run(
         self, connection: _RelayConnection, request: bytes, sink: BodySink | None, deadline: _Deadline
     ) -> HttpAnswer:
-        loop = asyncio.get_running_loop()
-        self._busy.add(connection)
-        if self._watch is None:
-            self._watch = loop.call_later(WATCH_S, self._fail_silent)
-        timer = loop.call_at(deadline.at_s, connection.expire, deadline)
+        self._busy.add(connection, min(time.monotonic() + WATCH_S, deadline.at_s))
         try:
-            answer = await connection.begin(request, sink)
+            answer = await connection.begin(request, sink, deadline)
         except BaseException:
             connection.close()
             raise
         finally:
-            timer.cancel()
             self._busy.discard(connection)
         if connection.reusable and self._dropped is None:
             self._idle.append(connection)
@@ -253,12 +255,12 @@ class Wire:
         loop, running = asyncio.get_running_loop(), LoopTime.here()
         began = running.mark()
         try:
-            async with asyncio.timeout_at(min(loop.time() + self._connect_s, deadline.at_s)):
+            async with asyncio.timeout(min(self._connect_s, deadline.at_s - time.monotonic())):
                 _, connection = await loop.create_connection(
-                    lambda: _RelayConnection(loop), self._host, self._port
+                    lambda: _RelayConnection(loop, self._stall_s), self._host, self._port
                 )
         except TimeoutError:
-            if loop.time() >= deadline.at_s:
+            if time.monotonic() >= deadline.at_s:
                 raise deadline.error() from None
             if running.lost_s(began):
                 return await self._connect(deadline)
@@ -274,13 +276,3 @@ class Wire:
                 f"no connection to {self._host}:{self._port}: {error}", refused=True
             ) from None
         return connection
-
-    def _fail_silent(self) -> None:
-        """Fail exchanges that have been silent for too long, and look again while any is open."""
-        oldest = LoopTime.here().ran_s - self._stall_s
-        for connection in list(self._busy):
-            if connection.answered and connection.heard_s < oldest:
-                with contextlib.suppress(asyncio.InvalidStateError):
-                    connection.fail(EngineTimeout(f"the engine was silent for {self._stall_s:g} s"))
-        loop = asyncio.get_running_loop()
-        self._watch = loop.call_later(WATCH_S, self._fail_silent) if self._busy else None

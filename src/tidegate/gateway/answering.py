@@ -22,6 +22,7 @@ from tidegate.protocol.chunks import (
 )
 from tidegate.protocol.client_stream import ClientStream
 from tidegate.protocol.http_front import JSON, REQUEST_ID
+from tidegate.protocol.shared_timer import SharedTimer
 
 SERVED = web.RequestKey("served", bool)
 CUT_OFF_S = 1.0
@@ -40,7 +41,8 @@ class StreamedAnswer:
     def tokens(self, tokens: Tokens) -> None:
         """Send any piece; the first one is sent with this."""
         if event := self.writer.piece(tokens):
-            self._client.send(event)
+            send = self._client.send if tokens.finish_reason is None else self._client.hold
+            send(event)
 
     def plain(self, text: str, token_ids: list[int]) -> None:
         """Send a piece that is only text and ids."""
@@ -54,6 +56,7 @@ class Answering:
         self._dispatcher = dispatcher
         self._estimate = TokenEstimate()
         self._running: set[asyncio.Task[Any]] = set()
+        self._silences: SharedTimer[ClientStream] = SharedTimer()
 
     async def cut_off(self) -> None:
         """End the requests that still run, each with an error that tells why."""
@@ -81,7 +84,7 @@ class Answering:
         )
         headers = {REQUEST_ID: call.answer_id}
         if call.stream:
-            client = ClientStream(request, headers, head_after_s=self._dispatcher.settings.head_after_s)
+            client = ClientStream(request, headers, self._silences, self._dispatcher.settings.head_after_s)
             streams = [StreamedAnswer(ChunkWriter(head, one.index), client) for one in calls]
             served = [self._request(*pair, arrival_s) for pair in zip(calls, streams, strict=True)]
 

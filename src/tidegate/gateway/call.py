@@ -6,8 +6,10 @@ import hashlib
 import secrets
 import time
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
+
+import msgspec
 
 from tidegate.core.errors import BadRequest, ConfigError
 from tidegate.core.slo import Slo
@@ -40,8 +42,7 @@ MOST_BLOCKS = 4096
 """Blocks of a prompt that are looked at (ours): hashing a huge body whole would hold up every stream."""
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(msgspec.Struct, frozen=True):
     """One choice of an answer. ``sampling`` holds the body fields that every leg carries unchanged.
 
     ``id`` names this request, ``answer_id`` the answer in which it is the choice number ``index``.
@@ -124,7 +125,7 @@ def read_calls(
     if len(prompts) * each == 1:
         return [call]
     return [
-        replace(
+        msgspec.structs.replace(
             call,
             id=f"{call.answer_id}-{index}",
             prompt=prompts[index // each],

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import msgspec
 import orjson
 
 from tidegate.core.errors import TidegateError, status_of
@@ -16,8 +16,7 @@ Json = dict[str, Any]
 DONE = b"data: [DONE]\n\n"
 
 
-@dataclass(slots=True)
-class Tokens:
+class Tokens(msgspec.Struct):
     """New tokens of an answer. The last piece has ``finish_reason``. ``logprobs`` are in the form of the
     endpoint: OpenAI's for completions or for chat. ``prompt_token_ids`` is for the first piece."""
 
@@ -35,8 +34,7 @@ class Tokens:
     """What the engine predicts: so many output tokens of all legs, and how many follow. Never sent on."""
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerHead:
+class AnswerHead(msgspec.Struct, frozen=True):
     """What does not change in an answer, and what its client wants in it. ``created`` is in Unix seconds.
     With ``usage_so_far`` every chunk tells the usage of its choice up to there."""
 

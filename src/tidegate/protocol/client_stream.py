@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 from aiohttp import HttpVersion11, web
 from aiohttp.http import StreamWriter
 
 from tidegate.core.errors import ClientGone, InternalError, TidegateError
 from tidegate.protocol.chunks import error_body, event, http_chunk
+from tidegate.protocol.shared_timer import SharedTimer
 
 log = logging.getLogger(__name__)
 
@@ -29,30 +31,43 @@ HEADERS = {
 }
 
 
+class _EventStream(web.StreamResponse):
+    """A streamed answer whose head leaves in one write with the first events, not in a write of its own."""
+
+    _send_headers_immediately = False
+
+
 class ClientStream:
     """Sends events to the client from inside the callback that brings them, without a task switch per chunk.
 
     The answer's head is sent with the first event, so that a failure before it still has its own HTTP status,
-    or after ``head_after_s`` if that is sooner. From then on comments fill silences. Events go straight to
-    the connection's transport, each as one HTTP chunk (to an HTTP/1.0 client as they are, until the
-    connection closes).
+    or after ``head_after_s`` if that is sooner. From then on comments fill silences. Without ``silences``,
+    the timer that finds them, neither is done. Events go straight to the connection's transport, each as one
+    HTTP chunk (to an HTTP/1.0 client as they are, until the connection closes).
     """
 
     def __init__(
-        self, request: web.Request, headers: Mapping[str, str], *, head_after_s: float | None = None
+        self,
+        request: web.Request,
+        headers: Mapping[str, str],
+        silences: SharedTimer[ClientStream] | None = None,
+        head_after_s: float = COMMENT_S,
     ) -> None:
         self._spoke = False
-        self._watch: asyncio.TimerHandle | None = None
-        if head_after_s is not None:
-            self._watch = asyncio.get_running_loop().call_later(head_after_s, self._break_silence)
+        self._held = b""
+        self._silences = silences
+        if silences is not None:
+            silences.add(self, time.monotonic() + head_after_s)
         self._request = request
-        self._response = web.StreamResponse(headers={**HEADERS, **headers})
+        self._response = _EventStream(headers={**HEADERS, **headers})
         self._chunked = request.version >= HttpVersion11
         self._transport: asyncio.WriteTransport | None = None
 
     def send(self, data: bytes) -> None:
         """Send events. Raises ClientGone when the client has left or reads too slowly."""
         self._spoke = True
+        if self._held:
+            data, self._held = self._held + data, b""
         transport = self._transport
         if transport is None:
             self._open(data)
@@ -63,6 +78,19 @@ class ClientStream:
         if transport.get_write_buffer_size() > UNREAD_BYTES:
             transport.abort()
             raise ClientGone(f"the client left {UNREAD_BYTES} bytes unread")
+
+    def hold(self, data: bytes) -> None:
+        """Send events in one write with what follows them at once, as the end does, or else two turns of the
+        event loop later. A write costs more than all else that is done for an event."""
+        self._held += data
+        loop = asyncio.get_running_loop()
+        # The end of the read that brought them wakes the request in the next turn.
+        loop.call_soon(loop.call_soon, self._send_held)
+
+    def _send_held(self) -> None:
+        if self._held:
+            with suppress(ClientGone):  # The end finds out, too.
+                self.send(b"")
 
     async def carry(self, work: Awaitable[bytes]) -> web.StreamResponse:
         """Await ``work``, which sends events and returns the closing ones, and end the answer with them. What
@@ -84,21 +112,22 @@ class ClientStream:
         try:
             return await work
         finally:
-            if self._watch is not None:
-                self._watch.cancel()
+            if self._silences is not None:
+                self._silences.discard(self)
 
-    def _break_silence(self) -> None:
-        """Send a comment unless there were events since the last look, and look again."""
+    def due(self, now_s: float) -> float | None:
+        """See ``Due.due``: send a comment unless there were events since the last look."""
         try:
             if not self._spoke:
                 self.send(COMMENT)
         except ClientGone:
-            return  # The next event finds out, too.
+            return None  # The next event finds out, too.
         self._spoke = False
-        self._watch = asyncio.get_running_loop().call_later(COMMENT_S, self._break_silence)
+        return now_s + COMMENT_S
 
     async def _finish(self, data: bytes) -> web.StreamResponse:
         """Send the last events and end the answer. Raises ClientGone when they are not taken."""
+        data, self._held = self._held + data, b""
         if self._transport is None:
             self._open(b"")
         try:
