@@ -2,7 +2,8 @@
 
 A fake engine streams over real HTTP; the same load goes to the engine directly and through the
 gateway, in one run, and through vLLM's router (Rust) where ``vllm-router`` is on the PATH or named by
-``--router``. Run: ``python benchmarks/relay.py`` (Linux: CPU time is read from /proc).
+``--router``. They take turns, ``ROUNDS`` times, and the median counts: one turn beside a busy neighbour is
+off by a half. Run: ``python benchmarks/relay.py`` (Linux: CPU time is read from /proc).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import asyncio
 import json
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -28,7 +30,8 @@ STREAMS = 64
 LONG, SHORT = 160, 2
 STEP_MS = 10
 LOW_LOAD_REQUESTS = 400
-SATURATION_REQUESTS = 4000
+SATURATION_REQUESTS = 1500
+ROUNDS = 7
 
 
 def cpu_s(pid: int) -> float:
@@ -174,46 +177,53 @@ def line(what: str, unit: str, by_name: Mapping[str, float], digits: int = 2) ->
     print(f"{what:36} {unit:5} {figures}   ({', '.join(ratios)})")
 
 
+def medians(by_name: Mapping[str, list[float]]) -> dict[str, float]:
+    """Return the median of each front's turns."""
+    return {name: statistics.median(values) for name, values in by_name.items()}
+
+
 async def report_chunks(engine: Server, fronts: Mapping[str, Server]) -> None:
     """CPU per chunk: what long streams cost beyond short ones, for each front and for the engine itself."""
-    chunks = STREAMS * 4 * (LONG - SHORT)
-    chunk_us = {}
-    for name, front in fronts.items():
-        through = Load(front.port)
-        await through.many(200, 32, SHORT)
-        spent = {}
-        for tokens in (SHORT, LONG):
-            before = [server.cpu_s() for server in (front, engine)]
-            await through.many(STREAMS * 4, STREAMS, tokens)
-            spent[tokens] = [
-                server.cpu_s() - began for server, began in zip((front, engine), before, strict=True)
-            ]
-        front_us, bare_us = (
-            (long_s - short_s) / chunks * 1e6
-            for short_s, long_s in zip(spent[SHORT], spent[LONG], strict=True)
-        )
-        chunk_us[name] = front_us
-        chunk_us.setdefault("bare", bare_us)
-    line("CPU of a relayed chunk", "us", chunk_us)
+    chunks = STREAMS * 2 * (LONG - SHORT)
+    chunk_us: dict[str, list[float]] = {name: [] for name in ("bare", *fronts)}
+    loads = {name: Load(front.port) for name, front in fronts.items()}
+    for load in loads.values():
+        await load.many(200, 32, SHORT)
+    for _ in range(ROUNDS):
+        for name, front in fronts.items():
+            spent = {}
+            for tokens in (SHORT, LONG):
+                before = [server.cpu_s() for server in (front, engine)]
+                await loads[name].many(STREAMS * 2, STREAMS, tokens)
+                spent[tokens] = [
+                    server.cpu_s() - began for server, began in zip((front, engine), before, strict=True)
+                ]
+            for each, short_s, long_s in zip((name, "bare"), spent[SHORT], spent[LONG], strict=True):
+                chunk_us[each].append((long_s - short_s) / chunks * 1e6)
+    line("CPU of a relayed chunk", "us", medians(chunk_us))
 
 
 async def report_requests(engine: Server, fronts: Mapping[str, Server]) -> None:
     """CPU per request, TTFT with one at a time, requests/s with 64 open. The bare engine runs one leg."""
     loads = {name: (server, Load(server.port)) for name, server in {"bare": engine, **fronts}.items()}
-    low: dict[str, list[float]] = {}
-    rps, cpu_ms = {}, {}
-    for name, (_, load) in loads.items():
-        await load.many(400, 32, SHORT)
-        low[name] = sorted([await load.one(SHORT, i) for i in range(LOW_LOAD_REQUESTS)])
-    for name, (server, load) in loads.items():
-        before = server.cpu_s()
-        rps[name] = SATURATION_REQUESTS / await load.many(SATURATION_REQUESTS, 64, SHORT)
-        cpu_ms[name] = (server.cpu_s() - before) / SATURATION_REQUESTS * 1e3
-    line("CPU of a two-leg request", "ms", cpu_ms, 3)
-    for name, q in QUANTILES.items():
-        ttft_ms = {front: quantile(each, q) * 1e3 for front, each in low.items()}
-        line(f"TTFT {name}, one request at a time", "ms", ttft_ms, 3)
-    line("requests/s, 64 open, two tokens each", "1/s", rps, 0)
+    ttft_ms: dict[str, dict[str, list[float]]] = {q: {name: [] for name in loads} for q in QUANTILES}
+    rps: dict[str, list[float]] = {name: [] for name in loads}
+    cpu_ms: dict[str, list[float]] = {name: [] for name in loads}
+    for _, load in loads.values():
+        await load.many(1000, 64, SHORT)
+    for _ in range(ROUNDS):
+        for name, (_, load) in loads.items():
+            low_s = sorted([await load.one(SHORT, i) for i in range(LOW_LOAD_REQUESTS)])
+            for label, q in QUANTILES.items():
+                ttft_ms[label][name].append(quantile(low_s, q) * 1e3)
+        for name, (server, load) in loads.items():
+            before = server.cpu_s()
+            rps[name].append(SATURATION_REQUESTS / await load.many(SATURATION_REQUESTS, 64, SHORT))
+            cpu_ms[name].append((server.cpu_s() - before) / SATURATION_REQUESTS * 1e3)
+    line("CPU of a two-leg request", "ms", medians(cpu_ms), 3)
+    for label, found in ttft_ms.items():
+        line(f"TTFT {label}, one request at a time", "ms", medians(found), 3)
+    line("requests/s, 64 open, two tokens each", "1/s", medians(rps), 0)
 
 
 async def serve_gateway(url: str) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import selectors
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import pytest
 
 from tidegate.core.errors import EngineUnreachable, TidegateError
@@ -250,7 +251,9 @@ class VirtualGateway:
         await asyncio.sleep(asked.at_s)
         body = {"prompt": asked.prompt, "max_tokens": asked.max_tokens, "temperature": 0}
         headers = {"x-session-id": asked.session} if asked.session else {}
-        call = replace(read_calls(body, headers, chat=False, slo=self._slo)[0], id=f"r{number}")
+        call = msgspec.structs.replace(
+            read_calls(body, headers, chat=False, slo=self._slo)[0], id=f"r{number}"
+        )
         served = ServedRequest(
             call, self.dispatcher, TokenEstimate(), Silent(), asyncio.get_running_loop().time()
         )

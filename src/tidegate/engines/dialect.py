@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 import orjson
+from msgspec import UNSET
 
 from tidegate.core.errors import (
     STATUS,
@@ -20,7 +21,8 @@ from tidegate.core.errors import (
     PromptTooLong,
     UnknownModel,
 )
-from tidegate.engines.seam import Json, KvHandle, Leg, LegEnd, LegTimes, TokensSink
+from tidegate.engines.answers import AnswerMetrics, AnswerUsage, decode_answer, leg_times
+from tidegate.engines.seam import Json, KvHandle, Leg, LegEnd, TokensSink
 from tidegate.engines.wire import HttpAnswer, Wire
 from tidegate.protocol.chunks import SseParser, Tokens, error_text
 
@@ -201,33 +203,31 @@ class DialectEngine:
 
     def _whole_answer(self, raw: bytes, leg: Leg, sink: TokensSink) -> LegEnd:
         try:
-            body = orjson.loads(raw)
-            if body.get("error"):
-                raise refusal(body, leg)
-            choice = body["choices"][0]
-            tokens = _tokens(choice, leg.messages is not None)
-            tokens.prompt_token_ids = body.get("prompt_token_ids") or choice.get("prompt_token_ids")
-            tokens.prompt_logprobs = body.get("prompt_logprobs") or choice.get("prompt_logprobs")
-            tokens.forecast = _forecast(body)
-            times = _times(body)
-            params = body.get("kv_transfer_params")
-        except (orjson.JSONDecodeError, LookupError, TypeError, ValueError, AttributeError) as error:
-            raise EngineFault(f"the engine's answer is malformed: {error!r}") from None
+            answer = decode_answer(raw)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise EngineFault(f"the engine's answer is malformed: {error}") from None
+        if answer.error:
+            raise refusal(orjson.loads(raw), leg)
+        tokens = answer.tokens(leg.messages is not None)
+        if tokens is None:
+            raise EngineFault("the engine's answer is malformed: it has no choices")
         if tokens.finish_reason in ("abort", "error"):
             raise EngineUnreachable("the engine aborted the leg")
         if not tokens.token_ids or tokens.prompt_token_ids is None:
             raise EngineFault("the engine does not return token ids")
         sink.tokens(tokens)
-        length = len(tokens.prompt_token_ids)
-        return LegEnd(self._handle(params, leg, length, tokens) if leg.pin else None, times)
+        length, handle = len(tokens.prompt_token_ids), None
+        if leg.pin:
+            handle = self._handle(answer.kv_transfer_params, leg, length, tokens)
+        return LegEnd(handle, leg_times(answer.metrics, answer.usage))
 
 
 class _StreamReader:
     """Reads a streamed answer."""
 
     __slots__ = (
-        *("_chat", "_facts", "_finished", "_instance", "_leg", "_logprobs", "_parser", "_plain", "_sink"),
-        *("_started", "_stopped"),
+        *("_chat", "_finished", "_instance", "_leg", "_logprobs", "_metrics", "_parser", "_plain", "_sink"),
+        *("_started", "_stopped", "_usage"),
     )
 
     def __init__(self, leg: Leg, sink: TokensSink, instance: str) -> None:
@@ -239,7 +239,8 @@ class _StreamReader:
         self._logprobs = bool(leg.sampling.get("logprobs"))
         self._instance = instance
         self._started = self._finished = self._stopped = False
-        self._facts: Json = {}
+        self._metrics: AnswerMetrics | None = None
+        self._usage: AnswerUsage | None = None
 
     def feed(self, data: bytes) -> bool:
         """Deliver the tokens in ``data``; return whether the sink ends the leg. Raises what ``refusal`` makes
@@ -267,26 +268,19 @@ class _StreamReader:
     def _read(self, payload: bytes) -> Tokens | None:
         """Read any event; None when it has nothing to deliver."""
         try:
-            return self._tokens_of(orjson.loads(payload))
-        except (orjson.JSONDecodeError, LookupError, TypeError, ValueError, AttributeError):
+            event = decode_answer(payload)
+        except (msgspec.DecodeError, UnicodeDecodeError):
             raise EngineFault(
                 f"the engine sent a malformed event: {payload[:80]!r}", instance=self._instance
             ) from None
-
-    def _tokens_of(self, event: Json) -> Tokens | None:
-        choice: Json = event["choices"][0] if event.get("choices") else {}
         self._started = True
-        if "error" in event:
-            raise refusal(event, self._leg)
-        for name in ("metrics", "usage"):  # which may come in one event or in two
-            if event.get(name):
-                self._facts[name] = event[name]
-        if not choice:
+        if event.error is not UNSET:
+            raise refusal(orjson.loads(payload), self._leg)
+        # Both may come in one event or in two.
+        self._metrics, self._usage = event.metrics or self._metrics, event.usage or self._usage
+        tokens = event.tokens(self._chat)
+        if tokens is None:
             return None
-        tokens = _tokens(choice, self._chat)
-        if tokens.prompt_token_ids is None:
-            tokens.prompt_token_ids = event.get("prompt_token_ids")
-        tokens.forecast = _forecast(event)
         if tokens.finish_reason in ("abort", "error"):
             raise EngineUnreachable("the engine aborted the leg", instance=self._instance)
         self._finished = self._finished or tokens.finish_reason is not None
@@ -299,51 +293,7 @@ class _StreamReader:
         """Return the leg's end. Raises EngineUnreachable when the stream broke off by itself."""
         if not self._finished and not self._stopped:
             raise EngineUnreachable("the stream ended without a finish reason", instance=self._instance)
-        return LegEnd(times=_times(self._facts))
-
-
-def _tokens(choice: Json, chat: bool) -> Tokens:
-    text, delta = choice.get("text"), None
-    if chat:
-        part = choice.get("delta") or choice.get("message") or {}
-        text = part.get("content")
-        delta = {name: value for name, value in part.items() if value and name not in ("role", "content")}
-    return Tokens(
-        text or "",
-        choice.get("token_ids") or [],
-        choice.get("logprobs"),
-        choice.get("finish_reason"),
-        choice.get("stop_reason"),
-        choice.get("prompt_token_ids"),
-        delta or None,
-    )
-
-
-def _forecast(event: Json) -> tuple[int, float] | None:
-    remaining = event.get("remaining_tokens")
-    return None if remaining is None else (int(event["at_token"]), float(remaining))
-
-
-def _times(event: Json) -> LegTimes:
-    """Read an answer's times, and how much of its prompt was in a cache, from ``metrics`` and ``usage``."""
-    metrics: Json = event.get("metrics") or {}
-    usage: Json = event.get("usage") or {}
-
-    def seconds(name: str) -> float | None:
-        value = metrics.get(name)
-        return None if value is None else float(value) / 1000.0
-
-    cached = metrics.get("cached_tokens")
-    if cached is None:
-        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-    return LegTimes(
-        queue_s=seconds("queue_time_ms"),
-        kv_load_s=seconds("kv_load_time_ms"),
-        prefill_s=seconds("prefill_time_ms"),
-        kv_loaded_tokens=int(metrics.get("kv_loaded_tokens") or 0),
-        kv_loaded_bytes=int(metrics.get("kv_loaded_bytes") or 0),
-        cached_tokens=int(cached or 0),
-    )
+        return LegEnd(None, leg_times(self._metrics, self._usage))
 
 
 def _error_body(answer: HttpAnswer) -> Json:

@@ -202,8 +202,19 @@ class Wire:
                 body,
             )
         )
-        at_s = time.monotonic() + deadline_s
-        return await self._send(request, sink, _Deadline(at_s, deadline_s, method, path))
+        deadline = _Deadline(time.monotonic() + deadline_s, deadline_s, method, path)
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.reusable:
+                continue
+            try:
+                return await self._run(connection, request, sink, deadline)
+            except EngineUnreachable:
+                # A server may close an idle connection just as it is reused: nothing was answered,
+                # so the request is sent again on a fresh one.
+                if connection.answered or self._dropped is not None:
+                    raise
+        return await self._run(await self._connect(deadline), request, sink, deadline)
 
     def drop(self, reason: str) -> None:
         """End every exchange, now and later, with EngineUnreachable: the engine is gone for good."""
@@ -217,20 +228,6 @@ class Wire:
     def dropped(self) -> bool:
         """Whether the engine is gone for good."""
         return self._dropped is not None
-
-    async def _send(self, request: bytes, sink: BodySink | None, deadline: _Deadline) -> HttpAnswer:
-        while self._idle:
-            connection = self._idle.pop()
-            if not connection.reusable:
-                continue
-            try:
-                return await self._run(connection, request, sink, deadline)
-            except EngineUnreachable:
-                # A server may close an idle connection just as it is reused: nothing was answered,
-                # so the request is sent again on a fresh one.
-                if connection.answered or self._dropped is not None:
-                    raise
-        return await self._run(await self._connect(deadline), request, sink, deadline)
 
     async def _run(
         self, connection: _RelayConnection, request: bytes, sink: BodySink | None, deadline: _Deadline

@@ -90,7 +90,7 @@ class Answering:
 
             async def streamed() -> bytes:
                 await self._run(served)
-                return streams[0].writer.end(_usage(served))
+                return streams[0].writer.end(_usage(served) if call.include_usage else {})
 
             return await client.carry(streamed())
         wholes = [WholeAnswer(head, one.index) for one in calls]

@@ -305,12 +305,15 @@ class SseParser:
         """Return the payloads completed by ``data``, in order; ``b"[DONE]"`` is returned as such."""
         if self._rest:
             data = self._rest + data
-        elif data.startswith(b"data: ") and data.find(b"\n") == len(data) - 2:
-            # One whole event and nothing else: nearly every read of a token stream.
-            return [data[6:-2]]
+        elif data.startswith(b"data: ") and data.endswith(b"\n\n"):
+            if data.find(b"\n") == len(data) - 2:
+                return [data[6:-2]]  # One event and nothing else: nearly every read of a token stream.
+            found = data[6:-2].split(b"\n\ndata: ")
+            if data.count(b"\n") == 2 * len(found) and b"\r" not in data:
+                return found
         lines = data.split(b"\n")
         self._rest = lines.pop()
-        found: list[bytes] = []
+        found = []
         for line in lines:
             if line.startswith(b"data:"):
                 found.append(line[5:].strip())
