@@ -9,6 +9,7 @@ import pytest
 import typer
 
 from tidegate import __version__
+from tidegate.cli import entry
 from tidegate.cli import main as command_line
 from tidegate.core.errors import ConfigError, EngineFault, SetupError
 
@@ -100,3 +101,17 @@ def test_errors_become_one_message_and_a_status(
         monkeypatch.setenv("TIDEGATE_DEBUG", "1")
         with pytest.raises(type(error)):
             command_line.main(["serve"])
+
+
+def test_a_ctrl_c_while_the_program_loads_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupt:
+        def find_spec(self, name: str, *rest: object) -> None:
+            if name == "tidegate.cli.main":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "tidegate.cli.main")
+    monkeypatch.delattr("tidegate.cli.main")
+    monkeypatch.setattr(sys, "meta_path", [Interrupt(), *sys.meta_path])
+    with pytest.raises(SystemExit) as caught:
+        entry.main()
+    assert caught.value.code == entry.INTERRUPTED

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from tidegate.cli.config import GivenSettings
+from tidegate.cli.entry import INTERRUPTED
 from tidegate.cli.options import Flag
-from tidegate.cli.terminal import INTERRUPTED, warn
+from tidegate.cli.terminal import warn
 
 EXAMPLES = """
     tidegate serve

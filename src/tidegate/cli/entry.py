@@ -1,0 +1,17 @@
+"""Where the program starts: its own imports take a moment, in which a Ctrl-C ends it as quietly as later."""
+
+from __future__ import annotations
+
+import sys
+
+INTERRUPTED = 130
+"""Exit status of a Ctrl-C."""
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        from tidegate.cli.main import main as run
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    run()
