@@ -17,7 +17,7 @@ from tidegate_testing.chaos import Forced
 Json = dict[str, Any]
 STREAMS = 24
 LONGEST_GAP_S = 20.0
-"""Half of what a stream waits that hangs on the dead server: its stall limit is longer, and so is a lease."""
+"""Less than what a stream waits that hangs on the dead server: leases take 30 s, a stall limit 60."""
 VICTIM = "i1"
 
 
