@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from msgspec.json import encode
 
 from tidegate.core.errors import ConfigError
 from tidegate.engines.embedded.length_head import load_head
 from tidegate.engines.embedded.tiny_model import make_tiny_model
 from tidegate.predictor.baselines import histogram, mean_length, median_left, prompt_only
 from tidegate.predictor.collect import Collector, settings_for
-from tidegate.predictor.compare import hidden_estimate, train
+from tidegate.predictor.compare import compare, hidden_estimate, train
 from tidegate.predictor.dataset import (
     CollectionSettings,
     Samples,
@@ -28,6 +29,7 @@ from tidegate.predictor.dataset import (
 from tidegate.predictor.evaluate import Estimate, Evaluation
 from tidegate.predictor.prompts import KINDS, prompts
 from tidegate.predictor.settings import TrainingSettings
+from tidegate.signals.lengths.errors import read_errors
 
 SETTINGS = CollectionSettings("abc", 0, 20, 200, 0.7, 1.0, "float32")
 WIDTH = 24
@@ -179,6 +181,11 @@ def test_a_trained_head_reads_what_states_tell_and_is_saved_as_it_was(tmp_path: 
     assert (facts.model_hash, facts.every, facts.horizon) == ("abc", 20, 200)
     assert facts.widths == (WIDTH, 32, 8, 1)
     assert evaluation.row(hidden_estimate(head, samples, split))["mae"] == row["mae"]
+    errs = compare(tmp_path / "data", head, facts, training, None, print).error_model
+    assert errs.horizon == 200 and errs.measured is not None and errs.measured.head == "head"
+    assert errs.measured.figures.by_progress[0].mae == pytest.approx(row["by_progress"][0]["value"], abs=0.06)
+    assert errs.measured.answers == tuple(samples.output_tokens[split.test].tolist())
+    assert read_errors(encode(errs)) == errs
     nothing = head.remaining(torch.full((1, WIDTH), float("nan")), torch.tensor([3]))
     assert nothing.isnan().all()
     text = (tmp_path / facts.card).read_text()

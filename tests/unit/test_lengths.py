@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.json import encode
 
 from tidegate.core.errors import ConfigError
 from tidegate.core.request import Request
@@ -16,6 +17,7 @@ from tidegate.signals.lengths.errors import (
     ErrorLine,
     ErrorModel,
     Predicted,
+    error_figures,
     fit_errors,
     packaged_errors,
     read_errors,
@@ -161,7 +163,8 @@ def test_reports_count_down_and_bad_ones_are_the_histograms() -> None:
     asked = request("r0", max_tokens=200)
     assert source.remaining(asked, 0).source == "histogram"
     source.reported("r0", 20, 100.0)
-    assert [source.remaining(asked, at).mean for at in (20, 50, 119, 150)] == [100.0, 70.0, 1.0, 1.0]
+    assert [source.remaining(asked, at).mean for at in (20, 50, 119, 120)] == [100.0, 70.0, 1.0, 1.0]
+    assert source.remaining(asked, 121).source == "histogram", "it was too short, and nothing else was said"
     found = source.remaining(asked, 30)
     assert (found.source, found.at_token) == ("hidden", 20) and found.low < found.mean < found.high <= 170.0
     source.reported("r0", 40, 1e5)
@@ -187,70 +190,70 @@ def test_the_spread_of_reports_is_learnt() -> None:
     assert (found.low, found.high) == pytest.approx((1000 * 0.84, 1000 * 1.16), rel=0.1)
 
 
-MODEL = ErrorModel(
-    "made up",
-    (ErrorLine(0, 0.1, 0.6, 0.5), ErrorLine(256, -0.1, 0.8, 0.3), ErrorLine(1024, 0.0, 0.95, 0.1)),
-    0.4,
-    0.1,
-)
+MADE_UP = ErrorModel(1024, (ErrorLine(0, ((0.1, 0.2, 0.3, 0.5, 0.6, 0.8, 0.9),) * 4),), 0.3, 0.1)
 
 
-def test_a_fitted_model_errs_as_the_predictor_that_was_measured() -> None:
-    outputs = np.random.default_rng(3).lognormal(7.0, 1.0, 800).astype(np.int64) + 30
-    request_of = np.repeat(np.arange(800), outputs // 20 + 1)
-    at = np.concatenate([np.maximum(np.arange(output // 20 + 1) * 20, 1) for output in outputs])
-    true = np.maximum(outputs[request_of] - at, 0).astype(float)
-    measured = Distortion(MODEL, outputs, seed=1)(request_of, at, true)
-    fitted = fit_errors(Predicted(request_of, at, measured, true), "a test")
-    again = Distortion(fitted, outputs, seed=2)(request_of, at, true)
-    for start, end in ((1, 256), (256, 1024), (1024, 4096)):
-        here = (at >= start) & (at < end)
-        ours, theirs = (np.abs(each - true)[here].mean() for each in (again, measured))
-        assert ours == pytest.approx(theirs, rel=0.15)
-    assert fitted.lasting == pytest.approx(0.4, abs=0.12) and fitted.fresh == pytest.approx(0.1, abs=0.05)
+def drawn(model: ErrorModel, answers: np.ndarray, times: int, every: int = 20) -> Predicted:
+    """What a predictor that errs as the model says predicts along answers, each drawn so many times."""
+    answers = np.tile(answers, times)
+    counts = (answers - 1) // every + 1
+    request_of = np.repeat(np.arange(len(answers)), counts)
+    at = (np.arange(len(request_of)) - np.repeat(counts.cumsum() - counts, counts)) * every
+    true = (answers[request_of] - at).astype(float)
+    return Predicted(request_of, at, Distortion(model, seed=1)(request_of, at, true), true)
+
+
+def test_a_simulated_predictor_errs_as_the_packaged_measurement_says() -> None:
+    model = packaged_errors()
+    assert model.measured is not None
+    assert model.measured.command.startswith("tidegate predictor eval")
+    figures = model.measured.figures
+    found = error_figures(drawn(model, np.array(model.measured.answers), 60, model.measured.every))
+    for ours, theirs in zip(found.by_progress, figures.by_progress, strict=True):
+        assert ours.predictions == 60 * theirs.predictions
+        assert ours.mae == pytest.approx(theirs.mae, rel=0.08)
+        assert ours.bias == pytest.approx(theirs.bias, abs=0.05 * theirs.mae + 2.0)
+    assert found.correlations == pytest.approx(figures.correlations, abs=0.08)
+    assert figures.correlations[20] > 0.8 > figures.correlations[200] > 0.3, "requests stay misjudged"
+
+
+def test_a_model_that_is_fitted_to_what_another_one_draws_is_that_one() -> None:
+    model = packaged_errors()
+    answers = np.minimum(np.random.default_rng(3).lognormal(5.5, 1.2, 800).astype(np.int64) + 5, 1024)
+    table = drawn(model, answers, 1)
+    fitted = fit_errors(table, 1024)
+    assert [line.from_token for line in fitted.lines] == [line.from_token for line in model.lines]
+    for ours, theirs in zip(fitted.lines[:3], model.lines[:3], strict=True):
+        assert np.array(ours.shares) == pytest.approx(np.array(theirs.shares), abs=0.15)
+    assert (fitted.lasting, fitted.fresh) == pytest.approx((model.lasting, model.fresh), abs=0.08)
     with pytest.raises(ConfigError, match="no errors to fit"):
-        fit_errors(Predicted(request_of[:9], at[:9], measured[:9], true[:9]), "a test")
+        fit_errors(Predicted(*(each[:9] for each in table)), 1024)
 
 
-def test_noise_is_standard_and_of_one_request_alike() -> None:
+def test_noise_is_of_one_request_alike() -> None:
     requests = np.arange(20_000)
-    outputs = np.full(10, 1000)
-    plain = ErrorModel("", (ErrorLine(0, 0.0, 1.0, 1.0),), 0.3, 0.1)
-    distorted = Distortion(plain, outputs)
-    at = [np.full(20_000, tokens) for tokens in (100, 110, 1000)]
+    distorted = Distortion(MADE_UP)
     first, near, far = (
-        np.log1p(distorted(requests, each, np.full(20_000, 1e6))) - math.log1p(1e6) for each in at
+        distorted(requests, np.full(20_000, at), np.full(20_000, 5000.0)) / (1024 - at)
+        for at in (100, 110, 1000)
     )
-    assert (first.mean(), first.std()) == pytest.approx((0.0, 1.0), abs=0.03)
+    assert np.quantile(first, (0.02, 0.25, 0.5, 0.9)) == pytest.approx((0.1, 0.3, 0.5, 0.8), abs=0.01)
     assert np.corrcoef(first, near)[0, 1] == pytest.approx(0.9, abs=0.04)
     assert np.corrcoef(first, far)[0, 1] == pytest.approx(0.3, abs=0.03)
 
 
-def test_the_packaged_model_gives_the_published_figures() -> None:
-    rng = np.random.default_rng(4)
-    long = rng.integers(30_000, 32_000, 5000)
-    mix = np.concatenate(
-        (
-            np.exp(rng.uniform(np.log(100), np.log(30_000), 4135)).astype(int),
-            rng.integers(30_000, 32_768, 865),
-        )
-    )
-    distorted = Distortion(packaged_errors(), mix)
-    for at, published in ((1, 18_256), (8192, 2929)):
-        true = (long - at).astype(float)
-        error = np.abs(distorted(np.arange(5000), np.full(5000, at), true) - true).mean()
-        assert error == pytest.approx(published, rel=0.15)
-
-
 def test_a_file_that_is_no_model_is_refused() -> None:
-    for raw in (b"{", b'{"source": "", "lines": [], "lasting": 0, "fresh": 0}'):
+    whole = encode(packaged_errors())
+    assert read_errors(whole) == packaged_errors()
+    short, beyond = encode(MADE_UP).replace(b",0.9]", b"]", 1), encode(MADE_UP).replace(b"0.9", b"1.9")
+    for raw in (b"{", b'{"horizon": 9, "lines": [], "lasting": 0, "fresh": 0}', short, beyond):
         with pytest.raises(ConfigError, match="no error model"):
             read_errors(raw)
 
 
 def test_simulated_reports_depend_on_the_request_alone() -> None:
     def source() -> SimulatedHidden:
-        return SimulatedHidden({"r0": 400, "r1": 400}, np.array([400, 400]), MODEL)
+        return SimulatedHidden({"r0": 400, "r1": 400}, packaged_errors())
 
     asked = [request(name, max_tokens=9000) for name in ("r0", "r1")]
     one, other = source(), source()
@@ -260,7 +263,26 @@ def test_simulated_reports_depend_on_the_request_alone() -> None:
     assert late.tolist() == other.remaining_many(asked, np.array([300, 300]))[0].tolist()
     assert late[0] != late[1]
     assert one.remaining(asked[0], 0).source == "histogram"
-    assert one.remaining(asked[0], 319).at_token == 300
+    assert [one.remaining(asked[0], at).at_token for at in (1, 20, 21, 320)] == [1, 1, 21, 301]
+
+
+def test_behind_the_horizon_a_simulated_predictor_knows_nothing_as_the_real_one() -> None:
+    asked = request("r0", max_tokens=90_000)
+
+    def told(output: int) -> list[tuple[float, str]]:
+        source = SimulatedHidden({"r0": output}, packaged_errors())
+        found = [source.remaining(asked, at) for at in (0, *range(1, 1400, 7))]
+        assert all(each.mean <= 1024 - at for each, at in zip(found[1:], range(1, 1021, 7), strict=False))
+        return [(each.mean, each.source) for each in found]
+
+    assert told(1500) == told(70_000), "both go beyond the horizon, which is all that it learnt"
+    live = HiddenLengths()
+    live.reported("r0", 1021, 3.0)  # the last one before the horizon
+    simulated = SimulatedHidden({"r0": 70_000}, packaged_errors())
+    for at in (1025, 1100, 20_000):
+        assert (
+            live.remaining(asked, at) == simulated.remaining(asked, at) == live.histogram.remaining(asked, at)
+        )
 
 
 def test_a_limit_counts_from_the_prompt_whenever_the_request_was_seen() -> None:

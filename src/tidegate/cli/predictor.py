@@ -112,7 +112,7 @@ def evaluate(
             f"{collected.model_hash}"
         )
     rival = None if encoder is None or model is None else Rival(encoder, model, fine_tune)
-    found = compare(data, loaded, TrainingSettings(), rival, note)
+    found = compare(data, loaded, facts, TrainingSettings(), rival, note)
     _show(mae_table(found.report["predictors"]))
     for each in found.report["reductions"]:
         mae = each["mae"]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 
 from tidegate.engines.embedded.length_head import HeadFacts, LengthHead, save_head
 from tidegate.predictor.baselines import histogram, mean_length, median_left, prompt_only
@@ -16,7 +18,7 @@ from tidegate.predictor.dataset import Samples, Split, load_samples, read_settin
 from tidegate.predictor.evaluate import Estimate, Evaluation
 from tidegate.predictor.settings import TrainingSettings
 from tidegate.predictor.train import Examples, train_head
-from tidegate.signals.lengths.errors import ErrorModel
+from tidegate.signals.lengths.errors import ErrorModel, Measurement, error_figures, fit_errors
 
 PAPER_BELOW = 0.4942
 """By which share the paper's head is below its auxiliary encoder in mean absolute error."""
@@ -74,6 +76,7 @@ def train(folder: Path, out: Path, name: str, settings: TrainingSettings) -> dic
 def compare(
     folder: Path,
     head: LengthHead,
+    facts: HeadFacts,
     settings: TrainingSettings,
     rival: Rival | None,
     tell: Callable[[str], None],
@@ -98,11 +101,22 @@ def compare(
         "reductions": [evaluation.reduction(hidden, each) for each in estimates],
         "goal": {"mae": PAPER_BELOW, "parameters": PAPER_FEWER},
     }
-    source = (
-        f"measured on {len(split.test)} held-out requests of the model with hash "
-        f"{read_settings(folder).model_hash}, answers of up to {horizon} tokens"
+    predicted = evaluation.predicted(hidden)
+    collected, name = read_settings(folder), Path(facts.card).stem
+    measured = Measurement(
+        head=name,
+        model_hash=facts.model_hash,
+        data=f"{len(split.test)} held-out answers of {len(samples.index)} to generated prompts of seed "
+        f"{collected.seed}, sampled at temperatures from {collected.least_temperature} to "
+        f"{collected.most_temperature}, of up to {collected.max_tokens} tokens",
+        date=datetime.now(UTC).date().isoformat(),
+        command=f"tidegate predictor eval --data DIR --head {name}.safetensors --error-model FILE",
+        every=collected.every,
+        answers=tuple(samples.output_tokens[split.test].tolist()),
+        figures=error_figures(predicted),
     )
-    return HeadComparison(report, evaluation.errors(hidden), evaluation.error_model(hidden, source))
+    model = replace(fit_errors(predicted, horizon), measured=measured)
+    return HeadComparison(report, evaluation.errors(hidden), model)
 
 
 def _encoders(

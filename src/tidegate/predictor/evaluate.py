@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tidegate.predictor.dataset import Samples
-from tidegate.signals.lengths.errors import ErrorModel, Predicted, fit_errors
+from tidegate.signals.lengths.errors import Predicted
 
 PROGRESS = (0, 1, 100, 200, 400)
 """Where the rows of the table begin, in tokens generated; the first is the end of the prompt alone."""
@@ -102,13 +102,10 @@ class Evaluation:
             "parameters": 1 - estimate.parameters / rival.parameters if rival.parameters else None,
         }
 
-    def error_model(self, estimate: Estimate, source: str) -> ErrorModel:
-        """Return how the predictor errs, for simulations; ``source`` says what was measured."""
-        predicted = estimate.remaining.astype(np.float64)
-        table = Predicted(
-            self.request, self.generated.astype(np.int64), predicted, self.true.astype(np.float64)
-        )
-        return fit_errors(table, source)
+    def predicted(self, estimate: Estimate) -> Predicted:
+        """Return what was predicted of each sample; requests are numbered from 0."""
+        at_token, predicted = self.generated.astype(np.int64), estimate.remaining.astype(np.float64)
+        return Predicted(self.request, at_token, predicted, self.true.astype(np.float64))
 
     def errors(self, estimate: Estimate) -> list[dict[str, Any]]:
         """Return one record per sample: what was predicted of which request, and what was true."""

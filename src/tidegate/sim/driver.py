@@ -36,7 +36,7 @@ from tidegate.sim.sampling import Sampler
 from tidegate.sim.settings import SimSettings
 from tidegate.sim.simulated_request import UNREACHED, RequestColumns, SimulatedRequest
 from tidegate.systems.system import System
-from tidegate.workloads.trace import Integers, TraceRecord
+from tidegate.workloads.trace import TraceRecord
 
 
 class SimDriver:
@@ -45,8 +45,7 @@ class SimDriver:
     ``requests`` are the live requests by number in order of arrival; ``arrived`` counts all of them, and
     ``ended`` is told of the end of each. ``slo_class`` has the class of each, where the settings have any.
     ``oversize`` has (tokens, number) of each request that no instance could hold; ``unstarted`` has (time,
-    reason) of each start that no spare was there for; ``steps`` counts those of each instance. ``outputs``
-    are the lengths of all answers.
+    reason) of each start that no spare was there for; ``steps`` counts those of each instance.
     """
 
     def __init__(
@@ -58,11 +57,10 @@ class SimDriver:
         events: EventQueue,
         membership: FleetSchedule,
         ended: Callable[[int, float], None] | None,
-        outputs: Integers,
     ) -> None:
         self._output_tokens: dict[str, int] = {}
         name = settings.lengths
-        lengths = simulated_source(name, self._output_tokens, outputs) if name else None
+        lengths = simulated_source(name, self._output_tokens) if name else None
         self._ids = [replica.instance.id for replica in replicas]
         self.cluster = Cluster(replicas, events, self, leap=settings.leap, order=system.order)
         self.plane = ControlPlane(

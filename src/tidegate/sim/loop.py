@@ -79,9 +79,7 @@ class _Simulation:
         workload = Workload.of(trace)
         self._arrivals = TraceArrivals(workload, events, closed_loop=settings.closed_loop, watch=watch)
         ended = self._arrivals.ended if settings.closed_loop else None
-        self._driver = SimDriver(
-            system, replicas, settings, journal, events, self._membership, ended, workload.output_tokens
-        )
+        self._driver = SimDriver(system, replicas, settings, journal, events, self._membership, ended)
         self._heartbeats = 0
         journal.header(
             version=tidegate.__version__,

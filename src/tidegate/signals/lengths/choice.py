@@ -10,7 +10,7 @@ from tidegate.signals.lengths.hidden import HiddenLengths
 from tidegate.signals.lengths.histogram import HistogramLengths
 from tidegate.signals.lengths.known import MaxTokensLengths, OracleLengths
 from tidegate.signals.lengths.simulated import SimulatedHidden
-from tidegate.signals.lengths.source import Integers, LengthSource
+from tidegate.signals.lengths.source import LengthSource
 
 SERVED: dict[str, Callable[[], LengthSource]] = {
     "hidden": HiddenLengths,
@@ -38,16 +38,15 @@ def deployed_source(name: str, *, needed: bool) -> LengthSource | None:
     return served_source(name)
 
 
-def simulated_source(name: str, output_tokens: Mapping[str, int], outputs: Integers) -> LengthSource:
-    """Return a new source for a simulation, which knows the answers' lengths by the requests' ids, and all of
-    the workload's (``outputs``).
+def simulated_source(name: str, output_tokens: Mapping[str, int]) -> LengthSource:
+    """Return a new source for a simulation, which knows the answers' lengths by the requests' ids.
 
     Raises ConfigError for an unknown name.
     """
     if checked(name, SIMULATED) == "oracle":
         return OracleLengths(output_tokens)
     if name == "hidden":
-        return SimulatedHidden(output_tokens, outputs, packaged_errors())
+        return SimulatedHidden(output_tokens, packaged_errors())
     return served_source(name)
 
 

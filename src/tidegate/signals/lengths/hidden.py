@@ -74,9 +74,10 @@ class HiddenLengths(LengthSource):
     """Takes predictions from engines, each until the next one of its request; others are the histogram's.
 
     A prediction goes down with every token, to no less than 1, and to no more than the request may still
-    generate. One that is no number, negative, or beyond any context is dropped and counted in ``absurd``; the
-    request is the histogram's until the next one. The quantiles follow from how far earlier predictions of
-    requests that were as far were off.
+    generate. The request is the histogram's where none came yet; where one is used up, for it was too short
+    and the next one has not come (behind the head's horizon none does); and where the newest one was no
+    number, negative, or beyond any context, which is dropped and counted in ``absurd``. The quantiles follow
+    from how far earlier predictions of requests that were as far were off.
     """
 
     name = "hidden"
@@ -102,10 +103,10 @@ class HiddenLengths(LengthSource):
     def remaining(self, request: Request, generated: int) -> Prediction:
         """See ``LengthSource.remaining``."""
         reports = self.reports((request,), np.array((generated,)))
-        if math.isnan(reports[0, 1]):
-            return self.histogram.remaining(request, generated)
         found = self._expected(reports, np.array((generated,)), np.array((limit(request, generated),)))
         mean, low, high = (float(each[0]) for each in found)
+        if math.isnan(mean):
+            return self.histogram.remaining(request, generated)
         return Prediction(mean, low, high, int(reports[0, 0]), self.name)
 
     def remaining_many(self, requests: Sequence[Request], generated: Integers) -> Remaining:
@@ -148,8 +149,10 @@ class HiddenLengths(LengthSource):
         return self._first.get(request.id, ())
 
     def _expected(self, reports: Floats, generated: Integers, most: Floats) -> Remaining:
+        """Return what reports say now; NaN where there is none, or it is used up."""
         at, predicted = reports.T
-        mean = np.maximum(predicted - np.maximum(generated - at, 0.0), 1.0)
+        left = predicted - np.maximum(generated - at, 0.0)
+        mean = np.where(left < 0.0, np.nan, np.maximum(left, 1.0))
         low, high = self._spread.factors(at).T
         return (
             np.minimum(mean, most),
