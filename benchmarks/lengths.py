@@ -19,9 +19,11 @@ from pathlib import Path
 import numpy as np
 
 from tidegate.core.request import Request
+from tidegate.signals.lengths.errors import packaged_errors
 from tidegate.signals.lengths.groups import Level
 from tidegate.signals.lengths.histogram import HALF_LIFE_S, HistogramLengths
 from tidegate.signals.lengths.known import MaxTokensLengths, OracleLengths
+from tidegate.signals.lengths.simulated import SimulatedHidden
 from tidegate.signals.lengths.source import Integers, LengthSource, Remaining, limits
 from tidegate.workloads.choice import WorkloadChoice, load_workload, starts_sessions
 from tidegate.workloads.trace import Workload
@@ -163,6 +165,7 @@ def main() -> None:
                         )
         else:
             sources |= {"histogram": HistogramLengths(), "oracle": OracleLengths(output)}
+            sources["hidden, simulated"] = SimulatedHidden(output, packaged_errors())
         print(f"\n{Path(trace).name}: {len(workload):,} requests")
         print(table(evaluate(workload, sources)), flush=True)
 

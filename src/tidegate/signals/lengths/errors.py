@@ -148,7 +148,7 @@ class Distortion:
 
 def fit_errors(table: Predicted, horizon: int) -> ErrorModel:
     """Fit the model to measured predictions of a head. Raises ConfigError where there are too few of them."""
-    left = horizon - table.at_token
+    left = (horizon - table.at_token).astype(np.float64)
     share, part = np.clip(table.predicted / left, 0.0, 1.0), _part(table.true, left)
     at = np.searchsorted(FROM_TOKENS, table.at_token, side="right") - 1
     lines: list[ErrorLine] = []
