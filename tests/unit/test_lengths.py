@@ -226,8 +226,9 @@ def test_a_model_that_is_fitted_to_what_another_one_draws_is_that_one() -> None:
     for ours, theirs in zip(fitted.lines[:3], model.lines[:3], strict=True):
         assert np.array(ours.shares) == pytest.approx(np.array(theirs.shares), abs=0.15)
     assert (fitted.lasting, fitted.fresh) == pytest.approx((model.lasting, model.fresh), abs=0.08)
+    few = Predicted(table.request[:9], table.at_token[:9], table.predicted[:9], table.true[:9])
     with pytest.raises(ConfigError, match="no errors to fit"):
-        fit_errors(Predicted(*(each[:9] for each in table)), 1024)
+        fit_errors(few, 1024)
 
 
 def test_noise_is_of_one_request_alike() -> None:
