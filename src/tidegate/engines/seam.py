@@ -81,6 +81,16 @@ class TokensSink(Protocol):
         """Take a piece that is only text and ids, as nearly all are: the short way through the relay."""
 
 
+class IgnoredTokens:
+    """Takes tokens that nobody asked for: a ``TokensSink``."""
+
+    def tokens(self, tokens: Tokens) -> None:
+        """See ``TokensSink.tokens``."""
+
+    def plain(self, text: str, token_ids: list[int]) -> None:
+        """See ``TokensSink.plain``."""
+
+
 class LegTimes(msgspec.Struct, frozen=True):
     """Where a leg's time went inside the engine, in seconds; None where the engine does not say."""
 

@@ -374,7 +374,7 @@ class KvExporter:
         if self._decodes is None or message.get("engine_id") != self._facts.engine_id:
             wire.send({"error": f"this is engine {self._facts.engine_id}; the decode is of another"})
             return
-        asked = {name: message.get(name) for name in StageQuestion.__dataclass_fields__}
+        asked: dict[str, Any] = {name: message.get(name) for name in StageQuestion.__dataclass_fields__}
         try:
             answer = self._decodes.stage(StageQuestion(**asked))
         except (NotMovable, TransferFailed) as error:
