@@ -44,7 +44,7 @@ def paused(driven: Driven) -> StageAnswer:
     first = ask(driven)
     assert first.state is None
     last = ask(driven, first, stages=1, blocks=len(first.block_ids))
-    assert last.state == {"seed": 5} and len(last.block_ids) <= LAST_STAGE_BLOCKS
+    assert last.state is not None and last.state["seed"] == 5 and len(last.block_ids) <= LAST_STAGE_BLOCKS
     check_blocks(driven.engine.scheduler)
     return last
 

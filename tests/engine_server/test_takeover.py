@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.engine.engine_harness import prompt_of, request
 from tests.engine_server.engine_fakes import wait_until
@@ -17,6 +18,7 @@ from tidegate.engines.embedded.engine import EmbeddedEngine
 from tidegate.engines.embedded.kv_channel import KvExporter
 from tidegate.engines.embedded.kv_pull import PeerPuller, PullOptions
 from tidegate.engines.embedded.options import EngineConfig
+from tidegate.engines.embedded.sequence import TokenSequence
 from tidegate.engines.embedded.tiny_model import make_tiny_model
 from tidegate.engines.seam import RunningLeg
 from tidegate.engines.serving.secret import LaunchSecret
@@ -120,6 +122,34 @@ def test_both_say_together_what_one_would(
     assert src.text("r") + dst.text("r") == src.text("alone")
     for node in nodes:
         node.until_clean()
+
+
+class Exact:
+    """Predicts at every 50th token what is left of 200, and keeps what the newest prediction said before."""
+
+    every = 1
+
+    def __init__(self) -> None:
+        self.before: list[tuple[int, float]] = []
+
+    def read(self, sequences: list[TokenSequence], hidden: torch.Tensor) -> None:
+        for sequence in sequences:
+            position = sequence.output_position
+            self.before.append((position, sequence.remaining_now))
+            if position % 50 == 0:
+                sequence.predicted_at, sequence.remaining = position + 1, 199.0 - position
+
+
+def test_a_predicted_length_moves_with_its_decode(model: Path, nodes: list[Node]) -> None:
+    nodes += [src := Node(model, "a"), dst := Node(model, "b")]
+    src.engine.hidden_reader, dst.engine.hidden_reader = Exact(), (there := Exact())
+    src.engine.submit(request("r", PROMPT, 200))
+    follow(src, dst, src.after("r", KNOWN), 200)
+    assert (dst.until_ended("r"), src.until_ended("r")) == ("length", "migrated")
+    assert there.before == [(position, 200.0 - position) for position, _ in there.before]
+    outputs = [output for node in nodes for output in node.outputs["r"]]
+    said = [(o.at_token, o.remaining_tokens) for o in outputs if o.remaining_tokens is not None]
+    assert said == [(1, 199.0), (51, 149.0), (101, 99.0), (151, 49.0)], "once each, counted over both legs"
 
 
 def test_a_destination_without_room_and_a_source_without_the_decode_change_nothing(

@@ -55,10 +55,15 @@ async def test_random_migrations_change_no_token(model_dir: Path, tmp_path: Path
     async with cluster(model_dir, "static", dtype="float64", settings=settings, forced=forced) as live:
         assert await run_all(live, asked) == reference
         await live.until_drained()
-        live.gateway.dispatcher.plane.ledger.check_integrity()
+        ledger = live.gateway.dispatcher.plane.ledger
+        ledger.check_integrity()
+        pauses_s = dict(zip(ledger.ids, ledger.snapshot(0.0).move_pause_s.tolist(), strict=True))
     rows = [orjson.loads(line) for line in journal.read_bytes().splitlines()]
     moves = [row for row in rows if row["type"] == "migration"]
     done = [row for row in moves if row["event"] == "done"]
     assert len(done) > count / 10
     assert all(row["stages"] >= 1 and row["pause_s"] > 0 and row["moved_bytes"] > 0 for row in done)
+    for name, pause_s in pauses_s.items():
+        measured = [row["pause_s"] for row in done if row["to"] == name]
+        assert min(measured, default=0.0) <= pause_s + 1e-3 and pause_s <= max(measured, default=0.0) + 1e-3
     assert not any(row["type"] == "failure" for row in rows)
