@@ -289,7 +289,7 @@ def test_a_migration_is_begun_once_and_booked_when_it_is_done() -> None:
     plane.migration_begun(live, 0.1)
     rows = plane.snapshot(0.1).requests
     assert (rows.moving_to.tolist(), rows.moved_at_s.tolist()) == ([plane.snapshot(0.1).index[dst]], [0.1])
-    plane.migration_done(live, 101, 0.2, pulled=True)
+    plane.migration_done(live, 101, 0.2)
     rows = plane.snapshot(0.2).requests
     assert (rows.moving_to.tolist(), rows.moved_at_s.tolist()) == ([NOWHERE], [0.2])
     assert (live.decode_on, live.migrations, live.migrate) == (dst, 1, None)

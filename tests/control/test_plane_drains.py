@@ -82,7 +82,7 @@ def test_a_drain_moves_decodes_and_stops_the_instance_once_it_is_empty() -> None
     decoding(plane, other, 1.0)
     assert src not in (other.prefill_on, other.decode_on)
     plane.migration_begun(live, 1.0)
-    plane.migration_done(live, 101, 1.1, pulled=True)
+    plane.migration_done(live, 101, 1.1)
     assert only(plane.tick(2.0), StopInstance) == [StopInstance(src, "drained")]
     assert not only(plane.tick(3.0), StopInstance)
     plane.instance_down(src, "drained", 3.1)

@@ -106,10 +106,11 @@ def test_a_migration_pauses_for_its_last_stage_only() -> None:
     plane.run(until_s=0.205)
     assert plane.cluster.begin_migration(0, 0, 1, 0.205)
     plane.run()
-    # 200 tokens until 0.205 + 0.5 + 0.2 = 0.905. The step that runs ends at 0.91, with KV of 271 tokens: the
-    # other 71 take 0.5 + 0.071 s. The 272nd token is there; 128 steps remain.
-    assert plane.migrated_s == [(True, 271, pytest.approx(0.91 + 0.571))]
-    assert plane.ends_s[0] == pytest.approx(1.481 + 0.01 * (400 - 272))
+    # 200 tokens until 0.205 + 0.5 + 0.2 = 0.905, 70 more until 0.905 + 0.57 = 1.475, 57 until 2.032. Three
+    # stages are the most: the step that runs ends at 2.04, with KV of 384 tokens, and the other 57 take
+    # 0.5 + 0.057 s. The 385th token is there; 15 steps remain.
+    assert plane.migrated_s == [(True, 384, pytest.approx(2.04 + 0.557))]
+    assert plane.ends_s[0] == pytest.approx(2.597 + 0.01 * (400 - 385))
     assert plane.free(0) and plane.free(1)
 
 

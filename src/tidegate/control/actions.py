@@ -19,6 +19,7 @@ from tidegate.core.decision import (
     SetTarget,
     Undrain,
 )
+from tidegate.core.migration import FREE, MigrationCost
 from tidegate.core.request import Request
 from tidegate.journal.writer import JournalWriter
 from tidegate.ledger.ledger import Ledger
@@ -103,12 +104,12 @@ class Actions:
         return effects
 
     def note_migration(
-        self, migrate: Migrate, event: str, now: float, detail: str = "", moved_bytes: int = 0
+        self, migrate: Migrate, event: str, now: float, detail: str = "", cost: MigrationCost = FREE
     ) -> None:
         """Journal and count a migration that has begun, is done, cancelled or ignored."""
         self.migrations[event] += 1
         if self._journal.enabled:
-            self._journal.migration(now, migrate, event, detail, moved_bytes)
+            self._journal.migration(now, migrate, event, detail, cost)
 
     def _flip(self, flip: Flip, now: float, effects: Effects) -> None:
         if flip.instance not in self._ledger.ids:

@@ -31,6 +31,7 @@ from tidegate.core.errors import (
     status_of,
 )
 from tidegate.core.instance import Instance, Role
+from tidegate.core.migration import FREE, MigrationCost
 from tidegate.core.request import Request
 from tidegate.costs.profile import Profile
 from tidegate.journal.schema import ProfileLine
@@ -286,20 +287,35 @@ class ControlPlane:
         live.movable = not for_good
         self._migration_over(live, "ignored", now, why)
 
-    def migration_cancelled(self, live: LiveRequest, now: float, moved_bytes: int = 0) -> None:
+    def migration_cancelled(self, live: LiveRequest, now: float, moved_bytes: int = 0, why: str = "") -> None:
         """Say that a migration ended before its commit; the decode runs on where it is."""
-        self._migration_over(live, "cancelled", now, moved_bytes=moved_bytes)
+        self._migration_over(live, "cancelled", now, why, MigrationCost(moved_bytes))
+
+    def migration_pulls(
+        self, live: LiveRequest, resident_tokens: int, now: float, stopped_s: float | None
+    ) -> None:
+        """Say that a decode was stopped after a token at ``stopped_s``; its destination is to pull its KV."""
+        assert live.migrate is not None
+        self._decodes_on(live, live.migrate.dst, resident_tokens, now, stopped_s)
 
     def migration_done(
-        self, live: LiveRequest, resident_tokens: int, now: float, *, moved_bytes: int = 0, pulled: bool
+        self,
+        live: LiveRequest,
+        resident_tokens: int,
+        now: float,
+        *,
+        moved_bytes: int = 0,
+        stages: int = 0,
+        pause_s: float | None = None,
     ) -> None:
-        """Say that a decode runs at its destination now; ``pulled`` tells that its KV is there already."""
+        """Say that a decode goes on at its destination with its KV: ``moved_bytes`` in ``stages`` copies. Its
+        client waited for ``pause_s`` behind the token after which the source stopped; None: not measured."""
         assert live.migrate is not None
-        self._decodes_on(live, live.migrate.dst, resident_tokens, now)
-        if pulled:
-            self.ledger.transfer_ended(live.id, now)
+        if live.decode_on != live.migrate.dst:
+            self._decodes_on(live, live.migrate.dst, resident_tokens, now)
+        self.ledger.transfer_ended(live.id, now)
         live.migrations += 1
-        self._migration_over(live, "done", now, moved_bytes=moved_bytes)
+        self._migration_over(live, "done", now, "", MigrationCost(moved_bytes, stages, pause_s))
 
     # Questions
 
@@ -358,8 +374,10 @@ class ControlPlane:
         alone = not (cells[Field.PREFILL_REQUESTS, column] or cells[Field.DECODE_REQUESTS, column])
         return RunPrefill(live, place, prefill_ticket(request, seconds), alone)
 
-    def _decodes_on(self, live: LiveRequest, on: str, resident_tokens: int, now: float) -> None:
-        self.ledger.decode_dispatched(live.id, on, resident_tokens, now)
+    def _decodes_on(
+        self, live: LiveRequest, on: str, resident_tokens: int, now: float, stopped_s: float | None = None
+    ) -> None:
+        self.ledger.decode_dispatched(live.id, on, resident_tokens, now, stopped_s)
         live.stage = Stage.DECODE
         live.decode_on = on
         if self.prefixes is not None and live.blocks.keys:
@@ -394,12 +412,12 @@ class ControlPlane:
     # Parts of events
 
     def _migration_over(
-        self, live: LiveRequest, event: str, now: float, why: str = "", moved_bytes: int = 0
+        self, live: LiveRequest, event: str, now: float, why: str = "", cost: MigrationCost = FREE
     ) -> None:
         migrate, live.migrate = live.migrate, None
         if migrate is not None:
             self.ledger.moves(live.id, "", now)
-            self._actions.note_migration(migrate, event, now, why, moved_bytes)
+            self._actions.note_migration(migrate, event, now, why, cost)
 
     def _decided(
         self, request: Request, kind: str, verdict: Verdict, view: Snapshot, may_flip: bool

@@ -1,11 +1,11 @@
 """Moving a running decode to another instance in stages, while it goes on.
 
 After Llumnix (OSDI 2024, section 4.2): the first stage copies the KV that is there, each further stage what
-was generated meanwhile. Once little is left, or after ``MOST_STAGES`` stages, the decode leaves its batch at
-the end of the step that runs, the rest is copied, and the decode goes on at the destination. Blocks there are
-reserved before each stage; without room the migration ends. Until the last byte has arrived the source owns
-the decode, and a migration that ends before leaves it there. The preemption, end or abort of the sequence
-ends its migration, too. Ours: what the destination's prefix cache has is copied all the same.
+was generated meanwhile. Once ``core.migration`` says so, the decode leaves its batch at the end of the step
+that runs, the rest is copied, and the decode goes on at the destination. Blocks there are reserved before
+each stage; without room the migration ends. Until the last byte has arrived the source owns the decode, and a
+migration that ends before leaves it there. The preemption, end or abort of the sequence ends its migration,
+too. Ours: what the destination's prefix cache has is copied all the same.
 """
 
 from __future__ import annotations
@@ -13,15 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tidegate.core.migration import is_last_stage
 from tidegate.dataplane.instance import Listener, SimInstance
 from tidegate.dataplane.network import Network, Transfer
 from tidegate.dataplane.sequence import PAUSED, SimSequence
-
-LAST_STAGE_TOKENS = 256
-"""With at most so many tokens left to copy the decode pauses: 16 blocks of 16, which a link of 40 GB/s moves
-in a millisecond. Ours."""
-MOST_STAGES = 4
-"""Stages beside the decode; each is shorter than the one before where copying is faster than decoding."""
 
 
 @dataclass(slots=True, eq=False)
@@ -102,7 +97,7 @@ class Migrations:
         source = self._instances[migration.src]
         source.settle(now)
         left = sequence.base + source.batcher.decode.ticks - migration.copied
-        if left <= LAST_STAGE_TOKENS or migration.stages >= MOST_STAGES:
+        if is_last_stage(left, migration.stages, source.replica.instance.block_tokens):
             source.pause(sequence, now)
         elif self._reserve(migration, now):
             self._copy(migration, now)

@@ -8,7 +8,7 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from tidegate.engines.seam import Json, LegTimes
-from tidegate.protocol.chunks import Tokens
+from tidegate.protocol.chunks import MovedDecode, Tokens
 
 
 class _Choice(Struct):
@@ -55,6 +55,7 @@ class EngineAnswer(Struct):
     usage: AnswerUsage | None = None
     at_token: int | None = None
     remaining_tokens: float | None = None
+    tidegate_moved: MovedDecode | None = None
     error: Any | UnsetType = UNSET
 
     def tokens(self, chat: bool) -> Tokens | None:
@@ -80,6 +81,7 @@ class EngineAnswer(Struct):
             delta or None,
             self.prompt_logprobs or choice.prompt_logprobs,
             forecast,
+            self.tidegate_moved,
         )
 
 

@@ -190,6 +190,10 @@ class DialectEngine:
             kv["tidegate_generated"] = leg.generated
         if leg.ticket is not None:
             kv["tidegate_ticket"] = leg.ticket._asdict()
+        if leg.movable:
+            kv["tidegate_movable"] = True
+        if leg.follows is not None:
+            kv["tidegate_follows"] = msgspec.structs.asdict(leg.follows)
         return kv
 
     def _handle(self, params: Json | None, leg: Leg, prompt_tokens: int, tokens: Tokens) -> KvHandle | None:

@@ -30,6 +30,15 @@ class KvHandle(msgspec.Struct, frozen=True):
     expires_s: float = math.inf
 
 
+class RunningLeg(msgspec.Struct, frozen=True):
+    """A leg that decodes on the engine ``engine_id``, whose KV channel listens at ``host``:``port``."""
+
+    engine_id: str
+    request_id: str
+    host: str
+    port: int
+
+
 class Leg(msgspec.Struct, frozen=True):
     """One call to one engine: a part of a request.
 
@@ -37,7 +46,8 @@ class Leg(msgspec.Struct, frozen=True):
     ``messages``, and token ids in ``prompt`` once they are known; the last ``generated`` ids are earlier
     output. ``pin`` asks for a handle at the end. ``sampling`` are the
     body fields that all legs share. ``ticket``, for an engine with the capability ``orders``, is on a clock
-    that shows 0 when the leg is sent.
+    that shows 0 when the leg is sent. Another leg may take a ``movable`` one over while it decodes: one that
+    ``follows`` it, begins behind its last token and says so in its first piece (``Tokens.moved``).
     """
 
     request_id: str
@@ -50,6 +60,8 @@ class Leg(msgspec.Struct, frozen=True):
     handle: KvHandle | None = None
     salt: str = ""
     ticket: Ticket | None = None
+    movable: bool = False
+    follows: RunningLeg | None = None
 
     @property
     def whole(self) -> bool:
@@ -67,6 +79,16 @@ class TokensSink(Protocol):
 
     def plain(self, text: str, token_ids: list[int]) -> bool | None:
         """Take a piece that is only text and ids, as nearly all are: the short way through the relay."""
+
+
+class IgnoredTokens:
+    """Takes tokens that nobody asked for: a ``TokensSink``."""
+
+    def tokens(self, tokens: Tokens) -> None:
+        """See ``TokensSink.tokens``."""
+
+    def plain(self, text: str, token_ids: list[int]) -> None:
+        """See ``TokensSink.plain``."""
 
 
 class LegTimes(msgspec.Struct, frozen=True):

@@ -25,7 +25,9 @@ class Capabilities:
     whose state ids do not hold can only begin anew. ``extends_kv``: a prefill can begin with KV of another
     member that covers a part of its prompt. ``orders``: it serves waiting prefills by their tickets, in the
     order it was started with; without it only ``fifo`` systems may use it. ``tells_load``: its ``/metrics``
-    show its load in vLLM's names; the gateway knows the load of the others.
+    show its load in vLLM's names; the gateway knows the load of the others. ``staged``: it takes running
+    decodes of other ``staged`` members over in stages, and leaves its own to them; without it a decode moves
+    by ending its leg, pinning its KV and beginning another.
     """
 
     kv_transfer: bool = True
@@ -33,6 +35,7 @@ class Capabilities:
     extends_kv: bool = False
     orders: bool = True
     tells_load: bool = False
+    staged: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ class Member:
     ``kv_transfer``, which pins KV for ``lease_s``; MooncakeConnector's peers find it at ``bootstrap_url`` as
     ``kv_engine_id``. A server with a ``fixed_role`` keeps its label, and only hands KV on (PREFILL) or only
     takes it (DECODE). ``measured_at_start``: its profile is a short measurement, which follows what is
-    observed later.
+    observed later. A ``staged`` member's KV channel listens at ``kv_host``:``kv_port``.
     """
 
     instance: Instance
@@ -65,6 +68,8 @@ class Member:
     kv_engine_id: str = ""
     fixed_role: Role | None = None
     measured_at_start: bool = False
+    kv_host: str = ""
+    kv_port: int = 0
 
     @property
     def produces_kv(self) -> bool:

@@ -23,7 +23,7 @@ from tidegate.costs.forms import TransferCost
 from tidegate.costs.profile import Profile
 from tidegate.costs.roofline import Shape, nominal_profile
 from tidegate.fleet.child import Child
-from tidegate.fleet.member import Member
+from tidegate.fleet.member import Capabilities, Member
 from tidegate.fleet.supervision import HOST, FleetPace, ProcessFleet, Slot, inherited_environment
 from tidegate.fleet.zygote import Zygote
 
@@ -40,7 +40,8 @@ SMALL = Shape(576, 30, 9, 3, 64, 1536, 49152, 4.0, 4.0)
 
 
 class Ready(BaseModel):
-    """An engine's announcement. Fields it has beyond these are ignored."""
+    """An engine's announcement. Fields it has beyond these are ignored. One with a KV channel names its
+    port."""
 
     event: Literal["ready"]
     port: int = Field(gt=0, le=65535)
@@ -51,6 +52,8 @@ class Ready(BaseModel):
     kv_capacity_tokens: int = Field(gt=0)
     block_tokens: int = Field(gt=0)
     kv_bytes_per_token: int = Field(ge=0)
+    kv_host: str = HOST
+    kv_port: int = Field(default=0, ge=0, le=65535)
     profile_samples: list[PrefillSample | StepSample] = []
 
     def member(
@@ -73,6 +76,9 @@ class Ready(BaseModel):
             api_key=api_key,
             kind=kind,
             pid=self.pid,
+            capabilities=Capabilities(staged=bool(self.kv_port)),
+            kv_host=self.kv_host,
+            kv_port=self.kv_port,
         )
 
 

@@ -160,6 +160,14 @@ def beginning(call: Call, generated: int, most: int | None) -> Json:
     return {name: value for name, value in (sampling | changed).items() if name not in dropped}
 
 
+def still_asked(call: Call, sampling: Json, *, prompt_known: bool, had_logprobs: bool) -> Json:
+    """Return the fields without those whose effect an earlier leg has had."""
+    had = {"prompt_logprobs"} if had_logprobs else set()
+    if isinstance(call.prompt, str) and prompt_known:
+        had.add("suffix")
+    return {name: given for name, given in sampling.items() if name not in had} if had else sampling
+
+
 def engines_stop(call: Call) -> bool:
     """Tell whether engines are given the stop strings, to say them.
 

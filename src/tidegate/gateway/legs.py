@@ -4,34 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
+from msgspec.structs import replace
+
 from tidegate.control.live_request import LiveRequest, Stage
 from tidegate.control.record import RequestRecord
 from tidegate.core.decision import Migrate
 from tidegate.core.errors import EngineError, EngineFault, EngineTimeout, KvLost, PromptTooLong
 from tidegate.core.request import Request
-from tidegate.engines.seam import Json, KvHandle, Leg, LegEnd, TokensSink
+from tidegate.engines.seam import IgnoredTokens, KvHandle, Leg, LegEnd, RunningLeg, TokensSink
+from tidegate.fleet.member import Capabilities
 from tidegate.gateway.call import Call, TokenEstimate, prompt_blocks
-from tidegate.gateway.continuation import Continuation, beginning, continuation, continuing
+from tidegate.gateway.continuation import Continuation, beginning, continuation, continuing, still_asked
 from tidegate.gateway.dispatcher import Dispatcher
+from tidegate.gateway.moving import MoveFailed, StagedMove
 from tidegate.gateway.upstream import Upstream
 from tidegate.policies.order import Ticket
-from tidegate.protocol.chunks import Tokens
+from tidegate.protocol.chunks import MIGRATED, Tokens
 from tidegate.protocol.stop_strings import StopStrings
 
 EXPORT_S = 5.0
 """How long a prefill waits for another instance to pin what it would read (ours); then it computes."""
 DECODE = Stage.DECODE
 """Read with every token, and reading a member of an enum class is slow."""
-
-
-class _Ignored:
-    """Takes tokens that nobody asked for."""
-
-    def tokens(self, tokens: Tokens) -> None:
-        """See ``TokensSink.tokens``."""
-
-    def plain(self, text: str, token_ids: list[int]) -> None:
-        """See ``TokensSink.plain``."""
 
 
 class Legs(LiveRequest):
@@ -44,7 +38,8 @@ class Legs(LiveRequest):
     ``out_ids`` are the tokens delivered so far, and ``prompt_ids`` the client's prompt, None until an engine
     has tokenised it. ``refusal`` is set when prompt and answer do not fit the context. ``count`` legs were
     begun. ``upstream`` and ``first_s`` are of the leg that runs or ran last, and so is ``stopped``: whether
-    it was ended from here. ``decode_first_s`` is when the first decode leg began to answer.
+    it was ended from here. ``decode_first_s`` is when the first decode leg began to answer. A leg
+    whose decode is to migrate by ending is ``cut``.
     """
 
     def __init__(
@@ -67,6 +62,9 @@ class Legs(LiveRequest):
         self.upstream: Upstream | None = None
         self.first_s: float | None = None
         self.decode_first_s: float | None = None
+        self.cut = False
+        self._running = ""
+        self._pulled: tuple[int, float | None] | None = None
         self._call = call
         self._dispatcher = dispatcher
         self._record = record
@@ -133,7 +131,7 @@ class Legs(LiveRequest):
         Raises what ``Engine.run`` raises unless the answer is complete by then, PromptTooLong when the prompt
         turns out not to fit, and ClientGone.
         """
-        call, dispatcher = self._call, self._dispatcher
+        dispatcher = self._dispatcher
         capabilities = upstream.member.capabilities
         # With nobody to pull or decline it, what vLLM pins is held until its lease ends: it fills the cache.
         wanted = capabilities.continues or len(dispatcher.upstreams) > 1
@@ -142,21 +140,14 @@ class Legs(LiveRequest):
         loaded = held if held is not None and dispatcher.handles.usable(held, upstream) else None
         ordered = capabilities.orders and not self.out_ids
         begun = self._begin(upstream, hand_over=hand_over, handle=None if hand_over else loaded)
-        if most is None:
-            most = self.remaining(begun)
-        sampling = continuing if capabilities.continues else beginning
-        leg = Leg(
-            request_id=f"{call.id}-{self.count}",
-            prompt=call.prompt if self.prompt_ids is None else [*self.prompt_ids, *self.out_ids[:begun]],
-            messages=call.messages,
-            max_tokens=most,
-            sampling=self._still_asked(sampling(call, begun, most)),
-            generated=begun,
+        leg = replace(
+            self._leg(capabilities, begun, most),
             pin=pin,
             handle=loaded,
-            salt=call.salt,
             ticket=ticket.on_clock(-self._clock.now()) if ticket is not None and ordered else None,
+            movable=capabilities.staged and not hand_over,
         )
+        self._running = leg.request_id
         try:
             self.check_limit()
             end = await upstream.engine.run(leg, self, deadline_s=self._left_s())
@@ -180,6 +171,53 @@ class Legs(LiveRequest):
             dispatcher.handles.release(end.handle)
         self.check_limit()
         return LegEnd(times=end.times)
+
+    def _leg(self, capabilities: Capabilities, begun: int, most: int | None = None) -> Leg:
+        """Return a leg over at most ``most`` tokens behind the first ``begun`` that were delivered."""
+        call, known, had = self._call, self.prompt_ids is not None, self._prompt_logprobs is not None
+        most = self.remaining(begun) if most is None else most
+        sampling = (continuing if capabilities.continues else beginning)(call, begun, most)
+        return Leg(
+            request_id=f"{call.id}-{self.count}",
+            prompt=call.prompt if self.prompt_ids is None else [*self.prompt_ids, *self.out_ids[:begun]],
+            messages=call.messages,
+            max_tokens=most,
+            sampling=still_asked(call, sampling, prompt_known=known, had_logprobs=had),
+            generated=begun,
+            salt=call.salt,
+        )
+
+    def follow(self, dst: Upstream, failed: MoveFailed) -> StagedMove | None:
+        """Have ``dst`` take the decode over in stages; None where source or destination cannot. The leg that
+        runs goes on meanwhile."""
+        assert self.upstream is not None
+        src = self.upstream.member
+        if not (src.capabilities.staged and dst.member.capabilities.staged and self._running):
+            return None
+        self.count += 1
+        leg = replace(
+            self._leg(dst.member.capabilities, len(self.out_ids)),
+            movable=True,
+            follows=RunningLeg(src.engine_id, self._running, src.kv_host, src.kv_port),
+        )
+        return StagedMove(dst, leg, max(0.0, self.deadline_s - self._clock.now()), failed)
+
+    async def carry_on(self, move: StagedMove) -> LegEnd:
+        """Go on with the leg that took the decode over; the one before it has ended. Raises what ``run``
+        raises."""
+        moved = await move.begun(len(self.out_ids))
+        if self.migrate is None:
+            raise move.drop("the migration was cancelled")
+        self.upstream, self._running, self.stopped = move.dst, move.leg.request_id, False
+        self.first_s = self._clock.now()
+        self._record.kv_transfer_bytes += moved.moved_bytes
+        self._moved_here(moved.moved_bytes, moved.stages, self._record.last_token_s)
+        try:
+            return await move.carry_on(self)
+        except EngineError:
+            if self.finish_reason is not None:
+                return LegEnd()
+            raise
 
     async def tokenise(self, upstream: Upstream) -> bool:
         """Have an engine tokenise the prompt before its first leg; False if it cannot. Raises EngineError."""
@@ -206,15 +244,8 @@ class Legs(LiveRequest):
             pin=True,
             salt=self._call.salt,
         )
-        end = await holder.engine.run(leg, _Ignored(), deadline_s=min(EXPORT_S, self._left_s()))
+        end = await holder.engine.run(leg, IgnoredTokens(), deadline_s=min(EXPORT_S, self._left_s()))
         return end.handle
-
-    def _still_asked(self, sampling: Json) -> Json:
-        """Return the fields without those whose effect an earlier leg has had."""
-        had = {"prompt_logprobs"} if self._prompt_logprobs is not None else set()
-        if isinstance(self._call.prompt, str) and self.prompt_ids is not None:
-            had.add("suffix")
-        return {name: given for name, given in sampling.items() if name not in had} if had else sampling
 
     def _left_s(self) -> float:
         """Return the seconds until the request's deadline. Raises EngineTimeout when it has passed."""
@@ -233,6 +264,7 @@ class Legs(LiveRequest):
         """
         self.count += 1
         self.upstream, self.first_s, self._handing_over, self.stopped = upstream, None, hand_over, False
+        self._running = ""
         if upstream.member.capabilities.continues:
             self._continuation = None
             return len(self.out_ids)
@@ -287,11 +319,25 @@ class Legs(LiveRequest):
     def _may_migrate(self) -> bool:
         """Tell whether the answer is to move and may be cut: its text is whole, and something is left to
         generate."""
-        if self.migrate is None or self._handing_over or self.finish_reason is not None:
+        if not self.cut or self.migrate is None or self._handing_over or self.finish_reason is not None:
             return False
         left = self.remaining()
         whole = self._continuation is None or self._continuation.clean == len(self.out_ids)
         return whole and (left is None or left > 1)
+
+    def pulls(self, moved_bytes: int, stopped_s: float | None) -> None:
+        """Note that the decode stopped at its source, after a token at ``stopped_s``, and is to be pulled."""
+        self._pulled = moved_bytes, stopped_s
+        resident = self.prompt_tokens + len(self.out_ids)
+        self._plane.migration_pulls(self, resident, self._clock.now(), stopped_s)
+
+    def _moved_here(self, moved_bytes: int, stages: int, stopped_s: float | None) -> None:
+        """Note the first token at the destination."""
+        now, resident = self._clock.now(), self.prompt_tokens + len(self.out_ids)
+        pause_s = None if stopped_s is None else now - stopped_s
+        self._plane.migration_done(
+            self, resident, now, moved_bytes=moved_bytes, stages=stages, pause_s=pause_s
+        )
 
     # the tokens
 
@@ -321,7 +367,7 @@ class Legs(LiveRequest):
         if tokens.token_ids:
             self._count(tokens.token_ids)
         reason = tokens.finish_reason
-        if reason == "length" and self._handing_over and self.remaining() != 0:
+        if reason == MIGRATED or (reason == "length" and self._handing_over and self.remaining() != 0):
             reason = None
         if reason is not None:
             self.finish_reason, self.stop_reason = reason, tokens.stop_reason
@@ -354,7 +400,7 @@ class Legs(LiveRequest):
                 self.stopped = True
                 return True
         self._answer.plain(text, token_ids)
-        if self.migrate is not None:
+        if self.cut:
             self.stopped = self._may_migrate()
         return self.stopped
 
@@ -381,7 +427,10 @@ class Legs(LiveRequest):
         self.first_s = now = self._clock.now()
         if not self._handing_over and self.decode_first_s is None:
             self.decode_first_s = now
-        if self.stage is DECODE:
+        pulled, self._pulled = self._pulled, None
+        if pulled is not None and self.migrate is not None and not self._handing_over:
+            self._moved_here(pulled[0], 1, pulled[1])
+        elif self.stage is DECODE:
             self._plane.transfer_ended(self, now)
         elif not self._handing_over:
             self._plane.decode_began(self, self.prompt_tokens + len(self.out_ids), now)

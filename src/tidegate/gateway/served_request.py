@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
+from typing import Any
 
 from tidegate.control.effects import GiveUp, Held, RunDecode, RunPrefill, StartMigration
 from tidegate.control.record import RequestEnding, RequestRecord, outcome_line
 from tidegate.core.decision import Path
-from tidegate.core.errors import ClientError, EngineError, InternalError, TidegateError
+from tidegate.core.errors import ClientError, EngineError, EngineFault, InternalError, TidegateError
 from tidegate.core.stages import parts_of_ttft
 from tidegate.engines.seam import KvHandle, LegEnd, LegTimes, TokensSink
 from tidegate.gateway.call import Call, TokenEstimate
 from tidegate.gateway.dispatcher import Command, Dispatcher
 from tidegate.gateway.legs import Legs
+from tidegate.gateway.moving import StagedMove
 from tidegate.gateway.upstream import Upstream
 from tidegate.policies.order import Ticket
 
@@ -42,6 +45,7 @@ class ServedRequest:
         self._placed_s = arrival_s
         self._command: Command | None = None
         self._commanded: asyncio.Future[None] | None = None
+        self._staged: StagedMove | None = None
 
     def command(self, command: Command) -> None:
         """See ``Served.command``."""
@@ -50,11 +54,29 @@ class ServedRequest:
             self._commanded.set_result(None)
 
     def start_migration(self, effect: StartMigration) -> None:
-        """See ``Served.start_migration``: the decode moves at its next token."""
-        why_not = self.legs.why_not_movable(effect.migrate)
-        if why_not:
-            for_good = bool(self.record.unmovable)
-            self._plane.migration_refused(self.legs, why_not, self._clock.now(), for_good=for_good)
+        """See ``Served.start_migration``: the decode moves in stages, or at its next token."""
+        legs, plane, now = self.legs, self._plane, self._clock.now()
+        why_not = legs.why_not_movable(effect.migrate)
+        dst = self._dispatcher.upstreams.get(effect.migrate.dst)
+        if why_not or dst is None:
+            why_not = why_not or f"{effect.migrate.dst} is down"
+            plane.migration_refused(legs, why_not, now, for_good=bool(self.record.unmovable))
+            return
+        self._drop_move()
+        self._staged = legs.follow(dst, self._move_failed)
+        legs.cut = self._staged is None
+        if self._staged is not None:
+            plane.migration_begun(legs, now)
+
+    def _move_failed(self, move: StagedMove, why: str) -> None:
+        if move is self._staged and self.legs.migrate is not None:
+            self._plane.migration_cancelled(self.legs, self._clock.now(), why=why)
+
+    def _drop_move(self) -> None:
+        """End a move in stages; the decode stays at its source if that has not given it up."""
+        move, self._staged = self._staged, None
+        if move is not None:
+            move.drop()
 
     async def run(self) -> None:
         """Serve the request to its end."""
@@ -74,6 +96,7 @@ class ServedRequest:
             raise
         finally:
             del dispatcher.served[self.call.id]
+            self._drop_move()
             self._close(error)
 
     async def _until_finished(self) -> None:
@@ -92,6 +115,7 @@ class ServedRequest:
                 self._note_ttft(LegTimes())
                 if self._nothing_left():
                     return
+                self._drop_move()
                 legs.repeatable = not self.call.state
                 self._dispatcher.do(self._plane.failed(legs, error, self._clock.now()))
 
@@ -166,15 +190,37 @@ class ServedRequest:
     async def _to_the_end(
         self, upstream: Upstream, *, handle: KvHandle | None = None, ticket: Ticket | None = None
     ) -> LegEnd:
-        """Run all that is left, on ``upstream`` first, then wherever migrations take it."""
+        """Run all that is left, on ``upstream`` first, then wherever migrations take it. Returns how the last
+        leg that was placed or pulled ended."""
         legs = self.legs
-        end = await legs.run(upstream, handle=handle, ticket=ticket)
+        end = await self._until_given_up(legs.run(upstream, handle=handle, ticket=ticket))
         while legs.finish_reason is None:
-            assert legs.migrate is not None, "a leg that does not hand over ends early only to migrate"
-            upstream, end = await self._move(upstream, legs.migrate.dst)
-            if legs.finish_reason is None:
-                end = await legs.run(upstream, handle=end.handle)
+            if legs.stopped:
+                assert legs.migrate is not None and legs.upstream is not None, "it is cut only to migrate"
+                upstream, end = await self._move(legs.upstream, legs.migrate.dst)
+                if legs.finish_reason is None:
+                    end = await self._until_given_up(legs.run(upstream, handle=end.handle))
+                continue
+            move, self._staged = self._staged, None
+            if move is None:
+                raise EngineFault("the engine ended the leg early", stage="decode")
+            await self._until_given_up(legs.carry_on(move))
         return end
+
+    async def _until_given_up(self, leg: Coroutine[Any, Any, LegEnd]) -> LegEnd:
+        """Await a leg. That its instance fails is no error once the decode is another's and no token was lost
+        on the way here."""
+        try:
+            return await leg
+        except EngineError as error:
+            move = self._staged
+            if move is None or self.legs.finish_reason is not None:
+                raise
+            try:
+                await move.begun(len(self.legs.out_ids))
+            except EngineError:
+                raise error from None
+            return LegEnd()
 
     async def _move(self, src: Upstream, dst_id: str) -> tuple[Upstream, LegEnd]:
         """Have the source pin the KV of the stream so far; return where the decode goes on, and how that
@@ -184,6 +230,8 @@ class ServedRequest:
         the client gets that token while the destination pulls.
         """
         dispatcher, plane, legs = self._dispatcher, self._plane, self.legs
+        stopped_s, pulls = self.record.last_token_s, False
+        legs.cut = False
         plane.migration_begun(legs, self._clock.now())
         try:
             end = await legs.run(src, hand_over=True, most=1)
@@ -193,11 +241,11 @@ class ServedRequest:
             if dst is None or legs.migrate is None:
                 dispatcher.handles.release(end.handle)
                 return src, LegEnd()
-            resident = legs.prompt_tokens + len(legs.out_ids)
-            plane.migration_done(legs, resident, self._clock.now(), pulled=False)
+            pulls = True
+            legs.pulls(end.handle.tokens * src.member.instance.kv_bytes_per_token, stopped_s)
             return dst, end
         finally:
-            if legs.migrate is not None:
+            if legs.migrate is not None and not pulls:
                 plane.migration_cancelled(legs, self._clock.now())
 
     # later rounds

@@ -127,7 +127,9 @@ class ControlLine(JournalLine, tag="control", omit_defaults=True):
 class MigrationLine(JournalLine, tag="migration"):
     """A running decode moves.
 
-    ``event`` is ``begun``, ``done``, ``cancelled`` or, for the reason in ``detail``, ``ignored``.
+    ``event`` is ``begun``, ``done``, or, for the reason in ``detail``, ``cancelled`` or ``ignored``. One that
+    is done moved ``moved_bytes`` of KV in ``stages`` copies, for the last of which the decode stood; its
+    client waited for ``pause_s``.
     """
 
     request: str
@@ -137,6 +139,8 @@ class MigrationLine(JournalLine, tag="migration"):
     reason: str = ""
     detail: str = ""
     moved_bytes: int = 0
+    stages: int | UnsetType = UNSET
+    pause_s: float | UnsetType = UNSET
 
 
 class FailureLine(JournalLine, tag="failure"):

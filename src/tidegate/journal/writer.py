@@ -11,6 +11,7 @@ import msgspec
 from tidegate.core.decision import Flip, Hold, Migrate, Place, Reject, Verdict
 from tidegate.core.errors import EngineError, status_of
 from tidegate.core.instance import Role
+from tidegate.core.migration import MigrationCost
 from tidegate.core.slo import Slo
 from tidegate.journal.schema import (
     Chosen,
@@ -99,10 +100,12 @@ class JournalWriter:
         """Write the reason of a controller's decision and how many flips it asked for."""
         self.write(ControlLine(self.elapsed_s(now_s), reason, flips, controller))
 
-    def migration(self, now_s: float, migrate: Migrate, event: str, detail: str, moved_bytes: int) -> None:
-        """Write that a migration has begun, is done, cancelled or, as ``detail`` says why, ignored."""
+    def migration(self, now_s: float, migrate: Migrate, event: str, detail: str, cost: MigrationCost) -> None:
+        """Write that a migration has begun, is done, or, as ``detail`` says why, cancelled or ignored."""
         move = (migrate.src, migrate.dst, migrate.reason)
-        self.write(MigrationLine(self.elapsed_s(now_s), migrate.request, event, *move, detail, moved_bytes))
+        pause_s = msgspec.UNSET if cost.pause_s is None else round(cost.pause_s, 6)
+        costs = (cost.moved_bytes, cost.stages or msgspec.UNSET, pause_s)
+        self.write(MigrationLine(self.elapsed_s(now_s), migrate.request, event, *move, detail, *costs))
 
     def failure(self, now_s: float, request: str, error: EngineError, generated: int) -> None:
         """Write that an engine failed a request's leg, after ``generated`` tokens of the answer."""

@@ -198,12 +198,14 @@ class Ledger:
         self._matrix.hold(entry, instance, entry.request.prompt_tokens)
         return True
 
-    def decode_dispatched(self, request_id: str, on: str, resident_tokens: int, now: float) -> bool:
+    def decode_dispatched(
+        self, request_id: str, on: str, resident_tokens: int, now: float, stopped_s: float | None = None
+    ) -> bool:
         """Place the decode on instance ``on`` with ``resident_tokens`` of KV (prompt + generated).
 
-        ``tokens`` counts those that come after. Where the KV is elsewhere it stays counted there, too,
-        until ``transfer_ended`` or the first ``tokens``. For a request that decodes already this is a
-        migration. Raises NoInstance when ``on`` is not up.
+        ``tokens`` counts those that come after. Where the KV is elsewhere it stays counted there, too, until
+        ``transfer_ended`` or the first ``tokens``. For a request that decodes already this is a migration,
+        which paused after a token at ``stopped_s`` (None: its last). Raises NoInstance when ``on`` is not up.
         """
         instance = self._up(on)
         entry = self._entries.get(request_id)
@@ -211,9 +213,8 @@ class Ledger:
             return False
         if entry.prefill is not None:
             self.prefill_ended(request_id, now)
-        previous = entry.decode
-        if previous is not None:
-            held, entry.left_at_s = entry.tokens_now, entry.token_at_s
+        if (previous := entry.decode) is not None:
+            held, entry.left_at_s = entry.tokens_now, entry.token_at_s if stopped_s is None else stopped_s
             self._matrix.leave_decode(entry)
             if entry.source is None:
                 self._matrix.hold(entry, previous, held)
@@ -380,9 +381,8 @@ class Ledger:
     def progress(self) -> tuple[list[Request], Integers]:
         """Return the requests that decode, and how many tokens of its answer each has."""
         decodes = [entry for entry in self._entries.values() if entry.decode is not None]
-        requests = [entry.request for entry in decodes]
         generated = [e.tokens_now - e.request.prompt_tokens + e.request.generated for e in decodes]
-        return requests, np.array(generated, np.int64)
+        return [entry.request for entry in decodes], np.array(generated, np.int64)
 
     def window_averages(self, ids: Sequence[str]) -> dict[str, WindowAverages]:
         """Return the averages of the named windows that ended last, on the instances ``ids``."""

@@ -102,13 +102,23 @@ class TicketParams(RequestBody):
     work_s: Annotated[Number, Field(ge=0.0)]
 
 
+class FollowsParams(RequestBody):
+    """A decode that runs on another engine, and where that engine's KV channel listens."""
+
+    engine_id: StrictStr
+    request_id: StrictStr
+    host: StrictStr
+    port: Annotated[StrictInt, Field(gt=0, lt=65536)]
+
+
 class KvTransferParams(RequestBody):
     """vLLM's ``kv_transfer_params``: a KV handle, or the wish for one.
 
     ``do_remote_decode`` asks the engine to pin the KV and return a handle, whose ``remote_*`` fields say
     where KV can be pulled from. Ours: ``prompt_token_ids`` of a chat that continues from known ids,
-    ``tidegate_generated``, how many of the prompt's last tokens are output of earlier legs, and
-    ``tidegate_ticket``, what the engine's order goes by.
+    ``tidegate_generated``, how many of the prompt's last tokens are output of earlier legs;
+    ``tidegate_ticket``, what the engine's order goes by; ``tidegate_movable`` where another engine may take
+    the decode over, which then knows it by its ``request_id``; and in such a leg ``tidegate_follows``.
     """
 
     do_remote_decode: StrictBool = False
@@ -122,6 +132,8 @@ class KvTransferParams(RequestBody):
     prompt_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
     tidegate_generated: Annotated[StrictInt, Field(ge=0)] = 0
     tidegate_ticket: TicketParams | None = None
+    tidegate_movable: StrictBool = False
+    tidegate_follows: FollowsParams | None = None
 
 
 class _SamplingBody(RequestBody):

@@ -14,6 +14,17 @@ from tidegate.core.errors import TidegateError, status_of
 Json = dict[str, Any]
 
 DONE = b"data: [DONE]\n\n"
+MIGRATED = "migrated"
+"""The finish reason of a leg whose decode another instance has taken over; no client sees it."""
+
+
+class MovedDecode(msgspec.Struct, frozen=True):
+    """How a running decode came to another instance: behind ``generated`` output tokens of all legs, in
+    ``stages`` copies, the last of which it paused for, with ``moved_bytes`` of KV."""
+
+    generated: int
+    stages: int
+    moved_bytes: int
 
 
 class Tokens(msgspec.Struct):
@@ -32,6 +43,8 @@ class Tokens(msgspec.Struct):
     """One item for each token of the prompt, for the last piece of an answer that is sent whole."""
     forecast: tuple[int, float] | None = None
     """What the engine predicts: so many output tokens of all legs, and how many follow. Never sent on."""
+    moved: MovedDecode | None = None
+    """Of the first piece of a leg that took a running decode over. Never sent on."""
 
 
 class AnswerHead(msgspec.Struct, frozen=True):

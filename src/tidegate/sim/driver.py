@@ -401,7 +401,7 @@ class SimDriver:
         live.kv_transfer_bytes += moved_bytes
         if committed:
             live.on = dst
-            self.plane.migration_done(live, sequence.tokens, now, moved_bytes=moved_bytes, pulled=True)
+            self.plane.migration_done(live, sequence.tokens, now, moved_bytes=moved_bytes)
         else:
             self.plane.migration_cancelled(live, now, moved_bytes)
 

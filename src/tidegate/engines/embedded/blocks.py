@@ -6,6 +6,7 @@ be reused until evicted, oldest first) or *blank*. Cached and blank blocks are b
 
 from __future__ import annotations
 
+import math
 import threading
 from array import array
 from collections import OrderedDict
@@ -131,9 +132,13 @@ class Pins:
     def __len__(self) -> int:
         return len(self._pins)
 
-    def pin(self, request_id: str, block_ids: Sequence[int], num_tokens: int) -> PinnedKv:
-        """Take over the caller's hold on the blocks for one lease; an older pin of the id ends."""
-        pin = PinnedKv(request_id, tuple(block_ids), num_tokens, self._clock.now() + self._lease_s)
+    def pin(
+        self, request_id: str, block_ids: Sequence[int], num_tokens: int, *, lease_s: float | None = None
+    ) -> PinnedKv:
+        """Take over the caller's hold on the blocks for one lease, or for ``lease_s``; an older pin of the id
+        ends."""
+        ends_s = self._clock.now() + (self._lease_s if lease_s is None else lease_s)
+        pin = PinnedKv(request_id, tuple(block_ids), num_tokens, ends_s)
         with self._lock:
             older = self._pins.pop(request_id, None)
             if older is not None:
@@ -171,7 +176,7 @@ class Pins:
             returned, self._returned = self._returned, []
         return returned
 
-    def next_deadline_s(self) -> float | None:
-        """Return when the next lease ends, on the clock; None without pins."""
+    def next_deadline_s(self) -> float:
+        """Return when the next lease ends, on the clock; inf without pins."""
         with self._lock:
-            return min((pin.deadline_s for pin in self._pins.values()), default=None)
+            return min((pin.deadline_s for pin in self._pins.values()), default=math.inf)

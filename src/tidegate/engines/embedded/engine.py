@@ -7,18 +7,23 @@ put a call in the inbox, which the compute thread empties between two steps.
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from tidegate.core.clock import Clock, WallClock
 from tidegate.core.errors import BadRequest, NoInstance
+from tidegate.engines.embedded.arrivals import Takeover, expected_tokens
 from tidegate.engines.embedded.blocks import BlockPool, Pins
+from tidegate.engines.embedded.departures import Departures
+from tidegate.engines.embedded.kv_channel import TransferTimedOut
 from tidegate.engines.embedded.kv_store import PagedKvStore
 from tidegate.engines.embedded.length_predictor import HiddenReader, find_predictor
 from tidegate.engines.embedded.model import Batch, ModelRunner, load_model
@@ -26,11 +31,18 @@ from tidegate.engines.embedded.options import EngineConfig
 from tidegate.engines.embedded.sampling import sample
 from tidegate.engines.embedded.scheduler import BatchScheduler
 from tidegate.engines.embedded.sequence import TokenSequence, draw_for, take_token, times_of
+from tidegate.engines.embedded.stages import StageAnswer, StageQuestion
 from tidegate.engines.embedded.tokenizer import ModelTokenizer, load_tokenizer
+from tidegate.engines.seam import RunningLeg
 from tidegate.engines.serving.types import EngineStats, GenerateRequest, Output, OutputSink
+from tidegate.protocol.chunks import MIGRATED
 
 log = logging.getLogger(__name__)
 
+Answer = TypeVar("Answer")
+
+_ANSWER_S = 4.0
+"""How long the end of a step is waited for to ask something of the compute thread (ours)."""
 _HOPELESS_STEPS = 8
 """Failed steps in a row after which the engine gives up: its process ends and is started anew (ours)."""
 
@@ -74,6 +86,7 @@ class EmbeddedEngine:
         self._predictor = predictor = find_predictor(config, model, self.max_model_len)
         if predictor is not None:
             self.hidden_reader = predictor
+        self.departures = Departures(self.scheduler, self._clock)
         self._live: dict[str, TokenSequence] = {}
         self._known: set[str] = set()
         self._outbox: list[Output] = []
@@ -124,6 +137,24 @@ class EmbeddedEngine:
         """Drop a pin; False when there was none."""
         return self.pins.release(request_id)
 
+    def stage(self, question: StageQuestion) -> StageAnswer:
+        """See ``Leaving.stage``."""
+        return self._ask(
+            lambda: self.departures.answer(self._live.get(question.request_id), question), question.request_id
+        )
+
+    def commit(self, request_id: str) -> bool:
+        """See ``Leaving.commit``. Its last output is out when this returns: the batch is not waited for."""
+        sequence = self.departures.commit(request_id)
+        if sequence is not None:
+            times = times_of(sequence, self._clock.now())
+            self._deliver([Output(request_id, [], "", finish_reason=MIGRATED, times=times)])
+        return sequence is not None
+
+    def stay(self, request_id: str) -> None:
+        """See ``Leaving.stay``."""
+        self._post(partial(self.departures.stay, request_id))
+
     def start(self, sink: OutputSink) -> None:
         """Start the compute thread; ``sink`` gets every output, on that thread."""
         self._sink = sink
@@ -147,6 +178,8 @@ class EmbeddedEngine:
     def step(self) -> Step:
         """Run one turn: take the inbox, schedule, compute, postprocess. Delivers nothing by itself."""
         self._take_inbox()
+        for gone in self.departures.settle():
+            self._forget(gone)
         batch = Batch([], [])
         try:
             batch = self.scheduler.schedule()
@@ -197,9 +230,9 @@ class EmbeddedEngine:
         self._deliver([Output(request_id, [], "", finish_reason="error", error=why) for request_id in live])
 
     def _sleep(self) -> None:
-        """Wait for a call from another thread, or for the next lease to end."""
-        deadline = self.pins.next_deadline_s()
-        timeout = None if deadline is None else max(0.0, deadline - self._clock.now())
+        """Wait for a call from another thread, the end of the next lease, or a destination that is late."""
+        deadline_s = min(self.pins.next_deadline_s(), self.departures.next_deadline_s)
+        timeout = None if math.isinf(deadline_s) else max(0.0, deadline_s - self._clock.now())
         with self._wake:
             if not (self._inbox or self._stopping):
                 self._wake.wait(timeout)
@@ -221,6 +254,7 @@ class EmbeddedEngine:
                 prompt = len(sequence.request.prompt_token_ids)
                 counters.count_prompt(prompt, sequence.cached_tokens, sequence.loaded_tokens)
             output = take_token(sequence, choice, eos, self.tokenizer)
+            output.moved, sequence.moved = sequence.moved, None
             if output.finish_reason is not None:
                 self._finish(sequence, output, now)
             self._outbox.append(output)
@@ -247,11 +281,15 @@ class EmbeddedEngine:
         output.times = times_of(sequence, now_s)
 
     def _end(self, sequence: TokenSequence, reason: str, error: str | None = None) -> None:
-        """End a request early. Blocks that a transfer still writes to are freed when it is done."""
+        """End a request early. Blocks that a transfer still writes to are freed when it is done. One that was
+        given up to another instance has ended."""
+        if sequence.request.id in self.departures:
+            if not self.departures.end(sequence.request.id):
+                return
+        elif not sequence.loading:
+            self.scheduler.pool.release(self.scheduler.remove(sequence))
         output = Output(sequence.request.id, [], "", finish_reason=reason, error=error)
         output.times = times_of(sequence, self._clock.now())
-        if not sequence.loading:
-            self.scheduler.pool.release(self.scheduler.remove(sequence))
         self._forget(sequence)
         self._outbox.append(output)
 
@@ -267,7 +305,32 @@ class EmbeddedEngine:
 
     def _accept(self, sequence: TokenSequence) -> None:
         self._live[sequence.request.id] = sequence
-        self.scheduler.add(sequence)
+        follows = sequence.request.follows
+        if follows is None:
+            self.scheduler.add(sequence)
+        else:
+            self._expect(sequence, follows)
+
+    def _expect(self, sequence: TokenSequence, follows: RunningLeg) -> None:
+        """Reserve what a decode that comes here needs, and have it brought."""
+        scheduler, block_tokens = self.scheduler, self.store.block_tokens
+        if scheduler.puller is None or not scheduler.expect(
+            sequence, expected_tokens(sequence, block_tokens)
+        ):
+            self._forget(sequence)
+            why = "there is no room for the decode"
+            self._outbox.append(Output(sequence.request.id, [], "", finish_reason="error", error=why))
+            return
+
+        def more(tokens: int) -> bool:
+            return self._ask(lambda: scheduler.expect_more(sequence, tokens), sequence.request.id)
+
+        def wanted() -> bool:
+            return self._live.get(sequence.request.id) is sequence
+
+        done = partial(self._on_arrival, sequence)
+        takeover = Takeover(sequence, follows, block_tokens, more, wanted, done)
+        scheduler.puller.run((follows.host, follows.port), takeover)
 
     def _abort(self, request_id: str) -> None:
         sequence = self._live.get(request_id)
@@ -282,6 +345,35 @@ class EmbeddedEngine:
             self.scheduler.finish_load(sequence, error, moved_bytes, wanted)
 
         self._post(finish)
+
+    def _on_arrival(self, sequence: TokenSequence, error: str | None, moved_bytes: int) -> None:
+        def finish() -> None:
+            wanted = self._live.get(sequence.request.id) is sequence
+            if wanted and error is not None:
+                self._end(sequence, "error", error)
+            self.scheduler.end_expecting(sequence, moved_bytes, arrived=wanted and error is None)
+
+        self._post(finish)
+
+    def _ask(self, question: Callable[[], Answer], about: str) -> Answer:
+        """Have the compute thread answer between two steps. Raises what it raises, and TransferTimedOut when
+        it does not get to it; then it never will."""
+        answer: Future[Answer] = Future()
+
+        def respond() -> None:
+            if answer.set_running_or_notify_cancel():
+                try:
+                    answer.set_result(question())
+                except Exception as error:
+                    answer.set_exception(error)
+
+        self._post(respond)
+        try:
+            return answer.result(_ANSWER_S)
+        except TimeoutError:
+            if answer.cancel():
+                raise TransferTimedOut(f"no step ended in {_ANSWER_S:g} s to ask for {about}") from None
+            return answer.result()
 
     def _wake_up(self) -> None:
         """Have the compute thread take a step, which collects the pins that ended."""

@@ -40,7 +40,13 @@ async def serve_instance(
     config = options.engine
     weights = weights_id(config.model, str(engine.model.kv.dtype))
     exporter = KvExporter(
-        engine.pins, engine.store, secret, engine_id=config.engine_id, model=weights, host=options.kv_host
+        engine.pins,
+        engine.store,
+        secret,
+        engine_id=config.engine_id,
+        decodes=engine,
+        model=weights,
+        host=options.kv_host,
     )
     puller = PeerPuller(engine.store, PullOptions(secret, weights, shared_memory=options.shared_memory))
     facts = ServingFacts(
@@ -64,7 +70,10 @@ async def serve_instance(
     exporter.start()
     await server.start(listener)
     ready = facts.announcement(listener.getsockname()[1])
-    announce(ready | {"kv_port": facts.kv_port, "profile_samples": samples}, options.ready_fd)
+    announce(
+        ready | {"kv_host": facts.kv_host, "kv_port": facts.kv_port, "profile_samples": samples},
+        options.ready_fd,
+    )
     await stop
     log.info("stopping")
     await server.stop(GRACE_S)

@@ -10,6 +10,11 @@ and then, one at a time, from the puller:
         "stream") or {"error": why}; without "stream" the puller reads the blocks from mapped memory
     {"op": "release", "request_id"} -> {"valid": whether the pin held until now}
 
+    {"op": "stage", "engine_id", "stream", and a StageQuestion} -> {"ok": true, "stage": a StageAnswer}
+        (+ block bytes if "stream") or {"error": why}; it may pause the decode
+    {"op": "commit", "request_id"} -> {"valid": whether the paused decode is the peer's now}
+    {"op": "stay", "request_id"} -> {"ok": true}; the paused decode goes on here, as when the connection ends
+
 A frame is a big-endian 32-bit length and that many bytes of JSON; raw block bytes follow some
 answers. The handshake proves membership on both sides without sending the secret. It does not
 encrypt: the channel is meant for loopback and private networks.
@@ -35,6 +40,7 @@ import orjson
 from tidegate.core.errors import ConfigError
 from tidegate.engines.embedded.blocks import Pins
 from tidegate.engines.embedded.kv_store import PagedKvStore
+from tidegate.engines.embedded.stages import Leaving, NotMovable, StageQuestion
 from tidegate.engines.serving.secret import LaunchSecret, is_loopback
 
 log = logging.getLogger(__name__)
@@ -241,14 +247,17 @@ class KvExporter:
         secret: LaunchSecret,
         *,
         engine_id: str,
+        decodes: Leaving | None = None,
         model: str = "",
         host: str = "127.0.0.1",
         limits: TransferLimits | None = None,
     ) -> None:
-        """Bind to a free port. Raises ConfigError for a non-loopback ``host`` without a secret."""
+        """Bind to a free port. ``decodes`` are those that peers may take over. Raises ConfigError for a
+        non-loopback ``host`` without a secret."""
         if not secret and not is_loopback(host):
             raise ConfigError(f"the KV channel serves only loopback without a launch secret, not {host}")
         self._pins = pins
+        self._decodes = decodes
         self._store = store
         self._secret = secret
         fd = store.memory_fd
@@ -307,12 +316,13 @@ class KvExporter:
             threading.Thread(target=self._serve, args=(wire,), name="kv-peer", daemon=True).start()
 
     def _serve(self, wire: KvSocket) -> None:
+        paused: set[str] = set()
         try:
             wire.limit(self._limits.read_s)
             greet_puller(wire, self._secret, self._facts)
             wire.limit(None)
             while True:
-                self._answer(wire, wire.receive(wait_s=2 * self._limits.idle_s))
+                self._answer(wire, wire.receive(wait_s=2 * self._limits.idle_s), paused)
         except TransferFailed as failure:
             log.debug("KV peer left: %s", failure.message)
         except Exception:
@@ -321,10 +331,21 @@ class KvExporter:
             with self._lock:
                 self._wires.discard(wire)
             wire.close()
+            for request_id in paused:
+                self._stay(request_id)
 
-    def _answer(self, wire: KvSocket, message: dict[str, Any]) -> None:
+    def _answer(self, wire: KvSocket, message: dict[str, Any], paused: set[str]) -> None:
         request_id = str(message.get("request_id"))
         match message.get("op"):
+            case "stage":
+                self._send_stage(wire, message, paused)
+            case "commit":
+                paused.discard(request_id)
+                wire.send({"valid": self._decodes is not None and self._decodes.commit(request_id)})
+            case "stay":
+                paused.discard(request_id)
+                self._stay(request_id)
+                wire.send({"ok": True})
             case "pull":
                 self._send_blocks(wire, request_id, message)
             case "release":
@@ -347,6 +368,27 @@ class KvExporter:
         wire.send({"ok": True})
         if message.get("stream"):
             self._stream(wire, wanted)
+
+    def _send_stage(self, wire: KvSocket, message: dict[str, Any], paused: set[str]) -> None:
+        """Answer a question about a running decode; ``paused`` are those that this peer has stopped."""
+        if self._decodes is None or message.get("engine_id") != self._facts.engine_id:
+            wire.send({"error": f"this is engine {self._facts.engine_id}; the decode is of another"})
+            return
+        asked: dict[str, Any] = {name: message.get(name) for name in StageQuestion.__dataclass_fields__}
+        try:
+            answer = self._decodes.stage(StageQuestion(**asked))
+        except (NotMovable, TransferFailed) as error:
+            wire.send({"error": str(error)})
+            return
+        if answer.state is not None:
+            paused.add(str(message.get("request_id")))
+        wire.send({"ok": True, "stage": asdict(answer)})
+        if message.get("stream"):
+            self._stream(wire, answer.block_ids)
+
+    def _stay(self, request_id: str) -> None:
+        if self._decodes is not None:
+            self._decodes.stay(request_id)
 
     def _stream(self, wire: KvSocket, block_ids: list[int]) -> None:
         """Send the blocks' bytes in order, small blocks gathered so that a send is worth its call."""

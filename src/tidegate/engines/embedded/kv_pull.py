@@ -1,7 +1,8 @@
 """The pulling side: a peer's KV blocks copied into the local store beside the compute thread.
 
-Each peer has its own transfer thread and one kept connection, so that a dead peer delays nobody else. After
-the copy the peer is told to release its pin; only its answer that the pin held makes the copy valid.
+Each peer has its own transfer threads, for pulls and for decodes that are taken over, each with one kept
+connection, so that a dead peer delays nobody else. After a pull the peer is told to release its pin; only its
+answer that the pin held makes the copy valid.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
 
 from tidegate.engines.embedded.kv_channel import (
     STREAM_CHUNK_BYTES,
@@ -26,6 +28,7 @@ from tidegate.engines.embedded.kv_channel import (
     map_store,
 )
 from tidegate.engines.embedded.kv_store import PagedKvStore
+from tidegate.engines.embedded.stages import StageAnswer, StageQuestion
 from tidegate.engines.serving.secret import LaunchSecret, is_loopback
 from tidegate.engines.serving.types import KvSource
 
@@ -50,8 +53,9 @@ class PullOptions:
 
 class PeerLink:
     """One connection past the handshake, with the peer's mapped store if there is one. A pull is ``ask``,
-    ``copy``, ``release`` in this order. Every method raises TransferFailed; after anything but PullRefused
-    the link is of no further use."""
+    ``copy``, ``release`` in this order; taking a decode over is ``stage`` and ``copy``, again and again, and
+    ``commit``. Every method raises TransferFailed; after anything but PullRefused the link is of no further
+    use."""
 
     def __init__(self, address: Address, options: PullOptions, store: PagedKvStore) -> None:
         """Connect and shake hands."""
@@ -82,7 +86,9 @@ class PeerLink:
         if count == 0:
             self.release(source.request_id)
             return
-        misfit = self._misfit(source, count)
+        misfit = self._misfit()
+        if len(source.block_ids) < count:
+            misfit = misfit or f"the handle has {len(source.block_ids)} blocks; {count} are needed"
         if misfit:
             self.release(source.request_id)
             raise PullRefused(misfit)
@@ -95,17 +101,47 @@ class PeerLink:
                 "stream": self._mapped is None,
             }
         )
-        answer = self._wire.receive()
-        if answer.get("ok") is not True:
-            raise PullRefused(str(answer.get("error")))
+        self._agreed()
 
-    def copy(self, source: KvSource, ours: list[int]) -> int:
-        """Copy the blocks that ``ask`` asked for into ``ours``; return the bytes moved."""
+    def stage(self, engine_id: str, question: StageQuestion) -> StageAnswer:
+        """Ask for the next stage of a decode of ``engine_id``; the first question starts the deadline of all.
+        The answer's blocks are to be copied before anything else is said."""
+        if question.epoch is None:
+            self._wire.limit(self._options.limits.pull_s)
+            misfit = self._misfit()
+            if misfit:
+                raise PullRefused(misfit)
+        stream = {"op": "stage", "engine_id": engine_id, "stream": self._mapped is None}
+        self._wire.send({**stream, **asdict(question)})
+        answer = self._agreed()
+        try:
+            return StageAnswer(**answer["stage"])
+        except (KeyError, TypeError):
+            raise TransferFailed("the peer's answer is malformed") from None
+
+    def commit(self, request_id: str) -> bool:
+        """Take over a decode that has paused; False when it goes on there."""
+        self._wire.send({"op": "commit", "request_id": request_id})
+        return self._wire.receive().get("valid") is True
+
+    def stay(self, request_id: str) -> None:
+        """Have a decode that has paused go on there."""
+        self._wire.send({"op": "stay", "request_id": request_id})
+        self._wire.receive()
+
+    def copy(self, theirs: Sequence[int], ours: Sequence[int]) -> int:
+        """Copy the blocks that were agreed on, ``theirs``, into ``ours``; return the bytes moved."""
         if self._mapped is None:
             self._copy_stream(ours)
         else:
-            self._copy_mapped(self._mapped, source, ours)
+            self._copy_mapped(self._mapped, theirs, ours)
         return len(ours) * self._store.block_bytes
+
+    def _agreed(self) -> dict[str, Any]:
+        answer = self._wire.receive()
+        if answer.get("ok") is not True:
+            raise PullRefused(str(answer.get("error")))
+        return answer
 
     def release(self, request_id: str) -> bool:
         """Have the peer unpin; True when the pin held until now."""
@@ -123,19 +159,14 @@ class PeerLink:
             self._mapped.close()
             self._mapped = None
 
-    def _copy_mapped(self, mapped: mmap.mmap, source: KvSource, ours: list[int]) -> None:
+    def _copy_mapped(self, mapped: mmap.mmap, theirs: Sequence[int], ours: Sequence[int]) -> None:
         size = self._store.block_bytes
-        try:
-            with memoryview(mapped) as whole:
-                for theirs, target in zip(source.block_ids, ours, strict=False):
-                    with whole[theirs * size : (theirs + 1) * size] as block:
-                        self._store.write_block(target, block)
-        except Exception:
-            with contextlib.suppress(TransferFailed):
-                self.release(source.request_id)
-            raise
+        with memoryview(mapped) as whole:
+            for block_id, target in zip(theirs, ours, strict=False):
+                with whole[block_id * size : (block_id + 1) * size] as block:
+                    self._store.write_block(target, block)
 
-    def _copy_stream(self, ours: list[int]) -> None:
+    def _copy_stream(self, ours: Sequence[int]) -> None:
         size = self._store.block_bytes
         at_once = max(1, STREAM_CHUNK_BYTES // size)
         buffer = memoryview(bytearray(min(at_once, len(ours)) * size))
@@ -145,7 +176,7 @@ class PeerLink:
             for index, target in enumerate(targets):
                 self._store.write_block(target, buffer[index * size : (index + 1) * size])
 
-    def _misfit(self, source: KvSource, count: int) -> str | None:
+    def _misfit(self) -> str | None:
         """Say why the peer's blocks cannot be used here, or return None."""
         facts, store = self._facts, self._store
         if (facts.block_bytes, facts.block_tokens) != (store.block_bytes, store.block_tokens):
@@ -155,20 +186,57 @@ class PeerLink:
             )
         if facts.model != self._options.model:
             return "the peer serves another model or KV layout"
-        if len(source.block_ids) < count:
-            return f"the handle has {len(source.block_ids)} blocks; {count} are needed"
         return None
 
 
 Done = Callable[[str | None, int], None]
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    source: KvSource
-    block_ids: list[int]
+class TransferJob(Protocol):
+    """What a transfer thread does for ``done``, which it calls once: with an error, or with None and the
+    bytes moved. ``owner`` names the peer's engine."""
+
+    owner: str
     done: Done
     submitted_s: float
+
+    def open(self, link: PeerLink) -> None:
+        """Have the peer agree. Done anew on another connection when a kept one turns out to be broken."""
+        ...
+
+    def carry_out(self, link: PeerLink) -> int:
+        """Do the rest; return the bytes moved."""
+        ...
+
+
+class _PullJob:
+    """Copies pinned blocks and releases the pin; without ``block_ids`` it only releases."""
+
+    def __init__(self, source: KvSource, block_ids: list[int], done: Done) -> None:
+        self.owner = source.engine_id
+        self.done = done
+        self.submitted_s = time.monotonic()
+        self._source = source
+        self._ours = block_ids
+
+    def open(self, link: PeerLink) -> None:
+        link.ask(self._source, len(self._ours))
+
+    def carry_out(self, link: PeerLink) -> int:
+        if not self._ours:
+            return 0
+        request_id = self._source.request_id
+        try:
+            moved = link.copy(self._source.block_ids, self._ours)
+        except TransferFailed:
+            raise
+        except Exception:
+            with contextlib.suppress(TransferFailed):
+                link.release(request_id)
+            raise
+        if not link.release(request_id):
+            raise TransferFailed("the peer's pin ended during the copy")
+        return moved
 
 
 class PeerPuller:
@@ -178,7 +246,7 @@ class PeerPuller:
         self._store = store
         self._options = options
         self._lock = threading.Lock()
-        self._workers: dict[Address, _PeerWorker] = {}
+        self._workers: dict[tuple[Address, type], _PeerWorker] = {}
         self._closed = False
 
     def submit(self, source: KvSource, block_ids: list[int], done: Done) -> None:
@@ -187,16 +255,21 @@ class PeerPuller:
         ``done(error, bytes_moved)`` is called once, on a transfer thread: ``error`` None means that the
         blocks are valid. A peer that can be reached is told to release its pin, also when the copy failed.
         """
-        address = (source.host, source.port)
+        self.run((source.host, source.port), _PullJob(source, block_ids, done))
+
+    def run(self, address: Address, job: TransferJob) -> None:
+        """Have a transfer thread do a job with the peer at ``address``; never blocks. Jobs of one kind and
+        peer are done one after another."""
+        lane = address, type(job)
         with self._lock:
             if not self._closed:
-                worker = self._workers.get(address)
+                worker = self._workers.get(lane)
                 if worker is None:
-                    worker = self._workers[address] = _PeerWorker(address, self._store, self._options)
+                    worker = self._workers[lane] = _PeerWorker(address, self._store, self._options)
                     worker.start()
-                worker.jobs.put(_Job(source, block_ids, done, time.monotonic()))
+                worker.jobs.put(job)
                 return
-        done("the instance is shutting down", 0)
+        job.done("the instance is shutting down", 0)
 
     def release(self, source: KvSource) -> None:
         """Have the peer unpin what nobody is going to pull; failure is silent (the lease ends it)."""
@@ -217,12 +290,12 @@ class PeerPuller:
 
 
 class _PeerWorker(threading.Thread):
-    """The transfer thread of one peer, until it takes None. Closes its connection after ``idle_s`` without a
+    """A transfer thread of one peer, until it takes None. Closes its connection after ``idle_s`` without a
     job."""
 
     def __init__(self, address: Address, store: PagedKvStore, options: PullOptions) -> None:
         super().__init__(name=f"kv-pull-{address[0]}:{address[1]}", daemon=True)
-        self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self.jobs: queue.SimpleQueue[TransferJob | None] = queue.SimpleQueue()
         self._address = address
         self._store = store
         self._options = options
@@ -246,21 +319,21 @@ class _PeerWorker(threading.Thread):
                 log.exception("the receiver of a finished pull failed")
         self._forget_link()
 
-    def _next(self) -> _Job | None:
+    def _next(self) -> TransferJob | None:
         try:
             return self.jobs.get(timeout=self._options.limits.idle_s)
         except queue.Empty:
             self._forget_link()
             return self.jobs.get()
 
-    def _attempt(self, job: _Job) -> tuple[str | None, int]:
+    def _attempt(self, job: TransferJob) -> tuple[str | None, int]:
         failed_s, why = self._unreachable
         if job.submitted_s <= failed_s:
             # Queued while the peer was found unreachable: one deadline is enough for all of them.
             return why, 0
         where = f"{self._address[0]}:{self._address[1]}"
         try:
-            return None, self._pull(job)
+            return None, job.carry_out(self._opened(job))
         except PullRefused as failure:
             why = failure.message
         except TransferFailed as failure:
@@ -270,24 +343,14 @@ class _PeerWorker(threading.Thread):
             log.exception("pulling KV from %s failed", where)
             self._forget_link()
             why = repr(error)
-        return f"pulling KV from {job.source.engine_id} at {where}: {why}", 0
+        return f"pulling KV from {job.owner} at {where}: {why}", 0
 
-    def _pull(self, job: _Job) -> int:
-        source = job.source
-        link = self._asked(source, len(job.block_ids))
-        if not job.block_ids:
-            return 0
-        moved = link.copy(source, job.block_ids)
-        if not link.release(source.request_id):
-            raise TransferFailed("the peer's pin ended during the copy")
-        return moved
-
-    def _asked(self, source: KvSource, count: int) -> PeerLink:
-        """Return a link on which the peer has agreed to the pull."""
+    def _opened(self, job: TransferJob) -> PeerLink:
+        """Return a link on which the peer has agreed to the job."""
         kept = self._link is not None
         link = self._connected()
         try:
-            link.ask(source, count)
+            job.open(link)
             return link
         except (PullRefused, TransferTimedOut):
             raise
@@ -296,7 +359,7 @@ class _PeerWorker(threading.Thread):
                 raise
             # The peer may have closed the kept connection since; nothing was copied yet.
             self._forget_link()
-            return self._asked(source, count)
+            return self._opened(job)
 
     def _connected(self) -> PeerLink:
         if self._link is None:

@@ -129,6 +129,48 @@ class BatchScheduler:
         if wanted:
             self.waiting.push_front(sequence)
 
+    def expect(self, sequence: TokenSequence, tokens: int) -> bool:
+        """Reserve a place, and blocks for ``tokens`` tokens, for a decode that is on its way here; False,
+        with nothing changed, without room. ``cached_tokens`` of it are in the prefix cache and need not come.
+        """
+        if len(self.running) + len(self.loading) >= self._config.max_num_seqs:
+            return False
+        block_tokens, most = self.pool.block_tokens, len(sequence.tokens) - 1
+        extend_keys(sequence.keys, sequence.root, sequence.tokens, block_tokens, most)
+        hits = self.pool.lookup(sequence.keys)
+        if not self._allocate_for(sequence, hits, tokens):
+            return False
+        sequence.published = len(hits)
+        sequence.cached_tokens = len(hits) * block_tokens
+        sequence.loading = True
+        sequence.admitted_s = self._clock.now()
+        self.loading.append(sequence)
+        self.counters.prefix_queries += len(sequence.tokens)
+        self.counters.prefix_hits += sequence.cached_tokens
+        return True
+
+    def expect_more(self, sequence: TokenSequence, tokens: int) -> bool:
+        """Have blocks reserved for ``tokens`` tokens of an expected decode; False when there are too few."""
+        need = -(-tokens // self.pool.block_tokens) - len(sequence.blocks)
+        blocks = self.pool.allocate(max(0, need)) if need <= 0 or self._room_for(need) else None
+        if blocks is not None:
+            sequence.add_blocks(blocks)
+        return blocks is not None
+
+    def end_expecting(self, sequence: TokenSequence, moved_bytes: int, arrived: bool) -> None:
+        """Run an expected decode, whose KV and tokens are here, or drop it and free what was reserved."""
+        self.loading.remove(sequence)
+        sequence.loading = False
+        self.counters.pulled_bytes += moved_bytes
+        if not arrived:
+            self.pool.release(sequence.take_blocks())
+            return
+        sequence.computed = len(sequence.tokens) - 1
+        sequence.loaded_tokens = max(0, len(sequence.request.prompt_token_ids) - sequence.cached_tokens)
+        self.pool.release(sequence.drop_blocks(-(-sequence.computed // self.pool.block_tokens)))
+        self._publish(sequence)
+        self.running.append(sequence)
+
     def place_computed(self, sequence: TokenSequence, tokens: int) -> None:
         """Run a waiting sequence, for which there must be blocks, as if its first ``tokens`` had KV."""
         self._allocate_for(sequence, [])
@@ -187,9 +229,10 @@ class BatchScheduler:
             self._start(sequence, len(hits) * block_tokens)
         return True
 
-    def _allocate_for(self, sequence: TokenSequence, shared: list[int]) -> bool:
-        """Give the sequence ``shared`` blocks and fresh ones for its other tokens, if enough are free."""
-        need = -(-len(sequence.tokens) // self.pool.block_tokens) - len(shared)
+    def _allocate_for(self, sequence: TokenSequence, shared: list[int], tokens: int = 0) -> bool:
+        """Give the sequence ``shared`` blocks and fresh ones for its other tokens, or for ``tokens`` in all,
+        if enough are free."""
+        need = -(-(tokens or len(sequence.tokens)) // self.pool.block_tokens) - len(shared)
         self.pool.retain(shared)
         blocks = self.pool.allocate(need) if self._room_for(need) else None
         if blocks is None:

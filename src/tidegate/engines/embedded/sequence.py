@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from tidegate.engines.embedded.blocks import root_key
+from tidegate.engines.embedded.blocks import extend_keys, root_key
 from tidegate.engines.embedded.sampling import Choice, Draw
 from tidegate.engines.embedded.tokenizer import ModelTokenizer
 from tidegate.engines.serving.assembling import TextAssembler, token_output
 from tidegate.engines.serving.types import GenerateRequest, Output, RequestTimes, TokenLogprob
+from tidegate.protocol.chunks import MovedDecode
 
 
 @dataclass(slots=True, eq=False)
@@ -18,7 +20,8 @@ class TokenSequence:
     """State of a request from submit to finish; only the compute thread touches it. ``tokens`` is the prompt
     followed by this leg's output; ``computed`` of them have KV in ``blocks`` (as an array: ``table``).
     ``remaining`` output tokens were predicted to follow the first ``predicted_at`` of all legs; none is -1.
-    ``keys`` are the prefix-cache keys of the first full blocks, ``published`` of which the pool knows."""
+    ``keys`` are the prefix-cache keys of the first full blocks, ``published`` of which the pool knows. A leg
+    that follows a running decode has its output, too, and until the first of its own how it ``moved``."""
 
     request: GenerateRequest
     seed: int
@@ -41,6 +44,7 @@ class TokenSequence:
     preemptions: int = 0
     predicted_at: int = -1
     remaining: float = 0.0
+    moved: MovedDecode | None = None
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_token_ids)
@@ -78,6 +82,30 @@ class TokenSequence:
             grown[:have] = self.table[:have]
             self.table = grown
         self.table[have : len(self.blocks)] = block_ids
+
+    def follow(self, token_ids: list[int], block_tokens: int) -> None:
+        """Take output of the decode that this leg follows: the text stands where it would behind them."""
+        for token_id in token_ids:
+            self.tokens.append(token_id)
+            self.text.add(token_id, may_stop=self.output_position > self.request.sampling.min_tokens)
+        extend_keys(self.keys, self.root, self.tokens, block_tokens, len(self.tokens) - 1)
+
+    def state(self) -> dict[str, Any]:
+        """Return what another instance needs beside the tokens to go on: random numbers are drawn from the
+        seed and a token's position, and text, stop strings and limits follow from the ids. The newest
+        prediction comes along, for the next one may be many tokens away."""
+        return {"seed": self.seed, "predicted_at": self.predicted_at, "remaining": self.remaining}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take what ``state`` returned. Raises KeyError."""
+        self.seed = state["seed"]
+        self.predicted_at, self.remaining = state["predicted_at"], state["remaining"]
+
+    def drop_blocks(self, keep: int) -> list[int]:
+        """Detach and return the blocks behind the first ``keep``."""
+        dropped = self.blocks[keep:]
+        del self.blocks[keep:]
+        return dropped
 
     def take_blocks(self) -> list[int]:
         """Detach and return all blocks; the sequence has no KV afterwards."""

@@ -166,9 +166,12 @@ class EmulatedInstance:
     stopping: bool = False
 
     def submit(self, request: GenerateRequest) -> None:
-        """Start a leg. Raises BadRequest for an id in use, NoInstance when the instance stops."""
+        """Start a leg. Raises BadRequest for an id in use and for a leg that follows a decode, NoInstance
+        when the instance stops."""
         if self.stopping:
             raise NoInstance("the engine is stopping")
+        if request.follows is not None:
+            raise BadRequest("emulated decodes do not move in stages", param="kv_transfer_params")
         if request.id in self.legs:
             raise BadRequest(f"request id {request.id!r} is in use", param="request_id")
         self.host.submit(self, request)

@@ -8,6 +8,8 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 
+from msgspec.structs import asdict
+
 from tidegate.core.errors import ClientGone, InternalError
 from tidegate.engines.serving.metrics import ServerMetrics
 from tidegate.engines.serving.requests import ServedCall
@@ -115,11 +117,11 @@ class Delivery:
         if output.finish_reason is not None:
             chunk = writer.piece(self._tokens(output), self._beside_choices(output))
             return chunk + writer.end(self._usage(self._generated, output))
-        predicted = _prediction(output)
-        if begun and output.logprobs is None and predicted is None:
+        beside = _private(output)
+        if begun and output.logprobs is None and beside is None:
             client.send(writer.plain(output.text, output.token_ids))
         else:
-            client.send(writer.piece(self._tokens(output), predicted))
+            client.send(writer.piece(self._tokens(output), beside))
         return b""
 
     def _measure(self, output: Output, now_s: float) -> None:
@@ -157,7 +159,7 @@ class Delivery:
         """Return what the end of an answer has beside its choices: the KV handle and where the time went."""
         facts, pinned, times = self._facts, last.pinned, last.times
         return {
-            **(_prediction(last) or {}),
+            **(_private(last) or {}),
             "kv_transfer_params": pinned
             and {
                 "do_remote_prefill": True,
@@ -185,11 +187,15 @@ class Delivery:
         }
 
 
-def _prediction(output: Output) -> Json | None:
-    """Return what an event has beside its choices where a length was predicted."""
-    if output.remaining_tokens is None:
-        return None
-    return {"remaining_tokens": output.remaining_tokens, "at_token": output.at_token}
+def _private(output: Output) -> Json | None:
+    """Return what an event has beside its choices for members of the launch: a predicted length, and in the
+    first piece of a leg that took a decode over how it came."""
+    said: Json = {}
+    if output.remaining_tokens is not None:
+        said.update(remaining_tokens=output.remaining_tokens, at_token=output.at_token)
+    if output.moved is not None:
+        said["tidegate_moved"] = asdict(output.moved)
+    return said or None
 
 
 def _text_logprobs(entries: list[TokenLogprob]) -> Json:

@@ -7,6 +7,7 @@ import uuid
 from dataclasses import dataclass
 
 from tidegate.core.errors import BadRequest, PromptTooLong, UnknownModel
+from tidegate.engines.seam import RunningLeg
 from tidegate.engines.serving.types import GenerateRequest, KvSource, SamplingParams, ServingFacts
 from tidegate.policies.order import Ticket
 from tidegate.protocol.bodies import (
@@ -96,8 +97,11 @@ def build_call(
     if len(client_id) > MOST_ID_CHARS or not client_id.isprintable():
         raise BadRequest(f"request_id: at most {MOST_ID_CHARS} characters, all printable", param="request_id")
     public_id = f"{'chatcmpl' if chat else 'cmpl'}-{client_id}"
-    # A member that asks for a pin names it, so that it can release the pin of an answer it never got.
-    named = kv.do_remote_decode and body.request_id is not None
+    # A member names what it asks of later: a pin whose answer it never got, a decode that is to move.
+    named = (kv.do_remote_decode or kv.tidegate_movable) and body.request_id is not None
+    follows = kv.tidegate_follows
+    if follows is not None and (source is not None or kv.do_remote_decode):
+        raise _bad_kv("tidegate_follows", "a leg that follows a decode neither pins nor pulls")
     generate = GenerateRequest(
         id=client_id if named else f"{public_id}-{uuid.uuid4().hex[:8]}",
         prompt_token_ids=tuple(prompt),
@@ -107,6 +111,7 @@ def build_call(
         pin_kv=kv.do_remote_decode,
         source=source,
         ticket=_ticket(kv.tidegate_ticket),
+        follows=None if follows is None else RunningLeg(**follows.model_dump()),
     )
     usage = body.stream_options is not None and body.stream_options.include_usage
     so_far = usage and body.stream_options is not None and body.stream_options.continuous_usage_stats

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from tidegate.engines.seam import RunningLeg
 from tidegate.policies.order import Ticket
+from tidegate.protocol.chunks import MovedDecode
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,9 @@ class GenerateRequest:
     counted for text, stop strings, ``min_tokens`` and seeded sampling, so that the legs' texts concatenate to
     that of one unbroken leg. ``sampling.max_tokens`` counts new tokens only. ``salt`` separates tenants'
     prefix caches. With ``pin_kv`` the KV stays pinned for a peer to pull. ``ticket`` is on a clock that shows
-    0 at submission; None stands for the default SLO, and no work.
+    0 at submission; None stands for the default SLO, and no work. A leg that ``follows`` takes a running
+    decode over: its prompt is what the caller knew of that one when it asked, ``sampling.max_tokens`` counts
+    from there, and its outputs begin behind the source's last one.
     """
 
     id: str
@@ -60,6 +64,7 @@ class GenerateRequest:
     pin_kv: bool = False
     source: KvSource | None = None
     ticket: Ticket | None = None
+    follows: RunningLeg | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +107,9 @@ class RequestTimes:
 class Output:
     """New tokens of one request from one engine step. The last one carries ``finish_reason``. ``text`` may be
     empty while bytes of a character or a possible stop string are held back. ``finish_reason`` is ``stop``,
-    ``length``, ``abort`` or ``error`` (then ``error`` says why). ``remaining_tokens``, where a new prediction
-    was made, are expected behind the first ``at_token`` output tokens, which end with these."""
+    ``length``, ``abort``, ``migrated`` (another instance goes on) or ``error`` (then ``error`` says why). The
+    first one of a leg that took a running decode over has ``moved``. ``remaining_tokens``, where a new
+    prediction was made, are expected behind the first ``at_token`` output tokens, which end with these."""
 
     request_id: str
     token_ids: list[int]
@@ -116,6 +122,7 @@ class Output:
     error: str | None = None
     remaining_tokens: float | None = None
     at_token: int = 0
+    moved: MovedDecode | None = None
 
 
 @dataclass(slots=True)
