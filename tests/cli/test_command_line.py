@@ -11,6 +11,7 @@ import typer
 from tidegate import __version__
 from tidegate.cli import entry
 from tidegate.cli import main as command_line
+from tidegate.cli.terminal import INTERRUPTED
 from tidegate.core.errors import ConfigError, EngineFault, SetupError
 
 HEAVY = ("torch", "transformers", "numpy", "aiohttp", "pydantic", "prometheus_client")
@@ -114,4 +115,4 @@ def test_a_ctrl_c_while_the_program_loads_is_quiet(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "meta_path", [Interrupt(), *sys.meta_path])
     with pytest.raises(SystemExit) as caught:
         entry.main()
-    assert caught.value.code == entry.INTERRUPTED
+    assert caught.value.code == INTERRUPTED

@@ -15,10 +15,9 @@ import typer
 from tidegate.bench import BenchRun, BenchSettings, Load, Watch, bench, run_sweep
 from tidegate.cli import common_flags as common
 from tidegate.cli.common_flags import SCORING, Scoring
-from tidegate.cli.entry import INTERRUPTED
 from tidegate.cli.options import Flag, OptionGroup
 from tidegate.cli.outputs import claim_file
-from tidegate.cli.terminal import FAILURE, note, note_classes, share_bar
+from tidegate.cli.terminal import FAILURE, INTERRUPTED, note, note_classes, share_bar
 from tidegate.core.slo import Slo
 from tidegate.reports.bench_report import BenchReport, render_block
 from tidegate.reports.sweep_report import Sweep, render_sweep

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import sys
 
-INTERRUPTED = 130
-"""Exit status of a Ctrl-C."""
-
 
 def main() -> None:
     """Run the command line."""
     try:
         from tidegate.cli.main import main as run
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        sys.exit(130)  # as ``terminal.INTERRUPTED``, whose module may be what was being loaded
     run()

@@ -11,8 +11,7 @@ from typing import Annotated, NamedTuple, NoReturn
 import typer
 
 from tidegate import __version__
-from tidegate.cli.entry import INTERRUPTED
-from tidegate.cli.terminal import FAILURE, WRONG_INPUT, debugging, note, tell_of_traces
+from tidegate.cli.terminal import FAILURE, INTERRUPTED, WRONG_INPUT, debugging, note, tell_of_traces
 from tidegate.core.errors import ConfigError, SetupError, TidegateError
 
 

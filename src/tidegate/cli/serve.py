@@ -9,9 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from tidegate.cli.config import GivenSettings
-from tidegate.cli.entry import INTERRUPTED
 from tidegate.cli.options import Flag
-from tidegate.cli.terminal import warn
+from tidegate.cli.terminal import INTERRUPTED, warn
 
 EXAMPLES = """
     tidegate serve

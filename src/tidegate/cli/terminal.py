@@ -21,6 +21,7 @@ FAILURE = 1
 """The work was done badly: requests failed, a level was missed, an engine broke."""
 WRONG_INPUT = 2
 """The user has to correct something first."""
+INTERRUPTED = 130
 FIRST_LINE_S, LINE_EVERY_S = 2.0, 10.0
 """When a command whose output is piped says first how far it is, and how often from then on."""
 LEAST_SHARE = 0.03
