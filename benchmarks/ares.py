@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moving_traffic import CASES
+from moving_traffic import CASES, Case
 from tidegate.core.slo import Slo
 from tidegate.costs.library import packaged_profile
 from tidegate.dataplane.replica import EngineSettings
@@ -30,6 +30,7 @@ from tidegate.experiments.jobs import Store, Workers
 from tidegate.experiments.run import job_of, probe
 from tidegate.experiments.search import SearchSettings, find_goodput, search_goodput
 from tidegate.experiments.setting import Setting, SimulatedFleet
+from tidegate.measure.percentiles import t_interval
 from tidegate.reports.comparison import LevelGoodput
 from tidegate.sim import SimSettings
 from tidegate.workloads.choice import WorkloadChoice, requests_of
@@ -46,6 +47,8 @@ ABLATED = ("ares", "ares-slo")
 TOLERANCE = 0.04
 FINE_TOLERANCE = 0.01
 BESIDE = ("arrow-lending", "ares", "ares-slo", "arrow+ares")
+EVEN = tuple(case for case in CASES if not case.name.startswith("orders"))
+"""One case per trace: the fleets and targets of ``moving_traffic``."""
 
 
 @dataclass(frozen=True)
@@ -101,32 +104,45 @@ async def compare(rows: list[Contender], level: float, seeds: range, workers: Wo
     lines = [
         f"Round-robin breaks at {broken_rps:.2f} requests/s.",
         "",
-        "| system | goodput, requests/s | of round-robin's | attained there | p50 / p99 TPOT there, ms "
+        "| system | goodput, requests/s | of round-robin's | attained there, % | p50 / p99 TPOT there, ms "
         "| p99 against round-robin | preemptions | migrations |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    base_rps, base_p99_s = first[1].goodput_rps, runs[0]["p99_s"]
+    base, base_p99_s = first[1], runs[0]["p99_s"]
     for row, (_, goodput), run in zip(rows, chosen, runs, strict=True):
+        gains = [mine / its for mine, its in zip(goodput.by_seed, base.by_seed, strict=True)]
+        falls = [100 * (mine / its - 1) for mine, its in zip(run["p99_s"], base_p99_s, strict=True)]
         lines.append(
-            f"| {row.name} | {goodput.goodput_rps:.2f} | {goodput.goodput_rps / base_rps:.2f} "
-            f"| {run['attainment']:.3f} | {1e3 * run['p50_s']:.0f} / {1e3 * run['p99_s']:.0f} "
-            f"| {100 * (run['p99_s'] / base_p99_s - 1):+.1f} % | {run['preemptions']:.0f} "
-            f"| {run['migrations']:.0f} |"
+            f"| {row.name} | {spread(goodput.by_seed)} | {spread(gains)} "
+            f"| {spread([100 * share for share in run['attainment']], '{:.1f}')} "
+            f"| {1e3 * mean(run['p50_s']):.0f} / {spread([1e3 * tail for tail in run['p99_s']], '{:.0f}')} "
+            f"| {spread(falls, '{:.0f}')} % "
+            f"| {mean(run['preemptions']):.0f} | {mean(run['migrations']):.0f} |"
         )
     return lines
 
 
-async def goodput_of(setting: Setting, level: float, seeds: range, workers: Workers) -> LevelGoodput:
-    """Return a setting's goodput, looked for where KV that is always full would put the limit."""
-    full_rps = most_rps(setting)
+async def goodput_of(
+    setting: Setting,
+    level: float,
+    seeds: range,
+    workers: Workers,
+    guess: tuple[float, float, float] | None = None,
+) -> LevelGoodput:
+    """Return a setting's goodput, looked for from a ``guess`` on: two rates and the tolerance.
+
+    Without one that is where KV that is always full would put the limit.
+    """
+    if guess is None:
+        full_rps = most_rps(setting)
+        guess = (0.35 * full_rps, 0.65 * full_rps, TOLERANCE)
 
     async def attainment(rate_rps: float, seed: int) -> float:
         title = f"{setting.system} at {rate_rps:.2f}"
         run = await workers.do(job_of(probe, setting, title, rate_rps=rate_rps, seed=seed))
         return float(run["attainment"])
 
-    wanted = SearchSettings(level, 0.35 * full_rps, 0.65 * full_rps, TOLERANCE)
-    return await search_goodput(wanted, seeds, attainment)
+    return await search_goodput(SearchSettings(level, *guess), seeds, attainment)
 
 
 def most_rps(setting: Setting) -> float:
@@ -139,46 +155,71 @@ def most_rps(setting: Setting) -> float:
     return instances * profile.kv_capacity_tokens / float(held.mean() * step_s)
 
 
-async def at_rate(setting: Setting, rate_rps: float, seeds: range, workers: Workers) -> dict[str, float]:
-    """Return means over the seeds of a setting's runs at one rate."""
-    jobs = [
-        job_of(probe, setting, f"{setting.system} at {rate_rps:.2f}", rate_rps=rate_rps, seed=seed)
-        for seed in seeds
-    ]
+async def at_rate(
+    setting: Setting, rate_rps: float, seeds: range, workers: Workers
+) -> dict[str, tuple[float, ...]]:
+    """Return what is told of a setting's runs at one rate, seed by seed."""
+    title = f"{setting.system} at {rate_rps:.2f}"
+    jobs = [job_of(probe, setting, title, rate_rps=rate_rps, seed=seed) for seed in seeds]
     done: list[dict[str, Any]] = [await workers.do(job) for job in jobs]
-    rows = [
-        {
-            "attainment": run["attainment"],
-            "p50_s": run["tpot_s"]["p50"],
-            "p99_s": run["tpot_s"]["p99"],
-            "preemptions": run["preemptions"],
-            "migrations": run["migrations"],
-        }
-        for run in done
-    ]
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    return {
+        "attainment": tuple(run["attainment"] for run in done),
+        "p50_s": tuple(run["tpot_s"]["p50"] for run in done),
+        "p99_s": tuple(run["tpot_s"]["p99"] for run in done),
+        "preemptions": tuple(run["preemptions"] for run in done),
+        "migrations": tuple(run["migrations"] for run in done),
+    }
 
 
-async def beside(traces: Path, requests: int, level: float, seeds: range, workers: Workers) -> list[str]:
-    """Return a table: is Arrow with ARES beside it as good as either alone, on every trace and even split?"""
-    lines = [
-        "| case | " + " | ".join(BESIDE) + " | arrow+ares of the better |",
-        "|---|" + "---|" * (len(BESIDE) + 1),
-    ]
-    for case in CASES:
-        if case.name.startswith("orders"):
-            continue
+async def beside(
+    cases: Sequence[Case],
+    names: Sequence[str],
+    traces: Path,
+    requests: int,
+    level: float,
+    seeds: range,
+    workers: Workers,
+) -> None:
+    """Print a table per case: is the last system as good as those before it, from an even split?
+
+    The common rate is the best goodput of those alone. The last line compares seed by seed.
+    """
+    for case in cases:
         fleet = SimulatedFleet(((packaged_profile(case.profile), case.instances),))
         workload = WorkloadChoice(trace=str(traces / case.file), limit=requests)
         settings = SimSettings(slo=Slo.parse(case.slo), lengths="hidden")
-        rows = [Setting(workload, fleet, name, None, settings) for name in BESIDE]
-        found = await asyncio.gather(
-            *(find_goodput(row, level, seeds, FINE_TOLERANCE, None, workers) for row in rows)
-        )
-        *alone, both = [each.goodput_rps for each in found]
-        goodputs = " | ".join(f"{rps:.2f}" for rps in (*alone, both))
-        lines.append(f"| {case.name} | {goodputs} | {both / max(alone):.3f} |")
-    return lines
+        rows = [Setting(workload, fleet, name, None, settings) for name in names]
+        first = await find_goodput(rows[0], level, seeds[:1], 0.1, None, workers)
+        guess = (0.75 * first.goodput_rps, 1.3 * first.goodput_rps, FINE_TOLERANCE)
+        found = await asyncio.gather(*(goodput_of(row, level, seeds, workers, guess) for row in rows))
+        *alone, both = found
+        better = max(alone, key=lambda each: each.goodput_rps)
+        rate_rps = better.goodput_rps
+        runs = await asyncio.gather(*(at_rate(row, rate_rps, seeds, workers) for row in rows))
+        target = f"{case.instances} x {case.profile}, {case.slo}, level {level:g}"
+        print(f"\r{'':70}\r\n{case.name} ({case.file}), {requests} requests, {target}; ", end="")
+        print(f"the other columns at {rate_rps:.2f} requests/s\n")
+        print("| system | goodput, requests/s | attained, % | P99 TPOT, ms | preemptions | migrations |")
+        print("|---|---|---|---|---|---|")
+        for row, goodput, run in zip(rows, found, runs, strict=True):
+            attained = spread([100 * share for share in run["attainment"]], "{:.1f}")
+            tails_ms = spread([1e3 * tail_s for tail_s in run["p99_s"]], "{:.1f}")
+            counts = f"{mean(run['preemptions']):.0f} | {mean(run['migrations']):.0f}"
+            print(f"| {row.system} | {spread(goodput.by_seed)} | {attained} | {tails_ms} | {counts} |")
+        ratios = [mine / other for mine, other in zip(both.by_seed, better.by_seed, strict=True)]
+        ahead = rows[found.index(better)].system
+        print(f"\n{names[-1]} of {ahead}, the better alone: {spread(ratios, '{:.3f}')}", flush=True)
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def spread(values: Sequence[float], form: str = "{:.2f}") -> str:
+    """Return the mean, and with several values half the width of Student's interval for it."""
+    middle, _, high = t_interval(values)
+    told = form.format(middle)
+    return told if len(values) < 2 else f"{told} ± {form.format(high - middle)}"
 
 
 async def main_async(options: argparse.Namespace) -> None:
@@ -190,8 +231,11 @@ async def main_async(options: argparse.Namespace) -> None:
 
     async with Workers(options.jobs, store, watch) as workers:
         if options.beside:
-            lines = await beside(options.traces, options.requests, 0.9, range(options.seeds), workers)
-            print("\r" + "\n".join(lines))
+            cases = [case for case in EVEN if case.name in options.cases.split(",")]
+            names = [name for name in BESIDE if not options.rows or name in options.rows.split(",")]
+            for level in map(float, options.levels.split(",")):
+                seeds = range(options.seeds)
+                await beside(cases, names, options.traces, options.requests, level, seeds, workers)
             return
         for trace in options.names.split(","):
             for pool in map(int, options.pools.split(",")):
@@ -213,8 +257,13 @@ def main() -> None:
     parser.add_argument("--pools", default="8", help="sizes of the decode pool: 8, 64")
     parser.add_argument("--requests", type=int, default=1000, help="of each trace, per 8 decode instances")
     parser.add_argument("--levels", default="0.9", help="shares of requests that have to attain")
-    parser.add_argument("--rows", default="", help="only these beside round-robin, as in static,ares/oracle")
+    parser.add_argument(
+        "--rows",
+        default="",
+        help="only these beside round-robin, as in static,ares/oracle; of --beside: names of systems",
+    )
     parser.add_argument("--beside", action="store_true", help="instead: arrow+ares beside Arrow and ARES")
+    parser.add_argument("--cases", default=",".join(case.name for case in EVEN), help="of --beside")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, help="folder of results, from which a stopped run goes on")
