@@ -88,6 +88,21 @@ def test_decodes_that_a_flip_left_behind_move_away() -> None:
     assert (move.request, move.src, move.dst) == ("d0-0", "d0", "d1")
 
 
+def test_decodes_beside_prefills_stay_while_their_gaps_keep_to_the_target() -> None:
+    """Prefills take half of the time, so that steps of 19 to 29 ms last 38 to 58 of the 100 allowed."""
+    fleet = KnownAnswers([(900, LONG)], [(900, LONG)], tpot_s=0.1)
+    fleet.ledger.flip("d0", Role.PREFILL, 0.0)
+    fleet.ledger.prefill_dispatched(request("p", 5_000), "d0", 1.0)
+    assert moves(fleet) == []
+
+
+def test_nothing_moves_to_an_instance_that_prefills() -> None:
+    fleet = KnownAnswers([(900, LONG)] * 3, [(100, LONG)], kv=4_000, tpot_s=0.1)
+    assert moves(fleet) != []
+    fleet.ledger.flip("d1", Role.PREFILL, 0.0)
+    assert moves(fleet) == []
+
+
 def test_a_decode_that_arrives_goes_where_it_adds_least_damage() -> None:
     """d0 holds less, but until the end; what d1 holds will be gone when KV gets short."""
     placement = AvoidingPlacement(board())

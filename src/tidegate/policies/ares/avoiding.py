@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tidegate.core.decision import ControlDecision, Migrate, Path, Place, Verdict
-from tidegate.core.instance import Role
 from tidegate.core.request import Request
 from tidegate.ledger.snapshot import Column, Matrix, Snapshot
 from tidegate.policies.ares.damage import Damage, Terms
@@ -15,9 +14,6 @@ from tidegate.policies.ares.loads import Columns, LoadBoard
 from tidegate.policies.ares.published import PERIOD_S, amortised, moves_made, transfer_s
 from tidegate.policies.baselines import MINIMAL_LOAD
 from tidegate.policies.protocols import Signal
-
-BUSY_FOR_S = 10.0
-"""A prefill queue counts against the time of decodes beside it as if it were worked off within this time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +51,13 @@ class AvoidingPlacement:
         """Place the decode where the damage grows least; among equals where the least is held meanwhile."""
         damage = self.board.latest(snapshot)
         loads = damage.loads
-        if not len(loads.columns):
+        if not damage.targets.any():
             return MINIMAL_LOAD.place_decode(request, snapshot, prefill_on)
         block, everyone = damage.newcomer(request), np.arange(len(loads.columns))
         added_s = damage.of(damage.totals + block, everyone, request.slo.tpot_s) - damage.seconds
         held = damage.totals[:, 1] @ (loads.horizon.weights * block[1])
-        chosen = int(np.lexsort((held, np.round(added_s, 1)))[0])
+        order = np.lexsort((held, np.round(added_s, 1)))
+        chosen = int(order[damage.targets[order]][0])
         damage.add(chosen, block, request.slo.tpot_s)
         place = Place(prefill_on, snapshot.ids[loads.columns[chosen]], Path.DISAGGREGATED)
         alternatives = loads.compared({"added_damage_s": added_s, "beside_tokens2": held})
@@ -71,8 +68,8 @@ class AvoidingPlacement:
 class AvoidingRescheduler:
     """Once per period moves the decodes whose moves avoid most damage, as long as that exceeds their price.
 
-    Decodes that a flip left behind on an instance that prefills (Arrow's weak point) are moved away by the
-    same rule: what they lose there is the time that prefills take.
+    Decodes on an instance that prefills, left behind by a flip or put there when decode instances were full,
+    move by the same rule: prefills stretch their gaps, which is damage as far as it misses their target.
     """
 
     board: LoadBoard[Damage]
@@ -112,7 +109,6 @@ class Reliefs:
         decodes = loads.decodes
         self._may_move = decodes.movable & (snapshot.at_s - decodes.moved_at_s >= constants.cooldown_s)
         self._links = loads.links_in_use()
-        self._stranded_s = stranded_s(snapshot, damage)
 
     def best(self) -> tuple[int, int, float] | None:
         """Return the decode, its destination's place and the seconds avoided; None when nothing pays."""
@@ -123,7 +119,9 @@ class Reliefs:
             return None
         held = damage.totals[:, 1] @ loads.horizon.weights
         order = np.lexsort((held, np.round(damage.seconds, 1)))
-        targets = order[: constants.destinations]
+        targets = order[damage.targets[order]][: constants.destinations]
+        if not len(targets):
+            return None
         blocks = damage.outlooks[candidates][:, None]
         joins_s = damage.tpot_s[candidates][:, None]
         harm_s = damage.of(damage.totals[targets] + blocks, targets, joins_s) - damage.seconds[targets]
@@ -144,12 +142,10 @@ class Reliefs:
         loads = damage.loads
         worst = np.argsort(-damage.seconds, kind="stable")[: constants.sources]
         worst = worst[damage.seconds[worst] >= constants.least_s]
-        on_worst = np.isin(loads.places, worst)
-        candidates = np.flatnonzero(self._may_move & (on_worst | (self._stranded_s > 0)))
+        candidates = np.flatnonzero(self._may_move & np.isin(loads.places, worst))
         places = loads.places[candidates]
         without = damage.totals[places] - damage.outlooks[candidates]
         relief_s = damage.seconds[places] - damage.of(without, places, -damage.tpot_s[candidates])
-        relief_s = np.where(places >= 0, relief_s, self._stranded_s[candidates])
         most = np.argsort(-relief_s, kind="stable")[: constants.tried]
         most = most[relief_s[most] >= constants.least_s]
         return candidates[most], relief_s[most]
@@ -166,19 +162,7 @@ class Reliefs:
         damage = self._damage
         loads = damage.loads
         source, block = int(loads.places[decode]), damage.outlooks[decode]
-        if source >= 0:
-            damage.add(source, -block, -damage.tpot_s[decode])
+        damage.add(source, -block, -damage.tpot_s[decode])
         damage.add(target, block, damage.tpot_s[decode])
         self._may_move[decode] = False
         self._links[loads.decodes.on[decode], loads.columns[target]] = True
-
-
-def stranded_s(snapshot: Snapshot, damage: Damage) -> Column:
-    """Return the seconds that each decode would lose to the prefills of an instance that does not decode any
-    more; 0 for the others."""
-    decodes = damage.loads.decodes
-    busy = np.minimum(snapshot.prefill_demand + snapshot.prefill_queue_s / BUSY_FOR_S, 1.0)
-    step_s = snapshot.costs.step.seconds(snapshot.decode_requests, snapshot.decode_tokens)
-    away = snapshot.labelled(Role.PREFILL) & ~snapshot.draining
-    lost_s = np.where(away, busy * step_s, 0.0)
-    return np.asarray(lost_s[decodes.on] * decodes.left_tokens * (decodes.at == decodes.on))

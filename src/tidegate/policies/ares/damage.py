@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tidegate.core.request import Request
 from tidegate.costs.forms import PrefillCost, StepCost, attention_work
 from tidegate.ledger.rows import RequestRows
-from tidegate.ledger.snapshot import Column, Snapshot
+from tidegate.ledger.snapshot import Column, Mask, Snapshot
 from tidegate.policies.ares.loads import Columns, DecodeLoads, Horizon
 
 Outlook = NDArray[np.float64]
@@ -26,6 +26,8 @@ Outlook = NDArray[np.float64]
 
 LOGISTIC = math.sqrt(3.0) / math.pi
 """Scale of a logistic distribution with a standard deviation of 1."""
+BUSY_FOR_S = 10.0
+"""A prefill queue counts against the time of decodes beside it as if it were worked off within this time."""
 MOST_BUSY = 0.95
 """Prefills take at most this share of an instance's time, as far as gaps between tokens are concerned."""
 
@@ -71,14 +73,17 @@ def outlook(at: Column, context: Column, chance: NDArray[np.float64]) -> Outlook
 class Damage:
     """What the instances of ``loads`` head for, and what each of the decodes adds to it.
 
-    ``outlooks`` has one block per decode, ``totals`` one per place, ``seconds`` the damage there.
+    ``outlooks`` has one block per decode, ``totals`` one per place, ``seconds`` the damage there. Instances
+    that hold decodes under a label for prefill count like the others, but take no more: ``targets`` are the
+    places that do.
     """
 
     def __init__(self, snapshot: Snapshot, rows: RequestRows, terms: Terms) -> None:
-        loads = self.loads = DecodeLoads(snapshot, rows, terms.horizon)
+        loads = self.loads = DecodeLoads(snapshot, rows, terms.horizon, left_behind=True)
         self._costs = snapshot.costs
         self._at = loads.horizon.at
         decodes, columns = loads.decodes, loads.columns
+        self.targets: Final[Mask] = snapshot.labels.decoding_mask[columns]
         low = np.fmin(rows.remaining_low_tokens[decodes.row], decodes.left_tokens)
         chance = chances(self._at, low, decodes.left_tokens, decodes.most_tokens)
         self.outlooks: Final[Outlook] = outlook(self._at, decodes.context_tokens, chance)
@@ -86,7 +91,8 @@ class Damage:
         self._usable = terms.usable * loads.capacity_tokens - loads.beside_tokens
         known = np.where(np.isfinite(loads.capacity_tokens), loads.capacity_tokens, 0.0)
         self._noise = (terms.unforeseen * known) ** 2
-        self._stretch = 1.0 / (1.0 - np.minimum(snapshot.prefill_demand[columns], MOST_BUSY))
+        busy = snapshot.prefill_demand[columns] + snapshot.prefill_queue_s[columns] / BUSY_FOR_S
+        self._stretch = 1.0 / (1.0 - np.minimum(busy, MOST_BUSY))
         self.tpot_s: Final[Column] = rows.tpot_s[decodes.row]
         self._targets_s = loads.summed(self.tpot_s[:, None])[:, 0]
         self._members = loads.summed(np.ones((len(decodes.row), 1)))[:, 0]

@@ -90,20 +90,26 @@ class Decodes:
 class DecodeLoads:
     """The loads of the instances that decode, at every grid point.
 
-    An instance has a place here: ``columns`` says which column of the snapshot that is, and the rows of
-    ``loads`` are in that order. ``places`` has that of each of the ``decodes``, -1 for one that is on none of
-    them. ``beside_tokens`` is KV that is no decode's, ``capacity_tokens`` what
-    an instance can hold (inf where that is unknown).
+    Those are the instances labelled for it; with ``left_behind`` also those that hold decodes under another
+    label. None of them drains. An instance has a place here: ``columns`` says which column of the snapshot
+    that is, and the rows of ``loads`` are in that order. ``places`` has that of each of the ``decodes``, -1
+    for one that is on none of them. ``beside_tokens`` is KV that is no decode's, ``capacity_tokens`` what an
+    instance can hold (inf where that is unknown).
     """
 
-    def __init__(self, snapshot: Snapshot, rows: RequestRows, horizon: Horizon) -> None:
+    def __init__(
+        self, snapshot: Snapshot, rows: RequestRows, horizon: Horizon, *, left_behind: bool = False
+    ) -> None:
         self.horizon: Final = horizon
         self.ids: Final = snapshot.ids
-        columns = np.flatnonzero(snapshot.labels.decoding_mask & ~snapshot.draining)
+        self.decodes: Final = Decodes.of(rows)
+        decoding = snapshot.labels.decoding_mask
+        if left_behind:
+            decoding = decoding | (np.bincount(self.decodes.at, minlength=len(snapshot)) > 0)
+        columns = np.flatnonzero(decoding & ~snapshot.draining)
         self.columns: Final[Columns] = columns
         self._place = np.full(len(snapshot) + 1, -1)
         self._place[columns] = np.arange(len(columns))
-        self.decodes: Final = Decodes.of(rows)
         self.places: Final[Columns] = self._place[self.decodes.at]
         capacity = snapshot.kv_capacity_tokens[columns]
         self.capacity_tokens: Final[Column] = np.where(capacity > 0, capacity, np.inf)
