@@ -171,6 +171,24 @@ async def at_rate(
     }
 
 
+async def at_rates(
+    rows: list[Contender], rates_rps: Sequence[float], seeds: range, workers: Workers
+) -> list[str]:
+    """Run everyone with its first setting at given rates, and return the table's lines."""
+    lines = [
+        "| requests/s | system | attained, % | P99 TPOT, ms | preemptions | migrations |",
+        "|---|---|---|---|---|---|",
+    ]
+    for rate_rps in rates_rps:
+        for row in rows:
+            run = await at_rate(row.settings[0], rate_rps, seeds, workers)
+            attained = spread([100 * share for share in run["attainment"]], "{:.1f}")
+            tails_ms = spread([1e3 * tail_s for tail_s in run["p99_s"]], "{:.0f}")
+            counts = f"{mean(run['preemptions']):.0f} | {mean(run['migrations']):.0f}"
+            lines.append(f"| {rate_rps:g} | {row.name} | {attained} | {tails_ms} | {counts} |")
+    return lines
+
+
 async def beside(
     cases: Sequence[Case],
     names: Sequence[str],
@@ -241,11 +259,22 @@ async def main_async(options: argparse.Namespace) -> None:
             for pool in map(int, options.pools.split(",")):
                 file = options.traces / f"{trace}.csv.gz"
                 requests = options.requests * pool // 8
+                rows = contenders(file, pool, requests, options.rows.split(",") if options.rows else ())
+                seeds, title = (
+                    range(options.seeds),
+                    f"{trace}, {PREFILL_FOR[pool]}P{pool}D, {requests} requests",
+                )
+                if options.rates:
+                    rates_rps = [pool / 8 * float(rate) for rate in options.rates.split(",")]
+                    lines = await at_rates(rows, rates_rps, seeds, workers)
+                    print(f"\r{'':70}\r\n{title}, {SLO}\n\n" + "\n".join(lines), flush=True)
+                    continue
                 for level in map(float, options.levels.split(",")):
-                    rows = contenders(file, pool, requests, options.rows.split(",") if options.rows else ())
-                    lines = await compare(rows, level, range(options.seeds), workers)
-                    print(f"\r{'':70}\r\n{trace}, {PREFILL_FOR[pool]}P{pool}D, {requests} requests, ", end="")
-                    print(f"attainment {level:g} of {SLO}\n\n" + "\n".join(lines), flush=True)
+                    lines = await compare(rows, level, seeds, workers)
+                    print(
+                        f"\r{'':70}\r\n{title}, attainment {level:g} of {SLO}\n\n" + "\n".join(lines),
+                        flush=True,
+                    )
     store.close()
 
 
@@ -262,6 +291,7 @@ def main() -> None:
         default="",
         help="only these beside round-robin, as in static,ares/oracle; of --beside: names of systems",
     )
+    parser.add_argument("--rates", default="", help="instead: at these rates, per 8 decode instances")
     parser.add_argument("--beside", action="store_true", help="instead: arrow+ares beside Arrow and ARES")
     parser.add_argument("--cases", default=",".join(case.name for case in EVEN), help="of --beside")
     parser.add_argument("--seeds", type=int, default=1)
