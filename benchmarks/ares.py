@@ -2,6 +2,8 @@
 
 Run: ``python benchmarks/ares.py --traces DIR`` (DIR has the public traces ``servegen_r1_*``; about 10 minutes
 on two cores; ``--pools 8,64 --requests 20000`` takes hours, and a run that is stopped goes on where it was).
+``--rates 2,3,4 --seeds 3`` compares at given rates, and ``--beside`` Arrow with ARES beside it to either
+alone on all timed traces. docs/policies/ares.md has the tables with their options.
 
 A split with 8 (or 64) decode instances serves a trace whose answers are long beside the KV of an instance:
 RTX 4090, Llama 3.1 8B, 41,408 tokens. Goodput is the highest rate at which the level attains ``SLO``, whose
