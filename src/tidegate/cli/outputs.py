@@ -13,6 +13,7 @@ HEAD_BYTES = 1 << 20
 MARKS = {
     "bench": re.compile(rb'\A\{"type":"bench"'),
     "profile": re.compile(rb'\A\{\s*"format": *"tidegate-profile"'),
+    "trace forecast": re.compile(rb"\A(\x89PNG|%PDF|<\?xml).*tidegate trace forecast", re.DOTALL),
     "trace info": re.compile(rb"\A(\x89PNG|%PDF|<\?xml).*tidegate trace info", re.DOTALL),
 }
 """By what a file's beginning tells the command that wrote it; pages of ours name theirs."""

@@ -1,4 +1,4 @@
-"""``tidegate trace``: look at traces, make them from generators or other traces, and change their format."""
+"""``tidegate trace``: look at traces, forecast them, make them from generators or other traces, and change their format."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tidegate.bound.phase_load import phase_load
 from tidegate.cli import common_flags as common
 from tidegate.cli.options import Flag, OptionGroup, epilog, expanded
 from tidegate.cli.trace_files import Described, Saved, load, load_timed, show_traces, shown
+from tidegate.cli.trace_forecast import FORECAST_EXAMPLES, forecast
 from tidegate.cli.trace_plot import check_plot, plot_traces
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
@@ -110,7 +111,7 @@ def info(
     holds, decode at the largest batch that keeps the TPOT and fits the KV.
     """
     if plot is not None:
-        check_plot(plot)
+        check_plot(plot, "trace info")
     if slo and not profile:
         raise ConfigError("--slo goes with --profile")
     described = [_describe(source, columns, window, profile, slo or Slo()) for source in traces]
@@ -274,5 +275,6 @@ def make(
 
 verbs = typer.Typer(no_args_is_help=True, epilog=epilog(EXAMPLES))
 verbs.command("info", epilog=epilog(INFO_EXAMPLES))(expanded(info))
+verbs.command("forecast", epilog=epilog(FORECAST_EXAMPLES))(expanded(forecast))
 verbs.command("make", epilog=epilog(MAKE_EXAMPLES))(expanded(make))
 verbs.command("convert", epilog=epilog(CONVERT_EXAMPLES))(expanded(convert))

@@ -23,11 +23,11 @@ Curve = tuple[Described, str]
 """A trace and its colour."""
 
 
-def check_plot(path: Path) -> None:
+def check_plot(path: Path, command: str) -> None:
     """Raise ConfigError when the picture cannot be made: unknown suffix, no matplotlib, or a file there."""
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"--plot {path}: the name must end in {', '.join(SUFFIXES)}")
-    claim_file(path, "trace info", "--plot")
+    claim_file(path, command, "--plot")
     try:
         import matplotlib  # noqa: F401 - only whether it is there
     except ImportError:
@@ -49,7 +49,7 @@ def plot_traces(path: Path, described: Sequence[Described]) -> None:
     grid = figure.add_gridspec(panels + 1, 2)
     if timed:
         longest_s = max(float(_times_s(one)[-1]) for one, _ in timed)
-        unit_s, unit = _time_unit(longest_s)
+        unit_s, unit = time_unit(longest_s)
         first = figure.add_subplot(grid[0, :])
         rows = [first, *(figure.add_subplot(grid[row, :], sharex=first) for row in range(1, panels))]
         _draw_rates(rows[0], timed, unit_s, longest_s)
@@ -62,9 +62,14 @@ def plot_traces(path: Path, described: Sequence[Described]) -> None:
     for column, what in enumerate(("input", "output")):
         _draw_lengths(figure.add_subplot(grid[panels, column]), curves, what)
     figure.suptitle(_name(described[0]) if len(curves) == 1 else "", fontsize="medium")
+    save_plot(figure, path, "trace info")
+
+
+def save_plot(figure: Any, path: Path, command: str) -> None:
+    """Write a figure that names ``command``. Raises ConfigError when the file cannot be written."""
     try:
         told = "Software" if path.suffix == ".png" else "Creator"
-        figure.savefig(path, dpi=130, metadata={told: "tidegate trace info"})
+        figure.savefig(path, dpi=130, metadata={told: f"tidegate {command}"})
     except OSError as error:
         raise ConfigError(f"--plot {path}: cannot write there: {error.strerror}") from None
 
@@ -78,7 +83,7 @@ def _times_s(one: Described) -> Any:
     return one.workload.arrival_s - one.workload.arrival_s[0]
 
 
-def _time_unit(duration_s: float) -> tuple[float, str]:
+def time_unit(duration_s: float) -> tuple[float, str]:
     """Return the unit of a time axis, in seconds and by name."""
     if duration_s > 4 * 3600:
         return 3600.0, "hours"
@@ -94,7 +99,7 @@ def _draw_rates(axes: Any, timed: list[Curve], unit_s: float, longest_s: float) 
         counts, edges = np.histogram(times_s, bins=bins, range=(0.0, bins * bin_s))
         axes.stairs(counts / bin_s, edges / unit_s, baseline=None, color=colour, label=_name(one))
     axes.set(ylabel="requests/s", ylim=(0, None), title=f"Rate, by {_span(bin_s)}")
-    _finish(axes, legend=len(timed) > 1)
+    finish(axes, legend=len(timed) > 1)
 
 
 def _draw_ratios(axes: Any, timed: list[Curve], unit_s: float) -> None:
@@ -108,7 +113,7 @@ def _draw_ratios(axes: Any, timed: list[Curve], unit_s: float) -> None:
     plain_log_ticks(axes.yaxis)
     span = _span(timed[0][0].statistics.windows[0].length_s)
     axes.set(ylabel="input : output", title=f"Phase mix, tokens by {span} (dotted: whole trace)")
-    _finish(axes, legend=False)
+    finish(axes, legend=False)
 
 
 def _draw_loads(axes: Any, curves: list[Curve], unit_s: float) -> None:
@@ -124,7 +129,7 @@ def _draw_loads(axes: Any, curves: list[Curve], unit_s: float) -> None:
         axes.stairs(decode, edges, baseline=None, lw=1.5, label=f"{name}decode", **second)
     title = f"Estimated load on {curves[0][0].profile}"
     axes.set(ylabel="instances", ylim=(0, None), title=title)
-    _finish(axes, legend=True)
+    finish(axes, legend=True)
 
 
 def _draw_lengths(axes: Any, curves: list[Curve], what: str) -> None:
@@ -136,10 +141,11 @@ def _draw_lengths(axes: Any, curves: list[Curve], what: str) -> None:
     plain_log_ticks(axes.xaxis)
     title = f"{what.capitalize()} lengths"
     axes.set(xlabel=f"{what} tokens", ylabel="share of requests", ylim=(0, 1.01), title=title)
-    _finish(axes, legend=len(curves) > 1 and what == "input")
+    finish(axes, legend=len(curves) > 1 and what == "input")
 
 
-def _finish(axes: Any, *, legend: bool) -> None:
+def finish(axes: Any, *, legend: bool) -> None:
+    """Give axes the look that all pictures of traces have."""
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.title.set_fontsize("medium")

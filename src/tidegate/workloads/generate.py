@@ -23,7 +23,7 @@ import numpy as np
 from tidegate.core.errors import ConfigError, TraceError
 from tidegate.workloads.formats import OWN
 from tidegate.workloads.readers import csv_table, split
-from tidegate.workloads.source import read_lines
+from tidegate.workloads.source import SAMPLE_PREFIX, read_lines
 from tidegate.workloads.trace import Workload
 from tidegate.workloads.trace_table import AtLeastZero, TraceTable
 
@@ -110,12 +110,14 @@ class RateCurve:
 
     Arrivals are a renewal process of unit mean and coefficient of variation ``cv`` read on the clock of the
     curve's integral (time rescaling): with ``cv`` 1 exactly the non-homogeneous Poisson process, above 1
-    burstier on the same curve. Raises ConfigError for a curve without a positive rate.
+    burstier on the same curve. ``missing`` are the steps whose rate its file does not have. Raises
+    ConfigError for a curve without a positive rate.
     """
 
     step_s: float
     rates_rps: tuple[float, ...]
     cv: float = 1.0
+    missing: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         rates_ok = all(0 <= rate < math.inf for rate in self.rates_rps) and any(self.rates_rps)
@@ -150,22 +152,43 @@ def read_rate_curve(text: str, cv: float = 1.0) -> RateCurve:
     of the one before. Raises TraceError for a file that is not such a curve, and ConfigError when NAME is
     missing or unknown, listing those there are.
     """
+    file, name = _file_and_name(text)
+    curves, column_of = _curves_of(file)
+    if name not in curves:
+        problem = f"has no curve {name!r}" if name else "has several curves"
+        raise ConfigError(f"rate curve {file} {problem}; write {file}:NAME with one of {', '.join(curves)}")
+    return _curve(curves[name], column_of(name), cv)
+
+
+def rate_curve_names(text: str) -> list[str]:
+    """Return ``FILE:NAME`` of every curve that ``FILE`` or ``FILE:NAME`` says; none where FILE is no such
+    file. Raises TraceError for one that cannot be read, and ConfigError for an unknown NAME."""
+    if text.startswith(SAMPLE_PREFIX):
+        return []
+    file, name = _file_and_name(text)
+    first = next(iter(read_lines(file)), (1, ""))[1]
+    if "t_s" not in map(str.strip, split(first)):
+        return []
+    curves, _ = _curves_of(file)
+    if name and name not in curves:
+        read_rate_curve(text)
+    return [f"{file}:{each}" for each in curves if name in ("", each)]
+
+
+def _file_and_name(text: str) -> tuple[str, str]:
     file, _, name = text.rpartition(":")
-    if not file or (not Path(file).exists() and Path(text).exists()):
-        file, name = text, ""
+    return (text, "") if not file or (not Path(file).exists() and Path(text).exists()) else (file, name)
+
+
+def _curves_of(file: str) -> tuple[dict[str, TraceTable], Callable[[str], str]]:
+    """Return the rows of each curve by its name, and the column that has its rates."""
     table = _rate_table(file)
     if "workload" in table.columns and "rate_rps" in table.columns:
-        workloads = table.columns["workload"]
-        names = list(dict.fromkeys(workloads))
-        table = table.rows([row for row, workload in enumerate(workloads) if workload == name])
-        column = "rate_rps"
-    else:
-        names = [column for column in table.columns if column != "t_s"]
-        column = name
-    if name not in names:
-        problem = f"has no curve {name!r}" if name else "has several curves"
-        raise ConfigError(f"rate curve {file} {problem}; write {file}:NAME with one of {', '.join(names)}")
-    return _curve(table, column, cv)
+        rows: dict[str, list[int]] = {}
+        for row, workload in enumerate(table.columns["workload"]):
+            rows.setdefault(workload, []).append(row)
+        return {name: table.rows(found) for name, found in rows.items()}, lambda name: "rate_rps"
+    return {column: table for column in table.columns if column != "t_s"}, lambda name: name
 
 
 def _rate_table(file: str) -> TraceTable:
@@ -192,13 +215,15 @@ def _curve(table: TraceTable, column: str, cv: float) -> RateCurve:
     if not step_s > 0:
         raise TraceError("the times of a rate curve must increase", file=table.file, line=first)
     rates: list[float] = []
+    missing: set[int] = set()
     for row, (t_s, rate_rps) in enumerate(zip(times_s, rates_rps, strict=True)):
         steps = (t_s - times_s[0]) / step_s
         if abs(steps - round(steps)) > 1e-6:
             raise table.error(row, "t_s", f"is {t_s:g}, not a multiple of the step of {step_s:g} s")
+        missing.update(range(len(rates), round(steps)))
         rates += [rates[-1]] * (round(steps) - len(rates)) if rates else []
         rates.append(rate_rps)
-    return RateCurve(step_s, tuple(rates), cv)
+    return RateCurve(step_s, tuple(rates), cv, frozenset(missing))
 
 
 def parse_token_counts(text: str) -> TokenCounts:
