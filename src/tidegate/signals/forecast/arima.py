@@ -19,8 +19,9 @@ LEAST = 20
 """Known periods before the first fit (ours; the released DOPD planner begins with 5)."""
 WINDOW = 120
 """Periods that a fit sees (ours; there 50)."""
-REFIT = 24
-"""Periods from one fit to the next; in between, the same model is carried on over the newest values."""
+REFIT = 0.2
+"""The share by which the window grows from one fit to the next, a full one by as many new periods. In between,
+the same model is carried on over the newest values."""
 ORDERS = {"max_p": 3, "max_q": 2, "nmodels": 20}
 """The most terms, and the most models tried, so that one fit stays far below 0.8 s."""
 FLOOR = 0.05
@@ -77,7 +78,7 @@ class Arima(SeriesSource):
                 from statsforecast.models import AutoARIMA
 
                 self._model = AutoARIMA(season_length=1, **ORDERS).fit(logs)
-                self._until_fit = REFIT
+                self._until_fit = int(REFIT * len(logs))
             self._until_fit -= 1
             ahead = self._model.forward(logs, steps, fitted=True)
         residuals = logs - np.asarray(ahead["fitted"], np.float64)

@@ -8,8 +8,8 @@ from scipy.signal import lfilter
 from tidegate.signals.forecast.source import Expected, Floats, SeriesSource, filled
 
 UNKNOWN = "nothing is known yet"
-WEIGHTS = (0.2, 0.4, 0.7)
-"""Of the newest value, in the three levels of ``Ewma`` (ours)."""
+WEIGHTS = (0.2, 0.4, 0.7, 1.0)
+"""Of the newest value, in the levels of ``Ewma`` (ours)."""
 SMOOTHED = 200
 """Known values that ``Ewma`` looks back over (ours): what is older has no weight left."""
 
@@ -29,7 +29,7 @@ class LastValue(SeriesSource):
 class Ewma(SeriesSource):
     """Expects an exponentially weighted mean of what is known; gaps take no part.
 
-    Of three weights it takes the one whose level was nearest to the value after it, by the same weighting.
+    Of four weights it takes the one whose level was nearest to the value after it, by the same weighting.
     """
 
     name = "ewma"
