@@ -17,6 +17,7 @@ from tidegate.ledger.snapshot import Snapshot
 from tidegate.policies.baselines import LEAST_LOADED
 from tidegate.policies.protocols import Controller, DecodePlacement, Signal, StartingRoles
 from tidegate.policies.starting_roles import even_roles
+from tidegate.signals.forecast import LoadFeed
 from tidegate.signals.lengths import LengthSource
 from tidegate.signals.prefix import NO_BLOCKS, PrefixIndex, PromptBlocks
 from tidegate.systems.system import System
@@ -107,6 +108,7 @@ def make_plane(
     roles: StartingRoles = even_roles,
     prefixes: PrefixIndex | None = None,
     lengths: LengthSource | None = None,
+    load: LoadFeed | None = None,
     settings: ControlSettings | None = None,
     lines: list[bytes] | None = None,
     window_s: float = 1.0,
@@ -123,7 +125,7 @@ def make_plane(
     )
     ids = [f"i{k}" for k in range(instances)]
     journal = JournalWriter(None if lines is None else lines.append)
-    plane = ControlPlane(system, ids, journal, settings, prefixes, lengths)
+    plane = ControlPlane(system, ids, journal, settings, prefixes, lengths, load)
     for name in ids:
         plane.instance_up(instance(name), REFERENCE, 0.0)
     plane.start(0.0)

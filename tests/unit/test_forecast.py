@@ -53,7 +53,7 @@ def test_any_series_has_finite_forecasts_inside_of_their_intervals(values: list[
         if not known:
             assert ahead.source == "" and np.isnan(ahead.mean).all()
             continue
-        assert (0 <= ahead.low).all() and (ahead.low <= ahead.mean).all() and (ahead.mean <= ahead.high).all()
+        assert (ahead.low >= 0).all() and (ahead.low <= ahead.mean).all() and (ahead.mean <= ahead.high).all()
         assert np.isfinite(ahead.high).all()
         slack = 1e-9 * max(known)
         assert ahead.mean.min() >= min(known) - slack and ahead.mean.max() <= max(known) + slack
@@ -136,8 +136,8 @@ def test_arima_follows_a_trend_and_says_when_it_cannot() -> None:
         forecaster.push(float(value))
     early = forecaster.forecasts["arima"]
     assert (early.source, early.reason) == ("ewma", "19 of 20 periods are known")
-    for value in (119.0, float("nan"), 121.0, 122.0):
-        forecaster.push(value)
+    for later in (119.0, float("nan"), 121.0, 122.0):
+        forecaster.push(later)
     ahead = forecaster.forecasts["arima"]
     assert ahead.source == "arima"
     assert ahead.mean == pytest.approx([123.0, 124.0, 125.0], rel=0.01)
@@ -147,8 +147,8 @@ def test_an_arima_of_a_series_that_dies_stays_finite() -> None:
     pytest.importorskip("statsforecast")
     forecaster = SeriesForecaster(series_sources(("arima",), season=0), 3)
     rng = np.random.default_rng(3)
-    for value in [*rng.poisson(20.0, 40), *[0] * 30, *rng.poisson(900.0, 5)]:
-        forecaster.push(float(value))
+    for count in [*rng.poisson(20.0, 40), *[0] * 30, *rng.poisson(900.0, 5)]:
+        forecaster.push(float(count))
         assert np.isfinite(forecaster.forecasts["arima"].high).all()
 
 

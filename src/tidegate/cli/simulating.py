@@ -29,6 +29,7 @@ from tidegate.reports.comparison_charts import comparison_charts
 from tidegate.reports.page import render_page
 from tidegate.reports.plot_style import NoPlots
 from tidegate.reports.png import draw_png
+from tidegate.signals.forecast.choice import SIMULATED as LOAD_SOURCES
 from tidegate.signals.lengths.choice import SIMULATED as LENGTH_SOURCES
 from tidegate.sim import SimSettings
 from tidegate.workloads.choice import WorkloadChoice, requests_of
@@ -77,6 +78,14 @@ SIMULATED = {
         panel=ENGINE,
         rule=Rule(lambda name: name in ("", *LENGTH_SOURCES), f"one of {', '.join(LENGTH_SOURCES)}"),
     ),
+    "forecast": Flag(
+        "Who forecasts the load: last, seasonal-naive, ewma, arima, ensemble or oracle; by default nobody, "
+        "and ensemble where the system needs it.",
+        "SOURCE",
+        panel=ENGINE,
+        rule=Rule(lambda name: name in ("", *LOAD_SOURCES), f"one of {', '.join(LOAD_SOURCES)}"),
+    ),
+    "forecast_period_s": Flag("Length of a period of forecasts.", "S", "--forecast-period", panel=ENGINE),
     "front_s": _milliseconds("From dispatch to the engine's queue, per leg.", "--front-ms"),
     "heartbeat_s": _milliseconds(
         "How often engines report (1 or more); 0: the scheduler sees all at once.",

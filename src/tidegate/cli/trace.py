@@ -1,4 +1,4 @@
-"""``tidegate trace``: look at traces, forecast them, make them from generators or others, change their format."""
+"""``tidegate trace``: look at traces, forecast them, make them from others, change their format."""
 
 from __future__ import annotations
 

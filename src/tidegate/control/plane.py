@@ -41,6 +41,7 @@ from tidegate.ledger.snapshot import Field, Snapshot
 from tidegate.policies.admission import admitted
 from tidegate.policies.order import prefill_ticket
 from tidegate.policies.pricing import fastest_prefill_seconds, predicted_on
+from tidegate.signals.forecast import LoadFeed
 from tidegate.signals.lengths import LengthSource
 from tidegate.signals.prefix import PrefixIndex
 from tidegate.systems.system import System
@@ -50,9 +51,9 @@ class ControlPlane:
     """Runs one system over one fleet.
 
     ``ids`` are the instances that the fleet starts with. ``prefixes``, where given, tells placements what
-    each instance's prefix cache holds; ``lengths``, where given, what is left of every answer. ``requests``
-    are those that have not ended, by id; ``migrations`` counts what became of migrations: begun, done,
-    cancelled, ignored.
+    each instance's prefix cache holds; ``lengths``, where given, what is left of every answer; ``load``,
+    where given, forecasts the load for ``Snapshot.forecast``. ``requests`` are those that have not ended, by
+    id; ``migrations`` counts what became of migrations: begun, done, cancelled, ignored.
 
     Times are a driver's seconds and never decrease. Every verb returns what is to be done, in this order.
     """
@@ -65,6 +66,7 @@ class ControlPlane:
         settings: ControlSettings | None = None,
         prefixes: PrefixIndex | None = None,
         lengths: LengthSource | None = None,
+        load: LoadFeed | None = None,
     ) -> None:
         self.system = system
         self.settings = settings or ControlSettings()
@@ -74,6 +76,7 @@ class ControlPlane:
         self.membership = Membership(ids, system.roles, self.ledger)
         self.prefixes = prefixes
         self.lengths = lengths
+        self.load = load
         self.requests: dict[str, LiveRequest] = {}
         self._journal = journal
         self._held = HeldRequests(system.order)
@@ -91,6 +94,8 @@ class ControlPlane:
 
     def start(self, now: float) -> Effects:
         """Begin the periodic decisions: their first periods end one period from ``now``."""
+        if self.load is not None:
+            self.load.start(now)
         return [WakeAt(self._periods.start(now))]
 
     def tick(self, now: float) -> Effects:
@@ -103,6 +108,8 @@ class ControlPlane:
         if self._periods.window.due(now):
             self.ledger.window_closed(now)
             self._predictions.window_closed(self.ledger, now)
+            if self.load is not None and self.load.passed(now):
+                self.ledger.load_forecast = self.load.forecast
             self._audit()
         if len(self.ledger.ids):
             for controller, state in self._periods.due(now):
@@ -174,6 +181,8 @@ class ControlPlane:
     def arrive(self, live: LiveRequest, now: float) -> Effects:
         """Take a new request and place its prefill."""
         self.requests[live.id] = live
+        if self.load is not None:
+            self.load.arrived(live.as_request().prompt_tokens)
         return self._place_prefill(live, "place_prefill", now)
 
     def prefill_done(self, live: LiveRequest, now: float) -> Effects:
@@ -260,6 +269,8 @@ class ControlPlane:
     def ended(self, live: LiveRequest, error: TidegateError | None, now: float) -> Effects:
         """Say that a request is over: answered in full, or failed with ``error``. Called once per request."""
         if error is None:
+            if self.load is not None:
+                self.load.answered(live.generated)
             self.ledger.finished(live.id, now)
             for observer in self._observers:
                 observer.finished(live.as_request(), live.generated, now)

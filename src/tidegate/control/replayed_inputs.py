@@ -23,6 +23,7 @@ from tidegate.journal.reader import JournalLines
 from tidegate.journal.schema import HeaderLine, InputLine, InputRequest
 from tidegate.journal.writer import JournalWriter
 from tidegate.policies.protocols import Signal
+from tidegate.signals.forecast.choice import deployed_feed
 from tidegate.signals.lengths.choice import AUTO, deployed_source
 from tidegate.signals.prefix import NO_BLOCKS, PrefixIndex, PromptBlocks
 from tidegate.systems.system import System
@@ -66,7 +67,8 @@ def decide_again(
     written: list[bytes] = []
     journal = JournalWriter(written.append, inputs[0].now_s - inputs[0].t_s)
     source = deployed_source(lengths, needed=Signal.LENGTHS in system.needs)
-    replay_inputs(inputs, ControlPlane(system, ids, journal, settings, PrefixIndex(), source))
+    load = deployed_feed(needed=Signal.FORECAST in system.needs)
+    replay_inputs(inputs, ControlPlane(system, ids, journal, settings, PrefixIndex(), source, load))
     return written
 
 

@@ -39,6 +39,7 @@ from tidegate.gateway.settings import GatewaySettings
 from tidegate.gateway.upstream import Handles, Upstream, connect
 from tidegate.journal.writer import JournalWriter
 from tidegate.policies.protocols import Signal
+from tidegate.signals.forecast.choice import deployed_feed
 from tidegate.signals.lengths.choice import deployed_source
 from tidegate.signals.prefix import PrefixIndex
 from tidegate.systems.system import System
@@ -90,7 +91,8 @@ class Dispatcher:
         control = ControlSettings(replays=settings.replays, admission=settings.admission)
         plane = RecordingPlane if settings.journal_inputs else ControlPlane
         lengths = deployed_source(settings.lengths, needed=Signal.LENGTHS in system.needs)
-        self.plane: ControlPlane = plane(system, ids, journal, control, self.prefixes, lengths)
+        load = deployed_feed(needed=Signal.FORECAST in system.needs)
+        self.plane: ControlPlane = plane(system, ids, journal, control, self.prefixes, lengths, load)
         self.stopping = False
         self.flips = 0
         self.upstreams: dict[str, Upstream] = {}
@@ -252,5 +254,5 @@ class Dispatcher:
     def signals(self) -> list[Signal]:
         """Return the signals that this deployment gives, now that the fleet is up."""
         measured = all(u.member.profile is not None for u in self.upstreams.values())
-        always = [Signal.PREFIX_HITS, Signal.LENGTHS]
+        always = [Signal.PREFIX_HITS, Signal.LENGTHS, Signal.FORECAST]
         return [*always, Signal.PROFILE] if measured else always

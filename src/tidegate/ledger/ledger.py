@@ -9,6 +9,7 @@ import numpy as np
 
 from tidegate.core.errors import InternalError, NoInstance
 from tidegate.core.instance import Instance, Role
+from tidegate.core.load_forecast import LoadForecast
 from tidegate.core.request import Request
 from tidegate.costs.profile import UNMEASURED, Profile, ProfileTable
 from tidegate.ledger.integrity import check_integrity
@@ -25,19 +26,18 @@ it: a window's gaps have one sum, however many steps were told of at once."""
 
 
 class Ledger:
-    """What is where, fed by events only (Arrow v2, section 5.2: never by scraping engines).
-
-    What an engine says of itself enters only as ``foreign_load``, beside what the ledger knows.
+    """What is where, fed by events only (Arrow v2, section 5.2: never by scraping engines); what an engine
+    says of itself enters only as ``foreign_load``, beside what the ledger knows.
 
     Every event carries ``now`` in seconds of the driver's clock; times never decrease, but for those of
     tokens, steps and ends of transfers, which may be told late, before the next snapshot. An event costs
     O(1) and changes running sums; only instances coming and going, ``window_closed`` of a stalled
     instance and ``check_integrity`` walk over requests.
 
-    Events about a request that is not live (it ended, or its instance died) change nothing and return
-    False, because a driver learns of such ends late.
+    Events about a request that is not live change nothing and return False: a driver learns late of ends.
 
-    ``forecast``, where given, tells ``Snapshot.requests`` what is left of each answer.
+    ``forecast``, where given, tells ``Snapshot.requests`` what is left of each answer; ``load_forecast`` is
+    ``Snapshot.forecast``.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class Ledger:
         self._windows = LongWindows(window_s, windows or {})
         self.sessions = Sessions()
         self._forecast = forecast
+        self.load_forecast: LoadForecast | None = None
         self._instances: dict[str, InstanceEntry] = {}
         self._entries: dict[str, RequestEntry] = {}
         self._ids: tuple[str, ...] = ()
@@ -159,8 +160,7 @@ class Ledger:
     def prefill_dispatched(self, request: Request, on: str, now: float) -> float:
         """Queue the request's prefill on instance ``on``; return its predicted seconds T(r, i).
 
-        A live request with the same id is aborted first: a replay supersedes it. Raises NoInstance when
-        ``on`` is not up.
+        A live request of that id is aborted first: a replay supersedes it. Raises NoInstance: ``on`` is down.
         """
         instance = self._up(on)
         if not (request.id in self._entries and self.aborted(request.id, now)) and request.session:

@@ -17,6 +17,7 @@ from tidegate.costs.profile import ProfileTable
 from tidegate.ledger.rows import RequestRows, SessionRows
 
 if TYPE_CHECKING:
+    from tidegate.core.load_forecast import LoadForecast
     from tidegate.ledger.ledger import Ledger
 
 Column = NDArray[np.float64]
@@ -220,6 +221,11 @@ class Snapshot:
     def sessions(self) -> SessionRows:
         """One row per session, worked out when asked for: read it while deciding, not later."""
         return self._ledger.sessions.rows(self.index)
+
+    @property
+    def forecast(self) -> LoadForecast | None:
+        """The newest forecast of the load; None where nobody makes any, and in the first period."""
+        return self._ledger.load_forecast
 
     @property
     def windows(self) -> Mapping[str, WindowAverages]:

@@ -22,12 +22,14 @@ class Signal(enum.StrEnum):
 
     PROFILE: the instances have measured or named profiles (``Snapshot.costs``). PREFIX_HITS: it is known what
     each instance has cached of a prompt (``Request.cached``). LENGTHS: what is left to generate is predicted
-    (``Request.remaining``, and the columns ``remaining_*`` of ``Snapshot.requests``).
+    (``Request.remaining``, and the columns ``remaining_*`` of ``Snapshot.requests``). FORECAST: the load of
+    the next periods is forecast (``Snapshot.forecast``).
     """
 
     PROFILE = "profile"
     PREFIX_HITS = "prefix_hits"
     LENGTHS = "lengths"
+    FORECAST = "forecast"
 
 
 class Policy(Protocol):

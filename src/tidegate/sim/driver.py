@@ -29,6 +29,7 @@ from tidegate.dataplane.sequence import LOADING, Pin, SimSequence
 from tidegate.journal.writer import JournalWriter
 from tidegate.measure.timeline import FlipEvent
 from tidegate.policies.order import Ticket
+from tidegate.signals.forecast import LoadFeed
 from tidegate.signals.lengths.choice import simulated_source
 from tidegate.signals.prefix import NO_BLOCKS, PrefixIndex, PromptBlocks
 from tidegate.sim.membership import CONTROL, FleetSchedule
@@ -45,7 +46,8 @@ class SimDriver:
     ``requests`` are the live requests by number in order of arrival; ``arrived`` counts all of them, and
     ``ended`` is told of the end of each. ``slo_class`` has the class of each, where the settings have any.
     ``oversize`` has (tokens, number) of each request that no instance could hold; ``unstarted`` has (time,
-    reason) of each start that no spare was there for; ``steps`` counts those of each instance.
+    reason) of each start that no spare was there for; ``steps`` counts those of each instance. ``load``, where
+    given, forecasts the load.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class SimDriver:
         events: EventQueue,
         membership: FleetSchedule,
         ended: Callable[[int, float], None] | None,
+        load: LoadFeed | None = None,
     ) -> None:
         self._output_tokens: dict[str, int] = {}
         name = settings.lengths
@@ -70,6 +73,7 @@ class SimDriver:
             ControlSettings(replays=settings.replays, admission=settings.admission),
             PrefixIndex() if settings.prefix_hits else None,
             lengths,
+            load,
         )
         self.sampler = Sampler(self._ids, self.cluster.kv_tokens_in_use)
         self.first_roles: list[Role | None] = [None] * len(replicas)

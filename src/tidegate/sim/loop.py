@@ -14,6 +14,8 @@ from tidegate.dataplane.events import EventKind, EventQueue
 from tidegate.dataplane.replica import Replica
 from tidegate.journal.writer import JournalWriter
 from tidegate.policies.protocols import Signal
+from tidegate.signals.forecast.choice import simulated_feed
+from tidegate.signals.forecast.series import ENSEMBLE
 from tidegate.signals.lengths.choice import DEFAULT
 from tidegate.sim.arrivals import TraceArrivals
 from tidegate.sim.driver import SimDriver
@@ -66,9 +68,12 @@ class _Simulation:
     ) -> None:
         if not settings.lengths and Signal.LENGTHS in system.needs:
             settings = replace(settings, lengths=DEFAULT)
+        if not settings.forecast and Signal.FORECAST in system.needs:
+            settings = replace(settings, forecast=ENSEMBLE)
         hits = [Signal.PREFIX_HITS] if settings.prefix_hits else []
         lengths = [Signal.LENGTHS] if settings.lengths else []
-        system.check_signals([Signal.PROFILE, *hits, *lengths])
+        forecast = [Signal.FORECAST] if settings.forecast else []
+        system.check_signals([Signal.PROFILE, *hits, *lengths, *forecast])
         self._ids = [replica.instance.id for replica in replicas]
         if len(set(self._ids)) != len(replicas):
             raise ConfigError("two instances have one id")
@@ -79,7 +84,9 @@ class _Simulation:
         workload = Workload.of(trace)
         self._arrivals = TraceArrivals(workload, events, closed_loop=settings.closed_loop, watch=watch)
         ended = self._arrivals.ended if settings.closed_loop else None
-        self._driver = SimDriver(system, replicas, settings, journal, events, self._membership, ended)
+        period_s = settings.forecast_period_s
+        load = simulated_feed(settings.forecast, workload, period_s) if settings.forecast else None
+        self._driver = SimDriver(system, replicas, settings, journal, events, self._membership, ended, load)
         self._heartbeats = 0
         journal.header(
             version=tidegate.__version__,

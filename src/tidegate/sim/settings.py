@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
+from tidegate.signals.forecast.choice import check_source
+from tidegate.signals.forecast.feed import PERIOD_S
 from tidegate.signals.lengths.choice import SIMULATED, checked
 from tidegate.workloads.trace import TraceRecord
 
@@ -34,7 +36,8 @@ class SimSettings:
     ``start_delay_s`` later (the time that a server takes to load a model). With ``prefix_hits`` prefills are
     priced with what each instance's prefix cache is expected to hold. ``lengths`` names the source of length
     predictions (see ``tidegate.signals.lengths.choice``); "" is none, or for a system that needs one
-    ``hidden``.
+    ``hidden``. ``forecast`` names the source of forecasts of the load, by periods of ``forecast_period_s``
+    (see ``tidegate.signals.forecast.choice``); "" is none, or for a system that needs one ``ensemble``.
     """
 
     slo: Slo = field(default_factory=Slo)
@@ -53,6 +56,8 @@ class SimSettings:
     start_delay_s: float = 30.0
     prefix_hits: bool = True
     lengths: str = ""
+    forecast: str = ""
+    forecast_period_s: float = PERIOD_S
 
     def __post_init__(self) -> None:
         if not (0 <= self.front_s < float("inf") and 0 < self.deadline_s < float("inf")):
@@ -61,6 +66,10 @@ class SimSettings:
             raise ConfigError("the heartbeat and the start delay must be numbers of seconds of at least 0")
         if self.lengths:
             checked(self.lengths, SIMULATED)
+        if self.forecast:
+            check_source(self.forecast)
+        if not 0 < self.forecast_period_s < float("inf"):
+            raise ConfigError("the period of forecasts must be a positive number of seconds")
         if self.spares < 0:
             raise ConfigError(f"spares must be a count of at least 0, got {self.spares}")
 

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tidegate.core.errors import ConfigError
-from tidegate.signals.forecast.series import SeriesForecast, SeriesForecaster
+from tidegate.core.load_forecast import SeriesForecast
+from tidegate.signals.forecast.series import SeriesForecaster
 from tidegate.signals.forecast.source import Floats, SeriesSource
 from tidegate.workloads.trace import Workload
 
@@ -31,6 +32,7 @@ class LoadPeriod(NamedTuple):
 
 
 SERIES = LoadPeriod._fields
+UNKNOWN_PERIOD = LoadPeriod(*[float("nan")] * len(SERIES))
 WARM_PERIODS = 60
 """How many of the periods of an earlier run go through the sources, the newest ones (ours)."""
 
@@ -84,7 +86,8 @@ def load_periods(workload: Workload, period_s: float, long_tokens: float) -> lis
 
     def mean(values: Floats | NDArray[np.bool_]) -> Floats:
         sums = np.bincount(at, weights=values, minlength=count)
-        return np.divide(sums, requests, out=np.full(count, np.nan), where=requests > 0)
+        means: Floats = np.divide(sums, requests, out=np.full(count, np.nan), where=requests > 0)
+        return means
 
     columns = (
         requests / period_s,

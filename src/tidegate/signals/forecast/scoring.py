@@ -48,8 +48,8 @@ def score(
         if at + steps < count:
             for name in names:
                 ahead = forecaster.forecasts[name]
-                own = float(ahead.source == name)
-                curves[name][:, at + steps] = ahead.mean[-1], ahead.low[-1], ahead.high[-1], own
+                itself = float(ahead.source == name)
+                curves[name][:, at + steps] = ahead.mean[-1], ahead.low[-1], ahead.high[-1], itself
         advance((at + 1) / count)
     usable = np.isfinite(values) & (values > 0) & np.isfinite(curves[names[0]][0])
     half = np.arange(count) < count // 2
@@ -58,17 +58,16 @@ def score(
     second = usable & ~half
     scores = []
     for name in names:
-        mean, low, high, own = curves[name]
-        first_mape, mape = (_mean(errors[name][usable & part]) for part in (half, ~half))
+        means, low, high, own = curves[name]
         inside = (low <= values) & (values <= high)
         scores.append(
             SourceScore(
                 name,
                 name == chosen,
-                (first_mape, mape),
+                (_mean(errors[name][usable & half]), _mean(errors[name][second])),
                 _mean(inside[second].astype(np.float64)),
                 _mean(own[second]),
-                mean,
+                means,
                 low,
                 high,
             )
@@ -93,9 +92,9 @@ def choose(errors: dict[str, Floats], steps: int) -> str:
 
 def _standard_error(values: Floats, steps: int) -> float:
     centred, count = values - values.mean(), len(values)
-    variance = float(centred @ centred) / count
+    variance = float(np.dot(centred, centred)) / count
     for lag in range(1, min(steps, count)):
-        variance += 2.0 * (1.0 - lag / steps) * float(centred[lag:] @ centred[:-lag]) / count
+        variance += 2.0 * (1.0 - lag / steps) * float(np.dot(centred[lag:], centred[:-lag])) / count
     return math.sqrt(max(variance, 0.0) / count)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from tidegate.core.errors import ConfigError
+from tidegate.core.load_forecast import SeriesForecast
 from tidegate.signals.forecast.source import Floats, SeriesSource
 
 ENSEMBLE = "ensemble"
@@ -24,22 +24,10 @@ FEWEST = 9
 """Errors below which there is no 0.1 quantile: the interval goes from half the mean to twice the mean."""
 FLOOR = 0.05
 """Errors are ratios of value and forecast, both with this share of the mean added: values may be 0."""
+LONGEST = 20_000
+"""Periods of history that are kept (ours): a week by half minutes."""
 LEVEL_PERIODS = 100
 """The newest periods, whose mean that is."""
-
-
-class SeriesForecast(NamedTuple):
-    """What is expected of the periods to come, one value each: the mean, the 0.1 and the 0.9 quantile.
-
-    ``source`` is who answered. Where another one was asked, ``reason`` says why it could not. Without any
-    known value all are NaN and ``source`` is "".
-    """
-
-    mean: Floats
-    low: Floats
-    high: Floats
-    source: str
-    reason: str = ""
 
 
 class SeriesForecaster:
@@ -73,6 +61,7 @@ class SeriesForecaster:
         """Take the value of the period that ended; NaN, or what no value can be, says that it is unknown."""
         value = value if 0.0 <= value < float("inf") else float("nan")
         self._history.append(value)
+        del self._history[:-LONGEST]
         history = np.array(self._history)
         newest = history[-LEVEL_PERIODS:]
         known = newest[np.isfinite(newest)]

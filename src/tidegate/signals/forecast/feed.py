@@ -1,0 +1,80 @@
+"""What a control plane owns of FORECAST: the period under way, and who hears of it when it ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+from tidegate.core.load_forecast import LoadForecast, SeriesForecast
+from tidegate.signals.forecast.load import UNKNOWN_PERIOD, LoadPeriod
+
+PERIOD_S = 30.0
+"""Length of a period (ours; DOPD's experiments adjust every 10 to 20 s, its default is 180 s)."""
+STEPS = 6
+"""Periods ahead (ours): three minutes, four times what a decode instance takes to start."""
+Push = Callable[[LoadPeriod], Mapping[str, SeriesForecast]]
+"""Takes the period that ended and returns what is expected of each series."""
+
+
+class LoadFeed:
+    """Counts a period's load, and makes a forecast at its end.
+
+    Periods end at whole multiples of their length after the start, or with the first call of ``passed``
+    behind that; one without a call is a gap. An answer counts in the period in which it ended: its length is
+    not known before. ``forecast`` is the newest, None in the first period.
+    """
+
+    def __init__(self, push: Push, period_s: float = PERIOD_S) -> None:
+        self.period_s = period_s
+        self.forecast: LoadForecast | None = None
+        self._push = push
+        self._start_s = self._ends_s = math.inf
+        self._long_tokens = math.nan
+        self._begin()
+
+    def start(self, now: float) -> None:
+        """Begin the first period."""
+        self._start_s = now
+        self._ends_s = now + self.period_s
+
+    def arrived(self, prompt_tokens: int) -> None:
+        """Count a request that is offered."""
+        self._requests += 1
+        self._input_tokens += prompt_tokens
+        self._input_squares += prompt_tokens * prompt_tokens
+        self._long += prompt_tokens > self._long_tokens
+
+    def answered(self, tokens: int) -> None:
+        """Count a request that was answered in full."""
+        self._answers += 1
+        self._output_tokens += tokens
+        self._output_squares += tokens * tokens
+
+    def passed(self, now: float) -> bool:
+        """Make a forecast if the period has ended by ``now``; tell whether it has."""
+        if now < self._ends_s:
+            return False
+        span_s = now - self._start_s
+        while now >= self._ends_s + self.period_s:
+            self._push(UNKNOWN_PERIOD)
+            self._ends_s += self.period_s
+        self._ends_s += self.period_s
+        requests, answers = self._requests or math.nan, self._answers or math.nan
+        period = LoadPeriod(
+            self._requests / span_s,
+            self._input_tokens / requests,
+            self._input_squares / requests,
+            self._output_tokens / answers,
+            self._output_squares / answers,
+            self._long / requests if self._long_tokens == self._long_tokens else math.nan,
+        )
+        expected = self._push(period)
+        self.forecast = LoadForecast(now, self.period_s, self._long_tokens, **expected)
+        self._long_tokens = float(expected["input_tokens"].mean[0])
+        self._start_s = now
+        self._begin()
+        return True
+
+    def _begin(self) -> None:
+        self._requests = self._input_tokens = self._input_squares = self._long = 0
+        self._answers = self._output_tokens = self._output_squares = 0
