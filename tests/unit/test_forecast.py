@@ -49,7 +49,8 @@ def pushed(values: list[float] | Floats, steps: int = 3, season: int = 0) -> Ser
 @settings(deadline=None, max_examples=30)
 def test_any_series_has_finite_forecasts_inside_of_their_intervals(values: list[float], season: int) -> None:
     known = [value for value in values if 0 <= value < float("inf")]
-    for ahead in pushed(values, season=season).forecasts.values():
+    forecaster = pushed(values, season=season)
+    for ahead in map(forecaster.forecast, forecaster.names):
         if not known:
             assert ahead.source == "" and np.isnan(ahead.mean).all()
             continue
@@ -65,7 +66,8 @@ def test_a_constant_series_with_gaps_is_forecast_as_that_constant(
     value: float, count: int, gaps: list[int]
 ) -> None:
     values = [float("nan") if at in gaps and at else value for at in range(count)]
-    for ahead in pushed(values, season=7).forecasts.values():
+    forecaster = pushed(values, season=7)
+    for ahead in map(forecaster.forecast, forecaster.names):
         assert ahead.mean == pytest.approx([value] * 3)
 
 
@@ -81,20 +83,20 @@ def test_who_cannot_answer_names_who_does_and_why() -> None:
     forecaster = SeriesForecaster([LastValue(), Failing(), SeasonalNaive(4)], 2)
     for value in (3.0, 4.0, 5.0):
         forecaster.push(value)
-    failing, seasonal = forecaster.forecasts["failing"], forecaster.forecasts["seasonal-naive"]
+    failing, seasonal = forecaster.forecast("failing"), forecaster.forecast("seasonal-naive")
     assert (failing.source, failing.reason) == ("last", "the fit failed: singular matrix")
     assert (seasonal.source, seasonal.reason) == ("last", "there is no season of history yet")
     assert failing.mean.tolist() == [5.0, 5.0]
     forecaster.push(6.0)
-    assert forecaster.forecasts["seasonal-naive"].mean.tolist() == [3.0, 4.0]
+    assert forecaster.forecast("seasonal-naive").mean.tolist() == [3.0, 4.0]
     with pytest.raises(ConfigError, match="needs last"):
         SeriesForecaster([Failing()], 1)
 
 
 def test_the_ensemble_follows_the_source_that_is_right() -> None:
     season = np.tile([5.0, 5.0, 50.0, 5.0], 40)
-    ahead = pushed(season, steps=4, season=4).forecasts
-    assert ahead["ensemble"].mean == pytest.approx([5.0, 5.0, 50.0, 5.0], rel=0.02)
+    ahead = pushed(season, steps=4, season=4).forecast("ensemble")
+    assert ahead.mean == pytest.approx([5.0, 5.0, 50.0, 5.0], rel=0.02)
 
 
 def test_a_small_advantage_chooses_no_complex_source() -> None:
@@ -126,7 +128,7 @@ def test_the_oracle_knows_what_comes_after_a_warm_start_of_nothing() -> None:
     truth = np.array([1.0, 2.0, np.nan, 4.0])
     forecaster = SeriesForecaster([LastValue(), OracleSeries(truth)], 2)
     forecaster.push(1.0)
-    assert forecaster.forecasts["oracle"].mean.tolist() == [2.0, 3.0]
+    assert forecaster.forecast("oracle").mean.tolist() == [2.0, 3.0]
 
 
 def test_arima_follows_a_trend_and_says_when_it_cannot() -> None:
@@ -134,11 +136,11 @@ def test_arima_follows_a_trend_and_says_when_it_cannot() -> None:
     forecaster = SeriesForecaster(series_sources(("arima",), season=0), 3)
     for value in range(100, 119):
         forecaster.push(float(value))
-    early = forecaster.forecasts["arima"]
+    early = forecaster.forecast("arima")
     assert (early.source, early.reason) == ("ewma", "19 of 20 periods are known")
     for later in (119.0, float("nan"), 121.0, 122.0):
         forecaster.push(later)
-    ahead = forecaster.forecasts["arima"]
+    ahead = forecaster.forecast("arima")
     assert ahead.source == "arima"
     assert ahead.mean == pytest.approx([123.0, 124.0, 125.0], rel=0.01)
 
@@ -149,7 +151,7 @@ def test_an_arima_of_a_series_that_dies_stays_finite() -> None:
     rng = np.random.default_rng(3)
     for count in [*rng.poisson(20.0, 40), *[0] * 30, *rng.poisson(900.0, 5)]:
         forecaster.push(float(count))
-        assert np.isfinite(forecaster.forecasts["arima"].high).all()
+        assert np.isfinite(forecaster.forecast("arima").high).all()
 
 
 def test_nothing_imports_the_library_before_a_fit() -> None:

@@ -68,7 +68,7 @@ class LoadForecaster:
     @property
     def forecast(self) -> Mapping[str, SeriesForecast]:
         """What is expected from the period on that began last, by series."""
-        return {name: series.forecasts[self._wanted] for name, series in self._series.items()}
+        return {name: series.forecast(self._wanted) for name, series in self._series.items()}
 
 
 def load_periods(workload: Workload, period_s: float, long_tokens: float) -> list[LoadPeriod]:

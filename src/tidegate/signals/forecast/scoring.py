@@ -47,7 +47,7 @@ def score(
         forecaster.push(value)
         if at + steps < count:
             for name in names:
-                ahead = forecaster.forecasts[name]
+                ahead = forecaster.forecast(name)
                 itself = float(ahead.source == name)
                 curves[name][:, at + steps] = ahead.mean[-1], ahead.low[-1], ahead.high[-1], itself
         advance((at + 1) / count)

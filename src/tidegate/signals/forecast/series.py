@@ -54,8 +54,8 @@ class SeriesForecaster:
         }
         self._loss = {name: np.zeros(steps) for name in self.names}
         self._weight = np.zeros(steps)
-        nothing = np.full(steps, np.nan)
-        self.forecasts = dict.fromkeys(self.names, SeriesForecast(nothing, nothing, nothing, ""))
+        self._floor = 0.0
+        self._answers: dict[str, tuple[Floats, str, str]] = {}
 
     def push(self, value: float) -> None:
         """Take the value of the period that ended; NaN, or what no value can be, says that it is unknown."""
@@ -70,19 +70,26 @@ class SeriesForecaster:
             self._note_errors(value, floor)
         said = {name: source.expected(history, self.steps) for name, source in self._sources.items()}
         answers = {name: each for name, each in said.items() if not isinstance(each, str)}
-        means: dict[str, tuple[Floats, str, str]] = {}
         for name in self._sources:
             answer, reason = name, said[name]
             while answer and answer not in answers:
                 answer = self._sources[answer].instead
             if answer:
-                means[name] = answers[answer], answer, reason if isinstance(reason, str) else ""
+                self._answers[name] = answers[answer], answer, reason if isinstance(reason, str) else ""
         if answers:
-            means[ENSEMBLE] = self._weighed(answers), ENSEMBLE, ""
-        for name, (mean, source, reason) in means.items():
-            low, high = self._interval(source, mean, floor)
-            self.forecasts[name] = SeriesForecast(mean, low, high, source, reason)
+            self._answers[ENSEMBLE] = self._weighed(answers), ENSEMBLE, ""
+        for name, (mean, _, _) in self._answers.items():
             self._expected[name].append(mean)
+        self._floor = floor
+
+    def forecast(self, name: str) -> SeriesForecast:
+        """Return what a source expects from the newest value on."""
+        if name not in self._answers:
+            nothing = np.full(self.steps, np.nan)
+            return SeriesForecast(nothing, nothing, nothing, "")
+        mean, source, reason = self._answers[name]
+        low, high = self._interval(source, mean, self._floor)
+        return SeriesForecast(mean, low, high, source, reason)
 
     def warm(self, values: Floats, pushed: int) -> None:
         """Take the values of an earlier run; only the newest ``pushed`` of them go through the sources."""
