@@ -79,8 +79,8 @@ class RecordingPlane(ControlPlane):
 
 PLAIN_VERBS = (
     "start", "tick", "instance_down", "start_failed", "stop_failed", "foreign_load", "profile_scaled",
-    "prefill_done", "decode_began", "transfer_ended", "tokens", "length_reported", "migration_begun",
-    "migration_refused", "migration_pulls", "migration_cancelled", "migration_done",
+    "load_fitted", "prefill_done", "decode_began", "transfer_ended", "tokens", "length_reported",
+    "migration_begun", "migration_refused", "migration_pulls", "migration_cancelled", "migration_done",
 )  # fmt: skip
 """The other verbs: their arguments, beside the request and the time, are plain values."""
 

@@ -235,6 +235,11 @@ class ControlPlane:
         """Say that an engine predicts ``remaining`` tokens behind the first ``at_token`` of an answer."""
         self._predictions.reported(live, at_token, remaining)
 
+    def load_fitted(self, number: int, expected: Mapping[str, Any]) -> None:
+        """Say what a slower source expects of the load (``LoadFeed.revised``)."""
+        if self.load is not None and self.load.revised(number, expected):
+            self.ledger.load_forecast = self.load.forecast
+
     def prefill_reported(self, live: LiveRequest, cached_tokens: int) -> None:
         """Score the predicted prefix hits against what the engine says it had cached."""
         if self.prefixes is not None:

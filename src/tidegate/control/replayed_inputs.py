@@ -68,6 +68,8 @@ def decide_again(
     journal = JournalWriter(written.append, inputs[0].now_s - inputs[0].t_s)
     source = deployed_source(lengths, needed=Signal.LENGTHS in system.needs)
     load = deployed_feed(needed=Signal.FORECAST in system.needs)
+    if load is not None and any(line.verb == "load_fitted" for line in inputs):
+        load.fit = lambda number, period: True
     replay_inputs(inputs, ControlPlane(system, ids, journal, settings, PrefixIndex(), source, load))
     return written
 
@@ -93,7 +95,7 @@ def _replay_fleet_input(line: InputLine, plane: ControlPlane) -> None:
             plane.act([_action(action) for action in args["actions"]], now)
         case "start_failed":
             plane.start_failed(Role(args["role"]))
-        case "foreign_load" | "stop_failed":
+        case "foreign_load" | "stop_failed" | "load_fitted":
             getattr(plane, line.verb)(**args)
         case "start" | "tick" | "instance_down" | "profile_scaled":
             getattr(plane, line.verb)(**args, now=now)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,18 @@ class SeriesForecast(NamedTuple):
     high: NDArray[np.float64]
     source: str
     reason: str = ""
+
+    def plain(self) -> list[Any]:
+        """Return lists and strings, NaN as None: what JSON holds."""
+        arrays = (self.mean, self.low, self.high)
+        numbers = [[None if value != value else value for value in array.tolist()] for array in arrays]
+        return [*numbers, self.source, self.reason]
+
+    @classmethod
+    def of(cls, plain: Sequence[Any]) -> SeriesForecast:
+        """Return the forecast that ``plain`` was made of."""
+        mean, low, high = (np.array(numbers, np.float64) for numbers in plain[:3])
+        return cls(mean, low, high, plain[3], plain[4])
 
 
 class LoadForecast(NamedTuple):

@@ -31,6 +31,7 @@ from tidegate.core.errors import ClientGone, EngineUnreachable, ShuttingDown, Ti
 from tidegate.costs.profile import UNMEASURED
 from tidegate.fleet.member import FleetControl, Member
 from tidegate.gateway.drift import FleetDrift
+from tidegate.gateway.load_fits import LoadFits
 from tidegate.gateway.loads import LoadWatch
 from tidegate.gateway.metrics import Metrics
 from tidegate.gateway.recent import Recent
@@ -93,6 +94,9 @@ class Dispatcher:
         lengths = deployed_source(settings.lengths, needed=Signal.LENGTHS in system.needs)
         load = deployed_feed(needed=Signal.FORECAST in system.needs)
         self.plane: ControlPlane = plane(system, ids, journal, control, self.prefixes, lengths, load)
+        self._fits = LoadFits(self.plane.load_fitted)
+        if load is not None:
+            load.fit = self._fits.fit
         self.stopping = False
         self.flips = 0
         self.upstreams: dict[str, Upstream] = {}
@@ -195,6 +199,7 @@ class Dispatcher:
     async def stop(self) -> None:
         """Stop the periodic decisions and close every connection to the engines."""
         self.stopping = True
+        self._fits.close()
         if self._background:
             _, late = await asyncio.wait(self._background, timeout=CLEAN_UP_S)
             for task in late:

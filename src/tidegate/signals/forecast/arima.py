@@ -87,7 +87,12 @@ class Arima(SeriesSource):
         return expected
 
 
+def arima_installed() -> bool:
+    """Tell whether the library is there."""
+    return find_spec("statsforecast") is not None
+
+
 def check_arima() -> None:
     """Raise ConfigError where the library is not installed."""
-    if find_spec("statsforecast") is None:
+    if not arima_installed():
         raise ConfigError("the source arima needs statsforecast: pip install 'tidegate[forecast]'")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -49,19 +49,22 @@ def simulated_feed(name: str, workload: Workload, period_s: float) -> LoadFeed:
         known = series_sources(names, season=season, series=series)
         return [*known, OracleSeries(truth[:, series])] if name == "oracle" else known
 
-    return _feed(sources, name, period_s)
+    return _feed(LoadForecaster(sources, STEPS, name), period_s)
 
 
 def deployed_feed(*, needed: bool) -> LoadFeed | None:
     """Return the feed of a gateway, where its system needs one: the ensemble of the sources that fit nothing,
-    which takes milliseconds in its event loop once per period."""
-    season = round(DAY_S / PERIOD_S)
-    return _feed(lambda _: series_sources((), season=season), ENSEMBLE, PERIOD_S) if needed else None
+    which takes a millisecond in its event loop once per period."""
+    return _feed(gateway_forecaster(fitting=False), PERIOD_S) if needed else None
 
 
-def _feed(sources: Callable[[int], Sequence[SeriesSource]], name: str, period_s: float) -> LoadFeed:
-    forecaster = LoadForecaster(sources, STEPS, name)
+def gateway_forecaster(*, fitting: bool) -> LoadForecaster:
+    """Return the ensemble that a gateway asks: of the sources that fit nothing, or of all."""
+    season, names = round(DAY_S / PERIOD_S), NAMES if fitting else FITTING_NOTHING
+    return LoadForecaster(lambda series: series_sources(names, season=season, series=series), STEPS, ENSEMBLE)
 
+
+def _feed(forecaster: LoadForecaster, period_s: float) -> LoadFeed:
     def push(period: LoadPeriod) -> Mapping[str, SeriesForecast]:
         forecaster.push(period)
         return forecaster.forecast

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from tidegate.core.load_forecast import LoadForecast, SeriesForecast
 from tidegate.signals.forecast.load import UNKNOWN_PERIOD, LoadPeriod
@@ -12,6 +13,8 @@ PERIOD_S = 30.0
 """Length of a period (ours; DOPD's experiments adjust every 10 to 20 s, its default is 180 s)."""
 STEPS = 6
 """Periods ahead (ours): three minutes, four times what a decode instance takes to start."""
+FITTING = "the fit is not done yet"
+"""Why simpler sources answer, until ``LoadFeed.revised``."""
 Push = Callable[[LoadPeriod], Mapping[str, SeriesForecast]]
 """Takes the period that ended and returns what is expected of each series."""
 
@@ -21,13 +24,16 @@ class LoadFeed:
 
     Periods end at whole multiples of their length after the start, or with the first call of ``passed``
     behind that; one without a call is a gap. An answer counts in the period in which it ended: its length is
-    not known before. ``forecast`` is the newest, None in the first period.
+    not known before. ``forecast`` is the newest, None in the first period. ``fit``, where set, is given every
+    period by number, and tells whether ``revised`` will hear what a slower source makes of it.
     """
 
     def __init__(self, push: Push, period_s: float = PERIOD_S) -> None:
         self.period_s = period_s
         self.forecast: LoadForecast | None = None
+        self.fit: Callable[[int, LoadPeriod], bool] | None = None
         self._push = push
+        self._number = 0
         self._start_s = self._ends_s = math.inf
         self._long_tokens = math.nan
         self._begin()
@@ -56,7 +62,7 @@ class LoadFeed:
             return False
         span_s = now - self._start_s
         while now >= self._ends_s + self.period_s:
-            self._push(UNKNOWN_PERIOD)
+            self._next(UNKNOWN_PERIOD)
             self._ends_s += self.period_s
         self._ends_s += self.period_s
         requests, answers = self._requests or math.nan, self._answers or math.nan
@@ -68,12 +74,30 @@ class LoadFeed:
             self._output_squares / answers,
             self._long / requests if self._long_tokens == self._long_tokens else math.nan,
         )
-        expected = self._push(period)
+        expected = self._next(period)
         self.forecast = LoadForecast(now, self.period_s, self._long_tokens, **expected)
         self._long_tokens = float(expected["input_tokens"].mean[0])
         self._start_s = now
         self._begin()
         return True
+
+    def revised(self, number: int, expected: Mapping[str, Sequence[Any]]) -> bool:
+        """Take what a slower source expects from the end of a period on, as plain values.
+
+        Tells whether that is the newest period. Otherwise it comes too late, and the simpler sources' stays.
+        """
+        if number != self._number or self.forecast is None:
+            return False
+        revised = {name: SeriesForecast.of(each) for name, each in expected.items()}
+        self.forecast = self.forecast._replace(**revised)
+        return True
+
+    def _next(self, period: LoadPeriod) -> Mapping[str, SeriesForecast]:
+        self._number += 1
+        expected = self._push(period)
+        if self.fit is None or not self.fit(self._number, period):
+            return expected
+        return {name: each._replace(reason=FITTING) for name, each in expected.items()}
 
     def _begin(self) -> None:
         self._requests = self._input_tokens = self._input_squares = self._long = 0

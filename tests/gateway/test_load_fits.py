@@ -1,0 +1,62 @@
+"""The process that fits forecasts beside the gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from tests.control.plane_harness import make_plane
+from tidegate.core.load_forecast import LoadForecast
+from tidegate.gateway.load_fits import COMMAND, LoadFits
+from tidegate.ledger.snapshot import Snapshot
+from tidegate.signals.forecast.choice import deployed_feed
+from tidegate.signals.forecast.feed import FITTING
+
+
+def forecast_of(snapshot: Snapshot) -> LoadForecast:
+    assert snapshot.forecast is not None
+    return snapshot.forecast
+
+
+async def test_a_fit_replaces_the_simple_forecast_unless_it_is_late() -> None:
+    feed = deployed_feed(needed=True)
+    assert feed is not None
+    plane = make_plane(load=feed)
+    answers: asyncio.Queue[tuple[int, Mapping[str, Any]]] = asyncio.Queue()
+    fits = LoadFits(lambda number, expected: answers.put_nowait((number, expected)), COMMAND)
+    feed.fit = fits.fit
+    feed.arrived(100)
+    plane.tick(30.0)
+    simple = forecast_of(plane.snapshot(30.0))
+    assert (simple.rate_rps.source, simple.rate_rps.reason) == ("ensemble", FITTING)
+    async with asyncio.timeout(60):
+        first = await answers.get()
+    plane.load_fitted(*first)
+    fitted = forecast_of(plane.snapshot(31.0))
+    assert (fitted.rate_rps.source, fitted.rate_rps.reason) == ("ensemble", "")
+    assert fitted.input_tokens.mean.tolist() == [100.0] * 6
+    assert fitted.output_tokens.source == "", "no answer has ended"
+    plane.tick(60.0)
+    plane.load_fitted(*first)
+    assert forecast_of(plane.snapshot(61.0)).rate_rps.reason == FITTING
+    fits.close()
+    plane.tick(90.0)
+    assert forecast_of(plane.snapshot(90.0)).rate_rps.reason == ""
+
+
+async def test_a_process_that_dies_leaves_the_simple_forecasts() -> None:
+    feed = deployed_feed(needed=True)
+    assert feed is not None
+    fits = LoadFits(lambda number, expected: None, (sys.executable, "-c", "input()"))
+    feed.fit = fits.fit
+    feed.start(0.0)
+    assert feed.passed(30.0) and feed.forecast is not None and feed.forecast.rate_rps.reason == FITTING
+    async with asyncio.timeout(60):
+        at_s = 60.0
+        while feed.passed(at_s) and feed.forecast.rate_rps.reason == FITTING:
+            at_s += 30.0
+            await asyncio.sleep(0.05)
+    assert feed.forecast.rate_rps.source == "ensemble"
+    fits.close()
