@@ -86,10 +86,11 @@ class LoadFeed:
 
         Tells whether that is the newest period. Otherwise it comes too late, and the simpler sources' stays.
         """
-        if number != self._number or self.forecast is None:
+        newest = self.forecast
+        if number != self._number or newest is None:
             return False
         revised = {name: SeriesForecast.of(each) for name, each in expected.items()}
-        self.forecast = self.forecast._replace(**revised)
+        self.forecast = LoadForecast(newest.at_s, newest.period_s, newest.long_tokens, **revised)
         return True
 
     def _next(self, period: LoadPeriod) -> Mapping[str, SeriesForecast]:
