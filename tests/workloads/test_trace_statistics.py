@@ -119,7 +119,7 @@ def test_rate_curves_are_read_from_both_layouts(tmp_path: Path) -> None:
     long, wide = tmp_path / "long.csv", tmp_path / "wide.csv"
     long.write_text("workload,t_s,rate_rps\na,0,1\na,600,2\na,1800,4\nb,0,9\nb,600,9\n")
     wide.write_text("t_s,day,night\n0,1,5\n600,2,6\n1200,3,7\n")
-    assert read_rate_curve(f"{long}:a") == RateCurve(600.0, (1.0, 2.0, 2.0, 4.0))
+    assert read_rate_curve(f"{long}:a") == RateCurve(600.0, (1.0, 2.0, 2.0, 4.0), missing=frozenset({2}))
     assert read_rate_curve(f"{wide}:night").rates_rps == (5.0, 6.0, 7.0)
 
 
