@@ -326,6 +326,18 @@ async def test_a_control_tick_that_fails_does_not_end_control(start: Start, capl
     assert "bad control" in caplog.text
 
 
+async def test_a_timer_that_comes_early_does_not_end_control(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = asyncio.get_running_loop()
+    later = loop.call_later
+    monkeypatch.setattr(loop, "call_later", lambda delay, *rest, **named: later(0.9 * delay, *rest, **named))
+    cluster = await start(replace(make_system("static"), window_s=0.01), instances=2)
+    plane = cluster.gateway.dispatcher.plane
+    first_s = plane.window_ends_s
+    await cluster.until(lambda: plane.window_ends_s > first_s + 0.035)
+
+
 async def test_an_http_1_0_client_gets_its_stream(start: Start) -> None:
     cluster = await start("static")
     host, port = cluster.url.removeprefix("http://").split(":")

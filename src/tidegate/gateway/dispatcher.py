@@ -166,7 +166,7 @@ class Dispatcher:
                     self.recent.carried_out(self.clock.now(), effect)
                     self.served[effect.live.id].start_migration(effect)
                 case WakeAt(at_s):
-                    self._wake_in(at_s - self.clock.now())
+                    self._wake_at(at_s)
                 case Flipped():
                     self.flips += 1
                     self.recent.carried_out(self.clock.now(), effect)
@@ -208,13 +208,18 @@ class Dispatcher:
         for upstream in self.upstreams.values():
             upstream.engine.close("the gateway stops")
 
-    def _wake_in(self, seconds: float) -> None:
-        asyncio.get_running_loop().call_later(max(0.0, seconds), self._tick)
+    def _wake_at(self, at_s: float) -> None:
+        seconds = max(0.0, at_s - self.clock.now())
+        asyncio.get_running_loop().call_later(seconds, self._tick, at_s)
 
-    def _tick(self) -> None:
+    def _tick(self, due_s: float) -> None:
         if self.stopping:
             return
         now = self.clock.now()
+        if now < due_s:
+            # An event loop rounds its timers and may call before their time, when nothing is due yet.
+            self._wake_at(due_s)
+            return
         window_ended = self.plane.window_ends_s <= now
         try:
             self.do(self.plane.tick(now))
@@ -222,7 +227,7 @@ class Dispatcher:
                 self.drift.window(self.plane.snapshot(now))
         except Exception:
             log.exception("a periodic decision failed; the next one goes on")
-            self._wake_in(self.plane.window_ends_s - now)
+            self._wake_at(self.plane.window_ends_s)
 
     # around requests
 
