@@ -38,7 +38,8 @@ class Reading:
 
 
 def test_a_period_becomes_a_forecast_and_a_missed_one_a_gap() -> None:
-    plane = make_plane(load=simulated_feed("ewma", Workload.of(()), 10.0))
+    feed = simulated_feed("ewma", Workload.of(()), 10.0)
+    plane = make_plane(load=feed)
     for number, prompt in enumerate((100, 300)):
         live = PlainRequest(f"r{number}", prompt, 50)
         decoding(plane, live, float(number))
@@ -57,7 +58,7 @@ def test_a_period_becomes_a_forecast_and_a_missed_one_a_gap() -> None:
     second = plane.snapshot(20.0).forecast
     assert second is not None and (second.long_tokens, second.long_share.mean[0]) == (200.0, 1.0)
     plane.tick(55.0)  # two periods passed unseen
-    assert plane.load is not None and not plane.load.passed(59.0) and plane.load.passed(60.0)
+    assert not feed.passed(59.0) and feed.passed(60.0)
 
 
 def test_a_simulated_controller_reads_forecasts_and_the_oracle_is_right() -> None:

@@ -43,6 +43,7 @@ class Periods:
             (controller, Period(controller.period_s)) for controller in system.controllers
         ]
         self.states: dict[str, Any] = {each.name: each.initial() for each in system.controllers}
+        self._reasons: dict[str, str] = {}
 
     def start(self, now: float) -> float:
         """Begin all periods; return when the first one ends."""
@@ -54,6 +55,11 @@ class Periods:
     def next_s(self) -> float:
         """When the next period ends."""
         return min([self.window.next_s, *(period.next_s for _, period in self._controllers)])
+
+    def news(self, name: str, reason: str) -> bool:
+        """Tell whether a controller says something else of its decision than it said last."""
+        known, self._reasons[name] = self._reasons.get(name), reason
+        return known != reason
 
     def due(self, now: float) -> Iterator[tuple[Controller[Any], Any]]:
         """Yield each controller that decides now, with its state, and begin its next period."""

@@ -20,7 +20,7 @@ from tidegate.control.periods import Periods
 from tidegate.control.predictions import Predictions
 from tidegate.control.refusals import no_decode, none_up, rejected
 from tidegate.control.settings import ControlSettings
-from tidegate.core.decision import Action, ControlDecision, Flip, Path, Place, Reject, Verdict
+from tidegate.core.decision import Action, Flip, Path, Place, Reject, Verdict
 from tidegate.core.errors import (
     EngineError,
     EngineUnreachable,
@@ -76,26 +76,23 @@ class ControlPlane:
         self.membership = Membership(ids, system.roles, self.ledger)
         self.prefixes = prefixes
         self.lengths = lengths
-        self.load = load
         self.requests: dict[str, LiveRequest] = {}
         self._journal = journal
         self._held = HeldRequests(system.order)
-        self._predictions = predictions = Predictions(lengths, self.requests, noting=journal.enabled)
+        self._predictions = predictions = Predictions(lengths, load, self.requests, noting=journal.enabled)
         self._actions = Actions(
             self.ledger, self.membership, self.requests, system.decode, predictions.asked, journal
         )
         self.migrations: Mapping[str, int] = self._actions.migrations
         self._periods = Periods(system)
         self._audited = False
-        self._reasons: dict[str, str] = {}
         self._observers = system.observers
 
     # Time
 
     def start(self, now: float) -> Effects:
         """Begin the periodic decisions: their first periods end one period from ``now``."""
-        if self.load is not None:
-            self.load.start(now)
+        self._predictions.start(now)
         return [WakeAt(self._periods.start(now))]
 
     def tick(self, now: float) -> Effects:
@@ -108,14 +105,14 @@ class ControlPlane:
         if self._periods.window.due(now):
             self.ledger.window_closed(now)
             self._predictions.window_closed(self.ledger, now)
-            if self.load is not None and self.load.passed(now):
-                self.ledger.load_forecast = self.load.forecast
             self._audit()
         if len(self.ledger.ids):
             for controller, state in self._periods.due(now):
                 decision = controller.decide(self.ledger.snapshot(now), state)
                 self._periods.states[controller.name] = decision.state
-                self._note_control(controller.name, decision, now)
+                if self._periods.news(controller.name, decision.reason) and self._journal.enabled:
+                    flips = sum(isinstance(action, Flip) for action in decision.actions)
+                    self._journal.control(now, controller.name, decision.reason, flips)
                 effects += self._actions.execute(decision.actions, now)
         if self.membership.draining:
             effects += self._actions.drain_on(now)
@@ -181,8 +178,7 @@ class ControlPlane:
     def arrive(self, live: LiveRequest, now: float) -> Effects:
         """Take a new request and place its prefill."""
         self.requests[live.id] = live
-        if self.load is not None:
-            self.load.arrived(live.as_request().prompt_tokens)
+        self._predictions.arrived(live)
         return self._place_prefill(live, "place_prefill", now)
 
     def prefill_done(self, live: LiveRequest, now: float) -> Effects:
@@ -237,8 +233,7 @@ class ControlPlane:
 
     def load_fitted(self, number: int, expected: Mapping[str, Any]) -> None:
         """Say what a slower source expects of the load (``LoadFeed.revised``)."""
-        if self.load is not None and self.load.revised(number, expected):
-            self.ledger.load_forecast = self.load.forecast
+        self._predictions.load_fitted(self.ledger, number, expected)
 
     def prefill_reported(self, live: LiveRequest, cached_tokens: int) -> None:
         """Score the predicted prefix hits against what the engine says it had cached."""
@@ -274,8 +269,6 @@ class ControlPlane:
     def ended(self, live: LiveRequest, error: TidegateError | None, now: float) -> Effects:
         """Say that a request is over: answered in full, or failed with ``error``. Called once per request."""
         if error is None:
-            if self.load is not None:
-                self.load.answered(live.generated)
             self.ledger.finished(live.id, now)
             for observer in self._observers:
                 observer.finished(live.as_request(), live.generated, now)
@@ -448,15 +441,6 @@ class ControlPlane:
                 predicted = predicted_on(on, view, request, decode=decode)
             self._journal.decision(view.at_s, request.id, kind, verdict, predicted)
         return effects
-
-    def _note_control(self, name: str, decision: ControlDecision[Any], now: float) -> None:
-        """Journal what a controller says of its decision when that is not what it said last."""
-        if self._reasons.get(name) == decision.reason:
-            return
-        self._reasons[name] = decision.reason
-        if self._journal.enabled:
-            flips = sum(isinstance(action, Flip) for action in decision.actions)
-            self._journal.control(now, name, decision.reason, flips)
 
     def _audit(self) -> None:
         """Check the ledger's sums once it is idle."""

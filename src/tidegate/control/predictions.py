@@ -1,8 +1,9 @@
-"""Length predictions in the control plane: who asks the source, and what the source hears."""
+"""Predicted lengths and forecasts of the load in the control plane: what their sources hear, and who asks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -11,6 +12,7 @@ from tidegate.core.prediction import Prediction
 from tidegate.core.request import Request
 from tidegate.journal.schema import PredictedLength
 from tidegate.ledger.ledger import Ledger
+from tidegate.signals.forecast import LoadFeed
 from tidegate.signals.lengths import LengthSource
 
 FIRST_NOTED = 64
@@ -18,15 +20,22 @@ FIRST_NOTED = 64
 
 
 class Predictions:
-    """Asks a source for placements, and tells it of progress and endings. Without one it does nothing.
+    """Asks a source of lengths for placements, and tells it of progress and endings; tells ``load`` of
+    arrivals, answers and time, and the ledger of its forecasts. Without both it does nothing.
 
     With ``noting`` it keeps what was predicted of a request in ``LiveRequest.predicted``, for the journal.
     """
 
     def __init__(
-        self, source: LengthSource | None, requests: Mapping[str, LiveRequest], *, noting: bool
+        self,
+        source: LengthSource | None,
+        load: LoadFeed | None,
+        requests: Mapping[str, LiveRequest],
+        *,
+        noting: bool,
     ) -> None:
         self._source = source
+        self._load = load
         self._requests = requests
         self._noting = noting
 
@@ -37,8 +46,25 @@ class Predictions:
             return request
         return replace(request, remaining=self._ask(self._source, request, live, live.generated))
 
+    def start(self, now: float) -> None:
+        """Begin the load's first period."""
+        if self._load is not None:
+            self._load.start(now)
+
+    def arrived(self, live: LiveRequest) -> None:
+        """Count a new request."""
+        if self._load is not None:
+            self._load.arrived(live.as_request().prompt_tokens)
+
+    def load_fitted(self, ledger: Ledger, number: int, expected: Mapping[str, Any]) -> None:
+        """Hand on what a slower source expects of the load."""
+        if self._load is not None and self._load.revised(number, expected):
+            ledger.load_forecast = self._load.forecast
+
     def window_closed(self, ledger: Ledger, now: float) -> None:
-        """Tell the source how far all decodes are."""
+        """Tell the source how far all decodes are, and the load that time has passed."""
+        if self._load is not None and self._load.passed(now):
+            ledger.load_forecast = self._load.forecast
         if self._source is None:
             return
         requests, generated = ledger.progress()
@@ -55,7 +81,9 @@ class Predictions:
             self._source.reported(live.id, at_token, remaining)
 
     def ended(self, live: LiveRequest, *, whole: bool, now: float) -> None:
-        """Tell the source of an ending; ``whole``: the request was answered in full."""
+        """Tell the sources of an ending; ``whole``: the request was answered in full."""
+        if self._load is not None and whole:
+            self._load.answered(live.generated)
         if self._source is not None:
             hears = self._source.finished if whole else self._source.aborted
             hears(live.as_request(), live.generated, now)

@@ -46,8 +46,8 @@ class SimDriver:
     ``requests`` are the live requests by number in order of arrival; ``arrived`` counts all of them, and
     ``ended`` is told of the end of each. ``slo_class`` has the class of each, where the settings have any.
     ``oversize`` has (tokens, number) of each request that no instance could hold; ``unstarted`` has (time,
-    reason) of each start that no spare was there for; ``steps`` counts those of each instance. ``load``, where
-    given, forecasts the load.
+    reason) of each start that no spare was there for; ``steps`` counts those of each instance. ``load``,
+    where given, forecasts the load.
     """
 
     def __init__(
