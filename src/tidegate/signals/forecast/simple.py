@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import numpy as np
-from scipy.signal import lfilter
 
 from tidegate.signals.forecast.source import Expected, Floats, SeriesSource, filled
 
@@ -86,6 +87,4 @@ class OracleSeries(SeriesSource):
 
 
 def _level(values: Floats, weight: float) -> Floats:
-    level, _ = lfilter([weight], [1.0, weight - 1.0], values, zi=[(1.0 - weight) * values[0]])
-    smoothed: Floats = level
-    return smoothed
+    return np.array(list(accumulate(values.tolist(), lambda level, value: level + weight * (value - level))))
