@@ -6,7 +6,8 @@ with Llama 3.1 8B, within ``SLO`` for 90 % of the requests; placement is ``minim
 and both beside it are searched. Any other split is tried at a rate just above the best of those, and searched
 only if it attains the level there. Of the computed model nothing is fitted to these runs.
 
-``--mixed`` compares another choice: one fleet of mixed instances (``colocated``) against the computed split.
+``--spread`` does the same for lengths of log-normal distributions. ``--mixed`` compares instead the computed
+split with a fleet where all instances do both (``colocated``), as predicted and as simulated.
 """
 
 from __future__ import annotations
@@ -14,10 +15,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from tidegate.core.slo import Slo
 from tidegate.costs.library import packaged_profile
@@ -25,28 +24,38 @@ from tidegate.experiments.jobs import Store, Workers
 from tidegate.experiments.run import job_of, probe
 from tidegate.experiments.search import SearchSettings, search_goodput
 from tidegate.experiments.setting import Setting, SimulatedFleet
-from tidegate.policies.dopd.ratio import ServingModel, Sizing, Traffic
+from tidegate.policies.dopd.plan import best_split
+from tidegate.policies.dopd.ratio import Sizing
+from tidegate.policies.dopd.service import ServingModel, Traffic
 from tidegate.sim import SimSettings
-from tidegate.workloads.choice import WorkloadChoice
+from tidegate.workloads.choice import WorkloadChoice, requests_of
 
 PROFILE = "h100_sxm/llama-3.1-8b"
 SLO = Slo(1.0, 0.025)
 LEVEL = 0.9
 PAIRS = (
-    (512, 128),
-    (1024, 64),
-    (1024, 256),
-    (1024, 512),
-    (2048, 32),
-    (2048, 256),
-    (4096, 64),
-    (4096, 256),
-    (4096, 512),
-    (8192, 64),
-    (8192, 256),
-    (16384, 128),
+    ("512", "128"),
+    ("1024", "64"),
+    ("1024", "256"),
+    ("1024", "512"),
+    ("2048", "32"),
+    ("2048", "256"),
+    ("4096", "64"),
+    ("4096", "256"),
+    ("4096", "512"),
+    ("8192", "64"),
+    ("8192", "256"),
+    ("16384", "128"),
 )
 """Prompt and answer tokens."""
+SPREAD = (
+    ("lognormal:1024:1", "lognormal:128:1"),
+    ("lognormal:1024:1", "lognormal:512:1"),
+    ("lognormal:2048:2", "lognormal:128:1"),
+    ("lognormal:4096:1", "lognormal:256:0.5"),
+)
+SAMPLED = 500
+"""Requests of which the model knows the lengths, where they differ."""
 TOLERANCE = 0.02
 LIFETIMES, SHORTEST_S = 6.0, 20.0
 """A run lasts so many times as long as an answer, at least so long."""
@@ -58,27 +67,33 @@ FEWEST, MOST = 3_000, 12_000
 class Pair:
     """Lengths on a fleet, with what the model says of them."""
 
-    prompt: int
-    answer: int
+    prompt: str
+    answer: str
     instances: int
 
     @property
     def sizing(self) -> Sizing:
+        """Return the model of the lengths that the simulation draws."""
         packaged = packaged_profile(PROFILE)
         model = ServingModel(packaged.profile, packaged.kv_capacity_tokens, packaged.kv_bytes_per_token)
-        return Sizing(Traffic.of(1.0, np.array([self.prompt]), np.array([self.answer])), model, SLO)
+        drawn = requests_of(self.workload(SAMPLED if ":" in self.prompt else 1))
+        return Sizing(Traffic.of(1.0, drawn.input_tokens, drawn.output_tokens), model, SLO)
+
+    def workload(self, requests: int) -> WorkloadChoice:
+        """Return Poisson traffic of these lengths."""
+        return WorkloadChoice(
+            poisson=1.0, input_tokens=self.prompt, output_tokens=self.answer, limit=requests
+        )
 
     def setting(self, predicted_rps: float, prefill: int) -> Setting:
         """Return the simulation of a split, of a length that the predicted goodput tells; 0 is all mixed."""
-        span_s = max(SHORTEST_S, LIFETIMES * self.answer * SLO.tpot_s)
-        requests = min(MOST, max(FEWEST, int(predicted_rps * span_s)))
-        workload = WorkloadChoice(
-            poisson=1.0, input_tokens=str(self.prompt), output_tokens=str(self.answer), limit=requests
-        )
+        lifetime_s = SLO.tpot_s * self.sizing.traffic.steps
+        requests = int(predicted_rps * max(SHORTEST_S, LIFETIMES * lifetime_s))
         fleet = SimulatedFleet(((packaged_profile(PROFILE), self.instances),))
-        split = (prefill, self.instances - prefill)
-        split_setting = Setting(workload, fleet, "minimal-load", split, SimSettings(slo=SLO))
-        return split_setting if prefill else replace(split_setting, system="colocated", split=None)
+        workload, settings = self.workload(min(MOST, max(FEWEST, requests))), SimSettings(slo=SLO)
+        if not prefill:
+            return Setting(workload, fleet, "colocated", None, settings)
+        return Setting(workload, fleet, "minimal-load", (prefill, self.instances - prefill), settings)
 
 
 class Searches:
@@ -107,8 +122,8 @@ class Searches:
 async def row(pair: Pair, workers: Workers) -> str:
     """Search one pair and return its line of the table."""
     sizing, fleet = pair.sizing, pair.instances
+    computed = best_split(sizing, fleet, LEVEL, mixed=False).prefill
     predicted = {p: sizing.split_goodput_rps(p, fleet - p, LEVEL) for p in range(1, fleet)}
-    computed = max(predicted, key=lambda p: predicted[p])
     searches = Searches(pair, predicted[computed], workers)
     found = {computed: await searches.goodput_rps(computed, predicted[computed])}
     for beside in (computed - 1, computed + 1):
@@ -128,6 +143,46 @@ async def row(pair: Pair, workers: Workers) -> str:
     )
 
 
+async def mixed_row(pair: Pair, workers: Workers) -> str:
+    """Compare the computed split of one pair with a mixed fleet and return the table's line."""
+    sizing, fleet = pair.sizing, pair.instances
+    split = best_split(sizing, fleet, LEVEL, mixed=False)
+    assert split.goodput_rps is not None
+    both_rps = sizing.mixed_goodput_rps(fleet, LEVEL)
+    searches = Searches(pair, split.goodput_rps, workers)
+    apart = await searches.goodput_rps(split.prefill, split.goodput_rps)
+    both = await searches.goodput_rps(0, both_rps)
+    return (
+        f"| {pair.prompt} / {pair.answer} | {fleet} | {split.prefill}:{split.decode} "
+        f"| {split.goodput_rps:.1f} | {apart:.1f} | {both_rps:.1f} | {both:.1f} "
+        f"| {both_rps / split.goodput_rps:.2f} | {both / apart:.2f} |"
+    )
+
+
+SPLIT_TITLES = (
+    "prompt / answer",
+    "instances",
+    "prefill at the balance",
+    "computed split",
+    "best simulated",
+    "predicted, requests/s",
+    "computed split's goodput",
+    "best goodput",
+    "loss, %",
+)
+MIXED_TITLES = (
+    "prompt / answer",
+    "instances",
+    "split",
+    "split predicted, requests/s",
+    "split simulated",
+    "mixed predicted",
+    "mixed simulated",
+    "mixed of split, predicted",
+    "mixed of split, simulated",
+)
+
+
 async def main_async(options: argparse.Namespace) -> None:
     """Print the table, a row as soon as it is known."""
     store = Store(None if options.out is None else options.out / "results.jsonl")
@@ -135,15 +190,12 @@ async def main_async(options: argparse.Namespace) -> None:
     def watch(share: float, title: str, fresh: float) -> None:
         print(f"\r{title:<60}", end="", file=sys.stderr, flush=True)
 
-    print(
-        "| prompt / answer | instances | prefill at the balance | computed split | best simulated "
-        "| predicted, requests/s | computed split's goodput | best goodput | loss, % |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    titles, line = (MIXED_TITLES, mixed_row) if options.mixed else (SPLIT_TITLES, row)
+    print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|", flush=True)
     async with Workers(options.jobs, store, watch) as workers:
         for fleet in map(int, options.instances.split(",")):
-            for prompt, answer in PAIRS:
-                print(await row(Pair(prompt, answer, fleet), workers), flush=True)
+            for prompt, answer in SPREAD if options.spread else PAIRS:
+                print(await line(Pair(prompt, answer, fleet), workers), flush=True)
     store.close()
 
 
@@ -151,6 +203,10 @@ def main() -> None:
     """Read the options and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--instances", default="8,16", help="sizes of the fleet")
+    parser.add_argument("--spread", action="store_true", help="lengths of distributions, not fixed ones")
+    parser.add_argument(
+        "--mixed", action="store_true", help="compare the computed split with mixed instances"
+    )
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, help="folder of results, from which a stopped run goes on")
     asyncio.run(main_async(parser.parse_args()))

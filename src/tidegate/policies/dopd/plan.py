@@ -146,8 +146,8 @@ def _described(sizing: Sizing, rate_rps: float, prefill: int, decode: int, level
     reason = (
         f"needs {prefill_needed:.1f} prefill instances because {rate_rps:.3g} requests/s take "
         f"{1e3 * sizing.work_s:.3g} ms each ({sizing.convexity:.2f} times what their mean length takes), and "
-        f"{decode_needed:.1f} decode instances because {decode_needed * batch:.0f} answers run at once and one "
-        f"decodes {batch} {limit}; {prefill} + {decode} keep {100 * attained.ttft:.0f} % of first tokens "
+        f"{decode_needed:.1f} decode instances because {decode_needed * batch:.0f} answers run at once and "
+        f"one decodes {batch} {limit}; {prefill} + {decode} keep {100 * attained.ttft:.0f} % of first tokens "
         f"within {sizing.slo.ttft_s:.3g} s and {100 * attained.tpot:.0f} % of answers within {tpot} a token"
     )
     if sizing.at_best.both < level:

@@ -255,10 +255,8 @@ class Mixed:
         gap every step is mixed, and g = fixed + each_rps * g * slope with what a prompt adds to a step.
         """
         traffic, model, mixed = self.decode.traffic, self.decode.model, self.decode.model.costs.mixed
-        tokens, work = (
-            traffic.mean(traffic.input_tokens),
-            traffic.mean(attention_work(traffic.input_tokens, 0.0)),
-        )
+        tokens = traffic.mean(traffic.input_tokens)
+        work = traffic.mean(np.asarray(attention_work(traffic.input_tokens, 0.0)))
         hidden_s = model.host_s + mixed.seconds(mixed.n0, 0.0, self._context)
         fixed_s = hidden_s + mixed.b_s * (self.batches - mixed.n0)
         dense_s = np.maximum(
@@ -271,6 +269,6 @@ class Mixed:
         return np.where(full, NEVER_S, np.minimum(gap_s, NEVER_S))
 
 
-def _repeated(seconds: Values, share: float | Values) -> Values:
+def _repeated(seconds: float | Values, share: float | Values) -> Values:
     """Return g of g = seconds + share * g; NEVER_S where the share is 1 or more."""
     return np.asarray(np.where(np.less(share, 1.0), seconds / np.maximum(1e-9, 1.0 - share), NEVER_S))
