@@ -163,7 +163,7 @@ class TestPlan:
         plan = smallest_fleet(sizing(32.0, [1000], [200]), mixed=False)
         assert plan.reason.startswith(
             "needs 3.2 prefill instances because 32 requests/s take 100 ms each (1.00 times what their mean "
-            "length takes), and 1.4 decode instances because 127 answers run at once and one decodes 90 in its"
+            "length takes), and 1.4 decode instances because 127 answers run at once and one decodes 90 in"
         )
 
     def test_nothing_comes_and_nothing_helps(self) -> None:

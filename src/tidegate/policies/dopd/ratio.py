@@ -2,7 +2,7 @@
 
 *Balance.* A decode instance runs C answers at once, C limited by its KV and by the largest batch whose step
 keeps the TPOT. Each stays for the steps of its answer, so the instance ends ``C / (steps * step(C))``
-requests per second; a prefill instance ends ``1 / work``. Equal rates give the paper's (section 3.6)
+requests per second; a prefill instance ends ``1 / work``. Equal rates give the paper's ratio
 
     ratio = P / D = C * work / (steps * step(C)).
 

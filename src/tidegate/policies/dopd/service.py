@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
@@ -49,7 +49,7 @@ class Traffic:
 
     @classmethod
     def of(
-        cls, rate_rps: float, input_tokens: Values, output_tokens: Values, gaps_scv: float = 1.0
+        cls, rate_rps: float, input_tokens: ArrayLike, output_tokens: ArrayLike, gaps_scv: float = 1.0
     ) -> Traffic:
         """Return traffic whose lengths are those of a list of requests, all of the same weight."""
         inputs, outputs = np.asarray(input_tokens, np.float64), np.asarray(output_tokens, np.float64)
