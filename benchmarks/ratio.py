@@ -1,6 +1,6 @@
 """Does the computed split serve the most? Simulated goodput over all splits of 8 and of 16 instances.
 
-Run: ``python benchmarks/ratio.py`` (about an hour of one core; with ``--out DIR`` a run that is stopped goes
+Run: ``python benchmarks/ratio.py`` (about 10 minutes of CPU; with ``--out DIR`` a run that is stopped goes
 on where it was). Every pair of lengths is Poisson traffic of one prompt length and one answer length on H100s
 with Llama 3.1 8B, within ``SLO`` for 90 % of the requests; placement is ``minimal-load``. The computed split
 and both beside it are searched. Any other split is tried at a rate just above the best of those, and searched
