@@ -151,7 +151,8 @@ class RequestRows:
         return self._integers(Row.GENERATED) + self.generated_tokens
 
     def _read(self, row: Row) -> Floats:
-        return self._table.array[row].take(self._slots)
+        values: Floats = self._table.array[row].take(self._slots)
+        return values
 
     def _integers(self, row: Row) -> Integers:
         return self._read(row).astype(np.int64)

@@ -38,14 +38,10 @@ class AvoidingConstants:
 
 @dataclass(frozen=True, slots=True)
 class AvoidingPlacement:
-    """Decodes go where they add least damage; prefills where they are soonest done."""
+    """Decodes go where they add least damage."""
 
     board: LoadBoard[Damage]
     needs: frozenset[Signal] = frozenset({Signal.PROFILE, Signal.LENGTHS})
-
-    def place_prefill(self, request: Request, snapshot: Snapshot) -> Verdict:
-        """Place the prefill where the first token is predicted to come first."""
-        return MINIMAL_LOAD.place_prefill(request, snapshot)
 
     def place_decode(self, request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:
         """Place the decode where the damage grows least; among equals where the least is held meanwhile."""

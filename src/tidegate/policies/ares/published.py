@@ -49,18 +49,14 @@ class AresConstants:
 
 @dataclass(frozen=True, slots=True)
 class AresPlacement:
-    """Decodes go where the variance of the loads becomes least, prefills where they are soonest done.
+    """Decodes go where the variance of the loads becomes least.
 
-    The paper places decodes by input length, predicted length and loads; it has no rule for prefills.
+    The paper places them by input length, predicted length and loads; it has no rule for prefills.
     """
 
     board: LoadBoard[DecodeLoads]
     constants: AresConstants = field(default_factory=AresConstants)
     needs: frozenset[Signal] = frozenset({Signal.PROFILE, Signal.LENGTHS})
-
-    def place_prefill(self, request: Request, snapshot: Snapshot) -> Verdict:
-        """Place the prefill where the first token is predicted to come first."""
-        return MINIMAL_LOAD.place_prefill(request, snapshot)
 
     def place_decode(self, request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:
         """Simulate the decode on every instance; of those that can hold it take the least variance.
