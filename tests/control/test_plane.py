@@ -37,7 +37,7 @@ from tidegate.core.decision import (
 )
 from tidegate.core.errors import EngineFault, EngineUnreachable, KvLost, NoInstance, NotRepeated, Overloaded
 from tidegate.core.instance import Role
-from tidegate.ledger.rows import NOWHERE
+from tidegate.ledger.live_table import NOWHERE
 from tidegate.signals.prefix import PrefixIndex, PromptBlocks
 from tidegate_testing import REFERENCE, instance
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.paper.ares_fleet import PROFILE, KnownAnswers
 from tidegate.core.decision import Migrate
 from tidegate.policies.ares.avoiding import AvoidingRescheduler
-from tidegate.policies.ares.damage import Damage, Terms, chances
+from tidegate.policies.ares.damage import Damage, Endings, Terms
 from tidegate.policies.ares.loads import DecodeLoads, Horizon, LoadBoard
 from tidegate.policies.ares.published import AresConstants, AresRescheduler
 
@@ -125,7 +125,7 @@ def test_moves_that_avoid_damage_avoid_it(given: Pools, spread: float) -> None:
 def test_chances_fall_from_one_and_keep_to_the_quantiles(quantiles: list[list[float]]) -> None:
     low, mean, high = np.array(quantiles).T
     at = np.linspace(0.0, 12_000.0, 200)
-    found = chances(at, low, mean, high)
+    found = Endings(low[:, None], mean[:, None], high[:, None]).chances(at)
     assert (found[:, 0] == 1.0).all() and (np.diff(found, axis=1) <= 1e-12).all()
     assert (found >= -1e-12).all() and np.allclose(found[:, -1], 0.0, atol=1e-9)
     assert (np.where(at < low[:, None], found, 1.0) >= 0.9 - 1e-9).all()

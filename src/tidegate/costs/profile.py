@@ -111,14 +111,13 @@ class ProfileTable:
     def only(self, keep: NDArray[np.bool_]) -> ProfileTable:
         """Return the table of the instances where ``keep`` is true."""
         rows = tuple(row for row, kept in zip(self.rows, keep.tolist(), strict=False) if kept)
-        return ProfileTable(
-            _pick(self.prefill, keep), _pick(self.step, keep), _pick(self.transfer, keep), rows
-        )
+        return ProfileTable(pick(self.prefill, keep), pick(self.step, keep), pick(self.transfer, keep), rows)
 
 
-def _pick(form: Form, keep: NDArray[np.bool_]) -> Form:
-    values = {f.name: getattr(form, f.name) for f in fields(form)}
-    return type(form)(**{k: v[keep] if isinstance(v, np.ndarray) else v for k, v in values.items()})
+def pick(form: Form, at: Any) -> Form:
+    """Return the form of some instances: what indexing each coefficient array by ``at`` gives."""
+    arrays = {name: value for name in form.__slots__ if isinstance(value := getattr(form, name), np.ndarray)}
+    return replace(form, **{name: value[at] for name, value in arrays.items()}) if arrays else form
 
 
 def _stack(rows: Sequence[Form], kind: type[Form]) -> Form:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 from tidegate.core.errors import InternalError
+from tidegate.ledger.live_table import NOWHERE, LiveTable, Row
 from tidegate.ledger.matrix import LedgerMatrix
 from tidegate.ledger.records import InstanceEntry, RequestEntry
 from tidegate.ledger.snapshot import Field
@@ -24,6 +25,7 @@ def check_integrity(
         problems += _instance_problems(matrix, name, instance)
     for request_id, entry in entries.items():
         problems += _entry_problems(request_id, entry, instances)
+    problems += _table_problems(matrix.requests, list(entries.values()))
     on_instances = sum(len(i.prefills) + len(i.decodes) + len(i.handoffs) for i in instances.values())
     placed = sum(
         (e.prefill is not None) + (e.decode is not None) + (e.source is not None) for e in entries.values()
@@ -82,4 +84,27 @@ def _entry_problems(
             problems.append(f"request {request_id} is on {on.spec.id}, which is not up")
         elif getattr(on, kind).get(request_id) is not entry:
             problems.append(f"request {request_id} is missing from the {kind} of {on.spec.id}")
+    return problems
+
+
+def _table_problems(table: LiveTable, entries: list[RequestEntry]) -> list[str]:
+    if table.entries != entries or table.slots.tolist() != [entry.slot for entry in entries]:
+        return ["the table's requests are not those that live, in their order"]
+    problems = []
+    for entry in entries:
+        resident = entry.resident_tokens if entry.decode is not None else None
+        expected = {
+            Row.PROMPT_TOKENS: entry.request.prompt_tokens,
+            Row.PREFILL_ON: NOWHERE if entry.prefill is None else entry.prefill.column,
+            Row.SOURCE_ON: NOWHERE if entry.source is None else entry.source.column,
+            Row.DECODE_ON: NOWHERE if entry.decode is None else entry.decode.column,
+            Row.TOKENS: None if resident is None else resident - (entry.joined_step or 0),
+            Row.IN_STEP: entry.joined_step is not None,
+            Row.MOVES: bool(entry.moving_to),
+        }
+        problems += [
+            f"request {entry.request.id}: {row.name} is {table.array[row, entry.slot]}, records say {value}"
+            for row, value in expected.items()
+            if value is not None and table.array[row, entry.slot] != value
+        ]
     return problems

@@ -13,9 +13,10 @@ from tidegate.core.load_forecast import LoadForecast
 from tidegate.core.request import Request
 from tidegate.costs.profile import UNMEASURED, Profile, ProfileTable
 from tidegate.ledger.integrity import check_integrity
+from tidegate.ledger.live_table import NOWHERE
 from tidegate.ledger.matrix import LedgerMatrix
 from tidegate.ledger.records import Booked, InstanceEntry, RequestEntry, Residents
-from tidegate.ledger.rows import NOWHERE, Forecast, Integers, RequestRows, Sessions
+from tidegate.ledger.rows import Forecast, Integers, RequestRows, Sessions
 from tidegate.ledger.snapshot import Field, Labels, Snapshot, WindowAverages
 from tidegate.ledger.windows import LongWindows, close_windows
 
@@ -174,6 +175,7 @@ class Ledger:
         instance.prefills[request.id] = entry
         column = instance.column
         matrix = self._matrix
+        matrix.requests.enter(entry, column)
         matrix.prefill_requests[column] += 1
         matrix.prefill_tokens[column] += request.prompt_tokens
         matrix.prefill_work_s[column] += seconds
@@ -220,15 +222,9 @@ class Ledger:
                 self._matrix.hold(entry, previous, held)
         if entry.source is instance:
             self._matrix.release_source(entry)
-        entry.decode = instance
-        entry.resident_tokens = resident_tokens
         entry.last_at_s = now
         entry.generating = False
-        instance.decodes[request_id] = entry
-        matrix, column = self._matrix, instance.column
-        matrix.decode_requests[column] += 1
-        matrix.decode_tokens[column] += resident_tokens
-        matrix.free_tokens[column] -= resident_tokens
+        self._matrix.enter_decode(entry, instance, resident_tokens)
         self._placed_decodes += 1
         return True
 
@@ -256,6 +252,7 @@ class Ledger:
         matrix, column = self._matrix, entry.decode.column
         matrix.decode_tokens[column] += count
         matrix.free_tokens[column] -= count
+        matrix.requests.tokens[entry.slot] += count
         entry.resident_tokens += count
         if entry.generating:
             matrix.gap_sum_s[column] += now - entry.last_at_s
@@ -283,8 +280,7 @@ class Ledger:
         if instance.in_step and instance.stepped_at_s != entry.last_at_s:
             return False
         instance.stepped_at_s = entry.last_at_s
-        instance.in_step += 1
-        entry.joined_step = instance.steps
+        self._matrix.join_step(entry)
         return True
 
     def stepped(self, instance_id: str, count: int, now: float) -> None:
@@ -318,7 +314,8 @@ class Ledger:
         entry = self._entries.get(request_id)
         if entry is None:
             return False
-        entry.moving_to, entry.moved_at_s = to, now
+        entry.moving_to, table = to, self._matrix.requests
+        table.moves[entry.slot], table.moved_at_s[entry.slot] = bool(to), now
         return True
 
     def finished(self, request_id: str, now: float) -> bool:
@@ -376,13 +373,14 @@ class Ledger:
         seen = None
         if index is not self._index:
             seen = np.array([index.get(name, NOWHERE) for name in self._ids] + [NOWHERE], np.int64)
-        return RequestRows(list(self._entries.values()), index, seen, self._forecast)
+        steps = np.array([instance.steps for instance in self._instances.values()], np.int64)
+        return RequestRows(self._matrix.requests, steps, index, seen, self._forecast)
 
     def progress(self) -> tuple[list[Request], Integers]:
         """Return the requests that decode, and how many tokens of its answer each has."""
-        decodes = [entry for entry in self._entries.values() if entry.decode is not None]
-        generated = [e.tokens_now - e.request.prompt_tokens + e.request.generated for e in decodes]
-        return [entry.request for entry in decodes], np.array(generated, np.int64)
+        rows = self.request_rows(self._index)
+        decoding = np.flatnonzero(rows.decode_on != NOWHERE)
+        return [rows.requests[row] for row in decoding.tolist()], rows.answer_tokens[decoding]
 
     def window_averages(self, ids: Sequence[str]) -> dict[str, WindowAverages]:
         """Return the averages of the named windows that ended last, on the instances ``ids``."""
@@ -447,4 +445,5 @@ class Ledger:
             self._matrix.release_source(entry)
         if entry.decode is not None:
             self._matrix.leave_decode(entry)
+        self._matrix.requests.leave(entry)
         del self._entries[entry.request.id]

@@ -7,6 +7,7 @@ from typing import cast
 
 import numpy as np
 
+from tidegate.ledger.live_table import NOWHERE, LiveTable
 from tidegate.ledger.records import InstanceEntry, RequestEntry
 from tidegate.ledger.snapshot import Field, Matrix
 
@@ -71,6 +72,7 @@ class LedgerMatrix(_RowViews):
 
     def __init__(self) -> None:
         self._adopt(np.zeros((ROWS, 0)))
+        self.requests = LiveTable()
 
     def add_column(self) -> int:
         """Append a column of zeros and return its index."""
@@ -81,6 +83,7 @@ class LedgerMatrix(_RowViews):
     def remove_column(self, column: int) -> None:
         """Drop ``column``; the ones behind it move down by one."""
         self._adopt(np.delete(self.array, column, axis=1))
+        self.requests.column_removed(column)
 
     def _adopt(self, array: Matrix) -> None:
         self.array = np.ascontiguousarray(array)
@@ -117,6 +120,7 @@ class LedgerMatrix(_RowViews):
         assert instance is not None
         column = instance.column
         entry.prefill = None
+        self.requests.prefill_on[entry.slot] = NOWHERE
         del instance.prefills[entry.request.id]
         self.prefill_requests[column] -= 1
         self.prefill_tokens[column] -= entry.request.prompt_tokens
@@ -127,6 +131,7 @@ class LedgerMatrix(_RowViews):
     def hold(self, entry: RequestEntry, instance: InstanceEntry, tokens: int) -> None:
         """Have an instance hold ``tokens`` of a request's KV until it is pulled."""
         entry.source = instance
+        self.requests.source_on[entry.slot] = instance.column
         entry.held_tokens = tokens
         instance.handoffs[entry.request.id] = entry
         self.handoff_tokens[instance.column] += tokens
@@ -138,9 +143,29 @@ class LedgerMatrix(_RowViews):
         assert instance is not None
         column, tokens = instance.column, entry.held_tokens
         entry.source = None
+        self.requests.source_on[entry.slot] = NOWHERE
         del instance.handoffs[entry.request.id]
         self.handoff_tokens[column] -= tokens
         self.free_tokens[column] += tokens
+
+    def enter_decode(self, entry: RequestEntry, instance: InstanceEntry, resident_tokens: int) -> None:
+        """Count a request among its instance's decodes."""
+        entry.decode, entry.resident_tokens = instance, resident_tokens
+        self.requests.decode_on[entry.slot] = column = instance.column
+        self.requests.tokens[entry.slot] = resident_tokens
+        instance.decodes[entry.request.id] = entry
+        self.decode_requests[column] += 1
+        self.decode_tokens[column] += resident_tokens
+        self.free_tokens[column] -= resident_tokens
+
+    def join_step(self, entry: RequestEntry) -> None:
+        """Count a decode by its instance's steps from here on."""
+        instance = entry.decode
+        assert instance is not None
+        instance.in_step += 1
+        entry.joined_step = instance.steps
+        self.requests.in_step[entry.slot] = 1
+        self.requests.tokens[entry.slot] = entry.resident_tokens - instance.steps
 
     def leave_step(self, entry: RequestEntry) -> None:
         """Count a decode on its own again, no longer by its instance's steps."""
@@ -148,6 +173,8 @@ class LedgerMatrix(_RowViews):
         assert instance is not None
         entry.resident_tokens, entry.last_at_s = entry.tokens_now, entry.token_at_s
         entry.joined_step = None
+        self.requests.in_step[entry.slot] = 0
+        self.requests.tokens[entry.slot] = entry.resident_tokens
         instance.in_step -= 1
 
     def leave_decode(self, entry: RequestEntry) -> None:
@@ -158,6 +185,7 @@ class LedgerMatrix(_RowViews):
             self.leave_step(entry)
         column = instance.column
         entry.decode = None
+        self.requests.decode_on[entry.slot] = NOWHERE
         del instance.decodes[entry.request.id]
         self.decode_requests[column] -= 1
         self.decode_tokens[column] -= entry.resident_tokens

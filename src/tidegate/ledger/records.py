@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -50,14 +49,14 @@ class RequestEntry:
     a gap between two tokens of this instance. ``joined_step`` is the instance's ``steps`` when the decode
     joined them; while it is set, ``resident_tokens`` and ``last_at_s`` are those of that moment.
 
-    ``moving_to`` names the instance to which a migration is under way, "" without one, and ``moved_at_s`` is
-    when the last one began or ended. ``left_at_s`` is set from a migration's commit to the first token after
-    it: the time of the last token before it.
+    ``moving_to`` names the instance to which a migration is under way, "" without one. ``left_at_s`` is set
+    from a migration's commit to the first token after it: the time of the last token before it. ``slot`` is
+    its place in the ledger's ``LiveTable``.
     """
 
     __slots__ = (
-        "decode", "generating", "held_tokens", "joined_step", "last_at_s", "left_at_s", "moved_at_s",
-        "moving_to", "prefill", "request", "resident_tokens", "seconds", "source",
+        "decode", "generating", "held_tokens", "joined_step", "last_at_s", "left_at_s", "moving_to",
+        "prefill", "request", "resident_tokens", "seconds", "slot", "source",
     )  # fmt: skip
 
     def __init__(self, request: Request, prefill: InstanceEntry | None, seconds: float) -> None:
@@ -72,7 +71,7 @@ class RequestEntry:
         self.generating = False
         self.joined_step: int | None = None
         self.moving_to = ""
-        self.moved_at_s = -math.inf
+        self.slot = 0
         self.left_at_s: float | None = None
 
     @property

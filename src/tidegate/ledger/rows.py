@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tidegate.core.request import Request
-from tidegate.ledger.records import InstanceEntry, RequestEntry
+from tidegate.ledger.live_table import NOWHERE, LiveTable, Row
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -20,14 +20,12 @@ Floats = NDArray[np.float64]
 Forecast = Callable[[Sequence[Request], Integers], tuple[Floats, Floats, Floats]]
 """Tells of requests that have generated so many tokens each how many are left: mean, 0.1 and 0.9 quantile."""
 
-NOWHERE = -1
-"""The column of a request that is not in that stage, and of an instance that the snapshot does not have."""
 MOST_SESSIONS = 100_000
 """How many sessions are remembered (ours); those that were not heard of for longest go first."""
 
 
 class RequestRows:
-    """One row per live request, in order of arrival in the ledger; ``ids[k]`` and ``sessions[k]`` name row k.
+    """One row per live request, in order of arrival in the ledger: ``requests``; ``ids`` and ``sessions``.
 
     ``prefill_on``, ``source_on`` and ``decode_on`` are columns of the snapshot, or NOWHERE: where the request
     is in prefill, where its KV waits to be pulled, and where it decodes; ``moving_to`` is where a migration
@@ -41,92 +39,92 @@ class RequestRows:
     deployment does not predict lengths.
 
     A placement's snapshot may lack instances that are up. A request there has its row, and NOWHERE as column.
-    A column is read from the ledger's records when it is asked for first.
+    A column is read from the ledger's table when it is asked for first.
     """
 
     def __init__(
         self,
-        entries: Sequence[RequestEntry],
+        table: LiveTable,
+        steps: Integers,
         index: Mapping[str, int],
         seen: Integers | None = None,
         forecast: Forecast | None = None,
     ) -> None:
-        """``index`` has the columns of the snapshot, and ``seen`` those of the ledger's columns, where they
-        differ, with NOWHERE at the end."""
-        self._entries: Final = entries
+        """``steps`` has what each of the ledger's columns has stepped. ``index`` has the columns of the
+        snapshot, and ``seen`` those of the ledger's columns, where they differ, with NOWHERE at the end."""
+        self._table: Final = table
+        self._slots: Final = table.slots
+        self._steps: Final = steps
         self._index: Final = index
         self._seen: Final = seen
         self._forecast: Final = forecast
-        self._requests: Final = [entry.request for entry in entries]
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._slots)
+
+    @cached_property
+    def requests(self) -> list[Request]:
+        return self._table.requests
 
     @cached_property
     def ids(self) -> tuple[str, ...]:
-        return tuple([request.id for request in self._requests])
+        return tuple([request.id for request in self.requests])
 
     @cached_property
     def sessions(self) -> tuple[str, ...]:
-        return tuple([request.session for request in self._requests])
+        return tuple([request.session for request in self.requests])
 
     @cached_property
     def prefill_on(self) -> Integers:
-        return self._columns([entry.prefill for entry in self._entries])
+        return self._columns(Row.PREFILL_ON)
 
     @cached_property
     def source_on(self) -> Integers:
-        return self._columns([entry.source for entry in self._entries])
+        return self._columns(Row.SOURCE_ON)
 
     @cached_property
     def decode_on(self) -> Integers:
-        return self._columns([entry.decode for entry in self._entries])
+        return self._columns(Row.DECODE_ON)
 
     @cached_property
     def moving_to(self) -> Integers:
         columns = np.full(len(self), NOWHERE)
-        for row in [row for row, entry in enumerate(self._entries) if entry.moving_to]:
-            columns[row] = self._index.get(self._entries[row].moving_to, NOWHERE)
+        moving = np.flatnonzero(self._read(Row.MOVES))
+        if len(moving):
+            entries = self._table.entries
+            columns[moving] = [self._index.get(entries[row].moving_to, NOWHERE) for row in moving]
         return columns
 
     @cached_property
     def context_tokens(self) -> Integers:
-        return np.array(
-            [
-                e.request.prompt_tokens
-                if e.decode is None
-                else e.resident_tokens  # or ``tokens_now``, which is a call more
-                if e.joined_step is None
-                else e.resident_tokens + e.decode.steps - e.joined_step
-                for e in self._entries
-            ],
-            np.int64,
-        )
+        on = self._integers(Row.DECODE_ON)
+        stepped = np.append(self._steps, 0)[on] * self._integers(Row.IN_STEP)
+        prompt = self._integers(Row.PROMPT_TOKENS)
+        return np.where(on == NOWHERE, prompt, self._integers(Row.TOKENS) + stepped)
 
     @cached_property
     def generated_tokens(self) -> Integers:
-        prompt = np.array([request.prompt_tokens for request in self._requests], np.int64)
-        return self.context_tokens - prompt
+        return self.context_tokens - self._integers(Row.PROMPT_TOKENS)
 
     @cached_property
     def max_tokens(self) -> Integers:
-        return np.array([request.max_tokens for request in self._requests], np.int64)
+        return self._integers(Row.MAX_TOKENS)
 
     @cached_property
     def arrival_s(self) -> Floats:
-        return np.array([request.arrival_s for request in self._requests], np.float64)
+        return self._read(Row.ARRIVAL_S)
 
     @cached_property
     def ttft_s(self) -> Floats:
-        return np.array([request.slo.ttft_s for request in self._requests], np.float64)
+        return self._read(Row.TTFT_S)
 
     @cached_property
     def tpot_s(self) -> Floats:
-        return np.array([request.slo.tpot_s for request in self._requests], np.float64)
+        return self._read(Row.TPOT_S)
 
     @cached_property
     def moved_at_s(self) -> Floats:
-        return np.array([entry.moved_at_s for entry in self._entries], np.float64)
+        return self._read(Row.MOVED_AT_S)
 
     @property
     def remaining_tokens(self) -> Floats:
@@ -145,11 +143,22 @@ class RequestRows:
         if self._forecast is None:
             unknown = np.full(len(self), np.nan)
             return unknown, unknown, unknown
-        before = np.array([request.generated for request in self._requests], np.int64)
-        return self._forecast(self._requests, before + self.generated_tokens)
+        return self._forecast(self.requests, self.answer_tokens)
 
-    def _columns(self, places: Sequence[InstanceEntry | None]) -> Integers:
-        columns = np.array([NOWHERE if on is None else on.column for on in places], np.int64)
+    @property
+    def answer_tokens(self) -> Integers:
+        """What was generated of each answer, before its last placement as a prefill and after."""
+        return self._integers(Row.GENERATED) + self.generated_tokens
+
+    def _read(self, row: Row) -> Floats:
+        values: Floats = self._table.array[row].take(self._slots)
+        return values
+
+    def _integers(self, row: Row) -> Integers:
+        return self._read(row).astype(np.int64)
+
+    def _columns(self, row: Row) -> Integers:
+        columns = self._integers(row)
         return columns if self._seen is None else np.asarray(self._seen[columns])
 
 

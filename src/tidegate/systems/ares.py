@@ -9,6 +9,7 @@ from tidegate.policies.ares.avoiding import AvoidingConstants, AvoidingPlacement
 from tidegate.policies.ares.damage import Damage
 from tidegate.policies.ares.loads import DecodeLoads, LoadBoard
 from tidegate.policies.ares.published import PERIOD_S, AresConstants, AresPlacement, AresRescheduler
+from tidegate.policies.baselines import MINIMAL_LOAD
 from tidegate.systems.builtin import arrow_lending
 from tidegate.systems.registry import SYSTEMS, SystemOptions
 from tidegate.systems.system import System
@@ -25,7 +26,7 @@ def ares(options: SystemOptions) -> System:
         name="ares",
         summary="static split, running decodes move to where they vary least",
         roles=options.roles(),
-        prefill=placement,
+        prefill=MINIMAL_LOAD,
         decode=placement,
         controllers=(AresRescheduler(board, constants),),
         window_s=options.tick_s,
@@ -41,7 +42,7 @@ def ares_slo(options: SystemOptions) -> System:
         name="ares-slo",
         summary="static split, running decodes move where that avoids SLO damage",
         roles=options.roles(),
-        prefill=placement,
+        prefill=MINIMAL_LOAD,
         decode=placement,
         controllers=(rescheduler,),
         window_s=options.tick_s,

@@ -38,14 +38,10 @@ class AvoidingConstants:
 
 @dataclass(frozen=True, slots=True)
 class AvoidingPlacement:
-    """Decodes go where they add least damage; prefills where they are soonest done."""
+    """Decodes go where they add least damage."""
 
     board: LoadBoard[Damage]
     needs: frozenset[Signal] = frozenset({Signal.PROFILE, Signal.LENGTHS})
-
-    def place_prefill(self, request: Request, snapshot: Snapshot) -> Verdict:
-        """Place the prefill where the first token is predicted to come first."""
-        return MINIMAL_LOAD.place_prefill(request, snapshot)
 
     def place_decode(self, request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:
         """Place the decode where the damage grows least; among equals where the least is held meanwhile."""
@@ -95,7 +91,7 @@ class AvoidingRescheduler:
             decodes, ids = damage.loads.decodes, snapshot.ids
             src, dst = ids[decodes.on[decode]], ids[damage.loads.columns[target]]
             why = f"avoids {avoided_s:.1f} s of SLO damage"
-            actions.append(Migrate(rows.ids[decodes.row[decode]], src, dst, why))
+            actions.append(Migrate(rows.requests[decodes.row[decode]].id, src, dst, why))
             choice.commit(decode, target)
         return ControlDecision(None, tuple(actions), moves_made(actions))
 
@@ -108,7 +104,9 @@ class Reliefs:
         loads = damage.loads
         decodes = loads.decodes
         self._may_move = decodes.movable & (snapshot.at_s - decodes.moved_at_s >= constants.cooldown_s)
-        self._links = loads.links_in_use()
+        everyone = np.arange(len(snapshot))
+        self._links = loads.links_in_use(everyone, everyone)
+        self._relief_s = np.full(len(decodes.row), np.nan)
 
     def best(self) -> tuple[int, int, float] | None:
         """Return the decode, its destination's place and the seconds avoided; None when nothing pays."""
@@ -122,7 +120,7 @@ class Reliefs:
         targets = order[damage.targets[order]][: constants.destinations]
         if not len(targets):
             return None
-        blocks = damage.outlooks[candidates][:, None]
+        blocks = damage.outlooks(candidates)[:, None]
         joins_s = damage.tpot_s[candidates][:, None]
         harm_s = damage.of(damage.totals[targets] + blocks, targets, joins_s) - damage.seconds[targets]
         gain_s = relief_s[:, None] - harm_s - self._price_s(candidates, targets)
@@ -142,13 +140,22 @@ class Reliefs:
         loads = damage.loads
         worst = np.argsort(-damage.seconds, kind="stable")[: constants.sources]
         worst = worst[damage.seconds[worst] >= constants.least_s]
-        candidates = np.flatnonzero(self._may_move & np.isin(loads.places, worst))
-        places = loads.places[candidates]
-        without = damage.totals[places] - damage.outlooks[candidates]
-        relief_s = damage.seconds[places] - damage.of(without, places, -damage.tpot_s[candidates])
+        on_worst = np.zeros(len(loads.columns) + 1, np.bool_)
+        on_worst[worst] = True  # and not the last one, where decodes elsewhere have theirs
+        candidates = np.flatnonzero(self._may_move & on_worst[loads.places])
+        self._relieve(candidates[np.isnan(self._relief_s[candidates])])
+        relief_s = self._relief_s[candidates]
         most = np.argsort(-relief_s, kind="stable")[: constants.tried]
         most = most[relief_s[most] >= constants.least_s]
         return candidates[most], relief_s[most]
+
+    def _relieve(self, decodes: Columns) -> None:
+        """Work out what the going of these decodes would relieve their instances of."""
+        damage = self._damage
+        places = damage.loads.places[decodes]
+        without = damage.totals[places] - damage.outlooks(decodes)
+        with_s, without_s = damage.seconds[places], damage.of(without, places, -damage.tpot_s[decodes])
+        self._relief_s[decodes] = with_s - without_s
 
     def _price_s(self, candidates: Columns, targets: Columns) -> Matrix:
         """Return what each move costs its request: the pause measured at the destination, or before there is
@@ -161,8 +168,9 @@ class Reliefs:
         """Count a move as made."""
         damage = self._damage
         loads = damage.loads
-        source, block = int(loads.places[decode]), damage.outlooks[decode]
+        source, block = int(loads.places[decode]), damage.outlooks(np.array([decode]))[0]
         damage.add(source, -block, -damage.tpot_s[decode])
         damage.add(target, block, damage.tpot_s[decode])
+        self._relief_s[np.isin(loads.places, (source, target))] = np.nan
         self._may_move[decode] = False
         self._links[loads.decodes.on[decode], loads.columns[target]] = True

@@ -9,17 +9,18 @@ when they are preempted.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields, replace
-from typing import Final, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tidegate.core.request import Request
-from tidegate.costs.forms import PrefillCost, StepCost, attention_work
+from tidegate.costs.forms import attention_work
+from tidegate.costs.profile import pick
 from tidegate.ledger.rows import RequestRows
 from tidegate.ledger.snapshot import Column, Mask, Snapshot
-from tidegate.policies.ares.loads import Columns, DecodeLoads, Horizon
+from tidegate.policies.ares.loads import Columns, Curves, DecodeLoads, Horizon
 
 Outlook = NDArray[np.float64]
 """Three curves over the grid points, in rows: expected requests, expected tokens, variance of the tokens."""
@@ -45,37 +46,51 @@ class Terms:
     unforeseen: float = 0.05
 
 
-def chances(at: Column, low: Column, mean: Column, high: Column) -> NDArray[np.float64]:
-    """Return the chance that each answer has not ended at each grid point, linear between its quantiles.
+class Endings:
+    """When answers end: the chance that each has not ended falls linearly between its quantiles.
 
     The mean stands for the median, and the tail behind the 0.9 quantile is as long as the middle.
     """
-    low, high = low[:, None], np.maximum(high, low)[:, None]
-    middle = np.clip(mean[:, None], low, high)
-    bends = (np.zeros_like(low), low, middle, high, 2.0 * high - low)
-    chance = np.ones((len(low), len(at)))
-    for start, end, share in zip(bends[:-1], bends[1:], (0.1, 0.4, 0.4, 0.1), strict=True):
-        slope = share / np.maximum(end - start, 1e-9)
-        chance -= np.clip((at - start) * slope, 0.0, share)
-    return np.where(low == high, at < low, chance)
+
+    def __init__(self, low: Column, mean: Column, high: Column) -> None:
+        high = np.maximum(high, low)
+        middle = np.clip(mean, low, high)
+        bends = (np.zeros_like(low), low, middle, high, 2.0 * high - low)
+        shares = (0.1, 0.4, 0.4, 0.1)
+        self._falls: Final = [
+            (start, share / np.maximum(end - start, 1e-9), share)
+            for start, end, share in zip(bends[:-1], bends[1:], shares, strict=True)
+        ]
+        self._low: Final = low
+        self._certain: Final = low == high
+
+    def chances(self, at: Column | float) -> NDArray[np.float64]:
+        """Return the chance of each that it has not ended ``at`` tokens from now, which broadcasts."""
+        chance = np.ones(np.broadcast_shapes(np.shape(at), self._low.shape))
+        part = np.empty_like(chance)
+        for start, slope, share in self._falls:
+            np.subtract(at, start, out=part)
+            part *= slope
+            chance -= np.clip(part, 0.0, share, out=part)
+        return np.where(self._certain, at < self._low, chance) if self._certain.any() else chance
 
 
-def outlook(at: Column, context: Column, chance: NDArray[np.float64]) -> Outlook:
-    """Return the outlook of each decode: one block of three curves per row."""
-    tokens = context[:, None] + at
-    blocks = np.empty((len(context), 3, len(at)))
-    blocks[:, 0] = chance
-    np.multiply(chance, tokens, out=blocks[:, 1])
-    blocks[:, 2] = blocks[:, 1] * tokens * (1.0 - chance)
-    return blocks
+def outlook(
+    at: Column | float, context: Column, chance: NDArray[np.float64]
+) -> tuple[Curves, Curves, Curves]:
+    """Return the three curves of decodes; the arguments broadcast."""
+    tokens = context + at
+    expected = chance * tokens
+    tokens *= expected
+    tokens *= 1.0 - chance
+    return chance, expected, tokens
 
 
 class Damage:
     """What the instances of ``loads`` head for, and what each of the decodes adds to it.
 
-    ``outlooks`` has one block per decode, ``totals`` one per place, ``seconds`` the damage there. Instances
-    that hold decodes under a label for prefill count like the others, but take no more: ``targets`` are the
-    places that do.
+    ``totals`` has one block per place, ``seconds`` the damage there. Instances that hold decodes under a
+    label for prefill count like the others, but take no more: ``targets`` are the places that do.
     """
 
     def __init__(self, snapshot: Snapshot, rows: RequestRows, terms: Terms) -> None:
@@ -84,18 +99,18 @@ class Damage:
         self._at = loads.horizon.at
         decodes, columns = loads.decodes, loads.columns
         self.targets: Final[Mask] = snapshot.labels.decoding_mask[columns]
-        low = np.fmin(rows.remaining_low_tokens[decodes.row], decodes.left_tokens)
-        chance = chances(self._at, low, decodes.left_tokens, decodes.most_tokens)
-        self.outlooks: Final[Outlook] = outlook(self._at, decodes.context_tokens, chance)
-        self.totals: Final[Outlook] = loads.summed(self.outlooks)
+        self._low_tokens = np.fmin(rows.remaining_low_tokens[decodes.row], decodes.left_tokens)
+        endings, context = self._endings(slice(None)), decodes.context_tokens
+        totals = [[*map(loads.summed, outlook(at, context, endings.chances(at)))] for at in self._at]
+        self.totals: Final[Outlook] = np.array(totals).transpose(2, 1, 0)
         self._usable = terms.usable * loads.capacity_tokens - loads.beside_tokens
         known = np.where(np.isfinite(loads.capacity_tokens), loads.capacity_tokens, 0.0)
         self._noise = (terms.unforeseen * known) ** 2
         busy = snapshot.prefill_demand[columns] + snapshot.prefill_queue_s[columns] / BUSY_FOR_S
         self._stretch = 1.0 / (1.0 - np.minimum(busy, MOST_BUSY))
         self.tpot_s: Final[Column] = rows.tpot_s[decodes.row]
-        self._targets_s = loads.summed(self.tpot_s[:, None])[:, 0]
-        self._members = loads.summed(np.ones((len(decodes.row), 1)))[:, 0]
+        self._targets_s = loads.summed(self.tpot_s)
+        self._members = loads.summed(np.ones(len(decodes.row)))
         self.seconds: Column = self.of(self.totals, np.arange(len(columns)))
 
     def of(self, outlooks: Outlook, places: Columns, joins_s: Column | float = 0.0) -> NDArray[np.float64]:
@@ -111,23 +126,33 @@ class Damage:
         over = np.minimum(over, tokens)
         context = np.maximum(tokens / np.maximum(requests, 1e-9), 1.0)
         stalled = over / context
-        step = at_columns(self._costs.step, columns)
+        step = pick(self._costs.step, (columns, None))
         gap_s = step.seconds(requests - stalled, tokens - over) * self._stretch[places][..., None]
         members = self._members[places] + np.sign(joins_s)
         target_s = ((self._targets_s[places] + joins_s) / np.maximum(members, 1.0))[..., None]
         lost_s = requests * np.maximum(gap_s - target_s, 0.0) + stalled * gap_s
-        prefill = at_columns(self._costs.prefill, columns)
+        prefill = pick(self._costs.prefill, (columns, None))
         again_s = prefill.seconds(context, attention_work(context, 0.0))
         recomputed_s = stalled * again_s * (1.0 + requests)
         return np.asarray(lost_s.sum(axis=-1) * (self._at[1] - self._at[0]) + recomputed_s.max(axis=-1))
+
+    def outlooks(self, decodes: Columns) -> Outlook:
+        """Return what each of these decodes adds: one block per row."""
+        context = self.loads.decodes.context_tokens[decodes, None]
+        chance = self._endings((decodes, None)).chances(self._at)
+        return np.stack(outlook(self._at, context, chance), 1)
+
+    def _endings(self, of: Any) -> Endings:
+        decodes = self.loads.decodes
+        return Endings(self._low_tokens[of], decodes.left_tokens[of], decodes.most_tokens[of])
 
     def newcomer(self, request: Request) -> Outlook:
         """Return what a request adds wherever it decodes."""
         told = request.remaining
         low, mean, high = (told.low, told.mean, told.high) if told else (request.max_tokens,) * 3
-        chance = chances(self._at, *(np.array([value], np.float64) for value in (low, mean, high)))
-        block: Outlook = outlook(self._at, np.array([request.prompt_tokens], np.float64), chance)[0]
-        return block
+        endings = Endings(*(np.array([value], np.float64) for value in (low, mean, high)))
+        context = np.array([request.prompt_tokens], np.float64)
+        return np.array(outlook(self._at, context, endings.chances(self._at)))
 
     def add(self, place: int, block: Outlook, joins_s: float) -> None:
         """Count a newcomer with its TPOT target at an instance; both negative take one away."""
@@ -135,14 +160,3 @@ class Damage:
         self._targets_s[place] += joins_s
         self._members[place] += np.sign(joins_s)
         self.seconds[place] = self.of(self.totals[place : place + 1], np.array([place]))[0]
-
-
-Form = TypeVar("Form", PrefillCost, StepCost)
-
-
-def at_columns(form: Form, columns: Columns) -> Form:
-    """Return the costs of these instances, to be used with one curve each."""
-    arrays = {f.name: getattr(form, f.name) for f in fields(form)}
-    return replace(
-        form, **{name: v[columns][..., None] for name, v in arrays.items() if isinstance(v, np.ndarray)}
-    )

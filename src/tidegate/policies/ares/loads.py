@@ -111,32 +111,28 @@ class DecodeLoads:
         self._place = np.full(len(snapshot) + 1, -1)
         self._place[columns] = np.arange(len(columns))
         self.places: Final[Columns] = self._place[self.decodes.at]
+        self._where: Final = np.where(self.places >= 0, self.places, len(columns))
         capacity = snapshot.kv_capacity_tokens[columns]
         self.capacity_tokens: Final[Column] = np.where(capacity > 0, capacity, np.inf)
         free, resident = snapshot.free_tokens[columns], snapshot.decode_tokens[columns]
         beside = np.where(capacity > 0, capacity - free - resident, 0.0)
         self.beside_tokens: Final[Column] = np.maximum(beside, 0.0)
 
-    @cached_property
-    def curves(self) -> Curves:
-        """What each of the decodes holds at every grid point."""
-        at = self.horizon.at
-        held = self.decodes.context_tokens[:, None] + at
-        held *= at < self.decodes.left_tokens[:, None]
-        return held
+    def curves(self, decodes: Columns) -> Curves:
+        """Return what each of these decodes holds at every grid point."""
+        context, left = self.decodes.context_tokens[decodes], self.decodes.left_tokens[decodes]
+        return held(context[:, None], left[:, None], self.horizon.at)
 
     @cached_property
     def loads(self) -> Curves:
         """What each instance holds at every grid point."""
-        return self.summed(self.curves)
+        context, left = self.decodes.context_tokens, self.decodes.left_tokens
+        return np.array([self.summed(held(context, left, at)) for at in self.horizon.at]).T
 
-    def summed(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return the sums over the decodes of each instance; ``values`` has one row, or block, per decode."""
-        count, shape = len(self.columns), values.shape[1:]
-        flat = np.ascontiguousarray(values.reshape(len(values), math.prod(shape)).T)
-        where = np.where(self.places >= 0, self.places, count)  # those that are on none make one more
-        sums = np.array([np.bincount(where, each, count + 1)[:count] for each in flat], np.float64)
-        return sums.T.reshape(count, *shape)
+    def summed(self, values: Column) -> Column:
+        """Return the sum over the decodes of each instance of ``values``, which has one entry per decode."""
+        sums = np.bincount(self._where, values, len(self.columns) + 1)[:-1]
+        return sums.astype(np.float64, copy=False)  # whole numbers where there are no decodes
 
     def weighted(self) -> Column:
         """Return W: the time-weighted load of each instance."""
@@ -174,17 +170,24 @@ class DecodeLoads:
         """Count a newcomer at an instance; a negative curve takes one away."""
         self.loads[place] += curve
 
-    def links_in_use(self) -> Mask:
-        """Tell of every two columns whether a migration from the one to the other is under way."""
+    def links_in_use(self, sources: Columns, destinations: Columns) -> Mask:
+        """Tell of columns whether a migration from the one to the other is under way: one row per source."""
         decodes = self.decodes
         in_use = np.zeros((len(self.ids), len(self.ids)), np.bool_)
         moving = decodes.at != decodes.on
         in_use[decodes.on[moving], decodes.at[moving]] = True
-        return in_use
+        return in_use[:, destinations].take(sources, axis=0)
 
     def compared(self, terms: Mapping[str, Column]) -> Alternatives:
         """Return the instances with terms of theirs, for the journal."""
         return Alternatives([self.ids[column] for column in self.columns], lambda: terms)
+
+
+def held(context_tokens: Column, left_tokens: Column, at: Column | float) -> Curves:
+    """Return what decodes hold at grid points; the arguments broadcast."""
+    tokens = context_tokens + at
+    tokens *= at < left_tokens
+    return tokens
 
 
 Kept = TypeVar("Kept")

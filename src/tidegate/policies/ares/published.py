@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from tidegate.core.decision import ControlDecision, Migrate, Path, Place, Verdict
 from tidegate.core.request import Request
-from tidegate.ledger.snapshot import Column, Mask, Matrix, Snapshot
+from tidegate.costs.profile import pick
+from tidegate.ledger.snapshot import EVERYONE, Column, Mask, Matrix, Snapshot
 from tidegate.policies.ares.loads import Columns, DecodeLoads, Horizon, LoadBoard
 from tidegate.policies.baselines import MINIMAL_LOAD
 from tidegate.policies.protocols import Signal
@@ -48,18 +49,14 @@ class AresConstants:
 
 @dataclass(frozen=True, slots=True)
 class AresPlacement:
-    """Decodes go where the variance of the loads becomes least, prefills where they are soonest done.
+    """Decodes go where the variance of the loads becomes least.
 
-    The paper places decodes by input length, predicted length and loads; it has no rule for prefills.
+    The paper places them by input length, predicted length and loads; it has no rule for prefills.
     """
 
     board: LoadBoard[DecodeLoads]
     constants: AresConstants = field(default_factory=AresConstants)
     needs: frozenset[Signal] = frozenset({Signal.PROFILE, Signal.LENGTHS})
-
-    def place_prefill(self, request: Request, snapshot: Snapshot) -> Verdict:
-        """Place the prefill where the first token is predicted to come first."""
-        return MINIMAL_LOAD.place_prefill(request, snapshot)
 
     def place_decode(self, request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:
         """Simulate the decode on every instance; of those that can hold it take the least variance.
@@ -113,7 +110,7 @@ class AresRescheduler:
                 break
             decode, src, dst = moves.commit(found)
             ids = snapshot.ids
-            actions.append(Migrate(rows.ids[decode], ids[src], ids[dst], "less variance"))
+            actions.append(Migrate(rows.requests[decode].id, ids[src], ids[dst], "less variance"))
             over, under = classify(loads, self.constants)
         return ControlDecision(None, tuple(actions), moves_made(actions))
 
@@ -149,46 +146,55 @@ class Moves:
         decodes, places = loads.decodes, loads.places
         rested = snapshot.at_s - decodes.moved_at_s >= constants.cooldown_s
         weighted = loads.weighted()
-        sources = extreme(over, -weighted)
-        destinations = extreme(under, weighted)
-        leaving = (places >= 0) & np.isin(places, sources)
-        candidates = np.flatnonzero(decodes.movable & rested & leaving)
-        self._candidates, self._destinations = candidates, destinations
+        destinations = self._destinations = extreme(under, weighted)
+        searched = np.zeros(len(loads.columns) + 1, np.bool_)
+        searched[extreme(over, -weighted)] = True  # and not the last one, where decodes elsewhere have theirs
+        candidates = self._candidates = np.flatnonzero(decodes.movable & rested & searched[places])
         self._sources = places[candidates]
-        self._curves = loads.curves[candidates]
+        self._curves = loads.curves(candidates)
+        self._weighted = loads.horizon.weights * self._curves
+        self._context = decodes.context_tokens[candidates]
         self._last = loads.last_point(decodes.most_tokens[candidates])
         self._allowed = amortised(snapshot, loads, candidates, destinations, constants.kappa)
-        self._allowed &= ~loads.links_in_use()[
-            loads.columns[self._sources][:, None], loads.columns[destinations]
-        ]
-        self.gain: Matrix = np.empty((len(candidates), len(destinations)))
-        self._simulate(np.arange(len(candidates)), np.arange(len(destinations)))
+        columns = loads.columns
+        self._allowed &= ~loads.links_in_use(columns[self._sources], columns[destinations])
+        self._at_source: Column = np.empty(len(candidates))
+        self._weigh(EVERYONE)
+        self.gain: Matrix = self._simulated(EVERYONE, EVERYONE)
 
-    def _simulate(self, candidates: Columns, destinations: Columns) -> None:
-        """Work out the gains of these candidates at these destinations (positions in the table).
+    def _weigh(self, candidates: Columns | slice) -> None:
+        """Work out the part of these candidates' gains that their sources make."""
+        left = self._loads.loads[self._sources[candidates]]
+        left -= self._curves[candidates]
+        left *= self._weighted[candidates]
+        self._at_source[candidates] = left.sum(axis=1)
+
+    def _simulated(self, candidates: Columns | slice, destinations: Columns | slice) -> Matrix:
+        """Return the gains of these candidates at these destinations (positions in the table; not arrays
+        both).
 
         Moving curve c from s to d takes (2 / n) * sum of w * c * (load_s - load_d - c) off the variance: the
         loads' mean stays.
         """
-        loads, weights = self._loads, self._loads.horizon.weights
-        curves, source = self._curves[candidates], loads.loads[self._sources[candidates]]
+        loads = self._loads
         places = self._destinations[destinations]
-        weighted = weights * curves
-        gain = (weighted * (source - curves)).sum(axis=1)[:, None] - weighted @ loads.loads[places].T
-        room = loads.room(self._safety, places).T[self._last[candidates]]
-        context = loads.decodes.context_tokens[self._candidates[candidates]]
-        table = np.ix_(candidates, destinations)
-        allowed = self._allowed[table] & (room >= context[:, None])
-        self.gain[table] = np.where(allowed, gain * (2.0 / len(loads.loads)), -np.inf)
+        gain: Matrix = self._weighted[candidates] @ loads.loads[places].T
+        np.subtract(self._at_source[candidates][:, None], gain, out=gain)
+        gain *= 2.0 / len(loads.loads)
+        room = np.ascontiguousarray(loads.room(self._safety, places).T)
+        allowed = room.take(self._last[candidates], axis=0) >= self._context[candidates][:, None]
+        allowed &= self._allowed[candidates, destinations]
+        gain[~allowed] = -np.inf
+        return gain
 
     def best(self, over: Mask, under: Mask) -> tuple[int, int] | None:
         """Return the move of most gain from who is overloaded now to who is underloaded; None without one."""
         sources, destinations = over[self._sources], under[self._destinations]
         gain = np.where(sources[:, None] & destinations, self.gain, -np.inf)
-        if not gain.size or not gain.max() > -np.inf:
+        if not gain.size:
             return None
         candidate, destination = divmod(int(gain.argmax()), gain.shape[1])
-        return candidate, destination
+        return (candidate, destination) if gain[candidate, destination] > -np.inf else None
 
     def commit(self, move: tuple[int, int]) -> tuple[int, int, int]:
         """Count a move as made; return its request's row, and the columns that it leaves and goes to."""
@@ -199,8 +205,9 @@ class Moves:
         leaving = np.flatnonzero(self._sources == source)
         self._allowed[candidate] = False
         self._allowed[leaving, destination] = False  # one migration per link
-        self._simulate(leaving, np.arange(len(self._destinations)))
-        self._simulate(np.arange(len(self._candidates)), np.array([destination]))
+        self._weigh(leaving)
+        self.gain[leaving] = self._simulated(leaving, EVERYONE)
+        self.gain[:, [destination]] = self._simulated(EVERYONE, np.array([destination]))
         row = int(loads.decodes.row[self._candidates[candidate]])
         return row, int(loads.columns[source]), int(loads.columns[target])
 
@@ -222,15 +229,14 @@ def amortised(
     """
     step_s = snapshot.costs.step.seconds(snapshot.decode_requests, snapshot.decode_tokens)
     left_s = loads.decodes.left_tokens[candidates] * np.asarray(step_s)[loads.decodes.on[candidates]]
-    allowed: NDArray[np.bool_] = left_s[:, None] >= kappa * transfer_s(
-        snapshot, loads, candidates, destinations
-    )
-    return allowed
+    allowed = left_s[:, None] >= kappa * transfer_s(snapshot, loads, candidates, destinations)
+    return np.array(np.broadcast_to(allowed, (len(candidates), len(destinations))))
 
 
 def transfer_s(snapshot: Snapshot, loads: DecodeLoads, candidates: Columns, destinations: Columns) -> Matrix:
-    """Return what each destination's link takes for the KV of each candidate, one row per candidate."""
+    """Return what each destination's link takes for the KV of each candidate, one row per candidate; of one
+    column where all links are alike."""
     sources = loads.decodes.on[candidates]
     n_bytes = loads.decodes.context_tokens[candidates] * snapshot.kv_bytes_per_token[sources]
-    seconds = snapshot.costs.transfer.seconds(n_bytes[:, None])
-    return np.broadcast_to(seconds, (len(candidates), len(snapshot)))[:, loads.columns[destinations]]
+    transfer = pick(snapshot.costs.transfer, loads.columns[destinations])
+    return np.asarray(transfer.seconds(n_bytes[:, None]))

@@ -30,8 +30,7 @@ from tidegate.policies.arrow.published import (
     decode_pool_load,
     flip,
     may_decode,
-    missed_tpot,
-    missed_ttft,
+    missed,
     prefill_cost,
     prefill_pool_load,
     verdict_on,
@@ -108,7 +107,7 @@ class LendingPlacement:
         if not hopeless and self.limits.decode_spares_one(snapshot, self.slo):
             flipped = flip(snapshot, Role.PREFILL, "inline")
             if flipped is not None:
-                why = missed_ttft(request, snapshot, candidates, ttft)
+                why = missed(Role.PREFILL, request, snapshot, candidates, ttft)
                 return verdict_on_flipped(flipped, None, MISSED_TTFT, alternatives, why)
         chosen = prefill_beside_decodes(request, snapshot)
         reason = "beside decodes: no prefill instance meets the TTFT target, no flip is due"
@@ -136,7 +135,7 @@ class LendingPlacement:
         if self.limits.prefill_spares_one(snapshot, self.slo):
             flipped = flip(snapshot, Role.DECODE, "inline", cooldown_s=self.cooldown_s)
             if flipped is not None:
-                why = missed_tpot(request, snapshot, candidates, over)
+                why = missed(Role.DECODE, request, snapshot, candidates, over)
                 return verdict_on_flipped(flipped, prefill_on, MISSED_TPOT, alternatives, why)
         held = snapshot.index.get(prefill_on)
         chosen, pressure = least_pressed(request, snapshot, held, 1.0 - self.limits.kv_reserve)

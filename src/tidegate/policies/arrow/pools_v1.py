@@ -14,7 +14,7 @@ from tidegate.ledger.snapshot import Candidates, Mask, Snapshot, columns_of
 from tidegate.policies.arrow.published import (
     MISSED_TTFT,
     may_decode,
-    missed_ttft,
+    missed,
     verdict_on,
     verdict_on_flipped,
 )
@@ -107,7 +107,7 @@ class ArrowV1Placement:
         alternatives = compared(snapshot, members, {"ttft_s": ttft})
         flipped = take(snapshot, Role.PREFILL, "inline")
         if flipped is not None:
-            why = missed_ttft(request, snapshot, members, ttft)
+            why = missed(Role.PREFILL, request, snapshot, members, ttft)
             return verdict_on_flipped(flipped, None, MISSED_TTFT, alternatives, why)
         return verdict_on(snapshot.ids[best(snapshot, members, ttft)], None, "best effort", alternatives)
 

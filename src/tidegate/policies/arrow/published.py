@@ -88,7 +88,7 @@ class ArrowPlacement:
         if decode_pool_load(snapshot, self.slo) < self.shrink:  # line 4
             flipped = flip(snapshot, Role.PREFILL, "inline")
             if flipped is not None:  # line 5
-                why = missed_ttft(request, snapshot, candidates, ttft)
+                why = missed(Role.PREFILL, request, snapshot, candidates, ttft)
                 return verdict_on_flipped(flipped, None, MISSED_TTFT, alternatives, why)
         chosen = best(snapshot, candidates, ttft, lead=resident)  # line 6
         reason = f"best effort: {MISSED_TTFT}, no flip is due"
@@ -108,7 +108,7 @@ class ArrowPlacement:
             return verdict_on(prefill_on, snapshot.ids[chosen], "meets the TPOT target", alternatives)
         flipped = flip(snapshot, Role.DECODE, "inline", cooldown_s=self.cooldown_s)  # line 4
         if flipped is not None:  # line 5
-            why = missed_tpot(request, snapshot, candidates, over)
+            why = missed(Role.DECODE, request, snapshot, candidates, over)
             return verdict_on_flipped(flipped, prefill_on, MISSED_TPOT, alternatives, why)
         chosen = best(snapshot, candidates, over, lead=queued)  # line 6
         reason = f"best effort: {MISSED_TPOT}, no flip is legal"
@@ -236,28 +236,21 @@ def verdict_on(
     return Verdict(Place(prefill_on, decode_on, DISAGGREGATED), flips, alternatives, reason)
 
 
-def missed_ttft(request: Request, snapshot: Snapshot, candidates: Candidates, ttft: Price) -> Why:
-    """Say that no candidate starts to answer in time, and how late the best would be."""
+def missed(role: Role, request: Request, snapshot: Snapshot, candidates: Candidates, price: Price) -> Why:
+    """Say that no candidate meets the target of a role's phase, and how far the best is from it.
+
+    ``price`` is the time to the first token, or the tokens over the limit.
+    """
 
     def why() -> str:
-        target = f"no prefill instance meets {1000 * request.slo.ttft_s:g} ms"
+        prefill = role == Role.PREFILL
+        target_s, each = (request.slo.ttft_s, "") if prefill else (request.slo.tpot_s, " per token")
+        target = f"no {role.name.lower()} instance meets {1000 * target_s:g} ms{each}"
         if not len(candidates):
             return f"{target}: none has room"
-        least_s = price_at(snapshot, ttft, best(snapshot, candidates, ttft))
-        return f"{target}: the best waits {1000 * least_s:,.0f} ms"
-
-    return why
-
-
-def missed_tpot(request: Request, snapshot: Snapshot, candidates: Candidates, over: Price) -> Why:
-    """Say that no candidate decodes fast enough, and by how much the best is too full."""
-
-    def why() -> str:
-        target = f"no decode instance meets {1000 * request.slo.tpot_s:g} ms per token"
-        if not len(candidates):
-            return f"{target}: none has room"
-        tokens = price_at(snapshot, over, best(snapshot, candidates, over))
-        return f"{target}: the best holds {tokens:,.0f} tokens too many"
+        least = price_at(snapshot, price, best(snapshot, candidates, price))
+        how = f"waits {1000 * least:,.0f} ms" if prefill else f"holds {least:,.0f} tokens too many"
+        return f"{target}: the best {how}"
 
     return why
 
