@@ -63,7 +63,8 @@ class FakeEngine:
 
     For tests: ``bodies`` records requests when ``keep_bodies``; ``fail_with`` answers every one with
     (status, message); while ``hold_prefill`` is set, prefills are never answered; ``metrics`` makes
-    what ``/metrics`` answers.
+    what ``/metrics`` answers; ``remaining``, asked with every streamed token how many an answer has, predicts
+    how many are left, or nothing (None).
     """
 
     def __init__(self, engine_id: str = "fake", step_s: float = 0.0) -> None:
@@ -78,6 +79,7 @@ class FakeEngine:
         self.hold_prefill = False
         self.held: list[asyncio.Transport] = []
         self.metrics: Callable[[], str] = str
+        self.remaining: Callable[[int], float | None] = lambda generated: None
         self.bodies: list[Json] = []
         self.keep_bodies = False
         self._server: asyncio.Server | None = None
@@ -114,13 +116,15 @@ class FakeEngine:
             token = token_at(stream.prompt, stream.position)
             stream.position += 1
             stream.left -= 1
-            if stream.begun and not stream.logprobs and stream.left > 0:
+            left = self.remaining(stream.position)
+            if stream.begun and not stream.logprobs and stream.left > 0 and left is None:
                 stream.transport.write(http_chunk(stream.writer.plain(text_of(token), [token])))
                 continue
             stream.begun = True
             piece = _piece(token, chat=stream.chat, logprobs=stream.logprobs, last=stream.left <= 0)
             piece.prompt_token_ids = stream.prompt_ids
-            data = stream.writer.piece(piece)
+            told = None if left is None else {"remaining_tokens": left, "at_token": stream.position}
+            data = stream.writer.piece(piece, told)
             if stream.left <= 0:
                 self.streams.pop(stream.transport, None)
                 data += stream.writer.end(usage_object(len(stream.prompt), stream.position, 0))

@@ -392,3 +392,31 @@ def test_predicted_seconds_add_up_exactly() -> None:
         ledger.prefill_ended(f"r{n}", 1.0)
         ledger.check_integrity()
     assert ledger.snapshot(1.0).prefill_queue_s[0] == 0.0
+
+
+def test_rows_keep_order_and_numbers_while_hundreds_come_and_go() -> None:
+    ledger, live = pair(), list[str]()
+    for number in range(500):
+        name = f"r{number}"
+        decoding(ledger, name, 10 + number)
+        ledger.tokens(name, 3, 2.0)
+        if number % 2:
+            ledger.joined(name)
+        live.append(name)
+        if number % 7 and number > 20:
+            assert ledger.finished(live.pop(number % len(live)), 3.0)
+    ledger.stepped("i1", 5, 4.0)
+    ledger.moves(live[0], "i0", 5.0)
+    ledger.check_integrity()
+    rows = ledger.snapshot(6.0).requests
+    assert list(rows.ids) == live and [each.id for each in rows.requests] == live
+    in_step = [int(name[1:]) % 2 for name in live]
+    assert rows.generated_tokens.tolist() == [4 + 5 * each for each in in_step]
+    assert rows.context_tokens.tolist() == [
+        10 + int(name[1:]) + 4 + 5 * each for name, each in zip(live, in_step, strict=True)
+    ]
+    assert rows.moving_to.tolist() == [0] + [-1] * (len(live) - 1)
+    assert rows.moved_at_s[0] == 5.0 and np.isneginf(rows.moved_at_s[1:]).all()
+    ledger.instance_down("i0", 7.0)
+    assert (ledger.snapshot(7.0).requests.decode_on == 0).all()
+    ledger.check_integrity()
