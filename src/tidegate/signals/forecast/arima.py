@@ -22,7 +22,7 @@ WINDOW = 120
 REFIT = 0.2
 """The share by which the window grows from one fit to the next, a full one by as many new periods. In
 between, the same model is carried on over the newest values."""
-ORDERS = {"max_p": 3, "max_q": 2, "nmodels": 20}
+ORDERS: dict[str, Any] = {"max_p": 3, "max_q": 2, "nmodels": 20}
 """The most terms, and the most models tried, so that one fit stays far below 0.8 s."""
 FLOOR = 0.05
 """Where a window has values below this share of its mean, as much is added before logarithms are taken."""
