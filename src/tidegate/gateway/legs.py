@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from msgspec.structs import replace
-
 from tidegate.control.live_request import LiveRequest, Stage
 from tidegate.control.record import RequestRecord
 from tidegate.core.decision import Migrate
@@ -140,8 +138,10 @@ class Legs(LiveRequest):
         loaded = held if held is not None and dispatcher.handles.usable(held, upstream) else None
         ordered = capabilities.orders and not self.out_ids
         begun = self._begin(upstream, hand_over=hand_over, handle=None if hand_over else loaded)
-        leg = replace(
-            self._leg(capabilities, begun, most),
+        leg = self._leg(
+            capabilities,
+            begun,
+            most,
             pin=pin,
             handle=loaded,
             ticket=ticket.on_clock(-self._clock.now()) if ticket is not None and ordered else None,
@@ -172,8 +172,8 @@ class Legs(LiveRequest):
         self.check_limit()
         return LegEnd(times=end.times)
 
-    def _leg(self, capabilities: Capabilities, begun: int, most: int | None = None) -> Leg:
-        """Return a leg over at most ``most`` tokens behind the first ``begun`` that were delivered."""
+    def _leg(self, capabilities: Capabilities, begun: int, most: int | None = None, **more: Any) -> Leg:
+        """Return a leg over at most ``most`` tokens behind ``begun`` delivered ones, with ``more`` fields."""
         call, known, had = self._call, self.prompt_ids is not None, self._prompt_logprobs is not None
         most = self.remaining(begun) if most is None else most
         sampling = (continuing if capabilities.continues else beginning)(call, begun, most)
@@ -185,6 +185,7 @@ class Legs(LiveRequest):
             sampling=still_asked(call, sampling, prompt_known=known, had_logprobs=had),
             generated=begun,
             salt=call.salt,
+            **more,
         )
 
     def follow(self, dst: Upstream, failed: MoveFailed) -> StagedMove | None:
@@ -195,8 +196,9 @@ class Legs(LiveRequest):
         if not (src.capabilities.staged and dst.member.capabilities.staged and self._running):
             return None
         self.count += 1
-        leg = replace(
-            self._leg(dst.member.capabilities, len(self.out_ids)),
+        leg = self._leg(
+            dst.member.capabilities,
+            len(self.out_ids),
             movable=True,
             follows=RunningLeg(src.engine_id, self._running, src.kv_host, src.kv_port),
         )
