@@ -54,6 +54,11 @@ def _milliseconds(text: str, name: str, rule: Rule = MILLISECONDS) -> Flag:
     return Flag(text, "MS", name, ENGINE, "0", given=float, rule=rule, read=lambda ms: ms / 1000.0)
 
 
+def _none_or_one_of(names: Sequence[str]) -> Rule:
+    """Return the rule of a name that may be left out."""
+    return Rule(lambda name: name in ("", *names), f"one of {', '.join(names)}")
+
+
 HEARTBEAT = Rule(
     lambda ms: ms == 0 or LEAST_HEARTBEAT_MS <= ms < float("inf"),
     f"0, where the scheduler sees all at once, or at least {LEAST_HEARTBEAT_MS:g}",
@@ -76,14 +81,14 @@ SIMULATED = {
         "histogram, max-tokens or oracle; by default nobody, and hidden where the system needs it.",
         "SOURCE",
         panel=ENGINE,
-        rule=Rule(lambda name: name in ("", *LENGTH_SOURCES), f"one of {', '.join(LENGTH_SOURCES)}"),
+        rule=_none_or_one_of(LENGTH_SOURCES),
     ),
     "forecast": Flag(
         "Who forecasts the load: last, seasonal-naive, ewma, arima, ensemble or oracle; by default nobody, "
         "and ensemble where the system needs it.",
         "SOURCE",
         panel=ENGINE,
-        rule=Rule(lambda name: name in ("", *LOAD_SOURCES), f"one of {', '.join(LOAD_SOURCES)}"),
+        rule=_none_or_one_of(LOAD_SOURCES),
     ),
     "forecast_period_s": Flag("Length of a period of forecasts.", "S", "--forecast-period", panel=ENGINE),
     "front_s": _milliseconds("From dispatch to the engine's queue, per leg.", "--front-ms"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
@@ -104,8 +104,7 @@ def forecast(
         for number, one in enumerate(series):
             sources = series_sources(names, season=round(season_s / one.period_s))
             done = _part(advance, number, len(series), f"{one.trace} {one.name}")
-            scores = score(one.values, sources, steps, done)
-            scored.append(KnownSeries(one.trace, one.name, one.period_s, one.values, scores))
+            scored.append(replace(one, scores=score(one.values, sources, steps, done)))
     if as_json:
         found = {"steps": steps, "series": [one.to_json() for one in scored]}
         typer.echo(json.dumps(found, indent=2, allow_nan=False))
