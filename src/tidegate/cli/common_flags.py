@@ -12,7 +12,7 @@ from tidegate.workloads.choice import DEFAULT_INPUT, DEFAULT_OUTPUT
 
 FORMATS = (
     "Mooncake or Bailian JSONL, Azure, BurstGPT, Vidur, Splitwise or tidegate CSV, a gateway journal or a "
-    "bench result, plain or gzipped; or sample:NAME"
+    "bench result, plain or gzipped; or sample:NAME, or made: like:NAME (trace make --likes)"
 )
 """The traces that tidegate reads."""
 

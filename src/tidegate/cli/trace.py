@@ -20,8 +20,9 @@ from tidegate.cli.trace_plot import check_plot, plot_traces
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
 from tidegate.costs.named_profile import load_profile
-from tidegate.workloads.choice import WorkloadChoice, load_workload
+from tidegate.workloads.choice import WorkloadChoice, load_workload, starts_sessions
 from tidegate.workloads.generate import preset, preset_names
+from tidegate.workloads.likes import LIKE_PREFIX, LIKES
 from tidegate.workloads.reshape import (
     DEFAULT_JITTER_S,
     Spike,
@@ -74,9 +75,11 @@ Production traffic with a spike of four times the rate and a moving mix:
     tidegate trace make hard.csv --base sample:azure-conv --spike 4:300:60
       --drift linear:0.5:2:600
 
-Agents' sessions, one start every five seconds:
+Agents' sessions, one start every five seconds, and code completion that nobody has seen:
 
-    tidegate trace make agents.jsonl.gz --base sessions.csv.gz --sessions-per-s .2
+    tidegate trace make agents.jsonl.gz --like agent --sessions-per-s .2
+
+    tidegate trace make code.jsonl --like code --seed 7
 
 Two services on one cluster:
 
@@ -211,6 +214,29 @@ def _list_presets(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _list_likes(wanted: bool) -> None:
+    if wanted:
+        for name, like in LIKES.items():
+            rounds = f", {like.rounds:g} rounds" if like.rounds > 1 else ""
+            typer.echo(
+                f"{name}: {like.about}; on average {like.new.mean:g} new prompt tokens, "
+                f"{like.output.mean:g} answered{rounds}"
+            )
+        raise typer.Exit
+
+
+def _based(choice: WorkloadChoice, like: str) -> WorkloadChoice:
+    """Return the choice whose base is made like ``like``, with the choice's seed; its sessions start once a
+    second where nothing else is said."""
+    if not like:
+        return choice
+    if choice.trace:
+        raise ConfigError("--base and --like both say what to start from; give one")
+    choice = replace(choice, trace=f"{LIKE_PREFIX}{like}::{choice.seed}")
+    without = starts_sessions(choice) and choice.gamma is None and not choice.bursts and not choice.rate_curve
+    return replace(choice, sessions_per_s=1.0) if without else choice
+
+
 def _on(panel: str, flags: Mapping[str, Flag]) -> dict[str, Flag]:
     return {name: flag.placed(panel) for name, flag in flags.items()}
 
@@ -245,6 +271,18 @@ def make(
     choice: Annotated[WorkloadChoice, MADE],
     changes: Changes,
     saved: Annotated[Saved, OptionGroup(Saved, panel=OUTPUT)],
+    like: Annotated[
+        str,
+        Flag(
+            "Start from traffic made by the statistics of a kind of application.",
+            "NAME",
+            panel=ARRIVALS_PANEL,
+        ),
+    ] = "",
+    likes: Annotated[
+        bool,
+        Flag("List those kinds.", panel=ARRIVALS_PANEL, more={"callback": _list_likes, "is_eager": True}),
+    ] = False,
     presets: Annotated[
         bool,
         Flag(
@@ -262,7 +300,8 @@ def make(
     if target.exists() and not saved.force:
         raise ConfigError(f"{target} exists; choose another name or add --force")
     with shown("making the trace"):
-        workload = changes.apply(load_workload(choice, trace_flag="--base"), choice.seed)
+        base = load_workload(_based(choice, like), trace_flag="--base")
+        workload = changes.apply(base, choice.seed)
     if not workload:
         raise ConfigError("no request is left; look at --rate-factor, --spike and --duration")
     saved.save(target, workload)

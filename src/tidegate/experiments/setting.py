@@ -17,6 +17,7 @@ from tidegate.sim import SimSettings
 from tidegate.systems import make_system
 from tidegate.systems.system import System
 from tidegate.workloads.choice import WorkloadChoice
+from tidegate.workloads.likes import LIKE_PREFIX
 from tidegate.workloads.source import SAMPLE_PREFIX
 
 
@@ -82,8 +83,8 @@ def _files_of(workload: WorkloadChoice) -> list[str]:
 
 @cache
 def _content(name: str) -> str:
-    """Return a digest of a trace file's content, the name itself for a packaged sample."""
-    if name.startswith(SAMPLE_PREFIX):
+    """Return a digest of a trace file's content, the name itself for a packaged sample or what is made."""
+    if name.startswith((SAMPLE_PREFIX, LIKE_PREFIX)):
         return name
     try:
         with Path(name).open("rb") as file:

@@ -22,6 +22,7 @@ import numpy as np
 
 from tidegate.core.errors import ConfigError, TraceError
 from tidegate.workloads.formats import OWN
+from tidegate.workloads.likes import lognormal_parameters
 from tidegate.workloads.readers import csv_table, split
 from tidegate.workloads.source import SAMPLE_PREFIX, read_lines
 from tidegate.workloads.trace import Workload
@@ -254,8 +255,7 @@ def _lognormal(mean: float, cv: float) -> TokenCounts:
     """Return the distribution with a mean and a coefficient of variation, rounded, at least 1."""
     if not (1 <= mean < math.inf and 0 < cv < math.inf):
         raise ConfigError(f"lognormal token counts need MEAN >= 1 and CV > 0, got {mean}:{cv}")
-    variance = math.log1p(cv**2)
-    middle, deviation = math.log(mean) - variance / 2, math.sqrt(variance)
+    middle, deviation = lognormal_parameters(mean, cv)
     return lambda rng: max(1, round(rng.lognormal(middle, deviation)))
 
 

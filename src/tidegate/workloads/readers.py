@@ -36,6 +36,7 @@ from tidegate.workloads.formats import (
     csv_format,
     given_format,
 )
+from tidegate.workloads.likes import has_sessions, is_like, make_like
 from tidegate.workloads.sessions import with_pauses, with_prefixes
 from tidegate.workloads.source import SAMPLE_PREFIX, parse_object, read_lines
 from tidegate.workloads.trace import Workload
@@ -55,9 +56,10 @@ _log = logging.getLogger(__name__)
 def read_trace(source: str | Path, columns: str = "") -> Workload:
     """Return the requests of a trace in order of arrival.
 
-    ``source`` is a file, plain or gzipped, or ``sample:NAME``; the format is told from the first line, or
-    given as ``columns`` (see ``formats.given_format``). An output length of 0 is raised to 1. Raises
-    TraceError with file, line and column for malformed input, and for a file that has no arrival times.
+    ``source`` is a file, plain or gzipped, ``sample:NAME`` or ``like:NAME`` (``likes``); the format is told
+    from the first line, or given as ``columns`` (see ``formats.given_format``). An output length of 0 is
+    raised to 1. Raises TraceError with file, line and column for malformed input, and for a file that has no
+    arrival times.
     """
     timed, workload = open_trace(source, columns)
     if not timed:
@@ -81,6 +83,8 @@ def read_untimed(source: str | Path, columns: str = "") -> Workload:
 def has_arrivals(source: str | Path, columns: str = "") -> bool:
     """Tell from its first line whether a trace has arrival times across sessions. Raises TraceError."""
     file = str(source)
+    if is_like(file):
+        return not has_sessions(file)
     number, first = _first_line(file, (line for line in read_lines(source) if line[1].strip()))
     if _is_json(first):
         form, value = _json_format(file, number, first, columns)
@@ -95,6 +99,8 @@ def open_trace(source: str | Path, columns: str = "") -> tuple[bool, Workload]:
     The log says in a line what a file was taken for, and what of it was left out.
     """
     file = str(source)
+    if is_like(file):
+        return not has_sessions(file), make_like(file)
     lines = [line for line in read_lines(source) if line[1].strip()]
     number, first = _first_line(file, iter(lines))
     notes: list[str] = []
