@@ -31,8 +31,8 @@ those of an open loop."""
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
-    """A lognormal count of tokens by mean and coefficient of variation; at least 1."""
+class Length:
+    """A lognormal length in tokens by mean and coefficient of variation; at least 1."""
 
     mean: float
     cv: float
@@ -53,8 +53,8 @@ class Like:
     """
 
     about: str
-    new: Tokens
-    output: Tokens
+    new: Length
+    output: Length
     gaps_cv: float = 1.0
     rounds: float = 1.0
     steady: bool = False
@@ -64,15 +64,15 @@ class Like:
 _BURSTY = "short answers behind mid-size prompts, very bursty"
 _CALLS, _THREE = "calls of tools", "three retrievals"
 LIKES: Mapping[str, Like] = MappingProxyType({
-    "code": Like(_BURSTY, Tokens(2048, 0.9), Tokens(28, 1.0), gaps_cv=13.0),
-    "short": Like("very short prompts and answers", Tokens(290, 1.2), Tokens(37, 1.2), gaps_cv=2.8),
-    "long": Like("long prompts, short answers", Tokens(15000, 0.8), Tokens(150, 1.0), gaps_cv=1.5),
-    "reasoning": Like("long answers", Tokens(1367, 2.0), Tokens(885, 1.4), gaps_cv=1.6),
-    "agent": Like("an agent that calls tools", Tokens(1500, 1.5), Tokens(250, 1.2), rounds=12.0, pause_s=4.0),
-    "toolbench": Like(_CALLS, Tokens(703.79, 0.8), Tokens(50.39, 0.6), rounds=3.96, pause_s=1.0),
-    "gaia": Like("an assistant", Tokens(6161.02, 1.2), Tokens(528.76, 1.0), rounds=11.32, pause_s=5.0),
-    "hotpotqa": Like(_THREE, Tokens(1569.8, 0.4), Tokens(80.03, 0.6), rounds=3.0, steady=True, pause_s=0.3),
-    "dureader": Like(_THREE, Tokens(3081.23, 0.4), Tokens(150.1, 0.6), rounds=3.0, steady=True, pause_s=0.3),
+    "code": Like(_BURSTY, Length(2048, 0.9), Length(28, 1.0), gaps_cv=13.0),
+    "short": Like("very short prompts and answers", Length(290, 1.2), Length(37, 1.2), gaps_cv=2.8),
+    "long": Like("long prompts, short answers", Length(15000, 0.8), Length(150, 1.0), gaps_cv=1.5),
+    "reasoning": Like("long answers", Length(1367, 2.0), Length(885, 1.4), gaps_cv=1.6),
+    "agent": Like("an agent that calls tools", Length(1500, 1.5), Length(250, 1.2), rounds=12.0, pause_s=4.0),
+    "toolbench": Like(_CALLS, Length(703.79, 0.8), Length(50.39, 0.6), rounds=3.96, pause_s=1.0),
+    "gaia": Like("an assistant", Length(6161.02, 1.2), Length(528.76, 1.0), rounds=11.32, pause_s=5.0),
+    "hotpotqa": Like(_THREE, Length(1569.8, 0.4), Length(80.03, 0.6), rounds=3.0, steady=True, pause_s=0.3),
+    "dureader": Like(_THREE, Length(3081.23, 0.4), Length(150.1, 0.6), rounds=3.0, steady=True, pause_s=0.3),
 })  # fmt: skip
 
 
