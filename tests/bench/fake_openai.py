@@ -28,7 +28,7 @@ class FakeOpenAI:
     (accept and never answer), ``reject`` (429), ``error`` (an error event after one token), ``cut``
     (close after one token) or ``unfinished`` (end without finish_reason). With ``tokens_per_word``
     text costs that many tokens a word plus ``overhead``; ids of ``vocab`` and above are refused, or
-    all ids when it is 0.
+    all ids when it is 0. With ``ids`` every chunk has the id of its token.
     """
 
     plan: Plan = lambda size: "ok"
@@ -37,6 +37,7 @@ class FakeOpenAI:
     overhead: int = 0
     models: tuple[str, ...] = ("fake",)
     api_key: str = ""
+    ids: bool = False
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     arrived: asyncio.Condition = field(default_factory=asyncio.Condition)
@@ -52,6 +53,12 @@ class FakeOpenAI:
         """Return once ``count`` streamed requests have come in."""
         async with self.arrived:
             await self.arrived.wait_for(lambda: len(self.bodies) >= count)
+
+    @staticmethod
+    def ids_of(body: dict[str, Any]) -> list[int]:
+        """Return the ids of the answer to a prompt of ids."""
+        start = sum(body["prompt"]) if isinstance(body["prompt"], list) else 0
+        return [(start + 7 * k) % 1000 for k in range(body["max_tokens"])]
 
     async def _models(self, request: web.Request) -> web.Response:
         if self.api_key and request.headers.get("Authorization") != f"Bearer {self.api_key}":
@@ -69,7 +76,10 @@ class FakeOpenAI:
             "completion_tokens": body["max_tokens"],
         }
         if not body.get("stream"):
-            return web.json_response({"choices": [{"text": "x", "finish_reason": "length"}], "usage": usage})
+            told = {"token_ids": self.ids_of(body)} if self.ids else {}
+            return web.json_response(
+                {"choices": [{"text": "x", "finish_reason": "length", **told}], "usage": usage}
+            )
         async with self.arrived:
             self.bodies.append(body)
             self.headers.append(dict(request.headers))
@@ -88,7 +98,10 @@ class FakeOpenAI:
         total = 1 if plan != "ok" else body["max_tokens"]
         for i in range(total):
             finish = "length" if plan == "ok" and i == total - 1 else None
-            await response.write(_event({"choices": [_choice(" x", finish, chat="messages" in body)]}))
+            choice = _choice(" x", finish, chat="messages" in body)
+            if self.ids:
+                choice["token_ids"] = [self.ids_of(body)[i]]
+            await response.write(_event({"choices": [choice]}))
         if plan == "cut":
             assert request.transport is not None
             request.transport.close()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tidegate.bench.client import BrokenAnswer, TimedAnswer
+from tidegate.bench.answer import BrokenAnswer, TimedAnswer
 
 
 def completion(text: str, finish: str | None = None) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The load client: in an open loop requests leave on schedule, whatever happened to the earlier ones; in a
-closed loop each user's next request leaves when the last one has ended."""
+closed loop each user's next request leaves when the last one has ended. Sessions are in between: they begin
+on schedule, and each later turn waits for the answer before it."""
 
 from __future__ import annotations
 
@@ -8,128 +9,27 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count, islice
-from typing import Any
+from itertools import islice
 
 import aiohttp
 import numpy as np
 import orjson
 
+from tidegate.bench.answer import BrokenAnswer, TimedAnswer
+from tidegate.bench.conversation import Conversation
 from tidegate.bench.endpoint import Endpoint
 from tidegate.bench.settings import BenchSettings
 from tidegate.core.clock import Clock, WallClock
 from tidegate.measure.results import RequestResult, Status
-from tidegate.protocol.chunks import DONE, SseParser, error_text
-from tidegate.workloads.trace import TraceRecord
+from tidegate.protocol.chunks import SseParser
+from tidegate.workloads.sessions import followed
+from tidegate.workloads.trace import TraceRecord, Workload
 
 PREPARED_AHEAD = 64
 SLACK_S = 0.005
 """Prompts are made ahead only while the next send is at least this far away."""
 
-_DONE = DONE.removeprefix(b"data:").strip()
-
 OnResult = Callable[[RequestResult, "array[float]"], None]
-
-
-class BrokenAnswer(Exception):
-    """The stream carried an error, was not what it should be, or ended before its end."""
-
-
-class TimedAnswer:
-    """Reads the payloads of a completions or chat stream as they arrive.
-
-    A chunk counts as tokens when it has text, reasoning, tool calls or token ids; in completions
-    also when it is empty but not the last (a token that does not complete a character). It counts as
-    one, or as many as its usage or its token ids say, which then share the gap. Times are whatever
-    clock the caller passes to ``take``.
-    """
-
-    __slots__ = (
-        "chat", "chunks", "completion_tokens", "finish_reason", "finish_s", "first_s", "gaps_s", "last_s",
-        "prompt_tokens",
-    )  # fmt: skip
-
-    def __init__(self, *, chat: bool) -> None:
-        self.chat = chat
-        self.first_s: float | None = None
-        self.last_s = 0.0
-        self.gaps_s = array("d")
-        self.chunks = 0
-        self.finish_reason: str | None = None
-        self.finish_s = 0.0
-        self.prompt_tokens: int | None = None
-        self.completion_tokens: int | None = None
-
-    def take(self, payload: bytes, at_s: float) -> None:
-        """Account for one payload received at ``at_s``; raises BrokenAnswer."""
-        if payload == _DONE:
-            return
-        try:
-            chunk = orjson.loads(payload)
-            self._take_chunk(chunk, at_s)
-        except (orjson.JSONDecodeError, AttributeError, KeyError, IndexError, TypeError):
-            raise BrokenAnswer(f"not a completion chunk: {payload[:120].decode(errors='replace')}") from None
-
-    def _take_chunk(self, chunk: dict[str, Any], at_s: float) -> None:
-        error = chunk.get("error")
-        if error:
-            raise BrokenAnswer(error_text(chunk)[:300])
-        before, usage = self.completion_tokens or 0, chunk.get("usage")
-        if usage:
-            self.prompt_tokens = usage.get("prompt_tokens")
-            self.completion_tokens = usage.get("completion_tokens")
-        choices = chunk.get("choices")
-        if not choices:
-            return
-        choice = choices[0]
-        finish_reason = choice.get("finish_reason")
-        if self._has_token(choice, finish_reason):
-            # Usage that comes with the last event only is that of the whole answer.
-            running = usage and before == self.chunks
-            told = (self.completion_tokens or 0) - before if running else len(choice.get("token_ids") or ())
-            self._token(at_s, max(1, told))
-        if finish_reason:
-            self.finish_reason, self.finish_s = finish_reason, at_s
-
-    def _has_token(self, choice: dict[str, Any], finish_reason: str | None) -> bool:
-        if choice.get("token_ids"):
-            return True
-        if not self.chat:
-            return bool(choice.get("text")) or finish_reason is None
-        delta = choice.get("delta") or {}
-        return any(delta.get(k) for k in ("content", "reasoning_content", "reasoning", "tool_calls"))
-
-    def _token(self, at_s: float, tokens: int = 1) -> None:
-        if self.first_s is None:
-            self.first_s = at_s
-        else:
-            self.gaps_s.extend([(at_s - self.last_s) / tokens] * tokens)
-        self.last_s = at_s
-        self.chunks += tokens
-
-    def close(self) -> None:
-        """Check that the answer is complete, once the stream has ended; raises BrokenAnswer.
-
-        An empty closing chunk stands for a token (the end-of-sequence one) when the server counts
-        more tokens than it sent chunks.
-        """
-        if self.finish_reason is None:
-            raise BrokenAnswer("the stream ended without a finish_reason")
-        if self.finish_s > self.last_s and (self.completion_tokens or 0) > self.chunks:
-            self._token(self.finish_s)
-        if self.first_s is None:
-            raise BrokenAnswer("the answer holds no token")
-
-    @property
-    def output_tokens(self) -> int:
-        """Return the server's count of tokens, else the number of chunks that carried some."""
-        return self.chunks if self.completion_tokens is None else self.completion_tokens
-
-    @property
-    def tpot_s(self) -> float | None:
-        """Return (last - first)/(tokens - 1), None for one token or none."""
-        tokens = self.output_tokens
-        return None if self.first_s is None or tokens < 2 else (self.last_s - self.first_s) / (tokens - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,13 +38,17 @@ class _Prepared:
     record: TraceRecord
     body: bytes
     headers: dict[str, str]
+    conversation: Conversation | None = None
 
 
 class LoadClient:
     """Sends records and reports every end to ``on_result`` exactly once.
 
     Each is sent at its ``arrival_s``, without a limit on requests in flight; in a closed loop the time at
-    which it is sent is its ``arrival_s``. ``sent`` and ``in_flight`` may be read at any time.
+    which it is sent is its ``arrival_s``. Where the settings play sessions, a turn above 0 with a pause is
+    sent that long after the end of its session's previous request, however that ended, and carries the
+    answers that came (``Conversation``); its ``arrival_s`` is that time. ``sent`` and ``in_flight`` may be
+    read at any time.
     """
 
     def __init__(
@@ -160,7 +64,11 @@ class LoadClient:
         self._on_result = on_result
         self._clock = clock or WallClock()
         self._start_s = 0.0
-        self._tasks: dict[asyncio.Task[tuple[RequestResult, array[float]]], _Prepared] = {}
+        self._tasks: dict[asyncio.Task[tuple[RequestResult, TimedAnswer]], _Prepared] = {}
+        self._follows: dict[int, tuple[int, TraceRecord]] = {}
+        """By a request's row, the turn that waits for its end."""
+        self._pauses: dict[int, asyncio.TimerHandle] = {}
+        """Turns whose client pauses, by their row."""
         self._users = asyncio.Semaphore(settings.concurrency or 0)
         """Those of a closed loop that have no request under way."""
         self._idle = asyncio.Event()
@@ -180,6 +88,8 @@ class LoadClient:
         try:
             await asyncio.wait((pacer, stopper), return_when=asyncio.FIRST_COMPLETED)
         finally:
+            for pause in self._pauses.values():
+                pause.cancel()
             tasks = [pacer, stopper, *self._tasks]
             for task in tasks:
                 task.cancel()
@@ -191,12 +101,19 @@ class LoadClient:
 
     async def _drive(self, records: Sequence[TraceRecord]) -> None:
         """Send every record, then wait for the answers."""
-        source = map(self._prepare, count(), records)
+        follows = followed(Workload.of(records)) if self._settings.sessions else {}
+        self._follows = {before: (row, records[row]) for before, row in follows.items()}
+        waiting = set(follows.values())
+        source = (
+            self._prepare(row, record, self._begun(row))
+            for row, record in enumerate(records)
+            if row not in waiting
+        )
         if self._settings.concurrency is None:
             await self._send_on_schedule(source)
         else:
             await self._send_in_turn(source)
-        while self._tasks and self._fault is None:
+        while (self._tasks or self._pauses) and self._fault is None:
             self._idle.clear()
             await self._idle.wait()
 
@@ -225,13 +142,21 @@ class LoadClient:
             self._send(replace(item, record=item.record._replace(arrival_s=self._now_s())))
             await asyncio.sleep(0)  # it leaves before the next prompt is made
 
-    def _prepare(self, index: int, record: TraceRecord) -> _Prepared:
-        prompt = self._endpoint.prompts.prompt(record, index)
+    def _begun(self, row: int) -> Conversation | None:
+        """Return the conversation of a request that others follow."""
+        return self._conversation() if row in self._follows else None
+
+    def _conversation(self) -> Conversation:
+        return Conversation(self._endpoint.prompts, chat=self._settings.chat)
+
+    def _prepare(self, index: int, record: TraceRecord, conversation: Conversation | None) -> _Prepared:
+        said = conversation
+        prompt = self._endpoint.prompts.prompt(record, index) if said is None else said.turn(record, index)
         body = self._settings.body(self._endpoint.model, prompt, record.output_tokens, stream=True)
         headers = self._settings.headers(record.slo_class)
         if record.session_id:
             headers["x-session-id"] = record.session_id
-        return _Prepared(index, record, orjson.dumps(body), headers)
+        return _Prepared(index, record, orjson.dumps(body), headers, conversation)
 
     def _send(self, item: _Prepared) -> None:
         task = asyncio.create_task(self._exchange(item))
@@ -239,7 +164,7 @@ class LoadClient:
         task.add_done_callback(self._ended)
         self.sent += 1
 
-    def _ended(self, task: asyncio.Task[tuple[RequestResult, array[float]]]) -> None:
+    def _ended(self, task: asyncio.Task[tuple[RequestResult, TimedAnswer]]) -> None:
         item = self._tasks.pop(task)
         self._users.release()
         try:
@@ -247,18 +172,42 @@ class LoadClient:
                 # Cancelled before its first step: it never left.
                 answer = TimedAnswer(chat=self._settings.chat)
                 result = self._result(item, self._now_s(), "interrupted", None, "", answer)
-                self._on_result(result, answer.gaps_s)
             else:
-                self._on_result(*task.result())
+                result, answer = task.result()
+                self._pause_before_next(item, result, answer)
+            self._on_result(result, answer.gaps_s)
         except Exception as fault:
             # The loop would only log what a callback raises; a full disk has to end the run.
             self._fault = self._fault or fault
         if not self._tasks or self._fault is not None:
             self._idle.set()
 
-    async def _exchange(self, item: _Prepared) -> tuple[RequestResult, array[float]]:
+    def _pause_before_next(self, item: _Prepared, result: RequestResult, answer: TimedAnswer) -> None:
+        """Have the turn that waited for this answer leave after its client's pause."""
+        following = self._follows.pop(item.index, None)
+        if following is None or result.status == "interrupted":
+            return
+        assert item.conversation is not None
+        row, record = following
+        assert record.delay_s is not None
+        if result.ok:
+            item.conversation.answered(answer)
+        record = record._replace(arrival_s=self._now_s() + record.delay_s)
+        self._pauses[row] = asyncio.get_running_loop().call_later(
+            record.delay_s or 0.0, self._send_turn, row, record, item.conversation
+        )
+
+    def _send_turn(self, row: int, record: TraceRecord, conversation: Conversation) -> None:
+        del self._pauses[row]
+        try:
+            self._send(self._prepare(row, record, conversation))
+        except Exception as fault:
+            self._fault = self._fault or fault
+            self._idle.set()
+
+    async def _exchange(self, item: _Prepared) -> tuple[RequestResult, TimedAnswer]:
         sent_s = self._now_s()
-        answer = TimedAnswer(chat=self._settings.chat)
+        answer = TimedAnswer(chat=self._settings.chat, keep=item.conversation is not None)
         status: Status = "ok"
         http_status, error = None, ""
         try:
@@ -277,7 +226,7 @@ class LoadClient:
         except (aiohttp.ClientError, OSError) as broken:
             status = "connection" if answer.first_s is None else "stream"
             error = str(broken) or type(broken).__name__
-        return self._result(item, sent_s, status, http_status, error, answer), answer.gaps_s
+        return self._result(item, sent_s, status, http_status, error, answer), answer
 
     async def _stream(self, item: _Prepared, answer: TimedAnswer) -> tuple[int, str]:
         """Read one answer to its end; return the HTTP status and, unless it is 200, the error text."""

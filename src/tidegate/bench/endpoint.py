@@ -46,7 +46,10 @@ async def probe_endpoint(session: aiohttp.ClientSession, settings: BenchSettings
             ids = [prompts.low, *range(vocab - 7, vocab)]
             reply = await _ask(client, path, settings.body(model, ids, 1, stream=False))
             if reply.status == 200 and _prompt_tokens(reply) == len(ids):
-                return Endpoint(model, prompts)
+                if not settings.sessions or _answer_ids(reply):
+                    return Endpoint(model, prompts)
+                refusal = "it returns no ids of its answers, which the next turn of a session repeats"
+                break
             refusal = refusal or reply.error
             if reply.status != 400:
                 break
@@ -96,6 +99,13 @@ async def _ask(client: VllmClient, path: str, body: dict[str, Any] | None = None
         raise ConfigError(f"{client.url}{path} did not answer within {PROBE_TIMEOUT_S:g} s") from None
     except EngineError as error:
         raise ConfigError(f"cannot reach {client.url}{path}: {error.message}") from None
+
+
+def _answer_ids(reply: Reply) -> list[int]:
+    choices = reply.body.get("choices")
+    first = choices[0] if isinstance(choices, list) and choices else None
+    ids = first.get("token_ids") if isinstance(first, dict) else None
+    return ids if isinstance(ids, list) else []
 
 
 def _prompt_tokens(reply: Reply) -> int | None:

@@ -27,6 +27,7 @@ from tidegate.measure.attainment import DEFAULT_LEVEL
 from tidegate.measure.percentiles import summarize
 from tidegate.measure.results import RequestResult, Targets
 from tidegate.reports.bench_report import BenchReport, build_bench_report
+from tidegate.workloads.sessions import followed
 from tidegate.workloads.trace import DTYPES, TraceRecord, Workload
 
 # Below the 5 s after which uvicorn (vLLM's server) closes an idle connection: reusing one that the
@@ -118,6 +119,7 @@ def asked(
         "endpoint": "chat" if settings.chat else "completions",
         "concurrency": settings.concurrency,
         "seed": settings.seed,
+        **({"sessions": True} if settings.sessions else {}),
         "temperature": settings.temperature,
         "ignore_eos": settings.ignore_eos,
         "timeout_s": settings.timeout_s,
@@ -151,6 +153,11 @@ async def run_bench(
     watch: Watch | None = None,
 ) -> BenchRun:
     """Do the work of ``bench`` inside a running loop; ``stop`` ends the run early."""
+    if settings.sessions and not followed(Workload.of(records)):
+        raise ConfigError(
+            "--sessions: no turn of this workload waits for an answer; that takes a session, a turn and a "
+            "delay (--turn-gap S gives a session file its pauses)"
+        )
     targets = Targets(settings.slo, settings.slo_classes)
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
     async with aiohttp.ClientSession(

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
+
+Prompt = str | list[int] | list[dict[str, Any]]
+"""Text, token ids, or chat messages."""
 
 
 class PromptForm(StrEnum):
@@ -26,8 +30,10 @@ class BenchSettings:
     Requests of a class in ``slo_classes`` have its targets, others have ``slo``; ``slo_headers`` sends them
     with each request (``x-slo-ttft-ms``, ``x-slo-tpot-ms``).
     With ``concurrency`` the load is a closed loop of so many users, each of whom sends a request when the
-    one before it has ended; else it is an open loop, by the workload's times.
-    Raises ConfigError for a URL that is not http(s), a timeout that is not positive, or no user.
+    one before it has ended; else it is an open loop, by the workload's times. With ``sessions`` a session's
+    turn waits for the answer before it and then for its client's pause, and repeats that answer.
+    Raises ConfigError for a URL that is not http(s), a timeout that is not positive, no user, and sessions
+    with ``concurrency``.
     """
 
     url: str
@@ -43,6 +49,7 @@ class BenchSettings:
     slo_headers: bool = False
     seed: int = 0
     concurrency: int | None = None
+    sessions: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -52,6 +59,8 @@ class BenchSettings:
             problems.append(f"the timeout must be positive, got {self.timeout_s} s")
         if self.concurrency is not None and self.concurrency < 1:
             problems.append(f"a closed loop has 1 user or more, got {self.concurrency}")
+        if self.concurrency is not None and self.sessions:
+            problems.append("--sessions and --concurrency both say what a request waits for; give one")
         if self.chat and self.prompt_form == PromptForm.TOKENS:
             problems.append("chat messages are text: --chat does not go with --prompt-form tokens")
         if problems:
@@ -81,15 +90,18 @@ class BenchSettings:
             headers["x-slo-tpot-ms"] = f"{slo.tpot_s * 1000:g}"
         return headers
 
-    def body(
-        self, model: str, prompt: str | list[int], max_tokens: int, *, stream: bool
-    ) -> dict[str, object]:
-        """Return a request body; text becomes one user message in chat mode."""
+    def body(self, model: str, prompt: Prompt, max_tokens: int, *, stream: bool) -> dict[str, object]:
+        """Return a request body; text becomes one user message in chat mode, and messages stay as they are.
+
+        Sessions ask for the ids of the answer (a vLLM extension), which their next turn repeats.
+        """
         body: dict[str, object] = {"model": model, "max_tokens": max_tokens, "temperature": self.temperature}
         if self.chat:
-            body["messages"] = [{"role": "user", "content": prompt}]
+            body["messages"] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         else:
             body["prompt"] = prompt
+            if self.sessions and not isinstance(prompt, str):
+                body["return_token_ids"] = True
         if self.ignore_eos:
             body["ignore_eos"] = True
         if stream:

@@ -43,6 +43,10 @@ Which rate, and how many users at a time, meet the targets; the same command goe
 
     tidegate report rates --out rates.html
 
+Agents' sessions, two starts a second, their turns as the answers allow:
+
+    tidegate bench --url U --trace like:agent --poisson 2 --sessions
+
 Bursts of 20 requests/s for 10 s, then 2 requests/s for 30 s:
 
     tidegate bench --url U --bursts 20:10,2:30 --duration 120 --out run.jsonl
@@ -81,6 +85,11 @@ CLIENT = OptionGroup(
         "ignore_eos": Flag("Ask for exactly the answer length (vLLM).", name="--ignore-eos/--no-ignore-eos"),
         "temperature": Flag("Sampling temperature."),
         "timeout_s": Flag("Deadline of each request.", "S", "--timeout"),
+        "sessions": Flag(
+            "Play sessions: a turn waits for the answer before it, repeats it, and comes after the client's "
+            "pause.",
+            panel=WORKLOAD,
+        ),
         "slo_headers": Flag("Send the SLO with each request.", panel=SCORING),
     },
     SERVER,
@@ -154,6 +163,7 @@ def run(
     The load is an open loop: requests leave on schedule and never wait for
     earlier answers. TTFT counts from the scheduled time. With --concurrency it
     is a closed loop: a user's next request leaves when the last one has ended.
+    With --sessions the turns of a session wait for their answers, as clients do.
     Attainment is over offered requests, so rejected and failed ones are misses.
     """
     settings = replace(client, slo=_slo(slo, goodput, context.args), seed=choice.seed)

@@ -8,6 +8,7 @@ import numpy as np
 
 from tidegate.core.errors import ConfigError
 from tidegate.dataplane.events import EventKind, EventQueue
+from tidegate.workloads.sessions import followed
 from tidegate.workloads.trace import Integers, TraceRecord, Workload
 
 INFINITE = float("inf")
@@ -39,7 +40,7 @@ class TraceArrivals:
         self.coming: dict[int, TraceRecord] = {}
         self._after: dict[int, tuple[int, TraceRecord]] = {}
         self._watch = watch
-        follows = _followed(workload) if closed_loop else {}
+        follows = followed(workload) if closed_loop else {}
         rows = np.setdiff1d(np.arange(len(workload)), list(follows.values()), assume_unique=True)
         _check(workload, rows)
         for before, row in follows.items():
@@ -78,22 +79,6 @@ class TraceArrivals:
                 self._watch(start)
             chosen = rows[start : start + RECORDS_AT_ONCE]
             yield from zip(chosen.tolist(), workload[chosen], strict=True)
-
-
-def _followed(workload: Workload) -> dict[int, int]:
-    """Return which row follows the end of which, by the row that goes before."""
-    if workload.session_id is None or workload.delay_s is None:
-        return {}
-    follows: dict[int, int] = {}
-    last_of: dict[str, int] = {}
-    later = (workload.column("turn") > 0) & ~np.isnan(workload.delay_s)
-    for row, (session, waits) in enumerate(zip(workload.session_id, later.tolist(), strict=True)):
-        if not session:
-            continue
-        if waits and session in last_of:
-            follows[last_of[session]] = row
-        last_of[session] = row
-    return follows
 
 
 def _check(workload: Workload, rows: Integers) -> None:

@@ -37,7 +37,13 @@ class TokenPrompts:
 
     def prompt(self, record: TraceRecord, index: int) -> list[int]:
         """Return exactly ``record.input_tokens`` ids; ``index`` makes a prompt without prefix unique."""
-        units = _units(record, index, record.input_tokens, record.block_tokens, self.seed)
+        return self._ids(_units(record, index, record.input_tokens, record.block_tokens, self.seed))
+
+    def piece(self, name: str, tokens: int) -> list[int]:
+        """Return ``tokens`` ids that belong to ``name`` alone."""
+        return self._ids(scrambled(_key(self.seed, "piece", name), 0, tokens))
+
+    def _ids(self, units: npt.NDArray[np.uint64]) -> list[int]:
         ids: list[int] = (units % np.uint64(self.vocab - self.low) + np.uint64(self.low)).tolist()
         return ids
 
@@ -58,13 +64,21 @@ class WordPrompts:
         """Return text of about ``record.input_tokens`` tokens, at least one word."""
         words = max(1, round((record.input_tokens - self.overhead_tokens) / self.tokens_per_word))
         block_words = max(1, round(record.block_tokens / self.tokens_per_word))
-        units = _units(record, index, words, block_words, self.seed) % np.uint64(len(WORDS))
-        return " ".join([WORDS[i] for i in units.tolist()])
+        return _text(_units(record, index, words, block_words, self.seed))
+
+    def piece(self, name: str, tokens: int) -> str:
+        """Return text of about ``tokens`` tokens, at least one word, that belongs to ``name`` alone."""
+        words = max(1, round(tokens / self.tokens_per_word))
+        return _text(scrambled(_key(self.seed, "piece", name), 0, words))
 
 
 def words(count: int) -> str:
     """Return ``count`` words, the kind of text that ``WordPrompts`` makes, to calibrate with."""
     return " ".join(WORDS[i % len(WORDS)] for i in range(count))
+
+
+def _text(units: npt.NDArray[np.uint64]) -> str:
+    return " ".join([WORDS[i] for i in (units % np.uint64(len(WORDS))).tolist()])
 
 
 def _units(record: TraceRecord, index: int, count: int, block: int, seed: int) -> npt.NDArray[np.uint64]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from tidegate.workloads.trace import Floats, Integers, Workload, array
 
 RECENT_REQUESTS = 12
@@ -90,3 +92,22 @@ def with_pauses(workload: Workload, session_t_s: Floats, busy_s: Floats) -> Work
         if end_s is not None and delays_s[row] != delays_s[row]:
             delays_s[row] = max(0.0, at_s - end_s)
     return replace(workload, delay_s=delays_s)
+
+
+def followed(workload: Workload) -> dict[int, int]:
+    """Return which row follows the end of which, by the row that goes before.
+
+    In a closed loop a turn above 0 that has a pause waits for the answer to its session's previous request.
+    """
+    if workload.session_id is None or workload.delay_s is None:
+        return {}
+    follows: dict[int, int] = {}
+    last_of: dict[str, int] = {}
+    later = (workload.column("turn") > 0) & ~np.isnan(workload.delay_s)
+    for row, (session, waits) in enumerate(zip(workload.session_id, later.tolist(), strict=True)):
+        if not session:
+            continue
+        if waits and session in last_of:
+            follows[last_of[session]] = row
+        last_of[session] = row
+    return follows
