@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 
 from tidegate.bench.answer import BrokenAnswer, TimedAnswer
-from tidegate.bench.conversation import Conversation
+from tidegate.bench.dialogue import Dialogue
 from tidegate.bench.endpoint import Endpoint
 from tidegate.bench.settings import BenchSettings
 from tidegate.core.clock import Clock, WallClock
@@ -38,7 +38,7 @@ class _Prepared:
     record: TraceRecord
     body: bytes
     headers: dict[str, str]
-    conversation: Conversation | None = None
+    dialogue: Dialogue | None = None
 
 
 class LoadClient:
@@ -47,7 +47,7 @@ class LoadClient:
     Each is sent at its ``arrival_s``, without a limit on requests in flight; in a closed loop the time at
     which it is sent is its ``arrival_s``. Where the settings play sessions, a turn above 0 with a pause is
     sent that long after the end of its session's previous request, however that ended, and carries the
-    answers that came (``Conversation``); its ``arrival_s`` is that time. ``sent`` and ``in_flight`` may be
+    answers that came (``Dialogue``); its ``arrival_s`` is that time. ``sent`` and ``in_flight`` may be
     read at any time.
     """
 
@@ -142,21 +142,21 @@ class LoadClient:
             self._send(replace(item, record=item.record._replace(arrival_s=self._now_s())))
             await asyncio.sleep(0)  # it leaves before the next prompt is made
 
-    def _begun(self, row: int) -> Conversation | None:
-        """Return the conversation of a request that others follow."""
-        return self._conversation() if row in self._follows else None
+    def _begun(self, row: int) -> Dialogue | None:
+        """Return the dialogue of a request that others follow."""
+        return self._dialogue() if row in self._follows else None
 
-    def _conversation(self) -> Conversation:
-        return Conversation(self._endpoint.prompts, chat=self._settings.chat)
+    def _dialogue(self) -> Dialogue:
+        return Dialogue(self._endpoint.prompts, chat=self._settings.chat)
 
-    def _prepare(self, index: int, record: TraceRecord, conversation: Conversation | None) -> _Prepared:
-        said = conversation
+    def _prepare(self, index: int, record: TraceRecord, dialogue: Dialogue | None) -> _Prepared:
+        said = dialogue
         prompt = self._endpoint.prompts.prompt(record, index) if said is None else said.turn(record, index)
         body = self._settings.body(self._endpoint.model, prompt, record.output_tokens, stream=True)
         headers = self._settings.headers(record.slo_class)
         if record.session_id:
             headers["x-session-id"] = record.session_id
-        return _Prepared(index, record, orjson.dumps(body), headers, conversation)
+        return _Prepared(index, record, orjson.dumps(body), headers, dialogue)
 
     def _send(self, item: _Prepared) -> None:
         task = asyncio.create_task(self._exchange(item))
@@ -187,27 +187,27 @@ class LoadClient:
         following = self._follows.pop(item.index, None)
         if following is None or result.status == "interrupted":
             return
-        assert item.conversation is not None
+        assert item.dialogue is not None
         row, record = following
         assert record.delay_s is not None
         if result.ok:
-            item.conversation.answered(answer)
+            item.dialogue.answered(answer)
         record = record._replace(arrival_s=self._now_s() + record.delay_s)
         self._pauses[row] = asyncio.get_running_loop().call_later(
-            record.delay_s or 0.0, self._send_turn, row, record, item.conversation
+            record.delay_s or 0.0, self._send_turn, row, record, item.dialogue
         )
 
-    def _send_turn(self, row: int, record: TraceRecord, conversation: Conversation) -> None:
+    def _send_turn(self, row: int, record: TraceRecord, dialogue: Dialogue) -> None:
         del self._pauses[row]
         try:
-            self._send(self._prepare(row, record, conversation))
+            self._send(self._prepare(row, record, dialogue))
         except Exception as fault:
             self._fault = self._fault or fault
             self._idle.set()
 
     async def _exchange(self, item: _Prepared) -> tuple[RequestResult, TimedAnswer]:
         sent_s = self._now_s()
-        answer = TimedAnswer(chat=self._settings.chat, keep=item.conversation is not None)
+        answer = TimedAnswer(chat=self._settings.chat, keep=item.dialogue is not None)
         status: Status = "ok"
         http_status, error = None, ""
         try:

@@ -10,7 +10,7 @@ from tidegate.workloads.prompts import TokenPrompts, WordPrompts
 from tidegate.workloads.trace import TraceRecord
 
 
-class Conversation:
+class Dialogue:
     """The rounds of one session. A turn is all rounds before it, answers as they came, and what it adds.
 
     A turn whose recorded prompt is not longer than all that (a client that compacted its history) begins
