@@ -42,6 +42,7 @@ PANELS = {
         ),
         "trace": "Look at request traces, make them, convert them.",
         "report": "Report on a recorded run: outcomes, SLO attainment, times by stage, decisions.",
+        "explain": "Explain decisions of a recorded run: what was known, what was chosen, what came of it.",
     },
 }
 VERBS = {name: Verb(text, panel) for panel, verbs in PANELS.items() for name, text in verbs.items()}
