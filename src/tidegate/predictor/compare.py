@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from msgspec.structs import replace
 
@@ -47,10 +48,27 @@ class HeadComparison:
 
 
 def hidden_estimate(head: LengthHead, samples: Samples, split: Split) -> Estimate:
-    """Return what the head says of the held-out samples."""
+    """Return what an engine with the head says of the held-out samples, each in the light of those before."""
+    chosen = samples.of_requests(split.test)
+    newest = newest_estimate(head, samples, split).remaining
+    generated = samples.generated[chosen]
+    left = torch.from_numpy(newest.copy())
+    begins = np.flatnonzero(generated == 0)
+    counts = np.diff([*begins, len(generated)])
+    for nth in range(1, int(counts.max())):
+        rows = begins[counts > nth] + nth
+        now, earlier = (torch.from_numpy(generated[each]) for each in (rows, rows - 1))
+        before = (left[rows - 1] - (now - earlier)).clamp_min(1.0)
+        left[rows] = head.blended(left[rows], before, now)
+    return Estimate("hidden", head.parameter_count, left.numpy())
+
+
+def newest_estimate(head: LengthHead, samples: Samples, split: Split) -> Estimate:
+    """Return what the head says of each held-out sample by itself."""
     chosen = samples.of_requests(split.test)
     states, generated = (torch.from_numpy(each[chosen]) for each in (samples.hidden, samples.generated))
-    return Estimate("hidden", head.parameter_count, head.remaining(states, generated).numpy())
+    left = head.remaining(states, generated).numpy()
+    return Estimate("newest state alone", head.parameter_count, left)
 
 
 def train(folder: Path, out: Path, name: str, settings: TrainingSettings) -> dict[str, Any]:
@@ -92,6 +110,7 @@ def compare(
         histogram(samples, split, horizon),
         median_left(samples, split, horizon),
         prompt_only(samples, split, horizon, settings),
+        newest_estimate(head, samples, split),
     ]
     if rival is not None:
         estimates += _encoders(rival, folder, samples, split, horizon, settings, tell)

@@ -26,7 +26,8 @@ class HiddenReader(Protocol):
 
 
 class LengthPredictor:
-    """Predicts with a head, for all sequences at once that are due in a step, and notes it in them.
+    """Predicts with a head, for all sequences at once that are due in a step, and notes it in them: each in
+    the light of what was predicted of it before, also on another instance (``LengthHead.blended``).
 
     ``made`` counts predictions, ``absurd`` those that came out as no number and were dropped. Those beyond
     the room of ``max_model_len`` tokens are set to it. Of an answer that is longer than the head's horizon
@@ -41,8 +42,10 @@ class LengthPredictor:
 
     def read(self, sequences: list[TokenSequence], hidden: torch.Tensor) -> None:
         """See ``HiddenReader.read``."""
-        generated = [sequence.output_position for sequence in sequences]
-        lefts = self._head.remaining(hidden, torch.tensor(generated, device=hidden.device)).tolist()
+        known = [(sequence.output_position, sequence.remaining_now or math.nan) for sequence in sequences]
+        generated, before = torch.tensor(known, device=hidden.device).T
+        newest = self._head.remaining(hidden, generated)
+        lefts = self._head.blended(newest, before, generated).tolist()
         for sequence, left in zip(sequences, lefts, strict=True):
             if sequence.output_position >= self._head.horizon:
                 continue
