@@ -36,15 +36,18 @@ from tidegate.engines.embedded.length_head import LengthHead, load_head_for
 from tidegate.engines.vllm.client import VllmClient
 from tidegate.fleet.vllm import free_ports
 from tidegate.predictor.baselines import histogram, median_left
-from tidegate.predictor.compare import hidden_estimate
+from tidegate.predictor.compare import hidden_estimate, newest_estimate
 from tidegate.predictor.dataset import Samples, Split, load_samples, split_requests
 from tidegate.predictor.evaluate import Estimate, Evaluation
 from vllm_processes import ROOT, START_S, healthy
 
-EVERY = 20
+EVERY = (20, 100)
+"""Tokens between two predictions."""
+GROWN = 3
+"""How often a text grows by as many."""
 BLOCK_TOKENS = 32
-STEPS = 40
-POINTS = ((16, 256), (16, 1024), (4, 4096))
+STEPS = 20
+POINTS = ((4, 256), (16, 256), (16, 1024))
 """Requests at once, and tokens of each."""
 PROFILES = ("rtx_4090/llama-3.1-8b", "h100_sxm/llama-3.1-8b", "h100_sxm/llama-3.1-70b/tp4")
 GPU_POINTS = ((16, 2048), (64, 2048), (64, 8192))
@@ -57,7 +60,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, metavar="DIR")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="what `collect` wrote")
     parser.add_argument("--head", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--compared", type=int, default=64, help="states that are compared")
+    parser.add_argument("--compared", type=int, default=32, help="states that are compared")
     parser.add_argument("--vllm-bin", type=Path, default=ROOT / ".venv-vllm" / "bin" / "vllm")
     parser.add_argument("--logs", type=Path, default=Path("runs/vllm-logs"))
     parser.add_argument("--no-servers", action="store_true", help="only what needs no vLLM")
@@ -73,23 +76,25 @@ def main() -> None:
 
 
 def errors_by_cadence(head: LengthHead, samples: Samples, split: Split) -> None:
-    """Print the mean absolute errors over all samples, each prediction counted down until the next one."""
+    """Print the mean absolute errors over all samples, each prediction counted down until the next one;
+    those of `hidden` blend in the earlier ones."""
     evaluation = Evaluation(samples, split.test)
-    hidden = hidden_estimate(head, samples, split).remaining
+    blended, newest = (each(head, samples, split) for each in (hidden_estimate, newest_estimate))
     print("| predicted | mean absolute error | predictions per answer |\n|---|---|---|")
-    for known in (histogram(samples, split, head.horizon), median_left(samples, split, head.horizon)):
-        print(f"| {known.name} | {evaluation.row(known)['mae']['value']:.0f} | |")
+    known = [each(samples, split, head.horizon) for each in (histogram, median_left)]
+    for estimate in (*known, blended):
+        print(f"| {estimate.name} | {evaluation.row(estimate)['mae']['value']:.0f} | |")
     cadences: dict[str, Callable[[int], bool]] = {
         "every 20 tokens": lambda tokens: True,
         "every 100": lambda tokens: tokens % 100 == 0,
         "every 200": lambda tokens: tokens % 200 == 0,
-        "at 0, 20, 40, 80, and doubled again": lambda tokens: tokens // 20 & tokens // 20 - 1 == 0,
+        "at 20, 40, 80, 160, ...": lambda tokens: tokens // 20 & tokens // 20 - 1 == 0,
         "at the prompt's end": lambda tokens: tokens == 0,
     }
     for name, due in cadences.items():
         made = np.array([due(tokens) for tokens in evaluation.generated.tolist()])
         last = np.maximum.accumulate(np.where(made, np.arange(len(made)), 0))
-        left = np.maximum(hidden[last] - (evaluation.generated - evaluation.generated[last]), 1.0)
+        left = np.maximum(newest.remaining[last] - (evaluation.generated - evaluation.generated[last]), 1.0)
         row = evaluation.row(Estimate(name, 0, left))
         print(f"| {name} | {row['mae']['value']:.0f} | {made.sum() / evaluation.requests:.1f} |")
 
@@ -102,16 +107,9 @@ class Server:
         port = free_ports(())
         self.url = f"http://127.0.0.1:{port}"
         words = ["--served-model-name", "m", "--host", "127.0.0.1", "--port", str(port)]
-        words += [
-            "--dtype",
-            "bfloat16",
-            "--max-model-len",
-            "8192",
-            "--enforce-eager",
-            "--block-size",
-            str(BLOCK_TOKENS),
-        ]
-        words += ["--kv-cache-memory-bytes", str(2**30), "--enable-prefix-caching", *options]
+        words += ["--dtype", "bfloat16", "--max-model-len", "8192", "--enforce-eager"]
+        words += ["--block-size", str(BLOCK_TOKENS), "--kv-cache-memory-bytes", str(2**30)]
+        words += ["--enable-prefix-caching", *options]
         env = {
             **os.environ,
             "PYTHONPATH": str(ROOT / "scripts" / "vllm_cpu" / "shim"),
@@ -166,7 +164,7 @@ async def serving(
 async def measure(args: argparse.Namespace, head: LengthHead, samples: Samples, split: Split) -> None:
     """Compare states, and print what predictions take beside decode steps."""
     steps: list[float] = []
-    rows: list[tuple[float, float]] = []
+    rows: list[list[float]] = []
     async with aiohttp.ClientSession() as session:
         async with serving(args, session, "generate") as (server, client):
             await decode_step_s(server, client, 2, 64)
@@ -196,19 +194,21 @@ async def decode_step_s(server: Server, client: VllmClient, requests: int, token
     return (spent[2] - spent[1]) / STEPS
 
 
-async def predictions_s(
-    server: Server, client: VllmClient, requests: int, tokens: int
-) -> tuple[float, float]:
-    """Return the CPU seconds of a state for each of so many texts of so many tokens: all new, and grown by
-    EVERY tokens since the last time (the mean of eight)."""
+async def predictions_s(server: Server, client: VllmClient, requests: int, tokens: int) -> list[float]:
+    """Return the CPU seconds of a state for each of so many texts of so many tokens: all new, and grown since
+    the last time by each of EVERY."""
     asked = texts(requests, tokens)
+    spent: list[float] = []
     start = server.cpu_s()
     await states(client, asked)
-    grown = server.cpu_s()
-    for _ in range(8):
-        asked = [text + more for text, more in zip(asked, texts(requests, EVERY), strict=True)]
-        await states(client, asked)
-    return grown - start, (server.cpu_s() - grown) / 8
+    spent.append(server.cpu_s() - start)
+    for every in EVERY:
+        start = server.cpu_s()
+        for _ in range(GROWN):
+            asked = [text + more for text, more in zip(asked, texts(requests, every), strict=True)]
+            await states(client, asked)
+        spent.append((server.cpu_s() - start) / GROWN)
+    return spent
 
 
 async def states(client: VllmClient, asked: list[list[int]]) -> torch.Tensor:
@@ -244,15 +244,17 @@ def priced(name: str) -> None:
     """Print what predictions take on GPUs, one forward for all that are due at once."""
     profile = packaged_profile(name).profile
     steps: list[float] = []
-    rows: list[tuple[float, float]] = []
-    # A grown text is computed from the beginning of its last block on.
-    new = EVERY + (BLOCK_TOKENS - 1) / 2
+    rows: list[list[float]] = []
     for requests, tokens in GPU_POINTS:
         steps.append(float(profile.step.seconds(requests, requests * tokens)))
-        work = attention_work(float(tokens), 0.0), attention_work(new, float(tokens))
-        counts = requests * float(tokens), requests * new
-        both = (profile.prefill.seconds(n, requests * a) for n, a in zip(counts, work, strict=True))
-        rows.append((float(next(both)), float(next(both))))
+        # A grown text is computed from the beginning of its last block on.
+        grown = [(every + (BLOCK_TOKENS - 1) / 2, float(tokens)) for every in EVERY]
+        rows.append(
+            [
+                float(profile.prefill.seconds(requests * new, requests * attention_work(new, cached)))
+                for new, cached in [(float(tokens), 0.0), *grown]
+            ]
+        )
     print_costs(name, GPU_POINTS, steps, rows)
 
 
@@ -260,15 +262,20 @@ def print_costs(
     name: str,
     points: tuple[tuple[int, int], ...],
     steps: list[float],
-    rows: list[tuple[float, float]],
+    rows: list[list[float]],
 ) -> None:
-    """Print seconds of a prediction for all requests of a batch, as shares of the steps between two."""
-    print(f"\n{name}:\n| requests x tokens | {EVERY} decode steps | predictions, all new | grown |")
-    print("|---|---|---|---|")
-    for (requests, tokens), step, pair in zip(points, steps, rows, strict=True):
-        between = EVERY * step
-        cells = [f"{each * 1e3:,.0f} ms, {each / between:.0%}" for each in pair]
-        print(f"| {requests} x {tokens:,} | {between * 1e3:,.0f} ms | {' | '.join(cells)} |")
+    """Print the seconds of a prediction for all requests of a batch, and which share they are of the steps
+    until the next one."""
+    print(f"\n{name}:\n| requests x tokens | decode step | {' | '.join(_columns())} |")
+    print(f"|---|---|{'---|' * 2 * len(EVERY)}")
+    for (requests, tokens), step, (new, *grown) in zip(points, steps, rows, strict=True):
+        pairs = [*((new, every) for every in EVERY), *zip(grown, EVERY, strict=True)]
+        cells = [f"{took * 1e3:,.0f} ms, {took / every / step:.0%}" for took, every in pairs]
+        print(f"| {requests} x {tokens:,} | {step * 1e3:,.1f} ms | {' | '.join(cells)} |")
+
+
+def _columns() -> list[str]:
+    return [f"{kind}, every {every}" for kind in ("all new", "grown") for every in EVERY]
 
 
 def check(reply: Any) -> Any:
