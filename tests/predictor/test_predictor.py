@@ -16,7 +16,7 @@ from tidegate.engines.embedded.length_head import load_head
 from tidegate.engines.embedded.tiny_model import make_tiny_model
 from tidegate.predictor.baselines import histogram, mean_length, median_left, prompt_only
 from tidegate.predictor.collect import Collector, settings_for
-from tidegate.predictor.compare import compare, hidden_estimate, train
+from tidegate.predictor.compare import compare, hidden_estimate, newest_estimate, train
 from tidegate.predictor.dataset import (
     CollectionSettings,
     Samples,
@@ -181,6 +181,12 @@ def test_a_trained_head_reads_what_states_tell_and_is_saved_as_it_was(tmp_path: 
     assert (facts.model_hash, facts.every, facts.horizon) == ("abc", 20, 200)
     assert facts.widths == (WIDTH, 32, 8, 1)
     assert evaluation.row(hidden_estimate(head, samples, split))["mae"] == row["mae"]
+    alone, blended = (each(head, samples, split).remaining for each in (newest_estimate, hidden_estimate))
+    assert (alone[at_end] == blended[at_end]).all()
+    third = int(np.flatnonzero(samples.generated[samples.of_requests(split.test)] == 40)[0])
+    shares = [alone[third] / 160, max(1.0, blended[third - 1] - 20) / 160]
+    odds = [np.log(share / (1 - share)) for share in shares]
+    assert blended[third] == pytest.approx(160 / (1 + np.exp(-(0.3 * odds[0] + 0.7 * odds[1]))), rel=1e-3)
     errs = compare(tmp_path / "data", head, facts, training, None, print).error_model
     assert errs.horizon == 200 and errs.measured is not None and errs.measured.head == "head"
     assert errs.measured.figures.by_progress[0].mae == pytest.approx(row["by_progress"][0]["value"], abs=0.06)

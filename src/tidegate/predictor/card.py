@@ -60,8 +60,8 @@ A multilayer perceptron that reads from a hidden state of the model how many tok
   Beside it, how many tokens were generated.
 - Output: the share of the tokens up to {facts.horizon} that follow that token, the end of sequence included.
 - Layers: {"-".join(map(str, facts.widths))}, ReLU; {row["parameters"]:,} parameters.
-  One prediction every {facts.every} tokens, the first at the prompt's end; each is blended with what is left of
-  those before it.
+  One prediction every {facts.every} tokens, the first at the prompt's end; each is blended with
+  what is left of those before it.
 - Data: {len(lengths)} answers of the model itself ({int(lengths.sum()):,} tokens,
   {len(samples.request):,} samples) in dtype {collected.dtype} to generated prompts of seed {collected.seed},
   sampled at temperatures from {collected.least_temperature} to {collected.most_temperature}.
