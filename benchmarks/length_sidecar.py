@@ -50,7 +50,7 @@ STEPS = 20
 POINTS = ((4, 256), (16, 256), (16, 1024))
 """Requests at once, and tokens of each."""
 PROFILES = ("rtx_4090/llama-3.1-8b", "h100_sxm/llama-3.1-8b", "h100_sxm/llama-3.1-70b/tp4")
-GPU_POINTS = ((16, 2048), (64, 2048), (64, 8192))
+GPU_POINTS = ((16, 2048), (64, 2048), (32, 8192))
 POOLING = ("--runner", "pooling", "--convert", "embed", "--pooler-config")
 POOLER = {"pooling_type": "LAST", "use_activation": False}
 
