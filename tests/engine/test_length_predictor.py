@@ -52,7 +52,7 @@ def write_head(path: Path, model: Path, bias: float = 0.0, every: int = 4, horiz
 
 def blend(most: float, newest: float, before: float) -> float:
     """Return what log odds say that are three parts in ten those of the newest share."""
-    odds = (newest / (most - newest)) ** 0.3 * (before / (most - before)) ** 0.7
+    odds: float = (newest / (most - newest)) ** 0.3 * (before / (most - before)) ** 0.7
     return most * odds / (1 + odds)
 
 
