@@ -9,6 +9,7 @@ from tidegate.policies.ares.avoiding import AvoidingConstants, AvoidingPlacement
 from tidegate.policies.ares.damage import Damage
 from tidegate.policies.ares.loads import DecodeLoads, LoadBoard
 from tidegate.policies.ares.published import PERIOD_S, AresConstants, AresPlacement, AresRescheduler
+from tidegate.policies.arrow.lending import LendingLimits
 from tidegate.policies.baselines import MINIMAL_LOAD
 from tidegate.systems.builtin import arrow_lending
 from tidegate.systems.registry import SYSTEMS, SystemOptions
@@ -36,7 +37,7 @@ def ares(options: SystemOptions) -> System:
 @SYSTEMS.register("ares-slo")
 def ares_slo(options: SystemOptions) -> System:
     """ARES whose moves and placements avoid seconds of SLO damage (ours)."""
-    rescheduler = _avoiding_rescheduler()
+    rescheduler = _avoiding_rescheduler(AvoidingConstants())
     placement = AvoidingPlacement(rescheduler.board)
     return System(
         name="ares-slo",
@@ -54,15 +55,15 @@ def arrow_ares(options: SystemOptions) -> System:
     """Arrow whose decodes move where that avoids SLO damage, off instances that a flip took away as well
     (ours)."""
     arrow = arrow_lending(options)
+    constants = AvoidingConstants(kv_reserve=LendingLimits().kv_reserve)
     return replace(
         arrow,
         name="arrow+ares",
         summary="role flips, and running decodes move where that avoids SLO damage",
-        controllers=(*arrow.controllers, _avoiding_rescheduler()),
+        controllers=(*arrow.controllers, _avoiding_rescheduler(constants)),
     )
 
 
-def _avoiding_rescheduler() -> AvoidingRescheduler:
-    constants = AvoidingConstants()
+def _avoiding_rescheduler(constants: AvoidingConstants) -> AvoidingRescheduler:
     board = LoadBoard(partial(Damage, terms=constants.terms), PERIOD_S)
     return AvoidingRescheduler(board, constants)

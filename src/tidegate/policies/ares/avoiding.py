@@ -8,7 +8,7 @@ import numpy as np
 
 from tidegate.core.decision import ControlDecision, Migrate, Path, Place, Verdict
 from tidegate.core.request import Request
-from tidegate.ledger.snapshot import Column, Matrix, Snapshot
+from tidegate.ledger.snapshot import Column, Mask, Matrix, Snapshot
 from tidegate.policies.ares.damage import Damage, Terms
 from tidegate.policies.ares.loads import Columns, LoadBoard
 from tidegate.policies.ares.published import PERIOD_S, amortised, moves_made, transfer_s
@@ -23,7 +23,8 @@ class AvoidingConstants:
     A move has to avoid ``least_s`` seconds of damage beyond its price, and what is left of the decode has to
     take ``kappa`` transfers. A decode moves at most once per ``cooldown_s``; ``most_moves`` a round. Looked
     at are the ``tried`` decodes of most relief on the ``sources`` worst instances, and the ``destinations``
-    best instances.
+    best instances. A decode that leaves an instance which prefills leaves the share ``kv_reserve`` of its
+    destination's KV free, as placements do: in that room a newcomer decodes without any move.
     """
 
     terms: Terms = field(default_factory=Terms)
@@ -34,6 +35,7 @@ class AvoidingConstants:
     sources: int = 8
     tried: int = 32
     destinations: int = 16
+    kv_reserve: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +129,20 @@ class Reliefs:
         sources = loads.places[candidates]
         allowed = amortised(self._snapshot, loads, candidates, targets, constants.kappa)
         allowed &= sources[:, None] != targets
+        allowed &= damage.targets[sources][:, None] | self._leaves_reserve(candidates, targets)
         allowed &= ~self._links[loads.decodes.on[candidates][:, None], loads.columns[targets]]
         gain_s = np.where(allowed, gain_s, -np.inf)
         candidate, target = divmod(int(gain_s.argmax()), len(targets))
         if not gain_s[candidate, target] >= constants.least_s:
             return None
         return int(candidates[candidate]), int(targets[target]), float(gain_s[candidate, target])
+
+    def _leaves_reserve(self, candidates: Columns, targets: Columns) -> Mask:
+        """Tell of each move whether the destination, as full as it is now, keeps its reserve."""
+        damage, loads = self._damage, self._damage.loads
+        usable = (1.0 - self._constants.kv_reserve) * loads.capacity_tokens[targets]
+        room = usable - loads.beside_tokens[targets] - damage.totals[targets, 1, 0]
+        return np.asarray(loads.decodes.context_tokens[candidates][:, None] <= room)
 
     def _best_reliefs(self) -> tuple[Columns, Column]:
         """Return the decodes whose going would relieve their instances most, and by how much."""
