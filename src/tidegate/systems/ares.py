@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 
 from tidegate.policies.ares.avoiding import AvoidingConstants, AvoidingPlacement, AvoidingRescheduler
+from tidegate.policies.ares.consolidation import Consolidation
 from tidegate.policies.ares.damage import Damage
 from tidegate.policies.ares.loads import DecodeLoads, LoadBoard
 from tidegate.policies.ares.published import PERIOD_S, AresConstants, AresPlacement, AresRescheduler
@@ -47,6 +48,18 @@ def ares_slo(options: SystemOptions) -> System:
         decode=placement,
         controllers=(rescheduler,),
         window_s=options.tick_s,
+    )
+
+
+@SYSTEMS.register("ares-slo+consolidate")
+def ares_slo_consolidate(options: SystemOptions) -> System:
+    """``ares-slo`` that drains decode instances while the load is low, and takes them back (ours)."""
+    moving = ares_slo(options)
+    return replace(
+        moving,
+        name="ares-slo+consolidate",
+        summary="ares-slo, and decode instances that a low load does not need are emptied",
+        controllers=(Consolidation(), *moving.controllers),
     )
 
 

@@ -57,7 +57,7 @@ class AvoidingPlacement:
         order = np.lexsort((held, np.round(added_s, 1)))
         chosen = int(order[damage.targets[order]][0])
         damage.add(chosen, block, request.slo.tpot_s)
-        place = Place(prefill_on, snapshot.ids[loads.columns[chosen]], Path.DISAGGREGATED)
+        place = Place(prefill_on, loads.ids[loads.columns[chosen]], Path.DISAGGREGATED)
         alternatives = loads.compared({"added_damage_s": added_s, "beside_tokens2": held})
         return Verdict(place, (), alternatives, "least SLO damage added")
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tidegate.core.decision import Alternatives
 from tidegate.core.request import Request
 from tidegate.ledger.rows import RequestRows
-from tidegate.ledger.snapshot import Column, Mask, Snapshot
+from tidegate.ledger.snapshot import Column, Labels, Mask, Snapshot
 
 Columns = NDArray[np.intp]
 Curves = NDArray[np.float64]
@@ -199,26 +199,34 @@ class LoadBoard(Generic[Kept]):
 
     A system's placement and its controller share one; it starts empty with every run. ``make`` makes it of a
     snapshot and its requests, and it is made anew for a placement once it is older than ``lasts_s``, or where
-    other instances are up or under other labels.
+    other instances take work or are under other labels. Columns are those of the snapshot it was made of,
+    where instances that drain have one, too.
     """
 
     def __init__(self, make: Callable[[Snapshot, RequestRows], Kept], lasts_s: float) -> None:
         self._make = make
         self._lasts_s = lasts_s
         self._kept: Kept | None = None
-        self._of: tuple[object, object] = (None, None)
+        self._ids: tuple[str, ...] = ()
+        self._labels: Labels | None = None
         self._at_s = -math.inf
 
     def renewed(self, snapshot: Snapshot, rows: RequestRows) -> Kept:
         """Make it of the snapshot, whose requests are ``rows``, and keep it."""
         kept = self._kept = self._make(snapshot, rows)
-        self._of, self._at_s = (snapshot.ids, snapshot.labels), snapshot.at_s
+        seen = snapshot.without_draining()
+        self._ids, self._labels, self._at_s = seen.ids, seen.labels, snapshot.at_s
         return kept
 
     def latest(self, snapshot: Snapshot) -> Kept:
         """Return what is kept, or make it anew."""
-        kept, (ids, labels) = self._kept, self._of
-        same = ids is snapshot.ids and labels is snapshot.labels
-        if kept is None or not same or snapshot.at_s - self._at_s > self._lasts_s:
+        kept = self._kept
+        if kept is None or snapshot.at_s - self._at_s > self._lasts_s or not self._same(snapshot):
             return self.renewed(snapshot, snapshot.requests)
         return kept
+
+    def _same(self, snapshot: Snapshot) -> bool:
+        labels, mine = snapshot.labels, self._labels
+        if mine is None or (snapshot.ids is not self._ids and snapshot.ids != self._ids):
+            return False
+        return labels is mine or np.array_equal(labels.decoding_mask, mine.decoding_mask)

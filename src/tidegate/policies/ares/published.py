@@ -78,7 +78,7 @@ class AresPlacement:
         chosen = int(np.where(fits, imbalance, np.inf).argmin() if fits.any() else room.argmax())
         loads.add(chosen, curve)
         why = "least variance of the predicted loads" if fits.any() else "nobody has room: the most room"
-        place = Place(prefill_on, snapshot.ids[loads.columns[chosen]], Path.DISAGGREGATED)
+        place = Place(prefill_on, loads.ids[loads.columns[chosen]], Path.DISAGGREGATED)
         alternatives = loads.compared(
             {"imbalance": imbalance, "missing_tokens": request.prompt_tokens - room}
         )
