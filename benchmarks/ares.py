@@ -61,9 +61,8 @@ class Contender:
     settings: tuple[Setting, ...]
 
 
-def contenders(trace: Path, pool: int, requests: int, only: Sequence[str]) -> list[Contender]:
-    """Return the systems to compare on one trace and pool: all, or ``only`` some beside round-robin."""
-    prefill = PREFILL_FOR[pool]
+def contenders(trace: Path, prefill: int, pool: int, requests: int, only: Sequence[str]) -> list[Contender]:
+    """Return the systems to compare on one trace and split: all, or ``only`` some beside round-robin."""
     fleet = SimulatedFleet(((packaged_profile(PROFILE), prefill + pool),))
     workload = WorkloadChoice(trace=str(trace), limit=requests)
     base = Setting(workload, fleet, "round-robin", (prefill, pool), SimSettings(slo=SLO))
@@ -261,11 +260,11 @@ async def main_async(options: argparse.Namespace) -> None:
             for pool in map(int, options.pools.split(",")):
                 file = options.traces / f"{trace}.csv.gz"
                 requests = options.requests * pool // 8
-                rows = contenders(file, pool, requests, options.rows.split(",") if options.rows else ())
-                seeds, title = (
-                    range(options.seeds),
-                    f"{trace}, {PREFILL_FOR[pool]}P{pool}D, {requests} requests",
+                prefill = options.prefill or PREFILL_FOR[pool]
+                rows = contenders(
+                    file, prefill, pool, requests, options.rows.split(",") if options.rows else ()
                 )
+                seeds, title = range(options.seeds), f"{trace}, {prefill}P{pool}D, {requests} requests"
                 if options.rates:
                     rates_rps = [pool / 8 * float(rate) for rate in options.rates.split(",")]
                     lines = await at_rates(rows, rates_rps, seeds, workers)
@@ -286,6 +285,7 @@ def main() -> None:
     parser.add_argument("--traces", type=Path, required=True, help="folder of the traces")
     parser.add_argument("--names", default=",".join(TRACES))
     parser.add_argument("--pools", default="8", help="sizes of the decode pool: 8, 64")
+    parser.add_argument("--prefill", type=int, help="prefill instances, else a quarter of the pool")
     parser.add_argument("--requests", type=int, default=1000, help="of each trace, per 8 decode instances")
     parser.add_argument("--levels", default="0.9", help="shares of requests that have to attain")
     parser.add_argument(

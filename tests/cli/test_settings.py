@@ -74,7 +74,7 @@ def test_every_problem_of_every_source_is_reported_at_once(tmp_path: Path) -> No
     assert "fleet.instances = 0: should be greater than or equal to 1" in text
     assert "engine.dtype = int4: should be 'auto', 'float32'" in text
     assert "TIDEGATE_SLO fast:" in text
-    assert "--system nope: unknown system 'nope'; there are: ares, ares-slo, arrow, " in text
+    assert "--system nope: unknown system 'nope'; there are: ares, ares-slo, " in text
     assert "--split 1-2: expected P:D" in text
 
 

@@ -24,7 +24,7 @@ from tidegate_testing.builders import REFERENCE
 
 SYSTEMS = [
     "arrow-lending", "arrow-v1", "static", "minimal-load", "colocated", "round-robin", "ares", "ares-slo",
-    "arrow+ares",
+    "arrow+ares", "ares-slo+consolidate",
 ]  # fmt: skip
 ORDERS = ["fifo", "edf", "sjf", "feasible-first"]
 

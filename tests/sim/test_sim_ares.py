@@ -63,3 +63,19 @@ def test_nobody_is_preempted_where_round_robin_preempts(system: str, lengths: st
 def test_every_answer_is_whole_whoever_moved() -> None:
     done, _ = run("ares")
     assert done.requests.output_tokens.tolist() == [record.output_tokens for record in reasoning()]
+
+
+def test_under_low_load_instances_are_emptied_and_nobody_is_late() -> None:
+    """A request every 4 s: one instance carries that."""
+    quiet = [TraceRecord(4.0 * number, 200, 300) for number in range(60)]
+    shape = instance(kv_capacity_tokens=KV, max_model_len=KV // 16 * 16)
+    journal = io.BytesIO()
+    system = make_system("ares-slo+consolidate", split=(1, 3), slo=SLO)
+    fleet = [Replica(replace(shape, id=f"i{i}"), REFERENCE) for i in range(4)]
+    done = simulate(quiet, system, fleet, SimSettings(slo=SLO, lengths="oracle"), journal=journal)
+    lines = [json.loads(line) for line in journal.getvalue().splitlines()]
+    drained = [line for line in lines if line["type"] == "instance" and line["event"] == "draining"]
+    assert done.requests.attained.all()
+    assert len({line["instance"] for line in drained}) == len(drained) == 2
+    late = done.requests.arrival_s > drained[-1]["t"]
+    assert late.sum() > 10 and len(set(done.requests.decode_on[late].tolist())) == 1

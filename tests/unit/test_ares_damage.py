@@ -96,6 +96,15 @@ def test_decodes_beside_prefills_stay_while_their_gaps_keep_to_the_target() -> N
     assert moves(fleet) == []
 
 
+def test_a_decode_beside_prefills_leaves_the_room_that_newcomers_decode_in() -> None:
+    """A move would fill d1 to 86 %, with what is generated to 94."""
+    fleet = KnownAnswers([(1000, 400.0)], [(8500, 400.0)], kv=11_000, tpot_s=0.15)
+    fleet.ledger.flip("d0", Role.PREFILL, 0.0)
+    fleet.ledger.prefill_dispatched(request("p", 15_000), "d0", 1.0)
+    assert [move.dst for move in moves(fleet)] == ["d1"]
+    assert moves(fleet, AvoidingConstants(TERMS, kv_reserve=0.15)) == []
+
+
 def test_nothing_moves_to_an_instance_that_prefills() -> None:
     fleet = KnownAnswers([(900, LONG)] * 3, [(100, LONG)], kv=4_000, tpot_s=0.1)
     assert moves(fleet) != []

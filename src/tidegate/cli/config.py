@@ -53,6 +53,7 @@ GATEWAY = GatewaySettings()
 SYSTEMS_HELP = (
     "The composition of policies that decides: ares (static split, running decodes move to where they vary "
     "least), ares-slo (static split, running decodes move where that avoids SLO damage), "
+    "ares-slo+consolidate (ares-slo, and decode instances that a low load does not need are emptied), "
     "arrow (Arrow as published, version 2), "
     "arrow+ares (role flips, and running decodes move where that avoids SLO damage), arrow-lending "
     "(SLO-aware placement with role flips), arrow-v1 (four elastic pools), colocated (both phases on "

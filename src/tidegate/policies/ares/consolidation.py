@@ -72,9 +72,9 @@ class Consolidation:
         names = tuple(each for each in state.names if each not in index or draining[index[each]])
         damage = Damage(snapshot, snapshot.requests, constants.terms)
         decoding = np.flatnonzero(damage.targets)
-        back = _lacking(damage, decoding, constants)
+        up = [each for each in names if each in index]
+        back = _lacking(damage, decoding, len(up), constants)
         if back:
-            up = [each for each in names if each in index]
             up.sort(key=lambda each: (snapshot.decode_requests[index[each]], names.index(each)))
             taken = up[-back:]
             left = tuple(each for each in names if each not in taken)
@@ -95,13 +95,15 @@ class Consolidation:
         return _decided(Emptied((*names, name), at_s, state.back_at_s), Drain(name, reason=why))
 
 
-def _lacking(damage: Damage, decoding: Columns, constants: ConsolidationConstants) -> int:
-    """Return how many instances more, taken to be like those that decode, the load needs."""
+def _lacking(damage: Damage, decoding: Columns, most: int, constants: ConsolidationConstants) -> int:
+    """Return how many instances more, taken to be like those that decode, the load needs: at most
+    ``most``, but 1 where there is none and it needs some."""
     now = len(decoding)
-    for more in range(1 if float(damage.seconds.sum()) > constants.most_s or not now else 0, now + 1):
+    least = 1 if not now or damage.seconds.sum() > constants.most_s else 0
+    for more in range(least, most + 1):
         if _carry(damage, decoding, constants.needed * now / (now + more), constants):
             return more
-    return max(now, 1)
+    return max(most, 1)
 
 
 def _carry(damage: Damage, places: Columns, times: float, constants: ConsolidationConstants) -> bool:
