@@ -196,18 +196,25 @@ async def beside(
     traces: Path,
     requests: int,
     level: float,
+    rates_rps: Sequence[float],
     seeds: range,
     workers: Workers,
 ) -> None:
     """Print a table per case: is the last system as good as those before it, from an even split?
 
-    The common rate is the best goodput of those alone. The last line compares seed by seed.
+    The common rate is the best goodput of those alone. The last line compares seed by seed. With rates there
+    is no search, but a row per rate and system.
     """
     for case in cases:
         fleet = SimulatedFleet(((packaged_profile(case.profile), case.instances),))
         workload = WorkloadChoice(trace=str(traces / case.file), limit=requests)
         settings = SimSettings(slo=Slo.parse(case.slo), lengths="hidden")
         rows = [Setting(workload, fleet, name, None, settings) for name in names]
+        if rates_rps:
+            alike = [Contender(row.system, (row,)) for row in rows]
+            print(f"\r{'':70}\r\n{case.name}, {requests} requests, {case.profile}, {case.slo}\n")
+            print("\n".join(await at_rates(alike, rates_rps, seeds, workers)), flush=True)
+            continue
         first = await find_goodput(rows[0], level, seeds[:1], 0.1, None, workers)
         guess = (0.75 * first.goodput_rps, 1.3 * first.goodput_rps, FINE_TOLERANCE)
         found = await asyncio.gather(*(goodput_of(row, level, seeds, workers, guess) for row in rows))
@@ -252,9 +259,10 @@ async def main_async(options: argparse.Namespace) -> None:
         if options.beside:
             cases = [case for case in EVEN if case.name in options.cases.split(",")]
             names = [name for name in BESIDE if not options.rows or name in options.rows.split(",")]
+            rates_rps = [float(rate) for rate in options.rates.split(",") if rate]
             for level in map(float, options.levels.split(",")):
-                seeds = range(options.seeds)
-                await beside(cases, names, options.traces, options.requests, level, seeds, workers)
+                given = (options.traces, options.requests, level, rates_rps, range(options.seeds))
+                await beside(cases, names, *given, workers)
             return
         for trace in options.names.split(","):
             for pool in map(int, options.pools.split(",")):
@@ -293,7 +301,11 @@ def main() -> None:
         default="",
         help="only these beside round-robin, as in static,ares/oracle; of --beside: names of systems",
     )
-    parser.add_argument("--rates", default="", help="instead: at these rates, per 8 decode instances")
+    parser.add_argument(
+        "--rates",
+        default="",
+        help="instead: at these rates, per 8 decode instances, or with --beside as they are",
+    )
     parser.add_argument("--beside", action="store_true", help="instead: arrow+ares beside Arrow and ARES")
     parser.add_argument("--cases", default=",".join(case.name for case in EVEN), help="of --beside")
     parser.add_argument("--seeds", type=int, default=1)

@@ -96,7 +96,7 @@ def test_decodes_beside_prefills_stay_while_their_gaps_keep_to_the_target() -> N
     assert moves(fleet) == []
 
 
-def test_a_decode_beside_prefills_leaves_the_room_that_newcomers_decode_in() -> None:
+def test_a_move_leaves_the_room_that_newcomers_need() -> None:
     """A move would fill d1 to 86 %, with what is generated to 94."""
     fleet = KnownAnswers([(1000, 400.0)], [(8500, 400.0)], kv=11_000, tpot_s=0.15)
     fleet.ledger.flip("d0", Role.PREFILL, 0.0)

@@ -23,8 +23,8 @@ class AvoidingConstants:
     A move has to avoid ``least_s`` seconds of damage beyond its price, and what is left of the decode has to
     take ``kappa`` transfers. A decode moves at most once per ``cooldown_s``; ``most_moves`` a round. Looked
     at are the ``tried`` decodes of most relief on the ``sources`` worst instances, and the ``destinations``
-    best instances. A decode that leaves an instance which prefills leaves the share ``kv_reserve`` of its
-    destination's KV free, as placements do: in that room a newcomer decodes without any move.
+    best instances. A move leaves the share ``kv_reserve`` of its destination's KV free, as placements do:
+    what a newcomer needs for its first token, or to decode without any move, no move takes (0: all may go).
     """
 
     terms: Terms = field(default_factory=Terms)
@@ -129,7 +129,8 @@ class Reliefs:
         sources = loads.places[candidates]
         allowed = amortised(self._snapshot, loads, candidates, targets, constants.kappa)
         allowed &= sources[:, None] != targets
-        allowed &= damage.targets[sources][:, None] | self._leaves_reserve(candidates, targets)
+        if constants.kv_reserve:
+            allowed &= self._leaves_reserve(candidates, targets)
         allowed &= ~self._links[loads.decodes.on[candidates][:, None], loads.columns[targets]]
         gain_s = np.where(allowed, gain_s, -np.inf)
         candidate, target = divmod(int(gain_s.argmax()), len(targets))
