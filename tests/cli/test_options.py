@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from tidegate.cli.options import SHARE, Flag, OptionGroup, at_least, expanded, given
 from tidegate.core.errors import ConfigError
-from tidegate.core.notation import parse_counted, parse_split
+from tidegate.core.notation import parse_counted, parse_range, parse_split
 
 
 @dataclass(frozen=True)
@@ -107,3 +107,10 @@ def test_what_is_no_split_is_refused(text: str) -> None:
 )  # fmt: skip
 def test_a_profile_may_have_a_count(text: str, found: tuple[str, int | None]) -> None:
     assert parse_counted(text) == found
+
+
+def test_a_fleet_has_a_least_and_a_most_size() -> None:
+    assert [parse_range(text) for text in ("2..8", "3", " 4..4 ")] == [(2, 8), (3, 3), (4, 4)]
+    for text in ("", "0", "0..2", "3..2", "2..", "..2", "2.8", "-1", "2...8"):
+        with pytest.raises(ValueError, match=r"expected N instances, or A\.\.B"):
+            parse_range(text)

@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from tidegate.core.errors import ConfigError
-from tidegate.core.notation import parse_split
+from tidegate.core.notation import parse_range, parse_split
 from tidegate.core.slo import Slo
 
 R = TypeVar("R")
@@ -158,6 +158,10 @@ def _file_path(value: Path) -> Path:
     return value
 
 
+def _range(value: object) -> tuple[int, int]:
+    return parse_range("..".join(map(str, value)) if isinstance(value, tuple) else str(value))
+
+
 def _multiple(value: float) -> float:
     if 0 < value < 1:
         raise ValueError("expected at least 1, or 0")
@@ -182,6 +186,8 @@ Key = Annotated[str, _after(_sendable)]
 SystemName = Annotated[str, _after(_known_system)]
 Targets = Annotated[Slo, _before(lambda value: value if isinstance(value, Slo) else Slo.parse(str(value)))]
 Split = Annotated[tuple[int, int], _before(lambda value: parse_split(str(value)))]
+InstanceRange = Annotated[tuple[int, int], _before(lambda value: _range(value))]
+"""The least and the most instances of a fleet; N is both."""
 FilePath = Annotated[Path, _after(_file_path)]
 ModelFolder = Annotated[Path, _after(_model_folder)]
 ServeWords = Annotated[str, _after(_serve_arguments)]

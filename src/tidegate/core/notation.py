@@ -1,4 +1,4 @@
-"""The short notations of settings and options: ``PROFILE:N`` and ``P:D``."""
+"""The short notations of settings and options: ``PROFILE:N``, ``P:D`` and ``A..B``."""
 
 from __future__ import annotations
 
@@ -17,3 +17,15 @@ def parse_counted(text: str) -> tuple[str, int | None]:
     """Read ``PROFILE:N`` or ``PROFILE``, whose count is None; a profile's name may hold colons."""
     found = re.fullmatch(r"(.+):([0-9]+)", text.strip())
     return (found[1], int(found[2])) if found else (text.strip(), None)
+
+
+def parse_range(text: str) -> tuple[int, int]:
+    """Read ``A..B``, the least and the most instances of a fleet, or ``N``, which is both. Raises
+    ValueError."""
+    found = re.fullmatch(r"([0-9]+)(?:\.\.([0-9]+))?", text.strip())
+    least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= least <= most:
+        raise ValueError(
+            "expected N instances, or A..B, the least and the most of them, at least 1, as in 2..8"
+        )
+    return least, most
