@@ -21,6 +21,9 @@ class MadeRun:
     requests: RequestTable
     timeline: Timeline
     flips: int = 3
+    adds: int = 0
+    drains: int = 0
+    reversals: int = 1
     migrations: int = 0
     preemptions: int = 2
     kv_transfer_bytes: int = 10**9

@@ -42,7 +42,7 @@ def test_a_spare_joins_after_its_start_delay_and_a_drained_instance_leaves_empty
     ]
     system = replace(make_system("static"), controllers=(Scripted(script),), window_s=0.2)
     records = many(80, 0.03)
-    run = simulate(records, system, fleet(4), SimSettings(spares=1, start_delay_s=0.3))
+    run = simulate(records, system, fleet(4), SimSettings(spares=1, start_delay_s=0.2))
     assert run.outcomes == {"ok": 80}
     assert run.requests.output_tokens.tolist() == [record.output_tokens for record in records]
     late, left = run.instances[3], run.instances[1]

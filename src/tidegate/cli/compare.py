@@ -122,6 +122,8 @@ def run(
     --levels of the offered requests attain their SLO. Each is also shown as a
     share of the fluid limit, which no schedule on these instances can exceed.
     """
+    if fleet.grows:
+        raise ConfigError("`tidegate compare` takes a fixed number of --instances")
     compared = fleet.make(engine)
     files = [name.strip() for name in (traces or DEFAULT_TRACE).split(",") if name.strip()]
     workloads = titled(files, cut)

@@ -58,7 +58,7 @@ def run(
     make_folder(out, "demo")
     if not traffic.exists():
         write_trace(traffic, spikes(drift_mix(read_trace(SOURCE), DRIFT), SPIKE, seed=0))
-    fleet = FleetOptions(instances=INSTANCES).make(EngineSettings())
+    fleet = FleetOptions(instances=(INSTANCES, INSTANCES)).make(EngineSettings())
     plan = Plan(
         setting=Setting(WorkloadChoice(), fleet, "", None, SimSettings(slo=SLO)),
         workloads={"moving": WorkloadChoice(trace=str(traffic))},

@@ -18,6 +18,7 @@ import tidegate
 from tidegate.api import DEFAULT_SYSTEM
 from tidegate.cli.common_flags import JOBS, SCALE_RATE, SCORING, Scoring
 from tidegate.cli.options import Flag, OptionGroup, Rule, at_least, given
+from tidegate.cli.scaling import Scaling
 from tidegate.cli.simulating import (
     BATCHING,
     CUT,
@@ -96,6 +97,9 @@ SPARES = {
         rule=at_least(0),
     ),
     "start_delay_s": Flag("How long a spare takes to come up.", "S", "--start-delay", FLEET),
+    "decode_start_delay_s": Flag(
+        "How long one for decode takes.", "S", "--decode-start-delay", FLEET, "1.5 times --start-delay"
+    ),
 }
 
 
@@ -141,6 +145,7 @@ def run(
         Flag("Prefill and decode instances at the start; default: even.", "P:D", read=parse_split),
     ] = None,
     fleet: FleetOptions,
+    scaling: Scaling,
     settings: Annotated[SimSettings, OptionGroup(SimSettings, {**SIMULATED, **SPARES, "leap": STEP})],
     engine: Annotated[EngineSettings, BATCHING],
     options: RunOptions,
@@ -166,16 +171,26 @@ def run(
             raise ConfigError("--replay goes with the options of fleet and engine, --system and --json only")
 
         def fleet_of(size: int | None) -> SimulatedFleet:
-            return replace(fleet, instances=fleet.instances or size).make(engine)
+            sizes = (size, size) if size else None
+            return replace(fleet, instances=fleet.instances or sizes).make(engine)
 
         replay_file(replay, workload, fleet_of, system, settings, as_json=scoring.as_json)
         return
+    made = fleet.make(engine)
+    if fleet.grows:
+        settings = replace(settings, spares=_spares(fleet, split, settings))
+    bounds = None
+    if settings.spares or scaling.budget or scaling.budget_per_hour:
+        least = fleet.instances[0] if fleet.grows and fleet.instances else made.size - settings.spares
+        bounds = scaling.bounds(least, made.size)
     setting = Setting(
         replace(workload, trace=workload.trace or DEFAULT_TRACE),
-        fleet.make(engine),
+        made,
         system or DEFAULT_SYSTEM,
         split,
         settings,
+        bounds,
+        scaling.advise,
     )
     setting.make_system()
     setting = replace(setting, settings=with_classes(settings, [setting.workload]))
@@ -185,6 +200,18 @@ def run(
     summary = _simulate_and_show(setting, options, scoring)
     if scoring.require_level and summary["attainment"] < scoring.level:
         raise typer.Exit(FAILURE)
+
+
+def _spares(fleet: FleetOptions, split: tuple[int, int] | None, settings: SimSettings) -> int:
+    """Return how many instances of a range are not up at the start."""
+    assert fleet.instances is not None
+    least, most = fleet.instances
+    if settings.spares:
+        raise ConfigError("--instances A..B says how many spares there are; drop --spares")
+    first = least if split is None else sum(split)
+    if not least <= first <= most:
+        raise ConfigError(f"--split adds up to {first}, and --instances goes from {least} to {most}")
+    return most - first
 
 
 def _check_rates(options: RunOptions, workload: WorkloadChoice) -> None:

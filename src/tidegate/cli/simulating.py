@@ -18,7 +18,7 @@ from tidegate.cli.options import MILLISECONDS, Flag, OptionGroup, Rule, at_least
 from tidegate.cli.outputs import claim_folder
 from tidegate.cli.terminal import note, note_classes, warn
 from tidegate.core.errors import ConfigError
-from tidegate.core.notation import parse_counted
+from tidegate.core.notation import parse_counted, parse_range
 from tidegate.core.slo import Slo
 from tidegate.costs.library import PackagedProfile, packaged_profile
 from tidegate.costs.named_profile import load_profile
@@ -124,7 +124,14 @@ class FleetOptions:
         ),
     ] = None
     instances: Annotated[
-        int | None, Flag(f"Number of instances ({DEFAULT_INSTANCES}).", "N", rule=at_least(1))
+        tuple[int, int] | None,
+        Flag(
+            f"Number of instances ({DEFAULT_INSTANCES}); A..B begins with A, or with --split, and leaves it "
+            "to the system how many are up.",
+            "N|A..B",
+            given=str,
+            read=parse_range,
+        ),
     ] = None
     kv_tokens: Annotated[
         int | None,
@@ -135,18 +142,22 @@ class FleetOptions:
         Flag("Cost of a decode's context beside a prefill chunk, over its cost in a pure decode step.", "X"),
     ] = None
 
+    @property
+    def grows(self) -> bool:
+        """Whether the number of instances is a range."""
+        return self.instances is not None and self.instances[0] < self.instances[1]
+
     def make(self, engine: EngineSettings) -> SimulatedFleet:
-        """Return the fleet. Raises ConfigError, with all problems at once."""
+        """Return the fleet, of the most instances. Raises ConfigError, with all problems at once."""
+        most = None if self.instances is None else self.instances[1]
         named = [parse_counted(text) for text in self.profile or [DEFAULT_PROFILE]]
         problems = [f"--profile {name}:0 has no instances" for name, count in named if count == 0]
         if len(named) == 1 and named[0][1] is None:
-            named = [(named[0][0], self.instances or DEFAULT_INSTANCES)]
+            named = [(named[0][0], most or DEFAULT_INSTANCES)]
         elif any(count is None for _, count in named):
             problems.append(f"with several --profile, give each a count, as in --profile {DEFAULT_PROFILE}:4")
-        elif self.instances is not None and self.instances != sum(count or 0 for _, count in named):
-            problems.append(
-                f"--instances {self.instances} is not the sum of the counts of --profile; drop it"
-            )
+        elif most is not None and most != sum(count or 0 for _, count in named):
+            problems.append(f"--instances {most} is not the sum of the counts of --profile; drop it")
         groups: list[tuple[PackagedProfile, int]] = []
         for name, count in named:
             try:

@@ -83,7 +83,7 @@ class Predictions:
     def ended(self, live: LiveRequest, *, whole: bool, now: float) -> None:
         """Tell the sources of an ending; ``whole``: the request was answered in full."""
         if self._load is not None and whole:
-            self._load.answered(live.generated)
+            self._load.answered(live.as_request().prompt_tokens - live.generated, live.generated)
         if self._source is not None:
             hears = self._source.finished if whole else self._source.aborted
             hears(live.as_request(), live.generated, now)

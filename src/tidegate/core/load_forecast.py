@@ -35,12 +35,16 @@ class SeriesForecast(NamedTuple):
         return cls(mean, low, high, plain[3], plain[4])
 
 
+NO_LENGTHS: NDArray[np.float64] = np.empty((0, 2))
+
+
 class LoadForecast(NamedTuple):
     """What is expected of the load in each period of ``period_s`` seconds from ``at_s`` on.
 
     ``rate_rps`` counts what is offered. ``*_squared`` are means of squares: prefill is convex, and its mean
     cost is not the cost of the mean prompt. ``long_share`` is the share of prompts above ``long_tokens``, the
-    mean prompt that was expected for the period that ended at ``at_s`` (NaN before the first).
+    mean prompt that was expected for the period that ended at ``at_s`` (NaN before the first). ``lengths``
+    has the prompt and the answer tokens of the newest requests that were answered, a row each.
     """
 
     at_s: float
@@ -52,3 +56,4 @@ class LoadForecast(NamedTuple):
     output_tokens: SeriesForecast
     output_tokens_squared: SeriesForecast
     long_share: SeriesForecast
+    lengths: NDArray[np.float64] = NO_LENGTHS

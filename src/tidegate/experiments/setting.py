@@ -51,6 +51,8 @@ class Setting:
     """A system on a fleet under a workload. A run adds a rate and a seed.
 
     ``system`` may carry an order (``arrow+edf``); ``split`` is (prefill, decode), None for the system's own.
+    A system that sizes the fleet keeps it within ``bounds``, by default between those that are up at the
+    start and all; with ``advise`` it only says what it would do.
     """
 
     workload: WorkloadChoice
@@ -58,11 +60,21 @@ class Setting:
     system: str
     split: tuple[int, int] | None = None
     settings: SimSettings = field(default_factory=SimSettings)
+    bounds: tuple[int, int] | None = None
+    advise: bool = False
 
     def make_system(self) -> System:
         """Build the composition. Raises ConfigError for an option that it cannot take."""
-        made = make_system(self.system, split=self.split, slo=self.settings.slo)
-        made.roles(max(1, self.fleet.size - self.settings.spares))
+        settings, size = self.settings, self.fleet.size
+        made = make_system(
+            self.system,
+            slo=settings.slo,
+            split=self.split,
+            fleet=self.bounds or ((size - settings.spares, size) if settings.spares else None),
+            start_delay_s=settings.start_delays_s,
+            advise=self.advise,
+        )
+        made.roles(max(1, size - settings.spares))
         return made
 
     def digest(self, **run: Any) -> str:

@@ -14,9 +14,9 @@ from tidegate.measure.timeline import Timeline
 
 KEYS = (
     "system", "trace", "instances", "requests", "attained", "attainment", "classes", "rate_rps",
-    "goodput_rps", "limit_rps", "share_of_limit", "ttft_s", "tpot_s", "stages", "flips", "migrations",
-    "preemptions", "kv_transfer_bytes", "instance_hours", "wall_s", "cpu_s", "requests_per_cpu_s", "seed",
-    "version",
+    "goodput_rps", "limit_rps", "share_of_limit", "ttft_s", "tpot_s", "stages", "flips", "adds",
+    "drains", "reversals", "migrations", "preemptions", "kv_transfer_bytes", "instance_hours", "wall_s",
+    "cpu_s", "requests_per_cpu_s", "seed", "version",
 )  # fmt: skip
 """The keys of ``summarize_run``'s object, in order."""
 
@@ -30,6 +30,12 @@ class Run(Protocol):
     def timeline(self) -> Timeline: ...
     @property
     def flips(self) -> int: ...
+    @property
+    def adds(self) -> int: ...
+    @property
+    def drains(self) -> int: ...
+    @property
+    def reversals(self) -> int: ...
     @property
     def migrations(self) -> int: ...
     @property
@@ -81,6 +87,9 @@ def summarize_run(run: Run, facts: RunFacts) -> dict[str, Any]:
             stage: percentiles(requests.stages_s[stage], ok) for stage in STAGES if stage in requests.stages_s
         },
         "flips": run.flips,
+        "adds": run.adds,
+        "drains": run.drains,
+        "reversals": run.reversals,
         "migrations": run.migrations,
         "preemptions": run.preemptions,
         "kv_transfer_bytes": run.kv_transfer_bytes,

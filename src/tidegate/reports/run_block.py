@@ -79,7 +79,8 @@ def _cluster(view: RunView, summary: Mapping[str, Any]) -> Iterator[str]:
         yield _row("p99 TTFT of misses", _seconds(view.missed_ttft_p99_s))
     if view.missed_tpot_p99_s is not None:
         yield _row("p99 TPOT of misses", _seconds(view.missed_tpot_p99_s))
-    for name in ("flips", "migrations", "preemptions"):
+    scaled = {name: summary[name] for name in ("adds", "drains", "reversals")}
+    for name in ("flips", *(scaled if any(scaled.values()) else ()), "migrations", "preemptions"):
         yield _row(name.capitalize(), summary[name])
     used = f"{_percent(float(np.mean(view.kv_share)))}, {_percent(max(view.kv_share))}"
     yield _row("KV in use, mean and peak", used)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from tidegate.control.effects import (
+    Drains,
     Effects,
     Flipped,
     GiveUp,
@@ -220,13 +221,18 @@ class SimDriver:
                 case GiveUp(live, error):
                     self._close(live, error, now)
                 case Flipped(instance, before, after, reason, _):
-                    self.sampler.flips.append(FlipEvent(now, instance, before, after, reason))
+                    self.sampler.flipped(FlipEvent(now, instance, before, after, reason))
                 case StartMigration(live, migrate):
                     self._migrate(live, self._index[migrate.src], self._index[migrate.dst], now)
                 case StartInstance(role, reason):
-                    if not self._membership.start_spare(now, self._events):
+                    if self._membership.start_spare(role, now, self._events):
+                        self.sampler.scaled("add", role, 1, now)
+                    else:
                         self.unstarted.append((now, reason))
                         self.plane.start_failed(role)
+                case Drains(instance, _, _, ended):
+                    role = self.plane.ledger.role_of(instance)
+                    self.sampler.scaled("add" if ended else "drain", role, 1 if ended else -1, now)
                 case StopInstance(instance, reason):
                     self.instance_down(self._index[instance], now, reason)
                 case _:

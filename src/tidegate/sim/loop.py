@@ -13,6 +13,7 @@ from tidegate.core.errors import ConfigError
 from tidegate.dataplane.events import EventKind, EventQueue
 from tidegate.dataplane.replica import Replica
 from tidegate.journal.writer import JournalWriter
+from tidegate.measure.scaling import reversals
 from tidegate.policies.protocols import Signal
 from tidegate.signals.forecast.choice import simulated_feed
 from tidegate.signals.forecast.series import ENSEMBLE
@@ -161,6 +162,9 @@ class _Simulation:
             instances=uses,
             timeline=timeline,
             flips=len(timeline.flips),
+            adds=sum(event.kind == "add" for event in driver.sampler.scaling),
+            drains=sum(event.kind == "drain" for event in driver.sampler.scaling),
+            reversals=reversals(driver.sampler.scaling),
             migrations=driver.migrations,
             preemptions=driver.preemptions,
             kv_transfer_bytes=driver.kv_transfer_bytes,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from tidegate.core.errors import ConfigError
+from tidegate.core.instance import Role
 from tidegate.dataplane.events import EventKind, EventQueue
 from tidegate.sim.settings import SimSettings
 
@@ -38,7 +39,8 @@ class FleetSchedule:
             raise ConfigError(
                 f"{settings.spares} of {len(ids)} instances are spares: none is left to start with"
             )
-        self._start_delay_s = settings.start_delay_s
+        prefill_s, decode_s = settings.start_delays_s
+        self._start_delay_s = {Role.PREFILL: prefill_s, Role.DECODE: decode_s, Role.MIXED: decode_s}
         index = {name: i for i, name in enumerate(ids)}
         for name in [*settings.starts_s, *(name for _, name in [*settings.deaths, *settings.returns])]:
             if name not in index:
@@ -70,11 +72,11 @@ class FleetSchedule:
             up[instance] = comes_up
         return changes
 
-    def start_spare(self, now: float, events: EventQueue) -> bool:
-        """Have a spare come up after the start delay; False when there is none."""
+    def start_spare(self, role: Role, now: float, events: EventQueue) -> bool:
+        """Have a spare come up after the start delay of a role; False when there is none."""
         if not self._spares:
             return False
-        self.changes.append(Change(now + self._start_delay_s, self._spares.pop(0), True))
+        self.changes.append(Change(now + self._start_delay_s[role], self._spares.pop(0), True))
         events.push(self.changes[-1].at_s, EventKind.TICK, MEMBERSHIP + len(self.changes) - 1)
         return True
 

@@ -34,13 +34,17 @@ class InstanceUse:
 @dataclass(frozen=True, slots=True, eq=False)
 class SimRun:
     """A finished simulation. ``instance_hours`` sums the time that instances were up until ``end_s``, when
-    the last request ended; ``migrations`` counts those that were carried through; ``events`` counts what the
-    loop handled. ``warnings`` say what made the run pointless in part."""
+    the last request ended; ``adds`` counts instances that were started and drains that were called off,
+    ``reversals`` the flips, adds and drains that were soon taken back, ``migrations`` those that were carried
+    through; ``events`` counts what the loop handled. ``warnings`` say what made the run pointless in part."""
 
     requests: RequestTable
     instances: Sequence[InstanceUse]
     timeline: Timeline
     flips: int
+    adds: int
+    drains: int
+    reversals: int
     migrations: int
     preemptions: int
     kv_transfer_bytes: int

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from tidegate.core.instance import Role
 from tidegate.ledger.snapshot import Column, Field, Labels, Snapshot
+from tidegate.measure.scaling import ScalingEvent
 from tidegate.measure.timeline import FlipEvent, Timeline
 
 MOST_SAMPLES = 2000
@@ -28,6 +30,7 @@ class Sampler:
 
     def __init__(self, instances: Sequence[str], kv_in_use: Callable[[float], int]) -> None:
         self.flips: list[FlipEvent] = []
+        self.scaling: list[ScalingEvent] = []
         self._instances = tuple(instances)
         self._index = {name: i for i, name in enumerate(instances)}
         self._kv_in_use = kv_in_use
@@ -38,6 +41,17 @@ class Sampler:
         self._roles: list[Column] = []
         self._labels: Labels | None = None
         self._idle = False
+
+    def flipped(self, flip: FlipEvent) -> None:
+        """Take note of a flip."""
+        self.flips.append(flip)
+        step = (flip.to is Role.PREFILL) - (flip.before is Role.PREFILL)
+        self.scaling.append(ScalingEvent(flip.at_s, "flip", step, -step))
+
+    def scaled(self, kind: str, role: Role, count: int, now: float) -> None:
+        """Take note that an instance of a label comes (1) or goes (-1)."""
+        prefill = count * (role is Role.PREFILL)
+        self.scaling.append(ScalingEvent(now, kind, prefill, count - prefill))
 
     def tick(self, snapshot: Snapshot, held: int, *, idle: bool) -> None:
         """Take note of the cluster, if it is time to; ``idle``: no request is live.

@@ -33,11 +33,14 @@ class SimSettings:
     a simulation says what a system does with every request.
 
     The last ``spares`` instances are not up at the start; a controller that adds instances has them join
-    ``start_delay_s`` later (the time that a server takes to load a model). With ``prefix_hits`` prefills are
-    priced with what each instance's prefix cache is expected to hold. ``lengths`` names the source of length
-    predictions (see ``tidegate.signals.lengths.choice``); "" is none, or for a system that needs one
-    ``hidden``. ``forecast`` names the source of forecasts of the load, by periods of ``forecast_period_s``
-    (see ``tidegate.signals.forecast.choice``); "" is none, or for a system that needs one ``ensemble``.
+    ``start_delay_s`` later (the time that a server takes to load a model), those for decode
+    ``decode_start_delay_s``, by default half as much again (DOPD: a decode instance captures graphs).
+
+    With ``prefix_hits`` prefills are priced with what each instance's prefix cache is expected to hold.
+    ``lengths`` names the source of length predictions (see ``tidegate.signals.lengths.choice``); "" is none,
+    or for a system that needs one ``hidden``. ``forecast`` names the source of forecasts of the load, by
+    periods of ``forecast_period_s`` (see ``tidegate.signals.forecast.choice``); "" is none, or for a system
+    that needs one ``ensemble``.
     """
 
     slo: Slo = field(default_factory=Slo)
@@ -54,6 +57,7 @@ class SimSettings:
     admission: float = 0.0
     spares: int = 0
     start_delay_s: float = 30.0
+    decode_start_delay_s: float | None = None
     prefix_hits: bool = True
     lengths: str = ""
     forecast: str = ""
@@ -62,7 +66,7 @@ class SimSettings:
     def __post_init__(self) -> None:
         if not (0 <= self.front_s < float("inf") and 0 < self.deadline_s < float("inf")):
             raise ConfigError("front-end time and deadline must be positive numbers of seconds")
-        if not (0 <= self.heartbeat_s < float("inf") and 0 <= self.start_delay_s < float("inf")):
+        if not all(0 <= seconds < float("inf") for seconds in (self.heartbeat_s, *self.start_delays_s)):
             raise ConfigError("the heartbeat and the start delay must be numbers of seconds of at least 0")
         if self.lengths:
             checked(self.lengths, SIMULATED)
@@ -72,6 +76,12 @@ class SimSettings:
             raise ConfigError("the period of forecasts must be a positive number of seconds")
         if self.spares < 0:
             raise ConfigError(f"spares must be a count of at least 0, got {self.spares}")
+
+    @property
+    def start_delays_s(self) -> tuple[float, float]:
+        """What a spare takes to come up for prefill and for decode."""
+        decode_s = self.decode_start_delay_s
+        return self.start_delay_s, 1.5 * self.start_delay_s if decode_s is None else decode_s
 
     @property
     def loosest_slo(self) -> Slo:

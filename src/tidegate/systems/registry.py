@@ -10,6 +10,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from inspect import isfunction
 from pathlib import Path
 from types import ModuleType
+from typing import TypedDict, Unpack
 
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
@@ -26,12 +27,17 @@ class SystemOptions:
 
     ``split`` is (prefill, decode) at start-up, ``tick_s`` the period of pool control (1 s, Narwhal's
     monitoring interval), ``slo`` the target that pool loads are measured against; single requests are
-    placed against their own.
+    placed against their own. ``fleet`` is the least and the most instances between which a system may add and
+    remove some, None where it has those that there are; ``start_delay_s`` is what a prefill and a decode
+    instance take to start. With ``advise`` a controller that sizes the fleet only says what it would do.
     """
 
     split: tuple[int, int] | None = None
     tick_s: float = 1.0
     slo: Slo = field(default_factory=Slo)
+    fleet: tuple[int, int] | None = None
+    start_delay_s: tuple[float, float] = (30.0, 45.0)
+    advise: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.tick_s < float("inf"):
@@ -40,6 +46,16 @@ class SystemOptions:
     def roles(self) -> StartingRoles:
         """Return the given split, or an even one."""
         return even_roles if self.split is None else SplitRoles(*self.split)
+
+
+class GivenOptions(TypedDict, total=False):
+    """The options of ``SystemOptions`` beside ``slo``."""
+
+    split: tuple[int, int] | None
+    tick_s: float
+    fleet: tuple[int, int] | None
+    start_delay_s: tuple[float, float]
+    advise: bool
 
 
 Factory = Callable[[SystemOptions], System]
@@ -51,15 +67,14 @@ RENAMED = {"arrow-v2": "arrow"}
 """Names that systems had, and those they have."""
 
 
-def make_system(
-    name: str, *, split: tuple[int, int] | None = None, tick_s: float = 1.0, slo: Slo | None = None
-) -> System:
+def make_system(name: str, *, slo: Slo | None = None, **options: Unpack[GivenOptions]) -> System:
     """Build the system ``name``: that of ``SYSTEMS``, or ``system+order`` with one of ``ORDERS``.
 
-    Raises ConfigError for an unknown name or an impossible option.
+    ``options`` are those of ``SystemOptions``. Raises ConfigError for an unknown name or an impossible
+    option.
     """
     factory, order = named(name)
-    system = factory(SystemOptions(split=split, tick_s=tick_s, slo=slo or Slo()))
+    system = factory(SystemOptions(slo=slo or Slo(), **options))
     return system if order is None else replace(system, name=f"{system.name}+{order.name}", order=order)
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from tidegate.core.load_forecast import LoadForecast, SeriesForecast
 from tidegate.signals.forecast.load import UNKNOWN_PERIOD, LoadPeriod
@@ -13,6 +16,8 @@ PERIOD_S = 30.0
 """Length of a period (ours; DOPD's experiments adjust every 10 to 20 s, its default is 180 s)."""
 STEPS = 6
 """Periods ahead (ours): three minutes, four times what a decode instance takes to start."""
+REMEMBERED = 512
+"""The newest requests whose lengths are kept (ours): enough for the 99th percentile."""
 FITTING = "the fit is not done yet"
 """Why simpler sources answer, until ``LoadFeed.revised``."""
 Push = Callable[[LoadPeriod], Mapping[str, SeriesForecast]]
@@ -36,6 +41,7 @@ class LoadFeed:
         self._number = 0
         self._start_s = self._ends_s = math.inf
         self._long_tokens = math.nan
+        self._lengths: deque[tuple[int, int]] = deque(maxlen=REMEMBERED)
         self._begin()
 
     def start(self, now: float) -> None:
@@ -50,8 +56,9 @@ class LoadFeed:
         self._input_squares += prompt_tokens * prompt_tokens
         self._long += prompt_tokens > self._long_tokens
 
-    def answered(self, tokens: int) -> None:
+    def answered(self, prompt_tokens: int, tokens: int) -> None:
         """Count a request that was answered in full."""
+        self._lengths.append((prompt_tokens, tokens))
         self._answers += 1
         self._output_tokens += tokens
         self._output_squares += tokens * tokens
@@ -75,7 +82,8 @@ class LoadFeed:
             self._long / requests if self._long_tokens == self._long_tokens else math.nan,
         )
         expected = self._next(period)
-        self.forecast = LoadForecast(now, self.period_s, self._long_tokens, **expected)
+        lengths = np.array(self._lengths, np.float64).reshape(-1, 2)
+        self.forecast = LoadForecast(now, self.period_s, self._long_tokens, **expected, lengths=lengths)
         self._long_tokens = float(expected["input_tokens"].mean[0])
         self._start_s = now
         self._begin()
@@ -90,7 +98,7 @@ class LoadFeed:
         if number != self._number or newest is None:
             return False
         revised = {name: SeriesForecast.of(each) for name, each in expected.items()}
-        self.forecast = LoadForecast(newest.at_s, newest.period_s, newest.long_tokens, **revised)
+        self.forecast = newest._replace(**revised)
         return True
 
     def _next(self, period: LoadPeriod) -> Mapping[str, SeriesForecast]:

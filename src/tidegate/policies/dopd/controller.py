@@ -1,0 +1,334 @@
+"""DOPD's manager: it holds the split that the forecast needs, and moves there before the load does.
+
+Once per forecast it plans (``plan``) for the highest rate that is likely until an instance that is asked for
+now would serve; each role has its own start-up time. *Hysteresis*: a pool has the most that any of the newest
+plans wanted, so it grows with the first one and shrinks once all agree. *Dead band*: a plan wants less only
+if less would do for more than is expected. *Idle shrink*: without requests for a while the fleet goes to its
+least at once (the released code does the same). *Emergency*: between the periods, a pool whose queue or KV
+says that it is short now gets an instance, or on a full budget one of the other pool's.
+
+It is always a split: instances that do both are left to ``Sizing.mixed_attains`` (the plan is made without
+them), for neither the label nor the target of a mixed fleet exists here.
+
+The control plane executes the targets, flips first. Everything is a function of the snapshot and the state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from tidegate.core.decision import ControlDecision, SetTarget
+from tidegate.core.errors import ConfigError
+from tidegate.core.instance import Role
+from tidegate.core.load_forecast import LoadForecast
+from tidegate.core.slo import Slo
+from tidegate.ledger.snapshot import Snapshot
+from tidegate.policies.dopd.forecast_traffic import expected_traffic, peak_rate_rps, serving_model
+from tidegate.policies.dopd.plan import best_split, smallest_fleet
+from tidegate.policies.dopd.pool_loads import Emergency, PoolLoads
+from tidegate.policies.dopd.ratio import Sizing
+from tidegate.policies.dopd.service import ServingModel, Values
+from tidegate.policies.protocols import Signal
+
+Split = tuple[int, int]
+"""Prefill and decode instances."""
+NO_SPLIT: Split = (0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class DopdConstants:
+    """All ours but ``idle_s`` (the released code's 50 s).
+
+    ``level`` is the share of requests to size for, with gaps of ``gaps_scv`` between arrivals. The newest
+    ``agreeing`` plans have to want less of a pool, with the rate ``dead_band`` above the forecast one. On a
+    fixed fleet a flip has to gain ``flip_gain`` of predicted attainment. Emergencies are ``emergency_gap_s``
+    apart, and their instances stay as long as plans count. A fit that is still going on is waited for up to
+    ``settle_s``.
+    """
+
+    tick_s: float = 5.0
+    level: float = 0.99
+    gaps_scv: float = 2.0
+    agreeing: int = 6
+    dead_band: float = 0.1
+    flip_gain: float = 0.01
+    idle_s: float = 50.0
+    emergency_gap_s: float = 15.0
+    settle_s: float = 2.0
+    trend_ticks: int = 6
+    correction_weight: float = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class DopdState:
+    """What is remembered from tick to tick.
+
+    ``target`` is the split that the fleet has or was asked to get, ``asked_s`` when; ``recent`` are the
+    newest plans, ``planned_s`` the time of the last forecast that one was made of; ``queues`` the prompts
+    that waited per prefill instance; ``busy_s`` when a request was there last; ``corrections`` observed over
+    predicted times of prefills and of decode steps; ``saying`` the reason that holds until the next plan.
+    """
+
+    target: Split = NO_SPLIT
+    asked_s: float = -np.inf
+    recent: tuple[Split, ...] = ()
+    planned_s: float = -np.inf
+    queues: tuple[float, ...] = ()
+    busy_s: float = -np.inf
+    emergency_s: float = -np.inf
+    corrections: tuple[float, float] = (1.0, 1.0)
+    saying: str = "holding because there is no forecast yet"
+
+
+@dataclass(frozen=True, slots=True)
+class DopdController:
+    """Plans the two pools for ``slo``.
+
+    ``fleet`` is the least and the most instances; None keeps those that there are and changes labels alone.
+    ``start_delay_s`` are those of a prefill and of a decode instance. With ``advise`` it says what it would
+    do, and does nothing. Raises ConfigError for a fleet that has no room for two pools.
+    """
+
+    slo: Slo
+    fleet: tuple[int, int] | None = None
+    start_delay_s: tuple[float, float] = (30.0, 45.0)
+    advise: bool = False
+    constants: DopdConstants = field(default_factory=DopdConstants)
+    name: str = "dopd"
+    needs: frozenset[Signal] = frozenset({Signal.PROFILE, Signal.FORECAST})
+
+    def __post_init__(self) -> None:
+        check_two_pools(self.fleet)
+
+    @property
+    def period_s(self) -> float:
+        return self.constants.tick_s
+
+    def initial(self) -> DopdState:
+        return DopdState()
+
+    def decide(self, snapshot: Snapshot, state: DopdState) -> ControlDecision[DopdState]:
+        """See ``Controller.decide``."""
+        now, fleet = snapshot.at_s, snapshot.without_draining()
+        if not fleet.ids:
+            return ControlDecision(state, reason="no instance is up")
+        pools = PoolLoads.of(fleet)
+        state = self._observed(state, fleet, pools)
+        have = (pools.prefill, pools.decode)
+        if self.fleet is None and sum(have) < 2:
+            return ControlDecision(state, reason="holding because one instance does both")
+        before = state.target
+        if pools.idle and now - state.busy_s > self.constants.idle_s:
+            state = self._idle(state)
+        else:
+            urgent = self._emergency(state, pools, now)
+            state = urgent or self._planned(state, fleet, now)
+        if self.advise:
+            would = f"would have {_words(state.target)}, has {_words(have)}: " if state.target != have else ""
+            return ControlDecision(state, reason=would + state.saying)
+        lost = state.target != have and now - state.asked_s >= max(self.start_delay_s)
+        if state.target == before and not lost:
+            return ControlDecision(state, reason=state.saying)
+        asked = SetTarget(*state.target, state.saying)
+        return ControlDecision(replace(state, asked_s=now), (asked,), state.saying)
+
+    def _observed(self, state: DopdState, fleet: Snapshot, pools: PoolLoads) -> DopdState:
+        """Take what the snapshot shows into the state; a fixed fleet's target is what is up, as labelled."""
+        have = (pools.prefill, pools.decode)
+        target = state.target
+        if target == NO_SPLIT or (self.fleet is None and sum(target) != sum(have)):
+            target = max(1, have[0] - (not have[1])), max(1, have[1] - (not have[0]))
+        return replace(
+            state,
+            target=target,
+            queues=(*state.queues, pools.waiting)[-self.constants.trend_ticks :],
+            busy_s=fleet.at_s if not pools.idle or state.busy_s == -np.inf else state.busy_s,
+            corrections=_corrected(state.corrections, fleet, self.constants.correction_weight),
+        )
+
+    def _idle(self, state: DopdState) -> DopdState:
+        """Shrink to the least without waiting for plans to agree."""
+        if self.fleet is None or sum(state.target) <= self.fleet[0]:
+            return replace(state, saying=f"holding {_words(state.target)} because nothing comes")
+        decode = max(1, round(self.fleet[0] * state.target[1] / sum(state.target)))
+        least = max(1, self.fleet[0] - decode), min(decode, self.fleet[0] - 1)
+        return replace(state, target=least, recent=(), saying=f"{_words(least)} because nothing comes")
+
+    def _emergency(self, state: DopdState, pools: PoolLoads, now: float) -> DopdState | None:
+        """Return the state with one more instance where a pool is short now; None where none is."""
+        emergency = Emergency.of(pools, state.queues, self.slo)
+        why = "; ".join(filter(None, (emergency.prefill, emergency.decode)))
+        if not why or now - state.emergency_s < self.constants.emergency_gap_s:
+            return None
+        prefill, decode = state.target
+        if emergency.prefill:
+            # What is queued is to be gone by the time that an instance takes to start.
+            waiting = pools.queue_s * pools.prefill / max(1.0, self.start_delay_s[0])
+            prefill = max(prefill + 1, int(np.ceil(pools.demand + waiting)))
+        decode += bool(emergency.decode)
+        most = sum(state.target) if self.fleet is None else self.fleet[1]
+        spare = most - sum(state.target)
+        if prefill + decode > most:
+            if spare and emergency.prefill:
+                prefill = most - decode
+            elif emergency.lends(pools, self.slo):
+                step = 1 if emergency.prefill else -1
+                prefill, decode = state.target[0] + step, state.target[1] - step
+            else:
+                return None
+        wanted = (prefill, decode)
+        saying = f"{_words(wanted)} in an emergency: {why}"
+        recent = (*state.recent, wanted)[-self.constants.agreeing :]
+        return replace(state, target=wanted, recent=recent, emergency_s=now, saying=saying)
+
+    def _planned(self, state: DopdState, fleet: Snapshot, now: float) -> DopdState:
+        """Plan once per forecast."""
+        forecast = fleet.forecast
+        if forecast is None or forecast.at_s <= state.planned_s:
+            return state
+        if forecast.rate_rps.reason and now - forecast.at_s < self.constants.settle_s:
+            return state
+        state = replace(state, planned_s=forecast.at_s)
+        try:
+            return self._planned_with(state, fleet, forecast)
+        except ConfigError as error:  # lengths that no instance's KV holds
+            return replace(state, saying=f"holding {_words(state.target)} because {error.message}")
+
+    def _planned_with(self, state: DopdState, fleet: Snapshot, forecast: LoadForecast) -> DopdState:
+        model = serving_model(fleet, *state.corrections)
+        # A plan that comes a period later has to be in time for what follows.
+        horizons_s = [delay_s + forecast.period_s for delay_s in self.start_delay_s]
+        rates_rps = [peak_rate_rps(forecast, horizon_s) for horizon_s in horizons_s]
+        if self.fleet is None:
+            rates_rps = [peak_rate_rps(forecast, 2 * forecast.period_s)] * 2
+        plans = _Plans(forecast, model, self.slo, self.constants)
+        if not all(rate == rate for rate in rates_rps) or plans.sizing(rates_rps[0]) is None:
+            return replace(state, saying="holding because no answer's length is known yet")
+        source = forecast.rate_rps
+        told = f" (by {source.source}, for {source.reason})" if source.reason else ""
+        if self.fleet is None:
+            return self._relabelled(state, plans, rates_rps[0], told)
+        return self._resized(state, plans, rates_rps, told)
+
+    def _relabelled(self, state: DopdState, plans: _Plans, rate_rps: float, told: str) -> DopdState:
+        """Plan a fixed fleet: hold what attains, else take the split that serves most."""
+        sizing = plans.known(rate_rps)
+        attained = sizing.split_attains(rate_rps, *state.target).both
+        wanted = min(self.constants.level, sizing.at_best.both)
+        words = (
+            f"{_words(state.target)} because {100 * attained:.1f} % of {rate_rps:.3g} requests/s attain{told}"
+        )
+        if attained >= wanted - self.constants.flip_gain:
+            return replace(state, saying=f"holding {words}")
+        plan = best_split(sizing, sum(state.target), self.constants.level, mixed=False)
+        better = (plan.prefill, plan.decode)
+        if sizing.split_attains(rate_rps, *better).both < attained + self.constants.flip_gain:
+            return replace(state, saying=f"holding {words}, and no other split would serve clearly more")
+        return replace(state, target=better, saying=f"{_words(better)}: {plan.reason}{told}")
+
+    def _resized(self, state: DopdState, plans: _Plans, rates_rps: list[float], told: str) -> DopdState:
+        """Plan a fleet that grows and shrinks: the most that any of the newest plans wanted."""
+        assert self.fleet is not None
+        least, most = self.fleet
+        wanted, reason = plans.smallest(rates_rps, least, most)
+        if wanted[0] < state.target[0] or wanted[1] < state.target[1]:
+            band = 1.0 + self.constants.dead_band
+            cautious, _ = plans.smallest([band * rate for rate in rates_rps], least, most)
+            wanted = _between(wanted, state.target, cautious)
+        recent = (*state.recent, wanted)[-self.constants.agreeing :]
+        held = max(p for p, _ in recent), max(d for _, d in recent)
+        if len(recent) < self.constants.agreeing:
+            held = max(held[0], state.target[0]), max(held[1], state.target[1])
+        if sum(held) > most:
+            held = wanted
+        state = replace(state, recent=recent)
+        if held != state.target:
+            return replace(state, target=held, saying=f"{_words(held)}: {reason}{told}")
+        agreed = sum(p < held[0] or d < held[1] for p, d in recent)
+        if wanted != held:
+            why = f"{agreed} of {self.constants.agreeing} plans want less, the newest {_words(wanted)}"
+            return replace(state, saying=f"holding {_words(held)} because {why}: it {reason}{told}")
+        return replace(state, saying=f"holding {_words(held)}: it {reason}{told}")
+
+
+@dataclass(frozen=True)
+class _Plans:
+    """Plans of one forecast, at any rate."""
+
+    forecast: LoadForecast
+    model: ServingModel
+    slo: Slo
+    constants: DopdConstants
+
+    def sizing(self, rate_rps: float) -> Sizing | None:
+        """Return the model of the expected lengths at a rate; None while no length is known."""
+        traffic = expected_traffic(self.forecast, rate_rps, self.constants.gaps_scv)
+        return None if traffic is None else Sizing(traffic, self.model, self.slo)
+
+    def known(self, rate_rps: float) -> Sizing:
+        sizing = self.sizing(rate_rps)
+        assert sizing is not None, "whoever plans has asked"
+        return sizing
+
+    def smallest(self, rates_rps: list[float], least: int, most: int) -> tuple[Split, str]:
+        """Return the fewest prefill instances for the first rate and decode ones for the second, with why.
+
+        What a least fleet has beyond them goes where it attains most.
+        """
+        level = self.constants.level
+        decode = smallest_fleet(self.known(rates_rps[1]), level, budget=most, mixed=False)
+        prefill, reason = decode.prefill, decode.reason
+        if rates_rps[0] != rates_rps[1]:
+            sooner = smallest_fleet(self.known(rates_rps[0]), level, budget=most, mixed=False)
+            prefill = min(sooner.prefill, most - decode.decode)
+            reason += f" (prefill for {rates_rps[0]:.3g} requests/s, for it starts sooner)"
+        split, sizing = (prefill, decode.decode), self.known(rates_rps[1])
+        while sum(split) < least:
+            more = ((split[0] + 1, split[1]), (split[0], split[1] + 1))
+            split = max(more, key=lambda each: sizing.split_attains(rates_rps[1], *each).both)
+        return split, reason
+
+
+def check_two_pools(fleet: tuple[int, int] | None) -> None:
+    """Raise ConfigError for a least and a most number of instances between which no two pools fit."""
+    if fleet is None:
+        return
+    least, most = fleet
+    if most < 2:
+        raise ConfigError(f"a budget of {most} instances has no room for a prefill and a decode pool")
+    if not 2 <= least <= most:
+        raise ConfigError(f"a fleet of {least}..{most} instances: two pools take at least 2")
+
+
+def _between(wanted: Split, target: Split, cautious: Split) -> Split:
+    """Return ``wanted``, where it is less than ``target`` no less than ``cautious``."""
+    pools = zip(wanted, target, cautious, strict=True)
+    prefill, decode = (want if want >= have else min(have, safe) for want, have, safe in pools)
+    return prefill, decode
+
+
+def _corrected(known: tuple[float, float], fleet: Snapshot, weight: float) -> tuple[float, float]:
+    """Return smoothed observed over predicted times: of prefills, and of steps where nothing prefills.
+
+    Prefills that shared a step took less than predicted, which the model knows: they count as right.
+    """
+    prefilling = fleet.labelled(Role.PREFILL) & (fleet.prefill_requests > 0) & (fleet.prefill_slowness > 0)
+    decoding = fleet.labelled(Role.DECODE) & (fleet.decode_requests > 0) & (fleet.mean_gap_s > 0)
+    decoding &= fleet.prefill_requests == 0
+    steps_s = np.asarray(fleet.costs.step.seconds(fleet.decode_requests, fleet.decode_tokens))
+    seen: tuple[tuple[Values, Callable[[Values], Values]], ...] = (
+        (fleet.prefill_slowness[prefilling], lambda ratio: np.maximum(1.0, ratio)),
+        (fleet.mean_gap_s[decoding] / steps_s[decoding], lambda ratio: ratio),
+    )
+    prefill, step = (
+        float(was + weight * (np.clip(counted(ratio).mean(), 0.5, 3.0) - was)) if len(ratio) else was
+        for was, (ratio, counted) in zip(known, seen, strict=True)
+    )
+    return prefill, step
+
+
+def _words(split: Split) -> str:
+    return f"{split[0]} + {split[1]}"

@@ -1,0 +1,67 @@
+"""Systems that look ahead and size their pools: DOPD, and the planners that it is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from tidegate.policies.baselines import MINIMAL_LOAD
+from tidegate.policies.dopd.controller import DopdController
+from tidegate.policies.dopd.planner_controllers import (
+    ForecastController,
+    LoadController,
+    code_counts,
+    sla_counts,
+)
+from tidegate.policies.protocols import Controller
+from tidegate.systems.builtin import arrow
+from tidegate.systems.registry import SYSTEMS, SystemOptions
+from tidegate.systems.system import System
+
+
+@SYSTEMS.register("dopd")
+def dopd(options: SystemOptions) -> System:
+    """DOPD (arXiv 2511.20982): pools sized ahead of the load, by the optimal ratio with queueing margins.
+
+    Placements flip nothing: an instance's label has one owner.
+    """
+    controller = DopdController(options.slo, options.fleet, options.start_delay_s, options.advise)
+    return _sized("dopd", "pools sized ahead of the load", options, controller)
+
+
+@SYSTEMS.register("dopd-code")
+def dopd_code(options: SystemOptions) -> System:
+    """DOPD by the formula of its released code."""
+    controller = ForecastController("dopd-code", code_counts, options.fleet)
+    return _sized("dopd-code", "DOPD's released formula", options, controller)
+
+
+@SYSTEMS.register("dynamo-load")
+def dynamo_load(options: SystemOptions) -> System:
+    """Dynamo's load planner: thresholds on the prefill queue and on the decode instances' KV."""
+    return _sized("dynamo-load", "pools sized by thresholds", options, LoadController(options.fleet))
+
+
+@SYSTEMS.register("dynamo-sla")
+def dynamo_sla(options: SystemOptions) -> System:
+    """Dynamo's SLA planner: throughput that is forecast over throughput within the targets."""
+    controller = ForecastController("dynamo-sla", sla_counts(options.slo), options.fleet)
+    return _sized("dynamo-sla", "pools sized by throughput", options, controller)
+
+
+@SYSTEMS.register("reactive")
+def reactive(options: SystemOptions) -> System:
+    """Arrow alone, which changes labels only once the load is there."""
+    return replace(arrow(options), name="reactive", summary="role flips without a forecast: Arrow")
+
+
+def _sized(name: str, summary: str, options: SystemOptions, controller: Controller[Any]) -> System:
+    return System(
+        name=name,
+        summary=summary,
+        roles=options.roles(),
+        prefill=MINIMAL_LOAD,
+        decode=MINIMAL_LOAD,
+        controllers=(controller,),
+        window_s=options.tick_s,
+    )
