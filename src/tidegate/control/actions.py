@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from tidegate.control.effects import Drains, Effects, Flipped, StartInstance, StartMigration, StopInstance
 from tidegate.control.live_request import LiveRequest, Stage
@@ -54,6 +54,7 @@ class Actions:
         self._asked = asked
         self._journal = journal
         self.migrations: Counter[str] = Counter()
+        self._released: set[str] = set()
 
     def execute(self, actions: Iterable[Action], now: float) -> Effects:
         """Carry out each action as far as it is legal; one that is not changes nothing.
@@ -68,8 +69,9 @@ class Actions:
                 case Migrate():
                     self._migrate(action, now, effects)
                 case SetTarget():
-                    steps = steps_to_target(self._membership.view(now)[0], action, self._membership.starting)
+                    steps = self._to_target(action, now)
                     effects += self.execute(steps, now)
+                    self._released.update(step.instance for step in steps if isinstance(step, Drain))
                 case AddInstance(role, reason):
                     self._membership.starting[role] += 1
                     effects.append(StartInstance(role, reason))
@@ -110,6 +112,14 @@ class Actions:
         self.migrations[event] += 1
         if self._journal.enabled:
             self._journal.migration(now, migrate, event, detail, cost)
+
+    def _to_target(self, target: SetTarget, now: float) -> Sequence[Action]:
+        """Return what a target takes; what an earlier one drains is there to be taken back."""
+        membership = self._membership
+        self._released &= {name for name, remove in membership.draining.items() if remove}
+        there = self._released.difference(membership.stopping).intersection(self._ledger.ids)
+        released = {name: self._ledger.role_of(name) for name in sorted(there)}
+        return steps_to_target(membership.view(now)[0], target, membership.starting, released)
 
     def _flip(self, flip: Flip, now: float, effects: Effects) -> None:
         if flip.instance not in self._ledger.ids:

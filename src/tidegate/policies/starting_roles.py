@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tidegate.core.decision import AddInstance, Drain, Flip, SetTarget
+from tidegate.core.decision import AddInstance, Drain, Flip, SetTarget, Undrain
 from tidegate.core.errors import ConfigError
 from tidegate.core.instance import Role
 from tidegate.ledger.snapshot import Snapshot
@@ -93,32 +93,34 @@ def _need_one(instances: int) -> None:
 
 
 def steps_to_target(
-    snapshot: Snapshot, target: SetTarget, starting: Mapping[Role, int]
-) -> tuple[Flip | AddInstance | Drain, ...]:
+    snapshot: Snapshot, target: SetTarget, starting: Mapping[Role, int], released: Mapping[str, Role]
+) -> tuple[Flip | AddInstance | Drain | Undrain, ...]:
     """Return the actions after which the fleet has ``target``'s split; none where it has.
 
-    ``starting`` counts the instances that are on their way, by the label they will have. Flips come first:
-    they cost nothing. What a flip cannot make up for is added or drained, and removed once it is empty. Of
-    the instances that could change, the one goes first that still holds work of the role it changes to, then
-    the one with the least work of the role it gives up (Arrow v2, Algorithm 3). MIXED instances stay.
+    ``starting`` counts the instances that are on their way, by the label they will have; ``released`` are
+    those that an earlier target drains, which are not stopped yet. Flips come first: they cost nothing. What
+    a flip cannot make up for is taken back from the released ones, or added. Surplus is drained, and removed
+    once it is empty; what only starts is no surplus yet. Of the instances that could change, the one goes
+    first that still holds work of the role it changes to, then the one with the least work of the role it
+    gives up (Arrow v2, Algorithm 3). MIXED instances stay.
     """
     wanted = {Role.PREFILL: target.n_prefill, Role.DECODE: target.n_decode}
     cheapest = {role: _cheapest_first(snapshot, role) for role in wanted}
-    lacking = {
-        role: count - int(np.count_nonzero(snapshot.labelled(role))) - starting.get(role, 0)
-        for role, count in wanted.items()
-    }
+    surplus = {role: int(np.count_nonzero(snapshot.labelled(role))) - count for role, count in wanted.items()}
     why = f"the target is {target.n_prefill} for prefill and {target.n_decode} for decode"
     why += f": {target.reason}" if target.reason else ""
-    steps: list[Flip | AddInstance | Drain] = []
+    steps: list[Flip | AddInstance | Drain | Undrain] = []
     for to, source in ((Role.PREFILL, Role.DECODE), (Role.DECODE, Role.PREFILL)):
-        while lacking[to] > 0 > lacking[source] and cheapest[source]:
+        while surplus[to] + starting.get(to, 0) < 0 < surplus[source] and cheapest[source]:
             steps.append(Flip(cheapest[source].pop(0), to, "target", why))
-            lacking[to] -= 1
-            lacking[source] += 1
-    for role, count in lacking.items():
-        steps += [AddInstance(role, target.reason)] * max(0, count)
-        steps += [Drain(name, True, target.reason) for name in cheapest[role][: max(0, -count)]]
+            surplus[to] += 1
+            surplus[source] -= 1
+    for role, count in surplus.items():
+        lacking = max(0, -count - starting.get(role, 0))
+        back = [name for name, label in released.items() if label is role][:lacking]
+        steps += [Undrain(name, target.reason) for name in back]
+        steps += [AddInstance(role, target.reason)] * (lacking - len(back))
+        steps += [Drain(name, True, target.reason) for name in cheapest[role][: max(0, count)]]
     return tuple(steps)
 
 

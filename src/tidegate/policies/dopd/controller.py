@@ -15,6 +15,7 @@ The control plane executes the targets, flips first. Everything is a function of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -26,11 +27,16 @@ from tidegate.core.instance import Role
 from tidegate.core.load_forecast import LoadForecast
 from tidegate.core.slo import Slo
 from tidegate.ledger.snapshot import Snapshot
-from tidegate.policies.dopd.forecast_traffic import expected_traffic, peak_rate_rps, serving_model
-from tidegate.policies.dopd.plan import best_split, smallest_fleet
+from tidegate.policies.dopd.forecast_traffic import (
+    decode_rate_rps,
+    expected_traffic,
+    peak_rate_rps,
+    serving_model,
+)
+from tidegate.policies.dopd.plan import REACHED, Rates, attains, best_split, smallest_fleet
 from tidegate.policies.dopd.pool_loads import Emergency, PoolLoads
 from tidegate.policies.dopd.ratio import Sizing
-from tidegate.policies.dopd.service import ServingModel, Values
+from tidegate.policies.dopd.service import Values
 from tidegate.policies.protocols import Signal
 
 Split = tuple[int, int]
@@ -44,9 +50,9 @@ class DopdConstants:
 
     ``level`` is the share of requests to size for, with gaps of ``gaps_scv`` between arrivals. The newest
     ``agreeing`` plans have to want less of a pool, with the rate ``dead_band`` above the forecast one. On a
-    fixed fleet a flip has to gain ``flip_gain`` of predicted attainment. Emergencies are ``emergency_gap_s``
-    apart, and their instances stay as long as plans count. A fit that is still going on is waited for up to
-    ``settle_s``.
+    fixed fleet flips have to gain a share ``flip_gain`` of predicted goodput. Emergencies are
+    ``emergency_gap_s`` apart, and their instances stay as long as plans count. A fit that is still going on
+    is waited for up to ``settle_s``.
     """
 
     tick_s: float = 5.0
@@ -54,7 +60,7 @@ class DopdConstants:
     gaps_scv: float = 2.0
     agreeing: int = 6
     dead_band: float = 0.1
-    flip_gain: float = 0.01
+    flip_gain: float = 0.05
     idle_s: float = 50.0
     emergency_gap_s: float = 15.0
     settle_s: float = 2.0
@@ -121,11 +127,11 @@ class DopdController:
         if self.fleet is None and sum(have) < 2:
             return ControlDecision(state, reason="holding because one instance does both")
         before = state.target
-        if pools.idle and now - state.busy_s > self.constants.idle_s:
+        if not pools.requests and now - state.busy_s > self.constants.idle_s:
             state = self._idle(state)
         else:
             urgent = self._emergency(state, pools, now)
-            state = urgent or self._planned(state, fleet, now)
+            state = urgent or self._planned(state, fleet, pools)
         if self.advise:
             would = f"would have {_words(state.target)}, has {_words(have)}: " if state.target != have else ""
             return ControlDecision(state, reason=would + state.saying)
@@ -145,7 +151,7 @@ class DopdController:
             state,
             target=target,
             queues=(*state.queues, pools.waiting)[-self.constants.trend_ticks :],
-            busy_s=fleet.at_s if not pools.idle or state.busy_s == -np.inf else state.busy_s,
+            busy_s=fleet.at_s if pools.requests or state.busy_s == -np.inf else state.busy_s,
             corrections=_corrected(state.corrections, fleet, self.constants.correction_weight),
         )
 
@@ -167,129 +173,108 @@ class DopdController:
         if emergency.prefill:
             # What is queued is to be gone by the time that an instance takes to start.
             waiting = pools.queue_s * pools.prefill / max(1.0, self.start_delay_s[0])
-            prefill = max(prefill + 1, int(np.ceil(pools.demand + waiting)))
+            prefill = max(prefill + 1, math.ceil(pools.demand + waiting))
         decode += bool(emergency.decode)
         most = sum(state.target) if self.fleet is None else self.fleet[1]
-        spare = most - sum(state.target)
-        if prefill + decode > most:
-            if spare and emergency.prefill:
-                prefill = most - decode
-            elif emergency.lends(pools, self.slo):
-                step = 1 if emergency.prefill else -1
-                prefill, decode = state.target[0] + step, state.target[1] - step
-            else:
-                return None
+        lent = emergency.lends(pools, self.slo)
+        if lent:
+            step = 1 if emergency.prefill else -1
+            prefill, decode = state.target[0] + step, state.target[1] - step
+        elif prefill + decode > most or not emergency.lasts(pools, self.start_delay_s[0], self.slo):
+            return None
         wanted = (prefill, decode)
+        recent = state.recent if lent else (*state.recent, wanted)[-self.constants.agreeing :]
         saying = f"{_words(wanted)} in an emergency: {why}"
-        recent = (*state.recent, wanted)[-self.constants.agreeing :]
         return replace(state, target=wanted, recent=recent, emergency_s=now, saying=saying)
 
-    def _planned(self, state: DopdState, fleet: Snapshot, now: float) -> DopdState:
+    def _planned(self, state: DopdState, fleet: Snapshot, pools: PoolLoads) -> DopdState:
         """Plan once per forecast."""
-        forecast = fleet.forecast
+        forecast, now = fleet.forecast, fleet.at_s
         if forecast is None or forecast.at_s <= state.planned_s:
             return state
         if forecast.rate_rps.reason and now - forecast.at_s < self.constants.settle_s:
             return state
         state = replace(state, planned_s=forecast.at_s)
         try:
-            return self._planned_with(state, fleet, forecast)
+            return self._planned_with(state, fleet, pools, forecast)
         except ConfigError as error:  # lengths that no instance's KV holds
             return replace(state, saying=f"holding {_words(state.target)} because {error.message}")
 
-    def _planned_with(self, state: DopdState, fleet: Snapshot, forecast: LoadForecast) -> DopdState:
+    def _planned_with(
+        self, state: DopdState, fleet: Snapshot, pools: PoolLoads, forecast: LoadForecast
+    ) -> DopdState:
         model = serving_model(fleet, *state.corrections)
-        # A plan that comes a period later has to be in time for what follows.
-        horizons_s = [delay_s + forecast.period_s for delay_s in self.start_delay_s]
-        rates_rps = [peak_rate_rps(forecast, horizon_s) for horizon_s in horizons_s]
-        if self.fleet is None:
-            rates_rps = [peak_rate_rps(forecast, 2 * forecast.period_s)] * 2
-        plans = _Plans(forecast, model, self.slo, self.constants)
-        if not all(rate == rate for rate in rates_rps) or plans.sizing(rates_rps[0]) is None:
+        known = forecast.rate_rps.high[0] >= 0
+        traffic = expected_traffic(forecast, self.constants.gaps_scv) if known else None
+        if traffic is None:
             return replace(state, saying="holding because no answer's length is known yet")
+        # A plan that comes a period later has to be in time for what follows.
+        delays_s = (forecast.period_s,) * 2 if self.fleet is None else self.start_delay_s
+        prefill_s, decode_s = (delay_s + forecast.period_s for delay_s in delays_s)
+        lifetime_s = max(1.0, Sizing(traffic, model, self.slo).lifetime_s)
+        rates_rps = (
+            peak_rate_rps(forecast, prefill_s),
+            decode_rate_rps(forecast, decode_s, pools.requests, lifetime_s),
+        )
+        sizing = Sizing(replace(traffic, rate_rps=rates_rps[0]), model, self.slo)
         source = forecast.rate_rps
         told = f" (by {source.source}, for {source.reason})" if source.reason else ""
         if self.fleet is None:
-            return self._relabelled(state, plans, rates_rps[0], told)
-        return self._resized(state, plans, rates_rps, told)
+            return self._relabelled(state, sizing, rates_rps, told)
+        return self._resized(state, sizing, rates_rps, told)
 
-    def _relabelled(self, state: DopdState, plans: _Plans, rate_rps: float, told: str) -> DopdState:
+    def _relabelled(self, state: DopdState, sizing: Sizing, rates_rps: Rates, told: str) -> DopdState:
         """Plan a fixed fleet: hold what attains, else take the split that serves most."""
-        sizing = plans.known(rate_rps)
-        attained = sizing.split_attains(rate_rps, *state.target).both
-        wanted = min(self.constants.level, sizing.at_best.both)
-        words = (
-            f"{_words(state.target)} because {100 * attained:.1f} % of {rate_rps:.3g} requests/s attain{told}"
-        )
-        if attained >= wanted - self.constants.flip_gain:
-            return replace(state, saying=f"holding {words}")
-        plan = best_split(sizing, sum(state.target), self.constants.level, mixed=False)
+        level, have = self.constants.level, state.target
+        attained = attains(sizing, rates_rps, *have).both
+        share = f"{100 * attained:.1f} % of {rates_rps[0]:.3g} requests/s attain{told}"
+        words = f"holding {_words(have)} because {share}"
+        wanted = min(level, REACHED * sizing.at_best.both)
+        if attained >= wanted:
+            return replace(state, saying=words)
+        plan = best_split(sizing, sum(have), level, mixed=False)
+        gain = 1.0 + self.constants.flip_gain
+        if (plan.goodput_rps or 0.0) <= gain * sizing.split_goodput_rps(*have, wanted):
+            return replace(state, saying=f"{words}, and no other split serves clearly more")
         better = (plan.prefill, plan.decode)
-        if sizing.split_attains(rate_rps, *better).both < attained + self.constants.flip_gain:
-            return replace(state, saying=f"holding {words}, and no other split would serve clearly more")
         return replace(state, target=better, saying=f"{_words(better)}: {plan.reason}{told}")
 
-    def _resized(self, state: DopdState, plans: _Plans, rates_rps: list[float], told: str) -> DopdState:
+    def _resized(self, state: DopdState, sizing: Sizing, rates_rps: Rates, told: str) -> DopdState:
         """Plan a fleet that grows and shrinks: the most that any of the newest plans wanted."""
-        assert self.fleet is not None
-        least, most = self.fleet
-        wanted, reason = plans.smallest(rates_rps, least, most)
+        wanted, reason = self._smallest(sizing, rates_rps)
         if wanted[0] < state.target[0] or wanted[1] < state.target[1]:
             band = 1.0 + self.constants.dead_band
-            cautious, _ = plans.smallest([band * rate for rate in rates_rps], least, most)
+            cautious, _ = self._smallest(sizing, (band * rates_rps[0], band * rates_rps[1]))
             wanted = _between(wanted, state.target, cautious)
-        recent = (*state.recent, wanted)[-self.constants.agreeing :]
+        agreeing = self.constants.agreeing
+        recent = (*state.recent, wanted)[-agreeing:]
         held = max(p for p, _ in recent), max(d for _, d in recent)
-        if len(recent) < self.constants.agreeing:
+        if len(recent) < agreeing:
             held = max(held[0], state.target[0]), max(held[1], state.target[1])
-        if sum(held) > most:
+        if self.fleet and sum(held) > self.fleet[1]:
             held = wanted
         state = replace(state, recent=recent)
         if held != state.target:
             return replace(state, target=held, saying=f"{_words(held)}: {reason}{told}")
-        agreed = sum(p < held[0] or d < held[1] for p, d in recent)
+        why = ""
         if wanted != held:
-            why = f"{agreed} of {self.constants.agreeing} plans want less, the newest {_words(wanted)}"
-            return replace(state, saying=f"holding {_words(held)} because {why}: it {reason}{told}")
-        return replace(state, saying=f"holding {_words(held)}: it {reason}{told}")
+            agreed = sum(p < held[0] or d < held[1] for p, d in recent)
+            why = f" because {agreed} of {agreeing} plans want less, the newest {_words(wanted)}"
+        return replace(state, saying=f"holding {_words(held)}{why}: it {reason}{told}")
 
-
-@dataclass(frozen=True)
-class _Plans:
-    """Plans of one forecast, at any rate."""
-
-    forecast: LoadForecast
-    model: ServingModel
-    slo: Slo
-    constants: DopdConstants
-
-    def sizing(self, rate_rps: float) -> Sizing | None:
-        """Return the model of the expected lengths at a rate; None while no length is known."""
-        traffic = expected_traffic(self.forecast, rate_rps, self.constants.gaps_scv)
-        return None if traffic is None else Sizing(traffic, self.model, self.slo)
-
-    def known(self, rate_rps: float) -> Sizing:
-        sizing = self.sizing(rate_rps)
-        assert sizing is not None, "whoever plans has asked"
-        return sizing
-
-    def smallest(self, rates_rps: list[float], least: int, most: int) -> tuple[Split, str]:
-        """Return the fewest prefill instances for the first rate and decode ones for the second, with why.
-
-        What a least fleet has beyond them goes where it attains most.
-        """
-        level = self.constants.level
-        decode = smallest_fleet(self.known(rates_rps[1]), level, budget=most, mixed=False)
-        prefill, reason = decode.prefill, decode.reason
-        if rates_rps[0] != rates_rps[1]:
-            sooner = smallest_fleet(self.known(rates_rps[0]), level, budget=most, mixed=False)
-            prefill = min(sooner.prefill, most - decode.decode)
-            reason += f" (prefill for {rates_rps[0]:.3g} requests/s, for it starts sooner)"
-        split, sizing = (prefill, decode.decode), self.known(rates_rps[1])
-        while sum(split) < least:
+    def _smallest(self, sizing: Sizing, rates_rps: Rates) -> tuple[Split, str]:
+        """Return the fewest instances, with why; what a least fleet has beyond them goes where it attains
+        most."""
+        assert self.fleet is not None
+        sizing = replace(sizing, traffic=replace(sizing.traffic, rate_rps=rates_rps[0]))
+        plan = smallest_fleet(
+            sizing, self.constants.level, budget=self.fleet[1], mixed=False, decode_rate_rps=rates_rps[1]
+        )
+        split = (plan.prefill, plan.decode)
+        while sum(split) < self.fleet[0]:
             more = ((split[0] + 1, split[1]), (split[0], split[1] + 1))
-            split = max(more, key=lambda each: sizing.split_attains(rates_rps[1], *each).both)
-        return split, reason
+            split = max(more, key=lambda each: attains(sizing, rates_rps, *each).both)
+        return split, plan.reason
 
 
 def check_two_pools(fleet: tuple[int, int] | None) -> None:

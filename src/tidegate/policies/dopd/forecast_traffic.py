@@ -23,16 +23,35 @@ UNKNOWN_CAPACITY_TOKENS = 10**9
 
 def peak_rate_rps(forecast: LoadForecast, horizon_s: float) -> float:
     """Return the highest rate of the periods up to ``horizon_s``: the 0.9 quantile of each, NaN unknown."""
-    periods = max(1, math.ceil(horizon_s / forecast.period_s - 1e-9))
-    return float(np.max(forecast.rate_rps.high[:periods]))
+    return float(np.max(forecast.rate_rps.high[: _periods(forecast, horizon_s)]))
 
 
-def expected_traffic(forecast: LoadForecast, rate_rps: float, gaps_scv: float) -> Traffic | None:
-    """Return traffic of the next period's lengths at ``rate_rps``; None while no length is known.
+def decode_rate_rps(forecast: LoadForecast, horizon_s: float, there: float, lifetime_s: float) -> float:
+    """Return the rate that keeps as many decodes running as are expected to run at the horizon.
 
-    The lengths are those of the newest requests that were answered, prompts and answers apart multiplied so
-    that their means are the forecast ones. While too few are known, they are log-normal with the forecast
-    moments, prompts and answers independent.
+    Answers live for ``lifetime_s``, so a pool forgets exponentially: of the ``there`` that run or are to run
+    now a share ``exp(-horizon / lifetime)`` is left, and those that come make up for the others. What comes
+    in a lifetime varies less than what comes in a period, by the root of their number.
+    """
+    periods = _periods(forecast, horizon_s)
+    mean_rps = float(np.mean(forecast.rate_rps.mean[:periods]))
+    above_rps = float(np.mean(forecast.rate_rps.high[:periods])) - mean_rps
+    coming_rps = mean_rps + above_rps / math.sqrt(max(1.0, lifetime_s / forecast.period_s))
+    left = math.exp(-horizon_s / lifetime_s)
+    return left * there / lifetime_s + (1.0 - left) * coming_rps
+
+
+def _periods(forecast: LoadForecast, horizon_s: float) -> int:
+    return max(1, math.ceil(horizon_s / forecast.period_s - 1e-9))
+
+
+def expected_traffic(forecast: LoadForecast, gaps_scv: float) -> Traffic | None:
+    """Return traffic of the next period's rate and lengths; None while no length is known.
+
+    The lengths are those of the newest requests that were answered, prompts and answers apart multiplied
+    towards the means that are forecast: by the share that a period's requests are of all that tell, for few
+    long ones make such a mean. While too few are known, they are log-normal with the forecast moments,
+    prompts and answers independent.
     """
     series = (forecast.input_tokens, forecast.output_tokens)
     squares = (forecast.input_tokens_squared, forecast.output_tokens_squared)
@@ -40,15 +59,16 @@ def expected_traffic(forecast: LoadForecast, rate_rps: float, gaps_scv: float) -
     if not all(mean > 0 for mean in means):
         return None
     if len(forecast.lengths) >= FEWEST:
-        columns = [
-            column * (mean / column.mean()) for column, mean in zip(forecast.lengths.T, means, strict=True)
-        ]
+        requests = float(forecast.rate_rps.mean[0]) * forecast.period_s
+        share = requests / (requests + len(forecast.lengths))
+        known = zip(forecast.lengths.T, means, strict=True)
+        columns = [column * (mean / column.mean()) ** share for column, mean in known]
     else:
         columns = [_log_normal(mean, square) for mean, square in zip(means, squares, strict=True)]
         # Each prompt with another quantile of the answers: a step coprime to the count visits all.
         columns[1] = columns[1][np.arange(QUANTILES) * 79 % QUANTILES]
     inputs, outputs = (np.maximum(1.0, np.rint(column)) for column in columns)
-    return Traffic.of(rate_rps, inputs, outputs, gaps_scv)
+    return Traffic.of(float(forecast.rate_rps.mean[0]), inputs, outputs, gaps_scv)
 
 
 def _log_normal(mean: float, squares: SeriesForecast) -> Values:

@@ -13,6 +13,8 @@ from tidegate.policies.dopd.ratio import Attained, Sizing
 
 MIXED_GAIN = 1.05
 """Goodput of a mixed fleet over that of the best split from which it is preferred: the model's error."""
+Rates = tuple[float, float]
+"""Requests per second that the prefill and the decode pool have to serve."""
 REACHED = 0.99
 """Of what any number of instances attains: the level to size for, where the wanted one is above it."""
 
@@ -41,30 +43,41 @@ class FleetPlan:
 
 
 def smallest_fleet(
-    sizing: Sizing, level: float = 0.9, *, budget: int | None = None, least: int = 1, mixed: bool = True
+    sizing: Sizing,
+    level: float = 0.9,
+    *,
+    budget: int | None = None,
+    least: int = 1,
+    mixed: bool = True,
+    decode_rate_rps: float | None = None,
 ) -> FleetPlan:
     """Return the fewest instances of which a share ``level`` of the traffic's requests attains.
 
-    A pool has at least ``least``; of equal totals the one that attains more is taken. Where more than
+    ``decode_rate_rps`` is what the decode pool has to serve where that is not the traffic's rate: it has been
+    filled by what came before. A pool has at least ``least``; of equal totals the one that attains more is
+    taken. Where more than
     ``budget`` would be needed, it is the best use of the budget. Without ``mixed`` it is always a split.
     Raises ConfigError for a budget that has no room for the least pools, and as ``Sizing`` does.
     """
     if budget is not None and budget < 2 * least and not (mixed and budget >= 1):
         raise ConfigError(f"a budget of {budget} instances has no room for pools of at least {least}")
     rate_rps = sizing.traffic.rate_rps
-    if not rate_rps:
+    rates_rps = rate_rps, rate_rps if decode_rate_rps is None else decode_rate_rps
+    if not any(rates_rps):
         return FleetPlan(
             least, least, 0, 0.0, 0.0, sizing.at_best, f"nothing comes: {least} + {least} are the least"
         )
     wanted = min(level, REACHED * sizing.at_best.both)
-    pools = _smallest_split(sizing, rate_rps, wanted, least)
-    plan = _described(sizing, rate_rps, *pools, level)
+    pools = _smallest_split(sizing, rates_rps, wanted, least)
+    plan = _described(sizing, rates_rps, *pools, level)
     total = sum(pools)
     if mixed:
-        fewer = _first(total, lambda count: sizing.mixed_attains(rate_rps, count).both >= max(wanted, 1e-9))
+        fewer = _first(
+            total, lambda count: sizing.mixed_attains(max(rates_rps), count).both >= max(wanted, 1e-9)
+        )
         if fewer < total:
             plan = _mixed(
-                sizing, rate_rps, fewer, f"two would be {pools[0]} + {pools[1]}, for it {plan.reason}"
+                sizing, max(rates_rps), fewer, f"two would be {pools[0]} + {pools[1]}, for it {plan.reason}"
             )
     if budget is None or plan.total <= budget:
         return plan
@@ -107,27 +120,28 @@ def best_split(sizing: Sizing, instances: int, level: float = 0.9, *, mixed: boo
     if both_rps > MIXED_GAIN * found[at]:
         why = f"{both_rps:.3g} requests/s, and {found[at]:.3g} as {split}"
         return replace(_mixed(sizing, both_rps, instances, why), goodput_rps=both_rps)
-    plan = _described(sizing, found[at], at, instances - at, level)
+    plan = _described(sizing, (found[at], found[at]), at, instances - at, level)
     reason = f"of {instances} instances {split} serve most, {found[at]:.3g} requests/s, which {plan.reason}"
     return replace(plan, reason=reason, goodput_rps=found[at])
 
 
-def _smallest_split(sizing: Sizing, rate_rps: float, wanted: float, least: int) -> tuple[int, int]:
+def _smallest_split(sizing: Sizing, rates_rps: Rates, wanted: float, least: int) -> tuple[int, int]:
     """Return the split of least total that attains ``wanted``, of equal totals the one that attains most."""
-    most = 2 * least + 2 * math.ceil(rate_rps * (sizing.work_s + sizing.decode_work_s)) + 8
+    most = 2 * least + 2 * math.ceil(max(rates_rps) * (sizing.work_s + sizing.decode_work_s)) + 8
 
     def fewest(needed: float, share: Callable[[int], float]) -> int:
         if not wanted:
             return max(least, math.ceil(needed))
         return max(least, _first(most, lambda count: share(count) >= wanted))
 
-    prefill = fewest(rate_rps * sizing.work_s, lambda count: sizing.ttft_share(rate_rps, count))
-    decode = fewest(rate_rps * sizing.decode_work_s, lambda count: sizing.tpot_share(rate_rps, count))
+    prefill_rps, decode_rps = rates_rps
+    prefill = fewest(prefill_rps * sizing.work_s, lambda count: sizing.ttft_share(prefill_rps, count))
+    decode = fewest(decode_rps * sizing.decode_work_s, lambda count: sizing.tpot_share(decode_rps, count))
     # Neither pool can be smaller than this; what is lacking together, one more of either may bring.
     for more in range(most):
         options = [(prefill + one, decode + more - one) for one in range(more + 1)]
-        best = max(options, key=lambda pools: sizing.split_attains(rate_rps, *pools).both)
-        if sizing.split_attains(rate_rps, *best).both >= wanted:
+        best = max(options, key=lambda pools: attains(sizing, rates_rps, *pools).both)
+        if attains(sizing, rates_rps, *best).both >= wanted:
             return best
     return prefill, decode
 
@@ -137,10 +151,16 @@ def _first(end: int, enough: Callable[[int], bool]) -> int:
     return 1 + bisect_left(range(1, end), True, key=enough)
 
 
-def _described(sizing: Sizing, rate_rps: float, prefill: int, decode: int, level: float) -> FleetPlan:
+def attains(sizing: Sizing, rates_rps: Rates, prefill: int, decode: int) -> Attained:
+    """Return what a split attains where its pools have rates of their own."""
+    return Attained(sizing.ttft_share(rates_rps[0], prefill), sizing.tpot_share(rates_rps[1], decode))
+
+
+def _described(sizing: Sizing, rates_rps: Rates, prefill: int, decode: int, level: float) -> FleetPlan:
     """Return a split with what is predicted of it, and why it is what it is."""
-    prefill_needed, decode_needed = rate_rps * sizing.work_s, rate_rps * sizing.decode_work_s
-    attained = sizing.split_attains(rate_rps, prefill, decode)
+    rate_rps = rates_rps[0]
+    prefill_needed, decode_needed = rate_rps * sizing.work_s, rates_rps[1] * sizing.decode_work_s
+    attained = attains(sizing, rates_rps, prefill, decode)
     batch, tpot = sizing.decode.batch, f"{1e3 * sizing.slo.tpot_s:.3g} ms"
     limit = "in its KV" if batch >= sizing.decode.kv_batch else f"within {tpot}"
     reason = (

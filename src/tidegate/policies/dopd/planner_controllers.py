@@ -154,7 +154,7 @@ def _by_interval(
     have = (pools.prefill, pools.decode)
     if state.began_s == -np.inf:
         state = replace(state, began_s=now, had=have, busy_s=now)
-    busy_s = state.busy_s if pools.idle else now
+    busy_s = now if pools.requests else state.busy_s
     state = replace(state, seen=(*state.seen, pools), busy_s=busy_s)
     if now - state.began_s < INTERVAL_S:
         return ControlDecision(state, reason=f"holding {have[0]} + {have[1]}: {state.saying}")

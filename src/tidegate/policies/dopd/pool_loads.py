@@ -25,7 +25,8 @@ class PoolLoads:
     Per prefill instance: prompts that ``waiting`` counts wait there, and all of them take ``queue_s`` as
     predicted. ``demand`` is what comes, in prefill seconds per second of the whole pool. The decode
     instances' KV is used to ``kv_share``, ``unroomed`` requests per instance have no room there, and
-    ``gap_s`` is the mean time between two of their tokens, decodes counted alike.
+    ``gap_s`` is the mean time between two of their tokens, decodes counted alike. ``requests`` are all that
+    prefill or decode.
     """
 
     prefill: int
@@ -36,7 +37,7 @@ class PoolLoads:
     kv_share: float
     unroomed: float
     gap_s: float
-    idle: bool
+    requests: float
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> Self:
@@ -59,7 +60,7 @@ class PoolLoads:
             held / capacity if capacity else 0.0,
             over * count / held / max(1, decode) if held else 0.0,
             gaps_s / count if count else 0.0,
-            not (snapshot.prefill_requests.any() or snapshot.decode_requests.any()),
+            float(snapshot.prefill_requests.sum() + snapshot.decode_requests.sum()),
         )
 
     @property
@@ -97,6 +98,14 @@ class Emergency:
         elif pools.gap_s > slo.tpot_s:
             decode = f"tokens come every {1e3 * pools.gap_s:.1f} ms on average"
         return cls(prefill, decode)
+
+    def lasts(self, pools: PoolLoads, start_delay_s: float, slo: Slo) -> bool:
+        """Tell whether an instance that starts would still find work: a prefill queue may be gone by then.
+
+        Without one more the queue changes by what comes less what the pool does.
+        """
+        left_s = pools.queue_s + start_delay_s * (pools.demand / max(1, pools.prefill) - 1.0)
+        return bool(self.decode) or left_s > 0.5 * slo.ttft_s
 
     def lends(self, pools: PoolLoads, slo: Slo) -> bool:
         """Tell whether the pool that is not short can do with one instance less."""

@@ -98,6 +98,11 @@ class Sizing:
         return float(self.traffic.steps * self.decode.step_s(np.array(batch)) / batch)
 
     @cached_property
+    def lifetime_s(self) -> float:
+        """Seconds that an answer takes in the largest batch."""
+        return self.decode_work_s * self.decode.batch
+
+    @cached_property
     def ratio(self) -> float:
         """Prefill instances per decode instance, at the balance."""
         return self.work_s / self.decode_work_s if self.decode_work_s else float("inf")

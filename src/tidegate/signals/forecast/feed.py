@@ -98,7 +98,9 @@ class LoadFeed:
         if number != self._number or newest is None:
             return False
         revised = {name: SeriesForecast.of(each) for name, each in expected.items()}
-        self.forecast = newest._replace(**revised)
+        self.forecast = LoadForecast(
+            newest.at_s, newest.period_s, newest.long_tokens, **revised, lengths=newest.lengths
+        )
         return True
 
     def _next(self, period: LoadPeriod) -> Mapping[str, SeriesForecast]:

@@ -1,0 +1,76 @@
+"""DOPD and the planners beside it in the simulator: a fleet that follows its load, and one that rests."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+
+from tidegate.core.slo import Slo
+from tidegate.costs.library import packaged_profile
+from tidegate.dataplane.replica import replicas_of
+from tidegate.sim import SimRun, SimSettings, simulate
+from tidegate.systems import make_system
+from tidegate.workloads.choice import WorkloadChoice, requests_of
+from tidegate.workloads.reshape import concatenate
+from tidegate.workloads.trace import Workload
+
+SLO = Slo(1.0, 0.05)
+LEAST, MOST = 2, 6
+
+
+def poisson(rate_rps: float, duration_s: float, seed: int = 0) -> Workload:
+    lengths = {"input_tokens": "lognormal:1000:1", "output_tokens": "100"}
+    return requests_of(WorkloadChoice(poisson=rate_rps, duration_s=duration_s, seed=seed, **lengths))
+
+
+def run(name: str, workload: Workload, *, fixed: bool = False, lines: io.BytesIO | None = None) -> SimRun:
+    system = make_system(name, slo=SLO, fleet=None if fixed else (LEAST, MOST))
+    settings = SimSettings(slo=SLO, spares=0 if fixed else MOST - LEAST)
+    replicas = replicas_of(packaged_profile("l40s/llama-3.1-8b"), 4 if fixed else MOST)
+    return simulate(workload, system, replicas, settings, journal=lines)
+
+
+def test_a_fleet_follows_its_load_and_says_why() -> None:
+    growing = [poisson(rate_rps, 90.0, seed) for seed, rate_rps in enumerate((2.0, 4.0, 6.0, 9.0, 12.0))]
+    workload = concatenate(*growing, poisson(2.0, 600.0, 9))
+    journal = io.BytesIO()
+    found = run("dopd", workload, lines=journal)
+    assert found.outcomes == {"ok": len(workload)}
+    assert found.attained > 0.98 * len(workload)
+    assert found.adds >= 1 and found.drains >= 1 and found.reversals <= 3
+    up = np.isfinite(found.timeline.roles).sum(axis=1)
+    at_s = found.timeline.at_s
+    busy = up[(at_s > 360) & (at_s < 450)].mean()
+    assert busy > up[at_s < 90].mean() and busy > up[at_s > 950].mean()
+    said = [line for line in journal.getvalue().decode().splitlines() if '"type":"control"' in line]
+    assert any("prefill instances because" in line for line in said)
+    assert any("holding" in line and "plans want less" in line for line in said)
+    again = run("dopd", workload)
+    assert (again.adds, again.drains, again.instance_hours) == (
+        found.adds,
+        found.drains,
+        found.instance_hours,
+    )
+
+
+@pytest.mark.parametrize("name", ["dopd-code", "dynamo-load", "dynamo-sla", "reactive"])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_the_planners_beside_it_serve_all(name: str, fixed: bool) -> None:
+    found = run(name, poisson(6.0, 240.0), fixed=fixed)
+    assert found.outcomes == {"ok": len(found.requests)}
+    if fixed:
+        assert not (found.adds or found.drains)
+
+
+def test_a_fixed_fleet_rests_at_constant_load() -> None:
+    found = run("dopd", poisson(6.0, 1200.0), fixed=True)
+    assert found.flips <= 1 and not (found.adds or found.drains)
+
+
+@pytest.mark.slow
+def test_six_hours_of_constant_load_take_at_most_one_action_an_hour() -> None:
+    found = run("dopd", poisson(6.0, 6 * 3600.0))
+    assert found.flips + found.adds + found.drains <= 6
+    assert found.attained > 0.99 * len(found.requests)
