@@ -94,7 +94,7 @@ def test_it_grows_with_the_first_plan_and_shrinks_once_all_agree() -> None:
     assert sum(grown) > 4
     low = [played.plan(5.0) for _ in range(CONSTANTS.agreeing)]
     assert all(not decision.actions for decision in low[:-1])
-    assert low[2].reason.startswith(f"holding {grown[0]} + {grown[1]} because 3 of 6 plans want less")
+    assert low[2].reason.startswith(f"holding {grown[0]} + {grown[1]} because 3 of 10 plans want less")
     assert "needs 0.2 prefill instances because 5 requests/s take" in low[2].reason
     assert low[-1].actions and sum(played.split) < sum(grown)
 

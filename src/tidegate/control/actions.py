@@ -19,12 +19,13 @@ from tidegate.core.decision import (
     SetTarget,
     Undrain,
 )
+from tidegate.core.instance import Role
 from tidegate.core.migration import FREE, MigrationCost
 from tidegate.core.request import Request
 from tidegate.journal.writer import JournalWriter
 from tidegate.ledger.ledger import Ledger
 from tidegate.policies.protocols import DecodePlacement
-from tidegate.policies.starting_roles import steps_to_target
+from tidegate.policies.starting_roles import TARGET, steps_to_target
 
 
 class Actions:
@@ -130,6 +131,9 @@ class Actions:
             if self._journal.enabled:
                 self._journal.flip(now, flip, before, why)
             effects.append(Flipped(flip.instance, before, flip.to, flip.reason, why))
+            if flip.reason == TARGET and flip.to is Role.PREFILL:
+                # It is to stay so: beside prompts, what still decodes there would be late.
+                self._move_away(flip.instance, self._ledger.residents(flip.instance).decodes, now, effects)
 
     def _migrate(self, migrate: Migrate, now: float, effects: Effects) -> None:
         live = self._requests.get(migrate.request)

@@ -90,7 +90,7 @@ class SetTarget:
     """Have ``n_prefill`` instances labelled for prefill and ``n_decode`` for decode.
 
     The control plane flips, adds and drains what the fleet lacks or has too much of, once: a target that
-    holds is asked for again.
+    holds is asked for again. What decodes on an instance that becomes one for prefill moves away.
     """
 
     n_prefill: int

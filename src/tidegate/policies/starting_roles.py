@@ -14,6 +14,9 @@ from tidegate.core.instance import Role
 from tidegate.ledger.snapshot import Snapshot
 from tidegate.policies.protocols import StartingRoles
 
+TARGET = "target"
+"""Why a flip is made that a target asks for."""
+
 
 def even_roles(instances: int) -> tuple[Role, ...]:
     """Label half of the fleet for prefill, the odd one for decode (ours): P, D, D, P, D, P, ...
@@ -112,7 +115,7 @@ def steps_to_target(
     steps: list[Flip | AddInstance | Drain | Undrain] = []
     for to, source in ((Role.PREFILL, Role.DECODE), (Role.DECODE, Role.PREFILL)):
         while surplus[to] + starting.get(to, 0) < 0 < surplus[source] and cheapest[source]:
-            steps.append(Flip(cheapest[source].pop(0), to, "target", why))
+            steps.append(Flip(cheapest[source].pop(0), to, TARGET, why))
             surplus[to] += 1
             surplus[source] -= 1
     for role, count in surplus.items():

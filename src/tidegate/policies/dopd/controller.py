@@ -58,7 +58,7 @@ class DopdConstants:
     tick_s: float = 5.0
     level: float = 0.99
     gaps_scv: float = 2.0
-    agreeing: int = 6
+    agreeing: int = 10
     dead_band: float = 0.1
     flip_gain: float = 0.05
     idle_s: float = 50.0

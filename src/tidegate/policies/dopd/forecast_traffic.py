@@ -8,7 +8,7 @@ from statistics import NormalDist
 import numpy as np
 
 from tidegate.core.load_forecast import LoadForecast, SeriesForecast
-from tidegate.costs.profile import UNMEASURED, Profile
+from tidegate.costs.profile import Profile
 from tidegate.ledger.snapshot import Snapshot
 from tidegate.policies.dopd.service import ServingModel, Traffic, Values
 
@@ -83,10 +83,10 @@ def _log_normal(mean: float, squares: SeriesForecast) -> Values:
 def serving_model(snapshot: Snapshot, prefill_correction: float, step_correction: float) -> ServingModel:
     """Return the first instance that is up, for all: the model knows fleets of equal ones only.
 
-    An unknown capacity counts as no limit. The mixed form is a placeholder, for nothing here is mixed.
+    An unknown capacity counts as no limit.
     """
     costs = snapshot.costs.at(0)
-    profile = Profile("", costs.prefill, costs.step, UNMEASURED.mixed, costs.transfer)
+    profile = Profile("", costs.prefill, costs.step, costs.mixed, costs.transfer)
     capacity_tokens = int(snapshot.kv_capacity_tokens[0]) or UNKNOWN_CAPACITY_TOKENS
     return ServingModel(
         profile,

@@ -40,6 +40,8 @@ from tidegate.policies.dopd.service import Decode, Mixed, Prefill, ServingModel,
 
 FAR_GAPS = 3.0
 """Times the longest gap that is in time: decode pools so full are a tail that need not be worked out."""
+WAITED = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Parts of a step that a newcomer waits for, equally likely."""
 _ROUNDS = 30
 """Of the bisection for a goodput."""
 
@@ -130,13 +132,17 @@ class Sizing:
 
     def tpot_share(self, rate_rps: float, instances: int) -> float:
         """Return the share of answers in time from ``instances`` that only decode."""
-        return self._tpot_share(self.decode.step_s, rate_rps, instances)
+        return self._tpot_share(self.decode.step_s, rate_rps, instances, self.decode.joining)
 
-    def _tpot_share(self, step_s: Callable[[Values], Values], rate_rps: float, instances: int) -> float:
+    def _tpot_share(
+        self, step_s: Callable[[Values], Values], rate_rps: float, instances: int, joining: float = 0.0
+    ) -> float:
         decode = self.decode
-        limits_s = decode.longest_gap_s
+        # A newcomer comes at any time of a step: of short answers not all are in time with its mean wait.
+        limits_s = np.array([decode.longest_gap_after_s(waited + joining) for waited in WAITED])
         if not self.traffic.steps or not rate_rps:
-            return self.traffic.mean((step_s(np.array([1.0]))[0] <= limits_s).astype(np.float64))
+            alone = step_s(np.array([1.0]))[0] <= limits_s
+            return self.traffic.mean(alone.mean(axis=0))
 
         def gap_s(requests: Values) -> Values:
             present = np.maximum(1.0, requests / instances)
@@ -149,7 +155,7 @@ class Sizing:
         there = Occupancy.of(rate_rps, self.traffic.steps, gap_s, most)
         allowed = np.searchsorted(gap_s(there.count), limits_s, side="right")
         shares = np.concatenate(([0.0], there.share))[allowed]
-        return self.traffic.mean(np.where(np.isfinite(limits_s), shares, 1.0))
+        return self.traffic.mean(np.where(np.isfinite(limits_s), shares, 1.0).mean(axis=0))
 
     def mixed_attains(self, rate_rps: float, instances: int) -> Attained:
         """Return what ``instances`` attain that all do both."""

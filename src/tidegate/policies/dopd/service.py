@@ -190,17 +190,30 @@ class Decode:
 
     @cached_property
     def longest_gap_s(self) -> Values:
-        """The mean gap between tokens with which each request's TPOT holds; infinite for answers of one
-        token.
+        """``longest_gap_after_s`` of the mean wait, half a step."""
+        return self.longest_gap_after_s(0.5)
 
-        TPOT counts from the first token, so moving the KV and the half step until the batch takes it are of
-        it.
+    @cached_property
+    def joining(self) -> float:
+        """By which part a newcomer's first step is longer, in the largest batch: beside the others it
+        computes the last token of its prompt, and such a step costs what a mixed one does."""
+        batch = float(self.batch)
+        mixed_s = self.model.costs.mixed.seconds(batch + 1.0, 0.0, batch * self.context_tokens)
+        longer = (self.model.host_s + mixed_s) / self.step_s(np.array(batch)) - 1.0
+        return max(0.0, float(longer))
+
+    def longest_gap_after_s(self, waited: float) -> Values:
+        """Return the mean gap between tokens with which each request's TPOT holds; infinite for answers of
+        one token.
+
+        TPOT counts from the first token, so moving the KV and the part ``waited`` of a step until the batch
+        takes it are of it.
         """
         traffic, model = self.traffic, self.model
         steps = traffic.output_tokens - 1.0
         moved_s = model.costs.transfer.seconds(traffic.input_tokens * model.kv_bytes_per_token)
         left_s = np.maximum(0.0, self.slo.tpot_s * steps - moved_s)
-        return np.where(steps > 0, left_s / np.maximum(0.5, steps + 0.5), np.inf)
+        return np.where(steps > 0, left_s / np.maximum(1.0, steps + waited), np.inf)
 
     @cached_property
     def batch(self) -> int:
