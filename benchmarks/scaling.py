@@ -40,8 +40,6 @@ from tidegate.workloads.writers import write_trace
 LEVEL = 0.99
 LEAST = 2
 SCALED = ("dopd", "dopd-code", "dynamo-load", "dynamo-sla")
-JITTER_S = 300.0
-"""By so much the copies of a request come later at most: the curve stays, and bursts do not multiply."""
 HOPELESS = 0.8
 """What a split attains from which one beside it is not tried."""
 SAMPLED = 2000
@@ -50,11 +48,16 @@ SAMPLED = 2000
 
 @dataclass(frozen=True)
 class Case:
-    """A trace, ``copies`` of which come at once, on instances of one profile; ``first`` starts it. ``guess``
-    is where the search for the smallest static fleet begins."""
+    """A part of a trace on instances of one profile.
+
+    ``traffic`` is the share of its requests that come, ``tokens`` what its lengths are multiplied by.
+    ``first`` is the split at the start; ``guess`` where the search for the smallest static fleet begins.
+    """
 
     trace: str
-    copies: int
+    traffic: float
+    tokens: float
+    start_s: float
     profile: str
     slo: Slo
     first: tuple[int, int]
@@ -63,8 +66,10 @@ class Case:
 
 
 CASES = (
-    Case("servegen_r1_day_thin16", 1, "l40s/llama-3.1-8b", Slo(8.0, 0.06), (1, 3), 12, 8),
-    Case("servegen_mlarge_4h", 4, "a100_sxm/llama-3.1-70b/tp4", Slo(2.0, 0.1), (3, 2), 10, 6),
+    Case(
+        "servegen_r1_day_thin16", 0.25, 1.0, 43_200.0, "rtx_4090/llama-3.1-8b", Slo(10.0, 0.06), (1, 2), 10, 6
+    ),
+    Case("servegen_mlarge_4h", 1.0, 3.0, 0.0, "a100_sxm/llama-3.1-70b/tp4", Slo(6.0, 0.08), (3, 2), 9, 6),
 )
 
 
@@ -155,7 +160,8 @@ async def table(trials: Trials, names: tuple[str, ...]) -> None:
     """Print a case's rows, each as soon as it is known."""
     case = trials.case
     targets = f"TTFT {case.slo.ttft_s:g} s, TPOT {1e3 * case.slo.tpot_s:g} ms"
-    print(f"\n{case.trace}, {case.copies} at once, on {case.profile}; {targets}\n")
+    cut = f"{case.traffic:g} of the requests from {case.start_s:g} s on, lengths times {case.tokens:g}"
+    print(f"\n{case.trace}, {cut}, on {case.profile}; {targets}\n")
     print("| system | instances | attainment, % | instance-hours | actions | reversals | share |")
     print("|---" * 7 + "|", flush=True)
     truth = await trials.scaled(
@@ -180,7 +186,7 @@ async def table(trials: Trials, names: tuple[str, ...]) -> None:
 
 async def constant(workers: Workers) -> None:
     """Print the row of six hours at constant load."""
-    case = Case("constant", 1, "l40s/llama-3.1-8b", Slo(1.0, 0.05), (1, 1), 6)
+    case = Case("constant", 1.0, 1.0, 0.0, "l40s/llama-3.1-8b", Slo(1.0, 0.05), (1, 1), 6)
     lengths = {"input_tokens": "lognormal:1000:1", "output_tokens": "100"}
     for rate_rps in (2.0, 6.0, 10.0):
         choice = WorkloadChoice(poisson=rate_rps, duration_s=6 * 3600.0, **lengths)
@@ -189,17 +195,17 @@ async def constant(workers: Workers) -> None:
 
 
 def workloads(options: argparse.Namespace) -> Iterator[tuple[Case, WorkloadChoice]]:
-    """Yield the cases that are asked for, with their traces; copies are written beside the results."""
+    """Yield the cases that are asked for, with their traces; what is drawn of them is written beside the results."""
     for case in CASES:
         if options.case not in case.trace:
             continue
         trace = options.traces / f"{case.trace}.csv.gz"
-        if case.copies > 1:
-            copied = options.out / f"{case.trace}_x{case.copies}.csv"
-            if not copied.exists():
-                write_trace(copied, replicate(read_trace(trace), case.copies, seed=1, jitter_s=JITTER_S))
-            trace = copied
-        yield case, WorkloadChoice(trace=str(trace))
+        if case.traffic != 1.0:
+            drawn = options.out / f"{case.trace}_{case.traffic:g}.csv"
+            if not drawn.exists():
+                write_trace(drawn, replicate(read_trace(trace), case.traffic, seed=1))
+            trace = drawn
+        yield case, WorkloadChoice(trace=str(trace), scale_tokens=case.tokens, start_s=case.start_s)
 
 
 async def main_async(options: argparse.Namespace) -> None:

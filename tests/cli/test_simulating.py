@@ -93,6 +93,26 @@ def test_spares_wait_beside_the_split_until_a_controller_asks(run: Run) -> None:
     assert hours == pytest.approx(all_hours * 2 / 3, rel=0.01)
 
 
+def test_a_fleet_has_a_range_and_a_budget(run: Run) -> None:
+    words = ("sim", *SMALL, "--system", "dopd", "--json", "--slo", "ttft:2000,tpot:100")
+    found = json.loads(run(*words, "--instances", "2..4").stdout)
+    assert found["instances"] == 4 and found["adds"] <= 2
+    two, four = (json.loads(run(*words, "--instances", n).stdout)["instance_hours"] for n in ("2", "4"))
+    assert two < 1.05 * found["instance_hours"] and found["instance_hours"] < four
+    begun = run(*words, "--instances", "2..4", "--split", "2:2", "--advise")
+    assert json.loads(begun.stdout)["instance_hours"] == pytest.approx(four, rel=0.01)
+    for flags, problem in (
+        (("--instances", "2..4", "--budget", "1"), "--budget 1 allows 1 instances"),
+        (("--instances", "2..4", "--budget-per-hour", "5"), "--price"),
+        (("--instances", "2..4", "--budget-per-hour", "5", "--price", "3"), "allows 1 instances"),
+        (("--instances", "1..4"), "two pools take at least 2"),
+        (("--instances", "2..4", "--split", "3:3"), "--split adds up to 6"),
+        (("--instances", "4..2"), "expected N instances, or A..B"),
+    ):
+        refused = run(*words, *flags)
+        assert refused.returncode == 2 and problem in " ".join(refused.stderr.split()), refused.stderr
+
+
 def test_a_journal_is_reported_replayed_and_never_overwritten(run: Run, tmp_path: Path) -> None:
     journal = str(tmp_path / "j.jsonl")
     assert run("sim", *SMALL, "--journal", journal).returncode == 0

@@ -153,6 +153,31 @@ def test_a_target_is_reached_by_flips_then_by_starts_and_drains() -> None:
     assert isinstance(stopped, StopInstance) and stopped.instance in ("i0", "i1", "i2", "i3")
 
 
+def test_a_target_takes_its_drains_back_and_moves_decodes_off_what_becomes_prefill() -> None:
+    plane = make_plane(4)  # P, D, D, P
+    lives = [PlainRequest(f"r{number}") for number in range(2)]
+    on = [decoding(plane, live).on for live in lives]
+    assert sorted(on) == ["i1", "i2"]
+    plane.act([Drain("i0", remove=False, reason="operator")], 0.5)
+    drained = plane.act([SetTarget(1, 1)], 1.0)
+    (gone,) = (effect.instance for effect in only(drained, Drains))
+    assert gone in on and only(drained, StartMigration)[0].migrate.src == gone
+    back = plane.act([SetTarget(1, 2)], 2.0)
+    assert only(back, Drains) == [Drains(gone, "", ended=True)] and not only(back, StartInstance)
+    plane.migration_refused(lives[on.index(gone)], "no room", 2.5)
+    relabelled = plane.act([SetTarget(2, 1)], 3.0)
+    (flipped,) = only(relabelled, Flipped)
+    (move,) = only(relabelled, StartMigration)
+    assert move.migrate.src == flipped.instance != move.migrate.dst
+    assert plane.membership.draining == {"i0": False}, "an operator's drain is nobody else's"
+
+
+def test_what_starts_is_no_surplus() -> None:
+    plane = make_plane(2)
+    assert only(plane.act([SetTarget(1, 2)], 1.0), StartInstance)
+    assert plane.act([SetTarget(1, 1)], 2.0) == [], "the one that is up serves until the other is there"
+
+
 def test_instances_are_added_and_removed() -> None:
     plane = make_plane(2)
     assert plane.act([AddInstance(Role.PREFILL, "peak")], 1.0) == [StartInstance(Role.PREFILL, "peak")]

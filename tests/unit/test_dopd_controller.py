@@ -94,7 +94,7 @@ def test_it_grows_with_the_first_plan_and_shrinks_once_all_agree() -> None:
     assert sum(grown) > 4
     low = [played.plan(5.0) for _ in range(CONSTANTS.agreeing)]
     assert all(not decision.actions for decision in low[:-1])
-    assert low[2].reason.startswith(f"holding {grown[0]} + {grown[1]} because 3 of 10 plans want less")
+    assert low[2].reason.startswith(f"holding {grown[0]} + {grown[1]} because 3 of 6 plans want less")
     assert "needs 0.2 prefill instances because 5 requests/s take" in low[2].reason
     assert low[-1].actions and sum(played.split) < sum(grown)
 
@@ -207,10 +207,10 @@ def test_what_is_lost_is_asked_for_again() -> None:
 
 def test_a_pool_forgets_as_fast_as_answers_end() -> None:
     expected = forecast(0.0, 10.0, 20.0)
-    assert peak_rate_rps(expected, 45.0) == 20.0
-    assert decode_rate_rps(expected, 60.0, 0.0, 1.0) == pytest.approx(20.0)
-    assert decode_rate_rps(expected, 60.0, 3000.0, 1e6) == pytest.approx(0.003, rel=0.3)
-    half = decode_rate_rps(expected, 30.0, 240.0, 120.0)
+    assert peak_rate_rps(expected, 45.0, 0.5) == 15.0
+    assert decode_rate_rps(expected, 60.0, 1.0, 0.0, 1.0) == pytest.approx(20.0)
+    assert decode_rate_rps(expected, 60.0, 1.0, 3000.0, 1e6) == pytest.approx(0.003, rel=0.3)
+    half = decode_rate_rps(expected, 30.0, 1.0, 240.0, 120.0)
     assert half == pytest.approx(2.0 * np.exp(-0.25) + 15.0 * (1 - np.exp(-0.25)))
 
 

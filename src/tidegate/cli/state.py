@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from tidegate.cli.options import Flag
@@ -109,11 +110,16 @@ def _ask(base_url: str, api_key: str) -> dict[str, Any]:
     return answer
 
 
+SHOWN_APART = ("instances", "events", "recent", "controllers")
+
+
 def show_state(answer: Mapping[str, Any]) -> None:
     """Print what a gateway answered: facts in a line, then its instances."""
     console = Console(highlight=False)
-    facts = {name: value for name, value in answer.items() if name not in ("instances", "events", "recent")}
+    facts = {name: value for name, value in answer.items() if name not in SHOWN_APART}
     console.print("[dim] · [/]".join(_fact(name, value) for name, value in facts.items()))
+    for name, reason in answer.get("controllers", {}).items():
+        console.print(f"[dim]{name}[/] {escape(str(reason))}")
     rows = sorted(answer.get("instances", []), key=lambda row: str(row.get("id")))
     if not any(name in row for row in rows for name in STATE_COLUMNS):
         console.print("no instance is up")

@@ -32,6 +32,8 @@ def watched(answer: Mapping[str, Any], width: int, trouble: str = "") -> Group:
     if answer.get("down"):
         parts.append(Text(f"down: {', '.join(map(str, answer['down']))}", style="red"))
     parts += [Text(), _targets(answer), Text(), _instances(answer), Text()]
+    for name, reason in answer.get("controllers", {}).items():
+        parts += [Text.assemble((name, "bold"), f" {reason}"), Text()]
     events: Sequence[Mapping[str, Any]] = answer.get("events", ())
     parts += [_event(event, width) for event in events[:MOST_EVENTS]]
     return Group(*parts)

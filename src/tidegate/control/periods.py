@@ -35,7 +35,8 @@ class Period:
 
 
 class Periods:
-    """The clocks of one system: its window's, and one per controller; ``states`` has theirs by name."""
+    """The clocks of one system: its window's, and one per controller; ``states`` has theirs by name, and
+    ``reasons`` what each said last of its decision."""
 
     def __init__(self, system: System) -> None:
         self.window = Period(system.window_s)
@@ -43,7 +44,7 @@ class Periods:
             (controller, Period(controller.period_s)) for controller in system.controllers
         ]
         self.states: dict[str, Any] = {each.name: each.initial() for each in system.controllers}
-        self._reasons: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
 
     def start(self, now: float) -> float:
         """Begin all periods; return when the first one ends."""
@@ -58,7 +59,7 @@ class Periods:
 
     def news(self, name: str, reason: str) -> bool:
         """Tell whether a controller says something else of its decision than it said last."""
-        known, self._reasons[name] = self._reasons.get(name), reason
+        known, self.reasons[name] = self.reasons.get(name), reason
         return known != reason
 
     def due(self, now: float) -> Iterator[tuple[Controller[Any], Any]]:

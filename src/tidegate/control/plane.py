@@ -52,8 +52,8 @@ class ControlPlane:
 
     ``ids`` are the instances that the fleet starts with. ``prefixes``, where given, tells placements what
     each instance's prefix cache holds; ``lengths``, where given, what is left of every answer; ``load``,
-    where given, forecasts the load for ``Snapshot.forecast``. ``requests`` are those that have not ended, by
-    id; ``migrations`` counts what became of migrations: begun, done, cancelled, ignored.
+    where given, forecasts the load. ``requests`` are those that have not ended, by id; ``migrations`` counts
+    what became of migrations: begun, done, cancelled, ignored; ``said`` has each controller's last reason.
 
     Times are a driver's seconds and never decrease. Every verb returns what is to be done, in this order.
     """
@@ -85,6 +85,7 @@ class ControlPlane:
         )
         self.migrations: Mapping[str, int] = self._actions.migrations
         self._periods = Periods(system)
+        self.said: Mapping[str, str] = self._periods.reasons
         self._audited = False
         self._observers = system.observers
 
@@ -197,8 +198,7 @@ class ControlPlane:
             effects.append(GiveUp(live, no_decode(decision, self.settings.retry_after_s)))
             return effects
         self._decodes_on(live, on, request.prompt_tokens, now)
-        effects.append(RunDecode(live, on))
-        return effects
+        return [*effects, RunDecode(live, on)]
 
     def decode_began(self, live: LiveRequest, resident_tokens: int, now: float) -> None:
         """Say that a colocated prefill became a decode where it is."""

@@ -243,6 +243,7 @@ class Front:
             "requests": {"in_flight": len(dispatcher.plane.requests), "held": dispatcher.plane.held_count},
             "flips": dispatcher.flips,
             "migrations": dispatcher.plane.migrations.get("begun", 0),
+            "controllers": {name: why for name, why in dispatcher.plane.said.items() if why},
             **dispatcher.recent.state(snapshot.at_s),
             **({"prompt_tokens": tokens} if (tokens := dispatcher.loads.prompt_tokens()) else {}),
         }

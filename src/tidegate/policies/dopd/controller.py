@@ -48,21 +48,26 @@ NO_SPLIT: Split = (0, 0)
 class DopdConstants:
     """All ours but ``idle_s`` (the released code's 50 s).
 
-    ``level`` is the share of requests to size for, with gaps of ``gaps_scv`` between arrivals. The newest
+    ``level`` is the share of requests to size for, with gaps of ``gaps_scv`` between arrivals, at a rate the
+    share ``prefill_upper`` or ``decode_upper`` of the way from the forecast to the end of its interval (its
+    0.9 quantile): the TTFT target lets a prefill queue wait out the shortest bursts. The newest
     ``agreeing`` plans have to want less of a pool, with the rate ``dead_band`` above the forecast one. On a
     fixed fleet flips have to gain a share ``flip_gain`` of predicted goodput. Emergencies are
-    ``emergency_gap_s`` apart, and their instances stay as long as plans count. A fit that is still going on
-    is waited for up to ``settle_s``.
+    ``emergency_gap_s`` apart; an instance that one adds stays as long as plans count, and one that it lends
+    keeps its label for ``lent_s``. A fit that is still going on is waited for up to ``settle_s``.
     """
 
     tick_s: float = 5.0
     level: float = 0.99
     gaps_scv: float = 2.0
-    agreeing: int = 10
+    prefill_upper: float = 0.25
+    decode_upper: float = 0.75
+    agreeing: int = 6
     dead_band: float = 0.1
     flip_gain: float = 0.05
     idle_s: float = 50.0
     emergency_gap_s: float = 15.0
+    lent_s: float = 60.0
     settle_s: float = 2.0
     trend_ticks: int = 6
     correction_weight: float = 0.05
@@ -213,8 +218,8 @@ class DopdController:
         prefill_s, decode_s = (delay_s + forecast.period_s for delay_s in delays_s)
         lifetime_s = max(1.0, Sizing(traffic, model, self.slo).lifetime_s)
         rates_rps = (
-            peak_rate_rps(forecast, prefill_s),
-            decode_rate_rps(forecast, decode_s, pools.requests, lifetime_s),
+            peak_rate_rps(forecast, prefill_s, self.constants.prefill_upper),
+            decode_rate_rps(forecast, decode_s, self.constants.decode_upper, pools.requests, lifetime_s),
         )
         sizing = Sizing(replace(traffic, rate_rps=rates_rps[0]), model, self.slo)
         source = forecast.rate_rps
@@ -254,6 +259,11 @@ class DopdController:
         if self.fleet and sum(held) > self.fleet[1]:
             held = wanted
         state = replace(state, recent=recent)
+        lent = state.planned_s - state.emergency_s < self.constants.lent_s
+        if lent and sum(held) == sum(state.target):
+            return replace(
+                state, saying=f"holding {_words(state.target)} because an emergency just relabelled"
+            )
         if held != state.target:
             return replace(state, target=held, saying=f"{_words(held)}: {reason}{told}")
         why = ""

@@ -21,22 +21,31 @@ LONGEST_SPREAD = 4.0
 UNKNOWN_CAPACITY_TOKENS = 10**9
 
 
-def peak_rate_rps(forecast: LoadForecast, horizon_s: float) -> float:
-    """Return the highest rate of the periods up to ``horizon_s``: the 0.9 quantile of each, NaN unknown."""
-    return float(np.max(forecast.rate_rps.high[: _periods(forecast, horizon_s)]))
+def peak_rate_rps(forecast: LoadForecast, horizon_s: float, upper: float) -> float:
+    """Return the highest rate of the periods up to ``horizon_s``; NaN where it is unknown.
+
+    Of each it is the mean plus the share ``upper`` of the way to its 0.9 quantile.
+    """
+    mean, high = (
+        each[: _periods(forecast, horizon_s)] for each in (forecast.rate_rps.mean, forecast.rate_rps.high)
+    )
+    return float(np.max(mean + upper * (high - mean)))
 
 
-def decode_rate_rps(forecast: LoadForecast, horizon_s: float, there: float, lifetime_s: float) -> float:
+def decode_rate_rps(
+    forecast: LoadForecast, horizon_s: float, upper: float, there: float, lifetime_s: float
+) -> float:
     """Return the rate that keeps as many decodes running as are expected to run at the horizon.
 
     Answers live for ``lifetime_s``, so a pool forgets exponentially: of the ``there`` that run or are to run
     now a share ``exp(-horizon / lifetime)`` is left, and those that come make up for the others. What comes
     in a lifetime varies less than what comes in a period, by the root of their number.
     """
-    periods = _periods(forecast, horizon_s)
-    mean_rps = float(np.mean(forecast.rate_rps.mean[:periods]))
-    above_rps = float(np.mean(forecast.rate_rps.high[:periods])) - mean_rps
-    coming_rps = mean_rps + above_rps / math.sqrt(max(1.0, lifetime_s / forecast.period_s))
+    mean, high = (
+        each[: _periods(forecast, horizon_s)] for each in (forecast.rate_rps.mean, forecast.rate_rps.high)
+    )
+    spread = upper / math.sqrt(max(1.0, lifetime_s / forecast.period_s))
+    coming_rps = float(np.mean(mean + spread * (high - mean)))
     left = math.exp(-horizon_s / lifetime_s)
     return left * there / lifetime_s + (1.0 - left) * coming_rps
 
