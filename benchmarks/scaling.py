@@ -195,7 +195,7 @@ async def constant(workers: Workers) -> None:
 
 
 def workloads(options: argparse.Namespace) -> Iterator[tuple[Case, WorkloadChoice]]:
-    """Yield the cases that are asked for, with their traces; what is drawn of them is written beside the results."""
+    """Yield the cases that are asked for, with their traces; a part of one is written beside the results."""
     for case in CASES:
         if options.case not in case.trace:
             continue

@@ -51,18 +51,19 @@ if TYPE_CHECKING:
 GATEWAY = GatewaySettings()
 """The gateway's own defaults."""
 SYSTEMS_HELP = (
-    "The composition of policies that decides: ares (static split, running decodes move to where they vary "
-    "least), ares-slo (static split, running decodes move where that avoids SLO damage), "
+    "The composition of policies that decides: ares (static split, running decodes move to where they "
+    "vary least), ares-slo (static split, running decodes move where that avoids SLO damage), "
     "ares-slo+consolidate (ares-slo, and decode instances that a low load does not need are emptied), "
-    "arrow (Arrow as published, version 2), "
-    "arrow+ares (role flips, and running decodes move where that avoids SLO damage), arrow-lending "
-    "(SLO-aware placement with role flips), arrow-v1 (four elastic pools), colocated (both phases on "
-    "one instance), minimal-load (static split, least predicted time first), round-robin (static split,"
-    " each pool in turn) or static (static split, fewest tokens first); with embedded engines any of "
-    "them as NAME+ORDER, where waiting prefills are served by fifo, edf (earliest deadline), sjf "
-    "(shortest) or feasible-first (earliest deadline that can still be met), as in arrow-"
-    "lending+feasible-first. In front of vLLM servers the default is static unless there is a --profile"
-    " of them, which the others but round-robin need."
+    "arrow (Arrow as published, version 2), arrow+ares (role flips, and running decodes move where "
+    "that avoids SLO damage), arrow-lending (SLO-aware placement with role flips), arrow-v1 (four "
+    "elastic pools), colocated (both phases on one instance), dopd (pools sized ahead of the load), "
+    "dopd-code (DOPD's released formula), dynamo-load (pools sized by thresholds), dynamo-sla (pools "
+    "sized by throughput), minimal-load (static split, least predicted time first), reactive (role "
+    "flips without a forecast: Arrow), round-robin (static split, each pool in turn) or static (static "
+    "split, fewest tokens first); with embedded engines any of them as NAME+ORDER, where waiting "
+    "prefills are served by fifo, edf (earliest deadline), sjf (shortest) or feasible-first (earliest "
+    "deadline that can still be met), as in arrow-lending+feasible-first. In front of vLLM servers the "
+    "default is static unless there is a --profile of them, which the others but round-robin need."
 )
 
 
