@@ -270,7 +270,7 @@ class DopdController:
         if wanted != held:
             agreed = sum(p < held[0] or d < held[1] for p, d in recent)
             why = f" because {agreed} of {agreeing} plans want less, the newest {_words(wanted)}"
-        return replace(state, saying=f"holding {_words(held)}{why}: it {reason}{told}")
+        return replace(state, saying=f"holding {_words(held)}{why}: {reason}{told}")
 
     def _smallest(self, sizing: Sizing, rates_rps: Rates) -> tuple[Split, str]:
         """Return the fewest instances, with why; what a least fleet has beyond them goes where it attains
