@@ -26,6 +26,7 @@ STATE = {
     "down": ["i2"],
     "requests": {"in_flight": 3},
     "flips": 1,
+    "controllers": {"dopd": "holding 2 + 1 because [nothing] comes"},
     "surprise": [1, "[bold]"],
 }
 
@@ -77,6 +78,7 @@ def test_the_table_shows_instances_in_order_and_keeps_to_80_columns(
     assert "x0.50" in shown and "green" not in shown
     words = " ".join(shown.split())
     assert "in flight 3" in words and "down i2" in words and "[bold]" in words
+    assert "dopd holding 2 + 1 because [nothing] comes" in words and "controllers" not in words
     assert all(len(line) <= 80 for line in shown.splitlines())
 
 
@@ -156,6 +158,7 @@ def test_watching_fits_60_columns_and_says_why(capsys: pytest.CaptureFixture[str
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 60
     shown = " ".join(" ".join(lines).split())
+    assert "dopd holding 2 + 1 because [nothing] comes" in shown
     assert why in shown and "59%" in shown and "4.4 s" in shown and "5.1%" in shown and "down: i2" in shown
     assert shown.index("i2 prefill") < shown.index("i10 decode"), "by role"
     Console(width=60).print(watched({"system": "static"}, 60, "no gateway answers"))
