@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,8 +22,8 @@ LEAST, MOST = 2, 6
 
 
 def poisson(rate_rps: float, duration_s: float, seed: int = 0) -> Workload:
-    lengths = {"input_tokens": "lognormal:1000:1", "output_tokens": "100"}
-    return requests_of(WorkloadChoice(poisson=rate_rps, duration_s=duration_s, seed=seed, **lengths))
+    choice = WorkloadChoice(poisson=rate_rps, duration_s=duration_s, seed=seed)
+    return requests_of(replace(choice, input_tokens="lognormal:1000:1", output_tokens="100"))
 
 
 def run(
@@ -73,8 +74,8 @@ def test_a_fixed_fleet_rests_at_constant_load() -> None:
 
 @pytest.mark.slow
 def test_six_hours_of_constant_load_take_at_most_one_action_an_hour() -> None:
-    lengths = {"input_tokens": "lognormal:4000:1", "output_tokens": "lognormal:400:1"}
-    workload = requests_of(WorkloadChoice(poisson=1.5, duration_s=6 * 3600.0, **lengths))
+    choice = WorkloadChoice(poisson=1.5, duration_s=6 * 3600.0)
+    workload = requests_of(replace(choice, input_tokens="lognormal:4000:1", output_tokens="lognormal:400:1"))
     found = run("dopd", workload, slo=Slo(4.0, 0.05))
     assert found.flips + found.adds + found.drains <= 6
     assert found.attained > 0.99 * len(found.requests)
