@@ -185,13 +185,15 @@ async def table(trials: Trials, names: tuple[str, ...]) -> None:
 
 
 async def constant(workers: Workers) -> None:
-    """Print the row of six hours at constant load."""
-    case = Case("constant", 1.0, 1.0, 0.0, "l40s/llama-3.1-8b", Slo(4.0, 0.05), (1, 1), 6)
-    for rate_rps in (0.75, 1.5, 2.5):
+    """Print the rows of six hours at constant load."""
+    loads = ((6.0, "lognormal:1000:1", "100"), (0.75, "lognormal:4000:1", "lognormal:400:1"))
+    for rate_rps, prompt, answer in loads:
+        case = Case("constant", 1.0, 1.0, 0.0, "l40s/llama-3.1-8b", Slo(4.0, 0.05), (1, 1), 6)
         choice = WorkloadChoice(poisson=rate_rps, duration_s=6 * 3600.0)
-        choice = replace(choice, input_tokens="lognormal:4000:1", output_tokens="lognormal:400:1")
+        choice = replace(choice, input_tokens=prompt, output_tokens=answer)
         run = await Trials(case, choice, workers).scaled("dopd", LEAST)
-        print(line(f"dopd at {rate_rps:g} requests/s", f"{LEAST}..{case.most}", run, 0.0), flush=True)
+        name = f"dopd at {rate_rps:g} requests/s, {prompt} / {answer}"
+        print(line(name, f"{LEAST}..{case.most}", run, 0.0), flush=True)
 
 
 def workloads(options: argparse.Namespace) -> Iterator[tuple[Case, WorkloadChoice]]:

@@ -74,8 +74,6 @@ def test_a_fixed_fleet_rests_at_constant_load() -> None:
 
 @pytest.mark.slow
 def test_six_hours_of_constant_load_take_at_most_one_action_an_hour() -> None:
-    choice = WorkloadChoice(poisson=1.5, duration_s=6 * 3600.0)
-    workload = requests_of(replace(choice, input_tokens="lognormal:4000:1", output_tokens="lognormal:400:1"))
-    found = run("dopd", workload, slo=Slo(4.0, 0.05))
+    found = run("dopd", poisson(6.0, 6 * 3600.0), slo=Slo(4.0, 0.05))
     assert found.flips + found.adds + found.drains <= 6
     assert found.attained > 0.99 * len(found.requests)

@@ -1,11 +1,11 @@
 """DOPD's manager: it holds the split that the forecast needs, and moves there before the load does.
 
 Once per forecast it plans (``plan``) for the highest rate that is likely until an instance that is asked for
-now would serve; each role has its own start-up time. *Hysteresis*: a pool has the most that any of the newest
-plans wanted, so it grows with the first one and shrinks once all agree. *Dead band*: a plan wants less only
-if less would do for more than is expected. *Idle shrink*: without requests for a while the fleet goes to its
-least at once (the released code does the same). *Emergency*: between the periods, a pool whose queue or KV
-says that it is short now gets an instance, or on a full budget one of the other pool's.
+now would serve; each role has its own start-up time. *Hysteresis*: a pool has the most that any two of the
+newest plans in a row wanted, so it grows with the second one and shrinks once all agree. *Dead band*: a plan
+wants less only if less would do for more than is expected. *Idle shrink*: without requests for a while the
+fleet goes to its least at once (the released code does the same). *Emergency*: between the periods, a pool
+whose queue or KV says that it is short now gets an instance, or on a full budget one of the other pool's.
 
 It is always a split: instances that do both are left to ``Sizing.mixed_attains`` (the plan is made without
 them), for neither the label nor the target of a mixed fleet exists here.
@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -51,7 +52,8 @@ class DopdConstants:
     ``level`` is the share of requests to size for, with gaps of ``gaps_scv`` between arrivals, at a rate the
     share ``prefill_upper`` or ``decode_upper`` of the way from the forecast to the end of its interval (its
     0.9 quantile): the TTFT target lets a prefill queue wait out the shortest bursts. The newest
-    ``agreeing`` plans have to want less of a pool, with the rate ``dead_band`` above the forecast one. On a
+    ``agreeing`` plans have to want less of a pool, with the rate ``dead_band`` above the forecast one and of
+    the misses that ``level`` allows the share ``safer``: tails of few requests are noise. On a
     fixed fleet flips have to gain a share ``flip_gain`` of predicted goodput. Emergencies are
     ``emergency_gap_s`` apart; an instance that one adds stays as long as plans count, and one that it lends
     keeps its label for ``lent_s``. A fit that is still going on is waited for up to ``settle_s``.
@@ -61,9 +63,10 @@ class DopdConstants:
     level: float = 0.99
     gaps_scv: float = 2.0
     prefill_upper: float = 0.25
-    decode_upper: float = 0.75
-    agreeing: int = 6
+    decode_upper: float = 1.0
+    agreeing: int = 20
     dead_band: float = 0.1
+    safer: float = 0.5
     flip_gain: float = 0.05
     idle_s: float = 50.0
     emergency_gap_s: float = 15.0
@@ -155,6 +158,7 @@ class DopdController:
         return replace(
             state,
             target=target,
+            asked_s=fleet.at_s if state.target == NO_SPLIT else state.asked_s,
             queues=(*state.queues, pools.waiting)[-self.constants.trend_ticks :],
             busy_s=fleet.at_s if pools.requests or state.busy_s == -np.inf else state.busy_s,
             corrections=_corrected(state.corrections, fleet, self.constants.correction_weight),
@@ -188,7 +192,7 @@ class DopdController:
         elif prefill + decode > most or not emergency.lasts(pools, self.start_delay_s[0], self.slo):
             return None
         wanted = (prefill, decode)
-        recent = state.recent if lent else (*state.recent, wanted)[-self.constants.agreeing :]
+        recent = state.recent if lent else (*state.recent, wanted, wanted)[-self.constants.agreeing :]
         saying = f"{_words(wanted)} in an emergency: {why}"
         return replace(state, target=wanted, recent=recent, emergency_s=now, saying=saying)
 
@@ -246,18 +250,22 @@ class DopdController:
 
     def _resized(self, state: DopdState, sizing: Sizing, rates_rps: Rates, told: str) -> DopdState:
         """Plan a fleet that grows and shrinks: the most that any of the newest plans wanted."""
-        wanted, reason = self._smallest(sizing, rates_rps)
+        level = self.constants.level
+        wanted, reason = self._smallest(sizing, rates_rps, level)
         if wanted[0] < state.target[0] or wanted[1] < state.target[1]:
-            band = 1.0 + self.constants.dead_band
-            cautious, _ = self._smallest(sizing, (band * rates_rps[0], band * rates_rps[1]))
+            band = self.constants.dead_band
+            more = ((1.0 + band) * rates_rps[0], (1.0 + band) * rates_rps[1])
+            cautious, _ = self._smallest(sizing, more, 1.0 - self.constants.safer * (1.0 - level))
             wanted = _between(wanted, state.target, cautious)
         agreeing = self.constants.agreeing
         recent = (*state.recent, wanted)[-agreeing:]
-        held = max(p for p, _ in recent), max(d for _, d in recent)
+        pairs = pairwise(recent) if agreeing > 1 else zip(recent, recent, strict=True)
+        confirmed = [(min(a[0], b[0]), min(a[1], b[1])) for a, b in pairs]
         if len(recent) < agreeing:
-            held = max(held[0], state.target[0]), max(held[1], state.target[1])
+            confirmed.append(state.target)
+        held = max(p for p, _ in confirmed), max(d for _, d in confirmed)
         if self.fleet and sum(held) > self.fleet[1]:
-            held = wanted
+            held = wanted if sum(wanted) == self.fleet[1] else state.target
         state = replace(state, recent=recent)
         lent = state.planned_s - state.emergency_s < self.constants.lent_s
         if lent and sum(held) == sum(state.target):
@@ -267,19 +275,19 @@ class DopdController:
         if held != state.target:
             return replace(state, target=held, saying=f"{_words(held)}: {reason}{told}")
         why = ""
-        if wanted != held:
+        if wanted[0] > held[0] or wanted[1] > held[1]:
+            why = f" because one plan alone wants {_words(wanted)}"
+        elif wanted != held:
             agreed = sum(p < held[0] or d < held[1] for p, d in recent)
             why = f" because {agreed} of {agreeing} plans want less, the newest {_words(wanted)}"
         return replace(state, saying=f"holding {_words(held)}{why}: {reason}{told}")
 
-    def _smallest(self, sizing: Sizing, rates_rps: Rates) -> tuple[Split, str]:
+    def _smallest(self, sizing: Sizing, rates_rps: Rates, level: float) -> tuple[Split, str]:
         """Return the fewest instances, with why; what a least fleet has beyond them goes where it attains
         most."""
         assert self.fleet is not None
         sizing = replace(sizing, traffic=replace(sizing.traffic, rate_rps=rates_rps[0]))
-        plan = smallest_fleet(
-            sizing, self.constants.level, budget=self.fleet[1], mixed=False, decode_rate_rps=rates_rps[1]
-        )
+        plan = smallest_fleet(sizing, level, budget=self.fleet[1], mixed=False, decode_rate_rps=rates_rps[1])
         split = (plan.prefill, plan.decode)
         while sum(split) < self.fleet[0]:
             more = ((split[0] + 1, split[1]), (split[0], split[1] + 1))
