@@ -37,16 +37,14 @@ def run(
 
 def test_a_fleet_follows_its_load_and_says_why() -> None:
     growing = [poisson(rate_rps, 90.0, seed) for seed, rate_rps in enumerate((2.0, 4.0, 6.0, 9.0, 12.0))]
-    workload = concatenate(*growing, poisson(2.0, 600.0, 9))
+    workload = concatenate(*growing, poisson(2.0, 800.0, 9))
     journal = io.BytesIO()
     found = run("dopd", workload, lines=journal)
     assert found.outcomes == {"ok": len(workload)}
     assert found.attained > 0.98 * len(workload)
     assert found.adds >= 1 and found.drains >= 1 and found.reversals <= 3
     up = np.isfinite(found.timeline.roles).sum(axis=1)
-    at_s = found.timeline.at_s
-    busy = up[(at_s > 360) & (at_s < 450)].mean()
-    assert busy > up[at_s < 90].mean() and busy > up[at_s > 950].mean()
+    assert (up[0], up[-1]) == (LEAST, LEAST) and up.max() > LEAST
     said = [line for line in journal.getvalue().decode().splitlines() if '"type":"control"' in line]
     assert any("prefill instances because" in line for line in said)
     assert any("holding" in line and "plans want less" in line for line in said)
