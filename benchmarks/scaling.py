@@ -17,7 +17,7 @@ import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -175,12 +175,12 @@ async def table(trials: Trials, names: tuple[str, ...]) -> None:
         print(line(name, f"{LEAST}..{case.most}", run, hours), flush=True)
         missed += [name] if run["attainment"] < LEVEL else []
     for name in (each for each in names if each not in SCALED):
-        at, run = await smallest(LEAST, case.most, lambda n, name=name: trials.fixed(name, n), case.guess)
+        at, run = await smallest(LEAST, case.most, partial(trials.fixed, name), case.guess)
         split = f"{run['split'][0]}:{run['split'][1]}" if "split" in run else str(at)
         print(line(name, split, run, hours), flush=True)
     for name in missed:
         low = LEAST + 1
-        at, run = await smallest(low, case.most, lambda n, name=name: trials.scaled(name, n), case.guess - 2)
+        at, run = await smallest(low, case.most, partial(trials.scaled, name), case.guess - 2)
         print(line(name, f"{at}..{case.most}", run, hours), flush=True)
 
 
