@@ -314,8 +314,8 @@ def _write(folder: Path, found: Answer, model: str, took_s: float) -> None:
         "requests per run": str(found.requests),
         "took": f"{took_s:.1f} s",
         **{
-            f"profile {pool.kind.profile.name}": f"{pool.kind.profile.profile.source}; {pool.kind.profile.note}"
-            for pool in first.pools
+            f"profile {each.name}": f"{each.profile.source}; {each.note}"
+            for each in (pool.kind.profile for pool in first.pools)
         },
     }
     texts = {

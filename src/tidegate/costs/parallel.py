@@ -1,9 +1,9 @@
 """What a model's instance is on so many GPUs of a kind: a profile for every tensor-parallel size.
 
-A packaged profile is taken as it is. Where that size or GPU was not measured, the nearest measured one of the
-same model is scaled, coefficient by coefficient, by what the roofline says of the difference: kernels keep the
-shares of nominal rates that they were measured to reach, and only the nominal rates change. Pipeline
-parallelism is left out: the cost forms have no stages.
+A packaged profile is taken as it is. Where that size or GPU was not measured, the nearest measured one of
+the same model is scaled, coefficient by coefficient, by what the roofline says of the difference: kernels
+keep the shares of nominal rates that they were measured to reach, and only the nominal rates change.
+Pipeline parallelism is left out: the cost forms have no stages.
 """
 
 from __future__ import annotations

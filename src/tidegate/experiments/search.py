@@ -75,9 +75,8 @@ class _Bracket:
         """Return how much of the search is done, about."""
         met, missed = self.met_rps, self.missed_rps
         both = met is not None and missed is not None
-        ratio = math.log(missed / met if met and missed else self.settings.growth) / math.log1p(
-            self.settings.tolerance
-        )
+        width = missed / met if met and missed else self.settings.growth
+        ratio = math.log(width) / math.log1p(self.settings.tolerance)
         left = max(0, math.ceil(math.log2(max(1e-9, ratio)))) + (0 if both else 1)
         return len(self.seen) / (len(self.seen) + left)
 

@@ -87,8 +87,11 @@ class Ranked:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The deployments, the best first. ``rate_rps`` is where their attainment was compared: the asked rate,
-    else the goodput of the first. ``curve`` is (GPUs, family, goodput) as the corrected program predicts it."""
+    """The deployments, the best first.
+
+    ``rate_rps`` is where their attainment was compared: the asked rate, else the goodput of the first.
+    ``curve`` is (GPUs, family, goodput) as the corrected program predicts it.
+    """
 
     question: Question
     ranked: tuple[Ranked, ...]
@@ -128,13 +131,11 @@ async def answer(question: Question, workers: Workers) -> Answer:
 async def _ranked(search: PlanSearch, found: Sequence[Deployment], parts: int) -> tuple[list[Ranked], float]:
     question = search.question
     seeds = range(question.seeds)
-    goodputs = await asyncio.gather(
-        *(search.measured(each, search.known.goodput_rps[each] or 1.0, seeds) for each in found)
-    )
+    goodputs = await asyncio.gather(*(_with_seeds(search, each) for each in found))
     order = list(range(len(found)))
     if question.rate_rps is None:
         order.sort(key=lambda at: -goodputs[at].goodput_rps)
-    rate_rps = question.rate_rps or goodputs[order[0]].goodput_rps
+    rate_rps = question.rate_rps or goodputs[order[0]].shown_rps
     leaders: set[str] = set()
     kept = []
     for place, at in enumerate(order):
@@ -157,6 +158,16 @@ async def _ranked(search: PlanSearch, found: Sequence[Deployment], parts: int) -
             )
         )
     return ranked, parts * rate_rps
+
+
+async def _with_seeds(search: PlanSearch, chosen: Deployment) -> LevelGoodput:
+    """Return a deployment's goodput over all seeds, of which the first is known."""
+    first_rps = search.known.goodput_rps[chosen]
+    more = range(1, search.question.seeds)
+    found = await search.measured(chosen, first_rps or 1.0, more or (0,))
+    by_seed = (first_rps, *found.by_seed) if more else found.by_seed
+    mean, low, high = t_interval(by_seed)
+    return replace(found, goodput_rps=mean, low_rps=max(0.0, low), high_rps=high, by_seed=by_seed)
 
 
 def scaled(found: LevelGoodput, parts: int) -> LevelGoodput:

@@ -1,8 +1,9 @@
 """What a pool serves in closed form: where a search begins, and the coefficients of its program.
 
 A phase has to keep its own target for the square root of the level, so that both together keep the level
-(``policies.dopd.ratio``, whose queues these are), or for what it can at best where that is less. Prefill sees only the tokens of a prompt that no cache holds;
-decode sees the whole context. Simulations correct the figures by a factor per role.
+(``policies.dopd.ratio``, whose queues these are), or for what it can at best where that is less. Prefill
+sees only the tokens of a prompt that no cache holds; decode sees the whole context. Simulations correct the
+figures by a factor per role.
 """
 
 from __future__ import annotations

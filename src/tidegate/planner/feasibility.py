@@ -1,4 +1,4 @@
-"""Whether an SLO can be met at all, by any of the offered replicas alone on an empty fleet; else what can be."""
+"""Whether an SLO can be met at all, by some replica that is offered, alone; and if not, which one can."""
 
 from __future__ import annotations
 

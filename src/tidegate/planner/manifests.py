@@ -1,4 +1,4 @@
-"""A deployment as files: `vllm serve` command lines, a compose file, a Kubernetes manifest, the gateway's line.
+"""A deployment as files: `vllm serve` command lines, a compose file, a Kubernetes manifest, the gateway.
 
 The flags of a server are those that the fleet starts one with, and docs/engines/vllm.md explains. Written as
 JSON values inside of YAML, which is YAML.
@@ -101,7 +101,7 @@ def commands(chosen: Deployment, model: str, slo: Slo) -> str:
     """Return a shell script's lines: every server by hand, and the gateway. HOST_N stand for addresses."""
     lines = [
         "#!/bin/sh",
-        f"# {chosen.title}: {len(list(servers_of(chosen)))} servers. Set HOST_0, HOST_1, ...",
+        f"# {chosen.title}: {chosen.instances} servers. Set HOST_0, HOST_1, ...",
     ]
     lines += ["# Run each line where its GPUs are; docs/engines/vllm.md says what each flag is for.", ""]
     hosts = {}
@@ -154,7 +154,7 @@ def compose(chosen: Deployment, model: str, slo: Slo) -> str:
     words = gateway_words(chosen, slo, hosts)
     waits = [f"      {name}: {{condition: service_healthy}}" for name in hosts]
     mounted = ["    volumes:", "      - ./plan_system.py:/plan_system.py:ro"]
-    mounted = mounted + ["    working_dir: /"] if chosen.family == "mixed" else []
+    mounted = [*mounted, "    working_dir: /"] if chosen.family == "mixed" else []
     return "\n".join(
         [
             f"# {chosen.title}, for one machine with {device} GPUs; written by tidegate plan and not run.",

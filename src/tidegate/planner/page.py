@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from tidegate.planner.answer import Answer, Ranked
+from tidegate.planner.search import TOLERANCE
 from tidegate.reports.charts import Chart, Curve, Mark, Panel, told_apart
 from tidegate.reports.html import answer_box, document, figure, note, table
 from tidegate.reports.looks import Look, looks
@@ -95,7 +96,7 @@ def _over_rate(answer: Answer, section: str) -> Chart:
 def cells(place: int, each: Ranked) -> list[str]:
     """Return a row of the ranking, under ``HEAD``."""
     found, (mean, low, high) = each.goodput, each.attainment
-    half = 0.5 * (found.high_rps - found.low_rps)
+    half = max(0.5 * (found.high_rps - found.low_rps), TOLERANCE * found.goodput_rps)
     price = each.deployment.price_per_h
     return [
         str(place),
@@ -122,9 +123,9 @@ def render(answer: Answer, drawn: Sequence[Chart], facts: Mapping[str, str], com
         answer_box(rest),
         f'<div class="wide">{table(HEAD, rows, text=(1,))}</div>',
         note(
-            "Goodput is the highest rate at which the level is attained, the mean of draws with Student's 95 % "
-            f"interval; attained is at {answer.rate_rps:.4g} requests/s. Sure: the probability of serving at "
-            "least 97 % of the best other one."
+            "Goodput is the highest rate at which the level is attained, the mean of draws with Student's "
+            f"95 % interval; attained is at {answer.rate_rps:.4g} requests/s. Sure: the probability of "
+            "serving at least 97 % of the best other one."
         ),
         *map(figure, drawn),
         "<h2>How this was made</h2>",

@@ -1,11 +1,11 @@
 """The program: how many replicas of which kind, and who gets which part of the arrivals.
 
-A mixed-integer linear program after AMPD (section 5, an ILP over replicas by phase and tensor-parallel size),
-completed. Per kind of replica and role it has a whole count, an indicator that it is used at all, and the rate
-that it is sent; a mixed replica divides its time between whole requests, prefills and decodes. At least one
-replica serves each phase. What a pool serves depends on its count, and arrivals are split, where the paper's
-latency of a kind depends on neither. Solved by HiGHS. Before the next solution is asked for, the last one's
-choice of kinds and roles is excluded; other counts of it are found by search.
+A mixed-integer linear program after AMPD (section 5, an ILP over replicas by phase and tensor-parallel
+size), completed. Per kind of replica and role it has a whole count, an indicator that it is used at all, and
+the rate that it is sent; a mixed replica divides its time between whole requests, prefills and decodes. At
+least one replica serves each phase. What a pool serves depends on its count, and arrivals are split, where
+the paper's latency of a kind depends on neither. Solved by HiGHS. Before the next solution is asked for, the
+last one's choice of kinds and roles is excluded; other counts of it are found by search.
 """
 
 from __future__ import annotations

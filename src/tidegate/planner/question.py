@@ -18,7 +18,7 @@ CHUNKS_TOKENS = {
 """Budgets of a step to choose from. A decode pool has one for the prefills that a system lends it."""
 MODELLED_CHUNKS = {Role.PREFILL: (2048, 8192), Role.MIXED: (2048, 8192), Role.DECODE: (8192,)}
 """Those that the program chooses from; the search steps to the others."""
-LARGEST, CELLS = 32, (12, 24)
+LARGEST, CELLS = 16, (8, 16)
 """Instances up to which a fleet is simulated whole, and of the part that stands for a larger one."""
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from tidegate.core.instance import Role
 from tidegate.experiments.jobs import Job, Workers
 from tidegate.experiments.search import SearchSettings, search_goodput
+from tidegate.planner.bounds import Bounds
 from tidegate.planner.capacity import Capacities
 from tidegate.planner.deployment import Deployment, Offer
 from tidegate.planner.moves import neighbours
@@ -32,8 +33,13 @@ from tidegate.workloads.choice import requests_of
 
 STEP = 0.02
 """Relative gain from which on a deployment counts as better than the best so far."""
-TOLERANCE, FIRST_TOLERANCE = 0.02, 0.03
-"""Relative widths of goodput searches: of the table's, and of the first ones."""
+TOLERANCE = 0.02
+"""Relative width at which a goodput search ends."""
+GLIMPSE, DOUBT = 4, 0.05
+"""A challenger is first run on this part of the requests, and not further where it misses by more than that:
+queues that grow only grow on."""
+HOPELESS = 0.75
+"""Of the best goodput: deployments of which the corrected program expects less are not simulated."""
 PROPOSALS = {"disaggregated": 5, "colocated": 3, "mixed": 2}
 """Solutions of the program that are tried, per form of a family."""
 FORMS: dict[str, tuple[tuple[Role, ...], ...]] = {
@@ -46,7 +52,7 @@ ROUNDS = 6
 
 
 @dataclass
-class Ledger:
+class Known:
     """What simulations said of deployments: goodputs of the first seed, and runs that missed, as (rate,
     attainment)."""
 
@@ -64,7 +70,8 @@ class PlanSearch:
         workload = requests_of(setting.workload)
         slo = setting.settings.loosest_slo
         self.capacities = Capacities(workload, slo, question.level, setting.fleet.engine)
-        self.known = Ledger()
+        self.bounds = Bounds(question.setting.workload, slo, question.level, setting.fleet.engine)
+        self.known = Known()
         self._slo = slo
         self._workload = workload
         self._runs: dict[Deployment, dict[float, list[float]]] = {}
@@ -121,6 +128,12 @@ class PlanSearch:
         self._runs.setdefault(chosen, {}).setdefault(rate_rps, []).append(run["attainment"])
         return run
 
+    async def _glimpse(self, chosen: Deployment, rate_rps: float) -> float:
+        """Return what a deployment attains in the first part of a run: little of it, where queues grow."""
+        setting = chosen.applied(self.question.setting)
+        job = trial_job(setting, chosen.title, rate_rps, 0, max(1, self.requests // GLIMPSE))
+        return float((await self.do(job))["attainment"])
+
     async def attainment(self, chosen: Deployment, rate_rps: float, seed: int = 0) -> float:
         """Return what a deployment attains at a rate."""
         return float((await self.run_at(chosen, rate_rps, seed))["attainment"])
@@ -131,14 +144,14 @@ class PlanSearch:
         return sorted((parts * rate, sum(shares) / len(shares)) for rate, shares in runs.items())
 
     async def measured(
-        self, chosen: Deployment, guess_rps: float, seeds: Sequence[int] = (0,), tolerance: float = TOLERANCE
+        self, chosen: Deployment, guess_rps: float, seeds: Sequence[int] = (0,)
     ) -> LevelGoodput:
         """Search a deployment's goodput around a guess of it."""
 
         async def attained(rate_rps: float, seed: int) -> float:
             return await self.attainment(chosen, rate_rps, seed)
 
-        near = SearchSettings(self.question.level, 0.98 * guess_rps, 1.02 * guess_rps, tolerance, growth=1.06)
+        near = SearchSettings(self.question.level, 0.98 * guess_rps, 1.02 * guess_rps, TOLERANCE, growth=1.06)
         return await search_goodput(near, seeds, attained, credit=self._credit)
 
     def _credit(self, share: float) -> None:
@@ -148,7 +161,7 @@ class PlanSearch:
         """Return a deployment's goodput with the first seed, roughly; each is searched once."""
         if chosen not in self.known.goodput_rps:
             guess_rps = guess_rps or max(1e-3, self.predicted_rps(chosen))
-            found = await self.measured(chosen, guess_rps, tolerance=FIRST_TOLERANCE)
+            found = await self.measured(chosen, guess_rps)
             self.known.goodput_rps[chosen] = found.goodput_rps
         return self.known.goodput_rps[chosen]
 
@@ -166,12 +179,9 @@ class PlanSearch:
             from tidegate.planner.cheapest import cheapest
 
             return await cheapest(self, self.question.rate_rps)
-        again = [
-            chosen
-            for family in self.question.families
-            for chosen in self.proposals(family, PROPOSALS[family])
-        ]
-        await self.challenge(again)
+        await self.challenge(
+            each for family in self.question.families for each in self.proposals(family, PROPOSALS[family])
+        )
         tried: set[Deployment] = set()
         for _ in range(ROUNDS):
             around = self._around(tried)
@@ -201,6 +211,7 @@ class PlanSearch:
         What the program thinks of them comes first, so that the best is raised early.
         """
         new = [each for each in dict.fromkeys(chosen) if each not in self.known.goodput_rps]
+        new = [each for each in new if self._may_be_best(each)]
         new.sort(key=lambda each: -self.predicted_rps(each))
 
         async def tried(each: Deployment) -> None:
@@ -208,7 +219,9 @@ class PlanSearch:
             before = self.known.missed.get(each)
             if before is not None and before[0] <= rate_rps:
                 return
-            share = await self.attainment(each, rate_rps)
+            share = await self._glimpse(each, rate_rps)
+            if share >= self.question.level - DOUBT:
+                share = await self.attainment(each, rate_rps)
             if share < self.question.level:
                 self.known.missed[each] = (rate_rps, share)
             elif each not in self.known.goodput_rps:
@@ -217,6 +230,13 @@ class PlanSearch:
         width = 4
         for start in range(0, len(new), width):
             await asyncio.gather(*map(tried, new[start : start + width]))
+
+    def _may_be_best(self, chosen: Deployment) -> bool:
+        """Tell whether a deployment is worth a simulation: no bound excludes it, and the program hopes."""
+        best_rps = self.best_rps
+        if self.predicted_rps(chosen) < HOPELESS * best_rps:
+            return False
+        return self.bounds.rps(chosen, self.requests) > (1.0 + STEP) * best_rps
 
     def _correct(self) -> None:
         """Set the factors of the program by what binds in the deployments that were searched."""

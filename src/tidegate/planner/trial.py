@@ -16,11 +16,11 @@ from tidegate.workloads.reshape import concatenate, reseeded
 from tidegate.workloads.trace import Workload
 from tidegate.workloads.transform import scale_rate
 
-SPAN_S = 15.0
+SPAN_S = 25.0
 """How long arrivals go on, at least: so that a queue that grows shows."""
-ANSWERS = 3.0
+ANSWERS = 2.0
 """How many answers of mean length, at the TPOT target, arrivals go on for, at least."""
-FEWEST, MOST = 1200, 3000
+FEWEST, MOST = 1200, 6000
 """Requests of a trial."""
 
 
