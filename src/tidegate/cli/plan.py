@@ -36,10 +36,11 @@ from tidegate.dataplane.replica import EngineSettings
 from tidegate.experiments.jobs import Store, Workers
 from tidegate.experiments.setting import Setting, SimulatedFleet
 from tidegate.measure.attainment import DEFAULT_LEVEL
-from tidegate.planner.answer import Answer, answer
+from tidegate.planner.answer import RankedPlan, answer
 from tidegate.planner.deployment import Offer, kinds_on, offers
 from tidegate.planner.page import HEAD, cells, charts, render
 from tidegate.planner.question import Question
+from tidegate.planner.watch import Deployed, WindowVerdict, verdicts
 from tidegate.sim import SimSettings
 from tidegate.workloads.choice import WorkloadChoice
 
@@ -210,36 +211,41 @@ def run(
     A mixed-integer program proposes, simulations with the policies in them decide.
     The answer may be not to disaggregate.
     """
-    offered = budget.offers()
-    choice = replace(workload, trace=workload.trace or DEFAULT_TRACE)
-    if watching.watch is not None:
-        choice = replace(choice, trace=str(watching.watch))
+    if (watching.watch is None) != (watching.deployed is None):
+        raise ConfigError("--watch JOURNAL goes with --deployed FILE, the plan.json of what runs")
+    deployed = None if watching.deployed is None else Deployed.read(watching.deployed)
+    model = budget.model if deployed is None else deployed.model
+    offered = budget.offers() if deployed is None else deployed.offers
+    choice = replace(workload, trace=str(watching.watch or workload.trace or DEFAULT_TRACE))
     setting = Setting(choice, SimulatedFleet((), engine), "", None, with_classes(settings, [choice]))
     question = Question(
         setting,
         offered,
-        kinds_on(offered, budget.model),
+        kinds_on(offered, model),
         wanted.level or (DEFAULT_LEVEL if wanted.rate_rps is None else RATED_LEVEL),
         wanted.rate_rps,
         wanted.system,
         top=wanted.top,
         seeds=wanted.seeds,
     )
+    if deployed is not None:
+        _watch(replace(question, rate_rps=None), deployed, watching.every_s, jobs)
+        return
     if out is not None:
         claim_folder(out, "plan", PAGE, FILES)
     begun_s = time.monotonic()
     found = _answered(question, jobs)
     took_s = time.monotonic() - begun_s
     if as_json:
-        typer.echo(json.dumps(to_json(found, budget.model, took_s), indent=2, allow_nan=False))
+        typer.echo(json.dumps(to_json(found, model, took_s), indent=2, allow_nan=False))
     else:
         _show(found, took_s)
     if out is not None:
-        _write(out, found, budget.model, took_s)
+        _write(out, found, model, took_s)
 
 
-def _answered(question: Question, jobs: int | None) -> Answer:
-    async def everything() -> Answer:
+def _answered(question: Question, jobs: int | None) -> RankedPlan:
+    async def everything() -> RankedPlan:
         with share_bar() as advance:
             async with Workers(processes(jobs), Store(None), advance) as workers:
                 workers.expect(EXPECTED_RUNS)
@@ -248,7 +254,24 @@ def _answered(question: Question, jobs: int | None) -> Answer:
     return run_until_interrupted(everything(), "nothing is kept")
 
 
-def _show(found: Answer, took_s: float) -> None:
+def _watch(question: Question, deployed: Deployed, every_s: float, jobs: int | None) -> None:
+    """Print a line per window of the journal, and when what is deployed ceased to be the best."""
+
+    async def everything() -> list[WindowVerdict]:
+        seen = []
+        async with Workers(processes(jobs), Store(None)) as workers:
+            async for verdict in verdicts(question, deployed.chosen, every_s, workers):
+                typer.echo(verdict.sentence(question.level))
+                seen.append(verdict)
+        return seen
+
+    seen = run_until_interrupted(everything(), "nothing is kept")
+    last_good = max((at for at, each in enumerate(seen) if each.best is None), default=-1)
+    if last_good + 1 < len(seen):
+        typer.echo(f"not the best any more since {seen[last_good + 1].start_s:.0f} s of the journal")
+
+
+def _show(found: RankedPlan, took_s: float) -> None:
     question = found.question
     console = Console()
     if not console.is_terminal:
@@ -273,7 +296,7 @@ def _show(found: Answer, took_s: float) -> None:
     console.print(f"planned in {took_s:.1f} s", style="dim", highlight=False)
 
 
-def to_json(found: Answer, model: str, took_s: float) -> dict[str, Any]:
+def to_json(found: RankedPlan, model: str, took_s: float) -> dict[str, Any]:
     """Return the object of ``--json`` and of plan.json, from which ``--watch`` reads a deployment again."""
     question = found.question
     return {
@@ -300,7 +323,7 @@ def to_json(found: Answer, model: str, took_s: float) -> dict[str, Any]:
     }
 
 
-def _write(folder: Path, found: Answer, model: str, took_s: float) -> None:
+def _write(folder: Path, found: RankedPlan, model: str, took_s: float) -> None:
     from tidegate.planner.manifests import commands, compose, kubernetes, system_file
     from tidegate.reports.plot_style import NoPlots
     from tidegate.reports.png import draw_png

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tidegate.core.errors import ConfigError
 from tidegate.core.instance import Role
@@ -32,8 +33,9 @@ CACHE_SHARE = 0.05
 class Ranked:
     """A deployment of the whole budget. Goodput and rates are the whole deployment's, in requests/s.
 
-    ``attainment`` with its interval over seeds is that at the plan's rate; ``sure`` is the probability, by
-    Student's t over paired seeds, that it serves at least 97 % of what the best other one does.
+    ``attainment`` with its interval over seeds is that at the plan's rate. ``sure`` is the probability, by
+    Student's t over paired seeds, that it serves at least 97 % of what the best other one does, or the asked
+    rate where there is one.
     """
 
     deployment: Deployment
@@ -86,7 +88,7 @@ class Ranked:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class RankedPlan:
     """The deployments, the best first.
 
     ``rate_rps`` is where their attainment was compared: the asked rate, else the goodput of the first.
@@ -103,7 +105,7 @@ class Answer:
     runs: dict[str, list[tuple[float, float]]]
 
 
-async def answer(question: Question, workers: Workers) -> Answer:
+async def answer(question: Question, workers: Workers) -> RankedPlan:
     """Search, rank and describe. Raises ConfigError where no deployment meets the SLO or serves the rate,
     saying what binds and what is nearest."""
     part, parts = question.part(question.most_instances)
@@ -116,7 +118,7 @@ async def answer(question: Question, workers: Workers) -> Answer:
     sentences = [*_verdict(ranked, question), *await _about_caching(search, ranked, parts)]
     sentences += _about_scale(question, part, parts)
     runs = {each.deployment.title: search.runs_of(each.deployment, parts) for each in ranked}
-    return Answer(
+    return RankedPlan(
         question,
         tuple(ranked),
         rate_rps,
@@ -131,7 +133,7 @@ async def answer(question: Question, workers: Workers) -> Answer:
 async def _ranked(search: PlanSearch, found: Sequence[Deployment], parts: int) -> tuple[list[Ranked], float]:
     question = search.question
     seeds = range(question.seeds)
-    goodputs = await asyncio.gather(*(_with_seeds(search, each) for each in found))
+    goodputs = await asyncio.gather(*(with_seeds(search, each) for each in found))
     order = list(range(len(found)))
     if question.rate_rps is None:
         order.sort(key=lambda at: -goodputs[at].goodput_rps)
@@ -154,13 +156,13 @@ async def _ranked(search: PlanSearch, found: Sequence[Deployment], parts: int) -
                 (mean, max(0.0, low), min(1.0, high)),
                 _mean([run["ttft_p95_s"] for run in runs]),
                 _mean([run["tpot_p95_s"] for run in runs]),
-                _sure(goodputs[at], others),
+                _sure(goodputs[at], others, question.rate_rps),
             )
         )
     return ranked, parts * rate_rps
 
 
-async def _with_seeds(search: PlanSearch, chosen: Deployment) -> LevelGoodput:
+async def with_seeds(search: PlanSearch, chosen: Deployment) -> LevelGoodput:
     """Return a deployment's goodput over all seeds, of which the first is known."""
     first_rps = search.known.goodput_rps[chosen]
     more = range(1, search.question.seeds)
@@ -186,18 +188,24 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _sure(one: LevelGoodput, others: Sequence[LevelGoodput]) -> float:
-    """Return how likely it is that ``one`` serves at least 97 % of what the best of ``others`` does."""
-    from scipy.special import stdtr
-
+def _sure(one: LevelGoodput, others: Sequence[LevelGoodput], rate_rps: float | None) -> float:
+    """Return how likely it is that ``one`` serves at least 97 % of what the best of ``others`` does, or the
+    rate where there is one."""
+    if rate_rps is not None:
+        return exceeds(one, np.full(one.seeds, rate_rps))
     if not others:
         return 1.0
     best = max(others, key=lambda each: each.goodput_rps)
-    gains = np.array(one.by_seed) - (1.0 - AS_GOOD) * np.array(best.by_seed)
+    return exceeds(one, (1.0 - AS_GOOD) * np.array(best.by_seed))
+
+
+def exceeds(one: LevelGoodput, wanted_rps: NDArray[np.float64]) -> float:
+    """Return the probability, by Student's t over seeds, that ``one`` serves more than is wanted by seed."""
+    from scipy.special import stdtr
+
+    gains = np.array(one.by_seed) - wanted_rps
     spread = float(np.std(gains, ddof=1)) if len(gains) > 1 else 0.0
-    spread = max(spread, TOLERANCE * best.goodput_rps)  # a search tells no more than its tolerance
-    if not spread:
-        return 0.5
+    spread = max(spread, TOLERANCE * one.goodput_rps, 1e-12)  # a search tells no more than its tolerance
     t = float(gains.mean()) / (spread / math.sqrt(len(gains)))
     return float(stdtr(max(1, len(gains) - 1), t))
 

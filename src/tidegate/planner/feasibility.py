@@ -49,8 +49,8 @@ def check_feasible(capacities: Capacities, kinds: Iterable[ReplicaKind]) -> None
         if least_s > target_s:
             problems.append(
                 f"the {name.upper()} target binds: {level:.0%} of the requests take up to "
-                f"{1e3 * least_s:.3g} ms even alone, on {kind.title}; the nearest that can be met is "
-                f"{name}:{_rounded_up(1e3 * least_s)}"
+                f"{_rounded_up(1e3 * least_s, 3)} ms even alone, on {kind.title}; the nearest that can be "
+                f"met is {name}:{_rounded_up(1e3 * least_s)}"
             )
     if problems:
         raise ConfigError(problems)
@@ -62,7 +62,7 @@ def _quantile(weights: Values, values: Values, level: float) -> float:
     return float(values[order[min(at, len(order) - 1)]])
 
 
-def _rounded_up(value: float) -> str:
-    """Return the value with two digits, rounded up."""
-    unit = 10.0 ** (int(np.floor(np.log10(value))) - 1)
+def _rounded_up(value: float, digits: int = 2) -> str:
+    """Return the value with so many digits, rounded up."""
+    unit = 10.0 ** (int(np.floor(np.log10(value))) - digits + 1)
     return f"{np.ceil(value / unit - 1e-9) * unit:g}"

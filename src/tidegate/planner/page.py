@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from tidegate.planner.answer import Answer, Ranked
+from tidegate.planner.answer import Ranked, RankedPlan
 from tidegate.planner.search import TOLERANCE
 from tidegate.reports.charts import Chart, Curve, Mark, Panel, told_apart
 from tidegate.reports.html import answer_box, document, figure, note, table
@@ -16,7 +16,7 @@ HEAD = ("", "deployment", "system", "goodput", "", "per GPU", "per $", "$/h", "a
 """Of the ranking's columns."""
 
 
-def charts(answer: Answer) -> list[Chart]:
+def charts(answer: RankedPlan) -> list[Chart]:
     """Return the what-if charts."""
     title = answer.question.setting.workload.trace
     section = title or "plan"
@@ -59,7 +59,7 @@ def charts(answer: Answer) -> list[Chart]:
     return [over_gpus, _over_rate(answer, section)]
 
 
-def _over_rate(answer: Answer, section: str) -> Chart:
+def _over_rate(answer: RankedPlan, section: str) -> Chart:
     shown = [each for each in answer.ranked if len(answer.runs.get(each.deployment.title, ())) > 1][:4]
     tones = looks([each.deployment.title for each in shown])
     curves = [
@@ -113,7 +113,7 @@ def cells(place: int, each: Ranked) -> list[str]:
     ]
 
 
-def render(answer: Answer, drawn: Sequence[Chart], facts: Mapping[str, str], command: str) -> str:
+def render(answer: RankedPlan, drawn: Sequence[Chart], facts: Mapping[str, str], command: str) -> str:
     """Return the page."""
     rows = [[escape(cell) for cell in cells(place, each)] for place, each in enumerate(answer.ranked, 1)]
     listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())

@@ -128,11 +128,13 @@ class PlanSearch:
         self._runs.setdefault(chosen, {}).setdefault(rate_rps, []).append(run["attainment"])
         return run
 
-    async def _glimpse(self, chosen: Deployment, rate_rps: float) -> float:
-        """Return what a deployment attains in the first part of a run: little of it, where queues grow."""
+    async def challenged(self, chosen: Deployment, rate_rps: float) -> float:
+        """Return what a deployment attains at a rate, or in the run's first part where that is little."""
         setting = chosen.applied(self.question.setting)
         job = trial_job(setting, chosen.title, rate_rps, 0, max(1, self.requests // GLIMPSE))
-        return float((await self.do(job))["attainment"])
+        share = float((await self.do(job))["attainment"])
+        enough = share >= self.question.level - DOUBT
+        return await self.attainment(chosen, rate_rps) if enough else share
 
     async def attainment(self, chosen: Deployment, rate_rps: float, seed: int = 0) -> float:
         """Return what a deployment attains at a rate."""
@@ -165,10 +167,11 @@ class PlanSearch:
             self.known.goodput_rps[chosen] = found.goodput_rps
         return self.known.goodput_rps[chosen]
 
-    async def run(self) -> list[Deployment]:
-        """Return the deployments to rank, the best first by what is known of them."""
+    async def run(self, also: Sequence[Deployment] = ()) -> list[Deployment]:
+        """Return the deployments to rank, the best first by what is known of them. ``also`` are searched as
+        well."""
         first = {family: self.proposals(family, 1) for family in self.question.families}
-        starts = [chosen for found in first.values() for chosen in found]
+        starts = [*also, *(chosen for found in first.values() for chosen in found)]
         if not starts:
             return []
         most_rps = max(map(self.predicted_rps, starts))
@@ -219,9 +222,7 @@ class PlanSearch:
             before = self.known.missed.get(each)
             if before is not None and before[0] <= rate_rps:
                 return
-            share = await self._glimpse(each, rate_rps)
-            if share >= self.question.level - DOUBT:
-                share = await self.attainment(each, rate_rps)
+            share = await self.challenged(each, rate_rps)
             if share < self.question.level:
                 self.known.missed[each] = (rate_rps, share)
             elif each not in self.known.goodput_rps:
