@@ -24,6 +24,9 @@ from tidegate.planner.trial import drawn
 from tidegate.workloads.choice import WorkloadChoice
 
 Values = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+LENGTHS = (0.5, 0.65, 0.8, 0.9, 1.0)
+"""Quantiles of answers at which a bound is computed; the least counts."""
 FIXED_ROLES = ("minimal-load", "static", "round-robin")
 """Systems that never change a label: only there has each phase its own time."""
 
@@ -44,40 +47,55 @@ class Bounds:
 
         ``requests`` is the trial's number of them.
         """
-        demand = self._demand(requests)
-        budgets = sorted({pool.chunk_tokens for pool in chosen.pools})
-        latest_s = self.slo.ttft_s + self.slo.tpot_s * float(demand.decodes.max(initial=0.0))
         if chosen.system in FIXED_ROLES and chosen.family == "disaggregated":
             prefill = [pool for pool in chosen.pools if pool.role is Role.PREFILL]
             decode = [pool for pool in chosen.pools if pool.role is Role.DECODE]
-            return min(
-                self._rate(prefill, requests, 0, self.slo.ttft_s),
-                self._rate(decode, requests, 1, latest_s),
-            )
+            return min(self._prefill(prefill, requests, 0), self._answers(decode, requests, 1, 0))
         # Of any budget that a replica has, the largest is the cheapest.
+        chunk = max(pool.chunk_tokens for pool in chosen.pools)
         return min(
-            self._rate(chosen.pools, requests, 0, self.slo.ttft_s, budgets[-1]),
-            self._rate(chosen.pools, requests, 2, latest_s, budgets[-1]),
+            self._prefill(chosen.pools, requests, chunk), self._answers(chosen.pools, requests, 2, chunk)
         )
 
-    def _rate(
-        self, pools: Sequence[PoolOf], requests: int, phase: int, slack_s: float, chunk: int = 0
-    ) -> float:
-        """Return the rate at which the work of the cheapest requests just fits between first arrival and
-        ``slack_s`` after the last."""
+    def _prefill(self, pools: Sequence[PoolOf], requests: int, chunk: int) -> float:
+        """Bound the rate by prefills, which end within the TTFT target after the last arrival."""
+        everybody = np.ones(len(self._demand(requests)), dtype=bool)
+        return self._rate(self._speed(pools, requests, 0, chunk), everybody, self.slo.ttft_s)
+
+    def _answers(self, pools: Sequence[PoolOf], requests: int, phase: int, chunk: int) -> float:
+        """Bound the rate by answers: those up to any length end within the targets of that length.
+
+        Of the requests that attain, at most as many as are longer need not be counted.
+        """
+        decodes, speed = self._demand(requests).decodes, self._speed(pools, requests, phase, chunk)
+        bounds = []
+        for longest in np.quantile(decodes, LENGTHS):
+            slack_s = self.slo.ttft_s + self.slo.tpot_s * float(longest)
+            bounds.append(self._rate(speed, decodes <= longest, slack_s))
+        return min(bounds)
+
+    def _speed(self, pools: Sequence[PoolOf], requests: int, phase: int, chunk: int) -> tuple[Values, float]:
+        """Return the seconds that each request takes a replica of the first pool, and how many such replicas
+        the pools are at best. ``phase`` is 0 for prefills, 1 for decodes and 2 for both."""
         works = []
         for pool in pools:
             prefill, decode = self._work(requests, pool.kind, chunk or pool.chunk_tokens)
             works.append((pool.count, (prefill, decode, prefill + decode)[phase]))
         reference = works[0][1]
-        speeds = 0.0  # replicas, each at its best against the first kind
+        replicas = 0.0
         for count, work in works:
             ratios = np.divide(work, reference, out=np.ones_like(work), where=reference > 0)
-            speeds += count / max(1e-12, float(ratios.min()))
-        needed = int(np.ceil(self.level * len(reference) - 1e-9))
-        busy_s = float(np.sort(reference)[:needed].sum()) / speeds
+            replicas += count / max(1e-12, float(ratios.min()))
+        return reference, replicas
+
+    def _rate(self, speed: tuple[Values, float], counted: Mask, slack_s: float) -> float:
+        """Return the rate at which the least work of those ``counted`` that have to attain just fits between
+        the first arrival and ``slack_s`` after the last."""
+        work, replicas = speed
+        needed = int(np.ceil(self.level * len(work) - 1e-9)) - int(np.count_nonzero(~counted))
+        busy_s = float(np.sort(work[counted])[: max(0, needed)].sum()) / replicas
         span_s = busy_s - slack_s
-        return (len(reference) - 1) / span_s if span_s > 0 else float("inf")
+        return (len(work) - 1) / span_s if span_s > 0 else float("inf")
 
     def _demand(self, requests: int) -> Demand:
         if requests not in self._demands:

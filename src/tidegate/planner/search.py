@@ -192,6 +192,7 @@ class PlanSearch:
                 break
             tried |= set(around)
             await self.challenge([near for chosen in around for near in neighbours(self.question, chosen)])
+        self._correct()
         return await self._finalists()
 
     @property
