@@ -154,7 +154,7 @@ class Wanted:
         ),
     ] = None
     system: Annotated[str, Flag("Who decides in a disaggregated fleet.", "NAME")] = DEFAULT_SYSTEM
-    top: Annotated[int, Flag("Deployments in the table.", "K", panel=SCORING, rule=at_least(1))] = 5
+    top: Annotated[int, Flag("Deployments in the table.", "K", panel=SCORING, rule=at_least(1))] = 3
     seeds: Annotated[int, Flag("Draws of the workload.", "N", panel=SCORING, rule=at_least(1))] = 3
 
 

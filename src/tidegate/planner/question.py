@@ -38,7 +38,7 @@ class Question:
     rate_rps: float | None = None
     system: str = "arrow-lending"
     mixing: str = "minimal-load"
-    top: int = 5
+    top: int = 3
     seeds: int = 3
     families: Sequence[str] = ("disaggregated", "colocated", "mixed")
 
