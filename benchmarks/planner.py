@@ -35,7 +35,7 @@ from tidegate.planner.search import PlanSearch
 from tidegate.sim import SimSettings
 from tidegate.workloads.choice import WorkloadChoice
 
-WORKLOADS = ("sample:azure-conv", "sample:mooncake-conv", "sample:tau-airline")
+WORKLOADS = ("sample:azure-conv", "sample:reasoning-day", "sample:mooncake-conv")
 SLOS = {"sample:mooncake-conv": Slo(3.0, 0.05)}
 """Others have 1 s and 50 ms; Mooncake's prompts of up to 85,000 tokens take more."""
 MARGIN = 0.03

@@ -14,7 +14,7 @@ from tidegate.sim import simulate
 from tidegate.workloads.choice import WorkloadChoice, own_rate_rps, requests_of
 from tidegate.workloads.reshape import concatenate, reseeded
 from tidegate.workloads.trace import Workload
-from tidegate.workloads.transform import scale_rate
+from tidegate.workloads.transform import coarsen_blocks, scale_rate
 
 SPAN_S = 25.0
 """How long arrivals go on, at least: so that a queue that grows shows."""
@@ -22,18 +22,24 @@ ANSWERS = 2.0
 """How many answers of mean length, at the TPOT target, arrivals go on for, at least."""
 FEWEST, MOST = 1200, 6000
 """Requests of a trial."""
+BLOCK_TOKENS, MOST_BLOCKS = 64, 200_000
+"""Prefix blocks are joined to this size, and a trial has so many at most: each costs time at every stage of a
+request."""
 
 
 def requests_for(workload: Workload, tpot_s: float, rate_rps: float) -> int:
     """Return how many requests a trial at about ``rate_rps`` takes."""
     answer_s = float(workload.output_tokens.mean()) * tpot_s
-    return int(min(MOST, max(FEWEST, rate_rps * max(SPAN_S, ANSWERS * answer_s))))
+    wanted = min(MOST, max(FEWEST, rate_rps * max(SPAN_S, ANSWERS * answer_s)))
+    ids = coarsen_blocks(workload, BLOCK_TOKENS).hash_ids
+    blocks = 0.0 if ids is None else sum(map(len, ids)) / len(ids)
+    return int(min(wanted, max(FEWEST, MOST_BLOCKS / max(blocks, 1e-9))))
 
 
 @lru_cache(maxsize=4)
 def drawn(choice: WorkloadChoice, requests: int, seed: int) -> Workload:
     """Return so many requests at the workload's own rate: draws of it, one after the other."""
-    own = requests_of(choice)
+    own = coarsen_blocks(requests_of(choice), BLOCK_TOKENS)
     copies = math.ceil(requests / len(own))
     if len(own) < 2:
         return own
