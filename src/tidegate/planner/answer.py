@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tidegate.core.errors import ConfigError
-from tidegate.core.instance import Role
 from tidegate.experiments.jobs import Workers
 from tidegate.measure.percentiles import t_interval
 from tidegate.planner.deployment import Deployment
@@ -108,9 +107,10 @@ class RankedPlan:
 async def answer(question: Question, workers: Workers) -> RankedPlan:
     """Search, rank and describe. Raises ConfigError where no deployment meets the SLO or serves the rate,
     saying what binds and what is nearest."""
-    part, parts = question.part(question.most_instances)
+    whole = PlanSearch(question, workers)
+    check_feasible(whole.capacities, question.kinds)
+    part, parts = question.part(_instances(whole))
     search = PlanSearch(part, workers)
-    check_feasible(search.capacities, part.kinds)
     found = await search.run()
     if not found:
         raise ConfigError(await _nothing(search, question, parts))
@@ -128,6 +128,16 @@ async def answer(question: Question, workers: Workers) -> RankedPlan:
         search.requests,
         runs,
     )
+
+
+def _instances(search: PlanSearch) -> int:
+    """Return how many instances a plan is about: all that there is room for, or those that a rate takes."""
+    question = search.question
+    if question.rate_rps is None:
+        return question.most_instances
+    found = [each for f in question.families for each in search.proposals(f, 1, question.rate_rps)]
+    cheapest = min(found, key=lambda each: each.price_per_h, default=None)
+    return question.most_instances if cheapest is None else cheapest.instances
 
 
 async def _ranked(search: PlanSearch, found: Sequence[Deployment], parts: int) -> tuple[list[Ranked], float]:
@@ -309,11 +319,3 @@ async def _nothing(search: PlanSearch, question: Question, parts: int) -> str:
         f"the budget binds: {have} GPUs serve at most {best_rps:.3g} requests/s at {question.level:.0%} of "
         f"{question.setting.settings.slo}, so the nearest feasible is --rate {best_rps:.3g}{more}"
     )
-
-
-def roles_of(chosen: Deployment) -> dict[Role, int]:
-    """Return how many replicas have each role."""
-    counts: dict[Role, int] = {}
-    for pool in chosen.pools:
-        counts[pool.role] = counts.get(pool.role, 0) + pool.count
-    return counts

@@ -170,8 +170,10 @@ class PlanSearch:
     async def run(self, also: Sequence[Deployment] = ()) -> list[Deployment]:
         """Return the deployments to rank, the best first by what is known of them. ``also`` are searched as
         well."""
-        first = {family: self.proposals(family, 1) for family in self.question.families}
-        starts = [*also, *(chosen for found in first.values() for chosen in found)]
+        question = self.question
+        starts = [*also, *(e for f in question.families for e in self.proposals(f, 1, question.rate_rps))]
+        if not starts:  # the rate is beyond what the program expects of the budget
+            starts = [each for family in question.families for each in self.proposals(family, 1)]
         if not starts:
             return []
         most_rps = max(map(self.predicted_rps, starts))
