@@ -34,6 +34,7 @@ PANELS = {
         "demo": "Compare scheduling systems on moving traffic, simulated, in under a minute.",
         "sim": "Simulate a cluster under a workload, with the policies that the gateway runs.",
         "compare": "Find the goodput of every system on every trace, and write one report.",
+        "plan": "Find what to deploy for a workload: how many replicas of which size, for which phase.",
     },
     "Measure": {
         "bench": "Offer load to an OpenAI-compatible endpoint and score every answer.",

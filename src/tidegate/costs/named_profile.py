@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tidegate.core.errors import ConfigError
 from tidegate.costs.library import PackagedProfile, packaged_profile
-from tidegate.costs.roofline import Shape, roofline_profile
+from tidegate.costs.parallel import gpu_name, profiles_on, roofline_of
 
 if TYPE_CHECKING:
     from tidegate.costs.saved_profile import SavedProfile
@@ -25,8 +25,9 @@ def load_profile(name_or_file: str) -> PackagedProfile:
 
     ``gpu/model[/tpN][@engine]`` is a packaged one; a path ending in ``.json`` is a file that
     ``tidegate profile`` wrote; ``hardware:gpu/model[/tpN]`` is fitted to aiconfigurator's tables, which the
-    extra ``hardware`` installs; ``roofline:gpu/FOLDER_OR_CONFIG.json[/tpN]`` is derived from
-    nominal figures. Raises ConfigError for what does not exist.
+    extra ``hardware`` installs; ``scaled:gpu/model[/tpN]`` is a packaged one scaled to another size or GPU;
+    ``roofline:gpu/FOLDER_OR_CONFIG.json[/tpN]`` is derived from nominal figures. Raises ConfigError for what
+    does not exist.
     """
     kind, colon, rest = name_or_file.partition(":")
     if colon and kind in DERIVED:
@@ -77,20 +78,12 @@ def _hardware(name: str, gpu: str, model: str, tp: int) -> PackagedProfile:
     return hardware_profile(gpu, model, tp)
 
 
-def _roofline(name: str, gpu: str, model: str, tp: int) -> PackagedProfile:
-    path = Path(model)
-    path = path / "config.json" if path.is_dir() else path
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the model's {path}: {error}") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} holds no JSON object")
-    label = path.parent.resolve().name if path.name == "config.json" else path.stem
-    return roofline_profile(name, gpu, Shape.from_config(config), model=label, tp=tp)
+def _scaled(name: str, gpu: str, model: str, tp: int) -> PackagedProfile:
+    found = profiles_on(gpu_name(gpu), model, [tp])[tp]
+    return found if found.name == name else replace(found, profile=replace(found.profile, name=name))
 
 
-DERIVED = {"hardware": _hardware, "roofline": _roofline}
+DERIVED = {"hardware": _hardware, "roofline": roofline_of, "scaled": _scaled}
 """Kinds of profiles that are named by what they are derived from."""
 
 

@@ -105,10 +105,12 @@ def replicas_of(
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """``count`` equal instances of one packaged profile."""
+    """``count`` equal instances of one packaged profile; ``chunk_tokens`` replaces the fleet's budget of a
+    step."""
 
     packaged: PackagedProfile
     count: int
+    chunk_tokens: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> Group:
@@ -143,7 +145,10 @@ def replicas_in(
     """
     replicas: list[Replica] = []
     for number, group in enumerate(groups):
-        for replica in replicas_of(group.packaged, group.count, engine=engine, kv_tokens=kv_tokens):
+        own = engine or EngineSettings()
+        if group.chunk_tokens is not None:
+            own = replace(own, max_batch_tokens=group.chunk_tokens)
+        for replica in replicas_of(group.packaged, group.count, engine=own, kv_tokens=kv_tokens):
             instance = replace(replica.instance, id=f"i{len(replicas)}")
             replicas.append(replace(replica, instance=instance, node=f"g{number}{replica.node}"))
     return replicas

@@ -33,8 +33,6 @@ FLOOR = 0.01
 """Of the first guess's lower end: a system that cannot serve that much serves nothing."""
 CEILING = 1000.0
 """Times the first guess's upper end: the highest rate that is tried."""
-_GROWTH = 1.5
-"""Factor of the first step when a bracket has only one end; it squares with every further step."""
 _LARGEST_GROWTH = 8.0
 EXPECTED_PROBES = 8.0
 """Runs of one seed's search, about."""
@@ -42,12 +40,17 @@ EXPECTED_PROBES = 8.0
 
 @dataclass(frozen=True, slots=True)
 class SearchSettings:
-    """What to look for; ``low_rps`` to ``high_rps`` is a first guess of the goodput, no bound on it."""
+    """What to look for; ``low_rps`` to ``high_rps`` is a first guess of the goodput, no bound on it.
+
+    ``growth`` is the factor of the first step when a bracket has only one end; it squares with every further
+    step.
+    """
 
     level: float = 0.90
     low_rps: float = 1.0
     high_rps: float = 10.0
     tolerance: float = 0.02
+    growth: float = 1.5
 
 
 @dataclass(slots=True)
@@ -72,7 +75,8 @@ class _Bracket:
         """Return how much of the search is done, about."""
         met, missed = self.met_rps, self.missed_rps
         both = met is not None and missed is not None
-        ratio = math.log(missed / met if met and missed else _GROWTH) / math.log1p(self.settings.tolerance)
+        width = missed / met if met and missed else self.settings.growth
+        ratio = math.log(width) / math.log1p(self.settings.tolerance)
         left = max(0, math.ceil(math.log2(max(1e-9, ratio)))) + (0 if both else 1)
         return len(self.seen) / (len(self.seen) + left)
 
@@ -80,7 +84,7 @@ class _Bracket:
         """Return the rate to try next; None when the bracket is narrow enough, or nothing is left to try."""
         settings, met, missed = self.settings, self.met_rps, self.missed_rps
         steps = min(max(0, len(self.seen) - 2), 3)
-        growth = min(_GROWTH ** (2**steps), _LARGEST_GROWTH)
+        growth = min(settings.growth ** (2**steps), _LARGEST_GROWTH)
         if met is not None and missed is not None:
             return math.sqrt(met * missed) if missed > met * (1.0 + settings.tolerance) else None
         if met is not None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tidegate.core.errors import ConfigError
+from tidegate.core.instance import Role
 from tidegate.costs.library import PackagedProfile
 from tidegate.dataplane.replica import EngineSettings, Group, Replica, replicas_in
 from tidegate.experiments.code_digest import code_digest
+from tidegate.policies.starting_roles import GivenRoles
 from tidegate.sim import SimSettings
 from tidegate.systems import make_system
 from tidegate.systems.system import System
@@ -23,11 +25,17 @@ from tidegate.workloads.source import SAMPLE_PREFIX
 
 @dataclass(frozen=True, slots=True)
 class SimulatedFleet:
-    """Groups of equal instances, one after the other. ``kv_tokens`` replaces every profile's KV capacity."""
+    """Groups of equal instances, one after the other. ``kv_tokens`` replaces every profile's KV capacity.
+
+    Where given, ``chunk_tokens`` has each group's own budget of a step, and ``labels`` the role that its
+    instances have at the start, in place of the system's.
+    """
 
     groups: tuple[tuple[PackagedProfile, int], ...]
     engine: EngineSettings = field(default_factory=EngineSettings)
     kv_tokens: int | None = None
+    chunk_tokens: tuple[int, ...] = ()
+    labels: tuple[Role, ...] = ()
 
     @property
     def size(self) -> int:
@@ -42,7 +50,8 @@ class SimulatedFleet:
 
     def replicas(self) -> list[Replica]:
         """Return the instances ``i0``, ``i1``, ... Raises ConfigError for an impossible engine or KV size."""
-        groups = [Group(profile, count) for profile, count in self.groups]
+        chunks: tuple[int | None, ...] = self.chunk_tokens or (None,) * len(self.groups)
+        groups = [Group(*group, chunk) for group, chunk in zip(self.groups, chunks, strict=True)]
         return replicas_in(groups, engine=self.engine, kv_tokens=self.kv_tokens)
 
 
@@ -74,6 +83,10 @@ class Setting:
             start_delay_s=settings.start_delays_s,
             advise=self.advise,
         )
+        if self.fleet.labels:
+            pairs = zip(self.fleet.labels, self.fleet.groups, strict=True)
+            labels = tuple(label for label, (_, count) in pairs for _ in range(count))
+            made = replace(made, roles=GivenRoles(labels))
         made.roles(max(1, size - settings.spares))
         return made
 

@@ -60,6 +60,24 @@ class SplitRoles:
         return (Role.PREFILL,) * self.prefill + (Role.DECODE,) * self.decode
 
 
+@dataclass(frozen=True, slots=True)
+class GivenRoles:
+    """A label for each instance, in order. Raises ConfigError unless both phases have somebody."""
+
+    labels: tuple[Role, ...]
+
+    def __post_init__(self) -> None:
+        for role in (Role.PREFILL, Role.DECODE):
+            if not {role, Role.MIXED} & set(self.labels):
+                raise ConfigError(f"no instance is labelled to {role.label}")
+
+    def __call__(self, instances: int) -> tuple[Role, ...]:
+        """Return the labels. Raises ConfigError when the fleet is of another size."""
+        if instances != len(self.labels):
+            raise ConfigError(f"{len(self.labels)} labels do not fit a fleet of {instances} instances")
+        return self.labels
+
+
 def joining_role(
     roles: StartingRoles,
     snapshot: Snapshot,

@@ -9,7 +9,7 @@ from itertools import islice
 import numpy as np
 
 from tidegate.core.errors import ConfigError
-from tidegate.workloads.trace import Integers, Workload, optional
+from tidegate.workloads.trace import Integers, Objects, Workload, optional
 
 SMALLEST_BLOCK = 16
 """Tokens of the smallest prefix block that scaling makes: rounding one to a whole number then costs 3 %."""
@@ -40,9 +40,7 @@ def scale_tokens(workload: Workload, factor: float) -> Workload:
         blocks = workload.column("block_tokens")
         if factor < 1.0:
             joined = np.ceil(np.minimum(SMALLEST_BLOCK, blocks) / (blocks * factor)).astype(np.int64)
-            joined = np.where(ids.astype(bool), np.maximum(1, joined), 1)
-            ids = optional("hash_ids", [row[n - 1 :: n] for row, n in zip(ids, joined.tolist(), strict=True)])
-            blocks = blocks * joined
+            ids, blocks = _joined(workload, joined)
         blocks = scaled(blocks)
     return replace(
         workload,
@@ -51,6 +49,25 @@ def scale_tokens(workload: Workload, factor: float) -> Workload:
         hash_ids=ids,
         block_tokens=blocks,
     )
+
+
+def coarsen_blocks(workload: Workload, tokens: int) -> Workload:
+    """Join prefix blocks to ones of up to ``tokens``, each group named by its last block.
+
+    Prompts share what they shared, less the part of a group at the end: on average half of one.
+    """
+    if workload.hash_ids is None:
+        return workload
+    ids, blocks = _joined(workload, tokens // workload.column("block_tokens"))
+    return replace(workload, hash_ids=ids, block_tokens=blocks)
+
+
+def _joined(workload: Workload, counts: Integers) -> tuple[Objects | None, Integers]:
+    """Return the ids and sizes of blocks of which so many are joined, row by row."""
+    ids = workload.column("hash_ids")
+    counts = np.where(ids.astype(bool), np.maximum(1, counts), 1)
+    rows = [row[n - 1 :: n] for row, n in zip(ids, counts.tolist(), strict=True)]
+    return optional("hash_ids", rows), workload.column("block_tokens") * counts
 
 
 def limit(workload: Workload, count: int) -> Workload:

@@ -1,0 +1,270 @@
+"""From the program's proposals to a ranked plan: simulate, correct the program, look around the best.
+
+1. The program proposes the best of every family; each is searched for its goodput. What was served over what
+   was predicted corrects the program, which proposes again.
+2. A proposal has to beat the best one so far: one run at a rate that is ``STEP`` higher tells. So do the
+   neighbours of the best, until none beats it (hill climbing).
+3. The best of all, the best of each family and the nearest others are searched with every seed.
+
+Where a rate is given, the best is the cheapest that serves it, and one run at that rate tells.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from tidegate.core.instance import Role
+from tidegate.experiments.jobs import Job, Workers
+from tidegate.experiments.search import SearchSettings, search_goodput
+from tidegate.planner.bounds import Bounds
+from tidegate.planner.capacity import Capacities
+from tidegate.planner.deployment import Deployment, Offer
+from tidegate.planner.moves import neighbours
+from tidegate.planner.program import Asked, options_of, solutions
+from tidegate.planner.question import MODELLED_CHUNKS, Question
+from tidegate.planner.trial import requests_for, trial_job
+from tidegate.reports.comparison import LevelGoodput
+from tidegate.workloads.choice import requests_of
+
+STEP = 0.02
+"""Relative gain from which on a deployment counts as better than the best so far."""
+TOLERANCE = 0.02
+"""Relative width at which a goodput search ends."""
+GLIMPSE, DOUBT = 4, 0.05
+"""A challenger is first run on this part of the requests, and not further where it misses by more than that:
+queues that grow only grow on."""
+HOPELESS = 0.75
+"""Of the best goodput: deployments of which the corrected program expects less are not simulated."""
+PROPOSALS = {"disaggregated": 5, "colocated": 3, "mixed": 2}
+"""Solutions of the program that are tried, per form of a family."""
+FORMS: dict[str, tuple[tuple[Role, ...], ...]] = {
+    "disaggregated": ((Role.PREFILL, Role.DECODE),),
+    "colocated": ((Role.MIXED,),),
+    "mixed": ((Role.PREFILL, Role.MIXED), (Role.MIXED, Role.DECODE)),
+}
+ROUNDS = 6
+"""Of looking around the best."""
+
+
+@dataclass
+class Known:
+    """What simulations said of deployments: goodputs of the first seed, and runs that missed, as (rate,
+    attainment)."""
+
+    goodput_rps: dict[Deployment, float] = field(default_factory=dict)
+    missed: dict[Deployment, tuple[float, float]] = field(default_factory=dict)
+
+
+class PlanSearch:
+    """Answers one question; ``workers`` run the simulations."""
+
+    def __init__(self, question: Question, workers: Workers) -> None:
+        self.question = question
+        self._workers = workers
+        setting = question.setting
+        workload = requests_of(setting.workload)
+        slo = setting.settings.loosest_slo
+        self.capacities = Capacities(workload, slo, question.level, setting.fleet.engine)
+        self.bounds = Bounds(question.setting.workload, slo, question.level, setting.fleet.engine)
+        self.known = Known()
+        self._slo = slo
+        self._workload = workload
+        self._runs: dict[Deployment, dict[float, list[float]]] = {}
+        self.requests = 0
+        """Of every run: the same for all, so that they are held side by side."""
+
+    def systems(self, family: str) -> str:
+        return {"colocated": "colocated", "mixed": self.question.mixing}.get(family, self.question.system)
+
+    def proposals(
+        self,
+        family: str,
+        many: int,
+        rate_rps: float | None = None,
+        offers: Sequence[Offer] | None = None,
+    ) -> list[Deployment]:
+        """Return the program's best deployments of a family, as corrected so far, under the question's budget
+        or another."""
+        question, chunks = self.question, MODELLED_CHUNKS
+        every = sorted({chunk for each in chunks.values() for chunk in each})
+        serves = {
+            (role, kind, chunk): self.capacities.of(role, kind, chunk)
+            for role in Role
+            for kind in question.kinds
+            for chunk in every
+        }
+        found: dict[Deployment, None] = {}
+        for roles in FORMS[family]:
+            options = options_of(roles, question.kinds, chunks, serves)
+            if set(roles) - {option.role for option in options}:
+                continue
+            asked = Asked(self.systems(family), options, offers or question.offers, roles, rate_rps)
+            found |= dict.fromkeys(islice(solutions(asked), many))
+        return list(found)
+
+    def predicted_rps(self, chosen: Deployment) -> float:
+        """Return the program's goodput of a deployment."""
+        by_role = self.capacities.by_role(chosen)
+        mixed_rps = by_role.get(Role.MIXED, 0.0)
+        if chosen.family == "disaggregated":
+            return min(by_role.get(Role.PREFILL, 0.0), by_role.get(Role.DECODE, 0.0))
+        return mixed_rps + 0.5 * (by_role.get(Role.PREFILL, 0.0) + by_role.get(Role.DECODE, 0.0))
+
+    async def do(self, job: Job) -> dict[str, Any]:
+        """Return what a run of this search's worker processes gave."""
+        found: dict[str, Any] = await self._workers.do(job)
+        return found
+
+    async def run_at(self, chosen: Deployment, rate_rps: float, seed: int = 0) -> dict[str, Any]:
+        """Return what came of a deployment at a rate (``trial.attempt``)."""
+        setting = chosen.applied(self.question.setting)
+        title = f"{chosen.title} at {rate_rps:.3g} requests/s"
+        run = await self.do(trial_job(setting, title, rate_rps, seed, self.requests))
+        self._runs.setdefault(chosen, {}).setdefault(rate_rps, []).append(run["attainment"])
+        return run
+
+    async def challenged(self, chosen: Deployment, rate_rps: float) -> float:
+        """Return what a deployment attains at a rate, or in the run's first part where that is little."""
+        setting = chosen.applied(self.question.setting)
+        job = trial_job(setting, chosen.title, rate_rps, 0, max(1, self.requests // GLIMPSE))
+        share = float((await self.do(job))["attainment"])
+        enough = share >= self.question.level - DOUBT
+        return await self.attainment(chosen, rate_rps) if enough else share
+
+    async def attainment(self, chosen: Deployment, rate_rps: float, seed: int = 0) -> float:
+        """Return what a deployment attains at a rate."""
+        return float((await self.run_at(chosen, rate_rps, seed))["attainment"])
+
+    def runs_of(self, whole: Deployment, parts: int) -> list[tuple[float, float]]:
+        """Return the mean attainment of a whole deployment by rate, wherever a part of it was run."""
+        runs = next((runs for one, runs in self._runs.items() if one.times(parts) == whole), {})
+        return sorted((parts * rate, sum(shares) / len(shares)) for rate, shares in runs.items())
+
+    async def measured(
+        self, chosen: Deployment, guess_rps: float, seeds: Sequence[int] = (0,)
+    ) -> LevelGoodput:
+        """Search a deployment's goodput around a guess of it."""
+
+        async def attained(rate_rps: float, seed: int) -> float:
+            return await self.attainment(chosen, rate_rps, seed)
+
+        near = SearchSettings(self.question.level, 0.98 * guess_rps, 1.02 * guess_rps, TOLERANCE, growth=1.06)
+        return await search_goodput(near, seeds, attained, credit=self._credit)
+
+    def _credit(self, share: float) -> None:
+        self._workers.credit(6.0 * share)
+
+    async def first_measured(self, chosen: Deployment, guess_rps: float | None = None) -> float:
+        """Return a deployment's goodput with the first seed, roughly; each is searched once."""
+        if chosen not in self.known.goodput_rps:
+            guess_rps = guess_rps or max(1e-3, self.predicted_rps(chosen))
+            found = await self.measured(chosen, guess_rps)
+            self.known.goodput_rps[chosen] = found.goodput_rps
+        return self.known.goodput_rps[chosen]
+
+    async def run(self, also: Sequence[Deployment] = ()) -> list[Deployment]:
+        """Return the deployments to rank, the best first by what is known of them. ``also`` are searched as
+        well."""
+        question = self.question
+        starts = [*also, *(e for f in question.families for e in self.proposals(f, 1, question.rate_rps))]
+        if not starts:  # the rate is beyond what the program expects of the budget
+            starts = [each for family in question.families for each in self.proposals(family, 1)]
+        if not starts:
+            return []
+        most_rps = max(map(self.predicted_rps, starts))
+        self.requests = requests_for(self._workload, self._slo.tpot_s, most_rps)
+        await asyncio.gather(*map(self.first_measured, starts))
+        self._correct()
+        if self.question.rate_rps is not None:
+            from tidegate.planner.cheapest import cheapest
+
+            return await cheapest(self, self.question.rate_rps)
+        await self.challenge(
+            each for family in self.question.families for each in self.proposals(family, PROPOSALS[family])
+        )
+        tried: set[Deployment] = set()
+        for _ in range(ROUNDS):
+            around = self._around(tried)
+            if not around:
+                break
+            tried |= set(around)
+            await self.challenge([near for chosen in around for near in neighbours(self.question, chosen)])
+        self._correct()
+        return await self._finalists()
+
+    @property
+    def best_rps(self) -> float:
+        return max(self.known.goodput_rps.values(), default=0.0)
+
+    def _around(self, tried: set[Deployment]) -> list[Deployment]:
+        """Return where to look next: the best deployment, and those of other families that are near."""
+        found = self.known.goodput_rps
+        ranked = sorted((each for each in found if each not in tried), key=lambda each: -found[each])
+        leaders: dict[str, Deployment] = {}
+        for each in sorted(found, key=lambda each: -found[each]):
+            leaders.setdefault(each.family, each)
+        near = [each for each in leaders.values() if found[each] >= 0.9 * self.best_rps]
+        return [each for each in ranked if each in near]
+
+    async def challenge(self, chosen: Iterable[Deployment]) -> None:
+        """Try deployments at a rate above the best; those that attain are searched.
+
+        What the program thinks of them comes first, so that the best is raised early.
+        """
+        new = [each for each in dict.fromkeys(chosen) if each not in self.known.goodput_rps]
+        new = [each for each in new if self._may_be_best(each)]
+        new.sort(key=lambda each: -self.predicted_rps(each))
+
+        async def tried(each: Deployment) -> None:
+            rate_rps = (1.0 + STEP) * self.best_rps
+            before = self.known.missed.get(each)
+            if before is not None and before[0] <= rate_rps:
+                return
+            share = await self.challenged(each, rate_rps)
+            if share < self.question.level:
+                self.known.missed[each] = (rate_rps, share)
+            elif each not in self.known.goodput_rps:
+                await self.first_measured(each, 1.05 * rate_rps)
+
+        width = 4
+        for start in range(0, len(new), width):
+            await asyncio.gather(*map(tried, new[start : start + width]))
+
+    def _may_be_best(self, chosen: Deployment) -> bool:
+        """Tell whether a deployment is worth a simulation: no bound excludes it, and the program hopes."""
+        best_rps = self.best_rps
+        if self.predicted_rps(chosen) < HOPELESS * best_rps:
+            return False
+        return self.bounds.rps(chosen, self.requests) > (1.0 + STEP) * best_rps
+
+    def _correct(self) -> None:
+        """Set the factors of the program by what binds in the deployments that were searched."""
+        logs: dict[Role, list[float]] = {}
+        for chosen, served_rps in self.known.goodput_rps.items():
+            predicted = self.capacities.by_role(chosen)
+            if chosen.family == "mixed" or served_rps <= 0.0 or min(predicted.values()) <= 0.0:
+                continue
+            role = min(predicted, key=lambda each: predicted[each])
+            logs.setdefault(role, []).append(math.log(served_rps / predicted[role]))
+        for role, values in logs.items():
+            self.capacities.factors[role] *= math.exp(sum(values) / len(values))
+
+    async def _finalists(self) -> list[Deployment]:
+        """Return the deployments of the table: those searched, and the ones that missed by least."""
+        found, missed = self.known.goodput_rps, self.known.missed
+        top = self.question.top
+        leaders: dict[str, Deployment] = {}
+        ranked = sorted(found, key=lambda each: -found[each])
+        for each in ranked:
+            leaders.setdefault(each.family, each)
+        near = sorted((each for each in missed if each not in found), key=lambda each: -missed[each][1])
+        spare = near[: max(0, top - len(found))]
+        await asyncio.gather(*(self.first_measured(each, 0.98 * self.best_rps) for each in spare))
+        ranked = sorted(found, key=lambda each: -found[each])
+        kept = dict.fromkeys([*ranked[:top], *leaders.values()])
+        return sorted(kept, key=lambda each: -found[each])

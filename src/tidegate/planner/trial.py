@@ -1,0 +1,88 @@
+"""A simulation of one deployment: on as many requests as the rate needs, with the policies in it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+from tidegate.experiments.jobs import Job
+from tidegate.experiments.run import job_of
+from tidegate.experiments.setting import Setting
+from tidegate.sim import simulate
+from tidegate.workloads.choice import WorkloadChoice, own_rate_rps, requests_of
+from tidegate.workloads.reshape import concatenate, reseeded
+from tidegate.workloads.trace import Workload
+from tidegate.workloads.transform import coarsen_blocks, scale_rate
+
+SPAN_S = 25.0
+"""How long arrivals go on, at least: so that a queue that grows shows."""
+ANSWERS = 2.0
+"""How many answers of mean length, at the TPOT target, arrivals go on for, at least."""
+FEWEST, MOST = 1200, 6000
+"""Requests of a trial."""
+BLOCK_TOKENS, MOST_BLOCKS = 64, 200_000
+"""Prefix blocks are joined to this size, and a trial has so many at most: each costs time at every stage of a
+request."""
+
+
+def requests_for(workload: Workload, tpot_s: float, rate_rps: float) -> int:
+    """Return how many requests a trial at about ``rate_rps`` takes."""
+    answer_s = float(workload.output_tokens.mean()) * tpot_s
+    wanted = min(MOST, max(FEWEST, rate_rps * max(SPAN_S, ANSWERS * answer_s)))
+    ids = coarsen_blocks(workload, BLOCK_TOKENS).hash_ids
+    blocks = 0.0 if ids is None else sum(map(len, ids)) / len(ids)
+    return int(min(wanted, max(FEWEST, MOST_BLOCKS / max(blocks, 1e-9))))
+
+
+@lru_cache(maxsize=4)
+def drawn(choice: WorkloadChoice, requests: int, seed: int) -> Workload:
+    """Return so many requests at the workload's own rate: draws of it, one after the other."""
+    own = coarsen_blocks(requests_of(choice), BLOCK_TOKENS)
+    copies = math.ceil(requests / len(own))
+    if len(own) < 2:
+        return own
+    gap_s = 1.0 / own_rate_rps(own)
+    whole = concatenate(*(reseeded(own, copies * seed + copy) for copy in range(copies)), gap_s=gap_s)
+    return whole[:requests]
+
+
+def attempt(setting: Setting, rate_rps: float, seed: int, requests: int) -> dict[str, Any]:
+    """Return what came of a run: its attainment, and percentiles of its latencies in seconds.
+
+    ``gpu_hours`` and the like are left to who knows the deployment.
+    """
+    workload = drawn(setting.workload, requests, seed)
+    scaled = scale_rate(workload, rate_rps / own_rate_rps(workload))
+    run = simulate(scaled, setting.make_system(), setting.fleet.replicas(), setting.settings)
+    table = run.requests
+    ttft, tpot = table.ttft_s[table.ok], table.tpot_s[table.ok]
+    return {
+        "attainment": run.attained / len(table),
+        "requests": len(table),
+        "ttft_p95_s": _p95(ttft),
+        "tpot_p95_s": _p95(tpot),
+        "flips": run.flips,
+        "kv_transfer_bytes": run.kv_transfer_bytes,
+        "within_ttft": float((table.ttft_s <= setting.settings.slo.ttft_s).mean()),
+    }
+
+
+def _p95(values: Any) -> float | None:
+    import numpy as np
+
+    known = values[np.isfinite(values)]
+    return float(np.percentile(known, 95)) if len(known) else None
+
+
+def trial_job(setting: Setting, title: str, rate_rps: float, seed: int, requests: int) -> Job:
+    """Return the job of ``attempt``. Rates are rounded, so that a search finds those of another one."""
+    rounded = float(f"{rate_rps:.4g}")
+    return job_of(attempt, setting, title, rate_rps=rounded, seed=seed, requests=requests)
+
+
+def without_prefix_cache(setting: Setting) -> Setting:
+    """Return the setting with engines that compute every prompt whole."""
+    fleet = setting.fleet
+    return replace(setting, fleet=replace(fleet, engine=replace(fleet.engine, prefix_cache=False)))
