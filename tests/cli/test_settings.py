@@ -12,7 +12,8 @@ import pytest
 import typer
 
 from tidegate.cli import launch
-from tidegate.cli.config import FLAGS, SECTIONS, SETTINGS, EngineSection
+from tidegate.cli.config import FLAGS, SECTIONS, SETTINGS
+from tidegate.cli.fleet_config import EngineSection
 from tidegate.cli.main import build_app
 from tidegate.cli.sources import Resolved, as_toml, resolve
 from tidegate.core.errors import ConfigError
@@ -55,7 +56,7 @@ def test_a_flag_wins_over_the_environment_over_the_file_over_the_default(tmp_pat
     done = settle(file, env, folder=tmp_path, port=3)
     assert done.config.gateway.port == 3
     assert done.config.gateway.host == "h2"
-    assert done.config.fleet.instances == 5
+    assert done.config.fleet.instances == (5, 5)
     assert done.config.engine.dtype == "auto"
     assert done.origins["port"] == "--port"
     assert done.origins["host"] == "TIDEGATE_HOST"
@@ -71,7 +72,7 @@ def test_every_problem_of_every_source_is_reported_at_once(tmp_path: Path) -> No
     assert "s.toml: port: belongs in the section [gateway]" in text
     assert "gateway.prot: unknown setting; did you mean gateway.port?" in text
     assert "[flet]: unknown section; did you mean [fleet]?" in text
-    assert "fleet.instances = 0: should be greater than or equal to 1" in text
+    assert "fleet.instances = 0: expected N instances, or A..B" in text
     assert "engine.dtype = int4: should be 'auto', 'float32'" in text
     assert "TIDEGATE_SLO fast:" in text
     assert "--system nope: unknown system 'nope'; there are: ares, ares-slo, " in text
@@ -305,6 +306,16 @@ def test_the_gateway_gets_every_setting_of_its_section() -> None:
         "h", 9, "k", Slo(0.005, 0.007), Path("j"), request_deadline_s=3.0, stall_s=2.0
     )
     assert settle().config.gateway_settings() == GatewaySettings()
+
+
+def test_a_fleet_may_have_a_range_which_reads_back(tmp_path: Path) -> None:
+    done = settle(folder=tmp_path, instances="2..8")
+    assert (done.config.fleet.range, done.config.fleet.size) == ((2, 8), 2)
+    assert 'instances = "2..8"' in as_toml(done)
+    emulated = settle(emulate=["h100_sxm/llama-3.1-8b:1", "h200_sxm/llama-3.1-8b:2..5"]).config.fleet
+    assert emulated.range == (3, 6)
+    assert "expected N instances, or A..B" in problems(instances="8..2")[0]
+    assert "expected at most 256 instances" in problems(instances="2..300")[0]
 
 
 def test_a_key_file_binds_keys_to_tenants(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from tidegate.core.errors import EngineUnreachable, TidegateError
+from tidegate.core.errors import EngineUnreachable, FleetFull, TidegateError
 from tidegate.core.slo import Slo
 from tidegate.dataplane.replica import Replica
 from tidegate.engines.emulated import event_timer
@@ -294,8 +294,8 @@ class _LoopClock:
 class _NoFleet:
     def suspect(self, instance_id: str) -> None: ...
 
-    def add(self) -> bool:
-        return False
+    def add(self) -> str:
+        raise FleetFull("nothing starts here")
 
     def remove(self, instance_id: str, reason: str) -> bool:
         return False

@@ -19,7 +19,7 @@ import aiohttp
 import pytest
 
 from tests.fleet.fleet_observing import Recorder, alive, until
-from tidegate.core.errors import ConfigError, SetupError
+from tidegate.core.errors import ConfigError, FleetFull, SetupError
 from tidegate.fleet.health import HealthPace
 from tidegate.fleet.launched_vllm import (
     LaunchedVllmFleet,
@@ -139,15 +139,18 @@ async def test_an_added_server_takes_gpus_that_nobody_has(
     fleet = make(instances=1, arguments=ServeArguments(["-tp", "2"]))
     await fleet.start(recorder)
     assert fleet.add()
-    assert not fleet.add(), "one GPU is left, and a server takes two"
+    with pytest.raises(FleetFull, match=r"no . GPUs are free"):
+        fleet.add()  # one GPU is left, and a server takes two
     await until(lambda: "i1" in recorder.up)
     gpus = [
         (await seen_by(recorder.up[name]))["environment"]["CUDA_VISIBLE_DEVICES"] for name in ("i0", "i1")
     ]
     assert gpus == ["0,1", "2,3"]
     assert fleet.remove("i0", "drained")
-    assert not fleet.add(), "its GPUs are taken until its process has ended"
-    await until(fleet.add)
+    with pytest.raises(FleetFull, match=r"no . GPUs are free"):
+        fleet.add()  # its GPUs are taken until its process has ended
+    await until(lambda: "i0" not in fleet._slots)
+    fleet.add()
     await until(lambda: len(recorder.up) == 2)
     (name,) = set(recorder.up) - {"i1"}
     assert (await seen_by(recorder.up[name]))["environment"]["CUDA_VISIBLE_DEVICES"] == "0,1"

@@ -20,7 +20,8 @@ import orjson
 import typer
 
 from tidegate import __version__
-from tidegate.cli.config import Config, FleetSection
+from tidegate.cli.config import Config
+from tidegate.cli.fleet_config import FleetSection
 from tidegate.cli.instance_keys import KeyFile, state_folder
 from tidegate.cli.model import NAMED, SMOLLM2, named_model, require_embedded
 from tidegate.cli.terminal import debugging, warn
@@ -51,7 +52,7 @@ def launch(config: Config) -> bool:
     settings = config.gateway_settings()
     typer.echo(
         f"tidegate {__version__}: system {system.name} ({system.summary}), SLO {settings.slo}, "
-        f"instances {config.fleet.size}"
+        f"instances {config.fleet.range}"
     )
     keyed = bool(settings.api_key or settings.tenants)
     if not keyed and not _is_loopback(settings.host):
@@ -118,6 +119,7 @@ def make_fleet(config: Config) -> Fleet:
                 max_batch_tokens=pretended.chunk_tokens,
                 host_s=pretended.host_ms / 1000.0,
                 front_s=pretended.front_ms / 1000.0,
+                start_delay_s=pretended.start_delay,
                 log_level=log_level,
             )
         )
@@ -126,7 +128,8 @@ def make_fleet(config: Config) -> Fleet:
     return LocalFleet(
         EngineLaunch(
             model=folder,
-            instances=source.instances,
+            instances=source.instances.least,
+            most=source.instances.ceiling,
             served_model_name=served_name,
             device=engine.device,
             dtype=engine.dtype,
@@ -157,7 +160,8 @@ def launched_vllm(source: FleetSection) -> LaunchedVllmFleet:
         model=folder,
         program=vllm_program(source.vllm_bin),
         logs=source.vllm_logs.resolve() if source.vllm_logs else new_log_folder(),
-        instances=source.instances,
+        instances=source.instances.least,
+        most=source.instances.ceiling,
         arguments=ServeArguments(shlex.split(source.vllm_args or "")),
         api_key=source.vllm_api_key or "",
     )

@@ -94,7 +94,7 @@ def _replay_fleet_input(line: InputLine, plane: ControlPlane) -> None:
         case "act":
             plane.act([_action(action) for action in args["actions"]], now)
         case "start_failed":
-            plane.start_failed(Role(args["role"]))
+            plane.start_failed(Role(args["role"]), args["reason"], now)
         case "foreign_load" | "stop_failed" | "load_fitted":
             getattr(plane, line.verb)(**args)
         case "start" | "tick" | "instance_down" | "profile_scaled":

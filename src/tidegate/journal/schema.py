@@ -53,12 +53,18 @@ class HeaderLine(JournalLine, tag="header"):
 
 
 class InstanceLine(JournalLine, tag="instance", omit_defaults=True):
-    """``event`` is ``up``, with the role it was given, or ``down``, ``draining``, ``undrained``, with why."""
+    """``event`` is ``up``, with the role it was given; ``starting``, with the role it is to have and why;
+    ``start_failed``, ``down``, ``draining`` or ``undrained``, with why.
+
+    One that starts has no name yet, nor one that failed to. ``start_s`` is the time from ``starting`` to
+    ``up``, of an instance that was asked for.
+    """
 
     instance: str
     event: str
     role: str = ""
     reason: str = ""
+    start_s: float | UnsetType = UNSET
 
 
 class ProfileLine(JournalLine, tag="profile"):

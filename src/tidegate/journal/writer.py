@@ -69,9 +69,19 @@ class JournalWriter:
         started_unix_s = 0.0 if now_unix_s is None else now_unix_s - t_s
         self.write(HeaderLine(t_s, version, system, started_unix_s, slo, instances))
 
-    def instance(self, now_s: float, instance: str, event: str, *, role: str = "", reason: str = "") -> None:
-        """Write that an instance is up, down, draining or undrained (see ``InstanceLine``)."""
-        self.write(InstanceLine(self.elapsed_s(now_s), instance, event, role, reason))
+    def instance(
+        self,
+        now_s: float,
+        instance: str,
+        event: str,
+        *,
+        role: str = "",
+        reason: str = "",
+        start_s: float | None = None,
+    ) -> None:
+        """Write what became of an instance (see ``InstanceLine``)."""
+        took_s = msgspec.UNSET if start_s is None else round(start_s, 6)
+        self.write(InstanceLine(self.elapsed_s(now_s), instance, event, role, reason, took_s))
 
     def decision(
         self, now_s: float, request: str, kind: str, verdict: Verdict, predicted: dict[str, float] | None
