@@ -129,7 +129,7 @@ def test_a_variable_that_names_nothing_only_warns() -> None:
 def test_a_list_in_the_environment_is_split() -> None:
     done = settle(environment={"TIDEGATE_VLLM": "http://a:1, http://b:2"}, system="static")
     assert done.config.fleet.vllm == ["http://a:1", "http://b:2"]
-    assert done.config.fleet.size == 2
+    assert done.config.first_size == 2
 
 
 def test_a_stronger_source_replaces_the_rival_of_a_setting(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_stronger_source_replaces_the_rival_of_a_setting(tmp_path: Path) -> No
     assert settle(file, folder=tmp_path, model=model).config.fleet.vllm is None
     file = f"[fleet]\nmodel = '{model}'\ninstances = 5\n[engine]\nkv_memory_mb = 8\n"
     done = settle(file, folder=tmp_path, system="static", vllm=("http://a", "http://b"))
-    assert done.config.fleet.model is None and done.config.fleet.size == 2
+    assert done.config.fleet.model is None and done.config.first_size == 2
 
 
 def test_rivals_and_settings_without_effect_in_one_source_are_refused() -> None:
@@ -180,7 +180,7 @@ def test_a_profile_lets_any_system_run_in_front_of_servers(tmp_path: Path) -> No
     assert "2 profiles for 3 servers" in found
     assert "--profile: has no effect without --vllm or --launch" in problems(profile=[name])
     file = f"[fleet]\nvllm = ['http://a', 'http://b']\nprofile = '{name}'\n"
-    assert settle(file, folder=tmp_path, emulate=[f"{name}:4"]).config.fleet.size == 4
+    assert settle(file, folder=tmp_path, emulate=[f"{name}:4"]).config.first_size == 4
 
 
 def test_an_order_needs_engines_that_keep_one() -> None:
@@ -189,7 +189,7 @@ def test_an_order_needs_engines_that_keep_one() -> None:
     (found,) = problems(system="arrow-lending+lifo")
     assert "unknown order 'lifo'; did you mean 'fifo'? There are: edf, feasible-first, fifo, sjf" in found
     config = settle(system="arrow-lending+feasible-first").config
-    assert config.scheduling.make_system().name == "arrow-lending+feasible-first"
+    assert config.make_system().name == "arrow-lending+feasible-first"
 
 
 def test_servers_alone_are_enough() -> None:
@@ -202,7 +202,7 @@ def test_servers_alone_are_enough() -> None:
 def test_launched_servers_take_a_model_and_words_of_their_own(tmp_path: Path) -> None:
     (tmp_path / "config.json").touch()
     done = settle(launch="vllm", model=tmp_path, instances=2, vllm_args="-tp 2 --max-model-len 4096")
-    assert (done.config.scheduling.system, done.config.fleet.size) == ("static", 2)
+    assert (done.config.scheduling.system, done.config.first_size) == ("static", 2)
     assert settle(as_toml(done), folder=tmp_path).config == done.config
     (found,) = problems(launch="vllm")
     assert "--launch vllm needs a --model DIR" in found
@@ -310,10 +310,11 @@ def test_the_gateway_gets_every_setting_of_its_section() -> None:
 
 def test_a_fleet_may_have_a_range_which_reads_back(tmp_path: Path) -> None:
     done = settle(folder=tmp_path, instances="2..8")
-    assert (done.config.fleet.range, done.config.fleet.size) == ((2, 8), 2)
+    assert (done.config.fleet.range, done.config.first_size) == ((2, 8), 2)
     assert 'instances = "2..8"' in as_toml(done)
-    emulated = settle(emulate=["h100_sxm/llama-3.1-8b:1", "h200_sxm/llama-3.1-8b:2..5"]).config.fleet
-    assert emulated.range == (3, 6)
+    emulated = settle(emulate=["h100_sxm/llama-3.1-8b:1", "h200_sxm/llama-3.1-8b:2..5"], split="1:3").config
+    assert (emulated.fleet.range, emulated.first_size) == ((3, 6), 4)
+    assert emulated.fleet.groups(4) == ("h100_sxm/llama-3.1-8b:1", "h200_sxm/llama-3.1-8b:3..5")
     assert "expected N instances, or A..B" in problems(instances="8..2")[0]
     assert "expected at most 256 instances" in problems(instances="2..300")[0]
 

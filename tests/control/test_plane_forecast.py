@@ -14,7 +14,7 @@ from tidegate.costs.library import packaged_profile
 from tidegate.dataplane.replica import replicas_of
 from tidegate.ledger.snapshot import Snapshot
 from tidegate.policies.protocols import Signal
-from tidegate.signals.forecast.choice import deployed_feed, simulated_feed
+from tidegate.signals.forecast.choice import ForecastSettings, deployed_feed, simulated_feed
 from tidegate.sim import SimSettings, simulate
 from tidegate.systems import make_system
 from tidegate.workloads.trace import TraceRecord, Workload
@@ -78,4 +78,6 @@ def test_a_simulated_controller_reads_forecasts_and_the_oracle_is_right() -> Non
 
 
 def test_a_gateway_has_a_feed_only_where_its_system_needs_one() -> None:
-    assert deployed_feed(needed=False) is None and deployed_feed(needed=True) is not None
+    auto = ForecastSettings()
+    assert deployed_feed(auto, needed=False) is None and deployed_feed(auto, needed=True) is not None
+    assert deployed_feed(ForecastSettings("last"), needed=False) is not None, "asked for"

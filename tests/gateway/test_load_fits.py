@@ -9,10 +9,12 @@ from typing import Any
 
 from tests.control.plane_harness import make_plane
 from tidegate.core.load_forecast import LoadForecast
-from tidegate.gateway.load_fits import COMMAND, LoadFits
+from tidegate.gateway.load_fits import LoadFits
 from tidegate.ledger.snapshot import Snapshot
-from tidegate.signals.forecast.choice import deployed_feed
+from tidegate.signals.forecast.choice import ForecastSettings, deployed_feed
 from tidegate.signals.forecast.feed import FITTING
+
+AUTO = ForecastSettings()
 
 
 def forecast_of(snapshot: Snapshot) -> LoadForecast:
@@ -21,11 +23,17 @@ def forecast_of(snapshot: Snapshot) -> LoadForecast:
 
 
 async def test_a_fit_replaces_the_simple_forecast_unless_it_is_late() -> None:
-    feed = deployed_feed(needed=True)
+    feed = deployed_feed(AUTO, needed=True)
     assert feed is not None
     plane = make_plane(load=feed)
     answers: asyncio.Queue[tuple[int, Mapping[str, Any]]] = asyncio.Queue()
-    fits = LoadFits(lambda number, expected: answers.put_nowait((number, expected)), COMMAND)
+
+    def answered(number: int, expected: Mapping[str, Any]) -> None:
+        answers.put_nowait((number, expected))
+        if not expected:
+            plane.load_fitted(number, expected)
+
+    fits = LoadFits(AUTO, answered)
     feed.fit = fits.fit
     feed.arrived(100)
     plane.tick(30.0)
@@ -47,9 +55,9 @@ async def test_a_fit_replaces_the_simple_forecast_unless_it_is_late() -> None:
 
 
 async def test_a_process_that_dies_leaves_the_simple_forecasts() -> None:
-    feed = deployed_feed(needed=True)
+    feed = deployed_feed(AUTO, needed=True)
     assert feed is not None
-    fits = LoadFits(lambda number, expected: None, (sys.executable, "-c", "input()"))
+    fits = LoadFits(AUTO, feed.revised, (sys.executable, "-c", "input()"))
     feed.fit = fits.fit
     feed.start(0.0)
     assert feed.passed(30.0) and feed.forecast is not None and feed.forecast.rate_rps.reason == FITTING

@@ -17,8 +17,11 @@ from pydantic import Field, model_validator
 from tidegate.api import DEFAULT_SYSTEM
 from tidegate.cli.fleet_config import EmulatedSection, EngineSection, FleetSection
 from tidegate.cli.options import Flag, OptionGroup, given_type
+from tidegate.cli.scaling import ScalingSection
 from tidegate.cli.sections import Section, setting
 from tidegate.cli.setting_types import (
+    Count,
+    ExistingFile,
     Fields,
     FilePath,
     Key,
@@ -36,6 +39,9 @@ from tidegate.cli.setting_types import (
 from tidegate.core.notation import FleetRange
 from tidegate.core.slo import Slo
 from tidegate.gateway.settings import GatewaySettings
+from tidegate.signals.forecast.choice import AUTO, DEPLOYED, ForecastSettings, check_source
+from tidegate.signals.forecast.feed import PERIOD_S, STEPS
+from tidegate.systems.registry import GivenOptions
 
 if TYPE_CHECKING:
     from tidegate.systems.system import System
@@ -144,18 +150,29 @@ class SchedulingSection(Section):
         "SOURCE",
     )
     split: Split | None = setting(None, "Prefill and decode instances at start-up.", "P:D", shown="even")
+    forecast: Literal["auto", "last", "seasonal-naive", "ewma", "arima", "ensemble"] = setting(
+        AUTO,
+        "Who forecasts the load: last, seasonal-naive, ewma, arima (needs the extra forecast), ensemble (the "
+        "mean of those that there are, by recent error), or auto: ensemble where the system needs forecasts, "
+        "else nobody.",
+        "SOURCE",
+    )
+    forecast_period: Seconds = setting(PERIOD_S, "Length of a period of forecasts.", "S")
+    forecast_steps: Count = setting(STEPS, "How many periods ahead they go.", "N")
+    forecast_from: ExistingFile | None = setting(
+        None,
+        "Begin forecasts with the arrivals and lengths of this journal; it may be that of --journal.",
+        "JOURNAL",
+    )
 
     @model_validator(mode="after")
     @with_value_errors
     def _takes_options(self) -> SchedulingSection:
-        self.make_system()
-        return self
-
-    def make_system(self) -> System:
-        """Build the composition. Raises ConfigError for an option it cannot take."""
         from tidegate.systems import make_system
 
-        return make_system(self.system, split=self.split, slo=self.slo)
+        make_system(self.system, split=self.split, slo=self.slo)
+        check_source(self.forecast, DEPLOYED)
+        return self
 
 
 class Config(Section):
@@ -163,6 +180,7 @@ class Config(Section):
 
     gateway: GatewaySection
     scheduling: SchedulingSection
+    scaling: ScalingSection
     fleet: FleetSection
     engine: EngineSection
     emulated: EmulatedSection
@@ -174,11 +192,11 @@ class Config(Section):
         from tidegate.policies.protocols import Signal
         from tidegate.systems import SYSTEMS, make_system
 
-        size = self.fleet.size
+        size = self.first_size
         split = self.scheduling.split
         if split is not None and sum(split) != size:
             raise ValueError(f"split {split[0]}:{split[1]} adds up to {sum(split)}, the fleet has {size}")
-        system = self.scheduling.make_system()
+        system = self.make_system()
         system.roles(size)
         profiles = self.fleet.profile or []
         if self.fleet.on_vllm and len(profiles) not in (0, 1, size):
@@ -197,6 +215,26 @@ class Config(Section):
             )
         return self
 
+    @property
+    def first_size(self) -> int:
+        """The number of instances to start with: the least, or that of a split in the fleet's range."""
+        least, most = self.fleet.range
+        asked = sum(self.scheduling.split or ())
+        return asked if least <= asked <= most else least
+
+    def make_system(self) -> System:
+        """Build the composition. Raises ConfigError for an option it cannot take."""
+        from tidegate.systems import make_system
+
+        options = GivenOptions(
+            split=self.scheduling.split,
+            fleet=self.scaling.bounds(self.fleet.range),
+            advise=self.scaling.advise,
+        )
+        if self.fleet.emulate:
+            options["start_delay_s"] = (self.emulated.start_delay, self.emulated.start_delay)
+        return make_system(self.scheduling.system, slo=self.scheduling.slo, **options)
+
     def gateway_settings(self) -> GatewaySettings:
         """Return what the gateway is started with: its section, and the targets."""
         front = self.gateway
@@ -205,7 +243,14 @@ class Config(Section):
         scheduling = self.scheduling
         given["cors_origins"] = tuple(front.cors_origins or ())
         return GatewaySettings(
-            slo=scheduling.slo, admission=scheduling.admission, lengths=scheduling.lengths, **given
+            slo=scheduling.slo,
+            admission=scheduling.admission,
+            lengths=scheduling.lengths,
+            forecast=ForecastSettings(
+                scheduling.forecast, scheduling.forecast_period, scheduling.forecast_steps
+            ),
+            forecast_from=scheduling.forecast_from,
+            **given,
         )
 
 

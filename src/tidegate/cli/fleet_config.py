@@ -159,10 +159,14 @@ class FleetSection(Section):
             return FleetRange(least, least + groups[-1].most - groups[-1].count)
         return FleetRange(len(self.vllm), len(self.vllm)) if self.vllm else self.instances
 
-    @property
-    def size(self) -> int:
-        """The number of instances that the whole fleet starts with."""
-        return self.range.least
+    def groups(self, first: int) -> tuple[str, ...]:
+        """Return the groups of emulated instances with ``first`` to begin with: the last one has the rest."""
+        from tidegate.dataplane.replica import parse_groups
+
+        *others, last = parse_groups(self.emulate or ())
+        count = first - sum(group.count for group in others)
+        fixed = [f"{group.packaged.name}:{group.count}" for group in others]
+        return *fixed, f"{last.packaged.name}:{FleetRange(count, last.most)}"
 
 
 class EngineSection(Section):

@@ -160,6 +160,12 @@ def _file_path(value: Path) -> Path:
     return value
 
 
+def _existing_file(value: Path) -> Path:
+    if not value.is_file():
+        raise ValueError("there is no such file")
+    return value.resolve()
+
+
 def _range(value: object) -> FleetRange:
     found = value if isinstance(value, FleetRange) else parse_range(str(value))
     if found.most > MOST_PROCESSES:
@@ -185,6 +191,7 @@ Whole = Annotated[int, _number(int, "whole number")]
 Count = Annotated[Whole, Field(ge=1)]
 Tokens = Annotated[Whole, Field(ge=16)]
 Seconds = Annotated[float, _number(float, "number of seconds"), Field(gt=0, allow_inf_nan=False)]
+Amount = Annotated[float, _number(float, "number"), Field(gt=0, allow_inf_nan=False)]
 Delay = Annotated[float, _number(float, "number of seconds"), Field(ge=0, allow_inf_nan=False)]
 Milliseconds = Annotated[float, _number(float, "number of milliseconds"), Field(ge=0, allow_inf_nan=False)]
 Multiple = Annotated[float, _number(float, "number"), Field(ge=0, allow_inf_nan=False), _after(_multiple)]
@@ -195,6 +202,7 @@ Split = Annotated[tuple[int, int], _before(lambda value: parse_split(str(value))
 InstanceRange = Annotated[FleetRange, _before(_range)]
 """The least and the most instances of a fleet; N is both."""
 FilePath = Annotated[Path, _after(_file_path)]
+ExistingFile = Annotated[Path, _after(_existing_file)]
 ModelFolder = Annotated[Path, _after(_model_folder)]
 ServeWords = Annotated[str, _after(_serve_arguments)]
 Groups = Annotated[list[str], _before(_groups)]

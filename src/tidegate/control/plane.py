@@ -41,7 +41,7 @@ from tidegate.ledger.snapshot import Field, Snapshot
 from tidegate.policies.admission import admitted
 from tidegate.policies.order import prefill_ticket
 from tidegate.policies.pricing import fastest_prefill_seconds, predicted_on
-from tidegate.signals.forecast import LoadFeed
+from tidegate.signals.forecast import Earlier, LoadFeed
 from tidegate.signals.lengths import LengthSource
 from tidegate.signals.prefix import PrefixIndex
 from tidegate.systems.system import System
@@ -79,7 +79,7 @@ class ControlPlane:
         self.requests: dict[str, LiveRequest] = {}
         self._journal = journal
         self._held = HeldRequests(system.order)
-        self._predictions = predictions = Predictions(lengths, load, self.requests, noting=journal.enabled)
+        self._predictions = predictions = Predictions(lengths, load, self.requests, journal)
         self._actions = Actions(
             self.ledger, self.membership, self.requests, system.decode, predictions.asked, journal
         )
@@ -91,9 +91,9 @@ class ControlPlane:
 
     # Time
 
-    def start(self, now: float) -> Effects:
-        """Begin the periodic decisions: their first periods end one period from ``now``."""
-        self._predictions.start(now)
+    def start(self, now: float, earlier: Earlier | None = None) -> Effects:
+        """Begin the periodic decisions, one period from ``now``; ``earlier`` is for ``LoadFeed.start``."""
+        self._predictions.start(self.ledger, now, earlier)
         return [WakeAt(self._periods.start(now))]
 
     def tick(self, now: float) -> Effects:

@@ -41,6 +41,7 @@ from tidegate.gateway.settings import GatewaySettings
 from tidegate.gateway.upstream import Handles, Upstream, connect
 from tidegate.journal.writer import JournalWriter
 from tidegate.policies.protocols import Signal
+from tidegate.signals.forecast import Earlier
 from tidegate.signals.forecast.choice import deployed_feed
 from tidegate.signals.lengths.choice import deployed_source
 from tidegate.signals.prefix import PrefixIndex
@@ -93,10 +94,11 @@ class Dispatcher:
         control = ControlSettings(replays=settings.replays, admission=settings.admission)
         plane = RecordingPlane if settings.journal_inputs else ControlPlane
         lengths = deployed_source(settings.lengths, needed=Signal.LENGTHS in system.needs)
-        load = deployed_feed(needed=Signal.FORECAST in system.needs)
+        load = deployed_feed(settings.forecast, needed=Signal.FORECAST in system.needs)
         self.plane: ControlPlane = plane(system, ids, journal, control, self.prefixes, lengths, load)
-        self._fits = LoadFits(self.plane.load_fitted)
-        if load is not None:
+        self._fits: LoadFits | None = None
+        if load is not None and settings.forecast.fitted:
+            self._fits = LoadFits(settings.forecast, self.plane.load_fitted)
             load.fit = self._fits.fit
         self.stopping = False
         self.flips = 0
@@ -217,14 +219,15 @@ class Dispatcher:
 
     # clocks
 
-    def start(self) -> None:
-        """Start the periodic decisions."""
-        self.do(self.plane.start(self.clock.now()))
+    def start(self, earlier: Earlier | None = None) -> None:
+        """Start the periodic decisions; forecasts begin with the load of an earlier run where it is known."""
+        self.do(self.plane.start(self.clock.now(), earlier))
 
     async def stop(self) -> None:
         """Stop the periodic decisions and close every connection to the engines."""
         self.stopping = True
-        self._fits.close()
+        if self._fits is not None:
+            self._fits.close()
         if self._background:
             _, late = await asyncio.wait(self._background, timeout=CLEAN_UP_S)
             for task in late:

@@ -130,6 +130,25 @@ class ControlLine(JournalLine, tag="control", omit_defaults=True):
     controller: str = ""
 
 
+class ExpectedSeries(Struct, array_like=True):
+    """What came of a series in a period, and what was expected of it: the mean, the 0.1 and the 0.9 quantile;
+    null where nothing was known. ``source`` said so; another one was asked where ``reason`` says why not."""
+
+    observed: float | None
+    mean: float | None
+    low: float | None
+    high: float | None
+    source: str
+    reason: str = ""
+
+
+class ForecastLine(JournalLine, tag="forecast"):
+    """A period of the load has ended: what had been expected of it when it began, and what came."""
+
+    period_s: float
+    series: dict[str, ExpectedSeries]
+
+
 class MigrationLine(JournalLine, tag="migration"):
     """A running decode moves.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -11,14 +12,17 @@ import msgspec
 from tidegate.core.decision import Flip, Hold, Migrate, Place, Reject, Verdict
 from tidegate.core.errors import EngineError, status_of
 from tidegate.core.instance import Role
+from tidegate.core.load_forecast import LoadForecast
 from tidegate.core.migration import MigrationCost
 from tidegate.core.slo import Slo
 from tidegate.journal.schema import (
     Chosen,
     ControlLine,
     DecisionLine,
+    ExpectedSeries,
     FailureLine,
     FlipLine,
+    ForecastLine,
     HeaderLine,
     InstanceLabel,
     InstanceLine,
@@ -110,6 +114,15 @@ class JournalWriter:
         """Write the reason of a controller's decision and how many flips it asked for."""
         self.write(ControlLine(self.elapsed_s(now_s), reason, flips, controller))
 
+    def forecast(self, now_s: float, expected: LoadForecast, observed: Mapping[str, float]) -> None:
+        """Write what was expected of the period of the load that ended, and what came, by series."""
+        series = {
+            name: ExpectedSeries(_known(value), *(_known(float(each[0])) for each in found[:3]), *found[3:])
+            for name, value in observed.items()
+            for found in (getattr(expected, name),)
+        }
+        self.write(ForecastLine(self.elapsed_s(now_s), expected.period_s, series))
+
     def migration(self, now_s: float, migrate: Migrate, event: str, detail: str, cost: MigrationCost) -> None:
         """Write that a migration has begun, is done, or, as ``detail`` says why, cancelled or ignored."""
         move = (migrate.src, migrate.dst, migrate.reason)
@@ -136,6 +149,10 @@ def encode_line(line: JournalLine) -> bytes:
     except (TypeError, UnicodeEncodeError):
         plain: Any = msgspec.to_builtins(line, enc_hook=_plain)
         return json.dumps(plain, ensure_ascii=False).encode("utf-8", "replace")
+
+
+def _known(value: float) -> float | None:
+    return round(value, 4) if math.isfinite(value) else None
 
 
 def _plain(value: object) -> float | str:
