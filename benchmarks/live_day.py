@@ -22,10 +22,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from msgspec import UNSET
 
 from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
@@ -91,10 +92,12 @@ class Day:
 
 def workload_of(args: argparse.Namespace) -> Workload:
     """Return the compressed day."""
-    choice = WorkloadChoice(
-        trace=args.trace, scale_rate=DAY_S / (60.0 * args.minutes), scale_tokens=args.scale_tokens
+    day = load_workload(WorkloadChoice(trace=args.trace, scale_rate=DAY_S / (60.0 * args.minutes)))
+    prompts, answers = (
+        np.maximum(1, np.rint(tokens * factor)).astype(np.int64)
+        for tokens, factor in zip((day.input_tokens, day.output_tokens), args.scale_tokens, strict=True)
     )
-    day = load_workload(choice)
+    day = replace(day, input_tokens=prompts, output_tokens=answers)
     keep = np.random.default_rng(args.seed).random(len(day)) < args.rate * 60.0 * args.minutes / len(day)
     return day[np.flatnonzero(keep)]
 
@@ -156,7 +159,7 @@ def day_of(path: Path, args: argparse.Namespace, workload: Workload) -> Day:
     ttft, tpot = [o.ttft_s or 0.0 for o in good], [o.tpot_s for o in good if o.tpot_s is not None]
     changes = [change for change in counts(journal) if change[0] <= end_s]
     leads = list(leads_s(changes, needed(args, workload), args.period, first_s))
-    starts = [e for e in journal.instance_events if e.event == "starting"]
+    starts = [e for e in journal.instance_events if e.start_s is not UNSET]
     drains = [e for e in journal.instance_events if e.event == "draining"]
     outside = [o.stages_s["other"] for o in good if "other" in o.stages_s]
     return Day(
@@ -249,10 +252,10 @@ def main() -> None:
     add("--trace", default="../shared/traces/servegen_r1_day_thin16.csv.gz", help="a day of requests")
     add("--minutes", type=float, default=20.0, help="that the day takes")
     add("--rate", type=float, default=3.0, help="mean requests per second")
-    add("--scale-tokens", type=float, default=0.25)
-    add("--emulate", default="a100_sxm/llama-3.1-70b/tp4:2..8")
+    add("--scale-tokens", type=float, nargs=2, default=(1.0, 0.25), help="prompts and answers by so much")
+    add("--emulate", default="a100_sxm/llama-3.1-70b/tp4:2..5")
     add("--system", default="dopd")
-    add("--slo", default="ttft:2000,tpot:50")
+    add("--slo", default="ttft:5000,tpot:45")
     add("--start-delay", type=float, default=5.0)
     add("--forecast", default="ewma")
     add("--period", type=float, default=10.0)

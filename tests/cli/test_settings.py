@@ -319,6 +319,22 @@ def test_a_fleet_may_have_a_range_which_reads_back(tmp_path: Path) -> None:
     assert "expected at most 256 instances" in problems(instances="2..300")[0]
 
 
+def test_what_a_system_that_sizes_the_fleet_cannot_have_is_named(tmp_path: Path) -> None:
+    sized: dict[str, Any] = {"system": "dopd", "instances": "2..8"}
+    assert settle(**sized, budget=4).config.make_system().controllers[0].fleet == (2, 4)
+    assert settle(**sized, price=2.5, budget_per_hour=9.0).config.make_system().controllers[0].fleet == (2, 3)
+    assert "--budget 1 allows 1 instances, and the fleet has at least 2" in problems(**sized, budget=1)[0]
+    assert "two pools take at least 2" in problems(system="dopd", instances="1..4")[0]
+    assert "--budget-per-hour: has no effect without --price" in problems(**sized, budget_per_hour=9.0)
+    (tmp_path / "config.json").write_text("{}")
+    found = problems(system="dopd", launch="vllm", model=tmp_path, instances="2..4")
+    assert "system 'dopd' needs a measured profile" in found[0]
+    assert "--instances: has no effect together with --vllm" in problems(vllm=["http://a"], instances="2..4")
+    assert "no packaged profile is called" in problems(emulate=["h100/nothing:2..4"])[0]
+    forecast = problems(forecast_period=0, forecast_steps=0, forecast_from=tmp_path / "none.jsonl")
+    assert len(forecast) == 3 and any("there is no such file" in each for each in forecast)
+
+
 def test_a_key_file_binds_keys_to_tenants(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# ours\nred k-red\nblue k-blue\n\nk-op\n")

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
+
 from tests.control.plane_harness import make_plane
 from tidegate.core.load_forecast import LoadForecast
 from tidegate.gateway.load_fits import LoadFits
@@ -54,7 +56,33 @@ async def test_a_fit_replaces_the_simple_forecast_unless_it_is_late() -> None:
     assert forecast_of(plane.snapshot(90.0)).rate_rps.reason == ""
 
 
-async def test_a_process_that_dies_leaves_the_simple_forecasts() -> None:
+async def test_a_period_shorter_than_a_fit_is_said_and_leaves_the_simple_forecasts(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    feed = deployed_feed(AUTO, needed=True)
+    assert feed is not None
+    answers: asyncio.Queue[tuple[int, bool]] = asyncio.Queue()
+
+    def answered(number: int, expected: Mapping[str, Any]) -> None:
+        answers.put_nowait((number, feed.revised(number, expected)))
+
+    fits = LoadFits(AUTO, answered)
+    feed.fit = fits.fit
+    feed.start(0.0)
+    for at_s in (30.0, 60.0, 90.0):
+        feed.arrived(100)
+        assert feed.passed(at_s)
+    async with asyncio.timeout(60):
+        assert [await answers.get() for _ in range(3)] == [(1, False), (2, False), (3, True)]
+    assert caplog.text.count("a fit of the load took longer than a period of 30 s") == 1
+    feed.arrived(100)
+    assert feed.passed(120.0) and feed.forecast is not None
+    assert (feed.forecast.rate_rps.source, feed.forecast.rate_rps.reason) == ("ensemble", FITTING)
+    fits.close()
+    assert feed.fit is None and "no more fits" not in caplog.text
+
+
+async def test_a_process_that_dies_leaves_the_simple_forecasts(caplog: pytest.LogCaptureFixture) -> None:
     feed = deployed_feed(AUTO, needed=True)
     assert feed is not None
     fits = LoadFits(AUTO, feed.revised, (sys.executable, "-c", "input()"))
@@ -67,4 +95,5 @@ async def test_a_process_that_dies_leaves_the_simple_forecasts() -> None:
             at_s += 30.0
             await asyncio.sleep(0.05)
     assert feed.forecast.rate_rps.source == "ensemble"
+    assert "no more fits of the load, simpler sources forecast alone" in caplog.text
     fits.close()

@@ -7,6 +7,7 @@ that closes, which it does however the gateway ends.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import orjson
 
 from tidegate.signals.forecast.choice import ForecastSettings, gateway_forecaster
 from tidegate.signals.forecast.load import LoadPeriod
+
+log = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-m", "tidegate.gateway.load_fits")
 Answered = Callable[[int, Mapping[str, Any]], None]
@@ -29,7 +32,7 @@ class LoadFits:
 
     ``fit`` hands it a period; ``answered`` hears the period's number and what is expected from its end on. A
     process that ends, which ``answered`` hears as nothing expected, is started no more: forecasts are then
-    those of the sources that fit nothing.
+    those of the sources that fit nothing. Such an end, and the first answer that comes too late, are logged.
     """
 
     def __init__(
@@ -38,6 +41,9 @@ class LoadFits:
         self._answered = answered
         self._command = (*command, settings.source, str(settings.period_s), str(settings.steps))
         self._process: subprocess.Popen[bytes] | None = None
+        self._period_s = settings.period_s
+        self._newest = 0
+        self._late = False
         self._over = False
         self._received = b""
 
@@ -46,20 +52,21 @@ class LoadFits:
         loop."""
         if self._over:
             return
-        if self._process is None:
-            self._process = self._start()
-        assert self._process.stdin is not None
-        os.set_blocking(self._process.stdin.fileno(), not number)  # many periods fill the pipe
+        self._newest = number
         line = orjson.dumps((number, [tuple(period) for period in periods])) + b"\n"
         try:
-            taken = self._process.stdin.write(line) == len(line)
-        except BrokenPipeError:
-            taken = False
-        if not taken:
-            self.close()
+            process = self._process = self._process or self._start()
+            assert process.stdin is not None
+            os.set_blocking(process.stdin.fileno(), not number)  # many periods fill the pipe
+            if process.stdin.write(line) != len(line):
+                self.close("it is far behind")
+        except OSError as error:
+            self.close(error.strerror or "it takes no more")
 
-    def close(self) -> None:
-        """End the process."""
+    def close(self, trouble: str = "") -> None:
+        """End the process, because of some trouble if there is one."""
+        if trouble and not self._over:
+            log.warning("no more fits of the load, simpler sources forecast alone: %s", trouble)
         if not self._over:
             self._over = True
             self._answered(GONE, {})
@@ -83,11 +90,19 @@ class LoadFits:
         assert process.stdout is not None
         received = process.stdout.read(1 << 16)
         if not received:
-            self.close()
+            self.close("the process that fits has ended")
             return
         *lines, self._received = (self._received + received).split(b"\n")
         for line in lines:
-            self._answered(*orjson.loads(line))
+            number, expected = orjson.loads(line)
+            if number < self._newest and not self._late:
+                self._late = True
+                log.warning(
+                    "a fit of the load took longer than a period of %g s: where one does, simpler sources "
+                    "forecast; a longer --forecast-period leaves it the time",
+                    self._period_s,
+                )
+            self._answered(number, expected)
 
 
 def main(source: str, period_s: str, steps: str) -> None:
