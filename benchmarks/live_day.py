@@ -32,7 +32,7 @@ from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
 from tidegate.dataplane.replica import parse_groups, replicas_in
 from tidegate.journal.reader import Journal, read_journal
-from tidegate.journal.schema import InstanceLine
+from tidegate.journal.schema import FlipLine, InstanceLine
 from tidegate.measure.instance_time import up_s
 from tidegate.policies.dopd.plan import smallest_fleet
 from tidegate.policies.dopd.ratio import Sizing
@@ -104,7 +104,7 @@ def workload_of(args: argparse.Namespace) -> Workload:
 
 def live(args: argparse.Namespace, trace: Path) -> Path:
     """Serve the day, and return the journal."""
-    journal = args.out / "live.jsonl"
+    journal: Path = args.out / "live.jsonl"
     for name in (journal, args.out / "live.bench.jsonl"):
         name.unlink(missing_ok=True)  # serve would go on with an earlier run's
     serve = [*TIDEGATE, "serve", "--emulate", args.emulate, "--system", args.system, "--slo", args.slo]
@@ -129,7 +129,7 @@ def live(args: argparse.Namespace, trace: Path) -> Path:
 def simulated(args: argparse.Namespace, workload: Workload, front_s: float) -> Path:
     """Simulate the same arrivals, and return the journal."""
     slo, groups = Slo.parse(args.slo), parse_groups([args.emulate])
-    least, most = groups[0].count, groups[0].most
+    least, most = groups[0].count, groups[0].count + groups[0].spares
     replicas = replicas_in(parse_groups([f"{groups[0].packaged.name}:{most}"]))
     delays_s = (args.start_delay, args.start_delay)
     system = make_system(args.system, slo=slo, fleet=(least, most), start_delay_s=delays_s)
@@ -185,7 +185,8 @@ def day_of(path: Path, args: argparse.Namespace, workload: Workload) -> Day:
 def counts(journal: Journal) -> Iterator[tuple[float, tuple[int, int]]]:
     """Yield how many instances prefill and decode, with the time of each change."""
     roles: dict[str, str] = {}
-    for line in sorted((*journal.instance_events, *journal.flips), key=lambda line: line.t_s):
+    lines: list[InstanceLine | FlipLine] = [*journal.instance_events, *journal.flips]
+    for line in sorted(lines, key=lambda line: line.t_s):
         if not isinstance(line, InstanceLine):
             if line.instance in roles:
                 roles[line.instance] = line.to_role
@@ -213,7 +214,9 @@ def needed(args: argparse.Namespace, workload: Workload) -> list[tuple[int, int]
         lengths = workload.input_tokens[first:end], workload.output_tokens[first:end]
         span_s = around[1] - max(0.0, around[0])
         traffic = Traffic.of((end - first) / span_s, *lengths, args.gaps_scv)
-        plan = smallest_fleet(Sizing(traffic, model, slo), 0.99, budget=group.most, mixed=False)
+        plan = smallest_fleet(
+            Sizing(traffic, model, slo), 0.99, budget=group.count + group.spares, mixed=False
+        )
         found.append((plan.prefill, plan.decode))
     return found
 

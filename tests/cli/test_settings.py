@@ -23,6 +23,7 @@ from tidegate.engines.embedded.options import DTYPES
 from tidegate.fleet.emulated import EmulatedLaunch
 from tidegate.fleet.vllm import KvSetup
 from tidegate.gateway.settings import GatewaySettings
+from tidegate.policies.dopd.controller import DopdController
 from tidegate.systems import SYSTEMS, make_system
 
 ROOT = Path(__file__).parents[2]
@@ -321,8 +322,9 @@ def test_a_fleet_may_have_a_range_which_reads_back(tmp_path: Path) -> None:
 
 def test_what_a_system_that_sizes_the_fleet_cannot_have_is_named(tmp_path: Path) -> None:
     sized: dict[str, Any] = {"system": "dopd", "instances": "2..8"}
-    assert settle(**sized, budget=4).config.make_system().controllers[0].fleet == (2, 4)
-    assert settle(**sized, price=2.5, budget_per_hour=9.0).config.make_system().controllers[0].fleet == (2, 3)
+    for budget, most in (({"budget": 4}, 4), ({"price": 2.5, "budget_per_hour": 9.0}, 3), ({}, 8)):
+        (controller,) = settle(**sized, **budget).config.make_system().controllers
+        assert isinstance(controller, DopdController) and controller.fleet == (2, most)
     assert "--budget 1 allows 1 instances, and the fleet has at least 2" in problems(**sized, budget=1)[0]
     assert "two pools take at least 2" in problems(system="dopd", instances="1..4")[0]
     assert "--budget-per-hour: has no effect without --price" in problems(**sized, budget_per_hour=9.0)

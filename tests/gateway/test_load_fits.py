@@ -11,12 +11,17 @@ import pytest
 
 from tests.control.plane_harness import make_plane
 from tidegate.core.load_forecast import LoadForecast
-from tidegate.gateway.load_fits import LoadFits
+from tidegate.gateway.load_fits import GONE, LoadFits
 from tidegate.ledger.snapshot import Snapshot
+from tidegate.signals.forecast import LoadFeed
 from tidegate.signals.forecast.choice import ForecastSettings, deployed_feed
 from tidegate.signals.forecast.feed import FITTING
 
 AUTO = ForecastSettings()
+
+
+def ended(feed: LoadFeed, number: int) -> None:
+    feed.revised(number, {})
 
 
 def forecast_of(snapshot: Snapshot) -> LoadForecast:
@@ -79,13 +84,14 @@ async def test_a_period_shorter_than_a_fit_is_said_and_leaves_the_simple_forecas
     assert feed.passed(120.0) and feed.forecast is not None
     assert (feed.forecast.rate_rps.source, feed.forecast.rate_rps.reason) == ("ensemble", FITTING)
     fits.close()
-    assert feed.fit is None and "no more fits" not in caplog.text
+    feed.revised(GONE, {})
+    assert "no more fits" not in caplog.text, "it was asked to end"
 
 
 async def test_a_process_that_dies_leaves_the_simple_forecasts(caplog: pytest.LogCaptureFixture) -> None:
     feed = deployed_feed(AUTO, needed=True)
     assert feed is not None
-    fits = LoadFits(AUTO, feed.revised, (sys.executable, "-c", "input()"))
+    fits = LoadFits(AUTO, lambda number, expected: ended(feed, number), (sys.executable, "-c", "input()"))
     feed.fit = fits.fit
     feed.start(0.0)
     assert feed.passed(30.0) and feed.forecast is not None and feed.forecast.rate_rps.reason == FITTING

@@ -103,7 +103,9 @@ async def test_instances_that_are_killed_while_they_start_and_while_they_drain(
         async with loaded(live, bodies(OPEN)):
             wanting.split = (1, 2)
             await live.until(lambda: "i2" in fleet._slots and fleet._slots["i2"].child is not None)
-            os.kill(fleet._slots["i2"].child.pid, signal.SIGKILL)
+            child = fleet._slots["i2"].child
+            assert child is not None
+            os.kill(child.pid, signal.SIGKILL)
             await live.until(lambda: not plane.membership.starting and fleet.count == 2)
             assert "i2" not in plane.membership.labels
             wanting.split = (1, 1)

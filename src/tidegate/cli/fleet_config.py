@@ -156,7 +156,7 @@ class FleetSection(Section):
 
             groups = parse_groups(self.emulate)
             least = sum(group.count for group in groups)
-            return FleetRange(least, least + groups[-1].most - groups[-1].count)
+            return FleetRange(least, least + groups[-1].spares)
         return FleetRange(len(self.vllm), len(self.vllm)) if self.vllm else self.instances
 
     def groups(self, first: int) -> tuple[str, ...]:
@@ -166,7 +166,7 @@ class FleetSection(Section):
         *others, last = parse_groups(self.emulate or ())
         count = first - sum(group.count for group in others)
         fixed = [f"{group.packaged.name}:{group.count}" for group in others]
-        return *fixed, f"{last.packaged.name}:{FleetRange(count, last.most)}"
+        return *fixed, f"{last.packaged.name}:{FleetRange(count, last.count + last.spares)}"
 
 
 class EngineSection(Section):

@@ -105,11 +105,11 @@ def replicas_of(
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """``count`` equal instances of one packaged profile, which may become ``most``."""
+    """``count`` equal instances of one packaged profile, and at most ``spares`` more."""
 
     packaged: PackagedProfile
     count: int
-    most: int
+    spares: int = 0
 
     @classmethod
     def parse(cls, text: str) -> Group:
@@ -127,7 +127,7 @@ class Group:
                 f"{text!r}: expected PROFILE:N with 1 to {MOST_INSTANCES} instances, "
                 "as in h100_sxm/llama-3.1-8b:8, or PROFILE:A..B"
             )
-        return cls(packaged_profile(name), count, most)
+        return cls(packaged_profile(name), count, most - count)
 
 
 def parse_groups(texts: Sequence[str]) -> list[Group]:
@@ -135,10 +135,8 @@ def parse_groups(texts: Sequence[str]) -> list[Group]:
     another than the last one may grow."""
     groups = [Group.parse(text) for text in texts]
     for group in groups[:-1]:
-        if group.most > group.count:
-            raise ConfigError(
-                f"{group.packaged.name}:{group.count}..{group.most}: only the last group of a fleet can grow"
-            )
+        if group.spares:
+            raise ConfigError(f"{group.packaged.name} has a range: only the last group of a fleet can grow")
     models = sorted({group.packaged.model for group in groups})
     if len(models) != 1:
         raise ConfigError(f"a fleet serves one model; these profiles are of {' and '.join(models) or 'none'}")

@@ -69,10 +69,9 @@ class EmulatedFleet(ProcessFleet[AllReady]):
     def __init__(self, launch: EmulatedLaunch, *, pace: FleetPace | None = None) -> None:
         groups = parse_groups(launch.groups)
         self._packaged = [group.packaged for group in groups]
-        grows = groups[-1].most - groups[-1].count
         numbers = [number for number, group in enumerate(groups) for _ in range(group.count)]
         self._group_of = {f"i{index}": number for index, number in enumerate(numbers)}
-        most = len(numbers) + grows if grows else None
+        most = len(numbers) + groups[-1].spares if groups[-1].spares else None
         super().__init__({PLACE: tuple(self._group_of)}, pace, partial(parse_ready, AllReady), most=most)
         self._launch = launch
         self._engine_ids: dict[str, str] = {}

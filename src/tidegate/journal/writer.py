@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
 from tidegate.core.decision import Flip, Hold, Migrate, Place, Reject, Verdict
 from tidegate.core.errors import EngineError, status_of
 from tidegate.core.instance import Role
-from tidegate.core.load_forecast import LoadForecast
+from tidegate.core.load_forecast import LoadForecast, SeriesForecast
 from tidegate.core.migration import MigrationCost
 from tidegate.core.slo import Slo
 from tidegate.journal.schema import (
@@ -117,9 +117,16 @@ class JournalWriter:
     def forecast(self, now_s: float, expected: LoadForecast, observed: Mapping[str, float]) -> None:
         """Write what was expected of the period of the load that ended, and what came, by series."""
         series = {
-            name: ExpectedSeries(_known(value), *(_known(float(each[0])) for each in found[:3]), *found[3:])
+            name: ExpectedSeries(
+                _known(value),
+                _known(found.mean[0]),
+                _known(found.low[0]),
+                _known(found.high[0]),
+                found.source,
+                found.reason,
+            )
             for name, value in observed.items()
-            for found in (getattr(expected, name),)
+            for found in (cast(SeriesForecast, getattr(expected, name)),)
         }
         self.write(ForecastLine(self.elapsed_s(now_s), expected.period_s, series))
 
@@ -152,7 +159,7 @@ def encode_line(line: JournalLine) -> bytes:
 
 
 def _known(value: float) -> float | None:
-    return round(value, 4) if math.isfinite(value) else None
+    return round(float(value), 4) if math.isfinite(value) else None
 
 
 def _plain(value: object) -> float | str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,7 +105,7 @@ class RecordedLoad:
         return [[value if value == value else None for value in row] for row in table.tolist()]
 
 
-def _by_time(rows: list[tuple[float, ...]], width: int) -> Floats:
+def _by_time(rows: Sequence[tuple[float, ...]], width: int) -> Floats:
     table = np.array(rows, np.float64).reshape(-1, width)
     return table[table[:, 0].argsort(kind="stable")]
 
