@@ -24,6 +24,7 @@ from tidegate.fleet.health import HealthPace
 from tidegate.fleet.launched_vllm import (
     LaunchedVllmFleet,
     VllmLaunch,
+    cpu_memory,
     hardware,
     share_out,
     visible_gpus,
@@ -129,6 +130,18 @@ async def test_an_added_server_is_like_the_others_and_a_removed_one_leaves_no_pr
     await until(lambda: recorder.reports[2:] == [("down", "i0")])
     await until(lambda: not alive(first["child"]))
     assert alive(added["child"])
+
+
+def test_a_range_of_servers_has_gpus_or_memory_for_the_most_of_them(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    with pytest.raises(SetupError, match="4 instances with 1 GPU each need 4, and 3 can be seen"):
+        make(instances=1, most=4)
+    assert len(make(instances=1, most=3)._shares) == 3
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    shared = make(instances=1, most=4)
+    assert shared._memory == cpu_memory(4) and shared.count == 0
 
 
 async def test_an_added_server_takes_gpus_that_nobody_has(
