@@ -242,7 +242,8 @@ def test_starts_that_were_seen_count_for_the_lead_time_not_those_that_were_told(
     for start_s in ({}, {Role.PREFILL: 130.0, Role.DECODE: 130.0}):
         played = Played(DopdController(SLO, (2, 16), (10.0, 10.0)))
         played.ledger.start_s = start_s
-        played.ledger.load_forecast = rising
-        played.tick(30.0)
+        for at_s in (30.0, 60.0):
+            played.ledger.load_forecast = rising._replace(at_s=at_s)
+            played.tick(30.0)
         sizes.append(sum(played.state.target))
     assert sizes[0] == 4 and sizes[1] > 4, "the rise is two minutes ahead"
