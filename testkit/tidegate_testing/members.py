@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tidegate.core.errors import FleetFull
 from tidegate.core.instance import Instance, Role
 from tidegate.costs.profile import Profile
 from tidegate.fleet.member import Capabilities, FleetListener, Member
@@ -63,8 +64,8 @@ class GivenFleet:
     def suspect(self, instance_id: str) -> None:
         self.suspected.append(instance_id)
 
-    def add(self) -> bool:
-        return False
+    def add(self) -> str:
+        raise FleetFull("a fleet of given URLs cannot grow")
 
     def remove(self, instance_id: str, reason: str) -> bool:
         self.down(instance_id)

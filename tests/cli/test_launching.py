@@ -14,7 +14,7 @@ import pytest
 from tidegate import __version__
 from tidegate.cli import launch, model
 from tidegate.cli.sources import resolve
-from tidegate.core.errors import SetupError
+from tidegate.core.errors import FleetFull, SetupError
 from tidegate.core.instance import Instance
 from tidegate.fleet.launched_vllm import LaunchedVllmFleet
 from tidegate.fleet.member import FleetListener, Member
@@ -183,8 +183,8 @@ async def test_the_announced_fleet_says_who_comes_up(capsys: pytest.CaptureFixtu
         def suspect(self, instance_id: str) -> None:
             self.suspected = instance_id
 
-        def add(self) -> bool:
-            return False
+        def add(self) -> str:
+            raise FleetFull("scripted")
 
         def remove(self, instance_id: str, reason: str) -> bool:
             return False

@@ -12,7 +12,8 @@ import pytest
 import typer
 
 from tidegate.cli import launch
-from tidegate.cli.config import FLAGS, SECTIONS, SETTINGS, EngineSection
+from tidegate.cli.config import FLAGS, SECTIONS, SETTINGS
+from tidegate.cli.fleet_config import EngineSection
 from tidegate.cli.main import build_app
 from tidegate.cli.sources import Resolved, as_toml, resolve
 from tidegate.core.errors import ConfigError
@@ -22,6 +23,7 @@ from tidegate.engines.embedded.options import DTYPES
 from tidegate.fleet.emulated import EmulatedLaunch
 from tidegate.fleet.vllm import KvSetup
 from tidegate.gateway.settings import GatewaySettings
+from tidegate.policies.dopd.controller import DopdController
 from tidegate.systems import SYSTEMS, make_system
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +57,7 @@ def test_a_flag_wins_over_the_environment_over_the_file_over_the_default(tmp_pat
     done = settle(file, env, folder=tmp_path, port=3)
     assert done.config.gateway.port == 3
     assert done.config.gateway.host == "h2"
-    assert done.config.fleet.instances == 5
+    assert done.config.fleet.instances == (5, 5)
     assert done.config.engine.dtype == "auto"
     assert done.origins["port"] == "--port"
     assert done.origins["host"] == "TIDEGATE_HOST"
@@ -71,7 +73,7 @@ def test_every_problem_of_every_source_is_reported_at_once(tmp_path: Path) -> No
     assert "s.toml: port: belongs in the section [gateway]" in text
     assert "gateway.prot: unknown setting; did you mean gateway.port?" in text
     assert "[flet]: unknown section; did you mean [fleet]?" in text
-    assert "fleet.instances = 0: should be greater than or equal to 1" in text
+    assert "fleet.instances = 0: expected N instances, or A..B" in text
     assert "engine.dtype = int4: should be 'auto', 'float32'" in text
     assert "TIDEGATE_SLO fast:" in text
     assert "--system nope: unknown system 'nope'; there are: ares, ares-slo, " in text
@@ -128,7 +130,7 @@ def test_a_variable_that_names_nothing_only_warns() -> None:
 def test_a_list_in_the_environment_is_split() -> None:
     done = settle(environment={"TIDEGATE_VLLM": "http://a:1, http://b:2"}, system="static")
     assert done.config.fleet.vllm == ["http://a:1", "http://b:2"]
-    assert done.config.fleet.size == 2
+    assert done.config.first_size == 2
 
 
 def test_a_stronger_source_replaces_the_rival_of_a_setting(tmp_path: Path) -> None:
@@ -139,7 +141,7 @@ def test_a_stronger_source_replaces_the_rival_of_a_setting(tmp_path: Path) -> No
     assert settle(file, folder=tmp_path, model=model).config.fleet.vllm is None
     file = f"[fleet]\nmodel = '{model}'\ninstances = 5\n[engine]\nkv_memory_mb = 8\n"
     done = settle(file, folder=tmp_path, system="static", vllm=("http://a", "http://b"))
-    assert done.config.fleet.model is None and done.config.fleet.size == 2
+    assert done.config.fleet.model is None and done.config.first_size == 2
 
 
 def test_rivals_and_settings_without_effect_in_one_source_are_refused() -> None:
@@ -179,7 +181,7 @@ def test_a_profile_lets_any_system_run_in_front_of_servers(tmp_path: Path) -> No
     assert "2 profiles for 3 servers" in found
     assert "--profile: has no effect without --vllm or --launch" in problems(profile=[name])
     file = f"[fleet]\nvllm = ['http://a', 'http://b']\nprofile = '{name}'\n"
-    assert settle(file, folder=tmp_path, emulate=[f"{name}:4"]).config.fleet.size == 4
+    assert settle(file, folder=tmp_path, emulate=[f"{name}:4"]).config.first_size == 4
 
 
 def test_an_order_needs_engines_that_keep_one() -> None:
@@ -188,7 +190,7 @@ def test_an_order_needs_engines_that_keep_one() -> None:
     (found,) = problems(system="arrow-lending+lifo")
     assert "unknown order 'lifo'; did you mean 'fifo'? There are: edf, feasible-first, fifo, sjf" in found
     config = settle(system="arrow-lending+feasible-first").config
-    assert config.scheduling.make_system().name == "arrow-lending+feasible-first"
+    assert config.make_system().name == "arrow-lending+feasible-first"
 
 
 def test_servers_alone_are_enough() -> None:
@@ -201,7 +203,7 @@ def test_servers_alone_are_enough() -> None:
 def test_launched_servers_take_a_model_and_words_of_their_own(tmp_path: Path) -> None:
     (tmp_path / "config.json").touch()
     done = settle(launch="vllm", model=tmp_path, instances=2, vllm_args="-tp 2 --max-model-len 4096")
-    assert (done.config.scheduling.system, done.config.fleet.size) == ("static", 2)
+    assert (done.config.scheduling.system, done.config.first_size) == ("static", 2)
     assert settle(as_toml(done), folder=tmp_path).config == done.config
     (found,) = problems(launch="vllm")
     assert "--launch vllm needs a --model DIR" in found
@@ -305,6 +307,34 @@ def test_the_gateway_gets_every_setting_of_its_section() -> None:
         "h", 9, "k", Slo(0.005, 0.007), Path("j"), request_deadline_s=3.0, stall_s=2.0
     )
     assert settle().config.gateway_settings() == GatewaySettings()
+
+
+def test_a_fleet_may_have_a_range_which_reads_back(tmp_path: Path) -> None:
+    done = settle(folder=tmp_path, instances="2..8")
+    assert (done.config.fleet.range, done.config.first_size) == ((2, 8), 2)
+    assert 'instances = "2..8"' in as_toml(done)
+    emulated = settle(emulate=["h100_sxm/llama-3.1-8b:1", "h200_sxm/llama-3.1-8b:2..5"], split="1:3").config
+    assert (emulated.fleet.range, emulated.first_size) == ((3, 6), 4)
+    assert emulated.fleet.groups(4) == ("h100_sxm/llama-3.1-8b:1", "h200_sxm/llama-3.1-8b:3..5")
+    assert "expected N instances, or A..B" in problems(instances="8..2")[0]
+    assert "expected at most 256 instances" in problems(instances="2..300")[0]
+
+
+def test_what_a_system_that_sizes_the_fleet_cannot_have_is_named(tmp_path: Path) -> None:
+    sized: dict[str, Any] = {"system": "dopd", "instances": "2..8"}
+    for budget, most in (({"budget": 4}, 4), ({"price": 2.5, "budget_per_hour": 9.0}, 3), ({}, 8)):
+        (controller,) = settle(**sized, **budget).config.make_system().controllers
+        assert isinstance(controller, DopdController) and controller.fleet == (2, most)
+    assert "--budget 1 allows 1 instances, and the fleet has at least 2" in problems(**sized, budget=1)[0]
+    assert "two pools take at least 2" in problems(system="dopd", instances="1..4")[0]
+    assert "--budget-per-hour: has no effect without --price" in problems(**sized, budget_per_hour=9.0)
+    (tmp_path / "config.json").write_text("{}")
+    found = problems(system="dopd", launch="vllm", model=tmp_path, instances="2..4")
+    assert "system 'dopd' needs a measured profile" in found[0]
+    assert "--instances: has no effect together with --vllm" in problems(vllm=["http://a"], instances="2..4")
+    assert "no packaged profile is called" in problems(emulate=["h100/nothing:2..4"])[0]
+    forecast = problems(forecast_period=0, forecast_steps=0, forecast_from=tmp_path / "none.jsonl")
+    assert len(forecast) == 3 and any("there is no such file" in each for each in forecast)
 
 
 def test_a_key_file_binds_keys_to_tenants(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def test_what_starts_is_no_surplus() -> None:
 def test_instances_are_added_and_removed() -> None:
     plane = make_plane(2)
     assert plane.act([AddInstance(Role.PREFILL, "peak")], 1.0) == [StartInstance(Role.PREFILL, "peak")]
-    plane.start_failed(Role.PREFILL)
+    plane.start_failed(Role.PREFILL, "no room", 2.0)
     assert not plane.membership.starting
     assert plane.act([Remove("i1", "broken"), Remove("i9")], 1.0) == [StopInstance("i1", "broken")]
 

@@ -15,14 +15,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from tidegate.core.errors import EngineUnreachable, TidegateError
+from tidegate.core.errors import EngineUnreachable, FleetFull, TidegateError
 from tidegate.core.slo import Slo
 from tidegate.dataplane.replica import Replica
 from tidegate.engines.emulated import event_timer
 from tidegate.engines.emulated.host import EmulatedInstance, Host
 from tidegate.engines.seam import KvHandle, Leg, LegEnd, LegTimes, TokensSink
 from tidegate.engines.serving.types import GenerateRequest, KvSource, Output, SamplingParams
-from tidegate.fleet.member import Member
+from tidegate.fleet.member import FleetListener, Member
 from tidegate.gateway import dispatcher as dispatcher_module
 from tidegate.gateway.call import TokenEstimate, read_calls
 from tidegate.gateway.dispatcher import Dispatcher
@@ -292,10 +292,19 @@ class _LoopClock:
 
 
 class _NoFleet:
+    ids: tuple[str, ...] = ()
+
+    def starting(self) -> dict[str, str]:
+        return {}
+
+    async def start(self, listener: FleetListener) -> None: ...
+
+    async def stop(self) -> None: ...
+
     def suspect(self, instance_id: str) -> None: ...
 
-    def add(self) -> bool:
-        return False
+    def add(self) -> str:
+        raise FleetFull("nothing starts here")
 
     def remove(self, instance_id: str, reason: str) -> bool:
         return False

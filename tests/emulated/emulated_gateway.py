@@ -15,14 +15,15 @@ from tidegate.systems import make_system
 from tidegate_testing.chaos import NOT_FORCED, Forced, chaos
 
 GROUP = "h100_sxm/llama-3.1-8b:3"
+LAUNCH = EmulatedLaunch((GROUP,))
 
 
 @asynccontextmanager
 async def gateway(
-    system: str, forced: Forced = NOT_FORCED
+    system: str, forced: Forced = NOT_FORCED, launch: EmulatedLaunch = LAUNCH
 ) -> AsyncIterator[tuple[Gateway, str, aiohttp.ClientSession]]:
-    """Run a gateway over three emulated instances."""
-    fleet = EmulatedFleet(EmulatedLaunch((GROUP,)))
+    """Run a gateway over emulated instances, three unless ``launch`` says otherwise."""
+    fleet = EmulatedFleet(launch)
     running = Gateway(GatewaySettings(port=0), fleet, make_system(system))
     try:
         url = await running.start()

@@ -13,13 +13,15 @@ import pytest
 
 from tests.emulated.emulated_gateway import gateway, stream
 from tests.emulated.emulated_pair import OfTwo
+from tidegate.core.errors import ConfigError
 from tidegate.dataplane.replica import parse_groups, replicas_in
 from tidegate.engines.emulated.vocabulary import answer
 from tidegate.engines.serving.process import bind
-from tidegate.fleet.emulated import EmulatedFleet
+from tidegate.fleet.emulated import EmulatedFleet, EmulatedLaunch
 from tidegate.gateway.run import Gateway
 
 ANY = list(range(40))
+ADD = "/tidegate/instances"
 PIN = {"do_remote_decode": True, "do_remote_prefill": False}
 
 
@@ -27,6 +29,11 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(20):
         while not condition():
             await asyncio.sleep(0.01)
+
+
+async def state(client: aiohttp.ClientSession, url: str) -> Any:
+    async with client.get(url + "/tidegate/state") as response:
+        return await response.json()
 
 
 async def post(
@@ -77,6 +84,33 @@ async def test_instances_come_and_go_and_disturb_no_request() -> None:
         assert await stream(client, url, ANY, 20) == answer(ANY, 0, 20)
 
 
+async def test_the_last_group_grows_to_its_most_and_its_starts_take_the_time_that_is_set() -> None:
+    async with gateway(
+        "static", launch=EmulatedLaunch(("h100_sxm/llama-3.1-8b:1..2",), start_delay_s=0.2)
+    ) as (
+        running,
+        url,
+        client,
+    ):
+        upstreams = running.dispatcher.upstreams
+        assert (await post(client, url + ADD, {"role": "decode"}))[0] == 200
+        (start,) = (await state(client, url))["starting"]
+        assert (start["id"], start["role"]) == ("i1", "decode")
+        status, said = await post(client, url + ADD, {})
+        assert (status, said["error"]["message"]) == (409, "the fleet has 2 instances, and may have 2")
+        await until(lambda: "i1" in upstreams)
+        after = await state(client, url)
+        assert not after["starting"] and after["starts"]["decode_s"] >= 0.2
+        text = running.dispatcher.metrics.render().decode()
+        assert 'tidegate_instance_start_seconds_count{role="decode"} 1.0' in text
+        assert 'tidegate_instance_start_seconds_bucket{le="0.1",role="decode"} 0.0' in text
+        assert (await post(client, url + ADD + "/i1/drain", {"remove": True}))[0] == 200
+        await until(lambda: "i1" not in upstreams)
+        assert (await post(client, url + ADD, {"role": "decode"}))[0] == 200, "there is room again"
+    with pytest.raises(ConfigError, match="only the last group of a fleet can grow"):
+        parse_groups(["h100_sxm/llama-3.1-8b:1..2", "h200_sxm/llama-3.1-8b:1"])
+
+
 async def test_with_its_last_instance_the_process_ends_and_a_new_one_takes_the_next() -> None:
     async with gateway("colocated") as (running, url, client):
         fleet, upstreams = fleet_of(running), running.dispatcher.upstreams
@@ -85,7 +119,8 @@ async def test_with_its_last_instance_the_process_ends_and_a_new_one_takes_the_n
             assert fleet.remove(name, "not needed")
         assert not fleet.remove("i0", "it is gone")
         await until(lambda: not upstreams)
-        await until(fleet.add)
+        await until(lambda: not fleet._slots)
+        assert fleet.add() == "i3"
         await until(lambda: bool(upstreams))
         (member,) = (upstream.member for upstream in upstreams.values())
         assert member.pid != pid

@@ -19,11 +19,12 @@ import aiohttp
 import pytest
 
 from tests.fleet.fleet_observing import Recorder, alive, until
-from tidegate.core.errors import ConfigError, SetupError
+from tidegate.core.errors import ConfigError, FleetFull, SetupError
 from tidegate.fleet.health import HealthPace
 from tidegate.fleet.launched_vllm import (
     LaunchedVllmFleet,
     VllmLaunch,
+    cpu_memory,
     hardware,
     share_out,
     visible_gpus,
@@ -131,6 +132,18 @@ async def test_an_added_server_is_like_the_others_and_a_removed_one_leaves_no_pr
     assert alive(added["child"])
 
 
+def test_a_range_of_servers_has_gpus_or_memory_for_the_most_of_them(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    with pytest.raises(SetupError, match="4 instances with 1 GPU each need 4, and 3 can be seen"):
+        make(instances=1, most=4)
+    assert len(make(instances=1, most=3)._shares) == 3
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    shared = make(instances=1, most=4)
+    assert shared._memory == cpu_memory(4) and shared.count == 0
+
+
 async def test_an_added_server_takes_gpus_that_nobody_has(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,15 +152,18 @@ async def test_an_added_server_takes_gpus_that_nobody_has(
     fleet = make(instances=1, arguments=ServeArguments(["-tp", "2"]))
     await fleet.start(recorder)
     assert fleet.add()
-    assert not fleet.add(), "one GPU is left, and a server takes two"
+    with pytest.raises(FleetFull, match=r"no . GPUs are free"):
+        fleet.add()  # one GPU is left, and a server takes two
     await until(lambda: "i1" in recorder.up)
     gpus = [
         (await seen_by(recorder.up[name]))["environment"]["CUDA_VISIBLE_DEVICES"] for name in ("i0", "i1")
     ]
     assert gpus == ["0,1", "2,3"]
     assert fleet.remove("i0", "drained")
-    assert not fleet.add(), "its GPUs are taken until its process has ended"
-    await until(fleet.add)
+    with pytest.raises(FleetFull, match=r"no . GPUs are free"):
+        fleet.add()  # its GPUs are taken until its process has ended
+    await until(lambda: "i0" not in fleet._slots)
+    fleet.add()
     await until(lambda: len(recorder.up) == 2)
     (name,) = set(recorder.up) - {"i1"}
     assert (await seen_by(recorder.up[name]))["environment"]["CUDA_VISIBLE_DEVICES"] == "0,1"

@@ -16,7 +16,7 @@ import aiohttp
 import pytest
 
 from tests.fleet.fleet_observing import Recorder, alive, until
-from tidegate.core.errors import SetupError
+from tidegate.core.errors import FleetFull, SetupError
 from tidegate.fleet.health import HealthPace
 from tidegate.fleet.processes import EngineLaunch, LocalFleet
 from tidegate.fleet.supervision import FleetPace
@@ -37,8 +37,9 @@ async def make() -> AsyncIterator[Make]:
     """Build fleets of fake engines; whatever a test leaves running is stopped after it."""
     made: list[LocalFleet] = []
 
-    def build(instances: int = 1, pace: FleetPace = QUICK) -> LocalFleet:
-        made.append(LocalFleet(EngineLaunch(Path("models/fake"), instances, command=FAKE), pace=pace))
+    def build(instances: int = 1, pace: FleetPace = QUICK, most: int | None = None) -> LocalFleet:
+        launch = EngineLaunch(Path("models/fake"), instances, most, command=FAKE)
+        made.append(LocalFleet(launch, pace=pace))
         return made[-1]
 
     yield build
@@ -194,9 +195,10 @@ async def test_a_crash_loop_is_retried_with_growing_waits(
 
 async def test_an_added_engine_serves_and_a_removed_one_is_gone_for_good(make: Make) -> None:
     fleet, seen = make(1), Recorder()
-    assert not fleet.add(), "not before it has started"
+    with pytest.raises(FleetFull):
+        fleet.add()
     await fleet.start(seen)
-    assert fleet.add()
+    assert fleet.add() == "i1"
     await until(lambda: "i1" in seen.up)
     added = seen.up["i1"]
     assert added.pid is not None and alive(added.pid)
@@ -285,7 +287,8 @@ async def test_a_removed_engine_is_down_at_once_and_gets_its_grace(
     assert alive(pid)
     await fleet.stop()
     assert not alive(pid), "the fleet's end does not wait for the rest of the grace"
-    assert not fleet.add(), "not after its end"
+    with pytest.raises(FleetFull, match="does not run"):
+        fleet.add()
 
 
 async def test_stop_stops_added_engines(make: Make) -> None:
@@ -365,3 +368,41 @@ async def test_killing_the_parent_leaves_no_process() -> None:
 def test_a_small_step_takes_no_more_requests_than_tokens(batch_tokens: int, seqs: str) -> None:
     argv = EngineLaunch(Path("m"), max_batch_tokens=batch_tokens).argv("i0")
     assert argv[argv.index("--max-num-seqs") + 1] == seqs
+
+
+async def test_a_fleet_grows_to_its_most_and_a_place_is_free_again_once_its_process_has_ended(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet, seen = make(1, FleetPace(grace_s=600.0), most=2), Recorder()
+    await fleet.start(seen)
+    monkeypatch.setenv("FAKE_ENGINE", "stubborn")
+    assert fleet.add() == "i1"
+    with pytest.raises(FleetFull, match="has 2 instances, and may have 2"):
+        fleet.add()  # one starts
+    await until(lambda: "i1" in seen.up)
+    pid = seen.up["i1"].pid or 0
+    assert fleet.remove("i1", "drained")
+    await until(lambda: ("down", "i1") in seen.reports)
+    with pytest.raises(FleetFull):
+        fleet.add()  # its process has not ended
+    os.kill(pid, signal.SIGKILL)
+    await until(lambda: fleet.count == 1)
+    assert fleet.add() == "i2"
+
+
+async def test_a_process_killed_while_it_starts_is_told_of_and_its_place_is_free(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet, seen = make(1, most=2), Recorder()
+    await fleet.start(seen)
+    monkeypatch.setenv("FAKE_ENGINE", "mute")
+    before = children()
+    assert fleet.add() == "i1"
+    await until(lambda: len(children() - before) == 1)
+    (pid,) = children() - before
+    os.kill(pid, signal.SIGKILL)
+    await until(lambda: seen.reports[1:] == [("failed", "i1")])
+    await until(lambda: fleet.count == 1)
+    monkeypatch.setenv("FAKE_ENGINE", "serve")
+    assert fleet.add() == "i2"
+    await until(lambda: "i2" in seen.up)

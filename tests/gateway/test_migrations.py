@@ -11,6 +11,7 @@ import pytest
 
 from tests.gateway.gateway_cluster import Start
 from tidegate.core.decision import AddInstance, Drain, Migrate
+from tidegate.core.errors import FleetFull
 from tidegate.core.instance import Role
 from tidegate.fleet.member import Capabilities
 from tidegate_testing.chaos import Forced
@@ -117,6 +118,7 @@ async def test_a_drained_instance_is_stopped_once_its_decodes_have_moved(start: 
 
 async def test_a_fleet_that_cannot_grow_says_so(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     cluster = await start("static", instances=2)
-    cluster.gateway.dispatcher.act([AddInstance(Role.DECODE, "peak")])
+    with pytest.raises(FleetFull):
+        cluster.gateway.dispatcher.act([AddInstance(Role.DECODE, "peak")])
     assert "no instance can be started (peak)" in caplog.text
     assert not cluster.gateway.dispatcher.plane.membership.starting

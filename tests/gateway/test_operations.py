@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import count
 from typing import Any
 
 import pytest
@@ -68,7 +69,7 @@ async def test_one_that_the_fleet_cannot_stop_can_be_undrained(
 async def test_a_fleet_that_cannot_grow_says_so(start: Start) -> None:
     cluster = await start("static", instances=2)
     status, said, _ = await cluster.post(ADD, {})
-    assert (status, said["error"]["message"]) == (400, "this fleet cannot start another instance now")
+    assert (status, said["error"]["message"]) == (409, "a fleet of given URLs cannot grow")
     assert not cluster.gateway.dispatcher.plane.membership.starting
 
 
@@ -79,7 +80,7 @@ async def test_an_added_instance_has_the_role_asked_for_or_the_one_that_lacks(
     start: Start, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], role: str
 ) -> None:
     cluster = await start("static", instances=3)
-    monkeypatch.setattr(cluster.fleet, "add", lambda: True)
+    monkeypatch.setattr(cluster.fleet, "add", lambda: "i3")
     assert (await cluster.post(ADD, given))[:2] == (200, {"status": "starting", "role": role})
     dispatcher = cluster.gateway.dispatcher
     assert {r.label: count for r, count in dispatcher.plane.membership.starting.items()} == {role: 1}
@@ -91,7 +92,7 @@ async def test_instances_that_are_added_in_quick_succession_share_the_roles(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster = await start("static", instances=2)
-    monkeypatch.setattr(cluster.fleet, "add", lambda: True)
+    monkeypatch.setattr(cluster.fleet, "add", map("i{}".format, count(2)).__next__)
     said = [(await cluster.post(ADD, {}))[1]["role"] for _ in range(4)]
     assert sorted(said) == ["decode", "decode", "prefill", "prefill"]
 
@@ -114,4 +115,4 @@ async def test_the_key_is_wanted(start: Start, path: str) -> None:
     cluster = await start("static", instances=3, settings=GatewaySettings(api_key="right"))
     assert (await cluster.post(path, {}))[0] == 401
     status, _, _ = await cluster.post(path, {}, Authorization="Bearer right")
-    assert status == (400 if path == ADD else 200)
+    assert status == (409 if path == ADD else 200)

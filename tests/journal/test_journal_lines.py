@@ -24,6 +24,7 @@ from tidegate.journal.reader import decode_line
 from tidegate.journal.schema import (
     LINES,
     Chosen,
+    ForecastLine,
     HeaderLine,
     InputLine,
     InstanceLabel,
@@ -99,7 +100,7 @@ def test_a_simulations_lines_are_the_bytes_of_an_earlier_version() -> None:
 
 def test_the_earlier_journals_have_every_type_of_line() -> None:
     seen = {type(line) for path in EARLIER.iterdir() for line in JournalLines(path)}
-    assert seen == set(LINES.values()) - {InputLine, ProfileLine}  # which came later
+    assert seen == set(LINES.values()) - {ForecastLine, InputLine, ProfileLine}  # which came later
 
 
 def test_a_journal_of_an_earlier_version_is_summed_up() -> None:

@@ -18,7 +18,7 @@ import orjson
 from tidegate.fleet.processes import EngineLaunch, LocalFleet
 from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
-from tidegate.systems import make_system
+from tidegate.systems import System, make_system
 from tidegate_testing.chaos import NOT_FORCED, Forced, chaos
 
 Json = dict[str, Any]
@@ -99,16 +99,18 @@ class Live:
 @asynccontextmanager
 async def cluster(
     model: Path,
-    system: str,
+    system: str | System,
     *,
     instances: int = 3,
+    most: int | None = None,
     dtype: str = "auto",
     settings: GatewaySettings = DEFAULTS,
     forced: Forced = NOT_FORCED,
 ) -> AsyncIterator[Live]:
     """Run a gateway over ``instances`` embedded engines."""
-    fleet = LocalFleet(EngineLaunch(model=model, instances=instances, dtype=dtype, kv_memory_mb=64))
-    gateway = Gateway(replace(settings, port=0), fleet, make_system(system))
+    launch = EngineLaunch(model=model, instances=instances, most=most, dtype=dtype, kv_memory_mb=64)
+    made = make_system(system) if isinstance(system, str) else system
+    gateway = Gateway(replace(settings, port=0), LocalFleet(launch), made)
     try:
         url = await gateway.start()
         async with (

@@ -232,3 +232,18 @@ def test_lengths_lean_to_the_forecast_as_far_as_it_tells_more() -> None:
     assert made is not None
     assert made.mean(made.input_tokens) == pytest.approx(PROMPT, rel=0.01)
     assert made.input_tokens.std() > PROMPT
+
+
+def test_starts_that_were_seen_count_for_the_lead_time_not_those_that_were_told() -> None:
+    rising = forecast(30.0, 1.0)
+    steps = np.array([1.0, 1.0, 1.0, 1.0, 40.0, 40.0])
+    rising = rising._replace(rate_rps=SeriesForecast(steps, steps, steps, "ewma"))
+    sizes = []
+    for start_s in ({}, {Role.PREFILL: 130.0, Role.DECODE: 130.0}):
+        played = Played(DopdController(SLO, (2, 16), (10.0, 10.0)))
+        played.ledger.start_s = start_s
+        for at_s in (30.0, 60.0):
+            played.ledger.load_forecast = rising._replace(at_s=at_s)
+            played.tick(30.0)
+        sizes.append(sum(played.state.target))
+    assert sizes[0] == 4 and sizes[1] > 4, "the rise is two minutes ahead"

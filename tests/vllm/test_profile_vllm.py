@@ -49,9 +49,7 @@ async def test_arrow_goes_by_a_profile_of_real_servers(cluster: VllmCluster, tmp
 
     config = resolve(None, {}, {"vllm": urls, "profile": [str(file)]}, warn=lambda text: None).config
     assert config.scheduling.system == "arrow-lending"
-    gateway = Gateway(
-        GatewaySettings(port=0, admission=0.0), launch.make_fleet(config), config.scheduling.make_system()
-    )
+    gateway = Gateway(GatewaySettings(port=0, admission=0.0), launch.make_fleet(config), config.make_system())
     url = await gateway.start()
     try:
         prompts = [_prompt(seed) for seed in range(20)]

@@ -8,44 +8,42 @@ has no option on the command line. Defaults that are measured or derived elsewhe
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from inspect import Parameter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from tidegate.api import DEFAULT_SYSTEM
+from tidegate.cli.fleet_config import EmulatedSection, EngineSection, FleetSection
 from tidegate.cli.options import Flag, OptionGroup, given_type
+from tidegate.cli.scaling import ScalingSection
+from tidegate.cli.sections import Section, setting
 from tidegate.cli.setting_types import (
-    Bootstraps,
     Count,
+    ExistingFile,
     Fields,
     FilePath,
-    Groups,
     Key,
-    Milliseconds,
-    ModelFolder,
     Multiple,
     Networks,
     Origins,
-    Profiles,
     Seconds,
-    ServeWords,
     Split,
     SystemName,
     Targets,
-    Tokens,
-    Urls,
     Whole,
     Words,
     with_value_errors,
 )
+from tidegate.core.notation import FleetRange
 from tidegate.core.slo import Slo
 from tidegate.gateway.settings import GatewaySettings
+from tidegate.signals.forecast.choice import AUTO, DEPLOYED, ForecastSettings, check_source
+from tidegate.signals.forecast.feed import PERIOD_S, STEPS
+from tidegate.systems.registry import GivenOptions
 
 if TYPE_CHECKING:
-    from tidegate.fleet.vllm import KvSetup
     from tidegate.systems.system import System
 
 GATEWAY = GatewaySettings()
@@ -65,35 +63,6 @@ SYSTEMS_HELP = (
     "deadline that can still be met), as in arrow-lending+feasible-first. In front of vLLM servers the "
     "default is static unless there is a --profile of them, which the others but round-robin need."
 )
-
-
-def setting(
-    default: Any,
-    text: str,
-    metavar: str | None = None,
-    *,
-    name: str = "",
-    panel: str | None = None,
-    shown: bool | str = True,
-    needs: tuple[str, ...] = (),
-    **checks: Any,
-) -> Any:
-    """Return the field of a setting that has a flag; ``checks`` are those of pydantic's ``Field``."""
-    field = Field(default, **checks)
-    field.metadata.append(Flag(text, metavar, name, panel, shown, needs=needs))
-    return field
-
-
-launched = partial(setting, panel="Launched vLLM servers", needs=("launch",))
-running = partial(setting, needs=("vllm",))
-emulated = partial(setting, needs=("emulate",))
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
-
-    panel: ClassVar[str] = ""
-    """Where the help shows the section's flags."""
 
 
 class GatewaySection(Section):
@@ -181,172 +150,29 @@ class SchedulingSection(Section):
         "SOURCE",
     )
     split: Split | None = setting(None, "Prefill and decode instances at start-up.", "P:D", shown="even")
+    forecast: Literal["auto", "last", "seasonal-naive", "ewma", "arima", "ensemble"] = setting(
+        AUTO,
+        "Who forecasts the load: last, seasonal-naive, ewma, arima (needs the extra forecast), ensemble (the "
+        "mean of those that there are, by recent error), or auto: ensemble where the system needs forecasts, "
+        "else nobody.",
+        "SOURCE",
+    )
+    forecast_period: Seconds = setting(PERIOD_S, "Length of a period of forecasts.", "S")
+    forecast_steps: Count = setting(STEPS, "How many periods ahead they go.", "N")
+    forecast_from: ExistingFile | None = setting(
+        None,
+        "Begin forecasts with the arrivals and lengths of this journal; it may be that of --journal.",
+        "JOURNAL",
+    )
 
     @model_validator(mode="after")
     @with_value_errors
     def _takes_options(self) -> SchedulingSection:
-        self.make_system()
-        return self
-
-    def make_system(self) -> System:
-        """Build the composition. Raises ConfigError for an option it cannot take."""
         from tidegate.systems import make_system
 
-        return make_system(self.system, split=self.split, slo=self.slo)
-
-
-class FleetSection(Section):
-    """Where instances come from: ``model`` starts them here, as vLLM servers with ``launch``, ``emulate``
-    starts emulated ones, ``vllm`` uses running ones."""
-
-    panel = "Instances"
-
-    model: ModelFolder | None = setting(
-        None,
-        "Model for embedded engines or launched servers: a folder in the Hugging Face layout, smollm2, which "
-        "is fetched once (SmolLM2-135M-Instruct, 93 MB), or tiny, a random one made at once.",
-        "DIR|NAME",
-        shown="smollm2",
-    )
-    instances: Whole = setting(3, "Number of embedded engines or launched servers.", ge=1, le=256)
-    launch: Literal["vllm"] | None = setting(
-        None,
-        "Start stock `vllm serve` processes, in place of embedded engines, and keep them alive: one per "
-        "GPU where there are any. They hand KV to each other.",
-        "vllm",
-    )
-    vllm_args: ServeWords | None = launched(
-        None,
-        "Further arguments of `vllm serve`, in quotes: '--tensor-parallel-size 2' gives each server two "
-        "GPUs.",
-        "'WORDS'",
-    )
-    vllm_bin: Path | None = launched(
-        None, "vLLM's command, in whatever environment it is installed.", "FILE", shown="vllm on PATH"
-    )
-    vllm_logs: Path | None = launched(
-        None,
-        "Where the servers' output goes, a file for each instance.",
-        "DIR",
-        shown="a new folder in ~/.local/state/tidegate",
-    )
-    emulate: Groups | None = setting(
-        None,
-        "N emulated instances of a packaged profile (`profile --list` shows them), in place of embedded "
-        "engines: real HTTP and made-up tokens, at the pace of that GPU. Repeat for a mixed fleet of one "
-        "model.",
-        "GPU/MODEL:N",
-    )
-    vllm: Urls | None = setting(
-        None,
-        "A running vLLM server, in place of embedded engines; repeat for each. KV moves between those "
-        "that have NixlConnector ('tidegate check' proves it), or another --kv-connector; prefill=URL "
-        "and decode=URL are servers that may do only that.",
-        "URL",
-    )
-    vllm_api_key: Key | None = Field(
-        None, repr=False, description="Key that the vLLM servers want: no flag, which others could see."
-    )
-    kv_connector: Literal["auto", "nixl", "mooncake", "none"] = running(
-        "auto",
-        "How running vLLM servers hand on KV: nixl, mooncake, none, or auto for what their metrics show, "
-        "which is NIXL only.",
-        "NAME",
-    )
-    kv_lease_s: Seconds | None = running(
-        None,
-        "How long running vLLM servers keep KV for a pull: NixlConnector's kv_lease_duration, or "
-        "Mooncake's VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT.",
-        "S",
-        shown="vLLM's: 30 with nixl, 480 with mooncake",
-    )
-    kv_bootstrap: Bootstraps | None = running(
-        None,
-        "Where MooncakeConnector's bootstrap server of each vLLM server is, in their order; other "
-        "servers reach it there, too.",
-        "URL",
-        shown="port 8998 of each server",
-    )
-    kv_read_back: bool = running(
-        False,
-        "Let a prefill on a running vLLM server begin with KV that earlier rounds left on another. Only "
-        "for servers that have bidirectional_kv_xfer ('tidegate check' proves it): others hang.",
-        name="--kv-read-back/--no-kv-read-back",
-    )
-    profile: Profiles | None = setting(
-        None,
-        "What the vLLM servers' steps cost: a file of `tidegate profile --vllm URL --out FILE`, or a "
-        "packaged profile (`profile --list` shows them). One for all, or one for each in their order.",
-        "FILE|NAME",
-        needs=("vllm", "launch"),
-    )
-
-    @model_validator(mode="after")
-    def _is_complete(self) -> FleetSection:
-        if self.launch and self.model is None:
-            raise ValueError(f"--launch {self.launch} needs a --model DIR, which every server loads")
-        given, servers = len(self.kv_bootstrap or ()), len(self.vllm or ())
-        if given and self.kv_connector != "mooncake":
-            raise ValueError("--kv-bootstrap is only for --kv-connector mooncake")
-        if given and servers and given != servers:
-            raise ValueError(f"{given} bootstrap URLs for {servers} servers: give one for each")
+        make_system(self.system, split=self.split, slo=self.slo)
+        check_source(self.forecast, DEPLOYED)
         return self
-
-    @property
-    def kv(self) -> KvSetup:
-        """How the KV of running vLLM servers moves."""
-        from tidegate.fleet.vllm import KvSetup
-
-        return KvSetup(self.kv_connector, self.kv_lease_s, self.kv_read_back, self.kv_bootstrap or ())
-
-    @property
-    def on_vllm(self) -> bool:
-        """Whether the instances are vLLM servers."""
-        return bool(self.vllm or self.launch)
-
-    @property
-    def size(self) -> int:
-        """The number of instances of the whole fleet."""
-        if self.emulate:
-            from tidegate.dataplane.replica import parse_groups
-
-            return sum(group.count for group in parse_groups(self.emulate))
-        return len(self.vllm) if self.vllm else self.instances
-
-
-class EngineSection(Section):
-    """What the embedded engines are started with."""
-
-    panel = "Embedded engines"
-
-    device: str = setting("cpu", "cpu, cuda or cuda:N.", pattern=r"^(cpu|cuda(:\d+)?)$")
-    dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = setting(
-        "auto",
-        "auto, float32, float64, bfloat16 or float16. float64 makes tokens independent of scheduling, at "
-        "about twice the time.",
-    )
-    max_model_len: Tokens | None = setting(None, "Longest prompt plus answer.", "TOKENS", shown="the model's")
-    kv_memory_mb: Count = setting(256, "KV cache of each engine.", "MB")
-    max_batch_tokens: Tokens = setting(512, "Tokens that one engine step may process.", "TOKENS")
-    threads: Count = setting(1, "CPU threads of each engine, where there are more cores than engines.", "N")
-    predictor: str = setting(
-        "auto",
-        "Head that predicts from hidden states how long answers become: a file that `tidegate predictor "
-        "train` wrote, auto for the packaged one of the model, or off.",
-        "FILE",
-    )
-
-
-class EmulatedSection(Section):
-    """What emulated instances are: the settings of ``tidegate sim`` of the same names."""
-
-    panel = "Emulated instances"
-
-    chunk_tokens: Count = emulated(8192, "Token budget of a step.", "N")
-    host_ms: Milliseconds = emulated(0.0, "Host time added to every step.", "MS")
-    front_ms: Milliseconds = emulated(
-        0.0, "From dispatch to the engine's queue, per leg, beside what HTTP takes here.", "MS"
-    )
 
 
 class Config(Section):
@@ -354,6 +180,7 @@ class Config(Section):
 
     gateway: GatewaySection
     scheduling: SchedulingSection
+    scaling: ScalingSection
     fleet: FleetSection
     engine: EngineSection
     emulated: EmulatedSection
@@ -365,11 +192,11 @@ class Config(Section):
         from tidegate.policies.protocols import Signal
         from tidegate.systems import SYSTEMS, make_system
 
-        size = self.fleet.size
+        size = self.first_size
         split = self.scheduling.split
         if split is not None and sum(split) != size:
             raise ValueError(f"split {split[0]}:{split[1]} adds up to {sum(split)}, the fleet has {size}")
-        system = self.scheduling.make_system()
+        system = self.make_system()
         system.roles(size)
         profiles = self.fleet.profile or []
         if self.fleet.on_vllm and len(profiles) not in (0, 1, size):
@@ -388,6 +215,26 @@ class Config(Section):
             )
         return self
 
+    @property
+    def first_size(self) -> int:
+        """The number of instances to start with: the least, or that of a split in the fleet's range."""
+        least, most = self.fleet.range
+        asked = sum(self.scheduling.split or ())
+        return asked if least <= asked <= most else least
+
+    def make_system(self) -> System:
+        """Build the composition. Raises ConfigError for an option it cannot take."""
+        from tidegate.systems import make_system
+
+        options = GivenOptions(
+            split=self.scheduling.split,
+            fleet=self.scaling.bounds(self.fleet.range),
+            advise=self.scaling.advise,
+        )
+        if self.fleet.emulate:
+            options["start_delay_s"] = (self.emulated.start_delay, self.emulated.start_delay)
+        return make_system(self.scheduling.system, slo=self.scheduling.slo, **options)
+
     def gateway_settings(self) -> GatewaySettings:
         """Return what the gateway is started with: its section, and the targets."""
         front = self.gateway
@@ -396,7 +243,14 @@ class Config(Section):
         scheduling = self.scheduling
         given["cors_origins"] = tuple(front.cors_origins or ())
         return GatewaySettings(
-            slo=scheduling.slo, admission=scheduling.admission, lengths=scheduling.lengths, **given
+            slo=scheduling.slo,
+            admission=scheduling.admission,
+            lengths=scheduling.lengths,
+            forecast=ForecastSettings(
+                scheduling.forecast, scheduling.forecast_period, scheduling.forecast_steps
+            ),
+            forecast_from=scheduling.forecast_from,
+            **given,
         )
 
 
@@ -441,6 +295,8 @@ def plain(value: Any) -> Any:
     match value:
         case Slo() | Path():
             return str(value)
+        case FleetRange(least, most):
+            return least if least == most else str(value)
         case (int() as p, int() as d):
             return f"{p}:{d}"
         case float() if value.is_integer():

@@ -20,7 +20,8 @@ import orjson
 import typer
 
 from tidegate import __version__
-from tidegate.cli.config import Config, FleetSection
+from tidegate.cli.config import Config
+from tidegate.cli.fleet_config import FleetSection
 from tidegate.cli.instance_keys import KeyFile, state_folder
 from tidegate.cli.model import NAMED, SMOLLM2, named_model, require_embedded
 from tidegate.cli.terminal import debugging, warn
@@ -47,17 +48,17 @@ def launch(config: Config) -> bool:
     Raises SetupError.
     """
     _log_to_stderr()
-    system = config.scheduling.make_system()
+    system = config.make_system()
     settings = config.gateway_settings()
     typer.echo(
         f"tidegate {__version__}: system {system.name} ({system.summary}), SLO {settings.slo}, "
-        f"instances {config.fleet.size}"
+        f"instances {config.fleet.range}"
     )
     keyed = bool(settings.api_key or settings.tenants)
     if not keyed and not _is_loopback(settings.host):
         warn(f"{settings.host} is open to the network and no API key is set")
     fleet = make_fleet(config)
-    if system.name != COLOCATED and config.fleet.size > 1 and not _hands_on_kv(fleet, config.fleet):
+    if system.name != COLOCATED and config.fleet.range.most > 1 and not _hands_on_kv(fleet, config.fleet):
         system = colocated_without_kv(config, system.name)
     announced = AnnouncedFleet(fleet)
     served = False
@@ -106,18 +107,19 @@ def make_fleet(config: Config) -> Fleet:
         key = source.vllm_api_key or ""
         return StaticFleet(source.vllm, api_key=key, profiles=_profiles(source), kv=source.kv)
     if source.launch == "vllm":
-        return launched_vllm(source)
-    order = config.scheduling.make_system().order.name
+        return launched_vllm(source, config.first_size)
+    order, first = config.make_system().order.name, config.first_size
     log_level = "info" if debugging() else "warning"
     if source.emulate:
         pretended = config.emulated
         return EmulatedFleet(
             EmulatedLaunch(
-                tuple(source.emulate),
+                source.groups(first),
                 order=order,
                 max_batch_tokens=pretended.chunk_tokens,
                 host_s=pretended.host_ms / 1000.0,
                 front_s=pretended.front_ms / 1000.0,
+                start_delay_s=pretended.start_delay,
                 log_level=log_level,
             )
         )
@@ -126,7 +128,8 @@ def make_fleet(config: Config) -> Fleet:
     return LocalFleet(
         EngineLaunch(
             model=folder,
-            instances=source.instances,
+            instances=first,
+            most=source.instances.ceiling,
             served_model_name=served_name,
             device=engine.device,
             dtype=engine.dtype,
@@ -149,15 +152,17 @@ def model_to_serve(model: Path) -> tuple[Path, str]:
     return model, model.name
 
 
-def launched_vllm(source: FleetSection) -> LaunchedVllmFleet:
-    """Return the fleet, not yet started, and print where its logs are. Raises SetupError without vLLM."""
+def launched_vllm(source: FleetSection, first: int) -> LaunchedVllmFleet:
+    """Return the fleet, not yet started, which begins with ``first`` servers, and print where its logs are.
+    Raises SetupError without vLLM."""
     assert source.model is not None
     folder, _ = model_to_serve(source.model)
     launch = VllmLaunch(
         model=folder,
         program=vllm_program(source.vllm_bin),
         logs=source.vllm_logs.resolve() if source.vllm_logs else new_log_folder(),
-        instances=source.instances,
+        instances=first,
+        most=source.instances.ceiling,
         arguments=ServeArguments(shlex.split(source.vllm_args or "")),
         api_key=source.vllm_api_key or "",
     )

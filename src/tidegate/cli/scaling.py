@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from tidegate.cli.options import Flag, Rule, at_least
+from pydantic import Field
+
+from tidegate.cli.options import Flag, OptionGroup, Rule, at_least
+from tidegate.cli.sections import Section
+from tidegate.cli.setting_types import Amount, Count
 from tidegate.core.errors import ConfigError
+from tidegate.core.notation import FleetRange
 
 POSITIVE = Rule(lambda amount: 0 < amount < float("inf"), "a positive amount")
 
@@ -44,3 +49,31 @@ class Scaling:
                 raise ConfigError(f"{words} allows {budget} instances, and the fleet has at least {least}")
             most = min(most, budget)
         return least, most
+
+
+def _shared(name: str, default: Any = None) -> Any:
+    """Return the field of a setting that has the flag of ``Scaling``."""
+    field = Field(default)
+    field.metadata.append(OptionGroup(Scaling).flags[name])
+    return field
+
+
+class ScalingSection(Section):
+    """How far the system may size the fleet, of a gateway."""
+
+    panel = Scaling.panel
+
+    budget: Count | None = _shared("budget")
+    budget_per_hour: Amount | None = _shared("budget_per_hour")
+    price: Amount | None = _shared("price")
+    advise: bool = _shared("advise", False)
+
+    def bounds(self, fleet: FleetRange) -> tuple[int, int] | None:
+        """Return the least and the most instances that the system may have; None where their number is fixed.
+
+        Raises ConfigError as ``Scaling.bounds`` does.
+        """
+        if fleet.ceiling is None and self.budget is None and self.budget_per_hour is None:
+            return None
+        scaling = Scaling(self.budget, self.budget_per_hour, self.price, self.advise)
+        return scaling.bounds(fleet.least, fleet.most)

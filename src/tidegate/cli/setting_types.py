@@ -17,10 +17,12 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from tidegate.core.errors import ConfigError
-from tidegate.core.notation import parse_range, parse_split
+from tidegate.core.notation import FleetRange, parse_range, parse_split
 from tidegate.core.slo import Slo
 
 R = TypeVar("R")
+MOST_PROCESSES = 256
+"""More engines than any machine runs."""
 
 
 def with_value_errors(read: Callable[..., R]) -> Callable[..., R]:
@@ -158,8 +160,17 @@ def _file_path(value: Path) -> Path:
     return value
 
 
-def _range(value: object) -> tuple[int, int]:
-    return parse_range("..".join(map(str, value)) if isinstance(value, tuple) else str(value))
+def _existing_file(value: Path) -> Path:
+    if not value.is_file():
+        raise ValueError("there is no such file")
+    return value.resolve()
+
+
+def _range(value: object) -> FleetRange:
+    found = value if isinstance(value, FleetRange) else parse_range(str(value))
+    if found.most > MOST_PROCESSES:
+        raise ValueError(f"expected at most {MOST_PROCESSES} instances")
+    return found
 
 
 def _multiple(value: float) -> float:
@@ -180,15 +191,18 @@ Whole = Annotated[int, _number(int, "whole number")]
 Count = Annotated[Whole, Field(ge=1)]
 Tokens = Annotated[Whole, Field(ge=16)]
 Seconds = Annotated[float, _number(float, "number of seconds"), Field(gt=0, allow_inf_nan=False)]
+Amount = Annotated[float, _number(float, "number"), Field(gt=0, allow_inf_nan=False)]
+Delay = Annotated[float, _number(float, "number of seconds"), Field(ge=0, allow_inf_nan=False)]
 Milliseconds = Annotated[float, _number(float, "number of milliseconds"), Field(ge=0, allow_inf_nan=False)]
 Multiple = Annotated[float, _number(float, "number"), Field(ge=0, allow_inf_nan=False), _after(_multiple)]
 Key = Annotated[str, _after(_sendable)]
 SystemName = Annotated[str, _after(_known_system)]
 Targets = Annotated[Slo, _before(lambda value: value if isinstance(value, Slo) else Slo.parse(str(value)))]
 Split = Annotated[tuple[int, int], _before(lambda value: parse_split(str(value)))]
-InstanceRange = Annotated[tuple[int, int], _before(lambda value: _range(value))]
+InstanceRange = Annotated[FleetRange, _before(_range)]
 """The least and the most instances of a fleet; N is both."""
 FilePath = Annotated[Path, _after(_file_path)]
+ExistingFile = Annotated[Path, _after(_existing_file)]
 ModelFolder = Annotated[Path, _after(_model_folder)]
 ServeWords = Annotated[str, _after(_serve_arguments)]
 Groups = Annotated[list[str], _before(_groups)]

@@ -91,6 +91,7 @@ SIMULATED = {
         rule=_none_or_one_of(LOAD_SOURCES),
     ),
     "forecast_period_s": Flag("Length of a period of forecasts.", "S", "--forecast-period", panel=ENGINE),
+    "forecast_steps": Flag("How many periods ahead they go.", "N", panel=ENGINE, rule=at_least(1)),
     "front_s": _milliseconds("From dispatch to the engine's queue, per leg.", "--front-ms"),
     "heartbeat_s": _milliseconds(
         "How often engines report (1 or more); 0: the scheduler sees all at once.",

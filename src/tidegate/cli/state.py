@@ -175,6 +175,8 @@ def _cell(name: str, value: object) -> str:
     match value:
         case None | []:
             return "-"
+        case {"id": instance, "role": role, "for_s": seconds}:
+            return f"{instance} for {role}, {seconds:.0f} s"
         case dict() if name == "drift":
             farthest = max(value.values(), key=lambda ratio: max(ratio, 1 / ratio), default=None)
             return "-" if farthest is None else f"x{farthest:.2f}"

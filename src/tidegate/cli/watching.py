@@ -31,6 +31,9 @@ def watched(answer: Mapping[str, Any], width: int, trouble: str = "") -> Group:
         parts.append(Text(trouble, style="bold red"))
     if answer.get("down"):
         parts.append(Text(f"down: {', '.join(map(str, answer['down']))}", style="red"))
+    if answer.get("starting"):
+        starts = (f"{each['id']} for {each['role']} ({_span(each['for_s'])})" for each in answer["starting"])
+        parts.append(Text(f"starting: {', '.join(starts)}", style="cyan"))
     parts += [Text(), _targets(answer), Text(), _instances(answer), Text()]
     for name, reason in answer.get("controllers", {}).items():
         parts += [Text.assemble((name, "bold"), f" {reason}"), Text()]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from tidegate.control.effects import Drains, Effects, Flipped, StartInstance, StartMigration, StopInstance
 from tidegate.control.live_request import LiveRequest, Stage
-from tidegate.control.membership import Membership
+from tidegate.control.membership import AwaitedStart, Membership
 from tidegate.core.decision import (
     Action,
     AddInstance,
@@ -31,8 +31,8 @@ from tidegate.policies.starting_roles import TARGET, steps_to_target
 class Actions:
     """Executes actions on the ledger and the membership, and says what is left to drivers.
 
-    It journals flips that are carried out, the beginning and the end of drains, and what became of each
-    migration. Starts and stops are journalled as instances come and go. What of an action is not legal is
+    It journals flips that are carried out, starts, the beginning and the end of drains, and what became of
+    each migration. Stops are journalled as instances go. What of an action is not legal is
     left undone without a line, but for migrations.
 
     ``migrations`` counts what became of migrations: begun, done, cancelled, ignored.
@@ -74,7 +74,9 @@ class Actions:
                     effects += self.execute(steps, now)
                     self._released.update(step.instance for step in steps if isinstance(step, Drain))
                 case AddInstance(role, reason):
-                    self._membership.starting[role] += 1
+                    self._membership.awaited.append(AwaitedStart(role, now))
+                    if self._journal.enabled:
+                        self._journal.instance(now, "", "starting", role=role.label, reason=reason)
                     effects.append(StartInstance(role, reason))
                 case Drain(instance, remove, reason):
                     if instance in self._ledger.ids:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from tidegate.core.decision import Flip
 from tidegate.core.instance import Role
@@ -12,57 +13,84 @@ from tidegate.ledger.snapshot import Snapshot
 from tidegate.policies.protocols import StartingRoles
 from tidegate.policies.starting_roles import joining_role
 
+STARTS = 3
+"""The newest starts of a label, the longest of which tells how long the next one takes (ours)."""
+
+
+class AwaitedStart(NamedTuple):
+    """An instance that the fleet was told to start at ``asked_s``, to join under ``role``."""
+
+    role: Role
+    asked_s: float
+
+
+class Joining(NamedTuple):
+    """The label of an instance that comes up, flips that keep the split, and the seconds since it was asked
+    for, None where nobody asked."""
+
+    role: Role
+    flips: tuple[Flip, ...] = ()
+    start_s: float | None = None
+
 
 class Membership:
     """The labels of instances that are or were up, and who is cordoned or avoided.
 
     ``ids`` are the instances that the fleet starts with; the system's start-up labels go to them in order.
     ``draining`` are those that get nothing new, with whether they are to be removed once empty; ``stopping``
-    those that the fleet was told to stop; ``starting`` counts the labels of those that it was told to start.
+    those that the fleet was told to stop; ``awaited`` those that it was told to start, the first one first.
+    How long such starts take is told to the ledger, for controllers.
     """
 
     def __init__(self, ids: Sequence[str], roles: StartingRoles, ledger: Ledger) -> None:
         self.labels: dict[str, Role] = dict(zip(ids, roles(len(ids)), strict=True))
         self.draining: dict[str, bool] = {}
         self.stopping: set[str] = set()
-        self.starting: Counter[Role] = Counter()
+        self.awaited: list[AwaitedStart] = []
         self._roles = roles
         self._ledger = ledger
         self._fixed: dict[str, Role] = {}
         self._joined: set[str] = set()
         self._avoided_until_s: dict[str, float] = {}
+        self._took_s: defaultdict[Role, deque[float]] = defaultdict(lambda: deque(maxlen=STARTS))
 
-    def joins(self, instance_id: str, fixed_role: Role | None, now: float) -> tuple[Role, tuple[Flip, ...]]:
-        """Return the label for an instance that comes up, and flips that keep the split.
+    @property
+    def starting(self) -> Counter[Role]:
+        """How many instances are to come under each label."""
+        return Counter(start.role for start in self.awaited)
+
+    def joins(self, instance_id: str, fixed_role: Role | None, now: float) -> Joining:
+        """Take in an instance that comes up.
 
         The first time it is that of the start-up labelling. One that returns, or that was not there at the
         start, gets the label that the fleet lacks most; at a tie the one it had. One with a fixed role keeps
         that, and an instance that has it and is free takes the other's.
         """
-        role = self._wanted(instance_id, now)
+        role, start_s = self._wanted(instance_id, now)
         self._joined.add(instance_id)
         self._avoided_until_s.pop(instance_id, None)
         self.stopping.discard(instance_id)
         if fixed_role is None or role in (fixed_role, Role.MIXED):
             self.labels[instance_id] = role
-            return role, ()
+            return Joining(role, start_s=start_s)
         self._fixed[instance_id] = fixed_role
         self.labels[instance_id] = fixed_role
         for other, label in self.labels.items():
             if other != instance_id and label is fixed_role and other not in self._fixed:
                 self.labels[other] = role
                 why = f"{instance_id} came up and can only be {fixed_role.label}: the split stays as it was"
-                return fixed_role, (Flip(other, role, "repair", why),)
-        return fixed_role, ()
+                return Joining(fixed_role, (Flip(other, role, "repair", why),), start_s)
+        return Joining(fixed_role, start_s=start_s)
 
-    def _wanted(self, instance_id: str, now: float) -> Role:
+    def _wanted(self, instance_id: str, now: float) -> tuple[Role, float | None]:
         if instance_id in self.labels and instance_id not in self._joined:
-            return self.labels[instance_id]
-        if instance_id not in self.labels and self.starting:
-            role = next(iter(self.starting))
-            self.start_ended(role)
-            return role
-        return self.lacking(now, self.labels.get(instance_id))
+            return self.labels[instance_id], None
+        if instance_id not in self.labels and self.awaited:
+            role, asked_s = self.awaited.pop(0)
+            self._took_s[role].append(now - asked_s)
+            self._ledger.start_s = {each: max(took_s) for each, took_s in self._took_s.items()}
+            return role, now - asked_s
+        return self.lacking(now, self.labels.get(instance_id)), None
 
     def lacking(self, now: float, last: Role | None = None) -> Role:
         """Return the label for one more instance: what the fleet, with those that start, lacks most (see
@@ -70,10 +98,11 @@ class Membership:
         snapshot = self._ledger.snapshot(now)
         return joining_role(self._roles, snapshot, len(self.labels), last, self.starting.elements())
 
-    def start_ended(self, role: Role) -> None:
-        """Say that an instance that was to start under ``role`` is up, or will not come."""
-        self.starting[role] -= 1
-        self.starting += Counter()  # drops what is 0
+    def start_failed(self, role: Role) -> None:
+        """Say that an instance that was to start under ``role`` will not come."""
+        failed = next((start for start in self.awaited if start.role is role), None)
+        if failed is not None:
+            self.awaited.remove(failed)
 
     def drain(self, instance_id: str, *, remove: bool) -> None:
         """Begin a drain, or say anew whether its instance is to be removed."""

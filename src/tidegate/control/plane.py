@@ -41,7 +41,7 @@ from tidegate.ledger.snapshot import Field, Snapshot
 from tidegate.policies.admission import admitted
 from tidegate.policies.order import prefill_ticket
 from tidegate.policies.pricing import fastest_prefill_seconds, predicted_on
-from tidegate.signals.forecast import LoadFeed
+from tidegate.signals.forecast import Earlier, LoadFeed
 from tidegate.signals.lengths import LengthSource
 from tidegate.signals.prefix import PrefixIndex
 from tidegate.systems.system import System
@@ -79,7 +79,7 @@ class ControlPlane:
         self.requests: dict[str, LiveRequest] = {}
         self._journal = journal
         self._held = HeldRequests(system.order)
-        self._predictions = predictions = Predictions(lengths, load, self.requests, noting=journal.enabled)
+        self._predictions = predictions = Predictions(lengths, load, self.requests, journal)
         self._actions = Actions(
             self.ledger, self.membership, self.requests, system.decode, predictions.asked, journal
         )
@@ -91,9 +91,9 @@ class ControlPlane:
 
     # Time
 
-    def start(self, now: float) -> Effects:
-        """Begin the periodic decisions: their first periods end one period from ``now``."""
-        self._predictions.start(now)
+    def start(self, now: float, earlier: Earlier | None = None) -> Effects:
+        """Begin the periodic decisions, one period from ``now``; ``earlier`` is for ``LoadFeed.start``."""
+        self._predictions.start(self.ledger, now, earlier)
         return [WakeAt(self._periods.start(now))]
 
     def tick(self, now: float) -> Effects:
@@ -129,13 +129,13 @@ class ControlPlane:
         self, instance: Instance, profile: Profile, now: float, *, fixed_role: Role | None = None
     ) -> Effects:
         """Add an instance, empty, under the label that ``Membership.joins`` gives it."""
-        role, flips = self.membership.joins(instance.id, fixed_role, now)
+        role, flips, start_s = self.membership.joins(instance.id, fixed_role, now)
         effects = self._actions.execute(flips, now)
         self.ledger.instance_up(instance, profile, role, now)
         self.ledger.drains(instance.id, instance.id in self.membership.draining)
         if self.prefixes is not None:
             self.prefixes.instance_up(instance.id, instance.kv_capacity_tokens)
-        self._journal.instance(now, instance.id, "up", role=role.label)
+        self._journal.instance(now, instance.id, "up", role=role.label, start_s=start_s)
         return effects + self._retry(now)
 
     def instance_down(self, instance_id: str, reason: str, now: float) -> Effects:
@@ -154,17 +154,17 @@ class ControlPlane:
         """Go on with a profile whose prefills and decode steps take so many times as long."""
         if instance_id in self.ledger.ids:
             self.ledger.profile_scaled(instance_id, prefill, step)
-            self._journal.write(
-                ProfileLine(self._journal.elapsed_s(now), instance_id, round(prefill, 6), round(step, 6))
-            )
+            t_s = self._journal.elapsed_s(now)
+            self._journal.write(ProfileLine(t_s, instance_id, round(prefill, 6), round(step, 6)))
 
     def foreign_load(self, instance_id: str, requests: int, tokens: int) -> None:
         """Say what is on an instance beside the plane's requests (``Ledger.foreign_load``)."""
         self.ledger.foreign_load(instance_id, requests, tokens)
 
-    def start_failed(self, role: Role) -> None:
+    def start_failed(self, role: Role, reason: str, now: float) -> None:
         """Say that an instance that ``StartInstance`` asked for will not come."""
-        self.membership.start_ended(role)
+        self.membership.start_failed(role)
+        self._journal.instance(now, "", "start_failed", role=role.label, reason=reason)
 
     def stop_failed(self, instance_id: str) -> None:
         """Say that ``StopInstance`` cannot be carried out; the instance stays drained."""

@@ -11,8 +11,9 @@ from tidegate.control.live_request import LiveRequest
 from tidegate.core.prediction import Prediction
 from tidegate.core.request import Request
 from tidegate.journal.schema import PredictedLength
+from tidegate.journal.writer import JournalWriter
 from tidegate.ledger.ledger import Ledger
-from tidegate.signals.forecast import LoadFeed
+from tidegate.signals.forecast import Earlier, LoadFeed
 from tidegate.signals.lengths import LengthSource
 
 FIRST_NOTED = 64
@@ -23,7 +24,8 @@ class Predictions:
     """Asks a source of lengths for placements, and tells it of progress and endings; tells ``load`` of
     arrivals, answers and time, and the ledger of its forecasts. Without both it does nothing.
 
-    With ``noting`` it keeps what was predicted of a request in ``LiveRequest.predicted``, for the journal.
+    With a ``journal`` it keeps what was predicted of a request in ``LiveRequest.predicted``, for its last
+    line, and writes what was expected of each period of the load.
     """
 
     def __init__(
@@ -31,13 +33,12 @@ class Predictions:
         source: LengthSource | None,
         load: LoadFeed | None,
         requests: Mapping[str, LiveRequest],
-        *,
-        noting: bool,
+        journal: JournalWriter,
     ) -> None:
         self._source = source
         self._load = load
         self._requests = requests
-        self._noting = noting
+        self._journal = journal
 
     def asked(self, live: LiveRequest) -> Request:
         """Return the request as a placement sees it, with what is left of it."""
@@ -46,10 +47,11 @@ class Predictions:
             return request
         return replace(request, remaining=self._ask(self._source, request, live, live.generated))
 
-    def start(self, now: float) -> None:
-        """Begin the load's first period."""
+    def start(self, ledger: Ledger, now: float, earlier: Earlier | None) -> None:
+        """Begin the load's first period, behind those of an earlier run where they are known."""
         if self._load is not None:
-            self._load.start(now)
+            self._load.start(now, earlier)
+            ledger.load_forecast = self._load.forecast
 
     def arrived(self, live: LiveRequest) -> None:
         """Count a new request."""
@@ -63,17 +65,26 @@ class Predictions:
 
     def window_closed(self, ledger: Ledger, now: float) -> None:
         """Tell the source how far all decodes are, and the load that time has passed."""
-        if self._load is not None and self._load.passed(now):
-            ledger.load_forecast = self._load.forecast
+        if self._load is not None:
+            self._load_passed(self._load, ledger, now)
         if self._source is None:
             return
         requests, generated = ledger.progress()
         self._source.tokens(requests, generated, now)
-        if self._noting:
+        if self._journal.enabled:
             for request, count in zip(requests, generated.tolist(), strict=True):
                 live = self._requests[request.id]
                 if count >= FIRST_NOTED and count.bit_length() > live.predicted[-1].at_token.bit_length():
                     self._ask(self._source, request, live, count)
+
+    def _load_passed(self, load: LoadFeed, ledger: Ledger, now: float) -> None:
+        """Make a forecast if a period of the load has ended, and journal what was expected of that one."""
+        expected = load.forecast
+        if not load.passed(now):
+            return
+        ledger.load_forecast = load.forecast
+        if expected is not None and self._journal.enabled:
+            self._journal.forecast(now, expected, load.observed._asdict())
 
     def reported(self, live: LiveRequest, at_token: int, remaining: float) -> None:
         """Hand on what an engine predicts of a request that has not ended."""
@@ -90,6 +101,6 @@ class Predictions:
 
     def _ask(self, source: LengthSource, request: Request, live: LiveRequest, count: int) -> Prediction:
         found = source.remaining(request, count)
-        if self._noting:
+        if self._journal.enabled:
             live.predicted.append(PredictedLength(count, round(found.mean, 1), found.source))
         return found

@@ -23,7 +23,7 @@ from tidegate.journal.reader import JournalLines
 from tidegate.journal.schema import HeaderLine, InputLine, InputRequest
 from tidegate.journal.writer import JournalWriter
 from tidegate.policies.protocols import Signal
-from tidegate.signals.forecast.choice import deployed_feed
+from tidegate.signals.forecast.choice import ForecastSettings, deployed_feed
 from tidegate.signals.lengths.choice import AUTO, deployed_source
 from tidegate.signals.prefix import NO_BLOCKS, PrefixIndex, PromptBlocks
 from tidegate.systems.system import System
@@ -45,12 +45,13 @@ def decide_again(
     system: System,
     settings: ControlSettings | None = None,
     lengths: str = AUTO,
+    forecast: ForecastSettings | None = None,
 ) -> list[bytes]:
     """Return the lines that a plane writes which is told what the journal's ``input`` lines say.
 
-    Under the system, the settings and the source of lengths of the gateway that wrote the journal these are
-    its own lines, but for ``header``, ``input``, ``load_drift`` and ``outcome``; only ``t`` may differ,
-    by a microsecond.
+    Under the system, the settings and the sources of lengths and forecasts of the gateway that wrote the
+    journal these are its own lines, but for ``header``, ``input``, ``load_drift`` and ``outcome``; only ``t``
+    may differ, by a microsecond.
     Under others they are what those would have decided of the same inputs, until one follows from a decision
     that they did not take. Raises TraceError for a journal without inputs.
     """
@@ -67,9 +68,9 @@ def decide_again(
     written: list[bytes] = []
     journal = JournalWriter(written.append, inputs[0].now_s - inputs[0].t_s)
     source = deployed_source(lengths, needed=Signal.LENGTHS in system.needs)
-    load = deployed_feed(needed=Signal.FORECAST in system.needs)
+    load = deployed_feed(forecast or ForecastSettings(), needed=Signal.FORECAST in system.needs)
     if load is not None and any(line.verb == "load_fitted" for line in inputs):
-        load.fit = lambda number, period: True
+        load.fit = lambda number, periods: None
     replay_inputs(inputs, ControlPlane(system, ids, journal, settings, PrefixIndex(), source, load))
     return written
 
@@ -94,7 +95,7 @@ def _replay_fleet_input(line: InputLine, plane: ControlPlane) -> None:
         case "act":
             plane.act([_action(action) for action in args["actions"]], now)
         case "start_failed":
-            plane.start_failed(Role(args["role"]))
+            plane.start_failed(Role(args["role"]), args["reason"], now)
         case "foreign_load" | "stop_failed" | "load_fitted":
             getattr(plane, line.verb)(**args)
         case "start" | "tick" | "instance_down" | "profile_scaled":

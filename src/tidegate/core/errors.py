@@ -93,6 +93,10 @@ class Overloaded(CapacityError):
     """The scheduling policy rejected the request, or the server has no room for it now."""
 
 
+class FleetFull(CapacityError):
+    """The fleet can start no further instance; the message says why."""
+
+
 class NoDescriptors(CapacityError):
     """This process can open no further connection or file; no engine is at fault."""
 
@@ -188,6 +192,7 @@ STATUS: dict[type[TidegateError], ErrorStatus] = {
     NoInstance: ErrorStatus(503, "service_unavailable", "no_instance", "no_instance"),
     ShuttingDown: ErrorStatus(503, "service_unavailable", "shutting_down", "shutting_down"),
     Overloaded: ErrorStatus(429, "rate_limit_error", "overloaded", "overloaded"),
+    FleetFull: ErrorStatus(409, "invalid_request_error", "fleet_full", "fleet_full"),
     NoDescriptors: ErrorStatus(503, "service_unavailable", "no_descriptors", "no_descriptors"),
     EngineUnreachable: ErrorStatus(502, "engine_error", "engine_unreachable", "engine_unreachable"),
     EngineTimeout: ErrorStatus(504, "engine_error", "engine_timeout", "engine_timeout"),

@@ -3,6 +3,22 @@
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
+
+
+class FleetRange(NamedTuple):
+    """The least and the most instances of a fleet."""
+
+    least: int
+    most: int
+
+    @property
+    def ceiling(self) -> int | None:
+        """What the fleet may grow to; None for one of a given size, which nothing bounds."""
+        return self.most if self.most > self.least else None
+
+    def __str__(self) -> str:
+        return f"{self.least}..{self.most}" if self.most > self.least else str(self.least)
 
 
 def parse_split(text: str) -> tuple[int, int]:
@@ -19,7 +35,7 @@ def parse_counted(text: str) -> tuple[str, int | None]:
     return (found[1], int(found[2])) if found else (text.strip(), None)
 
 
-def parse_range(text: str) -> tuple[int, int]:
+def parse_range(text: str) -> FleetRange:
     """Read ``A..B``, the least and the most instances of a fleet, or ``N``, which is both. Raises
     ValueError."""
     found = re.fullmatch(r"([0-9]+)(?:\.\.([0-9]+))?", text.strip())
@@ -28,4 +44,12 @@ def parse_range(text: str) -> tuple[int, int]:
         raise ValueError(
             "expected N instances, or A..B, the least and the most of them, at least 1, as in 2..8"
         )
-    return least, most
+    return FleetRange(least, most)
+
+
+def parse_ranged(text: str) -> tuple[str, FleetRange | None]:
+    """Read ``PROFILE:A..B``, ``PROFILE:N`` or ``PROFILE``, which has no range. Raises ValueError."""
+    name, colon, count = text.strip().rpartition(":")
+    if not colon or not re.fullmatch(r"[0-9.]+", count):
+        return text.strip(), None
+    return name, parse_range(count)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from tidegate.core.errors import ConfigError
 from tidegate.core.instance import Instance
-from tidegate.core.notation import parse_counted
+from tidegate.core.notation import FleetRange, parse_ranged
 from tidegate.costs.forms import TransferCost
 from tidegate.costs.library import PackagedProfile, packaged_profile
 from tidegate.costs.profile import Profile
@@ -105,31 +105,42 @@ def replicas_of(
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """``count`` equal instances of one packaged profile; ``chunk_tokens`` replaces the fleet's budget of a
-    step."""
+    """``count`` equal instances of one packaged profile, and at most ``spares`` more.
+
+    ``chunk_tokens`` replaces the fleet's budget of a step.
+    """
 
     packaged: PackagedProfile
     count: int
+    spares: int = 0
     chunk_tokens: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> Group:
-        """Read ``NAME:N``; without ``:N`` it is one instance.
+        """Read ``NAME:N``, or ``NAME:A..B`` of a group that may grow; ``NAME`` is one instance.
 
         Raises ConfigError for an unknown profile, naming near ones, and for a count that is none.
         """
-        name, count = parse_counted(text)
-        if ":" in name or not 0 < (1 if count is None else count) <= MOST_INSTANCES:
+        try:
+            name, given = parse_ranged(text)
+        except ValueError:
+            name, given = ":", None
+        count, most = given or FleetRange(1, 1)
+        if ":" in name or most > MOST_INSTANCES:
             raise ConfigError(
                 f"{text!r}: expected PROFILE:N with 1 to {MOST_INSTANCES} instances, "
-                "as in h100_sxm/llama-3.1-8b:8"
+                "as in h100_sxm/llama-3.1-8b:8, or PROFILE:A..B"
             )
-        return cls(packaged_profile(name), count or 1)
+        return cls(packaged_profile(name), count, most - count)
 
 
 def parse_groups(texts: Sequence[str]) -> list[Group]:
-    """Read the groups of one fleet. Raises ConfigError for none at all, or for several models."""
+    """Read the groups of one fleet. Raises ConfigError for none at all, for several models, and where
+    another than the last one may grow."""
     groups = [Group.parse(text) for text in texts]
+    for group in groups[:-1]:
+        if group.spares:
+            raise ConfigError(f"{group.packaged.name} has a range: only the last group of a fleet can grow")
     models = sorted({group.packaged.model for group in groups})
     if len(models) != 1:
         raise ConfigError(f"a fleet serves one model; these profiles are of {' and '.join(models) or 'none'}")
@@ -139,7 +150,7 @@ def parse_groups(texts: Sequence[str]) -> list[Group]:
 def replicas_in(
     groups: Sequence[Group], *, engine: EngineSettings | None = None, kv_tokens: int | None = None
 ) -> list[Replica]:
-    """Return the replicas of all groups, ``i0``, ``i1``, ... through all of them; groups share no node.
+    """Return what all groups begin with, ``i0``, ``i1``, ... through all of them; groups share no node.
 
     ``kv_tokens`` replaces every profile's KV capacity.
     """

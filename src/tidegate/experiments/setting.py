@@ -51,7 +51,7 @@ class SimulatedFleet:
     def replicas(self) -> list[Replica]:
         """Return the instances ``i0``, ``i1``, ... Raises ConfigError for an impossible engine or KV size."""
         chunks: tuple[int | None, ...] = self.chunk_tokens or (None,) * len(self.groups)
-        groups = [Group(*group, chunk) for group, chunk in zip(self.groups, chunks, strict=True)]
+        groups = [Group(*group, chunk_tokens=chunk) for group, chunk in zip(self.groups, chunks, strict=True)]
         return replicas_in(groups, engine=self.engine, kv_tokens=self.kv_tokens)
 
 

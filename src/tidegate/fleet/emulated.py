@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from tidegate.core.errors import EngineError, EngineFault
+from tidegate.core.errors import EngineError, EngineFault, FleetFull
 from tidegate.dataplane.replica import EngineSettings, parse_groups
 from tidegate.engines.serving.secret import SECRET_HEADER
 from tidegate.engines.vllm.client import VllmClient
@@ -28,14 +29,16 @@ PLACE = "emulated"
 
 @dataclass(frozen=True, slots=True)
 class EmulatedLaunch:
-    """``groups`` as ``PROFILE:N``. ``host_s`` is added to every step, ``front_s`` to every leg, beside what
-    HTTP takes in reality."""
+    """``groups`` as ``PROFILE:N``, the last one also as ``PROFILE:A..B``. ``host_s`` is added to every step,
+    ``front_s`` to every leg, beside what HTTP takes in reality. An added instance is up ``start_delay_s``
+    after it was asked for: what a server takes to load a model."""
 
     groups: tuple[str, ...]
     order: str = "fifo"
     max_batch_tokens: int = EngineSettings().max_batch_tokens
     host_s: float = 0.0
     front_s: float = 0.0
+    start_delay_s: float = 0.0
     log_level: str = "warning"
     command: tuple[str, ...] = (sys.executable, "-m", "tidegate.engines.emulated")
 
@@ -68,23 +71,34 @@ class EmulatedFleet(ProcessFleet[AllReady]):
         self._packaged = [group.packaged for group in groups]
         numbers = [number for number, group in enumerate(groups) for _ in range(group.count)]
         self._group_of = {f"i{index}": number for index, number in enumerate(numbers)}
-        super().__init__({PLACE: tuple(self._group_of)}, pace, partial(parse_ready, AllReady))
+        most = len(numbers) + groups[-1].spares if groups[-1].spares else None
+        super().__init__({PLACE: tuple(self._group_of)}, pace, partial(parse_ready, AllReady), most=most)
         self._launch = launch
         self._engine_ids: dict[str, str] = {}
+        self._opening: set[str] = set()
         self._process: VllmClient | None = None
 
-    def add(self) -> bool:
-        """See ``FleetControl.add``. Not while the process starts."""
+    def begin_added(self, name: str) -> None:
+        """See ``ProcessFleet.begin_added``. Not while the process starts."""
         slot = self._slots.get(PLACE)
-        if self._listener is None or (slot is not None and not slot.up):
-            return False
-        name = self.fresh_name()
+        if slot is not None and not slot.up:
+            raise FleetFull("the process of all emulated instances is not up")
         self._group_of[name] = len(self._packaged) - 1
         if slot is None:
             self._begin(PLACE, (name,), added=True)
         else:
+            assert self._listener is not None
+            self._opening.add(name)
             self._create_task(self._open(slot, name, self._listener), f"start {name}")
-        return True
+
+    @property
+    def count(self) -> int:
+        """See ``ProcessFleet.count``."""
+        return super().count + len(self._opening)
+
+    def starting(self) -> dict[str, str]:
+        """See ``Fleet.starting``."""
+        return super().starting() | dict.fromkeys(sorted(self._opening), "loading the model, as if")
 
     def remove(self, instance_id: str, reason: str) -> bool:
         """See ``FleetControl.remove``. Not while the process starts; it ends with its last instance."""
@@ -98,9 +112,12 @@ class EmulatedFleet(ProcessFleet[AllReady]):
         return True
 
     async def _open(self, slot: Slot, name: str, listener: FleetListener) -> None:
+        await asyncio.sleep(self._launch.start_delay_s)
         process = self._process
         assert process is not None
         try:
+            if not slot.up:
+                raise EngineFault("the process has ended")
             reply = await process.ask("/tidegate/instances", {})
             if reply.status != 200:
                 raise EngineFault(reply.error)
@@ -111,6 +128,8 @@ class EmulatedFleet(ProcessFleet[AllReady]):
             log.error("%s did not start: %s", name, error)
             listener.start_failed(name, str(error))
             return
+        finally:
+            self._opening.discard(name)
         slot.ids += (name,)
         listener.member_up(self._member(name, ready))
 

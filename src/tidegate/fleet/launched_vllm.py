@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tidegate.core.errors import EngineError, SetupError
+from tidegate.core.errors import EngineError, FleetFull, SetupError
 from tidegate.costs.profile import Profile
 from tidegate.engines.vllm.client import VllmClient
 from tidegate.fleet.child import EngineStartFailed
@@ -39,12 +39,14 @@ KEEPER = (sys.executable, "-m", "tidegate.fleet.keeper")
 @dataclass(frozen=True, slots=True)
 class VllmLaunch:
     """What every server is started with: ``program`` is vLLM's command, ``arguments`` what the user adds to
-    ``vllm serve``. Instance i0 logs to ``i0.log`` in ``logs``. An empty ``api_key`` means a random one."""
+    ``vllm serve``. Instance i0 logs to ``i0.log`` in ``logs``. An empty ``api_key`` means a random one.
+    ``instances`` may become ``most``, without it as many as the machine has GPUs for."""
 
     model: Path
     program: Path
     logs: Path
     instances: int = 3
+    most: int | None = None
     arguments: ServeArguments = field(default_factory=lambda: ServeArguments(()))
     api_key: str = ""
 
@@ -71,15 +73,16 @@ class LaunchedVllmFleet(ProcessFleet[int]):
         self, launch: VllmLaunch, *, profiles: Sequence[Profile] = (), pace: FleetPace | None = None
     ) -> None:
         ids = tuple(f"i{index}" for index in range(launch.instances))
-        super().__init__({name: (name,) for name in ids}, pace or PACE, kept_process, keepers=True)
+        slots, most = {name: (name,) for name in ids}, launch.most or launch.instances
+        super().__init__(slots, pace or PACE, kept_process, most=launch.most, keepers=True)
         self._profiles = profiles_by_id(ids, profiles)
         self._added_profile = profiles[-1] if profiles else None
         self._api_key = launch.api_key or self._api_key
         self._launch = launch
-        self._shares = hardware(os.environ, launch.instances, launch.arguments.gpus)
+        self._shares = hardware(os.environ, most, launch.arguments.gpus)
         self._hardware = dict(zip(ids, self._shares, strict=False))
         self._on_gpus = VISIBLE in self._shares[0]
-        self._memory = [] if self._on_gpus else cpu_memory(launch.instances)
+        self._memory = [] if self._on_gpus else cpu_memory(most)
         self._starts: dict[str, _Start] = {}
 
     async def start(self, listener: FleetListener) -> None:
@@ -89,15 +92,14 @@ class LaunchedVllmFleet(ProcessFleet[int]):
             raise SetupError(f"cannot write logs to {self._launch.logs}: {error.strerror}") from None
         await super().start(listener)
 
-    def reserve(self, name: str) -> bool:
-        """See ``ProcessFleet.reserve``: GPUs that no server has, or a share of the cores, which all share."""
+    def begin_added(self, name: str) -> None:
+        """See ``ProcessFleet.begin_added``. It gets free GPUs, or the cores, which all share."""
         taken = [self._hardware[other] for other in self._slots] if self._on_gpus else []
         spare = next((share for share in self._shares if share not in taken), None)
         if spare is None:
-            log.warning("no GPUs are left for one more server")
-            return False
+            raise FleetFull(f"no {self._launch.arguments.gpus} GPUs are free for one more server")
         self._hardware[name] = spare
-        return True
+        super().begin_added(name)
 
     def argv(self, slot: Slot) -> list[str]:
         """See ``ProcessFleet.argv``. Every start has other ports: the last ones may still be in use."""

@@ -105,9 +105,9 @@ class FleetControl(Protocol):
         """Say that calls to the instance fail: the fleet checks it at once and reports it down if it is."""
         ...
 
-    def add(self) -> bool:
-        """Start one more instance, which reports ``member_up`` once it serves, or ``start_failed``; False,
-        with neither to come, when no more can be started."""
+    def add(self) -> str:
+        """Start one more instance and return its name; it reports ``member_up`` once it serves, or
+        ``start_failed``. Raises FleetFull, with neither to come, when none can be started."""
         ...
 
     def remove(self, instance_id: str, reason: str) -> bool:

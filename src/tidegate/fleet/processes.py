@@ -101,10 +101,11 @@ def parse_ready(announcement: type[Announcement], line: str) -> Announcement | N
 class EngineLaunch:
     """What every engine of a local fleet is started with. ``max_model_len`` None leaves it to the model's
     configuration; ``command`` is the program before the flags. ``zygote``: a process that has torch imported
-    forks them, where the system can (Linux)."""
+    forks them, where the system can (Linux). ``instances`` may become ``most``, without it any number."""
 
     model: Path
     instances: int = 3
+    most: int | None = None
     served_model_name: str = ""
     device: str = "cpu"
     dtype: str = "auto"
@@ -150,7 +151,8 @@ class LocalFleet(ProcessFleet[Ready]):
 
     def __init__(self, launch: EngineLaunch, *, pace: FleetPace | None = None) -> None:
         ids = tuple(f"i{index}" for index in range(launch.instances))
-        super().__init__({name: (name,) for name in ids}, pace, partial(parse_ready, Ready))
+        slots = {name: (name,) for name in ids}
+        super().__init__(slots, pace, partial(parse_ready, Ready), most=launch.most)
         self._launch = launch
         self._first_starts: dict[str, Ready | None] = {}
         self._measured = asyncio.Event()

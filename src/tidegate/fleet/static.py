@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from tidegate.core.errors import ConfigError, EngineError, NoDescriptors, SetupError
+from tidegate.core.errors import ConfigError, EngineError, FleetFull, NoDescriptors, SetupError
 from tidegate.core.instance import Role
 from tidegate.costs.profile import Profile
 from tidegate.engines.vllm.client import VllmClient
@@ -143,9 +143,11 @@ class StaticFleet:
                     await asyncio.sleep(self._pace.retry_s)
         return None
 
-    def add(self) -> bool:
+    def add(self) -> str:
         """See ``FleetControl.add``: a list of URLs cannot grow."""
-        return False
+        raise FleetFull(
+            "the servers are a list of URLs, which something else starts: this fleet cannot grow from here"
+        )
 
     def remove(self, instance_id: str, reason: str) -> bool:
         """See ``FleetControl.remove``: servers that something else started are not stopped from here."""

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 import aiohttp
 
-from tidegate.core.errors import SetupError
+from tidegate.core.errors import FleetFull, SetupError
 from tidegate.engines.vllm.client import VllmClient
 from tidegate.fleet.child import Child, EngineStartFailed, Parse
 from tidegate.fleet.health import HealthPace, end_watch, until_unhealthy
@@ -71,6 +71,8 @@ class ProcessFleet(ABC, Generic[Announced]):
     new ``engine_id``. Each fleet draws one secret for its engines and passes it in their environment, with a
     key without which they serve no completion: nobody gets round the gateway's own key by asking an engine.
     An added instance whose first start fails is given up. ``stop`` reports no ``member_down``.
+
+    With ``most`` it never has more instances than so many, those included that start or are being stopped.
     """
 
     def __init__(
@@ -79,12 +81,14 @@ class ProcessFleet(ABC, Generic[Announced]):
         pace: FleetPace | None,
         parse: Parse[Announced],
         *,
+        most: int | None = None,
         keepers: bool = False,
     ) -> None:
         """``parse`` reads announcements; ``keepers``: the processes keep others (``fleet.keeper``)."""
         self._ids_in = slots
         self._pace = pace or FleetPace()
         self._parse = parse
+        self._most = most
         self._keepers = keepers
         self._secret = secrets.token_hex(32)
         self._api_key = secrets.token_hex(32)
@@ -114,15 +118,25 @@ class ProcessFleet(ABC, Generic[Announced]):
             if instance_id in slot.ids:
                 slot.suspicion.set()
 
-    def add(self) -> bool:
-        """See ``FleetControl.add``: one more process, with an instance whose name was never used."""
+    def add(self) -> str:
+        """See ``FleetControl.add``; a name is used once."""
         if self._listener is None:
-            return False
-        name = self.fresh_name()
-        if not self.reserve(name):
-            return False
+            raise FleetFull("the fleet does not run")
+        if self._most is not None and self.count >= self._most:
+            raise FleetFull(f"the fleet has {self.count} instances, and may have {self._most}")
+        name = f"i{self._named}"
+        self.begin_added(name)
+        self._named += 1
+        return name
+
+    def begin_added(self, name: str) -> None:
+        """Begin the start of one more instance, here a process more. Raises FleetFull where it cannot."""
         self._begin(name, (name,), added=True)
-        return True
+
+    @property
+    def count(self) -> int:
+        """How many instances there are, those included that start or are being stopped."""
+        return sum(len(slot.ids) for slot in self._slots.values())
 
     def remove(self, instance_id: str, reason: str) -> bool:
         """See ``FleetControl.remove``. Its process gets ``grace_s`` to end, unless others are in it."""
@@ -132,11 +146,6 @@ class ProcessFleet(ABC, Generic[Announced]):
         if not slot.removed.done():
             slot.removed.set_result(reason)
         return True
-
-    def fresh_name(self) -> str:
-        """Return a name that no instance of this fleet had."""
-        self._named += 1
-        return f"i{self._named - 1}"
 
     def _begin(self, name: str, ids: tuple[str, ...], *, added: bool = False) -> Slot:
         """Supervise one more slot."""
@@ -177,10 +186,6 @@ class ProcessFleet(ABC, Generic[Announced]):
             if not slot.up
             for instance_id in slot.ids
         }
-
-    def reserve(self, name: str) -> bool:
-        """Reserve what an added process needs of this machine; False when there is no more of it."""
-        return True
 
     def health_url(self, slot: Slot, members: list[Member]) -> str:
         """Return the base URL whose ``/health`` checks the slot's process."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from tidegate.control.effects import (
     Drains,
@@ -23,13 +23,14 @@ from tidegate.control.effects import (
     WakeAt,
 )
 from tidegate.control.inputs import RecordingPlane
+from tidegate.control.membership import AwaitedStart
 from tidegate.control.plane import ControlPlane
 from tidegate.control.settings import ControlSettings
 from tidegate.core.clock import Clock
 from tidegate.core.decision import Action
-from tidegate.core.errors import ClientGone, EngineUnreachable, ShuttingDown, TidegateError
+from tidegate.core.errors import ClientGone, EngineUnreachable, FleetFull, ShuttingDown, TidegateError
 from tidegate.costs.profile import UNMEASURED
-from tidegate.fleet.member import FleetControl, Member
+from tidegate.fleet.member import Fleet, Member
 from tidegate.gateway.drift import FleetDrift
 from tidegate.gateway.load_fits import LoadFits
 from tidegate.gateway.loads import LoadWatch
@@ -40,6 +41,7 @@ from tidegate.gateway.settings import GatewaySettings
 from tidegate.gateway.upstream import Handles, Upstream, connect
 from tidegate.journal.writer import JournalWriter
 from tidegate.policies.protocols import Signal
+from tidegate.signals.forecast import Earlier
 from tidegate.signals.forecast.choice import deployed_feed
 from tidegate.signals.lengths.choice import deployed_source
 from tidegate.signals.prefix import PrefixIndex
@@ -82,7 +84,7 @@ class Dispatcher:
         ids: tuple[str, ...],
         clock: Clock,
         journal: JournalWriter,
-        fleet: FleetControl,
+        fleet: Fleet,
     ) -> None:
         self.system = system
         self.settings = settings
@@ -92,10 +94,11 @@ class Dispatcher:
         control = ControlSettings(replays=settings.replays, admission=settings.admission)
         plane = RecordingPlane if settings.journal_inputs else ControlPlane
         lengths = deployed_source(settings.lengths, needed=Signal.LENGTHS in system.needs)
-        load = deployed_feed(needed=Signal.FORECAST in system.needs)
+        load = deployed_feed(settings.forecast, needed=Signal.FORECAST in system.needs)
         self.plane: ControlPlane = plane(system, ids, journal, control, self.prefixes, lengths, load)
-        self._fits = LoadFits(self.plane.load_fitted)
-        if load is not None:
+        self._fits: LoadFits | None = None
+        if load is not None and settings.forecast.fitted:
+            self._fits = LoadFits(settings.forecast, self.plane.load_fitted)
             load.fit = self._fits.fit
         self.stopping = False
         self.flips = 0
@@ -110,6 +113,8 @@ class Dispatcher:
         self.sessions = Conversations()
         self.recent = Recent()
         self._fleet = fleet
+        self._starts: dict[str, AwaitedStart] = {}
+        self._full: FleetFull | None = None
         self._background: set[asyncio.Task[None]] = set()
         self.served: dict[str, Served] = {}
 
@@ -118,12 +123,17 @@ class Dispatcher:
     def member_up(self, member: Member) -> None:
         """See ``FleetListener.member_up``."""
         instance = member.instance
+        start = self._starts.pop(instance.id, None)
         self.upstreams[instance.id] = connect(member, self.settings)
         self._served_changed()
         self.loads.follow(member)
         profile = member.profile or UNMEASURED
         now = self.clock.now()
-        self.recent.happened(now, f"{instance.id} is up")
+        took = ""
+        if start is not None:
+            took = f", {now - start.asked_s:.1f} s after it was asked for"
+            self.metrics.started(start.role, now - start.asked_s)
+        self.recent.happened(now, f"{instance.id} is up{took}")
         effects = self.plane.instance_up(instance, profile, now, fixed_role=member.fixed_role)
         self.drift.member_up(member)
         self.do(effects)
@@ -144,15 +154,28 @@ class Dispatcher:
         self.do(effects)
 
     def start_failed(self, instance_id: str, reason: str) -> None:
-        """See ``FleetListener.start_failed``. Fleets know no roles: the oldest awaited one ends."""
-        self.recent.happened(self.clock.now(), f"{instance_id} could not be started: {reason}")
-        role = next(iter(self.plane.membership.starting), None)
-        if role is not None:
-            self.plane.start_failed(role)
+        """See ``FleetListener.start_failed``."""
+        now, start = self.clock.now(), self._starts.pop(instance_id, None)
+        self.recent.happened(now, f"{instance_id} could not be started: {reason}")
+        if start is not None:
+            self.metrics.starts_failed.labels(start.role.label).inc()
+            self.plane.start_failed(start.role, f"{instance_id}: {reason}", now)
+
+    def starting(self) -> list[dict[str, Any]]:
+        """Return, for ``/tidegate/state``, which instances start, since when and how far they are."""
+        now, stages = self.clock.now(), self._fleet.starting()
+        return [
+            {"id": name, "role": role.label, "for_s": round(now - asked_s, 3), "stage": stages.get(name, "")}
+            for name, (role, asked_s) in self._starts.items()
+        ]
 
     def act(self, actions: Sequence[Action]) -> None:
-        """Execute actions that the system's controllers did not decide."""
+        """Execute actions that the system's controllers did not decide. Raises FleetFull where an instance
+        that they add cannot be started."""
+        self._full = None
         self.do(self.plane.act(actions, self.clock.now()))
+        if self._full is not None:
+            raise self._full
 
     # effects
 
@@ -178,11 +201,15 @@ class Dispatcher:
                 case Suspect(instance):
                     self._fleet.suspect(instance)
                 case StartInstance(role, reason):
-                    self.recent.carried_out(self.clock.now(), effect)
-                    if not self._fleet.add():
-                        log.warning("no instance can be started (%s)", reason)
-                        self.recent.happened(self.clock.now(), "no instance can be started")
-                        self.plane.start_failed(role)
+                    now = self.clock.now()
+                    self.recent.carried_out(now, effect)
+                    try:
+                        self._starts[self._fleet.add()] = AwaitedStart(role, now)
+                    except FleetFull as full:
+                        self._full = full
+                        log.warning("no instance can be started (%s): %s", reason, full)
+                        self.recent.happened(now, f"no instance can be started: {full}")
+                        self.plane.start_failed(role, full.message, now)
                 case StopInstance(instance, reason):
                     self.recent.carried_out(self.clock.now(), effect)
                     if not self._fleet.remove(instance, reason):
@@ -192,14 +219,15 @@ class Dispatcher:
 
     # clocks
 
-    def start(self) -> None:
-        """Start the periodic decisions."""
-        self.do(self.plane.start(self.clock.now()))
+    def start(self, earlier: Earlier | None = None) -> None:
+        """Start the periodic decisions; forecasts begin with the load of an earlier run where it is known."""
+        self.do(self.plane.start(self.clock.now(), earlier))
 
     async def stop(self) -> None:
         """Stop the periodic decisions and close every connection to the engines."""
         self.stopping = True
-        self._fits.close()
+        if self._fits is not None:
+            self._fits.close()
         if self._background:
             _, late = await asyncio.wait(self._background, timeout=CLEAN_UP_S)
             for task in late:

@@ -240,6 +240,8 @@ class Front:
             "slo": {"ttft_s": dispatcher.settings.slo.ttft_s, "tpot_s": dispatcher.settings.slo.tpot_s},
             "instances": instances,
             "down": [name for name in dispatcher.plane.membership.labels if name not in dispatcher.upstreams],
+            "starting": dispatcher.starting(),
+            "starts": {f"{role.label}_s": round(s, 3) for role, s in snapshot.start_s.items()},
             "requests": {"in_flight": len(dispatcher.plane.requests), "held": dispatcher.plane.held_count},
             "flips": dispatcher.flips,
             "migrations": dispatcher.plane.migrations.get("begun", 0),
@@ -255,10 +257,7 @@ class Front:
         wanted = (await _read_optional(request, AddBody)).role
         membership = dispatcher.plane.membership
         role = membership.lacking(dispatcher.clock.now()) if wanted is None else Role[wanted.upper()]
-        before = membership.starting.total()
         dispatcher.act([AddInstance(role, OPERATOR)])
-        if membership.starting.total() == before:
-            raise BadRequest("this fleet cannot start another instance now")
         return json_answer({"status": "starting", "role": role.label})
 
     async def drain_instance(self, request: web.Request) -> web.Response:

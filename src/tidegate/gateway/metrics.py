@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 
@@ -12,9 +13,11 @@ from prometheus_client.registry import Collector
 
 from tidegate.control.plane import ControlPlane
 from tidegate.control.record import RequestEnding, RequestRecord
+from tidegate.core.instance import Role
 from tidegate.core.stages import STAGES
 
 TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+START_BUCKETS = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 45.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
 ERROR_BUCKETS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 TPOT_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
 
@@ -54,6 +57,9 @@ class Metrics(Collector):
         self.handles_refused = Counter("tidegate_kv_handles_refused", text, ["reason"], registry=r)
         text = "Times an engine and the ledger came to differ"
         self.load_drift = Counter("tidegate_load_drift", text, ["member", "kind"], registry=r)
+        text = "Instances that were to be started and did not come up"
+        self.starts_failed = Counter("tidegate_instance_starts_failed", text, ["role"], registry=r)
+        self._starts: defaultdict[str, Distribution] = defaultdict(lambda: Distribution(START_BUCKETS))
         self._ttft, self._tpot = Distribution(TTFT_BUCKETS), Distribution(TPOT_BUCKETS)
         self._stages = {name: Distribution(TTFT_BUCKETS) for name in STAGES}
         self._prediction_error = Distribution(ERROR_BUCKETS)
@@ -81,6 +87,10 @@ class Metrics(Collector):
         if observed_s and record.predicted_prefill_s is not None:
             self._prediction_error.observe(abs(record.predicted_prefill_s - observed_s) / observed_s)
 
+    def started(self, role: Role, start_s: float) -> None:
+        """Take in that an instance is up, so long after it was asked for."""
+        self._starts[role.label].observe(start_s)
+
     def render(self) -> bytes:
         """Return the exposition text."""
         return generate_latest(self.registry)
@@ -93,6 +103,15 @@ class Metrics(Collector):
         in_flight, held = float(len(plane.requests)), float(plane.held_count)
         yield GaugeMetricFamily("tidegate_requests_in_flight", "Requests being served", in_flight)
         yield GaugeMetricFamily("tidegate_requests_held", "Requests that wait to be placed", held)
+        starting = GaugeMetricFamily("tidegate_instances_starting", "Asked for and not up", labels=["role"])
+        took = HistogramMetricFamily(
+            "tidegate_instance_start_seconds", "From asked for to up", labels=["role"]
+        )
+        for role in Role:
+            starting.add_metric([role.label], float(plane.membership.starting[role]))
+            self._starts[role.label].add_to(took, [role.label])
+        yield starting
+        yield took
         migrations = CounterMetricFamily(
             "tidegate_migrations", "Migrations by what became of them", labels=["event"]
         )

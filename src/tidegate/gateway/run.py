@@ -19,6 +19,7 @@ from tidegate.gateway.front import Front
 from tidegate.gateway.journal import JournalFile
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.protocol.http_front import FrontRunner
+from tidegate.signals.forecast.recorded import RecordedLoad
 from tidegate.systems.system import System
 
 DRAIN_S = 30.0
@@ -44,10 +45,13 @@ class Gateway:
     async def start(self) -> str:
         """Open the port and the journal, start the fleet, and return the base URL.
 
-        Raises SetupError when the port is taken, the journal cannot be written, the fleet cannot start
-        or the system lacks a signal.
+        Raises SetupError when the port is taken, the journal cannot be written, the fleet cannot start,
+        the system lacks a signal, or forecasts cannot begin with the journal that is given for that.
         """
         settings, dispatcher = self._settings, self.dispatcher
+        known = None
+        if settings.forecast_from is not None:
+            known = RecordedLoad.read(settings.forecast_from, settings.forecast.period_s, time.time())
         await self._runner.setup()
         self._site = web.TCPSite(self._runner, settings.host, settings.port, backlog=BACKLOG)
         try:
@@ -68,7 +72,7 @@ class Gateway:
         )
         await self._fleet.start(dispatcher)
         dispatcher.system.check_signals(dispatcher.signals())
-        dispatcher.start()
+        dispatcher.start(None if known is None else known.earlier(settings.forecast.period_s, time.time()))
         host, port = settings.host, self._runner.addresses[0][1]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tidegate.core.slo import Slo
 from tidegate.protocol import MOST_BODY_BYTES
+from tidegate.signals.forecast.choice import ForecastSettings
 from tidegate.signals.lengths.choice import AUTO
 
 
@@ -23,6 +24,7 @@ class GatewaySettings:
     serves, ``allow_fields`` body fields that would be refused (``parameters.GUARDABLE``). Web pages of
     ``cors_origins`` may call the gateway; ``*`` stands for all.
     ``lengths`` names the source of length predictions (see ``tidegate.signals.lengths.choice``).
+    ``forecast`` says who forecasts the load; ``forecast_from`` is a journal whose load it begins with.
     ``load_every_s`` is the pause between readings of an engine's load. With ``journal_inputs`` the journal
     also has every input of the control plane, from which ``decide_again`` takes its decisions again.
     """
@@ -39,6 +41,8 @@ class GatewaySettings:
     replays: int = 5
     admission: float = 3.0
     lengths: str = AUTO
+    forecast: ForecastSettings = field(default_factory=ForecastSettings)
+    forecast_from: Path | None = None
     load_every_s: float = 1.0
     journal_inputs: bool = False
     tenants: Mapping[str, str] = field(default_factory=dict, repr=False)

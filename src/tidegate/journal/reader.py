@@ -18,6 +18,7 @@ from tidegate.journal.schema import (
     ControlLine,
     DecisionLine,
     FlipLine,
+    ForecastLine,
     HeaderLine,
     InstanceLine,
     JournalLine,
@@ -53,6 +54,7 @@ class Journal:
     outcomes: list[OutcomeLine] = field(default_factory=list)
     flips: list[FlipLine] = field(default_factory=list)
     controls: list[ControlLine] = field(default_factory=list)
+    forecasts: list[ForecastLine] = field(default_factory=list)
     instance_events: list[InstanceLine] = field(default_factory=list)
     decisions: Counter[str] = field(default_factory=Counter)
     unfinished: int = 0
@@ -133,6 +135,8 @@ def read_journal(path: str | Path) -> Journal:
                 journal.flips.append(line)
             case ControlLine():
                 journal.controls.append(line)
+            case ForecastLine():
+                journal.forecasts.append(line)
             case InstanceLine():
                 journal.instance_events.append(line)
     if not seen_header:

@@ -53,12 +53,18 @@ class HeaderLine(JournalLine, tag="header"):
 
 
 class InstanceLine(JournalLine, tag="instance", omit_defaults=True):
-    """``event`` is ``up``, with the role it was given, or ``down``, ``draining``, ``undrained``, with why."""
+    """``event`` is ``up``, with the role it was given; ``starting``, with the role it is to have and why;
+    ``start_failed``, ``down``, ``draining`` or ``undrained``, with why.
+
+    One that starts has no name yet, nor one that failed to. ``start_s`` is the time from ``starting`` to
+    ``up``, of an instance that was asked for.
+    """
 
     instance: str
     event: str
     role: str = ""
     reason: str = ""
+    start_s: float | UnsetType = UNSET
 
 
 class ProfileLine(JournalLine, tag="profile"):
@@ -122,6 +128,25 @@ class ControlLine(JournalLine, tag="control", omit_defaults=True):
     reason: str
     flips: int
     controller: str = ""
+
+
+class ExpectedSeries(Struct, array_like=True):
+    """What came of a series in a period, and what was expected of it: the mean, the 0.1 and the 0.9 quantile;
+    null where nothing was known. ``source`` said so; another one was asked where ``reason`` says why not."""
+
+    observed: float | None
+    mean: float | None
+    low: float | None
+    high: float | None
+    source: str
+    reason: str = ""
+
+
+class ForecastLine(JournalLine, tag="forecast"):
+    """A period of the load has ended: what had been expected of it when it began, and what came."""
+
+    period_s: float
+    series: dict[str, ExpectedSeries]
 
 
 class MigrationLine(JournalLine, tag="migration"):

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
 
 import msgspec
 
 from tidegate.core.decision import Flip, Hold, Migrate, Place, Reject, Verdict
 from tidegate.core.errors import EngineError, status_of
 from tidegate.core.instance import Role
+from tidegate.core.load_forecast import LoadForecast, SeriesForecast
 from tidegate.core.migration import MigrationCost
 from tidegate.core.slo import Slo
 from tidegate.journal.schema import (
     Chosen,
     ControlLine,
     DecisionLine,
+    ExpectedSeries,
     FailureLine,
     FlipLine,
+    ForecastLine,
     HeaderLine,
     InstanceLabel,
     InstanceLine,
@@ -69,9 +73,19 @@ class JournalWriter:
         started_unix_s = 0.0 if now_unix_s is None else now_unix_s - t_s
         self.write(HeaderLine(t_s, version, system, started_unix_s, slo, instances))
 
-    def instance(self, now_s: float, instance: str, event: str, *, role: str = "", reason: str = "") -> None:
-        """Write that an instance is up, down, draining or undrained (see ``InstanceLine``)."""
-        self.write(InstanceLine(self.elapsed_s(now_s), instance, event, role, reason))
+    def instance(
+        self,
+        now_s: float,
+        instance: str,
+        event: str,
+        *,
+        role: str = "",
+        reason: str = "",
+        start_s: float | None = None,
+    ) -> None:
+        """Write what became of an instance (see ``InstanceLine``)."""
+        took_s = msgspec.UNSET if start_s is None else round(start_s, 6)
+        self.write(InstanceLine(self.elapsed_s(now_s), instance, event, role, reason, took_s))
 
     def decision(
         self, now_s: float, request: str, kind: str, verdict: Verdict, predicted: dict[str, float] | None
@@ -100,6 +114,22 @@ class JournalWriter:
         """Write the reason of a controller's decision and how many flips it asked for."""
         self.write(ControlLine(self.elapsed_s(now_s), reason, flips, controller))
 
+    def forecast(self, now_s: float, expected: LoadForecast, observed: Mapping[str, float]) -> None:
+        """Write what was expected of the period of the load that ended, and what came, by series."""
+        series = {
+            name: ExpectedSeries(
+                _known(value),
+                _known(found.mean[0]),
+                _known(found.low[0]),
+                _known(found.high[0]),
+                found.source,
+                found.reason,
+            )
+            for name, value in observed.items()
+            for found in (cast(SeriesForecast, getattr(expected, name)),)
+        }
+        self.write(ForecastLine(self.elapsed_s(now_s), expected.period_s, series))
+
     def migration(self, now_s: float, migrate: Migrate, event: str, detail: str, cost: MigrationCost) -> None:
         """Write that a migration has begun, is done, or, as ``detail`` says why, cancelled or ignored."""
         move = (migrate.src, migrate.dst, migrate.reason)
@@ -126,6 +156,10 @@ def encode_line(line: JournalLine) -> bytes:
     except (TypeError, UnicodeEncodeError):
         plain: Any = msgspec.to_builtins(line, enc_hook=_plain)
         return json.dumps(plain, ensure_ascii=False).encode("utf-8", "replace")
+
+
+def _known(value: float) -> float | None:
+    return round(float(value), 4) if math.isfinite(value) else None
 
 
 def _plain(value: object) -> float | str:

@@ -228,6 +228,12 @@ class Snapshot:
         return self._ledger.load_forecast
 
     @property
+    def start_s(self) -> Mapping[Role, float]:
+        """Seconds from ``AddInstance`` to the instance that joins, by its label: the longest of the newest
+        starts. A label of which none was started yet is not there."""
+        return self._ledger.start_s
+
+    @property
     def windows(self) -> Mapping[str, WindowAverages]:
         """What the system's named windows (``System.windows``) measured, each when it ended last."""
         return self._ledger.window_averages(self.ids)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from msgspec import structs
+from msgspec import UNSET, structs
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
@@ -19,7 +19,9 @@ from tidegate.core.stages import LATER_STAGES, OTHER, TTFT_STAGES, parts_of_ttft
 from tidegate.journal.reader import Journal
 from tidegate.journal.schema import ControlLine, FlipLine, InstanceLine, OutcomeLine
 from tidegate.measure.attainment import DEFAULT_LEVEL, Attainment, Goodput, Observation, goodput, score
+from tidegate.measure.instance_time import up_s
 from tidegate.measure.percentiles import Summary, summarize
+from tidegate.reports.forecast_errors import ForecastErrors, forecast_errors, forecast_rows
 from tidegate.reports.length_errors import LengthErrors, length_errors, length_rows
 
 MOST_FLIPS = 20
@@ -64,7 +66,7 @@ class ControllerWork:
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """A journal in numbers; times in seconds."""
+    """A journal in numbers; times in seconds. ``start_s`` is from asked for to up, by label."""
 
     system: str
     version: str
@@ -84,6 +86,9 @@ class RunReport:
     flip_counts: dict[str, int]
     controllers: tuple[ControllerWork, ...]
     instance_events: tuple[InstanceLine, ...]
+    instance_hours: float
+    start_s: dict[str, Summary]
+    forecasts: tuple[ForecastErrors, ...]
     replays: int
     replayed_requests: int
     migrations: int
@@ -96,7 +101,10 @@ class RunReport:
         """Return the whole report as one JSON object."""
         value = asdict(self)
         value["flips"] = [structs.asdict(flip) for flip in self.flips]
-        value["instance_events"] = [structs.asdict(event) for event in self.instance_events]
+        value["instance_events"] = [
+            {name: each for name, each in structs.asdict(event).items() if each is not UNSET}
+            for event in self.instance_events
+        ]
         value["attainment"] |= attainment_shares(self.attainment)
         return value
 
@@ -137,6 +145,9 @@ def build_report(journal: Journal, *, slo: Slo | None = None, level: float = DEF
         flip_counts=dict(flip_kinds.most_common()),
         controllers=tuple(_controllers(journal.controls)),
         instance_events=tuple(journal.instance_events),
+        instance_hours=up_s(journal.instance_events, journal.last_t_s) / 3600.0,
+        start_s=_start_times(journal.instance_events),
+        forecasts=forecast_errors(journal.forecasts),
         replays=sum(o.replays for o in outcomes),
         replayed_requests=sum(o.replays > 0 for o in outcomes),
         migrations=sum(o.migrations for o in outcomes),
@@ -182,6 +193,15 @@ def _controllers(lines: Sequence[ControlLine]) -> Iterator[ControllerWork]:
         by_name.setdefault(line.controller, []).append(line)
     for name, own in by_name.items():
         yield ControllerWork(name, len(own), sum(line.flips for line in own), own[-1].reason)
+
+
+def _start_times(events: Iterable[InstanceLine]) -> dict[str, Summary]:
+    by_role: dict[str, list[float]] = {}
+    for event in events:
+        if event.start_s is not UNSET:
+            by_role.setdefault(event.role, []).append(event.start_s)
+    found = {role: summarize(times_s) for role, times_s in by_role.items()}
+    return {role: summary for role, summary in found.items() if summary is not None}
 
 
 def _divided(outcome: OutcomeLine) -> Mapping[str, float]:
@@ -300,6 +320,9 @@ def _parts(report: RunReport) -> Iterator[RenderableType]:
             ("requests", str(report.prediction.count)),
         )
         yield _table("Predicted against observed prefill time", ("", "relative error"), rows)
+    if report.forecasts:
+        heads = ("series", "periods", "MAPE", "in 80 %", "by", "because")
+        yield _table("Expected against observed load, a period ahead", heads, forecast_rows(report.forecasts))
     if report.lengths:
         heads = ("source", "predicted", "count", "MAE", "bias", "left")
         yield _table("Predicted against observed tokens left", heads, length_rows(report.lengths))
@@ -366,7 +389,12 @@ def _decision_rows(report: RunReport) -> Iterator[tuple[str, str]]:
     yield "migrations", str(report.migrations)
     for event in report.instance_events:
         if event.event != "up":
-            yield f"{escape(event.instance)} {escape(event.event)}", f"at {event.t_s:.1f} s"
+            name = event.instance or f"one more {event.role}"
+            yield f"{escape(name)} {escape(event.event.replace('_', ' '))}", f"at {event.t_s:.1f} s"
+    if report.instance_hours:
+        yield "instance-hours", f"{report.instance_hours:.3f}"
+    for role, times_s in report.start_s.items():
+        yield f"  starts for {role}", f"{times_s.p50:.1f} s, {times_s.max:.1f} s at most"
 
 
 def _flips(flips: Sequence[FlipLine]) -> Table:

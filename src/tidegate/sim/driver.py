@@ -229,7 +229,7 @@ class SimDriver:
                         self.sampler.scaled("add", role, 1, now)
                     else:
                         self.unstarted.append((now, reason))
-                        self.plane.start_failed(role)
+                        self.plane.start_failed(role, "no spare is left", now)
                 case Drains(instance, _, _, ended):
                     role = self.plane.ledger.role_of(instance)
                     self.sampler.scaled("add" if ended else "drain", role, 1 if ended else -1, now)

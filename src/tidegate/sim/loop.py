@@ -85,8 +85,8 @@ class _Simulation:
         workload = Workload.of(trace)
         self._arrivals = TraceArrivals(workload, events, closed_loop=settings.closed_loop, watch=watch)
         ended = self._arrivals.ended if settings.closed_loop else None
-        period_s = settings.forecast_period_s
-        load = simulated_feed(settings.forecast, workload, period_s) if settings.forecast else None
+        periods = settings.forecast_period_s, settings.forecast_steps
+        load = simulated_feed(settings.forecast, workload, *periods) if settings.forecast else None
         self._driver = SimDriver(system, replicas, settings, journal, events, self._membership, ended, load)
         self._heartbeats = 0
         journal.header(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
 from tidegate.signals.forecast.choice import check_source
-from tidegate.signals.forecast.feed import PERIOD_S
+from tidegate.signals.forecast.feed import PERIOD_S, STEPS
 from tidegate.signals.lengths.choice import SIMULATED, checked
 from tidegate.workloads.trace import TraceRecord
 
@@ -40,7 +40,7 @@ class SimSettings:
     ``lengths`` names the source of length predictions (see ``tidegate.signals.lengths.choice``); "" is none,
     or for a system that needs one ``hidden``. ``forecast`` names the source of forecasts of the load, by
     periods of ``forecast_period_s`` (see ``tidegate.signals.forecast.choice``); "" is none, or for a system
-    that needs one ``ensemble``.
+    that needs one ``ensemble``. Forecasts go ``forecast_steps`` periods ahead.
     """
 
     slo: Slo = field(default_factory=Slo)
@@ -62,6 +62,7 @@ class SimSettings:
     lengths: str = ""
     forecast: str = ""
     forecast_period_s: float = PERIOD_S
+    forecast_steps: int = STEPS
 
     def __post_init__(self) -> None:
         if not (0 <= self.front_s < float("inf") and 0 < self.deadline_s < float("inf")):
@@ -72,8 +73,8 @@ class SimSettings:
             checked(self.lengths, SIMULATED)
         if self.forecast:
             check_source(self.forecast)
-        if not 0 < self.forecast_period_s < float("inf"):
-            raise ConfigError("the period of forecasts must be a positive number of seconds")
+        if not 0 < self.forecast_period_s < float("inf") or self.forecast_steps < 1:
+            raise ConfigError("forecasts need periods of a positive number of seconds, and one at least")
         if self.spares < 0:
             raise ConfigError(f"spares must be a count of at least 0, got {self.spares}")
 

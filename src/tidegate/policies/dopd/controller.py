@@ -102,8 +102,8 @@ class DopdController:
     """Plans the two pools for ``slo``.
 
     ``fleet`` is the least and the most instances; None keeps those that there are and changes labels alone.
-    ``start_delay_s`` are those of a prefill and of a decode instance. With ``advise`` it says what it would
-    do, and does nothing. Raises ConfigError for a fleet that has no room for two pools.
+    ``start_delay_s`` are those of a prefill and of a decode instance, until starts were seen. With ``advise``
+    it says what it would do, and does nothing. Raises ConfigError for a fleet that has no room for two pools.
     """
 
     slo: Slo
@@ -126,6 +126,12 @@ class DopdController:
 
     def decide(self, snapshot: Snapshot, state: DopdState) -> ControlDecision[DopdState]:
         """See ``Controller.decide``."""
+        prefill_s, decode_s = self.start_delay_s
+        seen_s = snapshot.start_s
+        delays_s = seen_s.get(Role.PREFILL, prefill_s), seen_s.get(Role.DECODE, decode_s)
+        return replace(self, start_delay_s=delays_s)._decide(snapshot, state)
+
+    def _decide(self, snapshot: Snapshot, state: DopdState) -> ControlDecision[DopdState]:
         now, fleet = snapshot.at_s, snapshot.without_draining()
         if not fleet.ids:
             return ControlDecision(state, reason="no instance is up")
@@ -201,7 +207,8 @@ class DopdController:
         forecast, now = fleet.forecast, fleet.at_s
         if forecast is None or forecast.at_s <= state.planned_s:
             return state
-        if forecast.rate_rps.reason and now - forecast.at_s < self.constants.settle_s:
+        settles = forecast.rate_rps.reason and now - forecast.at_s < self.constants.settle_s
+        if settles and now + self.period_s < forecast.at_s + forecast.period_s:
             return state
         state = replace(state, planned_s=forecast.at_s)
         try:

@@ -5,13 +5,14 @@ A load is six series, one value per period each. Sources say what is expected of
 """
 
 from tidegate.core.load_forecast import LoadForecast, SeriesForecast
-from tidegate.signals.forecast.feed import LoadFeed
+from tidegate.signals.forecast.feed import Earlier, LoadFeed
 from tidegate.signals.forecast.load import SERIES, LoadForecaster, LoadPeriod
 from tidegate.signals.forecast.series import SeriesForecaster
 from tidegate.signals.forecast.source import SeriesSource
 
 __all__ = [
     "SERIES",
+    "Earlier",
     "LoadFeed",
     "LoadForecast",
     "LoadForecaster",

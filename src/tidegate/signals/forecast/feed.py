@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tidegate.core.load_forecast import LoadForecast, SeriesForecast
-from tidegate.signals.forecast.load import UNKNOWN_PERIOD, LoadPeriod
+from tidegate.signals.forecast.load import UNKNOWN_PERIOD, LoadForecaster, LoadPeriod
 
 PERIOD_S = 30.0
 """Length of a period (ours; DOPD's experiments adjust every 10 to 20 s, its default is 180 s)."""
@@ -20,8 +20,11 @@ REMEMBERED = 512
 """The newest requests whose lengths are kept (ours): enough for the 99th percentile."""
 FITTING = "the fit is not done yet"
 """Why simpler sources answer, until ``LoadFeed.revised``."""
-Push = Callable[[LoadPeriod], Mapping[str, SeriesForecast]]
-"""Takes the period that ended and returns what is expected of each series."""
+Fit = Callable[[int, Sequence[LoadPeriod]], None]
+"""Takes the period of a number, or with 0 those of an earlier run."""
+Earlier = Mapping[str, Sequence[Sequence[float | None]]]
+"""The load of an earlier run as plain values: ``periods``, the oldest first, and ``lengths`` of its newest
+requests that were answered, prompt and answer."""
 
 
 class LoadFeed:
@@ -29,25 +32,32 @@ class LoadFeed:
 
     Periods end at whole multiples of their length after the start, or with the first call of ``passed``
     behind that; one without a call is a gap. An answer counts in the period in which it ended: its length is
-    not known before. ``forecast`` is the newest, None in the first period. ``fit``, where set, is given every
-    period by number, and tells whether ``revised`` will hear what a slower source makes of it.
+    not known before. ``forecast`` is the newest, None in the first period unless an earlier run is known;
+    ``observed`` is the period that ended last. ``fit``, where set, is given every period by number, and
+    ``revised`` hears what a slower source makes of it.
     """
 
-    def __init__(self, push: Push, period_s: float = PERIOD_S) -> None:
+    def __init__(self, forecaster: LoadForecaster, period_s: float = PERIOD_S) -> None:
         self.period_s = period_s
         self.forecast: LoadForecast | None = None
-        self.fit: Callable[[int, LoadPeriod], bool] | None = None
-        self._push = push
+        self.observed = UNKNOWN_PERIOD
+        self.fit: Fit | None = None
+        self._forecaster = forecaster
         self._number = 0
         self._start_s = self._ends_s = math.inf
         self._long_tokens = math.nan
         self._lengths: deque[tuple[int, int]] = deque(maxlen=REMEMBERED)
         self._begin()
 
-    def start(self, now: float) -> None:
-        """Begin the first period."""
+    def start(self, now: float, earlier: Earlier | None = None) -> None:
+        """Begin the first period; forecasts go on from an earlier run, whose last period ends now."""
         self._start_s = now
         self._ends_s = now + self.period_s
+        if earlier is not None:
+            periods = [LoadPeriod.of(period) for period in earlier["periods"]]
+            self._forecaster.warm(periods)
+            self._lengths.extend((int(row[0] or 0), int(row[1] or 0)) for row in earlier["lengths"])
+            self._expect(now, self._fitting(periods))
 
     def arrived(self, prompt_tokens: int) -> None:
         """Count a request that is offered."""
@@ -81,10 +91,8 @@ class LoadFeed:
             self._output_squares / answers,
             self._long / requests if self._long_tokens == self._long_tokens else math.nan,
         )
-        expected = self._next(period)
-        lengths = np.array(self._lengths, np.float64).reshape(-1, 2)
-        self.forecast = LoadForecast(now, self.period_s, self._long_tokens, **expected, lengths=lengths)
-        self._long_tokens = float(expected["input_tokens"].mean[0])
+        self.observed = period
+        self._expect(now, self._next(period))
         self._start_s = now
         self._begin()
         return True
@@ -93,7 +101,11 @@ class LoadFeed:
         """Take what a slower source expects from the end of a period on, as plain values.
 
         Tells whether that is the newest period. Otherwise it comes too late, and the simpler sources' stays.
+        With nothing ``expected`` the slower source is gone, and is not asked any more.
         """
+        if not expected:
+            self.fit = None
+            return False
         newest = self.forecast
         if number != self._number or newest is None:
             return False
@@ -105,10 +117,21 @@ class LoadFeed:
 
     def _next(self, period: LoadPeriod) -> Mapping[str, SeriesForecast]:
         self._number += 1
-        expected = self._push(period)
-        if self.fit is None or not self.fit(self._number, period):
+        self._forecaster.push(period)
+        return self._fitting((period,))
+
+    def _fitting(self, periods: Sequence[LoadPeriod]) -> Mapping[str, SeriesForecast]:
+        """Have the slower source take the periods, and return what the others expect meanwhile."""
+        expected = self._forecaster.forecast
+        if self.fit is None:
             return expected
+        self.fit(self._number, periods)
         return {name: each._replace(reason=FITTING) for name, each in expected.items()}
+
+    def _expect(self, now: float, expected: Mapping[str, SeriesForecast]) -> None:
+        lengths = np.array(self._lengths, np.float64).reshape(-1, 2)
+        self.forecast = LoadForecast(now, self.period_s, self._long_tokens, **expected, lengths=lengths)
+        self._long_tokens = float(expected["input_tokens"].mean[0])
 
     def _begin(self) -> None:
         self._requests = self._input_tokens = self._input_squares = self._long = 0

@@ -30,6 +30,11 @@ class LoadPeriod(NamedTuple):
     output_tokens_squared: float
     long_share: float
 
+    @classmethod
+    def of(cls, plain: Sequence[float | None]) -> LoadPeriod:
+        """Return the period of plain values, None where nothing is known."""
+        return cls(*(float("nan") if value is None else value for value in plain))
+
 
 SERIES = LoadPeriod._fields
 UNKNOWN_PERIOD = LoadPeriod(*[float("nan")] * len(SERIES))
