@@ -360,7 +360,6 @@ class Config(Section):
     @model_validator(mode="after")
     @with_value_errors
     def _system_fits_the_fleet(self) -> Config:
-        from tidegate.policies.order import FIFO
         from tidegate.policies.protocols import Signal
         from tidegate.systems import SYSTEMS, make_system
 
@@ -368,7 +367,7 @@ class Config(Section):
         split = self.scheduling.split
         if split is not None and sum(split) != size:
             raise ValueError(f"split {split[0]}:{split[1]} adds up to {sum(split)}, the fleet has {size}")
-        system = self.scheduling.make_system()
+        system = self.make_system()
         system.roles(size)
         profiles = self.fleet.profile or []
         if self.fleet.on_vllm and len(profiles) not in (0, 1, size):
@@ -380,12 +379,16 @@ class Config(Section):
                 "--profile, a file of `tidegate profile --vllm URL --out FILE` or a packaged one's name, or "
                 f"choose a --system that needs none: {free}"
             )
-        if self.fleet.on_vllm and system.order.name != FIFO.name:
-            raise ValueError(
-                f"system {system.name!r} orders waiting prefills by {system.order.name}, which vLLM servers "
-                f"do not offer; take {system.name.partition('+')[0]!r}, without an order"
-            )
         return self
+
+    def make_system(self) -> System:
+        """Build the composition as this fleet can serve it: the plane keeps an order that engines do not."""
+        from tidegate.policies.order import FIFO
+
+        system = self.scheduling.make_system()
+        if not self.fleet.on_vllm or system.order.name == FIFO.name or system.order.held:
+            return system
+        return system.ordered(system.order.holding(), system.name)
 
     def gateway_settings(self) -> GatewaySettings:
         """Return what the gateway is started with: its section, and the targets."""

@@ -47,7 +47,7 @@ def launch(config: Config) -> bool:
     Raises SetupError.
     """
     _log_to_stderr()
-    system = config.scheduling.make_system()
+    system = config.make_system()
     settings = config.gateway_settings()
     typer.echo(
         f"tidegate {__version__}: system {system.name} ({system.summary}), SLO {settings.slo}, "
@@ -107,7 +107,7 @@ def make_fleet(config: Config) -> Fleet:
         return StaticFleet(source.vllm, api_key=key, profiles=_profiles(source), kv=source.kv)
     if source.launch == "vllm":
         return launched_vllm(source)
-    order = config.scheduling.make_system().order.name
+    order = config.make_system().order.in_engines.name
     log_level = "info" if debugging() else "warning"
     if source.emulate:
         pretended = config.emulated

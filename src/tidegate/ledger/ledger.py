@@ -38,7 +38,7 @@ class Ledger:
     Events about a request that is not live change nothing and return False: a driver learns late of ends.
 
     ``forecast``, where given, tells ``Snapshot.requests`` what is left of each answer; ``load_forecast`` is
-    ``Snapshot.forecast``.
+    ``Snapshot.forecast``, ``held_prefills`` is ``Snapshot.held_prefills``.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class Ledger:
         self.sessions = Sessions()
         self._forecast = forecast
         self.load_forecast: LoadForecast | None = None
+        self.held_prefills = 0
         self._instances: dict[str, InstanceEntry] = {}
         self._entries: dict[str, RequestEntry] = {}
         self._ids: tuple[str, ...] = ()
