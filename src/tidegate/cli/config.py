@@ -58,10 +58,10 @@ SYSTEMS_HELP = (
     "arrow+ares (role flips, and running decodes move where that avoids SLO damage), arrow-lending "
     "(SLO-aware placement with role flips), arrow-v1 (four elastic pools), colocated (both phases on "
     "one instance), minimal-load (static split, least predicted time first), round-robin (static split,"
-    " each pool in turn) or static (static split, fewest tokens first); with embedded engines any of "
-    "them as NAME+ORDER, where waiting prefills are served by fifo, edf (earliest deadline), sjf "
-    "(shortest) or feasible-first (earliest deadline that can still be met), as in arrow-"
-    "lending+feasible-first. In front of vLLM servers the default is static unless there is a --profile"
+    " each pool in turn) or static (static split, fewest tokens first); any of them as NAME+ORDER, where "
+    "waiting prefills are served by fifo, edf (earliest deadline), sjf (shortest), feasible-first (earliest "
+    "deadline that can still be met) or length-aware (shortest, as far as long ones may be overtaken), as in "
+    "arrow-lending+feasible-first. In front of vLLM servers the default is static unless there is a --profile"
     " of them, which the others but round-robin need."
 )
 
@@ -386,9 +386,8 @@ class Config(Section):
         from tidegate.policies.order import FIFO
 
         system = self.scheduling.make_system()
-        if not self.fleet.on_vllm or system.order.name == FIFO.name or system.order.held:
-            return system
-        return system.ordered(system.order.holding(), system.name)
+        kept = self.fleet.on_vllm and system.order.name != FIFO.name and not system.order.held
+        return system.ordered(system.order.holding(), system.name) if kept else system
 
     def gateway_settings(self) -> GatewaySettings:
         """Return what the gateway is started with: its section, and the targets."""

@@ -255,7 +255,7 @@ LONG_TOKENS = 1024.0
 """The mean prompt that a queue assumes before its first one, where nothing is forecast (ours)."""
 MEAN_PROMPTS = 100
 """Over so many prompts a queue smooths the mean of their tokens, where nothing is forecast (ours)."""
-OVERTAKEN = 0.2
+OVERTAKEN = 0.15
 """What may overtake a prompt, as a share of the work before it when it came (ours, like ``SLACK``)."""
 SLACK = 0.05
 """What may overtake it besides, as a share of its TTFT target."""
