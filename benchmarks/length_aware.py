@@ -81,7 +81,7 @@ class Case:
         if self.gbit_s is None:
             return found
         link = TransferCost(0.001, self.gbit_s * 1e9 / 8)
-        return replace(found, profile=replace(found.profile, transfer=link), inter_node=None)
+        return replace(found, profile=replace(found.profile, transfer=link), inter_node=link)
 
     def __str__(self) -> str:
         links = "" if self.gbit_s is None else f", links of {self.gbit_s:g} Gbit/s"

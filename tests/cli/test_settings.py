@@ -185,7 +185,7 @@ def test_a_profile_lets_any_system_run_in_front_of_servers(tmp_path: Path) -> No
 def test_in_front_of_servers_the_control_plane_keeps_an_order() -> None:
     (found,) = problems(vllm=["http://a", "http://b"], system="static+edf")
     assert "needs a measured profile" in found
-    servers = {"vllm": ["http://a", "http://b"], "profile": ["h100_sxm/llama-3.1-8b"]}
+    servers: dict[str, Any] = {"vllm": ["http://a", "http://b"], "profile": ["h100_sxm/llama-3.1-8b"]}
     system = settle(**servers, system="static+edf").config.make_system()
     assert (system.name, system.order.held, system.order.in_engines.name) == ("static+edf", True, "fifo")
     assert not settle(**servers, system="static").config.make_system().order.held

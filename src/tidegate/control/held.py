@@ -16,7 +16,7 @@ class HeldRequests:
         self._queue: WaitingQueue[LiveRequest] = order.queue()
         self._awaiting_word: dict[LiveRequest, tuple[str, float]] = {}
         self._asked: LiveRequest | None = None
-        self._kept: tuple[Ticket, bool] | None = None
+        self._kept: list[tuple[Ticket, bool]] = []
 
     def __len__(self) -> int:
         return len(self._queue) + len(self._awaiting_word)
@@ -25,7 +25,7 @@ class HeldRequests:
         """Have a request wait until it is asked for again; ``with_all_behind``: nobody behind it in the order
         can be placed before."""
         if live is self._asked:
-            self._kept = ticket, with_all_behind
+            self._kept.append((ticket, with_all_behind))
         else:
             self._queue.push(live, ticket)
 
@@ -57,14 +57,15 @@ class HeldRequests:
         effects: Effects = []
         again: list[tuple[LiveRequest, Ticket]] = []
         while (head := self._queue.head(now)) is not None:
-            self._asked, self._kept = head, None
+            self._asked = head
             effects += place(head)
-            kept, self._asked = self._kept, None
-            if kept is not None and kept[1]:
+            self._asked = None
+            ticket, with_all_behind = self._kept.pop() if self._kept else (None, False)
+            if with_all_behind:
                 break
             self._queue.remove(head)
-            if kept is not None:
-                again.append((head, kept[0]))
+            if ticket is not None:
+                again.append((head, ticket))
         for live, ticket in again:
             self._queue.push(live, ticket)
         return effects

@@ -113,8 +113,8 @@ class ProfileTable:
     def only(self, keep: NDArray[np.bool_]) -> ProfileTable:
         """Return the table of the instances where ``keep`` is true."""
         rows = tuple(row for row, kept in zip(self.rows, keep.tolist(), strict=False) if kept)
-        forms = (pick(form, keep) for form in (self.prefill, self.step, self.mixed, self.transfer))
-        return ProfileTable(*forms, rows)
+        prefill, step = pick(self.prefill, keep), pick(self.step, keep)
+        return ProfileTable(prefill, step, pick(self.mixed, keep), pick(self.transfer, keep), rows)
 
 
 def pick(form: Form, at: Any) -> Form:
