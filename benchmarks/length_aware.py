@@ -57,11 +57,11 @@ ROWS = {
     "fifo": "minimal-load",
     "sjf": "minimal-load+sjf",
     "feasible-first": "minimal-load+feasible-first",
-    "length-aware, order": "minimal-load+length-aware",
-    "length-aware, placement": BESIDE,
-    "length-aware, both": f"{BESIDE}+length-aware",
+    "length-aware order": "minimal-load+length-aware",
+    "placement": BESIDE,
+    "both": f"{BESIDE}+length-aware",
     "placement and sjf": f"{BESIDE}+sjf",
-    "both, held": f"{BESIDE}+held-length-aware",
+    "both held": f"{BESIDE}+held-length-aware",
     "colocated": "colocated",
 }
 
@@ -93,7 +93,7 @@ CASES = {
     "few": Case(long_share=0.1),
     "many": Case(long_share=0.7),
     "tight": Case(slo=Slo(1.0, 0.015)),
-    "a100": Case("a100_sxm/llama-3.1-8b", Slo(2.0, 0.03)),
+    "a100": Case("a100_sxm/llama-3.1-8b", Slo(2.0, 0.02)),
     "links": Case(gbit_s=40.0),
 }
 
@@ -233,10 +233,13 @@ def main() -> None:
     parser.add_argument("--pairs", default="1,2", help="prefill and as many decode instances")
     parser.add_argument("--requests", type=int, default=5000, help="of the trace, per pair")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--rows", default=",".join(ROWS), help="systems, fifo first")
+    parser.add_argument("--loads", default=",".join(map(str, LOADS)), help="shares of the prefill capacity")
     parser.add_argument("--rules", action="store_true", help="instead: other constants on the first case")
     parser.add_argument("--no-goodput", action="store_true", help="without the search of goodputs")
     options = parser.parse_args()
     titles = "| requests/s | system | P90 TTFT, s | long P99 TTFT of FIFO's | P90 TPOT, ms | attained, % |"
+    rows = {name: ROWS[name] for name in options.rows.split(",")}
     for name in options.cases.split(","):
         for pairs in map(int, options.pairs.split(",")):
             experiment = Experiment(CASES[name], pairs, options)
@@ -244,11 +247,11 @@ def main() -> None:
             if options.rules:
                 print("\n".join(rules(experiment)), flush=True)
                 continue
-            for load in LOADS:
-                print("\n".join(lines_at(experiment, load, ROWS)), flush=True)
+            for load in map(float, options.loads.split(",")):
+                print("\n".join(lines_at(experiment, load, rows)), flush=True)
             if not options.no_goodput:
                 print("\n| system | goodput, requests/s | of FIFO's | of colocated | of tuned |")
-                print("|---" * 5 + "|\n" + "\n".join(goodputs(experiment, ROWS)), flush=True)
+                print("|---" * 5 + "|\n" + "\n".join(goodputs(experiment, rows)), flush=True)
 
 
 if __name__ == "__main__":
