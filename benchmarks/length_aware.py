@@ -219,7 +219,8 @@ def rules(experiment: Experiment) -> list[str]:
         for value in values:
             setattr(module, name, value)
             for load in (0.75, 0.95):
-                (line,) = lines_at(experiment, load, {f"{name} = {value:g}": f"{BESIDE}+length-aware"})
+                changed = {"fifo": ROWS["fifo"], f"{name} = {value:g}": ROWS["both"]}
+                _, line = lines_at(experiment, load, changed)
                 lines.append(line)
         setattr(module, name, chosen)
     return lines
