@@ -184,13 +184,18 @@ def test_a_profile_lets_any_system_run_in_front_of_servers(tmp_path: Path) -> No
     assert settle(file, folder=tmp_path, emulate=[f"{name}:4"]).config.first_size == 4
 
 
-def test_an_order_needs_engines_that_keep_one() -> None:
+def test_in_front_of_servers_the_control_plane_keeps_an_order() -> None:
     (found,) = problems(vllm=["http://a", "http://b"], system="static+edf")
-    assert "by edf, which vLLM servers do not offer" in found and "take 'static'" in found
+    assert "needs a measured profile" in found
+    servers: dict[str, Any] = {"vllm": ["http://a", "http://b"], "profile": ["h100_sxm/llama-3.1-8b"]}
+    system = settle(**servers, system="static+edf").config.make_system()
+    assert (system.name, system.order.held, system.order.in_engines.name) == ("static+edf", True, "fifo")
+    assert not settle(**servers, system="static").config.make_system().order.held
     (found,) = problems(system="arrow-lending+lifo")
-    assert "unknown order 'lifo'; did you mean 'fifo'? There are: edf, feasible-first, fifo, sjf" in found
+    assert "unknown order 'lifo'; did you mean 'fifo'? There are: edf, feasible-first, fifo, length" in found
     config = settle(system="arrow-lending+feasible-first").config
     assert config.make_system().name == "arrow-lending+feasible-first"
+    assert not config.make_system().order.held
 
 
 def test_servers_alone_are_enough() -> None:

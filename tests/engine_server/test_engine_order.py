@@ -105,3 +105,27 @@ async def test_a_short_request_that_can_be_in_time_overtakes_a_hopeless_long_one
             await until(partial(is_reached, spoke, served))
         await asyncio.gather(*answers)
     assert spoke == first
+
+
+@pytest.mark.parametrize(("order", "together"), [("fifo", ["long", "short"]), ("length-aware", ["short"])])
+async def test_a_long_prompt_shares_no_step_while_few_wait(
+    model: Path, order: str, together: list[str]
+) -> None:
+    engine = EmbeddedEngine(EngineConfig(model, dtype="float64", total_blocks=64, order=order))
+    legs = [
+        Leg("long", list(range(5, 55)), None, 1, {"temperature": 0}, ticket=Ticket(0.0, 9.0, 0.05, 50, 20.0)),
+        Leg("short", [5, 6, 7], None, 1, {"temperature": 0}, ticket=Ticket(0.0, 9.0, 0.01, 3, 20.0)),
+    ]
+    spoke: list[str] = []
+    async with serving(engine) as (client, step):
+        answers: list[asyncio.Task[LegEnd]] = []
+        for leg in legs:
+            sink = Said(leg.request_id, spoke)
+            answers.append(asyncio.create_task(client.run(leg, sink, deadline_s=60.0)))
+            await until(lambda: engine.stats().waiting == len(answers))
+        step()
+        await until(partial(is_reached, spoke, len(together)))
+        assert engine.stats().waiting == len(legs) - len(together)
+        step()
+        await asyncio.gather(*answers)
+    assert spoke[: len(together)] == together and len(spoke) == len(legs)

@@ -24,7 +24,7 @@ async def test_a_prefill_leg_carries_its_ticket_and_a_decode_leg_none(start: Sta
     ticket = prefill["tidegate_ticket"]
     assert -1.0 < ticket["arrival_s"] <= 0.0
     assert abs(ticket["deadline_s"] - ticket["arrival_s"] - 5.0) < 1e-6
-    assert ticket["work_s"] > 0
+    assert ticket["work_s"] > 0 and ticket["tokens"] > 0
     assert "tidegate_ticket" not in decode
 
 

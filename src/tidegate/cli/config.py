@@ -58,10 +58,11 @@ SYSTEMS_HELP = (
     "dopd-code (DOPD's released formula), dynamo-load (pools sized by thresholds), dynamo-sla (pools "
     "sized by throughput), minimal-load (static split, least predicted time first), reactive (role "
     "flips without a forecast: Arrow), round-robin (static split, each pool in turn) or static (static "
-    "split, fewest tokens first); with embedded engines any of them as NAME+ORDER, where waiting "
-    "prefills are served by fifo, edf (earliest deadline), sjf (shortest) or feasible-first (earliest "
-    "deadline that can still be met), as in arrow-lending+feasible-first. In front of vLLM servers the "
-    "default is static unless there is a --profile of them, which the others but round-robin need."
+    "split, fewest tokens first); any of them as NAME+ORDER, where waiting prefills are served by fifo, edf "
+    "(earliest deadline), sjf (shortest), feasible-first (earliest deadline that can still be met) or "
+    "length-aware (shortest, as far as long ones may be overtaken), as in arrow-lending+feasible-first. In "
+    "front of vLLM servers the default is static unless there is a --profile of them, which the others but "
+    "round-robin need."
 )
 
 
@@ -188,7 +189,6 @@ class Config(Section):
     @model_validator(mode="after")
     @with_value_errors
     def _system_fits_the_fleet(self) -> Config:
-        from tidegate.policies.order import FIFO
         from tidegate.policies.protocols import Signal
         from tidegate.systems import SYSTEMS, make_system
 
@@ -208,11 +208,6 @@ class Config(Section):
                 "--profile, a file of `tidegate profile --vllm URL --out FILE` or a packaged one's name, or "
                 f"choose a --system that needs none: {free}"
             )
-        if self.fleet.on_vllm and system.order.name != FIFO.name:
-            raise ValueError(
-                f"system {system.name!r} orders waiting prefills by {system.order.name}, which vLLM servers "
-                f"do not offer; take {system.name.partition('+')[0]!r}, without an order"
-            )
         return self
 
     @property
@@ -223,7 +218,11 @@ class Config(Section):
         return asked if least <= asked <= most else least
 
     def make_system(self) -> System:
-        """Build the composition. Raises ConfigError for an option it cannot take."""
+        """Build the composition as this fleet can serve it: the plane keeps an order that engines do not.
+
+        Raises ConfigError for an option it cannot take.
+        """
+        from tidegate.policies.order import FIFO
         from tidegate.systems import make_system
 
         options = GivenOptions(
@@ -233,7 +232,9 @@ class Config(Section):
         )
         if self.fleet.emulate:
             options["start_delay_s"] = (self.emulated.start_delay, self.emulated.start_delay)
-        return make_system(self.scheduling.system, slo=self.scheduling.slo, **options)
+        system = make_system(self.scheduling.system, slo=self.scheduling.slo, **options)
+        kept = self.fleet.on_vllm and system.order.name != FIFO.name and not system.order.held
+        return system.ordered(system.order.holding(), system.name) if kept else system
 
     def gateway_settings(self) -> GatewaySettings:
         """Return what the gateway is started with: its section, and the targets."""

@@ -108,7 +108,7 @@ def make_fleet(config: Config) -> Fleet:
         return StaticFleet(source.vllm, api_key=key, profiles=_profiles(source), kv=source.kv)
     if source.launch == "vllm":
         return launched_vllm(source, config.first_size)
-    order, first = config.make_system().order.name, config.first_size
+    order, first = config.make_system().order.in_engines.name, config.first_size
     log_level = "info" if debugging() else "warning"
     if source.emulate:
         pretended = config.emulated

@@ -18,15 +18,14 @@ from tidegate.control.live_request import LiveRequest, Stage
 from tidegate.control.membership import Membership
 from tidegate.control.periods import Periods
 from tidegate.control.predictions import Predictions
-from tidegate.control.refusals import no_decode, none_up, rejected
+from tidegate.control.refusals import held_too_long, no_decode, none_up, rejected
 from tidegate.control.settings import ControlSettings
-from tidegate.core.decision import Action, Flip, Path, Place, Reject, Verdict
+from tidegate.core.decision import Action, Flip, Hold, Path, Place, Reject, Verdict
 from tidegate.core.errors import (
     EngineError,
     EngineUnreachable,
     KvLost,
     NotRepeated,
-    Overloaded,
     TidegateError,
     status_of,
 )
@@ -198,14 +197,15 @@ class ControlPlane:
             effects.append(GiveUp(live, no_decode(decision, self.settings.retry_after_s)))
             return effects
         self._decodes_on(live, on, request.prompt_tokens, now)
-        return [*effects, RunDecode(live, on)]
+        return [*effects, RunDecode(live, on), *self._retry(now)]
 
-    def decode_began(self, live: LiveRequest, resident_tokens: int, now: float) -> None:
+    def decode_began(self, live: LiveRequest, resident_tokens: int, now: float) -> Effects:
         """Say that a colocated prefill became a decode where it is."""
         assert live.prefill_on is not None
         self.ledger.prefill_ended(live.id, now)
         self.ledger.decode_dispatched(live.id, live.prefill_on, resident_tokens, now)
         live.stage = Stage.DECODE
+        return [WakeAt(now)] if self._held else []
 
     def transfer_ended(self, live: LiveRequest, now: float) -> None:
         """Say that the decode instance has the KV."""
@@ -353,6 +353,7 @@ class ControlPlane:
             hits = self.prefixes.hits(live.blocks, request.prompt_tokens)
             if hits:
                 request = replace(request, cached=hits)
+        self.ledger.held_prefills = len(self._held)
         verdict = self.system.prefill.place_prefill(request, view)
         if self.settings.admission and not live.replays:
             verdict = admitted(verdict, request, view, self.settings.admission)
@@ -363,7 +364,7 @@ class ControlPlane:
         elif isinstance(decision, Reject):
             effects.append(GiveUp(live, rejected(decision)))
         else:
-            effects += self._hold(live, request, decision.reason, now)
+            effects += self._hold(live, request, decision, now)
         return effects
 
     def _dispatch(
@@ -381,7 +382,7 @@ class ControlPlane:
         column = view.index[on]
         cells = view.cells
         alone = not (cells[Field.PREFILL_REQUESTS, column] or cells[Field.DECODE_REQUESTS, column])
-        return RunPrefill(live, place, prefill_ticket(request, seconds), alone)
+        return RunPrefill(live, place, prefill_ticket(request, seconds, on, view.forecast), alone)
 
     def _decodes_on(
         self, live: LiveRequest, on: str, resident_tokens: int, now: float, stopped_s: float | None = None
@@ -397,20 +398,20 @@ class ControlPlane:
         instance to return, as long as its deadline allows."""
         if not live.generated or now >= live.deadline_s:
             return [GiveUp(live, none_up(self.settings.retry_after_s))]
-        self._held.hold(live, prefill_ticket(request, 0.0))
+        self._held.hold(live, prefill_ticket(request, 0.0, "", None))
         return [Held(live, "no instance is up"), WakeAt(live.deadline_s)]
 
-    def _hold(self, live: LiveRequest, request: Request, reason: str, now: float) -> Effects:
+    def _hold(self, live: LiveRequest, request: Request, hold: Hold, now: float) -> Effects:
         if now >= live.deadline_s:
-            late = f"held until its deadline: {reason}"
-            return [GiveUp(live, Overloaded(late, retry_after_s=self.settings.retry_after_s))]
-        work_s = fastest_prefill_seconds(self.membership.view(now)[0], request)
-        self._held.hold(live, prefill_ticket(request, work_s))
-        return [Held(live, reason)]
+            return [GiveUp(live, held_too_long(hold, self.settings.retry_after_s))]
+        view = self.membership.view(now)[0]
+        ticket = prefill_ticket(request, fastest_prefill_seconds(view, request), "", view.forecast)
+        self._held.hold(live, ticket, with_all_behind=hold.with_all_behind)
+        return [Held(live, hold.reason)]
 
     def _retry(self, now: float) -> Effects:
         """Ask again for every held request, in the system's order."""
-        return self._place_again(self._held.take_all(now), now) if self._held else []
+        return self._held.ask_again(now, lambda live: self._place_again([live], now)) if self._held else []
 
     def _place_again(self, lives: Sequence[LiveRequest], now: float) -> Effects:
         effects: Effects = []

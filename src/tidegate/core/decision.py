@@ -41,12 +41,15 @@ class Place(msgspec.Struct, frozen=True, gc=False):
 
 class Hold(NamedTuple):
     """Keep the request waiting at the control plane, in the system's order, and ask again when something may
-    have changed: at a tick, when an instance comes or goes, when another request ends.
+    have changed: at a tick, when an instance comes or goes, when another request or its prefill ends.
 
     For prefills only. A decode cannot wait: its first token is out, and the KV is pinned for a while only.
+    ``with_all_behind``: until this one is placed, none that the order serves later is asked for. It keeps
+    its place in the order then, and asking takes no time for those behind.
     """
 
     reason: str
+    with_all_behind: bool = False
 
 
 class Reject(NamedTuple):

@@ -11,7 +11,7 @@ the token budget is filled with chunks of the prompts that have begun, oldest fi
   again later. Nobody is admitted in a step that preempts.
 - *Order* (ours; vLLM has one queue): preempted work first, then the legs whose KV exists, first come, first
   served, for each costs a step one token and its reader is waiting for the next; then the prompts, as their
-  queue has them.
+  queue has them, which may also say that nobody joins those of a step.
 - *Pulls*: an admitted leg whose KV is elsewhere gets blocks for all of it, leaving those that begun prompts
   will need, and takes part once what the cache lacks has arrived.
 
@@ -199,7 +199,7 @@ class Batcher:
             self._first.append(sequence)
         else:
             self._queued += 1
-            self._queue.push(sequence, sequence.ticket or Ticket(now, now, 0.0))
+            self._queue.push(sequence, sequence.ticket or Ticket(now, now, 0.0, sequence.prompt))
 
     def loaded(self, sequence: SimSequence, tokens: int) -> None:
         """Take note that ``tokens`` tokens' KV is here."""
@@ -359,9 +359,10 @@ class Batcher:
     def _admit_all(self, budget: int, now: float) -> None:
         """Admit from the queue while there is room."""
         first, queue = self._first, self._queue
+        batched = sum([chunked.chunk for chunked in self.chunks])
         while budget > 0:
             continued = bool(first)
-            sequence = first[0] if continued else queue.head(now) if self._queued else None
+            sequence = first[0] if continued else queue.head(now, batched) if self._queued else None
             if sequence is None or not self._admit(sequence):
                 self.stuck = True
                 return
@@ -369,13 +370,14 @@ class Batcher:
                 first.popleft()
             else:
                 self._queued -= 1
-                queue.pop(now)
+                queue.remove(sequence)
             if sequence.admitted_s is None:
                 sequence.admitted_s = now
                 if sequence.shared is not None:
                     sequence.cached_tokens = len(sequence.shared.held) * sequence.shared.unit_tokens
             if sequence.state == CHUNKING:
-                budget = self._schedule(sequence, budget)
+                left, budget = budget, self._schedule(sequence, budget)
+                batched += left - budget
             elif sequence.state == DECODING:
                 budget -= 1
 

@@ -435,7 +435,7 @@ class Legs(LiveRequest):
         elif self.stage is DECODE:
             self._plane.transfer_ended(self, now)
         elif not self._handing_over:
-            self._plane.decode_began(self, self.prompt_tokens + len(self.out_ids), now)
+            self._dispatcher.do(self._plane.decode_began(self, self.prompt_tokens + len(self.out_ids), now))
 
     def _count(self, token_ids: list[int]) -> None:
         """Count new tokens, here and in the control plane."""

@@ -38,7 +38,7 @@ class Ledger:
     Events about a request that is not live change nothing and return False: a driver learns late of ends.
 
     ``forecast``, where given, tells ``Snapshot.requests`` what is left of each answer; ``load_forecast`` is
-    ``Snapshot.forecast``, and ``start_s`` is shown as it is.
+    ``Snapshot.forecast``; ``held_prefills`` and ``start_s`` are shown as they are.
     """
 
     def __init__(
@@ -53,14 +53,14 @@ class Ledger:
         self._forecast = forecast
         self.load_forecast: LoadForecast | None = None
         self.start_s: Mapping[Role, float] = {}
+        self.held_prefills = 0
         self._instances: dict[str, InstanceEntry] = {}
         self._entries: dict[str, RequestEntry] = {}
         self._ids: tuple[str, ...] = ()
         self._index: dict[str, int] = {}
         self._costs: ProfileTable | None = None
         self._labels: Labels | None = None
-        self._placed_prefills = 0
-        self._placed_decodes = 0
+        self._placed_prefills = self._placed_decodes = 0
         self._last_flip_to_decode_s = -math.inf
         self._window_start_s = -math.inf
 

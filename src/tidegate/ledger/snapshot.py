@@ -234,6 +234,11 @@ class Snapshot:
         return self._ledger.start_s
 
     @property
+    def held_prefills(self) -> int:
+        """How many requests the control plane holds, which no instance's queue shows."""
+        return self._ledger.held_prefills
+
+    @property
     def windows(self) -> Mapping[str, WindowAverages]:
         """What the system's named windows (``System.windows``) measured, each when it ended last."""
         return self._ledger.window_averages(self.ids)

@@ -14,6 +14,7 @@ from heapq import heapify, heappop, heappush
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from tidegate.core.errors import ConfigError, InternalError
+from tidegate.core.load_forecast import LoadForecast
 from tidegate.core.request import Request
 from tidegate.policies.registry import Registry
 
@@ -27,26 +28,39 @@ arrival again: with 20, an overload of ten seconds undid what ordering had won (
 
 
 class Ticket(NamedTuple):
-    """What an order knows of one prefill: arrival and TTFT deadline on the driver's clock, and the
-    predicted seconds of its own prefill. ``deadline_s`` is not before ``arrival_s``.
+    """What an order knows of one prefill: arrival and TTFT deadline on the driver's clock, the predicted
+    seconds of its own prefill, and the prompt tokens that it has to compute. ``deadline_s`` is not before
+    ``arrival_s``. ``long_tokens`` is the mean prompt that a forecast expects; 0 where there is none.
     """
 
     arrival_s: float
     deadline_s: float
     work_s: float
+    tokens: int = 0
+    long_tokens: float = 0.0
 
     def on_clock(self, offset_s: float) -> Ticket:
         """Return the ticket for a clock that shows ``offset_s`` more than the one it was made for."""
-        return Ticket(self.arrival_s + offset_s, self.deadline_s + offset_s, self.work_s)
+        return self._replace(arrival_s=self.arrival_s + offset_s, deadline_s=self.deadline_s + offset_s)
 
     def starved_at_s(self, bound: float) -> float:
         """When the request has waited ``bound`` times its own TTFT target, ``bound`` >= 1."""
         return max(self.deadline_s, self.arrival_s + bound * (self.deadline_s - self.arrival_s))
 
 
-def prefill_ticket(request: Request, work_s: float) -> Ticket:
-    """Return the ticket of a prefill predicted to take ``work_s`` by itself, on the clock of its arrival."""
-    return Ticket(request.arrival_s, request.arrival_s + request.slo.ttft_s, work_s)
+def prefill_ticket(request: Request, work_s: float, on: str, forecast: LoadForecast | None) -> Ticket:
+    """Return the ticket of a prefill predicted to take ``work_s`` by itself, on the clock of its arrival.
+
+    ``on`` is where it is to run, "" while that is open; what is cached there is not of its tokens.
+    """
+    long_tokens = 0.0 if forecast is None else float(forecast.input_tokens.mean[0])
+    return Ticket(
+        request.arrival_s,
+        request.arrival_s + request.slo.ttft_s,
+        work_s,
+        max(1, request.prompt_tokens - request.cached.get(on, 0)),
+        long_tokens if long_tokens > 0 else 0.0,
+    )
 
 
 class WaitingQueue(Generic[T]):
@@ -79,8 +93,11 @@ class WaitingQueue(Generic[T]):
         self._refuse_twice(item)
         self._front[item] = None
 
-    def head(self, now: float) -> T | None:
-        """Return who is next at ``now``, or None when nobody waits. Serves nobody."""
+    def head(self, now: float, batched: int = 0) -> T | None:
+        """Return who is next at ``now``, or None when nobody waits. Serves nobody; ``remove`` does.
+
+        ``batched`` prompt tokens are in a step already; None also where nobody is to join them.
+        """
         return next(iter(self._front or self._line), None)
 
     def pop(self, now: float) -> T:
@@ -174,7 +191,7 @@ class RankedQueue(WaitingQueue[T]):
         self._turn += 1
         self._enter(entry)
 
-    def head(self, now: float) -> T | None:
+    def head(self, now: float, batched: int = 0) -> T | None:
         if self._front:
             return super().head(now)
         entry = self._next(now)
@@ -234,6 +251,77 @@ class FeasibleQueue(RankedQueue[T]):
         return self._starved(now) or feasible or self._hopeless.top()
 
 
+LONG_TOKENS = 1024.0
+"""The mean prompt that a queue assumes before its first one, where nothing is forecast (ours)."""
+MEAN_PROMPTS = 100
+"""Over so many prompts a queue smooths the mean of their tokens, where nothing is forecast (ours)."""
+OVERTAKEN = 0.15
+"""What may overtake a prompt, as a share of the work before it when it came (ours, like ``SLACK``)."""
+SLACK = 0.05
+"""What may overtake it besides, as a share of its TTFT target."""
+SHARED = 0.5
+"""Of the mean prompt, what a step may hold per prompt that waits (ours)."""
+
+
+class LengthAwareQueue(RankedQueue[T]):
+    """Serves the shortest predicted prefill, as long as nobody is overtaken by more than is allowed; then in
+    order of arrival. A step holds few prompts while few wait.
+
+    DOPD, section 3.8 in the notes on its papers: long prompts alone, short ones together up to a cap on
+    tokens, by value over length. Its constants are unknown; ours were chosen by measurement
+    (docs/policies/dopd.md). Every first token has the value 1: values that grow with waiting did worse.
+
+    - *Overtaking*: a prompt that came with work w before it may be overtaken by ``OVERTAKEN`` * w, and by
+      ``SLACK`` of its target. Once the oldest could be overtaken by more, it is next; so nobody is overtaken
+      by more than is allowed to him or to one that waited before him when he came. In seconds of predicted
+      work, not of a clock: an instance that is slower than predicted is slower for all.
+    - *Sharing a step*: a prompt joins others if their tokens with its own are at most ``SHARED`` mean prompts
+      per prompt that waits. Sharing saves those that wait a step's fixed cost, and delays the first tokens of
+      those in the step until all are computed. So short prompts share, a long one (above the mean) is alone
+      and at once unless several wait, and under overload steps are full.
+    """
+
+    def __init__(self, bound: float) -> None:
+        super().__init__(by_work, bound)
+        self._pushed_s = 0.0
+        self._gone_s = 0.0
+        self._allowed_s: dict[T, float] = {}
+        self._mean_tokens = LONG_TOKENS
+
+    def push(self, item: T, ticket: Ticket) -> None:
+        super().push(item, ticket)
+        before_s, target_s = self._pushed_s - self._gone_s, ticket.deadline_s - ticket.arrival_s
+        self._allowed_s[item] = self._pushed_s + OVERTAKEN * before_s + SLACK * target_s
+        self._pushed_s += ticket.work_s
+        self._mean_tokens += (ticket.tokens - self._mean_tokens) / MEAN_PROMPTS
+
+    def head(self, now: float, batched: int = 0) -> T | None:
+        item = super().head(now)
+        if item is None or not batched or item not in self._line:
+            return item
+        ticket = self._line[item]
+        room = SHARED * (ticket.long_tokens or self._mean_tokens) * len(self._line)
+        return item if batched + ticket.tokens <= room else None
+
+    def remove(self, item: T) -> bool:
+        ticket = self._line.get(item)
+        if ticket is not None:
+            del self._allowed_s[item]
+            self._gone_s += ticket.work_s
+            if len(self._line) == 1:
+                self._pushed_s = self._gone_s = 0.0  # so that rounding does not add up
+        return super().remove(item)
+
+    def _next(self, now: float) -> _Entry[T] | None:
+        shortest = self._ranked.top()
+        if shortest is None:
+            return None
+        oldest = next(iter(self._line))
+        if self._gone_s + shortest.ticket.work_s > self._allowed_s[oldest]:
+            shortest = self._entries[oldest]
+        return self._starved(now) or shortest
+
+
 def by_deadline(ticket: Ticket) -> float:
     """Earliest deadline first (Jackson 1955: least maximum lateness; Liu and Layland 1973).
 
@@ -249,16 +337,30 @@ def by_work(ticket: Ticket) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Makes queues of one order, which share nothing; ``name`` is that in ``ORDERS``."""
+    """Makes queues of one order, which share nothing; ``name`` is that in ``ORDERS``.
+
+    ``held``: the control plane keeps it, which holds prompts back; engines serve by arrival what they get.
+    """
 
     name: str
     make: Callable[[], WaitingQueue[Any]]
+    held: bool = False
+
+    @property
+    def in_engines(self) -> Order:
+        """The order of the engines' own queues."""
+        return FIFO if self.held else self
+
+    def holding(self) -> Order:
+        """Return the same order, kept by the control plane; its name begins with ``HELD``."""
+        return self if self.held else Order(HELD + self.name, self.make, True)
 
     def queue(self) -> WaitingQueue[Any]:
         """Return an empty queue."""
         return self.make()
 
 
+HELD = "held-"
 FIFO = Order("fifo", WaitingQueue)
 """What vLLM does unless told otherwise. Nobody starves."""
 
@@ -269,15 +371,19 @@ ORDERS: Registry[Callable[[float], Order]] = Registry("order", group="tidegate.o
 ORDERS.register("fifo")(lambda bound: FIFO)
 ORDERS.register("edf")(lambda bound: Order("edf", partial(RankedQueue, by_deadline, bound)))
 ORDERS.register("sjf")(lambda bound: Order("sjf", partial(RankedQueue, by_work, bound)))
+ORDERS.register("length-aware")(lambda bound: Order("length-aware", partial(LengthAwareQueue, bound)))
 ORDERS.register("feasible-first")(lambda bound: Order("feasible-first", partial(FeasibleQueue, bound)))
 
 
 def make_order(name: str, *, starvation_bound: float = STARVATION_BOUND) -> Order:
-    """Return the order ``name``; ``starvation_bound`` counts in TTFT targets of the waiting request.
+    """Return the order ``name``; ``starvation_bound`` counts in TTFT targets of the waiting request. A name
+    that begins with ``HELD`` is an order that the control plane keeps.
 
     Raises ConfigError for an unknown name, listing those that exist, and for a bound below 1: a request is
     not starved while it can still meet its deadline.
     """
     if not starvation_bound >= 1.0:
         raise ConfigError(f"the starvation bound must be at least 1 TTFT target, got {starvation_bound}")
+    if name.startswith(HELD):
+        return ORDERS.get(name.removeprefix(HELD))(starvation_bound).holding()
     return ORDERS.get(name)(starvation_bound)

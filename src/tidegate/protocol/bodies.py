@@ -95,11 +95,13 @@ class StreamOptions(RequestBody):
 
 class TicketParams(RequestBody):
     """When a request arrived and its first token is due, in seconds from the moment of sending, and the
-    predicted seconds of its prefill."""
+    predicted seconds of its prefill; the prompt tokens to compute, and the mean prompt that is expected."""
 
     arrival_s: Annotated[Number, Field(le=0.0)]
     deadline_s: Number
     work_s: Annotated[Number, Field(ge=0.0)]
+    tokens: Annotated[StrictInt, Field(ge=0)] = 0
+    long_tokens: Annotated[Number, Field(ge=0.0)] = 0.0
 
 
 class FollowsParams(RequestBody):

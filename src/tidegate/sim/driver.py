@@ -66,7 +66,7 @@ class SimDriver:
         name = settings.lengths
         lengths = simulated_source(name, self._output_tokens) if name else None
         self._ids = [replica.instance.id for replica in replicas]
-        self.cluster = Cluster(replicas, events, self, leap=settings.leap, order=system.order)
+        self.cluster = Cluster(replicas, events, self, leap=settings.leap, order=system.order.in_engines)
         self.plane = ControlPlane(
             system,
             self._ids[: membership.planned],
@@ -375,7 +375,7 @@ class SimDriver:
         if live.leg_first_s != live.leg_first_s:
             live.leg_first_s = now
             if not decodes and not live.handing_over:
-                plane.decode_began(live, sequence.prompt, now)
+                self._do(plane.decode_began(live, sequence.prompt, now), now)
                 decodes = True
             if live.first_token_s != live.first_token_s:
                 live.note_first_token(sequence, self._settings.front_s, now)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.util import module_from_spec, spec_from_file_location
 from inspect import isfunction
 from pathlib import Path
@@ -75,7 +75,7 @@ def make_system(name: str, *, slo: Slo | None = None, **options: Unpack[GivenOpt
     """
     factory, order = named(name)
     system = factory(SystemOptions(slo=slo or Slo(), **options))
-    return system if order is None else replace(system, name=f"{system.name}+{order.name}", order=order)
+    return system if order is None else system.ordered(order, f"{system.name}+{order.name}")
 
 
 def split_order(name: str) -> tuple[str, str | None]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tidegate.core.errors import ConfigError
+from tidegate.policies.holding import HoldingPlacement
 from tidegate.policies.order import FIFO, Order
 from tidegate.policies.protocols import (
     Controller,
@@ -23,10 +24,11 @@ class System:
     """A declarative composition, which the control plane runs.
 
     ``controllers`` decide in this order where their periods meet. ``order`` is that of waiting prefills, in
-    every engine and among the requests that the plane holds. ``observers`` hear tokens and endings.
-    ``signals`` are those that the composition uses beyond what its parts declare. ``window_s`` is the length
-    of the ledger's window; ``windows`` names longer ones, each a multiple of it (``Snapshot.windows``).
-    Raises ConfigError for a window or a period that cannot be, and for two controllers of one name.
+    every engine (``Order.in_engines``) and among the requests that the plane holds. ``observers`` hear tokens
+    and endings. ``signals`` are those that the composition uses beyond what its parts declare. ``window_s``
+    is the length of the ledger's window; ``windows`` names longer ones, each a multiple of it
+    (``Snapshot.windows``). Raises ConfigError for a window or a period that cannot be, and for two
+    controllers of one name.
     """
 
     name: str
@@ -54,6 +56,11 @@ class System:
                 raise ConfigError(
                     f"system {self.name!r}: {what} needs a positive number of seconds, not {seconds}"
                 )
+
+    def ordered(self, order: Order, name: str) -> System:
+        """Return the system with another order; where the plane keeps it, prompts are held for it."""
+        prefill = HoldingPlacement(self.prefill) if order.held else self.prefill
+        return replace(self, name=name, order=order, prefill=prefill)
 
     @property
     def needs(self) -> frozenset[Signal]:

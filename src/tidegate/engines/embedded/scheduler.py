@@ -60,7 +60,7 @@ class BatchScheduler:
         if sequence.request.generated:
             self.waiting.push_continued(sequence)
         else:
-            ticket = sequence.request.ticket or _UNKNOWN
+            ticket = sequence.request.ticket or _UNKNOWN._replace(tokens=len(sequence.tokens))
             self.waiting.push(sequence, ticket.on_clock(sequence.submitted_s))
 
     def schedule(self) -> Batch:
@@ -78,7 +78,8 @@ class BatchScheduler:
                 budget -= chunks[-1].count
         now = self._clock.now()
         while budget > 0:
-            sequence = self.waiting.head(now)
+            batched = sum(chunk.count for chunk in chunks)
+            sequence = self.waiting.head(now, batched)
             if sequence is None or not self._admit(sequence):
                 break
             self.waiting.remove(sequence)
