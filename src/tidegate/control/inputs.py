@@ -71,7 +71,7 @@ class RecordingPlane(ControlPlane):
         request = None
         if live is not None:
             at_hand = structs.asdict(live.as_request())
-            del at_hand["cached"], at_hand["remaining"]
+            del at_hand["cached"], at_hand["remaining"], at_hand["history"]
             request = InputRequest(**at_hand | {"generated": live.generated})
         t_s = self._journal.elapsed_s(now)
         self._journal.write(InputLine(t_s=t_s, verb=verb, now_s=now, request=request, args=dict(args)))
