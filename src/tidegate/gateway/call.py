@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -234,13 +235,28 @@ class TokenEstimate:
 
 
 def prompt_blocks(call: Call, estimate: TokenEstimate) -> PromptBlocks:
-    """Return the prompt's whole blocks. Prompts of different tenants or salts share none."""
-    key = hash((call.tenant, call.salt, call.model, call.chat))
+    """Return the prompt's whole blocks. Prompts of different tenants or salts share none.
+
+    Of one that comes as text the answer cannot be named: its tokens are not what the keys are made of.
+    """
+    key = _root(call)
     if isinstance(call.prompt, list):
         return PromptBlocks(tuple(_chain(key, call.prompt, BLOCK_TOKENS)), BLOCK_TOKENS)
     text = call.prompt or "" if call.messages is None else repr(call.messages)
     tokens = float(estimate.tokens(BLOCK_CHARS))
-    return PromptBlocks(tuple(_chain(key, text, BLOCK_CHARS)), tokens)
+    return PromptBlocks(tuple(_chain(key, text, BLOCK_CHARS)), tokens, with_answer=False)
+
+
+def with_answer(blocks: PromptBlocks, call: Call, ids: list[int]) -> PromptBlocks:
+    """Return the blocks of ``ids``, a prompt that came as ids and its answer; ``blocks`` are the prompt's."""
+    known = len(blocks.keys)
+    key = blocks.keys[-1] if known else _root(call)
+    more = _chain(key, ids[known * BLOCK_TOKENS :], BLOCK_TOKENS)
+    return PromptBlocks((*blocks.keys, *islice(more, MOST_BLOCKS - known)), BLOCK_TOKENS)
+
+
+def _root(call: Call) -> int:
+    return hash((call.tenant, call.salt, call.model, call.chat))
 
 
 def _chain(key: int, prompt: list[int] | str, length: int) -> Iterator[int]:

@@ -140,7 +140,6 @@ class Dispatcher:
         effects = self.plane.instance_down(instance_id, reason, self.clock.now())
         upstream.engine.close(f"instance {instance_id} is down: {reason}")
         self.handles.owner_gone(upstream.member.engine_id)
-        self.sessions.forget_instance(instance_id)
         self.do(effects)
 
     def start_failed(self, instance_id: str, reason: str) -> None:

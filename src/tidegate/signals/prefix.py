@@ -17,11 +17,13 @@ class PromptBlocks(NamedTuple):
     """A prompt as blocks: ``keys[k]`` stands for block k and all blocks before it.
 
     ``block_tokens`` is the length of a block in tokens; it may be an estimate for a text that nobody has
-    tokenised yet.
+    tokenised yet. Without ``with_answer`` the keys of a request that has ended name its prompt only, though
+    the KV of its answer can be found, too: its tokens are not known where the keys are made.
     """
 
     keys: Sequence[int]
     block_tokens: float
+    with_answer: bool = True
 
 
 NO_BLOCKS = PromptBlocks((), 1.0)

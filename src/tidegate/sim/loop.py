@@ -116,7 +116,7 @@ class _Simulation:
         requests, coming, handled = driver.requests, arrivals.coming, 0
         handlers = driver.cluster.handlers | {
             EventKind.ARRIVAL: self._arrive,
-            EventKind.LEG: driver.submit,
+            EventKind.LEG: driver.legs.arrive,
             EventKind.TICK: self._tick,
         }
         handle = [handlers[kind] for kind in range(len(handlers))]
