@@ -28,7 +28,7 @@ from tidegate.systems.system import System
 from tidegate.workloads.trace import TraceRecord
 
 SLO = Slo(0.3, 0.02)
-BLOCK_TOKENS = 64
+BLOCK_TOKENS = 32
 INSTANCES = 4
 FRONT_S = 1e-4
 """What passes before a leg is in its engine: one placed at the end of a step misses the next, in both."""

@@ -19,6 +19,7 @@ from tidegate.fleet.processes import EngineLaunch, LocalFleet
 from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.systems import make_system
+from tidegate.systems.system import System
 from tidegate_testing.chaos import NOT_FORCED, Forced, chaos
 
 Json = dict[str, Any]
@@ -35,14 +36,14 @@ class Live:
     tokens_seen: int = 0
     watchers: list[Callable[[], None]] = field(default_factory=list)
 
-    async def stream(self, body: Json) -> tuple[list[int], str]:
+    async def stream(self, body: Json, headers: dict[str, str] | None = None) -> tuple[list[int], str]:
         """Stream a completion, or a chat if there are messages; return token ids and text of a clean end."""
         path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
         ids: list[int] = []
         text: list[str] = []
         ended = False
         body = body | {"stream": True, "return_token_ids": True}
-        async with self.client.post(self.url + path, data=orjson.dumps(body)) as response:
+        async with self.client.post(self.url + path, data=orjson.dumps(body), headers=headers) as response:
             assert response.status == 200, await response.text()
             async for line in response.content:
                 if not line.startswith(b"data: "):
@@ -99,16 +100,18 @@ class Live:
 @asynccontextmanager
 async def cluster(
     model: Path,
-    system: str,
+    system: str | System,
     *,
     instances: int = 3,
     dtype: str = "auto",
     settings: GatewaySettings = DEFAULTS,
     forced: Forced = NOT_FORCED,
+    kv_memory_mb: int = 64,
 ) -> AsyncIterator[Live]:
     """Run a gateway over ``instances`` embedded engines."""
-    fleet = LocalFleet(EngineLaunch(model=model, instances=instances, dtype=dtype, kv_memory_mb=64))
-    gateway = Gateway(replace(settings, port=0), fleet, make_system(system))
+    fleet = LocalFleet(EngineLaunch(model=model, instances=instances, dtype=dtype, kv_memory_mb=kv_memory_mb))
+    system = make_system(system) if isinstance(system, str) else system
+    gateway = Gateway(replace(settings, port=0), fleet, system)
     try:
         url = await gateway.start()
         async with (

@@ -263,5 +263,5 @@ class Dispatcher:
     def signals(self) -> list[Signal]:
         """Return the signals that this deployment gives, now that the fleet is up."""
         measured = all(u.member.profile is not None for u in self.upstreams.values())
-        always = [Signal.PREFIX_HITS, Signal.LENGTHS, Signal.FORECAST]
+        always = [Signal.PREFIX_HITS, Signal.LENGTHS, Signal.FORECAST, Signal.HISTORY]
         return [*always, Signal.PROFILE] if measured else always

@@ -23,6 +23,8 @@ ENOUGH = 16
 QUANTILE = 0.95
 MARGIN = 2.0
 """KV is expected for so many times the quantile of the pauses (ours)."""
+LEAST_TTL_S = 60.0
+"""KV is expected for at least so long: what stays in a prefix cache for nothing costs nothing (ours)."""
 UNLEARNT_S = 600.0
 """For how long it is expected before there are enough pauses (ours)."""
 MOST_GROUPS = 1024
@@ -81,7 +83,7 @@ class ThinkTimes:
     def ttl_s(self, tenant: str) -> float:
         """Return for how long after a turn the next one is worth waiting for."""
         pauses = self._asked(tenant)
-        return UNLEARNT_S if pauses is None else MARGIN * pauses.quantile_s(QUANTILE)
+        return UNLEARNT_S if pauses is None else max(LEAST_TTL_S, MARGIN * pauses.quantile_s(QUANTILE))
 
     def returns(self, tenant: str, idle_s: float) -> float:
         """Return the share of pauses at least as long as ``idle_s``: how likely it is that a session which
