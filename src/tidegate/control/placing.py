@@ -108,7 +108,7 @@ class Placing:
         live.predicted_prefill_s = seconds
         live.predicted_cached_tokens = request.cached.get(on, 0)
         if self._prefixes is not None and live.blocks.keys:
-            self._prefixes.sent(live.blocks, on)
+            self._prefixes.sent(live.blocks.within(request.prompt_tokens - request.generated), on)
         column = view.index[on]
         cells = view.cells
         alone = not (cells[Field.PREFILL_REQUESTS, column] or cells[Field.DECODE_REQUESTS, column])
@@ -122,7 +122,7 @@ class Placing:
         live.stage = Stage.DECODE
         live.decode_on = on
         if self._prefixes is not None and live.blocks.keys:
-            self._prefixes.sent(live.blocks, on)
+            self._prefixes.sent(live.blocks.within(resident_tokens - live.generated), on)
 
     def _without_instances(self, live: LiveRequest, request: Request, now: float) -> Effects:
         """Refuse a request whose answer has not begun: its client can go elsewhere. Another waits for an

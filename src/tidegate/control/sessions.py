@@ -194,9 +194,10 @@ class BoundSessions:
                 self._give_up(entry, "evicted", now)
 
     def _worth(self, entry: SessionEntry, prefill: PrefillCost, now: float) -> float:
-        """Return the seconds per token that an idle session's KV is expected to save."""
+        """Return the seconds per token that an idle session's KV is expected to save: its turn is prefilled
+        either way."""
         tokens = entry.context_tokens
-        again_s = float(prefill.seconds(tokens, attention_work(tokens, 0)))
+        again_s = float(prefill.seconds(tokens, attention_work(tokens, 0)) - prefill.seconds(0, 0.0))
         return self._think.returns(entry.key[0], now - entry.last_s) * again_s / tokens
 
     # parts

@@ -422,7 +422,7 @@ class Batcher:
         self.blocks.take(count)
         pin.taken = True
         sequence.source = None
-        sequence.shared = pin.shared
+        sequence.shared = pin.shared and pin.shared.named_by(sequence.shared)
         sequence.computed = pin.tokens
         self.running[sequence] = None
         self.decode.join(sequence)

@@ -319,7 +319,7 @@ class ServedRequest:
         self._note_ttft(LegTimes())
         if error is None and legs.session is not None and legs.prompt_ids is not None:
             ids = legs.prompt_ids + legs.out_ids
-            dispatcher.sessions.note(legs.session, call.salt, ids)
+            dispatcher.sessions.note(legs.session, call.salt, ids[:-1])  # the last has no KV
             if isinstance(call.prompt, list):
                 legs.blocks = with_answer(legs.blocks, call, ids)
         effects = self._plane.ended(legs, error, now)

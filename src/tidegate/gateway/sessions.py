@@ -30,7 +30,7 @@ class Conversations:
         return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     def note(self, session: tuple[str, str], salt: str, ids: list[int]) -> None:
-        """Remember the prompt and the answer of a round that ended."""
+        """Remember the tokens of a round that ended, as far as they have KV."""
         key = session, salt
         old = self._known.pop(key, None)
         self._known[key] = array("i", ids)

@@ -6,6 +6,7 @@ block counts once all blocks before it are there, and the block that was used lo
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -24,6 +25,11 @@ class PromptBlocks(NamedTuple):
     keys: Sequence[int]
     block_tokens: float
     with_answer: bool = True
+
+    def within(self, tokens: int) -> PromptBlocks:
+        """Return those that begin within the first ``tokens`` tokens."""
+        count = math.ceil(tokens / self.block_tokens)
+        return self if len(self.keys) <= count else self._replace(keys=self.keys[:count])
 
 
 NO_BLOCKS = PromptBlocks((), 1.0)

@@ -54,7 +54,7 @@ class SimulatedRequest(LiveRequest):
     another leg is to continue the one that runs, from the KV that ``pin`` keeps. ``output_tokens``
     is the length of the answer, which ``request.max_tokens`` does not tell, and ``most_tokens`` are those of
     the prompt and the whole answer. While ``reads`` is set the leg is one that pins what the prefill
-    it speaks of begins with; ``read_tokens`` of that were not there.
+    it speaks of begins with; ``read_tokens`` of that had to come.
     """
 
     leg: SimSequence | None = None
@@ -150,7 +150,7 @@ class SimulatedRequest(LiveRequest):
             self.replays,
             self.migrations,
             stages,
-            self.read_tokens,
+            self.read_tokens and self.read_tokens + self.cached_tokens,
             predicted_lengths=self.predicted,
         )
 
