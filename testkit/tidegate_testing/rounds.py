@@ -43,9 +43,9 @@ class AnywherePlacement:
         return random.Random(f"{self.seed} {phase} {snapshot.placed_prefills} {request.prompt_tokens}")
 
 
-def anywhere(seed: int = 0, *shares: float) -> System:
-    """Return the system whose placements are drawn; ``shares`` are those of ``AnywherePlacement``."""
-    both = AnywherePlacement(seed, *shares)
+def anywhere(seed: int = 0, local: float = 0.4, read: float = 0.7, stays: float = 0.7) -> System:
+    """Return the system of an ``AnywherePlacement``."""
+    both = AnywherePlacement(seed, local, read, stays)
     return System(
         name="anywhere", summary="drawn", roles=mixed_roles, prefill=both, decode=both, read_back=None
     )

@@ -72,6 +72,7 @@ class Case:
         return run
 
     def begin(self, turn: Turn, now: float) -> RunPrefill:
+        run: RunPrefill
         (run,) = only(self.plane.arrive(turn, now), RunPrefill)
         (_,) = only(self.plane.prefill_done(turn, now), RunDecode)
         return run
