@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tidegate.core.request import Request
 from tidegate.costs.forms import attention_work
+from tidegate.costs.profile import UNMEASURED
 from tidegate.ledger.snapshot import Field, Snapshot
 
 LEAST_READ_TOKENS = 64
@@ -26,9 +27,9 @@ def read_where_worth(request: Request, snapshot: Snapshot, prefill_on: str) -> b
     saved = held - here
     if saved < block_tokens:
         return False
-    if not cells[Field.PREFILL_SLOWNESS, column]:  # nobody measured it
-        return saved >= LEAST_READ_TOKENS
     costs = snapshot.costs.at(column)
+    if costs.prefill == UNMEASURED.prefill:
+        return saved >= LEAST_READ_TOKENS
 
     def compute_s(cached: int) -> float:
         new = request.prompt_tokens - cached
