@@ -19,6 +19,7 @@ from tidegate.core.request import Request
 from tidegate.core.slo import Slo
 from tidegate.costs.library import packaged_profile
 from tidegate.dataplane.replica import replicas_of
+from tidegate.engines.emulated.vocabulary import answer
 from tidegate.journal.writer import JournalWriter
 from tidegate.ledger.snapshot import Snapshot
 from tidegate.policies.protocols import PrefillPlacement, Signal
@@ -26,9 +27,10 @@ from tidegate.sim import SimSettings, simulate
 from tidegate.systems import make_system
 from tidegate.systems.system import System
 from tidegate.workloads.trace import TraceRecord
+from tidegate_testing.rounds import anywhere
 
 SLO = Slo(0.3, 0.02)
-BLOCK_TOKENS = 64
+BLOCK_TOKENS = 32
 INSTANCES = 4
 FRONT_S = 1e-4
 """What passes before a leg is in its engine: one placed at the end of a step misses the next, in both."""
@@ -54,9 +56,9 @@ def script(seed: int, requests: int) -> list[Asked]:
     at_s, asked = 0.0, []
     for _ in range(requests):
         at_s += float(rng.exponential(0.002 if rng.random() < 0.8 else 0.3)) + 1e-6
-        length = BLOCK_TOKENS * int(rng.integers(4, 60))
+        length = 2 * BLOCK_TOKENS * int(rng.integers(4, 60))
         session = int(rng.integers(0, 8)) if rng.random() < 0.3 else None
-        shared = [] if session is None else [1000 + session] * (BLOCK_TOKENS * 3)
+        shared = [] if session is None else [1000 + session] * (BLOCK_TOKENS * 6)
         own = rng.integers(0, 900, length).tolist()
         asked.append(
             Asked(at_s, shared + own, int(rng.integers(1, 120)), "" if session is None else f"s{session}")
@@ -69,9 +71,10 @@ def records_of(asked: list[Asked]) -> list[TraceRecord]:
     ids: dict[tuple[int, ...], int] = {}
     records = []
     for one in asked:
+        said = one.prompt + answer(one.prompt, 0, one.max_tokens)
         blocks = tuple(
-            ids.setdefault(tuple(one.prompt[:end]), len(ids))
-            for end in range(BLOCK_TOKENS, len(one.prompt) + 1, BLOCK_TOKENS)
+            ids.setdefault(tuple(said[:end]), len(ids))
+            for end in range(BLOCK_TOKENS, len(said) + 1, BLOCK_TOKENS)
         )
         records.append(
             TraceRecord(
@@ -84,6 +87,23 @@ def records_of(asked: list[Asked]) -> list[TraceRecord]:
             )
         )
     return records
+
+
+def conversations(seed: int, sessions: int, rounds: int) -> list[Asked]:
+    """Sessions whose every prompt goes on from the answer before it, or now and then contradicts it."""
+    rng = np.random.default_rng(seed)
+    asked = []
+    for session in range(sessions):
+        at_s, history = float(rng.uniform(0.0, 4.0)), list[int]()
+        for _ in range(rounds):
+            if history and rng.random() < 0.1:
+                history = history[: len(history) // 2 // BLOCK_TOKENS * BLOCK_TOKENS]
+            history = history + rng.integers(0, 900, int(rng.integers(20, 1500))).tolist()
+            tokens = BLOCK_TOKENS * int(rng.integers(1, 7)) - len(history) % BLOCK_TOKENS + 1
+            asked.append(Asked(at_s, history, tokens, f"s{session}" if session % 3 else ""))
+            history = history + answer(history, 0, tokens)
+            at_s += float(rng.exponential(1.5)) + 1e-6
+    return sorted(asked, key=lambda one: one.at_s)
 
 
 def decisions(lines: list[bytes]) -> list[tuple[Any, ...]]:
@@ -108,6 +128,8 @@ def decisions(lines: list[bytes]) -> list[tuple[Any, ...]]:
             kept.append((row["request"], "failure", row["reason"], row["generated"], row["t"]))
         elif row["type"] == "instance":
             kept.append((row["instance"], row["event"], row.get("role"), row["t"]))
+        elif row["type"] == "session" and row["event"] != "rebuilt":  # engines say that at a leg's end
+            kept.append(tuple(row.get(name) for name in ("session", "event", "instance", "tokens", "t")))
     return kept
 
 
@@ -123,6 +145,10 @@ def both(
     admission: float = 0.0,
 ) -> tuple[Any, Any]:
     replicas = replicas_of(packaged_profile("h100_sxm/llama-3.1-8b"), INSTANCES)
+    # What an engine finds again is to the block, which the trace can only say of its own blocks.
+    replicas = [
+        replace(each, instance=replace(each.instance, block_tokens=BLOCK_TOKENS)) for each in replicas
+    ]
     live: list[bytes] = []
     gateway = VirtualGateway(
         system, replicas, system.order.in_engines, live, SLO, FRONT_S, patch, admission=admission
@@ -169,6 +195,17 @@ def test_both_drivers_refuse_alike(name: str, monkeypatch: pytest.MonkeyPatch) -
     live, simulated = both(system, asked, [], monkeypatch, admission=1.0)
     refused = sum("reject" in dict(row[2]) for row in live if row[1] == "place_prefill")
     assert 10 < refused < 190
+    assert_alike(live, simulated)
+
+
+@pytest.mark.parametrize("changes", [[], CHANGES], ids=["steady", "deaths"])
+@pytest.mark.parametrize("system", [make_system("static", slo=SLO), anywhere(3)], ids=lambda each: each.name)
+def test_sessions_are_kept_alike(
+    system: System, changes: list[Change], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live, simulated = both(system, conversations(17, 14, 6), changes, monkeypatch)
+    reads = sum("read_from" in dict(row[2]) for row in live if row[1] == "place_prefill")
+    assert reads >= 4
     assert_alike(live, simulated)
 
 

@@ -307,7 +307,7 @@ def test_prefills_are_priced_with_what_an_instance_has_to_compute() -> None:
     plane.arrive(second, 1.0)
     assert policy.asked[1].cached == {first.prefill_on: 64, first.decode_on: 64}
     assert second.predicted_prefill_s == pytest.approx(REFERENCE.prefill_s(36, 64), abs=1e-8)
-    plane.prefill_reported(second, 60)
+    plane.prefill_reported(second, 60, 0.0)
     assert (index.predicted_tokens, index.reported_tokens) == (64, 60)
     plane.instance_down("i0", "died", 2.0)
     plane.instance_up(instance("i0"), REFERENCE, 3.0)

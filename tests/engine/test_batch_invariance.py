@@ -93,6 +93,36 @@ def test_in_two_legs_on_two_engines(llama: Path, alone: Leg, first: int) -> None
     there.assert_clean()
 
 
+@pytest.mark.parametrize("error", [None, "the line is cut"])
+def test_a_round_pulls_and_computes_only_what_is_not_here(llama: Path, error: str | None) -> None:
+    there, here = Driven(llama, engine_id="there"), Driven(llama, engine_id="here")
+    puller = HandPuller(here.engine, {"there": there.engine})
+    here.engine.scheduler.puller = puller
+    block = here.engine.store.block_tokens
+    said = there.run(request("round-1", PROMPT, 3 * block, pin_kv=True))[0].token_ids
+    here.run(request("begun", PROMPT[: 2 * block + 1], 1))
+    whole = [*PROMPT, *said, *PROMPT[:7]]
+    alone = Driven(llama).run(request("alone", whole, 8))[0]
+
+    here.submit(request("round-2", whole, 8, source=source_of(there, "round-1")))
+    here.drain()
+    assert puller.deliver(error) == 1
+    here.drain()
+    there.engine.release("round-1")
+    there.drain()
+
+    leg, held = here.legs["round-2"], len(PROMPT) + len(said) - 1
+    assert leg.token_ids == alone.token_ids
+    times, stats = leg.last and leg.last.times, here.engine.stats()
+    assert times is not None and times.cached_tokens == 2 * block
+    if error is None:
+        assert times.kv_loaded_tokens == held - 2 * block
+        assert stats.pulled_bytes == (-(-held // block) - 2) * here.engine.store.block_bytes
+        assert stats.computed_prompt_tokens == 2 * block + 1 + len(whole) - held
+    here.assert_clean()
+    there.assert_clean()
+
+
 def test_in_many_legs_back_and_forth(llama: Path, alone: Leg) -> None:
     pair = {name: Driven(llama, engine_id=name) for name in ("a", "b")}
     pullers = {

@@ -80,7 +80,7 @@ async def test_servers_come_up_as_members_that_hand_kv_to_each_other(make: Make)
         assert "--kv-cache-memory-bytes" in argv, "or the first would take nearly all memory"
         assert argv[0] == "serve" and argv[-2:] == ["--max-num-seqs", "8"]
         assert (member.kind, member.connector, member.model) == ("vllm", "nixl", "tiny")
-        assert member.capabilities.kv_transfer and member.capabilities.extends_kv
+        assert member.capabilities.kv_transfer and member.instance.extends_kv
         assert (member.instance.kv_capacity_tokens, member.instance.block_tokens) == (3200, 32)
         assert one["environment"]["VLLM_API_KEY"] == member.api_key and len(member.api_key) == 64
         assert member.pid is not None and alive(member.pid)

@@ -122,7 +122,7 @@ async def test_a_mooncake_member_has_the_name_its_peers_call_it_by(
     await fleet.stop()
     member = seen.up["i0"]
     assert (member.connector, member.bootstrap_url, member.kv_engine_id) == ("mooncake", server.url, "eng-7")
-    assert member.capabilities.kv_transfer and not member.capabilities.extends_kv
+    assert member.capabilities.kv_transfer and not member.instance.extends_kv
     assert member.lease_s == 480.0
 
 

@@ -18,6 +18,7 @@ from tidegate.control.record import RequestEnding, RequestRecord, outcome_line
 from tidegate.core.decision import Alternatives, Hold, Place, Reject, Verdict
 from tidegate.core.decision import Path as RequestPath
 from tidegate.core.errors import Overloaded, TraceError
+from tidegate.core.request import Request
 from tidegate.core.slo import Slo
 from tidegate.journal import JournalLines, JournalWriter, read_journal
 from tidegate.journal.reader import decode_line
@@ -34,6 +35,7 @@ from tidegate.journal.schema import (
     OutcomeLine,
     PredictedLength,
     ProfileLine,
+    SessionLine,
 )
 from tidegate.journal.writer import encode_line
 
@@ -100,7 +102,8 @@ def test_a_simulations_lines_are_the_bytes_of_an_earlier_version() -> None:
 
 def test_the_earlier_journals_have_every_type_of_line() -> None:
     seen = {type(line) for path in EARLIER.iterdir() for line in JournalLines(path)}
-    assert seen == set(LINES.values()) - {ForecastLine, InputLine, ProfileLine}  # which came later
+    later = {ForecastLine, InputLine, ProfileLine, SessionLine}
+    assert seen == set(LINES.values()) - later
 
 
 def test_a_journal_of_an_earlier_version_is_summed_up() -> None:
@@ -171,7 +174,8 @@ def test_a_file_without_a_header_is_no_journal(tmp_path: Path) -> None:
 
 def written(verdict: Verdict) -> dict[str, Any]:
     out: list[bytes] = []
-    JournalWriter(out.append, 10.0).decision(12.0000004, "r", "place_prefill", verdict, None)
+    request = Request("r", 1, 1, 0.0)
+    JournalWriter(out.append, 10.0).decision(12.0000004, request, "place_prefill", verdict, None)
     (line,) = out
     assert line.endswith(b"\n")
     row: dict[str, Any] = orjson.loads(line)

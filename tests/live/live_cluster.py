@@ -35,14 +35,14 @@ class Live:
     tokens_seen: int = 0
     watchers: list[Callable[[], None]] = field(default_factory=list)
 
-    async def stream(self, body: Json) -> tuple[list[int], str]:
+    async def stream(self, body: Json, headers: dict[str, str] | None = None) -> tuple[list[int], str]:
         """Stream a completion, or a chat if there are messages; return token ids and text of a clean end."""
         path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
         ids: list[int] = []
         text: list[str] = []
         ended = False
         body = body | {"stream": True, "return_token_ids": True}
-        async with self.client.post(self.url + path, data=orjson.dumps(body)) as response:
+        async with self.client.post(self.url + path, data=orjson.dumps(body), headers=headers) as response:
             assert response.status == 200, await response.text()
             async for line in response.content:
                 if not line.startswith(b"data: "):
@@ -106,9 +106,10 @@ async def cluster(
     dtype: str = "auto",
     settings: GatewaySettings = DEFAULTS,
     forced: Forced = NOT_FORCED,
+    kv_memory_mb: int = 64,
 ) -> AsyncIterator[Live]:
     """Run a gateway over ``instances`` embedded engines."""
-    launch = EngineLaunch(model=model, instances=instances, most=most, dtype=dtype, kv_memory_mb=64)
+    launch = EngineLaunch(model=model, instances=instances, most=most, dtype=dtype, kv_memory_mb=kv_memory_mb)
     made = make_system(system) if isinstance(system, str) else system
     gateway = Gateway(replace(settings, port=0), LocalFleet(launch), made)
     try:

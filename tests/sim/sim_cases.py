@@ -219,6 +219,8 @@ class Case:
     def made_system(self) -> System:
         tick_s = self._at(0.1037)
         system = make_system(f"{self.system}+{self.order}", slo=Slo(0.2, 0.02), tick_s=tick_s)
+        if self.seed % 2:  # history is read wherever there is any
+            system = replace(system, read_back=lambda request, snapshot, prefill_on: True)
         if not self.pool:
             return system
         pool: Controller[int] = (

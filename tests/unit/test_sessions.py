@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from tidegate.core.slo import Slo
-from tidegate.fleet.member import Member
 from tidegate.gateway import sessions
-from tidegate.gateway.call import Call, read_calls
 from tidegate.gateway.sessions import ENTRY_TOKENS, Conversations
-from tidegate_testing import instance
 
 
-def call(session: str) -> Call:
-    return read_calls({"prompt": [1]}, {"x-session-id": session}, chat=False, slo=Slo())[0]
-
-
-@pytest.mark.parametrize("tokens", [1, 1000])
+@pytest.mark.parametrize("tokens", [2, 1000])
 def test_the_longest_unused_conversations_are_forgotten(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     monkeypatch.setattr(sessions, "MOST_TOKENS", 10 * (tokens + ENTRY_TOKENS))
-    known, member = Conversations(), Member(instance("i0"), "http://x", "fake", engine_id="e")
+    known = Conversations()
     for number in range(25):
-        known.note(call(f"s{number}"), member, [7] * tokens, "i0", 1)
-        known.note(call("kept"), member, [7] * tokens, "i0", 1)
-    held = [number for number in range(25) if known.find(call(f"s{number}")) is not None]
+        known.note(("", f"s{number}"), "", [7] * tokens)
+        known.note(("", "kept"), "", [7] * tokens)
+    prompt = [7] * tokens + [8]
+    held = [number for number in range(25) if known.held_of(("", f"s{number}"), "", prompt)]
     assert held == list(range(16, 25))
-    assert known.find(call("kept")) is not None
+    assert known.held_of(("", "kept"), "", prompt) == tokens
+    assert known.held_of(("", "kept"), "salt", prompt) == known.held_of(("b", "kept"), "", prompt) == 0
+    assert known.held_of(("", "kept"), "", [7, 8, 7]) == 1

@@ -38,10 +38,10 @@ async def test_a_round_computes_only_its_new_tokens(cluster: VllmCluster, tmp_pa
         history = [*history, *answer, *new]
         _, spent, row = await round_of(history, OUTPUT)
         prefill = spent[prefills]
-        assert row["read_back_tokens"] == FIRST + SAID
-        assert prefill.computed_tokens == NEW, "of all that came before nothing is computed again"
+        assert row["read_back_tokens"] == FIRST + SAID - 1, "the last token said has no KV"
+        assert prefill.computed_tokens == NEW + 1, "of all that came before nothing is computed again"
         assert prefill.cached_tokens == FIRST // BLOCK_TOKENS * BLOCK_TOKENS
-        assert prefill.pulled_tokens == FIRST + SAID - prefill.cached_tokens
+        assert prefill.pulled_tokens == FIRST + SAID - 1 - prefill.cached_tokens
         others = sum(server.computed_tokens for server in spent) - prefill.computed_tokens
         assert others <= BLOCK_TOKENS, "whoever decoded it computes the end of a block, to pin it"
 

@@ -26,8 +26,7 @@ class RecordingPlane(ControlPlane):
     """A control plane that journals every input that decides something, before it acts on it.
 
     The arguments of a line are those of the verb. A verb that takes more than plain values, or whose request
-    has more to say, has a method here. Not journalled: ``stepped``, which only the simulator calls, and
-    ``prefill_reported``, which scores a prediction and changes none.
+    has more to say, has a method here. Not journalled: ``stepped``, which only the simulator calls.
     """
 
     _told_s = 0.0
@@ -57,7 +56,8 @@ class RecordingPlane(ControlPlane):
         return super().failed(live, error, now)
 
     def ended(self, live: LiveRequest, error: TidegateError | None, now: float) -> Effects:
-        self.write_input("ended", now, live, {"error": None if error is None else type(error).__name__})
+        about = {"error": None if error is None else type(error).__name__, "blocks": live.blocks}
+        self.write_input("ended", now, live, about)
         return super().ended(live, error, now)
 
     def write_input(
@@ -71,7 +71,7 @@ class RecordingPlane(ControlPlane):
         request = None
         if live is not None:
             at_hand = structs.asdict(live.as_request())
-            del at_hand["cached"], at_hand["remaining"]
+            del at_hand["cached"], at_hand["remaining"], at_hand["history"]
             request = InputRequest(**at_hand | {"generated": live.generated})
         t_s = self._journal.elapsed_s(now)
         self._journal.write(InputLine(t_s=t_s, verb=verb, now_s=now, request=request, args=dict(args)))
@@ -79,8 +79,9 @@ class RecordingPlane(ControlPlane):
 
 PLAIN_VERBS = (
     "start", "tick", "instance_down", "start_failed", "stop_failed", "foreign_load", "profile_scaled",
-    "load_fitted", "prefill_done", "decode_began", "transfer_ended", "tokens", "length_reported",
-    "migration_begun", "migration_refused", "migration_pulls", "migration_cancelled", "migration_done",
+    "load_fitted", "prefill_done", "prefill_reported", "decode_began", "transfer_ended", "tokens",
+    "length_reported", "migration_begun", "migration_refused", "migration_pulls", "migration_cancelled",
+    "migration_done",
 )  # fmt: skip
 """The other verbs: their arguments, beside the request and the time, are plain values."""
 

@@ -6,6 +6,7 @@ import enum
 
 from tidegate.core.decision import Migrate
 from tidegate.core.request import Request
+from tidegate.core.session import History
 from tidegate.journal.schema import PredictedLength
 from tidegate.signals.prefix import NO_BLOCKS, PromptBlocks
 
@@ -30,14 +31,16 @@ class LiveRequest:
     is the plane's: ``stage``; ``prefill_on`` and ``decode_on``, the last placements; ``predicted_prefill_s``
     and ``predicted_cached_tokens`` of the last prefill; the ``deaths`` of instances under it; ``failures``
     since its last token, and its ``progress`` in tokens at the last one; ``replays`` and ``migrations``;
-    ``predicted``, what was predicted of its length for the journal;
-    ``migrate``, the migration under way; and ``movable``, False once a driver said that it cannot move.
+    ``predicted``, what was predicted of its length for the journal; ``migrate``, the migration under way;
+    ``movable``, False once a driver said that it cannot move; and of its conversation the ``session`` by
+    tenant and name, ``history``, what is held of it, and ``told_tokens``, how much of the prompt earlier
+    turns had.
     """
 
     __slots__ = (
-        "blocks", "deadline_s", "deaths", "decode_on", "failures", "generated", "id", "migrate", "migrations",
-        "movable", "predicted", "predicted_cached_tokens", "predicted_prefill_s", "prefill_on", "progress",
-        "repeatable", "replays", "stage",
+        "blocks", "deadline_s", "deaths", "decode_on", "failures", "generated", "history", "id", "migrate",
+        "migrations", "movable", "predicted", "predicted_cached_tokens", "predicted_prefill_s", "prefill_on",
+        "progress", "repeatable", "replays", "session", "stage", "told_tokens",
     )  # fmt: skip
 
     def __init__(self, request_id: str, deadline_s: float, blocks: PromptBlocks = NO_BLOCKS) -> None:
@@ -59,6 +62,9 @@ class LiveRequest:
         self.migrations = 0
         self.migrate: Migrate | None = None
         self.predicted: list[PredictedLength] = []
+        self.session: tuple[str, str] | None = None
+        self.history: History | None = None
+        self.told_tokens = 0
 
     def as_request(self) -> Request:
         """Return the request as placements see it: the tokens generated so far are part of its prompt."""

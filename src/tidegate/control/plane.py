@@ -9,18 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from msgspec.structs import replace
-
 from tidegate.control.actions import Actions
-from tidegate.control.effects import Effects, GiveUp, Held, Replay, RunDecode, RunPrefill, Suspect, WakeAt
-from tidegate.control.held import HeldRequests
+from tidegate.control.effects import Effects, GiveUp, Held, Replay, RunDecode, Suspect, WakeAt
 from tidegate.control.live_request import LiveRequest, Stage
 from tidegate.control.membership import Membership
 from tidegate.control.periods import Periods
+from tidegate.control.placing import Placing
 from tidegate.control.predictions import Predictions
-from tidegate.control.refusals import held_too_long, no_decode, none_up, rejected
+from tidegate.control.refusals import no_decode
+from tidegate.control.sessions import BoundSessions
 from tidegate.control.settings import ControlSettings
-from tidegate.core.decision import Action, Flip, Hold, Path, Place, Reject, Verdict
+from tidegate.core.decision import Action, Flip, Place
 from tidegate.core.errors import (
     EngineError,
     EngineUnreachable,
@@ -31,15 +30,12 @@ from tidegate.core.errors import (
 )
 from tidegate.core.instance import Instance, Role
 from tidegate.core.migration import FREE, MigrationCost
-from tidegate.core.request import Request
 from tidegate.costs.profile import Profile
 from tidegate.journal.schema import ProfileLine
 from tidegate.journal.writer import JournalWriter
 from tidegate.ledger.ledger import Ledger
-from tidegate.ledger.snapshot import Field, Snapshot
-from tidegate.policies.admission import admitted
-from tidegate.policies.order import prefill_ticket
-from tidegate.policies.pricing import fastest_prefill_seconds, predicted_on
+from tidegate.ledger.snapshot import Snapshot
+from tidegate.policies.protocols import Signal
 from tidegate.signals.forecast import Earlier, LoadFeed
 from tidegate.signals.lengths import LengthSource
 from tidegate.signals.prefix import PrefixIndex
@@ -77,11 +73,24 @@ class ControlPlane:
         self.lengths = lengths
         self.requests: dict[str, LiveRequest] = {}
         self._journal = journal
-        self._held = HeldRequests(system.order)
         self._predictions = predictions = Predictions(lengths, load, self.requests, journal)
-        self._actions = Actions(
-            self.ledger, self.membership, self.requests, system.decode, predictions.asked, journal
+        self.sessions = BoundSessions(
+            self.ledger, journal, predictions.asked, unnamed=Signal.HISTORY in system.needs
         )
+        self._actions = Actions(
+            self.ledger, self.membership, self.requests, system.decode, self.sessions.asked, journal
+        )
+        self._placing = Placing(
+            system,
+            self.settings,
+            self.ledger,
+            self.membership,
+            prefixes,
+            self.sessions,
+            self._actions,
+            journal,
+        )
+        self._held = self._placing.held
         self.migrations: Mapping[str, int] = self._actions.migrations
         self._periods = Periods(system)
         self.said: Mapping[str, str] = self._periods.reasons
@@ -105,6 +114,7 @@ class ControlPlane:
         if self._periods.window.due(now):
             self.ledger.window_closed(now)
             self._predictions.window_closed(self.ledger, now)
+            self.sessions.window_closed(now)
             self._audit()
         if len(self.ledger.ids):
             for controller, state in self._periods.due(now):
@@ -116,8 +126,8 @@ class ControlPlane:
                 effects += self._actions.execute(decision.actions, now)
         if self.membership.draining:
             effects += self._actions.drain_on(now)
-        effects += self._place_again(self._held.overdue(now), now)
-        effects += self._retry(now)
+        effects += self._placing.place_again(self._held.overdue(now), now)
+        effects += self._placing.retry(now)
         if self._periods.next_s > before_s:
             effects.append(WakeAt(self._periods.next_s))
         return effects
@@ -135,19 +145,22 @@ class ControlPlane:
         if self.prefixes is not None:
             self.prefixes.instance_up(instance.id, instance.kv_capacity_tokens)
         self._journal.instance(now, instance.id, "up", role=role.label, start_s=start_s)
-        return effects + self._retry(now)
+        return effects + self._placing.retry(now)
 
     def instance_down(self, instance_id: str, reason: str, now: float) -> Effects:
         """Drop an instance. The driver reports every leg that is lost with it as ``failed``."""
         if instance_id not in self.ledger.ids:
             return []
         self.membership.labels[instance_id] = self.ledger.role_of(instance_id)
+        self.sessions.instance_down(instance_id, now)
         self.ledger.instance_down(instance_id, now)
         self.membership.leaves(instance_id)
         if self.prefixes is not None:
             self.prefixes.instance_down(instance_id)
         self._journal.instance(now, instance_id, "down", reason=reason)
-        return self._place_again(self._held.confirmed_down(instance_id), now) + self._retry(now)
+        return self._placing.place_again(self._held.confirmed_down(instance_id), now) + self._placing.retry(
+            now
+        )
 
     def profile_scaled(self, instance_id: str, prefill: float, step: float, now: float) -> None:
         """Go on with a profile whose prefills and decode steps take so many times as long."""
@@ -171,7 +184,7 @@ class ControlPlane:
 
     def act(self, actions: Sequence[Action], now: float) -> Effects:
         """Execute what an operator or a test decided, beside the system's controllers."""
-        return self._actions.execute(actions, now) + self._retry(now)
+        return self._actions.execute(actions, now) + self._placing.retry(now)
 
     # Requests
 
@@ -179,25 +192,26 @@ class ControlPlane:
         """Take a new request and place its prefill."""
         self.requests[live.id] = live
         self._predictions.arrived(live)
-        return self._place_prefill(live, "place_prefill", now)
+        self.sessions.arrived(live, now)
+        return self._placing.place_prefill(live, "place_prefill", now)
 
     def prefill_done(self, live: LiveRequest, now: float) -> Effects:
         """Say that the prompt's KV is complete and the first token is out; place the decode."""
         self.ledger.prefill_ended(live.id, now)
-        request = self._predictions.asked(live)
+        request = self.sessions.asked(live)
         view, may_flip = self.membership.view(now)
         if not view.ids:
             return ControlPlane.failed(self, live, EngineUnreachable("no instance is up", refused=True), now)
         assert live.prefill_on is not None
         verdict = self.system.decode.place_decode(request, view, live.prefill_on)
-        effects = self._decided(request, "place_decode", verdict, view, may_flip)
+        effects = self._placing.decided(request, "place_decode", verdict, view, may_flip)
         decision = verdict.decision
         on = decision.decode_on if isinstance(decision, Place) else None
         if on is None:
             effects.append(GiveUp(live, no_decode(decision, self.settings.retry_after_s)))
             return effects
-        self._decodes_on(live, on, request.prompt_tokens, now)
-        return [*effects, RunDecode(live, on), *self._retry(now)]
+        self._placing.decodes_on(live, on, request.prompt_tokens, now)
+        return [*effects, RunDecode(live, on), *self._placing.retry(now)]
 
     def decode_began(self, live: LiveRequest, resident_tokens: int, now: float) -> Effects:
         """Say that a colocated prefill became a decode where it is."""
@@ -235,10 +249,14 @@ class ControlPlane:
         """Say what a slower source expects of the load (``LoadFeed.revised``)."""
         self._predictions.load_fitted(self.ledger, number, expected)
 
-    def prefill_reported(self, live: LiveRequest, cached_tokens: int) -> None:
-        """Score the predicted prefix hits against what the engine says it had cached."""
+    def prefill_reported(
+        self, live: LiveRequest, cached_tokens: int, now: float, *, read_tokens: int = 0
+    ) -> None:
+        """Say what an engine had of a prompt: in its cache, which the prediction is scored against, and read
+        from another one."""
         if self.prefixes is not None:
-            self.prefixes.score(live.predicted_cached_tokens, cached_tokens)
+            self.prefixes.score(live.predicted_cached_tokens, cached_tokens + read_tokens)
+        self.sessions.prefilled(live, cached_tokens + read_tokens, now)
 
     def failed(self, live: LiveRequest, error: EngineError, now: float) -> Effects:
         """Say that a leg failed. The request is placed again, waits for the fleet's word, or is given up."""
@@ -260,7 +278,7 @@ class ControlPlane:
         live.replays += 1
         effects: Effects = [Replay(live, status_of(error).label)]
         if not error.instance or isinstance(error, KvLost) or error.instance not in self.ledger.ids:
-            return effects + self._place_prefill(live, "replay", now)
+            return effects + self._placing.place_prefill(live, "replay", now)
         self.membership.avoid(error.instance, now + settings.avoid_s)
         self._held.await_word(live, error.instance, now + settings.confirm_s)
         reason = f"the fleet looks at {error.instance}"
@@ -275,14 +293,18 @@ class ControlPlane:
         else:
             self.ledger.aborted(live.id, now)
         self._predictions.ended(live, whole=error is None, now=now)
+        if live.session is not None:
+            if error is None and self.prefixes is not None:
+                self.prefixes.sent(live.blocks, live.decode_on or live.prefill_on or "")
+            self.sessions.ended(live, whole=error is None, now=now)
         self._migration_over(live, "cancelled", now)
         self.requests.pop(live.id, None)
         if live.stage is Stage.WAITING:
             self._held.remove(live)
         live.stage = Stage.ENDED
         if self.membership.draining:
-            return self._actions.drain_on(now) + self._retry(now)
-        return self._retry(now) if self._held else []
+            return self._actions.drain_on(now) + self._placing.retry(now)
+        return self._placing.retry(now) if self._held else []
 
     # Migrations
 
@@ -305,7 +327,7 @@ class ControlPlane:
     ) -> None:
         """Say that a decode was stopped after a token at ``stopped_s``; its destination is to pull its KV."""
         assert live.migrate is not None
-        self._decodes_on(live, live.migrate.dst, resident_tokens, now, stopped_s)
+        self._placing.decodes_on(live, live.migrate.dst, resident_tokens, now, stopped_s)
 
     def migration_done(
         self,
@@ -321,9 +343,10 @@ class ControlPlane:
         client waited for ``pause_s`` behind the token after which the source stopped; None: not measured."""
         assert live.migrate is not None
         if live.decode_on != live.migrate.dst:
-            self._decodes_on(live, live.migrate.dst, resident_tokens, now)
+            self._placing.decodes_on(live, live.migrate.dst, resident_tokens, now)
         self.ledger.transfer_ended(live.id, now)
         live.migrations += 1
+        self.sessions.moved(live, live.migrate, now)
         self._migration_over(live, "done", now, "", MigrationCost(moved_bytes, stages, pause_s))
 
     # Questions
@@ -342,83 +365,6 @@ class ControlPlane:
         """How many requests wait to be placed."""
         return len(self._held)
 
-    # Placing
-
-    def _place_prefill(self, live: LiveRequest, kind: str, now: float) -> Effects:
-        request = self._predictions.asked(live)
-        view, may_flip = self.membership.view(now)
-        if not view.ids:
-            return self._without_instances(live, request, now)
-        if self.prefixes is not None and live.blocks.keys:
-            hits = self.prefixes.hits(live.blocks, request.prompt_tokens)
-            if hits:
-                request = replace(request, cached=hits)
-        self.ledger.held_prefills = len(self._held)
-        verdict = self.system.prefill.place_prefill(request, view)
-        if self.settings.admission and not live.replays:
-            verdict = admitted(verdict, request, view, self.settings.admission)
-        effects = self._decided(request, kind, verdict, view, may_flip)
-        decision = verdict.decision
-        if isinstance(decision, Place):
-            effects.append(self._dispatch(live, request, decision, view, now))
-        elif isinstance(decision, Reject):
-            effects.append(GiveUp(live, rejected(decision)))
-        else:
-            effects += self._hold(live, request, decision, now)
-        return effects
-
-    def _dispatch(
-        self, live: LiveRequest, request: Request, place: Place, view: Snapshot, now: float
-    ) -> RunPrefill:
-        on = place.prefill_on
-        seconds = self.ledger.prefill_dispatched(request, on, now)
-        live.stage = Stage.PREFILL
-        live.prefill_on = on
-        live.decode_on = on if place.path is Path.COLOCATED else None
-        live.predicted_prefill_s = seconds
-        live.predicted_cached_tokens = request.cached.get(on, 0)
-        if self.prefixes is not None and live.blocks.keys:
-            self.prefixes.sent(live.blocks, on)
-        column = view.index[on]
-        cells = view.cells
-        alone = not (cells[Field.PREFILL_REQUESTS, column] or cells[Field.DECODE_REQUESTS, column])
-        return RunPrefill(live, place, prefill_ticket(request, seconds, on, view.forecast), alone)
-
-    def _decodes_on(
-        self, live: LiveRequest, on: str, resident_tokens: int, now: float, stopped_s: float | None = None
-    ) -> None:
-        self.ledger.decode_dispatched(live.id, on, resident_tokens, now, stopped_s)
-        live.stage = Stage.DECODE
-        live.decode_on = on
-        if self.prefixes is not None and live.blocks.keys:
-            self.prefixes.sent(live.blocks, on)
-
-    def _without_instances(self, live: LiveRequest, request: Request, now: float) -> Effects:
-        """Refuse a request whose answer has not begun: its client can go elsewhere. Another waits for an
-        instance to return, as long as its deadline allows."""
-        if not live.generated or now >= live.deadline_s:
-            return [GiveUp(live, none_up(self.settings.retry_after_s))]
-        self._held.hold(live, prefill_ticket(request, 0.0, "", None))
-        return [Held(live, "no instance is up"), WakeAt(live.deadline_s)]
-
-    def _hold(self, live: LiveRequest, request: Request, hold: Hold, now: float) -> Effects:
-        if now >= live.deadline_s:
-            return [GiveUp(live, held_too_long(hold, self.settings.retry_after_s))]
-        view = self.membership.view(now)[0]
-        ticket = prefill_ticket(request, fastest_prefill_seconds(view, request), "", view.forecast)
-        self._held.hold(live, ticket, with_all_behind=hold.with_all_behind)
-        return [Held(live, hold.reason)]
-
-    def _retry(self, now: float) -> Effects:
-        """Ask again for every held request, in the system's order."""
-        return self._held.ask_again(now, lambda live: self._place_again([live], now)) if self._held else []
-
-    def _place_again(self, lives: Sequence[LiveRequest], now: float) -> Effects:
-        effects: Effects = []
-        for live in lives:
-            effects += self._place_prefill(live, "replay" if live.replays else "place_prefill", now)
-        return effects
-
     # Parts of events
 
     def _migration_over(
@@ -428,20 +374,6 @@ class ControlPlane:
         if migrate is not None:
             self.ledger.moves(live.id, "", now)
             self._actions.note_migration(migrate, event, now, why, cost)
-
-    def _decided(
-        self, request: Request, kind: str, verdict: Verdict, view: Snapshot, may_flip: bool
-    ) -> Effects:
-        """Apply a verdict's flips; journal it with its alternatives and what is predicted where it places."""
-        effects = self._actions.execute(verdict.flips, view.at_s) if verdict.flips and may_flip else []
-        if self._journal.enabled:
-            predicted: dict[str, float] | None = None
-            if isinstance(verdict.decision, Place):
-                decode = kind == "place_decode"
-                on = (verdict.decision.decode_on if decode else None) or verdict.decision.prefill_on
-                predicted = predicted_on(on, view, request, decode=decode)
-            self._journal.decision(view.at_s, request.id, kind, verdict, predicted)
-        return effects
 
     def _audit(self) -> None:
         """Check the ledger's sums once it is idle."""

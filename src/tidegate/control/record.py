@@ -26,7 +26,8 @@ class RequestRecord(Struct):
     stages: dict[str, float] = field(default_factory=dict)
     """Seconds by stage (see ``tidegate.core.stages``)."""
     read_back_tokens: int = 0
-    """Tokens of earlier rounds whose KV the prefill took from where they were decoded."""
+    """Tokens of earlier rounds whose KV was offered to the prefill from where they were decoded: it took what
+    its own cache lacked."""
     predicted_lengths: list[PredictedLength] = field(default_factory=list)
     unmovable: str = ""
     """The field of the request whose state no other engine can take up; "" when it can move."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +109,7 @@ def _replay_request_input(
 ) -> None:
     args, now = dict(line.args), line.now_s
     if line.verb == "arrive":
-        blocks = PromptBlocks(tuple(args["blocks"][0]), args["blocks"][1])
-        lives[about.id] = ReplayedRequest(about, args["deadline_s"], blocks)
+        lives[about.id] = ReplayedRequest(about, args["deadline_s"], _blocks(args["blocks"]))
     live = lives.get(about.id) or ReplayedRequest(about, 0.0, NO_BLOCKS)  # or refused before it arrived
     live.last, live.generated = about, about.generated
     match line.verb:
@@ -121,11 +120,17 @@ def _replay_request_input(
             kind, message = getattr(errors, args.pop("error")), args.pop("message")
             plane.failed(live, kind(message, **args), now)
         case "ended":
+            live.blocks = _blocks(args["blocks"])
             plane.ended(live, None if args["error"] is None else TidegateError(args["error"]), now)
         case verb if verb in PLAIN_VERBS:
             getattr(plane, verb)(live, now=now, **args)
         case _:
             raise InternalError(f"the control plane has no verb {line.verb!r} about a request")
+
+
+def _blocks(given: Sequence[Any]) -> PromptBlocks:
+    keys, block_tokens, with_answer = given
+    return PromptBlocks(tuple(keys), block_tokens, with_answer)
 
 
 def _action(given: Mapping[str, Any]) -> Action:

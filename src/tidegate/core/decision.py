@@ -31,12 +31,15 @@ class Path(enum.StrEnum):
 class Place(msgspec.Struct, frozen=True, gc=False):
     """Run the prefill on ``prefill_on`` and the decode on ``decode_on``.
 
-    ``decode_on`` is None while the decode placement is left for the end of the prefill.
+    ``decode_on`` is None while the decode placement is left for the end of the prefill. ``read_from`` names
+    the instance whose KV of the prompt's beginning the prefill instance reads before it computes the rest;
+    None: it computes whatever its own cache lacks.
     """
 
     prefill_on: str
     decode_on: str | None
     path: Path
+    read_from: str | None = None
 
 
 class Hold(NamedTuple):

@@ -24,7 +24,8 @@ class Instance:
     """One engine replica as the control plane knows it; fixed while the replica is up.
 
     ``kv_capacity_tokens`` is what its KV cache holds. A replica that is not ``flippable`` keeps
-    the role it came up with.
+    the role it came up with. One that ``extends_kv`` can begin a prefill with another instance's KV of the
+    prompt's beginning.
     """
 
     id: str
@@ -33,3 +34,4 @@ class Instance:
     block_tokens: int = 16
     kv_bytes_per_token: int = 0
     flippable: bool = True
+    extends_kv: bool = True

@@ -9,6 +9,7 @@ from typing import Final
 import msgspec
 
 from tidegate.core.prediction import Prediction
+from tidegate.core.session import History
 from tidegate.core.slo import Slo
 
 NO_SLO: Final = Slo()
@@ -25,7 +26,9 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     ``arrival_s`` is on the driver's clock. ``cached`` maps an instance's id to the tokens at the prompt's
     beginning that its prefix cache is expected to hold; an instance that is not in it holds none.
     ``generated`` of the prompt tokens are of the answer so far. ``remaining`` is what a placement is told of
-    the tokens to come; None where the deployment does not predict them.
+    the tokens to come; None where the deployment does not predict them. ``history`` is what the instance
+    holds to which the request's session is bound; None where it is bound to none that is up: in its first
+    round, or once its KV has expired or is lost.
     """
 
     id: str
@@ -39,3 +42,4 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     cached: Mapping[str, int] = NOTHING_CACHED
     generated: int = 0
     remaining: Prediction | None = None
+    history: History | None = None

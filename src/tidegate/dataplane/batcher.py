@@ -13,7 +13,8 @@ the token budget is filled with chunks of the prompts that have begun, oldest fi
   served, for each costs a step one token and its reader is waiting for the next; then the prompts, as their
   queue has them, which may also say that nobody joins those of a step.
 - *Pulls*: an admitted leg whose KV is elsewhere gets blocks for all of it, leaving those that begun prompts
-  will need, and takes part once what the cache lacks has arrived.
+  will need, and takes part once what the cache lacks has arrived. A prompt whose beginning is elsewhere finds
+  room as a whole, and computes the rest then.
 
 The embedded engine differs in one rule: it takes the blocks of a whole prompt at its admission.
 """
@@ -195,7 +196,7 @@ class Batcher:
         if sequence.block_ids:
             self.know(sequence)
         self.stuck = False
-        if sequence.source is not None:
+        if sequence.source is not None and not sequence.extends:
             self._first.append(sequence)
         else:
             self._queued += 1
@@ -205,11 +206,15 @@ class Batcher:
         """Take note that ``tokens`` tokens' KV is here."""
         self.loading -= 1
         self.stuck = False
-        sequence.source = None
-        sequence.computed = tokens
+        extends, sequence.source, sequence.computed = sequence.extends, None, tokens
         if sequence.shared is not None:
             self.blocks.cache.publish(sequence.shared, tokens)
-        self.ready(sequence)
+        if not extends:
+            self.ready(sequence)
+            return
+        sequence.state, sequence.blocks = CHUNKING, self.blocks.for_tokens(tokens)
+        self._chunking.append(sequence)
+        self.running[sequence] = None
 
     def release(self, sequence: SimSequence, *, pin: bool) -> Pin | None:
         """Take out a running sequence that ended; with ``pin`` its blocks stay taken, for a decode."""
@@ -419,7 +424,7 @@ class Batcher:
         self.blocks.take(count)
         pin.taken = True
         sequence.source = None
-        sequence.shared = pin.shared
+        sequence.shared = pin.shared and pin.shared.named_by(sequence.shared)
         sequence.computed = pin.tokens
         self.running[sequence] = None
         self.decode.join(sequence)
@@ -431,7 +436,8 @@ class Batcher:
         tokens, promised = pin.tokens, 0
         for other in self._chunking:
             promised += self.blocks.for_tokens(other.tokens) - other.blocks
-        units = self._find_room(sequence, tokens, tokens, promised)
+        needed = sequence.tokens if sequence.extends else tokens
+        units = self._find_room(sequence, needed, tokens, promised)
         if units < 0:
             return False
         count, shared = -(-tokens // self.blocks.block_tokens), sequence.shared

@@ -42,6 +42,11 @@ class Shared:
         self.held: list[Unit] = []
         self.published = 0
 
+    def named_by(self, further: Shared | None) -> Shared:
+        """Take the keys of a leg that goes on from these units, and may know what comes behind them."""
+        self.keys = self.keys if further is None else further.keys
+        return self
+
     @property
     def held_blocks(self) -> int:
         """Blocks of the units it holds."""

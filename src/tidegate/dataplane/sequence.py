@@ -85,3 +85,8 @@ class SimSequence:
     moving: bool = False
     admitted_s: float | None = None
     loaded_s: float | None = None
+
+    @property
+    def extends(self) -> bool:
+        """Whether its source has only the beginning of its prompt, the rest of which it computes."""
+        return self.source is not None and self.source.tokens < self.prompt - 1

@@ -22,17 +22,15 @@ class Capabilities:
     decode leg recomputes the prompt or finds it in its prefix cache. ``continues``: given the number of a
     prompt's tokens that are earlier output, it goes on exactly: characters and stop strings across the seam,
     seeded sampling, penalties, guided decoding. Without it the gateway keeps text whole itself, and a request
-    whose state ids do not hold can only begin anew. ``extends_kv``: a prefill can begin with KV of another
-    member that covers a part of its prompt. ``orders``: it serves waiting prefills by their tickets, in the
-    order it was started with; without it only ``fifo`` systems may use it. ``tells_load``: its ``/metrics``
-    show its load in vLLM's names; the gateway knows the load of the others. ``staged``: it takes running
-    decodes of other ``staged`` members over in stages, and leaves its own to them; without it a decode moves
-    by ending its leg, pinning its KV and beginning another.
+    whose state ids do not hold can only begin anew. ``orders``: it serves waiting prefills by their tickets,
+    in the order it was started with; without it only ``fifo`` systems may use it. ``tells_load``: its
+    ``/metrics`` show its load in vLLM's names; the gateway knows the load of the others. ``staged``: it takes
+    running decodes of other ``staged`` members over in stages, and leaves its own to them; without it a
+    decode moves by ending its leg, pinning its KV and beginning another.
     """
 
     kv_transfer: bool = True
     continues: bool = True
-    extends_kv: bool = False
     orders: bool = True
     tells_load: bool = False
     staged: bool = False

@@ -88,6 +88,7 @@ async def describe_member(
             facts.max_model_len,
             facts.block_tokens,
             flippable=fixed_role is None,
+            extends_kv=connector == "nixl" and kv.bidirectional and fixed_role is not Role.PREFILL,
         ),
         url=server.url,
         model=facts.model,
@@ -99,7 +100,6 @@ async def describe_member(
         capabilities=Capabilities(
             kv_transfer=connector != "none",
             continues=False,
-            extends_kv=connector == "nixl" and kv.bidirectional,
             orders=False,
             tells_load=True,
         ),

@@ -150,7 +150,6 @@ class Dispatcher:
         effects = self.plane.instance_down(instance_id, reason, self.clock.now())
         upstream.engine.close(f"instance {instance_id} is down: {reason}")
         self.handles.owner_gone(upstream.member.engine_id)
-        self.sessions.forget_instance(instance_id)
         self.do(effects)
 
     def start_failed(self, instance_id: str, reason: str) -> None:
@@ -292,5 +291,5 @@ class Dispatcher:
     def signals(self) -> list[Signal]:
         """Return the signals that this deployment gives, now that the fleet is up."""
         measured = all(u.member.profile is not None for u in self.upstreams.values())
-        always = [Signal.PREFIX_HITS, Signal.LENGTHS, Signal.FORECAST]
+        always = [Signal.PREFIX_HITS, Signal.LENGTHS, Signal.FORECAST, Signal.HISTORY]
         return [*always, Signal.PROFILE] if measured else always

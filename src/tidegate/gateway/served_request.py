@@ -8,11 +8,11 @@ from typing import Any
 
 from tidegate.control.effects import GiveUp, Held, RunDecode, RunPrefill, StartMigration
 from tidegate.control.record import RequestEnding, RequestRecord, outcome_line
-from tidegate.core.decision import Path
+from tidegate.core.decision import Path, Place
 from tidegate.core.errors import ClientError, EngineError, EngineFault, InternalError, TidegateError
 from tidegate.core.stages import parts_of_ttft
 from tidegate.engines.seam import KvHandle, LegEnd, LegTimes, TokensSink
-from tidegate.gateway.call import Call, TokenEstimate
+from tidegate.gateway.call import Call, TokenEstimate, with_answer
 from tidegate.gateway.dispatcher import Command, Dispatcher
 from tidegate.gateway.legs import Legs
 from tidegate.gateway.moving import StagedMove
@@ -159,7 +159,7 @@ class ServedRequest:
             self._note_prefill(end.times)
             self._note_decode(end.times, placed_s)
             return
-        held = await self._read_back(upstream)
+        held = await self._read_back(command.place)
         hand_over = legs.remaining() != 1
         end = await legs.run(upstream, hand_over=hand_over, most=1, ticket=command.ticket, extend=held)
         self._note_prefill(end.times)
@@ -250,28 +250,25 @@ class ServedRequest:
 
     # later rounds
 
-    async def _read_back(self, upstream: Upstream) -> KvHandle | None:
-        """Return a handle for what another instance holds of the conversation, if ``upstream`` should pull
-        it.
+    async def _read_back(self, place: Place) -> KvHandle | None:
+        """Return a handle for what another instance holds of the conversation, if the placement says so.
 
-        The holder's prefix cache has it; a leg over one token pins it. None whenever anything is in the way:
-        then the prompt is computed.
+        The holder's prefix cache has it; a leg over one token pins it. None whenever anything is in the way,
+        and where the prompt turns out to begin otherwise: then it is computed.
         """
         dispatcher, legs = self._dispatcher, self.legs
-        computed = legs.out_ids or "prompt_logprobs" in self.call.sampling
-        if computed or not self.call.session or not upstream.member.capabilities.extends_kv:
+        holder = dispatcher.upstreams.get(place.read_from or "")
+        upstream = dispatcher.upstreams.get(place.prefill_on)
+        if holder is None or upstream is None or legs.session is None:
             return None
-        known = dispatcher.sessions.find(self.call)
-        if known is None:
-            return None
-        holder = dispatcher.upstreams.get(known.on)
-        if holder is None or holder is upstream or holder.member.engine_id != known.engine_id:
+        if "prompt_logprobs" in self.call.sampling:
             return None
         try:
             if not await legs.tokenise(upstream) or legs.prompt_ids is None:
                 return None
-            tokens = known.worth_reading(legs.prompt_ids, upstream.member)
-            handle = await legs.export(holder, tokens) if tokens else None
+            tokens = dispatcher.sessions.held_of(legs.session, self.call.salt, legs.prompt_ids)
+            worth = tokens >= holder.member.instance.block_tokens
+            handle = await legs.export(holder, tokens) if worth else None
         except (EngineError, ClientError):
             return None
         if handle is not None:
@@ -283,7 +280,8 @@ class ServedRequest:
     def _note_prefill(self, times: LegTimes) -> None:
         record = self.record
         record.cached_tokens = times.cached_tokens
-        self._plane.prefill_reported(self.legs, times.cached_tokens)
+        now, read = self._clock.now(), times.kv_loaded_tokens
+        self._plane.prefill_reported(self.legs, times.cached_tokens, now, read_tokens=read)
         record.observed_prefill_s = self._prefill_s(times, self.legs.first_s or self._clock.now())
         self._note_ttft(times)
 
@@ -319,10 +317,12 @@ class ServedRequest:
         """Take the request out of the plane and tell journal and metrics how it ended."""
         dispatcher, call, legs, now = self._dispatcher, self.call, self.legs, self._clock.now()
         self._note_ttft(LegTimes())
-        effects = self._plane.ended(legs, error, now)
-        if error is None and call.session and legs.upstream is not None and legs.prompt_ids is not None:
+        if error is None and legs.session is not None and legs.prompt_ids is not None:
             ids = legs.prompt_ids + legs.out_ids
-            dispatcher.sessions.note(call, legs.upstream.member, ids, legs.prefill_on, len(legs.prompt_ids))
+            dispatcher.sessions.note(legs.session, call.salt, ids[:-1])  # the last has no KV
+            if isinstance(call.prompt, list):
+                legs.blocks = with_answer(legs.blocks, call, ids)
+        effects = self._plane.ended(legs, error, now)
         record, journal = self.record, dispatcher.journal
         record.prefill_on, record.decode_on = legs.prefill_on, legs.decode_on
         record.predicted_prefill_s = legs.predicted_prefill_s

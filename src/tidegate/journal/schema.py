@@ -16,6 +16,7 @@ from typing import Any
 from msgspec import UNSET, Struct, UnsetType, field
 
 from tidegate.core.errors import STATUS, ClientError, ClientGone
+from tidegate.core.session import History
 from tidegate.core.slo import Slo
 
 REFUSALS = frozenset(
@@ -79,12 +80,14 @@ class ProfileLine(JournalLine, tag="profile"):
 class Chosen(Struct, kw_only=True):
     """What a decision chose: a placement, or the reason why the request is held or rejected.
 
-    ``decode_on`` is None while the decode's placement waits for the end of the prefill.
+    ``decode_on`` is None while the decode's placement waits for the end of the prefill. ``read_from`` is the
+    instance whose KV of earlier turns the prefill begins with.
     """
 
     prefill_on: str | UnsetType = UNSET
     decode_on: str | UnsetType | None = UNSET
     path: str | UnsetType = UNSET
+    read_from: str | UnsetType = UNSET
     hold: str | UnsetType = UNSET
     reject: str | UnsetType = UNSET
 
@@ -94,7 +97,8 @@ class DecisionLine(JournalLine, tag="decision"):
 
     ``kind`` is ``place_prefill``, ``place_decode`` or ``replay``.
     Each alternative is ``{"instance": .., term: value, ...}``, the best one first. ``predicted`` is about the
-    chosen instance and has the unit in its keys.
+    chosen instance and has the unit in its keys. ``history`` is what is held of the prompt by the instance to
+    which the request's session is bound.
     """
 
     request: str
@@ -103,6 +107,7 @@ class DecisionLine(JournalLine, tag="decision"):
     alternatives: Sequence[Mapping[str, str | float | None]] = field(default_factory=list)
     predicted: Mapping[str, float | None] | None = None
     reason: str = ""
+    history: History | UnsetType = UNSET
 
     @property
     def label(self) -> str:
@@ -166,6 +171,25 @@ class MigrationLine(JournalLine, tag="migration"):
     moved_bytes: int = 0
     stages: int | UnsetType = UNSET
     pause_s: float | UnsetType = UNSET
+
+
+class SessionLine(JournalLine, tag="session", omit_defaults=True):
+    """What became of what is held of a session.
+
+    ``event`` is ``bound`` to an instance, whose KV of the conversation has ``tokens`` tokens, or ``moved``
+    there with a request; ``expired`` (nobody is expected to go on), ``evicted``, or ``lost`` with its
+    instance. Of a turn it is ``rebuilt``: ``tokens`` of its prompt that an earlier one had were computed
+    again, for the reason in ``detail`` if one is known; ``shortened``: its prompt contradicts the history,
+    and has only ``tokens`` in common with it; or ``overlaps``: it came before the answer to another.
+    """
+
+    session: str
+    event: str
+    tokens: int = 0
+    instance: str = ""
+    request: str = ""
+    tenant: str = ""
+    detail: str = ""
 
 
 class FailureLine(JournalLine, tag="failure"):

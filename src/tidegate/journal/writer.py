@@ -14,6 +14,7 @@ from tidegate.core.errors import EngineError, status_of
 from tidegate.core.instance import Role
 from tidegate.core.load_forecast import LoadForecast, SeriesForecast
 from tidegate.core.migration import MigrationCost
+from tidegate.core.request import Request
 from tidegate.core.slo import Slo
 from tidegate.journal.schema import (
     Chosen,
@@ -88,7 +89,7 @@ class JournalWriter:
         self.write(InstanceLine(self.elapsed_s(now_s), instance, event, role, reason, took_s))
 
     def decision(
-        self, now_s: float, request: str, kind: str, verdict: Verdict, predicted: dict[str, float] | None
+        self, now_s: float, request: Request, kind: str, verdict: Verdict, predicted: dict[str, float] | None
     ) -> None:
         """Write a verdict, with its best alternatives and what is predicted for the chosen one.
 
@@ -97,13 +98,15 @@ class JournalWriter:
         match verdict.decision:
             case Place() as place:
                 chosen = Chosen(prefill_on=place.prefill_on, decode_on=place.decode_on, path=place.path.value)
+                chosen.read_from = place.read_from or msgspec.UNSET
             case Hold(reason):
                 chosen = Chosen(hold=reason)
             case Reject(reason):
                 chosen = Chosen(reject=reason)
         best = verdict.alternatives.top(ALTERNATIVES) if verdict.alternatives else []
         t_s = self.elapsed_s(now_s)
-        self.write(DecisionLine(t_s, request, kind, chosen, best, predicted, verdict.reason))
+        history = request.history or msgspec.UNSET
+        self.write(DecisionLine(t_s, request.id, kind, chosen, best, predicted, verdict.reason, history))
 
     def flip(self, now_s: float, flip: Flip, before: Role, why: str) -> None:
         """Write that an instance's label was rewritten; ``before`` is the one it had, ``why`` a sentence."""

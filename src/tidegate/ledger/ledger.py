@@ -16,7 +16,8 @@ from tidegate.ledger.integrity import check_integrity
 from tidegate.ledger.live_table import NOWHERE
 from tidegate.ledger.matrix import LedgerMatrix
 from tidegate.ledger.records import Booked, InstanceEntry, RequestEntry, Residents
-from tidegate.ledger.rows import Forecast, Integers, RequestRows, Sessions
+from tidegate.ledger.rows import Forecast, Integers, RequestRows
+from tidegate.ledger.sessions import Sessions
 from tidegate.ledger.snapshot import Field, Labels, Snapshot, WindowAverages
 from tidegate.ledger.windows import LongWindows, close_windows
 
@@ -73,13 +74,13 @@ class Ledger:
         column = self._matrix.add_column()
         self._instances[instance.id] = InstanceEntry(instance, profile, column)
         cells = self._matrix.array[:, column]
-        cells[Field.ROLE] = role
-        cells[Field.FLIPPABLE] = instance.flippable
+        cells[Field.ROLE : Field.FLIPPABLE + 1] = role, instance.flippable
         cells[Field.KV_CAPACITY_TOKENS] = instance.kv_capacity_tokens
         cells[Field.FREE_TOKENS] = instance.kv_capacity_tokens or math.inf
         cells[Field.FLIPPED_AT_S] = -math.inf
         cells[Field.PREFILL_SLOWNESS] = 0.0 if profile is UNMEASURED else 1.0
         cells[Field.KV_BYTES_PER_TOKEN] = instance.kv_bytes_per_token
+        cells[Field.BLOCK_TOKENS : Field.EXTENDS_KV + 1] = instance.block_tokens, instance.extends_kv
         self._matrix.queue_since_s[column] = now
         self._windows.add_column()
         self._membership_changed()

@@ -1,10 +1,8 @@
-"""Live requests and sessions as arrays: what a policy sees of single ones."""
+"""Live requests as arrays: what a policy sees of single ones."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
@@ -19,9 +17,6 @@ Floats = NDArray[np.float64]
 
 Forecast = Callable[[Sequence[Request], Integers], tuple[Floats, Floats, Floats]]
 """Tells of requests that have generated so many tokens each how many are left: mean, 0.1 and 0.9 quantile."""
-
-MOST_SESSIONS = 100_000
-"""How many sessions are remembered (ours); those that were not heard of for longest go first."""
 
 
 class RequestRows:
@@ -160,79 +155,3 @@ class RequestRows:
     def _columns(self, row: Row) -> Integers:
         columns = self._integers(row)
         return columns if self._seen is None else np.asarray(self._seen[columns])
-
-
-@dataclass(frozen=True, slots=True)
-class SessionRows:
-    """One row per session; ``keys[k]`` is the tenant and the session of row k.
-
-    ``held_on`` is the snapshot's column of the instance where its last turn was decoded, or NOWHERE;
-    ``context_tokens`` is the length of its history there. ``turns`` counts the turns that arrived, ``live``
-    those that have not ended, and ``last_s`` is when the last one arrived or ended.
-    """
-
-    keys: tuple[tuple[str, str], ...]
-    held_on: Integers
-    context_tokens: Integers
-    turns: Integers
-    live: Integers
-    last_s: Floats
-
-
-@dataclass(slots=True)
-class _Session:
-    """What is known of one session. ``instance`` is "" while nobody holds KV of it."""
-
-    instance: str = ""
-    context_tokens: int = 0
-    turns: int = 0
-    live: int = 0
-    last_s: float = 0.0
-    last_request: str = ""
-
-
-class Sessions:
-    """Remembers which instance holds a session's KV, by what the ledger learns of its requests."""
-
-    def __init__(self) -> None:
-        self._sessions: OrderedDict[tuple[str, str], _Session] = OrderedDict()
-
-    def began(self, request: Request, now: float) -> None:
-        """Take note of a turn that was placed for the first time."""
-        key = (request.tenant, request.session)
-        session = self._sessions.setdefault(key, _Session())
-        self._sessions.move_to_end(key)
-        if len(self._sessions) > MOST_SESSIONS:
-            self._sessions.popitem(last=False)
-        session.turns += request.id != session.last_request  # a replay is no turn of its own
-        session.last_request = request.id
-        session.live += 1
-        session.last_s = now
-
-    def ended(self, request: Request, held_on: str, context_tokens: int, now: float) -> None:
-        """Take note of a turn that ended; ``held_on`` is "" when its KV is lost."""
-        session = self._sessions.get((request.tenant, request.session))
-        if session is None:
-            return
-        session.live = max(0, session.live - 1)
-        session.last_s = now
-        if held_on:
-            session.instance, session.context_tokens = held_on, context_tokens
-
-    def instance_down(self, instance_id: str) -> None:
-        """Take note that all KV on an instance is lost."""
-        for session in self._sessions.values():
-            if session.instance == instance_id:
-                session.instance, session.context_tokens = "", 0
-
-    def rows(self, index: Mapping[str, int]) -> SessionRows:
-        """Return one row per session; ``index`` has the columns of the instances."""
-        sessions = self._sessions.values()
-        return SessionRows(
-            keys=tuple(self._sessions),
-            held_on=np.array([index.get(each.instance, NOWHERE) for each in sessions], np.int64),
-            context_tokens=np.array([each.context_tokens for each in sessions], np.int64),
-            turns=np.array([each.turns for each in sessions], np.int64),
-            live=np.array([each.live for each in sessions], np.int64),
-            last_s=np.array([each.last_s for each in sessions], np.float64),
-        )

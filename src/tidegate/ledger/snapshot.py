@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from tidegate.core.instance import Role
 from tidegate.costs.forms import lesser
 from tidegate.costs.profile import ProfileTable
-from tidegate.ledger.rows import RequestRows, SessionRows
+from tidegate.ledger.rows import RequestRows
+from tidegate.ledger.sessions import SessionRows
 
 if TYPE_CHECKING:
     from tidegate.core.load_forecast import LoadForecast
@@ -96,7 +97,9 @@ class Field:
     PREFILL_SLOWNESS: Final = 18
     KV_BYTES_PER_TOKEN: Final = 19
     MOVE_PAUSE_S: Final = 20
-    COUNT: Final = 21
+    BLOCK_TOKENS: Final = 21
+    EXTENDS_KV: Final = 22
+    COUNT: Final = 23
 
 
 class WindowAverages(NamedTuple):
@@ -284,6 +287,12 @@ class Snapshot:
     def flippable(self) -> Mask:
         """Tell which instances may change label."""
         marked: Mask = self.state[Field.FLIPPABLE] > 0
+        return marked
+
+    @property
+    def extends_kv(self) -> Mask:
+        """Tell which instances can begin a prefill with KV that is read from another."""
+        marked: Mask = self.state[Field.EXTENDS_KV] > 0
         return marked
 
     @property

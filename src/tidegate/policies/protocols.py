@@ -23,13 +23,15 @@ class Signal(enum.StrEnum):
     PROFILE: the instances have measured or named profiles (``Snapshot.costs``). PREFIX_HITS: it is known what
     each instance has cached of a prompt (``Request.cached``). LENGTHS: what is left to generate is predicted
     (``Request.remaining``, and the columns ``remaining_*`` of ``Snapshot.requests``). FORECAST: the load of
-    the next periods is forecast (``Snapshot.forecast``).
+    the next periods is forecast (``Snapshot.forecast``). HISTORY: conversations are recognised by their
+    prefix where they name no session (``Request.history``; of named sessions it is always known).
     """
 
     PROFILE = "profile"
     PREFIX_HITS = "prefix_hits"
     LENGTHS = "lengths"
     FORECAST = "forecast"
+    HISTORY = "history"
 
 
 class Policy(Protocol):
@@ -100,6 +102,15 @@ class Observer(Protocol):
 
     def finished(self, request: Request, generated: int, now: float) -> None:
         """``request`` was answered in full with ``generated`` tokens."""
+        ...
+
+
+class ReadBack(Protocol):
+    """Decides whether a prefill begins with KV of its session's earlier turns."""
+
+    def __call__(self, request: Request, snapshot: Snapshot, prefill_on: str) -> bool:
+        """Tell whether ``prefill_on`` is to read what ``request.history`` tells of, rather than compute what
+        its own cache lacks. Asked where both are up and apart."""
         ...
 
 

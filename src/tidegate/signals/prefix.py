@@ -6,6 +6,7 @@ block counts once all blocks before it are there, and the block that was used lo
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -17,11 +18,18 @@ class PromptBlocks(NamedTuple):
     """A prompt as blocks: ``keys[k]`` stands for block k and all blocks before it.
 
     ``block_tokens`` is the length of a block in tokens; it may be an estimate for a text that nobody has
-    tokenised yet.
+    tokenised yet. Without ``with_answer`` the keys of a request that has ended name its prompt only, though
+    the KV of its answer can be found, too: its tokens are not known where the keys are made.
     """
 
     keys: Sequence[int]
     block_tokens: float
+    with_answer: bool = True
+
+    def within(self, tokens: int) -> PromptBlocks:
+        """Return those that begin within the first ``tokens`` tokens."""
+        count = math.ceil(tokens / self.block_tokens)
+        return self if len(self.keys) <= count else self._replace(keys=self.keys[:count])
 
 
 NO_BLOCKS = PromptBlocks((), 1.0)

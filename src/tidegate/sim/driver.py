@@ -33,10 +33,11 @@ from tidegate.policies.order import Ticket
 from tidegate.signals.forecast import LoadFeed
 from tidegate.signals.lengths.choice import simulated_source
 from tidegate.signals.prefix import NO_BLOCKS, PrefixIndex, PromptBlocks
+from tidegate.sim.legs import SentLegs
 from tidegate.sim.membership import CONTROL, FleetSchedule
 from tidegate.sim.sampling import Sampler
 from tidegate.sim.settings import SimSettings
-from tidegate.sim.simulated_request import UNREACHED, RequestColumns, SimulatedRequest
+from tidegate.sim.simulated_request import AwaitedRead, RequestColumns, SimulatedRequest
 from tidegate.systems.system import System
 from tidegate.workloads.trace import TraceRecord
 
@@ -80,6 +81,7 @@ class SimDriver:
         self.first_roles: list[Role | None] = [None] * len(replicas)
         self.last_roles: list[Role | None] = [None] * len(replicas)
         self.requests: dict[int, SimulatedRequest] = {}
+        self.legs = SentLegs(self.cluster, events, settings.front_s, self.requests)
         self.columns = RequestColumns()
         self.slo_class: list[str] = []
         self.steps = [0] * len(replicas)
@@ -176,9 +178,10 @@ class SimDriver:
         for live in self.requests.values():
             if live.leg is None:
                 continue
-            if live.on == instance:
+            source = live.leg.source
+            if (live.on if live.reads is None else live.reads.on) == instance:
                 lost.append(live)
-            elif live.pin is not None and live.pin.on == instance and live.leg.source is live.pin:
+            elif live.on == instance or (source is not None and source.on == instance):
                 robbed.append(live)
         errors = [self._abort_leg(live, instance, now) for live in lost]
         self._tell(instance)
@@ -191,12 +194,6 @@ class SimDriver:
         self._do(effects, now)
         for live, error in zip(lost, errors, strict=True):
             self._do(self.plane.failed(live, error, now), now)
-
-    def submit(self, index: int, legs: int, now: float) -> None:
-        """Have a leg reach its engine, unless its request has ended or is on another one by now."""
-        live = self.requests.get(index)
-        if live is not None and live.legs == legs and live.leg is not None:
-            self.cluster.submit(live.on, live.leg, now)
 
     def labels(self) -> list[Role | None]:
         """Return the last label of every instance; None for one that never came up."""
@@ -244,38 +241,27 @@ class SimDriver:
         hand_over = live.decode_on is None and live.output_tokens - live.generated > 1
         # One whose answer has begun has no TTFT left to meet, and goes first.
         ticket = None if live.generated else effect.ticket
-        self._dispatch(live, self._index[effect.place.prefill_on], hand_over, ticket, now)
+        on, history = self._index[effect.place.prefill_on], live.history
+        if effect.place.read_from is None or history is None:
+            self._dispatch(live, on, hand_over, ticket, now)
+            return
+        self.legs.pin_history(live, self._index[history.on], AwaitedRead(on, hand_over, ticket), now)
 
     def _dispatch(
-        self, live: LiveRequest, on: int, hand_over: bool, ticket: Ticket | None, now: float
+        self,
+        live: LiveRequest,
+        on: int,
+        hand_over: bool,
+        ticket: Ticket | None,
+        now: float,
+        source: Pin | None = None,
     ) -> None:
-        """Send off a leg: of one token if another leg is to follow, else of all that are left."""
+        """Send off a leg, to an instance whose context it fits."""
         assert isinstance(live, SimulatedRequest)
-        live.handing_over = hand_over
-        last = live.most_tokens
-        if last > self._contexts[on]:
+        if live.most_tokens > self._contexts[on]:
             self._refuse(live, self._contexts[on], now)
-            return
-        prompt, blocks = live.request.prompt_tokens + live.generated, live.blocks
-        sequence = SimSequence(
-            live.index,
-            prompt,
-            prompt + 1 if hand_over else last,
-            hand_over,
-            live.pin,
-            blocks.keys,
-            blocks.block_tokens,
-            ticket,
-        )
-        live.leg = sequence
-        live.on = on
-        live.placed_s = now
-        live.leg_first_s = UNREACHED
-        live.legs += 1
-        if self._settings.front_s > 0:
-            self._events.push(now + self._settings.front_s, EventKind.LEG, live.index, live.legs)
         else:
-            self.cluster.instances[on].submit(sequence, now)
+            self.legs.run(live, on, hand_over, ticket, now, source)
 
     def _migrate(self, live: LiveRequest, src: int, dst: int, now: float) -> None:
         assert isinstance(live, SimulatedRequest)
@@ -299,7 +285,7 @@ class SimDriver:
         assert leg is not None
         self.cluster.abort(leg, now)
         live.generated = max(live.generated, leg.tokens - live.request.prompt_tokens)
-        live.leg, live.on, live.pin = None, -1, None
+        live.leg, live.on, live.pin, live.reads = None, -1, None, None
         live.legs += 1
         live.handing_over = False
         stage = "decode" if live.stage is Stage.DECODE else "prefill"
@@ -307,14 +293,17 @@ class SimDriver:
         return EngineUnreachable(f"instance {name} died", instance=name, stage=stage)
 
     def _without_source(self, live: SimulatedRequest, now: float) -> None:
-        """Have a decode compute what it cannot pull any more."""
-        leg, pin = live.leg, live.pin
-        assert leg is not None and pin is not None
-        live.pin = None
-        if leg.state == LOADING:
+        """Have a leg compute what it cannot pull any more."""
+        leg, reads = live.leg, live.reads
+        assert leg is not None
+        pin, live.pin = leg.source, None
+        if reads is not None:
             self.cluster.abort(leg, now)
-            self._dispatch(live, live.on, False, None, now)
-        else:
+            self._dispatch(live, *reads, now)
+        elif leg.state == LOADING:
+            self.cluster.abort(leg, now)
+            self._dispatch(live, live.on, leg.hand_over, leg.ticket, now)
+        elif pin is not None:
             self.cluster.drop(pin, now)
 
     def _refuse(self, live: SimulatedRequest, context: int, now: float) -> None:
@@ -369,6 +358,8 @@ class SimDriver:
         """See ``Listener.token``: the first one of a leg tells that its prefill, or its pull, has ended."""
         live = self.requests[sequence.request]
         plane = self.plane
+        if live.reads is not None:
+            return
         if self._stale:
             self._tell(live.on)
         decodes = live.stage is Stage.DECODE
@@ -379,7 +370,7 @@ class SimDriver:
                 decodes = True
             if live.first_token_s != live.first_token_s:
                 live.note_first_token(sequence, self._settings.front_s, now)
-                plane.prefill_reported(live, sequence.cached_tokens)
+                plane.prefill_reported(live, sequence.cached_tokens, now, read_tokens=live.read_tokens)
         live.generated += 1
         live.last_token_s = now
         if decodes:
@@ -417,12 +408,18 @@ class SimDriver:
 
     def pull(self, sequence: SimSequence, instance: int, now: float) -> None:
         """See ``Listener.pull``."""
-        moved = self.cluster.pull(sequence, instance, now)
-        self.requests[sequence.request].kv_transfer_bytes += moved
+        live, source = self.requests[sequence.request], sequence.source
+        live.kv_transfer_bytes += self.cluster.pull(sequence, instance, now)
+        if source is not None and live.pin is not source:
+            live.read_tokens = source.tokens - sequence.cached_tokens
 
     def ended(self, sequence: SimSequence, pin: Pin | None, now: float) -> None:
         """See ``Listener.ended``: hand the request over, or finish it."""
         live = self.requests[sequence.request]
+        if pin is not None and live.reads is not None:
+            self.cluster.begin_lease(pin, now)
+            self._dispatch(live, *live.reads, now, pin)
+            return
         live.last_token_s = now
         if pin is not None:
             live.pin = pin

@@ -74,7 +74,7 @@ class _Simulation:
         hits = [Signal.PREFIX_HITS] if settings.prefix_hits else []
         lengths = [Signal.LENGTHS] if settings.lengths else []
         forecast = [Signal.FORECAST] if settings.forecast else []
-        system.check_signals([Signal.PROFILE, *hits, *lengths, *forecast])
+        system.check_signals([Signal.PROFILE, Signal.HISTORY, *hits, *lengths, *forecast])
         self._ids = [replica.instance.id for replica in replicas]
         if len(set(self._ids)) != len(replicas):
             raise ConfigError("two instances have one id")
@@ -117,7 +117,7 @@ class _Simulation:
         requests, coming, handled = driver.requests, arrivals.coming, 0
         handlers = driver.cluster.handlers | {
             EventKind.ARRIVAL: self._arrive,
-            EventKind.LEG: driver.submit,
+            EventKind.LEG: driver.legs.arrive,
             EventKind.TICK: self._tick,
         }
         handle = [handlers[kind] for kind in range(len(handlers))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from tidegate.core.request import Request
 from tidegate.core.stages import STAGES
 from tidegate.dataplane.sequence import Pin, SimSequence
 from tidegate.measure.request_table import RequestTable
+from tidegate.policies.order import Ticket
 from tidegate.signals.prefix import PromptBlocks
 
 UNREACHED = math.nan
@@ -35,14 +37,24 @@ _UNSET = b"\xff" * (_ROW.size * _GROWTH)
 """Rows without an end: every time NaN, every count -1."""
 
 
+class AwaitedRead(NamedTuple):
+    """The prefill leg that is to follow once another instance has pinned what it reads: ``_dispatch``'s."""
+
+    on: int
+    hand_over: bool
+    ticket: Ticket | None
+
+
 class SimulatedRequest(LiveRequest):
     """A live request in the simulated cluster. Times are virtual, durations are those of its stages.
 
     ``number`` is its record's place in the trace, ``index`` its place in the order of arrival. ``leg`` is the
-    sequence on its way to, or inside, instance ``on``, and ``legs`` counts them. ``handing_over`` tells that
+    sequence on its way to, or inside, instance ``on``, and ``legs`` counts them, with the ``read_legs`` that
+    only pin history. ``handing_over`` tells that
     another leg is to continue the one that runs, from the KV that ``pin`` keeps. ``output_tokens``
     is the length of the answer, which ``request.max_tokens`` does not tell, and ``most_tokens`` are those of
-    the prompt and the whole answer.
+    the prompt and the whole answer. While ``reads`` is set the leg is one that pins what the prefill
+    it speaks of begins with; ``read_tokens`` of that had to come.
     """
 
     leg: SimSequence | None = None
@@ -50,6 +62,9 @@ class SimulatedRequest(LiveRequest):
     legs = 0
     handing_over = False
     pin: Pin | None = None
+    reads: AwaitedRead | None = None
+    read_tokens = 0
+    read_legs = 0
     placed_s = 0.0
     leg_first_s = UNREACHED
     first_token_s = UNREACHED
@@ -113,7 +128,7 @@ class SimulatedRequest(LiveRequest):
         admitted_s, first_s = sequence.admitted_s, self.leg_first_s
         if admitted_s is None:
             raise InternalError(f"{self.request.id} ended without having been admitted")
-        if self.legs > 1:
+        if self.legs - self.read_legs > 1:
             self.transfer_s = 0.0 if sequence.loaded_s is None else sequence.loaded_s - admitted_s
             self.decode_queue_s = admitted_s - self.placed_s
             self.first_step_s = first_s - self.placed_s - self.transfer_s - self.decode_queue_s
@@ -135,6 +150,7 @@ class SimulatedRequest(LiveRequest):
             self.replays,
             self.migrations,
             stages,
+            self.read_tokens and self.read_tokens + self.cached_tokens,
             predicted_lengths=self.predicted,
         )
 

@@ -14,9 +14,11 @@ from tidegate.policies.protocols import (
     DecodePlacement,
     Observer,
     PrefillPlacement,
+    ReadBack,
     Signal,
     StartingRoles,
 )
+from tidegate.policies.reading import read_where_worth
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,10 +27,10 @@ class System:
 
     ``controllers`` decide in this order where their periods meet. ``order`` is that of waiting prefills, in
     every engine (``Order.in_engines``) and among the requests that the plane holds. ``observers`` hear tokens
-    and endings. ``signals`` are those that the composition uses beyond what its parts declare. ``window_s``
-    is the length of the ledger's window; ``windows`` names longer ones, each a multiple of it
-    (``Snapshot.windows``). Raises ConfigError for a window or a period that cannot be, and for two
-    controllers of one name.
+    and endings. ``signals`` are those that the composition uses beyond what its parts declare. ``read_back``
+    is asked where a placement leaves ``Place.read_from`` open; None: it stays open. ``window_s`` is the
+    length of the ledger's window; ``windows`` names longer ones, each a multiple of it (``Snapshot.windows``).
+    Raises ConfigError for a window or a period that cannot be, and for two controllers of one name.
     """
 
     name: str
@@ -40,6 +42,7 @@ class System:
     order: Order = FIFO
     observers: tuple[Observer, ...] = ()
     signals: frozenset[Signal] = frozenset()
+    read_back: ReadBack | None = read_where_worth
     window_s: float = 1.0
     windows: Mapping[str, float] = field(default_factory=dict)
 

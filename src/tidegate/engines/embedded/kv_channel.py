@@ -7,7 +7,8 @@
 and then, one at a time, from the puller:
 
     {"op": "pull", "request_id", "engine_id", "block_ids", "stream"} -> {"ok": true} (+ block bytes if
-        "stream") or {"error": why}; without "stream" the puller reads the blocks from mapped memory
+        "stream") or {"error": why}; without "stream" the puller reads the blocks from mapped memory. The
+        blocks are some of those that are pinned, one behind the other
     {"op": "release", "request_id"} -> {"valid": whether the pin held until now}
 
     {"op": "stage", "engine_id", "stream", and a StageQuestion} -> {"ok": true, "stage": a StageAnswer}
@@ -361,8 +362,9 @@ class KvExporter:
         if pinned is None:
             wire.send({"error": "the KV is not pinned: released, expired or never existed"})
             return
-        wanted = message.get("block_ids")
-        if not isinstance(wanted, list) or tuple(wanted) != pinned.block_ids[: len(wanted)]:
+        wanted, pins = message.get("block_ids"), pinned.block_ids
+        at = pins.index(wanted[0]) if isinstance(wanted, list) and wanted and wanted[0] in pins else 0
+        if not isinstance(wanted, list) or tuple(wanted) != pins[at : at + len(wanted)]:
             wire.send({"error": "the handle's blocks are not those pinned for this request"})
             return
         wire.send({"ok": True})

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from tidegate.core.clock import Clock
@@ -121,7 +122,6 @@ class BatchScheduler:
         if error is not None:
             self.counters.pull_failures += 1
         if wanted and error is None:
-            sequence.computed = sequence.loaded_tokens
             self._publish(sequence)
             self.running.append(sequence)
             return
@@ -221,10 +221,10 @@ class BatchScheduler:
         if source is not None:
             usable = min(source.num_tokens, len(source.block_ids) * block_tokens, len(sequence.tokens))
         pull = min(usable, most) // block_tokens > len(hits)
-        if not self._allocate_for(sequence, [] if pull else hits):
+        if not self._allocate_for(sequence, hits):
             return False
         if pull and source is not None:
-            self._load(sequence, source, usable)
+            self._load(sequence, source, usable, len(hits))
         else:
             self.decline(sequence)
             self._start(sequence, len(hits) * block_tokens)
@@ -288,20 +288,25 @@ class BatchScheduler:
         self._start(sequence, computed)
         return True
 
-    def _load(self, sequence: TokenSequence, source: KvSource, usable: int) -> None:
-        """Have the first ``usable`` tokens' KV brought in by the puller."""
-        self._note_admission(sequence, 0, usable)
+    def _load(self, sequence: TokenSequence, source: KvSource, usable: int, hits: int) -> None:
+        """Have the first ``usable`` tokens' KV brought in by the puller, but for its first ``hits`` blocks,
+        which are here."""
+        cached = hits * self.pool.block_tokens
+        self._note_admission(sequence, cached, usable)
         sequence.try_source = False
         sequence.loading = True
-        sequence.loaded_tokens = min(usable, len(sequence.tokens) - 1)
+        sequence.published = hits
+        sequence.computed = min(usable, len(sequence.tokens) - 1)
+        sequence.loaded_tokens = sequence.computed - cached
         self.loading.append(sequence)
         count = -(-usable // self.pool.block_tokens)
+        lacking = replace(source, block_ids=source.block_ids[hits:count])
         done = partial(self._load_done, sequence)
         if self.puller is None:
             done("this instance has no KV transfer", 0)
             return
         try:
-            self.puller.submit(source, sequence.blocks[:count], done)
+            self.puller.submit(lacking, sequence.blocks[hits:count], done)
         except Exception as error:
             log.exception("submitting a pull from %s failed", source.engine_id)
             done(str(error), 0)

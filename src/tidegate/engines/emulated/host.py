@@ -304,9 +304,7 @@ class Host:
         if held is None or not held.available:
             instance.counters.pull_failures += 1
             return None
-        if held.pin.tokens != len(request.prompt_token_ids) - 1:
-            # Only whole prompts are handed over; the data plane has no leg that pulls a part and computes
-            # the rest.
+        if held.pin.tokens > len(request.prompt_token_ids) - 1:
             instance.counters.pull_failures += 1
             self.cluster.drop(held.pin, now)
             return None

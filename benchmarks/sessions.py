@@ -1,0 +1,115 @@
+"""Is history reused? Conversations on live embedded engines, and what of it was computed again.
+
+Run: ``PYTHONPATH=src:testkit python benchmarks/sessions.py`` (a minute or two per row on two cores). The
+engines have a tiny random model. Every row is one way of placing later rounds:
+
+- ``local``: where the history is; ``remote``: elsewhere, with the history read; ``either``: drawn;
+- ``blind``: elsewhere, without reading, decoded anywhere: what history is worth.
+
+``reused`` is the share of the tokens that a session cache which forgets nothing would hit that no engine
+computed again. ``predicted`` sums what the prefix index expected of prefills, ``reported`` what the engines
+said; ``off`` is their relative difference. ``moved`` counts migrations, ``read`` tokens of history read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import tempfile
+from pathlib import Path
+
+import aiohttp
+import orjson
+
+from tidegate.engines.embedded.tiny_model import make_tiny_model
+from tidegate.fleet.processes import EngineLaunch, LocalFleet
+from tidegate.gateway.run import Gateway
+from tidegate.gateway.settings import GatewaySettings
+from tidegate_testing.chaos import Forced, chaos
+from tidegate_testing.rounds import anywhere, rounds_of
+
+WAYS = {
+    "local": (1.0, 1.0, 1.0),
+    "remote": (0.0, 1.0, 1.0),
+    "either": (0.5, 1.0, 1.0),
+    "blind": (0.0, 0.0, 0.0),
+}
+OPEN = 12
+
+
+async def converse(url: str, client: aiohttp.ClientSession, session: int, args: argparse.Namespace) -> int:
+    """Hold a conversation; return what a session cache that forgets nothing would hit."""
+    history: list[int] = []
+    hits = 0
+    for said, tokens in rounds_of(session, args.rounds, args.first, args.more):
+        hits += max(0, len(history) - 1)
+        history += said
+        body = {"prompt": history, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        body |= {"return_token_ids": True}
+        headers = {"x-session-id": f"s{session}"}
+        async with client.post(url + "/v1/completions", data=orjson.dumps(body), headers=headers) as answer:
+            assert answer.status == 200, await answer.text()
+            history += orjson.loads(await answer.read())["choices"][0]["token_ids"]
+    return hits
+
+
+async def measure(way: str, model: Path, journal: Path, args: argparse.Namespace) -> None:
+    """Print a row."""
+    launch = EngineLaunch(model=model, instances=args.instances, kv_memory_mb=args.kv_memory_mb, zygote=True)
+    settings = GatewaySettings(port=0, admission=0.0, journal=journal)
+    gateway = Gateway(settings, LocalFleet(launch), anywhere(1, *WAYS[way]))
+    forced = Forced(migrate_every_s=args.migrate_every_s)
+    try:
+        url = await gateway.start()
+        async with aiohttp.ClientSession() as client, chaos(gateway.dispatcher, forced):
+            gate = asyncio.Semaphore(OPEN)
+
+            async def one(session: int) -> int:
+                async with gate:
+                    return await converse(url, client, session, args)
+
+            hits = sum(await asyncio.gather(*(one(session) for session in range(args.sessions))))
+    finally:
+        await gateway.stop()
+    print_row(way, hits, gateway, journal, args)
+
+
+def print_row(way: str, hits: int, gateway: Gateway, journal: Path, args: argparse.Namespace) -> None:
+    plane, prefixes = gateway.dispatcher.plane, gateway.dispatcher.prefixes
+    rows = [orjson.loads(line) for line in journal.read_bytes().splitlines()]
+    ends = [row for row in rows if row["type"] == "outcome"]
+    had = sum(max(row["cached_tokens"], row.get("read_back_tokens", 0)) for row in ends)
+    read = sum(row.get("read_back_tokens", 0) for row in ends)
+    predicted, reported = prefixes.predicted_tokens, prefixes.reported_tokens
+    off = predicted / max(1, reported) - 1
+    print(
+        f"{way:8} {args.sessions:8} {hits:9} {had:9} {had / hits:7.1%} {predicted:10} {reported:10} "
+        f"{off:7.1%} {plane.migrations['done']:6} {read:9}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sessions", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--first", type=int, default=400, help="most tokens of a first message")
+    parser.add_argument("--more", type=int, default=200, help="most tokens of a later message")
+    parser.add_argument("--instances", type=int, default=3)
+    parser.add_argument("--kv-memory-mb", type=int, default=64)
+    parser.add_argument("--migrate-every-s", type=float, default=0.0)
+    parser.add_argument("--ways", default=",".join(WAYS))
+    args = parser.parse_args()
+    heads = ("way", "sessions", "hits", "had", "reused", "predicted", "reported", "off", "moved", "read")
+    print("{:8} {:>8} {:>9} {:>9} {:>7} {:>10} {:>10} {:>7} {:>6} {:>9}".format(*heads))
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "tiny"
+        make_tiny_model(model)
+        for way in args.ways.split(","):
+            asyncio.run(measure(way, model, Path(folder) / f"{way}.jsonl", args))
+
+
+if __name__ == "__main__":
+    main()

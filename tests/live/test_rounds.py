@@ -1,0 +1,66 @@
+"""Conversations whose rounds are prefilled and decoded anywhere, moved and evicted: the same tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import orjson
+import pytest
+
+from tests.live.live_cluster import Live, cluster
+from tidegate.gateway.settings import GatewaySettings
+from tidegate_testing.chaos import Forced
+from tidegate_testing.rounds import anywhere, rounds_of
+
+ROUNDS = 6
+OPEN = 12
+
+
+async def converse(live: Live, sessions: int) -> list[list[list[int]]]:
+    """Hold the conversations, ``OPEN`` at a time; return the answers' ids. Two tenants have sessions of the
+    same name, and every fifth conversation names none."""
+    gate = asyncio.Semaphore(OPEN)
+
+    async def one(session: int) -> list[list[int]]:
+        headers = {"x-session-id": f"s{session // 2}", "x-tenant-id": f"t{session % 2}"}
+        if session % 5 == 0:
+            del headers["x-session-id"]
+        history: list[int] = []
+        answers: list[list[int]] = []
+        async with gate:
+            for said, tokens in rounds_of(session, ROUNDS):
+                history += said
+                body = {"prompt": history, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+                ids, _ = await live.stream(body, headers)
+                answers.append(ids)
+                history = history + ids
+        return answers
+
+    return await asyncio.gather(*(one(session) for session in range(sessions)))
+
+
+@pytest.mark.parametrize("sessions", [10, pytest.param(100, marks=pytest.mark.slow)])
+async def test_rounds_run_anywhere_say_the_same(model_dir: Path, tmp_path: Path, sessions: int) -> None:
+    settings = GatewaySettings(admission=0.0, trusted_proxies=("127.0.0.1",))
+    async with cluster(model_dir, "colocated", instances=1, dtype="float64", settings=settings) as live:
+        reference = await converse(live, sessions)
+    journal = tmp_path / "journal.jsonl"
+    settings = replace(settings, journal=journal)
+    forced = Forced(migrate_every_s=0.2)
+    system = anywhere(random.Random(sessions).randrange(1000))
+    async with cluster(
+        model_dir, system, dtype="float64", settings=settings, forced=forced, kv_memory_mb=2
+    ) as live:
+        assert await converse(live, sessions) == reference
+        await live.until_drained()
+        plane = live.gateway.dispatcher.plane
+        plane.ledger.check_integrity()
+    rows = [orjson.loads(line) for line in journal.read_bytes().splitlines()]
+    events = Counter(row["event"] for row in rows if row["type"] == "session")
+    read = sum(row.get("read_back_tokens", 0) for row in rows if row["type"] == "outcome")
+    assert read > 0 and events["bound"] > sessions
+    assert plane.migrations["done"] > 0
