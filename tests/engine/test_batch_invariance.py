@@ -113,7 +113,7 @@ def test_a_round_pulls_and_computes_only_what_is_not_here(llama: Path, error: st
 
     leg, held = here.legs["round-2"], len(PROMPT) + len(said) - 1
     assert leg.token_ids == alone.token_ids
-    times, stats = leg.last and leg.last.times, here.engine.stats()
+    times, stats = None if leg.last is None else leg.last.times, here.engine.stats()
     assert times is not None and times.cached_tokens == 2 * block
     if error is None:
         assert times.kv_loaded_tokens == held - 2 * block

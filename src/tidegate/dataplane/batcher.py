@@ -29,16 +29,8 @@ from tidegate.dataplane.decode_batch import DecodeBatch
 from tidegate.dataplane.prefix import Shared
 from tidegate.dataplane.replica import Replica
 from tidegate.dataplane.sequence import (
-    CHUNKING,
-    DECODING,
-    ENDED,
-    LOADING,
-    PAUSED,
-    READY,
-    WAITING,
-    Pin,
-    SimSequence,
-)
+    CHUNKING, DECODING, ENDED, LOADING, PAUSED, READY, WAITING, Pin, SimSequence,
+)  # fmt: skip
 from tidegate.policies.order import Ticket, WaitingQueue
 
 

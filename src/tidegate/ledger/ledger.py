@@ -54,14 +54,13 @@ class Ledger:
         self._forecast = forecast
         self.load_forecast: LoadForecast | None = None
         self.start_s: Mapping[Role, float] = {}
-        self.held_prefills = 0
         self._instances: dict[str, InstanceEntry] = {}
         self._entries: dict[str, RequestEntry] = {}
         self._ids: tuple[str, ...] = ()
         self._index: dict[str, int] = {}
         self._costs: ProfileTable | None = None
         self._labels: Labels | None = None
-        self._placed_prefills = self._placed_decodes = 0
+        self.held_prefills = self._placed_prefills = self._placed_decodes = 0
         self._last_flip_to_decode_s = -math.inf
         self._window_start_s = -math.inf
 
