@@ -237,7 +237,7 @@ class BoundSessions:
             self._journal.write(SessionLine(self._journal.elapsed_s(now), *about))
 
 
-class Known(NamedTuple):
+class SharedBeginning(NamedTuple):
     """How many ``tokens`` at a prompt's beginning its session's last turn ended with.
 
     ``named_tokens`` of them are named by blocks that both have. ``contradicted``: the prompt goes on
@@ -249,7 +249,7 @@ class Known(NamedTuple):
     contradicted: bool
 
 
-def known_tokens(entry: SessionEntry, blocks: PromptBlocks, prompt_tokens: int) -> Known:
+def known_tokens(entry: SessionEntry, blocks: PromptBlocks, prompt_tokens: int) -> SharedBeginning:
     """Compare a prompt with its session's history: what both begin with, to the block.
 
     Where only the history's prompt is named, an answer behind a prompt that is all there is taken to be
@@ -265,4 +265,4 @@ def known_tokens(entry: SessionEntry, blocks: PromptBlocks, prompt_tokens: int) 
     contradicted = count < within
     whole = not contradicted and bool(earlier) and not entry.names_answer
     tokens = most if whole and not entry.key[1].startswith(UNNAMED) else named_tokens
-    return Known(tokens, named_tokens, contradicted)
+    return SharedBeginning(tokens, named_tokens, contradicted)

@@ -4,8 +4,7 @@ The rules are those of vLLM's scheduler (0.19). Every running sequence with one 
 the token budget is filled with chunks of the prompts that have begun, oldest first, then with new ones.
 
 - *Admission*: the whole prompt must find free blocks, beside the reserve, but only those of the tokens that a
-  step computes are taken for it. A head that finds no room holds back all behind it, and is asked
-  again once something has changed.
+  step computes are taken for it. A head without room holds back all behind it until something has changed.
 - *Prefix*: of a prompt, the units that are in the cache are not computed again; at least one token is.
 - *Preemption*: when blocks run out the youngest running sequence gives its own back, and computes them
   again later. Nobody is admitted in a step that preempts.
@@ -13,8 +12,7 @@ the token budget is filled with chunks of the prompts that have begun, oldest fi
   served, for each costs a step one token and its reader is waiting for the next; then the prompts, as their
   queue has them, which may also say that nobody joins those of a step.
 - *Pulls*: an admitted leg whose KV is elsewhere gets blocks for all of it, leaving those that begun prompts
-  will need, and takes part once what the cache lacks has arrived. A prompt whose beginning is elsewhere finds
-  room as a whole, and computes the rest then.
+  will need, and takes part once what the cache lacks has arrived; a prompt finds room as a whole.
 
 The embedded engine differs in one rule: it takes the blocks of a whole prompt at its admission.
 """
@@ -29,8 +27,16 @@ from tidegate.dataplane.decode_batch import DecodeBatch
 from tidegate.dataplane.prefix import Shared
 from tidegate.dataplane.replica import Replica
 from tidegate.dataplane.sequence import (
-    CHUNKING, DECODING, ENDED, LOADING, PAUSED, READY, WAITING, Pin, SimSequence,
-)  # fmt: skip
+    CHUNKING,
+    DECODING,
+    ENDED,
+    LOADING,
+    PAUSED,
+    READY,
+    WAITING,
+    Pin,
+    SimSequence,
+)
 from tidegate.policies.order import Ticket, WaitingQueue
 
 

@@ -52,7 +52,7 @@ ROUNDS = 6
 
 
 @dataclass
-class Known:
+class Simulated:
     """What simulations said of deployments: goodputs of the first seed, and runs that missed, as (rate,
     attainment)."""
 
@@ -71,7 +71,7 @@ class PlanSearch:
         slo = setting.settings.loosest_slo
         self.capacities = Capacities(workload, slo, question.level, setting.fleet.engine)
         self.bounds = Bounds(question.setting.workload, slo, question.level, setting.fleet.engine)
-        self.known = Known()
+        self.known = Simulated()
         self._slo = slo
         self._workload = workload
         self._runs: dict[Deployment, dict[float, list[float]]] = {}

@@ -89,7 +89,7 @@ class ThinkTimes:
         """Return the share of pauses at least as long as ``idle_s``: how likely it is that a session which
         has been idle for so long goes on, as seen from the pauses of those that did."""
         pauses = self._asked(tenant)
-        return 1.0 if pauses is None else pauses.longer(idle_s)
+        return 1.0 if pauses is None else min(1.0, pauses.longer(idle_s))
 
     def _asked(self, tenant: str) -> Pauses | None:
         own = self._of.get(tenant)

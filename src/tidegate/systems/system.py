@@ -29,8 +29,9 @@ class System:
     every engine (``Order.in_engines``) and among the requests that the plane holds. ``observers`` hear tokens
     and endings. ``signals`` are those that the composition uses beyond what its parts declare. ``read_back``
     is asked where a placement leaves ``Place.read_from`` open; None: it stays open. ``window_s`` is the
-    length of the ledger's window; ``windows`` names longer ones, each a multiple of it (``Snapshot.windows``).
-    Raises ConfigError for a window or a period that cannot be, and for two controllers of one name.
+    length of the ledger's window; ``windows`` names longer ones, each a multiple of it
+    (``Snapshot.windows``). Raises ConfigError for a window or a period that cannot be, and for two
+    controllers of one name.
     """
 
     name: str
