@@ -14,7 +14,8 @@ from tidegate.dataplane.events import EventKind, EventQueue
 from tidegate.dataplane.instance import SimInstance
 from tidegate.dataplane.replica import EngineSettings, Replica
 from tidegate.dataplane.sequence import CHUNKING, DECODING, ENDED, LOADING, PAUSED, READY, Pin, SimSequence
-from tidegate.policies.order import Ticket, make_order
+from tidegate.policies.order import Ticket
+from tidegate.policies.orders import make_order
 from tidegate_testing.builders import REFERENCE
 
 BINARY = replace(

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidegate.policies.order import ORDERS, Ticket, WaitingQueue, make_order
+from tidegate.policies.order import Ticket, WaitingQueue
+from tidegate.policies.orders import ORDERS, make_order
 
 BOUND = 3.0
 NAMES = ("fifo", "edf", "sjf", "feasible-first")

@@ -14,7 +14,7 @@ from tidegate.policies.arrow.lending import LendingMonitor, LendingPlacement
 from tidegate.policies.arrow.published import ArrowMonitor, ArrowPlacement
 from tidegate.policies.arrow.repair import RepairingMonitor, RepairingPlacement
 from tidegate.policies.candidates import pool_with_room
-from tidegate.policies.order import make_order
+from tidegate.policies.orders import make_order
 from tidegate.policies.protocols import Signal
 from tidegate.systems import SYSTEMS, make_system
 

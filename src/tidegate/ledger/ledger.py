@@ -19,7 +19,7 @@ from tidegate.ledger.records import Booked, InstanceEntry, RequestEntry, Residen
 from tidegate.ledger.rows import Forecast, Integers, RequestRows
 from tidegate.ledger.sessions import Sessions
 from tidegate.ledger.snapshot import Field, Labels, Snapshot, WindowAverages
-from tidegate.ledger.windows import LongWindows, close_windows
+from tidegate.ledger.windows import SUMS, LongWindows, close_windows
 
 GRID_S = 2.0**-30
 """Predicted prefill times are rounded to this step (about a nanosecond; ours), so that their sums are
@@ -197,7 +197,7 @@ class Ledger:
             return False
         instance = entry.prefill
         self._matrix.leave_prefill(entry, now)
-        self._matrix.prefill_ended_s[instance.column] += entry.seconds
+        self._matrix.note_first_token(instance.column, entry, now)
         self._matrix.hold(entry, instance, entry.request.prompt_tokens)
         return True
 
@@ -384,8 +384,9 @@ class Ledger:
         return [rows.requests[row] for row in decoding.tolist()], rows.answer_tokens[decoding]
 
     def window_averages(self, ids: Sequence[str]) -> dict[str, WindowAverages]:
-        """Return the averages of the named windows that ended last, on the instances ``ids``."""
-        return self._windows.averages([self._index[name] for name in ids])
+        """Return the averages of the named windows on the instances ``ids``."""
+        columns = None if ids is self._ids else [self._index[name] for name in ids]
+        return self._windows.averages(self._matrix.array[SUMS], columns)
 
     # Questions
 

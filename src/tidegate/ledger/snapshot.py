@@ -103,11 +103,12 @@ class Field:
 
 
 class WindowAverages(NamedTuple):
-    """What a named window measured, one value per instance: the mean inter-token gap in seconds (0 without
-    tokens) and the mean prefill queue in seconds."""
+    """What a named window measured, in seconds, one value per instance: the mean inter-token gap (0 without
+    tokens), the mean prefill queue, and the mean TTFT of the prefills that ended there (0 without any)."""
 
     mean_gap_s: Column
     prefill_queue_s: Column
+    mean_ttft_s: Column
 
 
 class _Row:
@@ -232,7 +233,8 @@ class Snapshot:
 
     @property
     def windows(self) -> Mapping[str, WindowAverages]:
-        """What the system's named windows (``System.windows``) measured, each when it ended last."""
+        """What the system's named windows (``System.windows``) measured: each of them in its last seconds, the
+        ledger's open window included. Read it while deciding, not later."""
         return self._ledger.window_averages(self.ids)
 
     @property

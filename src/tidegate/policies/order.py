@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from heapq import heapify, heappop, heappush
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from tidegate.core.errors import ConfigError, InternalError
+from tidegate.core.errors import InternalError
 from tidegate.core.request import Request
-from tidegate.policies.registry import Registry
 
 T = TypeVar("T")
 
@@ -249,7 +247,7 @@ def by_work(ticket: Ticket) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Makes queues of one order, which share nothing; ``name`` is that in ``ORDERS``."""
+    """Makes queues of one order, which share nothing; ``name`` is that in ``ORDERS`` (``orders.py``)."""
 
     name: str
     make: Callable[[], WaitingQueue[Any]]
@@ -261,23 +259,3 @@ class Order:
 
 FIFO = Order("fifo", WaitingQueue)
 """What vLLM does unless told otherwise. Nobody starves."""
-
-ORDERS: Registry[Callable[[float], Order]] = Registry("order", group="tidegate.orders")
-"""Factories of orders from a starvation bound. A third party names one under the entry point group
-``tidegate.orders``."""
-
-ORDERS.register("fifo")(lambda bound: FIFO)
-ORDERS.register("edf")(lambda bound: Order("edf", partial(RankedQueue, by_deadline, bound)))
-ORDERS.register("sjf")(lambda bound: Order("sjf", partial(RankedQueue, by_work, bound)))
-ORDERS.register("feasible-first")(lambda bound: Order("feasible-first", partial(FeasibleQueue, bound)))
-
-
-def make_order(name: str, *, starvation_bound: float = STARVATION_BOUND) -> Order:
-    """Return the order ``name``; ``starvation_bound`` counts in TTFT targets of the waiting request.
-
-    Raises ConfigError for an unknown name, listing those that exist, and for a bound below 1: a request is
-    not starved while it can still meet its deadline.
-    """
-    if not starvation_bound >= 1.0:
-        raise ConfigError(f"the starvation bound must be at least 1 TTFT target, got {starvation_bound}")
-    return ORDERS.get(name)(starvation_bound)

@@ -21,7 +21,8 @@ from tidegate.engines.embedded.model import Batch, Chunk
 from tidegate.engines.embedded.options import EngineConfig
 from tidegate.engines.embedded.sequence import TokenSequence
 from tidegate.engines.serving.types import Counters, KvSource, PinnedKv
-from tidegate.policies.order import Ticket, WaitingQueue, make_order
+from tidegate.policies.order import Ticket, WaitingQueue
+from tidegate.policies.orders import make_order
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class BatchScheduler:
             sequence = self.waiting.head(now)
             if sequence is None or not self._admit(sequence):
                 break
-            self.waiting.remove(sequence)
+            self.waiting.pop(now)
             if sequence.loading:
                 continue
             if sequence.pending == 1:
