@@ -233,8 +233,8 @@ class Snapshot:
 
     @property
     def windows(self) -> Mapping[str, WindowAverages]:
-        """What the system's named windows (``System.windows``) measured: each of them in its last seconds, the
-        ledger's open window included. Read it while deciding, not later."""
+        """What the system's named windows (``System.windows``) measured, each in its last seconds with
+        the ledger's open window: read it while deciding, not later."""
         return self._ledger.window_averages(self.ids)
 
     @property
