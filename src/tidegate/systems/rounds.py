@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from tidegate.core.errors import ConfigError
+from tidegate.policies.ampd.cost_routing import CostRouting
 from tidegate.policies.ampd.fixed import AlwaysLocal, AlwaysRemote, AppendPrefill, StickyColocated
 from tidegate.policies.ampd.routing import WINDOW, WINDOW_S, AmpdRouting
 from tidegate.policies.order import FIFO, Order
@@ -26,6 +27,13 @@ def ampd(options: SystemOptions) -> System:
     return _split(
         "ampd", "rounds go where there is slack, queues are reordered", options, AmpdRouting(), order
     )
+
+
+@SYSTEMS.register("ampd-cost")
+def ampd_cost(options: SystemOptions) -> System:
+    """AMPD with one cost in seconds for each way of a prefill, and queues ordered by slack (ours)."""
+    order = make_order("slack")
+    return _split("ampd-cost", "rounds go where they cost least", options, CostRouting(), order)
 
 
 @SYSTEMS.register("always-remote")
