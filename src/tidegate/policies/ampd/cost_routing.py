@@ -15,12 +15,13 @@ import numpy as np
 from tidegate.core.decision import Alternatives, Path, Place, Verdict
 from tidegate.core.request import Request
 from tidegate.costs.forms import attention_work
-from tidegate.ledger.snapshot import Candidates, Column, Field, Snapshot, candidates_of
+from tidegate.ledger.snapshot import Column, Field, Snapshot, candidates_of
 from tidegate.policies.ampd.paths import (
     Home,
     PathCosts,
     bound_decode,
     home_of,
+    least,
     local,
     path_costs,
     prefill_workers,
@@ -87,23 +88,29 @@ class CostRouting:
     def place_prefill(self, request: Request, snapshot: Snapshot) -> Verdict:
         """Place the prefill on the way of least cost."""
         home, workers = home_of(request, snapshot), prefill_workers(snapshot)
-        reading = path_costs(request, snapshot, home, read=True)
-        fresh = path_costs(request, snapshot, home, read=False) if home.tokens else reading
-        reads = reading.total_s <= fresh.total_s
-        paths = PathCosts(*(np.where(reads, one, two) for one, two in zip(reading, fresh, strict=True)))
+        paths = path_costs(request, snapshot, home, read=None)
         here = self._here(request, snapshot, home, paths)
         paths.prefill_s[home.at] = here.prefill_s
-        terms = self._terms(request, snapshot, paths)
-        terms["damage_s"][home.at] = here.damage_s
-        cost_s = np.sum(list(terms.values()), axis=0)
-        others = [at for at in workers if at != home.at]
+        busy = np.minimum(snapshot.prefill_demand, MOST_BUSY)
+        late_s = np.maximum(paths.first_token_s - self.margin * request.slo.ttft_s, 0.0)
+        damage_s = np.zeros(len(snapshot))
+        damage_s[home.at] = here.damage_s
+        terms = {
+            "late_s": self.late_weight * late_s,
+            "queue_s": paths.prefill_s * busy / (1.0 - busy),
+            "damage_s": damage_s,
+        }
+        cost_s = paths.total_s + terms["late_s"] + terms["queue_s"] + damage_s
+        others = [at for at in np.asarray(workers).tolist() if at != home.at]
         refused = here.breaks > 0 and bool(others)
-        candidates: Candidates = others if refused else sorted({*others, home.at})
-        at = int(min(candidates, key=lambda column: float(cost_s[column])))
-        alternatives = Alternatives(snapshot.ids, lambda: {"cost_s": cost_s} | terms, _asked(candidates))
+        candidates = candidates_of(np.array(others if refused else sorted({*others, home.at}), np.intp))
+        alternatives = Alternatives(
+            snapshot.ids, lambda: {"cost_s": cost_s} | paths.terms() | terms, candidates
+        )
+        at = least(cost_s, candidates)
         if at != home.at:
             reason = f"home would break {here.breaks} neighbours" if refused else "remote costs least"
-            return remote(snapshot, home, at, reason, alternatives, read=bool(reads[at]))
+            return remote(snapshot, home, at, reason, alternatives, read=bool(paths.reads[at]))
         if here.chunk_tokens is None:
             return local(snapshot, home, "home costs least", alternatives)
         on = snapshot.ids[home.at]
@@ -113,20 +120,6 @@ class CostRouting:
     def place_decode(self, request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:
         """Decode where the session is bound."""
         return bound_decode(request, snapshot, prefill_on)
-
-    def _terms(self, request: Request, snapshot: Snapshot, paths: PathCosts) -> dict[str, Column]:
-        first_s = paths.wait_s + paths.read_s + paths.prefill_s
-        late_s = self.late_weight * np.maximum(first_s - self.margin * request.slo.ttft_s, 0.0)
-        busy = np.minimum(snapshot.prefill_demand, MOST_BUSY)
-        return {
-            "wait_s": paths.wait_s,
-            "read_s": paths.read_s,
-            "prefill_s": paths.prefill_s,
-            "return_s": paths.return_s,
-            "late_s": late_s,
-            "queue_s": paths.prefill_s * busy / (1.0 - busy),
-            "damage_s": np.zeros(len(snapshot)),
-        }
 
     def _here(self, request: Request, snapshot: Snapshot, home: Home, paths: PathCosts) -> LocalPath:
         """Return the cheaper way at home; one that breaks nobody's target before one that does."""
@@ -193,7 +186,3 @@ class CostRouting:
             left = np.maximum(np.maximum(2.0 * answered.mean() - answered, answered), 1.0)
         pace_s = max(float(snapshot.windows[WINDOW].mean_gap_s[home.at]), step_s)
         return Neighbours(batch, context_tokens, step_s, pace_s, answered + left, left, rows.tpot_s)
-
-
-def _asked(candidates: Candidates) -> Candidates:
-    return candidates_of(np.array(candidates, dtype=np.intp))

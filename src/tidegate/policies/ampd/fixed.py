@@ -13,6 +13,7 @@ from tidegate.policies.ampd.paths import (
     Home,
     bound_decode,
     home_of,
+    least,
     local,
     path_costs,
     prefill_workers,
@@ -41,9 +42,8 @@ class AlwaysRemote:
     def fastest(self, request: Request, snapshot: Snapshot, home: Home, reason: str) -> Verdict:
         """Return the remote path of least time to the first token."""
         paths, workers = path_costs(request, snapshot, home, read=self.read), prefill_workers(snapshot)
-        ttft_s = paths.wait_s + paths.read_s + paths.prefill_s
-        at = min(workers, key=lambda column: float(ttft_s[column]))
-        return remote(snapshot, home, int(at), reason, paths.alternatives(snapshot, workers), read=self.read)
+        at = least(paths.first_token_s, workers)
+        return remote(snapshot, home, at, reason, paths.alternatives(snapshot, workers), read=self.read)
 
     def place_decode(self, request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:
         """Decode where the session is bound."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,7 +10,8 @@ from tidegate.core.decision import Alternatives, Path, Place, Verdict
 from tidegate.core.instance import Role
 from tidegate.core.request import Request
 from tidegate.costs.forms import attention_work
-from tidegate.ledger.snapshot import Candidates, Column, Field, Snapshot
+from tidegate.costs.profile import ProfileTable
+from tidegate.ledger.snapshot import EVERYONE, Candidates, Column, Field, Mask, Snapshot
 from tidegate.policies.candidates import FREE_TOKENS, best, pool, pool_with_room
 
 
@@ -52,56 +53,79 @@ class PathCosts(NamedTuple):
     the session's home, the remote one elsewhere.
 
     ``wait_s`` is the queue, ``read_s`` the history's way to the instance, ``prefill_s`` the computing, and
-    ``return_s`` the new KV's way home. ``read_tokens`` tells what is read: nothing where that is not asked
-    for or the instance has it.
+    ``return_s`` the new KV's way home. ``reads`` tells where the history is read.
     """
 
     wait_s: Column
     read_s: Column
     prefill_s: Column
     return_s: Column
-    read_tokens: Column
+    reads: Mask
+
+    @property
+    def first_token_s(self) -> Column:
+        """The time to the first token."""
+        return self.wait_s + self.read_s + self.prefill_s
 
     @property
     def total_s(self) -> Column:
-        """Their sum (AMPD, section 4.5: t_local and t_rem)."""
-        return self.wait_s + self.read_s + self.prefill_s + self.return_s
+        """All of it (AMPD, section 4.5: t_local and t_rem)."""
+        return self.first_token_s + self.return_s
+
+    def terms(self) -> dict[str, Column]:
+        """Return what is summed, by name."""
+        return {name: getattr(self, name) for name in self._fields[:4]}
 
     def alternatives(self, snapshot: Snapshot, candidates: Candidates) -> Alternatives:
-        """Return the terms for the journal."""
-
-        def terms() -> dict[str, Column]:
-            return {"total_s": self.total_s} | {name: getattr(self, name) for name in self._fields[:4]}
-
-        return Alternatives(snapshot.ids, terms, candidates)
+        """Return the sum and its terms for the journal."""
+        return Alternatives(snapshot.ids, lambda: {"total_s": self.total_s} | self.terms(), candidates)
 
 
-def path_costs(request: Request, snapshot: Snapshot, home: Home, *, read: bool) -> PathCosts:
-    """Price every path of a round; ``read``: remote ones read the history from home."""
-    costs, cells, at = snapshot.costs, snapshot.cells, home.at
-    prompt_tokens = float(request.prompt_tokens)
-    has = np.zeros(len(snapshot))
+def path_costs(request: Request, snapshot: Snapshot, home: Home, *, read: bool | None) -> PathCosts:
+    """Price every path of a round. Remote ones read the history from home with ``read``, with None where that
+    is faster than computing it again; none does where the instance has it."""
+    costs, at, prompt_tokens = snapshot.costs, home.at, float(request.prompt_tokens)
+    token_bytes = snapshot.cells[Field.KV_BYTES_PER_TOKEN, at]
+    read_s, prefill_s, return_s = np.empty((3, len(snapshot)))
+    reads = np.empty(len(snapshot), np.bool_)
+
+    def fill(which: int | slice, costs: ProfileTable, has: float, source_tokens: float) -> None:
+        new = prompt_tokens - has
+        fresh_s = costs.prefill.seconds(new, attention_work(new, has))
+        reads[which] = False
+        read_s[which], prefill_s[which] = 0.0, fresh_s
+        if read is False or source_tokens <= has:
+            return
+        new = prompt_tokens - source_tokens
+        over_s = costs.transfer.seconds((source_tokens - has) * token_bytes)
+        rest_s = costs.prefill.seconds(new, attention_work(new, source_tokens))
+        chosen = True if read else np.less(over_s + rest_s, fresh_s)
+        reads[which] = chosen
+        read_s[which], prefill_s[which] = np.where(chosen, (over_s, rest_s), (0.0, fresh_s))
+
+    fill(EVERYONE, costs, 0.0, float(home.tokens))
+    kept = float(home.tokens)
     for name, tokens in request.cached.items():
         column = snapshot.index.get(name)
-        if column is not None:
-            has[column] = tokens
-    has[at] = max(has[at], home.tokens)
-    kept = has[at]
-    read_tokens = np.maximum(home.tokens - has, 0.0) if read else np.zeros(len(snapshot))
-    token_bytes = cells[Field.KV_BYTES_PER_TOKEN, at]
-    read_s = np.where(read_tokens > 0.0, costs.transfer.seconds(read_tokens * token_bytes), 0.0)
-    held = np.minimum(has + read_tokens, prompt_tokens - 1.0)
-    new = prompt_tokens - held
-    prefill_s = costs.prefill.seconds(new, attention_work(new, held))
-    back_s = float(costs.at(at).transfer.seconds((prompt_tokens - kept) * token_bytes))
-    return_s = np.full(len(snapshot), back_s)
+        if column == at:
+            kept = max(kept, float(tokens))
+        elif column is not None:
+            fill(column, costs.at(column), float(tokens), float(home.tokens))
+    fill(at, costs.at(at), kept, 0.0)
+    return_s[:] = costs.at(at).transfer.seconds((prompt_tokens - kept) * token_bytes)
     return_s[at] = 0.0
-    return PathCosts(snapshot.prefill_wait_s, read_s, cast(Column, prefill_s), return_s, read_tokens)
+    return PathCosts(snapshot.prefill_wait_s, read_s, prefill_s, return_s, reads)
 
 
 def prefill_workers(snapshot: Snapshot) -> Candidates:
     """Return the prefill pool. Raises NoInstance when nothing is up."""
     return pool(snapshot, Role.PREFILL)
+
+
+def least(cost_s: Column, candidates: Candidates) -> int:
+    """Return the column among ``candidates`` that costs least; the first one wins a tie."""
+    columns = np.asarray(candidates)
+    return int(columns[cost_s[columns].argmin()])
 
 
 def local(snapshot: Snapshot, home: Home, reason: str, alternatives: Alternatives | None = None) -> Verdict:

@@ -10,7 +10,15 @@ import numpy as np
 from tidegate.core.decision import Verdict
 from tidegate.core.request import Request
 from tidegate.ledger.snapshot import Snapshot, candidates_of
-from tidegate.policies.ampd.paths import bound_decode, home_of, local, path_costs, prefill_workers, remote
+from tidegate.policies.ampd.paths import (
+    bound_decode,
+    home_of,
+    least,
+    local,
+    path_costs,
+    prefill_workers,
+    remote,
+)
 from tidegate.policies.protocols import Signal
 
 ALPHA = 0.9
@@ -49,9 +57,8 @@ class AmpdRouting:
             return local(snapshot, home, "its decode instance has slack")
         paths = path_costs(request, snapshot, home, read=True)
         candidates = candidates_of(np.union1d(workers, home.at))
-        total_s = paths.total_s
-        at = min(candidates, key=lambda column: float(total_s[column]))
-        return remote(snapshot, home, int(at), "nobody has slack", paths.alternatives(snapshot, candidates))
+        at = least(paths.total_s, candidates)
+        return remote(snapshot, home, at, "nobody has slack", paths.alternatives(snapshot, candidates))
 
     def place_decode(self, request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:
         """Decode where the session is bound."""
