@@ -1,0 +1,339 @@
+"""Where and in which order rounds are prefilled, in simulation: attainment of AMPD and of what it is compared
+with, at the rates where always-remote and colocated serving break.
+
+Run: ``python benchmarks/ampd.py --traces DIR --out DIR`` (DIR has the traces that CASES name; a run that is
+stopped goes on where it was). docs/policies/ampd.md has the tables with their options.
+
+A case is a workload on a number of GPUs. Sessions arrive as a Poisson process or in bursts; a turn waits for
+the answer before it, and for its client's pause. The targets follow from one rule for all (``slo_of``), and
+``--slo-scales`` sweeps them. First the session rate is searched up to which always-remote, and colocated
+serving, attain 90 %, each on the best of its deployments; then everybody runs at ``FACTORS`` times those
+rates. Rates relate to one system, so a relative gain says by how much more of the rounds are in time where
+that one breaks; it grows without bound where that one serves nothing. Constants of ``ampd-cost`` were chosen
+on ``taubench`` and ``toolbench``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tidegate.core.slo import Slo
+from tidegate.costs.library import packaged_profile
+from tidegate.dataplane.replica import EngineSettings
+from tidegate.experiments.jobs import Store, Workers
+from tidegate.experiments.run import job_of, run_once
+from tidegate.experiments.search import SearchSettings, search_goodput
+from tidegate.experiments.setting import Setting, SimulatedFleet
+from tidegate.measure.percentiles import t_interval
+from tidegate.sim import SimSettings
+from tidegate.workloads.choice import WorkloadChoice, load_workload
+
+TP4, TP8, SMALL = "h100_sxm/llama-3.1-70b/tp4", "h100_sxm/llama-3.1-70b/tp8", "h200_sxm/llama-3.1-8b"
+FACTORS = (1.0, 1.5, 2.0, 3.0)
+"""Times the rate at which the baseline still attains ``LEVEL``."""
+LEVEL = 0.9
+TOLERANCE = 0.1
+CHUNKS = (512, 2048, 8192)
+"""Token budgets of which a tuned colocated fleet takes the best."""
+SPLIT = ("always-remote", "always-remote-return", "always-local", "ppd", "ampd", "ampd-cost")
+ABLATION = ("always-remote-return", "ampd+fifo", "always-remote-return+reorder", "ampd")
+COLOCATED = ("colocated", "colocated-sticky")
+BURSTY_CV = 4.0
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """Instances in groups, prefill first; ``split`` None is colocated."""
+
+    groups: tuple[tuple[str, int], ...]
+    split: tuple[int, int] | None = None
+
+    def fleet(self, chunk: int) -> SimulatedFleet:
+        groups = tuple((packaged_profile(name), count) for name, count in self.groups)
+        return SimulatedFleet(groups, EngineSettings(chunk))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A workload, and the deployments among which each kind of system takes its best."""
+
+    name: str
+    trace: str
+    split: tuple[Deployment, ...]
+    colocated: tuple[Deployment, ...]
+    turn_gap_s: float | None = None
+    scale_tokens: float = 1.0
+    requests: int | None = None
+    sessions: bool = True
+
+    def workload(self, traces: Path, process: str, rate: float, seed: int) -> WorkloadChoice:
+        made = self.trace.startswith("like:")
+        choice = WorkloadChoice(
+            trace=f"{self.trace}:{seed}" if made else str(traces / self.trace),
+            turn_gap_s=self.turn_gap_s,
+            scale_tokens=self.scale_tokens,
+            limit=self.requests,
+            seed=seed,
+        )
+        if not self.sessions:
+            return replace(choice, scale_rate=rate)
+        if process == "bursty":
+            return replace(choice, gamma=rate, cv=BURSTY_CV)
+        return replace(choice, poisson=rate)
+
+
+EIGHT = (Deployment(((TP4, 2),), (1, 1)),)
+SIXTEEN = (Deployment(((TP4, 2), (TP8, 1)), (2, 1)), Deployment(((TP4, 4),), (2, 2)))
+THIRTY_TWO = (Deployment(((TP8, 4),), (2, 2)), Deployment(((TP8, 4),), (1, 3)))
+ONE_EACH = tuple(Deployment(((SMALL, 8),), (p, 8 - p)) for p in (2, 4))
+CASES = (
+    Case(
+        *("taubench", "taubench_airline_rounds.csv.gz", EIGHT),
+        (Deployment(((TP4, 2),)), Deployment(((TP8, 1),))),
+        turn_gap_s=1.0,
+    ),
+    Case(
+        *("agentic", "agentic_claude_code_sessions_a.csv.gz", ONE_EACH, (Deployment(((SMALL, 8),)),)),
+        scale_tokens=0.125,
+        requests=8000,
+    ),
+    Case(
+        *("mooncake", "mooncake_fast25_conversation.csv.gz", ONE_EACH, (Deployment(((SMALL, 8),)),)),
+        sessions=False,
+        requests=6000,
+    ),
+    Case(
+        *("toolbench", "like:toolbench:1000", EIGHT),
+        (Deployment(((TP4, 2),)), Deployment(((TP8, 1),))),
+    ),
+    Case(
+        *("hotpotqa", "like:hotpotqa:1000", EIGHT),
+        (Deployment(((TP4, 2),)), Deployment(((TP8, 1),))),
+    ),
+    Case(
+        *("dureader", "like:dureader:1000", SIXTEEN),
+        (Deployment(((TP4, 4),)), Deployment(((TP8, 2),))),
+    ),
+    Case(
+        *("gaia", "like:gaia:400", THIRTY_TWO),
+        (Deployment(((TP4, 8),)), Deployment(((TP8, 4),))),
+    ),
+)
+
+
+def slo_of(case: Case, traces: Path, scale: float) -> Slo:
+    """Return the targets: the first token within five times the mean prefill of a round alone with nothing
+    cached, but at least 0.5 s; a token within 2.5 times the step of 16 decodes of mean length. On the first
+    group of the case's first deployment, rounded to 50 and 5 ms."""
+    requests = load_workload(case.workload(traces, "poisson", 1.0, 0))
+    profile = packaged_profile(case.split[0].groups[0][0]).profile
+    prompt, answer = float(requests.input_tokens.mean()), float(requests.output_tokens.mean())
+    ttft_s = max(0.5, 5.0 * profile.prefill_s(round(prompt)))
+    tpot_s = 2.5 * float(profile.step.seconds(16.0, 16.0 * (prompt + answer / 2)))
+    return Slo(round(scale * ttft_s / 0.05) * 0.05, round(scale * tpot_s / 0.005) * 0.005)
+
+
+def rounds(setting: Setting, *, rate_rps: float | None = None, seed: int = 0) -> dict[str, Any]:
+    """Run a setting; return what the tables show."""
+    finished = run_once(setting)
+    table = finished.run.requests
+    ok, home = table.ok, table.prefill_on == table.decode_on
+    return {
+        "attainment": float(table.attained.mean()),
+        "ttft_met": float(table.ttft_met.mean()),
+        "tpot_met": float(table.tpot_met.mean()),
+        "local": float(home[ok].mean()) if ok.any() else 0.0,
+        "cached": float(table.cached_tokens.sum() / table.input_tokens.sum()),
+        "ttft_p99_s": float(np.percentile(table.ttft_s[ok], 99)) if ok.any() else 0.0,
+        "tpot_p99_s": float(np.nanpercentile(table.tpot_s[ok], 99)) if ok.any() else 0.0,
+        "kv_gb": finished.run.kv_transfer_bytes / 1e9,
+        "rps": finished.summary()["rate_rps"],
+        "cpu_s": finished.facts.cpu_s,
+    }
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A system on one deployment, with one token budget."""
+
+    system: str
+    deployment: Deployment
+    chunk: int = 8192
+
+    def setting(self, case: Case, options: argparse.Namespace, rate: float, seed: int) -> Setting:
+        return Setting(
+            case.workload(options.traces, options.process, rate, seed),
+            self.deployment.fleet(self.chunk),
+            self.system,
+            self.deployment.split,
+            SimSettings(slo=options.slo, closed_loop=case.sessions, lengths=""),
+        )
+
+    @property
+    def title(self) -> str:
+        groups = " + ".join(f"{count} x {name.rpartition('/')[2]}" for name, count in self.deployment.groups)
+        split = (
+            ""
+            if self.deployment.split is None
+            else f", {self.deployment.split[0]}P{self.deployment.split[1]}D"
+        )
+        return f"{groups}{split}, {self.chunk}"
+
+
+class Bench:
+    """Runs and searches of one case, process and SLO."""
+
+    def __init__(self, case: Case, options: argparse.Namespace, workers: Workers) -> None:
+        self.case, self.options, self.workers = case, options, workers
+
+    async def run(self, contender: Contender, rate: float, seed: int) -> dict[str, Any]:
+        title = f"{self.case.name} {contender.system} at {rate:.2f}"
+        setting = contender.setting(self.case, self.options, rate, seed)
+        found: dict[str, Any] = await self.workers.do(job_of(rounds, setting, title, rate_rps=None, seed=0))
+        return found
+
+    async def holds(self, contender: Contender) -> float:
+        """Return the rate up to which a contender attains ``LEVEL``: sessions per second."""
+
+        async def attainment(rate: float, seed: int) -> float:
+            return float((await self.run(contender, rate, seed))["attainment"])
+
+        guess = SearchSettings(LEVEL, 0.5, 4.0, TOLERANCE)
+        return (await search_goodput(guess, range(1), attainment)).goodput_rps
+
+    async def best(self, contenders: Sequence[Contender]) -> tuple[Contender, float]:
+        """Return who holds longest, and up to which rate."""
+        rates = await asyncio.gather(*map(self.holds, contenders))
+        return max(zip(contenders, rates, strict=True), key=lambda pair: pair[1])
+
+    async def at_rates(self, contender: Contender, rates: Sequence[float]) -> list[dict[str, float]]:
+        """Return the means over the seeds at each rate."""
+        seeds = range(self.options.seeds)
+        found = await asyncio.gather(
+            *(asyncio.gather(*(self.run(contender, rate, seed) for seed in seeds)) for rate in rates)
+        )
+        return [{key: t_interval([run[key] for run in runs])[0] for key in runs[0]} for runs in found]
+
+
+def split_of(case: Case, system: str) -> list[Contender]:
+    """Return a system on each of the case's splits."""
+    return [Contender(system, deployment) for deployment in case.split]
+
+
+async def compare(bench: Bench) -> list[str]:
+    """Return a table: who attains how much at the rates where the two baselines break."""
+    case = bench.case
+    tuned = [Contender("colocated-sticky", each, chunk) for each in case.colocated for chunk in CHUNKS]
+    plain = [Contender("colocated", each) for each in case.colocated]
+    bases = [await bench.best(split_of(case, "always-remote")), await bench.best(plain)]
+    rows = [(name, *await bench.best(split_of(case, name))) for name in SPLIT]
+    rows += [("colocated", *bases[1]), ("colocated-sticky, tuned", *await bench.best(tuned))]
+    rates = [factor * rate for _, rate in bases for factor in FACTORS]
+    runs = [await bench.at_rates(contender, rates) for _, contender, _ in rows]
+    titles = [f"{factor:g}" for _ in bases for factor in FACTORS]
+    lines = [
+        f"Rates: {', '.join(titles)} times {bases[0][1]:.2f} sessions/s (always-remote) and "
+        f"{bases[1][1]:.2f} (colocated).",
+        "",
+        "| system | holds 90 % up to | " + " | ".join(titles) + " | local, % | deployment |",
+        "|---|---|" + "---|" * (len(rates) + 2),
+    ]
+    for (name, contender, rate), found in zip(rows, runs, strict=True):
+        shares = " | ".join(f"{100 * run['attainment']:.1f}" for run in found)
+        home = 100 * float(np.mean([run["local"] for run in found]))
+        lines.append(f"| {name} | {rate:.2f} | {shares} | {home:.1f} | {contender.title} |")
+    lines += ["", *gains(rows, runs)]
+    return lines
+
+
+def gains(rows: Sequence[tuple[str, Any, float]], runs: Sequence[Sequence[dict[str, float]]]) -> list[str]:
+    """Return by how much the last two splits attain more than either baseline where it breaks, relative."""
+    by_name = {name: found for (name, _, _), found in zip(rows, runs, strict=True)}
+    half = len(FACTORS)
+    lines = []
+    for base, part in (("always-remote", slice(0, half)), ("colocated", slice(half, 2 * half))):
+        its = by_name[base][part]
+        told = []
+        for name in ("ampd", "ampd-cost"):
+            more = [
+                100 * (mine["attainment"] / max(other["attainment"], 1e-3) - 1)
+                for mine, other in zip(by_name[name][part], its, strict=True)
+            ]
+            told.append(f"{name} {', '.join(f'{each:+.0f}' for each in more)}: mean {np.mean(more):+.1f} %")
+        lines.append(f"Against {base}: {'; '.join(told)}.")
+    return lines
+
+
+async def ablate(bench: Bench) -> list[str]:
+    """Return what routing and reordering bring each, in the paper's shape (section 4.9)."""
+    case = bench.case
+    base, rate = await bench.best(split_of(case, "always-remote-return"))
+    rates = [factor * rate for factor in FACTORS]
+    lines = [
+        f"Rates: {', '.join(f'{each:.2f}' for each in rates)} sessions/s.",
+        "",
+        "| system | attained, % | local, % | more than without, % |",
+        "|---|---|---|---|",
+    ]
+    first: list[dict[str, float]] = []
+    for name in ABLATION:
+        found = await bench.at_rates(replace(base, system=name), rates)
+        first = first or found
+        more = [
+            mine["attainment"] / max(its["attainment"], 1e-3) for mine, its in zip(found, first, strict=True)
+        ]
+        cells = (
+            ", ".join(f"{100 * run['attainment']:.1f}" for run in found),
+            ", ".join(f"{100 * run['local']:.1f}" for run in found),
+            ", ".join(f"{100 * each - 100:+.1f}" for each in more),
+        )
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+async def main_async(options: argparse.Namespace) -> None:
+    """Print a table per case, process and scale of the targets."""
+    store = Store(None if options.out is None else options.out / "results.jsonl")
+
+    def watch(share: float, title: str, fresh: float) -> None:
+        print(f"\r{title:<70}", end="", file=sys.stderr, flush=True)
+
+    async with Workers(options.jobs, store, watch) as workers:
+        for case in CASES:
+            if case.name not in options.cases.split(","):
+                continue
+            for scale in map(float, options.slo_scales.split(",")):
+                options.slo = slo_of(case, options.traces, scale)
+                for process in options.processes.split(",") if case.sessions else ("trace",):
+                    options.process = process
+                    bench = Bench(case, options, workers)
+                    lines = await (ablate(bench) if options.ablation else compare(bench))
+                    title = f"{case.name}, {process} arrivals, {options.slo}, {options.seeds} seeds"
+                    print(f"\r{'':72}\r\n{title}\n\n" + "\n".join(lines), flush=True)
+    store.close()
+
+
+def main() -> None:
+    """Read the options and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--traces", type=Path, required=True, help="folder of the traces")
+    parser.add_argument("--cases", default=",".join(case.name for case in CASES))
+    parser.add_argument("--processes", default="poisson,bursty", help="of session arrivals")
+    parser.add_argument("--slo-scales", default="1", help="factors on both targets")
+    parser.add_argument("--ablation", action="store_true", help="instead: routing and reordering apart")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="folder of results, from which a stopped run goes on")
+    asyncio.run(main_async(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
