@@ -29,11 +29,11 @@ from tidegate.core.slo import Slo
 from tidegate.costs.library import packaged_profile
 from tidegate.dataplane.replica import EngineSettings
 from tidegate.experiments.jobs import Store, Workers
-from tidegate.experiments.run import job_of, run_once
+from tidegate.experiments.run import job_of
 from tidegate.experiments.search import SearchSettings, search_goodput
 from tidegate.experiments.setting import Setting, SimulatedFleet
 from tidegate.measure.percentiles import t_interval
-from tidegate.sim import SimSettings
+from tidegate.sim import SimSettings, simulate
 from tidegate.workloads.choice import WorkloadChoice, load_workload
 
 TP4, TP8, SMALL = "h100_sxm/llama-3.1-70b/tp4", "h100_sxm/llama-3.1-70b/tp8", "h200_sxm/llama-3.1-8b"
@@ -143,8 +143,9 @@ def slo_of(case: Case, traces: Path, scale: float) -> Slo:
 
 def rounds(setting: Setting, *, rate_rps: float | None = None, seed: int = 0) -> dict[str, Any]:
     """Run a setting; return what the tables show."""
-    finished = run_once(setting)
-    table = finished.run.requests
+    requests = load_workload(setting.workload)
+    run = simulate(requests, setting.make_system(), setting.fleet.replicas(), setting.settings)
+    table = run.requests
     ok, home = table.ok, table.prefill_on == table.decode_on
     return {
         "attainment": float(table.attained.mean()),
@@ -154,9 +155,8 @@ def rounds(setting: Setting, *, rate_rps: float | None = None, seed: int = 0) ->
         "cached": float(table.cached_tokens.sum() / table.input_tokens.sum()),
         "ttft_p99_s": float(np.percentile(table.ttft_s[ok], 99)) if ok.any() else 0.0,
         "tpot_p99_s": float(np.nanpercentile(table.tpot_s[ok], 99)) if ok.any() else 0.0,
-        "kv_gb": finished.run.kv_transfer_bytes / 1e9,
-        "rps": finished.summary()["rate_rps"],
-        "cpu_s": finished.facts.cpu_s,
+        "kv_gb": run.kv_transfer_bytes / 1e9,
+        "preemptions": float(run.preemptions),
     }
 
 
