@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 
 from tidegate.core.slo import Slo
-from tidegate.costs.library import packaged_profile
+from tidegate.costs.forms import MixedCost, PrefillCost, StepCost
+from tidegate.costs.library import PackagedProfile, packaged_profile
 from tidegate.dataplane.replica import EngineSettings
 from tidegate.experiments.jobs import Store, Workers
 from tidegate.experiments.run import job_of
@@ -37,6 +38,8 @@ from tidegate.sim import SimSettings, simulate
 from tidegate.workloads.choice import WorkloadChoice, load_workload
 
 TP4, TP8, SMALL = "h100_sxm/llama-3.1-70b/tp4", "h100_sxm/llama-3.1-70b/tp8", "h200_sxm/llama-3.1-8b"
+H20_FLOPS, H20_BANDWIDTH, H20_BYTES = 148 / 989, 4.0 / 3.35, 96e9 - 80e9
+"""An H20 beside an H100: operations and bytes per second as shares, and how much more memory it has."""
 FACTORS = (1.0, 1.5, 2.0, 3.0)
 """Times the rate at which the baseline still attains ``LEVEL``."""
 LEVEL = 0.9
@@ -56,9 +59,29 @@ class Deployment:
     groups: tuple[tuple[str, int], ...]
     split: tuple[int, int] | None = None
 
-    def fleet(self, chunk: int) -> SimulatedFleet:
-        groups = tuple((packaged_profile(name), count) for name, count in self.groups)
-        return SimulatedFleet(groups, EngineSettings(chunk))
+    def fleet(self, chunk: int, *, h20: bool, cache: bool) -> SimulatedFleet:
+        groups = tuple((profile_of(name, h20=h20), count) for name, count in self.groups)
+        return SimulatedFleet(groups, EngineSettings(chunk, prefix_cache=cache))
+
+
+def profile_of(name: str, *, h20: bool) -> PackagedProfile:
+    """Return a packaged profile, or what an H20 would make of an H100's: the paper's GPU, whose prefills are
+    seven times as slow and whose decodes are faster."""
+    packaged = packaged_profile(name)
+    if not h20:
+        return packaged
+    p, s, m = packaged.profile.prefill, packaged.profile.step, packaged.profile.mixed
+    slow, fast = 1.0 / H20_FLOPS, 1.0 / H20_BANDWIDTH
+    prefill = PrefillCost(fast * p.a_s, slow * p.b_s, slow * p.c_s, fast / slow * p.n0)
+    step = StepCost(fast * s.a_s, s.b_s, fast * s.c_s)
+    mixed = MixedCost(fast * m.a_s, slow * m.b_s, slow * m.c_s, fast * m.d_s, fast / slow * m.n0)
+    more_bytes = 0.9 * H20_BYTES * int(name.rpartition("/tp")[2] or 1)
+    return replace(
+        packaged,
+        name=name.replace("h100_sxm", "h20"),
+        profile=replace(packaged.profile, prefill=prefill, step=step, mixed=mixed),
+        kv_capacity_tokens=packaged.kv_capacity_tokens + round(more_bytes / packaged.kv_bytes_per_token),
+    )
 
 
 @dataclass(frozen=True)
@@ -73,6 +96,7 @@ class Case:
     scale_tokens: float = 1.0
     requests: int | None = None
     sessions: bool = True
+    h20: bool = True
 
     def workload(self, traces: Path, process: str, rate: float, seed: int) -> WorkloadChoice:
         made = self.trace.startswith("like:")
@@ -103,11 +127,13 @@ CASES = (
     Case(
         *("agentic", "agentic_claude_code_sessions_a.csv.gz", ONE_EACH, (Deployment(((SMALL, 8),)),)),
         scale_tokens=0.125,
+        h20=False,
         requests=8000,
     ),
     Case(
         *("mooncake", "mooncake_fast25_conversation.csv.gz", ONE_EACH, (Deployment(((SMALL, 8),)),)),
         sessions=False,
+        h20=False,
         requests=6000,
     ),
     Case(
@@ -130,13 +156,13 @@ CASES = (
 
 
 def slo_of(case: Case, traces: Path, scale: float) -> Slo:
-    """Return the targets: the first token within five times the mean prefill of a round alone with nothing
+    """Return the targets: the first token within three times the mean prefill of a round alone with nothing
     cached, but at least 0.5 s; a token within 2.5 times the step of 16 decodes of mean length. On the first
     group of the case's first deployment, rounded to 50 and 5 ms."""
     requests = load_workload(case.workload(traces, "poisson", 1.0, 0))
-    profile = packaged_profile(case.split[0].groups[0][0]).profile
+    profile = profile_of(case.split[0].groups[0][0], h20=case.h20).profile
     prompt, answer = float(requests.input_tokens.mean()), float(requests.output_tokens.mean())
-    ttft_s = max(0.5, 5.0 * profile.prefill_s(round(prompt)))
+    ttft_s = max(0.5, 3.0 * profile.prefill_s(round(prompt)))
     tpot_s = 2.5 * float(profile.step.seconds(16.0, 16.0 * (prompt + answer / 2)))
     return Slo(round(scale * ttft_s / 0.05) * 0.05, round(scale * tpot_s / 0.005) * 0.005)
 
@@ -171,7 +197,7 @@ class Contender:
     def setting(self, case: Case, options: argparse.Namespace, rate: float, seed: int) -> Setting:
         return Setting(
             case.workload(options.traces, options.process, rate, seed),
-            self.deployment.fleet(self.chunk),
+            self.deployment.fleet(self.chunk, h20=case.h20, cache=self.system != "always-remote"),
             self.system,
             self.deployment.split,
             SimSettings(slo=options.slo, closed_loop=case.sessions, lengths=""),

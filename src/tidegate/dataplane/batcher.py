@@ -332,9 +332,8 @@ class Batcher:
 
     def _schedule(self, sequence: SimSequence, budget: int) -> int:
         """Give a prompt what is left of the budget, at most what it needs; return what remains."""
-        count = sequence.tokens - sequence.computed
-        if count > budget:
-            count = budget
+        bound = None if sequence.ticket is None else sequence.ticket.chunk_tokens
+        count = min(sequence.tokens - sequence.computed, budget, bound or budget)
         blocks = -(-(sequence.computed + count) // self.blocks.block_tokens)
         while blocks - sequence.blocks > self.blocks.free:
             decoding = len(self.decode.members)
@@ -345,7 +344,7 @@ class Batcher:
         sequence.blocks = blocks
         sequence.chunk = count
         self.chunks.append(sequence)
-        return budget - count
+        return 0 if bound else budget - count
 
     def _preempt_youngest(self, *, taken: bool) -> SimSequence:
         """Free the blocks of the youngest; ``taken``: the decodes have those of the coming step."""

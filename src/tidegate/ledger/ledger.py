@@ -76,7 +76,6 @@ class Ledger:
         cells[Field.ROLE : Field.FLIPPABLE + 1] = role, instance.flippable
         cells[Field.KV_CAPACITY_TOKENS] = instance.kv_capacity_tokens
         cells[Field.FREE_TOKENS] = instance.kv_capacity_tokens or math.inf
-        cells[Field.FLIPPED_AT_S] = -math.inf
         cells[Field.PREFILL_SLOWNESS] = 0.0 if profile is UNMEASURED else 1.0
         cells[Field.KV_BYTES_PER_TOKEN] = instance.kv_bytes_per_token
         cells[Field.BLOCK_TOKENS : Field.EXTENDS_KV + 1] = instance.block_tokens, instance.extends_kv
@@ -385,8 +384,8 @@ class Ledger:
 
     def window_averages(self, ids: Sequence[str]) -> dict[str, WindowAverages]:
         """Return the averages of the named windows on the instances ``ids``."""
-        columns = None if ids is self._ids else [self._index[name] for name in ids]
-        return self._windows.averages(self._matrix.array[SUMS], columns)
+        seen = None if ids is self._ids else [self._index[name] for name in ids]
+        return self._windows.averages(self._matrix.array[SUMS], seen)
 
     # Questions
 

@@ -79,9 +79,10 @@ class LedgerMatrix(_RowViews):
         self.requests = LiveTable()
 
     def add_column(self) -> int:
-        """Append a column of zeros and return its index."""
+        """Append a column of zeros, never flipped, and return its index."""
         column: int = self.array.shape[1]
         self._adopt(np.concatenate([self.array, np.zeros((ROWS, 1))], axis=1))
+        self.flipped_at_s[column] = -np.inf
         return column
 
     def remove_column(self, column: int) -> None:

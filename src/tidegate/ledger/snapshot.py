@@ -227,6 +227,13 @@ class Snapshot:
         return self._ledger.sessions.rows(self.index)
 
     @property
+    def session_tokens(self) -> Column:
+        """How many tokens the histories have that sessions are bound with to each instance: read it while
+        deciding, not later."""
+        held = self._ledger.sessions.held_tokens
+        return np.array([held.get(name, 0) for name in self.ids], np.float64)
+
+    @property
     def forecast(self) -> LoadForecast | None:
         """The newest forecast of the load; None where nobody makes any, and in the first period."""
         return self._ledger.load_forecast

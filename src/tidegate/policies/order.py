@@ -25,26 +25,29 @@ arrival again: with 20, an overload of ten seconds undid what ordering had won (
 
 
 class Ticket(NamedTuple):
-    """What an order knows of one prefill: arrival and TTFT deadline on the driver's clock, and the
-    predicted seconds of its own prefill. ``deadline_s`` is not before ``arrival_s``.
+    """What an instance's queue is told of one prefill: arrival and TTFT deadline on the driver's clock, and
+    the predicted seconds of its own prefill. ``deadline_s`` is not before ``arrival_s``.
+
+    ``chunk_tokens`` is no matter of order: ``Place.chunk_tokens``.
     """
 
     arrival_s: float
     deadline_s: float
     work_s: float
+    chunk_tokens: int | None = None
 
     def on_clock(self, offset_s: float) -> Ticket:
         """Return the ticket for a clock that shows ``offset_s`` more than the one it was made for."""
-        return Ticket(self.arrival_s + offset_s, self.deadline_s + offset_s, self.work_s)
+        return self._replace(arrival_s=self.arrival_s + offset_s, deadline_s=self.deadline_s + offset_s)
 
     def starved_at_s(self, bound: float) -> float:
         """When the request has waited ``bound`` times its own TTFT target, ``bound`` >= 1."""
         return max(self.deadline_s, self.arrival_s + bound * (self.deadline_s - self.arrival_s))
 
 
-def prefill_ticket(request: Request, work_s: float) -> Ticket:
+def prefill_ticket(request: Request, work_s: float, chunk_tokens: int | None = None) -> Ticket:
     """Return the ticket of a prefill predicted to take ``work_s`` by itself, on the clock of its arrival."""
-    return Ticket(request.arrival_s, request.arrival_s + request.slo.ttft_s, work_s)
+    return Ticket(request.arrival_s, request.arrival_s + request.slo.ttft_s, work_s, chunk_tokens)
 
 
 class WaitingQueue(Generic[T]):

@@ -94,12 +94,13 @@ class StreamOptions(RequestBody):
 
 
 class TicketParams(RequestBody):
-    """When a request arrived and its first token is due, in seconds from the moment of sending, and the
-    predicted seconds of its prefill."""
+    """When a request arrived and its first token is due, in seconds from the moment of sending, the predicted
+    seconds of its prefill, and how many tokens of prompts a step may compute beside decodes meanwhile."""
 
     arrival_s: Annotated[Number, Field(le=0.0)]
     deadline_s: Number
     work_s: Annotated[Number, Field(ge=0.0)]
+    chunk_tokens: Annotated[StrictInt, Field(gt=0)] | None = None
 
 
 class FollowsParams(RequestBody):

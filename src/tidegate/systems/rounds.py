@@ -68,7 +68,14 @@ def colocated_sticky(options: SystemOptions) -> System:
         raise ConfigError("system 'colocated-sticky' has no split: every instance runs both phases")
     both: Any = StickyColocated()
     summary = "both phases on one instance, sessions stay"
-    return System(name="colocated-sticky", summary=summary, roles=mixed_roles, prefill=both, decode=both)
+    return System(
+        name="colocated-sticky",
+        summary=summary,
+        roles=mixed_roles,
+        prefill=both,
+        decode=both,
+        read_back=None,
+    )
 
 
 def _split(name: str, summary: str, options: SystemOptions, both: Routing, order: Order = FIFO) -> System:
@@ -79,6 +86,7 @@ def _split(name: str, summary: str, options: SystemOptions, both: Routing, order
         prefill=both,
         decode=both,
         order=order,
+        read_back=None,
         window_s=min(options.tick_s, WINDOW_S),
         windows={WINDOW: WINDOW_S},
     )

@@ -73,11 +73,10 @@ class BatchScheduler:
         self._make_room()
         singles = [sequence for sequence in self.running if sequence.pending == 1]
         budget = self._config.max_batch_tokens - len(singles)
-        chunks = []
+        chunks: list[Chunk] = []
         for begun in self.running:
             if begun.pending > 1 and budget > 0:
-                chunks.append(Chunk(begun, min(begun.pending, budget)))
-                budget -= chunks[-1].count
+                budget = _add_chunk(chunks, begun, budget)
         now = self._clock.now()
         while budget > 0:
             sequence = self.waiting.head(now)
@@ -90,8 +89,7 @@ class BatchScheduler:
                 singles.append(sequence)
                 budget -= 1
             else:
-                chunks.append(Chunk(sequence, min(sequence.pending, budget)))
-                budget -= chunks[-1].count
+                budget = _add_chunk(chunks, sequence, budget)
         return Batch(singles, chunks, self._fresh)
 
     def commit(self, batch: Batch) -> None:
@@ -332,3 +330,13 @@ class BatchScheduler:
             for index in range(sequence.published, full):
                 self.pool.publish(sequence.blocks[index], sequence.keys[index])
             sequence.published = full
+
+
+def _add_chunk(chunks: list[Chunk], sequence: TokenSequence, budget: int) -> int:
+    """Add a prompt's next chunk; return what remains of the budget for others: nothing beside a prompt whose
+    ticket bounds the step."""
+    ticket = sequence.request.ticket
+    bound = None if ticket is None else ticket.chunk_tokens
+    count = min(sequence.pending, budget if bound is None else min(budget, bound))
+    chunks.append(Chunk(sequence, count))
+    return budget - count if bound is None else 0

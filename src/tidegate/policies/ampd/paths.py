@@ -12,7 +12,7 @@ from tidegate.core.request import Request
 from tidegate.costs.forms import attention_work
 from tidegate.costs.profile import ProfileTable
 from tidegate.ledger.snapshot import EVERYONE, Candidates, Column, Field, Mask, Snapshot
-from tidegate.policies.candidates import FREE_TOKENS, best, pool, pool_with_room
+from tidegate.policies.candidates import pool, pool_with_room
 
 
 class Home(NamedTuple):
@@ -34,8 +34,9 @@ def home_of(request: Request, snapshot: Snapshot) -> Home:
 
 
 def _most_free(request: Request, snapshot: Snapshot, held_on: str | None) -> int:
+    """Return the decode instance with most KV that neither decodes nor sessions bound to it take."""
     candidates = pool_with_room(snapshot, Role.DECODE, request.prompt_tokens, held_on)
-    return best(snapshot, candidates, lambda cells, at, costs: -FREE_TOKENS(cells, at, costs))
+    return least(snapshot.session_tokens - snapshot.free_tokens, candidates)
 
 
 def bound_decode(request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:
