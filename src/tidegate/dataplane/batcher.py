@@ -35,6 +35,7 @@ from tidegate.dataplane.sequence import (
     LOADING,
     PAUSED,
     READY,
+    UNBOUNDED,
     WAITING,
     Pin,
     SimSequence,
@@ -72,7 +73,7 @@ class Batcher:
         self.readied: list[SimSequence] = []
         self._queued = 0
         self.loading = 0
-        self.stuck = False
+        self.stuck = self._bounded = False
 
     @property
     def waiting(self) -> bool:
@@ -96,7 +97,7 @@ class Batcher:
                 decode.join(sequence)
         elif self.newcomers:
             self.newcomers = []
-        budget = self._max_batch_tokens
+        budget, self._bounded = self._max_batch_tokens, False
         if decode.members:
             needed = decode.remainders[-decode.ticks % blocks.block_tokens]
             if needed:
@@ -107,7 +108,7 @@ class Batcher:
             budget -= len(decode.members)
         if self._chunking:
             at = 0
-            while at < len(self._chunking) and budget > 0:
+            while at < len(self._chunking) and budget > 0 and not self._bounded:
                 budget = self._schedule(self._chunking[at], budget)
                 at += 1
         if not self.stuck and not self.preempted and budget > 0:
@@ -332,8 +333,8 @@ class Batcher:
 
     def _schedule(self, sequence: SimSequence, budget: int) -> int:
         """Give a prompt what is left of the budget, at most what it needs; return what remains."""
-        bound = None if sequence.ticket is None else sequence.ticket.chunk_tokens
-        count = min(sequence.tokens - sequence.computed, budget, bound or budget)
+        bound = sequence.chunk_bound
+        count, self._bounded = min(sequence.tokens - sequence.computed, budget, bound), bound < UNBOUNDED
         blocks = -(-(sequence.computed + count) // self.blocks.block_tokens)
         while blocks - sequence.blocks > self.blocks.free:
             decoding = len(self.decode.members)
@@ -344,7 +345,7 @@ class Batcher:
         sequence.blocks = blocks
         sequence.chunk = count
         self.chunks.append(sequence)
-        return 0 if bound else budget - count
+        return budget - count
 
     def _preempt_youngest(self, *, taken: bool) -> SimSequence:
         """Free the blocks of the youngest; ``taken``: the decodes have those of the coming step."""
@@ -364,12 +365,12 @@ class Batcher:
         """Admit from the queue while there is room."""
         first, queue = self._first, self._queue
         while budget > 0:
-            continued = bool(first)
-            sequence = first[0] if continued else queue.head(now) if self._queued else None
+            known = bool(first)
+            sequence = first[0] if known else queue.head(now) if self._queued and not self._bounded else None
             if sequence is None or not self._admit(sequence):
                 self.stuck = True
                 return
-            if continued:
+            if known:
                 first.popleft()
             else:
                 self._queued -= 1

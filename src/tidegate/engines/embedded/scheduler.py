@@ -74,13 +74,15 @@ class BatchScheduler:
         singles = [sequence for sequence in self.running if sequence.pending == 1]
         budget = self._config.max_batch_tokens - len(singles)
         chunks: list[Chunk] = []
+        alone = False
         for begun in self.running:
-            if begun.pending > 1 and budget > 0:
-                budget = _add_chunk(chunks, begun, budget)
+            if begun.pending > 1 and budget > 0 and not alone:
+                alone = _add_chunk(chunks, begun, budget)
+                budget -= chunks[-1].count
         now = self._clock.now()
         while budget > 0:
             sequence = self.waiting.head(now)
-            if sequence is None or not self._admit(sequence):
+            if sequence is None or (alone and not sequence.request.generated) or not self._admit(sequence):
                 break
             self.waiting.pop(now)
             if sequence.loading:
@@ -89,7 +91,8 @@ class BatchScheduler:
                 singles.append(sequence)
                 budget -= 1
             else:
-                budget = _add_chunk(chunks, sequence, budget)
+                alone = _add_chunk(chunks, sequence, budget)
+                budget -= chunks[-1].count
         return Batch(singles, chunks, self._fresh)
 
     def commit(self, batch: Batch) -> None:
@@ -332,11 +335,9 @@ class BatchScheduler:
             sequence.published = full
 
 
-def _add_chunk(chunks: list[Chunk], sequence: TokenSequence, budget: int) -> int:
-    """Add a prompt's next chunk; return what remains of the budget for others: nothing beside a prompt whose
-    ticket bounds the step."""
+def _add_chunk(chunks: list[Chunk], sequence: TokenSequence, budget: int) -> bool:
+    """Add a prompt's next chunk; return whether its ticket keeps other prompts out of the step."""
     ticket = sequence.request.ticket
     bound = None if ticket is None else ticket.chunk_tokens
-    count = min(sequence.pending, budget if bound is None else min(budget, bound))
-    chunks.append(Chunk(sequence, count))
-    return budget - count if bound is None else 0
+    chunks.append(Chunk(sequence, min(sequence.pending, budget, bound or budget)))
+    return bound is not None

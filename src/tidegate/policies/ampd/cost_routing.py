@@ -34,9 +34,9 @@ MARGIN = 0.8
 """Share of the TTFT target behind which a predicted first token counts as late: predictions err."""
 LATE_WEIGHT = 10.0
 """What a second behind that share costs, in seconds."""
-PACE = 0.9
+PACE = 0.85
 """Share of its TPOT target up to which a neighbour may be slowed down."""
-LEAST_CHUNK = 128
+LEAST_CHUNK = 32
 """Fewer tokens per step would have a prompt take several times as long."""
 MOST_BUSY = 0.95
 """A prefill instance's demand counts up to here; at 1 its queue would have no end."""
