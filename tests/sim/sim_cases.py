@@ -26,7 +26,7 @@ SYSTEMS = [
     "arrow-lending", "arrow-v1", "static", "minimal-load", "colocated", "round-robin", "ares", "ares-slo",
     "arrow+ares", "ares-slo+consolidate",
 ]  # fmt: skip
-ORDERS = ["fifo", "edf", "sjf", "feasible-first"]
+ORDERS = ["fifo", "edf", "sjf", "feasible-first", "reorder", "slack"]
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ SYSTEMS_HELP = (
     "one instance), minimal-load (static split, least predicted time first), round-robin (static split,"
     " each pool in turn) or static (static split, fewest tokens first); with embedded engines any of "
     "them as NAME+ORDER, where waiting prefills are served by fifo, edf (earliest deadline), sjf "
-    "(shortest) or feasible-first (earliest deadline that can still be met), as in arrow-"
+    "(shortest), feasible-first (earliest deadline that can still be met), reorder (the first three by "
+    "what is in time) or slack (the first 64 likewise), as in arrow-"
     "lending+feasible-first. In front of vLLM servers the default is static unless there is a --profile"
     " of them, which the others but round-robin need."
 )
