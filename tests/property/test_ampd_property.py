@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -12,6 +13,7 @@ from tidegate.core.decision import Path, Place
 from tidegate.core.instance import Instance, Role
 from tidegate.core.request import Request
 from tidegate.core.session import History
+from tidegate.costs.forms import attention_work
 from tidegate.ledger.ledger import Ledger
 from tidegate.ledger.snapshot import Snapshot
 from tidegate.policies.ampd.cost_routing import CostRouting
@@ -26,10 +28,11 @@ def rounds(draw: st.DrawFn) -> tuple[Request, Snapshot]:
     """Draw a loaded split, and a round whose session may be bound to one of its decode instances."""
     prefill, decode = draw(st.integers(1, 4)), draw(st.integers(1, 14))
     ledger = Ledger(1.0, {WINDOW: 10.0})
-    names = [f"p{index}" for index in range(prefill)] + [f"d{index}" for index in range(decode)]
+    profiles = (REFERENCE, REFERENCE.scaled(3.0, 2.0) if draw(st.booleans()) else REFERENCE)
+    names = [f"p{index}" for index in range(prefill)] + ["d" * (1 + index) for index in range(decode)]
     for name in names:
         spec = Instance(name, 1_000_000, 131_072, kv_bytes_per_token=131_072)
-        ledger.instance_up(spec, REFERENCE, P if name[0] == "p" else D, 0.0)
+        ledger.instance_up(spec, profiles[len(name) % 2], P if name[0] == "p" else D, 0.0)
     for number in range(draw(st.integers(0, 30))):
         asked, on = request(f"r{number}", draw(st.integers(1, 30_000))), draw(st.sampled_from(names))
         ledger.prefill_dispatched(asked, on, 0.0)
@@ -76,12 +79,16 @@ def test_with_slack_nowhere_the_least_sum_of_the_paper_wins(drawn: tuple[Request
         home = asked.history.on
     if home is None:
         return
-    new_s, kv = REFERENCE.prefill_s(asked.prompt_tokens - held, held), REFERENCE.transfer
+    new_s = snapshot.costs.prefill.seconds(
+        asked.prompt_tokens - held, attention_work(asked.prompt_tokens - held, held)
+    )
+    each_s = dict(zip(snapshot.ids, np.broadcast_to(new_s, len(snapshot)).tolist(), strict=True))
+    kv = REFERENCE.transfer
     waits_s = dict(zip(snapshot.ids, snapshot.prefill_wait_s.tolist(), strict=True))
     over_s = float(kv.seconds(held * 131_072)) if held else 0.0
     over_s += float(kv.seconds((asked.prompt_tokens - held) * 131_072))
-    sums_s = {name: waits_s[name] + new_s + over_s for name in snapshot.ids if name[0] == "p"}
-    sums_s[home] = waits_s[home] + new_s
+    sums_s = {name: waits_s[name] + each_s[name] + over_s for name in snapshot.ids if name[0] == "p"}
+    sums_s[home] = waits_s[home] + each_s[home]
     assert sums_s[place.prefill_on] <= min(sums_s.values()) + 1e-9
 
 

@@ -102,7 +102,8 @@ def path_costs(request: Request, snapshot: Snapshot, home: Home, *, read: bool |
         rest_s = costs.prefill.seconds(new, attention_work(new, source_tokens))
         chosen = True if read else np.less(over_s + rest_s, fresh_s)
         reads[which] = chosen
-        read_s[which], prefill_s[which] = np.where(chosen, (over_s, rest_s), (0.0, fresh_s))
+        read_s[which] = np.where(chosen, over_s, 0.0)
+        prefill_s[which] = np.where(chosen, rest_s, fresh_s)
 
     fill(EVERYONE, costs, 0.0, float(home.tokens))
     kept = float(home.tokens)
