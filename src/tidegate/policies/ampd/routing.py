@@ -9,7 +9,7 @@ import numpy as np
 
 from tidegate.core.decision import Verdict
 from tidegate.core.request import Request
-from tidegate.ledger.snapshot import Snapshot, candidates_of
+from tidegate.ledger.snapshot import Snapshot
 from tidegate.policies.ampd.paths import (
     bound_decode,
     home_of,
@@ -56,7 +56,7 @@ class AmpdRouting:
         if window.mean_gap_s[home.at] <= self.beta * slo.tpot_s:
             return local(snapshot, home, "its decode instance has slack")
         paths = path_costs(request, snapshot, home, read=True)
-        candidates = candidates_of(np.union1d(workers, home.at))
+        candidates = np.append(workers, home.at)
         at = least(paths.total_s, candidates)
         return remote(snapshot, home, at, "nobody has slack", paths.alternatives(snapshot, candidates))
 
