@@ -272,17 +272,18 @@ async def compare(bench: Bench) -> list[str]:
     tuned = [Contender("colocated-sticky", each, chunk) for each in case.colocated for chunk in CHUNKS]
     plain = [Contender("colocated", each) for each in case.colocated]
     among = {name: split_of(case, name) for name in SPLIT} | {"colocated": plain, "sticky, tuned": tuned}
-    held = [(await bench.best(among[name]))[1] for name in BASES]
-    rates = [factor * rate for rate in held for factor in factors]
+    if bench.options.rows:
+        among = {name: among[name] for name in bench.options.rows.split(";")}
+    given = bench.options.rates
+    held = [] if given else [(await bench.best(among[name]))[1] for name in BASES]
+    rates = given or [factor * rate for rate in held for factor in factors]
     rows = {name: await bench.best_at(contenders, rates) for name, contenders in among.items()}
     titles = [f"{rate:.2f}" for rate in rates]
     lines = [
-        "At "
-        + " and ".join(
-            f"{', '.join(f'{each:g}' for each in factors)} times {rate:.2f} ({name})"
-            for name, rate in zip(BASES, held, strict=True)
-        )
-        + " sessions/s: attained, %",
+        f"Attained, %, by sessions/s: {', '.join(f'{factor:g}' for factor in factors)} times "
+        + " and ".join(f"{rate:.2f} ({name})" for name, rate in zip(BASES, held, strict=True))
+        if held
+        else "Attained, %, by sessions/s",
         "",
         "| system | " + " | ".join(titles) + " | local, % | deployment |",
         "|---|" + "---|" * (len(rates) + 2),
@@ -293,7 +294,8 @@ async def compare(bench: Bench) -> list[str]:
         lines.append(f"| {name} | {shares} | {home:.1f} | {contender.title} |")
     lines.append("")
     for at, base in enumerate((*BASES, "sticky, tuned")):
-        part = slice(at * len(factors), (at + 1) * len(factors)) if at < len(BASES) else slice(None)
+        own = held and at < len(BASES)
+        part = slice(at * len(factors), (at + 1) * len(factors)) if own else slice(None)
         its = rows[base][1][part]
         told = [
             f"{name} {spread(list(map(gain, rows[name][1][part], its)))}" for name in ("ampd", "ampd-cost")
@@ -315,8 +317,9 @@ def spread(gains: Sequence[float]) -> str:
 async def ablate(bench: Bench) -> list[str]:
     """Return what routing and reordering bring each, in the paper's shape (section 4.9)."""
     case, factors = bench.case, bench.options.factors
-    base, rate = await bench.best(split_of(case, "always-remote-return"))
-    rates = [factor * rate for factor in factors]
+    among = split_of(case, "always-remote-return")
+    base, rate = (among[0], 0.0) if bench.options.rates else await bench.best(among)
+    rates = bench.options.rates or [factor * rate for factor in factors]
     lines = [
         f"Rates: {', '.join(f'{each:.2f}' for each in rates)} sessions/s.",
         "",
@@ -369,12 +372,15 @@ def main() -> None:
     parser.add_argument("--processes", default="poisson,bursty", help="of session arrivals")
     parser.add_argument("--slo-scales", default="1", help="factors on both targets")
     parser.add_argument("--factors", default=FACTORS, help="times the rates at which the baselines break")
+    parser.add_argument("--rates", default="", help="instead: at these, in sessions/s")
+    parser.add_argument("--rows", default="", help="only these rows, as in ampd;sticky, tuned")
     parser.add_argument("--ablation", action="store_true", help="instead: routing and reordering apart")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, help="folder of results, from which a stopped run goes on")
     options = parser.parse_args()
     options.factors = [float(factor) for factor in options.factors.split(",")]
+    options.rates = [float(rate) for rate in options.rates.split(",") if rate]
     asyncio.run(main_async(options))
 
 
