@@ -294,6 +294,8 @@ async def compare(bench: Bench) -> list[str]:
         lines.append(f"| {name} | {shares} | {home:.1f} | {contender.title} |")
     lines.append("")
     for at, base in enumerate((*BASES, "sticky, tuned")):
+        if not {base, "ampd", "ampd-cost"} <= rows.keys():
+            continue
         own = held and at < len(BASES)
         part = slice(at * len(factors), (at + 1) * len(factors)) if own else slice(None)
         its = rows[base][1][part]

@@ -74,7 +74,7 @@ def test_every_problem_of_every_source_is_reported_at_once(tmp_path: Path) -> No
     assert "fleet.instances = 0: should be greater than or equal to 1" in text
     assert "engine.dtype = int4: should be 'auto', 'float32'" in text
     assert "TIDEGATE_SLO fast:" in text
-    assert "--system nope: unknown system 'nope'; there are: ares, ares-slo, " in text
+    assert "--system nope: unknown system 'nope'; there are: always-local, " in text
     assert "--split 1-2: expected P:D" in text
 
 
@@ -185,8 +185,10 @@ def test_a_profile_lets_any_system_run_in_front_of_servers(tmp_path: Path) -> No
 def test_an_order_needs_engines_that_keep_one() -> None:
     (found,) = problems(vllm=["http://a", "http://b"], system="static+edf")
     assert "by edf, which vLLM servers do not offer" in found and "take 'static'" in found
+    (found,) = problems(vllm=["http://a", "http://b"], system="ampd", profile=["h100_sxm/llama-3.1-8b"])
+    assert "by reorder, which vLLM servers do not offer" in found and "take 'ampd+fifo'" in found
     (found,) = problems(system="arrow-lending+lifo")
-    assert "unknown order 'lifo'; did you mean 'fifo'? There are: edf, feasible-first, fifo, sjf" in found
+    assert "unknown order 'lifo'; did you mean 'fifo'? There are: edf, feasible-first, fifo, " in found
     config = settle(system="arrow-lending+feasible-first").config
     assert config.scheduling.make_system().name == "arrow-lending+feasible-first"
 

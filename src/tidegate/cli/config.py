@@ -41,6 +41,7 @@ from tidegate.cli.setting_types import (
     Words,
     with_value_errors,
 )
+from tidegate.cli.systems_help import SYSTEMS_HELP
 from tidegate.core.slo import Slo
 from tidegate.gateway.settings import GatewaySettings
 
@@ -50,21 +51,6 @@ if TYPE_CHECKING:
 
 GATEWAY = GatewaySettings()
 """The gateway's own defaults."""
-SYSTEMS_HELP = (
-    "The composition of policies that decides: ares (static split, running decodes move to where they vary "
-    "least), ares-slo (static split, running decodes move where that avoids SLO damage), "
-    "ares-slo+consolidate (ares-slo, and decode instances that a low load does not need are emptied), "
-    "arrow (Arrow as published, version 2), "
-    "arrow+ares (role flips, and running decodes move where that avoids SLO damage), arrow-lending "
-    "(SLO-aware placement with role flips), arrow-v1 (four elastic pools), colocated (both phases on "
-    "one instance), minimal-load (static split, least predicted time first), round-robin (static split,"
-    " each pool in turn) or static (static split, fewest tokens first); with embedded engines any of "
-    "them as NAME+ORDER, where waiting prefills are served by fifo, edf (earliest deadline), sjf "
-    "(shortest), feasible-first (earliest deadline that can still be met), reorder (the first three by "
-    "what is in time) or slack (the first 64 likewise), as in arrow-"
-    "lending+feasible-first. In front of vLLM servers the default is static unless there is a --profile"
-    " of them, which the others but round-robin need."
-)
 
 
 def setting(
@@ -363,7 +349,7 @@ class Config(Section):
     def _system_fits_the_fleet(self) -> Config:
         from tidegate.policies.order import FIFO
         from tidegate.policies.protocols import Signal
-        from tidegate.systems import SYSTEMS, make_system
+        from tidegate.systems import SYSTEMS, make_system, split_order
 
         size = self.fleet.size
         split = self.scheduling.split
@@ -382,9 +368,11 @@ class Config(Section):
                 f"choose a --system that needs none: {free}"
             )
         if self.fleet.on_vllm and system.order.name != FIFO.name:
+            name, order = split_order(system.name)
+            instead = name if order is not None else f"{name}+{FIFO.name}"
             raise ValueError(
                 f"system {system.name!r} orders waiting prefills by {system.order.name}, which vLLM servers "
-                f"do not offer; take {system.name.partition('+')[0]!r}, without an order"
+                f"do not offer; take {instead!r}"
             )
         return self
 
