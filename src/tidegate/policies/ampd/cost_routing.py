@@ -17,6 +17,7 @@ from tidegate.core.request import Request
 from tidegate.costs.forms import attention_work
 from tidegate.ledger.snapshot import Column, Field, Snapshot, candidates_of
 from tidegate.policies.ampd.paths import (
+    ROUND_SIGNALS,
     Home,
     PathCosts,
     bound_decode,
@@ -83,7 +84,7 @@ class CostRouting:
     late_weight: float = LATE_WEIGHT
     pace: float = PACE
     chunks: bool = True
-    needs: frozenset[Signal] = frozenset({Signal.PROFILE})
+    needs: frozenset[Signal] = ROUND_SIGNALS
 
     def place_prefill(self, request: Request, snapshot: Snapshot) -> Verdict:
         """Place the prefill on the way of least cost."""

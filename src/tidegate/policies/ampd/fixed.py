@@ -10,6 +10,7 @@ from tidegate.core.request import Request
 from tidegate.costs.forms import attention_work
 from tidegate.ledger.snapshot import Field, Snapshot
 from tidegate.policies.ampd.paths import (
+    ROUND_SIGNALS,
     Home,
     bound_decode,
     home_of,
@@ -33,7 +34,7 @@ class AlwaysRemote:
     """
 
     read: bool = False
-    needs: frozenset[Signal] = frozenset({Signal.PROFILE})
+    needs: frozenset[Signal] = ROUND_SIGNALS
 
     def place_prefill(self, request: Request, snapshot: Snapshot) -> Verdict:
         """Place the prefill on a prefill instance."""
@@ -57,7 +58,7 @@ REMOTE = AlwaysRemote(read=True)
 class AlwaysLocal:
     """Every round that has history on the decode instance that holds it; a first one as ``AlwaysRemote``."""
 
-    needs: frozenset[Signal] = frozenset({Signal.PROFILE})
+    needs: frozenset[Signal] = ROUND_SIGNALS
 
     def place_prefill(self, request: Request, snapshot: Snapshot) -> Verdict:
         """Place the prefill at home, if there is one."""
@@ -84,7 +85,7 @@ class AppendPrefill:
 
     ttft_weight: float = 1.0
     tpot_weight: float = 1.0
-    needs: frozenset[Signal] = frozenset({Signal.PROFILE})
+    needs: frozenset[Signal] = ROUND_SIGNALS
 
     def place_prefill(self, request: Request, snapshot: Snapshot) -> Verdict:
         """Append a later round or send it away; send away a first one."""
@@ -127,7 +128,7 @@ COLOCATED = Colocated()
 class StickyColocated:
     """Both phases in one leg; a session stays where its first round went, which ``Colocated`` chose."""
 
-    needs: frozenset[Signal] = frozenset({Signal.PROFILE})
+    needs: frozenset[Signal] = ROUND_SIGNALS
 
     def place_prefill(self, request: Request, snapshot: Snapshot) -> Verdict:
         """Place both phases where the session is."""

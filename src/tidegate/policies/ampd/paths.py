@@ -13,6 +13,10 @@ from tidegate.costs.forms import attention_work
 from tidegate.costs.profile import ProfileTable
 from tidegate.ledger.snapshot import EVERYONE, Candidates, Column, Field, Mask, Snapshot
 from tidegate.policies.candidates import pool, pool_with_room
+from tidegate.policies.protocols import Signal
+
+ROUND_SIGNALS = frozenset({Signal.PROFILE, Signal.HISTORY})
+"""What a policy for rounds of conversations needs."""
 
 
 class Home(NamedTuple):
@@ -84,7 +88,9 @@ class PathCosts(NamedTuple):
 
 def path_costs(request: Request, snapshot: Snapshot, home: Home, *, read: bool | None) -> PathCosts:
     """Price every path of a round. Remote ones read the history from home with ``read``, with None where that
-    is faster than computing it again; none does where the instance has it."""
+    is faster than computing it again; none does where the instance has it, or where some cannot read."""
+    if read is not False and not snapshot.extends_kv.all():
+        read = False
     costs, at, prompt_tokens = snapshot.costs, home.at, float(request.prompt_tokens)
     token_bytes = snapshot.cells[Field.KV_BYTES_PER_TOKEN, at]
     read_s, prefill_s, return_s = np.empty((3, len(snapshot)))

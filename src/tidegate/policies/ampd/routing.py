@@ -11,6 +11,7 @@ from tidegate.core.decision import Verdict
 from tidegate.core.request import Request
 from tidegate.ledger.snapshot import Snapshot
 from tidegate.policies.ampd.paths import (
+    ROUND_SIGNALS,
     bound_decode,
     home_of,
     least,
@@ -43,7 +44,7 @@ class AmpdRouting:
 
     alpha: float = ALPHA
     beta: float = BETA
-    needs: frozenset[Signal] = frozenset({Signal.PROFILE})
+    needs: frozenset[Signal] = ROUND_SIGNALS
 
     def place_prefill(self, request: Request, snapshot: Snapshot) -> Verdict:
         """Algorithm 1."""
