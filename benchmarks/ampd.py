@@ -119,6 +119,7 @@ EIGHT = (Deployment(((TP4, 2),), (1, 1)),)
 SIXTEEN = (Deployment(((TP4, 2), (TP8, 1)), (2, 1)), Deployment(((TP4, 4),), (2, 2)))
 THIRTY_TWO = (Deployment(((TP8, 4),), (2, 2)), Deployment(((TP8, 4),), (1, 3)))
 ONE_EACH = tuple(Deployment(((SMALL, 8),), (p, 8 - p)) for p in (2, 4))
+PAIR = (Deployment(((SMALL, 2),), (1, 1)),)
 CASES = (
     Case(
         *("taubench", "taubench_airline_rounds.csv.gz", EIGHT),
@@ -127,7 +128,7 @@ CASES = (
         requests=1200,
     ),
     Case(
-        *("agentic", "agentic_claude_code_sessions_a.csv.gz", ONE_EACH, (Deployment(((SMALL, 8),)),)),
+        *("agentic", "agentic_claude_code_sessions_a.csv.gz", PAIR, (Deployment(((SMALL, 2),)),)),
         scale_tokens=0.125,
         h20=False,
         requests=1500,
