@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tidegate.core.decision import Alternatives, Path, Place, Verdict
+from tidegate.core.instance import Role
 from tidegate.core.request import Request
 from tidegate.costs.forms import attention_work
 from tidegate.ledger.snapshot import Column, Field, Snapshot, candidates_of
@@ -29,6 +30,7 @@ from tidegate.policies.ampd.paths import (
     remote,
 )
 from tidegate.policies.ampd.routing import WINDOW
+from tidegate.policies.candidates import pool_with_room
 from tidegate.policies.protocols import Signal
 
 MARGIN = 0.8
@@ -89,6 +91,11 @@ class CostRouting:
     def place_prefill(self, request: Request, snapshot: Snapshot) -> Verdict:
         """Place the prefill on the way of least cost."""
         home, workers = home_of(request, snapshot), prefill_workers(snapshot)
+        if not home.tokens:  # any may become its home: that where its prefill would begin first
+            idle = np.asarray(pool_with_room(snapshot, Role.DECODE, request.prompt_tokens))
+            waits_s = snapshot.prefill_wait_s[idle]
+            if waits_s.min() < snapshot.prefill_wait_s[home.at]:
+                home = Home(int(idle[waits_s.argmin()]), 0)
         paths = path_costs(request, snapshot, home, read=None)
         here = self._here(request, snapshot, home, paths)
         paths.prefill_s[home.at] = here.prefill_s

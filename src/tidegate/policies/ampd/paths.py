@@ -9,6 +9,7 @@ import numpy as np
 from tidegate.core.decision import Alternatives, Path, Place, Verdict
 from tidegate.core.instance import Role
 from tidegate.core.request import Request
+from tidegate.core.session import History
 from tidegate.costs.forms import attention_work
 from tidegate.costs.profile import ProfileTable
 from tidegate.ledger.snapshot import EVERYONE, Candidates, Column, Field, Mask, Snapshot
@@ -17,6 +18,9 @@ from tidegate.policies.protocols import Signal
 
 ROUND_SIGNALS = frozenset({Signal.PROFILE, Signal.HISTORY})
 """What a policy for rounds of conversations needs."""
+LEAST_SHARE = 0.25
+"""A history that is less of the prompt binds nobody (ours): all conversations of one application may begin
+alike, and would all be bound to one instance by that."""
 
 
 class Home(NamedTuple):
@@ -30,11 +34,18 @@ class Home(NamedTuple):
 def home_of(request: Request, snapshot: Snapshot) -> Home:
     """Return the instance to which the session is bound; else the decode instance with most free KV, where it
     is to be (AMPD, section 4.4). Raises NoInstance when nothing is up."""
-    history = request.history
-    at = None if history is None else snapshot.index.get(history.on)
-    if history is None or at is None:
+    history = _binding(request, snapshot)
+    if history is None:
         return Home(_most_free(request, snapshot, None), 0)
-    return Home(at, min(history.tokens, request.prompt_tokens - 1))
+    return Home(snapshot.index[history.on], min(history.tokens, request.prompt_tokens - 1))
+
+
+def _binding(request: Request, snapshot: Snapshot) -> History | None:
+    """Return the history that binds a request, None where it is too short, or on none that is up."""
+    history = request.history
+    if history is None or history.tokens < LEAST_SHARE * request.prompt_tokens:
+        return None
+    return history if history.on in snapshot.index else None
 
 
 def _most_free(request: Request, snapshot: Snapshot, held_on: str | None) -> int:
@@ -45,9 +56,9 @@ def _most_free(request: Request, snapshot: Snapshot, held_on: str | None) -> int
 
 def bound_decode(request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:
     """Place a decode where its session is bound; the first round's where most KV is free."""
-    bound = request.history is not None and request.history.on in snapshot.index
-    if bound and request.history is not None:
-        on, reason = request.history.on, "its session is bound there"
+    history = _binding(request, snapshot)
+    if history is not None:
+        on, reason = history.on, "its session is bound there"
     else:
         on, reason = snapshot.ids[_most_free(request, snapshot, prefill_on)], "most free KV"
     return Verdict(Place(prefill_on, on, Path.DISAGGREGATED), reason=reason)
