@@ -12,6 +12,7 @@ from tidegate.ledger.snapshot import Field, Snapshot
 from tidegate.policies.ampd.paths import (
     ROUND_SIGNALS,
     Home,
+    binding_history,
     bound_decode,
     home_of,
     least,
@@ -132,8 +133,8 @@ class StickyColocated:
 
     def place_prefill(self, request: Request, snapshot: Snapshot) -> Verdict:
         """Place both phases where the session is."""
-        history = request.history
-        if history is None or history.on not in snapshot.index:
+        history = binding_history(request, snapshot)
+        if history is None:
             return COLOCATED.place_prefill(request, snapshot)
         return Verdict(Place(history.on, history.on, Path.COLOCATED), reason="its session is there")
 

@@ -34,13 +34,13 @@ class Home(NamedTuple):
 def home_of(request: Request, snapshot: Snapshot) -> Home:
     """Return the instance to which the session is bound; else the decode instance with most free KV, where it
     is to be (AMPD, section 4.4). Raises NoInstance when nothing is up."""
-    history = _binding(request, snapshot)
+    history = binding_history(request, snapshot)
     if history is None:
         return Home(_most_free(request, snapshot, None), 0)
     return Home(snapshot.index[history.on], min(history.tokens, request.prompt_tokens - 1))
 
 
-def _binding(request: Request, snapshot: Snapshot) -> History | None:
+def binding_history(request: Request, snapshot: Snapshot) -> History | None:
     """Return the history that binds a request, None where it is too short, or on none that is up."""
     history = request.history
     if history is None or history.tokens < LEAST_SHARE * request.prompt_tokens:
@@ -56,7 +56,7 @@ def _most_free(request: Request, snapshot: Snapshot, held_on: str | None) -> int
 
 def bound_decode(request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:
     """Place a decode where its session is bound; the first round's where most KV is free."""
-    history = _binding(request, snapshot)
+    history = binding_history(request, snapshot)
     if history is not None:
         on, reason = history.on, "its session is bound there"
     else:
