@@ -188,7 +188,7 @@ class CostRouting:
         batch = snapshot.cells[Field.DECODE_REQUESTS, home.at]
         context_tokens = snapshot.cells[Field.DECODE_TOKENS, home.at]
         step_s = float(snapshot.costs.at(home.at).step.seconds(batch, context_tokens))
-        answered = rows.answer_tokens.astype(np.float64)
+        answered = np.maximum(rows.answer_tokens.astype(np.float64), 0.0)
         left = rows.remaining_tokens
         if len(rows) and np.isnan(left[0]):
             left = np.maximum(np.maximum(2.0 * answered.mean() - answered, answered), 1.0)
