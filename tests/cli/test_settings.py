@@ -76,7 +76,7 @@ def test_every_problem_of_every_source_is_reported_at_once(tmp_path: Path) -> No
     assert "fleet.instances = 0: expected N instances, or A..B" in text
     assert "engine.dtype = int4: should be 'auto', 'float32'" in text
     assert "TIDEGATE_SLO fast:" in text
-    assert "--system nope: unknown system 'nope'; there are: ares, ares-slo, " in text
+    assert "--system nope: unknown system 'nope'; there are: always-local, " in text
     assert "--split 1-2: expected P:D" in text
 
 
@@ -191,6 +191,7 @@ def test_in_front_of_servers_the_control_plane_keeps_an_order() -> None:
     system = settle(**servers, system="static+edf").config.make_system()
     assert (system.name, system.order.held, system.order.in_engines.name) == ("static+edf", True, "fifo")
     assert not settle(**servers, system="static").config.make_system().order.held
+    assert settle(**servers, system="ampd").config.make_system().order.held
     (found,) = problems(system="arrow-lending+lifo")
     assert "unknown order 'lifo'; did you mean 'fifo'? There are: edf, feasible-first, fifo, length" in found
     config = settle(system="arrow-lending+feasible-first").config

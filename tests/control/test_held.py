@@ -16,7 +16,8 @@ from tidegate.dataplane.replica import replicas_of
 from tidegate.ledger.snapshot import Snapshot
 from tidegate.policies.baselines import LEAST_LOADED
 from tidegate.policies.holding import HoldingPlacement
-from tidegate.policies.order import Ticket, make_order
+from tidegate.policies.order import Ticket
+from tidegate.policies.orders import make_order
 from tidegate.sim import simulate
 from tidegate.systems import make_system
 from tidegate.workloads.trace import TraceRecord

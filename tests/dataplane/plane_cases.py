@@ -14,7 +14,8 @@ from tidegate.dataplane.events import EventKind, EventQueue
 from tidegate.dataplane.instance import SimInstance
 from tidegate.dataplane.replica import EngineSettings, Replica
 from tidegate.dataplane.sequence import CHUNKING, DECODING, ENDED, LOADING, PAUSED, READY, Pin, SimSequence
-from tidegate.policies.order import Ticket, make_order
+from tidegate.policies.order import Ticket
+from tidegate.policies.orders import make_order
 from tidegate_testing.builders import REFERENCE
 
 BINARY = replace(
@@ -143,7 +144,8 @@ class PlaneRun:
             on, decode_on = rng.randrange(case.instances), rng.randrange(case.instances)
             last = prompt + (1 if hand_over else answer)
             self.choices.append((decode_on, prompt + answer, answer))
-            ticket = Ticket(now, now + rng.uniform(0.0, 0.5), rng.uniform(0.0, 0.1))
+            bound = rng.choice([None, None, 1, 48])
+            ticket = Ticket(now, now + rng.uniform(0.0, 0.5), rng.uniform(0.0, 0.1), prompt, 0.0, bound)
             leg = SimSequence(number, prompt, last, hand_over, None, ids, case.hash_block_tokens, ticket)
             leg.on = on
             self._arrivals.append(leg)

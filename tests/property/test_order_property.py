@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidegate.policies import order
-from tidegate.policies.order import ORDERS, Ticket, WaitingQueue, make_order
+from tidegate.policies.order import Ticket, WaitingQueue
+from tidegate.policies.orders import ORDERS, make_order
 
 BOUND = 3.0
 NAMES = ("fifo", "edf", "sjf", "feasible-first", "length-aware")

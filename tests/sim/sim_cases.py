@@ -24,9 +24,9 @@ from tidegate_testing.builders import REFERENCE
 
 SYSTEMS = [
     "arrow-lending", "arrow-v1", "static", "minimal-load", "colocated", "round-robin", "ares", "ares-slo",
-    "arrow+ares", "ares-slo+consolidate",
+    "arrow+ares", "ares-slo+consolidate", "ampd", "ampd-cost", "always-remote-return", "colocated-sticky",
 ]  # fmt: skip
-ORDERS = ["fifo", "edf", "sjf", "feasible-first"]
+ORDERS = ["fifo", "edf", "sjf", "feasible-first", "reorder", "slack"]
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def test_an_instance_that_joins_in_mid_window_counts_from_then() -> None:
     assert ledger.snapshot(1.0).prefill_queue_avg_s[1] == pytest.approx(0.5)
 
 
-def test_a_named_window_averages_over_several_and_follows_the_instances_that_are_seen() -> None:
+def test_a_named_window_moves_along_and_follows_the_instances_that_are_seen() -> None:
     ledger = Ledger(1.0, {"long": 2.0})
     for name, role in (("i0", P), ("i1", D), ("i2", D)):
         ledger.instance_up(instance(name), profile(), role, 0.0)
@@ -126,8 +126,10 @@ def test_a_named_window_averages_over_several_and_follows_the_instances_that_are
     for at_s in (0.6, 0.7, 1.6):
         ledger.tokens("r0", 1, at_s)
         if at_s == 0.7:
+            long = ledger.snapshot(0.7).windows["long"]
+            assert long.mean_gap_s.tolist() == pytest.approx([0.0, 0.0, 0.1]), "the open window counts"
+            assert long.mean_ttft_s.tolist() == pytest.approx([0.5, 0.0, 0.0])
             ledger.window_closed(1.0)
-            assert ledger.snapshot(1.0).windows["long"].mean_gap_s.tolist() == [0.0, 0.0, 0.0], "open"
     ledger.window_closed(2.0)
     snapshot = ledger.snapshot(2.0)
     long = snapshot.windows["long"]
@@ -136,3 +138,7 @@ def test_a_named_window_averages_over_several_and_follows_the_instances_that_are
     assert snapshot.without({"i1"}).windows["long"].mean_gap_s.tolist() == pytest.approx([0.0, 0.5])
     ledger.instance_down("i0", 2.5)
     assert ledger.snapshot(2.5).windows["long"].mean_gap_s.tolist() == pytest.approx([0.0, 0.5])
+    ledger.window_closed(3.0)
+    assert ledger.snapshot(3.0).windows["long"].mean_gap_s.tolist() == pytest.approx([0.0, 0.9])
+    ledger.window_closed(4.0)
+    assert ledger.snapshot(4.0).windows["long"].mean_gap_s.tolist() == [0.0, 0.0], "two seconds without"

@@ -14,7 +14,7 @@ from tidegate.policies.arrow.lending import LendingMonitor, LendingPlacement
 from tidegate.policies.arrow.published import ArrowMonitor, ArrowPlacement
 from tidegate.policies.arrow.repair import RepairingMonitor, RepairingPlacement
 from tidegate.policies.candidates import pool_with_room
-from tidegate.policies.order import make_order
+from tidegate.policies.orders import make_order
 from tidegate.policies.protocols import Signal
 from tidegate.systems import SYSTEMS, make_system
 
@@ -31,7 +31,7 @@ def test_every_system_exists_under_its_own_name() -> None:
 
 
 def test_an_unknown_system_lists_what_exists() -> None:
-    with pytest.raises(ConfigError, match="unknown system 'fastest'; there are: ares, ares-slo, "):
+    with pytest.raises(ConfigError, match="unknown system 'fastest'; there are: always-local, "):
         make_system("fastest")
 
 

@@ -36,6 +36,7 @@ from tidegate.cli.setting_types import (
     Words,
     with_value_errors,
 )
+from tidegate.cli.systems_help import SYSTEMS_HELP
 from tidegate.core.notation import FleetRange
 from tidegate.core.slo import Slo
 from tidegate.gateway.settings import GatewaySettings
@@ -48,22 +49,6 @@ if TYPE_CHECKING:
 
 GATEWAY = GatewaySettings()
 """The gateway's own defaults."""
-SYSTEMS_HELP = (
-    "The composition of policies that decides: ares (static split, running decodes move to where they "
-    "vary least), ares-slo (static split, running decodes move where that avoids SLO damage), "
-    "ares-slo+consolidate (ares-slo, and decode instances that a low load does not need are emptied), "
-    "arrow (Arrow as published, version 2), arrow+ares (role flips, and running decodes move where "
-    "that avoids SLO damage), arrow-lending (SLO-aware placement with role flips), arrow-v1 (four "
-    "elastic pools), colocated (both phases on one instance), dopd (pools sized ahead of the load), "
-    "dopd-code (DOPD's released formula), dynamo-load (pools sized by thresholds), dynamo-sla (pools "
-    "sized by throughput), minimal-load (static split, least predicted time first), reactive (role "
-    "flips without a forecast: Arrow), round-robin (static split, each pool in turn) or static (static "
-    "split, fewest tokens first); any of them as NAME+ORDER, where waiting prefills are served by fifo, edf "
-    "(earliest deadline), sjf (shortest), feasible-first (earliest deadline that can still be met) or "
-    "length-aware (shortest, as far as long ones may be overtaken), as in arrow-lending+feasible-first. In "
-    "front of vLLM servers the default is static unless there is a --profile of them, which the others but "
-    "round-robin need."
-)
 
 
 class GatewaySection(Section):

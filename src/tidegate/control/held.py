@@ -63,8 +63,10 @@ class HeldRequests:
             ticket, with_all_behind = self._kept.pop() if self._kept else (None, False)
             if with_all_behind:
                 break
-            self._queue.remove(head)
-            if ticket is not None:
+            if ticket is None:
+                self._queue.pop(now)
+            else:
+                self._queue.remove(head)
                 again.append((head, ticket))
         for live, ticket in again:
             self._queue.push(live, ticket)

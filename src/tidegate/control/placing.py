@@ -112,7 +112,8 @@ class Placing:
         column = view.index[on]
         cells = view.cells
         alone = not (cells[Field.PREFILL_REQUESTS, column] or cells[Field.DECODE_REQUESTS, column])
-        return RunPrefill(live, place, prefill_ticket(request, seconds, on, view.forecast), alone)
+        ticket = prefill_ticket(request, seconds, on, view.forecast, place.chunk_tokens)
+        return RunPrefill(live, place, ticket, alone)
 
     def decodes_on(
         self, live: LiveRequest, on: str, resident_tokens: int, now: float, stopped_s: float | None = None

@@ -33,13 +33,15 @@ class Place(msgspec.Struct, frozen=True, gc=False):
 
     ``decode_on`` is None while the decode placement is left for the end of the prefill. ``read_from`` names
     the instance whose KV of the prompt's beginning the prefill instance reads before it computes the rest;
-    None: it computes whatever its own cache lacks.
+    None: it computes whatever its own cache lacks. ``chunk_tokens``, where given, bounds how many tokens of
+    prompts a step computes beside its decodes while this prefill runs.
     """
 
     prefill_on: str
     decode_on: str | None
     path: Path
     read_from: str | None = None
+    chunk_tokens: int | None = None
 
 
 class Hold(NamedTuple):

@@ -90,19 +90,19 @@ class ProfileTable:
 
     prefill: PrefillCost
     step: StepCost
-    transfer: TransferCost
     mixed: MixedCost
+    transfer: TransferCost
     rows: tuple[ProfileTable, ...] = ()
 
     @classmethod
     def of(cls, profiles: Sequence[Profile]) -> ProfileTable:
         """Stack ``profiles``; entry i of every coefficient array belongs to ``profiles[i]``."""
-        rows = tuple(cls(each.prefill, each.step, each.transfer, each.mixed) for each in profiles)
+        rows = tuple(cls(p.prefill, p.step, p.mixed, p.transfer) for p in profiles)
         return cls(
             prefill=_stack([p.prefill for p in profiles], PrefillCost),
             step=_stack([p.step for p in profiles], StepCost),
-            transfer=_stack([p.transfer for p in profiles], TransferCost),
             mixed=_stack([p.mixed for p in profiles], MixedCost),
+            transfer=_stack([p.transfer for p in profiles], TransferCost),
             rows=() if all(row == rows[0] for row in rows) else rows,
         )
 
@@ -113,8 +113,8 @@ class ProfileTable:
     def only(self, keep: NDArray[np.bool_]) -> ProfileTable:
         """Return the table of the instances where ``keep`` is true."""
         rows = tuple(row for row, kept in zip(self.rows, keep.tolist(), strict=False) if kept)
-        prefill, step = pick(self.prefill, keep), pick(self.step, keep)
-        return ProfileTable(prefill, step, pick(self.transfer, keep), pick(self.mixed, keep), rows)
+        forms = pick(self.prefill, keep), pick(self.step, keep), pick(self.mixed, keep)
+        return ProfileTable(*forms, pick(self.transfer, keep), rows)
 
 
 def pick(form: Form, at: Any) -> Form:

@@ -33,6 +33,7 @@ from tidegate.dataplane.sequence import (
     LOADING,
     PAUSED,
     READY,
+    UNBOUNDED,
     WAITING,
     Pin,
     SimSequence,
@@ -70,7 +71,7 @@ class Batcher:
         self.readied: list[SimSequence] = []
         self._queued = 0
         self.loading = 0
-        self.stuck = False
+        self.stuck = self._bounded = False
 
     @property
     def waiting(self) -> bool:
@@ -94,7 +95,7 @@ class Batcher:
                 decode.join(sequence)
         elif self.newcomers:
             self.newcomers = []
-        budget = self._max_batch_tokens
+        budget, self._bounded = self._max_batch_tokens, False
         if decode.members:
             needed = decode.remainders[-decode.ticks % blocks.block_tokens]
             if needed:
@@ -105,7 +106,7 @@ class Batcher:
             budget -= len(decode.members)
         if self._chunking:
             at = 0
-            while at < len(self._chunking) and budget > 0:
+            while at < len(self._chunking) and budget > 0 and not self._bounded:
                 budget = self._schedule(self._chunking[at], budget)
                 at += 1
         if not self.stuck and not self.preempted and budget > 0:
@@ -330,9 +331,8 @@ class Batcher:
 
     def _schedule(self, sequence: SimSequence, budget: int) -> int:
         """Give a prompt what is left of the budget, at most what it needs; return what remains."""
-        count = sequence.tokens - sequence.computed
-        if count > budget:
-            count = budget
+        bound = sequence.chunk_bound
+        count, self._bounded = min(sequence.tokens - sequence.computed, budget, bound), bound < UNBOUNDED
         blocks = -(-(sequence.computed + count) // self.blocks.block_tokens)
         while blocks - sequence.blocks > self.blocks.free:
             decoding = len(self.decode.members)
@@ -364,8 +364,8 @@ class Batcher:
         first, queue = self._first, self._queue
         batched = sum([chunked.chunk for chunked in self.chunks])
         while budget > 0:
-            continued = bool(first)
-            sequence = first[0] if continued else queue.head(now, batched) if self._queued else None
+            continued, asked = bool(first), self._queued and not self._bounded
+            sequence = first[0] if continued else queue.head(now, batched) if asked else None
             if sequence is None or not self._admit(sequence):
                 self.stuck = True
                 return
@@ -373,7 +373,7 @@ class Batcher:
                 first.popleft()
             else:
                 self._queued -= 1
-                queue.remove(sequence)
+                queue.pop(now)
             if sequence.admitted_s is None:
                 sequence.admitted_s = now
                 if sequence.shared is not None:

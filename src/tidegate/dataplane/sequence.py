@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -26,6 +27,8 @@ PAUSED: Final = 6
 ENDED: Final = 7
 """Has its last token, or was aborted."""
 
+UNBOUNDED: Final = sys.maxsize
+"""The chunk bound of a sequence without one."""
 HASH_BLOCK_TOKENS = 512
 """Tokens that one block id names unless told otherwise: those of the Mooncake traces."""
 
@@ -90,3 +93,9 @@ class SimSequence:
     def extends(self) -> bool:
         """Whether its source has only the beginning of its prompt, the rest of which it computes."""
         return self.source is not None and self.source.tokens < self.prompt - 1
+
+    @property
+    def chunk_bound(self) -> int:
+        """The most tokens of prompts in a step that computes some of its prompt (``Place.chunk_tokens``)."""
+        bound = None if self.ticket is None else self.ticket.chunk_tokens
+        return UNBOUNDED if bound is None else bound

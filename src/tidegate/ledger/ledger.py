@@ -19,7 +19,7 @@ from tidegate.ledger.records import Booked, InstanceEntry, RequestEntry, Residen
 from tidegate.ledger.rows import Forecast, Integers, RequestRows
 from tidegate.ledger.sessions import Sessions
 from tidegate.ledger.snapshot import Field, Labels, Snapshot, WindowAverages
-from tidegate.ledger.windows import LongWindows, close_windows
+from tidegate.ledger.windows import SUMS, LongWindows, close_windows
 
 GRID_S = 2.0**-30
 """Predicted prefill times are rounded to this step (about a nanosecond; ours), so that their sums are
@@ -76,7 +76,6 @@ class Ledger:
         cells[Field.ROLE : Field.FLIPPABLE + 1] = role, instance.flippable
         cells[Field.KV_CAPACITY_TOKENS] = instance.kv_capacity_tokens
         cells[Field.FREE_TOKENS] = instance.kv_capacity_tokens or math.inf
-        cells[Field.FLIPPED_AT_S] = -math.inf
         cells[Field.PREFILL_SLOWNESS] = 0.0 if profile is UNMEASURED else 1.0
         cells[Field.KV_BYTES_PER_TOKEN] = instance.kv_bytes_per_token
         cells[Field.BLOCK_TOKENS : Field.EXTENDS_KV + 1] = instance.block_tokens, instance.extends_kv
@@ -197,7 +196,7 @@ class Ledger:
             return False
         instance = entry.prefill
         self._matrix.leave_prefill(entry, now)
-        self._matrix.prefill_ended_s[instance.column] += entry.seconds
+        self._matrix.note_first_token(instance.column, entry, now)
         self._matrix.hold(entry, instance, entry.request.prompt_tokens)
         return True
 
@@ -384,8 +383,9 @@ class Ledger:
         return [rows.requests[row] for row in decoding.tolist()], rows.answer_tokens[decoding]
 
     def window_averages(self, ids: Sequence[str]) -> dict[str, WindowAverages]:
-        """Return the averages of the named windows that ended last, on the instances ``ids``."""
-        return self._windows.averages([self._index[name] for name in ids])
+        """Return the averages of the named windows on the instances ``ids``."""
+        seen = None if ids is self._ids else [self._index[name] for name in ids]
+        return self._windows.averages(self._matrix.array[SUMS], seen)
 
     # Questions
 

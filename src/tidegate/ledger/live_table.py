@@ -72,6 +72,14 @@ class LiveTable:
         """Their requests."""
         return [entry.request for entry in self._entries if entry is not None]
 
+    def entries_in(self, slots: NDArray[np.intp]) -> list[RequestEntry]:
+        """Return the requests in some of ``slots``."""
+        return [cast(RequestEntry, self._entries[slot]) for slot in slots.tolist()]
+
+    def requests_in(self, slots: NDArray[np.intp]) -> list[Request]:
+        """Return what the requests in some of ``slots`` ask for."""
+        return [entry.request for entry in self.entries_in(slots)]
+
     @property
     def slots(self) -> NDArray[np.intp]:
         """The slots that are taken: those of requests that are somewhere."""

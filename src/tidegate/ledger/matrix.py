@@ -20,6 +20,8 @@ class WindowRow(enum.IntEnum):
     QUEUE_INTEGRAL = enum.auto()
     GAP_SUM_S = enum.auto()
     GAP_TOKENS = enum.auto()
+    TTFT_SUM_S = enum.auto()
+    TTFT_COUNT = enum.auto()
     PREFILL_WORK_S = enum.auto()
     PREFILL_WORK_S2 = enum.auto()
     PREFILL_BUSY_S = enum.auto()
@@ -54,6 +56,8 @@ class _RowViews:
     queue_integral: memoryview[float]
     gap_sum_s: memoryview[float]
     gap_tokens: memoryview[float]
+    ttft_sum_s: memoryview[float]
+    ttft_count: memoryview[float]
     prefill_work_s: memoryview[float]
     prefill_work_s2: memoryview[float]
     prefill_busy_s: memoryview[float]
@@ -75,9 +79,10 @@ class LedgerMatrix(_RowViews):
         self.requests = LiveTable()
 
     def add_column(self) -> int:
-        """Append a column of zeros and return its index."""
+        """Append a column of zeros, never flipped, and return its index."""
         column: int = self.array.shape[1]
         self._adopt(np.concatenate([self.array, np.zeros((ROWS, 1))], axis=1))
+        self.flipped_at_s[column] = -np.inf
         return column
 
     def remove_column(self, column: int) -> None:
@@ -127,6 +132,13 @@ class LedgerMatrix(_RowViews):
         self.change_queue(column, -entry.seconds, now)
         if instance.head is entry:
             self.set_head(instance, next(iter(instance.prefills.values()), None), now)
+
+    def note_first_token(self, column: int, entry: RequestEntry, now: float) -> None:
+        """Count a prefill that ended; its TTFT, too, unless the request had tokens before."""
+        self.prefill_ended_s[column] += entry.seconds
+        if not entry.request.generated:
+            self.ttft_sum_s[column] += now - entry.request.arrival_s
+            self.ttft_count[column] += 1
 
     def hold(self, entry: RequestEntry, instance: InstanceEntry, tokens: int) -> None:
         """Have an instance hold ``tokens`` of a request's KV until it is pulled."""

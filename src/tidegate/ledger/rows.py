@@ -44,11 +44,13 @@ class RequestRows:
         index: Mapping[str, int],
         seen: Integers | None = None,
         forecast: Forecast | None = None,
+        slots: NDArray[np.intp] | None = None,
     ) -> None:
         """``steps`` has what each of the ledger's columns has stepped. ``index`` has the columns of the
-        snapshot, and ``seen`` those of the ledger's columns, where they differ, with NOWHERE at the end."""
+        snapshot, and ``seen`` those of the ledger's columns, where they differ, with NOWHERE at the end.
+        ``slots`` are those of the requests that have a row; None: of all that live."""
         self._table: Final = table
-        self._slots: Final = table.slots
+        self._given: Final = slots
         self._steps: Final = steps
         self._index: Final = index
         self._seen: Final = seen
@@ -57,9 +59,20 @@ class RequestRows:
     def __len__(self) -> int:
         return len(self._slots)
 
+    def decoding_on(self, column: int) -> RequestRows:
+        """Return the rows of the requests that decode on the instance in the snapshot's ``column``; the
+        others are not read for that."""
+        ours = column if self._seen is None else int(np.flatnonzero(self._seen == column)[0])
+        slots = np.flatnonzero(self._table.array[Row.DECODE_ON] == ours)
+        return RequestRows(self._table, self._steps, self._index, self._seen, self._forecast, slots)
+
+    @cached_property
+    def _slots(self) -> NDArray[np.intp]:
+        return self._table.slots if self._given is None else self._given
+
     @cached_property
     def requests(self) -> list[Request]:
-        return self._table.requests
+        return self._table.requests if self._given is None else self._table.requests_in(self._given)
 
     @cached_property
     def ids(self) -> tuple[str, ...]:
@@ -86,8 +99,8 @@ class RequestRows:
         columns = np.full(len(self), NOWHERE)
         moving = np.flatnonzero(self._read(Row.MOVES))
         if len(moving):
-            entries = self._table.entries
-            columns[moving] = [self._index.get(entries[row].moving_to, NOWHERE) for row in moving]
+            entries = self._table.entries_in(self._slots[moving])
+            columns[moving] = [self._index.get(entry.moving_to, NOWHERE) for entry in entries]
         return columns
 
     @cached_property

@@ -103,11 +103,12 @@ class Field:
 
 
 class WindowAverages(NamedTuple):
-    """What a named window measured, one value per instance: the mean inter-token gap in seconds (0 without
-    tokens) and the mean prefill queue in seconds."""
+    """What a named window measured, in seconds, one value per instance: the mean inter-token gap (0 without
+    tokens), the mean prefill queue, and the mean TTFT of the prefills that ended there (0 without any)."""
 
     mean_gap_s: Column
     prefill_queue_s: Column
+    mean_ttft_s: Column
 
 
 class _Row:
@@ -226,6 +227,13 @@ class Snapshot:
         return self._ledger.sessions.rows(self.index)
 
     @property
+    def session_tokens(self) -> Column:
+        """How many tokens the histories have that sessions are bound with to each instance: read it while
+        deciding, not later."""
+        held = self._ledger.sessions.held_tokens
+        return np.array([held.get(name, 0) for name in self.ids], np.float64)
+
+    @property
     def forecast(self) -> LoadForecast | None:
         """The newest forecast of the load; None where nobody makes any, and in the first period."""
         return self._ledger.load_forecast
@@ -243,7 +251,8 @@ class Snapshot:
 
     @property
     def windows(self) -> Mapping[str, WindowAverages]:
-        """What the system's named windows (``System.windows``) measured, each when it ended last."""
+        """What the system's named windows (``System.windows``) measured, each in its last seconds with
+        the ledger's open window: read it while deciding, not later."""
         return self._ledger.window_averages(self.ids)
 
     @property

@@ -1,9 +1,11 @@
-"""Closing a window: mean inter-token gaps and the average prefill queue (Arrow v2, section 5.5)."""
+"""Closing a window: mean inter-token gaps and the average prefill queue (Arrow v2, section 5.5), and longer
+windows that move along (AMPD, section 4.3)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -16,6 +18,8 @@ SLOWNESS_S = 5.0
 """Time constant of the slowness, in seconds with a prefill (ours): that of a queue that begins to hurt."""
 DEMAND_S = 10.0
 """Time constant of the smoothed prefill demand (ours): longer than a burst, shorter than a change of load."""
+SUMS = slice(WindowRow.QUEUE_INTEGRAL, WindowRow.TTFT_COUNT + 1)
+"""A window's sums: of the queue over time, of gaps and the tokens with one, of TTFTs and first tokens."""
 
 
 def close_windows(
@@ -25,8 +29,7 @@ def close_windows(
 
     An instance that decodes but produced nothing has an empty average, which would make stalling look
     like idling: it publishes its longest open gap (Narwhal). An empty or endless window averages to the
-    queue as it stands. Returns the window's own sums: of gaps, of tokens with a gap, and of the queue over
-    time.
+    queue as it stands. Returns the window's own sums, ``SUMS``.
     """
     array = matrix.array
     produced = array[WindowRow.GAP_TOKENS]
@@ -40,13 +43,13 @@ def close_windows(
 
     queue = array[Field.PREFILL_QUEUE_S]
     span = now - since
-    sums = array[[WindowRow.GAP_SUM_S, WindowRow.GAP_TOKENS, WindowRow.QUEUE_INTEGRAL]]
+    sums = array[SUMS].copy()
     if 0 < span < math.inf:
         since_s = now - array[WindowRow.QUEUE_SINCE_S]
-        sums[2] += queue * since_s
+        sums[0] += queue * since_s
         array[WindowRow.PREFILL_BUSY_S] += np.where(queue > 0, since_s, 0.0)
         _note_slowness(array)
-        array[Field.PREFILL_QUEUE_AVG_S] = sums[2] / span
+        array[Field.PREFILL_QUEUE_AVG_S] = sums[0] / span
         weight = -math.expm1(-span / DEMAND_S)
         smoothed = array[Field.PREFILL_DEMAND : Field.PREFILL_SQUARES_S + 1]
         work = array[WindowRow.PREFILL_WORK_S : WindowRow.PREFILL_WORK_S2 + 1]
@@ -69,7 +72,8 @@ def _note_slowness(array: Matrix) -> None:
 
 
 class LongWindows:
-    """Windows longer than the ledger's own, by name: each adds up whole windows until its length is reached.
+    """Windows longer than the ledger's own, by name: the newest whole windows that fill its length, and the
+    open one.
 
     Raises ConfigError for a length below ``window_s``.
     """
@@ -78,37 +82,52 @@ class LongWindows:
         short = sorted(name for name, length_s in lengths_s.items() if length_s < window_s)
         if short:
             raise ConfigError(f"window {short[0]!r} is shorter than the ledger's window of {window_s} s")
-        self._lengths_s = dict(lengths_s)
-        self._slack_s = window_s / 2
-        self._spans_s = dict.fromkeys(lengths_s, 0.0)
-        self._rows = {name: np.zeros((5, 0)) for name in lengths_s}
-        """Three rows of sums, as ``close_windows`` returns them, and the two averages published last."""
+        self._counts = {name: round(length_s / window_s) for name, length_s in lengths_s.items()}
+        self._closed: deque[tuple[float, Matrix]] = deque(maxlen=max(self._counts.values(), default=0))
+        self._totals: dict[str, tuple[float, Matrix]] = {}
 
     def add(self, sums: Matrix, span_s: float) -> None:
         """Take the sums of a window that was ``span_s`` long. One without a length is left out."""
-        if not 0 < span_s < math.inf:
-            return
-        for name, length_s in self._lengths_s.items():
-            rows = self._rows[name]
-            rows[:3] += sums
-            self._spans_s[name] += span_s
-            if self._spans_s[name] >= length_s - self._slack_s:
-                rows[3] = rows[0] / np.maximum(rows[1], 1.0)
-                rows[4] = rows[2] / self._spans_s[name]
-                rows[:3] = 0.0
-                self._spans_s[name] = 0.0
+        if self._counts and 0 < span_s < math.inf:
+            self._closed.append((span_s, sums))
+            self._totals = {}
 
-    def averages(self, columns: Sequence[int]) -> dict[str, WindowAverages]:
-        """Return what each window measured when it ended last, on the instances in ``columns``."""
-        return {name: WindowAverages(*rows[3:, columns]) for name, rows in self._rows.items()}
+    def averages(self, open_sums: Matrix, columns: Sequence[int] | None) -> dict[str, WindowAverages]:
+        """Return what each window has measured, on the instances in ``columns`` (None: on all).
+
+        ``open_sums`` are ``SUMS`` of the ledger's window that is open; a queue's average is without it.
+        """
+        found = {}
+        for name, count in self._counts.items():
+            total = self._totals.get(name)
+            if total is None:
+                newest = list(self._closed)[-count:]
+                spans_s = sum(span_s for span_s, _ in newest)
+                sums = np.sum([sums for _, sums in newest], axis=0) if newest else 0.0 * open_sums
+                total = self._totals[name] = spans_s, sums
+            spans_s, closed = total
+            _, gap_s, gap_tokens, ttft_s, ttft_count = closed + open_sums
+            rows = (
+                gap_s / np.maximum(gap_tokens, 1.0),
+                closed[0] / max(spans_s, 1e-9),
+                ttft_s / np.maximum(ttft_count, 1.0),
+            )
+            found[name] = WindowAverages(*(rows if columns is None else (row[columns] for row in rows)))
+        return found
 
     def add_column(self) -> None:
         """Take note of a new instance."""
-        self._rows = {name: np.pad(rows, ((0, 0), (0, 1))) for name, rows in self._rows.items()}
+        self._change(lambda sums: np.pad(sums, ((0, 0), (0, 1))))
 
     def remove_column(self, column: int) -> None:
         """Take note that an instance is gone."""
-        self._rows = {name: np.delete(rows, column, axis=1) for name, rows in self._rows.items()}
+        self._change(lambda sums: np.delete(sums, column, axis=1))
+
+    def _change(self, columns: Callable[[Matrix], Matrix]) -> None:
+        changed = [(span_s, columns(sums)) for span_s, sums in self._closed]
+        self._closed.clear()
+        self._closed.extend(changed)
+        self._totals = {}
 
 
 def longest_open_gap(instance: InstanceEntry, now: float) -> float:

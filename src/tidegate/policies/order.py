@@ -9,16 +9,17 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from heapq import heapify, heappop, heappush
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from tidegate.core.errors import ConfigError, InternalError
+from tidegate.core.errors import InternalError
 from tidegate.core.load_forecast import LoadForecast
 from tidegate.core.request import Request
-from tidegate.policies.registry import Registry
 
 T = TypeVar("T")
+
+HELD = "held-"
+"""Before an order's name: the control plane keeps it."""
 
 STARVATION_BOUND = 120.0
 """A request that has waited this many times its own TTFT target is served before all others. Ours: a bound
@@ -28,9 +29,11 @@ arrival again: with 20, an overload of ten seconds undid what ordering had won (
 
 
 class Ticket(NamedTuple):
-    """What an order knows of one prefill: arrival and TTFT deadline on the driver's clock, the predicted
-    seconds of its own prefill, and the prompt tokens that it has to compute. ``deadline_s`` is not before
-    ``arrival_s``. ``long_tokens`` is the mean prompt that a forecast expects; 0 where there is none.
+    """What an instance's queue is told of one prefill: arrival and TTFT deadline on the driver's clock, the
+    predicted seconds of its own prefill, and the prompt tokens that it has to compute. ``deadline_s`` is not
+    before ``arrival_s``. ``long_tokens`` is the mean prompt that a forecast expects; 0 where there is none.
+
+    ``chunk_tokens`` is no matter of order: ``Place.chunk_tokens``.
     """
 
     arrival_s: float
@@ -38,6 +41,7 @@ class Ticket(NamedTuple):
     work_s: float
     tokens: int = 0
     long_tokens: float = 0.0
+    chunk_tokens: int | None = None
 
     def on_clock(self, offset_s: float) -> Ticket:
         """Return the ticket for a clock that shows ``offset_s`` more than the one it was made for."""
@@ -48,7 +52,13 @@ class Ticket(NamedTuple):
         return max(self.deadline_s, self.arrival_s + bound * (self.deadline_s - self.arrival_s))
 
 
-def prefill_ticket(request: Request, work_s: float, on: str, forecast: LoadForecast | None) -> Ticket:
+def prefill_ticket(
+    request: Request,
+    work_s: float,
+    on: str,
+    forecast: LoadForecast | None,
+    chunk_tokens: int | None = None,
+) -> Ticket:
     """Return the ticket of a prefill predicted to take ``work_s`` by itself, on the clock of its arrival.
 
     ``on`` is where it is to run, "" while that is open; what is cached there is not of its tokens.
@@ -60,6 +70,7 @@ def prefill_ticket(request: Request, work_s: float, on: str, forecast: LoadForec
         work_s,
         max(1, request.prompt_tokens - request.cached.get(on, 0)),
         long_tokens if long_tokens > 0 else 0.0,
+        chunk_tokens,
     )
 
 
@@ -94,7 +105,7 @@ class WaitingQueue(Generic[T]):
         self._front[item] = None
 
     def head(self, now: float, batched: int = 0) -> T | None:
-        """Return who is next at ``now``, or None when nobody waits. Serves nobody; ``remove`` does.
+        """Return who is next at ``now``, or None when nobody waits. Serves nobody; ``pop`` does.
 
         ``batched`` prompt tokens are in a step already; None also where nobody is to join them.
         """
@@ -337,7 +348,7 @@ def by_work(ticket: Ticket) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Makes queues of one order, which share nothing; ``name`` is that in ``ORDERS``.
+    """Makes queues of one order, which share nothing; ``name`` is that in ``ORDERS`` (``orders.py``).
 
     ``held``: the control plane keeps it, which holds prompts back; engines serve by arrival what they get.
     """
@@ -360,30 +371,5 @@ class Order:
         return self.make()
 
 
-HELD = "held-"
 FIFO = Order("fifo", WaitingQueue)
 """What vLLM does unless told otherwise. Nobody starves."""
-
-ORDERS: Registry[Callable[[float], Order]] = Registry("order", group="tidegate.orders")
-"""Factories of orders from a starvation bound. A third party names one under the entry point group
-``tidegate.orders``."""
-
-ORDERS.register("fifo")(lambda bound: FIFO)
-ORDERS.register("edf")(lambda bound: Order("edf", partial(RankedQueue, by_deadline, bound)))
-ORDERS.register("sjf")(lambda bound: Order("sjf", partial(RankedQueue, by_work, bound)))
-ORDERS.register("length-aware")(lambda bound: Order("length-aware", partial(LengthAwareQueue, bound)))
-ORDERS.register("feasible-first")(lambda bound: Order("feasible-first", partial(FeasibleQueue, bound)))
-
-
-def make_order(name: str, *, starvation_bound: float = STARVATION_BOUND) -> Order:
-    """Return the order ``name``; ``starvation_bound`` counts in TTFT targets of the waiting request. A name
-    that begins with ``HELD`` is an order that the control plane keeps.
-
-    Raises ConfigError for an unknown name, listing those that exist, and for a bound below 1: a request is
-    not starved while it can still meet its deadline.
-    """
-    if not starvation_bound >= 1.0:
-        raise ConfigError(f"the starvation bound must be at least 1 TTFT target, got {starvation_bound}")
-    if name.startswith(HELD):
-        return ORDERS.get(name.removeprefix(HELD))(starvation_bound).holding()
-    return ORDERS.get(name)(starvation_bound)

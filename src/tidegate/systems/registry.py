@@ -14,7 +14,8 @@ from typing import TypedDict, Unpack
 
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
-from tidegate.policies.order import Order, make_order
+from tidegate.policies.order import Order
+from tidegate.policies.orders import make_order
 from tidegate.policies.protocols import StartingRoles
 from tidegate.policies.registry import Registry
 from tidegate.policies.starting_roles import SplitRoles, even_roles

@@ -21,7 +21,8 @@ from tidegate.engines.embedded.model import Batch, Chunk
 from tidegate.engines.embedded.options import EngineConfig
 from tidegate.engines.embedded.sequence import TokenSequence
 from tidegate.engines.serving.types import Counters, KvSource, PinnedKv
-from tidegate.policies.order import Ticket, WaitingQueue, make_order
+from tidegate.policies.order import Ticket, WaitingQueue
+from tidegate.policies.orders import make_order
 
 log = logging.getLogger(__name__)
 
@@ -72,25 +73,26 @@ class BatchScheduler:
         self._make_room()
         singles = [sequence for sequence in self.running if sequence.pending == 1]
         budget = self._config.max_batch_tokens - len(singles)
-        chunks = []
+        chunks: list[Chunk] = []
+        alone = False
         for begun in self.running:
-            if begun.pending > 1 and budget > 0:
-                chunks.append(Chunk(begun, min(begun.pending, budget)))
+            if begun.pending > 1 and budget > 0 and not alone:
+                alone = _add_chunk(chunks, begun, budget)
                 budget -= chunks[-1].count
         now = self._clock.now()
         while budget > 0:
             batched = sum(chunk.count for chunk in chunks)
             sequence = self.waiting.head(now, batched)
-            if sequence is None or not self._admit(sequence):
+            if sequence is None or (alone and not sequence.request.generated) or not self._admit(sequence):
                 break
-            self.waiting.remove(sequence)
+            self.waiting.pop(now)
             if sequence.loading:
                 continue
             if sequence.pending == 1:
                 singles.append(sequence)
                 budget -= 1
             else:
-                chunks.append(Chunk(sequence, min(sequence.pending, budget)))
+                alone = _add_chunk(chunks, sequence, budget)
                 budget -= chunks[-1].count
         return Batch(singles, chunks, self._fresh)
 
@@ -332,3 +334,11 @@ class BatchScheduler:
             for index in range(sequence.published, full):
                 self.pool.publish(sequence.blocks[index], sequence.keys[index])
             sequence.published = full
+
+
+def _add_chunk(chunks: list[Chunk], sequence: TokenSequence, budget: int) -> bool:
+    """Add a prompt's next chunk; return whether its ticket keeps other prompts out of the step."""
+    ticket = sequence.request.ticket
+    bound = None if ticket is None else ticket.chunk_tokens
+    chunks.append(Chunk(sequence, min(sequence.pending, budget, bound or budget)))
+    return bound is not None

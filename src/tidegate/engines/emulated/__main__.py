@@ -22,7 +22,7 @@ from tidegate.dataplane.replica import EngineSettings, Replica, parse_groups, re
 from tidegate.engines.emulated.instances import EmulatedInstances, FleetServer
 from tidegate.engines.serving.process import announce, bind, instance_parser, run_process, stop_signal
 from tidegate.engines.serving.secret import API_KEY_ENV, LaunchSecret
-from tidegate.policies.order import make_order
+from tidegate.policies.orders import make_order
 
 log = logging.getLogger("tidegate.engines.emulated")
 

@@ -19,7 +19,7 @@ import orjson
 
 from tidegate.core.errors import ConfigError, SetupError
 from tidegate.engines.seam import STAGE_MARK
-from tidegate.policies.order import ORDERS
+from tidegate.policies.orders import ORDERS
 
 log = logging.getLogger(__name__)
 

@@ -157,7 +157,8 @@ def _ticket(params: TicketParams | None) -> Ticket | None:
         return None
     if params.deadline_s < params.arrival_s:
         raise _bad_kv("tidegate_ticket.deadline_s", "before the arrival")
-    return Ticket(params.arrival_s, params.deadline_s, params.work_s, params.tokens, params.long_tokens)
+    own = params.arrival_s, params.deadline_s, params.work_s, params.tokens, params.long_tokens
+    return Ticket(*own, params.chunk_tokens)
 
 
 def _sampling(

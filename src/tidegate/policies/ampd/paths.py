@@ -1,0 +1,170 @@
+"""The ways of a round's prefill: on the decode instance that holds the history, or elsewhere and back."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from tidegate.core.decision import Alternatives, Path, Place, Verdict
+from tidegate.core.instance import Role
+from tidegate.core.request import Request
+from tidegate.core.session import History
+from tidegate.costs.forms import attention_work
+from tidegate.costs.profile import ProfileTable
+from tidegate.ledger.snapshot import EVERYONE, Candidates, Column, Field, Mask, Snapshot
+from tidegate.policies.candidates import pool, pool_with_room
+from tidegate.policies.protocols import Signal
+
+ROUND_SIGNALS = frozenset({Signal.PROFILE, Signal.HISTORY})
+"""What a policy for rounds of conversations needs."""
+LEAST_SHARE = 0.25
+"""A history that is less of the prompt binds nobody (ours): all conversations of one application may begin
+alike, and would all be bound to one instance by that."""
+
+
+class Home(NamedTuple):
+    """The decode instance of a request's session: its column, and the tokens at the prompt's beginning that
+    it holds. A session that is not bound yet is at ``tokens`` 0."""
+
+    at: int
+    tokens: int
+
+
+def home_of(request: Request, snapshot: Snapshot) -> Home:
+    """Return the instance to which the session is bound; else the decode instance with most free KV, where it
+    is to be (AMPD, section 4.4). Raises NoInstance when nothing is up."""
+    history = binding_history(request, snapshot)
+    if history is None:
+        return Home(_most_free(request, snapshot, None), 0)
+    return Home(snapshot.index[history.on], min(history.tokens, request.prompt_tokens - 1))
+
+
+def binding_history(request: Request, snapshot: Snapshot) -> History | None:
+    """Return the history that binds a request, None where it is too short, or on none that is up."""
+    history = request.history
+    if history is None or history.tokens < LEAST_SHARE * request.prompt_tokens:
+        return None
+    return history if history.on in snapshot.index else None
+
+
+def _most_free(request: Request, snapshot: Snapshot, held_on: str | None) -> int:
+    """Return the decode instance with most KV that neither decodes nor sessions bound to it take."""
+    candidates = pool_with_room(snapshot, Role.DECODE, request.prompt_tokens, held_on)
+    return least(snapshot.session_tokens - snapshot.free_tokens, candidates)
+
+
+def bound_decode(request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:
+    """Place a decode where its session is bound; the first round's where most KV is free."""
+    history = binding_history(request, snapshot)
+    if history is not None:
+        on, reason = history.on, "its session is bound there"
+    else:
+        on, reason = snapshot.ids[_most_free(request, snapshot, prefill_on)], "most free KV"
+    return Verdict(Place(prefill_on, on, Path.DISAGGREGATED), reason=reason)
+
+
+class PathCosts(NamedTuple):
+    """What a round's first token and its way back take through each instance, in seconds: the local path at
+    the session's home, the remote one elsewhere.
+
+    ``wait_s`` is the queue, ``read_s`` the history's way to the instance, ``prefill_s`` the computing, and
+    ``return_s`` the new KV's way home. ``reads`` tells where the history is read.
+    """
+
+    wait_s: Column
+    read_s: Column
+    prefill_s: Column
+    return_s: Column
+    reads: Mask
+
+    @property
+    def first_token_s(self) -> Column:
+        """The time to the first token."""
+        return self.wait_s + self.read_s + self.prefill_s
+
+    @property
+    def total_s(self) -> Column:
+        """All of it (AMPD, section 4.5: t_local and t_rem)."""
+        return self.first_token_s + self.return_s
+
+    def terms(self) -> dict[str, Column]:
+        """Return what is summed, by name."""
+        return {name: getattr(self, name) for name in self._fields[:4]}
+
+    def alternatives(self, snapshot: Snapshot, candidates: Candidates) -> Alternatives:
+        """Return the sum and its terms for the journal."""
+        return Alternatives(snapshot.ids, lambda: {"total_s": self.total_s} | self.terms(), candidates)
+
+
+def path_costs(request: Request, snapshot: Snapshot, home: Home, *, read: bool | None) -> PathCosts:
+    """Price every path of a round. Remote ones read the history from home with ``read``, with None where that
+    is faster than computing it again; none does where the instance has it, or where some cannot read."""
+    if read is not False and not snapshot.extends_kv.all():
+        read = False
+    costs, at, prompt_tokens = snapshot.costs, home.at, float(request.prompt_tokens)
+    token_bytes = snapshot.cells[Field.KV_BYTES_PER_TOKEN, at]
+    read_s, prefill_s, return_s = np.empty((3, len(snapshot)))
+    reads = np.empty(len(snapshot), np.bool_)
+
+    def fill(which: int | slice, costs: ProfileTable, has: float, source_tokens: float) -> None:
+        new = prompt_tokens - has
+        fresh_s = costs.prefill.seconds(new, attention_work(new, has))
+        reads[which] = False
+        read_s[which], prefill_s[which] = 0.0, fresh_s
+        if read is False or source_tokens <= has:
+            return
+        new = prompt_tokens - source_tokens
+        over_s = costs.transfer.seconds((source_tokens - has) * token_bytes)
+        rest_s = costs.prefill.seconds(new, attention_work(new, source_tokens))
+        chosen = True if read else np.less(over_s + rest_s, fresh_s)
+        reads[which] = chosen
+        read_s[which] = np.where(chosen, over_s, 0.0)
+        prefill_s[which] = np.where(chosen, rest_s, fresh_s)
+
+    fill(EVERYONE, costs, 0.0, float(home.tokens))
+    kept = float(home.tokens)
+    for name, tokens in request.cached.items():
+        column = snapshot.index.get(name)
+        if column == at:
+            kept = max(kept, float(tokens))
+        elif column is not None:
+            fill(column, costs.at(column), float(tokens), float(home.tokens))
+    fill(at, costs.at(at), kept, 0.0)
+    return_s[:] = costs.at(at).transfer.seconds((prompt_tokens - kept) * token_bytes)
+    return_s[at] = 0.0
+    return PathCosts(snapshot.prefill_wait_s, read_s, prefill_s, return_s, reads)
+
+
+def prefill_workers(snapshot: Snapshot) -> Candidates:
+    """Return the prefill pool. Raises NoInstance when nothing is up."""
+    return pool(snapshot, Role.PREFILL)
+
+
+def least(cost_s: Column, candidates: Candidates) -> int:
+    """Return the column among ``candidates`` that costs least; the first one wins a tie."""
+    columns = np.asarray(candidates)
+    return int(columns[cost_s[columns].argmin()])
+
+
+def local(snapshot: Snapshot, home: Home, reason: str, alternatives: Alternatives | None = None) -> Verdict:
+    """Prefill at home."""
+    on = snapshot.ids[home.at]
+    return Verdict(Place(on, on, Path.COLOCATED), alternatives=alternatives, reason=reason)
+
+
+def remote(
+    snapshot: Snapshot,
+    home: Home,
+    at: int,
+    reason: str,
+    alternatives: Alternatives | None = None,
+    *,
+    read: bool = True,
+) -> Verdict:
+    """Prefill on the instance at column ``at``; ``read``: with the history that home has."""
+    if at == home.at:
+        return local(snapshot, home, reason, alternatives)
+    source = snapshot.ids[home.at] if read and home.tokens else None
+    place = Place(snapshot.ids[at], None, Path.DISAGGREGATED, source)
+    return Verdict(place, alternatives=alternatives, reason=reason)
