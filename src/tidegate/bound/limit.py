@@ -2,7 +2,7 @@
 
 Every second of an instance has a price and every piece of work a worth, such that no admissible step is
 worth more than its time costs; weights over time find where a trace cannot be served. A solver proposes
-prices and weights; both are checked, so a bad proposal loosens the bound and cannot break it.
+prices and intervals; both are checked, so a bad proposal loosens the bound and cannot break it.
 ``docs/fluid-limit.md`` has the argument for each part.
 """
 
@@ -27,7 +27,7 @@ _ONE_PHASE = 0.9
 _RELIEF = 0.98
 """A constraint is named when doubling it lowers the cost of the deciding work below this."""
 _BURST = 0.6
-"""Weights on less than this share of the trace are called a burst."""
+"""Intervals that take less than this share of the trace are called bursts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,19 +89,17 @@ def fluid_limit(
     if found is None:
         words = "nothing: the trace is too short to miss at any rate"
         return FluidLimit(None, None, words, level, n_lost)
-    words = _binding(market, batching, found, level)
+    words = _binding(market, batching, found)
     return FluidLimit(found.scale * (len(demand) - 1) / span_s, found.scale, words, level, n_lost)
 
 
-def _binding(market: Market, batching: Batching, found: Excluded, level: float) -> str:
+def _binding(market: Market, batching: Batching, found: Excluded) -> str:
     """Say which phase takes the fleet's time, which constraint makes it dear, and where in the trace."""
-    weight = found.weights.sum(axis=1)
-    prefill, answer = found.worth.prefill @ weight, found.worth.answer @ weight
-    heavy = found.weights.sum(axis=0)
-    deciding = heavy[found.windows.first] > 0.0
-    deciding &= prefill + answer <= np.quantile(prefill + answer, level)
-    if not deciding.any():
-        deciding[:] = True
+    prefill, answer = found.certificate.weighed(found.timeline, found.worth)
+    deciding = prefill + answer > 0.0
+    kept = deciding & (prefill + answer <= 1.0)
+    if kept.any():
+        deciding = kept
     share = float(prefill[deciding].sum() / max((prefill + answer)[deciding].sum(), 1e-300))
     if share >= _ONE_PHASE:
         words = "prefill compute"
@@ -109,7 +107,12 @@ def _binding(market: Market, batching: Batching, found: Excluded, level: float) 
         words = "decode compute"
     else:
         words = f"prefill ({share:.0%}) and decode ({1 - share:.0%}) compute"
-    held = _held_back(market, batching, market.demand.only(deciding))
+    work = replace(
+        market.demand,
+        new_tokens=market.demand.new_tokens * (prefill > 0.0),
+        decodes=market.demand.decodes * (answer > 0.0),
+    )
+    held = _held_back(market, batching, work.only(deciding))
     return "".join([words, f", held back by {held}" if held else "", _burst(market, found)])
 
 
@@ -141,15 +144,20 @@ def _held_back(market: Market, batching: Batching, work: Demand) -> str:
 
 def _burst(market: Market, found: Excluded) -> str:
     """Say in which part of the trace the weights are, unless that is most of it."""
-    heavy = found.weights.sum(axis=0)
-    ends_s = np.cumsum(found.windows.lengths_s) * found.scale
-    used = np.flatnonzero(heavy > 0.05 * heavy.max())
-    first_s = float(ends_s[used[0]] - found.windows.lengths_s[used[0]] * found.scale)
+    timeline, certificate = found.timeline, found.certificate
+    lengths_s = np.array([timeline.length(each) for each in certificate.intervals])
+    heavy = certificate.multipliers * lengths_s
+    used = [
+        each for each, weight in zip(certificate.intervals, heavy, strict=True) if weight > 0.05 * heavy.max()
+    ]
     arrival_s = market.demand.arrival_s
     span_s = float(arrival_s[-1] - arrival_s[0])
-    last_s = min(float(ends_s[used[-1]]), span_s)
-    share = float((found.windows.lengths_s[used] * found.scale).sum()) / span_s
+    inside = np.zeros(len(arrival_s), dtype=bool)
+    for each in used:
+        inside[each.first :] |= timeline.prefill_end[each.first :] <= timeline.end(each)
+    # A gap counts where the requests on both of its sides are inside.
+    share = float(np.diff(arrival_s)[inside[1:] & inside[:-1]].sum()) / span_s
     if share >= _BURST:
         return ""
-    start_s = float(arrival_s[0])
-    return f", in bursts between {start_s + first_s:.0f} s and {start_s + last_s:.0f} s of the trace"
+    start_s, end_s = arrival_s[inside][[0, -1]]
+    return f", in bursts between {start_s:.0f} s and {end_s:.0f} s of the trace"

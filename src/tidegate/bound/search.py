@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from tidegate.bound.demand import Batching, Demand, DemandKind
+from tidegate.bound.intervals import Certificate, Interval, Timeline, Worth
+from tidegate.bound.planes import Planes, proves
 from tidegate.bound.prices import (
     ExtremeSteps,
     Prices,
@@ -17,12 +20,9 @@ from tidegate.bound.prices import (
     prompt_worth,
     steps_of,
 )
-from tidegate.bound.weights import Windows, Worth, attainable, windows_of, worst_weights
 from tidegate.core.slo import Slo
-from tidegate.costs.forms import Values
+from tidegate.measure.request_table import Mask
 
-WINDOWS = 40
-"""Windows that the trace is cut into."""
 PRECISION = 0.005
 """Relative width at which the search stops."""
 _SAME = 1.01
@@ -30,9 +30,13 @@ _SAME = 1.01
 _PARTS = 24
 _EXTREME_PARTS = 5
 """The trace in parts: the few with the most and with the least prefill get price lists of their own."""
+_LOOSER = (2.0, 4.0)
+"""Price lists for targets this many times as long are tried, too: prices that are fair there are so here."""
 _BEYOND = 1e6
 """A rate this many times the first guess stands for all requests at once."""
-_MOST_PROGRAMS = 16
+_SHARPENED = 3
+_DECIDING = 4
+"""Rounds in which intervals get price lists of their own, and how many of the heaviest do in each."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,6 +45,7 @@ class Market:
 
     demand: Demand
     kinds: Sequence[DemandKind]
+    batching: Batching
     slo: Slo
     grid: ExtremeSteps
     exact: ExtremeSteps
@@ -50,11 +55,20 @@ class Market:
         """Price every step that requests of ``demand`` could make up."""
         reach = Reach.of(demand, slo.ttft_s)
         grid = steps_of(kinds, batching, reach, every_batch=False)
-        return cls(demand, kinds, slo, grid, steps_of(kinds, batching, reach, every_batch=True))
+        return cls(demand, kinds, batching, slo, grid, steps_of(kinds, batching, reach, every_batch=True))
 
     def prices(self, work: Demand) -> Prices | None:
-        """Return the fair prices under which ``work`` is worth most."""
+        """Return the fair prices under which ``work`` is worth most; None for none, or where none are found."""
+        if not (work.new_tokens + work.decodes).any():
+            return None
         return best_prices(work, self.grid, self.exact, self.kinds, self.slo.tpot_s)
+
+    def looser(self) -> list[Market]:
+        """Return the same demand under longer targets, one at a time."""
+        slo = self.slo
+        slos = [replace(slo, tpot_s=factor * slo.tpot_s) for factor in _LOOSER]
+        slos += [replace(slo, ttft_s=factor * slo.ttft_s) for factor in _LOOSER]
+        return [Market.of(self.demand, self.kinds, self.batching, each) for each in slos]
 
     def worth(self, lists: Sequence[Prices]) -> Worth:
         """Price every request; an answer that is worth less than its time is left out, hence zero."""
@@ -65,11 +79,11 @@ class Market:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Excluded:
-    """Arrivals ``scale`` times as fast as the trace's cannot be served, as ``weights`` of ``worth`` prove."""
+    """Arrivals ``scale`` times as fast as the trace's cannot be served, as ``certificate`` proves."""
 
     scale: float
-    windows: Windows
-    weights: Values
+    timeline: Timeline
+    certificate: Certificate
     worth: Worth
 
 
@@ -88,99 +102,110 @@ def price_lists(market: Market, keep: float) -> list[Prices]:
         works += [demand.only(rank < _EXTREME_PARTS), demand.only(rank >= _PARTS - _EXTREME_PARTS)]
     nothing = np.zeros(len(demand))
     works += [replace(demand, decodes=nothing), replace(demand, new_tokens=nothing)]
-    found = [market.prices(work) for work in works if len(work) and (work.new_tokens + work.decodes).any()]
-    return undominated(market, [prices for prices in found if prices is not None])
+    found = [market.prices(work) for work in works if len(work)]
+    found += [looser.prices(demand) for looser in market.looser()]
+    return undominated(market, [prices for prices in found if prices is not None], [])
 
 
-def undominated(market: Market, lists: Sequence[Prices]) -> list[Prices]:
-    """Leave out the lists under which no request is worth clearly more than under another."""
-    kept: list[Prices] = []
-    worths: list[Values] = []
+def undominated(market: Market, lists: Sequence[Prices], kept: Sequence[Prices]) -> list[Prices]:
+    """Return ``kept`` and those of ``lists`` under which some request is worth clearly more."""
+    every = list(kept)
+    worths = [np.column_stack([worth.prefill, worth.answer]) for worth in (market.worth([p]) for p in kept)]
     for prices in lists:
         found = market.worth([prices])
         worth = np.column_stack([found.prefill, found.answer])
         if not any(np.all(worth <= other * _SAME + 1e-15) for other in worths):
-            kept.append(prices)
+            every.append(prices)
             worths.append(worth)
-    return kept
+    return every
 
 
 class Search:
-    """Finds the smallest scale that some weights exclude, up to ``PRECISION``.
+    """Finds the smallest scale that some intervals exclude, up to ``PRECISION``.
 
     What is excluded at one scale is so at every larger one: see ``limit``. ``hopeless`` requests count as
-    offered. One price list finds the place, the others sharpen it.
+    offered.
     """
 
     def __init__(self, market: Market, level: float, hopeless: int) -> None:
         self._market = market
-        self._level = level
-        self._hopeless = hopeless
+        count = len(market.demand)
+        self._spare = count - math.ceil(level * (count + hopeless) - 1e-9)
         self._lists = price_lists(market, level)
+        self._planes = Planes(market.demand, market.slo, market.worth(self._lists)) if self._lists else None
 
     def run(self) -> Excluded | None:
         """Return the slowest excluded arrivals; None when no rate is excluded."""
-        if not self._lists:
+        if self._planes is None:
             return None
-        demand = self._market.demand
-        every = self._market.worth(self._lists)
-        dearest = int(np.argmax((every.prefill + every.answer).sum(axis=0)))
-        one = Worth(every.prefill[:, [dearest]], every.answer[:, [dearest]])
+        demand, worth = self._market.demand, self._planes.worth
         span_s = float(demand.arrival_s[-1] - demand.arrival_s[0])
-        guess = span_s / max(float((one.prefill + one.answer).sum()), 1e-12)
-        if self._at(guess * _BEYOND, one) is None:
-            return None
-        low, found, factor = 0.0, self._at(guess, one), 1.3
-        while found is None:
-            low, guess = guess, guess * factor
-            found = self._at(guess, one)
-            factor *= factor
-        return self._sharpened(self._bisect(low, self._slower(found, low)))
-
-    def _bisect(self, low: float, found: Excluded) -> Excluded:
-        for _ in range(_MOST_PROGRAMS):
-            if found.scale < low * (1.0 + PRECISION):
+        guess = span_s / max(float((worth.prefill + worth.answer).sum(axis=0).max()), 1e-12)
+        low, found = 0.0, self._at(guess)
+        if found is None:
+            if self._at(guess * _BEYOND) is None:
+                return None
+            factor = 1.3
+            while found is None:
+                low, guess = guess, guess * factor
+                found = self._at(guess)
+                factor *= factor
+        found = self._slowest(low, found, 1.3)
+        for _ in range(_SHARPENED):
+            if not self._learn(found):
                 break
-            # The weights at hand were already pushed down as far as they hold, so the end is near.
-            middle = max(float(np.sqrt(low * found.scale)), found.scale / (1.0 + 4.0 * PRECISION))
-            better = self._at(middle, found.worth)
-            if better is None:
-                low = middle
-            else:
-                found = self._slower(better, low)
+            found = self._slowest(0.0, found, 1.0 + PRECISION)
         return found
 
-    def _sharpened(self, found: Excluded) -> Excluded:
-        """Try all price lists, and one for the work that decides."""
-        heavy = found.weights.sum(axis=0)[found.windows.first] > 0.0
-        total = (found.worth.prefill + found.worth.answer) @ found.weights.sum(axis=1)
-        deciding = heavy & (total <= np.quantile(total, self._level))
-        prices = self._market.prices(self._market.demand.only(deciding)) if deciding.any() else None
-        lists = self._lists if prices is None else undominated(self._market, [prices, *self._lists])
-        for _ in range(_MOST_PROGRAMS):
-            better = self._at(found.scale / (1.0 + PRECISION), self._market.worth(lists))
+    def _slowest(self, low: float, found: Excluded, step: float) -> Excluded:
+        """Search below ``found``: in growing steps until ``low``, which is not excluded, is known; then halve."""
+        while found.scale > low * (1.0 + PRECISION):
+            trial = math.sqrt(low * found.scale) if low > 0.0 else found.scale / step
+            step = min(step * step, 2.0)
+            better = self._at(trial)
             if better is None:
-                return found
-            found = self._slower(better, 0.0)
-        return found
-
-    def _at(self, scale: float, worth: Worth, weights: Values | None = None) -> Excluded | None:
-        """Return ``scale`` as excluded by weights, by default the program's; None where it is not."""
-        windows = windows_of(self._market.demand, scale, self._market.slo, WINDOWS)
-        if weights is None:
-            weights = worst_weights(worth, windows)
-        if weights is None or attainable(worth, windows, weights, self._hopeless) >= self._level:
-            return None
-        return Excluded(scale, windows, weights, worth)
-
-    def _slower(self, found: Excluded, low: float) -> Excluded:
-        """Slow the arrivals down for as long as the same weights exclude them."""
-        low = max(low, 0.5 * found.scale)
-        while found.scale > low * (1.0 + 0.5 * PRECISION):
-            middle = float(np.sqrt(low * found.scale))
-            better = self._at(middle, found.worth, found.weights)
-            if better is None:
-                low = middle
+                low = trial
             else:
                 found = better
         return found
+
+    def _at(self, scale: float) -> Excluded | None:
+        """Return arrivals at most ``scale`` times as fast as excluded; None where ``scale`` is not."""
+        assert self._planes is not None
+        certificate = self._planes.excludes(scale, self._spare)
+        if certificate is None:
+            return None
+        demand, slo, worth = self._market.demand, self._market.slo, self._planes.worth
+        timeline, high, low = Timeline.of(demand, scale, slo), scale, 0.5 * scale
+        while high > low * (1.0 + 0.5 * PRECISION):
+            middle = math.sqrt(low * high)
+            slower = Timeline.of(demand, middle, slo)
+            if proves(slower, worth, certificate, self._spare):
+                timeline, high = slower, middle
+            else:
+                low = middle
+        return Excluded(high, timeline, certificate, worth)
+
+    def _learn(self, found: Excluded) -> bool:
+        """Add price lists for what the heaviest intervals keep; tell whether there are any new ones."""
+        assert self._planes is not None
+        certificate, timeline = found.certificate, found.timeline
+        kept = np.add(*certificate.weighed(timeline, found.worth)) <= 1.0
+        weights = certificate.multipliers * [timeline.length(each) for each in certificate.intervals]
+        heaviest = [certificate.intervals[i] for i in np.argsort(-weights, kind="stable")[:_DECIDING]]
+        lists = [self._market.prices(work) for each in heaviest if len(work := self._work(found, each, kept))]
+        known = len(self._lists)
+        self._lists = undominated(self._market, [each for each in lists if each is not None], self._lists)
+        self._planes.worth = self._market.worth(self._lists)
+        return len(self._lists) > known
+
+    def _work(self, found: Excluded, interval: Interval, kept: Mask) -> Demand:
+        """Return the work inside ``interval`` of the requests that are ``kept``."""
+        demand, end = self._market.demand, found.timeline.end(interval)
+        later = kept & (np.arange(len(demand)) >= interval.first)
+        prompt, answer = (
+            later & (found.timeline.prefill_end <= end),
+            later & (found.timeline.answer_end <= end),
+        )
+        work = replace(demand, new_tokens=demand.new_tokens * prompt, decodes=demand.decodes * answer)
+        return work.only(prompt)

@@ -1,0 +1,106 @@
+"""Intervals of time that prove misses: where in a trace more comes in than the fleet can pay for.
+
+A second of the fleet costs one and no step is worth more than its time, so the work of attaining requests that
+lies inside an interval is worth at most the interval's length. A prefill lies inside when its request arrives
+at the start or later and its TTFT deadline is no later than the end; an answer when its latest end is, too.
+``missed`` counts from multipliers on such inequalities how many requests must miss, whatever the schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from tidegate.bound.demand import ROUNDING, Demand
+from tidegate.core.slo import Slo
+from tidegate.costs.forms import Values
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Worth:
+    """What the prefill and the answer of each request (rows) are worth under each price list (columns)."""
+
+    prefill: Values
+    answer: Values
+
+
+class Interval(NamedTuple):
+    """Real time from the arrival of request ``first`` to a deadline of request ``last``.
+
+    That is the latest end of its answer if ``whole``, else of its prefill. What lies inside counts under the
+    price list ``prices``. Named by requests, an interval means something at every scale of the trace's time.
+    """
+
+    first: int
+    last: int
+    whole: bool
+    prices: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Timeline:
+    """Seconds, per request in order of arrival, of a trace that is played at some scale.
+
+    If a request attains, its prefill lies between ``arrival`` and ``prefill_end``, its answer between
+    ``arrival`` and ``answer_end``.
+    """
+
+    arrival: Values
+    prefill_end: Values
+    answer_end: Values
+
+    @classmethod
+    def of(cls, demand: Demand, scale: float, slo: Slo) -> Timeline:
+        """Play ``demand`` at ``scale`` times its own speed."""
+        arrival = (demand.arrival_s - demand.arrival_s[0]) / scale
+        prefill_end = (arrival + slo.ttft_s) * (1.0 + ROUNDING)
+        answer_end = prefill_end + slo.tpot_s * demand.decodes * (1.0 + ROUNDING)
+        return cls(arrival * (1.0 - ROUNDING), prefill_end, answer_end)
+
+    def end(self, interval: Interval) -> float:
+        """Return when ``interval`` ends."""
+        return float((self.answer_end if interval.whole else self.prefill_end)[interval.last])
+
+    def length(self, interval: Interval) -> float:
+        """Return how long ``interval`` lasts, and so what work inside it may be worth."""
+        return self.end(interval) - float(self.arrival[interval.first])
+
+    def inside(self, interval: Interval, worth: Worth) -> tuple[Values, Values]:
+        """Return, per request, what its prefill and its answer are worth inside ``interval``, 0 outside."""
+        end = self.end(interval)
+        prefill = np.where(self.prefill_end <= end, worth.prefill[:, interval.prices], 0.0)
+        answer = np.where(self.answer_end <= end, worth.answer[:, interval.prices], 0.0)
+        prefill[: interval.first] = answer[: interval.first] = 0.0
+        return prefill, answer
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Certificate:
+    """``multipliers``, none negative, of what ``intervals`` allow."""
+
+    intervals: Sequence[Interval]
+    multipliers: Values
+
+    def weighed(self, timeline: Timeline, worth: Worth) -> tuple[Values, Values]:
+        """Return each request's prefill and answer inside the intervals, times their multipliers."""
+        prefill, answer = np.zeros(len(timeline.arrival)), np.zeros(len(timeline.arrival))
+        for interval, multiplier in zip(self.intervals, self.multipliers, strict=True):
+            inside = timeline.inside(interval, worth)
+            prefill += multiplier * inside[0]
+            answer += multiplier * inside[1]
+        return prefill, answer
+
+
+def missed(timeline: Timeline, worth: Worth, certificate: Certificate) -> float:
+    """Return how many requests miss at least, under any schedule.
+
+    What attains is worth at most the intervals' lengths, weighed alike. Every miss frees what its request is
+    worth, and counts one: so of the excess each miss takes away as many ones as it is worth, at most itself.
+    """
+    prefill, answer = certificate.weighed(timeline, worth)
+    lengths = np.array([timeline.length(interval) for interval in certificate.intervals])
+    income = float(lengths @ certificate.multipliers) * (1.0 + ROUNDING)
+    return float(np.minimum(prefill + answer, 1.0).sum()) - income
