@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations, pairwise
 
+import numpy as np
 import pytest
 
 from tidegate.bound.limit import FluidLimit, fluid_limit
@@ -84,7 +86,7 @@ def test_decodes_run_in_the_largest_batch() -> None:
 
 
 def test_memory_bounds_the_batch() -> None:
-    found = limit(even(6000, 16, 401), [H100, H100], Slo(0.5, 0.012), kv_tokens=16_384)
+    found = limit(even(3000, 16, 401), [H100, H100], Slo(0.5, 0.012), kv_tokens=16_384)
     batch = 16_384 / (16 + 200.5)
     tight(found, 2 * batch / float(H100.step.seconds(batch, 16_384.0)) / 400)
     assert found.binding == "decode compute, held back by KV memory"
@@ -112,9 +114,64 @@ def test_a_burst_binds_where_most_of_the_requests_are() -> None:
     assert "in bursts between" in found.binding
 
 
+@pytest.mark.parametrize("level", [0.9, 0.5])
+def test_bursts_of_a_moment_bind_whatever_the_mean_rate(level: float) -> None:
+    bursts = [TraceRecord(1000.0 * i + 0.05 * j, 1000, 1) for i in range(30) for j in range(30)]
+    found = limit(bursts, [LINEAR], Slo(0.1, 0.05), level=level)
+    # The bursts shrink until the work of those that attain fits into one, and its TTFT.
+    work_s = 30 * level * float(LINEAR.prefill.seconds(1000, 1000**2 / 2))
+    assert found.scale == pytest.approx(29 * 0.05 / (work_s - 0.1), rel=0.02)
+    assert "in bursts between" in found.binding
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_subset_beyond_the_level_can_be_served(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    prompts = rng.integers(500, 4000, 9)
+    arrivals = np.cumsum(rng.exponential(1.0, 9) * (rng.random(9) < 0.5))
+    records = [TraceRecord(float(t), int(n), 1) for t, n in zip(arrivals, prompts, strict=True)]
+    slo, level = Slo(0.15, 0.05), float(rng.choice([5, 6, 7])) / 9
+    found = limit(records, [LINEAR], slo, level=level)
+    if found.scale is None:
+        return
+    served = [float(LINEAR.prefill.seconds(n, n**2 / 2)) for n in prompts.tolist()]
+    for faster in (1.0, 1.3, 3.0):
+        at_s = arrivals / (found.scale * faster)
+        most = max(
+            n for n in range(10) for some in combinations(range(9), n) if in_time(some, at_s, served, slo)
+        )
+        assert most / 9 < level
+
+
+def in_time(some: tuple[int, ...], at_s: np.ndarray, served: list[float], slo: Slo) -> bool:
+    """One machine serves first come first served, which is best where all have the same TTFT target."""
+    free_s = 0.0
+    for each in some:
+        free_s = max(free_s, float(at_s[each])) + served[each]
+        if free_s > at_s[each] + slo.ttft_s:
+            return False
+    return True
+
+
+def test_a_tighter_slo_allows_no_more() -> None:
+    rng = np.random.default_rng(1)
+    gaps = rng.gamma(0.1, 10.0, 400)
+    prompts, answers = rng.lognormal(6.0, 1.0, 400), rng.lognormal(4.0, 1.0, 400)
+    records = [
+        TraceRecord(float(t), int(n) + 1, int(m) + 1)
+        for t, n, m in zip(np.cumsum(gaps), prompts, answers, strict=True)
+    ]
+    for slos in (
+        [Slo(0.5, tpot_s) for tpot_s in (0.1, 0.025, 0.012)],
+        [Slo(ttft_s, 0.03) for ttft_s in (2.0, 0.5, 0.25)],
+    ):
+        limits = [limit(records, [H100, H100], slo).scale or float("inf") for slo in slos]
+        assert all(tight <= 1.005 * loose for loose, tight in pairwise(limits)), limits
+
+
 def test_shared_prefixes_cost_their_prefill_once() -> None:
-    alone = limit(even(4000, 1024, 1), [H100], Slo(0.5, 0.05))
-    shared = [r._replace(hash_ids=(7, 10 + i)) for i, r in enumerate(even(4000, 1024, 1))]
+    alone = limit(even(2500, 1024, 1), [H100], Slo(0.5, 0.05))
+    shared = [r._replace(hash_ids=(7, 10 + i)) for i, r in enumerate(even(2500, 1024, 1))]
     found = limit(shared, [H100], Slo(0.5, 0.05))
     assert found.limit_rps is not None and alone.limit_rps is not None
     assert 1.8 * alone.limit_rps < found.limit_rps < 2.2 * alone.limit_rps

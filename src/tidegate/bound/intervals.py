@@ -1,8 +1,9 @@
 """Intervals of time that prove misses: where in a trace more comes in than the fleet can pay for.
 
-A second of the fleet costs one and no step is worth more than its time, so the work of attaining requests that
-lies inside an interval is worth at most the interval's length. A prefill lies inside when its request arrives
-at the start or later and its TTFT deadline is no later than the end; an answer when its latest end is, too.
+A second of the fleet costs one and no step is worth more than its time, so the work of attaining requests
+that lies inside an interval is worth at most the interval's length. A prefill lies inside when its request
+arrives at the start or later and its TTFT deadline is no later than the end, an answer when its latest end
+is no later either.
 ``missed`` counts from multipliers on such inequalities how many requests must miss, whatever the schedule.
 """
 

@@ -143,21 +143,20 @@ def _held_back(market: Market, batching: Batching, work: Demand) -> str:
 
 
 def _burst(market: Market, found: Excluded) -> str:
-    """Say in which part of the trace the weights are, unless that is most of it."""
-    timeline, certificate = found.timeline, found.certificate
-    lengths_s = np.array([timeline.length(each) for each in certificate.intervals])
-    heavy = certificate.multipliers * lengths_s
-    used = [
-        each for each, weight in zip(certificate.intervals, heavy, strict=True) if weight > 0.05 * heavy.max()
-    ]
+    """Say in which part of the trace the heaviest intervals are, unless they cover most of it."""
+    timeline, intervals = found.timeline, found.certificate.intervals
+    heavy = found.certificate.multipliers * [timeline.length(each) for each in intervals]
     arrival_s = market.demand.arrival_s
-    span_s = float(arrival_s[-1] - arrival_s[0])
-    inside = np.zeros(len(arrival_s), dtype=bool)
-    for each in used:
-        inside[each.first :] |= timeline.prefill_end[each.first :] <= timeline.end(each)
-    # A gap counts where the requests on both of its sides are inside.
-    share = float(np.diff(arrival_s)[inside[1:] & inside[:-1]].sum()) / span_s
-    if share >= _BURST:
+    covered = np.zeros(len(arrival_s))
+    for each, weight in zip(intervals, heavy, strict=True):
+        if weight > 0.05 * heavy.max():
+            inside = np.flatnonzero(timeline.prefill_end[each.first :] <= timeline.end(each))
+            covered[each.first] += 1.0
+            covered[each.first + inside[-1]] -= 1.0
+    covered = np.cumsum(covered)
+    share = float(np.diff(arrival_s)[covered[:-1] > 0.0].sum() / (arrival_s[-1] - arrival_s[0]))
+    used = np.flatnonzero(covered > 0.0)
+    if share >= _BURST or not len(used):
         return ""
-    start_s, end_s = arrival_s[inside][[0, -1]]
+    start_s, end_s = arrival_s[used[0]], arrival_s[used[-1] + 1]
     return f", in bursts between {start_s:.0f} s and {end_s:.0f} s of the trace"

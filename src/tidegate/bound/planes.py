@@ -142,7 +142,7 @@ class Planes:
         return Certificate(busy_ones, multipliers[used]), kept, float(solved.fun)
 
     def _classes(self, timeline: Timeline, intervals: list[Interval]) -> Indices:
-        """Return the class of each request: those inside the same intervals, of about equal worth, are one."""
+        """Return the class of each request: those in the same intervals and of about equal worth are one."""
         count = len(timeline.arrival)
         if count <= _COLUMNS:
             return np.arange(count)
@@ -167,7 +167,7 @@ def proves(timeline: Timeline, worth: Worth, certificate: Certificate, spare: in
 
 
 def _peaks(over: Values, cut_s: Values) -> Indices:
-    """Return the ends at which an interval is overfull by more than at the ends beside it, the worst first."""
+    """Return the ends at which an interval is fuller than at those beside them, the worst first."""
     padded = np.concatenate([[-np.inf], over, [-np.inf]])
     peak = (over > 1e-6 * (1.0 + cut_s)) & (over >= padded[:-2]) & (over > padded[2:])
     which = np.flatnonzero(peak)

@@ -58,7 +58,7 @@ class Market:
         return cls(demand, kinds, batching, slo, grid, steps_of(kinds, batching, reach, every_batch=True))
 
     def prices(self, work: Demand) -> Prices | None:
-        """Return the fair prices under which ``work`` is worth most; None for none, or where none are found."""
+        """Return the fair prices under which ``work`` is worth most; None where none are found."""
         if not (work.new_tokens + work.decodes).any():
             return None
         return best_prices(work, self.grid, self.exact, self.kinds, self.slo.tpot_s)
@@ -158,7 +158,7 @@ class Search:
         return found
 
     def _slowest(self, low: float, found: Excluded, step: float) -> Excluded:
-        """Search below ``found``: in growing steps until ``low``, which is not excluded, is known; then halve."""
+        """Search below ``found``, in growing steps while ``low`` is 0; ``low`` is not excluded."""
         while found.scale > low * (1.0 + PRECISION):
             trial = math.sqrt(low * found.scale) if low > 0.0 else found.scale / step
             step = min(step * step, 2.0)

@@ -39,7 +39,7 @@ from tidegate.cli.terminal import FAILURE, note, run_until_interrupted, share_ba
 from tidegate.core.errors import ConfigError
 from tidegate.core.notation import parse_split
 from tidegate.dataplane.replica import EngineSettings
-from tidegate.experiments.run import Finished, run_once
+from tidegate.experiments.run import CLOSED_LOOP, Finished, run_once
 from tidegate.experiments.setting import Setting, SimulatedFleet
 from tidegate.measure.run_view import view_of
 from tidegate.reports.comparison import ComparedSystem, Comparison, LevelGoodput, TraceComparison
@@ -265,7 +265,8 @@ def _simulate_and_show(setting: Setting, options: RunOptions, scoring: Scoring) 
             f"workload's times say {nominal_rps:.2f}"
         )
     if options.limit and found.limit_rps is None:
-        note("no rate is the fluid limit here: the workload is too short, or comes at once")
+        why = "the workload is too short, or comes at once"
+        note(f"no rate is the fluid limit here: {CLOSED_LOOP if setting.settings.closed_loop else why}")
     if found.reason:
         warn(found.reason)
     if scoring.as_json:
@@ -280,21 +281,21 @@ def _simulate_and_show(setting: Setting, options: RunOptions, scoring: Scoring) 
 def _search(setting: Setting, options: RunOptions, level: float) -> LevelGoodput:
     """Return the goodput, 0 and without probes where only the limit was asked for."""
     from tidegate.experiments.jobs import Store, Workers
-    from tidegate.experiments.run import limit_job
+    from tidegate.experiments.run import largest_limit
     from tidegate.experiments.search import EXPECTED_PROBES, find_goodput
 
     async def search() -> LevelGoodput:
         with share_bar() as advance:
             async with Workers(processes(options.jobs), Store(None), advance) as workers:
-                workers.expect(int(options.limit) + options.goodput * SEARCH_SEEDS * EXPECTED_PROBES)
+                seeds = range(options.seed, options.seed + (SEARCH_SEEDS if options.goodput else 1))
+                workers.expect(len(seeds) * (options.limit + options.goodput * EXPECTED_PROBES))
                 bound: float | None = None
                 if options.limit:
-                    job = limit_job(setting, level, setting.fleet.engine.max_batch_tokens)
-                    bound = (await workers.do(job))["limit_rps"]
-                    workers.credit(1)
+                    most = setting.fleet.engine.max_batch_tokens
+                    bound = (await largest_limit(setting, level, most, seeds, workers))["limit_rps"]
+                    workers.credit(len(seeds))
                 if not options.goodput:
                     return LevelGoodput(level, "", 0.0, 0.0, 0.0, bound, ())
-                seeds = range(options.seed, options.seed + SEARCH_SEEDS)
                 return await find_goodput(setting, level, seeds, TOLERANCE, bound, workers)
 
     return run_until_interrupted(search(), "nothing is kept; `tidegate compare` keeps what it has")

@@ -10,7 +10,7 @@ from typing import Any
 
 import tidegate
 from tidegate.experiments.jobs import Workers
-from tidegate.experiments.run import job_of, limit_job, run_with_view
+from tidegate.experiments.run import CLOSED_LOOP, job_of, largest_limit, run_with_view
 from tidegate.experiments.search import EXPECTED_PROBES, find_goodput
 from tidegate.experiments.setting import Setting
 from tidegate.experiments.systems import Candidate, Contender
@@ -73,7 +73,7 @@ def _runs_per_trace(plan: Plan) -> float:
         candidates = len(contender.candidates)
         few = candidates <= FINALISTS
         searches += candidates * plan.seeds if few else candidates + FINALISTS * plan.seeds
-    return len(plan.levels) * (1 + EXPECTED_PROBES * searches) + SHOWN_RUNS * len(plan.contenders)
+    return len(plan.levels) * (plan.seeds + EXPECTED_PROBES * searches) + SHOWN_RUNS * len(plan.contenders)
 
 
 async def _compare_on(plan: Plan, title: str, workload: WorkloadChoice, workers: Workers) -> TraceComparison:
@@ -85,8 +85,8 @@ async def _compare_on(plan: Plan, title: str, workload: WorkloadChoice, workers:
     )
     limits = {}
     for level in plan.levels:
-        limits[level] = await workers.do(limit_job(setting, level, most_chunk))
-        workers.credit(1)
+        limits[level] = await largest_limit(setting, level, most_chunk, range(plan.seeds), workers)
+        workers.credit(plan.seeds)
 
     async def search(level: float, candidate: Candidate, seeds: int) -> LevelGoodput:
         limit_rps = limits[level]["limit_rps"]
@@ -100,6 +100,7 @@ async def _compare_on(plan: Plan, title: str, workload: WorkloadChoice, workers:
     entries = await asyncio.gather(
         *(_with_runs(candidate.applied(setting), entry, rate_rps, workers) for entry, candidate in found)
     )
+    unlimited = [f"no fluid limit: {CLOSED_LOOP}"] if setting.settings.closed_loop else []
     return TraceComparison(
         trace=workload.trace,
         title=title,
@@ -107,7 +108,7 @@ async def _compare_on(plan: Plan, title: str, workload: WorkloadChoice, workers:
         common_rate_rps=rate_rps,
         common_rate_is=rate_is,
         limit_binding=limits[plan.levels[0]]["binding"],
-        warnings=tuple(dict.fromkeys(text for _, texts in entries for text in texts)),
+        warnings=tuple(dict.fromkeys(unlimited + [text for _, texts in entries for text in texts])),
         own_rate_rps=own_rate_rps(requests_of(workload)),
     )
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import IO, Any
 
-from tidegate.experiments.jobs import Job
+from tidegate.experiments.jobs import Job, Workers
 from tidegate.experiments.setting import Setting
 from tidegate.measure.run_view import view_of
 from tidegate.measure.summary import RunFacts, summarize_run
 from tidegate.sim import SimRun, simulate
 from tidegate.workloads.choice import at_rate, requests_of
+
+CLOSED_LOOP = "in a closed loop arrivals depend on the system"
+"""Why there is no limit then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +70,17 @@ def run_with_view(setting: Setting, rate_rps: float, seed: int) -> dict[str, Any
     }
 
 
-def find_limit(setting: Setting, level: float, max_batch_tokens: int) -> dict[str, Any]:
-    """Return ``{"limit_rps", "binding"}`` of the setting's fleet and workload, whoever schedules.
+def find_limit(setting: Setting, level: float, max_batch_tokens: int, seed: int) -> dict[str, Any]:
+    """Return ``{"limit_rps", "binding"}`` of the setting's fleet and one draw of its workload.
 
-    That is the highest mean rate that any schedule could serve at the level, None where there is no bound,
-    and in words what sets it. ``max_batch_tokens`` replaces the fleet's: the largest that anyone uses.
+    Above that mean rate no schedule attains the level; None where there is no bound. In words what
+    sets it. ``max_batch_tokens`` replaces the fleet's: the largest that anyone uses.
     """
     from tidegate.bound.limit import fluid_limit  # brings a solver along: half a second
 
     replicas = setting.fleet.replicas()
     found = fluid_limit(
-        requests_of(setting.workload),
+        at_rate(requests_of(setting.workload), None, seed),
         [replica.profile for replica in replicas],
         [replica.instance for replica in replicas],
         setting.settings.loosest_slo,
@@ -88,11 +92,24 @@ def find_limit(setting: Setting, level: float, max_batch_tokens: int) -> dict[st
     return {"limit_rps": found.limit_rps, "binding": found.binding}
 
 
-def limit_job(setting: Setting, level: float, max_batch_tokens: int) -> Job:
-    """Return the job of ``find_limit``; it has one name for all systems."""
+async def largest_limit(
+    setting: Setting, level: float, max_batch_tokens: int, seeds: Iterable[int], workers: Workers
+) -> dict[str, Any]:
+    """Return what ``find_limit`` does for the draw with the largest limit, the same for all systems.
+
+    No run of any of ``seeds`` attains the level above it. In a closed loop there is none, for arrivals then
+    depend on the system.
+    """
+    if setting.settings.closed_loop:
+        return {"limit_rps": None, "binding": f"nothing: {CLOSED_LOOP}"}
     title = f"limit at {setting.settings.loosest_slo}, {100 * level:g} %"
-    setting = replace(setting, system="", split=None)
-    return job_of(find_limit, setting, title, level=level, max_batch_tokens=max_batch_tokens)
+    anyone = replace(setting, system="", split=None)
+    jobs = [
+        job_of(find_limit, anyone, title, level=level, max_batch_tokens=max_batch_tokens, seed=seed)
+        for seed in seeds
+    ]
+    found: list[dict[str, Any]] = await asyncio.gather(*map(workers.do, jobs))
+    return max(found, key=lambda each: float("inf") if each["limit_rps"] is None else each["limit_rps"])
 
 
 def job_of(call: Callable[..., Any], setting: Setting, title: str, **arguments: Any) -> Job:
