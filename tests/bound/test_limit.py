@@ -86,7 +86,7 @@ def test_decodes_run_in_the_largest_batch() -> None:
 
 
 def test_memory_bounds_the_batch() -> None:
-    found = limit(even(3000, 16, 401), [H100, H100], Slo(0.5, 0.012), kv_tokens=16_384)
+    found = limit(even(6000, 16, 401), [H100, H100], Slo(0.5, 0.012), kv_tokens=16_384)
     batch = 16_384 / (16 + 200.5)
     tight(found, 2 * batch / float(H100.step.seconds(batch, 16_384.0)) / 400)
     assert found.binding == "decode compute, held back by KV memory"
@@ -141,6 +141,14 @@ def test_no_subset_beyond_the_level_can_be_served(seed: int) -> None:
             n for n in range(10) for some in combinations(range(9), n) if in_time(some, at_s, served, slo)
         )
         assert most / 9 < level
+
+
+def test_what_comes_at_one_moment_misses_at_any_rate() -> None:
+    heaps = [TraceRecord(1000.0 * i, 1000, 1) for i in range(10) for _ in range(100)]
+    found = limit(heaps, [LINEAR], Slo(0.5, 0.05))
+    assert found.scale == 0.0 and found.binding.startswith(
+        "requests that come at one moment: prefill compute"
+    )
 
 
 def in_time(some: tuple[int, ...], at_s: np.ndarray, served: list[float], slo: Slo) -> bool:

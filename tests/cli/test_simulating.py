@@ -166,11 +166,13 @@ def test_packaged_profiles_are_listed(capsys: pytest.CaptureFixture[str]) -> Non
 def test_sessions_without_times_take_a_gap_and_a_closed_loop_says_its_rate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("sim", "--trace", "sample:tau-airline", "--requests", "200", "--closed-loop")
+    words = ("sim", "--trace", "sample:tau-airline", "--requests", "200", "--closed-loop", "--limit")
     with pytest.raises(SystemExit) as caught:
         command_line.main(words)
     assert caught.value.code == 0
-    assert "closed loop: turns wait for answers" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "closed loop: turns wait for answers" in said
+    assert "no rate is the fluid limit here: in a closed loop arrivals depend on the system" in said
 
 
 def test_long_work_says_its_share_of_a_fixed_total(

@@ -10,10 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tidegate.costs.library import packaged_profile
+from tidegate.experiments.jobs import Store, Workers
+from tidegate.experiments.run import find_limit, largest_limit
 from tidegate.experiments.search import SearchSettings
 from tidegate.experiments.search import search_goodput as search
+from tidegate.experiments.setting import Setting, SimulatedFleet
 from tidegate.measure.percentiles import t_interval
 from tidegate.reports.comparison import LevelGoodput
+from tidegate.workloads.choice import WorkloadChoice
 
 
 def search_goodput(
@@ -83,3 +88,17 @@ def test_the_interval_is_student_t_over_the_seeds() -> None:
         (11.0, 11 - half, 11 + half), rel=1e-4
     )
     assert t_interval([3.0]) == (3.0, 3.0, 3.0)
+
+
+def test_the_limit_of_several_draws_is_the_largest_of_theirs() -> None:
+    fleet = SimulatedFleet(((packaged_profile("h100_sxm/llama-3.1-8b"), 1),))
+    setting = Setting(WorkloadChoice(trace="like:code:300"), fleet, "arrow")
+
+    async def largest() -> float | None:
+        async with Workers(1, Store(None)) as workers:
+            found = await largest_limit(setting, 0.9, 8192, range(3), workers)
+        limit_rps: float | None = found["limit_rps"]
+        return limit_rps
+
+    each = [find_limit(setting, 0.9, 8192, seed)["limit_rps"] for seed in range(3)]
+    assert len(set(each)) > 1 and asyncio.run(largest()) == max(each)

@@ -42,7 +42,7 @@ class Interval(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Timeline:
+class Spans:
     """Seconds, per request in order of arrival, of a trace that is played at some scale.
 
     If a request attains, its prefill lies between ``arrival`` and ``prefill_end``, its answer between
@@ -54,7 +54,7 @@ class Timeline:
     answer_end: Values
 
     @classmethod
-    def of(cls, demand: Demand, scale: float, slo: Slo) -> Timeline:
+    def of(cls, demand: Demand, scale: float, slo: Slo) -> Spans:
         """Play ``demand`` at ``scale`` times its own speed."""
         arrival = (demand.arrival_s - demand.arrival_s[0]) / scale
         prefill_end = (arrival + slo.ttft_s) * (1.0 + ROUNDING)
@@ -85,23 +85,23 @@ class Certificate:
     intervals: Sequence[Interval]
     multipliers: Values
 
-    def weighed(self, timeline: Timeline, worth: Worth) -> tuple[Values, Values]:
+    def weighed(self, spans: Spans, worth: Worth) -> tuple[Values, Values]:
         """Return each request's prefill and answer inside the intervals, times their multipliers."""
-        prefill, answer = np.zeros(len(timeline.arrival)), np.zeros(len(timeline.arrival))
+        prefill, answer = np.zeros(len(spans.arrival)), np.zeros(len(spans.arrival))
         for interval, multiplier in zip(self.intervals, self.multipliers, strict=True):
-            inside = timeline.inside(interval, worth)
+            inside = spans.inside(interval, worth)
             prefill += multiplier * inside[0]
             answer += multiplier * inside[1]
         return prefill, answer
 
 
-def missed(timeline: Timeline, worth: Worth, certificate: Certificate) -> float:
+def missed(spans: Spans, worth: Worth, certificate: Certificate) -> float:
     """Return how many requests miss at least, under any schedule.
 
     What attains is worth at most the intervals' lengths, weighed alike. Every miss frees what its request is
     worth, and counts one: so of the excess each miss takes away as many ones as it is worth, at most itself.
     """
-    prefill, answer = certificate.weighed(timeline, worth)
-    lengths = np.array([timeline.length(interval) for interval in certificate.intervals])
+    prefill, answer = certificate.weighed(spans, worth)
+    lengths = np.array([spans.length(interval) for interval in certificate.intervals])
     income = float(lengths @ certificate.multipliers) * (1.0 + ROUNDING)
     return float(np.minimum(prefill + answer, 1.0).sum()) - income

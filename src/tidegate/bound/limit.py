@@ -36,7 +36,8 @@ class FluidLimit:
 
     It is ``scale`` times the trace's own rate (gaps between arrivals over the time they span). Both are
     None when this trace is too short to exclude any rate, and 0 when more than 1 - ``level`` of the requests
-    miss even alone; ``hopeless`` counts those. ``binding`` says in words what binds.
+    miss even alone (``hopeless`` counts those) or come at one moment with others. ``binding`` says in words
+    what binds.
     """
 
     limit_rps: float | None
@@ -90,6 +91,8 @@ def fluid_limit(
         words = "nothing: the trace is too short to miss at any rate"
         return FluidLimit(None, None, words, level, n_lost)
     words = _binding(market, batching, found)
+    if found.scale == 0.0:
+        words = f"requests that come at one moment: {words}"
     return FluidLimit(found.scale * (len(demand) - 1) / span_s, found.scale, words, level, n_lost)
 
 

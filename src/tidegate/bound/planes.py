@@ -14,7 +14,7 @@ from scipy.optimize import linprog
 from scipy.sparse import csr_array
 
 from tidegate.bound.demand import Demand
-from tidegate.bound.intervals import Certificate, Interval, Timeline, Worth, missed
+from tidegate.bound.intervals import Certificate, Interval, Spans, Worth, missed
 from tidegate.core.slo import Slo
 from tidegate.costs.forms import Values
 
@@ -39,7 +39,7 @@ _BUCKETS = 250
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Ends:
-    """Both deadlines of every request, sorted: entry i is that of request ``request[i]``."""
+    """Both spans of every request, sorted: entry i is that of request ``request[i]``."""
 
     at_s: Values
     request: Indices
@@ -47,10 +47,10 @@ class _Ends:
     order: Indices
 
     @classmethod
-    def of(cls, timeline: Timeline) -> _Ends:
-        both = np.concatenate([timeline.prefill_end, timeline.answer_end])
+    def of(cls, spans: Spans) -> _Ends:
+        both = np.concatenate([spans.prefill_end, spans.answer_end])
         order = np.argsort(both, kind="stable")
-        count = len(timeline.arrival)
+        count = len(spans.arrival)
         return cls(both[order], order % count, order >= count, order)
 
 
@@ -69,36 +69,36 @@ class Planes:
 
     def excludes(self, scale: float, spare: int) -> Certificate | None:
         """Return a proof that more than ``spare`` requests miss at ``scale``; None where none is found."""
-        timeline = Timeline.of(self._demand, scale, self._slo)
+        spans = Spans.of(self._demand, scale, self._slo)
         kept, before = np.ones(len(self._demand)), 0.0
         for turn in range(_ROUNDS):
-            found = [each for each in self._overfull(timeline, kept) if each not in self._idle]
+            found = [each for each in self._overfull(spans, kept) if each not in self._idle]
             self._idle.update(dict.fromkeys(found, 0))
             if not self._idle or (turn and not found):
                 return None
-            solved = self._program(timeline)
+            solved = self._program(spans)
             if solved is None:
                 return None
             certificate, kept, least = solved
-            if proves(timeline, self.worth, certificate, spare):
+            if proves(spans, self.worth, certificate, spare):
                 return certificate
             if turn >= _PATIENCE and least < min(before * _STALLED, spare * _NEAR):
                 return None
             before = least
         return None
 
-    def _overfull(self, timeline: Timeline, kept: Values) -> list[Interval]:
+    def _overfull(self, spans: Spans, kept: Values) -> list[Interval]:
         """Return intervals whose work, as far as it is ``kept``, is worth more than their time."""
-        ends = _Ends.of(timeline)
+        ends = _Ends.of(spans)
         count, starts = len(kept), self._starts
         rank = np.empty(2 * count, dtype=np.int64)
         rank[ends.order] = np.arange(2 * count)
         even = np.linspace(0, 2 * count - 1, _CUTS).astype(np.int64)
         cut_s = np.unique(ends.at_s[np.concatenate([even, rank[starts[1:] - 1]])])
         row = np.searchsorted(starts, np.arange(count), side="right") - 1
-        column = np.searchsorted(cut_s, np.concatenate([timeline.prefill_end, timeline.answer_end]))
+        column = np.searchsorted(cut_s, np.concatenate([spans.prefill_end, spans.answer_end]))
         cell = np.concatenate([row, row]) * len(cut_s) + column
-        length_s = cut_s[None, :] - timeline.arrival[starts][:, None]
+        length_s = cut_s[None, :] - spans.arrival[starts][:, None]
         found: list[Interval] = []
         for prices in range(self.worth.prefill.shape[1]):
             work = np.concatenate([self.worth.prefill[:, prices] * kept, self.worth.answer[:, prices] * kept])
@@ -108,19 +108,19 @@ class Planes:
             best = over.argmax(axis=0)
             for end in _peaks(over.max(axis=0), cut_s):
                 found.append(
-                    _moved(timeline, ends, work[ends.order], prices, int(starts[best[end]]), cut_s[end])
+                    _moved(spans, ends, work[ends.order], prices, int(starts[best[end]]), cut_s[end])
                 )
         return list(dict.fromkeys(found))
 
-    def _program(self, timeline: Timeline) -> tuple[Certificate, Values, float] | None:
+    def _program(self, spans: Spans) -> tuple[Certificate, Values, float] | None:
         """Return multipliers of the known intervals, the kept share of each request, and the least misses."""
         intervals = list(self._idle)
         unit = np.maximum((self.worth.prefill + self.worth.answer).mean(axis=0), 1e-300)
         units = unit[[interval.prices for interval in intervals]]
-        inside = [np.add(*timeline.inside(interval, self.worth)) for interval in intervals]
+        inside = [np.add(*spans.inside(interval, self.worth)) for interval in intervals]
         work = np.stack(inside) / units[:, None]
-        lengths = np.array([timeline.length(interval) for interval in intervals]) / units
-        member = self._classes(timeline, intervals)
+        lengths = np.array([spans.length(interval) for interval in intervals]) / units
+        member = self._classes(spans, intervals)
         size = int(member.max()) + 1
         solved = linprog(
             np.bincount(member, minlength=size).astype(np.float64),
@@ -141,19 +141,19 @@ class Planes:
         kept: Values = 1.0 - solved.x[member]
         return Certificate(busy_ones, multipliers[used]), kept, float(solved.fun)
 
-    def _classes(self, timeline: Timeline, intervals: list[Interval]) -> Indices:
+    def _classes(self, spans: Spans, intervals: list[Interval]) -> Indices:
         """Return the class of each request: those in the same intervals and of about equal worth are one."""
-        count = len(timeline.arrival)
+        count = len(spans.arrival)
         if count <= _COLUMNS:
             return np.arange(count)
         first = np.unique([interval.first for interval in intervals])
-        end_s = np.unique([timeline.end(interval) for interval in intervals])
+        end_s = np.unique([spans.end(interval) for interval in intervals])
         total = (self.worth.prefill + self.worth.answer).mean(axis=1)
         rank = np.argsort(np.argsort(total, kind="stable"), kind="stable")
         columns = (
             np.searchsorted(first, np.arange(count), side="right"),
-            np.searchsorted(end_s, timeline.prefill_end),
-            np.searchsorted(end_s, timeline.answer_end),
+            np.searchsorted(end_s, spans.prefill_end),
+            np.searchsorted(end_s, spans.answer_end),
             rank * _BUCKETS // count,
         )
         sizes = (len(first) + 1, len(end_s) + 1, len(end_s) + 1, _BUCKETS)
@@ -161,9 +161,9 @@ class Planes:
         return member
 
 
-def proves(timeline: Timeline, worth: Worth, certificate: Certificate, spare: int) -> bool:
+def proves(spans: Spans, worth: Worth, certificate: Certificate, spare: int) -> bool:
     """Tell whether more than ``spare`` requests miss, with room for rounding."""
-    return missed(timeline, worth, certificate) > spare + 1e-6 * (1.0 + spare)
+    return missed(spans, worth, certificate) > spare + 1e-6 * (1.0 + spare)
 
 
 def _peaks(over: Values, cut_s: Values) -> Indices:
@@ -174,7 +174,7 @@ def _peaks(over: Values, cut_s: Values) -> Indices:
     return which[np.argsort(-over[which], kind="stable")][:_PER_LIST]
 
 
-def _moved(timeline: Timeline, ends: _Ends, work: Values, prices: int, first: int, end_s: float) -> Interval:
+def _moved(spans: Spans, ends: _Ends, work: Values, prices: int, first: int, end_s: float) -> Interval:
     """Move the start, then the end of an interval to where it is overfull by most, twice.
 
     ``work`` is what each of ``ends`` is worth.
@@ -182,10 +182,10 @@ def _moved(timeline: Timeline, ends: _Ends, work: Values, prices: int, first: in
     last = 0
     for _ in range(2):
         until = int(np.searchsorted(ends.at_s, end_s, side="right"))
-        by_request = np.bincount(ends.request[:until], work[:until], len(timeline.arrival))
-        gain = np.cumsum(by_request[::-1])[::-1] + timeline.arrival
-        first = int(np.argmax(np.where(timeline.arrival < end_s, gain, -np.inf)))
+        by_request = np.bincount(ends.request[:until], work[:until], len(spans.arrival))
+        gain = np.cumsum(by_request[::-1])[::-1] + spans.arrival
+        first = int(np.argmax(np.where(spans.arrival < end_s, gain, -np.inf)))
         gain = np.cumsum(np.where(ends.request >= first, work, 0.0)) - ends.at_s
-        last = int(np.argmax(np.where(ends.at_s > timeline.arrival[first], gain, -np.inf)))
+        last = int(np.argmax(np.where(ends.at_s > spans.arrival[first], gain, -np.inf)))
         end_s = float(ends.at_s[last])
     return Interval(first, int(ends.request[last]), bool(ends.whole[last]), prices)

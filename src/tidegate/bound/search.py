@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tidegate.bound.demand import Batching, Demand, DemandKind
-from tidegate.bound.intervals import Certificate, Interval, Timeline, Worth
+from tidegate.bound.intervals import Certificate, Interval, Spans, Worth
 from tidegate.bound.planes import Planes, proves
 from tidegate.bound.prices import (
     ExtremeSteps,
@@ -33,7 +33,7 @@ _EXTREME_PARTS = 5
 _LOOSER = (2.0, 4.0)
 """Price lists for targets this many times as long are tried, too: prices that are fair there are so here."""
 _BEYOND = 1e6
-"""A rate this many times the first guess stands for all requests at once."""
+"""A rate this many times the first guess stands for all requests at once; this much slower, for any rate."""
 _SHARPENED = 3
 _DECIDING = 4
 """Rounds in which intervals get price lists of their own, and how many of the heaviest do in each."""
@@ -82,7 +82,7 @@ class Excluded:
     """Arrivals ``scale`` times as fast as the trace's cannot be served, as ``certificate`` proves."""
 
     scale: float
-    timeline: Timeline
+    spans: Spans
     certificate: Certificate
     worth: Worth
 
@@ -132,10 +132,11 @@ class Search:
         count = len(market.demand)
         self._spare = count - math.ceil(level * (count + hopeless) - 1e-9)
         self._lists = price_lists(market, level)
+        self._floor = 0.0
         self._planes = Planes(market.demand, market.slo, market.worth(self._lists)) if self._lists else None
 
     def run(self) -> Excluded | None:
-        """Return the slowest excluded arrivals; None when no rate is excluded."""
+        """Return the slowest excluded arrivals, of scale 0 where every rate is; None when none is."""
         if self._planes is None:
             return None
         demand, worth = self._market.demand, self._planes.worth
@@ -150,18 +151,19 @@ class Search:
                 low, guess = guess, guess * factor
                 found = self._at(guess)
                 factor *= factor
+        self._floor = found.scale / _BEYOND
         found = self._slowest(low, found, 1.3)
         for _ in range(_SHARPENED):
-            if not self._learn(found):
+            if found.scale <= self._floor or not self._learn(found):
                 break
             found = self._slowest(0.0, found, 1.0 + PRECISION)
-        return found
+        return found if found.scale > self._floor else replace(found, scale=0.0)
 
     def _slowest(self, low: float, found: Excluded, step: float) -> Excluded:
         """Search below ``found``, in growing steps while ``low`` is 0; ``low`` is not excluded."""
-        while found.scale > low * (1.0 + PRECISION):
+        while found.scale > max(self._floor, low * (1.0 + PRECISION)):
             trial = math.sqrt(low * found.scale) if low > 0.0 else found.scale / step
-            step = min(step * step, 2.0)
+            step = min(step * step, 4.0)
             better = self._at(trial)
             if better is None:
                 low = trial
@@ -176,22 +178,22 @@ class Search:
         if certificate is None:
             return None
         demand, slo, worth = self._market.demand, self._market.slo, self._planes.worth
-        timeline, high, low = Timeline.of(demand, scale, slo), scale, 0.5 * scale
+        spans, high, low = Spans.of(demand, scale, slo), scale, 0.5 * scale
         while high > low * (1.0 + 0.5 * PRECISION):
             middle = math.sqrt(low * high)
-            slower = Timeline.of(demand, middle, slo)
+            slower = Spans.of(demand, middle, slo)
             if proves(slower, worth, certificate, self._spare):
-                timeline, high = slower, middle
+                spans, high = slower, middle
             else:
                 low = middle
-        return Excluded(high, timeline, certificate, worth)
+        return Excluded(high, spans, certificate, worth)
 
     def _learn(self, found: Excluded) -> bool:
         """Add price lists for what the heaviest intervals keep; tell whether there are any new ones."""
         assert self._planes is not None
-        certificate, timeline = found.certificate, found.timeline
-        kept = np.add(*certificate.weighed(timeline, found.worth)) <= 1.0
-        weights = certificate.multipliers * [timeline.length(each) for each in certificate.intervals]
+        certificate, spans = found.certificate, found.spans
+        kept = np.add(*certificate.weighed(spans, found.worth)) <= 1.0
+        weights = certificate.multipliers * [spans.length(each) for each in certificate.intervals]
         heaviest = [certificate.intervals[i] for i in np.argsort(-weights, kind="stable")[:_DECIDING]]
         lists = [self._market.prices(work) for each in heaviest if len(work := self._work(found, each, kept))]
         known = len(self._lists)
@@ -201,11 +203,11 @@ class Search:
 
     def _work(self, found: Excluded, interval: Interval, kept: Mask) -> Demand:
         """Return the work inside ``interval`` of the requests that are ``kept``."""
-        demand, end = self._market.demand, found.timeline.end(interval)
+        demand, end = self._market.demand, found.spans.end(interval)
         later = kept & (np.arange(len(demand)) >= interval.first)
         prompt, answer = (
-            later & (found.timeline.prefill_end <= end),
-            later & (found.timeline.answer_end <= end),
+            later & (found.spans.prefill_end <= end),
+            later & (found.spans.answer_end <= end),
         )
         work = replace(demand, new_tokens=demand.new_tokens * prompt, decodes=demand.decodes * answer)
         return work.only(prompt)
