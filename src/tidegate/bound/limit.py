@@ -98,7 +98,7 @@ def fluid_limit(
 
 def _binding(market: Market, batching: Batching, found: Excluded) -> str:
     """Say which phase takes the fleet's time, which constraint makes it dear, and where in the trace."""
-    prefill, answer = found.certificate.weighed(found.timeline, found.worth)
+    prefill, answer = found.certificate.weighed(found.spans, found.worth)
     deciding = prefill + answer > 0.0
     kept = deciding & (prefill + answer <= 1.0)
     if kept.any():
@@ -147,13 +147,13 @@ def _held_back(market: Market, batching: Batching, work: Demand) -> str:
 
 def _burst(market: Market, found: Excluded) -> str:
     """Say in which part of the trace the heaviest intervals are, unless they cover most of it."""
-    timeline, intervals = found.timeline, found.certificate.intervals
-    heavy = found.certificate.multipliers * [timeline.length(each) for each in intervals]
+    spans, intervals = found.spans, found.certificate.intervals
+    heavy = found.certificate.multipliers * [spans.length(each) for each in intervals]
     arrival_s = market.demand.arrival_s
     covered = np.zeros(len(arrival_s))
     for each, weight in zip(intervals, heavy, strict=True):
         if weight > 0.05 * heavy.max():
-            inside = np.flatnonzero(timeline.prefill_end[each.first :] <= timeline.end(each))
+            inside = np.flatnonzero(spans.prefill_end[each.first :] <= spans.end(each))
             covered[each.first] += 1.0
             covered[each.first + inside[-1]] -= 1.0
     covered = np.cumsum(covered)

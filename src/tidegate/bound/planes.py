@@ -39,7 +39,7 @@ _BUCKETS = 250
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Ends:
-    """Both spans of every request, sorted: entry i is that of request ``request[i]``."""
+    """Both deadlines of every request, sorted: entry i is that of request ``request[i]``."""
 
     at_s: Values
     request: Indices
