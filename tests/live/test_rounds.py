@@ -12,6 +12,7 @@ import orjson
 import pytest
 
 from tests.live.live_cluster import Live, cluster
+from tests.slow import examples
 from tidegate.gateway.settings import GatewaySettings
 from tidegate_testing.chaos import Forced
 from tidegate_testing.rounds import anywhere, rounds_of
@@ -43,7 +44,7 @@ async def converse(live: Live, sessions: int) -> list[list[list[int]]]:
     return await asyncio.gather(*(one(session) for session in range(sessions)))
 
 
-@pytest.mark.parametrize("sessions", [10, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sessions", [10, pytest.param(examples(100), marks=pytest.mark.slow)])
 async def test_rounds_run_anywhere_say_the_same(model_dir: Path, tmp_path: Path, sessions: int) -> None:
     settings = GatewaySettings(admission=0.0, trusted_proxies=("127.0.0.1",))
     async with cluster(model_dir, "colocated", instances=1, dtype="float64", settings=settings) as live:
