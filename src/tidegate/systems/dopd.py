@@ -13,6 +13,7 @@ from tidegate.policies.dopd.planner_controllers import (
     code_counts,
     sla_counts,
 )
+from tidegate.policies.orders import make_order
 from tidegate.policies.protocols import Controller
 from tidegate.systems.builtin import arrow
 from tidegate.systems.registry import SYSTEMS, SystemOptions
@@ -21,12 +22,15 @@ from tidegate.systems.system import System
 
 @SYSTEMS.register("dopd")
 def dopd(options: SystemOptions) -> System:
-    """DOPD (arXiv 2511.20982): pools sized ahead of the load, by the optimal ratio with queueing margins.
+    """DOPD (arXiv 2511.20982): pools sized ahead of the load, by the optimal ratio with queueing margins, and
+    prompts served by length.
 
-    Placements flip nothing: an instance's label has one owner.
+    Placements flip nothing: an instance's label has one owner. Prompts are not prefilled on decode instances
+    (``LengthPlacement``): the plan leaves those little time to spare.
     """
     controller = DopdController(options.slo, options.fleet, options.start_delay_s, options.advise)
-    return _sized("dopd", "pools sized ahead of the load", options, controller)
+    made = _sized("dopd", "pools sized ahead of the load", options, controller)
+    return replace(made, order=make_order("length-aware"))
 
 
 @SYSTEMS.register("dopd-code")
