@@ -39,6 +39,7 @@ from tidegate.predictor.baselines import histogram, median_left
 from tidegate.predictor.compare import hidden_estimate, newest_estimate
 from tidegate.predictor.dataset import Samples, Split, load_samples, split_requests
 from tidegate.predictor.evaluate import Estimate, Evaluation
+from tidegate_testing.vllm_cpu import on_cpu
 from vllm_processes import ROOT, START_S, healthy
 
 EVERY = (20, 100)
@@ -110,19 +111,10 @@ class Server:
         words += ["--dtype", "bfloat16", "--max-model-len", "8192", "--enforce-eager"]
         words += ["--block-size", str(BLOCK_TOKENS), "--kv-cache-memory-bytes", str(2**30)]
         words += ["--enable-prefix-caching", *options]
-        env = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT / "scripts" / "vllm_cpu" / "shim"),
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_HOST_IP": "127.0.0.1",
-        }
         with (args.logs / f"{kind}.log").open("wb") as log:
             self.process = subprocess.Popen(
                 [args.vllm_bin, "serve", args.model, *words],
-                env=env,
+                env={**os.environ, **on_cpu(ROOT)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

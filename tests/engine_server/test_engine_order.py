@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -76,6 +76,18 @@ async def serving(engine: EmbeddedEngine) -> AsyncIterator[tuple[DialectEngine, 
         await server.stop(0.0)
 
 
+async def waiting(
+    engine: EmbeddedEngine, client: DialectEngine, legs: Sequence[Leg], spoke: list[str]
+) -> list[asyncio.Task[LegEnd]]:
+    """Send legs, each once the one before it waits in the engine; ``spoke`` is told who has tokens."""
+    answers: list[asyncio.Task[LegEnd]] = []
+    for leg in legs:
+        sink = Said(leg.request_id, spoke)
+        answers.append(asyncio.create_task(client.run(leg, sink, deadline_s=60.0)))
+        await until(lambda: engine.stats().waiting == len(answers))
+    return answers
+
+
 @pytest.mark.parametrize(
     ("order", "first"),
     [("fifo", ["continued", "long", "short"]), ("feasible-first", ["continued", "short", "long"])],
@@ -95,11 +107,7 @@ async def test_a_short_request_that_can_be_in_time_overtakes_a_hopeless_long_one
     ]
     spoke: list[str] = []
     async with serving(engine) as (client, step):
-        answers: list[asyncio.Task[LegEnd]] = []
-        for leg in legs:
-            sink = Said(leg.request_id, spoke)
-            answers.append(asyncio.create_task(client.run(leg, sink, deadline_s=60.0)))
-            await until(lambda: engine.stats().waiting == len(answers))
+        answers = await waiting(engine, client, legs, spoke)
         for served in (1, 2, 3):
             step()
             await until(partial(is_reached, spoke, served))
@@ -118,11 +126,7 @@ async def test_a_long_prompt_shares_no_step_while_few_wait(
     ]
     spoke: list[str] = []
     async with serving(engine) as (client, step):
-        answers: list[asyncio.Task[LegEnd]] = []
-        for leg in legs:
-            sink = Said(leg.request_id, spoke)
-            answers.append(asyncio.create_task(client.run(leg, sink, deadline_s=60.0)))
-            await until(lambda: engine.stats().waiting == len(answers))
+        answers = await waiting(engine, client, legs, spoke)
         step()
         await until(partial(is_reached, spoke, len(together)))
         assert engine.stats().waiting == len(legs) - len(together)

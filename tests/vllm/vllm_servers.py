@@ -16,6 +16,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from tidegate.fleet.vllm import free_ports, nixl_config
+from tidegate_testing.vllm_cpu import on_cpu
 
 ROOT = Path(__file__).parents[2]
 VLLM = Path(os.environ.get("VLLM_BIN", ROOT / ".venv-vllm" / "bin" / "vllm"))
@@ -26,15 +27,7 @@ START_S = 400.0
 """Long: several start at once on a few cores."""
 POLL_S = 0.2
 TAIL_LINES = 25
-RUNTIME = {
-    "PYTHONPATH": str(ROOT / "scripts" / "vllm_cpu" / "shim"),
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_HOST_IP": "127.0.0.1",
-    "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
-}
+RUNTIME = {**on_cpu(ROOT), "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1"}
 
 
 @dataclass(frozen=True)

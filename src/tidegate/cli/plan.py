@@ -16,9 +16,10 @@ from rich.markup import escape
 import tidegate
 from tidegate.api import DEFAULT_SYSTEM
 from tidegate.cli.common_flags import AS_JSON, JOBS, SCALE_RATE, SCORING
-from tidegate.cli.options import SHARE, Flag, OptionGroup, Rule, at_least
+from tidegate.cli.options import SHARE, Flag, OptionGroup, at_least
 from tidegate.cli.outputs import claim_folder
 from tidegate.cli.simulating import (
+    A_RATE,
     BATCHING,
     CUT,
     DEFAULT_TRACE,
@@ -27,8 +28,9 @@ from tidegate.cli.simulating import (
     command_line,
     processes,
     with_classes,
+    write_pngs,
 )
-from tidegate.cli.terminal import note, plain_table, run_until_interrupted, share_bar, warn
+from tidegate.cli.terminal import note, plain_table, run_until_interrupted, share_bar
 from tidegate.core.errors import ConfigError
 from tidegate.core.notation import parse_counted
 from tidegate.costs.shapes import SHAPES
@@ -141,7 +143,7 @@ class Wanted:
             "RPS",
             "--rate",
             WORKLOAD,
-            rule=Rule(lambda rps: 0 < rps < float("inf"), "a positive number of requests per second"),
+            rule=A_RATE,
         ),
     ] = None
     level: Annotated[
@@ -325,8 +327,6 @@ def to_json(found: RankedPlan, model: str, took_s: float) -> dict[str, Any]:
 
 def _write(folder: Path, found: RankedPlan, model: str, took_s: float) -> None:
     from tidegate.planner.manifests import commands, compose, kubernetes, system_file
-    from tidegate.reports.plot_style import NoPlots
-    from tidegate.reports.png import draw_png
 
     question, first = found.question, found.ranked[0].deployment
     slo = question.setting.settings.slo
@@ -352,12 +352,5 @@ def _write(folder: Path, found: RankedPlan, model: str, took_s: float) -> None:
         texts["plan_system.py"] = system_file(first)
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-    for chart in drawn:
-        try:
-            (folder / f"{chart.name}.png").write_bytes(draw_png(chart))
-        except NoPlots as error:
-            note(f"no PNG files: {error.message}")
-            break
-        except Exception as error:  # the plan is whole without a picture of it
-            warn(f"{chart.name}.png could not be drawn: {error}")
+    write_pngs(folder, drawn)
     note(f"plan: {folder / PAGE}")

@@ -20,6 +20,7 @@ from tidegate.cli.common_flags import JOBS, SCALE_RATE, SCORING, Scoring
 from tidegate.cli.options import Flag, OptionGroup, Rule, at_least, given
 from tidegate.cli.scaling import Scaling
 from tidegate.cli.simulating import (
+    A_RATE,
     BATCHING,
     CUT,
     DEFAULT_TRACE,
@@ -114,7 +115,7 @@ class RunOptions:
             "RPS",
             "--rate",
             WORKLOAD,
-            rule=Rule(lambda rps: 0 < rps < float("inf"), "a positive number of requests per second"),
+            rule=A_RATE,
         ),
     ] = None
     seed: Annotated[

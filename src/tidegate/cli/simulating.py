@@ -24,6 +24,7 @@ from tidegate.costs.library import PackagedProfile, packaged_profile
 from tidegate.costs.named_profile import load_profile
 from tidegate.dataplane.replica import BLOCK_TOKENS, EngineSettings
 from tidegate.experiments.setting import SimulatedFleet
+from tidegate.reports.charts import Chart
 from tidegate.reports.comparison import TABLES, Comparison, write_tables
 from tidegate.reports.comparison_charts import comparison_charts
 from tidegate.reports.page import render_page
@@ -59,6 +60,7 @@ def _none_or_one_of(names: Sequence[str]) -> Rule:
     return Rule(lambda name: name in ("", *names), f"one of {', '.join(names)}")
 
 
+A_RATE = Rule(lambda rps: 0 < rps < float("inf"), "a positive number of requests per second")
 HEARTBEAT = Rule(
     lambda ms: ms == 0 or LEAST_HEARTBEAT_MS <= ms < float("inf"),
     f"0, where the scheduler sees all at once, or at least {LEAST_HEARTBEAT_MS:g}",
@@ -205,13 +207,18 @@ def write_folder(folder: Path, command: str, comparison: Comparison, findings: S
     (folder / REPORT).write_text(page, encoding="utf-8")  # first: the page tells whose the folder is
     write_tables(folder, comparison)
     note(f"report: {folder / REPORT}")
+    write_pngs(folder, charts)
+
+
+def write_pngs(folder: Path, charts: Iterable[Chart]) -> None:
+    """Draw each chart as ``NAME.png``; what cannot be drawn is said, for results are whole without it."""
     for chart in charts:
         try:
             (folder / f"{chart.name}.png").write_bytes(draw_png(chart))
         except NoPlots as error:
             note(f"no PNG files: {error.message}")
             break
-        except Exception as error:  # results are whole without a picture of them
+        except Exception as error:
             warn(f"{chart.name}.png could not be drawn: {error}")
 
 
