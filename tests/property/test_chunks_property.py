@@ -63,7 +63,7 @@ def test_dues_are_those_of_each_decode(what: list[tuple[int, int, float]], credi
             dues.leave(key, target_s)
         else:
             now += 0.03 * number
-            dues.stepped(number)
+            dues.steps += number
             for each in decodes.values():
                 each[1] += number
         due_s = [first + (k + credit) * target for first, k, target, _ in decodes.values()]

@@ -12,17 +12,18 @@ class TokenDues:
     An answer attains its TPOT target if its last token comes by ``first_token_s + k * tpot_s``, k tokens
     behind the first, and it may end at any token: so token k is due then. With every step all dues move on
     by their targets, so that what a decode is filed under, its due less that of the steps so far, stays as
-    it is. Joining, leaving and asking cost a search of a sorted list per target.
+    it is; the owner keeps ``steps``, how many there were. Joining, leaving and asking cost a search of a
+    sorted list per target.
     """
 
     def __init__(self) -> None:
-        self._steps = 0
+        self.steps = 0
         self._keys: dict[float, list[float]] = {}
 
     def join(self, first_token_s: float, tpot_s: float, number: int) -> float:
         """Count a decode whose next token is the ``number``-th behind its first; return the key that it
         leaves with."""
-        key = first_token_s + (number - self._steps) * tpot_s
+        key = first_token_s + (number - self.steps) * tpot_s
         insort(self._keys.setdefault(tpot_s, []), key)
         return key
 
@@ -33,10 +34,6 @@ class TokenDues:
         if not keys:
             del self._keys[tpot_s]
 
-    def stepped(self, count: int) -> None:
-        """Take note that every decode got ``count`` tokens."""
-        self._steps += count
-
     def first_after(self, at_s: float, credit: float = 0.0) -> float:
         """Return when the first token is due that is not due by ``at_s``; infinity without any.
 
@@ -44,7 +41,7 @@ class TokenDues:
         """
         first_s = inf
         for tpot_s, keys in self._keys.items():
-            moved_s = (self._steps + credit) * tpot_s
+            moved_s = (self.steps + credit) * tpot_s
             at = bisect_right(keys, at_s - moved_s)
             if at < len(keys) and keys[at] + moved_s < first_s:
                 first_s = keys[at] + moved_s
