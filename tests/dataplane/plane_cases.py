@@ -149,7 +149,15 @@ class PlaneRun:
             last = prompt + (1 if hand_over else answer)
             self.choices.append((decode_on, prompt + answer, answer))
             bound = rng.choice([None, None, 1, 48])
-            ticket = Ticket(now, now + rng.uniform(0.0, 0.5), rng.uniform(0.0, 0.1), prompt, 0.0, bound, (0.02, 0.05, 0.2)[number % 3])
+            ticket = Ticket(
+                now,
+                now + rng.uniform(0.0, 0.5),
+                rng.uniform(0.0, 0.1),
+                prompt,
+                0.0,
+                bound,
+                (0.02, 0.05, 0.2)[number % 3],
+            )
             leg = SimSequence(number, prompt, last, hand_over, None, ids, case.hash_block_tokens, ticket)
             leg.on = on
             self._arrivals.append(leg)

@@ -34,15 +34,16 @@ class TokenDues:
         if not keys:
             del self._keys[tpot_s]
 
-    def first_after(self, at_s: float, credit: float = 0.0) -> float:
-        """Return when the first token is due that is not due by ``at_s``; infinity without any.
+    def __len__(self) -> int:
+        return sum(map(len, self._keys.values()))
 
-        ``credit`` is in tokens: every due is later by so many of its decode's targets.
-        """
+    def first_behind(self, at_s: float, tokens: float) -> float:
+        """Return the first due that is not more than ``tokens`` of its decode's targets before ``at_s``;
+        infinity without any."""
         first_s = inf
         for tpot_s, keys in self._keys.items():
-            moved_s = (self.steps + credit) * tpot_s
-            at = bisect_right(keys, at_s - moved_s)
+            moved_s = self.steps * tpot_s
+            at = bisect_right(keys, at_s - moved_s - tokens * tpot_s)
             if at < len(keys) and keys[at] + moved_s < first_s:
                 first_s = keys[at] + moved_s
         return first_s
