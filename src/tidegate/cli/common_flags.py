@@ -55,8 +55,8 @@ SLO_CLASS = Flag(
 )
 
 CHUNKS_HELP = (
-    "How much of prompts a step carries beside decodes: fixed (the engine's limit) or slack (what keeps every "
-    "decode in time); by default the system's own."
+    "How much of prompts a step carries beside decodes: fixed (the engine's limit) or slack (what keeps "
+    "every decode in time); by default the system's own."
 )
 
 SCORING = "Scoring and output"
