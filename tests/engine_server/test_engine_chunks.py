@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.engine_server.engine_fakes import until
 from tests.engine_server.test_engine_order import Said, serving
-from tidegate.costs.forms import MixedCost
+from tidegate.costs.forms import MixedCost, StepCost
+from tidegate.costs.profile import UNMEASURED
 from tidegate.engines.embedded.engine import EmbeddedEngine
 from tidegate.engines.embedded.model import Batch
 from tidegate.engines.embedded.options import EngineConfig
@@ -19,7 +21,7 @@ from tidegate.policies.order import Ticket
 from tidegate.protocol.chunks import Tokens
 from tidegate_testing import VirtualClock
 
-SECOND_PER_TOKEN = MixedCost(0.0, 1.0, 0.0, 0.0)
+SECOND_PER_TOKEN = replace(UNMEASURED, step=StepCost(0.0, 1.0, 0.0), mixed=MixedCost(0.0, 1.0, 0.0, 0.0))
 PROMPT = list(range(5, 65))
 
 

@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidegate.costs.forms import MixedCost, attention_work
+from tidegate.costs.forms import MixedCost, StepCost, attention_work
 from tidegate.policies.chunks import NextStep, SlackBudget, longest_chunk
 from tidegate.policies.dues import TokenDues
 
@@ -26,8 +26,10 @@ STEPS = st.builds(
     st.floats(0.0, 4e5),
     st.builds(TokenDues),
     COSTS,
+    st.builds(StepCost, st.floats(0.0, 0.02), st.just(0.0), st.floats(0.0, 5e-8)),
     st.just(0.0),
     st.just(8192),
+    st.integers(0, 20),
     st.integers(0, 3000),
     st.floats(0.0, 1e7),
 )
@@ -52,15 +54,17 @@ def test_the_longest_chunk_is_in_time_and_one_token_more_is_not(
         st.tuples(st.integers(0, 9), st.integers(1, 9), st.sampled_from([0.025, 0.05, 0.5])), max_size=60
     ),
     behind=st.sampled_from([0.0, 2.5]),
+    share=st.sampled_from([0.0, 0.3, 0.9]),
 )
-def test_dues_are_those_of_each_decode(what: list[tuple[int, int, float]], behind: float) -> None:
+def test_dues_are_those_of_each_decode(
+    what: list[tuple[int, int, float]], behind: float, share: float
+) -> None:
     dues, decodes, now = TokenDues(), {}, 0.0
     for turn, (kind, number, tpot_s) in enumerate(what):
         if kind < 5:
             decodes[turn] = [now, number, tpot_s, dues.join(now, tpot_s, number)]
         elif kind < 7 and decodes:
-            _, _, target_s, key = decodes.pop(min(decodes))
-            dues.leave(key, target_s)
+            dues.leave(decodes.pop(min(decodes))[3])
         else:
             now += 0.03 * number
             dues.steps += number
@@ -68,8 +72,8 @@ def test_dues_are_those_of_each_decode(what: list[tuple[int, int, float]], behin
                 each[1] += number
         due_s = [(first + k * target, behind * target) for first, k, target, _ in decodes.values()]
         for at_s in (now - 1.0, now + 0.0101, now + 1.0):
-            first_s = min((due for due, grace in due_s if due > at_s - grace), default=math.inf)
-            assert math.isclose(dues.first_behind(at_s, behind), first_s)
+            bound = sorted(due for due, grace in due_s if due > at_s - grace)[int(share * len(due_s)) :]
+            assert math.isclose(dues.behind_first(share, at_s, behind), min(bound, default=math.inf))
 
 
 @given(step=STEPS, tpot_s=st.floats(0.01, 0.2))
@@ -85,5 +89,5 @@ def test_a_slack_budget_keeps_the_next_token_in_time_or_carries_the_least(
     carried_s = step.cost.seconds(step.decodes + tokens, attention_work(tokens, 0), step.context_tokens)
     if bare_s - tpot_s > budget.recoverable_tokens * tpot_s:
         assert tokens == step.room_tokens  # what is too late anyway binds nothing
-    else:
+    elif tokens > 0 or step.steps_since >= budget.patient_steps:
         assert carried_s <= max(tpot_s, (1.0 + budget.least_share) * bare_s) + 1e-9

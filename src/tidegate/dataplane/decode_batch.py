@@ -54,8 +54,8 @@ class DecodeBatch:
         computed = sequence.computed = base + self.ticks
         sequence.tokens = computed + 1
         if sequence.due_key is not None:
-            assert self.dues is not None and sequence.ticket is not None
-            self.dues.leave(sequence.due_key, sequence.ticket.tpot_s)
+            assert self.dues is not None
+            self.dues.leave(sequence.due_key)
             sequence.due_key = None
 
     def _count_due(self, sequence: SimSequence, dues: TokenDues) -> None:

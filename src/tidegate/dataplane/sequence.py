@@ -86,7 +86,7 @@ class SimSequence:
     base: int = 0
     turn: int = 0
     first_token_s: float | None = None
-    due_key: float | None = None
+    due_key: int | None = None
     preemptions: int = 0
     cached_tokens: int = 0
     moving: bool = False

@@ -22,6 +22,8 @@ class StepRoom:
         self._most_tokens = replica.engine.max_batch_tokens
         self._host_s = replica.engine.host_s
         self._cost = replica.profile.mixed
+        self._decode_cost = replica.profile.step
+        self._last_ticks = 0
         self._budget = budget
         self._decode = decode
 
@@ -45,12 +47,23 @@ class StepRoom:
         assert dues is not None, "a budget that is not steady goes by dues"
         dues.steps = decode.ticks
         context = decode.base_sum + (decode.ticks + 1) * decodes
-        cost, host_s, most = self._cost, self._host_s, self._most_tokens
-        carried = self.chunk_tokens, self._attention
-        step = NextStep(self._now, decodes, context, dues, cost, host_s, most, *carried)
+        step = NextStep(
+            self._now,
+            decodes,
+            context,
+            dues,
+            self._cost,
+            self._decode_cost,
+            self._host_s,
+            self._most_tokens,
+            decode.ticks - self._last_ticks,
+            self.chunk_tokens,
+            self._attention,
+        )
         return self._budget.tokens(step, cached_tokens)
 
     def add(self, tokens: int, cached_tokens: int) -> None:
         """Count a chunk."""
         self.chunk_tokens += tokens
+        self._last_ticks = self._decode.ticks + 1
         self._attention += attention_work(tokens, cached_tokens)

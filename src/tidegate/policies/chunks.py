@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import inf, sqrt
 from typing import NamedTuple, Protocol
 
-from tidegate.costs.forms import MixedCost
+from tidegate.costs.forms import MixedCost, StepCost
 from tidegate.policies.dues import TokenDues
 from tidegate.policies.registry import Registry
 
@@ -16,8 +16,9 @@ class NextStep(NamedTuple):
     """A step as far as it is composed.
 
     It begins at ``now`` with ``decodes`` that hold ``context_tokens`` once it is over, and carries
-    ``chunk_tokens`` of prompts of ``attention`` work. ``dues`` are those of its decodes; ``cost`` says what
-    it takes, beside ``host_s``. ``most_tokens`` is the engine's limit of tokens.
+    ``chunk_tokens`` of prompts of ``attention`` work. ``dues`` are those of its decodes. ``cost`` says what
+    it takes with prompts, ``decode_cost`` without, both beside ``host_s``. ``most_tokens`` is the engine's
+    limit of tokens. There were ``steps_since`` the last one with prompts.
     """
 
     now: float
@@ -25,8 +26,10 @@ class NextStep(NamedTuple):
     context_tokens: float
     dues: TokenDues
     cost: MixedCost
+    decode_cost: StepCost
     host_s: float
     most_tokens: int
+    steps_since: int
     chunk_tokens: int = 0
     attention: float = 0.0
 
@@ -69,13 +72,16 @@ class FixedBudget:
 
 @dataclass(frozen=True, slots=True)
 class SlackBudget:
-    """As much as lets the next token of every decode be in time.
+    """As much as lets the next token of nearly every decode be in time.
 
-    A step may last until the first due of its decodes (``TokenDues``). Those whose first token was late have
-    none; those that are more than ``recoverable_tokens`` of their targets behind are given up and bind
-    nothing. The chunk comes from the cost of a mixed step, of which ``safety`` is left for its error. A step
-    may be longer than without chunk by ``least_share`` of that in any case: so prompts never starve, and who
-    is a little behind catches up.
+    - *Dues*: a step may last until the due (``TokenDues``) that ``behind_share`` of the decodes are before.
+      Those whose first token was late have none, and those that are more than ``recoverable_tokens`` of
+      their targets behind are given up: they bind nothing. What decodes have won is spent on one long chunk.
+    - *Chunk*: the cost of a mixed step solved for its length, less ``safety`` for the form's error. A step
+      may be longer than without chunk by ``least_share`` of that in any case, so that prompts never starve.
+    - *Waiting*: a step with a chunk costs more than one without by more than the chunk's own work, most where
+      decodes hold much context. Unless the chunk's work is ``worth`` times as much, the decodes go on alone
+      and win time for a longer one, for at most ``patient_steps`` steps.
 
     ``safety`` is the median error of the packaged fits; the others were chosen by measurement
     (docs/policies/chunks.md).
@@ -84,8 +90,11 @@ class SlackBudget:
     name: str = "slack"
     steady: bool = False
     safety: float = 0.02
-    least_share: float = 0.25
+    behind_share: float = 0.05
     recoverable_tokens: float = 4.0
+    least_share: float = 0.25
+    worth: float = 3.0
+    patient_steps: int = 16
 
     def tokens(self, step: NextStep, cached_tokens: int) -> int:
         """See ``ChunkBudget.tokens``."""
@@ -93,10 +102,15 @@ class SlackBudget:
         if not step.decodes:
             return room
         bare_s = float(step.cost.seconds(step.decodes, 0.0, step.context_tokens))
-        due_s = step.dues.first_behind(step.now + step.host_s + bare_s, self.recoverable_tokens)
+        ends_s = step.now + step.host_s + bare_s
+        due_s = step.dues.behind_first(self.behind_share, ends_s, self.recoverable_tokens)
         if due_s == inf:
             return room
         left_s = (due_s - step.now) * (1.0 - self.safety) - step.host_s
+        if not step.chunk_tokens and step.steps_since < self.patient_steps:
+            overhead_s = bare_s - float(step.decode_cost.seconds(step.decodes, step.context_tokens))
+            if left_s - bare_s < self.worth * overhead_s:
+                return 0
         left_s = max(left_s, (1.0 + self.least_share) * bare_s)
         return min(room, longest_chunk(step.cost, left_s, step, cached_tokens))
 

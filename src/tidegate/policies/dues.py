@@ -2,48 +2,72 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
 from math import inf
+
+import numpy as np
+
+from tidegate.costs.forms import Values
 
 
 class TokenDues:
     """The dues of decodes that get one token per step, all of them.
 
     An answer attains its TPOT target if its last token comes by ``first_token_s + k * tpot_s``, k tokens
-    behind the first, and it may end at any token: so token k is due then. With every step all dues move on
-    by their targets, so that what a decode is filed under, its due less that of the steps so far, stays as
-    it is; the owner keeps ``steps``, how many there were. Joining, leaving and asking cost a search of a
-    sorted list per target.
+    behind the first, and it may end at any token: so token k is due then. The owner keeps ``steps``, how many
+    there were. Asking costs a pass over arrays, the rest O(1).
     """
 
     def __init__(self) -> None:
         self.steps = 0
-        self._keys: dict[float, list[float]] = {}
+        self._slots: dict[int, int] = {}
+        self._keys: list[int] = []
+        self._joined = 0
+        self._first_s = np.empty(16)
+        self._tpot_s = np.empty(16)
+        self._offsets = np.empty(16)
 
-    def join(self, first_token_s: float, tpot_s: float, number: int) -> float:
+    def join(self, first_token_s: float, tpot_s: float, number: int) -> int:
         """Count a decode whose next token is the ``number``-th behind its first; return the key that it
         leaves with."""
-        key = first_token_s + (number - self.steps) * tpot_s
-        insort(self._keys.setdefault(tpot_s, []), key)
-        return key
+        slot = len(self._keys)
+        if slot == len(self._first_s):
+            self._first_s, self._tpot_s, self._offsets = (
+                np.concatenate([column, np.empty(slot)])
+                for column in (self._first_s, self._tpot_s, self._offsets)
+            )
+        self._first_s[slot], self._tpot_s[slot] = first_token_s, tpot_s
+        self._offsets[slot] = number - self.steps
+        self._joined += 1
+        self._keys.append(self._joined)
+        self._slots[self._joined] = slot
+        return self._joined
 
-    def leave(self, key: float, tpot_s: float) -> None:
+    def leave(self, key: int) -> None:
         """Count a decode no longer."""
-        keys = self._keys[tpot_s]
-        del keys[bisect_right(keys, key) - 1]
-        if not keys:
-            del self._keys[tpot_s]
+        slot, last = self._slots.pop(key), len(self._keys) - 1
+        moved = self._keys.pop()
+        if slot != last:
+            self._keys[slot] = moved
+            self._slots[moved] = slot
+            for column in (self._first_s, self._tpot_s, self._offsets):
+                column[slot] = column[last]
 
     def __len__(self) -> int:
-        return sum(map(len, self._keys.values()))
+        return len(self._keys)
 
-    def first_behind(self, at_s: float, tokens: float) -> float:
-        """Return the first due that is not more than ``tokens`` of its decode's targets before ``at_s``;
-        infinity without any."""
-        first_s = inf
-        for tpot_s, keys in self._keys.items():
-            moved_s = self.steps * tpot_s
-            at = bisect_right(keys, at_s - moved_s - tokens * tpot_s)
-            if at < len(keys) and keys[at] + moved_s < first_s:
-                first_s = keys[at] + moved_s
-        return first_s
+    def behind_first(self, share: float, at_s: float, recoverable_tokens: float) -> float:
+        """Return the due that ``share`` of all are before, rounded down; infinity without any.
+
+        Those that are more than ``recoverable_tokens`` of their decode's targets before ``at_s`` are given
+        up: the one returned is not among them.
+        """
+        count = len(self._keys)
+        if not count:
+            return inf
+        tpot_s = self._tpot_s[:count]
+        dues: Values = self._first_s[:count] + (self._offsets[:count] + self.steps) * tpot_s
+        bound = dues[dues > at_s - recoverable_tokens * tpot_s]
+        at = int(share * count)
+        if at >= len(bound):
+            return inf
+        return float(np.partition(bound, at)[at] if at else bound.min())

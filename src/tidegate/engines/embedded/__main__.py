@@ -83,7 +83,7 @@ def _load(options: Options) -> tuple[EmbeddedEngine, list[dict[str, Any]]]:
     if samples and options.engine.chunks != FIXED.name:
         name = f"{options.engine.device}/{options.served_model_name}"
         prior = nominal_profile(name, options.engine.device.partition(":")[0], shape_of(options.engine.model))
-        engine.scheduler.price(pooled_profile(name, as_samples(samples), prior).mixed)
+        engine.scheduler.price(pooled_profile(name, as_samples(samples), prior))
     elif options.engine.chunks != FIXED.name:
         log.warning("nothing was measured, so that chunks are fixed, not by %s", options.engine.chunks)
     log.info(

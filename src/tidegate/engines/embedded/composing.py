@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tidegate.costs.forms import MixedCost, attention_work
+from tidegate.costs.forms import attention_work
+from tidegate.costs.profile import Profile
 from tidegate.engines.embedded.model import Chunk
 from tidegate.engines.embedded.sequence import TokenSequence
 from tidegate.policies.chunks import ChunkBudget, NextStep
@@ -12,17 +13,21 @@ from tidegate.policies.dues import TokenDues
 class ComposedStep:
     """Who takes part: ``singles`` with their one pending token, prompts with ``chunks``.
 
-    ``alone``: the ticket of one of these keeps other prompts out of the step.
+    ``alone``: the ticket of one of these keeps other prompts out of the step. ``steps_since``: as in
+    ``NextStep``.
     """
 
-    def __init__(self, budget: ChunkBudget, cost: MixedCost, most_tokens: int, now: float) -> None:
+    def __init__(
+        self, budget: ChunkBudget, profile: Profile, most_tokens: int, steps_since: int, now: float
+    ) -> None:
         self.singles: list[TokenSequence] = []
         self.chunks: list[Chunk] = []
         self.chunk_tokens = 0
         self.alone = False
         self._attention = 0.0
         self._budget = budget
-        self._cost = cost
+        self._profile = profile
+        self._steps_since = steps_since
         self._most_tokens = most_tokens
         self._now = now
         self._dues: TokenDues | None = None
@@ -44,9 +49,11 @@ class ComposedStep:
             len(self.singles),
             context,
             self._dues,
-            self._cost,
+            self._profile.mixed,
+            self._profile.step,
             0.0,
             self._most_tokens,
+            self._steps_since,
             self.chunk_tokens,
             self._attention,
         )

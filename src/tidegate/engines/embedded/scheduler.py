@@ -15,8 +15,7 @@ from functools import partial
 
 from tidegate.core.clock import Clock
 from tidegate.core.slo import Slo
-from tidegate.costs.forms import MixedCost
-from tidegate.costs.profile import UNMEASURED
+from tidegate.costs.profile import UNMEASURED, Profile
 from tidegate.engines.embedded.blocks import BlockPool, Pins, extend_keys
 from tidegate.engines.embedded.composing import ComposedStep
 from tidegate.engines.embedded.kv_pull import PeerPuller
@@ -59,13 +58,14 @@ class BatchScheduler:
         self._load_done = load_done
         self._config = config
         self._chunks: ChunkBudget = FIXED
-        self._cost = UNMEASURED.mixed
+        self._profile = UNMEASURED
+        self._steps_since = 0
         self._fresh: list[int] = []
         self._reserve = int(_RESERVE * pool.total_blocks)
 
-    def price(self, cost: MixedCost) -> None:
-        """Choose chunks by the engine's chunk budget from now on; a step takes what ``cost`` says."""
-        self._chunks, self._cost = make_chunks(self._config.chunks), cost
+    def price(self, profile: Profile) -> None:
+        """Choose chunks by the engine's chunk budget from now on; a step takes what ``profile`` says."""
+        self._chunks, self._profile = make_chunks(self._config.chunks), profile
 
     def add(self, sequence: TokenSequence) -> None:
         """Queue a new request: one that continues an answer before those that have yet to begin theirs."""
@@ -82,7 +82,9 @@ class BatchScheduler:
         self._fresh = []
         self._make_room()
         now = self._clock.now()
-        step = ComposedStep(self._chunks, self._cost, self._config.max_batch_tokens, now)
+        step = ComposedStep(
+            self._chunks, self._profile, self._config.max_batch_tokens, self._steps_since, now
+        )
         for sequence in self.running:
             if sequence.pending == 1:
                 step.add_single(sequence)
@@ -104,6 +106,7 @@ class BatchScheduler:
                 step.add_single(head)
             else:
                 step.add_chunk(head, least=1)
+        self._steps_since = 0 if step.chunks else self._steps_since + 1
         return Batch(step.singles, step.chunks, self._fresh)
 
     def _admit_continued(self, step: ComposedStep, now: float) -> None:
