@@ -59,18 +59,21 @@ def test_the_longest_chunk_is_in_time_and_one_token_more_is_not(
 def test_dues_are_those_of_each_decode(
     what: list[tuple[int, int, float]], behind: float, share: float
 ) -> None:
-    dues, decodes, now = TokenDues(), {}, 0.0
+    dues, decodes, keys, now = TokenDues(), {}, {}, 0.0
     for turn, (kind, number, tpot_s) in enumerate(what):
         if kind < 5:
-            decodes[turn] = [now, number, tpot_s, dues.join(now, tpot_s, number)]
+            decodes[turn] = [now, number, tpot_s]
+            keys[turn] = dues.join(now, tpot_s, number)
         elif kind < 7 and decodes:
-            dues.leave(decodes.pop(min(decodes))[3])
+            oldest = min(decodes)
+            del decodes[oldest]
+            dues.leave(keys[oldest])
         else:
             now += 0.03 * number
             dues.steps += number
             for each in decodes.values():
                 each[1] += number
-        due_s = [(first + k * target, behind * target) for first, k, target, _ in decodes.values()]
+        due_s = [(first + k * target, behind * target) for first, k, target in decodes.values()]
         for at_s in (now - 1.0, now + 0.0101, now + 1.0):
             bound = sorted(due for due, grace in due_s if due > at_s - grace)[int(share * len(due_s)) :]
             assert math.isclose(dues.behind_first(share, at_s, behind), min(bound, default=math.inf))
