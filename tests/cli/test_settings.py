@@ -199,6 +199,13 @@ def test_in_front_of_servers_the_control_plane_keeps_an_order() -> None:
     assert not config.make_system().order.held
 
 
+def test_a_chunk_budget_per_step_is_refused_in_front_of_servers() -> None:
+    (found,) = problems(vllm=["http://a"], system="static", chunks="slack")
+    assert "--max-num-batched-tokens" in found
+    chunks = settle(system="static", chunks="slack").config.make_system().chunks
+    assert chunks is not None and chunks.name == "slack"
+
+
 def test_servers_alone_are_enough() -> None:
     done = settle(vllm=["http://a"])
     assert (done.config.scheduling.system, done.origins["system"]) == ("static", "default")

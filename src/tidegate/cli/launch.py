@@ -58,6 +58,12 @@ def launch(config: Config) -> bool:
     keyed = bool(settings.api_key or settings.tenants)
     if not keyed and not _is_loopback(settings.host):
         warn(f"{settings.host} is open to the network and no API key is set")
+    own = make_system(config.scheduling.system, slo=config.scheduling.slo).chunks
+    if config.fleet.on_vllm and own is not None and not own.steady:
+        warn(
+            f"{system.name} chooses chunks by {own.name}, which vLLM takes from nobody: steps carry what "
+            "--max-num-batched-tokens said at the servers' launch"
+        )
     fleet = make_fleet(config)
     if system.name != COLOCATED and config.fleet.range.most > 1 and not _hands_on_kv(fleet, config.fleet):
         system = colocated_without_kv(config, system.name)

@@ -90,7 +90,7 @@ class SlackBudget:
     name: str = "slack"
     steady: bool = False
     safety: float = 0.02
-    behind_share: float = 0.1
+    behind_share: float = 0.05
     recoverable_tokens: float = 4.0
     least_share: float = 0.25
     worth: float = 3.0
