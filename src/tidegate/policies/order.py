@@ -262,8 +262,8 @@ class FeasibleQueue(RankedQueue[T]):
     by setting some aside; here only those are set aside that would be late even if they started now.
     """
 
-    def __init__(self, bound: float) -> None:
-        super().__init__(by_deadline, bound)
+    def __init__(self, bound: float, rank: Callable[[Ticket], float] | None = None) -> None:
+        super().__init__(rank or by_deadline, bound)
         self._hopeless: _LazyHeap[T] = _LazyHeap()
 
     def _enter(self, entry: _Entry[T]) -> None:
