@@ -1,0 +1,165 @@
+"""How much a fleet serves under given labels: a fluid model over what came lately, in closed form.
+
+Per second an instance has one second. A prefill takes its work; decode steps take theirs, shared by the batch;
+and where both are on one instance, a mixed step costs what the forms say beyond a decode step: the fixed part
+that a batch of decodes does not hide, and that a resident token costs more beside a chunk.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tidegate.core.request import Request
+from tidegate.core.slo import Slo
+from tidegate.costs.forms import attention_work
+from tidegate.costs.profile import ProfileTable
+
+Counts = NDArray[np.float64]
+
+REMEMBERED = 512
+"""The newest answered requests of which means are taken (ours)."""
+HALVINGS = 24
+"""Steps of a search for a rate, each of which halves what is left."""
+
+
+class Demand(NamedTuple):
+    """What a request takes on average: tokens to compute and their attention work, decode steps, and the
+    tokens that a running decode holds (by the steps that it stays for)."""
+
+    new_tokens: float
+    attention: float
+    steps: float
+    context_tokens: float
+
+
+class RecentLengths:
+    """An observer that remembers the lengths of the newest answered requests."""
+
+    def __init__(self) -> None:
+        self._rows: deque[tuple[int, int, int]] = deque(maxlen=REMEMBERED)
+        self.answered = 0
+
+    def tokens(self, request: Request, generated: int, now: float) -> None:
+        """Tokens alone say nothing of lengths."""
+
+    def finished(self, request: Request, generated: int, now: float) -> None:
+        """Remember a request that was answered in full."""
+        history = 0 if request.history is None else request.history.tokens
+        prompt = request.prompt_tokens
+        cached = min(prompt - 1, max(history, max(request.cached.values(), default=0)))
+        self._rows.append((prompt, cached, generated))
+        self.answered += 1
+
+    def demand(self) -> Demand | None:
+        """Return the means; None where nothing was answered."""
+        if not self._rows:
+            return None
+        prompt, cached, generated = np.array(self._rows, np.float64).T
+        new, steps = np.maximum(prompt - cached, 1.0), np.maximum(generated - 1.0, 0.0)
+        held = prompt + 0.5 * generated
+        context = float((steps * held).sum() / steps.sum()) if steps.any() else float(held.mean())
+        attention = np.asarray(attention_work(new, cached))
+        return Demand(float(new.mean()), float(attention.mean()), float(steps.mean()), context)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How many instances prefill only, decode only, and do both."""
+
+    prefill: int
+    decode: int
+    mixed: int
+
+    def __str__(self) -> str:
+        return f"{self.prefill} for prefill, {self.decode} for decode, {self.mixed} for both"
+
+
+@dataclass(frozen=True, slots=True)
+class FluidFleet:
+    """The highest rates that equal instances serve, each of ``costs`` with ``kv_tokens``, for ``demand``.
+
+    Steps of decodes last up to ``slo.tpot_s``. ``token_bytes`` of KV per token move between instances.
+    """
+
+    costs: ProfileTable
+    kv_tokens: float
+    token_bytes: float
+    demand: Demand
+    slo: Slo
+
+    def rates_rps(self, prefill: Counts, decode: Counts, mixed: Counts) -> Counts:
+        """Return the highest rate of each labelling; the arguments are arrays of counts."""
+        alone = self._prefills_rps(), self._decodes_rps()
+        most = prefill * alone[0] + decode * alone[1] + mixed * max(alone)
+        low, high = np.zeros(len(prefill)), np.minimum(most, 1e9)
+        for _ in range(HALVINGS):
+            middle = 0.5 * (low + high)
+            left_prefills = np.maximum(middle - prefill * alone[0], 0.0)
+            left_decodes = np.maximum(middle - decode * alone[1], 0.0)
+            fits = self._busy(left_prefills, left_decodes, mixed) <= 1.0
+            low, high = np.where(fits, middle, low), np.where(fits, high, middle)
+        return low
+
+    def best(self, instances: int, unit: int = 1) -> list[tuple[float, Shape]]:
+        """Return every labelling in steps of ``unit`` instances with its rate, the highest first; of equal
+        ones that with more instances that do both."""
+        shapes = [
+            Shape(prefill, decode, instances - prefill - decode)
+            for prefill in range(0, instances + 1, unit)
+            for decode in range(0, instances + 1 - prefill, unit)
+            if (prefill and decode) or prefill + decode < instances
+        ]
+        counts = np.array([(shape.prefill, shape.decode, shape.mixed) for shape in shapes], np.float64).T
+        rates = self.rates_rps(*counts)
+        order = np.lexsort((-counts[2], -rates))
+        return [(float(rates[at]), shapes[at]) for at in order]
+
+    def _prefills_rps(self) -> float:
+        """Return how many prefills an instance does that has nothing else to do, steps shared."""
+        form = self.costs.prefill
+        work_s = float(form.b_s) * self.demand.new_tokens + float(form.c_s) * self.demand.attention
+        return 1.0 / max(work_s + self._port_s, 1e-9)
+
+    def _decodes_rps(self) -> float:
+        """Return how many answers an instance gives per second that prefills nothing."""
+        form, demand = self.costs.step, self.demand
+        if not demand.steps:
+            return 1e9
+        each_s = float(form.b_s) + float(form.c_s) * demand.context_tokens
+        in_time = (self.slo.tpot_s - float(form.a_s)) / each_s
+        batch = max(1.0, min(in_time, self.kv_tokens / demand.context_tokens))
+        served = batch / (demand.steps * (float(form.a_s) + batch * each_s))
+        port_s = self._port_s
+        return float(min(served, 1.0 / port_s)) if port_s else float(served)
+
+    @property
+    def _port_s(self) -> float:
+        return float(np.asarray(self.costs.transfer.seconds(self.demand.new_tokens * self.token_bytes)))
+
+    def _busy(self, prefills: Counts, decodes: Counts, instances: Counts) -> Counts:
+        """Return how much of their time mixed instances need for what the others leave, per second.
+
+        With the longest gap g that the target and the KV allow, ``decodes * steps * g`` run at once; each of
+        1/g steps costs its fixed part, and those that carry a chunk what a mixed step costs beyond that.
+        """
+        demand, step, mixed = self.demand, self.costs.step, self.costs.mixed
+        each = np.maximum(instances, 1e-9)
+        prefills, tokens = prefills / each, decodes * demand.steps / each
+        gap_s = np.minimum(self.slo.tpot_s, self.kv_tokens / np.maximum(tokens * demand.context_tokens, 1e-9))
+        batch = tokens * gap_s
+        held = batch * demand.context_tokens
+        step_s = np.asarray(step.seconds(batch, held))
+        bare_s = np.asarray(mixed.seconds(batch, 0.0, held))
+        work_s = float(mixed.b_s) * demand.new_tokens + float(mixed.c_s) * demand.attention
+        room_s = self.slo.tpot_s - bare_s
+        chunked = np.where(room_s > 0, prefills * work_s / np.maximum(room_s, 1e-9), np.inf)
+        extra_s = np.where(prefills > 0, chunked * np.maximum(bare_s - step_s, 0.0), 0.0)
+        extra_s = np.where(batch > 0, extra_s, 0.0)
+        busy = prefills * work_s + extra_s + np.where(tokens > 0, step_s / np.maximum(gap_s, 1e-9), 0.0)
+        idle = (prefills <= 0) & (tokens <= 0)
+        return np.where(idle, 0.0, np.where(instances > 0, busy, np.inf))
