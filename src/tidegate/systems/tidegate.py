@@ -5,7 +5,9 @@ from __future__ import annotations
 from tidegate.policies.ampd.routing import WINDOW, WINDOW_S
 from tidegate.policies.orders import make_order
 from tidegate.policies.starting_roles import mixed_roles
+from tidegate.policies.tidegate.labels import FleetShape
 from tidegate.policies.tidegate.placement import OneCost
+from tidegate.policies.tidegate.shape import RecentLengths
 from tidegate.systems.registry import SYSTEMS, SystemOptions
 from tidegate.systems.system import System
 
@@ -14,13 +16,15 @@ from tidegate.systems.system import System
 def tidegate(options: SystemOptions) -> System:
     """One cost in seconds places, shortest-feasible orders; every instance does both until the arithmetic says
     otherwise."""
-    both = OneCost()
+    both, lengths = OneCost(), RecentLengths()
     return System(
         name="tidegate",
         summary="one cost for every place, labels that follow what comes",
         roles=mixed_roles if options.split is None else options.roles(),
         prefill=both,
         decode=both,
+        controllers=(FleetShape(lengths, options.slo),),
+        observers=(lengths,),
         order=make_order("feasible-sjf"),
         read_back=None,
         window_s=options.tick_s,

@@ -75,6 +75,11 @@ class Shape:
     decode: int
     mixed: int
 
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """All three."""
+        return self.prefill, self.decode, self.mixed
+
     def __str__(self) -> str:
         return f"{self.prefill} for prefill, {self.decode} for decode, {self.mixed} for both"
 
@@ -111,10 +116,10 @@ class FluidFleet:
         shapes = [
             Shape(prefill, decode, instances - prefill - decode)
             for prefill in range(0, instances + 1, unit)
-            for decode in range(0, instances + 1 - prefill, unit)
-            if (prefill and decode) or prefill + decode < instances
+            for decode in (0,)
+            if prefill < instances
         ]
-        counts = np.array([(shape.prefill, shape.decode, shape.mixed) for shape in shapes], np.float64).T
+        counts = np.array([shape.counts for shape in shapes], np.float64).T
         rates = self.rates_rps(*counts)
         order = np.lexsort((-counts[2], -rates))
         return [(float(rates[at]), shapes[at]) for at in order]
