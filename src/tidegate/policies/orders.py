@@ -36,9 +36,7 @@ ORDERS.register("edf")(lambda bound: Order("edf", partial(RankedQueue, by_deadli
 ORDERS.register("sjf")(lambda bound: Order("sjf", partial(RankedQueue, by_work, bound)))
 ORDERS.register("length-aware")(lambda bound: Order("length-aware", partial(LengthAwareQueue, bound)))
 ORDERS.register("feasible-first")(lambda bound: Order("feasible-first", partial(FeasibleQueue, bound)))
-ORDERS.register("feasible-sjf")(
-    lambda bound: Order("feasible-sjf", partial(FeasibleQueue, bound, by_work))
-)
+ORDERS.register("feasible-sjf")(lambda bound: Order("feasible-sjf", partial(FeasibleQueue, bound, by_work)))
 ORDERS.register("reorder")(
     lambda bound: Order("reorder", partial(ReorderedQueue, best_permutation, WINDOW, WINDOW))
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tidegate.policies.ampd.routing import WINDOW, WINDOW_S
+from tidegate.policies.chunks import make_chunks
 from tidegate.policies.orders import make_order
 from tidegate.policies.starting_roles import mixed_roles
 from tidegate.policies.tidegate.labels import FleetShape
@@ -26,6 +27,7 @@ def tidegate(options: SystemOptions) -> System:
         controllers=(FleetShape(lengths, options.slo),),
         observers=(lengths,),
         order=make_order("feasible-sjf"),
+        chunks=make_chunks("slack"),
         read_back=None,
         window_s=options.tick_s,
     )

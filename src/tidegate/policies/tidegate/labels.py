@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 
@@ -13,35 +12,37 @@ from tidegate.core.slo import Slo
 from tidegate.ledger.snapshot import Column, Snapshot
 from tidegate.policies.protocols import Signal
 from tidegate.policies.starting_roles import TARGET
-from tidegate.policies.tidegate.shape import FluidFleet, RecentLengths, Shape
+from tidegate.policies.tidegate.shape import Demand, FluidFleet, RecentLengths, Shape
 
 
 @dataclass(frozen=True, slots=True)
 class ShapeConstants:
     """All ours. Labels change where that gains the share ``gain`` of what the fleet serves, and where
     ``agreeing`` plans in a row say so; of shapes within ``even`` of the best it is that with most instances
-    that do both, for bursts are met by whoever is free. Lengths are believed from ``fewest`` answers on. Up
-    to ``units`` steps of a fleet are compared.
+    that do both, for bursts are met by whoever is free. A plan moves the share ``step`` of the fleet at most:
+    lengths are known late. Lengths are believed from ``fewest`` answers on. Up to ``units`` steps of a fleet
+    are compared. Where decodes take more than ``crowded`` of their TPOT target or of the KV, half of those
+    for prefill do both at once: that is the emergency.
     """
 
-    gain: float = 0.05
+    gain: float = 0.07
     even: float = 0.02
     agreeing: int = 2
+    step: float = 0.125
     fewest: int = 32
     units: int = 32
+    crowded: float = 0.95
     period_s: float = 2.0
-
-
-class ShapeState(NamedTuple):
-    """The shape that the newest plans wanted, and how many of them in a row."""
-
-    wanted: Shape | None = None
-    times: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class FleetShape:
-    """Once per period compares what the fleet serves as it is labelled with what it would serve otherwise."""
+    """Once per period compares what the fleet serves as it is labelled with what it would serve otherwise.
+
+    Two labels suffice: an instance that only decodes would leave prompts of a burst to fewer, and one that
+    does both is one as soon as nothing is sent to it. The state counts the newest plans in a row that wanted
+    more prefill instances (negative: fewer).
+    """
 
     lengths: RecentLengths
     slo: Slo
@@ -53,57 +54,70 @@ class FleetShape:
     def period_s(self) -> float:
         return self.constants.period_s
 
-    def initial(self) -> ShapeState:
+    def initial(self) -> int:
         """Return the state for the first decision."""
-        return ShapeState()
+        return 0
 
-    def decide(self, snapshot: Snapshot, state: ShapeState) -> ControlDecision[ShapeState]:
+    def decide(self, snapshot: Snapshot, state: int) -> ControlDecision[int]:
         """Return the flips towards a better shape; none while plans do not agree on one."""
         constants, fleet = self.constants, snapshot.without_draining()
-        demand = self.lengths.demand()
-        if demand is None or self.lengths.answered < constants.fewest:
-            return ControlDecision(state, reason="too few answers to know their lengths")
-        if len(fleet) < 2:
-            return ControlDecision(state, reason="one instance does both")
+        prefill = int(np.count_nonzero(fleet.labelled(Role.PREFILL)))
+        if prefill and (share := self._crowding(fleet)) > constants.crowded:
+            why = f"decodes take {share:.0%} of what they may: fewer instances prefill only"
+            return ControlDecision(0, tuple(flips_to(fleet, prefill // 2, why)), why)
+        rows = snapshot.requests
+        running = float(rows.answer_tokens[rows.decode_on >= 0].sum())
+        demand = self.lengths.demand(running)
+        if demand is None or self.lengths.answered < constants.fewest or len(fleet) < 2:
+            return ControlDecision(0, reason="too little is known of the traffic, or one instance does both")
+        have, told, best = self._compared(fleet, demand, prefill)
+        if best == have:
+            return ControlDecision(0, reason=told)
+        direction = 1 if best.prefill > prefill else -1
+        count = state + direction if state * direction > 0 else direction
+        if abs(count) < constants.agreeing:
+            return ControlDecision(count, reason=f"{told}: once more")
+        most = max(1, int(constants.step * len(fleet)))
+        goal = min(best.prefill, prefill + most) if direction > 0 else best.prefill
+        return ControlDecision(count, tuple(flips_to(fleet, goal, told)), told)
+
+    def _compared(self, fleet: Snapshot, demand: Demand, prefill: int) -> tuple[Shape, str, Shape]:
+        """Return the shape that the fleet has, a sentence, and the shape to have: the same unless that gains
+        enough."""
+        constants, count = self.constants, len(fleet)
         kv_tokens = float(fleet.kv_capacity_tokens[0]) or np.inf
-        model = FluidFleet(
-            fleet.costs.at(0), kv_tokens, float(fleet.kv_bytes_per_token[0]), demand, self.slo
-        )
-        have = _shape_of(fleet)
-        now_rps = float(model.rates_rps(*np.array([have.counts], np.float64).T)[0])
-        ranked = model.best(len(fleet), max(1, len(fleet) // constants.units))
-        best_rps = ranked[0][0]
-        near = [pair for pair in ranked if pair[0] >= best_rps * (1.0 - constants.even)]
-        rps, best = max(near, key=lambda pair: (pair[1].mixed, pair[0]))
+        token_bytes = float(fleet.kv_bytes_per_token[0])
+        model = FluidFleet(fleet.costs.at(0), kv_tokens, token_bytes, demand, self.slo)
+        ranked = model.ranked(count, max(1, count // constants.units))
+        have = Shape(prefill, count - prefill)
+        counts = np.array([have, Shape(0, count)], np.float64).T
+        now_rps, both_rps = map(float, model.rates_rps(*counts))
+        near = [pair for pair in ranked if pair[0] >= ranked[0][0] * (1.0 - constants.even)]
+        rps, best = max(near, key=lambda pair: pair[1].mixed)
         told = f"{have} serve {now_rps:.3g} requests/s, {best} would serve {rps:.3g}"
-        if best == have or rps < now_rps * (1.0 + constants.gain):
-            return ControlDecision(ShapeState(), reason=told)
-        times = state.times + 1 if best == state.wanted else 1
-        if times < constants.agreeing:
-            return ControlDecision(ShapeState(best, times), reason=f"{told}: once more")
-        return ControlDecision(ShapeState(), tuple(flips_to(fleet, best, told)), told)
+        if rps < both_rps * (1.0 + constants.gain):
+            # What the split gains over a fleet that does both is less than what bursts may cost it.
+            told, best = f"{told}, all for both {both_rps:.3g}", Shape(0, count)
+            return have, told, best if both_rps >= now_rps else have
+        return have, told, best
+
+    def _crowding(self, fleet: Snapshot) -> float:
+        """Return the mean share of the TPOT target, or of the KV, that decodes take where they may run."""
+        at = fleet.labels.decoding_mask
+        step_s = np.asarray(fleet.costs.step.seconds(fleet.decode_requests, fleet.decode_tokens))[at]
+        capacity = np.where(fleet.kv_capacity_tokens > 0, fleet.kv_capacity_tokens, np.inf)[at]
+        held = (fleet.decode_tokens + fleet.handoff_tokens)[at] / capacity
+        return float(max((step_s / self.slo.tpot_s).mean(), held.mean())) if at.any() else 1.0
 
 
-def _shape_of(fleet: Snapshot) -> Shape:
-    prefill, decode = (int(np.count_nonzero(fleet.labelled(role))) for role in (Role.PREFILL, Role.DECODE))
-    return Shape(prefill, decode, len(fleet) - prefill - decode)
-
-
-def flips_to(fleet: Snapshot, shape: Shape, why: str) -> list[Flip]:
-    """Return the flips after which the fleet has ``shape``, as far as its instances are flippable.
-
-    Those with most to decode become or stay those that decode, those with least those that prefill.
-    """
+def flips_to(fleet: Snapshot, prefill: int, why: str) -> list[Flip]:
+    """Return the flips after which ``prefill`` instances prefill only and the others do both, as far as they
+    are flippable. Those with the least to decode prefill; those that do keep their label before others."""
     held: Column = fleet.decode_tokens + fleet.handoff_tokens
-    leaning = np.array([{Role.PREFILL: -1.0, Role.DECODE: 1.0}.get(Role(int(role)), 0.0) for role in fleet.role])
-    order = np.lexsort((-held, -leaning))
-    wanted = {
-        **dict.fromkeys(order[: shape.decode].tolist(), Role.DECODE),
-        **dict.fromkeys(order[len(order) - shape.prefill :].tolist(), Role.PREFILL),
-    }
-    flips = []
-    for at in order.tolist():
-        role = wanted.get(at, Role.MIXED)
-        if fleet.flippable[at] and fleet.role[at] != float(role):
-            flips.append(Flip(fleet.ids[at], role, TARGET, why))
-    return flips
+    order = np.lexsort((held, ~fleet.labelled(Role.PREFILL))).tolist()
+    roles = {at: Role.PREFILL if place < prefill else Role.MIXED for place, at in enumerate(order)}
+    return [
+        Flip(fleet.ids[at], role, TARGET, why)
+        for at, role in roles.items()
+        if fleet.flippable[at] and fleet.role[at] != float(role)
+    ]

@@ -21,8 +21,11 @@ from tidegate.costs.profile import ProfileTable
 
 Counts = NDArray[np.float64]
 
-REMEMBERED = 512
+REMEMBERED = 2048
 """The newest answered requests of which means are taken (ours)."""
+WORTH = 12.0
+"""A chunk's work is so many times what a mixed step costs beyond a decode step, where decodes leave no room
+for more: engines wait for such a chunk (``SlackBudget``). Chosen by simulation."""
 HALVINGS = 24
 """Steps of a search for a rate, each of which halves what is left."""
 
@@ -55,11 +58,18 @@ class RecentLengths:
         self._rows.append((prompt, cached, generated))
         self.answered += 1
 
-    def demand(self) -> Demand | None:
-        """Return the means; None where nothing was answered."""
+    def demand(self, running_tokens: float) -> Demand | None:
+        """Return the means; None where nothing was answered.
+
+        ``running_tokens`` were generated of answers that run. As long as all that were answered are remembered
+        they count: the first answers to end are the short ones, and tokens of all over ends is what an answer
+        has on average (the estimate of an exponential mean from censored lives).
+        """
         if not self._rows:
             return None
         prompt, cached, generated = np.array(self._rows, np.float64).T
+        longer = 1.0 + running_tokens / max(1.0, generated.sum()) * len(generated) / self.answered
+        generated = generated * longer
         new, steps = np.maximum(prompt - cached, 1.0), np.maximum(generated - 1.0, 0.0)
         held = prompt + 0.5 * generated
         context = float((steps * held).sum() / steps.sum()) if steps.any() else float(held.mean())
@@ -67,21 +77,14 @@ class RecentLengths:
         return Demand(float(new.mean()), float(attention.mean()), float(steps.mean()), context)
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """How many instances prefill only, decode only, and do both."""
+class Shape(NamedTuple):
+    """How many instances prefill only, and how many do both."""
 
     prefill: int
-    decode: int
     mixed: int
 
-    @property
-    def counts(self) -> tuple[int, int, int]:
-        """All three."""
-        return self.prefill, self.decode, self.mixed
-
     def __str__(self) -> str:
-        return f"{self.prefill} for prefill, {self.decode} for decode, {self.mixed} for both"
+        return f"{self.prefill} for prefill and {self.mixed} for both"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,32 +100,21 @@ class FluidFleet:
     demand: Demand
     slo: Slo
 
-    def rates_rps(self, prefill: Counts, decode: Counts, mixed: Counts) -> Counts:
+    def rates_rps(self, prefill: Counts, mixed: Counts) -> Counts:
         """Return the highest rate of each labelling; the arguments are arrays of counts."""
-        alone = self._prefills_rps(), self._decodes_rps()
-        most = prefill * alone[0] + decode * alone[1] + mixed * max(alone)
-        low, high = np.zeros(len(prefill)), np.minimum(most, 1e9)
+        alone_rps = self._prefills_rps()
+        low, high = np.zeros(len(prefill)), (prefill + mixed) * max(alone_rps, self._decodes_rps())
         for _ in range(HALVINGS):
             middle = 0.5 * (low + high)
-            left_prefills = np.maximum(middle - prefill * alone[0], 0.0)
-            left_decodes = np.maximum(middle - decode * alone[1], 0.0)
-            fits = self._busy(left_prefills, left_decodes, mixed) <= 1.0
+            fits = self._busy(np.maximum(middle - prefill * alone_rps, 0.0), middle, mixed) <= 1.0
             low, high = np.where(fits, middle, low), np.where(fits, high, middle)
         return low
 
-    def best(self, instances: int, unit: int = 1) -> list[tuple[float, Shape]]:
-        """Return every labelling in steps of ``unit`` instances with its rate, the highest first; of equal
-        ones that with more instances that do both."""
-        shapes = [
-            Shape(prefill, decode, instances - prefill - decode)
-            for prefill in range(0, instances + 1, unit)
-            for decode in (0,)
-            if prefill < instances
-        ]
-        counts = np.array([shape.counts for shape in shapes], np.float64).T
-        rates = self.rates_rps(*counts)
-        order = np.lexsort((-counts[2], -rates))
-        return [(float(rates[at]), shapes[at]) for at in order]
+    def ranked(self, instances: int, unit: int = 1) -> list[tuple[float, Shape]]:
+        """Return the labellings in steps of ``unit`` instances with their rates, the highest rate first."""
+        shapes = [Shape(prefill, instances - prefill) for prefill in range(0, instances, unit)]
+        rates = self.rates_rps(*np.array(shapes, np.float64).T)
+        return [(float(rates[at]), shapes[at]) for at in np.argsort(-rates, kind="stable")]
 
     def _prefills_rps(self) -> float:
         """Return how many prefills an instance does that has nothing else to do, steps shared."""
@@ -159,12 +151,15 @@ class FluidFleet:
         batch = tokens * gap_s
         held = batch * demand.context_tokens
         step_s = np.asarray(step.seconds(batch, held))
-        bare_s = np.asarray(mixed.seconds(batch, 0.0, held))
         work_s = float(mixed.b_s) * demand.new_tokens + float(mixed.c_s) * demand.attention
-        room_s = self.slo.tpot_s - bare_s
-        chunked = np.where(room_s > 0, prefills * work_s / np.maximum(room_s, 1e-9), np.inf)
-        extra_s = np.where(prefills > 0, chunked * np.maximum(bare_s - step_s, 0.0), 0.0)
-        extra_s = np.where(batch > 0, extra_s, 0.0)
+        fixed_s = np.asarray(mixed.a_s + mixed.b_s * (batch - mixed.n0) + mixed.d_s * held)
+        room_s = np.maximum(self.slo.tpot_s - fixed_s, 1e-9)
+        over_s = fixed_s - step_s
+        dear_s = prefills * work_s * np.minimum(np.maximum(over_s, 0.0) / room_s, 1.0 / WORTH)
+        cheap_s = np.minimum(over_s, 0.0) * np.minimum(
+            1.0 / gap_s, prefills * work_s / (mixed.b_s * mixed.n0)
+        )
+        extra_s = np.where(batch > 0, dear_s + cheap_s, 0.0)
         busy = prefills * work_s + extra_s + np.where(tokens > 0, step_s / np.maximum(gap_s, 1e-9), 0.0)
         idle = (prefills <= 0) & (tokens <= 0)
         return np.where(idle, 0.0, np.where(instances > 0, busy, np.inf))
