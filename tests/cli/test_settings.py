@@ -193,7 +193,8 @@ def test_in_front_of_servers_the_control_plane_keeps_an_order() -> None:
     assert not settle(**servers, system="static").config.make_system().order.held
     assert settle(**servers, system="ampd").config.make_system().order.held
     (found,) = problems(system="arrow-lending+lifo")
-    assert "unknown order 'lifo'; did you mean 'fifo'? There are: edf, feasible-first, fifo, length" in found
+    listed = "edf, feasible-first, feasible-sjf, fifo, length"
+    assert f"unknown order 'lifo'; did you mean 'fifo'? There are: {listed}" in found
     config = settle(system="arrow-lending+feasible-first").config
     assert config.make_system().name == "arrow-lending+feasible-first"
     assert not config.make_system().order.held

@@ -254,7 +254,7 @@ class RankedQueue(WaitingQueue[T]):
 
 
 class FeasibleQueue(RankedQueue[T]):
-    """Serves the earliest deadline among those that can still meet theirs; the hopeless ones after them,
+    """Serves by least ``rank`` among those that can still meet their deadline; the hopeless ones after them,
     first come, first served; whoever has starved before all.
 
     Hopeless is who would miss its deadline if it started now; that lasts. Every starved request is
@@ -262,19 +262,15 @@ class FeasibleQueue(RankedQueue[T]):
     by setting some aside; here only those are set aside that would be late even if they started now.
     """
 
-    def __init__(self, bound: float, rank: Callable[[Ticket], float] | None = None) -> None:
-        super().__init__(rank or by_deadline, bound)
+    def __init__(self, rank: Callable[[Ticket], float], bound: float) -> None:
+        super().__init__(rank, bound)
         self._hopeless: _LazyHeap[T] = _LazyHeap()
-
-    def _enter(self, entry: _Entry[T]) -> None:
-        self._ranked.push(self._rank(entry.ticket), entry)
 
     def _next(self, now: float) -> _Entry[T] | None:
         feasible = self._ranked.top()
         while feasible is not None and now > feasible.ticket.deadline_s - feasible.ticket.work_s:
             self._ranked.take()
             self._hopeless.push(feasible.turn, feasible)
-            self._starving.push(feasible.ticket.starved_at_s(self._bound), feasible)
             feasible = self._ranked.top()
         return self._starved(now) or feasible or self._hopeless.top()
 

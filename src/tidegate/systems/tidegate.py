@@ -1,8 +1,7 @@
-"""The system ``tidegate``: flips, forecasts, migrations and rounds in one, with one owner per clock (ours)."""
+"""The system ``tidegate`` (ours)."""
 
 from __future__ import annotations
 
-from tidegate.policies.ampd.routing import WINDOW, WINDOW_S
 from tidegate.policies.chunks import make_chunks
 from tidegate.policies.orders import make_order
 from tidegate.policies.starting_roles import mixed_roles
@@ -15,19 +14,19 @@ from tidegate.systems.system import System
 
 @SYSTEMS.register("tidegate")
 def tidegate(options: SystemOptions) -> System:
-    """One cost in seconds places, shortest-feasible orders; every instance does both until the arithmetic says
-    otherwise."""
+    """One cost in seconds places both phases. All instances do both, and some only prefill where that serves
+    more. Chunks follow the slack of decodes; of the prompts that can be in time the shortest is next."""
     both, lengths = OneCost(), RecentLengths()
     return System(
         name="tidegate",
-        summary="one cost for every place, labels that follow what comes",
+        summary="one cost for every place, both phases everywhere until a split serves more",
         roles=mixed_roles if options.split is None else options.roles(),
         prefill=both,
         decode=both,
         controllers=(FleetShape(lengths, options.slo),),
-        observers=(lengths,),
         order=make_order("feasible-sjf"),
         chunks=make_chunks("slack"),
+        observers=(lengths,),
         read_back=None,
         window_s=options.tick_s,
     )

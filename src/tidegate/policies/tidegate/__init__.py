@@ -1,3 +1,5 @@
-"""The policies of the system ``tidegate`` (ours): one cost in seconds for every place of a request, and labels
-that follow the arithmetic of what comes.
+"""The policies of the system ``tidegate`` (ours).
+
+``placement.py`` places both phases by one cost in seconds (``cost.py``); ``labels.py`` says which instances
+only prefill, by what the fleet serves then (``shape.py``).
 """

@@ -60,7 +60,7 @@ class FirstToken(NamedTuple):
 
 class Decoding(NamedTuple):
     """What a decode costs on each instance: ``crowd_s`` is the step's share of the TPOT target, ``kv_s`` the
-    risk that KV runs out."""
+    risk that KV runs out. ``harmless``: neither target nor reserve is touched."""
 
     crowd_s: Column
     kv_s: Column

@@ -12,7 +12,7 @@ from tidegate.core.slo import Slo
 from tidegate.ledger.snapshot import Column, Snapshot
 from tidegate.policies.protocols import Signal
 from tidegate.policies.starting_roles import TARGET
-from tidegate.policies.tidegate.shape import Demand, FluidFleet, RecentLengths, Shape
+from tidegate.policies.tidegate.shape import FleetLabels, FluidFleet, MeanRequest, RecentLengths
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,9 @@ class FleetShape:
         goal = min(best.prefill, prefill + most) if direction > 0 else best.prefill
         return ControlDecision(count, tuple(flips_to(fleet, goal, told)), told)
 
-    def _compared(self, fleet: Snapshot, demand: Demand, prefill: int) -> tuple[Shape, str, Shape]:
+    def _compared(
+        self, fleet: Snapshot, demand: MeanRequest, prefill: int
+    ) -> tuple[FleetLabels, str, FleetLabels]:
         """Return the shape that the fleet has, a sentence, and the shape to have: the same unless that gains
         enough."""
         constants, count = self.constants, len(fleet)
@@ -89,15 +91,15 @@ class FleetShape:
         token_bytes = float(fleet.kv_bytes_per_token[0])
         model = FluidFleet(fleet.costs.at(0), kv_tokens, token_bytes, demand, self.slo)
         ranked = model.ranked(count, max(1, count // constants.units))
-        have = Shape(prefill, count - prefill)
-        counts = np.array([have, Shape(0, count)], np.float64).T
+        have = FleetLabels(prefill, count - prefill)
+        counts = np.array([have, FleetLabels(0, count)], np.float64).T
         now_rps, both_rps = map(float, model.rates_rps(*counts))
         near = [pair for pair in ranked if pair[0] >= ranked[0][0] * (1.0 - constants.even)]
         rps, best = max(near, key=lambda pair: pair[1].mixed)
         told = f"{have} serve {now_rps:.3g} requests/s, {best} would serve {rps:.3g}"
         if rps < both_rps * (1.0 + constants.gain):
             # What the split gains over a fleet that does both is less than what bursts may cost it.
-            told, best = f"{told}, all for both {both_rps:.3g}", Shape(0, count)
+            told, best = f"{told}, all for both {both_rps:.3g}", FleetLabels(0, count)
             return have, told, best if both_rps >= now_rps else have
         return have, told, best
 

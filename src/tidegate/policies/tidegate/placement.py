@@ -19,9 +19,9 @@ from tidegate.policies.tidegate.cost import CostConstants, Decoding, decoding, f
 class OneCost:
     """Both phases of a request, by one cost in seconds.
 
-    Prefills go to those labelled for it, and to one that holds a part of the prompt. Where all of them are
-    late, those that decode are compared, too. Where the prefill is on an instance that decodes, the decode
-    stays unless it costs less elsewhere with the way there.
+    Prefills go to those labelled for it, and to one that holds a part of the prompt, as far as their KV has
+    room. Where all of them are late, those that decode are compared, too. Where the prefill is on an instance
+    that decodes, the decode stays unless it costs less elsewhere with the way there.
     """
 
     constants: CostConstants = field(default_factory=CostConstants)
@@ -35,15 +35,19 @@ class OneCost:
         token = first_token(request, snapshot, constants)
         decode = decoding(request, snapshot, None, constants)
         stays_s = np.where(labels.decoding_mask, decode.seconds, np.inf)
-        goes_s = _elsewhere(stays_s) + move_seconds(request, snapshot)
+        move_s = move_seconds(request, snapshot)
+        goes_s = _elsewhere(stays_s) + move_s
         stays = (stays_s <= goes_s) | (labels.decoding_mask & decode.harmless)
-        decode_s = np.where(stays, stays_s, goes_s)
-        cost_s = token.seconds + token.late_s + decode_s
+        move_s = np.where(stays, 0.0, move_s)
+        decode_s = np.where(stays, stays_s, goes_s) - move_s
+        cost_s = token.seconds + token.late_s + decode_s + move_s
         candidates = _known(request, snapshot, labels.prefilling_mask)
         if not candidates.any() or not (candidates & (token.late_s == 0.0)).any():
             candidates = np.ones(len(snapshot), np.bool_)
+        if (fits := candidates & (snapshot.free_tokens >= request.prompt_tokens)).any():
+            candidates = fits
         at = int(np.where(candidates, cost_s, np.inf).argmin())
-        terms = {"cost_s": cost_s} | token.terms() | {"decode_s": decode_s}
+        terms = {"cost_s": cost_s} | token.terms() | {"decode_s": decode_s, "move_s": move_s}
         alternatives = Alternatives(snapshot.ids, lambda: terms, candidates.nonzero()[0])
         on, history = snapshot.ids[at], request.history
         if stays[at]:

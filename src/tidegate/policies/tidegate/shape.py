@@ -1,8 +1,8 @@
 """How much a fleet serves under given labels: a fluid model over what came lately, in closed form.
 
-Per second an instance has one second. A prefill takes its work; decode steps take theirs, shared by the batch;
-and where both are on one instance, a mixed step costs what the forms say beyond a decode step: the fixed part
-that a batch of decodes does not hide, and that a resident token costs more beside a chunk.
+A prefill takes its work, steps of decodes theirs, shared by the batch. Where both are on one instance a
+chunk comes on top of a step: its fixed part hides behind the step's, and a resident token costs more beside
+it. Nothing waits here, so bursts are not seen.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HALVINGS = 24
 """Steps of a search for a rate, each of which halves what is left."""
 
 
-class Demand(NamedTuple):
+class MeanRequest(NamedTuple):
     """What a request takes on average: tokens to compute and their attention work, decode steps, and the
     tokens that a running decode holds (by the steps that it stays for)."""
 
@@ -58,12 +58,12 @@ class RecentLengths:
         self._rows.append((prompt, cached, generated))
         self.answered += 1
 
-    def demand(self, running_tokens: float) -> Demand | None:
+    def demand(self, running_tokens: float) -> MeanRequest | None:
         """Return the means; None where nothing was answered.
 
-        ``running_tokens`` were generated of answers that run. As long as all that were answered are remembered
-        they count: the first answers to end are the short ones, and tokens of all over ends is what an answer
-        has on average (the estimate of an exponential mean from censored lives).
+        ``running_tokens`` were generated of answers that run. They count as long as all that were answered
+        are remembered: the first answers to end are the short ones, and all tokens over all ends is what an
+        answer has on average (the estimate of an exponential mean from lives that are cut off).
         """
         if not self._rows:
             return None
@@ -74,10 +74,10 @@ class RecentLengths:
         held = prompt + 0.5 * generated
         context = float((steps * held).sum() / steps.sum()) if steps.any() else float(held.mean())
         attention = np.asarray(attention_work(new, cached))
-        return Demand(float(new.mean()), float(attention.mean()), float(steps.mean()), context)
+        return MeanRequest(float(new.mean()), float(attention.mean()), float(steps.mean()), context)
 
 
-class Shape(NamedTuple):
+class FleetLabels(NamedTuple):
     """How many instances prefill only, and how many do both."""
 
     prefill: int
@@ -97,7 +97,7 @@ class FluidFleet:
     costs: ProfileTable
     kv_tokens: float
     token_bytes: float
-    demand: Demand
+    demand: MeanRequest
     slo: Slo
 
     def rates_rps(self, prefill: Counts, mixed: Counts) -> Counts:
@@ -110,56 +110,59 @@ class FluidFleet:
             low, high = np.where(fits, middle, low), np.where(fits, high, middle)
         return low
 
-    def ranked(self, instances: int, unit: int = 1) -> list[tuple[float, Shape]]:
+    def ranked(self, instances: int, unit: int = 1) -> list[tuple[float, FleetLabels]]:
         """Return the labellings in steps of ``unit`` instances with their rates, the highest rate first."""
-        shapes = [Shape(prefill, instances - prefill) for prefill in range(0, instances, unit)]
+        shapes = [FleetLabels(prefill, instances - prefill) for prefill in range(0, instances, unit)]
         rates = self.rates_rps(*np.array(shapes, np.float64).T)
         return [(float(rates[at]), shapes[at]) for at in np.argsort(-rates, kind="stable")]
 
     def _prefills_rps(self) -> float:
         """Return how many prefills an instance does that has nothing else to do, steps shared."""
-        form = self.costs.prefill
-        work_s = float(form.b_s) * self.demand.new_tokens + float(form.c_s) * self.demand.attention
-        return 1.0 / max(work_s + self._port_s, 1e-9)
+        return 1.0 / max(self._work_s + self._port_s, 1e-9)
 
     def _decodes_rps(self) -> float:
         """Return how many answers an instance gives per second that prefills nothing."""
         form, demand = self.costs.step, self.demand
-        if not demand.steps:
+        if demand.steps < 1e-6:  # answers of one token: prefills alone
             return 1e9
         each_s = float(form.b_s) + float(form.c_s) * demand.context_tokens
         in_time = (self.slo.tpot_s - float(form.a_s)) / each_s
         batch = max(1.0, min(in_time, self.kv_tokens / demand.context_tokens))
-        served = batch / (demand.steps * (float(form.a_s) + batch * each_s))
-        port_s = self._port_s
-        return float(min(served, 1.0 / port_s)) if port_s else float(served)
+        return float(batch / (demand.steps * (float(form.a_s) + batch * each_s)))
+
+    @property
+    def _work_s(self) -> float:
+        """What a prefill adds to a queue whose steps are shared."""
+        form = self.costs.mixed
+        return float(form.b_s * self.demand.new_tokens + form.c_s * self.demand.attention)
 
     @property
     def _port_s(self) -> float:
+        """How long the KV of a prompt keeps a link busy: counted as if the instance waited for it, for links
+        that are slow lose what a split gains."""
         return float(np.asarray(self.costs.transfer.seconds(self.demand.new_tokens * self.token_bytes)))
 
     def _busy(self, prefills: Counts, decodes: Counts, instances: Counts) -> Counts:
-        """Return how much of their time mixed instances need for what the others leave, per second.
+        """Return which part of their time ``instances`` that do both need for so many of each per second.
 
-        With the longest gap g that the target and the KV allow, ``decodes * steps * g`` run at once; each of
-        1/g steps costs its fixed part, and those that carry a chunk what a mixed step costs beyond that.
+        With the longest gap g that the target and the KV allow, ``decodes * steps * g`` run at once, in 1/g
+        steps. With a chunk, a step's weights are read once: what is over its work is dear where much context
+        is held (then chunks are long and few, see ``WORTH``), and a gain where there is little.
         """
         demand, step, mixed = self.demand, self.costs.step, self.costs.mixed
         each = np.maximum(instances, 1e-9)
-        prefills, tokens = prefills / each, decodes * demand.steps / each
+        work_s = prefills / each * self._work_s
+        tokens = decodes * demand.steps / each
         gap_s = np.minimum(self.slo.tpot_s, self.kv_tokens / np.maximum(tokens * demand.context_tokens, 1e-9))
         batch = tokens * gap_s
         held = batch * demand.context_tokens
         step_s = np.asarray(step.seconds(batch, held))
-        work_s = float(mixed.b_s) * demand.new_tokens + float(mixed.c_s) * demand.attention
         fixed_s = np.asarray(mixed.a_s + mixed.b_s * (batch - mixed.n0) + mixed.d_s * held)
         room_s = np.maximum(self.slo.tpot_s - fixed_s, 1e-9)
         over_s = fixed_s - step_s
-        dear_s = prefills * work_s * np.minimum(np.maximum(over_s, 0.0) / room_s, 1.0 / WORTH)
-        cheap_s = np.minimum(over_s, 0.0) * np.minimum(
-            1.0 / gap_s, prefills * work_s / (mixed.b_s * mixed.n0)
-        )
-        extra_s = np.where(batch > 0, dear_s + cheap_s, 0.0)
-        busy = prefills * work_s + extra_s + np.where(tokens > 0, step_s / np.maximum(gap_s, 1e-9), 0.0)
-        idle = (prefills <= 0) & (tokens <= 0)
-        return np.where(idle, 0.0, np.where(instances > 0, busy, np.inf))
+        dear_s = work_s * np.minimum(np.maximum(over_s, 0.0) / room_s, 1.0 / WORTH)
+        hidden_s = np.asarray(mixed.b_s * mixed.n0)
+        chunks = np.minimum(1.0 / gap_s, work_s / np.maximum(hidden_s, 1e-9))
+        extra_s = np.where(batch > 0, dear_s + np.minimum(over_s, 0.0) * chunks, 0.0)
+        busy = work_s + extra_s + np.where(tokens > 0, step_s / gap_s, 0.0)
+        return np.where(instances > 0, busy, np.where(prefills + decodes > 0, np.inf, 0.0))
