@@ -17,12 +17,13 @@ from tidegate.core.slo import Slo
 from tidegate.costs.forms import TransferCost
 from tidegate.costs.profile import ProfileTable
 from tidegate.ledger.ledger import Ledger
-from tidegate.policies.tidegate.labels import FleetShape, ShapeConstants
+from tidegate.policies.tidegate.labels import FleetShape, ShapeState
 from tidegate.policies.tidegate.placement import OneCost
-from tidegate.policies.tidegate.shape import FleetLabels, FluidFleet, MeanRequest, RecentLengths
+from tidegate.policies.tidegate.shape import FluidFleet, MeanRequest, RecentLengths
 from tidegate.systems import make_system
 from tidegate_testing import REFERENCE, cluster, request
 
+START = ShapeState()
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
 SLO = Slo(2.0, 0.05)
 FAST = replace(REFERENCE, transfer=TransferCost(5e-4, 3.6e11))
@@ -147,36 +148,41 @@ class TestFleetShape:
             lengths.finished(request(f"a{number}", prompt), generated, 1.0)
         return FleetShape(lengths, SLO)
 
-    def tick(self, shape: FleetShape, ledger: Ledger, state: int = 0) -> ControlDecision[int]:
+    def tick(
+        self, shape: FleetShape, ledger: Ledger, state: ShapeState = START
+    ) -> ControlDecision[ShapeState]:
         return shape.decide(ledger.snapshot(10.0), state)
 
     def test_nothing_changes_while_little_is_known(self) -> None:
         ledger = cluster(8, roles=(M,) * 8)
-        assert not self.tick(self.shape(answers=10), ledger, state=5).actions
+        assert not self.tick(self.shape(answers=10), ledger, ShapeState(5)).actions
 
     def test_labels_change_one_after_the_other_once_plans_agree(self) -> None:
         ledger, shape = cluster(8, roles=(M,) * 8, profile=FAST), self.shape()
         decode(ledger, "i0", 20_000)
         first = self.tick(shape, ledger)
-        assert not first.actions and first.state == 1
+        assert not first.actions and first.state.count == 1
         (flip,) = self.tick(shape, ledger, first.state).actions
         assert isinstance(flip, Flip) and flip.to is P and flip.instance != "i0"
 
     def test_a_fleet_that_gains_nothing_goes_back_to_both(self) -> None:
         ledger = cluster(8, roles=(P, P, M, M, M, M, M, M))
         shape = self.shape(prompt=290, generated=370)
-        flips = self.tick(shape, ledger, state=-1).actions
+        flips = self.tick(shape, ledger, ShapeState(-1)).actions
         assert {(flip.instance, flip.to) for flip in flips if isinstance(flip, Flip)} == {
             ("i0", M),
             ("i1", M),
         }
 
-    def test_crowded_decodes_take_back_half_of_the_prefill_instances_at_once(self) -> None:
+    def test_crowded_decodes_take_back_a_prefill_instance_for_a_while(self) -> None:
         ledger = cluster(4, roles=(P, P, M, M), kv_capacity_tokens=100_000)
         for on in ("i2", "i3"):
             decode(ledger, on, 99_000)
-        flips = self.tick(self.shape(), ledger).actions
-        assert [flip.to for flip in flips if isinstance(flip, Flip)] == [M]
+        crowded = self.tick(self.shape(), ledger)
+        assert [flip.to for flip in crowded.actions if isinstance(flip, Flip)] == [M]
+        assert crowded.state.most == 1 and crowded.state.until_s > 10.0
+        relieved = cluster(4, roles=(P, M, M, M), profile=FAST)
+        assert not self.tick(self.shape(), relieved, crowded.state._replace(count=5)).actions
 
     def test_answers_that_still_run_count_while_all_that_ended_are_remembered(self) -> None:
         lengths = self.shape(answers=10, generated=101).lengths
@@ -186,7 +192,6 @@ class TestFleetShape:
 
     def test_some_instance_always_decodes(self) -> None:
         assert all(shape.mixed for _, shape in TestFluidFleet().fleet(LONG).ranked(8))
-        assert ShapeConstants().step <= 1.0 and FleetLabels(1, 7) == (1, 7)
 
 
 def test_the_system_serves_with_all_instances_doing_both() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,8 +22,8 @@ class ShapeConstants:
     ``agreeing`` plans in a row say so; of shapes within ``even`` of the best it is that with most instances
     that do both, for bursts are met by whoever is free. A plan moves the share ``step`` of the fleet at most:
     lengths are known late. Lengths are believed from ``fewest`` answers on. Up to ``units`` steps of a fleet
-    are compared. Where decodes take more than ``crowded`` of their TPOT target or of the KV, half of those
-    for prefill do both at once: that is the emergency.
+    are compared. Where decodes take more than ``crowded`` of their TPOT target or of the KV, one of those for
+    prefill does both at once, whatever plans say, and for ``rest_s`` there are no more than the others.
     """
 
     gain: float = 0.07
@@ -32,7 +33,17 @@ class ShapeConstants:
     fewest: int = 32
     units: int = 32
     crowded: float = 0.95
+    rest_s: float = 300.0
     period_s: float = 2.0
+
+
+class ShapeState(NamedTuple):
+    """How many of the newest plans in a row wanted more prefill instances (negative: fewer), and the ``most``
+    that there may be until ``until_s``."""
+
+    count: int = 0
+    most: int = 0
+    until_s: float = -np.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +51,7 @@ class FleetShape:
     """Once per period compares what the fleet serves as it is labelled with what it would serve otherwise.
 
     Two labels suffice: an instance that only decodes would leave prompts of a burst to fewer, and one that
-    does both is one as soon as nothing is sent to it. The state counts the newest plans in a row that wanted
-    more prefill instances (negative: fewer).
+    does both is one as soon as nothing is sent to it.
     """
 
     lengths: RecentLengths
@@ -54,38 +64,38 @@ class FleetShape:
     def period_s(self) -> float:
         return self.constants.period_s
 
-    def initial(self) -> int:
+    def initial(self) -> ShapeState:
         """Return the state for the first decision."""
-        return 0
+        return ShapeState()
 
-    def decide(self, snapshot: Snapshot, state: int) -> ControlDecision[int]:
+    def decide(self, snapshot: Snapshot, state: ShapeState) -> ControlDecision[ShapeState]:
         """Return the flips towards a better shape; none while plans do not agree on one."""
         constants, fleet = self.constants, snapshot.without_draining()
         prefill = int(np.count_nonzero(fleet.labelled(Role.PREFILL)))
         if prefill and (share := self._crowding(fleet)) > constants.crowded:
             why = f"decodes take {share:.0%} of what they may: fewer instances prefill only"
-            return ControlDecision(0, tuple(flips_to(fleet, prefill // 2, why)), why)
+            rests = ShapeState(0, prefill - 1, fleet.at_s + constants.rest_s)
+            return ControlDecision(rests, tuple(flips_to(fleet, prefill - 1, why)), why)
         rows = snapshot.requests
         running = float(rows.answer_tokens[rows.decode_on >= 0].sum())
         demand = self.lengths.demand(running)
         if demand is None or self.lengths.answered < constants.fewest or len(fleet) < 2:
-            return ControlDecision(0, reason="too little is known of the traffic, or one instance does both")
-        have, told, best = self._compared(fleet, demand, prefill)
-        if best == have:
-            return ControlDecision(0, reason=told)
-        direction = 1 if best.prefill > prefill else -1
-        count = state + direction if state * direction > 0 else direction
+            unknown = "too little is known of the traffic, or one instance does both"
+            return ControlDecision(state._replace(count=0), reason=unknown)
+        told, wanted = self._compared(fleet, demand, prefill)
+        wanted = min(wanted, state.most) if fleet.at_s < state.until_s else wanted
+        if wanted == prefill:
+            return ControlDecision(state._replace(count=0), reason=told)
+        direction = 1 if wanted > prefill else -1
+        count = state.count + direction if state.count * direction > 0 else direction
+        state = state._replace(count=count)
         if abs(count) < constants.agreeing:
-            return ControlDecision(count, reason=f"{told}: once more")
-        most = max(1, int(constants.step * len(fleet)))
-        goal = min(best.prefill, prefill + most) if direction > 0 else best.prefill
-        return ControlDecision(count, tuple(flips_to(fleet, goal, told)), told)
+            return ControlDecision(state, reason=f"{told}: once more")
+        wanted = min(wanted, prefill + max(1, int(constants.step * len(fleet))))
+        return ControlDecision(state, tuple(flips_to(fleet, wanted, told)), told)
 
-    def _compared(
-        self, fleet: Snapshot, demand: MeanRequest, prefill: int
-    ) -> tuple[FleetLabels, str, FleetLabels]:
-        """Return the shape that the fleet has, a sentence, and the shape to have: the same unless that gains
-        enough."""
+    def _compared(self, fleet: Snapshot, demand: MeanRequest, prefill: int) -> tuple[str, int]:
+        """Return a sentence and how many instances should prefill only: as many as do, unless it gains."""
         constants, count = self.constants, len(fleet)
         kv_tokens = float(fleet.kv_capacity_tokens[0]) or np.inf
         token_bytes = float(fleet.kv_bytes_per_token[0])
@@ -99,9 +109,8 @@ class FleetShape:
         told = f"{have} serve {now_rps:.3g} requests/s, {best} would serve {rps:.3g}"
         if rps < both_rps * (1.0 + constants.gain):
             # What the split gains over a fleet that does both is less than what bursts may cost it.
-            told, best = f"{told}, all for both {both_rps:.3g}", FleetLabels(0, count)
-            return have, told, best if both_rps >= now_rps else have
-        return have, told, best
+            return f"{told}, all for both {both_rps:.3g}", 0 if both_rps >= now_rps else prefill
+        return told, best.prefill
 
     def _crowding(self, fleet: Snapshot) -> float:
         """Return the mean share of the TPOT target, or of the KV, that decodes take where they may run."""
