@@ -161,7 +161,7 @@ class TestFleetShape:
         ledger, shape = cluster(8, roles=(M,) * 8, profile=FAST), self.shape()
         decode(ledger, "i0", 20_000)
         first = self.tick(shape, ledger)
-        assert not first.actions and first.state.count == 1
+        assert not first.actions and first.state.plans == 1
         (flip,) = self.tick(shape, ledger, first.state).actions
         assert isinstance(flip, Flip) and flip.to is P and flip.instance != "i0"
 
@@ -182,7 +182,7 @@ class TestFleetShape:
         assert [flip.to for flip in crowded.actions if isinstance(flip, Flip)] == [M]
         assert crowded.state.most == 1 and crowded.state.until_s > 10.0
         relieved = cluster(4, roles=(P, M, M, M), profile=FAST)
-        assert not self.tick(self.shape(), relieved, crowded.state._replace(count=5)).actions
+        assert not self.tick(self.shape(), relieved, crowded.state._replace(plans=5)).actions
 
     def test_answers_that_still_run_count_while_all_that_ended_are_remembered(self) -> None:
         lengths = self.shape(answers=10, generated=101).lengths

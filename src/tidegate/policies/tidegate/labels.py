@@ -41,7 +41,7 @@ class ShapeState(NamedTuple):
     """How many of the newest plans in a row wanted more prefill instances (negative: fewer), and the ``most``
     that there may be until ``until_s``."""
 
-    count: int = 0
+    plans: int = 0
     most: int = 0
     until_s: float = -np.inf
 
@@ -81,21 +81,21 @@ class FleetShape:
         demand = self.lengths.demand(running)
         if demand is None or self.lengths.answered < constants.fewest or len(fleet) < 2:
             unknown = "too little is known of the traffic, or one instance does both"
-            return ControlDecision(state._replace(count=0), reason=unknown)
+            return ControlDecision(state._replace(plans=0), reason=unknown)
         told, wanted = self._compared(fleet, demand, prefill)
         wanted = min(wanted, state.most) if fleet.at_s < state.until_s else wanted
         if wanted == prefill:
-            return ControlDecision(state._replace(count=0), reason=told)
+            return ControlDecision(state._replace(plans=0), reason=told)
         direction = 1 if wanted > prefill else -1
-        count = state.count + direction if state.count * direction > 0 else direction
-        state = state._replace(count=count)
-        if abs(count) < constants.agreeing:
+        plans = state.plans + direction if state.plans * direction > 0 else direction
+        state = state._replace(plans=plans)
+        if abs(plans) < constants.agreeing:
             return ControlDecision(state, reason=f"{told}: once more")
         wanted = min(wanted, prefill + max(1, int(constants.step * len(fleet))))
         return ControlDecision(state, tuple(flips_to(fleet, wanted, told)), told)
 
     def _compared(self, fleet: Snapshot, demand: MeanRequest, prefill: int) -> tuple[str, int]:
-        """Return a sentence and how many instances should prefill only: as many as do, unless it gains."""
+        """Return a sentence and how many instances should prefill only: as many as do, unless that gains."""
         constants, count = self.constants, len(fleet)
         kv_tokens = float(fleet.kv_capacity_tokens[0]) or np.inf
         token_bytes = float(fleet.kv_bytes_per_token[0])
@@ -104,13 +104,14 @@ class FleetShape:
         have = FleetLabels(prefill, count - prefill)
         counts = np.array([have, FleetLabels(0, count)], np.float64).T
         now_rps, both_rps = map(float, model.rates_rps(*counts))
-        near = [pair for pair in ranked if pair[0] >= ranked[0][0] * (1.0 - constants.even)]
+        enough_rps = ranked[0][0] * (1.0 - constants.even)
+        near = [pair for pair in ranked if pair[0] >= enough_rps]
         rps, best = max(near, key=lambda pair: pair[1].mixed)
         told = f"{have} serve {now_rps:.3g} requests/s, {best} would serve {rps:.3g}"
         if rps < both_rps * (1.0 + constants.gain):
             # What the split gains over a fleet that does both is less than what bursts may cost it.
             return f"{told}, all for both {both_rps:.3g}", 0 if both_rps >= now_rps else prefill
-        return told, best.prefill
+        return told, prefill if now_rps >= enough_rps else best.prefill
 
     def _crowding(self, fleet: Snapshot) -> float:
         """Return the mean share of the TPOT target, or of the KV, that decodes take where they may run."""
