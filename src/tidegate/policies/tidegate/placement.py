@@ -50,9 +50,10 @@ class OneCost:
         terms = {"cost_s": cost_s} | token.terms() | {"decode_s": decode_s, "move_s": move_s}
         alternatives = Alternatives(snapshot.ids, lambda: terms, candidates.nonzero()[0])
         on, history = snapshot.ids[at], request.history
-        if stays[at]:
+        reads = history is not None and bool(token.reads[at])
+        if stays[at] and not reads:  # A leg of both phases reads nothing.
             return Verdict(Place(on, on, Path.COLOCATED), (), alternatives, "costs least, and decodes there")
-        read_from = history.on if history is not None and token.reads[at] else None
+        read_from = history.on if history is not None and reads else None
         place = Place(on, None, Path.DISAGGREGATED, read_from)
         return Verdict(place, (), alternatives, "costs least, and decodes elsewhere")
 
