@@ -183,6 +183,7 @@ def simulate(
     rate_rps: float | None = None,
     seed: int = 0,
     lengths: str = "",
+    chunks: str | None = None,
     journal: IO[bytes] | None = None,
 ) -> SimulationResult:
     """Serve a trace with a system on simulated instances, in virtual time.
@@ -191,8 +192,9 @@ def simulate(
     ``tidegate sim --profile`` takes; ``split`` is ``P:D`` at the start; ``slo_classes`` has
     targets for classes that the trace names, the others have ``slo``; ``rate_rps`` scales the trace's time
     to that mean rate; a ``seed`` other than 0 permutes requests within each minute; ``lengths`` names who
-    predicts what is left of answers (``tidegate sim --lengths``); ``journal`` gets every decision and outcome
-    as JSON lines. The same arguments give the same result.
+    predicts what is left of answers (``tidegate sim --lengths``); ``chunks`` is ``fixed`` or ``slack``, how
+    much of prompts joins decodes in a step, None for the system's own; ``journal`` gets every decision and
+    outcome as JSON lines. The same arguments give the same result.
     Raises ConfigError, with all problems of the options at once, and TraceError for a malformed trace.
     """
     from tidegate.core.notation import parse_split
@@ -217,7 +219,7 @@ def simulate(
     with _noting(problems, f"split {split!r}: "):
         sides = None if split is None else parse_split(split)
     with _noting(problems, ""):
-        composed = make_system(system, split=sides, slo=targets)
+        composed = make_system(system, split=sides, slo=targets, chunks=chunks)
     with _noting(problems, ""):
         chosen = load_profile(profile)
     if instances < 1:

@@ -193,10 +193,18 @@ def test_in_front_of_servers_the_control_plane_keeps_an_order() -> None:
     assert not settle(**servers, system="static").config.make_system().order.held
     assert settle(**servers, system="ampd").config.make_system().order.held
     (found,) = problems(system="arrow-lending+lifo")
-    assert "unknown order 'lifo'; did you mean 'fifo'? There are: edf, feasible-first, fifo, length" in found
+    listed = "edf, feasible-first, feasible-sjf, fifo, length"
+    assert f"unknown order 'lifo'; did you mean 'fifo'? There are: {listed}" in found
     config = settle(system="arrow-lending+feasible-first").config
     assert config.make_system().name == "arrow-lending+feasible-first"
     assert not config.make_system().order.held
+
+
+def test_a_chunk_budget_per_step_is_refused_in_front_of_servers() -> None:
+    (found,) = problems(vllm=["http://a"], system="static", chunks="slack")
+    assert "--max-num-batched-tokens" in found
+    chunks = settle(system="static", chunks="slack").config.make_system().chunks
+    assert chunks is not None and chunks.name == "slack"
 
 
 def test_servers_alone_are_enough() -> None:

@@ -14,6 +14,7 @@ from tidegate.dataplane.events import EventKind, EventQueue
 from tidegate.dataplane.instance import SimInstance
 from tidegate.dataplane.replica import EngineSettings, Replica
 from tidegate.dataplane.sequence import CHUNKING, DECODING, ENDED, LOADING, PAUSED, READY, Pin, SimSequence
+from tidegate.policies.chunks import make_chunks
 from tidegate.policies.order import Ticket
 from tidegate.policies.orders import make_order
 from tidegate_testing.builders import REFERENCE
@@ -51,6 +52,7 @@ class PlaneCase:
     lease_s: float
     disturbances: int
     prefix_cache: bool = True
+    chunks: str = "fixed"
     kv_bytes_per_token: int = 1_000_000
 
     def fleet(self) -> list[Replica]:
@@ -95,6 +97,7 @@ CASES = st.builds(
     lease_s=st.sampled_from([0.0517, 30.0]),
     disturbances=st.sampled_from([0, 10, 60]),
     prefix_cache=st.booleans(),
+    chunks=st.sampled_from(["fixed", "slack"]),
 )
 
 
@@ -115,7 +118,8 @@ class PlaneRun:
         self.case = case
         self.events = EventQueue()
         fleet = case.fleet()
-        self.cluster = Cluster(fleet, self.events, self, leap=leap, order=make_order(case.order))
+        order, chunks = make_order(case.order), make_chunks(case.chunks)
+        self.cluster = Cluster(fleet, self.events, self, leap=leap, order=order, chunks=chunks)
         self.sequences: list[SimSequence] = []
         self.told: list[Told] = []
         self.in_step: list[set[SimSequence]] = [set() for _ in fleet]
@@ -145,7 +149,15 @@ class PlaneRun:
             last = prompt + (1 if hand_over else answer)
             self.choices.append((decode_on, prompt + answer, answer))
             bound = rng.choice([None, None, 1, 48])
-            ticket = Ticket(now, now + rng.uniform(0.0, 0.5), rng.uniform(0.0, 0.1), prompt, 0.0, bound)
+            ticket = Ticket(
+                now,
+                now + rng.uniform(0.0, 0.5),
+                rng.uniform(0.0, 0.1),
+                prompt,
+                0.0,
+                bound,
+                (0.02, 0.05, 0.2)[number % 3],
+            )
             leg = SimSequence(number, prompt, last, hand_over, None, ids, case.hash_block_tokens, ticket)
             leg.on = on
             self._arrivals.append(leg)
@@ -298,6 +310,8 @@ class PlaneRun:
             pin,
             sequence.block_ids,
             self.case.hash_block_tokens,
+            sequence.ticket and sequence.ticket._replace(first_token_s=now),
+            generated=1,
         )
         self.sequences[sequence.request] = leg
         self.cluster.submit(decode_on, leg, now)

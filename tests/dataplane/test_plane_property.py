@@ -33,6 +33,8 @@ def legs_end_once_and_leave_nothing_behind(case: PlaneCase) -> None:
     for instance in run.cluster.instances:
         assert instance.batcher.blocks.free == instance.batcher.blocks.total
         assert not instance.batcher.running and not instance.batcher.waiting
+        dues = instance.batcher.decode.dues
+        assert dues is None or not len(dues)
 
 
 @QUICK

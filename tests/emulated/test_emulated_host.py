@@ -14,6 +14,8 @@ from tidegate.dataplane.replica import EngineSettings, parse_groups, replicas_in
 from tidegate.engines.emulated.host import Host
 from tidegate.engines.emulated.vocabulary import answer
 from tidegate.engines.serving.types import GenerateRequest, KvSource, Output, PinnedKv, SamplingParams
+from tidegate.policies.chunks import make_chunks
+from tidegate.policies.order import Ticket
 from tidegate_testing import VirtualClock
 
 NAME = "h100_sxm/llama-3.1-8b"
@@ -24,7 +26,7 @@ LEASE_S = 30.0
 class Emulated:
     """Two instances whose outputs are kept."""
 
-    def __init__(self, kv_tokens: int | None = None) -> None:
+    def __init__(self, kv_tokens: int | None = None, chunks: str = "fixed") -> None:
         replicas = replicas_in(parse_groups([f"{NAME}:2"]), engine=EngineSettings(lease_s=LEASE_S))
         if kv_tokens is not None:
             replicas = [
@@ -35,7 +37,7 @@ class Emulated:
                 for one in replicas
             ]
         self.clock = VirtualClock(7.0)
-        self.host = Host(clock=self.clock)
+        self.host = Host(clock=self.clock, chunks=make_chunks(chunks))
         for replica, engine_id in zip(replicas, ["a", "b"], strict=True):
             self.host.add(replica, engine_id)
         self.engines = self.host.instances
@@ -69,10 +71,13 @@ def leg(
     pin: bool = False,
     source: KvSource | None = None,
     generated: int = 0,
+    ticket: Ticket | None = None,
     **sampling: object,
 ) -> GenerateRequest:
     params = SamplingParams(max_tokens=max_tokens, **sampling)  # type: ignore[arg-type]
-    return GenerateRequest(name, tuple(prompt), params, generated=generated, pin_kv=pin, source=source)
+    return GenerateRequest(
+        name, tuple(prompt), params, generated=generated, pin_kv=pin, source=source, ticket=ticket
+    )
 
 
 def handle(engine_id: str, pinned: PinnedKv | None) -> KvSource:
@@ -92,6 +97,20 @@ async def test_a_leg_takes_what_the_profile_says_however_late_the_process_looks(
     assert times.decode_s == pytest.approx(sum(steps), rel=1e-9)
     assert emulated.tokens("r") == answer(prompt, 0, 3)
     assert len(emulated.said["r"]) == 1, "all that was due at once is one output"
+
+
+@pytest.mark.parametrize("chunks", ["fixed", "slack"])
+async def test_a_slack_budget_keeps_a_decode_in_time_beside_a_long_prompt(chunks: str) -> None:
+    emulated, tpot_s = Emulated(chunks=chunks), 0.03
+    engine = emulated.engines[0]
+    engine.submit(leg("decode", list(range(100)), 5, ticket=Ticket(0.0, 0.5, 0.0, tpot_s=tpot_s)))
+    emulated.run(0.012)
+    engine.submit(leg("prompt", list(range(9000)), 2, ticket=Ticket(0.0, 0.5, 0.0, tpot_s=tpot_s)))
+    emulated.run(5.0)
+    times = emulated.last("decode").times
+    assert times is not None
+    assert (times.decode_s <= 4 * tpot_s) == (chunks == "slack")
+    assert emulated.tokens("prompt") == answer(list(range(9000)), 0, 2)
 
 
 async def test_a_hand_over_takes_the_links_time_and_goes_on_with_the_same_answer() -> None:

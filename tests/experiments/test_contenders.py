@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tidegate.core.errors import ConfigError
+from tidegate.costs.library import packaged_profile
+from tidegate.experiments.setting import Setting, SimulatedFleet
 from tidegate.experiments.systems import CHUNKS_TOKENS, SUITES, contenders, suite
+from tidegate.workloads.choice import WorkloadChoice
 
 
 def test_every_static_split_is_a_row_or_a_candidate() -> None:
@@ -21,6 +26,15 @@ def test_tuned_tries_every_chunk_and_a_number_one() -> None:
     tuned, one = contenders(["colocated:tuned", "colocated:2048+sjf"], 2)
     assert tuple(candidate.chunk_tokens for candidate in tuned.candidates) == CHUNKS_TOKENS
     assert (one.candidates[0].system, one.candidates[0].chunk_tokens) == ("colocated+sjf", 2048)
+
+
+def test_a_chunk_budget_is_a_choice_and_a_number_of_tokens_is_fixed() -> None:
+    slack, fixed = contenders(["arrow:slack", "arrow:2048"], 2)
+    workload, fleet = WorkloadChoice(), SimulatedFleet(((packaged_profile("h100_sxm/llama-3.1-8b"), 2),))
+    setting = Setting(workload, fleet, "", chunks="slack")
+    systems = [each.candidates[0].applied(setting).make_system() for each in (slack, fixed)]
+    assert [system.chunks and system.chunks.name for system in systems] == ["slack", "fixed"]
+    assert replace(setting, system="arrow", chunks=None).make_system().chunks is None
 
 
 def test_even_is_the_split_that_systems_start_with() -> None:

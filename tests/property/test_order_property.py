@@ -15,7 +15,7 @@ from tidegate.policies.order import Ticket, WaitingQueue
 from tidegate.policies.orders import ORDERS, make_order
 
 BOUND = 3.0
-NAMES = ("fifo", "edf", "sjf", "feasible-first", "length-aware")
+NAMES = ("fifo", "edf", "sjf", "feasible-first", "feasible-sjf", "length-aware")
 tenths = st.integers(0, 40).map(lambda tenths: tenths / 8)
 """Few values, all exact in floating point, so that ties and touched limits are common."""
 
@@ -72,6 +72,9 @@ def plainly(name: str, waiting: list[Waiting], now: float, gone: list[Waiting]) 
         "sjf": lambda entry: (entry.ticket.work_s, entry.turn),
         "feasible-first": lambda entry: (
             (True, entry.turn) if hopeless(entry, now) else (False, entry.ticket.deadline_s, entry.turn)
+        ),
+        "feasible-sjf": lambda entry: (
+            (True, entry.turn) if hopeless(entry, now) else (False, entry.ticket.work_s, entry.turn)
         ),
     }
     return min(waiting, key=keys[name])

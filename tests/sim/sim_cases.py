@@ -26,7 +26,7 @@ SYSTEMS = [
     "arrow-lending", "arrow-v1", "static", "minimal-load", "colocated", "round-robin", "ares", "ares-slo",
     "arrow+ares", "ares-slo+consolidate", "ampd", "ampd-cost", "always-remote-return", "colocated-sticky",
 ]  # fmt: skip
-ORDERS = ["fifo", "edf", "sjf", "feasible-first", "reorder", "slack"]
+ORDERS = ["fifo", "edf", "sjf", "feasible-first", "feasible-sjf", "reorder", "slack"]
 
 
 @dataclass(frozen=True)

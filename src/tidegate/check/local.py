@@ -22,6 +22,7 @@ SAMPLE_TEXTS = (
 SAME_MODEL_SHARE = 0.5
 """Servers whose greedy answers part later than this share of them are taken for the same model (ours): other
 weights part at once, other kernels at a near tie."""
+FIXED_CHUNKS = "what --max-num-batched-tokens said at the launch; vLLM takes none per step"
 PROFILE_PROMPT_TOKENS = 1024
 PROFILE_STEPS = 32
 
@@ -50,6 +51,7 @@ async def compare_descriptions(check: CheckContext) -> None:
             check.excluded.setdefault(found.where[0], f"its {found.probe} differs")
     check.add(*(_judge_role(name, each, check.roles.get(name)) for name, each in described.items()))
     check.add(*(_judge_clock(name, each.clock_skew_s) for name, each in described.items()))
+    check.add(Finding("chunk budget", (), GREEN, FIXED_CHUNKS))
 
 
 def _compared(probe: str, values: Mapping[str, Any], say: Callable[[Any], str], change: str) -> list[Finding]:

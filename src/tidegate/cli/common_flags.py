@@ -54,6 +54,11 @@ SLO_CLASS = Flag(
     shown=False,
 )
 
+CHUNKS_HELP = (
+    "How much of prompts a step carries beside decodes: fixed (the engine's limit) or slack (what keeps "
+    "every decode in time); by default the system's own."
+)
+
 SCORING = "Scoring and output"
 """The panel of the help that these options stand in."""
 JOBS = Flag("Processes; default: one per core.", "N", panel=SCORING, more={"min": 1})

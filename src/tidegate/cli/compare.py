@@ -17,6 +17,7 @@ from tidegate.cli.common_flags import AS_JSON, JOBS, SCORING
 from tidegate.cli.options import Flag, OptionGroup, Rule
 from tidegate.cli.simulating import (
     BATCHING,
+    CHUNKS,
     CUT,
     DEFAULT_TRACE,
     SIMULATED,
@@ -64,7 +65,7 @@ Results are kept as they come: the same command goes on where it was stopped.
 
 NAME, with +ORDER at the end if wanted; NAME:P:D a split; NAME:even; NAME:best the best
 split in hindsight; NAME:all every split; NAME:CHUNK a step's token budget; NAME:tuned the
-best of several budgets.
+best of several budgets; NAME:slack a budget by the decodes' slack.
 
 [bold]Exit codes[/bold]
 
@@ -111,6 +112,7 @@ def run(
     fleet: FleetOptions,
     settings: Annotated[SimSettings, OptionGroup(SimSettings, SIMULATED)],
     engine: Annotated[EngineSettings, BATCHING],
+    chunks: Annotated[str | None, CHUNKS] = None,
     out: Annotated[Path, Flag("Folder of the report and of all results.", "DIR", panel=SCORING)],
     search: Searched,
     jobs: Annotated[int | None, JOBS] = None,
@@ -131,7 +133,7 @@ def run(
     if suite or not names:
         names += suite_of(suite or "default")
     plan = Plan(
-        setting=Setting(cut, compared, "", None, with_classes(settings, workloads.values())),
+        setting=Setting(cut, compared, "", None, with_classes(settings, workloads.values()), chunks=chunks),
         workloads=workloads,
         contenders=contenders(names, compared.size),
         levels=search.levels,

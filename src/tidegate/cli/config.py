@@ -8,6 +8,7 @@ has no option on the command line. Defaults that are measured or derived elsewhe
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from inspect import Parameter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from tidegate.api import DEFAULT_SYSTEM
+from tidegate.cli.common_flags import CHUNKS_HELP
 from tidegate.cli.fleet_config import EmulatedSection, EngineSection, FleetSection
 from tidegate.cli.options import Flag, OptionGroup, given_type
 from tidegate.cli.scaling import ScalingSection
@@ -135,6 +137,11 @@ class SchedulingSection(Section):
         "system needs lengths, else nobody.",
         "SOURCE",
     )
+    chunks: Literal["fixed", "slack"] | None = setting(
+        None,
+        f"{CHUNKS_HELP} vLLM servers take a fixed one at their launch.",
+        "fixed|slack",
+    )
     split: Split | None = setting(None, "Prefill and decode instances at start-up.", "P:D", shown="even")
     forecast: Literal["auto", "last", "seasonal-naive", "ewma", "arima", "ensemble"] = setting(
         AUTO,
@@ -156,7 +163,7 @@ class SchedulingSection(Section):
     def _takes_options(self) -> SchedulingSection:
         from tidegate.systems import make_system
 
-        make_system(self.system, split=self.split, slo=self.slo)
+        make_system(self.system, split=self.split, slo=self.slo, chunks=self.chunks)
         check_source(self.forecast, DEPLOYED)
         return self
 
@@ -177,6 +184,11 @@ class Config(Section):
         from tidegate.policies.protocols import Signal
         from tidegate.systems import SYSTEMS, make_system
 
+        if self.fleet.on_vllm and self.scheduling.chunks == "slack":
+            raise ValueError(
+                "chunks slack: vLLM takes the token budget of its steps once, at its launch "
+                "(--max-num-batched-tokens); only embedded and emulated engines take one per step"
+            )
         size = self.first_size
         split = self.scheduling.split
         if split is not None and sum(split) != size:
@@ -203,7 +215,8 @@ class Config(Section):
         return asked if least <= asked <= most else least
 
     def make_system(self) -> System:
-        """Build the composition as this fleet can serve it: the plane keeps an order that engines do not.
+        """Build the composition as this fleet can serve it: the plane keeps an order that engines do not, and
+        vLLM servers have the chunk budget of their launch.
 
         Raises ConfigError for an option it cannot take.
         """
@@ -217,7 +230,10 @@ class Config(Section):
         )
         if self.fleet.emulate:
             options["start_delay_s"] = (self.emulated.start_delay, self.emulated.start_delay)
-        system = make_system(self.scheduling.system, slo=self.scheduling.slo, **options)
+        scheduling = self.scheduling
+        system = make_system(scheduling.system, slo=scheduling.slo, chunks=scheduling.chunks, **options)
+        if self.fleet.on_vllm:
+            system = replace(system, chunks=None)
         kept = self.fleet.on_vllm and system.order.name != FIFO.name and not system.order.held
         return system.ordered(system.order.holding(), system.name) if kept else system
 

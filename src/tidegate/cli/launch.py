@@ -36,6 +36,7 @@ from tidegate.fleet.static import StaticFleet
 from tidegate.fleet.vllm import ServeArguments
 from tidegate.gateway.run import run_gateway
 from tidegate.policies.baselines import Colocated
+from tidegate.policies.chunks import FIXED
 from tidegate.systems import System, make_system
 
 COLOCATED = "colocated"
@@ -57,6 +58,12 @@ def launch(config: Config) -> bool:
     keyed = bool(settings.api_key or settings.tenants)
     if not keyed and not _is_loopback(settings.host):
         warn(f"{settings.host} is open to the network and no API key is set")
+    own = make_system(config.scheduling.system, slo=config.scheduling.slo).chunks
+    if config.fleet.on_vllm and own is not None and not own.steady:
+        warn(
+            f"{system.name} chooses chunks by {own.name}, which vLLM takes from nobody: steps carry what "
+            "--max-num-batched-tokens said at the servers' launch"
+        )
     fleet = make_fleet(config)
     if system.name != COLOCATED and config.fleet.range.most > 1 and not _hands_on_kv(fleet, config.fleet):
         system = colocated_without_kv(config, system.name)
@@ -108,7 +115,8 @@ def make_fleet(config: Config) -> Fleet:
         return StaticFleet(source.vllm, api_key=key, profiles=_profiles(source), kv=source.kv)
     if source.launch == "vllm":
         return launched_vllm(source, config.first_size)
-    order, first = config.make_system().order.in_engines.name, config.first_size
+    system, first = config.make_system(), config.first_size
+    order, chunks = system.order.in_engines.name, (system.chunks or FIXED).name
     log_level = "info" if debugging() else "warning"
     if source.emulate:
         pretended = config.emulated
@@ -116,6 +124,7 @@ def make_fleet(config: Config) -> Fleet:
             EmulatedLaunch(
                 source.groups(first),
                 order=order,
+                chunks=chunks,
                 max_batch_tokens=pretended.chunk_tokens,
                 host_s=pretended.host_ms / 1000.0,
                 front_s=pretended.front_ms / 1000.0,
@@ -139,6 +148,7 @@ def make_fleet(config: Config) -> Fleet:
             threads=engine.threads,
             predictor=engine.predictor,
             order=order,
+            chunks=chunks,
             log_level=log_level,
             zygote=True,
         )

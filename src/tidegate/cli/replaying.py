@@ -28,6 +28,7 @@ def replay(
     fleet_of: Callable[[int | None], SimulatedFleet],
     system: str,
     settings: SimSettings,
+    chunks: str | None,
     *,
     as_json: bool,
 ) -> None:
@@ -43,7 +44,7 @@ def replay(
     if not name:
         raise ConfigError(f"{path} does not name its system; give --system")
     fleet = fleet_of(len(journal.roles) or None)
-    made = make_system(name, slo=journal.slo or settings.slo)
+    made = make_system(name, slo=journal.slo or settings.slo, chunks=chunks)
     try:
         compared = replay_journal(journal, made, fleet.replicas(), settings)
     except TraceError as error:

@@ -22,6 +22,7 @@ from tidegate.cli.scaling import Scaling
 from tidegate.cli.simulating import (
     A_RATE,
     BATCHING,
+    CHUNKS,
     CUT,
     DEFAULT_TRACE,
     FLEET,
@@ -149,6 +150,7 @@ def run(
     scaling: Scaling,
     settings: Annotated[SimSettings, OptionGroup(SimSettings, {**SIMULATED, **SPARES, "leap": STEP})],
     engine: Annotated[EngineSettings, BATCHING],
+    chunks: Annotated[str | None, CHUNKS] = None,
     options: RunOptions,
     scoring: Scoring,
     replay: Annotated[
@@ -175,7 +177,7 @@ def run(
             sizes = (size, size) if size else None
             return replace(fleet, instances=fleet.instances or sizes).make(engine)
 
-        replay_file(replay, workload, fleet_of, system, settings, as_json=scoring.as_json)
+        replay_file(replay, workload, fleet_of, system, settings, chunks, as_json=scoring.as_json)
         return
     made = fleet.make(engine)
     if fleet.grows:
@@ -192,6 +194,7 @@ def run(
         settings,
         bounds,
         scaling.advise,
+        chunks,
     )
     setting.make_system()
     setting = replace(setting, settings=with_classes(settings, [setting.workload]))

@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar
 
 import tidegate
 from tidegate.api import DEFAULT_PROFILE
-from tidegate.cli.common_flags import COLUMNS, SLO_CLASS, TURN_GAP, WINDOW
+from tidegate.cli.common_flags import CHUNKS_HELP, COLUMNS, SLO_CLASS, TURN_GAP, WINDOW
 from tidegate.cli.options import MILLISECONDS, Flag, OptionGroup, Rule, at_least
 from tidegate.cli.outputs import claim_folder
 from tidegate.cli.terminal import note, note_classes, warn
@@ -101,6 +101,7 @@ SIMULATED = {
         HEARTBEAT,
     ),
 }
+CHUNKS = Flag(CHUNKS_HELP, "fixed|slack", panel=ENGINE)
 BATCHING = OptionGroup(
     EngineSettings,
     {

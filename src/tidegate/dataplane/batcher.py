@@ -2,6 +2,7 @@
 
 The rules are those of vLLM's scheduler (0.19). Every running sequence with one pending token takes part, then
 the token budget is filled with chunks of the prompts that have begun, oldest first, then with new ones.
+A chunk budget may fill less (``StepRoom``).
 
 - *Admission*: the whole prompt must find free blocks, beside the reserve, but only those of the tokens that a
   step computes are taken for it. A head without room holds back all behind it until something has changed.
@@ -38,6 +39,10 @@ from tidegate.dataplane.sequence import (
     Pin,
     SimSequence,
 )
+from tidegate.dataplane.step_blocks import StepBlocks
+from tidegate.dataplane.step_room import StepRoom
+from tidegate.policies.chunks import FIXED, ChunkBudget
+from tidegate.policies.dues import TokenDues
 from tidegate.policies.order import Ticket, WaitingQueue
 
 
@@ -52,17 +57,20 @@ class Batcher:
     first step in the batch it is; ``pulls`` were admitted and wait for their KV; ``preempted`` lost theirs.
     """
 
-    def __init__(self, index: int, replica: Replica, queue: WaitingQueue[SimSequence]) -> None:
+    def __init__(
+        self, index: int, replica: Replica, queue: WaitingQueue[SimSequence], chunks: ChunkBudget = FIXED
+    ) -> None:
         engine, instance = replica.engine, replica.instance
         self.blocks = Blocks(instance.kv_capacity_tokens, instance.block_tokens, engine.reserve)
-        self.decode = DecodeBatch(instance.block_tokens)
+        self.decode = DecodeBatch(instance.block_tokens, None if chunks.steady else TokenDues())
         self.running: dict[SimSequence, None] = {}
         self.chunks: list[SimSequence] = []
         self.newcomers: list[SimSequence] = []
         self.pulls: list[SimSequence] = []
         self.preempted: list[SimSequence] = []
         self.index = index
-        self._max_batch_tokens = engine.max_batch_tokens
+        self._step_blocks = StepBlocks(self.blocks, self.decode)
+        self._room = StepRoom(chunks, replica, self.decode)
         self.max_num_seqs = engine.max_num_seqs
         self._prefix_cache = engine.prefix_cache
         self._queue = queue
@@ -82,7 +90,8 @@ class Batcher:
 
     def plan(self, now: float) -> None:
         """Choose the next step's tokens and take their blocks."""
-        decode, blocks = self.decode, self.blocks
+        decode, blocks, room = self.decode, self.blocks, self._room
+        room.begin(now)
         if self.pulls:
             self.pulls = []
         if self.preempted:
@@ -95,7 +104,7 @@ class Batcher:
                 decode.join(sequence)
         elif self.newcomers:
             self.newcomers = []
-        budget, self._bounded = self._max_batch_tokens, False
+        self._bounded = False
         if decode.members:
             needed = decode.remainders[-decode.ticks % blocks.block_tokens]
             if needed:
@@ -103,15 +112,16 @@ class Batcher:
                     self._preempt_youngest(taken=False)
                     needed = decode.blocks_for(1)
                 blocks.take(needed)
-            budget -= len(decode.members)
+        if self._first and not (room.steady or self.stuck or self.preempted):
+            self._admit_continued(now)  # before a chunk is chosen that is to be in time for them
         if self._chunking:
             at = 0
-            while at < len(self._chunking) and budget > 0 and not self._bounded:
-                budget = self._schedule(self._chunking[at], budget)
+            while at < len(self._chunking) and room.left > 0 and not self._bounded:
+                self._schedule(self._chunking[at])
                 at += 1
-        if not self.stuck and not self.preempted and budget > 0:
+        if not self.stuck and not self.preempted and room.left > 0:
             if self._first or self._queued:
-                self._admit_all(budget, now)
+                self._admit_all(now)
             else:
                 self.stuck = True
 
@@ -120,7 +130,8 @@ class Batcher:
         chunks, decode = self.chunks, self.decode
         if self.preempted or len(chunks) > 1:
             return 1  # the next step admits again, or has other chunks
-        size, free = self.blocks.block_tokens, self.blocks.free
+        if not self._room.steady and (self._chunking or (self.waiting and not self.stuck)):
+            return 1  # it may have another chunk
         if chunks:
             sequence = chunks[0]
             chunk = sequence.chunk
@@ -130,27 +141,21 @@ class Batcher:
             most = (pending - 1) // chunk
             if decode.members:
                 most = min(most, decode.steps_to_end())
-            rough = 1 + most * chunk // size
         else:
-            most, rough = decode.steps_to_end(), 0
-        if len(decode.members) * (1 + most // size) + rough <= free:
-            return most
-        low, high = 1, most
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self._needed_by(middle) <= free:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+            most = decode.steps_to_end()
+        return self._step_blocks.most_that_fit(chunks, most)
+
+    def take_next(self) -> None:
+        """Take the blocks of the plan's next step."""
+        self._step_blocks.take_for(self.chunks, 1, after=0)
 
     def blocks_held(self, steps: int, *, running: bool) -> int:
         """Return how many blocks are taken when ``steps`` steps that are not booked are over.
 
         ``running``: the step after them has begun.
         """
-        held = self.blocks.total - self.blocks.free + (self._needed_by(steps + running) if steps else 0)
-        return min(held, self.blocks.total)
+        needed = self._step_blocks.needed_by(self.chunks, steps + running) if steps else 0
+        return min(self.blocks.total - self.blocks.free + needed, self.blocks.total)
 
     def commit(self, steps: int) -> Sequence[SimSequence]:
         """Record that ``steps`` steps of the plan are done; return the sequences whose prompt is complete.
@@ -163,10 +168,10 @@ class Batcher:
                 # What a step evicts decides what it may enter: one by one.
                 for _ in range(steps - 1):
                     self.commit(1)
-                    self.take_for(1, after=0)
+                    self.take_next()
                 return self.commit(1)
             if self.chunks:
-                self.take_for(steps - 1, after=1)
+                self._step_blocks.take_for(self.chunks, steps - 1, after=1)
             elif needed := self.decode.blocks_for(steps - 1, after=1):
                 self.blocks.take(needed)
         self.decode.ticks += steps
@@ -192,6 +197,8 @@ class Batcher:
         sequence.state = WAITING
         sequence.on = self.index
         sequence.tokens = sequence.prompt
+        if sequence.ticket is not None:
+            sequence.first_token_s = sequence.ticket.first_token_s
         if sequence.block_ids:
             self.know(sequence)
         self.stuck = False
@@ -199,7 +206,10 @@ class Batcher:
             self._first.append(sequence)
         else:
             self._queued += 1
-            self._queue.push(sequence, sequence.ticket or Ticket(now, now, 0.0, sequence.prompt))
+            ticket = sequence.ticket
+            if ticket is None or ticket.first_token_s is not None:
+                ticket = Ticket(now, now, 0.0, sequence.prompt)
+            self._queue.push(sequence, ticket)
 
     def loaded(self, sequence: SimSequence, tokens: int) -> None:
         """Take note that ``tokens`` tokens' KV is here."""
@@ -312,38 +322,22 @@ class Batcher:
             self.blocks.cache.publish(sequence.shared, sequence.computed)
         self.blocks.release(held, sequence.shared)
 
-    def take_for(self, steps: int, after: int) -> None:
-        """Take the blocks of the ``steps`` steps of the plan that follow its next ``after`` ones."""
-        needed = self.decode.blocks_for(steps, after) if self.decode.members else 0
-        for sequence in self.chunks:
-            blocks = self.blocks.for_tokens(sequence.computed + (after + steps) * sequence.chunk)
-            needed += blocks - sequence.blocks
-            sequence.blocks = blocks
-        if needed:
-            self.blocks.take(needed)
-
-    def _needed_by(self, steps: int) -> int:
-        """Return how many blocks the first ``steps`` steps of the plan take beyond those of the first."""
-        needed = self.decode.blocks_for(steps - 1, after=1)
-        for sequence in self.chunks:
-            needed += self.blocks.for_tokens(sequence.computed + steps * sequence.chunk) - sequence.blocks
-        return needed
-
-    def _schedule(self, sequence: SimSequence, budget: int) -> int:
-        """Give a prompt what is left of the budget, at most what it needs; return what remains."""
-        bound = sequence.chunk_bound
-        count, self._bounded = min(sequence.tokens - sequence.computed, budget, bound), bound < UNBOUNDED
+    def _schedule(self, sequence: SimSequence, least: int = 0) -> None:
+        """Give a prompt what the step has room for, at most what it needs, and ``least`` in any case."""
+        bound, computed = sequence.chunk_bound, sequence.computed
+        room = max(least, self._room.for_prompt(computed))
+        count, self._bounded = min(sequence.tokens - computed, room, bound), bound < UNBOUNDED
+        if count <= 0:
+            return
         blocks = -(-(sequence.computed + count) // self.blocks.block_tokens)
         while blocks - sequence.blocks > self.blocks.free:
-            decoding = len(self.decode.members)
             if self._preempt_youngest(taken=True) is sequence:
-                return budget
-            budget += decoding - len(self.decode.members)
+                return
         self.blocks.take(blocks - sequence.blocks)
         sequence.blocks = blocks
         sequence.chunk = count
         self.chunks.append(sequence)
-        return budget - count
+        self._room.add(count, computed)
 
     def _preempt_youngest(self, *, taken: bool) -> SimSequence:
         """Free the blocks of the youngest; ``taken``: the decodes have those of the coming step."""
@@ -359,14 +353,27 @@ class Batcher:
         self.stuck = False
         return youngest
 
-    def _admit_all(self, budget: int, now: float) -> None:
+    def _admit_continued(self, now: float) -> None:
+        """Admit the decodes whose KV exists while there is room."""
+        first, room = self._first, self._room
+        while room.left > 0 and first and first[0].source is not None:
+            if not self._admit(first[0]):
+                self.stuck = True
+                return
+            first.popleft().note_admission(now)
+
+    def _admit_all(self, now: float) -> None:
         """Admit from the queue while there is room."""
-        first, queue = self._first, self._queue
-        batched = sum([chunked.chunk for chunked in self.chunks])
-        while budget > 0:
+        first, queue, room = self._first, self._queue, self._room
+        while room.left > 0:
             continued, asked = bool(first), self._queued and not self._bounded
-            sequence = first[0] if continued else queue.head(now, batched) if asked else None
-            if sequence is None or not self._admit(sequence):
+            sequence = first[0] if continued else queue.head(now, room.chunk_tokens) if asked else None
+            if sequence is None:
+                self.stuck = True
+                return
+            if not room.steady and sequence.source is None and room.for_prompt(0) <= 0:
+                return
+            if not self._admit(sequence):
                 self.stuck = True
                 return
             if continued:
@@ -374,15 +381,9 @@ class Batcher:
             else:
                 self._queued -= 1
                 queue.pop(now)
-            if sequence.admitted_s is None:
-                sequence.admitted_s = now
-                if sequence.shared is not None:
-                    sequence.cached_tokens = len(sequence.shared.held) * sequence.shared.unit_tokens
+            sequence.note_admission(now)
             if sequence.state == CHUNKING:
-                left, budget = budget, self._schedule(sequence, budget)
-                batched += left - budget
-            elif sequence.state == DECODING:
-                budget -= 1
+                self._schedule(sequence, least=1)
 
     def _admit(self, sequence: SimSequence) -> bool:
         """Let the head of the queue begin; False, with nothing changed, when there is no room."""
@@ -406,13 +407,8 @@ class Batcher:
         return True
 
     def _find_room(self, sequence: SimSequence, tokens: int, findable: int, others_need: int) -> int:
-        """Return how many units of the first ``findable`` tokens are here; -1 if ``tokens`` find no room."""
-        need, units, shared = -(-tokens // self.blocks.block_tokens), 0, sequence.shared
-        if shared is not None:
-            units = self.blocks.cache.hits(shared, findable)
-            need += self.blocks.cache.idle_among(shared, units) - units * shared.unit_blocks
-        free = self.blocks.free - need - others_need
-        return units if free >= (self.blocks.reserve if self.running or self.loading else 0) else -1
+        others = bool(self.running) or self.loading > 0
+        return self.blocks.find_room(sequence.shared, tokens, findable, others_need, others=others)
 
     def _adopt(self, sequence: SimSequence, pin: Pin) -> bool:
         """Take over the blocks of this instance's own pin; the next token may need one more."""

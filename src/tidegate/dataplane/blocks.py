@@ -29,6 +29,16 @@ class Blocks:
         """Tell whether a newcomer may take ``count`` blocks; ``others`` run beside it."""
         return self.free - count >= (self.reserve if others else 0)
 
+    def find_room(
+        self, shared: Shared | None, tokens: int, findable: int, others_need: int, *, others: bool
+    ) -> int:
+        """Return how many units of the first ``findable`` tokens are here; -1 if ``tokens`` find no room."""
+        need, units = -(-tokens // self.block_tokens), 0
+        if shared is not None:
+            units = self.cache.hits(shared, findable)
+            need += self.cache.idle_among(shared, units) - units * shared.unit_blocks
+        return units if self.room_for(need + others_need, others=others) else -1
+
     def take(self, count: int) -> None:
         """Hold ``count`` free blocks. Raises InternalError when there are not as many."""
         free = self.free = self.free - count

@@ -13,6 +13,7 @@ from tidegate.dataplane.migration import Migrations
 from tidegate.dataplane.network import Network, Transfer
 from tidegate.dataplane.replica import Replica
 from tidegate.dataplane.sequence import ENDED, LOADING, NEW, Pin, SimSequence
+from tidegate.policies.chunks import FIXED, ChunkBudget
 from tidegate.policies.order import FIFO, Order
 
 REPORT_GROUP = 64
@@ -31,6 +32,8 @@ class Leases:
 class Cluster:
     """Runs legs and moves KV. Every instance has a queue of ``order``, first come first served by default.
 
+    Steps carry of prompts what ``chunks`` says, up to the engine's limit by default.
+
     ``handlers`` does what an event announces, by its kind: called with whose it is, its version and its time.
     """
 
@@ -42,12 +45,14 @@ class Cluster:
         *,
         leap: bool,
         order: Order | None = None,
+        chunks: ChunkBudget | None = None,
     ) -> None:
         self.instances: list[SimInstance] = []
         self._events = events
         self._listener = listener
         self._leap = leap
         self._order = order or FIFO
+        self._chunks = chunks or FIXED
         self._replicas: list[Replica] = []
         self._next_reports_s: list[list[float]] = []
         self._kv_bytes_per_token: list[int] = []
@@ -89,6 +94,7 @@ class Cluster:
             slot,
             self._migrations.left,
             leap=self._leap,
+            chunks=self._chunks,
         )
         self.instances.append(instance)
         return instance

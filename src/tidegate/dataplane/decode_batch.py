@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from heapq import heappop, heappush
+from math import inf
 
 from tidegate.dataplane.sequence import DECODING, READY, SimSequence
+from tidegate.policies.dues import TokenDues
 
 
 class DecodeBatch:
@@ -14,11 +16,13 @@ class DecodeBatch:
     needs one more: ``blocks_for`` counts those by the ``remainders`` of the bases. ``base_sum`` is the sum of
     the bases, and ``changes`` counts who came and went.
     ``ends`` is a heap of (tick, turn, member) by the ticks at which members end, those of one tick in the
-    order in which they joined; who left may still be there.
+    order in which they joined; who left may still be there. ``dues``, where somebody asks for them, are those
+    of the members that attain their targets so far.
     """
 
-    def __init__(self, block_tokens: int) -> None:
+    def __init__(self, block_tokens: int, dues: TokenDues | None = None) -> None:
         self.ticks = 0
+        self.dues = dues
         self.members: dict[SimSequence, None] = {}
         self._block_tokens = block_tokens
         self.base_sum = 0
@@ -37,6 +41,8 @@ class DecodeBatch:
         self.changes += 1
         sequence.turn = self.changes
         heappush(self.ends, (end_tick, self.changes, sequence))
+        if self.dues is not None and sequence.attains:
+            self._count_due(sequence, self.dues)
 
     def leave(self, sequence: SimSequence) -> None:
         """Take a member out; its lengths and blocks become its own again."""
@@ -47,6 +53,18 @@ class DecodeBatch:
         self.remainders[base % self._block_tokens] -= 1
         computed = sequence.computed = base + self.ticks
         sequence.tokens = computed + 1
+        if sequence.due_key is not None:
+            assert self.dues is not None
+            self.dues.leave(sequence.due_key)
+            sequence.due_key = None
+
+    def _count_due(self, sequence: SimSequence, dues: TokenDues) -> None:
+        ticket, first_s = sequence.ticket, sequence.first_token_s
+        assert ticket is not None and first_s is not None
+        if ticket.tpot_s < inf:
+            dues.steps = self.ticks
+            number = sequence.generated + sequence.computed + 1 - sequence.prompt
+            sequence.due_key = dues.join(first_s, ticket.tpot_s, number)
 
     def blocks_for(self, steps: int, after: int = 0) -> int:
         """Return how many blocks the ``steps`` steps that follow the next ``after`` ones must add."""

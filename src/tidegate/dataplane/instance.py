@@ -12,6 +12,7 @@ from tidegate.dataplane.events import EventKind, EventQueue
 from tidegate.dataplane.replica import Replica
 from tidegate.dataplane.sequence import DECODING, PAUSED, READY, WAITING, Pin, SimSequence
 from tidegate.dataplane.stretch import Stretch
+from tidegate.policies.chunks import ChunkBudget
 from tidegate.policies.order import WaitingQueue
 
 NEVER: Final = math.inf
@@ -88,10 +89,11 @@ class SimInstance:
         left: Callable[[SimSequence, float], None],
         *,
         leap: bool,
+        chunks: ChunkBudget,
     ) -> None:
         self.index = index
         self.replica = replica
-        self.batcher = Batcher(index, replica, queue)
+        self.batcher = Batcher(index, replica, queue, chunks)
         self.version = 0
         self._next_report_s = next_report_s
         self._slot = slot
@@ -291,6 +293,8 @@ class SimInstance:
                     self._end_leg(sequence, now)
         for sequence in complete:
             if sequence.state == READY:
+                if sequence.first_token_s is None:
+                    sequence.first_token_s = now
                 self._listener.token(sequence, now)
             if sequence.state != READY:
                 continue
@@ -385,7 +389,7 @@ class SimInstance:
             if done > self._reported:
                 self._report_until(done)
             self.batcher.commit(done - stretch.done)
-            self.batcher.take_for(1, after=0)
+            self.batcher.take_next()
             stretch.done = done
         if stretch.planned > done + 1:
             stretch.planned = done + 1

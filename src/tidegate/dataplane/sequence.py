@@ -56,13 +56,14 @@ class SimSequence:
     ``last_token`` is the length at which the leg ends; with ``hand_over`` its KV is then ``pin``. ``source``
     is the KV that the leg starts from. ``block_ids`` name its tokens, and all before them, in blocks of
     ``hash_block_tokens``, as far as they can be found again; ``ticket`` is what its queue's order knows.
+    ``generated`` tokens of the prompt are of the answer, whose first token went out at ``first_token_s``.
 
     ``state`` is one of this module's; ``on`` numbers the instance it was submitted to. ``tokens`` is the
     prompt, once it is queued, plus what was generated; ``computed`` of them have KV. While a sequence is in
-    a ``DecodeBatch`` they grow there, ``base`` is ``computed`` less the batch's ticks, and ``turn`` tells
-    when it joined. ``chunk`` tokens are computed in the step that runs, and while a prompt is computed
-    ``blocks`` are held. ``cached_tokens`` were found here at its first admission; ``moving``: a migration
-    copies its KV.
+    a ``DecodeBatch`` they grow there, ``base`` is ``computed`` less the batch's ticks, ``turn`` tells when it
+    joined, and ``due_key`` is what its next token is filed under, if somebody waits for it (``TokenDues``).
+    ``chunk`` tokens are computed in the step that runs, and while a prompt is computed ``blocks`` are held.
+    ``cached_tokens`` were found here at its first admission; ``moving``: a migration copies its KV.
     """
 
     request: int
@@ -73,6 +74,7 @@ class SimSequence:
     block_ids: Sequence[int] = ()
     hash_block_tokens: float = HASH_BLOCK_TOKENS
     ticket: Ticket | None = None
+    generated: int = 0
     pin: Pin | None = None
     shared: Shared | None = None
     state: int = NEW
@@ -83,11 +85,26 @@ class SimSequence:
     chunk: int = 0
     base: int = 0
     turn: int = 0
+    first_token_s: float | None = None
+    due_key: int | None = None
     preemptions: int = 0
     cached_tokens: int = 0
     moving: bool = False
     admitted_s: float | None = None
     loaded_s: float | None = None
+
+    def note_admission(self, now: float) -> None:
+        """Take note that it was admitted, if that is the first time."""
+        if self.admitted_s is None:
+            self.admitted_s = now
+            if self.shared is not None:
+                self.cached_tokens = len(self.shared.held) * self.shared.unit_tokens
+
+    @property
+    def attains(self) -> bool:
+        """Whether its first token was in time for its target, so that a target of TPOT is left to attain."""
+        ticket, first_s = self.ticket, self.first_token_s
+        return ticket is not None and first_s is not None and first_s <= ticket.deadline_s
 
     @property
     def extends(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from math import inf
 from typing import Any
 
 import msgspec
@@ -189,7 +190,8 @@ class DialectEngine:
         if leg.generated:
             kv["tidegate_generated"] = leg.generated
         if leg.ticket is not None:
-            kv["tidegate_ticket"] = leg.ticket._asdict()
+            known = leg.ticket._asdict().items()
+            kv["tidegate_ticket"] = {name: value for name, value in known if value not in (None, inf)}
         if leg.movable:
             kv["tidegate_movable"] = True
         if leg.follows is not None:

@@ -61,7 +61,8 @@ class Setting:
 
     ``system`` may carry an order (``arrow+edf``); ``split`` is (prefill, decode), None for the system's own.
     A system that sizes the fleet keeps it within ``bounds``, by default between those that are up at the
-    start and all; with ``advise`` it only says what it would do.
+    start and all; with ``advise`` it only says what it would do. ``chunks`` names the chunk budget, None for
+    the system's own.
     """
 
     workload: WorkloadChoice
@@ -71,6 +72,7 @@ class Setting:
     settings: SimSettings = field(default_factory=SimSettings)
     bounds: tuple[int, int] | None = None
     advise: bool = False
+    chunks: str | None = None
 
     def make_system(self) -> System:
         """Build the composition. Raises ConfigError for an option that it cannot take."""
@@ -78,6 +80,7 @@ class Setting:
         made = make_system(
             self.system,
             slo=settings.slo,
+            chunks=self.chunks,
             split=self.split,
             fleet=self.bounds or ((size - settings.spares, size) if settings.spares else None),
             start_delay_s=settings.start_delays_s,

@@ -9,6 +9,7 @@ from tidegate.core.errors import ConfigError
 from tidegate.core.instance import Role
 from tidegate.core.notation import parse_split
 from tidegate.experiments.setting import Setting
+from tidegate.policies.chunks import CHUNKS, FIXED
 from tidegate.policies.starting_roles import even_roles
 from tidegate.systems import make_system, split_order
 
@@ -22,7 +23,7 @@ SUITES = {
     "splits": "arrow-lending,static:all",
 }
 """Named sets of systems."""
-FORMS = "NAME[+ORDER], NAME:even, NAME:P:D, NAME:best, NAME:all, NAME:tuned, NAME:CHUNK"
+FORMS = "NAME[+ORDER], NAME:even, NAME:P:D, NAME:best, NAME:all, NAME:tuned, NAME:CHUNK, NAME:slack"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +33,16 @@ class Candidate:
     system: str
     split: tuple[int, int] | None = None
     chunk_tokens: int | None = None
+    chunks: str | None = None
     label: str = ""
 
     def applied(self, setting: Setting) -> Setting:
         """Return ``setting`` with this candidate's system and options."""
-        fleet = setting.fleet
+        fleet, chunks = setting.fleet, self.chunks or setting.chunks
         if self.chunk_tokens is not None:
+            chunks = FIXED.name
             fleet = replace(fleet, engine=replace(fleet.engine, max_batch_tokens=self.chunk_tokens))
-        return replace(setting, system=self.system, split=self.split, fleet=fleet)
+        return replace(setting, system=self.system, split=self.split, fleet=fleet, chunks=chunks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,8 @@ def contenders(names: Iterable[str], instances: int) -> list[Contender]:
     """Return the contenders that ``names`` ask for on a fleet of ``instances``, each once.
 
     ``static:best`` is the best static split in hindsight, ``static:all`` every split as a row of its own,
-    ``colocated:tuned`` the best of ``CHUNKS_TOKENS``; any system may be named instead, with ``+ORDER`` at the
+    ``colocated:tuned`` the best of ``CHUNKS_TOKENS``, ``colocated:slack`` one with that chunk budget; any
+    system may be named instead, with ``+ORDER`` at the
     end. Raises ConfigError, with all problems at once.
     """
     problems: list[str] = []
@@ -94,6 +98,8 @@ def _expand(name: str, instances: int) -> list[Contender]:
         made = [Candidate(full, (p, d), label=f"split {p}:{d}") for p, d in splits(instances)]
     elif choice == "tuned":
         made = [Candidate(full, chunk_tokens=chunk, label=f"chunk {chunk}") for chunk in CHUNKS_TOKENS]
+    elif choice in CHUNKS.names():
+        made = [Candidate(full, chunks=choice)]
     elif choice == "even":
         made = [Candidate(full, even_split(instances))]
     elif choice.isdecimal() and int(choice):

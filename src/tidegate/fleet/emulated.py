@@ -35,6 +35,7 @@ class EmulatedLaunch:
 
     groups: tuple[str, ...]
     order: str = "fifo"
+    chunks: str = "fixed"
     max_batch_tokens: int = EngineSettings().max_batch_tokens
     host_s: float = 0.0
     front_s: float = 0.0
@@ -45,8 +46,9 @@ class EmulatedLaunch:
     def argv(self, groups: Sequence[str]) -> list[str]:
         """Return the command line of a process that runs ``groups``."""
         flags = (
-            *("--order", self.order, "--max-batch-tokens", str(self.max_batch_tokens)),
-            *("--host-s", str(self.host_s), "--front-s", str(self.front_s), "--log-level", self.log_level),
+            *("--order", self.order, "--chunks", self.chunks),
+            *("--max-batch-tokens", str(self.max_batch_tokens), "--log-level", self.log_level),
+            *("--host-s", str(self.host_s), "--front-s", str(self.front_s)),
         )
         return [*self.command, *groups, *flags, "--host", HOST, "--exit-with-parent"]
 

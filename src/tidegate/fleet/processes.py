@@ -3,40 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import secrets
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
 from tidegate.core.errors import ConfigError, SetupError
 from tidegate.core.instance import Instance
-from tidegate.costs.fitting import PrefillSample, StepSample, fit_few
-from tidegate.costs.forms import TransferCost
+from tidegate.costs.fitting import PrefillSample, StepSample
 from tidegate.costs.profile import Profile
-from tidegate.costs.roofline import Shape, nominal_profile
+from tidegate.costs.roofline import nominal_profile
+from tidegate.costs.start_profile import pooled_profile, shape_of
 from tidegate.fleet.child import Child
 from tidegate.fleet.member import Capabilities, Member
 from tidegate.fleet.supervision import HOST, FleetPace, ProcessFleet, Slot, inherited_environment
 from tidegate.fleet.zygote import Zygote
+from tidegate.policies.chunks import make_chunks
 
 log = logging.getLogger(__name__)
 
 MAX_NUM_SEQS = 256
 """Requests of one engine step; fewer where a step has not a token for each of them."""
-SAME_HOST = TransferCost(latency_s=0.001, bytes_per_s=1e9)
-"""KV transfer between processes of one machine, which read each other's memory.
-
-Measured: a pull of 1 MiB takes about 2 ms. How that divides into latency and bandwidth is assumed.
-"""
-SMALL = Shape(576, 30, 9, 3, 64, 1536, 49152, 4.0, 4.0)
 
 
 class Ready(BaseModel):
@@ -115,6 +108,7 @@ class EngineLaunch:
     threads: int = 1
     predictor: str = "auto"
     order: str = "fifo"
+    chunks: str = "fixed"
     log_level: str = "warning"
     command: tuple[str, ...] = (sys.executable, "-m", "tidegate.engines.embedded")
     zygote: bool = False
@@ -133,6 +127,7 @@ class EngineLaunch:
             "--max-num-seqs": min(MAX_NUM_SEQS, self.max_batch_tokens),
             "--predictor": self.predictor,
             "--order": self.order,
+            "--chunks": self.chunks,
             "--threads": self.threads,
             "--engine-id": engine_id,
             "--served-model-name": self.served_model_name or self.model.name,
@@ -142,7 +137,8 @@ class EngineLaunch:
         if self.max_model_len is not None:
             flags["--max-model-len"] = self.max_model_len
         words = [word for flag, value in flags.items() for word in (flag, str(value))]
-        unprofiled = () if self_profile else ("--no-self-profile",)
+        # A budget that goes by costs needs them in every engine.
+        unprofiled = () if self_profile or not make_chunks(self.chunks).steady else ("--no-self-profile",)
         return [*self.command, *words, "--exit-with-parent", "--tell-stages", *unprofiled]
 
 
@@ -212,38 +208,6 @@ class LocalFleet(ProcessFleet[Ready]):
             started = [r for r in self._first_starts.values() if r is not None]
             name = f"{self._launch.device}/{started[0].model}" if started else self._launch.device
             samples = [sample for ready in started for sample in ready.profile_samples]
-            prior = nominal_profile(name, self._launch.device.partition(":")[0], _shape(self._launch.model))
+            prior = nominal_profile(name, self._launch.device.partition(":")[0], shape_of(self._launch.model))
             self._profile = pooled_profile(name, samples, prior)
             self._measured.set()
-
-
-def pooled_profile(name: str, samples: Iterable[PrefillSample | StepSample], prior: Profile) -> Profile:
-    """Fit one profile to the samples of engines that are alike; too few of them scale ``prior``, with a
-    warning.
-
-    All engines measure every point at the same time on one machine: the median over them keeps a neighbour's
-    noise out of the fit, and equal profiles keep policies from preferring one engine by accident.
-    """
-    points: dict[PrefillSample | StepSample, list[float]] = {}
-    for sample in samples:
-        points.setdefault(replace(sample, seconds=0.0), []).append(sample.seconds)
-    medians = [replace(point, seconds=median(seconds)) for point, seconds in points.items()]
-    profile, lacking = fit_few(
-        name,
-        [sample for sample in medians if isinstance(sample, PrefillSample)],
-        [sample for sample in medians if isinstance(sample, StepSample)],
-        SAME_HOST,
-        prior,
-        source="measured by the engines at start",
-    )
-    if lacking:
-        log.warning("the engines' measurement at start was cut short: %s; requests refine it", lacking)
-    return profile
-
-
-def _shape(folder: Path) -> Shape:
-    """Return the shape of the model in a folder, or that of a small one where its file does not say."""
-    try:
-        return Shape.from_config(json.loads((folder / "config.json").read_text()))
-    except (OSError, ValueError, ConfigError):
-        return SMALL

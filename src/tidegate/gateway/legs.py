@@ -14,9 +14,9 @@ from tidegate.fleet.member import Capabilities
 from tidegate.gateway.call import Call, TokenEstimate, prompt_blocks
 from tidegate.gateway.continuation import Continuation, beginning, continuation, continuing, still_asked
 from tidegate.gateway.dispatcher import Dispatcher
-from tidegate.gateway.moving import MoveFailed, StagedMove
+from tidegate.gateway.moving import MoveFailed, StagedMove, pinning_leg
 from tidegate.gateway.upstream import Upstream
-from tidegate.policies.order import Ticket
+from tidegate.policies.order import Ticket, decode_ticket
 from tidegate.protocol.chunks import MIGRATED, Tokens
 from tidegate.protocol.stop_strings import StopStrings
 
@@ -124,7 +124,7 @@ class Legs(LiveRequest):
         ``LegEnd.handle`` names it. Without, the leg ends the answer, unless it is stopped because the decode
         migrates. ``handle`` names KV that this leg pulls; one that cannot be used, or was not, is released.
         ``extend`` names KV for the beginning of a prompt whose leg hands over. An engine that orders prefills
-        gets ``ticket``, unless the answer has begun.
+        gets ``ticket``; once the answer has begun, one that says when it did.
 
         Raises what ``Engine.run`` raises unless the answer is complete by then, PromptTooLong when the prompt
         turns out not to fit, and ClientGone.
@@ -136,15 +136,14 @@ class Legs(LiveRequest):
         pin = hand_over and wanted and upstream.member.produces_kv
         held = extend if handle is None else handle
         loaded = held if held is not None and dispatcher.handles.usable(held, upstream) else None
-        ordered = capabilities.orders and not self.out_ids
         begun = self._begin(upstream, hand_over=hand_over, handle=None if hand_over else loaded)
         leg = self._leg(
             capabilities,
             begun,
             most,
+            ticket,
             pin=pin,
             handle=loaded,
-            ticket=ticket.on_clock(-self._clock.now()) if ticket is not None and ordered else None,
             movable=capabilities.staged and not hand_over,
         )
         self._running = leg.request_id
@@ -172,10 +171,14 @@ class Legs(LiveRequest):
         self.check_limit()
         return LegEnd(times=end.times)
 
-    def _leg(self, capabilities: Capabilities, begun: int, most: int | None = None, **more: Any) -> Leg:
+    def _leg(
+        self, capabilities: Capabilities, begun: int, most: int | None, ticket: Ticket | None, **more: Any
+    ) -> Leg:
         """Return a leg over at most ``most`` tokens behind ``begun`` delivered ones, with ``more`` fields."""
         call, known, had = self._call, self.prompt_ids is not None, self._prompt_logprobs is not None
         most = self.remaining(begun) if most is None else most
+        if self.out_ids and self._record.first_token_s is not None:
+            ticket = decode_ticket(self.as_request(), self._record.first_token_s)
         sampling = (continuing if capabilities.continues else beginning)(call, begun, most)
         return Leg(
             request_id=f"{call.id}-{self.count}",
@@ -185,6 +188,7 @@ class Legs(LiveRequest):
             sampling=still_asked(call, sampling, prompt_known=known, had_logprobs=had),
             generated=begun,
             salt=call.salt,
+            ticket=ticket.on_clock(-self._clock.now()) if ticket and capabilities.orders else None,
             **more,
         )
 
@@ -199,6 +203,8 @@ class Legs(LiveRequest):
         leg = self._leg(
             dst.member.capabilities,
             len(self.out_ids),
+            None,
+            None,
             movable=True,
             follows=RunningLeg(src.engine_id, self._running, src.kv_host, src.kv_port),
         )
@@ -231,21 +237,11 @@ class Legs(LiveRequest):
         return self.prompt_ids is not None
 
     async def export(self, holder: Upstream, tokens: int) -> KvHandle | None:
-        """Have an instance whose prefix cache holds the first ``tokens`` of the prompt pin them.
-
-        The one token that this makes is nobody's. Raises EngineError.
-        """
+        """Have an instance whose prefix cache holds the first ``tokens`` of the prompt pin them. Raises
+        EngineError."""
         assert self.prompt_ids is not None
         self.count += 1
-        leg = Leg(
-            request_id=f"{self._call.id}-{self.count}",
-            prompt=self.prompt_ids[:tokens],
-            messages=None,
-            max_tokens=1,
-            sampling={"temperature": 0},
-            pin=True,
-            salt=self._call.salt,
-        )
+        leg = pinning_leg(self._call, self.count, self.prompt_ids[:tokens])
         end = await holder.engine.run(leg, IgnoredTokens(), deadline_s=min(EXPORT_S, self._left_s()))
         return end.handle
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from tidegate.core.errors import ClientError, EngineFault, TidegateError
 from tidegate.engines.seam import Leg, LegEnd, TokensSink
+from tidegate.gateway.call import Call
 from tidegate.gateway.upstream import Upstream
 from tidegate.protocol.chunks import MovedDecode, Tokens
 
@@ -86,3 +87,16 @@ class StagedMove:
         if error is None or self._sink is not None:
             return
         self._failed(self, error.message if isinstance(error, TidegateError) else repr(error))
+
+
+def pinning_leg(call: Call, number: int, prompt_ids: list[int]) -> Leg:
+    """Return the leg that has an engine pin what it has of a prompt; its one token is nobody's."""
+    return Leg(
+        request_id=f"{call.id}-{number}",
+        prompt=prompt_ids,
+        messages=None,
+        max_tokens=1,
+        sampling={"temperature": 0},
+        pin=True,
+        salt=call.salt,
+    )

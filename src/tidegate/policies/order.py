@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
+from math import inf
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from tidegate.core.errors import InternalError
@@ -33,7 +34,9 @@ class Ticket(NamedTuple):
     predicted seconds of its own prefill, and the prompt tokens that it has to compute. ``deadline_s`` is not
     before ``arrival_s``. ``long_tokens`` is the mean prompt that a forecast expects; 0 where there is none.
 
-    ``chunk_tokens`` is no matter of order: ``Place.chunk_tokens``.
+    The others are no matter of order. ``chunk_tokens`` is ``Place.chunk_tokens``. ``tpot_s`` is the TPOT
+    target, infinite where none is known. ``first_token_s`` tells of an answer that has begun when its first
+    token went out: then nothing is left to order (``decode_ticket``).
     """
 
     arrival_s: float
@@ -42,10 +45,17 @@ class Ticket(NamedTuple):
     tokens: int = 0
     long_tokens: float = 0.0
     chunk_tokens: int | None = None
+    tpot_s: float = inf
+    first_token_s: float | None = None
 
     def on_clock(self, offset_s: float) -> Ticket:
         """Return the ticket for a clock that shows ``offset_s`` more than the one it was made for."""
-        return self._replace(arrival_s=self.arrival_s + offset_s, deadline_s=self.deadline_s + offset_s)
+        begun_s = self.first_token_s
+        return self._replace(
+            arrival_s=self.arrival_s + offset_s,
+            deadline_s=self.deadline_s + offset_s,
+            first_token_s=None if begun_s is None else begun_s + offset_s,
+        )
 
     def starved_at_s(self, bound: float) -> float:
         """When the request has waited ``bound`` times its own TTFT target, ``bound`` >= 1."""
@@ -71,7 +81,14 @@ def prefill_ticket(
         max(1, request.prompt_tokens - request.cached.get(on, 0)),
         long_tokens if long_tokens > 0 else 0.0,
         chunk_tokens,
+        request.slo.tpot_s,
     )
+
+
+def decode_ticket(request: Request, first_token_s: float) -> Ticket:
+    """Return the ticket of a leg that goes on with an answer, whose first token went out then."""
+    due_s = request.arrival_s + request.slo.ttft_s
+    return Ticket(request.arrival_s, due_s, 0.0, tpot_s=request.slo.tpot_s, first_token_s=first_token_s)
 
 
 class WaitingQueue(Generic[T]):
@@ -237,7 +254,7 @@ class RankedQueue(WaitingQueue[T]):
 
 
 class FeasibleQueue(RankedQueue[T]):
-    """Serves the earliest deadline among those that can still meet theirs; the hopeless ones after them,
+    """Serves by least ``rank`` among those that can still meet their deadline; the hopeless ones after them,
     first come, first served; whoever has starved before all.
 
     Hopeless is who would miss its deadline if it started now; that lasts. Every starved request is
@@ -245,19 +262,15 @@ class FeasibleQueue(RankedQueue[T]):
     by setting some aside; here only those are set aside that would be late even if they started now.
     """
 
-    def __init__(self, bound: float) -> None:
-        super().__init__(by_deadline, bound)
+    def __init__(self, rank: Callable[[Ticket], float], bound: float) -> None:
+        super().__init__(rank, bound)
         self._hopeless: _LazyHeap[T] = _LazyHeap()
-
-    def _enter(self, entry: _Entry[T]) -> None:
-        self._ranked.push(self._rank(entry.ticket), entry)
 
     def _next(self, now: float) -> _Entry[T] | None:
         feasible = self._ranked.top()
         while feasible is not None and now > feasible.ticket.deadline_s - feasible.ticket.work_s:
             self._ranked.take()
             self._hopeless.push(feasible.turn, feasible)
-            self._starving.push(feasible.ticket.starved_at_s(self._bound), feasible)
             feasible = self._ranked.top()
         return self._starved(now) or feasible or self._hopeless.top()
 

@@ -35,7 +35,10 @@ ORDERS.register("fifo")(lambda bound: FIFO)
 ORDERS.register("edf")(lambda bound: Order("edf", partial(RankedQueue, by_deadline, bound)))
 ORDERS.register("sjf")(lambda bound: Order("sjf", partial(RankedQueue, by_work, bound)))
 ORDERS.register("length-aware")(lambda bound: Order("length-aware", partial(LengthAwareQueue, bound)))
-ORDERS.register("feasible-first")(lambda bound: Order("feasible-first", partial(FeasibleQueue, bound)))
+ORDERS.register("feasible-first")(
+    lambda bound: Order("feasible-first", partial(FeasibleQueue, by_deadline, bound))
+)
+ORDERS.register("feasible-sjf")(lambda bound: Order("feasible-sjf", partial(FeasibleQueue, by_work, bound)))
 ORDERS.register("reorder")(
     lambda bound: Order("reorder", partial(ReorderedQueue, best_permutation, WINDOW, WINDOW))
 )

@@ -96,7 +96,8 @@ class StreamOptions(RequestBody):
 class TicketParams(RequestBody):
     """When a request arrived and its first token is due, in seconds from the moment of sending, and the
     predicted seconds of its prefill; the prompt tokens to compute, and the mean prompt that is expected; and
-    how many tokens of prompts a step may compute beside decodes meanwhile."""
+    how many tokens of prompts a step may compute beside decodes meanwhile; the TPOT target, and of an answer
+    that has begun when its first token went out."""
 
     arrival_s: Annotated[Number, Field(le=0.0)]
     deadline_s: Number
@@ -104,6 +105,8 @@ class TicketParams(RequestBody):
     tokens: Annotated[StrictInt, Field(ge=0)] = 0
     long_tokens: Annotated[Number, Field(ge=0.0)] = 0.0
     chunk_tokens: Annotated[StrictInt, Field(gt=0)] | None = None
+    tpot_s: Annotated[Number, Field(gt=0.0)] | None = None
+    first_token_s: Annotated[Number, Field(le=0.0)] | None = None
 
 
 class FollowsParams(RequestBody):

@@ -29,7 +29,7 @@ from tidegate.dataplane.replica import Replica
 from tidegate.dataplane.sequence import LOADING, Pin, SimSequence
 from tidegate.journal.writer import JournalWriter
 from tidegate.measure.timeline import FlipEvent
-from tidegate.policies.order import Ticket
+from tidegate.policies.order import Ticket, decode_ticket
 from tidegate.signals.forecast import LoadFeed
 from tidegate.signals.lengths.choice import simulated_source
 from tidegate.signals.prefix import NO_BLOCKS, PrefixIndex, PromptBlocks
@@ -67,7 +67,8 @@ class SimDriver:
         name = settings.lengths
         lengths = simulated_source(name, self._output_tokens) if name else None
         self._ids = [replica.instance.id for replica in replicas]
-        self.cluster = Cluster(replicas, events, self, leap=settings.leap, order=system.order.in_engines)
+        order, chunks = system.order.in_engines, system.chunks
+        self.cluster = Cluster(replicas, events, self, leap=settings.leap, order=order, chunks=chunks)
         self.plane = ControlPlane(
             system,
             self._ids[: membership.planned],
@@ -212,7 +213,8 @@ class SimDriver:
                 case RunPrefill():
                     self._run_prefill(effect, now)
                 case RunDecode():
-                    self._dispatch(effect.live, self._index[effect.on], False, None, now)
+                    live = effect.live
+                    self._dispatch(live, self._index[effect.on], False, self._decode_ticket(live), now)
                 case WakeAt(at_s):
                     self._events.push(at_s, EventKind.TICK, CONTROL)
                 case GiveUp(live, error):
@@ -240,12 +242,16 @@ class SimDriver:
         assert isinstance(live, SimulatedRequest)
         hand_over = live.decode_on is None and live.output_tokens - live.generated > 1
         # One whose answer has begun has no TTFT left to meet, and goes first.
-        ticket = None if live.generated else effect.ticket
+        ticket = self._decode_ticket(live) if live.generated else effect.ticket
         on, history = self._index[effect.place.prefill_on], live.history
         if effect.place.read_from is None or history is None:
             self._dispatch(live, on, hand_over, ticket, now)
             return
         self.legs.pin_history(live, self._index[history.on], AwaitedRead(on, hand_over, ticket), now)
+
+    def _decode_ticket(self, live: LiveRequest) -> Ticket:
+        assert isinstance(live, SimulatedRequest)
+        return decode_ticket(live.request, live.first_token_s)
 
     def _dispatch(
         self,

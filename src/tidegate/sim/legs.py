@@ -47,6 +47,7 @@ class SentLegs:
             blocks.keys,
             blocks.block_tokens,
             ticket,
+            live.generated,
         )
         self._send(live, sequence, on, now)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import module_from_spec, spec_from_file_location
 from inspect import isfunction
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TypedDict, Unpack
 
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
+from tidegate.policies.chunks import make_chunks
 from tidegate.policies.order import Order
 from tidegate.policies.orders import make_order
 from tidegate.policies.protocols import StartingRoles
@@ -68,14 +69,19 @@ RENAMED = {"arrow-v2": "arrow"}
 """Names that systems had, and those they have."""
 
 
-def make_system(name: str, *, slo: Slo | None = None, **options: Unpack[GivenOptions]) -> System:
+def make_system(
+    name: str, *, slo: Slo | None = None, chunks: str | None = None, **options: Unpack[GivenOptions]
+) -> System:
     """Build the system ``name``: that of ``SYSTEMS``, or ``system+order`` with one of ``ORDERS``.
 
-    ``options`` are those of ``SystemOptions``. Raises ConfigError for an unknown name or an impossible
+    ``chunks`` names its chunk budget, one of ``CHUNKS``; None: its own. ``options`` are those of
+    ``SystemOptions``. Raises ConfigError for an unknown name or an impossible
     option.
     """
     factory, order = named(name)
     system = factory(SystemOptions(slo=slo or Slo(), **options))
+    if chunks is not None:
+        system = replace(system, chunks=make_chunks(chunks))
     return system if order is None else system.ordered(order, f"{system.name}+{order.name}")
 
 

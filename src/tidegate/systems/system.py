@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tidegate.core.errors import ConfigError
+from tidegate.policies.chunks import ChunkBudget
 from tidegate.policies.holding import HoldingPlacement
 from tidegate.policies.order import FIFO, Order
 from tidegate.policies.protocols import (
@@ -26,7 +27,9 @@ class System:
     """A declarative composition, which the control plane runs.
 
     ``controllers`` decide in this order where their periods meet. ``order`` is that of waiting prefills, in
-    every engine (``Order.in_engines``) and among the requests that the plane holds. ``observers`` hear tokens
+    every engine (``Order.in_engines``) and among the requests that the plane holds. ``chunks`` says how much
+    of prompts a step carries beside decodes, where the engine takes that per step; None: the engine's limit.
+    ``observers`` hear tokens
     and endings. ``signals`` are those that the composition uses beyond what its parts declare. ``read_back``
     is asked where a placement leaves ``Place.read_from`` open; None: it stays open. ``window_s`` is the
     length of the ledger's window; ``windows`` names longer ones, each a multiple of it
@@ -41,6 +44,7 @@ class System:
     decode: DecodePlacement
     controllers: tuple[Controller[Any], ...] = ()
     order: Order = FIFO
+    chunks: ChunkBudget | None = None
     observers: tuple[Observer, ...] = ()
     signals: frozenset[Signal] = frozenset()
     read_back: ReadBack | None = read_where_worth

@@ -31,7 +31,8 @@ class EngineConfig:
 
     ``total_blocks`` None derives the pool from ``kv_memory_mb``. ``max_model_len`` None takes the model's
     own, and never exceeds what the pool holds. ``max_batch_tokens`` bounds the tokens of one step.
-    ``order`` is that in which waiting requests are admitted. ``threads`` applies to the whole process.
+    ``order`` is that in which waiting requests are admitted, ``chunks`` says how much of prompts joins
+    decodes (``BatchScheduler.price``). ``threads`` applies to the whole process.
     ``predictor`` is the file of a head that predicts lengths, ``off``, or ``auto`` for one of the package.
     """
 
@@ -46,6 +47,7 @@ class EngineConfig:
     max_batch_tokens: int = 512
     max_num_seqs: int = 256
     order: str = "fifo"
+    chunks: str = "fixed"
     lease_s: float = 30.0
     threads: int = 1
     predictor: str = "auto"

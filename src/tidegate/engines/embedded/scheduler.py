@@ -2,8 +2,8 @@
 
 State is three collections: ``waiting`` (in the engine's order), ``running`` (oldest first, with blocks) and
 ``loading`` (with blocks, KV on its way from a peer). A step takes every running sequence with one pending
-token, then fills the token budget with chunks of prompts. When blocks run out, the youngest running sequence
-gives its own back and computes them again later.
+token, then fills the token budget, or what a chunk budget allows of it, with chunks of prompts. When blocks
+run out, the youngest running sequence gives its own back and computes them again later.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from functools import partial
 
 from tidegate.core.clock import Clock
 from tidegate.core.slo import Slo
+from tidegate.costs.profile import UNMEASURED, Profile
 from tidegate.engines.embedded.blocks import BlockPool, Pins, extend_keys
+from tidegate.engines.embedded.composing import ComposedStep
 from tidegate.engines.embedded.kv_pull import PeerPuller
-from tidegate.engines.embedded.model import Batch, Chunk
+from tidegate.engines.embedded.model import Batch
 from tidegate.engines.embedded.options import EngineConfig
 from tidegate.engines.embedded.sequence import TokenSequence
 from tidegate.engines.serving.types import Counters, KvSource, PinnedKv
+from tidegate.policies.chunks import FIXED, ChunkBudget, make_chunks
 from tidegate.policies.order import Ticket, WaitingQueue
 from tidegate.policies.orders import make_order
 
@@ -54,8 +57,15 @@ class BatchScheduler:
         self._clock = clock
         self._load_done = load_done
         self._config = config
+        self._chunks: ChunkBudget = FIXED
+        self._profile = UNMEASURED
+        self._steps_since = 0
         self._fresh: list[int] = []
         self._reserve = int(_RESERVE * pool.total_blocks)
+
+    def price(self, profile: Profile) -> None:
+        """Choose chunks by the engine's chunk budget from now on; a step takes what ``profile`` says."""
+        self._chunks, self._profile = make_chunks(self._config.chunks), profile
 
     def add(self, sequence: TokenSequence) -> None:
         """Queue a new request: one that continues an answer before those that have yet to begin theirs."""
@@ -71,30 +81,43 @@ class BatchScheduler:
             self.pool.release(blocks)
         self._fresh = []
         self._make_room()
-        singles = [sequence for sequence in self.running if sequence.pending == 1]
-        budget = self._config.max_batch_tokens - len(singles)
-        chunks: list[Chunk] = []
-        alone = False
-        for begun in self.running:
-            if begun.pending > 1 and budget > 0 and not alone:
-                alone = _add_chunk(chunks, begun, budget)
-                budget -= chunks[-1].count
         now = self._clock.now()
-        while budget > 0:
-            batched = sum(chunk.count for chunk in chunks)
-            sequence = self.waiting.head(now, batched)
-            if sequence is None or (alone and not sequence.request.generated) or not self._admit(sequence):
+        step = ComposedStep(
+            self._chunks, self._profile, self._config.max_batch_tokens, self._steps_since, now
+        )
+        for sequence in self.running:
+            if sequence.pending == 1:
+                step.add_single(sequence)
+        if not self._chunks.steady:
+            self._admit_continued(step, now)  # before a chunk is chosen that is to be in time for them
+        for begun in self.running:
+            if begun.pending > 1 and step.left > 0 and not step.alone:
+                step.add_chunk(begun)
+        while step.left > 0:
+            head = self.waiting.head(now, step.chunk_tokens)
+            if head is None or not (head.request.generated or (not step.alone and step.room(0) > 0)):
+                break
+            if not self._admit(head):
                 break
             self.waiting.pop(now)
-            if sequence.loading:
+            if head.loading:
                 continue
-            if sequence.pending == 1:
-                singles.append(sequence)
-                budget -= 1
+            if head.pending == 1:
+                step.add_single(head)
             else:
-                alone = _add_chunk(chunks, sequence, budget)
-                budget -= chunks[-1].count
-        return Batch(singles, chunks, self._fresh)
+                step.add_chunk(head, least=1)
+        self._steps_since = 0 if step.chunks else self._steps_since + 1
+        return Batch(step.singles, step.chunks, self._fresh)
+
+    def _admit_continued(self, step: ComposedStep, now: float) -> None:
+        """Admit the answers that go on, while there is room; what they have to compute comes later."""
+        while step.left > 0:
+            head = self.waiting.head(now)
+            if head is None or not head.request.generated or not self._admit(head):
+                return
+            self.waiting.pop(now)
+            if not head.loading and head.pending == 1:
+                step.add_single(head)
 
     def commit(self, batch: Batch) -> None:
         """Record that the batch's tokens have KV; full blocks become findable by later requests."""
@@ -334,11 +357,3 @@ class BatchScheduler:
             for index in range(sequence.published, full):
                 self.pool.publish(sequence.blocks[index], sequence.keys[index])
             sequence.published = full
-
-
-def _add_chunk(chunks: list[Chunk], sequence: TokenSequence, budget: int) -> bool:
-    """Add a prompt's next chunk; return whether its ticket keeps other prompts out of the step."""
-    ticket = sequence.request.ticket
-    bound = None if ticket is None else ticket.chunk_tokens
-    chunks.append(Chunk(sequence, min(sequence.pending, budget, bound or budget)))
-    return bound is not None

@@ -22,6 +22,7 @@ from tidegate.dataplane.replica import EngineSettings, Replica, parse_groups, re
 from tidegate.engines.emulated.instances import EmulatedInstances, FleetServer
 from tidegate.engines.serving.process import announce, bind, instance_parser, run_process, stop_signal
 from tidegate.engines.serving.secret import API_KEY_ENV, LaunchSecret
+from tidegate.policies.chunks import make_chunks
 from tidegate.policies.orders import make_order
 
 log = logging.getLogger("tidegate.engines.emulated")
@@ -53,6 +54,7 @@ async def _serve(options: argparse.Namespace, secret: LaunchSecret, api_key: str
         secret,
         api_key=api_key,
         order=make_order(options.order),
+        chunks=make_chunks(options.chunks),
         front_s=options.front_s,
     )
     stop = stop_signal()

@@ -25,6 +25,7 @@ from tidegate.engines.serving.types import (
     RequestTimes,
     TokenLogprob,
 )
+from tidegate.policies.chunks import ChunkBudget
 from tidegate.policies.order import Order
 
 _NO_EOS: frozenset[int] = frozenset()
@@ -108,6 +109,7 @@ def new_leg(
         block_ids=block_ids([*prompt, *tokens], block_tokens, request.salt),
         hash_block_tokens=block_tokens,
         ticket=None if request.ticket is None else request.ticket.on_clock(now),
+        generated=request.generated,
     )
     return EmulatedLeg(request, sequence, tokens, _assembler(request), now, Output(request.id, [], ""))
 
@@ -236,10 +238,15 @@ class Host:
     takes in reality. All calls come on one event loop."""
 
     def __init__(
-        self, *, order: Order | None = None, front_s: float = 0.0, clock: Clock | None = None
+        self,
+        *,
+        order: Order | None = None,
+        chunks: ChunkBudget | None = None,
+        front_s: float = 0.0,
+        clock: Clock | None = None,
     ) -> None:
         self._events = EventQueue()
-        self.cluster = Cluster((), self._events, self, leap=False, order=order)
+        self.cluster = Cluster((), self._events, self, leap=False, order=order, chunks=chunks)
         self.instances: list[EmulatedInstance] = []
         self._by_engine: dict[str, EmulatedInstance] = {}
         self._legs: dict[int, tuple[EmulatedInstance, EmulatedLeg]] = {}

@@ -20,6 +20,7 @@ from tidegate.engines.serving.metrics import ServerMetrics
 from tidegate.engines.serving.secret import LaunchSecret
 from tidegate.engines.serving.server import EngineServer, Parts
 from tidegate.engines.serving.types import ServingFacts
+from tidegate.policies.chunks import ChunkBudget
 from tidegate.policies.order import Order
 from tidegate.protocol.bodies import RequestBody, parse_body
 from tidegate.protocol.http_front import FrontRunner, Handler, answering_errors, json_answer, read_object
@@ -48,9 +49,10 @@ class EmulatedInstances:
         *,
         api_key: str = "",
         order: Order | None = None,
+        chunks: ChunkBudget | None = None,
         front_s: float = 0.0,
     ) -> None:
-        self.host = Host(order=order, front_s=front_s)
+        self.host = Host(order=order, chunks=chunks, front_s=front_s)
         self._model = model
         self._secret = secret
         self._api_key = api_key

@@ -19,6 +19,7 @@ import orjson
 
 from tidegate.core.errors import ConfigError, SetupError
 from tidegate.engines.seam import STAGE_MARK
+from tidegate.policies.chunks import CHUNKS, FIXED
 from tidegate.policies.orders import ORDERS
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,12 @@ def instance_parser(engine: str, description: str) -> argparse.ArgumentParser:
         choices=ORDERS.names(),
         default="fifo",
         help="who is admitted first among waiting requests (default: %(default)s)",
+    )
+    add(
+        "--chunks",
+        choices=CHUNKS.names(),
+        default=FIXED.name,
+        help="how much of prompts joins the decodes in a step (default: %(default)s)",
     )
     add("--exit-with-parent", action="store_true", help="end when the parent process does")
     add(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from dataclasses import dataclass
+from math import inf
 
 from tidegate.core.errors import BadRequest, PromptTooLong, UnknownModel
 from tidegate.engines.seam import RunningLeg
@@ -158,7 +159,8 @@ def _ticket(params: TicketParams | None) -> Ticket | None:
     if params.deadline_s < params.arrival_s:
         raise _bad_kv("tidegate_ticket.deadline_s", "before the arrival")
     own = params.arrival_s, params.deadline_s, params.work_s, params.tokens, params.long_tokens
-    return Ticket(*own, params.chunk_tokens)
+    tpot_s = inf if params.tpot_s is None else params.tpot_s
+    return Ticket(*own, params.chunk_tokens, tpot_s, params.first_token_s)
 
 
 def _sampling(

@@ -1,0 +1,151 @@
+"""How many tokens of prompts a step may carry beside the decodes of its instance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf, sqrt
+from typing import NamedTuple, Protocol
+
+from tidegate.costs.forms import MixedCost, StepCost
+from tidegate.policies.dues import TokenDues
+from tidegate.policies.registry import Registry
+
+
+class NextStep(NamedTuple):
+    """A step as far as it is composed.
+
+    It begins at ``now`` with ``decodes`` that hold ``context_tokens`` once it is over, and carries
+    ``chunk_tokens`` of prompts of ``attention`` work. ``dues`` are those of its decodes. ``cost`` says what
+    it takes with prompts, ``decode_cost`` without, both beside ``host_s``. ``most_tokens`` is the engine's
+    limit of tokens. There were ``steps_since`` the last one with prompts.
+    """
+
+    now: float
+    decodes: int
+    context_tokens: float
+    dues: TokenDues
+    cost: MixedCost
+    decode_cost: StepCost
+    host_s: float
+    most_tokens: int
+    steps_since: int
+    chunk_tokens: int = 0
+    attention: float = 0.0
+
+    @property
+    def room_tokens(self) -> int:
+        """What the engine's limit leaves for prompts."""
+        return self.most_tokens - self.decodes - self.chunk_tokens
+
+
+class ChunkBudget(Protocol):
+    """Says for each prompt in turn how much of it joins a step."""
+
+    @property
+    def name(self) -> str:
+        """That in ``CHUNKS``."""
+        ...
+
+    @property
+    def steady(self) -> bool:
+        """Whether only the engine's limit counts, so that equal batches get equal chunks at any time."""
+        ...
+
+    def tokens(self, step: NextStep, cached_tokens: int) -> int:
+        """Return the most tokens of the next prompt, ``cached_tokens`` of which have KV, that may join
+        ``step``; none where it is not positive. At most ``step.room_tokens``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FixedBudget:
+    """The engine's limit, as in vLLM and Sarathi-Serve."""
+
+    name: str = "fixed"
+    steady: bool = True
+
+    def tokens(self, step: NextStep, cached_tokens: int) -> int:
+        """See ``ChunkBudget.tokens``."""
+        return step.room_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class SlackBudget:
+    """As much as lets the next token of nearly every decode be in time.
+
+    - *Dues*: a step may last until the due (``TokenDues``) that ``behind_share`` of the decodes are before.
+      Those whose first token was late have none, and those that are more than ``recoverable_tokens`` of
+      their targets behind are given up: they bind nothing. What decodes have won is spent on one long chunk.
+    - *Chunk*: the cost of a mixed step solved for its length, less ``safety`` for the form's error. A step
+      may be longer than without chunk by ``least_share`` of that in any case, so that prompts never starve.
+    - *Waiting*: a step with a chunk costs more than one without by more than the chunk's own work, most where
+      decodes hold much context. Unless the chunk's work is ``worth`` times as much, the decodes go on alone
+      and win time for a longer one, for at most ``patient_steps`` steps.
+
+    ``safety`` is the median error of the packaged fits; the others were chosen by measurement
+    (docs/policies/chunks.md).
+    """
+
+    name: str = "slack"
+    steady: bool = False
+    safety: float = 0.02
+    behind_share: float = 0.05
+    recoverable_tokens: float = 4.0
+    least_share: float = 0.25
+    worth: float = 3.0
+    patient_steps: int = 16
+
+    def tokens(self, step: NextStep, cached_tokens: int) -> int:
+        """See ``ChunkBudget.tokens``."""
+        room = step.room_tokens
+        if not step.decodes:
+            return room
+        bare_s = float(step.cost.seconds(step.decodes, 0.0, step.context_tokens))
+        ends_s = step.now + step.host_s + bare_s
+        due_s = step.dues.behind_first(self.behind_share, ends_s, self.recoverable_tokens)
+        if due_s == inf:
+            return room
+        left_s = (due_s - step.now) * (1.0 - self.safety) - step.host_s
+        if not step.chunk_tokens and step.steps_since < self.patient_steps:
+            overhead_s = bare_s - float(step.decode_cost.seconds(step.decodes, step.context_tokens))
+            if left_s - bare_s < self.worth * overhead_s:
+                return 0
+        left_s = max(left_s, (1.0 + self.least_share) * bare_s)
+        return min(room, longest_chunk(step.cost, left_s, step, cached_tokens))
+
+
+def longest_chunk(cost: MixedCost, seconds: float, step: NextStep, cached_tokens: int) -> int:
+    """Return how many tokens of a prompt, behind ``cached_tokens``, may join ``step`` so that ``cost`` says
+    at most ``seconds``; 0 where none may. The form solved for a chunk's length."""
+    b_s, c_s, n0 = float(cost.b_s), float(cost.c_s), float(cost.n0)
+    others = step.decodes + step.chunk_tokens
+    fixed_s = float(cost.a_s) + c_s * step.attention + float(cost.d_s) * step.context_tokens
+    left_s = seconds - fixed_s
+    if left_s <= b_s * max(0.0, others - n0):
+        return 0
+    # Within the first n0 tokens of a step only attention costs; beyond them each token costs b as well.
+    free = max(0.0, n0 - others)
+    linear_s, spent_s = c_s * cached_tokens, 0.0
+    if c_s * free * (0.5 * free + cached_tokens) < left_s:
+        linear_s += b_s
+        spent_s = b_s * (others - n0)  # negative where some of the first n0 are left
+    left_s -= spent_s
+    if c_s == 0.0:
+        return int(min(left_s / linear_s, 2.0**31)) if linear_s > 0 else 2**31
+    root = sqrt(linear_s * linear_s + 2.0 * c_s * left_s)
+    return int(2.0 * left_s / (linear_s + root))
+
+
+CHUNKS: Registry[Callable[[], ChunkBudget]] = Registry("chunk budget", group="tidegate.chunks")
+"""Factories of chunk budgets. A third party names one under the entry point group ``tidegate.chunks``."""
+
+CHUNKS.register("fixed")(FixedBudget)
+CHUNKS.register("slack")(SlackBudget)
+
+FIXED = FixedBudget()
+
+
+def make_chunks(name: str) -> ChunkBudget:
+    """Return the chunk budget ``name``. Raises ConfigError for an unknown one, listing those that exist."""
+    return CHUNKS.get(name)()

@@ -1,0 +1,114 @@
+"""What a request is predicted to cost through each instance: one sum of named terms, in seconds.
+
+The terms of the first token (wait, read, prefill, beside) are times. Those of the decode are shares of a
+target, times the TTFT target, so that using up the whole of either target weighs the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from tidegate.core.request import Request
+from tidegate.ledger.snapshot import Column, Mask, Snapshot
+from tidegate.policies.ampd.paths import Home, PathCosts, binding_history, path_costs
+
+MOST_TAKEN = 0.9
+"""Decodes take at most this share of the time of a step, as far as prefills beside them are concerned."""
+
+
+@dataclass(frozen=True, slots=True)
+class CostConstants:
+    """All ours. A first token later than ``margin`` of its target counts as late, for predictions err; a
+    second behind that costs ``late_weight`` seconds. A step up to the share ``pace`` of the TPOT target does
+    nobody harm; what is beyond costs ``late_weight`` times as much. KV beyond all but the share
+    ``kv_reserve`` of a cache is at risk.
+    """
+
+    margin: float = 0.8
+    late_weight: float = 10.0
+    pace: float = 0.85
+    kv_reserve: float = 0.1
+
+
+class FirstToken(NamedTuple):
+    """What passes until the first token, through each instance.
+
+    ``wait_s`` is the queue, ``read_s`` the way of the history, ``prefill_s`` the computing of what the
+    instance lacks, alone; ``beside_s`` is by how much the decodes there stretch both. ``late_s`` is what is
+    late by then, weighed.
+    """
+
+    wait_s: Column
+    read_s: Column
+    prefill_s: Column
+    beside_s: Column
+    late_s: Column
+    reads: Mask
+
+    @property
+    def seconds(self) -> Column:
+        """The time to the first token."""
+        return self.wait_s + self.read_s + self.prefill_s + self.beside_s
+
+    def terms(self) -> dict[str, Column]:
+        """Return what is summed, by name."""
+        return {name: getattr(self, name) for name in self._fields[:5]}
+
+
+class Decoding(NamedTuple):
+    """What a decode costs on each instance: ``crowd_s`` is the step's share of the TPOT target, ``kv_s`` the
+    risk that KV runs out. ``harmless``: neither target nor reserve is touched."""
+
+    crowd_s: Column
+    kv_s: Column
+    harmless: Mask
+
+    @property
+    def seconds(self) -> Column:
+        """Their sum."""
+        return self.crowd_s + self.kv_s
+
+
+def first_token(request: Request, snapshot: Snapshot, constants: CostConstants) -> FirstToken:
+    """Price the prefill on every instance: fresh, with what its cache has, or with the history read over."""
+    history = binding_history(request, snapshot)
+    home = Home(0, 0)
+    if history is not None:
+        home = Home(snapshot.index[history.on], min(history.tokens, request.prompt_tokens - 1))
+    paths: PathCosts = path_costs(request, snapshot, home, read=None)
+    mixed = snapshot.costs.mixed
+    beside_s = mixed.b_s * snapshot.decode_requests + mixed.d_s * snapshot.decode_tokens
+    taken = np.minimum(beside_s / request.slo.tpot_s, MOST_TAKEN)
+    stretched_s = (paths.wait_s + paths.prefill_s) * (taken / (1.0 - taken))
+    spent_s = max(0.0, snapshot.at_s - request.arrival_s)
+    ttft_s = spent_s + paths.first_token_s + stretched_s
+    late_s = constants.late_weight * np.maximum(ttft_s - constants.margin * request.slo.ttft_s, 0.0)
+    return FirstToken(paths.wait_s, paths.read_s, paths.prefill_s, stretched_s, late_s, paths.reads)
+
+
+def decoding(request: Request, snapshot: Snapshot, held_on: int | None, constants: CostConstants) -> Decoding:
+    """Price the decode on every instance; ``held_on`` has its KV already."""
+    tokens = float(request.prompt_tokens)
+    step_s = snapshot.costs.step.seconds(snapshot.decode_requests + 1.0, snapshot.decode_tokens + tokens)
+    share = step_s / request.slo.tpot_s
+    over = np.maximum(share - constants.pace, 0.0)
+    crowd_s = request.slo.ttft_s * (share + constants.late_weight * over)
+    capacity = np.where(snapshot.kv_capacity_tokens > 0, snapshot.kv_capacity_tokens, np.inf)
+    free = snapshot.free_tokens - tokens
+    if held_on is not None:
+        free[held_on] += tokens
+    short = np.maximum(constants.kv_reserve * capacity - free, 0.0) / (constants.kv_reserve * capacity)
+    short = np.where(np.isfinite(capacity), short, 0.0)
+    harmless = (over == 0.0) & (short == 0.0)
+    return Decoding(crowd_s, request.slo.ttft_s * constants.late_weight * short, harmless)
+
+
+def move_seconds(request: Request, snapshot: Snapshot) -> Column:
+    """Return how long the KV of the prompt takes to each instance that has none of it."""
+    costs = snapshot.costs.transfer
+    return np.broadcast_to(
+        np.asarray(costs.seconds(request.prompt_tokens * snapshot.kv_bytes_per_token)), (len(snapshot),)
+    )

@@ -1,0 +1,135 @@
+"""Which instances prefill only, decode only, or do both: what the arithmetic of the traffic says (ours)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from tidegate.core.decision import ControlDecision, Flip
+from tidegate.core.instance import Role
+from tidegate.core.slo import Slo
+from tidegate.ledger.snapshot import Column, Snapshot
+from tidegate.policies.protocols import Signal
+from tidegate.policies.starting_roles import TARGET
+from tidegate.policies.tidegate.shape import FleetLabels, FluidFleet, MeanRequest, RecentLengths
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeConstants:
+    """All ours. Labels change where that gains the share ``gain`` of what the fleet serves, and where
+    ``agreeing`` plans in a row say so; of shapes within ``even`` of the best it is that with most instances
+    that do both, for bursts are met by whoever is free. A plan moves the share ``step`` of the fleet at most:
+    lengths are known late. Lengths are believed from ``fewest`` answers on. Up to ``units`` steps of a fleet
+    are compared. Where decodes take more than ``crowded`` of their TPOT target or of the KV, one of those for
+    prefill does both at once, whatever plans say, and for ``rest_s`` there are no more than the others.
+    """
+
+    gain: float = 0.07
+    even: float = 0.02
+    agreeing: int = 2
+    step: float = 0.125
+    fewest: int = 32
+    units: int = 32
+    crowded: float = 0.95
+    rest_s: float = 300.0
+    period_s: float = 2.0
+
+
+class ShapeState(NamedTuple):
+    """How many of the newest plans in a row wanted more prefill instances (negative: fewer), and the ``most``
+    that there may be until ``until_s``."""
+
+    plans: int = 0
+    most: int = 0
+    until_s: float = -np.inf
+
+
+@dataclass(frozen=True, slots=True)
+class FleetShape:
+    """Once per period compares what the fleet serves as it is labelled with what it would serve otherwise.
+
+    Two labels suffice: an instance that only decodes would leave prompts of a burst to fewer, and one that
+    does both is one as soon as nothing is sent to it.
+    """
+
+    lengths: RecentLengths
+    slo: Slo
+    constants: ShapeConstants = field(default_factory=ShapeConstants)
+    name: str = "shape"
+    needs: frozenset[Signal] = frozenset({Signal.PROFILE})
+
+    @property
+    def period_s(self) -> float:
+        return self.constants.period_s
+
+    def initial(self) -> ShapeState:
+        """Return the state for the first decision."""
+        return ShapeState()
+
+    def decide(self, snapshot: Snapshot, state: ShapeState) -> ControlDecision[ShapeState]:
+        """Return the flips towards a better shape; none while plans do not agree on one."""
+        constants, fleet = self.constants, snapshot.without_draining()
+        prefill = int(np.count_nonzero(fleet.labelled(Role.PREFILL)))
+        if prefill and (share := self._crowding(fleet)) > constants.crowded:
+            why = f"decodes take {share:.0%} of what they may: fewer instances prefill only"
+            rests = ShapeState(0, prefill - 1, fleet.at_s + constants.rest_s)
+            return ControlDecision(rests, tuple(flips_to(fleet, prefill - 1, why)), why)
+        rows = snapshot.requests
+        running = float(rows.answer_tokens[rows.decode_on >= 0].sum())
+        demand = self.lengths.demand(running)
+        if demand is None or self.lengths.answered < constants.fewest or len(fleet) < 2:
+            unknown = "too little is known of the traffic, or one instance does both"
+            return ControlDecision(state._replace(plans=0), reason=unknown)
+        told, wanted = self._compared(fleet, demand, prefill)
+        wanted = min(wanted, state.most) if fleet.at_s < state.until_s else wanted
+        if wanted == prefill:
+            return ControlDecision(state._replace(plans=0), reason=told)
+        direction = 1 if wanted > prefill else -1
+        plans = state.plans + direction if state.plans * direction > 0 else direction
+        state = state._replace(plans=plans)
+        if abs(plans) < constants.agreeing:
+            return ControlDecision(state, reason=f"{told}: once more")
+        wanted = min(wanted, prefill + max(1, int(constants.step * len(fleet))))
+        return ControlDecision(state, tuple(flips_to(fleet, wanted, told)), told)
+
+    def _compared(self, fleet: Snapshot, demand: MeanRequest, prefill: int) -> tuple[str, int]:
+        """Return a sentence and how many instances should prefill only: as many as do, unless that gains."""
+        constants, count = self.constants, len(fleet)
+        kv_tokens = float(fleet.kv_capacity_tokens[0]) or np.inf
+        token_bytes = float(fleet.kv_bytes_per_token[0])
+        model = FluidFleet(fleet.costs.at(0), kv_tokens, token_bytes, demand, self.slo)
+        ranked = model.ranked(count, max(1, count // constants.units))
+        have = FleetLabels(prefill, count - prefill)
+        counts = np.array([have, FleetLabels(0, count)], np.float64).T
+        now_rps, both_rps = map(float, model.rates_rps(*counts))
+        enough_rps = ranked[0][0] * (1.0 - constants.even)
+        near = [pair for pair in ranked if pair[0] >= enough_rps]
+        rps, best = max(near, key=lambda pair: pair[1].mixed)
+        told = f"{have} serve {now_rps:.3g} requests/s, {best} would serve {rps:.3g}"
+        if rps < both_rps * (1.0 + constants.gain):
+            # What the split gains over a fleet that does both is less than what bursts may cost it.
+            return f"{told}, all for both {both_rps:.3g}", 0 if both_rps >= now_rps else prefill
+        return told, prefill if now_rps >= enough_rps else best.prefill
+
+    def _crowding(self, fleet: Snapshot) -> float:
+        """Return the mean share of the TPOT target, or of the KV, that decodes take where they may run."""
+        at = fleet.labels.decoding_mask
+        step_s = np.asarray(fleet.costs.step.seconds(fleet.decode_requests, fleet.decode_tokens))[at]
+        capacity = np.where(fleet.kv_capacity_tokens > 0, fleet.kv_capacity_tokens, np.inf)[at]
+        held = (fleet.decode_tokens + fleet.handoff_tokens)[at] / capacity
+        return float(max((step_s / self.slo.tpot_s).mean(), held.mean())) if at.any() else 1.0
+
+
+def flips_to(fleet: Snapshot, prefill: int, why: str) -> list[Flip]:
+    """Return the flips after which ``prefill`` instances prefill only and the others do both, as far as they
+    are flippable. Those with the least to decode prefill; those that do keep their label before others."""
+    held: Column = fleet.decode_tokens + fleet.handoff_tokens
+    order = np.lexsort((held, ~fleet.labelled(Role.PREFILL))).tolist()
+    roles = {at: Role.PREFILL if place < prefill else Role.MIXED for place, at in enumerate(order)}
+    return [
+        Flip(fleet.ids[at], role, TARGET, why)
+        for at, role in roles.items()
+        if fleet.flippable[at] and fleet.role[at] != float(role)
+    ]

@@ -1,0 +1,168 @@
+"""How much a fleet serves under given labels: a fluid model over what came lately, in closed form.
+
+A prefill takes its work, steps of decodes theirs, shared by the batch. Where both are on one instance a
+chunk comes on top of a step: its fixed part hides behind the step's, and a resident token costs more beside
+it. Nothing waits here, so bursts are not seen.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tidegate.core.request import Request
+from tidegate.core.slo import Slo
+from tidegate.costs.forms import attention_work
+from tidegate.costs.profile import ProfileTable
+
+Counts = NDArray[np.float64]
+
+REMEMBERED = 2048
+"""The newest answered requests of which means are taken (ours)."""
+WORTH = 12.0
+"""A chunk's work is so many times what a mixed step costs beyond a decode step, where decodes leave no room
+for more: engines wait for such a chunk (``SlackBudget``). Chosen by simulation."""
+HALVINGS = 24
+"""Steps of a search for a rate, each of which halves what is left."""
+
+
+class MeanRequest(NamedTuple):
+    """What a request takes on average: tokens to compute and their attention work, decode steps, and the
+    tokens that a running decode holds (by the steps that it stays for)."""
+
+    new_tokens: float
+    attention: float
+    steps: float
+    context_tokens: float
+
+
+class RecentLengths:
+    """An observer that remembers the lengths of the newest answered requests."""
+
+    def __init__(self) -> None:
+        self._rows: deque[tuple[int, int, int]] = deque(maxlen=REMEMBERED)
+        self.answered = 0
+
+    def tokens(self, request: Request, generated: int, now: float) -> None:
+        """Tokens alone say nothing of lengths."""
+
+    def finished(self, request: Request, generated: int, now: float) -> None:
+        """Remember a request that was answered in full."""
+        history = 0 if request.history is None else request.history.tokens
+        prompt = request.prompt_tokens
+        cached = min(prompt - 1, max(history, max(request.cached.values(), default=0)))
+        self._rows.append((prompt, cached, generated))
+        self.answered += 1
+
+    def demand(self, running_tokens: float) -> MeanRequest | None:
+        """Return the means; None where nothing was answered.
+
+        ``running_tokens`` were generated of answers that run. They count as long as all that were answered
+        are remembered: the first answers to end are the short ones, and all tokens over all ends is what an
+        answer has on average (the estimate of an exponential mean from lives that are cut off).
+        """
+        if not self._rows:
+            return None
+        prompt, cached, generated = np.array(self._rows, np.float64).T
+        longer = 1.0 + running_tokens / max(1.0, generated.sum()) * len(generated) / self.answered
+        generated = generated * longer
+        new, steps = np.maximum(prompt - cached, 1.0), np.maximum(generated - 1.0, 0.0)
+        held = prompt + 0.5 * generated
+        context = float((steps * held).sum() / steps.sum()) if steps.any() else float(held.mean())
+        attention = np.asarray(attention_work(new, cached))
+        return MeanRequest(float(new.mean()), float(attention.mean()), float(steps.mean()), context)
+
+
+class FleetLabels(NamedTuple):
+    """How many instances prefill only, and how many do both."""
+
+    prefill: int
+    mixed: int
+
+    def __str__(self) -> str:
+        return f"{self.prefill} for prefill and {self.mixed} for both"
+
+
+@dataclass(frozen=True, slots=True)
+class FluidFleet:
+    """The highest rates that equal instances serve, each of ``costs`` with ``kv_tokens``, for ``demand``.
+
+    Steps of decodes last up to ``slo.tpot_s``. ``token_bytes`` of KV per token move between instances.
+    """
+
+    costs: ProfileTable
+    kv_tokens: float
+    token_bytes: float
+    demand: MeanRequest
+    slo: Slo
+
+    def rates_rps(self, prefill: Counts, mixed: Counts) -> Counts:
+        """Return the highest rate of each labelling; the arguments are arrays of counts."""
+        alone_rps = self._prefills_rps()
+        low, high = np.zeros(len(prefill)), (prefill + mixed) * max(alone_rps, self._decodes_rps())
+        for _ in range(HALVINGS):
+            middle = 0.5 * (low + high)
+            fits = self._busy(np.maximum(middle - prefill * alone_rps, 0.0), middle, mixed) <= 1.0
+            low, high = np.where(fits, middle, low), np.where(fits, high, middle)
+        return low
+
+    def ranked(self, instances: int, unit: int = 1) -> list[tuple[float, FleetLabels]]:
+        """Return the labellings in steps of ``unit`` instances with their rates, the highest rate first."""
+        shapes = [FleetLabels(prefill, instances - prefill) for prefill in range(0, instances, unit)]
+        rates = self.rates_rps(*np.array(shapes, np.float64).T)
+        return [(float(rates[at]), shapes[at]) for at in np.argsort(-rates, kind="stable")]
+
+    def _prefills_rps(self) -> float:
+        """Return how many prefills an instance does that has nothing else to do, steps shared."""
+        return 1.0 / max(self._work_s + self._port_s, 1e-9)
+
+    def _decodes_rps(self) -> float:
+        """Return how many answers an instance gives per second that prefills nothing."""
+        form, demand = self.costs.step, self.demand
+        if demand.steps < 1e-6:  # answers of one token: prefills alone
+            return 1e9
+        each_s = float(form.b_s) + float(form.c_s) * demand.context_tokens
+        in_time = (self.slo.tpot_s - float(form.a_s)) / each_s
+        batch = max(1.0, min(in_time, self.kv_tokens / demand.context_tokens))
+        return float(batch / (demand.steps * (float(form.a_s) + batch * each_s)))
+
+    @property
+    def _work_s(self) -> float:
+        """What a prefill adds to a queue whose steps are shared."""
+        form = self.costs.mixed
+        return float(form.b_s * self.demand.new_tokens + form.c_s * self.demand.attention)
+
+    @property
+    def _port_s(self) -> float:
+        """How long the KV of a prompt keeps a link busy: counted as if the instance waited for it, for links
+        that are slow lose what a split gains."""
+        return float(np.asarray(self.costs.transfer.seconds(self.demand.new_tokens * self.token_bytes)))
+
+    def _busy(self, prefills: Counts, decodes: Counts, instances: Counts) -> Counts:
+        """Return which part of their time ``instances`` that do both need for so many of each per second.
+
+        With the longest gap g that the target and the KV allow, ``decodes * steps * g`` run at once, in 1/g
+        steps. With a chunk, a step's weights are read once: what is over its work is dear where much context
+        is held (then chunks are long and few, see ``WORTH``), and a gain where there is little.
+        """
+        demand, step, mixed = self.demand, self.costs.step, self.costs.mixed
+        each = np.maximum(instances, 1e-9)
+        work_s = prefills / each * self._work_s
+        tokens = decodes * demand.steps / each
+        gap_s = np.minimum(self.slo.tpot_s, self.kv_tokens / np.maximum(tokens * demand.context_tokens, 1e-9))
+        batch = tokens * gap_s
+        held = batch * demand.context_tokens
+        step_s = np.asarray(step.seconds(batch, held))
+        fixed_s = np.asarray(mixed.a_s + mixed.b_s * (batch - mixed.n0) + mixed.d_s * held)
+        room_s = np.maximum(self.slo.tpot_s - fixed_s, 1e-9)
+        over_s = fixed_s - step_s
+        dear_s = work_s * np.minimum(np.maximum(over_s, 0.0) / room_s, 1.0 / WORTH)
+        hidden_s = np.asarray(mixed.b_s * mixed.n0)
+        chunks = np.minimum(1.0 / gap_s, work_s / np.maximum(hidden_s, 1e-9))
+        extra_s = np.where(batch > 0, dear_s + np.minimum(over_s, 0.0) * chunks, 0.0)
+        busy = work_s + extra_s + np.where(tokens > 0, step_s / gap_s, 0.0)
+        return np.where(instances > 0, busy, np.where(prefills + decodes > 0, np.inf, 0.0))

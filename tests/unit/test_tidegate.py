@@ -1,0 +1,201 @@
+"""The system ``tidegate``: one cost for every place, and labels by what the fleet serves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tidegate.core.decision import ControlDecision, Flip, Path, Place, Verdict
+from tidegate.core.errors import NoInstance
+from tidegate.core.instance import Role
+from tidegate.core.slo import Slo
+from tidegate.costs.forms import TransferCost
+from tidegate.costs.profile import ProfileTable
+from tidegate.ledger.ledger import Ledger
+from tidegate.policies.tidegate.labels import FleetShape, ShapeState
+from tidegate.policies.tidegate.placement import OneCost
+from tidegate.policies.tidegate.shape import FluidFleet, MeanRequest, RecentLengths
+from tidegate.systems import make_system
+from tidegate_testing import REFERENCE, cluster, request
+
+START = ShapeState()
+P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
+SLO = Slo(2.0, 0.05)
+FAST = replace(REFERENCE, transfer=TransferCost(5e-4, 3.6e11))
+"""The reference with links as within a node."""
+LONG = MeanRequest(15_000.0, 1.85e8, 150.0, 15_075.0)
+"""Long prompts, whose context makes a resident token beside a chunk dear."""
+SHORT = MeanRequest(290.0, 1.0e5, 36.0, 310.0)
+
+
+def queue(ledger: Ledger, on: str, tokens: int) -> str:
+    name = f"p-{on}-{tokens}"
+    ledger.prefill_dispatched(request(name, tokens), on, 0.0)
+    return name
+
+
+def decode(ledger: Ledger, on: str, tokens: int) -> None:
+    ledger.decode_dispatched(queue(ledger, on, tokens), on, tokens, 0.0)
+
+
+def place(verdict: Verdict) -> Place:
+    assert isinstance(verdict.decision, Place)
+    return verdict.decision
+
+
+class TestOneCost:
+    def test_both_phases_run_where_the_prefill_costs_least(self) -> None:
+        ledger = cluster(3, roles=(M, M, M))
+        queue(ledger, "i0", 8000)
+        decode(ledger, "i1", 100_000)
+        assert place(OneCost().place_prefill(request("new", 1000), ledger.snapshot(0.0))) == Place(
+            "i2", "i2", Path.COLOCATED
+        )
+
+    def test_decodes_stretch_a_prefill_beside_them(self) -> None:
+        ledger = cluster(2, roles=(M, M))
+        decode(ledger, "i0", 300_000)
+        verdict = OneCost().place_prefill(request("new", 8000), ledger.snapshot(0.0))
+        assert place(verdict).prefill_on == "i1"
+        assert verdict.alternatives is not None
+        beside_s = verdict.alternatives.terms()["beside_s"]
+        assert beside_s[0] > 0.1 and beside_s[1] == 0.0
+
+    def test_a_decode_leaves_an_instance_that_only_prefills(self) -> None:
+        ledger = cluster(3, roles=(P, M, M))
+        decode(ledger, "i1", 200_000)
+        queue(ledger, "i2", 6000)
+        snapshot = ledger.snapshot(0.0)
+        assert place(OneCost().place_prefill(request("new", 3000), snapshot)) == Place(
+            "i0", None, Path.DISAGGREGATED
+        )
+        assert place(OneCost().place_decode(request("new", 3000), snapshot, "i0")).decode_on == "i2"
+
+    def test_a_decode_is_not_sent_where_its_kv_finds_no_room(self) -> None:
+        ledger = cluster(2, roles=(M, M), kv_capacity_tokens=10_000)
+        decode(ledger, "i0", 9_000)
+        queue(ledger, "i1", 2000)
+        assert place(OneCost().place_prefill(request("new", 4000), ledger.snapshot(0.0))).prefill_on == "i1"
+
+    def test_an_empty_fleet_is_an_error(self) -> None:
+        with pytest.raises(NoInstance):
+            OneCost().place_prefill(request(), Ledger().snapshot(0.0))
+
+    @given(
+        st.lists(
+            st.tuples(st.sampled_from([P, D, M]), st.integers(0, 20_000), st.integers(0, 300_000)),
+            min_size=1,
+            max_size=6,
+        ),
+        st.integers(1, 20_000),
+    )
+    def test_the_named_terms_add_up_and_the_least_sum_is_taken(
+        self, loads: list[tuple[Role, int, int]], tokens: int
+    ) -> None:
+        ledger = cluster(len(loads), roles=[role for role, _, _ in loads])
+        for at, (_, waiting, resident) in enumerate(loads):
+            if waiting:
+                queue(ledger, f"i{at}", waiting)
+            if resident:
+                decode(ledger, f"i{at}", resident)
+        verdict = OneCost().place_prefill(request("new", tokens), ledger.snapshot(0.0))
+        assert verdict.alternatives is not None
+        terms = dict(verdict.alternatives.terms())
+        cost_s = terms.pop("cost_s")
+        compared = np.array(verdict.alternatives.candidates)
+        assert np.allclose(cost_s, sum(terms.values()))
+        assert cost_s[int(place(verdict).prefill_on[1:])] == cost_s[compared].min()
+
+
+class TestFluidFleet:
+    def fleet(self, demand: MeanRequest) -> FluidFleet:
+        return FluidFleet(ProfileTable.of([FAST]), 400_000.0, 131_072.0, demand, SLO)
+
+    def test_long_contexts_ask_for_instances_that_only_prefill(self) -> None:
+        (best_rps, best), *_ = self.fleet(LONG).ranked(8)
+        (both_rps,) = self.fleet(LONG).rates_rps(np.array([0.0]), np.array([8.0]))
+        assert best.prefill > 0 and best_rps > 1.08 * both_rps
+
+    def test_short_prompts_gain_little_by_a_split(self) -> None:
+        (best_rps, _), *_ = self.fleet(SHORT).ranked(8)
+        (both_rps,) = self.fleet(SHORT).rates_rps(np.array([0.0]), np.array([8.0]))
+        assert best_rps < 1.05 * both_rps
+
+    @given(
+        st.builds(
+            lambda new, steps: MeanRequest(new, new * new, steps, new + 0.5 * steps),
+            st.floats(1, 30_000),
+            st.floats(0, 3_000),
+        )
+    )
+    def test_more_instances_never_serve_less(self, demand: MeanRequest) -> None:
+        fleet, counts = self.fleet(demand), np.arange(1.0, 9.0)
+        for growing, still in ((counts, 2 * np.ones(8)), (2 * np.ones(8), counts)):
+            rates = fleet.rates_rps(growing, still)
+            assert np.isfinite(rates).all()
+            assert all(one <= other * (1 + 1e-4) for one, other in pairwise(rates))
+
+
+class TestFleetShape:
+    def shape(self, answers: int = 100, prompt: int = 15_000, generated: int = 150) -> FleetShape:
+        lengths = RecentLengths()
+        for number in range(answers):
+            lengths.finished(request(f"a{number}", prompt), generated, 1.0)
+        return FleetShape(lengths, SLO)
+
+    def tick(
+        self, shape: FleetShape, ledger: Ledger, state: ShapeState = START
+    ) -> ControlDecision[ShapeState]:
+        return shape.decide(ledger.snapshot(10.0), state)
+
+    def test_nothing_changes_while_little_is_known(self) -> None:
+        ledger = cluster(8, roles=(M,) * 8)
+        assert not self.tick(self.shape(answers=10), ledger, ShapeState(5)).actions
+
+    def test_labels_change_one_after_the_other_once_plans_agree(self) -> None:
+        ledger, shape = cluster(8, roles=(M,) * 8, profile=FAST), self.shape()
+        decode(ledger, "i0", 20_000)
+        first = self.tick(shape, ledger)
+        assert not first.actions and first.state.plans == 1
+        (flip,) = self.tick(shape, ledger, first.state).actions
+        assert isinstance(flip, Flip) and flip.to is P and flip.instance != "i0"
+
+    def test_a_fleet_that_gains_nothing_goes_back_to_both(self) -> None:
+        ledger = cluster(8, roles=(P, P, M, M, M, M, M, M))
+        shape = self.shape(prompt=290, generated=370)
+        flips = self.tick(shape, ledger, ShapeState(-1)).actions
+        assert {(flip.instance, flip.to) for flip in flips if isinstance(flip, Flip)} == {
+            ("i0", M),
+            ("i1", M),
+        }
+
+    def test_crowded_decodes_take_back_a_prefill_instance_for_a_while(self) -> None:
+        ledger = cluster(4, roles=(P, P, M, M), kv_capacity_tokens=100_000)
+        for on in ("i2", "i3"):
+            decode(ledger, on, 99_000)
+        crowded = self.tick(self.shape(), ledger)
+        assert [flip.to for flip in crowded.actions if isinstance(flip, Flip)] == [M]
+        assert crowded.state.most == 1 and crowded.state.until_s > 10.0
+        relieved = cluster(4, roles=(P, M, M, M), profile=FAST)
+        assert not self.tick(self.shape(), relieved, crowded.state._replace(plans=5)).actions
+
+    def test_answers_that_still_run_count_while_all_that_ended_are_remembered(self) -> None:
+        lengths = self.shape(answers=10, generated=101).lengths
+        known, more = lengths.demand(0.0), lengths.demand(1010.0)
+        assert known is not None and more is not None
+        assert known.steps == 100.0 and more.steps == pytest.approx(201.0)
+
+    def test_some_instance_always_decodes(self) -> None:
+        assert all(shape.mixed for _, shape in TestFluidFleet().fleet(LONG).ranked(8))
+
+
+def test_the_system_serves_with_all_instances_doing_both() -> None:
+    system = make_system("tidegate")
+    assert set(system.roles(4)) == {M}
+    assert system.order.name == "feasible-sjf" and system.chunks is not None
+    assert make_system("tidegate", split=(1, 2)).roles(3) == (P, D, D)
