@@ -15,6 +15,9 @@ from tidegate.experiments.run import run_once
 from tidegate.experiments.suites.catalogue import SUITES_OF_ROWS, suite_rows
 from tidegate.experiments.suites.rows import Claim, Row, known, profile
 from tidegate.experiments.suites.running import SuitePlan, run_suite
+from tidegate.reports.blind import left_out
+from tidegate.reports.comparison import ComparedSystem, LevelGoodput, TraceComparison
+from tidegate.reports.suite import SuiteReport, SuiteRow
 from tidegate.workloads.choice import WorkloadChoice, drawn, requests_of
 
 PAIR = Row(
@@ -91,3 +94,27 @@ def test_traces_of_a_folder_are_rows(tmp_path: Path) -> None:
     assert {row.workload for row in suite_rows("traces", traces_from=tmp_path)} >= {"mine", "code"}
     with pytest.raises(ConfigError, match="trace, plain"):
         suite_rows("traces", traces_from=tmp_path / "none")
+
+
+def made_row(workload: str, goodputs: dict[str, float]) -> SuiteRow:
+    entries = tuple(
+        ComparedSystem(name, (LevelGoodput(0.9, "", rps, rps, rps, None, (), by_seed=(rps,)),))
+        for name, rps in goodputs.items()
+    )
+    compared = TraceComparison(workload, workload, entries, None, "", "")
+    return SuiteRow(workload, workload, "", "ideal", "", compared)
+
+
+def test_constants_are_chosen_without_the_workload_that_they_are_judged_on() -> None:
+    rows = (
+        made_row("a", {"f.py:x": 1.0, "f.py:y": 2.0, "static": 2.0}),
+        made_row("b", {"f.py:x": 10.0, "f.py:y": 1.0, "static": 5.0}),
+        made_row("c", {"f.py:x": 1.5, "f.py:y": 1.0, "static": 0.0}),
+    )
+    report = SuiteReport("mine", "f.py:x", (), rows, (0.9,), 1, 0.02, "", "", {})
+    blind = left_out(report, ("f.py:x", "f.py:y"), "f")
+    found = {row.name: row.at(0.9) for row in blind.rows}
+    assert {name: each["f:blind"].chosen for name, each in found.items()} == {"a": "x", "b": "y", "c": "x"}
+    assert found["b"]["f:hindsight"].goodput_rps == found["b"]["f:first"].goodput_rps == 10.0
+    assert [row.name for row in blind.losses(0.9)] == ["b", "a"]
+    assert list(found["a"]) == ["f:blind", "f:first", "f:hindsight", "static"]

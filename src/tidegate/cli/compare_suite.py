@@ -34,6 +34,7 @@ from tidegate.reports.suite_page import (
     row_cells,
     suite_page,
 )
+from tidegate.systems import systems_in
 
 SUITE = "Suite"
 OF_A_ROW = (
@@ -60,6 +61,13 @@ class SuiteOptions:
     only: Annotated[str, Flag("Only rows whose name has one of these in it, or matches.", "PATTERN,..")] = ""
     quick: Annotated[bool, Flag("A few small rows that stand for the suite, one seed, at 90 %.")] = False
     traces_from: Annotated[Path | None, Flag("Folder of traces to add to --suite traces.", "DIR")] = None
+    choose: Annotated[
+        Path | None,
+        Flag(
+            "The systems of a Python file, of which each workload's is chosen on all other workloads.",
+            "FILE.py",
+        ),
+    ] = None
     plan_only: Annotated[bool, Flag("Only say which rows there are and what they take.")] = False
 
     @property
@@ -72,9 +80,10 @@ class SuiteOptions:
                 f"no suite is called {self.suite!r}; there is {', '.join(SUITES_OF_ROWS)}, and of systems "
                 f"{', '.join(SUITES)}"
             )
-        if self.only or self.quick or self.traces_from or self.plan_only:
+        if self.only or self.quick or self.traces_from or self.choose or self.plan_only:
             raise ConfigError(
-                f"--only, --quick, --traces-from and --plan-only go with --suite {', '.join(SUITES_OF_ROWS)}"
+                "--only, --quick, --traces-from, --choose and --plan-only go with --suite "
+                + ", ".join(SUITES_OF_ROWS)
             )
         return False
 
@@ -104,8 +113,9 @@ def plan_of(options: SuiteOptions, systems: str, closeness: Closeness, given: Co
         raise ConfigError(f"the rows of a suite have their own values for {', '.join(taken)}; leave them out")
     rows = suite_rows(options.suite, only=options.only, quick=options.quick, traces_from=options.traces_from)
     named = tuple(name.strip() for name in systems.split(",") if name.strip())
-    if named:
-        rows = [replace(row, systems=named, claims=()) for row in rows]
+    variants = tuple(systems_in(options.choose)) if options.choose else ()
+    if named or variants:
+        rows = [replace(row, systems=(*variants, *(named or row.systems)), claims=()) for row in rows]
     if options.quick:
         closeness = closeness.quickly(given)
     facts = {
@@ -122,6 +132,7 @@ def plan_of(options: SuiteOptions, systems: str, closeness: Closeness, given: Co
         closeness.tolerance,
         command_line(),
         facts,
+        variants,
     )
 
 

@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import tidegate
 from tidegate.core.errors import ConfigError, TidegateError
@@ -16,6 +17,7 @@ from tidegate.experiments.search import BLIND_FACTOR
 from tidegate.experiments.suites.rows import Claim, Row, known
 from tidegate.experiments.systems import Candidate, Contender, contenders
 from tidegate.measure.percentiles import t_interval
+from tidegate.reports.blind import left_out
 from tidegate.reports.comparison import TraceComparison
 from tidegate.reports.suite import ClaimFound, SuiteReport, SuiteRow
 from tidegate.workloads.choice import own_rate_rps, requests_of
@@ -31,7 +33,10 @@ ROWS_AT_ONCE = 2
 
 @dataclass(frozen=True, slots=True)
 class SuitePlan:
-    """What to run of a suite, and how closely."""
+    """What to run of a suite, and how closely.
+
+    ``variants`` are systems of one file, among which the subject's is chosen without its workload.
+    """
 
     suite: str
     rows: tuple[Row, ...]
@@ -40,6 +45,7 @@ class SuitePlan:
     tolerance: float
     command: str
     facts: Mapping[str, str]
+    variants: tuple[str, ...] = ()
 
     def of(self, row: Row) -> Plan:
         """Return a row as a comparison. Raises ConfigError where no system of it is there."""
@@ -119,7 +125,7 @@ async def run_suite(plan: SuitePlan, workers: Workers) -> SuiteReport:
     rows = await asyncio.gather(*map(limited, plan.rows))
     names = list(dict.fromkeys(name for row in plan.rows for name in row.systems))
     there, missing = known(names)
-    return SuiteReport(
+    report = SuiteReport(
         suite=plan.suite,
         subject=there[0],
         missing=tuple(missing),
@@ -131,6 +137,7 @@ async def run_suite(plan: SuitePlan, workers: Workers) -> SuiteReport:
         command=plan.command,
         facts=plan.facts,
     )
+    return left_out(report, plan.variants, Path(plan.variants[0]).stem) if plan.variants else report
 
 
 async def _run_row(plan: SuitePlan, row: Row, workers: Workers) -> SuiteRow:
