@@ -13,14 +13,14 @@ from tidegate.core.slo import Slo
 from tidegate.experiments.jobs import Store, Workers
 from tidegate.experiments.run import run_once
 from tidegate.experiments.suites.catalogue import SUITES_OF_ROWS, suite_rows
-from tidegate.experiments.suites.rows import Claim, Row, known, profile
+from tidegate.experiments.suites.rows import Claim, Experiment, known, profile
 from tidegate.experiments.suites.running import SuitePlan, run_suite
 from tidegate.reports.blind import left_out
 from tidegate.reports.comparison import ComparedSystem, LevelGoodput, TraceComparison
 from tidegate.reports.suite import SuiteReport, SuiteRow
 from tidegate.workloads.choice import WorkloadChoice, drawn, requests_of
 
-PAIR = Row(
+PAIR = Experiment(
     workload="few",
     choice=WorkloadChoice(poisson=2.0, limit=60, input_tokens="500", output_tokens="20"),
     profile=profile("h100_sxm/llama-3.1-8b"),

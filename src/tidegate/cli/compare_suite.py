@@ -21,7 +21,7 @@ from tidegate.cli.terminal import note, plain_table, run_until_interrupted, shar
 from tidegate.core.errors import ConfigError
 from tidegate.experiments.jobs import Store, Workers
 from tidegate.experiments.suites.catalogue import SUITES_OF_ROWS, suite_rows
-from tidegate.experiments.suites.running import Estimate, SuitePlan, estimate, run_suite
+from tidegate.experiments.suites.running import SuiteEstimate, SuitePlan, estimate, run_suite
 from tidegate.experiments.systems import SUITES
 from tidegate.reports.suite import SUITE_TABLES, SuiteReport, write_suite_tables
 from tidegate.reports.suite_page import (
@@ -170,7 +170,7 @@ def run_and_show(
     note(f"report: {out / REPORT}")
 
 
-def _tell(plan: SuitePlan, found: Estimate, workers: int) -> None:
+def _tell(plan: SuitePlan, found: SuiteEstimate, workers: int) -> None:
     systems = len({name for row in plan.rows for name in row.systems})
     note(
         f"{plan.suite}: {len(plan.rows)} rows, {systems} systems, about {found.runs:,.0f} simulations of "

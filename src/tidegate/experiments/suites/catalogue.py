@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tidegate.core.errors import ConfigError
 from tidegate.experiments.suites import papers, stress, traces
-from tidegate.experiments.suites.rows import OWN_ORDER, Row, chosen
+from tidegate.experiments.suites.rows import OWN_ORDER, Experiment, chosen
 
 SUITES_OF_ROWS = {
     "papers": "an experiment per headline figure of the papers, beside what they report",
@@ -18,7 +18,7 @@ SUITES_OF_ROWS = {
 
 def suite_rows(
     name: str, *, only: str = "", quick: bool = False, traces_from: Path | None = None
-) -> list[Row]:
+) -> list[Experiment]:
     """Return the rows of a suite that match ``only``; with ``quick`` the few that stand for it.
 
     Raises ConfigError for a pattern that no row matches, and for a folder of traces that this suite has no

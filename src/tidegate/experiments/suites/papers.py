@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from tidegate.core.slo import Slo
 from tidegate.costs.library import PackagedProfile, packaged_profile
-from tidegate.experiments.suites.rows import OWN_ORDER, WORLDS, Claim, Row
+from tidegate.experiments.suites.rows import OWN_ORDER, WORLDS, Claim, Experiment
 from tidegate.workloads.choice import WorkloadChoice, requests_of
 from tidegate.workloads.trace import Workload
 
@@ -55,9 +55,9 @@ def round_targets(requests: Workload, packaged: PackagedProfile, scale: float = 
     return Slo(round(scale * ttft_s / 0.05) * 0.05, round(scale * tpot_s / 0.005) * 0.005)
 
 
-def rows(*, quick: bool) -> list[Row]:
+def rows(*, quick: bool) -> list[Experiment]:
     """Return the suite's rows: every experiment in every world, the first of each paper for a quick run."""
-    found: list[Row] = []
+    found: list[Experiment] = []
     for of_paper in (_arrow(), _ares(), _dopd(), _ampd()):
         for number, row in enumerate(of_paper):
             if quick:
@@ -67,7 +67,7 @@ def rows(*, quick: bool) -> list[Row]:
     return found
 
 
-def _arrow() -> Iterator[Row]:
+def _arrow() -> Iterator[Experiment]:
     ours = ("arrow-v1", "arrow", *SUBJECTS)
     claims = (
         Claim("5.62 times the rate of colocated serving (v1)", 5.62, "goodput", ours, "colocated"),
@@ -86,10 +86,10 @@ def _arrow() -> Iterator[Row]:
         choice = WorkloadChoice(trace=trace, limit=3200)
         profile = packaged_profile("h100_sxm/llama-3.1-8b")
         slo = Slo(ttft_s, 0.05)
-        yield Row(name, choice, profile, 8, slo, systems, orders=OWN_ORDER, claims=claims)
+        yield Experiment(name, choice, profile, 8, slo, systems, orders=OWN_ORDER, claims=claims)
 
 
-def _ares() -> Iterator[Row]:
+def _ares() -> Iterator[Experiment]:
     base, ours = "round-robin:2:8", ("ares:2:8", "ares-slo:2:8", "arrow+ares:2:8", *SUBJECTS)
     claims = (
         Claim("2.24 times the goodput", 2.24, "goodput", ours, base),
@@ -98,13 +98,13 @@ def _ares() -> Iterator[Row]:
     systems = (*SUBJECTS, *ours[:3], base, "static:2:8", "static:best", "colocated:tuned")
     choice = WorkloadChoice(trace="sample:reasoning-day", limit=1000)
     profile = packaged_profile("rtx_4090/llama-3.1-8b")
-    yield Row("ares", choice, profile, 10, Slo(5.0, 0.03), systems, orders=OWN_ORDER, claims=claims)
+    yield Experiment("ares", choice, profile, 10, Slo(5.0, 0.03), systems, orders=OWN_ORDER, claims=claims)
 
 
-def _dopd() -> Iterator[Row]:
+def _dopd() -> Iterator[Experiment]:
     chat = WorkloadChoice(trace="sample:azure-conv", limit=2000)
     large = packaged_profile("h100_sxm/llama-3.1-70b/tp4")
-    yield Row(
+    yield Experiment(
         *("dopd-goodput", chat, large, 4, Slo(1.5, 0.05)),
         (*SUBJECTS, "dopd", "colocated", "static:even", "static:best", "colocated:tuned"),
         orders=OWN_ORDER,
@@ -116,7 +116,7 @@ def _dopd() -> Iterator[Row]:
     )
     base, ours = "minimal-load:1:1", ("dopd", "minimal-load:1:1+length-aware", *SUBJECTS)
     small = packaged_profile("h100_sxm/llama-3.1-8b")
-    yield Row(
+    yield Experiment(
         *("dopd-lengths", chat, small, 2, Slo(1.0, 0.025)),
         (*SUBJECTS, "dopd", base, "minimal-load:1:1+length-aware", "colocated:tuned"),
         orders=OWN_ORDER,
@@ -127,7 +127,7 @@ def _dopd() -> Iterator[Row]:
     )
     day = WorkloadChoice(trace="sample:reasoning-day", start_s=43_200.0)
     scarce = packaged_profile("rtx_4090/llama-3.1-8b")
-    yield Row(
+    yield Experiment(
         *("dopd-day", day, scarce, 6, Slo(10.0, 0.06)),
         (),
         spares=3,
@@ -139,7 +139,7 @@ def _dopd() -> Iterator[Row]:
     )
 
 
-def _ampd() -> Iterator[Row]:
+def _ampd() -> Iterator[Experiment]:
     base, ours = "always-remote-return:1:1", ("ampd:1:1", "ampd-cost:1:1", *SUBJECTS)
     claims = (
         Claim("+67.29 % attained over Dynamo", 1.6729, "attainment", ours, base, factor=1.5),
@@ -150,7 +150,7 @@ def _ampd() -> Iterator[Row]:
     for name, sessions in (("toolbench", 300), ("hotpotqa", 250), ("dureader", 250)):
         choice = WorkloadChoice(trace=f"like:{name}:{sessions}")
         slo = round_targets(requests_of(choice), profile)
-        yield Row(
+        yield Experiment(
             *(f"ampd-{name}", choice, profile, 2, slo, systems),
             orders=OWN_ORDER,
             closed_loop=True,

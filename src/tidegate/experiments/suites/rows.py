@@ -61,7 +61,7 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Experiment:
     """An experiment of a suite.
 
     Rows with one ``workload`` have the same traffic, whatever the fleet. ``systems`` are contenders as
@@ -145,7 +145,7 @@ def known(names: Iterable[str]) -> tuple[list[str], list[str]]:
     return there, missing
 
 
-def chosen(rows: Sequence[Row], patterns: str) -> list[Row]:
+def chosen(rows: Sequence[Experiment], patterns: str) -> list[Experiment]:
     """Return the rows whose names match one of ``patterns``: shell patterns, or parts of a name.
 
     Raises ConfigError for a pattern that no row matches, with the rows that there are.
@@ -154,7 +154,7 @@ def chosen(rows: Sequence[Row], patterns: str) -> list[Row]:
     if not wanted:
         return list(rows)
 
-    def matches(pattern: str) -> Callable[[Row], bool]:
+    def matches(pattern: str) -> Callable[[Experiment], bool]:
         return lambda row: fnmatchcase(
             row.name, pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
         )

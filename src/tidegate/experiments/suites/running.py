@@ -14,7 +14,7 @@ from tidegate.experiments.compare import Plan, compare_on, runs_per_trace
 from tidegate.experiments.jobs import Workers
 from tidegate.experiments.run import job_of, probe, run_once
 from tidegate.experiments.search import BLIND_FACTOR
-from tidegate.experiments.suites.rows import Claim, Row, known
+from tidegate.experiments.suites.rows import Claim, Experiment, known
 from tidegate.experiments.systems import Candidate, Contender, contenders
 from tidegate.measure.percentiles import t_interval
 from tidegate.reports.blind import left_out
@@ -39,7 +39,7 @@ class SuitePlan:
     """
 
     suite: str
-    rows: tuple[Row, ...]
+    rows: tuple[Experiment, ...]
     levels: tuple[float, ...]
     seeds: int
     tolerance: float
@@ -47,7 +47,7 @@ class SuitePlan:
     facts: Mapping[str, str]
     variants: tuple[str, ...] = ()
 
-    def of(self, row: Row) -> Plan:
+    def of(self, row: Experiment) -> Plan:
         """Return a row as a comparison. Raises ConfigError where no system of it is there."""
         return Plan(
             setting=row.setting(),
@@ -60,14 +60,14 @@ class SuitePlan:
             facts=self.facts,
         )
 
-    def runs(self, row: Row) -> float:
+    def runs(self, row: Experiment) -> float:
         """Return about how many simulations a row takes."""
         claimed = sum(len(claim.systems) + 1 for claim in row.claims if claim.measure != "goodput")
         return (runs_per_trace(self.of(row)) if row.systems else 0.0) + self.seeds * claimed
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class SuiteEstimate:
     """What a suite is thought to take: simulations, requests in them, and seconds of CPU."""
 
     runs: float
@@ -75,7 +75,7 @@ class Estimate:
     cpu_s: float
 
 
-def estimate(plan: SuitePlan) -> Estimate:
+def estimate(plan: SuitePlan) -> SuiteEstimate:
     """Measure the speed of a few rows on this machine, and count what all of them take.
 
     Raises ConfigError or TraceError for a workload that cannot be read.
@@ -84,26 +84,26 @@ def estimate(plan: SuitePlan) -> Estimate:
     every = max(1, len(plan.rows) // SAMPLED_ROWS)
     speeds = [(row.instances, _speed(plan, row)) for row in plan.rows[::every]]
 
-    def speed(row: Row) -> float:
+    def speed(row: Experiment) -> float:
         nearest = min(abs(size - row.instances) for size, _ in speeds)
         alike = [rps for size, rps in speeds if abs(size - row.instances) == nearest]
         return len(alike) / sum(1.0 / rps for rps in alike)
 
     runs = {row.name: plan.runs(row) for row in plan.rows}
-    return Estimate(
+    return SuiteEstimate(
         sum(runs.values()),
         sum(runs[name] * requests[name] for name in runs),
         sum(runs[row.name] * requests[row.name] / speed(row) for row in plan.rows),
     )
 
 
-def _requests(row: Row) -> float:
+def _requests(row: Experiment) -> float:
     """Return how many requests a run of a row has, in the geometric middle of the rates that are tried."""
     known_requests = len(requests_of(row.choice))
     return known_requests * math.sqrt(BLIND_FACTOR) if row.choice.keep_times else known_requests
 
 
-def _speed(plan: SuitePlan, row: Row) -> float:
+def _speed(plan: SuitePlan, row: Experiment) -> float:
     """Return how many requests of a row are simulated in a second of CPU."""
     names = known([*row.systems, *(name for claim in row.claims for name in claim.systems)])[0]
     candidate = contenders(names[:1], row.instances)[0].candidates[0]
@@ -118,7 +118,7 @@ async def run_suite(plan: SuitePlan, workers: Workers) -> SuiteReport:
     workers.expect(sum(map(plan.runs, plan.rows)))
     free = asyncio.Semaphore(ROWS_AT_ONCE)
 
-    async def limited(row: Row) -> SuiteRow:
+    async def limited(row: Experiment) -> SuiteRow:
         async with free:
             return await _run_row(plan, row, workers)
 
@@ -140,7 +140,7 @@ async def run_suite(plan: SuitePlan, workers: Workers) -> SuiteReport:
     return left_out(report, plan.variants, Path(plan.variants[0]).stem) if plan.variants else report
 
 
-async def _run_row(plan: SuitePlan, row: Row, workers: Workers) -> SuiteRow:
+async def _run_row(plan: SuitePlan, row: Experiment, workers: Workers) -> SuiteRow:
     told = SuiteRow(row.name, row.workload, row.fleet, row.world.name, str(row.slo), None)
     try:
         own_rate_rps(requests_of(row.choice))
@@ -157,10 +157,12 @@ async def _run_row(plan: SuitePlan, row: Row, workers: Workers) -> SuiteRow:
 
 
 async def _claimed(
-    plan: SuitePlan, row: Row, claim: Claim, found: TraceComparison | None, workers: Workers
+    plan: SuitePlan, row: Experiment, claim: Claim, found: TraceComparison | None, workers: Workers
 ) -> list[ClaimFound]:
     """Return what each of a claim's systems has where the paper has its figure."""
     there, _ = known(claim.systems)
+    if not there:
+        return []
     if found is None:
         taken = {each.name: each.candidates[0] for each in contenders(there, row.instances)}
         values = {name: await _measured(plan, row, taken[name], claim, None, workers) for name in there}
@@ -177,11 +179,14 @@ async def _claimed(
         ]
         values = dict(zip((claim.against, *there), await asyncio.gather(*runs), strict=True))
     other = values[claim.against]
-    ratios = {name: values[name] / other if values[name] is not None and other else None for name in there}
-    return [_told(row, claim, name, ratios[name]) for name in there]
+    return [_told(row, claim, name, _ratio(values[name], other)) for name in there]
 
 
-def _told(row: Row, claim: Claim, name: str, value: float | None) -> ClaimFound:
+def _ratio(mine: float | None, other: float | None) -> float | None:
+    return mine / other if mine is not None and other else None
+
+
+def _told(row: Experiment, claim: Claim, name: str, value: float | None) -> ClaimFound:
     return ClaimFound(row.name, claim.says, claim.measure, name, claim.against, claim.paper, value)
 
 
@@ -192,7 +197,12 @@ def _candidates(rows: Iterable[Contender], found: TraceComparison) -> dict[str, 
 
 
 async def _measured(
-    plan: SuitePlan, row: Row, candidate: Candidate, claim: Claim, rate_rps: float | None, workers: Workers
+    plan: SuitePlan,
+    row: Experiment,
+    candidate: Candidate,
+    claim: Claim,
+    rate_rps: float | None,
+    workers: Workers,
 ) -> float | None:
     """Return the mean over the seeds of a claim's measure at a rate, None for the workload's own.
 

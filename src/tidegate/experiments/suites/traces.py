@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
-from tidegate.experiments.suites.rows import HOST, LINKS, Row, profile
+from tidegate.experiments.suites.rows import HOST, LINKS, Experiment, profile
 from tidegate.workloads.choice import WorkloadChoice
 from tidegate.workloads.likes import LIKE_PREFIX, LIKES
 from tidegate.workloads.source import SAMPLE_PREFIX, sample_names
@@ -38,10 +38,10 @@ NO_TRACES = ("README", "rate_curves", "lengths_")
 """Parts of names of files in a folder of traces that are none."""
 
 
-def rows(traces_from: Path | None, *, quick: bool) -> list[Row]:
+def rows(traces_from: Path | None, *, quick: bool) -> list[Experiment]:
     """Return the suite's rows, those of the traces of a folder among them."""
     per_instance = QUICK_PER_INSTANCE if quick else PER_INSTANCE
-    found = []
+    found: list[Experiment] = []
     for name, choice in {**_packaged(), **_of_folder(traces_from)}.items():
         looser = LONG_TTFT if any(part in name for part in LONG) else 1.0
         for gpu, slo in FLEETS.items():
@@ -50,9 +50,11 @@ def rows(traces_from: Path | None, *, quick: bool) -> list[Row]:
     return found
 
 
-def _on(name: str, choice: WorkloadChoice, gpu: str, slo: Slo, size: int, per_instance: int) -> Iterator[Row]:
+def _on(
+    name: str, choice: WorkloadChoice, gpu: str, slo: Slo, size: int, per_instance: int
+) -> Iterator[Experiment]:
     """Yield a workload's rows on one fleet: in every world, and on the first fleet with a tight TPOT."""
-    row = Row(
+    row = Experiment(
         workload=name,
         choice=_sized(choice, size * per_instance),
         profile=profile(gpu),
