@@ -42,7 +42,9 @@ OF_A_ROW = (
     "turn_gap", "columns", "chunk_tokens", "host_ms", "front_ms", "kv_tokens", "mixed_context_ratio",
 )  # fmt: skip
 """Options that the rows of a suite have values of their own for."""
-QUICK_LEVELS, QUICK_SEEDS, QUICK_TOLERANCE = (0.9,), 1, 0.05
+LEVELS = (0.9,)
+"""Levels of a suite, unless others are given: one more doubles its runs."""
+QUICK_SEEDS, QUICK_TOLERANCE = 1, 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +98,12 @@ class Closeness:
     seeds: int
     tolerance: float
 
-    def quickly(self, given: Collection[str]) -> Closeness:
-        """Return it for a quick run: coarse, where nothing else was given."""
+    def of_suite(self, given: Collection[str], *, quick: bool) -> Closeness:
+        """Return it with a suite's own where nothing else was given: one level, ``quick`` a coarse search."""
         return Closeness(
-            self.levels if "levels" in given else QUICK_LEVELS,
-            self.seeds if "seeds" in given else QUICK_SEEDS,
-            self.tolerance if "tolerance" in given else QUICK_TOLERANCE,
+            self.levels if "levels" in given else LEVELS,
+            self.seeds if "seeds" in given or not quick else QUICK_SEEDS,
+            self.tolerance if "tolerance" in given or not quick else QUICK_TOLERANCE,
         )
 
 
@@ -116,8 +118,7 @@ def plan_of(options: SuiteOptions, systems: str, closeness: Closeness, given: Co
     variants = tuple(systems_in(options.choose)) if options.choose else ()
     if named or variants:
         rows = [replace(row, systems=(*variants, *(named or row.systems)), claims=()) for row in rows]
-    if options.quick:
-        closeness = closeness.quickly(given)
+    closeness = closeness.of_suite(given, quick=options.quick)
     facts = {
         "tidegate": tidegate.__version__,
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",

@@ -129,7 +129,8 @@ class SuiteReport:
                 for row in mine
                 if row[self.subject].limit_rps
             ]
-            yield _mean(world, level, "the fluid limit", limited)
+            if limited:
+                yield _mean(world, level, "the fluid limit", limited)
 
     def table(self) -> Iterator[dict[str, Any]]:
         """Yield a flat row per experiment, system and level."""

@@ -22,9 +22,8 @@ from tidegate.reports.comparison import TraceComparison
 from tidegate.reports.suite import ClaimFound, SuiteReport, SuiteRow
 from tidegate.workloads.choice import own_rate_rps, requests_of
 
-SAMPLED_ROWS = 6
-SAMPLED_REQUESTS = 300
-"""Rows whose speed is measured before a suite, and requests of each."""
+SAMPLED_REQUESTS = 200
+"""Requests by which the speed of a workload is measured before a suite."""
 PER_INSTANCE_RPS = 2.0
 """The rate at which it is measured."""
 ROWS_AT_ONCE = 2
@@ -76,24 +75,18 @@ class SuiteEstimate:
 
 
 def estimate(plan: SuitePlan) -> SuiteEstimate:
-    """Measure the speed of a few rows on this machine, and count what all of them take.
+    """Measure each workload's speed on this machine, and count what all rows take.
 
     Raises ConfigError or TraceError for a workload that cannot be read.
     """
     requests = {row.name: _requests(row) for row in plan.rows}
-    every = max(1, len(plan.rows) // SAMPLED_ROWS)
-    speeds = [(row.instances, _speed(plan, row)) for row in plan.rows[::every]]
-
-    def speed(row: Experiment) -> float:
-        nearest = min(abs(size - row.instances) for size, _ in speeds)
-        alike = [rps for size, rps in speeds if abs(size - row.instances) == nearest]
-        return len(alike) / sum(1.0 / rps for rps in alike)
-
+    first = {row.workload: row for row in reversed(plan.rows)}
+    speeds = {workload: _speed(plan, row) for workload, row in first.items()}
     runs = {row.name: plan.runs(row) for row in plan.rows}
     return SuiteEstimate(
         sum(runs.values()),
         sum(runs[name] * requests[name] for name in runs),
-        sum(runs[row.name] * requests[row.name] / speed(row) for row in plan.rows),
+        sum(runs[row.name] * requests[row.name] / speeds[row.workload] for row in plan.rows),
     )
 
 

@@ -18,10 +18,9 @@ SYSTEMS = (
     "static:best", "static:even", "colocated:tuned",
 )  # fmt: skip
 """The subject first, then what it is made of and each paper's, then what is found in hindsight."""
-PER_INSTANCE = 400
-"""Requests of a row, per instance."""
-QUICK_PER_INSTANCE = 100
-SIZES = (8, 64)
+SIZES = {8: 1600, 64: 6400}
+"""Requests of a row by its number of instances."""
+QUICK_REQUESTS = 800
 LONG_TTFT = 4.0
 """Times the usual target of the first token, where prompts are long."""
 LONG = ("long", "mooncake-conv", "gaia", "agent")
@@ -40,30 +39,28 @@ NO_TRACES = ("README", "rate_curves", "lengths_")
 
 def rows(traces_from: Path | None, *, quick: bool) -> list[Experiment]:
     """Return the suite's rows, those of the traces of a folder among them."""
-    per_instance = QUICK_PER_INSTANCE if quick else PER_INSTANCE
     found: list[Experiment] = []
     for name, choice in {**_packaged(), **_of_folder(traces_from)}.items():
         looser = LONG_TTFT if any(part in name for part in LONG) else 1.0
         for gpu, slo in FLEETS.items():
-            for size in SIZES:
-                found += _on(name, choice, gpu, replace(slo, ttft_s=looser * slo.ttft_s), size, per_instance)
+            for size, requests in SIZES.items():
+                sized = _sized(choice, QUICK_REQUESTS if quick else requests)
+                found += _on(name, sized, gpu, replace(slo, ttft_s=looser * slo.ttft_s), size)
     return found
 
 
-def _on(
-    name: str, choice: WorkloadChoice, gpu: str, slo: Slo, size: int, per_instance: int
-) -> Iterator[Experiment]:
+def _on(name: str, choice: WorkloadChoice, gpu: str, slo: Slo, size: int) -> Iterator[Experiment]:
     """Yield a workload's rows on one fleet: in every world, and on the first fleet with a tight TPOT."""
     row = Experiment(
         workload=name,
-        choice=_sized(choice, size * per_instance),
+        choice=choice,
         profile=profile(gpu),
         instances=size,
         slo=slo,
         systems=SYSTEMS,
         closed_loop=name in ROUND_OF_A_SESSION,
     )
-    first = gpu == next(iter(FLEETS)) and size == SIZES[0]
+    first = gpu == next(iter(FLEETS)) and size == min(SIZES)
     yield replace(row, quick=first and name in QUICK)
     yield replace(row, world=HOST)
     if first:
