@@ -111,7 +111,6 @@ def run(
     context: typer.Context,
     *,
     traces: Annotated[str, Flag("Traces.", "FILE,..", panel=WORKLOAD, shown=DEFAULT_TRACE)] = DEFAULT_TRACE,
-    systems: Annotated[str, Flag("Systems; see below.", "NAME,..")] = "",
     suited: SuiteOptions,
     cut: Annotated[WorkloadChoice, OptionGroup(WorkloadChoice, CUT, WORKLOAD)],
     fleet: FleetOptions,
@@ -130,7 +129,7 @@ def run(
     """
     if suited.of_rows:
         closeness = Closeness(search.levels, search.seeds, search.tolerance)
-        plan = plan_of(suited, systems, closeness, given(context))
+        plan = plan_of(suited, closeness, given(context))
         run_and_show(plan, out, PROBES, jobs, as_json=as_json, plan_only=suited.plan_only)
         return
     if fleet.grows:
@@ -138,7 +137,7 @@ def run(
     compared = fleet.make(engine)
     files = [name.strip() for name in (traces or DEFAULT_TRACE).split(",") if name.strip()]
     workloads = titled(files, cut)
-    names = [name for name in systems.split(",") if name.strip()]
+    names = [name for name in suited.systems.split(",") if name.strip()]
     if suited.suite or not names:
         names += suite_of(suited.suite or "default")
     compared_plan = Plan(

@@ -36,10 +36,11 @@ from tidegate.reports.suite_page import (
 )
 from tidegate.systems import systems_in
 
-SUITE = "Suite"
+SUITE = "Systems and suites"
 OF_A_ROW = (
     "traces", "profile", "instances", "slo", "slo_class", "closed_loop", "start", "duration", "requests",
-    "turn_gap", "columns", "chunk_tokens", "host_ms", "front_ms", "kv_tokens", "mixed_context_ratio",
+    "turn_gap", "columns", "chunk_tokens", "chunks", "host_ms", "front_ms", "kv_tokens",
+    "mixed_context_ratio",
 )  # fmt: skip
 """Options that the rows of a suite have values of their own for."""
 LEVELS = (0.9,)
@@ -49,10 +50,11 @@ QUICK_SEEDS, QUICK_TOLERANCE = 1, 0.05
 
 @dataclass(frozen=True, slots=True)
 class SuiteOptions:
-    """Which suite, and which of its rows."""
+    """Which systems or suite, and which of its rows."""
 
     panel = SUITE
 
+    systems: Annotated[str, Flag("Systems; see below.", "NAME,..")] = ""
     suite: Annotated[
         str,
         Flag(
@@ -107,14 +109,14 @@ class Closeness:
         )
 
 
-def plan_of(options: SuiteOptions, systems: str, closeness: Closeness, given: Collection[str]) -> SuitePlan:
+def plan_of(options: SuiteOptions, closeness: Closeness, given: Collection[str]) -> SuitePlan:
     """Return what to run. Raises ConfigError for an option that the suite's rows have values for, and for
     names that there are not."""
     taken = [f"--{name.replace('_', '-')}" for name in OF_A_ROW if name in given]
     if taken:
         raise ConfigError(f"the rows of a suite have their own values for {', '.join(taken)}; leave them out")
     rows = suite_rows(options.suite, only=options.only, quick=options.quick, traces_from=options.traces_from)
-    named = tuple(name.strip() for name in systems.split(",") if name.strip())
+    named = tuple(name.strip() for name in options.systems.split(",") if name.strip())
     variants = tuple(systems_in(options.choose)) if options.choose else ()
     if named or variants:
         rows = [replace(row, systems=(*variants, *(named or row.systems)), claims=()) for row in rows]

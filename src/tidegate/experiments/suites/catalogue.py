@@ -27,7 +27,7 @@ def suite_rows(
     if traces_from is not None and name != "traces":
         raise ConfigError(f"--traces-from is for --suite traces; {name} brings its own traffic")
     found = {
-        "papers": lambda: papers.rows(quick=quick),
+        "papers": papers.rows,
         "traces": lambda: traces.rows(traces_from, quick=quick),
         "stress": lambda: stress.rows(quick=quick),
     }[name]()

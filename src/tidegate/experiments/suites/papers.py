@@ -19,8 +19,6 @@ from tidegate.workloads.trace import Workload
 H20_FLOPS, H20_BANDWIDTH, H20_BYTES = 148 / 989, 4.0 / 3.35, 96e9 - 80e9
 """An H20 beside an H100: operations and bytes per second as shares, and how much more memory it has."""
 SUBJECTS = ("tidegate", "arrow-lending")
-QUICK_SHARE = 4
-"""A quick row has a quarter of the requests."""
 
 
 def h20(name: str) -> PackagedProfile:
@@ -55,14 +53,11 @@ def round_targets(requests: Workload, packaged: PackagedProfile, scale: float = 
     return Slo(round(scale * ttft_s / 0.05) * 0.05, round(scale * tpot_s / 0.005) * 0.005)
 
 
-def rows(*, quick: bool) -> list[Experiment]:
+def rows() -> list[Experiment]:
     """Return the suite's rows: every experiment in every world, the first of each paper for a quick run."""
     found: list[Experiment] = []
     for of_paper in (_arrow(), _ares(), _dopd(), _ampd()):
         for number, row in enumerate(of_paper):
-            if quick:
-                cut = max(2, (row.choice.limit or len(requests_of(row.choice))) // QUICK_SHARE)
-                row = replace(row, choice=replace(row.choice, limit=cut))
             found += [replace(row, world=world, quick=not number and world is WORLDS[0]) for world in WORLDS]
     return found
 

@@ -18,9 +18,9 @@ SYSTEMS = (
     "static:best", "static:even", "colocated:tuned",
 )  # fmt: skip
 """The subject first, then what it is made of and each paper's, then what is found in hindsight."""
-SIZES = {8: 1600, 64: 6400}
+SIZES = {8: 5000, 64: 20_000}
 """Requests of a row by its number of instances."""
-QUICK_REQUESTS = 800
+QUICK_REQUESTS = 2000
 LONG_TTFT = 4.0
 """Times the usual target of the first token, where prompts are long."""
 LONG = ("long", "mooncake-conv", "gaia", "agent")
@@ -32,7 +32,8 @@ FLEETS = {
 }
 """Targets by profile: fast prefills; a large model; little KV."""
 TIGHT_TPOT_S = 0.02
-QUICK = ("code", "short", "azure-conv")
+QUICK, QUICK_FLEET = ("code", "short", "reasoning", "azure-conv"), "h100_sxm/llama-3.1-70b/tp4"
+"""Of a slow model fewer requests make a run that lasts."""
 NO_TRACES = ("README", "rate_curves", "lengths_")
 """Parts of names of files in a folder of traces that are none."""
 
@@ -61,7 +62,7 @@ def _on(name: str, choice: WorkloadChoice, gpu: str, slo: Slo, size: int) -> Ite
         closed_loop=name in ROUND_OF_A_SESSION,
     )
     first = gpu == next(iter(FLEETS)) and size == min(SIZES)
-    yield replace(row, quick=first and name in QUICK)
+    yield replace(row, quick=name in QUICK and gpu == QUICK_FLEET and size == min(SIZES))
     yield replace(row, world=HOST)
     if first:
         yield replace(row, world=LINKS)
