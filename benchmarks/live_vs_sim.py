@@ -75,18 +75,19 @@ def live(system: str, args: argparse.Namespace) -> Run:
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(60)
-    return of_journal(journal, len(load(args)))
+    return of_journal(journal)
 
 
-def of_journal(path: Path, offered: int) -> Run:
+def of_journal(path: Path) -> Run:
     """Read a live run's figures from its journal."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    ends: list[dict[str, Any]] = [row for row in rows if row["type"] == "outcome" and row["outcome"] == "ok"]
+    every: list[dict[str, Any]] = [row for row in rows if row["type"] == "outcome"]
+    ends = [row for row in every if row["outcome"] == "ok"]
     outside = [row["stages"]["other"] for row in ends]
     return Run(
         np.array([row["ttft_s"] for row in ends]),
         np.array([row["tpot_s"] for row in ends if row["output_length"] > 1], dtype=np.float64),
-        sum(row["attained"] for row in ends) / offered,
+        sum(row["attained"] for row in ends) / len(every),
         sum(row["type"] == "flip" for row in rows),
         float(np.median(outside)),
     )
@@ -123,7 +124,7 @@ def take_row(args: argparse.Namespace) -> None:
     requests = window(drawn(row.choice, args.rate, 0), args.start, args.duration)
     write_trace(file, replace(requests, arrival_s=requests.arrival_s - requests.arrival_s[0]), force=True)
     args.trace, args.scale_rate, args.start = str(file), 1.0, 0.0
-    args.emulate, args.slo = f"{row.profile.name}:{row.instances}", str(row.slo)
+    args.emulate, args.slo = f"{row.profile.name}:{row.instances}", args.slo or str(row.slo)
     print(f"{row.name}: {len(requests)} requests in {args.duration:g} s, {args.slo}", flush=True)
 
 
@@ -148,13 +149,14 @@ def main() -> None:
     parser.add_argument("--scale-rate", type=float, default=3.0)
     parser.add_argument("--start", type=float, default=0.0)
     parser.add_argument("--duration", type=float, default=150.0)
-    parser.add_argument("--slo", default="ttft:150,tpot:8")
+    parser.add_argument("--slo", default="", help="by default ttft:150,tpot:8, or a row's own")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/live-vs-sim"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.row:
         take_row(args)
+    args.slo = args.slo or "ttft:150,tpot:8"
     print(f"{'':28}" + "".join(f"{name:>12}" for name in FIGURES) + f"{'front ms':>12}")
     for system in args.systems.split(","):
         for _ in range(args.repeats):

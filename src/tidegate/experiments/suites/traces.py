@@ -32,8 +32,8 @@ FLEETS = {
 }
 """Targets by profile: fast prefills; a large model; little KV."""
 TIGHT_TPOT_S = 0.02
-QUICK, QUICK_FLEET = ("code", "short", "reasoning", "azure-conv"), "h100_sxm/llama-3.1-70b/tp4"
-"""Of a slow model fewer requests make a run that lasts."""
+QUICK = ("code", "long", "reasoning")
+"""Workloads of which few requests make a run that lasts."""
 NO_TRACES = ("README", "rate_curves", "lengths_")
 """Parts of names of files in a folder of traces that are none."""
 
@@ -62,7 +62,7 @@ def _on(name: str, choice: WorkloadChoice, gpu: str, slo: Slo, size: int) -> Ite
         closed_loop=name in ROUND_OF_A_SESSION,
     )
     first = gpu == next(iter(FLEETS)) and size == min(SIZES)
-    yield replace(row, quick=name in QUICK and gpu == QUICK_FLEET and size == min(SIZES))
+    yield replace(row, quick=first and name in QUICK)
     yield replace(row, world=HOST)
     if first:
         yield replace(row, world=LINKS)
