@@ -70,7 +70,7 @@ def test_a_suite_goes_on_without_what_is_missing_and_says_who_wins() -> None:
     broken = replace(PAIR, workload="broken", choice=WorkloadChoice(trace="sample:nosuch"))
     plan = SuitePlan("mine", (replace(PAIR, claims=(claim,)), broken), (0.9,), 1, 0.2, "", {})
 
-    async def run() -> object:
+    async def run() -> SuiteReport:
         async with Workers(1, Store(None)) as workers:
             return await run_suite(plan, workers)
 

@@ -21,8 +21,9 @@ from tidegate.cli.terminal import note, plain_table, run_until_interrupted, shar
 from tidegate.core.errors import ConfigError
 from tidegate.experiments.jobs import Store, Workers
 from tidegate.experiments.suites.catalogue import SUITES_OF_ROWS, suite_rows
+from tidegate.experiments.suites.rows import known
 from tidegate.experiments.suites.running import SuiteEstimate, SuitePlan, estimate, run_suite
-from tidegate.experiments.systems import SUITES
+from tidegate.experiments.systems import SUITES, contenders
 from tidegate.reports.suite import SUITE_TABLES, SuiteReport, write_suite_tables
 from tidegate.reports.suite_page import (
     CLAIMS_HEAD,
@@ -117,6 +118,8 @@ def plan_of(options: SuiteOptions, closeness: Closeness, given: Collection[str])
         raise ConfigError(f"the rows of a suite have their own values for {', '.join(taken)}; leave them out")
     rows = suite_rows(options.suite, only=options.only, quick=options.quick, traces_from=options.traces_from)
     named = tuple(name.strip() for name in options.systems.split(",") if name.strip())
+    if missing := known(named)[1]:
+        contenders(missing, rows[0].instances)  # raises ConfigError, with the names that there are
     variants = tuple(systems_in(options.choose)) if options.choose else ()
     if named or variants:
         rows = [replace(row, systems=(*variants, *(named or row.systems)), claims=()) for row in rows]
@@ -174,12 +177,18 @@ def run_and_show(
 
 
 def _tell(plan: SuitePlan, found: SuiteEstimate, workers: int) -> None:
-    systems = len({name for row in plan.rows for name in row.systems})
+    count, systems = len(plan.rows), len({name for row in plan.rows for name in row.systems})
     note(
-        f"{plan.suite}: {len(plan.rows)} rows, {systems} systems, about {found.runs:,.0f} simulations of "
+        f"{plan.suite}: {_counted(count, 'row')}, {systems} systems, about {found.runs:,.0f} simulations of "
         f"{found.requests / 1e6:,.1f} M requests: {_time(found.cpu_s)} of CPU at the speed measured now, "
-        f"{_time(found.cpu_s / workers)} in {workers} process{'es' if workers > 1 else ''}"
+        f"{_time(found.cpu_s / workers)} in {_counted(workers, 'process')}"
     )
+
+
+def _counted(count: int, noun: str) -> str:
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 def _time(seconds: float) -> str:

@@ -82,7 +82,7 @@ ROWS_HEAD = (
     "row",
     "best",
     "requests/s",
-    "",
+    "subject",
     "requests/s",
     "of best",
     f"within {100 * (1 - AS_GOOD):.0f} %",
