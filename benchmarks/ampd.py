@@ -26,20 +26,19 @@ from typing import Any
 import numpy as np
 
 from tidegate.core.slo import Slo
-from tidegate.costs.forms import MixedCost, PrefillCost, StepCost
 from tidegate.costs.library import PackagedProfile, packaged_profile
 from tidegate.dataplane.replica import EngineSettings
 from tidegate.experiments.jobs import Store, Workers
 from tidegate.experiments.run import job_of
 from tidegate.experiments.search import SearchSettings, search_goodput
 from tidegate.experiments.setting import Setting, SimulatedFleet
+from tidegate.experiments.suites.papers import h20 as on_h20
+from tidegate.experiments.suites.papers import round_targets
 from tidegate.measure.percentiles import t_interval
 from tidegate.sim import SimSettings, simulate
 from tidegate.workloads.choice import WorkloadChoice, load_workload
 
 TP4, TP8, SMALL = "h100_sxm/llama-3.1-70b/tp4", "h100_sxm/llama-3.1-70b/tp8", "h200_sxm/llama-3.1-8b"
-H20_FLOPS, H20_BANDWIDTH, H20_BYTES = 148 / 989, 4.0 / 3.35, 96e9 - 80e9
-"""An H20 beside an H100: operations and bytes per second as shares, and how much more memory it has."""
 FACTORS = "1,1.5,2"
 """Times the rate up to which a baseline attains ``LEVEL``."""
 LEVEL = 0.9
@@ -66,23 +65,8 @@ class Deployment:
 
 
 def profile_of(name: str, *, h20: bool) -> PackagedProfile:
-    """Return a packaged profile, or what an H20 would make of an H100's: the paper's GPU, whose prefills are
-    seven times as slow and whose decodes are faster."""
-    packaged = packaged_profile(name)
-    if not h20:
-        return packaged
-    p, s, m = packaged.profile.prefill, packaged.profile.step, packaged.profile.mixed
-    slow, fast = 1.0 / H20_FLOPS, 1.0 / H20_BANDWIDTH
-    prefill = PrefillCost(fast * p.a_s, slow * p.b_s, slow * p.c_s, fast / slow * p.n0)
-    step = StepCost(fast * s.a_s, s.b_s, fast * s.c_s)
-    mixed = MixedCost(fast * m.a_s, slow * m.b_s, slow * m.c_s, fast * m.d_s, fast / slow * m.n0)
-    more_bytes = 0.9 * H20_BYTES * int(name.rpartition("/tp")[2] or 1)
-    title = name.replace("h100_sxm", "h20")
-    return replace(
-        packaged,
-        profile=replace(packaged.profile, name=title, prefill=prefill, step=step, mixed=mixed),
-        kv_capacity_tokens=packaged.kv_capacity_tokens + round(more_bytes / packaged.kv_bytes_per_token),
-    )
+    """Return a packaged profile, or what the paper's GPU, an H20, would make of an H100's."""
+    return on_h20(name) if h20 else packaged_profile(name)
 
 
 @dataclass(frozen=True)
@@ -159,15 +143,9 @@ CASES = (
 
 
 def slo_of(case: Case, traces: Path, scale: float) -> Slo:
-    """Return the targets: the first token within three times the mean prefill of a round alone with nothing
-    cached, but at least 0.5 s; a token within 2.5 times the step of 16 decodes of mean length. On the first
-    group of the case's first deployment, rounded to 50 and 5 ms."""
+    """Return the targets, by ``round_targets`` on the first group of the case's first deployment."""
     requests = load_workload(case.workload(traces, "poisson", 1.0, 0))
-    profile = profile_of(case.split[0].groups[0][0], h20=case.h20).profile
-    prompt, answer = float(requests.input_tokens.mean()), float(requests.output_tokens.mean())
-    ttft_s = max(0.5, 3.0 * profile.prefill_s(round(prompt)))
-    tpot_s = 2.5 * float(profile.step.seconds(16.0, 16.0 * (prompt + answer / 2)))
-    return Slo(round(scale * ttft_s / 0.05) * 0.05, round(scale * tpot_s / 0.005) * 0.005)
+    return round_targets(requests, profile_of(case.split[0].groups[0][0], h20=case.h20), scale)
 
 
 def rounds(setting: Setting, *, rate_rps: float | None = None, seed: int = 0) -> dict[str, Any]:

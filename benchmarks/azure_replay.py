@@ -2,7 +2,10 @@
 
 For each system: start ``tidegate serve`` with three embedded engines, replay the sample trace with
 ``tidegate bench``, stop, and read the journal. Rate and lengths are scaled to a tiny model on two
-cores. Run: ``python benchmarks/azure_replay.py`` (about twelve minutes).
+cores. Run: ``python benchmarks/azure_replay.py`` (about twelve minutes). A system may have a split, as in
+``static:1:2``. Traffic whose phases invert, on a real model, is
+``--model smollm2 --trace like:inversion --systems colocated,static:1:2,static:2:1,arrow-lending`` with the
+scales that the machine bears.
 """
 
 from __future__ import annotations
@@ -55,15 +58,16 @@ def rows(bench: Report, journal: Report) -> dict[str, str]:
 
 def replay(system: str, args: argparse.Namespace, out: Path) -> tuple[Report, Report]:
     """Serve and replay once; return the bench's and the journal's report."""
-    journal = out / f"{system}.jsonl"
+    name, _, split = system.partition(":")
+    journal = out / f"{system.replace(':', '-')}.jsonl"
     journal.unlink(missing_ok=True)  # serve would go on with an earlier run's
     serve = [
         *TIDEGATE,
         "serve",
         "--model",
-        "tiny",
+        args.model,
         "--system",
-        system,
+        name,
         "--slo",
         args.slo,
         "--port",
@@ -73,6 +77,7 @@ def replay(system: str, args: argparse.Namespace, out: Path) -> tuple[Report, Re
         "--admission",
         "0",
     ]
+    serve += ["--split", split] if split else []
     server = subprocess.Popen(serve, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
@@ -83,13 +88,15 @@ def replay(system: str, args: argparse.Namespace, out: Path) -> tuple[Report, Re
                 break
         if url is None:
             raise SystemExit(f"tidegate serve --system {system} ended early")
-        bench = [*TIDEGATE, "bench", "--url", url, "--trace", "sample:azure-conv", "--slo", args.slo]
+        bench = [*TIDEGATE, "bench", "--url", url, "--trace", args.trace, "--slo", args.slo]
         bench += ["--scale-rate", str(args.scale_rate), "--scale-tokens", str(args.scale_tokens)]
-        results = out / f"{system}.bench.jsonl"
+        results = out / f"{system.replace(':', '-')}.bench.jsonl"
         results.unlink(missing_ok=True)
         bench += ["--out", str(results), "--json"]
         if args.limit:
             bench += ["--limit", str(args.limit)]
+        if args.duration:
+            bench += ["--duration", str(args.duration)]
         answer = subprocess.run(bench, stdout=subprocess.PIPE, text=True, check=False)
     finally:
         server.send_signal(signal.SIGINT)
@@ -111,6 +118,9 @@ def main() -> None:
     parser.add_argument("--scale-rate", type=float, default=3.0)
     parser.add_argument("--scale-tokens", type=float, default=0.2)
     parser.add_argument("--slo", default="ttft:500,tpot:50")
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--trace", default="sample:azure-conv")
+    parser.add_argument("--duration", type=float, default=0.0, help="seconds of it, after scaling")
     parser.add_argument("--limit", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/azure"))
     args = parser.parse_args()

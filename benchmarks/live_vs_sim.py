@@ -4,6 +4,7 @@ For each system: start ``tidegate serve --emulate``, replay a stretch of the sam
 bench``, read the journal, and simulate the same arrivals on the same fleet. The simulator's front-end time is
 what the live run shows: the median time of a prefill leg outside the engine's own clock, which is two trips
 over HTTP and the gateway's work. Run: ``python benchmarks/live_vs_sim.py`` (about twelve minutes).
+``--row stress/spikes --rate 8 --duration 60`` takes workload, fleet and targets of a row of a suite.
 """
 
 from __future__ import annotations
@@ -14,21 +15,27 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tidegate.core.notation import parse_split
 from tidegate.core.slo import Slo
 from tidegate.dataplane.replica import parse_groups, replicas_in
+from tidegate.experiments.suites.catalogue import suite_rows
 from tidegate.sim import SimSettings, simulate
 from tidegate.systems import make_system
-from tidegate.workloads.choice import WorkloadChoice, load_workload
+from tidegate.workloads.choice import WorkloadChoice, drawn, load_workload
 from tidegate.workloads.trace import Workload
+from tidegate.workloads.transform import window
+from tidegate.workloads.writers import write_trace
 
 TIDEGATE = (sys.executable, "-m", "tidegate")
+FIXED = ("static", "minimal-load", "round-robin")
+"""Systems whose split stays what ``--split`` says."""
 FIGURES = ("ttft p50", "ttft p99", "tpot p50", "tpot p99", "attainment", "flips")
 
 
@@ -53,8 +60,8 @@ def live(system: str, args: argparse.Namespace) -> Run:
     journal.unlink(missing_ok=True)  # serve would go on with an earlier run's
     serve = [*TIDEGATE, "serve", "--emulate", args.emulate, "--system", system, "--slo", args.slo]
     serve += ["--port", "0", "--journal", str(journal), "--admission", "0"]
-    if system != "arrow-lending" and args.split:
-        serve += ["--split", args.split]
+    if split := split_of(system, args):
+        serve += ["--split", split]
     server = subprocess.Popen(serve, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
@@ -68,18 +75,19 @@ def live(system: str, args: argparse.Namespace) -> Run:
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(60)
-    return of_journal(journal, len(load(args)))
+    return of_journal(journal)
 
 
-def of_journal(path: Path, offered: int) -> Run:
+def of_journal(path: Path) -> Run:
     """Read a live run's figures from its journal."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    ends: list[dict[str, Any]] = [row for row in rows if row["type"] == "outcome" and row["outcome"] == "ok"]
+    every: list[dict[str, Any]] = [row for row in rows if row["type"] == "outcome"]
+    ends = [row for row in every if row["outcome"] == "ok"]
     outside = [row["stages"]["other"] for row in ends]
     return Run(
         np.array([row["ttft_s"] for row in ends]),
         np.array([row["tpot_s"] for row in ends if row["output_length"] > 1], dtype=np.float64),
-        sum(row["attained"] for row in ends) / offered,
+        sum(row["attained"] for row in ends) / len(every),
         sum(row["type"] == "flip" for row in rows),
         float(np.median(outside)),
     )
@@ -88,15 +96,36 @@ def of_journal(path: Path, offered: int) -> Run:
 def simulated(system: str, args: argparse.Namespace, front_s: float) -> Run:
     """Simulate the same arrivals."""
     slo = Slo.parse(args.slo)
-    split = tuple(map(int, args.split.split(":"))) if args.split and system != "arrow-lending" else None
+    split = split_of(system, args)
     run = simulate(
         load(args),
-        make_system(system, split=split, slo=slo),  # type: ignore[arg-type]  # two numbers
+        make_system(system, split=parse_split(split) if split else None, slo=slo),
         replicas_in(parse_groups([args.emulate])),
         SimSettings(slo=slo, front_s=front_s),
     )
     table = run.requests
     return Run(table.ttft_s, table.tpot_s, float(np.mean(table.attained)), run.flips)
+
+
+def split_of(system: str, args: argparse.Namespace) -> str:
+    """Return the split that a system is given: the systems with fixed labels only."""
+    return args.split if system in FIXED else ""
+
+
+def take_row(args: argparse.Namespace) -> None:
+    """Put a suite's row into the options, its requests in a file for both worlds."""
+    suite, _, name = args.row.partition("/")
+    row, *others = suite_rows(suite, only=name)
+    if others and row.workload != name:
+        raise SystemExit(f"--row {args.row} is several: {', '.join(each.name for each in (row, *others))}")
+    if row.slowed or row.deaths or row.link_share != 1.0 or row.world.host_s:
+        raise SystemExit(f"{row.name}: an emulation has neither slow nor dying instances, nor other links")
+    file = args.out / f"{row.workload}.jsonl"
+    requests = window(drawn(row.choice, args.rate, 0), args.start, args.duration)
+    write_trace(file, replace(requests, arrival_s=requests.arrival_s - requests.arrival_s[0]), force=True)
+    args.trace, args.scale_rate, args.start = str(file), 1.0, 0.0
+    args.emulate, args.slo = f"{row.profile.name}:{row.instances}", args.slo or str(row.slo)
+    print(f"{row.name}: {len(requests)} requests in {args.duration:g} s, {args.slo}", flush=True)
 
 
 def load(args: argparse.Namespace) -> Workload:
@@ -113,16 +142,21 @@ def main() -> None:
     )
     parser.add_argument("--emulate", default="h100_sxm/llama-3.1-8b:4")
     parser.add_argument("--systems", default="arrow-lending,static")
-    parser.add_argument("--split", default="2:2", help="of the systems other than arrow-lending")
+    parser.add_argument("--split", default="2:2", help="of static, minimal-load and round-robin")
+    parser.add_argument("--row", default="", help="instead of trace, fleet and targets: SUITE/WORKLOAD")
+    parser.add_argument("--rate", type=float, help="of a row: requests/s, by default its own")
     parser.add_argument("--trace", default="sample:azure-conv")
     parser.add_argument("--scale-rate", type=float, default=3.0)
     parser.add_argument("--start", type=float, default=0.0)
     parser.add_argument("--duration", type=float, default=150.0)
-    parser.add_argument("--slo", default="ttft:150,tpot:8")
+    parser.add_argument("--slo", default="", help="by default ttft:150,tpot:8, or a row's own")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/live-vs-sim"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.row:
+        take_row(args)
+    args.slo = args.slo or "ttft:150,tpot:8"
     print(f"{'':28}" + "".join(f"{name:>12}" for name in FIGURES) + f"{'front ms':>12}")
     for system in args.systems.split(","):
         for _ in range(args.repeats):

@@ -85,6 +85,25 @@ def test_sim_prints_the_documented_object_and_says_what_it_assumed(run: Run) -> 
     assert "--trace sample:azure-conv" in done.stderr
 
 
+def test_a_suite_says_what_it_takes_and_goes_on_where_it_was(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "suite"
+    rows = ("--suite", "stress", "--quick", "--only", "deaths", "--systems", "round-robin,colocated")
+    words = ("compare", *rows, "--tolerance", "0.9", "--jobs", "1", "--out", str(out))
+    planned = run(*words, "--plan-only")
+    assert "1 row, 2 systems" in planned.stderr and "of CPU" in planned.stderr
+    assert not (out / "probes.jsonl").exists()
+    found = json.loads(run(*words, "--json").stdout)
+    assert {row["system"] for row in found["rows"]} == {"round-robin", "colocated"}
+    assert max(row["share_of_best"] for row in found["rows"]) == 1.0
+    known = keys_in(out / "probes.jsonl")
+    again = run(*words)
+    assert keys_in(out / "probes.jsonl") == known
+    assert "round-robin is within 2 % of the best" in again.stdout
+    page = (out / "report.html").read_text()
+    assert page.index("Losses") < page.index("Geometric means") < page.index("Every row")
+    assert len((out / "rows.csv").read_text().splitlines()) == 3
+
+
 def test_spares_wait_beside_the_split_until_a_controller_asks(run: Run) -> None:
     words = ("sim", *SMALL, "--system", "static", "--json", "--instances", "3")
     with_spare = run(*words, "--spares", "1", "--split", "1:1")
@@ -250,6 +269,12 @@ def keys_in_so_far(path: Path) -> list[str]:
         (("compare", "--out", "o", "--systems", "nosuch,static:x"), "2 problems"),
         (("compare", "--out", "o", "--levels", "2"), "--levels"),
         (("compare", "--out", "bad.csv"), "no such folder can be made"),
+        (("compare", "--out", "o", "--suite", "nosuch"), "there is papers, traces, stress"),
+        (("compare", "--out", "o", "--suite", "stress", "--instances", "4"), "leave them out"),
+        (("compare", "--out", "o", "--suite", "stress", "--only", "nosuch"), "no row matches 'nosuch'"),
+        (("compare", "--out", "o", "--suite", "stress", "--systems", "nosuch"), "nosuch"),
+        (("compare", "--out", "o", "--suite", "stress", "--choose", "none.py"), "none.py"),
+        (("compare", "--out", "o", "--only", "spikes"), "go with --suite"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

@@ -14,7 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from tidegate.cli.common_flags import AS_JSON, JOBS, SCORING
-from tidegate.cli.options import Flag, OptionGroup, Rule
+from tidegate.cli.compare_suite import Closeness, SuiteOptions, plan_of, run_and_show
+from tidegate.cli.options import Flag, OptionGroup, Rule, given
 from tidegate.cli.simulating import (
     BATCHING,
     CHUNKS,
@@ -38,7 +39,7 @@ from tidegate.experiments.compare import Plan, compare
 from tidegate.experiments.findings import findings
 from tidegate.experiments.jobs import Store, Workers
 from tidegate.experiments.setting import Setting
-from tidegate.experiments.systems import SUITES, contenders
+from tidegate.experiments.systems import contenders
 from tidegate.experiments.systems import suite as suite_of
 from tidegate.reports.comparison import ComparedSystem, Comparison, TraceComparison, class_rows
 from tidegate.sim import SimSettings
@@ -58,6 +59,10 @@ EXAMPLES = """
 Every static split beside the adaptive system, on two traces:
 
     tidegate compare --traces a.jsonl,b.csv.gz --systems arrow-lending,static:all --out cmp
+
+Every system under stress, judged together; first only what it takes:
+
+    tidegate compare --suite stress --quick --out stress --plan-only
 
 Results are kept as they come: the same command goes on where it was stopped.
 
@@ -104,10 +109,10 @@ class Searched:
 
 
 def run(
+    context: typer.Context,
     *,
     traces: Annotated[str, Flag("Traces.", "FILE,..", panel=WORKLOAD, shown=DEFAULT_TRACE)] = DEFAULT_TRACE,
-    systems: Annotated[str, Flag("Systems; see below.", "NAME,..")] = "",
-    suite: Annotated[str, Flag(f"A named set of systems: {', '.join(SUITES)}.", "NAME")] = "",
+    suited: SuiteOptions,
     cut: Annotated[WorkloadChoice, OptionGroup(WorkloadChoice, CUT, WORKLOAD)],
     fleet: FleetOptions,
     settings: Annotated[SimSettings, OptionGroup(SimSettings, SIMULATED)],
@@ -124,15 +129,20 @@ def run(
     --levels of the offered requests attain their SLO. Each is also shown as a
     share of the fluid limit, which no schedule on these instances can exceed.
     """
+    if suited.of_rows:
+        closeness = Closeness(search.levels, search.seeds, search.tolerance)
+        plan = plan_of(suited, closeness, given(context))
+        run_and_show(plan, out, PROBES, jobs, as_json=as_json, plan_only=suited.plan_only)
+        return
     if fleet.grows:
         raise ConfigError("`tidegate compare` takes a fixed number of --instances")
     compared = fleet.make(engine)
     files = [name.strip() for name in (traces or DEFAULT_TRACE).split(",") if name.strip()]
     workloads = titled(files, cut)
-    names = [name for name in systems.split(",") if name.strip()]
-    if suite or not names:
-        names += suite_of(suite or "default")
-    plan = Plan(
+    names = [name for name in suited.systems.split(",") if name.strip()]
+    if suited.suite or not names:
+        names += suite_of(suited.suite or "default")
+    compared_plan = Plan(
         setting=Setting(cut, compared, "", None, with_classes(settings, workloads.values()), chunks=chunks),
         workloads=workloads,
         contenders=contenders(names, compared.size),
@@ -142,7 +152,7 @@ def run(
         command=command_line(),
         facts=set_up(compared),
     )
-    compare_and_show(plan, "compare", out, jobs, as_json)
+    compare_and_show(compared_plan, "compare", out, jobs, as_json)
 
 
 def compare_and_show(plan: Plan, command: str, out: Path, jobs: int | None, as_json: bool) -> None:

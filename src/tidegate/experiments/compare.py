@@ -10,7 +10,7 @@ from typing import Any
 
 import tidegate
 from tidegate.experiments.jobs import Workers
-from tidegate.experiments.run import CLOSED_LOOP, job_of, largest_limit, run_with_view
+from tidegate.experiments.run import job_of, largest_limit, run_with_view, unlimited
 from tidegate.experiments.search import EXPECTED_PROBES, find_goodput
 from tidegate.experiments.setting import Setting
 from tidegate.experiments.systems import Candidate, Contender
@@ -47,9 +47,9 @@ async def compare(plan: Plan, workers: Workers) -> Comparison:
     """Find every goodput and run what the report shows. Raises ConfigError or TraceError for a workload."""
     for workload in plan.workloads.values():
         own_rate_rps(requests_of(workload))
-    workers.expect(len(plan.workloads) * _runs_per_trace(plan))
+    workers.expect(len(plan.workloads) * runs_per_trace(plan))
     traces = await asyncio.gather(
-        *(_compare_on(plan, title, workload, workers) for title, workload in plan.workloads.items())
+        *(compare_on(plan, title, workload, workers) for title, workload in plan.workloads.items())
     )
     settings = plan.setting.settings
     return Comparison(
@@ -66,7 +66,7 @@ async def compare(plan: Plan, workers: Workers) -> Comparison:
     )
 
 
-def _runs_per_trace(plan: Plan) -> float:
+def runs_per_trace(plan: Plan) -> float:
     """Return about how many runs a trace takes: limits, searches, and the runs that are shown."""
     searches = 0
     for contender in plan.contenders:
@@ -76,7 +76,8 @@ def _runs_per_trace(plan: Plan) -> float:
     return len(plan.levels) * (plan.seeds + EXPECTED_PROBES * searches) + SHOWN_RUNS * len(plan.contenders)
 
 
-async def _compare_on(plan: Plan, title: str, workload: WorkloadChoice, workers: Workers) -> TraceComparison:
+async def compare_on(plan: Plan, title: str, workload: WorkloadChoice, workers: Workers) -> TraceComparison:
+    """Find the goodputs on one workload of a plan, and run what is shown of it."""
     setting = replace(plan.setting, workload=workload)
     most_chunk = max(
         each.applied(setting).fleet.engine.max_batch_tokens
@@ -100,7 +101,7 @@ async def _compare_on(plan: Plan, title: str, workload: WorkloadChoice, workers:
     entries = await asyncio.gather(
         *(_with_runs(candidate.applied(setting), entry, rate_rps, workers) for entry, candidate in found)
     )
-    unlimited = [f"no fluid limit: {CLOSED_LOOP}"] if setting.settings.closed_loop else []
+    why = unlimited(setting)
     return TraceComparison(
         trace=workload.trace,
         title=title,
@@ -108,7 +109,11 @@ async def _compare_on(plan: Plan, title: str, workload: WorkloadChoice, workers:
         common_rate_rps=rate_rps,
         common_rate_is=rate_is,
         limit_binding=limits[plan.levels[0]]["binding"],
-        warnings=tuple(dict.fromkeys(unlimited + [text for _, texts in entries for text in texts])),
+        warnings=tuple(
+            dict.fromkeys(
+                [f"no fluid limit: {why}"] * bool(why) + [text for _, texts in entries for text in texts]
+            )
+        ),
         own_rate_rps=own_rate_rps(requests_of(workload)),
     )
 

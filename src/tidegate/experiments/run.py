@@ -14,10 +14,10 @@ from tidegate.experiments.setting import Setting
 from tidegate.measure.run_view import view_of
 from tidegate.measure.summary import RunFacts, summarize_run
 from tidegate.sim import SimRun, simulate
-from tidegate.workloads.choice import at_rate, requests_of
+from tidegate.workloads.choice import drawn
 
 CLOSED_LOOP = "in a closed loop arrivals depend on the system"
-"""Why there is no limit then."""
+KEPT_TIMES = "the limit is one of stretched times, and here rates are numbers of requests"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def run_once(
     ``watch`` is told now and then how many requests have arrived.
     Raises ConfigError or TraceError for a workload, fleet or system that cannot be run.
     """
-    requests = at_rate(requests_of(setting.workload), rate_rps, seed)
+    requests = drawn(setting.workload, rate_rps, seed)
     system, replicas = setting.make_system(), setting.fleet.replicas()
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     run = simulate(requests, system, replicas, setting.settings, journal=journal, watch=watch)
@@ -80,7 +80,7 @@ def find_limit(setting: Setting, level: float, max_batch_tokens: int, seed: int)
 
     replicas = setting.fleet.replicas()
     found = fluid_limit(
-        at_rate(requests_of(setting.workload), None, seed),
+        drawn(setting.workload, None, seed),
         [replica.profile for replica in replicas],
         [replica.instance for replica in replicas],
         setting.settings.loosest_slo,
@@ -92,16 +92,22 @@ def find_limit(setting: Setting, level: float, max_batch_tokens: int, seed: int)
     return {"limit_rps": found.limit_rps, "binding": found.binding}
 
 
+def unlimited(setting: Setting) -> str:
+    """Return why a setting has no fluid limit, empty where it has one."""
+    if setting.settings.closed_loop:
+        return CLOSED_LOOP
+    return KEPT_TIMES if setting.workload.keep_times else ""
+
+
 async def largest_limit(
     setting: Setting, level: float, max_batch_tokens: int, seeds: Iterable[int], workers: Workers
 ) -> dict[str, Any]:
     """Return what ``find_limit`` does for the draw with the largest limit, the same for all systems.
 
-    No run of any of ``seeds`` attains the level above it. In a closed loop there is none, for arrivals then
-    depend on the system.
+    No run of any of ``seeds`` attains the level above it. Some settings have none (see ``unlimited``).
     """
-    if setting.settings.closed_loop:
-        return {"limit_rps": None, "binding": f"nothing: {CLOSED_LOOP}"}
+    if why := unlimited(setting):
+        return {"limit_rps": None, "binding": f"nothing: {why}"}
     title = f"limit at {setting.settings.loosest_slo}, {100 * level:g} %"
     anyone = replace(setting, system="", split=None)
     jobs = [

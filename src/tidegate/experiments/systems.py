@@ -23,6 +23,8 @@ SUITES = {
     "splits": "arrow-lending,static:all",
 }
 """Named sets of systems."""
+MOST_SPLITS = 16
+"""Splits that ``NAME:best`` chooses from: all of a small fleet, and of a large one as many at equal steps."""
 FORMS = "NAME[+ORDER], NAME:even, NAME:P:D, NAME:best, NAME:all, NAME:tuned, NAME:CHUNK, NAME:slack"
 
 
@@ -83,6 +85,23 @@ def contenders(names: Iterable[str], instances: int) -> list[Contender]:
     return list(found.values())
 
 
+def any_order(contender: Contender, orders: Iterable[str]) -> Contender:
+    """Return the contender with its candidates under each of ``orders`` as well, "" being their own.
+
+    One whose name has an order already keeps it.
+    """
+    if split_order(contender.name)[1] is not None:
+        return contender
+    more = (
+        replace(each, system=f"{each.system}+{order}", label=f"{each.label}, {order}".lstrip(", "))
+        if order
+        else each
+        for order in orders
+        for each in contender.candidates
+    )
+    return replace(contender, candidates=tuple(more))
+
+
 def _expand(name: str, instances: int) -> list[Contender]:
     file, suffix, rest = name.rpartition(".py:")
     base, order = split_order(rest)
@@ -95,7 +114,9 @@ def _expand(name: str, instances: int) -> list[Contender]:
     if not colon:
         made = [Candidate(full)]
     elif choice == "best":
-        made = [Candidate(full, (p, d), label=f"split {p}:{d}") for p, d in splits(instances)]
+        every = splits(instances)
+        step = -(-len(every) // MOST_SPLITS)
+        made = [Candidate(full, (p, d), label=f"split {p}:{d}") for p, d in every[step - 1 :: step]]
     elif choice == "tuned":
         made = [Candidate(full, chunk_tokens=chunk, label=f"chunk {chunk}") for chunk in CHUNKS_TOKENS]
     elif choice in CHUNKS.names():

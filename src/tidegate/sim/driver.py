@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from tidegate.control.effects import (
     Drains,
@@ -68,7 +69,8 @@ class SimDriver:
         lengths = simulated_source(name, self._output_tokens) if name else None
         self._ids = [replica.instance.id for replica in replicas]
         order, chunks = system.order.in_engines, system.chunks
-        self.cluster = Cluster(replicas, events, self, leap=settings.leap, order=order, chunks=chunks)
+        real = [_slowed(each, settings) for each in replicas]
+        self.cluster = Cluster(real, events, self, leap=settings.leap, order=order, chunks=chunks)
         self.plane = ControlPlane(
             system,
             self._ids[: membership.planned],
@@ -436,3 +438,11 @@ class SimDriver:
         live.generated = live.output_tokens
         live.note_end(sequence)
         self._close(live, None, now)
+
+
+def _slowed(replica: Replica, settings: SimSettings) -> Replica:
+    """Return what an instance is, where it is not what its profile says."""
+    factor = settings.slowed.get(replica.instance.id)
+    if factor is None:
+        return replica
+    return replace(replica, profile=replica.profile.scaled(factor, factor))

@@ -29,8 +29,9 @@ class SimSettings:
     With ``heartbeat_s`` > 0 the control plane knows of steps only as of the last heartbeat (see
     ``SimDriver.stepped``). An instance comes up at its time in ``starts_s``, at 0 without one, dies at those
     in ``deaths`` and returns, empty, at those in ``returns``; a request is replayed elsewhere at most
-    ``replays`` times (the gateway's default). ``admission`` is the gateway's setting of that name, here off:
-    a simulation says what a system does with every request.
+    ``replays`` times (the gateway's default). One in ``slowed`` takes that many times as long for every step
+    as its profile says, and the control plane is not told. ``admission`` is the gateway's setting of that
+    name, here off: a simulation says what a system does with every request.
 
     The last ``spares`` instances are not up at the start; a controller that adds instances has them join
     ``start_delay_s`` later (the time that a server takes to load a model), those for decode
@@ -54,6 +55,7 @@ class SimSettings:
     deaths: Sequence[tuple[float, str]] = ()
     returns: Sequence[tuple[float, str]] = ()
     replays: int = 5
+    slowed: Mapping[str, float] = field(default_factory=dict)
     admission: float = 0.0
     spares: int = 0
     start_delay_s: float = 30.0

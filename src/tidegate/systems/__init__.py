@@ -5,7 +5,7 @@ from tidegate.systems import builtin as builtin
 from tidegate.systems import dopd as dopd
 from tidegate.systems import rounds as rounds
 from tidegate.systems import tidegate as tidegate
-from tidegate.systems.registry import SYSTEMS, SystemOptions, make_system, named, split_order
+from tidegate.systems.registry import SYSTEMS, SystemOptions, make_system, named, split_order, systems_in
 from tidegate.systems.system import System
 
-__all__ = ["SYSTEMS", "System", "SystemOptions", "make_system", "named", "split_order"]
+__all__ = ["SYSTEMS", "System", "SystemOptions", "make_system", "named", "split_order", "systems_in"]

@@ -128,6 +128,23 @@ def _from_file(path: Path, name: str) -> Factory:
     return factory
 
 
+def systems_in(path: Path) -> list[str]:
+    """Return the factories that a Python file defines, as ``named`` takes them, in its order.
+
+    Those whose name begins with an underscore are none. The file runs. Raises ConfigError for one that does
+    not load, and for one without any.
+    """
+    module = _module_of(path)
+    names = [
+        name
+        for name, each in vars(module).items()
+        if isfunction(each) and each.__module__ == module.__name__ and not name.startswith("_")
+    ]
+    if not names:
+        raise ConfigError(f"{path} has no function of its own that makes a system")
+    return [f"{path}:{name}" for name in names]
+
+
 def _module_of(path: Path) -> ModuleType:
     """Run the file as a module of its own name, once as long as it does not change."""
     try:

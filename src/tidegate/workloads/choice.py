@@ -20,7 +20,7 @@ from tidegate.workloads.generate import (
     resample,
 )
 from tidegate.workloads.readers import has_arrivals, read_trace, read_untimed
-from tidegate.workloads.reshape import reseeded
+from tidegate.workloads.reshape import replicate, reseeded
 from tidegate.workloads.trace import Workload
 from tidegate.workloads.transform import (
     by_session,
@@ -44,6 +44,7 @@ class WorkloadChoice:
     the process starts sessions, whose turns keep their own times; ``sessions_per_s`` is Poisson, too, and
     takes a timed trace apart into sessions first. ``rate_curve`` is ``FILE:NAME``, scaled to the mean
     ``rate_rps`` if given. Generated lengths are a ``preset``'s, those of ``lengths_from``, or given.
+    With ``keep_times`` another rate is more or fewer requests on one clock, where else times are stretched.
     ``columns`` names the trace's columns (``formats.given_format``). ``start_s`` and ``duration_s`` cut a
     window out of the workload after ``scale_rate``.
     """
@@ -67,6 +68,7 @@ class WorkloadChoice:
     duration_s: float | None = None
     limit: int | None = None
     turn_gap_s: float | None = None
+    keep_times: bool = False
     seed: int = 0
 
     def describe(self) -> str:
@@ -225,3 +227,11 @@ def at_rate(workload: Workload, rate_rps: float | None, seed: int) -> Workload:
     if rate_rps is None:
         return drawn
     return scale_rate(drawn, rate_rps / own_rate_rps(workload))
+
+
+def drawn(choice: WorkloadChoice, rate_rps: float | None, seed: int) -> Workload:
+    """Return the seed's draw of ``choice`` at a mean rate, None for its own."""
+    workload = requests_of(choice)
+    if not choice.keep_times or rate_rps is None:
+        return at_rate(workload, rate_rps, seed)
+    return replicate(reseeded(workload, seed), rate_rps / own_rate_rps(workload), seed=seed)

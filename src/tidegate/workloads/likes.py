@@ -3,7 +3,8 @@
 Lengths are lognormal and gaps between arrivals gamma-distributed; a draw with another seed is traffic that
 nobody has seen. Means of the four multi-round workloads are those of AMPD's evaluation (arXiv 2602.14516,
 section 6), read as tokens per round: an answer of 13 tokens, as a session's 50 over four rounds would have,
-holds no call of a tool. Spreads and pauses are ours: the paper has none.
+holds no call of a tool. Spreads and pauses are ours: the paper has none. Three are made to strain:
+``spikes``, ``inversion`` and ``tails``, at a rate of their own, which eight large instances serve with room.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ REQUESTS = 5000
 """Requests of a draw where rounds stand alone, at a mean of one per second."""
 SESSIONS = 400
 """Sessions of a draw with several rounds."""
+CYCLES = 3
+"""Cycles of a draw that has phases."""
 ANSWER_S_PER_TOKEN = 0.02
 """What a round's answer is taken to last, per token, where its turns are given times: a trace's times are
 those of an open loop."""
@@ -44,12 +47,22 @@ class Length:
 
 
 @dataclass(frozen=True, slots=True)
+class Phase:
+    """A part of a cycle of traffic: Poisson arrivals and lengths of their own, for so many seconds."""
+
+    seconds: float
+    rate_rps: float
+    new: Length
+    output: Length
+
+
+@dataclass(frozen=True, slots=True)
 class Like:
     """A kind of traffic. ``new`` are the prompt tokens that a round adds to its session's history.
 
     ``rounds`` is the mean number of rounds of a session: all alike where ``steady``, else one and a Poisson
     number more. ``pause_s`` is the mean pause before each later round, exponential. ``gaps_cv`` is that of
-    arrivals where rounds stand alone.
+    arrivals where rounds stand alone, ``phases`` what comes in turn instead.
     """
 
     about: str
@@ -59,8 +72,31 @@ class Like:
     rounds: float = 1.0
     steady: bool = False
     pause_s: float = 0.0
+    phases: tuple[Phase, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """What a draw has unless told otherwise."""
+        if self.phases:
+            return round(CYCLES * sum(phase.seconds * phase.rate_rps for phase in self.phases))
+        return SESSIONS if self.rounds > 1 else REQUESTS
 
 
+def _phased(about: str, *phases: Phase) -> Like:
+    weights = np.array([phase.seconds * phase.rate_rps for phase in phases])
+    new, output = (
+        Length(
+            float(np.average([length.mean for length in lengths], weights=weights)),
+            max(each.cv for each in lengths),
+        )
+        for lengths in zip(*((phase.new, phase.output) for phase in phases), strict=True)
+    )
+    return Like(about, new, output, phases=phases)
+
+
+_CHAT = (Length(1000, 1.0), Length(200, 1.0))
+_READ, _WRITE = (Length(6000, 0.7), Length(60, 0.7)), (Length(300, 0.7), Length(600, 0.7))
+_TAILS = (Length(1200, 4.0), Length(300, 3.0))
 _BURSTY = "short answers behind mid-size prompts, very bursty"
 _CALLS, _THREE = "calls of tools", "three retrievals"
 LIKES: Mapping[str, Like] = MappingProxyType({
@@ -73,6 +109,9 @@ LIKES: Mapping[str, Like] = MappingProxyType({
     "gaia": Like("an assistant", Length(6161.02, 1.2), Length(528.76, 1.0), rounds=11.32, pause_s=5.0),
     "hotpotqa": Like(_THREE, Length(1569.8, 0.4), Length(80.03, 0.6), rounds=3.0, steady=True, pause_s=0.3),
     "dureader": Like(_THREE, Length(3081.23, 0.4), Length(150.1, 0.6), rounds=3.0, steady=True, pause_s=0.3),
+    "spikes": _phased("ten times the chat, 5 s of a minute", Phase(55, 4, *_CHAT), Phase(5, 40, *_CHAT)),
+    "inversion": _phased("a minute reads, the next one writes", Phase(60, 5, *_READ), Phase(60, 8, *_WRITE)),
+    "tails": _phased("a few prompts and answers have most of the tokens", Phase(60, 8, *_TAILS)),
 })  # fmt: skip
 
 
@@ -104,9 +143,26 @@ def make_like(source: str) -> Workload:
     arrivals, lengths = (np.random.default_rng(each) for each in np.random.SeedSequence(seed).spawn(2))
     if like.rounds > 1:
         return _sessions(like, count, arrivals, lengths)
+    if like.phases:
+        return _in_phases(like.phases, count, arrivals, lengths)
     shape = 1.0 / like.gaps_cv**2
     times_s = np.cumsum(arrivals.gamma(shape, 1.0 / shape, count))
     return Workload(times_s - times_s[0], like.new.draw(lengths, count), like.output.draw(lengths, count))
+
+
+def _in_phases(
+    phases: tuple[Phase, ...], count: int, arrivals: np.random.Generator, lengths: np.random.Generator
+) -> Workload:
+    parts: list[tuple[Floats, Integers, Integers]] = []
+    begin_s, made, at = 0.0, 0, 0
+    while made < count:
+        phase = phases[at % len(phases)]
+        coming = int(arrivals.poisson(phase.rate_rps * phase.seconds))
+        times_s = begin_s + np.sort(arrivals.uniform(0.0, phase.seconds, coming))
+        parts.append((times_s, phase.new.draw(lengths, coming), phase.output.draw(lengths, coming)))
+        begin_s, made, at = begin_s + phase.seconds, made + coming, at + 1
+    times, new, output = (np.concatenate(column)[:count] for column in zip(*parts, strict=True))
+    return Workload(times - times[0], new, output)
 
 
 def _sessions(
@@ -147,4 +203,4 @@ def _parsed(source: str) -> tuple[Like, int, int]:
     count, seed = [*numbers, "", ""][:2]
     if len(numbers) > 2 or not all(text.isdecimal() or not text for text in (count, seed)) or count == "0":
         raise TraceError("expected like:NAME, like:NAME:COUNT or like:NAME:COUNT:SEED", file=source)
-    return like, int(count or (SESSIONS if like.rounds > 1 else REQUESTS)), int(seed or 0)
+    return like, int(count or like.count), int(seed or 0)

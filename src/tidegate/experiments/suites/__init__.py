@@ -1,0 +1,1 @@
+"""Suites: named rows of experiments, run and judged together."""
