@@ -207,11 +207,9 @@ class Network:
         if receiver.inter_node is not None and sender.node != receiver.node:
             out, into = sender.inter_node or out, receiver.inter_node
             names = f"{names[0]}\0", f"{names[1]}\0"
-        ports = [
-            self._ports.setdefault(name, Port(float(cost.bytes_per_s)))
-            for name, cost in zip(names, (out, into), strict=True)
-        ]
-        way = self._way_of.setdefault(names, Way(len(self._ways), *ports, float(into.latency_s)))
+        source = self._ports.setdefault(names[0], Port(float(out.bytes_per_s)))
+        target = self._ports.setdefault(names[1], Port(float(into.bytes_per_s)))
+        way = self._way_of.setdefault(names, Way(len(self._ways), source, target, float(into.latency_s)))
         if way.index == len(self._ways):
             self._ways.append(way)
         self._way_between[src, dst] = way
