@@ -24,7 +24,7 @@ from tidegate.core.errors import ConfigError
 from tidegate.costs.forms import Values, attention_work
 from tidegate.experiments.setting import Setting
 from tidegate.experiments.systems import Candidate
-from tidegate.measure.request_table import Mask
+from tidegate.measure.request_table import Counts, Mask
 from tidegate.sim import simulate
 from tidegate.workloads.choice import at_rate, own_rate_rps, requests_of
 from tidegate.workloads.trace import Workload
@@ -70,7 +70,6 @@ class _Budget:
     tell: Callable[[float, float], None]
     used: int = 0
 
-    @property
     def left(self) -> bool:
         return self.used < self.simulations and time.process_time() < self.until_cpu_s
 
@@ -104,7 +103,7 @@ def find_achievable(
     budget = _Budget(simulations, time.process_time() + cpu_s, tell)
     work_s = _work_s(setting, at_rate(requests, rate_rps, seed))
     order, factor = list(candidates), GROWTH
-    while budget.left and factor >= FINEST:
+    while budget.left() and factor >= FINEST:
         found = None
         for candidate in order:
             drawn = at_rate(requests, rate_rps, seed)
@@ -115,7 +114,7 @@ def find_achievable(
                 best = Achieved(rate_rps, share, candidate, given_up, budget.used)
                 order = [candidate, *(each for each in order if each is not candidate)]
                 break
-            if not budget.left:
+            if not budget.left():
                 break
         if found is not None:
             rate_rps *= factor
@@ -151,10 +150,10 @@ def _attained(
     spare = count - math.ceil(level * count - 1e-9)
     replicas, least = setting.fleet.replicas(), count + 1
     for _ in range(PATIENCE):
-        if not budget.left:
+        if not budget.left():
             return None
         budget.used += 1
-        kept = np.flatnonzero(~given_up)
+        kept: Counts = np.flatnonzero(~given_up)
         table = simulate(requests[kept], setting.make_system(), replicas, setting.settings).requests
         missed = kept[~table.attained]
         dropped = int(given_up.sum())
@@ -172,7 +171,7 @@ def _attained(
     return None
 
 
-def _missed_behind(arrival_s: Values, missed: Mask, window_s: float) -> Values:
+def _missed_behind(arrival_s: Values, missed: Counts, window_s: float) -> Values:
     """Count for each request those of ``missed`` that came with it or within ``window_s`` after it."""
     at_s = arrival_s[missed]
     first, last = np.searchsorted(at_s, arrival_s), np.searchsorted(at_s, arrival_s + window_s, "right")
