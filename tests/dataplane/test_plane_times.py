@@ -19,19 +19,19 @@ ROUND = profile(prefill=(0.0, 1e-3, 0.0), step=(1e-2, 0.0, 0.0), transfer=(0.5, 
 
 
 class Plane:
-    """Two instances of one node and one of another; keeps the times of what it is told."""
+    """An instance for each letter, which names its node; keeps the times of what it is told."""
 
-    def __init__(self, kv_tokens: int = 4096) -> None:
+    def __init__(self, kv_tokens: int = 4096, node_of: str = "aab") -> None:
         self.events = EventQueue()
         fleet = [
             Replica(
                 Instance(f"i{i}", kv_tokens, kv_tokens, 16, 1),
                 ROUND,
                 EngineSettings(reserve=0.0),
-                node="a" if i < 2 else "b",
+                node=node,
                 inter_node=TransferCost(1.0, 100.0),
             )
-            for i in range(3)
+            for i, node in enumerate(node_of)
         ]
         self.cluster = Cluster(fleet, self.events, self, leap=True)
         self.tokens_s: list[tuple[int, float]] = []
@@ -79,6 +79,24 @@ def test_a_pull_costs_what_the_way_costs(decode_on: int, transfer_s: float) -> N
     plane.run()
     assert plane.ends_s[0] == pytest.approx(0.2 + transfer_s + 2 * 0.01)
     assert plane.free(0) and plane.free(decode_on)
+
+
+def test_pulls_share_the_port_of_their_sender_and_that_of_their_receiver() -> None:
+    """200 tokens each: i0 sends to i1 and to i2, and i3 to i1, too."""
+    plane = Plane(node_of="aaaa")
+    for number, on in ((0, 0), (1, 0), (2, 3)):
+        plane.cluster.submit(on, SimSequence(number, 200, 201, True), 0.0)
+        plane.run()
+    assert {number: pin.on for number, pin in plane.pins.items()} == {0: 0, 1: 0, 2: 3}
+    for number, to, at_s in ((0, 1, 1.0), (1, 2, 1.1), (2, 1, 1.2)):
+        plane.run(until_s=at_s)
+        plane.cluster.submit(to, SimSequence(number, 201, 202, False, plane.pins[number]), at_s)
+    plane.run()
+    # From 1.5 on pull 0 has 1,000 bytes/s, from 1.6 on half of them, as i0 sends two, and pull 1 has the
+    # other half. From 1.7 on i1 receives two, which takes nothing from pull 0; pull 2 has 500 beside it.
+    # Pull 0 has moved 100 + 100 by 1.8; then both others have a sender and a receiver to themselves.
+    assert plane.ends_s == pytest.approx({0: 1.8 + 0.01, 1: 1.8 + 0.1 + 0.01, 2: 1.8 + 0.15 + 0.01})
+    assert all(plane.free(instance) for instance in range(4))
 
 
 def test_a_known_prefix_is_not_computed_again() -> None:
