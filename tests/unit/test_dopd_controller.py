@@ -236,7 +236,7 @@ def test_lengths_lean_to_the_forecast_as_far_as_it_tells_more() -> None:
 
 def test_starts_that_were_seen_count_for_the_lead_time_not_those_that_were_told() -> None:
     rising = forecast(30.0, 1.0)
-    steps = np.array([1.0, 1.0, 1.0, 1.0, 40.0, 40.0])
+    steps = np.array([1.0, 1.0, 1.0, 1.0, 60.0, 60.0])
     rising = rising._replace(rate_rps=SeriesForecast(steps, steps, steps, "ewma"))
     sizes = []
     for start_s in ({}, {Role.PREFILL: 130.0, Role.DECODE: 130.0}):
