@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from tidegate.core.errors import ConfigError
 from tidegate.core.instance import Role
-from tidegate.core.notation import parse_split
+from tidegate.core.notation import FleetRange, parse_split
 from tidegate.experiments.setting import Setting
 from tidegate.policies.starting_roles import even_roles
 from tidegate.systems import make_system, split_order
@@ -35,11 +35,18 @@ class Candidate:
     label: str = ""
 
     def applied(self, setting: Setting) -> Setting:
-        """Return ``setting`` with this candidate's system and options."""
+        """Return ``setting`` with this candidate's system and options.
+
+        Where it has bounds, the candidate's fleet begins with the least, or with its split's instances.
+        """
         fleet = setting.fleet
         if self.chunk_tokens is not None:
             fleet = replace(fleet, engine=replace(fleet.engine, max_batch_tokens=self.chunk_tokens))
-        return replace(setting, system=self.system, split=self.split, fleet=fleet)
+        setting = replace(setting, system=self.system, split=self.split, fleet=fleet)
+        if setting.bounds is None:
+            return setting
+        spares = FleetRange(*setting.bounds).spares(self.split)
+        return replace(setting, settings=replace(setting.settings, spares=spares))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +64,11 @@ def suite(name: str) -> list[str]:
     return SUITES[name].split(",")
 
 
-def contenders(names: Iterable[str], instances: int) -> list[Contender]:
+def contenders(names: Iterable[str], instances: int, least: int | None = None) -> list[Contender]:
     """Return the contenders that ``names`` ask for on a fleet of ``instances``, each once.
+
+    Where the fleet is of ``least`` to ``instances``, a split may be of as many as that; those that are chosen
+    from are of all.
 
     ``static:best`` is the best static split in hindsight, ``static:all`` every split as a row of its own,
     ``colocated:tuned`` the best of ``CHUNKS_TOKENS``; any system may be named instead, with ``+ORDER`` at the
@@ -68,7 +78,7 @@ def contenders(names: Iterable[str], instances: int) -> list[Contender]:
     found: dict[str, Contender] = {}
     for name in names:
         try:
-            for each in _expand(name.strip(), instances):
+            for each in _expand(name.strip(), FleetRange(least or instances, instances)):
                 found.setdefault(each.name, each)
         except ConfigError as error:
             problems += error.problems
@@ -79,7 +89,8 @@ def contenders(names: Iterable[str], instances: int) -> list[Contender]:
     return list(found.values())
 
 
-def _expand(name: str, instances: int) -> list[Contender]:
+def _expand(name: str, fleet: FleetRange) -> list[Contender]:
+    instances = fleet.most
     file, suffix, rest = name.rpartition(".py:")
     base, order = split_order(rest)
     system, colon, choice = base.partition(":")
@@ -87,7 +98,7 @@ def _expand(name: str, instances: int) -> list[Contender]:
     full = system + ordered
     if choice == "all":
         names = [f"{system}:{p}:{d}{ordered}" for p, d in splits(instances)]
-        return [row for each in names for row in _expand(each, instances)]
+        return [row for each in names for row in _expand(each, fleet)]
     if not colon:
         made = [Candidate(full)]
     elif choice == "best":
@@ -105,7 +116,9 @@ def _expand(name: str, instances: int) -> list[Contender]:
             raise ConfigError(f"system {name!r}: unknown choice {choice!r}; there is {FORMS}") from None
     for each in made:
         # Raises ConfigError when the system is unknown or cannot take the split.
-        make_system(each.system, split=each.split).roles(instances)
+        bounds = None if fleet.ceiling is None else (fleet.least, fleet.most)
+        first = instances if bounds is None else instances - fleet.spares(each.split)
+        make_system(each.system, split=each.split, fleet=bounds).roles(first)
     return [Contender(name, tuple(made))]
 
 

@@ -2,10 +2,11 @@
 
 Once per forecast it plans (``plan``) for the highest rate that is likely until an instance that is asked for
 now would serve; each role has its own start-up time. *Hysteresis*: a pool has the most that any two of the
-newest plans in a row wanted, so it grows with the second one and shrinks once all agree. *Dead band*: a plan
-wants less only if less would do for more than is expected. *Idle shrink*: without requests for a while the
-fleet goes to its least at once (the released code does the same). *Emergency*: between the periods, a pool
-whose queue or KV says that it is short now gets an instance, or on a full budget one of the other pool's.
+newest plans in a row wanted, so it grows with the second one and shrinks once all agree, later where that
+was taken back before (``hysteresis``). *Dead band*: a plan wants less only if less would do for more than is
+expected, and more only if what there is would not do for less. *Idle shrink*: without requests for a while
+the fleet goes to its least at once (the released code does the same). *Emergency*: between the periods, a
+pool whose queue or KV says that it is short now gets an instance, or on a full budget one of the other's.
 
 It is always a split: instances that do both are left to ``Sizing.mixed_attains`` (the plan is made without
 them), for neither the label nor the target of a mixed fleet exists here.
@@ -53,7 +54,8 @@ class DopdConstants:
     share ``prefill_upper`` or ``decode_upper`` of the way from the forecast to the end of its interval (its
     0.9 quantile): the TTFT target lets a prefill queue wait out the shortest bursts. The newest
     ``agreeing`` plans have to want less of a pool, with the rate ``dead_band`` above the forecast one and of
-    the misses that ``level`` allows the share ``safer``: tails of few requests are noise. On a
+    the misses that ``level`` allows the share ``safer``; to want more it has to be so with the rate as much
+    below and ``laxer`` times the misses: tails of few requests are noise. On a
     fixed fleet flips have to gain a share ``flip_gain`` of predicted goodput. Emergencies are
     ``emergency_gap_s`` apart; an instance that one adds stays as long as plans count, and one that it lends
     keeps its label for ``lent_s``. A fit that is still going on is waited for up to ``settle_s``.
@@ -82,9 +84,10 @@ class DopdState:
     """What is remembered from tick to tick.
 
     ``target`` is the split that the fleet has or was asked to get, ``asked_s`` when; ``pools`` have what the
-    newest plans wanted of each, ``planned_s`` the time of the last forecast that one was made of; ``queues`` the prompts
-    that waited per prefill instance; ``busy_s`` when a request was there last; ``corrections`` observed over
-    predicted times of prefills and of decode steps; ``saying`` the reason that holds until the next plan.
+    newest plans wanted of each, ``planned_s`` the time of the last forecast that one was made of; ``queues``
+    the prompts that waited per prefill instance; ``busy_s`` when a request was there last; ``corrections``
+    observed over predicted times of prefills and of decode steps; ``saying`` the reason that holds until the
+    next plan.
     """
 
     target: Split = NO_SPLIT
@@ -189,7 +192,7 @@ class DopdController:
             return None
         prefill, decode = state.target
         if emergency.prefill:
-            # What is queued is to be gone by the time that an instance takes to start. One that starts counts.
+            # What is queued is to be gone in the time that an instance takes to start; one that does counts.
             waiting = pools.queue_s * pools.prefill / max(1.0, self.start_delay_s[0])
             prefill = max(prefill, pools.prefill + 1, math.ceil(pools.demand + waiting))
         if emergency.decode:
@@ -199,9 +202,11 @@ class DopdController:
         if lent:
             step = 1 if emergency.prefill else -1
             prefill, decode = state.target[0] + step, state.target[1] - step
-        elif (prefill, decode) == state.target:
-            return None
-        elif prefill + decode > most or not emergency.lasts(pools, self.start_delay_s[0], self.slo):
+        elif (
+            (prefill, decode) == state.target
+            or prefill + decode > most
+            or not emergency.lasts(pools, self.start_delay_s[0], self.slo)
+        ):
             return None
         wanted = (prefill, decode)
         saying = f"{_words(wanted)} in an emergency: {why}"

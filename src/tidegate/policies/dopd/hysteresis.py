@@ -2,8 +2,9 @@
 
 Plans are made of some hundred lengths and of half minutes of arrivals, so near a whole instance they differ
 from one to the next at constant load. What enough of them is, is therefore learnt (ours): a pool that had
-to grow again soon after it had shrunk *regrets* that, and its next shrink takes ``BACKOFF`` times as many plans.
-That is so for one instance only: what is beyond it goes as soon as always, for then the load has changed.
+to grow again soon after it had shrunk *regrets* that, and its next shrink takes ``BACKOFF`` times as many
+plans. That is so for one instance only: what is beyond it goes as soon as always, for then the load has
+changed.
 """
 
 from __future__ import annotations
