@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tidegate.policies.dopd.controller import DopdConstants
 from tidegate.policies.dopd.hysteresis import BACKOFF, MOST_REGRETS, Pool
 
-AGREEING = 20
+AGREEING = DopdConstants().agreeing
 
 
 def played(plans: list[int], has: int, pool: Pool | None = None) -> tuple[list[int], Pool]:
@@ -36,11 +37,11 @@ def test_plans_that_flutter_move_a_pool_at_most_once_an_hour(often: float) -> No
 
 
 def test_a_shrink_that_was_taken_back_is_waited_for_longer_but_only_by_one_instance() -> None:
-    sizes, pool = played([1] * 20 + [2, 2], 2)
-    assert sizes[18:] == [2, 1, 1, 2] and pool.regrets == 1
+    sizes, pool = played([1] * AGREEING + [2, 2], 2)
+    assert sizes[AGREEING - 2 :] == [2, 1, 1, 2] and pool.regrets == 1
     sizes, _ = played([1] * 100, 2, pool)
     assert sizes.index(1) == AGREEING * BACKOFF - 2, "the plan that grew it counts, too"
-    sizes, _ = played([4, 4] + [1] * 50, 2, pool)
+    sizes, _ = played([4, 4] + [1] * 30, 2, pool)
     assert sizes[1] == 4 and sizes[AGREEING - 1] == 4 and sizes[AGREEING] == sizes[-1] == 2
 
 

@@ -64,9 +64,9 @@ class DopdConstants:
     tick_s: float = 5.0
     level: float = 0.99
     gaps_scv: float = 2.0
-    prefill_upper: float = 0.25
-    decode_upper: float = 1.0
-    agreeing: int = 20
+    prefill_upper: float = 0.0
+    decode_upper: float = 0.5
+    agreeing: int = 12
     dead_band: float = 0.1
     safer: float = 0.5
     laxer: float = 2.0

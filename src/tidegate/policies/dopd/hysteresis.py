@@ -50,15 +50,15 @@ class Pool:
     def became(self, has: int, becomes: int, agreeing: int) -> Pool:
         """Learn from a change of its size.
 
-        One that grows so soon after a shrink that the next longer wait could have spared both regrets it; one
-        that shrinks further, or grows later, regrets less.
+        One that grows so soon after a shrink that a longer wait could have spared both regrets it; one that
+        shrinks further, or grows later, regrets less.
         """
         if becomes < has:
             further = self.since_shrink is not None
             return replace(self, since_shrink=0, regrets=max(0, self.regrets - further))
         if becomes == has or self.since_shrink is None:
             return self
-        soon = self.since_shrink <= agreeing * BACKOFF ** (self.regrets + 1)
+        soon = self.since_shrink <= agreeing * BACKOFF**MOST_REGRETS
         regrets = min(MOST_REGRETS, self.regrets + 1) if soon else max(0, self.regrets - 1)
         return replace(self, since_shrink=None, regrets=regrets)
 
