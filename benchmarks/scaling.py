@@ -89,7 +89,7 @@ CURVES_RPS = {"m-small": 4.0, "mm-image": 3.5}
 CHOOSING_S = 2.5 * 3600.0
 TRIED = tuple(
     replace(DopdConstants(), agreeing=agreeing, prefill_upper=prefill, decode_upper=decode)
-    for agreeing in (8, 12, 20)
+    for agreeing in (8, 12)
     for prefill, decode in ((0.25, 1.0), (0.0, 0.5))
 )
 
