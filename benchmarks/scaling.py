@@ -239,11 +239,12 @@ def other(case: Case, options: argparse.Namespace) -> WorkloadChoice:
             write_trace(drifting, drift_mix(read_trace(conversations), sine_drift(1.5, 1800.0)))
         return WorkloadChoice(trace=str(drifting), scale_tokens=case.tokens)
     curve = f"{options.traces / 'servegen_rate_curves_10min.csv.gz'}:{case.trace}"
-    rate_rps, lengths = CURVES_RPS[case.trace], {"lengths_from": str(conversations)}
-    if case.trace == "mm-image":
-        lengths = {"input_tokens": "lognormal:1367:2", "output_tokens": "lognormal:885:1.4"}
+    rate_rps = CURVES_RPS[case.trace]
     choice = WorkloadChoice(rate_curve=curve, rate_rps=rate_rps, cv=1.5, scale_tokens=case.tokens, seed=3)
-    return replace(choice, start_s=case.start_s, duration_s=CHOOSING_S, **lengths)
+    choice = replace(choice, start_s=case.start_s, duration_s=CHOOSING_S)
+    if case.trace == "mm-image":
+        return replace(choice, input_tokens="lognormal:1367:2", output_tokens="lognormal:885:1.4")
+    return replace(choice, lengths_from=str(conversations))
 
 
 async def choose(workers: Workers, options: argparse.Namespace) -> None:

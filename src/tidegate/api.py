@@ -229,7 +229,7 @@ def simulate(
         spares = size.spares(sides) if size.ceiling else 0
         settings = SimSettings(slo=targets, lengths=lengths, spares=spares)
     with _noting(problems, ""):
-        bounds, delays_s = tuple(size) if size.ceiling else None, settings.start_delays_s
+        bounds, delays_s = (size.least, size.most) if size.ceiling else None, settings.start_delays_s
         composed = make_system(system, split=sides, slo=targets, fleet=bounds, start_delay_s=delays_s)
     with _noting(problems, ""):
         chosen = load_profile(profile)
