@@ -7,7 +7,10 @@ the smallest with which it attains that. ``static`` and ``reactive`` have as man
 fewest with which they attain it, ``static`` at the split of ``dopd.plan`` or one beside it.
 
 The clairvoyant minimum is ``dopd`` with the true load of every period in place of a forecast, instances that
-start at once, and no caution: what cannot be had. ``--constant`` is six hours of constant load instead.
+start at once, and no caution: what cannot be had. ``--constant`` is hours of constant load at several rates
+instead. ``--choose`` tries the constants of ``TRIED`` on ``OTHERS``, traffic that is none of ``CASES``, and
+says which needs the fewest instance-hours there at ``LEVEL``: those are the defaults of ``DopdConstants``, so
+that ``CASES`` only report.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from tidegate.sim import SimSettings
 from tidegate.systems import System, SystemOptions, make_system
 from tidegate.workloads.choice import WorkloadChoice, requests_of
 from tidegate.workloads.readers import read_trace
-from tidegate.workloads.reshape import replicate
+from tidegate.workloads.reshape import drift_mix, replicate, sine_drift
 from tidegate.workloads.writers import write_trace
 
 LEVEL = 0.99
@@ -71,6 +74,34 @@ CASES = (
     ),
     Case("servegen_mlarge_4h", 1.0, 3.0, 0.0, "a100_sxm/llama-3.1-70b/tp4", Slo(6.0, 0.08), (3, 2), 9, 6),
 )
+
+
+L40S, A100 = "l40s/llama-3.1-8b", "a100_sxm/llama-3.1-70b/tp4"
+OTHERS = (
+    Case("m-small", 1.0, 4.0, 14_400.0, L40S, Slo(4.0, 0.05), (2, 5), 14),
+    Case("mm-image", 1.0, 1.0, 14_400.0, L40S, Slo(4.0, 0.05), (1, 4), 10),
+    Case("azure2023_conv", 1.0, 3.0, 0.0, A100, Slo(6.0, 0.08), (4, 2), 12),
+)
+"""Rates of m-small with lengths of Azure's conversations, rates of mm-image with lengths like reasoning, and
+Azure's conversations with a ratio of prompts to answers that drifts; the curves are of other models and days
+than ``CASES``."""
+CURVES_RPS = {"m-small": 4.0, "mm-image": 3.5}
+CHOOSING_S = 2.5 * 3600.0
+TRIED = tuple(
+    replace(DopdConstants(), agreeing=agreeing, prefill_upper=prefill, decode_upper=decode)
+    for agreeing in (8, 12)
+    for prefill, decode in ((0.25, 1.0), (0.0, 0.5))
+)
+
+
+def tried(number: int, options: SystemOptions) -> System:
+    """Return ``dopd`` with the constants of a number in ``TRIED``."""
+    controller = DopdController(options.slo, options.fleet, options.start_delay_s, constants=TRIED[number])
+    made = make_system("dopd", slo=options.slo, split=options.split, fleet=options.fleet)
+    return replace(made, name=f"tried{number}", controllers=(controller,))
+
+
+globals().update({f"tried{number}": partial(tried, number) for number in range(len(TRIED))})
 
 
 def clairvoyant(options: SystemOptions) -> System:
@@ -186,14 +217,54 @@ async def table(trials: Trials, names: tuple[str, ...]) -> None:
 
 async def constant(workers: Workers) -> None:
     """Print the rows of six hours at constant load."""
-    loads = ((6.0, "lognormal:1000:1", "100"), (0.75, "lognormal:4000:1", "lognormal:400:1"))
-    for rate_rps, prompt, answer in loads:
-        case = Case("constant", 1.0, 1.0, 0.0, "l40s/llama-3.1-8b", Slo(4.0, 0.05), (1, 1), 6)
-        choice = WorkloadChoice(poisson=rate_rps, duration_s=6 * 3600.0)
+    long, short = ("lognormal:4000:1", "lognormal:400:1"), ("lognormal:1000:1", "lognormal:200:1")
+    for rate_rps, (prompt, answer), hours in (
+        *((rate_rps, long, 6.0) for rate_rps in (0.3, 0.75, 1.2, 2.0)),
+        *((rate_rps, short, 6.0) for rate_rps in (3.0, 6.0, 10.0)),
+    ):
+        case = Case("constant", 1.0, 1.0, 0.0, L40S, Slo(4.0, 0.05), (1, 2), 12)
+        choice = WorkloadChoice(poisson=rate_rps, duration_s=hours * 3600.0)
         choice = replace(choice, input_tokens=prompt, output_tokens=answer)
         run = await Trials(case, choice, workers).scaled("dopd", LEAST)
         name = f"dopd at {rate_rps:g} requests/s, {prompt} / {answer}"
         print(line(name, f"{LEAST}..{case.most}", run, 0.0), flush=True)
+
+
+def other(case: Case, options: argparse.Namespace) -> WorkloadChoice:
+    """Return the traffic of one of ``OTHERS``."""
+    conversations = options.traces / "azure2023_conv.csv.gz"
+    if case.trace == "azure2023_conv":
+        drifting = options.out / "azure2023_conv_drift.csv"
+        if not drifting.exists():
+            write_trace(drifting, drift_mix(read_trace(conversations), sine_drift(1.5, 1800.0)))
+        return WorkloadChoice(trace=str(drifting), scale_tokens=case.tokens)
+    curve = f"{options.traces / 'servegen_rate_curves_10min.csv.gz'}:{case.trace}"
+    rate_rps = CURVES_RPS[case.trace]
+    choice = WorkloadChoice(rate_curve=curve, rate_rps=rate_rps, cv=1.5, scale_tokens=case.tokens, seed=3)
+    choice = replace(choice, start_s=case.start_s, duration_s=CHOOSING_S)
+    if case.trace == "mm-image":
+        return replace(choice, input_tokens="lognormal:1367:2", output_tokens="lognormal:885:1.4")
+    return replace(choice, lengths_from=str(conversations))
+
+
+async def choose(workers: Workers, options: argparse.Namespace) -> None:
+    """Print what each of ``TRIED`` does on ``OTHERS``, and which is chosen."""
+    print("| agreeing | prefill_upper | decode_upper | attainment, % | instance-hours | actions |")
+    print("|---" * 6 + "|", flush=True)
+    hours: dict[int, float] = {}
+    for number, each in enumerate(TRIED):
+        runs = [
+            await Trials(case, other(case, options), workers).scaled(f"{__file__}:tried{number}", LEAST)
+            for case in OTHERS
+        ]
+        attained = ", ".join(f"{100 * run['attainment']:.2f}" for run in runs)
+        used = ", ".join(f"{run['instance_hours']:.1f}" for run in runs)
+        actions = ", ".join(str(run["adds"] + run["drains"] + run["flips"]) for run in runs)
+        constants = f"{each.agreeing} | {each.prefill_upper:g} | {each.decode_upper:g}"
+        print(f"| {constants} | {attained} | {used} | {actions} |", flush=True)
+        if all(run["attainment"] >= LEVEL for run in runs):
+            hours[number] = sum(run["instance_hours"] for run in runs)
+    print(f"chosen: {TRIED[min(hours, key=lambda at: hours[at])] if hours else 'none attains'}")
 
 
 def workloads(options: argparse.Namespace) -> Iterator[tuple[Case, WorkloadChoice]]:
@@ -221,6 +292,8 @@ async def main_async(options: argparse.Namespace) -> None:
     async with Workers(options.jobs, store, watch) as workers:
         if options.constant:
             await constant(workers)
+        elif options.choose:
+            await choose(workers, options)
         else:
             for case, workload in workloads(options):
                 await table(Trials(case, workload, workers), tuple(options.systems.split(",")))
@@ -234,6 +307,7 @@ def main() -> None:
     parser.add_argument("--case", default="", help="only traces whose name holds this")
     parser.add_argument("--systems", default=",".join((*SCALED, "static", "reactive")))
     parser.add_argument("--constant", action="store_true", help="six hours of constant load instead")
+    parser.add_argument("--choose", action="store_true", help="choose the constants, on other traffic")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True, help="folder of results")
     asyncio.run(main_async(parser.parse_args()))

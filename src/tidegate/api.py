@@ -63,12 +63,14 @@ def list_systems() -> dict[str, str]:
 class SimulationResult:
     """One simulated run. ``run`` has everything: requests as columns, timeline, instances, flips.
 
-    ``rate_rps`` is the mean arrival rate; None when all requests come at one instant.
+    ``rate_rps`` is the mean arrival rate; None when all requests come at one instant. ``price_per_h`` is what
+    an instance costs, where that was told.
     """
 
     system: str
     rate_rps: float | None
     run: SimRun
+    price_per_h: float | None = None
 
     @property
     def attainment(self) -> float:
@@ -93,6 +95,8 @@ class SimulationResult:
             **{f"ttft_p{p}_s": self.ttft_s(p) for p in PERCENTILES},
             **{f"tpot_p{p}_s": self.tpot_s(p) for p in PERCENTILES},
             **{name: getattr(self.run, name) for name in ("flips", "migrations", "preemptions")},
+            "instance_hours": self.run.instance_hours,
+            **({} if self.price_per_h is None else {"cost": self.run.instance_hours * self.price_per_h}),
         }
 
     def to_pandas(self) -> Any:
@@ -175,7 +179,8 @@ def simulate(
     trace: Workload | str | Path,
     system: str = DEFAULT_SYSTEM,
     *,
-    instances: int = 4,
+    instances: int | str | tuple[int, int] = 4,
+    price_per_h: float | None = None,
     profile: str = DEFAULT_PROFILE,
     split: str | None = None,
     slo: str = DEFAULT_SLO,
@@ -188,7 +193,10 @@ def simulate(
 ) -> SimulationResult:
     """Serve a trace with a system on simulated instances, in virtual time.
 
-    ``system`` is a name of ``list_systems``, with an order as in ``arrow+edf``; ``profile`` is one that
+    ``system`` is a name of ``list_systems``, with an order as in ``arrow+edf``; ``instances`` is their
+    number, or as ``"2..8"`` or ``(2, 8)`` the least and the most: the run begins with the least, or with
+    those of ``split``, and the system adds and removes the others. ``price_per_h`` of an instance gives rows
+    a ``cost``, in its currency. ``profile`` is one that
     ``tidegate sim --profile`` takes; ``split`` is ``P:D`` at the start; ``slo_classes`` has
     targets for classes that the trace names, the others have ``slo``; ``rate_rps`` scales the trace's time
     to that mean rate; a ``seed`` other than 0 permutes requests within each minute; ``lengths`` names who
@@ -197,7 +205,7 @@ def simulate(
     outcome as JSON lines. The same arguments give the same result.
     Raises ConfigError, with all problems of the options at once, and TraceError for a malformed trace.
     """
-    from tidegate.core.notation import parse_split
+    from tidegate.core.notation import FleetRange, parse_range, parse_split
     from tidegate.core.slo import Slo
     from tidegate.costs.named_profile import load_profile
     from tidegate.dataplane.replica import replicas_of
@@ -214,16 +222,23 @@ def simulate(
         targets = Slo.parse(slo)
     with _noting(problems, ""):
         classes = {name: Slo.parse(text) for name, text in (slo_classes or {}).items()}
-    with _noting(problems, ""):
-        settings = SimSettings(slo=targets, lengths=lengths)
     with _noting(problems, f"split {split!r}: "):
         sides = None if split is None else parse_split(split)
+    size = FleetRange(1, 1)
+    with _noting(problems, f"instances {instances!r}: "):
+        size = FleetRange(*instances) if isinstance(instances, tuple) else parse_range(str(instances))
     with _noting(problems, ""):
-        composed = make_system(system, split=sides, slo=targets, chunks=chunks)
+        spares = size.spares(sides) if size.ceiling else 0
+        settings = SimSettings(slo=targets, lengths=lengths, spares=spares)
+    with _noting(problems, ""):
+        bounds, delays_s = (size.least, size.most) if size.ceiling else None, settings.start_delays_s
+        composed = make_system(
+            system, split=sides, slo=targets, fleet=bounds, start_delay_s=delays_s, chunks=chunks
+        )
     with _noting(problems, ""):
         chosen = load_profile(profile)
-    if instances < 1:
-        problems.append(f"instances is at least 1, got {instances}")
+    if price_per_h is not None and not 0 < price_per_h < float("inf"):
+        problems.append(f"price_per_h is a positive amount, got {price_per_h}")
     if rate_rps is not None and not 0 < rate_rps < float("inf"):
         problems.append(f"rate_rps is a positive number of requests per second, got {rate_rps}")
     if problems:
@@ -231,10 +246,10 @@ def simulate(
     workload = load_trace(trace) if isinstance(trace, str | Path) else trace
     drawn = at_rate(workload, rate_rps, seed)
     settings = replace(settings, slo_classes=targets_by_class([workload], classes, targets))
-    run = run_simulation(drawn, composed, replicas_of(chosen, instances), settings, journal=journal)
+    run = run_simulation(drawn, composed, replicas_of(chosen, size.most), settings, journal=journal)
     if rate_rps is None and len(drawn) > 1 and drawn.arrival_s[-1] > drawn.arrival_s[0]:
         rate_rps = own_rate_rps(drawn)
-    return SimulationResult(composed.name, rate_rps, run)
+    return SimulationResult(composed.name, rate_rps, run, price_per_h)
 
 
 def compare(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -66,8 +67,24 @@ def test_every_problem_is_told_at_once() -> None:
             rate_rps=float("inf"),
         )
     assert len(told.value.problems) == 6
-    for word in ("'arow'", "instances is", "cannot read nothing.json", "split '3'", "'fast'", "rate_rps"):
+    for word in ("'arow'", "instances 0", "cannot read nothing.json", "split '3'", "'fast'", "rate_rps"):
         assert sum(word in problem for problem in told.value.problems) == 1
+
+
+def test_a_fleet_that_grows_is_compared_by_instance_hours_and_cost() -> None:
+    few = tidegate.load_trace("sample:azure-conv", requests=600)
+    options: dict[str, Any] = {"instances": "2..4", "price_per_h": 2.5, "rates_rps": (40.0,)}
+    found = tidegate.compare(few, ["static", "dopd"], **options)
+    fixed, grown = found.rows
+    hours = found.results[0].run.end_s / 3600.0
+    assert fixed["instance_hours"] == pytest.approx(2 * hours, rel=0.02), (
+        "it begins with the least, and stays"
+    )
+    assert 1.5 * hours < grown["instance_hours"] < 4.1 * hours
+    assert grown["cost"] == pytest.approx(2.5 * grown["instance_hours"])
+    assert "cost" not in tidegate.simulate(few, "static", instances=(2, 2), rate_rps=40.0).row()
+    with pytest.raises(ConfigError, match="adds up to 6"):
+        tidegate.simulate(few, "dopd", instances="2..4", split="3:3")
 
 
 def test_a_trace_without_a_rate_is_simulated_as_it_comes() -> None:

@@ -125,7 +125,7 @@ def test_a_fleet_has_a_range_and_a_budget(run: Run) -> None:
         (("--instances", "2..4", "--budget-per-hour", "5"), "--price"),
         (("--instances", "2..4", "--budget-per-hour", "5", "--price", "3"), "allows 1 instances"),
         (("--instances", "1..4"), "two pools take at least 2"),
-        (("--instances", "2..4", "--split", "3:3"), "--split adds up to 6"),
+        (("--instances", "2..4", "--split", "3:3"), "the split adds up to 6"),
         (("--instances", "4..2"), "expected N instances, or A..B"),
     ):
         refused = run(*words, *flags)

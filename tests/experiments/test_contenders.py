@@ -42,6 +42,16 @@ def test_even_is_the_split_that_systems_start_with() -> None:
     assert even.candidates[0].split == (2, 3)
 
 
+def test_a_fleet_that_grows_begins_with_its_least_or_with_the_split_of_a_row() -> None:
+    fleet = SimulatedFleet(((packaged_profile("h100_sxm/llama-3.1-8b"), 6),))
+    setting = Setting(WorkloadChoice(), fleet, "", bounds=(2, 6))
+    rows = contenders(["dopd", "static:2:2", "static:best"], 6, 2)
+    spares = [[each.applied(setting).settings.spares for each in row.candidates] for row in rows]
+    assert spares == [[4], [2], [0] * 5]
+    with pytest.raises(ConfigError, match="adds up to 8"):
+        contenders(["static:4:4"], 6, 2)
+
+
 def test_a_row_named_twice_is_one_row() -> None:
     assert len(contenders(["static:1:1", "static:all", "arrow", "arrow"], 2)) == 2
 

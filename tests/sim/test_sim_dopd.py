@@ -70,8 +70,37 @@ def test_a_fixed_fleet_rests_at_constant_load() -> None:
     assert found.flips <= 1 and not (found.adds or found.drains)
 
 
+CONSTANT = {
+    0.3: ("lognormal:4000:1", "lognormal:400:1"),
+    0.75: ("lognormal:4000:1", "lognormal:400:1"),
+    1.2: ("lognormal:4000:1", "lognormal:400:1"),
+    3.0: ("lognormal:1000:1", "lognormal:200:1"),
+    6.0: ("lognormal:1000:1", "lognormal:200:1"),
+    10.0: ("lognormal:1000:1", "lognormal:200:1"),
+}
+"""Prompts and answers by rate: loads between whole numbers of instances, and at one."""
+
+
+def actions(rate_rps: float, hours: float) -> int:
+    """Return what was done at constant load to a fleet that is of a size for it."""
+    prompt, answer = CONSTANT[rate_rps]
+    choice = WorkloadChoice(poisson=rate_rps, duration_s=3600.0 * hours)
+    workload = requests_of(replace(choice, input_tokens=prompt, output_tokens=answer))
+    slo, first = Slo(4.0, 0.05), (1, 2)
+    replicas = replicas_of(packaged_profile("l40s/llama-3.1-8b"), 8)
+    system = make_system("dopd", slo=slo, split=first, fleet=(2, 8))
+    found = simulate(workload, system, replicas, SimSettings(slo=slo, spares=8 - sum(first)))
+    assert found.attained > 0.99 * len(workload)
+    return found.flips + found.adds + found.drains
+
+
+@pytest.mark.parametrize("rate_rps", [0.3, 0.75, 3.0])
+def test_a_fleet_rests_at_constant_load(rate_rps: float) -> None:
+    """One action to the size that the load takes, and one an hour."""
+    assert actions(rate_rps, 1.0) <= 2
+
+
 @pytest.mark.slow
-def test_six_hours_of_constant_load_take_at_most_one_action_an_hour() -> None:
-    found = run("dopd", poisson(6.0, 6 * 3600.0), slo=Slo(4.0, 0.05))
-    assert found.flips + found.adds + found.drains <= 6
-    assert found.attained > 0.99 * len(found.requests)
+@pytest.mark.parametrize("rate_rps", CONSTANT)
+def test_six_hours_of_constant_load_take_at_most_one_action_an_hour(rate_rps: float) -> None:
+    assert actions(rate_rps, 6.0) <= 6

@@ -101,13 +101,15 @@ def test_it_grows_with_the_second_plan_and_shrinks_once_all_agree() -> None:
     assert sum(grown) > 4
     low = [played.plan(5.0) for _ in range(CONSTANTS.agreeing - 1)]
     assert all(not decision.actions for decision in low[:-1])
-    assert low[2].reason.startswith(f"holding {grown[0]} + {grown[1]} because 3 of 20 plans want less")
+    assert low[2].reason.startswith(
+        f"holding {grown[0]} + {grown[1]} because 3 of {CONSTANTS.agreeing} plans want"
+    )
     assert "needs 0.2 prefill instances because 5 requests/s take" in low[2].reason
     assert low[-1].actions and sum(played.split) < sum(grown)
 
 
 def test_the_interval_and_not_the_mean_is_sized_for() -> None:
-    sure, unsure = elastic(), elastic()
+    sure, unsure = (elastic(constants=replace(CONSTANTS, prefill_upper=0.25)) for _ in range(2))
     sure.plan_twice(20.0)
     unsure.plan_twice(20.0, 120.0)
     assert unsure.split[0] > sure.split[0]
@@ -236,7 +238,7 @@ def test_lengths_lean_to_the_forecast_as_far_as_it_tells_more() -> None:
 
 def test_starts_that_were_seen_count_for_the_lead_time_not_those_that_were_told() -> None:
     rising = forecast(30.0, 1.0)
-    steps = np.array([1.0, 1.0, 1.0, 1.0, 40.0, 40.0])
+    steps = np.array([1.0, 1.0, 1.0, 1.0, 60.0, 60.0])
     rising = rising._replace(rate_rps=SeriesForecast(steps, steps, steps, "ewma"))
     sizes = []
     for start_s in ({}, {Role.PREFILL: 130.0, Role.DECODE: 130.0}):

@@ -16,6 +16,7 @@ from rich.table import Table
 from tidegate.cli.common_flags import AS_JSON, JOBS, SCORING
 from tidegate.cli.compare_suite import Closeness, SuiteOptions, plan_of, run_and_show
 from tidegate.cli.options import Flag, OptionGroup, Rule, given
+from tidegate.cli.scaling import POSITIVE
 from tidegate.cli.simulating import (
     BATCHING,
     CHUNKS,
@@ -49,8 +50,9 @@ DEFAULT_LEVELS = "0.9,0.99"
 PROBES = "probes.jsonl"
 LEVEL_WIDTH, INTERVAL_WIDTH = 20, 13
 """Characters that a level takes in the table, and that its interval takes."""
-FLIPS_WIDTH, MISSES_WIDTH = 30, 60
-"""Characters that a terminal has beside the levels where flips are shown, and where misses are, too."""
+FLIPS_WIDTH, MISSES_WIDTH, USED_WIDTH = 30, 60, 20
+"""Characters that a terminal has beside the levels where flips are shown, and where misses are, too; and what
+is taken by what a fleet that grows, or has a price, used."""
 
 
 EXAMPLES = """
@@ -120,6 +122,7 @@ def run(
     chunks: Annotated[str | None, CHUNKS] = None,
     out: Annotated[Path, Flag("Folder of the report and of all results.", "DIR", panel=SCORING)],
     search: Searched,
+    price: Annotated[float | None, Flag("What an instance costs per hour.", "$", rule=POSITIVE)] = None,
     jobs: Annotated[int | None, JOBS] = None,
     as_json: Annotated[bool, AS_JSON] = False,
 ) -> None:
@@ -134,23 +137,24 @@ def run(
         plan = plan_of(suited, closeness, given(context))
         run_and_show(plan, out, PROBES, jobs, as_json=as_json, plan_only=suited.plan_only)
         return
-    if fleet.grows:
-        raise ConfigError("`tidegate compare` takes a fixed number of --instances")
     compared = fleet.make(engine)
+    bounds = fleet.instances if fleet.grows else None
     files = [name.strip() for name in (traces or DEFAULT_TRACE).split(",") if name.strip()]
     workloads = titled(files, cut)
     names = [name for name in suited.systems.split(",") if name.strip()]
     if suited.suite or not names:
         names += suite_of(suited.suite or "default")
+    varied = with_classes(settings, workloads.values())
     compared_plan = Plan(
-        setting=Setting(cut, compared, "", None, with_classes(settings, workloads.values()), chunks=chunks),
+        setting=Setting(cut, compared, "", None, varied, bounds, chunks=chunks),
         workloads=workloads,
-        contenders=contenders(names, compared.size),
+        contenders=contenders(names, compared.size, None if bounds is None else bounds[0]),
         levels=search.levels,
         seeds=search.seeds,
         tolerance=search.tolerance,
         command=command_line(),
         facts=set_up(compared),
+        price_per_h=price,
     )
     compare_and_show(compared_plan, "compare", out, jobs, as_json)
 
@@ -213,6 +217,8 @@ def _attained_by_class(rows: Sequence[Sequence[str]]) -> Table:
 def _goodputs(comparison: Comparison, trace: TraceComparison, width: int) -> Table:
     """Return the table of a trace, of the columns that ``width`` has room for; the report has all."""
     beside = width - LEVEL_WIDTH * len(comparison.levels)
+    used = comparison.least is not None or comparison.price_per_h is not None
+    beside -= USED_WIDTH * used
     flips, misses = beside >= FLIPS_WIDTH, beside >= MISSES_WIDTH
     intervals = comparison.seeds > 1 and beside >= MISSES_WIDTH + INTERVAL_WIDTH * len(comparison.levels)
     table = plain_table(
@@ -227,16 +233,17 @@ def _goodputs(comparison: Comparison, trace: TraceComparison, width: int) -> Tab
             table.add_column("interval", justify="right", style="dim", no_wrap=True)
         table.add_column("of limit", justify="right")
     rate = "" if trace.common_rate_rps is None else f" at {_rate(trace.common_rate_rps)}"
-    late = [f"flips{rate}"] * flips + ["p99 TTFT of misses", "p99 TPOT of misses"] * misses
+    late = ["instance-hours", *["cost"] * (comparison.price_per_h is not None)] * used
+    late += [f"flips{rate}"] * flips + ["p99 TTFT of misses", "p99 TPOT of misses"] * misses
     for title in late:
         table.add_column(title, justify="right", max_width=9)
     for entry in trace.entries:
-        cells = _goodput_cells(entry, intervals)
+        cells = _goodput_cells(entry, intervals, list(comparison.used(entry).values()) if used else [])
         table.add_row(*cells[: len(table.columns)])
     return table
 
 
-def _goodput_cells(entry: ComparedSystem, interval: bool) -> list[str]:
+def _goodput_cells(entry: ComparedSystem, interval: bool, used: Sequence[float | None]) -> list[str]:
     cells = [escape(entry.title)]
     for found in entry.levels:
         share = found.share_of_limit
@@ -244,6 +251,7 @@ def _goodput_cells(entry: ComparedSystem, interval: bool) -> list[str]:
         if interval:
             cells.append(f"{_rate(found.low_rps)}-{_rate(found.high_rps)}")
         cells.append("-" if share is None else f"{100 * share:.0f} %")
+    cells += ["-" if each is None else f"{each:,.2f}" for each in used]
     flips, view = (entry.at_common or {}).get("flips"), entry.view
     cells.append("-" if flips is None else str(flips))
     misses = (None, None) if view is None else (view.missed_ttft_p99_s, view.missed_tpot_p99_s)

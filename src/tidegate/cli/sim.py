@@ -39,7 +39,7 @@ from tidegate.cli.simulating import (
 )
 from tidegate.cli.terminal import FAILURE, note, run_until_interrupted, share_bar, warn
 from tidegate.core.errors import ConfigError
-from tidegate.core.notation import parse_split
+from tidegate.core.notation import FleetRange, parse_split
 from tidegate.dataplane.replica import EngineSettings
 from tidegate.experiments.run import CLOSED_LOOP, Finished, run_once
 from tidegate.experiments.setting import Setting, SimulatedFleet
@@ -209,13 +209,9 @@ def run(
 def _spares(fleet: FleetOptions, split: tuple[int, int] | None, settings: SimSettings) -> int:
     """Return how many instances of a range are not up at the start."""
     assert fleet.instances is not None
-    least, most = fleet.instances
     if settings.spares:
         raise ConfigError("--instances A..B says how many spares there are; drop --spares")
-    first = least if split is None else sum(split)
-    if not least <= first <= most:
-        raise ConfigError(f"--split adds up to {first}, and --instances goes from {least} to {most}")
-    return most - first
+    return FleetRange(*fleet.instances).spares(split)
 
 
 def _check_rates(options: RunOptions, workload: WorkloadChoice) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from tidegate.core.errors import ConfigError
+
 
 class FleetRange(NamedTuple):
     """The least and the most instances of a fleet."""
@@ -16,6 +18,16 @@ class FleetRange(NamedTuple):
     def ceiling(self) -> int | None:
         """What the fleet may grow to; None for one of a given size, which nothing bounds."""
         return self.most if self.most > self.least else None
+
+    def spares(self, split: tuple[int, int] | None) -> int:
+        """Return how many are not up at the start: a fleet begins with its least, or with those of a split.
+
+        Raises ConfigError for a split of fewer or more instances than there can be.
+        """
+        first = self.least if split is None else sum(split)
+        if not self.least <= first <= self.most:
+            raise ConfigError(f"the split adds up to {first}, and instances are {self.least} to {self.most}")
+        return self.most - first
 
     def __str__(self) -> str:
         return f"{self.least}..{self.most}" if self.most > self.least else str(self.least)

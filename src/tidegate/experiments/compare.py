@@ -41,6 +41,7 @@ class Plan:
     tolerance: float
     command: str
     facts: Mapping[str, str]
+    price_per_h: float | None = None
 
 
 async def compare(plan: Plan, workers: Workers) -> Comparison:
@@ -63,6 +64,8 @@ async def compare(plan: Plan, workers: Workers) -> Comparison:
         command=plan.command,
         facts=plan.facts,
         tolerance=plan.tolerance,
+        least=None if plan.setting.bounds is None else plan.setting.bounds[0],
+        price_per_h=plan.price_per_h,
     )
 
 

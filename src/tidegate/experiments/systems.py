@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from tidegate.core.errors import ConfigError
 from tidegate.core.instance import Role
-from tidegate.core.notation import parse_split
+from tidegate.core.notation import FleetRange, parse_split
 from tidegate.experiments.setting import Setting
 from tidegate.policies.chunks import CHUNKS, FIXED
 from tidegate.policies.starting_roles import even_roles
@@ -39,12 +39,19 @@ class Candidate:
     label: str = ""
 
     def applied(self, setting: Setting) -> Setting:
-        """Return ``setting`` with this candidate's system and options."""
+        """Return ``setting`` with this candidate's system and options.
+
+        Where it has bounds, the candidate's fleet begins with the least, or with its split's instances.
+        """
         fleet, chunks = setting.fleet, self.chunks or setting.chunks
         if self.chunk_tokens is not None:
             chunks = FIXED.name
             fleet = replace(fleet, engine=replace(fleet.engine, max_batch_tokens=self.chunk_tokens))
-        return replace(setting, system=self.system, split=self.split, fleet=fleet, chunks=chunks)
+        setting = replace(setting, system=self.system, split=self.split, fleet=fleet, chunks=chunks)
+        if setting.bounds is None:
+            return setting
+        spares = FleetRange(*setting.bounds).spares(self.split)
+        return replace(setting, settings=replace(setting.settings, spares=spares))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +69,11 @@ def suite(name: str) -> list[str]:
     return SUITES[name].split(",")
 
 
-def contenders(names: Iterable[str], instances: int) -> list[Contender]:
+def contenders(names: Iterable[str], instances: int, least: int | None = None) -> list[Contender]:
     """Return the contenders that ``names`` ask for on a fleet of ``instances``, each once.
+
+    Where the fleet is of ``least`` to ``instances``, a split may be of as many as that; those that are chosen
+    from are of all.
 
     ``static:best`` is the best static split in hindsight, ``static:all`` every split as a row of its own,
     ``colocated:tuned`` the best of ``CHUNKS_TOKENS``, ``colocated:slack`` one with that chunk budget; any
@@ -74,7 +84,7 @@ def contenders(names: Iterable[str], instances: int) -> list[Contender]:
     found: dict[str, Contender] = {}
     for name in names:
         try:
-            for each in _expand(name.strip(), instances):
+            for each in _expand(name.strip(), FleetRange(least or instances, instances)):
                 found.setdefault(each.name, each)
         except ConfigError as error:
             problems += error.problems
@@ -102,7 +112,8 @@ def any_order(contender: Contender, orders: Iterable[str]) -> Contender:
     return replace(contender, candidates=tuple(more))
 
 
-def _expand(name: str, instances: int) -> list[Contender]:
+def _expand(name: str, fleet: FleetRange) -> list[Contender]:
+    instances = fleet.most
     file, suffix, rest = name.rpartition(".py:")
     base, order = split_order(rest)
     system, colon, choice = base.partition(":")
@@ -110,7 +121,7 @@ def _expand(name: str, instances: int) -> list[Contender]:
     full = system + ordered
     if choice == "all":
         names = [f"{system}:{p}:{d}{ordered}" for p, d in splits(instances)]
-        return [row for each in names for row in _expand(each, instances)]
+        return [row for each in names for row in _expand(each, fleet)]
     if not colon:
         made = [Candidate(full)]
     elif choice == "best":
@@ -132,7 +143,9 @@ def _expand(name: str, instances: int) -> list[Contender]:
             raise ConfigError(f"system {name!r}: unknown choice {choice!r}; there is {FORMS}") from None
     for each in made:
         # Raises ConfigError when the system is unknown or cannot take the split.
-        make_system(each.system, split=each.split).roles(instances)
+        bounds = None if fleet.ceiling is None else (fleet.least, fleet.most)
+        first = instances if bounds is None else instances - fleet.spares(each.split)
+        make_system(each.system, split=each.split, fleet=bounds).roles(first)
     return [Contender(name, tuple(made))]
 
 

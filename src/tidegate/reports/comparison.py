@@ -110,7 +110,8 @@ class TraceComparison:
 class Comparison:
     """A finished comparison. ``facts`` are shown as they are: versions, where profiles come from.
 
-    ``tolerance`` is the relative width at which its searches ended.
+    ``tolerance`` is the relative width at which its searches ended. Of a fleet that grows, ``instances`` are
+    the most and ``least`` the fewest. ``price_per_h`` is that of an instance, where it was told.
     """
 
     traces: tuple[TraceComparison, ...]
@@ -123,6 +124,8 @@ class Comparison:
     command: str
     facts: Mapping[str, str]
     tolerance: float = 0.02
+    least: int | None = None
+    price_per_h: float | None = None
 
     @property
     def systems(self) -> list[str]:
@@ -153,7 +156,15 @@ class Comparison:
         """Yield a flat row per trace, system and level."""
         for trace, entry in self.entries:
             for found in entry.levels:
-                yield _row(trace, entry, found)
+                yield _row(trace, entry, found) | self.used(entry)
+
+    def used(self, entry: ComparedSystem) -> dict[str, float | None]:
+        """Return what a system's run at the common rate took: instance-hours, and its cost with a price."""
+        hours = (entry.at_common or {}).get("instance_hours")
+        used: dict[str, float | None] = {"instance_hours_at_common": hours}
+        if self.price_per_h is not None:
+            used["cost_at_common"] = None if hours is None else hours * self.price_per_h
+        return used
 
 
 def _row(trace: TraceComparison, entry: ComparedSystem, found: LevelGoodput) -> dict[str, Any]:

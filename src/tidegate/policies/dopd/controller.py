@@ -2,10 +2,11 @@
 
 Once per forecast it plans (``plan``) for the highest rate that is likely until an instance that is asked for
 now would serve; each role has its own start-up time. *Hysteresis*: a pool has the most that any two of the
-newest plans in a row wanted, so it grows with the second one and shrinks once all agree. *Dead band*: a plan
-wants less only if less would do for more than is expected. *Idle shrink*: without requests for a while the
-fleet goes to its least at once (the released code does the same). *Emergency*: between the periods, a pool
-whose queue or KV says that it is short now gets an instance, or on a full budget one of the other pool's.
+newest plans in a row wanted, so it grows with the second one and shrinks once all agree, later where that
+was taken back before (``hysteresis``). *Dead band*: a plan wants less only if less would do for more than is
+expected, and more only if what there is would not do for less. *Idle shrink*: without requests for a while
+the fleet goes to its least at once (the released code does the same). *Emergency*: between the periods, a
+pool whose queue or KV says that it is short now gets an instance, or on a full budget one of the other's.
 
 It is always a split: instances that do both are left to ``Sizing.mixed_attains`` (the plan is made without
 them), for neither the label nor the target of a mixed fleet exists here.
@@ -18,7 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from tidegate.policies.dopd.forecast_traffic import (
     peak_rate_rps,
     serving_model,
 )
+from tidegate.policies.dopd.hysteresis import Pool
 from tidegate.policies.dopd.plan import REACHED, Rates, attains, best_split, smallest_fleet
 from tidegate.policies.dopd.pool_loads import Emergency, PoolLoads
 from tidegate.policies.dopd.ratio import Sizing
@@ -53,7 +54,8 @@ class DopdConstants:
     share ``prefill_upper`` or ``decode_upper`` of the way from the forecast to the end of its interval (its
     0.9 quantile): the TTFT target lets a prefill queue wait out the shortest bursts. The newest
     ``agreeing`` plans have to want less of a pool, with the rate ``dead_band`` above the forecast one and of
-    the misses that ``level`` allows the share ``safer``: tails of few requests are noise. On a
+    the misses that ``level`` allows the share ``safer``; to want more it has to be so with the rate as much
+    below and ``laxer`` times the misses: tails of few requests are noise. On a
     fixed fleet flips have to gain a share ``flip_gain`` of predicted goodput. Emergencies are
     ``emergency_gap_s`` apart; an instance that one adds stays as long as plans count, and one that it lends
     keeps its label for ``lent_s``. A fit that is still going on is waited for up to ``settle_s``.
@@ -62,11 +64,12 @@ class DopdConstants:
     tick_s: float = 5.0
     level: float = 0.99
     gaps_scv: float = 2.0
-    prefill_upper: float = 0.25
-    decode_upper: float = 1.0
-    agreeing: int = 20
+    prefill_upper: float = 0.0
+    decode_upper: float = 0.5
+    agreeing: int = 12
     dead_band: float = 0.1
     safer: float = 0.5
+    laxer: float = 2.0
     flip_gain: float = 0.05
     idle_s: float = 50.0
     emergency_gap_s: float = 15.0
@@ -80,15 +83,16 @@ class DopdConstants:
 class DopdState:
     """What is remembered from tick to tick.
 
-    ``target`` is the split that the fleet has or was asked to get, ``asked_s`` when; ``recent`` are the
-    newest plans, ``planned_s`` the time of the last forecast that one was made of; ``queues`` the prompts
-    that waited per prefill instance; ``busy_s`` when a request was there last; ``corrections`` observed over
-    predicted times of prefills and of decode steps; ``saying`` the reason that holds until the next plan.
+    ``target`` is the split that the fleet has or was asked to get, ``asked_s`` when; ``pools`` have what the
+    newest plans wanted of each, ``planned_s`` the time of the last forecast that one was made of; ``queues``
+    the prompts that waited per prefill instance; ``busy_s`` when a request was there last; ``corrections``
+    observed over predicted times of prefills and of decode steps; ``saying`` the reason that holds until the
+    next plan.
     """
 
     target: Split = NO_SPLIT
     asked_s: float = -np.inf
-    recent: tuple[Split, ...] = ()
+    pools: tuple[Pool, Pool] = (Pool(), Pool())
     planned_s: float = -np.inf
     queues: tuple[float, ...] = ()
     busy_s: float = -np.inf
@@ -176,7 +180,9 @@ class DopdController:
             return replace(state, saying=f"holding {_words(state.target)} because nothing comes")
         decode = max(1, round(self.fleet[0] * state.target[1] / sum(state.target)))
         least = max(1, self.fleet[0] - decode), min(decode, self.fleet[0] - 1)
-        return replace(state, target=least, recent=(), saying=f"{_words(least)} because nothing comes")
+        return replace(
+            state, target=least, pools=(Pool(), Pool()), saying=f"{_words(least)} because nothing comes"
+        )
 
     def _emergency(self, state: DopdState, pools: PoolLoads, now: float) -> DopdState | None:
         """Return the state with one more instance where a pool is short now; None where none is."""
@@ -186,21 +192,42 @@ class DopdController:
             return None
         prefill, decode = state.target
         if emergency.prefill:
-            # What is queued is to be gone by the time that an instance takes to start.
+            # What is queued is to be gone in the time that an instance takes to start; one that does counts.
             waiting = pools.queue_s * pools.prefill / max(1.0, self.start_delay_s[0])
-            prefill = max(prefill + 1, math.ceil(pools.demand + waiting))
-        decode += bool(emergency.decode)
+            prefill = max(prefill, pools.prefill + 1, math.ceil(pools.demand + waiting))
+        if emergency.decode:
+            decode = max(decode, pools.decode + 1)
         most = sum(state.target) if self.fleet is None else self.fleet[1]
         lent = emergency.lends(pools, self.slo)
         if lent:
             step = 1 if emergency.prefill else -1
             prefill, decode = state.target[0] + step, state.target[1] - step
-        elif prefill + decode > most or not emergency.lasts(pools, self.start_delay_s[0], self.slo):
+        elif (
+            (prefill, decode) == state.target
+            or prefill + decode > most
+            or not emergency.lasts(pools, self.start_delay_s[0], self.slo)
+        ):
             return None
         wanted = (prefill, decode)
-        recent = state.recent if lent else (*state.recent, wanted, wanted)[-self.constants.agreeing :]
         saying = f"{_words(wanted)} in an emergency: {why}"
-        return replace(state, target=wanted, recent=recent, emergency_s=now, saying=saying)
+        state = replace(state, emergency_s=now)
+        if lent:
+            return replace(state, target=wanted, saying=saying)
+        return self._becoming(self._confirming(self._confirming(state, wanted), wanted), wanted, saying)
+
+    def _confirming(self, state: DopdState, wanted: Split) -> DopdState:
+        """Take one more plan into the state."""
+        prefill, decode = state.pools
+        agreeing = self.constants.agreeing
+        return replace(
+            state, pools=(prefill.planned(wanted[0], agreeing), decode.planned(wanted[1], agreeing))
+        )
+
+    def _becoming(self, state: DopdState, target: Split, saying: str) -> DopdState:
+        """Change the target."""
+        (prefill, decode), (p, d), agreeing = state.pools, state.target, self.constants.agreeing
+        pools = prefill.became(p, target[0], agreeing), decode.became(d, target[1], agreeing)
+        return replace(state, target=target, pools=pools, saying=saying)
 
     def _planned(self, state: DopdState, fleet: Snapshot, pools: PoolLoads) -> DopdState:
         """Plan once per forecast."""
@@ -259,35 +286,44 @@ class DopdController:
         """Plan a fleet that grows and shrinks: the most that any of the newest plans wanted."""
         level = self.constants.level
         wanted, reason = self._smallest(sizing, rates_rps, level)
-        if wanted[0] < state.target[0] or wanted[1] < state.target[1]:
-            band = self.constants.dead_band
-            more = ((1.0 + band) * rates_rps[0], (1.0 + band) * rates_rps[1])
-            cautious, _ = self._smallest(sizing, more, 1.0 - self.constants.safer * (1.0 - level))
-            wanted = _between(wanted, state.target, cautious)
-        agreeing = self.constants.agreeing
-        recent = (*state.recent, wanted)[-agreeing:]
-        pairs = pairwise(recent) if agreeing > 1 else zip(recent, recent, strict=True)
-        confirmed = [(min(a[0], b[0]), min(a[1], b[1])) for a, b in pairs]
-        if len(recent) < agreeing:
-            confirmed.append(state.target)
-        held = max(p for p, _ in confirmed), max(d for _, d in confirmed)
+        pools = tuple(zip(wanted, state.target, strict=True))
+        if any(want < have for want, have in pools):
+            safe, _ = self._smallest(
+                sizing, self._beside(rates_rps, 1.0), self._missing(self.constants.safer)
+            )
+            wanted = _between(wanted, state.target, safe)
+        if any(want > have for want, have in pools):
+            least, _ = self._smallest(
+                sizing, self._beside(rates_rps, -1.0), self._missing(self.constants.laxer)
+            )
+            wanted = _kept(wanted, state.target, least)
+        state, agreeing = self._confirming(state, wanted), self.constants.agreeing
+        prefill, decode = state.pools
+        held = prefill.held(state.target[0], agreeing), decode.held(state.target[1], agreeing)
         if self.fleet and sum(held) > self.fleet[1]:
             held = wanted if sum(wanted) == self.fleet[1] else state.target
-        state = replace(state, recent=recent)
         lent = state.planned_s - state.emergency_s < self.constants.lent_s
         if lent and sum(held) == sum(state.target):
             return replace(
                 state, saying=f"holding {_words(state.target)} because an emergency just relabelled"
             )
         if held != state.target:
-            return replace(state, target=held, saying=f"{_words(held)}: {reason}{told}")
+            return self._becoming(state, held, f"{_words(held)}: {reason}{told}")
         why = ""
         if wanted[0] > held[0] or wanted[1] > held[1]:
             why = f" because one plan alone wants {_words(wanted)}"
         elif wanted != held:
-            agreed = sum(p < held[0] or d < held[1] for p, d in recent)
+            plans = zip(prefill.wanted[-agreeing:], decode.wanted[-agreeing:], strict=True)
+            agreed = sum(p < held[0] or d < held[1] for p, d in plans)
             why = f" because {agreed} of {agreeing} plans want less, the newest {_words(wanted)}"
         return replace(state, saying=f"holding {_words(held)}{why}: {reason}{told}")
+
+    def _beside(self, rates_rps: Rates, side: float) -> Rates:
+        factor = 1.0 + side * self.constants.dead_band
+        return factor * rates_rps[0], factor * rates_rps[1]
+
+    def _missing(self, factor: float) -> float:
+        return 1.0 - factor * (1.0 - self.constants.level)
 
     def _smallest(self, sizing: Sizing, rates_rps: Rates, level: float) -> tuple[Split, str]:
         """Return the fewest instances, with why; what a least fleet has beyond them goes where it attains
@@ -317,6 +353,13 @@ def _between(wanted: Split, target: Split, cautious: Split) -> Split:
     """Return ``wanted``, where it is less than ``target`` no less than ``cautious``."""
     pools = zip(wanted, target, cautious, strict=True)
     prefill, decode = (want if want >= have else min(have, safe) for want, have, safe in pools)
+    return prefill, decode
+
+
+def _kept(wanted: Split, target: Split, least: Split) -> Split:
+    """Return ``wanted``, but ``target`` where that is enough with ``least``."""
+    pools = zip(wanted, target, least, strict=True)
+    prefill, decode = (have if want > have >= low else want for want, have, low in pools)
     return prefill, decode
 
 
