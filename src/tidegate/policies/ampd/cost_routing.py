@@ -36,7 +36,11 @@ from tidegate.policies.protocols import Signal
 MARGIN = 0.8
 """Share of the TTFT target behind which a predicted first token counts as late: predictions err."""
 LATE_WEIGHT = 10.0
-"""What a second behind that share costs, in seconds."""
+"""What a second behind that share costs, in seconds; up to a whole target, behind which all is lost on every
+way, and to hurry only takes others along."""
+TO_COME_TOKENS = 64.0
+"""An answer of so many tokens is taken to begin at home during every prefill there: most that are hurt by one
+begin behind it, and short ones are hurt most."""
 PACE = 0.85
 """Share of its TPOT target up to which a neighbour may be slowed down."""
 LEAST_CHUNK = 32
@@ -60,7 +64,8 @@ class LocalPath(NamedTuple):
 
 
 class Neighbours(NamedTuple):
-    """The decodes at home: their step now, the pace each has had, and what is known of each answer."""
+    """The decodes at home: their step now, the pace each has had, and what is known of each answer; behind
+    them the one to come."""
 
     batch: float
     context_tokens: float
@@ -100,11 +105,10 @@ class CostRouting:
         here = self._here(request, snapshot, home, paths)
         paths.prefill_s[home.at] = here.prefill_s
         busy = np.minimum(snapshot.prefill_demand, MOST_BUSY)
-        late_s = np.maximum(paths.first_token_s - self.margin * request.slo.ttft_s, 0.0)
         damage_s = np.zeros(len(snapshot))
         damage_s[home.at] = here.damage_s
         terms = {
-            "late_s": self.late_weight * late_s,
+            "late_s": self._late_s(request, paths.first_token_s),
             "queue_s": paths.prefill_s * busy / (1.0 - busy),
             "damage_s": damage_s,
         }
@@ -129,24 +133,27 @@ class CostRouting:
         """Decode where the session is bound."""
         return bound_decode(request, snapshot, prefill_on)
 
+    def _late_s(self, request: Request, first_token_s: Column | float) -> Column | float:
+        """Return what a first token so far from now costs for being late."""
+        ttft_s = request.slo.ttft_s
+        return self.late_weight * np.clip(first_token_s - self.margin * ttft_s, 0.0, ttft_s)
+
     def _here(self, request: Request, snapshot: Snapshot, home: Home, paths: PathCosts) -> LocalPath:
         """Return the cheaper way at home; one that breaks nobody's target before one that does."""
         cached = min(
             max(home.tokens, request.cached.get(snapshot.ids[home.at], 0)), request.prompt_tokens - 1
         )
         new = request.prompt_tokens - cached
-        beside = self._neighbours(snapshot, home)
-        if not len(beside.tpot_s):
-            return LocalPath(None, float(paths.prefill_s[home.at]), 0.0, 0)
+        beside = self._neighbours(request, snapshot, home)
         ways = [self._beside(request, snapshot, home, beside, new, cached, None)]
         chunk = self._chunk(snapshot, home, beside)
         if self.chunks and LEAST_CHUNK <= chunk < new:
             ways.append(self._beside(request, snapshot, home, beside, new, cached, chunk))
-        wait_s, margin_s = float(paths.wait_s[home.at]), self.margin * request.slo.ttft_s
+        wait_s = float(paths.wait_s[home.at])
 
         def price(way: LocalPath) -> tuple[bool, float]:
-            late_s = max(wait_s + way.prefill_s - margin_s, 0.0)
-            return way.breaks > 0, way.prefill_s + way.damage_s + self.late_weight * late_s
+            late_s = float(self._late_s(request, wait_s + way.prefill_s))
+            return way.breaks > 0, way.prefill_s + way.damage_s + late_s
 
         return min(ways, key=price)
 
@@ -181,9 +188,9 @@ class CostRouting:
         per_token_s = float(mixed.b_s) + float(mixed.c_s) * home.tokens
         return int(float(mixed.n0) - beside.batch + spare_s / per_token_s) if spare_s > 0.0 else 0
 
-    def _neighbours(self, snapshot: Snapshot, home: Home) -> Neighbours:
-        """Return who decodes at home. Without predicted lengths an answer is taken to be half done, but to
-        have no fewer tokens in all than twice the mean so far: what a renewal would show."""
+    def _neighbours(self, request: Request, snapshot: Snapshot, home: Home) -> Neighbours:
+        """Return who decodes at home, and who is to come. Without predicted lengths an answer is taken to be
+        half done, but to have no fewer tokens in all than twice the mean so far: what a renewal would show."""
         rows = snapshot.requests.decoding_on(home.at)
         batch = snapshot.cells[Field.DECODE_REQUESTS, home.at]
         context_tokens = snapshot.cells[Field.DECODE_TOKENS, home.at]
@@ -193,4 +200,8 @@ class CostRouting:
         if len(rows) and np.isnan(left[0]):
             left = np.maximum(np.maximum(2.0 * answered.mean() - answered, answered), 1.0)
         pace_s = max(float(snapshot.windows[WINDOW].mean_gap_s[home.at]), step_s)
-        return Neighbours(batch, context_tokens, step_s, pace_s, answered + left, left, rows.tpot_s)
+        left = np.append(left, TO_COME_TOKENS)
+        total = np.append(answered, 0.0) + left
+        return Neighbours(
+            batch, context_tokens, step_s, pace_s, total, left, np.append(rows.tpot_s, request.slo.tpot_s)
+        )
