@@ -7,10 +7,10 @@ stopped goes on where it was). docs/policies/ampd.md has the tables with their o
 A case is a workload on a number of GPUs. Sessions arrive as a Poisson process or in bursts; a turn waits for
 the answer before it, and for its client's pause. The targets follow from one rule for all (``slo_of``), and
 ``--slo-scales`` sweeps them. First the session rate is searched up to which each of ``BASES`` attains 90 % on
-the best of its deployments, with the first seed; then everybody runs at ``--factors`` times those rates, on the deployment where
-it attains most. Rates relate to one system, so a relative gain says by how much more of the rounds are in
-time where that one breaks; it grows without bound where that one serves nothing. Constants of ``ampd-cost``
-were chosen on ``toolbench`` at one session per second and ``taubench`` at 0.6.
+the best of its deployments; then everybody runs at ``--factors`` times those rates, on the deployment where
+it attains most with the first seed. Rates relate to one system, so a relative gain says by how much more of
+the rounds are in time where that one breaks; it grows without bound where that serves nothing. Constants of
+``ampd-cost`` were chosen on ``toolbench``, ``taubench``, ``agentic`` and ``mooncake``, with the first seed.
 """
 
 from __future__ import annotations

@@ -44,9 +44,7 @@ def rounds(draw: st.DrawFn) -> tuple[Request, Snapshot]:
     prompt = draw(st.integers(4, 50_000))
     asked = request("new", prompt)
     if draw(st.booleans()):
-        bound = History(
-            draw(st.sampled_from(names[prefill:])), draw(st.integers(-(-prompt // 4), prompt - 1))
-        )
+        bound = History(draw(st.sampled_from(names[prefill:])), draw(st.integers(1, prompt - 1)))
         asked = replace(asked, history=bound)
     cached = draw(st.dictionaries(st.sampled_from(names), st.integers(1, prompt - 1), max_size=3))
     return replace(asked, cached=cached), ledger.snapshot(32.0)

@@ -190,7 +190,7 @@ class CostRouting:
 
     def _neighbours(self, request: Request, snapshot: Snapshot, home: Home) -> Neighbours:
         """Return who decodes at home, and who is to come. Without predicted lengths an answer is taken to be
-        half done, but to have no fewer tokens in all than twice the mean so far: what a renewal would show."""
+        half done, but to have no fewer tokens in all than twice the mean so far: what a renewal shows."""
         rows = snapshot.requests.decoding_on(home.at)
         batch = snapshot.cells[Field.DECODE_REQUESTS, home.at]
         context_tokens = snapshot.cells[Field.DECODE_TOKENS, home.at]

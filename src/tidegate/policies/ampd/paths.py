@@ -18,9 +18,6 @@ from tidegate.policies.protocols import Signal
 
 ROUND_SIGNALS = frozenset({Signal.PROFILE, Signal.HISTORY})
 """What a policy for rounds of conversations needs."""
-LEAST_SHARE = 0.25
-"""A history that is less of the prompt binds nobody (ours): all conversations of one application may begin
-alike, and would all be bound to one instance by that."""
 
 
 class Home(NamedTuple):
@@ -41,11 +38,9 @@ def home_of(request: Request, snapshot: Snapshot) -> Home:
 
 
 def binding_history(request: Request, snapshot: Snapshot) -> History | None:
-    """Return the history that binds a request, None where it is too short, or on none that is up."""
+    """Return the history that binds a request, None where there is none on an instance that is up."""
     history = request.history
-    if history is None or history.tokens < LEAST_SHARE * request.prompt_tokens:
-        return None
-    return history if history.on in snapshot.index else None
+    return history if history is not None and history.on in snapshot.index else None
 
 
 def _most_free(request: Request, snapshot: Snapshot, held_on: str | None) -> int:
