@@ -16,7 +16,7 @@ from tidegate.core.decision import Alternatives, Path, Place, Verdict
 from tidegate.core.instance import Role
 from tidegate.core.request import Request
 from tidegate.costs.forms import attention_work
-from tidegate.ledger.snapshot import Column, Field, Snapshot, candidates_of
+from tidegate.ledger.snapshot import Column, Field, Snapshot
 from tidegate.policies.ampd.paths import (
     ROUND_SIGNALS,
     Home,
@@ -29,7 +29,6 @@ from tidegate.policies.ampd.paths import (
     prefill_workers,
     remote,
 )
-from tidegate.policies.ampd.routing import WINDOW
 from tidegate.policies.candidates import pool_with_room
 from tidegate.policies.protocols import Signal
 
@@ -95,7 +94,7 @@ class CostRouting:
 
     def place_prefill(self, request: Request, snapshot: Snapshot) -> Verdict:
         """Place the prefill on the way of least cost."""
-        home, workers = home_of(request, snapshot), prefill_workers(snapshot)
+        home, workers = home_of(request, snapshot), np.asarray(prefill_workers(snapshot))
         if not home.tokens:  # any may become its home: that where its prefill would begin first
             idle = np.asarray(pool_with_room(snapshot, Role.DECODE, request.prompt_tokens))
             waits_s = snapshot.prefill_wait_s[idle]
@@ -105,21 +104,27 @@ class CostRouting:
         here = self._here(request, snapshot, home, paths)
         paths.prefill_s[home.at] = here.prefill_s
         busy = np.minimum(snapshot.prefill_demand, MOST_BUSY)
-        damage_s = np.zeros(len(snapshot))
-        damage_s[home.at] = here.damage_s
-        terms = {
-            "late_s": self._late_s(request, paths.first_token_s),
-            "queue_s": paths.prefill_s * busy / (1.0 - busy),
-            "damage_s": damage_s,
-        }
-        cost_s = paths.total_s + terms["late_s"] + terms["queue_s"] + damage_s
-        others = [at for at in np.asarray(workers).tolist() if at != home.at]
-        refused = here.breaks > 0 and bool(others)
-        candidates = candidates_of(np.array(others if refused else sorted({*others, home.at}), np.intp))
-        alternatives = Alternatives(
-            snapshot.ids, lambda: {"cost_s": cost_s} | paths.terms() | terms, candidates
-        )
-        at = least(cost_s, candidates)
+        first_s = paths.first_token_s
+        late_s, queue_s = self._late_s(request, first_s), paths.prefill_s * (busy / (1.0 - busy))
+        cost_s = first_s + paths.return_s + late_s + queue_s
+        cost_s[home.at] += here.damage_s
+        at = least(cost_s, workers)
+        refused = here.breaks > 0 and (at != home.at or len(workers) > 1)
+        if refused and at == home.at:
+            workers = workers[workers != home.at]
+            at = least(cost_s, workers)
+        elif not refused and cost_s[home.at] <= cost_s[at]:
+            at = home.at
+
+        def terms() -> dict[str, Column]:
+            damage_s = np.zeros(len(snapshot))
+            damage_s[home.at] = here.damage_s
+            own = {"late_s": late_s, "queue_s": queue_s, "damage_s": damage_s}
+            return {"cost_s": cost_s} | paths.terms() | own
+
+        among = refused or bool(snapshot.labels.prefilling_mask[home.at])
+        candidates = workers if among else np.append(workers, home.at)
+        alternatives = Alternatives(snapshot.ids, terms, candidates)
         if at != home.at:
             reason = f"home would break {here.breaks} neighbours" if refused else "remote costs least"
             return remote(snapshot, home, at, reason, alternatives, read=bool(paths.reads[at]))
@@ -133,10 +138,10 @@ class CostRouting:
         """Decode where the session is bound."""
         return bound_decode(request, snapshot, prefill_on)
 
-    def _late_s(self, request: Request, first_token_s: Column | float) -> Column | float:
-        """Return what a first token so far from now costs for being late."""
+    def _late_s(self, request: Request, first_token_s: Column) -> Column:
+        """Return what first tokens so far from now cost for being late."""
         ttft_s = request.slo.ttft_s
-        return self.late_weight * np.clip(first_token_s - self.margin * ttft_s, 0.0, ttft_s)
+        return self.late_weight * np.minimum(np.maximum(first_token_s - self.margin * ttft_s, 0.0), ttft_s)
 
     def _here(self, request: Request, snapshot: Snapshot, home: Home, paths: PathCosts) -> LocalPath:
         """Return the cheaper way at home; one that breaks nobody's target before one that does."""
@@ -149,11 +154,11 @@ class CostRouting:
         chunk = self._chunk(snapshot, home, beside)
         if self.chunks and LEAST_CHUNK <= chunk < new:
             ways.append(self._beside(request, snapshot, home, beside, new, cached, chunk))
-        wait_s = float(paths.wait_s[home.at])
+        wait_s, ttft_s = float(paths.wait_s[home.at]), request.slo.ttft_s
 
         def price(way: LocalPath) -> tuple[bool, float]:
-            late_s = float(self._late_s(request, wait_s + way.prefill_s))
-            return way.breaks > 0, way.prefill_s + way.damage_s + late_s
+            late_s = min(max(wait_s + way.prefill_s - self.margin * ttft_s, 0.0), ttft_s)
+            return way.breaks > 0, way.prefill_s + way.damage_s + self.late_weight * late_s
 
         return min(ways, key=price)
 
@@ -174,8 +179,8 @@ class CostRouting:
         each_s = float(mixed.seconds(new / steps + beside.batch, attention, beside.context_tokens))
         slower_s = max(each_s - beside.step_s, 0.0) * np.minimum(beside.left_tokens, steps)
         slower_s /= beside.total_tokens
-        target_s = self.pace * beside.tpot_s
-        breaks = np.count_nonzero((beside.pace_s + slower_s > target_s) & (beside.pace_s <= target_s))
+        spare_s = self.pace * beside.tpot_s - beside.pace_s
+        breaks = np.count_nonzero((slower_s > spare_s) & (spare_s >= 0.0))
         damage_s = request.slo.ttft_s * float((slower_s / beside.tpot_s).sum())
         return LocalPath(chunk_tokens, steps * each_s, damage_s, int(breaks))
 
@@ -191,17 +196,21 @@ class CostRouting:
     def _neighbours(self, request: Request, snapshot: Snapshot, home: Home) -> Neighbours:
         """Return who decodes at home, and who is to come. Without predicted lengths an answer is taken to be
         half done, but to have no fewer tokens in all than twice the mean so far: what a renewal shows."""
-        rows = snapshot.requests.decoding_on(home.at)
+        rows = snapshot.decodes_on(home.at)
         batch = snapshot.cells[Field.DECODE_REQUESTS, home.at]
         context_tokens = snapshot.cells[Field.DECODE_TOKENS, home.at]
         step_s = float(snapshot.costs.at(home.at).step.seconds(batch, context_tokens))
-        answered = np.maximum(rows.answer_tokens.astype(np.float64), 0.0)
-        left = rows.remaining_tokens
-        if len(rows) and np.isnan(left[0]):
-            left = np.maximum(np.maximum(2.0 * answered.mean() - answered, answered), 1.0)
-        pace_s = max(float(snapshot.windows[WINDOW].mean_gap_s[home.at]), step_s)
-        left = np.append(left, TO_COME_TOKENS)
-        total = np.append(answered, 0.0) + left
-        return Neighbours(
-            batch, context_tokens, step_s, pace_s, total, left, np.append(rows.tpot_s, request.slo.tpot_s)
-        )
+        count = len(rows.answer_tokens)
+        left, total, tpot_s = np.empty((3, count + 1))
+        left[count] = total[count] = TO_COME_TOKENS
+        tpot_s[count], tpot_s[:count] = request.slo.tpot_s, rows.tpot_s
+        if count:
+            answered = rows.answer_tokens
+            if rows.remaining_tokens is not None:
+                left[:count] = rows.remaining_tokens
+            else:
+                mean = answered.sum() / count
+                left[:count] = np.maximum(np.maximum(2.0 * mean - answered, answered), 1.0)
+            total[:count] = answered + left[:count]
+        pace_s = max(float(snapshot.cells[Field.MEAN_GAP_S, home.at]), step_s)
+        return Neighbours(batch, context_tokens, step_s, pace_s, total, left, tpot_s)
