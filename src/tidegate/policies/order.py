@@ -31,7 +31,8 @@ arrival again: with 20, an overload of ten seconds undid what ordering had won (
 class Ticket(NamedTuple):
     """What an instance's queue is told of one prefill: arrival and TTFT deadline on the driver's clock, the
     predicted seconds of its own prefill, the reading of a history included, and the prompt tokens that it has
-    to compute. ``deadline_s`` is not before ``arrival_s``. ``long_tokens`` is the mean prompt that a forecast expects; 0 where there is none.
+    to compute. ``deadline_s`` is not before ``arrival_s``. ``long_tokens`` is the mean prompt that a forecast
+    expects; 0 where there is none.
 
     ``chunk_tokens`` is no matter of order: ``Place.chunk_tokens``.
     """

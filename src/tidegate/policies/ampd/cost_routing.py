@@ -82,8 +82,8 @@ class CostRouting:
 
     The cost adds, in seconds: the predicted first token (wait, read, prefill), what it is late by (weighed),
     the new KV's way home, what the prefills behind it are expected to wait longer, and the damage to the
-    decodes beside it. Home is refused while that would have a neighbour miss its TPOT target and there is
-    somewhere else.
+    decodes beside it and to one that is to come. Home is refused while that would have a neighbour miss its
+    TPOT target and there is somewhere else.
     """
 
     margin: float = MARGIN
@@ -207,7 +207,7 @@ class CostRouting:
         if count:
             answered = rows.answer_tokens
             if rows.remaining_tokens is not None:
-                left[:count] = rows.remaining_tokens
+                left[:count] = np.maximum(rows.remaining_tokens, 1.0)
             else:
                 mean = answered.sum() / count
                 left[:count] = np.maximum(np.maximum(2.0 * mean - answered, answered), 1.0)
