@@ -137,8 +137,8 @@ def path_costs(request: Request, snapshot: Snapshot, home: Home, *, read: bool |
     back_s = float(back.transfer.seconds((prompt_tokens - kept) * token_bytes))
     return_s = np.full(len(snapshot), back_s)
     if priced:
-        tokens = np.maximum(snapshot.outbound_tokens, snapshot.cells[Field.INBOUND_TOKENS, at])
-        return_s += shared_s(back_s, tokens * token_bytes, back)
+        on_ports = np.maximum(snapshot.outbound_tokens, snapshot.cells[Field.INBOUND_TOKENS, at])
+        return_s += shared_s(back_s, on_ports * token_bytes, back)
     return_s[at] = 0.0
     return PathCosts(wait_s, read_s, prefill_s, return_s, reads)
 
