@@ -43,7 +43,7 @@ NOW_S = 100.0
 ROUND = (256, 64)
 ROUND_LIMIT_MS = 20.0
 ROUNDS = 15
-CONVERSATIONS_US = {"ampd": 39.0, "ampd-cost": 390.0, "reorder": 45.0, "slack": 450.0}
+CONVERSATIONS_US = {"ampd": 39.0, "ampd-cost": 100.0, "reorder": 45.0, "slack": 450.0}
 """Limits: of what AMPD publishes a tenth of what it reports, of ours no more than that."""
 
 

@@ -29,10 +29,18 @@ ANSWER = 10
 
 
 class Turn(LiveRequest):
-    """A turn whose prompt is named by ``keys``, a block each."""
+    """A turn whose prompt is named by ``keys``, a block each, and its answer by ``answer``."""
 
-    def __init__(self, name: str, keys: tuple[int, ...], session: str = "s", tenant: str = "a") -> None:
+    def __init__(
+        self,
+        name: str,
+        keys: tuple[int, ...],
+        session: str = "s",
+        tenant: str = "a",
+        answer: tuple[int, ...] = (),
+    ) -> None:
         super().__init__(name, 600.0, PromptBlocks(keys, BLOCK))
+        self.answer = answer
         self.request = Request(
             name, BLOCK * len(keys) + 1, ANSWER, 0.0, Slo(1.0, 0.1), tenant=tenant, session=session
         )
@@ -78,7 +86,8 @@ class Case:
         return run
 
     def end(self, turn: Turn, now: float) -> None:
-        self.plane.tokens(turn, ANSWER, now)
+        self.plane.tokens(turn, max(ANSWER, BLOCK * len(turn.answer)), now)
+        turn.blocks = PromptBlocks((*turn.blocks.keys, *turn.answer), BLOCK)
         self.plane.ended(turn, None, now)
 
     def history(self, turn: Turn, now: float) -> History | None:
@@ -220,10 +229,12 @@ def test_where_room_is_short_the_cheapest_to_rebuild_goes() -> None:
     assert case.plane.snapshot(4.0).sessions.held_on.tolist()[:2] == [1, -1]
 
 
-def test_a_conversation_without_a_name_is_known_by_its_prefix(case: Case) -> None:
-    case.play(Turn("r0", KEYS[:20], session=""), 0.0)
-    case.play(Turn("r1", (*KEYS[:20], 70), session=""), 2.0)
+def test_a_conversation_without_a_name_is_known_by_its_newest_answer(case: Case) -> None:
+    case.play(Turn("r0", KEYS[:20], session="", answer=(50,)), 0.0)
+    case.play(Turn("r1", (*KEYS[:20], 50, 70), session="", answer=(71,)), 2.0)
     case.play(Turn("r2", tuple(range(300, 310)), session=""), 3.0)
-    assert case.history(Turn("r3", (*KEYS[:20], 70, 71), session=""), 5.0) == History("i1", 2100)
-    assert case.history(Turn("r4", KEYS[:20], session="", tenant="b"), 5.0) is None
-    assert case.told.asked[-4].session == "~r0"
+    assert case.history(Turn("r3", (*KEYS[:20], 50, 70, 71, 72), session=""), 5.0) == History("i1", 2300)
+    assert case.told.asked[-2].session == "~r0"
+    for other in (KEYS[:20], (*KEYS[:20], 50, 70), (*KEYS[:20], 80, 81)):  # all that is common is no answer
+        assert case.history(Turn(f"r{other}", other, session=""), 6.0) is None
+    assert case.history(Turn("r4", (*KEYS[:20], 50, 70, 71), session="", tenant="b"), 7.0) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -17,6 +18,7 @@ from tidegate.costs.forms import attention_work
 from tidegate.ledger.ledger import Ledger
 from tidegate.ledger.snapshot import Snapshot
 from tidegate.policies.ampd.cost_routing import CostRouting
+from tidegate.policies.ampd.paths import Home, path_costs
 from tidegate.policies.ampd.routing import WINDOW, AmpdRouting
 from tidegate_testing import REFERENCE, request
 
@@ -44,9 +46,7 @@ def rounds(draw: st.DrawFn) -> tuple[Request, Snapshot]:
     prompt = draw(st.integers(4, 50_000))
     asked = request("new", prompt)
     if draw(st.booleans()):
-        bound = History(
-            draw(st.sampled_from(names[prefill:])), draw(st.integers(-(-prompt // 4), prompt - 1))
-        )
+        bound = History(draw(st.sampled_from(names[prefill:])), draw(st.integers(1, prompt - 1)))
         asked = replace(asked, history=bound)
     cached = draw(st.dictionaries(st.sampled_from(names), st.integers(1, prompt - 1), max_size=3))
     return replace(asked, cached=cached), ledger.snapshot(32.0)
@@ -110,3 +110,21 @@ def test_the_cheapest_way_is_taken_and_every_verdict_says_its_terms(
         assert asked.history is None or place.prefill_on == asked.history.on
     else:
         assert place.read_from in (None, asked.history.on if asked.history is not None else None)
+
+
+def test_a_long_prompt_at_home_leaves_room_for_who_is_to_come_and_busy_links_are_dear() -> None:
+    ledger = Ledger(1.0, {WINDOW: 10.0})
+    for name, role in (("p", P), ("d", D)):
+        spec = Instance(name, 1_000_000, 131_072, kv_bytes_per_token=131_072)
+        ledger.instance_up(spec, REFERENCE, role, 0.0)
+    for number in range(50):
+        ledger.prefill_dispatched(request(f"r{number}", 10_000), "p", 0.0)
+    asked = replace(request("new", 20_000, ttft_s=30.0), history=History("d", 5_000))
+    place = CostRouting().place_prefill(asked, ledger.snapshot(0.0)).decision
+    assert isinstance(place, Place) and place.path is Path.COLOCATED and place.chunk_tokens is not None
+    idle = path_costs(asked, ledger.snapshot(0.0), Home(1, 5_000), read=None)
+    for number in range(50):
+        ledger.prefill_ended(f"r{number}", 1.0)
+        ledger.decode_dispatched(f"r{number}", "d", 10_001, 1.0)
+    busy = path_costs(asked, ledger.snapshot(1.0), Home(1, 5_000), read=None)
+    assert busy.return_s[0] == pytest.approx(2 * idle.return_s[0])

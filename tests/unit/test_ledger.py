@@ -63,10 +63,12 @@ def test_a_disaggregated_request_from_dispatch_to_finish() -> None:
     pulling = ledger.snapshot(0.1)
     assert column(pulling, "handoff_tokens") == [100, 0]
     assert column(pulling, "decode_tokens") == [0, 101]
+    assert column(pulling, "outbound_tokens") == [100, 0] and column(pulling, "inbound_tokens") == [0, 100]
     assert owner_of(ledger, "r0") == "i0", "until the pull ended, only the source can give the KV"
 
     assert ledger.transfer_ended("r0", 0.2)
     assert column(ledger.snapshot(0.2), "handoff_tokens") == [0, 0]
+    assert column(ledger.snapshot(0.2), "inbound_tokens") == [0, 0]
     assert owner_of(ledger, "r0") == "i1"
     assert ledger.tokens("r0", 3, 0.3)
     assert column(ledger.snapshot(0.3), "decode_tokens") == [0, 104]

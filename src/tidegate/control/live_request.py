@@ -33,20 +33,24 @@ class LiveRequest:
     since its last token, and its ``progress`` in tokens at the last one; ``replays`` and ``migrations``;
     ``predicted``, what was predicted of its length for the journal; ``migrate``, the migration under way;
     ``movable``, False once a driver said that it cannot move; and of its conversation the ``session`` by
-    tenant and name, ``history``, what is held of it, and ``told_tokens``, how much of the prompt earlier
-    turns had.
+    tenant and name, ``history``, what is held of it, ``told_tokens``, how much of the prompt earlier turns
+    had, and ``prompt_blocks``, how many of ``blocks`` name the prompt alone. ``named`` is False where its
+    client is known to have named no session.
     """
 
     __slots__ = (
         "blocks", "deadline_s", "deaths", "decode_on", "failures", "generated", "history", "id", "migrate",
-        "migrations", "movable", "predicted", "predicted_cached_tokens", "predicted_prefill_s", "prefill_on",
-        "progress", "repeatable", "replays", "session", "stage", "told_tokens",
+        "migrations", "movable", "named", "predicted", "predicted_cached_tokens", "predicted_prefill_s",
+        "prefill_on", "progress", "prompt_blocks", "repeatable", "replays", "session", "stage", "told_tokens",
     )  # fmt: skip
 
-    def __init__(self, request_id: str, deadline_s: float, blocks: PromptBlocks = NO_BLOCKS) -> None:
+    def __init__(
+        self, request_id: str, deadline_s: float, blocks: PromptBlocks = NO_BLOCKS, *, named: bool = True
+    ) -> None:
         self.id = request_id
         self.deadline_s = deadline_s
         self.blocks = blocks
+        self.named = named
         self.generated = 0
         self.repeatable = True
         self.movable = True
@@ -65,6 +69,7 @@ class LiveRequest:
         self.session: tuple[str, str] | None = None
         self.history: History | None = None
         self.told_tokens = 0
+        self.prompt_blocks = 0
 
     def as_request(self) -> Request:
         """Return the request as placements see it: the tokens generated so far are part of its prompt."""

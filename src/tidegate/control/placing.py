@@ -97,9 +97,12 @@ class Placing:
     def _dispatch(
         self, live: LiveRequest, request: Request, place: Place, view: Snapshot, now: float
     ) -> RunPrefill:
-        on = place.prefill_on
+        on, column, read_s = place.prefill_on, view.index[place.prefill_on], 0.0
         if place.read_from is not None and request.history is not None:
-            comes = max(request.history.tokens, request.cached.get(on, 0))
+            here = request.cached.get(on, 0)
+            comes = max(request.history.tokens, here)
+            read_bytes = (comes - here) * view.cells[Field.KV_BYTES_PER_TOKEN, column]
+            read_s = float(view.costs.at(column).transfer.seconds(read_bytes))
             request = replace(request, cached={**request.cached, on: comes})
         seconds = self._ledger.prefill_dispatched(request, on, now)
         live.stage = Stage.PREFILL
@@ -109,10 +112,9 @@ class Placing:
         live.predicted_cached_tokens = request.cached.get(on, 0)
         if self._prefixes is not None and live.blocks.keys:
             self._prefixes.sent(live.blocks.within(request.prompt_tokens - request.generated), on)
-        column = view.index[on]
         cells = view.cells
         alone = not (cells[Field.PREFILL_REQUESTS, column] or cells[Field.DECODE_REQUESTS, column])
-        ticket = prefill_ticket(request, seconds, on, view.forecast, place.chunk_tokens)
+        ticket = prefill_ticket(request, seconds + read_s, on, view.forecast, place.chunk_tokens)
         return RunPrefill(live, place, ticket, alone)
 
     def decodes_on(

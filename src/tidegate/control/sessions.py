@@ -63,11 +63,13 @@ class BoundSessions:
 
     def arrived(self, live: LiveRequest, now: float) -> None:
         """Find the session of a new request, and say what its turn finds there that is worth saying."""
+        if not (live.named or self._unnamed):
+            return
         request = live.as_request()
-        name = request.session or self._name_of(live, request)
+        name = request.session or (self._name_of(live, request) if self._unnamed else "")
         if not name:
             return
-        live.session = (request.tenant, name)
+        live.session, live.prompt_blocks = (request.tenant, name), len(live.blocks.keys)
         entry = self._sessions.find(live.session)
         if entry is None:
             return
@@ -136,11 +138,13 @@ class BoundSessions:
         blocks, count = live.blocks, len(live.blocks.keys)
         if blocks.with_answer:
             count = min(count, int((entry.context_tokens - 1) // blocks.block_tokens))
+        if entry.block_keys and self._ends.get(entry.block_keys[-1]) == entry.key:
+            del self._ends[entry.block_keys[-1]]
         entry.block_keys, entry.names_answer = tuple(blocks.keys[:count]), blocks.with_answer
         entry.gone, entry.gone_tokens = "", 0
         self._idle[entry.key] = None
         self._idle.move_to_end(entry.key)
-        if entry.key[1].startswith(UNNAMED) and count:
+        if count > live.prompt_blocks and entry.key[1].startswith(UNNAMED):  # its last one ends in the answer
             self._ends.pop(entry.block_keys[-1], None)
             self._ends[entry.block_keys[-1]] = entry.key
             if len(self._ends) > MOST_SESSIONS:
@@ -203,8 +207,9 @@ class BoundSessions:
     # parts
 
     def _name_of(self, live: LiveRequest, request: Request) -> str:
-        """Name the session of a request that names none: the one that went furthest into its prompt."""
-        if not self._unnamed or not live.blocks.keys:
+        """Name the session of a request that names none: that whose newest answer is furthest into its
+        prompt. What many conversations begin with makes none of them one."""
+        if not live.blocks.keys:
             return ""
         for key in reversed(live.blocks.keys):
             found = self._ends.get(key)

@@ -49,7 +49,7 @@ class Legs(LiveRequest):
         answer: TokensSink,
     ) -> None:
         deadline_s = record.arrival_s + dispatcher.settings.request_deadline_s
-        super().__init__(call.id, deadline_s, prompt_blocks(call, estimate))
+        super().__init__(call.id, deadline_s, prompt_blocks(call, estimate), named=bool(call.session))
         self.prompt_ids: list[int] | None = call.prompt if isinstance(call.prompt, list) else None
         self.out_ids: list[int] = []
         self.finish_reason: str | None = None

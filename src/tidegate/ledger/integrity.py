@@ -51,6 +51,8 @@ def _instance_problems(matrix: LedgerMatrix, name: str, instance: InstanceEntry)
         "DECODE_REQUESTS": float(len(decodes) + instance.foreign_requests),
         "DECODE_TOKENS": float(resident),
         "HANDOFF_TOKENS": float(held),
+        "INBOUND_TOKENS": float(sum(e.pulled_tokens for e in decodes if e.source is not None)),
+        "OUTBOUND_TOKENS": float(sum(e.pulled_tokens for e in instance.handoffs.values())),
     }
     found = {field: float(matrix.array[getattr(Field, field), instance.column]) for field in expected}
     problems = [

@@ -16,7 +16,7 @@ from tidegate.ledger.integrity import check_integrity
 from tidegate.ledger.live_table import NOWHERE
 from tidegate.ledger.matrix import LedgerMatrix
 from tidegate.ledger.records import Booked, InstanceEntry, RequestEntry, Residents
-from tidegate.ledger.rows import Forecast, Integers, RequestRows
+from tidegate.ledger.rows import DecodeRows, Forecast, Integers, RequestRows, decode_rows
 from tidegate.ledger.sessions import Sessions
 from tidegate.ledger.snapshot import Field, Labels, Snapshot, WindowAverages
 from tidegate.ledger.windows import SUMS, LongWindows, close_windows
@@ -146,14 +146,7 @@ class Ledger:
         instance = self._instances.get(instance_id)
         if instance is None:
             return False
-        matrix, column = self._matrix, instance.column
-        resident, held = (tokens, 0) if requests else (0, tokens)
-        matrix.decode_requests[column] += requests - instance.foreign_requests
-        matrix.decode_tokens[column] += resident - instance.foreign_resident_tokens
-        matrix.handoff_tokens[column] += held - instance.foreign_held_tokens
-        matrix.free_tokens[column] -= tokens - instance.foreign_resident_tokens - instance.foreign_held_tokens
-        instance.foreign_requests = requests
-        instance.foreign_resident_tokens, instance.foreign_held_tokens = resident, held
+        self._matrix.set_foreign(instance, requests, tokens)
         return True
 
     # Requests
@@ -375,6 +368,11 @@ class Ledger:
             seen = np.array([index.get(name, NOWHERE) for name in self._ids] + [NOWHERE], np.int64)
         steps = np.array([instance.steps for instance in self._instances.values()], np.int64)
         return RequestRows(self._matrix.requests, steps, index, seen, self._forecast)
+
+    def decodes_on(self, instance_id: str) -> DecodeRows:
+        """Return one row per decode of an instance. Raises NoInstance when it is not up."""
+        instance = self._up(instance_id)
+        return decode_rows(self._matrix.requests, instance.column, instance.steps, self._forecast)
 
     def progress(self) -> tuple[list[Request], Integers]:
         """Return the requests that decode, and how many tokens of its answer each has."""

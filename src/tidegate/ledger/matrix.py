@@ -49,6 +49,8 @@ class _RowViews:
     decode_tokens: memoryview[float]
     handoff_tokens: memoryview[float]
     free_tokens: memoryview[float]
+    inbound_tokens: memoryview[float]
+    outbound_tokens: memoryview[float]
     flipped_at_s: memoryview[float]
     draining: memoryview[float]
     move_pause_s: memoryview[float]
@@ -108,6 +110,17 @@ class LedgerMatrix(_RowViews):
         self.queue_since_s[column] = now
         self.prefill_queue_s[column] = queue_s + seconds
 
+    def set_foreign(self, instance: InstanceEntry, requests: int, tokens: int) -> None:
+        """Count what others have on an instance, in place of what was counted before."""
+        column = instance.column
+        resident, held = (tokens, 0) if requests else (0, tokens)
+        self.decode_requests[column] += requests - instance.foreign_requests
+        self.decode_tokens[column] += resident - instance.foreign_resident_tokens
+        self.handoff_tokens[column] += held - instance.foreign_held_tokens
+        self.free_tokens[column] -= tokens - instance.foreign_resident_tokens - instance.foreign_held_tokens
+        instance.foreign_requests = requests
+        instance.foreign_resident_tokens, instance.foreign_held_tokens = resident, held
+
     def set_head(self, instance: InstanceEntry, entry: RequestEntry | None, now: float) -> None:
         """Take ``entry`` for the running prefill, begun now."""
         instance.head = entry
@@ -153,6 +166,7 @@ class LedgerMatrix(_RowViews):
         """Free the KV that waited for a pull."""
         instance = entry.source
         assert instance is not None
+        self._count_pull(entry, -1)
         column, tokens = instance.column, entry.held_tokens
         entry.source = None
         self.requests.source_on[entry.slot] = NOWHERE
@@ -169,6 +183,14 @@ class LedgerMatrix(_RowViews):
         self.decode_requests[column] += 1
         self.decode_tokens[column] += resident_tokens
         self.free_tokens[column] -= resident_tokens
+        self._count_pull(entry, 1)
+
+    def _count_pull(self, entry: RequestEntry, sign: int) -> None:
+        """Count what a decode pulls, with its decode set and its source: or take it back."""
+        if entry.source is not None and entry.decode is not None:
+            tokens = sign * entry.pulled_tokens
+            self.outbound_tokens[entry.source.column] += tokens
+            self.inbound_tokens[entry.decode.column] += tokens
 
     def join_step(self, entry: RequestEntry) -> None:
         """Count a decode by its instance's steps from here on."""
@@ -195,6 +217,7 @@ class LedgerMatrix(_RowViews):
         assert instance is not None
         if entry.joined_step is not None:
             self.leave_step(entry)
+        self._count_pull(entry, -1)
         column = instance.column
         entry.decode = None
         self.requests.decode_on[entry.slot] = NOWHERE

@@ -82,6 +82,18 @@ class RequestEntry:
         return self.resident_tokens + self.decode.steps - self.joined_step
 
     @property
+    def pulled_tokens(self) -> int:
+        """What ``decode`` pulls from ``source``: the KV there but for what the request's placement expected
+        ``decode`` to hold."""
+        if self.decode is None:
+            return 0
+        request, on = self.request, self.decode.spec.id
+        here = request.cached.get(on, 0)
+        if request.history is not None and request.history.on == on:
+            here = max(here, request.history.tokens)
+        return max(0, self.held_tokens - here)
+
+    @property
     def token_at_s(self) -> float:
         """``last_at_s``, with the tokens produced in step since."""
         return self.last_at_s if self.joined_step is None or self.decode is None else self.decode.stepped_at_s

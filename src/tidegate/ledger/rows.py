@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,13 +44,10 @@ class RequestRows:
         index: Mapping[str, int],
         seen: Integers | None = None,
         forecast: Forecast | None = None,
-        slots: NDArray[np.intp] | None = None,
     ) -> None:
         """``steps`` has what each of the ledger's columns has stepped. ``index`` has the columns of the
-        snapshot, and ``seen`` those of the ledger's columns, where they differ, with NOWHERE at the end.
-        ``slots`` are those of the requests that have a row; None: of all that live."""
+        snapshot, and ``seen`` those of the ledger's columns, where they differ, with NOWHERE at the end."""
         self._table: Final = table
-        self._given: Final = slots
         self._steps: Final = steps
         self._index: Final = index
         self._seen: Final = seen
@@ -59,20 +56,13 @@ class RequestRows:
     def __len__(self) -> int:
         return len(self._slots)
 
-    def decoding_on(self, column: int) -> RequestRows:
-        """Return the rows of the requests that decode on the instance in the snapshot's ``column``; the
-        others are not read for that."""
-        ours = column if self._seen is None else int(np.flatnonzero(self._seen == column)[0])
-        slots = np.flatnonzero(self._table.array[Row.DECODE_ON] == ours)
-        return RequestRows(self._table, self._steps, self._index, self._seen, self._forecast, slots)
-
     @cached_property
     def _slots(self) -> NDArray[np.intp]:
-        return self._table.slots if self._given is None else self._given
+        return self._table.slots
 
     @cached_property
     def requests(self) -> list[Request]:
-        return self._table.requests if self._given is None else self._table.requests_in(self._given)
+        return self._table.requests
 
     @cached_property
     def ids(self) -> tuple[str, ...]:
@@ -168,3 +158,25 @@ class RequestRows:
     def _columns(self, row: Row) -> Integers:
         columns = self._integers(row)
         return columns if self._seen is None else np.asarray(self._seen[columns])
+
+
+class DecodeRows(NamedTuple):
+    """One row per decode of one instance: the tokens of its answer so far, how many more are predicted (the
+    mean; None where the deployment does not predict lengths), and its TPOT target."""
+
+    answer_tokens: Floats
+    remaining_tokens: Floats | None
+    tpot_s: Floats
+
+
+def decode_rows(table: LiveTable, column: int, steps: int, forecast: Forecast | None) -> DecodeRows:
+    """Return the decodes on the instance in the ledger's ``column``, which has stepped ``steps`` times; the
+    other requests are not read for that."""
+    slots = (table.array[Row.DECODE_ON] == column).nonzero()[0]
+    rows = table.array.take(slots, axis=1)
+    resident = rows[Row.TOKENS] + steps * rows[Row.IN_STEP]
+    answered = rows[Row.GENERATED] + resident - rows[Row.PROMPT_TOKENS]
+    remaining = None
+    if forecast is not None:
+        remaining = forecast(table.requests_in(slots), answered.astype(np.int64))[0]
+    return DecodeRows(answered, remaining, rows[Row.TPOT_S])

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tidegate.core.instance import Role
 from tidegate.costs.forms import lesser
 from tidegate.costs.profile import ProfileTable
-from tidegate.ledger.rows import RequestRows
+from tidegate.ledger.rows import DecodeRows, RequestRows
 from tidegate.ledger.sessions import SessionRows
 
 if TYPE_CHECKING:
@@ -99,7 +99,9 @@ class Field:
     MOVE_PAUSE_S: Final = 20
     BLOCK_TOKENS: Final = 21
     EXTENDS_KV: Final = 22
-    COUNT: Final = 23
+    INBOUND_TOKENS: Final = 23
+    OUTBOUND_TOKENS: Final = 24
+    COUNT: Final = 25
 
 
 class WindowAverages(NamedTuple):
@@ -186,6 +188,12 @@ class Snapshot:
     move_pause_s = _Row(Field.MOVE_PAUSE_S)
     """The gap between two tokens of a decode that moved here between them, smoothed; 0 before the first."""
 
+    inbound_tokens = _Row(Field.INBOUND_TOKENS)
+    """KV that decodes placed here are pulling from elsewhere, but for what is expected to be here already; a
+    prefill that reads a history is not counted, for nobody tells when it has."""
+    outbound_tokens = _Row(Field.OUTBOUND_TOKENS)
+    """KV that decodes elsewhere are pulling from here, the same way."""
+
     def __init__(
         self,
         at_s: float,
@@ -220,6 +228,11 @@ class Snapshot:
     def requests(self) -> RequestRows:
         """One row per live request, worked out when asked for: read it while deciding, not later."""
         return self._ledger.request_rows(self.index)
+
+    def decodes_on(self, column: int) -> DecodeRows:
+        """Return one row per decode of one instance, at a part of what ``requests`` takes: read it while
+        deciding, not later."""
+        return self._ledger.decodes_on(self.ids[column])
 
     @property
     def sessions(self) -> SessionRows:

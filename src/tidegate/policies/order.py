@@ -31,8 +31,9 @@ arrival again: with 20, an overload of ten seconds undid what ordering had won (
 
 class Ticket(NamedTuple):
     """What an instance's queue is told of one prefill: arrival and TTFT deadline on the driver's clock, the
-    predicted seconds of its own prefill, and the prompt tokens that it has to compute. ``deadline_s`` is not
-    before ``arrival_s``. ``long_tokens`` is the mean prompt that a forecast expects; 0 where there is none.
+    predicted seconds of its own prefill, the reading of a history included, and the prompt tokens that it has
+    to compute. ``deadline_s`` is not before ``arrival_s``. ``long_tokens`` is the mean prompt that a forecast
+    expects; 0 where there is none.
 
     The others are no matter of order. ``chunk_tokens`` is ``Place.chunk_tokens``. ``tpot_s`` is the TPOT
     target, infinite where none is known. ``first_token_s`` tells of an answer that has begun when its first

@@ -89,7 +89,7 @@ class SimulatedRequest(LiveRequest):
         deadline_s: float,
         blocks: PromptBlocks,
     ) -> None:
-        super().__init__(request.id, deadline_s, blocks)
+        super().__init__(request.id, deadline_s, blocks, named=bool(request.session))
         self.index = index
         self.number = number
         self.request = request

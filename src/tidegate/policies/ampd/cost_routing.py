@@ -16,7 +16,7 @@ from tidegate.core.decision import Alternatives, Path, Place, Verdict
 from tidegate.core.instance import Role
 from tidegate.core.request import Request
 from tidegate.costs.forms import attention_work
-from tidegate.ledger.snapshot import Column, Field, Snapshot, candidates_of
+from tidegate.ledger.snapshot import Column, Field, Snapshot
 from tidegate.policies.ampd.paths import (
     ROUND_SIGNALS,
     Home,
@@ -29,14 +29,17 @@ from tidegate.policies.ampd.paths import (
     prefill_workers,
     remote,
 )
-from tidegate.policies.ampd.routing import WINDOW
 from tidegate.policies.candidates import pool_with_room
 from tidegate.policies.protocols import Signal
 
 MARGIN = 0.8
 """Share of the TTFT target behind which a predicted first token counts as late: predictions err."""
 LATE_WEIGHT = 10.0
-"""What a second behind that share costs, in seconds."""
+"""What a second behind that share costs, in seconds; up to a whole target, behind which all is lost on every
+way, and to hurry only takes others along."""
+TO_COME_TOKENS = 64.0
+"""An answer of so many tokens is taken to begin at home during every prefill there: most that are hurt by one
+begin behind it, and short ones are hurt most."""
 PACE = 0.85
 """Share of its TPOT target up to which a neighbour may be slowed down."""
 LEAST_CHUNK = 32
@@ -60,7 +63,8 @@ class LocalPath(NamedTuple):
 
 
 class Neighbours(NamedTuple):
-    """The decodes at home: their step now, the pace each has had, and what is known of each answer."""
+    """The decodes at home: their step now, the pace each has had, and what is known of each answer; behind
+    them the one to come."""
 
     batch: float
     context_tokens: float
@@ -78,8 +82,8 @@ class CostRouting:
 
     The cost adds, in seconds: the predicted first token (wait, read, prefill), what it is late by (weighed),
     the new KV's way home, what the prefills behind it are expected to wait longer, and the damage to the
-    decodes beside it. Home is refused while that would have a neighbour miss its TPOT target and there is
-    somewhere else.
+    decodes beside it and to one that is to come. Home is refused while that would have a neighbour miss its
+    TPOT target and there is somewhere else.
     """
 
     margin: float = MARGIN
@@ -90,7 +94,7 @@ class CostRouting:
 
     def place_prefill(self, request: Request, snapshot: Snapshot) -> Verdict:
         """Place the prefill on the way of least cost."""
-        home, workers = home_of(request, snapshot), prefill_workers(snapshot)
+        home, workers = home_of(request, snapshot), np.asarray(prefill_workers(snapshot))
         if not home.tokens:  # any may become its home: that where its prefill would begin first
             idle = np.asarray(pool_with_room(snapshot, Role.DECODE, request.prompt_tokens))
             waits_s = snapshot.prefill_wait_s[idle]
@@ -100,22 +104,27 @@ class CostRouting:
         here = self._here(request, snapshot, home, paths)
         paths.prefill_s[home.at] = here.prefill_s
         busy = np.minimum(snapshot.prefill_demand, MOST_BUSY)
-        late_s = np.maximum(paths.first_token_s - self.margin * request.slo.ttft_s, 0.0)
-        damage_s = np.zeros(len(snapshot))
-        damage_s[home.at] = here.damage_s
-        terms = {
-            "late_s": self.late_weight * late_s,
-            "queue_s": paths.prefill_s * busy / (1.0 - busy),
-            "damage_s": damage_s,
-        }
-        cost_s = paths.total_s + terms["late_s"] + terms["queue_s"] + damage_s
-        others = [at for at in np.asarray(workers).tolist() if at != home.at]
-        refused = here.breaks > 0 and bool(others)
-        candidates = candidates_of(np.array(others if refused else sorted({*others, home.at}), np.intp))
-        alternatives = Alternatives(
-            snapshot.ids, lambda: {"cost_s": cost_s} | paths.terms() | terms, candidates
-        )
-        at = least(cost_s, candidates)
+        first_s = paths.first_token_s
+        late_s, queue_s = self._late_s(request, first_s), paths.prefill_s * (busy / (1.0 - busy))
+        cost_s = first_s + paths.return_s + late_s + queue_s
+        cost_s[home.at] += here.damage_s
+        at = least(cost_s, workers)
+        refused = here.breaks > 0 and (at != home.at or len(workers) > 1)
+        if refused and at == home.at:
+            workers = workers[workers != home.at]
+            at = least(cost_s, workers)
+        elif not refused and cost_s[home.at] <= cost_s[at]:
+            at = home.at
+
+        def terms() -> dict[str, Column]:
+            damage_s = np.zeros(len(snapshot))
+            damage_s[home.at] = here.damage_s
+            own = {"late_s": late_s, "queue_s": queue_s, "damage_s": damage_s}
+            return {"cost_s": cost_s} | paths.terms() | own
+
+        among = refused or bool(snapshot.labels.prefilling_mask[home.at])
+        candidates = workers if among else np.append(workers, home.at)
+        alternatives = Alternatives(snapshot.ids, terms, candidates)
         if at != home.at:
             reason = f"home would break {here.breaks} neighbours" if refused else "remote costs least"
             return remote(snapshot, home, at, reason, alternatives, read=bool(paths.reads[at]))
@@ -129,23 +138,26 @@ class CostRouting:
         """Decode where the session is bound."""
         return bound_decode(request, snapshot, prefill_on)
 
+    def _late_s(self, request: Request, first_token_s: Column) -> Column:
+        """Return what first tokens so far from now cost for being late."""
+        ttft_s = request.slo.ttft_s
+        return self.late_weight * np.minimum(np.maximum(first_token_s - self.margin * ttft_s, 0.0), ttft_s)
+
     def _here(self, request: Request, snapshot: Snapshot, home: Home, paths: PathCosts) -> LocalPath:
         """Return the cheaper way at home; one that breaks nobody's target before one that does."""
         cached = min(
             max(home.tokens, request.cached.get(snapshot.ids[home.at], 0)), request.prompt_tokens - 1
         )
         new = request.prompt_tokens - cached
-        beside = self._neighbours(snapshot, home)
-        if not len(beside.tpot_s):
-            return LocalPath(None, float(paths.prefill_s[home.at]), 0.0, 0)
+        beside = self._neighbours(request, snapshot, home)
         ways = [self._beside(request, snapshot, home, beside, new, cached, None)]
         chunk = self._chunk(snapshot, home, beside)
         if self.chunks and LEAST_CHUNK <= chunk < new:
             ways.append(self._beside(request, snapshot, home, beside, new, cached, chunk))
-        wait_s, margin_s = float(paths.wait_s[home.at]), self.margin * request.slo.ttft_s
+        wait_s, ttft_s = float(paths.wait_s[home.at]), request.slo.ttft_s
 
         def price(way: LocalPath) -> tuple[bool, float]:
-            late_s = max(wait_s + way.prefill_s - margin_s, 0.0)
+            late_s = min(max(wait_s + way.prefill_s - self.margin * ttft_s, 0.0), ttft_s)
             return way.breaks > 0, way.prefill_s + way.damage_s + self.late_weight * late_s
 
         return min(ways, key=price)
@@ -167,8 +179,8 @@ class CostRouting:
         each_s = float(mixed.seconds(new / steps + beside.batch, attention, beside.context_tokens))
         slower_s = max(each_s - beside.step_s, 0.0) * np.minimum(beside.left_tokens, steps)
         slower_s /= beside.total_tokens
-        target_s = self.pace * beside.tpot_s
-        breaks = np.count_nonzero((beside.pace_s + slower_s > target_s) & (beside.pace_s <= target_s))
+        spare_s = self.pace * beside.tpot_s - beside.pace_s
+        breaks = np.count_nonzero((slower_s > spare_s) & (spare_s >= 0.0))
         damage_s = request.slo.ttft_s * float((slower_s / beside.tpot_s).sum())
         return LocalPath(chunk_tokens, steps * each_s, damage_s, int(breaks))
 
@@ -181,16 +193,24 @@ class CostRouting:
         per_token_s = float(mixed.b_s) + float(mixed.c_s) * home.tokens
         return int(float(mixed.n0) - beside.batch + spare_s / per_token_s) if spare_s > 0.0 else 0
 
-    def _neighbours(self, snapshot: Snapshot, home: Home) -> Neighbours:
-        """Return who decodes at home. Without predicted lengths an answer is taken to be half done, but to
-        have no fewer tokens in all than twice the mean so far: what a renewal would show."""
-        rows = snapshot.requests.decoding_on(home.at)
+    def _neighbours(self, request: Request, snapshot: Snapshot, home: Home) -> Neighbours:
+        """Return who decodes at home, and who is to come. Without predicted lengths an answer is taken to be
+        half done, but to have no fewer tokens in all than twice the mean so far: what a renewal shows."""
+        rows = snapshot.decodes_on(home.at)
         batch = snapshot.cells[Field.DECODE_REQUESTS, home.at]
         context_tokens = snapshot.cells[Field.DECODE_TOKENS, home.at]
         step_s = float(snapshot.costs.at(home.at).step.seconds(batch, context_tokens))
-        answered = np.maximum(rows.answer_tokens.astype(np.float64), 0.0)
-        left = rows.remaining_tokens
-        if len(rows) and np.isnan(left[0]):
-            left = np.maximum(np.maximum(2.0 * answered.mean() - answered, answered), 1.0)
-        pace_s = max(float(snapshot.windows[WINDOW].mean_gap_s[home.at]), step_s)
-        return Neighbours(batch, context_tokens, step_s, pace_s, answered + left, left, rows.tpot_s)
+        count = len(rows.answer_tokens)
+        left, total, tpot_s = np.empty((3, count + 1))
+        left[count] = total[count] = TO_COME_TOKENS
+        tpot_s[count], tpot_s[:count] = request.slo.tpot_s, rows.tpot_s
+        if count:
+            answered = rows.answer_tokens
+            if rows.remaining_tokens is not None:
+                left[:count] = np.maximum(rows.remaining_tokens, 1.0)
+            else:
+                mean = answered.sum() / count
+                left[:count] = np.maximum(np.maximum(2.0 * mean - answered, answered), 1.0)
+            total[:count] = answered + left[:count]
+        pace_s = max(float(snapshot.cells[Field.MEAN_GAP_S, home.at]), step_s)
+        return Neighbours(batch, context_tokens, step_s, pace_s, total, left, tpot_s)

@@ -18,9 +18,6 @@ from tidegate.policies.protocols import Signal
 
 ROUND_SIGNALS = frozenset({Signal.PROFILE, Signal.HISTORY})
 """What a policy for rounds of conversations needs."""
-LEAST_SHARE = 0.25
-"""A history that is less of the prompt binds nobody (ours): all conversations of one application may begin
-alike, and would all be bound to one instance by that."""
 
 
 class Home(NamedTuple):
@@ -41,11 +38,9 @@ def home_of(request: Request, snapshot: Snapshot) -> Home:
 
 
 def binding_history(request: Request, snapshot: Snapshot) -> History | None:
-    """Return the history that binds a request, None where it is too short, or on none that is up."""
+    """Return the history that binds a request, None where there is none on an instance that is up."""
     history = request.history
-    if history is None or history.tokens < LEAST_SHARE * request.prompt_tokens:
-        return None
-    return history if history.on in snapshot.index else None
+    return history if history is not None and history.on in snapshot.index else None
 
 
 def _most_free(request: Request, snapshot: Snapshot, held_on: str | None) -> int:
@@ -99,28 +94,35 @@ class PathCosts(NamedTuple):
 
 def path_costs(request: Request, snapshot: Snapshot, home: Home, *, read: bool | None) -> PathCosts:
     """Price every path of a round. Remote ones read the history from home with ``read``, with None where that
-    is faster than computing it again; none does where the instance has it, or where some cannot read."""
-    if read is not False and not snapshot.extends_kv.all():
+    is faster than computing it again; none does where the instance has it, or where some cannot read.
+
+    AMPD's sum (``read`` True) takes links for idle, and the history for at hand. With None it is priced, too,
+    that others use the ports at both ends, and that the holder pins a history behind its own prefills."""
+    if read is not False and not snapshot.state[Field.EXTENDS_KV].all():
         read = False
     costs, at, prompt_tokens = snapshot.costs, home.at, float(request.prompt_tokens)
-    token_bytes = snapshot.cells[Field.KV_BYTES_PER_TOKEN, at]
-    read_s, prefill_s, return_s = np.empty((3, len(snapshot)))
+    token_bytes, wait_s = snapshot.cells[Field.KV_BYTES_PER_TOKEN, at], snapshot.prefill_wait_s
+    read_s, prefill_s = np.empty((2, len(snapshot)))
     reads = np.empty(len(snapshot), np.bool_)
+    priced = read is None
+    pinned_s = np.maximum(wait_s[at] - wait_s, 0.0) if priced and home.tokens else np.zeros(len(snapshot))
+    outbound_tokens, inbound_tokens = snapshot.cells[Field.OUTBOUND_TOKENS, at], snapshot.inbound_tokens
 
     def fill(which: int | slice, costs: ProfileTable, has: float, source_tokens: float) -> None:
         new = prompt_tokens - has
         fresh_s = costs.prefill.seconds(new, attention_work(new, has))
-        reads[which] = False
-        read_s[which], prefill_s[which] = 0.0, fresh_s
         if read is False or source_tokens <= has:
+            reads[which], read_s[which], prefill_s[which] = False, 0.0, fresh_s
             return
         new = prompt_tokens - source_tokens
         over_s = costs.transfer.seconds((source_tokens - has) * token_bytes)
+        if priced:
+            under_way = np.maximum(inbound_tokens[which], outbound_tokens) * token_bytes
+            over_s = over_s + shared_s(over_s, under_way, costs) + pinned_s[which]
         rest_s = costs.prefill.seconds(new, attention_work(new, source_tokens))
-        chosen = True if read else np.less(over_s + rest_s, fresh_s)
-        reads[which] = chosen
-        read_s[which] = np.where(chosen, over_s, 0.0)
-        prefill_s[which] = np.where(chosen, rest_s, fresh_s)
+        chosen = np.less(over_s + rest_s, fresh_s) if priced else np.True_
+        reads[which], read_s[which] = chosen, over_s * chosen
+        prefill_s[which] = fresh_s + (rest_s - fresh_s) * chosen
 
     fill(EVERYONE, costs, 0.0, float(home.tokens))
     kept = float(home.tokens)
@@ -131,9 +133,20 @@ def path_costs(request: Request, snapshot: Snapshot, home: Home, *, read: bool |
         elif column is not None:
             fill(column, costs.at(column), float(tokens), float(home.tokens))
     fill(at, costs.at(at), kept, 0.0)
-    return_s[:] = costs.at(at).transfer.seconds((prompt_tokens - kept) * token_bytes)
+    back = costs.at(at)
+    back_s = float(back.transfer.seconds((prompt_tokens - kept) * token_bytes))
+    return_s = np.full(len(snapshot), back_s)
+    if priced:
+        on_ports = np.maximum(snapshot.outbound_tokens, snapshot.cells[Field.INBOUND_TOKENS, at])
+        return_s += shared_s(back_s, on_ports * token_bytes, back)
     return_s[at] = 0.0
-    return PathCosts(snapshot.prefill_wait_s, read_s, prefill_s, return_s, reads)
+    return PathCosts(wait_s, read_s, prefill_s, return_s, reads)
+
+
+def shared_s(own_s: float | Column, under_way_bytes: float | Column, costs: ProfileTable) -> float | Column:
+    """Return by how much longer a transfer takes that is alone in ``own_s``, beside others on its port: they
+    have half of it until they or it have ended."""
+    return np.minimum(under_way_bytes / costs.transfer.bytes_per_s, own_s)
 
 
 def prefill_workers(snapshot: Snapshot) -> Candidates:
