@@ -163,7 +163,7 @@ class Pins:
         return pin is not None
 
     def end_oldest(self, *, but: str = "") -> tuple[int, ...] | None:
-        """End the pin whose lease ends first, and hand its hold on the blocks to the caller; None without any.
+        """End the pin whose lease ends first, and hand its hold on the blocks to the caller, or return None.
         ``but`` names one that stays, as do those that no lease ends."""
         with self._lock:
             ends = [(pin.deadline_s, key) for key, pin in self._pins.items() if key != but]

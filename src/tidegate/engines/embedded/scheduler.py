@@ -57,7 +57,7 @@ class BatchScheduler:
         self.counters = Counters()
         self.puller: PeerPuller | None = None
         self.stall_ends_s = math.inf
-        """When pins end for the head of the queue, on the clock; inf while it is not for them that it waits."""
+        """When pins end for the head of the queue, on the clock; inf while they are not what it waits for."""
         self._clock = clock
         self._load_done = load_done
         self._config = config
