@@ -6,9 +6,10 @@ engines have a tiny random model. Every row is one way of placing later rounds:
 - ``local``: where the history is; ``remote``: elsewhere, with the history read; ``either``: drawn;
 - ``blind``: elsewhere, without reading, decoded anywhere: what history is worth.
 
-``reused`` is the share of the tokens that a session cache which forgets nothing would hit that no engine
-computed again. ``predicted`` sums what the prefix index expected of prefills, ``reported`` what the engines
-said; ``off`` is their relative difference. ``moved`` counts migrations, ``read`` tokens of history read.
+``hits`` are the tokens that a session cache which forgets nothing would hit, ``again`` how many of them
+engines computed again, for themselves or to have them read, ``reused`` the share of the others. ``predicted``
+sums what the prefix index expected of prefills, ``reported`` what the engines said; ``off`` is their relative
+difference. ``moved`` counts migrations, ``read`` tokens of history read.
 """
 
 from __future__ import annotations
@@ -37,20 +38,33 @@ WAYS = {
 OPEN = 12
 
 
-async def converse(url: str, client: aiohttp.ClientSession, session: int, args: argparse.Namespace) -> int:
-    """Hold a conversation; return what a session cache that forgets nothing would hit."""
+async def converse(
+    url: str, client: aiohttp.ClientSession, session: int, args: argparse.Namespace
+) -> tuple[int, int]:
+    """Hold a conversation; return how much a session cache that forgets nothing would hit, and would not."""
     history: list[int] = []
-    hits = 0
+    hits = asked = 0
     for said, tokens in rounds_of(session, args.rounds, args.first, args.more):
         hits += max(0, len(history) - 1)
         history += said
+        asked += len(history)
         body = {"prompt": history, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
         body |= {"return_token_ids": True}
         headers = {"x-session-id": f"s{session}"}
         async with client.post(url + "/v1/completions", data=orjson.dumps(body), headers=headers) as answer:
             assert answer.status == 200, await answer.text()
             history += orjson.loads(await answer.read())["choices"][0]["token_ids"]
-    return hits
+    return hits, asked - hits
+
+
+async def computed(gateway: Gateway, client: aiohttp.ClientSession) -> int:
+    """Return how many prompt tokens the engines computed, for whatever reason."""
+    total = 0
+    for upstream in gateway.dispatcher.upstreams.values():
+        headers = {"x-tidegate-secret": upstream.member.secret}
+        async with client.get(upstream.member.url + "/tidegate/stats", headers=headers) as answer:
+            total += (await answer.json())["computed_prompt_tokens"]
+    return total
 
 
 async def measure(way: str, model: Path, journal: Path, args: argparse.Namespace) -> None:
@@ -64,26 +78,31 @@ async def measure(way: str, model: Path, journal: Path, args: argparse.Namespace
         async with aiohttp.ClientSession() as client, chaos(gateway.dispatcher, forced):
             gate = asyncio.Semaphore(OPEN)
 
-            async def one(session: int) -> int:
+            idle = await computed(gateway, client)
+
+            async def one(session: int) -> tuple[int, int]:
                 async with gate:
                     return await converse(url, client, session, args)
 
-            hits = sum(await asyncio.gather(*(one(session) for session in range(args.sessions))))
+            told = await asyncio.gather(*(one(session) for session in range(args.sessions)))
+            hits, new = (sum(counts) for counts in zip(*told, strict=True))
+            again = await computed(gateway, client) - idle - new
     finally:
         await gateway.stop()
-    print_row(way, hits, gateway, journal, args)
+    print_row(way, hits, again, gateway, journal, args)
 
 
-def print_row(way: str, hits: int, gateway: Gateway, journal: Path, args: argparse.Namespace) -> None:
+def print_row(
+    way: str, hits: int, again: int, gateway: Gateway, journal: Path, args: argparse.Namespace
+) -> None:
     plane, prefixes = gateway.dispatcher.plane, gateway.dispatcher.prefixes
     rows = [orjson.loads(line) for line in journal.read_bytes().splitlines()]
     ends = [row for row in rows if row["type"] == "outcome"]
-    had = sum(max(row["cached_tokens"], row.get("read_back_tokens", 0)) for row in ends)
     read = sum(row.get("read_back_tokens", 0) for row in ends)
     predicted, reported = prefixes.predicted_tokens, prefixes.reported_tokens
     off = predicted / max(1, reported) - 1
     print(
-        f"{way:8} {args.sessions:8} {hits:9} {had:9} {had / hits:7.1%} {predicted:10} {reported:10} "
+        f"{way:8} {args.sessions:8} {hits:9} {again:9} {1 - again / hits:7.1%} {predicted:10} {reported:10} "
         f"{off:7.1%} {plane.migrations['done']:6} {read:9}",
         flush=True,
     )
@@ -102,7 +121,7 @@ def main() -> None:
     parser.add_argument("--migrate-every-s", type=float, default=0.0)
     parser.add_argument("--ways", default=",".join(WAYS))
     args = parser.parse_args()
-    heads = ("way", "sessions", "hits", "had", "reused", "predicted", "reported", "off", "moved", "read")
+    heads = ("way", "sessions", "hits", "again", "reused", "predicted", "reported", "off", "moved", "read")
     print("{:8} {:>8} {:>9} {:>9} {:>7} {:>10} {:>10} {:>7} {:>6} {:>9}".format(*heads))
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "tiny"

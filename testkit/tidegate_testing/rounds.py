@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tidegate.core.decision import Path, Place, Verdict
 from tidegate.core.request import Request
@@ -49,6 +52,36 @@ def anywhere(seed: int = 0, local: float = 0.4, read: float = 0.7, stays: float 
     return System(
         name="anywhere", summary="drawn", roles=mixed_roles, prefill=both, decode=both, read_back=None
     )
+
+
+Ask = Callable[[dict[str, Any], Mapping[str, str]], Awaitable[list[int]]]
+"""Sends a body with headers, and returns the ids of the whole answer."""
+
+
+async def converse(
+    ask: Ask, sessions: int, rounds: int, *, at_once: int = 12, first: int = 120, more: int = 40
+) -> list[list[list[int]]]:
+    """Hold greedy conversations, ``at_once`` at a time; return the ids of every answer.
+
+    Two tenants have sessions of the same name, and every fifth conversation names none.
+    """
+    gate = asyncio.Semaphore(at_once)
+
+    async def one(session: int) -> list[list[int]]:
+        headers = {"x-session-id": f"s{session // 2}", "x-tenant-id": f"t{session % 2}"}
+        if session % 5 == 0:
+            del headers["x-session-id"]
+        history: list[int] = []
+        answers: list[list[int]] = []
+        async with gate:
+            for said, tokens in rounds_of(session, rounds, first, more):
+                history = history + said
+                body = {"prompt": history, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+                answers.append(await ask(body, headers))
+                history = history + answers[-1]
+        return answers
+
+    return await asyncio.gather(*(one(session) for session in range(sessions)))
 
 
 def rounds_of(session: int, rounds: int, first: int = 120, more: int = 40) -> list[tuple[list[int], int]]:

@@ -182,3 +182,21 @@ def test_a_step_that_ends_at_this_very_time_is_known(leap: bool) -> None:
     plane.cluster.submit(1, SimSequence(1, 200, 260, False), 0.0)
     plane.run()
     assert plane.known == [4, 60]
+
+
+def test_pins_in_each_others_way_end_long_before_their_leases() -> None:
+    plane = Plane(kv_tokens=640)  # 40 blocks; 39 are pinned for the other one
+    for on in (0, 1):
+        for number in range(3):
+            plane.cluster.submit(on, SimSequence(10 * on + number, 200, 201, True), 0.0)
+    plane.run()
+    for pin in plane.pins.values():
+        plane.cluster.begin_lease(pin, 0.6)
+    plane.ends_s.clear()
+    for on in (0, 1):
+        for number in range(3):
+            request = 10 * (1 - on) + number
+            plane.cluster.submit(on, SimSequence(request, 201, 240, False, plane.pins[request]), 2.0)
+    plane.run()
+    assert len(plane.ends_s) == 6 and max(plane.ends_s.values()) < 10.0
+    assert plane.free(0) and plane.free(1)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -15,40 +16,23 @@ from tests.live.live_cluster import Live, cluster
 from tests.slow import examples
 from tidegate.gateway.settings import GatewaySettings
 from tidegate_testing.chaos import Forced
-from tidegate_testing.rounds import anywhere, rounds_of
+from tidegate_testing.rounds import anywhere, converse
 
 ROUNDS = 6
-OPEN = 12
 
 
-async def converse(live: Live, sessions: int) -> list[list[list[int]]]:
-    """Hold the conversations, ``OPEN`` at a time; return the answers' ids. Two tenants have sessions of the
-    same name, and every fifth conversation names none."""
-    gate = asyncio.Semaphore(OPEN)
+async def ask_all(live: Live, sessions: int) -> list[list[list[int]]]:
+    async def ask(body: dict[str, Any], headers: Mapping[str, str]) -> list[int]:
+        return (await live.stream(body, dict(headers)))[0]
 
-    async def one(session: int) -> list[list[int]]:
-        headers = {"x-session-id": f"s{session // 2}", "x-tenant-id": f"t{session % 2}"}
-        if session % 5 == 0:
-            del headers["x-session-id"]
-        history: list[int] = []
-        answers: list[list[int]] = []
-        async with gate:
-            for said, tokens in rounds_of(session, ROUNDS):
-                history += said
-                body = {"prompt": history, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
-                ids, _ = await live.stream(body, headers)
-                answers.append(ids)
-                history = history + ids
-        return answers
-
-    return await asyncio.gather(*(one(session) for session in range(sessions)))
+    return await converse(ask, sessions, ROUNDS)
 
 
 @pytest.mark.parametrize("sessions", [10, pytest.param(examples(100), marks=pytest.mark.slow)])
 async def test_rounds_run_anywhere_say_the_same(model_dir: Path, tmp_path: Path, sessions: int) -> None:
     settings = GatewaySettings(admission=0.0, trusted_proxies=("127.0.0.1",))
     async with cluster(model_dir, "colocated", instances=1, dtype="float64", settings=settings) as live:
-        reference = await converse(live, sessions)
+        reference = await ask_all(live, sessions)
     journal = tmp_path / "journal.jsonl"
     settings = replace(settings, journal=journal)
     forced = Forced(migrate_every_s=0.2)
@@ -56,7 +40,7 @@ async def test_rounds_run_anywhere_say_the_same(model_dir: Path, tmp_path: Path,
     async with cluster(
         model_dir, system, dtype="float64", settings=settings, forced=forced, kv_memory_mb=4
     ) as live:
-        assert await converse(live, sessions) == reference
+        assert await ask_all(live, sessions) == reference
         await live.until_drained()
         plane = live.gateway.dispatcher.plane
         plane.ledger.check_integrity()

@@ -8,10 +8,14 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,19 +25,22 @@ from tidegate.fleet.keeper import descendants
 SERVER_ARGS = (
     "--dtype float32 --enforce-eager --max-model-len 4096 --block-size 32 --kv-cache-memory-bytes 33554432"
 )
+PROFILE = "h100_sxm/llama-3.1-8b"
+"""Of something else: a server that is not as fast as predicted is no matter here."""
 
 
 class Gateway:
-    """A ``tidegate serve`` with two servers, whose output is kept in a file."""
+    """A ``tidegate serve`` with servers of its own, whose output is kept in a file."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, instances: str = "2", *serve: str) -> None:
         self._output = folder / "gateway.log"
         kept = ("PYTHONPATH", "HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS")
         own = {name: RUNTIME[name] for name in kept} | {"CUDA_VISIBLE_DEVICES": ""}
         command = [
             *(sys.executable, "-m", "tidegate.cli.main", "serve", "--port", "0", "--launch", "vllm"),
-            *("--model", str(MODELS / "tiny-llama"), "--instances", "2", "--vllm-bin", str(VLLM)),
-            *("--vllm-logs", str(folder / "logs"), "--vllm-args", SERVER_ARGS, "--system", "round-robin"),
+            *("--model", str(MODELS / "tiny-llama"), "--instances", instances),
+            *("--vllm-bin", str(VLLM), "--vllm-logs", str(folder / "logs"), "--vllm-args", SERVER_ARGS),
+            *(serve or ("--system", "round-robin")),
         ]
         with self._output.open("wb") as output:
             self.process = subprocess.Popen(
@@ -64,21 +71,33 @@ class Gateway:
                 return pid
         raise AssertionError(f"nothing serves {url}")
 
-    def complete(self, prompt: str) -> list[str]:
-        """Return a greedy completion through the gateway."""
-        found = re.search(r"serving on (\S+/v1)", self.output())
+    def ask(self, path: str, body: dict[str, Any] | None = None, timeout_s: float = 60.0) -> Any:
+        """POST ``body``, or GET without one, and return the answer. Raises urllib's HTTPError."""
+        found = re.search(r"serving on (\S+)/v1", self.output())
         assert found is not None
-        body = {"model": "tiny-llama", "prompt": prompt, "max_tokens": 24, "temperature": 0}
-        request = urllib.request.Request(
-            f"{found[1]}/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return [choice["text"] for choice in json.loads(answer.read())["choices"]]
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(found[1] + path, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+            return json.loads(answer.read())
+
+    def complete(self, prompt: str, max_tokens: int = 24) -> list[str]:
+        """Return a greedy completion through the gateway."""
+        body = {"model": "tiny-llama", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+        return [choice["text"] for choice in self.ask("/v1/completions", body)["choices"]]
 
 
 @pytest.fixture
 def gateway(tmp_path: Path) -> Iterator[Gateway]:
-    one = Gateway(tmp_path)
+    yield from running(Gateway(tmp_path))
+
+
+@pytest.fixture
+def growing(tmp_path: Path) -> Iterator[Gateway]:
+    yield from running(Gateway(tmp_path, "1..2", "--system", "colocated", "--profile", PROFILE))
+
+
+def running(one: Gateway) -> Iterator[Gateway]:
+    """Give a gateway to a test, and see that nothing of it is left behind."""
     yield one
     processes = descendants(one.process.pid)
     if one.process.poll() is None:
@@ -106,3 +125,43 @@ def test_a_killed_server_comes_back_and_none_outlives_the_gateway(gateway: Gatew
     while left := [pid for pid in everything if Path(f"/proc/{pid}").exists()]:
         assert time.monotonic() < ends_s, f"still there: {left}"
         time.sleep(0.1)
+
+
+def test_a_server_is_added_and_one_drained_under_load(growing: Gateway) -> None:
+    gateway = growing
+    gateway.until(lambda: "serving on" in gateway.output())
+    prompts = [f"The tide comes in for the {n}. time" for n in range(4)]
+    expected = [gateway.complete(prompt, 60) for prompt in prompts]
+    done = threading.Event()
+
+    def load(n: int) -> int:
+        rounds = 0
+        while not done.is_set():
+            assert gateway.complete(prompts[n], 60) == expected[n]
+            rounds += 1
+        return rounds
+
+    with ThreadPoolExecutor(len(prompts)) as clients:
+        loads = [clients.submit(load, n) for n in range(len(prompts))]
+        try:
+            gateway.ask("/tidegate/instances", {"role": "mixed"})
+            gateway.until(lambda: bool(gateway.server_urls("i1")))
+            with pytest.raises(urllib.error.HTTPError, match="409"):
+                gateway.ask("/tidegate/instances", {"role": "mixed"})
+            gateway.until(
+                lambda: any(row["decode_requests"] for row in rows_of(gateway) if row["id"] == "i1")
+            )
+            pid = gateway.server_process(gateway.server_urls("i0")[0])
+            gateway.ask("/tidegate/instances/i0/drain", {"remove": True})
+            gateway.until(lambda: not Path(f"/proc/{pid}").exists())
+            gateway.until(lambda: [row["id"] for row in rows_of(gateway)] == ["i1"])
+        finally:
+            done.set()
+        assert all(one.result(120) > 0 for one in loads)
+    assert [gateway.complete(prompt, 60) for prompt in prompts] == expected
+
+
+def rows_of(gateway: Gateway) -> list[dict[str, Any]]:
+    """Return what the gateway says of its instances."""
+    rows: list[dict[str, Any]] = gateway.ask("/tidegate/state")["instances"]
+    return rows

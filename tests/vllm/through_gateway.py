@@ -229,6 +229,7 @@ async def serving(
     kv: KvSetup | None = None,
     profiles: Sequence[Profile] = (PROFILE,),
     forced: Forced = NOT_FORCED,
+    trusted_proxies: Sequence[str] = (),
 ) -> AsyncIterator[Running]:
     """A gateway over the servers at ``urls``, which are the instances i0, i1, ... in that order."""
     fleet = StaticFleet(
@@ -241,7 +242,12 @@ async def serving(
     composed = make_system(system, slo=Slo()) if isinstance(system, str) else system
     # Generous: servers that share few cores are slow to accept.
     resolved = GatewaySettings(
-        port=0, journal=journal, connect_s=10.0, admission=0.0, allow_fields=tuple(GUARDABLE)
+        port=0,
+        journal=journal,
+        connect_s=10.0,
+        admission=0.0,
+        allow_fields=tuple(GUARDABLE),
+        trusted_proxies=trusted_proxies,
     )
     gateway = Gateway(resolved, fleet, composed)
     url = await gateway.start()

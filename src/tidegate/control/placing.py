@@ -63,6 +63,8 @@ class Placing:
         if prefixes is not None:
             hits = prefixes.hits(live.blocks, request.prompt_tokens)
         request = self._sessions.found(live, request, hits, now)
+        if prefixes is not None and request.cached:
+            request = replace(request, cached=prefixes.outlasting(request.cached, live.blocks))
         self._ledger.held_prefills = len(self.held)
         verdict = self._system.prefill.place_prefill(request, view)
         verdict = self._reads(request, verdict, view)
@@ -111,7 +113,8 @@ class Placing:
         live.predicted_prefill_s = seconds
         live.predicted_cached_tokens = request.cached.get(on, 0)
         if self._prefixes is not None and live.blocks.keys:
-            self._prefixes.sent(live.blocks.within(request.prompt_tokens - request.generated), on)
+            blocks = live.blocks.within(request.prompt_tokens - request.generated)
+            self._prefixes.sent(blocks, on, live.id)
         cells = view.cells
         alone = not (cells[Field.PREFILL_REQUESTS, column] or cells[Field.DECODE_REQUESTS, column])
         ticket = prefill_ticket(request, seconds + read_s, on, view.forecast, place.chunk_tokens)
@@ -125,7 +128,7 @@ class Placing:
         live.stage = Stage.DECODE
         live.decode_on = on
         if self._prefixes is not None and live.blocks.keys:
-            self._prefixes.sent(live.blocks.within(resident_tokens - live.generated), on)
+            self._prefixes.sent(live.blocks.within(resident_tokens - live.generated), on, live.id)
 
     def _without_instances(self, live: LiveRequest, request: Request, now: float) -> Effects:
         """Refuse a request whose answer has not begun: its client can go elsewhere. Another waits for an

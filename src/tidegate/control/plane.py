@@ -198,6 +198,8 @@ class ControlPlane:
     def prefill_done(self, live: LiveRequest, now: float) -> Effects:
         """Say that the prompt's KV is complete and the first token is out; place the decode."""
         self.ledger.prefill_ended(live.id, now)
+        if self.prefixes is not None:
+            self.prefixes.computed(live.id)
         request = self.sessions.asked(live)
         view, may_flip = self.membership.view(now)
         if not view.ids:
@@ -218,12 +220,14 @@ class ControlPlane:
         assert live.prefill_on is not None
         self.ledger.prefill_ended(live.id, now)
         self.ledger.decode_dispatched(live.id, live.prefill_on, resident_tokens, now)
+        if self.prefixes is not None:
+            self.prefixes.computed(live.id)
         live.stage = Stage.DECODE
         return [WakeAt(now)] if self._held else []
 
     def transfer_ended(self, live: LiveRequest, now: float) -> None:
         """Say that the decode instance has the KV."""
-        self.ledger.transfer_ended(live.id, now)
+        self._has_kv(live, now)
 
     def tokens(self, live: LiveRequest, count: int, now: float) -> None:
         """Count tokens of a decode. ``live.generated`` holds them already."""
@@ -262,6 +266,8 @@ class ControlPlane:
         """Say that a leg failed. The request is placed again, waits for the fleet's word, or is given up."""
         settings = self.settings
         self.ledger.aborted(live.id, now)
+        if self.prefixes is not None:
+            self.prefixes.left(live.id)
         self._migration_over(live, "cancelled", now)
         live.stage = Stage.WAITING
         tried = not (isinstance(error, EngineUnreachable) and error.refused)
@@ -293,9 +299,11 @@ class ControlPlane:
         else:
             self.ledger.aborted(live.id, now)
         self._predictions.ended(live, whole=error is None, now=now)
+        if self.prefixes is not None:
+            if error is None and live.session is not None:
+                self.prefixes.sent(live.blocks, live.decode_on or live.prefill_on or "", live.id)
+            self.prefixes.left(live.id)
         if live.session is not None:
-            if error is None and self.prefixes is not None:
-                self.prefixes.sent(live.blocks, live.decode_on or live.prefill_on or "")
             self.sessions.ended(live, whole=error is None, now=now)
         self._migration_over(live, "cancelled", now)
         self.requests.pop(live.id, None)
@@ -344,7 +352,7 @@ class ControlPlane:
         assert live.migrate is not None
         if live.decode_on != live.migrate.dst:
             self._placing.decodes_on(live, live.migrate.dst, resident_tokens, now)
-        self.ledger.transfer_ended(live.id, now)
+        self._has_kv(live, now)
         live.migrations += 1
         self.sessions.moved(live, live.migrate, now)
         self._migration_over(live, "done", now, "", MigrationCost(moved_bytes, stages, pause_s))
@@ -366,6 +374,13 @@ class ControlPlane:
         return len(self._held)
 
     # Parts of events
+
+    def _has_kv(self, live: LiveRequest, now: float) -> None:
+        """Say that a decode's KV is where it decodes, and held nowhere else."""
+        self.ledger.transfer_ended(live.id, now)
+        if self.prefixes is not None:
+            self.prefixes.computed(live.id)
+            self.prefixes.left(live.id, but=live.decode_on)
 
     def _migration_over(
         self, live: LiveRequest, event: str, now: float, why: str = "", cost: MigrationCost = FREE

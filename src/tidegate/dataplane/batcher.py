@@ -1,17 +1,15 @@
 """Which tokens a simulated instance computes next: the queues, blocks and preemptions of an engine.
 
-The rules are those of vLLM's scheduler (0.19). Every running sequence with one pending token takes part, then
-the token budget is filled with chunks of the prompts that have begun, oldest first, then with new ones.
-A chunk budget may fill less (``StepRoom``).
+The rules are vLLM's (0.19): every running sequence with one pending token takes part, then the token budget
+is filled with chunks of the prompts that have begun, oldest first, then with new ones. A chunk budget may
+fill less (``StepRoom``).
 
 - *Admission*: the whole prompt must find free blocks, beside the reserve, but only those of the tokens that a
   step computes are taken for it. A head without room holds back all behind it until something has changed.
 - *Prefix*: of a prompt, the units that are in the cache are not computed again; at least one token is.
-- *Preemption*: when blocks run out the youngest running sequence gives its own back, and computes them
-  again later. Nobody is admitted in a step that preempts.
-- *Order* (ours; vLLM has one queue): preempted work first, then the legs whose KV exists, first come, first
-  served, for each costs a step one token and its reader is waiting for the next; then the prompts, as their
-  queue has them, which may also say that nobody joins those of a step.
+- *Preemption*: without blocks the youngest running sequence gives its own back, and nobody is admitted.
+- *Order* (ours; vLLM has one queue): preempted work, then the legs whose KV exists, first come, first served
+  (each costs one token, and its reader waits); then the prompts as their queue says, or none of them.
 - *Pulls*: an admitted leg whose KV is elsewhere gets blocks for all of it, leaving those that begun prompts
   will need, and takes part once what the cache lacks has arrived; a prompt finds room as a whole.
 
@@ -50,8 +48,8 @@ class Batcher:
     """Owns the queues of one instance, and the plan of the step, or equal steps, that it runs.
 
     ``running``, by age, holds ``decode`` and the prompts that have begun. ``readied`` join the next step.
-    ``loading`` counts who has a place and is not in the batch: its KV is on the way, or moves away.
-    ``stuck``: nobody waits who could be admitted, as far as is known.
+    ``loading`` counts who has a place and is not in the batch: its KV comes, or moves away.
+    ``stuck``: nobody who waits can be admitted.
 
     Of the plan: ``chunks`` are the sequences that compute ``chunk`` tokens; ``newcomers`` the decodes whose
     first step in the batch it is; ``pulls`` were admitted and wait for their KV; ``preempted`` lost theirs.
@@ -85,6 +83,10 @@ class Batcher:
     def waiting(self) -> bool:
         """Whether there are legs that were not admitted yet."""
         return bool(self._first) or self._queued > 0
+
+    def head(self, now: float) -> SimSequence | None:
+        """Return who is next to be admitted."""
+        return self._first[0] if self._first else self._queue.head(now)
 
     # plan
 
@@ -189,8 +191,6 @@ class Batcher:
                 complete.append(sequence)
                 self.stuck = False
         return complete
-
-    # what comes and goes
 
     def queue(self, sequence: SimSequence, now: float) -> None:
         """Add a leg to the queue."""

@@ -65,6 +65,7 @@ class Cluster:
             EventKind.STEP_START: self._step_start,
             EventKind.LINK: self._arrive,
             EventKind.LEASE: self._end_leases,
+            EventKind.STALL: self._end_stall,
         }
         for replica in replicas:
             self.add(replica)
@@ -191,6 +192,19 @@ class Cluster:
             self.drop(ends.popleft()[1], now)
         if ends:
             self._events.push(ends[0][0], EventKind.LEASE, which)
+
+    def _end_stall(self, index: int, version: int, now: float) -> None:
+        """End pins of an instance, those that are due first, until the head of its queue finds room that they
+        alone have kept from it: who is to pull them may be waiting for room in turn."""
+        instance = self.instances[index]
+        if instance.version != version or not instance.lacks_blocks(now):
+            return
+        head = instance.batcher.head(now)
+        for _, pin in list(self._leases[self._leases_of[index]].ends):
+            if not instance.lacks_blocks(now):
+                break
+            if pin.on == index and (head is None or pin is not head.source):
+                self.drop(pin, now)
 
     def _step_end(self, index: int, version: int, now: float) -> None:
         self.instances[index].end(version, now)

@@ -18,10 +18,11 @@ class EventKind:
     STEP_END: Final = 0
     LINK: Final = 1
     LEASE: Final = 2
-    ARRIVAL: Final = 3
-    LEG: Final = 4
-    TICK: Final = 5
-    STEP_START: Final = 6
+    STALL: Final = 3
+    ARRIVAL: Final = 4
+    LEG: Final = 5
+    TICK: Final = 6
+    STEP_START: Final = 7
 
 
 Event = tuple[float, int, int, int]

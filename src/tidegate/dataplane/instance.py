@@ -63,6 +63,10 @@ class Listener(Protocol):
         ...
 
 
+PATIENCE_S = 1.0
+"""How long the head of the queue waits where nothing but pins is in its way: the embedded engine's."""
+
+
 class SimInstance:
     """Runs a ``Batcher``'s plans: one event per step, or per stretch of steps with ``leap``.
 
@@ -108,6 +112,7 @@ class SimInstance:
         self._leaving: list[SimSequence] = []
         self._left: list[SimSequence] = []
         self._attend = left
+        self._stalled_at = -1
 
     # what reaches the instance
 
@@ -258,6 +263,9 @@ class SimInstance:
             stretch.price_decodes(batcher.decode, now)
         else:
             self._attend_left(now)
+            if self._stalled_at != self.version and self.lacks_blocks(now):
+                self._stalled_at = self.version
+                self._events.push(now + PATIENCE_S, EventKind.STALL, self.index, self.version)
             return
         self._busy = True
         done = self._reported = stretch.done
@@ -269,6 +277,16 @@ class SimInstance:
         heappush(self._heap, (end_s, _STEP_END, self.index, self.version))
         if self._left:
             self._attend_left(now)
+
+    def lacks_blocks(self, now: float) -> int:
+        """Return how many blocks the head of the queue lacks where only pins are in its way, else 0."""
+        batcher = self.batcher
+        head = None if self._busy or batcher.running or batcher.loading else batcher.head(now)
+        if head is None:
+            return 0
+        pin, blocks = head.source, batcher.blocks
+        own = pin.blocks if pin is not None and not pin.gone and pin.on == self.index else 0
+        return max(0, blocks.for_tokens(head.tokens + 1) - own - blocks.free)
 
     def end(self, version: int, now: float) -> None:
         """Finish the planned steps, unless they were cut short since: tokens, ends, and what follows."""

@@ -162,6 +162,14 @@ class Pins:
             self._wake()
         return pin is not None
 
+    def end_oldest(self, *, but: str = "") -> tuple[int, ...] | None:
+        """End the pin whose lease ends first, and hand its hold on the blocks to the caller, or return None.
+        ``but`` names one that stays, as do those that no lease ends."""
+        with self._lock:
+            ends = [(pin.deadline_s, key) for key, pin in self._pins.items() if key != but]
+            deadline_s, oldest = min(ends, default=(math.inf, ""))
+            return None if math.isinf(deadline_s) else self._pins.pop(oldest).block_ids
+
     def take(self, request_id: str) -> PinnedKv | None:
         """End the pin and hand its hold on the blocks to the caller."""
         with self._lock:

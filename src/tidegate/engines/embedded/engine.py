@@ -230,8 +230,9 @@ class EmbeddedEngine:
         self._deliver([Output(request_id, [], "", finish_reason="error", error=why) for request_id in live])
 
     def _sleep(self) -> None:
-        """Wait for a call from another thread, the end of the next lease, or a destination that is late."""
-        deadline_s = min(self.pins.next_deadline_s(), self.departures.next_deadline_s)
+        """Wait for a call from another thread, the end of a lease or stall, or a destination that is late."""
+        ends_s = self.pins.next_deadline_s(), self.scheduler.stall_ends_s
+        deadline_s = min(*ends_s, self.departures.next_deadline_s)
         timeout = None if math.isinf(deadline_s) else max(0.0, deadline_s - self._clock.now())
         with self._wake:
             if not (self._inbox or self._stopping):

@@ -3,12 +3,14 @@
 State is three collections: ``waiting`` (in the engine's order), ``running`` (oldest first, with blocks) and
 ``loading`` (with blocks, KV on its way from a peer). A step takes every running sequence with one pending
 token, then fills the token budget, or what a chunk budget allows of it, with chunks of prompts. When blocks
-run out, the youngest running sequence gives its own back and computes them again later.
+run out, the youngest running sequence gives its own back and computes them again later. Where pins alone keep
+the head of the queue waiting, the oldest end.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -32,6 +34,9 @@ log = logging.getLogger(__name__)
 _RESERVE = 0.01
 """Share of blocks that admission leaves free while others run, so that their next tokens find room."""
 
+PATIENCE_S = 1.0
+"""How long the head of the queue waits where nothing but pins is in its way (ours): many times a pull."""
+
 _UNKNOWN = Ticket(0.0, Slo().ttft_s, 0.0)
 """The ticket, from its submission on, of a request that came without one."""
 
@@ -54,6 +59,8 @@ class BatchScheduler:
         self.loading: list[TokenSequence] = []
         self.counters = Counters()
         self.puller: PeerPuller | None = None
+        self.stall_ends_s = math.inf
+        """When pins end for the head of the queue, on the clock; inf while they are not what it waits for."""
         self._clock = clock
         self._load_done = load_done
         self._config = config
@@ -82,6 +89,7 @@ class BatchScheduler:
         self._fresh = []
         self._make_room()
         now = self._clock.now()
+        self._end_stall(now)
         step = ComposedStep(
             self._chunks, self._profile, self._config.max_batch_tokens, self._steps_since, now
         )
@@ -204,6 +212,29 @@ class BatchScheduler:
         self._start(sequence, 0)
         sequence.computed = tokens
         sequence.published = len(sequence.blocks)
+
+    def _end_stall(self, now: float) -> None:
+        """End pins, those that are due first, for a head of the queue that they alone have kept waiting.
+
+        Who is to pull them may itself be waiting for room that KV takes which is to come here, and so on in a
+        circle until the leases end. It computes what it cannot pull any more.
+        """
+        head = None if self.running or self.loading else self.waiting.head(now)
+        if head is None:
+            self.stall_ends_s = math.inf
+            return
+        self.stall_ends_s = min(self.stall_ends_s, now + PATIENCE_S)
+        if now < self.stall_ends_s:
+            return
+        source, own = head.request.source, None
+        if source is not None and source.engine_id == self._config.engine_id:
+            own = self.pins.pinned(source.request_id)
+        need = -(-len(head.tokens) // self.pool.block_tokens) - (len(own.block_ids) if own else 0)
+        while self.pool.free_blocks < need:
+            blocks = self.pins.end_oldest(but=own.request_id if own else "")
+            if blocks is None:
+                break
+            self.pool.release(blocks)
 
     def _make_room(self) -> None:
         """Give every decoding sequence the block of its next token, preempting from the young end."""
