@@ -26,7 +26,7 @@ REMEMBERED = 2048
 WORTH = 12.0
 """A chunk's work is so many times what a mixed step costs beyond a decode step, where decodes leave no room
 for more: engines wait for such a chunk (``SlackBudget``). Chosen by simulation."""
-HALVINGS = 24
+HALVINGS = 40
 """Steps of a search for a rate, each of which halves what is left."""
 
 
@@ -103,7 +103,7 @@ class FluidFleet:
     def rates_rps(self, prefill: Counts, mixed: Counts) -> Counts:
         """Return the highest rate of each labelling; the arguments are arrays of counts."""
         alone_rps = self._prefills_rps()
-        low, high = np.zeros(len(prefill)), (prefill + mixed) * max(alone_rps, self._decodes_rps())
+        low, high = np.zeros(len(prefill)), (prefill + mixed) / max(self._work_s, 1e-9)
         for _ in range(HALVINGS):
             middle = 0.5 * (low + high)
             fits = self._busy(np.maximum(middle - prefill * alone_rps, 0.0), middle, mixed) <= 1.0
@@ -119,16 +119,6 @@ class FluidFleet:
     def _prefills_rps(self) -> float:
         """Return how many prefills an instance does that has nothing else to do, steps shared."""
         return 1.0 / max(self._work_s + self._port_s, 1e-9)
-
-    def _decodes_rps(self) -> float:
-        """Return how many answers an instance gives per second that prefills nothing."""
-        form, demand = self.costs.step, self.demand
-        if demand.steps < 1e-6:  # answers of one token: prefills alone
-            return 1e9
-        each_s = float(form.b_s) + float(form.c_s) * demand.context_tokens
-        in_time = (self.slo.tpot_s - float(form.a_s)) / each_s
-        batch = max(1.0, min(in_time, self.kv_tokens / demand.context_tokens))
-        return float(batch / (demand.steps * (float(form.a_s) + batch * each_s)))
 
     @property
     def _work_s(self) -> float:
