@@ -180,7 +180,6 @@ def simulate(
     system: str = DEFAULT_SYSTEM,
     *,
     instances: int | str | tuple[int, int] = 4,
-    price_per_h: float | None = None,
     profile: str = DEFAULT_PROFILE,
     split: str | None = None,
     slo: str = DEFAULT_SLO,
@@ -195,8 +194,7 @@ def simulate(
 
     ``system`` is a name of ``list_systems``, with an order as in ``arrow+edf``; ``instances`` is their
     number, or as ``"2..8"`` or ``(2, 8)`` the least and the most: the run begins with the least, or with
-    those of ``split``, and the system adds and removes the others. ``price_per_h`` of an instance gives rows
-    a ``cost``, in its currency. ``profile`` is one that
+    those of ``split``, and the system adds and removes the others. ``profile`` is one that
     ``tidegate sim --profile`` takes; ``split`` is ``P:D`` at the start; ``slo_classes`` has
     targets for classes that the trace names, the others have ``slo``; ``rate_rps`` scales the trace's time
     to that mean rate; a ``seed`` other than 0 permutes requests within each minute; ``lengths`` names who
@@ -237,8 +235,6 @@ def simulate(
         )
     with _noting(problems, ""):
         chosen = load_profile(profile)
-    if price_per_h is not None and not 0 < price_per_h < float("inf"):
-        problems.append(f"price_per_h is a positive amount, got {price_per_h}")
     if rate_rps is not None and not 0 < rate_rps < float("inf"):
         problems.append(f"rate_rps is a positive number of requests per second, got {rate_rps}")
     if problems:
@@ -249,7 +245,7 @@ def simulate(
     run = run_simulation(drawn, composed, replicas_of(chosen, size.most), settings, journal=journal)
     if rate_rps is None and len(drawn) > 1 and drawn.arrival_s[-1] > drawn.arrival_s[0]:
         rate_rps = own_rate_rps(drawn)
-    return SimulationResult(composed.name, rate_rps, run, price_per_h)
+    return SimulationResult(composed.name, rate_rps, run)
 
 
 def compare(
@@ -257,19 +253,22 @@ def compare(
     systems: str | Iterable[str],
     *,
     rates_rps: Sequence[float | None] = (None,),
+    price_per_h: float | None = None,
     **options: Any,
 ) -> ComparisonResult:
     """Simulate one or several systems on one trace, at each of ``rates_rps``; None is the trace's own rate.
 
-    ``options`` are those of ``simulate``. To search goodputs over seeds, with limits and a report, use
+    ``price_per_h`` of an instance gives rows a ``cost``, in its currency. ``options`` are those of
+    ``simulate``. Raises ConfigError for a price that is none. To search goodputs over seeds, with limits and a report, use
     ``tidegate compare``.
     """
+    if price_per_h is not None and not 0 < price_per_h < float("inf"):
+        raise ConfigError(f"price_per_h is a positive amount, got {price_per_h}")
     workload = load_trace(trace) if isinstance(trace, str | Path) else trace
     names = [systems] if isinstance(systems, str) else systems
     asked = [(system, rate) for system in names for rate in rates_rps]
-    return ComparisonResult(
-        tuple(simulate(workload, system, rate_rps=rate, **options) for system, rate in asked)
-    )
+    runs = [simulate(workload, system, rate_rps=rate, **options) for system, rate in asked]
+    return ComparisonResult(tuple(replace(run, price_per_h=price_per_h) for run in runs))
 
 
 @contextmanager

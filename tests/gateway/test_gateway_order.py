@@ -16,7 +16,7 @@ from tidegate.systems import make_system
 BODY = {"prompt": [5, 9, 200, 41], "max_tokens": 4, "temperature": 0}
 
 
-async def test_a_prefill_leg_carries_its_ticket_and_a_decode_leg_none(start: Start) -> None:
+async def test_a_prefill_leg_carries_its_ticket_and_a_decode_leg_when_its_answer_began(start: Start) -> None:
     cluster = await start("static+edf")
     forged = {"tidegate_ticket": {"arrival_s": -9.0, "deadline_s": -8.0, "work_s": 0.0}}
     await cluster.post("/v1/completions", BODY | {"kv_transfer_params": forged}, **{"x-slo-ttft-ms": "5000"})
@@ -25,7 +25,9 @@ async def test_a_prefill_leg_carries_its_ticket_and_a_decode_leg_none(start: Sta
     assert -1.0 < ticket["arrival_s"] <= 0.0
     assert abs(ticket["deadline_s"] - ticket["arrival_s"] - 5.0) < 1e-6
     assert ticket["work_s"] > 0 and ticket["tokens"] > 0
-    assert "tidegate_ticket" not in decode
+    goes_on = decode["tidegate_ticket"]
+    assert abs(goes_on["deadline_s"] - goes_on["arrival_s"] - 5.0) < 1e-6
+    assert goes_on["arrival_s"] <= goes_on["first_token_s"] <= 0.0 and goes_on["tpot_s"] > 0
 
 
 async def test_an_engine_that_keeps_no_order_gets_no_ticket(start: Start) -> None:

@@ -69,7 +69,8 @@ class BoundSessions:
         name = request.session or (self._name_of(live, request) if self._unnamed else "")
         if not name:
             return
-        live.session, live.prompt_blocks = (request.tenant, name), len(live.blocks.keys)
+        live.session = request.tenant, name
+        live.prompt_blocks = int(request.prompt_tokens // live.blocks.block_tokens)
         entry = self._sessions.find(live.session)
         if entry is None:
             return
