@@ -259,8 +259,8 @@ def compare(
     """Simulate one or several systems on one trace, at each of ``rates_rps``; None is the trace's own rate.
 
     ``price_per_h`` of an instance gives rows a ``cost``, in its currency. ``options`` are those of
-    ``simulate``. Raises ConfigError for a price that is none. To search goodputs over seeds, with limits and a report, use
-    ``tidegate compare``.
+    ``simulate``. Raises ConfigError for a price that is none. To search goodputs over seeds, with limits and
+    a report, use ``tidegate compare``.
     """
     if price_per_h is not None and not 0 < price_per_h < float("inf"):
         raise ConfigError(f"price_per_h is a positive amount, got {price_per_h}")

@@ -92,7 +92,7 @@ def _levels(text: str) -> tuple[float, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Searched:
-    """How closely goodput is searched."""
+    """How closely goodput is searched, and what is told of it."""
 
     levels: Annotated[
         tuple[float, ...],
@@ -108,6 +108,9 @@ class Searched:
             rule=Rule(lambda width: 0 < width < 1, "a share between 0 and 1, as in 0.02"),
         ),
     ] = 0.02
+    price: Annotated[
+        float | None, Flag("What an instance costs per hour.", "$", panel=SCORING, rule=POSITIVE)
+    ] = None
 
 
 def run(
@@ -122,7 +125,6 @@ def run(
     chunks: Annotated[str | None, CHUNKS] = None,
     out: Annotated[Path, Flag("Folder of the report and of all results.", "DIR", panel=SCORING)],
     search: Searched,
-    price: Annotated[float | None, Flag("What an instance costs per hour.", "$", rule=POSITIVE)] = None,
     jobs: Annotated[int | None, JOBS] = None,
     as_json: Annotated[bool, AS_JSON] = False,
 ) -> None:
@@ -154,7 +156,7 @@ def run(
         tolerance=search.tolerance,
         command=command_line(),
         facts=set_up(compared),
-        price_per_h=price,
+        price_per_h=search.price,
     )
     compare_and_show(compared_plan, "compare", out, jobs, as_json)
 
