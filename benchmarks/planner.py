@@ -30,10 +30,10 @@ from tidegate.experiments.jobs import Store, Workers
 from tidegate.experiments.setting import Setting, SimulatedFleet
 from tidegate.planner.answer import answer
 from tidegate.planner.deployment import Deployment, PoolOf, ReplicaKind, deployment, kinds_on, offers
-from tidegate.planner.question import MODELLED_CHUNKS, Question
+from tidegate.planner.question import MODELLED_CHUNKS, Question, systems_for
 from tidegate.planner.search import PlanSearch
 from tidegate.sim import SimSettings
-from tidegate.workloads.choice import WorkloadChoice
+from tidegate.workloads.choice import WorkloadChoice, requests_of
 
 WORKLOADS = ("sample:azure-conv", "sample:reasoning-day", "sample:mooncake-conv")
 SLOS = {"sample:mooncake-conv": Slo(3.0, 0.05)}
@@ -56,7 +56,8 @@ def question_for(trace: str, gpus: int, model: str, gpu: str, slo: Slo | None = 
     offered = offers([(gpu, None)], gpus, {})
     settings = SimSettings(slo=slo or SLOS.get(trace, Slo()))
     setting = Setting(WorkloadChoice(trace=trace), SimulatedFleet(()), "", None, settings)
-    return Question(setting, offered, kinds_on(offered, model), 0.9)
+    systems = systems_for(requests_of(setting.workload))
+    return Question(setting, offered, kinds_on(offered, model), 0.9, systems=systems)
 
 
 def pools(
@@ -72,7 +73,7 @@ def pools(
             yield [(kind, count) for kind, count in zip(kinds, counts, strict=True) if count]
 
 
-def every(question: Question, search: PlanSearch, mixed_sizes: bool) -> Iterator[Deployment]:
+def every(question: Question, mixed_sizes: bool) -> Iterator[Deployment]:
     """Yield every deployment that uses the whole budget."""
     whole = question.offers[0].count
     forms = {
@@ -81,22 +82,22 @@ def every(question: Question, search: PlanSearch, mixed_sizes: bool) -> Iterator
         "mixed-": (Role.MIXED, Role.DECODE),
     }
     for name, (first, second) in forms.items():
-        system = search.systems(name.rstrip("+-"))
+        systems = question.systems[name.rstrip("+-")]
         for many in range(1, whole):
             filled = product(
                 pools(many, question.kinds, first, mixed_sizes and name == "disaggregated"),
                 pools(whole - many, question.kinds, second, mixed_sizes and name == "disaggregated"),
             )
             for one, other in filled:
-                for budgets in product(MODELLED_CHUNKS[first], MODELLED_CHUNKS[second]):
+                for system, *budgets in product(systems, MODELLED_CHUNKS[first], MODELLED_CHUNKS[second]):
                     yield deployment(
                         system,
                         [PoolOf(first, kind, count, budgets[0]) for kind, count in one]
                         + [PoolOf(second, kind, count, budgets[1]) for kind, count in other],
                     )
     for one in pools(whole, question.kinds, Role.MIXED, mixed_sizes):
-        for budget in MODELLED_CHUNKS[Role.MIXED]:
-            yield deployment("colocated", [PoolOf(Role.MIXED, kind, count, budget) for kind, count in one])
+        for system, budget in product(question.systems["colocated"], MODELLED_CHUNKS[Role.MIXED]):
+            yield deployment(system, [PoolOf(Role.MIXED, kind, count, budget) for kind, count in one])
 
 
 async def check(question: Question, workers: Workers, mixed_sizes: bool) -> str:
@@ -107,9 +108,7 @@ async def check(question: Question, workers: Workers, mixed_sizes: bool) -> str:
     search.requests = found.requests
     goodput_rps = first.goodput.shown_rps
     better: dict[Deployment, float] = {}
-    candidates = [
-        one for one in dict.fromkeys(every(question, search, mixed_sizes)) if one != first.deployment
-    ]
+    candidates = [one for one in dict.fromkeys(every(question, mixed_sizes)) if one != first.deployment]
     bar_rps = (1.0 + MARGIN) * goodput_rps
     left = [one for one in candidates if search.bounds.rps(one, search.requests) > bar_rps]
 
@@ -131,12 +130,13 @@ async def published(trace: str, workers: Workers) -> str:
     """Plan for a row of Table 2, without changes of roles, and say where the published deployment comes."""
     gpus, (p_tp, p_count), (d_tp, d_count) = TABLE2[trace]
     question = question_for(trace, gpus, "llama-3.1-70b", "h20_sxm", TABLE2_SLO)
-    question = replace(question, system="minimal-load", level=TABLE2_LEVEL)
+    systems = systems_for(requests_of(question.setting.workload), "minimal-load")
+    question = replace(question, systems=systems, level=TABLE2_LEVEL)
     kinds = {kind.tp: kind for kind in question.kinds}
     search = PlanSearch(question, workers)
     theirs = [
         deployment(
-            question.system,
+            "minimal-load",
             [
                 PoolOf(Role.PREFILL, kinds[p_tp], p_count, chunk),
                 PoolOf(Role.DECODE, kinds[d_tp], d_count, 8192),

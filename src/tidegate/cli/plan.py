@@ -41,10 +41,10 @@ from tidegate.measure.attainment import DEFAULT_LEVEL
 from tidegate.planner.answer import RankedPlan, answer
 from tidegate.planner.deployment import Offer, kinds_on, offers
 from tidegate.planner.page import HEAD, cells, charts, render
-from tidegate.planner.question import Question
+from tidegate.planner.question import Question, systems_for
 from tidegate.planner.watch import Deployed, WindowVerdict, verdicts
 from tidegate.sim import SimSettings
-from tidegate.workloads.choice import WorkloadChoice
+from tidegate.workloads.choice import WorkloadChoice, requests_of
 
 PAGE = "plan.html"
 FILES = ("plan.json", "commands.sh", "compose.yaml", "kubernetes.yaml")
@@ -155,7 +155,13 @@ class Wanted:
             rule=SHARE,
         ),
     ] = None
-    system: Annotated[str, Flag("Who decides in a disaggregated fleet.", "NAME")] = DEFAULT_SYSTEM
+    system: Annotated[
+        str | None,
+        Flag(
+            f"Who decides in a disaggregated fleet ({DEFAULT_SYSTEM}; for conversations ampd-cost, too).",
+            "NAME",
+        ),
+    ] = None
     top: Annotated[int, Flag("Deployments in the table.", "K", panel=SCORING, rule=at_least(1))] = 3
     seeds: Annotated[int, Flag("Draws of the workload.", "N", panel=SCORING, rule=at_least(1))] = 3
 
@@ -226,7 +232,7 @@ def run(
         kinds_on(offered, model),
         wanted.level or (DEFAULT_LEVEL if wanted.rate_rps is None else RATED_LEVEL),
         wanted.rate_rps,
-        wanted.system,
+        systems_for(requests_of(choice), wanted.system),
         top=wanted.top,
         seeds=wanted.seeds,
     )

@@ -51,7 +51,7 @@ def profiles_on(gpu: str, model: str, sizes: Iterable[int] = SIZES) -> dict[int,
     """
     if model not in SHAPES and not ("/" in model or model.endswith(".json")):
         near = get_close_matches(model, SHAPES, 2)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}?" if near else "."
         raise ConfigError(
             f"no model is called {model!r}{hint} There are: {', '.join(SHAPES)}; or name a folder with a "
             "config.json"

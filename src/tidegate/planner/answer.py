@@ -16,16 +16,13 @@ from tidegate.experiments.jobs import Workers
 from tidegate.measure.percentiles import t_interval
 from tidegate.planner.deployment import Deployment
 from tidegate.planner.feasibility import check_feasible
-from tidegate.planner.question import Question
+from tidegate.planner.question import CACHE_SHARE, Question, cached_share
 from tidegate.planner.search import TOLERANCE, PlanSearch
 from tidegate.planner.trial import trial_job, without_prefix_cache
 from tidegate.reports.comparison import LevelGoodput
-from tidegate.workloads.trace_statistics import cached_tokens
 
 AS_GOOD = 0.03
 """Goodput that two deployments may differ by and still count as equally good."""
-CACHE_SHARE = 0.05
-"""Of the prompts' tokens: from so many that a cache would hold, prefix caching is asked about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +114,7 @@ async def answer(question: Question, workers: Workers) -> RankedPlan:
     ranked, rate_rps = await _ranked(search, found, parts)
     sentences = [*_verdict(ranked, question), *await _about_caching(search, ranked, parts)]
     sentences += _about_scale(question, part, parts)
-    runs = {each.deployment.title: search.runs_of(each.deployment, parts) for each in ranked}
+    runs = {each.deployment.label: search.runs_of(each.deployment, parts) for each in ranked}
     return RankedPlan(
         question,
         tuple(ranked),
@@ -131,13 +128,15 @@ async def answer(question: Question, workers: Workers) -> RankedPlan:
 
 
 def _instances(search: PlanSearch) -> int:
-    """Return how many instances a plan is about: all that there is room for, or those that a rate takes."""
+    """Return how many instances a plan is about: those of the program's own best deployment, or of the
+    cheapest that serves the rate; as many as there is room for where it has none."""
     question = search.question
-    if question.rate_rps is None:
-        return question.most_instances
     found = [each for f in question.families for each in search.proposals(f, 1, question.rate_rps)]
-    cheapest = min(found, key=lambda each: each.price_per_h, default=None)
-    return question.most_instances if cheapest is None else cheapest.instances
+    if question.rate_rps is None:
+        best = max(found, key=search.predicted_rps, default=None)
+    else:
+        best = min(found, key=lambda each: each.price_per_h, default=None)
+    return question.most_instances if best is None else best.instances
 
 
 async def _ranked(search: PlanSearch, found: Sequence[Deployment], parts: int) -> tuple[list[Ranked], float]:
@@ -173,10 +172,10 @@ async def _ranked(search: PlanSearch, found: Sequence[Deployment], parts: int) -
 
 
 async def with_seeds(search: PlanSearch, chosen: Deployment) -> LevelGoodput:
-    """Return a deployment's goodput over all seeds, of which the first is known."""
+    """Return a deployment's goodput over all seeds, of which the first is known: the others are near."""
     first_rps = search.known.goodput_rps[chosen]
     more = range(1, search.question.seeds)
-    found = await search.measured(chosen, first_rps or 1.0, more or (0,))
+    found = await search.measured(chosen, first_rps or 1.0, more or (0,), growth=1.02)
     by_seed = (first_rps, *found.by_seed) if more else found.by_seed
     mean, low, high = t_interval(by_seed)
     return replace(found, goodput_rps=mean, low_rps=max(0.0, low), high_rps=high, by_seed=by_seed)
@@ -253,8 +252,7 @@ def _verdict(ranked: Sequence[Ranked], question: Question) -> list[str]:
 
 async def _about_caching(search: PlanSearch, ranked: Sequence[Ranked], parts: int) -> list[str]:
     """Say whether it is prefix caching that makes a colocated fleet enough."""
-    workload = search.capacities.workload
-    share = float(cached_tokens(workload).sum()) / max(1.0, float(workload.input_tokens.sum()))
+    share = cached_share(search.capacities.workload)
     colocated = next((each for each in ranked if each.deployment.family == "colocated"), None)
     best_rps = ranked[0].goodput.goodput_rps
     if share < CACHE_SHARE or colocated is None or search.question.rate_rps is not None:

@@ -22,6 +22,7 @@ from tidegate.dataplane.replica import EngineSettings
 from tidegate.planner.deployment import Deployment, PoolOf, ReplicaKind
 from tidegate.planner.trial import drawn
 from tidegate.workloads.choice import WorkloadChoice
+from tidegate.workloads.sessions import in_rounds
 
 Values = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -45,8 +46,11 @@ class Bounds:
     def rps(self, chosen: Deployment, requests: int) -> float:
         """Return a rate above which a deployment attains less than the level; infinite where none is known.
 
-        ``requests`` is the trial's number of them.
+        ``requests`` is the trial's number of them. None is known where rounds wait for answers: their
+        arrivals are the system's.
         """
+        if in_rounds(drawn(self.choice, requests, 0)):
+            return float("inf")
         if chosen.system in FIXED_ROLES and chosen.family == "disaggregated":
             prefill = [pool for pool in chosen.pools if pool.role is Role.PREFILL]
             decode = [pool for pool in chosen.pools if pool.role is Role.DECODE]

@@ -31,7 +31,7 @@ async def cheapest(search: PlanSearch, rate_rps: float) -> list[Deployment]:
 
     async def first_of(family: str) -> Deployment | None:
         for margin in MARGINS:
-            for chosen in search.proposals(family, 2, margin * rate_rps):
+            for chosen in search.by_every_system(search.proposals(family, 2, margin * rate_rps)):
                 if await serves(chosen):
                     return chosen
         return None

@@ -93,6 +93,11 @@ class Deployment:
             for pool in self.pools
         )
 
+    @property
+    def label(self) -> str:
+        """The title with the system that decides."""
+        return f"{self.title}, {self.system}"
+
     def times(self, factor: int) -> Deployment:
         """Return it with so many times the replicas."""
         return Deployment(self.system, tuple(replace(pool, count=factor * pool.count) for pool in self.pools))

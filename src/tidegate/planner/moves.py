@@ -22,9 +22,10 @@ def neighbours(question: Question, chosen: Deployment) -> list[Deployment]:
     """Return the deployments a move away that fit the budget, each once, of the same family.
 
     A move takes one replica out of a pool, or all, or none, and fills the GPUs that are free with replicas of
-    one kind in one role; or it takes another budget of a step for a pool.
+    one kind in one role; or it takes another budget of a step for a pool, or another system.
     """
-    found: dict[Deployment, None] = {}
+    others = (name for name in question.systems[chosen.family] if name != chosen.system)
+    found = dict.fromkeys(replace(chosen, system=name) for name in others)
     for pools in (*_refilled(question, chosen), *_chunks(chosen.pools)):
         made = deployment(chosen.system, pools)
         if made != chosen and made.family == chosen.family and fits(question, made):

@@ -60,14 +60,14 @@ def charts(answer: RankedPlan) -> list[Chart]:
 
 
 def _over_rate(answer: RankedPlan, section: str) -> Chart:
-    shown = [each for each in answer.ranked if len(answer.runs.get(each.deployment.title, ())) > 1][:4]
-    tones = looks([each.deployment.title for each in shown])
+    shown = [each for each in answer.ranked if len(answer.runs.get(each.deployment.label, ())) > 1][:4]
+    tones = looks([each.deployment.label for each in shown])
     curves = [
         Curve(
-            each.deployment.title,
-            tones[each.deployment.title],
-            [rate for rate, _ in answer.runs[each.deployment.title]],
-            [100.0 * share for _, share in answer.runs[each.deployment.title]],
+            each.deployment.label,
+            tones[each.deployment.label],
+            [rate for rate, _ in answer.runs[each.deployment.label]],
+            [100.0 * share for _, share in answer.runs[each.deployment.label]],
             dots=True,
         )
         for each in shown

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from tidegate.core.instance import Role
 from tidegate.experiments.setting import Setting
 from tidegate.planner.deployment import Offer, ReplicaKind
+from tidegate.workloads.trace import Workload
+from tidegate.workloads.trace_statistics import cached_tokens
 
 CHUNKS_TOKENS = {
     Role.PREFILL: (2048, 8192, 16384),
@@ -18,8 +20,33 @@ CHUNKS_TOKENS = {
 """Budgets of a step to choose from. A decode pool has one for the prefills that a system lends it."""
 MODELLED_CHUNKS = {Role.PREFILL: (2048, 8192), Role.MIXED: (2048, 8192), Role.DECODE: (8192,)}
 """Those that the program chooses from; the search steps to the others."""
-LARGEST, CELLS = 16, (8, 16)
+LARGEST, CELLS = 16, (6, 8)
 """Instances up to which a fleet is simulated whole, and of the part that stands for a larger one."""
+SYSTEMS: Mapping[str, tuple[str, ...]] = {
+    "disaggregated": ("arrow-lending",),
+    "colocated": ("colocated",),
+    "mixed": ("minimal-load",),
+}
+"""Who decides in each family of deployments."""
+IN_ROUNDS: Mapping[str, tuple[str, ...]] = {
+    "disaggregated": ("ampd-cost",),
+    "colocated": ("colocated-sticky",),
+}
+"""Who else is tried where prompts go on with what caches hold."""
+CACHE_SHARE = 0.05
+"""Of the prompts' tokens: from so many that a cache would hold, caching and conversations are asked about."""
+
+
+def cached_share(workload: Workload) -> float:
+    """Return the share of the prompts' tokens that an unbounded cache would hold."""
+    return float(cached_tokens(workload).sum()) / max(1.0, float(workload.input_tokens.sum()))
+
+
+def systems_for(workload: Workload, system: str | None = None) -> dict[str, tuple[str, ...]]:
+    """Return who is tried in each family; ``system`` alone where fleets are split, if given."""
+    more = IN_ROUNDS if cached_share(workload) >= CACHE_SHARE else {}
+    found = {family: names + more.get(family, ()) for family, names in SYSTEMS.items()}
+    return found if system is None else found | {"disaggregated": (system,)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +55,7 @@ class Question:
     choose.
 
     Best is the highest goodput at ``level``, or with ``rate_rps`` the lowest price that serves that rate.
-    ``system`` is who disaggregates, ``mixing`` who serves fleets of which only a part does.
+    ``systems`` are by family those that may decide.
     """
 
     setting: Setting
@@ -36,11 +63,13 @@ class Question:
     kinds: tuple[ReplicaKind, ...]
     level: float
     rate_rps: float | None = None
-    system: str = "arrow-lending"
-    mixing: str = "minimal-load"
+    systems: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: dict(SYSTEMS))
     top: int = 3
     seeds: int = 3
-    families: Sequence[str] = ("disaggregated", "colocated", "mixed")
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        return tuple(self.systems)
 
     @property
     def most_instances(self) -> int:

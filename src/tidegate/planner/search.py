@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -47,8 +47,9 @@ FORMS: dict[str, tuple[tuple[Role, ...], ...]] = {
     "colocated": ((Role.MIXED,),),
     "mixed": ((Role.PREFILL, Role.MIXED), (Role.MIXED, Role.DECODE)),
 }
-ROUNDS = 6
-"""Of looking around the best."""
+ROUNDS, NEAR, AROUND = 6, 0.85, 12
+"""Of looking around the best, and around those of other families that serve so much of it; the neighbours
+that are tried of one, those first of which the program expects most."""
 
 
 @dataclass
@@ -78,8 +79,10 @@ class PlanSearch:
         self.requests = 0
         """Of every run: the same for all, so that they are held side by side."""
 
-    def systems(self, family: str) -> str:
-        return {"colocated": "colocated", "mixed": self.question.mixing}.get(family, self.question.system)
+    def by_every_system(self, chosen: Iterable[Deployment]) -> list[Deployment]:
+        """Return each deployment under every system that may decide in its family."""
+        systems = self.question.systems
+        return [replace(each, system=name) for each in chosen for name in systems[each.family]]
 
     def proposals(
         self,
@@ -91,6 +94,7 @@ class PlanSearch:
         """Return the program's best deployments of a family, as corrected so far, under the question's budget
         or another."""
         question, chunks = self.question, MODELLED_CHUNKS
+        system = self._leading_system(family)
         every = sorted({chunk for each in chunks.values() for chunk in each})
         serves = {
             (role, kind, chunk): self.capacities.of(role, kind, chunk)
@@ -103,9 +107,15 @@ class PlanSearch:
             options = options_of(roles, question.kinds, chunks, serves)
             if set(roles) - {option.role for option in options}:
                 continue
-            asked = Asked(self.systems(family), options, offers or question.offers, roles, rate_rps)
+            asked = Asked(system, options, offers or question.offers, roles, rate_rps)
             found |= dict.fromkeys(islice(solutions(asked), many))
         return list(found)
+
+    def _leading_system(self, family: str) -> str:
+        """Return the system of the family's best deployment so far."""
+        found = self.known.goodput_rps
+        best = max((e for e in found if e.family == family), key=lambda e: found[e], default=None)
+        return self.question.systems[family][0] if best is None else best.system
 
     def predicted_rps(self, chosen: Deployment) -> float:
         """Return the program's goodput of a deployment."""
@@ -146,14 +156,14 @@ class PlanSearch:
         return sorted((parts * rate, sum(shares) / len(shares)) for rate, shares in runs.items())
 
     async def measured(
-        self, chosen: Deployment, guess_rps: float, seeds: Sequence[int] = (0,)
+        self, chosen: Deployment, guess_rps: float, seeds: Sequence[int] = (0,), growth: float = 1.06
     ) -> LevelGoodput:
-        """Search a deployment's goodput around a guess of it."""
+        """Search a deployment's goodput around a guess of it that is wrong by about ``growth``."""
 
         async def attained(rate_rps: float, seed: int) -> float:
             return await self.attainment(chosen, rate_rps, seed)
 
-        near = SearchSettings(self.question.level, 0.98 * guess_rps, 1.02 * guess_rps, TOLERANCE, growth=1.06)
+        near = SearchSettings(self.question.level, guess_rps, guess_rps, TOLERANCE, growth)
         return await search_goodput(near, seeds, attained, credit=self._credit)
 
     def _credit(self, share: float) -> None:
@@ -171,9 +181,10 @@ class PlanSearch:
         """Return the deployments to rank, the best first by what is known of them. ``also`` are searched as
         well."""
         question = self.question
-        starts = [*also, *(e for f in question.families for e in self.proposals(f, 1, question.rate_rps))]
-        if not starts:  # the rate is beyond what the program expects of the budget
-            starts = [each for family in question.families for each in self.proposals(family, 1)]
+        first = [each for f in question.families for each in self.proposals(f, 1, question.rate_rps)]
+        if not first:  # the rate is beyond what the program expects of the budget
+            first = [each for family in question.families for each in self.proposals(family, 1)]
+        starts = [*also, *self.by_every_system(first)]
         if not starts:
             return []
         most_rps = max(map(self.predicted_rps, starts))
@@ -193,7 +204,7 @@ class PlanSearch:
             if not around:
                 break
             tried |= set(around)
-            await self.challenge([near for chosen in around for near in neighbours(self.question, chosen)])
+            await self.challenge([near for chosen in around for near in self._promising(chosen)])
         self._correct()
         return await self._finalists()
 
@@ -208,11 +219,16 @@ class PlanSearch:
         leaders: dict[str, Deployment] = {}
         for each in sorted(found, key=lambda each: -found[each]):
             leaders.setdefault(each.family, each)
-        near = [each for each in leaders.values() if found[each] >= 0.9 * self.best_rps]
+        near = [each for each in leaders.values() if found[each] >= NEAR * self.best_rps]
         return [each for each in ranked if each in near]
 
+    def _promising(self, chosen: Deployment) -> list[Deployment]:
+        """Return the neighbours to try."""
+        near = [each for each in neighbours(self.question, chosen) if self._may_be_best(each)]
+        return sorted(near, key=lambda each: -self.predicted_rps(each))[:AROUND]
+
     async def challenge(self, chosen: Iterable[Deployment]) -> None:
-        """Try deployments at a rate above the best; those that attain are searched.
+        """Try deployments at a rate above the best of their family; those that attain are searched.
 
         What the program thinks of them comes first, so that the best is raised early.
         """
@@ -221,7 +237,7 @@ class PlanSearch:
         new.sort(key=lambda each: -self.predicted_rps(each))
 
         async def tried(each: Deployment) -> None:
-            rate_rps = (1.0 + STEP) * self.best_rps
+            rate_rps = (1.0 + STEP) * self._bar_rps(each)
             before = self.known.missed.get(each)
             if before is not None and before[0] <= rate_rps:
                 return
@@ -240,7 +256,13 @@ class PlanSearch:
         best_rps = self.best_rps
         if self.predicted_rps(chosen) < HOPELESS * best_rps:
             return False
-        return self.bounds.rps(chosen, self.requests) > (1.0 + STEP) * best_rps
+        return self.bounds.rps(chosen, self.requests) > (1.0 + STEP) * self._bar_rps(chosen)
+
+    def _bar_rps(self, chosen: Deployment) -> float:
+        """Return what a deployment has to beat: the best of its family."""
+        return max(
+            (rps for e, rps in self.known.goodput_rps.items() if e.family == chosen.family), default=0.0
+        )
 
     def _correct(self) -> None:
         """Set the factors of the program by what binds in the deployments that were searched."""

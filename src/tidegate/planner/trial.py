@@ -7,19 +7,23 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
 from tidegate.experiments.jobs import Job
 from tidegate.experiments.run import job_of
 from tidegate.experiments.setting import Setting
 from tidegate.sim import simulate
 from tidegate.workloads.choice import WorkloadChoice, own_rate_rps, requests_of
 from tidegate.workloads.reshape import concatenate, reseeded
+from tidegate.workloads.sessions import in_rounds
 from tidegate.workloads.trace import Workload
 from tidegate.workloads.transform import coarsen_blocks, scale_rate
 
 SPAN_S = 25.0
 """How long arrivals go on, at least: so that a queue that grows shows."""
-ANSWERS = 2.0
-"""How many answers of mean length, at the TPOT target, arrivals go on for, at least."""
+LIVES = 2.0
+"""How many answers of mean length, at the TPOT target, arrivals go on for, at least; sessions, where there
+are rounds."""
 FEWEST, MOST = 1200, 6000
 """Requests of a trial."""
 BLOCK_TOKENS, MOST_BLOCKS = 64, 200_000
@@ -29,33 +33,59 @@ request."""
 
 def requests_for(workload: Workload, tpot_s: float, rate_rps: float) -> int:
     """Return how many requests a trial at about ``rate_rps`` takes."""
-    answer_s = float(workload.output_tokens.mean()) * tpot_s
-    wanted = min(MOST, max(FEWEST, rate_rps * max(SPAN_S, ANSWERS * answer_s)))
+    wanted = min(MOST, max(FEWEST, rate_rps * max(SPAN_S, LIVES * _life_s(workload, tpot_s))))
     ids = coarsen_blocks(workload, BLOCK_TOKENS).hash_ids
     blocks = 0.0 if ids is None else sum(map(len, ids)) / len(ids)
     return int(min(wanted, max(FEWEST, MOST_BLOCKS / max(blocks, 1e-9))))
 
 
+def _life_s(workload: Workload, tpot_s: float) -> float:
+    """Return how long an answer of mean length lasts, where there are rounds a session of mean length."""
+    answer_s = float(workload.output_tokens.mean()) * tpot_s
+    if not in_rounds(workload):
+        return answer_s
+    rounds = len(workload) / (int(workload.units().max()) + 1)
+    return rounds * answer_s + (rounds - 1.0) * float(np.nanmean(workload.column("delay_s")))
+
+
 @lru_cache(maxsize=4)
 def drawn(choice: WorkloadChoice, requests: int, seed: int) -> Workload:
-    """Return so many requests at the workload's own rate: draws of it, one after the other."""
+    """Return so many requests at the workload's own rate: draws of it, one after the other.
+
+    Where there are rounds, sessions are whole: the first ones that have so many requests.
+    """
     own = coarsen_blocks(requests_of(choice), BLOCK_TOKENS)
     copies = math.ceil(requests / len(own))
     if len(own) < 2:
         return own
     gap_s = 1.0 / own_rate_rps(own)
     whole = concatenate(*(reseeded(own, copies * seed + copy) for copy in range(copies)), gap_s=gap_s)
-    return whole[:requests]
+    if not in_rounds(own):
+        return whole[:requests]
+    units = whole.units()
+    before = np.cumsum(np.bincount(units)) - np.bincount(units)
+    whole = whole[before[units] < requests]
+    return whole[whole.arrival_s.argsort(kind="stable")]
+
+
+def at_rate(workload: Workload, rate_rps: float) -> Workload:
+    """Return a draw at a rate: of sessions that of their starts, for later rounds come when they come."""
+    if not in_rounds(workload):
+        return scale_rate(workload, rate_rps / own_rate_rps(workload))
+    starts_s = workload.arrival_s[np.unique(workload.units(), return_index=True)[1]]
+    per_s = (len(starts_s) - 1) / max(1e-9, float(starts_s.max() - starts_s.min()))
+    return scale_rate(workload, rate_rps / (per_s * len(workload) / len(starts_s)))
 
 
 def attempt(setting: Setting, rate_rps: float, seed: int, requests: int) -> dict[str, Any]:
     """Return what came of a run: its attainment, and percentiles of its latencies in seconds.
 
-    ``gpu_hours`` and the like are left to who knows the deployment.
+    A round waits for the answer before it, and its client's pause. ``gpu_hours`` and the like are left to who
+    knows the deployment.
     """
     workload = drawn(setting.workload, requests, seed)
-    scaled = scale_rate(workload, rate_rps / own_rate_rps(workload))
-    run = simulate(scaled, setting.make_system(), setting.fleet.replicas(), setting.settings)
+    settings = replace(setting.settings, closed_loop=in_rounds(workload))
+    run = simulate(at_rate(workload, rate_rps), setting.make_system(), setting.fleet.replicas(), settings)
     table = run.requests
     ttft, tpot = table.ttft_s[table.ok], table.tpot_s[table.ok]
     return {
@@ -70,8 +100,6 @@ def attempt(setting: Setting, rate_rps: float, seed: int, requests: int) -> dict
 
 
 def _p95(values: Any) -> float | None:
-    import numpy as np
-
     known = values[np.isfinite(values)]
     return float(np.percentile(known, 95)) if len(known) else None
 

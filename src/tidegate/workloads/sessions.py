@@ -111,3 +111,10 @@ def followed(workload: Workload) -> dict[int, int]:
             follows[last_of[session]] = row
         last_of[session] = row
     return follows
+
+
+def in_rounds(workload: Workload) -> bool:
+    """Tell whether there are turns that in a closed loop wait for the answer before them."""
+    if workload.session_id is None or workload.delay_s is None:
+        return False
+    return bool(((workload.column("turn") > 0) & ~np.isnan(workload.delay_s)).any())
