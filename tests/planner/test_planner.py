@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from itertools import islice, product
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from tidegate.planner.feasibility import check_feasible
 from tidegate.planner.manifests import commands, compose, gateway_words, kubernetes, serve_words, system_file
 from tidegate.planner.moves import fits, neighbours
 from tidegate.planner.program import Asked, Option, solutions
-from tidegate.planner.question import Question
+from tidegate.planner.question import Question, systems_for
 from tidegate.planner.trial import attempt
 from tidegate.systems.registry import SystemOptions
 from tidegate.workloads.choice import WorkloadChoice, requests_of
@@ -272,3 +273,22 @@ def test_a_rate_beyond_the_budget_is_told_with_the_nearest(capsys: pytest.Captur
 def test_bad_input_is_told(words: tuple[object, ...], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert status("plan", *words) == 2
     assert told in capsys.readouterr().err
+
+
+def test_conversations_are_run_as_whole_sessions_and_ampd_is_tried() -> None:
+    choice = WorkloadChoice(trace="like:toolbench")
+    drawn, own = trial.drawn(choice, 150, 0), requests_of(choice)
+    ids = own.column("session_id").tolist()
+    assert len(drawn) == sum(map(ids.count, set(drawn.column("session_id")))) >= 150
+    slow, fast = (trial.at_rate(drawn, rate_rps).arrival_s.max() for rate_rps in (8.0, 16.0))
+    assert slow == pytest.approx(2.0 * fast)
+    assert Bounds(choice, SLO, 0.9, EngineSettings()).rps(SMALL[0], 150) == float("inf")
+
+    systems = systems_for(own)
+    assert "ampd-cost" in systems["disaggregated"]
+    assert systems_for(own, "arrow")["disaggregated"] == ("arrow",)
+    assert "ampd-cost" not in systems_for(requests_of(WORKLOADS["long prompts"]))["disaggregated"]
+    setting = Setting(choice, SimulatedFleet(()), "")
+    question = Question(setting, OFFERED, tuple(KINDS.values()), 0.9, systems=systems)
+    chosen = made("arrow-lending", (P, 1, 2), (D, 1, 2))
+    assert replace(chosen, system="ampd-cost") in neighbours(question, chosen)

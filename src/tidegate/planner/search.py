@@ -2,8 +2,8 @@
 
 1. The program proposes the best of every family; each is searched for its goodput. What was served over what
    was predicted corrects the program, which proposes again.
-2. A proposal has to beat the best one so far: one run at a rate that is ``STEP`` higher tells. So do the
-   neighbours of the best, until none beats it (hill climbing).
+2. A proposal has to beat the best one of its family so far: one run at a rate that is ``STEP`` higher tells.
+   So do the neighbours of the best ones, until none beats them (hill climbing).
 3. The best of all, the best of each family and the nearest others are searched with every seed.
 
 Where a rate is given, the best is the cheapest that serves it, and one run at that rate tells.
@@ -47,7 +47,7 @@ FORMS: dict[str, tuple[tuple[Role, ...], ...]] = {
     "colocated": ((Role.MIXED,),),
     "mixed": ((Role.PREFILL, Role.MIXED), (Role.MIXED, Role.DECODE)),
 }
-ROUNDS, NEAR, AROUND = 6, 0.85, 12
+ROUNDS, NEAR, AROUND = 6, HOPELESS, 12
 """Of looking around the best, and around those of other families that serve so much of it; the neighbours
 that are tried of one, those first of which the program expects most."""
 
