@@ -28,7 +28,7 @@ from tidegate.dataplane.replica import parse_groups, replicas_in
 from tidegate.experiments.suites.catalogue import suite_rows
 from tidegate.sim import SimSettings, simulate
 from tidegate.systems import make_system
-from tidegate.workloads.choice import WorkloadChoice, drawn, load_workload
+from tidegate.workloads.choice import WorkloadChoice, draw_at_rate, load_workload
 from tidegate.workloads.trace import Workload
 from tidegate.workloads.transform import window
 from tidegate.workloads.writers import write_trace
@@ -121,7 +121,7 @@ def take_row(args: argparse.Namespace) -> None:
     if row.slowed or row.deaths or row.link_share != 1.0 or row.world.host_s:
         raise SystemExit(f"{row.name}: an emulation has neither slow nor dying instances, nor other links")
     file = args.out / f"{row.workload}.jsonl"
-    requests = window(drawn(row.choice, args.rate, 0), args.start, args.duration)
+    requests = window(draw_at_rate(row.choice, args.rate, 0), args.start, args.duration)
     write_trace(file, replace(requests, arrival_s=requests.arrival_s - requests.arrival_s[0]), force=True)
     args.trace, args.scale_rate, args.start = str(file), 1.0, 0.0
     args.emulate, args.slo = f"{row.profile.name}:{row.instances}", args.slo or str(row.slo)

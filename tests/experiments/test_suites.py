@@ -10,20 +10,22 @@ import pytest
 
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
+from tidegate.costs.library import packaged_profile
 from tidegate.experiments.jobs import Store, Workers
 from tidegate.experiments.run import run_once
 from tidegate.experiments.suites.catalogue import SUITES_OF_ROWS, suite_rows
-from tidegate.experiments.suites.rows import Claim, Experiment, known, profile
+from tidegate.experiments.suites.rows import Claim, Experiment, known
 from tidegate.experiments.suites.running import SuitePlan, run_suite
 from tidegate.reports.blind import left_out
 from tidegate.reports.comparison import ComparedSystem, LevelGoodput, TraceComparison
 from tidegate.reports.suite import SuiteReport, SuiteRow
-from tidegate.workloads.choice import WorkloadChoice, drawn, requests_of
+from tidegate.systems import systems_in
+from tidegate.workloads.choice import WorkloadChoice, draw_at_rate, requests_of
 
 PAIR = Experiment(
     workload="few",
     choice=WorkloadChoice(poisson=2.0, limit=60, input_tokens="500", output_tokens="20"),
-    profile=profile("h100_sxm/llama-3.1-8b"),
+    profile=packaged_profile("h100_sxm/llama-3.1-8b"),
     instances=2,
     slo=Slo(1.0, 0.05),
     systems=("not-here", "arrow", "static:best", "colocated"),
@@ -52,7 +54,7 @@ def test_a_pattern_without_rows_is_told_with_those_there_are() -> None:
 
 def test_a_spike_stays_as_long_at_every_rate() -> None:
     choice = WorkloadChoice(trace="like:spikes", keep_times=True)
-    few, many = (drawn(choice, rate_rps, 1) for rate_rps in (4.0, 16.0))
+    few, many = (draw_at_rate(choice, rate_rps, 1) for rate_rps in (4.0, 16.0))
     assert few.arrival_s[-1] == pytest.approx(many.arrival_s[-1], rel=0.1)
     assert len(many) == pytest.approx(4 * len(few), rel=0.15)
     assert len(requests_of(choice)) == 1260
@@ -118,3 +120,11 @@ def test_constants_are_chosen_without_the_workload_that_they_are_judged_on() -> 
     assert found["b"]["f:hindsight"].goodput_rps == found["b"]["f:first"].goodput_rps == 10.0
     assert [row.name for row in blind.losses(0.9)] == ["b", "a"]
     assert list(found["a"]) == ["f:blind", "f:first", "f:hindsight", "static"]
+
+
+def test_systems_come_from_python_files_only(tmp_path: Path) -> None:
+    (tmp_path / "grid.jsonl").write_text("")
+    (tmp_path / "empty.py").write_text("")
+    for name, why in (("grid.jsonl", "no Python file"), ("empty.py", "no function"), ("none.py", "No such")):
+        with pytest.raises(ConfigError, match=why):
+            systems_in(tmp_path / name)

@@ -280,7 +280,7 @@ def test_conversations_are_run_as_whole_sessions_and_ampd_is_tried() -> None:
     drawn, own = trial.drawn(choice, 150, 0), requests_of(choice)
     ids = own.column("session_id").tolist()
     assert len(drawn) == sum(map(ids.count, set(drawn.column("session_id")))) >= 150
-    slow, fast = (trial.at_rate(drawn, rate_rps).arrival_s.max() for rate_rps in (8.0, 16.0))
+    slow, fast = (trial.scaled_to(drawn, rate_rps).arrival_s.max() for rate_rps in (8.0, 16.0))
     assert slow == pytest.approx(2.0 * fast)
     assert Bounds(choice, SLO, 0.9, EngineSettings()).rps(SMALL[0], 150) == float("inf")
 

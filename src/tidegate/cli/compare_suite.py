@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +12,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-import tidegate
 from tidegate.cli.options import Flag
 from tidegate.cli.outputs import claim_folder
-from tidegate.cli.simulating import REPORT, command_line, processes
+from tidegate.cli.simulating import REPORT, command_line, processes, software
 from tidegate.cli.terminal import note, plain_table, run_until_interrupted, share_bar, warn
 from tidegate.core.errors import ConfigError
 from tidegate.experiments.jobs import Store, Workers
@@ -125,8 +123,7 @@ def plan_of(options: SuiteOptions, closeness: Closeness, given: Collection[str])
         rows = [replace(row, systems=(*variants, *(named or row.systems)), claims=()) for row in rows]
     closeness = closeness.of_suite(given, quick=options.quick)
     facts = {
-        "tidegate": tidegate.__version__,
-        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        **software(),
         "search": f"levels {', '.join(f'{level:g}' for level in closeness.levels)}, {closeness.seeds} seeds, "
         f"within {100 * closeness.tolerance:g} %",
     }

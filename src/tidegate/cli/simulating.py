@@ -238,11 +238,18 @@ def titled(files: Sequence[str], cut: WorkloadChoice) -> dict[str, WorkloadChoic
     return {title: replace(cut, trace=file) for title, file in zip(titles, files, strict=True)}
 
 
+def software() -> dict[str, str]:
+    """Return which versions run, and where."""
+    return {
+        "tidegate": tidegate.__version__,
+        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+    }
+
+
 def set_up(fleet: SimulatedFleet) -> dict[str, str]:
     """Return what a reader has to know to judge or repeat a comparison, beside its command."""
     facts = {
-        "tidegate": tidegate.__version__,
-        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        **software(),
         "engine": f"{fleet.engine.max_batch_tokens} tokens, {fleet.engine.max_num_seqs} requests per step, "
         f"host time {1000 * fleet.engine.host_s:g} ms",
     }

@@ -25,7 +25,7 @@ SYSTEMS_HELP = (
     "minimal-load (static split, least predicted time first), "
     "ppd (later rounds appended by a table), "
     "reactive (role flips without a forecast: Arrow), "
-    "round-robin (static split, each pool in turn) "
+    "round-robin (static split, each pool in turn), "
     "static (static split, fewest tokens first) "
     "or tidegate (one cost for every place, both phases everywhere until a split serves more); any of "
     "them as NAME+ORDER, where waiting prefills are served by fifo, edf (earliest deadline), sjf "

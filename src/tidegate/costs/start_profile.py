@@ -16,7 +16,7 @@ from tidegate.core.errors import ConfigError
 from tidegate.costs.fitting import PrefillSample, StepSample, fit_few
 from tidegate.costs.forms import TransferCost
 from tidegate.costs.profile import Profile
-from tidegate.costs.roofline import Shape
+from tidegate.costs.roofline import Shape, nominal_profile
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,15 @@ def pooled_profile(name: str, samples: Iterable[PrefillSample | StepSample], pri
     if lacking:
         log.warning("the engines' measurement at start was cut short: %s; requests refine it", lacking)
     return profile
+
+
+def start_profile(
+    name: str, device: str, folder: Path, samples: Iterable[PrefillSample | StepSample]
+) -> Profile:
+    """Return the profile of engines on ``device`` that serve the model in ``folder``: ``pooled_profile`` of
+    their samples beside what the model's size says."""
+    prior = nominal_profile(name, device.partition(":")[0], shape_of(folder))
+    return pooled_profile(name, samples, prior)
 
 
 def shape_of(folder: Path) -> Shape:

@@ -13,7 +13,7 @@ from tidegate.dataplane.replica import Replica
 from tidegate.dataplane.sequence import DECODING, PAUSED, READY, WAITING, Pin, SimSequence
 from tidegate.dataplane.stretch import Stretch
 from tidegate.policies.chunks import ChunkBudget
-from tidegate.policies.order import WaitingQueue
+from tidegate.policies.order import PATIENCE_S, WaitingQueue
 
 NEVER: Final = math.inf
 _STEP_END: Final = EventKind.STEP_END
@@ -61,10 +61,6 @@ class Listener(Protocol):
     def ended(self, sequence: SimSequence, pin: Pin | None, now: float) -> None:
         """The leg has its last token."""
         ...
-
-
-PATIENCE_S = 1.0
-"""How long the head of the queue waits where nothing but pins is in its way: the embedded engine's."""
 
 
 class SimInstance:

@@ -38,8 +38,7 @@ class StepRoom:
 
     def for_prompt(self, cached_tokens: int) -> int:
         """Return how much of a prompt, behind ``cached_tokens``, may join; none where it is not positive."""
-        left = self._most_tokens - len(self._decode.members) - self.chunk_tokens
-        return left if self.steady else min(left, self._asked(cached_tokens))
+        return self.left if self.steady else min(self.left, self._asked(cached_tokens))
 
     def _asked(self, cached_tokens: int) -> int:
         decode = self._decode

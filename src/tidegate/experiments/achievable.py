@@ -16,7 +16,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -124,12 +123,6 @@ def find_achievable(
             order, factor = order[:RIVALS], math.sqrt(factor)
             rate_rps = best.rate_rps * factor
     return replace(best, simulations=budget.used)
-
-
-def achievable(setting: Setting, level: float, seed: int, simulations: int) -> dict[str, Any]:
-    """Return what ``find_achievable`` finds as ``{"achievable_rps", "by"}``: for a worker process."""
-    found = find_achievable(setting, level, seed, simulations=simulations)
-    return {"achievable_rps": found.rate_rps, "by": title_of(found.candidate)}
 
 
 def title_of(candidate: Candidate | None) -> str:

@@ -14,7 +14,7 @@ from tidegate.experiments.setting import Setting
 from tidegate.measure.run_view import view_of
 from tidegate.measure.summary import RunFacts, summarize_run
 from tidegate.sim import SimRun, simulate
-from tidegate.workloads.choice import drawn
+from tidegate.workloads.choice import draw_at_rate
 
 CLOSED_LOOP = "in a closed loop arrivals depend on the system"
 KEPT_TIMES = "the limit is one of stretched times, and here rates are numbers of requests"
@@ -46,7 +46,7 @@ def run_once(
     ``watch`` is told now and then how many requests have arrived.
     Raises ConfigError or TraceError for a workload, fleet or system that cannot be run.
     """
-    requests = drawn(setting.workload, rate_rps, seed)
+    requests = draw_at_rate(setting.workload, rate_rps, seed)
     system, replicas = setting.make_system(), setting.fleet.replicas()
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     run = simulate(requests, system, replicas, setting.settings, journal=journal, watch=watch)
@@ -80,7 +80,7 @@ def find_limit(setting: Setting, level: float, max_batch_tokens: int, seed: int)
 
     replicas = setting.fleet.replicas()
     found = fluid_limit(
-        drawn(setting.workload, None, seed),
+        draw_at_rate(setting.workload, None, seed),
         [replica.profile for replica in replicas],
         [replica.instance for replica in replicas],
         setting.settings.loosest_slo,

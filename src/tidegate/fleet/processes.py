@@ -18,8 +18,7 @@ from tidegate.core.errors import ConfigError, SetupError
 from tidegate.core.instance import Instance
 from tidegate.costs.fitting import PrefillSample, StepSample
 from tidegate.costs.profile import Profile
-from tidegate.costs.roofline import nominal_profile
-from tidegate.costs.start_profile import pooled_profile, shape_of
+from tidegate.costs.start_profile import start_profile
 from tidegate.fleet.child import Child
 from tidegate.fleet.member import Capabilities, Member
 from tidegate.fleet.supervision import HOST, FleetPace, ProcessFleet, Slot, inherited_environment
@@ -208,6 +207,5 @@ class LocalFleet(ProcessFleet[Ready]):
             started = [r for r in self._first_starts.values() if r is not None]
             name = f"{self._launch.device}/{started[0].model}" if started else self._launch.device
             samples = [sample for ready in started for sample in ready.profile_samples]
-            prior = nominal_profile(name, self._launch.device.partition(":")[0], shape_of(self._launch.model))
-            self._profile = pooled_profile(name, samples, prior)
+            self._profile = start_profile(name, self._launch.device, self._launch.model, samples)
             self._measured.set()

@@ -68,7 +68,7 @@ def drawn(choice: WorkloadChoice, requests: int, seed: int) -> Workload:
     return whole[whole.arrival_s.argsort(kind="stable")]
 
 
-def at_rate(workload: Workload, rate_rps: float) -> Workload:
+def scaled_to(workload: Workload, rate_rps: float) -> Workload:
     """Return a draw at a rate: of sessions that of their starts, for later rounds come when they come."""
     if not in_rounds(workload):
         return scale_rate(workload, rate_rps / own_rate_rps(workload))
@@ -85,7 +85,7 @@ def attempt(setting: Setting, rate_rps: float, seed: int, requests: int) -> dict
     """
     workload = drawn(setting.workload, requests, seed)
     settings = replace(setting.settings, closed_loop=in_rounds(workload))
-    run = simulate(at_rate(workload, rate_rps), setting.make_system(), setting.fleet.replicas(), settings)
+    run = simulate(scaled_to(workload, rate_rps), setting.make_system(), setting.fleet.replicas(), settings)
     table = run.requests
     ttft, tpot = table.ttft_s[table.ok], table.tpot_s[table.ok]
     return {

@@ -28,6 +28,10 @@ relative to the target scales with what the request's sender considers long. 120
 what clients wait. Once more wait for longer than the bound than can be served, every order is that of
 arrival again: with 20, an overload of ten seconds undid what ordering had won (``docs/log.md``)."""
 
+PATIENCE_S = 1.0
+"""How long the head of an engine's queue waits where nothing but pinned KV is in its way, before that ends
+(ours): many times a pull."""
+
 
 class Ticket(NamedTuple):
     """What an instance's queue is told of one prefill: arrival and TTFT deadline on the driver's clock, the

@@ -239,14 +239,17 @@ def write_tables(folder: Path, comparison: Comparison) -> list[Path]:
         timeline += [(*of, *values) for values in zip(*series, strict=True)]
     of_columns = ("trace", "system")
     return [
-        _write_csv(
-            folder / "goodput.csv", list(goodputs[0]) if goodputs else (), [row.values() for row in goodputs]
-        ),
+        write_rows(folder / "goodput.csv", goodputs),
         _write_csv(folder / "probes.csv", (*of_columns, "chosen", "rate_rps", "seed", "attainment"), probes),
         _write_csv(folder / "candidates.csv", (*of_columns, "candidate", "goodput_rps"), candidates),
         _write_csv(folder / "cdf.csv", (*of_columns, "quantity", "quantile", "seconds"), cdf),
         _write_csv(folder / "timeline.csv", (*of_columns, *TIMELINE_COLUMNS), timeline),
     ]
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write rows that have the same columns, under their names."""
+    return _write_csv(path, list(rows[0]) if rows else (), [row.values() for row in rows])
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> Path:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
-from tidegate.reports.comparison import ComparedSystem, LevelGoodput, TraceComparison
+from tidegate.reports.comparison import ComparedSystem, LevelGoodput, TraceComparison, write_rows
 
 AS_GOOD = 0.98
 """Of the best goodput of a row: from here on a system counts as good as the best."""
@@ -179,7 +178,7 @@ def _fields(value: Mean | ClaimFound) -> dict[str, Any]:
 
 def _mean(world: str, level: float, against: str, pairs: Sequence[tuple[float, float]]) -> Mean:
     ratios = [mine / other for mine, other in pairs if mine > 0 and other > 0]
-    mean = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
+    mean = geometric_mean(ratios) if ratios else None
     left_out = len(pairs) - len(ratios)
     return Mean(world, level, against, mean, min(ratios, default=None), len(ratios), left_out)
 
@@ -188,12 +187,4 @@ def write_suite_tables(folder: Path, report: SuiteReport) -> None:
     """Write the files of ``SUITE_TABLES``."""
     shown = report.to_json()
     for name, found in zip(SUITE_TABLES, (shown["rows"], shown["means"], shown["claims"]), strict=True):
-        _write(folder / name, found)
-
-
-def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    found = list(rows)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(found[0]) if found else [])
-        writer.writeheader()
-        writer.writerows(found)
+        write_rows(folder / name, found)

@@ -132,8 +132,10 @@ def systems_in(path: Path) -> list[str]:
     """Return the factories that a Python file defines, as ``named`` takes them, in its order.
 
     Those whose name begins with an underscore are none. The file runs. Raises ConfigError for one that does
-    not load, and for one without any.
+    not load or is not called ``.py``, and for one without any.
     """
+    if path.suffix != ".py":
+        raise ConfigError(f"{path} is no Python file: its name has to end in .py")
     module = _module_of(path)
     names = [
         name

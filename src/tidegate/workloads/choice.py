@@ -229,7 +229,7 @@ def at_rate(workload: Workload, rate_rps: float | None, seed: int) -> Workload:
     return scale_rate(drawn, rate_rps / own_rate_rps(workload))
 
 
-def drawn(choice: WorkloadChoice, rate_rps: float | None, seed: int) -> Workload:
+def draw_at_rate(choice: WorkloadChoice, rate_rps: float | None, seed: int) -> Workload:
     """Return the seed's draw of ``choice`` at a mean rate, None for its own."""
     workload = requests_of(choice)
     if not choice.keep_times or rate_rps is None:

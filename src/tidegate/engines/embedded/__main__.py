@@ -18,8 +18,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from tidegate.core.errors import ConfigError
-from tidegate.costs.roofline import nominal_profile
-from tidegate.costs.start_profile import as_samples, pooled_profile, shape_of
+from tidegate.costs.start_profile import as_samples, start_profile
 from tidegate.engines.embedded.options import EngineConfig, Options, parse_options
 from tidegate.engines.serving.process import bind, exit_when_a_thread_dies, run_process, tell_stage
 from tidegate.engines.serving.secret import LaunchSecret
@@ -82,8 +81,9 @@ def _load(options: Options) -> tuple[EmbeddedEngine, list[dict[str, Any]]]:
     samples = self_profile(engine, tell=tell) if options.self_profile else []
     if samples and options.engine.chunks != FIXED.name:
         name = f"{options.engine.device}/{options.served_model_name}"
-        prior = nominal_profile(name, options.engine.device.partition(":")[0], shape_of(options.engine.model))
-        engine.scheduler.price(pooled_profile(name, as_samples(samples), prior))
+        engine.scheduler.price(
+            start_profile(name, options.engine.device, options.engine.model, as_samples(samples))
+        )
     elif options.engine.chunks != FIXED.name:
         log.warning("nothing was measured, so that chunks are fixed, not by %s", options.engine.chunks)
     log.info(

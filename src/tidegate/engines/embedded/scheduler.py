@@ -26,16 +26,13 @@ from tidegate.engines.embedded.options import EngineConfig
 from tidegate.engines.embedded.sequence import TokenSequence
 from tidegate.engines.serving.types import Counters, KvSource, PinnedKv
 from tidegate.policies.chunks import FIXED, ChunkBudget, make_chunks
-from tidegate.policies.order import Ticket, WaitingQueue
+from tidegate.policies.order import PATIENCE_S, Ticket, WaitingQueue
 from tidegate.policies.orders import make_order
 
 log = logging.getLogger(__name__)
 
 _RESERVE = 0.01
 """Share of blocks that admission leaves free while others run, so that their next tokens find room."""
-
-PATIENCE_S = 1.0
-"""How long the head of the queue waits where nothing but pins is in its way (ours): many times a pull."""
 
 _UNKNOWN = Ticket(0.0, Slo().ttft_s, 0.0)
 """The ticket, from its submission on, of a request that came without one."""

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
 from tidegate.costs.forms import TransferCost
-from tidegate.costs.library import PackagedProfile, packaged_profile
+from tidegate.costs.library import PackagedProfile
 from tidegate.dataplane.replica import EngineSettings
 from tidegate.experiments.setting import Setting, SimulatedFleet
 from tidegate.experiments.systems import Contender, any_order, contenders
@@ -164,8 +164,3 @@ def chosen(rows: Sequence[Experiment], patterns: str) -> list[Experiment]:
         names = ", ".join(row.name for row in rows)
         raise ConfigError([f"no row matches {pattern!r}; there is {names}" for pattern in lost])
     return [row for row in rows if any(matches(pattern)(row) for pattern in wanted)]
-
-
-def profile(name: str) -> PackagedProfile:
-    """Return a packaged profile; rows name theirs by it."""
-    return packaged_profile(name)

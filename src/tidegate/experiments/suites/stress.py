@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tidegate.core.slo import Slo
-from tidegate.experiments.suites.rows import HOST, Experiment, profile
+from tidegate.costs.library import packaged_profile
+from tidegate.experiments.suites.rows import HOST, Experiment
 from tidegate.experiments.suites.traces import SYSTEMS
 from tidegate.workloads.choice import WorkloadChoice
 
@@ -26,7 +27,7 @@ TENTH = 0.1
 def rows(*, quick: bool) -> list[Experiment]:
     """Return the suite's rows; where time is short, with two thirds of their cycles."""
     cut = 120.0 if quick else None
-    base = Experiment("", WorkloadChoice(), profile(PROFILE), INSTANCES, SLO, SYSTEMS)
+    base = Experiment("", WorkloadChoice(), packaged_profile(PROFILE), INSTANCES, SLO, SYSTEMS)
     chat = WorkloadChoice(trace="sample:azure-conv", duration_s=cut or CHAT_S, keep_times=True)
     made = {
         name: WorkloadChoice(trace=f"like:{name}", duration_s=cut, keep_times=True)

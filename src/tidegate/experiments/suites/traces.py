@@ -8,7 +8,8 @@ from pathlib import Path
 
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
-from tidegate.experiments.suites.rows import HOST, LINKS, Experiment, profile
+from tidegate.costs.library import packaged_profile
+from tidegate.experiments.suites.rows import HOST, LINKS, Experiment
 from tidegate.workloads.choice import WorkloadChoice
 from tidegate.workloads.likes import LIKE_PREFIX, LIKES
 from tidegate.workloads.source import SAMPLE_PREFIX, sample_names
@@ -55,7 +56,7 @@ def _on(name: str, choice: WorkloadChoice, gpu: str, slo: Slo, size: int) -> Ite
     row = Experiment(
         workload=name,
         choice=choice,
-        profile=profile(gpu),
+        profile=packaged_profile(gpu),
         instances=size,
         slo=slo,
         systems=SYSTEMS,

@@ -13,6 +13,7 @@ import numpy as np
 
 from tidegate.core.request import Request
 from tidegate.ledger.snapshot import Column, Mask, Snapshot
+from tidegate.policies.ampd.cost_routing import LATE_WEIGHT, MARGIN, PACE
 from tidegate.policies.ampd.paths import Home, PathCosts, binding_history, path_costs
 
 MOST_TAKEN = 0.9
@@ -21,15 +22,15 @@ MOST_TAKEN = 0.9
 
 @dataclass(frozen=True, slots=True)
 class CostConstants:
-    """All ours. A first token later than ``margin`` of its target counts as late, for predictions err; a
-    second behind that costs ``late_weight`` seconds. A step up to the share ``pace`` of the TPOT target does
-    nobody harm; what is beyond costs ``late_weight`` times as much. KV beyond all but the share
-    ``kv_reserve`` of a cache is at risk.
+    """All ours, the first three those of ``ampd-cost``. A first token later than ``margin`` of its target
+    counts as late, for predictions err; a second behind that costs ``late_weight`` seconds. A step up to the
+    share ``pace`` of the TPOT target does nobody harm; what is beyond costs ``late_weight`` times as much. KV
+    beyond all but the share ``kv_reserve`` of a cache is at risk.
     """
 
-    margin: float = 0.8
-    late_weight: float = 10.0
-    pace: float = 0.85
+    margin: float = MARGIN
+    late_weight: float = LATE_WEIGHT
+    pace: float = PACE
     kv_reserve: float = 0.1
 
 

@@ -1,4 +1,4 @@
-"""Which instances prefill only, decode only, or do both: what the arithmetic of the traffic says (ours)."""
+"""Which instances prefill only, and which do both: what the arithmetic of the traffic says (ours)."""
 
 from __future__ import annotations
 
