@@ -11,11 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidegate.costs.library import packaged_profile
+from tidegate.experiments.compare import best_candidate, search_candidates
 from tidegate.experiments.jobs import Store, Workers
 from tidegate.experiments.run import find_limit, largest_limit
-from tidegate.experiments.search import SearchSettings
+from tidegate.experiments.search import SearchSettings, raced_from
 from tidegate.experiments.search import search_goodput as search
 from tidegate.experiments.setting import Setting, SimulatedFleet
+from tidegate.experiments.systems import Candidate
 from tidegate.measure.percentiles import t_interval
 from tidegate.reports.comparison import LevelGoodput
 from tidegate.workloads.choice import WorkloadChoice
@@ -102,3 +104,29 @@ def test_the_limit_of_several_draws_is_the_largest_of_theirs() -> None:
 
     each = [find_limit(setting, 0.9, 8192, seed)["limit_rps"] for seed in range(3)]
     assert len(set(each)) > 1 and asyncio.run(largest()) == max(each)
+
+
+@given(knees=st.lists(st.floats(1.0, 100.0), min_size=3, max_size=12), seeds=st.sampled_from([1, 3]))
+def test_of_many_candidates_the_best_is_found_by_runs_that_most_do_not_need(
+    knees: list[float], seeds: int
+) -> None:
+    tried: list[tuple[str, int]] = []
+
+    async def search_one(candidate: Candidate, seeds: int, best_rps: float) -> LevelGoodput:
+        async def run(rate_rps: float, seed: int) -> float:
+            tried.append((candidate.label, seed))
+            return 1.0 if rate_rps <= knees[int(candidate.label)] else 0.5
+
+        return await search(
+            raced_from(SearchSettings(low_rps=5.0, high_rps=20.0), best_rps), range(seeds), run
+        )
+
+    candidates = [Candidate("static", label=str(at)) for at in range(len(knees))]
+    found = asyncio.run(search_candidates(candidates, seeds, search_one))
+    best = found[best_candidate(found)]
+    assert best.below_rps is None and best.seeds == seeds
+    assert max(knees) / 1.02**2 <= best.goodput_rps <= max(knees)
+    for candidate, each in found.items():
+        assert each.below_rps is None or knees[int(candidate.label)] < each.below_rps * 1.001
+    beaten = sum(each.below_rps is not None for each in found.values())
+    assert sum(len(each.probes) == 1 for each in found.values()) >= beaten

@@ -136,7 +136,7 @@ def run(
     """
     if suited.of_rows:
         closeness = Closeness(search.levels, search.seeds, search.tolerance)
-        plan = plan_of(suited, closeness, given(context))
+        plan = plan_of(suited, closeness, cut.limit, given(context))
         run_and_show(plan, out, PROBES, jobs, as_json=as_json, plan_only=suited.plan_only)
         return
     compared = fleet.make(engine)

@@ -37,7 +37,7 @@ from tidegate.systems import systems_in
 
 SUITE = "Systems and suites"
 OF_A_ROW = (
-    "traces", "profile", "instances", "slo", "slo_class", "closed_loop", "start", "duration", "requests",
+    "traces", "profile", "instances", "slo", "slo_class", "closed_loop", "start", "duration",
     "turn_gap", "columns", "chunk_tokens", "chunks", "host_ms", "front_ms", "kv_tokens",
     "mixed_context_ratio",
 )  # fmt: skip
@@ -108,13 +108,21 @@ class Closeness:
         )
 
 
-def plan_of(options: SuiteOptions, closeness: Closeness, given: Collection[str]) -> SuitePlan:
+def plan_of(
+    options: SuiteOptions, closeness: Closeness, most_requests: int | None, given: Collection[str]
+) -> SuitePlan:
     """Return what to run. Raises ConfigError for an option that the suite's rows have values for, and for
     names that there are not."""
     taken = [f"--{name.replace('_', '-')}" for name in OF_A_ROW if name in given]
     if taken:
         raise ConfigError(f"the rows of a suite have their own values for {', '.join(taken)}; leave them out")
-    rows = suite_rows(options.suite, only=options.only, quick=options.quick, traces_from=options.traces_from)
+    rows = suite_rows(
+        options.suite,
+        only=options.only,
+        quick=options.quick,
+        traces_from=options.traces_from,
+        most_requests=most_requests,
+    )
     named = tuple(name.strip() for name in options.systems.split(",") if name.strip())
     if missing := known(named)[1]:
         contenders(missing, rows[0].instances)  # raises ConfigError, with the names that there are

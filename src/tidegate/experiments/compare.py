@@ -11,7 +11,7 @@ from typing import Any
 import tidegate
 from tidegate.experiments.jobs import Workers
 from tidegate.experiments.run import job_of, largest_limit, run_with_view, unlimited
-from tidegate.experiments.search import EXPECTED_PROBES, find_goodput
+from tidegate.experiments.search import EXPECTED_PROBES, RACED_PROBES, find_goodput
 from tidegate.experiments.setting import Setting
 from tidegate.experiments.systems import Candidate, Contender
 from tidegate.measure.run_view import RunView
@@ -19,14 +19,15 @@ from tidegate.reports.comparison import ComparedSystem, Comparison, LevelGoodput
 from tidegate.workloads.choice import WorkloadChoice, own_rate_rps, requests_of
 
 FINALISTS = 2
-"""Of several candidates, those that are searched with every seed; the others with the first only."""
+"""Of several candidates, those that are searched with every seed; the others with the first only, and only
+to where the best so far is known to be better."""
 SHOWN_RUNS = 2
 """Runs of a system that are shown: at its goodput and at the common rate."""
 REFERENCES = ("static:best", "static:even", "static")
 """Systems whose goodput is the common rate, the first that is compared."""
 
-Search = Callable[[float, Candidate, int], Awaitable[LevelGoodput]]
-"""Finds the goodput at a level of a candidate, over a number of seeds."""
+Search = Callable[[Candidate, int, float], Awaitable[LevelGoodput]]
+"""Finds the goodput of a candidate over a number of seeds, or that it is not above a rate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +72,14 @@ async def compare(plan: Plan, workers: Workers) -> Comparison:
 
 def runs_per_trace(plan: Plan) -> float:
     """Return about how many runs a trace takes: limits, searches, and the runs that are shown."""
-    searches = 0
+    probes = 0.0
     for contender in plan.contenders:
         candidates = len(contender.candidates)
         few = candidates <= FINALISTS
-        searches += candidates * plan.seeds if few else candidates + FINALISTS * plan.seeds
-    return len(plan.levels) * (plan.seeds + EXPECTED_PROBES * searches) + SHOWN_RUNS * len(plan.contenders)
+        raced = 0 if few else candidates - 1
+        full = candidates * plan.seeds if few else 1 + FINALISTS * plan.seeds * (plan.seeds > 1)
+        probes += EXPECTED_PROBES * full + RACED_PROBES * raced
+    return len(plan.levels) * (plan.seeds + probes) + SHOWN_RUNS * len(plan.contenders)
 
 
 async def compare_on(plan: Plan, title: str, workload: WorkloadChoice, workers: Workers) -> TraceComparison:
@@ -92,14 +95,15 @@ async def compare_on(plan: Plan, title: str, workload: WorkloadChoice, workers: 
         limits[level] = await largest_limit(setting, level, most_chunk, range(plan.seeds), workers)
         workers.credit(plan.seeds)
 
-    async def search(level: float, candidate: Candidate, seeds: int) -> LevelGoodput:
+    async def search(level: float, candidate: Candidate, seeds: int, best_rps: float) -> LevelGoodput:
         limit_rps = limits[level]["limit_rps"]
         found = await find_goodput(
-            candidate.applied(setting), level, range(seeds), plan.tolerance, limit_rps, workers
+            candidate.applied(setting), level, range(seeds), plan.tolerance, limit_rps, workers, best_rps
         )
         return replace(found, chosen=candidate.label)
 
-    found = await asyncio.gather(*(_entry(plan, contender, search) for contender in plan.contenders))
+    searches = {level: partial(search, level) for level in plan.levels}
+    found = await asyncio.gather(*(_entry(plan, contender, searches) for contender in plan.contenders))
     rate_rps, rate_is = common_rate([entry for entry, _ in found])
     entries = await asyncio.gather(
         *(_with_runs(candidate.applied(setting), entry, rate_rps, workers) for entry, candidate in found)
@@ -121,33 +125,46 @@ async def compare_on(plan: Plan, title: str, workload: WorkloadChoice, workers: 
     )
 
 
-async def _entry(plan: Plan, contender: Contender, search: Search) -> tuple[ComparedSystem, Candidate]:
+async def _entry(
+    plan: Plan, contender: Contender, searches: Mapping[float, Search]
+) -> tuple[ComparedSystem, Candidate]:
     """Return a contender's goodputs and the candidate that is best at the first level."""
     found = [
-        await _candidates(contender.candidates, plan.seeds, partial(search, level)) for level in plan.levels
+        await search_candidates(contender.candidates, plan.seeds, searches[level]) for level in plan.levels
     ]
-    levels = tuple(each[_best(each)] for each in found)
+    levels = tuple(each[best_candidate(each)] for each in found)
     several = len(contender.candidates) > 1
-    others = {candidate.label: each.goodput_rps for candidate, each in found[0].items()} if several else {}
-    return ComparedSystem(contender.name, levels, others), _best(found[0])
+    others = {candidate.label: each for candidate, each in found[0].items()} if several else {}
+    return ComparedSystem(contender.name, levels, others), best_candidate(found[0])
 
 
-async def _candidates(
-    candidates: Sequence[Candidate], seeds: int, search: Callable[[Candidate, int], Awaitable[LevelGoodput]]
+async def search_candidates(
+    candidates: Sequence[Candidate], seeds: int, search: Search
 ) -> dict[Candidate, LevelGoodput]:
-    """Search every candidate: all with the first seed, then the best few with every seed."""
+    """Search every candidate: one after the other with the first seed, from the best so far on, then the best
+    few with every seed. Who ends at the rate of a better one is ranked by what it attained there."""
 
-    async def all_of(chosen: Sequence[Candidate], seeds: int) -> dict[Candidate, LevelGoodput]:
-        return dict(zip(chosen, await asyncio.gather(*(search(each, seeds) for each in chosen)), strict=True))
+    async def all_of(chosen: Sequence[Candidate]) -> dict[Candidate, LevelGoodput]:
+        found = await asyncio.gather(*(search(each, seeds, 0.0) for each in chosen))
+        return dict(zip(chosen, found, strict=True))
 
     if len(candidates) <= FINALISTS:
-        return await all_of(candidates, seeds)
-    first = await all_of(candidates, 1)
-    finalists = sorted(candidates, key=lambda each: -first[each].goodput_rps)[:FINALISTS]
-    return first | await all_of(finalists, seeds)
+        return await all_of(candidates)
+    first: dict[Candidate, LevelGoodput] = {}
+    for candidate in candidates:
+        best_rps = max((each.goodput_rps for each in first.values()), default=0.0)
+        first[candidate] = await search(candidate, 1, best_rps)
+
+    def rank(candidate: Candidate) -> float:
+        found = first[candidate]
+        if found.below_rps is None:
+            return found.goodput_rps
+        return found.below_rps * min(run.attainment for run in found.probes) / found.level
+
+    return first | (await all_of(sorted(candidates, key=rank)[-FINALISTS:]) if seeds > 1 else {})
 
 
-def _best(found: Mapping[Candidate, LevelGoodput]) -> Candidate:
+def best_candidate(found: Mapping[Candidate, LevelGoodput]) -> Candidate:
     """Return the candidate of the highest goodput among those that were searched with the most seeds."""
     return max(
         found, key=lambda each: (len({run.seed for run in found[each].probes}), found[each].goodput_rps)

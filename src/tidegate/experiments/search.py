@@ -6,6 +6,9 @@ can make attainment fall and rise again. The lower end is therefore the highest 
 of that seed met the level: a rate that meets above one that missed does not count. That is a rate up to which
 an operator may load the system; the last crossing would be the luckiest one.
 
+Where one of several candidates counts, the next begins just above the best so far. If that rate misses, its
+goodput is below by the definition above, and one run has told so.
+
 Over seeds, goodput is the mean of the seeds' lower ends, with Student's t interval on them: the seeds are
 independent draws of the same workload.
 """
@@ -15,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
 from tidegate.experiments.jobs import Workers
@@ -34,8 +37,13 @@ FLOOR = 0.01
 CEILING = 1000.0
 """Times the first guess's upper end: the highest rate that is tried."""
 _LARGEST_GROWTH = 8.0
+_ROUNDING = 1.0 + 1e-9
 EXPECTED_PROBES = 8.0
 """Runs of one seed's search, about."""
+RACED_PROBES = 2.5
+"""Runs of a search that may stop where another attains, about: most stop at once."""
+RACED_GROWTH = 1.15
+"""The first step of a candidate that is better: seldom by much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +51,7 @@ class SearchSettings:
     """What to look for; ``low_rps`` to ``high_rps`` is a first guess of the goodput, no bound on it.
 
     ``growth`` is the factor of the first step when a bracket has only one end; it squares with every further
-    step.
+    step. A rate of at most ``beat_rps`` that misses ends the search.
     """
 
     level: float = 0.90
@@ -51,6 +59,7 @@ class SearchSettings:
     high_rps: float = 10.0
     tolerance: float = 0.02
     growth: float = 1.5
+    beat_rps: float = 0.0
 
 
 @dataclass(slots=True)
@@ -71,6 +80,11 @@ class _Bracket:
         top = self.missed_rps
         return max((rate for rate in self.seen if top is None or rate < top), default=None)
 
+    @property
+    def beaten(self) -> bool:
+        """Whether the goodput is known to be below the rate that was to be beaten."""
+        return self.missed_rps is not None and self.missed_rps <= self.settings.beat_rps * _ROUNDING
+
     def share(self) -> float:
         """Return how much of the search is done, about."""
         met, missed = self.met_rps, self.missed_rps
@@ -83,6 +97,8 @@ class _Bracket:
     def next_rate(self) -> float | None:
         """Return the rate to try next; None when the bracket is narrow enough, or nothing is left to try."""
         settings, met, missed = self.settings, self.met_rps, self.missed_rps
+        if self.beaten:
+            return None
         steps = min(max(0, len(self.seen) - 2), 3)
         growth = min(settings.growth ** (2**steps), _LARGEST_GROWTH)
         if met is not None and missed is not None:
@@ -109,7 +125,7 @@ async def search_goodput(
 
     The confidence interval of a single seed is the goodput itself and says nothing about the spread.
     ``reason`` is empty, or says why the goodput is only a bound: nothing met down to the floor (0), or all up
-    to the ceiling.
+    to the ceiling. Where a seed's search ended at ``beat_rps``, ``below_rps`` is that, and the goodput 0.
     """
 
     async def narrowed(seed: int) -> _Bracket:
@@ -129,6 +145,10 @@ async def search_goodput(
         for seed, bracket in zip(seeds, brackets, strict=True)
     ]
     by_round = tuple(run for runs in zip_longest(*probes) for run in runs if run is not None)
+    if any(bracket.beaten for bracket in brackets):
+        return LevelGoodput(
+            settings.level, "", 0.0, 0.0, 0.0, limit_rps, by_round, below_rps=settings.beat_rps
+        )
     reason = _reason(settings, brackets)
     low = max(0.0, low)
     return LevelGoodput(settings.level, "", mean, low, high, limit_rps, by_round, reason, goodputs)
@@ -152,6 +172,14 @@ def _reason(settings: SearchSettings, brackets: Sequence[_Bracket]) -> str:
     return "; ".join(reasons)
 
 
+def raced_from(settings: SearchSettings, best_rps: float) -> SearchSettings:
+    """Return what to look for where another candidate serves ``best_rps``: only for more (0: no other)."""
+    beat_rps = best_rps * (1.0 + settings.tolerance)
+    if not best_rps:
+        return settings
+    return replace(settings, low_rps=beat_rps, high_rps=beat_rps, growth=RACED_GROWTH, beat_rps=beat_rps)
+
+
 async def find_goodput(
     setting: Setting,
     level: float,
@@ -159,10 +187,16 @@ async def find_goodput(
     tolerance: float,
     limit_rps: float | None,
     workers: Workers,
+    best_rps: float = 0.0,
 ) -> LevelGoodput:
-    """Return the goodput of ``setting`` at ``level``; a known ``limit_rps`` tells where to look first."""
+    """Return the goodput of ``setting`` at ``level``; a known ``limit_rps`` tells where to look first.
+
+    With ``best_rps``, what another candidate serves, the search begins more than ``tolerance`` above it, and
+    ends there where that misses.
+    """
+    expected = RACED_PROBES if best_rps else EXPECTED_PROBES
     if limit_rps is not None and limit_rps <= 0:
-        workers.credit(EXPECTED_PROBES * len(seeds))
+        workers.credit(expected * len(seeds))
         reason = "more requests than may miss cannot attain even on an empty cluster"
         return LevelGoodput(level, "", 0.0, 0.0, 0.0, limit_rps, (), reason)
     if limit_rps is None:
@@ -176,7 +210,7 @@ async def find_goodput(
         run = await workers.do(job_of(probe, setting, title, rate_rps=rate_rps, seed=seed))
         return float(run["attainment"])
 
-    wanted = SearchSettings(level, low_rps, high_rps, tolerance)
+    wanted = raced_from(SearchSettings(level, low_rps, high_rps, tolerance), best_rps)
     return await search_goodput(
-        wanted, seeds, attainment, limit_rps, lambda share: workers.credit(EXPECTED_PROBES * share)
+        wanted, seeds, attainment, limit_rps, lambda share: workers.credit(expected * share)
     )

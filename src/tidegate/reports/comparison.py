@@ -35,7 +35,8 @@ class LevelGoodput:
 
     ``chosen`` tells the candidate that reached it (``split 3:5``, ``chunk 2048``), empty where there was no
     choice; ``reason`` says why the goodput is 0, or what else is odd about it. ``by_seed`` are the goodputs
-    of the single seeds, in their order; of one alone the interval says nothing.
+    of the single seeds, in their order; of one alone the interval says nothing. Of a candidate that misses
+    where another attains only that rate is known: ``below_rps``, and the goodput is 0.
     """
 
     level: float
@@ -47,6 +48,7 @@ class LevelGoodput:
     probes: tuple[RunAt, ...]
     reason: str = ""
     by_seed: tuple[float, ...] = ()
+    below_rps: float | None = None
 
     @property
     def seeds(self) -> int:
@@ -66,14 +68,14 @@ class LevelGoodput:
 class ComparedSystem:
     """One system on one trace, as the candidate that did best at the first level.
 
-    ``others`` are the goodputs of all candidates at that level. ``at_goodput`` and ``at_common`` are the
+    ``others`` are what is known of all candidates at that level. ``at_goodput`` and ``at_common`` are the
     summaries of the first seed's runs at its goodput and at the trace's common rate, ``view`` shows the
     latter.
     """
 
     system: str
     levels: tuple[LevelGoodput, ...]
-    others: Mapping[str, float] = field(default_factory=dict)
+    others: Mapping[str, LevelGoodput] = field(default_factory=dict)
     at_goodput: Mapping[str, Any] | None = None
     at_common: Mapping[str, Any] | None = None
     view: RunView | None = None
@@ -229,7 +231,10 @@ def write_tables(folder: Path, comparison: Comparison) -> list[Path]:
         of = (trace.title, entry.system)
         seen = {(p.rate_rps, p.seed): p.attainment for found in entry.levels for p in found.probes}
         probes += [(*of, entry.chosen, *run, attainment) for run, attainment in sorted(seen.items())]
-        candidates += [(*of, candidate, goodput_rps) for candidate, goodput_rps in entry.others.items()]
+        candidates += [
+            (*of, name, found.goodput_rps if found.below_rps is None else None, found.below_rps)
+            for name, found in entry.others.items()
+        ]
         if entry.view is None:
             continue
         for name in ("ttft", "tpot"):
@@ -241,7 +246,9 @@ def write_tables(folder: Path, comparison: Comparison) -> list[Path]:
     return [
         write_rows(folder / "goodput.csv", goodputs),
         _write_csv(folder / "probes.csv", (*of_columns, "chosen", "rate_rps", "seed", "attainment"), probes),
-        _write_csv(folder / "candidates.csv", (*of_columns, "candidate", "goodput_rps"), candidates),
+        _write_csv(
+            folder / "candidates.csv", (*of_columns, "candidate", "goodput_rps", "below_rps"), candidates
+        ),
         _write_csv(folder / "cdf.csv", (*of_columns, "quantity", "quantile", "seconds"), cdf),
         _write_csv(folder / "timeline.csv", (*of_columns, *TIMELINE_COLUMNS), timeline),
     ]

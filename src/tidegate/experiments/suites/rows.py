@@ -18,7 +18,7 @@ from tidegate.systems import split_order
 from tidegate.systems.registry import SYSTEMS
 from tidegate.workloads.choice import WorkloadChoice
 
-ORDERS = ("", "sjf", "feasible-first")
+ORDERS = ("", "sjf", "feasible-first", "feasible-sjf")
 """Orders of waiting prompts that every system of a row is offered, its own first."""
 OWN_ORDER = ("",)
 

@@ -39,14 +39,14 @@ NO_TRACES = ("README", "rate_curves", "lengths_")
 """Parts of names of files in a folder of traces that are none."""
 
 
-def rows(traces_from: Path | None, *, quick: bool) -> list[Experiment]:
-    """Return the suite's rows, those of the traces of a folder among them."""
+def rows(traces_from: Path | None, most_requests: int | None = None) -> list[Experiment]:
+    """Return the suite's rows, those of a folder's traces too, each of ``most_requests`` at most."""
     found: list[Experiment] = []
     for name, choice in {**_packaged(), **_of_folder(traces_from)}.items():
         looser = LONG_TTFT if any(part in name for part in LONG) else 1.0
         for gpu, slo in FLEETS.items():
             for size, requests in SIZES.items():
-                sized = _sized(choice, QUICK_REQUESTS if quick else requests)
+                sized = _sized(choice, min(requests, most_requests or requests))
                 found += _on(name, sized, gpu, replace(slo, ttft_s=looser * slo.ttft_s), size)
     return found
 
