@@ -36,6 +36,8 @@ FLOOR = 0.01
 """Of the first guess's lower end: a system that cannot serve that much serves nothing."""
 CEILING = 1000.0
 """Times the first guess's upper end: the highest rate that is tried."""
+AT_ONCE = 0.01
+"""Of the TTFT target: requests that all come within it come at once, and a higher rate tells nothing new."""
 _LARGEST_GROWTH = 8.0
 _ROUNDING = 1.0 + 1e-9
 EXPECTED_PROBES = 8.0
@@ -51,7 +53,7 @@ class SearchSettings:
     """What to look for; ``low_rps`` to ``high_rps`` is a first guess of the goodput, no bound on it.
 
     ``growth`` is the factor of the first step when a bracket has only one end; it squares with every further
-    step. A rate of at most ``beat_rps`` that misses ends the search.
+    step. A rate of at most ``beat_rps`` that misses ends the search, and none above ``most_rps`` is tried.
     """
 
     level: float = 0.90
@@ -60,6 +62,7 @@ class SearchSettings:
     tolerance: float = 0.02
     growth: float = 1.5
     beat_rps: float = 0.0
+    most_rps: float = math.inf
 
 
 @dataclass(slots=True)
@@ -104,7 +107,7 @@ class _Bracket:
         if met is not None and missed is not None:
             return math.sqrt(met * missed) if missed > met * (1.0 + settings.tolerance) else None
         if met is not None:
-            ceiling = CEILING * settings.high_rps
+            ceiling = min(CEILING * settings.high_rps, settings.most_rps)
             return None if met >= ceiling else min(max(settings.high_rps, met * growth), ceiling)
         if missed is not None:
             floor = FLOOR * settings.low_rps
@@ -199,8 +202,9 @@ async def find_goodput(
         workers.credit(expected * len(seeds))
         reason = "more requests than may miss cannot attain even on an empty cluster"
         return LevelGoodput(level, "", 0.0, 0.0, 0.0, limit_rps, (), reason)
+    requests = requests_of(setting.workload)
     if limit_rps is None:
-        own_rps = own_rate_rps(requests_of(setting.workload))
+        own_rps = own_rate_rps(requests)
         low_rps, high_rps = own_rps, BLIND_FACTOR * own_rps
     else:
         low_rps, high_rps = GUESS_FROM * limit_rps, GUESS_TO * limit_rps
@@ -210,7 +214,11 @@ async def find_goodput(
         run = await workers.do(job_of(probe, setting, title, rate_rps=rate_rps, seed=seed))
         return float(run["attainment"])
 
-    wanted = raced_from(SearchSettings(level, low_rps, high_rps, tolerance), best_rps)
+    # Where rates are numbers of requests, a higher one is always another load.
+    at_once = len(requests) / (AT_ONCE * setting.settings.slo.ttft_s)
+    most_rps = math.inf if setting.workload.keep_times else max(at_once, high_rps)
+    settings = SearchSettings(level, low_rps, high_rps, tolerance, most_rps=most_rps)
+    wanted = raced_from(settings, best_rps)
     return await search_goodput(
         wanted, seeds, attainment, limit_rps, lambda share: workers.credit(expected * share)
     )
