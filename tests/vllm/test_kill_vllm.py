@@ -19,6 +19,8 @@ STREAMS = 24
 LONGEST_GAP_S = 20.0
 """Less than what a stream waits that hangs on the dead server: leases take 30 s, a stall limit 60."""
 VICTIM = "i1"
+SYSTEMS = ("arrow-lending", "tidegate+held-feasible-sjf")
+"""As ``tidegate serve`` makes them for vLLM servers: the control plane keeps the order."""
 
 
 def streams(count: int, seed: int, tokens: int) -> list[tuple[str, Json]]:
@@ -44,8 +46,9 @@ async def alone(session: Any, url: str, requests: Sequence[tuple[str, Json]]) ->
 
 
 @pytest.mark.parametrize("servers_of_arch", ["llama"], indirect=True)
+@pytest.mark.parametrize("system", SYSTEMS)
 async def test_a_killed_server_is_survived_and_comes_back(
-    cluster: VllmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    system: str, cluster: VllmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = record_legs(monkeypatch)
     requests = streams(STREAMS, seed=1, tokens=250)
@@ -53,13 +56,12 @@ async def test_a_killed_server_is_survived_and_comes_back(
     async with client() as session:
         expected = await alone(session, cluster[0].url, requests)
         expected_later = await alone(session, cluster[0].url, later)
-        async with serving(
-            cluster.urls, tmp_path, forced=Forced(migrate_every_s=0.05, flip_every_s=0.5)
-        ) as running:
+        forced = Forced(migrate_every_s=0.05, flip_every_s=0.5)
+        async with serving(cluster.urls, tmp_path, system=system, forced=forced) as running:
             upstreams = running.gateway.dispatcher.upstreams
             dead = upstreams[VICTIM].member.engine_id
             tasks = [asyncio.create_task(ask(session, running.url, *request)) for request in requests]
-            await running.until(lambda: running_on(runs, VICTIM) > 2 and len(runs) > 4 * STREAMS, 300)
+            await running.until(lambda: running_on(runs, VICTIM) > 2 and pulled_from(runs, dead), 300)
             on_victim = {run.request for run in runs if run.instance == VICTIM and run.runs}
             cluster[1].kill()
             await running.until(lambda: VICTIM not in upstreams)
@@ -73,7 +75,6 @@ async def test_a_killed_server_is_survived_and_comes_back(
             assert on_victim and others
             assert max(others.values()) < LONGEST_GAP_S, others
             late = [run for run in runs if run.handle is not None and run.handle.owner == dead]
-            assert late, "some KV of the victim was pulled while it lived"
             assert all(run.began_s < known_s for run in late)
 
             cluster[1].start()
@@ -91,6 +92,13 @@ async def test_a_killed_server_is_survived_and_comes_back(
 def running_on(runs: Sequence[LegRun], instance: str) -> int:
     """How many streams an instance serves."""
     return sum(run.instance == instance and not run.leg.pin and run.runs for run in runs)
+
+
+def pulled_from(runs: Sequence[LegRun], engine_id: str) -> bool:
+    """Whether a leg that went on from an engine's KV has ended."""
+    return any(
+        run.handle is not None and run.handle.owner == engine_id and run.end is not None for run in runs
+    )
 
 
 def served(runs: Sequence[LegRun], *, pin: bool) -> bool:
