@@ -17,7 +17,6 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +25,7 @@ from tidegate.core.notation import parse_split
 from tidegate.core.slo import Slo
 from tidegate.dataplane.replica import parse_groups, replicas_in
 from tidegate.experiments.suites.catalogue import suite_rows
+from tidegate.journal.reader import read_journal
 from tidegate.sim import SimSettings, simulate
 from tidegate.systems import make_system
 from tidegate.workloads.choice import WorkloadChoice, draw_at_rate, load_workload
@@ -41,13 +41,13 @@ FIGURES = ("ttft p50", "ttft p99", "tpot p50", "tpot p99", "attainment", "flips"
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What both worlds tell of a run; ``front_s`` is the live run's only."""
+    """What both worlds tell of a run; what passes in front of engines is the live run's only, p50 and p99."""
 
     ttft_s: NDArray[np.float64]
     tpot_s: NDArray[np.float64]
     attained: float
     flips: int
-    front_s: float = 0.0
+    front_s: tuple[float, float] = (0.0, 0.0)
 
     def figures(self) -> tuple[float, ...]:
         ttft, tpot = (np.nanpercentile(values, (50, 99)) * 1e3 for values in (self.ttft_s, self.tpot_s))
@@ -56,8 +56,9 @@ class Run:
 
 def live(system: str, args: argparse.Namespace) -> Run:
     """Serve and replay once."""
-    journal = args.out / f"{system}.jsonl"
-    journal.unlink(missing_ok=True)  # serve would go on with an earlier run's
+    journal, results = args.out / f"{system}.jsonl", args.out / f"{system}.bench.jsonl"
+    for earlier in (journal, results):
+        earlier.unlink(missing_ok=True)
     serve = [*TIDEGATE, "serve", "--emulate", args.emulate, "--system", system, "--slo", args.slo]
     serve += ["--port", "0", "--journal", str(journal), "--admission", "0"]
     if split := split_of(system, args):
@@ -68,7 +69,7 @@ def live(system: str, args: argparse.Namespace) -> Run:
         found = next(filter(None, (re.search(r"serving on (http://\S+)/v1", line) for line in server.stdout)))
         bench = [*TIDEGATE, "bench", "--url", found[1], "--trace", args.trace, "--slo", args.slo]
         bench += ["--scale-rate", str(args.scale_rate), "--duration", str(args.duration)]
-        bench += ["--start", str(args.start), "--out", str(args.out / f"{system}.bench.jsonl"), "--json"]
+        bench += ["--start", str(args.start), "--out", str(results), "--json"]
         report = json.loads(subprocess.run(bench, stdout=subprocess.PIPE, check=True).stdout)
         ttft = [report["ttft_s"][name] * 1e3 for name in ("p50", "p99")]
         print(f"{system}: TTFT as the client saw it: p50 {ttft[0]:.1f} ms, p99 {ttft[1]:.1f} ms")
@@ -80,16 +81,17 @@ def live(system: str, args: argparse.Namespace) -> Run:
 
 def of_journal(path: Path) -> Run:
     """Read a live run's figures from its journal."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    every: list[dict[str, Any]] = [row for row in rows if row["type"] == "outcome"]
-    ends = [row for row in every if row["outcome"] == "ok"]
-    outside = [row["stages"]["other"] for row in ends]
+    journal = read_journal(path)
+    # The client asks for a token first, to learn what answers.
+    every = sorted(journal.outcomes, key=lambda end: end.arrival_s)[1:]
+    ends = [end for end in every if end.ok]
+    outside = [end.stages_s["other"] for end in ends]
     return Run(
-        np.array([row["ttft_s"] for row in ends]),
-        np.array([row["tpot_s"] for row in ends if row["output_length"] > 1], dtype=np.float64),
-        sum(row["attained"] for row in ends) / len(every),
-        sum(row["type"] == "flip" for row in rows),
-        float(np.median(outside)),
+        np.array([end.ttft_s for end in ends], dtype=np.float64),
+        np.array([end.tpot_s for end in ends if end.output_tokens > 1], dtype=np.float64),
+        sum(bool(end.attained) for end in ends) / len(every),
+        len(journal.flips),
+        (float(np.median(outside)), float(np.percentile(outside, 99))),
     )
 
 
@@ -157,20 +159,20 @@ def main() -> None:
     if args.row:
         take_row(args)
     args.slo = args.slo or "ttft:150,tpot:8"
-    print(f"{'':28}" + "".join(f"{name:>12}" for name in FIGURES) + f"{'front ms':>12}")
+    print(f"{'':28}" + "".join(f"{name:>12}" for name in FIGURES) + f"{'front p50':>12}{'front p99':>12}")
     for system in args.systems.split(","):
         for _ in range(args.repeats):
             reality = live(system, args)
-            model = simulated(system, args, reality.front_s)
+            model = simulated(system, args, reality.front_s[0])
             pairs = list(zip(reality.figures(), model.figures(), strict=True))
-            show(f"{system} live", [one for one, _ in pairs], reality.front_s * 1e3)
-            show(f"{system} simulated", [other for _, other in pairs], reality.front_s * 1e3)
+            show(f"{system} live", [one for one, _ in pairs], reality.front_s)
+            show(f"{system} simulated", [other for _, other in pairs], reality.front_s[:1])
             show("  live over simulated", [one / other if other else float(one == 0) for one, other in pairs])
 
 
-def show(name: str, values: list[float], front_ms: float | None = None) -> None:
-    tail = "" if front_ms is None else f"{front_ms:12.2f}"
-    print(f"{name:28}" + "".join(f"{value:12.3f}" for value in values) + tail, flush=True)
+def show(name: str, values: list[float], front_s: tuple[float, ...] = ()) -> None:
+    shown = [*values, *(seconds * 1e3 for seconds in front_s)]
+    print(f"{name:28}" + "".join(f"{value:12.3f}" for value in shown), flush=True)
 
 
 if __name__ == "__main__":
