@@ -152,7 +152,9 @@ def test_calls_of_tools_are_compared_by_what_they_say() -> None:
         head = {"index": 0, "id": "call-1", "type": "function", "function": {"name": "look", "arguments": ""}}
         kept.tokens(Tokens("", [1], delta={"tool_calls": [head]}))
         for part in ('{"where": "out', 'side", "far": 1}'):
-            kept.tokens(Tokens("", [1], delta={"tool_calls": [{"index": 0, "function": {"arguments": part}}]}))
+            kept.tokens(
+                Tokens("", [1], delta={"tool_calls": [{"index": 0, "function": {"arguments": part}}]})
+            )
 
     end = ends(ask, calling, tools=tools)
     result = {"role": "tool", "tool_call_id": "x", "content": "wet"}
