@@ -21,6 +21,7 @@ import asyncio
 import tempfile
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import orjson
@@ -52,7 +53,8 @@ async def converse(
     headers = {} if args.unnamed else {"x-session-id": f"s{session}"}
     for said, tokens in rounds_of(session, args.rounds, args.first, args.more):
         messages.append({"role": "user", "content": " ".join(map(str, said[: len(said) // 4]))})
-        body = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        body: dict[str, Any] = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        body["return_token_ids"] = True
         body |= {"messages": messages} if args.chats else {"prompt": history + said}
         async with client.post(url + path, data=orjson.dumps(body), headers=headers) as answer:
             assert answer.status == 200, await answer.text()

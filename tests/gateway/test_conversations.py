@@ -44,7 +44,7 @@ def turns(cluster: Cluster) -> list[int]:
     """How many turns each session has had, in the order in which they were last heard of."""
     rows = cluster.gateway.dispatcher.plane.snapshot(0.0).sessions
     assert not rows.live.any()
-    return rows.turns.tolist()
+    return [int(turns) for turns in rows.turns]
 
 
 @pytest.mark.parametrize("stream", [False, True])
