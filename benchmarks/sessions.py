@@ -10,6 +10,8 @@ engines have a tiny random model. Every row is one way of placing later rounds:
 engines computed again, for themselves or to have them read, ``reused`` the share of the others. ``predicted``
 sums what the prefix index expected of prefills, ``reported`` what the engines said; ``off`` is their relative
 difference. ``moved`` counts migrations, ``read`` tokens of history read.
+
+With ``--chats`` clients send messages instead of ids, with ``--unnamed`` no session id.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import tempfile
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import orjson
@@ -43,17 +47,25 @@ async def converse(
 ) -> tuple[int, int]:
     """Hold a conversation; return how much a session cache that forgets nothing would hit, and would not."""
     history: list[int] = []
+    messages: list[dict[str, str]] = []
     hits = asked = 0
+    path = "/v1/chat/completions" if args.chats else "/v1/completions"
+    headers = {} if args.unnamed else {"x-session-id": f"s{session}"}
     for said, tokens in rounds_of(session, args.rounds, args.first, args.more):
-        hits += max(0, len(history) - 1)
-        history += said
-        asked += len(history)
-        body = {"prompt": history, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
-        body |= {"return_token_ids": True}
-        headers = {"x-session-id": f"s{session}"}
-        async with client.post(url + "/v1/completions", data=orjson.dumps(body), headers=headers) as answer:
+        messages.append({"role": "user", "content": " ".join(map(str, said[: len(said) // 4]))})
+        body: dict[str, Any] = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        body["return_token_ids"] = True
+        body |= {"messages": messages} if args.chats else {"prompt": history + said}
+        async with client.post(url + path, data=orjson.dumps(body), headers=headers) as answer:
             assert answer.status == 200, await answer.text()
-            history += orjson.loads(await answer.read())["choices"][0]["token_ids"]
+            whole = orjson.loads(await answer.read())
+        choice = whole["choices"][0]
+        prompt = whole["prompt_token_ids"] if args.chats else choice["prompt_token_ids"]
+        pairs = zip(history[:-1], prompt[:-1], strict=False)  # the last has no KV, and is computed
+        hits += sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        asked += len(prompt)
+        history = prompt + choice["token_ids"]
+        messages.append({"role": "assistant", "content": choice["message"]["content"] if args.chats else ""})
     return hits, asked - hits
 
 
@@ -119,6 +131,8 @@ def main() -> None:
     parser.add_argument("--instances", type=int, default=3)
     parser.add_argument("--kv-memory-mb", type=int, default=64)
     parser.add_argument("--migrate-every-s", type=float, default=0.0)
+    parser.add_argument("--chats", action="store_true")
+    parser.add_argument("--unnamed", action="store_true")
     parser.add_argument("--ways", default=",".join(WAYS))
     args = parser.parse_args()
     heads = ("way", "sessions", "hits", "again", "reused", "predicted", "reported", "off", "moved", "read")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections import Counter
 from collections.abc import Mapping
@@ -49,3 +50,36 @@ async def test_rounds_run_anywhere_say_the_same(model_dir: Path, tmp_path: Path,
     read = sum(row.get("read_back_tokens", 0) for row in rows if row["type"] == "outcome")
     assert read > 0 and events["bound"] > sessions
     assert sessions < 100 or plane.migrations["done"] > 0, "with few sessions a fast machine may move none"
+
+
+async def chat_all(live: Live, chats: int) -> list[list[str]]:
+    """Hold greedy chats that send no session id; return their answers."""
+
+    async def one(number: int) -> list[str]:
+        said: list[dict[str, str]] = []
+        for turn in range(4):
+            said.append(
+                {"role": "user", "content": f"{number}, turn {turn}: " + "why? " * (10 * (number + 1))}
+            )
+            body = {"messages": said, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+            async with live.client.post(live.url + "/v1/chat/completions", json=body) as response:
+                assert response.status == 200, await response.text()
+                answer = (await response.json())["choices"][0]["message"]
+            said.append({"role": "assistant", "content": answer["content"]})
+        return [message["content"] for message in said[1::2]]
+
+    return await asyncio.gather(*(one(number) for number in range(chats)))
+
+
+async def test_chats_that_name_no_session_have_their_history_read(model_dir: Path, tmp_path: Path) -> None:
+    settings = GatewaySettings(admission=0.0, journal=tmp_path / "journal.jsonl")
+    async with cluster(model_dir, "colocated", instances=1, dtype="float64") as live:
+        reference = await chat_all(live, 4)
+    async with cluster(
+        model_dir, anywhere(0, local=0.2, read=1.0), dtype="float64", settings=settings
+    ) as live:
+        assert await chat_all(live, 4) == reference
+        assert live.gateway.dispatcher.plane.snapshot(0.0).sessions.turns.tolist() == [4] * 4
+        await live.until_drained()
+    lines = (tmp_path / "journal.jsonl").read_bytes().splitlines()
+    assert sum(orjson.loads(line).get("read_back_tokens", 0) for line in lines) > 0

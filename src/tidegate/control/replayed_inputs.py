@@ -129,8 +129,8 @@ def _replay_request_input(
 
 
 def _blocks(given: Sequence[Any]) -> PromptBlocks:
-    keys, block_tokens, with_answer = given
-    return PromptBlocks(tuple(keys), block_tokens, with_answer)
+    keys, *more = given
+    return PromptBlocks(tuple(keys), *more)
 
 
 def _action(given: Mapping[str, Any]) -> Action:

@@ -24,7 +24,7 @@ from tidegate.journal.writer import JournalWriter
 from tidegate.ledger.ledger import Ledger
 from tidegate.ledger.sessions import MOST_SESSIONS, SessionEntry, SessionKey
 from tidegate.ledger.snapshot import Snapshot
-from tidegate.signals.prefix import PromptBlocks
+from tidegate.signals.prefix import NO_BLOCKS, PromptBlocks
 from tidegate.signals.think_times import ThinkTimes
 
 LEAST_TOLD_TOKENS = 64
@@ -34,7 +34,7 @@ UNNAMED = "~"
 
 
 class BoundSessions:
-    """Follows the sessions of one plane's requests; ``unnamed`` ones, too, which their prompts tell.
+    """Follows the sessions of one plane's requests; where ``unnamed`` also those that their prompts tell.
 
     ``told_tokens`` sums what a cache that forgets nothing would have had of the prompts that were prefilled,
     and ``computed_again_tokens`` how many of those an engine computed all the same.
@@ -54,7 +54,7 @@ class BoundSessions:
         self._sessions = ledger.sessions
         self._journal = journal
         self._asked = asked
-        self._unnamed = unnamed
+        self.unnamed = unnamed
         self._think = ThinkTimes()
         self._idle: OrderedDict[SessionKey, None] = OrderedDict()
         self._ends: OrderedDict[int, SessionKey] = OrderedDict()
@@ -63,10 +63,10 @@ class BoundSessions:
 
     def arrived(self, live: LiveRequest, now: float) -> None:
         """Find the session of a new request, and say what its turn finds there that is worth saying."""
-        if not (live.named or self._unnamed):
+        if not (live.named or self.unnamed):
             return
         request = live.as_request()
-        name = request.session or (self._name_of(live, request) if self._unnamed else "")
+        name = request.session or (self._name_of(live, request) if self.unnamed else "")
         if not name:
             return
         live.session = request.tenant, name
@@ -139,15 +139,17 @@ class BoundSessions:
         blocks, count = live.blocks, len(live.blocks.keys)
         if blocks.with_answer:
             count = min(count, int((entry.context_tokens - 1) // blocks.block_tokens))
-        if entry.block_keys and self._ends.get(entry.block_keys[-1]) == entry.key:
-            del self._ends[entry.block_keys[-1]]
+        if entry.end is not None and self._ends.get(entry.end) == entry.key:
+            del self._ends[entry.end]
         entry.block_keys, entry.names_answer = tuple(blocks.keys[:count]), blocks.with_answer
         entry.gone, entry.gone_tokens = "", 0
         self._idle[entry.key] = None
         self._idle.move_to_end(entry.key)
-        if count > live.prompt_blocks and entry.key[1].startswith(UNNAMED):  # its last one ends in the answer
-            self._ends.pop(entry.block_keys[-1], None)
-            self._ends[entry.block_keys[-1]] = entry.key
+        answered = blocks.with_answer and count > live.prompt_blocks  # the last block ends in the answer
+        entry.end = entry.block_keys[-1] if answered else blocks.said
+        if entry.end is not None and entry.key[1].startswith(UNNAMED):
+            self._ends.pop(entry.end, None)
+            self._ends[entry.end] = entry.key
             if len(self._ends) > MOST_SESSIONS:
                 self._ends.popitem(last=False)
         if entry.said_on != entry.instance:
@@ -209,13 +211,17 @@ class BoundSessions:
 
     def _name_of(self, live: LiveRequest, request: Request) -> str:
         """Name the session of a request that names none: that whose newest answer is furthest into its
-        prompt. What many conversations begin with makes none of them one."""
-        if not live.blocks.keys:
+        prompt, unless another turn of it is in flight: two clients may have been told the same. What many
+        conversations begin with makes none of them one."""
+        if live.blocks is NO_BLOCKS:
             return ""
-        for key in reversed(live.blocks.keys):
+        said = () if live.blocks.said is None else (live.blocks.said,)
+        for key in (*said, *reversed(live.blocks.keys)):
             found = self._ends.get(key)
             if found is not None and found[0] == request.tenant:
-                return found[1]
+                entry = self._sessions.find(found)
+                if entry is None or not entry.live:
+                    return found[1]
         return UNNAMED + live.id
 
     def _entry(self, live: LiveRequest) -> SessionEntry | None:
@@ -259,7 +265,7 @@ def known_tokens(entry: SessionEntry, blocks: PromptBlocks, prompt_tokens: int) 
     """Compare a prompt with its session's history: what both begin with, to the block.
 
     Where only the history's prompt is named, an answer behind a prompt that is all there is taken to be
-    there, too; not for a session that no client named, for many conversations begin alike.
+    there, too; and all of it where the prompt repeats all that was said.
     """
     earlier, keys = entry.block_keys, blocks.keys
     count = min(len(earlier), len(keys))
@@ -269,6 +275,7 @@ def known_tokens(entry: SessionEntry, blocks: PromptBlocks, prompt_tokens: int) 
     named_tokens = min(most, int(count * blocks.block_tokens))
     within = min(len(earlier), int(prompt_tokens // blocks.block_tokens))
     contradicted = count < within
-    whole = not contradicted and bool(earlier) and not entry.names_answer
-    tokens = most if whole and not entry.key[1].startswith(UNNAMED) else named_tokens
+    repeated = blocks.said is not None and blocks.said == entry.end
+    whole = not contradicted and (repeated or bool(earlier)) and not entry.names_answer
+    tokens = most if whole else named_tokens
     return SharedBeginning(tokens, named_tokens, contradicted)

@@ -65,6 +65,8 @@ REFUSED = (400, 404, 413, 422, 501)
 BUSY = (429, 503)
 BUSY_S = 1.0
 """What a client is told to wait when every engine is busy (ours)."""
+TOKENISE_S = 2.0
+"""How long an engine may take to tokenise a prompt (ours)."""
 RELEASE_S = 30.0
 """How long a release is tried (ours): a busy engine takes seconds to answer, and then leases end."""
 RELEASE_RETRY_S = 0.5
@@ -118,7 +120,20 @@ class DialectEngine:
     async def tokenise(
         self, prompt: list[int] | str | None, messages: list[Json] | None, sampling: Json
     ) -> list[int] | None:
-        return None
+        asked = {"prompt": prompt} if messages is None else {"messages": messages}
+        return await self._tokens_of("/tokenize", {"model": self.model, **asked}, "tokens")
+
+    async def _tokens_of(self, path: str, body: Json, field: str) -> list[int] | None:
+        """Return the ids in ``field`` of a question's answer, or of its first item; None without."""
+        answer = await self._wire.exchange("POST", path, orjson.dumps(body), deadline_s=TOKENISE_S)
+        if answer.status != 200:
+            return None
+        try:
+            told = orjson.loads(answer.body)
+            ids: list[int] = (told[0] if isinstance(told, list) else told)[field]
+        except (orjson.JSONDecodeError, LookupError, TypeError):
+            return None
+        return ids
 
     async def ask(self, path: str, body: bytes, *, deadline_s: float) -> bytes:
         answer = await self._wire.exchange("POST", path, body, deadline_s=deadline_s)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 import msgspec
@@ -22,7 +21,6 @@ from tidegate.protocol.bodies import (
     parse_body,
 )
 from tidegate.protocol.parameters import PARAMETERS, Fate, passed_on
-from tidegate.signals.prefix import PromptBlocks
 
 Json = dict[str, Any]
 
@@ -35,13 +33,6 @@ OWN_XARGS = frozenset({"kv_transfer_params", "ec_transfer_params"})
 SEED_BITS = 62
 CHARS_PER_TOKEN = 4.0
 """First guess for text prompts, until engines have reported lengths (a common rule of thumb)."""
-BLOCK_TOKENS = 32
-"""Tokens of a block where the prompt comes as ids (ours): two of vLLM's. Shorter ones cost long prompts time,
-longer ones miss more of what an engine finds of a short one's beginning."""
-BLOCK_CHARS = 256
-"""Characters of a block where it comes as text (ours): about as long."""
-MOST_BLOCKS = 4096
-"""Blocks of a prompt that are looked at (ours): hashing a huge body whole would hold up every stream."""
 
 
 class Call(msgspec.Struct, frozen=True):
@@ -233,35 +224,3 @@ class TokenEstimate:
         """Learn from a prompt whose length became known."""
         if chars and tokens:
             self._chars_per_token += 0.2 * (chars / tokens - self._chars_per_token)
-
-
-def prompt_blocks(call: Call, estimate: TokenEstimate) -> PromptBlocks:
-    """Return the prompt's whole blocks. Prompts of different tenants or salts share none.
-
-    Of one that comes as text the answer cannot be named: its tokens are not what the keys are made of.
-    """
-    key = _root(call)
-    if isinstance(call.prompt, list):
-        return PromptBlocks(tuple(_chain(key, call.prompt, BLOCK_TOKENS)), BLOCK_TOKENS)
-    text = call.prompt or "" if call.messages is None else repr(call.messages)
-    tokens = float(estimate.tokens(BLOCK_CHARS))
-    return PromptBlocks(tuple(_chain(key, text, BLOCK_CHARS)), tokens, with_answer=False)
-
-
-def with_answer(blocks: PromptBlocks, call: Call, ids: list[int]) -> PromptBlocks:
-    """Return the blocks of ``ids``, a prompt that came as ids and its answer; ``blocks`` are the prompt's."""
-    known = len(blocks.keys)
-    key = blocks.keys[-1] if known else _root(call)
-    more = _chain(key, ids[known * BLOCK_TOKENS :], BLOCK_TOKENS)
-    return PromptBlocks((*blocks.keys, *islice(more, MOST_BLOCKS - known)), BLOCK_TOKENS)
-
-
-def _root(call: Call) -> int:
-    return hash((call.tenant, call.salt, call.model, call.chat))
-
-
-def _chain(key: int, prompt: list[int] | str, length: int) -> Iterator[int]:
-    for start in range(0, min(len(prompt) - length + 1, MOST_BLOCKS * length), length):
-        block = prompt[start : start + length]
-        key = hash((key, block if isinstance(block, str) else tuple(block)))
-        yield key

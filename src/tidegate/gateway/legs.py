@@ -11,10 +11,11 @@ from tidegate.core.errors import EngineError, EngineFault, EngineTimeout, KvLost
 from tidegate.core.request import Request
 from tidegate.engines.seam import IgnoredTokens, KvHandle, Leg, LegEnd, RunningLeg, TokensSink
 from tidegate.fleet.member import Capabilities
-from tidegate.gateway.call import Call, TokenEstimate, prompt_blocks
+from tidegate.gateway.call import Call, TokenEstimate
 from tidegate.gateway.continuation import Continuation, beginning, continuation, continuing, still_asked
 from tidegate.gateway.dispatcher import Dispatcher
 from tidegate.gateway.moving import MoveFailed, StagedMove, pinning_leg
+from tidegate.gateway.prompt_keys import prompt_blocks
 from tidegate.gateway.upstream import Upstream
 from tidegate.policies.order import Ticket, decode_ticket
 from tidegate.protocol.chunks import MIGRATED, Tokens
@@ -49,7 +50,10 @@ class Legs(LiveRequest):
         answer: TokensSink,
     ) -> None:
         deadline_s = record.arrival_s + dispatcher.settings.request_deadline_s
-        super().__init__(call.id, deadline_s, prompt_blocks(call, estimate), named=bool(call.session))
+        named = bool(call.session)
+        followed = dispatcher.plane.sessions.unnamed and not named
+        blocks = prompt_blocks(call, estimate, followed=followed)
+        super().__init__(call.id, deadline_s, blocks, named=named)
         self.prompt_ids: list[int] | None = call.prompt if isinstance(call.prompt, list) else None
         self.out_ids: list[int] = []
         self.finish_reason: str | None = None

@@ -12,10 +12,11 @@ from tidegate.core.decision import Path, Place
 from tidegate.core.errors import ClientError, EngineError, EngineFault, InternalError, TidegateError
 from tidegate.core.stages import parts_of_ttft
 from tidegate.engines.seam import KvHandle, LegEnd, LegTimes, TokensSink
-from tidegate.gateway.call import Call, TokenEstimate, with_answer
+from tidegate.gateway.call import Call, TokenEstimate
 from tidegate.gateway.dispatcher import Command, Dispatcher
 from tidegate.gateway.legs import Legs
 from tidegate.gateway.moving import StagedMove
+from tidegate.gateway.prompt_keys import KeptAnswer, with_answer
 from tidegate.gateway.upstream import Upstream
 from tidegate.policies.order import Ticket
 
@@ -37,8 +38,10 @@ class ServedRequest:
     ) -> None:
         self.call = call
         self.record = RequestRecord(arrival_s)
+        follows = dispatcher.plane.sessions.unnamed and not (call.session or isinstance(call.prompt, list))
+        self._kept = KeptAnswer(answer) if follows else None
         # What a request holds must not refer back to it: only a collection would free it then.
-        self.legs = Legs(call, self.record, dispatcher, estimate, answer)
+        self.legs = Legs(call, self.record, dispatcher, estimate, self._kept or answer)
         self._dispatcher = dispatcher
         self._plane = dispatcher.plane
         self._clock = dispatcher.clock
@@ -317,11 +320,10 @@ class ServedRequest:
         """Take the request out of the plane and tell journal and metrics how it ended."""
         dispatcher, call, legs, now = self._dispatcher, self.call, self.legs, self._clock.now()
         self._note_ttft(LegTimes())
-        if error is None and legs.session is not None and legs.prompt_ids is not None:
-            ids = legs.prompt_ids + legs.out_ids
+        if error is None and legs.session is not None:
+            ids = (legs.prompt_ids or []) + legs.out_ids
             dispatcher.sessions.note(legs.session, call.salt, ids[:-1])  # the last has no KV
-            if isinstance(call.prompt, list):
-                legs.blocks = with_answer(legs.blocks, call, ids)
+            legs.blocks = with_answer(legs.blocks, call, ids, self._kept)
         effects = self._plane.ended(legs, error, now)
         record, journal = self.record, dispatcher.journal
         record.prefill_on, record.decode_on = legs.prefill_on, legs.decode_on

@@ -40,8 +40,9 @@ class SessionEntry:
     """What is known of one session. ``instance``, to which it is bound, is "" while nobody holds its KV.
 
     The control plane adds: ``block_keys``, which name the blocks of the last turn that ended, its answer with
-    them where ``names_answer``; ``gone``, why the KV of ``gone_tokens`` tokens is not expected anywhere any
-    more; ``said_on``, where the journal last said that it is bound.
+    them where ``names_answer``; ``end``, which stands for all that was said by then; ``gone``, why the KV of
+    ``gone_tokens`` tokens is not expected anywhere any more; ``said_on``, where the journal last said that it
+    is bound.
     """
 
     key: SessionKey
@@ -53,6 +54,7 @@ class SessionEntry:
     last_request: str = ""
     block_keys: Sequence[int] = ()
     names_answer: bool = True
+    end: int | None = None
     gone: str = ""
     gone_tokens: int = 0
     said_on: str = ""

@@ -192,7 +192,7 @@ class WholeAnswer:
         if tokens.logprobs:
             self._logprobs.append(tokens.logprobs)
         for name, value in (tokens.delta or {}).items():
-            self._extras[name] = _joined(self._extras.get(name), value)
+            self._extras[name] = joined_delta(self._extras.get(name), value)
         self._last = tokens
 
     def plain(self, text: str, token_ids: list[int]) -> None:
@@ -257,7 +257,7 @@ def _with_offsets(logprobs: Json, start: int) -> Json:
     return logprobs | {"text_offset": list(accumulate(lengths[:-1], initial=start)) if lengths else []}
 
 
-def _joined(so_far: Any, more: Any) -> Any:
+def joined_delta(so_far: Any, more: Any) -> Any:
     """Return a streamed message's field with the part of another delta: text is appended, tool calls are put
     together by their index, anything else is replaced."""
     if isinstance(so_far, str) and isinstance(more, str):
@@ -269,12 +269,12 @@ def _joined(so_far: Any, more: Any) -> Any:
             if at is None:
                 calls.append(item)
             else:
-                calls[at] = _joined(calls[at], item)
+                calls[at] = joined_delta(calls[at], item)
         return calls
     if isinstance(so_far, dict) and isinstance(more, dict):
         kept = ("id", "type", "name", "index")
         return so_far | {
-            name: value if name in kept else _joined(so_far.get(name), value)
+            name: value if name in kept else joined_delta(so_far.get(name), value)
             for name, value in more.items()
             if value is not None
         }

@@ -22,12 +22,15 @@ class PromptBlocks(NamedTuple):
 
     ``block_tokens`` is the length of a block in tokens; it may be an estimate for a text that nobody has
     tokenised yet. Without ``with_answer`` the keys of a request that has ended name its prompt only, though
-    the KV of its answer can be found, too: its tokens are not known where the keys are made.
+    the KV of its answer can be found, too: its tokens are not known where the keys are made. ``said`` stands
+    for a conversation up to its newest answer where more than blocks tell that: of a request that has ended
+    with its own answer.
     """
 
     keys: Sequence[int]
     block_tokens: float
     with_answer: bool = True
+    said: int | None = None
 
     def within(self, tokens: int) -> PromptBlocks:
         """Return those that begin within the first ``tokens`` tokens."""

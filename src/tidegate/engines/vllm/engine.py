@@ -14,8 +14,6 @@ from tidegate.protocol.chunks import Tokens
 
 DECLINE_S = 5.0
 """How long an engine may take to pass on that a handle is not wanted (ours); this runs in the background."""
-RENDER_S = 2.0
-"""How long a server may take to tokenise a prompt (ours)."""
 
 
 class VllmEngine(DialectEngine):
@@ -68,15 +66,7 @@ class VllmEngine(DialectEngine):
         body: Json = {**sampling, "model": self.model}
         body |= {"prompt": prompt} if messages is None else {"messages": messages}
         path = "/v1/completions/render" if messages is None else "/v1/chat/completions/render"
-        answer = await self._wire.exchange("POST", path, orjson.dumps(body), deadline_s=RENDER_S)
-        if answer.status != 200:
-            return None
-        try:
-            rendered = orjson.loads(answer.body)
-            ids: list[int] = (rendered if messages is not None else rendered[0])["token_ids"]
-        except (orjson.JSONDecodeError, LookupError, TypeError):
-            return None
-        return ids
+        return await self._tokens_of(path, body, "token_ids")
 
     def owner_gone(self, owner: str) -> None:
         """vLLM itself notices only after seconds."""
