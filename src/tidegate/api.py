@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from tidegate.core.defaults import DEFAULT_SYSTEM
 from tidegate.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from tidegate.sim import SimRun
     from tidegate.workloads.trace import Workload
 
-DEFAULT_SYSTEM = "arrow-lending"
 DEFAULT_PROFILE = "h100_sxm/llama-3.1-8b"
 DEFAULT_SLO = "ttft:1000,tpot:50"
 PERCENTILES = (50, 90, 99)

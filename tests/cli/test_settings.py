@@ -172,7 +172,9 @@ def test_a_system_that_needs_profiles_is_refused_for_servers_that_bring_none() -
 def test_a_profile_lets_any_system_run_in_front_of_servers(tmp_path: Path) -> None:
     name = "h100_sxm/llama-3.1-8b"
     done = settle(vllm=["http://a", "http://b"], profile=[name])
-    assert (done.config.scheduling.system, done.origins["system"]) == ("arrow-lending", "default")
+    assert (done.config.scheduling.system, done.origins["system"]) == ("tidegate", "default")
+    system = done.config.make_system()
+    assert system.order.held and system.chunks is None, "vLLM takes neither an order nor a budget per step"
     assert settle(as_toml(done), folder=tmp_path).config == done.config
     assert settle(environment={"TIDEGATE_PROFILE": name}, vllm=["http://a", "http://b"], system="arrow-v1")
     (found,) = problems(vllm=["http://a", "http://b"], profile=["no/such.json"])

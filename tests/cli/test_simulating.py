@@ -80,7 +80,7 @@ def test_sim_prints_the_documented_object_and_says_what_it_assumed(run: Run) -> 
     done = run("sim", *SMALL, "--rate", "20", "--json")
     found = json.loads(done.stdout)
     assert tuple(found) == KEYS
-    assert (found["requests"], found["instances"], found["system"]) == (300, 4, "arrow-lending")
+    assert (found["requests"], found["instances"], found["system"]) == (300, 4, "tidegate")
     assert found["rate_rps"] == pytest.approx(20)
     assert "--trace sample:azure-conv" in done.stderr
 

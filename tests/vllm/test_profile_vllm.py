@@ -48,7 +48,7 @@ async def test_arrow_goes_by_a_profile_of_real_servers(cluster: VllmCluster, tmp
         assert (now - then).nixl_bytes > 0
 
     config = resolve(None, {}, {"vllm": urls, "profile": [str(file)]}, warn=lambda text: None).config
-    assert config.scheduling.system == "arrow-lending"
+    assert config.scheduling.system == "tidegate"
     gateway = Gateway(GatewaySettings(port=0, admission=0.0), launch.make_fleet(config), config.make_system())
     url = await gateway.start()
     try:

@@ -60,7 +60,7 @@ EXAMPLES = """
 
 Every static split beside the adaptive system, on two traces:
 
-    tidegate compare --traces a.jsonl,b.csv.gz --systems arrow-lending,static:all --out cmp
+    tidegate compare --traces a.jsonl,b.csv.gz --systems tidegate,static:all --out cmp
 
 Every system under stress, judged together; first only what it takes:
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tidegate.api import DEFAULT_SYSTEM
 from tidegate.cli.common_flags import CHUNKS_HELP
 from tidegate.cli.fleet_config import EmulatedSection, EngineSection, FleetSection
 from tidegate.cli.options import Flag, OptionGroup, given_type
@@ -39,6 +38,7 @@ from tidegate.cli.setting_types import (
     with_value_errors,
 )
 from tidegate.cli.systems_help import SYSTEMS_HELP
+from tidegate.core.defaults import DEFAULT_SYSTEM
 from tidegate.core.notation import FleetRange
 from tidegate.core.slo import Slo
 from tidegate.gateway.settings import GatewaySettings
@@ -142,7 +142,9 @@ class SchedulingSection(Section):
         f"{CHUNKS_HELP} vLLM servers take a fixed one at their launch.",
         "fixed|slack",
     )
-    split: Split | None = setting(None, "Prefill and decode instances at start-up.", "P:D", shown="even")
+    split: Split | None = setting(
+        None, "Prefill and decode instances at start-up.", "P:D", shown="the system's own"
+    )
     forecast: Literal["auto", "last", "seasonal-naive", "ewma", "arima", "ensemble"] = setting(
         AUTO,
         "Who forecasts the load: last, seasonal-naive, ewma, arima (needs the extra forecast), ensemble (the "

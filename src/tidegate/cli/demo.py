@@ -14,7 +14,7 @@ from tidegate.core.slo import Slo
 from tidegate.dataplane.replica import EngineSettings
 from tidegate.experiments.compare import Plan
 from tidegate.experiments.setting import Setting
-from tidegate.experiments.systems import contenders
+from tidegate.experiments.systems import contenders, suite
 from tidegate.sim import SimSettings
 from tidegate.workloads.choice import WorkloadChoice
 from tidegate.workloads.readers import read_trace
@@ -28,7 +28,6 @@ SPIKE = Spike(2.0, 390.0, 60.0)
 twice the requests."""
 INSTANCES = 4
 SLO = Slo(0.5, 0.05)
-SYSTEMS = ("arrow-lending", "arrow-lending+feasible-first", "static:even", "static:best", "colocated")
 LEVEL = 0.9
 TOLERANCE = 0.04
 
@@ -62,7 +61,7 @@ def run(
     plan = Plan(
         setting=Setting(WorkloadChoice(), fleet, "", None, SimSettings(slo=SLO)),
         workloads={"moving": WorkloadChoice(trace=str(traffic))},
-        contenders=contenders(SYSTEMS, INSTANCES),
+        contenders=contenders(suite("default"), INSTANCES),
         levels=(LEVEL,),
         seeds=1,
         tolerance=TOLERANCE,

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.markup import escape
 
 import tidegate
-from tidegate.api import DEFAULT_SYSTEM
 from tidegate.cli.common_flags import AS_JSON, JOBS, SCALE_RATE, SCORING
 from tidegate.cli.options import SHARE, Flag, OptionGroup, at_least
 from tidegate.cli.outputs import claim_folder
@@ -41,7 +40,7 @@ from tidegate.measure.attainment import DEFAULT_LEVEL
 from tidegate.planner.answer import RankedPlan, answer
 from tidegate.planner.deployment import Offer, kinds_on, offers
 from tidegate.planner.page import HEAD, cells, charts, render
-from tidegate.planner.question import Question, systems_for
+from tidegate.planner.question import SYSTEMS, Question, systems_for
 from tidegate.planner.watch import Deployed, WindowVerdict, verdicts
 from tidegate.sim import SimSettings
 from tidegate.workloads.choice import WorkloadChoice, requests_of
@@ -158,7 +157,8 @@ class Wanted:
     system: Annotated[
         str | None,
         Flag(
-            f"Who decides in a disaggregated fleet ({DEFAULT_SYSTEM}; for conversations ampd-cost, too).",
+            f"Who decides in a disaggregated fleet ({SYSTEMS['disaggregated'][0]}; for conversations "
+            "ampd-cost, too).",
             "NAME",
         ),
     ] = None

@@ -29,7 +29,7 @@ EXAMPLES = """
 Measure a vLLM server for a minute, and simulate eight like it:
 
     tidegate profile --vllm http://gpu1:8000 --out gpu1.json
-    tidegate sim --profile gpu1.json --instances 8 --trace T --system arrow-lending
+    tidegate sim --profile gpu1.json --instances 8 --trace T --system tidegate
 
 With the cost of moving KV, for every ordered pair, and a gateway that goes by it:
 

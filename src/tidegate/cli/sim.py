@@ -15,7 +15,6 @@ from typing import IO, Annotated, Any
 import typer
 
 import tidegate
-from tidegate.api import DEFAULT_SYSTEM
 from tidegate.cli.common_flags import JOBS, SCALE_RATE, SCORING, Scoring
 from tidegate.cli.options import Flag, OptionGroup, Rule, at_least, given
 from tidegate.cli.scaling import Scaling
@@ -38,6 +37,7 @@ from tidegate.cli.simulating import (
     write_folder,
 )
 from tidegate.cli.terminal import FAILURE, note, run_until_interrupted, share_bar, warn
+from tidegate.core.defaults import DEFAULT_SYSTEM
 from tidegate.core.errors import ConfigError
 from tidegate.core.notation import FleetRange, parse_split
 from tidegate.dataplane.replica import EngineSettings
@@ -60,7 +60,7 @@ What four H100s would do with ten minutes of production chat traffic at 40 reque
 
 The highest rate at which 90 % of requests attain, as a share of what is possible:
 
-    tidegate sim --system arrow-lending+feasible-first --slo ttft:500,tpot:50 --goodput --limit
+    tidegate sim --system tidegate+edf --slo ttft:500,tpot:50 --goodput --limit
 
 A trace of your own on eight instances, as one JSON object:
 
@@ -144,7 +144,7 @@ def run(
     ] = "",
     split: Annotated[
         tuple[int, int] | None,
-        Flag("Prefill and decode instances at the start; default: even.", "P:D", read=parse_split),
+        Flag("Prefill and decode instances at the start (the system's own).", "P:D", read=parse_split),
     ] = None,
     fleet: FleetOptions,
     scaling: Scaling,

@@ -31,7 +31,7 @@ SYSTEMS_HELP = (
     "them as NAME+ORDER, where waiting prefills are served by fifo, edf (earliest deadline), sjf "
     "(shortest), feasible-first (earliest deadline that can still be met), feasible-sjf (the shortest of "
     "those), length-aware (shortest, as far as long ones may be overtaken), reorder (the first three by "
-    "what is in time) or slack (the first 64 likewise), as in arrow-lending+feasible-first. In front of "
+    "what is in time) or slack (the first 64 likewise), as in tidegate+edf. In front of "
     "vLLM servers the default is static unless there is a --profile of them, which the others but "
     "round-robin need."
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from tidegate.core.defaults import DEFAULT_SYSTEM
 from tidegate.core.errors import ConfigError
 from tidegate.core.instance import Role
 from tidegate.core.notation import FleetRange, parse_split
@@ -16,13 +17,17 @@ from tidegate.systems import make_system, split_order
 CHUNKS_TOKENS = (512, 1024, 2048, 4096, 8192)
 """Token budgets of a step that ``NAME:tuned`` chooses from."""
 SUITES = {
-    "default": "arrow-lending,arrow-lending+feasible-first,static:best,static:even,colocated:tuned",
-    "ordered": "arrow-lending,arrow-lending+feasible-first,static:best,static:best+feasible-first,"
-    "colocated:tuned,colocated:tuned+feasible-first",
-    "orders": "arrow-lending,arrow-lending+edf,arrow-lending+sjf,arrow-lending+feasible-first",
-    "splits": "arrow-lending,static:all",
+    "default": f"{DEFAULT_SYSTEM},arrow-lending,static:even,"
+    "static:best+feasible-sjf,colocated:tuned+feasible-sjf",
+    "ordered": f"{DEFAULT_SYSTEM},arrow-lending,arrow-lending+feasible-sjf,static:best,"
+    "static:best+feasible-sjf,colocated:tuned,colocated:tuned+feasible-sjf",
+    "orders": ",".join(
+        f"{DEFAULT_SYSTEM}+{order}" for order in ("fifo", "edf", "sjf", "feasible-first", "feasible-sjf")
+    ),
+    "splits": f"{DEFAULT_SYSTEM},static:all",
 }
-"""Named sets of systems."""
+"""Named sets of systems. In ``default`` what is found in hindsight has the default system's order, so that
+this is no advantage of it."""
 MOST_SPLITS = 16
 """Splits that ``NAME:best`` chooses from: all of a small fleet, and of a large one as many at equal steps."""
 FORMS = "NAME[+ORDER], NAME:even, NAME:P:D, NAME:best, NAME:all, NAME:tuned, NAME:CHUNK, NAME:slack"
@@ -154,7 +159,7 @@ def splits(instances: int) -> list[tuple[int, int]]:
     if instances < 2:
         raise ConfigError(
             "a static split takes at least two instances; with one, name systems without, as in "
-            "--systems arrow-lending,colocated:tuned"
+            f"--systems {DEFAULT_SYSTEM},colocated:tuned"
         )
     return [(prefill, instances - prefill) for prefill in range(1, instances)]
 

@@ -13,8 +13,8 @@ DARK_TONES = ("#4EA8E0", "#FF8A3D", "#2CC99B", "#E39AC4", "#F0B429", "#A5DAF8", 
 """The same on a dark page."""
 DASHES: tuple[tuple[int, ...], ...] = ((), (7, 3), (2, 2), (10, 3, 2, 3), (5, 2, 2, 2, 2, 2), (14, 4))
 KNOWN_TONES = {
-    "arrow-lending": 0, "arrow": 1, "static:best": 2, "static": 2, "colocated": 3, "colocated:tuned": 3,
-    "arrow-v1": 4, "static:even": 5, "round-robin": 6, "minimal-load": 7,
+    "tidegate": 0, "arrow-lending": 1, "static:best": 2, "static": 2, "colocated": 3, "colocated:tuned": 3,
+    "arrow": 4, "static:even": 5, "arrow-v1": 6, "round-robin": 6, "minimal-load": 7,
 }  # fmt: skip
 ORDER_DASHES = {"": 0, "fifo": 0, "feasible-first": 1, "edf": 2, "sjf": 3}
 ROLE_TONES = {"prefill": 4, "decode": 0, "mixed": 2}

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from tidegate.core.defaults import DEFAULT_SYSTEM
 from tidegate.core.slo import Slo
 from tidegate.costs.library import PackagedProfile, packaged_profile
 from tidegate.experiments.suites.rows import OWN_ORDER, WORLDS, Claim, Experiment
@@ -18,7 +19,7 @@ from tidegate.workloads.trace import Workload
 
 H20_FLOPS, H20_BANDWIDTH, H20_BYTES = 148 / 989, 4.0 / 3.35, 96e9 - 80e9
 """An H20 beside an H100: operations and bytes per second as shares, and how much more memory it has."""
-SUBJECTS = ("tidegate", "arrow-lending")
+SUBJECTS = (DEFAULT_SYSTEM, "arrow-lending")
 
 
 def h20(name: str) -> PackagedProfile:

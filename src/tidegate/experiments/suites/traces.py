@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from tidegate.core.defaults import DEFAULT_SYSTEM
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
 from tidegate.costs.library import packaged_profile
@@ -15,7 +16,7 @@ from tidegate.workloads.likes import LIKE_PREFIX, LIKES
 from tidegate.workloads.source import SAMPLE_PREFIX, sample_names
 
 SYSTEMS = (
-    "tidegate", "arrow-lending", "arrow", "ares", "ares-slo", "dopd", "ampd", "ampd-cost",
+    DEFAULT_SYSTEM, "arrow-lending", "arrow", "ares", "ares-slo", "dopd", "ampd", "ampd-cost",
     "static:best", "static:even", "colocated:tuned", "colocated:slack",
 )  # fmt: skip
 """The subject first, then what it is made of and each paper's, then what is found in hindsight."""
