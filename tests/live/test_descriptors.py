@@ -115,7 +115,7 @@ async def few(soft: int, hard: int | None, *options: str) -> AsyncIterator[Few]:
 
 
 TWO = ("--emulate", "h100_sxm/llama-3.1-8b:2", "--split", "1:1", "--system", "static")
-SIXTY_FOUR = ("--emulate", "h100_sxm/llama-3.1-8b:64")
+SIXTY_FOUR = ("--emulate", "h100_sxm/llama-3.1-8b:64", "--system", "arrow-lending")
 
 
 @pytest.mark.parametrize("hard", [None, 1024])

@@ -69,10 +69,11 @@ class Served:
         return float(found[1])
 
 
-@pytest.fixture
-async def served(model_dir: Path, tmp_path: Path) -> AsyncIterator[Served]:
+@pytest.fixture(params=[(), ("--system", "arrow-lending")], ids=["default", "handing over"])
+async def served(request: pytest.FixtureRequest, model_dir: Path, tmp_path: Path) -> AsyncIterator[Served]:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "tidegate", "serve", "--model", str(model_dir), "--port", "0"),
+        *request.param,
         *("--journal", str(tmp_path / "run.jsonl"), "--admission", "0"),
         stdout=asyncio.subprocess.PIPE,
     )
