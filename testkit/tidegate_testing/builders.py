@@ -70,10 +70,11 @@ def request(
     cached: Mapping[str, int] = NOTHING_CACHED,
     ttft_s: float = 1.0,
     tpot_s: float = 0.05,
+    tenant: str = "",
 ) -> Request:
     """Return a request of 100 prompt tokens with the default SLO."""
     slo = Slo(ttft_s, tpot_s)
-    return Request(request_id, prompt_tokens, max_tokens, arrival_s, slo, cached=cached)
+    return Request(request_id, prompt_tokens, max_tokens, arrival_s, slo, tenant, cached=cached)
 
 
 def cluster(

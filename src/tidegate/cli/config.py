@@ -30,6 +30,7 @@ from tidegate.cli.setting_types import (
     Networks,
     Origins,
     Seconds,
+    Shares,
     Split,
     SystemName,
     Targets,
@@ -129,6 +130,13 @@ class SchedulingSection(Section):
         "Refuse a request with 429 when its first token is predicted to take more than so many times its "
         "TTFT target; 0 takes every request.",
         "X",
+    )
+    shares: Shares | None = setting(
+        None,
+        "Share what is served among tenants by these weights, * for those not named; a tenant is the name of "
+        "an API key, or what a trusted proxy says. Repeat for each.",
+        "TENANT=WEIGHT",
+        name="--share",
     )
     lengths: Literal["auto", "hidden", "histogram", "max-tokens"] = setting(
         GATEWAY.lengths,
@@ -236,11 +244,14 @@ class Config(Section):
         system = make_system(scheduling.system, slo=scheduling.slo, chunks=scheduling.chunks, **options)
         if self.fleet.on_vllm:
             system = replace(system, chunks=None)
-        kept = self.fleet.on_vllm and system.order.name != FIFO.name and not system.order.held
+        ordering = system.order.name != FIFO.name or scheduling.shares
+        kept = self.fleet.on_vllm and ordering and not system.order.held
         return system.ordered(system.order.holding(), system.name) if kept else system
 
     def gateway_settings(self) -> GatewaySettings:
         """Return what the gateway is started with: its section, and the targets."""
+        from tidegate.policies.shares import parse_shares
+
         front = self.gateway
         given = {GATEWAY_NAMES.get(name, name): value for name, value in front if value is not None}
         given.pop("api_key_file", None)
@@ -249,6 +260,7 @@ class Config(Section):
         return GatewaySettings(
             slo=scheduling.slo,
             admission=scheduling.admission,
+            shares=parse_shares(scheduling.shares or ()),
             lengths=scheduling.lengths,
             forecast=ForecastSettings(
                 scheduling.forecast, scheduling.forecast_period, scheduling.forecast_steps

@@ -84,6 +84,14 @@ def _origins(value: object) -> list[str]:
     return words
 
 
+def _shares(value: object) -> list[str]:
+    from tidegate.policies.shares import parse_shares
+
+    words = _words(value, "TENANT=WEIGHT")
+    parse_shares(words)
+    return words
+
+
 def _fields(value: object) -> list[str]:
     from tidegate.protocol.parameters import GUARDABLE
 
@@ -209,6 +217,7 @@ Groups = Annotated[list[str], _before(_groups)]
 Fields = Annotated[list[str], _before(_fields)]
 Networks = Annotated[list[str], _before(_networks)]
 Origins = Annotated[list[str], _before(_origins)]
+Shares = Annotated[list[str], _before(_shares)]
 Bootstraps = Annotated[list[str], _before(_bootstraps)]
 Profiles = Annotated[list[str], _before(_profiles)]
 Urls = Annotated[list[str], _before(_urls)]

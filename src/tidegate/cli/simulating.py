@@ -24,6 +24,7 @@ from tidegate.costs.library import PackagedProfile, packaged_profile
 from tidegate.costs.named_profile import load_profile
 from tidegate.dataplane.replica import BLOCK_TOKENS, EngineSettings
 from tidegate.experiments.setting import SimulatedFleet
+from tidegate.policies.shares import parse_shares
 from tidegate.reports.charts import Chart
 from tidegate.reports.comparison import TABLES, Comparison, write_tables
 from tidegate.reports.comparison_charts import comparison_charts
@@ -77,6 +78,15 @@ SIMULATED = {
         "X",
         panel=ENGINE,
         rule=Rule(lambda multiple: multiple == 0 or 1 <= multiple < float("inf"), "0, or 1 or more"),
+    ),
+    "shares": Flag(
+        "Share what is served among the trace's clients by these weights, * for those not named. Repeat.",
+        "CLIENT=WEIGHT",
+        "--share",
+        ENGINE,
+        given=list[str],
+        read=parse_shares,
+        shown=False,
     ),
     "lengths": Flag(
         "Who predicts what is left of an answer: hidden (a predictor in the engine, with its errors), "

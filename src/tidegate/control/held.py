@@ -7,13 +7,14 @@ from collections.abc import Callable
 from tidegate.control.effects import Effects
 from tidegate.control.live_request import LiveRequest
 from tidegate.policies.order import Order, Ticket, WaitingQueue
+from tidegate.policies.shares import shared_queue
 
 
 class HeldRequests:
     """Held requests in the system's order, and failed ones that wait for the fleet's word on an instance."""
 
     def __init__(self, order: Order) -> None:
-        self._queue: WaitingQueue[LiveRequest] = order.queue()
+        self._queue: WaitingQueue[LiveRequest] = shared_queue(order)
         self._awaiting_word: dict[LiveRequest, tuple[str, float]] = {}
         self._asked: LiveRequest | None = None
         self._kept: list[tuple[Ticket, bool]] = []

@@ -22,6 +22,7 @@ from tidegate.ledger.snapshot import Field, Snapshot
 from tidegate.policies.admission import admitted
 from tidegate.policies.order import prefill_ticket
 from tidegate.policies.pricing import fastest_prefill_seconds, predicted_on
+from tidegate.policies.shares import TenantShares
 from tidegate.signals.prefix import PrefixIndex
 from tidegate.systems.system import System
 
@@ -29,7 +30,7 @@ from tidegate.systems.system import System
 class Placing:
     """Asks the system's placements, has them journalled, and brings the ledger and the request in line.
 
-    ``held`` are the requests that wait to be asked for again.
+    ``held`` are the requests that wait to be asked for again, ``shares`` says whose turn it is.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Placing:
         journal: JournalWriter,
     ) -> None:
         self.held = HeldRequests(system.order)
+        self.shares = TenantShares(settings.shares)
         self._system = system
         self._settings = settings
         self._ledger = ledger
@@ -118,6 +120,7 @@ class Placing:
         cells = view.cells
         alone = not (cells[Field.PREFILL_REQUESTS, column] or cells[Field.DECODE_REQUESTS, column])
         ticket = prefill_ticket(request, seconds + read_s, on, view.forecast, place.chunk_tokens)
+        ticket = self.shares.of(request, ticket)
         return RunPrefill(live, place, ticket, alone)
 
     def decodes_on(
@@ -135,7 +138,7 @@ class Placing:
         instance to return, as long as its deadline allows."""
         if not live.generated or now >= live.deadline_s:
             return [GiveUp(live, none_up(self._settings.retry_after_s))]
-        self.held.hold(live, prefill_ticket(request, 0.0, "", None))
+        self.held.hold(live, self.shares.of(request, prefill_ticket(request, 0.0, "", None)))
         return [Held(live, "no instance is up"), WakeAt(live.deadline_s)]
 
     def _hold(self, live: LiveRequest, request: Request, hold: Hold, now: float) -> Effects:
@@ -143,7 +146,7 @@ class Placing:
             return [GiveUp(live, held_too_long(hold, self._settings.retry_after_s))]
         view = self._membership.view(now)[0]
         ticket = prefill_ticket(request, fastest_prefill_seconds(view, request), "", view.forecast)
-        self.held.hold(live, ticket, with_all_behind=hold.with_all_behind)
+        self.held.hold(live, self.shares.of(request, ticket), with_all_behind=hold.with_all_behind)
         return [Held(live, hold.reason)]
 
     def retry(self, now: float) -> Effects:

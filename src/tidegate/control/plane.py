@@ -296,6 +296,7 @@ class ControlPlane:
             self.ledger.finished(live.id, now)
             for observer in self._observers:
                 observer.finished(live.as_request(), live.generated, now)
+            self._placing.shares.answered(live.as_request(), live.generated)
         else:
             self.ledger.aborted(live.id, now)
         self._predictions.ended(live, whole=error is None, now=now)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from tidegate.core.errors import ConfigError
 
@@ -20,6 +21,7 @@ class ControlSettings:
     - ``avoid_s``: how long an instance that failed a leg gets no new one while others are up: one that fails
       fast looks idle and would draw every request.
     - ``retry_after_s``: what a client is told to wait when it is refused: about a local engine's restart.
+    - ``shares``: the weights of tenants, who then share what is served (see ``TenantShares``).
     """
 
     replays: int = 5
@@ -28,6 +30,7 @@ class ControlSettings:
     avoid_s: float = 5.0
     admission: float = 0.0
     retry_after_s: float = 2.0
+    shares: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.replays < 0:

@@ -28,7 +28,7 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     ``generated`` of the prompt tokens are of the answer so far. ``remaining`` is what a placement is told of
     the tokens to come; None where the deployment does not predict them. ``history`` is what the instance
     holds to which the request's session is bound; None where it is bound to none that is up: in its first
-    round, or once its KV has expired or is lost.
+    round, or once its KV has expired or is lost. Of waiting requests those of a lower ``priority`` go first.
     """
 
     id: str
@@ -43,3 +43,4 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     generated: int = 0
     remaining: Prediction | None = None
     history: History | None = None
+    priority: int = 0

@@ -15,6 +15,7 @@ from tidegate.dataplane.replica import Replica
 from tidegate.dataplane.sequence import ENDED, LOADING, NEW, Pin, SimSequence
 from tidegate.policies.chunks import FIXED, ChunkBudget
 from tidegate.policies.order import FIFO, Order
+from tidegate.policies.shares import shared_queue
 
 REPORT_GROUP = 64
 """Instances whose next reports are looked at together: a list's least entry costs less than a heap, which has
@@ -88,7 +89,7 @@ class Cluster:
         instance = SimInstance(
             index,
             replica,
-            self._order.queue(),
+            shared_queue(self._order),
             self._events,
             self._listener,
             next_reports_s,

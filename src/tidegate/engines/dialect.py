@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from math import inf
 from typing import Any
 
 import msgspec
@@ -205,8 +204,8 @@ class DialectEngine:
         if leg.generated:
             kv["tidegate_generated"] = leg.generated
         if leg.ticket is not None:
-            known = leg.ticket._asdict().items()
-            kv["tidegate_ticket"] = {name: value for name, value in known if value not in (None, inf)}
+            known, unsaid = leg.ticket._asdict().items(), leg.ticket._field_defaults
+            kv["tidegate_ticket"] = {name: given for name, given in known if given != unsaid.get(name)}
         if leg.movable:
             kv["tidegate_movable"] = True
         if leg.follows is not None:

@@ -30,6 +30,8 @@ REWRITTEN = ("max_tokens", "max_completion_tokens", "top_logprobs")
 OWN_XARGS = frozenset({"kv_transfer_params", "ec_transfer_params"})
 """Keys of ``vllm_xargs`` that vLLM takes for the fields of the same name."""
 
+SERVICE_TIERS = {"priority": -1, "flex": 1}
+"""Priorities of OpenAI's service tiers; the others are 0."""
 SEED_BITS = 62
 CHARS_PER_TOKEN = 4.0
 """First guess for text prompts, until engines have reported lengths (a common rule of thumb)."""
@@ -61,6 +63,7 @@ class Call(msgspec.Struct, frozen=True):
     tenant: str
     session: str
     salt: str
+    priority: int = 0
     seeded: bool = False
     stops: tuple[str, ...] = ()
     index: int = 0
@@ -186,9 +189,19 @@ def _first_call(
         tenant=tenant,
         session=headers.get("x-session-id", ""),
         salt=salt,
+        priority=_priority(body, tenant),
         seeded=body.seed is not None,
         stops=body.stops,
     )
+
+
+def _priority(body: ChatBody | CompletionBody, tenant: str) -> int:
+    """Return the class of a request, lower ones going first: vLLM's ``priority``, else what OpenAI's
+    ``service_tier`` stands for. A tenant may go behind the others, not before them."""
+    priority = body.priority
+    if priority is None:
+        priority = SERVICE_TIERS.get(body.service_tier or "", 0) if isinstance(body, ChatBody) else 0
+    return max(0, priority) if tenant else priority
 
 
 def _salt(tenant: str, cache_salt: str) -> str:

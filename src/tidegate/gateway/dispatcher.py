@@ -91,7 +91,9 @@ class Dispatcher:
         self.clock = clock
         self.journal = journal
         self.prefixes = PrefixIndex()
-        control = ControlSettings(replays=settings.replays, admission=settings.admission)
+        control = ControlSettings(
+            replays=settings.replays, admission=settings.admission, shares=settings.shares
+        )
         plane = RecordingPlane if settings.journal_inputs else ControlPlane
         lengths = deployed_source(settings.lengths, needed=Signal.LENGTHS in system.needs)
         load = deployed_feed(settings.forecast, needed=Signal.FORECAST in system.needs)

@@ -303,6 +303,7 @@ class Legs(LiveRequest):
             tenant=call.tenant,
             session=call.session,
             generated=len(self.out_ids),
+            priority=call.priority,
         )
 
     # migration

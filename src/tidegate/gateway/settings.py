@@ -23,6 +23,7 @@ class GatewaySettings:
     which ``x-tenant-id`` is taken. ``allowed_hosts`` are names beside loopback that a gateway without a key
     serves, ``allow_fields`` body fields that would be refused (``parameters.GUARDABLE``). Web pages of
     ``cors_origins`` may call the gateway; ``*`` stands for all.
+    ``shares`` are weights of tenants (see ``TenantShares``).
     ``lengths`` names the source of length predictions (see ``tidegate.signals.lengths.choice``).
     ``forecast`` says who forecasts the load; ``forecast_from`` is a journal whose load it begins with.
     ``load_every_s`` is the pause between readings of an engine's load. With ``journal_inputs`` the journal
@@ -40,6 +41,7 @@ class GatewaySettings:
     connect_s: float = 2.0
     replays: int = 5
     admission: float = 3.0
+    shares: Mapping[str, float] = field(default_factory=dict)
     lengths: str = AUTO
     forecast: ForecastSettings = field(default_factory=ForecastSettings)
     forecast_from: Path | None = None

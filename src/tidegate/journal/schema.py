@@ -231,6 +231,7 @@ class InputRequest(Struct, kw_only=True, omit_defaults=True):
     tenant: str = ""
     session: str = ""
     turn: int = 0
+    priority: int = 0
 
 
 class InputLine(JournalLine, tag="input", kw_only=True):

@@ -39,6 +39,9 @@ class Ticket(NamedTuple):
     to compute. ``deadline_s`` is not before ``arrival_s``. ``long_tokens`` is the mean prompt that a forecast
     expects; 0 where there is none.
 
+    ``priority``, ``tenant`` and ``charge`` say whose it is (``shares.py``): the class, of which lower ones go
+    first, who shares it, and what is taken of that share.
+
     The others are no matter of order. ``chunk_tokens`` is ``Place.chunk_tokens``. ``tpot_s`` is the TPOT
     target, infinite where none is known. ``first_token_s`` tells of an answer that has begun when its first
     token went out: then nothing is left to order (``decode_ticket``).
@@ -52,6 +55,9 @@ class Ticket(NamedTuple):
     chunk_tokens: int | None = None
     tpot_s: float = inf
     first_token_s: float | None = None
+    priority: int = 0
+    tenant: str = ""
+    charge: float = 0.0
 
     def on_clock(self, offset_s: float) -> Ticket:
         """Return the ticket for a clock that shows ``offset_s`` more than the one it was made for."""

@@ -97,7 +97,7 @@ class TicketParams(RequestBody):
     """When a request arrived and its first token is due, in seconds from the moment of sending, and the
     predicted seconds of its prefill; the prompt tokens to compute, and the mean prompt that is expected; and
     how many tokens of prompts a step may compute beside decodes meanwhile; the TPOT target, and of an answer
-    that has begun when its first token went out."""
+    that has begun when its first token went out; and its class, tenant and charge."""
 
     arrival_s: Annotated[Number, Field(le=0.0)]
     deadline_s: Number
@@ -107,6 +107,9 @@ class TicketParams(RequestBody):
     chunk_tokens: Annotated[StrictInt, Field(gt=0)] | None = None
     tpot_s: Annotated[Number, Field(gt=0.0)] | None = None
     first_token_s: Annotated[Number, Field(le=0.0)] | None = None
+    priority: StrictInt = 0
+    tenant: StrictStr = ""
+    charge: Annotated[Number, Field(ge=0.0)] = 0.0
 
 
 class FollowsParams(RequestBody):
@@ -214,6 +217,7 @@ class ChatBody(_SamplingBody):
         list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES), Field(fail_fast=True)
     ]
     max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
+    service_tier: StrictStr | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
 

@@ -75,7 +75,7 @@ class SimDriver:
             system,
             self._ids[: membership.planned],
             journal,
-            ControlSettings(replays=settings.replays, admission=settings.admission),
+            ControlSettings(replays=settings.replays, admission=settings.admission, shares=settings.shares),
             PrefixIndex() if settings.prefix_hits else None,
             lengths,
             load,

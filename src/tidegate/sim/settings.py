@@ -31,7 +31,8 @@ class SimSettings:
     in ``deaths`` and returns, empty, at those in ``returns``; a request is replayed elsewhere at most
     ``replays`` times (the gateway's default). One in ``slowed`` takes that many times as long for every step
     as its profile says, and the control plane is not told. ``admission`` is the gateway's setting of that
-    name, here off: a simulation says what a system does with every request.
+    name, here off: a simulation says what a system does with every request. ``shares`` are
+    weights of the trace's clients (see ``TenantShares``).
 
     The last ``spares`` instances are not up at the start; a controller that adds instances has them join
     ``start_delay_s`` later (the time that a server takes to load a model), those for decode
@@ -57,6 +58,7 @@ class SimSettings:
     replays: int = 5
     slowed: Mapping[str, float] = field(default_factory=dict)
     admission: float = 0.0
+    shares: Mapping[str, float] = field(default_factory=dict)
     spares: int = 0
     start_delay_s: float = 30.0
     decode_start_delay_s: float | None = None

@@ -28,6 +28,7 @@ from tidegate.engines.serving.types import Counters, KvSource, PinnedKv
 from tidegate.policies.chunks import FIXED, ChunkBudget, make_chunks
 from tidegate.policies.order import PATIENCE_S, Ticket, WaitingQueue
 from tidegate.policies.orders import make_order
+from tidegate.policies.shares import shared_queue
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class BatchScheduler:
     ) -> None:
         self.pool = pool
         self.pins = pins
-        self.waiting: WaitingQueue[TokenSequence] = make_order(config.order).queue()
+        self.waiting: WaitingQueue[TokenSequence] = shared_queue(make_order(config.order))
         self.running: list[TokenSequence] = []
         self.loading: list[TokenSequence] = []
         self.counters = Counters()

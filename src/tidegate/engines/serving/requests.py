@@ -160,7 +160,8 @@ def _ticket(params: TicketParams | None) -> Ticket | None:
         raise _bad_kv("tidegate_ticket.deadline_s", "before the arrival")
     own = params.arrival_s, params.deadline_s, params.work_s, params.tokens, params.long_tokens
     tpot_s = inf if params.tpot_s is None else params.tpot_s
-    return Ticket(*own, params.chunk_tokens, tpot_s, params.first_token_s)
+    whose = params.priority, params.tenant, params.charge
+    return Ticket(*own, params.chunk_tokens, tpot_s, params.first_token_s, *whose)
 
 
 def _sampling(
