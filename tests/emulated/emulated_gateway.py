@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import aiohttp
 import orjson
@@ -20,11 +21,14 @@ LAUNCH = EmulatedLaunch((GROUP,))
 
 @asynccontextmanager
 async def gateway(
-    system: str, forced: Forced = NOT_FORCED, launch: EmulatedLaunch = LAUNCH
+    system: str,
+    forced: Forced = NOT_FORCED,
+    launch: EmulatedLaunch = LAUNCH,
+    settings: GatewaySettings | None = None,
 ) -> AsyncIterator[tuple[Gateway, str, aiohttp.ClientSession]]:
     """Run a gateway over emulated instances, three unless ``launch`` says otherwise."""
     fleet = EmulatedFleet(launch)
-    running = Gateway(GatewaySettings(port=0), fleet, make_system(system))
+    running = Gateway(replace(settings or GatewaySettings(), port=0), fleet, make_system(system))
     try:
         url = await running.start()
         async with (

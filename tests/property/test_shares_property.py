@@ -77,7 +77,7 @@ def test_what_backlogged_tenants_got_differs_by_at_most_one_request_of_each(
     arrivals = list(enumerate(came))
     now = 0.0
     for serve in [*serves, *[False] * len(came), *[True] * len(came)]:
-        if serve and sum(waiting):
+        if serve and any(waiting):
             now += 0.01
             at = queue.pop(now)
             tenant, tokens = came[at]
