@@ -293,16 +293,15 @@ class Legs(LiveRequest):
 
     def as_request(self) -> Request:
         """See ``LiveRequest.as_request``."""
-        call = self._call
+        call, generated = self._call, len(self.out_ids)
+        about = call.slo, call.tenant, call.session
         return Request(
-            id=call.id,
-            prompt_tokens=self.prompt_tokens + len(self.out_ids),
-            max_tokens=self.remaining() or 1,
-            arrival_s=self._record.arrival_s,
-            slo=call.slo,
-            tenant=call.tenant,
-            session=call.session,
-            generated=len(self.out_ids),
+            call.id,
+            self.prompt_tokens + generated,
+            self.remaining() or 1,
+            self._record.arrival_s,
+            *about,
+            generated=generated,
             priority=call.priority,
         )
 
