@@ -49,7 +49,8 @@ def test_models_go_by_a_name_unless_a_folder_has_it(
         (cache / folder / "config.json").touch()
 
     def served(**given: object) -> tuple[str, str]:
-        fleet = launch.make_fleet(resolve(None, {}, given, warn=lambda _: None).config)
+        config = resolve(None, {}, given, warn=lambda _: None).config
+        fleet = launch.make_fleet(config, config.make_system())
         assert isinstance(fleet, LocalFleet)
         return fleet._launch.model.parent.name, fleet._launch.served_model_name
 
@@ -63,12 +64,12 @@ def test_models_go_by_a_name_unless_a_folder_has_it(
 def test_settings_choose_the_fleet(tmp_path: Path) -> None:
     (tmp_path / "config.json").touch()
     local = resolve(None, {}, {"model": tmp_path, "instances": 2}, warn=lambda _: None).config
-    fleet = launch.make_fleet(local)
+    fleet = launch.make_fleet(local, local.make_system())
     assert isinstance(fleet, LocalFleet) and fleet.ids == ("i0", "i1")
     running = resolve(
         None, {}, {"vllm": ["http://a", "http://b"], "system": "static"}, warn=lambda _: None
     ).config
-    assert isinstance(launch.make_fleet(running), StaticFleet)
+    assert isinstance(launch.make_fleet(running, running.make_system()), StaticFleet)
 
 
 def test_launching_vllm_takes_the_command_on_path_or_says_what_to_do(
@@ -81,9 +82,9 @@ def test_launching_vllm_takes_the_command_on_path_or_says_what_to_do(
     given = {"launch": "vllm", "model": tmp_path, "instances": 2}
     config = resolve(None, {}, given, warn=lambda _: None).config
     with pytest.raises(SetupError, match=r"there is no vllm on PATH: install vLLM .* --vllm-bin"):
-        launch.make_fleet(config)
+        launch.make_fleet(config, config.make_system())
     (tmp_path / "vllm").touch(mode=0o755)
-    fleet = launch.make_fleet(config)
+    fleet = launch.make_fleet(config, config.make_system())
     assert isinstance(fleet, LaunchedVllmFleet) and fleet.ids == ("i0", "i1")
     assert not (tmp_path / "state").exists(), "nothing is written before the start"
 

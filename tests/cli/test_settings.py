@@ -158,7 +158,7 @@ def test_emulated_instances_take_settings_that_nothing_else_takes(monkeypatch: p
     taken = settle(emulate=["h100_sxm/llama-3.1-8b:2"], chunk_tokens=512, host_ms=2.0).config
     begun: list[EmulatedLaunch] = []
     monkeypatch.setattr(launch, "EmulatedFleet", begun.append)
-    launch.make_fleet(taken)
+    launch.make_fleet(taken, taken.make_system())
     launched = begun[0].argv(begun[0].groups)
     assert launched[launched.index("--max-batch-tokens") + 1] == "512"
     assert launched[launched.index("--host-s") + 1] == "0.002"

@@ -47,9 +47,13 @@ async def test_arrow_goes_by_a_profile_of_real_servers(cluster: VllmCluster, tmp
         assert (now.running, now.waiting, now.kv_cache_usage) == (0, 0, 0), "nothing stays pinned"
         assert (now - then).nixl_bytes > 0
 
-    config = resolve(None, {}, {"vllm": urls, "profile": [str(file)]}, warn=lambda text: None).config
-    assert config.scheduling.system == "tidegate"
-    gateway = Gateway(GatewaySettings(port=0, admission=0.0), launch.make_fleet(config), config.make_system())
+    given: dict[str, Any] = {"vllm": urls, "profile": [str(file)], "system": "arrow-lending"}
+    config = resolve(None, {}, given, warn=lambda text: None).config
+    gateway = Gateway(
+        GatewaySettings(port=0, admission=0.0),
+        launch.make_fleet(config, config.make_system()),
+        config.make_system(),
+    )
     url = await gateway.start()
     try:
         prompts = [_prompt(seed) for seed in range(20)]

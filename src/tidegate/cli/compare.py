@@ -15,6 +15,7 @@ from rich.table import Table
 
 from tidegate.cli.common_flags import AS_JSON, JOBS, SCORING
 from tidegate.cli.compare_suite import Closeness, SuiteOptions, plan_of, run_and_show
+from tidegate.cli.durations import latency
 from tidegate.cli.options import Flag, OptionGroup, Rule, given
 from tidegate.cli.scaling import POSITIVE
 from tidegate.cli.simulating import (
@@ -257,14 +258,8 @@ def _goodput_cells(entry: ComparedSystem, interval: bool, used: Sequence[float |
     flips, view = (entry.at_common or {}).get("flips"), entry.view
     cells.append("-" if flips is None else str(flips))
     misses = (None, None) if view is None else (view.missed_ttft_p99_s, view.missed_tpot_p99_s)
-    return cells + [_time(each) for each in misses]
+    return cells + [latency(each) for each in misses]
 
 
 def _rate(value: float) -> str:
     return f"{value:.0f}" if value >= 1000 else f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f}"
-
-
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"

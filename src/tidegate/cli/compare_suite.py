@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from tidegate.cli.durations import duration
 from tidegate.cli.options import Flag
 from tidegate.cli.outputs import claim_folder
 from tidegate.cli.simulating import REPORT, command_line, processes, software
@@ -36,12 +37,11 @@ from tidegate.reports.suite_page import (
 from tidegate.systems import systems_in
 
 SUITE = "Systems and suites"
-OF_A_ROW = (
-    "traces", "profile", "instances", "slo", "slo_class", "closed_loop", "start", "duration",
-    "turn_gap", "columns", "chunk_tokens", "chunks", "host_ms", "front_ms", "kv_tokens",
-    "mixed_context_ratio",
-)  # fmt: skip
-"""Options that the rows of a suite have values of their own for."""
+OF_A_SUITE = frozenset({
+    "suite", "systems", "only", "quick", "traces_from", "choose", "plan_only", "requests", "levels", "seeds",
+    "tolerance", "out", "jobs", "json",
+})  # fmt: skip
+"""Options that a suite takes. What the others say its rows say themselves, or nothing shows."""
 LEVELS = (0.9,)
 """Levels of a suite, unless others are given: one more doubles its runs."""
 QUICK_SEEDS, QUICK_TOLERANCE = 1, 0.05
@@ -111,11 +111,13 @@ class Closeness:
 def plan_of(
     options: SuiteOptions, closeness: Closeness, most_requests: int | None, given: Collection[str]
 ) -> SuitePlan:
-    """Return what to run. Raises ConfigError for an option that the suite's rows have values for, and for
-    names that there are not."""
-    taken = [f"--{name.replace('_', '-')}" for name in OF_A_ROW if name in given]
-    if taken:
-        raise ConfigError(f"the rows of a suite have their own values for {', '.join(taken)}; leave them out")
+    """Return what to run. Raises ConfigError for an option that would have no effect on the suite's rows, and
+    for names that there are not."""
+    vain = [f"--{name.replace('_', '-')}" for name in sorted(set(given) - OF_A_SUITE)]
+    if vain:
+        raise ConfigError(
+            f"no effect on --suite {options.suite}, whose rows are given: {', '.join(vain)}; leave them out"
+        )
     rows = suite_rows(
         options.suite,
         only=options.only,
@@ -185,8 +187,8 @@ def _tell(plan: SuitePlan, found: SuiteEstimate, workers: int) -> None:
     count, systems = len(plan.rows), len({name for row in plan.rows for name in row.systems})
     note(
         f"{plan.suite}: {_counted(count, 'row')}, {systems} systems, about {found.runs:,.0f} simulations of "
-        f"{found.requests / 1e6:,.1f} M requests: {_time(found.cpu_s)} of CPU at the speed measured now, "
-        f"{_time(found.cpu_s / workers)} in {_counted(workers, 'process')}"
+        f"{found.requests / 1e6:,.1f} M requests: {duration(found.cpu_s)} of CPU at the speed measured now, "
+        f"{duration(found.cpu_s / workers)} in {_counted(workers, 'process')}"
     )
 
 
@@ -194,12 +196,6 @@ def _counted(count: int, noun: str) -> str:
     if count == 1:
         return f"1 {noun}"
     return f"{count} {noun}{'es' if noun.endswith('s') else 's'}"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _show(report: SuiteReport) -> None:

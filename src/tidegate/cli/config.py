@@ -225,12 +225,11 @@ class Config(Section):
         return asked if least <= asked <= most else least
 
     def make_system(self) -> System:
-        """Build the composition as this fleet can serve it: the plane keeps an order that engines do not, and
-        vLLM servers have the chunk budget of their launch.
+        """Build the composition as this fleet serves it. Raises ConfigError for an option it cannot take."""
+        return self.served(self.composed())
 
-        Raises ConfigError for an option it cannot take.
-        """
-        from tidegate.policies.order import FIFO
+    def composed(self) -> System:
+        """Build the composition that is named. Raises ConfigError for an option it cannot take."""
         from tidegate.systems import make_system
 
         options = GivenOptions(
@@ -241,11 +240,18 @@ class Config(Section):
         if self.fleet.emulate:
             options["start_delay_s"] = (self.emulated.start_delay, self.emulated.start_delay)
         scheduling = self.scheduling
-        system = make_system(scheduling.system, slo=scheduling.slo, chunks=scheduling.chunks, **options)
-        if self.fleet.on_vllm:
-            system = replace(system, chunks=None)
-        ordering = system.order.name != FIFO.name or scheduling.shares
-        kept = self.fleet.on_vllm and ordering and not system.order.held
+        return make_system(scheduling.system, slo=scheduling.slo, chunks=scheduling.chunks, **options)
+
+    def served(self, system: System) -> System:
+        """Return ``system`` as this fleet serves it: the plane keeps an order that vLLM servers do not, also
+        that of shares, and they have the chunk budget of their launch."""
+        from tidegate.policies.order import FIFO
+
+        if not self.fleet.on_vllm:
+            return system
+        system = replace(system, chunks=None)
+        ordering = system.order.name != FIFO.name or self.scheduling.shares
+        kept = ordering and not system.order.held
         return system.ordered(system.order.holding(), system.name) if kept else system
 
     def gateway_settings(self) -> GatewaySettings:

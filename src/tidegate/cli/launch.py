@@ -49,7 +49,8 @@ def launch(config: Config) -> bool:
     Raises SetupError.
     """
     _log_to_stderr()
-    system = config.make_system()
+    composed = config.composed()
+    system = config.served(composed)
     settings = config.gateway_settings()
     typer.echo(
         f"tidegate {__version__}: system {system.name} ({system.summary}), SLO {settings.slo}, "
@@ -58,13 +59,13 @@ def launch(config: Config) -> bool:
     keyed = bool(settings.api_key or settings.tenants)
     if not keyed and not _is_loopback(settings.host):
         warn(f"{settings.host} is open to the network and no API key is set")
-    own = make_system(config.scheduling.system, slo=config.scheduling.slo).chunks
-    if config.fleet.on_vllm and own is not None and not own.steady:
+    chunks = composed.chunks
+    if system.chunks is None and chunks is not None and not chunks.steady:
         warn(
-            f"{system.name} chooses chunks by {own.name}, which vLLM takes from nobody: steps carry what "
+            f"{system.name} chooses chunks by {chunks.name}, which vLLM takes from nobody: steps carry what "
             "--max-num-batched-tokens said at the servers' launch"
         )
-    fleet = make_fleet(config)
+    fleet = make_fleet(config, system)
     if system.name != COLOCATED and config.fleet.range.most > 1 and not _hands_on_kv(fleet, config.fleet):
         system = colocated_without_kv(config, system.name)
     announced = AnnouncedFleet(fleet)
@@ -107,15 +108,16 @@ def colocated_without_kv(config: Config, name: str) -> System:
     return replace(system, prefill=both, decode=both)
 
 
-def make_fleet(config: Config) -> Fleet:
-    """Return the fleet that the settings describe, not yet started; gets a model that goes by a name."""
+def make_fleet(config: Config, system: System) -> Fleet:
+    """Return the fleet that the settings describe, not yet started, whose engines do what ``system`` asks of
+    them; gets a model that goes by a name."""
     source, engine = config.fleet, config.engine
     if source.vllm:
         key = source.vllm_api_key or ""
         return StaticFleet(source.vllm, api_key=key, profiles=_profiles(source), kv=source.kv)
     if source.launch == "vllm":
         return launched_vllm(source, config.first_size)
-    system, first = config.make_system(), config.first_size
+    first = config.first_size
     order, chunks = system.order.in_engines.name, (system.chunks or FIXED).name
     log_level = "info" if debugging() else "warning"
     if source.emulate:

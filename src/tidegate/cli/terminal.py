@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import typer
 
+from tidegate.cli.durations import duration
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -134,5 +136,4 @@ def _left(share: float, fresh: float | None, elapsed_s: float) -> str:
     done = share if fresh is None else fresh
     if done < LEAST_SHARE:
         return ""
-    left_s = elapsed_s * (1.0 - share) / done
-    return f", about {left_s:.0f} s left" if left_s < 120 else f", about {left_s / 60:.0f} min left"
+    return f", about {duration(elapsed_s * (1.0 - share) / done)} left"

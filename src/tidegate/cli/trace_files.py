@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tidegate.bound.phase_load import PhaseLoad
+from tidegate.cli.durations import duration
 from tidegate.cli.options import Flag
 from tidegate.cli.terminal import warn
 from tidegate.core.errors import ConfigError
@@ -122,7 +123,7 @@ def _trace_lines(one: Described) -> list[tuple[str, str]]:
         a = s.arrivals
         busiest = f"{a.busiest_minute_rps:.3g}/s ({a.peak_to_mean:.2f}x)"
         lines += [
-            ("duration", _duration(a.duration_s)),
+            ("duration", duration(a.duration_s)),
             ("rate", f"{a.rate_rps:.3g}/s, busiest minute {busiest}"),
             ("burstiness", f"CV {_number(a.cv)} of gaps, IDC60 {_number(a.idc60)} (Poisson: 1, 1)"),
         ]
@@ -174,12 +175,6 @@ def _pair(share: float) -> str:
 def _spread(s: Spread) -> str:
     mean = f"{s.mean:.0f}" if s.mean >= 1000 else f"{s.mean:.4g}"
     return f"mean {mean}  p50 {s.p50:g}  p90 {s.p90:g}  p99 {s.p99:g}  max {s.max:g}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _number(value: float | None) -> str:

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tidegate.cli.durations import latency
 from tidegate.cli.terminal import plain_table
 
 BAR = 8
@@ -51,8 +52,8 @@ def _targets(answer: Mapping[str, Any]) -> Table:
     for name in ("ttft", "tpot"):
         p99, target = recent.get(f"{name}_p99_s"), slo.get(f"{name}_s")
         missed = p99 is not None and target is not None and p99 > target
-        shown = Text(_time(p99), style="red" if missed else "green" if p99 is not None else "")
-        table.add_row(name.upper(), _time(recent.get(f"{name}_p50_s")), shown, _time(target))
+        shown = Text(latency(p99), style="red" if missed else "green" if p99 is not None else "")
+        table.add_row(name.upper(), latency(recent.get(f"{name}_p50_s")), shown, latency(target))
     share, failed = recent.get("attained_share"), recent.get("failed", 0)
     lost = Text(f"{failed} failed", style="red" if failed else "")
     table.add_row(
@@ -77,9 +78,9 @@ def _instances(answer: Mapping[str, Any]) -> RenderableType:
             Text(str(row.get("id")), style="bold"),
             Text("draining" if row.get("draining") else role, style=ROLE_STYLES[role]),
             str(row.get("prefill_requests", "-")),
-            _time(row.get("prefill_wait_s") if row.get("prefill_requests") else None),
+            latency(row.get("prefill_wait_s") if row.get("prefill_requests") else None),
             str(row.get("decode_requests", "-")),
-            _time((row.get("mean_gap_s") or None) if row.get("decode_requests") else None),
+            latency((row.get("mean_gap_s") or None) if row.get("decode_requests") else None),
             _fill(row),
         )
     return table
@@ -100,12 +101,6 @@ def _event(event: Mapping[str, Any], width: int) -> Table:
     table.add_column(width=max(20, width - 10))
     table.add_row(f"{_span(event.get('ago_s', 0.0))} ago", Text(str(event.get("text", ""))))
     return table
-
-
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
 
 
 def _span(seconds: float) -> str:
