@@ -5,6 +5,9 @@ bench``, read the journal, and simulate the same arrivals on the same fleet. The
 what the live run shows: the median time of a prefill leg outside the engine's own clock, which is two trips
 over HTTP and the gateway's work. Run: ``python benchmarks/live_vs_sim.py`` (about twelve minutes).
 ``--row stress/spikes --rate 8 --duration 60`` takes workload, fleet and targets of a row of a suite.
+``--slower 4`` has engines take four times as long for everything, and stretches arrivals and targets alike,
+for a machine that does not keep up with the real pace; what follows clocks of its own, as the periods of
+controllers, is not stretched, in neither world.
 """
 
 from __future__ import annotations
@@ -16,13 +19,17 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tidegate import __version__
 from tidegate.core.notation import parse_split
 from tidegate.core.slo import Slo
+from tidegate.costs.forms import TransferCost
+from tidegate.costs.saved_profile import SavedProfile, save_profile
 from tidegate.dataplane.replica import parse_groups, replicas_in
 from tidegate.experiments.suites.catalogue import suite_rows
 from tidegate.journal.reader import read_journal
@@ -130,6 +137,38 @@ def take_row(args: argparse.Namespace) -> None:
     print(f"{row.name}: {len(requests)} requests in {args.duration:g} s, {args.slo}", flush=True)
 
 
+def slow_down(args: argparse.Namespace) -> None:
+    """Stretch the times of engines, arrivals and targets, for both worlds."""
+    factor, slo = args.slower, Slo.parse(args.slo)
+    (group,) = parse_groups([args.emulate])
+    packaged, link = group.packaged, group.packaged.profile.transfer
+    saved = SavedProfile(
+        profile=replace(
+            packaged.profile.scaled(factor, factor),
+            transfer=TransferCost(link.latency_s * factor, link.bytes_per_s / factor),
+        ),
+        created=datetime.now(UTC).isoformat(),
+        tidegate=__version__,
+        url="",
+        model=packaged.model,
+        engine="",
+        hardware="",
+        max_model_len=0,
+        block_tokens=0,
+        kv_capacity_tokens=packaged.kv_capacity_tokens,
+        kv_bytes_per_token=packaged.kv_bytes_per_token,
+        max_batch_tokens=None,
+        held_out=(),
+        notes=(f"{packaged.name}, {factor:g} times slower",),
+        samples={},
+    )
+    save_profile(file := args.out / "slower.json", saved)
+    args.emulate = f"{file}:{group.count}"
+    args.slo = f"ttft:{1e3 * factor * slo.ttft_s:g},tpot:{1e3 * factor * slo.tpot_s:g}"
+    args.scale_rate, args.start = args.scale_rate / factor, args.start * factor
+    args.duration *= factor
+
+
 def load(args: argparse.Namespace) -> Workload:
     """Return the requests that both worlds serve."""
     choice = WorkloadChoice(
@@ -152,6 +191,7 @@ def main() -> None:
     parser.add_argument("--start", type=float, default=0.0)
     parser.add_argument("--duration", type=float, default=150.0)
     parser.add_argument("--slo", default="", help="by default ttft:150,tpot:8, or a row's own")
+    parser.add_argument("--slower", type=float, default=1.0, help="stretch all times by so much")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/live-vs-sim"))
     args = parser.parse_args()
@@ -159,6 +199,8 @@ def main() -> None:
     if args.row:
         take_row(args)
     args.slo = args.slo or "ttft:150,tpot:8"
+    if args.slower != 1.0:
+        slow_down(args)
     print(f"{'':28}" + "".join(f"{name:>12}" for name in FIGURES) + f"{'front p50':>12}{'front p99':>12}")
     for system in args.systems.split(","):
         for _ in range(args.repeats):

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.cli.test_profile_files import SAVED
 from tests.emulated.emulated_gateway import gateway, stream
 from tidegate.core.errors import ConfigError
+from tidegate.costs.saved_profile import save_profile
 from tidegate.engines.emulated.vocabulary import answer
 from tidegate.fleet.emulated import EmulatedFleet, EmulatedLaunch
 from tidegate_testing.chaos import Forced
+
+SECONDS_OF_STAGE = re.compile(r'^tidegate_stage_seconds_sum\{stage="(\w+)"\} (\S+)$', re.MULTILINE)
 
 
 async def test_flips_and_hand_overs_change_no_token() -> None:
@@ -41,6 +47,16 @@ async def test_the_death_of_the_process_changes_no_token() -> None:
         os.kill(pids.pop() or 0, signal.SIGKILL)
         got = await asyncio.gather(*streams)
         assert got == [answer(prompt, 0, 600) for prompt in prompts]
+
+
+async def test_a_measured_engine_is_emulated_at_its_own_pace(tmp_path: Path) -> None:
+    slow = SAVED.profile.scaled(20.0, 20.0)
+    save_profile(file := tmp_path / "slow.json", replace(SAVED, profile=slow))
+    async with gateway("colocated", launch=EmulatedLaunch((f"{file}:1",))) as (running, url, client):
+        assert len(await stream(client, url, list(range(60)), 2)) == 2
+        text = running.dispatcher.metrics.render().decode()
+    stages = {name: float(seconds) for name, seconds in SECONDS_OF_STAGE.findall(text)}
+    assert stages["prefill"] == pytest.approx(slow.prefill_s(60), rel=1e-3)
 
 
 def test_unknown_profiles_and_mixed_models_are_refused_by_name() -> None:

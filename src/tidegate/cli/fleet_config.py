@@ -76,9 +76,9 @@ class FleetSection(Section):
     )
     emulate: Groups | None = setting(
         None,
-        "N emulated instances of a packaged profile (`profile --list` shows them), in place of embedded "
-        "engines: real HTTP and made-up tokens, at the pace of that GPU. Repeat for a mixed fleet of one "
-        "model; the last one may grow, with A..B for N.",
+        "N emulated instances of a packaged profile (`profile --list` shows them) or of a measured one's "
+        "file, in place of embedded engines: real HTTP and made-up tokens, at the pace of that GPU. Repeat "
+        "for a mixed fleet of one model; the last one may grow, with A..B for N.",
         "GPU/MODEL:N",
     )
     vllm: Urls | None = setting(
@@ -165,8 +165,8 @@ class FleetSection(Section):
 
         *others, last = parse_groups(self.emulate or ())
         count = first - sum(group.count for group in others)
-        fixed = [f"{group.packaged.name}:{group.count}" for group in others]
-        return *fixed, f"{last.packaged.name}:{FleetRange(count, last.count + last.spares)}"
+        fixed = [f"{group.named}:{group.count}" for group in others]
+        return *fixed, f"{last.named}:{FleetRange(count, last.count + last.spares)}"
 
 
 class EngineSection(Section):

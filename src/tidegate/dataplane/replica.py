@@ -9,7 +9,8 @@ from tidegate.core.errors import ConfigError
 from tidegate.core.instance import Instance
 from tidegate.core.notation import FleetRange, parse_ranged
 from tidegate.costs.forms import TransferCost
-from tidegate.costs.library import PackagedProfile, packaged_profile
+from tidegate.costs.library import PackagedProfile
+from tidegate.costs.named_profile import load_profile
 from tidegate.costs.profile import Profile
 
 BLOCK_TOKENS = 16
@@ -105,19 +106,21 @@ def replicas_of(
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """``count`` equal instances of one packaged profile, and at most ``spares`` more.
+    """``count`` equal instances of one profile, and at most ``spares`` more.
 
-    ``chunk_tokens`` replaces the fleet's budget of a step.
+    ``chunk_tokens`` replaces the fleet's budget of a step. ``named`` is the profile's name or file as given.
     """
 
     packaged: PackagedProfile
     count: int
     spares: int = 0
     chunk_tokens: int | None = None
+    named: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Group:
-        """Read ``NAME:N``, or ``NAME:A..B`` of a group that may grow; ``NAME`` is one instance.
+        """Read ``NAME:N``, or ``NAME:A..B`` of a group that may grow; ``NAME``, a packaged profile or the
+        file of a measured one, is one instance.
 
         Raises ConfigError for an unknown profile, naming near ones, and for a count that is none.
         """
@@ -131,7 +134,7 @@ class Group:
                 f"{text!r}: expected PROFILE:N with 1 to {MOST_INSTANCES} instances, "
                 "as in h100_sxm/llama-3.1-8b:8, or PROFILE:A..B"
             )
-        return cls(packaged_profile(name), count, most - count)
+        return cls(load_profile(name), count, most - count, named=name)
 
 
 def parse_groups(texts: Sequence[str]) -> list[Group]:

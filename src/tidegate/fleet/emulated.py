@@ -62,7 +62,7 @@ class AllReady(BaseModel):
 
 
 class EmulatedFleet(ProcessFleet[AllReady]):
-    """Instances i0, i1, ... through all groups, in one process, which goes by their packaged profiles.
+    """Instances i0, i1, ... through all groups, in one process, which goes by their profiles.
 
     On request the process serves one more replica of the last group, or drops one. After a restart it serves
     what it served before. Raises ConfigError for an unknown profile, or profiles of several models.
@@ -70,7 +70,7 @@ class EmulatedFleet(ProcessFleet[AllReady]):
 
     def __init__(self, launch: EmulatedLaunch, *, pace: FleetPace | None = None) -> None:
         groups = parse_groups(launch.groups)
-        self._packaged = [group.packaged for group in groups]
+        self._profiles = [(group.named, group.packaged.profile) for group in groups]
         numbers = [number for number, group in enumerate(groups) for _ in range(group.count)]
         self._group_of = {f"i{index}": number for index, number in enumerate(numbers)}
         most = len(numbers) + groups[-1].spares if groups[-1].spares else None
@@ -85,7 +85,7 @@ class EmulatedFleet(ProcessFleet[AllReady]):
         slot = self._slots.get(PLACE)
         if slot is not None and not slot.up:
             raise FleetFull("the process of all emulated instances is not up")
-        self._group_of[name] = len(self._packaged) - 1
+        self._group_of[name] = len(self._profiles) - 1
         if slot is None:
             self._begin(PLACE, (name,), added=True)
         else:
@@ -147,7 +147,7 @@ class EmulatedFleet(ProcessFleet[AllReady]):
 
     def argv(self, slot: Slot) -> list[str]:
         groups = groupby(self._group_of[instance_id] for instance_id in slot.ids)
-        return self._launch.argv([f"{self._packaged[number].name}:{len(list(of))}" for number, of in groups])
+        return self._launch.argv([f"{self._profiles[number][0]}:{len(list(of))}" for number, of in groups])
 
     def health_url(self, slot: Slot, members: list[Member]) -> str:
         """See ``ProcessFleet.health_url``: any instance may go."""
@@ -166,5 +166,5 @@ class EmulatedFleet(ProcessFleet[AllReady]):
 
     def _member(self, instance_id: str, ready: Ready) -> Member:
         self._engine_ids[instance_id] = ready.engine_id
-        profile = self._packaged[self._group_of[instance_id]].profile
+        _, profile = self._profiles[self._group_of[instance_id]]
         return ready.member(instance_id, "emulated", profile, self._secret, self._api_key)
