@@ -2,10 +2,10 @@
 
 For each system: start ``tidegate serve`` with three embedded engines, replay the sample trace with
 ``tidegate bench``, stop, and read the journal. Rate and lengths are scaled to a tiny model on two
-cores. Run: ``python benchmarks/azure_replay.py`` (about twelve minutes). A system may have a split, as in
-``static:1:2``. Traffic whose phases invert, on a real model, is
-``--model smollm2 --trace like:inversion --systems colocated,static:1:2,static:2:1,arrow-lending`` with the
-scales that the machine bears.
+cores. Run: ``python benchmarks/azure_replay.py`` (about twelve minutes). A system may have a split and a
+token budget of its steps, as in ``static:1:2`` and ``colocated@128``. Traffic whose phases invert, on a real
+model, is ``--model smollm2 --trace like:inversion --systems colocated,static:1:2,static:2:1,arrow-lending``
+with the scales that the machine bears.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def rows(bench: Report, journal: Report) -> dict[str, str]:
 
 def replay(system: str, args: argparse.Namespace, out: Path) -> tuple[Report, Report]:
     """Serve and replay once; return the bench's and the journal's report."""
-    name, _, split = system.partition(":")
+    composed, _, chunk = system.partition("@")
+    name, _, split = composed.partition(":")
     journal = out / f"{system.replace(':', '-')}.jsonl"
     journal.unlink(missing_ok=True)  # serve would go on with an earlier run's
     serve = [
@@ -78,6 +79,7 @@ def replay(system: str, args: argparse.Namespace, out: Path) -> tuple[Report, Re
         "0",
     ]
     serve += ["--split", split] if split else []
+    serve += ["--max-batch-tokens", chunk] if chunk else []
     server = subprocess.Popen(serve, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
