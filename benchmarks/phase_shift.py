@@ -29,6 +29,8 @@ from tidegate.workloads.writers import write_trace
 
 BESIDE = 4
 """Decodes that a step is priced with (ours)."""
+CONTEXT = 1024
+"""Longest prompt that the engine is measured with: longer ones take minutes on a CPU."""
 SPREAD = 0.4
 """Deviation of the logarithm of lengths."""
 
@@ -36,7 +38,8 @@ SPREAD = 0.4
 def measured(args: argparse.Namespace) -> Profile:
     """Measure one engine that has the machine for itself."""
     serve = [*TIDEGATE, "serve", "--model", args.model, "--instances", "1", "--system", "colocated"]
-    server = subprocess.Popen([*serve, "--port", "0"], stdout=subprocess.PIPE, text=True)
+    serve += ["--max-model-len", str(CONTEXT), "--port", "0"]
+    server = subprocess.Popen(serve, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
         up = (re.search(r" up after .* at (http://[^,]+),", line) for line in server.stdout)
