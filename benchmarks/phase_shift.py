@@ -16,7 +16,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 from azure_replay import TIDEGATE, Report, ms, replay
@@ -135,4 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
