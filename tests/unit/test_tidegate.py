@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace as replace_struct
 
 from tidegate.core.decision import ControlDecision, Flip, Path, Place, Verdict
 from tidegate.core.errors import NoInstance
@@ -65,6 +66,19 @@ class TestOneCost:
         assert verdict.alternatives is not None
         beside_s = verdict.alternatives.terms()["beside_s"]
         assert beside_s[0] > 0.1 and beside_s[1] == 0.0
+
+    def test_an_answer_that_goes_on_is_not_charged_for_a_first_token_that_is_out(self) -> None:
+        """A request replayed long after its arrival goes where its prompt is computed soonest."""
+        ledger = cluster(2, roles=(M, M))
+        queue(ledger, "i0", 8000)
+        snapshot = ledger.snapshot(0.0)
+        late_s = {}
+        for generated in (0, 5):
+            asked = replace_struct(request("again", 3000), arrival_s=-10.0, slo=SLO, generated=generated)
+            verdict = OneCost().place_prefill(asked, snapshot)
+            assert place(verdict).prefill_on == "i1" and verdict.alternatives is not None
+            late_s[generated] = verdict.alternatives.terms()["late_s"].min()
+        assert late_s[0] > 80.0 and late_s[5] == 0.0
 
     def test_a_decode_leaves_an_instance_that_only_prefills(self) -> None:
         ledger = cluster(3, roles=(P, M, M))

@@ -39,7 +39,7 @@ class FirstToken(NamedTuple):
 
     ``wait_s`` is the queue, ``read_s`` the way of the history, ``prefill_s`` the computing of what the
     instance lacks, alone; ``beside_s`` is by how much the decodes there stretch both. ``late_s`` is what is
-    late by then, weighed.
+    late by then, weighed; none where an answer goes on, whose first token is out.
     """
 
     wait_s: Column
@@ -87,6 +87,8 @@ def first_token(request: Request, snapshot: Snapshot, constants: CostConstants) 
     spent_s = max(0.0, snapshot.at_s - request.arrival_s)
     ttft_s = spent_s + paths.first_token_s + stretched_s
     late_s = constants.late_weight * np.maximum(ttft_s - constants.margin * request.slo.ttft_s, 0.0)
+    if request.generated:
+        late_s = np.zeros_like(late_s)
     return FirstToken(paths.wait_s, paths.read_s, paths.prefill_s, stretched_s, late_s, paths.reads)
 
 
