@@ -111,6 +111,7 @@ def test_a_stop_that_was_not_graceful_is_told(
         return drained
 
     monkeypatch.setattr(launch, "run_gateway", run_gateway)
+    monkeypatch.setattr(launch, "_log_to_stderr", lambda: None)
     config = resolve(None, {}, {"vllm": ["http://a"]}, warn=lambda _: None).config
     assert launch.launch(config) is graceful
     assert capsys.readouterr().out.splitlines()[-1] == ("stopped" if graceful else "stopped at once")
@@ -269,8 +270,10 @@ def test_without_a_kv_connector_vllm_servers_serve_colocated_and_it_is_said(
 
     served: list[str] = []
     monkeypatch.setattr(launch, "run_gateway", run_gateway)
+    monkeypatch.setattr(launch, "_log_to_stderr", lambda: None)
     monkeypatch.setattr(StaticFleet, "hands_on_kv", hands_on_kv)
     given = {"vllm": ["http://a", "http://b"], **({"profile": [profile]} if profile else {})}
     launch.launch(resolve(None, {}, given, warn=lambda _: None).config)
-    assert served == (["static"] if moves else ["colocated"])
+    colocated = "colocated+held-feasible-sjf" if profile else "colocated"
+    assert served == (["static"] if moves else [colocated])
     assert ("no KV connector, so nothing can be disaggregated" in capsys.readouterr().err) is not moves

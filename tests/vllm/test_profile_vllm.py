@@ -26,7 +26,7 @@ KV_BYTES_PER_TOKEN = 2 * 2 * 4 * 32 * 4
 
 
 @pytest.mark.parametrize("servers_of_arch", ["llama"], indirect=True)
-async def test_arrow_goes_by_a_profile_of_real_servers(cluster: VllmCluster, tmp_path: Path) -> None:
+async def test_placements_go_by_a_profile_of_real_servers(cluster: VllmCluster, tmp_path: Path) -> None:
     urls = cluster.urls[:2]
     before = [server.counters() for server in cluster][:2]
     saved = await measure(ProbeSettings(urls, budget_s=20.0), lambda share, what, fresh: None)

@@ -37,6 +37,7 @@ from tidegate.fleet.vllm import ServeArguments
 from tidegate.gateway.run import run_gateway
 from tidegate.policies.baselines import Colocated
 from tidegate.policies.chunks import FIXED
+from tidegate.policies.order import FIFO
 from tidegate.systems import System, make_system
 
 COLOCATED = "colocated"
@@ -67,7 +68,7 @@ def launch(config: Config) -> bool:
         )
     fleet = make_fleet(config, system)
     if system.name != COLOCATED and config.fleet.range.most > 1 and not _hands_on_kv(fleet, config.fleet):
-        system = colocated_without_kv(config, system.name)
+        system = colocated_without_kv(config, system)
     announced = AnnouncedFleet(fleet)
     served = False
 
@@ -95,15 +96,16 @@ def _hands_on_kv(fleet: Fleet, source: FleetSection) -> bool:
     return not launched or ServeArguments(shlex.split(source.vllm_args or "")).kv_transfer.connector != "none"
 
 
-def colocated_without_kv(config: Config, name: str) -> System:
-    """Return the system that serves in the place of ``name``, and say why."""
+def colocated_without_kv(config: Config, named: System) -> System:
+    """Return the system that serves in the place of ``named``, in its order, and say why."""
     warn(
         f"these vLLM servers have no KV connector, so nothing can be disaggregated: {COLOCATED} serves, not "
-        f"{name}, which would compute every prompt twice (if they have one: --kv-connector)"
+        f"{named.name}, which would compute every prompt twice (if they have one: --kv-connector)"
     )
     system = make_system(COLOCATED, slo=config.scheduling.slo)
     if config.fleet.profile:
-        return system
+        order = named.order
+        return system if order.name == FIFO.name else system.ordered(order, f"{COLOCATED}+{order.name}")
     both = Colocated(needs=frozenset())  # All servers are taken for alike, and go by what each has to do.
     return replace(system, prefill=both, decode=both)
 
