@@ -114,9 +114,11 @@ SHOWN_APART = ("instances", "events", "recent", "controllers")
 
 
 def show_state(answer: Mapping[str, Any]) -> None:
-    """Print what a gateway answered: facts in a line, then its instances."""
+    """Print what a gateway answered: in a line the facts that there are, then its instances."""
     console = Console(highlight=False)
-    facts = {name: value for name, value in answer.items() if name not in SHOWN_APART}
+    facts = {
+        name: value for name, value in answer.items() if name not in SHOWN_APART and value not in ({}, [])
+    }
     console.print("[dim] · [/]".join(_fact(name, value) for name, value in facts.items()))
     for name, reason in answer.get("controllers", {}).items():
         console.print(f"[dim]{name}[/] {escape(str(reason))}")
