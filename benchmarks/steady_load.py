@@ -4,9 +4,8 @@ Run: ``python benchmarks/steady_load.py constant`` (six hours each, about eight 
 ``... spikes`` (about four). ``--systems`` takes what ``compare --systems`` does. A row of ``constant`` counts
 the flips of the first ten minutes, in which the traffic becomes known, and those of each hour after them, in
 which at most one is wanted. A row of ``spikes`` has the attainment of what arrives during a spike and in
-parts of the time after it, and for how long after its end requests still missed that would not have missed
-without it: from when on at least as many attain, of all that arrive until the next spike, as in the same
-part of a run without spikes, less one in a hundred.
+parts of the time after it; it is back from when on as many attain, of all that arrive until the next spike,
+as in a run without spikes, less one in a hundred.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -81,9 +81,8 @@ def settings(system: str, setting: Setting) -> Iterator[tuple[str, Setting]]:
 
 def constant(systems: list[str], hours: float, only: str) -> None:
     """Print a row per system, workload and rate."""
-    print(
-        "| system | workload | world | requests/s | attainment | flips in the first 10 min | then by the hour |"
-    )
+    heads = ("system", "workload", "world", "requests/s", "attainment", "flips at first", "then by the hour")
+    print(f"| {' | '.join(heads)} |")
     print("|---" * 7 + "|", flush=True)
     for kind, world, rates in CONSTANT:
         for rate_rps in rates if only in kind else ():
@@ -96,18 +95,16 @@ def constant(systems: list[str], hours: float, only: str) -> None:
                     counts = np.histogram(at_s, edges)[0].tolist()
                     share = run.attained / len(run.requests)
                     early = int(np.count_nonzero(at_s < KNOWN_S))
-                    print(
-                        f"| {name} | {kind} | {world} | {rate_rps:g} | {share:.3f} | {early} "
-                        f"| {' '.join(map(str, counts))} |",
-                        flush=True,
-                    )
+                    row = f"{name} | {kind} | {world} | {rate_rps:g} | {share:.3f} | {early}"
+                    print(f"| {row} | {' '.join(map(str, counts))} |", flush=True)
 
 
 def by_time_after(requests: RequestTable, edges_s: tuple[float, ...]) -> list[float]:
-    """Return which share attains of what arrives in each part of a cycle, from the spike's end on."""
-    phase_s = (requests.arrival_s - (CYCLE_S - SPIKE_S)) % CYCLE_S - SPIKE_S
-    counts, _ = np.histogram(phase_s, edges_s)
-    attained, _ = np.histogram(phase_s[requests.attained], edges_s)
+    """Return which share attains of what arrives in each part of a cycle, from a spike's end on."""
+    since_s = requests.arrival_s - (CYCLE_S - SPIKE_S)
+    phase_s = since_s % CYCLE_S - SPIKE_S
+    counts, _ = np.histogram(phase_s[since_s >= 0], edges_s)
+    attained, _ = np.histogram(phase_s[(since_s >= 0) & requests.attained], edges_s)
     shares: list[float] = (attained / np.maximum(counts, 1)).tolist()
     return shares
 
@@ -123,11 +120,10 @@ def back_after_s(requests: RequestTable, calm: float) -> float:
 
 def spikes(systems: list[str], factor: float, only: str) -> None:
     """Print a row per system, workload and rate."""
-    parts = [f"{low:g}-{high:g} s" for low, high in zip(EDGES_S, (*EDGES_S[1:], CYCLE_S), strict=True)]
-    print(
-        f"| system | workload | requests/s | without spikes | spike | {' | '.join(parts)} | back after | flips |"
-    )
-    print("|---" * (7 + len(parts)) + "|", flush=True)
+    parts = [f"{low:g}-{high:g} s" for low, high in pairwise((*EDGES_S, CYCLE_S - SPIKE_S))]
+    heads = ["system", "workload", "requests/s", "without spikes", "spike", *parts, "back after", "flips"]
+    print(f"| {' | '.join(heads)} |")
+    print("|---" * len(heads) + "|", flush=True)
     for kind, rates in SPIKES:
         base = replace(KINDS[kind], instances=2 * KINDS[kind].instances)
         for rate_rps in rates if only in kind else ():
@@ -145,10 +141,8 @@ def spikes(systems: list[str], factor: float, only: str) -> None:
                     edges = (-SPIKE_S, *EDGES_S, CYCLE_S - SPIKE_S)
                     shares = " | ".join(f"{each:.3f}" for each in by_time_after(run.requests, edges))
                     back_s = back_after_s(run.requests, share - WORSE)
-                    print(
-                        f"| {name} | {kind} | {rate_rps:g} | {share:.3f} | {shares} | {back_s:g} s | {run.flips} |",
-                        flush=True,
-                    )
+                    row = f"{name} | {kind} | {rate_rps:g} | {share:.3f} | {shares} | {back_s:g} s"
+                    print(f"| {row} | {run.flips} |", flush=True)
 
 
 def main() -> None:
