@@ -1,6 +1,6 @@
 """Does a system hold still at constant load, and how soon is it back after a spike?
 
-Run: ``python benchmarks/steady_load.py constant`` (six hours each, about eight minutes of CPU) and
+Run: ``python benchmarks/steady_load.py constant`` (six hours each, about fifteen minutes of CPU) and
 ``... spikes`` (about four). ``--systems`` takes what ``compare --systems`` does. A row of ``constant`` counts
 the flips of the first ten minutes, in which the traffic becomes known, and those of each hour after them, in
 which at most one is wanted. A row of ``spikes`` has the attainment of what arrives during a spike and in
@@ -61,11 +61,11 @@ KINDS = {
     "reading, 70B": Kind("lognormal:6000:0.7", "lognormal:60:0.7", LARGE, Slo(2.0, 0.05), 4),
 }
 CONSTANT = (
-    ("long", "ideal", (3.0, 4.0, 5.0)),
-    ("long", "links", (4.5,)),
+    ("long", "ideal", (3.0, 4.5, 5.5)),
     ("long, 25 ms", "ideal", (4.0,)),
-    ("chat, 70B", "ideal", (10.0,)),
-    ("reading, 70B", "ideal", (3.0, 4.0)),
+    ("reading, 70B", "ideal", (4.0,)),
+    ("long", "links", (4.5,)),
+    ("chat, 70B", "ideal", (20.0,)),
 )
 SPIKES = (("chat, 70B", (5.0, 10.0, 20.0)), ("long", (1.0, 2.0, 3.0)))
 """Rates between spikes, on twice the instances."""
