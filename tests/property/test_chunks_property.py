@@ -94,3 +94,18 @@ def test_a_slack_budget_keeps_the_next_token_in_time_or_carries_the_least(
         assert tokens == step.room_tokens  # what is too late anyway binds nothing
     elif tokens > 0 or step.steps_since >= budget.patient_steps:
         assert carried_s <= max(tpot_s, (1.0 + budget.least_share) * bare_s) + 1e-9
+
+
+@given(step=STEPS)
+def test_prompts_alone_share_a_step_until_that_saves_little(step: NextStep) -> None:
+    budget = SlackBudget()
+    alone = step._replace(decodes=0, context_tokens=0.0, chunk_tokens=0, attention=0.0)
+    assert budget.tokens(alone, 0) == alone.room_tokens
+    taken = alone._replace(chunk_tokens=step.chunk_tokens, attention=step.attention)
+    cost = step.cost
+    if 0 < taken.chunk_tokens < cost.n0:
+        assert budget.tokens(taken, 0) == taken.room_tokens
+    full = alone._replace(chunk_tokens=8000, attention=attention_work(8000, 0))
+    per_step_s = max(0.0, float(cost.a_s) - float(cost.b_s) * float(cost.n0))
+    saves = per_step_s / float(cost.seconds(8000, full.attention, 0.0))
+    assert (budget.tokens(full, 0) == 0) == (saves <= budget.saved_share)

@@ -18,7 +18,7 @@ from tidegate.core.slo import Slo
 from tidegate.costs.forms import TransferCost
 from tidegate.costs.profile import ProfileTable
 from tidegate.ledger.ledger import Ledger
-from tidegate.policies.tidegate.labels import FleetShape, ShapeState
+from tidegate.policies.tidegate.labels import FleetShape, Rest, ShapeConstants, ShapeState
 from tidegate.policies.tidegate.placement import OneCost
 from tidegate.policies.tidegate.shape import FluidFleet, MeanRequest, RecentLengths
 from tidegate.systems import make_system
@@ -194,9 +194,25 @@ class TestFleetShape:
             decode(ledger, on, 99_000)
         crowded = self.tick(self.shape(), ledger)
         assert [flip.to for flip in crowded.actions if isinstance(flip, Flip)] == [M]
-        assert crowded.state.most == 1 and crowded.state.until_s > 10.0
+        assert crowded.state.rest.most == 1 and crowded.state.rest.until_s > 10.0
         relieved = cluster(4, roles=(P, M, M, M), profile=FAST)
         assert not self.tick(self.shape(), relieved, crowded.state._replace(plans=5)).actions
+
+    def test_a_split_that_is_given_up_again_and_again_rests_longer_and_one_after_a_calm_day_does_not(
+        self,
+    ) -> None:
+        constants = ShapeConstants()
+        first = Rest().after(1, 0.0, constants)
+        assert first.seconds == first.until_s == constants.rest_s
+        during = first.after(0, 10.0, constants)
+        assert (during.most, during.seconds, during.until_s) == (0, first.seconds, 10.0 + first.seconds)
+        rest, seconds = first, []
+        for _ in range(6):
+            rest = rest.after(1, rest.until_s + 30.0, constants)
+            seconds.append(rest.seconds)
+        assert seconds == sorted(seconds) and seconds[0] > first.seconds
+        assert seconds[-1] == constants.longest_rest_s
+        assert rest.after(1, rest.until_s + 86_400.0, constants).seconds == constants.rest_s
 
     def test_answers_that_still_run_count_while_all_that_ended_are_remembered(self) -> None:
         lengths = self.shape(answers=10, generated=101).lengths

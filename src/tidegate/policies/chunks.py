@@ -82,6 +82,8 @@ class SlackBudget:
     - *Waiting*: a step with a chunk costs more than one without by more than the chunk's own work, most where
       decodes hold much context. Unless the chunk's work is ``worth`` times as much, the decodes go on alone
       and win time for a longer one, for at most ``patient_steps`` steps.
+    - *Prompts alone*: without decodes no further prompt joins once that would save less than ``saved_share``
+      of the step's time: first tokens of those in it come with its end, and who comes now waits for that.
 
     ``safety`` is the median error of the packaged fits; the others were chosen by measurement
     (docs/policies/chunks.md).
@@ -95,12 +97,13 @@ class SlackBudget:
     least_share: float = 0.25
     worth: float = 3.0
     patient_steps: int = 16
+    saved_share: float = 0.05
 
     def tokens(self, step: NextStep, cached_tokens: int) -> int:
         """See ``ChunkBudget.tokens``."""
         room = step.room_tokens
         if not step.decodes:
-            return room
+            return 0 if step.chunk_tokens and self._full(step) else room
         bare_s = float(step.cost.seconds(step.decodes, 0.0, step.context_tokens))
         ends_s = step.now + step.host_s + bare_s
         due_s = step.dues.behind_first(self.behind_share, ends_s, self.recoverable_tokens)
@@ -113,6 +116,13 @@ class SlackBudget:
                 return 0
         left_s = max(left_s, (1.0 + self.least_share) * bare_s)
         return min(room, longest_chunk(step.cost, left_s, step, cached_tokens))
+
+    def _full(self, step: NextStep) -> bool:
+        """Tell whether prompts save little by sharing a step that has these already."""
+        cost, tokens = step.cost, float(step.chunk_tokens)
+        again_s = step.host_s + max(0.0, float(cost.a_s) - float(cost.b_s) * float(cost.n0))
+        takes_s = step.host_s + float(cost.seconds(tokens, step.attention, 0.0))
+        return tokens >= cost.n0 and again_s <= self.saved_share * takes_s
 
 
 def longest_chunk(cost: MixedCost, seconds: float, step: NextStep, cached_tokens: int) -> int:

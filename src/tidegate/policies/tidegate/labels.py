@@ -11,6 +11,7 @@ from tidegate.core.decision import ControlDecision, Flip
 from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
 from tidegate.ledger.snapshot import Column, Snapshot
+from tidegate.policies.dopd.hysteresis import BACKOFF
 from tidegate.policies.protocols import Signal
 from tidegate.policies.starting_roles import TARGET
 from tidegate.policies.tidegate.shape import FleetLabels, FluidFleet, MeanRequest, RecentLengths
@@ -23,7 +24,8 @@ class ShapeConstants:
     that do both, for bursts are met by whoever is free. A plan moves the share ``step`` of the fleet at most:
     lengths are known late. Lengths are believed from ``fewest`` answers on. Up to ``units`` steps of a fleet
     are compared. Where decodes take more than ``crowded`` of their TPOT target or of the KV, one of those for
-    prefill does both at once, whatever plans say, and for ``rest_s`` there are no more than the others.
+    prefill does both at once, whatever plans say, and for ``rest_s`` there are no more than the others (see
+    ``Rest``), at most for ``longest_rest_s``.
     """
 
     gain: float = 0.07
@@ -34,16 +36,37 @@ class ShapeConstants:
     units: int = 32
     crowded: float = 0.95
     rest_s: float = 300.0
+    longest_rest_s: float = 14_400.0
     period_s: float = 2.0
 
 
-class ShapeState(NamedTuple):
-    """How many of the newest plans in a row wanted more prefill instances (negative: fewer), and the ``most``
-    that there may be until ``until_s``."""
+class Rest(NamedTuple):
+    """Until ``until_s`` at most ``most`` instances prefill only; it lasts ``seconds``.
 
-    plans: int = 0
+    Plans believe in the same split again when a rest is over. Where decodes were crowded because the model
+    errs, at constant load, that would come and go for ever: so a split that is given up within the longest
+    rest after one rests ``BACKOFF`` times as long.
+    """
+
     most: int = 0
     until_s: float = -np.inf
+    seconds: float = 0.0
+
+    def after(self, most: int, at_s: float, constants: ShapeConstants) -> Rest:
+        """Return the rest that begins at ``at_s``; in one that lasts still, it is as long again."""
+        if at_s >= self.until_s + constants.longest_rest_s:
+            seconds = constants.rest_s
+        else:
+            seconds = self.seconds * (BACKOFF if at_s >= self.until_s else 1)
+        seconds = min(seconds, constants.longest_rest_s)
+        return Rest(most, at_s + seconds, seconds)
+
+
+class ShapeState(NamedTuple):
+    """How many of the newest plans in a row wanted more prefill instances (negative: fewer)."""
+
+    plans: int = 0
+    rest: Rest = Rest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +97,7 @@ class FleetShape:
         prefill = int(np.count_nonzero(fleet.labelled(Role.PREFILL)))
         if prefill and (share := self._crowding(fleet)) > constants.crowded:
             why = f"decodes take {share:.0%} of what they may: fewer instances prefill only"
-            rests = ShapeState(0, prefill - 1, fleet.at_s + constants.rest_s)
+            rests = ShapeState(0, state.rest.after(prefill - 1, fleet.at_s, constants))
             return ControlDecision(rests, tuple(flips_to(fleet, prefill - 1, why)), why)
         rows = snapshot.requests
         running = float(rows.answer_tokens[rows.decode_on >= 0].sum())
@@ -83,7 +106,7 @@ class FleetShape:
             unknown = "too little is known of the traffic, or one instance does both"
             return ControlDecision(state._replace(plans=0), reason=unknown)
         told, wanted = self._compared(fleet, demand, prefill)
-        wanted = min(wanted, state.most) if fleet.at_s < state.until_s else wanted
+        wanted = min(wanted, state.rest.most) if fleet.at_s < state.rest.until_s else wanted
         if wanted == prefill:
             return ControlDecision(state._replace(plans=0), reason=told)
         direction = 1 if wanted > prefill else -1
