@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from tidegate.bound.demand import Batching
 from tidegate.core.errors import ConfigError
 from tidegate.costs.forms import Values, attention_work
 from tidegate.experiments.jobs import Workers
@@ -34,12 +35,9 @@ from tidegate.workloads.trace import Workload
 
 SERVED_BY = (
     Candidate("colocated+edf", chunks="slack"),
+    *(Candidate("colocated+edf", None, chunk) for chunk in (512, 2048, 8192)),
     Candidate("colocated+sjf", chunks="slack"),
-    *(
-        Candidate(system, None, chunk)
-        for chunk in (512, 2048, 8192)
-        for system in ("colocated+edf", "colocated+sjf")
-    ),
+    Candidate("colocated+sjf", None, 2048),
     Candidate("tidegate"),
     Candidate("tidegate+edf"),
     Candidate("arrow-lending+feasible-sjf"),
@@ -52,13 +50,15 @@ NOISE = 0.3
 """Exchanges in a row that gain nothing before a candidate is left; each is chosen with that much more noise."""
 NEAR = 4
 """Requests on either side that tell how long one would wait."""
+FAR = 1.25
+"""Where more than this many times what may miss does, the rate is left at once."""
 RACES = 2
 RIVALS = 3
-"""At so many of the rates that the leading candidate misses all are tried once; so many of the best lead."""
-GROWTH = 1.25
+"""At so many of the rates that the leaders barely miss all are tried once; so many of the best lead then."""
+GROWTH = 1.5
 FINEST = 1.02
 """The rate grows by the first factor, by its root whenever none attains, until that is below the second."""
-SIMULATIONS = 90
+SIMULATIONS = 70
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +110,21 @@ def served(setting: Setting, rate_rps: float, seed: int, given_up: Sequence[int]
     }
 
 
+def proposed(setting: Setting, rate_rps: float, seed: int, level: float) -> list[int]:
+    """Return whom the bound's program gives up at a rate (see ``bound.sacrifice``)."""
+    from tidegate.bound.sacrifice import sacrificed  # brings a solver along: half a second
+
+    replicas, engine = setting.fleet.replicas(), setting.fleet.engine
+    return sacrificed(
+        at_rate(requests_of(setting.workload), rate_rps, seed),
+        [replica.profile for replica in replicas],
+        [replica.instance for replica in replicas],
+        setting.settings.loosest_slo,
+        Batching(engine.max_batch_tokens, engine.max_num_seqs, engine.host_s),
+        level=level,
+    )
+
+
 async def find_achievable(
     setting: Setting,
     level: float,
@@ -133,16 +148,16 @@ async def find_achievable(
         raise ConfigError(f"no request is given up ahead here: {why}")
     if simulations < 1:
         raise ConfigError(f"a search needs at least one simulation, got {simulations}")
-    best = max((known or {}).items(), key=lambda each: each[1], default=(None, 0.0))
-    every = dict.fromkeys([*(known or ()), *(candidates or candidates_for(setting.fleet.size))])
+    asked = tuple(candidates) or candidates_for(setting.fleet.size)
     search = _Search(setting, level, seed, workers, simulations)
-    if best[0] is not None and best[1] > 0.0:
-        await search.attains(best[0], best[1])
-        leaders = list(dict.fromkeys([next(iter(candidates or SERVED_BY)), best[0]]))
-        rate_rps = best[1] * GROWTH
+    system, rate_rps = max((known or {}).items(), key=lambda each: each[1], default=(None, 0.0))
+    if system is not None and rate_rps > 0.0:
+        await search.attains(system, rate_rps)
+        rate_rps *= GROWTH
     else:
-        leaders, rate_rps = [next(iter(every))], start_rps or own_rate_rps(search.requests)
-    await search.climb(rate_rps, leaders, list(every))
+        rate_rps = start_rps or own_rate_rps(search.requests)
+    every = list(dict.fromkeys([*(known or ()), *asked]))
+    await search.climb(rate_rps, [asked[0]], every)
     workers.credit(max(0, simulations - search.used))
     return replace(search.best, simulations=search.used)
 
@@ -166,6 +181,8 @@ class _Search:
     workers: Workers
     simulations: int
     used: int = 0
+    near: bool = False
+    proposed_at: set[float] = field(default_factory=set)
     requests: Workload = field(init=False)
     work_s: Values = field(init=False)
     best: Achieved = field(init=False)
@@ -186,24 +203,28 @@ class _Search:
         """Raise the rate while one of ``leaders`` attains, now and then replaced by the best of ``every``."""
         factor, races = GROWTH, 0
         while self.left and factor >= FINEST:
-            attains = False
-            for candidate in leaders:
-                if attains := await self.attains(candidate, rate_rps):
-                    leaders = [candidate, *(each for each in leaders if each is not candidate)]
-                    break
-            if not attains and races < RACES and self.left:
+            found = await self.first_of(leaders, rate_rps)
+            if found is None and races < RACES and self.near and self.left:
                 races += 1
                 leaders = await self.race(every, rate_rps)
-                for candidate in leaders:
-                    if attains := await self.attains(candidate, rate_rps):
-                        break
-            if attains:
+                found = await self.first_of(leaders, rate_rps)
+            if found is not None:
+                leaders = [found, *(each for each in leaders if each is not found)]
                 rate_rps *= factor
             elif self.best.candidate is None:
                 rate_rps /= 2.0
             else:
                 factor = math.sqrt(factor)
                 rate_rps = self.best.rate_rps * factor
+
+    async def first_of(self, leaders: Sequence[Candidate], rate_rps: float) -> Candidate | None:
+        """Return the first that attains the level; None, without asking all, where that is far off."""
+        for candidate in leaders:
+            if await self.attains(candidate, rate_rps):
+                return candidate
+            if not self.near:
+                break
+        return None
 
     async def race(self, every: Sequence[Candidate], rate_rps: float) -> list[Candidate]:
         """Return the few that miss least of what is not given up now."""
@@ -220,7 +241,7 @@ class _Search:
         arrival_s, slo = drawn.arrival_s, self.setting.settings.loosest_slo
         life_s = slo.ttft_s + slo.tpot_s * np.maximum(drawn.output_tokens - 1.0, 0.0)
         given_up, least, stalls = self.given_up, count + 1, 0
-        trial = given_up
+        trial, fresh = given_up, await self.proposal(rate_rps)
         while self.left and stalls < PATIENCE:
             run = await self.run(candidate, rate_rps, trial)
             misses = int(trial.sum()) + run.misses
@@ -231,6 +252,12 @@ class _Search:
             stalls = 0 if misses < least else stalls + 1
             if misses <= least:
                 given_up, least, seen = trial, misses, run
+            if fresh is not None:
+                trial, fresh = fresh, None
+                continue
+            self.near = least <= FAR * spare + 1
+            if not self.near:
+                break
             noise = np.random.default_rng(self.used).lognormal(0.0, NOISE * stalls, count)
             changed = math.ceil((GIVEN_UP if not stalls else 1.0 / (1 + stalls)) * seen.misses)
             trial = given_up.copy()
@@ -244,6 +271,18 @@ class _Search:
         self.given_up = given_up
         return False
 
+    async def proposal(self, rate_rps: float) -> Mask | None:
+        """Return whom the bound gives up at a rate, None where that was asked for already."""
+        if rate_rps in self.proposed_at:
+            return None
+        self.proposed_at.add(rate_rps)
+        anyone = replace(self.setting, system="", split=None)
+        title = f"whom to give up at {rate_rps:.2f} requests/s"
+        job = job_of(proposed, anyone, title, rate_rps=rate_rps, seed=self.seed, level=self.level)
+        given_up = np.zeros(len(self.requests), bool)
+        given_up[await self.workers.do(job)] = True
+        return given_up
+
     async def run(self, candidate: Candidate, rate_rps: float, given_up: Mask) -> _Run:
         """Simulate what is not given up."""
         self.used += 1
@@ -256,7 +295,9 @@ class _Search:
         found = await self.workers.do(job_of(served, candidate.applied(self.setting), title, **arguments))
         self.workers.credit(1)
         return _Run(
-            np.array(found["late"], np.int64), np.array(found["slow"], np.int64), np.array(found["harm"], float)
+            np.array(found["late"], np.int64),
+            np.array(found["slow"], np.int64),
+            np.array(found["harm"], float),
         )
 
 
