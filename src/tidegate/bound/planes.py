@@ -84,7 +84,7 @@ class Planes:
         return None
 
     def fitting(self, scale: float, spare: int) -> Values | None:
-        """Return the share of each request that is kept where the least are given up; None for over ``spare``.
+        """Return the share of each request that is kept where the least are given up; None above ``spare``.
 
         No interval found is then overfull, up to the rounds that are spent.
         """

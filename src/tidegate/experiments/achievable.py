@@ -47,7 +47,7 @@ GIVEN_UP = 0.25
 """Of the requests that still miss, how many others are given up, or exchanged, before the next simulation."""
 PATIENCE = 4
 NOISE = 0.3
-"""Exchanges in a row that gain nothing before a candidate is left; each is chosen with that much more noise."""
+"""Exchanges in a row that gain nothing before a candidate is left; each is chosen with more noise by that."""
 NEAR = 4
 """Requests on either side that tell how long one would wait."""
 FAR = 1.25
