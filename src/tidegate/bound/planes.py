@@ -72,11 +72,7 @@ class Planes:
         spans = Spans.of(self._demand, scale, self._slo)
         kept, before = np.ones(len(self._demand)), 0.0
         for turn in range(_ROUNDS):
-            found = [each for each in self._overfull(spans, kept) if each not in self._idle]
-            self._idle.update(dict.fromkeys(found, 0))
-            if not self._idle or (turn and not found):
-                return None
-            solved = self._program(spans)
+            solved = self._round(spans, kept, first=turn == 0)
             if solved is None:
                 return None
             certificate, kept, least = solved
@@ -86,6 +82,30 @@ class Planes:
                 return None
             before = least
         return None
+
+    def fitting(self, scale: float, spare: int) -> Values | None:
+        """Return the share of each request that is kept where the least are given up; None above ``spare``.
+
+        No interval found is then overfull, up to the rounds that are spent.
+        """
+        spans = Spans.of(self._demand, scale, self._slo)
+        kept = np.ones(len(self._demand))
+        for turn in range(_ROUNDS):
+            solved = self._round(spans, kept, first=turn == 0)
+            if solved is None:
+                break
+            kept = solved[1]
+            if solved[2] > spare:
+                return None
+        return kept
+
+    def _round(self, spans: Spans, kept: Values, *, first: bool) -> tuple[Certificate, Values, float] | None:
+        """Add the intervals that ``kept`` overfills and solve; None where there is nothing new to solve."""
+        found = [each for each in self._overfull(spans, kept) if each not in self._idle]
+        self._idle.update(dict.fromkeys(found, 0))
+        if not self._idle or not (first or found):
+            return None
+        return self._program(spans)
 
     def _overfull(self, spans: Spans, kept: Values) -> list[Interval]:
         """Return intervals whose work, as far as it is ``kept``, is worth more than their time."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +30,7 @@ from tidegate.cli.simulating import (
     make_folder,
     processes,
     set_up,
+    tell_achievable,
     titled,
     with_classes,
     write_folder,
@@ -50,6 +51,7 @@ from tidegate.workloads.choice import WorkloadChoice
 DEFAULT_LEVELS = "0.9,0.99"
 PROBES = "probes.jsonl"
 LEVEL_WIDTH, INTERVAL_WIDTH = 20, 13
+ACHIEVABLE_WIDTH = 12
 """Characters that a level takes in the table, and that its interval takes."""
 FLIPS_WIDTH, MISSES_WIDTH, USED_WIDTH = 30, 60, 20
 """Characters that a terminal has beside the levels where flips are shown, and where misses are, too; and what
@@ -109,6 +111,9 @@ class Searched:
             rule=Rule(lambda width: 0 < width < 1, "a share between 0 and 1, as in 0.02"),
         ),
     ] = 0.02
+    achievable: Annotated[
+        bool, Flag("Search what a clairvoyant schedule attains; takes CPU.", panel=SCORING)
+    ] = False
     price: Annotated[
         float | None, Flag("What an instance costs per hour.", "$", panel=SCORING, rule=POSITIVE)
     ] = None
@@ -148,8 +153,9 @@ def run(
     if suited.suite or not names:
         names += suite_of(suited.suite or "default")
     varied = with_classes(settings, workloads.values())
+    setting = Setting(cut, compared, "", None, varied, bounds, chunks=chunks)
     compared_plan = Plan(
-        setting=Setting(cut, compared, "", None, varied, bounds, chunks=chunks),
+        setting=setting,
         workloads=workloads,
         contenders=contenders(names, compared.size, None if bounds is None else bounds[0]),
         levels=search.levels,
@@ -158,7 +164,13 @@ def run(
         command=command_line(),
         facts=set_up(compared),
         price_per_h=search.price,
+        achievable=search.achievable,
     )
+    if search.achievable:
+        tell_achievable(
+            [replace(setting, workload=each) for each in workloads.values()],
+            len(search.levels) * search.seeds,
+        )
     compare_and_show(compared_plan, "compare", out, jobs, as_json)
 
 
@@ -182,6 +194,8 @@ def compare_and_show(plan: Plan, command: str, out: Path, jobs: int | None, as_j
     for trace in comparison.traces:
         for text in trace.warnings:
             warn(f"{trace.title}: {text}")
+        if trace.achieved_by:
+            note(f"{trace.title}: {trace.achieved_by}")
     sentences = findings(comparison)
     if as_json:
         typer.echo(json.dumps(comparison.to_json(), indent=2, allow_nan=False))
@@ -221,7 +235,8 @@ def _goodputs(comparison: Comparison, trace: TraceComparison, width: int) -> Tab
     """Return the table of a trace, of the columns that ``width`` has room for; the report has all."""
     beside = width - LEVEL_WIDTH * len(comparison.levels)
     used = comparison.least is not None or comparison.price_per_h is not None
-    beside -= USED_WIDTH * used
+    achieved = any(found.achievable_rps for entry in trace.entries for found in entry.levels)
+    beside -= USED_WIDTH * used + ACHIEVABLE_WIDTH * achieved * len(comparison.levels)
     flips, misses = beside >= FLIPS_WIDTH, beside >= MISSES_WIDTH
     intervals = comparison.seeds > 1 and beside >= MISSES_WIDTH + INTERVAL_WIDTH * len(comparison.levels)
     table = plain_table(
@@ -235,25 +250,32 @@ def _goodputs(comparison: Comparison, trace: TraceComparison, width: int) -> Tab
         if intervals:
             table.add_column("interval", justify="right", style="dim", no_wrap=True)
         table.add_column("of limit", justify="right")
+        if achieved:
+            table.add_column("of achievable", justify="right", max_width=10)
     rate = "" if trace.common_rate_rps is None else f" at {_rate(trace.common_rate_rps)}"
     late = ["instance-hours", *["cost"] * (comparison.price_per_h is not None)] * used
     late += [f"flips{rate}"] * flips + ["p99 TTFT of misses", "p99 TPOT of misses"] * misses
     for title in late:
         table.add_column(title, justify="right", max_width=9)
     for entry in trace.entries:
-        cells = _goodput_cells(entry, intervals, list(comparison.used(entry).values()) if used else [])
+        cells = _goodput_cells(
+            entry, intervals, achieved, list(comparison.used(entry).values()) if used else []
+        )
         table.add_row(*cells[: len(table.columns)])
     return table
 
 
-def _goodput_cells(entry: ComparedSystem, interval: bool, used: Sequence[float | None]) -> list[str]:
+def _goodput_cells(
+    entry: ComparedSystem, interval: bool, achieved: bool, used: Sequence[float | None]
+) -> list[str]:
     cells = [escape(entry.title)]
     for found in entry.levels:
         share = found.share_of_limit
         cells.append(f"[bold]{_rate(found.goodput_rps)}[/]{'*' if found.reason else ''}")
         if interval:
             cells.append(f"{_rate(found.low_rps)}-{_rate(found.high_rps)}")
-        cells.append("-" if share is None else f"{100 * share:.0f} %")
+        shares = [share, *[found.share_of_achievable] * achieved]
+        cells += ["-" if each is None else f"{100 * each:.0f} %" for each in shares]
     cells += ["-" if each is None else f"{each:,.2f}" for each in used]
     flips, view = (entry.at_common or {}).get("flips"), entry.view
     cells.append("-" if flips is None else str(flips))

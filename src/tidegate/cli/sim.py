@@ -32,6 +32,7 @@ from tidegate.cli.simulating import (
     make_folder,
     processes,
     set_up,
+    tell_achievable,
     titled,
     with_classes,
     write_folder,
@@ -129,6 +130,9 @@ class RunOptions:
     ] = 0
     goodput: Annotated[bool, Flag("Search the highest rate that meets --level.", panel=SCORING)] = False
     limit: Annotated[bool, Flag("Compute the fluid limit of this hardware.", panel=SCORING)] = False
+    achievable: Annotated[
+        bool, Flag("Search what a clairvoyant schedule attains; takes CPU.", panel=SCORING)
+    ] = False
     journal: Annotated[Path | None, Flag("Write every decision and outcome.", "FILE", panel=SCORING)] = None
     out: Annotated[Path | None, Flag("Write report.html, CSV and PNG files.", "DIR", panel=SCORING)] = None
     jobs: Annotated[int | None, JOBS] = None
@@ -169,7 +173,8 @@ def run(
         if (
             split
             or settings.slo_classes
-            or any((options.rate_rps, options.goodput, options.limit, options.journal, options.out))
+            or any((options.rate_rps, options.journal, options.out))
+            or any((options.goodput, options.limit, options.achievable))
         ):
             raise ConfigError("--replay goes with the options of fleet and engine, --system and --json only")
 
@@ -249,12 +254,14 @@ def _note_assumptions(setting: Setting, given: Container[str], rate_rps: float |
 def _simulate_and_show(setting: Setting, options: RunOptions, scoring: Scoring) -> dict[str, Any]:
     """Do what ``options`` ask, print it, and return the run's object of the ``--json`` contract."""
     found = LevelGoodput(scoring.level, "", 0.0, 0.0, 0.0, None, ())
-    if options.goodput or options.limit:
+    if options.goodput or options.limit or options.achievable:
         found = _search(setting, options, scoring.level)
     rate_rps = found.shown_rps or options.rate_rps
     finished = _simulate(setting, rate_rps, options.seed, options.journal)
     summary = finished.summary(
-        goodput_rps=found.goodput_rps if options.goodput else None, limit_rps=found.limit_rps
+        goodput_rps=found.goodput_rps if options.goodput else None,
+        limit_rps=found.limit_rps,
+        achievable_rps=found.achievable_rps,
     )
     for text in finished.run.warnings:
         warn(text)
@@ -279,24 +286,41 @@ def _simulate_and_show(setting: Setting, options: RunOptions, scoring: Scoring) 
 
 
 def _search(setting: Setting, options: RunOptions, level: float) -> LevelGoodput:
-    """Return the goodput, 0 and without probes where only the limit was asked for."""
+    """Return the goodput, 0 and without probes where only the limit or what is achievable was asked for."""
+    from tidegate.experiments.achievable import SIMULATIONS
     from tidegate.experiments.jobs import Store, Workers
-    from tidegate.experiments.run import largest_limit
+    from tidegate.experiments.reference import as_sentence, find_reference
+    from tidegate.experiments.run import largest_limit, unlimited
     from tidegate.experiments.search import EXPECTED_PROBES, find_goodput
+    from tidegate.experiments.systems import Candidate
+
+    seeds = range(options.seed, options.seed + (SEARCH_SEEDS if options.goodput else 1))
+    if options.achievable:
+        tell_achievable([setting], len(seeds))
+        if unlimited(setting):
+            options = replace(options, achievable=False)
 
     async def search() -> LevelGoodput:
         with share_bar() as advance:
             async with Workers(processes(options.jobs), Store(None), advance) as workers:
-                seeds = range(options.seed, options.seed + (SEARCH_SEEDS if options.goodput else 1))
-                workers.expect(len(seeds) * (options.limit + options.goodput * EXPECTED_PROBES))
+                probes = options.goodput * EXPECTED_PROBES + options.achievable * SIMULATIONS
+                workers.expect(len(seeds) * (options.limit + probes))
                 bound: float | None = None
                 if options.limit:
                     most = setting.fleet.engine.max_batch_tokens
                     bound = (await largest_limit(setting, level, most, seeds, workers))["limit_rps"]
                     workers.credit(len(seeds))
-                if not options.goodput:
-                    return LevelGoodput(level, "", 0.0, 0.0, 0.0, bound, ())
-                return await find_goodput(setting, level, seeds, TOLERANCE, bound, workers)
+                found = LevelGoodput(level, "", 0.0, 0.0, 0.0, bound, ())
+                if options.goodput:
+                    found = await find_goodput(setting, level, seeds, TOLERANCE, bound, workers)
+                if not options.achievable:
+                    return found
+                served = Candidate(setting.system, setting.split, None, setting.chunks)
+                rates = found.by_seed or (0.0,) * len(seeds)
+                known = {seed: {served: rate} for seed, rate in zip(seeds, rates, strict=True)}
+                rate_rps, how = await find_reference(setting, level, known, bound, workers)
+                note(as_sentence([how]))
+                return replace(found, achievable_rps=rate_rps)
 
     return run_until_interrupted(search(), "nothing is kept; `tidegate compare` keeps what it has")
 

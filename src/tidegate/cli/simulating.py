@@ -23,7 +23,7 @@ from tidegate.core.slo import Slo
 from tidegate.costs.library import PackagedProfile, packaged_profile
 from tidegate.costs.named_profile import load_profile
 from tidegate.dataplane.replica import BLOCK_TOKENS, EngineSettings
-from tidegate.experiments.setting import SimulatedFleet
+from tidegate.experiments.setting import Setting, SimulatedFleet
 from tidegate.policies.shares import parse_shares
 from tidegate.reports.charts import Chart
 from tidegate.reports.comparison import TABLES, Comparison, write_tables
@@ -231,6 +231,22 @@ def write_pngs(folder: Path, charts: Iterable[Chart]) -> None:
             break
         except Exception as error:
             warn(f"{chart.name}.png could not be drawn: {error}")
+
+
+def tell_achievable(settings: Sequence[Setting], searches: int) -> None:
+    """Say what ``searches`` of what is achievable take for each of ``settings``, or why there are none."""
+    from tidegate.experiments.achievable import SIMULATIONS
+    from tidegate.experiments.reference import expected_cpu_s
+    from tidegate.experiments.run import unlimited
+
+    for why in dict.fromkeys(filter(None, map(unlimited, settings))):
+        warn(f"nothing is searched for what is achievable: {why}")
+    searched = [setting for setting in settings if not unlimited(setting)]
+    if searched:
+        cpu_s = sum(expected_cpu_s(setting, searches) for setting in searched)
+        runs = SIMULATIONS * searches * len(searched)
+        time_is = f"{cpu_s:.0f} s" if cpu_s < 120 else f"{cpu_s / 60:.0f} min"
+        note(f"what is achievable takes up to {runs:,} simulations more, about {time_is} of CPU here")
 
 
 def command_line() -> str:

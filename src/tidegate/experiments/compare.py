@@ -9,7 +9,9 @@ from functools import partial
 from typing import Any
 
 import tidegate
+from tidegate.experiments.achievable import SIMULATIONS
 from tidegate.experiments.jobs import Workers
+from tidegate.experiments.reference import with_reference
 from tidegate.experiments.run import job_of, largest_limit, run_with_view, unlimited
 from tidegate.experiments.search import EXPECTED_PROBES, RACED_PROBES, find_goodput
 from tidegate.experiments.setting import Setting
@@ -32,7 +34,10 @@ Search = Callable[[Candidate, int, float], Awaitable[LevelGoodput]]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to compare. ``setting`` has everything but the workload and the system; ``titles`` name traces."""
+    """What to compare. ``setting`` has everything but the workload and the system; ``titles`` name traces.
+
+    With ``achievable`` a clairvoyant search tells what some schedule attains.
+    """
 
     setting: Setting
     workloads: Mapping[str, WorkloadChoice]
@@ -43,6 +48,7 @@ class Plan:
     command: str
     facts: Mapping[str, str]
     price_per_h: float | None = None
+    achievable: bool = False
 
 
 async def compare(plan: Plan, workers: Workers) -> Comparison:
@@ -79,6 +85,7 @@ def runs_per_trace(plan: Plan) -> float:
         raced = 0 if few else candidates - 1
         full = candidates * plan.seeds if few else 1 + FINALISTS * plan.seeds * (plan.seeds > 1)
         probes += EXPECTED_PROBES * full + RACED_PROBES * raced
+    probes += plan.achievable * SIMULATIONS * plan.seeds
     return len(plan.levels) * (plan.seeds + probes) + SHOWN_RUNS * len(plan.contenders)
 
 
@@ -105,10 +112,13 @@ async def compare_on(plan: Plan, title: str, workload: WorkloadChoice, workers: 
     searches = {level: partial(search, level) for level in plan.levels}
     found = await asyncio.gather(*(_entry(plan, contender, searches) for contender in plan.contenders))
     rate_rps, rate_is = common_rate([entry for entry, _ in found])
+    why, how = unlimited(setting), ""
+    if plan.achievable and not why:
+        compared, how = await with_reference(setting, found, workers)
+        found = [(entry, by_level) for entry, (_, by_level) in zip(compared, found, strict=True)]
     entries = await asyncio.gather(
-        *(_with_runs(candidate.applied(setting), entry, rate_rps, workers) for entry, candidate in found)
+        *(_with_runs(by_level[0].applied(setting), entry, rate_rps, workers) for entry, by_level in found)
     )
-    why = unlimited(setting)
     return TraceComparison(
         trace=workload.trace,
         title=title,
@@ -122,20 +132,22 @@ async def compare_on(plan: Plan, title: str, workload: WorkloadChoice, workers: 
             )
         ),
         own_rate_rps=own_rate_rps(requests_of(workload)),
+        achieved_by=how,
     )
 
 
 async def _entry(
     plan: Plan, contender: Contender, searches: Mapping[float, Search]
-) -> tuple[ComparedSystem, Candidate]:
-    """Return a contender's goodputs and the candidate that is best at the first level."""
+) -> tuple[ComparedSystem, list[Candidate]]:
+    """Return a contender's goodputs and the candidate that is best at each level."""
     found = [
         await search_candidates(contender.candidates, plan.seeds, searches[level]) for level in plan.levels
     ]
-    levels = tuple(each[best_candidate(each)] for each in found)
+    best = [best_candidate(each) for each in found]
+    levels = tuple(each[candidate] for each, candidate in zip(found, best, strict=True))
     several = len(contender.candidates) > 1
     others = {candidate.label: each for candidate, each in found[0].items()} if several else {}
-    return ComparedSystem(contender.name, levels, others), best_candidate(found[0])
+    return ComparedSystem(contender.name, levels, others), best
 
 
 async def search_candidates(
@@ -200,6 +212,8 @@ async def _with_runs(
         "goodput_rps": first.goodput_rps,
         "limit_rps": first.limit_rps,
         "share_of_limit": first.share_of_limit,
+        "achievable_rps": first.achievable_rps,
+        "share_of_achievable": first.share_of_achievable,
     }
     seen: dict[float, Any] = {}
     for rate_rps in {first.shown_rps, common_rps or 0.0} - {0.0}:

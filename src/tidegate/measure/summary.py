@@ -14,7 +14,8 @@ from tidegate.measure.timeline import Timeline
 
 KEYS = (
     "system", "trace", "instances", "requests", "attained", "attainment", "classes", "rate_rps",
-    "goodput_rps", "limit_rps", "share_of_limit", "ttft_s", "tpot_s", "stages", "flips", "adds",
+    "goodput_rps", "limit_rps", "share_of_limit", "achievable_rps", "share_of_achievable",
+    "ttft_s", "tpot_s", "stages", "flips", "adds",
     "drains", "reversals", "migrations", "preemptions", "kv_transfer_bytes", "instance_hours", "wall_s",
     "cpu_s", "requests_per_cpu_s", "seed", "version",
 )  # fmt: skip
@@ -48,7 +49,7 @@ class Run(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """What a run does not know of itself. ``goodput_rps`` and ``limit_rps`` are None where not computed."""
+    """What a run does not know of itself. Rates are None where not computed."""
 
     system: str
     trace: str
@@ -57,13 +58,14 @@ class RunFacts:
     cpu_s: float
     goodput_rps: float | None = None
     limit_rps: float | None = None
+    achievable_rps: float | None = None
 
 
 def summarize_run(run: Run, facts: RunFacts) -> dict[str, Any]:
     """Return the run as an object with exactly the keys ``KEYS``.
 
     ``rate_rps`` is the offered rate. Percentiles are over requests answered in full; null stands for what was
-    not computed or has nothing to be computed from, never NaN. ``share_of_limit`` relates the goodput.
+    not computed or has nothing to be computed from, never NaN. Shares of rates are those of the goodput.
     """
     requests = run.requests
     attainment = score_table(requests)
@@ -81,6 +83,8 @@ def summarize_run(run: Run, facts: RunFacts) -> dict[str, Any]:
         "goodput_rps": facts.goodput_rps,
         "limit_rps": facts.limit_rps,
         "share_of_limit": share_of(facts.goodput_rps, facts.limit_rps),
+        "achievable_rps": facts.achievable_rps,
+        "share_of_achievable": share_of(facts.goodput_rps, facts.achievable_rps),
         "ttft_s": percentiles(requests.ttft_s, ok),
         "tpot_s": percentiles(requests.tpot_s, ok),
         "stages": {

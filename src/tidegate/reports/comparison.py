@@ -36,7 +36,8 @@ class LevelGoodput:
     ``chosen`` tells the candidate that reached it (``split 3:5``, ``chunk 2048``), empty where there was no
     choice; ``reason`` says why the goodput is 0, or what else is odd about it. ``by_seed`` are the goodputs
     of the single seeds, in their order; of one alone the interval says nothing. Of a candidate that misses
-    where another attains only that rate is known: ``below_rps``, and the goodput is 0.
+    where another attains only that rate is known: ``below_rps``, and the goodput is 0. ``achievable_rps`` is
+    what a clairvoyant search attains, the mean of the seeds; None where none was asked for.
     """
 
     level: float
@@ -49,6 +50,7 @@ class LevelGoodput:
     reason: str = ""
     by_seed: tuple[float, ...] = ()
     below_rps: float | None = None
+    achievable_rps: float | None = None
 
     @property
     def seeds(self) -> int:
@@ -62,6 +64,10 @@ class LevelGoodput:
     @property
     def share_of_limit(self) -> float | None:
         return share_of(self.goodput_rps, self.limit_rps)
+
+    @property
+    def share_of_achievable(self) -> float | None:
+        return share_of(self.goodput_rps, self.achievable_rps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +101,8 @@ class ComparedSystem:
 class TraceComparison:
     """All systems on one trace, whose own rate is ``own_rate_rps``.
 
-    At ``common_rate_rps`` their runs are shown side by side.
+    At ``common_rate_rps`` their runs are shown side by side. ``achieved_by`` says how the achievable rates
+    were reached.
     """
 
     trace: str
@@ -106,6 +113,7 @@ class TraceComparison:
     limit_binding: str
     warnings: tuple[str, ...] = ()
     own_rate_rps: float | None = None
+    achieved_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +195,8 @@ def _row(trace: TraceComparison, entry: ComparedSystem, found: LevelGoodput) -> 
         "high_rps": found.high_rps,
         "limit_rps": found.limit_rps,
         "share_of_limit": found.share_of_limit,
+        "achievable_rps": found.achievable_rps,
+        "share_of_achievable": found.share_of_achievable,
         "reason": found.reason,
         "common_rate_rps": trace.common_rate_rps,
         "attainment_at_common": common.get("attainment"),

@@ -123,6 +123,7 @@ def _section(comparison: Comparison, trace: TraceComparison, charts: Sequence[Ch
         "<h3>Goodput and its share of the limit</h3>",
         _goodput_table(comparison, trace),
         note(f"The limit is set by: {escape(trace.limit_binding)}.") if trace.limit_binding else "",
+        note(escape(trace.achieved_by)) if trace.achieved_by else "",
         *(figure(each) for each in charts if not each.name.endswith(late)),
         "<h3>Latency and misses at one rate</h3>",
         *_run_tables(trace),
@@ -146,10 +147,12 @@ def _figure(chart: Chart) -> list[str]:
 
 def _goodput_table(comparison: Comparison, trace: TraceComparison) -> str:
     several = comparison.seeds > 1
+    achieved = any(found.achievable_rps for entry in trace.entries for found in entry.levels)
     head = ["system"]
     for level in comparison.levels:
         interval = ["interval"] if several else []
-        head += [f"goodput at {100 * level:g} % (requests/s)", *interval, "of limit", "chosen"]
+        possible = ["of achievable"] if achieved else []
+        head += [f"goodput at {100 * level:g} % (requests/s)", *interval, "of limit", *possible, "chosen"]
     every = [found for entry in trace.entries for found in entry.levels]
     best = {
         level: max((f.goodput_rps for f in every if f.level == level), default=0)
@@ -168,7 +171,10 @@ def _goodput_table(comparison: Comparison, trace: TraceComparison) -> str:
             if several:
                 ends = f"{_number(found.low_rps, 2)} to {_number(found.high_rps, 2)}"
                 cells.append(ends if found.seeds > 1 else "one seed")
-            cells += [_percent(found.share_of_limit), escape(found.chosen)]
+            cells.append(_percent(found.share_of_limit))
+            if achieved:
+                cells.append(_percent(found.share_of_achievable))
+            cells.append(escape(found.chosen))
         rows.append(cells)
     reasons = sorted({found.reason for found in every if found.reason})
     return table(head, rows) + "".join(note(f"* {escape(reason)}") for reason in reasons)

@@ -59,6 +59,10 @@ def _service(run: Run, summary: Mapping[str, Any], slo: str, searched: LevelGood
             yield _row("Goodput is of the limit", _percent(summary["share_of_limit"]))
         elif summary["rate_rps"] is not None and summary["limit_rps"] > 0:
             yield _row("Offered rate is of the limit", _percent(summary["rate_rps"] / summary["limit_rps"]))
+    if summary["achievable_rps"] is not None:
+        yield _row("Achievable", _rate(summary["achievable_rps"]))
+        if summary["share_of_achievable"] is not None:
+            yield _row("Goodput is of the achievable", _percent(summary["share_of_achievable"]))
 
 
 def _latency(summary: Mapping[str, Any]) -> Iterator[str]:
