@@ -76,7 +76,7 @@ def requests_of(args: argparse.Namespace, profile: Profile, turn: int) -> Path:
             duration_s=args.phase_s,
             input_tokens=f"lognormal:{prompt}:{SPREAD}",
             output_tokens=f"lognormal:{answer}:{SPREAD}",
-            seed=100 * turn + at,
+            seed=1000 * args.seed + 100 * turn + at,
         )
         phases.append(load_workload(choice))
     file: Path = args.out / f"turn{turn}.csv"
@@ -99,6 +99,7 @@ def main() -> None:
     add("--cycles", type=int, default=1)
     add("--load", type=float, default=0.5, help="share of what the cores can do")
     add("--targets", type=float, nargs=2, default=(4.0, 3.0), help="multiples of prefill and step alone")
+    add("--seed", type=int, default=0)
     add("--budget", type=float, default=30.0, help="seconds of measuring")
     add("--out", type=Path, default=Path("runs/phase-shift"))
     args = parser.parse_args()
