@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from hypothesis import HealthCheck, given, settings
@@ -23,7 +23,7 @@ WITHIN = 1.01
 
 @dataclass(frozen=True)
 class Asked:
-    slo: Slo = Slo(0.5, 0.03)
+    slo: Slo = field(default_factory=lambda: Slo(0.5, 0.03))
     instances: int = 2
     level: float = 0.9
 
