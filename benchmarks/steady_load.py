@@ -67,7 +67,7 @@ CONSTANT = (
     ("long", "links", (4.5,)),
     ("chat, 70B", "ideal", (20.0,)),
 )
-SPIKES = (("chat, 70B", (5.0, 10.0, 20.0)), ("long", (1.0, 2.0, 3.0)))
+SPIKES = (("chat, 70B", (10.0, 20.0)), ("long", (2.0, 3.0)))
 """Rates between spikes, on twice the instances."""
 
 

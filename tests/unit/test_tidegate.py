@@ -198,7 +198,7 @@ class TestFleetShape:
         relieved = cluster(4, roles=(P, M, M, M), profile=FAST)
         assert not self.tick(self.shape(), relieved, crowded.state._replace(plans=5)).actions
 
-    def test_a_split_that_is_given_up_again_and_again_rests_longer_and_one_after_a_calm_day_does_not(
+    def test_a_split_that_is_given_up_again_rests_longer_and_one_after_a_calm_day_does_not(
         self,
     ) -> None:
         constants = ShapeConstants()
@@ -206,13 +206,10 @@ class TestFleetShape:
         assert first.seconds == first.until_s == constants.rest_s
         during = first.after(0, 10.0, constants)
         assert (during.most, during.seconds, during.until_s) == (0, first.seconds, 10.0 + first.seconds)
-        rest, seconds = first, []
-        for _ in range(6):
-            rest = rest.after(1, rest.until_s + 30.0, constants)
-            seconds.append(rest.seconds)
-        assert seconds == sorted(seconds) and seconds[0] > first.seconds
-        assert seconds[-1] == constants.longest_rest_s
-        assert rest.after(1, rest.until_s + 86_400.0, constants).seconds == constants.rest_s
+        again = during.after(1, during.until_s + 30.0, constants)
+        assert again.seconds == constants.longest_rest_s > first.seconds
+        assert again.after(0, again.until_s - 1.0, constants).seconds == again.seconds
+        assert again.after(1, again.until_s + 86_400.0, constants).seconds == constants.rest_s
 
     def test_answers_that_still_run_count_while_all_that_ended_are_remembered(self) -> None:
         lengths = self.shape(answers=10, generated=101).lengths

@@ -122,7 +122,7 @@ class SlackBudget:
         cost, tokens = step.cost, float(step.chunk_tokens)
         again_s = step.host_s + max(0.0, float(cost.a_s) - float(cost.b_s) * float(cost.n0))
         takes_s = step.host_s + float(cost.seconds(tokens, step.attention, 0.0))
-        return tokens >= cost.n0 and again_s <= self.saved_share * takes_s
+        return tokens >= float(cost.n0) and again_s <= self.saved_share * takes_s
 
 
 def longest_chunk(cost: MixedCost, seconds: float, step: NextStep, cached_tokens: int) -> int:

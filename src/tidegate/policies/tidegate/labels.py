@@ -11,7 +11,6 @@ from tidegate.core.decision import ControlDecision, Flip
 from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
 from tidegate.ledger.snapshot import Column, Snapshot
-from tidegate.policies.dopd.hysteresis import BACKOFF
 from tidegate.policies.protocols import Signal
 from tidegate.policies.starting_roles import TARGET
 from tidegate.policies.tidegate.shape import FleetLabels, FluidFleet, MeanRequest, RecentLengths
@@ -24,8 +23,8 @@ class ShapeConstants:
     that do both, for bursts are met by whoever is free. A plan moves the share ``step`` of the fleet at most:
     lengths are known late. Lengths are believed from ``fewest`` answers on. Up to ``units`` steps of a fleet
     are compared. Where decodes take more than ``crowded`` of their TPOT target or of the KV, one of those for
-    prefill does both at once, whatever plans say, and for ``rest_s`` there are no more than the others (see
-    ``Rest``), at most for ``longest_rest_s``.
+    prefill does both at once, whatever plans say, and for ``rest_s`` there are no more than the others, or
+    for ``longest_rest_s`` (see ``Rest``).
     """
 
     gain: float = 0.07
@@ -35,7 +34,7 @@ class ShapeConstants:
     fewest: int = 32
     units: int = 32
     crowded: float = 0.95
-    rest_s: float = 300.0
+    rest_s: float = 900.0
     longest_rest_s: float = 14_400.0
     period_s: float = 2.0
 
@@ -45,7 +44,7 @@ class Rest(NamedTuple):
 
     Plans believe in the same split again when a rest is over. Where decodes were crowded because the model
     errs, at constant load, that would come and go for ever: so a split that is given up within the longest
-    rest after one rests ``BACKOFF`` times as long.
+    rest after one rests the longest.
     """
 
     most: int = 0
@@ -54,11 +53,12 @@ class Rest(NamedTuple):
 
     def after(self, most: int, at_s: float, constants: ShapeConstants) -> Rest:
         """Return the rest that begins at ``at_s``; in one that lasts still, it is as long again."""
-        if at_s >= self.until_s + constants.longest_rest_s:
-            seconds = constants.rest_s
+        if at_s < self.until_s:
+            seconds = self.seconds
+        elif at_s < self.until_s + constants.longest_rest_s:
+            seconds = constants.longest_rest_s
         else:
-            seconds = self.seconds * (BACKOFF if at_s >= self.until_s else 1)
-        seconds = min(seconds, constants.longest_rest_s)
+            seconds = constants.rest_s
         return Rest(most, at_s + seconds, seconds)
 
 
