@@ -30,6 +30,7 @@ from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
 from tidegate.experiments.jobs import Store, Workers
 from tidegate.experiments.setting import Setting, SimulatedFleet
+from tidegate.planner import trial
 from tidegate.planner.answer import answer
 from tidegate.planner.deployment import Deployment, PoolOf, ReplicaKind, deployment, kinds_on, offers
 from tidegate.planner.question import MODELLED_CHUNKS, Question, systems_for
@@ -190,8 +191,10 @@ def main() -> None:
     parser.add_argument("--model", default="llama-3.1-8b")
     parser.add_argument("--gpu", default="h100_sxm")
     parser.add_argument("--mixed-sizes", action="store_true")
+    parser.add_argument("--requests", type=int, default=trial.MOST, help="of a run that count, at most")
     parser.add_argument("--jobs", type=int, default=1)
     given = parser.parse_args()
+    trial.MOST, trial.FEWEST = given.requests, min(given.requests, trial.FEWEST)
     if given.what == "fleet":
         for trace in given.workloads:
             before_s, before_cpu_s = time.monotonic(), cpu_s()

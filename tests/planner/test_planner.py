@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from dataclasses import replace
@@ -21,8 +22,9 @@ from tidegate.costs.parallel import _scaled, profiles_on
 from tidegate.costs.roofline import roofline_profile
 from tidegate.costs.shapes import SHAPES
 from tidegate.dataplane.replica import EngineSettings
+from tidegate.experiments.jobs import Store, Workers
 from tidegate.experiments.setting import Setting, SimulatedFleet
-from tidegate.planner import trial
+from tidegate.planner import trial, watch
 from tidegate.planner.bounds import Bounds
 from tidegate.planner.capacity import Affine, Capacities
 from tidegate.planner.deployment import Deployment, PoolOf, deployment, kinds_on, offers
@@ -33,6 +35,7 @@ from tidegate.planner.program import Asked, Option, solutions
 from tidegate.planner.question import Question, systems_for
 from tidegate.planner.transition import MovePrices, payback_s, transition
 from tidegate.planner.trial import Length, attempt, length_for
+from tidegate.planner.watch import WindowVerdict
 from tidegate.systems.registry import SystemOptions
 from tidegate.workloads.choice import WorkloadChoice, requests_of
 
@@ -291,6 +294,44 @@ def test_a_plan_is_printed_written_and_watched(tmp_path: Path, capsys: pytest.Ca
     assert "no longer the best" in told and re.search(r"costs [\d,]+ GPU-seconds, .*: move", told)
     assert status("plan", *asked, "--payback", "0.001") == 0
     assert "not within 0 s: stay" in capsys.readouterr().out
+
+
+def test_a_growing_journal_is_followed_window_by_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, journal = tmp_path / "whole.jsonl", tmp_path / "journal.jsonl"
+    assert status("sim", "--requests", 300, "--rate", 20, "--instances", 2, "--journal", whole) == 0
+    lines = whole.read_text().splitlines(keepends=True)
+    monkeypatch.setattr(watch, "POLL_S", 0.0)
+    monkeypatch.setattr(watch, "LATE_S", 1.0)
+    monkeypatch.setattr(watch, "FEWEST_REQUESTS", 10)
+    polls: list[int] = []
+    monkeypatch.setattr(watch, "_size", lambda path: polls.append(0) or path.stat().st_size)
+
+    async def verdict(question: Question, chosen: Deployment, start_s: float, *_: object) -> WindowVerdict:
+        return WindowVerdict(start_s, 1.0, 1.0, 1.0)
+
+    monkeypatch.setattr(watch, "_verdict", verdict)
+    question = Question(
+        Setting(WorkloadChoice(trace=str(journal)), SimulatedFleet(()), ""),
+        OFFERED,
+        tuple(KINDS.values()),
+        0.9,
+    )
+
+    async def followed() -> list[float]:
+        async with Workers(1, Store(None)) as workers:
+            windows = watch.verdicts(question, SMALL[0], 5.0, workers, follow=True)
+            first = asyncio.ensure_future(anext(windows))
+            while len(polls) < 3:
+                await asyncio.sleep(0)
+            assert not first.done()  # half a line, and no window is over
+            with journal.open("a") as file:
+                file.write(lines[len(lines) // 6][20:] + "".join(lines[len(lines) // 6 + 1 :]))
+            return [(await first).start_s, (await anext(windows)).start_s]
+
+    journal.write_text("".join(lines[: len(lines) // 6]) + lines[len(lines) // 6][:20])
+    assert asyncio.run(followed()) == [0.0, 5.0]
 
 
 @pytest.mark.usefixtures("short_runs")

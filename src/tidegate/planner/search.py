@@ -48,7 +48,7 @@ FORMS: dict[str, tuple[tuple[Role, ...], ...]] = {
     "adaptive": ((Role.MIXED,),),
     "mixed": ((Role.PREFILL, Role.MIXED), (Role.MIXED, Role.DECODE)),
 }
-ROUNDS, NEAR, AROUND = 6, HOPELESS, 12
+ROUNDS, NEAR, AROUND = 6, 0.85, 12
 """Of looking around the best, and around those of other families that serve so much of it; the neighbours
 that are tried of one, those first of which the program expects most."""
 
