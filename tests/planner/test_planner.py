@@ -34,7 +34,7 @@ from tidegate.planner.moves import fits, neighbours
 from tidegate.planner.program import Asked, Option, solutions
 from tidegate.planner.question import Question, systems_for
 from tidegate.planner.transition import MovePrices, payback_s, transition
-from tidegate.planner.trial import Length, attempt, length_for
+from tidegate.planner.trial import TrialLength, attempt, length_for
 from tidegate.planner.watch import WindowVerdict
 from tidegate.systems.registry import SystemOptions
 from tidegate.workloads.choice import WorkloadChoice, requests_of
@@ -78,7 +78,7 @@ def test_no_deployment_attains_above_its_bound(name: str, uncounted: int) -> Non
     base = Setting(choice, SimulatedFleet(()), "", None)
     base = Setting(choice, SimulatedFleet(()), "", None, type(base.settings)(slo=slo))
     for chosen in SMALL:
-        bound_rps = bounds.rps(chosen, Length(250, uncounted))
+        bound_rps = bounds.rps(chosen, TrialLength(250, uncounted))
         if bound_rps == float("inf"):
             continue
         found += 1
@@ -306,7 +306,12 @@ def test_a_growing_journal_is_followed_window_by_window(
     monkeypatch.setattr(watch, "LATE_S", 1.0)
     monkeypatch.setattr(watch, "FEWEST_REQUESTS", 10)
     polls: list[int] = []
-    monkeypatch.setattr(watch, "_size", lambda path: polls.append(0) or path.stat().st_size)
+
+    def size(path: Path) -> int:
+        polls.append(path.stat().st_size)
+        return polls[-1]
+
+    monkeypatch.setattr(watch, "_size", size)
 
     async def verdict(question: Question, chosen: Deployment, start_s: float, *_: object) -> WindowVerdict:
         return WindowVerdict(start_s, 1.0, 1.0, 1.0)
@@ -366,7 +371,7 @@ def test_conversations_are_run_as_whole_sessions_and_ampd_is_tried() -> None:
     assert len(drawn) == sum(map(ids.count, set(drawn.column("session_id")))) >= 150
     slow, fast = (trial.scaled_to(drawn, rate_rps).arrival_s.max() for rate_rps in (8.0, 16.0))
     assert slow == pytest.approx(2.0 * fast)
-    assert Bounds(choice, SLO, 0.9, EngineSettings()).rps(SMALL[0], Length(150)) == float("inf")
+    assert Bounds(choice, SLO, 0.9, EngineSettings()).rps(SMALL[0], TrialLength(150)) == float("inf")
 
     systems = systems_for(own)
     assert "ampd-cost" in systems["disaggregated"]

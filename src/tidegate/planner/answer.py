@@ -18,7 +18,7 @@ from tidegate.planner.deployment import Deployment
 from tidegate.planner.feasibility import check_feasible
 from tidegate.planner.question import CACHE_SHARE, SMALL_CELLS, Question, cached_share
 from tidegate.planner.search import TOLERANCE, PlanSearch
-from tidegate.planner.trial import MOST, MOST_SETTLING, Length, trial_job, without_prefix_cache
+from tidegate.planner.trial import MOST, MOST_SETTLING, TrialLength, trial_job, without_prefix_cache
 from tidegate.reports.comparison import LevelGoodput
 
 AS_GOOD = 0.03
@@ -99,7 +99,7 @@ class RankedPlan:
     curve: tuple[tuple[int, str, float], ...]
     parts: int
     part: Question
-    length: Length
+    length: TrialLength
     runs: dict[str, list[tuple[float, float]]]
 
 
@@ -115,7 +115,11 @@ async def answer(question: Question, workers: Workers) -> RankedPlan:
         raise ConfigError(await _nothing(search, question, parts))
     ranked, rate_rps = await _ranked(search, found, parts)
     sentences = [*_verdict(ranked, question), *await _about_caching(search, ranked, parts)]
-    sentences += [*_about_length(search), *_about_scale(question, part, parts)]
+    sentences += [
+        *_about_chunks(ranked[0].deployment),
+        *_about_length(search),
+        *_about_scale(question, part, parts),
+    ]
     runs = {each.deployment.label: search.runs_of(each.deployment, parts) for each in ranked}
     return RankedPlan(
         question,
@@ -284,6 +288,16 @@ async def _about_caching(search: PlanSearch, ranked: Sequence[Ranked], parts: in
             f"{run['attainment']:.0%} there."
         ]
     return []
+
+
+def _about_chunks(first: Deployment) -> list[str]:
+    """Say so where what is planned takes engines that cut steps as they are told."""
+    if first.family != "adaptive":
+        return []
+    return [
+        f"{first.system} cuts every step by the slack of its decodes, as embedded engines do; vLLM servers "
+        "have a fixed budget of a step, and serve less."
+    ]
 
 
 def _about_length(search: PlanSearch) -> list[str]:

@@ -20,7 +20,7 @@ from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
 from tidegate.dataplane.replica import EngineSettings
 from tidegate.planner.deployment import Deployment, PoolOf, ReplicaKind
-from tidegate.planner.trial import Length, drawn
+from tidegate.planner.trial import TrialLength, drawn
 from tidegate.workloads.choice import WorkloadChoice
 from tidegate.workloads.sessions import in_rounds
 
@@ -40,10 +40,10 @@ class Bounds:
     slo: Slo
     level: float
     engine: EngineSettings
-    _demands: dict[Length, Demand] = field(default_factory=dict)
-    _works: dict[tuple[Length, ReplicaKind, int], tuple[Values, Values]] = field(default_factory=dict)
+    _demands: dict[TrialLength, Demand] = field(default_factory=dict)
+    _works: dict[tuple[TrialLength, ReplicaKind, int], tuple[Values, Values]] = field(default_factory=dict)
 
-    def rps(self, chosen: Deployment, length: Length) -> float:
+    def rps(self, chosen: Deployment, length: TrialLength) -> float:
         """Return a rate above which a deployment attains less than the level; infinite where none is known.
 
         None is known where rounds wait for answers: their
@@ -59,12 +59,12 @@ class Bounds:
         chunk = max(pool.chunk_tokens for pool in chosen.pools)
         return min(self._prefill(chosen.pools, length, chunk), self._answers(chosen.pools, length, 2, chunk))
 
-    def _prefill(self, pools: Sequence[PoolOf], length: Length, chunk: int) -> float:
+    def _prefill(self, pools: Sequence[PoolOf], length: TrialLength, chunk: int) -> float:
         """Bound the rate by prefills, which end within the TTFT target after the last arrival."""
         everybody = np.ones(len(self._demand(length)), dtype=bool)
         return self._rate(self._speed(pools, length, 0, chunk), everybody, self.slo.ttft_s, length)
 
-    def _answers(self, pools: Sequence[PoolOf], length: Length, phase: int, chunk: int) -> float:
+    def _answers(self, pools: Sequence[PoolOf], length: TrialLength, phase: int, chunk: int) -> float:
         """Bound the rate by answers: those up to any length end within the targets of that length.
 
         Of the requests that attain, at most as many as are longer need not be counted.
@@ -76,7 +76,9 @@ class Bounds:
             bounds.append(self._rate(speed, decodes <= longest, slack_s, length))
         return min(bounds)
 
-    def _speed(self, pools: Sequence[PoolOf], length: Length, phase: int, chunk: int) -> tuple[Values, float]:
+    def _speed(
+        self, pools: Sequence[PoolOf], length: TrialLength, phase: int, chunk: int
+    ) -> tuple[Values, float]:
         """Return the seconds that each request takes a replica of the first pool, and how many such replicas
         the pools are at best. ``phase`` is 0 for prefills, 1 for decodes and 2 for both."""
         works = []
@@ -90,7 +92,7 @@ class Bounds:
             replicas += count / max(1e-12, float(ratios.min()))
         return reference, replicas
 
-    def _rate(self, speed: tuple[Values, float], counted: Mask, slack_s: float, length: Length) -> float:
+    def _rate(self, speed: tuple[Values, float], counted: Mask, slack_s: float, length: TrialLength) -> float:
         """Return the rate at which the least work of those ``counted`` that have to attain just fits between
         the first arrival of the trial's that count and ``slack_s`` after the last."""
         work, replicas = speed
@@ -103,13 +105,13 @@ class Bounds:
         share = float((every_s[-1] - every_s[length.uncounted]) / (every_s[-1] - every_s[0]))
         return share * (len(every_s) - 1) / span_s
 
-    def _demand(self, length: Length) -> Demand:
+    def _demand(self, length: TrialLength) -> Demand:
         if length not in self._demands:
             every = demand_of(drawn(self.choice, length.requests, 0))
             self._demands[length] = every.only(np.arange(len(every)) >= length.uncounted)
         return self._demands[length]
 
-    def _work(self, length: Length, kind: ReplicaKind, chunk: int) -> tuple[Values, Values]:
+    def _work(self, length: TrialLength, kind: ReplicaKind, chunk: int) -> tuple[Values, Values]:
         """Return the least seconds of a replica that each request's prefill and decode take."""
         key = length, kind, chunk
         if key not in self._works:

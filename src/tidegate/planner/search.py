@@ -27,7 +27,7 @@ from tidegate.planner.deployment import Deployment, Offer
 from tidegate.planner.moves import neighbours
 from tidegate.planner.program import Asked, options_of, solutions
 from tidegate.planner.question import MODELLED_CHUNKS, Question
-from tidegate.planner.trial import Length, length_for, trial_job
+from tidegate.planner.trial import TrialLength, length_for, trial_job
 from tidegate.reports.comparison import LevelGoodput
 from tidegate.workloads.choice import requests_of
 
@@ -79,7 +79,7 @@ class PlanSearch:
         self._adaptive = 1.0
         """What adaptive fleets serve over what mixed replicas do by the program."""
         self._runs: dict[Deployment, dict[float, list[float]]] = {}
-        self.length = Length(0)
+        self.length = TrialLength(0)
         """Of every run: the same for all, so that they are held side by side."""
 
     def by_every_system(self, chosen: Iterable[Deployment]) -> list[Deployment]:
@@ -189,7 +189,7 @@ class PlanSearch:
         first = [each for family in families for each in self.proposals(family, 1, rate_rps)]
         return first or [each for family in families for each in self.proposals(family, 1)]
 
-    def expected_length(self, starts: Sequence[Deployment] = ()) -> Length:
+    def expected_length(self, starts: Sequence[Deployment] = ()) -> TrialLength:
         """Return how long a trial is at the most that the program expects of the ``starts``."""
         most_rps = max(map(self.predicted_rps, starts or self._first()), default=0.0)
         return length_for(self._workload, self._slo.tpot_s, most_rps)

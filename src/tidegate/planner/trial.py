@@ -36,26 +36,26 @@ request."""
 
 
 @dataclass(frozen=True, slots=True)
-class Length:
+class TrialLength:
     """``requests`` of a trial, of which the first ``uncounted`` only fill the fleet."""
 
     requests: int
     uncounted: int = 0
 
-    def part(self, divisor: int) -> Length:
+    def part(self, divisor: int) -> TrialLength:
         """Return so much of it from its beginning on, where all count."""
-        return Length(max(1, self.requests // divisor))
+        return TrialLength(max(1, self.requests // divisor))
 
 
-def length_for(workload: Workload, tpot_s: float, rate_rps: float) -> Length:
+def length_for(workload: Workload, tpot_s: float, rate_rps: float) -> TrialLength:
     """Return how long a trial at about ``rate_rps`` is."""
     counted = _counted(workload, tpot_s, rate_rps)
     settling_s = settling_time_s(workload, tpot_s)
     if settling_s <= SPAN_S:
-        return Length(counted)
+        return TrialLength(counted)
     counted = int(min(counted, max(FEWEST, rate_rps * SPAN_S)))
     uncounted = int(min(MOST_SETTLING, rate_rps * settling_s))
-    return Length(uncounted + counted, uncounted)
+    return TrialLength(uncounted + counted, uncounted)
 
 
 def settling_time_s(workload: Workload, tpot_s: float) -> float:
@@ -156,7 +156,7 @@ def _p95(values: Any) -> float | None:
     return float(np.percentile(known, 95)) if len(known) else None
 
 
-def trial_job(setting: Setting, title: str, rate_rps: float, seed: int, length: Length) -> Job:
+def trial_job(setting: Setting, title: str, rate_rps: float, seed: int, length: TrialLength) -> Job:
     """Return the job of ``attempt``. Rates are rounded, so that a search finds those of another one."""
     rounded = float(f"{rate_rps:.4g}")
     run = {"rate_rps": rounded, "seed": seed, "requests": length.requests, "uncounted": length.uncounted}
