@@ -1,12 +1,14 @@
 """How good plans are: ``python benchmarks/planner.py [best|fleet|table2] --store FILE``.
 
 ``best`` plans for 8, 16 and 32 GPUs on three packaged workloads, and then tries every other deployment at 3 %
-more than the first choice serves: one simulation each tells whether it is better by more than that.
-Exhaustive: every count and size of replicas with one size per phase (with ``--mixed-sizes`` any sizes in a
-phase, which is feasible for 8 GPUs), every budget of a step that the planner chooses from, and all three
-families; deployments that leave GPUs idle are left out, for they serve no more than those that use them.
-What a bound excludes is not simulated. Results are kept in the store, and the same command goes on from
-there.
+more than the first choice serves: one simulation each tells whether it is better by more than that. Plan and
+trials are of one draw of the workload. Exhaustive: every count and size of replicas with one size per phase
+(with ``--mixed-sizes`` any sizes in a phase, which is feasible for 8 GPUs), every budget of a step that the
+program chooses from, all families, and every system of each; deployments that leave GPUs idle are left out,
+for they serve no more than those that use them. What a bound excludes is not simulated, and a run on a
+quarter of the requests that misses the level by more than 5 points ends it. Where the plan simulates a part
+of the fleet, so does the check: parts are compared with parts, and the first choice is run whole at the rate
+that its parts serve. Results are kept in the store, and the same command goes on from there.
 
 ``fleet`` plans for 256 GPUs and prints the time. ``table2`` plans Llama-3.1-70B on H20 GPUs for the workloads
 of AMPD's Table 2 and shows where its deployments come.
@@ -28,10 +30,12 @@ from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
 from tidegate.experiments.jobs import Store, Workers
 from tidegate.experiments.setting import Setting, SimulatedFleet
+from tidegate.planner import trial
 from tidegate.planner.answer import answer
 from tidegate.planner.deployment import Deployment, PoolOf, ReplicaKind, deployment, kinds_on, offers
 from tidegate.planner.question import MODELLED_CHUNKS, Question, systems_for
 from tidegate.planner.search import PlanSearch
+from tidegate.planner.trial import TrialLength, trial_job
 from tidegate.sim import SimSettings
 from tidegate.workloads.choice import WorkloadChoice, requests_of
 
@@ -81,6 +85,7 @@ def every(question: Question, mixed_sizes: bool) -> Iterator[Deployment]:
         "mixed+": (Role.PREFILL, Role.MIXED),
         "mixed-": (Role.MIXED, Role.DECODE),
     }
+    assert {name.rstrip("+-") for name in forms} | {"colocated", "adaptive"} == set(question.families)
     for name, (first, second) in forms.items():
         systems = question.systems[name.rstrip("+-")]
         for many in range(1, whole):
@@ -96,34 +101,41 @@ def every(question: Question, mixed_sizes: bool) -> Iterator[Deployment]:
                         + [PoolOf(second, kind, count, budgets[1]) for kind, count in other],
                     )
     for one in pools(whole, question.kinds, Role.MIXED, mixed_sizes):
-        for system, budget in product(question.systems["colocated"], MODELLED_CHUNKS[Role.MIXED]):
+        systems = (*question.systems["colocated"], *question.systems["adaptive"])
+        for system, budget in product(systems, MODELLED_CHUNKS[Role.MIXED]):
             yield deployment(system, [PoolOf(Role.MIXED, kind, count, budget) for kind, count in one])
 
 
 async def check(question: Question, workers: Workers, mixed_sizes: bool) -> str:
     """Plan, try every other deployment, and say how much better the best is."""
-    found = await answer(question, workers)
-    first = found.ranked[0]
-    search = PlanSearch(question, workers)
-    search.requests = found.requests
-    goodput_rps = first.goodput.shown_rps
+    found = await answer(replace(question, seeds=1), workers)
+    parts, whole = found.parts, found.ranked[0].deployment
+    first = whole.part(parts)
+    search = PlanSearch(found.part, workers)
+    search.length = found.length
+    goodput_rps = found.ranked[0].goodput.goodput_rps / parts
+    print(f"  first choice: {whole.label}, {parts * goodput_rps:.4g} requests/s", flush=True)
     better: dict[Deployment, float] = {}
-    candidates = [one for one in dict.fromkeys(every(question, mixed_sizes)) if one != first.deployment]
+    candidates = [one for one in dict.fromkeys(every(found.part, mixed_sizes)) if one != first]
     bar_rps = (1.0 + MARGIN) * goodput_rps
-    left = [one for one in candidates if search.bounds.rps(one, search.requests) > bar_rps]
-
-    async def tried(one: Deployment) -> None:
+    left = [one for one in candidates if search.bounds.rps(one, search.length) > bar_rps]
+    left.sort(key=lambda one: -search.predicted_rps(one))
+    for one in left:
         if await search.challenged(one, bar_rps) >= question.level:
             better[one] = await search.first_measured(one, 1.02 * bar_rps)
-
-    await asyncio.gather(*map(tried, left))
+            print(f"  better: {one.label}, {better[one] / goodput_rps - 1.0:+.1%}", flush=True)
     best = max(better, key=lambda one: better[one], default=None)
-    words = "nothing serves 3 % more" if best is None else f"{best.title} serves {better[best]:.4g}"
-    return (
-        f"{first.deployment.title} serves {goodput_rps:.4g} requests/s; of {len(candidates)} others "
+    words = "nothing serves 3 % more" if best is None else f"{best.label} serves {parts * better[best]:.4g}"
+    text = (
+        f"{whole.label} serves {parts * goodput_rps:.4g} requests/s; of {len(candidates)} others "
         f"{len(candidates) - len(left)} excluded by bounds, {len(left)} simulated: {words} "
         f"({len(better)} serve more by more than 3 %)"
     )
+    if parts > 1:
+        requests = TrialLength(parts * found.length.requests, parts * found.length.uncounted)
+        at = trial_job(whole.applied(question.setting), whole.title, parts * goodput_rps, 0, requests)
+        text += f"; {parts} parts, whole it attains {(await workers.do(at))['attainment']:.1%} there"
+    return text
 
 
 async def published(trace: str, workers: Workers) -> str:
@@ -179,8 +191,10 @@ def main() -> None:
     parser.add_argument("--model", default="llama-3.1-8b")
     parser.add_argument("--gpu", default="h100_sxm")
     parser.add_argument("--mixed-sizes", action="store_true")
+    parser.add_argument("--requests", type=int, default=trial.MOST, help="of a run that count, at most")
     parser.add_argument("--jobs", type=int, default=1)
     given = parser.parse_args()
+    trial.MOST, trial.FEWEST = given.requests, min(given.requests, trial.FEWEST)
     if given.what == "fleet":
         for trace in given.workloads:
             before_s, before_cpu_s = time.monotonic(), cpu_s()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from dataclasses import replace
@@ -21,8 +22,9 @@ from tidegate.costs.parallel import _scaled, profiles_on
 from tidegate.costs.roofline import roofline_profile
 from tidegate.costs.shapes import SHAPES
 from tidegate.dataplane.replica import EngineSettings
+from tidegate.experiments.jobs import Store, Workers
 from tidegate.experiments.setting import Setting, SimulatedFleet
-from tidegate.planner import trial
+from tidegate.planner import trial, watch
 from tidegate.planner.bounds import Bounds
 from tidegate.planner.capacity import Affine, Capacities
 from tidegate.planner.deployment import Deployment, PoolOf, deployment, kinds_on, offers
@@ -31,7 +33,9 @@ from tidegate.planner.manifests import commands, compose, gateway_words, kuberne
 from tidegate.planner.moves import fits, neighbours
 from tidegate.planner.program import Asked, Option, solutions
 from tidegate.planner.question import Question, systems_for
-from tidegate.planner.trial import attempt
+from tidegate.planner.transition import MovePrices, payback_s, transition
+from tidegate.planner.trial import TrialLength, attempt, length_for
+from tidegate.planner.watch import WindowVerdict
 from tidegate.systems.registry import SystemOptions
 from tidegate.workloads.choice import WorkloadChoice, requests_of
 
@@ -60,11 +64,13 @@ SMALL = (
     made("colocated", (M, 1, 2)),
     made("colocated", (M, 4, 1)),
     made("minimal-load", (P, 1, 1), (M, 1, 1)),
+    made("tidegate", (M, 1, 2)),
 )
 
 
+@pytest.mark.parametrize("uncounted", [0, 40])
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_no_deployment_attains_above_its_bound(name: str) -> None:
+def test_no_deployment_attains_above_its_bound(name: str, uncounted: int) -> None:
     """So pruning by it removes no deployment that is better than the one it is compared with."""
     choice, found = WORKLOADS[name], 0
     slo = Slo(3.0, 0.05) if name == "shared prefixes" else SLO
@@ -72,12 +78,12 @@ def test_no_deployment_attains_above_its_bound(name: str) -> None:
     base = Setting(choice, SimulatedFleet(()), "", None)
     base = Setting(choice, SimulatedFleet(()), "", None, type(base.settings)(slo=slo))
     for chosen in SMALL:
-        bound_rps = bounds.rps(chosen, 250)
+        bound_rps = bounds.rps(chosen, TrialLength(250, uncounted))
         if bound_rps == float("inf"):
             continue
         found += 1
         for factor in (1.001, 1.3):
-            run = attempt(chosen.applied(base), factor * bound_rps, 0, 250)
+            run = attempt(chosen.applied(base), factor * bound_rps, 0, 250, uncounted)
             assert run["attainment"] < 0.9, f"{chosen.title} at {factor:g} times {bound_rps:.4g}"
     assert found, "a bound that bounds nothing proves nothing"
 
@@ -168,7 +174,44 @@ def test_an_slo_that_nobody_meets_is_told_with_the_nearest_that_can_be_met() -> 
         check(Slo(1.0, 0.0001))
 
 
+def test_a_fleet_of_long_answers_is_counted_once_it_has_settled() -> None:
+    """Else a run ends before its answers pile up, and the goodput is that of an empty fleet."""
+    short, long = (
+        requests_of(WorkloadChoice(poisson=5.0, input_tokens="100", output_tokens=tokens, limit=50))
+        for tokens in ("200", "4000")
+    )
+    assert length_for(short, 0.05, 20.0).uncounted == 0
+    counted = length_for(long, 0.05, 20.0)
+    # At an answer's age of a, a + 100 tokens are held: 80 % of all that is by 89 % of the answers.
+    assert counted.uncounted == pytest.approx(20.0 * 0.05 * 4000 * 0.89, rel=0.02)
+    assert counted.requests - counted.uncounted == 1200
+    choice = WorkloadChoice(poisson=5.0, input_tokens="100", output_tokens="4000", limit=50)
+    base = Setting(choice, SimulatedFleet(()), "")
+    chosen = made("colocated", (M, 1, 1)).applied(base)
+    whole, late = (attempt(chosen, 1.5, 0, 400, first) for first in (0, 200))
+    assert late["requests"] == 200 and late["tpot_p95_s"] >= whole["tpot_p95_s"]
+    assert 400 * whole["attainment"] >= 200 * late["attainment"]
+
+
+def test_a_move_is_priced_by_what_changes() -> None:
+    prices = MovePrices(start_s=60.0, drain_s=10.0)
+    split = made("arrow-lending", (P, 1, 2), (D, 1, 2))
+    assert transition(split, replace(split, system="arrow"), prices).cost_gpu_s == 0.0
+    more = transition(split, made("arrow-lending", (P, 1, 1), (D, 1, 3)), prices)
+    assert (more.kept, more.flips, more.stops, more.cost_gpu_s) == (3, 1, 0, 0.0)  # no answer to wait for
+    less = transition(split, made("arrow-lending", (P, 1, 3), (D, 1, 1)), prices)
+    assert (less.flips, less.cost_gpu_s) == (1, 5.0)
+    larger = transition(split, made("arrow-lending", (P, 1, 2), (D, 2, 1)), prices)
+    assert (larger.kept, larger.stops, larger.starts) == (2, 2, 1)
+    assert larger.cost_gpu_s == 2 * 5.0 + 2 * 60.0 and larger.kv_gpu_s == 0.0
+    lost = transition(made("colocated", (M, 1, 2)), made("colocated", (M, 2, 1)), replace(prices, cached=0.5))
+    assert lost.cost_gpu_s == pytest.approx(2 * 5.0 + 2 * 60.0 + lost.kv_gpu_s) and lost.kv_gpu_s > 0.0
+    assert payback_s(130.0, 4, 10.0, 12.0) == pytest.approx(130.0 / (4 * 0.2))
+    assert payback_s(130.0, 4, 10.0, 10.0) == float("inf")
+
+
 PLANNED = (
+    made("tidegate", (M, 1, 2)),
     made("arrow-lending", (P, 1, 2), (D, 2, 1)),
     made("colocated", (M, 2, 2)),
     made("minimal-load", (P, 1, 1), (M, 1, 2)),
@@ -247,7 +290,53 @@ def test_a_plan_is_printed_written_and_watched(tmp_path: Path, capsys: pytest.Ca
     worse["plans"][0]["system"] = "colocated"
     (out / "plan.json").write_text(json.dumps(worse))
     assert status("plan", *asked) == 0
-    assert "no longer the best" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "no longer the best" in told and re.search(r"costs [\d,]+ GPU-seconds, .*: move", told)
+    assert status("plan", *asked, "--payback", "0.001") == 0
+    assert "not within 0 s: stay" in capsys.readouterr().out
+
+
+def test_a_growing_journal_is_followed_window_by_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, journal = tmp_path / "whole.jsonl", tmp_path / "journal.jsonl"
+    assert status("sim", "--requests", 300, "--rate", 20, "--instances", 2, "--journal", whole) == 0
+    lines = whole.read_text().splitlines(keepends=True)
+    monkeypatch.setattr(watch, "POLL_S", 0.0)
+    monkeypatch.setattr(watch, "LATE_S", 1.0)
+    monkeypatch.setattr(watch, "FEWEST_REQUESTS", 10)
+    polls: list[int] = []
+
+    def size(path: Path) -> int:
+        polls.append(path.stat().st_size)
+        return polls[-1]
+
+    monkeypatch.setattr(watch, "_size", size)
+
+    async def verdict(question: Question, chosen: Deployment, start_s: float, *_: object) -> WindowVerdict:
+        return WindowVerdict(start_s, 1.0, 1.0, 1.0)
+
+    monkeypatch.setattr(watch, "_verdict", verdict)
+    question = Question(
+        Setting(WorkloadChoice(trace=str(journal)), SimulatedFleet(()), ""),
+        OFFERED,
+        tuple(KINDS.values()),
+        0.9,
+    )
+
+    async def followed() -> list[float]:
+        async with Workers(1, Store(None)) as workers:
+            windows = watch.verdicts(question, SMALL[0], 5.0, workers, follow=True)
+            first = asyncio.ensure_future(anext(windows))
+            while len(polls) < 3:
+                await asyncio.sleep(0)
+            assert not first.done()  # half a line, and no window is over
+            with journal.open("a") as file:
+                file.write(lines[len(lines) // 6][20:] + "".join(lines[len(lines) // 6 + 1 :]))
+            return [(await first).start_s, (await anext(windows)).start_s]
+
+    journal.write_text("".join(lines[: len(lines) // 6]) + lines[len(lines) // 6][:20])
+    assert asyncio.run(followed()) == [0.0, 5.0]
 
 
 @pytest.mark.usefixtures("short_runs")
@@ -282,7 +371,7 @@ def test_conversations_are_run_as_whole_sessions_and_ampd_is_tried() -> None:
     assert len(drawn) == sum(map(ids.count, set(drawn.column("session_id")))) >= 150
     slow, fast = (trial.scaled_to(drawn, rate_rps).arrival_s.max() for rate_rps in (8.0, 16.0))
     assert slow == pytest.approx(2.0 * fast)
-    assert Bounds(choice, SLO, 0.9, EngineSettings()).rps(SMALL[0], 150) == float("inf")
+    assert Bounds(choice, SLO, 0.9, EngineSettings()).rps(SMALL[0], TrialLength(150)) == float("inf")
 
     systems = systems_for(own)
     assert "ampd-cost" in systems["disaggregated"]

@@ -41,7 +41,7 @@ from tidegate.planner.answer import RankedPlan, answer
 from tidegate.planner.deployment import Offer, kinds_on, offers
 from tidegate.planner.page import HEAD, cells, charts, render
 from tidegate.planner.question import SYSTEMS, Question, systems_for
-from tidegate.planner.watch import Deployed, WindowVerdict, verdicts
+from tidegate.planner.watch import Deployed, WindowVerdict, until_readable, verdicts
 from tidegate.sim import SimSettings
 from tidegate.workloads.choice import WorkloadChoice, requests_of
 
@@ -63,7 +63,7 @@ The cheapest of two kinds of GPU that serves 200 requests/s at 99 % attainment, 
 
 Whether what was planned is still the best, by the journal of the gateway that runs it:
 
-    tidegate plan --watch journal.jsonl --deployed plan/plan.json
+    tidegate plan --watch journal.jsonl --deployed plan/plan.json --follow
 
 [bold]Exit codes[/bold]
 
@@ -177,6 +177,24 @@ class Watching:
     every_s: Annotated[
         float, Flag("Seconds of the journal that are looked at together.", "S", "--every", SCORING)
     ] = 600.0
+    follow: Annotated[
+        bool,
+        Flag("Go on as the journal grows, until Ctrl-C.", panel=SCORING, needs=("watch",)),
+    ] = False
+    start_delay_s: Annotated[
+        float, Flag("How long a server takes to load its model.", "S", "--start-delay", SCORING)
+    ] = 60.0
+    payback_s: Annotated[
+        float,
+        Flag("Propose only moves that gain what they cost within this time.", "S", "--payback", SCORING),
+    ] = 3600.0
+
+    def __post_init__(self) -> None:
+        spans_s = (self.every_s, self.payback_s)
+        if not (all(0 < s < float("inf") for s in spans_s) and 0 <= self.start_delay_s < float("inf")):
+            raise ConfigError(
+                "--every and --payback are positive numbers of seconds, --start-delay at least 0"
+            )
 
 
 def run(
@@ -225,6 +243,8 @@ def run(
     model = budget.model if deployed is None else deployed.model
     offered = budget.offers() if deployed is None else deployed.offers
     choice = replace(workload, trace=str(watching.watch or workload.trace or DEFAULT_TRACE))
+    if watching.follow:
+        run_until_interrupted(until_readable(choice), "")
     setting = Setting(choice, SimulatedFleet((), engine), "", None, with_classes(settings, [choice]))
     question = Question(
         setting,
@@ -237,7 +257,7 @@ def run(
         seeds=wanted.seeds,
     )
     if deployed is not None:
-        _watch(replace(question, rate_rps=None), deployed, watching.every_s, jobs)
+        _watch(replace(question, rate_rps=None), deployed, watching, jobs)
         return
     if out is not None:
         claim_folder(out, "plan", PAGE, FILES)
@@ -262,18 +282,21 @@ def _answered(question: Question, jobs: int | None) -> RankedPlan:
     return run_until_interrupted(everything(), "nothing is kept")
 
 
-def _watch(question: Question, deployed: Deployed, every_s: float, jobs: int | None) -> None:
+def _watch(question: Question, deployed: Deployed, watching: Watching, jobs: int | None) -> None:
     """Print a line per window of the journal, and when what is deployed ceased to be the best."""
+    every_s, delay_s, follow = watching.every_s, watching.start_delay_s, watching.follow
 
     async def everything() -> list[WindowVerdict]:
         seen = []
         async with Workers(processes(jobs), Store(None)) as workers:
-            async for verdict in verdicts(question, deployed.chosen, every_s, workers):
-                typer.echo(verdict.sentence(question.level))
+            async for verdict in verdicts(
+                question, deployed.chosen, every_s, workers, start_delay_s=delay_s, follow=follow
+            ):
+                typer.echo(verdict.sentence(question.level, watching.payback_s))
                 seen.append(verdict)
         return seen
 
-    seen = run_until_interrupted(everything(), "nothing is kept")
+    seen = run_until_interrupted(everything(), "" if follow else "nothing is kept")
     last_good = max((at for at, each in enumerate(seen) if each.best is None), default=-1)
     if last_good + 1 < len(seen):
         typer.echo(f"not the best any more since {seen[last_good + 1].start_s:.0f} s of the journal")
@@ -326,7 +349,7 @@ def to_json(found: RankedPlan, model: str, took_s: float) -> dict[str, Any]:
             {"gpus": gpus, "family": family, "goodput_rps": rps} for gpus, family, rps in found.curve
         ],
         "parts": found.parts,
-        "requests_per_run": found.requests,
+        "requests_per_run": found.length.requests,
         "took_s": took_s,
     }
 
@@ -340,7 +363,7 @@ def _write(folder: Path, found: RankedPlan, model: str, took_s: float) -> None:
     drawn = charts(found)
     facts = {
         "tidegate": tidegate.__version__,
-        "requests per run": str(found.requests),
+        "requests per run": str(found.length.requests),
         "took": f"{took_s:.1f} s",
         **{
             f"profile {each.name}": f"{each.profile.source}; {each.note}"

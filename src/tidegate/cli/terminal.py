@@ -74,7 +74,8 @@ def plain_table(**options: Any) -> Table:
 
 
 def run_until_interrupted(work: Coroutine[Any, Any, T], kept: str) -> T:
-    """Run ``work``. Ctrl-C ends it at once, also in the middle of a call, and then says what is ``kept``."""
+    """Run ``work``. Ctrl-C ends it at once, also in the middle of a call, and then says what is ``kept``, or
+    where that is empty nothing."""
     import asyncio
     import signal
 
@@ -86,7 +87,8 @@ def run_until_interrupted(work: Coroutine[Any, Any, T], kept: str) -> T:
     try:
         return asyncio.run(work)
     except KeyboardInterrupt:
-        note(f"interrupted; {kept}")
+        if kept:
+            note(f"interrupted; {kept}")
         raise
     finally:
         signal.signal(signal.SIGINT, before)

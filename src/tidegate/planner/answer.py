@@ -16,9 +16,9 @@ from tidegate.experiments.jobs import Workers
 from tidegate.measure.percentiles import t_interval
 from tidegate.planner.deployment import Deployment
 from tidegate.planner.feasibility import check_feasible
-from tidegate.planner.question import CACHE_SHARE, Question, cached_share
+from tidegate.planner.question import CACHE_SHARE, SMALL_CELLS, Question, cached_share
 from tidegate.planner.search import TOLERANCE, PlanSearch
-from tidegate.planner.trial import trial_job, without_prefix_cache
+from tidegate.planner.trial import MOST, MOST_SETTLING, TrialLength, trial_job, without_prefix_cache
 from tidegate.reports.comparison import LevelGoodput
 
 AS_GOOD = 0.03
@@ -87,6 +87,7 @@ class Ranked:
 class RankedPlan:
     """The deployments, the best first.
 
+    ``part`` is the question of one of its equal ``parts``, of which one was simulated.
     ``rate_rps`` is where their attainment was compared: the asked rate, else the goodput of the first.
     ``curve`` is (GPUs, family, goodput) as the corrected program predicts it.
     """
@@ -97,7 +98,8 @@ class RankedPlan:
     sentences: tuple[str, ...]
     curve: tuple[tuple[int, str, float], ...]
     parts: int
-    requests: int
+    part: Question
+    length: TrialLength
     runs: dict[str, list[tuple[float, float]]]
 
 
@@ -106,14 +108,18 @@ async def answer(question: Question, workers: Workers) -> RankedPlan:
     saying what binds and what is nearest."""
     whole = PlanSearch(question, workers)
     check_feasible(whole.capacities, question.kinds)
-    part, parts = question.part(_instances(whole))
+    part, parts = _part_of(whole)
     search = PlanSearch(part, workers)
     found = await search.run()
     if not found:
         raise ConfigError(await _nothing(search, question, parts))
     ranked, rate_rps = await _ranked(search, found, parts)
     sentences = [*_verdict(ranked, question), *await _about_caching(search, ranked, parts)]
-    sentences += _about_scale(question, part, parts)
+    sentences += [
+        *_about_chunks(ranked[0].deployment),
+        *_about_length(search),
+        *_about_scale(question, part, parts),
+    ]
     runs = {each.deployment.label: search.runs_of(each.deployment, parts) for each in ranked}
     return RankedPlan(
         question,
@@ -122,9 +128,20 @@ async def answer(question: Question, workers: Workers) -> RankedPlan:
         tuple(sentences),
         tuple(_curve(search, question, parts)),
         parts,
-        search.requests,
+        part,
+        search.length,
         runs,
     )
+
+
+def _part_of(whole: PlanSearch) -> tuple[Question, int]:
+    """Return what is simulated: a smaller part where a run of the usual one would be long, because answers
+    last long and it is run until the fleet has settled."""
+    question = whole.question
+    part, parts = question.part(_instances(whole))
+    if parts > 1 and PlanSearch(part, whole.workers).expected_length().requests > MOST:
+        return question.part(_instances(whole), SMALL_CELLS)
+    return part, parts
 
 
 def _instances(search: PlanSearch) -> int:
@@ -229,6 +246,7 @@ def _verdict(ranked: Sequence[Ranked], question: Question) -> list[str]:
         "disaggregated": "Disaggregate",
         "colocated": "Do not disaggregate",
         "mixed": "Disaggregate in part: mixed replicas beside those of one phase",
+        "adaptive": "Leave it to the system which replicas do what",
     }
     family = first.deployment.family
     rivals = [each for name, each in leaders.items() if name != family]
@@ -261,8 +279,8 @@ async def _about_caching(search: PlanSearch, ranked: Sequence[Ranked], parts: in
         lost = 1.0 - colocated.goodput.goodput_rps / best_rps
         return [f"Prefix caching alone does not suffice: colocated replicas with it serve {lost:.0%} less."]
     rate_rps = (1.0 - AS_GOOD) * best_rps / parts
-    setting = without_prefix_cache(_part(colocated.deployment, parts).applied(search.question.setting))
-    run = await search.do(trial_job(setting, "without prefix cache", rate_rps, 0, search.requests))
+    setting = without_prefix_cache(colocated.deployment.part(parts).applied(search.question.setting))
+    run = await search.do(trial_job(setting, "without prefix cache", rate_rps, 0, search.length))
     if run["attainment"] < search.question.level:
         return [
             f"Prefix caching suffices: {share:.0%} of the prompts' tokens can be found in caches, and "
@@ -272,9 +290,24 @@ async def _about_caching(search: PlanSearch, ranked: Sequence[Ranked], parts: in
     return []
 
 
-def _part(chosen: Deployment, parts: int) -> Deployment:
-    pools = tuple(replace(pool, count=pool.count // parts) for pool in chosen.pools)
-    return replace(chosen, pools=pools)
+def _about_chunks(first: Deployment) -> list[str]:
+    """Say so where what is planned takes engines that cut steps as they are told."""
+    if first.family != "adaptive":
+        return []
+    return [
+        f"{first.system} cuts every step by the slack of its decodes, as embedded engines do; vLLM servers "
+        "have a fixed budget of a step, and serve less."
+    ]
+
+
+def _about_length(search: PlanSearch) -> list[str]:
+    """Say so where a run ends before the fleet has settled."""
+    if search.length.uncounted < MOST_SETTLING:
+        return []
+    return [
+        f"Answers outlast the runs: the first {search.length.uncounted:,} requests of a run do not count, "
+        "and it would take more to fill the fleet; goodputs read high. Plan for fewer GPUs, or with --rate."
+    ]
 
 
 def _about_scale(question: Question, part: Question, parts: int) -> list[str]:

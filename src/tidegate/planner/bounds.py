@@ -20,7 +20,7 @@ from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
 from tidegate.dataplane.replica import EngineSettings
 from tidegate.planner.deployment import Deployment, PoolOf, ReplicaKind
-from tidegate.planner.trial import drawn
+from tidegate.planner.trial import TrialLength, drawn
 from tidegate.workloads.choice import WorkloadChoice
 from tidegate.workloads.sessions import in_rounds
 
@@ -40,50 +40,50 @@ class Bounds:
     slo: Slo
     level: float
     engine: EngineSettings
-    _demands: dict[int, Demand] = field(default_factory=dict)
-    _works: dict[tuple[int, ReplicaKind, int], tuple[Values, Values]] = field(default_factory=dict)
+    _demands: dict[TrialLength, Demand] = field(default_factory=dict)
+    _works: dict[tuple[TrialLength, ReplicaKind, int], tuple[Values, Values]] = field(default_factory=dict)
 
-    def rps(self, chosen: Deployment, requests: int) -> float:
+    def rps(self, chosen: Deployment, length: TrialLength) -> float:
         """Return a rate above which a deployment attains less than the level; infinite where none is known.
 
-        ``requests`` is the trial's number of them. None is known where rounds wait for answers: their
+        None is known where rounds wait for answers: their
         arrivals are the system's.
         """
-        if in_rounds(drawn(self.choice, requests, 0)):
+        if in_rounds(drawn(self.choice, length.requests, 0)):
             return float("inf")
         if chosen.system in FIXED_ROLES and chosen.family == "disaggregated":
             prefill = [pool for pool in chosen.pools if pool.role is Role.PREFILL]
             decode = [pool for pool in chosen.pools if pool.role is Role.DECODE]
-            return min(self._prefill(prefill, requests, 0), self._answers(decode, requests, 1, 0))
+            return min(self._prefill(prefill, length, 0), self._answers(decode, length, 1, 0))
         # Of any budget that a replica has, the largest is the cheapest.
         chunk = max(pool.chunk_tokens for pool in chosen.pools)
-        return min(
-            self._prefill(chosen.pools, requests, chunk), self._answers(chosen.pools, requests, 2, chunk)
-        )
+        return min(self._prefill(chosen.pools, length, chunk), self._answers(chosen.pools, length, 2, chunk))
 
-    def _prefill(self, pools: Sequence[PoolOf], requests: int, chunk: int) -> float:
+    def _prefill(self, pools: Sequence[PoolOf], length: TrialLength, chunk: int) -> float:
         """Bound the rate by prefills, which end within the TTFT target after the last arrival."""
-        everybody = np.ones(len(self._demand(requests)), dtype=bool)
-        return self._rate(self._speed(pools, requests, 0, chunk), everybody, self.slo.ttft_s)
+        everybody = np.ones(len(self._demand(length)), dtype=bool)
+        return self._rate(self._speed(pools, length, 0, chunk), everybody, self.slo.ttft_s, length)
 
-    def _answers(self, pools: Sequence[PoolOf], requests: int, phase: int, chunk: int) -> float:
+    def _answers(self, pools: Sequence[PoolOf], length: TrialLength, phase: int, chunk: int) -> float:
         """Bound the rate by answers: those up to any length end within the targets of that length.
 
         Of the requests that attain, at most as many as are longer need not be counted.
         """
-        decodes, speed = self._demand(requests).decodes, self._speed(pools, requests, phase, chunk)
+        decodes, speed = self._demand(length).decodes, self._speed(pools, length, phase, chunk)
         bounds = []
         for longest in np.quantile(decodes, LENGTHS):
             slack_s = self.slo.ttft_s + self.slo.tpot_s * float(longest)
-            bounds.append(self._rate(speed, decodes <= longest, slack_s))
+            bounds.append(self._rate(speed, decodes <= longest, slack_s, length))
         return min(bounds)
 
-    def _speed(self, pools: Sequence[PoolOf], requests: int, phase: int, chunk: int) -> tuple[Values, float]:
+    def _speed(
+        self, pools: Sequence[PoolOf], length: TrialLength, phase: int, chunk: int
+    ) -> tuple[Values, float]:
         """Return the seconds that each request takes a replica of the first pool, and how many such replicas
         the pools are at best. ``phase`` is 0 for prefills, 1 for decodes and 2 for both."""
         works = []
         for pool in pools:
-            prefill, decode = self._work(requests, pool.kind, chunk or pool.chunk_tokens)
+            prefill, decode = self._work(length, pool.kind, chunk or pool.chunk_tokens)
             works.append((pool.count, (prefill, decode, prefill + decode)[phase]))
         reference = works[0][1]
         replicas = 0.0
@@ -92,25 +92,30 @@ class Bounds:
             replicas += count / max(1e-12, float(ratios.min()))
         return reference, replicas
 
-    def _rate(self, speed: tuple[Values, float], counted: Mask, slack_s: float) -> float:
+    def _rate(self, speed: tuple[Values, float], counted: Mask, slack_s: float, length: TrialLength) -> float:
         """Return the rate at which the least work of those ``counted`` that have to attain just fits between
-        the first arrival and ``slack_s`` after the last."""
+        the first arrival of the trial's that count and ``slack_s`` after the last."""
         work, replicas = speed
         needed = int(np.ceil(self.level * len(work) - 1e-9)) - int(np.count_nonzero(~counted))
         busy_s = float(np.sort(work[counted])[: max(0, needed)].sum()) / replicas
         span_s = busy_s - slack_s
-        return (len(work) - 1) / span_s if span_s > 0 else float("inf")
+        if span_s <= 0:
+            return float("inf")
+        every_s = drawn(self.choice, length.requests, 0).arrival_s
+        share = float((every_s[-1] - every_s[length.uncounted]) / (every_s[-1] - every_s[0]))
+        return share * (len(every_s) - 1) / span_s
 
-    def _demand(self, requests: int) -> Demand:
-        if requests not in self._demands:
-            self._demands[requests] = demand_of(drawn(self.choice, requests, 0))
-        return self._demands[requests]
+    def _demand(self, length: TrialLength) -> Demand:
+        if length not in self._demands:
+            every = demand_of(drawn(self.choice, length.requests, 0))
+            self._demands[length] = every.only(np.arange(len(every)) >= length.uncounted)
+        return self._demands[length]
 
-    def _work(self, requests: int, kind: ReplicaKind, chunk: int) -> tuple[Values, Values]:
+    def _work(self, length: TrialLength, kind: ReplicaKind, chunk: int) -> tuple[Values, Values]:
         """Return the least seconds of a replica that each request's prefill and decode take."""
-        key = requests, kind, chunk
+        key = length, kind, chunk
         if key not in self._works:
-            self._works[key] = self._least(self._demand(requests), kind, chunk)
+            self._works[key] = self._least(self._demand(length), kind, chunk)
         return self._works[key]
 
     def _least(self, demand: Demand, kind: ReplicaKind, chunk: int) -> tuple[Values, Values]:

@@ -44,6 +44,9 @@ class Affine:
     def rps(self, count: int) -> float:
         return max(0.0, self.each_rps * count - self.lost_rps) if count else 0.0
 
+    def times(self, factor: float) -> Affine:
+        return Affine(factor * self.each_rps, factor * self.lost_rps)
+
 
 @dataclass(frozen=True)
 class Lengths:
@@ -92,7 +95,7 @@ class Capacities:
         if key not in self._found:
             self._found[key] = self._affine(*key)
         plain, factor = self._found[key], self.factors[role]
-        return Affine(factor * plain.each_rps, factor * plain.lost_rps)
+        return plain.times(factor)
 
     def by_role(self, chosen: Deployment) -> Mapping[Role, float]:
         """Return what a deployment's pools of each role serve, in requests/s."""

@@ -15,6 +15,8 @@ from tidegate.planner.prices import PRICES_PER_H
 
 ORDER = (Role.PREFILL, Role.MIXED, Role.DECODE)
 """Of pools within a deployment."""
+ADAPTIVE = ("tidegate",)
+"""Systems that settle themselves, while they run, which replicas do what."""
 LETTERS = {Role.PREFILL: "P", Role.DECODE: "D", Role.MIXED: "M"}
 
 
@@ -61,11 +63,14 @@ class Deployment:
 
     @property
     def family(self) -> str:
-        """How the phases are shared out: ``disaggregated``, ``colocated`` or ``mixed``."""
+        """How the phases are shared out: ``disaggregated``, ``colocated`` or ``mixed``; ``adaptive`` where
+        all replicas begin as mixed and the system settles it."""
         roles = {pool.role for pool in self.pools}
         if Role.MIXED not in roles:
             return "disaggregated"
-        return "colocated" if roles == {Role.MIXED} else "mixed"
+        if roles != {Role.MIXED}:
+            return "mixed"
+        return "adaptive" if self.system in ADAPTIVE else "colocated"
 
     @property
     def gpus(self) -> Counter[str]:
@@ -101,6 +106,10 @@ class Deployment:
     def times(self, factor: int) -> Deployment:
         """Return it with so many times the replicas."""
         return Deployment(self.system, tuple(replace(pool, count=factor * pool.count) for pool in self.pools))
+
+    def part(self, parts: int) -> Deployment:
+        """Return one of so many equal parts of it."""
+        return Deployment(self.system, tuple(replace(pool, count=pool.count // parts) for pool in self.pools))
 
     def applied(self, setting: Setting) -> Setting:
         """Return ``setting`` with this deployment's system and fleet."""

@@ -80,7 +80,7 @@ def gateway_words(chosen: Deployment, slo: Slo, hosts: dict[str, str]) -> list[s
     counts = {role: sum(pool.count for pool in chosen.pools if pool.role is role) for role in Role}
     if chosen.family == "disaggregated":
         words += ["--system", chosen.system, "--split", f"{counts[Role.PREFILL]}:{counts[Role.DECODE]}"]
-    elif chosen.family == "colocated":
+    elif chosen.family in ("colocated", "adaptive"):
         words += ["--system", chosen.system]
     else:
         words += ["--system", "plan_system.py:planned"]

@@ -11,7 +11,7 @@ from tidegate.reports.charts import Chart, Curve, Mark, Panel, told_apart
 from tidegate.reports.html import answer_box, document, figure, note, table
 from tidegate.reports.looks import Look, looks
 
-FAMILY_TONES = {"disaggregated": 0, "colocated": 3, "mixed": 2}
+FAMILY_TONES = {"disaggregated": 0, "colocated": 3, "mixed": 2, "adaptive": 1}
 HEAD = ("", "deployment", "system", "goodput", "", "per GPU", "per $", "$/h", "attains", "", "sure")
 """Of the ranking's columns."""
 

@@ -20,12 +20,14 @@ CHUNKS_TOKENS = {
 """Budgets of a step to choose from. A decode pool has one for the prefills that a system lends it."""
 MODELLED_CHUNKS = {Role.PREFILL: (2048, 8192), Role.MIXED: (2048, 8192), Role.DECODE: (8192,)}
 """Those that the program chooses from; the search steps to the others."""
-LARGEST, CELLS = 16, (6, 8)
-"""Instances up to which a fleet is simulated whole, and of the part that stands for a larger one."""
+LARGEST, CELLS, SMALL_CELLS = 16, (6, 8), (3, 4)
+"""Instances up to which a fleet is simulated whole, and of the part that stands for a larger one: a smaller
+one where runs are long."""
 SYSTEMS: Mapping[str, tuple[str, ...]] = {
     "disaggregated": ("arrow-lending",),
     "colocated": ("colocated",),
     "mixed": ("minimal-load",),
+    "adaptive": ("tidegate",),
 }
 """Who decides in each family of deployments."""
 IN_ROUNDS: Mapping[str, tuple[str, ...]] = {
@@ -81,7 +83,7 @@ class Question:
         }
         return sum(offer.count // least[offer.gpu] for offer in self.offers if offer.gpu in least)
 
-    def part(self, instances: int) -> tuple[Question, int]:
+    def part(self, instances: int, cells: tuple[int, int] = CELLS) -> tuple[Question, int]:
         """Return the question for one of several equal parts of the fleet, and how many parts there are.
 
         A fleet of up to ``LARGEST`` instances is one part. A larger one is cut where the fewest GPUs are left
@@ -93,7 +95,7 @@ class Question:
         def left(parts: int) -> tuple[int, int]:
             return sum(offer.count % parts for offer in self.offers), parts
 
-        low, high = (math.ceil(instances / cell) for cell in reversed(CELLS))
+        low, high = (math.ceil(instances / cell) for cell in reversed(cells))
         fewest = min(offer.count for offer in self.offers)
         parts = min((count for count in range(low, high + 1) if count <= fewest), key=left, default=fewest)
         offers = tuple(replace(offer, count=offer.count // parts) for offer in self.offers)

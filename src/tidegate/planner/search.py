@@ -27,7 +27,7 @@ from tidegate.planner.deployment import Deployment, Offer
 from tidegate.planner.moves import neighbours
 from tidegate.planner.program import Asked, options_of, solutions
 from tidegate.planner.question import MODELLED_CHUNKS, Question
-from tidegate.planner.trial import requests_for, trial_job
+from tidegate.planner.trial import TrialLength, length_for, trial_job
 from tidegate.reports.comparison import LevelGoodput
 from tidegate.workloads.choice import requests_of
 
@@ -40,14 +40,15 @@ GLIMPSE, DOUBT = 4, 0.05
 queues that grow only grow on."""
 HOPELESS = 0.75
 """Of the best goodput: deployments of which the corrected program expects less are not simulated."""
-PROPOSALS = {"disaggregated": 5, "colocated": 3, "mixed": 2}
+PROPOSALS = {"disaggregated": 5, "colocated": 3, "mixed": 2, "adaptive": 3}
 """Solutions of the program that are tried, per form of a family."""
 FORMS: dict[str, tuple[tuple[Role, ...], ...]] = {
     "disaggregated": ((Role.PREFILL, Role.DECODE),),
     "colocated": ((Role.MIXED,),),
+    "adaptive": ((Role.MIXED,),),
     "mixed": ((Role.PREFILL, Role.MIXED), (Role.MIXED, Role.DECODE)),
 }
-ROUNDS, NEAR, AROUND = 6, HOPELESS, 12
+ROUNDS, NEAR, AROUND = 6, 0.85, 12
 """Of looking around the best, and around those of other families that serve so much of it; the neighbours
 that are tried of one, those first of which the program expects most."""
 
@@ -66,7 +67,7 @@ class PlanSearch:
 
     def __init__(self, question: Question, workers: Workers) -> None:
         self.question = question
-        self._workers = workers
+        self.workers = workers
         setting = question.setting
         workload = requests_of(setting.workload)
         slo = setting.settings.loosest_slo
@@ -75,8 +76,10 @@ class PlanSearch:
         self.known = Simulated()
         self._slo = slo
         self._workload = workload
+        self._adaptive = 1.0
+        """What adaptive fleets serve over what mixed replicas do by the program."""
         self._runs: dict[Deployment, dict[float, list[float]]] = {}
-        self.requests = 0
+        self.length = TrialLength(0)
         """Of every run: the same for all, so that they are held side by side."""
 
     def by_every_system(self, chosen: Iterable[Deployment]) -> list[Deployment]:
@@ -96,8 +99,9 @@ class PlanSearch:
         question, chunks = self.question, MODELLED_CHUNKS
         system = self._leading_system(family)
         every = sorted({chunk for each in chunks.values() for chunk in each})
+        more = self._adaptive if family == "adaptive" else 1.0
         serves = {
-            (role, kind, chunk): self.capacities.of(role, kind, chunk)
+            (role, kind, chunk): self.capacities.of(role, kind, chunk).times(more)
             for role in Role
             for kind in question.kinds
             for chunk in every
@@ -121,27 +125,29 @@ class PlanSearch:
         """Return the program's goodput of a deployment."""
         by_role = self.capacities.by_role(chosen)
         mixed_rps = by_role.get(Role.MIXED, 0.0)
+        if chosen.family == "adaptive":
+            return self._adaptive * mixed_rps
         if chosen.family == "disaggregated":
             return min(by_role.get(Role.PREFILL, 0.0), by_role.get(Role.DECODE, 0.0))
         return mixed_rps + 0.5 * (by_role.get(Role.PREFILL, 0.0) + by_role.get(Role.DECODE, 0.0))
 
     async def do(self, job: Job) -> dict[str, Any]:
         """Return what a run of this search's worker processes gave."""
-        found: dict[str, Any] = await self._workers.do(job)
+        found: dict[str, Any] = await self.workers.do(job)
         return found
 
     async def run_at(self, chosen: Deployment, rate_rps: float, seed: int = 0) -> dict[str, Any]:
         """Return what came of a deployment at a rate (``trial.attempt``)."""
         setting = chosen.applied(self.question.setting)
         title = f"{chosen.title} at {rate_rps:.3g} requests/s"
-        run = await self.do(trial_job(setting, title, rate_rps, seed, self.requests))
+        run = await self.do(trial_job(setting, title, rate_rps, seed, self.length))
         self._runs.setdefault(chosen, {}).setdefault(rate_rps, []).append(run["attainment"])
         return run
 
     async def challenged(self, chosen: Deployment, rate_rps: float) -> float:
         """Return what a deployment attains at a rate, or in the run's first part where that is little."""
         setting = chosen.applied(self.question.setting)
-        job = trial_job(setting, chosen.title, rate_rps, 0, max(1, self.requests // GLIMPSE))
+        job = trial_job(setting, chosen.title, rate_rps, 0, self.length.part(GLIMPSE))
         share = float((await self.do(job))["attainment"])
         enough = share >= self.question.level - DOUBT
         return await self.attainment(chosen, rate_rps) if enough else share
@@ -167,7 +173,7 @@ class PlanSearch:
         return await search_goodput(near, seeds, attained, credit=self._credit)
 
     def _credit(self, share: float) -> None:
-        self._workers.credit(6.0 * share)
+        self.workers.credit(6.0 * share)
 
     async def first_measured(self, chosen: Deployment, guess_rps: float | None = None) -> float:
         """Return a deployment's goodput with the first seed, roughly; each is searched once."""
@@ -177,18 +183,24 @@ class PlanSearch:
             self.known.goodput_rps[chosen] = found.goodput_rps
         return self.known.goodput_rps[chosen]
 
+    def _first(self) -> list[Deployment]:
+        """Return the program's best of each family, for any rate where it expects none to serve the asked."""
+        families, rate_rps = self.question.families, self.question.rate_rps
+        first = [each for family in families for each in self.proposals(family, 1, rate_rps)]
+        return first or [each for family in families for each in self.proposals(family, 1)]
+
+    def expected_length(self, starts: Sequence[Deployment] = ()) -> TrialLength:
+        """Return how long a trial is at the most that the program expects of the ``starts``."""
+        most_rps = max(map(self.predicted_rps, starts or self._first()), default=0.0)
+        return length_for(self._workload, self._slo.tpot_s, most_rps)
+
     async def run(self, also: Sequence[Deployment] = ()) -> list[Deployment]:
         """Return the deployments to rank, the best first by what is known of them. ``also`` are searched as
         well."""
-        question = self.question
-        first = [each for f in question.families for each in self.proposals(f, 1, question.rate_rps)]
-        if not first:  # the rate is beyond what the program expects of the budget
-            first = [each for family in question.families for each in self.proposals(family, 1)]
-        starts = [*also, *self.by_every_system(first)]
+        starts = [*also, *self.by_every_system(self._first())]
         if not starts:
             return []
-        most_rps = max(map(self.predicted_rps, starts))
-        self.requests = requests_for(self._workload, self._slo.tpot_s, most_rps)
+        self.length = self.expected_length(starts)
         await asyncio.gather(*map(self.first_measured, starts))
         self._correct()
         if self.question.rate_rps is not None:
@@ -256,7 +268,7 @@ class PlanSearch:
         best_rps = self.best_rps
         if self.predicted_rps(chosen) < HOPELESS * best_rps:
             return False
-        return self.bounds.rps(chosen, self.requests) > (1.0 + STEP) * self._bar_rps(chosen)
+        return self.bounds.rps(chosen, self.length) > (1.0 + STEP) * self._bar_rps(chosen)
 
     def _bar_rps(self, chosen: Deployment) -> float:
         """Return what a deployment has to beat: the best of its family."""
@@ -269,12 +281,19 @@ class PlanSearch:
         logs: dict[Role, list[float]] = {}
         for chosen, served_rps in self.known.goodput_rps.items():
             predicted = self.capacities.by_role(chosen)
-            if chosen.family == "mixed" or served_rps <= 0.0 or min(predicted.values()) <= 0.0:
+            if chosen.family in ("mixed", "adaptive") or served_rps <= 0.0 or min(predicted.values()) <= 0.0:
                 continue
             role = min(predicted, key=lambda each: predicted[each])
             logs.setdefault(role, []).append(math.log(served_rps / predicted[role]))
         for role, values in logs.items():
             self.capacities.factors[role] *= math.exp(sum(values) / len(values))
+        own = [
+            math.log(served_rps / self.predicted_rps(chosen))
+            for chosen, served_rps in self.known.goodput_rps.items()
+            if chosen.family == "adaptive" and min(served_rps, self.predicted_rps(chosen)) > 0.0
+        ]
+        if own:
+            self._adaptive *= math.exp(sum(own) / len(own))
 
     async def _finalists(self) -> list[Deployment]:
         """Return the deployments of the table: those searched, and the ones that missed by least."""

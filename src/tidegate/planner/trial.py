@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -25,14 +25,61 @@ LIVES = 2.0
 """How many answers of mean length, at the TPOT target, arrivals go on for, at least; sessions, where there
 are rounds."""
 FEWEST, MOST = 1200, 6000
-"""Requests of a trial."""
+"""Requests of a trial that count."""
+SETTLED, MOST_SETTLING = 0.8, 24_000
+"""A fleet has settled once its residents hold so much of the KV that they hold in the long run. Where that
+takes longer than ``SPAN_S``, requests before it do not count; so many of them at most are run."""
+_ROUNDS = 14
 BLOCK_TOKENS, MOST_BLOCKS = 64, 200_000
 """Prefix blocks are joined to this size, and a trial has so many at most: each costs time at every stage of a
 request."""
 
 
-def requests_for(workload: Workload, tpot_s: float, rate_rps: float) -> int:
-    """Return how many requests a trial at about ``rate_rps`` takes."""
+@dataclass(frozen=True, slots=True)
+class TrialLength:
+    """``requests`` of a trial, of which the first ``uncounted`` only fill the fleet."""
+
+    requests: int
+    uncounted: int = 0
+
+    def part(self, divisor: int) -> TrialLength:
+        """Return so much of it from its beginning on, where all count."""
+        return TrialLength(max(1, self.requests // divisor))
+
+
+def length_for(workload: Workload, tpot_s: float, rate_rps: float) -> TrialLength:
+    """Return how long a trial at about ``rate_rps`` is."""
+    counted = _counted(workload, tpot_s, rate_rps)
+    settling_s = settling_time_s(workload, tpot_s)
+    if settling_s <= SPAN_S:
+        return TrialLength(counted)
+    counted = int(min(counted, max(FEWEST, rate_rps * SPAN_S)))
+    uncounted = int(min(MOST_SETTLING, rate_rps * settling_s))
+    return TrialLength(uncounted + counted, uncounted)
+
+
+def settling_time_s(workload: Workload, tpot_s: float) -> float:
+    """Return how long a fleet that begins empty takes to settle, at the TPOT target.
+
+    A request of i prompt tokens holds (i + age) tokens of KV at an age in tokens, until its answer ends. 0
+    where there are rounds: runs of those last for ``LIVES`` sessions.
+    """
+    if in_rounds(workload):
+        return 0.0
+    prompts, answers = workload.input_tokens.astype(float), workload.output_tokens.astype(float)
+
+    def held(age_tokens: float) -> float:
+        ages = np.minimum(answers, age_tokens)
+        return float((prompts * ages + 0.5 * ages * ages).sum())
+
+    low, high = 0.0, float(answers.max())
+    for _ in range(_ROUNDS):
+        middle = 0.5 * (low + high)
+        low, high = (low, middle) if held(middle) >= SETTLED * held(float(answers.max())) else (middle, high)
+    return high * tpot_s
+
+
+def _counted(workload: Workload, tpot_s: float, rate_rps: float) -> int:
     wanted = min(MOST, max(FEWEST, rate_rps * max(SPAN_S, LIVES * _life_s(workload, tpot_s))))
     ids = coarsen_blocks(workload, BLOCK_TOKENS).hash_ids
     blocks = 0.0 if ids is None else sum(map(len, ids)) / len(ids)
@@ -77,8 +124,11 @@ def scaled_to(workload: Workload, rate_rps: float) -> Workload:
     return scale_rate(workload, rate_rps / (per_s * len(workload) / len(starts_s)))
 
 
-def attempt(setting: Setting, rate_rps: float, seed: int, requests: int) -> dict[str, Any]:
-    """Return what came of a run: its attainment, and percentiles of its latencies in seconds.
+def attempt(
+    setting: Setting, rate_rps: float, seed: int, requests: int, uncounted: int = 0
+) -> dict[str, Any]:
+    """Return what came of a run after its first ``uncounted`` requests: their attainment, and percentiles of
+    their latencies in seconds.
 
     A round waits for the answer before it, and its client's pause. ``gpu_hours`` and the like are left to who
     knows the deployment.
@@ -87,15 +137,17 @@ def attempt(setting: Setting, rate_rps: float, seed: int, requests: int) -> dict
     settings = replace(setting.settings, closed_loop=in_rounds(workload))
     run = simulate(scaled_to(workload, rate_rps), setting.make_system(), setting.fleet.replicas(), settings)
     table = run.requests
-    ttft, tpot = table.ttft_s[table.ok], table.tpot_s[table.ok]
+    counted = np.arange(len(table)) >= uncounted
+    ok = table.ok & counted
+    ttft, tpot = table.ttft_s[ok], table.tpot_s[ok]
     return {
-        "attainment": run.attained / len(table),
-        "requests": len(table),
+        "attainment": float(table.attained[counted].mean()),
+        "requests": int(counted.sum()),
         "ttft_p95_s": _p95(ttft),
         "tpot_p95_s": _p95(tpot),
         "flips": run.flips,
         "kv_transfer_bytes": run.kv_transfer_bytes,
-        "within_ttft": float((table.ttft_s <= setting.settings.slo.ttft_s).mean()),
+        "within_ttft": float((table.ttft_s <= setting.settings.slo.ttft_s)[counted].mean()),
     }
 
 
@@ -104,10 +156,11 @@ def _p95(values: Any) -> float | None:
     return float(np.percentile(known, 95)) if len(known) else None
 
 
-def trial_job(setting: Setting, title: str, rate_rps: float, seed: int, requests: int) -> Job:
+def trial_job(setting: Setting, title: str, rate_rps: float, seed: int, length: TrialLength) -> Job:
     """Return the job of ``attempt``. Rates are rounded, so that a search finds those of another one."""
     rounded = float(f"{rate_rps:.4g}")
-    return job_of(attempt, setting, title, rate_rps=rounded, seed=seed, requests=requests)
+    run = {"rate_rps": rounded, "seed": seed, "requests": length.requests, "uncounted": length.uncounted}
+    return job_of(attempt, setting, title, **run)
 
 
 def without_prefix_cache(setting: Setting) -> Setting:
