@@ -8,7 +8,6 @@ from typing import Self
 
 import numpy as np
 
-from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
 from tidegate.ledger.snapshot import Snapshot
 from tidegate.policies.dopd.planners import LoadConstants
@@ -20,7 +19,7 @@ SPARE = 0.7
 
 @dataclass(frozen=True, slots=True)
 class PoolLoads:
-    """The instances of each label, and their load.
+    """The instances that prefill and that decode, one that does both among either, and their load.
 
     Per prefill instance: prompts that ``waiting`` counts wait there, and all of them take ``queue_s`` as
     predicted. ``demand`` is what comes, in prefill seconds per second of the whole pool. The decode
@@ -42,7 +41,7 @@ class PoolLoads:
     @classmethod
     def of(cls, snapshot: Snapshot) -> Self:
         """Return the pools of a snapshot."""
-        prefilling, decoding = snapshot.labelled(Role.PREFILL), snapshot.labelled(Role.DECODE)
+        prefilling, decoding = snapshot.labels.prefilling_mask, snapshot.labels.decoding_mask
         prefill, decode = int(np.count_nonzero(prefilling)), int(np.count_nonzero(decoding))
         running = snapshot.decode_requests[decoding]
         held = float(snapshot.decode_tokens[decoding].sum())
