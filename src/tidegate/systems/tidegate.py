@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from tidegate.policies.chunks import make_chunks
+from tidegate.policies.chunks import SlackBudget, make_chunks
 from tidegate.policies.dopd.controller import DopdController
 from tidegate.policies.orders import make_order
 from tidegate.policies.protocols import Controller
@@ -23,22 +24,25 @@ def tidegate(options: SystemOptions) -> System:
     more. Chunks follow the slack of decodes; of the prompts that can be in time the shortest is next. Within
     a range of instances, DOPD's forecast and caution say how many there are."""
     both, lengths = OneCost(), RecentLengths()
-    shape: tuple[Controller[Any], ...] = (FleetShape(lengths, options.slo),)
+    shape = FleetShape(lengths, options.slo)
+    controllers: tuple[Controller[Any], ...] = (shape,)
+    chunks = make_chunks("slack")
     if options.fleet is not None:
         start_s, _ = options.start_delay_s
         size = DopdController(
             options.slo, options.fleet, (start_s, start_s), options.advise, pools=OnePool(), name="size"
         )
-        shape = (size, *shape)
+        controllers = (size, replace(shape, most=options.fleet[1]))
+        chunks = SlackBudget(behind_share=1.0 - size.constants.level)
     return System(
         name="tidegate",
         summary="one cost for every place, both phases everywhere until a split serves more",
         roles=mixed_roles if options.split is None else options.roles(),
         prefill=both,
         decode=both,
-        controllers=shape,
+        controllers=controllers,
         order=make_order("feasible-sjf"),
-        chunks=make_chunks("slack"),
+        chunks=chunks,
         observers=(lengths,),
         read_back=None,
         window_s=options.tick_s,

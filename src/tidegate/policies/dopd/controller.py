@@ -81,9 +81,9 @@ class DopdState:
 
     ``target`` is what each pool has or was asked to get, empty before the first look, ``asked_s`` when;
     ``pools`` have what the newest plans wanted of each, ``planned_s`` the time of the last forecast that one
-    was made of; ``queues`` the prompts that waited per prefill instance; ``busy_s`` when a request was there last;
-    ``corrections`` observed over predicted times of prefills and of decode steps; ``saying`` the reason that
-    holds until the next plan.
+    was made of; ``queues`` the prompts that waited per prefill instance; ``busy_s`` when a request was there
+    last; ``corrections`` observed over predicted times of prefills and of decode steps; ``saying`` the reason
+    that holds until the next plan.
     """
 
     target: Counts = ()

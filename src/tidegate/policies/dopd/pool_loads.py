@@ -8,6 +8,7 @@ from typing import Self
 
 import numpy as np
 
+from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
 from tidegate.ledger.snapshot import Snapshot
 from tidegate.policies.dopd.planners import LoadConstants
@@ -24,8 +25,9 @@ class PoolLoads:
     Per prefill instance: prompts that ``waiting`` counts wait there, and all of them take ``queue_s`` as
     predicted. ``demand`` is what comes, in prefill seconds per second of the whole pool. The decode
     instances' KV is used to ``kv_share``, ``unroomed`` requests per instance have no room there, and
-    ``gap_s`` is the mean time between two of their tokens, decodes counted alike. ``requests`` are all that
-    prefill or decode.
+    ``gap_s`` is the mean time between two tokens of those that only decode, decodes counted alike: one that
+    also prefills spends what its decodes have won on prompts, so a long gap there tells nothing.
+    ``requests`` are all that prefill or decode.
     """
 
     prefill: int
@@ -48,7 +50,9 @@ class PoolLoads:
         capacity = float(snapshot.kv_capacity_tokens[decoding].sum())
         count = float(running.sum())
         over = max(0.0, held - capacity) if capacity else 0.0
-        gaps_s = float(snapshot.mean_gap_s[decoding] @ running)
+        only = snapshot.labelled(Role.DECODE)
+        decodes = snapshot.decode_requests[only]
+        gaps_s = float(snapshot.mean_gap_s[only] @ decodes)
         each = max(1, prefill)
         return cls(
             prefill,
@@ -58,7 +62,7 @@ class PoolLoads:
             float(snapshot.prefill_demand.sum()),
             held / capacity if capacity else 0.0,
             over * count / held / max(1, decode) if held else 0.0,
-            gaps_s / count if count else 0.0,
+            gaps_s / float(decodes.sum()) if decodes.any() else 0.0,
             float(snapshot.prefill_requests.sum() + snapshot.decode_requests.sum()),
         )
 

@@ -8,16 +8,16 @@ from tidegate.core.decision import Action, SetSize
 from tidegate.core.errors import ConfigError
 from tidegate.core.instance import Role
 from tidegate.ledger.snapshot import Snapshot
-from tidegate.policies.dopd.plan import Rates, smallest_fleet
+from tidegate.policies.dopd.plan import Rates, smallest_mixed
 from tidegate.policies.dopd.ratio import Sizing
 from tidegate.policies.dopd.two_pools import Counts, Shortage
 
 
 @dataclass(frozen=True, slots=True)
 class OnePool:
-    """All instances, whatever their labels: as many as do with both phases everywhere, or as a split.
+    """All instances, whatever their labels: as many as do with both phases everywhere.
 
-    Labels cost nothing to change, so there is no lending: only the sum is decided.
+    Labels are another's, so nothing is lent: only the sum is decided.
     """
 
     roles: tuple[Role, Role] = (Role.MIXED, Role.MIXED)
@@ -40,8 +40,8 @@ class OnePool:
     ) -> tuple[Counts, str]:
         """See ``Pools.smallest``."""
         least, most = fleet
-        plan = smallest_fleet(sizing, level, budget=most, mixed=True, decode_rate_rps=rates_rps[1])
-        return (max(least, plan.total),), plan.reason
+        count, reason = smallest_mixed(sizing, max(rates_rps), level, most)
+        return (max(least, count),), reason
 
     def relieved(self, target: Counts, shortage: Shortage) -> tuple[Counts, bool]:
         """See ``Pools.relieved``; one that starts already counts."""
