@@ -38,7 +38,7 @@ from tidegate.policies.dopd.plan import REACHED, Rates, attains, best_split
 from tidegate.policies.dopd.pool_loads import Emergency, PoolLoads
 from tidegate.policies.dopd.ratio import Sizing
 from tidegate.policies.dopd.service import Values
-from tidegate.policies.dopd.two_pools import Counts, Pools, Shortage, TwoPools
+from tidegate.policies.dopd.two_pools import Counts, Shortage, SizedPools, TwoPools
 from tidegate.policies.protocols import Signal
 
 
@@ -111,7 +111,7 @@ class DopdController:
     start_delay_s: tuple[float, float] = (30.0, 45.0)
     advise: bool = False
     constants: DopdConstants = field(default_factory=DopdConstants)
-    pools: Pools = field(default_factory=TwoPools)
+    pools: SizedPools = field(default_factory=TwoPools)
     name: str = "dopd"
     needs: frozenset[Signal] = frozenset({Signal.PROFILE, Signal.FORECAST})
 

@@ -45,7 +45,7 @@ class Shortage(NamedTuple):
         return self.emergency.lasts(self.loads, self.start_delay_s, self.slo)
 
 
-class Pools(Protocol):
+class SizedPools(Protocol):
     """The pools of a fleet, and how many instances each needs. Pure."""
 
     @property
@@ -109,7 +109,7 @@ class TwoPools:
     def smallest(
         self, sizing: Sizing, rates_rps: Rates, level: float, fleet: tuple[int, int]
     ) -> tuple[Counts, str]:
-        """See ``Pools.smallest``; what a least fleet has beyond them goes where it attains most."""
+        """See ``SizedPools.smallest``; what a least fleet has beyond them goes where it attains most."""
         plan = smallest_fleet(sizing, level, budget=fleet[1], mixed=False, decode_rate_rps=rates_rps[1])
         split = (plan.prefill, plan.decode)
         while sum(split) < fleet[0]:
@@ -118,7 +118,7 @@ class TwoPools:
         return split, plan.reason
 
     def relieved(self, target: Counts, shortage: Shortage) -> tuple[Counts, bool]:
-        """See ``Pools.relieved``; one that starts already counts."""
+        """See ``SizedPools.relieved``; one that starts already counts."""
         emergency, loads = shortage.emergency, shortage.loads
         prefill, decode = target
         if emergency.lends(loads, shortage.slo):

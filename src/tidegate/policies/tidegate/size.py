@@ -38,13 +38,13 @@ class OnePool:
     def smallest(
         self, sizing: Sizing, rates_rps: Rates, level: float, fleet: tuple[int, int]
     ) -> tuple[Counts, str]:
-        """See ``Pools.smallest``."""
+        """See ``SizedPools.smallest``."""
         least, most = fleet
         count, reason = smallest_mixed(sizing, max(rates_rps), level, most)
         return (max(least, count),), reason
 
     def relieved(self, target: Counts, shortage: Shortage) -> tuple[Counts, bool]:
-        """See ``Pools.relieved``; one that starts already counts."""
+        """See ``SizedPools.relieved``; one that starts already counts."""
         (have,), loads = target, shortage.loads
         wanted = max(have, shortage.prefills if shortage.emergency.prefill else loads.decode + 1)
         return (wanted if wanted <= shortage.most and shortage.lasts else have,), False
