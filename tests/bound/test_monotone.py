@@ -64,8 +64,7 @@ def test_what_is_harder_has_no_higher_limit(
     at_s = np.cumsum(rng.gamma(burstiness, 1.0 / burstiness, 150))
     prompts, answers = rng.lognormal(6.0, 1.0, 150), rng.lognormal(answer, 1.0, 150)
     records = [
-        TraceRecord(float(t), int(n) + 1, int(m) + 1)
-        for t, n, m in zip(at_s, prompts, answers, strict=True)
+        TraceRecord(float(t), int(n) + 1, int(m) + 1) for t, n, m in zip(at_s, prompts, answers, strict=True)
     ]
     easier, harder = pair
     assert harder.scale(records) <= WITHIN * easier.scale(records)

@@ -24,8 +24,10 @@ from tidegate.control.plane import ControlPlane
 from tidegate.core.decision import (
     AddInstance,
     Drain,
+    Flip,
     Migrate,
     Remove,
+    SetSize,
     SetTarget,
     Undrain,
 )
@@ -170,6 +172,22 @@ def test_a_target_takes_its_drains_back_and_moves_decodes_off_what_becomes_prefi
     (move,) = only(relabelled, StartMigration)
     assert move.migrate.src == flipped.instance != move.migrate.dst
     assert plane.membership.draining == {"i0": False}, "an operator's drain is nobody else's"
+
+
+def test_a_size_leaves_labels_alone_and_takes_its_drains_back() -> None:
+    plane = make_plane(4, roles=mixed_roles)
+    assert plane.act([SetSize(5, "peak")], 1.0) == [StartInstance(Role.MIXED, "peak")]
+    assert plane.act([SetSize(5)], 2.0) == [], "one is on its way"
+    plane.instance_up(instance("i4"), REFERENCE, 3.0)
+    plane.act([Flip("i0", Role.PREFILL, "test")], 4.0)
+    busy = {decoding(plane, PlainRequest(f"r{number}"), 5.0).on for number in range(4)} - {"i0"}
+    drained = only(plane.act([SetSize(2)], 6.0), Drains)
+    gone = {effect.instance for effect in drained}
+    assert len(gone) == 3 and "i0" not in gone, "one of each label is left"
+    with_decodes = min(gone & busy)
+    plane.act([Drain("i0", reason="operator")], 6.5)
+    (back,) = only(plane.act([SetSize(2)], 7.0), Drains)
+    assert back.instance in gone and back.ended and plane.ledger.residents(with_decodes).decodes
 
 
 def test_what_starts_is_no_surplus() -> None:

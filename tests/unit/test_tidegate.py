@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from msgspec.structs import replace as replace_struct
 
 from tidegate.core.decision import ControlDecision, Flip, Path, Place, Verdict
-from tidegate.core.errors import NoInstance
+from tidegate.core.errors import ConfigError, NoInstance
 from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
 from tidegate.costs.forms import TransferCost
 from tidegate.costs.profile import ProfileTable
 from tidegate.ledger.ledger import Ledger
+from tidegate.policies.protocols import Signal
 from tidegate.policies.tidegate.labels import FleetShape, Rest, ShapeConstants, ShapeState
 from tidegate.policies.tidegate.placement import OneCost
 from tidegate.policies.tidegate.shape import FluidFleet, MeanRequest, RecentLengths
@@ -211,6 +212,15 @@ class TestFleetShape:
         assert again.after(0, again.until_s - 1.0, constants).seconds == again.seconds
         assert again.after(1, again.until_s + 86_400.0, constants).seconds == constants.rest_s
 
+    def test_a_fleet_that_can_grow_does_both_everywhere(self) -> None:
+        ledger = cluster(8, roles=(P, M, M, M, M, M, M, M), profile=FAST)
+        grows, full = (replace(self.shape(), most=most) for most in (9, 8))
+        (flip,) = self.tick(grows, ledger, ShapeState(5)).actions
+        assert isinstance(flip, Flip) and (flip.instance, flip.to) == ("i0", M)
+        assert any(
+            isinstance(flip, Flip) and flip.to is P for flip in self.tick(full, ledger, ShapeState(5)).actions
+        )
+
     def test_answers_that_still_run_count_while_all_that_ended_are_remembered(self) -> None:
         lengths = self.shape(answers=10, generated=101).lengths
         known, more = lengths.demand(0.0), lengths.demand(1010.0)
@@ -225,4 +235,13 @@ def test_the_system_serves_with_all_instances_doing_both() -> None:
     system = make_system("tidegate")
     assert set(system.roles(4)) == {M}
     assert system.order.name == "feasible-sjf" and system.chunks is not None
+    assert [each.name for each in system.controllers] == ["shape"]
+
+
+def test_with_a_range_one_says_how_many_and_the_other_how_they_are_labelled() -> None:
+    system = make_system("tidegate", fleet=(1, 8))
+    assert [each.name for each in system.controllers] == ["size", "shape"]
+    assert Signal.FORECAST in system.needs and Signal.FORECAST not in make_system("tidegate").needs
+    with pytest.raises(ConfigError, match=r"5\.\.4 instances"):
+        make_system("tidegate", fleet=(5, 4))
     assert make_system("tidegate", split=(1, 2)).roles(3) == (P, D, D)

@@ -16,6 +16,7 @@ from tidegate.core.decision import (
     Migrate,
     Place,
     Remove,
+    SetSize,
     SetTarget,
     Undrain,
 )
@@ -25,7 +26,7 @@ from tidegate.core.request import Request
 from tidegate.journal.writer import JournalWriter
 from tidegate.ledger.ledger import Ledger
 from tidegate.policies.protocols import DecodePlacement
-from tidegate.policies.starting_roles import TARGET, steps_to_target
+from tidegate.policies.starting_roles import TARGET, steps_to_size, steps_to_target
 
 
 class Actions:
@@ -69,7 +70,7 @@ class Actions:
                     self._flip(action, now, effects)
                 case Migrate():
                     self._migrate(action, now, effects)
-                case SetTarget():
+                case SetTarget() | SetSize():
                     steps = self._to_target(action, now)
                     effects += self.execute(steps, now)
                     self._released.update(step.instance for step in steps if isinstance(step, Drain))
@@ -116,13 +117,16 @@ class Actions:
         if self._journal.enabled:
             self._journal.migration(now, migrate, event, detail, cost)
 
-    def _to_target(self, target: SetTarget, now: float) -> Sequence[Action]:
+    def _to_target(self, target: SetTarget | SetSize, now: float) -> Sequence[Action]:
         """Return what a target takes; what an earlier one drains is there to be taken back."""
         membership = self._membership
         self._released &= {name for name, remove in membership.draining.items() if remove}
         there = self._released.difference(membership.stopping).intersection(self._ledger.ids)
         released = {name: self._ledger.role_of(name) for name in sorted(there)}
-        return steps_to_target(membership.view(now)[0], target, membership.starting, released)
+        view, starting = membership.view(now)[0], membership.starting
+        if isinstance(target, SetSize):
+            return steps_to_size(view, target, starting.total(), released)
+        return steps_to_target(view, target, starting, released)
 
     def _flip(self, flip: Flip, now: float, effects: Effects) -> None:
         if flip.instance not in self._ledger.ids:

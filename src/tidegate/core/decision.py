@@ -107,6 +107,18 @@ class SetTarget:
 
 
 @dataclass(frozen=True, slots=True)
+class SetSize:
+    """Have ``instances`` serve, whatever their labels, which another controller owns.
+
+    The control plane takes drains of an earlier size or target back, adds instances that do both, or drains,
+    once: a size that holds is asked for again.
+    """
+
+    instances: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class AddInstance:
     """Start one more instance; it joins under ``role`` once it is up."""
 
@@ -143,7 +155,7 @@ class Remove:
     reason: str = ""
 
 
-Action = Flip | Migrate | SetTarget | AddInstance | Drain | Undrain | Remove
+Action = Flip | Migrate | SetTarget | SetSize | AddInstance | Drain | Undrain | Remove
 """What a controller may ask for. ``tidegate.control.actions`` executes every one of them."""
 
 Placement = Place | Hold | Reject

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tidegate.core.decision import AddInstance, Drain, Flip, SetTarget, Undrain
+from tidegate.core.decision import AddInstance, Drain, Flip, SetSize, SetTarget, Undrain
 from tidegate.core.errors import ConfigError
 from tidegate.core.instance import Role
 from tidegate.ledger.snapshot import Snapshot
@@ -142,6 +142,30 @@ def steps_to_target(
         steps += [Undrain(name, target.reason) for name in back]
         steps += [AddInstance(role, target.reason)] * (lacking - len(back))
         steps += [Drain(name, True, target.reason) for name in cheapest[role][: max(0, count)]]
+    return tuple(steps)
+
+
+def steps_to_size(
+    snapshot: Snapshot, size: SetSize, starting: int, released: Iterable[str]
+) -> tuple[AddInstance | Drain | Undrain, ...]:
+    """Return the actions after which ``size`` instances serve; none where they do.
+
+    ``starting`` instances are on their way, and ``released`` are those that an earlier target drains. What is
+    lacking is taken back from these, or added to do both. Surplus is drained, of the label that most have
+    each time (at a tie, of those that do both), so that labels keep their proportions: the one with the least
+    KV, which is to move, goes first.
+    """
+    lacking = max(0, size.instances - len(snapshot) - starting)
+    back = list(released)[:lacking]
+    steps: list[AddInstance | Drain | Undrain] = [Undrain(name, size.reason) for name in back]
+    steps += [AddInstance(Role.MIXED, size.reason)] * (lacking - len(back))
+    held = snapshot.decode_tokens + snapshot.handoff_tokens
+    left = {role: np.nonzero(snapshot.labelled(role))[0].tolist() for role in reversed(Role)}
+    for _ in range(len(snapshot) - max(1, size.instances)):
+        among = max(left.values(), key=len)
+        least = min(among, key=lambda column: (held[column], snapshot.prefill_queue_s[column]))
+        among.remove(least)
+        steps.append(Drain(snapshot.ids[least], True, size.reason))
     return tuple(steps)
 
 

@@ -8,21 +8,20 @@ expected, and more only if what there is would not do for less. *Idle shrink*: w
 the fleet goes to its least at once (the released code does the same). *Emergency*: between the periods, a
 pool whose queue or KV says that it is short now gets an instance, or on a full budget one of the other's.
 
-It is always a split: instances that do both are left to ``Sizing.mixed_attains`` (the plan is made without
-them), for neither the label nor the target of a mixed fleet exists here.
+Which pools there are is ``pools``: DOPD has two (``two_pools``), and its plan knows no mixed instances.
 
 The control plane executes the targets, flips first. Everything is a function of the snapshot and the state.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from operator import lt
 
 import numpy as np
 
-from tidegate.core.decision import ControlDecision, SetTarget
+from tidegate.core.decision import ControlDecision
 from tidegate.core.errors import ConfigError
 from tidegate.core.instance import Role
 from tidegate.core.load_forecast import LoadForecast
@@ -35,15 +34,12 @@ from tidegate.policies.dopd.forecast_traffic import (
     serving_model,
 )
 from tidegate.policies.dopd.hysteresis import Pool
-from tidegate.policies.dopd.plan import REACHED, Rates, attains, best_split, smallest_fleet
+from tidegate.policies.dopd.plan import REACHED, Rates, attains, best_split
 from tidegate.policies.dopd.pool_loads import Emergency, PoolLoads
 from tidegate.policies.dopd.ratio import Sizing
 from tidegate.policies.dopd.service import Values
+from tidegate.policies.dopd.two_pools import Counts, Shortage, SizedPools, TwoPools
 from tidegate.policies.protocols import Signal
-
-Split = tuple[int, int]
-"""Prefill and decode instances."""
-NO_SPLIT: Split = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +79,16 @@ class DopdConstants:
 class DopdState:
     """What is remembered from tick to tick.
 
-    ``target`` is the split that the fleet has or was asked to get, ``asked_s`` when; ``pools`` have what the
-    newest plans wanted of each, ``planned_s`` the time of the last forecast that one was made of; ``queues``
-    the prompts that waited per prefill instance; ``busy_s`` when a request was there last; ``corrections``
-    observed over predicted times of prefills and of decode steps; ``saying`` the reason that holds until the
-    next plan.
+    ``target`` is what each pool has or was asked to get, empty before the first look, ``asked_s`` when;
+    ``pools`` have what the newest plans wanted of each, ``planned_s`` the time of the last forecast that one
+    was made of; ``queues`` the prompts that waited per prefill instance; ``busy_s`` when a request was there
+    last; ``corrections`` observed over predicted times of prefills and of decode steps; ``saying`` the reason
+    that holds until the next plan.
     """
 
-    target: Split = NO_SPLIT
+    target: Counts = ()
     asked_s: float = -np.inf
-    pools: tuple[Pool, Pool] = (Pool(), Pool())
+    pools: tuple[Pool, ...] = ()
     planned_s: float = -np.inf
     queues: tuple[float, ...] = ()
     busy_s: float = -np.inf
@@ -103,11 +99,11 @@ class DopdState:
 
 @dataclass(frozen=True, slots=True)
 class DopdController:
-    """Plans the two pools for ``slo``.
+    """Plans the pools for ``slo``.
 
     ``fleet`` is the least and the most instances; None keeps those that there are and changes labels alone.
     ``start_delay_s`` are those of a prefill and of a decode instance, until starts were seen. With ``advise``
-    it says what it would do, and does nothing. Raises ConfigError for a fleet that has no room for two pools.
+    it says what it would do, and does nothing. Raises ConfigError for a fleet that has no room for ``pools``.
     """
 
     slo: Slo
@@ -115,11 +111,12 @@ class DopdController:
     start_delay_s: tuple[float, float] = (30.0, 45.0)
     advise: bool = False
     constants: DopdConstants = field(default_factory=DopdConstants)
+    pools: SizedPools = field(default_factory=TwoPools)
     name: str = "dopd"
     needs: frozenset[Signal] = frozenset({Signal.PROFILE, Signal.FORECAST})
 
     def __post_init__(self) -> None:
-        check_two_pools(self.fleet)
+        self.pools.check(self.fleet)
 
     @property
     def period_s(self) -> float:
@@ -130,18 +127,17 @@ class DopdController:
 
     def decide(self, snapshot: Snapshot, state: DopdState) -> ControlDecision[DopdState]:
         """See ``Controller.decide``."""
-        prefill_s, decode_s = self.start_delay_s
-        seen_s = snapshot.start_s
-        delays_s = seen_s.get(Role.PREFILL, prefill_s), seen_s.get(Role.DECODE, decode_s)
-        return replace(self, start_delay_s=delays_s)._decide(snapshot, state)
+        told_s, seen_s = self.start_delay_s, snapshot.start_s
+        prefill_s, decode_s = map(seen_s.get, self.pools.roles, told_s)
+        return replace(self, start_delay_s=(prefill_s, decode_s))._decide(snapshot, state)
 
     def _decide(self, snapshot: Snapshot, state: DopdState) -> ControlDecision[DopdState]:
         now, fleet = snapshot.at_s, snapshot.without_draining()
         if not fleet.ids:
             return ControlDecision(state, reason="no instance is up")
         pools = PoolLoads.of(fleet)
-        state = self._observed(state, fleet, pools)
-        have = (pools.prefill, pools.decode)
+        have = self.pools.have(fleet)
+        state = self._observed(state, fleet, pools, have)
         if self.fleet is None and sum(have) < 2:
             return ControlDecision(state, reason="holding because one instance does both")
         before = state.target
@@ -156,19 +152,19 @@ class DopdController:
         lost = state.target != have and now - state.asked_s >= max(self.start_delay_s)
         if state.target == before and not lost:
             return ControlDecision(state, reason=state.saying)
-        asked = SetTarget(*state.target, state.saying)
+        asked = self.pools.asked(state.target, state.saying)
         return ControlDecision(replace(state, asked_s=now), (asked,), state.saying)
 
-    def _observed(self, state: DopdState, fleet: Snapshot, pools: PoolLoads) -> DopdState:
+    def _observed(self, state: DopdState, fleet: Snapshot, pools: PoolLoads, have: Counts) -> DopdState:
         """Take what the snapshot shows into the state; a fixed fleet's target is what is up, as labelled."""
-        have = (pools.prefill, pools.decode)
         target = state.target
-        if target == NO_SPLIT or (self.fleet is None and sum(target) != sum(have)):
-            target = max(1, have[0] - (not have[1])), max(1, have[1] - (not have[0]))
+        if not target or (self.fleet is None and sum(target) != sum(have)):
+            target = self.pools.first(have)
         return replace(
             state,
             target=target,
-            asked_s=fleet.at_s if state.target == NO_SPLIT else state.asked_s,
+            pools=state.pools or (Pool(),) * len(target),
+            asked_s=state.asked_s if state.target else fleet.at_s,
             queues=(*state.queues, pools.waiting)[-self.constants.trend_ticks :],
             busy_s=fleet.at_s if pools.requests or state.busy_s == -np.inf else state.busy_s,
             corrections=_corrected(state.corrections, fleet, self.constants.correction_weight),
@@ -178,11 +174,9 @@ class DopdController:
         """Shrink to the least without waiting for plans to agree."""
         if self.fleet is None or sum(state.target) <= self.fleet[0]:
             return replace(state, saying=f"holding {_words(state.target)} because nothing comes")
-        decode = max(1, round(self.fleet[0] * state.target[1] / sum(state.target)))
-        least = max(1, self.fleet[0] - decode), min(decode, self.fleet[0] - 1)
-        return replace(
-            state, target=least, pools=(Pool(), Pool()), saying=f"{_words(least)} because nothing comes"
-        )
+        least = self.pools.least(self.fleet[0], state.target)
+        pools = (Pool(),) * len(least)
+        return replace(state, target=least, pools=pools, saying=f"{_words(least)} because nothing comes")
 
     def _emergency(self, state: DopdState, pools: PoolLoads, now: float) -> DopdState | None:
         """Return the state with one more instance where a pool is short now; None where none is."""
@@ -190,43 +184,30 @@ class DopdController:
         why = "; ".join(filter(None, (emergency.prefill, emergency.decode)))
         if not why or now - state.emergency_s < self.constants.emergency_gap_s:
             return None
-        prefill, decode = state.target
-        if emergency.prefill:
-            # What is queued is to be gone in the time that an instance takes to start; one that does counts.
-            waiting = pools.queue_s * pools.prefill / max(1.0, self.start_delay_s[0])
-            prefill = max(prefill, pools.prefill + 1, math.ceil(pools.demand + waiting))
-        if emergency.decode:
-            decode = max(decode, pools.decode + 1)
         most = sum(state.target) if self.fleet is None else self.fleet[1]
-        lent = emergency.lends(pools, self.slo)
-        if lent:
-            step = 1 if emergency.prefill else -1
-            prefill, decode = state.target[0] + step, state.target[1] - step
-        elif (
-            (prefill, decode) == state.target
-            or prefill + decode > most
-            or not emergency.lasts(pools, self.start_delay_s[0], self.slo)
-        ):
+        shortage = Shortage(emergency, pools, self.slo, self.start_delay_s[0], most)
+        wanted, lent = self.pools.relieved(state.target, shortage)
+        if wanted == state.target:
             return None
-        wanted = (prefill, decode)
         saying = f"{_words(wanted)} in an emergency: {why}"
         state = replace(state, emergency_s=now)
         if lent:
             return replace(state, target=wanted, saying=saying)
         return self._becoming(self._confirming(self._confirming(state, wanted), wanted), wanted, saying)
 
-    def _confirming(self, state: DopdState, wanted: Split) -> DopdState:
+    def _confirming(self, state: DopdState, wanted: Counts) -> DopdState:
         """Take one more plan into the state."""
-        prefill, decode = state.pools
-        agreeing = self.constants.agreeing
+        pools = zip(state.pools, wanted, strict=True)
         return replace(
-            state, pools=(prefill.planned(wanted[0], agreeing), decode.planned(wanted[1], agreeing))
+            state, pools=tuple(pool.planned(want, self.constants.agreeing) for pool, want in pools)
         )
 
-    def _becoming(self, state: DopdState, target: Split, saying: str) -> DopdState:
+    def _becoming(self, state: DopdState, target: Counts, saying: str) -> DopdState:
         """Change the target."""
-        (prefill, decode), (p, d), agreeing = state.pools, state.target, self.constants.agreeing
-        pools = prefill.became(p, target[0], agreeing), decode.became(d, target[1], agreeing)
+        pools = tuple(
+            pool.became(has, becomes, self.constants.agreeing)
+            for pool, has, becomes in zip(state.pools, state.target, target, strict=True)
+        )
         return replace(state, target=target, pools=pools, saying=saying)
 
     def _planned(self, state: DopdState, fleet: Snapshot, pools: PoolLoads) -> DopdState:
@@ -268,7 +249,8 @@ class DopdController:
 
     def _relabelled(self, state: DopdState, sizing: Sizing, rates_rps: Rates, told: str) -> DopdState:
         """Plan a fixed fleet: hold what attains, else take the split that serves most."""
-        level, have = self.constants.level, state.target
+        level = self.constants.level
+        have = state.target[0], state.target[-1]
         attained = attains(sizing, rates_rps, *have).both
         share = f"{100 * attained:.1f} % of {rates_rps[0]:.3g} requests/s attain{told}"
         words = f"holding {_words(have)} because {share}"
@@ -298,8 +280,7 @@ class DopdController:
             )
             wanted = _kept(wanted, state.target, least)
         state, agreeing = self._confirming(state, wanted), self.constants.agreeing
-        prefill, decode = state.pools
-        held = prefill.held(state.target[0], agreeing), decode.held(state.target[1], agreeing)
+        held = tuple(pool.held(has, agreeing) for pool, has in zip(state.pools, state.target, strict=True))
         if self.fleet and sum(held) > self.fleet[1]:
             held = wanted if sum(wanted) == self.fleet[1] else state.target
         lent = state.planned_s - state.emergency_s < self.constants.lent_s
@@ -310,11 +291,11 @@ class DopdController:
         if held != state.target:
             return self._becoming(state, held, f"{_words(held)}: {reason}{told}")
         why = ""
-        if wanted[0] > held[0] or wanted[1] > held[1]:
+        if any(want > holds for want, holds in zip(wanted, held, strict=True)):
             why = f" because one plan alone wants {_words(wanted)}"
         elif wanted != held:
-            plans = zip(prefill.wanted[-agreeing:], decode.wanted[-agreeing:], strict=True)
-            agreed = sum(p < held[0] or d < held[1] for p, d in plans)
+            plans = zip(*(pool.wanted[-agreeing:] for pool in state.pools), strict=True)
+            agreed = sum(any(map(lt, plan, held)) for plan in plans)
             why = f" because {agreed} of {agreeing} plans want less, the newest {_words(wanted)}"
         return replace(state, saying=f"holding {_words(held)}{why}: {reason}{told}")
 
@@ -325,42 +306,22 @@ class DopdController:
     def _missing(self, factor: float) -> float:
         return 1.0 - factor * (1.0 - self.constants.level)
 
-    def _smallest(self, sizing: Sizing, rates_rps: Rates, level: float) -> tuple[Split, str]:
-        """Return the fewest instances, with why; what a least fleet has beyond them goes where it attains
-        most."""
+    def _smallest(self, sizing: Sizing, rates_rps: Rates, level: float) -> tuple[Counts, str]:
         assert self.fleet is not None
         sizing = replace(sizing, traffic=replace(sizing.traffic, rate_rps=rates_rps[0]))
-        plan = smallest_fleet(sizing, level, budget=self.fleet[1], mixed=False, decode_rate_rps=rates_rps[1])
-        split = (plan.prefill, plan.decode)
-        while sum(split) < self.fleet[0]:
-            more = ((split[0] + 1, split[1]), (split[0], split[1] + 1))
-            split = max(more, key=lambda each: attains(sizing, rates_rps, *each).both)
-        return split, plan.reason
+        return self.pools.smallest(sizing, rates_rps, level, self.fleet)
 
 
-def check_two_pools(fleet: tuple[int, int] | None) -> None:
-    """Raise ConfigError for a least and a most number of instances between which no two pools fit."""
-    if fleet is None:
-        return
-    least, most = fleet
-    if most < 2:
-        raise ConfigError(f"a budget of {most} instances has no room for a prefill and a decode pool")
-    if not 2 <= least <= most:
-        raise ConfigError(f"a fleet of {least}..{most} instances: two pools take at least 2")
-
-
-def _between(wanted: Split, target: Split, cautious: Split) -> Split:
+def _between(wanted: Counts, target: Counts, cautious: Counts) -> Counts:
     """Return ``wanted``, where it is less than ``target`` no less than ``cautious``."""
     pools = zip(wanted, target, cautious, strict=True)
-    prefill, decode = (want if want >= have else min(have, safe) for want, have, safe in pools)
-    return prefill, decode
+    return tuple(want if want >= have else min(have, safe) for want, have, safe in pools)
 
 
-def _kept(wanted: Split, target: Split, least: Split) -> Split:
+def _kept(wanted: Counts, target: Counts, least: Counts) -> Counts:
     """Return ``wanted``, but ``target`` where that is enough with ``least``."""
     pools = zip(wanted, target, least, strict=True)
-    prefill, decode = (have if want > have >= low else want for want, have, low in pools)
-    return prefill, decode
+    return tuple(have if want > have >= low else want for want, have, low in pools)
 
 
 def _corrected(known: tuple[float, float], fleet: Snapshot, weight: float) -> tuple[float, float]:
@@ -383,5 +344,5 @@ def _corrected(known: tuple[float, float], fleet: Snapshot, weight: float) -> tu
     return prefill, step
 
 
-def _words(split: Split) -> str:
-    return f"{split[0]} + {split[1]}"
+def _words(counts: Counts) -> str:
+    return " + ".join(map(str, counts))

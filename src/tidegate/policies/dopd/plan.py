@@ -86,6 +86,20 @@ def smallest_fleet(
     return replace(best, reason=held)
 
 
+def smallest_mixed(sizing: Sizing, rate_rps: float, level: float, most: int) -> tuple[int, str]:
+    """Return the fewest instances up to ``most`` that attain ``level`` where all do both, with why."""
+    wanted = min(level, REACHED * sizing.at_best.both)
+    count = _first(most, lambda each: sizing.mixed_attains(rate_rps, each).both >= max(wanted, 1e-9))
+    attained = sizing.mixed_attains(rate_rps, count)
+    reason = (
+        f"{rate_rps:.3g} requests/s would keep {rate_rps * sizing.work_s:.1f} instances busy with prompts, "
+        f"{rate_rps * sizing.decode_work_s:.1f} with answers; {count} that do both keep "
+        f"{100 * attained.ttft:.0f} % of first tokens within {sizing.slo.ttft_s:.3g} s and "
+        f"{100 * attained.tpot:.0f} % of answers within {1e3 * sizing.slo.tpot_s:.3g} ms a token"
+    )
+    return count, reason
+
+
 def best_split(sizing: Sizing, instances: int, level: float = 0.9, *, mixed: bool = True) -> FleetPlan:
     """Return the use of exactly ``instances`` with the greatest predicted goodput, whatever the traffic's
     rate.

@@ -16,11 +16,11 @@ from tidegate.core.decision import ControlDecision, SetTarget
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
 from tidegate.ledger.snapshot import Snapshot
-from tidegate.policies.dopd.controller import NO_SPLIT, Split, check_two_pools
 from tidegate.policies.dopd.forecast_traffic import serving_model
 from tidegate.policies.dopd.planners import IntervalLoad, PoolsSeen, dopd_code, dynamo_load, dynamo_sla
 from tidegate.policies.dopd.pool_loads import PoolLoads
 from tidegate.policies.dopd.service import ServingModel
+from tidegate.policies.dopd.two_pools import NO_SPLIT, Split, check_two_pools
 from tidegate.policies.protocols import Signal
 
 INTERVAL_S = 20.0

@@ -20,13 +20,14 @@ SPARE = 0.7
 
 @dataclass(frozen=True, slots=True)
 class PoolLoads:
-    """The instances of each label, and their load.
+    """The instances that prefill and that decode, one that does both among either, and their load.
 
     Per prefill instance: prompts that ``waiting`` counts wait there, and all of them take ``queue_s`` as
     predicted. ``demand`` is what comes, in prefill seconds per second of the whole pool. The decode
     instances' KV is used to ``kv_share``, ``unroomed`` requests per instance have no room there, and
-    ``gap_s`` is the mean time between two of their tokens, decodes counted alike. ``requests`` are all that
-    prefill or decode.
+    ``gap_s`` is the mean time between two tokens of those that only decode, decodes counted alike: one that
+    also prefills spends what its decodes have won on prompts, so a long gap there tells nothing.
+    ``requests`` are all that prefill or decode.
     """
 
     prefill: int
@@ -42,14 +43,16 @@ class PoolLoads:
     @classmethod
     def of(cls, snapshot: Snapshot) -> Self:
         """Return the pools of a snapshot."""
-        prefilling, decoding = snapshot.labelled(Role.PREFILL), snapshot.labelled(Role.DECODE)
+        prefilling, decoding = snapshot.labels.prefilling_mask, snapshot.labels.decoding_mask
         prefill, decode = int(np.count_nonzero(prefilling)), int(np.count_nonzero(decoding))
         running = snapshot.decode_requests[decoding]
         held = float(snapshot.decode_tokens[decoding].sum())
         capacity = float(snapshot.kv_capacity_tokens[decoding].sum())
         count = float(running.sum())
         over = max(0.0, held - capacity) if capacity else 0.0
-        gaps_s = float(snapshot.mean_gap_s[decoding] @ running)
+        only = snapshot.labelled(Role.DECODE)
+        decodes = snapshot.decode_requests[only]
+        gaps_s = float(snapshot.mean_gap_s[only] @ decodes)
         each = max(1, prefill)
         return cls(
             prefill,
@@ -59,7 +62,7 @@ class PoolLoads:
             float(snapshot.prefill_demand.sum()),
             held / capacity if capacity else 0.0,
             over * count / held / max(1, decode) if held else 0.0,
-            gaps_s / count if count else 0.0,
+            gaps_s / float(decodes.sum()) if decodes.any() else 0.0,
             float(snapshot.prefill_requests.sum() + snapshot.decode_requests.sum()),
         )
 

@@ -74,12 +74,15 @@ class FleetShape:
     """Once per period compares what the fleet serves as it is labelled with what it would serve otherwise.
 
     Two labels suffice: an instance that only decodes would leave prompts of a burst to fewer, and one that
-    does both is one as soon as nothing is sent to it.
+    does both is one as soon as nothing is sent to it. Of a fleet that is sized, ``most`` is what it may grow
+    to. Below that all do both, for more load is answered by more instances: a split that serves more than
+    comes only has short answers wait for their KV.
     """
 
     lengths: RecentLengths
     slo: Slo
     constants: ShapeConstants = field(default_factory=ShapeConstants)
+    most: int | None = None
     name: str = "shape"
     needs: frozenset[Signal] = frozenset({Signal.PROFILE})
 
@@ -99,6 +102,9 @@ class FleetShape:
             why = f"decodes take {share:.0%} of what they may: fewer instances prefill only"
             rests = ShapeState(0, state.rest.after(prefill - 1, fleet.at_s, constants))
             return ControlDecision(rests, tuple(flips_to(fleet, prefill - 1, why)), why)
+        if self.most is not None and len(fleet) < self.most:
+            why = f"{len(fleet)} of {self.most} instances are up: all do both"
+            return ControlDecision(state._replace(plans=0), tuple(flips_to(fleet, 0, why)), why)
         rows = snapshot.requests
         running = float(rows.answer_tokens[rows.decode_on >= 0].sum())
         demand = self.lengths.demand(running)
