@@ -8,7 +8,10 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
+from tidegate.bound.demand import Batching, demand_of, kinds_of
+from tidegate.bound.intervals import Interval, Spans
 from tidegate.bound.limit import FluidLimit, fluid_limit
+from tidegate.bound.search import Market
 from tidegate.core.errors import ConfigError
 from tidegate.core.instance import Instance
 from tidegate.core.slo import Slo
@@ -203,3 +206,24 @@ def test_refuses_what_it_cannot_bound() -> None:
     for records, fleet, level in (([], [H100], 0.9), (even(5, 1, 1), [], 0.9), (even(5, 1, 1), [H100], 0.0)):
         with pytest.raises(ConfigError):
             limit(records, fleet, Slo(0.5, 0.05), level=level)
+
+
+def test_a_prefill_that_sticks_out_of_an_interval_counts_as_far_as_one_instance_needs_it() -> None:
+    """Long prompts arrive a moment before a heap of short ones; their deadlines are the same moment apart."""
+    long_s = float(LINEAR.prefill.seconds(6000, 6000**2 / 2))
+    slo = Slo(1.1 * long_s, 0.05)
+    heaps = [
+        TraceRecord(1000.0 * i + 1e-3 * j, 6000 if j == 0 else 800, 1) for i in range(20) for j in range(12)
+    ]
+    demand = demand_of(heaps)
+    market = Market.of(demand, kinds_of([LINEAR], [Instance("i0", ROOM, ROOM)]), Batching(8000, 1024), slo)
+    prices = market.prices(demand)
+    assert prices is not None
+    worth, spans = market.worth([prices]), Spans.of(demand, 1.0, slo)
+    inside = spans.inside(Interval(1, 11, False, 0), worth)[0]
+    # It may be computed for the millisecond before the others come, and not beyond.
+    assert inside[0] == pytest.approx(worth.prefill[0, 0] - 1e-3, rel=1e-6)
+    assert inside[1:12] == pytest.approx(worth.prefill[1:12, 0]) and not inside[12:].any()
+    earlier = spans.inside(Interval(0, 5, False, 0), worth)[0]
+    short_s = float(worth.prefill[6, 0])
+    assert earlier[6:9] == pytest.approx([max(0.0, short_s - 1e-3 * n) for n in (1, 2, 3)], rel=1e-5)

@@ -3,7 +3,8 @@
 A second of the fleet costs one and no step is worth more than its time, so the work of attaining requests
 that lies inside an interval is worth at most the interval's length. A prefill lies inside when its request
 arrives at the start or later and its TTFT deadline is no later than the end, an answer when its latest end
-is no later either.
+is no later either. Of a prefill whose time sticks out all but what an instance can do outside lies inside: a
+prompt is computed by one instance at a time (the energetic reasoning of cumulative scheduling).
 ``missed`` counts from multipliers on such inequalities how many requests must miss, whatever the schedule.
 """
 
@@ -22,10 +23,18 @@ from tidegate.costs.forms import Values
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Worth:
-    """What the prefill and the answer of each request (rows) are worth under each price list (columns)."""
+    """What the prefill and the answer of each request (rows) are worth under each price list (columns).
+
+    ``second`` is what a second of the dearest instance costs under each list.
+    """
 
     prefill: Values
     answer: Values
+    second: Values
+
+    def times(self, factor: float) -> Worth:
+        """Return all of it ``factor`` times as dear."""
+        return Worth(*(factor * each for each in (self.prefill, self.answer, self.second)))
 
 
 class Interval(NamedTuple):
@@ -70,12 +79,15 @@ class Spans:
         return self.end(interval) - float(self.arrival[interval.first])
 
     def inside(self, interval: Interval, worth: Worth) -> tuple[Values, Values]:
-        """Return, per request, what its prefill and its answer are worth inside ``interval``, 0 outside."""
-        end = self.end(interval)
-        prefill = np.where(self.prefill_end <= end, worth.prefill[:, interval.prices], 0.0)
+        """Return, per request, what its prefill and its answer are worth inside ``interval`` at least."""
+        start, end = float(self.arrival[interval.first]), self.end(interval)
+        outside = np.maximum(start - self.arrival, 0.0) + np.maximum(self.prefill_end - end, 0.0)
+        done_outside = worth.second[interval.prices] * outside * (1.0 + ROUNDING)
+        meets = (self.arrival < end) & (self.prefill_end > start)
+        left = np.maximum(worth.prefill[:, interval.prices] - done_outside, 0.0)
         answer = np.where(self.answer_end <= end, worth.answer[:, interval.prices], 0.0)
-        prefill[: interval.first] = answer[: interval.first] = 0.0
-        return prefill, answer
+        answer[: interval.first] = 0.0
+        return np.where(meets, left, 0.0), answer
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from tidegate.bound.demand import Batching, demand_of, hopeless, kinds_of
-from tidegate.bound.intervals import Worth
 from tidegate.bound.planes import Planes
 from tidegate.bound.search import Market, price_lists
 from tidegate.core.instance import Instance
@@ -54,7 +53,7 @@ def sacrificed(
     kept, low, high = np.ones(len(hopeful)), 1.0, MOST_SLACK
     for _ in range(HALVINGS):
         factor = math.sqrt(low * high)
-        planes = Planes(market.demand, slo, Worth(worth.prefill * factor, worth.answer * factor))
+        planes = Planes(market.demand, slo, worth.times(factor))
         found = planes.fitting(1.0, spare)
         if found is None:
             high = factor

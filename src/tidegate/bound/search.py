@@ -74,7 +74,8 @@ class Market:
         """Price every request; an answer that is worth less than its time is left out, hence zero."""
         answers = [np.maximum(answer_worth(prices, self.demand, self.slo.tpot_s), 0.0) for prices in lists]
         prefills = [prompt_worth(prices, self.demand) for prices in lists]
-        return Worth(np.column_stack(prefills), np.column_stack(answers))
+        second = np.array([prices.instance.max() for prices in lists])
+        return Worth(np.column_stack(prefills), np.column_stack(answers), second)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

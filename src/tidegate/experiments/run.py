@@ -27,9 +27,18 @@ class Finished:
     run: SimRun
     facts: RunFacts
 
-    def summary(self, **rates: float | None) -> dict[str, Any]:
-        """Return the run's object of the ``--json`` contract, with the ``rates`` of ``RunFacts``."""
-        return summarize_run(self.run, replace(self.facts, **rates))
+    def summary(
+        self,
+        *,
+        goodput_rps: float | None = None,
+        limit_rps: float | None = None,
+        achievable_rps: float | None = None,
+    ) -> dict[str, Any]:
+        """Return the run's object of the ``--json`` contract."""
+        facts = replace(
+            self.facts, goodput_rps=goodput_rps, limit_rps=limit_rps, achievable_rps=achievable_rps
+        )
+        return summarize_run(self.run, facts)
 
 
 def run_once(
