@@ -50,7 +50,7 @@ HARDER = [
 ]
 
 
-@settings(max_examples=examples(6), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(4), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**32 - 1),
     burstiness=st.sampled_from([0.1, 1.0]),
