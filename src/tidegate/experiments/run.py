@@ -29,7 +29,8 @@ class Finished:
 
     def summary(self, **rates: float | None) -> dict[str, Any]:
         """Return the run's object of the ``--json`` contract, with the ``rates`` of ``RunFacts``."""
-        return summarize_run(self.run, replace(self.facts, **rates))
+        given: dict[str, Any] = dict(rates)
+        return summarize_run(self.run, replace(self.facts, **given))
 
 
 def run_once(
