@@ -140,7 +140,8 @@ class FleetShape:
         if rps < both_rps * (1.0 + constants.gain):
             # What the split gains over a fleet that does both is less than what bursts may cost it.
             return f"{told}, all for both {both_rps:.3g}", 0 if both_rps >= now_rps else prefill
-        return told, prefill if now_rps >= enough_rps else best.prefill
+        gains = rps >= now_rps * (1.0 + constants.even)
+        return told, best.prefill if gains else prefill
 
     def _crowding(self, fleet: Snapshot) -> float:
         """Return the mean share of the TPOT target, or of the KV, that decodes take where they may run."""
