@@ -166,7 +166,7 @@ async def published(trace: str, workers: Workers) -> str:
     place = 1 + sizes.index(tuple((p.role, p.kind.tp, p.count) for p in best.pools))
     lines = [
         f"{trace} on {gpus} x h20_sxm: the published {best.title} serves {goodputs[best]:.3g}/s, "
-        f"place {place} of those with separate phases"
+        f"place {place} of the {len(sizes)} with separate phases that were searched"
     ]
     for one in sorted(goodputs, key=lambda one: -goodputs[one])[:6]:
         lines.append(f"    {goodputs[one]:.3g}/s {one.family} {one.title}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -245,6 +246,9 @@ def run(
     choice = replace(workload, trace=str(watching.watch or workload.trace or DEFAULT_TRACE))
     if watching.follow:
         run_until_interrupted(until_readable(choice), "")
+        logging.getLogger("tidegate.workloads.readers").setLevel(
+            logging.WARNING
+        )  # it is read again and again
     setting = Setting(choice, SimulatedFleet((), engine), "", None, with_classes(settings, [choice]))
     question = Question(
         setting,

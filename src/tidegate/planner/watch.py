@@ -31,7 +31,8 @@ SURE = 0.9
 LATE_S = 60.0
 """A growing journal has a line per request that ended: a window is looked at when one that arrived so long
 after it has. Answers that take longer are not in it."""
-POLL_S = 2.0
+POLL_S, MOST_POLL_S = 2.0, 30.0
+"""A journal that has grown is read whole again: after twice as long each time that it was in vain."""
 
 
 NO_MOVE = Transition(0, 0, 0, 0, 0.0, 0.0)
@@ -145,18 +146,18 @@ async def until_readable(choice: WorkloadChoice) -> None:
 async def _grown(choice: WorkloadChoice, until_s: float) -> Workload:
     """Return a growing file's requests once there is one that arrived at ``until_s`` or later; it is read
     again whenever its size is another. Raises ConfigError where it is no file."""
-    path, seen = Path(choice.trace), -1
+    path, seen, wait_s = Path(choice.trace), -1, POLL_S
     while True:
         size = _size(path)
         if size != seen:
-            seen = size
+            seen, wait_s = size, min(MOST_POLL_S, 2.0 * wait_s)
             try:
                 found = load_workload(choice)
             except TraceError:  # it is empty, has no outcome yet, or ends in the middle of a line
                 found = None
             if found is not None and len(found) and found.arrival_s[-1] >= until_s:
                 return found
-        await asyncio.sleep(POLL_S)
+        await asyncio.sleep(wait_s)
 
 
 def _size(path: Path) -> int:
