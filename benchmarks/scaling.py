@@ -42,7 +42,7 @@ from tidegate.workloads.writers import write_trace
 
 LEVEL = 0.99
 LEAST = 2
-SCALED = ("dopd", "dopd-code", "dynamo-load", "dynamo-sla")
+SCALED = ("tidegate", "dopd", "dopd-code", "dynamo-load", "dynamo-sla")
 HOPELESS = 0.8
 """What a split attains from which one beside it is not tried."""
 SAMPLED = 2000

@@ -28,7 +28,7 @@ def tidegate(options: SystemOptions) -> System:
     controllers: tuple[Controller[Any], ...] = (shape,)
     chunks = make_chunks("slack")
     if options.fleet is not None:
-        start_s, _ = options.start_delay_s
+        start_s = max(options.start_delay_s)
         size = DopdController(
             options.slo, options.fleet, (start_s, start_s), options.advise, pools=OnePool(), name="size"
         )
