@@ -71,10 +71,13 @@ def request(
     ttft_s: float = 1.0,
     tpot_s: float = 0.05,
     tenant: str = "",
+    priority: int = 0,
 ) -> Request:
     """Return a request of 100 prompt tokens with the default SLO."""
     slo = Slo(ttft_s, tpot_s)
-    return Request(request_id, prompt_tokens, max_tokens, arrival_s, slo, tenant, cached=cached)
+    return Request(
+        request_id, prompt_tokens, max_tokens, arrival_s, slo, tenant, cached=cached, priority=priority
+    )
 
 
 def cluster(

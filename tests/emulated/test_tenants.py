@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from math import ceil
 from typing import Any
 
 import aiohttp
 
 from tests.emulated.emulated_gateway import gateway
+from tidegate.costs.named_profile import load_profile
 from tidegate.fleet.emulated import EmulatedLaunch
 from tidegate.gateway.run import Gateway
 from tidegate.gateway.settings import GatewaySettings
@@ -62,10 +64,8 @@ async def served(shares: list[str], light: dict[str, Any]) -> list[str]:
 
 
 async def test_a_tenant_with_few_requests_does_not_wait_behind_one_with_many() -> None:
-    answered = await served(["*=1"], {})
-    assert answered.index("light") <= 5
-    assert max(at for at, name in enumerate(answered) if name == "light") <= 10, "by turns"
-    assert (await served([], {}))[:7] == ["heavy"] * 7, "without shares it does"
+    assert (await served(["*=1"], {}))[-2:] == ["heavy"] * 2, "by turns"
+    assert (await served([], {}))[-3:] == ["light"] * 3, "without shares it does"
 
 
 async def test_a_tenant_may_go_behind_the_others_and_not_before_them() -> None:
@@ -82,4 +82,29 @@ async def test_the_operators_priorities_are_taken_as_they_are() -> None:
         await first_in(running, 10)
         senders.send("urgent", "op", priority=-5)
         await asyncio.gather(*senders.tasks)
-    assert senders.answered.index("urgent") <= 5
+    assert senders.answered[-2:] == ["plain"] * 2
+
+
+async def test_a_refused_request_that_comes_back_when_told_is_taken() -> None:
+    """One prompt runs, one behind it is just in time, and the refused one would go before that."""
+    settings = GatewaySettings(admission=3.0)
+    async with gateway("tidegate", launch=ONE, settings=settings) as (running, url, client):
+        cost = load_profile("h100_sxm/llama-3.1-8b").profile
+        first_s, second_s, third_s = (cost.prefill_s(tokens, 0) for tokens in (20_000, 24_000, 22_000))
+
+        async def post(tokens: int, ttft_s: float) -> tuple[int, int]:
+            body = {"prompt": [tokens] * tokens, "max_tokens": 1}
+            headers = {"x-slo-ttft-ms": str(1000 * ttft_s)}
+            async with client.post(url + "/v1/completions", json=body, headers=headers) as response:
+                await response.read()
+                return response.status, int(response.headers.get("Retry-After", 0))
+
+        waiting = [asyncio.create_task(post(20_000, 2 * first_s))]
+        await first_in(running, 1)
+        waiting.append(asyncio.create_task(post(24_000, first_s + second_s + third_s / 2)))
+        await first_in(running, 2)
+        status, again_s = await post(22_000, 100.0)
+        assert status == 429 and 1 <= again_s <= ceil(first_s + second_s)
+        await asyncio.sleep(again_s)
+        assert (await post(22_000, 100.0))[0] == 200
+        assert [status for status, _ in await asyncio.gather(*waiting)] == [200, 200]

@@ -19,7 +19,6 @@ from tidegate.core.request import Request
 from tidegate.journal.writer import JournalWriter
 from tidegate.ledger.ledger import Ledger
 from tidegate.ledger.snapshot import Field, Snapshot
-from tidegate.policies.admission import admitted
 from tidegate.policies.order import prefill_ticket
 from tidegate.policies.pricing import fastest_prefill_seconds, predicted_on
 from tidegate.policies.shares import TenantShares
@@ -71,7 +70,7 @@ class Placing:
         verdict = self._system.prefill.place_prefill(request, view)
         verdict = self._reads(request, verdict, view)
         if self._settings.admission and not live.replays:
-            verdict = admitted(verdict, request, view, self._settings.admission)
+            verdict = self._system.admission(verdict, request, view, self._settings.admission)
         effects = self.decided(request, kind, verdict, view, may_flip)
         decision = verdict.decision
         if isinstance(decision, Place):

@@ -105,6 +105,14 @@ class Observer(Protocol):
         ...
 
 
+class Admission(Protocol):
+    """Decides whether a request is taken where the deployment bounds that (``ControlSettings.admission``)."""
+
+    def __call__(self, verdict: Verdict, request: Request, snapshot: Snapshot, multiple: float) -> Verdict:
+        """Return the verdict on a prefill, or in its place one that rejects. ``multiple`` is the setting."""
+        ...
+
+
 class ReadBack(Protocol):
     """Decides whether a prefill begins with KV of its session's earlier turns."""
 

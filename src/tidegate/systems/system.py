@@ -7,10 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tidegate.core.errors import ConfigError
+from tidegate.policies.admission import admitted
 from tidegate.policies.chunks import ChunkBudget
 from tidegate.policies.holding import HoldingPlacement
 from tidegate.policies.order import FIFO, Order
 from tidegate.policies.protocols import (
+    Admission,
     Controller,
     DecodePlacement,
     Observer,
@@ -31,7 +33,8 @@ class System:
     of prompts a step carries beside decodes, where the engine takes that per step; None: the engine's limit.
     ``observers`` hear tokens
     and endings. ``signals`` are those that the composition uses beyond what its parts declare. ``read_back``
-    is asked where a placement leaves ``Place.read_from`` open; None: it stays open. ``window_s`` is the
+    is asked where a placement leaves ``Place.read_from`` open; None: it stays open. ``admission`` is asked
+    whether a request is taken. ``window_s`` is the
     length of the ledger's window; ``windows`` names longer ones, each a multiple of it
     (``Snapshot.windows``). Raises ConfigError for a window or a period that cannot be, and for two
     controllers of one name.
@@ -48,6 +51,7 @@ class System:
     observers: tuple[Observer, ...] = ()
     signals: frozenset[Signal] = frozenset()
     read_back: ReadBack | None = read_where_worth
+    admission: Admission = admitted
     window_s: float = 1.0
     windows: Mapping[str, float] = field(default_factory=dict)
 
@@ -66,9 +70,10 @@ class System:
                 )
 
     def ordered(self, order: Order, name: str) -> System:
-        """Return the system with another order; where the plane keeps it, prompts are held for it."""
+        """Return the system with another order, and the admission that goes with any; where the plane keeps
+        it, prompts are held for it."""
         prefill = HoldingPlacement(self.prefill) if order.held else self.prefill
-        return replace(self, name=name, order=order, prefill=prefill)
+        return replace(self, name=name, order=order, prefill=prefill, admission=admitted)
 
     @property
     def needs(self) -> frozenset[Signal]:

@@ -10,6 +10,7 @@ from tidegate.policies.dopd.controller import DopdController
 from tidegate.policies.orders import make_order
 from tidegate.policies.protocols import Controller
 from tidegate.policies.starting_roles import mixed_roles
+from tidegate.policies.tidegate.harm import harmless
 from tidegate.policies.tidegate.labels import FleetShape
 from tidegate.policies.tidegate.placement import OneCost
 from tidegate.policies.tidegate.shape import RecentLengths
@@ -45,5 +46,6 @@ def tidegate(options: SystemOptions) -> System:
         chunks=chunks,
         observers=(lengths,),
         read_back=None,
+        admission=harmless,
         window_s=options.tick_s,
     )
