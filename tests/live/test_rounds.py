@@ -83,3 +83,53 @@ async def test_chats_that_name_no_session_have_their_history_read(model_dir: Pat
         await live.until_drained()
     lines = (tmp_path / "journal.jsonl").read_bytes().splitlines()
     assert sum(orjson.loads(line).get("read_back_tokens", 0) for line in lines) > 0
+
+
+async def ask(live: Live, prompt: list[int], tenant: str = "a") -> tuple[list[int], int]:
+    """Have a turn of the one session answered; return its ids, and how much of its prompt was cached."""
+    body = {
+        "prompt": prompt,
+        "max_tokens": 10,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+    headers = {"x-session-id": "s", "x-tenant-id": tenant}
+    async with live.client.post(live.url + "/v1/completions", json=body, headers=headers) as response:
+        assert response.status == 200, await response.text()
+        answer = await response.json()
+    return answer["choices"][0]["token_ids"], answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+async def misuse(live: Live) -> list[list[int]]:
+    """Use one session as no client should; return what was answered."""
+    said = [5 + 7 * at % 400 for at in range(96)]
+    first, _ = await ask(live, said)
+    history = said + first
+    at_once = await asyncio.gather(ask(live, [*history, 11, 12]), ask(live, [*history, 13]))
+    foreign, cached = await ask(live, [*history, 11, 12], "b")
+    assert cached == 0, "another tenant's KV"
+    again, _ = await ask(live, [*history, 11, 12])
+    assert foreign == again == at_once[0][0]
+    contradicting, _ = await ask(live, said[:48] + [9] * 40)
+    return [first, *(ids for ids, _ in at_once), again, contradicting]
+
+
+async def test_a_session_that_contradicts_itself_overlaps_or_is_two_tenants_is_served_right(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    settings = GatewaySettings(
+        admission=0.0, trusted_proxies=("127.0.0.1",), journal=tmp_path / "journal.jsonl"
+    )
+    async with cluster(model_dir, "colocated", instances=1, dtype="float64", settings=settings) as live:
+        reference = await misuse(live)
+    system = anywhere(0, local=0.0, read=1.0)
+    settings = replace(settings, journal=tmp_path / "anywhere.jsonl")
+    async with cluster(model_dir, system, dtype="float64", settings=settings) as live:
+        assert await misuse(live) == reference
+        await live.until_drained()
+    rows = [orjson.loads(line) for line in (tmp_path / "anywhere.jsonl").read_bytes().splitlines()]
+    said = [(row["event"], row.get("tenant", "")) for row in rows if row["type"] == "session"]
+    assert ("shortened", "a") in said and ("overlaps", "a") in said
+    read = [row.get("read_back_tokens", 0) for row in rows if row["type"] == "outcome"]
+    assert read[-1] <= 48 < max(read[1:-1]), "what contradicts the history is not read"
