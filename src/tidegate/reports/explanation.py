@@ -202,7 +202,7 @@ def _ended(line: OutcomeLine) -> list[str]:
     if line.predicted_prefill_s and line.observed_prefill_s:
         ratio = line.observed_prefill_s / line.predicted_prefill_s
         text.append(
-            f"{MARGIN}prefill predicted {_seconds(line.predicted_prefill_s)}, took "
+            f"{MARGIN}prefill predicted alone {_seconds(line.predicted_prefill_s)}, took "
             f"{_seconds(line.observed_prefill_s)} ({ratio:.2f} times)"
         )
     if line.cached_tokens:
