@@ -33,12 +33,14 @@ async def test_whatever_moves_the_answers_are_those_of_one_server_and_nothing_st
     chance = random.Random(7)
     bodies = [mixed(chance) for _ in range(80)]
     async with bench("arrow-lending", forced=Forced(migrate_every_s=0.003, flip_every_s=0.05)) as it:
-        answers = await asyncio.gather(*(it.ask(body) for body in bodies))
-        for body, said in zip(bodies, answers, strict=True):
-            assert said == alone(body), body
+        for _ in range(5):  # moves are asked for by the clock: a fast machine needs more rounds for as many
+            answers = await asyncio.gather(*(it.ask(body) for body in bodies))
+            for body, said in zip(bodies, answers, strict=True):
+                assert said == alone(body), body
+            if it.metric("tidegate_migrations_total", event="done") > 20:
+                break
         assert it.breaches() == []
-        # How many moves are asked for depends on how long a busy machine takes: some must be done.
-        assert it.metric("tidegate_migrations_total", event="done") > 0
+        assert it.metric("tidegate_migrations_total", event="done") > 20
         assert sum(server.pulled_tokens for server in it.servers) > 1000
         await it.until(lambda: not any(server.pins for server in it.servers))
 

@@ -50,9 +50,8 @@ from tidegate.workloads.choice import WorkloadChoice
 
 DEFAULT_LEVELS = "0.9,0.99"
 PROBES = "probes.jsonl"
-LEVEL_WIDTH, INTERVAL_WIDTH = 20, 13
-ACHIEVABLE_WIDTH = 12
-"""Characters that a level takes in the table, and that its interval takes."""
+LEVEL_WIDTH, INTERVAL_WIDTH, ACHIEVABLE_WIDTH = 20, 13, 12
+"""Characters that a level takes in the table, and that its interval and its share of the achievable take."""
 FLIPS_WIDTH, MISSES_WIDTH, USED_WIDTH = 30, 60, 20
 """Characters that a terminal has beside the levels where flips are shown, and where misses are, too; and what
 is taken by what a fleet that grows, or has a price, used."""

@@ -103,8 +103,8 @@ class SharedQueue(WaitingQueue[T]):
 
     Start-time fair queueing (Goyal, Vin and Cheng 1996), with the charges of VTC: who comes back after having
     waited for nothing begins where the last one served stood, so nobody saves up, and once nobody waits all
-    are even. While two tenants of a
-    class both wait, what they are charged differs by at most one charge of each.
+    are even. While two tenants of a class both wait, what they are charged differs by at most one charge of
+    each.
 
     If the one that came first of all has waited more than ``bound`` times its own TTFT target, its tenant is
     next whatever its class, once in ``SERVINGS_PER_STARVED``. With one class and one tenant this is the order

@@ -20,7 +20,7 @@ from tidegate.policies.dopd.forecast_traffic import serving_model
 from tidegate.policies.dopd.planners import IntervalLoad, PoolsSeen, dopd_code, dynamo_load, dynamo_sla
 from tidegate.policies.dopd.pool_loads import PoolLoads
 from tidegate.policies.dopd.service import ServingModel
-from tidegate.policies.dopd.two_pools import NO_SPLIT, Split, check_two_pools
+from tidegate.policies.dopd.two_pools import Split, check_two_pools
 from tidegate.policies.protocols import Signal
 
 INTERVAL_S = 20.0
@@ -37,7 +37,7 @@ class PlannerState:
     """When the interval began, with which counts, and what it showed; ``busy_s`` as in ``DopdState``."""
 
     began_s: float = -np.inf
-    had: Split = NO_SPLIT
+    had: Split = (0, 0)
     seen: tuple[PoolLoads, ...] = ()
     busy_s: float = -np.inf
     grace: int = 0

@@ -19,7 +19,6 @@ Counts = tuple[int, ...]
 """Instances of each pool."""
 Split = tuple[int, int]
 """Prefill and decode instances."""
-NO_SPLIT: Split = (0, 0)
 
 
 class Shortage(NamedTuple):

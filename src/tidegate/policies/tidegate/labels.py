@@ -20,11 +20,12 @@ from tidegate.policies.tidegate.shape import FleetLabels, FluidFleet, MeanReques
 class ShapeConstants:
     """All ours. Labels change where that gains the share ``gain`` of what the fleet serves, and where
     ``agreeing`` plans in a row say so; of shapes within ``even`` of the best it is that with most instances
-    that do both, for bursts are met by whoever is free. A plan moves the share ``step`` of the fleet at most:
-    lengths are known late. Lengths are believed from ``fewest`` answers on. Up to ``units`` steps of a fleet
-    are compared. Where decodes take more than ``crowded`` of their TPOT target or of the KV, one of those for
-    prefill does both at once, whatever plans say, and for ``rest_s`` there are no more than the others, or
-    for ``longest_rest_s`` (see ``Rest``).
+    that do both, for bursts are met by whoever is free, and what there is stays unless that one serves more
+    by as much. A plan moves the share ``step`` of the fleet at most: lengths are known late. Lengths are
+    believed from ``fewest`` answers on. Up to ``units`` steps of a fleet are compared. Where decodes take
+    more than ``crowded`` of their TPOT target or of the KV, one of those for prefill does both at once,
+    whatever plans say, and for ``rest_s`` there are no more than the others, or for ``longest_rest_s`` (see
+    ``Rest``).
     """
 
     gain: float = 0.07
