@@ -40,7 +40,8 @@ def rounds(draw: st.DrawFn) -> tuple[Request, Snapshot]:
         ledger.prefill_dispatched(asked, on, 0.0)
         if on[0] == "d" or draw(st.booleans()):
             ledger.prefill_ended(asked.id, draw(st.floats(0.1, 30.0)))
-            ledger.decode_dispatched(asked.id, draw(st.sampled_from(names[prefill:])), 1, 30.0)
+            holder = draw(st.sampled_from(names[prefill:]))
+            ledger.decode_dispatched(asked.id, holder, asked.prompt_tokens, 30.0)
             ledger.tokens(asked.id, 1, 30.0)
             ledger.tokens(asked.id, 1, 30.0 + draw(st.floats(0.001, 1.0)))
     prompt = draw(st.integers(4, 50_000))

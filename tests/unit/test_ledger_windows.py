@@ -35,6 +35,15 @@ def test_gaps_average_over_tokens_of_the_window() -> None:
     assert float(ledger.snapshot(1.5).mean_gap_s[1]) == pytest.approx(0.2), "published until the next close"
 
 
+def test_a_window_that_is_hardly_there_averages_to_the_queue_as_it_stands() -> None:
+    ledger = cluster(2, roles=(P, D), profile=profile())
+    ledger.window_closed(0.0)
+    ledger.prefill_dispatched(request("r0", 100), "i0", 2e-311)
+    ledger.window_closed(2e-311)
+    seen = ledger.snapshot(0.0)
+    assert seen.prefill_queue_avg_s[0] == seen.prefill_queue_s[0] > 0 and seen.prefill_demand[0] == 0
+
+
 def test_the_way_into_the_instance_is_no_gap() -> None:
     """The gap before the first decode token spans transfer and queue (Narwhal)."""
     ledger = decoding()

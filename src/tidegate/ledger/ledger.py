@@ -19,12 +19,7 @@ from tidegate.ledger.records import Booked, InstanceEntry, RequestEntry, Residen
 from tidegate.ledger.rows import DecodeRows, Forecast, Integers, RequestRows, decode_rows
 from tidegate.ledger.sessions import Sessions
 from tidegate.ledger.snapshot import Field, Labels, Snapshot, WindowAverages
-from tidegate.ledger.windows import SUMS, LongWindows, close_windows
-
-GRID_S = 2.0**-30
-"""Predicted prefill times are rounded to this step (about a nanosecond; ours), so that their sums are
-exact in floating point, return to zero, and can be compared for equality. Times of tokens are rounded down to
-it: a window's gaps have one sum, however many steps were told of at once."""
+from tidegate.ledger.windows import GRID_S, SUMS, LongWindows, close_windows
 
 
 class Ledger:

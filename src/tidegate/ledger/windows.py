@@ -14,6 +14,11 @@ from tidegate.ledger.matrix import LedgerMatrix, WindowRow
 from tidegate.ledger.records import InstanceEntry
 from tidegate.ledger.snapshot import Field, Matrix, WindowAverages
 
+GRID_S = 2.0**-30
+"""Predicted prefill times are rounded to this step (about a nanosecond; ours), so that their sums are
+exact in floating point, return to zero, and can be compared for equality. Times of tokens are rounded down to
+it: a window's gaps have one sum, however many steps were told of at once. A shorter window is empty: rates of
+what falls into it would have no bound."""
 SLOWNESS_S = 5.0
 """Time constant of the slowness, in seconds with a prefill (ours): that of a queue that begins to hurt."""
 DEMAND_S = 10.0
@@ -44,7 +49,7 @@ def close_windows(
     queue = array[Field.PREFILL_QUEUE_S]
     span = now - since
     sums = array[SUMS].copy()
-    if 0 < span < math.inf:
+    if GRID_S <= span < math.inf:
         since_s = now - array[WindowRow.QUEUE_SINCE_S]
         sums[0] += queue * since_s
         array[WindowRow.PREFILL_BUSY_S] += np.where(queue > 0, since_s, 0.0)
