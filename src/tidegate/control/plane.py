@@ -232,18 +232,6 @@ class ControlPlane:
     def tokens(self, live: LiveRequest, count: int, now: float) -> None:
         """Count tokens of a decode. ``live.generated`` holds them already."""
         self.ledger.tokens(live.id, count, now)
-        for observer in self._observers:
-            observer.tokens(live.as_request(), live.generated, now)
-
-    def stepped(self, instance_id: str, count: int, now: float) -> None:
-        """Count ``count`` tokens of every decode in step on an instance (``Ledger.stepped``)."""
-        self.ledger.stepped(instance_id, count, now)
-        if self._observers:
-            for request_id in self.ledger.in_step(instance_id):
-                live = self.requests[request_id]
-                live.generated += count
-                for observer in self._observers:
-                    observer.tokens(live.as_request(), live.generated, now)
 
     def length_reported(self, live: LiveRequest, at_token: int, remaining: float, now: float) -> None:
         """Say that an engine predicts ``remaining`` tokens behind the first ``at_token`` of an answer."""

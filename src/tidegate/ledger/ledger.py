@@ -396,13 +396,6 @@ class Ledger:
         instance = self._up(instance_id)
         return Residents(tuple(instance.prefills), tuple(instance.handoffs), tuple(instance.decodes))
 
-    def in_step(self, instance_id: str) -> list[str]:
-        """Return the decodes that ``stepped`` counts for on an instance; none where it is not up."""
-        instance = self._instances.get(instance_id)
-        if instance is None:
-            return []
-        return [name for name, entry in instance.decodes.items() if entry.joined_step is not None]
-
     def booked(self, instance_id: str) -> Booked:
         """Return what is the ledger's own on an instance. Raises NoInstance when it is not up."""
         instance = self._up(instance_id)

@@ -90,15 +90,11 @@ class Controller(Policy, Protocol[S]):
 
 
 class Observer(Protocol):
-    """Hears of tokens and endings: for statistics of lengths, say. Decides nothing.
+    """Hears of answers: for statistics of lengths, say. Decides nothing.
 
     No snapshot carries what it learns. A controller or a placement reads it if the system's factory gives the
     same object to both. Such a system serves one run: what it learnt in one must not decide the next.
     """
-
-    def tokens(self, request: Request, generated: int, now: float) -> None:
-        """``request`` has ``generated`` tokens by ``now``. Told per token, or for several at once."""
-        ...
 
     def finished(self, request: Request, generated: int, now: float) -> None:
         """``request`` was answered in full with ``generated`` tokens."""

@@ -103,8 +103,7 @@ class SimDriver:
         self.context = max(self._contexts, default=0)
         self.oversize: list[tuple[int, int]] = []
         self.unstarted: list[tuple[float, str]] = []
-        # Where nobody listens to tokens the ledger is all that the plane would tell.
-        self._tell_steps = self.plane.stepped if system.observers else self.plane.ledger.stepped
+        self._tell_steps = self.plane.ledger.stepped
         self._stale = settings.heartbeat_s > 0
         self._untold: list[list[tuple[int, float]]] = [[] for _ in replicas]
         self._ended = ended

@@ -47,9 +47,6 @@ class RecentLengths:
         self._rows: deque[tuple[int, int, int]] = deque(maxlen=REMEMBERED)
         self.answered = 0
 
-    def tokens(self, request: Request, generated: int, now: float) -> None:
-        """Tokens alone say nothing of lengths."""
-
     def finished(self, request: Request, generated: int, now: float) -> None:
         """Remember a request that was answered in full."""
         history = 0 if request.history is None else request.history.tokens
