@@ -35,9 +35,6 @@ STEP = 0.02
 """Relative gain from which on a deployment counts as better than the best so far."""
 TOLERANCE = 0.02
 """Relative width at which a goodput search ends."""
-GLIMPSE, DOUBT = 4, 0.05
-"""A challenger is first run on this part of the requests, and not further where it misses by more than that:
-queues that grow only grow on."""
 HOPELESS = 0.75
 """Of the best goodput: deployments of which the corrected program expects less are not simulated."""
 PROPOSALS = {"disaggregated": 5, "colocated": 3, "mixed": 2, "adaptive": 3}
@@ -55,8 +52,8 @@ that are tried of one, those first of which the program expects most."""
 
 @dataclass
 class Simulated:
-    """What simulations said of deployments: goodputs of the first seed, and runs that missed, as (rate,
-    attainment)."""
+    """What simulations said of deployments: goodputs of the first seed, and runs that missed, as (rate, the
+    share of the run after which that was sure)."""
 
     goodput_rps: dict[Deployment, float] = field(default_factory=dict)
     missed: dict[Deployment, tuple[float, float]] = field(default_factory=dict)
@@ -144,13 +141,13 @@ class PlanSearch:
         self._runs.setdefault(chosen, {}).setdefault(rate_rps, []).append(run["attainment"])
         return run
 
-    async def challenged(self, chosen: Deployment, rate_rps: float) -> float:
-        """Return what a deployment attains at a rate, or in the run's first part where that is little."""
-        setting = chosen.applied(self.question.setting)
-        job = trial_job(setting, chosen.title, rate_rps, 0, self.length.part(GLIMPSE))
-        share = float((await self.do(job))["attainment"])
-        enough = share >= self.question.level - DOUBT
-        return await self.attainment(chosen, rate_rps) if enough else share
+    async def challenged(self, chosen: Deployment, rate_rps: float) -> bool:
+        """Tell whether a deployment attains the level at a rate, at the cost of no more than that takes."""
+        setting, level = chosen.applied(self.question.setting), self.question.level
+        run = await self.do(trial_job(setting, chosen.title, rate_rps, 0, self.length, level))
+        if run["attainment"] < level:
+            self.known.missed[chosen] = (rate_rps, run["until"])
+        return bool(run["attainment"] >= level)
 
     async def attainment(self, chosen: Deployment, rate_rps: float, seed: int = 0) -> float:
         """Return what a deployment attains at a rate."""
@@ -253,10 +250,7 @@ class PlanSearch:
             before = self.known.missed.get(each)
             if before is not None and before[0] <= rate_rps:
                 return
-            share = await self.challenged(each, rate_rps)
-            if share < self.question.level:
-                self.known.missed[each] = (rate_rps, share)
-            elif each not in self.known.goodput_rps:
+            if await self.challenged(each, rate_rps) and each not in self.known.goodput_rps:
                 await self.first_measured(each, 1.05 * rate_rps)
 
         width = 4

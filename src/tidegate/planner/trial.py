@@ -42,10 +42,6 @@ class TrialLength:
     requests: int
     uncounted: int = 0
 
-    def part(self, divisor: int) -> TrialLength:
-        """Return so much of it from its beginning on, where all count."""
-        return TrialLength(max(1, self.requests // divisor))
-
 
 def length_for(workload: Workload, tpot_s: float, rate_rps: float) -> TrialLength:
     """Return how long a trial at about ``rate_rps`` is."""
@@ -124,18 +120,35 @@ def scaled_to(workload: Workload, rate_rps: float) -> Workload:
     return scale_rate(workload, rate_rps / (per_s * len(workload) / len(starts_s)))
 
 
+class _TooManyMissed(Exception):
+    """Ends a run that cannot attain the level any more, with the request that told so."""
+
+
 def attempt(
-    setting: Setting, rate_rps: float, seed: int, requests: int, uncounted: int = 0
+    setting: Setting, rate_rps: float, seed: int, requests: int, uncounted: int = 0, level: float = 0.0
 ) -> dict[str, Any]:
     """Return what came of a run after its first ``uncounted`` requests: their attainment, and percentiles of
     their latencies in seconds.
 
-    A round waits for the answer before it, and its client's pause. ``gpu_hours`` and the like are left to who
+    A run that cannot attain ``level`` any more ends there. Then ``attainment`` is the most that it might have
+    been, and all else is ``until``, the share of the requests that had arrived. A round waits for the answer before it, and its client's pause. ``gpu_hours`` and the like are left to who
     knows the deployment.
     """
     workload = drawn(setting.workload, requests, seed)
     settings = replace(setting.settings, closed_loop=in_rounds(workload))
-    run = simulate(scaled_to(workload, rate_rps), setting.make_system(), setting.fleet.replicas(), settings)
+    count, misses = len(workload) - uncounted, 0
+
+    def missed(at: int) -> None:
+        nonlocal misses
+        misses += at >= uncounted
+        if count - misses < level * count:
+            raise _TooManyMissed(at)
+
+    served = scaled_to(workload, rate_rps), setting.make_system(), setting.fleet.replicas(), settings
+    try:
+        run = simulate(*served, missed=missed)
+    except _TooManyMissed as ended:
+        return {"attainment": (count - misses) / count, "until": ended.args[0] / len(workload)}
     table = run.requests
     counted = np.arange(len(table)) >= uncounted
     ok = table.ok & counted
@@ -156,11 +169,13 @@ def _p95(values: Any) -> float | None:
     return float(np.percentile(known, 95)) if len(known) else None
 
 
-def trial_job(setting: Setting, title: str, rate_rps: float, seed: int, length: TrialLength) -> Job:
+def trial_job(
+    setting: Setting, title: str, rate_rps: float, seed: int, length: TrialLength, level: float = 0.0
+) -> Job:
     """Return the job of ``attempt``. Rates are rounded, so that a search finds those of another one."""
     rounded = float(f"{rate_rps:.4g}")
     run = {"rate_rps": rounded, "seed": seed, "requests": length.requests, "uncounted": length.uncounted}
-    return job_of(attempt, setting, title, **run)
+    return job_of(attempt, setting, title, **run, **({"level": level} if level else {}))
 
 
 def without_prefix_cache(setting: Setting) -> Setting:

@@ -21,6 +21,7 @@ from tidegate.signals.lengths.choice import DEFAULT
 from tidegate.sim.arrivals import TraceArrivals
 from tidegate.sim.driver import SimDriver
 from tidegate.sim.membership import CONTROL, HEARTBEAT, MEMBERSHIP, FleetSchedule
+from tidegate.sim.misses import Misses
 from tidegate.sim.results import InstanceUse, SimRun, oversize_warnings, slo_warnings, unstarted_warnings
 from tidegate.sim.settings import SimSettings
 from tidegate.systems.system import System
@@ -38,11 +39,13 @@ def simulate(
     *,
     journal: IO[bytes] | None = None,
     watch: Callable[[int], None] | None = None,
+    missed: Callable[[int], None] | None = None,
 ) -> SimRun:
     """Serve ``trace`` with ``system`` on ``replicas`` to the last request.
 
     The same arguments give the same result and the same journal, byte for byte. ``watch`` is told now and
-    then how many requests have arrived. Raises ConfigError for a fleet, system or settings that cannot
+    then how many requests have arrived; ``missed`` of each request that will not attain its SLO, as soon as
+    that is known, by its place in the order of arrival. What they raise ends the run. Raises ConfigError for a fleet, system or settings that cannot
     serve, and for a trace that goes back in time, has empty requests or names an unknown SLO class.
     """
     return _Simulation(
@@ -52,6 +55,7 @@ def simulate(
         settings or SimSettings(),
         JournalWriter(None if journal is None else journal.write),
         watch,
+        None if missed is None else Misses(missed),
     ).run()
 
 
@@ -66,6 +70,7 @@ class _Simulation:
         settings: SimSettings,
         journal: JournalWriter,
         watch: Callable[[int], None] | None,
+        misses: Misses | None,
     ) -> None:
         if not settings.lengths and Signal.LENGTHS in system.needs:
             settings = replace(settings, lengths=DEFAULT)
@@ -87,7 +92,9 @@ class _Simulation:
         ended = self._arrivals.ended if settings.closed_loop else None
         periods = settings.forecast_period_s, settings.forecast_steps
         load = simulated_feed(settings.forecast, workload, *periods) if settings.forecast else None
-        self._driver = SimDriver(system, replicas, settings, journal, events, self._membership, ended, load)
+        self._driver = SimDriver(
+            system, replicas, settings, journal, events, self._membership, ended, load, misses
+        )
         self._heartbeats = 0
         journal.header(
             version=tidegate.__version__,
