@@ -193,6 +193,20 @@ def test_a_fleet_of_long_answers_is_counted_once_it_has_settled() -> None:
     assert 400 * whole["attainment"] >= 200 * late["attainment"]
 
 
+def test_a_run_that_is_hopeless_ends_early_and_says_so() -> None:
+    """Both levels are within what is attained, one of them by a single request."""
+    choice = WorkloadChoice(poisson=30.0, input_tokens="2000", output_tokens="20", limit=300)
+    chosen = made("colocated", (M, 1, 1)).applied(Setting(choice, SimulatedFleet(()), ""))
+    whole = attempt(chosen, 30.0, 0, 300, 20)
+    reached = whole["attainment"]
+    assert 0.1 < reached < 0.9
+    assert attempt(chosen, 30.0, 0, 300, 20, reached) == whole
+    cut = attempt(chosen, 30.0, 0, 300, 20, reached + 1 / 280)
+    assert reached <= cut["attainment"] < reached + 1 / 280 and 0 < cut["until"] < 1
+    early = attempt(chosen, 30.0, 0, 300, 20, 0.95)
+    assert early["until"] < cut["until"] and "ttft_p95_s" not in early
+
+
 def test_a_move_is_priced_by_what_changes() -> None:
     prices = MovePrices(start_s=60.0, drain_s=10.0)
     split = made("arrow-lending", (P, 1, 2), (D, 1, 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -243,11 +244,11 @@ class Case:
     def _at(self, at_s: float) -> float:
         return round(at_s * 16) / 16 if self.tied else float(at_s)
 
-    def run(self, *, leap: bool) -> tuple[SimRun, bytes]:
+    def run(self, *, leap: bool, missed: Callable[[int], None] | None = None) -> tuple[SimRun, bytes]:
         """Simulate; return the run and its journal."""
         journal = io.BytesIO()
-        settings = self.settings(leap=leap)
-        done = simulate(self.trace(), self.made_system(), self.fleet(), settings, journal=journal)
+        served = self.trace(), self.made_system(), self.fleet(), self.settings(leap=leap)
+        done = simulate(*served, journal=journal, missed=missed)
         return done, journal.getvalue()
 
 

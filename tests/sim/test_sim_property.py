@@ -155,3 +155,11 @@ def test_every_request_ends_once_and_kv_fits_many_times(case: Case) -> None:
 @given(case=CASES)
 def test_equal_inputs_give_equal_journals(case: Case) -> None:
     assert case.run(leap=True)[1] == case.run(leap=True)[1]
+
+
+@settings(QUICK, max_examples=20)
+@given(case=CASES)
+def test_who_misses_is_told_once_and_in_time(case: Case) -> None:
+    told: list[int] = []
+    run, _ = case.run(leap=True, missed=told.append)
+    assert sorted(told) == np.flatnonzero(~run.requests.attained).tolist()

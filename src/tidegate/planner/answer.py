@@ -17,7 +17,7 @@ from tidegate.measure.percentiles import t_interval
 from tidegate.planner.deployment import Deployment
 from tidegate.planner.feasibility import check_feasible
 from tidegate.planner.question import CACHE_SHARE, SMALL_CELLS, Question, cached_share
-from tidegate.planner.search import TOLERANCE, PlanSearch
+from tidegate.planner.search import NEAR, TOLERANCE, PlanSearch
 from tidegate.planner.trial import MOST, MOST_SETTLING, TrialLength, trial_job, without_prefix_cache
 from tidegate.reports.comparison import LevelGoodput
 
@@ -158,7 +158,6 @@ def _instances(search: PlanSearch) -> int:
 
 async def _ranked(search: PlanSearch, found: Sequence[Deployment], parts: int) -> tuple[list[Ranked], float]:
     question = search.question
-    seeds = range(question.seeds)
     goodputs = await asyncio.gather(*(with_seeds(search, each) for each in found))
     order = list(range(len(found)))
     if question.rate_rps is None:
@@ -172,6 +171,7 @@ async def _ranked(search: PlanSearch, found: Sequence[Deployment], parts: int) -
         leaders.add(found[at].family)
     ranked = []
     for at in kept:
+        seeds = range(goodputs[at].seeds)
         runs = await asyncio.gather(*(search.run_at(found[at], rate_rps, seed) for seed in seeds))
         others = [goodputs[other] for other in order if other != at]
         mean, low, high = t_interval([run["attainment"] for run in runs])
@@ -189,13 +189,17 @@ async def _ranked(search: PlanSearch, found: Sequence[Deployment], parts: int) -
 
 
 async def with_seeds(search: PlanSearch, chosen: Deployment) -> LevelGoodput:
-    """Return a deployment's goodput over all seeds, of which the first is known: the others are near."""
-    first_rps = search.known.goodput_rps[chosen]
-    more = range(1, search.question.seeds)
-    found = await search.measured(chosen, first_rps or 1.0, more or (0,), growth=1.02)
-    by_seed = (first_rps, *found.by_seed) if more else found.by_seed
+    """Return a deployment's goodput over all seeds, of which the first is known: the others are near.
+
+    Where the first is far below the best's, it stands alone: more seeds would not bring that one up."""
+    question, first_rps = search.question, search.known.goodput_rps[chosen]
+    by_seed: tuple[float, ...] = (first_rps,)
+    far = question.rate_rps is None and first_rps < NEAR * search.best_rps
+    if question.seeds > 1 and not far:
+        found = await search.measured(chosen, first_rps or 1.0, range(1, question.seeds), growth=1.02)
+        by_seed += found.by_seed
     mean, low, high = t_interval(by_seed)
-    return replace(found, goodput_rps=mean, low_rps=max(0.0, low), high_rps=high, by_seed=by_seed)
+    return LevelGoodput(question.level, "", mean, max(0.0, low), high, None, (), by_seed=by_seed)
 
 
 def scaled(found: LevelGoodput, parts: int) -> LevelGoodput:

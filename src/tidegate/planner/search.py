@@ -4,7 +4,7 @@
    was predicted corrects the program, which proposes again.
 2. A proposal has to beat the best one of its family so far: one run at a rate that is ``STEP`` higher tells.
    So do the neighbours of the best ones, until none beats them (hill climbing).
-3. The best of all, the best of each family and the nearest others are searched with every seed.
+3. The best of all, the best of each family and the nearest others are ranked (``answer``).
 
 Where a rate is given, the best is the cheapest that serves it, and one run at that rate tells.
 """

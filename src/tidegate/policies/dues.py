@@ -25,6 +25,7 @@ class TokenDues:
         self._first_s = np.empty(16)
         self._tpot_s = np.empty(16)
         self._offsets = np.empty(16)
+        self._last: tuple[tuple[float, ...], float] = ((), inf)
 
     def join(self, first_token_s: float, tpot_s: float, number: int) -> int:
         """Count a decode whose next token is the ``number``-th behind its first; return the key that it
@@ -59,11 +60,17 @@ class TokenDues:
         """Return the due that ``share`` of all are before, rounded down; infinity without any.
 
         Those that are more than ``recoverable_tokens`` of their decode's targets before ``at_s`` are given
-        up: the one returned is not among them.
+        up: the one returned is not among them. Every prompt of a step asks the same: the last answer is kept.
         """
         count = len(self._keys)
         if not count:
             return inf
+        asked = (self.steps, self._joined, count, share, at_s, recoverable_tokens)
+        if asked != self._last[0]:
+            self._last = asked, self._behind_first(count, share, at_s, recoverable_tokens)
+        return self._last[1]
+
+    def _behind_first(self, count: int, share: float, at_s: float, recoverable_tokens: float) -> float:
         tpot_s = self._tpot_s[:count]
         dues: Values = self._first_s[:count] + (self._offsets[:count] + self.steps) * tpot_s
         bound = dues[dues > at_s - recoverable_tokens * tpot_s]

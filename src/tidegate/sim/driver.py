@@ -36,7 +36,6 @@ from tidegate.signals.lengths.choice import simulated_source
 from tidegate.signals.prefix import NO_BLOCKS, PrefixIndex, PromptBlocks
 from tidegate.sim.legs import SentLegs
 from tidegate.sim.membership import CONTROL, FleetSchedule
-from tidegate.sim.misses import Misses
 from tidegate.sim.sampling import Sampler
 from tidegate.sim.settings import SimSettings
 from tidegate.sim.simulated_request import AwaitedRead, RequestColumns, SimulatedRequest
@@ -64,7 +63,7 @@ class SimDriver:
         membership: FleetSchedule,
         ended: Callable[[int, float], None] | None,
         load: LoadFeed | None = None,
-        misses: Misses | None = None,
+        missed: Callable[[int], None] | None = None,
     ) -> None:
         self._output_tokens: dict[str, int] = {}
         name = settings.lengths
@@ -87,7 +86,7 @@ class SimDriver:
         self.last_roles: list[Role | None] = [None] * len(replicas)
         self.requests: dict[int, SimulatedRequest] = {}
         self.legs = SentLegs(self.cluster, events, settings.front_s, self.requests)
-        self.columns = RequestColumns()
+        self.columns = RequestColumns(missed)
         self.slo_class: list[str] = []
         self.steps = [0] * len(replicas)
         self.arrived = 0
@@ -109,7 +108,6 @@ class SimDriver:
         self._stale = settings.heartbeat_s > 0
         self._untold: list[list[tuple[int, float]]] = [[] for _ in replicas]
         self._ended = ended
-        self._misses = misses
 
     def start(self) -> None:
         """Have the instances that are up at the start join, and the periodic decisions begin."""
@@ -334,8 +332,6 @@ class SimDriver:
         effects = self.plane.ended(live, error, now)
         del self._output_tokens[live.id]
         self.columns.write(live, self._index, "ok" if error is None else status_of(error).label, now)
-        if self._misses is not None:
-            self._misses.ended(live, whole=error is None)
         self.preemptions += live.preemptions
         self.migrations += live.migrations
         self.kv_transfer_bytes += live.kv_transfer_bytes
@@ -382,8 +378,7 @@ class SimDriver:
                 decodes = True
             if live.first_token_s != live.first_token_s:
                 live.note_first_token(sequence, self._settings.front_s, now)
-                if self._misses is not None:
-                    self._misses.first_token(live)
+                self.columns.began(live)
                 plane.prefill_reported(live, sequence.cached_tokens, now, read_tokens=live.read_tokens)
         live.generated += 1
         live.last_token_s = now

@@ -21,7 +21,6 @@ from tidegate.signals.lengths.choice import DEFAULT
 from tidegate.sim.arrivals import TraceArrivals
 from tidegate.sim.driver import SimDriver
 from tidegate.sim.membership import CONTROL, HEARTBEAT, MEMBERSHIP, FleetSchedule
-from tidegate.sim.misses import Misses
 from tidegate.sim.results import InstanceUse, SimRun, oversize_warnings, slo_warnings, unstarted_warnings
 from tidegate.sim.settings import SimSettings
 from tidegate.systems.system import System
@@ -45,8 +44,9 @@ def simulate(
 
     The same arguments give the same result and the same journal, byte for byte. ``watch`` is told now and
     then how many requests have arrived; ``missed`` of each request that will not attain its SLO, as soon as
-    that is known, by its place in the order of arrival. What they raise ends the run. Raises ConfigError for a fleet, system or settings that cannot
-    serve, and for a trace that goes back in time, has empty requests or names an unknown SLO class.
+    that is known, by its place in the order of arrival. What they raise ends the run. Raises ConfigError for
+    a fleet, system or settings that cannot serve, and for a trace that goes back in time, has empty requests
+    or names an unknown SLO class.
     """
     return _Simulation(
         trace,
@@ -55,7 +55,7 @@ def simulate(
         settings or SimSettings(),
         JournalWriter(None if journal is None else journal.write),
         watch,
-        None if missed is None else Misses(missed),
+        missed,
     ).run()
 
 
@@ -70,7 +70,7 @@ class _Simulation:
         settings: SimSettings,
         journal: JournalWriter,
         watch: Callable[[int], None] | None,
-        misses: Misses | None,
+        missed: Callable[[int], None] | None = None,
     ) -> None:
         if not settings.lengths and Signal.LENGTHS in system.needs:
             settings = replace(settings, lengths=DEFAULT)
@@ -93,7 +93,7 @@ class _Simulation:
         periods = settings.forecast_period_s, settings.forecast_steps
         load = simulated_feed(settings.forecast, workload, *periods) if settings.forecast else None
         self._driver = SimDriver(
-            system, replicas, settings, journal, events, self._membership, ended, load, misses
+            system, replicas, settings, journal, events, self._membership, ended, load, missed
         )
         self._heartbeats = 0
         journal.header(

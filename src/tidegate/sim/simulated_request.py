@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -113,6 +113,18 @@ class SimulatedRequest(LiveRequest):
             generated=self.generated,
         )
 
+    @property
+    def begins_late(self) -> bool:
+        """Whether the first token came behind its target."""
+        return self.first_token_s - self.request.arrival_s > self.request.slo.ttft_s
+
+    @property
+    def attains(self) -> bool:
+        """Whether what came of the answer so far is within both targets."""
+        request, gaps = self.request, self.generated - 1
+        tpot_s = (self.last_token_s - self.first_token_s) / gaps if gaps > 0 else None
+        return request.slo.attained(self.first_token_s - request.arrival_s, tpot_s)
+
     def note_first_token(self, sequence: SimSequence, front_s: float, now: float) -> None:
         """Fill in the stages up to the request's first token. ``front_s`` passed on the way to the engine."""
         admitted_s = sequence.admitted_s
@@ -177,14 +189,22 @@ def _reached(at_s: float) -> float | None:
 class RequestColumns:
     """Collects a row per request at its number in order of arrival, in 176 bytes of one buffer.
 
-    The table's columns are views of that buffer: nothing is copied at the end.
+    The table's columns are views of that buffer: nothing is copied at the end. ``missed`` is told once of
+    each request that will not attain its SLO, by that number: at its first token where that is late, else
+    when it ends.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, missed: Callable[[int], None] | None = None) -> None:
+        self._missed = missed
         self.outcomes = ["ok"]
         self._codes = {"ok": 0}
         self._buffer = bytearray()
         self._written = 0
+
+    def began(self, live: SimulatedRequest) -> None:
+        """Hear of a request's first token."""
+        if self._missed is not None and live.begins_late:
+            self._missed(live.index)
 
     def write(
         self, live: SimulatedRequest, index: Mapping[str | None, int], outcome: str, end_s: float
@@ -226,6 +246,8 @@ class RequestColumns:
             live.migrations,
             live.kv_transfer_bytes,
         )
+        if self._missed is not None and not live.begins_late and (code or not live.attains):
+            self._missed(live.index)
 
     def table(self, instances: Sequence[str], count: int, slo_class: Sequence[str]) -> RequestTable:
         """Return the first ``count`` requests. Raises InternalError unless each has exactly one end."""

@@ -31,12 +31,11 @@ class System:
     ``controllers`` decide in this order where their periods meet. ``order`` is that of waiting prefills, in
     every engine (``Order.in_engines``) and among the requests that the plane holds. ``chunks`` says how much
     of prompts a step carries beside decodes, where the engine takes that per step; None: the engine's limit.
-    ``observers`` hear of answers that ended. ``signals`` are those that the composition uses beyond what its parts declare. ``read_back``
-    is asked where a placement leaves ``Place.read_from`` open; None: it stays open. ``admission`` is asked
-    whether a request is taken. ``window_s`` is the
-    length of the ledger's window; ``windows`` names longer ones, each a multiple of it
-    (``Snapshot.windows``). Raises ConfigError for a window or a period that cannot be, and for two
-    controllers of one name.
+    ``observers`` hear of answers that ended. ``signals`` are those that the composition uses beyond what its
+    parts declare. ``read_back`` is asked where a placement leaves ``Place.read_from`` open; None: it stays
+    open. ``admission`` is asked whether a request is taken. ``window_s`` is the length of the ledger's
+    window; ``windows`` names longer ones, each a multiple of it (``Snapshot.windows``). Raises ConfigError
+    for a window or a period that cannot be, and for two controllers of one name.
     """
 
     name: str

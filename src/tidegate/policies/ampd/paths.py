@@ -59,12 +59,27 @@ def bound_decode(request: Request, snapshot: Snapshot, prefill_on: str) -> Verdi
     return Verdict(Place(prefill_on, on, Path.DISAGGREGATED), reason=reason)
 
 
+class FirstTokenCosts(NamedTuple):
+    """What a round's first token takes through each instance, in seconds: ``wait_s`` is the queue, ``read_s``
+    the history's way to the instance, ``prefill_s`` the computing. ``reads`` tells where the history is read.
+    """
+
+    wait_s: Column
+    read_s: Column
+    prefill_s: Column
+    reads: Mask
+
+    @property
+    def seconds(self) -> Column:
+        """Their sum."""
+        return self.wait_s + self.read_s + self.prefill_s
+
+
 class PathCosts(NamedTuple):
     """What a round's first token and its way back take through each instance, in seconds: the local path at
     the session's home, the remote one elsewhere.
 
-    ``wait_s`` is the queue, ``read_s`` the history's way to the instance, ``prefill_s`` the computing, and
-    ``return_s`` the new KV's way home. ``reads`` tells where the history is read.
+    The first terms are those of ``FirstTokenCosts``, ``return_s`` is the new KV's way home.
     """
 
     wait_s: Column
@@ -92,20 +107,28 @@ class PathCosts(NamedTuple):
         return Alternatives(snapshot.ids, lambda: {"total_s": self.total_s} | self.terms(), candidates)
 
 
-def path_costs(request: Request, snapshot: Snapshot, home: Home, *, read: bool | None) -> PathCosts:
-    """Price every path of a round. Remote ones read the history from home with ``read``, with None where that
-    is faster than computing it again; none does where the instance has it, or where some cannot read.
+def first_token_costs(
+    request: Request, snapshot: Snapshot, home: Home, *, read: bool | None
+) -> FirstTokenCosts:
+    """Price the first token on every path of a round. Remote ones read the history from home with ``read``,
+    with None where that is faster than computing it again; none does where the instance has it, or where some
+    cannot read.
 
     AMPD's sum (``read`` True) takes links for idle, and the history for at hand. With None it is priced, too,
     that others use the ports at both ends, and that the holder pins a history behind its own prefills."""
+    costs, at, prompt_tokens = snapshot.costs, home.at, float(request.prompt_tokens)
+    wait_s, count = snapshot.prefill_wait_s, len(snapshot)
+    if not home.tokens and not request.cached:
+        fresh_s = costs.prefill.seconds(prompt_tokens, attention_work(prompt_tokens, 0.0))
+        nothing = np.zeros(count)
+        return FirstTokenCosts(wait_s, nothing, nothing + fresh_s, np.zeros(count, np.bool_))
     if read is not False and not snapshot.state[Field.EXTENDS_KV].all():
         read = False
-    costs, at, prompt_tokens = snapshot.costs, home.at, float(request.prompt_tokens)
-    token_bytes, wait_s = snapshot.cells[Field.KV_BYTES_PER_TOKEN, at], snapshot.prefill_wait_s
-    read_s, prefill_s = np.empty((2, len(snapshot)))
-    reads = np.empty(len(snapshot), np.bool_)
+    token_bytes = snapshot.cells[Field.KV_BYTES_PER_TOKEN, at]
+    read_s, prefill_s = np.empty((2, count))
+    reads = np.empty(count, np.bool_)
     priced = read is None
-    pinned_s = np.maximum(wait_s[at] - wait_s, 0.0) if priced and home.tokens else np.zeros(len(snapshot))
+    pinned_s = np.maximum(wait_s[at] - wait_s, 0.0) if priced and home.tokens else np.zeros(count)
     outbound_tokens, inbound_tokens = snapshot.cells[Field.OUTBOUND_TOKENS, at], snapshot.inbound_tokens
 
     def fill(which: int | slice, costs: ProfileTable, has: float, source_tokens: float) -> None:
@@ -125,22 +148,33 @@ def path_costs(request: Request, snapshot: Snapshot, home: Home, *, read: bool |
         prefill_s[which] = fresh_s + (rest_s - fresh_s) * chosen
 
     fill(EVERYONE, costs, 0.0, float(home.tokens))
-    kept = float(home.tokens)
     for name, tokens in request.cached.items():
         column = snapshot.index.get(name)
-        if column == at:
-            kept = max(kept, float(tokens))
-        elif column is not None:
+        if column is not None and column != at:
             fill(column, costs.at(column), float(tokens), float(home.tokens))
-    fill(at, costs.at(at), kept, 0.0)
-    back = costs.at(at)
-    back_s = float(back.transfer.seconds((prompt_tokens - kept) * token_bytes))
+    fill(at, costs.at(at), _kept_tokens(request, snapshot, home), 0.0)
+    return FirstTokenCosts(wait_s, read_s, prefill_s, reads)
+
+
+def path_costs(request: Request, snapshot: Snapshot, home: Home, *, read: bool | None) -> PathCosts:
+    """Price every path of a round: its first token (``first_token_costs``) and the way home of what is new.
+    With ``read`` None it is priced that others use the ports there."""
+    token = first_token_costs(request, snapshot, home, read=read)
+    at, back = home.at, snapshot.costs.at(home.at)
+    token_bytes = snapshot.cells[Field.KV_BYTES_PER_TOKEN, at]
+    new_tokens = float(request.prompt_tokens) - _kept_tokens(request, snapshot, home)
+    back_s = float(back.transfer.seconds(new_tokens * token_bytes))
     return_s = np.full(len(snapshot), back_s)
-    if priced:
+    if read is None and snapshot.state[Field.EXTENDS_KV].all():
         on_ports = np.maximum(snapshot.outbound_tokens, snapshot.cells[Field.INBOUND_TOKENS, at])
         return_s += shared_s(back_s, on_ports * token_bytes, back)
     return_s[at] = 0.0
-    return PathCosts(wait_s, read_s, prefill_s, return_s, reads)
+    return PathCosts(token.wait_s, token.read_s, token.prefill_s, return_s, token.reads)
+
+
+def _kept_tokens(request: Request, snapshot: Snapshot, home: Home) -> float:
+    """Return how much of the prompt its home has, by session or by cache."""
+    return float(max(home.tokens, request.cached.get(snapshot.ids[home.at], 0)))
 
 
 def shared_s(own_s: float | Column, under_way_bytes: float | Column, costs: ProfileTable) -> float | Column:

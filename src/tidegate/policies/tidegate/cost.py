@@ -14,7 +14,7 @@ import numpy as np
 from tidegate.core.request import Request
 from tidegate.ledger.snapshot import Column, Mask, Snapshot
 from tidegate.policies.ampd.cost_routing import LATE_WEIGHT, MARGIN, PACE
-from tidegate.policies.ampd.paths import Home, PathCosts, binding_history, path_costs
+from tidegate.policies.ampd.paths import Home, binding_history, first_token_costs
 
 MOST_TAKEN = 0.9
 """Decodes take at most this share of the time of a step, as far as prefills beside them are concerned."""
@@ -79,17 +79,18 @@ def first_token(request: Request, snapshot: Snapshot, constants: CostConstants) 
     home = Home(0, 0)
     if history is not None:
         home = Home(snapshot.index[history.on], min(history.tokens, request.prompt_tokens - 1))
-    paths: PathCosts = path_costs(request, snapshot, home, read=None)
+    token = first_token_costs(request, snapshot, home, read=None)
     mixed = snapshot.costs.mixed
     beside_s = mixed.b_s * snapshot.decode_requests + mixed.d_s * snapshot.decode_tokens
     taken = np.minimum(beside_s / request.slo.tpot_s, MOST_TAKEN)
-    stretched_s = (paths.wait_s + paths.prefill_s) * (taken / (1.0 - taken))
-    spent_s = max(0.0, snapshot.at_s - request.arrival_s)
-    ttft_s = spent_s + paths.first_token_s + stretched_s
-    late_s = constants.late_weight * np.maximum(ttft_s - constants.margin * request.slo.ttft_s, 0.0)
+    stretched_s = (token.wait_s + token.prefill_s) * (taken / (1.0 - taken))
     if request.generated:
-        late_s = np.zeros_like(late_s)
-    return FirstToken(paths.wait_s, paths.read_s, paths.prefill_s, stretched_s, late_s, paths.reads)
+        late_s = np.zeros(len(snapshot))
+    else:
+        spent_s = max(0.0, snapshot.at_s - request.arrival_s)
+        ttft_s = spent_s + token.seconds + stretched_s
+        late_s = constants.late_weight * np.maximum(ttft_s - constants.margin * request.slo.ttft_s, 0.0)
+    return FirstToken(token.wait_s, token.read_s, token.prefill_s, stretched_s, late_s, token.reads)
 
 
 def decoding(request: Request, snapshot: Snapshot, held_on: int | None, constants: CostConstants) -> Decoding:
@@ -99,19 +100,20 @@ def decoding(request: Request, snapshot: Snapshot, held_on: int | None, constant
     share = step_s / request.slo.tpot_s
     over = np.maximum(share - constants.pace, 0.0)
     crowd_s = request.slo.ttft_s * (share + constants.late_weight * over)
-    capacity = np.where(snapshot.kv_capacity_tokens > 0, snapshot.kv_capacity_tokens, np.inf)
+    # Where a capacity is unknown, no KV is reserved and all of it is free.
+    reserve = constants.kv_reserve * snapshot.kv_capacity_tokens
     free = snapshot.free_tokens - tokens
     if held_on is not None:
         free[held_on] += tokens
-    short = np.maximum(constants.kv_reserve * capacity - free, 0.0) / (constants.kv_reserve * capacity)
-    short = np.where(np.isfinite(capacity), short, 0.0)
-    harmless = (over == 0.0) & (short == 0.0)
-    return Decoding(crowd_s, request.slo.ttft_s * constants.late_weight * short, harmless)
+    missing = np.maximum(reserve - free, 0.0)
+    harmless = over == 0.0
+    if not missing.any():
+        return Decoding(crowd_s, missing, harmless)
+    short = missing / np.maximum(reserve, 1.0)
+    return Decoding(crowd_s, request.slo.ttft_s * constants.late_weight * short, harmless & (missing == 0.0))
 
 
 def move_seconds(request: Request, snapshot: Snapshot) -> Column:
     """Return how long the KV of the prompt takes to each instance that has none of it."""
-    costs = snapshot.costs.transfer
-    return np.broadcast_to(
-        np.asarray(costs.seconds(request.prompt_tokens * snapshot.kv_bytes_per_token)), (len(snapshot),)
-    )
+    moved_bytes = float(request.prompt_tokens) * snapshot.kv_bytes_per_token
+    return np.asarray(snapshot.costs.transfer.seconds(moved_bytes))

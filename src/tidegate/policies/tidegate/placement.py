@@ -61,7 +61,7 @@ class OneCost:
         """Place the decode where it costs least with the way there."""
         held = snapshot.index.get(prefill_on)
         decode = decoding(request, snapshot, held, self.constants)
-        move_s = move_seconds(request, snapshot).copy()
+        move_s = move_seconds(request, snapshot)
         if held is not None:
             move_s[held] = 0.0
         candidates = snapshot.labels.decoding_mask
@@ -99,6 +99,8 @@ def _elsewhere(cost_s: Column) -> Column:
     if len(cost_s) < 2:
         return np.full(len(cost_s), np.inf)
     first = int(cost_s.argmin())
+    others = cost_s.copy()
+    others[first] = np.inf
     elsewhere = np.full(len(cost_s), cost_s[first])
-    elsewhere[first] = np.delete(cost_s, first).min()
+    elsewhere[first] = others.min()
     return elsewhere
