@@ -202,6 +202,3 @@ def test_instances_are_added_and_removed() -> None:
     plane.start_failed(Role.PREFILL, "no room", 2.0)
     assert not plane.membership.starting
     assert plane.act([Remove("i1", "broken"), Remove("i9")], 1.0) == [StopInstance("i1", "broken")]
-
-
-# signals and observers

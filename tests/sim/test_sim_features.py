@@ -14,6 +14,7 @@ from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
 from tidegate.journal import read_journal
 from tidegate.ledger.snapshot import Snapshot
+from tidegate.policies.protocols import AnswerLengths
 from tidegate.sim import Replica, SimSettings, simulate, slo_warnings
 from tidegate.sim.replay import replay_journal
 from tidegate.sim.sampling import Sampler
@@ -148,6 +149,19 @@ def test_requests_before_the_first_instance_are_refused_and_later_ones_served() 
     assert late.ok and late.stages_s["queue"] == 0.0
     assert [use.up_s for use in run.instances] == pytest.approx([run.end_s - 3.3, 0.0])
     assert run.instance_hours == pytest.approx((run.end_s - 3.3) / 3600)
+
+
+def test_observers_hear_of_prompt_and_answer_apart_and_of_what_was_cached() -> None:
+    heard: list[AnswerLengths] = []
+
+    class Recorder:
+        def answered(self, answer: AnswerLengths, now: float) -> None:
+            heard.append(answer)
+
+    records = [TraceRecord(at_s, 1024, 30, (1, 2), 512) for at_s in (0.0, 5.0)]
+    run = simulate(records, replace(make_system("colocated"), observers=(Recorder(),)), fleet(1))
+    cached = int(run.requests.cached_tokens[1])
+    assert cached > 500 and heard == [AnswerLengths(1024, 0, 30), AnswerLengths(1024, cached, 30)]
 
 
 def test_a_dead_instance_loses_no_token() -> None:

@@ -18,7 +18,7 @@ from tidegate.core.slo import Slo
 from tidegate.costs.forms import TransferCost
 from tidegate.costs.profile import ProfileTable
 from tidegate.ledger.ledger import Ledger
-from tidegate.policies.protocols import Signal
+from tidegate.policies.protocols import AnswerLengths, Signal
 from tidegate.policies.tidegate.labels import FleetShape, Rest, ShapeConstants, ShapeState
 from tidegate.policies.tidegate.placement import OneCost
 from tidegate.policies.tidegate.shape import FluidFleet, MeanRequest, RecentLengths
@@ -159,8 +159,8 @@ class TestFluidFleet:
 class TestFleetShape:
     def shape(self, answers: int = 100, prompt: int = 15_000, generated: int = 150) -> FleetShape:
         lengths = RecentLengths()
-        for number in range(answers):
-            lengths.finished(request(f"a{number}", prompt), generated, 1.0)
+        for _ in range(answers):
+            lengths.answered(AnswerLengths(prompt, 0, generated), 1.0)
         return FleetShape(lengths, SLO)
 
     def tick(

@@ -29,19 +29,20 @@ class LiveRequest:
     The driver keeps ``generated`` (tokens so far), ``blocks`` (the prompt's, where they are known) and
     ``repeatable`` (False where a second run could say something else than what was delivered) right. All else
     is the plane's: ``stage``; ``prefill_on`` and ``decode_on``, the last placements; ``predicted_prefill_s``
-    and ``predicted_cached_tokens`` of the last prefill; the ``deaths`` of instances under it; ``failures``
-    since its last token, and its ``progress`` in tokens at the last one; ``replays`` and ``migrations``;
-    ``predicted``, what was predicted of its length for the journal; ``migrate``, the migration under way;
-    ``movable``, False once a driver said that it cannot move; and of its conversation the ``session`` by
-    tenant and name, ``history``, what is held of it, ``told_tokens``, how much of the prompt earlier turns
-    had, and ``prompt_blocks``, how many of ``blocks`` name the prompt alone. ``named`` is False where its
-    client is known to have named no session.
+    and ``predicted_cached_tokens`` of the last prefill, and ``reused_tokens``, what its engine had or read of
+    the prompt; the ``deaths`` of instances under it; ``failures`` since its last token, and its ``progress``
+    in tokens at the last one; ``replays`` and ``migrations``; ``predicted``, what was predicted of its length
+    for the journal; ``migrate``, the migration under way; ``movable``, False once a driver said that it
+    cannot move; and of its conversation the ``session`` by tenant and name, ``history``, what is held of it,
+    ``told_tokens``, how much of the prompt earlier turns had, and ``prompt_blocks``, how many of ``blocks``
+    name the prompt alone. ``named`` is False where its client is known to have named no session.
     """
 
     __slots__ = (
         "blocks", "deadline_s", "deaths", "decode_on", "failures", "generated", "history", "id", "migrate",
         "migrations", "movable", "named", "predicted", "predicted_cached_tokens", "predicted_prefill_s",
-        "prefill_on", "progress", "prompt_blocks", "repeatable", "replays", "session", "stage", "told_tokens",
+        "prefill_on", "progress", "prompt_blocks", "repeatable", "replays", "reused_tokens", "session",
+        "stage", "told_tokens",
     )  # fmt: skip
 
     def __init__(
@@ -59,6 +60,7 @@ class LiveRequest:
         self.decode_on: str | None = None
         self.predicted_prefill_s: float | None = None
         self.predicted_cached_tokens = 0
+        self.reused_tokens = 0
         self.failures = 0
         self.progress = 0
         self.deaths = 0

@@ -35,7 +35,7 @@ from tidegate.journal.schema import ProfileLine
 from tidegate.journal.writer import JournalWriter
 from tidegate.ledger.ledger import Ledger
 from tidegate.ledger.snapshot import Snapshot
-from tidegate.policies.protocols import Signal
+from tidegate.policies.protocols import AnswerLengths, Signal
 from tidegate.signals.forecast import Earlier, LoadFeed
 from tidegate.signals.lengths import LengthSource
 from tidegate.signals.prefix import PrefixIndex
@@ -246,6 +246,7 @@ class ControlPlane:
     ) -> None:
         """Say what an engine had of a prompt: in its cache, which the prediction is scored against, and read
         from another one."""
+        live.reused_tokens = cached_tokens + read_tokens
         if self.prefixes is not None:
             self.prefixes.score(live.predicted_cached_tokens, cached_tokens + read_tokens)
         self.sessions.prefilled(live, cached_tokens + read_tokens, now)
@@ -282,9 +283,11 @@ class ControlPlane:
         """Say that a request is over: answered in full, or failed with ``error``. Called once per request."""
         if error is None:
             self.ledger.finished(live.id, now)
+            request = live.as_request()
+            prompt_tokens = request.prompt_tokens - live.generated
             for observer in self._observers:
-                observer.finished(live.as_request(), live.generated, now)
-            self._placing.shares.answered(live.as_request(), live.generated)
+                observer.answered(AnswerLengths(prompt_tokens, live.reused_tokens, live.generated), now)
+            self._placing.shares.answered(request, live.generated)
         else:
             self.ledger.aborted(live.id, now)
         self._predictions.ended(live, whole=error is None, now=now)

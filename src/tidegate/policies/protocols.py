@@ -7,7 +7,7 @@ plane calls all of them, for the gateway and the simulator alike.
 from __future__ import annotations
 
 import enum
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from tidegate.core.decision import ControlDecision, Verdict
 from tidegate.core.instance import Role
@@ -89,6 +89,15 @@ class Controller(Policy, Protocol[S]):
         ...
 
 
+class AnswerLengths(NamedTuple):
+    """A request that was answered in full: the tokens of its prompt, those of them that the engine did not
+    compute because it had them or read them, and the tokens of its answer."""
+
+    prompt_tokens: int
+    reused_tokens: int
+    answer_tokens: int
+
+
 class Observer(Protocol):
     """Hears of answers: for statistics of lengths, say. Decides nothing.
 
@@ -96,8 +105,8 @@ class Observer(Protocol):
     same object to both. Such a system serves one run: what it learnt in one must not decide the next.
     """
 
-    def finished(self, request: Request, generated: int, now: float) -> None:
-        """``request`` was answered in full with ``generated`` tokens."""
+    def answered(self, answer: AnswerLengths, now: float) -> None:
+        """A request was answered in full."""
         ...
 
 

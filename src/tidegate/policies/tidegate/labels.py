@@ -109,7 +109,7 @@ class FleetShape:
         rows = snapshot.requests
         running = float(rows.answer_tokens[rows.decode_on >= 0].sum())
         demand = self.lengths.demand(running)
-        if demand is None or self.lengths.answered < constants.fewest or len(fleet) < 2:
+        if demand is None or self.lengths.count < constants.fewest or len(fleet) < 2:
             unknown = "too little is known of the traffic, or one instance does both"
             return ControlDecision(state._replace(plans=0), reason=unknown)
         told, wanted = self._compared(fleet, demand, prefill)

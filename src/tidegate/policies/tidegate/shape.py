@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tidegate.core.request import Request
 from tidegate.core.slo import Slo
 from tidegate.costs.forms import attention_work
 from tidegate.costs.profile import ProfileTable
+from tidegate.policies.protocols import AnswerLengths
 
 Counts = NDArray[np.float64]
 
@@ -44,16 +44,13 @@ class RecentLengths:
     """An observer that remembers the lengths of the newest answered requests."""
 
     def __init__(self) -> None:
-        self._rows: deque[tuple[int, int, int]] = deque(maxlen=REMEMBERED)
-        self.answered = 0
+        self._rows: deque[AnswerLengths] = deque(maxlen=REMEMBERED)
+        self.count = 0
 
-    def finished(self, request: Request, generated: int, now: float) -> None:
+    def answered(self, answer: AnswerLengths, now: float) -> None:
         """Remember a request that was answered in full."""
-        history = 0 if request.history is None else request.history.tokens
-        prompt = request.prompt_tokens
-        cached = min(prompt - 1, max(history, max(request.cached.values(), default=0)))
-        self._rows.append((prompt, cached, generated))
-        self.answered += 1
+        self._rows.append(answer)
+        self.count += 1
 
     def demand(self, running_tokens: float) -> MeanRequest | None:
         """Return the means; None where nothing was answered.
@@ -65,7 +62,7 @@ class RecentLengths:
         if not self._rows:
             return None
         prompt, cached, generated = np.array(self._rows, np.float64).T
-        longer = 1.0 + running_tokens / max(1.0, generated.sum()) * len(generated) / self.answered
+        longer = 1.0 + running_tokens / max(1.0, generated.sum()) * len(generated) / self.count
         generated = generated * longer
         new, steps = np.maximum(prompt - cached, 1.0), np.maximum(generated - 1.0, 0.0)
         held = prompt + 0.5 * generated
