@@ -132,12 +132,12 @@ class TestFluidFleet:
         return FluidFleet(ProfileTable.of([FAST]), 400_000.0, 131_072.0, demand, SLO)
 
     def test_long_contexts_ask_for_instances_that_only_prefill(self) -> None:
-        (best_rps, best), *_ = self.fleet(LONG).ranked(8)
+        (best_rps, best), *_ = self.fleet(LONG).ranked(np.ones(8))
         (both_rps,) = self.fleet(LONG).rates_rps(np.array([0.0]), np.array([8.0]))
         assert best.prefill > 0 and best_rps > 1.08 * both_rps
 
     def test_short_prompts_gain_little_by_a_split(self) -> None:
-        (best_rps, _), *_ = self.fleet(SHORT).ranked(8)
+        (best_rps, _), *_ = self.fleet(SHORT).ranked(np.ones(8))
         (both_rps,) = self.fleet(SHORT).rates_rps(np.array([0.0]), np.array([8.0]))
         assert best_rps < 1.05 * both_rps
 
@@ -228,7 +228,7 @@ class TestFleetShape:
         assert known.steps == 100.0 and more.steps == pytest.approx(201.0)
 
     def test_some_instance_always_decodes(self) -> None:
-        assert all(shape.mixed for _, shape in TestFluidFleet().fleet(LONG).ranked(8))
+        assert all(shape.mixed for _, shape in TestFluidFleet().fleet(LONG).ranked(np.ones(8)))
 
 
 def test_the_system_serves_with_all_instances_doing_both() -> None:

@@ -333,21 +333,22 @@ class Ledger:
 
     def window_closed(self, now: float) -> None:
         """Close the window of inter-token gaps and queue averages, and the longer ones that end with it."""
-        sums = close_windows(self._matrix, self._instances.values(), self._window_start_s, now)
+        sums = close_windows(
+            self._matrix, self._instances.values(), self._cost_table(), self._window_start_s, now
+        )
         self._windows.add(sums, now - self._window_start_s)
         self._window_start_s = now
 
     def snapshot(self, now: float) -> Snapshot:
         """Return the cluster as of ``now``: one copy of the matrix, nothing per request."""
-        if self._costs is None:
-            self._costs = ProfileTable.of([instance.profile for instance in self._instances.values()])
+        costs = self._cost_table()
         if self._labels is None:
             self._labels = Labels(self._matrix.array[Field.ROLE].copy())
         return Snapshot(
             now,
             self._ids,
             self._index,
-            self._costs,
+            costs,
             self._matrix.public.tobytes(),
             self._labels,
             self._placed_prefills,
@@ -418,6 +419,11 @@ class Ledger:
         if instance is None:
             raise NoInstance(f"instance {instance_id!r} is not up")
         return instance
+
+    def _cost_table(self) -> ProfileTable:
+        if self._costs is None:
+            self._costs = ProfileTable.of([instance.profile for instance in self._instances.values()])
+        return self._costs
 
     def _membership_changed(self) -> None:
         self._ids = tuple(self._instances)

@@ -29,6 +29,9 @@ class WindowRow(enum.IntEnum):
     LATELY_BUSY_S = enum.auto()
     """This and the next one outlast the window: the two before them, of late."""
     LATELY_ENDED_S = enum.auto()
+    FIRST_DECODES = enum.auto()
+    """This and the next one: how many decodes there were when the window opened, and what they held."""
+    FIRST_DECODE_TOKENS = enum.auto()
 
 
 ROWS = Field.COUNT + len(WindowRow)
