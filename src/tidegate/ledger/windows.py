@@ -71,6 +71,7 @@ def close_windows(
         smoothed += weight * (work / span - smoothed)
     else:
         array[Field.PREFILL_QUEUE_AVG_S] = queue
+        array[Field.BUSY_S : Field.WORK_S + 1] = 0.0
     array[WindowRow.FIRST_DECODES : WindowRow.FIRST_DECODE_TOKENS + 1] = array[DECODES]
     array[WindowRow.QUEUE_SINCE_S] = now
     array[WindowRow.QUEUE_INTEGRAL : WindowRow.LATELY_BUSY_S] = 0.0
