@@ -1,8 +1,9 @@
-"""What systems attain on rows of the suite ``stress`` at one rate.
+"""What systems attain on rows of the suites ``stress`` and ``traces`` at one rate.
 
-Run: ``python benchmarks/stress_rows.py half-speed --rate 70`` (about a minute of CPU per system and draw).
-``--systems`` takes what ``compare --systems`` does, with an order behind ``+``. A cell of the table has the
-mean attainment of the draws, and behind it that of each draw with its flips.
+Run: ``python benchmarks/stress_rows.py half-speed/8x --rate 70`` (a few seconds per system and draw). A row
+is named by a part of its name, as for ``compare --only``; of several the first is taken. ``--systems`` takes
+what ``compare --systems`` does. A line has the mean attainment of the draws, and behind it that of each draw
+with its flips. ``--slowed i1:2`` has an instance take twice as long for every step, of which nobody is told.
 """
 
 from __future__ import annotations
@@ -11,44 +12,43 @@ import argparse
 from dataclasses import replace
 
 from tidegate.experiments.run import run_once
-from tidegate.experiments.suites.rows import Experiment
-from tidegate.experiments.suites.stress import rows
+from tidegate.experiments.suites import stress, traces
+from tidegate.experiments.suites.rows import Experiment, chosen
 from tidegate.experiments.systems import contenders
 
 
-def row_named(name: str, world: str, seconds: float | None) -> Experiment:
-    """Return the row ``name`` of the suite in ``world``, its traffic cut to ``seconds``."""
-    (row,) = (each for each in rows(quick=True) if each.workload == name and each.world.name == world)
-    return replace(row, choice=replace(row.choice, duration_s=seconds)) if seconds else row
+def row_named(pattern: str, requests: int, slowed: str) -> Experiment:
+    """Return the first row whose name matches, of ``traces`` with at most so many requests."""
+    row = chosen([*stress.rows(quick=True), *traces.rows(None, requests)], pattern)[0]
+    pairs = [each.split(":") for each in slowed.split(",") if each]
+    return replace(row, slowed={name: float(factor) for name, factor in pairs}) if pairs else row
 
 
 def main() -> None:
     """Print one line per rate and system."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("row")
     parser.add_argument("--rate", type=float, nargs="+", required=True, help="requests/s")
     parser.add_argument("--systems", default="tidegate,colocated:slack+feasible-sjf")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--world", default="ideal")
-    parser.add_argument("--seconds", type=float, help="of traffic; by default the quick suite's")
+    parser.add_argument("--requests", type=int, default=2000, help="of rows of traces")
+    parser.add_argument("--slowed", default="", metavar="NAME:FACTOR,..")
     args = parser.parse_args()
-    row = row_named(args.row, args.world, args.seconds)
-    systems = [
-        (each.name, candidate)
-        for each in contenders(args.systems.split(","), row.instances)
-        for candidate in each.candidates
-    ]
+    row = row_named(args.row, args.requests, args.slowed)
     print("row | requests/s | system | attainment | by draw (flips)")
     for rate_rps in args.rate:
-        for name, system in systems:
-            setting = system.applied(row.setting())
-            found = [run_once(setting, rate_rps=rate_rps, seed=seed).run for seed in range(args.seeds)]
-            attained = [run.requests.attained.mean() for run in found]
-            told = ", ".join(
-                f"{share:.3f} ({len(run.timeline.flips)})" for share, run in zip(attained, found, strict=True)
-            )
-            mean = sum(attained) / len(attained)
-            print(f"{args.row} | {rate_rps:g} | {name} | {mean:.3f} | {told}", flush=True)
+        for contender in contenders(args.systems.split(","), row.instances):
+            for candidate in contender.candidates:
+                setting = candidate.applied(row.setting())
+                found = [run_once(setting, rate_rps=rate_rps, seed=seed).run for seed in range(args.seeds)]
+                shares = [run.attained / len(run.requests) for run in found]
+                pairs = zip(shares, found, strict=True)
+                told = ", ".join(f"{share:.3f} ({len(run.timeline.flips)})" for share, run in pairs)
+                name = " ".join(filter(None, (contender.name, candidate.label)))
+                mean = sum(shares) / len(shares)
+                print(f"{row.workload} | {rate_rps:g} | {name} | {mean:.3f} | {told}", flush=True)
 
 
 if __name__ == "__main__":
