@@ -81,6 +81,24 @@ class TestOneCost:
             late_s[generated] = verdict.alternatives.terms()["late_s"].min()
         assert late_s[0] > 80.0 and late_s[5] == 0.0
 
+    def test_prompts_that_will_be_late_anyway_keep_nobody_waiting_for_long(self) -> None:
+        ledger = cluster(2, roles=(M, M))
+        for number in range(20):
+            asked = replace_struct(request(f"late{number}", 8000), slo=SLO)
+            ledger.prefill_dispatched(asked, "i0", 0.0)
+        waits_s = {}
+        for at_s in (0.0, 10.0):
+            asked = replace_struct(request("new", 1000), arrival_s=at_s, slo=SLO)
+            verdict = OneCost().place_prefill(asked, ledger.snapshot(at_s))
+            assert verdict.alternatives is not None
+            waits_s[at_s] = verdict.alternatives.terms()["wait_s"][0]
+        assert waits_s[0.0] > 1.5 * SLO.ttft_s
+        assert waits_s[10.0] == pytest.approx(0.5 * SLO.ttft_s)
+        for number in range(20):
+            ledger.prefill_ended(f"late{number}", 11.0)
+        ledger.check_integrity()
+        assert ledger.snapshot(11.0).hopeless_s[0] == 0.0
+
     def test_a_decode_leaves_an_instance_that_only_prefills(self) -> None:
         ledger = cluster(3, roles=(P, M, M))
         decode(ledger, "i1", 200_000)

@@ -104,7 +104,8 @@ class Field:
     BUSY_S: Final = 25
     IDLE_S: Final = 26
     WORK_S: Final = 27
-    COUNT: Final = 28
+    HOPELESS_S: Final = 28
+    COUNT: Final = 29
 
 
 class WindowAverages(NamedTuple):
@@ -182,6 +183,8 @@ class Snapshot:
     busy_s = _Row(Field.BUSY_S)
     idle_s = _Row(Field.IDLE_S)
     work_s = _Row(Field.WORK_S)
+    hopeless_s = _Row(Field.HOPELESS_S)
+    """Of ``prefill_queue_s``, what is for first tokens that would be late if it began with them now."""
     decode_requests = _Row(Field.DECODE_REQUESTS)
     decode_tokens = _Row(Field.DECODE_TOKENS)
     handoff_tokens = _Row(Field.HANDOFF_TOKENS)
