@@ -151,3 +151,33 @@ def test_a_named_window_moves_along_and_follows_the_instances_that_are_seen() ->
     assert ledger.snapshot(3.0).windows["long"].mean_gap_s.tolist() == pytest.approx([0.0, 0.9])
     ledger.window_closed(4.0)
     assert ledger.snapshot(4.0).windows["long"].mean_gap_s.tolist() == [0.0, 0.0], "two seconds without"
+
+
+def test_what_an_instance_did_is_compared_with_its_profile() -> None:
+    """Twenty steps of 50 ms beside a prefill that was predicted to take 0.2 s."""
+    ledger = decoding()
+    ledger.window_closed(0.0)
+    for step in range(21):
+        ledger.tokens("r0", 1, 0.05 * step)
+    predicted_s = ledger.prefill_dispatched(request("r1", 100), "i1", 0.5)
+    ledger.prefill_ended("r1", 0.7)
+    ledger.window_closed(1.0)
+    seen = ledger.snapshot(1.0)
+    step_s = float(seen.costs.step.seconds(1.0, 111.0))
+    assert (seen.busy_s[1], seen.idle_s[1]) == (1.0, 0.0)
+    assert seen.work_s[1] == pytest.approx(predicted_s + 20 * step_s, rel=1e-3)
+
+
+def test_where_decodes_begin_in_a_window_some_of_it_may_be_idle() -> None:
+    ledger = cluster(2, roles=(P, D), profile=profile())
+    ledger.window_closed(0.0)
+    ledger.prefill_dispatched(request("r0", 100), "i1", 0.1)
+    ledger.decode_dispatched("r0", "i1", 101, 0.4)
+    for at_s in (0.5, 0.6, 0.7):
+        ledger.tokens("r0", 1, at_s)
+    ledger.window_closed(1.0)
+    seen = ledger.snapshot(1.0)
+    assert seen.busy_s[1] == pytest.approx(0.3 + 0.2) and seen.idle_s[1] == pytest.approx(0.2)
+    assert (seen.busy_s[0], seen.work_s[0]) == (0.0, 0.0)
+    ledger.window_closed(1.0)
+    assert ledger.snapshot(1.0).busy_s[1] == 0.0, "a window without length tells nothing"

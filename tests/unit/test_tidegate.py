@@ -19,7 +19,7 @@ from tidegate.costs.forms import TransferCost
 from tidegate.costs.profile import ProfileTable
 from tidegate.ledger.ledger import Ledger
 from tidegate.policies.protocols import AnswerLengths, Signal
-from tidegate.policies.tidegate.labels import FleetShape, Rest, ShapeConstants, ShapeState
+from tidegate.policies.tidegate.labels import FleetShape, Rest, ShapeConstants, ShapeState, prefill_order
 from tidegate.policies.tidegate.placement import OneCost
 from tidegate.policies.tidegate.shape import FluidFleet, MeanRequest, RecentLengths
 from tidegate.systems import make_system
@@ -81,6 +81,24 @@ class TestOneCost:
             late_s[generated] = verdict.alternatives.terms()["late_s"].min()
         assert late_s[0] > 80.0 and late_s[5] == 0.0
 
+    def test_prompts_that_will_be_late_anyway_keep_nobody_waiting_for_long(self) -> None:
+        ledger = cluster(2, roles=(M, M))
+        for number in range(20):
+            asked = replace_struct(request(f"late{number}", 8000), slo=SLO)
+            ledger.prefill_dispatched(asked, "i0", 0.0)
+        waits_s = {}
+        for at_s in (0.0, 10.0):
+            asked = replace_struct(request("new", 1000), arrival_s=at_s, slo=SLO)
+            verdict = OneCost().place_prefill(asked, ledger.snapshot(at_s))
+            assert verdict.alternatives is not None
+            waits_s[at_s] = verdict.alternatives.terms()["wait_s"][0]
+        assert waits_s[0.0] > 1.5 * SLO.ttft_s
+        assert waits_s[10.0] == pytest.approx(0.5 * SLO.ttft_s)
+        for number in range(20):
+            ledger.prefill_ended(f"late{number}", 11.0)
+        ledger.check_integrity()
+        assert ledger.snapshot(11.0).hopeless_s[0] == 0.0
+
     def test_a_decode_leaves_an_instance_that_only_prefills(self) -> None:
         ledger = cluster(3, roles=(P, M, M))
         decode(ledger, "i1", 200_000)
@@ -132,12 +150,12 @@ class TestFluidFleet:
         return FluidFleet(ProfileTable.of([FAST]), 400_000.0, 131_072.0, demand, SLO)
 
     def test_long_contexts_ask_for_instances_that_only_prefill(self) -> None:
-        (best_rps, best), *_ = self.fleet(LONG).ranked(8)
+        (best_rps, best), *_ = self.fleet(LONG).ranked(np.ones(8))
         (both_rps,) = self.fleet(LONG).rates_rps(np.array([0.0]), np.array([8.0]))
         assert best.prefill > 0 and best_rps > 1.08 * both_rps
 
     def test_short_prompts_gain_little_by_a_split(self) -> None:
-        (best_rps, _), *_ = self.fleet(SHORT).ranked(8)
+        (best_rps, _), *_ = self.fleet(SHORT).ranked(np.ones(8))
         (both_rps,) = self.fleet(SHORT).rates_rps(np.array([0.0]), np.array([8.0]))
         assert best_rps < 1.05 * both_rps
 
@@ -228,19 +246,44 @@ class TestFleetShape:
         assert known.steps == 100.0 and more.steps == pytest.approx(201.0)
 
     def test_some_instance_always_decodes(self) -> None:
-        assert all(shape.mixed for _, shape in TestFluidFleet().fleet(LONG).ranked(8))
+        assert all(shape.mixed for _, shape in TestFluidFleet().fleet(LONG).ranked(np.ones(8)))
+
+    def test_slow_instances_prefill_first_and_count_less(self) -> None:
+        ledger, shape = cluster(8, roles=(M,) * 8, profile=FAST), self.shape()
+        decode(ledger, "i5", 20_000)
+        equal = self.tick(shape, ledger).reason
+        ledger.profile_scaled("i5", 2.0, 2.0)
+        slow = self.tick(shape, ledger)
+        (flip,) = self.tick(shape, ledger, slow.state).actions
+        assert isinstance(flip, Flip) and (flip.instance, flip.to) == ("i5", P)
+        assert slow.reason != equal
+
+    def test_a_slow_instance_takes_the_place_of_one_that_prefills(self) -> None:
+        ledger, shape = cluster(8, roles=(P, P, P, M, M, M, M, M), profile=FAST), self.shape()
+        assert not self.tick(shape, ledger).actions
+        ledger.profile_scaled("i6", 1.5, 1.5)
+        flips = [flip for flip in self.tick(shape, ledger).actions if isinstance(flip, Flip)]
+        assert {flip.instance: flip.to for flip in flips}["i6"] is P
+        assert sum(1 if flip.to is P else -1 for flip in flips) == 0
+
+    def test_who_is_slow_at_prompts_and_less_so_at_steps_goes_on_to_decode(self) -> None:
+        ledger = cluster(4, roles=(M, M, M, M), profile=FAST)
+        for name in ("i0", "i1"):
+            ledger.profile_scaled(name, 3.0, 1.5)
+        first = prefill_order(ledger.snapshot(0.0)).tolist()[:2]
+        assert sorted(first) == [2, 3]
 
 
 def test_the_system_serves_with_all_instances_doing_both() -> None:
     system = make_system("tidegate")
     assert set(system.roles(4)) == {M}
     assert system.order.name == "feasible-sjf" and system.chunks is not None
-    assert [each.name for each in system.controllers] == ["shape"]
+    assert [each.name for each in system.controllers] == ["speed", "shape"]
 
 
 def test_with_a_range_one_says_how_many_and_the_other_how_they_are_labelled() -> None:
     system = make_system("tidegate", fleet=(1, 8))
-    assert [each.name for each in system.controllers] == ["size", "shape"]
+    assert [each.name for each in system.controllers] == ["speed", "size", "shape"]
     assert Signal.FORECAST in system.needs and Signal.FORECAST not in make_system("tidegate").needs
     with pytest.raises(ConfigError, match=r"5\.\.4 instances"):
         make_system("tidegate", fleet=(5, 4))

@@ -16,6 +16,7 @@ from tidegate.core.decision import (
     Migrate,
     Place,
     Remove,
+    Rescale,
     SetSize,
     SetTarget,
     Undrain,
@@ -23,6 +24,7 @@ from tidegate.core.decision import (
 from tidegate.core.instance import Role
 from tidegate.core.migration import FREE, MigrationCost
 from tidegate.core.request import Request
+from tidegate.journal.schema import ProfileLine
 from tidegate.journal.writer import JournalWriter
 from tidegate.ledger.ledger import Ledger
 from tidegate.policies.protocols import DecodePlacement
@@ -32,8 +34,8 @@ from tidegate.policies.starting_roles import TARGET, steps_to_size, steps_to_tar
 class Actions:
     """Executes actions on the ledger and the membership, and says what is left to drivers.
 
-    It journals flips that are carried out, starts, the beginning and the end of drains, and what became of
-    each migration. Stops are journalled as instances go. What of an action is not legal is
+    It journals flips that are carried out, rescaled profiles, starts, the beginning and the end of drains,
+    and what became of each migration. Stops are journalled as instances go. What of an action is not legal is
     left undone without a line, but for migrations.
 
     ``migrations`` counts what became of migrations: begun, done, cancelled, ignored.
@@ -94,7 +96,16 @@ class Actions:
                 case Remove(instance, reason):
                     if instance in self._ledger.ids:
                         self._stop(instance, reason, effects)
+                case Rescale(instance, prefill, step):
+                    self.rescale(instance, prefill, step, now)
         return effects
+
+    def rescale(self, instance: str, prefill: float, step: float, now: float) -> None:
+        """Go on with a profile whose prefills and decode steps take so many times as long."""
+        if instance in self._ledger.ids:
+            self._ledger.profile_scaled(instance, prefill, step)
+            t_s = self._journal.elapsed_s(now)
+            self._journal.write(ProfileLine(t_s, instance, round(prefill, 6), round(step, 6)))
 
     def drain_on(self, now: float) -> Effects:
         """Go on with drains: move decodes that still run there, and stop what is empty and to be removed."""

@@ -31,7 +31,6 @@ from tidegate.core.errors import (
 from tidegate.core.instance import Instance, Role
 from tidegate.core.migration import FREE, MigrationCost
 from tidegate.costs.profile import Profile
-from tidegate.journal.schema import ProfileLine
 from tidegate.journal.writer import JournalWriter
 from tidegate.ledger.ledger import Ledger
 from tidegate.ledger.snapshot import Snapshot
@@ -164,10 +163,7 @@ class ControlPlane:
 
     def profile_scaled(self, instance_id: str, prefill: float, step: float, now: float) -> None:
         """Go on with a profile whose prefills and decode steps take so many times as long."""
-        if instance_id in self.ledger.ids:
-            self.ledger.profile_scaled(instance_id, prefill, step)
-            t_s = self._journal.elapsed_s(now)
-            self._journal.write(ProfileLine(t_s, instance_id, round(prefill, 6), round(step, 6)))
+        self._actions.rescale(instance_id, prefill, step, now)
 
     def foreign_load(self, instance_id: str, requests: int, tokens: int) -> None:
         """Say what is on an instance beside the plane's requests (``Ledger.foreign_load``)."""

@@ -155,7 +155,16 @@ class Remove:
     reason: str = ""
 
 
-Action = Flip | Migrate | SetTarget | SetSize | AddInstance | Drain | Undrain | Remove
+@dataclass(frozen=True, slots=True)
+class Rescale:
+    """Predict that prefills and decode steps of ``instance`` take so many times as long as until now."""
+
+    instance: str
+    prefill: float
+    step: float
+
+
+Action = Flip | Migrate | SetTarget | SetSize | AddInstance | Drain | Undrain | Remove | Rescale
 """What a controller may ask for. ``tidegate.control.actions`` executes every one of them."""
 
 Placement = Place | Hold | Reject

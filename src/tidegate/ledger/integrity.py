@@ -47,6 +47,7 @@ def _instance_problems(matrix: LedgerMatrix, name: str, instance: InstanceEntry)
         "PREFILL_REQUESTS": float(len(prefills)),
         "PREFILL_TOKENS": float(sum(e.request.prompt_tokens for e in prefills)),
         "PREFILL_QUEUE_S": sum((e.seconds for e in prefills), 0.0),
+        "HOPELESS_S": sum((e.seconds for e in prefills if e.hopeless), 0.0),
         "RUNNING_PREFILL_S": instance.head.seconds if instance.head is not None else 0.0,
         "DECODE_REQUESTS": float(len(decodes) + instance.foreign_requests),
         "DECODE_TOKENS": float(resident),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from heapq import heappop, heappush
 
 import numpy as np
 
@@ -58,6 +59,7 @@ class Ledger:
         self.held_prefills = self._placed_prefills = self._placed_decodes = 0
         self._last_flip_to_decode_s = -math.inf
         self._window_start_s = -math.inf
+        self._begin_by: list[tuple[float, int, RequestEntry]] = []
 
     # Instances
 
@@ -171,6 +173,9 @@ class Ledger:
         matrix.change_queue(column, seconds, now)
         if instance.head is None:
             matrix.set_head(instance, entry, now)
+        if not request.generated:
+            begin_by_s = request.arrival_s + request.slo.ttft_s - seconds
+            heappush(self._begin_by, (begin_by_s, self._placed_prefills, entry))
         return seconds
 
     def prefill_ended(self, request_id: str, now: float) -> bool:
@@ -333,21 +338,23 @@ class Ledger:
 
     def window_closed(self, now: float) -> None:
         """Close the window of inter-token gaps and queue averages, and the longer ones that end with it."""
-        sums = close_windows(self._matrix, self._instances.values(), self._window_start_s, now)
+        sums = close_windows(
+            self._matrix, self._instances.values(), self._cost_table(), self._window_start_s, now
+        )
         self._windows.add(sums, now - self._window_start_s)
         self._window_start_s = now
 
     def snapshot(self, now: float) -> Snapshot:
-        """Return the cluster as of ``now``: one copy of the matrix, nothing per request."""
-        if self._costs is None:
-            self._costs = ProfileTable.of([instance.profile for instance in self._instances.values()])
+        """Return the cluster as of ``now``: one copy of the matrix, and each prefill once, when late."""
+        while self._begin_by and self._begin_by[0][0] < now:
+            self._matrix.note_hopeless(heappop(self._begin_by)[2])
         if self._labels is None:
             self._labels = Labels(self._matrix.array[Field.ROLE].copy())
         return Snapshot(
             now,
             self._ids,
             self._index,
-            self._costs,
+            self._cost_table(),
             self._matrix.public.tobytes(),
             self._labels,
             self._placed_prefills,
@@ -418,6 +425,11 @@ class Ledger:
         if instance is None:
             raise NoInstance(f"instance {instance_id!r} is not up")
         return instance
+
+    def _cost_table(self) -> ProfileTable:
+        if self._costs is None:
+            self._costs = ProfileTable.of([instance.profile for instance in self._instances.values()])
+        return self._costs
 
     def _membership_changed(self) -> None:
         self._ids = tuple(self._instances)

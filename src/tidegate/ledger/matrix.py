@@ -29,6 +29,9 @@ class WindowRow(enum.IntEnum):
     LATELY_BUSY_S = enum.auto()
     """This and the next one outlast the window: the two before them, of late."""
     LATELY_ENDED_S = enum.auto()
+    FIRST_DECODES = enum.auto()
+    """This and the next one: how many decodes there were when the window opened, and what they held."""
+    FIRST_DECODE_TOKENS = enum.auto()
 
 
 ROWS = Field.COUNT + len(WindowRow)
@@ -51,6 +54,7 @@ class _RowViews:
     free_tokens: memoryview[float]
     inbound_tokens: memoryview[float]
     outbound_tokens: memoryview[float]
+    hopeless_s: memoryview[float]
     flipped_at_s: memoryview[float]
     draining: memoryview[float]
     move_pause_s: memoryview[float]
@@ -143,8 +147,16 @@ class LedgerMatrix(_RowViews):
         self.prefill_requests[column] -= 1
         self.prefill_tokens[column] -= entry.request.prompt_tokens
         self.change_queue(column, -entry.seconds, now)
+        if entry.hopeless:
+            self.hopeless_s[column] -= entry.seconds
         if instance.head is entry:
             self.set_head(instance, next(iter(instance.prefills.values()), None), now)
+
+    def note_hopeless(self, entry: RequestEntry) -> None:
+        """Count a prefill whose first token will be late; nothing where it is over."""
+        if entry.prefill is not None and not entry.hopeless:
+            entry.hopeless = True
+            self.hopeless_s[entry.prefill.column] += entry.seconds
 
     def note_first_token(self, column: int, entry: RequestEntry, now: float) -> None:
         """Count a prefill that ended; its TTFT, too, unless the request had tokens before."""

@@ -43,7 +43,8 @@ class RequestEntry:
     ``decode``    set     decodes there, or will once the pull from ``source`` ends
     ============  ======  ========  ============================================
 
-    ``prefill`` excludes the other two. ``seconds`` is the predicted prefill, ``held_tokens`` the KV
+    ``prefill`` excludes the other two. ``seconds`` is the predicted prefill, ``hopeless`` tells
+    that it was too late for it when last looked at, ``held_tokens`` the KV
     counted at ``source``, ``resident_tokens`` the KV counted at ``decode``. While ``decode`` is set and
     ``source`` is not, ``last_at_s`` is the start of the open gap, and ``generating`` tells whether that is
     a gap between two tokens of this instance. ``joined_step`` is the instance's ``steps`` when the decode
@@ -55,8 +56,8 @@ class RequestEntry:
     """
 
     __slots__ = (
-        "decode", "generating", "held_tokens", "joined_step", "last_at_s", "left_at_s", "moving_to",
-        "prefill", "request", "resident_tokens", "seconds", "slot", "source",
+        "decode", "generating", "held_tokens", "hopeless", "joined_step", "last_at_s", "left_at_s",
+        "moving_to", "prefill", "request", "resident_tokens", "seconds", "slot", "source",
     )  # fmt: skip
 
     def __init__(self, request: Request, prefill: InstanceEntry | None, seconds: float) -> None:
@@ -69,6 +70,7 @@ class RequestEntry:
         self.resident_tokens = 0
         self.last_at_s = 0.0
         self.generating = False
+        self.hopeless = False
         self.joined_step: int | None = None
         self.moving_to = ""
         self.slot = 0

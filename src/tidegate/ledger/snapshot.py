@@ -101,7 +101,11 @@ class Field:
     EXTENDS_KV: Final = 22
     INBOUND_TOKENS: Final = 23
     OUTBOUND_TOKENS: Final = 24
-    COUNT: Final = 25
+    BUSY_S: Final = 25
+    IDLE_S: Final = 26
+    WORK_S: Final = 27
+    HOPELESS_S: Final = 28
+    COUNT: Final = 29
 
 
 class WindowAverages(NamedTuple):
@@ -141,7 +145,10 @@ class Snapshot:
     - ``prefill_demand``: predicted prefill seconds dispatched here per second, smoothed over the windows;
       ``prefill_squares_s``: the same of their squares, which tells how unequal prefills are;
     - ``prefill_slowness``: seconds with a prefill there per predicted second of those that ended, smoothed
-      over the windows that had some; before them 1, and 0 where no profile predicts anything.
+      over the windows that had some; before them 1, and 0 where no profile predicts anything;
+    - ``busy_s``: how long the instance had something to do in the last completed window, at most, and
+      ``idle_s``, how much of that it may have had nothing; ``work_s`` is what its profile predicts for what
+      it did then, a prefill counted with its end.
 
     ``cells[field, column]`` reads one number of ``state`` as a float, at a fraction of what the array takes;
     the array is only made where something asks for it.
@@ -173,6 +180,11 @@ class Snapshot:
     prefill_demand = _Row(Field.PREFILL_DEMAND)
     prefill_squares_s = _Row(Field.PREFILL_SQUARES_S)
     prefill_slowness = _Row(Field.PREFILL_SLOWNESS)
+    busy_s = _Row(Field.BUSY_S)
+    idle_s = _Row(Field.IDLE_S)
+    work_s = _Row(Field.WORK_S)
+    hopeless_s = _Row(Field.HOPELESS_S)
+    """Of ``prefill_queue_s``, what is for first tokens that would be late if it began with them now."""
     decode_requests = _Row(Field.DECODE_REQUESTS)
     decode_tokens = _Row(Field.DECODE_TOKENS)
     handoff_tokens = _Row(Field.HANDOFF_TOKENS)

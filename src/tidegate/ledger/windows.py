@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 
 from tidegate.core.errors import ConfigError
+from tidegate.costs.profile import ProfileTable
 from tidegate.ledger.matrix import LedgerMatrix, WindowRow
 from tidegate.ledger.records import InstanceEntry
 from tidegate.ledger.snapshot import Field, Matrix, WindowAverages
@@ -23,14 +24,22 @@ SLOWNESS_S = 5.0
 """Time constant of the slowness, in seconds with a prefill (ours): that of a queue that begins to hurt."""
 DEMAND_S = 10.0
 """Time constant of the smoothed prefill demand (ours): longer than a burst, shorter than a change of load."""
+DECODES = slice(Field.DECODE_REQUESTS, Field.DECODE_TOKENS + 1)
+"""How many decodes there are, and what they hold."""
 SUMS = slice(WindowRow.QUEUE_INTEGRAL, WindowRow.TTFT_COUNT + 1)
 """A window's sums: of the queue over time, of gaps and the tokens with one, of TTFTs and first tokens."""
 
 
 def close_windows(
-    matrix: LedgerMatrix, instances: Iterable[InstanceEntry], since: float, now: float
+    matrix: LedgerMatrix,
+    instances: Iterable[InstanceEntry],
+    costs: ProfileTable,
+    since: float,
+    now: float,
 ) -> Matrix:
     """Publish the window [``since``, ``now``] in the rows that average over one, and open the next.
+
+    ``costs`` has the profiles by which work is predicted.
 
     An instance that decodes but produced nothing has an empty average, which would make stalling look
     like idling: it publishes its longest open gap (Narwhal). An empty or endless window averages to the
@@ -54,6 +63,7 @@ def close_windows(
         sums[0] += queue * since_s
         array[WindowRow.PREFILL_BUSY_S] += np.where(queue > 0, since_s, 0.0)
         _note_slowness(array)
+        _note_work(array, costs, span)
         array[Field.PREFILL_QUEUE_AVG_S] = sums[0] / span
         weight = -math.expm1(-span / DEMAND_S)
         smoothed = array[Field.PREFILL_DEMAND : Field.PREFILL_SQUARES_S + 1]
@@ -61,6 +71,8 @@ def close_windows(
         smoothed += weight * (work / span - smoothed)
     else:
         array[Field.PREFILL_QUEUE_AVG_S] = queue
+        array[Field.BUSY_S : Field.WORK_S + 1] = 0.0
+    array[WindowRow.FIRST_DECODES : WindowRow.FIRST_DECODE_TOKENS + 1] = array[DECODES]
     array[WindowRow.QUEUE_SINCE_S] = now
     array[WindowRow.QUEUE_INTEGRAL : WindowRow.LATELY_BUSY_S] = 0.0
     return sums
@@ -74,6 +86,28 @@ def _note_slowness(array: Matrix) -> None:
     lately += window
     known = lately[1] > 0
     np.divide(lately[0], lately[1], out=array[Field.PREFILL_SLOWNESS], where=known)
+
+
+def _note_work(array: Matrix, costs: ProfileTable, span_s: float) -> None:
+    """Publish how long each instance was busy in the window, and what its profile predicts for what it did.
+
+    The sum of the gaps between tokens over the time says how many decodes there were on average, the mean gap
+    how many steps. An instance that decodes at both ends of the window did so all the time; one that does not
+    at one of them, for as long as the gaps say, beside prefills or before or after them.
+    """
+    first, now = array[WindowRow.FIRST_DECODES], array[Field.DECODE_REQUESTS]
+    gap_s, gap_tokens = array[WindowRow.GAP_SUM_S], array[WindowRow.GAP_TOKENS]
+    always = (first > 0) & (now > 0) & (gap_tokens > 0)
+    most = np.maximum(np.maximum(first, now), 1.0)
+    decoding_s = np.where(always, span_s, np.minimum(gap_s / most, span_s))
+    batch = np.maximum(gap_s / np.maximum(decoding_s, GRID_S), 1.0)
+    held = array[WindowRow.FIRST_DECODE_TOKENS] + array[Field.DECODE_TOKENS]
+    context = batch * held / np.maximum(first + now, 1.0)
+    steps_s = gap_tokens / batch * np.asarray(costs.step.seconds(batch, context))
+    prefill_s = array[WindowRow.PREFILL_BUSY_S]
+    array[Field.BUSY_S] = busy_s = np.minimum(prefill_s + decoding_s, span_s)
+    array[Field.IDLE_S] = busy_s - np.maximum(prefill_s, decoding_s)
+    array[Field.WORK_S] = array[WindowRow.PREFILL_ENDED_S] + steps_s
 
 
 class LongWindows:

@@ -15,6 +15,7 @@ from tidegate.policies.tidegate.labels import FleetShape
 from tidegate.policies.tidegate.placement import OneCost
 from tidegate.policies.tidegate.shape import RecentLengths
 from tidegate.policies.tidegate.size import OnePool
+from tidegate.policies.tidegate.speed import ObservedSpeed
 from tidegate.systems.registry import SYSTEMS, SystemOptions
 from tidegate.systems.system import System
 
@@ -26,14 +27,15 @@ def tidegate(options: SystemOptions) -> System:
     a range of instances, DOPD's forecast and caution say how many there are."""
     both, lengths = OneCost(), RecentLengths()
     shape = FleetShape(lengths, options.slo)
-    controllers: tuple[Controller[Any], ...] = (shape,)
+    speed = ObservedSpeed(options.tick_s)
+    controllers: tuple[Controller[Any], ...] = (speed, shape)
     chunks = make_chunks("slack")
     if options.fleet is not None:
         start_s = max(options.start_delay_s)
         size = DopdController(
             options.slo, options.fleet, (start_s, start_s), options.advise, pools=OnePool(), name="size"
         )
-        controllers = (size, replace(shape, most=options.fleet[1]))
+        controllers = (speed, size, replace(shape, most=options.fleet[1]))
         chunks = SlackBudget(behind_share=1.0 - size.constants.level)
     return System(
         name="tidegate",

@@ -25,13 +25,15 @@ class CostConstants:
     """All ours, the first three those of ``ampd-cost``. A first token later than ``margin`` of its target
     counts as late, for predictions err; a second behind that costs ``late_weight`` seconds. A step up to the
     share ``pace`` of the TPOT target does nobody harm; what is beyond costs ``late_weight`` times as much. KV
-    beyond all but the share ``kv_reserve`` of a cache is at risk.
+    beyond all but the share ``kv_reserve`` of a cache is at risk. Prompts that will be late anyway are served
+    behind the others, as far as steps can be parted: at most ``hopeless`` of the TTFT target counts of them.
     """
 
     margin: float = MARGIN
     late_weight: float = LATE_WEIGHT
     pace: float = PACE
     kv_reserve: float = 0.1
+    hopeless: float = 0.5
 
 
 class FirstToken(NamedTuple):
@@ -80,6 +82,8 @@ def first_token(request: Request, snapshot: Snapshot, constants: CostConstants) 
     if history is not None:
         home = Home(snapshot.index[history.on], min(history.tokens, request.prompt_tokens - 1))
     token = first_token_costs(request, snapshot, home, read=None)
+    before_s = snapshot.prefill_queue_s - snapshot.hopeless_s + constants.hopeless * request.slo.ttft_s
+    token = token._replace(wait_s=np.minimum(token.wait_s, before_s))
     mixed = snapshot.costs.mixed
     beside_s = mixed.b_s * snapshot.decode_requests + mixed.d_s * snapshot.decode_tokens
     taken = np.minimum(beside_s / request.slo.tpot_s, MOST_TAKEN)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tidegate.core.decision import ControlDecision, Flip
 from tidegate.core.instance import Role
@@ -115,7 +116,8 @@ class FleetShape:
         told, wanted = self._compared(fleet, demand, prefill)
         wanted = min(wanted, state.rest.most) if fleet.at_s < state.rest.until_s else wanted
         if wanted == prefill:
-            return ControlDecision(state._replace(plans=0), reason=told)
+            swaps = flips_to(fleet, prefill, "others lose less by it")
+            return ControlDecision(state._replace(plans=0), tuple(swaps), told)
         direction = 1 if wanted > prefill else -1
         plans = state.plans + direction if state.plans * direction > 0 else direction
         state = state._replace(plans=plans)
@@ -127,13 +129,16 @@ class FleetShape:
     def _compared(self, fleet: Snapshot, demand: MeanRequest, prefill: int) -> tuple[str, int]:
         """Return a sentence and how many instances should prefill only: as many as do, unless that gains."""
         constants, count = self.constants, len(fleet)
-        kv_tokens = float(fleet.kv_capacity_tokens[0]) or np.inf
-        token_bytes = float(fleet.kv_bytes_per_token[0])
-        model = FluidFleet(fleet.costs.at(0), kv_tokens, token_bytes, demand, self.slo)
-        ranked = model.ranked(count, max(1, count // constants.units))
+        slowness, order = _slowness(fleet), prefill_order(fleet)
+        usual = int(np.argsort(slowness, kind="stable")[(count - 1) // 2])
+        kv_tokens = float(fleet.kv_capacity_tokens[usual]) or np.inf
+        token_bytes = float(fleet.kv_bytes_per_token[usual])
+        model = FluidFleet(fleet.costs.at(usual), kv_tokens, token_bytes, demand, self.slo)
+        counts = slowness[usual] / slowness[order]
+        ranked = model.ranked(counts, max(1, count // constants.units))
         have = FleetLabels(prefill, count - prefill)
-        counts = np.array([have, FleetLabels(0, count)], np.float64).T
-        now_rps, both_rps = map(float, model.rates_rps(*counts))
+        prefills = np.array([counts[fleet.labelled(Role.PREFILL)[order]].sum(), 0.0])
+        now_rps, both_rps = map(float, model.rates_rps(prefills, counts.sum() - prefills))
         enough_rps = ranked[0][0] * (1.0 - constants.even)
         near = [pair for pair in ranked if pair[0] >= enough_rps]
         rps, best = max(near, key=lambda pair: pair[1].mixed)
@@ -153,12 +158,34 @@ class FleetShape:
         return float(max((step_s / self.slo.tpot_s).mean(), held.mean())) if at.any() else 1.0
 
 
+def _slowness(fleet: Snapshot) -> Column:
+    """Return how many times as long each instance takes for a token of a prompt as the fastest."""
+    return _over_least(fleet.costs.mixed.b_s, len(fleet))
+
+
+def _over_least(coefficient: float | Column, instances: int) -> Column:
+    column: Column = np.full(instances, coefficient, np.float64)
+    return column / float(column.min())
+
+
+def prefill_order(fleet: Snapshot) -> NDArray[np.intp]:
+    """Return the columns in the order in which they become instances for prefill only.
+
+    First are those that lose least by it: whose steps are slow for what their prompts take. Of instances that
+    are alike in this the slow ones are, for what is the same in every step spends more of the TPOT target
+    there; then those that prefill only already, and those with the least to decode.
+    """
+    held: Column = fleet.decode_tokens + fleet.handoff_tokens
+    slowness = _slowness(fleet)
+    prompts_over_steps = np.round(slowness / _over_least(fleet.costs.step.a_s, len(fleet)), 3)
+    return np.lexsort((held, ~fleet.labelled(Role.PREFILL), -np.round(slowness, 3), prompts_over_steps))
+
+
 def flips_to(fleet: Snapshot, prefill: int, why: str) -> list[Flip]:
     """Return the flips after which ``prefill`` instances prefill only and the others do both, as far as they
-    are flippable. Those with the least to decode prefill; those that do keep their label before others."""
-    held: Column = fleet.decode_tokens + fleet.handoff_tokens
-    order = np.lexsort((held, ~fleet.labelled(Role.PREFILL))).tolist()
-    roles = {at: Role.PREFILL if place < prefill else Role.MIXED for place, at in enumerate(order)}
+    are flippable."""
+    order = prefill_order(fleet)
+    roles = {at: Role.PREFILL if place < prefill else Role.MIXED for place, at in enumerate(order.tolist())}
     return [
         Flip(fleet.ids[at], role, TARGET, why)
         for at, role in roles.items()

@@ -83,9 +83,10 @@ class FleetLabels(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class FluidFleet:
-    """The highest rates that equal instances serve, each of ``costs`` with ``kv_tokens``, for ``demand``.
+    """The highest rates that instances of ``costs``, each with ``kv_tokens``, serve for ``demand``.
 
-    Steps of decodes last up to ``slo.tpot_s``. ``token_bytes`` of KV per token move between instances.
+    Counts are of such instances: one that takes twice as long for everything counts half. Steps of decodes
+    last up to ``slo.tpot_s``. ``token_bytes`` of KV per token move between instances.
     """
 
     costs: ProfileTable
@@ -104,10 +105,14 @@ class FluidFleet:
             low, high = np.where(fits, middle, low), np.where(fits, high, middle)
         return low
 
-    def ranked(self, instances: int, unit: int = 1) -> list[tuple[float, FleetLabels]]:
-        """Return the labellings in steps of ``unit`` instances with their rates, the highest rate first."""
-        shapes = [FleetLabels(prefill, instances - prefill) for prefill in range(0, instances, unit)]
-        rates = self.rates_rps(*np.array(shapes, np.float64).T)
+    def ranked(self, counts: Counts, unit: int = 1) -> list[tuple[float, FleetLabels]]:
+        """Return the labellings in steps of ``unit`` instances with their rates, the highest rate first.
+
+        ``counts`` is what each instance counts, those first that prefill first.
+        """
+        shapes = [FleetLabels(prefill, len(counts) - prefill) for prefill in range(0, len(counts), unit)]
+        prefills = np.concatenate([[0.0], np.cumsum(counts)])[: len(counts) : unit]
+        rates = self.rates_rps(prefills, counts.sum() - prefills)
         return [(float(rates[at]), shapes[at]) for at in np.argsort(-rates, kind="stable")]
 
     def _prefills_rps(self) -> float:
