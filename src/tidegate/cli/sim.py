@@ -24,6 +24,7 @@ from tidegate.cli.simulating import (
     CHUNKS,
     CUT,
     DEFAULT_TRACE,
+    ENGINE,
     FLEET,
     SIMULATED,
     WORKLOAD,
@@ -92,6 +93,13 @@ STEP = Flag(
     given=bool,
     read=lambda step: not step,
 )
+WARM_START = Flag(
+    "Begin with the lengths of the newest answers in this journal, or of a trace: tidegate labels the "
+    "fleet for them at once.",
+    "FILE",
+    panel=ENGINE,
+    shown=False,
+)
 SPARES = {
     "spares": Flag(
         "Instances, the last ones, that come up only when a controller adds one.",
@@ -155,6 +163,7 @@ def run(
     settings: Annotated[SimSettings, OptionGroup(SimSettings, {**SIMULATED, **SPARES, "leap": STEP})],
     engine: Annotated[EngineSettings, BATCHING],
     chunks: Annotated[str | None, CHUNKS] = None,
+    warm_start: Annotated[str, WARM_START] = "",
     options: RunOptions,
     scoring: Scoring,
     replay: Annotated[
@@ -172,6 +181,7 @@ def run(
 
         if (
             split
+            or warm_start
             or settings.slo_classes
             or any((options.rate_rps, options.journal, options.out))
             or any((options.goodput, options.limit, options.achievable))
@@ -200,6 +210,7 @@ def run(
         bounds,
         scaling.advise,
         chunks,
+        warm_start,
     )
     setting.make_system()
     setting = replace(setting, settings=with_classes(settings, [setting.workload]))
