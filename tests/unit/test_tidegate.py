@@ -14,6 +14,7 @@ from msgspec.structs import replace as replace_struct
 from tidegate.core.decision import ControlDecision, Flip, Path, Place, Verdict
 from tidegate.core.errors import ConfigError, NoInstance
 from tidegate.core.instance import Role
+from tidegate.core.request import Answered
 from tidegate.core.slo import Slo
 from tidegate.costs.forms import TransferCost
 from tidegate.costs.profile import ProfileTable
@@ -179,6 +180,16 @@ class TestFleetShape:
         assert not first.actions and first.state.plans == 1
         (flip,) = self.tick(shape, ledger, first.state).actions
         assert isinstance(flip, Flip) and flip.to is P and flip.instance != "i0"
+
+    def test_traffic_that_is_known_beforehand_labels_the_fleet_at_once_and_then_as_ever(self) -> None:
+        ledger = cluster(8, roles=(M,) * 8, profile=FAST)
+        cold = self.shape()
+        warm = replace(cold, lengths=RecentLengths([Answered(15_000, 0, 150)] * 100))
+        first = self.tick(warm, ledger, warm.initial())
+        assert len(first.actions) > 1 and not first.state.warm
+        assert not self.tick(warm, ledger, first.state).actions, "later plans have to agree"
+        few = replace(cold, lengths=RecentLengths([Answered(15_000, 0, 150)] * 10))
+        assert not few.initial().warm
 
     def test_a_fleet_that_gains_nothing_goes_back_to_both(self) -> None:
         ledger = cluster(8, roles=(P, P, M, M, M, M, M, M))
