@@ -141,6 +141,7 @@ class RunOptions:
     achievable: Annotated[
         bool, Flag("Search what a clairvoyant schedule attains; takes CPU.", panel=SCORING)
     ] = False
+    warm_start: Annotated[str, WARM_START] = ""
     journal: Annotated[Path | None, Flag("Write every decision and outcome.", "FILE", panel=SCORING)] = None
     out: Annotated[Path | None, Flag("Write report.html, CSV and PNG files.", "DIR", panel=SCORING)] = None
     jobs: Annotated[int | None, JOBS] = None
@@ -163,7 +164,6 @@ def run(
     settings: Annotated[SimSettings, OptionGroup(SimSettings, {**SIMULATED, **SPARES, "leap": STEP})],
     engine: Annotated[EngineSettings, BATCHING],
     chunks: Annotated[str | None, CHUNKS] = None,
-    warm_start: Annotated[str, WARM_START] = "",
     options: RunOptions,
     scoring: Scoring,
     replay: Annotated[
@@ -181,9 +181,8 @@ def run(
 
         if (
             split
-            or warm_start
             or settings.slo_classes
-            or any((options.rate_rps, options.journal, options.out))
+            or any((options.rate_rps, options.journal, options.out, options.warm_start))
             or any((options.goodput, options.limit, options.achievable))
         ):
             raise ConfigError("--replay goes with the options of fleet and engine, --system and --json only")
@@ -210,7 +209,7 @@ def run(
         bounds,
         scaling.advise,
         chunks,
-        warm_start,
+        options.warm_start,
     )
     setting.make_system()
     setting = replace(setting, settings=with_classes(settings, [setting.workload]))
