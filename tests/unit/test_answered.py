@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tidegate.core.errors import ConfigError, TraceError
-from tidegate.core.request import Answered
 from tidegate.journal.schema import HeaderLine, OutcomeLine
 from tidegate.journal.writer import encode_line
+from tidegate.policies.protocols import AnswerLengths
 from tidegate.signals.answered import MOST, answered_in
 from tidegate.systems import make_system
 
@@ -34,7 +34,7 @@ def test_a_journal_gives_who_was_answered_in_the_order_of_their_ends(tmp_path: P
         outcome(2.0, 1.0, 200, what="overloaded"),
     )
     path.write_bytes(b"".join(encode_line(line) + b"\n" for line in lines))
-    assert answered_in(str(path)) == (Answered(100, 64, 7), Answered(300, 0, 7))
+    assert answered_in(str(path)) == (AnswerLengths(100, 64, 7), AnswerLengths(300, 0, 7))
 
 
 def test_a_trace_gives_its_newest_requests_and_no_more_than_new_traffic_soon_outweighs(
@@ -44,7 +44,7 @@ def test_a_trace_gives_its_newest_requests_and_no_more_than_new_traffic_soon_out
     rows = "".join(f"{number},{number + 1},5\n" for number in range(MOST + 9))
     path.write_text("arrival_s,input_tokens,output_tokens\n" + rows)
     found = answered_in(str(path))
-    assert (len(found), found[0], found[-1]) == (MOST, Answered(10, 0, 5), Answered(MOST + 9, 0, 5))
+    assert (len(found), found[0], found[-1]) == (MOST, AnswerLengths(10, 0, 5), AnswerLengths(MOST + 9, 0, 5))
     assert len(answered_in("like:long:300")) == len(answered_in("sample:azure-conv")) == MOST
 
 

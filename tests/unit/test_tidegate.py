@@ -14,7 +14,6 @@ from msgspec.structs import replace as replace_struct
 from tidegate.core.decision import ControlDecision, Flip, Path, Place, Verdict
 from tidegate.core.errors import ConfigError, NoInstance
 from tidegate.core.instance import Role
-from tidegate.core.request import Answered
 from tidegate.core.slo import Slo
 from tidegate.costs.forms import TransferCost
 from tidegate.costs.profile import ProfileTable
@@ -184,11 +183,11 @@ class TestFleetShape:
     def test_traffic_that_is_known_beforehand_labels_the_fleet_at_once_and_then_as_ever(self) -> None:
         ledger = cluster(8, roles=(M,) * 8, profile=FAST)
         cold = self.shape()
-        warm = replace(cold, lengths=RecentLengths([Answered(15_000, 0, 150)] * 100))
+        warm = replace(cold, lengths=RecentLengths([AnswerLengths(15_000, 0, 150)] * 100))
         first = self.tick(warm, ledger, warm.initial())
         assert len(first.actions) > 1 and not first.state.warm
         assert not self.tick(warm, ledger, first.state).actions, "later plans have to agree"
-        few = replace(cold, lengths=RecentLengths([Answered(15_000, 0, 150)] * 10))
+        few = replace(cold, lengths=RecentLengths([AnswerLengths(15_000, 0, 150)] * 10))
         assert not few.initial().warm
 
     def test_a_fleet_that_gains_nothing_goes_back_to_both(self) -> None:

@@ -26,7 +26,10 @@ def answered_in(source: str) -> tuple[AnswerLengths, ...]:
         ended = [line for line in JournalLines(source) if isinstance(line, OutcomeLine) and line.ok]
         ended.sort(key=lambda line: line.end_s)
         found = [
-            AnswerLengths(line.input_tokens, line.cached_tokens, line.output_tokens) for line in ended[-MOST:]
+            AnswerLengths(
+                line.input_tokens, line.cached_tokens + (line.read_back_tokens or 0), line.output_tokens
+            )
+            for line in ended[-MOST:]
         ]
     else:
         newest = read_untimed(source)[-MOST:]
