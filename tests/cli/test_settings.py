@@ -16,7 +16,7 @@ from tidegate.cli.config import FLAGS, SECTIONS, SETTINGS
 from tidegate.cli.fleet_config import EngineSection
 from tidegate.cli.main import build_app
 from tidegate.cli.sources import Resolved, as_toml, resolve
-from tidegate.core.errors import ConfigError
+from tidegate.core.errors import ConfigError, TraceError
 from tidegate.core.slo import Slo
 from tidegate.dataplane.replica import EngineSettings
 from tidegate.engines.embedded.options import DTYPES
@@ -351,6 +351,19 @@ def test_what_a_system_that_sizes_the_fleet_cannot_have_is_named(tmp_path: Path)
     assert "no packaged profile is called" in problems(emulate=["h100/nothing:2..4"])[0]
     forecast = problems(forecast_period=0, forecast_steps=0, forecast_from=tmp_path / "none.jsonl")
     assert len(forecast) == 3 and any("there is no such file" in each for each in forecast)
+
+
+def test_a_system_begins_with_the_answers_of_a_file(tmp_path: Path) -> None:
+    trace = tmp_path / "t.csv"
+    trace.write_text("arrival_s,input_tokens,output_tokens\n" + 40 * "0,15000,150\n")
+    made = settle(warm_start=trace).config.make_system()
+    (shape,) = made.controllers
+    assert shape.initial().warm and not settle().config.make_system().controllers[0].initial().warm
+    assert "follows no lengths" in problems(system="static", warm_start=trace)[0]
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"type":"header"}\n')
+    with pytest.raises(TraceError, match="no request was answered"):
+        settle(warm_start=empty)
 
 
 def test_a_key_file_binds_keys_to_tenants(tmp_path: Path) -> None:

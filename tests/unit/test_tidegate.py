@@ -198,6 +198,16 @@ class TestFleetShape:
         (flip,) = self.tick(shape, ledger, first.state).actions
         assert isinstance(flip, Flip) and flip.to is P and flip.instance != "i0"
 
+    def test_traffic_that_is_known_beforehand_labels_the_fleet_at_once_and_then_as_ever(self) -> None:
+        ledger = cluster(8, roles=(M,) * 8, profile=FAST)
+        cold = self.shape()
+        warm = replace(cold, lengths=RecentLengths([AnswerLengths(15_000, 0, 150)] * 100))
+        first = self.tick(warm, ledger, warm.initial())
+        assert len(first.actions) > 1 and not first.state.warm
+        assert not self.tick(warm, ledger, first.state).actions, "later plans have to agree"
+        few = replace(cold, lengths=RecentLengths([AnswerLengths(15_000, 0, 150)] * 10))
+        assert not few.initial().warm
+
     def test_a_fleet_that_gains_nothing_goes_back_to_both(self) -> None:
         ledger = cluster(8, roles=(P, P, M, M, M, M, M, M))
         shape = self.shape(prompt=290, generated=370)

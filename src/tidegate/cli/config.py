@@ -167,6 +167,12 @@ class SchedulingSection(Section):
         "Begin forecasts with the arrivals and lengths of this journal; it may be that of --journal.",
         "JOURNAL",
     )
+    warm_start: ExistingFile | None = setting(
+        None,
+        "Begin with the lengths of the newest answers in this journal, or of a trace: tidegate labels the "
+        "fleet for them at once. It may be the file of --journal.",
+        "FILE",
+    )
 
     @model_validator(mode="after")
     @with_value_errors
@@ -240,6 +246,10 @@ class Config(Section):
         if self.fleet.emulate:
             options["start_delay_s"] = (self.emulated.start_delay, self.emulated.start_delay)
         scheduling = self.scheduling
+        if scheduling.warm_start is not None:
+            from tidegate.signals.answered import answered_in
+
+            options["answered"] = answered_in(str(scheduling.warm_start))
         return make_system(scheduling.system, slo=scheduling.slo, chunks=scheduling.chunks, **options)
 
     def served(self, system: System) -> System:

@@ -24,6 +24,7 @@ from tidegate.cli.simulating import (
     CHUNKS,
     CUT,
     DEFAULT_TRACE,
+    ENGINE,
     FLEET,
     SIMULATED,
     WORKLOAD,
@@ -92,6 +93,13 @@ STEP = Flag(
     given=bool,
     read=lambda step: not step,
 )
+WARM_START = Flag(
+    "Begin with the lengths of the newest answers in this journal, or of a trace: tidegate labels the "
+    "fleet for them at once.",
+    "FILE",
+    panel=ENGINE,
+    shown=False,
+)
 SPARES = {
     "spares": Flag(
         "Instances, the last ones, that come up only when a controller adds one.",
@@ -133,6 +141,7 @@ class RunOptions:
     achievable: Annotated[
         bool, Flag("Search what a clairvoyant schedule attains; takes CPU.", panel=SCORING)
     ] = False
+    warm_start: Annotated[str, WARM_START] = ""
     journal: Annotated[Path | None, Flag("Write every decision and outcome.", "FILE", panel=SCORING)] = None
     out: Annotated[Path | None, Flag("Write report.html, CSV and PNG files.", "DIR", panel=SCORING)] = None
     jobs: Annotated[int | None, JOBS] = None
@@ -173,7 +182,7 @@ def run(
         if (
             split
             or settings.slo_classes
-            or any((options.rate_rps, options.journal, options.out))
+            or any((options.rate_rps, options.journal, options.out, options.warm_start))
             or any((options.goodput, options.limit, options.achievable))
         ):
             raise ConfigError("--replay goes with the options of fleet and engine, --system and --json only")
@@ -200,6 +209,7 @@ def run(
         bounds,
         scaling.advise,
         chunks,
+        options.warm_start,
     )
     setting.make_system()
     setting = replace(setting, settings=with_classes(settings, [setting.workload]))

@@ -15,6 +15,7 @@ from tidegate.costs.library import PackagedProfile
 from tidegate.dataplane.replica import EngineSettings, Group, Replica, replicas_in
 from tidegate.experiments.code_digest import code_digest
 from tidegate.policies.starting_roles import GivenRoles
+from tidegate.signals.answered import answered_in
 from tidegate.sim import SimSettings
 from tidegate.systems import make_system
 from tidegate.systems.system import System
@@ -62,7 +63,8 @@ class Setting:
     ``system`` may carry an order (``arrow+edf``); ``split`` is (prefill, decode), None for the system's own.
     A system that sizes the fleet keeps it within ``bounds``, by default between those that are up at the
     start and all; with ``advise`` it only says what it would do. ``chunks`` names the chunk budget, None for
-    the system's own.
+    the system's own. ``warm_start`` is a journal or a trace with whose
+    lengths the system begins (``answered_in``), "" none.
     """
 
     workload: WorkloadChoice
@@ -73,6 +75,7 @@ class Setting:
     bounds: tuple[int, int] | None = None
     advise: bool = False
     chunks: str | None = None
+    warm_start: str = ""
 
     def make_system(self) -> System:
         """Build the composition. Raises ConfigError for an option that it cannot take."""
@@ -85,6 +88,7 @@ class Setting:
             fleet=self.bounds or ((size - settings.spares, size) if settings.spares else None),
             start_delay_s=settings.start_delays_s,
             advise=self.advise,
+            answered=answered_in(self.warm_start) if self.warm_start else (),
         )
         if self.fleet.labels:
             pairs = zip(self.fleet.labels, self.fleet.groups, strict=True)
@@ -98,14 +102,14 @@ class Setting:
         inputs = {
             "setting": asdict(self),
             "run": run,
-            "files": [_content(name) for name in _files_of(self.workload)],
+            "files": [_content(name) for name in _files_of(self.workload, self.warm_start)],
             "code": code_digest(self.system, self.split),
         }
         return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def _files_of(workload: WorkloadChoice) -> list[str]:
-    names = (workload.trace, workload.lengths_from, workload.rate_curve.rpartition(":")[0])
+def _files_of(workload: WorkloadChoice, warm_start: str) -> list[str]:
+    names = (workload.trace, workload.lengths_from, workload.rate_curve.rpartition(":")[0], warm_start)
     return [name for name in names if name]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import module_from_spec, spec_from_file_location
 from inspect import isfunction
@@ -17,7 +17,7 @@ from tidegate.core.slo import Slo
 from tidegate.policies.chunks import make_chunks
 from tidegate.policies.order import Order
 from tidegate.policies.orders import make_order
-from tidegate.policies.protocols import StartingRoles
+from tidegate.policies.protocols import AnswerLengths, StartingRoles
 from tidegate.policies.registry import Registry
 from tidegate.policies.starting_roles import SplitRoles, even_roles
 from tidegate.systems.system import System
@@ -32,6 +32,7 @@ class SystemOptions:
     placed against their own. ``fleet`` is the least and the most instances between which a system may add and
     remove some, None where it has those that there are; ``start_delay_s`` is what a prefill and a decode
     instance take to start. With ``advise`` a controller that sizes the fleet only says what it would do.
+    ``answered`` are requests of an earlier run, the oldest first, from whose lengths a system may begin.
     """
 
     split: tuple[int, int] | None = None
@@ -40,6 +41,7 @@ class SystemOptions:
     fleet: tuple[int, int] | None = None
     start_delay_s: tuple[float, float] = (30.0, 45.0)
     advise: bool = False
+    answered: Sequence[AnswerLengths] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.tick_s < float("inf"):
@@ -58,6 +60,7 @@ class GivenOptions(TypedDict, total=False):
     fleet: tuple[int, int] | None
     start_delay_s: tuple[float, float]
     advise: bool
+    answered: Sequence[AnswerLengths]
 
 
 Factory = Callable[[SystemOptions], System]
@@ -80,6 +83,8 @@ def make_system(
     """
     factory, order = named(name)
     system = factory(SystemOptions(slo=slo or Slo(), **options))
+    if options.get("answered") and not system.observers:
+        raise ConfigError(f"system {name!r} follows no lengths: it has nothing to begin with earlier ones")
     if chunks is not None:
         system = replace(system, chunks=make_chunks(chunks))
     return system if order is None else system.ordered(order, f"{system.name}+{order.name}")

@@ -65,10 +65,12 @@ class Rest(NamedTuple):
 
 
 class ShapeState(NamedTuple):
-    """How many of the newest plans in a row wanted more prefill instances (negative: fewer)."""
+    """How many of the newest plans in a row wanted more prefill instances (negative: fewer). ``warm``: the
+    traffic was known before the first plan, so that this one is carried out at once and as a whole."""
 
     plans: int = 0
     rest: Rest = Rest()
+    warm: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ class FleetShape:
 
     def initial(self) -> ShapeState:
         """Return the state for the first decision."""
-        return ShapeState()
+        return ShapeState(warm=self.lengths.count >= self.constants.fewest)
 
     def decide(self, snapshot: Snapshot, state: ShapeState) -> ControlDecision[ShapeState]:
         """Return the flips towards a better shape; none while plans do not agree on one."""
@@ -106,7 +108,7 @@ class FleetShape:
             return ControlDecision(rests, tuple(flips_to(fleet, prefill - 1, why)), why)
         if self.most is not None and len(fleet) < self.most:
             why = f"{len(fleet)} of {self.most} instances are up: all do both"
-            return ControlDecision(state._replace(plans=0), tuple(flips_to(fleet, 0, why)), why)
+            return ControlDecision(state._replace(plans=0, warm=False), tuple(flips_to(fleet, 0, why)), why)
         rows = snapshot.requests
         running = float(rows.answer_tokens[rows.decode_on >= 0].sum())
         demand = self.lengths.demand(running)
@@ -114,6 +116,8 @@ class FleetShape:
             unknown = "too little is known of the traffic, or one instance does both"
             return ControlDecision(state._replace(plans=0), reason=unknown)
         told, wanted = self._compared(fleet, demand, prefill)
+        if state.warm:
+            return ControlDecision(state._replace(warm=False), tuple(flips_to(fleet, wanted, told)), told)
         wanted = min(wanted, state.rest.most) if fleet.at_s < state.rest.until_s else wanted
         if wanted == prefill:
             swaps = flips_to(fleet, prefill, "others lose less by it")

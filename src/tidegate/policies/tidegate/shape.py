@@ -8,6 +8,7 @@ it. Nothing waits here, so bursts are not seen.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,11 +42,12 @@ class MeanRequest(NamedTuple):
 
 
 class RecentLengths:
-    """An observer that remembers the lengths of the newest answered requests."""
+    """An observer that remembers the lengths of the newest answered requests, first ``earlier`` ones, the
+    oldest first, that were answered before it listened."""
 
-    def __init__(self) -> None:
-        self._rows: deque[AnswerLengths] = deque(maxlen=REMEMBERED)
-        self.count = 0
+    def __init__(self, earlier: Iterable[AnswerLengths] = ()) -> None:
+        self._rows: deque[AnswerLengths] = deque(earlier, maxlen=REMEMBERED)
+        self.count = len(self._rows)
 
     def answered(self, answer: AnswerLengths, now: float) -> None:
         """Remember a request that was answered in full."""

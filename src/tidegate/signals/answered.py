@@ -1,0 +1,39 @@
+"""What was answered lately, as a recording tells it: the lengths that a system may begin with."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from tidegate.core.errors import TraceError
+from tidegate.journal.reader import JournalLines, recorded_kind
+from tidegate.journal.schema import HeaderLine, OutcomeLine
+from tidegate.policies.protocols import AnswerLengths
+from tidegate.workloads.likes import is_like
+from tidegate.workloads.readers import read_untimed
+
+MOST = 256
+"""The newest requests that are read: few enough for the run's own to outweigh them soon (ours)."""
+
+
+@lru_cache(maxsize=4)
+def answered_in(source: str) -> tuple[AnswerLengths, ...]:
+    """Return the newest requests that were answered in full, the oldest first, at most ``MOST``.
+
+    ``source`` is a journal, or a trace, all of whose requests count as answered, with nothing at hand of
+    their prompts. Raises TraceError for a file that is neither, and for one without an answer.
+    """
+    if not is_like(source) and recorded_kind(source) == str(HeaderLine.__struct_config__.tag):
+        ended = [line for line in JournalLines(source) if isinstance(line, OutcomeLine) and line.ok]
+        ended.sort(key=lambda line: line.end_s)
+        found = [
+            AnswerLengths(
+                line.input_tokens, line.cached_tokens + (line.read_back_tokens or 0), line.output_tokens
+            )
+            for line in ended[-MOST:]
+        ]
+    else:
+        newest = read_untimed(source)[-MOST:]
+        found = [AnswerLengths(each.input_tokens, 0, each.output_tokens) for each in newest]
+    if not found:
+        raise TraceError("no request was answered in it, so nothing can begin with it", file=source)
+    return tuple(found)
