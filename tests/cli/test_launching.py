@@ -89,6 +89,25 @@ def test_launching_vllm_takes_the_command_on_path_or_says_what_to_do(
     assert not (tmp_path / "state").exists(), "nothing is written before the start"
 
 
+def test_launching_vllm_says_what_a_step_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    (tmp_path / "config.json").touch()
+    (tmp_path / "vllm").touch(mode=0o755)
+    given = {"launch": "vllm", "model": tmp_path, "instances": 2, "vllm_bin": tmp_path / "vllm"}
+
+    def said(**more: object) -> str:
+        config = resolve(None, {}, given | more, warn=lambda _: None).config
+        launch.make_fleet(config, config.make_system())
+        return capsys.readouterr().out
+
+    assert "on i0, i1: vLLM's default, for no --profile" in said()
+    profiled = {"profile": ["h100_sxm/llama-3.1-8b"], "slo": "ttft:500,tpot:50"}
+    assert "on i0, i1: 1280 tokens, a step of 50 ms" in said(**profiled)
+    assert "on i0, i1: 512 tokens, as the" in said(**profiled, vllm_args="--max-num-batched-tokens 512")
+
+
 def test_timeouts_reach_the_gateway() -> None:
     given = {"TIDEGATE_STALL_TIMEOUT": "7.5", "TIDEGATE_REQUEST_TIMEOUT": "90"}
     settings = resolve(None, given, {}, warn=lambda _: None).config.gateway_settings()

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ import pytest
 
 from tests.fleet.fleet_observing import Recorder, alive, until
 from tidegate.core.errors import ConfigError, FleetFull, SetupError
+from tidegate.costs.library import packaged_profile
+from tidegate.costs.profile import Profile
 from tidegate.fleet.health import HealthPace
 from tidegate.fleet.launched_vllm import (
     LaunchedVllmFleet,
@@ -30,8 +32,10 @@ from tidegate.fleet.launched_vllm import (
     visible_gpus,
 )
 from tidegate.fleet.member import Member
+from tidegate.fleet.step_choice import choose_step
 from tidegate.fleet.supervision import FleetPace
 from tidegate.fleet.vllm import ServeArguments
+from tidegate.policies.chunks import budget_for
 
 QUICK = FleetPace(health=HealthPace(every_s=600.0), ready_s=20.0, grace_s=1.0, backoff_s=0.05)
 Make = Callable[..., LaunchedVllmFleet]
@@ -52,8 +56,8 @@ async def make(launch: VllmLaunch) -> AsyncIterator[Make]:
     """Build fleets of fake servers; whatever a test leaves running is stopped after it."""
     made: list[LaunchedVllmFleet] = []
 
-    def build(pace: FleetPace = QUICK, **changes: Any) -> LaunchedVllmFleet:
-        made.append(LaunchedVllmFleet(replace(launch, **changes), pace=pace))
+    def build(pace: FleetPace = QUICK, profiles: Sequence[Profile] = (), **changes: Any) -> LaunchedVllmFleet:
+        made.append(LaunchedVllmFleet(replace(launch, **changes), profiles=profiles, pace=pace))
         return made[-1]
 
     yield build
@@ -86,6 +90,56 @@ async def test_servers_come_up_as_members_that_hand_kv_to_each_other(make: Make)
         assert member.pid is not None and alive(member.pid)
     ports = {one["environment"]["VLLM_NIXL_SIDE_CHANNEL_PORT"] for one in seen}
     assert len(ports) == 2, "a side channel each"
+
+
+PROFILE = packaged_profile("h100_sxm/llama-3.1-8b").profile
+STEP = "--max-num-batched-tokens"
+
+
+async def test_servers_are_told_the_step_that_keeps_the_target(
+    make: Make, launch: VllmLaunch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    recorder = Recorder()
+    slower = PROFILE.scaled(2.0, 2.0)
+    fleet = make(instances=2, tpot_s=0.05, profiles=(PROFILE, slower))
+    await fleet.start(recorder)
+    words = [(await seen_by(recorder.up[name]))["argv"] for name in ("i0", "i1")]
+    told = [int(argv[argv.index(STEP) + 1]) for argv in words]
+    assert told == [budget_for(each.mixed, 0.05).tokens for each in (PROFILE, slower)] and told[0] > told[1]
+    assert told == [recorder.up[name].instance.step_tokens for name in ("i0", "i1")]
+
+
+async def test_the_users_step_wins(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    recorder = Recorder()
+    own = ServeArguments(["--max_num_batched_tokens=4k"])
+    fleet = make(instances=1, tpot_s=0.05, profiles=(PROFILE,), arguments=own)
+    await fleet.start(recorder)
+    argv = (await seen_by(recorder.up["i0"]))["argv"]
+    assert STEP not in argv and argv[-1] == "--max_num_batched_tokens=4k"
+    assert recorder.up["i0"].instance.step_tokens == 4000
+
+
+@pytest.mark.parametrize(
+    ("words", "profile", "on_gpus", "tokens", "why"),
+    [
+        ("", PROFILE, True, 1280, "a step of 50 ms at most by h100_sxm/llama-3.1-8b with 197"),
+        ("", None, True, 0, "no --profile"),
+        ("", PROFILE, False, 0, "on CPUs"),
+        ("--config vllm.yaml", PROFILE, True, 0, "a file of vLLM arguments"),
+        ("--no_enable_chunked_prefill", PROFILE, True, 0, "whole prompts"),
+        ("--max-num-seqs 2048", PROFILE, True, 2048, "the least that --max-num-seqs allows"),
+        ("--max-num-batched-tokens 2K", None, False, 2048, "as the vLLM arguments say"),
+        ("", PROFILE.scaled(9.0, 9.0), True, 128, "the least, which takes more than 50 ms"),
+    ],
+)
+def test_a_step_is_chosen_where_nothing_speaks_against_it(
+    words: str, profile: Profile | None, on_gpus: bool, tokens: int, why: str
+) -> None:
+    step = choose_step(ServeArguments(words.split()), profile, 0.05, on_gpus=on_gpus)
+    assert step.tokens == tokens and why in step.reason
+    assert ("default" in str(step)) is (tokens == 0)
 
 
 async def test_the_output_goes_to_a_log_and_the_gateways_keys_stay_with_it(

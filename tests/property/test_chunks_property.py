@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidegate.costs.forms import MixedCost, StepCost, attention_work
-from tidegate.policies.chunks import NextStep, SlackBudget, longest_chunk
+from tidegate.policies.chunks import (
+    MOST_TOKENS,
+    TILE_TOKENS,
+    NextStep,
+    SlackBudget,
+    StepBudget,
+    budget_for,
+    longest_chunk,
+)
 from tidegate.policies.dues import TokenDues
 
 COSTS = st.builds(
@@ -44,7 +52,9 @@ def test_the_longest_chunk_is_in_time_and_one_token_more_is_not(
         carried = step.decodes + step.chunk_tokens + tokens
         return float(step.cost.seconds(carried, attention, step.context_tokens))
 
-    longest = longest_chunk(step.cost, seconds, step, cached)
+    longest = longest_chunk(
+        step.cost, seconds, step.decodes + step.chunk_tokens, step.context_tokens, cached, step.attention
+    )
     assert longest == 0 or takes_s(longest) <= seconds + 1e-9
     assert takes_s(longest + 2) > seconds - 1e-9
 
@@ -109,3 +119,45 @@ def test_prompts_alone_share_a_step_until_that_saves_little(step: NextStep) -> N
     per_step_s = max(0.0, float(cost.a_s) - float(cost.b_s) * float(cost.n0))
     saves = per_step_s / float(cost.seconds(8000, full.attention, 0.0))
     assert (budget.tokens(full, 0) == 0) == (saves <= budget.saved_share)
+
+
+BUDGETED = st.builds(
+    MixedCost,
+    st.floats(0.0, 0.02),
+    st.floats(1e-6, 1e-3),
+    st.sampled_from([0.0, 8e-10, 1e-8]),
+    st.floats(0.0, 1e-7),
+    st.sampled_from([0.0, 320.0, 2000.0]),
+)
+MEANS = st.floats(1.0, 5000.0)
+
+
+@given(cost=BUDGETED, tpot_s=st.floats(0.002, 0.5), prompt=MEANS, answer=MEANS)
+def test_a_full_step_of_the_budget_keeps_the_target_and_a_tile_more_does_not(
+    cost: MixedCost, tpot_s: float, prompt: float, answer: float
+) -> None:
+    budget = budget_for(cost, tpot_s, prompt, answer)
+    assert budget.tokens % TILE_TOKENS == 0 and TILE_TOKENS <= budget.tokens <= MOST_TOKENS
+
+    def takes_s(tokens: int) -> float:
+        decodes = int(answer / (prompt + answer) * tokens)
+        chunk, held = tokens - decodes, decodes * (prompt + 0.5 * answer)
+        return float(cost.seconds(tokens, attention_work(chunk, int(0.5 * prompt)), held))
+
+    assert budget.fits == (takes_s(budget.tokens) <= tpot_s)
+    if budget.fits and budget.tokens < MOST_TOKENS:
+        assert takes_s(budget.tokens + TILE_TOKENS) > tpot_s
+
+
+@given(cost=BUDGETED, tpot_s=st.floats(0.002, 0.3), more=st.floats(1.0, 4.0), prompt=MEANS, answer=MEANS)
+def test_budgets_grow_with_the_target_and_shrink_with_what_decodes_hold(
+    cost: MixedCost, tpot_s: float, more: float, prompt: float, answer: float
+) -> None:
+    def tokens(tpot_s: float, prompt: float, answer: float) -> int:
+        found: StepBudget = budget_for(cost, tpot_s, prompt, answer)
+        return found.tokens
+
+    here = tokens(tpot_s, prompt, answer)
+    assert tokens(more * tpot_s, prompt, answer) >= here
+    # As many decodes of the same share of the step, each of which holds more.
+    assert tokens(tpot_s, more * prompt, more * answer) <= here

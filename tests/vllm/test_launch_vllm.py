@@ -32,10 +32,10 @@ PROFILE = "h100_sxm/llama-3.1-8b"
 class Gateway:
     """A ``tidegate serve`` with servers of its own, whose output is kept in a file."""
 
-    def __init__(self, folder: Path, instances: str = "2", *serve: str) -> None:
+    def __init__(self, folder: Path, instances: str = "2", *serve: str, gpus: str = "") -> None:
         self._output = folder / "gateway.log"
         kept = ("PYTHONPATH", "HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS")
-        own = {name: RUNTIME[name] for name in kept} | {"CUDA_VISIBLE_DEVICES": ""}
+        own = {name: RUNTIME[name] for name in kept} | {"CUDA_VISIBLE_DEVICES": gpus}
         command = [
             *(sys.executable, "-m", "tidegate.cli.main", "serve", "--port", "0", "--launch", "vllm"),
             *("--model", str(MODELS / "tiny-llama"), "--instances", instances),
@@ -94,6 +94,13 @@ def gateway(tmp_path: Path) -> Iterator[Gateway]:
 @pytest.fixture
 def growing(tmp_path: Path) -> Iterator[Gateway]:
     yield from running(Gateway(tmp_path, "1..2", "--system", "colocated", "--profile", PROFILE))
+
+
+@pytest.fixture
+def budgeted(tmp_path: Path) -> Iterator[Gateway]:
+    """A gateway that takes its server, which is on the CPU, for one on a GPU: there it chooses a budget."""
+    words = ("--system", "colocated", "--profile", PROFILE, "--slo", "ttft:500,tpot:50")
+    yield from running(Gateway(tmp_path, "1", *words, gpus="0"))
 
 
 def running(one: Gateway) -> Iterator[Gateway]:
@@ -165,3 +172,15 @@ def rows_of(gateway: Gateway) -> list[dict[str, Any]]:
     """Return what the gateway says of its instances."""
     rows: list[dict[str, Any]] = gateway.ask("/tidegate/state")["instances"]
     return rows
+
+
+def test_a_server_has_the_step_that_keeps_the_target(budgeted: Gateway, tmp_path: Path) -> None:
+    gateway = budgeted
+    gateway.until(lambda: "serving on" in gateway.output())
+    assert "on i0: 1280 tokens, a step of 50 ms at most" in gateway.output()
+    (url,) = gateway.server_urls("i0")
+    command = Path(f"/proc/{gateway.server_process(url)}/cmdline").read_bytes()
+    assert b"\0--max-num-batched-tokens\x001280\0" in command
+    assert "enabled with max_num_batched_tokens=1280" in (tmp_path / "logs" / "i0.log").read_text()
+    assert gateway.ask("/tidegate/state")["instances"][0]["step_tokens"] == 1280
+    assert gateway.complete("The tide comes in " * 200, 8), "a prompt of more than a step"

@@ -33,6 +33,7 @@ from tidegate.fleet.launched_vllm import LaunchedVllmFleet, VllmLaunch
 from tidegate.fleet.member import Fleet, FleetListener, Member
 from tidegate.fleet.processes import EngineLaunch, LocalFleet
 from tidegate.fleet.static import StaticFleet
+from tidegate.fleet.step_choice import StepChoice
 from tidegate.fleet.vllm import ServeArguments
 from tidegate.gateway.run import run_gateway
 from tidegate.policies.baselines import Colocated
@@ -118,7 +119,7 @@ def make_fleet(config: Config, system: System) -> Fleet:
         key = source.vllm_api_key or ""
         return StaticFleet(source.vllm, api_key=key, profiles=_profiles(source), kv=source.kv)
     if source.launch == "vllm":
-        return launched_vllm(source, config.first_size)
+        return launched_vllm(source, config.first_size, config.scheduling.slo.tpot_s)
     first = config.first_size
     order, chunks = system.order.in_engines.name, (system.chunks or FIXED).name
     log_level = "info" if debugging() else "warning"
@@ -166,9 +167,9 @@ def model_to_serve(model: Path) -> tuple[Path, str]:
     return model, model.name
 
 
-def launched_vllm(source: FleetSection, first: int) -> LaunchedVllmFleet:
-    """Return the fleet, not yet started, which begins with ``first`` servers, and print where its logs are.
-    Raises SetupError without vLLM."""
+def launched_vllm(source: FleetSection, first: int, tpot_s: float) -> LaunchedVllmFleet:
+    """Return the fleet, not yet started, which begins with ``first`` servers, whose steps are to keep
+    ``tpot_s``; print where its logs are and what a step takes. Raises SetupError without vLLM."""
     assert source.model is not None
     folder, _ = model_to_serve(source.model)
     launch = VllmLaunch(
@@ -179,9 +180,16 @@ def launched_vllm(source: FleetSection, first: int) -> LaunchedVllmFleet:
         most=source.instances.ceiling,
         arguments=ServeArguments(shlex.split(source.vllm_args or "")),
         api_key=source.vllm_api_key or "",
+        tpot_s=tpot_s,
     )
     fleet = LaunchedVllmFleet(launch, profiles=_profiles(source))
     typer.echo(f"  vLLM: {launch.program}, logs in {launch.logs}")
+    alike: dict[StepChoice, list[str]] = {}
+    for name in fleet.ids:
+        alike.setdefault(fleet.step_of(name), []).append(name)
+    for step, names in alike.items():
+        line = f"budget of a step (--max-num-batched-tokens) on {', '.join(names)}: {step}"
+        typer.echo(f"  {line}") if step.fits else warn(line)
     return fleet
 
 

@@ -39,6 +39,7 @@ STATE_COLUMNS = {
 
 LOAD_COLUMNS = {
     "id": "id",
+    "step_tokens": "step",
     "running": "running",
     "waiting": "waiting",
     "kv_share": "KV",
@@ -49,8 +50,9 @@ LOAD_COLUMNS = {
     "cached": "cached",
     "pulled": "pulled",
 }
-"""The second table, of instances that tell their load: what they say, what of it is not the gateway's, how
-often that came to differ, and where the KV of their prompts came from."""
+"""The second table, of instances that tell their load: the budget of their steps, where it is known, what
+they say, what of it is not the gateway's, how often that came to differ, and where the KV of their prompts
+came from."""
 
 
 EXAMPLES = """

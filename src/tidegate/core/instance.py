@@ -25,7 +25,8 @@ class Instance:
 
     ``kv_capacity_tokens`` is what its KV cache holds. A replica that is not ``flippable`` keeps
     the role it came up with. One that ``extends_kv`` can begin a prefill with another instance's KV of the
-    prompt's beginning.
+    prompt's beginning. ``step_tokens`` is its budget of every step, prompts and decodes together; 0 where it
+    is unknown or chosen anew for each.
     """
 
     id: str
@@ -35,3 +36,4 @@ class Instance:
     kv_bytes_per_token: int = 0
     flippable: bool = True
     extends_kv: bool = True
+    step_tokens: int = 0

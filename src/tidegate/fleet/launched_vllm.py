@@ -20,6 +20,7 @@ from tidegate.engines.vllm.client import VllmClient
 from tidegate.fleet.child import EngineStartFailed
 from tidegate.fleet.health import HealthPace
 from tidegate.fleet.member import LEASE_S, FleetListener, Member
+from tidegate.fleet.step_choice import StepChoice, choose_step
 from tidegate.fleet.supervision import HOST, FleetPace, ProcessFleet, Slot
 from tidegate.fleet.vllm import ServeArguments, describe_member, free_ports, profiles_by_id
 
@@ -40,7 +41,8 @@ KEEPER = (sys.executable, "-m", "tidegate.fleet.keeper")
 class VllmLaunch:
     """What every server is started with: ``program`` is vLLM's command, ``arguments`` what the user adds to
     ``vllm serve``. Instance i0 logs to ``i0.log`` in ``logs``. An empty ``api_key`` means a random one.
-    ``instances`` may become ``most``, without it as many as the machine has GPUs for."""
+    ``instances`` may become ``most``, without it as many as the machine has GPUs for. Steps are to keep
+    ``tpot_s``."""
 
     model: Path
     program: Path
@@ -49,6 +51,7 @@ class VllmLaunch:
     most: int | None = None
     arguments: ServeArguments = field(default_factory=lambda: ServeArguments(()))
     api_key: str = ""
+    tpot_s: float | None = None
 
 
 class _Start(NamedTuple):
@@ -65,8 +68,8 @@ class LaunchedVllmFleet(ProcessFleet[int]):
 
     Each has free ports of its own, and where the machine has GPUs as many as its parallel sizes multiply to,
     in order. An added one takes GPUs that no other has; without GPUs it gets what each of the first ones got.
-    ``profiles`` holds one for all or one for each, and an added one has the last. Raises SetupError when
-    there are too few GPUs.
+    ``profiles`` holds one for all or one for each, and an added one has the last. From them comes how much a
+    step takes. Raises SetupError when there are too few GPUs.
     """
 
     def __init__(
@@ -84,6 +87,11 @@ class LaunchedVllmFleet(ProcessFleet[int]):
         self._on_gpus = VISIBLE in self._shares[0]
         self._memory = [] if self._on_gpus else cpu_memory(most)
         self._starts: dict[str, _Start] = {}
+
+    def step_of(self, name: str) -> StepChoice:
+        """Return the budget of the steps of an instance, which may be one to be added."""
+        profile, launch = self._profiles.get(name, self._added_profile), self._launch
+        return choose_step(launch.arguments, profile, launch.tpot_s, on_gpus=self._on_gpus)
 
     async def start(self, listener: FleetListener) -> None:
         try:
@@ -107,14 +115,14 @@ class LaunchedVllmFleet(ProcessFleet[int]):
         port = free_ports(others)
         start = _Start(f"{slot.name}-{secrets.token_hex(4)}", port, port + 1, port + 2)
         self._starts[slot.name] = start
-        launch = self._launch
+        launch, step = self._launch, self.step_of(slot.name)
         return [
             *KEEPER,
             *(f"http://{HOST}:{port}/health", str(launch.logs / f"{slot.name}.log")),
             *(str(launch.program), "serve", str(launch.model), "--served-model-name", launch.model.name),
             *("--host", HOST, "--port", str(port)),
             *self._memory,
-            *launch.arguments.command_line(start.engine_id),
+            *launch.arguments.command_line(start.engine_id, step.tokens if step.chosen else 0),
         ]
 
     def environment(self, slot: Slot) -> dict[str, str]:
@@ -143,6 +151,7 @@ class LaunchedVllmFleet(ProcessFleet[int]):
                 profile=self._profiles.get(slot.name, self._added_profile),
                 engine_id=start.engine_id,
                 pid=announced,
+                step_tokens=self.step_of(slot.name).tokens,
             )
         except (EngineError, SetupError) as error:
             raise EngineStartFailed(f"does not describe itself: {error}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import secrets
 import socket
 from collections.abc import Sequence
@@ -36,6 +37,9 @@ PARALLEL_SIZES = (
     ("--data-parallel-size", "-dp"),
 )
 LONGEST_LEASE_S = 1e6
+STEP_FLAG = "--max-num-batched-tokens"
+READABLE = {"": 1, "k": 1000, "K": 1024}
+"""What vLLM takes a letter behind a number for, in sizes of steps."""
 STREAM_PIN_S = 1
 """How long vLLM keeps the KV of a stream that pulled some (its default is 480 s): nobody learns the handle,
 and what a migration or a later round wants is pinned on demand."""
@@ -67,8 +71,10 @@ async def describe_member(
     engine_id: str = "",
     fixed_role: Role | None = None,
     pid: int | None = None,
+    step_tokens: int = 0,
 ) -> Member:
-    """Ask a server, and with Mooncake its ``bootstrap`` server, what it is.
+    """Ask a server, and with Mooncake its ``bootstrap`` server, what it is. It does not say its
+    ``step_tokens``.
 
     Without an ``engine_id`` the member gets one that changes with the server's start. Raises EngineError when
     asking again later may succeed, SetupError when it never will.
@@ -89,6 +95,7 @@ async def describe_member(
             facts.block_tokens,
             flippable=fixed_role is None,
             extends_kv=connector == "nixl" and kv.bidirectional and fixed_role is not Role.PREFILL,
+            step_tokens=step_tokens,
         ),
         url=server.url,
         model=facts.model,
@@ -185,11 +192,21 @@ class ServeArguments:
             bool(extra.get("bidirectional_kv_xfer", False)),
         )
         """How KV moves between servers started like this."""
+        self.step_tokens = _tokens(_without(words, STEP_FLAG)[1])
+        """The budget of a step that the user gives, 0 without any."""
+        self.most_sequences = _tokens(_without(words, "--max-num-seqs")[1])
+        """How many requests a step may have, as the user gives it, 0 without; no budget may be smaller."""
+        self.configured = _without(words, "--config")[1] is not None
+        """Whether a file has arguments, too, which those of the command line would replace."""
+        self.chunked = not any(_named(word) == "--no-enable-chunked-prefill" for word in words)
+        """Whether steps may take parts of prompts."""
 
-    def command_line(self, engine_id: str) -> list[str]:
-        """Return the words for one server; the user's come last, and win."""
+    def command_line(self, engine_id: str, step_tokens: int = 0) -> list[str]:
+        """Return the words for one server; the user's come last, and win. Without ``step_tokens`` vLLM has
+        its own default."""
         config = json.dumps({**self._config, "engine_id": engine_id})
-        return [*DEFAULT_FLAGS, "--kv-transfer-config", config, *self._words]
+        steps = [STEP_FLAG, str(step_tokens)] if step_tokens else []
+        return [*DEFAULT_FLAGS, *steps, "--kv-transfer-config", config, *self._words]
 
 
 def _checked_config(given: str) -> dict[str, Any]:
@@ -222,6 +239,16 @@ def _size(words: Sequence[str], long: str, short: str) -> int:
     return int(value)
 
 
+def _tokens(value: str | None) -> int:
+    """Return a number of tokens as vLLM reads it, 0 for none and for what only vLLM can read."""
+    found = re.fullmatch(r"(\d+)([kK]?)", value or "")
+    return int(found[1]) * READABLE[found[2]] if found else 0
+
+
+def _named(word: str) -> str:
+    return word.partition("=")[0].replace("_", "-")
+
+
 def _without(words: Sequence[str], flag: str) -> tuple[list[str], str | None]:
     """Return ``words`` without ``flag`` and its value, and the value, None without any. vLLM takes
     ``--flag value``, ``--flag=value`` and underscores for hyphens; the last one counts."""
@@ -229,8 +256,8 @@ def _without(words: Sequence[str], flag: str) -> tuple[list[str], str | None]:
     value = None
     each = iter(words)
     for word in each:
-        name, equals, inline = word.partition("=")
-        if name.replace("_", "-") == flag:
+        _, equals, inline = word.partition("=")
+        if _named(word) == flag:
             value = inline if equals else next(each, "")
         else:
             rest.append(word)

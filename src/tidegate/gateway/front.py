@@ -231,6 +231,7 @@ class Front:
                     "draining": name in dispatcher.plane.membership.draining,
                     "drift": dispatcher.drift.ratios(name),
                     "flipped_ago_s": None if flipped_at_s < 0 else round(snapshot.at_s - flipped_at_s, 3),
+                    **({"step_tokens": step} if (step := member.instance.step_tokens) else {}),
                     **dispatcher.loads.state(name, snapshot.at_s),
                 }
             )

@@ -163,6 +163,7 @@ def compose(chosen: Deployment, model: str, slo: Slo) -> str:
             "  ipc: host",
             "  ulimits: {memlock: -1}",
             "  volumes:",
+            "    # Weights are fetched once, into the host's cache; HF_HOME names another folder for it.",
             "    - ${HF_HOME:-~/.cache/huggingface}:/root/.cache/huggingface",
             "  healthcheck:",
             f'    test: [CMD, curl, -fsS, "http://localhost:{HTTP_PORT}/health"]',

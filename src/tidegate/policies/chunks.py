@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf, sqrt
@@ -10,6 +11,14 @@ from typing import NamedTuple, Protocol
 from tidegate.costs.forms import MixedCost, StepCost
 from tidegate.policies.dues import TokenDues
 from tidegate.policies.registry import Registry
+
+USUAL_PROMPT, USUAL_ANSWER = 1155.0, 211.0
+"""Mean tokens of prompts and answers where nothing is known of the traffic: those of Azure's conversations of
+2023 (Splitwise, the preset ``azure-conv``)."""
+TILE_TOKENS = 128
+"""A matrix product takes whole tiles of so many rows (Sarathi-Serve, on tile quantisation)."""
+MOST_TOKENS = 8192
+"""The largest budget that is chosen: that of vLLM itself on GPUs of 80 GB."""
 
 
 class NextStep(NamedTuple):
@@ -115,7 +124,8 @@ class SlackBudget:
             if left_s - bare_s < self.worth * overhead_s:
                 return 0
         left_s = max(left_s, (1.0 + self.least_share) * bare_s)
-        return min(room, longest_chunk(step.cost, left_s, step, cached_tokens))
+        others, work = step.decodes + step.chunk_tokens, step.attention
+        return min(room, longest_chunk(step.cost, left_s, others, step.context_tokens, cached_tokens, work))
 
     def _full(self, step: NextStep) -> bool:
         """Tell whether prompts save little by sharing a step that has these already."""
@@ -125,12 +135,21 @@ class SlackBudget:
         return tokens >= float(cost.n0) and again_s <= self.saved_share * takes_s
 
 
-def longest_chunk(cost: MixedCost, seconds: float, step: NextStep, cached_tokens: int) -> int:
-    """Return how many tokens of a prompt, behind ``cached_tokens``, may join ``step`` so that ``cost`` says
-    at most ``seconds``; 0 where none may. The form solved for a chunk's length."""
+def longest_chunk(
+    cost: MixedCost,
+    seconds: float,
+    others: int,
+    context_tokens: float,
+    cached_tokens: int,
+    attention: float = 0.0,
+) -> int:
+    """Return how many tokens of a prompt, behind ``cached_tokens``, may join a step so that ``cost`` says at
+    most ``seconds``; 0 where none may. The form solved for a chunk's length.
+
+    The step has ``others`` already: decodes, which hold ``context_tokens``, and chunks of ``attention`` work.
+    """
     b_s, c_s, n0 = float(cost.b_s), float(cost.c_s), float(cost.n0)
-    others = step.decodes + step.chunk_tokens
-    fixed_s = float(cost.a_s) + c_s * step.attention + float(cost.d_s) * step.context_tokens
+    fixed_s = float(cost.a_s) + c_s * attention + float(cost.d_s) * context_tokens
     left_s = seconds - fixed_s
     if left_s <= b_s * max(0.0, others - n0):
         return 0
@@ -145,6 +164,39 @@ def longest_chunk(cost: MixedCost, seconds: float, step: NextStep, cached_tokens
         return int(min(left_s / linear_s, 2.0**31)) if linear_s > 0 else 2**31
     root = sqrt(linear_s * linear_s + 2.0 * c_s * left_s)
     return int(2.0 * left_s / (linear_s + root))
+
+
+class StepBudget(NamedTuple):
+    """What a step carries at most on an engine that is told so once: ``tokens``, of which ``decodes`` are one
+    each where it is full. ``fits``: such a step keeps the target that it was chosen for."""
+
+    tokens: int
+    decodes: int
+    fits: bool
+
+
+def budget_for(
+    cost: MixedCost, tpot_s: float, prompt_tokens: float = USUAL_PROMPT, answer_tokens: float = USUAL_ANSWER
+) -> StepBudget:
+    """Return the budget of an engine that has one for all steps: the largest with which a full step lasts no
+    longer than ``tpot_s``, beside the decodes that full steps leave resident.
+
+    Where every step is full, an instance takes tokens of prompts and of answers in the ratio in which
+    requests have them, on average ``prompt_tokens`` and ``answer_tokens``: that share of a step are decodes.
+    Each holds its prompt and half of its answer, and half of the prompt in the step has KV. Whole tiles of
+    ``TILE_TOKENS``, at most ``MOST_TOKENS``, and at least a tile, whatever the target.
+    """
+    held_tokens = prompt_tokens + 0.5 * answer_tokens
+    share = answer_tokens / (prompt_tokens + answer_tokens)
+
+    def is_late(tokens: int) -> bool:
+        decodes = int(share * tokens)
+        chunk = longest_chunk(cost, tpot_s, decodes, decodes * held_tokens, int(0.5 * prompt_tokens))
+        return decodes + chunk < tokens
+
+    tiles = bisect_left(range(TILE_TOKENS, MOST_TOKENS + 1, TILE_TOKENS), True, key=is_late)
+    tokens = max(tiles, 1) * TILE_TOKENS
+    return StepBudget(tokens, int(share * tokens), tiles > 0)
 
 
 CHUNKS: Registry[Callable[[], ChunkBudget]] = Registry("chunk budget", group="tidegate.chunks")
