@@ -38,8 +38,10 @@ class Turn(LiveRequest):
         session: str = "s",
         tenant: str = "a",
         answer: tuple[int, ...] = (),
+        *,
+        with_answer: bool = True,
     ) -> None:
-        super().__init__(name, 600.0, PromptBlocks(keys, BLOCK))
+        super().__init__(name, 600.0, PromptBlocks(keys, BLOCK, with_answer=with_answer))
         self.answer = answer
         self.request = Request(
             name, BLOCK * len(keys) + 1, ANSWER, 0.0, Slo(1.0, 0.1), tenant=tenant, session=session
@@ -87,7 +89,7 @@ class Case:
 
     def end(self, turn: Turn, now: float) -> None:
         self.plane.tokens(turn, max(ANSWER, BLOCK * len(turn.answer)), now)
-        turn.blocks = PromptBlocks((*turn.blocks.keys, *turn.answer), BLOCK)
+        turn.blocks = turn.blocks._replace(keys=(*turn.blocks.keys, *turn.answer))
         self.plane.ended(turn, None, now)
 
     def history(self, turn: Turn, now: float) -> History | None:
@@ -238,3 +240,30 @@ def test_a_conversation_without_a_name_is_known_by_its_newest_answer(case: Case)
     for other in (KEYS[:20], (*KEYS[:20], 50, 70), (*KEYS[:20], 80, 81)):  # all that is common is no answer
         assert case.history(Turn(f"r{other}", other, session=""), 6.0) is None
     assert case.history(Turn("r4", (*KEYS[:20], 50, 70, 71), session="", tenant="b"), 7.0) is None
+
+
+def text(name: str, keys: tuple[int, ...], tenant: str = "a") -> Turn:
+    """Return a turn that comes as text: nothing names its answer."""
+    return Turn(name, keys, tenant=tenant, with_answer=False)
+
+
+def test_how_much_of_a_retold_answer_is_found_is_learnt(case: Case) -> None:
+    case.told.prefill_on = "i1"
+    case.play(text("r0", KEYS[:20]), 0.0)
+    second = text("r1", KEYS[:24])
+    case.begin(second, 2.0)
+    assert case.told.asked[-2].history == History("i1", 2010), "all that has KV, as nothing else is known"
+    assert case.told.asked[-2].cached == {"i1": 2000}, "engines find whole blocks"
+    case.plane.prefill_reported(second, 1984, 2.5, shared_tokens=2004)
+    case.end(second, 3.0)
+    assert case.plane.sessions.told_tokens == 2004
+    assert case.history(text("r2", KEYS[:28]), 4.0) == History("i1", 2401 + 3), "a third of nine"
+
+
+def test_a_turn_that_contradicts_its_session_teaches_nothing_of_answers(case: Case) -> None:
+    case.play(text("r0", KEYS[:20]), 0.0)
+    other = text("r1", (*KEYS[:12], 99, 98, 97, 96, 95, 94, 93, 92, 91))
+    case.begin(other, 2.0)
+    case.plane.prefill_reported(other, 1200, 2.5, shared_tokens=1200)
+    case.end(other, 3.0)
+    assert case.history(text("r2", (*other.blocks.keys, 90)), 4.0) == History("i1", 2110)

@@ -81,8 +81,11 @@ async def test_chats_that_name_no_session_have_their_history_read(model_dir: Pat
         assert await chat_all(live, 4) == reference
         assert live.gateway.dispatcher.plane.snapshot(0.0).sessions.turns.tolist() == [4] * 4
         await live.until_drained()
+        prefixes = live.gateway.dispatcher.prefixes
     lines = (tmp_path / "journal.jsonl").read_bytes().splitlines()
     assert sum(orjson.loads(line).get("read_back_tokens", 0) for line in lines) > 0
+    off = prefixes.predicted_tokens / prefixes.reported_tokens - 1
+    assert abs(off) < 0.05, "answers of random weights are tokenised again as other tokens"
 
 
 async def ask(live: Live, prompt: list[int], tenant: str = "a") -> tuple[list[int], int]:

@@ -34,14 +34,15 @@ class LiveRequest:
     in tokens at the last one; ``replays`` and ``migrations``; ``predicted``, what was predicted of its length
     for the journal; ``migrate``, the migration under way; ``movable``, False once a driver said that it
     cannot move; and of its conversation the ``session`` by tenant and name, ``history``, what is held of it,
-    ``told_tokens``, how much of the prompt earlier turns had, and ``prompt_blocks``, how many of ``blocks``
-    name the prompt alone. ``named`` is False where its client is known to have named no session.
+    ``told_tokens``, how much of the prompt earlier turns had, ``retells``, which answer it tells again
+    (``SharedBeginning.retells``), and ``prompt_blocks``, how many of ``blocks`` name the prompt alone.
+    ``named`` is False where its client is known to have named no session.
     """
 
     __slots__ = (
         "blocks", "deadline_s", "deaths", "decode_on", "failures", "generated", "history", "id", "migrate",
         "migrations", "movable", "named", "predicted", "predicted_cached_tokens", "predicted_prefill_s",
-        "prefill_on", "progress", "prompt_blocks", "repeatable", "replays", "reused_tokens", "session",
+        "prefill_on", "progress", "prompt_blocks", "repeatable", "replays", "retells", "reused_tokens", "session",
         "stage", "told_tokens",
     )  # fmt: skip
 
@@ -71,6 +72,7 @@ class LiveRequest:
         self.session: tuple[str, str] | None = None
         self.history: History | None = None
         self.told_tokens = 0
+        self.retells: tuple[int, int] | None = None
         self.prompt_blocks = 0
 
     def as_request(self) -> Request:

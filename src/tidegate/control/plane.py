@@ -238,14 +238,20 @@ class ControlPlane:
         self._predictions.load_fitted(self.ledger, number, expected)
 
     def prefill_reported(
-        self, live: LiveRequest, cached_tokens: int, now: float, *, read_tokens: int = 0
+        self,
+        live: LiveRequest,
+        cached_tokens: int,
+        now: float,
+        *,
+        read_tokens: int = 0,
+        shared_tokens: int | None = None,
     ) -> None:
         """Say what an engine had of a prompt: in its cache, which the prediction is scored against, and read
-        from another one."""
+        from another one. ``shared_tokens`` is for ``BoundSessions.prefilled``."""
         live.reused_tokens = cached_tokens + read_tokens
         if self.prefixes is not None:
             self.prefixes.score(live.predicted_cached_tokens, cached_tokens + read_tokens)
-        self.sessions.prefilled(live, cached_tokens + read_tokens, now)
+        self.sessions.prefilled(live, cached_tokens + read_tokens, now, shared_tokens)
 
     def failed(self, live: LiveRequest, error: EngineError, now: float) -> Effects:
         """Say that a leg failed. The request is placed again, waits for the fleet's word, or is given up."""

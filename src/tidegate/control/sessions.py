@@ -25,6 +25,7 @@ from tidegate.ledger.ledger import Ledger
 from tidegate.ledger.sessions import MOST_SESSIONS, SessionEntry, SessionKey
 from tidegate.ledger.snapshot import Snapshot
 from tidegate.signals.prefix import NO_BLOCKS, PromptBlocks
+from tidegate.signals.retold import RetoldAnswers
 from tidegate.signals.think_times import ThinkTimes
 
 LEAST_TOLD_TOKENS = 64
@@ -56,6 +57,7 @@ class BoundSessions:
         self._asked = asked
         self.unnamed = unnamed
         self._think = ThinkTimes()
+        self._retold = RetoldAnswers()
         self._idle: OrderedDict[SessionKey, None] = OrderedDict()
         self._ends: OrderedDict[int, SessionKey] = OrderedDict()
 
@@ -79,8 +81,8 @@ class BoundSessions:
             self._think.observed(request.tenant, pause_s)
             if entry.instance and pause_s > self._think.ttl_s(request.tenant):
                 self._give_up(entry, "expired", now)
-        known = known_tokens(entry, live.blocks, request.prompt_tokens)
-        live.told_tokens = known.tokens
+        known = self._known(entry, live.blocks, request.prompt_tokens)
+        live.told_tokens, live.retells = known.tokens, known.retells
         if entry.live:
             self._say(entry, "overlaps", now, live.id, known.tokens)
         elif known.contradicted:
@@ -105,7 +107,7 @@ class BoundSessions:
         entry = None if live.session is None else self._sessions.find(live.session)
         if live.session is None or entry is None or not entry.instance:
             return replace(request, cached=hits) if hits else request
-        known, on = known_tokens(entry, live.blocks, request.prompt_tokens), entry.instance
+        known, on = self._known(entry, live.blocks, request.prompt_tokens), entry.instance
         tokens = known.tokens
         if hits is not None and tokens:
             here = hits.get(on, 0)
@@ -113,17 +115,29 @@ class BoundSessions:
                 tokens = here
             if not here and known.named_tokens:
                 self._give_up(entry, "evicted", now)
-            elif here < tokens:
-                hits = {**hits, on: tokens}
+            elif known.retells is not None:  # measured, where ``hits`` has estimates
+                hits = {**hits, on: self._ledger.whole_blocks(on, tokens)}
         if tokens:
             live.history = History(on, tokens)
         return replace(request, cached=hits or NOTHING_CACHED, history=live.history)
 
-    def prefilled(self, live: LiveRequest, had_tokens: int, now: float) -> None:
-        """Take note that an engine had so many tokens of a prompt, in its cache or from another instance."""
+    def prefilled(
+        self, live: LiveRequest, had_tokens: int, now: float, shared_tokens: int | None = None
+    ) -> None:
+        """Take note that an engine had so many tokens of a prompt, in its cache or from another instance.
+
+        ``shared_tokens`` is how many tokens its session's last turn and the prompt both begin with, where the
+        tokens of both are known.
+        """
         told_tokens, live.told_tokens = live.told_tokens, 0
         if not told_tokens:
             return
+        if shared_tokens is not None:
+            told_tokens = shared_tokens
+            if live.retells is not None and live.session is not None:
+                begins, tokens = live.retells
+                found_tokens = min(tokens, max(0, shared_tokens - begins))
+                self._retold.observed(live.session[0], tokens, found_tokens)
         again = max(0, told_tokens - had_tokens)
         self.told_tokens += told_tokens
         self.computed_again_tokens += again
@@ -143,6 +157,8 @@ class BoundSessions:
             del self._ends[entry.end]
         entry.block_keys, entry.names_answer = tuple(blocks.keys[:count]), blocks.with_answer
         entry.gone, entry.gone_tokens = "", 0
+        request = live.as_request()
+        entry.prompt_tokens = request.prompt_tokens - request.generated
         self._idle[entry.key] = None
         self._idle.move_to_end(entry.key)
         answered = blocks.with_answer and count > live.prompt_blocks  # the last block ends in the answer
@@ -224,6 +240,9 @@ class BoundSessions:
                     return found[1]
         return UNNAMED + live.id
 
+    def _known(self, entry: SessionEntry, blocks: PromptBlocks, prompt_tokens: int) -> SharedBeginning:
+        return known_tokens(entry, blocks, prompt_tokens, self._retold.share(entry.key[0]))
+
     def _entry(self, live: LiveRequest) -> SessionEntry | None:
         return None if live.session is None else self._sessions.find(live.session)
 
@@ -250,32 +269,39 @@ class BoundSessions:
 
 
 class SharedBeginning(NamedTuple):
-    """How many ``tokens`` at a prompt's beginning its session's last turn ended with.
+    """How many ``tokens`` at a prompt's beginning its session's last turn ended with, as is expected.
 
     ``named_tokens`` of them are named by blocks that both have. ``contradicted``: the prompt goes on
-    otherwise than the history, before that and it end.
+    otherwise than the history, before that and it end. ``retells``: where in the history the answer begins
+    that the prompt is taken to tell again, and how many tokens of it have KV; None where blocks name the
+    answer, or the prompt contradicts the history.
     """
 
     tokens: int
     named_tokens: int
     contradicted: bool
+    retells: tuple[int, int] | None = None
 
 
-def known_tokens(entry: SessionEntry, blocks: PromptBlocks, prompt_tokens: int) -> SharedBeginning:
+def known_tokens(
+    entry: SessionEntry, blocks: PromptBlocks, prompt_tokens: int, retold_share: float
+) -> SharedBeginning:
     """Compare a prompt with its session's history: what both begin with, to the block.
 
-    Where only the history's prompt is named, an answer behind a prompt that is all there is taken to be
-    there, too; and all of it where the prompt repeats all that was said.
+    Where only the history's prompt is named, a prompt that does not contradict it is taken to tell the
+    answer behind it again, and a ``retold_share`` of the answer to become the same tokens.
     """
     earlier, keys = entry.block_keys, blocks.keys
     count = min(len(earlier), len(keys))
     if tuple(keys[:count]) != tuple(earlier[:count]):
         count = next(at for at in range(count) if keys[at] != earlier[at])
-    most = max(0, min((entry.context_tokens or entry.gone_tokens) - 1, prompt_tokens - 1))
+    held = (entry.context_tokens or entry.gone_tokens) - 1  # the last token has no KV
+    most = max(0, min(held, prompt_tokens - 1))
     named_tokens = min(most, int(count * blocks.block_tokens))
     within = min(len(earlier), int(prompt_tokens // blocks.block_tokens))
     contradicted = count < within
-    repeated = blocks.said is not None and blocks.said == entry.end
-    whole = not contradicted and (repeated or bool(earlier)) and not entry.names_answer
-    tokens = most if whole else named_tokens
-    return SharedBeginning(tokens, named_tokens, contradicted)
+    if contradicted or entry.names_answer:
+        return SharedBeginning(named_tokens, named_tokens, contradicted)
+    answer = held - entry.prompt_tokens
+    tokens = min(most, entry.prompt_tokens + int(retold_share * answer))
+    return SharedBeginning(tokens, named_tokens, contradicted, (entry.prompt_tokens, answer))

@@ -281,10 +281,12 @@ class ServedRequest:
     # the record
 
     def _note_prefill(self, times: LegTimes) -> None:
-        record = self.record
+        record, legs, call = self.record, self.legs, self.call
         record.cached_tokens = times.cached_tokens
-        now, read = self._clock.now(), times.kv_loaded_tokens
-        self._plane.prefill_reported(self.legs, times.cached_tokens, now, read_tokens=read)
+        now, read, shared = self._clock.now(), times.kv_loaded_tokens, None
+        if legs.retells is not None and legs.session is not None and legs.prompt_ids is not None:
+            shared = self._dispatcher.sessions.held_of(legs.session, call.salt, legs.prompt_ids) or None
+        self._plane.prefill_reported(legs, times.cached_tokens, now, read_tokens=read, shared_tokens=shared)
         record.observed_prefill_s = self._prefill_s(times, self.legs.first_s or self._clock.now())
         self._note_ttft(times)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from itertools import takewhile
+
+import numpy as np
 
 MOST_TOKENS = 4_000_000
 """How many tokens of conversations are remembered (ours): 16 MB. The longest unused go first."""
@@ -26,8 +27,14 @@ class Conversations:
     def held_of(self, session: tuple[str, str], salt: str, prompt: list[int]) -> int:
         """Return how many tokens, but for its last, the prompt begins with that a round of the session ended
         with; 0 where none is remembered."""
-        pairs = zip(self._known.get((session, salt), ()), prompt[:-1], strict=False)
-        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        known = self._known.get((session, salt))
+        count = 0 if known is None else min(len(known), len(prompt) - 1)
+        if known is None or count < 1:
+            return 0
+        asked = array("i", prompt[:count])
+        differ = np.frombuffer(known, np.intc, count) != np.frombuffer(asked, np.intc)
+        first = int(differ.argmax())
+        return first if differ[first] else count
 
     def note(self, session: tuple[str, str], salt: str, ids: list[int]) -> None:
         """Remember the tokens of a round that ended, as far as they have KV."""

@@ -39,10 +39,10 @@ class SessionRows:
 class SessionEntry:
     """What is known of one session. ``instance``, to which it is bound, is "" while nobody holds its KV.
 
-    The control plane adds: ``block_keys``, which name the blocks of the last turn that ended, its answer with
-    them where ``names_answer``; ``end``, which stands for all that was said by then; ``gone``, why the KV of
-    ``gone_tokens`` tokens is not expected anywhere any more; ``said_on``, where the journal last said that it
-    is bound.
+    The control plane adds of the last turn that ended: ``block_keys``, which name its blocks, those of its
+    answer with them where ``names_answer``; ``prompt_tokens``, the length of its prompt; ``end``, which
+    stands for all that was said by then. And ``gone``, why the KV of ``gone_tokens`` tokens is not expected
+    anywhere any more; ``said_on``, where the journal last said that it is bound.
     """
 
     key: SessionKey
@@ -54,6 +54,7 @@ class SessionEntry:
     last_request: str = ""
     block_keys: Sequence[int] = ()
     names_answer: bool = True
+    prompt_tokens: int = 0
     end: int | None = None
     gone: str = ""
     gone_tokens: int = 0
