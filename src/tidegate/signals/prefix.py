@@ -24,13 +24,15 @@ class PromptBlocks(NamedTuple):
     tokenised yet. Without ``with_answer`` the keys of a request that has ended name its prompt only, though
     the KV of its answer can be found, too: its tokens are not known where the keys are made. ``said`` stands
     for a conversation up to its newest answer where more than blocks tell that: of a request that has ended
-    with its own answer.
+    with its own answer. ``beyond`` is how much of a block two prompts are expected to share behind the last
+    one that both have, where engines would find that.
     """
 
     keys: Sequence[int]
     block_tokens: float
     with_answer: bool = True
     said: int | None = None
+    beyond: float = 0.0
 
     def within(self, tokens: int) -> PromptBlocks:
         """Return those that begin within the first ``tokens`` tokens."""
@@ -174,7 +176,8 @@ class PrefixIndex:
         for name in alive:
             depth[name] = len(keys)
         most = prompt_tokens - 1
-        return {name: min(most, int(count * blocks.block_tokens)) for name, count in depth.items()}
+        block, beyond = blocks.block_tokens, blocks.beyond
+        return {name: min(most, int((count + beyond) * block)) for name, count in depth.items()}
 
     def outlasting(self, cached: Mapping[str, int], blocks: PromptBlocks) -> Mapping[str, int]:
         """Return ``cached``, the tokens of a prompt that each instance holds, less those that will have been
