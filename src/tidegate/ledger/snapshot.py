@@ -101,7 +101,8 @@ class Field:
     EXTENDS_KV: Final = 22
     INBOUND_TOKENS: Final = 23
     OUTBOUND_TOKENS: Final = 24
-    COUNT: Final = 25
+    STEP_TOKENS: Final = 25
+    COUNT: Final = 26
 
 
 class WindowAverages(NamedTuple):
@@ -193,6 +194,8 @@ class Snapshot:
     prefill that reads a history is not counted, for nobody tells when it has."""
     outbound_tokens = _Row(Field.OUTBOUND_TOKENS)
     """KV that decodes elsewhere are pulling from here, the same way."""
+    step_tokens = _Row(Field.STEP_TOKENS)
+    """The budget of every step of each; 0 where that is unknown or chosen anew for each step."""
 
     def __init__(
         self,
