@@ -23,7 +23,7 @@ from tidegate.policies.tidegate.labels import FleetShape, Rest, ShapeConstants, 
 from tidegate.policies.tidegate.placement import OneCost
 from tidegate.policies.tidegate.shape import FluidFleet, MeanRequest, RecentLengths
 from tidegate.systems import make_system
-from tidegate_testing import REFERENCE, cluster, request
+from tidegate_testing import REFERENCE, cluster, instance, request
 
 START = ShapeState()
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
@@ -67,6 +67,27 @@ class TestOneCost:
         assert verdict.alternatives is not None
         beside_s = verdict.alternatives.terms()["beside_s"]
         assert beside_s[0] > 0.1 and beside_s[1] == 0.0
+
+    def test_a_step_of_a_fixed_budget_that_breaks_decodes_goes_where_fewer_are(self) -> None:
+        def damage_s(*steps: int, prompt: int = 8000) -> list[float]:
+            ledger = Ledger()
+            for column, tokens in enumerate(steps):
+                known = replace(instance(f"i{column}"), step_tokens=tokens)
+                ledger.instance_up(known, FAST, M, 0.0)
+                for number in range(2 + column):
+                    decode(ledger, known.id, 1000 + number)
+            verdict = OneCost().place_prefill(request("new", prompt), ledger.snapshot(0.0))
+            assert verdict.alternatives is not None
+            found: list[float] = verdict.alternatives.terms()["damage_s"].tolist()
+            return found
+
+        assert damage_s(0, 0) == [0.0, 0.0], "engines that choose by what decodes bear"
+        fewer, more = damage_s(8192, 8192)
+        assert 0.0 < fewer < more
+        assert damage_s(512, 8192)[0] == 0.0 < damage_s(512, 8192)[1], "a small step breaks nobody"
+        assert damage_s(2048, 8192, prompt=100) == [0.0, 0.0], "nor does a short prompt"
+        two, four = damage_s(8192, 8192, prompt=12_000)[0], damage_s(8192, 8192)[0]
+        assert two > four, "two such steps are worse than one"
 
     def test_an_answer_that_goes_on_is_not_charged_for_a_first_token_that_is_out(self) -> None:
         """A request replayed long after its arrival goes where its prompt is computed soonest."""

@@ -42,8 +42,8 @@ class LiveRequest:
     __slots__ = (
         "blocks", "deadline_s", "deaths", "decode_on", "failures", "generated", "history", "id", "migrate",
         "migrations", "movable", "named", "predicted", "predicted_cached_tokens", "predicted_prefill_s",
-        "prefill_on", "progress", "prompt_blocks", "repeatable", "replays", "retells", "reused_tokens", "session",
-        "stage", "told_tokens",
+        "prefill_on", "progress", "prompt_blocks", "repeatable", "replays", "retells", "reused_tokens",
+        "session", "stage", "told_tokens",
     )  # fmt: skip
 
     def __init__(

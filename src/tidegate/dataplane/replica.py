@@ -12,6 +12,7 @@ from tidegate.costs.forms import TransferCost
 from tidegate.costs.library import PackagedProfile
 from tidegate.costs.named_profile import load_profile
 from tidegate.costs.profile import Profile
+from tidegate.policies.chunks import ChunkBudget
 
 BLOCK_TOKENS = 16
 """KV block size of such a fleet: vLLM's default."""
@@ -68,6 +69,13 @@ class Replica:
             raise ConfigError(
                 f"instance {self.instance.id}: its KV holds {held} tokens, less than one context of {context}"
             )
+
+    def with_known_budget(self, chunks: ChunkBudget | None) -> Replica:
+        """Return it with an instance that says the engine's budget of a step, where ``chunks`` keep to it."""
+        if chunks is not None and not chunks.steady:
+            return self
+        known = replace(self.instance, step_tokens=self.engine.max_batch_tokens)
+        return replace(self, instance=known)
 
 
 def replicas_of(

@@ -21,6 +21,7 @@ from tidegate.fleet.child import EngineStartFailed
 from tidegate.fleet.member import FleetListener, Member
 from tidegate.fleet.processes import Ready, parse_ready
 from tidegate.fleet.supervision import HOST, FleetPace, ProcessFleet, Slot
+from tidegate.policies.chunks import make_chunks
 
 log = logging.getLogger(__name__)
 
@@ -167,4 +168,6 @@ class EmulatedFleet(ProcessFleet[AllReady]):
     def _member(self, instance_id: str, ready: Ready) -> Member:
         self._engine_ids[instance_id] = ready.engine_id
         _, profile = self._profiles[self._group_of[instance_id]]
-        return ready.member(instance_id, "emulated", profile, self._secret, self._api_key)
+        launch, keys = self._launch, (self._secret, self._api_key)
+        step_tokens = launch.max_batch_tokens if make_chunks(launch.chunks).steady else 0
+        return ready.member(instance_id, "emulated", profile, *keys, step_tokens)

@@ -49,9 +49,15 @@ class Ready(BaseModel):
     profile_samples: list[PrefillSample | StepSample] = []
 
     def member(
-        self, instance_id: str, kind: str, profile: Profile | None, secret: str, api_key: str
+        self,
+        instance_id: str,
+        kind: str,
+        profile: Profile | None,
+        secret: str,
+        api_key: str,
+        step_tokens: int,
     ) -> Member:
-        """Return the engine as the fleet's member ``instance_id``."""
+        """Return the engine as the fleet's member ``instance_id``. See ``Instance.step_tokens``."""
         return Member(
             instance=Instance(
                 id=instance_id,
@@ -59,6 +65,7 @@ class Ready(BaseModel):
                 max_model_len=self.max_model_len,
                 block_tokens=self.block_tokens,
                 kv_bytes_per_token=self.kv_bytes_per_token,
+                step_tokens=step_tokens,
             ),
             url=f"http://{HOST}:{self.port}",
             model=self.model,
@@ -193,7 +200,9 @@ class LocalFleet(ProcessFleet[Ready]):
         """See ``ProcessFleet.members``. Waits until all instances have been measured."""
         self._note_first_start(slot, announced)
         await self._measured.wait()
-        member = announced.member(slot.name, "embedded", self._profile, self._secret, self._api_key)
+        launch, keys = self._launch, (self._secret, self._api_key)
+        step_tokens = launch.max_batch_tokens if make_chunks(launch.chunks).steady else 0
+        member = announced.member(slot.name, "embedded", self._profile, *keys, step_tokens)
         return [replace(member, measured_at_start=True)]
 
     def not_started(self, slot: Slot) -> None:

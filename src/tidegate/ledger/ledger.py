@@ -76,6 +76,7 @@ class Ledger:
         cells[Field.PREFILL_SLOWNESS] = 0.0 if profile is UNMEASURED else 1.0
         cells[Field.KV_BYTES_PER_TOKEN] = instance.kv_bytes_per_token
         cells[Field.BLOCK_TOKENS : Field.EXTENDS_KV + 1] = instance.block_tokens, instance.extends_kv
+        cells[Field.STEP_TOKENS] = instance.step_tokens
         self._matrix.queue_since_s[column] = now
         self._windows.add_column()
         self._membership_changed()

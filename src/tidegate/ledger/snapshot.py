@@ -105,7 +105,8 @@ class Field:
     IDLE_S: Final = 26
     WORK_S: Final = 27
     HOPELESS_S: Final = 28
-    COUNT: Final = 29
+    STEP_TOKENS: Final = 29
+    COUNT: Final = 30
 
 
 class WindowAverages(NamedTuple):
@@ -205,6 +206,8 @@ class Snapshot:
     prefill that reads a history is not counted, for nobody tells when it has."""
     outbound_tokens = _Row(Field.OUTBOUND_TOKENS)
     """KV that decodes elsewhere are pulling from here, the same way."""
+    step_tokens = _Row(Field.STEP_TOKENS)
+    """The budget of every step of each; 0 where that is unknown or chosen anew for each step."""
 
     def __init__(
         self,

@@ -70,6 +70,7 @@ class SimDriver:
         lengths = simulated_source(name, self._output_tokens) if name else None
         self._ids = [replica.instance.id for replica in replicas]
         order, chunks = system.order.in_engines, system.chunks
+        replicas = [each.with_known_budget(chunks) for each in replicas]
         real = [_slowed(each, settings) for each in replicas]
         self.cluster = Cluster(real, events, self, leap=settings.leap, order=order, chunks=chunks)
         self.plane = ControlPlane(

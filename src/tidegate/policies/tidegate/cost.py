@@ -10,14 +10,19 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tidegate.core.request import Request
+from tidegate.costs.forms import attention_work
+from tidegate.ledger.live_table import NOWHERE
 from tidegate.ledger.snapshot import Column, Mask, Snapshot
-from tidegate.policies.ampd.cost_routing import LATE_WEIGHT, MARGIN, PACE
+from tidegate.policies.ampd.cost_routing import LATE_WEIGHT, MARGIN, PACE, TO_COME_TOKENS
 from tidegate.policies.ampd.paths import Home, binding_history, first_token_costs
 
 MOST_TAKEN = 0.9
 """Decodes take at most this share of the time of a step, as far as prefills beside them are concerned."""
+SHORTEST_ANSWER = 4.0
+"""Answers are taken for no shorter than this: those that run have just begun."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +46,8 @@ class FirstToken(NamedTuple):
 
     ``wait_s`` is the queue, ``read_s`` the way of the history, ``prefill_s`` the computing of what the
     instance lacks, alone; ``beside_s`` is by how much the decodes there stretch both. ``late_s`` is what is
-    late by then, weighed; none where an answer goes on, whose first token is out.
+    late by then, weighed; none where an answer goes on, whose first token is out. ``damage_s`` is what the
+    prefill's steps do to the decodes there, as far as budgets of steps are known (``neighbours``).
     """
 
     wait_s: Column
@@ -49,6 +55,7 @@ class FirstToken(NamedTuple):
     prefill_s: Column
     beside_s: Column
     late_s: Column
+    damage_s: Column
     reads: Mask
 
     @property
@@ -58,7 +65,7 @@ class FirstToken(NamedTuple):
 
     def terms(self) -> dict[str, Column]:
         """Return what is summed, by name."""
-        return {name: getattr(self, name) for name in self._fields[:5]}
+        return {name: getattr(self, name) for name in self._fields[:6]}
 
 
 class Decoding(NamedTuple):
@@ -94,7 +101,46 @@ def first_token(request: Request, snapshot: Snapshot, constants: CostConstants) 
         spent_s = max(0.0, snapshot.at_s - request.arrival_s)
         ttft_s = spent_s + token.seconds + stretched_s
         late_s = constants.late_weight * np.maximum(ttft_s - constants.margin * request.slo.ttft_s, 0.0)
-    return FirstToken(token.wait_s, token.read_s, token.prefill_s, stretched_s, late_s, token.reads)
+    damage_s = np.zeros(len(snapshot))
+    if snapshot.step_tokens.any():
+        read_tokens = np.where(token.reads, home.tokens, 0)
+        damage_s = neighbours(request, snapshot, read_tokens, constants)
+    return FirstToken(token.wait_s, token.read_s, token.prefill_s, stretched_s, late_s, damage_s, token.reads)
+
+
+def neighbours(
+    request: Request, snapshot: Snapshot, read_tokens: NDArray[np.int_], constants: CostConstants
+) -> Column:
+    """Price what the steps of a prefill do to the decodes beside it; nothing where the budget of a step is
+    unknown, as where engines choose it by what the decodes can bear.
+
+    A chunk fills what the decodes leave of the budget. By what its step takes beyond ``pace`` of the TPOT
+    target each decode there is behind, spread over its answer, once for every chunk; a share of that target
+    weighs as much as one of the TTFT target. ``read_tokens`` of the prompt come from elsewhere.
+    """
+    cached = read_tokens.astype(np.float64)
+    for name, tokens in request.cached.items():
+        if (column := snapshot.index.get(name)) is not None:
+            cached[column] = max(cached[column], tokens)
+    history = request.history
+    if history is not None and (home := snapshot.index.get(history.on)) is not None:
+        cached[home] = max(cached[home], history.tokens)
+    new = np.maximum(request.prompt_tokens - cached, 1.0)
+    decodes, mixed = snapshot.decode_requests, snapshot.costs.mixed
+    room = np.maximum(snapshot.step_tokens - decodes, 1.0)
+    chunk, chunks = np.minimum(new, room), np.ceil(new / room)
+    attention = attention_work(new, cached) / chunks
+    step_s = np.asarray(mixed.seconds(chunk + decodes, attention, snapshot.decode_tokens))
+    over = np.maximum(step_s / request.slo.tpot_s - constants.pace, 0.0)
+    behind = np.where(snapshot.step_tokens > 0, decodes * chunks * over, 0.0)
+    return request.slo.ttft_s * behind / _answer_tokens(snapshot) if behind.any() else behind
+
+
+def _answer_tokens(snapshot: Snapshot) -> float:
+    """Return how long answers become: twice what those that run have by now, which a renewal shows."""
+    rows = snapshot.requests
+    answered = rows.answer_tokens[rows.decode_on != NOWHERE]
+    return max(2.0 * float(answered.mean()), SHORTEST_ANSWER) if len(answered) else TO_COME_TOKENS
 
 
 def decoding(request: Request, snapshot: Snapshot, held_on: int | None, constants: CostConstants) -> Decoding:
