@@ -144,9 +144,11 @@ def test_a_full_step_of_the_budget_keeps_the_target_and_a_tile_more_does_not(
         chunk, held = tokens - decodes, decodes * (prompt + 0.5 * answer)
         return float(cost.seconds(tokens, attention_work(chunk, int(0.5 * prompt)), held))
 
-    assert budget.fits == (takes_s(budget.tokens) <= tpot_s)
-    if budget.fits and budget.tokens < MOST_TOKENS:
-        assert takes_s(budget.tokens + TILE_TOKENS) > tpot_s
+    if budget.fits:
+        assert takes_s(budget.tokens) <= tpot_s + 1e-9
+    if not budget.fits or budget.tokens < MOST_TOKENS:
+        more = budget.tokens + (TILE_TOKENS if budget.fits else 0)
+        assert takes_s(more + 2) > tpot_s - 1e-9, "chunks are right to 2 tokens"
 
 
 @given(cost=BUDGETED, tpot_s=st.floats(0.002, 0.3), more=st.floats(1.0, 4.0), prompt=MEANS, answer=MEANS)

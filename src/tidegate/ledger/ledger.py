@@ -67,16 +67,8 @@ class Ledger:
         """Add ``instance``, empty. Raises InternalError when its id is up already."""
         if instance.id in self._instances:
             raise InternalError(f"instance {instance.id!r} came up twice without going down")
-        column = self._matrix.add_column()
+        column = self._matrix.add_column(instance, role, measured=profile is not UNMEASURED)
         self._instances[instance.id] = InstanceEntry(instance, profile, column)
-        cells = self._matrix.array[:, column]
-        cells[Field.ROLE : Field.FLIPPABLE + 1] = role, instance.flippable
-        cells[Field.KV_CAPACITY_TOKENS] = instance.kv_capacity_tokens
-        cells[Field.FREE_TOKENS] = instance.kv_capacity_tokens or math.inf
-        cells[Field.PREFILL_SLOWNESS] = 0.0 if profile is UNMEASURED else 1.0
-        cells[Field.KV_BYTES_PER_TOKEN] = instance.kv_bytes_per_token
-        cells[Field.BLOCK_TOKENS : Field.EXTENDS_KV + 1] = instance.block_tokens, instance.extends_kv
-        cells[Field.STEP_TOKENS] = instance.step_tokens
         self._matrix.queue_since_s[column] = now
         self._windows.add_column()
         self._membership_changed()

@@ -7,6 +7,7 @@ from typing import cast
 
 import numpy as np
 
+from tidegate.core.instance import Instance, Role
 from tidegate.ledger.live_table import NOWHERE, LiveTable
 from tidegate.ledger.records import InstanceEntry, RequestEntry
 from tidegate.ledger.snapshot import Field, Matrix
@@ -84,11 +85,21 @@ class LedgerMatrix(_RowViews):
         self._adopt(np.zeros((ROWS, 0)))
         self.requests = LiveTable()
 
-    def add_column(self) -> int:
-        """Append a column of zeros, never flipped, and return its index."""
+    def add_column(self, instance: Instance, role: Role, *, measured: bool) -> int:
+        """Append the column of an instance that is empty and was never flipped, and return its index.
+
+        ``measured``: its profile predicts something."""
         column: int = self.array.shape[1]
         self._adopt(np.concatenate([self.array, np.zeros((ROWS, 1))], axis=1))
-        self.flipped_at_s[column] = -np.inf
+        cells = self.array[:, column]
+        cells[Field.ROLE : Field.FLIPPABLE + 1] = role, instance.flippable
+        cells[Field.FLIPPED_AT_S] = -np.inf
+        cells[Field.KV_CAPACITY_TOKENS] = instance.kv_capacity_tokens
+        cells[Field.FREE_TOKENS] = instance.kv_capacity_tokens or np.inf
+        cells[Field.PREFILL_SLOWNESS] = float(measured)
+        cells[Field.KV_BYTES_PER_TOKEN] = instance.kv_bytes_per_token
+        cells[Field.BLOCK_TOKENS : Field.EXTENDS_KV + 1] = instance.block_tokens, instance.extends_kv
+        cells[Field.STEP_TOKENS] = instance.step_tokens
         return column
 
     def remove_column(self, column: int) -> None:
