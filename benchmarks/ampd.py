@@ -312,8 +312,12 @@ async def ablate(bench: Bench) -> list[str]:
     """Return what routing and reordering bring each, in the paper's shape (section 4.9)."""
     case, factors = bench.case, bench.options.factors
     among = split_of(case, "always-remote-return")
-    base, rate = (among[0], 0.0) if bench.options.rates else await bench.best(among)
-    rates = bench.options.rates or [factor * rate for factor in factors]
+    rates = bench.options.rates
+    if rates:
+        base = (await bench.best_at(among, rates))[0]
+    else:
+        base, rate = await bench.best(among)
+        rates = [factor * rate for factor in factors]
     lines = [
         f"Rates: {', '.join(f'{each:.2f}' for each in rates)} sessions/s.",
         "",

@@ -63,7 +63,7 @@ class Placing:
         prefixes, hits = self._prefixes, None
         if prefixes is not None:
             hits = prefixes.hits(live.blocks, request.prompt_tokens)
-        request = self._sessions.found(live, request, hits, now)
+        request = self._sessions.found(live, request, hits, view)
         if prefixes is not None and request.cached:
             request = replace(request, cached=prefixes.outlasting(request.cached, live.blocks))
         self._ledger.held_prefills = len(self.held)

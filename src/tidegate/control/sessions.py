@@ -23,7 +23,7 @@ from tidegate.journal.schema import SessionLine
 from tidegate.journal.writer import JournalWriter
 from tidegate.ledger.ledger import Ledger
 from tidegate.ledger.sessions import MOST_SESSIONS, SessionEntry, SessionKey
-from tidegate.ledger.snapshot import Snapshot
+from tidegate.ledger.snapshot import Field, Snapshot
 from tidegate.signals.prefix import NO_BLOCKS, PromptBlocks
 from tidegate.signals.retold import RetoldAnswers
 from tidegate.signals.think_times import ThinkTimes
@@ -99,7 +99,7 @@ class BoundSessions:
         return replace(request, session=live.session[1], history=live.history)
 
     def found(
-        self, live: LiveRequest, request: Request, hits: Mapping[str, int] | None, now: float
+        self, live: LiveRequest, request: Request, hits: Mapping[str, int] | None, view: Snapshot
     ) -> Request:
         """Return the request with what is held of its prompt: in the prefix caches, as far as ``hits`` knows
         (None: not at all), and by the instance to which its session is bound."""
@@ -114,9 +114,10 @@ class BoundSessions:
             if here < known.named_tokens:
                 tokens = here
             if not here and known.named_tokens:
-                self._give_up(entry, "evicted", now)
-            elif known.retells is not None:  # measured, where ``hits`` has estimates
-                hits = {**hits, on: self._ledger.whole_blocks(on, tokens)}
+                self._give_up(entry, "evicted", view.at_s)
+            elif known.retells is not None and on in view.index:  # measured, where ``hits`` has estimates
+                block = int(view.cells[Field.BLOCK_TOKENS, view.index[on]])
+                hits = {**hits, on: tokens - tokens % block}
         if tokens:
             live.history = History(on, tokens)
         return replace(request, cached=hits or NOTHING_CACHED, history=live.history)

@@ -73,10 +73,6 @@ class Ledger:
         self._windows.add_column()
         self._membership_changed()
 
-    def whole_blocks(self, instance_id: str, tokens: int) -> int:
-        """Return how many of ``tokens`` fill blocks of an instance's KV. Raises NoInstance."""
-        return tokens - tokens % self._up(instance_id).spec.block_tokens
-
     def profile_scaled(self, instance_id: str, prefill: float, step: float) -> None:
         """Predict what is placed from now on by ``Profile.scaled`` of the instance's profile."""
         instance = self._up(instance_id)
