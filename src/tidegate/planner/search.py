@@ -23,7 +23,7 @@ from tidegate.experiments.jobs import Job, Workers
 from tidegate.experiments.search import SearchSettings, search_goodput
 from tidegate.planner.bounds import Bounds
 from tidegate.planner.capacity import Capacities
-from tidegate.planner.deployment import Deployment, Offer
+from tidegate.planner.deployment import Deployment, Offer, PoolOf, deployment
 from tidegate.planner.moves import neighbours
 from tidegate.planner.program import Asked, options_of, solutions
 from tidegate.planner.question import MODELLED_CHUNKS, Question
@@ -207,6 +207,7 @@ class PlanSearch:
         await self.challenge(
             each for family in self.question.families for each in self.proposals(family, PROPOSALS[family])
         )
+        await self.challenge(self._of_one_size(), unhoped=True)
         tried: set[Deployment] = set()
         for _ in range(ROUNDS):
             around = self._around(tried)
@@ -220,6 +221,20 @@ class PlanSearch:
     @property
     def best_rps(self) -> float:
         return max(self.known.goodput_rps.values(), default=0.0)
+
+    def _of_one_size(self) -> list[Deployment]:
+        """Return the best fleet of each family whose replicas do both, with all GPUs of a kind in replicas of
+        each size: what larger replicas gain by sharing one prefix cache the program does not see."""
+        found, have = self.known.goodput_rps, {offer.gpu: offer.count for offer in self.question.offers}
+        leaders = {each.family: each for each in sorted(found, key=lambda each: found[each])}
+        return [
+            deployment(best.system, [PoolOf(Role.MIXED, kind, have[kind.gpu] // kind.tp, chunk)])
+            for family, best in leaders.items()
+            if family in ("colocated", "adaptive")
+            for chunk in {pool.chunk_tokens for pool in best.pools}
+            for kind in self.question.kinds
+            if kind.tp <= have[kind.gpu]
+        ]
 
     def _around(self, tried: set[Deployment]) -> list[Deployment]:
         """Return where to look next: the best deployment, and those of other families that are near."""
@@ -236,13 +251,14 @@ class PlanSearch:
         near = [each for each in neighbours(self.question, chosen) if self._may_be_best(each)]
         return sorted(near, key=lambda each: -self.predicted_rps(each))[:AROUND]
 
-    async def challenge(self, chosen: Iterable[Deployment]) -> None:
+    async def challenge(self, chosen: Iterable[Deployment], *, unhoped: bool = False) -> None:
         """Try deployments at a rate above the best of their family; those that attain are searched.
 
-        What the program thinks of them comes first, so that the best is raised early.
+        Those of which the program expects little are left out, unless they are ``unhoped``, too. What the
+        program expects most of comes first, so that the best is raised early.
         """
         new = [each for each in dict.fromkeys(chosen) if each not in self.known.goodput_rps]
-        new = [each for each in new if self._may_be_best(each)]
+        new = [each for each in new if (self._may_serve_more if unhoped else self._may_be_best)(each)]
         new.sort(key=lambda each: -self.predicted_rps(each))
 
         async def tried(each: Deployment) -> None:
@@ -259,9 +275,10 @@ class PlanSearch:
 
     def _may_be_best(self, chosen: Deployment) -> bool:
         """Tell whether a deployment is worth a simulation: no bound excludes it, and the program hopes."""
-        best_rps = self.best_rps
-        if self.predicted_rps(chosen) < HOPELESS * best_rps:
-            return False
+        return self.predicted_rps(chosen) >= HOPELESS * self.best_rps and self._may_serve_more(chosen)
+
+    def _may_serve_more(self, chosen: Deployment) -> bool:
+        """Tell whether no bound says that a deployment is not the best of its family."""
         return self.bounds.rps(chosen, self.length) > (1.0 + STEP) * self._bar_rps(chosen)
 
     def _bar_rps(self, chosen: Deployment) -> float:
