@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tidegate.core.decision import ControlDecision, Flip
 from tidegate.ledger.snapshot import Snapshot
 from tidegate.policies.baselines import Colocated
-from tidegate.policies.protocols import Signal
+from tidegate.policies.protocols import Controller, Signal
 from tidegate.policies.tidegate.cost import CostConstants
 from tidegate.policies.tidegate.labels import FleetShape, ShapeState
 from tidegate.policies.tidegate.placement import OneCost
@@ -56,21 +57,21 @@ class StayingDecodes:
 
 def without_labels(options: SystemOptions) -> System:
     """All do both, for ever."""
-    return replace(_whole(options), controllers=())
+    whole = _whole(options)
+    return replace(whole, controllers=_but_labels(whole))
 
 
 def without_moves(options: SystemOptions) -> System:
     """Decodes end where they began, whatever the label becomes."""
     whole = _whole(options)
-    shapes = tuple(StayingDecodes(each) for each in whole.controllers if isinstance(each, FleetShape))
-    assert len(shapes) == len(whole.controllers), "a fixed fleet has no other controller"
-    return replace(whole, controllers=shapes)
+    shapes = (StayingDecodes(each) for each in whole.controllers if isinstance(each, FleetShape))
+    return replace(whole, controllers=(*_but_labels(whole), *shapes))
 
 
 def without_the_cost(options: SystemOptions) -> System:
     """Both phases where the predicted load is least, as ``colocated`` has it; so there are no labels."""
-    both = Colocated()
-    return replace(_whole(options), prefill=both, decode=both, controllers=())
+    both, whole = Colocated(), _whole(options)
+    return replace(whole, prefill=both, decode=both, controllers=_but_labels(whole))
 
 
 def without_lateness(options: SystemOptions) -> System:
@@ -81,6 +82,10 @@ def without_lateness(options: SystemOptions) -> System:
 def without_reserve(options: SystemOptions) -> System:
     """The cost without a reserve of KV: it counts once a cache is full."""
     return _priced(options, CostConstants(kv_reserve=1e-6))
+
+
+def _but_labels(whole: System) -> tuple[Controller[Any], ...]:
+    return tuple(each for each in whole.controllers if not isinstance(each, FleetShape))
 
 
 def _priced(options: SystemOptions, constants: CostConstants) -> System:

@@ -90,7 +90,9 @@ def test_prefills_in_the_queue_may_be_done_already() -> None:
 
 
 def test_a_stall_counts_up_to_a_bound_and_one_instance_alone_says_nothing() -> None:
-    assert not Fleet(3.0).run(0) and not Fleet(3.0).told
+    alone = Fleet(3.0)
+    alone.run(60)
+    assert not alone.told
     fleet = Fleet(1.0, 100.0, 1.0, tokens=200)
     fleet.run(120)
     assert fleet.told and all(each.step <= MOST_RATIO for each in fleet.told)

@@ -26,7 +26,7 @@ class RecordingPlane(ControlPlane):
     """A control plane that journals every input that decides something, before it acts on it.
 
     The arguments of a line are those of the verb. A verb that takes more than plain values, or whose request
-    has more to say, has a method here. Not journalled: ``stepped``, which only the simulator calls.
+    has more to say, has a method here.
     """
 
     _told_s = 0.0

@@ -287,8 +287,9 @@ class ControlPlane:
             self.ledger.finished(live.id, now)
             request = live.as_request()
             prompt_tokens = request.prompt_tokens - live.generated
+            reused_tokens = min(live.reused_tokens, prompt_tokens)  # a replay's prompt holds answers
             for observer in self._observers:
-                observer.answered(AnswerLengths(prompt_tokens, live.reused_tokens, live.generated), now)
+                observer.answered(AnswerLengths(prompt_tokens, reused_tokens, live.generated), now)
             self._placing.shares.answered(request, live.generated)
         else:
             self.ledger.aborted(live.id, now)

@@ -303,6 +303,8 @@ def known_tokens(
     contradicted = count < within
     if contradicted or entry.names_answer:
         return SharedBeginning(named_tokens, named_tokens, contradicted)
-    answer = held - entry.prompt_tokens
+    answer = max(0, held - entry.prompt_tokens)
     tokens = min(most, entry.prompt_tokens + int(retold_share * answer))
+    if not answer:
+        return SharedBeginning(tokens, named_tokens, contradicted)
     return SharedBeginning(tokens, named_tokens, contradicted, (entry.prompt_tokens, answer))

@@ -12,7 +12,7 @@ from tidegate.costs.forms import TransferCost
 from tidegate.costs.library import PackagedProfile
 from tidegate.costs.named_profile import load_profile
 from tidegate.costs.profile import Profile
-from tidegate.policies.chunks import ChunkBudget
+from tidegate.policies.chunks import ChunkBudget, known_budget
 
 BLOCK_TOKENS = 16
 """KV block size of such a fleet: vLLM's default."""
@@ -72,10 +72,8 @@ class Replica:
 
     def with_known_budget(self, chunks: ChunkBudget | None) -> Replica:
         """Return it with an instance that says the engine's budget of a step, where ``chunks`` keep to it."""
-        if chunks is not None and not chunks.steady:
-            return self
-        known = replace(self.instance, step_tokens=self.engine.max_batch_tokens)
-        return replace(self, instance=known)
+        step_tokens = known_budget(chunks, self.engine.max_batch_tokens)
+        return replace(self, instance=replace(self.instance, step_tokens=step_tokens))
 
 
 def replicas_of(

@@ -21,7 +21,7 @@ from tidegate.fleet.child import EngineStartFailed
 from tidegate.fleet.member import FleetListener, Member
 from tidegate.fleet.processes import Ready, parse_ready
 from tidegate.fleet.supervision import HOST, FleetPace, ProcessFleet, Slot
-from tidegate.policies.chunks import make_chunks
+from tidegate.policies.chunks import known_budget, make_chunks
 
 log = logging.getLogger(__name__)
 
@@ -169,5 +169,5 @@ class EmulatedFleet(ProcessFleet[AllReady]):
         self._engine_ids[instance_id] = ready.engine_id
         _, profile = self._profiles[self._group_of[instance_id]]
         launch, keys = self._launch, (self._secret, self._api_key)
-        step_tokens = launch.max_batch_tokens if make_chunks(launch.chunks).steady else 0
+        step_tokens = known_budget(make_chunks(launch.chunks), launch.max_batch_tokens)
         return ready.member(instance_id, "emulated", profile, *keys, step_tokens)

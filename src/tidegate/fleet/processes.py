@@ -23,7 +23,7 @@ from tidegate.fleet.child import Child
 from tidegate.fleet.member import Capabilities, Member
 from tidegate.fleet.supervision import HOST, FleetPace, ProcessFleet, Slot, inherited_environment
 from tidegate.fleet.zygote import Zygote
-from tidegate.policies.chunks import make_chunks
+from tidegate.policies.chunks import known_budget, make_chunks
 
 log = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ class LocalFleet(ProcessFleet[Ready]):
         self._note_first_start(slot, announced)
         await self._measured.wait()
         launch, keys = self._launch, (self._secret, self._api_key)
-        step_tokens = launch.max_batch_tokens if make_chunks(launch.chunks).steady else 0
+        step_tokens = known_budget(make_chunks(launch.chunks), launch.max_batch_tokens)
         member = announced.member(slot.name, "embedded", self._profile, *keys, step_tokens)
         return [replace(member, measured_at_start=True)]
 

@@ -38,7 +38,7 @@ PARALLEL_SIZES = (
 )
 LONGEST_LEASE_S = 1e6
 STEP_FLAG = "--max-num-batched-tokens"
-READABLE = {"": 1, "k": 1000, "K": 1024}
+READABLE = {"": 1, "k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20, "g": 10**9, "G": 2**30}
 """What vLLM takes a letter behind a number for, in sizes of steps."""
 STREAM_PIN_S = 1
 """How long vLLM keeps the KV of a stream that pulled some (its default is 480 s): nobody learns the handle,
@@ -241,8 +241,8 @@ def _size(words: Sequence[str], long: str, short: str) -> int:
 
 def _tokens(value: str | None) -> int:
     """Return a number of tokens as vLLM reads it, 0 for none and for what only vLLM can read."""
-    found = re.fullmatch(r"(\d+)([kK]?)", value or "")
-    return int(found[1]) * READABLE[found[2]] if found else 0
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMgG]?)", value or "")
+    return int(float(found[1]) * READABLE[found[2]]) if found else 0
 
 
 def _named(word: str) -> str:

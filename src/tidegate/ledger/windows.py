@@ -64,6 +64,10 @@ def close_windows(
         array[WindowRow.PREFILL_BUSY_S] += np.where(queue > 0, since_s, 0.0)
         _note_slowness(array)
         _note_work(array, costs, span)
+        for instance in instances:
+            if instance.foreign_requests or instance.foreign_held_tokens:
+                # What others have there takes time, too, and nobody says how much of it.
+                array[Field.BUSY_S : Field.WORK_S + 1, instance.column] = 0.0
         array[Field.PREFILL_QUEUE_AVG_S] = sums[0] / span
         weight = -math.expm1(-span / DEMAND_S)
         smoothed = array[Field.PREFILL_DEMAND : Field.PREFILL_SQUARES_S + 1]
@@ -92,21 +96,23 @@ def _note_work(array: Matrix, costs: ProfileTable, span_s: float) -> None:
     """Publish how long each instance was busy in the window, and what its profile predicts for what it did.
 
     The sum of the gaps between tokens over the time says how many decodes there were on average, the mean gap
-    how many steps. An instance that decodes at both ends of the window did so all the time; one that does not
-    at one of them, for as long as the gaps say, beside prefills or before or after them.
+    how many steps. An instance that decodes at both ends of the window is taken to have done so all the time,
+    one that does not at one of them for as long as the gaps say, beside prefills or before or after them.
+    What is sure is only as long as the gaps say, with the most decodes that were there at an end.
     """
     first, now = array[WindowRow.FIRST_DECODES], array[Field.DECODE_REQUESTS]
     gap_s, gap_tokens = array[WindowRow.GAP_SUM_S], array[WindowRow.GAP_TOKENS]
     always = (first > 0) & (now > 0) & (gap_tokens > 0)
     most = np.maximum(np.maximum(first, now), 1.0)
-    decoding_s = np.where(always, span_s, np.minimum(gap_s / most, span_s))
+    surely_s = np.minimum(gap_s / most, span_s)
+    decoding_s = np.where(always, span_s, surely_s)
     batch = np.maximum(gap_s / np.maximum(decoding_s, GRID_S), 1.0)
     held = array[WindowRow.FIRST_DECODE_TOKENS] + array[Field.DECODE_TOKENS]
     context = batch * held / np.maximum(first + now, 1.0)
     steps_s = gap_tokens / batch * np.asarray(costs.step.seconds(batch, context))
     prefill_s = array[WindowRow.PREFILL_BUSY_S]
     array[Field.BUSY_S] = busy_s = np.minimum(prefill_s + decoding_s, span_s)
-    array[Field.IDLE_S] = busy_s - np.maximum(prefill_s, decoding_s)
+    array[Field.IDLE_S] = busy_s - np.maximum(prefill_s, surely_s)
     array[Field.WORK_S] = array[WindowRow.PREFILL_ENDED_S] + steps_s
 
 

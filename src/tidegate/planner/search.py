@@ -146,7 +146,7 @@ class PlanSearch:
         setting, level = chosen.applied(self.question.setting), self.question.level
         run = await self.do(trial_job(setting, chosen.title, rate_rps, 0, self.length, level))
         if run["attainment"] < level:
-            self.known.missed[chosen] = (rate_rps, run["until"])
+            self.known.missed[chosen] = (rate_rps, run.get("until", 1.0))
         return bool(run["attainment"] >= level)
 
     async def attainment(self, chosen: Deployment, rate_rps: float, seed: int = 0) -> float:

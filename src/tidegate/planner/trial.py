@@ -131,8 +131,9 @@ def attempt(
     their latencies in seconds.
 
     A run that cannot attain ``level`` any more ends there. Then ``attainment`` is the most that it might have
-    been, and all else is ``until``, the share of the requests that had arrived. A round waits for the answer
-    before it, and its client's pause. ``gpu_hours`` and the like are left to who knows the deployment.
+    been, and all else is ``until``, the place of the request that told so as a share of all. A round waits
+    for the answer before it, and its client's pause. ``gpu_hours`` and the like are left to who knows the
+    deployment.
     """
     workload = drawn(setting.workload, requests, seed)
     settings = replace(setting.settings, closed_loop=in_rounds(workload))

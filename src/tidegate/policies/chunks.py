@@ -208,6 +208,12 @@ CHUNKS.register("slack")(SlackBudget)
 FIXED = FixedBudget()
 
 
+def known_budget(chunks: ChunkBudget | None, most_tokens: int) -> int:
+    """Return what every step of an engine may have: its limit ``most_tokens``, without ``chunks`` or where
+    they keep to it; 0 where each step has a budget of its own."""
+    return most_tokens if chunks is None or chunks.steady else 0
+
+
 def make_chunks(name: str) -> ChunkBudget:
     """Return the chunk budget ``name``. Raises ConfigError for an unknown one, listing those that exist."""
     return CHUNKS.get(name)()

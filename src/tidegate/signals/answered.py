@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 
 from tidegate.core.errors import TraceError
 from tidegate.journal.reader import JournalLines, recorded_kind
@@ -15,13 +16,19 @@ MOST = 256
 """The newest requests that are read: few enough for the run's own to outweigh them soon (ours)."""
 
 
-@lru_cache(maxsize=4)
 def answered_in(source: str) -> tuple[AnswerLengths, ...]:
     """Return the newest requests that were answered in full, the oldest first, at most ``MOST``.
 
     ``source`` is a journal, or a trace, all of whose requests count as answered, with nothing at hand of
     their prompts. Raises TraceError for a file that is neither, and for one without an answer.
     """
+    file = Path(source)
+    stamp = (file.stat().st_mtime_ns, file.stat().st_size) if file.is_file() else (0, 0)
+    return _answered_in(source, stamp)
+
+
+@lru_cache(maxsize=4)
+def _answered_in(source: str, stamp: tuple[int, int]) -> tuple[AnswerLengths, ...]:
     if not is_like(source) and recorded_kind(source) == str(HeaderLine.__struct_config__.tag):
         ended = [line for line in JournalLines(source) if isinstance(line, OutcomeLine) and line.ok]
         ended.sort(key=lambda line: line.end_s)

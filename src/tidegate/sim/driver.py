@@ -105,7 +105,6 @@ class SimDriver:
         self.context = max(self._contexts, default=0)
         self.oversize: list[tuple[int, int]] = []
         self.unstarted: list[tuple[float, str]] = []
-        self._tell_steps = self.plane.ledger.stepped
         self._stale = settings.heartbeat_s > 0
         self._untold: list[list[tuple[int, float]]] = [[] for _ in replicas]
         self._ended = ended
@@ -351,7 +350,7 @@ class SimDriver:
         if self._stale:
             self._untold[instance].append((count, now))
         else:
-            self._tell_steps(self._ids[instance], count, now)
+            self.plane.ledger.stepped(self._ids[instance], count, now)
 
     def _tell(self, instance: int) -> None:
         """Have the ledger know all steps of an instance so far: before who steps together there changes.
@@ -360,7 +359,7 @@ class SimDriver:
         preemption) brings the steps before it, too.
         """
         for count, at_s in self._untold[instance]:
-            self._tell_steps(self._ids[instance], count, at_s)
+            self.plane.ledger.stepped(self._ids[instance], count, at_s)
         self._untold[instance].clear()
 
     def token(self, sequence: SimSequence, now: float) -> None:

@@ -47,7 +47,7 @@ class FirstToken(NamedTuple):
     ``wait_s`` is the queue, ``read_s`` the way of the history, ``prefill_s`` the computing of what the
     instance lacks, alone; ``beside_s`` is by how much the decodes there stretch both. ``late_s`` is what is
     late by then, weighed; none where an answer goes on, whose first token is out. ``damage_s`` is what the
-    prefill's steps do to the decodes there, as far as budgets of steps are known (``neighbours``).
+    prefill's steps do to the decodes there, as far as budgets of steps are known (``delays_beside_s``).
     """
 
     wait_s: Column
@@ -104,27 +104,30 @@ def first_token(request: Request, snapshot: Snapshot, constants: CostConstants) 
     damage_s = np.zeros(len(snapshot))
     if snapshot.step_tokens.any():
         read_tokens = np.where(token.reads, home.tokens, 0)
-        damage_s = neighbours(request, snapshot, read_tokens, constants)
+        damage_s = delays_beside_s(request, snapshot, home, read_tokens, constants)
     return FirstToken(token.wait_s, token.read_s, token.prefill_s, stretched_s, late_s, damage_s, token.reads)
 
 
-def neighbours(
-    request: Request, snapshot: Snapshot, read_tokens: NDArray[np.int_], constants: CostConstants
+def delays_beside_s(
+    request: Request,
+    snapshot: Snapshot,
+    home: Home,
+    read_tokens: NDArray[np.int_],
+    constants: CostConstants,
 ) -> Column:
     """Price what the steps of a prefill do to the decodes beside it; nothing where the budget of a step is
     unknown, as where engines choose it by what the decodes can bear.
 
     A chunk fills what the decodes leave of the budget. By what its step takes beyond ``pace`` of the TPOT
     target each decode there is behind, spread over its answer, once for every chunk; a share of that target
-    weighs as much as one of the TTFT target. ``read_tokens`` of the prompt come from elsewhere.
+    weighs as much as one of the TTFT target. ``home`` holds the history,
+    ``read_tokens`` of the prompt come from elsewhere.
     """
     cached = read_tokens.astype(np.float64)
     for name, tokens in request.cached.items():
         if (column := snapshot.index.get(name)) is not None:
             cached[column] = max(cached[column], tokens)
-    history = request.history
-    if history is not None and (home := snapshot.index.get(history.on)) is not None:
-        cached[home] = max(cached[home], history.tokens)
+    cached[home.at] = max(cached[home.at], home.tokens)
     new = np.maximum(request.prompt_tokens - cached, 1.0)
     decodes, mixed = snapshot.decode_requests, snapshot.costs.mixed
     room = np.maximum(snapshot.step_tokens - decodes, 1.0)
@@ -137,7 +140,7 @@ def neighbours(
 
 
 def _answer_tokens(snapshot: Snapshot) -> float:
-    """Return how long answers become: twice what those that run have by now, which a renewal shows."""
+    """Return how long answers become: twice what those that run have, for on average they are half done."""
     rows = snapshot.requests
     answered = rows.answer_tokens[rows.decode_on != NOWHERE]
     return max(2.0 * float(answered.mean()), SHORTEST_ANSWER) if len(answered) else TO_COME_TOKENS

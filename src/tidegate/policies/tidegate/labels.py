@@ -168,8 +168,10 @@ def _slowness(fleet: Snapshot) -> Column:
 
 
 def _over_least(coefficient: float | Column, instances: int) -> Column:
+    """Return a coefficient over its least; 1 everywhere where some fit says 0."""
     column: Column = np.full(instances, coefficient, np.float64)
-    return column / float(column.min())
+    least = float(column.min())
+    return column / least if least > 0.0 else np.ones(instances)
 
 
 def prefill_order(fleet: Snapshot) -> NDArray[np.intp]:
