@@ -356,10 +356,8 @@ def test_what_a_system_that_sizes_the_fleet_cannot_have_is_named(tmp_path: Path)
 def test_a_system_begins_with_the_answers_of_a_file(tmp_path: Path) -> None:
     trace = tmp_path / "t.csv"
     trace.write_text("arrival_s,input_tokens,output_tokens\n" + 40 * "0,15000,150\n")
-    warm, cold = (
-        settle(**given).config.make_system().controllers[-1].initial()
-        for given in ({"warm_start": trace}, {})
-    )
+    settled = settle(warm_start=trace), settle()
+    warm, cold = (each.config.make_system().controllers[-1].initial() for each in settled)
     assert warm.warm and not cold.warm
     assert "follows no lengths" in problems(system="static", warm_start=trace)[0]
     empty = tmp_path / "empty.jsonl"

@@ -162,6 +162,7 @@ class Rescale:
     instance: str
     prefill: float
     step: float
+    reason: str = ""
 
 
 Action = Flip | Migrate | SetTarget | SetSize | AddInstance | Drain | Undrain | Remove | Rescale

@@ -90,7 +90,7 @@ class ObservedSpeed:
             least, most = each.bounds(queues_s[name])
             if least > self.follow * usual or most < usual / self.follow:
                 factor = min(max(each.ratio / usual, 1.0 / MOST_RATIO), MOST_RATIO)
-                actions.append(Rescale(name, factor, factor))
+                actions.append(Rescale(name, factor, factor, f"takes {factor:.2f} times as long"))
                 lately[name] = Lately(begun_s=queues_s[name])
-        told = ", ".join(f"{each.instance} takes {each.step:.2f} times as long" for each in actions)
+        told = ", ".join(f"{each.instance} {each.reason}" for each in actions)
         return ControlDecision(lately, tuple(actions), told)
