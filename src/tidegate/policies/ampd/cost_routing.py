@@ -20,9 +20,9 @@ from tidegate.ledger.snapshot import Column, Field, Snapshot
 from tidegate.policies.ampd.paths import (
     ROUND_SIGNALS,
     Home,
-    PathCosts,
     bound_decode,
     home_of,
+    kept_tokens,
     least,
     local,
     path_costs,
@@ -101,11 +101,12 @@ class CostRouting:
             if waits_s.min() < snapshot.prefill_wait_s[home.at]:
                 home = Home(int(idle[waits_s.argmin()]), 0)
         paths = path_costs(request, snapshot, home, read=None)
-        here = self._here(request, snapshot, home, paths)
-        paths.prefill_s[home.at] = here.prefill_s
+        token = paths.first_token
+        here = self._here(request, snapshot, home, float(token.wait_s[home.at]))
+        token.prefill_s[home.at] = here.prefill_s
         busy = np.minimum(snapshot.prefill_demand, MOST_BUSY)
-        first_s = paths.first_token_s
-        late_s, queue_s = self._late_s(request, first_s), paths.prefill_s * (busy / (1.0 - busy))
+        first_s = token.seconds
+        late_s, queue_s = self._late_s(request, first_s), token.prefill_s * (busy / (1.0 - busy))
         cost_s = first_s + paths.return_s + late_s + queue_s
         cost_s[home.at] += here.damage_s
         at = least(cost_s, workers)
@@ -127,7 +128,7 @@ class CostRouting:
         alternatives = Alternatives(snapshot.ids, terms, candidates)
         if at != home.at:
             reason = f"home would break {here.breaks} neighbours" if refused else "remote costs least"
-            return remote(snapshot, home, at, reason, alternatives, read=bool(paths.reads[at]))
+            return remote(snapshot, home, at, reason, alternatives, read=bool(token.reads[at]))
         if here.chunk_tokens is None:
             return local(snapshot, home, "home costs least", alternatives)
         on = snapshot.ids[home.at]
@@ -143,18 +144,17 @@ class CostRouting:
         ttft_s = request.slo.ttft_s
         return self.late_weight * np.minimum(np.maximum(first_token_s - self.margin * ttft_s, 0.0), ttft_s)
 
-    def _here(self, request: Request, snapshot: Snapshot, home: Home, paths: PathCosts) -> LocalPath:
-        """Return the cheaper way at home; one that breaks nobody's target before one that does."""
-        cached = min(
-            max(home.tokens, request.cached.get(snapshot.ids[home.at], 0)), request.prompt_tokens - 1
-        )
+    def _here(self, request: Request, snapshot: Snapshot, home: Home, wait_s: float) -> LocalPath:
+        """Return the cheaper way at home, behind a queue of ``wait_s``; one that breaks nobody's target
+        before one that does."""
+        cached = min(kept_tokens(request, snapshot, home), request.prompt_tokens - 1)
         new = request.prompt_tokens - cached
         beside = self._neighbours(request, snapshot, home)
         ways = [self._beside(request, snapshot, home, beside, new, cached, None)]
         chunk = self._chunk(snapshot, home, beside)
         if self.chunks and LEAST_CHUNK <= chunk < new:
             ways.append(self._beside(request, snapshot, home, beside, new, cached, chunk))
-        wait_s, ttft_s = float(paths.wait_s[home.at]), request.slo.ttft_s
+        ttft_s = request.slo.ttft_s
 
         def price(way: LocalPath) -> tuple[bool, float]:
             late_s = min(max(wait_s + way.prefill_s - self.margin * ttft_s, 0.0), ttft_s)

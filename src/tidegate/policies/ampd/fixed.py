@@ -44,7 +44,7 @@ class AlwaysRemote:
     def fastest(self, request: Request, snapshot: Snapshot, home: Home, reason: str) -> Verdict:
         """Return the remote path of least time to the first token."""
         paths, workers = path_costs(request, snapshot, home, read=self.read), prefill_workers(snapshot)
-        at = least(paths.first_token_s, workers)
+        at = least(paths.first_token.seconds, workers)
         return remote(snapshot, home, at, reason, paths.alternatives(snapshot, workers), read=self.read)
 
     def place_decode(self, request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:

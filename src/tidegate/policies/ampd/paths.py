@@ -74,33 +74,26 @@ class FirstTokenCosts(NamedTuple):
         """Their sum."""
         return self.wait_s + self.read_s + self.prefill_s
 
+    def terms(self) -> dict[str, Column]:
+        """Return what is summed, by name."""
+        return {name: getattr(self, name) for name in self._fields[:3]}
+
 
 class PathCosts(NamedTuple):
     """What a round's first token and its way back take through each instance, in seconds: the local path at
-    the session's home, the remote one elsewhere.
+    the session's home, the remote one elsewhere. ``return_s`` is the new KV's way home."""
 
-    The first terms are those of ``FirstTokenCosts``, ``return_s`` is the new KV's way home.
-    """
-
-    wait_s: Column
-    read_s: Column
-    prefill_s: Column
+    first_token: FirstTokenCosts
     return_s: Column
-    reads: Mask
-
-    @property
-    def first_token_s(self) -> Column:
-        """The time to the first token."""
-        return self.wait_s + self.read_s + self.prefill_s
 
     @property
     def total_s(self) -> Column:
         """All of it (AMPD, section 4.5: t_local and t_rem)."""
-        return self.first_token_s + self.return_s
+        return self.first_token.seconds + self.return_s
 
     def terms(self) -> dict[str, Column]:
         """Return what is summed, by name."""
-        return {name: getattr(self, name) for name in self._fields[:4]}
+        return self.first_token.terms() | {"return_s": self.return_s}
 
     def alternatives(self, snapshot: Snapshot, candidates: Candidates) -> Alternatives:
         """Return the sum and its terms for the journal."""
@@ -152,29 +145,28 @@ def first_token_costs(
         column = snapshot.index.get(name)
         if column is not None and column != at:
             fill(column, costs.at(column), float(tokens), float(home.tokens))
-    fill(at, costs.at(at), _kept_tokens(request, snapshot, home), 0.0)
+    fill(at, costs.at(at), float(kept_tokens(request, snapshot, home)), 0.0)
     return FirstTokenCosts(wait_s, read_s, prefill_s, reads)
 
 
 def path_costs(request: Request, snapshot: Snapshot, home: Home, *, read: bool | None) -> PathCosts:
     """Price every path of a round: its first token (``first_token_costs``) and the way home of what is new.
     With ``read`` None it is priced that others use the ports there."""
-    token = first_token_costs(request, snapshot, home, read=read)
     at, back = home.at, snapshot.costs.at(home.at)
     token_bytes = snapshot.cells[Field.KV_BYTES_PER_TOKEN, at]
-    new_tokens = float(request.prompt_tokens) - _kept_tokens(request, snapshot, home)
+    new_tokens = float(request.prompt_tokens) - kept_tokens(request, snapshot, home)
     back_s = float(back.transfer.seconds(new_tokens * token_bytes))
     return_s = np.full(len(snapshot), back_s)
     if read is None and snapshot.state[Field.EXTENDS_KV].all():
         on_ports = np.maximum(snapshot.outbound_tokens, snapshot.cells[Field.INBOUND_TOKENS, at])
         return_s += shared_s(back_s, on_ports * token_bytes, back)
     return_s[at] = 0.0
-    return PathCosts(token.wait_s, token.read_s, token.prefill_s, return_s, token.reads)
+    return PathCosts(first_token_costs(request, snapshot, home, read=read), return_s)
 
 
-def _kept_tokens(request: Request, snapshot: Snapshot, home: Home) -> float:
+def kept_tokens(request: Request, snapshot: Snapshot, home: Home) -> int:
     """Return how much of the prompt its home has, by session or by cache."""
-    return float(max(home.tokens, request.cached.get(snapshot.ids[home.at], 0)))
+    return max(home.tokens, request.cached.get(snapshot.ids[home.at], 0))
 
 
 def shared_s(own_s: float | Column, under_way_bytes: float | Column, costs: ProfileTable) -> float | Column:
