@@ -44,6 +44,13 @@ def test_lengths_can_come_from_a_file_without_times(tmp_path: Path) -> None:
     assert [r.input_tokens for r in load_workload(WorkloadChoice(poisson=5, trace=str(path)))] == [5, 7]
 
 
+def test_blocks_can_be_joined() -> None:
+    fine = load_workload(WorkloadChoice(trace="like:agent:3", sessions_per_s=1.0))
+    coarse = load_workload(WorkloadChoice(trace="like:agent:3", sessions_per_s=1.0, join_blocks=64))
+    assert set(coarse.column("block_tokens")) == {64}
+    assert coarse.column("hash_ids")[-1] == fine.column("hash_ids")[-1][3::4]
+
+
 def test_a_duration_ends_a_process() -> None:
     chosen = load_workload(
         WorkloadChoice(bursts="50:1,0:1", duration_s=4, input_tokens="9", output_tokens="2")
@@ -65,6 +72,7 @@ def test_a_duration_ends_a_process() -> None:
         (WorkloadChoice(trace="x", input_tokens="5"), "brings its own lengths"),
         (WorkloadChoice(poisson=-1, limit=1), "positive rate"),
         (WorkloadChoice(poisson=1, limit=1, turn_gap_s=1), "--turn-gap goes with"),
+        (WorkloadChoice(poisson=1, limit=1, join_blocks=0), "--join-blocks must be 1 token or more"),
         (WorkloadChoice(poisson=1, duration_s=1e-9), "the workload is empty"),
     ],
 )

@@ -37,6 +37,9 @@ COLUMNS = {"columns": Flag(COLUMNS_HELP, "arrival=C,input=C,output=C")}
 TURN_GAP = {
     "turn_gap_s": Flag("Pause between turns of a session, for traces that have none.", "S", "--turn-gap")
 }
+JOIN_BLOCKS = {
+    "join_blocks": Flag("Join prefix blocks to ones of N tokens: long histories take less time.", "N")
+}
 SCALE_RATE = {"scale_rate": Flag("Divide times by X: bursts get denser, too.", "X")}
 SCALE_TOKENS = {"scale_tokens": Flag("Multiply lengths by X.", "X")}
 WINDOW = {

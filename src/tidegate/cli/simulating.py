@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar
 
 import tidegate
 from tidegate.api import DEFAULT_PROFILE
-from tidegate.cli.common_flags import CHUNKS_HELP, COLUMNS, SLO_CLASS, TURN_GAP, WINDOW
+from tidegate.cli.common_flags import CHUNKS_HELP, COLUMNS, JOIN_BLOCKS, SLO_CLASS, TURN_GAP, WINDOW
 from tidegate.cli.options import MILLISECONDS, Flag, OptionGroup, Rule, at_least
 from tidegate.cli.outputs import claim_folder
 from tidegate.cli.terminal import note, note_classes, warn
@@ -47,7 +47,7 @@ WORKLOAD = "Workload"
 FLEET = "Simulated fleet"
 ENGINE = "Engine and gateway"
 
-CUT = {**WINDOW, "limit": replace(WINDOW["limit"], name="--requests"), **TURN_GAP, **COLUMNS}
+CUT = {**WINDOW, "limit": replace(WINDOW["limit"], name="--requests"), **TURN_GAP, **JOIN_BLOCKS, **COLUMNS}
 """The flags of the part of a trace that is simulated."""
 
 

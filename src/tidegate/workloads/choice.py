@@ -24,6 +24,7 @@ from tidegate.workloads.reshape import replicate, reseeded
 from tidegate.workloads.trace import Workload
 from tidegate.workloads.transform import (
     by_session,
+    coarsen_blocks,
     limit,
     retime,
     scale_rate,
@@ -46,7 +47,8 @@ class WorkloadChoice:
     ``rate_rps`` if given. Generated lengths are a ``preset``'s, those of ``lengths_from``, or given.
     With ``keep_times`` another rate is more or fewer requests on one clock, where else times are stretched.
     ``columns`` names the trace's columns (``formats.given_format``). ``start_s`` and ``duration_s`` cut a
-    window out of the workload after ``scale_rate``.
+    window out of the workload after ``scale_rate``. With ``join_blocks`` prefix blocks are joined to ones of
+    so many tokens (``transform.coarsen_blocks``): long histories cost simulations time by the block.
     """
 
     trace: str = ""
@@ -68,6 +70,7 @@ class WorkloadChoice:
     duration_s: float | None = None
     limit: int | None = None
     turn_gap_s: float | None = None
+    join_blocks: int | None = None
     keep_times: bool = False
     seed: int = 0
 
@@ -93,6 +96,8 @@ def load_workload(choice: WorkloadChoice, *, trace_flag: str = "--trace") -> Wor
     process = _process(choice)
     made = read_trace(choice.trace, choice.columns) if process is None else _timed_by(process, choice)
     scaled = scale_tokens(scale_rate(made, choice.scale_rate), choice.scale_tokens)
+    if choice.join_blocks is not None:
+        scaled = coarsen_blocks(scaled, choice.join_blocks)
     cut = window(scaled, choice.start_s, float("inf") if choice.duration_s is None else choice.duration_s)
     chosen = cut if choice.limit is None else limit(cut, choice.limit)
     if not chosen:
@@ -138,6 +143,9 @@ def _problems(choice: WorkloadChoice, trace_flag: str) -> list[str]:
             gap_s is not None and not (choice.trace and processes)
         ),
         f"the rate factor must be positive, got {choice.scale_rate}": not choice.scale_rate > 0,
+        f"--join-blocks must be 1 token or more, got {choice.join_blocks}": (
+            choice.join_blocks is not None and choice.join_blocks < 1
+        ),
         f"--turn-gap must be 0 s or more, got {gap_s}": gap_s is not None and not 0 <= gap_s < float("inf"),
     }
     return [problem for problem, wrong in checks.items() if wrong]

@@ -26,6 +26,8 @@ QUICK_REQUESTS = 2000
 LONG_TTFT = 4.0
 """Times the usual target of the first token, where prompts are long."""
 LONG = ("long", "mooncake-conv", "gaia", "agent")
+BLOCK_TOKENS = 64
+"""Prefix blocks of rows with sessions: histories in smaller ones take most of a simulation's time."""
 ROUND_OF_A_SESSION = ("agent", "toolbench", "gaia", "hotpotqa", "dureader", "tau-airline")
 FLEETS = {
     "h100_sxm/llama-3.1-8b": Slo(0.5, 0.05),
@@ -41,13 +43,17 @@ NO_TRACES = ("README", "rate_curves", "lengths_")
 
 
 def rows(traces_from: Path | None, most_requests: int | None = None) -> list[Experiment]:
-    """Return the suite's rows, those of a folder's traces too, each of ``most_requests`` at most."""
+    """Return the suite's rows, those of a folder's traces too, each of ``most_requests`` at most; rows with
+    sessions keep theirs, for a fleet holds many of them at a time."""
     found: list[Experiment] = []
     for name, choice in {**_packaged(), **_of_folder(traces_from)}.items():
+        if name in ROUND_OF_A_SESSION:
+            choice = replace(choice, join_blocks=BLOCK_TOKENS)
         looser = LONG_TTFT if any(part in name for part in LONG) else 1.0
         for gpu, slo in FLEETS.items():
             for size, requests in SIZES.items():
-                sized = _sized(choice, min(requests, most_requests or requests))
+                most = requests if name in ROUND_OF_A_SESSION else most_requests or requests
+                sized = _sized(choice, min(requests, most))
                 found += _on(name, sized, gpu, replace(slo, ttft_s=looser * slo.ttft_s), size)
     return found
 
