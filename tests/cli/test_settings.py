@@ -360,10 +360,25 @@ def test_a_system_begins_with_the_answers_of_a_file(tmp_path: Path) -> None:
     warm, cold = (each.config.make_system().controllers[-1].initial() for each in settled)
     assert warm.warm and not cold.warm
     assert "follows no lengths" in problems(system="static", warm_start=trace)[0]
-    empty = tmp_path / "empty.jsonl"
-    empty.write_text('{"type":"header"}\n')
-    with pytest.raises(TraceError, match="no request was answered"):
-        settle(warm_start=empty)
+    begun = tmp_path / "begun.jsonl"
+    begun.write_text('{"type":"header"}\n')
+    assert settle(warm_start=begun).config.answered() == ()
+    neither = tmp_path / "neither.txt"
+    neither.write_text("neither\n")
+    with pytest.raises(TraceError, match="unknown column 'neither'"):
+        settle(warm_start=neither)
+
+
+@pytest.mark.parametrize("name", ["warm_start", "forecast_from"])
+def test_what_a_gateway_begins_with_may_be_the_journal_that_it_is_to_write(tmp_path: Path, name: str) -> None:
+    own, other = tmp_path / "own.jsonl", tmp_path / "other.jsonl"
+    assert "there is no such file" in problems(**{name: own})[0]
+    assert "there is no such file" in problems(**{name: other}, journal=own)[0]
+    file = f"[gateway]\njournal = '{own}'\n"
+    assert settle(file, folder=tmp_path, **{name: own}).config.answered() == ()
+    own.touch()
+    assert settle(file, folder=tmp_path, **{name: own}).config.answered() == ()
+    assert "follows no lengths" in problems(system="static", warm_start=own, journal=own)[0]
 
 
 def test_a_key_file_binds_keys_to_tenants(tmp_path: Path) -> None:

@@ -143,6 +143,19 @@ def test_a_journal_is_reported_replayed_and_never_overwritten(run: Run, tmp_path
     assert again.returncode == 2 and "never written over" in again.stderr
 
 
+def test_a_run_may_begin_with_the_journal_that_it_is_to_write(run: Run, tmp_path: Path) -> None:
+    own = tmp_path / "own.jsonl"
+    first = run("sim", *SMALL, "--warm-start", str(own), "--journal", str(own))
+    assert first.returncode == 0
+    assert "nothing is known at the start" in first.stderr
+    warm = run("sim", *SMALL, "--warm-start", str(own))
+    assert warm.returncode == 0
+    assert "nothing is known" not in warm.stderr
+    missing = run("sim", *SMALL, "--warm-start", str(tmp_path / "none.jsonl"), "--journal", str(own))
+    assert missing.returncode == 2
+    assert "none.jsonl" in missing.stderr
+
+
 def test_a_run_that_fails_leaves_no_half_journal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.gateway.gateway_cluster import Start
 from tidegate.core.decision import Flip
-from tidegate.core.errors import ConfigError
+from tidegate.core.errors import ConfigError, TraceError
 from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
 from tidegate.gateway.journal import JournalFile
@@ -110,6 +110,25 @@ async def test_a_full_disk_ends_the_journal_and_is_told_once(caplog: pytest.LogC
     assert not journal.enabled
     assert [r.levelno for r in caplog.records] == [logging.ERROR]
     assert "No space left" in caplog.text
+
+
+async def test_forecasts_may_begin_with_the_journal_that_is_to_be_written(
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = tmp_path / "journal.jsonl"
+    settings = GatewaySettings(forecast_from=own)
+    for begun in (False, True):
+        assert own.exists() is begun
+        cluster = await start("static", settings=settings)
+        await cluster.gateway.stop()
+        assert "forecasts begin with nothing" in caplog.text
+        caplog.clear()
+    other = tmp_path / "other.jsonl"
+    own.rename(other)
+    refused = Gateway(GatewaySettings(forecast_from=other), GivenFleet({"i0": ""}), make_system("static"))
+    with pytest.raises(TraceError, match="forecasts cannot begin with it"):
+        await refused.start()
+    await refused.stop()
 
 
 async def test_a_gateway_without_its_port_leaves_the_journal_alone(start: Start, tmp_path: Path) -> None:

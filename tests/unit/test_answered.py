@@ -48,13 +48,19 @@ def test_a_trace_gives_its_newest_requests_and_no_more_than_new_traffic_soon_out
     assert len(answered_in("like:long:300")) == len(answered_in("sample:azure-conv")) == MOST
 
 
-def test_a_journal_without_an_answer_is_refused(tmp_path: Path) -> None:
+def test_a_journal_without_an_answer_yet_gives_none_and_what_is_no_recording_is_refused(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "j.jsonl"
     path.write_bytes(encode_line(HeaderLine(0.0)) + b"\n")
-    with pytest.raises(TraceError, match="no request was answered"):
+    assert answered_in(str(path)) == ()
+    path.write_text("a shopping list\n")
+    with pytest.raises(TraceError, match="unknown column"):
         answered_in(str(path))
 
 
 def test_a_system_that_follows_no_lengths_is_not_given_any() -> None:
     with pytest.raises(ConfigError, match="'static' follows no lengths"):
         make_system("static", answered=answered_in("like:long:40"))
+    with pytest.raises(ConfigError, match="'static' follows no lengths"):
+        make_system("static", answered=())

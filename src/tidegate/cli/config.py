@@ -22,13 +22,13 @@ from tidegate.cli.scaling import ScalingSection
 from tidegate.cli.sections import Section, setting
 from tidegate.cli.setting_types import (
     Count,
-    ExistingFile,
     Fields,
     FilePath,
     Key,
     Multiple,
     Networks,
     Origins,
+    Recording,
     Seconds,
     Shares,
     Split,
@@ -48,6 +48,7 @@ from tidegate.signals.forecast.feed import PERIOD_S, STEPS
 from tidegate.systems.registry import GivenOptions
 
 if TYPE_CHECKING:
+    from tidegate.policies.protocols import AnswerLengths
     from tidegate.systems.system import System
 
 GATEWAY = GatewaySettings()
@@ -162,12 +163,12 @@ class SchedulingSection(Section):
     )
     forecast_period: Seconds = setting(PERIOD_S, "Length of a period of forecasts.", "S")
     forecast_steps: Count = setting(STEPS, "How many periods ahead they go.", "N")
-    forecast_from: ExistingFile | None = setting(
+    forecast_from: Recording | None = setting(
         None,
         "Begin forecasts with the arrivals and lengths of this journal; it may be that of --journal.",
         "JOURNAL",
     )
-    warm_start: ExistingFile | None = setting(
+    warm_start: Recording | None = setting(
         None,
         "Begin with the lengths of the newest answers in this journal, or of a trace: tidegate labels the "
         "fleet for them at once. It may be the file of --journal.",
@@ -247,10 +248,18 @@ class Config(Section):
             options["start_delay_s"] = (self.emulated.start_delay, self.emulated.start_delay)
         scheduling = self.scheduling
         if scheduling.warm_start is not None:
-            from tidegate.signals.answered import answered_in
-
-            options["answered"] = answered_in(str(scheduling.warm_start))
+            options["answered"] = self.answered()
         return make_system(scheduling.system, slo=scheduling.slo, chunks=scheduling.chunks, **options)
+
+    def answered(self) -> tuple[AnswerLengths, ...]:
+        """Return the answers that the system begins with. Raises TraceError as ``answered_in`` does."""
+        from tidegate.journal.reader import is_yet_to_come
+        from tidegate.signals.answered import answered_in
+
+        source = self.scheduling.warm_start
+        if source is None or is_yet_to_come(source, self.gateway.journal):
+            return ()
+        return answered_in(str(source))
 
     def served(self, system: System) -> System:
         """Return ``system`` as this fleet serves it: the plane keeps an order that vLLM servers do not, also

@@ -24,7 +24,7 @@ from tidegate.cli.config import Config
 from tidegate.cli.fleet_config import FleetSection
 from tidegate.cli.instance_keys import KeyFile, state_folder
 from tidegate.cli.model import NAMED, SMOLLM2, named_model, require_embedded
-from tidegate.cli.terminal import debugging, warn
+from tidegate.cli.terminal import debugging, note_cold_start, warn
 from tidegate.core.errors import SetupError
 from tidegate.costs.named_profile import load_profile, measured_profile, profile_line, profile_warnings
 from tidegate.costs.profile import Profile
@@ -67,6 +67,8 @@ def launch(config: Config) -> bool:
             f"{system.name} chooses chunks by {chunks.name}, which vLLM takes from nobody: steps carry what "
             "--max-num-batched-tokens said at the servers' launch"
         )
+    if config.scheduling.warm_start is not None and not config.answered():
+        note_cold_start(config.scheduling.warm_start)
     fleet = make_fleet(config, system)
     if system.name != COLOCATED and config.fleet.range.most > 1 and not _hands_on_kv(fleet, config.fleet):
         system = colocated_without_kv(config, system)

@@ -14,7 +14,7 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from tidegate.core.errors import ConfigError
 from tidegate.core.notation import FleetRange, parse_range, parse_split
@@ -168,8 +168,13 @@ def _file_path(value: Path) -> Path:
     return value
 
 
-def _existing_file(value: Path) -> Path:
-    if not value.is_file():
+def _recording(value: Path, info: ValidationInfo) -> Path:
+    """Return the file, absolute. ``info.context`` is the journal that the run writes: on its first start that
+    may be named before it is there."""
+    from tidegate.journal.reader import is_yet_to_come
+
+    journal = None if info.context is None else Path(str(info.context))
+    if not value.is_file() and not is_yet_to_come(value, journal):
         raise ValueError("there is no such file")
     return value.resolve()
 
@@ -210,7 +215,7 @@ Split = Annotated[tuple[int, int], _before(lambda value: parse_split(str(value))
 InstanceRange = Annotated[FleetRange, _before(_range)]
 """The least and the most instances of a fleet; N is both."""
 FilePath = Annotated[Path, _after(_file_path)]
-ExistingFile = Annotated[Path, _after(_existing_file)]
+Recording = Annotated[Path, AfterValidator(_recording)]
 ModelFolder = Annotated[Path, _after(_model_folder)]
 ServeWords = Annotated[str, _after(_serve_arguments)]
 Groups = Annotated[list[str], _before(_groups)]

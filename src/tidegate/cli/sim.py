@@ -38,16 +38,18 @@ from tidegate.cli.simulating import (
     with_classes,
     write_folder,
 )
-from tidegate.cli.terminal import FAILURE, note, run_until_interrupted, share_bar, warn
+from tidegate.cli.terminal import FAILURE, note, note_cold_start, run_until_interrupted, share_bar, warn
 from tidegate.core.defaults import DEFAULT_SYSTEM
 from tidegate.core.errors import ConfigError
 from tidegate.core.notation import FleetRange, parse_split
 from tidegate.dataplane.replica import EngineSettings
 from tidegate.experiments.run import CLOSED_LOOP, Finished, run_once
 from tidegate.experiments.setting import Setting, SimulatedFleet
+from tidegate.journal.reader import is_yet_to_come
 from tidegate.measure.run_view import view_of
 from tidegate.reports.comparison import ComparedSystem, Comparison, LevelGoodput, TraceComparison
 from tidegate.reports.run_block import render_run
+from tidegate.signals.answered import answered_in
 from tidegate.sim import SimSettings
 from tidegate.workloads.choice import WorkloadChoice, own_rate_rps, requests_of, starts_sessions
 
@@ -211,7 +213,11 @@ def run(
         chunks,
         options.warm_start,
     )
+    if is_yet_to_come(Path(options.warm_start), options.journal):
+        setting = replace(setting, warm_start="")
     setting.make_system()
+    if options.warm_start and not (setting.warm_start and answered_in(setting.warm_start)):
+        note_cold_start(options.warm_start)
     setting = replace(setting, settings=with_classes(settings, [setting.workload]))
     _note_assumptions(setting, given(context), options.rate_rps)
     if options.out is not None:

@@ -91,7 +91,7 @@ def resolve(
     for name, given in merged.items():
         sections[SETTINGS[name]][name] = given.value
     try:
-        config = Config.model_validate(sections)
+        config = Config.model_validate(sections, context=sections["gateway"].get("journal"))
     except ValidationError as error:
         problems += [_explain(fault, merged) for fault in error.errors()]
         raise ConfigError(problems) from None

@@ -53,6 +53,11 @@ def note_classes(all_of: Iterable[str], given: Container[str], slo: object) -> N
         note(f"no --slo-class for {', '.join(without)}: scored by {slo}")
 
 
+def note_cold_start(source: object) -> None:
+    """Print that a system that was to begin with the answers in ``source`` begins without any."""
+    note(f"--warm-start {source}: no request was answered in it yet, so nothing is known at the start")
+
+
 def tell_of_traces() -> None:
     """Print what trace files are taken for as they are read."""
     import logging

@@ -88,7 +88,7 @@ class Setting:
             fleet=self.bounds or ((size - settings.spares, size) if settings.spares else None),
             start_delay_s=settings.start_delays_s,
             advise=self.advise,
-            answered=answered_in(self.warm_start) if self.warm_start else (),
+            answered=answered_in(self.warm_start) if self.warm_start else None,
         )
         if self.fleet.labels:
             pairs = zip(self.fleet.labels, self.fleet.groups, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import signal
 import time
 from collections.abc import Callable
@@ -18,10 +19,12 @@ from tidegate.gateway.dispatcher import Dispatcher
 from tidegate.gateway.front import Front
 from tidegate.gateway.journal import JournalFile
 from tidegate.gateway.settings import GatewaySettings
+from tidegate.journal.reader import is_yet_to_come
 from tidegate.protocol.http_front import FrontRunner
-from tidegate.signals.forecast.recorded import RecordedLoad
+from tidegate.signals.forecast.recorded import NothingRecorded, RecordedLoad
 from tidegate.systems.system import System
 
+_log = logging.getLogger(__name__)
 DRAIN_S = 30.0
 """How long a stopping gateway lets running requests finish (ours)."""
 BACKLOG = 4096
@@ -49,9 +52,7 @@ class Gateway:
         the system lacks a signal, or forecasts cannot begin with the journal that is given for that.
         """
         settings, dispatcher = self._settings, self.dispatcher
-        known = None
-        if settings.forecast_from is not None:
-            known = RecordedLoad.read(settings.forecast_from, settings.forecast.period_s, time.time())
+        known = self._recorded_load()
         await self._runner.setup()
         self._site = web.TCPSite(self._runner, settings.host, settings.port, backlog=BACKLOG)
         try:
@@ -75,6 +76,20 @@ class Gateway:
         dispatcher.start(None if known is None else known.earlier(settings.forecast.period_s, time.time()))
         host, port = settings.host, self._runner.addresses[0][1]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def _recorded_load(self) -> RecordedLoad | None:
+        """Return what forecasts begin with. The gateway's own journal may tell nothing yet."""
+        source, journal = self._settings.forecast_from, self._settings.journal
+        if source is None:
+            return None
+        try:
+            if not is_yet_to_come(source, journal):
+                return RecordedLoad.read(source, self._settings.forecast.period_s, time.time())
+        except NothingRecorded:
+            if journal is None or journal.resolve() != source.resolve():
+                raise
+        _log.warning("forecasts begin with nothing: %s, which goes on, tells of no load yet", source)
+        return None
 
     async def drain(self, stop_early: asyncio.Task[int]) -> None:
         """Take no new request and wait for the running ones, at most DRAIN_S or until ``stop_early`` ends."""

@@ -111,6 +111,13 @@ def recorded_kind(path: str | Path) -> str:
     return kind if isinstance(kind, str) else ""
 
 
+def is_yet_to_come(recording: Path, journal: Path | None) -> bool:
+    """Tell whether a recording is the journal that a run is going to write, of which there is nothing yet."""
+    if journal is None or journal.resolve() != recording.resolve():
+        return False
+    return not recording.exists() or (recording.is_file() and recording.stat().st_size == 0)
+
+
 def read_journal(path: str | Path) -> Journal:
     """Read a journal. Raises TraceError for a broken or mistyped line, and for a file without a header."""
     lines = JournalLines(path)

@@ -32,7 +32,8 @@ class SystemOptions:
     placed against their own. ``fleet`` is the least and the most instances between which a system may add and
     remove some, None where it has those that there are; ``start_delay_s`` is what a prefill and a decode
     instance take to start. With ``advise`` a controller that sizes the fleet only says what it would do.
-    ``answered`` are requests of an earlier run, the oldest first, from whose lengths a system may begin.
+    ``answered`` are requests of an earlier run, the oldest first, from whose lengths a system may begin;
+    None: it is to begin without.
     """
 
     split: tuple[int, int] | None = None
@@ -41,7 +42,7 @@ class SystemOptions:
     fleet: tuple[int, int] | None = None
     start_delay_s: tuple[float, float] = (30.0, 45.0)
     advise: bool = False
-    answered: Sequence[AnswerLengths] = ()
+    answered: Sequence[AnswerLengths] | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.tick_s < float("inf"):
@@ -60,7 +61,7 @@ class GivenOptions(TypedDict, total=False):
     fleet: tuple[int, int] | None
     start_delay_s: tuple[float, float]
     advise: bool
-    answered: Sequence[AnswerLengths]
+    answered: Sequence[AnswerLengths] | None
 
 
 Factory = Callable[[SystemOptions], System]
@@ -83,7 +84,7 @@ def make_system(
     """
     factory, order = named(name)
     system = factory(SystemOptions(slo=slo or Slo(), **options))
-    if options.get("answered") and not system.observers:
+    if options.get("answered") is not None and not system.observers:
         raise ConfigError(f"system {name!r} follows no lengths: it has nothing to begin with earlier ones")
     if chunks is not None:
         system = replace(system, chunks=make_chunks(chunks))

@@ -25,7 +25,7 @@ def tidegate(options: SystemOptions) -> System:
     """One cost in seconds places both phases. All instances do both, and some only prefill where that serves
     more. Chunks follow the slack of decodes; of the prompts that can be in time the shortest is next. Within
     a range of instances, DOPD's forecast and caution say how many there are."""
-    both, lengths = OneCost(), RecentLengths(options.answered)
+    both, lengths = OneCost(), RecentLengths(options.answered or ())
     shape = FleetShape(lengths, options.slo)
     speed = ObservedSpeed(options.tick_s)
     controllers: tuple[Controller[Any], ...] = (speed, shape)

@@ -18,6 +18,10 @@ from tidegate.signals.forecast.series import LONGEST
 from tidegate.signals.forecast.source import Floats
 
 
+class NothingRecorded(TraceError):
+    """A journal tells nothing of the load that forecasts look back on."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class RecordedLoad:
     """When requests came and were answered, in seconds of the wall clock.
@@ -35,8 +39,8 @@ class RecordedLoad:
     def read(cls, path: Path, period_s: float, now_unix_s: float) -> RecordedLoad:
         """Read a journal. One of a simulation has no wall clock, and counts as ending now.
 
-        Raises TraceError for a file that is none, and for one without a request in a whole period of the time
-        that forecasts look back on.
+        Raises TraceError for a file that is none, and NothingRecorded for one without a request in a whole
+        period of the time that forecasts look back on.
         """
         lines = JournalLines(path)
         arrivals: list[tuple[float, float]] = []
@@ -62,7 +66,7 @@ class RecordedLoad:
         )
         rates = np.array([period[0] for period in found.periods(period_s, now_unix_s)], np.float64)
         if not (rates > 0).any():
-            raise TraceError(
+            raise NothingRecorded(
                 f"forecasts cannot begin with it: there is no request in any whole period of {period_s:g} s "
                 f"of the last {LONGEST * period_s / 86400.0:.1f} days",
                 file=str(path),
