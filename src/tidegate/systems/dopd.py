@@ -8,13 +8,15 @@ from typing import Any
 from tidegate.policies.baselines import MINIMAL_LOAD
 from tidegate.policies.dopd.controller import DopdController
 from tidegate.policies.dopd.planner_controllers import (
-    ForecastController,
-    LoadController,
+    Counts,
+    PlannerController,
+    by_forecast,
+    by_load,
     code_counts,
     sla_counts,
 )
 from tidegate.policies.orders import make_order
-from tidegate.policies.protocols import Controller
+from tidegate.policies.protocols import Controller, Signal
 from tidegate.systems.builtin import arrow
 from tidegate.systems.registry import SYSTEMS, SystemOptions
 from tidegate.systems.system import System
@@ -36,27 +38,32 @@ def dopd(options: SystemOptions) -> System:
 @SYSTEMS.register("dopd-code")
 def dopd_code(options: SystemOptions) -> System:
     """DOPD by the formula of its released code."""
-    controller = ForecastController("dopd-code", code_counts, options.fleet)
-    return _sized("dopd-code", "DOPD's released formula", options, controller)
+    return _forecast("dopd-code", "DOPD's released formula", options, code_counts)
 
 
 @SYSTEMS.register("dynamo-load")
 def dynamo_load(options: SystemOptions) -> System:
     """Dynamo's load planner: thresholds on the prefill queue and on the decode instances' KV."""
-    return _sized("dynamo-load", "pools sized by thresholds", options, LoadController(options.fleet))
+    controller = PlannerController("dynamo-load", by_load(options.fleet), options.fleet)
+    return _sized("dynamo-load", "pools sized by thresholds", options, controller)
 
 
 @SYSTEMS.register("dynamo-sla")
 def dynamo_sla(options: SystemOptions) -> System:
     """Dynamo's SLA planner: throughput that is forecast over throughput within the targets."""
-    controller = ForecastController("dynamo-sla", sla_counts(options.slo), options.fleet)
-    return _sized("dynamo-sla", "pools sized by throughput", options, controller)
+    return _forecast("dynamo-sla", "pools sized by throughput", options, sla_counts(options.slo))
 
 
 @SYSTEMS.register("reactive")
 def reactive(options: SystemOptions) -> System:
     """Arrow alone, which changes labels only once the load is there."""
     return replace(arrow(options), name="reactive", summary="role flips without a forecast: Arrow")
+
+
+def _forecast(name: str, summary: str, options: SystemOptions, counts: Counts) -> System:
+    needs = frozenset({Signal.PROFILE, Signal.FORECAST})
+    controller = PlannerController(name, by_forecast(counts), options.fleet, needs)
+    return _sized(name, summary, options, controller)
 
 
 def _sized(name: str, summary: str, options: SystemOptions, controller: Controller[Any]) -> System:

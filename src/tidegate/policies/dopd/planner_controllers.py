@@ -44,14 +44,19 @@ class PlannerState:
     saying: str = "the first interval has not ended"
 
 
-@dataclass(frozen=True, slots=True)
-class LoadController:
-    """``planners.dynamo_load``, once per interval on what was seen in it."""
+Planned = Callable[[Snapshot, PlannerState, int], tuple[Split, PlannerState]]
+"""The counts that a planner wants within a budget, by a state whose interval has just ended."""
 
+
+@dataclass(frozen=True, slots=True)
+class PlannerController:
+    """Asks ``planned`` once per interval; a system's ``needs`` are those of the planner."""
+
+    name: str
+    planned: Planned
     fleet: tuple[int, int] | None = None
-    name: str = "dynamo-load"
-    period_s: float = PULL_S
     needs: frozenset[Signal] = frozenset({Signal.PROFILE})
+    period_s: float = PULL_S
 
     def __post_init__(self) -> None:
         check_two_pools(self.fleet)
@@ -60,70 +65,83 @@ class LoadController:
         return PlannerState()
 
     def decide(self, snapshot: Snapshot, state: PlannerState) -> ControlDecision[PlannerState]:
-        """See ``Controller.decide``."""
+        """See ``Controller.decide``: look at the pools, and plan at the end of an interval."""
+        now, there = snapshot.at_s, snapshot.without_draining()
+        if len(there) < 2:
+            return ControlDecision(state, reason="holding because there are no two instances")
+        pools = PoolLoads.of(there)
+        have = (pools.prefill, pools.decode)
+        if state.began_s == -np.inf:
+            state = replace(state, began_s=now, had=have, busy_s=now)
+        busy_s = now if pools.requests else state.busy_s
+        state = replace(state, seen=(*state.seen, pools), busy_s=busy_s)
+        if now - state.began_s < INTERVAL_S:
+            return ControlDecision(state, reason=f"holding {have[0]} + {have[1]}: {state.saying}")
+        following = replace(state, began_s=now, had=have, seen=())
+        if state.had != have:
+            return ControlDecision(following, reason="holding because the counts changed in the interval")
+        least, most = self.fleet or (len(there), len(there))
+        if now - busy_s > IDLE_S:
+            wanted, state = (1, 1), replace(state, saying="nothing comes")
+        else:
+            wanted, state = self.planned(snapshot, state, most)
+        following = replace(following, grace=state.grace, saying=state.saying)
+        wanted = _filled(wanted, least)
+        if wanted == have:
+            return ControlDecision(following, reason=f"holding {have[0]} + {have[1]}: {state.saying}")
+        said = f"{wanted[0]} + {wanted[1]}: {state.saying}"
+        return ControlDecision(following, (SetTarget(*wanted, said),), said)
 
-        def planned(state: PlannerState, budget: int) -> tuple[Split, PlannerState]:
-            seen, (prefill, decode) = state.seen, state.had
-            queues = [pools.waiting for pools in seen]
-            shown = PoolsSeen(
-                queues[0],
-                queues[-1],
-                float(np.mean(queues)),
-                float(np.mean([pools.kv_share for pools in seen])),
-                seen[-1].unroomed,
-            )
-            # On a fixed fleet what is added to one pool is the other's.
-            most = budget + (self.fleet is None)
-            *wanted, grace = dynamo_load(shown, prefill, decode, state.grace, budget=most)
-            kv = f"decodes take {100 * shown.kv_share:.0f} % of their KV"
-            said = f"{shown.mean_queue:.1f} prompts wait per prefill instance, {kv}"
-            if self.fleet is None:
-                wanted = [*_lent((prefill, decode), (wanted[0], wanted[1]))]
-            return (wanted[0], wanted[1]), replace(state, grace=grace, saying=said)
 
-        return _by_interval(snapshot, state, self.fleet, planned)
+def by_load(fleet: tuple[int, int] | None) -> Planned:
+    """Return ``planners.dynamo_load`` on what was seen in the interval."""
+
+    def planned(snapshot: Snapshot, state: PlannerState, budget: int) -> tuple[Split, PlannerState]:
+        seen, (prefill, decode) = state.seen, state.had
+        queues = [pools.waiting for pools in seen]
+        shown = PoolsSeen(
+            queues[0],
+            queues[-1],
+            float(np.mean(queues)),
+            float(np.mean([pools.kv_share for pools in seen])),
+            seen[-1].unroomed,
+        )
+        # On a fixed fleet what is added to one pool is the other's.
+        most = budget + (fleet is None)
+        *wanted, grace = dynamo_load(shown, prefill, decode, state.grace, budget=most)
+        kv = f"decodes take {100 * shown.kv_share:.0f} % of their KV"
+        said = f"{shown.mean_queue:.1f} prompts wait per prefill instance, {kv}"
+        if fleet is None:
+            wanted = [*_lent((prefill, decode), (wanted[0], wanted[1]))]
+        return (wanted[0], wanted[1]), replace(state, grace=grace, saying=said)
+
+    return planned
 
 
 Counts = Callable[[IntervalLoad, ServingModel, int], Split]
 """Of a load on such instances within a budget."""
 
 
-@dataclass(frozen=True, slots=True)
-class ForecastController:
-    """``counts`` of the mean load that is forecast for the next interval."""
+def by_forecast(counts: Counts) -> Planned:
+    """Return ``counts`` of the mean load that is forecast for the next interval."""
 
-    name: str
-    counts: Counts
-    fleet: tuple[int, int] | None = None
-    period_s: float = PULL_S
-    needs: frozenset[Signal] = frozenset({Signal.PROFILE, Signal.FORECAST})
+    def planned(snapshot: Snapshot, state: PlannerState, budget: int) -> tuple[Split, PlannerState]:
+        forecast = snapshot.forecast
+        if forecast is None:
+            return state.had, replace(state, saying="there is no forecast yet")
+        means = (forecast.rate_rps, forecast.input_tokens, forecast.output_tokens)
+        rate_rps, inputs, outputs = (float(each.mean[0]) for each in means)
+        if not (rate_rps == rate_rps and inputs >= 1 and outputs >= 1):
+            return state.had, replace(state, saying="no answer's length is known yet")
+        load = IntervalLoad(rate_rps * INTERVAL_S, INTERVAL_S, inputs, outputs)
+        try:
+            wanted = counts(load, serving_model(snapshot, 1.0, 1.0), budget)
+        except ConfigError as error:
+            return state.had, replace(state, saying=error.message)
+        said = f"{rate_rps:.3g} requests/s of {inputs:.0f} and {outputs:.0f} tokens are expected"
+        return wanted, replace(state, saying=said)
 
-    def __post_init__(self) -> None:
-        check_two_pools(self.fleet)
-
-    def initial(self) -> PlannerState:
-        return PlannerState()
-
-    def decide(self, snapshot: Snapshot, state: PlannerState) -> ControlDecision[PlannerState]:
-        """See ``Controller.decide``."""
-
-        def planned(state: PlannerState, budget: int) -> tuple[Split, PlannerState]:
-            forecast = snapshot.forecast
-            if forecast is None:
-                return state.had, replace(state, saying="there is no forecast yet")
-            means = (forecast.rate_rps, forecast.input_tokens, forecast.output_tokens)
-            rate_rps, inputs, outputs = (float(each.mean[0]) for each in means)
-            if not (rate_rps == rate_rps and inputs >= 1 and outputs >= 1):
-                return state.had, replace(state, saying="no answer's length is known yet")
-            load = IntervalLoad(rate_rps * INTERVAL_S, INTERVAL_S, inputs, outputs)
-            try:
-                wanted = self.counts(load, serving_model(snapshot, 1.0, 1.0), budget)
-            except ConfigError as error:
-                return state.had, replace(state, saying=error.message)
-            said = f"{rate_rps:.3g} requests/s of {inputs:.0f} and {outputs:.0f} tokens are expected"
-            return wanted, replace(state, saying=said)
-
-        return _by_interval(snapshot, state, self.fleet, planned)
+    return planned
 
 
 def code_counts(load: IntervalLoad, model: ServingModel, budget: int) -> Split:
@@ -138,40 +156,6 @@ def sla_counts(slo: Slo) -> Counts:
         return dynamo_sla(load, model.profile, slo.tpot_s, model.kv_capacity_tokens, budget=budget)
 
     return counts
-
-
-def _by_interval(
-    snapshot: Snapshot,
-    state: PlannerState,
-    fleet: tuple[int, int] | None,
-    planned: Callable[[PlannerState, int], tuple[Split, PlannerState]],
-) -> ControlDecision[PlannerState]:
-    """Look at the pools; at the end of an interval ask ``planned`` for the counts within a budget."""
-    now, there = snapshot.at_s, snapshot.without_draining()
-    if len(there) < 2:
-        return ControlDecision(state, reason="holding because there are no two instances")
-    pools = PoolLoads.of(there)
-    have = (pools.prefill, pools.decode)
-    if state.began_s == -np.inf:
-        state = replace(state, began_s=now, had=have, busy_s=now)
-    busy_s = now if pools.requests else state.busy_s
-    state = replace(state, seen=(*state.seen, pools), busy_s=busy_s)
-    if now - state.began_s < INTERVAL_S:
-        return ControlDecision(state, reason=f"holding {have[0]} + {have[1]}: {state.saying}")
-    following = replace(state, began_s=now, had=have, seen=())
-    if state.had != have:
-        return ControlDecision(following, reason="holding because the counts changed in the interval")
-    least, most = fleet or (len(there), len(there))
-    if now - busy_s > IDLE_S:
-        wanted, state = (1, 1), replace(state, saying="nothing comes")
-    else:
-        wanted, state = planned(state, most)
-    following = replace(following, grace=state.grace, saying=state.saying)
-    wanted = _filled(wanted, least)
-    if wanted == have:
-        return ControlDecision(following, reason=f"holding {have[0]} + {have[1]}: {state.saying}")
-    said = f"{wanted[0]} + {wanted[1]}: {state.saying}"
-    return ControlDecision(following, (SetTarget(*wanted, said),), said)
 
 
 def _filled(split: Split, least: int) -> Split:
