@@ -269,7 +269,7 @@ class ServedRequest:
         try:
             if not await legs.tokenise(upstream) or legs.prompt_ids is None:
                 return None
-            tokens = dispatcher.sessions.held_of(legs.session, self.call.salt, legs.prompt_ids)
+            tokens = dispatcher.sessions.held_of(legs.session, self.call.salt, legs.prompt_ids) or 0
             worth = tokens >= holder.member.instance.block_tokens
             handle = await legs.export(holder, tokens) if worth else None
         except (EngineError, ClientError):
@@ -285,7 +285,7 @@ class ServedRequest:
         record.cached_tokens = times.cached_tokens
         now, read, shared = self._clock.now(), times.kv_loaded_tokens, None
         if legs.retells is not None and legs.session is not None and legs.prompt_ids is not None:
-            shared = self._dispatcher.sessions.held_of(legs.session, call.salt, legs.prompt_ids) or None
+            shared = self._dispatcher.sessions.held_of(legs.session, call.salt, legs.prompt_ids)
         self._plane.prefill_reported(legs, times.cached_tokens, now, read_tokens=read, shared_tokens=shared)
         record.observed_prefill_s = self._prefill_s(times, self.legs.first_s or self._clock.now())
         self._note_ttft(times)

@@ -24,12 +24,14 @@ class Conversations:
         self._known: OrderedDict[Key, array[int]] = OrderedDict()
         self._tokens = 0
 
-    def held_of(self, session: tuple[str, str], salt: str, prompt: list[int]) -> int:
+    def held_of(self, session: tuple[str, str], salt: str, prompt: list[int]) -> int | None:
         """Return how many tokens, but for its last, the prompt begins with that a round of the session ended
-        with; 0 where none is remembered."""
+        with; None where no round is remembered."""
         known = self._known.get((session, salt))
-        count = 0 if known is None else min(len(known), len(prompt) - 1)
-        if known is None or count < 1:
+        if known is None:
+            return None
+        count = min(len(known), len(prompt) - 1)
+        if count < 1:
             return 0
         asked = array("i", prompt[:count])
         differ = np.frombuffer(known, np.intc, count) != np.frombuffer(asked, np.intc)
