@@ -143,6 +143,26 @@ def test_a_journal_is_reported_replayed_and_never_overwritten(run: Run, tmp_path
     assert again.returncode == 2 and "never written over" in again.stderr
 
 
+def test_the_worst_that_are_explained_were_served_and_the_refused_are_counted(
+    run: Run, tmp_path: Path
+) -> None:
+    journal = tmp_path / "j.jsonl"
+    row = (
+        '{"type":"outcome","t":3,"timestamp":0,"input_length":9,"output_length":1,"request":"%s",'
+        '"attained":false,"slo":{"ttft_s":0.5,"tpot_s":0.03},%s}\n'
+    )
+    lines = [row % (f"r{number}", '"outcome":"overloaded"') for number in range(3)]
+    served = row % ("late", '"outcome":"ok","prefill_on":"i0","ttft_s":0.9')
+    journal.write_text('{"type":"header","t":0}\n' + "".join(lines))
+    found = run("explain", str(journal), "--worst", "2")
+    assert found.stdout.strip() == ""
+    assert "no request that was served missed its targets" in found.stderr
+    journal.write_text('{"type":"header","t":0}\n' + "".join(lines) + served)
+    found = run("explain", str(journal), "--worst", "2")
+    assert found.stdout.startswith("Request late") and "r0" not in found.stdout
+    assert found.stderr == "tidegate: 3 missed without being placed: 3 overloaded\n"
+
+
 def test_a_run_may_begin_with_the_journal_that_it_is_to_write(run: Run, tmp_path: Path) -> None:
     own = tmp_path / "own.jsonl"
     first = run("sim", *SMALL, "--warm-start", str(own), "--journal", str(own))

@@ -75,7 +75,18 @@ def test_a_flip_has_the_fleet_before_it_the_last_word_and_what_followed(lines: l
 def test_a_moment_and_the_worst(lines: list[JournalLine]) -> None:
     assert "the fleet was 1 prefill, 2 decode" in explain_moment(lines, 2.2)
     assert "2 requests were under way" in explain_moment(lines, 2.2)
-    assert worst_requests(lines, 5) == ["r2", "r1"], "one that failed missed by more than any delay"
+
+
+def test_the_worst_are_of_those_that_were_served_and_the_refused_are_counted(
+    lines: list[JournalLine],
+) -> None:
+    failed = OutcomeLine(
+        request="r3", timestamp_ms=0.0, outcome="engine_fault", prefill_on="i0", attained=False
+    )
+    ids, elsewhere = worst_requests([*lines, failed], 5)
+    assert ids == ["r3", "r1"], "one that failed missed by more than any delay"
+    assert elsewhere == {"overloaded": 1}
+    assert worst_requests([*lines, failed], 1)[0] == ["r3"]
 
 
 def test_an_unknown_request_names_some_that_there_are(lines: list[JournalLine]) -> None:

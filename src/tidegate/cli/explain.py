@@ -41,7 +41,7 @@ def run(
     flip: Annotated[int | None, Flag("Explain flip number N, from 1.", "N")] = None,
     at: Annotated[float | None, Flag("Explain the fleet S seconds into the journal.", "S")] = None,
     worst: Annotated[
-        int | None, Flag("Explain the N requests that missed by most.", "N", more={"min": 1})
+        int | None, Flag("Explain the N served requests that missed by most.", "N", more={"min": 1})
     ] = None,
 ) -> None:
     """Explain decisions of a recorded run: what was known, what was chosen, what came of it.
@@ -56,9 +56,15 @@ def run(
     lines = list(recording)
     if recording.truncated:
         note(f"{journal}: the last line is cut off")
-    ids = [*(requests or []), *(worst_requests(lines, worst) if worst is not None else [])]
-    if worst is not None and len(ids) == len(requests or []):
-        note("no request missed its targets")
+    ids = list(requests or [])
+    if worst is not None:
+        served, elsewhere = worst_requests(lines, worst)
+        ids += served
+        if not served:
+            note("no request that was served missed its targets")
+        if elsewhere:
+            said = ", ".join(f"{count:,} {outcome}" for outcome, count in elsewhere.most_common())
+            note(f"{elsewhere.total():,} missed without being placed: {said}")
     parts = [explain_request(lines, each) for each in ids]
     parts += [explain_flip(lines, flip)] if flip is not None else []
     parts += [explain_moment(lines, at)] if at is not None else []

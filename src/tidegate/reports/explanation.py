@@ -100,10 +100,16 @@ def explain_moment(lines: Lines, at_s: float) -> str:
     return "\n".join(text)
 
 
-def worst_requests(lines: Lines, most: int) -> list[str]:
-    """Return the ids of the requests that missed by most: those that failed, then by times of a target."""
+def worst_requests(lines: Lines, most: int) -> tuple[list[str], Counter[str]]:
+    """Return who missed by most of the requests that were served, and how many missed that ran nowhere.
+
+    The former are ids, first those that failed, then by times of a target. The latter, refused or gone before
+    they were placed, are counted by outcome.
+    """
     missed = [line for line in lines if isinstance(line, OutcomeLine) and line.attained is False]
-    return [line.request for line in sorted(missed, key=_excess, reverse=True)[:most]]
+    served = [line for line in missed if line.ok or line.prefill_on is not None]
+    ids = [line.request for line in sorted(served, key=_excess, reverse=True)[:most]]
+    return ids, Counter(line.outcome for line in missed if not line.ok and line.prefill_on is None)
 
 
 def _excess(line: OutcomeLine) -> float:
