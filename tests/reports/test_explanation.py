@@ -8,7 +8,7 @@ import pytest
 
 from tidegate.core.errors import ConfigError
 from tidegate.journal.reader import JournalLines
-from tidegate.journal.schema import FlipLine, JournalLine, OutcomeLine
+from tidegate.journal.schema import Chosen, ControlLine, DecisionLine, FlipLine, JournalLine, OutcomeLine
 from tidegate.reports.explanation import explain_flip, explain_moment, explain_request, worst_requests
 
 JOURNAL = """\
@@ -75,6 +75,8 @@ def test_a_flip_has_the_fleet_before_it_the_last_word_and_what_followed(lines: l
 def test_a_moment_and_the_worst(lines: list[JournalLine]) -> None:
     assert "the fleet was 1 prefill, 2 decode" in explain_moment(lines, 2.2)
     assert "2 requests were under way" in explain_moment(lines, 2.2)
+    silent = ControlLine(2.1, "", 0, controller="speed")
+    assert "speed said" not in explain_moment([*lines, silent], 2.2)
 
 
 def test_the_worst_are_of_those_that_were_served_and_the_refused_are_counted(
@@ -94,3 +96,19 @@ def test_an_unknown_request_names_some_that_there_are(lines: list[JournalLine]) 
         explain_request(lines, "r9")
     unfinished = [line for line in lines if not isinstance(line, OutcomeLine)]
     assert "it has not ended" in explain_request(unfinished, "r1")
+
+
+def test_a_number_and_its_unit_stay_on_one_line(lines: list[JournalLine]) -> None:
+    said = explain_request(lines, "r1") + explain_flip(lines, 1) + explain_moment(lines, 2.2)
+    assert "100.0 ms" in said and "\N{NO-BREAK SPACE}" not in said
+    for width in range(90):
+        decision = DecisionLine(
+            1.0,
+            "r8",
+            "place_prefill",
+            Chosen(prefill_on="i" * width),
+            [{"instance": "i" * width, "wait_s": 0.1, "cost_s": 1.0, "late_s": 2.0}],
+            {"wait_s": 0.1, "prefill_s": 0.2},
+        )
+        for line in explain_request([decision], "r8").splitlines():
+            assert not line.strip().startswith(("ms", "s,"))

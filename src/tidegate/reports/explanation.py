@@ -27,6 +27,8 @@ ALTERNATIVES = 3
 AROUND_S = 10.0
 """Before and after a flip: requests that arrived within are compared."""
 WIDTH = 100
+TOGETHER = "\N{NO-BREAK SPACE}"
+"""Between a number and its unit until lines are broken."""
 MARGIN = " " * 13
 """Under the time of a line."""
 
@@ -57,7 +59,7 @@ def explain_request(lines: Lines, request: str) -> str:
                 text += _ended(line)
     if outcome is None:
         text += [f"{MARGIN}it has not ended in this journal"]
-    return "\n".join(text)
+    return _page(text)
 
 
 def explain_flip(lines: Lines, number: int) -> str:
@@ -85,7 +87,7 @@ def explain_flip(lines: Lines, number: int) -> str:
     outcomes = [line for line in lines if isinstance(line, OutcomeLine) and not line.refused]
     for name, start_s in (("before", flip.t_s - AROUND_S), ("after", flip.t_s)):
         text += [f"{MARGIN}{AROUND_S:.0f} s {name}: {_fared(outcomes, start_s, start_s + AROUND_S)}"]
-    return "\n".join(text)
+    return _page(text)
 
 
 def explain_moment(lines: Lines, at_s: float) -> str:
@@ -97,7 +99,7 @@ def explain_moment(lines: Lines, at_s: float) -> str:
     under_way = sum(line.arrival_s <= at_s < line.end_s for line in outcomes)
     text += [f"{MARGIN}{under_way} requests were under way"]
     text += [f"{MARGIN}{AROUND_S:.0f} s before: {_fared(outcomes, at_s - AROUND_S, at_s)}"]
-    return "\n".join(text)
+    return _page(text)
 
 
 def worst_requests(lines: Lines, most: int) -> tuple[list[str], Counter[str]]:
@@ -155,12 +157,7 @@ def _decision(line: DecisionLine) -> list[str]:
     for other in line.alternatives[: ALTERNATIVES + 1]:
         terms = {name: value for name, value in other.items() if name != "instance"}
         mark = "chosen " if other.get("instance") == on else "instead"
-        text += wrap(
-            f"{mark} {other.get('instance')}: {_terms(terms)}",
-            WIDTH,
-            initial_indent=MARGIN,
-            subsequent_indent=MARGIN + "  ",
-        )
+        text += _indented(f"{mark} {other.get('instance')}: {_terms(terms)}")
     return text
 
 
@@ -204,7 +201,7 @@ def _ended(line: OutcomeLine) -> list[str]:
         f"{stage} {_seconds(line.stages_s[stage])}" for stage in STAGES if line.stages_s.get(stage)
     )
     if parts:
-        text += wrap(f"spent in {parts}", WIDTH, initial_indent=MARGIN, subsequent_indent=MARGIN + "  ")
+        text += _indented(f"spent in {parts}")
     if line.predicted_prefill_s and line.observed_prefill_s:
         ratio = line.observed_prefill_s / line.predicted_prefill_s
         text.append(
@@ -239,7 +236,9 @@ def _labels(before: Lines) -> str:
 
 
 def _last_words(before: Lines) -> dict[str, ControlLine]:
-    return {line.controller: line for line in before if isinstance(line, ControlLine)}
+    """Return the last line of each controller that has anything to say."""
+    last = {line.controller: line for line in before if isinstance(line, ControlLine)}
+    return {name: line for name, line in last.items() if line.reason}
 
 
 def _said(word: ControlLine) -> str:
@@ -272,10 +271,24 @@ def _term(name: str, value: str | float) -> str:
 
 
 def _seconds(value: float) -> str:
-    return f"{value:.2f} s" if abs(value) >= 1.0 else f"{1000 * value:.1f} ms"
+    number, unit = (f"{value:.2f}", "s") if abs(value) >= 1.0 else (f"{1000 * value:.1f}", "ms")
+    return f"{number}{TOGETHER}{unit}"
 
 
 def _at(t_s: float, said: str) -> list[str]:
     """Return what was said at a time, wrapped."""
     stamp = f"{t_s:>9.3f} s  ".ljust(len(MARGIN))
-    return [f"{MARGIN if row else stamp}{part}" for row, part in enumerate(wrap(said, WIDTH - len(MARGIN)))]
+    return _wrapped(said, stamp, MARGIN)
+
+
+def _indented(said: str) -> list[str]:
+    """Return what belongs to the line above, wrapped."""
+    return _wrapped(said, MARGIN, MARGIN + "  ")
+
+
+def _wrapped(said: str, first: str, further: str) -> list[str]:
+    return wrap(said, WIDTH, initial_indent=first, subsequent_indent=further)
+
+
+def _page(lines: Sequence[str]) -> str:
+    return "\n".join(lines).replace(TOGETHER, " ")
