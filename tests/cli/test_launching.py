@@ -14,7 +14,7 @@ import pytest
 from tidegate import __version__
 from tidegate.cli import launch, model
 from tidegate.cli.sources import resolve
-from tidegate.core.errors import FleetFull, SetupError
+from tidegate.core.errors import SetupError
 from tidegate.core.instance import Instance
 from tidegate.fleet.launched_vllm import LaunchedVllmFleet
 from tidegate.fleet.member import FleetListener, Member
@@ -187,8 +187,13 @@ def test_two_makers_at_once_agree(cache: Path, monkeypatch: pytest.MonkeyPatch) 
     assert list(cache.iterdir()) == [folder]
 
 
-async def test_the_announced_fleet_says_who_comes_up(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_the_announced_fleet_says_who_comes_up(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     member = Member(Instance("i0", 64, 32), "http://a", "m", "i0-1")
+    added = Member(Instance("i1", 64, 32), "http://b", "m", "i1-1")
+    now_s = 100.0
+    monkeypatch.setattr("tidegate.cli.launch.time.monotonic", lambda: now_s)
 
     class Scripted:
         ids = ("i0",)
@@ -198,6 +203,7 @@ async def test_the_announced_fleet_says_who_comes_up(capsys: pytest.CaptureFixtu
             return {}
 
         async def start(self, listener: FleetListener) -> None:
+            self.listener = listener
             listener.member_up(member)
             listener.member_down("i0", "was killed by SIGKILL")
 
@@ -205,7 +211,7 @@ async def test_the_announced_fleet_says_who_comes_up(capsys: pytest.CaptureFixtu
             self.suspected = instance_id
 
         def add(self) -> str:
-            raise FleetFull("scripted")
+            return "i1"
 
         def remove(self, instance_id: str, reason: str) -> bool:
             return False
@@ -229,11 +235,20 @@ async def test_the_announced_fleet_says_who_comes_up(capsys: pytest.CaptureFixtu
     announced = launch.AnnouncedFleet(scripted)
     await announced.start(gateway)
     announced.suspect("i0")
+    now_s += 3.0
+    scripted.listener.member_up(member)
+    assert announced.add() == "i1"
+    now_s += 4.0
+    scripted.listener.member_up(added)
     await announced.stop()
-    assert gateway.heard == ("i0-1", "i0", "was killed by SIGKILL")
+    assert gateway.heard == ("i0-1", "i0", "was killed by SIGKILL", "i0-1", "i1-1")
     assert announced.model == "m" and announced.ids == ("i0",) and scripted.suspected == "i0"
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("  i0 up after 0.0 s: m at http://a")
+    lines = [line.partition(",")[0] for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "  i0 up after 0.0 s: m at http://a",
+        "  i0 up after 3.0 s: m at http://a",
+        "  i1 up after 4.0 s: m at http://b",
+    ]
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -217,22 +217,24 @@ def new_log_folder() -> Path:
 
 
 class AnnouncedFleet:
-    """A fleet that prints which instances come up and when, and until the first start is over what the others
+    """A fleet that prints which instances come up and how long that took, from the fleet's start, from when
+    one was asked for, or from when it went down. Until the first start is over it also prints what the others
     do: one line that changes on a terminal, else one every ``PROGRESS_S``. Passes everything else on."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
         self.ids = fleet.ids
         self.starting = fleet.starting
-        self.suspect, self.add, self.remove = fleet.suspect, fleet.add, fleet.remove
+        self.suspect, self.remove = fleet.suspect, fleet.remove
+        self._away_since_s: dict[str, float] = {}
         self._keys = KeyFile()
         self.model = ""
         """The model of the first member that came up."""
 
     async def start(self, listener: FleetListener) -> None:
         self._began_s = time.monotonic()
-        self._member_up = listener.member_up
-        self.member_down, self.start_failed = listener.member_down, listener.start_failed
+        self._listener = listener
+        self.start_failed = listener.start_failed
         progress = asyncio.create_task(self._show_progress())
         try:
             await self._fleet.start(self)
@@ -263,15 +265,25 @@ class AnnouncedFleet:
         if sys.stdout.isatty():
             typer.echo("\r\x1b[K", nl=False)
 
+    def add(self) -> str:
+        instance_id = self._fleet.add()
+        self._away_since_s[instance_id] = time.monotonic()
+        return instance_id
+
+    def member_down(self, instance_id: str, reason: str) -> None:
+        self._away_since_s[instance_id] = time.monotonic()
+        self._listener.member_down(instance_id, reason)
+
     def member_up(self, member: Member) -> None:
+        since_s = self._away_since_s.pop(member.instance.id, self._began_s)
         self.model = self.model or member.model
         self._keys.add(member)
         self._clear_line()
         typer.echo(
-            f"  {member.instance.id} up after {time.monotonic() - self._began_s:.1f} s: {member.model} at "
+            f"  {member.instance.id} up after {time.monotonic() - since_s:.1f} s: {member.model} at "
             f"{member.url}, KV for {member.instance.kv_capacity_tokens} tokens"
         )
-        self._member_up(member)
+        self._listener.member_up(member)
 
 
 def _show_profiles(names: Sequence[str], model: str) -> None:
