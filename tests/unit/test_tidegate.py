@@ -211,13 +211,27 @@ class TestFleetShape:
         ledger = cluster(8, roles=(M,) * 8)
         assert not self.tick(self.shape(answers=10), ledger, ShapeState(5)).actions
 
-    def test_labels_change_one_after_the_other_once_plans_agree(self) -> None:
+    def test_labels_change_at_once_as_agreeing_plans_have_it(self) -> None:
         ledger, shape = cluster(8, roles=(M,) * 8, profile=FAST), self.shape()
         decode(ledger, "i0", 20_000)
         first = self.tick(shape, ledger)
         assert not first.actions and first.state.plans == 1
-        (flip,) = self.tick(shape, ledger, first.state).actions
-        assert isinstance(flip, Flip) and flip.to is P and flip.instance != "i0"
+        second = self.tick(shape, ledger, first.state)
+        flips = [flip for flip in second.actions if isinstance(flip, Flip)]
+        assert len(flips) == first.state.nearest > 1
+        assert all(flip.to is P and flip.instance != "i0" for flip in flips)
+        assert second.state.plans == 0, "further plans have to agree anew"
+
+    def test_of_agreeing_plans_that_which_changes_least_is_carried_out(self) -> None:
+        ledger, shape = cluster(8, roles=(M,) * 8, profile=FAST), self.shape()
+        (flip,) = self.tick(shape, ledger, ShapeState(1, nearest=1)).actions
+        assert isinstance(flip, Flip) and flip.to is P
+        all_prefill = cluster(8, roles=(P,) * 7 + (M,), profile=FAST)
+        fewer = self.shape(prompt=290, generated=370)
+        (flip,) = self.tick(fewer, all_prefill, ShapeState(-1, nearest=6)).actions
+        assert isinstance(flip, Flip) and flip.to is M
+        anew = self.tick(shape, ledger, ShapeState(-1, nearest=0))
+        assert not anew.actions and (anew.state.plans, anew.state.nearest > 1) == (1, True)
 
     def test_traffic_that_is_known_beforehand_labels_the_fleet_at_once_and_then_as_ever(self) -> None:
         ledger = cluster(8, roles=(M,) * 8, profile=FAST)
@@ -264,10 +278,11 @@ class TestFleetShape:
     def test_a_fleet_that_can_grow_does_both_everywhere(self) -> None:
         ledger = cluster(8, roles=(P, M, M, M, M, M, M, M), profile=FAST)
         grows, full = (replace(self.shape(), most=most) for most in (9, 8))
-        (flip,) = self.tick(grows, ledger, ShapeState(5)).actions
+        (flip,) = self.tick(grows, ledger, ShapeState(5, nearest=8)).actions
         assert isinstance(flip, Flip) and (flip.instance, flip.to) == ("i0", M)
         assert any(
-            isinstance(flip, Flip) and flip.to is P for flip in self.tick(full, ledger, ShapeState(5)).actions
+            isinstance(flip, Flip) and flip.to is P
+            for flip in self.tick(full, ledger, ShapeState(5, nearest=8)).actions
         )
 
     def test_answers_that_still_run_count_while_all_that_ended_are_remembered(self) -> None:
@@ -285,7 +300,7 @@ class TestFleetShape:
         equal = self.tick(shape, ledger).reason
         ledger.profile_scaled("i5", 2.0, 2.0)
         slow = self.tick(shape, ledger)
-        (flip,) = self.tick(shape, ledger, slow.state).actions
+        (flip,) = self.tick(shape, ledger, slow.state._replace(nearest=1)).actions
         assert isinstance(flip, Flip) and (flip.instance, flip.to) == ("i5", P)
         assert slow.reason != equal
 

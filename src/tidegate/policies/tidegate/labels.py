@@ -22,23 +22,22 @@ class ShapeConstants:
     """All ours. Labels change where that gains the share ``gain`` of what the fleet serves, and where
     ``agreeing`` plans in a row say so; of shapes within ``even`` of the best it is that with most instances
     that do both, for bursts are met by whoever is free, and what there is stays unless that one serves more
-    by as much. A plan moves the share ``step`` of the fleet at most: lengths are known late. Lengths are
-    believed from ``fewest`` answers on. Up to ``units`` steps of a fleet are compared. Where decodes take
-    more than ``crowded`` of their TPOT target or of the KV, one of those for prefill does both at once,
-    whatever plans say, and for ``rest_s`` there are no more than the others, or for ``longest_rest_s`` (see
-    ``Rest``).
+    by as much. Of plans that agree the one that changes least is carried out, as a whole: a fleet that
+    changes one by one comes too late for bursts. Lengths are believed from ``fewest`` answers on. Up to
+    ``units`` steps of a fleet are compared. Where decodes take more than ``crowded`` of their TPOT target or
+    of the KV, one of those for prefill does both at once, whatever plans say, and for ``rest_s`` there are
+    no more than the others, or for ``longest_rest_s`` (see ``Rest``).
     """
 
     gain: float = 0.07
     even: float = 0.02
     agreeing: int = 2
-    step: float = 0.125
     fewest: int = 32
     units: int = 32
     crowded: float = 0.95
     rest_s: float = 900.0
     longest_rest_s: float = 14_400.0
-    period_s: float = 2.0
+    period_s: float = 1.0
 
 
 class Rest(NamedTuple):
@@ -65,10 +64,12 @@ class Rest(NamedTuple):
 
 
 class ShapeState(NamedTuple):
-    """How many of the newest plans in a row wanted more prefill instances (negative: fewer). ``warm``: the
-    traffic was known before the first plan, so that this one is carried out at once and as a whole."""
+    """How many of the newest plans in a row wanted more prefill instances (negative: fewer), and how many
+    the ``nearest`` of them wanted, that which changes least. ``warm``: the traffic was known before the first
+    plan, so that this one is carried out at once."""
 
     plans: int = 0
+    nearest: int = 0
     rest: Rest = Rest()
     warm: bool = False
 
@@ -104,7 +105,7 @@ class FleetShape:
         prefill = int(np.count_nonzero(fleet.labelled(Role.PREFILL)))
         if prefill and (share := self._crowding(fleet)) > constants.crowded:
             why = f"decodes take {share:.0%} of what they may: fewer instances prefill only"
-            rests = ShapeState(0, state.rest.after(prefill - 1, fleet.at_s, constants))
+            rests = ShapeState(rest=state.rest.after(prefill - 1, fleet.at_s, constants))
             return ControlDecision(rests, tuple(flips_to(fleet, prefill - 1, why)), why)
         if self.most is not None and len(fleet) < self.most:
             why = f"{len(fleet)} of {self.most} instances are up: all do both"
@@ -123,12 +124,15 @@ class FleetShape:
             swaps = flips_to(fleet, prefill, "others lose less by it")
             return ControlDecision(state._replace(plans=0), tuple(swaps), told)
         direction = 1 if wanted > prefill else -1
-        plans = state.plans + direction if state.plans * direction > 0 else direction
-        state = state._replace(plans=plans)
+        if state.plans * direction > 0:
+            plans = state.plans + direction
+            wanted = min(wanted, state.nearest) if direction > 0 else max(wanted, state.nearest)
+        else:
+            plans = direction
+        state = state._replace(plans=plans, nearest=wanted)
         if abs(plans) < constants.agreeing:
             return ControlDecision(state, reason=f"{told}: once more")
-        wanted = min(wanted, prefill + max(1, int(constants.step * len(fleet))))
-        return ControlDecision(state, tuple(flips_to(fleet, wanted, told)), told)
+        return ControlDecision(state._replace(plans=0), tuple(flips_to(fleet, wanted, told)), told)
 
     def _compared(self, fleet: Snapshot, demand: MeanRequest, prefill: int) -> tuple[str, int]:
         """Return a sentence and how many instances should prefill only: as many as do, unless that gains."""
