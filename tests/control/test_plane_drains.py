@@ -32,7 +32,7 @@ from tidegate.core.decision import (
     Undrain,
 )
 from tidegate.core.instance import Role
-from tidegate.policies.starting_roles import mixed_roles
+from tidegate.policies.starting_roles import TARGET, mixed_roles
 from tidegate_testing import REFERENCE, instance
 
 
@@ -172,6 +172,18 @@ def test_a_target_takes_its_drains_back_and_moves_decodes_off_what_becomes_prefi
     (move,) = only(relabelled, StartMigration)
     assert move.migrate.src == flipped.instance != move.migrate.dst
     assert plane.membership.draining == {"i0": False}, "an operator's drain is nobody else's"
+
+
+def test_decodes_of_several_that_become_prefill_at_once_go_to_those_that_stay() -> None:
+    plane = make_plane(4, roles=mixed_roles)
+    lives = [PlainRequest(f"r{number}") for number in range(3)]
+    flipped = sorted({decoding(plane, live).on for live in lives})
+    assert len(flipped) == 3
+    effects = plane.act([Flip(name, Role.PREFILL, TARGET) for name in flipped], 0.2)
+    (stays,) = set(plane.ledger.ids) - set(flipped)
+    moves = [effect.migrate for effect in effects if isinstance(effect, StartMigration)]
+    assert sorted(move.src for move in moves) == flipped
+    assert {move.dst for move in moves} == {stays}
 
 
 def test_a_size_leaves_labels_alone_and_takes_its_drains_back() -> None:

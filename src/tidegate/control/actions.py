@@ -63,13 +63,17 @@ class Actions:
     def execute(self, actions: Iterable[Action], now: float) -> Effects:
         """Carry out each action as far as it is legal; one that is not changes nothing.
 
-        A flip is legal where an instance is up, flippable and labelled otherwise.
+        A flip is legal where an instance is up, flippable and labelled otherwise. What decodes on instances
+        that are to prefill only moves once all flips in a row are done: none goes where it could not stay.
         """
         effects: Effects = []
+        emptied: list[str] = []
         for action in actions:
+            if not isinstance(action, Flip):
+                self._move_decodes_off(emptied, now, effects)
             match action:
                 case Flip():
-                    self._flip(action, now, effects)
+                    self._flip(action, now, effects, emptied)
                 case Migrate():
                     self._migrate(action, now, effects)
                 case SetTarget() | SetSize():
@@ -98,6 +102,7 @@ class Actions:
                         self._stop(instance, reason, effects)
                 case Rescale(instance, prefill, step):
                     self.rescale(instance, prefill, step, now)
+        self._move_decodes_off(emptied, now, effects)
         return effects
 
     def rescale(self, instance: str, prefill: float, step: float, now: float) -> None:
@@ -139,7 +144,7 @@ class Actions:
             return steps_to_size(view, target, starting.total(), released)
         return steps_to_target(view, target, starting, released)
 
-    def _flip(self, flip: Flip, now: float, effects: Effects) -> None:
+    def _flip(self, flip: Flip, now: float, effects: Effects, emptied: list[str]) -> None:
         if flip.instance not in self._ledger.ids:
             return
         before, why = self._ledger.role_of(flip.instance), flip.sentence()
@@ -150,7 +155,13 @@ class Actions:
             effects.append(Flipped(flip.instance, before, flip.to, flip.reason, why))
             if flip.reason == TARGET and flip.to is Role.PREFILL:
                 # It is to stay so: beside prompts, what still decodes there would be late.
-                self._move_away(flip.instance, self._ledger.residents(flip.instance).decodes, now, effects)
+                emptied.append(flip.instance)
+
+    def _move_decodes_off(self, emptied: list[str], now: float, effects: Effects) -> None:
+        """Have what decodes on these instances move, and forget them."""
+        for instance in emptied:
+            self._move_away(instance, self._ledger.residents(instance).decodes, now, effects)
+        emptied.clear()
 
     def _migrate(self, migrate: Migrate, now: float, effects: Effects) -> None:
         live = self._requests.get(migrate.request)
