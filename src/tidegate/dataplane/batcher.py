@@ -41,7 +41,7 @@ from tidegate.dataplane.step_blocks import StepBlocks
 from tidegate.dataplane.step_room import StepRoom
 from tidegate.policies.chunks import FIXED, ChunkBudget
 from tidegate.policies.dues import TokenDues
-from tidegate.policies.order import Ticket, WaitingQueue
+from tidegate.policies.order import UNKNOWN, WaitingQueue
 
 
 class Batcher:
@@ -207,9 +207,10 @@ class Batcher:
         else:
             self._queued += 1
             ticket = sequence.ticket
-            if ticket is None or ticket.first_token_s is not None:
-                ticket = Ticket(now, now, 0.0, sequence.prompt)
-            self._queue.push(sequence, ticket)
+            if ticket is not None and ticket.first_token_s is not None:
+                self._queue.push_continued(sequence)
+            else:
+                self._queue.push(sequence, ticket or UNKNOWN._replace(tokens=sequence.prompt).on_clock(now))
 
     def loaded(self, sequence: SimSequence, tokens: int) -> None:
         """Take note that ``tokens`` tokens' KV is here."""

@@ -16,6 +16,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from tidegate.core.errors import InternalError
 from tidegate.core.load_forecast import LoadForecast
 from tidegate.core.request import Request
+from tidegate.core.slo import Slo
 
 T = TypeVar("T")
 
@@ -71,6 +72,10 @@ class Ticket(NamedTuple):
     def starved_at_s(self, bound: float) -> float:
         """When the request has waited ``bound`` times its own TTFT target, ``bound`` >= 1."""
         return max(self.deadline_s, self.arrival_s + bound * (self.deadline_s - self.arrival_s))
+
+
+UNKNOWN = Ticket(0.0, Slo().ttft_s, 0.0)
+"""The ticket, from its submission on, of a leg that came without one: a pin of a history, say."""
 
 
 def prefill_ticket(

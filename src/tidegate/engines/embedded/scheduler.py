@@ -16,7 +16,6 @@ from dataclasses import replace
 from functools import partial
 
 from tidegate.core.clock import Clock
-from tidegate.core.slo import Slo
 from tidegate.costs.profile import UNMEASURED, Profile
 from tidegate.engines.embedded.blocks import BlockPool, Pins, extend_keys
 from tidegate.engines.embedded.composing import ComposedStep
@@ -26,7 +25,7 @@ from tidegate.engines.embedded.options import EngineConfig
 from tidegate.engines.embedded.sequence import TokenSequence
 from tidegate.engines.serving.types import Counters, KvSource, PinnedKv
 from tidegate.policies.chunks import FIXED, ChunkBudget, make_chunks
-from tidegate.policies.order import PATIENCE_S, Ticket, WaitingQueue
+from tidegate.policies.order import PATIENCE_S, UNKNOWN, WaitingQueue
 from tidegate.policies.orders import make_order
 from tidegate.policies.shares import shared_queue
 
@@ -34,10 +33,6 @@ log = logging.getLogger(__name__)
 
 _RESERVE = 0.01
 """Share of blocks that admission leaves free while others run, so that their next tokens find room."""
-
-_UNKNOWN = Ticket(0.0, Slo().ttft_s, 0.0)
-"""The ticket, from its submission on, of a request that came without one."""
-
 
 LoadDone = Callable[[TokenSequence, str | None, int], None]
 
@@ -77,7 +72,7 @@ class BatchScheduler:
         if sequence.request.generated:
             self.waiting.push_continued(sequence)
         else:
-            ticket = sequence.request.ticket or _UNKNOWN._replace(tokens=len(sequence.tokens))
+            ticket = sequence.request.ticket or UNKNOWN._replace(tokens=len(sequence.tokens))
             self.waiting.push(sequence, ticket.on_clock(sequence.submitted_s))
 
     def schedule(self) -> Batch:

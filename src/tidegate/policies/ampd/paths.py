@@ -101,16 +101,17 @@ class PathCosts(NamedTuple):
 
 
 def first_token_costs(
-    request: Request, snapshot: Snapshot, home: Home, *, read: bool | None
+    request: Request, snapshot: Snapshot, home: Home, *, read: bool | None, waits_s: Column | None = None
 ) -> FirstTokenCosts:
     """Price the first token on every path of a round. Remote ones read the history from home with ``read``,
     with None where that is faster than computing it again; none does where the instance has it, or where some
     cannot read.
 
     AMPD's sum (``read`` True) takes links for idle, and the history for at hand. With None it is priced, too,
-    that others use the ports at both ends, and that the holder pins a history behind its own prefills."""
+    that others use the ports at both ends, and that the holder pins a history behind its own prefills, in a
+    step beside its decodes. ``waits_s`` are the queues where those of the snapshot are not meant."""
     costs, at, prompt_tokens = snapshot.costs, home.at, float(request.prompt_tokens)
-    wait_s, count = snapshot.prefill_wait_s, len(snapshot)
+    wait_s, count = snapshot.prefill_wait_s if waits_s is None else waits_s, len(snapshot)
     if not home.tokens and not request.cached:
         fresh_s = costs.prefill.seconds(prompt_tokens, attention_work(prompt_tokens, 0.0))
         nothing = np.zeros(count)
@@ -121,7 +122,11 @@ def first_token_costs(
     read_s, prefill_s = np.empty((2, count))
     reads = np.empty(count, np.bool_)
     priced = read is None
-    pinned_s = np.maximum(wait_s[at] - wait_s, 0.0) if priced and home.tokens else np.zeros(count)
+    pinned_s = np.zeros(count)
+    if priced and home.tokens:
+        held, tokens = snapshot.decode_requests[at], snapshot.decode_tokens[at]
+        step_s = float(costs.at(at).step.seconds(held, tokens)) if held else 0.0
+        pinned_s = np.maximum(wait_s[at] + step_s - wait_s, 0.0)
     outbound_tokens, inbound_tokens = snapshot.cells[Field.OUTBOUND_TOKENS, at], snapshot.inbound_tokens
 
     def fill(which: int | slice, costs: ProfileTable, has: float, source_tokens: float) -> None:

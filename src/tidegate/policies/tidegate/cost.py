@@ -32,6 +32,7 @@ class CostConstants:
     share ``pace`` of the TPOT target does nobody harm; what is beyond costs ``late_weight`` times as much. KV
     beyond all but the share ``kv_reserve`` of a cache is at risk. Prompts that will be late anyway are served
     behind the others, as far as steps can be parted: at most ``hopeless`` of the TTFT target counts of them.
+    A second of computing a session's history again costs ``again`` seconds more: others wait for it.
     """
 
     margin: float = MARGIN
@@ -39,6 +40,7 @@ class CostConstants:
     pace: float = PACE
     kv_reserve: float = 0.1
     hopeless: float = 0.5
+    again: float = 4.0
 
 
 class FirstToken(NamedTuple):
@@ -46,8 +48,9 @@ class FirstToken(NamedTuple):
 
     ``wait_s`` is the queue, ``read_s`` the way of the history, ``prefill_s`` the computing of what the
     instance lacks, alone; ``beside_s`` is by how much the decodes there stretch both. ``late_s`` is what is
-    late by then, weighed; none where an answer goes on, whose first token is out. ``damage_s`` is what the
-    prefill's steps do to the decodes there, as far as budgets of steps are known (``delays_beside_s``).
+    late by then, weighed; none where an answer goes on, whose first token is out. ``again_s`` is the time to
+    compute a history that is at home, weighed. ``damage_s`` is what the prefill's steps do to the decodes
+    there, as far as budgets of steps are known (``delays_beside_s``).
     """
 
     wait_s: Column
@@ -55,6 +58,7 @@ class FirstToken(NamedTuple):
     prefill_s: Column
     beside_s: Column
     late_s: Column
+    again_s: Column
     damage_s: Column
     reads: Mask
 
@@ -65,7 +69,7 @@ class FirstToken(NamedTuple):
 
     def terms(self) -> dict[str, Column]:
         """Return what is summed, by name."""
-        return {name: getattr(self, name) for name in self._fields[:6]}
+        return {name: getattr(self, name) for name in self._fields[:7]}
 
 
 class Decoding(NamedTuple):
@@ -88,13 +92,15 @@ def first_token(request: Request, snapshot: Snapshot, constants: CostConstants) 
     home = Home(0, 0)
     if history is not None:
         home = Home(snapshot.index[history.on], min(history.tokens, request.prompt_tokens - 1))
-    token = first_token_costs(request, snapshot, home, read=None)
     before_s = snapshot.prefill_queue_s - snapshot.hopeless_s + constants.hopeless * request.slo.ttft_s
-    token = token._replace(wait_s=np.minimum(token.wait_s, before_s))
+    wait_s = np.minimum(snapshot.prefill_wait_s, before_s)
     mixed = snapshot.costs.mixed
     beside_s = mixed.b_s * snapshot.decode_requests + mixed.d_s * snapshot.decode_tokens
     taken = np.minimum(beside_s / request.slo.tpot_s, MOST_TAKEN)
-    stretched_s = (token.wait_s + token.prefill_s) * (taken / (1.0 - taken))
+    stretch = taken / (1.0 - taken)
+    token = first_token_costs(request, snapshot, home, read=None, waits_s=wait_s * (1.0 + stretch))
+    token = token._replace(wait_s=wait_s)
+    stretched_s = (wait_s + token.prefill_s) * stretch
     if request.generated:
         late_s = np.zeros(len(snapshot))
     else:
@@ -105,7 +111,20 @@ def first_token(request: Request, snapshot: Snapshot, constants: CostConstants) 
     if snapshot.step_tokens.any():
         read_tokens = np.where(token.reads, home.tokens, 0)
         damage_s = delays_beside_s(request, snapshot, home, read_tokens, constants)
-    return FirstToken(token.wait_s, token.read_s, token.prefill_s, stretched_s, late_s, damage_s, token.reads)
+    again_s = constants.again * _computed_again_s(request, snapshot, home, token.prefill_s)
+    return FirstToken(*token[:3], stretched_s, late_s, again_s, damage_s, token.reads)
+
+
+def _computed_again_s(request: Request, snapshot: Snapshot, home: Home, prefill_s: Column) -> Column:
+    """Return by how much a prefill takes longer on each instance, alone, than with the session's history.
+
+    A prefix that many share is left out: who computes it again serves those to come. A history serves one.
+    """
+    if not home.tokens:
+        return np.zeros(len(snapshot))
+    has, new = float(home.tokens), float(request.prompt_tokens - home.tokens)
+    least_s = snapshot.costs.prefill.seconds(new, attention_work(new, has))
+    return np.maximum(prefill_s - np.asarray(least_s), 0.0)
 
 
 def delays_beside_s(
