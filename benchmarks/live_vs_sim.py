@@ -10,6 +10,9 @@ trips over HTTP and the gateway's work. Its 99th percentile tells whether the ma
 ``--slower 4`` has engines take four times as long for everything, and stretches arrivals and targets alike,
 for a machine that does not keep up with the real pace; what follows clocks of its own, as the periods of
 controllers, is not stretched, in neither world.
+``--draws 8`` simulates the arrivals as they came eight times more, each moved by chance (``JITTER_S``):
+between the least and the most of these, worlds that are the same differ. ``--journal`` takes a live run that
+was recorded earlier in the place of a new one.
 """
 
 from __future__ import annotations
@@ -46,6 +49,8 @@ from tidegate.workloads.writers import write_trace
 TIDEGATE = (sys.executable, "-m", "tidegate")
 FIXED = ("static", "minimal-load", "round-robin")
 """Systems whose split stays what ``--split`` says."""
+JITTER_S = 0.005
+"""Deviation of what a draw moves arrivals by: what passes in front of engines when a machine keeps up."""
 FIGURES = ("ttft p50", "ttft p99", "tpot p50", "tpot p99", "attainment", "flips")
 
 
@@ -108,13 +113,18 @@ def of_journal(path: Path) -> Run:
     )
 
 
-def simulated(system: str, args: argparse.Namespace, reality: Run, *, as_it_came: bool) -> Run:
-    """Simulate the same requests, at the times of the trace or at those when they came to the gateway."""
+def simulated(system: str, args: argparse.Namespace, reality: Run, *, as_it_came: bool, draw: int = 0) -> Run:
+    """Simulate the same requests, at the times of the trace or at those when they came to the gateway; every
+    draw but 0 moves them by chance."""
     slo, front_s = Slo.parse(args.slo), reality.front_s[0]
     split = split_of(system, args)
     requests = load(args)
     if as_it_came and reality.arrival_s is not None:
         requests = replace(requests, arrival_s=reality.arrival_s)
+    if draw:
+        moved = np.random.default_rng(draw).normal(0.0, JITTER_S, len(requests))
+        requests = replace(requests, arrival_s=np.maximum(0.0, requests.arrival_s + moved))
+        requests = requests[requests.arrival_s.argsort(kind="stable")]
     run = simulate(
         requests,
         make_system(system, split=parse_split(split) if split else None, slo=slo),
@@ -202,6 +212,8 @@ def main() -> None:
     parser.add_argument("--slo", default="", help="by default ttft:150,tpot:8, or a row's own")
     parser.add_argument("--slower", type=float, default=1.0, help="stretch all times by so much")
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--draws", type=int, default=0, help="of arrivals that chance moves, simulated")
+    parser.add_argument("--journal", type=Path, help="of a live run with the same options, instead of one")
     parser.add_argument("--out", type=Path, default=Path("runs/live-vs-sim"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -213,13 +225,20 @@ def main() -> None:
     print(f"{'':28}" + "".join(f"{name:>12}" for name in FIGURES) + f"{'front p50':>12}{'front p99':>12}")
     for system in args.systems.split(","):
         for _ in range(args.repeats):
-            reality = live(system, args)
+            reality = of_journal(args.journal) if args.journal else live(system, args)
             show(f"{system} live", reality.figures(), reality.front_s)
             for as_it_came in (False, True):
                 model = simulated(system, args, reality, as_it_came=as_it_came)
                 pairs = list(zip(reality.figures(), model.figures(), strict=True))
                 show("  simulated" + ", as it came" * as_it_came, model.figures(), reality.front_s[:1])
                 show("  live over that", [one / other if other else float(one == 0) for one, other in pairs])
+            drawn = [
+                simulated(system, args, reality, as_it_came=True, draw=draw).figures()
+                for draw in range(1, args.draws + 1)
+            ]
+            if drawn:
+                show(f"  least of {args.draws} draws", [min(column) for column in zip(*drawn, strict=True)])
+                show("  most of them", [max(column) for column in zip(*drawn, strict=True)])
 
 
 def show(name: str, values: Sequence[float], front_s: tuple[float, ...] = ()) -> None:
