@@ -375,6 +375,14 @@ class Ledger:
         decoding = np.flatnonzero(rows.decode_on != NOWHERE)
         return [rows.requests[row] for row in decoding.tolist()], rows.answer_tokens[decoding]
 
+    def answer_so_far(self, request_id: str) -> tuple[int, float] | None:
+        """Return how many tokens of its answer a decode has, and when the last came; None before its first."""
+        entry = self._entries.get(request_id)
+        if entry is None or not entry.generating:
+            return None
+        request = entry.request
+        return entry.tokens_now - request.prompt_tokens + request.generated, entry.token_at_s
+
     def window_averages(self, ids: Sequence[str]) -> dict[str, WindowAverages]:
         """Return the averages of the named windows on the instances ``ids``."""
         seen = None if ids is self._ids else [self._index[name] for name in ids]

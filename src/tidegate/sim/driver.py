@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from tidegate.control.effects import (
     Drains,
@@ -34,11 +35,13 @@ from tidegate.policies.order import Ticket, decode_ticket
 from tidegate.signals.forecast import LoadFeed
 from tidegate.signals.lengths.choice import simulated_source
 from tidegate.signals.prefix import NO_BLOCKS, PrefixIndex, PromptBlocks
+from tidegate.sim.filling import Resident
 from tidegate.sim.legs import SentLegs
 from tidegate.sim.membership import CONTROL, FleetSchedule
 from tidegate.sim.sampling import Sampler
 from tidegate.sim.settings import SimSettings
 from tidegate.sim.simulated_request import AwaitedRead, RequestColumns, SimulatedRequest
+from tidegate.sim.step_news import StepNews
 from tidegate.systems.system import System
 from tidegate.workloads.trace import TraceRecord
 
@@ -71,7 +74,7 @@ class SimDriver:
         self._ids = [replica.instance.id for replica in replicas]
         order, chunks = system.order.in_engines, system.chunks
         replicas = [each.with_known_budget(chunks) for each in replicas]
-        real = [_slowed(each, settings) for each in replicas]
+        real = [settings.real(each) for each in replicas]
         self.cluster = Cluster(real, events, self, leap=settings.leap, order=order, chunks=chunks)
         self.plane = ControlPlane(
             system,
@@ -90,7 +93,7 @@ class SimDriver:
         self.columns = RequestColumns(missed)
         self.slo_class: list[str] = []
         self.steps = [0] * len(replicas)
-        self.arrived = 0
+        self.arrived = self.residents = 0
         self.preemptions = 0
         self.migrations = 0
         self.kv_transfer_bytes = 0
@@ -105,8 +108,7 @@ class SimDriver:
         self.context = max(self._contexts, default=0)
         self.oversize: list[tuple[int, int]] = []
         self.unstarted: list[tuple[float, str]] = []
-        self._stale = settings.heartbeat_s > 0
-        self._untold: list[list[tuple[int, float]]] = [[] for _ in replicas]
+        self._news = StepNews(self.plane.ledger, self._ids, late=settings.heartbeat_s > 0)
         self._ended = ended
 
     def start(self) -> None:
@@ -127,21 +129,39 @@ class SimDriver:
         self.arrived += 1
         if self._settings.slo_classes:
             self.slo_class.append(record.slo_class)
-        request = Request(
-            f"r{index}",
+        request = self._asked(f"r{index}", number, record, now)
+        blocks = PromptBlocks(record.hash_ids, record.block_tokens) if record.hash_ids else NO_BLOCKS
+        deadline_s = now + self._settings.deadline_s
+        self._take(SimulatedRequest(index, number, request, record.output_tokens, deadline_s, blocks), now)
+
+    def join(self, record: TraceRecord, tokens: int, first_token_s: float, now: float) -> bool:
+        """See ``Joins``. No session is gone on with, and no prefix cache has anything of its prompt."""
+        self.residents += 1
+        request = self._asked(f"resident{self.residents}", -1, record, first_token_s)
+        request = replace(request, session="", turn=0)
+        deadline_s = now + self._settings.deadline_s
+        live = Resident(-self.residents, -1, request, record.output_tokens, deadline_s, NO_BLOCKS)
+        live.generated = tokens
+        live.first_token_s = live.last_token_s = first_token_s
+        live.kv_on = dict.fromkeys(self.plane.ledger.ids, record.input_tokens + tokens - 1)
+        self._take(live, now)
+        return live.pin is not None
+
+    def _asked(self, name: str, number: int, record: TraceRecord, arrival_s: float) -> Request:
+        return Request(
+            name,
             record.input_tokens,
             max(record.output_tokens, self.context - record.input_tokens),
-            now,
+            arrival_s,
             self._settings.slo_of(record, number) if record.slo_class else self._settings.slo,
             record.client_id,
             record.session_id,
             record.turn,
         )
-        blocks = PromptBlocks(record.hash_ids, record.block_tokens) if record.hash_ids else NO_BLOCKS
-        deadline_s = now + self._settings.deadline_s
-        live = SimulatedRequest(index, number, request, record.output_tokens, deadline_s, blocks)
-        self.requests[index] = live
-        self._output_tokens[request.id] = record.output_tokens
+
+    def _take(self, live: SimulatedRequest, now: float) -> None:
+        self.requests[live.index] = live
+        self._output_tokens[live.id] = live.output_tokens
         if live.most_tokens > self.context:
             self._refuse(live, self.context, now)
         else:
@@ -157,8 +177,7 @@ class SimDriver:
     def heartbeat(self, now: float) -> None:
         """Have the control plane learn what every instance has done by now."""
         self.cluster.report(now)
-        for instance in range(len(self._ids)):
-            self._tell(instance)
+        self._news.tell_all()
 
     def instance_up(self, instance: int, now: float) -> None:
         """Have an instance join."""
@@ -175,7 +194,7 @@ class SimDriver:
         A decode that was to pull its KV from there computes it again where it is.
         """
         self.cluster.report(now)
-        self._tell(instance)
+        self._news.tell(instance)
         self._cancel_migrations_to(instance, now)
         lost, robbed = [], []
         for live in self.requests.values():
@@ -187,7 +206,7 @@ class SimDriver:
             elif live.on == instance or (source is not None and source.on == instance):
                 robbed.append(live)
         errors = [self._abort_leg(live, instance, now) for live in lost]
-        self._tell(instance)
+        self._news.tell(instance)
         name = self._ids[instance]
         self.last_roles[instance] = self.plane.ledger.role_of(name)
         self._membership.went_down(instance, now, spare=reason != "died")
@@ -242,6 +261,14 @@ class SimDriver:
     def _run_prefill(self, effect: RunPrefill, now: float) -> None:
         live = effect.live
         assert isinstance(live, SimulatedRequest)
+        if isinstance(live, Resident) and not live.legs:
+            if live.decode_on is None:
+                self._do(self.plane.prefill_done(live, now), now)
+            else:
+                tokens = live.request.prompt_tokens + live.generated
+                self._do(self.plane.decode_began(live, tokens, now), now)
+                self._dispatch(live, self._index[live.decode_on], False, self._decode_ticket(live), now)
+            return
         hand_over = live.decode_on is None and live.output_tokens - live.generated > 1
         # One whose answer has begun has no TTFT left to meet, and goes first.
         ticket = self._decode_ticket(live) if live.generated else effect.ticket
@@ -287,6 +314,19 @@ class SimDriver:
 
     # failures and endings
 
+    def cut_off(self, now: float) -> None:
+        """End the run: answers that have begun count as far as they have come, all else as unfinished."""
+        self.cluster.report(now)
+        self._news.tell_all()
+        for live in self.requests.values():
+            reached = self.plane.ledger.answer_so_far(live.id)
+            if reached is not None:
+                live.generated, live.last_token_s = reached
+            if live.index >= 0:
+                begun = live.first_token_s == live.first_token_s
+                self.columns.write(live, self._index, "ok" if begun else "unfinished", now)
+        self.requests.clear()
+
     def _abort_leg(self, live: SimulatedRequest, instance: int, now: float) -> EngineUnreachable:
         """Take a leg off an instance that dies, and return the error with which it fails."""
         leg = live.leg
@@ -324,14 +364,14 @@ class SimDriver:
     def _close(self, live: LiveRequest, error: TidegateError | None, now: float) -> None:
         """End a request and write down how it ended."""
         assert isinstance(live, SimulatedRequest)
-        if self._stale and live.on >= 0:
-            self._tell(live.on)
+        self._news.tell(live.on)
         if error is not None and live.pin is not None:
             self.cluster.drop(live.pin, now)
         del self.requests[live.index]
         effects = self.plane.ended(live, error, now)
         del self._output_tokens[live.id]
-        self.columns.write(live, self._index, "ok" if error is None else status_of(error).label, now)
+        if live.index >= 0:
+            self.columns.write(live, self._index, "ok" if error is None else status_of(error).label, now)
         self.preemptions += live.preemptions
         self.migrations += live.migrations
         self.kv_transfer_bytes += live.kv_transfer_bytes
@@ -347,20 +387,7 @@ class SimDriver:
     def stepped(self, instance: int, count: int, now: float) -> None:
         """See ``Listener.stepped``. With a heartbeat the ledger knows of steps as of the last one only."""
         self.steps[instance] += count
-        if self._stale:
-            self._untold[instance].append((count, now))
-        else:
-            self.plane.ledger.stepped(self._ids[instance], count, now)
-
-    def _tell(self, instance: int) -> None:
-        """Have the ledger know all steps of an instance so far: before who steps together there changes.
-
-        A response tells more than its own token: what brings an instance's answer (a first token, an end, a
-        preemption) brings the steps before it, too.
-        """
-        for count, at_s in self._untold[instance]:
-            self.plane.ledger.stepped(self._ids[instance], count, at_s)
-        self._untold[instance].clear()
+        self._news.stepped(instance, count, now)
 
     def token(self, sequence: SimSequence, now: float) -> None:
         """See ``Listener.token``: the first one of a leg tells that its prefill, or its pull, has ended."""
@@ -368,8 +395,8 @@ class SimDriver:
         plane = self.plane
         if live.reads is not None:
             return
-        if self._stale:
-            self._tell(live.on)
+        if self._news.late:
+            self._news.tell(live.on)
         decodes = live.stage is Stage.DECODE
         if live.leg_first_s != live.leg_first_s:
             live.leg_first_s = now
@@ -391,14 +418,14 @@ class SimDriver:
         """See ``Listener.preempted``."""
         live = self.requests[sequence.request]
         live.preemptions += 1
-        if self._stale:
-            self._tell(live.on)
+        if self._news.late:
+            self._news.tell(live.on)
         self.plane.ledger.left_step(live.id)
 
     def paused(self, sequence: SimSequence, now: float) -> None:
         """See ``Listener.paused``."""
         live = self.requests[sequence.request]
-        self._tell(live.on)
+        self._news.tell(live.on)
         self.plane.ledger.left_step(live.id)
 
     def migrated(
@@ -439,11 +466,3 @@ class SimDriver:
         live.generated = live.output_tokens
         live.note_end(sequence)
         self._close(live, None, now)
-
-
-def _slowed(replica: Replica, settings: SimSettings) -> Replica:
-    """Return what an instance is, where it is not what its profile says."""
-    factor = settings.slowed.get(replica.instance.id)
-    if factor is None:
-        return replica
-    return replace(replica, profile=replica.profile.scaled(factor, factor))

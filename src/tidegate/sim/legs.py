@@ -8,6 +8,7 @@ from tidegate.dataplane.cluster import Cluster
 from tidegate.dataplane.events import EventKind, EventQueue
 from tidegate.dataplane.sequence import Pin, SimSequence
 from tidegate.policies.order import Ticket
+from tidegate.sim.filling import Resident
 from tidegate.sim.simulated_request import UNREACHED, AwaitedRead, SimulatedRequest
 
 
@@ -37,6 +38,8 @@ class SentLegs:
     ) -> None:
         """Send off a leg: of one token if another leg is to follow, else of all that are left."""
         live.handing_over, live.reads = hand_over, None
+        if isinstance(live, Resident) and not live.legs:
+            live.pin = self._cluster.hold(on, live.request.prompt_tokens + live.generated - 1, now)
         prompt, blocks = live.request.prompt_tokens + live.generated, live.blocks
         sequence = SimSequence(
             live.index,

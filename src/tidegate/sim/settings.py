@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tidegate.core.errors import ConfigError
 from tidegate.core.slo import Slo
+from tidegate.dataplane.replica import Replica
 from tidegate.signals.forecast.choice import check_source
 from tidegate.signals.forecast.feed import PERIOD_S, STEPS
 from tidegate.signals.lengths.choice import SIMULATED, checked
@@ -103,3 +104,10 @@ class SimSettings:
                 f"request {number}: it names the SLO class {record.slo_class!r}; known classes: {known}"
             )
         return slo
+
+    def real(self, replica: Replica) -> Replica:
+        """Return what an instance is, where it is not what its profile says."""
+        factor = self.slowed.get(replica.instance.id)
+        if factor is None:
+            return replica
+        return replace(replica, profile=replica.profile.scaled(factor, factor))
