@@ -35,7 +35,7 @@ from tidegate.planner.answer import answer
 from tidegate.planner.deployment import Deployment, PoolOf, ReplicaKind, deployment, kinds_on, offers
 from tidegate.planner.question import MODELLED_CHUNKS, Question, systems_for
 from tidegate.planner.search import PlanSearch
-from tidegate.planner.trial import TrialLength, trial_job
+from tidegate.planner.trial import trial_job
 from tidegate.sim import SimSettings
 from tidegate.workloads.choice import WorkloadChoice, requests_of
 
@@ -135,7 +135,7 @@ async def check(question: Question, workers: Workers, mixed_sizes: bool) -> str:
         f"({len(better)} serve more by more than 3 %)"
     )
     if parts > 1:
-        requests = TrialLength(parts * found.length.requests, parts * found.length.uncounted)
+        requests = replace(found.length, requests=parts * found.length.requests)
         at = trial_job(whole.applied(question.setting), whole.title, parts * goodput_rps, 0, requests)
         text += f"; {parts} parts, whole it attains {(await workers.do(at))['attainment']:.1%} there"
     return text

@@ -54,8 +54,8 @@ class Predictions:
             ledger.load_forecast = self._load.forecast
 
     def arrived(self, live: LiveRequest) -> None:
-        """Count a new request; one whose answer has begun is none."""
-        if self._load is not None and not live.generated:
+        """Count a new request."""
+        if self._load is not None:
             self._load.arrived(live.as_request().prompt_tokens)
 
     def load_fitted(self, ledger: Ledger, number: int, expected: Mapping[str, Any]) -> None:

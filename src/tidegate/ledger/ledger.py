@@ -375,13 +375,12 @@ class Ledger:
         decoding = np.flatnonzero(rows.decode_on != NOWHERE)
         return [rows.requests[row] for row in decoding.tolist()], rows.answer_tokens[decoding]
 
-    def answer_so_far(self, request_id: str) -> tuple[int, float] | None:
-        """Return how many tokens of its answer a decode has, and when the last came; None before its first."""
+    def answer_tokens(self, request_id: str) -> int:
+        """Return how many tokens of its answer a decode has; 0 for a request that does not decode."""
         entry = self._entries.get(request_id)
-        if entry is None or not entry.generating:
-            return None
-        request = entry.request
-        return entry.tokens_now - request.prompt_tokens + request.generated, entry.token_at_s
+        if entry is None or entry.decode is None:
+            return 0
+        return entry.tokens_now - entry.request.prompt_tokens + entry.request.generated
 
     def window_averages(self, ids: Sequence[str]) -> dict[str, WindowAverages]:
         """Return the averages of the named windows on the instances ``ids``."""

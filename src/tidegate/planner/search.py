@@ -35,6 +35,8 @@ STEP = 0.02
 """Relative gain from which on a deployment counts as better than the best so far."""
 TOLERANCE = 0.02
 """Relative width at which a goodput search ends."""
+SHOWN = 0.1
+"""Below the level: so far attainments are shown over rates. A run that attains less ends early."""
 HOPELESS = 0.75
 """Of the best goodput: deployments of which the corrected program expects less are not simulated."""
 PROPOSALS = {"disaggregated": 5, "colocated": 3, "mixed": 2, "adaptive": 3}
@@ -76,6 +78,7 @@ class PlanSearch:
         self._adaptive = 1.0
         """What adaptive fleets serve over what mixed replicas do by the program."""
         self._runs: dict[Deployment, dict[float, list[float]]] = {}
+        self._whole: dict[tuple[Deployment, float, int], dict[str, Any]] = {}
         self.length = TrialLength(0)
         """Of every run: the same for all, so that they are held side by side."""
 
@@ -133,13 +136,20 @@ class PlanSearch:
         found: dict[str, Any] = await self.workers.do(job)
         return found
 
-    async def run_at(self, chosen: Deployment, rate_rps: float, seed: int = 0) -> dict[str, Any]:
-        """Return what came of a deployment at a rate (``trial.attempt``)."""
-        setting = chosen.applied(self.question.setting)
-        title = f"{chosen.title} at {rate_rps:.3g} requests/s"
-        run = await self.do(trial_job(setting, title, rate_rps, seed, self.length))
-        self._runs.setdefault(chosen, {}).setdefault(rate_rps, []).append(run["attainment"])
-        return run
+    async def run_at(
+        self, chosen: Deployment, rate_rps: float, seed: int = 0, level: float = 0.0
+    ) -> dict[str, Any]:
+        """Return what came of a deployment at a rate (``trial.attempt``); of less than ``level`` no more."""
+        key = chosen, float(f"{rate_rps:.4g}"), seed
+        if key not in self._whole:
+            setting = chosen.applied(self.question.setting)
+            title = f"{chosen.title} at {rate_rps:.3g} requests/s"
+            run = await self.do(trial_job(setting, title, rate_rps, seed, self.length, level))
+            if "until" in run:
+                return run
+            self._whole[key] = run
+            self._runs.setdefault(chosen, {}).setdefault(rate_rps, []).append(run["attainment"])
+        return self._whole[key]
 
     async def challenged(self, chosen: Deployment, rate_rps: float) -> bool:
         """Tell whether a deployment attains the level at a rate, at the cost of no more than that takes."""
@@ -150,8 +160,9 @@ class PlanSearch:
         return bool(run["attainment"] >= level)
 
     async def attainment(self, chosen: Deployment, rate_rps: float, seed: int = 0) -> float:
-        """Return what a deployment attains at a rate."""
-        return float((await self.run_at(chosen, rate_rps, seed))["attainment"])
+        """Return what a deployment attains at a rate, or less than ``SHOWN`` below the level."""
+        least = max(0.0, self.question.level - SHOWN)
+        return float((await self.run_at(chosen, rate_rps, seed, least))["attainment"])
 
     def runs_of(self, whole: Deployment, parts: int) -> list[tuple[float, float]]:
         """Return the mean attainment of a whole deployment by rate, wherever a part of it was run."""

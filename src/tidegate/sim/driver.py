@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from msgspec.structs import replace
-
 from tidegate.control.effects import (
     Drains,
     Effects,
@@ -22,9 +20,8 @@ from tidegate.control.live_request import LiveRequest, Stage
 from tidegate.control.plane import ControlPlane
 from tidegate.control.record import outcome_line
 from tidegate.control.settings import ControlSettings
-from tidegate.core.errors import EngineUnreachable, InternalError, PromptTooLong, TidegateError, status_of
+from tidegate.core.errors import InternalError, PromptTooLong, TidegateError, status_of
 from tidegate.core.instance import Role
-from tidegate.core.request import Request
 from tidegate.dataplane.cluster import Cluster
 from tidegate.dataplane.events import EventKind, EventQueue
 from tidegate.dataplane.replica import Replica
@@ -35,7 +32,7 @@ from tidegate.policies.order import Ticket, decode_ticket
 from tidegate.signals.forecast import LoadFeed
 from tidegate.signals.lengths.choice import simulated_source
 from tidegate.signals.prefix import NO_BLOCKS, PrefixIndex, PromptBlocks
-from tidegate.sim.filling import Resident
+from tidegate.sim.filling import Filling, Resident
 from tidegate.sim.legs import SentLegs
 from tidegate.sim.membership import CONTROL, FleetSchedule
 from tidegate.sim.sampling import Sampler
@@ -43,6 +40,7 @@ from tidegate.sim.settings import SimSettings
 from tidegate.sim.simulated_request import AwaitedRead, RequestColumns, SimulatedRequest
 from tidegate.sim.step_news import StepNews
 from tidegate.systems.system import System
+from tidegate.workloads.residents import Residents
 from tidegate.workloads.trace import TraceRecord
 
 
@@ -67,6 +65,7 @@ class SimDriver:
         ended: Callable[[int, float], None] | None,
         load: LoadFeed | None = None,
         missed: Callable[[int], None] | None = None,
+        residents: Residents | None = None,
     ) -> None:
         self._output_tokens: dict[str, int] = {}
         name = settings.lengths
@@ -110,6 +109,7 @@ class SimDriver:
         self.unstarted: list[tuple[float, str]] = []
         self._news = StepNews(self.plane.ledger, self._ids, late=settings.heartbeat_s > 0)
         self._ended = ended
+        self.filling = None if residents is None else Filling(residents, settings.slo.tpot_s, self.join)
 
     def start(self) -> None:
         """Have the instances that are up at the start join, and the periodic decisions begin."""
@@ -121,52 +121,39 @@ class SimDriver:
     # what happens
 
     def arrive(self, number: int, record: TraceRecord, now: float) -> None:
-        """Take record ``number`` of the trace; its answer has ``output_tokens``.
-
-        Traces do not say which limit a client set: it is what the longest context leaves.
-        """
+        """Take record ``number`` of the trace."""
         index = self.arrived
         self.arrived += 1
         if self._settings.slo_classes:
             self.slo_class.append(record.slo_class)
-        request = self._asked(f"r{index}", number, record, now)
+        request = self._settings.request(f"r{index}", record, number, now, self.context)
         blocks = PromptBlocks(record.hash_ids, record.block_tokens) if record.hash_ids else NO_BLOCKS
         deadline_s = now + self._settings.deadline_s
-        self._take(SimulatedRequest(index, number, request, record.output_tokens, deadline_s, blocks), now)
-
-    def join(self, record: TraceRecord, tokens: int, first_token_s: float, now: float) -> bool:
-        """See ``Joins``. No session is gone on with, and no prefix cache has anything of its prompt."""
-        self.residents += 1
-        request = self._asked(f"resident{self.residents}", -1, record, first_token_s)
-        request = replace(request, session="", turn=0)
-        deadline_s = now + self._settings.deadline_s
-        live = Resident(-self.residents, -1, request, record.output_tokens, deadline_s, NO_BLOCKS)
-        live.generated = tokens
-        live.first_token_s = live.last_token_s = first_token_s
-        live.kv_on = dict.fromkeys(self.plane.ledger.ids, record.input_tokens + tokens - 1)
-        self._take(live, now)
-        return live.pin is not None
-
-    def _asked(self, name: str, number: int, record: TraceRecord, arrival_s: float) -> Request:
-        return Request(
-            name,
-            record.input_tokens,
-            max(record.output_tokens, self.context - record.input_tokens),
-            arrival_s,
-            self._settings.slo_of(record, number) if record.slo_class else self._settings.slo,
-            record.client_id,
-            record.session_id,
-            record.turn,
-        )
-
-    def _take(self, live: SimulatedRequest, now: float) -> None:
-        self.requests[live.index] = live
-        self._output_tokens[live.id] = live.output_tokens
+        live = SimulatedRequest(index, number, request, record.output_tokens, deadline_s, blocks)
+        self.requests[index] = live
+        self._output_tokens[request.id] = record.output_tokens
         if live.most_tokens > self.context:
             self._refuse(live, self.context, now)
         else:
             self.cluster.report(now)
             self._do(self.plane.arrive(live, now), now)
+
+    def join(self, record: TraceRecord, tokens: int, first_token_s: float, on: str, now: float) -> bool:
+        """See ``Joins``. No prefix cache has anything of its prompt. None that would be refused joins."""
+        if record.input_tokens + record.output_tokens > self._contexts[self._index[on]]:
+            return True
+        pin = self.cluster.hold(self._index[on], record.input_tokens + tokens - 1, now)
+        if pin is None:
+            return False
+        self.residents += 1
+        name = f"resident{self.residents}"
+        request = self._settings.request(name, record, -1, first_token_s, self.context)
+        live = Resident(self.residents, request, record.output_tokens, tokens, {on: pin.tokens})
+        self.requests[live.index] = live
+        self._output_tokens[live.id] = live.output_tokens
+        self.plane.joined(live, on, now)
+        self._dispatch(live, pin.on, False, self._decode_ticket(live), now, pin)
+        return True
 
     def tick(self, now: float) -> None:
         """Have the plane do what is due."""
@@ -205,7 +192,7 @@ class SimDriver:
                 lost.append(live)
             elif live.on == instance or (source is not None and source.on == instance):
                 robbed.append(live)
-        errors = [self._abort_leg(live, instance, now) for live in lost]
+        errors = [self.legs.abort(live, self._ids[instance], now) for live in lost]
         self._news.tell(instance)
         name = self._ids[instance]
         self.last_roles[instance] = self.plane.ledger.role_of(name)
@@ -235,7 +222,10 @@ class SimDriver:
                     self._run_prefill(effect, now)
                 case RunDecode():
                     live = effect.live
+                    assert isinstance(live, SimulatedRequest)
                     self._dispatch(live, self._index[effect.on], False, self._decode_ticket(live), now)
+                    if self.filling is not None:
+                        self.filling.decodes(effect.on, live.request.prompt_tokens, now)
                 case WakeAt(at_s):
                     self._events.push(at_s, EventKind.TICK, CONTROL)
                 case GiveUp(live, error):
@@ -261,14 +251,6 @@ class SimDriver:
     def _run_prefill(self, effect: RunPrefill, now: float) -> None:
         live = effect.live
         assert isinstance(live, SimulatedRequest)
-        if isinstance(live, Resident) and not live.legs:
-            if live.decode_on is None:
-                self._do(self.plane.prefill_done(live, now), now)
-            else:
-                tokens = live.request.prompt_tokens + live.generated
-                self._do(self.plane.decode_began(live, tokens, now), now)
-                self._dispatch(live, self._index[live.decode_on], False, self._decode_ticket(live), now)
-            return
         hand_over = live.decode_on is None and live.output_tokens - live.generated > 1
         # One whose answer has begun has no TTFT left to meet, and goes first.
         ticket = self._decode_ticket(live) if live.generated else effect.ticket
@@ -315,30 +297,19 @@ class SimDriver:
     # failures and endings
 
     def cut_off(self, now: float) -> None:
-        """End the run: answers that have begun count as far as they have come, all else as unfinished."""
+        """End the run: answers that have begun get one token more and end, all else ends as unfinished.
+
+        A next token now is as early as there could be one, also of an answer that stalls.
+        """
         self.cluster.report(now)
         self._news.tell_all()
         for live in self.requests.values():
-            reached = self.plane.ledger.answer_so_far(live.id)
-            if reached is not None:
-                live.generated, live.last_token_s = reached
             if live.index >= 0:
                 begun = live.first_token_s == live.first_token_s
+                live.generated = 1 + (self.plane.ledger.answer_tokens(live.id) or live.generated)
+                live.last_token_s = now
                 self.columns.write(live, self._index, "ok" if begun else "unfinished", now)
         self.requests.clear()
-
-    def _abort_leg(self, live: SimulatedRequest, instance: int, now: float) -> EngineUnreachable:
-        """Take a leg off an instance that dies, and return the error with which it fails."""
-        leg = live.leg
-        assert leg is not None
-        self.cluster.abort(leg, now)
-        live.generated = max(live.generated, leg.tokens - live.request.prompt_tokens)
-        live.leg, live.on, live.pin, live.reads = None, -1, None, None
-        live.legs += 1
-        live.handing_over = False
-        stage = "decode" if live.stage is Stage.DECODE else "prefill"
-        name = self._ids[instance]
-        return EngineUnreachable(f"instance {name} died", instance=name, stage=stage)
 
     def _without_source(self, live: SimulatedRequest, now: float) -> None:
         """Have a leg compute what it cannot pull any more."""
@@ -403,6 +374,8 @@ class SimDriver:
             if not decodes and not live.handing_over:
                 self._do(plane.decode_began(live, sequence.prompt, now), now)
                 decodes = True
+                if self.filling is not None:
+                    self.filling.decodes(self._ids[live.on], live.request.prompt_tokens, now)
             if live.first_token_s != live.first_token_s:
                 live.note_first_token(sequence, self._settings.front_s, now)
                 self.columns.began(live)

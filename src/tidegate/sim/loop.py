@@ -21,7 +21,6 @@ from tidegate.signals.forecast.series import ENSEMBLE
 from tidegate.signals.lengths.choice import DEFAULT
 from tidegate.sim.arrivals import TraceArrivals
 from tidegate.sim.driver import SimDriver
-from tidegate.sim.filling import Filling
 from tidegate.sim.membership import CONTROL, ENDING, FILLING, HEARTBEAT, MEMBERSHIP, FleetSchedule
 from tidegate.sim.results import InstanceUse, SimRun, oversize_warnings, slo_warnings, unstarted_warnings
 from tidegate.sim.settings import SimSettings
@@ -53,9 +52,10 @@ def simulate(
 
     A run may stand for a moment of a longer one. With ``residents`` it begins with requests in mid-answer, as
     many as there are in the long run (see ``Filling``), which are in no result. At ``until_s``, which is not
-    before the last arrival, it ends: an answer that has begun counts as far as it has come. Raises
-    ConfigError for a fleet, system or settings that cannot serve, and for a trace that goes back in time, has empty requests
-    or names an unknown SLO class.
+    before the last arrival, it ends: an answer that has begun counts as far as it has come.
+
+    Raises ConfigError for a fleet, system or settings that cannot serve, and for a trace that goes back in
+    time, has empty requests or names an unknown SLO class.
     """
     return _Simulation(
         trace,
@@ -106,9 +106,8 @@ class _Simulation:
         periods = settings.forecast_period_s, settings.forecast_steps
         load = simulated_feed(settings.forecast, workload, *periods) if settings.forecast else None
         self._driver = SimDriver(
-            system, replicas, settings, journal, events, self._membership, ended, load, missed
+            system, replicas, settings, journal, events, self._membership, ended, load, missed, residents
         )
-        self._filling = Filling(residents, settings.slo.tpot_s, self._driver.join) if residents else None
         self._until_s = until_s
         self._heartbeats = 0
         journal.header(
@@ -135,7 +134,7 @@ class _Simulation:
         for number, change in enumerate(self._membership.changes):
             self._events.push(change.at_s, EventKind.TICK, MEMBERSHIP + number)
         self._driver.start()
-        if self._filling is not None:
+        if self._driver.filling is not None:
             self._events.push(0.0, EventKind.TICK, FILLING)
         if self._until_s < math.inf:
             self._events.push(self._until_s, EventKind.TICK, ENDING)
@@ -180,8 +179,12 @@ class _Simulation:
                 self._driver.instance_down(change.instance, now)
 
     def _fill(self, now: float) -> None:
-        plane = self._driver.plane
-        if self._filling is not None and self._filling.add(plane.snapshot(now)):
+        plane, filling = self._driver.plane, self._driver.filling
+        assert filling is not None
+        filling.window_closed(plane.snapshot(now))
+        if filling.full:
+            self._driver.filling = None
+        else:
             self._events.push(plane.window_ends_s, EventKind.TICK, FILLING)
 
     def _announce_heartbeat(self) -> None:

@@ -18,13 +18,23 @@ class Residents:
 
     They are no sample of the workload's requests: an answer of twice the tokens runs twice as long, so that
     one finds it twice as often, at any of its tokens alike (the inspection paradox of renewal theory; Feller,
-    An Introduction to Probability Theory, volume 2, section VI.7). How many they are is left to who serves
-    them. ``tokens_per_s`` are those of the answers that arrive.
+    An Introduction to Probability Theory, volume 2, section VI.7). How many they are depends on who serves
+    them. Requests arrive at ``rate_rps``.
     """
 
     workload: Workload
-    tokens_per_s: float
+    rate_rps: float
     seed: int = 0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens of the answers that arrive."""
+        return self.rate_rps * float(self.workload.output_tokens.mean())
+
+    @property
+    def prompt_tokens_per_s(self) -> float:
+        """Tokens of the prompts that arrive."""
+        return self.rate_rps * float(self.workload.input_tokens.mean())
 
     def drawn(self) -> Iterator[tuple[TraceRecord, int]]:
         """Yield requests without end, each with how many tokens of its answer are out: at least one, and
@@ -34,5 +44,4 @@ class Residents:
         while len(gaps) and gaps[-1] > 0:
             at = rng.integers(0, gaps[-1], _AT_ONCE)
             rows = np.searchsorted(gaps, at, side="right")
-            for record, tokens in zip(self.workload[rows], (gaps[rows] - at).tolist(), strict=True):
-                yield record, tokens
+            yield from zip(self.workload[rows], (gaps[rows] - at).tolist(), strict=True)
