@@ -17,7 +17,7 @@ from tidegate.workloads.trace import TraceRecord, Workload
 
 
 def replicas(count: int) -> list[Replica]:
-    return list(SimulatedFleet(((packaged_profile("h100_sxm/llama-3.1-8b"), count),)).replicas())
+    return list(SimulatedFleet(((packaged_profile("h100_sxm/llama-3.1-70b/tp4"), count),)).replicas())
 
 
 def steady(count: int, gap_s: float, answers: tuple[int, ...] = (400, 2000)) -> Workload:
@@ -37,14 +37,11 @@ def test_long_answers_are_found_as_often_as_they_last_long_at_any_of_their_token
 
 @pytest.mark.parametrize("name", ["colocated", "minimal-load", "tidegate"])
 def test_a_fleet_with_residents_is_as_full_as_one_that_has_run_for_long(name: str) -> None:
-    """Behind 250 s of arrivals to an empty fleet, and behind 35 s to one with residents."""
-    answers, gap_s = (4000, 12_000), 0.25
+    """Behind 500 s of arrivals to an empty fleet, and behind 35 s to one with residents."""
+    answers, gap_s = (1500, 4500), 0.5
+    there = Residents(steady(100, gap_s, answers), 1 / gap_s)
     gaps_s = []
-    for residents, before_s in (
-        (None, 250),
-        (Residents(steady(100, gap_s, answers), 1 / gap_s), 35),
-        (None, 35),
-    ):
+    for residents, before_s in ((None, 500), (there, 35), (None, 35)):
         before = int(before_s / gap_s)
         workload = steady(before + 60, gap_s, answers)
         run = simulate(
@@ -57,7 +54,7 @@ def test_a_fleet_with_residents_is_as_full_as_one_that_has_run_for_long(name: st
         assert len(run.requests) == before + 60
         gaps_s.append(float(np.nanmean(run.requests.tpot_s[before : before + 40])))
     settled_s, filled_s, empty_s = gaps_s
-    assert filled_s == pytest.approx(settled_s, rel=0.05)
+    assert filled_s == pytest.approx(settled_s, rel=0.07)
     assert empty_s < 0.9 * settled_s
 
 
@@ -71,9 +68,8 @@ def test_residents_are_in_no_result_and_end() -> None:
 
 def test_an_answer_that_is_cut_off_counts_as_far_as_it_came() -> None:
     """Its next token is taken to come at the end, so that one that stalls shows."""
-    workload = Workload.of(
-        [TraceRecord(0.0, 100, 20), TraceRecord(0.0, 100, 8000), TraceRecord(30.0, 100, 5)]
-    )
+    records = [TraceRecord(0.0, 100, 20), TraceRecord(0.0, 100, 8000), TraceRecord(30.0, 100, 5)]
+    workload = Workload.of(records)
     table = simulate(workload, make_system("colocated"), replicas(1), until_s=30.0).requests
     assert [table.outcomes[code] for code in table.outcome.tolist()] == ["ok", "ok", "unfinished"]
     assert table.attained.tolist() == [True, True, False]
