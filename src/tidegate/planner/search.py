@@ -153,8 +153,8 @@ class PlanSearch:
 
     async def challenged(self, chosen: Deployment, rate_rps: float) -> bool:
         """Tell whether a deployment attains the level at a rate, at the cost of no more than that takes."""
-        setting, level = chosen.applied(self.question.setting), self.question.level
-        run = await self.do(trial_job(setting, chosen.title, rate_rps, 0, self.length, level))
+        level = self.question.level
+        run = await self.run_at(chosen, rate_rps, 0, level)
         if run["attainment"] < level:
             self.known.missed[chosen] = (rate_rps, run.get("until", 1.0))
         return bool(run["attainment"] >= level)
@@ -278,7 +278,7 @@ class PlanSearch:
             if before is not None and before[0] <= rate_rps:
                 return
             if await self.challenged(each, rate_rps) and each not in self.known.goodput_rps:
-                await self.first_measured(each, 1.05 * rate_rps)
+                await self.first_measured(each, rate_rps)  # which is known to attain
 
         width = 4
         for start in range(0, len(new), width):

@@ -22,7 +22,7 @@ there are never more, for then every answer misses."""
 SOON_S, SOON, WINDOWS = 30.0, 300, 30
 """The fleet is as full as it gets after so long, or so many arrivals where those take longer; in so many
 parts of that time residents are added."""
-FAST, SLOW = 0.25, 0.02
+FAST, SLOW = 0.25, 0.04
 """Of the residents that are there: so many come in such a part, at most, until there seem to be enough, and
 after that."""
 _ROUNDS = 14
