@@ -12,7 +12,7 @@ from tidegate.dataplane.replica import Replica
 from tidegate.experiments.setting import SimulatedFleet
 from tidegate.sim import simulate
 from tidegate.systems import make_system
-from tidegate.workloads.residents import Residents
+from tidegate.workloads.residents import MidAnswers
 from tidegate.workloads.trace import TraceRecord, Workload
 
 
@@ -25,21 +25,21 @@ def steady(count: int, gap_s: float, answers: tuple[int, ...] = (400, 2000)) -> 
 
 
 def test_long_answers_are_found_as_often_as_they_last_long_at_any_of_their_tokens() -> None:
-    drawn = list(islice(Residents(steady(10, 1.0, (101, 301, 1)), 1.0).drawn(), 4000))
+    drawn = list(islice(MidAnswers(steady(10, 1.0, (101, 301, 1)), 1.0).drawn(), 4000))
     answers = np.array([record.output_tokens for record, _ in drawn])
     tokens = np.array([tokens for _, tokens in drawn])
     assert set(answers) == {101, 301}
     assert np.mean(answers == 301) == pytest.approx(300 * 3 / (300 * 3 + 100 * 4), abs=0.03)
     assert tokens.min() >= 1 and (tokens < answers).all()
     assert tokens[answers == 301].mean() == pytest.approx(150.5, rel=0.03)
-    assert drawn == list(islice(Residents(steady(10, 1.0, (101, 301, 1)), 1.0).drawn(), 4000))
+    assert drawn == list(islice(MidAnswers(steady(10, 1.0, (101, 301, 1)), 1.0).drawn(), 4000))
 
 
 @pytest.mark.parametrize("name", ["colocated", "minimal-load", "tidegate"])
 def test_a_fleet_with_residents_is_as_full_as_one_that_has_run_for_long(name: str) -> None:
     """Behind 500 s of arrivals to an empty fleet, and behind 35 s to one with residents."""
     answers, gap_s = (1500, 4500), 0.5
-    there = Residents(steady(100, gap_s, answers), 1 / gap_s)
+    there = MidAnswers(steady(100, gap_s, answers), 1 / gap_s)
     gaps_s = []
     for residents, before_s in ((None, 500), (there, 35), (None, 35)):
         before = int(before_s / gap_s)
@@ -60,9 +60,9 @@ def test_a_fleet_with_residents_is_as_full_as_one_that_has_run_for_long(name: st
 
 def test_residents_are_in_no_result_and_end() -> None:
     workload = steady(100, 0.1, (20, 40))
-    run = simulate(workload, make_system("colocated"), replicas(2), residents=Residents(workload, 10.0))
+    run = simulate(workload, make_system("colocated"), replicas(2), residents=MidAnswers(workload, 10.0))
     assert len(run.requests) == 100 and run.requests.ok.all()
-    again = simulate(workload, make_system("colocated"), replicas(2), residents=Residents(workload, 10.0))
+    again = simulate(workload, make_system("colocated"), replicas(2), residents=MidAnswers(workload, 10.0))
     assert (run.requests.end_s == again.requests.end_s).all()
 
 

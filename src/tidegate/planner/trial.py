@@ -15,7 +15,7 @@ from tidegate.experiments.setting import Setting
 from tidegate.sim import simulate
 from tidegate.workloads.choice import WorkloadChoice, own_rate_rps, requests_of
 from tidegate.workloads.reshape import concatenate, reseeded
-from tidegate.workloads.residents import Residents
+from tidegate.workloads.residents import MidAnswers
 from tidegate.workloads.sessions import in_rounds
 from tidegate.workloads.trace import Workload
 from tidegate.workloads.transform import coarsen_blocks, scale_rate
@@ -162,7 +162,7 @@ def attempt(
     served = arrivals, setting.make_system(), setting.fleet.replicas(), settings
     residents, until_s = None, math.inf
     if excerpt:
-        residents = Residents(requests_of(setting.workload), rate_rps, seed)
+        residents = MidAnswers(requests_of(setting.workload), rate_rps, seed)
         until_s = float(arrivals.arrival_s[-1])
     try:
         run = simulate(*served, missed=missed, residents=residents, until_s=until_s)

@@ -40,7 +40,7 @@ from tidegate.sim.settings import SimSettings
 from tidegate.sim.simulated_request import AwaitedRead, RequestColumns, SimulatedRequest
 from tidegate.sim.step_news import StepNews
 from tidegate.systems.system import System
-from tidegate.workloads.residents import Residents
+from tidegate.workloads.residents import MidAnswers
 from tidegate.workloads.trace import TraceRecord
 
 
@@ -65,7 +65,7 @@ class SimDriver:
         ended: Callable[[int, float], None] | None,
         load: LoadFeed | None = None,
         missed: Callable[[int], None] | None = None,
-        residents: Residents | None = None,
+        residents: MidAnswers | None = None,
     ) -> None:
         self._output_tokens: dict[str, int] = {}
         name = settings.lengths

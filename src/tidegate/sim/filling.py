@@ -13,7 +13,7 @@ from tidegate.core.request import Request
 from tidegate.ledger.snapshot import Snapshot
 from tidegate.signals.prefix import NO_BLOCKS
 from tidegate.sim.simulated_request import SimulatedRequest
-from tidegate.workloads.residents import Residents
+from tidegate.workloads.residents import MidAnswers
 from tidegate.workloads.trace import TraceRecord
 
 FIRST, MOST = 0.1, 1.3
@@ -70,7 +70,7 @@ class Filling:
     target.
     """
 
-    def __init__(self, residents: Residents, tpot_s: float, join: Joins) -> None:
+    def __init__(self, residents: MidAnswers, tpot_s: float, join: Joins) -> None:
         self._drawn = residents.drawn()
         self._tokens_per_s = residents.tokens_per_s
         self._prompt_tokens_per_s = residents.prompt_tokens_per_s

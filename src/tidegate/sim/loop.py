@@ -25,7 +25,7 @@ from tidegate.sim.membership import CONTROL, ENDING, FILLING, HEARTBEAT, MEMBERS
 from tidegate.sim.results import InstanceUse, SimRun, oversize_warnings, slo_warnings, unstarted_warnings
 from tidegate.sim.settings import SimSettings
 from tidegate.systems.system import System
-from tidegate.workloads.residents import Residents
+from tidegate.workloads.residents import MidAnswers
 from tidegate.workloads.trace import TraceRecord, Workload
 
 GC_THRESHOLD = 100_000
@@ -41,7 +41,7 @@ def simulate(
     journal: IO[bytes] | None = None,
     watch: Callable[[int], None] | None = None,
     missed: Callable[[int], None] | None = None,
-    residents: Residents | None = None,
+    residents: MidAnswers | None = None,
     until_s: float = math.inf,
 ) -> SimRun:
     """Serve ``trace`` with ``system`` on ``replicas`` to the last request.
@@ -82,7 +82,7 @@ class _Simulation:
         journal: JournalWriter,
         watch: Callable[[int], None] | None,
         missed: Callable[[int], None] | None = None,
-        residents: Residents | None = None,
+        residents: MidAnswers | None = None,
         until_s: float = math.inf,
     ) -> None:
         if not settings.lengths and Signal.LENGTHS in system.needs:

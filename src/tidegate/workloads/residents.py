@@ -13,7 +13,7 @@ _AT_ONCE = 512
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Residents:
+class MidAnswers:
     """The requests in mid-answer of a fleet that has been served ``workload`` at a steady rate for long.
 
     They are no sample of the workload's requests: an answer of twice the tokens runs twice as long, so that
