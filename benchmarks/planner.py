@@ -13,8 +13,8 @@ that its parts serve. Results are kept in the store, and the same command goes o
 ``fleet`` plans for 256 GPUs and prints the time. ``table2`` plans Llama-3.1-70B on H20 GPUs for the workloads
 of AMPD's Table 2, or those of them that ``--workloads`` names, and shows where its deployments come.
 
-``excerpts`` shows what deployments for long answers attain in trials, which are excerpts, and in a long run that
-began empty.
+``excerpts`` shows what deployments for long answers attain in trials, which are excerpts, and in a long run
+that began empty.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ LONG_ANSWERS = (
     ),
     ("colocated", ((Role.MIXED, 1, 1, 8192), (Role.MIXED, 2, 5, 8192)), (32.0, 34.0)),
 )
-"""Deployments of ``excerpts``: system, pools by role, tensor-parallel size, replicas and budget, and rates."""
+"""Deployments of ``excerpts``: system, pools (role, tensor-parallel size, replicas, budget), and rates."""
 LONG_S = 700.0, 1400.0
 """Arrivals of a long run that count."""
 
