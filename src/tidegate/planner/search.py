@@ -37,6 +37,8 @@ TOLERANCE = 0.02
 """Relative width at which a goodput search ends."""
 SHOWN = 0.1
 """Below the level: so far attainments are shown over rates. A run that attains less ends early."""
+UNKNOWN = 1.25
+"""By about so much the program is wrong before anything was measured."""
 HOPELESS = 0.75
 """Of the best goodput: deployments of which the corrected program expects less are not simulated."""
 PROPOSALS = {"disaggregated": 5, "colocated": 3, "mixed": 2, "adaptive": 3}
@@ -186,8 +188,10 @@ class PlanSearch:
     async def first_measured(self, chosen: Deployment, guess_rps: float | None = None) -> float:
         """Return a deployment's goodput with the first seed, roughly; each is searched once."""
         if chosen not in self.known.goodput_rps:
-            guess_rps = guess_rps or max(1e-3, self.predicted_rps(chosen))
-            found = await self.measured(chosen, guess_rps)
+            if guess_rps:
+                found = await self.measured(chosen, guess_rps)
+            else:
+                found = await self.measured(chosen, max(1e-3, self.predicted_rps(chosen)), growth=UNKNOWN)
             self.known.goodput_rps[chosen] = found.goodput_rps
         return self.known.goodput_rps[chosen]
 
@@ -209,7 +213,7 @@ class PlanSearch:
         if not starts:
             return []
         self.length = self.expected_length(starts)
-        await asyncio.gather(*map(self.first_measured, starts))
+        await self._measured_first(starts)
         self._correct()
         if self.question.rate_rps is not None:
             from tidegate.planner.cheapest import cheapest
@@ -228,6 +232,20 @@ class PlanSearch:
             await self.challenge([near for chosen in around for near in self._promising(chosen)])
         self._correct()
         return await self._finalists()
+
+    async def _measured_first(self, starts: Sequence[Deployment]) -> None:
+        """Measure deployments about which nothing is known; of those that have the same pools one system's
+        goodput tells where to look for the others'."""
+        by_pools: dict[tuple[PoolOf, ...], list[Deployment]] = {}
+        for each in starts:
+            by_pools.setdefault(each.pools, []).append(each)
+
+        async def measured(alike: Sequence[Deployment]) -> None:
+            guess_rps: float | None = None
+            for each in alike:
+                guess_rps = await self.first_measured(each, guess_rps)
+
+        await asyncio.gather(*map(measured, by_pools.values()))
 
     @property
     def best_rps(self) -> float:
