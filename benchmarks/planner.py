@@ -1,4 +1,4 @@
-"""How good plans are: ``python benchmarks/planner.py [best|fleet|table2] --store FILE``.
+"""How good plans are: ``python benchmarks/planner.py [best|fleet|table2|excerpts] --store FILE``.
 
 ``best`` plans for 8, 16 and 32 GPUs on three packaged workloads, and then tries every other deployment at 3 %
 more than the first choice serves: one simulation each tells whether it is better by more than that. Plan and
@@ -11,7 +11,10 @@ of the fleet, so does the check: parts are compared with parts, and the first ch
 that its parts serve. Results are kept in the store, and the same command goes on from there.
 
 ``fleet`` plans for 256 GPUs and prints the time. ``table2`` plans Llama-3.1-70B on H20 GPUs for the workloads
-of AMPD's Table 2 and shows where its deployments come.
+of AMPD's Table 2, or those of them that ``--workloads`` names, and shows where its deployments come.
+
+``excerpts`` shows what deployments for long answers attain in trials, which are excerpts, and in a long run
+that began empty.
 """
 
 from __future__ import annotations
@@ -35,8 +38,8 @@ from tidegate.planner.answer import answer
 from tidegate.planner.deployment import Deployment, PoolOf, ReplicaKind, deployment, kinds_on, offers
 from tidegate.planner.question import MODELLED_CHUNKS, Question, systems_for
 from tidegate.planner.search import PlanSearch
-from tidegate.planner.trial import TrialLength, trial_job
-from tidegate.sim import SimSettings
+from tidegate.planner.trial import attempt, trial_job
+from tidegate.sim import SimSettings, simulate
 from tidegate.workloads.choice import WorkloadChoice, requests_of
 
 WORKLOADS = ("sample:azure-conv", "sample:reasoning-day", "sample:mooncake-conv")
@@ -53,6 +56,18 @@ TABLE2 = {
 TABLE2_SLO = Slo(3.0, 0.05)
 """Ours: the paper states none. A prompt of 6,000 tokens takes 2 s on four H20."""
 TABLE2_LEVEL = 0.9
+LONG_ANSWERS = (
+    ("arrow-lending", ((Role.PREFILL, 1, 3, 2048), (Role.DECODE, 4, 2, 8192)), (29.0, 31.0, 33.0)),
+    (
+        "minimal-load",
+        ((Role.MIXED, 1, 1, 8192), (Role.MIXED, 2, 3, 8192), (Role.DECODE, 4, 1, 8192)),
+        (30.0, 32.0, 34.0, 36.0),
+    ),
+    ("colocated", ((Role.MIXED, 1, 1, 8192), (Role.MIXED, 2, 5, 8192)), (32.0, 34.0)),
+)
+"""Deployments of ``excerpts``: system, pools (role, tensor-parallel size, replicas, budget), and rates."""
+LONG_S = 700.0, 1400.0
+"""Arrivals of a long run that count."""
 
 
 def question_for(trace: str, gpus: int, model: str, gpu: str, slo: Slo | None = None) -> Question:
@@ -135,7 +150,7 @@ async def check(question: Question, workers: Workers, mixed_sizes: bool) -> str:
         f"({len(better)} serve more by more than 3 %)"
     )
     if parts > 1:
-        requests = TrialLength(parts * found.length.requests, parts * found.length.uncounted)
+        requests = replace(found.length, requests=parts * found.length.requests)
         at = trial_job(whole.applied(question.setting), whole.title, parts * goodput_rps, 0, requests)
         text += f"; {parts} parts, whole it attains {(await workers.do(at))['attainment']:.1%} there"
     return text
@@ -176,6 +191,27 @@ async def published(trace: str, workers: Workers) -> str:
     return "\n".join(lines)
 
 
+def excerpts() -> Iterator[str]:
+    """Yield what each of ``LONG_ANSWERS`` attains in excerpts of three draws and in a long run of one."""
+    question = question_for("sample:reasoning-day", 11, "llama-3.1-8b", "h100_sxm")
+    kinds = {kind.tp: kind for kind in question.kinds}
+    for system, pools_of, rates_rps in LONG_ANSWERS:
+        chosen = deployment(system, [PoolOf(role, kinds[tp], *rest) for role, tp, *rest in pools_of])
+        setting = chosen.applied(question.setting)
+        for rate_rps in rates_rps:
+            length = trial.length_for(requests_of(setting.workload), Slo().tpot_s, rate_rps)
+            runs = [attempt(setting, rate_rps, seed, length.requests, length.excerpt) for seed in range(3)]
+            shares = ", ".join(f"{run['attainment']:.1%}" for run in runs)
+            last_s = LONG_S[1] + trial.AFTER_S
+            arrivals = trial.drawn(setting.workload, int(rate_rps * last_s), 0)
+            arrivals = trial.scaled_to(arrivals, rate_rps)
+            served = arrivals, setting.make_system(), setting.fleet.replicas(), setting.settings
+            table = simulate(*served, until_s=float(arrivals.arrival_s[-1])).requests
+            counted = (table.arrival_s >= LONG_S[0]) & (table.arrival_s < LONG_S[1])
+            share = float(table.attained[counted].mean())
+            yield f"{chosen.label} at {rate_rps:g}/s: long run {share:.1%}, excerpts {shares}"
+
+
 def cpu_s() -> float:
     """Return the CPU seconds of this process and of its children that have ended."""
     return sum(
@@ -187,7 +223,7 @@ def cpu_s() -> float:
 def main() -> None:
     """Run one of the checks."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=("best", "fleet", "table2"))
+    parser.add_argument("what", choices=("best", "fleet", "table2", "excerpts"))
     parser.add_argument("--store", type=Path, default=Path("planner.jsonl"))
     parser.add_argument("--gpus", type=int, nargs="*", default=[8, 16, 32])
     parser.add_argument("--workloads", nargs="*", default=list(WORKLOADS))
@@ -211,10 +247,14 @@ def main() -> None:
             took_s, used_s = time.monotonic() - before_s, cpu_s() - before_cpu_s
             print(f"{trace} 256 GPUs: {text}; {took_s:.1f} s, {used_s:.1f} s of CPU", flush=True)
         return
+    if given.what == "excerpts":
+        for line in excerpts():
+            print(line, flush=True)
+        return
     os.nice(10)
     store = Store(given.store)
     if given.what == "table2":
-        for trace in TABLE2:
+        for trace in [each for each in given.workloads if each in TABLE2] or TABLE2:
 
             async def row(trace: str = trace) -> str:
                 async with Workers(given.jobs, store) as workers:

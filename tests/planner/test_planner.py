@@ -34,7 +34,7 @@ from tidegate.planner.moves import fits, neighbours
 from tidegate.planner.program import Asked, Option, solutions
 from tidegate.planner.question import Question, systems_for
 from tidegate.planner.transition import MovePrices, payback_s, transition
-from tidegate.planner.trial import TrialLength, attempt, length_for
+from tidegate.planner.trial import TrialLength, attempt, length_for, settling_time_s
 from tidegate.planner.watch import WindowVerdict
 from tidegate.systems.registry import SystemOptions
 from tidegate.workloads.choice import WorkloadChoice, requests_of
@@ -68,9 +68,8 @@ SMALL = (
 )
 
 
-@pytest.mark.parametrize("uncounted", [0, 40])
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_no_deployment_attains_above_its_bound(name: str, uncounted: int) -> None:
+def test_no_deployment_attains_above_its_bound(name: str) -> None:
     """So pruning by it removes no deployment that is better than the one it is compared with."""
     choice, found = WORKLOADS[name], 0
     slo = Slo(3.0, 0.05) if name == "shared prefixes" else SLO
@@ -78,12 +77,12 @@ def test_no_deployment_attains_above_its_bound(name: str, uncounted: int) -> Non
     base = Setting(choice, SimulatedFleet(()), "", None)
     base = Setting(choice, SimulatedFleet(()), "", None, type(base.settings)(slo=slo))
     for chosen in SMALL:
-        bound_rps = bounds.rps(chosen, TrialLength(250, uncounted))
+        bound_rps = bounds.rps(chosen, TrialLength(250))
         if bound_rps == float("inf"):
             continue
         found += 1
         for factor in (1.001, 1.3):
-            run = attempt(chosen.applied(base), factor * bound_rps, 0, 250, uncounted)
+            run = attempt(chosen.applied(base), factor * bound_rps, 0, 250)
             assert run["attainment"] < 0.9, f"{chosen.title} at {factor:g} times {bound_rps:.4g}"
     assert found, "a bound that bounds nothing proves nothing"
 
@@ -174,36 +173,38 @@ def test_an_slo_that_nobody_meets_is_told_with_the_nearest_that_can_be_met() -> 
         check(Slo(1.0, 0.0001))
 
 
-def test_a_fleet_of_long_answers_is_counted_once_it_has_settled() -> None:
-    """Else a run ends before its answers pile up, and the goodput is that of an empty fleet."""
+def test_a_run_of_long_answers_is_an_excerpt_of_a_longer_one() -> None:
+    """Else it ends before its answers pile up, and the goodput is that of an empty fleet."""
     short, long = (
-        requests_of(WorkloadChoice(poisson=5.0, input_tokens="100", output_tokens=tokens, limit=50))
+        WorkloadChoice(poisson=5.0, input_tokens="100", output_tokens=tokens, limit=50)
         for tokens in ("200", "4000")
     )
-    assert length_for(short, 0.05, 20.0).uncounted == 0
-    counted = length_for(long, 0.05, 20.0)
     # At an answer's age of a, a + 100 tokens are held: 80 % of all that is by 89 % of the answers.
-    assert counted.uncounted == pytest.approx(20.0 * 0.05 * 4000 * 0.89, rel=0.02)
-    assert counted.requests - counted.uncounted == 1200
-    choice = WorkloadChoice(poisson=5.0, input_tokens="100", output_tokens="4000", limit=50)
-    base = Setting(choice, SimulatedFleet(()), "")
-    chosen = made("colocated", (M, 1, 1)).applied(base)
-    whole, late = (attempt(chosen, 1.5, 0, 400, first) for first in (0, 200))
-    assert late["requests"] == 200 and late["tpot_p95_s"] >= whole["tpot_p95_s"]
-    assert 400 * whole["attainment"] >= 200 * late["attainment"]
+    settles_s = settling_time_s(requests_of(long), 0.05)
+    assert settles_s == pytest.approx(0.05 * 4000 * 0.89, rel=0.02)
+    assert not length_for(requests_of(short), 0.05, 20.0).excerpt
+    length = length_for(requests_of(long), 0.05, 20.0)
+    assert length == TrialLength(1200, excerpt=True)
+    chosen = made("colocated", (M, 1, 1))
+    setting = chosen.applied(Setting(long, SimulatedFleet(()), ""))
+    # A third of what the machine serves in the long run is nothing to an empty one.
+    empty, settled = (attempt(setting, 3.0, 0, 100, excerpt) for excerpt in (False, True))
+    assert empty["requests"] == settled["requests"] == 100
+    assert settled["tpot_p95_s"] > 1.5 * empty["tpot_p95_s"]
+    assert Bounds(long, SLO, 0.9, EngineSettings()).rps(chosen, length) == float("inf")
 
 
 def test_a_run_that_is_hopeless_ends_early_and_says_so() -> None:
     """Both levels are within what is attained, one of them by a single request."""
     choice = WorkloadChoice(poisson=30.0, input_tokens="2000", output_tokens="20", limit=300)
     chosen = made("colocated", (M, 1, 1)).applied(Setting(choice, SimulatedFleet(()), ""))
-    whole = attempt(chosen, 30.0, 0, 300, 20)
+    whole = attempt(chosen, 30.0, 0, 280)
     reached = whole["attainment"]
     assert 0.1 < reached < 0.9
-    assert attempt(chosen, 30.0, 0, 300, 20, reached) == whole
-    cut = attempt(chosen, 30.0, 0, 300, 20, reached + 1 / 280)
+    assert attempt(chosen, 30.0, 0, 280, level=reached) == whole
+    cut = attempt(chosen, 30.0, 0, 280, level=reached + 1 / 280)
     assert reached <= cut["attainment"] < reached + 1 / 280 and 0 < cut["until"] < 1
-    early = attempt(chosen, 30.0, 0, 300, 20, 0.95)
+    early = attempt(chosen, 30.0, 0, 280, level=0.95)
     assert early["until"] < cut["until"] and "ttft_p95_s" not in early
 
 

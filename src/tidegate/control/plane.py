@@ -191,6 +191,14 @@ class ControlPlane:
         self.sessions.arrived(live, now)
         return self._placing.place_prefill(live, "place_prefill", now)
 
+    def joined(self, live: LiveRequest, on: str, now: float) -> None:
+        """Take a request in mid-answer that decodes on an instance, which has its KV."""
+        self.requests[live.id] = live
+        request = live.as_request()
+        self.ledger.prefill_dispatched(request, on, now)
+        live.prefill_on = on
+        self._placing.decodes_on(live, on, request.prompt_tokens, now)
+
     def prefill_done(self, live: LiveRequest, now: float) -> Effects:
         """Say that the prompt's KV is complete and the first token is out; place the decode."""
         self.ledger.prefill_ended(live.id, now)

@@ -180,6 +180,13 @@ class Cluster:
         if len(leases.ends) == 1:
             self._events.push(ends_s, EventKind.LEASE, which)
 
+    def hold(self, on: int, tokens: int, now: float) -> Pin | None:
+        """Have instance ``on`` hold KV that was computed elsewhere, for a leg that goes on there; None where
+        it has no room."""
+        instance = self.instances[on]
+        blocks = instance.batcher.blocks.for_tokens(tokens)
+        return Pin(on, blocks, tokens) if instance.reserve(blocks, now) else None
+
     def drop(self, pin: Pin, now: float) -> None:
         """Free KV that no decode has come for."""
         if not pin.taken and not pin.gone:

@@ -375,6 +375,13 @@ class Ledger:
         decoding = np.flatnonzero(rows.decode_on != NOWHERE)
         return [rows.requests[row] for row in decoding.tolist()], rows.answer_tokens[decoding]
 
+    def answer_tokens(self, request_id: str) -> int:
+        """Return how many tokens of its answer a decode has; 0 for a request that does not decode."""
+        entry = self._entries.get(request_id)
+        if entry is None or entry.decode is None:
+            return 0
+        return entry.tokens_now - entry.request.prompt_tokens + entry.request.generated
+
     def window_averages(self, ids: Sequence[str]) -> dict[str, WindowAverages]:
         """Return the averages of the named windows on the instances ``ids``."""
         seen = None if ids is self._ids else [self._index[name] for name in ids]

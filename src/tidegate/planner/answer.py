@@ -18,7 +18,7 @@ from tidegate.planner.deployment import Deployment
 from tidegate.planner.feasibility import check_feasible
 from tidegate.planner.question import CACHE_SHARE, SMALL_CELLS, Question, cached_share
 from tidegate.planner.search import NEAR, TOLERANCE, PlanSearch
-from tidegate.planner.trial import MOST, MOST_SETTLING, TrialLength, trial_job, without_prefix_cache
+from tidegate.planner.trial import TrialLength, trial_job, without_prefix_cache
 from tidegate.reports.comparison import LevelGoodput
 
 AS_GOOD = 0.03
@@ -117,7 +117,6 @@ async def answer(question: Question, workers: Workers) -> RankedPlan:
     sentences = [*_verdict(ranked, question), *await _about_caching(search, ranked, parts)]
     sentences += [
         *_about_chunks(ranked[0].deployment),
-        *_about_length(search),
         *_about_scale(question, part, parts),
     ]
     runs = {each.deployment.label: search.runs_of(each.deployment, parts) for each in ranked}
@@ -135,11 +134,10 @@ async def answer(question: Question, workers: Workers) -> RankedPlan:
 
 
 def _part_of(whole: PlanSearch) -> tuple[Question, int]:
-    """Return what is simulated: a smaller part where a run of the usual one would be long, because answers
-    last long and it is run until the fleet has settled."""
+    """Return what is simulated: a smaller part where answers last long, for then it has many residents."""
     question = whole.question
     part, parts = question.part(_instances(whole))
-    if parts > 1 and PlanSearch(part, whole.workers).expected_length().requests > MOST:
+    if parts > 1 and PlanSearch(part, whole.workers).expected_length().excerpt:
         return question.part(_instances(whole), SMALL_CELLS)
     return part, parts
 
@@ -301,16 +299,6 @@ def _about_chunks(first: Deployment) -> list[str]:
     return [
         f"{first.system} cuts every step by the slack of its decodes, as embedded engines do; vLLM servers "
         "have a fixed budget of a step, and serve less."
-    ]
-
-
-def _about_length(search: PlanSearch) -> list[str]:
-    """Say so where a run ends before the fleet has settled."""
-    if search.length.uncounted < MOST_SETTLING:
-        return []
-    return [
-        f"Answers outlast the runs: the first {search.length.uncounted:,} requests of a run do not count, "
-        "and it would take more to fill the fleet; goodputs read high. Plan for fewer GPUs, or with --rate."
     ]
 
 

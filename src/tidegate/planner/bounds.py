@@ -46,10 +46,10 @@ class Bounds:
     def rps(self, chosen: Deployment, length: TrialLength) -> float:
         """Return a rate above which a deployment attains less than the level; infinite where none is known.
 
-        None is known where rounds wait for answers: their
-        arrivals are the system's.
+        None is known where rounds wait for answers, for their arrivals are the system's, and for an excerpt,
+        which does not see answers end.
         """
-        if in_rounds(drawn(self.choice, length.requests, 0)):
+        if length.excerpt or in_rounds(drawn(self.choice, length.requests, 0)):
             return float("inf")
         if chosen.system in FIXED_ROLES and chosen.family == "disaggregated":
             prefill = [pool for pool in chosen.pools if pool.role is Role.PREFILL]
@@ -94,21 +94,18 @@ class Bounds:
 
     def _rate(self, speed: tuple[Values, float], counted: Mask, slack_s: float, length: TrialLength) -> float:
         """Return the rate at which the least work of those ``counted`` that have to attain just fits between
-        the first arrival of the trial's that count and ``slack_s`` after the last."""
+        the first arrival and ``slack_s`` after the last."""
         work, replicas = speed
         needed = int(np.ceil(self.level * len(work) - 1e-9)) - int(np.count_nonzero(~counted))
         busy_s = float(np.sort(work[counted])[: max(0, needed)].sum()) / replicas
         span_s = busy_s - slack_s
         if span_s <= 0:
             return float("inf")
-        every_s = drawn(self.choice, length.requests, 0).arrival_s
-        share = float((every_s[-1] - every_s[length.uncounted]) / (every_s[-1] - every_s[0]))
-        return share * (len(every_s) - 1) / span_s
+        return (len(drawn(self.choice, length.requests, 0)) - 1) / span_s
 
     def _demand(self, length: TrialLength) -> Demand:
         if length not in self._demands:
-            every = demand_of(drawn(self.choice, length.requests, 0))
-            self._demands[length] = every.only(np.arange(len(every)) >= length.uncounted)
+            self._demands[length] = demand_of(drawn(self.choice, length.requests, 0))
         return self._demands[length]
 
     def _work(self, length: TrialLength, kind: ReplicaKind, chunk: int) -> tuple[Values, Values]:

@@ -35,6 +35,10 @@ STEP = 0.02
 """Relative gain from which on a deployment counts as better than the best so far."""
 TOLERANCE = 0.02
 """Relative width at which a goodput search ends."""
+SHOWN = 0.1
+"""Below the level: so far attainments are shown over rates. A run that attains less ends early."""
+UNKNOWN = 1.25
+"""By about so much the program is wrong before anything was measured."""
 HOPELESS = 0.75
 """Of the best goodput: deployments of which the corrected program expects less are not simulated."""
 PROPOSALS = {"disaggregated": 5, "colocated": 3, "mixed": 2, "adaptive": 3}
@@ -76,6 +80,7 @@ class PlanSearch:
         self._adaptive = 1.0
         """What adaptive fleets serve over what mixed replicas do by the program."""
         self._runs: dict[Deployment, dict[float, list[float]]] = {}
+        self._whole: dict[tuple[Deployment, float, int], dict[str, Any]] = {}
         self.length = TrialLength(0)
         """Of every run: the same for all, so that they are held side by side."""
 
@@ -133,25 +138,33 @@ class PlanSearch:
         found: dict[str, Any] = await self.workers.do(job)
         return found
 
-    async def run_at(self, chosen: Deployment, rate_rps: float, seed: int = 0) -> dict[str, Any]:
-        """Return what came of a deployment at a rate (``trial.attempt``)."""
-        setting = chosen.applied(self.question.setting)
-        title = f"{chosen.title} at {rate_rps:.3g} requests/s"
-        run = await self.do(trial_job(setting, title, rate_rps, seed, self.length))
-        self._runs.setdefault(chosen, {}).setdefault(rate_rps, []).append(run["attainment"])
-        return run
+    async def run_at(
+        self, chosen: Deployment, rate_rps: float, seed: int = 0, level: float = 0.0
+    ) -> dict[str, Any]:
+        """Return what came of a deployment at a rate (``trial.attempt``); of less than ``level`` no more."""
+        key = chosen, float(f"{rate_rps:.4g}"), seed
+        if key not in self._whole:
+            setting = chosen.applied(self.question.setting)
+            title = f"{chosen.title} at {rate_rps:.3g} requests/s"
+            run = await self.do(trial_job(setting, title, rate_rps, seed, self.length, level))
+            if "until" in run:
+                return run
+            self._whole[key] = run
+            self._runs.setdefault(chosen, {}).setdefault(rate_rps, []).append(run["attainment"])
+        return self._whole[key]
 
     async def challenged(self, chosen: Deployment, rate_rps: float) -> bool:
         """Tell whether a deployment attains the level at a rate, at the cost of no more than that takes."""
-        setting, level = chosen.applied(self.question.setting), self.question.level
-        run = await self.do(trial_job(setting, chosen.title, rate_rps, 0, self.length, level))
+        level = self.question.level
+        run = await self.run_at(chosen, rate_rps, 0, level)
         if run["attainment"] < level:
             self.known.missed[chosen] = (rate_rps, run.get("until", 1.0))
         return bool(run["attainment"] >= level)
 
     async def attainment(self, chosen: Deployment, rate_rps: float, seed: int = 0) -> float:
-        """Return what a deployment attains at a rate."""
-        return float((await self.run_at(chosen, rate_rps, seed))["attainment"])
+        """Return what a deployment attains at a rate, or less than ``SHOWN`` below the level."""
+        least = max(0.0, self.question.level - SHOWN)
+        return float((await self.run_at(chosen, rate_rps, seed, least))["attainment"])
 
     def runs_of(self, whole: Deployment, parts: int) -> list[tuple[float, float]]:
         """Return the mean attainment of a whole deployment by rate, wherever a part of it was run."""
@@ -175,8 +188,10 @@ class PlanSearch:
     async def first_measured(self, chosen: Deployment, guess_rps: float | None = None) -> float:
         """Return a deployment's goodput with the first seed, roughly; each is searched once."""
         if chosen not in self.known.goodput_rps:
-            guess_rps = guess_rps or max(1e-3, self.predicted_rps(chosen))
-            found = await self.measured(chosen, guess_rps)
+            if guess_rps:
+                found = await self.measured(chosen, guess_rps)
+            else:
+                found = await self.measured(chosen, max(1e-3, self.predicted_rps(chosen)), growth=UNKNOWN)
             self.known.goodput_rps[chosen] = found.goodput_rps
         return self.known.goodput_rps[chosen]
 
@@ -198,7 +213,7 @@ class PlanSearch:
         if not starts:
             return []
         self.length = self.expected_length(starts)
-        await asyncio.gather(*map(self.first_measured, starts))
+        await self._measured_first(starts)
         self._correct()
         if self.question.rate_rps is not None:
             from tidegate.planner.cheapest import cheapest
@@ -217,6 +232,20 @@ class PlanSearch:
             await self.challenge([near for chosen in around for near in self._promising(chosen)])
         self._correct()
         return await self._finalists()
+
+    async def _measured_first(self, starts: Sequence[Deployment]) -> None:
+        """Measure deployments about which nothing is known; of those that have the same pools one system's
+        goodput tells where to look for the others'."""
+        by_pools: dict[tuple[PoolOf, ...], list[Deployment]] = {}
+        for each in starts:
+            by_pools.setdefault(each.pools, []).append(each)
+
+        async def measured(alike: Sequence[Deployment]) -> None:
+            guess_rps: float | None = None
+            for each in alike:
+                guess_rps = await self.first_measured(each, guess_rps)
+
+        await asyncio.gather(*map(measured, by_pools.values()))
 
     @property
     def best_rps(self) -> float:
@@ -267,7 +296,7 @@ class PlanSearch:
             if before is not None and before[0] <= rate_rps:
                 return
             if await self.challenged(each, rate_rps) and each not in self.known.goodput_rps:
-                await self.first_measured(each, 1.05 * rate_rps)
+                await self.first_measured(each, rate_rps)  # which is known to attain
 
         width = 4
         for start in range(0, len(new), width):

@@ -15,6 +15,7 @@ from tidegate.experiments.setting import Setting
 from tidegate.sim import simulate
 from tidegate.workloads.choice import WorkloadChoice, own_rate_rps, requests_of
 from tidegate.workloads.reshape import concatenate, reseeded
+from tidegate.workloads.residents import MidAnswers
 from tidegate.workloads.sessions import in_rounds
 from tidegate.workloads.trace import Workload
 from tidegate.workloads.transform import coarsen_blocks, scale_rate
@@ -26,9 +27,12 @@ LIVES = 2.0
 are rounds."""
 FEWEST, MOST = 1200, 6000
 """Requests of a trial that count."""
-SETTLED, MOST_SETTLING = 0.8, 24_000
+SETTLED = 0.8
 """A fleet has settled once its residents hold so much of the KV that they hold in the long run. Where that
-takes longer than ``SPAN_S``, requests before it do not count; so many of them at most are run."""
+takes longer than ``SPAN_S``, a trial is an excerpt of a longer run."""
+BEFORE_S, AFTER_S = 35.0, 12.0
+"""Of an excerpt: how long requests arrive before and behind those that count. Residents join in the first
+30 s; and an answer that the end cuts off has tokens enough to tell its TPOT."""
 _ROUNDS = 14
 BLOCK_TOKENS, MOST_BLOCKS = 64, 200_000
 """Prefix blocks are joined to this size, and a trial has so many at most: each costs time at every stage of a
@@ -37,21 +41,22 @@ request."""
 
 @dataclass(frozen=True, slots=True)
 class TrialLength:
-    """``requests`` of a trial, of which the first ``uncounted`` only fill the fleet."""
+    """``requests`` of a trial that count.
+
+    An ``excerpt`` stands for a part of a longer run: it begins with residents, others arrive before and
+    behind those that count, and it ends with the last arrival.
+    """
 
     requests: int
-    uncounted: int = 0
+    excerpt: bool = False
 
 
 def length_for(workload: Workload, tpot_s: float, rate_rps: float) -> TrialLength:
     """Return how long a trial at about ``rate_rps`` is."""
     counted = _counted(workload, tpot_s, rate_rps)
-    settling_s = settling_time_s(workload, tpot_s)
-    if settling_s <= SPAN_S:
+    if settling_time_s(workload, tpot_s) <= SPAN_S:
         return TrialLength(counted)
-    counted = int(min(counted, max(FEWEST, rate_rps * SPAN_S)))
-    uncounted = int(min(MOST_SETTLING, rate_rps * settling_s))
-    return TrialLength(uncounted + counted, uncounted)
+    return TrialLength(int(min(counted, max(FEWEST, rate_rps * SPAN_S))), excerpt=True)
 
 
 def settling_time_s(workload: Workload, tpot_s: float) -> float:
@@ -125,9 +130,14 @@ class _TooManyMissed(Exception):
 
 
 def attempt(
-    setting: Setting, rate_rps: float, seed: int, requests: int, uncounted: int = 0, level: float = 0.0
+    setting: Setting,
+    rate_rps: float,
+    seed: int,
+    requests: int,
+    excerpt: bool = False,
+    level: float = 0.0,
 ) -> dict[str, Any]:
-    """Return what came of a run after its first ``uncounted`` requests: their attainment, and percentiles of
+    """Return what came of a run of a ``TrialLength``: the attainment of those that count, and percentiles of
     their latencies in seconds.
 
     A run that cannot attain ``level`` any more ends there. Then ``attainment`` is the most that it might have
@@ -135,28 +145,35 @@ def attempt(
     for the answer before it, and its client's pause. ``gpu_hours`` and the like are left to who knows the
     deployment.
     """
-    workload = drawn(setting.workload, requests, seed)
+    before, after = (math.ceil(rate_rps * (BEFORE_S, AFTER_S)[at]) if excerpt else 0 for at in (0, 1))
+    workload = drawn(setting.workload, before + requests + after, seed)
     settings = replace(setting.settings, closed_loop=in_rounds(workload))
-    count, misses = len(workload) - uncounted, 0
+    counted = np.zeros(len(workload), dtype=bool)
+    counted[before : len(workload) - after] = True
+    count, misses = int(counted.sum()), 0
 
     def missed(at: int) -> None:
         nonlocal misses
-        misses += at >= uncounted
+        misses += bool(counted[at])
         if count - misses < level * count:
             raise _TooManyMissed(at)
 
-    served = scaled_to(workload, rate_rps), setting.make_system(), setting.fleet.replicas(), settings
+    arrivals = scaled_to(workload, rate_rps)
+    served = arrivals, setting.make_system(), setting.fleet.replicas(), settings
+    residents, until_s = None, math.inf
+    if excerpt:
+        residents = MidAnswers(requests_of(setting.workload), rate_rps, seed)
+        until_s = float(arrivals.arrival_s[-1])
     try:
-        run = simulate(*served, missed=missed)
+        run = simulate(*served, missed=missed, residents=residents, until_s=until_s)
     except _TooManyMissed as ended:
         return {"attainment": (count - misses) / count, "until": ended.args[0] / len(workload)}
     table = run.requests
-    counted = np.arange(len(table)) >= uncounted
     ok = table.ok & counted
     ttft, tpot = table.ttft_s[ok], table.tpot_s[ok]
     return {
         "attainment": float(table.attained[counted].mean()),
-        "requests": int(counted.sum()),
+        "requests": count,
         "ttft_p95_s": _p95(ttft),
         "tpot_p95_s": _p95(tpot),
         "flips": run.flips,
@@ -175,8 +192,9 @@ def trial_job(
 ) -> Job:
     """Return the job of ``attempt``. Rates are rounded, so that a search finds those of another one."""
     rounded = float(f"{rate_rps:.4g}")
-    run = {"rate_rps": rounded, "seed": seed, "requests": length.requests, "uncounted": length.uncounted}
-    return job_of(attempt, setting, title, **run, **({"level": level} if level else {}))
+    run = {"rate_rps": rounded, "seed": seed, "requests": length.requests}
+    special = {"excerpt": length.excerpt, "level": level}
+    return job_of(attempt, setting, title, **run, **{name: value for name, value in special.items() if value})
 
 
 def without_prefix_cache(setting: Setting) -> Setting:

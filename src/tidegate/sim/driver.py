@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from tidegate.control.effects import (
     Drains,
@@ -21,9 +20,8 @@ from tidegate.control.live_request import LiveRequest, Stage
 from tidegate.control.plane import ControlPlane
 from tidegate.control.record import outcome_line
 from tidegate.control.settings import ControlSettings
-from tidegate.core.errors import EngineUnreachable, InternalError, PromptTooLong, TidegateError, status_of
+from tidegate.core.errors import InternalError, PromptTooLong, TidegateError, status_of
 from tidegate.core.instance import Role
-from tidegate.core.request import Request
 from tidegate.dataplane.cluster import Cluster
 from tidegate.dataplane.events import EventKind, EventQueue
 from tidegate.dataplane.replica import Replica
@@ -34,12 +32,15 @@ from tidegate.policies.order import Ticket, decode_ticket
 from tidegate.signals.forecast import LoadFeed
 from tidegate.signals.lengths.choice import simulated_source
 from tidegate.signals.prefix import NO_BLOCKS, PrefixIndex, PromptBlocks
+from tidegate.sim.filling import Filling, Resident
 from tidegate.sim.legs import SentLegs
 from tidegate.sim.membership import CONTROL, FleetSchedule
 from tidegate.sim.sampling import Sampler
 from tidegate.sim.settings import SimSettings
 from tidegate.sim.simulated_request import AwaitedRead, RequestColumns, SimulatedRequest
+from tidegate.sim.step_news import StepNews
 from tidegate.systems.system import System
+from tidegate.workloads.residents import MidAnswers
 from tidegate.workloads.trace import TraceRecord
 
 
@@ -64,6 +65,7 @@ class SimDriver:
         ended: Callable[[int, float], None] | None,
         load: LoadFeed | None = None,
         missed: Callable[[int], None] | None = None,
+        residents: MidAnswers | None = None,
     ) -> None:
         self._output_tokens: dict[str, int] = {}
         name = settings.lengths
@@ -71,7 +73,7 @@ class SimDriver:
         self._ids = [replica.instance.id for replica in replicas]
         order, chunks = system.order.in_engines, system.chunks
         replicas = [each.with_known_budget(chunks) for each in replicas]
-        real = [_slowed(each, settings) for each in replicas]
+        real = [settings.real(each) for each in replicas]
         self.cluster = Cluster(real, events, self, leap=settings.leap, order=order, chunks=chunks)
         self.plane = ControlPlane(
             system,
@@ -90,7 +92,7 @@ class SimDriver:
         self.columns = RequestColumns(missed)
         self.slo_class: list[str] = []
         self.steps = [0] * len(replicas)
-        self.arrived = 0
+        self.arrived = self.residents = 0
         self.preemptions = 0
         self.migrations = 0
         self.kv_transfer_bytes = 0
@@ -105,9 +107,9 @@ class SimDriver:
         self.context = max(self._contexts, default=0)
         self.oversize: list[tuple[int, int]] = []
         self.unstarted: list[tuple[float, str]] = []
-        self._stale = settings.heartbeat_s > 0
-        self._untold: list[list[tuple[int, float]]] = [[] for _ in replicas]
+        self._news = StepNews(self.plane.ledger, self._ids, late=settings.heartbeat_s > 0)
         self._ended = ended
+        self.filling = None if residents is None else Filling(residents, settings.slo.tpot_s, self.join)
 
     def start(self) -> None:
         """Have the instances that are up at the start join, and the periodic decisions begin."""
@@ -119,24 +121,12 @@ class SimDriver:
     # what happens
 
     def arrive(self, number: int, record: TraceRecord, now: float) -> None:
-        """Take record ``number`` of the trace; its answer has ``output_tokens``.
-
-        Traces do not say which limit a client set: it is what the longest context leaves.
-        """
+        """Take record ``number`` of the trace."""
         index = self.arrived
         self.arrived += 1
         if self._settings.slo_classes:
             self.slo_class.append(record.slo_class)
-        request = Request(
-            f"r{index}",
-            record.input_tokens,
-            max(record.output_tokens, self.context - record.input_tokens),
-            now,
-            self._settings.slo_of(record, number) if record.slo_class else self._settings.slo,
-            record.client_id,
-            record.session_id,
-            record.turn,
-        )
+        request = self._settings.request(f"r{index}", record, number, now, self.context)
         blocks = PromptBlocks(record.hash_ids, record.block_tokens) if record.hash_ids else NO_BLOCKS
         deadline_s = now + self._settings.deadline_s
         live = SimulatedRequest(index, number, request, record.output_tokens, deadline_s, blocks)
@@ -148,6 +138,23 @@ class SimDriver:
             self.cluster.report(now)
             self._do(self.plane.arrive(live, now), now)
 
+    def join(self, record: TraceRecord, tokens: int, first_token_s: float, on: str, now: float) -> bool:
+        """See ``Joins``. No prefix cache has anything of its prompt. None that would be refused joins."""
+        if record.input_tokens + record.output_tokens > self._contexts[self._index[on]]:
+            return True
+        pin = self.cluster.hold(self._index[on], record.input_tokens + tokens - 1, now)
+        if pin is None:
+            return False
+        self.residents += 1
+        name = f"resident{self.residents}"
+        request = self._settings.request(name, record, -1, first_token_s, self.context)
+        live = Resident(self.residents, request, record.output_tokens, tokens, {on: pin.tokens})
+        self.requests[live.index] = live
+        self._output_tokens[live.id] = live.output_tokens
+        self.plane.joined(live, on, now)
+        self._dispatch(live, pin.on, False, self._decode_ticket(live), now, pin)
+        return True
+
     def tick(self, now: float) -> None:
         """Have the plane do what is due."""
         self.cluster.report(now)
@@ -157,8 +164,7 @@ class SimDriver:
     def heartbeat(self, now: float) -> None:
         """Have the control plane learn what every instance has done by now."""
         self.cluster.report(now)
-        for instance in range(len(self._ids)):
-            self._tell(instance)
+        self._news.tell_all()
 
     def instance_up(self, instance: int, now: float) -> None:
         """Have an instance join."""
@@ -175,7 +181,7 @@ class SimDriver:
         A decode that was to pull its KV from there computes it again where it is.
         """
         self.cluster.report(now)
-        self._tell(instance)
+        self._news.tell(instance)
         self._cancel_migrations_to(instance, now)
         lost, robbed = [], []
         for live in self.requests.values():
@@ -186,8 +192,8 @@ class SimDriver:
                 lost.append(live)
             elif live.on == instance or (source is not None and source.on == instance):
                 robbed.append(live)
-        errors = [self._abort_leg(live, instance, now) for live in lost]
-        self._tell(instance)
+        errors = [self.legs.abort(live, self._ids[instance], now) for live in lost]
+        self._news.tell(instance)
         name = self._ids[instance]
         self.last_roles[instance] = self.plane.ledger.role_of(name)
         self._membership.went_down(instance, now, spare=reason != "died")
@@ -216,7 +222,10 @@ class SimDriver:
                     self._run_prefill(effect, now)
                 case RunDecode():
                     live = effect.live
+                    assert isinstance(live, SimulatedRequest)
                     self._dispatch(live, self._index[effect.on], False, self._decode_ticket(live), now)
+                    if self.filling is not None:
+                        self.filling.decodes(effect.on, live.request.prompt_tokens, now)
                 case WakeAt(at_s):
                     self._events.push(at_s, EventKind.TICK, CONTROL)
                 case GiveUp(live, error):
@@ -287,18 +296,20 @@ class SimDriver:
 
     # failures and endings
 
-    def _abort_leg(self, live: SimulatedRequest, instance: int, now: float) -> EngineUnreachable:
-        """Take a leg off an instance that dies, and return the error with which it fails."""
-        leg = live.leg
-        assert leg is not None
-        self.cluster.abort(leg, now)
-        live.generated = max(live.generated, leg.tokens - live.request.prompt_tokens)
-        live.leg, live.on, live.pin, live.reads = None, -1, None, None
-        live.legs += 1
-        live.handing_over = False
-        stage = "decode" if live.stage is Stage.DECODE else "prefill"
-        name = self._ids[instance]
-        return EngineUnreachable(f"instance {name} died", instance=name, stage=stage)
+    def cut_off(self, now: float) -> None:
+        """End the run: answers that have begun get one token more and end, all else ends as unfinished.
+
+        A next token now is as early as there could be one, also of an answer that stalls.
+        """
+        self.cluster.report(now)
+        self._news.tell_all()
+        for live in self.requests.values():
+            if live.index >= 0:
+                begun = live.first_token_s == live.first_token_s
+                live.generated = 1 + (self.plane.ledger.answer_tokens(live.id) or live.generated)
+                live.last_token_s = now
+                self.columns.write(live, self._index, "ok" if begun else "unfinished", now)
+        self.requests.clear()
 
     def _without_source(self, live: SimulatedRequest, now: float) -> None:
         """Have a leg compute what it cannot pull any more."""
@@ -324,14 +335,14 @@ class SimDriver:
     def _close(self, live: LiveRequest, error: TidegateError | None, now: float) -> None:
         """End a request and write down how it ended."""
         assert isinstance(live, SimulatedRequest)
-        if self._stale and live.on >= 0:
-            self._tell(live.on)
+        self._news.tell(live.on)
         if error is not None and live.pin is not None:
             self.cluster.drop(live.pin, now)
         del self.requests[live.index]
         effects = self.plane.ended(live, error, now)
         del self._output_tokens[live.id]
-        self.columns.write(live, self._index, "ok" if error is None else status_of(error).label, now)
+        if live.index >= 0:
+            self.columns.write(live, self._index, "ok" if error is None else status_of(error).label, now)
         self.preemptions += live.preemptions
         self.migrations += live.migrations
         self.kv_transfer_bytes += live.kv_transfer_bytes
@@ -347,20 +358,7 @@ class SimDriver:
     def stepped(self, instance: int, count: int, now: float) -> None:
         """See ``Listener.stepped``. With a heartbeat the ledger knows of steps as of the last one only."""
         self.steps[instance] += count
-        if self._stale:
-            self._untold[instance].append((count, now))
-        else:
-            self.plane.ledger.stepped(self._ids[instance], count, now)
-
-    def _tell(self, instance: int) -> None:
-        """Have the ledger know all steps of an instance so far: before who steps together there changes.
-
-        A response tells more than its own token: what brings an instance's answer (a first token, an end, a
-        preemption) brings the steps before it, too.
-        """
-        for count, at_s in self._untold[instance]:
-            self.plane.ledger.stepped(self._ids[instance], count, at_s)
-        self._untold[instance].clear()
+        self._news.stepped(instance, count, now)
 
     def token(self, sequence: SimSequence, now: float) -> None:
         """See ``Listener.token``: the first one of a leg tells that its prefill, or its pull, has ended."""
@@ -368,14 +366,16 @@ class SimDriver:
         plane = self.plane
         if live.reads is not None:
             return
-        if self._stale:
-            self._tell(live.on)
+        if self._news.late:
+            self._news.tell(live.on)
         decodes = live.stage is Stage.DECODE
         if live.leg_first_s != live.leg_first_s:
             live.leg_first_s = now
             if not decodes and not live.handing_over:
                 self._do(plane.decode_began(live, sequence.prompt, now), now)
                 decodes = True
+                if self.filling is not None:
+                    self.filling.decodes(self._ids[live.on], live.request.prompt_tokens, now)
             if live.first_token_s != live.first_token_s:
                 live.note_first_token(sequence, self._settings.front_s, now)
                 self.columns.began(live)
@@ -391,14 +391,14 @@ class SimDriver:
         """See ``Listener.preempted``."""
         live = self.requests[sequence.request]
         live.preemptions += 1
-        if self._stale:
-            self._tell(live.on)
+        if self._news.late:
+            self._news.tell(live.on)
         self.plane.ledger.left_step(live.id)
 
     def paused(self, sequence: SimSequence, now: float) -> None:
         """See ``Listener.paused``."""
         live = self.requests[sequence.request]
-        self._tell(live.on)
+        self._news.tell(live.on)
         self.plane.ledger.left_step(live.id)
 
     def migrated(
@@ -439,11 +439,3 @@ class SimDriver:
         live.generated = live.output_tokens
         live.note_end(sequence)
         self._close(live, None, now)
-
-
-def _slowed(replica: Replica, settings: SimSettings) -> Replica:
-    """Return what an instance is, where it is not what its profile says."""
-    factor = settings.slowed.get(replica.instance.id)
-    if factor is None:
-        return replica
-    return replace(replica, profile=replica.profile.scaled(factor, factor))

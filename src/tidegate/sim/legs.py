@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from tidegate.control.live_request import Stage
+from tidegate.core.errors import EngineUnreachable
 from tidegate.dataplane.cluster import Cluster
 from tidegate.dataplane.events import EventKind, EventQueue
 from tidegate.dataplane.sequence import Pin, SimSequence
@@ -68,6 +70,18 @@ class SentLegs:
             hash_block_tokens=blocks.block_tokens,
         )
         self._send(live, pins, held_on, now)
+
+    def abort(self, live: SimulatedRequest, name: str, now: float) -> EngineUnreachable:
+        """Take a leg off the instance ``name``, which dies, and return the error with which it fails."""
+        leg = live.leg
+        assert leg is not None
+        self._cluster.abort(leg, now)
+        live.generated = max(live.generated, leg.tokens - live.request.prompt_tokens)
+        live.leg, live.on, live.pin, live.reads = None, -1, None, None
+        live.legs += 1
+        live.handing_over = False
+        stage = "decode" if live.stage is Stage.DECODE else "prefill"
+        return EngineUnreachable(f"instance {name} died", instance=name, stage=stage)
 
     def arrive(self, index: int, legs: int, now: float) -> None:
         """Have a leg reach its engine, unless its request has ended or is on another one by now."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from heapq import heappop
@@ -20,10 +21,11 @@ from tidegate.signals.forecast.series import ENSEMBLE
 from tidegate.signals.lengths.choice import DEFAULT
 from tidegate.sim.arrivals import TraceArrivals
 from tidegate.sim.driver import SimDriver
-from tidegate.sim.membership import CONTROL, HEARTBEAT, MEMBERSHIP, FleetSchedule
+from tidegate.sim.membership import CONTROL, ENDING, FILLING, HEARTBEAT, MEMBERSHIP, FleetSchedule
 from tidegate.sim.results import InstanceUse, SimRun, oversize_warnings, slo_warnings, unstarted_warnings
 from tidegate.sim.settings import SimSettings
 from tidegate.systems.system import System
+from tidegate.workloads.residents import MidAnswers
 from tidegate.workloads.trace import TraceRecord, Workload
 
 GC_THRESHOLD = 100_000
@@ -39,14 +41,21 @@ def simulate(
     journal: IO[bytes] | None = None,
     watch: Callable[[int], None] | None = None,
     missed: Callable[[int], None] | None = None,
+    residents: MidAnswers | None = None,
+    until_s: float = math.inf,
 ) -> SimRun:
     """Serve ``trace`` with ``system`` on ``replicas`` to the last request.
 
     The same arguments give the same result and the same journal, byte for byte. ``watch`` is told now and
     then how many requests have arrived; ``missed`` of each request that will not attain its SLO, as soon as
-    that is known, by its place in the order of arrival. What they raise ends the run. Raises ConfigError for
-    a fleet, system or settings that cannot serve, and for a trace that goes back in time, has empty requests
-    or names an unknown SLO class.
+    that is known, by its place in the order of arrival. What they raise ends the run.
+
+    A run may stand for a moment of a longer one. With ``residents`` it begins with requests in mid-answer, as
+    many as there are in the long run (see ``Filling``), which are in no result. At ``until_s``, which is not
+    before the last arrival, it ends: an answer that has begun counts as far as it has come.
+
+    Raises ConfigError for a fleet, system or settings that cannot serve, and for a trace that goes back in
+    time, has empty requests or names an unknown SLO class.
     """
     return _Simulation(
         trace,
@@ -56,6 +65,8 @@ def simulate(
         JournalWriter(None if journal is None else journal.write),
         watch,
         missed,
+        residents,
+        until_s,
     ).run()
 
 
@@ -71,6 +82,8 @@ class _Simulation:
         journal: JournalWriter,
         watch: Callable[[int], None] | None,
         missed: Callable[[int], None] | None = None,
+        residents: MidAnswers | None = None,
+        until_s: float = math.inf,
     ) -> None:
         if not settings.lengths and Signal.LENGTHS in system.needs:
             settings = replace(settings, lengths=DEFAULT)
@@ -93,8 +106,9 @@ class _Simulation:
         periods = settings.forecast_period_s, settings.forecast_steps
         load = simulated_feed(settings.forecast, workload, *periods) if settings.forecast else None
         self._driver = SimDriver(
-            system, replicas, settings, journal, events, self._membership, ended, load, missed
+            system, replicas, settings, journal, events, self._membership, ended, load, missed, residents
         )
+        self._until_s = until_s
         self._heartbeats = 0
         journal.header(
             version=tidegate.__version__,
@@ -120,6 +134,10 @@ class _Simulation:
         for number, change in enumerate(self._membership.changes):
             self._events.push(change.at_s, EventKind.TICK, MEMBERSHIP + number)
         self._driver.start()
+        if self._driver.filling is not None:
+            self._events.push(0.0, EventKind.TICK, FILLING)
+        if self._until_s < math.inf:
+            self._events.push(self._until_s, EventKind.TICK, ENDING)
         driver, arrivals = self._driver, self._arrivals
         requests, coming, handled = driver.requests, arrivals.coming, 0
         handlers = driver.cluster.handlers | {
@@ -149,12 +167,25 @@ class _Simulation:
         elif whose == HEARTBEAT:
             self._driver.heartbeat(now)
             self._announce_heartbeat()
+        elif whose == FILLING:
+            self._fill(now)
+        elif whose == ENDING:
+            self._driver.cut_off(now)
         else:
             change = self._membership.changes[whose - MEMBERSHIP]
             if change.up:
                 self._driver.instance_up(change.instance, now)
             elif self._membership.is_up(change.instance):
                 self._driver.instance_down(change.instance, now)
+
+    def _fill(self, now: float) -> None:
+        plane, filling = self._driver.plane, self._driver.filling
+        assert filling is not None
+        filling.window_closed(plane.snapshot(now))
+        if filling.full:
+            self._driver.filling = None
+        else:
+            self._events.push(plane.window_ends_s, EventKind.TICK, FILLING)
 
     def _announce_heartbeat(self) -> None:
         self._heartbeats += 1

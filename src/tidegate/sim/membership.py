@@ -12,9 +12,11 @@ from tidegate.sim.settings import SimSettings
 
 HEARTBEAT: Final = 0
 CONTROL: Final = 1
-MEMBERSHIP: Final = 2
+FILLING: Final = 2
+ENDING: Final = 3
+MEMBERSHIP: Final = 4
 """What a TICK event is about, in the order in which those of one time are handled: a heartbeat, the control
-plane, or change number MEMBERSHIP + k of the membership."""
+plane, residents that are added, the run's end, or change number MEMBERSHIP + k of the membership."""
 
 
 class Change(NamedTuple):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tidegate.core.errors import ConfigError
+from tidegate.core.request import Request
 from tidegate.core.slo import Slo
+from tidegate.dataplane.replica import Replica
 from tidegate.signals.forecast.choice import check_source
 from tidegate.signals.forecast.feed import PERIOD_S, STEPS
 from tidegate.signals.lengths.choice import SIMULATED, checked
@@ -103,3 +105,28 @@ class SimSettings:
                 f"request {number}: it names the SLO class {record.slo_class!r}; known classes: {known}"
             )
         return slo
+
+    def request(
+        self, name: str, record: TraceRecord, number: int, arrival_s: float, context_tokens: int
+    ) -> Request:
+        """Return what is asked for by record ``number``, whose answer has ``output_tokens``.
+
+        Traces do not say which limit a client set: it is what the longest context leaves.
+        """
+        return Request(
+            name,
+            record.input_tokens,
+            max(record.output_tokens, context_tokens - record.input_tokens),
+            arrival_s,
+            self.slo_of(record, number) if record.slo_class else self.slo,
+            record.client_id,
+            record.session_id,
+            record.turn,
+        )
+
+    def real(self, replica: Replica) -> Replica:
+        """Return what an instance is, where it is not what its profile says."""
+        factor = self.slowed.get(replica.instance.id)
+        if factor is None:
+            return replica
+        return replace(replica, profile=replica.profile.scaled(factor, factor))
