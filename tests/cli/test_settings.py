@@ -375,9 +375,10 @@ def test_what_a_gateway_begins_with_may_be_the_journal_that_it_is_to_write(tmp_p
     assert "there is no such file" in problems(**{name: own})[0]
     assert "there is no such file" in problems(**{name: other}, journal=own)[0]
     file = f"[gateway]\njournal = '{own}'\n"
-    assert settle(file, folder=tmp_path, **{name: own}).config.answered() == ()
+    given: dict[str, Any] = {name: own}
+    assert settle(file, folder=tmp_path, **given).config.answered() == ()
     own.touch()
-    assert settle(file, folder=tmp_path, **{name: own}).config.answered() == ()
+    assert settle(file, folder=tmp_path, **given).config.answered() == ()
     assert "follows no lengths" in problems(system="static", warm_start=own, journal=own)[0]
 
 

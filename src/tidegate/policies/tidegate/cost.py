@@ -123,8 +123,9 @@ def _computed_again_s(request: Request, snapshot: Snapshot, home: Home, prefill_
     if not home.tokens:
         return np.zeros(len(snapshot))
     has, new = float(home.tokens), float(request.prompt_tokens - home.tokens)
-    least_s = snapshot.costs.prefill.seconds(new, attention_work(new, has))
-    return np.maximum(prefill_s - np.asarray(least_s), 0.0)
+    with_it_s = snapshot.costs.prefill.seconds(new, attention_work(new, has))
+    more_s: Column = np.maximum(prefill_s - np.asarray(with_it_s), 0.0)
+    return more_s
 
 
 def delays_beside_s(
