@@ -32,7 +32,8 @@ class CostConstants:
     share ``pace`` of the TPOT target does nobody harm; what is beyond costs ``late_weight`` times as much. KV
     beyond all but the share ``kv_reserve`` of a cache is at risk. Prompts that will be late anyway are served
     behind the others, as far as steps can be parted: at most ``hopeless`` of the TTFT target counts of them.
-    A second of computing a session's history again costs ``again`` seconds more: others wait for it.
+    A second of reading a session's history, or of computing it again, costs ``away`` seconds more, for others:
+    who wait for it, and whose KV makes room for a second copy.
     """
 
     margin: float = MARGIN
@@ -40,7 +41,7 @@ class CostConstants:
     pace: float = PACE
     kv_reserve: float = 0.1
     hopeless: float = 0.5
-    again: float = 4.0
+    away: float = 10.0
 
 
 class FirstToken(NamedTuple):
@@ -48,9 +49,9 @@ class FirstToken(NamedTuple):
 
     ``wait_s`` is the queue, ``read_s`` the way of the history, ``prefill_s`` the computing of what the
     instance lacks, alone; ``beside_s`` is by how much the decodes there stretch both. ``late_s`` is what is
-    late by then, weighed; none where an answer goes on, whose first token is out. ``again_s`` is the time to
-    compute a history that is at home, weighed. ``damage_s`` is what the prefill's steps do to the decodes
-    there, as far as budgets of steps are known (``delays_beside_s``).
+    late by then, weighed; none where an answer goes on, whose first token is out. ``away_s`` is the time to
+    read or compute a history that is at home, weighed. ``damage_s`` is what the prefill's steps do to the
+    decodes there, as far as budgets of steps are known (``delays_beside_s``).
     """
 
     wait_s: Column
@@ -58,7 +59,7 @@ class FirstToken(NamedTuple):
     prefill_s: Column
     beside_s: Column
     late_s: Column
-    again_s: Column
+    away_s: Column
     damage_s: Column
     reads: Mask
 
@@ -111,8 +112,8 @@ def first_token(request: Request, snapshot: Snapshot, constants: CostConstants) 
     if snapshot.step_tokens.any():
         read_tokens = np.where(token.reads, home.tokens, 0)
         damage_s = delays_beside_s(request, snapshot, home, read_tokens, constants)
-    again_s = constants.again * _computed_again_s(request, snapshot, home, token.prefill_s)
-    return FirstToken(*token[:3], stretched_s, late_s, again_s, damage_s, token.reads)
+    away_s = constants.away * (token.read_s + _computed_again_s(request, snapshot, home, token.prefill_s))
+    return FirstToken(*token[:3], stretched_s, late_s, away_s, damage_s, token.reads)
 
 
 def _computed_again_s(request: Request, snapshot: Snapshot, home: Home, prefill_s: Column) -> Column:

@@ -40,7 +40,7 @@ class OneCost:
         stays = (stays_s <= goes_s) | (labels.decoding_mask & decode.harmless)
         move_s = np.where(stays, 0.0, move_s)
         decode_s = np.where(stays, stays_s, goes_s) - move_s
-        cost_s = token.seconds + token.late_s + token.again_s + token.damage_s + decode_s + move_s
+        cost_s = token.seconds + token.late_s + token.away_s + token.damage_s + decode_s + move_s
         candidates = _known(request, snapshot, labels.prefilling_mask)
         if not candidates.any() or not (candidates & (token.late_s == 0.0)).any():
             candidates = np.ones(len(snapshot), np.bool_)
