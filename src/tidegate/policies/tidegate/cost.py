@@ -32,8 +32,8 @@ class CostConstants:
     share ``pace`` of the TPOT target does nobody harm; what is beyond costs ``late_weight`` times as much. KV
     beyond all but the share ``kv_reserve`` of a cache is at risk. Prompts that will be late anyway are served
     behind the others, as far as steps can be parted: at most ``hopeless`` of the TTFT target counts of them.
-    A second of reading a session's history, or of computing it again, costs ``away`` seconds more, for others:
-    who wait for it, and whose KV makes room for a second copy.
+    A second of reading a session's history, or of computing it again, costs ``away`` seconds more, to others:
+    they wait for it, and their KV makes room for a second copy.
     """
 
     margin: float = MARGIN
