@@ -14,11 +14,13 @@ from msgspec.structs import replace as replace_struct
 from tidegate.core.decision import ControlDecision, Flip, Path, Place, Verdict
 from tidegate.core.errors import ConfigError, NoInstance
 from tidegate.core.instance import Role
+from tidegate.core.session import History
 from tidegate.core.slo import Slo
 from tidegate.costs.forms import TransferCost
 from tidegate.costs.profile import ProfileTable
 from tidegate.ledger.ledger import Ledger
 from tidegate.policies.protocols import AnswerLengths, Signal
+from tidegate.policies.tidegate.cost import CostConstants
 from tidegate.policies.tidegate.labels import FleetShape, Rest, ShapeConstants, ShapeState, prefill_order
 from tidegate.policies.tidegate.placement import OneCost
 from tidegate.policies.tidegate.shape import FluidFleet, MeanRequest, RecentLengths
@@ -119,6 +121,21 @@ class TestOneCost:
             ledger.prefill_ended(f"late{number}", 11.0)
         ledger.check_integrity()
         assert ledger.snapshot(11.0).hopeless_s[0] == 0.0
+
+    def test_a_session_leaves_home_only_for_more_than_its_own_wait(self) -> None:
+        """Computing the history again costs less than the queue at home, for this prompt alone."""
+        wheres = {}
+        for queued in (8000, 400_000):
+            ledger = cluster(2, roles=(M, M))
+            queue(ledger, "i0", queued)
+            asked = replace_struct(
+                request("new", 2500), cached={"i0": 2000}, history=History("i0", 2000), slo=SLO
+            )
+            for constants in (CostConstants(), CostConstants(away=0.0)):
+                verdict = OneCost(constants).place_prefill(asked, ledger.snapshot(0.0))
+                wheres[queued, constants.away] = place(verdict).prefill_on
+        assert wheres[8000, 0.0] == "i1" and wheres[8000, CostConstants().away] == "i0"
+        assert wheres[400_000, CostConstants().away] == "i1"
 
     def test_a_decode_leaves_an_instance_that_only_prefills(self) -> None:
         ledger = cluster(3, roles=(P, M, M))
