@@ -192,6 +192,16 @@ class TestFluidFleet:
         (both_rps,) = self.fleet(LONG).rates_rps(np.array([0.0]), np.array([8.0]))
         assert best.prefill > 0 and best_rps > 1.08 * both_rps
 
+    def test_histories_in_place_speak_against_a_split(self) -> None:
+        """An instance that only prefills has none of them."""
+        lengths = RecentLengths([AnswerLengths(60_000, 45_000, 150)] * 10)
+        demand = lengths.demand(0.0)
+        assert demand is not None
+        counts = np.ones(8)
+        assert self.fleet(demand).ranked(counts)[0][1].prefill == 0
+        fresh = demand._replace(away_tokens=0.0, away_attention=0.0)
+        assert self.fleet(fresh).ranked(counts)[0][1].prefill > 0
+
     def test_short_prompts_gain_little_by_a_split(self) -> None:
         (best_rps, _), *_ = self.fleet(SHORT).ranked(np.ones(8))
         (both_rps,) = self.fleet(SHORT).rates_rps(np.array([0.0]), np.array([8.0]))

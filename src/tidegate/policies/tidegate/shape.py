@@ -33,12 +33,16 @@ HALVINGS = 40
 
 class MeanRequest(NamedTuple):
     """What a request takes on average: tokens to compute and their attention work, decode steps, and the
-    tokens that a running decode holds (by the steps that it stays for)."""
+    tokens that a running decode holds (by the steps that it stays for). ``away_tokens`` and
+    ``away_attention`` are what there is to compute where nothing of the prompt is in place; 0 where that is
+    the same."""
 
     new_tokens: float
     attention: float
     steps: float
     context_tokens: float
+    away_tokens: float = 0.0
+    away_attention: float = 0.0
 
 
 class RecentLengths:
@@ -69,8 +73,9 @@ class RecentLengths:
         new, steps = np.maximum(prompt - cached, 1.0), np.maximum(generated - 1.0, 0.0)
         held = prompt + 0.5 * generated
         context = float((steps * held).sum() / steps.sum()) if steps.any() else float(held.mean())
-        attention = np.asarray(attention_work(new, cached))
-        return MeanRequest(float(new.mean()), float(attention.mean()), float(steps.mean()), context)
+        work = float(new.mean()), float(np.asarray(attention_work(new, cached)).mean())
+        away = float(prompt.mean()), float(np.asarray(attention_work(prompt, 0.0)).mean())
+        return MeanRequest(*work, float(steps.mean()), context, *away)
 
 
 class FleetLabels(NamedTuple):
@@ -118,8 +123,13 @@ class FluidFleet:
         return [(float(rates[at]), shapes[at]) for at in np.argsort(-rates, kind="stable")]
 
     def _prefills_rps(self) -> float:
-        """Return how many prefills an instance does that has nothing else to do, steps shared."""
-        return 1.0 / max(self._work_s + self._port_s, 1e-9)
+        """Return how many prefills an instance does that has nothing else to do, steps shared.
+
+        What is in place of a prompt is so where its session decodes, never here.
+        """
+        form, demand = self.costs.mixed, self.demand
+        away_s = form.b_s * demand.away_tokens + form.c_s * demand.away_attention
+        return 1.0 / max(max(self._work_s, float(away_s)) + self._port_s, 1e-9)
 
     @property
     def _work_s(self) -> float:
@@ -131,7 +141,13 @@ class FluidFleet:
     def _port_s(self) -> float:
         """How long the KV of a prompt keeps a link busy: counted as if the instance waited for it, for links
         that are slow lose what a split gains."""
-        return float(np.asarray(self.costs.transfer.seconds(self.demand.new_tokens * self.token_bytes)))
+        return float(
+            np.asarray(
+                self.costs.transfer.seconds(
+                    max(self.demand.new_tokens, self.demand.away_tokens) * self.token_bytes
+                )
+            )
+        )
 
     def _busy(self, prefills: Counts, decodes: Counts, instances: Counts) -> Counts:
         """Return which part of their time ``instances`` that do both need for so many of each per second.
