@@ -22,7 +22,7 @@ def neighbours(question: Question, chosen: Deployment) -> list[Deployment]:
     """Return the deployments a move away that fit the budget, each once, of the same family.
 
     A move takes one replica out of a pool, or all, or none, and fills the GPUs that are free with replicas of
-    one kind in one role; or it takes another budget of a step for a pool, or another system.
+    one kind in one role; or it takes another budget of a step for all pools of a role, or another system.
     """
     others = (name for name in question.systems[chosen.family] if name != chosen.system)
     found = dict.fromkeys(replace(chosen, system=name) for name in others)
@@ -51,7 +51,6 @@ def _refilled(question: Question, chosen: Deployment) -> Iterator[list[PoolOf]]:
 
 
 def _chunks(pools: Sequence[PoolOf]) -> Iterator[list[PoolOf]]:
-    for at, pool in enumerate(pools):
-        for chunk in CHUNKS_TOKENS[pool.role]:
-            if chunk != pool.chunk_tokens:
-                yield [replace(p, chunk_tokens=chunk) if i == at else p for i, p in enumerate(pools)]
+    for role in dict.fromkeys(pool.role for pool in pools):
+        for chunk in CHUNKS_TOKENS[role]:
+            yield [replace(pool, chunk_tokens=chunk) if pool.role is role else pool for pool in pools]

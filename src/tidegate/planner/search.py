@@ -26,7 +26,7 @@ from tidegate.planner.capacity import Capacities
 from tidegate.planner.deployment import Deployment, Offer, PoolOf, deployment
 from tidegate.planner.moves import neighbours
 from tidegate.planner.program import Asked, options_of, solutions
-from tidegate.planner.question import MODELLED_CHUNKS, Question
+from tidegate.planner.question import CACHE_SHARE, MODELLED_CHUNKS, Question, cached_share
 from tidegate.planner.trial import TrialLength, length_for, trial_job
 from tidegate.reports.comparison import LevelGoodput
 from tidegate.workloads.choice import requests_of
@@ -253,7 +253,10 @@ class PlanSearch:
 
     def _of_one_size(self) -> list[Deployment]:
         """Return the best fleet of each family whose replicas do both, with all GPUs of a kind in replicas of
-        each size: what larger replicas gain by sharing one prefix cache the program does not see."""
+        each size: what larger replicas gain by sharing one prefix cache the program does not see. None where
+        prompts share little."""
+        if cached_share(self._workload) < CACHE_SHARE:
+            return []
         found, have = self.known.goodput_rps, {offer.gpu: offer.count for offer in self.question.offers}
         leaders = {each.family: each for each in sorted(found, key=lambda each: found[each])}
         return [

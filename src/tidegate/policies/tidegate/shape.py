@@ -27,8 +27,8 @@ REMEMBERED = 2048
 WORTH = 12.0
 """A chunk's work is so many times what a mixed step costs beyond a decode step, where decodes leave no room
 for more: engines wait for such a chunk (``SlackBudget``). Chosen by simulation."""
-HALVINGS = 40
-"""Steps of a search for a rate, each of which halves what is left."""
+HALVINGS = 32
+"""Steps of a search for a rate, each of which halves what is left: to 2e-10 of the highest."""
 
 
 class MeanRequest(NamedTuple):
@@ -50,12 +50,14 @@ class RecentLengths:
     oldest first, that were answered before it listened."""
 
     def __init__(self, earlier: Iterable[AnswerLengths] = ()) -> None:
-        self._rows: deque[AnswerLengths] = deque(earlier, maxlen=REMEMBERED)
-        self.count = len(self._rows)
+        self._rows = np.zeros((REMEMBERED, len(AnswerLengths._fields)))
+        self.count = 0
+        for answer in deque(earlier, maxlen=REMEMBERED):
+            self.answered(answer, 0.0)
 
     def answered(self, answer: AnswerLengths, now: float) -> None:
         """Remember a request that was answered in full."""
-        self._rows.append(answer)
+        self._rows[self.count % REMEMBERED] = answer
         self.count += 1
 
     def demand(self, running_tokens: float) -> MeanRequest | None:
@@ -65,9 +67,9 @@ class RecentLengths:
         are remembered: the first answers to end are the short ones, and all tokens over all ends is what an
         answer has on average (the estimate of an exponential mean from lives that are cut off).
         """
-        if not self._rows:
+        if not self.count:
             return None
-        prompt, cached, generated = np.array(self._rows, np.float64).T
+        prompt, cached, generated = self._rows[: self.count].T
         longer = 1.0 + running_tokens / max(1.0, generated.sum()) * len(generated) / self.count
         generated = generated * longer
         new, steps = np.maximum(prompt - cached, 1.0), np.maximum(generated - 1.0, 0.0)
