@@ -53,8 +53,9 @@ TABLE2 = {
     "like:gaia": (32, (8, 2), (8, 2)),
 }
 """AMPD's Table 2 for Llama-3.1-70B: GPUs, then tensor-parallel size and replicas for prefill and decode."""
-TABLE2_SLO = Slo(3.0, 0.05)
-"""Ours: the paper states none. A prompt of 6,000 tokens takes 2 s on four H20."""
+TABLE2_SLO, TABLE2_SLOS = Slo(3.0, 0.05), {"like:gaia": Slo(10.0, 0.05)}
+"""Ours: the paper states none. A prompt of 6,000 tokens takes 2 s on four H20; 10 % of GAIA's take longer than
+3.2 s even alone, on eight."""
 TABLE2_LEVEL = 0.9
 LONG_ANSWERS = (
     ("arrow-lending", ((Role.PREFILL, 1, 3, 2048), (Role.DECODE, 4, 2, 8192)), (29.0, 31.0, 33.0)),
@@ -159,7 +160,7 @@ async def check(question: Question, workers: Workers, mixed_sizes: bool) -> str:
 async def published(trace: str, workers: Workers) -> str:
     """Plan for a row of Table 2, without changes of roles, and say where the published deployment comes."""
     gpus, (p_tp, p_count), (d_tp, d_count) = TABLE2[trace]
-    question = question_for(trace, gpus, "llama-3.1-70b", "h20_sxm", TABLE2_SLO)
+    question = question_for(trace, gpus, "llama-3.1-70b", "h20_sxm", TABLE2_SLOS.get(trace, TABLE2_SLO))
     systems = systems_for(requests_of(question.setting.workload), "minimal-load")
     question = replace(question, systems=systems, level=TABLE2_LEVEL)
     kinds = {kind.tp: kind for kind in question.kinds}

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from itertools import islice, product
 from pathlib import Path
 
@@ -22,9 +23,10 @@ from tidegate.costs.parallel import _scaled, profiles_on
 from tidegate.costs.roofline import roofline_profile
 from tidegate.costs.shapes import SHAPES
 from tidegate.dataplane.replica import EngineSettings
-from tidegate.experiments.jobs import Store, Workers
+from tidegate.experiments.jobs import Job, Store, Workers
 from tidegate.experiments.setting import Setting, SimulatedFleet
 from tidegate.planner import trial, watch
+from tidegate.planner.answer import answer
 from tidegate.planner.bounds import Bounds
 from tidegate.planner.capacity import Affine, Capacities
 from tidegate.planner.deployment import Deployment, PoolOf, deployment, kinds_on, offers
@@ -171,6 +173,22 @@ def test_an_slo_that_nobody_meets_is_told_with_the_nearest_that_can_be_met() -> 
     check(Slo(nearest_s, 0.05))
     with pytest.raises(ConfigError, match=r"TPOT target binds.*tpot:"):
         check(Slo(1.0, 0.0001))
+
+
+def test_deployments_that_serve_nothing_are_told_so_and_none_is_tried_at_no_rate() -> None:
+    """An SLO that each request alone would meet, and no queue does."""
+
+    class NothingAttains(Workers):
+        async def do(self, job: Job) -> dict[str, float]:
+            assert isinstance(job.call, partial) and job.call.keywords["rate_rps"] > 0.0
+            return {"attainment": 0.0, "until": 0.1}
+
+    choice = WORKLOADS["long prompts"]
+    setting = Setting(choice, SimulatedFleet(()), "", None)
+    systems = systems_for(requests_of(choice))
+    question = Question(setting, OFFERED, tuple(KINDS.values()), 0.9, systems=systems)
+    with pytest.raises(ConfigError, match="no deployment of this budget attains 90%"):
+        asyncio.run(answer(question, NothingAttains(1, Store(None))))
 
 
 def test_a_run_of_long_answers_is_an_excerpt_of_a_longer_one() -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from tidegate.core.instance import Role
 from tidegate.experiments.jobs import Job, Workers
-from tidegate.experiments.search import SearchSettings, search_goodput
+from tidegate.experiments.search import FLOOR, SearchSettings, search_goodput
 from tidegate.planner.bounds import Bounds
 from tidegate.planner.capacity import Capacities
 from tidegate.planner.deployment import Deployment, Offer, PoolOf, deployment
@@ -294,7 +294,9 @@ class PlanSearch:
         new.sort(key=lambda each: -self.predicted_rps(each))
 
         async def tried(each: Deployment) -> None:
-            rate_rps = (1.0 + STEP) * self._bar_rps(each)
+            # Where nothing of the family serves anything, the lowest rate of a search tells whether this does.
+            lowest_rps = FLOOR * max(1e-3, self.predicted_rps(each))
+            rate_rps = (1.0 + STEP) * self._bar_rps(each) or lowest_rps
             before = self.known.missed.get(each)
             if before is not None and before[0] <= rate_rps:
                 return
