@@ -54,8 +54,8 @@ TABLE2 = {
 }
 """AMPD's Table 2 for Llama-3.1-70B: GPUs, then tensor-parallel size and replicas for prefill and decode."""
 TABLE2_SLO, TABLE2_SLOS = Slo(3.0, 0.05), {"like:gaia": Slo(10.0, 0.05)}
-"""Ours: the paper states none. A prompt of 6,000 tokens takes 2 s on four H20; 10 % of GAIA's take longer than
-3.2 s even alone, on eight."""
+"""Ours: the paper states none. A prompt of 6,000 tokens takes 2 s on four H20; a tenth of GAIA's
+take more than 3.2 s even alone, on eight."""
 TABLE2_LEVEL = 0.9
 LONG_ANSWERS = (
     ("arrow-lending", ((Role.PREFILL, 1, 3, 2048), (Role.DECODE, 4, 2, 8192)), (29.0, 31.0, 33.0)),

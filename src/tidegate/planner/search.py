@@ -294,7 +294,7 @@ class PlanSearch:
         new.sort(key=lambda each: -self.predicted_rps(each))
 
         async def tried(each: Deployment) -> None:
-            # Where nothing of the family serves anything, the lowest rate of a search tells whether this does.
+            # Where nothing of the family serves, the lowest rate of a search tells whether this one does.
             lowest_rps = FLOOR * max(1e-3, self.predicted_rps(each))
             rate_rps = (1.0 + STEP) * self._bar_rps(each) or lowest_rps
             before = self.known.missed.get(each)
@@ -341,7 +341,8 @@ class PlanSearch:
             self._adaptive *= math.exp(sum(own) / len(own))
 
     async def _finalists(self) -> list[Deployment]:
-        """Return the deployments of the table: those searched, and the ones that missed by least."""
+        """Return the deployments of the table, of those that serve something: those searched, and the ones
+        that missed by least."""
         found, missed = self.known.goodput_rps, self.known.missed
         top = self.question.top
         leaders: dict[str, Deployment] = {}
@@ -353,4 +354,4 @@ class PlanSearch:
         await asyncio.gather(*(self.first_measured(each, 0.98 * self.best_rps) for each in spare))
         ranked = sorted(found, key=lambda each: -found[each])
         kept = dict.fromkeys([*ranked[:top], *leaders.values()])
-        return sorted(kept, key=lambda each: -found[each])
+        return sorted((each for each in kept if found[each] > 0.0), key=lambda each: -found[each])
