@@ -243,6 +243,8 @@ class TestFleetShape:
         decode(ledger, "i0", 20_000)
         first = self.tick(shape, ledger)
         assert not first.actions and first.state.plans == 1
+        assert self.tick(shape, ledger, first.state).state == first.state, "a plan does not confirm itself"
+        shape.lengths.answered(AnswerLengths(15_000, 0, 150), 11.0)
         second = self.tick(shape, ledger, first.state)
         flips = [flip for flip in second.actions if isinstance(flip, Flip)]
         assert len(flips) == first.state.nearest > 1
@@ -266,6 +268,7 @@ class TestFleetShape:
         warm = replace(cold, lengths=RecentLengths([AnswerLengths(15_000, 0, 150)] * 100))
         first = self.tick(warm, ledger, warm.initial())
         assert len(first.actions) > 1 and not first.state.warm
+        warm.lengths.answered(AnswerLengths(15_000, 0, 150), 11.0)
         assert not self.tick(warm, ledger, first.state).actions, "later plans have to agree"
         few = replace(cold, lengths=RecentLengths([AnswerLengths(15_000, 0, 150)] * 10))
         assert not few.initial().warm
@@ -327,6 +330,7 @@ class TestFleetShape:
         equal = self.tick(shape, ledger).reason
         ledger.profile_scaled("i5", 2.0, 2.0)
         slow = self.tick(shape, ledger)
+        shape.lengths.answered(AnswerLengths(15_000, 0, 150), 11.0)
         (flip,) = self.tick(shape, ledger, slow.state._replace(nearest=1)).actions
         assert isinstance(flip, Flip) and (flip.instance, flip.to) == ("i5", P)
         assert slow.reason != equal

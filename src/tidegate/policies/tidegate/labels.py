@@ -66,12 +66,14 @@ class Rest(NamedTuple):
 class ShapeState(NamedTuple):
     """How many of the newest plans in a row wanted more prefill instances (negative: fewer), and how many
     the ``nearest`` of them wanted, that which changes least. ``warm``: the traffic was known before the first
-    plan, so that this one is carried out at once."""
+    plan, so that this one is carried out at once. ``known``: what the last plan was made of, as answers so far
+    and tokens of those that run."""
 
     plans: int = 0
     nearest: int = 0
     rest: Rest = Rest()
     warm: bool = False
+    known: tuple[int, float] = (0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,9 @@ class FleetShape:
         if demand is None or self.lengths.count < constants.fewest or len(fleet) < 2:
             unknown = "too little is known of the traffic, or one instance does both"
             return ControlDecision(state._replace(plans=0), reason=unknown)
+        if state.known == (self.lengths.count, running):
+            return ControlDecision(state, reason="nothing is known that the last plan did not know")
+        state = state._replace(known=(self.lengths.count, running))
         told, wanted = self._compared(fleet, demand, prefill)
         if state.warm:
             return ControlDecision(state._replace(warm=False), tuple(flips_to(fleet, wanted, told)), told)
