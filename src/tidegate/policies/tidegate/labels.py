@@ -66,8 +66,8 @@ class Rest(NamedTuple):
 class ShapeState(NamedTuple):
     """How many of the newest plans in a row wanted more prefill instances (negative: fewer), and how many
     the ``nearest`` of them wanted, that which changes least. ``warm``: the traffic was known before the first
-    plan, so that this one is carried out at once. ``known``: what the last plan was made of, as answers so far
-    and tokens of those that run."""
+    plan, so that this one is carried out at once. ``known``: what the last plan was made of, answers so
+    far and tokens of those that run."""
 
     plans: int = 0
     nearest: int = 0
