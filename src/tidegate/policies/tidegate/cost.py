@@ -30,7 +30,8 @@ class CostConstants:
     """All ours, the first three those of ``ampd-cost``. A first token later than ``margin`` of its target
     counts as late, for predictions err; a second behind that costs ``late_weight`` seconds. A step up to the
     share ``pace`` of the TPOT target does nobody harm; what is beyond costs ``late_weight`` times as much. KV
-    beyond all but the share ``kv_reserve`` of a cache is at risk. Prompts that will be late anyway are served
+    beyond all but the share ``kv_reserve`` of a cache is at risk, as far as decodes can grow into it
+    (``_room_to_grow``). Prompts that will be late anyway are served
     behind the others, as far as steps can be parted: at most ``hopeless`` of the TTFT target counts of them.
     A second of reading a session's history, or of computing it again, costs ``away`` seconds more, to others:
     they wait for it, and their KV makes room for a second copy.
@@ -181,10 +182,22 @@ def decoding(request: Request, snapshot: Snapshot, held_on: int | None, constant
         free[held_on] += tokens
     missing = np.maximum(reserve - free, 0.0)
     harmless = over == 0.0
+    if missing.any():
+        reserve = np.minimum(reserve, _room_to_grow(snapshot))
+        missing = np.maximum(reserve - free, 0.0)
     if not missing.any():
         return Decoding(crowd_s, missing, harmless)
     short = missing / np.maximum(reserve, 1.0)
     return Decoding(crowd_s, request.slo.ttft_s * constants.late_weight * short, harmless & (missing == 0.0))
+
+
+def _room_to_grow(snapshot: Snapshot) -> Column:
+    """Return what decodes can still take on each instance with one more there: a whole answer each.
+
+    Where prompts are long and few, that is far less than a share of the cache, which would keep prompts away
+    from room that nobody comes to need.
+    """
+    return (snapshot.decode_requests + 1.0) * _answer_tokens(snapshot)
 
 
 def move_seconds(request: Request, snapshot: Snapshot) -> Column:
