@@ -27,6 +27,9 @@ REMEMBERED = 2048
 WORTH = 12.0
 """A chunk's work is so many times what a mixed step costs beyond a decode step, where decodes leave no room
 for more: engines wait for such a chunk (``SlackBudget``). Chosen by simulation."""
+BRIEF_STEPS = 2
+"""A decode that moves waits for its KV's way and for the end of a step before its first. In so few steps as
+long as slack allows that is not won back, and its TPOT target is missed (measured, docs/policies/tidegate.md)."""
 HALVINGS = 32
 """Steps of a search for a rate, each of which halves what is left: to 2e-10 of the highest."""
 
@@ -35,7 +38,7 @@ class MeanRequest(NamedTuple):
     """What a request takes on average: tokens to compute and their attention work, decode steps, and the
     tokens that a running decode holds (by the steps that it stays for). ``away_tokens`` and
     ``away_attention`` are what there is to compute where nothing of the prompt is in place; 0 where that is
-    the same."""
+    the same. ``brief`` is the share of requests whose answers have ``BRIEF_STEPS`` at most, and one at least."""
 
     new_tokens: float
     attention: float
@@ -43,6 +46,7 @@ class MeanRequest(NamedTuple):
     context_tokens: float
     away_tokens: float = 0.0
     away_attention: float = 0.0
+    brief: float = 0.0
 
 
 class RecentLengths:
@@ -70,6 +74,7 @@ class RecentLengths:
         if not self.count:
             return None
         prompt, cached, generated = self._rows[: self.count].T
+        brief = float(((generated > 1.0) & (generated <= BRIEF_STEPS + 1.0)).mean())
         longer = 1.0 + running_tokens / max(1.0, generated.sum()) * len(generated) / self.count
         generated = generated * longer
         new, steps = np.maximum(prompt - cached, 1.0), np.maximum(generated - 1.0, 0.0)
@@ -77,7 +82,7 @@ class RecentLengths:
         context = float((steps * held).sum() / steps.sum()) if steps.any() else float(held.mean())
         work = float(new.mean()), float(np.asarray(attention_work(new, cached)).mean())
         away = float(prompt.mean()), float(np.asarray(attention_work(prompt, 0.0)).mean())
-        return MeanRequest(*work, float(steps.mean()), context, *away)
+        return MeanRequest(*work, float(steps.mean()), context, *away, brief)
 
 
 class FleetLabels(NamedTuple):
@@ -105,14 +110,17 @@ class FluidFleet:
     slo: Slo
 
     def rates_rps(self, prefill: Counts, mixed: Counts) -> Counts:
-        """Return the highest rate of each labelling; the arguments are arrays of counts."""
+        """Return the highest rate of each labelling; the arguments are arrays of counts.
+
+        Brief answers whose prefill is on an instance that prefills only do not count: they are too late.
+        """
         alone_rps = self._prefills_rps()
         low, high = np.zeros(len(prefill)), (prefill + mixed) / max(self._work_s, 1e-9)
         for _ in range(HALVINGS):
             middle = 0.5 * (low + high)
             fits = self._busy(np.maximum(middle - prefill * alone_rps, 0.0), middle, mixed) <= 1.0
             low, high = np.where(fits, middle, low), np.where(fits, high, middle)
-        return low
+        return low - self.demand.brief * np.minimum(prefill * alone_rps, low)
 
     def ranked(self, counts: Counts, unit: int = 1) -> list[tuple[float, FleetLabels]]:
         """Return the labellings in steps of ``unit`` instances with their rates, the highest rate first.
