@@ -27,9 +27,10 @@ REMEMBERED = 2048
 WORTH = 12.0
 """A chunk's work is so many times what a mixed step costs beyond a decode step, where decodes leave no room
 for more: engines wait for such a chunk (``SlackBudget``). Chosen by simulation."""
-BRIEF_STEPS = 2
-"""A decode that moves waits for its KV's way and for the end of a step before its first. In so few steps as
-long as slack allows that is not won back, and its TPOT target is missed (measured, docs/policies/tidegate.md)."""
+BRIEF_STEPS = 3
+"""A decode that moves waits for its KV's way and for the end of a step before its first. In so few steps, each
+as long as slack allows, that is not won back: as many miss their TPOT target as have answers that brief
+(docs/policies/tidegate.md)."""
 HALVINGS = 32
 """Steps of a search for a rate, each of which halves what is left: to 2e-10 of the highest."""
 
@@ -69,12 +70,13 @@ class RecentLengths:
 
         ``running_tokens`` were generated of answers that run. They count as long as all that were answered
         are remembered: the first answers to end are the short ones, and all tokens over all ends is what an
-        answer has on average (the estimate of an exponential mean from lives that are cut off).
+        answer has on average (the estimate of an exponential mean from lives that are cut off). By as much
+        as answers are longer than those that ended, fewer of them are brief.
         """
         if not self.count:
             return None
         prompt, cached, generated = self._rows[: self.count].T
-        brief = float(((generated > 1.0) & (generated <= BRIEF_STEPS + 1.0)).mean())
+        brief = ((generated > 1.0) & (generated <= BRIEF_STEPS + 1.0)).mean()
         longer = 1.0 + running_tokens / max(1.0, generated.sum()) * len(generated) / self.count
         generated = generated * longer
         new, steps = np.maximum(prompt - cached, 1.0), np.maximum(generated - 1.0, 0.0)
@@ -82,7 +84,7 @@ class RecentLengths:
         context = float((steps * held).sum() / steps.sum()) if steps.any() else float(held.mean())
         work = float(new.mean()), float(np.asarray(attention_work(new, cached)).mean())
         away = float(prompt.mean()), float(np.asarray(attention_work(prompt, 0.0)).mean())
-        return MeanRequest(*work, float(steps.mean()), context, *away, brief)
+        return MeanRequest(*work, float(steps.mean()), context, *away, float(brief / longer))
 
 
 class FleetLabels(NamedTuple):
