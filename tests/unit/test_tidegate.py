@@ -153,6 +153,27 @@ class TestOneCost:
         queue(ledger, "i1", 2000)
         assert place(OneCost().place_prefill(request("new", 4000), ledger.snapshot(0.0))).prefill_on == "i1"
 
+    def test_no_more_kv_is_reserved_than_decodes_can_grow_into(self) -> None:
+        """One decode that answers briefly leaves room for a prompt; many with long answers do not."""
+
+        def at_risk(decodes: int, generated: int) -> bool:
+            ledger = cluster(1, roles=(M,), kv_capacity_tokens=40_000)
+            for number in range(decodes):
+                name = f"d{number}"
+                ledger.prefill_dispatched(request(name, 20_000 // decodes), "i0", 0.0)
+                ledger.decode_dispatched(name, "i0", 20_000 // decodes, 0.0)
+                ledger.tokens(name, generated, 1.0)
+            priced = []
+            for reserve in (0.1, 0.0):
+                placing = OneCost(CostConstants(kv_reserve=reserve))
+                verdict = placing.place_prefill(request("new", 17_000), ledger.snapshot(1.0))
+                assert verdict.alternatives is not None
+                priced.append(float(verdict.alternatives.terms()["decode_s"][0]))
+            return priced[0] > priced[1]
+
+        assert not at_risk(decodes=1, generated=100)
+        assert at_risk(decodes=20, generated=100)
+
     def test_an_empty_fleet_is_an_error(self) -> None:
         with pytest.raises(NoInstance):
             OneCost().place_prefill(request(), Ledger().snapshot(0.0))
@@ -206,6 +227,22 @@ class TestFluidFleet:
         (best_rps, _), *_ = self.fleet(SHORT).ranked(np.ones(8))
         (both_rps,) = self.fleet(SHORT).rates_rps(np.array([0.0]), np.array([8.0]))
         assert best_rps < 1.05 * both_rps
+
+    def test_brief_answers_speak_against_a_split_and_change_nothing_without_one(self) -> None:
+        prefill = np.array([0.0, 6.0])
+        (both_rps, split_rps) = self.fleet(LONG).rates_rps(prefill, 8.0 - prefill)
+        brief = self.fleet(LONG._replace(brief=0.2)).rates_rps(prefill, 8.0 - prefill)
+        assert brief[0] == both_rps
+        assert 0.8 * split_rps <= brief[1] < 0.85 * split_rps, "nearly all are prefilled by the six"
+
+    def test_the_share_of_brief_answers_is_that_of_all_that_have_begun(self) -> None:
+        """The first answers to end are the brief ones."""
+        lengths = RecentLengths(
+            [AnswerLengths(100, 0, 3), AnswerLengths(100, 0, 9), AnswerLengths(100, 0, 1)]
+        )
+        ended, begun = lengths.demand(0.0), lengths.demand(3 * 13.0)
+        assert ended is not None and ended.brief == pytest.approx(1 / 3)
+        assert begun is not None and begun.brief == pytest.approx(1 / 3 / 4)
 
     @given(
         st.builds(
