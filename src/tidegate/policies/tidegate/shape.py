@@ -28,8 +28,8 @@ WORTH = 12.0
 """A chunk's work is so many times what a mixed step costs beyond a decode step, where decodes leave no room
 for more: engines wait for such a chunk (``SlackBudget``). Chosen by simulation."""
 BRIEF_STEPS = 3
-"""A decode that moves waits for its KV's way and for the end of a step before its first. In so few steps, each
-as long as slack allows, that is not won back: as many miss their TPOT target as have answers that brief
+"""A decode that moves waits for its KV's way and for the end of a step before its first. In so few steps,
+each as long as slack allows, that is not won back: as many miss their TPOT target as have answers that brief
 (docs/policies/tidegate.md)."""
 HALVINGS = 32
 """Steps of a search for a rate, each of which halves what is left: to 2e-10 of the highest."""
@@ -39,7 +39,7 @@ class MeanRequest(NamedTuple):
     """What a request takes on average: tokens to compute and their attention work, decode steps, and the
     tokens that a running decode holds (by the steps that it stays for). ``away_tokens`` and
     ``away_attention`` are what there is to compute where nothing of the prompt is in place; 0 where that is
-    the same. ``brief`` is the share of requests whose answers have ``BRIEF_STEPS`` at most, and one at least."""
+    the same. ``brief`` is the share of requests whose answers take from one step to ``BRIEF_STEPS``."""
 
     new_tokens: float
     attention: float
