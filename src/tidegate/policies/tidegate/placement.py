@@ -12,7 +12,14 @@ from tidegate.core.request import Request
 from tidegate.ledger.snapshot import Column, Mask, Snapshot
 from tidegate.policies.ampd.paths import ROUND_SIGNALS
 from tidegate.policies.protocols import Signal
-from tidegate.policies.tidegate.cost import CostConstants, Decoding, decoding, first_token, move_seconds
+from tidegate.policies.tidegate.cost import (
+    CostConstants,
+    Decoding,
+    decoding,
+    displaced_seconds,
+    first_token,
+    move_seconds,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +43,8 @@ class OneCost:
         decode = decoding(request, snapshot, None, constants)
         stays_s = np.where(labels.decoding_mask, decode.seconds, np.inf)
         move_s = move_seconds(request, snapshot)
-        goes_s = _elsewhere(stays_s) + move_s
+        copy_s = displaced_seconds(request, snapshot, float(request.prompt_tokens), constants)
+        goes_s = _elsewhere(stays_s + copy_s) + move_s
         stays = (stays_s <= goes_s) | (labels.decoding_mask & decode.harmless)
         move_s = np.where(stays, 0.0, move_s)
         decode_s = np.where(stays, stays_s, goes_s) - move_s
@@ -62,12 +70,13 @@ class OneCost:
         held = snapshot.index.get(prefill_on)
         decode = decoding(request, snapshot, held, self.constants)
         move_s = move_seconds(request, snapshot)
+        copy_s = displaced_seconds(request, snapshot, float(request.prompt_tokens), self.constants)
         if held is not None:
-            move_s[held] = 0.0
+            move_s[held] = copy_s[held] = 0.0
         candidates = snapshot.labels.decoding_mask
         if not candidates.any():
             candidates = np.ones(len(snapshot), np.bool_)
-        cost_s = decode.seconds + move_s
+        cost_s = decode.seconds + copy_s + move_s
         at = int(np.where(candidates, cost_s, np.inf).argmin())
         return Verdict(
             Place(prefill_on, snapshot.ids[at], Path.DISAGGREGATED),
