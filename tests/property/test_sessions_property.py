@@ -108,6 +108,8 @@ class Model:
         for name in UP:
             held = sum(entry.context_tokens for entry in sessions.bound_to(name))
             assert sessions.held_tokens.get(name, 0) == held
+            idle = sum(entry.context_tokens for entry in sessions.bound_to(name) if not entry.live)
+            assert sessions.idle_tokens.get(name, 0) == idle
             assert all(entry.instance == name for entry in sessions.bound_to(name))
         self.case.plane.ledger.check_integrity()
 

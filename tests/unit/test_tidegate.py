@@ -20,7 +20,7 @@ from tidegate.costs.forms import TransferCost
 from tidegate.costs.profile import ProfileTable
 from tidegate.ledger.ledger import Ledger
 from tidegate.policies.protocols import AnswerLengths, Signal
-from tidegate.policies.tidegate.cost import CostConstants
+from tidegate.policies.tidegate.cost import CostConstants, displaced_seconds
 from tidegate.policies.tidegate.labels import FleetShape, Rest, ShapeConstants, ShapeState, prefill_order
 from tidegate.policies.tidegate.placement import OneCost
 from tidegate.policies.tidegate.shape import FluidFleet, MeanRequest, RecentLengths
@@ -136,6 +136,29 @@ class TestOneCost:
                 wheres[queued, constants.away] = place(verdict).prefill_on
         assert wheres[8000, 0.0] == "i1" and wheres[8000, CostConstants().away] == "i0"
         assert wheres[400_000, CostConstants().away] == "i1"
+
+    def test_kv_that_histories_of_others_have_is_priced_once_there_is_no_other_room(self) -> None:
+        """An idle session has 20,000 of 50,000 tokens of i0: what is beyond the other 30,000 displaces it."""
+        ledger = cluster(2, roles=(M, M), kv_capacity_tokens=50_000)
+        earlier = replace_struct(request("earlier", 19_999), session="s")
+        ledger.prefill_dispatched(earlier, "i0", 0.0)
+        ledger.decode_dispatched("earlier", "i0", 19_999, 0.0)
+        ledger.tokens("earlier", 1, 1.0)
+        asked, constants = request("new", 1000), CostConstants()
+        assert not displaced_seconds(asked, ledger.snapshot(1.0), 50_000.0, constants).any()
+        ledger.finished("earlier", 1.0)
+        idle = ledger.snapshot(1.0)
+        held = float(idle.idle_session_tokens[0])
+        assert held == pytest.approx(20_000, abs=1)
+
+        def priced(tokens: float) -> list[float]:
+            return displaced_seconds(asked, idle, tokens, constants).tolist()
+
+        assert priced(50_000.0 - held) == [0.0, 0.0]
+        part, whole = priced(50_000.0 - held / 2)[0], priced(60_000.0)[0]
+        assert whole == pytest.approx(2 * part) and part > 0
+        fresh_s = REFERENCE.prefill_s(1000, 0)
+        assert whole == pytest.approx(constants.away * held * fresh_s / 1000)
 
     def test_a_decode_leaves_an_instance_that_only_prefills(self) -> None:
         ledger = cluster(3, roles=(P, M, M))

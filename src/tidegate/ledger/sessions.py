@@ -62,12 +62,14 @@ class SessionEntry:
 
 
 class Sessions:
-    """The sessions by key, and those bound to each instance; ``held_tokens`` sums the history there."""
+    """The sessions by key, and those bound to each instance; ``held_tokens`` sums the history there, and
+    ``idle_tokens`` that of the sessions without a turn in flight."""
 
     def __init__(self) -> None:
         self._sessions: OrderedDict[SessionKey, SessionEntry] = OrderedDict()
         self._bound: dict[str, dict[SessionKey, SessionEntry]] = {}
         self.held_tokens: dict[str, int] = {}
+        self.idle_tokens: dict[str, int] = {}
 
     def find(self, key: SessionKey) -> SessionEntry | None:
         """Return a session that is remembered."""
@@ -88,6 +90,8 @@ class Sessions:
             self.unbind(self._sessions.popitem(last=False)[1])
         session.turns += request.id != session.last_request  # a replay is no turn of its own
         session.last_request = request.id
+        if session.instance and not session.live:
+            self.idle_tokens[session.instance] -= session.context_tokens
         session.live += 1
         session.last_s = now
 
@@ -96,8 +100,10 @@ class Sessions:
         session = self._sessions.get((request.tenant, request.session))
         if session is None:
             return
-        session.live = max(0, session.live - 1)
+        was_live, session.live = session.live, max(0, session.live - 1)
         session.last_s = now
+        if was_live and not session.live and session.instance:
+            self._count_idle(session.instance, session.context_tokens)
         if held_on:
             self.bind(session, held_on, context_tokens)
 
@@ -107,6 +113,8 @@ class Sessions:
         session.instance, session.context_tokens = instance_id, context_tokens
         self._bound.setdefault(instance_id, {})[session.key] = session
         self.held_tokens[instance_id] = self.held_tokens.get(instance_id, 0) + context_tokens
+        if not session.live:
+            self._count_idle(instance_id, context_tokens)
 
     def unbind(self, session: SessionEntry) -> None:
         """Say that nobody holds a session's KV any more."""
@@ -114,6 +122,8 @@ class Sessions:
         if on:
             del self._bound[on][session.key]
             self.held_tokens[on] -= session.context_tokens
+            if not session.live:
+                self.idle_tokens[on] -= session.context_tokens
             session.instance, session.context_tokens = "", 0
 
     def instance_down(self, instance_id: str) -> None:
@@ -122,6 +132,10 @@ class Sessions:
             self.unbind(session)
         self._bound.pop(instance_id, None)
         self.held_tokens.pop(instance_id, None)
+        self.idle_tokens.pop(instance_id, None)
+
+    def _count_idle(self, instance_id: str, tokens: int) -> None:
+        self.idle_tokens[instance_id] = self.idle_tokens.get(instance_id, 0) + tokens
 
     def rows(self, index: Mapping[str, int]) -> SessionRows:
         """Return one row per session; ``index`` has the columns of the instances."""

@@ -262,6 +262,13 @@ class Snapshot:
         return np.array([held.get(name, 0) for name in self.ids], np.float64)
 
     @property
+    def idle_session_tokens(self) -> Column:
+        """Those of ``session_tokens`` that are of sessions without a turn in flight: read it while deciding,
+        not later."""
+        idle = self._ledger.sessions.idle_tokens
+        return np.array([idle.get(name, 0) for name in self.ids], np.float64)
+
+    @property
     def forecast(self) -> LoadForecast | None:
         """The newest forecast of the load; None where nobody makes any, and in the first period."""
         return self._ledger.load_forecast

@@ -33,8 +33,8 @@ class CostConstants:
     beyond all but the share ``kv_reserve`` of a cache is at risk, as far as decodes can grow into it
     (``_room_to_grow``). Prompts that will be late anyway are served
     behind the others, as far as steps can be parted: at most ``hopeless`` of the TTFT target counts of them.
-    A second of reading a session's history, or of computing it again, costs ``away`` seconds more, to others:
-    they wait for it, and their KV makes room for a second copy.
+    A second of reading a session's history, or of computing one again, this session's or another's whose KV
+    makes room, costs ``away`` seconds more, to others: they wait for it.
     """
 
     margin: float = MARGIN
@@ -51,7 +51,8 @@ class FirstToken(NamedTuple):
     ``wait_s`` is the queue, ``read_s`` the way of the history, ``prefill_s`` the computing of what the
     instance lacks, alone; ``beside_s`` is by how much the decodes there stretch both. ``late_s`` is what is
     late by then, weighed; none where an answer goes on, whose first token is out. ``away_s`` is the time to
-    read or compute a history that is at home, weighed. ``damage_s`` is what the prefill's steps do to the
+    read or compute a history that is at home, and that to compute others' again whose KV the prompt's takes,
+    weighed. ``damage_s`` is what the prefill's steps do to the
     decodes there, as far as budgets of steps are known (``delays_beside_s``).
     """
 
@@ -113,8 +114,42 @@ def first_token(request: Request, snapshot: Snapshot, constants: CostConstants) 
     if snapshot.step_tokens.any():
         read_tokens = np.where(token.reads, home.tokens, 0)
         damage_s = delays_beside_s(request, snapshot, home, read_tokens, constants)
-    away_s = constants.away * (token.read_s + _computed_again_s(request, snapshot, home, token.prefill_s))
+    more_s = token.read_s + _computed_again_s(request, snapshot, home, token.prefill_s)
+    away_s = constants.away * more_s + displaced_seconds(
+        request, snapshot, _lacking(request, snapshot, home), constants
+    )
     return FirstToken(*token[:3], stretched_s, late_s, away_s, damage_s, token.reads)
+
+
+def displaced_seconds(
+    request: Request, snapshot: Snapshot, tokens: float | Column, constants: CostConstants
+) -> Column:
+    """Price what ``tokens`` more of KV on each instance take from the histories of others, weighed as
+    ``away_s``.
+
+    They first take what neither decodes, prompts that wait nor histories of idle sessions do, then those
+    histories, which are computed again when their sessions go on. A token of them is taken to cost what one
+    of this prompt does, computed without any history.
+    """
+    idle_tokens = snapshot.idle_session_tokens
+    if not idle_tokens.any():
+        return np.zeros(len(snapshot))
+    room = np.maximum(snapshot.free_tokens - snapshot.prefill_tokens - idle_tokens, 0.0)
+    displaced = np.minimum(np.maximum(tokens - room, 0.0), idle_tokens)
+    prompt = float(request.prompt_tokens)
+    fresh_s = np.asarray(snapshot.costs.prefill.seconds(prompt, attention_work(prompt, 0.0)))
+    return constants.away * displaced * (fresh_s / prompt)
+
+
+def _lacking(request: Request, snapshot: Snapshot, home: Home) -> Column:
+    """Return how many tokens of the prompt no cache of each instance has."""
+    has = np.zeros(len(snapshot))
+    for name, tokens in request.cached.items():
+        if (column := snapshot.index.get(name)) is not None:
+            has[column] = tokens
+    has[home.at] = max(has[home.at], home.tokens)
+    lacking: Column = request.prompt_tokens - has
+    return lacking
 
 
 def _computed_again_s(request: Request, snapshot: Snapshot, home: Home, prefill_s: Column) -> Column:
@@ -145,11 +180,7 @@ def delays_beside_s(
     weighs as much as one of the TTFT target. ``home`` holds the history,
     ``read_tokens`` of the prompt come from elsewhere.
     """
-    cached = read_tokens.astype(np.float64)
-    for name, tokens in request.cached.items():
-        if (column := snapshot.index.get(name)) is not None:
-            cached[column] = max(cached[column], tokens)
-    cached[home.at] = max(cached[home.at], home.tokens)
+    cached = np.maximum(request.prompt_tokens - _lacking(request, snapshot, home), read_tokens)
     new = np.maximum(request.prompt_tokens - cached, 1.0)
     decodes, mixed = snapshot.decode_requests, snapshot.costs.mixed
     room = np.maximum(snapshot.step_tokens - decodes, 1.0)

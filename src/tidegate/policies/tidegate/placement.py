@@ -12,7 +12,14 @@ from tidegate.core.request import Request
 from tidegate.ledger.snapshot import Column, Mask, Snapshot
 from tidegate.policies.ampd.paths import ROUND_SIGNALS
 from tidegate.policies.protocols import Signal
-from tidegate.policies.tidegate.cost import CostConstants, Decoding, decoding, first_token, move_seconds
+from tidegate.policies.tidegate.cost import (
+    CostConstants,
+    Decoding,
+    decoding,
+    displaced_seconds,
+    first_token,
+    move_seconds,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +43,8 @@ class OneCost:
         decode = decoding(request, snapshot, None, constants)
         stays_s = np.where(labels.decoding_mask, decode.seconds, np.inf)
         move_s = move_seconds(request, snapshot)
-        goes_s = _elsewhere(stays_s) + move_s
+        away_s = displaced_seconds(request, snapshot, float(request.prompt_tokens), constants)
+        goes_s = _elsewhere(stays_s + away_s) + move_s
         stays = (stays_s <= goes_s) | (labels.decoding_mask & decode.harmless)
         move_s = np.where(stays, 0.0, move_s)
         decode_s = np.where(stays, stays_s, goes_s) - move_s
@@ -62,24 +70,32 @@ class OneCost:
         held = snapshot.index.get(prefill_on)
         decode = decoding(request, snapshot, held, self.constants)
         move_s = move_seconds(request, snapshot)
+        away_s = displaced_seconds(request, snapshot, float(request.prompt_tokens), self.constants)
         if held is not None:
-            move_s[held] = 0.0
+            move_s[held] = away_s[held] = 0.0
         candidates = snapshot.labels.decoding_mask
         if not candidates.any():
             candidates = np.ones(len(snapshot), np.bool_)
-        cost_s = decode.seconds + move_s
+        cost_s = decode.seconds + away_s + move_s
         at = int(np.where(candidates, cost_s, np.inf).argmin())
         return Verdict(
             Place(prefill_on, snapshot.ids[at], Path.DISAGGREGATED),
             (),
-            self._compared(snapshot, candidates, cost_s, decode, move_s),
+            self._compared(snapshot, candidates, cost_s, decode, away_s, move_s),
             "costs least",
         )
 
     def _compared(
-        self, snapshot: Snapshot, candidates: Mask, cost_s: Column, decode: Decoding, move_s: Column
+        self,
+        snapshot: Snapshot,
+        candidates: Mask,
+        cost_s: Column,
+        decode: Decoding,
+        away_s: Column,
+        move_s: Column,
     ) -> Alternatives:
-        terms = {"cost_s": cost_s, "crowd_s": decode.crowd_s, "kv_s": decode.kv_s, "move_s": move_s}
+        terms = {"cost_s": cost_s, "crowd_s": decode.crowd_s, "kv_s": decode.kv_s, "away_s": away_s}
+        terms["move_s"] = move_s
         return Alternatives(snapshot.ids, lambda: terms, candidates.nonzero()[0])
 
 
