@@ -138,18 +138,21 @@ class TestOneCost:
         assert wheres[400_000, CostConstants().away] == "i1"
 
     def test_kv_that_histories_of_others_have_is_priced_once_there_is_no_other_room(self) -> None:
-        """An idle session has 20,000 of 50,000 tokens of i0: what is beyond the other 30,000 displaces it."""
+        """An idle session has 20,000 of 50,000 tokens of i0: what is beyond the other 30,000 displaces it.
+        One turn of two went on with a session, so that half of it is worth something."""
         ledger = cluster(2, roles=(M, M), kv_capacity_tokens=50_000)
-        earlier = replace_struct(request("earlier", 19_999), session="s")
-        ledger.prefill_dispatched(earlier, "i0", 0.0)
-        ledger.decode_dispatched("earlier", "i0", 19_999, 0.0)
-        ledger.tokens("earlier", 1, 1.0)
         asked, constants = request("new", 1000), CostConstants()
-        assert not displaced_seconds(asked, ledger.snapshot(1.0), 50_000.0, constants).any()
-        ledger.finished("earlier", 1.0)
+        for turn in ("earlier", "next"):
+            ledger.prefill_dispatched(replace_struct(request(turn, 19_999), session="s"), "i0", 0.0)
+            ledger.decode_dispatched(turn, "i0", 19_999, 0.0)
+            ledger.tokens(turn, 1, 1.0)
+            assert not displaced_seconds(asked, ledger.snapshot(1.0), 50_000.0, constants).any()
+            ledger.finished(turn, 1.0)
         idle = ledger.snapshot(1.0)
-        held = float(idle.idle_session_tokens[0])
-        assert held == pytest.approx(20_000, abs=1)
+        held = float(idle.idle_tokens_of_others(asked)[0])
+        assert held == pytest.approx(20_000, abs=1) and idle.session_goes_on == 0.5
+        own = replace_struct(asked, session="s")
+        assert not displaced_seconds(own, idle, 60_000.0, constants).any(), "a session displaces no other"
 
         def priced(tokens: float) -> list[float]:
             return displaced_seconds(asked, idle, tokens, constants).tolist()
@@ -158,7 +161,7 @@ class TestOneCost:
         part, whole = priced(50_000.0 - held / 2)[0], priced(60_000.0)[0]
         assert whole == pytest.approx(2 * part) and part > 0
         fresh_s = REFERENCE.prefill_s(1000, 0)
-        assert whole == pytest.approx(constants.away * held * fresh_s / 1000)
+        assert whole == pytest.approx(0.5 * constants.away * held * fresh_s / 1000)
 
     def test_a_decode_leaves_an_instance_that_only_prefills(self) -> None:
         ledger = cluster(3, roles=(P, M, M))

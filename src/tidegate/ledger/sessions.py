@@ -70,6 +70,12 @@ class Sessions:
         self._bound: dict[str, dict[SessionKey, SessionEntry]] = {}
         self.held_tokens: dict[str, int] = {}
         self.idle_tokens: dict[str, int] = {}
+        self._turns = self._later_turns = 0
+
+    @property
+    def goes_on(self) -> float:
+        """How likely a session goes on: the share of all turns so far that were not their session's first."""
+        return self._later_turns / max(1, self._turns)
 
     def find(self, key: SessionKey) -> SessionEntry | None:
         """Return a session that is remembered."""
@@ -88,8 +94,11 @@ class Sessions:
         self._sessions.move_to_end(key)
         if len(self._sessions) > MOST_SESSIONS:
             self.unbind(self._sessions.popitem(last=False)[1])
-        session.turns += request.id != session.last_request  # a replay is no turn of its own
-        session.last_request = request.id
+        if request.id != session.last_request:  # a replay is no turn of its own
+            self._turns += 1
+            self._later_turns += session.turns > 0
+            session.turns += 1
+            session.last_request = request.id
         if session.instance and not session.live:
             self.idle_tokens[session.instance] -= session.context_tokens
         session.live += 1

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tidegate.core.instance import Role
+from tidegate.core.request import Request
 from tidegate.costs.forms import lesser
 from tidegate.costs.profile import ProfileTable
 from tidegate.ledger.rows import DecodeRows, RequestRows
@@ -261,12 +262,22 @@ class Snapshot:
         held = self._ledger.sessions.held_tokens
         return np.array([held.get(name, 0) for name in self.ids], np.float64)
 
+    def idle_tokens_of_others(self, request: Request) -> Column:
+        """Return those of ``session_tokens`` that are of sessions without a turn in flight, other than the
+        request's: ask while deciding, not later."""
+        sessions = self._ledger.sessions
+        if not sessions.idle_tokens:
+            return np.zeros(len(self))
+        own = sessions.find((request.tenant, request.session))
+        idle = np.array([sessions.idle_tokens.get(name, 0) for name in self.ids], np.float64)
+        if own is not None and not own.live and (at := self.index.get(own.instance)) is not None:
+            idle[at] -= own.context_tokens
+        return idle
+
     @property
-    def idle_session_tokens(self) -> Column:
-        """Those of ``session_tokens`` that are of sessions without a turn in flight: read it while deciding,
-        not later."""
-        idle = self._ledger.sessions.idle_tokens
-        return np.array([idle.get(name, 0) for name in self.ids], np.float64)
+    def session_goes_on(self) -> float:
+        """How likely a session that is idle goes on, by all turns so far: ask while deciding, not later."""
+        return self._ledger.sessions.goes_on
 
     @property
     def forecast(self) -> LoadForecast | None:

@@ -128,17 +128,17 @@ def displaced_seconds(
     ``away_s``.
 
     They first take what neither decodes, prompts that wait nor histories of idle sessions do, then those
-    histories, which are computed again when their sessions go on. A token of them is taken to cost what one
-    of this prompt does, computed without any history.
+    histories, which are computed again as far as their sessions go on. A token of them is taken to cost what
+    one of this prompt does, computed without any history.
     """
-    idle_tokens = snapshot.idle_session_tokens
+    idle_tokens = snapshot.idle_tokens_of_others(request)
     if not idle_tokens.any():
         return np.zeros(len(snapshot))
     room = np.maximum(snapshot.free_tokens - snapshot.prefill_tokens - idle_tokens, 0.0)
     displaced = np.minimum(np.maximum(tokens - room, 0.0), idle_tokens)
     prompt = float(request.prompt_tokens)
     fresh_s = np.asarray(snapshot.costs.prefill.seconds(prompt, attention_work(prompt, 0.0)))
-    return constants.away * displaced * (fresh_s / prompt)
+    return constants.away * snapshot.session_goes_on * displaced * (fresh_s / prompt)
 
 
 def _lacking(request: Request, snapshot: Snapshot, home: Home) -> Column:

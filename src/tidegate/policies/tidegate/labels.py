@@ -67,13 +67,13 @@ class ShapeState(NamedTuple):
     """How many of the newest plans in a row wanted more prefill instances (negative: fewer), and how many
     the ``nearest`` of them wanted, that which changes least. ``warm``: the traffic was known before the first
     plan, so that this one is carried out at once. ``known``: what the last plan was made of, answers so
-    far and tokens of those that run."""
+    far, tokens of those that run, and how many instances there are, and prefill only."""
 
     plans: int = 0
     nearest: int = 0
     rest: Rest = Rest()
     warm: bool = False
-    known: tuple[int, float] = (0, 0.0)
+    known: tuple[int, float, int, int] = (0, 0.0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +118,10 @@ class FleetShape:
         if demand is None or self.lengths.count < constants.fewest or len(fleet) < 2:
             unknown = "too little is known of the traffic, or one instance does both"
             return ControlDecision(state._replace(plans=0), reason=unknown)
-        if state.known == (self.lengths.count, running):
+        known = self.lengths.count, running, len(fleet), prefill
+        if state.known == known:
             return ControlDecision(state, reason="nothing is known that the last plan did not know")
-        state = state._replace(known=(self.lengths.count, running))
+        state = state._replace(known=known)
         told, wanted = self._compared(fleet, demand, prefill)
         if state.warm:
             return ControlDecision(state._replace(warm=False), tuple(flips_to(fleet, wanted, told)), told)
