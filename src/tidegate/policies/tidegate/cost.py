@@ -214,8 +214,7 @@ def decoding(request: Request, snapshot: Snapshot, held_on: int | None, constant
     missing = np.maximum(reserve - free, 0.0)
     harmless = over == 0.0
     if missing.any():
-        reserve = np.minimum(reserve, _room_to_grow(snapshot))
-        missing = np.maximum(reserve - free, 0.0)
+        missing = np.maximum(np.minimum(reserve, _room_to_grow(snapshot)) - free, 0.0)
     if not missing.any():
         return Decoding(crowd_s, missing, harmless)
     short = missing / np.maximum(reserve, 1.0)
