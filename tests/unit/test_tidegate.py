@@ -155,7 +155,7 @@ class TestOneCost:
         assert not displaced_seconds(own, idle, 60_000.0, constants).any(), "a session displaces no other"
 
         def priced(tokens: float) -> list[float]:
-            return displaced_seconds(asked, idle, tokens, constants).tolist()
+            return list(map(float, displaced_seconds(asked, idle, tokens, constants)))
 
         assert priced(50_000.0 - held) == [0.0, 0.0]
         part, whole = priced(50_000.0 - held / 2)[0], priced(60_000.0)[0]
