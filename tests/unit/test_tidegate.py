@@ -346,9 +346,11 @@ class TestFleetShape:
         }
 
     def test_crowded_decodes_take_back_a_prefill_instance_for_a_while(self) -> None:
-        ledger = cluster(4, roles=(P, P, M, M), kv_capacity_tokens=100_000)
+        roomy, ledger = (cluster(4, roles=(P, P, M, M), kv_capacity_tokens=100_000) for _ in range(2))
         for on in ("i2", "i3"):
-            decode(ledger, on, 99_000)
+            decode(roomy, on, 99_000)
+            decode(ledger, on, 99_990)
+        assert not self.tick(self.shape(), roomy).actions, "two answers can grow into a hundredth of the KV"
         crowded = self.tick(self.shape(), ledger)
         assert [flip.to for flip in crowded.actions if isinstance(flip, Flip)] == [M]
         assert crowded.state.rest.most == 1 and crowded.state.rest.until_s > 10.0

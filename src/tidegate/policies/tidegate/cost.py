@@ -31,7 +31,7 @@ class CostConstants:
     counts as late, for predictions err; a second behind that costs ``late_weight`` seconds. A step up to the
     share ``pace`` of the TPOT target does nobody harm; what is beyond costs ``late_weight`` times as much. KV
     beyond all but the share ``kv_reserve`` of a cache is at risk, as far as decodes can grow into it
-    (``_room_to_grow``). Prompts that will be late anyway are served
+    (``room_to_grow``). Prompts that will be late anyway are served
     behind the others, as far as steps can be parted: at most ``hopeless`` of the TTFT target counts of them.
     A second of reading a session's history, or of computing one again, this session's or another's whose KV
     makes room, costs ``away`` seconds more, to others: they wait for it.
@@ -214,14 +214,14 @@ def decoding(request: Request, snapshot: Snapshot, held_on: int | None, constant
     missing = np.maximum(reserve - free, 0.0)
     harmless = over == 0.0
     if missing.any():
-        missing = np.maximum(np.minimum(reserve, _room_to_grow(snapshot)) - free, 0.0)
+        missing = np.maximum(np.minimum(reserve, room_to_grow(snapshot)) - free, 0.0)
     if not missing.any():
         return Decoding(crowd_s, missing, harmless)
     short = missing / np.maximum(reserve, 1.0)
     return Decoding(crowd_s, request.slo.ttft_s * constants.late_weight * short, harmless & (missing == 0.0))
 
 
-def _room_to_grow(snapshot: Snapshot) -> Column:
+def room_to_grow(snapshot: Snapshot) -> Column:
     """Return what decodes can still take on each instance with one more there: a whole answer each.
 
     Where prompts are long and few, that is far less than a share of the cache, which would keep prompts away

@@ -14,6 +14,7 @@ from tidegate.core.slo import Slo
 from tidegate.ledger.snapshot import Column, Snapshot
 from tidegate.policies.protocols import Signal
 from tidegate.policies.starting_roles import TARGET
+from tidegate.policies.tidegate.cost import room_to_grow
 from tidegate.policies.tidegate.shape import FleetLabels, FluidFleet, MeanRequest, RecentLengths
 
 
@@ -164,11 +165,13 @@ class FleetShape:
         return told, best.prefill if gains else prefill
 
     def _crowding(self, fleet: Snapshot) -> float:
-        """Return the mean share of the TPOT target, or of the KV, that decodes take where they may run."""
-        at = fleet.labels.decoding_mask
+        """Return the mean share of the TPOT target, or of the KV, that decodes take where they may run. What
+        is left of the KV is enough where all that run can grow into it."""
+        at, crowded = fleet.labels.decoding_mask, self.constants.crowded
         step_s = np.asarray(fleet.costs.step.seconds(fleet.decode_requests, fleet.decode_tokens))[at]
-        capacity = np.where(fleet.kv_capacity_tokens > 0, fleet.kv_capacity_tokens, np.inf)[at]
-        held = (fleet.decode_tokens + fleet.handoff_tokens)[at] / capacity
+        capacity = np.where(fleet.kv_capacity_tokens > 0, fleet.kv_capacity_tokens, np.inf)
+        enough = np.maximum(crowded * capacity, capacity - room_to_grow(fleet))
+        held = crowded * ((fleet.decode_tokens + fleet.handoff_tokens) / enough)[at]
         return float(max((step_s / self.slo.tpot_s).mean(), held.mean())) if at.any() else 1.0
 
 
