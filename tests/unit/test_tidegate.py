@@ -349,7 +349,7 @@ class TestFleetShape:
         roomy, ledger = (cluster(4, roles=(P, P, M, M), kv_capacity_tokens=100_000) for _ in range(2))
         for on in ("i2", "i3"):
             decode(roomy, on, 99_000)
-            decode(ledger, on, 99_990)
+            decode(ledger, on, 99_999)
         assert not self.tick(self.shape(), roomy).actions, "two answers can grow into a hundredth of the KV"
         crowded = self.tick(self.shape(), ledger)
         assert [flip.to for flip in crowded.actions if isinstance(flip, Flip)] == [M]
