@@ -31,16 +31,22 @@ def own_prefill_s(request: Request, snapshot: Snapshot) -> Price:
     return lambda cells, at, costs: same_s
 
 
-def _prefill_beside_hits(request: Request, snapshot: Snapshot) -> Price:
-    prompt_tokens = float(request.prompt_tokens)
-    cached_tokens = np.zeros(len(snapshot))
+def cached_tokens(request: Request, snapshot: Snapshot) -> Column:
+    """Return how many tokens of the prompt the cache of each instance has."""
+    has = np.zeros(len(snapshot))
     for name, tokens in request.cached.items():
         column = snapshot.index.get(name)
         if column is not None:
-            cached_tokens[column] = tokens
+            has[column] = tokens
+    return has
+
+
+def _prefill_beside_hits(request: Request, snapshot: Snapshot) -> Price:
+    prompt_tokens = float(request.prompt_tokens)
+    has = cached_tokens(request, snapshot)
 
     def price(cells: Cells, at: At, costs: ProfileTable) -> float | Column:
-        new = greater(prompt_tokens - cached_tokens[at], 1.0)
+        new = greater(prompt_tokens - has[at], 1.0)
         return costs.prefill.seconds(new, attention_work(new, prompt_tokens - new))
 
     return price

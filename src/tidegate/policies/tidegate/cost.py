@@ -17,7 +17,8 @@ from tidegate.costs.forms import attention_work
 from tidegate.ledger.live_table import NOWHERE
 from tidegate.ledger.snapshot import Column, Mask, Snapshot
 from tidegate.policies.ampd.cost_routing import LATE_WEIGHT, MARGIN, PACE, TO_COME_TOKENS
-from tidegate.policies.ampd.paths import Home, binding_history, first_token_costs
+from tidegate.policies.ampd.paths import Home, binding_history, first_token_costs, kept_tokens
+from tidegate.policies.pricing import cached_tokens
 
 MOST_TAKEN = 0.9
 """Decodes take at most this share of the time of a step, as far as prefills beside them are concerned."""
@@ -52,8 +53,8 @@ class FirstToken(NamedTuple):
     instance lacks, alone; ``beside_s`` is by how much the decodes there stretch both. ``late_s`` is what is
     late by then, weighed; none where an answer goes on, whose first token is out. ``away_s`` is the time to
     read or compute a history that is at home, and that to compute others' again whose KV the prompt's takes,
-    weighed. ``damage_s`` is what the prefill's steps do to the
-    decodes there, as far as budgets of steps are known (``delays_beside_s``).
+    weighed. ``damage_s`` is what the prefill's steps do to the decodes there, as far as budgets of steps are
+    known (``delays_beside_s``).
     """
 
     wait_s: Column
@@ -115,9 +116,8 @@ def first_token(request: Request, snapshot: Snapshot, constants: CostConstants) 
         read_tokens = np.where(token.reads, home.tokens, 0)
         damage_s = delays_beside_s(request, snapshot, home, read_tokens, constants)
     more_s = token.read_s + _computed_again_s(request, snapshot, home, token.prefill_s)
-    away_s = constants.away * more_s + displaced_seconds(
-        request, snapshot, _lacking(request, snapshot, home), constants
-    )
+    lacking = request.prompt_tokens - _in_place(request, snapshot, home)
+    away_s = constants.away * more_s + displaced_seconds(request, snapshot, lacking, constants)
     return FirstToken(*token[:3], stretched_s, late_s, away_s, damage_s, token.reads)
 
 
@@ -141,15 +141,11 @@ def displaced_seconds(
     return constants.away * snapshot.session_goes_on * displaced * (fresh_s / prompt)
 
 
-def _lacking(request: Request, snapshot: Snapshot, home: Home) -> Column:
-    """Return how many tokens of the prompt no cache of each instance has."""
-    has = np.zeros(len(snapshot))
-    for name, tokens in request.cached.items():
-        if (column := snapshot.index.get(name)) is not None:
-            has[column] = tokens
-    has[home.at] = max(has[home.at], home.tokens)
-    lacking: Column = request.prompt_tokens - has
-    return lacking
+def _in_place(request: Request, snapshot: Snapshot, home: Home) -> Column:
+    """Return how many tokens of the prompt each instance has, in its cache or as the session's history."""
+    has = cached_tokens(request, snapshot)
+    has[home.at] = kept_tokens(request, snapshot, home)
+    return has
 
 
 def _computed_again_s(request: Request, snapshot: Snapshot, home: Home, prefill_s: Column) -> Column:
@@ -180,7 +176,7 @@ def delays_beside_s(
     weighs as much as one of the TTFT target. ``home`` holds the history,
     ``read_tokens`` of the prompt come from elsewhere.
     """
-    cached = np.maximum(request.prompt_tokens - _lacking(request, snapshot, home), read_tokens)
+    cached = np.maximum(_in_place(request, snapshot, home), read_tokens)
     new = np.maximum(request.prompt_tokens - cached, 1.0)
     decodes, mixed = snapshot.decode_requests, snapshot.costs.mixed
     room = np.maximum(snapshot.step_tokens - decodes, 1.0)
