@@ -21,7 +21,14 @@ from tidegate.costs.profile import ProfileTable
 from tidegate.ledger.ledger import Ledger
 from tidegate.policies.protocols import AnswerLengths, Signal
 from tidegate.policies.tidegate.cost import CostConstants, displaced_seconds
-from tidegate.policies.tidegate.labels import FleetShape, Rest, ShapeConstants, ShapeState, prefill_order
+from tidegate.policies.tidegate.labels import (
+    FleetShape,
+    Offered,
+    Rest,
+    ShapeConstants,
+    ShapeState,
+    prefill_order,
+)
 from tidegate.policies.tidegate.placement import OneCost
 from tidegate.policies.tidegate.shape import FluidFleet, MeanRequest, RecentLengths
 from tidegate.systems import make_system
@@ -257,7 +264,7 @@ class TestFluidFleet:
     def test_brief_answers_speak_against_a_split_and_change_nothing_without_one(self) -> None:
         prefill = np.array([0.0, 6.0])
         (both_rps, split_rps) = self.fleet(LONG).rates_rps(prefill, 8.0 - prefill)
-        brief = self.fleet(LONG._replace(brief=0.2)).rates_rps(prefill, 8.0 - prefill)
+        brief = self.fleet(LONG._replace(brief=(0.2,) * 6)).rates_rps(prefill, 8.0 - prefill)
         assert brief[0] == both_rps
         assert 0.8 * split_rps <= brief[1] < 0.85 * split_rps, "nearly all are prefilled by the six"
 
@@ -267,8 +274,16 @@ class TestFluidFleet:
             [AnswerLengths(100, 0, 3), AnswerLengths(100, 0, 9), AnswerLengths(100, 0, 1)]
         )
         ended, begun = lengths.demand(0.0), lengths.demand(3 * 13.0)
-        assert ended is not None and ended.brief == pytest.approx(1 / 3)
-        assert begun is not None and begun.brief == pytest.approx(1 / 3 / 4)
+        assert ended is not None and ended.brief == pytest.approx([0.0, *[1 / 3] * 5])
+        assert begun is not None and begun.brief == pytest.approx([0.0, *[1 / 3 / 4] * 5])
+
+    def test_what_a_move_costs_is_won_back_later_where_steps_leave_little_time(self) -> None:
+        """Of answers of five steps all are late only where a step alone takes most of the target."""
+        demand = SHORT._replace(brief=(0.0, 0.0, 0.0, 0.0, 0.3, 0.3))
+        prefill = np.array([2.0, 6.0])
+        rates = self.fleet(demand._replace(brief=())).rates_rps(prefill, 8.0 - prefill)
+        late = self.fleet(demand).rates_rps(prefill, 8.0 - prefill)
+        assert late[0] == pytest.approx(rates[0]) and late[1] < 0.9 * rates[1]
 
     @given(
         st.builds(
@@ -345,6 +360,22 @@ class TestFleetShape:
             ("i1", M),
         }
 
+    @pytest.mark.parametrize(
+        ("share", "prefill", "wanted"), [(0.45, 0, 0), (0.55, 0, 1), (0.3, 1, 1), (0.2, 1, 0)]
+    )
+    def test_an_easy_load_needs_no_split(self, share: float, prefill: int, wanted: int) -> None:
+        shape = self.shape()
+        demand = shape.lengths.demand(0.0)
+        assert demand is not None
+        model = FluidFleet(ProfileTable.of([FAST]), 400_000.0, 131_072.0, demand, SLO)
+        (both_rps,) = model.rates_rps(np.zeros(1), np.full(1, 8.0))
+        offered = Offered(10.0, shape.lengths.count, share * float(both_rps), 1.0)
+        ledger = cluster(8, roles=(P,) * prefill + (M,) * (8 - prefill), profile=FAST)
+        direction = 1 if wanted >= prefill else -1
+        state = ShapeState(direction, nearest=wanted, offered=offered)
+        flips = self.tick(shape, ledger, state).actions
+        assert len(flips) == abs(wanted - prefill)
+
     def test_crowded_decodes_take_back_a_prefill_instance_for_a_while(self) -> None:
         roomy, ledger = (cluster(4, roles=(P, P, M, M), kv_capacity_tokens=100_000) for _ in range(2))
         for on in ("i2", "i3"):
@@ -368,7 +399,11 @@ class TestFleetShape:
         again = during.after(1, during.until_s + 30.0, constants)
         assert again.seconds == constants.longest_rest_s > first.seconds
         assert again.after(0, again.until_s - 1.0, constants).seconds == again.seconds
-        assert again.after(1, again.until_s + 86_400.0, constants).seconds == constants.rest_s
+        calm_s = again.until_s + 86_400.0
+        assert again.after(1, calm_s, constants).seconds == constants.rest_s
+        times_s = (0.0, again.until_s, again.until_s + constants.rest_s, calm_s)
+        bounds = [again.bounded(5, at_s, constants) for at_s in times_s]
+        assert bounds == [1, 2, 3, 5], "what was given up is tried again one by one"
 
     def test_a_fleet_that_can_grow_does_both_everywhere(self) -> None:
         ledger = cluster(8, roles=(P, M, M, M, M, M, M, M), profile=FAST)

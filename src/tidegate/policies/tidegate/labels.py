@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import exp, inf
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,9 @@ from tidegate.policies.starting_roles import TARGET
 from tidegate.policies.tidegate.cost import room_to_grow
 from tidegate.policies.tidegate.shape import FleetLabels, FluidFleet, MeanRequest, RecentLengths
 
+OFFERED_S = 60.0
+"""What was offered so long ago weighs 1/e of what is offered now."""
+
 
 @dataclass(frozen=True, slots=True)
 class ShapeConstants:
@@ -27,7 +31,9 @@ class ShapeConstants:
     changes one by one comes too late for bursts. Lengths are believed from ``fewest`` answers on. Up to
     ``units`` steps of a fleet are compared. Where decodes take more than ``crowded`` of their TPOT target or
     of the KV, one of those for prefill does both at once, whatever plans say, and for ``rest_s`` there are
-    no more than the others, or for ``longest_rest_s`` (see ``Rest``).
+    no more than the others, or for ``longest_rest_s`` (see ``Rest``). A fleet that does both everywhere
+    stays so while less is offered than the share ``easy`` of what it serves, and one that is split goes back
+    below half of that.
     """
 
     gain: float = 0.07
@@ -36,6 +42,7 @@ class ShapeConstants:
     fewest: int = 32
     units: int = 32
     crowded: float = 0.95
+    easy: float = 0.5
     rest_s: float = 900.0
     longest_rest_s: float = 14_400.0
     period_s: float = 1.0
@@ -45,13 +52,20 @@ class Rest(NamedTuple):
     """Until ``until_s`` at most ``most`` instances prefill only; it lasts ``seconds``.
 
     Plans believe in the same split again when a rest is over. Where decodes were crowded because the model
-    errs, at constant load, that would come and go for ever: so a split that is given up within the longest
+    errs, at constant load, that would come and go for ever. So one more may prefill only when a rest is over,
+    and one more whenever the shortest rest has passed since; and a split that is given up within the longest
     rest after one rests the longest.
     """
 
     most: int = 0
     until_s: float = -np.inf
     seconds: float = 0.0
+
+    def bounded(self, wanted: int, at_s: float, constants: ShapeConstants) -> int:
+        """Return how many may prefill only at ``at_s`` where ``wanted`` should."""
+        if at_s < self.until_s:
+            return min(wanted, self.most)
+        return int(min(wanted, self.most + 1 + (at_s - self.until_s) / constants.rest_s))
 
     def after(self, most: int, at_s: float, constants: ShapeConstants) -> Rest:
         """Return the rest that begins at ``at_s``; in one that lasts still, it is as long again."""
@@ -62,6 +76,36 @@ class Rest(NamedTuple):
         else:
             seconds = constants.rest_s
         return Rest(most, at_s + seconds, seconds)
+
+
+class Offered(NamedTuple):
+    """How many requests begin per second, as a mean over the last minute or so: newer ones weigh more.
+
+    ``requests`` had begun at ``at_s``; ``share`` of the weights of an endless past are of what was seen.
+    """
+
+    at_s: float = inf
+    requests: int = 0
+    weighed_rps: float = 0.0
+    share: float = 0.0
+
+    @property
+    def rps(self) -> float:
+        """The mean; infinite before anything was seen."""
+        return self.weighed_rps / self.share if self.share else inf
+
+    def after(self, requests: int, at_s: float) -> Offered:
+        """Return the mean at ``at_s``, when so many had begun. Of requests that fail fewer have."""
+        if at_s <= self.at_s:
+            return self._replace(at_s=at_s, requests=requests)
+        old = exp((self.at_s - at_s) / OFFERED_S)
+        new_rps = max(requests - self.requests, 0) / (at_s - self.at_s)
+        return Offered(
+            at_s,
+            requests,
+            old * self.weighed_rps + (1.0 - old) * new_rps,
+            old * self.share + 1.0 - old,
+        )
 
 
 class ShapeState(NamedTuple):
@@ -75,6 +119,7 @@ class ShapeState(NamedTuple):
     rest: Rest = Rest()
     warm: bool = False
     known: tuple[int, float, int, int] = (0, 0.0, 0, 0)
+    offered: Offered = Offered()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,16 +149,18 @@ class FleetShape:
 
     def decide(self, snapshot: Snapshot, state: ShapeState) -> ControlDecision[ShapeState]:
         """Return the flips towards a better shape; none while plans do not agree on one."""
-        constants, fleet = self.constants, snapshot.without_draining()
+        constants, fleet, rows = self.constants, snapshot.without_draining(), snapshot.requests
+        begun = self.lengths.count + len(rows.answer_tokens)
+        state = state._replace(offered=state.offered.after(begun, fleet.at_s))
         prefill = int(np.count_nonzero(fleet.labelled(Role.PREFILL)))
         if prefill and (share := self._crowding(fleet)) > constants.crowded:
             why = f"decodes take {share:.0%} of what they may: fewer instances prefill only"
-            rests = ShapeState(rest=state.rest.after(prefill - 1, fleet.at_s, constants))
+            rest = state.rest.after(prefill - 1, fleet.at_s, constants)
+            rests = ShapeState(rest=rest, offered=state.offered)
             return ControlDecision(rests, tuple(flips_to(fleet, prefill - 1, why)), why)
         if self.most is not None and len(fleet) < self.most:
             why = f"{len(fleet)} of {self.most} instances are up: all do both"
             return ControlDecision(state._replace(plans=0, warm=False), tuple(flips_to(fleet, 0, why)), why)
-        rows = snapshot.requests
         running = float(rows.answer_tokens[rows.decode_on >= 0].sum())
         demand = self.lengths.demand(running)
         if demand is None or self.lengths.count < constants.fewest or len(fleet) < 2:
@@ -123,10 +170,10 @@ class FleetShape:
         if state.known == known:
             return ControlDecision(state, reason="nothing is known that the last plan did not know")
         state = state._replace(known=known)
-        told, wanted = self._compared(fleet, demand, prefill)
+        told, wanted = self._compared(fleet, demand, prefill, state.offered.rps)
         if state.warm:
             return ControlDecision(state._replace(warm=False), tuple(flips_to(fleet, wanted, told)), told)
-        wanted = min(wanted, state.rest.most) if fleet.at_s < state.rest.until_s else wanted
+        wanted = state.rest.bounded(wanted, fleet.at_s, constants)
         if wanted == prefill:
             swaps = flips_to(fleet, prefill, "others lose less by it")
             return ControlDecision(state._replace(plans=0), tuple(swaps), told)
@@ -141,7 +188,9 @@ class FleetShape:
             return ControlDecision(state, reason=f"{told}: once more")
         return ControlDecision(state._replace(plans=0), tuple(flips_to(fleet, wanted, told)), told)
 
-    def _compared(self, fleet: Snapshot, demand: MeanRequest, prefill: int) -> tuple[str, int]:
+    def _compared(
+        self, fleet: Snapshot, demand: MeanRequest, prefill: int, offered_rps: float
+    ) -> tuple[str, int]:
         """Return a sentence and how many instances should prefill only: as many as do, unless that gains."""
         constants, count = self.constants, len(fleet)
         slowness, order = _slowness(fleet), prefill_order(fleet)
@@ -154,6 +203,9 @@ class FleetShape:
         have = FleetLabels(prefill, count - prefill)
         prefills = np.array([counts[fleet.labelled(Role.PREFILL)[order]].sum(), 0.0])
         now_rps, both_rps = map(float, model.rates_rps(prefills, counts.sum() - prefills))
+        easy = constants.easy * (0.5 if prefill else 1.0)
+        if offered_rps < easy * both_rps:
+            return f"{offered_rps:.3g} requests/s come, all for both serve {both_rps:.3g}", 0
         enough_rps = ranked[0][0] * (1.0 - constants.even)
         near = [pair for pair in ranked if pair[0] >= enough_rps]
         rps, best = max(near, key=lambda pair: pair[1].mixed)

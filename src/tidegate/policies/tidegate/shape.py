@@ -27,10 +27,11 @@ REMEMBERED = 2048
 WORTH = 12.0
 """A chunk's work is so many times what a mixed step costs beyond a decode step, where decodes leave no room
 for more: engines wait for such a chunk (``SlackBudget``). Chosen by simulation."""
-BRIEF_STEPS = 3
-"""A decode that moves waits for its KV's way and for the end of a step before its first. In so few steps,
-each as long as slack allows, that is not won back: as many miss their TPOT target as have answers that brief
-(docs/policies/tidegate.md)."""
+BEHIND_GAPS = 2.0
+"""How many gaps a decode that moves begins behind, at most: it waits for its KV's way and for the end of a
+step, which lasts as long as slack allows. Chosen by simulation (docs/policies/tidegate.md)."""
+BRIEF_STEPS = 6
+"""Answers of more steps win back what a move put them behind, however little time each step leaves."""
 HALVINGS = 32
 """Steps of a search for a rate, each of which halves what is left: to 2e-10 of the highest."""
 
@@ -39,7 +40,8 @@ class MeanRequest(NamedTuple):
     """What a request takes on average: tokens to compute and their attention work, decode steps, and the
     tokens that a running decode holds (by the steps that it stays for). ``away_tokens`` and
     ``away_attention`` are what there is to compute where nothing of the prompt is in place; 0 where that is
-    the same. ``brief`` is the share of requests whose answers take from one step to ``BRIEF_STEPS``."""
+    the same. ``brief`` are the shares of requests whose answers take one step, up to two, and so on, as
+    far as ``BRIEF_STEPS``; empty where there are none."""
 
     new_tokens: float
     attention: float
@@ -47,7 +49,7 @@ class MeanRequest(NamedTuple):
     context_tokens: float
     away_tokens: float = 0.0
     away_attention: float = 0.0
-    brief: float = 0.0
+    brief: tuple[float, ...] = ()
 
 
 class RecentLengths:
@@ -76,7 +78,8 @@ class RecentLengths:
         if not self.count:
             return None
         prompt, cached, generated = self._rows[: self.count].T
-        brief = ((generated > 1.0) & (generated <= BRIEF_STEPS + 1.0)).mean()
+        tokens_up_to = 1.0 + np.arange(1.0, BRIEF_STEPS + 1.0)
+        brief = ((generated > 1.0) & (generated <= tokens_up_to[:, None])).mean(axis=1)
         longer = 1.0 + running_tokens / max(1.0, generated.sum()) * len(generated) / self.count
         generated = generated * longer
         new, steps = np.maximum(prompt - cached, 1.0), np.maximum(generated - 1.0, 0.0)
@@ -84,7 +87,7 @@ class RecentLengths:
         context = float((steps * held).sum() / steps.sum()) if steps.any() else float(held.mean())
         work = float(new.mean()), float(np.asarray(attention_work(new, cached)).mean())
         away = float(prompt.mean()), float(np.asarray(attention_work(prompt, 0.0)).mean())
-        return MeanRequest(*work, float(steps.mean()), context, *away, float(brief / longer))
+        return MeanRequest(*work, float(steps.mean()), context, *away, tuple((brief / longer).tolist()))
 
 
 class FleetLabels(NamedTuple):
@@ -122,7 +125,28 @@ class FluidFleet:
             middle = 0.5 * (low + high)
             fits = self._busy(np.maximum(middle - prefill * alone_rps, 0.0), middle, mixed) <= 1.0
             low, high = np.where(fits, middle, low), np.where(fits, high, middle)
-        return low - self.demand.brief * np.minimum(prefill * alone_rps, low)
+        return low - self._brief(low, mixed) * np.minimum(prefill * alone_rps, low)
+
+    def _brief(self, decodes: Counts, instances: Counts) -> Counts:
+        """Return the share of answers that end before what a move put them behind is won back.
+
+        A step alone is shorter than a decode may wait for it: the rest wins time.
+        """
+        if not self.demand.brief:
+            return np.zeros(len(decodes))
+        batch, gap_s = self._batch(decodes, instances)
+        step_s = np.asarray(self.costs.step.seconds(batch, batch * self.demand.context_tokens))
+        steps = BEHIND_GAPS / np.maximum(1.0 - step_s / gap_s, 1e-9)
+        return np.interp(steps, np.arange(len(self.demand.brief) + 1.0), (0.0, *self.demand.brief))
+
+    def _batch(self, decodes: Counts, instances: Counts) -> tuple[Counts, Counts]:
+        """Return how many run at once on each of ``instances`` where so many begin per second on all, and the
+        longest gap between their tokens that the target and the KV allow."""
+        tokens = decodes * self.demand.steps / np.maximum(instances, 1e-9)
+        gap_s = np.minimum(
+            self.slo.tpot_s, self.kv_tokens / np.maximum(tokens * self.demand.context_tokens, 1e-9)
+        )
+        return tokens * gap_s, gap_s
 
     def ranked(self, counts: Counts, unit: int = 1) -> list[tuple[float, FleetLabels]]:
         """Return the labellings in steps of ``unit`` instances with their rates, the highest rate first.
@@ -171,9 +195,7 @@ class FluidFleet:
         demand, step, mixed = self.demand, self.costs.step, self.costs.mixed
         each = np.maximum(instances, 1e-9)
         work_s = prefills / each * self._work_s
-        tokens = decodes * demand.steps / each
-        gap_s = np.minimum(self.slo.tpot_s, self.kv_tokens / np.maximum(tokens * demand.context_tokens, 1e-9))
-        batch = tokens * gap_s
+        batch, gap_s = self._batch(decodes, instances)
         held = batch * demand.context_tokens
         step_s = np.asarray(step.seconds(batch, held))
         fixed_s = np.asarray(mixed.a_s + mixed.b_s * (batch - mixed.n0) + mixed.d_s * held)
@@ -183,5 +205,5 @@ class FluidFleet:
         hidden_s = np.asarray(mixed.b_s * mixed.n0)
         chunks = np.minimum(1.0 / gap_s, work_s / np.maximum(hidden_s, 1e-9))
         extra_s = np.where(batch > 0, dear_s + np.minimum(over_s, 0.0) * chunks, 0.0)
-        busy = work_s + extra_s + np.where(tokens > 0, step_s / gap_s, 0.0)
+        busy = work_s + extra_s + np.where(batch > 0, step_s / gap_s, 0.0)
         return np.where(instances > 0, busy, np.where(prefills + decodes > 0, np.inf, 0.0))
