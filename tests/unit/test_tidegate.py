@@ -247,14 +247,15 @@ class TestFluidFleet:
         assert best.prefill > 0 and best_rps > 1.08 * both_rps
 
     def test_histories_in_place_speak_against_a_split(self) -> None:
-        """An instance that only prefills has none of them."""
+        """An instance that only prefills has none of them, and reads them where links are fast."""
         lengths = RecentLengths([AnswerLengths(60_000, 45_000, 150)] * 10)
         demand = lengths.demand(0.0)
         assert demand is not None
         counts = np.ones(8)
-        assert self.fleet(demand).ranked(counts)[0][1].prefill == 0
-        fresh = demand._replace(away_tokens=0.0, away_attention=0.0)
-        assert self.fleet(fresh).ranked(counts)[0][1].prefill > 0
+        slow = replace(FAST, transfer=TransferCost(5e-4, 2e10))
+        fleet = replace(self.fleet(demand), costs=ProfileTable.of([slow]))
+        assert fleet.ranked(counts)[0][1].prefill == 0
+        assert self.fleet(demand).ranked(counts)[0][1].prefill > 0
 
     def test_short_prompts_gain_little_by_a_split(self) -> None:
         (best_rps, _), *_ = self.fleet(SHORT).ranked(np.ones(8))

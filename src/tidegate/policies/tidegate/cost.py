@@ -22,6 +22,8 @@ from tidegate.policies.pricing import cached_tokens
 
 MOST_TAKEN = 0.9
 """Decodes take at most this share of the time of a step, as far as prefills beside them are concerned."""
+AWAY = 10.0
+"""A second of reading a session's history costs others so many more: they wait for it (ours)."""
 SHORTEST_ANSWER = 4.0
 """Answers are taken for no shorter than this: those that run have just begun."""
 
@@ -43,7 +45,7 @@ class CostConstants:
     pace: float = PACE
     kv_reserve: float = 0.1
     hopeless: float = 0.5
-    away: float = 10.0
+    away: float = AWAY
 
 
 class FirstToken(NamedTuple):

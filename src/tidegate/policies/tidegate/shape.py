@@ -19,6 +19,7 @@ from tidegate.core.slo import Slo
 from tidegate.costs.forms import attention_work
 from tidegate.costs.profile import ProfileTable
 from tidegate.policies.protocols import AnswerLengths
+from tidegate.policies.tidegate.cost import AWAY
 
 Counts = NDArray[np.float64]
 
@@ -161,11 +162,15 @@ class FluidFleet:
     def _prefills_rps(self) -> float:
         """Return how many prefills an instance does that has nothing else to do, steps shared.
 
-        What is in place of a prompt is so where its session decodes, never here.
+        What is in place of a prompt is so where its session decodes, never here: it is read over, or computed
+        again where that takes less. Reading counts as it does in a request's cost, with what it costs others.
         """
         form, demand = self.costs.mixed, self.demand
-        away_s = form.b_s * demand.away_tokens + form.c_s * demand.away_attention
-        return 1.0 / max(max(self._work_s, float(away_s)) + self._port_s, 1e-9)
+        again_s = float(form.b_s * demand.away_tokens + form.c_s * demand.away_attention)
+        read_bytes = max(demand.away_tokens - demand.new_tokens, 0.0) * self.token_bytes
+        read_s = float(np.asarray(self.costs.transfer.seconds(read_bytes)))
+        away_s = max(self._work_s, min(again_s, self._work_s + (1.0 + AWAY) * read_s))
+        return 1.0 / max(away_s + self._port_s, 1e-9)
 
     @property
     def _work_s(self) -> float:
