@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -23,14 +22,15 @@ from tidegate.policies.protocols import AnswerLengths, Signal
 from tidegate.policies.tidegate.cost import CostConstants, displaced_seconds
 from tidegate.policies.tidegate.labels import (
     FleetShape,
-    Offered,
     Rest,
     ShapeConstants,
     ShapeState,
+    flips_to,
     prefill_order,
 )
+from tidegate.policies.tidegate.offered import OFFERED_S, Offered
 from tidegate.policies.tidegate.placement import OneCost
-from tidegate.policies.tidegate.shape import FluidFleet, MeanRequest, RecentLengths
+from tidegate.policies.tidegate.shape import FluidFleet, RecentLengths
 from tidegate.systems import make_system
 from tidegate_testing import REFERENCE, cluster, instance, request
 
@@ -39,9 +39,6 @@ P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
 SLO = Slo(2.0, 0.05)
 FAST = replace(REFERENCE, transfer=TransferCost(5e-4, 3.6e11))
 """The reference with links as within a node."""
-LONG = MeanRequest(15_000.0, 1.85e8, 150.0, 15_075.0)
-"""Long prompts, whose context makes a resident token beside a chunk dear."""
-SHORT = MeanRequest(290.0, 1.0e5, 36.0, 310.0)
 
 
 def queue(ledger: Ledger, on: str, tokens: int) -> str:
@@ -237,68 +234,12 @@ class TestOneCost:
         assert cost_s[int(place(verdict).prefill_on[1:])] == cost_s[compared].min()
 
 
-class TestFluidFleet:
-    def fleet(self, demand: MeanRequest) -> FluidFleet:
-        return FluidFleet(ProfileTable.of([FAST]), 400_000.0, 131_072.0, demand, SLO)
-
-    def test_long_contexts_ask_for_instances_that_only_prefill(self) -> None:
-        (best_rps, best), *_ = self.fleet(LONG).ranked(np.ones(8))
-        (both_rps,) = self.fleet(LONG).rates_rps(np.array([0.0]), np.array([8.0]))
-        assert best.prefill > 0 and best_rps > 1.08 * both_rps
-
-    def test_histories_in_place_speak_against_a_split(self) -> None:
-        """An instance that only prefills has none of them, and reads them where links are fast."""
-        lengths = RecentLengths([AnswerLengths(60_000, 45_000, 150)] * 10)
-        demand = lengths.demand(0.0)
-        assert demand is not None
-        counts = np.ones(8)
-        slow = replace(FAST, transfer=TransferCost(5e-4, 2e10))
-        fleet = replace(self.fleet(demand), costs=ProfileTable.of([slow]))
-        assert fleet.ranked(counts)[0][1].prefill == 0
-        assert self.fleet(demand).ranked(counts)[0][1].prefill > 0
-
-    def test_short_prompts_gain_little_by_a_split(self) -> None:
-        (best_rps, _), *_ = self.fleet(SHORT).ranked(np.ones(8))
-        (both_rps,) = self.fleet(SHORT).rates_rps(np.array([0.0]), np.array([8.0]))
-        assert best_rps < 1.05 * both_rps
-
-    def test_brief_answers_speak_against_a_split_and_change_nothing_without_one(self) -> None:
-        prefill = np.array([0.0, 6.0])
-        (both_rps, split_rps) = self.fleet(LONG).rates_rps(prefill, 8.0 - prefill)
-        brief = self.fleet(LONG._replace(brief=(0.2,) * 6)).rates_rps(prefill, 8.0 - prefill)
-        assert brief[0] == both_rps
-        assert 0.8 * split_rps <= brief[1] < 0.85 * split_rps, "nearly all are prefilled by the six"
-
-    def test_the_share_of_brief_answers_is_that_of_all_that_have_begun(self) -> None:
-        """The first answers to end are the brief ones."""
-        lengths = RecentLengths(
-            [AnswerLengths(100, 0, 3), AnswerLengths(100, 0, 9), AnswerLengths(100, 0, 1)]
-        )
-        ended, begun = lengths.demand(0.0), lengths.demand(3 * 13.0)
-        assert ended is not None and ended.brief == pytest.approx([0.0, *[1 / 3] * 5])
-        assert begun is not None and begun.brief == pytest.approx([0.0, *[1 / 3 / 4] * 5])
-
-    def test_what_a_move_costs_is_won_back_later_where_steps_leave_little_time(self) -> None:
-        """Of answers of five steps all are late only where a step alone takes most of the target."""
-        demand = SHORT._replace(brief=(0.0, 0.0, 0.0, 0.0, 0.3, 0.3))
-        prefill = np.array([2.0, 6.0])
-        rates = self.fleet(demand._replace(brief=())).rates_rps(prefill, 8.0 - prefill)
-        late = self.fleet(demand).rates_rps(prefill, 8.0 - prefill)
-        assert late[0] == pytest.approx(rates[0]) and late[1] < 0.9 * rates[1]
-
-    @given(
-        st.builds(
-            lambda new, steps: MeanRequest(new, new * new, steps, new + 0.5 * steps),
-            st.floats(1, 30_000),
-            st.floats(0, 3_000),
-        )
-    )
-    def test_more_instances_never_serve_less(self, demand: MeanRequest) -> None:
-        fleet, counts = self.fleet(demand), np.arange(1.0, 9.0)
-        for growing, still in ((counts, 2 * np.ones(8)), (2 * np.ones(8), counts)):
-            rates = fleet.rates_rps(growing, still)
-            assert np.isfinite(rates).all()
-            assert all(one <= other * (1 + 1e-4) for one, other in pairwise(rates))
+def both_rps(shape: FleetShape) -> float:
+    """Return what eight instances serve that do both."""
+    demand = shape.lengths.demand(0.0)
+    assert demand is not None
+    model = FluidFleet(ProfileTable.of([FAST]), 400_000.0, 131_072.0, demand, SLO)
+    return float(model.rates_rps(np.zeros(1), np.full(1, 8.0))[0])
 
 
 class TestFleetShape:
@@ -362,20 +303,28 @@ class TestFleetShape:
         }
 
     @pytest.mark.parametrize(
-        ("share", "prefill", "wanted"), [(0.45, 0, 0), (0.55, 0, 1), (0.3, 1, 1), (0.2, 1, 0)]
+        ("share", "prefill", "splits"),
+        [(0.45, 0, False), (0.55, 0, True), (0.3, 6, True), (0.2, 6, False)],
     )
-    def test_an_easy_load_needs_no_split(self, share: float, prefill: int, wanted: int) -> None:
+    def test_an_easy_load_needs_no_split(self, share: float, prefill: int, splits: bool) -> None:
         shape = self.shape()
-        demand = shape.lengths.demand(0.0)
-        assert demand is not None
-        model = FluidFleet(ProfileTable.of([FAST]), 400_000.0, 131_072.0, demand, SLO)
-        (both_rps,) = model.rates_rps(np.zeros(1), np.full(1, 8.0))
-        offered = Offered(10.0, shape.lengths.count, share * float(both_rps), 1.0)
         ledger = cluster(8, roles=(P,) * prefill + (M,) * (8 - prefill), profile=FAST)
-        direction = 1 if wanted >= prefill else -1
-        state = ShapeState(direction, nearest=wanted, offered=offered)
-        flips = self.tick(shape, ledger, state).actions
-        assert len(flips) == abs(wanted - prefill)
+        offered = Offered(10.0, 0, share * both_rps(shape), 1.0)
+        wanted = ShapeState(-1, nearest=0) if prefill else ShapeState(1, nearest=6)
+        decision = self.tick(shape, ledger, wanted._replace(offered=offered))
+        roles = {f"i{at}": P if at < prefill else M for at in range(8)}
+        roles |= {flip.instance: flip.to for flip in decision.actions if isinstance(flip, Flip)}
+        assert (P in roles.values()) == splits, decision.reason
+
+    def test_what_waits_is_load(self) -> None:
+        shape = self.shape()
+        ledger = cluster(8, roles=(M,) * 8, profile=FAST)
+        idle = Offered(10.0, 0, 0.1 * both_rps(shape), 1.0)
+        assert not self.tick(shape, ledger, ShapeState(offered=idle)).state.plans
+        for number in range(int(OFFERED_S * both_rps(shape))):
+            queue(ledger, "i0", 15_000 + number)
+        idle = idle._replace(requests=ledger.snapshot(10.0).placed_prefills)
+        assert self.tick(shape, ledger, ShapeState(offered=idle)).state.plans == 1
 
     def test_crowded_decodes_take_back_a_prefill_instance_for_a_while(self) -> None:
         roomy, ledger = (cluster(4, roles=(P, P, M, M), kv_capacity_tokens=100_000) for _ in range(2))
@@ -403,7 +352,7 @@ class TestFleetShape:
         calm_s = again.until_s + 86_400.0
         assert again.after(1, calm_s, constants).seconds == constants.rest_s
         times_s = (0.0, again.until_s, again.until_s + constants.rest_s, calm_s)
-        bounds = [again.bounded(5, at_s, constants) for at_s in times_s]
+        bounds = [again.bound(5, at_s, constants) for at_s in times_s]
         assert bounds == [1, 2, 3, 5], "what was given up is tried again one by one"
 
     def test_a_fleet_that_can_grow_does_both_everywhere(self) -> None:
@@ -422,9 +371,6 @@ class TestFleetShape:
         assert known is not None and more is not None
         assert known.steps == 100.0 and more.steps == pytest.approx(201.0)
 
-    def test_some_instance_always_decodes(self) -> None:
-        assert all(shape.mixed for _, shape in TestFluidFleet().fleet(LONG).ranked(np.ones(8)))
-
     def test_slow_instances_prefill_first_and_count_less(self) -> None:
         ledger, shape = cluster(8, roles=(M,) * 8, profile=FAST), self.shape()
         decode(ledger, "i5", 20_000)
@@ -435,6 +381,14 @@ class TestFleetShape:
         (flip,) = self.tick(shape, ledger, slow.state._replace(nearest=1)).actions
         assert isinstance(flip, Flip) and (flip.instance, flip.to) == ("i5", P)
         assert slow.reason != equal
+
+    def test_who_cannot_be_flipped_counts_as_it_is_labelled(self) -> None:
+        ledger = Ledger()
+        for at, (role, flippable) in enumerate([(M, False), (P, False), (M, True), (M, True), (M, True)]):
+            fixed = replace(instance(f"i{at}"), flippable=flippable)
+            ledger.instance_up(fixed, FAST, role, 0.0)
+        flips = flips_to(ledger.snapshot(1.0), 2, "")
+        assert [(flip.instance, flip.to) for flip in flips] == [("i2", P)]
 
     def test_a_slow_instance_takes_the_place_of_one_that_prefills(self) -> None:
         ledger, shape = cluster(8, roles=(P, P, P, M, M, M, M, M), profile=FAST), self.shape()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import exp, inf
+from math import inf
 from typing import NamedTuple
 
 import numpy as np
@@ -16,10 +16,8 @@ from tidegate.ledger.snapshot import Column, Snapshot
 from tidegate.policies.protocols import Signal
 from tidegate.policies.starting_roles import TARGET
 from tidegate.policies.tidegate.cost import room_to_grow
+from tidegate.policies.tidegate.offered import Offered
 from tidegate.policies.tidegate.shape import FleetLabels, FluidFleet, MeanRequest, RecentLengths
-
-OFFERED_S = 60.0
-"""What was offered so long ago weighs 1/e of what is offered now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +30,8 @@ class ShapeConstants:
     ``units`` steps of a fleet are compared. Where decodes take more than ``crowded`` of their TPOT target or
     of the KV, one of those for prefill does both at once, whatever plans say, and for ``rest_s`` there are
     no more than the others, or for ``longest_rest_s`` (see ``Rest``). A fleet that does both everywhere
-    stays so while less is offered than the share ``easy`` of what it serves, and one that is split goes back
-    below half of that.
+    stays so while less is offered (``Offered``) than the share ``easy`` of what it serves, and one that is
+    split goes back below half of that.
     """
 
     gain: float = 0.07
@@ -52,8 +50,8 @@ class Rest(NamedTuple):
     """Until ``until_s`` at most ``most`` instances prefill only; it lasts ``seconds``.
 
     Plans believe in the same split again when a rest is over. Where decodes were crowded because the model
-    errs, at constant load, that would come and go for ever. So one more may prefill only when a rest is over,
-    and one more whenever the shortest rest has passed since; and a split that is given up within the longest
+    errs, at constant load, that would come and go for ever. So after a rest the number that prefills only may
+    be one higher, and another one for every ``rest_s`` since; and a split that is given up within the longest
     rest after one rests the longest.
     """
 
@@ -61,11 +59,11 @@ class Rest(NamedTuple):
     until_s: float = -np.inf
     seconds: float = 0.0
 
-    def bounded(self, wanted: int, at_s: float, constants: ShapeConstants) -> int:
-        """Return how many may prefill only at ``at_s`` where ``wanted`` should."""
+    def bound(self, instances: int, at_s: float, constants: ShapeConstants) -> int:
+        """Return how many of ``instances`` may prefill only at ``at_s``."""
         if at_s < self.until_s:
-            return min(wanted, self.most)
-        return int(min(wanted, self.most + 1 + (at_s - self.until_s) / constants.rest_s))
+            return min(instances, self.most)
+        return int(min(instances, self.most + 1 + (at_s - self.until_s) / constants.rest_s))
 
     def after(self, most: int, at_s: float, constants: ShapeConstants) -> Rest:
         """Return the rest that begins at ``at_s``; in one that lasts still, it is as long again."""
@@ -76,36 +74,6 @@ class Rest(NamedTuple):
         else:
             seconds = constants.rest_s
         return Rest(most, at_s + seconds, seconds)
-
-
-class Offered(NamedTuple):
-    """How many requests begin per second, as a mean over the last minute or so: newer ones weigh more.
-
-    ``requests`` had begun at ``at_s``; ``share`` of the weights of an endless past are of what was seen.
-    """
-
-    at_s: float = inf
-    requests: int = 0
-    weighed_rps: float = 0.0
-    share: float = 0.0
-
-    @property
-    def rps(self) -> float:
-        """The mean; infinite before anything was seen."""
-        return self.weighed_rps / self.share if self.share else inf
-
-    def after(self, requests: int, at_s: float) -> Offered:
-        """Return the mean at ``at_s``, when so many had begun. Of requests that fail fewer have."""
-        if at_s <= self.at_s:
-            return self._replace(at_s=at_s, requests=requests)
-        old = exp((self.at_s - at_s) / OFFERED_S)
-        new_rps = max(requests - self.requests, 0) / (at_s - self.at_s)
-        return Offered(
-            at_s,
-            requests,
-            old * self.weighed_rps + (1.0 - old) * new_rps,
-            old * self.share + 1.0 - old,
-        )
 
 
 class ShapeState(NamedTuple):
@@ -149,8 +117,8 @@ class FleetShape:
 
     def decide(self, snapshot: Snapshot, state: ShapeState) -> ControlDecision[ShapeState]:
         """Return the flips towards a better shape; none while plans do not agree on one."""
-        constants, fleet, rows = self.constants, snapshot.without_draining(), snapshot.requests
-        begun = self.lengths.count + len(rows.answer_tokens)
+        constants, fleet = self.constants, snapshot.without_draining()
+        begun = snapshot.placed_prefills + snapshot.held_prefills
         state = state._replace(offered=state.offered.after(begun, fleet.at_s))
         prefill = int(np.count_nonzero(fleet.labelled(Role.PREFILL)))
         if prefill and (share := self._crowding(fleet)) > constants.crowded:
@@ -161,6 +129,7 @@ class FleetShape:
         if self.most is not None and len(fleet) < self.most:
             why = f"{len(fleet)} of {self.most} instances are up: all do both"
             return ControlDecision(state._replace(plans=0, warm=False), tuple(flips_to(fleet, 0, why)), why)
+        rows = snapshot.requests
         running = float(rows.answer_tokens[rows.decode_on >= 0].sum())
         demand = self.lengths.demand(running)
         if demand is None or self.lengths.count < constants.fewest or len(fleet) < 2:
@@ -170,10 +139,12 @@ class FleetShape:
         if state.known == known:
             return ControlDecision(state, reason="nothing is known that the last plan did not know")
         state = state._replace(known=known)
-        told, wanted = self._compared(fleet, demand, prefill, state.offered.rps)
+        most = state.rest.bound(len(fleet), fleet.at_s, constants)
+        waiting = float(snapshot.prefill_requests.sum()) + snapshot.held_prefills
+        load_rps = inf if state.warm else state.offered.rps(waiting)
+        told, wanted = self._compared(fleet, demand, prefill, most, load_rps)
         if state.warm:
             return ControlDecision(state._replace(warm=False), tuple(flips_to(fleet, wanted, told)), told)
-        wanted = state.rest.bounded(wanted, fleet.at_s, constants)
         if wanted == prefill:
             swaps = flips_to(fleet, prefill, "others lose less by it")
             return ControlDecision(state._replace(plans=0), tuple(swaps), told)
@@ -189,23 +160,26 @@ class FleetShape:
         return ControlDecision(state._replace(plans=0), tuple(flips_to(fleet, wanted, told)), told)
 
     def _compared(
-        self, fleet: Snapshot, demand: MeanRequest, prefill: int, offered_rps: float
+        self, fleet: Snapshot, demand: MeanRequest, prefill: int, most: int, load_rps: float
     ) -> tuple[str, int]:
-        """Return a sentence and how many instances should prefill only: as many as do, unless that gains."""
+        """Return a sentence and how many instances should prefill only, ``most`` of them or fewer: as many as
+        do, unless that gains."""
         constants, count = self.constants, len(fleet)
         slowness, order = _slowness(fleet), prefill_order(fleet)
         usual = int(np.argsort(slowness, kind="stable")[(count - 1) // 2])
         kv_tokens = float(fleet.kv_capacity_tokens[usual]) or np.inf
         token_bytes = float(fleet.kv_bytes_per_token[usual])
-        model = FluidFleet(fleet.costs.at(usual), kv_tokens, token_bytes, demand, self.slo)
+        reads = bool(fleet.extends_kv.all()) and token_bytes > 0.0
+        model = FluidFleet(fleet.costs.at(usual), kv_tokens, token_bytes, demand, self.slo, reads)
         counts = slowness[usual] / slowness[order]
-        ranked = model.ranked(counts, max(1, count // constants.units))
+        unit = max(1, count // constants.units)
+        ranked = [pair for pair in model.ranked(counts, unit) if pair[1].prefill <= most]
         have = FleetLabels(prefill, count - prefill)
         prefills = np.array([counts[fleet.labelled(Role.PREFILL)[order]].sum(), 0.0])
         now_rps, both_rps = map(float, model.rates_rps(prefills, counts.sum() - prefills))
         easy = constants.easy * (0.5 if prefill else 1.0)
-        if offered_rps < easy * both_rps:
-            return f"{offered_rps:.3g} requests/s come, all for both serve {both_rps:.3g}", 0
+        if load_rps < easy * both_rps:
+            return f"{load_rps:.3g} requests/s come or wait, all for both serve {both_rps:.3g}", 0
         enough_rps = ranked[0][0] * (1.0 - constants.even)
         near = [pair for pair in ranked if pair[0] >= enough_rps]
         rps, best = max(near, key=lambda pair: pair[1].mixed)
@@ -253,12 +227,14 @@ def prefill_order(fleet: Snapshot) -> NDArray[np.intp]:
 
 
 def flips_to(fleet: Snapshot, prefill: int, why: str) -> list[Flip]:
-    """Return the flips after which ``prefill`` instances prefill only and the others do both, as far as they
-    are flippable."""
-    order = prefill_order(fleet)
-    roles = {at: Role.PREFILL if place < prefill else Role.MIXED for place, at in enumerate(order.tolist())}
+    """Return the flips after which ``prefill`` instances prefill only and the others do both, as far as those
+    that cannot be flipped allow."""
+    flippable = fleet.flippable
+    fixed = int(np.count_nonzero(fleet.labelled(Role.PREFILL) & ~flippable))
+    order = [at for at in prefill_order(fleet).tolist() if flippable[at]]
+    roles = [Role.PREFILL if place < prefill - fixed else Role.MIXED for place in range(len(order))]
     return [
         Flip(fleet.ids[at], role, TARGET, why)
-        for at, role in roles.items()
-        if fleet.flippable[at] and fleet.role[at] != float(role)
+        for at, role in sorted(zip(order, roles, strict=True))
+        if fleet.role[at] != float(role)
     ]

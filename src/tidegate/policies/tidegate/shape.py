@@ -32,7 +32,8 @@ BEHIND_GAPS = 2.0
 """How many gaps a decode that moves begins behind, at most: it waits for its KV's way and for the end of a
 step, which lasts as long as slack allows. Chosen by simulation (docs/policies/tidegate.md)."""
 BRIEF_STEPS = 6
-"""Answers of more steps win back what a move put them behind, however little time each step leaves."""
+"""Answers of more steps are taken to win back what a move put them behind, however little time each step
+leaves: counting longer ones as late keeps fleets from splits that serve more (chosen by simulation)."""
 HALVINGS = 32
 """Steps of a search for a rate, each of which halves what is left: to 2e-10 of the highest."""
 
@@ -106,7 +107,8 @@ class FluidFleet:
     """The highest rates that instances of ``costs``, each with ``kv_tokens``, serve for ``demand``.
 
     Counts are of such instances: one that takes twice as long for everything counts half. Steps of decodes
-    last up to ``slo.tpot_s``. ``token_bytes`` of KV per token move between instances.
+    last up to ``slo.tpot_s``. ``token_bytes`` of KV per token move between instances, and where ``reads``
+    histories do, too.
     """
 
     costs: ProfileTable
@@ -114,6 +116,7 @@ class FluidFleet:
     token_bytes: float
     demand: MeanRequest
     slo: Slo
+    reads: bool = True
 
     def rates_rps(self, prefill: Counts, mixed: Counts) -> Counts:
         """Return the highest rate of each labelling; the arguments are arrays of counts.
@@ -131,13 +134,13 @@ class FluidFleet:
     def _brief(self, decodes: Counts, instances: Counts) -> Counts:
         """Return the share of answers that end before what a move put them behind is won back.
 
-        A step alone is shorter than a decode may wait for it: the rest wins time.
+        A step without a chunk is shorter than the target: the rest of it wins time.
         """
         if not self.demand.brief:
             return np.zeros(len(decodes))
-        batch, gap_s = self._batch(decodes, instances)
+        batch, _ = self._batch(decodes, instances)
         step_s = np.asarray(self.costs.step.seconds(batch, batch * self.demand.context_tokens))
-        steps = BEHIND_GAPS / np.maximum(1.0 - step_s / gap_s, 1e-9)
+        steps = BEHIND_GAPS / np.maximum(1.0 - step_s / self.slo.tpot_s, 1e-9)
         return np.interp(steps, np.arange(len(self.demand.brief) + 1.0), (0.0, *self.demand.brief))
 
     def _batch(self, decodes: Counts, instances: Counts) -> tuple[Counts, Counts]:
@@ -162,14 +165,17 @@ class FluidFleet:
     def _prefills_rps(self) -> float:
         """Return how many prefills an instance does that has nothing else to do, steps shared.
 
-        What is in place of a prompt is so where its session decodes, never here: it is read over, or computed
-        again where that takes less. Reading counts as it does in a request's cost, with what it costs others.
+        What is in place of a prompt is so where its session decodes, never here: it is computed again, or
+        read over where that is possible and less. Reading counts with what it costs others, as in a request's
+        cost; computing costs this instance alone.
         """
         form, demand = self.costs.mixed, self.demand
-        again_s = float(form.b_s * demand.away_tokens + form.c_s * demand.away_attention)
-        read_bytes = max(demand.away_tokens - demand.new_tokens, 0.0) * self.token_bytes
-        read_s = float(np.asarray(self.costs.transfer.seconds(read_bytes)))
-        away_s = max(self._work_s, min(again_s, self._work_s + (1.0 + AWAY) * read_s))
+        away_s = float(form.b_s * demand.away_tokens + form.c_s * demand.away_attention)
+        if self.reads:
+            read_bytes = max(demand.away_tokens - demand.new_tokens, 0.0) * self.token_bytes
+            read_s = float(np.asarray(self.costs.transfer.seconds(read_bytes)))
+            away_s = min(away_s, self._work_s + (1.0 + AWAY) * read_s)
+        away_s = max(away_s, self._work_s)
         return 1.0 / max(away_s + self._port_s, 1e-9)
 
     @property
