@@ -28,9 +28,9 @@ REMEMBERED = 2048
 WORTH = 12.0
 """A chunk's work is so many times what a mixed step costs beyond a decode step, where decodes leave no room
 for more: engines wait for such a chunk (``SlackBudget``). Chosen by simulation."""
-BEHIND_GAPS = 2.0
-"""How many gaps a decode that moves begins behind, at most: it waits for its KV's way and for the end of a
-step, which lasts as long as slack allows. Chosen by simulation (docs/policies/tidegate.md)."""
+BEHIND_TARGETS = 2.0
+"""How many TPOT targets a decode that moves begins behind, at most: it waits for its KV's way and for the end
+of a step, which lasts as long as slack allows. Chosen by simulation (docs/policies/tidegate.md)."""
 BRIEF_STEPS = 6
 """Answers of more steps are taken to win back what a move put them behind, however little time each step
 leaves: counting longer ones as late keeps fleets from splits that serve more (chosen by simulation)."""
@@ -140,7 +140,7 @@ class FluidFleet:
             return np.zeros(len(decodes))
         batch, _ = self._batch(decodes, instances)
         step_s = np.asarray(self.costs.step.seconds(batch, batch * self.demand.context_tokens))
-        steps = BEHIND_GAPS / np.maximum(1.0 - step_s / self.slo.tpot_s, 1e-9)
+        steps = BEHIND_TARGETS / np.maximum(1.0 - step_s / self.slo.tpot_s, 1e-9)
         return np.interp(steps, np.arange(len(self.demand.brief) + 1.0), (0.0, *self.demand.brief))
 
     def _batch(self, decodes: Counts, instances: Counts) -> tuple[Counts, Counts]:
