@@ -80,11 +80,10 @@ class FirstToken(NamedTuple):
 
 class Decoding(NamedTuple):
     """What a decode costs on each instance: ``crowd_s`` is the step's share of the TPOT target, ``kv_s`` the
-    risk that KV runs out. ``harmless``: neither target nor reserve is touched."""
+    risk that KV runs out."""
 
     crowd_s: Column
     kv_s: Column
-    harmless: Mask
 
     @property
     def seconds(self) -> Column:
@@ -210,13 +209,12 @@ def decoding(request: Request, snapshot: Snapshot, held_on: int | None, constant
     if held_on is not None:
         free[held_on] += tokens
     missing = np.maximum(reserve - free, 0.0)
-    harmless = over == 0.0
     if missing.any():
         missing = np.maximum(np.minimum(reserve, room_to_grow(snapshot)) - free, 0.0)
     if not missing.any():
-        return Decoding(crowd_s, missing, harmless)
+        return Decoding(crowd_s, missing)
     short = missing / np.maximum(reserve, 1.0)
-    return Decoding(crowd_s, request.slo.ttft_s * constants.late_weight * short, harmless & (missing == 0.0))
+    return Decoding(crowd_s, request.slo.ttft_s * constants.late_weight * short)
 
 
 def room_to_grow(snapshot: Snapshot) -> Column:

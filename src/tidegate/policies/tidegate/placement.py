@@ -28,7 +28,7 @@ class OneCost:
 
     Prefills go to those labelled for it, and to one that holds a part of the prompt, as far as their KV has
     room. Where all of them are late, those that decode are compared, too. Where the prefill is on an instance
-    that decodes, the decode stays unless it costs less elsewhere with the way there.
+    that decodes, the decode stays.
     """
 
     constants: CostConstants = field(default_factory=CostConstants)
@@ -41,13 +41,13 @@ class OneCost:
         labels, constants = snapshot.labels, self.constants
         token = first_token(request, snapshot, constants)
         decode = decoding(request, snapshot, None, constants)
-        stays_s = np.where(labels.decoding_mask, decode.seconds, np.inf)
-        move_s = move_seconds(request, snapshot)
-        away_s = displaced_seconds(request, snapshot, float(request.prompt_tokens), constants)
-        goes_s = _elsewhere(stays_s + away_s) + move_s
-        stays = (stays_s <= goes_s) | (labels.decoding_mask & decode.harmless)
-        move_s = np.where(stays, 0.0, move_s)
-        decode_s = np.where(stays, stays_s, goes_s) - move_s
+        stays, decode_s = labels.decoding_mask, decode.seconds
+        move_s = np.zeros(len(snapshot))
+        if not stays.all():
+            away_s = displaced_seconds(request, snapshot, float(request.prompt_tokens), constants)
+            goes_s = (decode_s + away_s)[stays].min(initial=np.inf)
+            decode_s = np.where(stays, decode_s, goes_s)
+            move_s = np.where(stays, 0.0, move_seconds(request, snapshot))
         cost_s = token.seconds + token.late_s + token.away_s + token.damage_s + decode_s + move_s
         candidates = _known(request, snapshot, labels.prefilling_mask)
         if not candidates.any() or not (candidates & (token.late_s == 0.0)).any():
@@ -108,15 +108,3 @@ def _known(request: Request, snapshot: Snapshot, prefilling: Mask) -> Mask:
     known = prefilling.copy()
     known[columns] = True
     return known
-
-
-def _elsewhere(cost_s: Column) -> Column:
-    """Return for each instance the least cost on another one."""
-    if len(cost_s) < 2:
-        return np.full(len(cost_s), np.inf)
-    first = int(cost_s.argmin())
-    others = cost_s.copy()
-    others[first] = np.inf
-    elsewhere = np.full(len(cost_s), cost_s[first])
-    elsewhere[first] = others.min()
-    return elsewhere
