@@ -177,6 +177,14 @@ class TestOneCost:
         )
         assert place(OneCost().place_decode(request("new", 3000), snapshot, "i0")).decode_on == "i2"
 
+    def test_a_decode_stays_where_its_prompt_ran_if_that_decodes(self) -> None:
+        ledger = cluster(2, roles=(M, M), kv_capacity_tokens=210_000)
+        decode(ledger, "i0", 200_000)
+        stays = place(OneCost().place_decode(request("new", 3000), ledger.snapshot(0.0), "i0"))
+        assert (stays.decode_on, stays.path) == ("i0", Path.COLOCATED)
+        gone = place(OneCost().place_decode(request("new", 3000), ledger.snapshot(0.0), "i7"))
+        assert gone.decode_on == "i1"
+
     def test_a_decode_is_not_sent_where_its_kv_finds_no_room(self) -> None:
         ledger = cluster(2, roles=(M, M), kv_capacity_tokens=10_000)
         decode(ledger, "i0", 9_000)

@@ -66,14 +66,17 @@ class OneCost:
         return Verdict(place, (), alternatives, "costs least, and decodes elsewhere")
 
     def place_decode(self, request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:
-        """Place the decode where it costs least with the way there."""
+        """Keep the decode where the prefill ran if that decodes; else place it where it costs least with the
+        way there."""
         held = snapshot.index.get(prefill_on)
+        candidates = snapshot.labels.decoding_mask
+        if held is not None and candidates[held]:
+            return Verdict(Place(prefill_on, prefill_on, Path.COLOCATED), reason="where the prefill ran")
         decode = decoding(request, snapshot, held, self.constants)
         move_s = move_seconds(request, snapshot)
         away_s = displaced_seconds(request, snapshot, float(request.prompt_tokens), self.constants)
         if held is not None:
             move_s[held] = away_s[held] = 0.0
-        candidates = snapshot.labels.decoding_mask
         if not candidates.any():
             candidates = np.ones(len(snapshot), np.bool_)
         cost_s = decode.seconds + away_s + move_s
