@@ -48,7 +48,8 @@ class TestFluidFleet:
         slow = ProfileTable.of([replace(FAST, transfer=TransferCost(5e-4, 2e10))])
         for fleet in replace(self.fleet(demand), costs=slow), replace(self.fleet(demand), reads=False):
             assert fleet.ranked(counts)[0][1].prefill == 0
-        assert self.fleet(demand).ranked(counts)[0][1].prefill > 0
+        fast = ProfileTable.of([replace(FAST, transfer=TransferCost(5e-4, 1.44e12))])
+        assert replace(self.fleet(demand), costs=fast).ranked(counts)[0][1].prefill > 0
 
     def test_short_prompts_gain_little_by_a_split(self) -> None:
         (best_rps, _), *_ = self.fleet(SHORT).ranked(np.ones(8))

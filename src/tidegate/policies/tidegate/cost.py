@@ -22,7 +22,7 @@ from tidegate.policies.pricing import cached_tokens
 
 MOST_TAKEN = 0.9
 """Decodes take at most this share of the time of a step, as far as prefills beside them are concerned."""
-AWAY = 10.0
+AWAY = 20.0
 """A second of reading a session's history costs others so many more: they wait for it (ours)."""
 SHORTEST_ANSWER = 4.0
 """Answers are taken for no shorter than this: those that run have just begun."""
