@@ -56,7 +56,7 @@ class Rest(NamedTuple):
     """
 
     most: int = 0
-    until_s: float = -np.inf
+    until_s: float = -inf
     seconds: float = 0.0
 
     def bound(self, instances: int, at_s: float, constants: ShapeConstants) -> int:
@@ -167,7 +167,7 @@ class FleetShape:
         constants, count = self.constants, len(fleet)
         slowness, order = _slowness(fleet), prefill_order(fleet)
         usual = int(np.argsort(slowness, kind="stable")[(count - 1) // 2])
-        kv_tokens = float(fleet.kv_capacity_tokens[usual]) or np.inf
+        kv_tokens = float(fleet.kv_capacity_tokens[usual]) or inf
         token_bytes = float(fleet.kv_bytes_per_token[usual])
         reads = bool(fleet.extends_kv.all()) and token_bytes > 0.0
         model = FluidFleet(fleet.costs.at(usual), kv_tokens, token_bytes, demand, self.slo, reads)
@@ -195,7 +195,7 @@ class FleetShape:
         is left of the KV is enough where all that run can grow into it."""
         at, crowded = fleet.labels.decoding_mask, self.constants.crowded
         step_s = np.asarray(fleet.costs.step.seconds(fleet.decode_requests, fleet.decode_tokens))[at]
-        capacity = np.where(fleet.kv_capacity_tokens > 0, fleet.kv_capacity_tokens, np.inf)
+        capacity = np.where(fleet.kv_capacity_tokens > 0, fleet.kv_capacity_tokens, inf)
         enough = np.maximum(crowded * capacity, capacity - room_to_grow(fleet))
         held = crowded * ((fleet.decode_tokens + fleet.handoff_tokens) / enough)[at]
         return float(max((step_s / self.slo.tpot_s).mean(), held.mean())) if at.any() else 1.0

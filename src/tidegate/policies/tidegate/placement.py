@@ -63,7 +63,8 @@ class OneCost:
             return Verdict(Place(on, on, Path.COLOCATED), (), alternatives, "costs least, and decodes there")
         read_from = history.on if history is not None and reads else None
         place = Place(on, None, Path.DISAGGREGATED, read_from)
-        return Verdict(place, (), alternatives, "costs least, and decodes elsewhere")
+        decodes = "there, behind its history" if stays[at] else "elsewhere"
+        return Verdict(place, (), alternatives, f"costs least, and decodes {decodes}")
 
     def place_decode(self, request: Request, snapshot: Snapshot, prefill_on: str) -> Verdict:
         """Keep the decode where the prefill ran if that decodes; else place it where it costs least with the

@@ -172,8 +172,7 @@ class FluidFleet:
         form, demand = self.costs.mixed, self.demand
         away_s = float(form.b_s * demand.away_tokens + form.c_s * demand.away_attention)
         if self.reads:
-            read_bytes = max(demand.away_tokens - demand.new_tokens, 0.0) * self.token_bytes
-            read_s = float(np.asarray(self.costs.transfer.seconds(read_bytes)))
+            read_s = self._transfer_s(max(demand.away_tokens - demand.new_tokens, 0.0))
             away_s = min(away_s, self._work_s + (1.0 + AWAY) * read_s)
         away_s = max(away_s, self._work_s)
         return 1.0 / max(away_s + self._port_s, 1e-9)
@@ -188,13 +187,11 @@ class FluidFleet:
     def _port_s(self) -> float:
         """How long the KV of a prompt keeps a link busy: counted as if the instance waited for it, for links
         that are slow lose what a split gains."""
-        return float(
-            np.asarray(
-                self.costs.transfer.seconds(
-                    max(self.demand.new_tokens, self.demand.away_tokens) * self.token_bytes
-                )
-            )
-        )
+        return self._transfer_s(max(self.demand.new_tokens, self.demand.away_tokens))
+
+    def _transfer_s(self, tokens: float) -> float:
+        """Return how long the KV of so many tokens keeps a link busy."""
+        return float(np.asarray(self.costs.transfer.seconds(tokens * self.token_bytes)))
 
     def _busy(self, prefills: Counts, decodes: Counts, instances: Counts) -> Counts:
         """Return which part of their time ``instances`` that do both need for so many of each per second.
