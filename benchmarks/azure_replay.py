@@ -59,6 +59,7 @@ def rows(bench: Report, journal: Report) -> dict[str, str]:
 def replay(system: str, args: argparse.Namespace, out: Path) -> tuple[Report, Report]:
     """Serve and replay once; return the bench's and the journal's report."""
     composed, _, chunk = system.partition("@")
+    composed, _, order = composed.partition("+")
     name, _, split = composed.partition(":")
     journal = out / f"{system.replace(':', '-')}.jsonl"
     journal.unlink(missing_ok=True)  # serve would go on with an earlier run's
@@ -80,6 +81,8 @@ def replay(system: str, args: argparse.Namespace, out: Path) -> tuple[Report, Re
     ]
     serve += ["--split", split] if split else []
     serve += ["--max-batch-tokens", chunk] if chunk else []
+    serve += ["--order", order] if order else []
+    serve += args.serve.split()
     server = subprocess.Popen(serve, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
@@ -125,6 +128,7 @@ def main() -> None:
     parser.add_argument("--duration", type=float, default=0.0, help="seconds of it, after scaling")
     parser.add_argument("--limit", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/azure"))
+    parser.add_argument("--serve", default="", metavar="'FLAGS'", help="more flags of `tidegate serve`")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     reports = {}

@@ -1,11 +1,11 @@
 """Traffic whose phases shift, on embedded engines with a real model: systems side by side, in turns.
 
-First one engine is measured (``tidegate profile``); from its profile come the targets and the rates, so that
-a slow machine gets a load and targets that it can bear. Then the fleet serves phases of long prompts with
-short answers and of short prompts with long answers, once per system and turn. A system may have a split and
-a token budget of its steps: ``static:1:2``, ``colocated@128``. Run: ``python benchmarks/phase_shift.py`` (a
-quarter of an hour; three engines share this machine's cores with all else that runs, so that one turn proves
-little).
+Each engine has a share of a core of its own (``--core-share``), so that engines slow each other down as
+little as GPUs do. First one is measured (``tidegate profile``); from its profile come the targets and the
+rates, so that a slow machine gets a load and targets that it can bear. Then the fleet serves phases of long
+prompts with short answers and of short prompts with long answers, once per system and turn. A system may have
+a split, an order and a token budget of its steps: ``static:1:2+sjf``, ``colocated@128``. Run: ``python
+benchmarks/phase_shift.py`` (a quarter of an hour per turn, on a machine with nothing else to do).
 """
 
 from __future__ import annotations
@@ -27,9 +27,12 @@ from tidegate.workloads.reshape import concatenate
 from tidegate.workloads.writers import write_trace
 
 BESIDE = 4
-"""Decodes that a step is priced with (ours)."""
+"""Decodes of the step that the TPOT target is a multiple of (ours)."""
+SPARE = 0.175
+"""Share of the cores that is left for the gateway and the client (ours)."""
 CONTEXT = 1024
 """Longest prompt that the engine is measured with: longer ones take minutes on a CPU."""
+SYSTEMS = "tidegate,colocated+sjf@512,colocated+sjf@128,static:1:2+sjf,static:2:1+sjf"
 SPREAD = 0.4
 """Deviation of the logarithm of lengths."""
 
@@ -37,7 +40,7 @@ SPREAD = 0.4
 def measured(args: argparse.Namespace) -> Profile:
     """Measure one engine that has the machine for itself."""
     serve = [*TIDEGATE, "serve", "--model", args.model, "--instances", "1", "--system", "colocated"]
-    serve += ["--max-model-len", str(CONTEXT), "--port", "0"]
+    serve += ["--max-model-len", str(CONTEXT), "--port", "0", *args.serve.split()]
     server = subprocess.Popen(serve, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
@@ -65,14 +68,20 @@ def targets(args: argparse.Namespace, profile: Profile) -> Slo:
     return Slo(ttft * profile.prefill_s(prompt), tpot * decode_s(profile, short, answer))
 
 
-def requests_of(args: argparse.Namespace, profile: Profile, turn: int) -> Path:
-    """Write the requests of a turn; each phase asks for the same share of what the cores can do."""
-    cores = min(args.instances, os.cpu_count() or 1)
+def served_rps(args: argparse.Namespace, profile: Profile, slo: Slo, prompt: int, answer: int) -> float:
+    """Return what the engines serve if nothing waits: steps take their target, prefills what is left."""
+    held = prompt + answer / 2
+    least_s, token_s = (float(profile.step.seconds(*at)) for at in ((1.0, 0.0), (0.0, 1.0)))
+    batch = (slo.tpot_s - least_s) / (held * (token_s - float(profile.step.seconds(0.0, 0.0))))
+    return args.instances / (profile.prefill_s(prompt) + answer * slo.tpot_s / batch)
+
+
+def requests_of(args: argparse.Namespace, profile: Profile, slo: Slo, turn: int) -> Path:
+    """Write the requests of a turn; each phase asks for the same share of what the engines serve."""
     phases = []
     for at, (prompt, answer) in enumerate((args.read, args.write) * args.cycles):
-        seconds = profile.prefill_s(prompt) + answer * decode_s(profile, prompt, answer) / BESIDE
         choice = WorkloadChoice(
-            poisson=args.load * cores / seconds,
+            poisson=args.load * served_rps(args, profile, slo, prompt, answer),
             duration_s=args.phase_s,
             input_tokens=f"lognormal:{prompt}:{SPREAD}",
             output_tokens=f"lognormal:{answer}:{SPREAD}",
@@ -91,18 +100,20 @@ def main() -> None:
     add = parser.add_argument
     add("--model", default="smollm2")
     add("--instances", type=int, default=3, help="what `tidegate serve` starts without being told")
-    add("--systems", default="tidegate,colocated@512,colocated@128,static:1:2,static:2:1")
+    add("--systems", default=SYSTEMS)
     add("--turns", type=int, default=2)
     add("--read", type=int, nargs=2, default=(256, 8), help="tokens of prompt and answer in one phase")
-    add("--write", type=int, nargs=2, default=(24, 48), help="and in the other")
-    add("--phase-s", type=float, default=30.0)
+    add("--write", type=int, nargs=2, default=(24, 128), help="and in the other")
+    add("--phase-s", type=float, default=60.0)
     add("--cycles", type=int, default=1)
-    add("--load", type=float, default=0.5, help="share of what the cores can do")
+    add("--load", type=float, default=0.8, help="share of what the engines serve if nothing waits")
     add("--targets", type=float, nargs=2, default=(4.0, 3.0), help="multiples of prefill and step alone")
     add("--seed", type=int, default=0)
     add("--budget", type=float, default=30.0, help="seconds of measuring")
     add("--out", type=Path, default=Path("runs/phase-shift"))
     args = parser.parse_args()
+    share = min(1.0, (1.0 - SPARE) * (os.cpu_count() or 1) / args.instances)
+    args.serve = f"--core-share {share:.2f}"
     args.out.mkdir(parents=True, exist_ok=True)
     args.scale_rate = args.scale_tokens = 1.0
     args.limit, args.duration = 0, 0.0
@@ -110,12 +121,13 @@ def main() -> None:
     slo = targets(args, profile)
     args.slo = f"ttft:{1e3 * slo.ttft_s:.0f},tpot:{1e3 * slo.tpot_s:.0f}"
     print(
-        f"prefill of {args.read[0]}: {profile.prefill_s(args.read[0]):.2f} s; targets {args.slo}", flush=True
+        f"prefill of {args.read[0]}: {profile.prefill_s(args.read[0]):.2f} s; targets {args.slo}; {args.serve}",
+        flush=True,
     )
     met: dict[str, list[tuple[int, int]]] = {}
     reports: list[dict[str, tuple[Report, Report]]] = []
     for turn in range(args.turns):
-        args.trace = str(requests_of(args, profile, turn))
+        args.trace = str(requests_of(args, profile, slo, turn))
         reports.append({})
         for system in args.systems.split(","):
             bench, journal = reports[-1][system] = replay(system, args, args.out)

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from tidegate.cli.sections import Section, setting
 from tidegate.cli.setting_types import (
     Bootstraps,
+    CoreShare,
     Count,
     Delay,
     Groups,
@@ -184,6 +185,12 @@ class EngineSection(Section):
     kv_memory_mb: Count = setting(256, "KV cache of each engine.", "MB")
     max_batch_tokens: Tokens = setting(512, "Tokens that one engine step may process.", "TOKENS")
     threads: Count = setting(1, "CPU threads of each engine, where there are more cores than engines.", "N")
+    core_share: CoreShare = setting(
+        1.0,
+        "How much of a core each engine with one thread may use. With shares that add up to less than the "
+        "cores, engines do not slow each other down: 0.6 for three on two cores.",
+        "SHARE",
+    )
     predictor: str = setting(
         "auto",
         "Head that predicts from hidden states how long answers become: a file that `tidegate predictor "

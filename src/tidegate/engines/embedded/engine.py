@@ -31,6 +31,7 @@ from tidegate.engines.embedded.options import EngineConfig
 from tidegate.engines.embedded.sampling import sample
 from tidegate.engines.embedded.scheduler import BatchScheduler
 from tidegate.engines.embedded.sequence import TokenSequence, draw_for, take_token, times_of
+from tidegate.engines.embedded.step_time import CoreShare
 from tidegate.engines.embedded.stages import StageAnswer, StageQuestion
 from tidegate.engines.embedded.tokenizer import ModelTokenizer, load_tokenizer
 from tidegate.engines.seam import RunningLeg
@@ -67,6 +68,7 @@ class EmbeddedEngine:
         self.config = config
         if config.device == "cpu":
             torch.set_num_threads(config.threads)
+        self._core = CoreShare(config.core_share)
         self.model = model = load_model(config.model, config.dtype, config.device)
         self.tokenizer = ModelTokenizer(load_tokenizer(config.model), model.vocab_size)
         block_bytes = model.kv.bytes_per_token * config.block_tokens
@@ -239,11 +241,15 @@ class EmbeddedEngine:
                 self._wake.wait(timeout)
 
     def _compute(self, batch: Batch) -> None:
+        began_s = self._clock.now()
+        self._core.begin()
         logits = self._runner.run(batch)
         sampling = batch.sampling()
         eos = self.model.eos_ids
         self._read_hidden(sampling)
         choices = sample(logits, [draw_for(sequence, eos) for sequence in sampling])
+        self._core.end()
+        self.scheduler.took(batch, self._clock.now() - began_s)
         self.scheduler.commit(batch)
         counters = self.scheduler.counters
         counters.steps += 1

@@ -23,6 +23,7 @@ from tidegate.engines.embedded.kv_pull import PeerPuller
 from tidegate.engines.embedded.model import Batch
 from tidegate.engines.embedded.options import EngineConfig
 from tidegate.engines.embedded.sequence import TokenSequence
+from tidegate.engines.embedded.step_time import StepTimes
 from tidegate.engines.serving.types import Counters, KvSource, PinnedKv
 from tidegate.policies.chunks import FIXED, ChunkBudget, make_chunks
 from tidegate.policies.order import PATIENCE_S, UNKNOWN, WaitingQueue
@@ -58,14 +59,15 @@ class BatchScheduler:
         self._load_done = load_done
         self._config = config
         self._chunks: ChunkBudget = FIXED
-        self._profile = UNMEASURED
+        self._times = StepTimes(UNMEASURED)
         self._steps_since = 0
         self._fresh: list[int] = []
         self._reserve = int(_RESERVE * pool.total_blocks)
 
     def price(self, profile: Profile) -> None:
-        """Choose chunks by the engine's chunk budget from now on; a step takes what ``profile`` says."""
-        self._chunks, self._profile = make_chunks(self._config.chunks), profile
+        """Choose chunks by the engine's chunk budget from now on; a step takes what ``profile`` says, as far as
+        steps do (``took``)."""
+        self._chunks, self._times = make_chunks(self._config.chunks), StepTimes(profile)
 
     def add(self, sequence: TokenSequence) -> None:
         """Queue a new request: one that continues an answer before those that have yet to begin theirs."""
@@ -84,7 +86,7 @@ class BatchScheduler:
         now = self._clock.now()
         self._end_stall(now)
         step = ComposedStep(
-            self._chunks, self._profile, self._config.max_batch_tokens, self._steps_since, now
+            self._chunks, self._times.profile, self._config.max_batch_tokens, self._steps_since, now
         )
         for sequence in self.running:
             if sequence.pending == 1:
@@ -119,6 +121,11 @@ class BatchScheduler:
             self.waiting.pop(now)
             if not head.loading and head.pending == 1:
                 step.add_single(head)
+
+    def took(self, batch: Batch, seconds: float) -> None:
+        """Take in how long the computing of ``batch``, not yet committed, took."""
+        if not self._chunks.steady:
+            self._times.observe(batch, seconds)
 
     def commit(self, batch: Batch) -> None:
         """Record that the batch's tokens have KV; full blocks become findable by later requests."""

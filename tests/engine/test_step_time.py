@@ -1,0 +1,67 @@
+"""What steps take: a share of a core, and predictions that follow what steps took."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.engine_harness import Driven, prompt_of, request
+from tidegate.core.errors import ConfigError
+from tidegate.costs.forms import MixedCost, StepCost
+from tidegate.costs.profile import UNMEASURED
+from tidegate.engines.embedded.model import Batch
+from tidegate.engines.embedded.options import EngineConfig
+from tidegate.engines.embedded.step_time import CoreShare
+from tidegate.policies.order import Ticket
+
+ONE_PER_TOKEN = replace(UNMEASURED, step=StepCost(0.0, 1.0, 0.0), mixed=MixedCost(0.0, 1.0, 0.0, 0.0))
+
+
+def test_a_step_takes_at_least_what_its_share_of_a_core_allows() -> None:
+    core = CoreShare(0.25)
+    core.begin()
+    began_s, cpu_s = time.perf_counter(), time.thread_time()
+    while time.thread_time() - cpu_s < 0.02:
+        pass
+    core.end()
+    assert time.perf_counter() - began_s >= 0.08
+
+
+def test_a_share_of_a_core_needs_one_thread_on_a_cpu(tmp_path: Path) -> None:
+    EngineConfig(tmp_path, core_share=0.5)
+    for others in ({"threads": 2}, {"device": "cuda"}):
+        with pytest.raises(ConfigError, match=r"a share of 0\.5 of a core"):
+            EngineConfig(tmp_path, core_share=0.5, **others)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("slower", "chunk"), [(1.0, 18), (2.0, 8), (0.5, 38)])
+def test_chunks_follow_what_steps_took(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, slower: float, chunk: int
+) -> None:
+    """Steps take ``slower`` times a second per token. A decode has 20 s left, of which 2 % are for the cost's
+    error and one token is its own."""
+    driven = Driven(llama, chunks="slack")
+    driven.engine.scheduler.price(ONE_PER_TOKEN)
+    runner, sizes = driven.engine._runner, list[int]()
+
+    def timed(batch: Batch) -> Any:
+        driven.clock.at_s += slower * batch.tokens
+        sizes.append(batch.tokens)
+        return run(batch)
+
+    run = runner.run
+    monkeypatch.setattr(runner, "run", timed)
+    for index in range(16):  # each takes a step with a chunk and one without
+        driven.run(request(f"r{index}", prompt_of(20), 2))
+    now_s = driven.clock.at_s
+    decode = request("decode", prompt_of(4), 400)
+    driven.submit(replace(decode, ticket=Ticket(now_s, now_s + 1e6, 0.0, tpot_s=20.0)))
+    driven.step()
+    driven.submit(request("prompt", prompt_of(200, seed=1), 2))
+    sizes.clear()
+    driven.step()
+    assert sizes == [1 + chunk]
