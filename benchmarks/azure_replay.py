@@ -69,7 +69,7 @@ def replay(system: str, args: argparse.Namespace, out: Path) -> tuple[Report, Re
         "--model",
         args.model,
         "--system",
-        name,
+        "+".join(filter(None, (name, order))),
         "--slo",
         args.slo,
         "--port",
@@ -81,7 +81,6 @@ def replay(system: str, args: argparse.Namespace, out: Path) -> tuple[Report, Re
     ]
     serve += ["--split", split] if split else []
     serve += ["--max-batch-tokens", chunk] if chunk else []
-    serve += ["--order", order] if order else []
     serve += args.serve.split()
     server = subprocess.Popen(serve, stdout=subprocess.PIPE, text=True)
     try:

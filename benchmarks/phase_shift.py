@@ -32,7 +32,7 @@ SPARE = 0.175
 """Share of the cores that is left for the gateway and the client (ours)."""
 CONTEXT = 1024
 """Longest prompt that the engine is measured with: longer ones take minutes on a CPU."""
-SYSTEMS = "tidegate,colocated+sjf@512,colocated+sjf@128,static:1:2+sjf,static:2:1+sjf"
+RIVALS = "colocated+{0}@512,colocated+{0}@128,static:1:2+{0},static:2:1+{0}"
 SPREAD = 0.4
 """Deviation of the logarithm of lengths."""
 
@@ -100,7 +100,7 @@ def main() -> None:
     add = parser.add_argument
     add("--model", default="smollm2")
     add("--instances", type=int, default=3, help="what `tidegate serve` starts without being told")
-    add("--systems", default=SYSTEMS)
+    add("--systems", default="tidegate," + RIVALS.format("feasible-sjf"))
     add("--turns", type=int, default=2)
     add("--read", type=int, nargs=2, default=(256, 8), help="tokens of prompt and answer in one phase")
     add("--write", type=int, nargs=2, default=(24, 128), help="and in the other")
@@ -120,10 +120,8 @@ def main() -> None:
     profile = measured(args)
     slo = targets(args, profile)
     args.slo = f"ttft:{1e3 * slo.ttft_s:.0f},tpot:{1e3 * slo.tpot_s:.0f}"
-    print(
-        f"prefill of {args.read[0]}: {profile.prefill_s(args.read[0]):.2f} s; targets {args.slo}; {args.serve}",
-        flush=True,
-    )
+    alone_s = profile.prefill_s(args.read[0])
+    print(f"prefill of {args.read[0]}: {alone_s:.2f} s, {args.serve}; targets {args.slo}", flush=True)
     met: dict[str, list[tuple[int, int]]] = {}
     reports: list[dict[str, tuple[Report, Report]]] = []
     for turn in range(args.turns):

@@ -31,8 +31,8 @@ from tidegate.engines.embedded.options import EngineConfig
 from tidegate.engines.embedded.sampling import sample
 from tidegate.engines.embedded.scheduler import BatchScheduler
 from tidegate.engines.embedded.sequence import TokenSequence, draw_for, take_token, times_of
-from tidegate.engines.embedded.step_time import CoreShare
 from tidegate.engines.embedded.stages import StageAnswer, StageQuestion
+from tidegate.engines.embedded.step_time import CoreShare
 from tidegate.engines.embedded.tokenizer import ModelTokenizer, load_tokenizer
 from tidegate.engines.seam import RunningLeg
 from tidegate.engines.serving.types import EngineStats, GenerateRequest, Output, OutputSink

@@ -65,8 +65,7 @@ class BatchScheduler:
         self._reserve = int(_RESERVE * pool.total_blocks)
 
     def price(self, profile: Profile) -> None:
-        """Choose chunks by the engine's chunk budget from now on; a step takes what ``profile`` says, as far as
-        steps do (``took``)."""
+        """Choose chunks by the engine's chunk budget from now on, by what ``profile`` and ``took`` say."""
         self._chunks, self._times = make_chunks(self._config.chunks), StepTimes(profile)
 
     def add(self, sequence: TokenSequence) -> None:

@@ -1,4 +1,4 @@
-"""What the steps of an engine take: stretched to a share of a core, and compared with the engine's profile."""
+"""What the steps of an engine take: stretched to a share of a core, and compared with its profile."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class StepTimes:
         self._chunked, self._bare = ProfileDrift(), ProfileDrift()
 
     def observe(self, batch: Batch, took_s: float) -> None:
-        """Compare a step, before its tokens count as computed, with what was measured; ``profile`` follows."""
+        """Compare a step, whose tokens do not count as computed yet, with what was measured."""
         context = sum(single.computed + 1 for single in batch.singles)
         if batch.chunks:
             work = sum(attention_work(chunk.count, chunk.sequence.computed) for chunk in batch.chunks)
