@@ -73,7 +73,7 @@ def served_rps(args: argparse.Namespace, profile: Profile, slo: Slo, prompt: int
     held = prompt + answer / 2
     least_s, token_s = (float(profile.step.seconds(*at)) for at in ((1.0, 0.0), (0.0, 1.0)))
     batch = (slo.tpot_s - least_s) / (held * (token_s - float(profile.step.seconds(0.0, 0.0))))
-    return args.instances / (profile.prefill_s(prompt) + answer * slo.tpot_s / batch)
+    return args.instances / float(profile.prefill_s(prompt) + answer * slo.tpot_s / batch)
 
 
 def requests_of(args: argparse.Namespace, profile: Profile, slo: Slo, turn: int) -> Path:

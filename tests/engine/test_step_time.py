@@ -35,7 +35,7 @@ def test_a_share_of_a_core_needs_one_thread_on_a_cpu(tmp_path: Path) -> None:
     EngineConfig(tmp_path, core_share=0.5)
     for others in ({"threads": 2}, {"device": "cuda"}):
         with pytest.raises(ConfigError, match=r"a share of 0\.5 of a core"):
-            EngineConfig(tmp_path, core_share=0.5, **others)  # type: ignore[arg-type]
+            EngineConfig(tmp_path, core_share=0.5, **others)
 
 
 @pytest.mark.parametrize(("slower", "chunk"), [(1.0, 18), (2.0, 8), (0.5, 38)])
