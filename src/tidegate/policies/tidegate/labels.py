@@ -26,10 +26,12 @@ class ShapeConstants:
     ``agreeing`` plans in a row say so; of shapes within ``even`` of the best it is that with most instances
     that do both, for bursts are met by whoever is free, and what there is stays unless that one serves more
     by as much. Of plans that agree the one that changes least is carried out, as a whole: a fleet that
-    changes one by one comes too late for bursts. Lengths are believed from ``fewest`` answers on. Up to
-    ``units`` steps of a fleet are compared. Where decodes take more than ``crowded`` of their TPOT target or
-    of the KV, one of those for prefill does both at once, whatever plans say, and for ``rest_s`` there are
-    no more than the others, or for ``longest_rest_s`` (see ``Rest``). A fleet that does both everywhere
+    changes one by one comes too late for bursts. Lengths are believed from ``fewest`` answers on, and plans
+    only as many answers after the last one that did not agree: where traffic changes, the means are those of
+    neither kind for a while. Up to ``units`` steps of a fleet are compared. Where decodes take more than
+    ``crowded`` of their TPOT target or of the KV, one of those for prefill does both at once, whatever plans
+    say, and for ``rest_s`` there are no more than the others, or for ``longest_rest_s`` (see ``Rest``). A
+    fleet that does both everywhere
     stays so while less is offered (``Offered``) than the share ``easy`` of what it serves, and one that is
     split goes back below half of that.
     """
@@ -78,12 +80,14 @@ class Rest(NamedTuple):
 
 class ShapeState(NamedTuple):
     """How many of the newest plans in a row wanted more prefill instances (negative: fewer), and how many
-    the ``nearest`` of them wanted, that which changes least. ``warm``: the traffic was known before the first
-    plan, so that this one is carried out at once. ``known``: what the last plan was made of, answers so
-    far, tokens of those that run, and how many instances there are, and prefill only."""
+    the ``nearest`` of them wanted, that which changes least. There were ``since`` answers when a plan last
+    did not. ``warm``: the traffic was known before the first plan, so that this one is carried out at once.
+    ``known``: what the last plan was made of, answers so far, tokens of those that run, and how many
+    instances there are, and prefill only."""
 
     plans: int = 0
     nearest: int = 0
+    since: int = 0
     rest: Rest = Rest()
     warm: bool = False
     known: tuple[int, float, int, int] = (0, 0.0, 0, 0)
@@ -124,7 +128,7 @@ class FleetShape:
         if prefill and (share := self._crowding(fleet)) > constants.crowded:
             why = f"decodes take {share:.0%} of what they may: fewer instances prefill only"
             rest = state.rest.after(prefill - 1, fleet.at_s, constants)
-            rests = ShapeState(rest=rest, offered=state.offered)
+            rests = ShapeState(rest=rest, offered=state.offered, since=self.lengths.count)
             return ControlDecision(rests, tuple(flips_to(fleet, prefill - 1, why)), why)
         if self.most is not None and len(fleet) < self.most:
             why = f"{len(fleet)} of {self.most} instances are up: all do both"
@@ -142,22 +146,26 @@ class FleetShape:
         most = state.rest.bound(len(fleet), fleet.at_s, constants)
         waiting = float(snapshot.prefill_requests.sum()) + snapshot.held_prefills
         load_rps = inf if state.warm else state.offered.rps(waiting)
+        count = self.lengths.count
         told, wanted = self._compared(fleet, demand, prefill, most, load_rps)
         if state.warm:
             return ControlDecision(state._replace(warm=False), tuple(flips_to(fleet, wanted, told)), told)
         if wanted == prefill:
             swaps = flips_to(fleet, prefill, "others lose less by it")
-            return ControlDecision(state._replace(plans=0), tuple(swaps), told)
+            return ControlDecision(state._replace(plans=0, since=count), tuple(swaps), told)
         direction = 1 if wanted > prefill else -1
         if state.plans * direction > 0:
             plans = state.plans + direction
             wanted = min(wanted, state.nearest) if direction > 0 else max(wanted, state.nearest)
         else:
             plans = direction
+            state = state._replace(since=count if state.plans else state.since)
         state = state._replace(plans=plans, nearest=wanted)
-        if abs(plans) < constants.agreeing:
+        if abs(plans) < constants.agreeing or count < state.since + constants.fewest:
             return ControlDecision(state, reason=f"{told}: once more")
-        return ControlDecision(state._replace(plans=0), tuple(flips_to(fleet, wanted, told)), told)
+        return ControlDecision(
+            state._replace(plans=0, since=count), tuple(flips_to(fleet, wanted, told)), told
+        )
 
     def _compared(
         self, fleet: Snapshot, demand: MeanRequest, prefill: int, most: int, load_rps: float
