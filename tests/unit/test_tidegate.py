@@ -290,6 +290,17 @@ class TestFleetShape:
         anew = self.tick(shape, ledger, ShapeState(-1, nearest=0))
         assert not anew.actions and (anew.state.plans, anew.state.nearest > 1) == (1, True)
 
+    def test_plans_agree_only_as_many_answers_after_one_that_did_not_as_lengths_are_believed_from(
+        self,
+    ) -> None:
+        ledger = cluster(8, roles=(M,) * 8, profile=FAST)
+        state = self.tick(self.shape(answers=100, prompt=290, generated=370), ledger).state
+        for answers in (110, 120, 131):
+            decision = self.tick(self.shape(answers), ledger, state)
+            assert not decision.actions and decision.state.plans == state.plans + 1, answers
+            state = decision.state
+        assert self.tick(self.shape(answers=132), ledger, state).actions
+
     def test_traffic_that_is_known_beforehand_labels_the_fleet_at_once_and_then_as_ever(self) -> None:
         ledger = cluster(8, roles=(M,) * 8, profile=FAST)
         cold = self.shape()
