@@ -17,6 +17,7 @@ from tidegate.policies.protocols import Signal
 from tidegate.policies.starting_roles import TARGET
 from tidegate.policies.tidegate.cost import room_to_grow
 from tidegate.policies.tidegate.offered import Offered
+from tidegate.policies.tidegate.relief import relief
 from tidegate.policies.tidegate.shape import FleetLabels, FluidFleet, MeanRequest, RecentLengths
 
 
@@ -129,7 +130,9 @@ class FleetShape:
             why = f"decodes take {share:.0%} of what they may: fewer instances prefill only"
             rest = state.rest.after(prefill - 1, fleet.at_s, constants)
             rests = ShapeState(rest=rest, offered=state.offered, since=self.lengths.count)
-            return ControlDecision(rests, tuple(flips_to(fleet, prefill - 1, why)), why)
+            flips = flips_to(fleet, prefill - 1, why)
+            joins = [flip.instance for flip in flips if flip.to is Role.MIXED]
+            return ControlDecision(rests, (*flips, *relief(fleet, joins, why)), why)
         if self.most is not None and len(fleet) < self.most:
             why = f"{len(fleet)} of {self.most} instances are up: all do both"
             return ControlDecision(state._replace(plans=0, warm=False), tuple(flips_to(fleet, 0, why)), why)
