@@ -106,7 +106,7 @@ def main() -> None:
     add("--write", type=int, nargs=2, default=(24, 128), help="and in the other")
     add("--phase-s", type=float, default=45.0)
     add("--cycles", type=int, default=1)
-    add("--load", type=float, default=0.55, help="share of what the engines serve if nothing waits")
+    add("--load", type=float, default=0.45, help="share of what the engines serve if nothing waits")
     add("--targets", type=float, nargs=2, default=(4.0, 3.0), help="multiples of prefill and step alone")
     add("--seed", type=int, default=0)
     add("--budget", type=float, default=120.0, help="seconds of measuring")
