@@ -18,9 +18,9 @@ MOST_S = 15.0
 _PREFILL, _STEP = "prefill", "step"
 _POINTS = (
     *((_PREFILL, 16, 0), (_STEP, 1, 64), (_PREFILL, 64, 0)),
-    *((_STEP, 8, 64), (_PREFILL, 32, 1024), (_STEP, 4, 512)),
+    *((_STEP, 32, 64), (_PREFILL, 32, 1024), (_STEP, 4, 512)),
     *((_PREFILL, 256, 0), (_STEP, 16, 64), (_PREFILL, 128, 512), (_STEP, 1, 2048)),
-    *((_PREFILL, 32, 64), (_STEP, 2, 32), (_PREFILL, 1024, 0), (_STEP, 32, 512)),
+    *((_PREFILL, 32, 64), (_STEP, 8, 64), (_PREFILL, 1024, 0), (_STEP, 32, 512)),
     *((_PREFILL, 64, 2048), (_STEP, 64, 64), (_PREFILL, 512, 0), (_STEP, 16, 2048), (_PREFILL, 2048, 0)),
 )
 """New and cached tokens of prefills, batch and context of decode steps; what is needed most comes first."""
