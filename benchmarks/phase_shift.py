@@ -32,7 +32,14 @@ SPARE = 0.175
 """Share of the cores that is left for the gateway and the client (ours)."""
 CONTEXT = 1024
 """Longest prompt that the engine is measured with: longer ones take minutes on a CPU."""
-RIVALS = "colocated+{0}@512,colocated+{0}@128,static:1:2+{0},static:2:1+{0}"
+SYSTEMS = (
+    "tidegate",
+    "colocated+feasible-sjf@512",
+    "colocated+feasible-sjf@128",
+    "static:1:2+feasible-sjf",
+    "static:2:1+feasible-sjf",
+)
+"""Rivals have tidegate's own order."""
 SPREAD = 0.4
 """Deviation of the logarithm of lengths."""
 
@@ -70,9 +77,8 @@ def targets(args: argparse.Namespace, profile: Profile) -> Slo:
 
 def served_rps(args: argparse.Namespace, profile: Profile, slo: Slo, prompt: int, answer: int) -> float:
     """Return what the engines serve if nothing waits: steps take their target, prefills what is left."""
-    held = prompt + answer / 2
-    least_s, token_s = (float(profile.step.seconds(*at)) for at in ((1.0, 0.0), (0.0, 1.0)))
-    batch = (slo.tpot_s - least_s) / (held * (token_s - float(profile.step.seconds(0.0, 0.0))))
+    step = profile.step
+    batch = (slo.tpot_s - step.a_s) / (step.b_s + step.c_s * (prompt + answer / 2))
     return args.instances / float(profile.prefill_s(prompt) + answer * slo.tpot_s / batch)
 
 
@@ -100,13 +106,13 @@ def main() -> None:
     add = parser.add_argument
     add("--model", default="smollm2")
     add("--instances", type=int, default=3, help="what `tidegate serve` starts without being told")
-    add("--systems", default="tidegate," + RIVALS.format("feasible-sjf"))
+    add("--systems", default=",".join(SYSTEMS))
     add("--turns", type=int, default=2)
     add("--read", type=int, nargs=2, default=(256, 8), help="tokens of prompt and answer in one phase")
     add("--write", type=int, nargs=2, default=(24, 128), help="and in the other")
     add("--phase-s", type=float, default=45.0)
     add("--cycles", type=int, default=1)
-    add("--load", type=float, default=0.45, help="share of what the engines serve if nothing waits")
+    add("--load", type=float, default=0.6, help="share of what the engines serve if nothing waits")
     add("--targets", type=float, nargs=2, default=(4.0, 3.0), help="multiples of prefill and step alone")
     add("--seed", type=int, default=0)
     add("--budget", type=float, default=120.0, help="seconds of measuring")
