@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from tidegate.costs.forms import MixedCost, StepCost
 from tidegate.costs.profile import UNMEASURED
 from tidegate.engines.embedded.model import Batch
 from tidegate.engines.embedded.options import EngineConfig
-from tidegate.engines.embedded.step_time import CoreShare
+from tidegate.engines.embedded.step_time import CoreShare, StepTimes
 from tidegate.policies.order import Ticket
 
 ONE_PER_TOKEN = replace(UNMEASURED, step=StepCost(0.0, 1.0, 0.0), mixed=MixedCost(0.0, 1.0, 0.0, 0.0))
@@ -23,8 +24,9 @@ ONE_PER_TOKEN = replace(UNMEASURED, step=StepCost(0.0, 1.0, 0.0), mixed=MixedCos
 
 def test_a_step_takes_at_least_what_its_share_of_a_core_allows() -> None:
     core = CoreShare(0.25)
+    began_s = time.perf_counter()
     core.begin()
-    began_s, cpu_s = time.perf_counter(), time.thread_time()
+    cpu_s = time.thread_time()
     while time.thread_time() - cpu_s < 0.02:
         pass
     core.end()
@@ -65,3 +67,15 @@ def test_chunks_follow_what_steps_took(
     sizes.clear()
     driven.step()
     assert sizes == [1 + chunk]
+
+
+def test_a_step_that_takes_twice_as_long_is_predicted_so_whatever_its_decodes_hold() -> None:
+    costs = replace(UNMEASURED, step=StepCost(1.0, 0.0, 0.0), mixed=MixedCost(1.0, 0.0, 0.0, 0.01))
+    times = StepTimes(costs)
+    single: Any = SimpleNamespace(computed=100)
+    chunk: Any = SimpleNamespace(count=10, sequence=SimpleNamespace(computed=10))
+    for _ in range(16):
+        times.observe(Batch([single], [chunk]), 4.0)  # measured: 1 s, and 1 s for what is held
+        times.observe(Batch([single], []), 1.0)
+    assert times.profile.mixed.seconds(11, 50.0, 100) == pytest.approx(4.0)
+    assert times.profile.step.seconds(1, 100) == pytest.approx(1.0)

@@ -17,6 +17,7 @@ import pytest
 
 from tests.fleet.fleet_observing import Recorder, alive, until
 from tidegate.core.errors import FleetFull, SetupError
+from tidegate.engines.embedded.options import parse_options
 from tidegate.fleet.health import HealthPace
 from tidegate.fleet.processes import EngineLaunch, LocalFleet
 from tidegate.fleet.supervision import FleetPace
@@ -337,6 +338,7 @@ OWNER = """
 import asyncio, sys
 from dataclasses import replace
 from pathlib import Path
+from tidegate.engines.embedded.options import parse_options
 from tidegate.fleet.processes import EngineLaunch, LocalFleet
 
 class Listener:
@@ -368,6 +370,10 @@ async def test_killing_the_parent_leaves_no_process() -> None:
 def test_a_small_step_takes_no_more_requests_than_tokens(batch_tokens: int, seqs: str) -> None:
     argv = EngineLaunch(Path("m"), max_batch_tokens=batch_tokens).argv("i0")
     assert argv[argv.index("--max-num-seqs") + 1] == seqs
+
+
+def test_engines_get_their_share_of_a_core() -> None:
+    assert parse_options(EngineLaunch(Path("m"), core_share=0.55).argv("i0")[3:]).engine.core_share == 0.55
 
 
 async def test_a_fleet_grows_to_its_most_and_a_place_is_free_again_once_its_process_has_ended(

@@ -8,6 +8,7 @@ from tidegate.core.decision import Flip, Migrate
 from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
 from tidegate.ledger.ledger import Ledger
+from tidegate.policies.starting_roles import TARGET
 from tidegate.policies.tidegate.labels import FleetShape, ShapeState
 from tidegate.policies.tidegate.relief import relief
 from tidegate.policies.tidegate.shape import RecentLengths
@@ -25,7 +26,10 @@ def decoding(ledger: Ledger, on: str, answers: list[int], prompt: int = 1000) ->
 
 
 def moves(ledger: Ledger, *joins: str) -> set[tuple[str, str, str]]:
-    return {(move.request, move.src, move.dst) for move in relief(ledger.snapshot(1.0), joins, "crowded")}
+    return {
+        (move.request, move.src, move.dst)
+        for move in relief(ledger.snapshot(1.0), [Flip(name, M, TARGET) for name in joins], "crowded")
+    }
 
 
 def test_who_joins_gets_an_equal_share_of_the_newest() -> None:
@@ -51,6 +55,17 @@ def test_who_waits_for_its_kv_stays() -> None:
         ledger.prefill_ended(f"r{number}", 0.0)
         ledger.decode_dispatched(f"r{number}", "i1", 1001, 0.0)
     assert moves(ledger, "i0") == set()
+
+
+def test_who_moves_to_one_that_drains_stays_and_an_instance_that_prefills_from_now_on_gives_none() -> None:
+    ledger = cluster(4, roles=(P, M, M, M))
+    decoding(ledger, "i1", [1, 2, 3, 4])
+    decoding(ledger, "i2", [5, 6])
+    ledger.moves("i1-0", "i3", 0.5)
+    ledger.drains("i3", True)
+    flips = [Flip("i0", M, TARGET), Flip("i2", P, TARGET)]
+    found = [move.request for move in relief(ledger.snapshot(1.0), flips, "crowded")]
+    assert found == ["i1-1", "i1-2"]
 
 
 def test_an_instance_that_is_taken_back_for_crowded_decodes_gets_some_at_once() -> None:

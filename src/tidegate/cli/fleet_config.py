@@ -24,6 +24,7 @@ from tidegate.cli.setting_types import (
     ServeWords,
     Tokens,
     Urls,
+    with_value_errors,
 )
 from tidegate.core.notation import FleetRange
 
@@ -187,8 +188,8 @@ class EngineSection(Section):
     threads: Count = setting(1, "CPU threads of each engine, where there are more cores than engines.", "N")
     core_share: CoreShare = setting(
         1.0,
-        "How much of a core each engine with one thread may use. With shares that add up to less than the "
-        "cores, engines do not slow each other down: 0.6 for three on two cores.",
+        "How much of a core each engine's model may use, with one thread on a CPU. Where that leaves some of "
+        "the cores, engines do not slow each other down: 0.55 for three on two cores.",
         "SHARE",
     )
     predictor: str = setting(
@@ -197,6 +198,13 @@ class EngineSection(Section):
         "train` wrote, auto for the packaged one of the model, or off.",
         "FILE",
     )
+
+    @model_validator(mode="after")
+    def _share_is_kept(self) -> EngineSection:
+        from tidegate.engines.embedded.options import check_core_share
+
+        with_value_errors(check_core_share)(self.core_share, self.threads, self.device)
+        return self
 
 
 class EmulatedSection(Section):

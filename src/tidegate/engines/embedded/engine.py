@@ -179,6 +179,7 @@ class EmbeddedEngine:
 
     def step(self) -> Step:
         """Run one turn: take the inbox, schedule, compute, postprocess. Delivers nothing by itself."""
+        began_s = self._clock.now()
         self._take_inbox()
         for gone in self.departures.settle():
             self._forget(gone)
@@ -190,6 +191,7 @@ class EmbeddedEngine:
                 self.store.clear_blocks(batch.fresh)
             if batch.tokens:
                 self._compute(batch)
+                self.scheduler.took(batch, self._clock.now() - began_s)
             self._failed_steps = 0
         except Exception as error:
             log.exception("a step of %d tokens failed", batch.tokens)
@@ -241,7 +243,6 @@ class EmbeddedEngine:
                 self._wake.wait(timeout)
 
     def _compute(self, batch: Batch) -> None:
-        began_s = self._clock.now()
         self._core.begin()
         logits = self._runner.run(batch)
         sampling = batch.sampling()
@@ -249,7 +250,6 @@ class EmbeddedEngine:
         self._read_hidden(sampling)
         choices = sample(logits, [draw_for(sequence, eos) for sequence in sampling])
         self._core.end()
-        self.scheduler.took(batch, self._clock.now() - began_s)
         self.scheduler.commit(batch)
         counters = self.scheduler.counters
         counters.steps += 1

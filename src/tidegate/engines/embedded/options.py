@@ -33,7 +33,7 @@ class EngineConfig:
     own, and never exceeds what the pool holds. ``max_batch_tokens`` bounds the tokens of one step.
     ``order`` is that in which waiting requests are admitted, ``chunks`` says how much of prompts joins
     decodes (``BatchScheduler.price``). ``threads`` applies to the whole process.
-    ``core_share`` is how much of a core the compute thread may use; shares below 1 need one thread on a CPU.
+    ``core_share`` is how much of a core the model may use; shares below 1 need one thread on a CPU.
     ``predictor`` is the file of a head that predicts lengths, ``off``, or ``auto`` for one of the package.
     """
 
@@ -60,11 +60,16 @@ class EngineConfig:
                 f"max_batch_tokens {self.max_batch_tokens} is below max_num_seqs {self.max_num_seqs}: "
                 "a full batch of decodes would not fit one step"
             )
-        if self.core_share < 1.0 and (self.threads > 1 or self.device != "cpu"):
-            raise ConfigError(
-                f"a share of {self.core_share:g} of a core is for engines with one thread on a CPU, not for "
-                f"{self.threads} threads on {self.device}"
-            )
+        check_core_share(self.core_share, self.threads, self.device)
+
+
+def check_core_share(core_share: float, threads: int, device: str) -> None:
+    """Raise ConfigError where an engine cannot be kept to a share of a core."""
+    if core_share < 1.0 and (threads > 1 or device != "cpu"):
+        raise ConfigError(
+            f"a share of {core_share:g} of a core is for engines with one thread on a CPU, not for "
+            f"{threads} threads on {device}"
+        )
 
 
 @dataclass(frozen=True, slots=True)

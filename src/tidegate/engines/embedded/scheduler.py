@@ -122,7 +122,7 @@ class BatchScheduler:
                 step.add_single(head)
 
     def took(self, batch: Batch, seconds: float) -> None:
-        """Take in how long the computing of ``batch``, not yet committed, took."""
+        """Take in how long the step of ``batch``, which is committed, took as a whole."""
         if not self._chunks.steady:
             self._times.observe(batch, seconds)
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 from tidegate.costs.drift import ProfileDrift
 from tidegate.costs.forms import attention_work
 from tidegate.costs.profile import Profile
 from tidegate.engines.embedded.model import Batch
 
-FOLLOWED = 1.05
+NOTICED = 1.05
 """Predictions follow where steps are off by more than this factor (ours)."""
 
 
 class CoreShare:
-    """Stretches steps so that the thread that computes them has at most ``share`` of a core.
+    """Stretches steps so that the model takes at most ``share`` of a core; what comes before and after it in
+    a step, and HTTP, comes on top.
 
-    Engines that share cores slow each other down by whatever the others do. With shares that add up to less
-    than the cores a step takes the same time whatever they do, as on hardware of its own.
+    Engines that share cores slow each other down by whatever the others do. Where shares leave enough of the
+    cores for the rest, a step takes the same time whatever they do, as on hardware of its own.
     """
 
     def __init__(self, share: float) -> None:
@@ -49,16 +51,20 @@ class StepTimes:
         self._chunked, self._bare = ProfileDrift(), ProfileDrift()
 
     def observe(self, batch: Batch, took_s: float) -> None:
-        """Compare a step, whose tokens do not count as computed yet, with what was measured."""
-        context = sum(single.computed + 1 for single in batch.singles)
+        """Compare a step, whose tokens count as computed, with what was measured."""
+        context = sum(single.computed for single in batch.singles)
         if batch.chunks:
-            work = sum(attention_work(chunk.count, chunk.sequence.computed) for chunk in batch.chunks)
+            work = sum(
+                attention_work(chunk.count, chunk.sequence.computed - chunk.count) for chunk in batch.chunks
+            )
             said_s = float(self._measured.mixed.seconds(batch.tokens, work, context))
             self._chunked.observe(said_s, took_s)
         else:
             self._bare.observe(float(self._measured.step.seconds(len(batch.singles), context)), took_s)
         factors = [drift.ratio or 1.0 for drift in (self._chunked, self._bare)]
         off = (max(now / used, used / now) for now, used in zip(factors, self._factors, strict=True))
-        if max(off) > FOLLOWED:
+        if max(off) > NOTICED:
             self._factors = factors
-            self.profile = self._measured.scaled(*factors)
+            chunked, bare = factors
+            mixed = self._measured.scaled(chunked, chunked).mixed
+            self.profile = replace(self._measured.scaled(chunked, bare), mixed=mixed)

@@ -186,10 +186,10 @@ def delays_beside_s(
     step_s = np.asarray(mixed.seconds(chunk + decodes, attention, snapshot.decode_tokens))
     over = np.maximum(step_s / request.slo.tpot_s - constants.pace, 0.0)
     behind = np.where(snapshot.step_tokens > 0, decodes * chunks * over, 0.0)
-    return request.slo.ttft_s * behind / _answer_tokens(snapshot) if behind.any() else behind
+    return request.slo.ttft_s * behind / answer_tokens(snapshot) if behind.any() else behind
 
 
-def _answer_tokens(snapshot: Snapshot) -> float:
+def answer_tokens(snapshot: Snapshot) -> float:
     """Return how long answers become: twice what those that run have, for on average they are half done."""
     rows = snapshot.requests
     answered = rows.answer_tokens[rows.decode_on != NOWHERE]
@@ -223,7 +223,7 @@ def room_to_grow(snapshot: Snapshot) -> Column:
     Where prompts are long and few, that is far less than a share of the cache, which would keep prompts away
     from room that nobody comes to need.
     """
-    return (snapshot.decode_requests + 1.0) * _answer_tokens(snapshot)
+    return (snapshot.decode_requests + 1.0) * answer_tokens(snapshot)
 
 
 def move_seconds(request: Request, snapshot: Snapshot) -> Column:

@@ -26,15 +26,15 @@ class ShapeConstants:
     """All ours. Labels change where that gains the share ``gain`` of what the fleet serves, and where
     ``agreeing`` plans in a row say so; of shapes within ``even`` of the best it is that with most instances
     that do both, for bursts are met by whoever is free, and what there is stays unless that one serves more
-    by as much. Of plans that agree the one that changes least is carried out, as a whole: a fleet that
+    by as much. Of the last two plans the one that changes less is carried out, as a whole: a fleet that
     changes one by one comes too late for bursts. Lengths are believed from ``fewest`` answers on, and plans
-    only as many answers after the last one that did not agree: where traffic changes, the means are those of
-    neither kind for a while. Up to ``units`` steps of a fleet are compared. Where decodes take more than
-    ``crowded`` of their TPOT target or of the KV, one of those for prefill does both at once, whatever plans
-    say, and for ``rest_s`` there are no more than the others, or for ``longest_rest_s`` (see ``Rest``). A
-    fleet that does both everywhere
-    stays so while less is offered (``Offered``) than the share ``easy`` of what it serves, and one that is
-    split goes back below half of that.
+    of more instances for prefill only as many answers after the last plan that did not want more: where
+    traffic changes, the means are those of neither kind for a while. Up to ``units`` steps of a fleet are
+    compared. Where decodes take more than ``crowded`` of their TPOT target or of the KV, one of those for
+    prefill does both at once, whatever plans say, and for ``rest_s`` there are no more than the others, or
+    for ``longest_rest_s`` (see ``Rest``). A fleet that does both everywhere stays so while less is offered
+    (``Offered``) than the share ``easy`` of what it serves, and one that is split goes back below half of
+    that.
     """
 
     gain: float = 0.07
@@ -81,13 +81,13 @@ class Rest(NamedTuple):
 
 class ShapeState(NamedTuple):
     """How many of the newest plans in a row wanted more prefill instances (negative: fewer), and how many
-    the ``nearest`` of them wanted, that which changes least. There were ``since`` answers when a plan last
-    did not. ``warm``: the traffic was known before the first plan, so that this one is carried out at once.
-    ``known``: what the last plan was made of, answers so far, tokens of those that run, and how many
-    instances there are, and prefill only."""
+    the newest ``wanted``. ``since``: how many answers there were when a plan last disagreed. ``warm``: the
+    traffic was known before the first plan, so that this one is carried out at once. ``known``: what the last
+    plan was made of, answers so far, tokens of those that run, and how many instances there are, and prefill
+    only."""
 
     plans: int = 0
-    nearest: int = 0
+    wanted: int = 0
     since: int = 0
     rest: Rest = Rest()
     warm: bool = False
@@ -131,8 +131,7 @@ class FleetShape:
             rest = state.rest.after(prefill - 1, fleet.at_s, constants)
             rests = ShapeState(rest=rest, offered=state.offered, since=self.lengths.count)
             flips = flips_to(fleet, prefill - 1, why)
-            joins = [flip.instance for flip in flips if flip.to is Role.MIXED]
-            return ControlDecision(rests, (*flips, *relief(fleet, joins, why)), why)
+            return ControlDecision(rests, (*flips, *relief(snapshot, flips, why)), why)
         if self.most is not None and len(fleet) < self.most:
             why = f"{len(fleet)} of {self.most} instances are up: all do both"
             return ControlDecision(state._replace(plans=0, warm=False), tuple(flips_to(fleet, 0, why)), why)
@@ -145,6 +144,8 @@ class FleetShape:
         known = self.lengths.count, running, len(fleet), prefill
         if state.known == known:
             return ControlDecision(state, reason="nothing is known that the last plan did not know")
+        if state.known[2] and state.known[2:] != known[2:]:
+            state = state._replace(plans=0)  # those before were of another fleet
         state = state._replace(known=known)
         most = state.rest.bound(len(fleet), fleet.at_s, constants)
         waiting = float(snapshot.prefill_requests.sum()) + snapshot.held_prefills
@@ -152,23 +153,25 @@ class FleetShape:
         count = self.lengths.count
         told, wanted = self._compared(fleet, demand, prefill, most, load_rps)
         if state.warm:
-            return ControlDecision(state._replace(warm=False), tuple(flips_to(fleet, wanted, told)), told)
+            state = state._replace(warm=False, since=count)
+            return ControlDecision(state, tuple(flips_to(fleet, wanted, told)), told)
         if wanted == prefill:
             swaps = flips_to(fleet, prefill, "others lose less by it")
             return ControlDecision(state._replace(plans=0, since=count), tuple(swaps), told)
         direction = 1 if wanted > prefill else -1
+        plans, since, agreed = direction, state.since, wanted
         if state.plans * direction > 0:
-            plans = state.plans + direction
-            wanted = min(wanted, state.nearest) if direction > 0 else max(wanted, state.nearest)
-        else:
-            plans = direction
-            state = state._replace(since=count if state.plans else state.since)
-        state = state._replace(plans=plans, nearest=wanted)
-        if abs(plans) < constants.agreeing or count < state.since + constants.fewest:
+            plans += state.plans
+            agreed = min(wanted, state.wanted) if direction > 0 else max(wanted, state.wanted)
+        elif state.plans:
+            since = count
+        state = state._replace(plans=plans, wanted=wanted, since=since)
+        if abs(plans) < constants.agreeing:
             return ControlDecision(state, reason=f"{told}: once more")
-        return ControlDecision(
-            state._replace(plans=0, since=count), tuple(flips_to(fleet, wanted, told)), told
-        )
+        if direction > 0 and (lacking := since + constants.fewest - count) > 0:
+            return ControlDecision(state, reason=f"{told}: {lacking} more answers")
+        state = state._replace(plans=0, since=count)
+        return ControlDecision(state, tuple(flips_to(fleet, agreed, told)), told)
 
     def _compared(
         self, fleet: Snapshot, demand: MeanRequest, prefill: int, most: int, load_rps: float
