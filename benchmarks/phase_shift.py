@@ -79,7 +79,7 @@ def served_rps(args: argparse.Namespace, profile: Profile, slo: Slo, prompt: int
     """Return what the engines serve if nothing waits: steps take their target, prefills what is left."""
     step = profile.step
     batch = (slo.tpot_s - step.a_s) / (step.b_s + step.c_s * (prompt + answer / 2))
-    return args.instances / float(profile.prefill_s(prompt) + answer * slo.tpot_s / batch)
+    return float(args.instances / (profile.prefill_s(prompt) + answer * slo.tpot_s / batch))
 
 
 def requests_of(args: argparse.Namespace, profile: Profile, slo: Slo, turn: int) -> Path:
