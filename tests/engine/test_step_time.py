@@ -36,7 +36,7 @@ def test_a_step_takes_at_least_what_its_share_of_a_core_allows() -> None:
 def test_a_share_of_a_core_needs_one_thread_on_a_cpu(tmp_path: Path) -> None:
     EngineConfig(tmp_path, core_share=0.5)
     for others in ({"threads": 2}, {"device": "cuda"}):
-        with pytest.raises(ConfigError, match=r"a share of 0\.5 of a core"):
+        with pytest.raises(ConfigError, match=r"--core-share 0\.5 is for"):
             EngineConfig(tmp_path, core_share=0.5, **others)
 
 
