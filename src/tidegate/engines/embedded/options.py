@@ -67,8 +67,8 @@ def check_core_share(core_share: float, threads: int, device: str) -> None:
     """Raise ConfigError where an engine cannot be kept to a share of a core."""
     if core_share < 1.0 and (threads > 1 or device != "cpu"):
         raise ConfigError(
-            f"--core-share {core_share:g} is for engines with --threads 1 on --device cpu, not with --threads "
-            f"{threads} on {device}"
+            f"--core-share {core_share:g} is for engines with --threads 1 on --device cpu, not with "
+            f"--threads {threads} on {device}"
         )
 
 
