@@ -399,7 +399,7 @@ class TestFleetShape:
         assert [(flip.instance, flip.to) for flip in flips] == [("i2", P)]
 
     def test_a_slow_instance_takes_the_place_of_one_that_prefills(self) -> None:
-        ledger, shape = cluster(8, roles=(P, P, P, M, M, M, M, M), profile=FAST), self.shape()
+        ledger, shape = cluster(8, roles=(P,) * 4 + (M,) * 4, profile=FAST), self.shape()
         assert not self.tick(shape, ledger).actions
         ledger.profile_scaled("i6", 1.5, 1.5)
         flips = [flip for flip in self.tick(shape, ledger).actions if isinstance(flip, Flip)]

@@ -34,6 +34,9 @@ of a step, which lasts as long as slack allows. Chosen by simulation (docs/polic
 BRIEF_STEPS = 6
 """Answers of more steps are taken to win back what a move put them behind, however little time each step
 leaves: counting longer ones as late keeps fleets from splits that serve more (chosen by simulation)."""
+PORT_SHARE = 1 / 3
+"""KV keeps an instance's link busy for this share of the time at most: beyond it decodes wait for theirs
+(chosen by simulation, docs/policies/tidegate.md)."""
 HALVINGS = 32
 """Steps of a search for a rate, each of which halves what is left: to 2e-10 of the highest."""
 
@@ -175,7 +178,8 @@ class FluidFleet:
             read_s = self._transfer_s(max(demand.away_tokens - demand.new_tokens, 0.0))
             away_s = min(away_s, self._work_s + (1.0 + AWAY) * read_s)
         away_s = max(away_s, self._work_s)
-        return 1.0 / max(away_s + self._port_s, 1e-9)
+        latency_s = float(np.asarray(self.costs.transfer.latency_s))
+        return 1.0 / max(away_s + latency_s, self._port_s / PORT_SHARE, 1e-9)
 
     @property
     def _work_s(self) -> float:
@@ -185,8 +189,7 @@ class FluidFleet:
 
     @property
     def _port_s(self) -> float:
-        """How long the KV of a prompt keeps a link busy: counted as if the instance waited for it, for links
-        that are slow lose what a split gains."""
+        """How long the KV of a prompt keeps its instance's link busy, which computes the next one meanwhile."""
         return self._transfer_s(max(self.demand.new_tokens, self.demand.away_tokens))
 
     def _transfer_s(self, tokens: float) -> float:
