@@ -189,7 +189,7 @@ class FluidFleet:
 
     @property
     def _port_s(self) -> float:
-        """How long the KV of a prompt keeps its instance's link busy, which computes the next one meanwhile."""
+        """How long the KV of a prompt keeps the link of its instance busy, which goes on computing."""
         return self._transfer_s(max(self.demand.new_tokens, self.demand.away_tokens))
 
     def _transfer_s(self, tokens: float) -> float:
