@@ -1,5 +1,5 @@
 """Public kit for tests: a clock that is set by hand, and builders with plain defaults."""
 
-from tidegate_testing.builders import REFERENCE, VirtualClock, cluster, instance, profile, request
+from tidegate_testing.builders import FAST, REFERENCE, VirtualClock, cluster, instance, profile, request
 
-__all__ = ["REFERENCE", "VirtualClock", "cluster", "instance", "profile", "request"]
+__all__ = ["FAST", "REFERENCE", "VirtualClock", "cluster", "instance", "profile", "request"]

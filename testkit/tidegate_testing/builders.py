@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from tidegate.core.instance import Instance, Role
 from tidegate.core.request import NOTHING_CACHED, Request
@@ -46,6 +47,8 @@ REFERENCE = Profile(
     errors=(("prefill", 0.0188, 0.076), ("step", 0.0212, 0.0596)),
 )
 """A fixed, realistic profile for tests and benchmarks."""
+FAST = replace(REFERENCE, transfer=TransferCost(5e-4, 3.6e11))
+"""The reference with links as within a node."""
 
 
 def instance(

@@ -338,7 +338,6 @@ OWNER = """
 import asyncio, sys
 from dataclasses import replace
 from pathlib import Path
-from tidegate.engines.embedded.options import parse_options
 from tidegate.fleet.processes import EngineLaunch, LocalFleet
 
 class Listener:

@@ -15,7 +15,6 @@ from tidegate.core.errors import ConfigError, NoInstance
 from tidegate.core.instance import Role
 from tidegate.core.session import History
 from tidegate.core.slo import Slo
-from tidegate.costs.forms import TransferCost
 from tidegate.costs.profile import ProfileTable
 from tidegate.ledger.ledger import Ledger
 from tidegate.policies.protocols import AnswerLengths, Signal
@@ -32,13 +31,11 @@ from tidegate.policies.tidegate.offered import OFFERED_S, Offered
 from tidegate.policies.tidegate.placement import OneCost
 from tidegate.policies.tidegate.shape import FluidFleet, RecentLengths
 from tidegate.systems import make_system
-from tidegate_testing import REFERENCE, cluster, instance, request
+from tidegate_testing import FAST, REFERENCE, cluster, instance, request
 
 START = ShapeState()
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
 SLO = Slo(2.0, 0.05)
-FAST = replace(REFERENCE, transfer=TransferCost(5e-4, 3.6e11))
-"""The reference with links as within a node."""
 
 
 def queue(ledger: Ledger, on: str, tokens: int) -> str:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from tidegate.core.decision import Flip
 from tidegate.core.instance import Role
 from tidegate.core.slo import Slo
-from tidegate.costs.forms import TransferCost
 from tidegate.policies.protocols import AnswerLengths
 from tidegate.policies.tidegate.labels import FleetShape, ShapeState
 from tidegate.policies.tidegate.shape import RecentLengths
-from tidegate_testing import REFERENCE, cluster, request
+from tidegate_testing import FAST, cluster, request
 
 P, M = Role.PREFILL, Role.MIXED
-FAST = replace(REFERENCE, transfer=TransferCost(5e-4, 3.6e11))
-"""The reference with links as within a node: long prompts ask for a split."""
 LONG, SHORT = AnswerLengths(15_000, 0, 150), AnswerLengths(290, 0, 370)
 
 

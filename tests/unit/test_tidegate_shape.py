@@ -17,11 +17,9 @@ from tidegate.costs.profile import ProfileTable
 from tidegate.policies.protocols import AnswerLengths
 from tidegate.policies.tidegate.offered import OFFERED_S, Offered
 from tidegate.policies.tidegate.shape import FluidFleet, MeanRequest, RecentLengths
-from tidegate_testing import REFERENCE
+from tidegate_testing import FAST
 
 SLO = Slo(2.0, 0.05)
-FAST = replace(REFERENCE, transfer=TransferCost(5e-4, 3.6e11))
-"""The reference with links as within a node."""
 LONG = MeanRequest(15_000.0, 1.85e8, 150.0, 15_075.0)
 """Long prompts, whose context makes a resident token beside a chunk dear."""
 SHORT = MeanRequest(290.0, 1.0e5, 36.0, 310.0)

@@ -11,7 +11,6 @@ from pydantic import Field, model_validator
 from tidegate.cli.sections import Section, setting
 from tidegate.cli.setting_types import (
     Bootstraps,
-    CoreShare,
     Count,
     Delay,
     Groups,
@@ -19,6 +18,7 @@ from tidegate.cli.setting_types import (
     Key,
     Milliseconds,
     ModelFolder,
+    Part,
     Profiles,
     Seconds,
     ServeWords,
@@ -186,7 +186,7 @@ class EngineSection(Section):
     kv_memory_mb: Count = setting(256, "KV cache of each engine.", "MB")
     max_batch_tokens: Tokens = setting(512, "Tokens that one engine step may process.", "TOKENS")
     threads: Count = setting(1, "CPU threads of each engine, where there are more cores than engines.", "N")
-    core_share: CoreShare = setting(
+    core_share: Part = setting(
         1.0,
         "How much of a core each engine's model may use, with one thread on a CPU. Where that leaves some of "
         "the cores, engines do not slow each other down: 0.55 for three on two cores.",
