@@ -110,6 +110,12 @@ class FakeEngine:
                 loop.call_later(self.step_s, self._step) if self.step_s else loop.call_soon(self._step)
             )
 
+    def step_now(self) -> None:
+        """Give every stream its next token, whatever ``step_s`` is."""
+        if self._stepping is not None:
+            self._stepping.cancel()
+        self._step()
+
     def _step(self) -> None:
         self._stepping = None
         for stream in list(self.streams.values()):

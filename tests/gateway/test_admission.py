@@ -56,3 +56,22 @@ async def test_a_gateway_may_take_every_request(start: Start) -> None:
         task.cancel()
     ended = await asyncio.gather(*waiting, return_exceptions=True)
     assert all(isinstance(end, asyncio.CancelledError | aiohttp.ClientError) for end in ended)
+
+
+async def test_one_that_would_make_another_miss_gets_429_until_that_one_has_ended(start: Start) -> None:
+    """The refused prompt would go before a longer one that is just in time; of 11 s the test takes less."""
+    cluster = await start("tidegate", instances=1, step_s=3600.0)
+    (engine,) = cluster.engines.values()
+    waiting = []
+    for tokens, ttft_s in ((20_000, 40), (24_000, 20 + 24 + 11)):
+        post = cluster.post("/v1/completions", body(tokens), **{"x-slo-ttft-ms": str(1000 * ttft_s)})
+        waiting.append(asyncio.create_task(post))
+        await cluster.until(lambda: len(engine.bodies) == len(waiting))
+    third = {"x-slo-ttft-ms": "100000"}
+    status, answer, headers = await cluster.post("/v1/completions", body(22_000), **third)
+    assert status == 429 and "another one would miss" in answer["error"]["message"]
+    assert 20 + 24 - 11 < int(headers["Retry-After"]) <= 20 + 24
+    engine.step_s = 0.0
+    engine.step_now()
+    assert [status for status, _, _ in await asyncio.gather(*waiting)] == [200, 200]
+    assert (await cluster.post("/v1/completions", body(22_000), **third))[0] == 200

@@ -30,13 +30,13 @@ WORTH = 12.0
 for more: engines wait for such a chunk (``SlackBudget``). Chosen by simulation."""
 BEHIND_TARGETS = 2.0
 """How many TPOT targets a decode that moves begins behind, at most: it waits for its KV's way and for the end
-of a step, which lasts as long as slack allows. Chosen by simulation (docs/policies/tidegate.md)."""
+of a step, which lasts as long as slack allows. Chosen by simulation (docs/policies/tidegate-figures.md)."""
 BRIEF_STEPS = 6
 """Answers of more steps are taken to win back what a move put them behind, however little time each step
 leaves: counting longer ones as late keeps fleets from splits that serve more (chosen by simulation)."""
 PORT_SHARE = 1 / 3
 """KV keeps an instance's link busy for this share of the time at most: beyond it decodes wait for theirs
-(chosen by simulation, docs/policies/tidegate.md)."""
+(chosen by simulation, docs/policies/tidegate-figures.md)."""
 HALVINGS = 32
 """Steps of a search for a rate, each of which halves what is left: to 2e-10 of the highest."""
 
