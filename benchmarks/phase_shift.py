@@ -1,11 +1,11 @@
 """Traffic whose phases shift, on embedded engines with a real model: systems side by side, in turns.
 
-Each engine has a share of a core of its own (``--core-share``), so that engines slow each other down as
-little as GPUs do. First one is measured (``tidegate profile``); from its profile come the targets and the
-rates, so that a slow machine gets a load and targets that it can bear. Then the fleet serves phases of long
-prompts with short answers and of short prompts with long answers, once per system and turn. A system may have
-a split, an order and a token budget of its steps: ``static:1:2+sjf``, ``colocated@128``. Run: ``python
-benchmarks/phase_shift.py`` (a quarter of an hour per turn, on a machine with nothing else to do).
+First one engine is measured (``tidegate profile``). All then keep a pace (``--pace``) that is slower by as
+much as leaves cores to spare, so that engines slow each other down as little as GPUs do. From that pace come the targets and the rates: a slow machine gets a load and targets that it can
+bear. The fleet serves phases of long prompts with short answers and of short prompts with long answers, once
+per system and turn. A system may have a split, an order and a token budget of its steps: ``static:1:2+sjf``,
+``colocated@128``. Run: ``python benchmarks/phase_shift.py`` (a quarter of an hour per turn, on a machine with
+nothing else to do).
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ import os
 import re
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 from azure_replay import TIDEGATE, Report, ms, replay
 from tidegate.core.slo import Slo
 from tidegate.costs.profile import Profile
-from tidegate.costs.saved_profile import read_profile
+from tidegate.costs.saved_profile import read_profile, save_profile
 from tidegate.workloads.choice import WorkloadChoice, load_workload
 from tidegate.workloads.reshape import concatenate
 from tidegate.workloads.writers import write_trace
 
 BESIDE = 4
 """Decodes of the step that the TPOT target is a multiple of (ours)."""
-SPARE = 0.175
-"""Share of the cores that is left for the gateway and the client (ours)."""
+SPARE = 0.45
+"""Share of the cores that is left for the gateway, the client, and whatever else slows engines (ours)."""
 CONTEXT = 1024
 """Longest prompt that the engine is measured with: longer ones take minutes on a CPU."""
 SYSTEMS = (
@@ -44,10 +45,10 @@ SPREAD = 0.4
 """Deviation of the logarithm of lengths."""
 
 
-def measured(args: argparse.Namespace) -> Profile:
-    """Measure one engine that has the machine for itself."""
+def pace(args: argparse.Namespace) -> Profile:
+    """Measure one engine that has the machine for itself; return and write the pace that all can keep."""
     serve = [*TIDEGATE, "serve", "--model", args.model, "--instances", "1", "--system", "colocated"]
-    serve += ["--max-model-len", str(CONTEXT), "--port", "0", *args.serve.split()]
+    serve += ["--max-model-len", str(CONTEXT), "--port", "0"]
     server = subprocess.Popen(serve, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
@@ -60,7 +61,11 @@ def measured(args: argparse.Namespace) -> Profile:
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(60)
-    return read_profile(file).profile
+    slower = max(1.0, args.instances / ((1.0 - SPARE) * (os.cpu_count() or 1)))
+    saved = read_profile(file)
+    paced = replace(saved, profile=saved.profile.scaled(slower, slower))
+    save_profile(args.out / "pace.json", paced)
+    return paced.profile
 
 
 def decode_s(profile: Profile, prompt: int, answer: int) -> float:
@@ -118,16 +123,15 @@ def main() -> None:
     add("--budget", type=float, default=120.0, help="seconds of measuring")
     add("--out", type=Path, default=Path("runs/phase-shift"))
     args = parser.parse_args()
-    share = min(1.0, (1.0 - SPARE) * (os.cpu_count() or 1) / args.instances)
-    args.serve = f"--core-share {share:.2f}"
+    args.serve = f"--pace {args.out / 'pace.json'}"
     args.out.mkdir(parents=True, exist_ok=True)
     args.scale_rate = args.scale_tokens = 1.0
     args.limit, args.duration = 0, 0.0
-    profile = measured(args)
+    profile = pace(args)
     slo = targets(args, profile)
     args.slo = f"ttft:{1e3 * slo.ttft_s:.0f},tpot:{1e3 * slo.tpot_s:.0f}"
     alone_s = profile.prefill_s(args.read[0])
-    print(f"prefill of {args.read[0]}: {alone_s:.2f} s, {args.serve}; targets {args.slo}", flush=True)
+    print(f"prefill of {args.read[0]} at the pace: {alone_s:.2f} s; targets {args.slo}", flush=True)
     met: dict[str, list[tuple[int, int]]] = {}
     reports: list[dict[str, tuple[Report, Report]]] = []
     for turn in range(args.turns):

@@ -10,34 +10,32 @@ from typing import Any
 
 import pytest
 
-from tests.engine.engine_harness import Driven, prompt_of, request
-from tidegate.core.errors import ConfigError
+from tests.engine.engine_harness import Driven, HandClock, prompt_of, request
 from tidegate.costs.forms import MixedCost, StepCost
 from tidegate.costs.profile import UNMEASURED
 from tidegate.engines.embedded.model import Batch
-from tidegate.engines.embedded.options import EngineConfig
-from tidegate.engines.embedded.step_time import CoreShare, StepTimes
+from tidegate.engines.embedded.step_time import Pace, StepTimes
 from tidegate.policies.order import Ticket
 
 ONE_PER_TOKEN = replace(UNMEASURED, step=StepCost(0.0, 1.0, 0.0), mixed=MixedCost(0.0, 1.0, 0.0, 0.0))
 
 
-def test_a_step_takes_at_least_what_its_share_of_a_core_allows() -> None:
-    core = CoreShare(0.25)
-    began_s = time.perf_counter()
-    core.begin()
-    cpu_s = time.thread_time()
-    while time.thread_time() - cpu_s < 0.02:
-        pass
-    core.end()
-    assert time.perf_counter() - began_s >= 0.08
+def decode_and_chunk() -> Batch:
+    """Return a step of a decode that holds 100 tokens, and a chunk of 10."""
+    single: Any = SimpleNamespace(computed=100)
+    chunk: Any = SimpleNamespace(count=10, sequence=SimpleNamespace(computed=10))
+    return Batch([single], [chunk])
 
 
-def test_a_share_of_a_core_needs_one_thread_on_a_cpu(tmp_path: Path) -> None:
-    EngineConfig(tmp_path, core_share=0.5)
-    for others in ({"threads": 2}, {"device": "cuda"}):
-        with pytest.raises(ConfigError, match=r"--core-share 0\.5 is for"):
-            EngineConfig(tmp_path, core_share=0.5, **others)
+def test_steps_take_as_long_as_the_pace_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept_s: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept_s.append)
+    clock = HandClock()
+    for batch in (decode_and_chunk(), Batch(decode_and_chunk().singles, [])):
+        Pace(ONE_PER_TOKEN, clock).keep(batch, began_s=998.0)
+        Pace(ONE_PER_TOKEN, clock).keep(batch, began_s=900.0)
+        Pace(None, clock).keep(batch, began_s=998.0)
+    assert slept_s == [9.0, 0.0, 0.0, 0.0], "eleven tokens, and one of which began two seconds ago"
 
 
 @pytest.mark.parametrize(("slower", "chunk"), [(1.0, 18), (2.0, 8), (0.5, 38)])
@@ -72,10 +70,9 @@ def test_chunks_follow_what_steps_took(
 def test_a_step_that_takes_twice_as_long_is_predicted_so_whatever_its_decodes_hold() -> None:
     costs = replace(UNMEASURED, step=StepCost(1.0, 0.0, 0.0), mixed=MixedCost(1.0, 0.0, 0.0, 0.01))
     times = StepTimes(costs)
-    single: Any = SimpleNamespace(computed=100)
-    chunk: Any = SimpleNamespace(count=10, sequence=SimpleNamespace(computed=10))
+    batch = decode_and_chunk()
     for _ in range(16):
-        times.observe(Batch([single], [chunk]), 4.0)  # measured: 1 s, and 1 s for what is held
-        times.observe(Batch([single], []), 1.0)
+        times.observe(batch, 4.0)  # measured: 1 s, and 1 s for what is held
+        times.observe(Batch(batch.singles, []), 1.0)
     assert times.profile.mixed.seconds(11, 50.0, 100) == pytest.approx(4.0)
     assert times.profile.step.seconds(1, 100) == pytest.approx(1.0)

@@ -372,7 +372,7 @@ def test_a_small_step_takes_no_more_requests_than_tokens(batch_tokens: int, seqs
 
 
 def test_engines_get_their_share_of_a_core() -> None:
-    assert parse_options(EngineLaunch(Path("m"), core_share=0.55).argv("i0")[3:]).engine.core_share == 0.55
+    assert parse_options(EngineLaunch(Path("m"), pace="l4/m").argv("i0")[3:]).engine.pace == "l4/m"
 
 
 async def test_a_fleet_grows_to_its_most_and_a_place_is_free_again_once_its_process_has_ended(

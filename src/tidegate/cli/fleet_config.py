@@ -18,7 +18,6 @@ from tidegate.cli.setting_types import (
     Key,
     Milliseconds,
     ModelFolder,
-    Part,
     Profiles,
     Seconds,
     ServeWords,
@@ -27,6 +26,7 @@ from tidegate.cli.setting_types import (
     with_value_errors,
 )
 from tidegate.core.notation import FleetRange
+from tidegate.costs.named_profile import load_profile
 
 if TYPE_CHECKING:
     from tidegate.fleet.vllm import KvSetup
@@ -186,11 +186,12 @@ class EngineSection(Section):
     kv_memory_mb: Count = setting(256, "KV cache of each engine.", "MB")
     max_batch_tokens: Tokens = setting(512, "Tokens that one engine step may process.", "TOKENS")
     threads: Count = setting(1, "CPU threads of each engine, where there are more cores than engines.", "N")
-    core_share: Part = setting(
-        1.0,
-        "How much of a core each engine's model may use, with one thread on a CPU. Where that leaves some of "
-        "the cores, engines do not slow each other down: 0.55 for three on two cores.",
-        "SHARE",
+    pace: str | None = setting(
+        None,
+        "A profile, measured or packaged, whose steps each engine takes as long for, even where it is done "
+        "sooner. Engines that share cores then keep the pace of ones with hardware of their own.",
+        "FILE|NAME",
+        shown="their own",
     )
     predictor: str = setting(
         "auto",
@@ -200,10 +201,9 @@ class EngineSection(Section):
     )
 
     @model_validator(mode="after")
-    def _share_is_kept(self) -> EngineSection:
-        from tidegate.engines.embedded.options import check_core_share
-
-        with_value_errors(check_core_share)(self.core_share, self.threads, self.device)
+    def _pace_is_known(self) -> EngineSection:
+        if self.pace:
+            with_value_errors(load_profile)(self.pace)
         return self
 
 

@@ -153,7 +153,7 @@ def make_fleet(config: Config, system: System) -> Fleet:
             kv_memory_mb=engine.kv_memory_mb,
             max_batch_tokens=engine.max_batch_tokens,
             threads=engine.threads,
-            core_share=engine.core_share,
+            pace=engine.pace or "",
             predictor=engine.predictor,
             order=order,
             chunks=chunks,

@@ -112,7 +112,7 @@ class EngineLaunch:
     kv_memory_mb: int = 256
     max_batch_tokens: int = 512
     threads: int = 1
-    core_share: float = 1.0
+    pace: str = ""
     predictor: str = "auto"
     order: str = "fifo"
     chunks: str = "fixed"
@@ -136,7 +136,7 @@ class EngineLaunch:
             "--order": self.order,
             "--chunks": self.chunks,
             "--threads": self.threads,
-            "--core-share": self.core_share,
+            "--pace": self.pace,
             "--engine-id": engine_id,
             "--served-model-name": self.served_model_name or self.model.name,
             "--lease-s": 30,

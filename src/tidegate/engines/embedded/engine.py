@@ -20,6 +20,7 @@ import torch
 
 from tidegate.core.clock import Clock, WallClock
 from tidegate.core.errors import BadRequest, NoInstance
+from tidegate.costs.named_profile import load_profile
 from tidegate.engines.embedded.arrivals import Takeover, expected_tokens
 from tidegate.engines.embedded.blocks import BlockPool, Pins
 from tidegate.engines.embedded.departures import Departures
@@ -32,7 +33,7 @@ from tidegate.engines.embedded.sampling import sample
 from tidegate.engines.embedded.scheduler import BatchScheduler
 from tidegate.engines.embedded.sequence import TokenSequence, draw_for, take_token, times_of
 from tidegate.engines.embedded.stages import StageAnswer, StageQuestion
-from tidegate.engines.embedded.step_time import CoreShare
+from tidegate.engines.embedded.step_time import Pace
 from tidegate.engines.embedded.tokenizer import ModelTokenizer, load_tokenizer
 from tidegate.engines.seam import RunningLeg
 from tidegate.engines.serving.types import EngineStats, GenerateRequest, Output, OutputSink
@@ -68,7 +69,6 @@ class EmbeddedEngine:
         self.config = config
         if config.device == "cpu":
             torch.set_num_threads(config.threads)
-        self._core = CoreShare(config.core_share)
         self.model = model = load_model(config.model, config.dtype, config.device)
         self.tokenizer = ModelTokenizer(load_tokenizer(config.model), model.vocab_size)
         block_bytes = model.kv.bytes_per_token * config.block_tokens
@@ -77,6 +77,7 @@ class EmbeddedEngine:
         capacity = total_blocks * config.block_tokens
         self.max_model_len = min(config.max_model_len or model.max_model_len, capacity)
         self._clock = clock or WallClock()
+        self._pace = Pace(load_profile(config.pace).profile if config.pace else None, self._clock)
         self._runner = ModelRunner(model, self.store)
         self._runner.probe()
         self.pins = Pins(config.lease_s, self._clock, self._wake_up)
@@ -190,7 +191,7 @@ class EmbeddedEngine:
             if batch.fresh:
                 self.store.clear_blocks(batch.fresh)
             if batch.tokens:
-                self._compute(batch)
+                self._compute(batch, began_s)
                 self.scheduler.took(batch, self._clock.now() - began_s)
             self._failed_steps = 0
         except Exception as error:
@@ -242,15 +243,14 @@ class EmbeddedEngine:
             if not (self._inbox or self._stopping):
                 self._wake.wait(timeout)
 
-    def _compute(self, batch: Batch) -> None:
-        self._core.begin()
+    def _compute(self, batch: Batch, began_s: float) -> None:
         logits = self._runner.run(batch)
         sampling = batch.sampling()
         eos = self.model.eos_ids
         self._read_hidden(sampling)
         choices = sample(logits, [draw_for(sequence, eos) for sequence in sampling])
-        self._core.end()
         self.scheduler.commit(batch)
+        self._pace.keep(batch, began_s)
         counters = self.scheduler.counters
         counters.steps += 1
         counters.generation_tokens += len(sampling)

@@ -33,7 +33,7 @@ class EngineConfig:
     own, and never exceeds what the pool holds. ``max_batch_tokens`` bounds the tokens of one step.
     ``order`` is that in which waiting requests are admitted, ``chunks`` says how much of prompts joins
     decodes (``BatchScheduler.price``). ``threads`` applies to the whole process.
-    ``core_share`` is how much of a core the model may use; shares below 1 need one thread on a CPU.
+    ``pace`` is a profile, as ``load_profile`` takes it, whose steps those of the engine are stretched to.
     ``predictor`` is the file of a head that predicts lengths, ``off``, or ``auto`` for one of the package.
     """
 
@@ -51,7 +51,7 @@ class EngineConfig:
     chunks: str = "fixed"
     lease_s: float = 30.0
     threads: int = 1
-    core_share: float = 1.0
+    pace: str = ""
     predictor: str = "auto"
 
     def __post_init__(self) -> None:
@@ -60,16 +60,6 @@ class EngineConfig:
                 f"max_batch_tokens {self.max_batch_tokens} is below max_num_seqs {self.max_num_seqs}: "
                 "a full batch of decodes would not fit one step"
             )
-        check_core_share(self.core_share, self.threads, self.device)
-
-
-def check_core_share(core_share: float, threads: int, device: str) -> None:
-    """Raise ConfigError where an engine cannot be kept to a share of a core."""
-    if core_share < 1.0 and (threads > 1 or device != "cpu"):
-        raise ConfigError(
-            f"--core-share {core_share:g} is for engines with --threads 1 on --device cpu, not with "
-            f"--threads {threads} on {device}"
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +119,6 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0.0 < value <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text} is not a share: above 0, at most 1")
-    return value
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = instance_parser("embedded", "Serve one model on one device in vLLM's HTTP dialect.")
     add = parser.add_argument
@@ -152,13 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for flag, default, metavar, what in COUNTS:
         add(flag, type=_positive, default=default, metavar=metavar, help=f"{what} (default: %(default)s)")
-    add(
-        "--core-share",
-        type=_share,
-        default=1.0,
-        metavar="SHARE",
-        help="how much of a core the model may use (default: all of it)",
-    )
+    add("--pace", default="", metavar="FILE|NAME", help="profile that steps take as long as; default: none")
     add("--engine-id", default="", metavar="ID", help="name in KV handles; new for every start if not given")
     add("--served-model-name", default="", metavar="NAME", help="default: the folder's name")
     add(

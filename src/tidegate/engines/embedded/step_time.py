@@ -1,10 +1,11 @@
-"""What the steps of an engine take: stretched to a share of a core, and compared with its profile."""
+"""What the steps of an engine take: stretched to a given pace, and compared with its profile."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import replace
 
+from tidegate.core.clock import Clock
 from tidegate.costs.drift import ProfileDrift
 from tidegate.costs.forms import attention_work
 from tidegate.costs.profile import Profile
@@ -14,27 +15,30 @@ NOTICED = 1.05
 """Predictions follow where steps are off by more than this factor (ours)."""
 
 
-class CoreShare:
-    """Stretches steps so that the model takes at most ``share`` of a core; what comes before and after it in
-    a step, and HTTP, comes on top.
+def step_seconds(profile: Profile, batch: Batch) -> float:
+    """Return what a step takes by a profile; the tokens of ``batch`` count as computed."""
+    context = sum(single.computed for single in batch.singles)
+    if not batch.chunks:
+        return float(profile.step.seconds(len(batch.singles), context))
+    work = sum(attention_work(chunk.count, chunk.sequence.computed - chunk.count) for chunk in batch.chunks)
+    return float(profile.mixed.seconds(batch.tokens, work, context))
 
-    Engines that share cores slow each other down by whatever the others do. Where shares leave enough of the
-    cores for the rest, a step takes the same time whatever they do, as on hardware of its own.
+
+class Pace:
+    """Stretches steps to what ``profile`` says; without one they take what they take.
+
+    Engines that share cores slow each other down by whatever the others do. At a pace that all of them can
+    keep a step takes the same time whatever they do, as on hardware of its own.
     """
 
-    def __init__(self, share: float) -> None:
-        self._share = share
-        self._began_s = self._cpu_s = 0.0
+    def __init__(self, profile: Profile | None, clock: Clock) -> None:
+        self._profile = profile
+        self._clock = clock
 
-    def begin(self) -> None:
-        """A step begins on this thread."""
-        self._began_s, self._cpu_s = time.perf_counter(), time.thread_time()
-
-    def end(self) -> None:
-        """Sleep until the share has passed what this thread computed since ``begin``."""
-        if self._share < 1.0:
-            takes_s = (time.thread_time() - self._cpu_s) / self._share
-            time.sleep(max(0.0, self._began_s + takes_s - time.perf_counter()))
+    def keep(self, batch: Batch, began_s: float) -> None:
+        """Sleep until the step of ``batch``, whose tokens count as computed, has taken what it should."""
+        if self._profile is not None:
+            time.sleep(max(0.0, began_s + step_seconds(self._profile, batch) - self._clock.now()))
 
 
 class StepTimes:
@@ -52,15 +56,8 @@ class StepTimes:
 
     def observe(self, batch: Batch, took_s: float) -> None:
         """Compare a step, whose tokens count as computed, with what was measured."""
-        context = sum(single.computed for single in batch.singles)
-        if batch.chunks:
-            work = sum(
-                attention_work(chunk.count, chunk.sequence.computed - chunk.count) for chunk in batch.chunks
-            )
-            said_s = float(self._measured.mixed.seconds(batch.tokens, work, context))
-            self._chunked.observe(said_s, took_s)
-        else:
-            self._bare.observe(float(self._measured.step.seconds(len(batch.singles), context)), took_s)
+        drift = self._chunked if batch.chunks else self._bare
+        drift.observe(step_seconds(self._measured, batch), took_s)
         factors = [drift.ratio or 1.0 for drift in (self._chunked, self._bare)]
         off = (max(now / used, used / now) for now, used in zip(factors, self._factors, strict=True))
         if max(off) > NOTICED:
