@@ -1,11 +1,11 @@
 """Traffic whose phases shift, on embedded engines with a real model: systems side by side, in turns.
 
 First one engine is measured (``tidegate profile``). All then keep a pace (``--pace``) that is slower by as
-much as leaves cores to spare, so that engines slow each other down as little as GPUs do. From that pace come the targets and the rates: a slow machine gets a load and targets that it can
-bear. The fleet serves phases of long prompts with short answers and of short prompts with long answers, once
-per system and turn. A system may have a split, an order and a token budget of its steps: ``static:1:2+sjf``,
-``colocated@128``. Run: ``python benchmarks/phase_shift.py`` (a quarter of an hour per turn, on a machine with
-nothing else to do).
+much as leaves cores to spare, so that engines slow each other down as little as GPUs do. From that pace come
+the targets and the rates: a slow machine gets a load and targets that it can bear. The fleet serves phases of
+long prompts with short answers and of short prompts with long answers, once per system and turn. A system may
+have a split, an order and a token budget of its steps: ``static:1:2+sjf``, ``colocated@128``. Run: ``python
+benchmarks/phase_shift.py`` (a quarter of an hour per turn, on a machine with nothing else to do).
 """
 
 from __future__ import annotations
