@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
 
 import numpy as np
 import pytest
@@ -343,22 +344,17 @@ class TestFleetShape:
         relieved = cluster(4, roles=(P, M, M, M), profile=FAST)
         assert not self.tick(self.shape(), relieved, crowded.state._replace(plans=5)).actions
 
-    def test_a_split_that_is_given_up_again_rests_longer_and_one_after_a_calm_day_does_not(
-        self,
-    ) -> None:
+    def test_what_was_given_up_is_tried_again_where_less_is_to_decode_or_after_a_day(self) -> None:
         constants = ShapeConstants()
-        first = Rest().after(1, 0.0, constants)
-        assert first.seconds == first.until_s == constants.rest_s
-        during = first.after(0, 10.0, constants)
-        assert (during.most, during.seconds, during.until_s) == (0, first.seconds, 10.0 + first.seconds)
-        again = during.after(1, during.until_s + 30.0, constants)
-        assert again.seconds == constants.longest_rest_s > first.seconds
-        assert again.after(0, again.until_s - 1.0, constants).seconds == again.seconds
-        calm_s = again.until_s + 86_400.0
-        assert again.after(1, calm_s, constants).seconds == constants.rest_s
-        times_s = (0.0, again.until_s, again.until_s + constants.rest_s, calm_s)
-        bounds = [again.bound(5, at_s, constants) for at_s in times_s]
-        assert bounds == [1, 2, 3, 5], "what was given up is tried again one by one"
+        rest = Rest().after(1, 0.0, 0.5, constants)  # Of five instances three decoded, busy for half of it.
+        rested_s, day_s = rest.until_s, rest.until_s + 86_400.0
+        times_s = (0.0, rested_s, rested_s + constants.rest_s, day_s - 1.0, day_s)
+        bounds = [[rest.bound(5, at_s, busy, constants) for at_s in times_s] for busy in (1.5, 0.9)]
+        assert bounds == [[1, 1, 1, 1, 5], [1, 2, 2, 2, 5]], "one by one"
+        assert rest.after(1, day_s - 1.0, 0.6, constants).share == 0.5
+        assert rest.after(1, day_s, 0.6, constants).share == 0.6
+        assert rest.after(1, rested_s, inf, constants).share == 0.5
+        assert Rest().after(1, 0.0, inf, constants).bound(5, rested_s, inf, constants) == 2
 
     def test_a_fleet_that_can_grow_does_both_everywhere(self) -> None:
         ledger = cluster(8, roles=(P, M, M, M, M, M, M, M), profile=FAST)

@@ -20,6 +20,9 @@ from tidegate.policies.tidegate.offered import Offered
 from tidegate.policies.tidegate.relief import relief
 from tidegate.policies.tidegate.shape import FleetLabels, FluidFleet, MeanRequest, RecentLengths
 
+USUAL_S = 900.0
+"""What was offered so long ago weighs 1/e in what is usually offered (ours)."""
+
 
 @dataclass(frozen=True, slots=True)
 class ShapeConstants:
@@ -31,8 +34,8 @@ class ShapeConstants:
     of more instances for prefill only as many answers after the last plan that did not want more: where
     traffic changes, the means are those of neither kind for a while. Up to ``units`` steps of a fleet are
     compared. Where decodes take more than ``crowded`` of their TPOT target or of the KV, one of those for
-    prefill does both at once, whatever plans say, and for ``rest_s`` there are no more than the others, or
-    for ``longest_rest_s`` (see ``Rest``). A fleet that does both everywhere stays so while less is offered
+    prefill does both at once, whatever plans say, and for ``rest_s`` there are no more than the others, and
+    for ``remembered_s`` only where less is to decode (see ``Rest``). A fleet that does both everywhere stays so while less is offered
     (``Offered``) than the share ``easy`` of what it serves, and one that is split goes back below half of
     that.
     """
@@ -45,38 +48,43 @@ class ShapeConstants:
     crowded: float = 0.95
     easy: float = 0.5
     rest_s: float = 900.0
-    longest_rest_s: float = 14_400.0
+    remembered_s: float = 86_400.0
+    calmer: float = 0.8
     period_s: float = 1.0
 
 
 class Rest(NamedTuple):
-    """Until ``until_s`` at most ``most`` instances prefill only; it lasts ``seconds``.
+    """Until ``until_s`` at most ``most`` instances prefill only.
 
     Plans believe in the same split again when a rest is over. Where decodes were crowded because the model
-    errs, at constant load, that would come and go for ever. So after a rest the number that prefills only may
-    be one higher, and another one for every ``rest_s`` since; and a split that is given up within the longest
-    rest after one rests the longest.
+    errs, at constant load, that would come and go for ever. So it remembers for how large a ``share`` of the
+    time the decodes that came kept each instance busy that ran them, and for ``remembered_s`` no split is
+    tried that would make it more than the share ``calmer`` of that. After a rest the number that prefills
+    only may be one higher, and another one for every ``rest_s`` since.
     """
 
     most: int = 0
     until_s: float = -inf
-    seconds: float = 0.0
+    share: float = inf
 
-    def bound(self, instances: int, at_s: float, constants: ShapeConstants) -> int:
-        """Return how many of ``instances`` may prefill only at ``at_s``."""
+    def bound(self, instances: int, at_s: float, busy: float, constants: ShapeConstants) -> int:
+        """Return how many of ``instances`` may prefill only at ``at_s``, where decodes keep ``busy`` instances
+        busy."""
         if at_s < self.until_s:
             return min(instances, self.most)
-        return int(min(instances, self.most + 1 + (at_s - self.until_s) / constants.rest_s))
+        since_s = at_s - self.until_s
+        bound = self.most + 1 + since_s / constants.rest_s
+        if since_s < constants.remembered_s and self.share < inf:
+            calm = instances - busy / max(constants.calmer * self.share, 1e-9)
+            bound = min(bound, max(calm, self.most))
+        return int(min(instances, bound))
 
-    def after(self, most: int, at_s: float, constants: ShapeConstants) -> Rest:
-        """Return the rest that begins at ``at_s``; in one that lasts still, it is as long again."""
-        if at_s < self.until_s:
-            seconds = self.seconds
-        elif at_s < self.until_s + constants.longest_rest_s:
-            seconds = constants.longest_rest_s
-        else:
-            seconds = constants.rest_s
-        return Rest(most, at_s + seconds, seconds)
+    def after(self, most: int, at_s: float, share: float, constants: ShapeConstants) -> Rest:
+        """Return the rest that begins at ``at_s``. It remembers the lower share, if the last one is not
+        forgotten."""
+        if at_s < self.until_s + constants.remembered_s:
+            share = min(share, self.share)
+        return Rest(most, at_s + constants.rest_s, share)
 
 
 class ShapeState(NamedTuple):
@@ -93,6 +101,7 @@ class ShapeState(NamedTuple):
     warm: bool = False
     known: tuple[int, float, int, int] = (0, 0.0, 0, 0)
     offered: Offered = Offered()
+    usual: Offered = Offered(over_s=USUAL_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,20 +133,23 @@ class FleetShape:
         """Return the flips towards a better shape; none while plans do not agree on one."""
         constants, fleet = self.constants, snapshot.without_draining()
         begun = snapshot.placed_prefills + snapshot.held_prefills
-        state = state._replace(offered=state.offered.after(begun, fleet.at_s))
+        offered, usual = (each.after(begun, fleet.at_s) for each in (state.offered, state.usual))
+        state = state._replace(offered=offered, usual=usual)
+        rows = snapshot.requests
+        running = float(rows.answer_tokens[rows.decode_on >= 0].sum())
+        demand = self.lengths.demand(running)
+        busy = _kept_busy(fleet, demand, usual.rps(0.0))
         prefill = int(np.count_nonzero(fleet.labelled(Role.PREFILL)))
         if prefill and (share := self._crowding(fleet)) > constants.crowded:
             why = f"decodes take {share:.0%} of what they may: fewer instances prefill only"
-            rest = state.rest.after(prefill - 1, fleet.at_s, constants)
-            rests = ShapeState(rest=rest, offered=state.offered, since=self.lengths.count)
+            share_busy = busy / max(1, len(fleet) - prefill)
+            rest = state.rest.after(prefill - 1, fleet.at_s, share_busy, constants)
+            rests = ShapeState(rest=rest, offered=offered, usual=usual, since=self.lengths.count)
             flips = flips_to(fleet, prefill - 1, why)
             return ControlDecision(rests, (*flips, *relief(snapshot, flips, why)), why)
         if self.most is not None and len(fleet) < self.most:
             why = f"{len(fleet)} of {self.most} instances are up: all do both"
             return ControlDecision(state._replace(plans=0, warm=False), tuple(flips_to(fleet, 0, why)), why)
-        rows = snapshot.requests
-        running = float(rows.answer_tokens[rows.decode_on >= 0].sum())
-        demand = self.lengths.demand(running)
         if demand is None or self.lengths.count < constants.fewest or len(fleet) < 2:
             unknown = "too little is known of the traffic, or one instance does both"
             return ControlDecision(state._replace(plans=0), reason=unknown)
@@ -147,7 +159,7 @@ class FleetShape:
         if state.known[2] and state.known[2:] != known[2:]:
             state = state._replace(plans=0)  # those before were of another fleet
         state = state._replace(known=known)
-        most = state.rest.bound(len(fleet), fleet.at_s, constants)
+        most = state.rest.bound(len(fleet), fleet.at_s, busy, constants)
         waiting = float(snapshot.prefill_requests.sum()) + snapshot.held_prefills
         load_rps = inf if state.warm else state.offered.rps(waiting)
         count = self.lengths.count
@@ -179,8 +191,7 @@ class FleetShape:
         """Return a sentence and how many instances should prefill only, ``most`` of them or fewer: as many as
         do, unless that gains."""
         constants, count = self.constants, len(fleet)
-        slowness, order = _slowness(fleet), prefill_order(fleet)
-        usual = int(np.argsort(slowness, kind="stable")[(count - 1) // 2])
+        slowness, order, usual = _slowness(fleet), prefill_order(fleet), _usual(fleet)
         kv_tokens = float(fleet.kv_capacity_tokens[usual]) or inf
         token_bytes = float(fleet.kv_bytes_per_token[usual])
         reads = bool(fleet.extends_kv.all()) and token_bytes > 0.0
@@ -213,6 +224,21 @@ class FleetShape:
         enough = np.maximum(crowded * capacity, capacity - room_to_grow(fleet))
         held = crowded * ((fleet.decode_tokens + fleet.handoff_tokens) / enough)[at]
         return float(max((step_s / self.slo.tpot_s).mean(), held.mean())) if at.any() else 1.0
+
+
+def _kept_busy(fleet: Snapshot, demand: MeanRequest | None, rps: float) -> float:
+    """Return how many instances the decodes keep busy that come at a rate; infinitely many where nothing is
+    known of them."""
+    if demand is None or rps == inf:
+        return inf
+    step = fleet.costs.at(_usual(fleet)).step
+    step_s = float(step.seconds(1.0, demand.context_tokens)) - float(step.seconds(0.0, 0.0))
+    return rps * demand.steps * step_s
+
+
+def _usual(fleet: Snapshot) -> int:
+    """Return the column of an instance that is as slow as most."""
+    return int(np.argsort(_slowness(fleet), kind="stable")[(len(fleet) - 1) // 2])
 
 
 def _slowness(fleet: Snapshot) -> Column:
