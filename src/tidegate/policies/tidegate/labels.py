@@ -21,7 +21,7 @@ from tidegate.policies.tidegate.relief import relief
 from tidegate.policies.tidegate.shape import FleetLabels, FluidFleet, MeanRequest, RecentLengths
 
 USUAL_S = 900.0
-"""What was offered so long ago weighs 1/e in what is usually offered (ours)."""
+"""Over so long what is usually offered is a mean (ours)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +35,9 @@ class ShapeConstants:
     traffic changes, the means are those of neither kind for a while. Up to ``units`` steps of a fleet are
     compared. Where decodes take more than ``crowded`` of their TPOT target or of the KV, one of those for
     prefill does both at once, whatever plans say, and for ``rest_s`` there are no more than the others, and
-    for ``remembered_s`` only where less is to decode (see ``Rest``). A fleet that does both everywhere stays so while less is offered
-    (``Offered``) than the share ``easy`` of what it serves, and one that is split goes back below half of
-    that.
+    for ``remembered_s`` only where less is to decode (see ``Rest``). A fleet that does both everywhere stays
+    so while less is offered (``Offered``) than the share ``easy`` of what it serves, and one that is split
+    goes back below half of that.
     """
 
     gain: float = 0.07
@@ -57,10 +57,10 @@ class Rest(NamedTuple):
     """Until ``until_s`` at most ``most`` instances prefill only.
 
     Plans believe in the same split again when a rest is over. Where decodes were crowded because the model
-    errs, at constant load, that would come and go for ever. So it remembers for how large a ``share`` of the
-    time the decodes that came kept each instance busy that ran them, and for ``remembered_s`` no split is
-    tried that would make it more than the share ``calmer`` of that. After a rest the number that prefills
-    only may be one higher, and another one for every ``rest_s`` since.
+    errs, at constant load, that would come and go for ever. So for ``remembered_s`` after a rest no split is
+    tried that would keep those that decode busy for more than ``calmer`` of the ``share`` of their time that
+    it was when decodes were crowded. The number that prefill only may be one higher then, and another one
+    for every ``rest_s`` since.
     """
 
     most: int = 0
@@ -68,8 +68,8 @@ class Rest(NamedTuple):
     share: float = inf
 
     def bound(self, instances: int, at_s: float, busy: float, constants: ShapeConstants) -> int:
-        """Return how many of ``instances`` may prefill only at ``at_s``, where decodes keep ``busy`` instances
-        busy."""
+        """Return how many of ``instances`` may prefill only at ``at_s``; ``busy`` of them would have decodes
+        all the time."""
         if at_s < self.until_s:
             return min(instances, self.most)
         since_s = at_s - self.until_s
@@ -227,8 +227,8 @@ class FleetShape:
 
 
 def _kept_busy(fleet: Snapshot, demand: MeanRequest | None, rps: float) -> float:
-    """Return how many instances the decodes keep busy that come at a rate; infinitely many where nothing is
-    known of them."""
+    """Return how many instances would be busy all the time with the decodes of ``rps``; infinitely many where
+    nothing is known of them."""
     if demand is None or rps == inf:
         return inf
     step = fleet.costs.at(_usual(fleet)).step

@@ -6,7 +6,7 @@ from math import exp, inf
 from typing import NamedTuple
 
 OFFERED_S = 20.0
-"""Of what is offered now; and within it what waits should begin."""
+"""Over so long what is offered now is a mean, and within it what waits should begin (ours)."""
 
 
 class Offered(NamedTuple):
