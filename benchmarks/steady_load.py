@@ -1,17 +1,18 @@
 """Does a system hold still at constant load, and how soon is it back after a spike?
 
-Run: ``python benchmarks/steady_load.py constant`` (six hours each, about fifteen minutes of CPU) and
-``... spikes`` (about four). ``--systems`` takes what ``compare --systems`` does. A row of ``constant`` counts
-the flips of the first ten minutes, in which the traffic becomes known, and those of each hour after them, in
-which at most one is wanted. A row of ``spikes`` has the attainment of what arrives during a spike and in
-parts of the time after it; it is back from when on as many attain, of all that arrive until the next spike,
-as in a run without spikes, less one in a hundred.
+Run: ``python benchmarks/steady_load.py constant`` (six hours each, about fifteen minutes of CPU), ``waves``
+(loads that come and go, about five) or ``spikes`` (about four). ``--systems`` takes what ``compare
+--systems`` does. A row of ``constant`` or ``waves`` counts the flips of the first ten minutes, in which the
+traffic becomes known, and those of each hour after them, in which at most one is wanted at constant load. A
+row of ``spikes`` has the attainment of what arrives during a spike and in parts of the time after it; it
+is back from when on as many attain, of all that arrive until the next spike, as in a run without spikes, less
+one in a hundred.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -67,6 +68,8 @@ CONSTANT = (
     ("long", "links", (4.5,)),
     ("chat, 70B", "ideal", (20.0,)),
 )
+WAVES = (("long", "ideal", ("5.5:3600,3:3600", "5:1800,2:1800,5.8:1800", "5.5:600,4:600")),)
+"""Rates, each with its seconds, in turn."""
 SPIKES = (("chat, 70B", (10.0, 20.0)), ("long", (2.0, 3.0)))
 """Rates between spikes, on twice the instances."""
 
@@ -79,14 +82,17 @@ def settings(system: str, setting: Setting) -> Iterator[tuple[str, Setting]]:
             yield name, candidate.applied(setting)
 
 
-def constant(systems: list[str], hours: float, only: str) -> None:
-    """Print a row per system, workload and rate."""
+def by_the_hour(
+    rows: Iterable[tuple[str, str, tuple[float | str, ...]]], systems: list[str], hours: float, only: str
+) -> None:
+    """Print a row per system, workload and load, which is a rate or rates that take turns."""
     heads = ("system", "workload", "world", "requests/s", "attainment", "flips at first", "then by the hour")
     print(f"| {' | '.join(heads)} |")
     print("|---" * 7 + "|", flush=True)
-    for kind, world, rates in CONSTANT:
-        for rate_rps in rates if only in kind else ():
-            choice = WorkloadChoice(poisson=rate_rps, duration_s=hours * 3600.0)
+    for kind, world, loads in rows:
+        for load in loads if only in kind else ():
+            arrives = {"bursts": load} if isinstance(load, str) else {"poisson": load}
+            choice = WorkloadChoice(**arrives, duration_s=hours * 3600.0)
             for system in systems:
                 for name, setting in settings(system, KINDS[kind].setting(choice, world)):
                     run = run_once(setting).run
@@ -95,7 +101,7 @@ def constant(systems: list[str], hours: float, only: str) -> None:
                     counts = np.histogram(at_s, edges)[0].tolist()
                     share = run.attained / len(run.requests)
                     early = int(np.count_nonzero(at_s < KNOWN_S))
-                    row = f"{name} | {kind} | {world} | {rate_rps:g} | {share:.3f} | {early}"
+                    row = f"{name} | {kind} | {world} | {load} | {share:.3f} | {early}"
                     print(f"| {row} | {' '.join(map(str, counts))} |", flush=True)
 
 
@@ -148,16 +154,17 @@ def spikes(systems: list[str], factor: float, only: str) -> None:
 def main() -> None:
     """Read the options and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=("constant", "spikes"))
+    parser.add_argument("what", choices=("constant", "waves", "spikes"))
     parser.add_argument("--systems", default="tidegate", help="with commas, as compare takes them")
     parser.add_argument("--hours", type=float, default=HOURS)
     parser.add_argument("--factor", type=float, default=10.0, help="a spike's rate over that between them")
     parser.add_argument("--only", default="", help="workloads whose names hold this")
     options = parser.parse_args()
-    if options.what == "constant":
-        constant(options.systems.split(","), options.hours, options.only)
+    systems = options.systems.split(",")
+    if options.what == "spikes":
+        spikes(systems, options.factor, options.only)
     else:
-        spikes(options.systems.split(","), options.factor, options.only)
+        by_the_hour(CONSTANT if options.what == "constant" else WAVES, systems, options.hours, options.only)
 
 
 if __name__ == "__main__":
