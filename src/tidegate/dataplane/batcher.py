@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from math import inf
 
 from tidegate.dataplane.blocks import Blocks
 from tidegate.dataplane.decode_batch import DecodeBatch
@@ -338,7 +339,8 @@ class Batcher:
         sequence.blocks = blocks
         sequence.chunk = count
         self.chunks.append(sequence)
-        self._room.add(count, computed)
+        ticket, ends = sequence.ticket, computed + count == sequence.tokens
+        self._room.add(count, computed, ticket.first_due_s if ends and ticket is not None else inf)
 
     def _preempt_youngest(self, *, taken: bool) -> SimSequence:
         """Free the blocks of the youngest; ``taken``: the decodes have those of the coming step."""
@@ -367,8 +369,8 @@ class Batcher:
         """Admit from the queue while there is room."""
         first, queue, room = self._first, self._queue, self._room
         while room.left > 0:
-            continued, asked = bool(first), self._queued and not self._bounded
-            sequence = first[0] if continued else queue.head(now, room.chunk_tokens) if asked else None
+            continued, asked, next_s = bool(first), self._queued and not self._bounded, room.next_s
+            sequence = first[0] if continued else queue.head(next_s, room.chunk_tokens) if asked else None
             if sequence is None:
                 self.stuck = True
                 return
@@ -381,7 +383,7 @@ class Batcher:
                 first.popleft()
             else:
                 self._queued -= 1
-                queue.pop(now)
+                queue.pop(next_s)
             sequence.note_admission(now)
             if sequence.state == CHUNKING:
                 self._schedule(sequence, least=1)

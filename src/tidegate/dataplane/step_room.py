@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tidegate.costs.forms import attention_work
+from math import inf
+
 from tidegate.dataplane.decode_batch import DecodeBatch
 from tidegate.dataplane.replica import Replica
 from tidegate.policies.chunks import ChunkBudget, NextStep
@@ -19,6 +20,7 @@ class StepRoom:
         self.chunk_tokens = 0
         self._attention = 0.0
         self._now = 0.0
+        self._due_s = inf
         self._most_tokens = replica.engine.max_batch_tokens
         self._host_s = replica.engine.host_s
         self._cost = replica.profile.mixed
@@ -29,7 +31,7 @@ class StepRoom:
 
     def begin(self, now: float) -> None:
         """Begin with an empty step."""
-        self._now, self.chunk_tokens, self._attention = now, 0, 0.0
+        self._now, self.chunk_tokens, self._attention, self._due_s = now, 0, 0.0, inf
 
     @property
     def left(self) -> int:
@@ -38,15 +40,20 @@ class StepRoom:
 
     def for_prompt(self, cached_tokens: int) -> int:
         """Return how much of a prompt, behind ``cached_tokens``, may join; none where it is not positive."""
-        return self.left if self.steady else min(self.left, self._asked(cached_tokens))
+        return self.left if self.steady else min(self.left, self._budget.tokens(self._step(), cached_tokens))
 
-    def _asked(self, cached_tokens: int) -> int:
+    @property
+    def next_s(self) -> float:
+        """When a prompt that joins now begins: behind those in the step, if the budget goes by time."""
+        return self._now if self.steady or not self.chunk_tokens else self._step().ends_s
+
+    def _step(self) -> NextStep:
         decode = self._decode
         decodes, dues = len(decode.members), decode.dues
         assert dues is not None, "a budget that is not steady goes by dues"
         dues.steps = decode.ticks
         context = decode.base_sum + (decode.ticks + 1) * decodes
-        step = NextStep(
+        return NextStep(
             self._now,
             decodes,
             context,
@@ -58,11 +65,14 @@ class StepRoom:
             decode.ticks - self._last_ticks,
             self.chunk_tokens,
             self._attention,
+            self._due_s,
         )
-        return self._budget.tokens(step, cached_tokens)
 
-    def add(self, tokens: int, cached_tokens: int) -> None:
-        """Count a chunk."""
-        self.chunk_tokens += tokens
+    def add(self, tokens: int, cached_tokens: int, due_s: float) -> None:
+        """Count a chunk, as ``NextStep.with_prompt`` does."""
+        if self.steady:
+            self.chunk_tokens += tokens
+            return
+        step = self._step().with_prompt(tokens, cached_tokens, due_s)
+        self.chunk_tokens, self._attention, self._due_s = step.chunk_tokens, step.attention, step.due_s
         self._last_ticks = self._decode.ticks + 1
-        self._attention += attention_work(tokens, cached_tokens)

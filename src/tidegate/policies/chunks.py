@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import inf, sqrt
 from typing import NamedTuple, Protocol
 
-from tidegate.costs.forms import MixedCost, StepCost
+from tidegate.costs.forms import MixedCost, StepCost, attention_work
 from tidegate.policies.dues import TokenDues
 from tidegate.policies.registry import Registry
 
@@ -27,7 +27,8 @@ class NextStep(NamedTuple):
     It begins at ``now`` with ``decodes`` that hold ``context_tokens`` once it is over, and carries
     ``chunk_tokens`` of prompts of ``attention`` work. ``dues`` are those of its decodes. ``cost`` says what
     it takes with prompts, ``decode_cost`` without, both beside ``host_s``. ``most_tokens`` is the engine's
-    limit of tokens. There were ``steps_since`` the last one with prompts.
+    limit of tokens. There were ``steps_since`` the last one with prompts. ``due_s`` is the first deadline of
+    prompts that end with the step and are in time so far, infinite without one.
     """
 
     now: float
@@ -41,6 +42,20 @@ class NextStep(NamedTuple):
     steps_since: int
     chunk_tokens: int = 0
     attention: float = 0.0
+    due_s: float = inf
+
+    @property
+    def ends_s(self) -> float:
+        """When it ends with what it carries; before that no other prompt begins but in it."""
+        tokens = self.decodes + self.chunk_tokens
+        return self.now + self.host_s + float(self.cost.seconds(tokens, self.attention, self.context_tokens))
+
+    def with_prompt(self, tokens: int, cached_tokens: int, due_s: float) -> NextStep:
+        """Return it with ``tokens`` of a prompt, behind ``cached_tokens``; ``due_s`` is the deadline of a
+        prompt that is complete with them, else infinite."""
+        attention = self.attention + attention_work(tokens, cached_tokens)
+        step = self._replace(chunk_tokens=self.chunk_tokens + tokens, attention=attention)
+        return step._replace(due_s=due_s) if due_s < self.due_s and step.ends_s <= due_s else step
 
     @property
     def room_tokens(self) -> int:
@@ -81,7 +96,8 @@ class FixedBudget:
 
 @dataclass(frozen=True, slots=True)
 class SlackBudget:
-    """As much as lets the next token of nearly every decode be in time.
+    """As much as lets the next token of nearly every decode be in time, and the first ones that come with the
+    step.
 
     - *Dues*: a step may last until the due (``TokenDues``) that ``behind_share`` of the decodes are before.
       Those whose first token was late have none, and those that are more than ``recoverable_tokens`` of
@@ -91,8 +107,10 @@ class SlackBudget:
     - *Waiting*: a step with a chunk costs more than one without by more than the chunk's own work, most where
       decodes hold much context. Unless the chunk's work is ``worth`` times as much, the decodes go on alone
       and win time for a longer one, for at most ``patient_steps`` steps.
+    - *First tokens*: they come with the step's end, so no prompt joins, or only a part of it, by which one
+      that the step completes would miss its deadline.
     - *Prompts alone*: without decodes no further prompt joins once that would save less than ``saved_share``
-      of the step's time: first tokens of those in it come with its end, and who comes now waits for that.
+      of the step's time, for who comes now waits for its end.
 
     ``safety`` is the median error of the packaged fits; the others were chosen by measurement
     (docs/policies/chunks.md).
@@ -111,6 +129,11 @@ class SlackBudget:
     def tokens(self, step: NextStep, cached_tokens: int) -> int:
         """See ``ChunkBudget.tokens``."""
         room = step.room_tokens
+        others, work = step.decodes + step.chunk_tokens, step.attention
+        if step.due_s < inf:
+            first_s = (step.due_s - step.now) * (1.0 - self.safety) - step.host_s
+            chunk = longest_chunk(step.cost, first_s, others, step.context_tokens, cached_tokens, work)
+            room = min(room, chunk)
         if not step.decodes:
             return 0 if step.chunk_tokens and self._full(step) else room
         bare_s = float(step.cost.seconds(step.decodes, 0.0, step.context_tokens))
@@ -124,7 +147,6 @@ class SlackBudget:
             if left_s - bare_s < self.worth * overhead_s:
                 return 0
         left_s = max(left_s, (1.0 + self.least_share) * bare_s)
-        others, work = step.decodes + step.chunk_tokens, step.attention
         return min(room, longest_chunk(step.cost, left_s, others, step.context_tokens, cached_tokens, work))
 
     def _full(self, step: NextStep) -> bool:

@@ -69,6 +69,11 @@ class Ticket(NamedTuple):
             first_token_s=None if begun_s is None else begun_s + offset_s,
         )
 
+    @property
+    def first_due_s(self) -> float:
+        """When the first token is due; infinite where it is out."""
+        return self.deadline_s if self.first_token_s is None else inf
+
     def starved_at_s(self, bound: float) -> float:
         """When the request has waited ``bound`` times its own TTFT target, ``bound`` >= 1."""
         return max(self.deadline_s, self.arrival_s + bound * (self.deadline_s - self.arrival_s))
@@ -110,9 +115,10 @@ def decode_ticket(request: Request, first_token_s: float) -> Ticket:
 class WaitingQueue(Generic[T]):
     """Waiting work of one instance or scheduler: here first come, first served, in other orders below.
 
-    Items are hashable and wait at most once at a time. Times never decrease from call to call. Ties go by
-    push order, so the same calls serve the same sequence. ``push``, ``pop`` and ``head`` cost O(log n)
-    amortised, the others O(1). A push of what waits already raises InternalError.
+    Items are hashable and wait at most once at a time. ``now`` is when the next one would begin: in a step
+    that others share, behind them. It never decreases from call to call, but for what a prediction of a step
+    errs by. Ties go by push order, so the same calls serve the same sequence. ``push``, ``pop`` and ``head``
+    cost O(log n) amortised, the others O(1). A push of what waits already raises InternalError.
     """
 
     def __init__(self) -> None:

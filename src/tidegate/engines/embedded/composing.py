@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tidegate.costs.forms import attention_work
+from math import inf
+
 from tidegate.costs.profile import Profile
 from tidegate.engines.embedded.model import Chunk
 from tidegate.engines.embedded.sequence import TokenSequence
@@ -25,6 +26,7 @@ class ComposedStep:
         self.chunk_tokens = 0
         self.alone = False
         self._attention = 0.0
+        self._due_s = inf
         self._budget = budget
         self._profile = profile
         self._steps_since = steps_since
@@ -41,10 +43,18 @@ class ComposedStep:
         """Return how much of a prompt, behind ``cached_tokens``, may join; none where it is not positive."""
         if self._budget.steady:
             return self.left
+        return min(self.left, self._budget.tokens(self._step(), cached_tokens))
+
+    @property
+    def next_s(self) -> float:
+        """When a prompt that joins now begins: behind those in the step, if the budget goes by time."""
+        return self._now if self._budget.steady or not self.chunk_tokens else self._step().ends_s
+
+    def _step(self) -> NextStep:
         if self._dues is None:
             self._dues = dues_of(self.singles)
         context = sum([single.computed + 1 for single in self.singles])
-        step = NextStep(
+        return NextStep(
             self._now,
             len(self.singles),
             context,
@@ -56,8 +66,8 @@ class ComposedStep:
             self._steps_since,
             self.chunk_tokens,
             self._attention,
+            self._due_s,
         )
-        return min(self.left, self._budget.tokens(step, cached_tokens))
 
     def add_single(self, sequence: TokenSequence) -> None:
         """Have a sequence with one pending token take part."""
@@ -73,9 +83,15 @@ class ComposedStep:
         bound = None if ticket is None else ticket.chunk_tokens
         count = min(sequence.pending, room, bound or room)
         self.chunks.append(Chunk(sequence, count))
-        self.chunk_tokens += count
-        self._attention += attention_work(count, sequence.computed)
         self.alone = bound is not None
+        if self._budget.steady:
+            self.chunk_tokens += count
+            return
+        due_s = inf
+        if ticket is not None and count == sequence.pending:
+            due_s = ticket.on_clock(sequence.submitted_s).first_due_s
+        step = self._step().with_prompt(count, sequence.computed, due_s)
+        self.chunk_tokens, self._attention, self._due_s = step.chunk_tokens, step.attention, step.due_s
 
 
 def dues_of(decodes: list[TokenSequence]) -> TokenDues:

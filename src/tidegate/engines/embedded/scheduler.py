@@ -96,12 +96,13 @@ class BatchScheduler:
             if begun.pending > 1 and step.left > 0 and not step.alone:
                 step.add_chunk(begun)
         while step.left > 0:
-            head = self.waiting.head(now, step.chunk_tokens)
+            next_s = step.next_s
+            head = self.waiting.head(next_s, step.chunk_tokens)
             if head is None or not (head.request.generated or (not step.alone and step.room(0) > 0)):
                 break
             if not self._admit(head):
                 break
-            self.waiting.pop(now)
+            self.waiting.pop(next_s)
             if head.loading:
                 continue
             if head.pending == 1:
