@@ -76,3 +76,13 @@ def test_a_step_that_takes_twice_as_long_is_predicted_so_whatever_its_decodes_ho
         times.observe(Batch(batch.singles, []), 1.0)
     assert times.profile.mixed.seconds(11, 50.0, 100) == pytest.approx(4.0)
     assert times.profile.step.seconds(1, 100) == pytest.approx(1.0)
+
+
+def test_no_prompt_joins_a_step_by_which_one_in_it_misses(llama: Path) -> None:
+    """The first takes 22 s of its 30, of which 2 % are for the cost's error: that leaves 7 tokens."""
+    driven = Driven(llama, chunks="slack", order="feasible-sjf")
+    driven.engine.scheduler.price(replace(UNMEASURED, mixed=MixedCost(2.0, 1.0, 0.0, 0.0)))
+    for name, tokens, due_s in (("first", 20, 30.0), ("second", 40, 1e3)):
+        waits = request(name, prompt_of(tokens, seed=tokens), 2)
+        driven.submit(replace(waits, ticket=Ticket(0.0, due_s, float(tokens))))
+    assert driven.step() == 27

@@ -40,6 +40,7 @@ STEPS = st.builds(
     st.integers(0, 20),
     st.integers(0, 3000),
     st.floats(0.0, 1e7),
+    st.just(math.inf),
 )
 
 
@@ -119,6 +120,27 @@ def test_prompts_alone_share_a_step_until_that_saves_little(step: NextStep) -> N
     per_step_s = max(0.0, float(cost.a_s) - float(cost.b_s) * float(cost.n0))
     saves = per_step_s / float(cost.seconds(8000, full.attention, 0.0))
     assert (budget.tokens(full, 0) == 0) == (saves <= budget.saved_share)
+
+
+@given(
+    step=STEPS,
+    tokens=st.integers(1, 3000),
+    due_s=st.floats(0.0, 0.5),
+    cached=st.integers(0, 50_000),
+    decodes=st.booleans(),
+)
+def test_nothing_joins_a_step_by_which_a_prompt_in_it_misses(
+    step: NextStep, tokens: int, due_s: float, cached: int, decodes: bool
+) -> None:
+    step = step._replace(chunk_tokens=0, attention=0.0)
+    if not decodes:
+        step = step._replace(decodes=0, context_tokens=0.0)
+    taken = step.with_prompt(tokens, 0, due_s)
+    assert (taken.due_s == due_s) == (taken.ends_s <= due_s)
+    more = SlackBudget().tokens(taken, cached)
+    if more > 0 and taken.due_s == due_s:
+        assert taken.with_prompt(more, cached, math.inf).ends_s <= due_s
+    assert taken.with_prompt(1, 0, due_s - 1.0).due_s == taken.due_s, "who is late already binds nothing"
 
 
 BUDGETED = st.builds(

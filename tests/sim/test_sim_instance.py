@@ -10,6 +10,9 @@ from hypothesis import given, settings
 from tests.sim.naive_engine import NaiveEngine
 from tests.sim.sim_cases import CASES, Case, ended
 from tests.sim.test_sim_property import QUICK
+from tidegate.core.slo import Slo
+from tidegate.policies.chunks import make_chunks
+from tidegate.policies.orders import make_order
 from tidegate.sim import EngineSettings, Replica, SimRun, SimSettings, simulate
 from tidegate.systems import make_system
 from tidegate.workloads.trace import TraceRecord
@@ -87,3 +90,17 @@ def test_an_answer_of_one_token_needs_no_decode() -> None:
     (result,) = ended(pair(TraceRecord(0.0, 100, 1)))
     assert result.first_token_s == result.end_s == pytest.approx(0.1)
     assert result.decode_on is None and result.kv_transfer_bytes == 0
+
+
+def test_no_prompt_joins_a_step_by_which_one_in_it_misses() -> None:
+    """Prompts of 0.1 s and 1 ms per token, due 1 s after they come. The first runs until 0.7 s. The second is
+    due at 1.05 s: that leaves room for 43 tokens of the third. Behind that one the fourth would be late."""
+    fixed = profile(prefill=(0.1, 1e-3, 0.0), step=(1e-2, 0.0, 0.0))
+    records = [
+        TraceRecord(at_s, tokens, 1) for at_s, tokens in ((0, 600), (0.05, 200), (0.5, 300), (0.55, 500))
+    ]
+    system = replace(make_system("colocated"), order=make_order("feasible-sjf"), chunks=make_chunks("slack"))
+    fleet = [Replica(instance("i0", max_model_len=4096), fixed, EngineSettings())]
+    run = simulate(records, system, fleet, SimSettings(slo=Slo(1.0, 0.05)))
+    firsts = [result.first_token_s for result in ended(run)]
+    assert firsts == pytest.approx([0.7, 1.043, 1.49, 2.0])
