@@ -26,10 +26,9 @@ USUAL_S = 900.0
 
 @dataclass(frozen=True, slots=True)
 class ShapeConstants:
-    """All ours. Labels change where that gains the share ``gain`` of what the fleet serves, and where
-    ``agreeing`` plans in a row say so; of shapes within ``even`` of the best it is that with most instances
-    that do both, for bursts are met by whoever is free, and what there is stays unless that one serves more
-    by as much. Of the last two plans the one that changes less is carried out, as a whole: a fleet that
+    """All ours. Labels change where that gains the share ``gain`` of what the fleet serves, and of what it
+    would if all did both, and where ``agreeing`` plans in a row say so; of shapes within ``even`` of the best
+    it is that with most instances that do both, for bursts are met by whoever is free. Of the last two plans the one that changes less is carried out, as a whole: a fleet that
     changes one by one comes too late for bursts. Lengths are believed from ``fewest`` answers on, and plans
     of more instances for prefill only as many answers after the last plan that did not want more: where
     traffic changes, the means are those of neither kind for a while. Up to ``units`` steps of a fleet are
@@ -40,7 +39,7 @@ class ShapeConstants:
     goes back below half of that.
     """
 
-    gain: float = 0.07
+    gain: float = 0.05
     even: float = 0.02
     agreeing: int = 2
     fewest: int = 32
@@ -212,7 +211,7 @@ class FleetShape:
         if rps < both_rps * (1.0 + constants.gain):
             # What the split gains over a fleet that does both is less than what bursts may cost it.
             return f"{told}, all for both {both_rps:.3g}", 0 if both_rps >= now_rps else prefill
-        gains = rps >= now_rps * (1.0 + constants.even)
+        gains = rps >= now_rps * (1.0 + constants.gain)
         return told, best.prefill if gains else prefill
 
     def _crowding(self, fleet: Snapshot) -> float:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tidegate.core.slo import Slo
 from tidegate.costs.forms import attention_work
 from tidegate.costs.profile import ProfileTable
+from tidegate.policies.chunks import SlackBudget
 from tidegate.policies.protocols import AnswerLengths
 from tidegate.policies.tidegate.cost import AWAY
 
@@ -37,6 +38,7 @@ leaves: counting longer ones as late keeps fleets from splits that serve more (c
 PORT_SHARE = 1 / 3
 """KV keeps an instance's link busy for this share of the time at most: beyond it decodes wait for theirs
 (chosen by simulation, docs/policies/tidegate-figures.md)."""
+SAVED_SHARE = SlackBudget().saved_share
 HALVINGS = 32
 """Steps of a search for a rate, each of which halves what is left: to 2e-10 of the highest."""
 
@@ -170,8 +172,8 @@ class FluidFleet:
 
         What is in place of a prompt is so where its session decodes, never here: it is computed again, or
         read over where that is possible and less. Reading counts with what it costs others, as in a request's
-        cost; computing costs this instance alone. The KV of one prompt leaves while the next is computed, so
-        the longer of the two counts, the link for ``PORT_SHARE`` of the time.
+        cost; computing costs this instance alone. Prompts share a step until its fixed part is ``SAVED_SHARE``
+        of the rest. The KV of one prompt leaves while the next is computed, so the longer of the two counts, the link for ``PORT_SHARE`` of the time.
         """
         form, demand = self.costs.mixed, self.demand
         away_s = float(form.b_s * demand.away_tokens + form.c_s * demand.away_attention)
@@ -179,6 +181,8 @@ class FluidFleet:
             read_s = self._transfer_s(max(demand.away_tokens - demand.new_tokens, 0.0))
             away_s = min(away_s, self._work_s + (1.0 + AWAY) * read_s)
         away_s = max(away_s, self._work_s)
+        fixed_s = max(0.0, float(form.a_s) - float(form.b_s) * float(form.n0))
+        away_s += min(fixed_s, SAVED_SHARE * away_s)
         latency_s = float(np.asarray(self.costs.transfer.latency_s))
         return 1.0 / max(away_s + latency_s, self._port_s / PORT_SHARE, 1e-9)
 
