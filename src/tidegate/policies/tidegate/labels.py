@@ -28,15 +28,15 @@ USUAL_S = 900.0
 class ShapeConstants:
     """All ours. Labels change where that gains the share ``gain`` of what the fleet serves, and of what it
     would if all did both, and where ``agreeing`` plans in a row say so; of shapes within ``even`` of the best
-    it is that with most instances that do both, for bursts are met by whoever is free. Of the last two plans the one that changes less is carried out, as a whole: a fleet that
-    changes one by one comes too late for bursts. Lengths are believed from ``fewest`` answers on, and plans
-    of more instances for prefill only as many answers after the last plan that did not want more: where
-    traffic changes, the means are those of neither kind for a while. Up to ``units`` steps of a fleet are
-    compared. Where decodes take more than ``crowded`` of their TPOT target or of the KV, one of those for
-    prefill does both at once, whatever plans say, and for ``rest_s`` there are no more than the others, and
-    for ``remembered_s`` only where less is to decode (see ``Rest``). A fleet that does both everywhere stays
-    so while less is offered (``Offered``) than the share ``easy`` of what it serves, and one that is split
-    goes back below half of that.
+    it is that with most instances that do both, for bursts are met by whoever is free. Of the last two plans
+    the one that changes less is carried out, as a whole: a fleet that changes one by one comes too late for
+    bursts. Lengths are believed from ``fewest`` answers on, and plans of more instances for prefill only as
+    many answers after the last plan that did not want more: where traffic changes, the means are those of
+    neither kind for a while. Up to ``units`` steps of a fleet are compared. Where decodes take more than
+    ``crowded`` of their TPOT target or of the KV, one of those for prefill does both at once, whatever plans
+    say, and for ``rest_s`` there are no more than the others, and for ``remembered_s`` only where less is to
+    decode (see ``Rest``). A fleet that does both everywhere stays so while less is offered (``Offered``) than
+    the share ``easy`` of what it serves, and one that is split goes back below half of that.
     """
 
     gain: float = 0.05

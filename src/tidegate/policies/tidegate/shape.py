@@ -172,8 +172,9 @@ class FluidFleet:
 
         What is in place of a prompt is so where its session decodes, never here: it is computed again, or
         read over where that is possible and less. Reading counts with what it costs others, as in a request's
-        cost; computing costs this instance alone. Prompts share a step until its fixed part is ``SAVED_SHARE``
-        of the rest. The KV of one prompt leaves while the next is computed, so the longer of the two counts, the link for ``PORT_SHARE`` of the time.
+        cost; computing costs this instance alone. Prompts share a step until its fixed part is the share
+        ``SAVED_SHARE`` of the rest. The KV of one prompt leaves while the next is computed, so the longer of
+        the two counts, the link for ``PORT_SHARE`` of the time.
         """
         form, demand = self.costs.mixed, self.demand
         away_s = float(form.b_s * demand.away_tokens + form.c_s * demand.away_attention)
