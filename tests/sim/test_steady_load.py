@@ -30,7 +30,7 @@ def test_labels_hold_still_at_constant_load() -> None:
     run = run_of(long, "h100_sxm/llama-3.1-8b", 4, Slo(2.0, 0.05))
     flips_s = np.array([flip.at_s for flip in run.timeline.flips])
     assert (flips_s < 600.0).any(), "nothing was split, so nothing could flap"
-    assert np.count_nonzero(flips_s >= 600.0) <= 2
+    assert np.count_nonzero(flips_s >= 600.0) <= 1
     assert run.attained > 0.95 * len(run.requests)
 
 
