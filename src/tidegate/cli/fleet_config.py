@@ -18,15 +18,14 @@ from tidegate.cli.setting_types import (
     Key,
     Milliseconds,
     ModelFolder,
+    ProfileName,
     Profiles,
     Seconds,
     ServeWords,
     Tokens,
     Urls,
-    with_value_errors,
 )
 from tidegate.core.notation import FleetRange
-from tidegate.costs.named_profile import load_profile
 
 if TYPE_CHECKING:
     from tidegate.fleet.vllm import KvSetup
@@ -186,7 +185,7 @@ class EngineSection(Section):
     kv_memory_mb: Count = setting(256, "KV cache of each engine.", "MB")
     max_batch_tokens: Tokens = setting(512, "Tokens that one engine step may process.", "TOKENS")
     threads: Count = setting(1, "CPU threads of each engine, where there are more cores than engines.", "N")
-    pace: str | None = setting(
+    pace: ProfileName | None = setting(
         None,
         "A profile, measured or packaged, whose steps each engine takes as long for, even where it is done "
         "sooner. Engines that share cores then keep the pace of ones with hardware of their own.",
@@ -199,12 +198,6 @@ class EngineSection(Section):
         "train` wrote, auto for the packaged one of the model, or off.",
         "FILE",
     )
-
-    @model_validator(mode="after")
-    def _pace_is_known(self) -> EngineSection:
-        if self.pace:
-            with_value_errors(load_profile)(self.pace)
-        return self
 
 
 class EmulatedSection(Section):

@@ -210,6 +210,7 @@ Milliseconds = Annotated[float, _number(float, "number of milliseconds"), Field(
 Multiple = Annotated[float, _number(float, "number"), Field(ge=0, allow_inf_nan=False), _after(_multiple)]
 Key = Annotated[str, _after(_sendable)]
 SystemName = Annotated[str, _after(_known_system)]
+ProfileName = Annotated[str, _after(lambda value: _profiles([value])[0])]
 Targets = Annotated[Slo, _before(lambda value: value if isinstance(value, Slo) else Slo.parse(str(value)))]
 Split = Annotated[tuple[int, int], _before(lambda value: parse_split(str(value)))]
 InstanceRange = Annotated[FleetRange, _before(_range)]
