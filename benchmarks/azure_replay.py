@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -81,7 +82,7 @@ def replay(system: str, args: argparse.Namespace, out: Path) -> tuple[Report, Re
     ]
     serve += ["--split", split] if split else []
     serve += ["--max-batch-tokens", chunk] if chunk else []
-    serve += args.serve.split()
+    serve += shlex.split(args.serve)
     server = subprocess.Popen(serve, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None

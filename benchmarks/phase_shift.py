@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 from dataclasses import replace
@@ -123,7 +124,7 @@ def main() -> None:
     add("--budget", type=float, default=120.0, help="seconds of measuring")
     add("--out", type=Path, default=Path("runs/phase-shift"))
     args = parser.parse_args()
-    args.serve = f"--pace {args.out / 'pace.json'}"
+    args.serve = shlex.join(["--pace", str(args.out / "pace.json")])
     args.out.mkdir(parents=True, exist_ok=True)
     args.scale_rate = args.scale_tokens = 1.0
     args.limit, args.duration = 0, 0.0

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from tests.engine.engine_harness import Driven, HandClock, prompt_of, request
-from tidegate.costs.forms import MixedCost, StepCost
+from tidegate.costs.forms import MixedCost, StepCost, attention_work
+from tidegate.costs.named_profile import load_profile
 from tidegate.costs.profile import UNMEASURED
 from tidegate.engines.embedded.model import Batch
 from tidegate.engines.embedded.step_time import Pace, StepTimes
@@ -36,6 +37,16 @@ def test_steps_take_as_long_as_the_pace_says(monkeypatch: pytest.MonkeyPatch) ->
         Pace(ONE_PER_TOKEN, clock).keep(batch, began_s=900.0)
         Pace(None, clock).keep(batch, began_s=998.0)
     assert slept_s == [9.0, 0.0, 0.0, 0.0], "eleven tokens, and one of which began two seconds ago"
+
+
+def test_an_engine_keeps_its_pace(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept_s: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept_s.append)
+    driven = Driven(llama, pace="l40s/llama-3.1-8b")
+    driven.run(request("r", prompt_of(20), 2))
+    paced = load_profile("l40s/llama-3.1-8b").profile
+    said_s = paced.mixed.seconds(20, attention_work(20, 0), 0), paced.step.seconds(1, 21)
+    assert slept_s == pytest.approx([float(seconds) for seconds in said_s])
 
 
 @pytest.mark.parametrize(("slower", "chunk"), [(1.0, 18), (2.0, 8), (0.5, 38)])

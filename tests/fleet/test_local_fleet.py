@@ -371,7 +371,7 @@ def test_a_small_step_takes_no_more_requests_than_tokens(batch_tokens: int, seqs
     assert argv[argv.index("--max-num-seqs") + 1] == seqs
 
 
-def test_engines_get_their_share_of_a_core() -> None:
+def test_engines_get_their_pace() -> None:
     assert parse_options(EngineLaunch(Path("m"), pace="l4/m").argv("i0")[3:]).engine.pace == "l4/m"
 
 

@@ -92,15 +92,23 @@ def test_an_answer_of_one_token_needs_no_decode() -> None:
     assert result.decode_on is None and result.kv_transfer_bytes == 0
 
 
-def test_no_prompt_joins_a_step_by_which_one_in_it_misses() -> None:
-    """Prompts of 0.1 s and 1 ms per token, due 1 s after they come. The first runs until 0.7 s. The second is
-    due at 1.05 s: that leaves room for 43 tokens of the third. Behind that one the fourth would be late."""
+def by_slack(*prompts: tuple[float, int]) -> list[float | None]:
+    """Return when first tokens come of prompts of 0.1 s and 1 ms per token, due 1 s after they arrive."""
     fixed = profile(prefill=(0.1, 1e-3, 0.0), step=(1e-2, 0.0, 0.0))
-    records = [
-        TraceRecord(at_s, tokens, 1) for at_s, tokens in ((0, 600), (0.05, 200), (0.5, 300), (0.55, 500))
-    ]
+    records = [TraceRecord(at_s, tokens, 1) for at_s, tokens in prompts]
     system = replace(make_system("colocated"), order=make_order("feasible-sjf"), chunks=make_chunks("slack"))
     fleet = [Replica(instance("i0", max_model_len=4096), fixed, EngineSettings())]
     run = simulate(records, system, fleet, SimSettings(slo=Slo(1.0, 0.05)))
-    firsts = [result.first_token_s for result in ended(run)]
+    return [result.first_token_s for result in ended(run)]
+
+
+def test_no_prompt_joins_a_step_by_which_one_in_it_misses() -> None:
+    """The first runs until 0.7 s. The second is due at 1.05 s: there is room for 43 tokens of the third."""
+    firsts = by_slack((0.0, 600), (0.05, 200), (0.5, 300), (0.55, 500))
     assert firsts == pytest.approx([0.7, 1.043, 1.49, 2.0])
+
+
+def test_who_would_be_late_behind_a_step_does_not_go_before_one_that_would_not() -> None:
+    """The shortest is first. The second would be in time alone, but not behind it; the longest would."""
+    firsts = by_slack((0.0, 600), (0.05, 200), (0.6, 100), (0.65, 600))
+    assert firsts == pytest.approx([0.7, 1.8, 1.582, 1.582])

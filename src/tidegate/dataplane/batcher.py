@@ -339,8 +339,9 @@ class Batcher:
         sequence.blocks = blocks
         sequence.chunk = count
         self.chunks.append(sequence)
-        ticket, ends = sequence.ticket, computed + count == sequence.tokens
-        self._room.add(count, computed, ticket.first_due_s if ends and ticket is not None else inf)
+        ticket, is_first = sequence.ticket, sequence.first_token_s is None
+        ends = is_first and computed + count == sequence.tokens
+        self._room.add(count, computed, ticket.deadline_s if ends and ticket is not None else inf)
 
     def _preempt_youngest(self, *, taken: bool) -> SimSequence:
         """Free the blocks of the youngest; ``taken``: the decodes have those of the coming step."""

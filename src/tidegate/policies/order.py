@@ -69,11 +69,6 @@ class Ticket(NamedTuple):
             first_token_s=None if begun_s is None else begun_s + offset_s,
         )
 
-    @property
-    def first_due_s(self) -> float:
-        """When the first token is due; infinite where it is out."""
-        return self.deadline_s if self.first_token_s is None else inf
-
     def starved_at_s(self, bound: float) -> float:
         """When the request has waited ``bound`` times its own TTFT target, ``bound`` >= 1."""
         return max(self.deadline_s, self.arrival_s + bound * (self.deadline_s - self.arrival_s))
@@ -279,7 +274,8 @@ class FeasibleQueue(RankedQueue[T]):
     """Serves by least ``rank`` among those that can still meet their deadline; the hopeless ones after them,
     first come, first served; whoever has starved before all.
 
-    Hopeless is who would miss its deadline if it started now; that lasts. Every starved request is
+    Hopeless is who would miss its deadline if it started when the next one begins; that lasts, also where a
+    step ends sooner than predicted, or one that shared it would just be in time. Every starved request is
     hopeless, because its deadline has passed. Ours, after Moore 1968, who minimises the number of late jobs
     by setting some aside; here only those are set aside that would be late even if they started now.
     """

@@ -88,8 +88,9 @@ class ComposedStep:
             self.chunk_tokens += count
             return
         due_s = inf
-        if ticket is not None and count == sequence.pending:
-            due_s = ticket.on_clock(sequence.submitted_s).first_due_s
+        is_first = ticket is not None and ticket.first_token_s is None and sequence.first_token_s is None
+        if ticket is not None and is_first and count == sequence.pending:
+            due_s = ticket.on_clock(sequence.submitted_s).deadline_s
         step = self._step().with_prompt(count, sequence.computed, due_s)
         self.chunk_tokens, self._attention, self._due_s = step.chunk_tokens, step.attention, step.due_s
 

@@ -28,7 +28,8 @@ class Pace:
     """Stretches steps to what ``profile`` says; without one they take what they take.
 
     Engines that share cores slow each other down by whatever the others do. At a pace that all of them can
-    keep a step takes the same time whatever they do, as on hardware of its own.
+    keep a step takes the same time whatever they do, as on hardware of its own. What follows in a turn of the
+    engine, delivering tokens above all, comes on top.
     """
 
     def __init__(self, profile: Profile | None, clock: Clock) -> None:

@@ -26,17 +26,18 @@ USUAL_S = 900.0
 
 @dataclass(frozen=True, slots=True)
 class ShapeConstants:
-    """All ours. Labels change where that gains the share ``gain`` of what the fleet serves, and of what it
-    would if all did both, and where ``agreeing`` plans in a row say so; of shapes within ``even`` of the best
-    it is that with most instances that do both, for bursts are met by whoever is free. Of the last two plans
-    the one that changes less is carried out, as a whole: a fleet that changes one by one comes too late for
-    bursts. Lengths are believed from ``fewest`` answers on, and plans of more instances for prefill only as
-    many answers after the last plan that did not want more: where traffic changes, the means are those of
-    neither kind for a while. Up to ``units`` steps of a fleet are compared. Where decodes take more than
-    ``crowded`` of their TPOT target or of the KV, one of those for prefill does both at once, whatever plans
-    say, and for ``rest_s`` there are no more than the others, and for ``remembered_s`` only where less is to
-    decode (see ``Rest``). A fleet that does both everywhere stays so while less is offered (``Offered``) than
-    the share ``easy`` of what it serves, and one that is split goes back below half of that.
+    """All ours. A split is taken where that gains the share ``gain`` of what the fleet serves, and of what it
+    would if all did both; it is given up where all for both serve as much. Labels change where ``agreeing``
+    plans in a row say so; of shapes within ``even`` of the best it is that with most instances that do both,
+    for bursts are met by whoever is free. Of the last two plans the one that changes less is carried out, as
+    a whole: a fleet that changes one by one comes too late for bursts. Lengths are believed from ``fewest``
+    answers on, and plans of more instances for prefill only as many answers after the last plan that did not
+    want more: where traffic changes, the means are those of neither kind for a while. Up to ``units`` steps
+    of a fleet are compared. Where decodes take more than ``crowded`` of their TPOT target or of the KV, one
+    of those for prefill does both at once, whatever plans say, and for ``rest_s`` there are no more than the
+    others, and for ``remembered_s`` only where less is to decode (see ``Rest``). A fleet that does both
+    everywhere stays so while less is offered (``Offered``) than the share ``easy`` of what it serves, and one
+    that is split goes back below half of that.
     """
 
     gain: float = 0.05
@@ -48,7 +49,7 @@ class ShapeConstants:
     easy: float = 0.5
     rest_s: float = 900.0
     remembered_s: float = 86_400.0
-    calmer: float = 0.8
+    calmer: float = 0.7
     period_s: float = 1.0
 
 
@@ -141,6 +142,8 @@ class FleetShape:
         prefill = int(np.count_nonzero(fleet.labelled(Role.PREFILL)))
         if prefill and (share := self._crowding(fleet)) > constants.crowded:
             why = f"decodes take {share:.0%} of what they may: fewer instances prefill only"
+            # What crowds is the load of now where it is above the usual one, as in a spike.
+            busy = _kept_busy(fleet, demand, max(usual.rps(0.0), offered.rps(0.0)))
             share_busy = busy / max(1, len(fleet) - prefill)
             rest = state.rest.after(prefill - 1, fleet.at_s, share_busy, constants)
             rests = ShapeState(rest=rest, offered=offered, usual=usual, since=self.lengths.count)
@@ -226,8 +229,8 @@ class FleetShape:
 
 
 def _kept_busy(fleet: Snapshot, demand: MeanRequest | None, rps: float) -> float:
-    """Return how many instances would be busy all the time with the decodes of ``rps``; infinitely many where
-    nothing is known of them."""
+    """Return how many instances' time the decodes of ``rps`` would take, without the fixed part of steps;
+    infinitely many where nothing is known of them."""
     if demand is None or rps == inf:
         return inf
     step = fleet.costs.at(_usual(fleet)).step
